@@ -1,0 +1,221 @@
+"""Adapters on disk (PEFT's format, with a card and the fingerprint of their base), and models ready to answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from strop.config.schema import Recipe
+from strop.data.conversation import Ids, Message
+from strop.data.render import Renderer
+from strop.engine.device import pick_device, pick_dtype
+from strop.errors import ModelError
+from strop.model.facts import Source, fingerprint, locate
+from strop.model.generate import Answer, Sampling, generate
+from strop.model.load import DTYPES, load_base, load_tokenizer
+from strop.runs.folder import RunFolder, is_run, new_folder, write_json
+from strop.runs.lock import versions
+
+STROP_FILE = "strop.json"  # beside adapter_config.json: base fingerprint, template and data hash
+
+
+def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: dict[str, Any], card: str) -> None:
+    """Writes a PEFT adapter folder, whole or not at all: weights, config, tokenizer, template, model card, strop.json.
+
+    identity: {base: {name, fingerprint}, template, data, system}; base is checked when the adapter is loaded,
+    system (the system prompt that every training row had, or None) is what `chat` starts with.
+    """
+    with new_folder(folder) as temp:
+        # peft would look the base up on the Hub to see whether embeddings were resized; trained rows are saved anyway
+        model.save_pretrained(str(temp), safe_serialization=True, save_embedding_layers=False)
+        tokenizer.save_pretrained(temp)
+        (temp / "README.md").write_text(card, encoding="utf-8")
+        write_json(temp / STROP_FILE, {**identity, "versions": versions()})
+
+
+def adapter_folder(name: str) -> Path | None:
+    """The adapter that a run or adapter folder holds; None where the name is not such a folder.
+
+    Raises ModelError for a run that has no adapter yet.
+    """
+    path = Path(name).expanduser()
+    if is_run(path):
+        adapter = RunFolder(path).adapter
+        if not (adapter / "adapter_config.json").is_file():
+            raise ModelError(f"{path}: this run has no adapter yet", fix=f"strop resume {path}")
+        return adapter
+    return path if (path / "adapter_config.json").is_file() else None
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"{folder}: no adapter_model.safetensors", fix="give an adapter saved as safetensors, never pickle"
+        )
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder}/adapter_config.json: not JSON: {error}") from None
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{folder}: a {config.get('peft_type')} adapter", fix="give a LoRA adapter")
+    return dict(config)
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """strop.json of an adapter folder; {} for an adapter that another tool made."""
+    file = folder / STROP_FILE
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def attach(base: nn.Module, folder: Path, source: Source, *, trainable: bool = False) -> peft.PeftModel:
+    """The base with the adapter of a folder on it.
+
+    Raises ModelError where the adapter was trained on another base, does not fit, or holds NaN.
+    """
+    read_adapter_config(folder)
+    identity = folder / STROP_FILE
+    if identity.is_file():
+        trained_on = json.loads(identity.read_text(encoding="utf-8"))["base"]
+        if trained_on["fingerprint"] != fingerprint(source):
+            raise ModelError(
+                f"{folder}: trained on {trained_on['name']}, which is not {source.name}", fix="load it on its own base"
+            )
+    try:
+        model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{folder}: does not fit {source.name}: {str(error).strip().splitlines()[0]}") from None
+    bad = [name for name, weight in model.named_parameters() if "lora_" in name and not torch.isfinite(weight).all()]
+    if bad:
+        raise ModelError(f"{folder}: {bad[0]} holds NaN or infinity", fix="take an older checkpoint of the run")
+    return model
+
+
+@dataclass
+class Model:
+    """A loaded model that answers. `adapter` is the folder of its adapter, None for a bare base."""
+
+    name: str
+    module: Any
+    tokenizer: Any
+    renderer: Renderer
+    adapter: Path | None
+    default_system: str | None = None  # the system prompt that every training row had
+    history: list[Message] = field(default_factory=list)
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Inside this block the adapter is off."""
+        assert self.adapter is not None
+        with self.module.disable_adapter():
+            yield
+
+    def answer(
+        self,
+        prompts: Sequence[Ids],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[Answer]:
+        """One answer for each prompt of token ids."""
+        return generate(
+            self.module,
+            self.tokenizer,
+            prompts,
+            stop_ids=self.renderer.stop_ids,
+            max_new_tokens=max_new_tokens,
+            batch_size=max(1, len(prompts)),
+            sampling=sampling,
+            on_text=on_text,
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+    ) -> list[str]:
+        """The answers to user texts, each asked on its own; greedy unless a Sampling is given."""
+        asked = [self.renderer.prompt([*_system(system), Message("user", prompt)]) for prompt in prompts]
+        return [answer.text for answer in self.answer(asked, max_new_tokens=max_new_tokens, sampling=sampling)]
+
+    def chat(
+        self,
+        text: str,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
+        """The answer to the next user turn; the turns before are kept in `history`.
+
+        A system prompt starts a new history; without one, a history starts with the system prompt of the training rows.
+        """
+        if system is not None or not self.history:
+            self.history = list(_system(self.default_system if system is None else system))
+        turn = [*self.history, Message("user", text)]
+        prompt = self.renderer.prompt(turn)
+        answer = self.answer([prompt], max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text)[0]
+        self.history = [*turn, Message("assistant", answer.text)]
+        return answer.text
+
+
+def load(name: str | Path, *, device: str = "auto", dtype: str = "auto") -> Model:
+    """A run folder, an adapter folder, a model folder, a .gguf file, a Hub id or `demo`, ready to answer.
+
+    dtype `auto`: what the run trained in, else bf16 on CUDA and what the precision probe prefers on a CPU.
+    Raises ModelError where it cannot be loaded.
+    """
+    name = str(name)
+    folder = adapter_folder(name)
+    source = locate(str(read_adapter_config(folder)["base_model_name_or_path"]) if folder is not None else name)
+    where = pick_device(device)
+    chosen = DTYPES[pick_dtype(where)[0] if dtype == "auto" else dtype]
+    tokenizer = load_tokenizer(source if folder is None else Source(source.name, "folder", folder))
+    base = load_base(source, chosen, where)
+    if folder is not None and len(tokenizer) > base.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+        base.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
+    module = base if folder is None else attach(base, folder, source).eval()
+    identity = read_identity(folder) if folder is not None else {}
+    return Model(name, module, tokenizer, Renderer(tokenizer), folder, identity.get("system"))
+
+
+def _system(text: str | None) -> Sequence[Message]:
+    return () if text is None else (Message("system", text),)
+
+
+def model_card(run: str, base: str, recipe: Recipe, eval_loss: float | None) -> str:
+    """README.md of an adapter folder: what it is, how it was trained, how to load it."""
+    lora, train = recipe.lora, recipe.train
+    loss = f"- Loss on held-out rows: {eval_loss:.4f}\n" if eval_loss is not None else ""
+    return f"""---
+library_name: peft
+base_model: {json.dumps(base)}
+tags: [lora, strop]
+---
+# {run}
+
+A LoRA adapter for `{base}`, trained with strop.
+
+- Rank {lora.r}, alpha {lora.alpha}, targets {lora.target_modules}
+- Learning rate {train.learning_rate} ({train.lr_scheduler}), {train.epochs} epochs, {train.batch_size} rows a step
+{loss}
+```python
+import strop
+print(strop.load("THIS_FOLDER").chat("..."))
+
+from peft import PeftModel  # or with peft alone, on the same base
+model = PeftModel.from_pretrained(base_model, "THIS_FOLDER")
+```
+"""

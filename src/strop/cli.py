@@ -1,0 +1,323 @@
+"""The command line. One short function a command; heavy imports stay inside."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from strop import __version__
+from strop.errors import InputError, StropError
+from strop.terminal import answering, console, print_data, print_samples, print_scores, watching
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
+ModelName = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="Run, adapter or model folder, .gguf file, Hub id, or demo.")
+]
+RecipeFile = Annotated[Optional[Path], typer.Argument(metavar="[RECIPE]", help="A recipe file (YAML).")]
+
+
+def main() -> None:
+    """Runs a command. Whatever goes wrong ends as one message and the exit code of its kind (see errors.py)."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; what it lacks is no concern of this run
+    try:
+        sys.exit(build(sys.argv[1:])(standalone_mode=False) or 0)
+    except StropError as error:
+        _fail(error.lines(), error.as_json(), error.exit_code)
+    except KeyboardInterrupt:
+        _fail(["stopped at once; the last checkpoint is intact"], {"kind": "Stopped", "message": "interrupted"}, 130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's UsageError and its kin, which typer vendors or imports
+            _fail([line for line in [error.format_message()] if line], {"kind": "UsageError", "message": error.format_message()}, 2)
+        if os.environ.get("STROP_DEBUG"):
+            raise
+        said = f"{type(error).__name__}: {error}"
+        lines = [said, "this is a fault of strop's: set STROP_DEBUG=1 to see where, and please report it"]
+        _fail(lines, {"kind": "InternalError", "message": said}, 1)
+
+
+def build(words: Sequence[str]) -> typer.Typer:
+    """The command line for these arguments. The flags of a recipe are made only for a command that is among them:
+    they cost a tenth of a second, which `strop --help` need not wait for."""
+    app = typer.Typer(
+        help="Fine-tunes open language models with LoRA on your own hardware, and proves the result.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_version_option)
+    for name, command in COMMANDS.items():
+        takes_recipe = "options" in inspect.signature(command).parameters
+        app.command(name)(recipe_options(command, name in words) if takes_recipe else command)
+    return app
+
+
+def recipe_options(command: Callable[..., Any], wanted: bool) -> Any:
+    """Gives a command one flag for each recipe field; it receives those that were used as `options`."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
+    known, short = _recipe_fields() if wanted else ({}, {})
+    flags = {field.replace(".", "__"): field for field in known}
+    added = []
+    for name, field in flags.items():
+        info = known[field]
+        kind = list[str] if field in ("data.train", "data.eval", "track") else str
+        names = [f"--{field}", *([f"--{short[field]}"] if field in short else [])]
+        default = "" if info.is_required() else f" [default: {info.get_default(call_default_factory=True)}]"
+        panel = f"Recipe: {field.partition('.')[0]}" if "." in field else "Recipe"
+        text = (info.description or field) + default
+        option = typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, metavar="VALUE")
+        hint = Annotated[Optional[kind], option]  # type: ignore[valid-type]
+        added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
+
+    @functools.wraps(command)
+    def run(**given: Any) -> Any:
+        options = {flags[name]: value for name, value in given.items() if name in flags and value not in (None, [])}
+        return command(**{p.name: given[p.name] for p in own}, options=_parsed(options))
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def train(
+    recipe: RecipeFile = None,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Show every value with its origin; train nothing.")
+    ] = False,
+    as_json: Json = False,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Fine-tune a model; writes a run folder."""
+    from strop.config.load import resolve
+
+    resolved = resolve(recipe, options)
+    if print_recipe:
+        from strop.train.run import preview
+
+        print(preview(resolved).as_yaml(), end="")
+        return
+    from strop.train.run import train as run_training
+
+    with watching() as watch:
+        run = run_training(resolved, [watch])
+    _end_of_run(run.report, as_json)
+
+
+def resume(run: Annotated[Path, typer.Argument(help="The run folder.")], as_json: Json = False) -> None:
+    """Go on with a run from its newest complete checkpoint."""
+    from strop.runs.folder import open_run
+    from strop.train.run import resume as go_on
+
+    if open_run(run).finished:
+        console.print(f"{run} is finished; nothing to resume")
+    with watching() as watch:
+        report = go_on(run, [watch]).report
+    _end_of_run(report, as_json)
+
+
+def evaluate(
+    name: ModelName,
+    data: Annotated[list[str], typer.Option("--data", help="Rows to answer.")],
+    metric: Annotated[str, typer.Option(help="exact, exact_json, contains or regex.")] = "exact",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 80,
+    samples: Annotated[int, typer.Option(min=0, help="Answers to show.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Compare base and tuned on rows that were not trained on."""
+    from strop.evaluate.run import evaluate_model
+
+    with answering() as advance:
+        result = evaluate_model(name, data, metric=metric, max_new_tokens=max_new_tokens, advance=advance)
+    print_scores(result)
+    print_samples(result["samples"][:samples])
+    _print_json(result, as_json)
+
+
+def chat(
+    name: ModelName,
+    system: Annotated[Optional[str], typer.Option(help="System prompt.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Talk to the base, without the adapter.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Sample among the likeliest tokens of this total share.")
+    ] = 1.0,
+    seed: Annotated[Optional[int], typer.Option(help="Seed of the sampling.")] = None,
+) -> None:
+    """Talk to a model in the terminal, or through a pipe: one line a turn."""
+    from strop.chat import converse
+
+    converse(
+        name, system=system, base=base, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+
+
+def check(
+    recipe: RecipeFile = None,
+    show: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 0,
+    ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
+    as_json: Json = False,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """See what would be trained on: rows, drops, masks, stop tokens."""
+    from strop.config.load import resolve
+    from strop.data.check import inspect_data, show_rows
+    from strop.model.facts import locate
+    from strop.model.load import load_tokenizer
+
+    chosen = resolve(recipe, {"model": "demo", **(options or {})}).recipe
+    prepared = inspect_data(chosen.data, load_tokenizer(locate(chosen.model.name, chosen.model.revision)))
+    report = prepared.report.as_json()
+    print_data(report)
+    if show:
+        show_rows(prepared, show, console, ids=ids)
+    _print_json(report, as_json)
+    if report["would_refuse"]:
+        raise typer.Exit(InputError.exit_code)
+
+
+def modules(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, run folder, or demo.")],
+    as_json: Json = False,
+) -> None:
+    """List the linear layers an adapter can sit on, and what picks them."""
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from strop.model.facts import locate
+    from strop.model.load import skeleton
+    from strop.model.lora import linear_kinds
+
+    kinds = linear_kinds(skeleton(locate(model)))
+    table = Table("name", "type", "in", "out", "count", "picked by")
+    for kind in kinds:
+        picked = ", ".join(kind.presets) or "nothing (output head)"
+        table.add_row(kind.name, kind.type, str(kind.in_features), str(kind.out_features), str(kind.count), picked)
+    console.print(table)
+    _print_json({"modules": [asdict(kind) for kind in kinds]}, as_json)
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="The folder that holds run folders.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List the runs in a folder."""
+    from strop.runs.folder import find_runs
+
+    rows = []
+    for run in find_runs(folder):
+        report = json.loads(run.report.read_text(encoding="utf-8")) if run.report.is_file() else {}
+        steps = [step for step, _ in run.checkpoints()]
+        rows.append(
+            {"run": str(run.path), "finished": run.finished, "step": report.get("steps", max(steps, default=0))}
+        )
+    for row in rows:
+        console.print(f"{row['run']}  {'finished' if row['finished'] else 'not finished'}, step {row['step']}")
+    if not rows:
+        console.print(f"no runs in {folder}")
+    _print_json({"runs": rows}, as_json)
+
+
+def schema() -> None:
+    """Print the JSON schema of a recipe."""
+    from strop.config.schema import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def demo(
+    out: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/demo-N.")] = None, as_json: Json = False
+) -> None:
+    """Fine-tune a small real model on this CPU in minutes, and see what it learned."""
+    from strop.demo.story import run_demo
+
+    with watching() as watch:
+        result = run_demo(out, watch)
+    _print_json(result, as_json)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"strop {__version__}")
+        raise typer.Exit
+
+
+def _end_of_run(report: dict[str, Any], as_json: bool) -> None:
+    out = report["run"]
+    console.print(
+        f"[bold]done[/]     {report['steps']} steps, {report['tokens']:,} tokens in {report['seconds']:.0f} s "
+        f"({report['tokens_per_s']:.0f} tokens/s, {report['supervised_tokens_per_s']:.0f} supervised)"
+    )
+    console.print(f"[bold]adapter[/]  {report['adapter']}\n[bold]report[/]   {out}/report.html")
+    _print_json(
+        {key: value for key, value in report.items() if key not in ("recipe", "lock", "machine", "data_report")},
+        as_json,
+    )
+
+
+COMMANDS: Mapping[str, Callable[..., None]] = {
+    "check": check,
+    "train": train,
+    "resume": resume,
+    "eval": evaluate,
+    "chat": chat,
+    "modules": modules,
+    "runs": runs,
+    "schema": schema,
+    "demo": demo,
+}
+
+
+def _version_option(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)] = False,
+) -> None:
+    pass
+
+
+def _recipe_fields() -> tuple[dict[str, Any], dict[str, str]]:
+    """Field infos by dotted name, and the short form of those that have one."""
+    from strop.config.load import SHORT
+    from strop.config.schema import option_fields
+
+    return dict(option_fields()), {field: name for name, field in SHORT.items()}
+
+
+def _parsed(options: dict[str, Any]) -> dict[str, Any]:
+    from strop.config.load import parse_option
+
+    return {
+        field: (value[0] if len(value) == 1 and field != "track" else value)
+        if isinstance(value, list)
+        else parse_option(field, value)
+        for field, value in options.items()
+    }
+
+
+def _print_json(value: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(value, ensure_ascii=False))
+
+
+def _fail(lines: list[str], error: dict[str, Any], code: int) -> None:
+    for line in lines:
+        console.print(f"error: {line}", markup=False, style="red" if code != 130 else "yellow")
+    _print_json({"error": error}, "--json" in sys.argv)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The recipe: every option of a run, stated once, with its unit, bounds and help.
+
+Command-line flags, the JSON schema and the table in the docs are made from these classes.
+A recipe is frozen and complete; where a value came from is kept beside it (config/load.py).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+def _finite(value: float) -> float:
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError("must be a finite number")
+    return value
+
+
+Finite = Annotated[float, AfterValidator(_finite)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSection(Section):
+    name: str = Field(description="Hub id, local folder, .gguf file, run folder, or `demo`")
+    revision: str | None = Field(None, description="Hub revision: branch, tag or commit")
+    adapter: str | None = Field(None, description="adapter or run folder to start from")
+    quantization: Literal["none"] = Field("none", description="how the frozen base is stored")
+    dtype: Literal["auto", "bf16", "fp32", "fp16"] = Field(
+        "auto", description="type of the frozen weights; `auto` measures bf16 against fp32 on a CPU"
+    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
+
+
+class DataSection(Section):
+    train: str | list[str] = Field(description="file, glob, Hub data set, or a list of them")
+    eval: str | list[str] | None = Field(
+        None, description="file to evaluate on, or a share of the train rows such as `5%` (split by content hash)"
+    )
+    format: str = Field("auto", description="shape of the rows; `auto` looks at all rows")
+    columns: dict[str, str] | None = Field(None, description="names of columns: prompt=question,completion=answer")
+    max_length: int = Field(1024, ge=2, description="longest row in tokens")
+    overlong: Literal["refuse", "drop", "truncate-start", "split"] = Field(
+        "refuse", description="what happens to rows above max_length"
+    )
+    bad_rows: Literal["refuse", "drop"] = Field("refuse", description="what happens to rows that are wrong")
+    loss: Literal["assistant", "all"] = Field("assistant", description="which tokens are trained on")
+    template: str | None = Field(None, description="chat template (name or file) in place of the model's own")
+    encoding: str = Field("utf-8", description="text encoding of the data files")
+
+
+class LoraSection(Section):
+    r: int = Field(16, ge=1, le=4096, description="rank")
+    alpha: Finite | None = Field(None, gt=0, description="scale numerator; default 2 r")
+    dropout: Finite = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="all-linear, attention, gate, or names of linear layers"
+    )
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained")
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) (arXiv:2312.03732)")
+    use_dora: bool = Field(False, description="weight-decomposed LoRA (arXiv:2402.09353)")
+    init: Literal["default", "gaussian", "pissa", "olora", "orthogonal"] = Field(
+        "default", description="initialisation of A and B"
+    )
+    rank_pattern: dict[str, int] = Field(default_factory=dict, description="rank by module name or regular expression")
+    alpha_pattern: dict[str, int] = Field(default_factory=dict, description="alpha by module name or expression")
+    modules_to_save: list[str] = Field(default_factory=list, description="modules trained in full, not through LoRA")
+    new_tokens: list[str] = Field(
+        default_factory=list, description="tokens added to the vocabulary; their embedding rows are trained and saved"
+    )
+
+
+class TrainSection(Section):
+    epochs: Finite = Field(3.0, gt=0, description="passes over the train rows")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
+    batch_size: int = Field(8, ge=1, description="effective batch in rows")
+    micro_batch: int | None = Field(None, ge=1, description="rows computed at once; default by tokens")
+    micro_batch_tokens: int | None = Field(None, ge=1, description="tokens computed at once, padding included")
+    learning_rate: Finite | None = Field(None, gt=0, le=1, description="peak learning rate; default by model size")
+    lora_plus_ratio: Finite = Field(1.0, gt=0, description="learning rate of B over that of A (arXiv:2402.12354)")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="schedule after the warmup")
+    warmup: Finite = Field(0.03, ge=0, description="below 1: share of all steps; else steps")
+    weight_decay: Finite = Field(0.0, ge=0, description="decoupled weight decay")
+    max_grad_norm: Finite = Field(1.0, ge=0, description="clip the gradient norm to this; 0: never")
+    optimizer: Literal["adamw"] = Field("adamw", description="optimizer")
+    gradient_checkpointing: Literal["auto", "off", "on"] = Field(
+        "auto", description="recompute layers in the backward pass to save memory"
+    )
+    eval_steps: int | None = Field(None, ge=1, description="evaluate every N steps; default once an epoch")
+    early_stopping: int | None = Field(None, ge=1, description="stop after N evaluations without a better loss")
+    save_steps: int | None = Field(None, ge=1, description="save every N steps; default once an epoch and 10 minutes")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept (the best is kept besides)")
+    log_steps: int = Field(1, ge=1, description="write a step event every N steps")
+    max_time: str | None = Field(None, pattern=r"^\d+(\.\d+)?[smhd]?$", description="stop and save after 90s, 30m, 2h")
+
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+class Recipe(Section):
+    model: ModelSection
+    data: DataSection
+    lora: LoraSection = Field(default_factory=LoraSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    track: list[Tracker] = Field(default_factory=list, description="experiment trackers; none by default")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything that is random")
+    out: str | None = Field(None, description="run folder; default runs/<data>-<date>")
+    preset: Literal["auto", "low-memory", "balanced", "max-quality"] = Field("auto", description="bundle of defaults")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.train.micro_batch is not None and self.train.micro_batch > self.train.batch_size:
+            raise ValueError("train.micro_batch: larger than train.batch_size")
+        if self.train.micro_batch is not None and self.train.micro_batch_tokens is not None:
+            raise ValueError("train.micro_batch: give it or train.micro_batch_tokens, not both")
+        if self.train.early_stopping is not None and self.data.eval is None:
+            raise ValueError("train.early_stopping: needs data.eval")
+        if self.lora.use_dora and self.lora.init == "olora":
+            raise ValueError("lora.init: olora and use_dora exclude each other")
+        return self
+
+
+def option_fields() -> list[tuple[str, Any]]:
+    """Every option as (dotted name, pydantic FieldInfo), in the order of the recipe."""
+    rows: list[tuple[str, Any]] = []
+    for name, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            rows += [(f"{name}.{inner}", info) for inner, info in field.annotation.model_fields.items()]
+        else:
+            rows.append((name, field))
+    return rows

@@ -1,0 +1,85 @@
+"""Which rows make which step: a stream of batches that can stop anywhere and go on exactly there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of one optimizer step.
+
+    rows: indices of rows. epoch: from 0. index: the step, from 0, over all epochs.
+    position: where a stream goes on after this batch (BatchStream's `position`).
+    """
+
+    rows: tuple[int, ...]
+    epoch: int
+    index: int
+    position: dict[str, int]
+
+
+class BatchStream:
+    """Batches of `batch_size` row indices out of `num_rows`, each row once an epoch, in an order of (seed, epoch).
+
+    Ends after `max_steps`, or else after `epochs` (a part of an epoch, such as 0.5, counts in whole batches,
+    rounded up). The last batch of an epoch may be smaller; it is never dropped.
+    position: the `position` of a batch of a stream with the same arguments; the stream goes on after it.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        batch_size: int,
+        seed: int,
+        epochs: float = 1.0,
+        max_steps: int | None = None,
+        position: Mapping[str, int] | None = None,
+    ) -> None:
+        assert num_rows > 0 and batch_size > 0, "a stream needs rows"
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps_per_epoch = math.ceil(num_rows / batch_size)
+        # 1e-9: a third of 3 epochs is not 1 step more for the last bit of a float
+        self.total_steps = max_steps or max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
+        self._next = 0
+        if position is not None:
+            here = self._position(position["step"])
+            assert dict(position) == here, f"a position of another stream: {dict(position)}, here {here}"
+            self._next = position["step"]
+
+    @property
+    def position(self) -> dict[str, int]:
+        """A small JSON-able state of what comes next."""
+        return self._position(self._next)
+
+    def order(self, epoch: int) -> list[int]:
+        """The rows of an epoch in order: a pure function of (seed, epoch)."""
+        # sorted by raw random bits: numpy promises the same bits for ever, not the same permutation()
+        keys = np.random.PCG64([self.seed, epoch]).random_raw(self.num_rows)
+        order: list[int] = np.argsort(keys, kind="stable").tolist()
+        return order
+
+    def __len__(self) -> int:
+        """Batches still to come."""
+        return self.total_steps - self._next
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, order = -1, []
+        while self._next < self.total_steps:
+            step = self._next
+            if epoch != step // self.steps_per_epoch:
+                epoch = step // self.steps_per_epoch
+                order = self.order(epoch)
+            start = (step % self.steps_per_epoch) * self.batch_size
+            self._next += 1
+            yield Batch(tuple(order[start : start + self.batch_size]), epoch, step, self.position)
+
+    def _position(self, step: int) -> dict[str, int]:
+        return {"step": step, "rows": self.num_rows, "batch_size": self.batch_size, "seed": self.seed}

@@ -1,0 +1,299 @@
+"""One row -> what it says: a function for each shape that rows have in the field. Each raises BadRow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from strop.data.conversation import Message, Role
+from strop.data.strictjson import Refused, loads
+from strop.errors import nearest
+
+Value = Mapping[str, Any]
+Keys = tuple[str, ...]  # the columns by which a row has its shape
+
+# Every name of a role, as LLaMA-Factory, ShareGPT, OpenAI, OpenAssistant and Llama write them. Others are refused.
+ROLES: dict[str, Role] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"),
+}
+CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: the assistant's turn is the call itself, as JSON
+
+
+class BadRow(ValueError):
+    """The row cannot be used, for the reason `code` of formats.REASONS."""
+
+    def __init__(self, code: str, what: str) -> None:
+        super().__init__(what)
+        self.code = code
+        self.what = what
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a row says once: messages (and tools), or text."""
+
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    text: str | None = None
+
+
+# --- messages ----------------------------------------------------------------------------------------------------
+
+
+def messages(value: Value, keys: Keys) -> list[Said]:
+    """One column: a list of turns."""
+    return [_said(_turns(value, keys[0]), value)]
+
+
+def _turns(value: Value, key: str) -> list[Message]:
+    turns = value[key]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadRow("bad-messages", f"{key} is {_kind(turns)}, not a list of objects")
+    said = [_message(turn, f"{key}[{place}]") for place, turn in enumerate(turns)]
+    names = {call["id"]: call["function"]["name"] for turn in said for call in turn.tool_calls if "id" in call}
+    return [
+        replace(turn, name=names.get(str(raw.get("tool_call_id")))) if turn.role == "tool" and not turn.name else turn
+        for turn, raw in zip(said, turns, strict=True)
+    ]
+
+
+def _said(turns: list[Message], value: Value) -> Said:
+    """The turns behind the row's own system text, with its tools. Raises BadRow for turns that teach nothing."""
+    system = _optional_text(value, "system")
+    if system:
+        if turns and turns[0].role == "system":
+            raise BadRow("bad-messages", "two system texts: the column `system` and the first turn")
+        turns = [Message("system", system), *turns]
+    spoken = [turn for turn in turns if turn.role != "system"]
+    if not any(turn.role == "assistant" for turn in spoken):
+        raise BadRow("no-assistant", "no assistant turn" if turns else "no turns")
+    if spoken[0].role != "user":
+        raise BadRow("no-user-first", f"the first turn is the {spoken[0].role}'s, not the user's")
+    for turn in spoken:
+        blank = not turn.content.strip()
+        if blank and turn.role == "assistant" and not turn.tool_calls and turn.weight:
+            raise BadRow("empty-answer", "an assistant turn is empty: it trains to stop at once")
+        if blank and turn.role == "user":
+            raise BadRow("empty-prompt", "a user turn is empty")
+    return Said(tuple(turns), _tools(value))
+
+
+def _message(turn: dict[str, Any], at: str) -> Message:
+    role_key = "role" if turn.get("role") is not None else "from"
+    named = turn.get(role_key)
+    if not isinstance(named, str):
+        raise BadRow("unknown-role", f"{at}.{role_key} is {_kind(named)}, not a string")
+    content = turn["content"] if "content" in turn else turn.get("value")
+    weight = _weight(turn, at)
+    if named.lower() in CALL_ROLES:
+        return Message("assistant", "", tool_calls=_calls(content, at), weight=weight)
+    role = ROLES.get(named.lower())
+    if role is None:
+        raise BadRow("unknown-role", f"{at}: unknown role {named[:40]!r}{nearest(named, [*ROLES, *CALL_ROLES])}")
+    calls = _calls(turn["tool_calls"], at) if turn.get("tool_calls") else ()
+    calls += _calls(turn["function_call"], at) if turn.get("function_call") else ()
+    thoughts = [turn[key] for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)]
+    if len(thoughts) > 1 or not all(isinstance(thought, str) for thought in thoughts):
+        raise BadRow("bad-part", f"{at}: the reasoning must be one string")
+    if isinstance(content, list):
+        content, within, more = _parts(content, at)
+        thoughts, calls = thoughts + within, calls + more
+    if content is None:
+        if not calls:
+            raise BadRow("no-content", f"{at}: content is null or missing (allowed only beside tool calls)")
+        content = ""
+    if not isinstance(content, str):
+        raise BadRow("not-text", f"{at}: content is {_kind(content)}, not a string")
+    if role != "assistant" and (calls or thoughts):
+        raise BadRow("bad-part", f"{at}: only an assistant turn can hold reasoning or tool calls")
+    name = turn.get("name")
+    if name is not None and not isinstance(name, str):
+        raise BadRow("not-text", f"{at}: name is {_kind(name)}, not a string")
+    return Message(role, content, "".join(thoughts) if thoughts else None, calls, name, weight)
+
+
+def _weight(turn: dict[str, Any], at: str) -> float:
+    given = [turn[key] for key in ("weight", "loss_weight", "train") if turn.get(key) is not None]
+    if not given:
+        return 1.0
+    if not all(isinstance(weight, int | float) and 0 <= weight <= 1e6 for weight in given) or len(set(given)) > 1:
+        raise BadRow("bad-weight", f"{at}: weight, loss_weight and train are one number from 0 up, or true or false")
+    return float(given[0])
+
+
+_PARTS = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}  # type -> place in the turn
+
+
+def _parts(parts: list[Any], at: str) -> tuple[str | None, list[str], tuple[dict[str, Any], ...]]:
+    """Typed parts -> (text, reasoning, calls), in that order only, since a template can render no other."""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: tuple[dict[str, Any], ...] = ()
+    last = 0
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str) or kind not in _PARTS:
+            shown = repr(kind[:40]) if isinstance(kind, str) else _kind(part)
+            raise BadRow("bad-part", f"{at}: a part of type {shown}; known are {', '.join(_PARTS)}")
+        if _PARTS[kind] < last:
+            raise BadRow("bad-part", f"{at}: {kind} behind a later part; the order is reasoning, text, tool calls")
+        last = _PARTS[kind]
+        held = [part[key] for key in ("text", "value", kind) if part.get(key) is not None]
+        content = held[0] if held else None
+        if kind == "tool_call":
+            calls += _calls(content, at)
+        elif isinstance(content, str):
+            (texts if kind == "text" else thoughts).append(content)
+        else:
+            raise BadRow("not-text", f"{at}: a part of type {kind} holds {_kind(content)}, not a string")
+    return "".join(texts) if texts else None, thoughts, calls
+
+
+# --- tools -------------------------------------------------------------------------------------------------------
+
+
+def _calls(raw: Any, at: str) -> tuple[dict[str, Any], ...]:
+    """One call or a list, objects or JSON, flat or as OpenAI has it -> {type, function: {name, arguments: object}}."""
+    items = _parsed(raw, "bad-tool-call", at)
+    calls = []
+    for item in items if isinstance(items, list) else [items]:
+        inner = item.get("function", item) if isinstance(item, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise BadRow("bad-tool-call", f"{at}: a tool call needs a name and arguments")
+        arguments = inner.get("arguments", inner.get("parameters"))
+        arguments = {} if arguments is None or arguments == "" else _parsed(arguments, "bad-tool-call", at)
+        if not isinstance(arguments, dict):
+            raise BadRow("bad-tool-call", f"{at}: the arguments of a tool call are {_kind(arguments)}, not an object")
+        call = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
+        calls.append({"id": item["id"], **call} if isinstance(item.get("id"), str) else call)
+    return tuple(calls)
+
+
+def _tools(value: Value) -> tuple[dict[str, Any], ...]:
+    raw = value.get("tools")
+    if raw is None or raw == "":
+        return ()
+    tools = _parsed(raw, "bad-tools", "tools")
+    if not isinstance(tools, list):
+        raise BadRow("bad-tools", f"tools is {_kind(tools)}, not a list")
+    full = []
+    for tool in tools:
+        inner = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise BadRow("bad-tools", "a tool needs a name")
+        full.append(tool if inner is not tool else {"type": "function", "function": tool})
+    return tuple(full)
+
+
+def _parsed(raw: Any, code: str, at: str) -> Any:
+    """JSON where it is a string, else as it is."""
+    if not isinstance(raw, str):
+        return raw
+    try:
+        return loads(raw)
+    except Refused as error:
+        raise BadRow(code, f"{at}: the string is not JSON: {error.what}") from error
+
+
+# --- columns -----------------------------------------------------------------------------------------------------
+
+
+def columns(value: Value, keys: Keys) -> list[Said]:
+    """Two columns, strings or lists of messages. The prompt is given: its assistant turns are not trained on."""
+    return [_said([*_given(_side(value, keys[0], "user")), *_side(value, keys[1], "assistant")], value)]
+
+
+def _given(turns: list[Message]) -> list[Message]:
+    return [replace(turn, weight=0.0) if turn.role == "assistant" else turn for turn in turns]
+
+
+def _side(value: Value, key: str, role: Role) -> list[Message]:
+    held = value[key]
+    if isinstance(held, dict):
+        return [_message(held, key)]
+    return _turns(value, key) if isinstance(held, list) else [Message(role, _text(value, key))]
+
+
+def alpaca(value: Value, keys: Keys) -> list[Said]:
+    """instruction, maybe input; output. The input follows the instruction after a blank line."""
+    turns: list[Message] = []
+    history = value.get("history") or []
+    if not isinstance(history, list):
+        raise BadRow("bad-messages", f"history is {_kind(history)}, not a list of [prompt, answer]")
+    for pair in history:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise BadRow("bad-messages", "history holds something else than [prompt, answer]")
+        turns += [Message("user", pair[0]), Message("assistant", pair[1])]
+    return [_said([*turns, Message("user", _task(value)), Message("assistant", _text(value, keys[1]))], value)]
+
+
+def instances(value: Value, keys: Keys) -> list[Said]:
+    """Self-instruct: an instruction and a list of input and output. Each makes a conversation of its own."""
+    items = value["instances"]
+    if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
+        raise BadRow("bad-messages", "instances is not a list of objects with input and output")
+    rows = ({**item, "instruction": value["instruction"], "system": value.get("system")} for item in items)
+    return [said for row in rows for said in alpaca(row, ("instruction", "output"))]
+
+
+def _task(value: Value) -> str:
+    instruction = _text(value, "instruction")
+    given = _optional_text(value, "input") or _optional_text(value, "context")
+    return f"{instruction}\n\n{given}" if given.strip() else instruction
+
+
+def text(value: Value, keys: Keys) -> list[Said]:
+    """Raw text."""
+    content = _text(value, "text")
+    if not content.strip():
+        raise BadRow("empty-text", "the text is empty")
+    return [Said(text=content)]
+
+
+def preference(value: Value, keys: Keys) -> list[Said]:
+    """chosen and rejected: answers to a prompt or a conversation, or whole conversations. Gives the chosen side."""
+    key = next(
+        (key for key in ("conversations", "prompt", "question", "instruction") if value.get(key) is not None), ""
+    )
+    if not key and isinstance(value["chosen"], str):
+        raise BadRow("no-prompt", "chosen is a string and there is no prompt")
+    given = [Message("user", _task(value))] if key == "instruction" else _side(value, key, "user") if key else []
+    sides = []
+    for name in keys:
+        side = _side(value, name, "assistant")
+        whole = side[: len(given)] == given  # many sets repeat the prompt at the start of both sides
+        sides.append(_said([*_given(given), *(side[len(given) :] if whole else side)], value))
+    if sides[0] == sides[1]:
+        raise BadRow("same-answers", "chosen and rejected are the same")
+    return sides[:1]
+
+
+def _text(value: Value, key: str) -> str:
+    held = value.get(key)
+    if held is None:
+        raise BadRow("no-content", f"{key} is null or missing")
+    if not isinstance(held, str):
+        raise BadRow("not-text", f"{key} is {_kind(held)}, not a string")
+    return held
+
+
+def _optional_text(value: Value, key: str) -> str:
+    return "" if value.get(key) is None else _text(value, key)
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,49 @@
+"""`strop demo`: the whole story on a small real model: train, compare base and tuned, show answers, say what is next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from strop.adapters import load
+from strop.config.load import resolve
+from strop.demo import data_files
+from strop.evaluate.compare import compare
+from strop.evaluate.run import add_to_report, read_conversations
+from strop.runs.events import Event
+from strop.runs.folder import RunFolder, next_numbered
+from strop.terminal import answering, console, print_samples, print_scores
+from strop.train.run import train
+
+METRIC = "exact_json"
+
+
+def run_demo(out: Path | None, watch: Callable[[Event], None]) -> dict[str, Any]:
+    """Trains on the packaged rows with the default recipe and answers the held-out ones; returns what eval returns."""
+    rows, held_out = data_files()
+    folder = out or next_numbered(Path("runs"), "demo")
+    run = train(resolve(None, {"model": "demo", "data": str(rows), "out": str(folder)}), [watch])
+    console.print(f"trained  {run.report['seconds']:.0f} s, {run.report['tokens_per_s']:.0f} tokens/s")
+    with answering() as advance:
+        result = {
+            "run": str(folder),
+            **compare(load(folder), read_conversations(str(held_out)), metric=METRIC, advance=advance),
+        }
+    add_to_report(RunFolder(folder), result)
+    print_scores(result)
+    print_samples(_different(result["samples"]))
+    console.print(f"\nwrote    {folder}/adapter (PEFT format)\n         {folder}/report.html\n         {folder}/report.json")
+    console.print(
+        "\nnow with your own data:\n"
+        "  strop check --model demo --data YOURS.jsonl --show 3\n"
+        f"  strop train --model demo --data YOURS.jsonl --out {folder.parent}/mine\n"
+        f"  strop chat {folder.parent}/mine",
+        markup=False,
+    )
+    return result
+
+
+def _different(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Three rows spread over the held-out set."""
+    return samples[:: max(1, len(samples) // 3)][:3]

@@ -1,0 +1,48 @@
+"""Which device and which weight type a run uses here. The CPU's precision is measured once a machine and cached."""
+
+from __future__ import annotations
+
+import json
+import platform
+
+import torch
+
+from strop.engine.precision import measure
+from strop.errors import InputError
+from strop.machine.probe import probe
+from strop.runs.folder import cache_folder, write_json
+from strop.runs.lock import sha256_text
+
+
+def pick_device(asked: str) -> str:
+    """`auto` is CUDA, then MPS, then the CPU. Raises InputError for a device that torch cannot use here."""
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    usable = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
+    kind, _, index = asked.partition(":")
+    if not usable[kind] or (index and int(index) >= torch.cuda.device_count()):
+        raise InputError(
+            f"--model.device {asked}: torch {torch.__version__} cannot use it here",
+            fix="use cpu, or leave model.device at auto",
+        )
+    return asked
+
+
+def pick_dtype(device: str) -> tuple[str, str]:
+    """(bf16 or fp32, why) for the frozen weights on this device."""
+    if device.startswith("cuda"):
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "the card computes in bf16") if bf16 else ("fp32", "the card has no bf16 and fp16 overflows")
+    if device == "mps":
+        return "fp32", "bf16 is not reliable on every MPS release"
+    key = sha256_text(f"{probe().cpu} {torch.__version__} {torch.get_num_threads()} {platform.machine()}")[:16]
+    file = cache_folder() / "precision" / f"{key}.json"
+    if file.is_file():
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return known["dtype"], known["why"]
+    found = measure(device)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        file, {"dtype": found.dtype, "why": found.why, "bf16_flops": found.bf16_flops, "fp32_flops": found.fp32_flops}
+    )
+    return found.dtype, found.why

@@ -1,0 +1,126 @@
+"""The element-wise operations of the step in plain PyTorch: any device, any float type; what kernels.py must equal.
+
+All of them compute in fp32 (fp64 for fp64 input) and round once at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """x / rms(x) * (offset + weight) over the last dimension; weight of shape (x.shape[-1],)."""
+    wide = _wide(x)
+    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (scaled * (_wide(weight) + offset)).to(x.dtype)
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """Gradient of rms_norm with respect to x."""
+    wide = _wide(x)
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed = wide * rstd
+    weighted = _wide(grad) * (_wide(weight) + offset)
+    return (rstd * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))).to(x.dtype)
+
+
+def _activate(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Value and slope of the activation."""
+    if activation == "silu":
+        sigmoid = torch.sigmoid(gate)
+        return gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
+    assert activation == "gelu_pytorch_tanh", activation
+    root, cubic = 0.7978845608028654, 0.044715  # sqrt(2 / pi)
+    tanh = torch.tanh(root * (gate + cubic * gate**3))
+    slope = 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh**2) * root * (1 + 3 * cubic * gate**2)
+    return 0.5 * gate * (1 + tanh), slope
+
+
+def glu(gate_up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up, for gate_up (T, 2 I) with the gate in the first half."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (_activate(_wide(gate), activation)[0] * _wide(up)).to(gate_up.dtype)
+
+
+def glu_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """(gradient with respect to gate_up, the forward's output again)."""
+    gate, up = (_wide(half) for half in gate_up.chunk(2, dim=-1))
+    value, slope = _activate(gate, activation)
+    wide = _wide(grad)
+    return torch.cat([wide * up * slope, wide * value], dim=-1).to(gate_up.dtype), (value * up).to(gate_up.dtype)
+
+
+def hidden(queries: int, keys: int, first: int, window: int, device: torch.device) -> Tensor:
+    """(queries, keys) bool: True where query `first + i` must not see key j (causal, and window if it is not 0)."""
+    i = first + torch.arange(queries, device=device)[:, None]
+    j = torch.arange(keys, device=device)[None]
+    return (j > i) | (j <= i - window) if window else j > i
+
+
+def softmax_(scores: Tensor, group: int, first: int, window: int) -> Tensor:
+    """Causal softmax in place. scores (B, Q * group, K): row q * group + g is query `first + q` of head g."""
+    queries, keys = scores.shape[1] // group, scores.shape[2]
+    mask = hidden(queries, keys, first, window, scores.device).repeat_interleave(group, dim=0)
+    # bf16 softmax accumulates in fp32 on every device; an explicit fp32 copy is several times as slow on a CPU.
+    return scores.copy_(torch.softmax(scores.masked_fill_(mask, float("-inf")), dim=-1))
+
+
+def softmax_backward_(grad: Tensor, probs: Tensor, group: int, first: int, window: int) -> Tensor:
+    """Gradient with respect to the scores, written over `grad` (the gradient with respect to `probs`)."""
+    wide, probs = _wide(grad), _wide(probs)
+    return grad.copy_(probs * (wide - (wide * probs).sum(-1, keepdim=True)))
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: float, gradient: bool) -> Tensor:
+    """Sum of weights * cross entropy, a wide scalar; with `gradient`, logits (N, V) become the gradient of it.
+
+    softcap (0: none): the logits are first bent to softcap * tanh(logits / softcap).
+    """
+    wide = _wide(logits)
+    bent = softcap * torch.tanh(wide / softcap) if softcap else wide
+    log_probs = F.log_softmax(bent, dim=-1)
+    index = labels[:, None]
+    weight = weights[:, None].to(wide.dtype)
+    loss = -(log_probs.gather(1, index) * weight).sum()
+    if gradient:
+        slope = log_probs.exp_().scatter_add_(1, index, torch.full_like(weight, -1.0)).mul_(weight)
+        logits.copy_(slope * (1 - (bent / softcap).square()) if softcap else slope)
+    return loss
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (halves convention). x (T, heads, d) fp32; cos, sin (T, m): the first 2 m of d are turned."""
+    m = cos.shape[-1]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    a, b, rest = x[..., :m], x[..., m : 2 * m], x[..., 2 * m :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, slots: Tensor, group: int) -> Tensor:
+    """Packed rows to one matrix a document and key-value head, turned by the rotary embedding and scaled.
+
+    x (T, heads, d); slots (D, S): the packed row of each place, -1 for padding, which gets zeros.
+    Returns (D * heads / group, S * group, d).
+    """
+    wide = _wide(x)
+    if cos is not None and sin is not None:
+        wide = rotate(wide, cos, sin) * scale
+    docs, length = slots.shape
+    picked = wide.to(x.dtype)[slots.clamp(min=0)].masked_fill_((slots < 0)[..., None, None], 0)
+    heads, d = x.shape[1:]
+    return picked.view(docs, length, heads // group, group, d).transpose(1, 2).reshape(-1, length * group, d)
+
+
+def from_heads_(out: Tensor, x: Tensor, slots: Tensor, group: int) -> None:
+    """Adds what to_heads spread out (without turning) back onto the packed rows of `out` (T, heads, d)."""
+    docs, length = slots.shape
+    heads, d = out.shape[1:]
+    rows = x.view(docs, heads // group, length, group, d).transpose(1, 2).reshape(-1, heads, d)
+    used = slots.reshape(-1) >= 0
+    out.index_add_(0, slots.reshape(-1)[used], rows[used].to(out.dtype))

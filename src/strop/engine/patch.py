@@ -1,0 +1,287 @@
+"""The fast step for the families whose layers it knows: one row in FAMILIES and one parity test each.
+
+FastLoss reads the weights and the adapters of a transformers + peft model and computes the loss itself. The model
+stays whole: its optimizer, save, merge and generate go on with the same parameters. Base weights that share an input
+are laid side by side once; the model's own weights become views of them, so that nothing is held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from strop.engine import eager
+from strop.engine.attention import Attention, Heads, sdpa
+from strop.engine.functions import Frozen, Glu, LoraLinear, Norm, Ops, RmsNorm
+from strop.engine.head import SupervisedLoss
+from strop.engine.packed import Packed, pack
+
+if TYPE_CHECKING:
+    from strop.data.conversation import Example
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family's decoder layer differs from Llama's."""
+
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    norm_offset: float = 0.0  # 1: the norms' weights are stored as their difference from 1
+    mlp_norm: str = "post_attention_layernorm"
+    after_attention: str | None = None  # norms of what a block adds to the residual stream
+    after_mlp: str | None = None
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+}
+
+
+def unsupported(model: nn.Module) -> str | None:
+    """Why the fast step cannot compute this model, in words for the user; None where it can."""
+    if not isinstance(model, PeftModel):
+        return "the model has no peft adapter"
+    base: Any = model.get_base_model()
+    family = FAMILIES.get(base.config.model_type)
+    if family is None:
+        return f"model family {base.config.model_type} is not in the table of the fast step"
+    return _unsupported_adapter(model, base, family) or _unsupported_base(base, family)
+
+
+def _unsupported_adapter(model: Any, base: Any, family: Family) -> str | None:
+    known = {id(module) for layer in base.model.layers for group in _linears(layer, family) for module in group}
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer) and id(module) not in known:
+            return f"an adapter on {name}"
+        if isinstance(module, LoraLayer):
+            variants = [*module.lora_variant.values(), *(b for b in module.lora_bias.values() if b)]
+            if type(module) is not PeftLinear or variants:
+                return f"{name}: a variant of LoRA (DoRA, trained bias) or quantized weights ({type(module).__name__})"
+            if any(not isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values()):
+                return "lora dropout above 0"
+            if module.merged:
+                return f"{name}: its adapter is merged"
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_A." not in name and ".lora_B." not in name:
+            return f"{name} is trained in full"
+    return None
+
+
+def _unsupported_base(base: Any, family: Family) -> str | None:
+    config = base.config
+    for layer in base.model.layers:
+        for module in (_base(module) for group in _linears(layer, family) for module in group):
+            if type(module) is not nn.Linear:
+                return f"quantized or unknown weights ({type(module).__name__})"
+    weights = list(base.parameters())
+    kinds = {(p.dtype, p.device) for p in weights if not p.requires_grad}
+    if len(kinds) > 1 or not kinds:
+        return "base weights of several types or on several devices"
+    if weights[0].dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        return f"base weights in {weights[0].dtype}"
+    activation = _activation(config)
+    if activation not in ("silu", "gelu_pytorch_tanh"):
+        return f"activation {activation}"
+    for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
+        if getattr(config, name, 0):
+            return f"{name} above 0"
+    for name in ("use_bidirectional_attention", "attn_logit_softcapping"):
+        if getattr(config, name, None):
+            return name
+    kind = getattr(base.model.rotary_emb, "rope_type", "default")
+    for rope in kind.values() if isinstance(kind, dict) else [kind]:
+        if rope in ("dynamic", "longrope"):  # the angles depend on the longest row of the batch
+            return f"rotary embedding of type {rope}"
+    return None
+
+
+def _linears(layer: Any, family: Family) -> Iterator[list[Any]]:
+    """The layer's linear modules, in groups that share their input."""
+    yield [getattr(layer.self_attn, name) for name in family.qkv]
+    yield [layer.self_attn.o_proj]
+    yield [getattr(layer.mlp, name) for name in family.gate_up]
+    yield [layer.mlp.down_proj]
+
+
+def _base(module: Any) -> Any:
+    return module.base_layer if isinstance(module, LoraLayer) else module
+
+
+def _activation(config: Any) -> str:
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+
+
+class Joined:
+    """Linear modules that share their input, as one frozen weight, with the adapters that are active on them now."""
+
+    def __init__(self, modules: list[Any], enter: Norm | Glu | None) -> None:
+        self.modules, self.enter = modules, enter
+        bases = [_base(module) for module in modules]
+        self.weight = _side_by_side([base.weight for base in bases])
+        biases = [base.bias for base in bases]
+        self.bias = _side_by_side(biases) if biases[0] is not None else None
+        self.views = [(base, base.weight.data_ptr()) for base in bases]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        adapters: list[Tensor] = []
+        columns, scales, at = [], [], 0
+        for module, (base, pointer) in zip(self.modules, self.views, strict=True):
+            assert base.weight.data_ptr() == pointer, "the model's weights were moved or replaced after FastLoss"
+            width = base.weight.shape[0]
+            if isinstance(module, LoraLayer) and not module.disable_adapters and not module.merged:
+                for name in module.active_adapters:
+                    if name in module.lora_A:
+                        adapters += [module.lora_A[name].weight, module.lora_B[name].weight]
+                        columns.append(slice(at, at + width))
+                        scales.append(float(module.scaling[name]))
+            at += width
+        frozen = Frozen(self.weight, self.bias, tuple(columns), tuple(scales))
+        return cast(Tensor, LoraLinear.apply(x, frozen, self.enter, *adapters))
+
+
+def _side_by_side(parts: list[nn.Parameter]) -> Tensor:
+    """One tensor with the rows of all parts, which become views of it (or are already)."""
+    if len(parts) == 1:
+        return parts[0].data
+    rows = sum(len(part) for part in parts)
+    first, at = parts[0].data, 0
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.storage_offset() != first.storage_offset() + at or not part.is_contiguous():
+            break
+        at += part.numel()
+    else:
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
+    joined = torch.cat([part.data for part in parts])
+    for part, view in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+        part.data = view
+    return joined
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer as the fast step computes it."""
+
+    qkv: Joined
+    heads: Heads
+    rope: str | None
+    o: Joined
+    after_attention: Norm | None
+    gate_up: Joined
+    down: Joined
+    after_mlp: Norm | None
+
+
+class FastLoss:
+    """The loss of a micro-batch through the fast step, for models that `unsupported` has no reason against.
+
+    prefix_sharing: compute a prefix common to all examples once. checkpoint_layers: this many layers, from the first,
+    keep nothing but their input and are computed again in the backward. Made after the model is on its device and in
+    its type.
+    """
+
+    def __init__(self, model: nn.Module, *, prefix_sharing: bool = True, checkpoint_layers: int = 0) -> None:
+        reason = unsupported(model)
+        assert reason is None, reason
+        base: Any = cast(Any, model).get_base_model()
+        self.prefix_sharing, self.checkpoint_layers = prefix_sharing, checkpoint_layers
+        self._decoder, self._head = base.model, base.get_output_embeddings()
+        self._softcap = float(getattr(base.config, "final_logit_softcapping", None) or 0)
+        self._device: torch.device = self._head.weight.device
+        self._ops: Ops = cast(Ops, eager)
+        family = FAMILIES[base.config.model_type]
+        self._layers = [self._layer(layer, family, base.config) for layer in base.model.layers]
+        self._norm = self._norm_of(base.model.norm, family)
+
+    def __call__(self, examples: Sequence[Example]) -> Tensor:
+        """Sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable in the adapters."""
+        batch = pack(examples, prefix_sharing=self.prefix_sharing, device=self._device)
+        hidden = self._decoder.embed_tokens(batch.ids)
+        angles = self._angles(batch.positions)
+        last = len(self._layers) - 1
+        for i, layer in enumerate(self._layers):
+            rows = batch.rows if i == last else None
+            if i < self.checkpoint_layers and torch.is_grad_enabled():
+                hidden = checkpoint(
+                    self._through, layer, hidden, batch, angles, rows, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden = self._through(layer, hidden, batch, angles, rows)
+        hidden = RmsNorm.apply(hidden, self._norm)
+        if len(batch.picked) != len(batch.rows):  # a row behind which several examples part has several labels
+            hidden = hidden[batch.picked]
+        loss = SupervisedLoss.apply(
+            hidden, batch.labels, batch.weights, self._head.weight, self._softcap, self._ops
+        )
+        return cast(Tensor, loss)
+
+    def _through(
+        self, layer: Layer, hidden: Tensor, batch: Packed, angles: dict[str | None, tuple[Tensor, Tensor]],
+        rows: Tensor | None,
+    ) -> Tensor:
+        """One layer; rows: the only rows that anything behind this layer reads (its keys and values need all)."""
+        qkv = layer.qkv(hidden)
+        cos, sin = angles[layer.rope]
+        attend = Attention.apply if qkv.device.type == "cpu" else sdpa
+        mixed = attend(qkv, layer.heads, cos, sin, batch.buckets)
+        if rows is not None:
+            mixed, hidden = mixed[rows], hidden[rows]
+        mixed = layer.o(mixed)
+        hidden = hidden + (mixed if layer.after_attention is None else RmsNorm.apply(mixed, layer.after_attention))
+        mixed = layer.down(layer.gate_up(hidden))
+        return hidden + (mixed if layer.after_mlp is None else RmsNorm.apply(mixed, layer.after_mlp))
+
+    def _angles(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """cos and sin (T, m) for each kind of rotary embedding among the layers."""
+        found = {}
+        for kind in {layer.rope for layer in self._layers}:
+            like = torch.empty(0, device=positions.device)
+            cos, sin = self._decoder.rotary_emb(like, positions[None], *([] if kind is None else [kind]))
+            half = cos.shape[-1] // 2  # both halves are the same
+            found[kind] = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        return found
+
+    def _norm_of(self, module: Any, family: Family) -> Norm:
+        eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+        return Norm(self._ops, module.weight.data, float(eps), family.norm_offset)
+
+    def _layer(self, layer: Any, family: Family, config: Any) -> Layer:
+        def norm(owner: Any, name: str | None) -> Norm | None:
+            found = getattr(owner, name, None) if name else None
+            return None if found is None else self._norm_of(found, family)
+
+        attention = layer.self_attn
+        qkv, o, gate_up, down = _linears(layer, family)
+        heads = Heads(
+            self._ops,
+            query=config.num_attention_heads,
+            key_value=config.num_key_value_heads,
+            size=attention.head_dim,
+            scale=float(attention.scaling),
+            # Mistral and Phi-3 keep it in the config alone, the others in the layers it applies to.
+            window=int(getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0),
+            q_norm=norm(attention, "q_norm"),
+            k_norm=norm(attention, "k_norm"),
+        )
+        by_type = isinstance(getattr(self._decoder.rotary_emb, "rope_type", None), dict)
+        return Layer(
+            Joined(qkv, norm(layer, "input_layernorm")),
+            heads,
+            attention.layer_type if by_type else None,
+            Joined(o, None),
+            norm(layer, family.after_attention),
+            Joined(gate_up, norm(layer, family.mlp_norm)),
+            Joined(down, Glu(self._ops, _activation(config))),
+            norm(layer, family.after_mlp),
+        )

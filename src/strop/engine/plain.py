@@ -1,0 +1,51 @@
+"""The step as the model itself computes it: for every family, and the reference the fast step is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from strop.data.conversation import Example
+
+
+class PlainLoss:
+    """Loss of a micro-batch through the model's own forward, on rows padded at their right.
+
+    model: any causal language model of transformers, with or without adapters. Whatever the architecture does
+    behind its output embedding (scaling, soft-capping) stays in place.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self._head: torch.nn.Module = cast(Any, model).get_output_embeddings()
+
+    def __call__(self, examples: Sequence[Example]) -> Tensor:
+        """Sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable."""
+        device = next(self._head.parameters()).device
+        longest = max(len(example) for example in examples)
+        ids = torch.zeros(len(examples), longest, dtype=torch.long)
+        weights = torch.zeros(len(examples), longest)
+        attended = torch.zeros(len(examples), longest, dtype=torch.long)
+        for i, example in enumerate(examples):
+            ids[i, : len(example)] = torch.from_numpy(example.ids)
+            weights[i, : len(example)] = torch.from_numpy(example.weights)
+            attended[i, : len(example)] = 1
+        row, column = weights.nonzero(as_tuple=True)
+        labels, weight = ids[row, column].to(device), weights[row, column].to(device)
+        row, before = row.to(device), (column - 1).to(device)  # the position that predicts each label
+
+        def supervised_only(_: torch.nn.Module, inputs: tuple[Any, ...]) -> Any:
+            return (inputs[0][row, before], *inputs[1:])
+
+        # A hook on the output embedding, so that no logits are made for padding, prompts and other unsupervised tokens.
+        with self._head.register_forward_pre_hook(supervised_only):
+            logits = self.model(
+                input_ids=ids.to(device), attention_mask=attended.to(device), use_cache=False, return_dict=True
+            ).logits
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        return (losses * weight).sum()

@@ -1,0 +1,111 @@
+"""One tree of errors. Each carries what is wrong, what to do about it, and where.
+
+StropError                what, fix, where; never raised itself
+├── InputError            the user's input is wrong; found before weights load      exit 2
+│   ├── RecipeError       an option or a recipe: unknown key, bad value
+│   ├── DataError         a data file or its rows
+│   ├── ModelError        a model, an adapter, a tokenizer, a chat template
+│   └── FolderError       a folder that cannot be written, or holds something already
+├── RunError              it was tried and failed                                   exit 1
+│   ├── NonFiniteError    loss or gradient is NaN or infinite
+│   └── CheckpointError   no checkpoint that verifies
+└── Stopped               Ctrl-C or SIGTERM, after saving                           exit 130
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SHOWN_PLACES = 10  # how many places an error lists before it only counts them
+
+
+@dataclass(frozen=True)
+class Where:
+    """A place in the user's input: a file, a line from 1 (None: the whole file), and what is wrong there."""
+
+    file: str
+    line: int | None
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.what}" if self.line else f"{self.file}: {self.what}"
+
+
+class StropError(Exception):
+    """what went wrong, how to fix it, and where (any number of places)."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, fix: str = "", where: Sequence[Where] = ()) -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+        self.where = tuple(where)
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__
+
+    def lines(self) -> list[str]:
+        """The error as a person reads it: one line a place, then the fix."""
+        if len(self.where) == 1:
+            return [f"{self.where[0]}" + (f": {self.fix}" if self.fix else "")]
+        if not self.where:
+            return [self.what + (f": {self.fix}" if self.fix else "")]
+        shown = [str(place) for place in self.where[:SHOWN_PLACES]]
+        more = len(self.where) - len(shown)
+        rest = [f"... and {more} more"] if more else []
+        return [*shown, *rest, self.what + (f": {self.fix}" if self.fix else "")]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "message": self.what,
+            "fix": self.fix,
+            "where": [asdict(place) for place in self.where],
+        }
+
+
+class InputError(StropError):
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    pass
+
+
+class DataError(InputError):
+    pass
+
+
+class ModelError(InputError):
+    pass
+
+
+class FolderError(InputError):
+    pass
+
+
+class RunError(StropError):
+    pass
+
+
+class NonFiniteError(RunError):
+    pass
+
+
+class CheckpointError(RunError):
+    pass
+
+
+class Stopped(StropError):
+    exit_code = 130
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' (did you mean x?)' for the known word most like `word`, else ''."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""

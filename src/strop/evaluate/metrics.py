@@ -1,0 +1,166 @@
+"""How an answer is judged: one (gold, answer) pair is a hit or a miss, and the rates carry their intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from strop.errors import DataError, RecipeError, Where, nearest
+
+Z_95 = 1.959963984540054  # 97.5 % point of the standard normal
+Judgement = dict[str, bool]  # the hit first, under the metric's own name; then the side scores
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`judge(gold, answer)` raises ValueError where the gold is not what the metric needs."""
+
+    name: str
+    judge: Callable[[str, str], Judgement]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Judgements of n answers. `hits`: of the metric itself, by row. `rates`: name -> share from 0 to 1."""
+
+    metric: str
+    hits: tuple[bool, ...]
+    rates: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Tuned rate less base rate, with its 95 % interval; each from -1 to 1."""
+
+    value: float
+    low: float
+    high: float
+
+
+def _blanks(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _exact(gold: str, answer: str) -> Judgement:
+    return {"exact": _blanks(gold) == _blanks(answer)}
+
+
+def _contains(gold: str, answer: str) -> Judgement:
+    return {"contains": _blanks(gold).casefold() in _blanks(answer).casefold()}
+
+
+def _regex(gold: str, answer: str) -> Judgement:
+    try:
+        return {"regex": re.search(gold, answer) is not None}
+    except re.error as error:
+        raise ValueError(f"not a regular expression ({error})") from error
+
+
+def _object(text: str) -> dict[str, str] | None:
+    """The JSON object that `text` is, keys and values as text without case and extra blanks; None if it is not one."""
+    try:
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            return None
+        return {_blanks(key).casefold(): _blanks(str(value)).casefold() for key, value in found.items()}
+    except (ValueError, RecursionError):  # RecursionError: a model may answer with thousands of brackets
+        return None
+
+
+def _exact_json(gold: str, answer: str) -> Judgement:
+    wanted, given = _object(gold), _object(answer)
+    if wanted is None:
+        raise ValueError("the gold answer is not a JSON object")
+    judgement = {"exact_json": wanted == given, "valid_json": given is not None}
+    if "intent" in wanted:
+        judgement["intent"] = given is not None and given.get("intent") == wanted["intent"]
+    return judgement
+
+
+METRICS: dict[str, Metric] = {
+    "exact": Metric("exact", _exact),  # equal up to blanks
+    "exact_json": Metric("exact_json", _exact_json),  # the same object; text around it is a miss
+    "contains": Metric("contains", _contains),  # the gold stands in the answer, case and blanks aside
+    "regex": Metric("regex", _regex),  # the gold is a pattern that is found in the answer
+}
+
+
+def metric(name: str) -> Metric:
+    """The metric of that name. Raises RecipeError."""
+    if name not in METRICS:
+        raise RecipeError(f"metric {name} is not known{nearest(name, METRICS)}", fix=f"use one of {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+def check_golds(name: str, golds: Sequence[str], places: Sequence[tuple[str, int]]) -> None:
+    """Raises DataError with file:line of every gold answer that the metric cannot use; needs no model."""
+    judge, wrong = metric(name).judge, []
+    for gold, (file, line) in zip(golds, places, strict=True):
+        try:
+            judge(gold, "")
+        except ValueError as error:
+            wrong.append(Where(file, line, str(error)))
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} rows cannot be scored with {name}",
+            fix="correct these rows or choose another metric",
+            where=wrong,
+        )
+
+
+def score(name: str, golds: Sequence[str], answers: Sequence[str]) -> Scores:
+    """Judges answers, at least one, against golds row by row. A side score is kept where every row has it."""
+    judge = metric(name).judge
+    rows = [judge(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
+    assert rows, "nothing to score"
+    common = [key for key in rows[0] if all(key in row for row in rows)]
+    rates = {key: sum(row[key] for row in rows) / len(rows) for key in common}
+    return Scores(name, tuple(row[name] for row in rows), rates)
+
+
+def wilson(successes: int, n: int, z: float = Z_95) -> Interval:
+    """Score interval of a proportion of `successes` in `n` >= 1 trials.
+
+    E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927), 209-212.
+    """
+    assert 0 <= successes <= n and n > 0
+    rate = successes / n
+    middle = rate + z * z / (2 * n)
+    reach = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # The ends are exact at 0 and n; rounding must not put them a hair inside or outside.
+    low = 0.0 if successes == 0 else (middle - reach) / scale
+    high = 1.0 if successes == n else (middle + reach) / scale
+    return low, high
+
+
+def paired_difference(base_hits: Sequence[bool], tuned_hits: Sequence[bool]) -> Difference:
+    """Tuned rate less base rate on the same rows, at least one, with a 95 % interval.
+
+    R. G. Newcombe, Improved confidence intervals for the difference between binomial proportions based on paired
+    data, Statistics in Medicine 17 (1998), 2635-2650, method 10: the Wilson intervals of both rates, combined with
+    their correlation phi (lowered by a continuity correction where it is positive). Stays within -1 to 1, and has
+    a width where all rows agree or there is only one.
+    """
+    pairs = [(bool(tuned), bool(base)) for base, tuned in zip(base_hits, tuned_hits, strict=True)]
+    n = len(pairs)
+    assert n > 0, "nothing to compare"
+    both, neither = pairs.count((True, True)), pairs.count((False, False))
+    gained, lost = pairs.count((True, False)), pairs.count((False, True))
+    tuned, base = both + gained, both + lost
+    margins = tuned * (n - tuned) * base * (n - base)
+    product = float(both * neither - gained * lost)
+    if product > 0:
+        product = max(product - n / 2, 0.0)
+    phi = product / math.sqrt(margins) if margins else 0.0
+
+    tuned_low, tuned_high = (abs(end - tuned / n) for end in wilson(tuned, n))
+    base_low, base_high = (abs(end - base / n) for end in wilson(base, n))
+    value = (gained - lost) / n
+    low = value - math.sqrt(max(0.0, tuned_low**2 - 2 * phi * tuned_low * base_high + base_high**2))
+    high = value + math.sqrt(max(0.0, tuned_high**2 - 2 * phi * tuned_high * base_low + base_low**2))
+    return Difference(value, max(low, -1.0), min(high, 1.0))

@@ -1,0 +1,324 @@
+"""report.html: what report.json and the events hold, as one page that opens anywhere, now and in ten years.
+
+The page has no script and loads nothing. Sample text is an attacker's to choose, so everything is escaped. A part
+whose figures are absent is left out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from strop.evaluate.metrics import METRICS
+from strop.runs.folder import write_atomic
+
+Series = dict[float, float]  # step -> value
+LONGEST_TEXT = 600  # characters of a sample that are shown
+MOST_SAMPLES = 12
+SMOOTH_STEPS = 10  # to each side, in the smoothed training loss; at most a twentieth of the run
+# matplotlib knows no CSS: these stand in the drawing and become the page's own colours, light or dark.
+INK, BEFORE, AFTER = "#010203", "#010204", "#010205"
+COLOURS = {INK: "currentColor", BEFORE: "var(--base)", AFTER: "var(--tuned)"}
+PLOT_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "strop", "font.size": 9.0, "path.simplify": True}
+
+
+def write_report(folder: Path, report: dict[str, Any], events: Iterable[dict[str, Any]]) -> Path:
+    """Writes `folder`/report.html from what report.json holds and from the run's events; gives its path."""
+    path = folder / "report.html"
+    write_atomic(path, render(report, list(events)))
+    return path
+
+
+def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
+    """The page as text."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((files(__package__) / "report.html").read_text(encoding="utf-8"))
+    evaluation = report.get("evaluation") or {}
+    samples = evaluation.get("samples") or report.get("samples") or []
+    recipe = report.get("recipe") or []
+    page = template.render(
+        title=Path(str(report.get("run") or "run")).name,
+        verdict=_verdict(evaluation),
+        facts=list(_facts(report)),
+        scores=list(_scores(evaluation, evaluation.get("intervals") or report.get("intervals") or {})),
+        rows=evaluation.get("rows"),
+        loss_plot=_loss_plot(events, 10.4),
+        narrow_loss_plot=_loss_plot(events, 4.2),  # letters of a plot made for a desk are unreadable on a phone
+        plots=list(_small_plots(events)),
+        samples=[_sample(sample) for sample in _spread(samples)],
+        num_samples=len(samples),
+        data=list(_data(report.get("data") or {})),
+        memory=list(_memory(report.get("memory") or {})),
+        chosen=[_choice(choice) for choice in recipe if choice.get("origin") != "default"],
+        defaults=[_choice(choice) for choice in recipe if choice.get("origin") == "default"],
+        origins=[(name, list(_flat(report[name]))) for name in ("lock", "machine") if report.get(name)],
+        happened=_happened(events),
+    )
+    # A lone surrogate, which JSON can hold and UTF-8 cannot, must not cost the report.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _verdict(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(better | worse | unclear | plain, sentence), where base and tuned are there to be compared."""
+    base, tuned, metric = evaluation.get("base"), evaluation.get("tuned"), evaluation.get("metric")
+    if not base or not tuned or metric not in base or metric not in tuned:
+        return None
+    rows = f" on {evaluation['rows']:,} rows" if evaluation.get("rows") else ""
+    said = f"{metric} went from {_percent(base[metric])} to {_percent(tuned[metric])}{rows}"
+    difference = evaluation.get("difference")
+    if not difference:
+        return "plain", f"{said}."
+    value, low, high = (100 * difference[name] for name in ("value", "low", "high"))
+    kind = "better" if low > 0 else "worse" if high < 0 else "unclear"
+    word = {"better": "Better", "worse": "Worse", "unclear": "No clear difference"}[kind]
+    return kind, f"{word}: {said}, {value:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})."
+
+
+def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The figures at the top: (what, how much)."""
+    if isinstance(report.get("steps"), int):
+        yield "steps", f"{report['steps']:,}"
+    if _is_number(report.get("seconds")):
+        yield "training time", _duration(report["seconds"])
+    if _is_number(report.get("tokens")):
+        yield "tokens", f"{report['tokens']:,}"
+    if _is_number(report.get("supervised_tokens")):
+        yield "supervised tokens", f"{report['supervised_tokens']:,}"
+    if _is_number(report.get("tokens_per_s")):
+        yield "tokens/s", f"{report['tokens_per_s']:,.0f}"
+    loss = report.get("loss") or {}
+    if _is_number(loss.get("first")) and _is_number(loss.get("last")):
+        yield "training loss", f"{loss['first']:.3f} → {loss['last']:.3f}"
+    if _is_number(report.get("eval_loss")):
+        yield "evaluation loss", f"{report['eval_loss']:.3f}"
+    memory = report.get("memory") or {}
+    if _is_number(memory.get("measured_peak_bytes")):
+        yield "peak memory", f"{memory['measured_peak_bytes'] / 2**30:.2f} GiB"
+
+
+def _scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A line a score, the metric's own first: {name, sides: [{side, text, share, interval}]}."""
+    metric = evaluation.get("metric")
+    sides = [side for side in ("base", "tuned") if evaluation.get(side)]
+    names = dict.fromkeys(name for side in sides for name in evaluation[side] if _is_number(evaluation[side][name]))
+    for name in sorted(names, key=lambda name: name != metric):
+        share = name == metric or name in METRICS or name in ("intent", "valid_json") or name.endswith("_rate")
+        cells = []
+        for side in sides:
+            value = evaluation[side].get(name)
+            cell: dict[str, Any] = {"side": side, "text": "", "share": None, "interval": None}
+            if _is_number(value):
+                cell |= {"text": _percent(value) if share else f"{value:,.4g}", "share": 100 * value if share else None}
+            if name == metric and intervals.get(side):
+                low, high = (100 * float(end) for end in intervals[side])
+                cell["interval"] = {"low": low, "high": high, "text": f"{low:.1f} to {high:.1f} %"}
+            cells.append(cell)
+        yield {"name": name, "sides": cells}
+
+
+def _spread(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """At most MOST_SAMPLES of them, evenly spaced, so that no kind of row is favoured."""
+    step = max(1.0, len(samples) / MOST_SAMPLES)
+    return [samples[int(place * step)] for place in range(min(len(samples), MOST_SAMPLES))]
+
+
+def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Prompt, gold, and each answer in pieces."""
+    gold = sample.get("gold")
+    answers = [
+        {"side": side, "hit": sample.get(f"{side}_hit"), "parts": _marked(gold, str(sample[side]).strip())}
+        for side in ("base", "tuned")
+        if sample.get(side) is not None
+    ]
+    return {
+        "prompt": _cut(str(sample.get("prompt", ""))),
+        "gold": None if gold is None else _cut(str(gold)),
+        "answers": answers,
+    }
+
+
+def _marked(gold: Any, answer: str) -> list[tuple[str, str]]:
+    """The answer in pieces (text, same | added | missing) against the gold; in one where they have little in common."""
+    shown = _cut(answer)
+    if gold is None or not shown:
+        return [(shown or "(nothing)", "same")]
+    wanted, given = _words(_cut(str(gold))), _words(shown)
+    matcher = difflib.SequenceMatcher(None, wanted, given, autojunk=False)
+    if matcher.ratio() < 0.4:
+        return [(shown, "same")]
+    parts = []
+    for tag, a1, a2, b1, b2 in matcher.get_opcodes():
+        if tag in ("delete", "replace"):
+            parts.append(("".join(wanted[a1:a2]), "missing"))
+        if b2 > b1:
+            parts.append(("".join(given[b1:b2]), "same" if tag == "equal" else "added"))
+    return parts
+
+
+def _words(text: str) -> list[str]:
+    """Words and what stands between them, one by one."""
+    words: list[str] = []
+    for character in text:
+        if words and character.isalnum() and words[-1][-1].isalnum():
+            words[-1] += character
+        else:
+            words.append(character)
+    return words
+
+
+def _cut(text: str) -> str:
+    more = len(text) - LONGEST_TEXT
+    return text if more <= 0 else f"{text[:LONGEST_TEXT]} … ({more:,} more characters)"
+
+
+def _data(data: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
+    """(what, rows, is a reason): the accounting, then the reasons."""
+    for name in ("read", "used", "truncated", "split", "dropped"):
+        if _is_number(data.get(name)):
+            yield name, f"{data[name]:,}", False
+    for reason, number in (data.get("by_reason") or {}).items():
+        yield str(reason), f"{number:,}" if _is_number(number) else str(number), True
+
+
+def _memory(memory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, what in (("predicted_peak_bytes", "predicted peak"), ("measured_peak_bytes", "measured peak")):
+        if _is_number(memory.get(name)):
+            yield what, f"{memory[name] / 2**30:.2f} GiB"
+
+
+def _choice(choice: Mapping[str, Any]) -> dict[str, str]:
+    value = choice.get("value")
+    shown = "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return {"field": str(choice.get("field", "")), "value": shown} | {
+        name: str(choice.get(name) or "") for name in ("origin", "why")
+    }
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Nested values as (dotted name, text)."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        yield name, ", ".join(str(inner) for inner in value) or "-"
+    elif name.endswith("_bytes") and _is_number(value):
+        yield name.removesuffix("_bytes"), f"{value / 2**30:.2f} GiB"
+    else:
+        yield name, "-" if value is None else str(value)
+
+
+def _happened(events: Sequence[Mapping[str, Any]]) -> str:
+    """What interrupted the run, counted: '2 x skip, 1 x resume'."""
+    quiet = {"machine", "recipe", "data", "start", "step", "eval", "save", "end", "note"}
+    kinds = Counter(str(event.get("event")) for event in events)
+    return ", ".join(f"{number} x {kind}" for kind, number in kinds.items() if kind not in quiet)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+
+
+def _series(events: Sequence[Mapping[str, Any]], kind: str, field: str) -> Series:
+    """Values by step. A step that was done again (resume, rollback) counts as it was done last."""
+    found = {
+        event["step"]: event[field]
+        for event in events
+        if event.get("event") == kind and _is_number(event.get("step")) and _is_number(event.get(field))
+    }
+    return dict(sorted(found.items()))
+
+
+def _smoothed(series: Series) -> Series:
+    """Mean over the steps around each, as many to the left as to the right, so that the curve does not lag."""
+    values, most = list(series.values()), min(SMOOTH_STEPS, len(series) // 20)
+    means = []
+    for place in range(len(values)):
+        reach = min(most, place, len(values) - 1 - place)
+        around = values[place - reach : place + reach + 1]
+        means.append(sum(around) / len(around))
+    return dict(zip(series, means, strict=True))
+
+
+def _loss_plot(events: Sequence[Mapping[str, Any]], width: float) -> Markup | None:
+    train, evaluated = _series(events, "step", "loss"), _series(events, "eval", "loss")
+    if len(train) + len(evaluated) < 2:
+        return None
+    figure, axes = _figure(width, 3.0, "loss")
+    if train:
+        axes.plot(*_xy(train), color=BEFORE, alpha=0.45, linewidth=0.8, label="train, each step")
+        axes.plot(*_xy(_smoothed(train)), color=BEFORE, linewidth=1.8, label="train, smoothed")
+    if evaluated:
+        axes.plot(*_xy(evaluated), color=AFTER, linewidth=1.8, marker="o", markersize=4.5, label="evaluation")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.legend(frameon=False, labelcolor=INK, loc="upper right")
+    return _svg(figure, "Loss by step")
+
+
+def _small_plots(events: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
+    names = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
+    for field, title in names.items():
+        series = _series(events, "step", field)
+        if len(series) > 1:
+            figure, axes = _figure(3.4, 2.0, title)
+            axes.plot(*_xy(series), color=BEFORE, linewidth=1.3)
+            axes.set_ylim(bottom=0)
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
+            axes.yaxis.get_offset_text().set_color(INK)
+            yield _svg(figure, f"{title} by step")
+
+
+def _xy(series: Series) -> tuple[list[float], list[float]]:
+    return list(series), list(series.values())
+
+
+def _figure(width: float, height: float, title: str) -> tuple[Any, Any]:
+    """A bare figure (inches) in the page's colours; no pyplot, which keeps figures in global state."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    axes.set_title(title, color=INK, loc="left", fontsize=10, fontweight="bold")
+    axes.tick_params(colors=INK, length=0)
+    axes.xaxis.label.set_color(INK)
+    axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.7)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set(color=INK, alpha=0.4)
+    axes.margins(x=0.01)
+    axes.locator_params(nbins=5, integer=False)
+    return figure, axes
+
+
+def _svg(figure: Any, label: str) -> Markup:
+    """The figure as an inline element: text as text, no prolog, no metadata, as wide as its place."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(PLOT_STYLE):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    for stand_in, colour in COLOURS.items():
+        text = text.replace(stand_in, colour)
+    # Only labels written above are in the drawing, and figures: nothing of the user's.
+    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))

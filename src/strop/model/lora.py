@@ -1,0 +1,147 @@
+"""LoRA on a transformers model, through peft: which linear layers, which rank, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+from torch import nn
+
+from strop.config.schema import LoraSection
+from strop.errors import ModelError, nearest
+
+TARGET_SETS = ("all-linear", "attention", "gate")
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+
+
+@dataclass(frozen=True)
+class LinearKind:
+    """All linear layers that share a leaf name and a shape, such as q_proj in each block."""
+
+    name: str
+    type: str
+    in_features: int
+    out_features: int
+    count: int
+    presets: tuple[str, ...]  # the named target sets that pick it
+
+
+def linear_kinds(model: nn.Module) -> list[LinearKind]:
+    """Every kind of linear layer in the model's order; the output head belongs to no target set."""
+    found: dict[tuple[str, str, int, int], tuple[int, str]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            key = (path.rpartition(".")[2], type(module).__name__, module.in_features, module.out_features)
+            found[key] = (found.get(key, (0, path))[0] + 1, path)
+    return [LinearKind(*key, count, _sets_of(path)) for key, (count, path) in found.items()]
+
+
+def target_names(kinds: Sequence[LinearKind], targets: str | Sequence[str]) -> list[str]:
+    """Leaf names that peft is to adapt. Raises ModelError for a name that matches nothing, listing those there are."""
+    names: list[str] = []
+    for target in [targets] if isinstance(targets, str) else targets:
+        leaf = target.rpartition(".")[2]
+        picked = [kind.name for kind in kinds if target in kind.presets or leaf == kind.name]
+        if not picked:
+            known = list(dict.fromkeys(kind.name for kind in kinds))
+            raise ModelError(
+                f"lora.target_modules: {target} matches no linear layer{nearest(target, known)}",
+                fix=f"choose among {', '.join([*TARGET_SETS, *known])}",
+            )
+        names += picked
+    return list(dict.fromkeys(names))
+
+
+def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
+    """The leaf names to adapt; needs no weights (a skeleton will do).
+
+    Raises ModelError where targets match nothing, patterns name no target, or tied embeddings would be trained as
+    two copies of which one is lost on reload (peft#2018, transformers#45127).
+    """
+    names = target_names(linear_kinds(model), section.target_modules)
+    modules = [path for path, _ in model.named_modules()]
+    for field, pattern in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern)):
+        for key in pattern:
+            if not any(_peft_match(key, path) for path in modules):
+                raise ModelError(
+                    f"lora.{field}: {key} matches no module{nearest(key, names)}", fix="see `strop modules MODEL`"
+                )
+    for name in section.modules_to_save:
+        if not any(path == name or path.endswith(f".{name}") for path in modules):
+            raise ModelError(f"lora.modules_to_save: no module {name}", fix="see `strop modules MODEL`")
+        if name in _EMBEDDINGS and _tied(model):
+            raise ModelError(
+                f"lora.modules_to_save: {name} shares its weights with another module in this model",
+                fix="list new tokens in lora.new_tokens, which trains their rows only and keeps the tie",
+            )
+    return names
+
+
+def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any) -> peft.PeftModel:
+    """The model with trainable fp32 adapters on its frozen base; `section.alpha` must be resolved.
+
+    New tokens are added to the tokenizer, and their embedding rows are trained and saved with the adapter.
+    """
+    assert section.alpha is not None
+    names = check_lora(model, section)
+    new_rows = _add_tokens(model, section.new_tokens, tokenizer)
+    config = peft.LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=names,
+        bias=section.bias,
+        use_rslora=section.use_rslora,
+        use_dora=section.use_dora,
+        init_lora_weights=True if section.init == "default" else section.init,
+        rank_pattern=dict(section.rank_pattern),
+        alpha_pattern=dict(section.alpha_pattern),
+        modules_to_save=list(section.modules_to_save) or None,
+        task_type="CAUSAL_LM",
+        **({"trainable_token_indices": new_rows} if new_rows else {}),
+    )
+    return as_fp32(peft.get_peft_model(model, config))  # type: ignore[arg-type]
+
+
+def as_fp32(model: peft.PeftModel) -> peft.PeftModel:
+    """Trainable weights in fp32 whatever the base: in bf16 small updates round away (TRAPS 2, 16)."""
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    return model
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _add_tokens(model: nn.Module, tokens: Sequence[str], tokenizer: Any) -> list[int]:
+    if not tokens:
+        return []
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+        model.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
+    ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))
+    return ids
+
+
+def _sets_of(path: str) -> tuple[str, ...]:
+    parent, _, leaf = path.rpartition(".")
+    if leaf in _EMBEDDINGS or not parent:
+        return ()
+    return (
+        "all-linear",
+        *(("attention",) if "attn" in parent.rpartition(".")[2] or "attention" in parent.rpartition(".")[2] else ()),
+        *(("gate",) if leaf in ("gate_proj", "gate_up_proj") else ()),
+    )
+
+
+def _peft_match(pattern: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def _tied(model: nn.Module) -> bool:
+    return bool(getattr(model.config, "tie_word_embeddings", False))  # type: ignore[union-attr]

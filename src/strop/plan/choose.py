@@ -1,0 +1,131 @@
+"""What the recipe leaves open, decided for this model and this machine; each decision with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from strop.config.load import Choice, Resolved
+from strop.config.schema import Recipe
+from strop.errors import ModelError
+from strop.machine.probe import Machine
+
+MICRO_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the choices need to know of a model; all sizes from its config."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    query: int  # heads * head size
+    key_value: int  # key-value heads * head size
+    intermediate: int
+    vocabulary: int
+
+    @staticmethod
+    def of(config: Any, parameters: int) -> ModelShape:
+        """From a transformers config. Raises ModelError where it is not a decoder with the usual fields."""
+        text = config.get_text_config()
+        try:
+            head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+            key_value_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+            intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+            return ModelShape(
+                parameters, text.num_hidden_layers, text.hidden_size, head * text.num_attention_heads,
+                head * key_value_heads, intermediate, text.vocab_size,
+            )  # fmt: skip
+        except AttributeError as error:
+            raise ModelError(
+                f"model type {config.model_type}: {error}", fix="use a decoder-only language model"
+            ) from None
+
+
+def learning_rate(parameters: int) -> float:
+    """2e-4 for 7B parameters and more (QLoRA, arXiv:2305.14314, table 9), larger for small models: 2e-4 (7e9 / P)^0.41.
+
+    The exponent makes it 1e-3 at 135M parameters, measured on SNIPS and the demo data (docs/log.md).
+    """
+    return float(f"{2e-4 * max(1.0, 7e9 / parameters) ** 0.41:.2g}")
+
+
+def saved_bytes_per_token(shape: ModelShape, rank: int) -> int:
+    """Activations that the plain path keeps for the backward pass, fp32 adapters on a 16-bit base: by layer
+    28 h + 8 q + 4 kv + 10 I + 28 r (op by op from a Llama layer with peft), and 14 V for the head's supervised rows."""
+    layer = 28 * shape.hidden + 8 * shape.query + 4 * shape.key_value + 10 * shape.intermediate + 28 * rank
+    return shape.layers * layer + 14 * shape.vocabulary
+
+
+def choose(
+    resolved: Resolved,
+    machine: Machine,
+    shape: ModelShape,
+    device: str,
+    dtype: tuple[str, str],
+    adapter: Mapping[str, Any] | None,
+) -> Resolved:
+    """Fills in every field that is still open. device: the one found; dtype: (name, why) of the precision probe.
+
+    adapter: adapter_config.json of `model.adapter`, whose shape the recipe then takes.
+    Raises ModelError where an option asks for another shape than the adapter to start from has.
+    """
+    recipe = resolved.recipe
+    if adapter is not None:
+        resolved = resolved.decide(_of_adapter(resolved, adapter))
+        recipe = resolved.recipe
+    picks: list[Choice] = []
+
+    def pick(field: str, value: Any, why: str) -> None:
+        picks.append(Choice(field, value, "plan", why))
+
+    if recipe.model.device == "auto":
+        pick("model.device", device, "the fastest device torch can use here")
+    if recipe.model.dtype == "auto":
+        pick("model.dtype", *dtype)
+    if recipe.lora.alpha is None:
+        pick("lora.alpha", float(2 * recipe.lora.r), "2 r")
+    if recipe.train.learning_rate is None:
+        rate = learning_rate(shape.parameters)
+        pick("train.learning_rate", rate, f"rule for {shape.parameters / 1e6:,.0f}M parameters")
+    tokens = max(MICRO_BATCH_TOKENS, recipe.data.max_length)
+    if recipe.train.micro_batch is None and recipe.train.micro_batch_tokens is None:
+        pick("train.micro_batch_tokens", tokens, "large enough to keep the cores busy, holds the longest row")
+    if recipe.train.gradient_checkpointing == "auto":
+        pick("train.gradient_checkpointing", *_checkpointing(recipe, machine, shape, tokens))
+    return resolved.decide(picks)
+
+
+def _checkpointing(recipe: Recipe, machine: Machine, shape: ModelShape, tokens: int) -> tuple[str, str]:
+    """On only where the saved activations do not fit: it costs a second forward pass, about a third of the time."""
+    at_once = recipe.train.micro_batch_tokens or (
+        recipe.train.micro_batch * recipe.data.max_length if recipe.train.micro_batch else tokens
+    )
+    need = at_once * saved_bytes_per_token(shape, recipe.lora.r) + 4 * shape.parameters
+    fits = need < 0.8 * machine.free_bytes
+    said = f"{need / 2**30:.1f} GiB at {at_once} tokens, {machine.free_bytes / 2**30:.1f} GiB free"
+    return ("off", f"fits: {said}") if fits else ("on", f"would not fit: {said}")
+
+
+def _of_adapter(resolved: Resolved, adapter: Mapping[str, Any]) -> list[Choice]:
+    found = {
+        "lora.r": adapter["r"],
+        "lora.alpha": float(adapter["lora_alpha"]),
+        "lora.use_rslora": adapter.get("use_rslora", False),
+        "lora.use_dora": adapter.get("use_dora", False),
+        "lora.bias": adapter.get("bias", "none"),
+        "lora.target_modules": sorted(adapter["target_modules"]),
+        "lora.rank_pattern": adapter.get("rank_pattern") or {},
+        "lora.alpha_pattern": adapter.get("alpha_pattern") or {},
+        "lora.modules_to_save": adapter.get("modules_to_save") or [],
+    }
+    for field, value in found.items():
+        asked = resolved.choices[field]
+        if asked.origin in ("recipe", "option") and asked.value != value:
+            raise ModelError(
+                f"--{field} {asked.value}: the adapter to start from has {value}",
+                fix=f"leave {field} out, or train a new adapter",
+            )
+    return [Choice(field, value, "plan", "as in the adapter it starts from") for field, value in found.items()]

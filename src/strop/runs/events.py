@@ -1,0 +1,43 @@
+"""What happened in a run, one JSON object a line. The same objects go to callbacks, the progress bar and trackers.
+
+Every event has `event` (its kind) and `time` (seconds since 1970). Kinds: start, step, eval, save, skip, stop, end.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+
+
+class EventLog:
+    """Appends events to a file and passes each to the listeners."""
+
+    def __init__(self, path: Path, listeners: Sequence[Listener] = ()) -> None:
+        if path.is_file():
+            whole = path.read_bytes()
+            if not whole.endswith(b"\n"):  # a crash cut the last line short; the next must not grow on it
+                path.write_bytes(whole[: whole.rfind(b"\n") + 1])
+        self._file = path.open("a", encoding="utf-8")
+        self._listeners = tuple(listeners)
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        event: Event = {"event": kind, "time": round(time.time(), 3), **fields}
+        self._file.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+        for listener in self._listeners:
+            listener(event)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_events(path: Path) -> list[Event]:
+    """The events of a run. A last line that a crash cut short is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last newline was cut short

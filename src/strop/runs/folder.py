@@ -1,0 +1,196 @@
+"""A run folder: the names in it, atomic writes, and the claim that keeps a second run out.
+
+    recipe.yaml  lock.json  events.jsonl  checkpoints/step-000120/  adapter/  report.json  report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from strop.errors import FolderError, nearest
+
+_STEP = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock.json"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:06d}"
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, folder) of each checkpoint, oldest first; temp folders are not checkpoints."""
+        folder = self.path / "checkpoints"
+        names = [(match, entry) for entry in _entries(folder) if (match := _STEP.fullmatch(entry.name))]
+        return sorted((int(match[1]), entry) for match, entry in names)
+
+    @property
+    def finished(self) -> bool:
+        return self.report.is_file() and json.loads(self.report.read_text(encoding="utf-8")).get("exit") == 0
+
+    def remove_if_empty(self) -> None:
+        """Takes back a folder that was made for a run which never began."""
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Holds the folder for this process. Raises FolderError while another live process holds it."""
+        file = self.path / "claim.json"
+        held_by = _live_holder(file)
+        if held_by is not None:
+            fix = "wait for it, or give --out another folder"
+            raise FolderError(f"{self.path}: in use by process {held_by}", fix=fix)
+        me = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+        write_atomic(file, json.dumps(me))
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
+def is_run(path: Path) -> bool:
+    return (path / "recipe.yaml").is_file() and (path / "lock.json").is_file()
+
+
+def create(path: Path) -> RunFolder:
+    """Makes an empty run folder and proves by a real write that it can be written to.
+
+    Raises FolderError where the path is a file, holds anything already, or cannot be written.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        what = "holds a run" if is_run(path) else "is not empty"
+        fix = f"go on with `strop resume {path}`, or give --out a new folder" if is_run(path) else "give --out a new folder"
+        raise FolderError(f"{path}: {what}", fix=fix)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomic(path / ".write-test", "strop")
+        (path / ".write-test").unlink()
+    except OSError as error:
+        raise FolderError(f"{path}: cannot be written: {error.strerror}", fix="give --out another folder") from None
+    return RunFolder(path)
+
+
+def open_run(path: Path) -> RunFolder:
+    """An existing run folder. Raises FolderError with the nearest existing name."""
+    if not is_run(path):
+        siblings = [str(entry) for entry in _entries(path.parent) if is_run(entry)]
+        what = "not a run folder" if path.exists() else f"no such run{nearest(str(path), siblings)}"
+        raise FolderError(f"{path}: {what}", fix="see `strop runs`")
+    return RunFolder(path)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _live_holder(file: Path) -> int | None:
+    """The process that holds a claim and still runs (same pid and start time), else None."""
+    try:
+        claim = json.loads(file.read_text(encoding="utf-8"))
+        process = psutil.Process(int(claim["pid"]))
+        alive = abs(process.create_time() - float(claim["started"])) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except (FileNotFoundError, ValueError, KeyError, psutil.NoSuchProcess):
+        return None
+    return process.pid if alive and process.pid != os.getpid() else None
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes text so that a reader, or a crash, sees the old file or the new one, never a part."""
+    temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with temp.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temp.replace(path)
+    fsync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def fsync_folder(path: Path) -> None:
+    """Makes the names in a folder durable; systems that cannot open a folder (Windows) do without."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def cache_folder() -> Path:
+    """Where strop keeps what it can make again: $STROP_CACHE, else $XDG_CACHE_HOME/strop, else ~/.cache/strop."""
+    own = os.environ.get("STROP_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strop"
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A temp folder beside `final` that becomes it, whole and synced, when the block ends well; else it is removed."""
+    temp = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir(parents=True)
+    try:
+        yield temp
+        for file in temp.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        fsync_folder(temp)
+        old = final.with_name(f"{final.name}.old-{os.getpid()}")
+        if final.exists():
+            final.replace(old)
+        temp.replace(final)
+        fsync_folder(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def find_runs(folder: Path) -> list[RunFolder]:
+    """The runs in a folder of runs, oldest first."""
+    found = [RunFolder(entry) for entry in _entries(folder) if is_run(entry)]
+    return sorted(found, key=lambda run: run.recipe.stat().st_mtime)
+
+
+def next_numbered(folder: Path, name: str) -> Path:
+    """runs/demo-1, runs/demo-2, ...: the first number that is free."""
+    taken = [int(match[1]) for entry in _entries(folder) if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", entry.name))]
+    return folder / f"{name}-{max(taken, default=0) + 1}"

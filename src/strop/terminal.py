@@ -1,0 +1,170 @@
+"""What a person sees: choices, data accounting, a live bar while training, scores side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from strop.runs.events import Event
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+_QUIET_DEFAULTS = ("default",)  # origins that are not worth a line on the terminal; recipe.yaml has them all
+
+
+class Watch:
+    """Listener that prints a run as it goes: machine, choices, data, then one bar with loss, tokens/s and time left."""
+
+    def __init__(self, out: Console = console) -> None:
+        self._out = out
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __call__(self, event: Event) -> None:
+        show = getattr(self, f"_on_{event['event']}", None)
+        if show is not None:
+            show(event)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _on_machine(self, event: Event) -> None:
+        for line in event["lines"]:
+            self._out.print(f"[bold]machine[/]  {line}")
+
+    def _on_recipe(self, event: Event) -> None:
+        for choice in event["choices"]:
+            if choice["origin"] not in _QUIET_DEFAULTS:
+                why = f": {choice['why']}" if choice["why"] else ""
+                self._out.print(
+                    f"[bold]chosen[/]   {choice['field']} = {choice['value']}  [dim]{choice['origin']}{why}[/]"
+                )
+
+    def _on_data(self, event: Event) -> None:
+        print_data(event["report"], self._out)
+
+    def _on_note(self, event: Event) -> None:
+        self._out.print(f"[yellow]note[/]     {event['text']}")
+
+    def _on_resume(self, event: Event) -> None:
+        self._out.print(f"[bold]resume[/]   from {event['checkpoint']}")
+
+    def _on_start(self, event: Event) -> None:
+        numbers = event["parameters"]
+        share = numbers["trainable"] / numbers["all"]
+        self._out.print(
+            f"[bold]train[/]    {event['steps']} steps, {numbers['trainable']:,} trainable parameters ({share:.2%}), "
+            f"{event['engine']} step [dim]{event['why']}[/]"
+        )
+        columns = (
+            TextColumn("[bold]step[/]    "), MofNCompleteColumn(), BarColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[left]} left"),
+        )  # fmt: skip
+        self._bar = Progress(*columns, console=self._out)
+        self._task = self._bar.add_task(
+            "", total=event["steps"], completed=event["step"], loss="-", speed="-", left="-"
+        )
+        self._bar.start()
+
+    def _on_step(self, event: Event) -> None:
+        if self._bar is not None and self._task is not None:
+            left = int(event["seconds_left"])
+            self._bar.update(
+                self._task, completed=event["step"], loss=f"{event['loss']:.4f}", speed=f"{event['tokens_per_s']:.0f}",
+                left=f"{left // 60}:{left % 60:02d}",
+            )  # fmt: skip
+
+    def _on_eval(self, event: Event) -> None:
+        loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
+        self._out.print(
+            f"[bold]eval[/]     step {event['step']}: loss {loss}{' (best so far)' if event['best'] else ''}"
+        )
+
+    def _on_skip(self, event: Event) -> None:
+        rows = ", ".join(event["rows"][:3])
+        self._out.print(f"[red]skipped[/]  step {event['step']}: {event['why']} (rows {rows}, ...)")
+
+    def _on_stop(self, event: Event) -> None:
+        self._out.print(f"[yellow]stopped[/]  after step {event['step']}: {event['why']}")
+
+
+@contextmanager
+def watching(out: Console = console) -> Iterator[Watch]:
+    watch = Watch(out)
+    try:
+        yield watch
+    finally:
+        watch.close()
+
+
+@contextmanager
+def answering(out: Console = console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for the rows that base and tuned have answered."""
+    columns = (TextColumn("[bold]answers[/]  {task.description}"), MofNCompleteColumn(), BarColumn())
+    with Progress(*columns, console=out, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield advance
+
+
+def print_data(report: dict[str, Any], out: Console = console) -> None:
+    rows, tokens, stops = report["rows"], report["tokens"], report["stop_token"]
+    lost = {name: rows[name] for name in ("truncated", "split", "dropped") if rows[name]}
+    said = "".join(f", {number:,} {name}" for name, number in lost.items()) or ", none lost"
+    out.print(f"[bold]data[/]     {rows['read']:,} rows read, {rows['used']:,} used{said}")
+    for reason, number in report["by_reason"].items():
+        out.print(f"         {number:,} x {reason}")
+    out.print(
+        f"         {tokens['all']:,} tokens, {tokens['supervised']:,} supervised; length {tokens['p50']} median, "
+        f"{tokens['p95']} at 95 %, {tokens['max']} longest; stop token supervised in {stops['share']:.0%} of rows"
+    )
+    same = report["duplicates"]
+    if same["within"] or same["across"]:
+        out.print(f"         duplicates: {same['within']} within train, {same['across']} across train and eval")
+    for warning in report["warnings"]:
+        out.print(f"[yellow]warning[/]  {warning}")
+
+
+def print_scores(result: dict[str, Any], out: Console = console) -> None:
+    """Base and tuned side by side with 95 % intervals."""
+    sides = [side for side in ("base", "tuned") if side in result]
+    table = Table(title=f"{result['rows']} held-out rows", title_justify="left")
+    table.add_column("")
+    for side in sides:
+        table.add_column(side, justify="right")
+    for name in result[sides[0]]:
+        cells = []
+        for side in sides:
+            value = result[side][name]
+            cell = f"{value:.1%}" if name not in ("loss", "tokens_per_answer") else f"{value:.3f}"
+            if name == result["metric"]:
+                low, high = result["intervals"][side]
+                cell += f"  ({low:.1%} to {high:.1%})"
+            cells.append(cell)
+        table.add_row(name, *cells)
+    out.print(table)
+    if "difference" in result:
+        d = result["difference"]
+        out.print(
+            f"tuned minus base: {100 * d['value']:+.1f} points, 95 % interval {100 * d['low']:+.1f} to {100 * d['high']:+.1f}"
+        )
+
+
+def print_samples(samples: Sequence[dict[str, Any]], out: Console = console) -> None:
+    for sample in samples:
+        out.print()
+        out.print("asked  ", sample["prompt"], markup=False)
+        out.print("base   ", sample["base"].strip() or "(nothing)", markup=False, style="dim")
+        if "tuned" in sample:
+            out.print("tuned  ", sample["tuned"].strip() or "(nothing)", markup=False)

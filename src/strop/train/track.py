@@ -1,0 +1,47 @@
+"""Experiment trackers through accelerate. None runs unless `track` names it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from strop.errors import RecipeError
+from strop.runs.events import Event, Listener
+
+_SHOWN = {"step": ("loss", "learning_rate", "grad_norm", "tokens_per_s"), "eval": ("loss",)}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises RecipeError for a tracker whose package is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise RecipeError(
+                f"--track {name}: the package {name} is not installed", fix=f"pip install 'strop[{name}]'"
+            )
+
+
+@contextmanager
+def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iterator[Sequence[Listener]]:
+    """A listener that sends the numbers of step and eval events to the named trackers; none where names is empty."""
+    if not names:
+        yield ()
+        return
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=list(names), project_dir=str(folder), cpu=config["model.device"] == "cpu")
+    plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
+    accelerator.init_trackers(folder.resolve().name, config=plain)
+
+    def send(event: Event) -> None:
+        kind = event["event"]
+        numbers = {f"{'eval' if kind == 'eval' else 'train'}/{key}": event.get(key) for key in _SHOWN.get(kind, ())}
+        if any(value is not None for value in numbers.values()):
+            accelerator.log({key: value for key, value in numbers.items() if value is not None}, step=event["step"])
+
+    try:
+        yield (send,)
+    finally:
+        accelerator.end_training()

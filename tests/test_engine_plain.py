@@ -1,0 +1,62 @@
+"""The plain step is the model's own loss, padding and weights included."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedModel
+
+from strop.data.conversation import Example
+from strop.engine.plain import PlainLoss
+
+
+def tiny(config: type = LlamaConfig, **changes: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
+    return AutoModelForCausalLM.from_config(config(**shape, **heads, **changes))
+
+
+def example(length: int, seed: int, weights: list[float] | None = None) -> Example:
+    rng = np.random.default_rng(seed)
+    weight = np.asarray(weights if weights else [0.0] + [1.0] * (length - 1), dtype=np.float32)
+    return Example(rng.integers(1, 97, length, dtype=np.int32), weight, "f", seed)
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Gemma2Config])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_the_loss_of_transformers(config: type, dtype: torch.dtype) -> None:
+    model = tiny(config, final_logit_softcapping=3.0).to(dtype)
+    examples = [example(9, 1, [0, 0, 1, 1, 0, 1, 1, 1, 0]), example(5, 2), example(2, 3)]
+    expected = torch.zeros(())
+    for one in examples:
+        ids = torch.from_numpy(one.ids).long()[None]
+        labels = ids.masked_fill(torch.from_numpy(one.weights)[None] == 0, -100)
+        expected = expected + model(input_ids=ids, labels=labels, num_items_in_batch=1).loss
+    loss = PlainLoss(model)(examples)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=0)
+
+
+def test_weights_scale_each_token() -> None:
+    model = tiny()
+    loss = PlainLoss(model)
+    parts = [loss([example(4, 1, [0, *(1.0 if j == i else 0.0 for j in range(3))])]) for i in range(3)]
+    together = loss([example(4, 1, [0, 0.5, 2.0, 3.0])])
+    torch.testing.assert_close(together, 0.5 * parts[0] + 2 * parts[1] + 3 * parts[2])
+
+
+def test_nothing_supervised_is_zero_with_zero_gradients() -> None:
+    model = tiny()
+    loss = PlainLoss(model)([example(4, 1, [0.0] * 4)])
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny()
+    with torch.no_grad():
+        PlainLoss(model)([example(4, 1)])
+        assert model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 3, 97)

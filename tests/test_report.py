@@ -1,0 +1,256 @@
+"""The report page: complete where there are figures, silent where there are none, harmless whatever the samples say."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from strop.evaluate.report import render, write_report
+
+EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)><svg onload=alert(3)>&{{ 7 * 7 }}\ud800"
+
+
+def steps(number: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "event": "step",
+            "step": n,
+            "loss": 2.0 / n,
+            "learning_rate": 1e-3,
+            "grad_norm": 0.5 + 0.1 * (n % 3),
+            "tokens_per_s": 480.0,
+        }
+        for n in range(1, number + 1)
+    ]
+
+
+def full() -> dict[str, Any]:
+    return {
+        "run": "runs/demo-1",
+        "steps": 297,
+        "tokens": 140400,
+        "supervised_tokens": 61000,
+        "tokens_per_s": 471.2,
+        "seconds": 298.2,
+        "loss": {"first": 2.31, "last": 0.0213},
+        "eval_loss": 0.0512,
+        "data": {"read": 693, "used": 691, "truncated": 0, "split": 0, "dropped": 2, "by_reason": {"empty answer": 2}},
+        "memory": {"predicted_peak_bytes": 1.5 * 2**30, "measured_peak_bytes": 1.25 * 2**30},
+        "evaluation": {
+            "rows": 176,
+            "metric": "exact_json",
+            "base": {"exact_json": 0.0, "valid_json": 0.0625, "loss": 1.92},
+            "tuned": {"exact_json": 0.875, "valid_json": 1.0, "loss": 0.0512},
+            "intervals": {"base": [0.0, 0.021], "tuned": [0.817, 0.916]},
+            "difference": {"value": 0.875, "low": 0.81, "high": 0.916},
+        },
+        "samples": [
+            {
+                "prompt": "dim it",
+                "gold": "a b c d",
+                "base": "x",
+                "tuned": "a b q d",
+                "base_hit": False,
+                "tuned_hit": False,
+            }
+        ],
+        "recipe": [
+            {"field": "lora.r", "value": 16, "origin": "default", "why": ""},
+            {"field": "train.learning_rate", "value": 1e-3, "origin": "plan", "why": "small models take larger steps"},
+        ],
+        "lock": {"data": "ab" * 32, "versions": {"torch": "2.13.0"}},
+        "machine": {"cores": 2, "memory_bytes": 8 * 2**30, "gpus": []},
+    }
+
+
+class Page(HTMLParser):
+    """Tags and attributes of a page, and its text without markup."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_full_report_shows_every_figure(tmp_path: Path) -> None:
+    events = [*steps(60), {"event": "eval", "step": 30, "loss": 0.3}, {"event": "eval", "step": 60, "loss": 0.2}]
+    path = write_report(tmp_path, full(), [*events, {"event": "skip", "step": 3}])
+    assert path == tmp_path / "report.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    said = "Better: exact_json went from 0.0 % to 87.5 % on 176 rows, +87.5 points (95 % interval +81.0 to +91.6)."
+    assert said in page.text
+    for figure in (
+        "297",
+        "4 min 58 s",
+        "140,400",
+        "61,000",
+        "471",
+        "2.310 → 0.021",
+        "1.50 GiB",
+        "1.25 GiB",
+        "81.7 to 91.6 %",
+    ):
+        assert figure in page.text, figure
+    for word in (
+        "empty answer",
+        "train.learning_rate",
+        "small models take larger steps",
+        "ab" * 32,
+        "2.13.0",
+        "8.00 GiB",
+    ):
+        assert word in page.text, word
+    assert "1 x skip" in page.text
+    assert page.tags.count("svg") == 5  # loss for desk and phone, learning rate, gradient norm, tokens/s
+    assert "evaluation" in page.text and "1 fields at their defaults" in page.text
+
+
+@pytest.mark.parametrize(
+    "word, low, high", [("Better", 0.01, 0.2), ("Worse", -0.2, -0.01), ("No clear difference", -0.1, 0.1)]
+)
+def test_the_verdict_follows_the_interval(word: str, low: float, high: float) -> None:
+    report = full()
+    report["evaluation"]["difference"] = {"value": (low + high) / 2, "low": low, "high": high}
+    assert f"{word}: exact_json" in Page(render(report, [])).text
+
+
+def test_without_an_interval_no_verdict_is_made_up() -> None:
+    report = full()
+    del report["evaluation"]["difference"]
+    text = Page(render(report, [])).text
+    assert "exact_json went from 0.0 % to 87.5 % on 176 rows." in text and "Better" not in text
+
+
+def test_what_is_absent_is_left_out() -> None:
+    page = Page(render({"run": "runs/x"}, []))
+    assert "svg" not in page.tags and "table" not in page.tags
+    for heading in (
+        "Scores",
+        "Training",
+        "Before and after",
+        "Data",
+        "Memory",
+        "Recipe",
+        "Hashes",
+        "Machine",
+        "loss",
+        "None",
+    ):
+        assert heading not in page.text.split("}")[-1], heading  # after the style sheet
+
+
+def test_a_base_alone_is_scored_without_a_verdict() -> None:
+    report = full()
+    del report["evaluation"]["tuned"], report["evaluation"]["difference"]
+    page = Page(render(report, []))
+    assert "0.0 to 2.1 %" in page.text and "went from" not in page.text
+
+
+def test_figures_that_are_not_numbers_are_neither_drawn_nor_shown() -> None:
+    events = [
+        {"event": "step", "step": n, "loss": value}
+        for n, value in enumerate([math.nan, math.inf, None, "x", True, 0.5])
+    ]
+    report = {
+        "run": "x",
+        "seconds": math.nan,
+        "tokens": None,
+        "memory": {"predicted_peak_bytes": None},
+        "eval_loss": None,
+    }
+    page = Page(render(report, events))
+    assert "svg" not in page.tags and "nan" not in page.text and "GiB" not in page.text and "None" not in page.text
+
+
+def test_a_step_done_again_counts_as_it_was_done_last() -> None:
+    once = [{"event": "step", "step": n, "loss": 1.0 / n} for n in range(1, 30)]
+    again = [{"event": "step", "step": n, "loss": 9.0} for n in range(10, 30)] + once[9:]
+    assert drawings(render({"run": "x"}, once)) == drawings(render({"run": "x"}, once + again))
+
+
+def drawings(html: str) -> list[str]:
+    return re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+
+
+def test_the_page_is_the_same_every_time() -> None:
+    assert render(full(), steps(60)) == render(full(), steps(60))
+
+
+def test_sample_text_cannot_become_markup() -> None:
+    report = full()
+    report["run"] = EVIL
+    report["data"]["by_reason"] = {EVIL: 1}
+    report["evaluation"]["base"][EVIL] = report["evaluation"]["tuned"][EVIL] = 0.5
+    report["samples"] = [
+        {"prompt": EVIL, "gold": EVIL, "base": EVIL, "tuned": EVIL + "!", "base_hit": True, "tuned_hit": False}
+    ]
+    report["recipe"] += [{"field": EVIL, "value": EVIL, "origin": EVIL, "why": EVIL}]
+    report["lock"][EVIL] = {EVIL: EVIL}
+    html = render(report, [*steps(60), {"event": EVIL}])
+    page = Page(html)
+    assert not {"script", "img", "iframe", "object", "link", "a", "form"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert page.tags.count("svg") == 5
+    assert "&{{ 7 * 7 }}" in page.text and "49" not in html.split("Before and after")[1].split("<h2>")[0]
+
+
+def test_the_page_loads_nothing() -> None:
+    html = render(full(), steps(60))
+    page = Page(html)
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in page.attributes
+    assert not [value for name, value in page.attributes if name in ("src", "srcset", "action", "data")]
+    assert all(value.startswith("#") for name, value in page.attributes if name.endswith("href"))
+    assert not re.findall(r"url\((?!['\"]?#)", html) and "@import" not in html
+    links = set(re.findall(r"https?://[^\"' <]+", html))
+    assert links <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names of languages, not fetched
+
+
+def test_drawings_take_the_colours_of_the_page() -> None:
+    for drawing in drawings(render(full(), steps(60))):
+        assert "currentColor" in drawing and "var(--base)" in drawing and "#0102" not in drawing
+        assert "#000000" not in drawing and "#ffffff" not in drawing and "<metadata" not in drawing
+        assert "<text" in drawing  # letters are text, not paths: they can be searched and read aloud
+
+
+def test_no_pyplot_and_the_users_settings_stay() -> None:
+    code = """
+import sys
+import matplotlib
+from strop.evaluate.report import render
+matplotlib.rcParams["svg.fonttype"] = "path"
+matplotlib.rcParams["font.size"] = 17.0
+render({"run": "x"}, [{"event": "step", "step": n, "loss": 1.0} for n in range(9)])
+assert (matplotlib.rcParams["svg.fonttype"], matplotlib.rcParams["font.size"]) == ("path", 17.0)
+assert "matplotlib.pyplot" not in sys.modules and "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_differences_are_marked_and_strangers_are_not() -> None:
+    html = render(full(), [])
+    assert "a b <del>c</del><ins>q</ins> d" in html
+    assert "<pre>x</pre>" in html
+
+
+def test_long_samples_are_cut_and_said_to_be() -> None:
+    report = full()
+    report["samples"] = [{"prompt": "p", "gold": "g", "base": "y" * 5000, "tuned": ""}] * 40
+    text = Page(render(report, [])).text
+    assert "(4,400 more characters)" in text and "y" * 601 not in text
+    assert "(nothing)" in text and "12 of 40 rows" in text
