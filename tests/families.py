@@ -16,6 +16,7 @@ CORPUS = [
     "What is the weather in Paris today? It is sunny, with a light wind from the west.",
     "system user assistant model tool Hello hello there, how are you? I am fine, thank you.",
     '{"intent": "play", "artist": "someone", "number": 12345}\n\nYes. No. 007\tA line\r\nand another',
+    "a\n\nb\n\nc\n\nd\n\n\ne\n\n\nf\n\n\ng",
 ]
 
 GPT4_PRE_TOKENS = (
@@ -69,7 +70,8 @@ QWEN3 = """{%- if tools %}{{ '<|im_start|>system\\n' }}
 {{- '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}
 {{- m.content }}
 {%- for call in m.tool_calls or [] %}
-{{- '\\n<tool_call>\\n' + call.function | tojson + '\\n</tool_call>' }}{% endfor %}
+{{- '\\n' if m.content or not loop.first else '' }}
+{{- '<tool_call>\\n' + call.function | tojson + '\\n</tool_call>' }}{% endfor %}
 {{- '<|im_end|>\\n' }}
 {%- endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
@@ -110,13 +112,13 @@ def tokenizer(family: str) -> Any:
         "gemma": (["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
         "mistral": (["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>"),
         "phi": (
-            ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<s>"],
-            "<s>",
+            ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+            None,
             "<|endoftext|>",
         ),
     }[family]
     # the tokens that Phi 3 adds take the white space that follows them
-    tokens = [AddedToken(t, special=True, normalized=False, rstrip=family == "phi" and t != "<s>") for t in special]
+    tokens = [AddedToken(t, special=True, normalized=False, rstrip=family == "phi") for t in special]
     backend = _sentencepiece_like() if family == "mistral" else _byte_level(family)
     backend.add_special_tokens(tokens)
     if family == "qwen3":  # known to the tokenizer, but not special

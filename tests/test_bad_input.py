@@ -15,7 +15,7 @@ import zstandard
 from pyarrow import parquet
 
 from fuzz_data import one_file
-from shared_data import shared
+from tests.shared_data import shared
 from strop.data.conversation import Conversation
 from strop.data.formats import conversations
 from strop.data.sources import RowFault, read_rows

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shared_data import shared
+from tests.shared_data import shared
 from strop.data.formats import Conversations, conversations, placeholders
 from strop.data.sources import RowFault, read_rows
 from strop.errors import DataError

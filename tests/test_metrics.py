@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_data import shared
 from strop.errors import DataError, RecipeError
-from strop.evaluate.metrics import METRICS, check_golds, paired_difference, score, wilson
+from strop.evaluation.metrics import METRICS, check_golds, paired_difference, score, wilson
+from tests.shared_data import shared
 
 GOLD = '{"intent": "Play", "artist": "Nina Simone"}'
 
@@ -140,6 +140,12 @@ def difference(both: int, gained: int, lost: int, neither: int) -> tuple[float, 
 def test_paired_difference_against_a_published_table() -> None:
     # Bentur et al. 2009 as worked by Fagerland, Lydersen, Laake, Statistics in Medicine 33 (2014), 2850-2875.
     assert difference(1, 1, 7, 12) == pytest.approx((-6 / 21, -0.507, -0.026), abs=6e-4)
+
+
+def test_paired_difference_with_correlated_rows() -> None:
+    # Worked apart from the package, the Wilson limits found by bisection; phi is -0.1147, then 0.7146.
+    assert difference(36, 12, 2, 0) == pytest.approx((0.2, 0.056930, 0.340428), abs=1e-6)
+    assert difference(80, 20, 5, 70) == pytest.approx((15 / 175, 0.029937, 0.140127), abs=1e-6)
 
 
 def test_paired_difference_by_hand() -> None:

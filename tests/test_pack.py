@@ -45,6 +45,7 @@ def test_micro_batches_hold_every_row_once_within_their_bounds(
 
 @given(LENGTHS, st.integers(1, 9))
 def test_like_lengths_together_pad_no_more_than_the_order_of_the_file(lengths: list[int], rows: int) -> None:
+    lengths = lengths[: len(lengths) // rows * rows]
     as_they_come = [list(range(i, min(i + rows, len(lengths)))) for i in range(0, len(lengths), rows)]
     assert padding_share(lengths, group_by_length(lengths, rows=rows)) <= padding_share(lengths, as_they_come) + 1e-9
 

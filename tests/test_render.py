@@ -9,12 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import families
 from strop.data.conversation import Conversation, Example, Message
 from strop.data.render import Renderer, RenderError
 from strop.errors import ModelError
+from tests import families
 
 FAMILIES = sorted(families.TEMPLATES)
+# white space as Unicode has it; Python counts four control characters more
+BLANKS = "".join(sign for sign in map(chr, range(0x3001)) if sign.isspace() and not "\x1c" <= sign <= "\x1f")
 RENDERERS: dict[str, Renderer] = {name: Renderer(families.tokenizer(name)) for name in FAMILIES}
 
 
@@ -43,7 +45,9 @@ def texts(family: str) -> st.SearchStrategy[str]:
         st.sampled_from(control),
         st.text(max_size=8),
     )
-    return st.lists(piece, min_size=1, max_size=6).map("".join).filter(lambda text: bool(text.strip()))
+    whole = st.lists(piece, min_size=1, max_size=6).map("".join)
+    whole = whole.map(lambda text: text.replace("▁", "_"))  # which SentencePiece cannot tell from a blank
+    return whole.filter(lambda text: bool(text.strip()))
 
 
 @st.composite
@@ -73,7 +77,7 @@ def test_supervised_tokens_are_the_answers_and_their_stop(case: tuple[str, Conve
     if family in families.STRIPS:
         answers = [answer.strip() for answer in answers]
     if family in families.LSTRIPS:
-        answers = [answer.lstrip() for answer in answers]
+        answers = [answer.lstrip(BLANKS) for answer in answers]
     if family == "mistral":  # as in Llama 2, the decoder drops the blank at the start
         lead = ""
     assert found == [lead + answer + stop for answer in answers]
@@ -114,7 +118,7 @@ def test_ordinary_rows_are_tokenised_as_the_template_gives_them(family: str) -> 
     assert example.ids.tolist() == whole[: len(example)]
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
     assert renderer.prompt(chat(*turns).messages[:-1]).tolist() == prompt
-    if tokenizer.bos_token and family != "phi":
+    if tokenizer.bos_token:
         assert example.ids.tolist().count(tokenizer.bos_token_id) == 1 and example.ids[0] == tokenizer.bos_token_id
 
 
@@ -213,6 +217,18 @@ def with_template(tokenizer: Any, template: str, **options: Any) -> Renderer:
         tokenizer.chat_template = saved
 
 
+def test_a_token_that_covers_prompt_and_answer_is_never_trained_on() -> None:
+    with pytest.raises(RenderError) as caught:
+        RENDERERS["chatml"].render(chat(("user", "a"), ("assistant", "\n\nb")))
+    assert caught.value.code == "token-straddles" and "white space" in caught.value.fix
+    assert RENDERERS["llama3"].render(chat(("user", "a"), ("assistant", "\n\nb")))  # this template trims
+
+
+def test_characters_that_a_tokenizer_loses_are_found() -> None:
+    assert RENDERERS["mistral"].lost_characters("a ▁ 日本\n🙂") == {"▁"}
+    assert RENDERERS["chatml"].lost_characters("a ▁ 日本\n🙂\x04") == set()
+
+
 def test_weights_of_messages() -> None:
     messages = (
         Message("user", "a"),
@@ -261,8 +277,8 @@ def test_template_by_name_and_by_file(tmp_path: Any) -> None:
     [named] = Renderer(families.tokenizer("llama3"), template="chatml").render(turns)
     text = decode(families.tokenizer("llama3"), named.ids)
     assert text == (
-        "<|im_start|>system\ns<|end_of_text|>\n<|im_start|>user\na<|end_of_text|>\n<|im_start|>assistant\nb<|end_of_text|>"
-    )  # a tokenizer without <|im_end|> stops with its eos token
+        "<|begin_of_text|><|im_start|>system\ns<|end_of_text|>\n<|im_start|>user\na<|end_of_text|>\n<|im_start|>assistant\nb<|end_of_text|>"
+    )  # without <|im_end|> the eos token stops; bos where the tokenizer adds it
     file = tmp_path / "own.jinja"
     file.write_text(families.CHATML)
     [own] = Renderer(families.tokenizer("chatml"), template=str(file)).render(turns)
@@ -278,10 +294,12 @@ def test_template_by_name_and_by_file(tmp_path: Any) -> None:
         ("{% if 'secret' in messages[-1].content %}x{% endif %}" + families.CHATML, "'secret'"),
         ("{% if messages[-1]['content'].startswith('secret') %}x{% endif %}" + families.CHATML, "'secret'"),
         (families.CHATML.replace("<|im_start|>{{", "{{ strftime_now('%Y') }}<|im_start|>{{"), "date"),
+        (families.LLAMA3.replace("{{ bos_token }}", ""), "no bos token"),
     ],
 )
 def test_suspicious_templates_are_named(template: str, sign: str) -> None:
-    assert sign in "\n".join(with_template(families.tokenizer("chatml"), template).warnings)
+    tokenizer = families.tokenizer("llama3" if "eot_id" in template else "chatml")
+    assert sign in "\n".join(with_template(tokenizer, template).warnings)
 
 
 def test_the_families_are_not_suspicious() -> None:

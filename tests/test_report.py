@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from strop.evaluate.report import render, write_report
+from strop.evaluation.report import render, write_report
 
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)><svg onload=alert(3)>&{{ 7 * 7 }}\ud800"
 
@@ -122,7 +122,7 @@ def test_a_full_report_shows_every_figure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "word, low, high", [("Better", 0.01, 0.2), ("Worse", -0.2, -0.01), ("No clear difference", -0.1, 0.1)]
+    "word, low, high", [("Better", 0.01, 0.2), ("Worse", -0.2, -0.01), ("No clear difference", -0.2, 0.05)]
 )
 def test_the_verdict_follows_the_interval(word: str, low: float, high: float) -> None:
     report = full()
@@ -192,7 +192,7 @@ def test_the_page_is_the_same_every_time() -> None:
     assert render(full(), steps(60)) == render(full(), steps(60))
 
 
-def test_sample_text_cannot_become_markup() -> None:
+def test_sample_text_cannot_become_markup(tmp_path: Path) -> None:
     report = full()
     report["run"] = EVIL
     report["data"]["by_reason"] = {EVIL: 1}
@@ -202,12 +202,12 @@ def test_sample_text_cannot_become_markup() -> None:
     ]
     report["recipe"] += [{"field": EVIL, "value": EVIL, "origin": EVIL, "why": EVIL}]
     report["lock"][EVIL] = {EVIL: EVIL}
-    html = render(report, [*steps(60), {"event": EVIL}])
+    html = write_report(tmp_path, report, [*steps(60), {"event": EVIL}]).read_text(encoding="utf-8")
     page = Page(html)
     assert not {"script", "img", "iframe", "object", "link", "a", "form"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.tags.count("svg") == 5
-    assert "&{{ 7 * 7 }}" in page.text and "49" not in html.split("Before and after")[1].split("<h2>")[0]
+    assert "&{{ 7 * 7 }}?" in page.text and "49" not in html.split("Before and after")[1].split("<h2>")[0]
 
 
 def test_the_page_loads_nothing() -> None:
@@ -232,7 +232,7 @@ def test_no_pyplot_and_the_users_settings_stay() -> None:
     code = """
 import sys
 import matplotlib
-from strop.evaluate.report import render
+from strop.evaluation.report import render
 matplotlib.rcParams["svg.fonttype"] = "path"
 matplotlib.rcParams["font.size"] = 17.0
 render({"run": "x"}, [{"event": "step", "step": n, "loss": 1.0} for n in range(9)])
@@ -253,4 +253,4 @@ def test_long_samples_are_cut_and_said_to_be() -> None:
     report["samples"] = [{"prompt": "p", "gold": "g", "base": "y" * 5000, "tuned": ""}] * 40
     text = Page(render(report, [])).text
     assert "(4,400 more characters)" in text and "y" * 601 not in text
-    assert "(nothing)" in text and "12 of 40 rows" in text
+    assert "(nothing)" in text and "12 of the 40 samples in report.json" in text

@@ -18,7 +18,7 @@ from strop.errors import InputError, RunError, Stopped, StropError
 
 if TYPE_CHECKING:
     from strop.adapters import Model
-    from strop.train.run import Run
+    from strop.training.run import Run
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "RunError", "Stopped", "StropError", "evaluate", "load", "resume", "train"]
@@ -38,21 +38,21 @@ def train(
     Raises InputError before weights load, RunError while training, Stopped after Ctrl-C.
     """
     from strop.config.load import resolve
-    from strop.train.run import train as run_training
+    from strop.training.run import train as run_training
 
     return run_training(resolve(Path(recipe) if recipe else None, _flat(options)), [callback] if callback else [])
 
 
 def resume(run: str | Path, *, callback: Callable[[dict[str, Any]], None] | None = None) -> Run:
     """Goes on with a run from its newest complete checkpoint; a finished run is returned as it is."""
-    from strop.train.run import resume as go_on
+    from strop.training.run import resume as go_on
 
     return go_on(Path(run), [callback] if callback else [])
 
 
 def evaluate(run: str | Path, data: str | Sequence[str], *, metric: str = "exact", max_new_tokens: int = 80) -> dict[str, Any]:
     """Base and tuned on held-out rows: the fields of `strop eval --json`."""
-    from strop.evaluate.run import evaluate_model
+    from strop.evaluation.run import evaluate_model
 
     return evaluate_model(str(run), data, metric=metric, max_new_tokens=max_new_tokens)
 

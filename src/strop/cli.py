@@ -105,11 +105,11 @@ def train(
 
     resolved = resolve(recipe, options)
     if print_recipe:
-        from strop.train.run import preview
+        from strop.training.run import preview
 
         print(preview(resolved).as_yaml(), end="")
         return
-    from strop.train.run import train as run_training
+    from strop.training.run import train as run_training
 
     with watching() as watch:
         run = run_training(resolved, [watch])
@@ -119,7 +119,7 @@ def train(
 def resume(run: Annotated[Path, typer.Argument(help="The run folder.")], as_json: Json = False) -> None:
     """Go on with a run from its newest complete checkpoint."""
     from strop.runs.folder import open_run
-    from strop.train.run import resume as go_on
+    from strop.training.run import resume as go_on
 
     if open_run(run).finished:
         console.print(f"{run} is finished; nothing to resume")
@@ -137,7 +137,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Compare base and tuned on rows that were not trained on."""
-    from strop.evaluate.run import evaluate_model
+    from strop.evaluation.run import evaluate_model
 
     with answering() as advance:
         result = evaluate_model(name, data, metric=metric, max_new_tokens=max_new_tokens, advance=advance)
@@ -169,23 +169,27 @@ def check(
     recipe: RecipeFile = None,
     show: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 0,
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
+    fix: Annotated[Optional[Path], typer.Option(metavar="OUT.jsonl", help="Write a cleaned copy, with a log of each change.")] = None,
     as_json: Json = False,
     options: dict[str, Any] | None = None,
 ) -> None:
-    """See what would be trained on: rows, drops, masks, stop tokens."""
+    """See what would be trained on: rows, drops, masks, stop tokens. Without --model, with the demo model's tokenizer."""
     from strop.config.load import resolve
-    from strop.data.check import inspect_data, show_rows
+    from strop.data import check as account
+    from strop.data.prepare import prepare
     from strop.model.facts import locate
     from strop.model.load import load_tokenizer
 
-    chosen = resolve(recipe, {"model": "demo", **(options or {})}).recipe
-    prepared = inspect_data(chosen.data, load_tokenizer(locate(chosen.model.name, chosen.model.revision)))
-    report = prepared.report.as_json()
-    print_data(report)
+    chosen = resolve(recipe, options if recipe else {"model.name": "demo", **(options or {})}).recipe
+    tokenizer = load_tokenizer(locate(chosen.model.name, chosen.model.revision))
+    prepared = prepare(chosen.data, tokenizer, strict=False)
+    account.print_report(prepared.report, console)
     if show:
-        show_rows(prepared, show, console, ids=ids)
-    _print_json(report, as_json)
-    if report["would_refuse"]:
+        account.show(prepared, show, console, ids=ids)
+    if fix is not None:
+        account.fix(chosen.data, tokenizer, fix)
+    _print_json(prepared.report.as_json(), as_json)
+    if prepared.report.would_refuse:
         raise typer.Exit(InputError.exit_code)
 
 

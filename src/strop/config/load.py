@@ -1,7 +1,7 @@
 """From defaults, a preset, a recipe file and options to one Recipe, each value with its origin.
 
 Later layers win: default < preset < recipe file < option. What is still `auto` or unset after that is
-decided by plan/choose.py and carries the origin `plan`.
+decided by planning/choose.py and carries the origin `plan`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def resolve(recipe_file: Path | None = None, options: Mapping[str, Any] | None =
         given.update({name: (value, "recipe", str(recipe_file)) for name, value in _read(recipe_file).items()})
     given.update({SHORT.get(name, name): (value, "option", "") for name, value in (options or {}).items()})
     preset = given.get("preset", ("auto", "default", ""))[0]
-    layered = {name: (value, "preset", f"preset {preset}") for name, value in _preset(preset).items()}
+    layered: dict[str, tuple[Any, Origin, str]] = {
+        name: (value, "preset", f"preset {preset}") for name, value in _preset(preset).items()
+    }
     return _build({**layered, **given})
 
 
@@ -141,7 +143,7 @@ def _validated(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        places = []
+        places: list[Where] = []
         for fault in error.errors():
             name = _field_name(fault["loc"])
             name = {"data": "data.train", "model": "model.name"}.get(name, name)  # a missing section: its one duty

@@ -265,6 +265,11 @@ def _notes(conversation: Conversation, renderer: Renderer) -> Iterator[tuple[str
     found = [name for text in texts if "{{" in text for name in formats.placeholders(text)]
     if found:
         yield "unfilled placeholders", f": {found[0]}"
+    if lost := sorted(set().union(*map(renderer.lost_characters, texts))):
+        yield (
+            "characters that the tokenizer drops or changes",
+            f": {', '.join(f'U+{ord(sign):04X}' for sign in lost[:3])}",
+        )
     if any(renderer.control.found(text) for text in texts):
         yield "control tokens in the text, encoded as plain text", ""
     if any(message.reasoning for message in conversation.messages) and not renderer.chat.supports_reasoning:

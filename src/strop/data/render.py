@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from strop.data.conversation import Conversation, Example, Ids, Message
-from strop.data.template import ChatTemplate, ControlText, Draft, template_source
+from strop.data.template import ChatTemplate, ControlText, Draft, adds_bos, template_source
 from strop.data.template import RenderError as RenderError
 from strop.errors import ModelError
 
@@ -50,6 +50,8 @@ class Renderer:
         self.control = self._chat.control if self._chat else ControlText(special)
         self._plain = _Encoder(tokenizer, self.control)
         self._swapped: _Encoder | None = None
+        self._kept_characters: set[str] = set()
+        self._lost_characters: set[str] = set()
         eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         # ids of the tokens that end an assistant turn (the eos token where there is no template)
         self.stop_ids = tuple(map(int, tokenizer.convert_tokens_to_ids(self._chat.stops))) if self._chat else eos
@@ -87,7 +89,11 @@ class Renderer:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return self._chat.warnings if self._chat else ()
+        """Sentences about the template."""
+        found = self._chat.warnings if self._chat else ()
+        if self._chat and adds_bos(self.tokenizer) and self.tokenizer.bos_token not in self._chat.opening:
+            found += ("the chat template writes no bos token, though the tokenizer puts one before plain text",)
+        return found
 
     @property
     def supports_system(self) -> bool:
@@ -156,6 +162,15 @@ class Renderer:
             encoder, text, _ = self._other_names(draft)
             return encoder.ids(encoder.encode([text])[0])
         return self._plain.ids(self._plain.encode([draft.text])[0])
+
+    def lost_characters(self, text: str) -> set[str]:
+        """Characters of `text` that do not come back from the tokenizer: it drops them, or writes others for them."""
+        signs = set(text)
+        for sign in signs - self._kept_characters - self._lost_characters:
+            ids = self._plain.encode(["a" + sign])[0]
+            kept = sign in self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            (self._kept_characters if kept else self._lost_characters).add(sign)
+        return signs & self._lost_characters
 
     def _drafts(self, conversation: Conversation) -> list[Draft]:
         if conversation.text is None:

@@ -44,7 +44,7 @@ FIXES = {
 }
 
 # ChatML; tools and their calls as Hermes and Qwen write them; reasoning shown in every turn
-CHATML = r"""
+CHATML = r"""BOS
 {%- if tools %}
 {{- '<|im_start|>system\n' }}{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}
 {{- 'You can call these functions:\n<tools>' }}{% for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}
@@ -151,7 +151,7 @@ def _inner(value: Any) -> list[Any]:
 class ChatTemplate:
     """A template and what it was found to do.
 
-    source, hash; stops: end-of-turn tokens as text; supports_system, supports_tools, supports_tool_calls,
+    source, hash; opening: how a prompt looks; stops: end-of-turn tokens as text; supports_system, supports_tools, supports_tool_calls,
     supports_reasoning; warnings: sentences for the user.
     Raises ModelError where the template is broken or ends an assistant turn with no token of its own.
     """
@@ -166,21 +166,23 @@ class ChatTemplate:
             self._jinja: Any = chat_template_utils._compile_jinja_template(source)
             self._variables = {**variables, "documents": None}
             ended = self._render([_user(), {"role": "assistant", "content": ANSWER}])
+            self.opening = self._render([_user()], generation=True)
         except TEMPLATE_FAULTS as fault:
             raise ModelError(f"the chat template is broken: {fault}", fix="choose another data.template") from fault
         self._added = added
         # (stop token, what the template writes after it), for answers and for tool calls
-        self._endings = [self._ending(ended, ANSWER)] if ANSWER in ended else []
-        if not self._endings or not self._endings[0][0]:
+        if ANSWER not in ended:
+            raise ModelError("the chat template shows no assistant turn", fix="choose another data.template")
+        self._endings = [self._ending(ended, ANSWER)]
+        if not self._endings[0][0]:
             raise ModelError(
                 "the chat template ends an assistant turn with no token that could stop generation",
                 fix="choose another data.template, such as chatml",
             )
         self._probe()
         self.stops = tuple(dict.fromkeys(stop for stop, _ in self._endings))
-        prompt = self._render([_user()], generation=True)
         special = [token for token, is_special in added.items() if is_special]
-        written = [token for token in added if token in prompt and not token.isspace()]
+        written = [token for token in added if token in self.opening and not token.isspace()]
         self.control = ControlText(list(dict.fromkeys([*special, *self.stops, *written])))
         self.warnings = tuple(_suspicions(self._jinja.environment.parse(source), source))
 
@@ -367,6 +369,11 @@ def _reads_content(test: nodes.Node) -> bool:
     return named or attribute or keyed
 
 
+def adds_bos(tokenizer: Any) -> bool:
+    """Does the tokenizer begin a plain text with its bos token?"""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
 def template_source(tokenizer: Any, choice: str | None) -> str | None:
     """The template to use: `choice` (chatml, or a file) or the tokenizer's own; None where there is none.
 
@@ -378,7 +385,8 @@ def template_source(tokenizer: Any, choice: str | None) -> str | None:
             raise ModelError(
                 "the tokenizer has neither <|im_end|> nor an eos token", fix="choose another data.template"
             )
-        return NAMED[choice].replace("STOP", stop)
+        start = "{{ bos_token }}" if adds_bos(tokenizer) else ""
+        return NAMED[choice].replace("BOS", start).replace("STOP", stop)
     if choice is not None:
         path = Path(choice).expanduser()
         if not path.is_file():

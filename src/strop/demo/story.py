@@ -9,12 +9,12 @@ from typing import Any
 from strop.adapters import load
 from strop.config.load import resolve
 from strop.demo import data_files
-from strop.evaluate.compare import compare
-from strop.evaluate.run import add_to_report, read_conversations
+from strop.evaluation.compare import compare
+from strop.evaluation.run import add_to_report, read_conversations
 from strop.runs.events import Event
 from strop.runs.folder import RunFolder, next_numbered
 from strop.terminal import answering, console, print_samples, print_scores
-from strop.train.run import train
+from strop.training.run import train
 
 METRIC = "exact_json"
 

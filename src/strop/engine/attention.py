@@ -84,32 +84,29 @@ class Attention(Function):
         heads: Heads = ctx.heads
         ops, group = heads.ops, heads.group
         qkv, cos, sin, *kept = ctx.saved_tensors
-        kept.reverse()
         grad = grad.reshape(len(qkv), heads.query, heads.size)
         wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
         total = torch.zeros(qkv.shape, dtype=wide, device=qkv.device)
         grad_q, grad_k, grad_v = heads.views(total)
         normed = heads.normed(qkv)
-        for part in ctx.parts:
+        for part in reversed(ctx.parts):
             q, k, v = _spread(heads, normed, cos, sin, part)
             do = ops.to_heads(grad, None, None, 1.0, part.queries, group)
-            dq = torch.empty_like(q)
-            dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-            for first, rows, keys in _blocks(part, group):
+            dq, dk, dv = torch.empty_like(q), None, None
+            for first, rows, keys in reversed(_blocks(part, group)):
                 known = kept.pop() if part.keys.shape[1] <= KEEP_PAIRS else None
                 probs = _probs(heads, q[:, rows], k[:, :keys], part, first) if known is None else known
-                dv[:, :keys] += torch.bmm(probs.transpose(1, 2), do[:, rows])
                 ds = torch.bmm(do[:, rows], v[:, :keys].transpose(1, 2))
                 ds = ops.softmax_backward_(ds, probs, group, first, heads.window)
                 torch.bmm(ds, k[:, :keys], out=dq[:, rows])
-                dk[:, :keys] += torch.bmm(ds.transpose(1, 2), q[:, rows])
+                dk = _onto(dk, torch.bmm(ds.transpose(1, 2), q[:, rows]))
+                dv = _onto(dv, torch.bmm(probs.transpose(1, 2), do[:, rows]))
+            assert dk is not None and dv is not None
             ops.from_heads_(grad_q, dq, part.queries, group)
             ops.from_heads_(grad_k, dk, part.keys, 1)
             ops.from_heads_(grad_v, dv, part.keys, 1)
-        # The rotary embedding is a rotation: its gradient turns back. q was scaled with it.
-        grad_q.copy_(eager.rotate(grad_q, cos, -sin) * heads.scale)
-        grad_k.copy_(eager.rotate(grad_k, cos, -sin))
-        result = total.to(qkv.dtype)
+        result = torch.empty_like(qkv)
+        ops.turn_back(total, cos, sin, heads.scale, heads.query, heads.key_value, result)
         q, k, _ = heads.views(qkv)
         result_q, result_k, _ = heads.views(result)
         if heads.q_norm:
@@ -132,6 +129,15 @@ def _spread(
 
 def _probs(heads: Heads, q: Tensor, k: Tensor, part: Bucket, first: int) -> Tensor:
     return heads.ops.softmax_(torch.bmm(q, k.transpose(1, 2)), heads.group, first, heads.window)
+
+
+def _onto(total: Tensor | None, more: Tensor) -> Tensor:
+    """The sum of what the blocks add, from the last, which has all the keys, to the first, which has the fewest."""
+    if total is None:
+        return more
+    total = total.to(torch.promote_types(total.dtype, torch.float32))
+    total[:, : more.shape[1]] += more
+    return total
 
 
 def _blocks(part: Bucket, group: int) -> list[tuple[int, slice, int]]:

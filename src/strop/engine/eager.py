@@ -124,3 +124,12 @@ def from_heads_(out: Tensor, x: Tensor, slots: Tensor, group: int) -> None:
     rows = x.view(docs, heads // group, length, group, d).transpose(1, 2).reshape(-1, heads, d)
     used = slots.reshape(-1) >= 0
     out.index_add_(0, slots.reshape(-1)[used], rows[used].to(out.dtype))
+
+
+def turn_back(total: Tensor, cos: Tensor, sin: Tensor, scale: float, query: int, key_value: int, out: Tensor) -> None:
+    """Gradient of qkv from that of the turned and scaled q, k and of v, all in `total` (T, heads d), into `out`."""
+    heads = total.view(len(total), query + 2 * key_value, -1)
+    q, k, v = heads.split([query, key_value, key_value], dim=1)
+    # The embedding is a rotation: its gradient turns back.
+    turned = torch.cat([rotate(q, cos, -sin) * scale, rotate(k, cos, -sin), v], dim=1)
+    out.copy_(turned.view(total.shape))

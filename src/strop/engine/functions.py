@@ -31,6 +31,9 @@ class Ops(Protocol):
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, slots: Tensor, group: int
     ) -> Tensor: ...
     def from_heads_(self, out: Tensor, x: Tensor, slots: Tensor, group: int) -> None: ...
+    def turn_back(
+        self, total: Tensor, cos: Tensor, sin: Tensor, scale: float, query: int, key_value: int, out: Tensor
+    ) -> None: ...
 
 
 @dataclass(frozen=True)

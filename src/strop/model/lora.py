@@ -103,7 +103,7 @@ def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any) -> peft.Pef
         task_type="CAUSAL_LM",
         **({"trainable_token_indices": new_rows} if new_rows else {}),
     )
-    return as_fp32(peft.get_peft_model(model, config))  # type: ignore[arg-type]
+    return as_fp32(peft.get_peft_model(model, config))
 
 
 def as_fp32(model: peft.PeftModel) -> peft.PeftModel:
@@ -144,4 +144,4 @@ def _peft_match(pattern: str, path: str) -> bool:
 
 
 def _tied(model: nn.Module) -> bool:
-    return bool(getattr(model.config, "tie_word_embeddings", False))  # type: ignore[union-attr]
+    return bool(getattr(model.config, "tie_word_embeddings", False))

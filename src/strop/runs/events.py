@@ -19,22 +19,18 @@ class EventLog:
     """Appends events to a file and passes each to the listeners."""
 
     def __init__(self, path: Path, listeners: Sequence[Listener] = ()) -> None:
-        if path.is_file():
-            whole = path.read_bytes()
-            if not whole.endswith(b"\n"):  # a crash cut the last line short; the next must not grow on it
-                path.write_bytes(whole[: whole.rfind(b"\n") + 1])
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
         self._listeners = tuple(listeners)
+        whole = path.read_bytes() if path.is_file() else b""
+        if not whole.endswith(b"\n"):  # a crash cut the last line short; the next must not grow on it
+            path.write_bytes(whole[: whole.rfind(b"\n") + 1])
 
     def emit(self, kind: str, **fields: Any) -> None:
         event: Event = {"event": kind, "time": round(time.time(), 3), **fields}
-        self._file.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")
         for listener in self._listeners:
             listener(event)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def read_events(path: Path) -> list[Event]:

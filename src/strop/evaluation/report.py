@@ -21,7 +21,7 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from strop.evaluate.metrics import METRICS
+from strop.evaluation.metrics import METRICS
 from strop.runs.folder import write_atomic
 
 Series = dict[float, float]  # step -> value
@@ -156,7 +156,7 @@ def _marked(gold: Any, answer: str) -> list[tuple[str, str]]:
         return [(shown or "(nothing)", "same")]
     wanted, given = _words(_cut(str(gold))), _words(shown)
     matcher = difflib.SequenceMatcher(None, wanted, given, autojunk=False)
-    if matcher.ratio() < 0.4:
+    if matcher.ratio() < 0.6:
         return [(shown, "same")]
     parts = []
     for tag, a1, a2, b1, b2 in matcher.get_opcodes():

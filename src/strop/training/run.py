@@ -20,21 +20,21 @@ from strop.data.prepare import Prepared, prepare
 from strop.engine.choose import token_loss_for
 from strop.engine.device import pick_device, pick_dtype
 from strop.errors import InputError, ModelError, RunError, Where
-from strop.evaluate.report import write_report
+from strop.evaluation.report import write_report
 from strop.machine.memory import MemoryMark, mark
 from strop.machine.probe import Machine, probe
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import DTYPES, load_base, load_config, load_tokenizer, skeleton
 from strop.model.lora import add_lora, as_fp32, check_lora, trainable
-from strop.plan.choose import ModelShape, choose
+from strop.planning.choose import ModelShape, choose
 from strop.runs.events import EventLog, Listener, read_events
 from strop.runs.folder import RunFolder, cache_folder, create, next_numbered, open_run, write_atomic, write_json
 from strop.runs.lock import differences, sha256_text, versions
-from strop.train import state as checkpoints
-from strop.train.loop import Job, fit, stream_of
-from strop.train.optim import make_optimizer
-from strop.train.state import Progress, TrainState
-from strop.train.track import check_trackers, tracking
+from strop.training import state as checkpoints
+from strop.training.loop import Job, fit, stream_of
+from strop.training.optim import make_optimizer
+from strop.training.state import Progress, TrainState
+from strop.training.track import check_trackers, tracking
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,6 @@ def _execute(folder: RunFolder, setup: Setup, listeners: Sequence[Listener], *, 
     with ExitStack() as stack:
         more = stack.enter_context(tracking(recipe.track, folder.path, config))
         log = EventLog(folder.events, [*listeners, *more])
-        stack.callback(log.close)
         log.emit("machine", lines=setup.machine.lines())
         log.emit("recipe", choices=[asdict(choice) for choice in setup.resolved.choices.values()])
         log.emit("data", report=setup.data.report.as_json())
@@ -204,7 +203,7 @@ def _finish(job: Job, setup: Setup, memory: MemoryMark) -> dict[str, Any]:
     identity = {name: setup.lock[name] for name in ("base", "template", "data")}
     identity["system"] = _shared_system(setup.data.train_conversations)
     card = model_card(folder.name, setup.source.name, setup.resolved.recipe, progress.eval_loss)
-    save_adapter(job.model, setup.tokenizer, folder.adapter, identity, card)  # type: ignore[arg-type]
+    save_adapter(job.model, setup.tokenizer, folder.adapter, identity, card)
     data = setup.data.report.as_json()
     report: dict[str, Any] = {
         "run": str(folder.path),

@@ -12,9 +12,9 @@ from strop.data.conversation import Conversation
 from strop.data.formats import conversations
 from strop.data.sources import RowFault, read_rows
 from strop.errors import DataError
-from strop.evaluate.compare import Advance, compare, questions
-from strop.evaluate.metrics import check_golds, metric as known_metric
-from strop.evaluate.report import write_report
+from strop.evaluation.compare import Advance, compare, questions
+from strop.evaluation.metrics import check_golds, metric as known_metric
+from strop.evaluation.report import write_report
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, is_run, write_json
 
@@ -62,9 +62,9 @@ def evaluate_model(
 def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
     """Puts scores, intervals and some samples into report.json and report.html of a run."""
     report = json.loads(folder.report.read_text(encoding="utf-8")) if folder.report.is_file() else {"run": str(folder.path)}
-    shown = sorted(result["samples"], key=lambda s: (s.get("base_hit", False), not s.get("tuned_hit", False)))
+    every = max(1, len(result["samples"]) // SAMPLES_IN_REPORT)  # spread over the rows, misses as they come
     report["evaluation"] = {key: value for key, value in result.items() if key not in ("samples", "intervals", "run")}
     report["intervals"] = result["intervals"]
-    report["samples"] = shown[:SAMPLES_IN_REPORT]
+    report["samples"] = result["samples"][::every][:SAMPLES_IN_REPORT]
     write_json(folder.report, report)
     write_report(folder.path, report, read_events(folder.events))

@@ -45,11 +45,12 @@ class ModelShape:
 
 
 def learning_rate(parameters: int) -> float:
-    """2e-4 for 7B parameters and more (QLoRA, arXiv:2305.14314, table 9), larger for small models: 2e-4 (7e9 / P)^0.41.
+    """2e-4 for 7B parameters and more (QLoRA, arXiv:2305.14314, table 9), larger for small models:
+    2e-4 (7e9 / P)^0.41, at most 2e-3.
 
     The exponent makes it 1e-3 at 135M parameters, measured on SNIPS and the demo data (docs/log.md).
     """
-    return float(f"{2e-4 * max(1.0, 7e9 / parameters) ** 0.41:.2g}")
+    return float(f"{min(2e-3, 2e-4 * max(1.0, 7e9 / parameters) ** 0.41):.2g}")
 
 
 def saved_bytes_per_token(shape: ModelShape, rank: int) -> int:

@@ -11,8 +11,8 @@ from strop.adapters import Model
 from strop.data.conversation import Conversation
 from strop.data.pack import group_by_length
 from strop.engine.plain import PlainLoss
-from strop.evaluate.loss import mean_loss
-from strop.evaluate.metrics import paired_difference, score, wilson
+from strop.evaluation.loss import mean_loss
+from strop.evaluation.metrics import paired_difference, score, wilson
 from strop.model.generate import Answer
 
 Advance = Callable[[str, int, int], None]

@@ -19,12 +19,12 @@ from strop.data.batches import Batch, BatchStream
 from strop.data.conversation import Example
 from strop.data.pack import group_by_length
 from strop.errors import NonFiniteError, Stopped
-from strop.evaluate.loss import TokenLoss, mean_loss
+from strop.evaluation.loss import TokenLoss, mean_loss
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
-from strop.train import state as checkpoints
-from strop.train.optim import rate_factor, set_rate, warmup_steps
-from strop.train.state import TrainState
+from strop.training import state as checkpoints
+from strop.training.optim import rate_factor, set_rate, warmup_steps
+from strop.training.state import TrainState
 
 SAVE_EVERY_S = 600.0  # at least this often, whatever the recipe says about steps
 SKIPS_IN_A_ROW = 3  # non-finite steps passed over before the run stops
@@ -58,7 +58,7 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def stream_of(recipe: Recipe, num_rows: int, position: dict[str, object] | None = None) -> BatchStream:
+def stream_of(recipe: Recipe, num_rows: int, position: dict[str, int] | None = None) -> BatchStream:
     train = recipe.train
     return BatchStream(
         num_rows,

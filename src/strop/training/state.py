@@ -31,7 +31,7 @@ class Progress:
     """The numbers of a run so far. `position` is the place in the batch stream after the last finished step."""
 
     step: int = 0
-    position: dict[str, Any] = field(default_factory=dict)
+    position: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0  # training alone

@@ -1,0 +1,382 @@
+"""The element-wise operations of eager.py as loops that numba compiles: for CPUs, in fp32 and bf16.
+
+Each reads and writes memory once, where PyTorch takes several passes and a copy in fp32. bf16 is handled as its bits
+(uint16). OpenMP comes first among numba's threading layers: its threads take turns with PyTorch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import torch
+from numba import prange, types
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+
+def _loop(function: Loop) -> Loop:
+    compiled: Loop = numba.njit(parallel=True, fastmath=True, error_model="numpy", cache=True)(function)
+    return compiled
+
+
+def _inline(function: Loop) -> Loop:
+    compiled: Loop = numba.njit(fastmath=True, error_model="numpy", cache=True)(function)
+    return compiled
+
+
+def _cast(result: Any, operation: str) -> Any:
+    """A function of compiled code that is one LLVM cast."""
+
+    def typing(context: Any, x: Any) -> Any:
+        def generate(target: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return getattr(builder, operation)(args[0], target.get_value_type(result))
+
+        return result(x), generate
+
+    return intrinsic(typing)
+
+
+_float_of_bits = _cast(types.float32, "bitcast")
+_bits_of_float = _cast(types.uint32, "bitcast")
+_truncate = _cast(types.int32, "fptosi")
+_low_half = _cast(types.uint16, "trunc")
+
+
+def wide(x: Any) -> Any:
+    """fp32 of an element as it is stored."""
+
+
+def narrow(x: Any, like: Any) -> Any:
+    """fp32 as the array `like` stores it, rounded to nearest even."""
+
+
+@overload(wide, inline="always")
+def _wide(x: Any) -> Any:
+    if x == types.uint16:
+        return lambda x: _float_of_bits(np.uint32(x) << np.uint32(16))
+    return lambda x: x
+
+
+@overload(narrow, inline="always")
+def _narrow(x: Any, like: Any) -> Any:
+    if like.dtype == types.uint16:
+        return lambda x, like: _round_bf16(x)
+    return lambda x, like: x
+
+
+@_inline
+def _round_bf16(x: Any) -> Any:
+    bits = _bits_of_float(x)
+    return _low_half((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@_inline
+def _exp(x: Any) -> Any:
+    """exp of x <= 0 to 1e-7 (the polynomial of Cephes' expf): libm's would not be vectorised."""
+    x = max(x, np.float32(-87.0))
+    n = _truncate(x * np.float32(1.44269504) - np.float32(0.5))
+    whole = np.float32(n)
+    r = x - whole * np.float32(0.693359375) + whole * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    power = _float_of_bits(np.uint32(n + np.int32(127)) << np.uint32(23))
+    return (p * r * r + r + np.float32(1.0)) * power
+
+
+@_inline
+def _sigmoid(x: Any) -> Any:
+    e = _exp(-abs(x))
+    return (np.float32(1.0) if x >= 0 else e) / (np.float32(1.0) + e)
+
+
+@_inline
+def _tanh(x: Any) -> Any:
+    e = _exp(np.float32(-2.0) * abs(x))
+    size = (np.float32(1.0) - e) / (np.float32(1.0) + e)
+    return size if x >= 0 else -size
+
+
+@_loop
+def _rms_norm(x: Any, weight: Any, eps: Any, offset: Any, out: Any) -> None:
+    rows, n = x.shape
+    for i in prange(rows):
+        total = np.float32(0.0)
+        for j in range(n):
+            value = wide(x[i, j])
+            total += value * value
+        rstd = np.float32(1.0) / np.sqrt(total / np.float32(n) + eps)
+        for j in range(n):
+            out[i, j] = narrow(wide(x[i, j]) * rstd * (wide(weight[j]) + offset), out)
+
+
+@_loop
+def _rms_norm_backward(grad: Any, x: Any, weight: Any, eps: Any, offset: Any, out: Any) -> None:
+    rows, n = x.shape
+    for i in prange(rows):
+        total, along = np.float32(0.0), np.float32(0.0)
+        for j in range(n):
+            value = wide(x[i, j])
+            total += value * value
+            along += wide(grad[i, j]) * (wide(weight[j]) + offset) * value
+        rstd = np.float32(1.0) / np.sqrt(total / np.float32(n) + eps)
+        shrink = along * rstd * rstd / np.float32(n)
+        for j in range(n):
+            weighted = wide(grad[i, j]) * (wide(weight[j]) + offset)
+            out[i, j] = narrow(rstd * (weighted - wide(x[i, j]) * shrink), out)
+
+
+@_loop
+def _silu_glu(gate_up: Any, out: Any) -> None:
+    rows, n = out.shape
+    for i in prange(rows):
+        for j in range(n):
+            gate = wide(gate_up[i, j])
+            out[i, j] = narrow(gate * _sigmoid(gate) * wide(gate_up[i, n + j]), out)
+
+
+@_loop
+def _silu_glu_backward(grad: Any, gate_up: Any, grad_in: Any, out: Any) -> None:
+    rows, n = out.shape
+    for i in prange(rows):
+        for j in range(n):
+            gate, up, upstream = wide(gate_up[i, j]), wide(gate_up[i, n + j]), wide(grad[i, j])
+            sigmoid = _sigmoid(gate)
+            value = gate * sigmoid
+            slope = sigmoid + value * (np.float32(1.0) - sigmoid)
+            out[i, j] = narrow(value * up, out)
+            grad_in[i, j] = narrow(upstream * up * slope, grad_in)
+            grad_in[i, n + j] = narrow(upstream * value, grad_in)
+
+
+ROOT, CUBIC = np.float32(0.7978845608028654), np.float32(0.044715)  # sqrt(2 / pi)
+
+
+@_loop
+def _gelu_glu(gate_up: Any, out: Any) -> None:
+    rows, n = out.shape
+    for i in prange(rows):
+        for j in range(n):
+            gate = wide(gate_up[i, j])
+            tanh = _tanh(ROOT * (gate + CUBIC * gate * gate * gate))
+            value = np.float32(0.5) * gate * (np.float32(1.0) + tanh)
+            out[i, j] = narrow(value * wide(gate_up[i, n + j]), out)
+
+
+@_loop
+def _gelu_glu_backward(grad: Any, gate_up: Any, grad_in: Any, out: Any) -> None:
+    rows, n = out.shape
+    for i in prange(rows):
+        for j in range(n):
+            gate, up, upstream = wide(gate_up[i, j]), wide(gate_up[i, n + j]), wide(grad[i, j])
+            tanh = _tanh(ROOT * (gate + CUBIC * gate * gate * gate))
+            half = np.float32(0.5) * (np.float32(1.0) + tanh)
+            inner = ROOT * (np.float32(1.0) + np.float32(3.0) * CUBIC * gate * gate)
+            slope = half + np.float32(0.5) * gate * (np.float32(1.0) - tanh * tanh) * inner
+            out[i, j] = narrow(gate * half * up, out)
+            grad_in[i, j] = narrow(upstream * up * slope, grad_in)
+            grad_in[i, n + j] = narrow(upstream * gate * half, grad_in)
+
+
+@_loop
+def _softmax(scores: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
+    rows, n = scores.shape
+    for i in prange(rows):
+        query = first + (i % queries) // group
+        end = query + 1
+        begin = max(end - window, 0) if window else 0
+        top = np.float32(-np.inf)
+        for j in range(begin, end):
+            top = max(top, wide(scores[i, j]))
+        total = np.float32(0.0)
+        for j in range(begin, end):
+            total += _exp(wide(scores[i, j]) - top)
+        scale = np.float32(1.0) / total
+        for j in range(begin, end):
+            scores[i, j] = narrow(_exp(wide(scores[i, j]) - top) * scale, scores)
+        for j in range(begin):
+            scores[i, j] = 0
+        for j in range(end, n):
+            scores[i, j] = 0
+
+
+@_loop
+def _softmax_backward(grad: Any, probs: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
+    rows, n = probs.shape
+    for i in prange(rows):
+        query = first + (i % queries) // group
+        end = query + 1
+        begin = max(end - window, 0) if window else 0
+        along = np.float32(0.0)
+        for j in range(begin, end):
+            along += wide(grad[i, j]) * wide(probs[i, j])
+        for j in range(begin, end):
+            grad[i, j] = narrow(wide(probs[i, j]) * (wide(grad[i, j]) - along), grad)
+        for j in range(begin):
+            grad[i, j] = 0
+        for j in range(end, n):
+            grad[i, j] = 0
+
+
+@_loop
+def _cross_entropy(logits: Any, labels: Any, weights: Any, gradient: Any, losses: Any) -> None:
+    rows, n = logits.shape
+    for i in prange(rows):
+        top = np.float32(-np.inf)
+        for j in range(n):
+            top = max(top, wide(logits[i, j]))
+        total = np.float32(0.0)
+        for j in range(n):
+            total += _exp(wide(logits[i, j]) - top)
+        at = wide(logits[i, labels[i]])
+        losses[i] = weights[i] * (np.log(total) + top - at)
+        if gradient:
+            scale = weights[i] / total
+            for j in range(n):
+                logits[i, j] = narrow(_exp(wide(logits[i, j]) - top) * scale, logits)
+            logits[i, labels[i]] = narrow(weights[i] * (_exp(at - top) / total - np.float32(1.0)), logits)
+
+
+@_loop
+def _to_heads(
+    x: Any, stride: Any, cos: Any, sin: Any, scale: Any, slots: Any, key_value: Any, group: Any, d: Any, out: Any
+) -> None:
+    docs, length = slots.shape
+    m = cos.shape[1]
+    for place in prange(docs * length):
+        doc, at = place // length, place % length
+        token = slots[doc, at]
+        for head in range(key_value * group):
+            row = ((doc * key_value + head // group) * length + at) * group + head % group
+            to = out[row]
+            if token < 0:
+                to[:] = 0
+                continue
+            begin = token * stride + head * d
+            source = x[begin : begin + d]
+            for j in range(m):
+                a, b = wide(source[j]), wide(source[m + j])
+                c, s = cos[token, j] * scale, sin[token, j] * scale
+                to[j] = narrow(a * c - b * s, out)
+                to[m + j] = narrow(b * c + a * s, out)
+            for j in range(2 * m, d):
+                to[j] = narrow(wide(source[j]) * scale, out)
+
+
+@_loop
+def _from_heads(out: Any, stride: Any, x: Any, slots: Any, key_value: Any, group: Any, d: Any) -> None:
+    docs, length = slots.shape
+    for head in prange(key_value * group):  # documents may share a row, heads never do
+        for doc in range(docs):
+            for at in range(length):
+                token = slots[doc, at]
+                if token >= 0:
+                    source = x[((doc * key_value + head // group) * length + at) * group + head % group]
+                    begin = token * stride + head * d
+                    to = out[begin : begin + d]
+                    for j in range(d):
+                        to[j] = narrow(wide(to[j]) + wide(source[j]), out)
+
+
+@_loop
+def _turn_back(total: Any, cos: Any, sin: Any, scale: Any, query: Any, key_value: Any, d: Any, out: Any) -> None:
+    tokens = total.shape[0]
+    m = cos.shape[1]
+    for token in prange(tokens):
+        for head in range(query + 2 * key_value):
+            begin = head * d
+            source, to = total[token, begin : begin + d], out[token, begin : begin + d]
+            turned = m if head < query + key_value else 0
+            factor = scale if head < query else np.float32(1.0)
+            for j in range(turned):
+                a, b = source[j], source[turned + j]
+                c, s = cos[token, j] * factor, sin[token, j] * factor
+                to[j] = narrow(a * c + b * s, out)
+                to[turned + j] = narrow(b * c - a * s, out)
+            for j in range(2 * turned, d):
+                to[j] = narrow(source[j] * factor, out)
+
+
+def _array(x: Tensor) -> Any:
+    x = x.detach()
+    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def _rows(x: Tensor) -> Any:
+    return _array(x.reshape(-1, x.shape[-1]).contiguous())
+
+
+def _flat(x: Tensor) -> Any:
+    """x (T, heads, d), rows anywhere, as one line from its first element to its last."""
+    assert x.stride()[1:] == (x.shape[2], 1)
+    return _array(x.as_strided(((len(x) - 1) * x.stride(0) + x.shape[1] * x.shape[2],), (1,)))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _rms_norm(_rows(x), _array(weight), np.float32(eps), np.float32(offset), _rows(out))
+    return out
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _rms_norm_backward(_rows(grad), _rows(x), _array(weight), np.float32(eps), np.float32(offset), _rows(out))
+    return out
+
+
+def glu(gate_up: Tensor, activation: str) -> Tensor:
+    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    (_silu_glu if activation == "silu" else _gelu_glu)(_rows(gate_up), _array(out))
+    return out
+
+
+def glu_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    grad_in, out = torch.empty_like(gate_up), torch.empty_like(grad)
+    loop = _silu_glu_backward if activation == "silu" else _gelu_glu_backward
+    loop(_rows(grad), _rows(gate_up), _array(grad_in), _array(out))
+    return grad_in, out
+
+
+def softmax_(scores: Tensor, group: int, first: int, window: int) -> Tensor:
+    _softmax(_rows(scores), scores.shape[1], group, first, window)
+    return scores
+
+
+def softmax_backward_(grad: Tensor, probs: Tensor, group: int, first: int, window: int) -> Tensor:
+    _softmax_backward(_rows(grad), _rows(probs), probs.shape[1], group, first, window)
+    return grad
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: float, gradient: bool) -> Tensor:
+    losses = torch.empty(len(logits))
+    _cross_entropy(_array(logits), _array(labels), _array(weights), gradient, _array(losses))
+    return losses.sum()
+
+
+def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, slots: Tensor, group: int) -> Tensor:
+    docs, length = slots.shape
+    heads, d = x.shape[1:]
+    out = x.new_empty(docs * heads // group, length * group, d)
+    none = torch.empty(len(x), 0)
+    turn = (_array(none if cos is None else cos), _array(none if sin is None else sin), np.float32(scale))
+    _to_heads(_flat(x), x.stride(0), *turn, _array(slots), heads // group, group, d, _rows(out))
+    return out
+
+
+def from_heads_(out: Tensor, x: Tensor, slots: Tensor, group: int) -> None:
+    heads, d = out.shape[1:]
+    _from_heads(_flat(out), out.stride(0), _rows(x), _array(slots), heads // group, group, d)
+
+
+def turn_back(total: Tensor, cos: Tensor, sin: Tensor, scale: float, query: int, key_value: int, out: Tensor) -> None:
+    d = total.shape[1] // (query + 2 * key_value)
+    _turn_back(_array(total), _array(cos), _array(sin), np.float32(scale), query, key_value, d, _array(out))

@@ -1,0 +1,133 @@
+"""Every hand-derived gradient against numerical differentiation in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from strop.engine import eager
+from strop.engine.attention import Attention, Heads, sdpa
+from strop.engine.functions import Frozen, Glu, LoraLinear, Norm, RmsNorm
+from strop.engine.head import SupervisedLoss
+from strop.engine.packed import Bucket
+
+OPS: Any = eager
+
+
+def rand(*shape: int, grad: bool = False) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
+
+
+def check(function: Any, *inputs: Any) -> None:
+    # gradcheck's own upstream gradients are unit vectors, so no two rows are treated alike.
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(1, 5), (3, 7), (2, 3, 4)])
+def test_rms_norm(shape: tuple[int, ...], offset: float) -> None:
+    torch.manual_seed(0)
+    norm = Norm(OPS, rand(shape[-1]), 1e-5, offset)
+    check(lambda x: RmsNorm.apply(x, norm), rand(*shape, grad=True))
+    wide = rand(*shape[:-1], 2 * shape[-1], grad=True)
+    check(lambda x: RmsNorm.apply(x[..., ::2], norm), wide)  # not contiguous
+    expected = F.rms_norm(wide[..., ::2], (shape[-1],), norm.weight + offset, 1e-5)
+    torch.testing.assert_close(RmsNorm.apply(wide[..., ::2], norm), expected)
+
+
+@pytest.mark.parametrize("enter", ["none", "norm", "silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize(("tokens", "ranks", "bias"), [(1, (1,), False), (3, (2, 3), True), (2, (), True), (5, (1, 2, 3), False)])
+def test_lora_linear(enter: str, tokens: int, ranks: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    k, n = 5, 4
+    entry = None if enter == "none" else Norm(OPS, rand(k), 1e-5, 0.0) if enter == "norm" else Glu(OPS, enter)
+    outputs = n * max(len(ranks), 1)
+    columns = tuple(slice(i * n, (i + 1) * n) for i in range(len(ranks)))
+    frozen = Frozen(rand(outputs, k), rand(outputs) if bias else None, columns, (0.5, 2.0, 3.0)[: len(ranks)])
+    adapters = [t for r in ranks for t in (rand(r, k, grad=True), rand(n, r, grad=True))]
+    x = rand(tokens, k if enter in ("none", "norm") else 2 * k, grad=True)
+    check(lambda x, *ab: LoraLinear.apply(x, frozen, entry, *ab), x, *adapters)
+    check(lambda x, *ab: LoraLinear.apply(x.t().contiguous().t(), frozen, entry, *ab), x, *adapters)
+    if ranks:  # the first layer's input needs no gradient
+        check(lambda *ab: LoraLinear.apply(x.detach(), frozen, entry, *ab), *adapters)
+
+
+def test_lora_linear_is_the_sum_of_its_parts() -> None:
+    x, w, a, b = rand(3, 5), rand(8, 5), rand(2, 5), rand(4, 2)
+    y = LoraLinear.apply(x, Frozen(w, None, (slice(4, 8),), (0.5,)), None, a, b)
+    torch.testing.assert_close(y, torch.cat([x @ w[:4].t(), x @ w[4:].t() + 0.5 * (x @ a.t() @ b.t())], dim=1))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_supervised_loss(softcap: float) -> None:
+    torch.manual_seed(0)
+    x, head = rand(5, 3, grad=True), rand(7, 3)
+    labels, weights = torch.tensor([1, 0, 6, 1, 2]), torch.tensor([1.0, 0.5, 2.0, 0.1, 3.0], dtype=torch.float64)
+    check(lambda x: SupervisedLoss.apply(x, labels, weights, head, softcap, OPS) * 0.3, x)
+    logits = x @ head.t()
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+    torch.testing.assert_close(SupervisedLoss.apply(x, labels, weights, head, softcap, OPS), expected)
+
+
+def heads(window: int, norms: bool, key_value: int = 1) -> Heads:
+    q_norm, k_norm = (Norm(OPS, rand(4), 1e-5, 0.0) if norms else None for _ in range(2))
+    return Heads(OPS, query=2, key_value=key_value, size=4, scale=0.7, window=window, q_norm=q_norm, k_norm=k_norm)
+
+
+def reference(qkv: Tensor, shape: Heads, cos: Tensor, sin: Tensor, sees: Tensor) -> Tensor:
+    """Attention by definition, over all packed rows at once. sees (T, T) bool."""
+    q, k, v = shape.views(qkv)
+    if shape.q_norm and shape.k_norm:
+        q, k = (F.rms_norm(x, (4,), norm.weight, norm.eps) for x, norm in ((q, shape.q_norm), (k, shape.k_norm)))
+    q, k = eager.rotate(q, cos, sin), eager.rotate(k, cos, sin)
+    k, v = (x.repeat_interleave(shape.group, dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * shape.scale
+    probs = scores.masked_fill(~sees, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", probs, v).reshape(len(qkv), -1)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("window", [0, 2])
+@pytest.mark.parametrize("rotated", [1, 2])
+@pytest.mark.parametrize("settings", [(128, 512), (2, 512), (2, 0)])
+def test_attention(
+    kv_heads: int, norms: bool, window: int, rotated: int, settings: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows 0 to 1 are a prefix; documents of 3 and 2 rows behind it; a document of one row without it."""
+    monkeypatch.setattr("strop.engine.attention.BLOCK", settings[0])
+    monkeypatch.setattr("strop.engine.attention.KEEP_PAIRS", settings[1])
+    torch.manual_seed(0)
+    shape = heads(window, norms, kv_heads)
+    tokens = 8
+    cos, sin = rand(tokens, rotated).cos(), rand(tokens, rotated).sin()
+    rows = [[2, 3, 4], [5, 6, -1]]
+    parts = (
+        Bucket(torch.tensor(rows), torch.tensor([[0, 1, *own] for own in rows])),
+        Bucket(torch.tensor([[0, 1]]), torch.tensor([[0, 1]])),
+        Bucket(torch.tensor([[7]]), torch.tensor([[7]])),
+    )
+    sees = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for document in ([0, 1, 2, 3, 4], [0, 1, 5, 6], [7]):
+        for i, query in enumerate(document):
+            sees[query, document[max(0, i + 1 - window) if window else 0 : i + 1]] = True
+    qkv = rand(tokens, (2 + 2 * kv_heads) * 4, grad=True)
+    expected = reference(qkv, shape, cos, sin, sees)
+    upstream = rand(*expected.shape)
+    (expected_grad,) = torch.autograd.grad(expected, qkv, upstream)
+    for attend in (Attention.apply, sdpa):
+        out = attend(qkv, shape, cos, sin, parts)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(torch.autograd.grad(out, qkv, upstream)[0], expected_grad)
+
+
+def test_attention_gradcheck() -> None:
+    torch.manual_seed(0)
+    parts = (Bucket(torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 2]])),)
+    cos, sin = rand(3, 2).cos(), rand(3, 2).sin()
+    check(lambda qkv: Attention.apply(qkv, heads(0, False), cos, sin, parts), rand(3, 16, grad=True))

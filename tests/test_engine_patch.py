@@ -1,0 +1,222 @@
+"""The fast step against the model's own: loss and every adapter's gradient, family by family."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tests.test_engine_plain import example, tiny
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from strop.data.conversation import Example
+from strop.engine.patch import FAMILIES, FastLoss, unsupported
+from strop.engine.plain import PlainLoss
+
+FAMILY_CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "mistral": (MistralConfig, {"sliding_window": 4}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {}),
+}
+Gradients = dict[str, torch.Tensor]
+
+
+def adapted(config: type = LlamaConfig, lora: dict[str, Any] | None = None, **changes: Any) -> PeftModel:
+    """A tiny model with adapters whose two factors are not zero."""
+    base = tiny(config, **changes)
+    for name, parameter in base.named_parameters():
+        if "bias" in name or "norm" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    options = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **(lora or {})}
+    model = get_peft_model(base, LoraConfig(**options))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def some(weighted: bool = False) -> list[Example]:
+    found = [example(9, 1), example(5, 2), example(12, 3), example(2, 4)]
+    if weighted:
+        rng = np.random.default_rng(0)
+        found = [
+            dataclasses.replace(e, weights=(e.weights * rng.choice([0, 0.5, 1, 3], len(e))).astype(np.float32))
+            for e in found
+        ]
+    return found
+
+
+def with_prefix(examples: list[Example], length: int = 11) -> list[Example]:
+    prefix = example(length, 99)
+    rng = np.random.default_rng(1)
+    return [
+        Example(
+            np.concatenate([prefix.ids, e.ids]),
+            np.concatenate([np.r_[0, rng.choice([0, 1, 2], length - 1)], e.weights]).astype(np.float32),
+            "f",
+            i,
+        )
+        for i, e in enumerate(examples)
+    ]
+
+
+def step(model: PeftModel, loss: Any, examples: list[Example]) -> tuple[torch.Tensor, Gradients]:
+    model.zero_grad()
+    value = loss(examples)
+    (value * 0.1).backward()
+    return value.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(found: tuple[torch.Tensor, Gradients], expected: tuple[torch.Tensor, Gradients]) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
+    assert found[1].keys() == expected[1].keys()
+    for name, grad in expected[1].items():
+        assert grad.norm() > 0, name
+        assert (found[1][name] - grad).norm() <= 1e-4 * grad.norm(), name
+
+
+def test_each_family_has_a_parity_test() -> None:
+    assert FAMILY_CONFIGS.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_family_equals_the_model(family: str) -> None:
+    config, changes = FAMILY_CONFIGS[family]
+    model = adapted(config, **changes)
+    for examples in (some(), some(weighted=True), with_prefix(some(weighted=True))):
+        expected = step(model, PlainLoss(model), examples)
+        assert_same(step(model, FastLoss(model), examples), expected)
+        assert_same(step(model, FastLoss(model, checkpoint_layers=1), examples), expected)
+
+
+@pytest.mark.parametrize(
+    ("lora", "changes"),
+    [
+        ({"target_modules": ["q_proj", "v_proj"]}, {}),
+        ({"target_modules": ["down_proj"]}, {}),
+        ({"target_modules": ["up_proj", "k_proj"], "layers_to_transform": [1]}, {}),
+        ({"use_rslora": True, "rank_pattern": {"k_proj": 1}}, {}),
+        ({}, {"tie_word_embeddings": True}),
+        ({}, {"attention_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
+    ],
+    ids=["attention", "down", "last layer", "rslora", "tied", "bias"],
+)
+def test_variant_equals_the_model(lora: dict[str, Any], changes: dict[str, Any]) -> None:
+    model = adapted(LlamaConfig, lora, **changes)
+    expected = step(model, PlainLoss(model), some())
+    assert_same(step(model, FastLoss(model), some()), expected)
+
+
+def test_packed_equals_one_by_one_and_unshared() -> None:
+    model = adapted()
+    examples = with_prefix(some(weighted=True))
+    fast, unshared = FastLoss(model), FastLoss(model, prefix_sharing=False)
+    together = step(model, fast, examples)
+    parts = [step(model, fast, [one]) for one in examples]
+    one_by_one = sum(p[0] for p in parts), {n: sum(p[1][n] for p in parts) for n in together[1]}
+    assert_same(together, one_by_one)
+    assert_same(together, step(model, unshared, examples))
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_no_document_leaks_into_another(sharing: bool) -> None:
+    """Only the first document is supervised; the tokens of another must not change one bit."""
+    model = adapted()
+    fast = FastLoss(model, prefix_sharing=sharing)
+    first, *others = with_prefix([example(9, 1), example(9, 2), example(5, 3)])
+    silent = [dataclasses.replace(other, weights=np.zeros_like(other.weights)) for other in others]
+    ids = silent[0].ids.copy()
+    ids[12:] = (ids[12:] + 7) % 97
+    changed = [dataclasses.replace(silent[0], ids=ids), silent[1]]
+    before, after = step(model, fast, [first, *silent]), step(model, fast, [first, *changed])
+    assert before[0] == after[0]
+    assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
+
+
+def test_bf16_is_no_further_from_the_truth_than_the_model_itself() -> None:
+    truth_model, model = adapted(), adapted()
+    truth = step(truth_model, PlainLoss(truth_model), with_prefix(some()))
+    model.get_base_model().to(torch.bfloat16)
+    truth_model.get_base_model().to(torch.bfloat16).float()  # the same rounded base weights
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = dict(truth_model.named_parameters())[name].data.clone()
+    for name, parameter in truth_model.named_parameters():
+        parameter.data = parameter.data.float()
+    truth = step(truth_model, PlainLoss(truth_model), with_prefix(some()))
+    fast = step(model, FastLoss(model), with_prefix(some()))
+    plain = step(model, PlainLoss(model), with_prefix(some()))
+
+    def error(found: tuple[torch.Tensor, Gradients]) -> tuple[float, float]:
+        wrong = sum(float((found[1][n] - g).square().sum()) for n, g in truth[1].items())
+        return float((found[0] - truth[0]).abs()), wrong**0.5
+
+    assert error(fast)[0] <= 1.5 * error(plain)[0] + 1e-3 * float(truth[0])
+    assert error(fast)[1] <= 1.2 * error(plain)[1]
+
+
+def test_evaluation_equals_training_loss_and_follows_disabled_adapters() -> None:
+    model = adapted()
+    fast, plain = FastLoss(model), PlainLoss(model)
+    trained = step(model, fast, some())[0]
+    with torch.no_grad():
+        torch.testing.assert_close(fast(some()), trained, rtol=1e-6, atol=0)
+        with model.disable_adapter():
+            base = fast(some())
+            torch.testing.assert_close(base, plain(some()), rtol=1e-5, atol=0)
+    assert (base - fast(some()).detach()).abs() > 1e-3
+
+
+def test_nothing_supervised_is_zero() -> None:
+    model = adapted()
+    silent = [dataclasses.replace(e, weights=np.zeros_like(e.weights)) for e in some()]
+    loss, grads = step(model, FastLoss(model), silent)
+    assert loss == 0
+    assert not any(grad.any() for grad in grads.values())
+
+
+def test_model_still_generates_and_saves(tmp_path: Path) -> None:
+    model, untouched = adapted(), adapted()
+    FastLoss(model)
+    fast = FastLoss(model)  # twice: the weights are side by side already
+    ids = torch.arange(1, 6)[None]
+    model.eval(), untouched.eval()
+    assert torch.equal(model(input_ids=ids).logits, untouched(input_ids=ids).logits)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(input_ids=ids, **options), untouched.generate(input_ids=ids, **options))
+    model.save_pretrained(tmp_path / "adapter")
+    base = model.get_base_model()
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in base.parameters()}
+    assert sum(storages.values()) == sum(p.nbytes for p in base.parameters())  # nothing held twice
+    loss = step(model, fast, some())[0]
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(PlainLoss(merged)(some()).detach(), loss, rtol=1e-5, atol=0)
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(merged).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(again(input_ids=ids).logits, merged(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("reason", "build"),
+    [
+        ("no peft adapter", lambda: tiny()),
+        ("dropout", lambda: adapted(lora={"lora_dropout": 0.1})),
+        ("DoRA", lambda: adapted(lora={"use_dora": True})),
+        ("lm_head", lambda: adapted(lora={"target_modules": ["q_proj", "lm_head"]})),
+        ("trained in full", lambda: adapted(lora={"modules_to_save": ["lm_head"]})),
+        ("trained in full", lambda: adapted(LlamaConfig, {"bias": "all"}, attention_bias=True)),
+        ("activation", lambda: adapted(hidden_act="relu")),
+        ("attention_dropout", lambda: adapted(attention_dropout=0.1)),
+        ("rotary", lambda: adapted(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})),
+        ("float16", lambda: adapted().half()),
+    ],
+)
+def test_refuses_with_the_reason(reason: str, build: Any) -> None:
+    found = unsupported(build())
+    assert found is not None
+    assert reason in found
