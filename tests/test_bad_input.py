@@ -14,7 +14,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from fuzz_data import one_file
+from tests.fuzz_data import one_file
 from tests.shared_data import shared
 from strop.data.conversation import Conversation
 from strop.data.formats import conversations

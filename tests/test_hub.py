@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from strop.data import hub
 from strop.errors import DataError
+from tests.hub_standin import serve
 
 
 def test_which_files_of_a_hub_repository_are_read() -> None:
@@ -41,52 +38,17 @@ def test_what_has_the_form_of_a_hub_name() -> None:
     assert not any(map(hub.is_dataset, ["n", "o/train.jsonl", "o/train.csv.gz", "./n", "/o/n", "../n", "tests/x", ""]))
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """The part of the Hub's HTTP API that reading a data set needs."""
-
-    commit = "c" * 40
-    files = {  # noqa: RUF012
-        "README.md": b"# hello",
-        "data/train.jsonl": b'{"text": "007"}\n{"text": "2024-01-31"}\n',
-        "data/test.jsonl": b'{"text": "no"}\n',
-    }
-
-    def _answer(self, body: bool) -> None:
-        content, headers = b"", {}
-        if self.path.startswith("/api/datasets/o/n/revision/") or self.path == "/api/datasets/o/n":
-            names = [{"rfilename": name} for name in self.files]
-            content = json.dumps({"id": "o/n", "sha": self.commit, "siblings": names}).encode()
-        elif self.path.startswith("/datasets/o/n/resolve/main/"):
-            content = self.files[self.path.split("/main/")[1].split("?")[0]]
-            headers = {"ETag": f'"{hash(content) & 0xFFFF:x}"', "X-Repo-Commit": self.commit}
-        self.send_response(200 if content else 404)
-        if not content:
-            self.send_header("X-Error-Code", "RepoNotFound")
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+FILES = {
+    "README.md": b"# hello",
+    "data/train.jsonl": b'{"text": "007"}\n{"text": "2024-01-31"}\n',
+    "data/test.jsonl": b'{"text": "no"}\n',
+}
 
 
 @pytest.fixture
 def hub_url() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serve("datasets", "o/n", FILES) as (address, _):
+        yield address
 
 
 def test_a_hub_data_set_is_fetched_and_then_served_from_the_cache(hub_url: str, tmp_path: Path) -> None:

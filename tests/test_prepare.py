@@ -287,7 +287,7 @@ def printed(draw: Any) -> str:
 def test_the_report_and_the_rows_are_shown(tmp_path: Path) -> None:
     rows = [row("a b\n\x1b[31m", "日本 🙂"), GOOD[0], GOOD[0], *BAD]
     prepared = run(write(tmp_path / "a.jsonl", rows), strict=False, eval=write(tmp_path / "b.jsonl", GOOD))
-    report = printed(lambda console: check.print_report(prepared.report, console))
+    report = printed(lambda console: check.print_report(prepared.report.as_json(), console))
     for part in (
         "8 rows read, 3 used, 5 dropped",
         "a.jsonl:4",

@@ -17,7 +17,7 @@ import typer
 
 from strop import __version__
 from strop.errors import InputError, StropError
-from strop.terminal import answering, console, print_data, print_samples, print_scores, watching
+from strop.terminal import answering, console, print_samples, print_scores, watching
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
 ModelName = Annotated[
@@ -183,7 +183,7 @@ def check(
     chosen = resolve(recipe, options if recipe else {"model.name": "demo", **(options or {})}).recipe
     tokenizer = load_tokenizer(locate(chosen.model.name, chosen.model.revision))
     prepared = prepare(chosen.data, tokenizer, strict=False)
-    account.print_report(prepared.report, console)
+    account.print_report(prepared.report.as_json(), console)
     if show:
         account.show(prepared, show, console, ids=ids)
     if fix is not None:

@@ -47,7 +47,9 @@ class Watch:
                 )
 
     def _on_data(self, event: Event) -> None:
-        print_data(event["report"], self._out)
+        from strop.data.check import print_report  # numpy and the readers: not for `strop --help`
+
+        print_report(event["report"], self._out)
 
     def _on_note(self, event: Event) -> None:
         self._out.print(f"[yellow]note[/]     {event['text']}")
@@ -60,7 +62,7 @@ class Watch:
         share = numbers["trainable"] / numbers["all"]
         self._out.print(
             f"[bold]train[/]    {event['steps']} steps, {numbers['trainable']:,} trainable parameters ({share:.2%}), "
-            f"{event['engine']} step [dim]{event['why']}[/]"
+            f"{event['engine']} step{': ' + event['why'] if event['why'] else ''}"
         )
         columns = (
             TextColumn("[bold]step[/]    "), MofNCompleteColumn(), BarColumn(),
@@ -116,24 +118,6 @@ def answering(out: Console = console) -> Iterator[Callable[[str, int, int], None
             bar.update(tasks[what], completed=done)
 
         yield advance
-
-
-def print_data(report: dict[str, Any], out: Console = console) -> None:
-    rows, tokens, stops = report["rows"], report["tokens"], report["stop_token"]
-    lost = {name: rows[name] for name in ("truncated", "split", "dropped") if rows[name]}
-    said = "".join(f", {number:,} {name}" for name, number in lost.items()) or ", none lost"
-    out.print(f"[bold]data[/]     {rows['read']:,} rows read, {rows['used']:,} used{said}")
-    for reason, number in report["by_reason"].items():
-        out.print(f"         {number:,} x {reason}")
-    out.print(
-        f"         {tokens['all']:,} tokens, {tokens['supervised']:,} supervised; length {tokens['p50']} median, "
-        f"{tokens['p95']} at 95 %, {tokens['max']} longest; stop token supervised in {stops['share']:.0%} of rows"
-    )
-    same = report["duplicates"]
-    if same["within"] or same["across"]:
-        out.print(f"         duplicates: {same['within']} within train, {same['across']} across train and eval")
-    for warning in report["warnings"]:
-        out.print(f"[yellow]warning[/]  {warning}")
 
 
 def print_scores(result: dict[str, Any], out: Console = console) -> None:

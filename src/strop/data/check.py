@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from strop.data import formats, sources
 from strop.data.conversation import Conversation, Example, Row
 from strop.data.prepare import Prepared
 from strop.data.render import Renderer, RenderError
-from strop.data.report import DataReport
 from strop.data.sources import RowFault
 from strop.data.store import digest, dumps, message_json
 from strop.errors import SHOWN_PLACES, FolderError
@@ -30,41 +29,40 @@ VISIBLE = {" ": "·", "\n": "↵\n", "\t": "→   ", "\r": "␍"}
 # --- the report --------------------------------------------------------------------------------------------------
 
 
-def print_report(report: DataReport, console: Console) -> None:
-    """The account as a person reads it."""
+def print_report(report: Mapping[str, Any], console: Console) -> None:
+    """The account as a person reads it. report: DataReport.as_json()."""
     _print_part("train", report, console)
-    if report.eval is not None:
-        _print_part("eval", report.eval, console)
-    elif report.held_out:
-        console.print(f"  {report.held_out} of them are held out", highlight=False)
+    if report["eval"] is not None:
+        _print_part("eval", report["eval"], console)
 
 
-def _print_part(name: str, report: DataReport, console: Console) -> None:
+def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold")
+    grid.add_column(style="bold", min_width=7)
     grid.add_column(overflow="fold")
-    rows, tokens = report.rows, report.tokens
+    rows, tokens = report["rows"], report["tokens"]
     parts = [f"{rows[key]:,} {key}" for key in ("truncated", "split", "dropped") if rows[key]]
-    held = [f"{report.held_out:,} of them held out for evaluation"] if report.held_out else []
+    held = [f"{report['held_out']:,} of them held out for evaluation"] if report["held_out"] else []
     grid.add_row(name, Text(", ".join([f"{rows['read']:,} rows read", f"{rows['used']:,} used", *parts, *held])))
-    for reason, count in report.by_reason.items():
+    for reason, count in report["by_reason"].items():
         grid.add_row("", Text(f"{count:,} dropped: {reason}", style="red"))
-    share = tokens.supervised / tokens.all if tokens.all else 0.0
-    grid.add_row("tokens", f"{tokens.all:,}, of which {tokens.supervised:,} supervised ({share:.0%})")
-    grid.add_row("length", f"half of the rows up to {tokens.p50:,}, 95 % up to {tokens.p95:,}, longest {tokens.max:,}")
-    grid.add_row("stop", f"{int(report.stop_token['rows']):,} rows end with a supervised stop token")
-    saved = report.padding
+    share = tokens["supervised"] / tokens["all"] if tokens["all"] else 0.0
+    grid.add_row("tokens", f"{tokens['all']:,}, of which {tokens['supervised']:,} supervised ({share:.0%})")
+    grid.add_row("length", f"half of the rows up to {tokens['p50']:,}, 95 % up to {tokens['p95']:,}, longest {tokens['max']:,}")
+    grid.add_row("stop", f"{int(report['stop_token']['rows']):,} rows end with a supervised stop token")
+    saved = report["padding"]
     grid.add_row("padding", f"{saved['batched']:.0%} in batches of 8 as they come, {saved['packed']:.0%} packed")
     console.print(grid, highlight=False)
-    for place in report.dropped[:SHOWN_PLACES]:
+    for place in report["dropped"][:SHOWN_PLACES]:
         at = f"{place['file']}:{place['line']}" if place["line"] else place["file"]
         console.print(Text(f"  {at}: {_safe(place['what'])}", style="red"))
-    if len(report.dropped) > SHOWN_PLACES:
-        console.print(f"  ... and {len(report.dropped) - SHOWN_PLACES:,} more", style="red", highlight=False)
-    for warning in report.warnings:
+    if len(report["dropped"]) > SHOWN_PLACES:
+        console.print(f"  ... and {len(report['dropped']) - SHOWN_PLACES:,} more", style="red", highlight=False)
+    for warning in report["warnings"]:
         console.print(Text(f"warning: {_safe(warning)}", style="yellow"))
-    if report.refusal is not None:
-        console.print(Text(f"a run would refuse this: {report.refusal.what}: {report.refusal.fix}", style="bold red"))
+    if report["refusal"] is not None:
+        refusal = report["refusal"]
+        console.print(Text(f"a run would refuse this: {refusal['message']}: {refusal['fix']}", style="bold red"))
 
 
 # --- rows as tokens ----------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
 from transformers.utils import chat_template_utils
 
 from strop.data.conversation import Conversation, Message
+from strop.data.suspicions import suspicions
 from strop.errors import DataError, ModelError, Where, nearest
 
 MAX_TEMPLATE_CHARS = 1_000_000
@@ -151,8 +151,8 @@ def _inner(value: Any) -> list[Any]:
 class ChatTemplate:
     """A template and what it was found to do.
 
-    source, hash; opening: how a prompt looks; stops: end-of-turn tokens as text; supports_system, supports_tools, supports_tool_calls,
-    supports_reasoning; warnings: sentences for the user.
+    source, hash; opening: how a prompt looks; stops: end-of-turn tokens as text; supports_system,
+    supports_tools, supports_tool_calls, supports_reasoning; warnings: sentences for the user.
     Raises ModelError where the template is broken or ends an assistant turn with no token of its own.
     """
 
@@ -184,7 +184,7 @@ class ChatTemplate:
         special = [token for token, is_special in added.items() if is_special]
         written = [token for token in added if token in self.opening and not token.isspace()]
         self.control = ControlText(list(dict.fromkeys([*special, *self.stops, *written])))
-        self.warnings = tuple(_suspicions(self._jinja.environment.parse(source), source))
+        self.warnings = tuple(suspicions(self._jinja.environment.parse(source), source))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> Draft:
         """The text that serving sends: the messages and the generation prompt (no spans). Raises RenderError."""
@@ -330,43 +330,6 @@ def _message(message: Message) -> dict[str, Any]:
     if message.name:
         value["name"] = message.name
     return value
-
-
-def _suspicions(tree: nodes.Template, source: str) -> list[str]:
-    """Signs of a template that does more than lay out messages (arXiv:2602.04653)."""
-    found = []
-    if urls := sorted(set(re.findall(r"https?://[^\s'\"{}]+", source))):
-        found.append(f"the chat template holds web addresses: {', '.join(urls[:3])}")
-    tested = sorted(
-        {
-            repr(constant.value)
-            for test in tree.find_all((nodes.Compare, nodes.Call))
-            if _reads_content(test)
-            for constant in test.find_all(nodes.Const)
-            if isinstance(constant.value, str) and constant.value.strip() and constant.value not in _KEYS
-        }
-    )
-    if tested:
-        found.append(f"the chat template tests the text of messages for {', '.join(tested[:5])}")
-    if "strftime_now" in source:
-        found.append("the chat template writes today's date; training rows keep the day they were prepared on")
-    return found
-
-
-_KEYS = {"content", "role", "system", "user", "assistant", "tool", "type", "text", "reasoning_content"}
-_TESTS = {"startswith", "endswith", "find", "index", "count"}
-
-
-def _reads_content(test: nodes.Node) -> bool:
-    """Does this comparison, or call such as content.startswith(...), look into the text of a message?"""
-    if isinstance(test, nodes.Call) and not (isinstance(test.node, nodes.Getattr) and test.node.attr in _TESTS):
-        return False
-    named = any(name.name == "content" for name in test.find_all(nodes.Name))
-    attribute = any(item.attr == "content" for item in test.find_all(nodes.Getattr))
-    keyed = any(
-        isinstance(item.arg, nodes.Const) and item.arg.value == "content" for item in test.find_all(nodes.Getitem)
-    )
-    return named or attribute or keyed
 
 
 def adds_bos(tokenizer: Any) -> bool:

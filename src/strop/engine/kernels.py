@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
@@ -31,22 +32,36 @@ def _inline(function: Loop) -> Loop:
     return compiled
 
 
-def _cast(result: Any, operation: str) -> Any:
-    """A function of compiled code that is one LLVM cast."""
+def _emit(result: Any, make: Callable[[Any, Any], Any]) -> Any:
+    """A function of compiled code, by the LLVM instructions it stands for: numba would widen 32-bit shifts to 64."""
 
     def typing(context: Any, x: Any) -> Any:
-        def generate(target: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return getattr(builder, operation)(args[0], target.get_value_type(result))
-
-        return result(x), generate
+        return result(x), lambda target, builder, signature, args: make(builder, args[0])
 
     return intrinsic(typing)
 
 
-_float_of_bits = _cast(types.float32, "bitcast")
-_bits_of_float = _cast(types.uint32, "bitcast")
-_truncate = _cast(types.int32, "fptosi")
-_low_half = _cast(types.uint16, "trunc")
+F32, I32, I16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
+
+
+def _emit_from_bf16(b: Any, x: Any) -> Any:
+    return b.bitcast(b.shl(b.zext(x, I32), I32(16)), F32)
+
+
+def _emit_to_bf16(b: Any, x: Any) -> Any:
+    bits = b.bitcast(x, I32)
+    odd = b.and_(b.lshr(bits, I32(16)), I32(1))
+    return b.trunc(b.lshr(b.add(bits, b.add(odd, I32(0x7FFF))), I32(16)), I16)
+
+
+def _emit_power(b: Any, x: Any) -> Any:
+    return b.bitcast(b.shl(b.add(x, I32(127)), I32(23)), F32)
+
+
+_from_bf16 = _emit(types.float32, _emit_from_bf16)
+_to_bf16 = _emit(types.uint16, _emit_to_bf16)
+_truncate = _emit(types.int32, lambda b, x: b.fptosi(x, I32))
+_power = _emit(types.float32, _emit_power)  # 2 to an int32
 
 
 def wide(x: Any) -> Any:
@@ -59,22 +74,24 @@ def narrow(x: Any, like: Any) -> Any:
 
 @overload(wide, inline="always")
 def _wide(x: Any) -> Any:
-    if x == types.uint16:
-        return lambda x: _float_of_bits(np.uint32(x) << np.uint32(16))
-    return lambda x: x
+    def from_bf16(x: Any) -> Any:
+        return _from_bf16(x)
+
+    def same(x: Any) -> Any:
+        return x
+
+    return from_bf16 if x == types.uint16 else same
 
 
 @overload(narrow, inline="always")
 def _narrow(x: Any, like: Any) -> Any:
-    if like.dtype == types.uint16:
-        return lambda x, like: _round_bf16(x)
-    return lambda x, like: x
+    def to_bf16(x: Any, like: Any) -> Any:
+        return _to_bf16(x)
 
+    def same(x: Any, like: Any) -> Any:
+        return x
 
-@_inline
-def _round_bf16(x: Any) -> Any:
-    bits = _bits_of_float(x)
-    return _low_half((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    return to_bf16 if like.dtype == types.uint16 else same
 
 
 @_inline
@@ -89,8 +106,7 @@ def _exp(x: Any) -> Any:
     p = p * r + np.float32(4.1665795894e-2)
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
-    power = _float_of_bits(np.uint32(n + np.int32(127)) << np.uint32(23))
-    return (p * r * r + r + np.float32(1.0)) * power
+    return (p * r * r + r + np.float32(1.0)) * _power(n)
 
 
 @_inline
@@ -187,44 +203,48 @@ def _gelu_glu_backward(grad: Any, gate_up: Any, grad_in: Any, out: Any) -> None:
             grad_in[i, n + j] = narrow(upstream * gate * half, grad_in)
 
 
+@_inline
+def _softmax_row(row: Any) -> None:
+    top = np.float32(-np.inf)
+    for j in range(len(row)):
+        top = max(top, wide(row[j]))
+    total = np.float32(0.0)
+    for j in range(len(row)):
+        total += _exp(wide(row[j]) - top)
+    scale = np.float32(1.0) / total
+    for j in range(len(row)):
+        row[j] = narrow(_exp(wide(row[j]) - top) * scale, row)
+
+
 @_loop
 def _softmax(scores: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
-    rows, n = scores.shape
+    rows, _ = scores.shape
     for i in prange(rows):
-        query = first + (i % queries) // group
-        end = query + 1
+        end = first + (i % queries) // group + 1
         begin = max(end - window, 0) if window else 0
-        top = np.float32(-np.inf)
-        for j in range(begin, end):
-            top = max(top, wide(scores[i, j]))
-        total = np.float32(0.0)
-        for j in range(begin, end):
-            total += _exp(wide(scores[i, j]) - top)
-        scale = np.float32(1.0) / total
-        for j in range(begin, end):
-            scores[i, j] = narrow(_exp(wide(scores[i, j]) - top) * scale, scores)
-        for j in range(begin):
-            scores[i, j] = 0
-        for j in range(end, n):
-            scores[i, j] = 0
+        _softmax_row(scores[i, begin:end])
+        scores[i, :begin] = 0
+        scores[i, end:] = 0
+
+
+@_inline
+def _softmax_backward_row(grad: Any, probs: Any) -> None:
+    along = np.float32(0.0)
+    for j in range(len(grad)):
+        along += wide(grad[j]) * wide(probs[j])
+    for j in range(len(grad)):
+        grad[j] = narrow(wide(probs[j]) * (wide(grad[j]) - along), grad)
 
 
 @_loop
 def _softmax_backward(grad: Any, probs: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
-    rows, n = probs.shape
+    rows, _ = probs.shape
     for i in prange(rows):
-        query = first + (i % queries) // group
-        end = query + 1
+        end = first + (i % queries) // group + 1
         begin = max(end - window, 0) if window else 0
-        along = np.float32(0.0)
-        for j in range(begin, end):
-            along += wide(grad[i, j]) * wide(probs[i, j])
-        for j in range(begin, end):
-            grad[i, j] = narrow(wide(probs[i, j]) * (wide(grad[i, j]) - along), grad)
-        for j in range(begin):
-            grad[i, j] = 0
-        for j in range(end, n):
-            grad[i, j] = 0
+        _softmax_backward_row(grad[i, begin:end], probs[i, begin:end])
+        grad[i, :begin] = 0
+        grad[i, end:] = 0
 
 
 @_loop

@@ -127,6 +127,8 @@ def _set_up(resolved: Resolved) -> Setup:
     resolved = _plan(resolved, source, machine)
     tokenizer = load_tokenizer(source)
     data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data")
+    if data.renderer.template is not None:  # data.template: the adapter's tokenizer must say what it was trained with
+        tokenizer.chat_template = data.renderer.template
     lock = {
         "base": {"name": source.name, "fingerprint": fingerprint(source)},
         "data": data.hash,
@@ -153,7 +155,8 @@ def _execute(folder: RunFolder, setup: Setup, listeners: Sequence[Listener], *, 
         memory = mark(recipe.model.device)
         model = _build(setup)
         weights = trainable(model)
-        token_loss, engine, why = token_loss_for(model)
+        checkpointing = recipe.train.gradient_checkpointing == "on"
+        token_loss, engine, why = token_loss_for(model, checkpointing=checkpointing)
         state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
         if resuming and folder.checkpoints():
             checkpoint = checkpoints.newest(folder, lambda text: log.emit("note", text=text))
@@ -189,8 +192,6 @@ def _build(setup: Setup) -> peft.PeftModel:
         model = as_fp32(attach(base, start, setup.source, trainable=True))
     else:
         model = add_lora(base, recipe.lora, setup.tokenizer)
-    if recipe.train.gradient_checkpointing == "on":
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
