@@ -14,12 +14,12 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from tests.fuzz_data import one_file
-from tests.shared_data import shared
 from strop.data.conversation import Conversation
 from strop.data.formats import conversations
 from strop.data.sources import RowFault, read_rows
 from strop.errors import DataError
+from tests.fuzz_data import one_file
+from tests.shared_data import shared
 
 OUTCOMES = [  # file, lines used, (reason, line) of each bad row
     ("good.jsonl", [1, 2], []),

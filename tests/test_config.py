@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from strop.config.load import Choice, parse_option, read_resolved, resolve
-from strop.config.schema import Recipe, option_fields
+from strop.config.schema import Recipe, option_fields, options_table
 from strop.errors import RecipeError
 
 LEAST = {"model": "demo", "data": "rows.jsonl"}
@@ -87,7 +87,10 @@ def test_option_texts() -> None:
     assert parse_option("lora.target_modules", "q_proj,v_proj") == ["q_proj", "v_proj"]
     assert parse_option("lora.target_modules", "all-linear") == "all-linear"
     assert parse_option("lora.modules_to_save", "norm") == ["norm"]
-    assert parse_option("data.columns", "prompt=question,completion=answer") == {"prompt": "question", "completion": "answer"}
+    assert parse_option("data.columns", "prompt=question,completion=answer") == {
+        "prompt": "question",
+        "completion": "answer",
+    }
     assert parse_option("train.max_steps", "none") is None
     assert parse_option("model.name", "none") == "none"
     with pytest.raises(RecipeError):
@@ -104,6 +107,7 @@ def test_every_shipped_preset_is_a_recipe(preset: str) -> None:
 
 def test_every_option_has_help_and_the_schema_holds_it() -> None:
     assert all(info.description for _, info in option_fields())
+    assert options_table() in (Path(__file__).parents[1] / "docs" / "recipe.md").read_text(encoding="utf-8")
     schema = Recipe.model_json_schema()
     assert schema["additionalProperties"] is False
     assert "LoraSection" in schema["$defs"]

@@ -40,7 +40,9 @@ def test_rms_norm(shape: tuple[int, ...], offset: float) -> None:
 
 
 @pytest.mark.parametrize("enter", ["none", "norm", "silu", "gelu_pytorch_tanh"])
-@pytest.mark.parametrize(("tokens", "ranks", "bias"), [(1, (1,), False), (3, (2, 3), True), (2, (), True), (5, (1, 2, 3), False)])
+@pytest.mark.parametrize(
+    ("tokens", "ranks", "bias"), [(1, (1,), False), (3, (2, 3), True), (2, (), True), (5, (1, 2, 3), False)]
+)
 def test_lora_linear(enter: str, tokens: int, ranks: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)
     k, n = 5, 4

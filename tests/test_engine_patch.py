@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.test_engine_plain import example, tiny
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from strop.data.conversation import Example
 from strop.engine.patch import FAMILIES, FastLoss, unsupported
 from strop.engine.plain import PlainLoss
+from tests.test_engine_plain import example, tiny
 
 FAMILY_CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),

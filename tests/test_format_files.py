@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.shared_data import shared
 from strop.data.formats import Conversations, conversations, placeholders
 from strop.data.sources import RowFault, read_rows
 from strop.errors import DataError
+from tests.shared_data import shared
 
 TWO = {"prompt": "1", "completion": "2"}
 USED = [  # file, options, format, rows, conversations

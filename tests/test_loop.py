@@ -180,7 +180,10 @@ def test_evaluation_leaves_gradients_as_they_were(tmp_path: Path) -> None:
     torch.manual_seed(7)
     fit(plain)
     watched = tiny.job(
-        tmp_path / "b", train, held_out, **{"train.max_steps": 4, "lora.dropout": 0.1, "data.eval": "x", "train.eval_steps": 1}
+        tmp_path / "b",
+        train,
+        held_out,
+        **{"train.max_steps": 4, "lora.dropout": 0.1, "data.eval": "x", "train.eval_steps": 1},
     )
     torch.manual_seed(7)
     fit(watched)

@@ -42,7 +42,10 @@ def test_named_sets_in_each_family(family: str) -> None:
     assert len(picked) == linears and "lm_head" not in picked
     attention = target_names(kinds, "attention")
     assert set(attention) < set(picked) and "o_proj" in attention
-    assert target_names(kinds, ["attention", "gate"]) == [*attention, "gate_up_proj" if family == "phi3" else "gate_proj"]
+    assert target_names(kinds, ["attention", "gate"]) == [
+        *attention,
+        "gate_up_proj" if family == "phi3" else "gate_proj",
+    ]
     assert all(kind.count == 2 for kind in kinds if kind.name in picked)
 
 
@@ -83,7 +86,7 @@ def test_bias_all_trains_biases() -> None:
     with torch.device("cpu"):
         base = AutoModelForCausalLM.from_config(FAMILIES["qwen2"][0]).requires_grad_(False)
     model = add_lora(base, section(bias="all"), tokenizer("chatml"))
-    assert any(name.endswith("q_proj.base_layer.bias") or name.endswith("q_proj.bias") for name in trainable(model))
+    assert any(name.endswith(("q_proj.base_layer.bias", "q_proj.bias")) for name in trainable(model))
 
 
 def test_tied_embeddings_are_not_trained_as_two_copies() -> None:

@@ -20,7 +20,9 @@ from tests import tiny
 from tests.hub_standin import serve
 
 
-def test_a_hub_model_is_fetched_without_pickle_or_code_and_then_served_from_the_cache(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_hub_model_is_fetched_without_pickle_or_code_and_then_served_from_the_cache(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
     files = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
     unwanted = {"pytorch_model.bin": b"pickle", "modeling.py": b"code"}
     script = (
@@ -37,7 +39,9 @@ def test_a_hub_model_is_fetched_without_pickle_or_code_and_then_served_from_the_
             env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": offline}
             env["HF_HUB_DISABLE_XET"] = env["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
             env.pop("HF_HUB_CACHE", None)
-            done = subprocess.run([sys.executable, "-c", script, name], env=env, capture_output=True, text=True, timeout=100)
+            done = subprocess.run(
+                [sys.executable, "-c", script, name], env=env, capture_output=True, text=True, timeout=100
+            )
             assert done.returncode == 0, done.stderr
             return done.stdout.strip()
 
@@ -54,7 +58,9 @@ def test_a_folder_loads_with_its_own_weights(tiny_folder: Path) -> None:
     source = locate(str(tiny_folder))
     model = load_base(source, torch.float32, "cpu")
     expected = tiny.model()
-    assert all(torch.equal(weight, dict(expected.named_parameters())[name]) for name, weight in model.named_parameters())
+    assert all(
+        torch.equal(weight, dict(expected.named_parameters())[name]) for name, weight in model.named_parameters()
+    )
     assert not any(weight.requires_grad for weight in model.parameters()) and not model.training
     assert {w.device.type for w in skeleton(source).parameters()} == {"meta"}
 

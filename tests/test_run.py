@@ -76,13 +76,29 @@ def test_adapter_folder_gives_the_same_logits_in_plain_peft(trained: Path, tiny_
 def test_train_json_is_one_object_with_the_contract_fields(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["train", "--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "r", "--eval", "20%", "--json", *QUICK]
+    words = [
+        "train",
+        "--model",
+        tiny_folder,
+        "--data",
+        rows_file,
+        "--out",
+        tmp_path / "r",
+        "--eval",
+        "20%",
+        "--json",
+        *QUICK,
+    ]
     code, out, err = run(*words, capsys=capsys)
     assert code == 0 and "step" in err
     fields = json.loads(out)
-    wanted = "run steps tokens supervised_tokens tokens_per_s supervised_tokens_per_s seconds loss eval_loss data memory adapter exit"
-    assert set(wanted.split()) <= set(fields)
-    assert fields["eval_loss"] > 0 and {"read", "used", "truncated", "split", "dropped", "by_reason"} <= set(fields["data"])
+    wanted = (
+        "run steps tokens supervised_tokens tokens_per_s supervised_tokens_per_s seconds loss eval_loss data memory"
+    )
+    assert {*wanted.split(), "adapter", "exit"} <= set(fields)
+    assert fields["eval_loss"] > 0 and {"read", "used", "truncated", "split", "dropped", "by_reason"} <= set(
+        fields["data"]
+    )
 
 
 def test_eval_compares_base_and_tuned_and_adds_to_the_report(
@@ -133,7 +149,11 @@ def test_cut_short_then_resumed_is_bit_identical(
 
     pairs = dict(zip(words[::2], words[1::2], strict=True))
     with pytest.raises(Cut):
-        strop.train(**{str(name).removeprefix("--"): str(value) for name, value in pairs.items()}, out=tmp_path / "cut", callback=cut)
+        strop.train(
+            **{str(name).removeprefix("--"): str(value) for name, value in pairs.items()},
+            out=tmp_path / "cut",
+            callback=cut,
+        )
     assert not (tmp_path / "cut" / "report.json").exists()
     torch.manual_seed(99)
     code, _, err = run("resume", tmp_path / "cut", capsys=capsys)
@@ -142,7 +162,9 @@ def test_cut_short_then_resumed_is_bit_identical(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_resume_refuses_other_data(tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_refuses_other_data(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--model", tiny_folder, "--data", rows_file, *QUICK, "--out", tmp_path / "r"]
     assert run("train", *words, capsys=capsys)[0] == 0
     (tmp_path / "r" / "report.json").unlink()  # as if it had been killed before the end
@@ -162,7 +184,9 @@ def test_training_starts_from_an_adapter(trained: Path, tiny_folder: Path, rows_
     chosen = yaml.safe_load((more.folder / "recipe.yaml").read_text())["lora"]
     assert chosen["r"] == 4 and "as in the adapter" in (more.folder / "recipe.yaml").read_text()
     with pytest.raises(strop.InputError, match="the adapter to start from has 4"):
-        strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "x", adapter=str(trained), lora={"r": 8})
+        strop.train(
+            model=str(tiny_folder), data=str(rows_file), out=tmp_path / "x", adapter=str(trained), lora={"r": 8}
+        )
 
 
 def test_adapter_of_another_base_is_refused(trained: Path, tmp_path: Path) -> None:
@@ -199,7 +223,9 @@ def test_trackers_get_the_numbers(tiny_folder: Path, rows_file: Path, tmp_path: 
     assert found["train/loss"] == pytest.approx(steps, rel=1e-6)
 
 
-def test_chat_through_a_pipe(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_through_a_pipe(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import io
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("what is 2\nand 3\n"))
@@ -212,7 +238,9 @@ def test_modules_lists_layers_with_their_shapes(tiny_folder: Path, capsys: pytes
     found = {row["name"]: row for row in json.loads(out)["modules"]}
     assert code == 0
     assert (found["k_proj"]["in_features"], found["k_proj"]["out_features"], found["k_proj"]["count"]) == (32, 16, 2)
-    assert "attention" in found["q_proj"]["presets"] and found["lm_head"]["presets"] == []
+    assert found["q_proj"]["presets"] == ["auto", "low-memory", "balanced", "max-quality"]
+    assert found["gate_proj"]["presets"] == ["auto", "balanced", "max-quality"]
+    assert found["down_proj"]["presets"] == ["auto", "max-quality"] and found["lm_head"]["presets"] == []
 
 
 def test_runs_and_print_recipe(trained: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

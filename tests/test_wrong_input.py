@@ -31,7 +31,10 @@ def weightless(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["--data", "empty.jsonl"], "empty.jsonl"),
         (["--data", "rows.jsonl", "--lora.rnk", "8"], "--lora.rnk"),
         (["--data", "rows.jsonl", "--lora.r", "0"], "--lora.r"),
-        (["--data", "rows.jsonl", "--lora.target_modules", "q_prj"], "q_prj matches no linear layer (did you mean q_proj?)"),
+        (
+            ["--data", "rows.jsonl", "--lora.target_modules", "q_prj"],
+            "q_prj matches no linear layer (did you mean q_proj?)",
+        ),
         (["--data", "rows.jsonl", "--out", "taken"], "taken: is not empty"),
         (["--data", "rows.jsonl", "--out", "a-run"], "strop resume a-run"),
         (["--data", "rows.jsonl", "--out", "rows.jsonl"], "rows.jsonl: cannot be written"),
@@ -47,7 +50,12 @@ def weightless(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_refused_before_weights_load(
-    words: list[str], said: str, weightless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    said: str,
+    weightless: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text(GOOD)
@@ -72,9 +80,7 @@ def test_refused_before_weights_load(
     assert "Traceback" not in err and not Path("fresh").exists()
 
 
-def test_every_bad_line_is_named_at_once(
-    weightless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_bad_line_is_named_at_once(weightless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(GOOD + "{oops\n" + GOOD + '{"messages": "hello"}\n')
     words = ["train", "--model", weightless, "--data", rows, "--out", tmp_path / "o", "--json"]
@@ -89,11 +95,15 @@ def test_a_read_only_place_is_found_before_weights_load(
     weightless: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    code, _, err = run("train", "--model", weightless, "--data", rows_file, "--out", tmp_path / "locked" / "r", capsys=capsys)
+    code, _, err = run(
+        "train", "--model", weightless, "--data", rows_file, "--out", tmp_path / "locked" / "r", capsys=capsys
+    )
     assert code == 2 and "cannot be written" in err
 
 
-def test_two_runs_on_one_folder(tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_runs_on_one_folder(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A live holder keeps others out; a stale claim does not."""
     out = tmp_path / "r"
     assert run("train", "--model", tiny_folder, "--data", rows_file, "--out", out, *QUICK, capsys=capsys)[0] == 0

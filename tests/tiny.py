@@ -48,7 +48,10 @@ def save_tiny(folder: Path) -> Path:
 def write_rows(path: Path, number: int) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for n in range(number):
-            said = [{"role": "user", "content": f"what is {n}"}, {"role": "assistant", "content": f"it is {n * n}" + "!" * (n % 5)}]
+            said = [
+                {"role": "user", "content": f"what is {n}"},
+                {"role": "assistant", "content": f"it is {n * n}" + "!" * (n % 5)},
+            ]
             file.write(json.dumps({"messages": said}) + "\n")
     return path
 

@@ -50,7 +50,9 @@ def resume(run: str | Path, *, callback: Callable[[dict[str, Any]], None] | None
     return go_on(Path(run), [callback] if callback else [])
 
 
-def evaluate(run: str | Path, data: str | Sequence[str], *, metric: str = "exact", max_new_tokens: int = 80) -> dict[str, Any]:
+def evaluate(
+    run: str | Path, data: str | Sequence[str], *, metric: str = "exact", max_new_tokens: int = 80
+) -> dict[str, Any]:
     """Base and tuned on held-out rows: the fields of `strop eval --json`."""
     from strop.evaluation.run import evaluate_model
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -23,14 +23,16 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, e
 ModelName = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="Run, adapter or model folder, .gguf file, Hub id, or demo.")
 ]
-RecipeFile = Annotated[Optional[Path], typer.Argument(metavar="[RECIPE]", help="A recipe file (YAML).")]
+RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe file (YAML).")]
 
 
 def main() -> None:
     """Runs a command. Whatever goes wrong ends as one message and the exit code of its kind (see errors.py)."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; what it lacks is no concern of this run
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # peft imports it; what it lacks is no concern of this run
     try:
         sys.exit(build(sys.argv[1:])(standalone_mode=False) or 0)
     except StropError as error:
@@ -39,7 +41,11 @@ def main() -> None:
         _fail(["stopped at once; the last checkpoint is intact"], {"kind": "Stopped", "message": "interrupted"}, 130)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's UsageError and its kin, which typer vendors or imports
-            _fail([line for line in [error.format_message()] if line], {"kind": "UsageError", "message": error.format_message()}, 2)
+            _fail(
+                [line for line in [error.format_message()] if line],
+                {"kind": "UsageError", "message": error.format_message()},
+                2,
+            )
         if os.environ.get("STROP_DEBUG"):
             raise
         said = f"{type(error).__name__}: {error}"
@@ -78,7 +84,7 @@ def recipe_options(command: Callable[..., Any], wanted: bool) -> Any:
         panel = f"Recipe: {field.partition('.')[0]}" if "." in field else "Recipe"
         text = (info.description or field) + default
         option = typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, metavar="VALUE")
-        hint = Annotated[Optional[kind], option]  # type: ignore[valid-type]
+        hint = Annotated[kind | None, option]  # type: ignore[valid-type]
         added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
 
     @functools.wraps(command)
@@ -148,14 +154,14 @@ def evaluate(
 
 def chat(
     name: ModelName,
-    system: Annotated[Optional[str], typer.Option(help="System prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Talk to the base, without the adapter.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
     top_p: Annotated[
         float, typer.Option(min=0.01, max=1, help="Sample among the likeliest tokens of this total share.")
     ] = 1.0,
-    seed: Annotated[Optional[int], typer.Option(help="Seed of the sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
 ) -> None:
     """Talk to a model in the terminal, or through a pipe: one line a turn."""
     from strop.chat import converse
@@ -169,11 +175,13 @@ def check(
     recipe: RecipeFile = None,
     show: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 0,
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
-    fix: Annotated[Optional[Path], typer.Option(metavar="OUT.jsonl", help="Write a cleaned copy, with a log of each change.")] = None,
+    fix: Annotated[
+        Path | None, typer.Option(metavar="OUT.jsonl", help="Write a cleaned copy, with a log of each change.")
+    ] = None,
     as_json: Json = False,
     options: dict[str, Any] | None = None,
 ) -> None:
-    """See what would be trained on: rows, drops, masks, stop tokens. Without --model, with the demo model's tokenizer."""
+    """See what would be trained on: rows, drops, masks, stop tokens (without --model: with the demo's tokenizer)."""
     from strop.config.load import resolve
     from strop.data import check as account
     from strop.data.prepare import prepare
@@ -202,17 +210,25 @@ def modules(
 
     from rich.table import Table
 
+    from strop.config.load import resolve
     from strop.model.facts import locate
     from strop.model.load import skeleton
-    from strop.model.lora import linear_kinds
+    from strop.model.lora import linear_kinds, target_names
 
     kinds = linear_kinds(skeleton(locate(model)))
-    table = Table("name", "type", "in", "out", "count", "picked by")
-    for kind in kinds:
-        picked = ", ".join(kind.presets) or "nothing (output head)"
-        table.add_row(kind.name, kind.type, str(kind.in_features), str(kind.out_features), str(kind.count), picked)
+    presets = {
+        preset: target_names(
+            kinds, resolve(None, {"model": model, "data": "-", "preset": preset}).recipe.lora.target_modules
+        )
+        for preset in ("auto", "low-memory", "balanced", "max-quality")
+    }
+    rows = [{**asdict(k), "presets": [preset for preset, names in presets.items() if k.name in names]} for k in kinds]
+    table = Table("name", "type", "in", "out", "count", "picked by preset")
+    for kind, row in zip(kinds, rows, strict=True):
+        sizes = (str(kind.in_features), str(kind.out_features), str(kind.count))
+        table.add_row(kind.name, kind.type, *sizes, ", ".join(row["presets"]) or "none")
     console.print(table)
-    _print_json({"modules": [asdict(kind) for kind in kinds]}, as_json)
+    _print_json({"modules": rows}, as_json)
 
 
 def runs(
@@ -244,7 +260,7 @@ def schema() -> None:
 
 
 def demo(
-    out: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/demo-N.")] = None, as_json: Json = False
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/demo-N.")] = None, as_json: Json = False
 ) -> None:
     """Fine-tune a small real model on this CPU in minutes, and see what it learned."""
     from strop.demo.story import run_demo
@@ -287,7 +303,9 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 
 
 def _version_option(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
+    ] = False,
 ) -> None:
     pass
 

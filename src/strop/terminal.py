@@ -141,7 +141,8 @@ def print_scores(result: dict[str, Any], out: Console = console) -> None:
     if "difference" in result:
         d = result["difference"]
         out.print(
-            f"tuned minus base: {100 * d['value']:+.1f} points, 95 % interval {100 * d['low']:+.1f} to {100 * d['high']:+.1f}"
+            f"tuned minus base: {100 * d['value']:+.1f} points, "
+            f"95 % interval {100 * d['low']:+.1f} to {100 * d['high']:+.1f}"
         )
 
 

@@ -6,7 +6,7 @@ A recipe is frozen and complete; where a value came from is kept beside it (conf
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -62,9 +62,7 @@ class LoraSection(Section):
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained")
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) (arXiv:2312.03732)")
     use_dora: bool = Field(False, description="weight-decomposed LoRA (arXiv:2402.09353)")
-    init: Literal["default", "gaussian", "pissa", "olora", "orthogonal"] = Field(
-        "default", description="initialisation of A and B"
-    )
+    init: Literal["default", "gaussian"] = Field("default", description="A uniform (Kaiming) or normal; B is zero")
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="rank by module name or regular expression")
     alpha_pattern: dict[str, int] = Field(default_factory=dict, description="alpha by module name or expression")
     modules_to_save: list[str] = Field(default_factory=list, description="modules trained in full, not through LoRA")
@@ -107,7 +105,7 @@ class Recipe(Section):
     train: TrainSection = Field(default_factory=TrainSection)
     track: list[Tracker] = Field(default_factory=list, description="experiment trackers; none by default")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything that is random")
-    out: str | None = Field(None, description="run folder; default runs/<data>-<date>")
+    out: str | None = Field(None, description="run folder; default runs/<data>-N")
     preset: Literal["auto", "low-memory", "balanced", "max-quality"] = Field("auto", description="bundle of defaults")
 
     @model_validator(mode="after")
@@ -118,8 +116,6 @@ class Recipe(Section):
             raise ValueError("train.micro_batch: give it or train.micro_batch_tokens, not both")
         if self.train.early_stopping is not None and self.data.eval is None:
             raise ValueError("train.early_stopping: needs data.eval")
-        if self.lora.use_dora and self.lora.init == "olora":
-            raise ValueError("lora.init: olora and use_dora exclude each other")
         return self
 
 
@@ -132,3 +128,18 @@ def option_fields() -> list[tuple[str, Any]]:
         else:
             rows.append((name, field))
     return rows
+
+
+def options_table() -> str:
+    """The options as a Markdown table, for docs/recipe.md."""
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for name, info in option_fields():
+        default = "required" if info.is_required() else f"`{info.get_default(call_default_factory=True)}`"
+        choices = [str(choice) for choice in _choices(info.annotation)]
+        meaning = f"{info.description}{': ' if choices else ''}{', '.join(choices)}"
+        lines.append(f"| `{name}` | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) is Literal else ()

@@ -48,7 +48,9 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
         grid.add_row("", Text(f"{count:,} dropped: {reason}", style="red"))
     share = tokens["supervised"] / tokens["all"] if tokens["all"] else 0.0
     grid.add_row("tokens", f"{tokens['all']:,}, of which {tokens['supervised']:,} supervised ({share:.0%})")
-    grid.add_row("length", f"half of the rows up to {tokens['p50']:,}, 95 % up to {tokens['p95']:,}, longest {tokens['max']:,}")
+    grid.add_row(
+        "length", f"half of the rows up to {tokens['p50']:,}, 95 % up to {tokens['p95']:,}, longest {tokens['max']:,}"
+    )
     grid.add_row("stop", f"{int(report['stop_token']['rows']):,} rows end with a supervised stop token")
     saved = report["padding"]
     grid.add_row("padding", f"{saved['batched']:.0%} in batches of 8 as they come, {saved['packed']:.0%} packed")

@@ -1,4 +1,4 @@
-"""`strop demo`: the whole story on a small real model: train, compare base and tuned, show answers, say what is next."""
+"""`strop demo`: the whole story on a small real model: train, compare base and tuned, show answers, what is next."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def run_demo(out: Path | None, watch: Callable[[Event], None]) -> dict[str, Any]
     add_to_report(RunFolder(folder), result)
     print_scores(result)
     print_samples(_different(result["samples"]))
-    console.print(f"\nwrote    {folder}/adapter (PEFT format)\n         {folder}/report.html\n         {folder}/report.json")
+    console.print(
+        f"\nwrote    {folder}/adapter (PEFT format)\n         {folder}/report.html\n         {folder}/report.json"
+    )
     console.print(
         "\nnow with your own data:\n"
         "  strop check --model demo --data YOURS.jsonl --show 3\n"

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -231,13 +231,15 @@ class FastLoss:
         hidden = RmsNorm.apply(hidden, self._norm)
         if len(batch.picked) != len(batch.rows):  # a row behind which several examples part has several labels
             hidden = hidden[batch.picked]
-        loss = SupervisedLoss.apply(
-            hidden, batch.labels, batch.weights, self._head.weight, self._softcap, self._ops
-        )
+        loss = SupervisedLoss.apply(hidden, batch.labels, batch.weights, self._head.weight, self._softcap, self._ops)
         return cast(Tensor, loss)
 
     def _through(
-        self, layer: Layer, hidden: Tensor, batch: Packed, angles: dict[str | None, tuple[Tensor, Tensor]],
+        self,
+        layer: Layer,
+        hidden: Tensor,
+        batch: Packed,
+        angles: dict[str | None, tuple[Tensor, Tensor]],
         rows: Tensor | None,
     ) -> Tensor:
         """One layer; rows: the only rows that anything behind this layer reads (its keys and values need all)."""

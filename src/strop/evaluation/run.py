@@ -13,7 +13,8 @@ from strop.data.formats import conversations
 from strop.data.sources import RowFault, read_rows
 from strop.errors import DataError
 from strop.evaluation.compare import Advance, compare, questions
-from strop.evaluation.metrics import check_golds, metric as known_metric
+from strop.evaluation.metrics import check_golds
+from strop.evaluation.metrics import metric as known_metric
 from strop.evaluation.report import write_report
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, is_run, write_json
@@ -61,7 +62,9 @@ def evaluate_model(
 
 def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
     """Puts scores, intervals and some samples into report.json and report.html of a run."""
-    report = json.loads(folder.report.read_text(encoding="utf-8")) if folder.report.is_file() else {"run": str(folder.path)}
+    report = (
+        json.loads(folder.report.read_text(encoding="utf-8")) if folder.report.is_file() else {"run": str(folder.path)}
+    )
     every = max(1, len(result["samples"]) // SAMPLES_IN_REPORT)  # spread over the rows, misses as they come
     report["evaluation"] = {key: value for key, value in result.items() if key not in ("samples", "intervals", "run")}
     report["intervals"] = result["intervals"]

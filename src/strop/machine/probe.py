@@ -32,7 +32,7 @@ class Machine:
         cards = ", ".join(self.gpus) or "no GPU"
         memory = f"{self.memory_bytes / 2**30:.1f} GiB memory, {self.free_bytes / 2**30:.1f} free"
         return [
-            f"{self.cpu}, {self.cores} core{'s' * (self.cores != 1)} ({', '.join(self.vector) or 'no vector flags'}), {memory}",
+            f"{self.cpu}, {self.cores} core{'s' * (self.cores != 1)} ({', '.join(self.vector) or 'plain'}), {memory}",
             f"{cards}; {self.system}, Python {self.python}",
         ]
 

@@ -118,7 +118,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def safetensors_header(file: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file: name -> dtype, shape, data_offsets. Raises ModelError where it is damaged."""
+    """The header of a safetensors file: name -> dtype, shape, data_offsets. Raises ModelError where it is damaged."""
     size = file.stat().st_size
     with file.open("rb") as handle:
         start = handle.read(8)
@@ -168,7 +168,7 @@ def _folder(path: Path) -> Source:
 
 def _hub(name: str, revision: str | None) -> Source:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -178,7 +178,8 @@ def _hub(name: str, revision: str | None) -> Source:
             f"{name}: neither a folder, a .gguf file nor a Hub id{nearest(name, _siblings(Path(name)))}"
         ) from None
     except LocalEntryNotFoundError:
-        what = f"{name}: no such folder{nearest(name, _siblings(Path(name)))}, and not in the local Hub cache while offline"
+        near = nearest(name, _siblings(Path(name)))
+        what = f"{name}: no such folder{near}, and not in the local Hub cache while offline"
         raise ModelError(what, fix="check the name, or go online (unset HF_HUB_OFFLINE)") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0

@@ -1,4 +1,7 @@
-"""Tokenizer and frozen base out of a Source. A GGUF file is dequantized once into a cached folder, then is like any other."""
+"""Tokenizer and frozen base out of a Source.
+
+A GGUF file is dequantized once into a cached folder, and from then on is like any other model.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class LinearKind:
     in_features: int
     out_features: int
     count: int
-    presets: tuple[str, ...]  # the named target sets that pick it
+    sets: tuple[str, ...]  # the named target sets that hold it
 
 
 def linear_kinds(model: nn.Module) -> list[LinearKind]:
@@ -44,7 +44,7 @@ def target_names(kinds: Sequence[LinearKind], targets: str | Sequence[str]) -> l
     names: list[str] = []
     for target in [targets] if isinstance(targets, str) else targets:
         leaf = target.rpartition(".")[2]
-        picked = [kind.name for kind in kinds if target in kind.presets or leaf == kind.name]
+        picked = [kind.name for kind in kinds if target in kind.sets or leaf == kind.name]
         if not picked:
             known = list(dict.fromkeys(kind.name for kind in kinds))
             raise ModelError(

@@ -1,6 +1,6 @@
 """A run folder: the names in it, atomic writes, and the claim that keeps a second run out.
 
-    recipe.yaml  lock.json  events.jsonl  checkpoints/step-000120/  adapter/  report.json  report.html
+recipe.yaml  lock.json  events.jsonl  checkpoints/step-000120/  adapter/  report.json  report.html
 """
 
 from __future__ import annotations
@@ -95,7 +95,11 @@ def create(path: Path) -> RunFolder:
     """
     if path.is_dir() and any(path.iterdir()):
         what = "holds a run" if is_run(path) else "is not empty"
-        fix = f"go on with `strop resume {path}`, or give --out a new folder" if is_run(path) else "give --out a new folder"
+        fix = (
+            f"go on with `strop resume {path}`, or give --out a new folder"
+            if is_run(path)
+            else "give --out a new folder"
+        )
         raise FolderError(f"{path}: {what}", fix=fix)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -192,5 +196,7 @@ def find_runs(folder: Path) -> list[RunFolder]:
 
 def next_numbered(folder: Path, name: str) -> Path:
     """runs/demo-1, runs/demo-2, ...: the first number that is free."""
-    taken = [int(match[1]) for entry in _entries(folder) if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", entry.name))]
+    taken = [
+        int(match[1]) for entry in _entries(folder) if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", entry.name))
+    ]
     return folder / f"{name}-{max(taken, default=0) + 1}"

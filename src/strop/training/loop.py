@@ -250,7 +250,8 @@ def _skip(job: Job, batch: Batch, result: StepResult) -> None:
 def _not_finite(job: Job, batch: Batch) -> NonFiniteError:
     saved = job.folder.checkpoints()
     where = f"the last good state is {saved[-1][1]}" if saved else "nothing was saved yet"
+    step = job.state.progress.step
     return NonFiniteError(
-        f"loss or gradient not finite in {SKIPS_IN_A_ROW} steps in a row, up to step {job.state.progress.step}: {where}",
+        f"loss or gradient not finite in {SKIPS_IN_A_ROW} steps in a row, up to step {step}: {where}",
         fix="lower --train.learning_rate, or look at the rows named in events.jsonl",
     )

@@ -31,7 +31,7 @@ def warmup_steps(warmup: float, total_steps: int) -> int:
 
 
 def rate_factor(step: int, total_steps: int, warmup: int, scheduler: str) -> float:
-    """The learning rate of a step (from 0) as a share of its peak: linear warmup that never is zero, then the schedule."""
+    """The rate of a step (from 0) as a share of its peak: linear warmup that never is zero, then the schedule."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, total_steps - warmup)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -63,7 +64,7 @@ def train(resolved: Resolved, listeners: Sequence[Listener] = ()) -> Run:
     listeners: each receives every event that events.jsonl gets.
     Raises InputError (and its kinds) before weights are read; RunError, Stopped while training.
     """
-    folder = create(Path(resolved.recipe.out) if resolved.recipe.out else next_numbered(Path("runs"), "run"))
+    folder = create(Path(resolved.recipe.out) if resolved.recipe.out else _numbered(resolved.recipe))
     try:
         with folder.claim():
             setup = _set_up(resolved)
@@ -99,6 +100,12 @@ def preview(resolved: Resolved) -> Resolved:
     return _plan(resolved, locate(resolved.recipe.model.name, resolved.recipe.model.revision), probe())
 
 
+def _numbered(recipe: Recipe) -> Path:
+    """runs/<first data file>-N"""
+    first = recipe.data.train if isinstance(recipe.data.train, str) else recipe.data.train[0]
+    return next_numbered(Path("runs"), re.sub(r"[^A-Za-z0-9._-]+", "-", Path(first).stem) or "run")
+
+
 def _plan(resolved: Resolved, source: Source, machine: Machine) -> Resolved:
     recipe = resolved.recipe
     device = pick_device(recipe.model.device)
@@ -117,7 +124,9 @@ def _start_adapter(recipe: Recipe) -> Path | None:
         return None
     folder = adapter_folder(recipe.model.adapter)
     if folder is None:
-        raise ModelError(f"--model.adapter {recipe.model.adapter}: no adapter there", fix="give a run or adapter folder")
+        raise ModelError(
+            f"--model.adapter {recipe.model.adapter}: no adapter there", fix="give a run or adapter folder"
+        )
     return folder
 
 

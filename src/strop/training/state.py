@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -140,12 +139,11 @@ def prune(folder: RunFolder, keep: int, best_step: int | None) -> None:
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    parts = {
+    return {
         f"{name}/{part}": tensor.detach().cpu().contiguous()
         for name, weight in state.weights.items()
         for part, tensor in state.optimizer.state.get(weight, {}).items()
     }
-    return parts
 
 
 def _random_tensors() -> dict[str, Tensor]:
