@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from strop.config.schema import LoraSection
 from strop.errors import ModelError
 from strop.model.facts import fingerprint, locate, safetensors_header
 from strop.model.load import load_base, load_config, load_tokenizer, skeleton
+from strop.model.lora import add_lora
 from tests import tiny
 from tests.hub_standin import serve
 
@@ -133,6 +135,9 @@ def test_the_demo_model_is_a_normal_model_that_can_be_saved(tmp_path: Path, monk
         patch.setattr("strop.model.load.new_folder", lambda path: pytest.fail("converted again"))
         load_tokenizer(source)
         load_base(source, torch.bfloat16, "cpu")
+    tuned = add_lora(model, LoraSection(r=2, alpha=4, target_modules="attention"), tokenizer)
+    assert tuned.peft_config["default"].base_model_name_or_path == source.name
+    assert fingerprint(locate(source.name)) == fingerprint(source)
     named = locate(f"gguf:{source.path}#sha256={fingerprint(source)}")
     assert fingerprint(named) == fingerprint(source)
     with pytest.raises(ModelError, match="another file than before"):

@@ -123,8 +123,10 @@ def option_fields() -> list[tuple[str, Any]]:
     """Every option as (dotted name, pydantic FieldInfo), in the order of the recipe."""
     rows: list[tuple[str, Any]] = []
     for name, field in Recipe.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            rows += [(f"{name}.{inner}", info) for inner, info in field.annotation.model_fields.items()]
+        section = field.annotation
+        # Python 3.10 takes list[str] for a class, until it is asked whose
+        if get_origin(section) is None and isinstance(section, type) and issubclass(section, Section):
+            rows += [(f"{name}.{inner}", info) for inner, info in section.model_fields.items()]
         else:
             rows.append((name, field))
     return rows

@@ -71,7 +71,8 @@ def load_base(source: Source, dtype: torch.dtype, device: str) -> nn.Module:
     bad = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
     if bad:
         raise ModelError(f"{source.name}: weight {bad[0]} holds NaN or infinity", fix="fetch the model again")
-    model.config._name_or_path = source.name  # what peft writes into adapters as the base's name
+    # what peft writes into adapters as the base's name, by its version from one or the other
+    model.name_or_path = model.config._name_or_path = source.name
     module: nn.Module = model.to(device).eval().requires_grad_(False)
     return module
 
