@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from strop.data.conversation import Example
 from strop.engine.patch import FAMILIES, FastLoss, unsupported
@@ -22,6 +22,8 @@ FAMILY_CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "mistral": (MistralConfig, {"sliding_window": 4}),
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {}),
+    "phi3": (Phi3Config, {"pad_token_id": 0, "sliding_window": 5}),
+    "gemma3_text": (Gemma3TextConfig, {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
 }
 Gradients = dict[str, torch.Tensor]
 
@@ -140,13 +142,12 @@ def test_no_document_leaks_into_another(sharing: bool) -> None:
 
 def test_bf16_is_no_further_from_the_truth_than_the_model_itself() -> None:
     truth_model, model = adapted(), adapted()
-    truth = step(truth_model, PlainLoss(truth_model), with_prefix(some()))
     model.get_base_model().to(torch.bfloat16)
     truth_model.get_base_model().to(torch.bfloat16).float()  # the same rounded base weights
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = dict(truth_model.named_parameters())[name].data.clone()
-    for name, parameter in truth_model.named_parameters():
+    for parameter in truth_model.parameters():
         parameter.data = parameter.data.float()
     truth = step(truth_model, PlainLoss(truth_model), with_prefix(some()))
     fast = step(model, FastLoss(model), with_prefix(some()))

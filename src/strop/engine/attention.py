@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from strop.engine import eager
-from strop.engine.functions import Norm, Ops, RmsNorm
+from strop.engine.functions import Norm, Ops, RmsNorm, apply
 from strop.engine.packed import Bucket
 
 BLOCK = 128  # queries a product; keys behind the block's last query are skipped
@@ -46,7 +46,7 @@ class Heads:
     def views(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of shape (T, heads, size) as views of qkv (T, all)."""
         heads = qkv.view(len(qkv), -1, self.size)
-        q, k, v = heads.split([self.query, self.key_value, self.key_value], dim=1)
+        q, k, v = torch.split(heads, [self.query, self.key_value, self.key_value], dim=1)
         return q, k, v
 
     def normed(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,7 +154,7 @@ def sdpa(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, parts: Sequence[Bu
     """The same through PyTorch's own attention and autograd: for devices that have fused kernels for it."""
     q, k, v = heads.views(qkv)
     if heads.q_norm and heads.k_norm:
-        q, k = RmsNorm.apply(q, heads.q_norm), RmsNorm.apply(k, heads.k_norm)
+        q, k = apply(RmsNorm, q, heads.q_norm), apply(RmsNorm, k, heads.k_norm)
     q, k = eager.rotate(q, cos, sin).to(qkv.dtype), eager.rotate(k, cos, sin).to(qkv.dtype)
     out = qkv.new_zeros(len(qkv), heads.query, heads.size)
     for part in parts:
@@ -163,11 +163,10 @@ def sdpa(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, parts: Sequence[Bu
         mask = (
             ~eager.hidden(length, keys, keys - length, heads.window, qkv.device) if windowed or keys > length else None
         )
-        picked = [
-            x[rows.clamp(min=0)].transpose(1, 2) for x, rows in ((q, part.queries), (k, part.keys), (v, part.keys))
-        ]
+        places = ((q, part.queries), (k, part.keys), (v, part.keys))
+        own_q, own_k, own_v = (x[rows.clamp(min=0)].transpose(1, 2) for x, rows in places)
         o = F.scaled_dot_product_attention(
-            *picked, attn_mask=mask, is_causal=mask is None, scale=heads.scale, enable_gqa=heads.group > 1
+            own_q, own_k, own_v, mask, is_causal=mask is None, scale=heads.scale, enable_gqa=heads.group > 1
         )
         used = part.queries >= 0
         out = out.index_put((part.queries[used],), o.transpose(1, 2)[used])

@@ -10,6 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def follow_threads() -> None:
+    """PyTorch's operations run on PyTorch's threads."""
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -30,16 +34,17 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offse
     return (rstd * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))).to(x.dtype)
 
 
-def _activate(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Value and slope of the activation."""
-    if activation == "silu":
-        sigmoid = torch.sigmoid(gate)
-        return gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
-    assert activation == "gelu_pytorch_tanh", activation
-    root, cubic = 0.7978845608028654, 0.044715  # sqrt(2 / pi)
-    tanh = torch.tanh(root * (gate + cubic * gate**3))
-    slope = 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh**2) * root * (1 + 3 * cubic * gate**2)
-    return 0.5 * gate * (1 + tanh), slope
+def _activate(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Value and slope of silu, or of gelu by tanh: x sigmoid(z), as (1 + tanh(u)) / 2 = sigmoid(2 u)."""
+    z, dz = x, torch.ones_like(x)
+    if activation == "gelu_pytorch_tanh":
+        two_root, cubic = 2 * 0.7978845608028654, 0.044715  # 2 sqrt(2 / pi)
+        z, dz = two_root * (x + cubic * x**3), two_root * (1 + 3 * cubic * x.square())
+    else:
+        assert activation == "silu", activation
+    sigmoid = torch.sigmoid(z)
+    value = x * sigmoid
+    return value, sigmoid + value * (1 - sigmoid) * dz
 
 
 def glu(gate_up: Tensor, activation: str) -> Tensor:
@@ -129,7 +134,7 @@ def from_heads_(out: Tensor, x: Tensor, slots: Tensor, group: int) -> None:
 def turn_back(total: Tensor, cos: Tensor, sin: Tensor, scale: float, query: int, key_value: int, out: Tensor) -> None:
     """Gradient of qkv from that of the turned and scaled q, k and of v, all in `total` (T, heads d), into `out`."""
     heads = total.view(len(total), query + 2 * key_value, -1)
-    q, k, v = heads.split([query, key_value, key_value], dim=1)
+    q, k, v = torch.split(heads, [query, key_value, key_value], dim=1)
     # The embedding is a rotation: its gradient turns back.
     turned = torch.cat([rotate(q, cos, -sin) * scale, rotate(k, cos, -sin), v], dim=1)
     out.copy_(turned.view(total.shape))

@@ -7,7 +7,7 @@ to `Ops` (eager.py on any device, kernels.py on a CPU with numba).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch.autograd import Function
 class Ops(Protocol):
     """The element-wise operations; meanings in eager.py."""
 
+    def follow_threads(self) -> None: ...
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor: ...
     def rms_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor: ...
     def glu(self, gate_up: Tensor, activation: str) -> Tensor: ...
@@ -73,6 +74,12 @@ class Frozen:
     scales: tuple[float, ...]
 
 
+def apply(function: type[Function], *arguments: Any) -> Tensor:
+    """function.apply, which PyTorch leaves untyped."""
+    result: Tensor = cast(Any, function).apply(*arguments)
+    return result
+
+
 class RmsNorm(Function):
     """Norm.forward with its gradient; saves x alone."""
 
@@ -104,7 +111,9 @@ class LoraLinear(Function):
         a = torch.cat([part.to(z.dtype) for part in adapters[::2]])
         bs = [part.to(z.dtype) for part in adapters[1::2]]
         za = z @ a.t()
-        for columns, scale, part, b in zip(frozen.columns, frozen.scales, za.split(ctx.ranks, 1), bs, strict=True):
+        for columns, scale, part, b in zip(
+            frozen.columns, frozen.scales, torch.split(za, ctx.ranks, 1), bs, strict=True
+        ):
             y[:, columns].addmm_(part, b.t(), alpha=scale)
         ctx.save_for_backward(x, za, a, *bs)
         return y
@@ -112,13 +121,14 @@ class LoraLinear(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         frozen, enter = ctx.frozen, ctx.enter
-        x, *saved = ctx.saved_tensors or (None,)
+        # Without adapters and with nothing to enter, nothing was saved: the input is not needed.
+        x, *saved = ctx.saved_tensors or (grad,)
         grad = grad.contiguous()
         grad_z = grad @ frozen.weight if ctx.needs_input_grad[0] else None
         if saved:
             za, a, *bs = saved
             grad_za = torch.empty_like(za)
-            parts = list(zip(frozen.columns, frozen.scales, grad_za.split(ctx.ranks, 1), bs, strict=True))
+            parts = list(zip(frozen.columns, frozen.scales, torch.split(grad_za, ctx.ranks, 1), bs, strict=True))
             for columns, scale, part, b in parts:
                 part.copy_(grad[:, columns] @ b).mul_(scale)
             if grad_z is not None:
@@ -132,8 +142,8 @@ class LoraLinear(Function):
         if not saved:
             return grad_x, None, None
         grads: list[Tensor] = []
-        grad_as = (grad_za.t() @ z).split(ctx.ranks)
-        for (columns, scale, _, _), part, grad_a in zip(parts, za.split(ctx.ranks, 1), grad_as, strict=True):
+        grad_as = torch.split(grad_za.t() @ z, ctx.ranks)
+        for (columns, scale, _, _), part, grad_a in zip(parts, torch.split(za, ctx.ranks, 1), grad_as, strict=True):
             grads += [grad_a, (grad[:, columns].t() @ part).mul_(scale)]
         # The adapters are fp32 and autograd casts a gradient to the type of its input.
         return grad_x, None, None, *grads

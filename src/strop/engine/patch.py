@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from strop.engine import eager
 from strop.engine.attention import Attention, Heads, sdpa
-from strop.engine.functions import Frozen, Glu, LoraLinear, Norm, Ops, RmsNorm
+from strop.engine.functions import Frozen, Glu, LoraLinear, Norm, Ops, RmsNorm, apply
 from strop.engine.head import SupervisedLoss
 from strop.engine.packed import Packed, pack
 
@@ -46,6 +46,13 @@ FAMILIES = {
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
+    "phi3": Family(qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
+    "gemma3_text": Family(
+        norm_offset=1.0,
+        mlp_norm="pre_feedforward_layernorm",
+        after_attention="post_attention_layernorm",
+        after_mlp="post_feedforward_layernorm",
+    ),
 }
 
 
@@ -157,7 +164,7 @@ class Joined:
                         scales.append(float(module.scaling[name]))
             at += width
         frozen = Frozen(self.weight, self.bias, tuple(columns), tuple(scales))
-        return cast(Tensor, LoraLinear.apply(x, frozen, self.enter, *adapters))
+        return apply(LoraLinear, x, frozen, self.enter, *adapters)
 
 
 def _side_by_side(parts: list[nn.Parameter]) -> Tensor:
@@ -174,7 +181,7 @@ def _side_by_side(parts: list[nn.Parameter]) -> Tensor:
     else:
         return first.as_strided((rows, *first.shape[1:]), first.stride())
     joined = torch.cat([part.data for part in parts])
-    for part, view in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+    for part, view in zip(parts, torch.split(joined, [len(part) for part in parts]), strict=True):
         part.data = view
     return joined
 
@@ -216,6 +223,7 @@ class FastLoss:
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable in the adapters."""
+        self._ops.follow_threads()
         batch = pack(examples, prefix_sharing=self.prefix_sharing, device=self._device)
         hidden = self._decoder.embed_tokens(batch.ids)
         angles = self._angles(batch.positions)
@@ -228,11 +236,10 @@ class FastLoss:
                 )
             else:
                 hidden = self._through(layer, hidden, batch, angles, rows)
-        hidden = RmsNorm.apply(hidden, self._norm)
+        hidden = apply(RmsNorm, hidden, self._norm)
         if len(batch.picked) != len(batch.rows):  # a row behind which several examples part has several labels
             hidden = hidden[batch.picked]
-        loss = SupervisedLoss.apply(hidden, batch.labels, batch.weights, self._head.weight, self._softcap, self._ops)
-        return cast(Tensor, loss)
+        return apply(SupervisedLoss, hidden, batch.labels, batch.weights, self._head.weight, self._softcap, self._ops)
 
     def _through(
         self,
@@ -245,14 +252,14 @@ class FastLoss:
         """One layer; rows: the only rows that anything behind this layer reads (its keys and values need all)."""
         qkv = layer.qkv(hidden)
         cos, sin = angles[layer.rope]
-        attend = Attention.apply if qkv.device.type == "cpu" else sdpa
-        mixed = attend(qkv, layer.heads, cos, sin, batch.buckets)
+        shape = (qkv, layer.heads, cos, sin, batch.buckets)
+        mixed = apply(Attention, *shape) if qkv.device.type == "cpu" else sdpa(*shape)
         if rows is not None:
             mixed, hidden = mixed[rows], hidden[rows]
         mixed = layer.o(mixed)
-        hidden = hidden + (mixed if layer.after_attention is None else RmsNorm.apply(mixed, layer.after_attention))
+        hidden = hidden + (mixed if layer.after_attention is None else apply(RmsNorm, mixed, layer.after_attention))
         mixed = layer.down(layer.gate_up(hidden))
-        return hidden + (mixed if layer.after_mlp is None else RmsNorm.apply(mixed, layer.after_mlp))
+        return hidden + (mixed if layer.after_mlp is None else apply(RmsNorm, mixed, layer.after_mlp))
 
     def _angles(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
         """cos and sin (T, m) for each kind of rotary embedding among the layers."""

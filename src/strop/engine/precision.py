@@ -1,56 +1,63 @@
-"""Which type frozen weights train fastest in here: measured, never assumed.
+"""Which type the frozen weights should have on a device: measured, because CPUs differ a hundredfold.
 
-On a CPU with AVX512-BF16 or AMX a bf16 product runs 2 to 4 times as fast as in fp32; without them it is emulated and
-up to 100 times slower (pytorch#146508). fp16 is never a candidate on a CPU: its backward products are slower still.
+With AVX512-BF16 or AMX a bf16 product takes a quarter to a half of the time of fp32; without, it can take a hundred
+times as long. fp16 is never chosen on a CPU: its backward product ran at 1 to 3 GFLOP/s where bf16 reached 900.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-ROWS, INNER, OUTER = 512, 576, 1536  # tokens and sizes of a small model's feed-forward layer
-ROUNDS, ROUND_S = 5, 0.04
+SHAPES = ((960, 576), (3072, 576), (576, 1536))  # (n, k) of SmolLM2-135M's products, the smallest model worth tuning
+ROWS = 512
+LEAST_GAIN = 1.2  # bf16 rounds; it must be this much faster to be worth it
+BUDGET_S = 0.4  # a type; one slow product may take longer
 
 
 @dataclass(frozen=True)
 class Precision:
-    """dtype: `bf16` or `fp32`, and why. Rates in floating-point operations per second."""
+    """dtype of the frozen weights, why, and the measured rates of matrix products in FLOP/s."""
 
-    dtype: str
+    dtype: Literal["bf16", "fp32"]
     why: str
     bf16_flops: float
     fp32_flops: float
 
 
-def measure(device: str) -> Precision:
-    """Times x W^T and dY W in both types, alternating, for about half a second; bf16 must win by a tenth."""
-    rates: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    pairs = {
-        dtype: (
-            torch.randn(ROWS, INNER, device=device).to(dtype),
-            torch.randn(OUTER, INNER, device=device).to(dtype),
-            torch.randn(ROWS, OUTER, device=device).to(dtype),
-        )
-        for dtype in rates
-    }
-    for _ in range(ROUNDS):
-        for dtype, (x, weight, grad) in pairs.items():
-            rates[dtype].append(_rate(x, weight, grad))
-    fp32, bf16 = (statistics.median(found) for found in rates.values())
-    said = f"bf16 {bf16 / 1e9:.0f}, fp32 {fp32 / 1e9:.0f} GFLOP/s measured here"
-    return Precision("bf16" if bf16 > 1.1 * fp32 else "fp32", said, bf16, fp32)
+def measure(device: str | torch.device) -> Precision:
+    """Measures both types on the device, in about a second."""
+    bf16, fp32 = _rate(torch.bfloat16, device), _rate(torch.float32, device)
+    said = f"bf16 {bf16 / 1e9:.0f} GFLOP/s, fp32 {fp32 / 1e9:.0f} GFLOP/s measured"
+    if bf16 >= LEAST_GAIN * fp32:
+        return Precision("bf16", said, bf16, fp32)
+    return Precision("fp32", f"{said}: bf16 is not {LEAST_GAIN} times as fast", bf16, fp32)
 
 
-def _rate(x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> float:
-    x @ weight.T  # a product the library has not seen before is planned first
-    started = time.perf_counter()
-    done = 0
-    while time.perf_counter() - started < ROUND_S:
-        x @ weight.T
-        grad @ weight
-        done += 1
-    return done * 4.0 * ROWS * INNER * OUTER / (time.perf_counter() - started)
+def _rate(dtype: torch.dtype, device: str | torch.device) -> float:
+    """FLOP/s of x W^T and dY W over SHAPES, from the fastest of the rounds that fit into the budget."""
+    operands = [
+        tuple(torch.ones(shape, dtype=dtype, device=device) for shape in ((ROWS, k), (n, k), (ROWS, n)))
+        for n, k in SHAPES
+    ]
+    flops = sum(2 * 2 * ROWS * n * k for n, k in SHAPES)
+    cuda = torch.device(device).type == "cuda"
+    fastest, begin = float("inf"), time.perf_counter()
+    rounds = 0
+    # The first round pays for the library's own set-up.
+    while rounds < 2 or time.perf_counter() - begin < BUDGET_S:
+        started = time.perf_counter()
+        for x, weight, grad in operands:
+            x @ weight.t()
+            grad @ weight
+        if cuda:
+            torch.cuda.synchronize(device)
+        if rounds or time.perf_counter() - started > BUDGET_S:
+            fastest = min(fastest, time.perf_counter() - started)
+        if time.perf_counter() - begin > 4 * BUDGET_S:
+            break
+        rounds += 1
+    return flops / fastest

@@ -73,7 +73,8 @@ def generate(
         for place, row in enumerate(rows):
             ids[place, width - len(prompts[row]) :] = torch.from_numpy(prompts[row].astype(np.int64))
             mask[place, width - len(prompts[row]) :] = 1
-        with torch.inference_mode():
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        with torch.inference_mode(), head.register_forward_pre_hook(_contiguous):
             out = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer
             )
@@ -81,6 +82,12 @@ def generate(
             answers[row] = _answer(tokenizer, new, stop_ids)
     model.train(training)
     return [answers[row] for row in range(len(prompts))]
+
+
+def _contiguous(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The last position of each row is a strided slice, for which torch copies the whole head once a row of the batch:
+    1.8 GB and 1.6 s at 32 rows of SmolLM2, against nothing for a contiguous one."""
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 def _answer(tokenizer: Any, new: list[int], stop_ids: Sequence[int]) -> Answer:

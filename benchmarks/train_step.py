@@ -1,0 +1,210 @@
+"""Tokens a second of one LoRA training step: strop's fast step, its plain step, and the share of the FLOP floor.
+
+    python benchmarks/train_step.py [--model FOLDER --data FILE.jsonl] [--out RESULT.json]
+
+Each tool runs in a process of its own, the tools taking turns, so that drift of the machine hits all alike; medians
+over --repeats. Without --model: random weights in the shape of SmolLM2-135M; without --data: random rows as long as
+chat rows are. A data file holds chat rows (`messages`), rendered with the model's template; all tokens supervised
+unless --supervised says less. Rates count real tokens, never padding. A new tool is one function in TOOLS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from peft import __version__ as peft_version
+
+from strop.data.conversation import Example
+from strop.engine.patch import FastLoss, unsupported
+from strop.engine.plain import PlainLoss
+from strop.engine.precision import measure
+
+SHAPE = {  # SmolLM2-135M
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Result = dict[str, Any]
+
+
+def fast(options: argparse.Namespace) -> Result:
+    return strop(options, lambda model: FastLoss(model))
+
+
+def unshared(options: argparse.Namespace) -> Result:
+    """The fast step without prefix sharing: every real token computed."""
+    return strop(options, lambda model: FastLoss(model, prefix_sharing=False))
+
+
+def plain(options: argparse.Namespace) -> Result:
+    return strop(options, PlainLoss)
+
+
+TOOLS: dict[str, Callable[[argparse.Namespace], Result]] = {"fast": fast, "unshared": unshared, "plain": plain}
+
+
+def strop(options: argparse.Namespace, make: Callable[[Any], Any]) -> Result:
+    """One pass over the rows, an optimizer step a batch; the first batch warms up and does not count."""
+    model, examples = load_model(options), load_examples(options)
+    reason = unsupported(model)
+    assert reason is None, reason
+    loss = make(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, fused=True)
+    batches = [examples[i : i + options.batch] for i in range(0, len(examples), options.batch)]
+    seconds, cpu, losses = 0.0, 0.0, []
+    for batch in [batches[0], *batches]:
+        supervised = sum(example.supervised for example in batch)
+        started, cpu_started = time.perf_counter(), time.process_time()
+        value = loss(batch) / supervised
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(value.detach().item())
+        if len(losses) > 1:
+            seconds += time.perf_counter() - started
+            cpu += time.process_time() - cpu_started
+    tokens = sum(len(example) for example in examples)
+    supervised = sum(example.supervised for example in examples)
+    return {
+        "tokens_per_s": tokens / seconds,
+        "supervised_tokens_per_s": supervised / seconds,
+        "tokens_per_cpu_s": tokens / cpu,
+        "seconds": seconds,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
+        "last_loss": statistics.mean(losses[-5:]),
+        "floor_flops_per_token": floor_flops(model.config, options.rank, examples),
+    }
+
+
+def load_model(options: argparse.Namespace) -> Any:
+    torch.manual_seed(0)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+    if options.model:
+        base = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    else:
+        base = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPE), dtype=dtype)
+    return get_peft_model(base, LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=TARGETS))
+
+
+def load_examples(options: argparse.Namespace) -> list[Example]:
+    """The rows in a fixed random order."""
+    rng = np.random.default_rng(0)
+    if options.data:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+        lines = Path(options.data).read_text(encoding="utf-8").splitlines()
+        rows = [tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=False) for line in lines]
+    else:
+        lengths = np.clip(rng.lognormal(np.log(160), 0.55, 100), 46, 574).astype(int)
+        system = rng.integers(1, SHAPE["vocab_size"], 20)
+        rows = [np.concatenate([system, rng.integers(1, SHAPE["vocab_size"], n - 20)]) for n in lengths]
+    examples = []
+    for i in rng.permutation(len(rows))[: options.rows]:
+        weights = np.ones(len(rows[i]), dtype=np.float32)
+        weights[: max(1, round(len(rows[i]) * (1 - options.supervised)))] = 0  # the prompt's share
+        examples.append(Example(np.asarray(rows[i], dtype=np.int32), weights, "", int(i)))
+    return examples
+
+
+def floor_flops(config: Any, rank: int, examples: list[Example]) -> float:
+    """Least FLOPs a token: products of the base forward and to its input, LoRA's, causal attention's, the head's."""
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    query, key_value = config.num_attention_heads * size, config.num_key_value_heads * size
+    base = hidden * (query + 2 * key_value) + query * hidden + 3 * hidden * inner
+    ends = (hidden + query) + 2 * (hidden + key_value) + (query + hidden) + 3 * (hidden + inner)
+    lengths = np.array([len(example) for example in examples], dtype=np.float64)
+    mean_length = (lengths**2).sum() / lengths.sum()  # of the document a token stands in
+    share = sum(example.supervised for example in examples) / lengths.sum()
+    linear = 4 * layers * base - 2 * hidden * (query + 2 * key_value)
+    # A causal query sees half the keys: 2 q s forward, twice that backward.
+    return float(
+        linear + 6 * rank * layers * ends + 6 * query * mean_length * layers + 4 * hidden * config.vocab_size * share
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="model folder; default: random weights in the shape of SmolLM2-135M")
+    parser.add_argument("--data", help="JSONL of chat rows; needs --model for its tokenizer")
+    parser.add_argument("--tools", default=",".join(TOOLS), help="which, in turn")
+    parser.add_argument("--batch", type=int, default=4, help="rows a step")
+    parser.add_argument("--rows", type=int, default=100, help="rows of the data")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--supervised", type=float, default=1.0, help="share of each row that is supervised")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="of the frozen weights")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", help="write the result here as JSON")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # the tool to run in this process
+    options = parser.parse_args()
+    if options.data and not options.model:
+        parser.error("--data needs --model, for the tokenizer")
+    torch.set_num_threads(options.threads)
+    if options.run:
+        print(json.dumps(TOOLS[options.run](options)))
+        return
+    names = options.tools.split(",")
+    runs: dict[str, list[Result]] = {name: [] for name in names}
+    rates = []
+    for _ in range(options.repeats):
+        rates.append(measure("cpu"))
+        for name in names:
+            done = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--run", name], capture_output=True, text=True, check=True
+            )
+            runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{name}: {runs[name][-1]['tokens_per_s']:.0f} tokens/s", file=sys.stderr)
+    gemm = max(rate.bf16_flops if options.dtype == "bf16" else rate.fp32_flops for rate in rates)
+    results = {
+        name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
+    }
+    for result in results.values():
+        result["share_of_floor"] = result["tokens_per_s"] * result["floor_flops_per_token"] / gemm
+    report = {
+        "date": date.today().isoformat(),
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "threads": options.threads,
+            "system": platform.system(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft_version,
+            "numba": bool(importlib.util.find_spec("numba")),
+        },
+        "options": {key: value for key, value in vars(options).items() if key not in ("out", "run", "model", "data")},
+        "gemm_flops": gemm,
+        "results": results,
+    }
+    print(json.dumps(report, indent=2))
+    if options.out:
+        Path(options.out).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
