@@ -11,7 +11,6 @@ unless --supervised says less. Rates count real tokens, never padding. A new too
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -195,7 +194,6 @@ def main() -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "peft": peft_version,
-            "numba": bool(importlib.util.find_spec("numba")),
         },
         "options": {key: value for key, value in vars(options).items() if key not in ("out", "run", "model", "data")},
         "gemm_flops": gemm,
