@@ -10,10 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def follow_threads() -> None:
-    """PyTorch's operations run on PyTorch's threads."""
-
-
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 

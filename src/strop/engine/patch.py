@@ -213,7 +213,6 @@ class FastLoss:
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable in the adapters."""
-        self._ops.follow_threads()
         batch = pack(examples, prefix_sharing=self.prefix_sharing, device=self._device)
         hidden = self._decoder.embed_tokens(batch.ids)
         angles = self._angles(batch.positions)
