@@ -82,7 +82,7 @@ def test_micro_batches_of_any_size_give_the_same_gradient(tmp_path: Path, cut: d
     def gradients(name: str, **options: Any) -> dict[str, torch.Tensor]:
         job = tiny.job(tmp_path / name, train, **options)
         found: dict[str, torch.Tensor] = {}
-        job.state.optimizer.step = lambda: found.update({n: w.grad.clone() for n, w in job.state.weights.items()})  # type: ignore
+        job.state.optimizer.step = lambda: found.update({n: w.grad.clone() for n, w in job.state.weights.items()})  # type: ignore[method-assign]
         loop.step(job, next(iter(stream_of(job.recipe, 8))), 1e-3)
         return found
 

@@ -39,7 +39,7 @@ def main() -> None:
         _fail(error.lines(), error.as_json(), error.exit_code)
     except KeyboardInterrupt:
         _fail(["stopped at once; the last checkpoint is intact"], {"kind": "Stopped", "message": "interrupted"}, 130)
-    except Exception as error:
+    except Exception as error:  # the one place for faults of ours: never a traceback unless asked
         if hasattr(error, "format_message"):  # click's UsageError and its kin, which typer vendors or imports
             _fail(
                 [line for line in [error.format_message()] if line],
