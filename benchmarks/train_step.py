@@ -24,6 +24,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 import transformers
@@ -194,6 +195,7 @@ def main() -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "peft": peft_version,
+            "numba": numba.__version__,
         },
         "options": {key: value for key, value in vars(options).items() if key not in ("out", "run", "model", "data")},
         "gemm_flops": gemm,

@@ -113,6 +113,15 @@ def _unsupported_base(base: Any, family: Family) -> str | None:
     return None
 
 
+def _ops_for(device: torch.device, dtype: torch.dtype) -> Ops:
+    """numba's loops where they apply, else PyTorch's operations: the same numbers, slower."""
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        from strop.engine import kernels  # numba takes half a second to import
+
+        return cast(Ops, kernels)
+    return cast(Ops, eager)
+
+
 def _linears(layer: Any, family: Family) -> Iterator[list[Any]]:
     """The layer's linear modules, in groups that share their input."""
     yield [getattr(layer.self_attn, name) for name in family.qkv]
@@ -206,7 +215,7 @@ class FastLoss:
         self._decoder, self._head = base.model, base.get_output_embeddings()
         self._softcap = float(getattr(base.config, "final_logit_softcapping", None) or 0)
         self._device: torch.device = self._head.weight.device
-        self._ops = cast(Ops, eager)
+        self._ops = _ops_for(self._device, self._head.weight.dtype)
         family = FAMILIES[base.config.model_type]
         self._layers = [self._layer(layer, family, base.config) for layer in base.model.layers]
         self._norm = self._norm_of(base.model.norm, family)

@@ -1,0 +1,123 @@
+"""numba's loops equal PyTorch's operations."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from strop.engine import eager, kernels
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype
+    # bf16: the same fp32 value rounded once; where the two differ in their last fp32 bit, a neighbouring bf16.
+    relative = 1e-2 if found.dtype == torch.bfloat16 else 3e-5
+    torch.testing.assert_close(found, expected, rtol=relative, atol=max(1e-6, relative * 1e-3))
+
+
+def rand(dtype: torch.dtype, *shape: int, spread: float = 2.0) -> Tensor:
+    return (torch.randn(*shape) * spread).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm(dtype: torch.dtype, offset: float) -> None:
+    torch.manual_seed(0)
+    for x in (rand(dtype, 5, 37), rand(dtype, 1, 3), rand(dtype, 4, 6, 8)[:, 1:3]):
+        weight, grad = rand(dtype, x.shape[-1]), rand(dtype, *x.shape)
+        assert_same(kernels.rms_norm(x, weight, 1e-5, offset), eager.rms_norm(x, weight, 1e-5, offset))
+        arguments = (grad, x, weight, 1e-5, offset)
+        assert_same(kernels.rms_norm_backward(*arguments), eager.rms_norm_backward(*arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+def test_glu(dtype: torch.dtype, activation: str) -> None:
+    torch.manual_seed(0)
+    gate_up, grad = rand(dtype, 3, 2 * 37, spread=6), rand(dtype, 3, 37)
+    gate_up[0, :2] = torch.tensor([120.0, -120.0])
+    assert_same(kernels.glu(gate_up, activation), eager.glu(gate_up, activation))
+    for found, expected in zip(
+        kernels.glu_backward(grad, gate_up, activation), eager.glu_backward(grad, gate_up, activation), strict=True
+    ):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize(("group", "first"), [(1, 0), (3, 5)])
+def test_softmax(dtype: torch.dtype, window: int, group: int, first: int) -> None:
+    torch.manual_seed(0)
+    scores = rand(dtype, 2, 4 * group, 4 + first, spread=10)
+    probs = eager.softmax_(scores.clone(), group, first, window)
+    assert_same(kernels.softmax_(scores.clone(), group, first, window), probs)
+    grad = rand(dtype, *scores.shape)
+    found = kernels.softmax_backward_(grad.clone(), probs, group, first, window)
+    assert_same(found, eager.softmax_backward_(grad.clone(), probs, group, first, window))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_cross_entropy(dtype: torch.dtype, softcap: float) -> None:
+    torch.manual_seed(0)
+    logits, labels, weights = rand(dtype, 5, 41, spread=8), torch.tensor([0, 40, 3, 3, 7]), torch.rand(5)
+    found, expected = logits.clone(), logits.clone()
+    loss = kernels.cross_entropy_(found, labels, weights, softcap, True)
+    torch.testing.assert_close(loss, eager.cross_entropy_(expected, labels, weights, softcap, True))
+    assert_same(found, expected)
+    left = logits.clone()
+    torch.testing.assert_close(kernels.cross_entropy_(left, labels, weights, softcap, False), loss)
+    if not softcap:
+        assert torch.equal(left, logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("turned", [0, 3, 4])
+@pytest.mark.parametrize("group", [1, 2])
+def test_heads(dtype: torch.dtype, turned: int, group: int) -> None:
+    torch.manual_seed(0)
+    tokens, heads, d = 6, 4, 8
+    qkv = rand(dtype, tokens, heads + 3, d)
+    x = qkv[:, 1 : 1 + heads]
+    cos, sin = (rand(torch.float32, tokens, turned) if turned else None for _ in range(2))
+    slots = torch.tensor([[0, 1, 3], [0, 1, -1], [5, 4, 2]])
+    arguments: Any = (x, cos, sin, 0.7 if turned else 1.0, slots, group)
+    spread = eager.to_heads(*arguments)
+    assert_same(kernels.to_heads(*arguments), spread)
+    found, expected = torch.zeros(tokens, heads + 1, d), torch.zeros(tokens, heads + 1, d)
+    kernels.from_heads_(found[:, 1:], spread, slots, group)
+    eager.from_heads_(expected[:, 1:], spread, slots, group)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("turned", [3, 4])
+def test_turn_back(dtype: torch.dtype, turned: int) -> None:
+    torch.manual_seed(0)
+    total, cos, sin = torch.randn(5, 8 * 8), torch.randn(5, turned), torch.randn(5, turned)
+    found, expected = (torch.empty(5, 64, dtype=dtype) for _ in range(2))
+    for ops, out in ((kernels, found), (eager, expected)):
+        ops.turn_back(total, cos, sin, 0.7, 4, 2, out)
+    assert_same(found, expected)
+
+
+def test_the_loops_leave_pytorchs_threads_as_they_were() -> None:
+    """numba's OpenMP layer allows nested parallel regions: PyTorch's attention then takes 40 times as long."""
+    script = """
+import ctypes, torch
+torch.set_num_threads(1)
+openmp = ctypes.CDLL(torch._C.__file__)
+before = openmp.omp_get_max_active_levels(), torch.get_num_threads()
+from strop.engine import kernels
+x = torch.ones(64, 64)
+kernels.rms_norm(x, x[0], 1e-5, 0.0)
+assert (openmp.omp_get_max_active_levels(), torch.get_num_threads()) == before, before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
