@@ -20,7 +20,7 @@ from strop.engine import eager
 from strop.engine.functions import Norm, Ops, RmsNorm, apply
 from strop.engine.packed import Bucket
 
-BLOCK = 128  # queries a product; keys behind the block's last query are skipped
+BLOCK = 256  # queries a product; keys behind the block's last query are skipped
 KEEP_PAIRS = (
     512  # documents up to this length keep their probabilities for the backward, longer ones compute them again
 )

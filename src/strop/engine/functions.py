@@ -143,6 +143,6 @@ class LoraLinear(Function):
         grads: list[Tensor] = []
         grad_as = torch.split(grad_za.t() @ z, ctx.ranks)
         for (columns, scale, _, _), part, grad_a in zip(parts, torch.split(za, ctx.ranks, 1), grad_as, strict=True):
-            grads += [grad_a, (grad[:, columns].t() @ part).mul_(scale)]
+            grads += [grad_a, (part.t() @ grad[:, columns]).mul_(scale).t()]
         # The adapters are fp32 and autograd casts a gradient to the type of its input.
         return grad_x, None, None, *grads

@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from strop.engine.functions import Ops
 
-CHUNK_BYTES = 12 * 2**20  # logits at once: 128 rows of a vocabulary of 49,152 in bf16, within the cache
+CHUNK_BYTES = 24 * 2**20  # logits at once: 256 rows of a vocabulary of 49,152 in bf16
 
 
 class SupervisedLoss(Function):

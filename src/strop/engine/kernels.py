@@ -26,6 +26,9 @@ _njit: Any = numba.njit
 _config: Any = numba.config
 
 
+TASKS = 64  # parts of the rows that a loop with a buffer of its own deals out to the threads
+
+
 def _start_threads() -> None:
     """Starts as many of numba's threads as PyTorch uses, from OpenMP where it is there.
 
@@ -91,6 +94,17 @@ _from_bf16 = _emit(types.float32, _emit_from_bf16)
 _to_bf16 = _emit(types.uint16, _emit_to_bf16)
 _truncate = _emit(types.int32, lambda b, x: b.fptosi(x, I32))
 _power = _emit(types.float32, lambda b, n: b.bitcast(b.shl(b.add(n, I32(127)), I32(23)), F32))  # 2 to the n
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _max(context: Any, x: Any, y: Any) -> Any:
+    """The greater of two fp32: numba's own max is not taken for a reduction, and so not vectorised."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        maxnum = b.module.declare_intrinsic("llvm.maxnum", [F32], ir.FunctionType(F32, [F32, F32]))
+        return b.call(maxnum, args, fastmath=("fast",))
+
+    return types.float32(types.float32, types.float32), generate
 
 
 def wide(x: Any) -> Any:
@@ -219,27 +233,43 @@ def _glu_backward(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any) ->
 
 
 @_inline
-def _softmax_row(row: Any) -> None:
-    top = np.float32(-np.inf)
+def _top(row: Any) -> Any:
+    top = np.float32(-3e38)
     for j in range(len(row)):
-        top = max(top, wide(row[j]))
+        top = _max(top, wide(row[j]))
+    return top
+
+
+@_inline
+def _exps(row: Any, top: Any, out: Any) -> Any:
+    """exp(row - top) into `out`; returns their sum."""
     total = np.float32(0.0)
     for j in range(len(row)):
-        total += _exp(wide(row[j]) - top)
-    scale = np.float32(1.0) / total
+        e = _exp(wide(row[j]) - top)
+        out[j] = e
+        total += e
+    return total
+
+
+@_inline
+def _scale_into(row: Any, values: Any, scale: Any) -> None:
     for j in range(len(row)):
-        row[j] = narrow(_exp(wide(row[j]) - top) * scale, row)
+        row[j] = narrow(values[j] * scale, row)
 
 
 @_loop
 def _softmax(scores: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
-    rows, _ = scores.shape
-    for i in prange(rows):
-        end = first + (i % queries) // group + 1
-        begin = max(end - window, 0) if window else 0
-        _softmax_row(scores[i, begin:end])
-        scores[i, :begin] = 0
-        scores[i, end:] = 0
+    rows, n = scores.shape
+    for task in prange(TASKS):
+        exps = np.empty(n, dtype=np.float32)
+        for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
+            end = first + (i % queries) // group + 1
+            begin = max(end - window, 0) if window else 0
+            row = scores[i, begin:end]
+            total = _exps(row, _top(row), exps)
+            _scale_into(row, exps, np.float32(1.0) / total)
+            scores[i, :begin] = 0
+            scores[i, end:] = 0
 
 
 @_inline
@@ -265,20 +295,17 @@ def _softmax_backward(grad: Any, probs: Any, queries: Any, group: Any, first: An
 @_loop
 def _cross_entropy(logits: Any, labels: Any, weights: Any, gradient: Any, losses: Any) -> None:
     rows, n = logits.shape
-    for i in prange(rows):
-        top = np.float32(-np.inf)
-        for j in range(n):
-            top = max(top, wide(logits[i, j]))
-        total = np.float32(0.0)
-        for j in range(n):
-            total += _exp(wide(logits[i, j]) - top)
-        at = wide(logits[i, labels[i]])
-        losses[i] = weights[i] * (np.log(total) + top - at)
-        if gradient:
-            scale = weights[i] / total
-            for j in range(n):
-                logits[i, j] = narrow(_exp(wide(logits[i, j]) - top) * scale, logits)
-            logits[i, labels[i]] = narrow(weights[i] * (_exp(at - top) / total - np.float32(1.0)), logits)
+    for task in prange(TASKS):
+        exps = np.empty(n, dtype=np.float32)
+        for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
+            top = _top(logits[i])
+            total = _exps(logits[i], top, exps)
+            at = wide(logits[i, labels[i]])
+            losses[i] = weights[i] * (np.log(total) + top - at)
+            if gradient:
+                scale = weights[i] / total
+                _scale_into(logits[i], exps, scale)
+                logits[i, labels[i]] = narrow(exps[labels[i]] * scale - weights[i], logits)
 
 
 @_loop

@@ -116,7 +116,7 @@ def _unsupported_base(base: Any, family: Family) -> str | None:
 def _ops_for(device: torch.device, dtype: torch.dtype) -> Ops:
     """numba's loops where they apply, else PyTorch's operations: the same numbers, slower."""
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        from strop.engine import kernels  # numba takes half a second to import
+        from strop.engine import kernels  # its import starts threads
 
         return cast(Ops, kernels)
     return cast(Ops, eager)
