@@ -6,6 +6,7 @@ Each tool runs in a process of its own, the tools taking turns, so that drift of
 over --repeats. Without --model: random weights in the shape of SmolLM2-135M; without --data: random rows as long as
 chat rows are. A data file holds chat rows (`messages`), rendered with the model's template; all tokens supervised
 unless --supervised says less. Rates count real tokens, never padding. A new tool is one function in TOOLS.
+Other tools on the same rows: --peers "unsloth, grouped;trl, tuned" --bench FOLDER --baselines FOLDER (see peers.py).
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ import numba
 import numpy as np
 import torch
 import transformers
+from peers import PEERS
+from peers import run as peers_run
 from peft import LoraConfig, get_peft_model
 from peft import __version__ as peft_version
 
@@ -46,6 +49,7 @@ SHAPE = {  # SmolLM2-135M
     "tie_word_embeddings": True,
 }
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PLACES = ("out", "run", "model", "data", "bench", "baselines")  # options that say nothing about the figures
 Result = dict[str, Any]
 
 
@@ -94,8 +98,7 @@ def strop(options: argparse.Namespace, make: Callable[[Any], Any]) -> Result:
         "seconds": seconds,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
-        "last_loss": statistics.mean(losses[-5:]),
-        "floor_flops_per_token": floor_flops(model.config, options.rank, examples),
+        "mean_loss": statistics.mean(losses[1:]),
     }
 
 
@@ -121,7 +124,13 @@ def load_examples(options: argparse.Namespace) -> list[Example]:
         system = rng.integers(1, SHAPE["vocab_size"], 20)
         rows = [np.concatenate([system, rng.integers(1, SHAPE["vocab_size"], n - 20)]) for n in lengths]
     examples = []
-    for i in rng.permutation(len(rows))[: options.rows]:
+    order = rng.permutation(len(rows))[: options.rows]
+    if options.order == "grouped":  # as transformers' group_by_length: sorted within pieces of several batches
+        piece = options.batch * max(1, min(len(order) // (4 * options.batch), 50))
+        order = np.concatenate(
+            [sorted(order[i : i + piece], key=lambda row: -len(rows[row])) for i in range(0, len(order), piece)]
+        )
+    for i in order:
         weights = np.ones(len(rows[i]), dtype=np.float32)
         weights[: max(1, round(len(rows[i]) * (1 - options.supervised)))] = 0  # the prompt's share
         examples.append(Example(np.asarray(rows[i], dtype=np.int32), weights, "", int(i)))
@@ -150,6 +159,10 @@ def main() -> None:
     parser.add_argument("--model", help="model folder; default: random weights in the shape of SmolLM2-135M")
     parser.add_argument("--data", help="JSONL of chat rows; needs --model for its tokenizer")
     parser.add_argument("--tools", default=",".join(TOOLS), help="which, in turn")
+    parser.add_argument("--peers", default="", help=f"of {', '.join(PEERS)}; with ; between them")
+    parser.add_argument("--bench", help="folder with one virtual environment a peer, and data100/")
+    parser.add_argument("--baselines", help="folder with the peers' scripts")
+    parser.add_argument("--order", choices=["grouped", "random"], default="grouped", help="grouped: by length")
     parser.add_argument("--batch", type=int, default=4, help="rows a step")
     parser.add_argument("--rows", type=int, default=100, help="rows of the data")
     parser.add_argument("--rank", type=int, default=16)
@@ -166,12 +179,19 @@ def main() -> None:
     if options.run:
         print(json.dumps(TOOLS[options.run](options)))
         return
-    names = options.tools.split(",")
+    peers = [name.strip() for name in options.peers.split(";") if name.strip()]
+    names = [name for name in options.tools.split(",") if name] + peers
     runs: dict[str, list[Result]] = {name: [] for name in names}
     rates = []
+    examples = load_examples(options)
+    tokens = sum(len(example) for example in examples)
     for _ in range(options.repeats):
         rates.append(measure("cpu"))
         for name in names:
+            if name in PEERS:
+                runs[name].append(peers_run(name, options.bench, options.model, options.baselines, tokens))
+                print(f"{name}: {runs[name][-1]}", file=sys.stderr)
+                continue
             done = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], "--run", name], capture_output=True, text=True, check=True
             )
@@ -181,8 +201,13 @@ def main() -> None:
     results = {
         name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
     }
+    floor = floor_flops(
+        transformers.AutoConfig.from_pretrained(options.model) if options.model else transformers.LlamaConfig(**SHAPE),
+        options.rank,
+        examples,
+    )
     for result in results.values():
-        result["share_of_floor"] = result["tokens_per_s"] * result["floor_flops_per_token"] / gemm
+        result["share_of_floor"] = result["tokens_per_s"] * floor / gemm
     report = {
         "date": date.today().isoformat(),
         "machine": {
@@ -197,8 +222,14 @@ def main() -> None:
             "peft": peft_version,
             "numba": numba.__version__,
         },
-        "options": {key: value for key, value in vars(options).items() if key not in ("out", "run", "model", "data")},
+        "options": {
+            key: value
+            for key, value in vars(options).items()
+            if key not in ("out", "run", "model", "data", "bench", "baselines")
+        },
         "gemm_flops": gemm,
+        "floor_flops_per_token": floor,
+        "tokens": tokens,
         "results": results,
     }
     print(json.dumps(report, indent=2))

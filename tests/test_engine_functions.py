@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from strop.engine import eager
 from strop.engine.attention import Attention, Heads, sdpa
 from strop.engine.functions import Frozen, Glu, LoraLinear, Norm, RmsNorm
 from strop.engine.head import SupervisedLoss
-from strop.engine.packed import Bucket
+from strop.engine.packed import Layout, lay_out
 
 OPS: Any = eager
 
@@ -93,6 +94,11 @@ def reference(qkv: Tensor, shape: Heads, cos: Tensor, sin: Tensor, sees: Tensor)
     return torch.einsum("hqk,khd->qhd", probs, v).reshape(len(qkv), -1)
 
 
+def layout_of(tokens: int, *parts: tuple[list[list[int]], list[list[int]]]) -> Layout:
+    arrays = [(np.array(queries), np.array(keys)) for queries, keys in parts]
+    return lay_out(arrays, tokens, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("window", [0, 2])
@@ -109,11 +115,7 @@ def test_attention(
     tokens = 8
     cos, sin = rand(tokens, rotated).cos(), rand(tokens, rotated).sin()
     rows = [[2, 3, 4], [5, 6, -1]]
-    parts = (
-        Bucket(torch.tensor(rows), torch.tensor([[0, 1, *own] for own in rows])),
-        Bucket(torch.tensor([[0, 1]]), torch.tensor([[0, 1]])),
-        Bucket(torch.tensor([[7]]), torch.tensor([[7]])),
-    )
+    layout = layout_of(tokens, (rows, [[0, 1, *own] for own in rows]), ([[0, 1]], [[0, 1]]), ([[7]], [[7]]))
     sees = torch.zeros(tokens, tokens, dtype=torch.bool)
     for document in ([0, 1, 2, 3, 4], [0, 1, 5, 6], [7]):
         for i, query in enumerate(document):
@@ -123,13 +125,13 @@ def test_attention(
     upstream = rand(*expected.shape)
     (expected_grad,) = torch.autograd.grad(expected, qkv, upstream)
     for attend in (Attention.apply, sdpa):
-        out = attend(qkv, shape, cos, sin, parts)
+        out = attend(qkv, shape, cos, sin, layout)
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(torch.autograd.grad(out, qkv, upstream)[0], expected_grad)
 
 
 def test_attention_gradcheck() -> None:
     torch.manual_seed(0)
-    parts = (Bucket(torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 2]])),)
+    layout = layout_of(3, ([[0, 1, 2]], [[0, 1, 2]]))
     cos, sin = rand(3, 2).cos(), rand(3, 2).sin()
-    check(lambda qkv: Attention.apply(qkv, heads(0, False), cos, sin, parts), rand(3, 16, grad=True))
+    check(lambda qkv: Attention.apply(qkv, heads(0, False), cos, sin, layout), rand(3, 16, grad=True))

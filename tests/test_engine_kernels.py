@@ -6,11 +6,13 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from strop.engine import eager, kernels
+from strop.engine.packed import lay_out
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -83,28 +85,21 @@ def test_cross_entropy(dtype: torch.dtype, softcap: float) -> None:
 @pytest.mark.parametrize("group", [1, 2])
 def test_heads(dtype: torch.dtype, turned: int, group: int) -> None:
     torch.manual_seed(0)
-    tokens, heads, d = 6, 4, 8
-    qkv = rand(dtype, tokens, heads + 3, d)
-    x = qkv[:, 1 : 1 + heads]
+    tokens, heads, d = 7, 4, 8
+    x = rand(dtype, tokens, heads + 3, d)[:, 1 : 1 + heads]
     cos, sin = (rand(torch.float32, tokens, turned) if turned else None for _ in range(2))
-    slots = torch.tensor([[0, 1, 3], [0, 1, -1], [5, 4, 2]])
-    arguments: Any = (x, cos, sin, 0.7 if turned else 1.0, slots, group)
-    spread = eager.to_heads(*arguments)
-    assert_same(kernels.to_heads(*arguments), spread)
-    found, expected = torch.zeros(tokens, heads + 1, d), torch.zeros(tokens, heads + 1, d)
-    kernels.from_heads_(found[:, 1:], spread, slots, group)
-    eager.from_heads_(expected[:, 1:], spread, slots, group)
-    assert_same(found, expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("turned", [3, 4])
-def test_turn_back(dtype: torch.dtype, turned: int) -> None:
-    torch.manual_seed(0)
-    total, cos, sin = torch.randn(5, 8 * 8), torch.randn(5, turned), torch.randn(5, turned)
-    found, expected = (torch.empty(5, 64, dtype=dtype) for _ in range(2))
+    turn: Any = (cos, sin, 0.7 if turned else 1.0)
+    slots = [np.array([[0, 1, 3], [0, 1, -1]]), np.array([[0, 5, 4, 2]])]  # rows in several places, row 6 in none
+    places = lay_out([(rows, rows) for rows in slots], tokens, torch.device("cpu")).queries
+    spread = eager.to_heads(x, *turn, places, group)
+    assert_same(kernels.to_heads(x, *turn, places, group), spread)
+    whole = spread[: 2 * heads * 3].view(2, heads // group, 3, group, d)  # the first bucket, as attention reads it
+    torch.testing.assert_close(whole[1, :, 2], torch.zeros_like(whole[1, :, 2]))
+    if not turned:
+        assert torch.equal(whole[0, :, 1], x[1].view(heads // group, group, d))
+    found, expected = (torch.ones(tokens, heads + 1, d, dtype=dtype) for _ in range(2))
     for ops, out in ((kernels, found), (eager, expected)):
-        ops.turn_back(total, cos, sin, 0.7, 4, 2, out)
+        ops.from_heads(spread, *turn, places, group, out[:, 1:])
     assert_same(found, expected)
 
 

@@ -14,15 +14,20 @@ from strop.runs.events import Event
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 _QUIET_DEFAULTS = ("default",)  # origins that are not worth a line on the terminal; recipe.yaml has them all
+PLAIN_SECONDS = 30.0  # between two lines of progress where there is no terminal to draw a bar on
 
 
 class Watch:
-    """Listener that prints a run as it goes: machine, choices, data, then one bar with loss, tokens/s and time left."""
+    """Listener that prints a run as it goes: machine, choices, data, then one bar with loss, tokens/s and time left.
+
+    Into a file or a pipe the bar is a line now and then.
+    """
 
     def __init__(self, out: Console = console) -> None:
         self._out = out
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._next_line = 0.0
 
     def __call__(self, event: Event) -> None:
         show = getattr(self, f"_on_{event['event']}", None)
@@ -64,6 +69,8 @@ class Watch:
             f"[bold]train[/]    {event['steps']} steps, {numbers['trainable']:,} trainable parameters ({share:.2%}), "
             f"{event['engine']} step{': ' + event['why'] if event['why'] else ''}"
         )
+        if not self._out.is_terminal:
+            return
         columns = (
             TextColumn("[bold]step[/]    "), MofNCompleteColumn(), BarColumn(),
             TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[left]} left"),
@@ -75,12 +82,16 @@ class Watch:
         self._bar.start()
 
     def _on_step(self, event: Event) -> None:
+        left = int(event["seconds_left"])
+        loss, speed, time_left = f"{event['loss']:.4f}", f"{event['tokens_per_s']:.0f}", f"{left // 60}:{left % 60:02d}"
         if self._bar is not None and self._task is not None:
-            left = int(event["seconds_left"])
-            self._bar.update(
-                self._task, completed=event["step"], loss=f"{event['loss']:.4f}", speed=f"{event['tokens_per_s']:.0f}",
-                left=f"{left // 60}:{left % 60:02d}",
-            )  # fmt: skip
+            self._bar.update(self._task, completed=event["step"], loss=loss, speed=speed, left=time_left)
+        elif event["time"] >= self._next_line:
+            self._next_line = event["time"] + PLAIN_SECONDS
+            self._out.print(f"step     {event['step']}  loss {loss}  {speed} tokens/s  {time_left} left")
+
+    def _on_end(self, event: Event) -> None:
+        self.close()
 
     def _on_eval(self, event: Event) -> None:
         loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"

@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from strop.engine import eager
 from strop.engine.functions import Norm, Ops, RmsNorm, apply
-from strop.engine.packed import Bucket
+from strop.engine.packed import Bucket, Layout
 
 BLOCK = 256  # queries a product; keys behind the block's last query are skipped
 KEEP_PAIRS = (
@@ -61,82 +61,107 @@ class Attention(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, parts: Sequence[Bucket]) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         ops, group = heads.ops, heads.group
-        out = qkv.new_zeros(len(qkv), heads.query, heads.size)
         kept: list[Tensor] = []
-        normed = heads.normed(qkv)
-        for part in parts:
-            q, k, v = _spread(heads, normed, cos, sin, part)
-            o = torch.empty_like(q)
+        spread = _spread(heads, qkv, cos, sin, layout)
+        o = torch.empty_like(spread[0])
+        for part, (q, k, v, own) in zip(layout.buckets, _parts(heads, layout, *spread, o), strict=True):
             for first, rows, keys in _blocks(part, group):
-                probs = _probs(heads, q[:, rows], k[:, :keys], part, first)
-                torch.bmm(probs, v[:, :keys], out=o[:, rows])
+                probs = _probs(heads, q[:, rows], k[:, :keys], first)
+                _products(probs, v[:, :keys], own[:, rows])
                 if part.keys.shape[1] <= KEEP_PAIRS and ctx.needs_input_grad[0]:
                     kept.append(probs)
-            ops.from_heads_(out, o, part.queries, group)
-        ctx.heads, ctx.parts = heads, parts
+        out = qkv.new_empty(len(qkv), heads.query, heads.size)
+        ops.from_heads(o, None, None, 1.0, layout.queries, group, out)
+        ctx.heads, ctx.layout = heads, layout
         ctx.save_for_backward(qkv, cos, sin, *kept)
         return out.view(len(qkv), -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         heads: Heads = ctx.heads
+        layout: Layout = ctx.layout
         ops, group = heads.ops, heads.group
         qkv, cos, sin, *kept = ctx.saved_tensors
+        spread = _spread(heads, qkv, cos, sin, layout)
+        grads = [torch.empty_like(x) for x in spread]
         grad = grad.reshape(len(qkv), heads.query, heads.size)
-        wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-        total = torch.zeros(qkv.shape, dtype=wide, device=qkv.device)
-        grad_q, grad_k, grad_v = heads.views(total)
-        normed = heads.normed(qkv)
-        for part in reversed(ctx.parts):
-            q, k, v = _spread(heads, normed, cos, sin, part)
-            do = ops.to_heads(grad, None, None, 1.0, part.queries, group)
-            dq, dk, dv = torch.empty_like(q), None, None
-            for first, rows, keys in reversed(_blocks(part, group)):
+        do = ops.to_heads(grad, None, None, 1.0, layout.queries, group)
+        parts = zip(layout.buckets, _parts(heads, layout, *spread, do), _parts(heads, layout, *grads), strict=True)
+        for part, (q, k, v, own), (dq, dk, dv) in reversed(list(parts)):
+            blocks = _blocks(part, group)
+            whole = len(blocks) == 1
+            terms = []
+            for first, rows, keys in reversed(blocks):
                 known = kept.pop() if part.keys.shape[1] <= KEEP_PAIRS else None
-                probs = _probs(heads, q[:, rows], k[:, :keys], part, first) if known is None else known
-                ds = torch.bmm(do[:, rows], v[:, :keys].transpose(1, 2))
+                probs = _probs(heads, q[:, rows], k[:, :keys], first) if known is None else known
+                ds = _products(own[:, rows], v[:, :keys].transpose(1, 2))
                 ds = ops.softmax_backward_(ds, probs, group, first, heads.window)
-                torch.bmm(ds, k[:, :keys], out=dq[:, rows])
-                dk = _onto(dk, torch.bmm(ds.transpose(1, 2), q[:, rows]))
-                dv = _onto(dv, torch.bmm(probs.transpose(1, 2), do[:, rows]))
-            assert dk is not None and dv is not None
-            ops.from_heads_(grad_q, dq, part.queries, group)
-            ops.from_heads_(grad_k, dk, part.keys, 1)
-            ops.from_heads_(grad_v, dv, part.keys, 1)
+                _products(ds, k[:, :keys], dq[:, rows])
+                to_k = _products(ds.transpose(1, 2), q[:, rows], dk if whole else None)
+                terms.append((to_k, _products(probs.transpose(1, 2), own[:, rows], dv if whole else None)))
+            if not whole:
+                for out, more in zip((dk, dv), zip(*terms, strict=True), strict=True):
+                    out.copy_(_sum(more))
         result = torch.empty_like(qkv)
-        ops.turn_back(total, cos, sin, heads.scale, heads.query, heads.key_value, result)
+        into = heads.views(result)
+        turns = ((cos, sin, heads.scale), (cos, sin, 1.0), (None, None, 1.0))
+        places = (layout.queries, layout.keys, layout.keys)
+        for x, turn, at, of, out in zip(grads, turns, places, (group, 1, 1), into, strict=True):
+            ops.from_heads(x, *turn, at, of, out)
         q, k, _ = heads.views(qkv)
-        result_q, result_k, _ = heads.views(result)
         if heads.q_norm:
-            result_q.copy_(heads.q_norm.backward(result_q, q))
+            into[0].copy_(heads.q_norm.backward(into[0], q))
         if heads.k_norm:
-            result_k.copy_(heads.k_norm.backward(result_k, k))
+            into[1].copy_(heads.k_norm.backward(into[1], k))
         return result, None, None, None, None
 
 
-def _spread(
-    heads: Heads, normed: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor, part: Bucket
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = normed
+def _spread(heads: Heads, qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as eager.to_heads lays them out."""
+    q, k, v = heads.normed(qkv)
     return (
-        heads.ops.to_heads(q, cos, sin, heads.scale, part.queries, heads.group),
-        heads.ops.to_heads(k, cos, sin, 1.0, part.keys, 1),
-        heads.ops.to_heads(v, None, None, 1.0, part.keys, 1),
+        heads.ops.to_heads(q, cos, sin, heads.scale, layout.queries, heads.group),
+        heads.ops.to_heads(k, cos, sin, 1.0, layout.keys, 1),
+        heads.ops.to_heads(v, None, None, 1.0, layout.keys, 1),
     )
 
 
-def _probs(heads: Heads, q: Tensor, k: Tensor, part: Bucket, first: int) -> Tensor:
-    return heads.ops.softmax_(torch.bmm(q, k.transpose(1, 2)), heads.group, first, heads.window)
+def _parts(heads: Heads, layout: Layout, q: Tensor, k: Tensor, v: Tensor, *like_q: Tensor) -> list[tuple[Tensor, ...]]:
+    """Views of each bucket: (D * key_value, Sq * group, size) of q and its like, (D * key_value, Sk, size) of k, v."""
+
+    def views(x: Tensor, slots: list[Tensor], group: int) -> list[Tensor]:
+        pieces = torch.split(x, [rows.numel() * heads.key_value * group for rows in slots])
+        shapes = [(len(rows) * heads.key_value, rows.shape[1] * group, heads.size) for rows in slots]
+        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+    queries, keys = [b.queries for b in layout.buckets], [b.keys for b in layout.buckets]
+    columns = [views(q, queries, heads.group), views(k, keys, 1), views(v, keys, 1)]
+    return list(zip(*columns, *(views(x, queries, heads.group) for x in like_q), strict=True))
 
 
-def _onto(total: Tensor | None, more: Tensor) -> Tensor:
-    """The sum of what the blocks add, from the last, which has all the keys, to the first, which has the fewest."""
-    if total is None:
-        return more
-    total = total.to(torch.promote_types(total.dtype, torch.float32))
-    total[:, : more.shape[1]] += more
+def _probs(heads: Heads, q: Tensor, k: Tensor, first: int) -> Tensor:
+    return heads.ops.softmax_(_products(q, k.transpose(1, 2)), heads.group, first, heads.window)
+
+
+def _products(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b, matrix by matrix. bmm deals whole matrices out to the threads: what is left over is split inside."""
+    if out is None:
+        out = a.new_empty(len(a), a.shape[1], b.shape[2])
+    even = len(a) - len(a) % torch.get_num_threads()
+    if even:
+        torch.bmm(a[:even], b[:even], out=out[:even])
+    for i in range(even, len(a)):
+        torch.mm(a[i], b[i], out=out[i])
+    return out
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of what the blocks add: the first has all the keys, the others fewer and fewer."""
+    total = terms[0].to(torch.promote_types(terms[0].dtype, torch.float32))
+    for term in terms[1:]:
+        total[:, : term.shape[1]] += term
     return total
 
 
@@ -150,14 +175,14 @@ def _blocks(part: Bucket, group: int) -> list[tuple[int, slice, int]]:
     return found
 
 
-def sdpa(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, parts: Sequence[Bucket]) -> Tensor:
+def sdpa(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
     """The same through PyTorch's own attention and autograd: for devices that have fused kernels for it."""
     q, k, v = heads.views(qkv)
     if heads.q_norm and heads.k_norm:
         q, k = apply(RmsNorm, q, heads.q_norm), apply(RmsNorm, k, heads.k_norm)
     q, k = eager.rotate(q, cos, sin).to(qkv.dtype), eager.rotate(k, cos, sin).to(qkv.dtype)
     out = qkv.new_zeros(len(qkv), heads.query, heads.size)
-    for part in parts:
+    for part in layout.buckets:
         length, keys = part.queries.shape[1], part.keys.shape[1]
         windowed = 0 < heads.window < keys
         mask = (

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from strop.engine.packed import Places
+
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
@@ -103,34 +105,37 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, slots: Tensor, group: int) -> Tensor:
+def _rows(places: Places, key_value: int, group: int) -> Tensor:
+    """(P, heads): the row of each place and head in what to_heads returns."""
+    head = torch.arange(key_value * group, device=places.at.device)
+    before, at, length = (x[:, None] for x in (torch.arange(len(places.at)) - places.at, places.at, places.length))
+    return (before * key_value + head // group * length + at) * group + head % group
+
+
+def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int) -> Tensor:
     """Packed rows to one matrix a document and key-value head, turned by the rotary embedding and scaled.
 
-    x (T, heads, d); slots (D, S): the packed row of each place, -1 for padding, which gets zeros.
-    Returns (D * heads / group, S * group, d).
+    x (T, heads, d) to (P * heads, d): document after document, in it key-value head after head, in it place after
+    place, in it the `group` heads. Padding gets zeros; without cos and sin nothing is turned or scaled.
     """
     wide = _wide(x)
     if cos is not None and sin is not None:
         wide = rotate(wide, cos, sin) * scale
-    docs, length = slots.shape
-    picked = wide.to(x.dtype)[slots.clamp(min=0)].masked_fill_((slots < 0)[..., None, None], 0)
     heads, d = x.shape[1:]
-    return picked.view(docs, length, heads // group, group, d).transpose(1, 2).reshape(-1, length * group, d)
+    used = places.token >= 0
+    out = x.new_zeros(len(used) * heads, d)
+    out[_rows(places, heads // group, group)[used]] = wide[places.token[used]].to(x.dtype)
+    return out
 
 
-def from_heads_(out: Tensor, x: Tensor, slots: Tensor, group: int) -> None:
-    """Adds what to_heads spread out (without turning) back onto the packed rows of `out` (T, heads, d)."""
-    docs, length = slots.shape
-    heads, d = out.shape[1:]
-    rows = x.view(docs, heads // group, length, group, d).transpose(1, 2).reshape(-1, heads, d)
-    used = slots.reshape(-1) >= 0
-    out.index_add_(0, slots.reshape(-1)[used], rows[used].to(out.dtype))
-
-
-def turn_back(total: Tensor, cos: Tensor, sin: Tensor, scale: float, query: int, key_value: int, out: Tensor) -> None:
-    """Gradient of qkv from that of the turned and scaled q, k and of v, all in `total` (T, heads d), into `out`."""
-    heads = total.view(len(total), query + 2 * key_value, -1)
-    q, k, v = torch.split(heads, [query, key_value, key_value], dim=1)
-    # The embedding is a rotation: its gradient turns back.
-    turned = torch.cat([rotate(q, cos, -sin) * scale, rotate(k, cos, -sin), v], dim=1)
-    out.copy_(turned.view(total.shape))
+def from_heads(
+    x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int, out: Tensor
+) -> None:
+    """The transpose of to_heads: writes the sum over a packed row's places, turned back and scaled, to `out`."""
+    heads = out.shape[1]
+    used = places.token >= 0
+    picked = _wide(x)[_rows(places, heads // group, group)[used]]
+    total = picked.new_zeros(out.shape).index_add_(0, places.token[used], picked)
+    if cos is not None and sin is not None:
+        total = rotate(total, cos, -sin) * scale  # a rotation: its gradient turns back
+    out.copy_(total)

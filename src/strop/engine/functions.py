@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from strop.engine.packed import Places
+
 
 class Ops(Protocol):
     """The element-wise operations; meanings in eager.py."""
@@ -28,11 +30,10 @@ class Ops(Protocol):
         self, logits: Tensor, labels: Tensor, weights: Tensor, softcap: float, gradient: bool
     ) -> Tensor: ...
     def to_heads(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, slots: Tensor, group: int
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int
     ) -> Tensor: ...
-    def from_heads_(self, out: Tensor, x: Tensor, slots: Tensor, group: int) -> None: ...
-    def turn_back(
-        self, total: Tensor, cos: Tensor, sin: Tensor, scale: float, query: int, key_value: int, out: Tensor
+    def from_heads(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int, out: Tensor
     ) -> None: ...
 
 

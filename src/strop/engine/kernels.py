@@ -19,6 +19,7 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from strop.engine import eager
+from strop.engine.packed import Places
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
@@ -308,26 +309,41 @@ def _cross_entropy(logits: Any, labels: Any, weights: Any, gradient: Any, losses
                 logits[i, labels[i]] = narrow(exps[labels[i]] * scale - weights[i], logits)
 
 
+@_inline
+def _row(place: Any, at: Any, length: Any, head: Any, key_value: Any, group: Any) -> Any:
+    """As eager._rows."""
+    start = (place - at[place]) * key_value + head // group * length[place] + at[place]
+    return start * group + head % group
+
+
 @_loop
 def _to_heads(
-    x: Any, stride: Any, cos: Any, sin: Any, scale: Any, slots: Any, key_value: Any, group: Any, d: Any, out: Any
+    x: Any,
+    stride: Any,
+    cos: Any,
+    sin: Any,
+    scale: Any,
+    token: Any,
+    at: Any,
+    length: Any,
+    key_value: Any,
+    group: Any,
+    d: Any,
+    out: Any,
 ) -> None:
-    docs, length = slots.shape
     m = cos.shape[1]
-    for place in prange(docs * length):
-        doc, at = place // length, place % length
-        token = slots[doc, at]
+    for place in prange(len(token)):
+        row = token[place]
         for head in range(key_value * group):
-            row = ((doc * key_value + head // group) * length + at) * group + head % group
-            to = out[row]
-            if token < 0:
+            to = out[_row(place, at, length, head, key_value, group)]
+            if row < 0:
                 to[:] = 0
                 continue
-            begin = token * stride + head * d
+            begin = row * stride + head * d
             source = x[begin : begin + d]
             for j in range(m):
                 a, b = wide(source[j]), wide(source[m + j])
-                c, s = cos[token, j] * scale, sin[token, j] * scale
+                c, s = cos[row, j] * scale, sin[row, j] * scale
                 to[j] = narrow(a * c - b * s, out)
                 to[m + j] = narrow(b * c + a * s, out)
             for j in range(2 * m, d):
@@ -335,37 +351,41 @@ def _to_heads(
 
 
 @_loop
-def _from_heads(out: Any, stride: Any, x: Any, slots: Any, key_value: Any, group: Any, d: Any) -> None:
-    docs, length = slots.shape
-    for head in prange(key_value * group):  # documents may share a row, heads never do
-        for doc in range(docs):
-            for at in range(length):
-                token = slots[doc, at]
-                if token >= 0:
-                    source = x[((doc * key_value + head // group) * length + at) * group + head % group]
-                    begin = token * stride + head * d
-                    to = out[begin : begin + d]
-                    for j in range(d):
-                        to[j] = narrow(wide(to[j]) + wide(source[j]), out)
-
-
-@_loop
-def _turn_back(total: Any, cos: Any, sin: Any, scale: Any, query: Any, key_value: Any, d: Any, out: Any) -> None:
-    tokens = total.shape[0]
+def _from_heads(
+    x: Any,
+    cos: Any,
+    sin: Any,
+    scale: Any,
+    first: Any,
+    where: Any,
+    at: Any,
+    length: Any,
+    key_value: Any,
+    group: Any,
+    d: Any,
+    out: Any,
+    stride: Any,
+) -> None:
     m = cos.shape[1]
-    for token in prange(tokens):
-        for head in range(query + 2 * key_value):
-            begin = head * d
-            source, to = total[token, begin : begin + d], out[token, begin : begin + d]
-            turned = m if head < query + key_value else 0
-            factor = scale if head < query else np.float32(1.0)
-            for j in range(turned):
-                a, b = source[j], source[turned + j]
-                c, s = cos[token, j] * factor, sin[token, j] * factor
-                to[j] = narrow(a * c + b * s, out)
-                to[turned + j] = narrow(b * c - a * s, out)
-            for j in range(2 * turned, d):
-                to[j] = narrow(source[j] * factor, out)
+    rows = len(first) - 1
+    for task in prange(TASKS):
+        total = np.empty(d, dtype=np.float32)
+        for row in range(task * rows // TASKS, (task + 1) * rows // TASKS):
+            for head in range(key_value * group):
+                total[:] = 0
+                for n in range(first[row], first[row + 1]):
+                    source = x[_row(where[n], at, length, head, key_value, group)]
+                    for j in range(d):
+                        total[j] += wide(source[j])
+                begin = row * stride + head * d
+                to = out[begin : begin + d]
+                for j in range(m):
+                    a, b = total[j], total[m + j]
+                    c, s = cos[row, j] * scale, sin[row, j] * scale
+                    to[j] = narrow(a * c + b * s, out)
+                    to[m + j] = narrow(b * c - a * s, out)
+                for j in range(2 * m, d):
+                    to[j] = narrow(total[j] * scale, out)
 
 
 def _array(x: Tensor) -> Any:
@@ -425,21 +445,23 @@ def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: flo
     return losses.sum()
 
 
-def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, slots: Tensor, group: int) -> Tensor:
-    docs, length = slots.shape
-    heads, d = x.shape[1:]
-    out = x.new_empty(docs * heads // group, length * group, d)
-    none = torch.empty(len(x), 0)
-    turn = (_array(none if cos is None else cos), _array(none if sin is None else sin), np.float32(scale))
-    _to_heads(_flat(x), x.stride(0), *turn, _array(slots), heads // group, group, d, _rows(out))
+def _angles(cos: Tensor | None, sin: Tensor | None, tokens: int, scale: float) -> tuple[Any, Any, Any]:
+    none = torch.empty(tokens, 0)
+    return _array(none if cos is None else cos), _array(none if sin is None else sin), np.float32(scale)
+
+
+def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int) -> Tensor:
+    tokens, heads, d = x.shape
+    out = x.new_empty(len(places.token) * heads, d)
+    into = (_array(places.token), _array(places.at), _array(places.length), heads // group, group, d, _array(out))
+    _to_heads(_flat(x), x.stride(0), *_angles(cos, sin, tokens, scale), *into)
     return out
 
 
-def from_heads_(out: Tensor, x: Tensor, slots: Tensor, group: int) -> None:
-    heads, d = out.shape[1:]
-    _from_heads(_flat(out), out.stride(0), _rows(x), _array(slots), heads // group, group, d)
-
-
-def turn_back(total: Tensor, cos: Tensor, sin: Tensor, scale: float, query: int, key_value: int, out: Tensor) -> None:
-    d = total.shape[1] // (query + 2 * key_value)
-    _turn_back(_array(total), _array(cos), _array(sin), np.float32(scale), query, key_value, d, _array(out))
+def from_heads(
+    x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int, out: Tensor
+) -> None:
+    tokens, heads, d = out.shape
+    back = (_array(places.first), _array(places.where), _array(places.at), _array(places.length))
+    shape = (heads // group, group, d)
+    _from_heads(_array(x), *_angles(cos, sin, tokens, scale), *back, *shape, _flat(out), out.stride(0))

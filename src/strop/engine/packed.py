@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from strop.data.conversation import Example
 
 LEAST_PREFIX = 8  # tokens; a shorter prefix saves less than its own attention call costs
-CALL_COST = 100 * 100  # of one more bucket, in query-key pairs (about 0.2 ms at 22 ns a pair of 9 heads)
+CALL_COST = 200 * 200  # of one more bucket, in query-key pairs (about 0.9 ms at 22 ns a pair of 9 heads)
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,59 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class Places:
+    """The places (P) of all buckets' queries, or keys, one document after the other.
+
+    token (P,): packed row, -1 for padding; at (P,): place in its document; length (P,): places of its document.
+    where[first[t] : first[t + 1]]: the places that packed row t has.
+    """
+
+    token: Tensor
+    at: Tensor
+    length: Tensor
+    first: Tensor
+    where: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The buckets of a micro-batch, and where its packed rows stand in them."""
+
+    buckets: tuple[Bucket, ...]
+    queries: Places
+    keys: Places
+
+
+@dataclass(frozen=True)
 class Packed:
     """ids, positions (T,); rows (N,): packed rows that predict a supervised token, each once, rising;
     picked (M,): index into rows for each label; labels, weights (M,)."""
 
     ids: Tensor
     positions: Tensor
-    buckets: tuple[Bucket, ...]
+    layout: Layout
     rows: Tensor
     picked: Tensor
     labels: Tensor
     weights: Tensor
+
+
+def lay_out(parts: Sequence[tuple[Any, Any]], tokens: int, device: torch.device) -> Layout:
+    """parts: (queries, keys) of each bucket, int64 arrays as in Bucket, over `tokens` packed rows."""
+
+    def tensor(values: Any) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+    def places(slots: list[Any]) -> Places:
+        token = np.concatenate([rows.ravel() for rows in slots])
+        at = np.concatenate([np.broadcast_to(np.arange(rows.shape[1]), rows.shape).ravel() for rows in slots])
+        length = np.concatenate([np.full(rows.size, rows.shape[1]) for rows in slots])
+        counts = np.bincount(token[token >= 0], minlength=tokens)
+        where = np.argsort(token, kind="stable")[np.count_nonzero(token < 0) :]
+        return Places(*map(tensor, (token, at, length, np.concatenate([[0], np.cumsum(counts)]), where)))
+
+    buckets = tuple(Bucket(tensor(queries), tensor(keys)) for queries, keys in parts)
+    return Layout(buckets, places([queries for queries, _ in parts]), places([keys for _, keys in parts]))
 
 
 def pack(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> Packed:
@@ -80,7 +122,7 @@ def pack(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.dev
     return Packed(
         tensor(np.concatenate(ids)),
         tensor(np.concatenate(positions)),
-        tuple(Bucket(tensor(queries), tensor(keys)) for queries, keys in parts),
+        lay_out(parts, at, device),
         tensor(row),
         tensor(picked),
         tensor(np.concatenate(labels)[used]),

@@ -250,7 +250,7 @@ class FastLoss:
         """One layer; rows: the only rows that anything behind this layer reads (its keys and values need all)."""
         qkv = layer.qkv(hidden)
         cos, sin = angles[layer.rope]
-        shape = (qkv, layer.heads, cos, sin, batch.buckets)
+        shape = (qkv, layer.heads, cos, sin, batch.layout)
         mixed = apply(Attention, *shape) if qkv.device.type == "cpu" else sdpa(*shape)
         if rows is not None:
             mixed, hidden = mixed[rows], hidden[rows]

@@ -1,0 +1,114 @@
+"""Other tools on the same rows, for train_step.py: each a command in an environment of its own, and how to read it.
+
+Their scripts are those of a folder of baselines (--baselines: unsloth_sft.py, trl_sft.py, litgpt.sh, llamafactory.sh,
+torchtune.sh), which read BENCH (one virtual environment a peer, and data100/) and BASE (the model's folder).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Peer:
+    """command: words with {bench}, {base}, {baselines}; read: (tokens, seconds, mean loss or nan) from its output."""
+
+    command: tuple[str, ...]
+    read: Callable[[str, int], tuple[float, float, float]]
+    log: str = ""  # the file under BENCH that holds its output, where its script shows only the end
+
+
+def _result_line(output: str, tokens: int) -> tuple[float, float, float]:
+    line = re.findall(r"RESULT .*", output)[-1]
+    values = dict(re.findall(r"(\w+)=([\d.]+)", line))
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", output)]
+    return float(values["real"]), float(values["sum_step_s"]), _mean(losses)
+
+
+def _json_line(output: str, tokens: int) -> tuple[float, float, float]:
+    values = json.loads(output.strip().splitlines()[-1])
+    return values["tokens"], values["seconds"], values["loss"]
+
+
+def _litgpt(output: str, tokens: int) -> tuple[float, float, float]:
+    times = [float(ms) / 1000 for ms in re.findall(r"iter time: ([\d.]+) ms", output)]
+    return tokens, sum(times), _mean([float(loss) for loss in re.findall(r"loss train: ([\d.]+)", output)])
+
+
+def _llamafactory(output: str, tokens: int) -> tuple[float, float, float]:
+    seconds = float(re.findall(r"train_runtime['\" ]*[:=] *'?([\d.]+)", output)[-1])
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", output)]
+    return tokens, seconds, _mean(losses)
+
+
+def _mean(losses: list[float]) -> float:
+    return statistics.mean(losses) if losses else float("nan")
+
+
+PEERS = {
+    "unsloth, grouped": Peer(
+        ("{bench}/unsloth/bin/python", "{baselines}/unsloth_sft.py", "bf16", "grouped"), _result_line
+    ),
+    "unsloth": Peer(("{bench}/unsloth/bin/python", "{baselines}/unsloth_sft.py", "bf16"), _result_line),
+    "trl, tuned": Peer(("{bench}/trl/bin/python", "{baselines}/trl_sft.py", "bf16", "grouped"), _result_line),
+    "trl, defaults": Peer(
+        (
+            "{bench}/trl/bin/python",
+            f"{HERE}/trl_defaults.py",
+            "{base}",
+            "{bench}/data100/train.jsonl",
+            "{bench}/out",
+            "25",
+        ),
+        _json_line,
+    ),
+    "litgpt": Peer(("bash", "{baselines}/litgpt.sh", "bf16"), _litgpt, "logs/litgpt_bf16.log"),
+    "llama-factory": Peer(("bash", "{baselines}/llamafactory.sh", "bf16"), _llamafactory, "logs/llamafactory_bf16.log"),
+}
+
+
+def run(name: str, bench: str, base: str, baselines: str, tokens: int) -> dict[str, float]:
+    """One epoch of a peer. tokens: the rows' real tokens, where the peer does not count them itself."""
+    peer = PEERS[name]
+    places = {"bench": bench, "base": base, "baselines": baselines}
+    quiet = {"QUIET": "1", "STEPS": "25", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [word.format(**places) for word in peer.command],
+            env={
+                **os.environ,
+                **quiet,
+                "BENCH": bench,
+                "BASE": base,
+                "HF_HOME": f"{bench}/hfhome",
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            },
+            cwd=bench,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        log.seek(0)
+        output = log.read()
+    if peer.log:
+        output = Path(bench, peer.log).read_text(encoding="utf-8")
+    if status:
+        raise RuntimeError(f"{name} failed:\n{output[-3000:]}")
+    real, seconds, loss = peer.read(output, tokens)
+    return {
+        "tokens_per_s": real / seconds,
+        "seconds": seconds,
+        "mean_loss": loss,
+        "peak_rss_bytes": usage.ru_maxrss * 1024,
+    }
