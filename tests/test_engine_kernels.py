@@ -116,3 +116,22 @@ kernels.rms_norm(x, x[0], 1e-5, 0.0)
 assert (openmp.omp_get_max_active_levels(), torch.get_num_threads()) == before, before
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(dtype: torch.dtype, bad: float) -> None:
+    """The loops are compiled as if all numbers were finite; the guard in front of the optimizer needs to see it."""
+    torch.manual_seed(0)
+    logits, x, scores = rand(dtype, 2, 300), rand(dtype, 2, 64), rand(dtype, 1, 6, 6)
+    logits[1, 37] = x[1, 3] = scores[0, 3, 1] = bad
+    loss = kernels.cross_entropy_(logits, torch.tensor([1, 2]), torch.ones(2), 0.0, True)
+    assert not loss.isfinite() and logits[0].isfinite().all() and not logits[1].isfinite().all()
+    weight = torch.ones(64, dtype=dtype)
+    for out in (
+        kernels.rms_norm(x, weight, 1e-5, 0.0),
+        kernels.glu(x, "silu"),
+        kernels.softmax_(scores, 1, 0, 0)[0, 2:],
+    ):
+        assert out[0].isfinite().all() and not out[1].isfinite().all()
+    assert not kernels.rms_norm_backward(x, rand(dtype, 2, 64), weight, 1e-5, 0.0)[1].isfinite().any()

@@ -79,3 +79,16 @@ def test_starts_without_torch(code: str) -> None:
     check = f"import sys; {code}; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_check_needs_no_torch(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a b", "completion": "c d"}\n', encoding="utf-8")
+    check = (
+        "import sys; from strop.cli import main\n"
+        f"sys.argv = ['strop', 'check', '--model', {str(tiny_folder)!r}, '--data', {str(rows)!r}]\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.split() in (["0", "False"], ["None", "False"]), done.stdout + done.stderr

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from strop.config.schema import LoraSection
 from strop.errors import ModelError
 from strop.model.facts import fingerprint, locate, safetensors_header
-from strop.model.load import load_base, load_config, load_tokenizer, skeleton
+from strop.model.load import load_base, load_config, skeleton
 from strop.model.lora import add_lora
+from strop.model.tokenizer import load_tokenizer
 from tests import tiny
 from tests.hub_standin import serve
 
@@ -28,7 +29,8 @@ def test_a_hub_model_is_fetched_without_pickle_or_code_and_then_served_from_the_
     files = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
     unwanted = {"pytorch_model.bin": b"pickle", "modeling.py": b"code"}
     script = (
-        "import sys; from strop.model.facts import locate; from strop.model.load import load_base, load_tokenizer\n"
+        "import sys; from strop.model.facts import locate; from strop.model.load import load_base\n"
+        "from strop.model.tokenizer import load_tokenizer\n"
         "from strop.errors import ModelError; import torch\n"
         "try:\n"
         "  source = locate(sys.argv[1]); load_tokenizer(source)\n"

@@ -20,7 +20,8 @@ from strop.engine.device import pick_device, pick_dtype
 from strop.errors import ModelError
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.generate import Answer, Sampling, generate
-from strop.model.load import DTYPES, load_base, load_tokenizer
+from strop.model.load import DTYPES, load_base
+from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run, new_folder, write_json
 from strop.runs.lock import versions
 

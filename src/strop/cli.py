@@ -186,7 +186,7 @@ def check(
     from strop.data import check as account
     from strop.data.prepare import prepare
     from strop.model.facts import locate
-    from strop.model.load import load_tokenizer
+    from strop.model.tokenizer import load_tokenizer
 
     chosen = resolve(recipe, options if recipe else {"model.name": "demo", **(options or {})}).recipe
     tokenizer = load_tokenizer(locate(chosen.model.name, chosen.model.revision))

@@ -1,165 +1,25 @@
 """The element-wise operations of eager.py as loops that numba compiles: for CPUs, in fp32 and bf16.
 
-Each reads and writes memory once, where PyTorch takes several passes and a copy in fp32. bf16 is handled as its bits
-(uint16). OpenMP comes first among numba's threading layers: there the loops run on PyTorch's own threads.
+Each reads and writes memory once, where PyTorch takes several passes and a copy in fp32.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import prange, types
-from numba.extending import intrinsic, overload
+from numba import prange
 from torch import Tensor
 
 from strop.engine import eager
+from strop.engine.compiled import exp, greater, inline, loop, narrow, sigmoid, wide
 from strop.engine.packed import Places
-
-Loop = TypeVar("Loop", bound=Callable[..., Any])
-
-_njit: Any = numba.njit
-_config: Any = numba.config
-
 
 TASKS = 64  # parts of the rows that a loop with a buffer of its own deals out to the threads
 
 
-def _start_threads() -> None:
-    """Starts as many of numba's threads as PyTorch uses, from OpenMP where it is there.
-
-    numba's OpenMP layer changes the settings of the OpenMP library that PyTorch uses as well: the number of threads,
-    and the limit on nested parallel regions. The products inside PyTorch's CPU attention would then start threads
-    inside threads and a call take 40 times as long, so both are put back.
-    """
-    threads = torch.get_num_threads()
-    _config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-    _config.NUMBA_NUM_THREADS = min(threads, _config.NUMBA_NUM_THREADS)
-    try:
-        openmp = ctypes.CDLL(torch._C.__file__)  # a symbol is looked up in what it links to as well
-        levels = openmp.omp_get_max_active_levels()
-    except (OSError, AttributeError):  # a PyTorch without OpenMP shares nothing
-        openmp, levels = None, 0
-    numba.set_num_threads(_config.NUMBA_NUM_THREADS)
-    if openmp is not None:
-        openmp.omp_set_max_active_levels(levels)
-    torch.set_num_threads(threads)
-
-
-_start_threads()
-
-
-def _loop(function: Loop) -> Loop:
-    compiled: Loop = _njit(parallel=True, fastmath=True, error_model="numpy", cache=True)(function)
-    return compiled
-
-
-def _inline(function: Loop) -> Loop:
-    compiled: Loop = _njit(fastmath=True, error_model="numpy", cache=True)(function)
-    return compiled
-
-
-def _overload(function: Callable[..., Any]) -> Callable[[Loop], Loop]:
-    typed: Callable[[Loop], Loop] = overload(function, inline="always")
-    return typed
-
-
-def _emit(result: Any, make: Callable[[Any, Any], Any]) -> Any:
-    """A function of compiled code, by the LLVM instructions it stands for: numba would widen 32-bit shifts to 64."""
-
-    def typing(context: Any, x: Any) -> Any:
-        return result(x), lambda target, builder, signature, args: make(builder, args[0])
-
-    return intrinsic(typing)
-
-
-F32, I32, I16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
-
-
-def _emit_from_bf16(b: Any, x: Any) -> Any:
-    return b.bitcast(b.shl(b.zext(x, I32), I32(16)), F32)
-
-
-def _emit_to_bf16(b: Any, x: Any) -> Any:
-    bits = b.bitcast(x, I32)
-    odd = b.and_(b.lshr(bits, I32(16)), I32(1))
-    return b.trunc(b.lshr(b.add(bits, b.add(odd, I32(0x7FFF))), I32(16)), I16)
-
-
-_from_bf16 = _emit(types.float32, _emit_from_bf16)
-_to_bf16 = _emit(types.uint16, _emit_to_bf16)
-_truncate = _emit(types.int32, lambda b, x: b.fptosi(x, I32))
-_power = _emit(types.float32, lambda b, n: b.bitcast(b.shl(b.add(n, I32(127)), I32(23)), F32))  # 2 to the n
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _max(context: Any, x: Any, y: Any) -> Any:
-    """The greater of two fp32: numba's own max is not taken for a reduction, and so not vectorised."""
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        maxnum = b.module.declare_intrinsic("llvm.maxnum", [F32], ir.FunctionType(F32, [F32, F32]))
-        return b.call(maxnum, args, fastmath=("fast",))
-
-    return types.float32(types.float32, types.float32), generate
-
-
-def wide(x: Any) -> Any:
-    """fp32 of an element as it is stored."""
-
-
-def narrow(x: Any, like: Any) -> Any:
-    """fp32 as the array `like` stores it, rounded to nearest even."""
-
-
-@_overload(wide)
-def _wide(x: Any) -> Any:
-    def from_bf16(x: Any) -> Any:
-        return _from_bf16(x)
-
-    def same(x: Any) -> Any:
-        return x
-
-    return from_bf16 if x == types.uint16 else same
-
-
-@_overload(narrow)
-def _narrow(x: Any, like: Any) -> Any:
-    def to_bf16(x: Any, like: Any) -> Any:
-        return _to_bf16(x)
-
-    def same(x: Any, like: Any) -> Any:
-        return x
-
-    return to_bf16 if like.dtype == types.uint16 else same
-
-
-@_inline
-def _exp(x: Any) -> Any:
-    """exp of x <= 0 to 1e-7 (the polynomial of Cephes' expf): libm's would not be vectorised."""
-    x = max(x, np.float32(-87.0))
-    n = _truncate(x * np.float32(1.44269504) - np.float32(0.5))
-    whole = np.float32(n)
-    r = x - whole * np.float32(0.693359375) + whole * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    return (p * r * r + r + np.float32(1.0)) * _power(n)
-
-
-@_inline
-def _sigmoid(x: Any) -> Any:
-    e = _exp(-abs(x))
-    return (np.float32(1.0) if x >= 0 else e) / (np.float32(1.0) + e)
-
-
-@_loop
+@loop
 def _rms_norm(x: Any, weight: Any, eps: Any, offset: Any, out: Any) -> None:
     rows, n = x.shape
     for i in prange(rows):
@@ -172,7 +32,7 @@ def _rms_norm(x: Any, weight: Any, eps: Any, offset: Any, out: Any) -> None:
             out[i, j] = narrow(wide(x[i, j]) * rstd * (wide(weight[j]) + offset), out)
 
 
-@_loop
+@loop
 def _rms_norm_backward(grad: Any, x: Any, weight: Any, eps: Any, offset: Any, out: Any) -> None:
     rows, n = x.shape
     for i in prange(rows):
@@ -191,7 +51,7 @@ def _rms_norm_backward(grad: Any, x: Any, weight: Any, eps: Any, offset: Any, ou
 TWO_ROOT, CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)  # 2 sqrt(2 / pi)
 
 
-@_inline
+@inline
 def _activate(x: Any, gelu: Any) -> Any:
     """Value and slope of silu, or of gelu by tanh: x sigmoid(z), as (1 + tanh(u)) / 2 = sigmoid(2 u)."""
     one = np.float32(1.0)
@@ -199,12 +59,12 @@ def _activate(x: Any, gelu: Any) -> Any:
     if gelu:
         z = TWO_ROOT * (x + CUBIC * x * x * x)
         dz = TWO_ROOT * (one + np.float32(3.0) * CUBIC * x * x)
-    sigmoid = _sigmoid(z)
-    value = x * sigmoid
-    return value, sigmoid + value * (one - sigmoid) * dz
+    share = sigmoid(z)
+    value = x * share
+    return value, share + value * (one - share) * dz
 
 
-@_loop
+@loop
 def _glu(gate_up: Any, gelu: Any, out: Any) -> None:
     rows, n = out.shape
     for i in prange(rows):
@@ -213,7 +73,7 @@ def _glu(gate_up: Any, gelu: Any, out: Any) -> None:
             out[i, j] = narrow(value * wide(gate_up[i, n + j]), out)
 
 
-@_inline
+@inline
 def _glu_backward_row(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any) -> None:
     n = len(out)
     for j in range(n):
@@ -224,7 +84,7 @@ def _glu_backward_row(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any
         grad_in[n + j] = narrow(upstream * value, grad_in)
 
 
-@_loop
+@loop
 def _glu_backward(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any) -> None:
     for i in prange(len(out)):
         if gelu:  # a constant in either call, or the loop would not be vectorised: 7 times as slow
@@ -233,32 +93,32 @@ def _glu_backward(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any) ->
             _glu_backward_row(grad[i], gate_up[i], False, grad_in[i], out[i])
 
 
-@_inline
+@inline
 def _top(row: Any) -> Any:
     top = np.float32(-3e38)
     for j in range(len(row)):
-        top = _max(top, wide(row[j]))
+        top = greater(top, wide(row[j]))
     return top
 
 
-@_inline
+@inline
 def _exps(row: Any, top: Any, out: Any) -> Any:
     """exp(row - top) into `out`; returns their sum."""
     total = np.float32(0.0)
     for j in range(len(row)):
-        e = _exp(wide(row[j]) - top)
+        e = exp(wide(row[j]) - top)
         out[j] = e
         total += e
     return total
 
 
-@_inline
+@inline
 def _scale_into(row: Any, values: Any, scale: Any) -> None:
     for j in range(len(row)):
         row[j] = narrow(values[j] * scale, row)
 
 
-@_loop
+@loop
 def _softmax(scores: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
     rows, n = scores.shape
     for task in prange(TASKS):
@@ -273,7 +133,7 @@ def _softmax(scores: Any, queries: Any, group: Any, first: Any, window: Any) -> 
             scores[i, end:] = 0
 
 
-@_inline
+@inline
 def _softmax_backward_row(grad: Any, probs: Any) -> None:
     along = np.float32(0.0)
     for j in range(len(grad)):
@@ -282,7 +142,7 @@ def _softmax_backward_row(grad: Any, probs: Any) -> None:
         grad[j] = narrow(wide(probs[j]) * (wide(grad[j]) - along), grad)
 
 
-@_loop
+@loop
 def _softmax_backward(grad: Any, probs: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
     rows, _ = probs.shape
     for i in prange(rows):
@@ -293,7 +153,7 @@ def _softmax_backward(grad: Any, probs: Any, queries: Any, group: Any, first: An
         grad[i, end:] = 0
 
 
-@_loop
+@loop
 def _cross_entropy(logits: Any, labels: Any, weights: Any, gradient: Any, losses: Any) -> None:
     rows, n = logits.shape
     for task in prange(TASKS):
@@ -309,14 +169,14 @@ def _cross_entropy(logits: Any, labels: Any, weights: Any, gradient: Any, losses
                 logits[i, labels[i]] = narrow(exps[labels[i]] * scale - weights[i], logits)
 
 
-@_inline
+@inline
 def _row(place: Any, at: Any, length: Any, head: Any, key_value: Any, group: Any) -> Any:
     """As eager._rows."""
     start = (place - at[place]) * key_value + head // group * length[place] + at[place]
     return start * group + head % group
 
 
-@_loop
+@loop
 def _to_heads(
     x: Any,
     stride: Any,
@@ -350,7 +210,7 @@ def _to_heads(
                 to[j] = narrow(wide(source[j]) * scale, out)
 
 
-@_loop
+@loop
 def _from_heads(
     x: Any,
     cos: Any,

@@ -25,8 +25,9 @@ from strop.evaluation.report import write_report
 from strop.machine.memory import MemoryMark, mark
 from strop.machine.probe import Machine, probe
 from strop.model.facts import Source, fingerprint, locate
-from strop.model.load import DTYPES, load_base, load_config, load_tokenizer, skeleton
+from strop.model.load import DTYPES, load_base, load_config, skeleton
 from strop.model.lora import add_lora, as_fp32, check_lora, trainable
+from strop.model.tokenizer import load_tokenizer
 from strop.planning.choose import ModelShape, choose
 from strop.runs.events import EventLog, Listener, read_events
 from strop.runs.folder import RunFolder, cache_folder, create, next_numbered, open_run, write_atomic, write_json

@@ -1,0 +1,75 @@
+"""The tokenizer of a Source, without its weights and, for most folders, without an import of torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from strop.errors import ModelError
+from strop.model.facts import Source
+from strop.runs.folder import cache_folder, new_folder
+
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The model's own tokenizer (fast ones only: offsets are needed to find the supervised tokens).
+
+    Raises ModelError where the folder holds none.
+    """
+    folder = head_folder(source)
+    try:
+        tokenizer = _class_of(folder).from_pretrained(folder, **LOCAL)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{source.name}: no tokenizer that loads: {first_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{source.name}: no fast tokenizer (tokenizer.json)", fix="save the tokenizer with a current transformers"
+        )
+    return tokenizer
+
+
+def _class_of(folder: Path) -> Any:
+    """AutoTokenizer, or the class it would choose where the folder names it: AutoTokenizer costs an import of torch."""
+    file = folder / "tokenizer_config.json"
+    declared = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if isinstance(declared, dict) and declared.get("tokenizer_class") == "TokenizersBackend":
+        from transformers import TokenizersBackend
+
+        return TokenizersBackend
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def head_folder(source: Source) -> Path:
+    """The folder with config and tokenizer; for a GGUF file they are taken out of it once, without its weights."""
+    if source.kind == "folder":
+        return source.path
+    folder = gguf_cache(source) / "head"
+    if not (folder / "config.json").is_file():
+        from transformers import AutoConfig, AutoTokenizer
+
+        with new_folder(folder) as temp:
+            where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
+            AutoTokenizer.from_pretrained(**where).save_pretrained(temp)
+            plain_config(AutoConfig.from_pretrained(**where)).save_pretrained(temp)
+    return folder
+
+
+def gguf_cache(source: Source) -> Path:
+    digest = source.name.partition("#sha256=")[2][:16] or source.name.removeprefix("demo:").replace("/", "-")
+    stat = source.path.stat()
+    return cache_folder() / "gguf" / f"{digest}-{stat.st_size}"
+
+
+def plain_config(config: Any) -> Any:
+    """A config that no longer says its weights are packed GGUF blocks (save_pretrained would refuse)."""
+    config.__dict__.pop("quantization_config", None)
+    config._name_or_path = ""
+    return config
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
