@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from strop.data.conversation import Example
 from strop.errors import NonFiniteError, Stopped
 from strop.runs.events import read_events
 from strop.training import loop, state
-from strop.training.loop import Job, fit, seconds, stream_of
+from strop.training.loop import Job, fit, micro_batches, seconds, stream_of
 from strop.training.optim import rate_factor, warmup_steps
 from tests import tiny
 
@@ -74,19 +75,30 @@ def _collate(rows: list[Example]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("cut", [{"train.micro_batch": 1}, {"train.micro_batch": 2}, {"train.micro_batch": 4}])
-def test_micro_batches_of_any_size_give_the_same_gradient(tmp_path: Path, cut: dict[str, Any]) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"train.micro_batch": 1},
+        {"train.micro_batch": 2},
+        {"train.micro_batch": 4},
+        {"train.micro_batch": None, "train.micro_batch_tokens": 60},
+    ],
+)
+def test_micro_batches_of_any_size_give_the_same_gradient(tmp_path: Path, cut: dict[str, Any], packed: bool) -> None:
     """1x8, 2x4, 4x2 against 8x1: gradients within 1e-5, and they are not zero."""
     train = tiny.examples(8)
 
     def gradients(name: str, **options: Any) -> dict[str, torch.Tensor]:
-        job = tiny.job(tmp_path / name, train, **options)
+        job = replace(tiny.job(tmp_path / name, train, **options), packed=packed)
         found: dict[str, torch.Tensor] = {}
         job.state.optimizer.step = lambda: found.update({n: w.grad.clone() for n, w in job.state.weights.items()})  # type: ignore[method-assign]
         loop.step(job, next(iter(stream_of(job.recipe, 8))), 1e-3)
         return found
 
     whole, pieces = gradients("whole"), gradients("pieces", **cut)
+    parts = micro_batches(replace(tiny.job(tmp_path / "cut", train, **cut), packed=packed), train)
+    assert len(parts) > 1 and sorted(i for part in parts for i in part) == list(range(8))
     assert whole and max(gradient.abs().max().item() for gradient in whole.values()) > 1e-3
     assert max((whole[name] - pieces[name]).abs().max().item() for name in whole) < 1e-5
 

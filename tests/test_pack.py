@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strop.data.pack import group_by_length, pack, padding_share
+from strop.data.pack import group_by_length, pack
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=60)
 
@@ -43,13 +43,12 @@ def test_micro_batches_hold_every_row_once_within_their_bounds(
     assert order == sorted(lengths, reverse=True)
 
 
+def padded(lengths: list[int], groups: list[list[int]]) -> int:
+    return sum(len(group) * max(lengths[i] for i in group) for group in groups)
+
+
 @given(LENGTHS, st.integers(1, 9))
 def test_like_lengths_together_pad_no_more_than_the_order_of_the_file(lengths: list[int], rows: int) -> None:
     lengths = lengths[: len(lengths) // rows * rows]
     as_they_come = [list(range(i, min(i + rows, len(lengths)))) for i in range(0, len(lengths), rows)]
-    assert padding_share(lengths, group_by_length(lengths, rows=rows)) <= padding_share(lengths, as_they_come) + 1e-9
-
-
-def test_padding_share() -> None:
-    assert padding_share([4, 2], [[0, 1]]) == pytest.approx(0.25)
-    assert padding_share([], []) == 0.0
+    assert padded(lengths, group_by_length(lengths, rows=rows)) <= padded(lengths, as_they_come)

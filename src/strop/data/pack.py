@@ -42,9 +42,3 @@ def group_by_length(lengths: Sequence[int], *, tokens: int | None = None, rows: 
         else:
             groups.append([i])
     return groups
-
-
-def padding_share(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> float:
-    """Share of padding among the tokens of padded micro-batches."""
-    padded = sum(len(group) * max(lengths[i] for i in group) for group in groups if group)
-    return 1 - sum(lengths[i] for group in groups for i in group) / padded if padded else 0.0

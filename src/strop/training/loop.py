@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from strop.config.schema import Recipe
 from strop.data.batches import Batch, BatchStream
 from strop.data.conversation import Example
-from strop.data.pack import group_by_length
+from strop.data.pack import group_by_length, pack
 from strop.errors import NonFiniteError, Stopped
 from strop.evaluation.loss import TokenLoss, mean_loss
 from strop.runs.events import EventLog
@@ -32,7 +32,10 @@ SKIPS_IN_A_ROW = 3  # non-finite steps passed over before the run stops
 
 @dataclass(frozen=True)
 class Job:
-    """What the loop works on. `token_loss` gives the summed loss of the supervised tokens of a micro-batch."""
+    """What the loop works on. `token_loss` gives the summed loss of the supervised tokens of a micro-batch.
+
+    packed: it computes no padding, so that rows of any lengths make a micro-batch.
+    """
 
     recipe: Recipe
     folder: RunFolder
@@ -42,6 +45,7 @@ class Job:
     eval: Sequence[Example] | None
     state: TrainState
     log: EventLog
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def step(job: Job, batch: Batch, rate: float) -> StepResult:
     divisor = sum(float(example.weights.sum()) for example in examples)
     assert divisor > 0
     loss_sum: Tensor | float = 0.0
-    for group in micro_batches(examples, job.recipe):
+    for group in micro_batches(job, examples):
         loss = job.token_loss([examples[row] for row in group]) / divisor
         loss.backward()  # type: ignore[no-untyped-call]
         loss_sum = loss_sum + loss.detach()
@@ -154,16 +158,19 @@ def step(job: Job, batch: Batch, rate: float) -> StepResult:
     return result
 
 
-def micro_batches(examples: Sequence[Example], recipe: Recipe) -> list[list[int]]:
-    train = recipe.train
-    return group_by_length([len(e) for e in examples], tokens=train.micro_batch_tokens, rows=train.micro_batch)
+def micro_batches(job: Job, examples: Sequence[Example]) -> list[list[int]]:
+    """Which examples are computed together: packed into the budget of tokens, or like lengths where padding counts."""
+    train, lengths = job.recipe.train, [len(example) for example in examples]
+    if job.packed and train.micro_batch_tokens is not None:
+        return pack(lengths, max(train.micro_batch_tokens, *lengths))
+    return group_by_length(lengths, tokens=train.micro_batch_tokens, rows=train.micro_batch)
 
 
 def evaluate(job: Job) -> None:
     progress, started = job.state.progress, time.perf_counter()
     assert job.eval is not None
     job.model.eval()
-    loss = mean_loss(job.token_loss, job.eval, lambda examples: micro_batches(examples, job.recipe))
+    loss = mean_loss(job.token_loss, job.eval, lambda examples: micro_batches(job, examples))
     job.model.train()
     took = time.perf_counter() - started
     progress.eval_seconds += took

@@ -178,7 +178,7 @@ def _execute(folder: RunFolder, setup: Setup, listeners: Sequence[Listener], *, 
             "all": sum(w.numel() for w in model.parameters()),
         }
         log.emit("start", steps=total, step=state.progress.step, engine=engine, why=why, parameters=numbers)
-        job = Job(recipe, folder, model, token_loss, setup.data.train, setup.data.eval, state, log)
+        job = Job(recipe, folder, model, token_loss, setup.data.train, setup.data.eval, state, log, engine == "fast")
         if state.progress.step < total:
             try:
                 fit(job)
