@@ -312,6 +312,10 @@ def test_the_families_are_not_suspicious() -> None:
         "{{ ''.__class__.__mro__ }}",
         "{% for m in messages %}{{ m.content }}\n{% endfor %}",
         "{% for a in range(99999) %}{% for b in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "{{ 9 ** 9 ** 9 ** 9 }}",
+        "{{ 'x' * 10000000000 }}",
         "{% if %}",
     ],
 )

@@ -1,7 +1,7 @@
 """A chat template as text: what it can do, where assistant turns lie in it, and text that looks like control tokens.
 
 Everything here is found by rendering, so it holds for any Jinja template; no family is known by name.
-Templates come from model files, which are not trusted: they run only in transformers' sandbox, with capped output.
+Templates come from model files, which are not trusted: they run in a sandbox, and bounded (bounded.py).
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from transformers.utils import chat_template_utils
 
+from strop.data.bounded import BoundedTemplate
 from strop.data.conversation import Conversation, Message
 from strop.data.suspicions import suspicions
 from strop.errors import DataError, ModelError, Where, nearest
 
 MAX_TEMPLATE_CHARS = 1_000_000
-MAX_RENDERED_CHARS = 100_000_000  # one conversation; beyond it the template loops or the row is absurd
 
 REASONS = {
     "template-refused": "the chat template refuses this order or kind of messages",
@@ -163,7 +162,7 @@ class ChatTemplate:
         self.source = source
         self.hash = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
         try:
-            self._jinja: Any = chat_template_utils._compile_jinja_template(source)
+            self._jinja = BoundedTemplate(source)
             self._variables = {**variables, "documents": None}
             ended = self._render([_user(), {"role": "assistant", "content": ANSWER}])
             self.opening = self._render([_user()], generation=True)
@@ -268,15 +267,7 @@ class ChatTemplate:
     def _render(
         self, messages: list[dict[str, Any]], tools: list[Any] | None = None, *, generation: bool = False
     ) -> str:
-        parts, size = [], 0
-        for part in self._jinja.generate(
-            messages=messages, tools=tools, add_generation_prompt=generation, **self._variables
-        ):
-            parts.append(part)
-            size += len(part)
-            if size > MAX_RENDERED_CHARS:
-                raise jinja2.TemplateRuntimeError(f"more than {MAX_RENDERED_CHARS} characters")
-        return "".join(parts)
+        return self._jinja.render(messages=messages, tools=tools, add_generation_prompt=generation, **self._variables)
 
     def _probe(self) -> None:
         """Find by rendering what the template supports, and how it ends a tool call."""
