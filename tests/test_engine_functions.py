@@ -77,9 +77,10 @@ def test_supervised_loss(softcap: float) -> None:
     torch.testing.assert_close(SupervisedLoss.apply(x, labels, weights, head, softcap, OPS), expected)
 
 
-def heads(window: int, norms: bool, key_value: int = 1) -> Heads:
+def heads(window: int, norms: bool, key_value: int = 1, softcap: float = 0.0) -> Heads:
     q_norm, k_norm = (Norm(OPS, rand(4), 1e-5, 0.0) if norms else None for _ in range(2))
-    return Heads(OPS, query=2, key_value=key_value, size=4, scale=0.7, window=window, q_norm=q_norm, k_norm=k_norm)
+    shape = {"query": 2, "key_value": key_value, "size": 4, "scale": 0.7, "window": window, "softcap": softcap}
+    return Heads(OPS, **shape, q_norm=q_norm, k_norm=k_norm)  # type: ignore[arg-type]
 
 
 def reference(qkv: Tensor, shape: Heads, cos: Tensor, sin: Tensor, sees: Tensor) -> Tensor:
@@ -90,6 +91,8 @@ def reference(qkv: Tensor, shape: Heads, cos: Tensor, sin: Tensor, sees: Tensor)
     q, k = eager.rotate(q, cos, sin), eager.rotate(k, cos, sin)
     k, v = (x.repeat_interleave(shape.group, dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * shape.scale
+    if shape.softcap:
+        scores = shape.softcap * torch.tanh(scores / shape.softcap)
     probs = scores.masked_fill(~sees, float("-inf")).softmax(-1)
     return torch.einsum("hqk,khd->qhd", probs, v).reshape(len(qkv), -1)
 
@@ -103,15 +106,22 @@ def layout_of(tokens: int, *parts: tuple[list[list[int]], list[list[int]]]) -> L
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("window", [0, 2])
 @pytest.mark.parametrize("rotated", [1, 2])
+@pytest.mark.parametrize("softcap", [0.0, 0.8])
 @pytest.mark.parametrize("settings", [(128, 512), (2, 512), (2, 0)])
 def test_attention(
-    kv_heads: int, norms: bool, window: int, rotated: int, settings: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    kv_heads: int,
+    norms: bool,
+    window: int,
+    rotated: int,
+    softcap: float,
+    settings: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows 0 to 1 are a prefix; documents of 3 and 2 rows behind it; a document of one row without it."""
     monkeypatch.setattr("strop.engine.attention.BLOCK", settings[0])
     monkeypatch.setattr("strop.engine.attention.KEEP_PAIRS", settings[1])
     torch.manual_seed(0)
-    shape = heads(window, norms, kv_heads)
+    shape = heads(window, norms, kv_heads, softcap)
     tokens = 8
     cos, sin = rand(tokens, rotated).cos(), rand(tokens, rotated).sin()
     rows = [[2, 3, 4], [5, 6, -1]]
@@ -124,14 +134,15 @@ def test_attention(
     expected = reference(qkv, shape, cos, sin, sees)
     upstream = rand(*expected.shape)
     (expected_grad,) = torch.autograd.grad(expected, qkv, upstream)
-    for attend in (Attention.apply, sdpa):
+    for attend in (Attention.apply,) if softcap else (Attention.apply, sdpa):
         out = attend(qkv, shape, cos, sin, layout)
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(torch.autograd.grad(out, qkv, upstream)[0], expected_grad)
 
 
-def test_attention_gradcheck() -> None:
+@pytest.mark.parametrize("softcap", [0.0, 0.8])
+def test_attention_gradcheck(softcap: float) -> None:
     torch.manual_seed(0)
     layout = layout_of(3, ([[0, 1, 2]], [[0, 1, 2]]))
     cos, sin = rand(3, 2).cos(), rand(3, 2).sin()
-    check(lambda qkv: Attention.apply(qkv, heads(0, False), cos, sin, layout), rand(3, 16, grad=True))
+    check(lambda qkv: Attention.apply(qkv, heads(0, False, softcap=softcap), cos, sin, layout), rand(3, 16, grad=True))

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from strop.config.schema import LoraSection
 from strop.errors import ModelError
-from strop.model.facts import fingerprint, locate, safetensors_header
+from strop.model.facts import Source, fingerprint, locate, safetensors_header
 from strop.model.load import load_base, load_config, skeleton
 from strop.model.lora import add_lora
 from strop.model.tokenizer import load_tokenizer
@@ -144,3 +144,14 @@ def test_the_demo_model_is_a_normal_model_that_can_be_saved(tmp_path: Path, monk
     assert fingerprint(named) == fingerprint(source)
     with pytest.raises(ModelError, match="another file than before"):
         locate(f"gguf:{source.path}#sha256={'0' * 64}")
+
+
+def test_a_model_that_pytorchs_attention_cannot_compute_loads_all_the_same(tmp_path: Path) -> None:
+    """Gemma 2 bends its attention scores, which transformers leaves to its own code."""
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_base(Source("gemma", "folder", tmp_path), torch.float32, "cpu")
+    assert model(input_ids=torch.tensor([[1, 2]])).logits.shape == (1, 2, 64)

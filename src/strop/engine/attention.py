@@ -36,6 +36,7 @@ class Heads:
     size: int
     scale: float
     window: int  # a query sees this many keys, itself included; 0: all
+    softcap: float  # scores are bent to softcap * tanh(scores / softcap); 0: they are not
     q_norm: Norm | None
     k_norm: Norm | None
 
@@ -98,6 +99,9 @@ class Attention(Function):
                 probs = _probs(heads, q[:, rows], k[:, :keys], first) if known is None else known
                 ds = _products(own[:, rows], v[:, :keys].transpose(1, 2))
                 ds = ops.softmax_backward_(ds, probs, group, first, heads.window)
+                if heads.softcap:
+                    bent = _products(q[:, rows], k[:, :keys].transpose(1, 2)).div_(heads.softcap).tanh_()
+                    ds.mul_(1 - bent.square_())
                 _products(ds, k[:, :keys], dq[:, rows])
                 to_k = _products(ds.transpose(1, 2), q[:, rows], dk if whole else None)
                 terms.append((to_k, _products(probs.transpose(1, 2), own[:, rows], dv if whole else None)))
@@ -142,7 +146,10 @@ def _parts(heads: Heads, layout: Layout, q: Tensor, k: Tensor, v: Tensor, *like_
 
 
 def _probs(heads: Heads, q: Tensor, k: Tensor, first: int) -> Tensor:
-    return heads.ops.softmax_(_products(q, k.transpose(1, 2)), heads.group, first, heads.window)
+    scores = _products(q, k.transpose(1, 2))
+    if heads.softcap:
+        scores.div_(heads.softcap).tanh_().mul_(heads.softcap)
+    return heads.ops.softmax_(scores, heads.group, first, heads.window)
 
 
 def _products(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -40,18 +40,20 @@ class Family:
     after_mlp: str | None = None
 
 
+GEMMA = Family(
+    norm_offset=1.0,
+    mlp_norm="pre_feedforward_layernorm",
+    after_attention="post_attention_layernorm",
+    after_mlp="post_feedforward_layernorm",
+)
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
     "phi3": Family(qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
-    "gemma3_text": Family(
-        norm_offset=1.0,
-        mlp_norm="pre_feedforward_layernorm",
-        after_attention="post_attention_layernorm",
-        after_mlp="post_feedforward_layernorm",
-    ),
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
 }
 
 
@@ -103,9 +105,12 @@ def _unsupported_base(base: Any, family: Family) -> str | None:
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
         if getattr(config, name, 0):
             return f"{name} above 0"
-    for name in ("use_bidirectional_attention", "attn_logit_softcapping"):
-        if getattr(config, name, None):
-            return name
+    if getattr(config, "use_bidirectional_attention", None):
+        return "use_bidirectional_attention"
+    if getattr(config, "attn_logit_softcapping", None) and weights[0].device.type != "cpu":
+        return "attn_logit_softcapping, which PyTorch's own attention does not know"
+    if FAMILIES[config.model_type] is GEMMA and not hasattr(base.model.embed_tokens, "embed_scale"):
+        return "a transformers version that scales the embeddings outside of them"
     kind = getattr(base.model.rotary_emb, "rope_type", "default")
     for rope in kind.values() if isinstance(kind, dict) else [kind]:
         if rope in ("dynamic", "longrope"):  # the angles depend on the longest row of the batch
@@ -288,6 +293,7 @@ class FastLoss:
             scale=float(attention.scaling),
             # Mistral and Phi-3 keep it in the config alone, the others in the layers it applies to.
             window=int(getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0),
+            softcap=float(getattr(attention, "attn_logit_softcapping", None) or 0),
             q_norm=norm(attention, "q_norm"),
             k_norm=norm(attention, "k_norm"),
         )

@@ -47,7 +47,7 @@ def load_base(source: Source, dtype: torch.dtype, device: str) -> nn.Module:
     """
     folder = _dequantized(source) if source.kind == "gguf" else source.path
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True, **LOCAL
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOCAL
     )
     faults = sorted(info.get("missing_keys") or []) + sorted(str(key) for key in info.get("mismatched_keys") or [])
     if faults:

@@ -1,0 +1,137 @@
+"""How the fast step's cost grows with the tokens of a micro-batch, the length of documents, and the size of the model.
+
+    python benchmarks/growth.py --out docs/growth.json --plot docs/growth.svg
+
+Random weights and rows, bf16, r 16 on all linear layers, forward and backward, every token supervised. Each point is
+a process of its own: one step to warm up, then the median of three. Peak memory is resident memory above what the
+process held before the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SIZES: dict[str, dict[str, int]] = {  # of the Llama family, as SmolLM2's, the smallest with half its layers
+    "77M": {"hidden_size": 576, "intermediate_size": 1536, "layers": 15, "heads": 9, "kv": 3},
+    "135M": {"hidden_size": 576, "intermediate_size": 1536, "layers": 30, "heads": 9, "kv": 3},
+    "360M": {"hidden_size": 960, "intermediate_size": 2560, "layers": 32, "heads": 15, "kv": 5},
+}
+TOKENS = [256, 512, 1024, 2048, 4096, 8192]
+LENGTHS = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+RANK = 16
+
+
+def point(size: str, tokens: int, length: int) -> dict[str, Any]:
+    """tokens/s and memory of one step over `tokens` tokens in documents of `length`."""
+    import numpy as np
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    from strop.data.conversation import Example
+    from strop.engine.patch import FastLoss
+    from strop.machine.memory import mark
+
+    shape = SIZES[size]
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["intermediate_size"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv"],
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    )
+    base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    loss = FastLoss(get_peft_model(base, LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear")))
+    rng = np.random.default_rng(0)
+    weights = np.ones(length, dtype=np.float32)
+    weights[0] = 0
+    rows = [Example(rng.integers(1, 49152, length, dtype=np.int32), weights, "", i) for i in range(tokens // length)]
+    loss(rows[:1]).backward()
+    before, seconds = mark("cpu"), []
+    for _ in range(4):
+        started = time.perf_counter()
+        (loss(rows) / tokens).backward()
+        seconds.append(time.perf_counter() - started)
+    return {
+        "size": size,
+        "tokens": tokens,
+        "length": length,
+        "tokens_per_s": tokens / statistics.median(seconds[1:]),
+        "peak_bytes": before.peak_bytes(),
+    }
+
+
+def saved_bytes_per_token(size: str, length: int) -> float:
+    """What the step keeps for its backward: see test_saved_activations_are_those_of_the_formula."""
+    shape = SIZES[size]
+    h, inner, heads, kv = shape["hidden_size"], shape["intermediate_size"], shape["heads"], shape["kv"] * 64
+    probabilities = heads * length if length <= 512 else 0
+    return 2.0 * shape["layers"] * (2 * h + 2 * heads * 64 + 2 * kv + 2 * inner + 7 * RANK + probabilities)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the points here as JSON")
+    parser.add_argument("--plot", type=Path, help="draw them here")
+    parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.point:
+        print(json.dumps(point(options.point[0], int(options.point[1]), int(options.point[2]))))
+        return
+    wanted = {
+        "tokens": [("135M", tokens, 128) for tokens in TOKENS],
+        "length": [("135M", 4096, length) for length in LENGTHS],
+        "size": [(size, 2048, 128) for size in SIZES],
+    }
+    found: dict[str, list[dict[str, Any]]] = {}
+    for axis, points in wanted.items():
+        found[axis] = []
+        for size, tokens, length in points:
+            command = [sys.executable, __file__, "--point", size, str(tokens), str(length)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[axis].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            print(found[axis][-1], file=sys.stderr)
+    many = found["tokens"][1:]  # the smallest stays within what the process had already
+    slope, _ = statistics.linear_regression([p["tokens"] for p in many], [p["peak_bytes"] for p in many])
+    report = {**found, "slope_bytes_per_token": slope, "formula_bytes_per_token": saved_bytes_per_token("135M", 128)}
+    print(json.dumps({key: value for key, value in report.items() if key not in found}, indent=2))
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        plot(report, options.plot)
+
+
+def plot(report: dict[str, Any], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for axis, key, label in zip(
+        axes, ("tokens", "length"), ("tokens of a micro-batch", "tokens of a document"), strict=False
+    ):
+        axis.plot([p[key] for p in report[key]], [p["tokens_per_s"] for p in report[key]], marker="o")
+        axis.set(xscale="log", xlabel=label, ylabel="tokens/s", ylim=(0, None))
+    many = report["tokens"]
+    axes[2].plot([p["tokens"] for p in many], [p["peak_bytes"] / 2**30 for p in many], marker="o", label="measured")
+    start = many[-1]["peak_bytes"] - report["formula_bytes_per_token"] * many[-1]["tokens"]
+    line = [(start + report["formula_bytes_per_token"] * p["tokens"]) / 2**30 for p in many]
+    axes[2].plot([p["tokens"] for p in many], line, linestyle="--", label="saved activations, by the formula")
+    axes[2].set(xlabel="tokens of a micro-batch", ylabel="GiB above the model")
+    axes[2].legend()
+    figure.savefig(file)
+
+
+if __name__ == "__main__":
+    main()
