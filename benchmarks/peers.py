@@ -47,7 +47,7 @@ def _litgpt(output: str, tokens: int) -> tuple[float, float, float]:
 
 
 def _llamafactory(output: str, tokens: int) -> tuple[float, float, float]:
-    seconds = float(re.findall(r"train_runtime['\" ]*[:=] *'?([\d.]+)", output)[-1])
+    seconds = float(re.findall(r"'train_runtime': '([\d.]+)'", output)[-1])
     losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", output)]
     return tokens, seconds, _mean(losses)
 
@@ -69,7 +69,6 @@ PEERS = {
             "{base}",
             "{bench}/data100/train.jsonl",
             "{bench}/out",
-            "25",
         ),
         _json_line,
     ),
