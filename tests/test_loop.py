@@ -150,7 +150,10 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path: Path) -> 
     job = tiny.job(tmp_path / "nan", tiny.examples(8), **{"train.max_steps": 5})
     before, calls = values(job), iter(range(100))
     good = job.token_loss
-    bad_at_second = lambda rows: good(rows) * (math.nan if next(calls) == 1 else 1.0)  # noqa: E731
+
+    def bad_at_second(rows: Any) -> torch.Tensor:
+        return good(rows) * (math.nan if next(calls) == 1 else 1.0)
+
     fit(_with(job, bad_at_second))
     events = read_events(job.folder.events)
     assert [event["step"] for event in events if event["event"] == "skip"] == [2]

@@ -118,14 +118,20 @@ def _scale_into(row: Any, values: Any, scale: Any) -> None:
         row[j] = narrow(values[j] * scale, row)
 
 
+@inline
+def _seen(i: Any, queries: Any, group: Any, first: Any, window: Any) -> Any:
+    """(first key, one behind the last) that the query of row i of the scores sees."""
+    end = first + (i % queries) // group + 1
+    return (max(end - window, 0) if window else 0), end
+
+
 @loop
 def _softmax(scores: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
     rows, n = scores.shape
     for task in prange(TASKS):
         exps = np.empty(n, dtype=np.float32)
         for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
-            end = first + (i % queries) // group + 1
-            begin = max(end - window, 0) if window else 0
+            begin, end = _seen(i, queries, group, first, window)
             row = scores[i, begin:end]
             total = _exps(row, _top(row), exps)
             _scale_into(row, exps, np.float32(1.0) / total)
@@ -146,8 +152,7 @@ def _softmax_backward_row(grad: Any, probs: Any) -> None:
 def _softmax_backward(grad: Any, probs: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
     rows, _ = probs.shape
     for i in prange(rows):
-        end = first + (i % queries) // group + 1
-        begin = max(end - window, 0) if window else 0
+        begin, end = _seen(i, queries, group, first, window)
         _softmax_backward_row(grad[i, begin:end], probs[i, begin:end])
         grad[i, :begin] = 0
         grad[i, end:] = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,11 +71,13 @@ class Packed:
     weights: Tensor
 
 
+def _tensor(values: Any, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(device)
+
+
 def lay_out(parts: Sequence[tuple[Any, Any]], tokens: int, device: torch.device) -> Layout:
     """parts: (queries, keys) of each bucket, int64 arrays as in Bucket, over `tokens` packed rows."""
-
-    def tensor(values: Any) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+    tensor = partial(_tensor, device=device)
 
     def places(slots: list[Any]) -> Places:
         token = np.concatenate([rows.ravel() for rows in slots])
@@ -116,9 +119,7 @@ def pack(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.dev
     if prefix:
         parts.append(_bucket([(0, prefix)], 0))
 
-    def tensor(values: object) -> Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device)
-
+    tensor = partial(_tensor, device=device)
     return Packed(
         tensor(np.concatenate(ids)),
         tensor(np.concatenate(positions)),

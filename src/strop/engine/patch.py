@@ -109,7 +109,7 @@ def _unsupported_base(base: Any, family: Family) -> str | None:
         return "use_bidirectional_attention"
     if getattr(config, "attn_logit_softcapping", None) and weights[0].device.type != "cpu":
         return "attn_logit_softcapping, which PyTorch's own attention does not know"
-    if FAMILIES[config.model_type] is GEMMA and not hasattr(base.model.embed_tokens, "embed_scale"):
+    if family is GEMMA and not hasattr(base.model.embed_tokens, "embed_scale"):
         return "a transformers version that scales the embeddings outside of them"
     kind = getattr(base.model.rotary_emb, "rope_type", "default")
     for rope in kind.values() if isinstance(kind, dict) else [kind]:
