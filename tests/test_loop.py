@@ -19,8 +19,9 @@ from strop.data.conversation import Example
 from strop.errors import NonFiniteError, Stopped
 from strop.runs.events import read_events
 from strop.training import loop, state
-from strop.training.loop import Job, fit, micro_batches, seconds, stream_of
+from strop.training.loop import Job, fit, micro_batches, stream_of
 from strop.training.optim import rate_factor, warmup_steps
+from strop.training.stops import seconds
 from tests import tiny
 
 
@@ -90,17 +91,21 @@ def test_micro_batches_of_any_size_give_the_same_gradient(tmp_path: Path, cut: d
     train = tiny.examples(8)
 
     def gradients(name: str, **options: Any) -> dict[str, torch.Tensor]:
-        job = replace(tiny.job(tmp_path / name, train, **options), packed=packed)
+        job = _packed(tiny.job(tmp_path / name, train, **options), packed)
         found: dict[str, torch.Tensor] = {}
         job.state.optimizer.step = lambda: found.update({n: w.grad.clone() for n, w in job.state.weights.items()})  # type: ignore[method-assign]
         loop.step(job, next(iter(stream_of(job.recipe, 8))), 1e-3)
         return found
 
     whole, pieces = gradients("whole"), gradients("pieces", **cut)
-    parts = micro_batches(replace(tiny.job(tmp_path / "cut", train, **cut), packed=packed), train)
+    parts = micro_batches(_packed(tiny.job(tmp_path / "cut", train, **cut), packed), train)
     assert len(parts) > 1 and sorted(i for part in parts for i in part) == list(range(8))
     assert whole and max(gradient.abs().max().item() for gradient in whole.values()) > 1e-3
     assert max((whole[name] - pieces[name]).abs().max().item() for name in whole) < 1e-5
+
+
+def _packed(job: Job, packed: bool) -> Job:
+    return replace(job, step=replace(job.step, name="fast" if packed else "plain"))
 
 
 @pytest.mark.parametrize("stop_after", range(1, 12))
@@ -149,7 +154,7 @@ def test_dropout_is_active_and_seeded(tmp_path: Path) -> None:
 def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "nan", tiny.examples(8), **{"train.max_steps": 5})
     before, calls = values(job), iter(range(100))
-    good = job.token_loss
+    good = job.step.token_loss
 
     def bad_at_second(rows: Any) -> torch.Tensor:
         return good(rows) * (math.nan if next(calls) == 1 else 1.0)
@@ -165,16 +170,14 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path: Path) -> 
 
 def test_three_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "nan", tiny.examples(8), **{"train.max_steps": 9})
-    before, good = values(job), job.token_loss
-    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+    before, good = values(job), job.step.token_loss
+    with pytest.raises(NonFiniteError, match="3 bad steps in a row"):
         fit(_with(job, lambda rows: good(rows) * math.nan))
     assert all(torch.equal(weight, before[name]) for name, weight in values(job).items())
 
 
 def _with(job: Job, token_loss: Any) -> Job:
-    from dataclasses import replace
-
-    return replace(job, token_loss=token_loss)
+    return replace(job, step=replace(job.step, token_loss=token_loss))
 
 
 def test_evaluation_keeps_the_best_and_stops_early(tmp_path: Path) -> None:
@@ -207,7 +210,7 @@ def test_evaluation_leaves_gradients_as_they_were(tmp_path: Path) -> None:
 
 def test_sigterm_finishes_the_step_and_saves(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "term", tiny.examples(16), **{"train.max_steps": 50})
-    good, calls = job.token_loss, iter(range(1000))
+    good, calls = job.step.token_loss, iter(range(1000))
 
     def interrupted(rows: Any) -> Any:
         if next(calls) == 3:

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from strop.config.load import Resolved, resolve
 from strop.data.conversation import Example
+from strop.engine.choose import Step
 from strop.engine.plain import PlainLoss
 from strop.model.lora import add_lora, trainable
 from strop.runs.events import EventLog
@@ -91,6 +92,5 @@ def job(folder: Path, train: list[Example], held_out: list[Example] | None = Non
                 weight.normal_(0, 0.02)
     folder.mkdir(parents=True, exist_ok=True)
     state = TrainState(weights, make_optimizer(weights, chosen.train), Progress())
-    return Job(
-        chosen, RunFolder(folder), tuned, PlainLoss(tuned), train, held_out, state, EventLog(folder / "events.jsonl")
-    )
+    step = Step(PlainLoss(tuned), "plain", "asked for by the test", lambda: tuned.gradient_checkpointing_enable())
+    return Job(chosen, RunFolder(folder), tuned, step, train, held_out, state, EventLog(folder / "events.jsonl"))

@@ -28,26 +28,39 @@ def train(
     recipe: str | Path | None = None,
     *,
     callback: Callable[[dict[str, Any]], None] | None = None,
+    memory: int | None = None,
     **options: Any,
 ) -> Run:
     """Fine-tunes and returns the Run (folder, report).
 
     options: recipe fields as on the command line: `model`, `data`, `eval`, `out`, `preset`, `seed`; a section as a
     dict (`lora={"r": 8}`); or a dotted name (`**{"train.epochs": 1}`). `model` and `data` may be dicts too.
-    callback: receives each event that events.jsonl gets.
+    callback: receives each event that events.jsonl gets. memory: bytes the run may have, less than there is.
     Raises InputError before weights load, RunError while training, Stopped after Ctrl-C.
     """
     from strop.config.load import resolve
     from strop.training.run import train as run_training
 
-    return run_training(resolve(Path(recipe) if recipe else None, _flat(options)), [callback] if callback else [])
+    resolved = resolve(Path(recipe) if recipe else None, _flat(options))
+    return run_training(resolved, [callback] if callback else [], memory=memory)
 
 
-def resume(run: str | Path, *, callback: Callable[[dict[str, Any]], None] | None = None) -> Run:
-    """Goes on with a run from its newest complete checkpoint; a finished run is returned as it is."""
+def resume(
+    run: str | Path,
+    *,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    allow_changed: Sequence[str] = (),
+    memory: int | None = None,
+    **options: Any,
+) -> Run:
+    """Goes on with a run from its newest complete checkpoint; a finished run is returned as it is.
+
+    options: recipe fields with a new value, each of which `allow_changed` must name (see `strop resume --help`).
+    """
     from strop.training.run import resume as go_on
 
-    return go_on(Path(run), [callback] if callback else [])
+    listeners = [callback] if callback else []
+    return go_on(Path(run), listeners, options=_flat(options), allow_changed=allow_changed, memory=memory)
 
 
 def evaluate(

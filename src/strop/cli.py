@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +24,14 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, e
 ModelName = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="Run, adapter or model folder, .gguf file, Hub id, or demo.")
 ]
+Memory = Annotated[str | None, typer.Option(help="Use at most this much memory, such as 8GB.", metavar="SIZE")]
+Force = Annotated[bool, typer.Option("--force", help="Load an adapter on another base; says what differs.")]
 RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe file (YAML).")]
 
 
 def main() -> None:
     """Runs a command. Whatever goes wrong ends as one message and the exit code of its kind (see errors.py)."""
+    signal.signal(signal.SIGTERM, _interrupt)  # ends like Ctrl-C; while training, `stop_signals` takes its place
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     logging.getLogger("bitsandbytes").setLevel(
@@ -103,6 +107,7 @@ def train(
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Show every value with its origin; train nothing.")
     ] = False,
+    memory: Memory = None,
     as_json: Json = False,
     options: dict[str, Any] | None = None,
 ) -> None:
@@ -113,24 +118,35 @@ def train(
     if print_recipe:
         from strop.training.run import preview
 
-        print(preview(resolved).as_yaml(), end="")
+        print(preview(resolved, memory=_bytes(memory)).as_yaml(), end="")
         return
     from strop.training.run import train as run_training
 
     with watching() as watch:
-        run = run_training(resolved, [watch])
+        run = run_training(resolved, [watch], memory=_bytes(memory))
     _end_of_run(run.report, as_json)
 
 
-def resume(run: Annotated[Path, typer.Argument(help="The run folder.")], as_json: Json = False) -> None:
-    """Go on with a run from its newest complete checkpoint."""
+def resume(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    allow_changed: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What may differ from the run's start: lr, schedule, base, data, template, versions, a field."
+        ),
+    ] = None,
+    memory: Memory = None,
+    as_json: Json = False,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Go on with a run from its newest complete checkpoint. Recipe flags change a value, where that is allowed."""
     from strop.runs.folder import open_run
     from strop.training.run import resume as go_on
 
     if open_run(run).finished:
         console.print(f"{run} is finished; nothing to resume")
     with watching() as watch:
-        report = go_on(run, [watch]).report
+        report = go_on(run, [watch], options=options, allow_changed=allow_changed or (), memory=_bytes(memory)).report
     _end_of_run(report, as_json)
 
 
@@ -282,6 +298,8 @@ def _end_of_run(report: dict[str, Any], as_json: bool) -> None:
         f"[bold]done[/]     {report['steps']} steps, {report['tokens']:,} tokens in {report['seconds']:.0f} s "
         f"({report['tokens_per_s']:.0f} tokens/s, {report['supervised_tokens_per_s']:.0f} supervised)"
     )
+    for finding in report.get("diagnosis", []):
+        console.print(f"[yellow]finding[/]  {finding}")
     console.print(f"[bold]adapter[/]  {report['adapter']}\n[bold]report[/]   {out}/report.html")
     _print_json(
         {key: value for key, value in report.items() if key not in ("recipe", "lock", "machine", "data_report")},
@@ -332,6 +350,16 @@ def _parsed(options: dict[str, Any]) -> dict[str, Any]:
 def _print_json(value: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(value, ensure_ascii=False))
+
+
+def _bytes(memory: str | None) -> int | None:
+    from strop.machine.memory import parse_bytes
+
+    return None if memory is None else parse_bytes(memory)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _fail(lines: list[str], error: dict[str, Any], code: int) -> None:

@@ -7,7 +7,10 @@ StropError                what, fix, where; never raised itself
 │   ├── ModelError        a model, an adapter, a tokenizer, a chat template
 │   └── FolderError       a folder that cannot be written, or holds something already
 ├── RunError              it was tried and failed                                   exit 1
-│   ├── NonFiniteError    loss or gradient is NaN or infinite
+│   ├── DivergedError     training went wrong and going back did not help
+│   │   └── NonFiniteError    loss or gradient is NaN or infinite
+│   ├── MemoryLimitError  out of memory, and nothing left that would save some
+│   ├── DiskError         the disk is full or broken
 │   └── CheckpointError   no checkpoint that verifies
 └── Stopped               Ctrl-C or SIGTERM, after saving                           exit 130
 """
@@ -93,7 +96,19 @@ class RunError(StropError):
     pass
 
 
-class NonFiniteError(RunError):
+class DivergedError(RunError):
+    pass
+
+
+class NonFiniteError(DivergedError):
+    pass
+
+
+class MemoryLimitError(RunError):
+    pass
+
+
+class DiskError(RunError):
     pass
 
 

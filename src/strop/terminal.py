@@ -100,11 +100,32 @@ class Watch:
         )
 
     def _on_skip(self, event: Event) -> None:
-        rows = ", ".join(event["rows"][:3])
-        self._out.print(f"[red]skipped[/]  step {event['step']}: {event['why']} (rows {rows}, ...)")
+        self._out.print(f"[red]skipped[/]  step {event['step']}: {event['why']} (rows {_some(event['rows'])})")
+
+    def _on_doubt(self, event: Event) -> None:
+        self._out.print(f"[yellow]doubtful[/] step {event['step']}: {event['why']} (rows {_some(event['rows'])})")
+
+    def _on_rollback(self, event: Event) -> None:
+        self._out.print(
+            f"[red]rollback[/] step {event['step']}: {event['why']}: back to step {event['to']}, "
+            f"{len(event['passed'])} batches passed over, learning rate times {event['rate_scale']:g}"
+        )
+
+    def _on_shrink(self, event: Event) -> None:
+        self._out.print(
+            f"[yellow]memory[/]   step {event['step']}: not enough for it: going on with {event['to']}; "
+            "the effective batch stays as it is"
+        )
+
+    def _on_override(self, event: Event) -> None:
+        self._out.print(f"[yellow]override[/] {event['field']} = {event['now']}, was {event['was']}")
 
     def _on_stop(self, event: Event) -> None:
         self._out.print(f"[yellow]stopped[/]  after step {event['step']}: {event['why']}")
+
+
+def _some(rows: Sequence[str]) -> str:
+    return ", ".join([*rows[:3], *(["..."] if len(rows) > 3 else [])])
 
 
 @contextmanager

@@ -50,14 +50,14 @@ class BatchStream:
         self.total_steps = max_steps or max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
         self._next = 0
         if position is not None:
-            here = self._position(position["step"])
+            here = self.position_of(position["step"])
             assert dict(position) == here, f"a position of another stream: {dict(position)}, here {here}"
             self._next = position["step"]
 
     @property
     def position(self) -> dict[str, int]:
         """A small JSON-able state of what comes next."""
-        return self._position(self._next)
+        return self.position_of(self._next)
 
     def order(self, epoch: int) -> list[int]:
         """The rows of an epoch in order: a pure function of (seed, epoch)."""
@@ -77,9 +77,17 @@ class BatchStream:
             if epoch != step // self.steps_per_epoch:
                 epoch = step // self.steps_per_epoch
                 order = self.order(epoch)
-            start = (step % self.steps_per_epoch) * self.batch_size
             self._next += 1
-            yield Batch(tuple(order[start : start + self.batch_size]), epoch, step, self.position)
+            yield Batch(self._rows(order, step), epoch, step, self.position)
 
-    def _position(self, step: int) -> dict[str, int]:
+    def rows(self, step: int) -> tuple[int, ...]:
+        """The rows of any step."""
+        return self._rows(self.order(step // self.steps_per_epoch), step)
+
+    def position_of(self, step: int) -> dict[str, int]:
+        """The position of a stream like this one of which `step` batches have been used."""
         return {"step": step, "rows": self.num_rows, "batch_size": self.batch_size, "seed": self.seed}
+
+    def _rows(self, order: list[int], step: int) -> tuple[int, ...]:
+        start = (step % self.steps_per_epoch) * self.batch_size
+        return tuple(order[start : start + self.batch_size])

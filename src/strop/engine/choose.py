@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -14,16 +15,29 @@ if TYPE_CHECKING:
     from strop.data.conversation import Example
 
 
-def token_loss_for(
-    model: nn.Module, *, checkpointing: bool = False
-) -> tuple[Callable[[Sequence[Example]], Tensor], str, str]:
-    """(loss of a micro-batch, name of the step, why this one).
+@dataclass(frozen=True)
+class Step:
+    """token_loss: the summed loss of the supervised tokens of a micro-batch. name: fast or plain; why: the reason for
+    plain. recompute: from its call on, each layer's input only is kept, and the layer is computed again in the backward
+    pass."""
 
-    checkpointing: keep each layer's input only, and compute the layer again in the backward pass.
-    """
+    token_loss: Callable[[Sequence[Example]], Tensor]
+    name: str
+    why: str
+    recompute: Callable[[], None]
+
+    @property
+    def packed(self) -> bool:
+        """It computes no padding, so that rows of any lengths make a micro-batch."""
+        return self.name == "fast"
+
+
+def step_for(model: nn.Module) -> Step:
+    """The step that this model, with its adapters, is trained by."""
     why, whole = unsupported(model), cast(Any, model)
-    if why is None:
-        return FastLoss(model, checkpoint_layers=whole.config.num_hidden_layers if checkpointing else 0), "fast", ""
-    if checkpointing:
-        whole.gradient_checkpointing_enable({"use_reentrant": False})
-    return PlainLoss(model), "plain", why
+    if why is not None:
+        return Step(
+            PlainLoss(model), "plain", why, lambda: whole.gradient_checkpointing_enable({"use_reentrant": False})
+        )
+    fast = FastLoss(model)
+    return Step(fast, "fast", "", lambda: setattr(fast, "checkpoint_layers", whole.config.num_hidden_layers))

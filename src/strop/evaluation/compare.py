@@ -10,7 +10,7 @@ from typing import Any
 from strop.adapters import Model
 from strop.data.conversation import Conversation
 from strop.data.pack import group_by_length
-from strop.engine.choose import token_loss_for
+from strop.engine.choose import step_for
 from strop.evaluation.loss import mean_loss
 from strop.evaluation.metrics import paired_difference, score, wilson
 from strop.model.generate import Answer
@@ -86,7 +86,7 @@ def compare(
 
 def _loss(model: Model, conversations: Sequence[Conversation]) -> float:
     examples = [example for conversation in conversations for example in model.renderer.render(conversation)]
-    token_loss, _, _ = token_loss_for(model.module)
+    token_loss = step_for(model.module).token_loss
     return mean_loss(token_loss, examples, lambda some: group_by_length([len(e) for e in some], tokens=2048))
 
 

@@ -65,6 +65,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         defaults=[_choice(choice) for choice in recipe if choice.get("origin") == "default"],
         origins=[(name, list(_flat(report[name]))) for name in ("lock", "machine") if report.get(name)],
         happened=_happened(events),
+        findings=[str(finding) for finding in report.get("diagnosis") or []],
     )
     # A lone surrogate, which JSON can hold and UTF-8 cannot, must not cost the report.
     return page.encode("utf-8", "replace").decode("utf-8")

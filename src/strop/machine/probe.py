@@ -37,13 +37,17 @@ class Machine:
         ]
 
 
-def probe() -> Machine:
+def probe(memory: int | None = None) -> Machine:
+    """This machine. memory: bytes that this process is to have of it at most, where that is less."""
     name, flags = _cpu()
     available = psutil.virtual_memory().available
     limit = _cgroup_bytes("memory.max", "memory/memory.limit_in_bytes")
     used = _cgroup_bytes("memory.current", "memory/memory.usage_in_bytes")
     total = psutil.virtual_memory().total
     free = min(available, limit - used) if limit and used is not None else available
+    if memory is not None:
+        limit = min(memory, limit or memory)
+        free = min(free, memory - psutil.Process().memory_info().rss)
     return Machine(
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),

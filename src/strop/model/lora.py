@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import peft
+import torch
 from torch import nn
 
 from strop.config.schema import LoraSection
@@ -116,6 +119,36 @@ def as_fp32(model: peft.PeftModel) -> peft.PeftModel:
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def num_trainable(skeleton: nn.Module, section: LoraSection) -> int:
+    """Weights that `add_lora` would make trainable, counted on a model without weights, which takes the adapters."""
+    bare = section.model_copy(update={"new_tokens": [], "alpha": section.alpha or 1.0})
+    adapted = add_lora(skeleton, bare, None)
+    rows = len(section.new_tokens) * skeleton.get_input_embeddings().embedding_dim  # type: ignore[operator]
+    return sum(weight.numel() for weight in trainable(adapted).values()) + int(rows)
+
+
+def weight_change(model: nn.Module) -> float | None:
+    """How far the adapters move the weights they sit on: the median over layers of |s B A| / |W| (Frobenius norms).
+
+    None where no plain LoRA layer sits on a floating-point weight.
+    """
+    shares = []
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if not (isinstance(module, peft.tuners.lora.Linear) and isinstance(base, nn.Linear)):
+            continue
+        if not base.weight.is_floating_point():
+            continue
+        squared = 0.0
+        for name in module.active_adapters:
+            a, b = module.lora_A[name].weight.detach(), module.lora_B[name].weight.detach()
+            # |B A|^2 = sum of (B'B) * (A A'), two r x r matrices
+            squared += module.scaling[name] ** 2 * float(((b.T @ b) * (a @ a.T)).sum())
+        norm = float(torch.linalg.vector_norm(base.weight.detach(), dtype=torch.float32))
+        shares.append(math.sqrt(max(squared, 0.0)) / norm if norm else 0.0)
+    return statistics.median(shares) if shares else None
 
 
 def _add_tokens(model: nn.Module, tokens: Sequence[str], tokenizer: Any) -> list[int]:

@@ -9,7 +9,9 @@ from typing import Any
 from strop.config.load import Choice, Resolved
 from strop.config.schema import Recipe
 from strop.errors import ModelError
+from strop.machine.memory import recall
 from strop.machine.probe import Machine
+from strop.runs.lock import sha256_text
 
 MICRO_BATCH_TOKENS = 2048
 
@@ -91,12 +93,32 @@ def choose(
     if recipe.train.learning_rate is None:
         rate = learning_rate(shape.parameters)
         pick("train.learning_rate", rate, f"rule for {shape.parameters / 1e6:,.0f}M parameters")
-    tokens = max(MICRO_BATCH_TOKENS, recipe.data.max_length)
+    resolved = resolved.decide(picks)
+    known = recall(memory_key(resolved.recipe, machine, shape))
+    tokens, why = max(MICRO_BATCH_TOKENS, recipe.data.max_length), "large enough to keep the cores busy"
+    if known.get("micro_batch_tokens"):
+        tokens, why = known["micro_batch_tokens"], "an earlier run of this shape ran out of memory here with more"
+    picks = []
     if recipe.train.micro_batch is None and recipe.train.micro_batch_tokens is None:
-        pick("train.micro_batch_tokens", tokens, "large enough to keep the cores busy, holds the longest row")
+        pick("train.micro_batch_tokens", tokens, why)
     if recipe.train.gradient_checkpointing == "auto":
-        pick("train.gradient_checkpointing", *_checkpointing(recipe, machine, shape, tokens))
+        without = ("on", "an earlier run of this shape ran out of memory here without")
+        fits = _checkpointing(recipe, machine, shape, tokens)
+        pick("train.gradient_checkpointing", *(without if known.get("recompute") else fits))
     return resolved.decide(picks)
+
+
+def memory_key(recipe: Recipe, machine: Machine, shape: ModelShape) -> str:
+    """What decides whether a micro-batch fits, apart from its size: names what is remembered of running out of memory.
+
+    recipe: with device and dtype chosen.
+    """
+    model, lora = recipe.model, recipe.lora
+    parts = (
+        *(machine.cpu, machine.memory_bytes, machine.gpus, shape, model.device, model.dtype, model.quantization),
+        *(lora.r, lora.target_modules, recipe.data.max_length, recipe.train.optimizer),
+    )
+    return sha256_text(repr(parts))[:24]
 
 
 def _checkpointing(recipe: Recipe, machine: Machine, shape: ModelShape, tokens: int) -> tuple[str, str]:

@@ -5,6 +5,7 @@ recipe.yaml  lock.json  events.jsonl  checkpoints/step-000120/  adapter/  report
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,10 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from strop.errors import FolderError, nearest
+from strop.errors import DiskError, FolderError, nearest
 
 _STEP = re.compile(r"step-(\d{6,})")
+_NAME = re.compile(r"[^\x00-\x1f\x7f]+")
+_DISK_FAULTS = (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC))
+_CLAIM = ("claim.json", ".claim.lock")
 
 
 @dataclass(frozen=True)
@@ -61,27 +67,39 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        return self.report.is_file() and json.loads(self.report.read_text(encoding="utf-8")).get("exit") == 0
+        """Whether all that the recipe asks for was done; a run that its time budget ended can go on."""
+        if not self.report.is_file():
+            return False
+        report = json.loads(self.report.read_text(encoding="utf-8"))
+        return bool(report.get("exit") == 0 and report.get("ended") != "time")
 
     def remove_if_empty(self) -> None:
         """Takes back a folder that was made for a run which never began."""
-        if self.path.is_dir() and not any(self.path.iterdir()):
-            self.path.rmdir()
+        if self.path.is_dir() and _never_began(self.path):
+            shutil.rmtree(self.path)
 
     @contextmanager
     def claim(self) -> Iterator[None]:
-        """Holds the folder for this process. Raises FolderError while another live process holds it."""
-        file = self.path / "claim.json"
-        held_by = _live_holder(file)
-        if held_by is not None:
-            fix = "wait for it, or give --out another folder"
-            raise FolderError(f"{self.path}: in use by process {held_by}", fix=fix)
-        me = {"pid": os.getpid(), "started": psutil.Process().create_time()}
-        write_atomic(file, json.dumps(me))
+        """Holds the folder for this process. Raises FolderError while another live process holds it.
+
+        The lock is the system's own: it ends with the process, however that ends. claim.json says who holds it.
+        """
+        file, lock = (self.path / name for name in _CLAIM)
         try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
+            with FileLock(lock, timeout=0):
+                holder = _live_holder(file)  # a file system without locks would have let both in
+                if holder is not None:
+                    raise Timeout(str(lock))
+                write_atomic(file, json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()}))
+                try:
+                    yield
+                finally:
+                    file.unlink(missing_ok=True)
+        except Timeout:
+            who = _live_holder(file)
+            by = f"process {who}" if who is not None else "another process"
+            fix = "wait for it, or give --out another folder"
+            raise FolderError(f"{self.path}: in use by {by}", fix=fix) from None
 
 
 def is_run(path: Path) -> bool:
@@ -91,9 +109,12 @@ def is_run(path: Path) -> bool:
 def create(path: Path) -> RunFolder:
     """Makes an empty run folder and proves by a real write that it can be written to.
 
+    A folder whose run was killed before it had a recipe and a lock counts as empty.
     Raises FolderError where the path is a file, holds anything already, or cannot be written.
     """
-    if path.is_dir() and any(path.iterdir()):
+    if not _NAME.fullmatch(path.name):
+        raise FolderError(f"{str(path)!r}: not a name for a run folder", fix="give --out another folder")
+    if path.is_dir() and not _never_began(path):
         what = "holds a run" if is_run(path) else "is not empty"
         fix = (
             f"go on with `strop resume {path}`, or give --out a new folder"
@@ -108,6 +129,32 @@ def create(path: Path) -> RunFolder:
     except OSError as error:
         raise FolderError(f"{path}: cannot be written: {error.strerror}", fix="give --out another folder") from None
     return RunFolder(path)
+
+
+def _never_began(path: Path) -> bool:
+    """Whether a folder holds nothing but what a run leaves that is killed before it has both recipe and lock."""
+    names = {re.sub(r"^\.(.+)\.tmp-\d+$", r"\1", entry.name) for entry in path.iterdir()}
+    return not is_run(path) and names <= {*_CLAIM, ".write-test", "recipe.yaml", "lock.json"}
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that can be written where `path` is or will be."""
+    existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(existing).free
+
+
+@contextmanager
+def disk_faults(path: Path) -> Iterator[None]:
+    """Inside this block a disk that is full, broken or read-only is a DiskError that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        found = re.search(r"os error (\d+)", str(error))  # safetensors passes on what its own language says
+        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        if number is None or number not in _DISK_FAULTS:
+            raise
+        fix = "free some space or mend the disk, then go on with `strop resume RUN`"
+        raise DiskError(f"{path}: cannot be written: {os.strerror(number)}", fix=fix) from None
 
 
 def open_run(path: Path) -> RunFolder:
@@ -137,11 +184,14 @@ def _live_holder(file: Path) -> int | None:
 def write_atomic(path: Path, text: str) -> None:
     """Writes text so that a reader, or a crash, sees the old file or the new one, never a part."""
     temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temp.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temp.replace(path)
+    try:
+        with temp.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temp.replace(path)
+    finally:
+        temp.unlink(missing_ok=True)
     fsync_folder(path.parent)
 
 

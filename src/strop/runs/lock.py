@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("strop", "torch", "transformers", "peft", "tokenizers", "safetensors", "accelerate", "numpy")
+
+# recipe values that do not change what is trained, or are held by their content (data) or fingerprint (model)
+HARMLESS = {
+    "out", "preset", "track", "model.name", "model.revision", "data.train", "data.eval", "data.columns",
+    "data.encoding", "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.max_time",
+}  # fmt: skip
+# the shape of what is trained: a checkpoint of another shape does not fit
+SHAPES = {
+    "lora.r", "lora.target_modules", "lora.bias", "lora.use_dora", "lora.rank_pattern", "lora.modules_to_save",
+    "lora.new_tokens",
+}  # fmt: skip
+GROUPS = {
+    "lr": {"train.learning_rate"},
+    "schedule": {"train.lr_scheduler", "train.warmup", "train.epochs", "train.max_steps"},
+}
 
 
 def versions() -> dict[str, str]:
@@ -34,6 +50,43 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The parts of two locks that decide what is trained and that differ, by name."""
-    return [name for name in ("base", "data", "template", "recipe") if old.get(name) != new.get(name)]
+@dataclass(frozen=True)
+class Difference:
+    """A part of a run that is not what it was: its name, both values as text, and whether a resume may allow it."""
+
+    name: str
+    was: str
+    now: str
+    allowable: bool = True
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """What decides a run's numbers and differs between two locks: base, data, template, each recipe value that
+    matters, and the major version of each library."""
+    found = []
+    for name in ("base", "data", "template"):
+        was, now = _short(old.get(name)), _short(new.get(name))
+        if old.get(name) != new.get(name):
+            found.append(Difference(name, was, now))
+    before, after = old.get("values", {}), new.get("values", {})
+    for field in before:
+        if before[field] != after.get(field) and field not in HARMLESS:
+            found.append(Difference(field, str(before[field]), str(after.get(field)), field not in SHAPES))
+    for library, version_now in new["versions"].items():
+        was = old["versions"].get(library, version_now)
+        if was.partition(".")[0] != version_now.partition(".")[0]:
+            found.append(Difference("versions", f"{library} {was}", f"{library} {version_now}"))
+    return found
+
+
+def allowed(difference: Difference, names: Sequence[str]) -> bool:
+    """Whether one of the names (a field, its last part, `lr`, `schedule`) allows the difference."""
+    known = {difference.name, difference.name.rpartition(".")[2]}
+    known |= {group for group, fields in GROUPS.items() if difference.name in fields}
+    return difference.allowable and not known.isdisjoint(names)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{value.get('name')} ({str(value.get('fingerprint'))[:12]})"
+    return str(value)[:12]

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,34 +14,35 @@ from strop.config.schema import Recipe
 from strop.data.batches import Batch, BatchStream
 from strop.data.conversation import Example
 from strop.data.pack import group_by_length, pack
-from strop.errors import NonFiniteError, Stopped
-from strop.evaluation.loss import TokenLoss, mean_loss
+from strop.engine.choose import Step
+from strop.errors import DivergedError, NonFiniteError, Stopped
+from strop.evaluation.loss import mean_loss
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
+from strop.training import guard
 from strop.training import state as checkpoints
+from strop.training.guard import Diverged, Verdict
 from strop.training.optim import rate_factor, set_rate, warmup_steps
+from strop.training.shrink import within_memory
 from strop.training.state import TrainState
+from strop.training.stops import seconds, stop_signals
 
 SAVE_EVERY_S = 600.0  # at least this often, whatever the recipe says about steps
-SKIPS_IN_A_ROW = 3  # non-finite steps passed over before the run stops
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the loop works on. `token_loss` gives the summed loss of the supervised tokens of a micro-batch.
-
-    packed: it computes no padding, so that rows of any lengths make a micro-batch.
-    """
+    """What the loop works on. memory_key: what running out of memory is remembered under; empty: not at all."""
 
     recipe: Recipe
     folder: RunFolder
     model: nn.Module
-    token_loss: TokenLoss
+    step: Step
     train: Sequence[Example]
     eval: Sequence[Example] | None
     state: TrainState
     log: EventLog
-    packed: bool = False
+    memory_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,11 @@ class StepResult:
     grad_norm: float
     tokens: int
     supervised_tokens: int
+    verdict: Verdict
 
     @property
-    def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+    def taken(self) -> bool:
+        return self.verdict in (Verdict.GOOD, Verdict.DOUBTFUL)
 
 
 def stream_of(recipe: Recipe, num_rows: int, position: dict[str, int] | None = None) -> BatchStream:
@@ -74,103 +72,141 @@ def stream_of(recipe: Recipe, num_rows: int, position: dict[str, int] | None = N
     )
 
 
-def fit(job: Job) -> None:
-    """Trains to the end of the recipe, from wherever the state stands.
+def fit(job: Job) -> str:
+    """Trains to the end of the recipe, from wherever the state stands; says what ended it: steps, time or patience.
 
-    Raises Stopped after Ctrl-C or SIGTERM, once the step is finished and saved; NonFiniteError after
-    SKIPS_IN_A_ROW steps whose loss or gradient was not finite (none of which touched the weights).
+    Raises Stopped after Ctrl-C or SIGTERM, once the step is finished and saved; DivergedError (NonFiniteError) where
+    going back to the last good checkpoint with a lower learning rate did not help; MemoryLimitError, DiskError.
     """
-    train, state = job.recipe.train, job.state
-    progress = state.progress
-    stream = stream_of(job.recipe, len(job.train), progress.position)
-    total, epoch_steps = stream.total_steps, math.ceil(len(job.train) / train.batch_size)
-    warmup = warmup_steps(train.warmup, total)
-    assert train.learning_rate is not None
-    limit = seconds(train.max_time) if train.max_time else math.inf
-    saved_at, saved_step, skips = time.monotonic(), progress.step, 0
-    job.model.train()
+    progress = job.state.progress
+    if progress.recompute:
+        job.step.recompute()
+    if _out_of_patience(job):  # it was killed between its last save and its report
+        return "patience"
+    if not job.folder.checkpoints():
+        save(job)  # so that there always is a state to go back to
     with stop_signals() as stop_asked:
-        for batch in stream:
-            started = time.perf_counter()
-            rate = train.learning_rate * rate_factor(progress.step, total, warmup, train.lr_scheduler)
-            result = step(job, batch, rate)
-            took = time.perf_counter() - started
-            progress.step += 1
-            progress.position = dict(batch.position)
-            progress.tokens += result.tokens
-            progress.supervised_tokens += result.supervised_tokens
-            progress.seconds += took
-            if result.finite:
-                skips = 0
-                _log_step(job, batch, result, rate, took, total)
-            else:
-                skips += 1
-                _skip(job, batch, result)
-                if skips == SKIPS_IN_A_ROW:
-                    raise _not_finite(job, batch)
-            epoch_ends = progress.step % epoch_steps == 0
-            last = progress.step == total or _spent(job) >= limit
-            if job.eval and (last or (progress.step % train.eval_steps == 0 if train.eval_steps else epoch_ends)):
-                evaluate(job)
-            stopping = stop_asked()
-            every = progress.step % train.save_steps == 0 if train.save_steps else epoch_ends
-            best_is_new = progress.best_step == progress.step
-            if last or stopping or every or best_is_new or time.monotonic() - saved_at > SAVE_EVERY_S:
-                save(job)
-                saved_at, saved_step = time.monotonic(), progress.step
-            if stopping and not last:
-                job.log.emit("stop", step=progress.step, why="signal")
-                raise Stopped(f"stopped after step {progress.step} of {total}", fix=f"strop resume {job.folder.path}")
-            if train.early_stopping and progress.evals_without_better >= train.early_stopping:
-                why = f"{progress.evals_without_better} evaluations without a better loss"
-                job.log.emit("stop", step=progress.step, why=why)
-                last = True
-            if last:
-                break
-    if saved_step != progress.step:
-        save(job)
+        while True:
+            try:
+                return _through(job, stop_asked)
+            except Diverged as trouble:
+                _roll_back(job, trouble)
+
+
+def _through(job: Job, stop_asked: Callable[[], bool]) -> str:
+    """The steps that are left. Raises Diverged where the run must go back."""
+    train, progress = job.recipe.train, job.state.progress
+    stream = stream_of(job.recipe, len(job.train), progress.position)
+    limit = seconds(train.max_time) if train.max_time else math.inf
+    saved_at, saved_step, ended = time.monotonic(), progress.step, ""
+    job.model.train()
+    for batch in stream:
+        if batch.index not in progress.passed:
+            _take(job, batch, stream)
+        progress.step, progress.position = batch.index + 1, dict(batch.position)
+        epoch_ends = progress.step % stream.steps_per_epoch == 0
+        ended = "steps" if progress.step == stream.total_steps else "time" if _spent(job) >= limit else ""
+        if job.eval and (ended or (progress.step % train.eval_steps == 0 if train.eval_steps else epoch_ends)):
+            evaluate(job)
+            ended = ended or ("patience" if _out_of_patience(job) else "")
+        stopping = stop_asked() and not ended
+        due = progress.step % train.save_steps == 0 if train.save_steps else epoch_ends
+        due = due or progress.best_step == progress.step or time.monotonic() - saved_at > SAVE_EVERY_S
+        if ended == "time":
+            progress.budget_from = _spent(job)
+        if ended or stopping or (due and not progress.streak):  # a state in doubt is nothing to go back to
+            save(job)
+            saved_at, saved_step = time.monotonic(), progress.step
+        if stopping:
+            job.log.emit("stop", step=progress.step, why="signal")
+            what = f"stopped after step {progress.step} of {stream.total_steps}"
+            raise Stopped(what, fix=f"strop resume {job.folder.path}")
+        if ended:
+            break
+    assert saved_step == progress.step
+    if ended != "steps":
+        why = "the time budget is spent" if ended == "time" else "no better evaluation loss any more"
+        job.log.emit("stop", step=progress.step, why=why)
+    return ended
+
+
+def _take(job: Job, batch: Batch, stream: BatchStream) -> None:
+    """One step with its record. Raises Diverged where the guard says so."""
+    progress, started = job.state.progress, time.perf_counter()
+    rate = rate_at(job, batch.index, stream.total_steps)
+    result = step(job, batch, rate)
+    took = time.perf_counter() - started
+    progress.tokens += result.tokens
+    progress.supervised_tokens += result.supervised_tokens
+    progress.seconds += took
+    if result.taken:
+        _log_step(job, batch, result, rate, took, stream.total_steps)
+    if result.verdict is not Verdict.GOOD:
+        _log_bad(job, batch, result)
+    if result.verdict is Verdict.ROLL_BACK:
+        finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+        what = f"loss {result.loss:.4g} far above that of the steps before" if finite else _not_finite(result)
+        raise Diverged(f"{what} ({len(progress.streak)} bad steps in a row)", finite=finite)
+
+
+def rate_at(job: Job, index: int, total: int) -> float:
+    train = job.recipe.train
+    assert train.learning_rate is not None
+    factor = rate_factor(index, total, warmup_steps(train.warmup, total), train.lr_scheduler)
+    return train.learning_rate * factor * job.state.progress.rate_scale
 
 
 def step(job: Job, batch: Batch, rate: float) -> StepResult:
     """One optimizer step over an effective batch: forward and backward by micro-batch, clip, update.
 
-    This is the one place that divides the loss: by the supervised weight of the whole effective batch, so that
-    micro-batches of any size give the same gradient. A step that is not finite leaves the weights as they are.
+    A step that the guard does not let pass leaves the weights as they are.
     """
-    train, weights = job.recipe.train, list(job.state.weights.values())
     examples = [job.train[row] for row in batch.rows]
-    divisor = sum(float(example.weights.sum()) for example in examples)
-    assert divisor > 0
-    loss_sum: Tensor | float = 0.0
-    for group in micro_batches(job, examples):
-        loss = job.token_loss([examples[row] for row in group]) / divisor
-        loss.backward()  # type: ignore[no-untyped-call]
-        loss_sum = loss_sum + loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(weights, train.max_grad_norm or math.inf)
-    loss_value, norm_value = torch.stack([torch.as_tensor(loss_sum), norm.cpu()]).tolist()
-    result = StepResult(
-        loss_value, norm_value, sum(len(example) for example in examples), sum(e.supervised for e in examples)
-    )
-    if result.finite:
+    loss_sum = within_memory(job, examples, lambda: gradients(job, examples))
+    weights = list(job.state.weights.values())
+    norm = torch.nn.utils.clip_grad_norm_(weights, job.recipe.train.max_grad_norm or math.inf)
+    loss, grad_norm = torch.stack([loss_sum, norm.to(loss_sum.device)]).tolist()  # the one wait for the device
+    tokens, supervised = sum(len(example) for example in examples), sum(example.supervised for example in examples)
+    result = StepResult(loss, grad_norm, tokens, supervised, guard.look(job.state.progress, loss, grad_norm))
+    if result.taken:
         set_rate(job.state.optimizer, rate)
         job.state.optimizer.step()
     job.state.optimizer.zero_grad(set_to_none=True)
     return result
 
 
+def gradients(job: Job, examples: Sequence[Example]) -> Tensor:
+    """Adds the gradient of the effective batch to the weights; gives its mean loss (on the device).
+
+    This is the one place that divides the loss: by the supervised weight of the whole effective batch, so that
+    micro-batches of any size give the same gradient.
+    """
+    divisor = sum(float(example.weights.sum()) for example in examples)
+    assert divisor > 0
+    losses = []
+    for group in micro_batches(job, examples):
+        loss = job.step.token_loss([examples[row] for row in group]) / divisor
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
 def micro_batches(job: Job, examples: Sequence[Example]) -> list[list[int]]:
     """Which examples are computed together: packed into the budget of tokens, or like lengths where padding counts."""
-    train, lengths = job.recipe.train, [len(example) for example in examples]
-    if job.packed and train.micro_batch_tokens is not None:
-        return pack(lengths, max(train.micro_batch_tokens, *lengths))
-    return group_by_length(lengths, tokens=train.micro_batch_tokens, rows=train.micro_batch)
+    train, lengths, halvings = job.recipe.train, [len(example) for example in examples], job.state.progress.halvings
+    tokens = None if train.micro_batch_tokens is None else max(1, train.micro_batch_tokens >> halvings)
+    if job.step.packed and tokens is not None:
+        return pack(lengths, max(tokens, *lengths))
+    rows = None if train.micro_batch is None else max(1, train.micro_batch >> halvings)
+    return group_by_length(lengths, tokens=tokens, rows=rows)
 
 
 def evaluate(job: Job) -> None:
-    progress, started = job.state.progress, time.perf_counter()
-    assert job.eval is not None
+    progress, started, held_out = job.state.progress, time.perf_counter(), job.eval
+    assert held_out is not None
     job.model.eval()
-    loss = mean_loss(job.token_loss, job.eval, lambda examples: micro_batches(job, examples))
+    cut = lambda examples: micro_batches(job, examples)  # noqa: E731
+    loss = within_memory(job, held_out, lambda: mean_loss(job.step.token_loss, held_out, cut))
     job.model.train()
     took = time.perf_counter() - started
     progress.eval_seconds += took
@@ -185,57 +221,83 @@ def evaluate(job: Job) -> None:
 
 
 def save(job: Job) -> None:
-    started = time.perf_counter()
+    """Writes a checkpoint. Raises Diverged where a weight is not finite: such a state is never saved."""
+    started, progress = time.perf_counter(), job.state.progress
+    bad = checkpoints.not_finite(job.state)
+    if bad is not None:
+        progress.streak = [*progress.streak, progress.step - 1]
+        raise Diverged(f"{bad} holds NaN or infinity", finite=False)
     checkpoint = checkpoints.save(job.folder, job.state)
-    checkpoints.prune(job.folder, job.recipe.train.keep_checkpoints, job.state.progress.best_step)
+    checkpoints.prune(job.folder, job.recipe.train.keep_checkpoints, progress.best_step)
     took = time.perf_counter() - started
-    job.state.progress.save_seconds += took
-    job.log.emit("save", step=job.state.progress.step, checkpoint=checkpoint.name, seconds=round(took, 3))
+    progress.save_seconds += took
+    job.log.emit("save", step=progress.step, checkpoint=checkpoint.name, seconds=round(took, 3))
 
 
-def seconds(text: str) -> float:
-    """90s, 30m, 2h, 1d or plain seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
-    assert match is not None  # the schema has checked it
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+def _roll_back(job: Job, trouble: Diverged) -> None:
+    """Back to the last good checkpoint, past the batches to blame, with a lower learning rate: once.
+
+    Raises DivergedError the second time.
+    """
+    now = job.state.progress
+    stream = stream_of(job.recipe, len(job.train))
+    if now.rollbacks:
+        raise _given_up(job, trouble, rate_at(job, now.step, stream.total_steps))
+    checkpoint = checkpoints.newest(job.folder, lambda text: job.log.emit("note", text=text))
+    checkpoints.restore(checkpoint, job.state)
+    progress = job.state.progress
+    progress.passed = sorted({*progress.passed, *now.streak})
+    progress.streak, progress.rollbacks = [], now.rollbacks + 1
+    progress.rate_scale = now.rate_scale * guard.RATE_CUT
+    progress.halvings, progress.recompute = now.halvings, now.recompute
+    progress.seconds, progress.eval_seconds, progress.save_seconds = now.seconds, now.eval_seconds, now.save_seconds
+    progress.skipped_steps = now.skipped_steps
+    job.log.emit(
+        "rollback",
+        step=now.step,
+        to=progress.step,
+        checkpoint=checkpoint.name,
+        why=trouble.why,
+        passed=[{"step": index + 1, "rows": _places(job, stream.rows(index))} for index in progress.passed],
+        rate_scale=progress.rate_scale,
+    )
 
 
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C or SIGTERM once: the function yielded says True. Twice: KeyboardInterrupt at once."""
-    asked: list[int] = []
+def _given_up(job: Job, trouble: Diverged, rate: float) -> DivergedError:
+    progress, dtype = job.state.progress, str(job.recipe.model.dtype)
+    advice = guard.advice(progress, rate, dtype, trouble)
+    saved = job.folder.checkpoints()[-1][1]
+    stream = stream_of(job.recipe, len(job.train))
+    rows = [place for index in progress.streak for place in _places(job, stream.rows(index))]
+    job.log.emit("stop", step=progress.step, why=trouble.why, rows=rows, advice=advice)
+    kind = DivergedError if trouble.finite else NonFiniteError
+    what = (
+        f"step {progress.step + 1}: {trouble.why}, again after going back and lowering the learning rate; "
+        f"the last good state is {saved}"
+    )
+    return kind(what, fix="; ".join(advice))
 
-    def handle(number: int, frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
 
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield lambda: False
-        return
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+def _out_of_patience(job: Job) -> bool:
+    patience = job.recipe.train.early_stopping
+    return patience is not None and job.state.progress.evals_without_better >= patience
 
 
 def _spent(job: Job) -> float:
     progress = job.state.progress
-    return progress.seconds + progress.eval_seconds + progress.save_seconds
+    return progress.seconds + progress.eval_seconds + progress.save_seconds - progress.budget_from
 
 
 def _log_step(job: Job, batch: Batch, result: StepResult, rate: float, took: float, total: int) -> None:
-    progress = job.state.progress
+    progress, number = job.state.progress, batch.index + 1
     if progress.first_loss is None:
         progress.first_loss = result.loss
     progress.last_loss = result.loss
-    if progress.step % job.recipe.train.log_steps and progress.step != total:
+    if number % job.recipe.train.log_steps and number != total:
         return
     job.log.emit(
         "step",
-        step=progress.step,
+        step=number,
         steps=total,
         epoch=batch.epoch,
         loss=result.loss,
@@ -243,22 +305,23 @@ def _log_step(job: Job, batch: Batch, result: StepResult, rate: float, took: flo
         learning_rate=rate,
         tokens=progress.tokens,
         tokens_per_s=round(result.tokens / took, 1),
-        seconds_left=round((total - progress.step) * progress.seconds / progress.step, 1),
+        seconds_left=round((total - number) * progress.seconds / number, 1),
     )
 
 
-def _skip(job: Job, batch: Batch, result: StepResult) -> None:
-    job.state.progress.skipped_steps += 1
-    what = "loss" if not math.isfinite(result.loss) else "gradient"
-    rows = [f"{job.train[row].file}:{job.train[row].line}" for row in batch.rows]
-    job.log.emit("skip", step=job.state.progress.step, why=f"{what} is not finite", rows=rows)
+def _log_bad(job: Job, batch: Batch, result: StepResult) -> None:
+    """skip: the step was not taken. doubt: it was, and is watched."""
+    finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+    why = f"loss {result.loss:.4g} is far above that of the steps before" if finite else _not_finite(result)
+    if not result.taken:
+        job.state.progress.skipped_steps += 1
+    kind = "doubt" if result.taken else "skip"
+    job.log.emit(kind, step=batch.index + 1, why=why, rows=_places(job, batch.rows))
 
 
-def _not_finite(job: Job, batch: Batch) -> NonFiniteError:
-    saved = job.folder.checkpoints()
-    where = f"the last good state is {saved[-1][1]}" if saved else "nothing was saved yet"
-    step = job.state.progress.step
-    return NonFiniteError(
-        f"loss or gradient not finite in {SKIPS_IN_A_ROW} steps in a row, up to step {step}: {where}",
-        fix="lower --train.learning_rate, or look at the rows named in events.jsonl",
-    )
+def _not_finite(result: StepResult) -> str:
+    return f"{'loss' if not math.isfinite(result.loss) else 'gradient'} is not finite"
+
+
+def _places(job: Job, rows: Sequence[int]) -> list[str]:
+    return [f"{job.train[row].file}:{job.train[row].line}" for row in rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,24 +14,35 @@ import peft
 import torch
 
 from strop.adapters import adapter_folder, attach, model_card, read_adapter_config, save_adapter
-from strop.config.load import Resolved, read_resolved
+from strop.config.load import Resolved, read_resolved, resolve
 from strop.config.schema import Recipe
 from strop.data.conversation import Conversation
 from strop.data.prepare import Prepared, prepare
-from strop.engine.choose import token_loss_for
+from strop.engine.choose import step_for
 from strop.engine.device import pick_device, pick_dtype
-from strop.errors import InputError, ModelError, RunError, Where
+from strop.errors import FolderError, InputError, MemoryLimitError, ModelError, Where
+from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.report import write_report
-from strop.machine.memory import MemoryMark, mark
+from strop.machine.memory import MemoryMark, is_out_of_memory, mark, memory_limit
 from strop.machine.probe import Machine, probe
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import DTYPES, load_base, load_config, skeleton
-from strop.model.lora import add_lora, as_fp32, check_lora, trainable
+from strop.model.lora import add_lora, as_fp32, check_lora, num_trainable, trainable, weight_change
 from strop.model.tokenizer import load_tokenizer
-from strop.planning.choose import ModelShape, choose
+from strop.planning.choose import ModelShape, choose, memory_key
 from strop.runs.events import EventLog, Listener, read_events
-from strop.runs.folder import RunFolder, cache_folder, create, next_numbered, open_run, write_atomic, write_json
-from strop.runs.lock import differences, sha256_text, versions
+from strop.runs.folder import (
+    RunFolder,
+    cache_folder,
+    create,
+    disk_faults,
+    free_bytes,
+    next_numbered,
+    open_run,
+    write_atomic,
+    write_json,
+)
+from strop.runs.lock import Difference, allowed, differences, sha256_text, versions
 from strop.training import state as checkpoints
 from strop.training.loop import Job, fit, stream_of
 from strop.training.optim import make_optimizer
@@ -57,48 +68,76 @@ class Setup:
     tokenizer: Any
     data: Prepared
     lock: dict[str, Any]
+    memory_key: str
+    num_weights: int  # trainable ones
 
 
-def train(resolved: Resolved, listeners: Sequence[Listener] = ()) -> Run:
+def train(resolved: Resolved, listeners: Sequence[Listener] = (), *, memory: int | None = None) -> Run:
     """Fine-tunes by a recipe into a new run folder.
 
-    listeners: each receives every event that events.jsonl gets.
+    listeners: each receives every event that events.jsonl gets. memory: bytes the run may have, less than there is.
     Raises InputError (and its kinds) before weights are read; RunError, Stopped while training.
     """
     folder = create(Path(resolved.recipe.out) if resolved.recipe.out else _numbered(resolved.recipe))
-    try:
-        with folder.claim():
-            setup = _set_up(resolved)
+    with folder.claim():
+        try:
+            setup = _set_up(resolved, memory)
+            _check_space(folder, setup)
+        except InputError:
+            folder.remove_if_empty()
+            raise
+        with disk_faults(folder.path):
             write_atomic(folder.recipe, setup.resolved.as_yaml())
             write_json(folder.lock, setup.lock)
-            return _execute(folder, setup, listeners, resuming=False)
-    except InputError:
-        folder.remove_if_empty()
-        raise
+            return _execute(folder, setup, listeners)
 
 
-def resume(path: Path, listeners: Sequence[Listener] = ()) -> Run:
+def resume(
+    path: Path,
+    listeners: Sequence[Listener] = (),
+    *,
+    options: Mapping[str, Any] | None = None,
+    allow_changed: Sequence[str] = (),
+    memory: int | None = None,
+) -> Run:
     """Goes on from the newest checkpoint that verifies; a finished run is returned as it is.
 
-    Raises InputError where base, data, template or recipe are not those the run was started with.
+    options: recipe fields that are to differ from now on. allow_changed: names of what may differ from the run's
+    start: recipe fields (or their last part), base, data, template, versions, and the groups lr and schedule.
+    Raises InputError where anything else differs that decides the numbers.
     """
     folder = open_run(path)
     if folder.finished:
         return Run(folder.path, json.loads(folder.report.read_text(encoding="utf-8")))
-    with folder.claim():
+    with folder.claim(), disk_faults(folder.path):
         before = json.loads(folder.lock.read_text(encoding="utf-8"))
         torch.set_num_threads(before["threads"])  # sums are split by thread: another number, other last bits
-        setup = _set_up(read_resolved(folder.recipe))
+        resolved = resolve(folder.recipe, options) if options else read_resolved(folder.recipe)
+        setup = _set_up(resolved, memory)
         changed = differences(before, setup.lock)
+        refused = [change for change in changed if not allowed(change, allow_changed)]
+        if refused:
+            raise InputError("cannot resume", fix=_how_to_allow(refused), where=[
+                Where(str(folder.path), None, f"{change.name} is not what the run was started with: "
+                      f"{change.was} then, {change.now} now") for change in refused
+            ])  # fmt: skip
+        _check_space(folder, setup)
         if changed:
-            places = [Where(str(folder.path), None, f"{name} is not what the run was started with") for name in changed]
-            raise InputError("cannot resume", fix="put it back, or start a new run", where=places)
-        return _execute(folder, setup, listeners, resuming=True)
+            write_atomic(folder.recipe, setup.resolved.as_yaml())
+            write_json(folder.lock, {**setup.lock, "overrides": [*before.get("overrides", []), *map(asdict, changed)]})
+        return _execute(folder, setup, listeners, resuming=True, changed=changed)
 
 
-def preview(resolved: Resolved) -> Resolved:
+def _how_to_allow(refused: Sequence[Difference]) -> str:
+    if all(change.allowable for change in refused):
+        names = " ".join(f"--allow-changed {name}" for name in dict.fromkeys(change.name for change in refused))
+        return f"put it back, or go on with {names}"
+    return "put it back, or start a new run (from this adapter with --model.adapter)"
+
+
+def preview(resolved: Resolved, *, memory: int | None = None) -> Resolved:
     """The complete recipe that `train` would use here; reads no weights and no data."""
-    return _plan(resolved, locate(resolved.recipe.model.name, resolved.recipe.model.revision), probe())
+    return _plan(resolved, locate(resolved.recipe.model.name, resolved.recipe.model.revision), probe(memory))[0]
 
 
 def _numbered(recipe: Recipe) -> Path:
@@ -107,7 +146,8 @@ def _numbered(recipe: Recipe) -> Path:
     return next_numbered(Path("runs"), re.sub(r"[^A-Za-z0-9._-]+", "-", Path(first).stem) or "run")
 
 
-def _plan(resolved: Resolved, source: Source, machine: Machine) -> Resolved:
+def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolved, str, int]:
+    """The complete recipe, what running out of memory is remembered under, and how many weights are trained."""
     recipe = resolved.recipe
     device = pick_device(recipe.model.device)
     start = _start_adapter(recipe)
@@ -117,7 +157,7 @@ def _plan(resolved: Resolved, source: Source, machine: Machine) -> Resolved:
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter)
     check_lora(bare, resolved.recipe.lora)
-    return resolved
+    return resolved, memory_key(resolved.recipe, machine, shape), num_trainable(bare, resolved.recipe.lora)
 
 
 def _start_adapter(recipe: Recipe) -> Path | None:
@@ -131,10 +171,10 @@ def _start_adapter(recipe: Recipe) -> Path | None:
     return folder
 
 
-def _set_up(resolved: Resolved) -> Setup:
+def _set_up(resolved: Resolved, memory: int | None = None) -> Setup:
     check_trackers(resolved.recipe.track)
-    machine, source = probe(), locate(resolved.recipe.model.name, resolved.recipe.model.revision)
-    resolved = _plan(resolved, source, machine)
+    machine, source = probe(memory), locate(resolved.recipe.model.name, resolved.recipe.model.revision)
+    resolved, key, num_weights = _plan(resolved, source, machine)
     tokenizer = load_tokenizer(source)
     data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data")
     if data.renderer.template is not None:  # data.template: the adapter's tokenizer must say what it was trained with
@@ -144,16 +184,35 @@ def _set_up(resolved: Resolved) -> Setup:
         "data": data.hash,
         "template": data.renderer.template_hash,
         "recipe": sha256_text(json.dumps(resolved.recipe.model_dump(exclude={"out"}), sort_keys=True)),
+        "values": {field: choice.value for field, choice in resolved.choices.items()},
         "seed": resolved.recipe.seed,
         "precision": resolved.recipe.model.dtype,
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "machine": asdict(machine),
     }
-    return Setup(resolved, machine, source, tokenizer, data, lock)
+    return Setup(resolved, machine, source, tokenizer, data, lock, key, num_weights)
 
 
-def _execute(folder: RunFolder, setup: Setup, listeners: Sequence[Listener], *, resuming: bool) -> Run:
+def _check_space(folder: RunFolder, setup: Setup) -> None:
+    """Raises FolderError where the disk has no room for the run's checkpoints (one more than are kept, and the best)
+    and its adapter."""
+    checkpoint = checkpoints.size_bytes(setup.num_weights)
+    needed = (setup.resolved.recipe.train.keep_checkpoints + 2) * checkpoint + 4 * setup.num_weights + (16 << 20)
+    free = free_bytes(folder.path)
+    if free < needed:
+        what = f"{folder.path}: the run needs {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free"
+        raise FolderError(what, fix="free some space, give --out another disk, or lower --train.keep_checkpoints")
+
+
+def _execute(
+    folder: RunFolder,
+    setup: Setup,
+    listeners: Sequence[Listener],
+    *,
+    resuming: bool = False,
+    changed: Sequence[Difference] = (),
+) -> Run:
     recipe = setup.resolved.recipe
     config = {field: choice.value for field, choice in setup.resolved.choices.items()}
     with ExitStack() as stack:
@@ -163,32 +222,55 @@ def _execute(folder: RunFolder, setup: Setup, listeners: Sequence[Listener], *, 
         log.emit("recipe", choices=[asdict(choice) for choice in setup.resolved.choices.values()])
         log.emit("data", report=setup.data.report.as_json())
         memory = mark(recipe.model.device)
-        model = _build(setup)
-        weights = trainable(model)
-        checkpointing = recipe.train.gradient_checkpointing == "on"
-        token_loss, engine, why = token_loss_for(model, checkpointing=checkpointing)
-        state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
-        if resuming and folder.checkpoints():
-            checkpoint = checkpoints.newest(folder, lambda text: log.emit("note", text=text))
-            checkpoints.restore(checkpoint, state)
-            log.emit("resume", step=state.progress.step, checkpoint=checkpoint.name)
-        total = stream_of(recipe, len(setup.data.train)).total_steps
-        numbers = {
-            "trainable": sum(w.numel() for w in weights.values()),
-            "all": sum(w.numel() for w in model.parameters()),
-        }
-        log.emit("start", steps=total, step=state.progress.step, engine=engine, why=why, parameters=numbers)
-        job = Job(recipe, folder, model, token_loss, setup.data.train, setup.data.eval, state, log, engine == "fast")
-        if state.progress.step < total:
-            try:
-                fit(job)
-            except torch.OutOfMemoryError as error:
-                fix = "lower --train.micro_batch_tokens, or set --train.gradient_checkpointing on"
-                raise RunError(f"out of memory: {str(error).splitlines()[0]}", fix=fix) from None
-        report = _finish(job, setup, memory)
-        log.emit("end", step=state.progress.step, seconds=state.progress.seconds, adapter=report["adapter"])
+        try:
+            model = _build(setup)
+            job = _job(folder, setup, model, log)
+            if resuming and folder.checkpoints():
+                _restore(job, changed)
+            _announce(job, setup)
+            limit = memory_limit(recipe.model.device, setup.machine.memory_bytes, setup.machine.free_bytes)
+            with limit:
+                ended = fit(job) if job.state.progress.step < _total(job) else "steps"
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fix = "take a smaller model, or a machine with more memory"
+            raise MemoryLimitError(f"out of memory: {str(error).splitlines()[0]}", fix=fix) from None
+        report = _finish(job, setup, memory, ended)
+        log.emit("end", step=job.state.progress.step, seconds=report["seconds"], adapter=report["adapter"])
     write_report(folder.path, report, read_events(folder.events))
     return Run(folder.path, report)
+
+
+def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog) -> Job:
+    recipe, weights, step = setup.resolved.recipe, trainable(model), step_for(model)
+    state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
+    state.progress.recompute = recipe.train.gradient_checkpointing == "on"
+    data = setup.data
+    return Job(recipe, folder, model, step, data.train, data.eval, state, log, setup.memory_key)
+
+
+def _total(job: Job) -> int:
+    return stream_of(job.recipe, len(job.train)).total_steps
+
+
+def _restore(job: Job, changed: Sequence[Difference]) -> None:
+    checkpoint = checkpoints.newest(job.folder, lambda text: job.log.emit("note", text=text))
+    checkpoints.restore(checkpoint, job.state)
+    progress = job.state.progress
+    for change in changed:
+        job.log.emit("override", step=progress.step, field=change.name, was=change.was, now=change.now)
+    if changed:  # other data or another batch size: the stream goes on at the same step
+        progress.position = stream_of(job.recipe, len(job.train)).position_of(progress.step)
+        progress.recompute = job.recipe.train.gradient_checkpointing == "on"
+    job.log.emit("resume", step=progress.step, checkpoint=checkpoint.name)
+
+
+def _announce(job: Job, setup: Setup) -> None:
+    whole = sum(weight.numel() for weight in job.model.parameters())
+    numbers = {"trainable": sum(weight.numel() for weight in job.state.weights.values()), "all": whole}
+    step, at = job.step, job.state.progress.step
+    job.log.emit("start", steps=_total(job), step=at, engine=step.name, why=step.why, parameters=numbers)
 
 
 def _build(setup: Setup) -> peft.PeftModel:
@@ -205,7 +287,7 @@ def _build(setup: Setup) -> peft.PeftModel:
     return model.train()
 
 
-def _finish(job: Job, setup: Setup, memory: MemoryMark) -> dict[str, Any]:
+def _finish(job: Job, setup: Setup, memory: MemoryMark, ended: str) -> dict[str, Any]:
     """Keeps the best weights (the last where nothing was evaluated) as the run's adapter; writes report.json."""
     progress, folder = job.state.progress, job.folder
     kept = progress.best_step or progress.step
@@ -215,20 +297,24 @@ def _finish(job: Job, setup: Setup, memory: MemoryMark) -> dict[str, Any]:
     identity["system"] = _shared_system(setup.data.train_conversations)
     card = model_card(folder.name, setup.source.name, setup.resolved.recipe, progress.eval_loss)
     save_adapter(job.model, setup.tokenizer, folder.adapter, identity, card)
-    data = setup.data.report.as_json()
+    data, change = setup.data.report.as_json(), weight_change(job.model)
     report: dict[str, Any] = {
         "run": str(folder.path),
         "steps": progress.step,
         "tokens": progress.tokens,
         "supervised_tokens": progress.supervised_tokens,
-        "tokens_per_s": progress.tokens / progress.seconds,
-        "supervised_tokens_per_s": progress.supervised_tokens / progress.seconds,
+        "tokens_per_s": progress.tokens / max(progress.seconds, 1e-9),
+        "supervised_tokens_per_s": progress.supervised_tokens / max(progress.seconds, 1e-9),
         "seconds": progress.seconds,
         "eval_seconds": progress.eval_seconds,
         "save_seconds": progress.save_seconds,
         "loss": {"first": progress.first_loss, "last": progress.last_loss},
         "eval_loss": progress.best_loss,
         "skipped_steps": progress.skipped_steps,
+        "rollbacks": progress.rollbacks,
+        "weight_change": change,
+        "diagnosis": diagnose(read_events(folder.events), change),
+        "ended": ended,
         "data": {**data["rows"], "by_reason": data["by_reason"]},
         "data_report": data,
         "memory": {"predicted_peak_bytes": None, "measured_peak_bytes": memory.peak_bytes()},

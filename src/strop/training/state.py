@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from strop.errors import CheckpointError
-from strop.runs.folder import RunFolder, new_folder
+from strop.errors import CheckpointError, DiskError
+from strop.runs.folder import RunFolder, disk_faults, free_bytes, new_folder
 from strop.runs.lock import sha256_file
 
 Note = Callable[[str], None]
@@ -43,6 +43,14 @@ class Progress:
     best_step: int | None = None
     evals_without_better: int = 0
     skipped_steps: int = 0
+    recent: list[float] = field(default_factory=list)  # losses of the newest good steps
+    streak: list[int] = field(default_factory=list)  # steps (from 0) in a row that were not good
+    passed: list[int] = field(default_factory=list)  # steps whose batches are passed over after a roll-back
+    rate_scale: float = 1.0  # what a roll-back left of the learning rate
+    rollbacks: int = 0
+    halvings: int = 0  # of the micro-batch, after running out of memory
+    recompute: bool = False  # checkpoint layers, whatever the recipe says
+    budget_from: float = 0.0  # seconds that were spent before the time budget of this session
 
 
 @dataclass
@@ -52,12 +60,29 @@ class TrainState:
     progress: Progress
 
 
+def not_finite(state: TrainState) -> str | None:
+    """The first weight or part of the optimizer's state that holds NaN or infinity."""
+    tensors = {**state.weights, **_optimizer_tensors(state)}
+    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+
+
+def size_bytes(num_weights: int) -> int:
+    """Bytes of a checkpoint: fp32 weights and two fp32 moments, and at most a mebibyte for all else."""
+    return 12 * num_weights + (1 << 20)
+
+
 def save(folder: RunFolder, state: TrainState) -> Path:
-    """Writes the checkpoint of the state's step. Nothing non-finite is ever saved: asserts that weights are finite."""
+    """Writes the checkpoint of the state's step. Nothing non-finite is ever saved: the caller has asked `not_finite`.
+
+    Raises DiskError where there is no room, or the disk refuses; what was there before is still whole then.
+    """
     final = folder.checkpoint(state.progress.step)
     weights = {name: weight.detach().cpu().contiguous() for name, weight in state.weights.items()}
-    assert all(torch.isfinite(weight).all() for weight in weights.values())
-    with new_folder(final) as temp:
+    needed, free = size_bytes(sum(weight.numel() for weight in weights.values())), free_bytes(folder.path)
+    if free < needed:
+        what = f"{folder.path}: no room for a checkpoint: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
+        raise DiskError(what, fix=f"free some space, then `strop resume {folder.path}`")
+    with disk_faults(final), new_folder(final) as temp:
         save_file(weights, temp / "weights.safetensors")
         save_file(_optimizer_tensors(state), temp / "optimizer.safetensors")
         save_file(_random_tensors(), temp / "random.safetensors")
@@ -116,6 +141,7 @@ def restore(checkpoint: Path, state: TrainState) -> None:
         random = load_file(checkpoint / "random.safetensors")
     except SafetensorError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from None
+    state.optimizer.state.clear()  # a step that is undone leaves nothing behind
     for key, tensor in moments.items():
         name, _, part = key.rpartition("/")
         weight = state.weights[name]

@@ -1,0 +1,77 @@
+"""What the curves of a run say, in plain words: overfitting, not learning, and what was done about trouble."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+Series = dict[int, float]  # step -> value
+ENOUGH_STEPS = 20  # below this a loss curve says nothing about learning
+BARELY = 1e-4  # relative change of the weights that no output would show
+
+
+def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> list[str]:
+    """One sentence for each finding; none for a run that went well.
+
+    weight_change: how far the adapters move their weights, relative to the weights (model.lora.weight_change).
+    """
+    train, held_out = _series(events, "step"), _series(events, "eval")
+    return [
+        *_overfitting(train, held_out),
+        *_not_learning(train, weight_change),
+        *(_trouble(event) for event in events if event["event"] in ("rollback", "shrink", "override")),
+    ]
+
+
+def _overfitting(train: Series, held_out: Series) -> list[str]:
+    """The evaluation loss has risen since its best by more than 2 %, while the training loss went on falling."""
+    if len(held_out) < 2:
+        return []
+    best = min(held_out, key=lambda step: held_out[step])
+    last = max(held_out)
+    before = [loss for step, loss in train.items() if step <= best]
+    after = [loss for step, loss in train.items() if step > best]
+    tail = before[-len(after) :]
+    if not after or not tail or held_out[last] < 1.02 * held_out[best]:
+        return []
+    rose = (
+        f"the evaluation loss rose from {held_out[best]:.3f} (step {best}, kept) to {held_out[last]:.3f} (step {last})"
+    )
+    if statistics.mean(after) < statistics.mean(tail):
+        return [f"overfitting: {rose} while the training loss fell: train for fewer epochs, or give more rows"]
+    return [f"getting worse: {rose} and the training loss did not fall: lower the learning rate"]
+
+
+def _not_learning(train: Series, weight_change: float | None) -> list[str]:
+    losses = [loss for _, loss in sorted(train.items())]
+    if len(losses) < ENOUGH_STEPS:
+        return []
+    part = max(5, len(losses) // 5)
+    first, last = losses[:part], losses[-part:]
+    fell = statistics.mean(first) - statistics.mean(last)
+    noise = ((statistics.variance(first) + statistics.variance(last)) / part) ** 0.5
+    if fell > 2 * noise and fell > 0.01 * abs(statistics.mean(first)):
+        return []
+    flat = f"not learning: the training loss went from {statistics.mean(first):.3f} to {statistics.mean(last):.3f}"
+    if weight_change is not None and weight_change < BARELY:
+        moved = f"the adapters changed their weights by {weight_change:.1e} of their size"
+        return [f"{flat}, and {moved}: the learning rate is too small, try 10 times as much"]
+    return [f"{flat}: see with `strop check` what is trained on, or try another learning rate"]
+
+
+def _trouble(event: dict[str, Any]) -> str:
+    at = f"step {event['step']}"
+    if event["event"] == "rollback":
+        return (
+            f"{at}: {event['why']}: went back to step {event['to']}, passed {len(event['passed'])} batches over and "
+            f"went on with {event['rate_scale']:g} times the learning rate"
+        )
+    if event["event"] == "shrink":
+        return f"{at}: out of memory: went on with {event['to']}; the effective batch stayed as it was"
+    return f"{at}: resumed with {event['field']} = {event['now']}, which was {event['was']}"
+
+
+def _series(events: Sequence[dict[str, Any]], kind: str) -> Series:
+    """Losses by step. A step that was done again counts as it was done last."""
+    return {e["step"]: e["loss"] for e in events if e["event"] == kind and e.get("loss") is not None}

@@ -1,0 +1,78 @@
+"""Keeps a bad step from the weights: looks at each loss and gradient norm before the optimizer moves.
+
+It adds no work on the device: both numbers are read once a step anyway. Its whole memory is in Progress, so that a
+resumed run decides as the unbroken one would have.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from strop.training.state import Progress
+
+IN_A_ROW = 3  # bad steps in a row that call for more than passing them over
+RATE_CUT = 0.25  # what the learning rate is multiplied by after a roll-back
+RECENT = 64  # good losses that the bound is made of
+ENOUGH = 16  # of them, before there is a bound
+SIGMAS, NATS = 8.0, 1.0  # the bound lies this far above their median, whichever is more
+FAR = 10.0  # one loss beyond this many times that distance is enough
+
+
+class Verdict(Enum):
+    """What becomes of a step. DOUBTFUL: the loss is beyond the bound, the step is still taken."""
+
+    GOOD = "good"
+    DOUBTFUL = "doubtful"
+    NOT_FINITE = "not finite"
+    ROLL_BACK = "roll back"
+
+
+class Diverged(Exception):
+    """The run must go back to its last good checkpoint. `progress.streak` holds the steps to blame."""
+
+    def __init__(self, why: str, *, finite: bool) -> None:
+        super().__init__(why)
+        self.why = why
+        self.finite = finite
+
+
+def look(progress: Progress, loss: float, grad_norm: float) -> Verdict:
+    """The verdict on the step that is about to be taken, noted in `progress`."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        verdict = Verdict.NOT_FINITE
+    else:
+        middle, reach = _bound(progress.recent)
+        if loss <= middle + reach:
+            progress.recent = [*progress.recent[-RECENT + 1 :], loss]
+            progress.streak = []
+            return Verdict.GOOD
+        verdict = Verdict.ROLL_BACK if loss > middle + FAR * reach else Verdict.DOUBTFUL
+    progress.streak = [*progress.streak, progress.step]
+    return Verdict.ROLL_BACK if len(progress.streak) >= IN_A_ROW else verdict
+
+
+def _bound(recent: list[float]) -> tuple[float, float]:
+    """(median, distance) of good losses; the spread is the median absolute deviation, which outliers do not move."""
+    if len(recent) < ENOUGH:
+        return 0.0, math.inf
+    middle = statistics.median(recent)
+    spread = 1.4826 * statistics.median(abs(loss - middle) for loss in recent)
+    return middle, max(SIGMAS * spread, NATS)
+
+
+def advice(progress: Progress, rate: float, dtype: str, trouble: Diverged) -> list[str]:
+    """What the numbers say about the cause, most likely first. rate: the learning rate of the last step."""
+    said = []
+    rising = len(progress.recent) >= 4 and statistics.mean(progress.recent[-2:]) > 1.5 * min(progress.recent)
+    if dtype == "fp16":
+        said.append("fp16 overflows above 65,504: use --model.dtype bf16 or fp32")
+    if trouble.finite or rising or not progress.recent:
+        said.append(f"the learning rate may be too high: try --train.learning_rate {rate / 10:.1g}")
+    if not trouble.finite:
+        said.append("the same rows each time (events.jsonl names them) mean that the rows are the cause")
+        said.append("a base that gives NaN on its own is damaged or of the wrong type: try --model.dtype fp32")
+    return said

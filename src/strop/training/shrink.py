@@ -1,0 +1,85 @@
+"""Out of memory: the step that failed is done again in smaller pieces, with the same rows, state and random numbers.
+
+The effective batch, the order of the data and the step stay what they were; what changes is said, recorded in the
+events and in Progress, and remembered for the next run of this shape on this machine.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from strop.data.conversation import Example
+from strop.errors import MemoryLimitError
+from strop.machine.memory import is_out_of_memory, remember
+
+if TYPE_CHECKING:
+    from strop.training.loop import Job
+
+T = TypeVar("T")
+
+
+def within_memory(job: Job, examples: Sequence[Example], compute: Callable[[], T]) -> T:
+    """What `compute` gives, called again with less memory each time that there is not enough.
+
+    Raises MemoryLimitError when nothing is left to save.
+    """
+    random = _random()
+    while True:
+        try:
+            return compute()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # not inside the handler: its traceback holds on to the tensors of the step that failed
+        job.state.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        _set_random(random)
+        _shrink(job, examples, said)
+
+
+def _shrink(job: Job, examples: Sequence[Example], said: str) -> None:
+    from strop.training.loop import micro_batches
+
+    progress = job.state.progress
+    before = micro_batches(job, examples)
+    if any(len(group) > 1 for group in before):
+        while micro_batches(job, examples) == before:
+            progress.halvings += 1
+        to = f"micro-batches of {_cut(job)}, {len(micro_batches(job, examples))} in place of {len(before)} a step"
+    elif not progress.recompute:
+        progress.recompute = True
+        job.step.recompute()
+        to = "gradient checkpointing"
+    else:
+        fix = "shorten --data.max_length, train fewer --lora.target_modules, or take a smaller model"
+        raise MemoryLimitError(f"out of memory with one row at a time and checkpointing: {said}", fix=fix)
+    job.log.emit("shrink", step=progress.step, why=said, to=to)
+    if job.memory_key:
+        tokens = job.recipe.train.micro_batch_tokens
+        kept = None if tokens is None else tokens >> progress.halvings
+        remember(job.memory_key, {"micro_batch_tokens": kept, "recompute": progress.recompute})
+
+
+def _cut(job: Job) -> str:
+    train, halvings = job.recipe.train, job.state.progress.halvings
+    if train.micro_batch_tokens is not None:
+        return f"{max(1, train.micro_batch_tokens >> halvings)} tokens"
+    return f"{max(1, (train.micro_batch or 1) >> halvings)} rows"
+
+
+def _random() -> list[torch.Tensor]:
+    cards = [torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())]
+    return [torch.get_rng_state(), *cards]
+
+
+def _set_random(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for index, state in enumerate(states[1:]):
+        torch.cuda.set_rng_state(state, index)
