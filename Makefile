@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test clean
+.PHONY: demo test faults clean
 
 demo: $(VENV)/installed
 	$(BIN)/strop demo
@@ -14,6 +14,10 @@ test: $(VENV)/tested-with
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+# Half an hour. PEER=/path/to/python with trl installed adds the peer's column.
+faults: $(VENV)/tested-with
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(BIN)/python -m tests.faults $(if $(PEER),--peer $(PEER))
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -72,11 +72,11 @@ def evaluate(
     return evaluate_model(str(run), data, metric=metric, max_new_tokens=max_new_tokens)
 
 
-def load(name: str | Path, *, device: str = "auto", dtype: str = "auto") -> Model:
+def load(name: str | Path, *, device: str = "auto", dtype: str = "auto", force: bool = False) -> Model:
     """A run, adapter or model folder, .gguf file, Hub id or `demo`, ready to `.generate` and `.chat`."""
     from strop.adapters import load as load_model
 
-    return load_model(name, device=device, dtype=dtype)
+    return load_model(name, device=device, dtype=dtype, force=force)
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:

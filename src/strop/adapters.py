@@ -11,20 +11,22 @@ from typing import Any
 
 import peft
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from strop.config.schema import Recipe
 from strop.data.conversation import Ids, Message
 from strop.data.render import Renderer
-from strop.engine.device import pick_device, pick_dtype
+from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import ModelError
-from strop.model.facts import Source, fingerprint, locate
+from strop.model.facts import Source, fingerprint, locate, safetensors_header
 from strop.model.generate import Answer, Sampling, generate
 from strop.model.load import DTYPES, load_base
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run, new_folder, write_json
-from strop.runs.lock import versions
+from strop.runs.lock import sha256_file, versions
 
+WEIGHTS_FILE = "adapter_model.safetensors"
 STROP_FILE = "strop.json"  # beside adapter_config.json: base fingerprint, template and data hash
 
 
@@ -39,7 +41,8 @@ def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: 
         model.save_pretrained(str(temp), safe_serialization=True, save_embedding_layers=False)
         tokenizer.save_pretrained(temp)
         (temp / "README.md").write_text(card, encoding="utf-8")
-        write_json(temp / STROP_FILE, {**identity, "versions": versions()})
+        weights = {"sha256": sha256_file(temp / WEIGHTS_FILE)}
+        write_json(temp / STROP_FILE, {**identity, "weights": weights, "versions": versions()})
 
 
 def adapter_folder(name: str) -> Path | None:
@@ -57,10 +60,8 @@ def adapter_folder(name: str) -> Path | None:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(
-            f"{folder}: no adapter_model.safetensors", fix="give an adapter saved as safetensors, never pickle"
-        )
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ModelError(f"{folder}: no {WEIGHTS_FILE}", fix="give an adapter saved as safetensors, never pickle")
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -76,27 +77,53 @@ def read_identity(folder: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
-def attach(base: nn.Module, folder: Path, source: Source, *, trainable: bool = False) -> peft.PeftModel:
-    """The base with the adapter of a folder on it.
+def attach(
+    base: nn.Module, folder: Path, source: Source, *, trainable: bool = False, force: bool = False
+) -> tuple[peft.PeftModel, list[str]]:
+    """(the base with the adapter of a folder on it, notes on what `force` let pass).
 
-    Raises ModelError where the adapter was trained on another base, does not fit, or holds NaN.
+    Raises ModelError where the adapter was trained on another base (unless forced), does not fit this one in every
+    name and shape, was changed since it was saved, or holds NaN.
     """
     read_adapter_config(folder)
-    identity = folder / STROP_FILE
-    if identity.is_file():
-        trained_on = json.loads(identity.read_text(encoding="utf-8"))["base"]
-        if trained_on["fingerprint"] != fingerprint(source):
-            raise ModelError(
-                f"{folder}: trained on {trained_on['name']}, which is not {source.name}", fix="load it on its own base"
-            )
+    notes, identity = [], read_identity(folder)
+    trained_on = identity.get("base")
+    if trained_on and trained_on["fingerprint"] != fingerprint(source):
+        prints = f"fingerprint {trained_on['fingerprint'][:12]} expected, {fingerprint(source)[:12]} found"
+        what = f"{folder}: trained on {trained_on['name']}, which is not {source.name} ({prints})"
+        if not force:
+            raise ModelError(what, fix="load it on its own base (chat and eval take --force)")
+        notes.append(what)
+    _check_weights(folder, identity)
     try:
         model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: does not fit {source.name}: {str(error).strip().splitlines()[0]}") from None
-    bad = [name for name, weight in model.named_parameters() if "lora_" in name and not torch.isfinite(weight).all()]
+    _check_fit(model, folder, source)
+    return model, notes
+
+
+def _check_weights(folder: Path, identity: dict[str, Any]) -> None:
+    """Raises ModelError for an adapter file that is damaged, was changed since it was saved, or holds NaN."""
+    file, known = folder / WEIGHTS_FILE, identity.get("weights", {}).get("sha256")
+    safetensors_header(file)
+    bad = [name for name, weight in load_file(file).items() if not torch.isfinite(weight).all()]
     if bad:
-        raise ModelError(f"{folder}: {bad[0]} holds NaN or infinity", fix="take an older checkpoint of the run")
-    return model
+        raise ModelError(f"{file}: {bad[0]} holds NaN or infinity", fix="take an older checkpoint of the run")
+    found = sha256_file(file)
+    if known and found != known:
+        what = f"{file}: not the file that was saved: sha256 {found[:12]}, {known[:12]} expected"
+        raise ModelError(what, fix=f"make it again, or remove {STROP_FILE} if the change was meant")
+
+
+def _check_fit(model: peft.PeftModel, folder: Path, source: Source) -> None:
+    """Every tensor of the file has a place in the model, and every adapter of the model its tensor; peft only warns."""
+    saved = set(safetensors_header(folder / WEIGHTS_FILE))
+    places = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    for names, what in ((saved - places, "have no place in"), (places - saved, "are missing for")):
+        if names:
+            said = f"{len(names)} of its tensors {what} {source.name}, first {min(names)}"
+            raise ModelError(f"{folder}: {said}", fix="load it on the base it was trained on")
 
 
 @dataclass
@@ -109,6 +136,7 @@ class Model:
     renderer: Renderer
     adapter: Path | None
     default_system: str | None = None  # the system prompt that every training row had
+    notes: Sequence[str] = ()  # what `force` let pass
     history: list[Message] = field(default_factory=list)
 
     @contextmanager
@@ -172,24 +200,28 @@ class Model:
         return answer.text
 
 
-def load(name: str | Path, *, device: str = "auto", dtype: str = "auto") -> Model:
+def load(name: str | Path, *, device: str = "auto", dtype: str = "auto", force: bool = False) -> Model:
     """A run folder, an adapter folder, a model folder, a .gguf file, a Hub id or `demo`, ready to answer.
 
     dtype `auto`: what the run trained in, else bf16 on CUDA and what the precision probe prefers on a CPU.
+    force: load an adapter on a base that it was not trained on, if it fits; the Model's notes say what differs.
     Raises ModelError where it cannot be loaded.
     """
     name = str(name)
     folder = adapter_folder(name)
     source = locate(str(read_adapter_config(folder)["base_model_name_or_path"]) if folder is not None else name)
+    prepare_process()
     where = pick_device(device)
     chosen = DTYPES[pick_dtype(where)[0] if dtype == "auto" else dtype]
     tokenizer = load_tokenizer(source if folder is None else Source(source.name, "folder", folder))
     base = load_base(source, chosen, where)
     if folder is not None and len(tokenizer) > base.get_input_embeddings().num_embeddings:  # type: ignore[operator]
         base.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
-    module = base if folder is None else attach(base, folder, source).eval()
-    identity = read_identity(folder) if folder is not None else {}
-    return Model(name, module, tokenizer, Renderer(tokenizer), folder, identity.get("system"))
+    if folder is None:
+        return Model(name, base, tokenizer, Renderer(tokenizer), None)
+    module, notes = attach(base, folder, source, force=force)
+    system = read_identity(folder).get("system")
+    return Model(name, module.eval(), tokenizer, Renderer(tokenizer), folder, system, notes)
 
 
 def _system(text: str | None) -> Sequence[Message]:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from strop.adapters import load
 from strop.errors import InputError
 from strop.model.generate import Sampling
-from strop.terminal import console
+from strop.terminal import console, print_notes
 
 
 def converse(
@@ -20,8 +20,10 @@ def converse(
     temperature: float,
     top_p: float,
     seed: int | None,
+    force: bool = False,
 ) -> None:
-    model = load(name)
+    model = load(name, force=force)
+    print_notes(model.notes)
     if base and model.adapter is None:
         raise InputError(f"{name}: has no adapter, so --base changes nothing", fix="leave --base out")
     sampling = Sampling(temperature, top_p, seed)

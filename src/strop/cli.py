@@ -18,7 +18,7 @@ import typer
 
 from strop import __version__
 from strop.errors import InputError, StropError
-from strop.terminal import answering, console, print_samples, print_scores, watching
+from strop.terminal import answering, console, print_notes, print_samples, print_scores, watching
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
 ModelName = Annotated[
@@ -156,13 +156,15 @@ def evaluate(
     metric: Annotated[str, typer.Option(help="exact, exact_json, contains or regex.")] = "exact",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 80,
     samples: Annotated[int, typer.Option(min=0, help="Answers to show.")] = 3,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Compare base and tuned on rows that were not trained on."""
     from strop.evaluation.run import evaluate_model
 
     with answering() as advance:
-        result = evaluate_model(name, data, metric=metric, max_new_tokens=max_new_tokens, advance=advance)
+        result = evaluate_model(name, data, metric=metric, max_new_tokens=max_new_tokens, advance=advance, force=force)
+    print_notes(result["notes"])
     print_scores(result)
     print_samples(result["samples"][:samples])
     _print_json(result, as_json)
@@ -178,12 +180,20 @@ def chat(
         float, typer.Option(min=0.01, max=1, help="Sample among the likeliest tokens of this total share.")
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    force: Force = False,
 ) -> None:
     """Talk to a model in the terminal, or through a pipe: one line a turn."""
     from strop.chat import converse
 
     converse(
-        name, system=system, base=base, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+        name,
+        system=system,
+        base=base,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        force=force,
     )
 
 

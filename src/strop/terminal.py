@@ -178,6 +178,11 @@ def print_scores(result: dict[str, Any], out: Console = console) -> None:
         )
 
 
+def print_notes(notes: Sequence[str], out: Console = console) -> None:
+    for note in notes:
+        out.print("note    ", note, markup=False, style="yellow")
+
+
 def print_samples(samples: Sequence[dict[str, Any]], out: Console = console) -> None:
     for sample in samples:
         out.print()

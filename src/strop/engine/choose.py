@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from strop.engine.patch import FastLoss, unsupported
+from strop.engine.patch import FastLoss, Watch, unsupported
 from strop.engine.plain import PlainLoss
 
 if TYPE_CHECKING:
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 class Step:
     """token_loss: the summed loss of the supervised tokens of a micro-batch. name: fast or plain; why: the reason for
     plain. recompute: from its call on, each layer's input only is kept, and the layer is computed again in the backward
-    pass."""
+    pass. watch: sets what is to look at memory before each layer."""
 
     token_loss: Callable[[Sequence[Example]], Tensor]
     name: str
     why: str
     recompute: Callable[[], None]
+    watch: Callable[[Watch], None] = lambda watch: None
 
     @property
     def packed(self) -> bool:
@@ -35,9 +36,26 @@ class Step:
 def step_for(model: nn.Module) -> Step:
     """The step that this model, with its adapters, is trained by."""
     why, whole = unsupported(model), cast(Any, model)
-    if why is not None:
+    if why is None:
+        fast = FastLoss(model)
         return Step(
-            PlainLoss(model), "plain", why, lambda: whole.gradient_checkpointing_enable({"use_reentrant": False})
+            fast,
+            "fast",
+            "",
+            recompute=lambda: setattr(fast, "checkpoint_layers", whole.config.num_hidden_layers),
+            watch=lambda watch: setattr(fast, "watch", watch),
         )
-    fast = FastLoss(model)
-    return Step(fast, "fast", "", lambda: setattr(fast, "checkpoint_layers", whole.config.num_hidden_layers))
+    return Step(
+        PlainLoss(model),
+        "plain",
+        why,
+        recompute=lambda: whole.gradient_checkpointing_enable({"use_reentrant": False}),
+        watch=lambda watch: _watch_layers(model, watch),
+    )
+
+
+def _watch_layers(model: nn.Module, watch: Watch) -> None:
+    """Hooks on the decoder layers: the longest list of modules there is."""
+    lists: list[nn.ModuleList] = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for number, layer in enumerate(sorted(lists, key=len)[-1]):
+        layer.register_forward_pre_hook(lambda *_, number=number: watch() if number else watch.begin())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 
 import torch
@@ -12,6 +13,18 @@ from strop.errors import InputError
 from strop.machine.probe import probe
 from strop.runs.folder import cache_folder, write_json
 from strop.runs.lock import sha256_text
+
+PRIMITIVES = 96  # one micro-batch of the fast step needs about 50 kinds of product
+
+
+def prepare_process() -> None:
+    """What this process must set before its first matrix product. What a user has set stays.
+
+    oneDNN and PyTorch each keep the code of the last 1,024 kinds of product. Packed micro-batches differ in length, and
+    each length is a kind of its own, at 0.6 MiB: on SmolLM2 that grew to 0.7 GiB (docs/log.md).
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(PRIMITIVES))
 
 
 def pick_device(asked: str) -> str:

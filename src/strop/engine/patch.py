@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -204,6 +204,14 @@ class Layer:
     after_mlp: Norm | None
 
 
+class Watch(Protocol):
+    """Told of each micro-batch and each layer that is about to be computed; may raise (machine.memory.MemoryWatch)."""
+
+    def begin(self) -> None: ...
+
+    def __call__(self) -> None: ...
+
+
 class FastLoss:
     """The loss of a micro-batch through the fast step, for models that `unsupported` has no reason against.
 
@@ -211,6 +219,8 @@ class FastLoss:
     keep nothing but their input and are computed again in the backward. Made after the model is on its device and in
     its type.
     """
+
+    watch: Watch | None = None  # looked at before each layer
 
     def __init__(self, model: nn.Module, *, prefix_sharing: bool = True, checkpoint_layers: int = 0) -> None:
         reason = unsupported(model)
@@ -227,6 +237,8 @@ class FastLoss:
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable in the adapters."""
+        if self.watch is not None:
+            self.watch.begin()
         batch = pack(examples, prefix_sharing=self.prefix_sharing, device=self._device)
         hidden = self._decoder.embed_tokens(batch.ids)
         angles = self._angles(batch.positions)
@@ -253,6 +265,8 @@ class FastLoss:
         rows: Tensor | None,
     ) -> Tensor:
         """One layer; rows: the only rows that anything behind this layer reads (its keys and values need all)."""
+        if self.watch is not None:
+            self.watch()
         qkv = layer.qkv(hidden)
         cos, sin = angles[layer.rope]
         shape = (qkv, layer.heads, cos, sin, batch.layout)

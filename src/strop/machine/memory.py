@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,17 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from strop.errors import RecipeError
 from strop.runs.folder import cache_folder, write_json
 
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+USABLE = 0.9  # of a memory limit: a layer's own workspace and the head come on top of what is seen between layers
 # What torch, oneDNN, numpy and the C++ library say when an allocation fails.
-_NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "unable to allocate", "could not create a memory")
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "bad_alloc",
+    "unable to allocate",
+    "could not create a memory",
+    "could not create a primitive",
+)
 
 
 @dataclass(frozen=True)
@@ -74,27 +84,44 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(phrase in said for phrase in _NO_MEMORY)
 
 
-@contextmanager
-def memory_limit(device: str, limit_bytes: int, free_bytes: int) -> Iterator[None]:
-    """Inside this block an allocation fails with an error before the system would kill the process.
+class MemoryWatch:
+    """Raises MemoryError before this process holds more than it may; on a CPU the system would kill it without a word.
 
-    limit_bytes: resident memory that the process may have. free_bytes: what the machine has left; the smaller counts.
-    Linux and CPU only (RLIMIT_DATA bounds private memory, and nothing does so elsewhere): CUDA reports for itself.
+    Looked at between layers, where memory grows: `begin` a micro-batch, then call before each layer. Resident memory
+    is what counts. (RLIMIT_DATA was tried in its place: small allocations then fail too, in the middle of oneDNN.)
     """
-    if sys.platform != "linux" or not device.startswith("cpu"):
-        yield
-        return
-    import resource
 
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
-    room = min(limit_bytes - psutil.Process().memory_info().rss, free_bytes)
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = int(fields["VmData"].split()[0]) * 1024 + max(room, 0)
-    resource.setrlimit(resource.RLIMIT_DATA, (min(wanted, hard) if hard != resource.RLIM_INFINITY else wanted, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    def __init__(self, limit_bytes: int, free_bytes: int) -> None:
+        """limit_bytes: what the process may hold. free_bytes: what the machine has left now; the smaller counts."""
+        self.limit_bytes = min(limit_bytes, _resident_bytes() + free_bytes)
+        self._before = self._growth = 0
+
+    def begin(self) -> None:
+        self._growth, self._before = 0, _resident_bytes()
+        if self._before > 0.8 * USABLE * self.limit_bytes:
+            give_back()
+            self._before = _resident_bytes()
+
+    def __call__(self) -> None:
+        now = _resident_bytes()
+        self._growth = max(self._growth, now - self._before)  # of one layer; the next will need as much
+        self._before = now
+        if now + self._growth > USABLE * self.limit_bytes:
+            have, may = now / 2**20, self.limit_bytes / 2**20
+            raise MemoryError(f"out of memory: {have:,.0f} MiB in use, {may:,.0f} MiB allowed, and a layer to come")
+
+
+def give_back() -> None:
+    """Returns freed memory that the C library keeps for itself (glibc keeps blocks below 32 MiB) to the system."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident_bytes() -> int:
+    if sys.platform == "linux":
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * _PAGE_BYTES
+    return int(psutil.Process().memory_info().rss)
 
 
 def remember(key: str, value: dict[str, Any]) -> None:

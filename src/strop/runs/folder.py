@@ -78,6 +78,19 @@ class RunFolder:
         if self.path.is_dir() and _never_began(self.path):
             shutil.rmtree(self.path)
 
+    def _sweep(self) -> None:
+        """Removes what a killed process left half done, and puts back what it was about to replace."""
+        for entry in [*_entries(self.path), *_entries(self.path / "checkpoints")]:
+            made = re.fullmatch(r"\.?(.+)\.(tmp|old)-\d+", entry.name)
+            if made is None:
+                continue
+            if made[2] == "old" and not entry.with_name(made[1]).exists():
+                entry.replace(entry.with_name(made[1]))
+            elif entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
     @contextmanager
     def claim(self) -> Iterator[None]:
         """Holds the folder for this process. Raises FolderError while another live process holds it.
@@ -90,6 +103,7 @@ class RunFolder:
                 holder = _live_holder(file)  # a file system without locks would have let both in
                 if holder is not None:
                     raise Timeout(str(lock))
+                self._sweep()
                 write_atomic(file, json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()}))
                 try:
                     yield

@@ -19,11 +19,11 @@ from strop.config.schema import Recipe
 from strop.data.conversation import Conversation
 from strop.data.prepare import Prepared, prepare
 from strop.engine.choose import step_for
-from strop.engine.device import pick_device, pick_dtype
+from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import FolderError, InputError, MemoryLimitError, ModelError, Where
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.report import write_report
-from strop.machine.memory import MemoryMark, is_out_of_memory, mark, memory_limit
+from strop.machine.memory import MemoryMark, MemoryWatch, is_out_of_memory, mark
 from strop.machine.probe import Machine, probe
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import DTYPES, load_base, load_config, skeleton
@@ -149,6 +149,7 @@ def _numbered(recipe: Recipe) -> Path:
 def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolved, str, int]:
     """The complete recipe, what running out of memory is remembered under, and how many weights are trained."""
     recipe = resolved.recipe
+    prepare_process()
     device = pick_device(recipe.model.device)
     start = _start_adapter(recipe)
     bare = skeleton(source)
@@ -228,9 +229,9 @@ def _execute(
             if resuming and folder.checkpoints():
                 _restore(job, changed)
             _announce(job, setup)
-            limit = memory_limit(recipe.model.device, setup.machine.memory_bytes, setup.machine.free_bytes)
-            with limit:
-                ended = fit(job) if job.state.progress.step < _total(job) else "steps"
+            if recipe.model.device == "cpu":  # CUDA says by itself when there is no more
+                job.step.watch(MemoryWatch(setup.machine.memory_bytes, setup.machine.free_bytes))
+            ended = fit(job) if job.state.progress.step < _total(job) else "steps"
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -281,7 +282,7 @@ def _build(setup: Setup) -> peft.PeftModel:
     torch.manual_seed(recipe.seed)
     start = _start_adapter(recipe)
     if start is not None:
-        model = as_fp32(attach(base, start, setup.source, trainable=True))
+        model = as_fp32(attach(base, start, setup.source, trainable=True)[0])
     else:
         model = add_lora(base, recipe.lora, setup.tokenizer)
     return model.train()

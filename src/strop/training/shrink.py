@@ -14,7 +14,7 @@ import torch
 
 from strop.data.conversation import Example
 from strop.errors import MemoryLimitError
-from strop.machine.memory import is_out_of_memory, remember
+from strop.machine.memory import give_back, is_out_of_memory, remember
 
 if TYPE_CHECKING:
     from strop.training.loop import Job
@@ -38,6 +38,7 @@ def within_memory(job: Job, examples: Sequence[Example], compute: Callable[[], T
         # not inside the handler: its traceback holds on to the tensors of the step that failed
         job.state.optimizer.zero_grad(set_to_none=True)
         gc.collect()
+        give_back()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         _set_random(random)
@@ -48,18 +49,20 @@ def _shrink(job: Job, examples: Sequence[Example], said: str) -> None:
     from strop.training.loop import micro_batches
 
     progress = job.state.progress
-    before = micro_batches(job, examples)
-    if any(len(group) > 1 for group in before):
-        while micro_batches(job, examples) == before:
-            progress.halvings += 1
-        to = f"micro-batches of {_cut(job)}, {len(micro_batches(job, examples))} in place of {len(before)} a step"
+    before, halvings = micro_batches(job, examples), progress.halvings
+    while micro_batches(job, examples) == before and _cut(job)[0] > 1:
+        progress.halvings += 1
+    after = micro_batches(job, examples)
+    if after != before:
+        number, unit = _cut(job)
+        to = f"micro-batches of {number} {unit}, {len(after)} in place of {len(before)}"
     elif not progress.recompute:
-        progress.recompute = True
+        progress.halvings, progress.recompute = halvings, True
         job.step.recompute()
         to = "gradient checkpointing"
     else:
         fix = "shorten --data.max_length, train fewer --lora.target_modules, or take a smaller model"
-        raise MemoryLimitError(f"out of memory with one row at a time and checkpointing: {said}", fix=fix)
+        raise MemoryLimitError(f"out of memory with the smallest micro-batches and checkpointing: {said}", fix=fix)
     job.log.emit("shrink", step=progress.step, why=said, to=to)
     if job.memory_key:
         tokens = job.recipe.train.micro_batch_tokens
@@ -67,11 +70,11 @@ def _shrink(job: Job, examples: Sequence[Example], said: str) -> None:
         remember(job.memory_key, {"micro_batch_tokens": kept, "recompute": progress.recompute})
 
 
-def _cut(job: Job) -> str:
+def _cut(job: Job) -> tuple[int, str]:
     train, halvings = job.recipe.train, job.state.progress.halvings
     if train.micro_batch_tokens is not None:
-        return f"{max(1, train.micro_batch_tokens >> halvings)} tokens"
-    return f"{max(1, (train.micro_batch or 1) >> halvings)} rows"
+        return max(1, train.micro_batch_tokens >> halvings), "tokens"
+    return max(1, (train.micro_batch or 1) >> halvings), "rows"
 
 
 def _random() -> list[torch.Tensor]:
