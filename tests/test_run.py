@@ -162,6 +162,139 @@ def test_cut_short_then_resumed_is_bit_identical(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def unfinished(folder: Path, tiny_folder: Path, rows_file: Path) -> Path:
+    """A run that was stopped after step 4 of 6."""
+
+    class Cut(Exception):
+        pass
+
+    def cut(event: dict[str, Any]) -> None:
+        if event["event"] == "save" and event["step"] == 4:
+            raise Cut
+
+    with pytest.raises(Cut):
+        strop.train(
+            model=str(tiny_folder), data=str(rows_file), out=folder, callback=cut, lora={"r": 4},
+            train={"max_steps": 6, "batch_size": 4, "save_steps": 2}, **{"model.dtype": "fp32"},
+        )  # fmt: skip
+    return folder
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_resume_refuses_what_was_changed_by_name(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = unfinished(tmp_path / "r", tiny_folder, rows_file)
+    edit(out / "recipe.yaml", "learning_rate: 0.002", "learning_rate: 0.0001")
+    edit(out / "recipe.yaml", "lr_scheduler: cosine", "lr_scheduler: linear")
+    code, _, err = run("resume", out, capsys=capsys)
+    assert code == 2 and "train.learning_rate is not what the run was started with: 0.002 then, 0.0001 now" in err
+    assert "train.lr_scheduler" in err and "--allow-changed train.learning_rate" in err
+    code, _, err = run("resume", out, "--allow-changed", "lr", capsys=capsys)
+    assert code == 2 and "train.lr_scheduler" in err and "train.learning_rate is not" not in err
+    code, _, err = run("resume", out, "--allow-changed", "lr", "--allow-changed", "schedule", capsys=capsys)
+    assert code == 0 and "override train.learning_rate = 0.0001, was 0.002" in err
+    events = read_events(out / "events.jsonl")
+    last = [event for event in events if event["event"] == "step"][-1]
+    assert last["step"] == 6 and last["learning_rate"] < 0.0001
+    assert [event["field"] for event in events if event["event"] == "override"] == [
+        "train.learning_rate",
+        "train.lr_scheduler",
+    ]
+    lock = json.loads((out / "lock.json").read_text())
+    assert lock["overrides"][0]["was"] == "0.002" and lock["values"]["train.learning_rate"] == 0.0001
+    assert any(
+        "resumed with train.learning_rate" in text
+        for text in json.loads((out / "report.json").read_text())["diagnosis"]
+    )
+
+
+def test_resume_takes_a_new_value_as_a_flag_and_no_other_shape(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = unfinished(tmp_path / "r", tiny_folder, rows_file)
+    code, _, err = run("resume", out, "--lora.r", "8", "--allow-changed", "lora.r", capsys=capsys)
+    assert code == 2 and "lora.r is not" in err and "start a new run" in err
+    code, _, err = run("resume", out, "--train.learning_rate", "1e-4", capsys=capsys)
+    assert code == 2 and "--allow-changed train.learning_rate" in err
+    words = ["--train.learning_rate", "1e-4", "--train.log_steps", "2", "--allow-changed", "learning_rate"]
+    assert run("resume", out, *words, capsys=capsys)[0] == 0
+    assert "learning_rate: 0.0001  # option" in (out / "recipe.yaml").read_text()
+
+
+def test_resume_refuses_another_base_template_and_major_version(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = unfinished(tmp_path / "r", tiny_folder, rows_file)
+    lock = json.loads((out / "lock.json").read_text())
+    for name, value in (
+        ("base", {"name": "other", "fingerprint": "0" * 64}),
+        ("template", "0" * 64),
+        ("versions", {**lock["versions"], "torch": "1.13.0"}),
+    ):
+        (out / "lock.json").write_text(json.dumps({**lock, name: value}))
+        code, _, err = run("resume", out, capsys=capsys)
+        assert code == 2 and f"{name} is not what the run was started with" in err
+    assert run("resume", out, "--allow-changed", "versions", capsys=capsys)[0] == 0
+
+
+def test_resume_goes_on_with_more_data_where_that_is_allowed(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = unfinished(tmp_path / "r", tiny_folder, rows_file)
+    tiny.write_rows(rows_file, 30)
+    assert run("resume", out, capsys=capsys)[0] == 2
+    assert run("resume", out, "--allow-changed", "data", capsys=capsys)[0] == 0
+    assert json.loads((out / "report.json").read_text())["steps"] == 6
+
+
+def test_a_time_budget_ends_with_an_adapter_and_can_go_on(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r"
+    words = ["--model", tiny_folder, "--data", rows_file, "--out", out, "--lora.r", "4", "--train.epochs", "400"]
+    assert run("train", *words, "--max-time", "0.5s", capsys=capsys)[0] == 0
+    first = json.loads((out / "report.json").read_text())
+    assert first["ended"] == "time" and 0 < first["steps"] < 1200 and (out / "adapter").is_dir()
+    code, listed, _ = run("runs", tmp_path, "--json", capsys=capsys)
+    assert json.loads(listed)["runs"][0]["finished"] is False
+    code, _, err = run("resume", out, capsys=capsys)
+    second = json.loads((out / "report.json").read_text())
+    assert code == 0 and second["steps"] > first["steps"] and second["ended"] == "time", err
+
+
+def test_no_room_on_the_disk_is_said_before_anything_loads(
+    tiny_folder: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("strop.training.run.free_bytes", lambda path: 1_000_000)
+    words = ["train", "--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "r"]
+    code, _, err = run(*words, capsys=capsys)
+    assert code == 2 and "1 MB are free" in err and not (tmp_path / "r").exists()
+
+
+def test_what_a_killed_start_left_is_no_run(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    out.mkdir()
+    for name in (".claim.lock", "claim.json", "recipe.yaml", ".lock.json.tmp-123"):
+        (out / name).write_text("{}")
+    strop.train(model=str(tiny_folder), data=str(rows_file), out=out, train={"max_steps": 1})
+    assert not list(out.rglob("*.tmp-*"))
+
+
+def test_names_that_hide_are_refused(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(strop.InputError, match="not a name"):
+        strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "a\nb")
+
+
 def test_resume_refuses_other_data(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,13 +322,54 @@ def test_training_starts_from_an_adapter(trained: Path, tiny_folder: Path, rows_
         )
 
 
+def rebase(adapter: Path, base: Path) -> None:
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(base)}))
+
+
 def test_adapter_of_another_base_is_refused(trained: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     tiny.model(seed=5).save_pretrained(other)
     tiny.tokenizer("chatml").save_pretrained(other)
-    config = trained / "adapter" / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(other)}))
+    rebase(trained / "adapter", other)
     with pytest.raises(strop.InputError, match="trained on"):
+        strop.load(trained / "adapter")
+
+
+def test_force_loads_on_another_base_and_says_so(
+    trained: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    tiny.model(seed=5).save_pretrained(other)
+    tiny.tokenizer("chatml").save_pretrained(other)
+    rebase(trained / "adapter", other)
+    words = ["eval", trained / "adapter", "--data", rows_file, "--max-new-tokens", "2"]
+    assert run(*words, capsys=capsys)[0] == 2
+    code, _, err = run(*words, "--force", capsys=capsys)
+    assert code == 0 and "note" in err and "trained on" in err and "expected" in err
+
+
+def test_an_adapter_that_was_changed_is_refused_with_both_hashes(trained: Path) -> None:
+    file = trained / "adapter" / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(strop.InputError, match=r"sha256 \w{12}, \w{12} expected"):
+        strop.load(trained)
+    file.write_bytes(data[:-10])
+    with pytest.raises(strop.InputError, match="damaged"):
+        strop.load(trained)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_an_adapter_of_another_depth_is_refused(trained: Path, tmp_path: Path, layers: int) -> None:
+    """peft loads a 2-layer adapter onto 4 layers with a warning, and onto 1 layer without a word."""
+    other = tmp_path / "other"
+    tiny.model(num_hidden_layers=layers).save_pretrained(other)
+    tiny.tokenizer("chatml").save_pretrained(other)
+    (trained / "adapter" / "strop.json").unlink()  # as another tool's adapter
+    rebase(trained / "adapter", other)
+    with pytest.raises(strop.InputError, match="missing for" if layers == 4 else "have no place in"):
         strop.load(trained / "adapter")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -96,7 +97,9 @@ def attach(
         notes.append(what)
     _check_weights(folder, identity)
     try:
-        model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
+            model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: does not fit {source.name}: {str(error).strip().splitlines()[0]}") from None
     _check_fit(model, folder, source)

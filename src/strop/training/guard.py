@@ -71,7 +71,7 @@ def advice(progress: Progress, rate: float, dtype: str, trouble: Diverged) -> li
     if dtype == "fp16":
         said.append("fp16 overflows above 65,504: use --model.dtype bf16 or fp32")
     if trouble.finite or rising or not progress.recent:
-        said.append(f"the learning rate may be too high: try --train.learning_rate {rate / 10:.1g}")
+        said.append(f"the learning rate may be too high: try --train.learning_rate {rate / 10:.2g}")
     if not trouble.finite:
         said.append("the same rows each time (events.jsonl names them) mean that the rows are the cause")
         said.append("a base that gives NaN on its own is damaged or of the wrong type: try --model.dtype fp32")
