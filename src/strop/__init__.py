@@ -72,11 +72,13 @@ def evaluate(
     return evaluate_model(str(run), data, metric=metric, max_new_tokens=max_new_tokens)
 
 
-def load(name: str | Path, *, device: str = "auto", dtype: str = "auto", force: bool = False) -> Model:
+def load(
+    name: str | Path, *, device: str = "auto", dtype: str = "auto", quantization: str = "auto", force: bool = False
+) -> Model:
     """A run, adapter or model folder, .gguf file, Hub id or `demo`, ready to `.generate` and `.chat`."""
     from strop.adapters import load as load_model
 
-    return load_model(name, device=device, dtype=dtype, force=force)
+    return load_model(name, device=device, dtype=dtype, quantization=quantization, force=force)
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:

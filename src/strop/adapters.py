@@ -28,6 +28,7 @@ from strop.runs.folder import RunFolder, is_run, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+ALL_LAYERS = 1 << 30
 STROP_FILE = "strop.json"  # beside adapter_config.json: base fingerprint, template and data hash
 
 
@@ -203,10 +204,13 @@ class Model:
         return answer.text
 
 
-def load(name: str | Path, *, device: str = "auto", dtype: str = "auto", force: bool = False) -> Model:
+def load(
+    name: str | Path, *, device: str = "auto", dtype: str = "auto", quantization: str = "auto", force: bool = False
+) -> Model:
     """A run folder, an adapter folder, a model folder, a .gguf file, a Hub id or `demo`, ready to answer.
 
     dtype `auto`: what the run trained in, else bf16 on CUDA and what the precision probe prefers on a CPU.
+    quantization: none, nf4, fp4, int8; `auto`: what the adapter was trained on (dequantized once), else none.
     force: load an adapter on a base that it was not trained on, if it fits; the Model's notes say what differs.
     Raises ModelError where it cannot be loaded.
     """
@@ -217,7 +221,10 @@ def load(name: str | Path, *, device: str = "auto", dtype: str = "auto", force: 
     where = pick_device(device)
     chosen = DTYPES[pick_dtype(where)[0] if dtype == "auto" else dtype]
     tokenizer = load_tokenizer(source if folder is None else Source(source.name, "folder", folder))
-    base = load_base(source, chosen, where)
+    trained_on = str(read_identity(folder).get("quantization", "none")) if folder is not None else "none"
+    scheme = trained_on if quantization == "auto" else quantization
+    resident = ALL_LAYERS if quantization == "auto" else 0
+    base = load_base(source, chosen, where, quantization=scheme, resident_layers=resident)
     if folder is not None and len(tokenizer) > base.get_input_embeddings().num_embeddings:  # type: ignore[operator]
         base.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
     if folder is None:

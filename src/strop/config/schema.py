@@ -28,7 +28,13 @@ class ModelSection(Section):
     name: str = Field(description="Hub id, local folder, .gguf file, run folder, or `demo`")
     revision: str | None = Field(None, description="Hub revision: branch, tag or commit")
     adapter: str | None = Field(None, description="adapter or run folder to start from")
-    quantization: Literal["none"] = Field("none", description="how the frozen base is stored")
+    quantization: Literal["none", "nf4", "fp4", "int8", "auto"] = Field(
+        "none", description="how the frozen base is stored; `auto` quantizes where 16 bit would not fit"
+    )
+    double_quantization: bool = Field(True, description="quantize the constants of 4-bit weights too")
+    resident_layers: int | None = Field(
+        None, ge=0, description="layers whose quantized weights are dequantized once; the others at each product"
+    )
     dtype: Literal["auto", "bf16", "fp32", "fp16"] = Field(
         "auto", description="type of the frozen weights; `auto` measures bf16 against fp32 on a CPU"
     )
@@ -83,7 +89,9 @@ class TrainSection(Section):
     warmup: Finite = Field(0.03, ge=0, description="below 1: share of all steps; else steps")
     weight_decay: Finite = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: Finite = Field(1.0, ge=0, description="clip the gradient norm to this; 0: never")
-    optimizer: Literal["adamw"] = Field("adamw", description="optimizer")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "lion", "sgd"] = Field(
+        "adamw", description="optimizer"
+    )
     gradient_checkpointing: Literal["auto", "off", "on"] = Field(
         "auto", description="recompute layers in the backward pass to save memory"
     )

@@ -6,6 +6,7 @@ to `Ops` (eager.py on any device, kernels.py on a CPU with numba).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -66,9 +67,13 @@ class Glu:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Frozen linear layers that share their input, as one. weight (n, k), bias (n,) or None."""
+    """Frozen linear layers that share their input, as one. bias (n,) or None.
 
-    weight: Tensor
+    weight: gives the weight (n, k), which holds until the next weight is asked for (it may be dequantized into a
+    buffer that all layers share).
+    """
+
+    weight: Callable[[], Tensor]
     bias: Tensor | None
     columns: tuple[slice, ...]  # for each adapter: the outputs it adds to
     scales: tuple[float, ...]
@@ -103,7 +108,7 @@ class LoraLinear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, frozen: Frozen, enter: Norm | Glu | None, *adapters: Tensor) -> Tensor:
         z = x if enter is None else enter.forward(x)
-        y = F.linear(z, frozen.weight, frozen.bias)
+        y = F.linear(z, frozen.weight(), frozen.bias)
         ctx.frozen, ctx.enter, ctx.ranks = frozen, enter, [b.shape[1] for b in adapters[1::2]]
         if not adapters:
             ctx.save_for_backward(*([] if enter is None else [x]))
@@ -124,7 +129,7 @@ class LoraLinear(Function):
         # Without adapters and with nothing to enter, nothing was saved: the input is not needed.
         x, *saved = ctx.saved_tensors or (grad,)
         grad = grad.contiguous()
-        grad_z = grad @ frozen.weight if ctx.needs_input_grad[0] else None
+        grad_z = grad @ frozen.weight() if ctx.needs_input_grad[0] else None
         if saved:
             za, a, *bs = saved
             grad_za = torch.empty_like(za)

@@ -7,9 +7,9 @@ are laid side by side once; the model's own weights become views of them, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from peft import PeftModel
@@ -76,7 +76,7 @@ def _unsupported_adapter(model: Any, base: Any, family: Family) -> str | None:
         if isinstance(module, LoraLayer):
             variants = [*module.lora_variant.values(), *(b for b in module.lora_bias.values() if b)]
             if type(module) is not PeftLinear or variants:
-                return f"{name}: a variant of LoRA (DoRA, trained bias) or quantized weights ({type(module).__name__})"
+                return f"{name}: a variant of LoRA (DoRA, trained bias) ({type(module).__name__})"
             if any(not isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values()):
                 return "lora dropout above 0"
             if module.merged:
@@ -91,11 +91,13 @@ def _unsupported_base(base: Any, family: Family) -> str | None:
     config = base.config
     for layer in base.model.layers:
         for module in (_base(module) for group in _linears(layer, family) for module in group):
-            if type(module) is not nn.Linear:
-                return f"quantized or unknown weights ({type(module).__name__})"
-    weights = list(base.parameters())
-    kinds = {(p.dtype, p.device) for p in weights if not p.requires_grad}
-    if len(kinds) > 1 or not kinds:
+            if type(module) is not nn.Linear and not isinstance(module, Quantized):
+                return f"unknown weights ({type(module).__name__})"
+    weights = [p for p in base.parameters() if not p.requires_grad and p.is_floating_point()]
+    kinds = {(p.dtype, p.device) for p in weights} | {
+        (module.dtype, module.weight.device) for module in base.modules() if isinstance(module, Quantized)
+    }
+    if len(kinds) != 1:
         return "base weights of several types or on several devices"
     if weights[0].dtype not in (torch.float32, torch.bfloat16, torch.float64):
         return f"base weights in {weights[0].dtype}"
@@ -144,22 +146,30 @@ def _activation(config: Any) -> str:
 
 
 class Joined:
-    """Linear modules that share their input, as one frozen weight, with the adapters that are active on them now."""
+    """Linear modules that share their input, as one frozen weight, with the adapters that are active on them now.
 
-    def __init__(self, modules: list[Any], enter: Norm | Glu | None) -> None:
+    Quantized modules stay as they are, and give their weight when it is needed.
+    """
+
+    def __init__(self, modules: list[Any], enter: Norm | Glu | None, workspace: Workspace) -> None:
         self.modules, self.enter = modules, enter
-        bases = [_base(module) for module in modules]
-        self.weight = _side_by_side([base.weight for base in bases])
-        biases = [base.bias for base in bases]
+        self.bases = [_base(module) for module in modules]
+        biases = [base.bias for base in self.bases]
         self.bias = _side_by_side(biases) if biases[0] is not None else None
-        self.views = [(base, base.weight.data_ptr()) for base in bases]
+        self.weight: Callable[[], Tensor]
+        if any(isinstance(base, Quantized) for base in self.bases):
+            self.weight = lambda: workspace.side_by_side(self.bases)
+        else:
+            whole = _side_by_side([base.weight for base in self.bases])
+            self.weight = lambda: whole
+        self.places = [base.weight.data_ptr() for base in self.bases]
 
     def __call__(self, x: Tensor) -> Tensor:
         adapters: list[Tensor] = []
         columns, scales, at = [], [], 0
-        for module, (base, pointer) in zip(self.modules, self.views, strict=True):
-            assert base.weight.data_ptr() == pointer, "the model's weights were moved or replaced after FastLoss"
-            width = base.weight.shape[0]
+        for module, base, place in zip(self.modules, self.bases, self.places, strict=True):
+            assert base.weight.data_ptr() == place, "the model's weights were moved or replaced after FastLoss"
+            width = base.out_features
             if isinstance(module, LoraLayer) and not module.disable_adapters and not module.merged:
                 for name in module.active_adapters:
                     if name in module.lora_A:
@@ -169,6 +179,24 @@ class Joined:
             at += width
         frozen = Frozen(self.weight, self.bias, tuple(columns), tuple(scales))
         return apply(LoraLinear, x, frozen, self.enter, *adapters)
+
+
+class Workspace:
+    """One buffer, as large as the largest weight, that quantized layers give their weight in, one after the other."""
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def side_by_side(self, bases: Sequence[Any]) -> Tensor:
+        """The weights of linear layers with the same input, dequantized, as rows of one (n, k)."""
+        parts = [base.dequantized() if isinstance(base, Quantized) else base.weight for base in bases]
+        if len(parts) == 1:
+            return parts[0].detach()
+        rows, width = sum(len(part) for part in parts), parts[0].shape[1]
+        if self._buffer is None or self._buffer.numel() < rows * width:
+            self._buffer = parts[0].new_empty(rows * width)
+        whole = self._buffer[: rows * width].view(rows, width)
+        return torch.cat(parts, out=whole)
 
 
 def _side_by_side(parts: list[nn.Parameter]) -> Tensor:
@@ -204,6 +232,16 @@ class Layer:
     after_mlp: Norm | None
 
 
+@runtime_checkable
+class Quantized(Protocol):
+    """A frozen linear layer that holds its weight in another form (model.quantize.QuantizedLinear)."""
+
+    dtype: torch.dtype
+    weight: nn.Parameter
+
+    def dequantized(self) -> Tensor: ...
+
+
 class Watch(Protocol):
     """Told of each micro-batch and each layer that is about to be computed; may raise (machine.memory.MemoryWatch)."""
 
@@ -232,6 +270,7 @@ class FastLoss:
         self._device: torch.device = self._head.weight.device
         self._ops = _ops_for(self._device, self._head.weight.dtype)
         family = FAMILIES[base.config.model_type]
+        self._workspace = Workspace()
         self._layers = [self._layer(layer, family, base.config) for layer in base.model.layers]
         self._norm = self._norm_of(base.model.norm, family)
 
@@ -313,12 +352,12 @@ class FastLoss:
         )
         by_type = isinstance(getattr(self._decoder.rotary_emb, "rope_type", None), dict)
         return Layer(
-            Joined(qkv, norm(layer, "input_layernorm")),
+            Joined(qkv, norm(layer, "input_layernorm"), self._workspace),
             heads,
             attention.layer_type if by_type else None,
-            Joined(o, None),
+            Joined(o, None, self._workspace),
             norm(layer, family.after_attention),
-            Joined(gate_up, norm(layer, family.mlp_norm)),
-            Joined(down, Glu(self._ops, _activation(config))),
+            Joined(gate_up, norm(layer, family.mlp_norm), self._workspace),
+            Joined(down, Glu(self._ops, _activation(config)), self._workspace),
             norm(layer, family.after_mlp),
         )

@@ -14,9 +14,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from strop.errors import ModelError
-from strop.model.facts import Source, read_config
+from strop.model.facts import Source, fingerprint, read_config
+from strop.model.quantize import folder_name, make_resident, prequantized
+from strop.model.shards import build, floats, is_whole, quantize_folder
 from strop.model.tokenizer import LOCAL, first_line, gguf_cache, head_folder, plain_config
-from strop.runs.folder import new_folder
+from strop.runs.folder import cache_folder, new_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 transformers.utils.logging.disable_progress_bar()  # strop draws its own
@@ -40,11 +42,42 @@ def skeleton(source: Source) -> nn.Module:
         return _from_config(load_config(source))
 
 
-def load_base(source: Source, dtype: torch.dtype, device: str) -> nn.Module:
+def load_base(
+    source: Source,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    quantization: str = "none",
+    double: bool = True,
+    resident_layers: int = 0,
+) -> nn.Module:
     """The frozen model in eval mode, every weight read from the file.
 
+    quantization: none, nf4, fp4 or int8; double: quantize the constants of 4-bit weights too. resident_layers: how many
+    decoder layers, from the first, have their weights dequantized once rather than for each product.
     Raises ModelError where weights are missing or do not fit (transformers would fill them with random numbers).
     """
+    if quantization == "none":
+        model: Any = _load_16_bit(source, dtype)
+    else:
+        folder = _quantized(source, quantization, double, dtype)
+        model = build(lambda: _from_config(load_config(source)), folder, source.name, quantization, dtype)
+        make_resident(model, resident_layers)
+    bad = [name for name, weight in floats(model) if not torch.isfinite(weight).all()]
+    if bad:
+        raise ModelError(f"{source.name}: weight {bad[0]} holds NaN or infinity", fix="fetch the model again")
+    # what peft writes into adapters as the base's name, by its version from one or the other
+    model.name_or_path = model.config._name_or_path = source.name
+    module: nn.Module = model.to(device).eval().requires_grad_(False)
+    return module
+
+
+def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
+    if prequantized(source.config()):
+        raise ModelError(
+            f"{source.name}: its weights are quantized already",
+            fix=f"use --model.quantization {prequantized(source.config())}",
+        )
     folder = _dequantized(source) if source.kind == "gguf" else source.path
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOCAL
@@ -52,13 +85,22 @@ def load_base(source: Source, dtype: torch.dtype, device: str) -> nn.Module:
     faults = sorted(info.get("missing_keys") or []) + sorted(str(key) for key in info.get("mismatched_keys") or [])
     if faults:
         raise ModelError(f"{source.name}: {len(faults)} weights are missing or of another shape, first {faults[0]}")
-    bad = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
-    if bad:
-        raise ModelError(f"{source.name}: weight {bad[0]} holds NaN or infinity", fix="fetch the model again")
-    # what peft writes into adapters as the base's name, by its version from one or the other
-    model.name_or_path = model.config._name_or_path = source.name
-    module: nn.Module = model.to(device).eval().requires_grad_(False)
-    return module
+    return model
+
+
+def _quantized(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> Path:
+    """The folder with the quantized weights: the source itself, or one in the cache that is made on first use."""
+    already = prequantized(source.config())
+    if already == scheme:
+        return source.path
+    if already is not None:
+        raise ModelError(f"{source.name}: its weights are {already} already", fix=f"use --model.quantization {already}")
+    kept = cache_folder() / "quantized" / fingerprint(source)[:24]
+    folder = kept / folder_name(scheme, double, str(dtype).removeprefix("torch."))
+    if not is_whole(folder):
+        full = Source(source.name, "folder", _dequantized(source) if source.kind == "gguf" else source.path)
+        quantize_folder(full, skeleton(source), folder, scheme, double, dtype)
+    return folder
 
 
 def _from_config(config: Any) -> nn.Module:

@@ -69,10 +69,12 @@ def choose(
     device: str,
     dtype: tuple[str, str],
     adapter: Mapping[str, Any] | None,
+    prequantized: str | None = None,
 ) -> Resolved:
     """Fills in every field that is still open. device: the one found; dtype: (name, why) of the precision probe.
 
-    adapter: adapter_config.json of `model.adapter`, whose shape the recipe then takes.
+    adapter: adapter_config.json of `model.adapter`, whose shape the recipe then takes. prequantized: how the base's
+    weights are quantized on disk, if they are.
     Raises ModelError where an option asks for another shape than the adapter to start from has.
     """
     recipe = resolved.recipe
@@ -94,6 +96,7 @@ def choose(
         rate = learning_rate(shape.parameters)
         pick("train.learning_rate", rate, f"rule for {shape.parameters / 1e6:,.0f}M parameters")
     resolved = resolved.decide(picks)
+    resolved = resolved.decide(_storage(resolved.recipe, machine, shape, prequantized))
     known = recall(memory_key(resolved.recipe, machine, shape))
     tokens, why = max(MICRO_BATCH_TOKENS, recipe.data.max_length), "large enough to keep the cores busy"
     if known.get("micro_batch_tokens"):
@@ -108,6 +111,11 @@ def choose(
     return resolved.decide(picks)
 
 
+def quantized_size_bytes(parameters: int, scheme: str) -> int:
+    """Bytes of quantized weights: 4 bits and 0.127 for their constants (QLoRA, arXiv:2305.14314, 3), or 8 bits."""
+    return int(parameters * (4.127 if scheme != "int8" else 8) / 8)
+
+
 def memory_key(recipe: Recipe, machine: Machine, shape: ModelShape) -> str:
     """What decides whether a micro-batch fits, apart from its size: names what is remembered of running out of memory.
 
@@ -115,7 +123,16 @@ def memory_key(recipe: Recipe, machine: Machine, shape: ModelShape) -> str:
     """
     model, lora = recipe.model, recipe.lora
     parts = (
-        *(machine.cpu, machine.memory_bytes, machine.gpus, shape, model.device, model.dtype, model.quantization),
+        *(
+            machine.cpu,
+            machine.memory_bytes,
+            machine.gpus,
+            shape,
+            model.device,
+            model.dtype,
+            model.quantization,
+            model.resident_layers,
+        ),
         *(lora.r, lora.target_modules, recipe.data.max_length, recipe.train.optimizer),
     )
     return sha256_text(repr(parts))[:24]
@@ -126,10 +143,41 @@ def _checkpointing(recipe: Recipe, machine: Machine, shape: ModelShape, tokens: 
     at_once = recipe.train.micro_batch_tokens or (
         recipe.train.micro_batch * recipe.data.max_length if recipe.train.micro_batch else tokens
     )
-    need = at_once * saved_bytes_per_token(shape, recipe.lora.r) + 4 * shape.parameters
+    need = at_once * saved_bytes_per_token(shape, recipe.lora.r) + _weight_bytes(recipe, shape)
     fits = need < 0.8 * machine.free_bytes
     said = f"{need / 2**30:.1f} GiB at {at_once} tokens, {machine.free_bytes / 2**30:.1f} GiB free"
     return ("off", f"fits: {said}") if fits else ("on", f"would not fit: {said}")
+
+
+def _weight_bytes(recipe: Recipe, shape: ModelShape) -> int:
+    model = recipe.model
+    whole = (4 if model.dtype == "fp32" else 2) * shape.parameters
+    if model.quantization == "none":
+        return whole
+    resident = (model.resident_layers or 0) / shape.layers
+    return int(resident * whole + (1 - resident) * quantized_size_bytes(shape.parameters, str(model.quantization)))
+
+
+def _storage(recipe: Recipe, machine: Machine, shape: ModelShape, prequantized: str | None) -> list[Choice]:
+    """Quantization where the recipe says auto, and how many layers have their quantized weights dequantized once."""
+    model, picks = recipe.model, []
+    tokens = recipe.train.micro_batch_tokens or max(MICRO_BATCH_TOKENS, recipe.data.max_length)
+    whole = (4 if model.dtype == "fp32" else 2) * shape.parameters
+    room = 0.8 * machine.free_bytes - tokens * saved_bytes_per_token(shape, recipe.lora.r)
+    scheme, why = str(model.quantization), ""
+    if model.quantization == "auto":
+        fits = whole < room
+        said = f"{whole / 2**30:.1f} GiB of 16-bit weights, room for {max(room, 0) / 2**30:.1f}"
+        scheme, why = ("none", f"fits: {said}") if fits else ("nf4", f"would not fit: {said}")
+        if prequantized:
+            scheme, why = prequantized, "as the weights are on disk"
+        picks.append(Choice("model.quantization", scheme, "plan", why))
+    if scheme != "none" and model.resident_layers is None:
+        packed = quantized_size_bytes(shape.parameters, scheme)
+        layers = max(0, min(shape.layers, int(shape.layers * (room - packed) / max(1, whole - packed))))
+        said = "dequantized once: faster, as large as 16 bit" if layers else "no room for 16-bit weights"
+        picks.append(Choice("model.resident_layers", layers, "plan", said))
+    return picks
 
 
 def _of_adapter(resolved: Resolved, adapter: Mapping[str, Any]) -> list[Choice]:

@@ -28,6 +28,7 @@ from strop.machine.probe import Machine, probe
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import DTYPES, load_base, load_config, skeleton
 from strop.model.lora import add_lora, as_fp32, check_lora, num_trainable, trainable, weight_change
+from strop.model.quantize import prequantized
 from strop.model.tokenizer import load_tokenizer
 from strop.planning.choose import ModelShape, choose, memory_key
 from strop.runs.events import EventLog, Listener, read_events
@@ -156,7 +157,7 @@ def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolve
     shape = ModelShape.of(load_config(source), sum(weight.numel() for weight in bare.parameters()))
     adapter = read_adapter_config(start) if start is not None else None
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
-    resolved = choose(resolved, machine, shape, device, dtype, adapter)
+    resolved = choose(resolved, machine, shape, device, dtype, adapter, prequantized(source.config()))
     check_lora(bare, resolved.recipe.lora)
     return resolved, memory_key(resolved.recipe, machine, shape), num_trainable(bare, resolved.recipe.lora)
 
@@ -278,7 +279,14 @@ def _build(setup: Setup) -> peft.PeftModel:
     """Base with adapters in train mode; the seed decides the adapters' first values and, from here on, dropout."""
     recipe = setup.resolved.recipe
     assert recipe.model.dtype != "auto"
-    base = load_base(setup.source, DTYPES[recipe.model.dtype], recipe.model.device)
+    base = load_base(
+        setup.source,
+        DTYPES[recipe.model.dtype],
+        recipe.model.device,
+        quantization=recipe.model.quantization,
+        double=recipe.model.double_quantization,
+        resident_layers=recipe.model.resident_layers or 0,
+    )
     torch.manual_seed(recipe.seed)
     start = _start_adapter(recipe)
     if start is not None:
@@ -295,6 +303,7 @@ def _finish(job: Job, setup: Setup, memory: MemoryMark, ended: str) -> dict[str,
     if kept != progress.step:
         checkpoints.load_weights(folder.checkpoint(kept), job.state.weights)
     identity = {name: setup.lock[name] for name in ("base", "template", "data")}
+    identity["quantization"] = setup.resolved.recipe.model.quantization
     identity["system"] = _shared_system(setup.data.train_conversations)
     card = model_card(folder.name, setup.source.name, setup.resolved.recipe, progress.eval_loss)
     save_adapter(job.model, setup.tokenizer, folder.adapter, identity, card)

@@ -1,0 +1,165 @@
+"""The frozen base in 4 or 8 bit: quantized weight by weight while loading, kept on disk, given back when needed.
+
+NF4 and FP4 with double quantization (QLoRA, arXiv:2305.14314) and int8 by rows of the weight (absmax / 127) are
+bitsandbytes' own functions, and its names on disk, so that checkpoints it has quantized load too. Its Linear4bit is not
+used: on a CPU with AVX512-BF16 it repacks its weight in eval mode and gives no gradient from then on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+BLOCK = 64  # weights that share a constant
+NESTED_BLOCK = 256  # constants that share one, when they are quantized too
+SMALLEST = 512  # weights below this many are not worth their constants
+FOUR_BIT = ("nf4", "fp4")
+
+
+class QuantizedLinear(nn.Linear):
+    """y = x W^T + b with W frozen in 4 or 8 bit, dequantized for each product and again in the backward.
+
+    weight: the packed bytes. `constants`: tensors by bitsandbytes' names (absmax, nested_absmax, quant_map, ...).
+    """
+
+    def __init__(self, like: nn.Linear, scheme: str, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = like.in_features, like.out_features
+        self.scheme, self.dtype = scheme, dtype
+        self.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8, device="meta"), requires_grad=False)
+        self.bias = like.bias
+        self.constants: dict[str, Tensor] = {}
+
+    def fill(self, packed: dict[str, Tensor]) -> None:
+        """packed: as `pack` gives it. Raises KeyError or ValueError where it is not whole."""
+        self.weight = nn.Parameter(packed["weight"], requires_grad=False)
+        self.constants = {name: tensor for name, tensor in packed.items() if name != "weight"}
+        if self.scheme in FOUR_BIT:
+            self._described = json.loads(bytes(self.constants.pop(_described(self.scheme)).tolist()))
+            if tuple(self._described["shape"]) != (self.out_features, self.in_features):
+                raise ValueError(f"shape {self._described['shape']}")
+
+    def dequantized(self) -> Tensor:
+        """The weight (out, in) in `dtype`."""
+        if self.scheme == "int8":
+            out = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
+            return torch.mul(self.weight.data, self.constants["SCB"][:, None] / 127, out=out)
+        known, about = self.constants, self._described
+        nested = None
+        if "nested_absmax" in known:
+            nested = bnb.QuantState(
+                known["nested_absmax"], None, known["nested_quant_map"], about["nested_blocksize"], dtype=torch.float32
+            )
+        offset = torch.tensor(about["nested_offset"], device=self.weight.device) if nested is not None else None
+        shape = torch.Size((self.out_features, self.in_features))
+        state = bnb.QuantState(
+            known["absmax"], shape, known["quant_map"], about["blocksize"], self.scheme, self.dtype, offset, nested
+        )
+        weight: Tensor = bnb.dequantize_4bit(self.weight.data, state)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+        return result if self.bias is None else result + self.bias
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # Constants move between devices, and keep their types: `model.to(bfloat16)` must not round them.
+        self.constants = {name: tensor.to(fn(tensor).device) for name, tensor in self.constants.items()}
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.scheme}"
+
+
+class _Product(Function):
+    """x W^T, with W given anew in the backward: nothing but the module is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantized().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad @ ctx.layer.dequantized().to(grad.dtype), None
+
+
+def pack(weight: Tensor, scheme: str, *, double: bool = True) -> dict[str, Tensor]:
+    """A weight (out, in) quantized: `weight` and its constants by bitsandbytes' names. double: the constants too."""
+    if scheme == "int8":
+        rows, scale, _ = bnb.int8_vectorwise_quant(weight.float() if weight.device.type == "cpu" else weight.half())
+        return {"weight": rows, "SCB": scale.float().flatten()}
+    packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=double, quant_type=scheme)
+    return {"weight": packed, **dict(state.as_dict(packed=True))}
+
+
+def _described(scheme: str) -> str:
+    return f"quant_state.bitsandbytes__{scheme}"
+
+
+def why_not(name: str, module: nn.Linear, head: nn.Module | None) -> str | None:
+    """Why a linear layer stays in 16 bit; None where it is quantized."""
+    if module is head or name.rpartition(".")[2] == "lm_head":
+        return "output head"
+    if module.in_features * module.out_features < SMALLEST:
+        return "small"
+    return None
+
+
+def quantizable(model: Any) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers that are quantized, by name."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and why_not(name, module, head) is None:
+            yield name, module
+
+
+def replace_linears(model: nn.Module, scheme: str, dtype: torch.dtype) -> dict[str, QuantizedLinear]:
+    """Puts an empty QuantizedLinear in the place of each layer that is quantized; gives them by name."""
+    found = {name: QuantizedLinear(module, scheme, dtype) for name, module in list(quantizable(model))}
+    for name, module in found.items():
+        _put(model, name, module)
+    return found
+
+
+def make_resident(model: nn.Module, layers: int) -> None:
+    """Turns the quantized weights of the first `layers` decoder layers into 16-bit ones: the same numbers, faster."""
+    for name, module in list(model.named_modules()):
+        number = layer_number(name)
+        if isinstance(module, QuantizedLinear) and (number is None or number < layers):
+            with torch.device("meta"):
+                plain = nn.Linear(module.in_features, module.out_features, bias=False)
+            plain.weight = nn.Parameter(module.dequantized(), requires_grad=False)
+            plain.bias = module.bias
+            _put(model, name, plain)
+
+
+def layer_number(name: str) -> int | None:
+    """The decoder layer that a module's name is in; None outside of them."""
+    return next((int(part) for part in name.split(".")[1:] if part.isdigit()), None)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def prequantized(config: dict[str, Any]) -> str | None:
+    """The scheme of a checkpoint that bitsandbytes has quantized; None for any other."""
+    section = config.get("quantization_config") or {}
+    if section.get("quant_method") != "bitsandbytes":
+        return None
+    return str(section.get("bnb_4bit_quant_type", "fp4")) if section.get("load_in_4bit") else "int8"
+
+
+def folder_name(scheme: str, double: bool, dtype: str) -> str:
+    """The name of a cached quantized base; the numbers in it depend on these, and on the file format's version."""
+    return f"{scheme}{'-double' if double and scheme in FOUR_BIT else ''}-{dtype}-v1"
