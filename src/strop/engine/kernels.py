@@ -5,7 +5,8 @@ Each reads and writes memory once, where PyTorch takes several passes and a copy
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -266,6 +267,11 @@ def _flat(x: Tensor) -> Any:
     """x (T, heads, d), rows anywhere, as one line from its first element to its last."""
     assert x.stride()[1:] == (x.shape[2], 1)
     return _array(x.as_strided(((len(x) - 1) * x.stride(0) + x.shape[1] * x.shape[2],), (1,)))
+
+
+def cache_folder() -> Path:
+    """Where numba keeps these loops compiled."""
+    return Path(cast(Any, _rms_norm).stats.cache_path)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:

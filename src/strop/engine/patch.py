@@ -120,10 +120,14 @@ def _unsupported_base(base: Any, family: Family) -> str | None:
     return None
 
 
-def _ops_for(device: torch.device, dtype: torch.dtype) -> Ops:
+def _ops_for(device: torch.device, dtype: torch.dtype, warm: bool) -> Ops:
     """numba's loops where they apply, else PyTorch's operations: the same numbers, slower."""
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         from strop.engine import kernels  # its import starts threads
+        from strop.engine.warm import compile_once
+
+        if warm:
+            compile_once(dtype, kernels.cache_folder())
 
         return cast(Ops, kernels)
     return cast(Ops, eager)
@@ -254,13 +258,15 @@ class FastLoss:
     """The loss of a micro-batch through the fast step, for models that `unsupported` has no reason against.
 
     prefix_sharing: compute a prefix common to all examples once. checkpoint_layers: this many layers, from the first,
-    keep nothing but their input and are computed again in the backward. Made after the model is on its device and in
-    its type.
+    keep nothing but their input and are computed again in the backward. warm: have the loops compiled beforehand, in
+    another process. Made after the model is on its device and in its type.
     """
 
     watch: Watch | None = None  # looked at before each layer
 
-    def __init__(self, model: nn.Module, *, prefix_sharing: bool = True, checkpoint_layers: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, *, prefix_sharing: bool = True, checkpoint_layers: int = 0, warm: bool = True
+    ) -> None:
         reason = unsupported(model)
         assert reason is None, reason
         base: Any = cast(Any, model).get_base_model()
@@ -268,7 +274,7 @@ class FastLoss:
         self._decoder, self._head = base.model, base.get_output_embeddings()
         self._softcap = float(getattr(base.config, "final_logit_softcapping", None) or 0)
         self._device: torch.device = self._head.weight.device
-        self._ops = _ops_for(self._device, self._head.weight.dtype)
+        self._ops = _ops_for(self._device, self._head.weight.dtype, warm)
         family = FAMILIES[base.config.model_type]
         self._workspace = Workspace()
         self._layers = [self._layer(layer, family, base.config) for layer in base.model.layers]
