@@ -130,6 +130,44 @@ def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, stop_after: int) -
     assert losses(second) == losses(unbroken)
 
 
+OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "lion", "sgd")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_each_optimizer_learns_and_is_resumed_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
+    """r 128, so that the 8-bit optimizer has weights above 4,096 numbers to keep in 8 bit."""
+    rate = {"sgd": 0.5, "lion": 3e-4}.get(optimizer, 2e-3)
+    options = {"train.max_steps": 8, "train.optimizer": optimizer, "train.learning_rate": rate, "lora.r": 128}
+    train = tiny.examples(8)  # each step sees all rows
+    unbroken, first, second = (tiny.job(tmp_path / name, train, **options) for name in ("whole", "cut", "cut"))
+    fit(unbroken)
+    assert losses(unbroken)[-1] < losses(unbroken)[0] - 0.01
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(loop, "stop_signals", _after(4, iter(range(1, 100))))
+        fit(first)
+    state.restore(state.newest(second.folder, pytest.fail), second.state)
+    fit(second)
+    expected = values(unbroken)
+    assert all(torch.equal(weight, expected[name]) for name, weight in values(second).items())
+    for weight in first.state.weights.values():
+        kept = first.state.optimizer.state.get(weight, {})
+        if optimizer == "adamw_8bit" and weight.numel() >= 4096:
+            assert kept["state1"].dtype == torch.uint8
+
+
+def test_paged_is_plain_8_bit_without_cuda_and_sgd_needs_a_rate(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    import strop
+
+    words = {"model": str(tiny_folder), "data": str(rows_file), "train.max_steps": 2}
+    run = strop.train(**words, out=tmp_path / "paged", **{"train.optimizer": "paged_adamw_8bit"})
+    chosen = next(choice for choice in run.report["recipe"] if choice["field"] == "train.optimizer")
+    assert chosen["value"] == "adamw_8bit" and chosen["origin"] == "plan" and "CUDA" in chosen["why"]
+    with pytest.raises(strop.InputError, match="no rule for its learning rate"):
+        strop.train(**words, out=tmp_path / "sgd", **{"train.optimizer": "sgd"})
+
+
 def _after(step: int, asked: Any) -> Any:
     from contextlib import contextmanager
 

@@ -152,6 +152,7 @@ def test_that_test_fails_with_linear4bit_of_bitsandbytes() -> None:
         pytest.skip("the trap needs a CPU with AVX512-BF16")
     theirs = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     theirs.to("cpu")
+
     def gradient() -> Tensor | None:
         x = torch.ones(1, 64, dtype=torch.bfloat16, requires_grad=True)
         y = theirs.train()(x)

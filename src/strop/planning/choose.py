@@ -8,7 +8,7 @@ from typing import Any
 
 from strop.config.load import Choice, Resolved
 from strop.config.schema import Recipe
-from strop.errors import ModelError
+from strop.errors import ModelError, RecipeError
 from strop.machine.memory import recall
 from strop.machine.probe import Machine
 from strop.runs.lock import sha256_text
@@ -93,8 +93,9 @@ def choose(
     if recipe.lora.alpha is None:
         pick("lora.alpha", float(2 * recipe.lora.r), "2 r")
     if recipe.train.learning_rate is None:
-        rate = learning_rate(shape.parameters)
-        pick("train.learning_rate", rate, f"rule for {shape.parameters / 1e6:,.0f}M parameters")
+        pick("train.learning_rate", *_rate(recipe, shape))
+    if recipe.train.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
+        pick("train.optimizer", "adamw_8bit", "there is nothing to page without CUDA")
     resolved = resolved.decide(picks)
     resolved = resolved.decide(_storage(resolved.recipe, machine, shape, prequantized))
     known = recall(memory_key(resolved.recipe, machine, shape))
@@ -156,6 +157,15 @@ def _weight_bytes(recipe: Recipe, shape: ModelShape) -> int:
         return whole
     resident = (model.resident_layers or 0) / shape.layers
     return int(resident * whole + (1 - resident) * quantized_size_bytes(shape.parameters, str(model.quantization)))
+
+
+def _rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
+    rate, why = learning_rate(shape.parameters), f"rule for {shape.parameters / 1e6:,.0f}M parameters"
+    if recipe.train.optimizer == "sgd":
+        raise RecipeError("--train.optimizer sgd: has no rule for its learning rate", fix="give --train.learning_rate")
+    if recipe.train.optimizer == "lion":
+        return float(f"{rate / 5:.2g}"), f"{why}, a fifth of it for lion (arXiv:2302.06675: 3 to 10 times smaller)"
+    return rate, why
 
 
 def _storage(recipe: Recipe, machine: Machine, shape: ModelShape, prequantized: str | None) -> list[Choice]:

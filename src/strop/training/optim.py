@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,17 +13,67 @@ from strop.config.schema import TrainSection
 
 
 def make_optimizer(weights: Mapping[str, nn.Parameter], section: TrainSection) -> torch.optim.Optimizer:
-    """AdamW over the trainable weights, in two groups where LoRA+ gives B another rate than A (arXiv:2402.12354)."""
+    """The recipe's optimizer over the trainable weights, in two groups where LoRA+ gives B another rate than A
+    (arXiv:2402.12354). Its rate is set before each step.
+
+    8-bit optimizers keep their moments in 8 bit by blocks (arXiv:2110.02861), but for weights below 4,096 numbers.
+    """
     ratio = section.lora_plus_ratio
     fast = {name for name in weights if "lora_B" in name or "lora_embedding_B" in name} if ratio != 1 else set()
     groups = [
         {"params": [weight for name, weight in weights.items() if (name in fast) == wanted], "scale": scale}
         for wanted, scale in ((False, 1.0), (True, ratio))
     ]
-    fused = all(weight.device.type in ("cpu", "cuda") for weight in weights.values())
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=0.0, weight_decay=section.weight_decay, fused=fused
+    make = _MAKERS[section.optimizer]
+    return make([group for group in groups if group["params"]], section.weight_decay)
+
+
+def _adamw(groups: Any, decay: float) -> torch.optim.Optimizer:
+    kinds = {weight.device.type for group in groups for weight in group["params"]}
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=decay, fused=kinds <= {"cpu", "cuda"})
+
+
+def _adamw_8bit(groups: Any, decay: float) -> torch.optim.Optimizer:
+    return _bitsandbytes("AdamW8bit", groups, decay)
+
+
+def _paged_adamw_8bit(groups: Any, decay: float) -> torch.optim.Optimizer:
+    return _bitsandbytes("PagedAdamW8bit", groups, decay)
+
+
+def _lion(groups: Any, decay: float) -> torch.optim.Optimizer:
+    return _bitsandbytes("Lion", groups, decay)
+
+
+def _adafactor(groups: Any, decay: float) -> torch.optim.Optimizer:
+    """With the rate as it is given: scaled by a weight's own size, as in the paper, B would never leave zero."""
+    from transformers.optimization import Adafactor
+
+    made: torch.optim.Optimizer = Adafactor(
+        groups, lr=0.0, weight_decay=decay, scale_parameter=False, relative_step=False
     )
+    return made
+
+
+def _sgd(groups: Any, decay: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=0.0, weight_decay=decay)
+
+
+def _bitsandbytes(name: str, groups: Any, decay: float) -> torch.optim.Optimizer:
+    import bitsandbytes
+
+    made: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(groups, lr=1.0, weight_decay=decay)
+    return made
+
+
+_MAKERS = {
+    "adamw": _adamw,
+    "adamw_8bit": _adamw_8bit,
+    "paged_adamw_8bit": _paged_adamw_8bit,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "sgd": _sgd,
+}
 
 
 def warmup_steps(warmup: float, total_steps: int) -> int:

@@ -145,8 +145,7 @@ def restore(checkpoint: Path, state: TrainState) -> None:
     for key, tensor in moments.items():
         name, _, part = key.rpartition("/")
         weight = state.weights[name]
-        place = tensor if part == "step" else tensor.to(weight.device)
-        state.optimizer.state.setdefault(weight, {})[part] = place
+        state.optimizer.state.setdefault(weight, {})[part] = _from_tensor(tensor, weight)
     torch.set_rng_state(random["cpu"])
     for index in range(torch.cuda.device_count()):
         if f"cuda{index}" in random:
@@ -165,11 +164,21 @@ def prune(folder: RunFolder, keep: int, best_step: int | None) -> None:
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    """The optimizer's state; Python numbers as 64-bit tensors without dimensions, which no optimizer has."""
     return {
-        f"{name}/{part}": tensor.detach().cpu().contiguous()
+        f"{name}/{part}": value.detach().cpu().contiguous().clone()
+        if isinstance(value, Tensor)
+        else torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
         for name, weight in state.weights.items()
-        for part, tensor in state.optimizer.state.get(weight, {}).items()
+        for part, value in state.optimizer.state.get(weight, {}).items()
     }
+
+
+def _from_tensor(tensor: Tensor, weight: Tensor) -> Tensor | int | float:
+    if tensor.dim() == 0 and tensor.dtype in (torch.int64, torch.float64):
+        return int(tensor) if tensor.dtype == torch.int64 else float(tensor)
+    # a step count is kept where PyTorch's fused kernels want it: with the weight, on CUDA
+    return tensor.to(weight.device)
 
 
 def _random_tensors() -> dict[str, Tensor]:
