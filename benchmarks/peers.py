@@ -72,6 +72,20 @@ PEERS = {
         ),
         _json_line,
     ),
+    "unsloth, 4 bit": Peer(
+        ("{bench}/unsloth/bin/python", "{baselines}/unsloth_sft.py", "bf16", "grouped", "load4bit"), _result_line
+    ),
+    "trl, 4 bit": Peer(
+        (
+            "{bench}/trl/bin/python",
+            f"{HERE}/trl_defaults.py",
+            "{base}",
+            "{bench}/data100/train.jsonl",
+            "{bench}/out",
+            "4bit",
+        ),
+        _json_line,
+    ),
     "litgpt": Peer(("bash", "{baselines}/litgpt.sh", "bf16"), _litgpt, "logs/litgpt_bf16.log"),
     "llama-factory": Peer(("bash", "{baselines}/llamafactory.sh", "bf16"), _llamafactory, "logs/llamafactory_bf16.log"),
 }

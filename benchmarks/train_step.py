@@ -35,9 +35,12 @@ from peft import LoraConfig, get_peft_model
 from peft import __version__ as peft_version
 
 from strop.data.conversation import Example
+from strop.engine.device import prepare_process
 from strop.engine.patch import FastLoss, unsupported
 from strop.engine.plain import PlainLoss
 from strop.engine.precision import measure
+from strop.model.facts import locate
+from strop.model.load import load_base
 
 SHAPE = {  # SmolLM2-135M
     "vocab_size": 49152,
@@ -66,12 +69,33 @@ def plain(options: argparse.Namespace) -> Result:
     return strop(options, PlainLoss)
 
 
-TOOLS: dict[str, Callable[[argparse.Namespace], Result]] = {"fast": fast, "unshared": unshared, "plain": plain}
+def quantized(scheme: str, resident_layers: int) -> Callable[[argparse.Namespace], Result]:
+    """The fast step on a quantized base: its weights dequantized once (resident) or for each product (streamed)."""
+
+    def tool(options: argparse.Namespace) -> Result:
+        return strop(options, lambda model: FastLoss(model), scheme, resident_layers)
+
+    return tool
 
 
-def strop(options: argparse.Namespace, make: Callable[[Any], Any]) -> Result:
+TOOLS: dict[str, Callable[[argparse.Namespace], Result]] = {
+    "fast": fast,
+    "unshared": unshared,
+    "plain": plain,
+    **{
+        f"{scheme} {where}": quantized(scheme, layers)
+        for scheme in ("nf4", "int8")
+        for where, layers in (("resident", 1 << 20), ("streamed", 0))
+    },
+}
+
+
+def strop(
+    options: argparse.Namespace, make: Callable[[Any], Any], scheme: str = "none", resident_layers: int = 0
+) -> Result:
     """One pass over the rows, an optimizer step a batch; the first batch warms up and does not count."""
-    model, examples = load_model(options), load_examples(options)
+    prepare_process()
+    model, examples = load_model(options, scheme, resident_layers), load_examples(options)
     reason = unsupported(model)
     assert reason is None, reason
     loss = make(model)
@@ -102,10 +126,14 @@ def strop(options: argparse.Namespace, make: Callable[[Any], Any]) -> Result:
     }
 
 
-def load_model(options: argparse.Namespace) -> Any:
+def load_model(options: argparse.Namespace, scheme: str, resident_layers: int) -> Any:
     torch.manual_seed(0)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
-    if options.model:
+    if scheme != "none":
+        base = load_base(
+            locate(options.model), dtype, "cpu", quantization=scheme, resident_layers=resident_layers
+        )  # needs a folder
+    elif options.model:
         base = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
     else:
         base = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPE), dtype=dtype)
@@ -158,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder; default: random weights in the shape of SmolLM2-135M")
     parser.add_argument("--data", help="JSONL of chat rows; needs --model for its tokenizer")
-    parser.add_argument("--tools", default=",".join(TOOLS), help="which, in turn")
+    parser.add_argument("--tools", default="fast,unshared,plain", help=f"which, in turn: {', '.join(TOOLS)}")
     parser.add_argument("--peers", default="", help=f"of {', '.join(PEERS)}; with ; between them")
     parser.add_argument("--bench", help="folder with one virtual environment a peer, and data100/")
     parser.add_argument("--baselines", help="folder with the peers' scripts")

@@ -1,6 +1,7 @@
-"""TRL's SFTTrainer with its defaults, as a beginner starts it; `use_cpu` is the one change. A peer of train_step.py.
+"""TRL's SFTTrainer as a beginner starts it, on a CPU. A peer of train_step.py.
 
-python trl_defaults.py MODEL_FOLDER DATA.jsonl OUT_FOLDER
+python trl_defaults.py MODEL_FOLDER DATA.jsonl OUT_FOLDER          its defaults; `use_cpu` is the one change
+python trl_defaults.py MODEL_FOLDER DATA.jsonl OUT_FOLDER 4bit     the usual QLoRA lesson, in bf16
 """
 
 import json
@@ -13,7 +14,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-model, data, out = sys.argv[1:]
+model, data, out, *quantized = sys.argv[1:]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -27,6 +28,20 @@ class Clock(TrainerCallback):
         self.seconds += time.perf_counter() - self.started
 
 
+if quantized:
+    import torch
+    from peft import prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=torch.bfloat16)
+    model = prepare_model_for_kbit_training(model)
+more = {"optim": "paged_adamw_8bit", "learning_rate": 2e-4, "bf16": True} if quantized else {}
 clock = Clock()
 trainer = SFTTrainer(
     model=model,
@@ -38,6 +53,7 @@ trainer = SFTTrainer(
         logging_steps=1,
         save_strategy="no",
         report_to="none",
+        **more,
     ),
     train_dataset=load_dataset("json", data_files=data, split="train"),
     peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS),

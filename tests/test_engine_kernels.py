@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,3 +137,29 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype, bad: float) -> None:
     ):
         assert out[0].isfinite().all() and not out[1].isfinite().all()
     assert not kernels.rms_norm_backward(x, rand(dtype, 2, 64), weight, 1e-5, 0.0)[1].isfinite().any()
+
+
+def test_the_process_that_compiles_has_the_same_last_bits(tmp_path: Path) -> None:
+    """A parallel loop that was just compiled runs other machine code than one read from numba's cache."""
+    script = """
+import hashlib, torch
+torch.set_num_threads(1)
+from strop.engine.patch import FastLoss
+from strop.config.schema import LoraSection
+from strop.model.lora import add_lora, trainable
+from tests import tiny
+torch.manual_seed(0)
+model = add_lora(tiny.model(), LoraSection(r=2, alpha=4), None)
+FastLoss(model)(tiny.examples(6)).backward()
+grads = b"".join(weight.grad.numpy().tobytes() for weight in trainable(model).values())
+print(hashlib.sha256(grads).hexdigest())
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True,
+        ).stdout
+        for _ in range(2)
+    ]  # fmt: skip
+    assert found[0] == found[1] and len(found[0]) == 65

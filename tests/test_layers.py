@@ -19,12 +19,13 @@ LAYERS = [
     {"data", "model", "engine", "machine"},
     {"adapters", "evaluation", "planning"},
     {"training", "export", "serve"},
-    {"cli", "terminal", "chat", "demo"},
+    {"cli", "flags", "terminal", "chat", "demo"},
 ]
 SIDEWAYS = {
     ("model", "engine"),
     ("engine", "machine"),
     ("evaluation", "adapters"),
+    ("cli", "flags"),
     ("cli", "terminal"),
     ("cli", "chat"),
     ("cli", "demo"),

@@ -415,6 +415,7 @@ def test_modules_lists_layers_with_their_shapes(tiny_folder: Path, capsys: pytes
     assert found["q_proj"]["presets"] == ["auto", "low-memory", "balanced", "max-quality"]
     assert found["gate_proj"]["presets"] == ["auto", "balanced", "max-quality"]
     assert found["down_proj"]["presets"] == ["auto", "max-quality"] and found["lm_head"]["presets"] == []
+    assert found["lm_head"]["kept_16_bit"] == "output head" and found["q_proj"]["kept_16_bit"] is None
 
 
 def test_runs_and_print_recipe(trained: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

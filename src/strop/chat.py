@@ -20,9 +20,10 @@ def converse(
     temperature: float,
     top_p: float,
     seed: int | None,
+    quantization: str = "auto",
     force: bool = False,
 ) -> None:
-    model = load(name, force=force)
+    model = load(name, quantization=quantization, force=force)
     print_notes(model.notes)
     if base and model.adapter is None:
         raise InputError(f"{name}: has no adapter, so --base changes nothing", fix="leave --base out")

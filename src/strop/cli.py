@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import logging
@@ -18,6 +17,7 @@ import typer
 
 from strop import __version__
 from strop.errors import InputError, StropError
+from strop.flags import recipe_options
 from strop.terminal import answering, console, print_notes, print_samples, print_scores, watching
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
@@ -25,6 +25,7 @@ ModelName = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="Run, adapter or model folder, .gguf file, Hub id, or demo.")
 ]
 Memory = Annotated[str | None, typer.Option(help="Use at most this much memory, such as 8GB.", metavar="SIZE")]
+Quantization = Annotated[str, typer.Option(help="none, nf4, fp4, int8; auto: what the adapter was trained on.")]
 Force = Annotated[bool, typer.Option("--force", help="Load an adapter on another base; says what differs.")]
 RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe file (YAML).")]
 
@@ -72,34 +73,6 @@ def build(words: Sequence[str]) -> typer.Typer:
         takes_recipe = "options" in inspect.signature(command).parameters
         app.command(name)(recipe_options(command, name in words) if takes_recipe else command)
     return app
-
-
-def recipe_options(command: Callable[..., Any], wanted: bool) -> Any:
-    """Gives a command one flag for each recipe field; it receives those that were used as `options`."""
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
-    known, short = _recipe_fields() if wanted else ({}, {})
-    flags = {field.replace(".", "__"): field for field in known}
-    added = []
-    for name, field in flags.items():
-        info = known[field]
-        kind = list[str] if field in ("data.train", "data.eval", "track") else str
-        names = [f"--{field}", *([f"--{short[field]}"] if field in short else [])]
-        default = "" if info.is_required() else f" [default: {info.get_default(call_default_factory=True)}]"
-        panel = f"Recipe: {field.partition('.')[0]}" if "." in field else "Recipe"
-        text = (info.description or field) + default
-        option = typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, metavar="VALUE")
-        hint = Annotated[kind | None, option]  # type: ignore[valid-type]
-        added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
-
-    @functools.wraps(command)
-    def run(**given: Any) -> Any:
-        options = {flags[name]: value for name, value in given.items() if name in flags and value not in (None, [])}
-        return command(**{p.name: given[p.name] for p in own}, options=_parsed(options))
-
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    return run
 
 
 def train(
@@ -156,6 +129,7 @@ def evaluate(
     metric: Annotated[str, typer.Option(help="exact, exact_json, contains or regex.")] = "exact",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 80,
     samples: Annotated[int, typer.Option(min=0, help="Answers to show.")] = 3,
+    quantization: Quantization = "auto",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -180,6 +154,7 @@ def chat(
         float, typer.Option(min=0.01, max=1, help="Sample among the likeliest tokens of this total share.")
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    quantization: Quantization = "auto",
     force: Force = False,
 ) -> None:
     """Talk to a model in the terminal, or through a pipe: one line a turn."""
@@ -193,6 +168,7 @@ def chat(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        quantization=quantization,
         force=force,
     )
 
@@ -249,10 +225,11 @@ def modules(
         for preset in ("auto", "low-memory", "balanced", "max-quality")
     }
     rows = [{**asdict(k), "presets": [preset for preset, names in presets.items() if k.name in names]} for k in kinds]
-    table = Table("name", "type", "in", "out", "count", "picked by preset")
+    table = Table("name", "type", "in", "out", "count", "picked by preset", "quantized")
     for kind, row in zip(kinds, rows, strict=True):
         sizes = (str(kind.in_features), str(kind.out_features), str(kind.count))
-        table.add_row(kind.name, kind.type, *sizes, ", ".join(row["presets"]) or "none")
+        quantized = f"no: {kind.kept_16_bit}" if kind.kept_16_bit else "yes"
+        table.add_row(kind.name, kind.type, *sizes, ", ".join(row["presets"]) or "none", quantized)
     console.print(table)
     _print_json({"modules": rows}, as_json)
 
@@ -336,25 +313,6 @@ def _version_option(
     ] = False,
 ) -> None:
     pass
-
-
-def _recipe_fields() -> tuple[dict[str, Any], dict[str, str]]:
-    """Field infos by dotted name, and the short form of those that have one."""
-    from strop.config.load import SHORT
-    from strop.config.schema import option_fields
-
-    return dict(option_fields()), {field: name for name, field in SHORT.items()}
-
-
-def _parsed(options: dict[str, Any]) -> dict[str, Any]:
-    from strop.config.load import parse_option
-
-    return {
-        field: (value[0] if len(value) == 1 and field != "track" else value)
-        if isinstance(value, list)
-        else parse_option(field, value)
-        for field, value in options.items()
-    }
 
 
 def _print_json(value: dict[str, Any], as_json: bool) -> None:

@@ -41,6 +41,7 @@ def evaluate_model(
     metric: str = "exact",
     max_new_tokens: int = 80,
     advance: Advance | None = None,
+    quantization: str = "auto",
     force: bool = False,
 ) -> dict[str, Any]:
     """Base and tuned on the rows of `data` (base alone where there is no adapter); see compare.compare for the result.
@@ -55,7 +56,7 @@ def evaluate_model(
         raise DataError(f"{data}: no row ends with an assistant turn", fix="give rows with the right answers")
     golds = [(question.conversation.file, question.conversation.line) for question in asked]
     check_golds(metric, [question.gold for question in asked], golds)
-    model = load(name, force=force)
+    model = load(name, quantization=quantization, force=force)
     result = {"run": name, **compare(model, rows, metric=metric, max_new_tokens=max_new_tokens, advance=advance)}
     result["notes"] = list(model.notes)
     if is_run(Path(name)):

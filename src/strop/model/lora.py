@@ -15,6 +15,7 @@ from torch import nn
 
 from strop.config.schema import LoraSection
 from strop.errors import ModelError, nearest
+from strop.model.quantize import why_not
 
 TARGET_SETS = ("all-linear", "attention", "gate")
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
@@ -30,16 +31,21 @@ class LinearKind:
     out_features: int
     count: int
     sets: tuple[str, ...]  # the named target sets that hold it
+    kept_16_bit: str | None  # why a quantized base keeps it in 16 bit, if it does
 
 
 def linear_kinds(model: nn.Module) -> list[LinearKind]:
     """Every kind of linear layer in the model's order; the output head belongs to no target set."""
-    found: dict[tuple[str, str, int, int], tuple[int, str]] = {}
+    found: dict[tuple[str, str, int, int], tuple[int, str, nn.Linear]] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
             key = (path.rpartition(".")[2], type(module).__name__, module.in_features, module.out_features)
-            found[key] = (found.get(key, (0, path))[0] + 1, path)
-    return [LinearKind(*key, count, _sets_of(path)) for key, (count, path) in found.items()]
+            found[key] = (found[key][0] + 1 if key in found else 1, path, module)
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
+    return [
+        LinearKind(*key, count, _sets_of(path), why_not(path, module, head))
+        for key, (count, path, module) in found.items()
+    ]
 
 
 def target_names(kinds: Sequence[LinearKind], targets: str | Sequence[str]) -> list[str]:

@@ -1,0 +1,57 @@
+"""A recipe's fields as command-line flags: made from the schema, never written down twice."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+
+def recipe_options(command: Callable[..., Any], wanted: bool) -> Any:
+    """Gives a command one flag for each recipe field; it receives those that were used as `options`."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
+    known, short = _recipe_fields() if wanted else ({}, {})
+    flags = {field.replace(".", "__"): field for field in known}
+    added = []
+    for name, field in flags.items():
+        info = known[field]
+        kind = list[str] if field in ("data.train", "data.eval", "track") else str
+        names = [f"--{field}", *([f"--{short[field]}"] if field in short else [])]
+        default = "" if info.is_required() else f" [default: {info.get_default(call_default_factory=True)}]"
+        panel = f"Recipe: {field.partition('.')[0]}" if "." in field else "Recipe"
+        text = (info.description or field) + default
+        option = typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, metavar="VALUE")
+        hint = Annotated[kind | None, option]  # type: ignore[valid-type]
+        added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
+
+    @functools.wraps(command)
+    def run(**given: Any) -> Any:
+        options = {flags[name]: value for name, value in given.items() if name in flags and value not in (None, [])}
+        return command(**{p.name: given[p.name] for p in own}, options=_parsed(options))
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def _recipe_fields() -> tuple[dict[str, Any], dict[str, str]]:
+    """Field infos by dotted name, and the short form of those that have one."""
+    from strop.config.load import SHORT
+    from strop.config.schema import option_fields
+
+    return dict(option_fields()), {field: name for name, field in SHORT.items()}
+
+
+def _parsed(options: dict[str, Any]) -> dict[str, Any]:
+    from strop.config.load import parse_option
+
+    return {
+        field: (value[0] if len(value) == 1 and field != "track" else value)
+        if isinstance(value, list)
+        else parse_option(field, value)
+        for field, value in options.items()
+    }
