@@ -268,6 +268,28 @@ def test_a_time_budget_ends_with_an_adapter_and_can_go_on(
     assert code == 0 and second["steps"] > first["steps"] and second["ended"] == "time", err
 
 
+def test_json_of_a_run_that_failed_holds_what_there_is(
+    tiny_folder: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from strop.errors import DiskError
+    from strop.training import loop
+
+    def full(job: Any) -> None:
+        if job.state.progress.step == 4:
+            raise DiskError("full")
+
+    monkeypatch.setattr(loop, "save", full)
+    words = ["train", "--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "r", "--train.save_steps", "2"]
+    code, out, _ = run(*words, *QUICK, "--json", capsys=capsys)
+    said = json.loads(out)
+    assert code == said["exit"] == 1 and said["error"]["kind"] == "DiskError"
+    assert said["run"] == str(tmp_path / "r") and said["steps"] == 4 and said["tokens"] > 0 and said["loss"]["last"] > 0
+
+
 def test_no_room_on_the_disk_is_said_before_anything_loads(
     tiny_folder: Path,
     rows_file: Path,

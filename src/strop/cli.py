@@ -41,7 +41,7 @@ def main() -> None:
     try:
         sys.exit(build(sys.argv[1:])(standalone_mode=False) or 0)
     except StropError as error:
-        _fail(error.lines(), error.as_json(), error.exit_code)
+        _fail(error.lines(), error.as_json(), error.exit_code, error.so_far)
     except KeyboardInterrupt:
         _fail(["stopped at once; the last checkpoint is intact"], {"kind": "Stopped", "message": "interrupted"}, 130)
     except Exception as error:  # the one place for faults of ours: never a traceback unless asked
@@ -330,10 +330,10 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _fail(lines: list[str], error: dict[str, Any], code: int) -> None:
+def _fail(lines: list[str], error: dict[str, Any], code: int, so_far: Mapping[str, Any] | None = None) -> None:
     for line in lines:
         console.print(f"error: {line}", markup=False, style="red" if code != 130 else "yellow")
-    _print_json({"error": error}, "--json" in sys.argv)
+    _print_json({**(so_far or {}), "error": error, "exit": code}, "--json" in sys.argv)
     sys.exit(code)
 
 

@@ -47,6 +47,7 @@ class StropError(Exception):
         self.what = what
         self.fix = fix
         self.where = tuple(where)
+        self.so_far: dict[str, Any] = {}  # what `--json` reports beside the error
 
     @property
     def kind(self) -> str:

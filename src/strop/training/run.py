@@ -20,7 +20,7 @@ from strop.data.conversation import Conversation
 from strop.data.prepare import Prepared, prepare
 from strop.engine.choose import step_for
 from strop.engine.device import pick_device, pick_dtype, prepare_process
-from strop.errors import FolderError, InputError, MemoryLimitError, ModelError, Where
+from strop.errors import FolderError, InputError, MemoryLimitError, ModelError, StropError, Where
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.report import write_report
 from strop.machine.memory import MemoryMark, MemoryWatch, is_out_of_memory, mark
@@ -230,9 +230,11 @@ def _execute(
             if resuming and folder.checkpoints():
                 _restore(job, changed)
             _announce(job, setup)
+            ended = "steps"
             if recipe.model.device == "cpu":  # CUDA says by itself when there is no more
                 job.step.watch(MemoryWatch(setup.machine.memory_bytes, setup.machine.free_bytes))
-            ended = fit(job) if job.state.progress.step < _total(job) else "steps"
+            if job.state.progress.step < _total(job):
+                ended = _fit(job)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -242,6 +244,14 @@ def _execute(
         log.emit("end", step=job.state.progress.step, seconds=report["seconds"], adapter=report["adapter"])
     write_report(folder.path, report, read_events(folder.events))
     return Run(folder.path, report)
+
+
+def _fit(job: Job) -> str:
+    try:
+        return fit(job)
+    except StropError as error:
+        error.so_far = {"run": str(job.folder.path), **_figures(job.state.progress)}
+        raise
 
 
 def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog) -> Job:
@@ -310,15 +320,7 @@ def _finish(job: Job, setup: Setup, memory: MemoryMark, ended: str) -> dict[str,
     data, change = setup.data.report.as_json(), weight_change(job.model)
     report: dict[str, Any] = {
         "run": str(folder.path),
-        "steps": progress.step,
-        "tokens": progress.tokens,
-        "supervised_tokens": progress.supervised_tokens,
-        "tokens_per_s": progress.tokens / max(progress.seconds, 1e-9),
-        "supervised_tokens_per_s": progress.supervised_tokens / max(progress.seconds, 1e-9),
-        "seconds": progress.seconds,
-        "eval_seconds": progress.eval_seconds,
-        "save_seconds": progress.save_seconds,
-        "loss": {"first": progress.first_loss, "last": progress.last_loss},
+        **_figures(progress),
         "eval_loss": progress.best_loss,
         "skipped_steps": progress.skipped_steps,
         "rollbacks": progress.rollbacks,
@@ -337,6 +339,21 @@ def _finish(job: Job, setup: Setup, memory: MemoryMark, ended: str) -> dict[str,
     }
     write_json(folder.report, report)
     return report
+
+
+def _figures(progress: Progress) -> dict[str, Any]:
+    seconds = max(progress.seconds, 1e-9)
+    return {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "supervised_tokens": progress.supervised_tokens,
+        "tokens_per_s": progress.tokens / seconds,
+        "supervised_tokens_per_s": progress.supervised_tokens / seconds,
+        "seconds": progress.seconds,
+        "eval_seconds": progress.eval_seconds,
+        "save_seconds": progress.save_seconds,
+        "loss": {"first": progress.first_loss, "last": progress.last_loss},
+    }
 
 
 def _shared_system(conversations: Iterable[Conversation]) -> str | None:

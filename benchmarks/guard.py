@@ -1,0 +1,55 @@
+"""What the guard, the memory watch and a checkpoint cost beside a training step, on this machine.
+
+    python benchmarks/guard.py RUN
+
+RUN: a finished run, whose steps and saves are read from its events; the rest is measured here.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from strop.machine.memory import MemoryWatch
+from strop.runs.events import read_events
+from strop.training.guard import RECENT, look
+from strop.training.state import Progress
+
+
+def seconds_of(function: Callable[[], object], times: int = 2000) -> float:
+    started = time.perf_counter()
+    for _ in range(times):
+        function()
+    return (time.perf_counter() - started) / times
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    events = read_events(folder / "events.jsonl")
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    step = report["seconds"] / report["steps"]
+    progress = Progress(recent=[1.0 + 0.01 * n for n in range(RECENT)])
+    guard, watch = seconds_of(lambda: look(progress, 1.3, 0.5)), seconds_of(MemoryWatch(1 << 50, 1 << 50))
+    layers = 2 * 30  # forward, and again in the backward where layers are recomputed
+    saves = [event["seconds"] for event in events if event["event"] == "save"]
+    print(
+        json.dumps(
+            {
+                "step_s": step,
+                "guard_share": guard / step,
+                "watch_share_at_60_looks": layers * watch / step,
+                "save_s_median": statistics.median(saves),
+                "saves": len(saves),
+                "save_share": report["save_seconds"] / report["seconds"],
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
