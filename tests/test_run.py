@@ -297,7 +297,7 @@ def test_no_room_on_the_disk_is_said_before_anything_loads(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("strop.training.run.free_bytes", lambda path: 1_000_000)
+    monkeypatch.setattr("strop.training.setup.free_bytes", lambda path: 1_000_000)
     words = ["train", "--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "r"]
     code, _, err = run(*words, capsys=capsys)
     assert code == 2 and "1 MB are free" in err and not (tmp_path / "r").exists()

@@ -89,7 +89,7 @@ def train(
 
     resolved = resolve(recipe, options)
     if print_recipe:
-        from strop.training.run import preview
+        from strop.training.setup import preview
 
         print(preview(resolved, memory=_bytes(memory)).as_yaml(), end="")
         return

@@ -13,42 +13,34 @@ from typing import Any
 import peft
 import torch
 
-from strop.adapters import adapter_folder, attach, model_card, read_adapter_config, save_adapter
+from strop.adapters import attach, model_card, save_adapter
 from strop.config.load import Resolved, read_resolved, resolve
 from strop.config.schema import Recipe
 from strop.data.conversation import Conversation
-from strop.data.prepare import Prepared, prepare
 from strop.engine.choose import step_for
-from strop.engine.device import pick_device, pick_dtype, prepare_process
-from strop.errors import FolderError, InputError, MemoryLimitError, ModelError, StropError, Where
+from strop.errors import InputError, MemoryLimitError, StropError, Where
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.report import write_report
 from strop.machine.memory import MemoryMark, MemoryWatch, is_out_of_memory, mark
-from strop.machine.probe import Machine, probe
-from strop.model.facts import Source, fingerprint, locate
-from strop.model.load import DTYPES, load_base, load_config, skeleton
-from strop.model.lora import add_lora, as_fp32, check_lora, num_trainable, trainable, weight_change
-from strop.model.quantize import prequantized
-from strop.model.tokenizer import load_tokenizer
-from strop.planning.choose import ModelShape, choose, memory_key
+from strop.model.load import DTYPES, load_base
+from strop.model.lora import add_lora, as_fp32, trainable, weight_change
 from strop.runs.events import EventLog, Listener, read_events
 from strop.runs.folder import (
     RunFolder,
-    cache_folder,
     create,
     disk_faults,
-    free_bytes,
     next_numbered,
     open_run,
     write_atomic,
     write_json,
 )
-from strop.runs.lock import Difference, allowed, differences, sha256_text, versions
+from strop.runs.lock import Difference, allowed, differences
 from strop.training import state as checkpoints
 from strop.training.loop import Job, fit, stream_of
 from strop.training.optim import make_optimizer
+from strop.training.setup import Setup, check_space, set_up, start_adapter
 from strop.training.state import Progress, TrainState
-from strop.training.track import check_trackers, tracking
+from strop.training.track import tracking
 
 
 @dataclass(frozen=True)
@@ -57,20 +49,6 @@ class Run:
 
     folder: Path
     report: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a run is made of, all checked, before any weights are read."""
-
-    resolved: Resolved
-    machine: Machine
-    source: Source
-    tokenizer: Any
-    data: Prepared
-    lock: dict[str, Any]
-    memory_key: str
-    num_weights: int  # trainable ones
 
 
 def train(resolved: Resolved, listeners: Sequence[Listener] = (), *, memory: int | None = None) -> Run:
@@ -82,8 +60,8 @@ def train(resolved: Resolved, listeners: Sequence[Listener] = (), *, memory: int
     folder = create(Path(resolved.recipe.out) if resolved.recipe.out else _numbered(resolved.recipe))
     with folder.claim():
         try:
-            setup = _set_up(resolved, memory)
-            _check_space(folder, setup)
+            setup = set_up(resolved, memory)
+            check_space(folder, setup)
         except InputError:
             folder.remove_if_empty()
             raise
@@ -114,7 +92,7 @@ def resume(
         before = json.loads(folder.lock.read_text(encoding="utf-8"))
         torch.set_num_threads(before["threads"])  # sums are split by thread: another number, other last bits
         resolved = resolve(folder.recipe, options) if options else read_resolved(folder.recipe)
-        setup = _set_up(resolved, memory)
+        setup = set_up(resolved, memory)
         changed = differences(before, setup.lock)
         refused = [change for change in changed if not allowed(change, allow_changed)]
         if refused:
@@ -122,7 +100,7 @@ def resume(
                 Where(str(folder.path), None, f"{change.name} is not what the run was started with: "
                       f"{change.was} then, {change.now} now") for change in refused
             ])  # fmt: skip
-        _check_space(folder, setup)
+        check_space(folder, setup)
         if changed:
             write_atomic(folder.recipe, setup.resolved.as_yaml())
             write_json(folder.lock, {**setup.lock, "overrides": [*before.get("overrides", []), *map(asdict, changed)]})
@@ -136,75 +114,10 @@ def _how_to_allow(refused: Sequence[Difference]) -> str:
     return "put it back, or start a new run (from this adapter with --model.adapter)"
 
 
-def preview(resolved: Resolved, *, memory: int | None = None) -> Resolved:
-    """The complete recipe that `train` would use here; reads no weights and no data."""
-    return _plan(resolved, locate(resolved.recipe.model.name, resolved.recipe.model.revision), probe(memory))[0]
-
-
 def _numbered(recipe: Recipe) -> Path:
     """runs/<first data file>-N"""
     first = recipe.data.train if isinstance(recipe.data.train, str) else recipe.data.train[0]
     return next_numbered(Path("runs"), re.sub(r"[^A-Za-z0-9._-]+", "-", Path(first).stem) or "run")
-
-
-def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolved, str, int]:
-    """The complete recipe, what running out of memory is remembered under, and how many weights are trained."""
-    recipe = resolved.recipe
-    prepare_process()
-    device = pick_device(recipe.model.device)
-    start = _start_adapter(recipe)
-    bare = skeleton(source)
-    shape = ModelShape.of(load_config(source), sum(weight.numel() for weight in bare.parameters()))
-    adapter = read_adapter_config(start) if start is not None else None
-    dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
-    resolved = choose(resolved, machine, shape, device, dtype, adapter, prequantized(source.config()))
-    check_lora(bare, resolved.recipe.lora)
-    return resolved, memory_key(resolved.recipe, machine, shape), num_trainable(bare, resolved.recipe.lora)
-
-
-def _start_adapter(recipe: Recipe) -> Path | None:
-    if recipe.model.adapter is None:
-        return None
-    folder = adapter_folder(recipe.model.adapter)
-    if folder is None:
-        raise ModelError(
-            f"--model.adapter {recipe.model.adapter}: no adapter there", fix="give a run or adapter folder"
-        )
-    return folder
-
-
-def _set_up(resolved: Resolved, memory: int | None = None) -> Setup:
-    check_trackers(resolved.recipe.track)
-    machine, source = probe(memory), locate(resolved.recipe.model.name, resolved.recipe.model.revision)
-    resolved, key, num_weights = _plan(resolved, source, machine)
-    tokenizer = load_tokenizer(source)
-    data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data")
-    if data.renderer.template is not None:  # data.template: the adapter's tokenizer must say what it was trained with
-        tokenizer.chat_template = data.renderer.template
-    lock = {
-        "base": {"name": source.name, "fingerprint": fingerprint(source)},
-        "data": data.hash,
-        "template": data.renderer.template_hash,
-        "recipe": sha256_text(json.dumps(resolved.recipe.model_dump(exclude={"out"}), sort_keys=True)),
-        "values": {field: choice.value for field, choice in resolved.choices.items()},
-        "seed": resolved.recipe.seed,
-        "precision": resolved.recipe.model.dtype,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "machine": asdict(machine),
-    }
-    return Setup(resolved, machine, source, tokenizer, data, lock, key, num_weights)
-
-
-def _check_space(folder: RunFolder, setup: Setup) -> None:
-    """Raises FolderError where the disk has no room for the run's checkpoints (one more than are kept, and the best)
-    and its adapter."""
-    checkpoint = checkpoints.size_bytes(setup.num_weights)
-    needed = (setup.resolved.recipe.train.keep_checkpoints + 2) * checkpoint + 4 * setup.num_weights + (16 << 20)
-    free = free_bytes(folder.path)
-    if free < needed:
-        what = f"{folder.path}: the run needs {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free"
-        raise FolderError(what, fix="free some space, give --out another disk, or lower --train.keep_checkpoints")
 
 
 def _execute(
@@ -298,7 +211,7 @@ def _build(setup: Setup) -> peft.PeftModel:
         resident_layers=recipe.model.resident_layers or 0,
     )
     torch.manual_seed(recipe.seed)
-    start = _start_adapter(recipe)
+    start = start_adapter(recipe)
     if start is not None:
         model = as_fp32(attach(base, start, setup.source, trainable=True)[0])
     else:

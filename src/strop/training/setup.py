@@ -1,0 +1,107 @@
+"""What a run is made of, all checked before any weights are read: model, machine, plan, data, room on the disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from strop.adapters import adapter_folder, read_adapter_config
+from strop.config.load import Resolved
+from strop.config.schema import Recipe
+from strop.data.prepare import Prepared, prepare
+from strop.engine.device import pick_device, pick_dtype, prepare_process
+from strop.errors import FolderError, ModelError
+from strop.machine.probe import Machine, probe
+from strop.model.facts import Source, fingerprint, locate
+from strop.model.load import load_config, skeleton
+from strop.model.lora import check_lora, num_trainable
+from strop.model.quantize import prequantized
+from strop.model.tokenizer import load_tokenizer
+from strop.planning.choose import ModelShape, choose, memory_key
+from strop.runs.folder import RunFolder, cache_folder, free_bytes
+from strop.runs.lock import sha256_text, versions
+from strop.training import state as checkpoints
+from strop.training.track import check_trackers
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made of, all checked, before any weights are read."""
+
+    resolved: Resolved
+    machine: Machine
+    source: Source
+    tokenizer: Any
+    data: Prepared
+    lock: dict[str, Any]
+    memory_key: str
+    num_weights: int  # trainable ones
+
+
+def preview(resolved: Resolved, *, memory: int | None = None) -> Resolved:
+    """The complete recipe that `train` would use here; reads no weights and no data."""
+    return _plan(resolved, locate(resolved.recipe.model.name, resolved.recipe.model.revision), probe(memory))[0]
+
+
+def set_up(resolved: Resolved, memory: int | None = None) -> Setup:
+    check_trackers(resolved.recipe.track)
+    machine, source = probe(memory), locate(resolved.recipe.model.name, resolved.recipe.model.revision)
+    resolved, key, num_weights = _plan(resolved, source, machine)
+    tokenizer = load_tokenizer(source)
+    data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data")
+    if data.renderer.template is not None:  # data.template: the adapter's tokenizer must say what it was trained with
+        tokenizer.chat_template = data.renderer.template
+    lock = {
+        "base": {"name": source.name, "fingerprint": fingerprint(source)},
+        "data": data.hash,
+        "template": data.renderer.template_hash,
+        "recipe": sha256_text(json.dumps(resolved.recipe.model_dump(exclude={"out"}), sort_keys=True)),
+        "values": {field: choice.value for field, choice in resolved.choices.items()},
+        "seed": resolved.recipe.seed,
+        "precision": resolved.recipe.model.dtype,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "machine": asdict(machine),
+    }
+    return Setup(resolved, machine, source, tokenizer, data, lock, key, num_weights)
+
+
+def check_space(folder: RunFolder, setup: Setup) -> None:
+    """Raises FolderError where the disk has no room for the run's checkpoints (one more than are kept, and the best)
+    and its adapter."""
+    checkpoint = checkpoints.size_bytes(setup.num_weights)
+    needed = (setup.resolved.recipe.train.keep_checkpoints + 2) * checkpoint + 4 * setup.num_weights + (16 << 20)
+    free = free_bytes(folder.path)
+    if free < needed:
+        what = f"{folder.path}: the run needs {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free"
+        raise FolderError(what, fix="free some space, give --out another disk, or lower --train.keep_checkpoints")
+
+
+def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolved, str, int]:
+    """The complete recipe, what running out of memory is remembered under, and how many weights are trained."""
+    recipe = resolved.recipe
+    prepare_process()
+    device = pick_device(recipe.model.device)
+    start = start_adapter(recipe)
+    bare = skeleton(source)
+    shape = ModelShape.of(load_config(source), sum(weight.numel() for weight in bare.parameters()))
+    adapter = read_adapter_config(start) if start is not None else None
+    dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
+    resolved = choose(resolved, machine, shape, device, dtype, adapter, prequantized(source.config()))
+    check_lora(bare, resolved.recipe.lora)
+    return resolved, memory_key(resolved.recipe, machine, shape), num_trainable(bare, resolved.recipe.lora)
+
+
+def start_adapter(recipe: Recipe) -> Path | None:
+    if recipe.model.adapter is None:
+        return None
+    folder = adapter_folder(recipe.model.adapter)
+    if folder is None:
+        raise ModelError(
+            f"--model.adapter {recipe.model.adapter}: no adapter there", fix="give a run or adapter folder"
+        )
+    return folder
