@@ -38,7 +38,7 @@ def main() -> None:
         lab = Lab(Path(folder) / "lab")
         cases: dict[str, Callable[[], Tally]] = {
             "kills": lambda: suite.kills(lab, options.kills),
-            "crash_points": lambda: suite.crash_points(lab, 1),
+            "crash_points": lambda: suite.crash_points(lab, 2),
             "cold": lambda: suite.cold_kills(lambda out: lab.words(out, "fast"), Path(folder) / "cold", options.cold),
             "real": lambda: suite.cold_kills(_real_words, Path(folder) / "real", options.real),
             "damage": lambda: suite.damage(lab),
