@@ -163,3 +163,16 @@ print(hashlib.sha256(grads).hexdigest())
         for _ in range(2)
     ]  # fmt: skip
     assert found[0] == found[1] and len(found[0]) == 65
+
+
+def test_sums_do_not_depend_on_where_memory_lies() -> None:
+    """A row, and right behind it a buffer with the gap that the loops give it: the same sum as far from it."""
+    import numba
+
+    loop: Any = numba.njit(fastmath=True, error_model="numpy")(
+        lambda row, top, buffer: kernels._exps(row, top, buffer[kernels.GAP :])
+    )
+    memory = np.zeros(2048, dtype=np.float32)
+    memory[:40] = np.random.default_rng(0).standard_normal(40)
+    sums = {loop(memory[:40], np.float32(3.0), memory[at : at + kernels.GAP + 40]) for at in range(40, 400)}
+    assert len(sums) == 1

@@ -203,6 +203,28 @@ def check(
         raise typer.Exit(InputError.exit_code)
 
 
+def merge(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run or adapter folder.")],
+    out: Annotated[Path, typer.Option(help="The new model folder.")],
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    data: Annotated[str | None, typer.Option("--data", help="Rows to measure on; default: the run's own.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge the adapter into its base, and measure that it is still the same model."""
+    from strop.export.merge import merge as merge_into
+
+    merged = merge_into(run, out, dtype=dtype, data=data)
+    for base, loss in merged.base_losses.items():
+        console.print(f"[bold]base[/]     {base}: loss {loss:.4f}{' (taken)' if base == merged.base else ''}")
+    parity = merged.parity
+    console.print(
+        f"[bold]parity[/]   mean KL {parity.kl_mean:.2g}, at most {parity.kl_max:.2g}; top-1 agreement "
+        f"{parity.top1_agreement:.2%} of {parity.positions:,} positions; loss {parity.loss_difference:+.1e}"
+    )
+    console.print(f"[bold]merged[/]   {merged.out}")
+    _print_json(merged.as_json(), as_json)
+
+
 def modules(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, run folder, or demo.")],
     as_json: Json = False,
@@ -300,6 +322,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "resume": resume,
     "eval": evaluate,
     "chat": chat,
+    "merge": merge,
     "modules": modules,
     "runs": runs,
     "schema": schema,

@@ -9,6 +9,7 @@ StropError                what, fix, where; never raised itself
 ├── RunError              it was tried and failed                                   exit 1
 │   ├── DivergedError     training went wrong and going back did not help
 │   │   └── NonFiniteError    loss or gradient is NaN or infinite
+│   ├── ParityError       what was made is not the model it was made of
 │   ├── MemoryLimitError  out of memory, and nothing left that would save some
 │   ├── DiskError         the disk is full or broken
 │   └── CheckpointError   no checkpoint that verifies
@@ -102,6 +103,10 @@ class DivergedError(RunError):
 
 
 class NonFiniteError(DivergedError):
+    pass
+
+
+class ParityError(RunError):
     pass
 
 

@@ -10,16 +10,21 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from strop.machine.probe import probe
-from strop.runs.folder import find_runs
 from strop.runs.lock import versions
 from tests.faults import suite
 from tests.faults.suite import Lab, Tally
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
+ORDER = (
+    "kills", "crash_points", "cold", "real", "damage", "full_disk", "not_finite", "out_of_memory", "interrupts",
+    "two_at_once",
+)  # fmt: skip
 PEER_OF = {  # our case -> the peer's
     "kills": "kills", "cold": "kills", "damage": "damage", "full_disk": "full_disk", "not_finite": "not_finite",
     "out_of_memory": "out_of_memory", "interrupts": "interrupts",
@@ -32,35 +37,43 @@ def main() -> None:
     parser.add_argument("--cold", type=int, default=20)
     parser.add_argument("--real", type=int, default=10, help="kills of runs of the demo model")
     parser.add_argument("--peer", help="a Python that has trl")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "reliability.md")
+    parser.add_argument("--cases", help="only these, with commas; the others stay as they were found last")
     options = parser.parse_args()
+    found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as folder, suite.one_thread():
         lab = Lab(Path(folder) / "lab")
         cases: dict[str, Callable[[], Tally]] = {
             "kills": lambda: suite.kills(lab, options.kills),
-            "crash_points": lambda: suite.crash_points(lab, 2),
-            "cold": lambda: suite.cold_kills(lambda out: lab.words(out, "fast"), Path(folder) / "cold", options.cold),
-            "real": lambda: suite.cold_kills(_real_words, Path(folder) / "real", options.real),
             "damage": lambda: suite.damage(lab),
             "full_disk": lambda: suite.full_disk(lab),
             "not_finite": lambda: suite.not_finite(lab),
             "out_of_memory": lambda: suite.out_of_memory(Lab(Path(folder) / "eval", eval_share=True), 30),
             "interrupts": lambda: suite.interrupts(lab, 40),
             "two_at_once": lambda: suite.two_at_once(lab, 10),
+            "crash_points": lambda: suite.crash_points(lab, 4),
+            "cold": lambda: suite.cold_kills(lambda out: lab.words(out, "fast"), Path(folder) / "cold", options.cold),
+            "real": lambda: suite.cold_kills(_real_words, Path(folder) / "real", options.real),
         }
-        tallies = {}
-        for name, case in cases.items():
+        wanted = options.cases.split(",") if options.cases else list(cases)
+        for name in wanted:
             started = time.monotonic()
-            tallies[name] = tally = case()
+            tally = cases[name]()
+            found[name] = {**asdict(tally), "date": time.strftime("%Y-%m-%d")}
             print(
                 f"{name}: {tally.tried} times, {len(tally.wrong)} wrong, {time.monotonic() - started:.0f} s", flush=True
             )
             for wrong in tally.wrong[:3]:
                 print("   ", wrong[:500], flush=True)
-        peer = _peer(options.peer, lab.folder) if options.peer else {}
-    options.out.write_text(_page(tallies, peer), encoding="utf-8")
-    assert not find_runs(Path(folder))
-    raise SystemExit(any(tally.wrong for tally in tallies.values()))
+            _keep(found)
+        if options.peer:
+            found["peer"] = _peer(options.peer, lab.folder)
+            _keep(found)
+    raise SystemExit(any(found[name]["wrong"] for name in wanted))
+
+
+def _keep(found: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (ROOT / "docs" / "reliability.md").write_text(_page(found), encoding="utf-8")
 
 
 def _real_words(out: Path) -> list[str]:
@@ -77,13 +90,14 @@ def _peer(python: str, lab: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def _page(tallies: dict[str, Tally], peer: dict[str, Any]) -> str:
+def _page(found: dict[str, Any]) -> str:
+    peer = found.get("peer", {})
     machine, ours = probe(), versions()
     where = f"{time.strftime('%Y-%m-%d')}, {machine.cpu}, {machine.cores} cores, {platform.system()}"
     what = f"strop {ours['strop']}, torch {ours['torch']}"
     if peer:
-        theirs = peer["versions"]
-        what += f"; peer: a plain SFTTrainer script, trl {theirs['trl']}, transformers {theirs['transformers']}"
+        known = peer["versions"]
+        what += f"; peer: a plain SFTTrainer script, trl {known['trl']}, transformers {known['transformers']}"
     lines = [
         "# Reliability",
         "",
@@ -96,17 +110,18 @@ def _page(tallies: dict[str, Tally], peer: dict[str, Any]) -> str:
         "| fault | times | strop: ended as it should | plain SFTTrainer |",
         "|---|---|---|---|",
     ]
+    tallies = {name: found[name] for name in ORDER if name in found}
     for name, tally in tallies.items():
-        what = tally.what + (" (SmolLM2-135M)" if name == "real" else "")
-        found = _theirs(peer.get(PEER_OF.get(name, ""), []))
-        lines.append(f"| {what} | {tally.tried} | {_ours(tally)} | {found} |")
-    wrong = [f"- {tally.what}: {text}" for tally in tallies.values() for text in tally.wrong]
+        what = tally["what"] + (" (SmolLM2-135M)" if name == "real" else "")
+        theirs = _theirs(peer.get(PEER_OF.get(name, ""), []))
+        lines.append(f"| {what} | {tally['tried']} | {_ours(tally)} | {theirs} |")
+    wrong = [f"- {tally['what']}: {text}" for tally in tallies.values() for text in tally["wrong"]]
     return "\n".join([*lines, "", _MEANING, *(["## What went wrong", "", *wrong] if wrong else [])]).rstrip() + "\n"
 
 
-def _ours(tally: Tally) -> str:
-    more = "".join(f"; {name}: {value:.3g}" for name, value in tally.figures.items())
-    return ("all" if not tally.wrong else f"all but {len(tally.wrong)}") + more
+def _ours(tally: dict[str, Any]) -> str:
+    more = "".join(f"; {name}: {value:.3g}" for name, value in tally["figures"].items())
+    return ("all" if not tally["wrong"] else f"all but {len(tally['wrong'])}") + more
 
 
 def _theirs(found: list[str]) -> str:

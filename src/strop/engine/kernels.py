@@ -17,6 +17,9 @@ from strop.engine import eager
 from strop.engine.compiled import exp, greater, inline, loop, narrow, sigmoid, wide
 from strop.engine.packed import Places
 
+# Numbers in front of a buffer that a loop sums up while it fills it. Where the buffer begins within one vector of the
+# row that is read, LLVM takes the loop's scalar form, and the order of the sum depends on where memory happens to lie.
+GAP = 256
 TASKS = 64  # parts of the rows that a loop with a buffer of its own deals out to the threads
 
 
@@ -130,7 +133,7 @@ def _seen(i: Any, queries: Any, group: Any, first: Any, window: Any) -> Any:
 def _softmax(scores: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
     rows, n = scores.shape
     for task in prange(TASKS):
-        exps = np.empty(n, dtype=np.float32)
+        exps = np.empty(GAP + n, dtype=np.float32)[GAP:]
         for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
             begin, end = _seen(i, queries, group, first, window)
             row = scores[i, begin:end]
@@ -163,7 +166,7 @@ def _softmax_backward(grad: Any, probs: Any, queries: Any, group: Any, first: An
 def _cross_entropy(logits: Any, labels: Any, weights: Any, gradient: Any, losses: Any) -> None:
     rows, n = logits.shape
     for task in prange(TASKS):
-        exps = np.empty(n, dtype=np.float32)
+        exps = np.empty(GAP + n, dtype=np.float32)[GAP:]
         for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
             top = _top(logits[i])
             total = _exps(logits[i], top, exps)

@@ -72,13 +72,18 @@ def load_base(
     return module
 
 
+def weights_folder(source: Source) -> Path:
+    """The folder with a source's 16-bit weights; a GGUF file's are made on first use."""
+    return _dequantized(source) if source.kind == "gguf" else source.path
+
+
 def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
     if prequantized(source.config()):
         raise ModelError(
             f"{source.name}: its weights are quantized already",
             fix=f"use --model.quantization {prequantized(source.config())}",
         )
-    folder = _dequantized(source) if source.kind == "gguf" else source.path
+    folder = weights_folder(source)
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOCAL
     )
@@ -98,7 +103,7 @@ def _quantized(source: Source, scheme: str, double: bool, dtype: torch.dtype) ->
     kept = cache_folder() / "quantized" / fingerprint(source)[:24]
     folder = kept / folder_name(scheme, double, str(dtype).removeprefix("torch."))
     if not is_whole(folder):
-        full = Source(source.name, "folder", _dequantized(source) if source.kind == "gguf" else source.path)
+        full = Source(source.name, "folder", weights_folder(source))
         quantize_folder(full, skeleton(source), folder, scheme, double, dtype)
     return folder
 

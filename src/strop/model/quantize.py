@@ -101,6 +101,15 @@ def pack(weight: Tensor, scheme: str, *, double: bool = True) -> dict[str, Tenso
     return {"weight": packed, **dict(state.as_dict(packed=True))}
 
 
+def unpack(packed: dict[str, Tensor], scheme: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The weight that `pack` quantized, as a model of this type on it sees it."""
+    with torch.device("meta"):
+        like = nn.Linear(shape[1], shape[0], bias=False)
+    layer = QuantizedLinear(like, scheme, dtype)
+    layer.fill(packed)
+    return layer.dequantized()
+
+
 def _described(scheme: str) -> str:
     return f"quant_state.bitsandbytes__{scheme}"
 

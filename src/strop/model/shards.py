@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,6 +38,11 @@ class Tensors:
     def get(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
+
+    def size_bytes(self, name: str) -> int:
+        """Bytes of a tensor in 32 bit, unread."""
+        shape: list[int] = self._files[name].get_slice(name).get_shape()
+        return 4 * math.prod(shape)
 
     def under(self, name: str) -> dict[str, Tensor]:
         """Constants of a quantized weight: of `x.weight`, x.weight.absmax as absmax, and x.SCB as SCB."""

@@ -56,6 +56,10 @@ class RunFolder:
     def report(self) -> Path:
         return self.path / "report.json"
 
+    @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:06d}"
 

@@ -86,9 +86,12 @@ def resume(
     Raises InputError where anything else differs that decides the numbers.
     """
     folder = open_run(path)
-    if folder.finished:
-        return Run(folder.path, json.loads(folder.report.read_text(encoding="utf-8")))
     with folder.claim(), disk_faults(folder.path):
+        if folder.finished:
+            report = json.loads(folder.report.read_text(encoding="utf-8"))
+            if not folder.page.is_file():  # it was killed just before its last line
+                write_report(folder.path, report, read_events(folder.events))
+            return Run(folder.path, report)
         before = json.loads(folder.lock.read_text(encoding="utf-8"))
         torch.set_num_threads(before["threads"])  # sums are split by thread: another number, other last bits
         resolved = resolve(folder.recipe, options) if options else read_resolved(folder.recipe)
@@ -226,7 +229,8 @@ def _finish(job: Job, setup: Setup, memory: MemoryMark, ended: str) -> dict[str,
     if kept != progress.step:
         checkpoints.load_weights(folder.checkpoint(kept), job.state.weights)
     identity = {name: setup.lock[name] for name in ("base", "template", "data")}
-    identity["quantization"] = setup.resolved.recipe.model.quantization
+    model = setup.resolved.recipe.model
+    identity |= {"quantization": model.quantization, "dtype": model.dtype}
     identity["system"] = _shared_system(setup.data.train_conversations)
     card = model_card(folder.name, setup.source.name, setup.resolved.recipe, progress.eval_loss)
     save_adapter(job.model, setup.tokenizer, folder.adapter, identity, card)

@@ -1,0 +1,250 @@
+"""An adapter into its base: in fp32, tensor by tensor, and then measured against the adapter on the base.
+
+Never into quantized weights: rounding to 4 bits loses a small adapter whole (TRAPS 0, finding 3). The folder appears
+when it is complete and verified; a merge that was cut short goes on from the shards that are whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from strop.adapters import ALL_LAYERS, WEIGHTS_FILE, adapter_folder, attach, read_adapter_config, read_identity
+from strop.config.load import read_resolved
+from strop.data.conversation import Example
+from strop.data.prepare import prepare
+from strop.engine.choose import step_for
+from strop.errors import FolderError, ModelError, RecipeError
+from strop.evaluation.loss import mean_loss
+from strop.export.parity import LIMITS, Parity, compare
+from strop.model.facts import Source, fingerprint, locate
+from strop.model.load import DTYPES, load_base, load_config, skeleton, weights_folder
+from strop.model.quantize import pack, quantizable, unpack
+from strop.model.shards import Tensors
+from strop.model.tokenizer import load_tokenizer
+from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, write_json
+from strop.runs.lock import sha256_file
+
+SHARD_BYTES = 1 << 30
+CHOOSING_ROWS = 64  # on which two bases are compared
+
+
+@dataclass(frozen=True)
+class Merged:
+    out: Path
+    files: list[str]
+    base: str  # original or dequantized
+    base_losses: dict[str, float]  # of the adapter on either, where both were tried
+    parity: Parity
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out), "files": self.files, "base": self.base, "base_losses": self.base_losses,
+            "parity": self.parity.as_json(),
+        }  # fmt: skip
+
+
+def merge(name: str, out: Path, *, dtype: str = "bf16", data: str | None = None) -> Merged:
+    """Merges the adapter of a run or adapter folder into a new model folder of the given type.
+
+    data: rows to measure on; default: the run's own evaluation rows, or training rows.
+    Raises InputError before anything is written; ParityError where the merged model is not the tuned one.
+    """
+    folder = adapter_folder(name)
+    if folder is None:
+        raise ModelError(f"{name}: no adapter there", fix="give a run or adapter folder")
+    if dtype not in LIMITS:
+        raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among {', '.join(LIMITS)}")
+    if out.exists():
+        raise FolderError(f"{out}: is there already", fix="give --out a new folder")
+    source = locate(str(read_adapter_config(folder)["base_model_name_or_path"]))
+    trained_on = read_identity(folder).get("base")
+    if trained_on and trained_on["fingerprint"] != fingerprint(source):
+        raise ModelError(f"{folder}: trained on {trained_on['name']}, which is not {source.name}")
+    scheme = str(read_identity(folder).get("quantization", "none"))
+    examples = _examples(name, folder, source, data)
+    base, losses = _better_base(source, folder, scheme, examples)
+    tuned = lambda: _tuned(source, folder, scheme if base == "dequantized" else "none")  # noqa: E731
+    with disk_faults(out.parent):
+        partial = _write(source, folder, out, scheme if base == "dequantized" else "none", dtype)
+        parity = compare(tuned, lambda: _loaded(partial), examples, LIMITS[dtype])
+        if not parity.passed:
+            shutil.rmtree(partial)
+        parity.check(str(out))
+        partial.replace(out)
+        fsync_folder(out.parent)
+    return Merged(out, sorted(file.name for file in out.iterdir()), base, losses, parity)
+
+
+def _examples(name: str, folder: Path, source: Source, data: str | None) -> list[Example]:
+    tokenizer = load_tokenizer(Source(source.name, "folder", folder))
+    if data is None and not is_run(Path(name)):
+        raise ModelError(f"{name}: an adapter folder has no rows to measure on", fix="give --data")
+    if is_run(Path(name)):
+        section = read_resolved(RunFolder(Path(name)).recipe).recipe.data
+        section = section if data is None else section.model_copy(update={"train": data, "eval": None})
+    else:
+        from strop.config.schema import DataSection
+
+        section = DataSection(train=str(data))
+    prepared = prepare(section, tokenizer, cache=cache_folder() / "data")
+    held_out = prepared.eval if prepared.eval is not None else prepared.train
+    return [held_out[row] for row in range(min(len(held_out), 2000))]
+
+
+def _better_base(source: Source, folder: Path, scheme: str, examples: list[Example]) -> tuple[str, dict[str, float]]:
+    """Which base an adapter trained on a quantized one does better on: the dequantized, or the original. Measured."""
+    if scheme == "none":
+        return "original", {}
+    losses = {}
+    for base, quantization in (("original", "none"), ("dequantized", scheme)):
+        model = _tuned(source, folder, quantization)
+        losses[base] = mean_loss(
+            step_for(model).token_loss, examples[:CHOOSING_ROWS], lambda block: [[n] for n in range(len(block))]
+        )
+        del model
+    return min(losses, key=lambda base: losses[base]), losses
+
+
+def _tuned(source: Source, folder: Path, quantization: str) -> Any:
+    """The adapter on its base, computing in fp32; quantized weights are rounded as they were in training."""
+    if quantization == "none":
+        base = load_base(source, torch.float32, "cpu")
+    else:
+        base = load_base(
+            source, _trained_in(folder), "cpu", quantization=quantization, resident_layers=ALL_LAYERS
+        ).float()
+    return attach(base, folder, source)[0].eval()
+
+
+def _trained_in(folder: Path) -> torch.dtype:
+    return DTYPES[str(read_identity(folder).get("dtype", "bf16"))]
+
+
+def _loaded(folder: Path) -> Any:
+    return load_base(Source(str(folder), "folder", folder), torch.float32, "cpu")
+
+
+def _write(source: Source, folder: Path, out: Path, scheme: str, dtype: str) -> Path:
+    """The merged folder under a name of its own; shards that an earlier try left whole are kept."""
+    partial = out.with_name(f"{out.name}.partial")
+    made_of = {
+        "adapter": sha256_file(folder / WEIGHTS_FILE),
+        "base": fingerprint(source),
+        "scheme": scheme,
+        "dtype": dtype,
+    }
+    progress = partial / "merge.json"
+    done: dict[str, Any] = json.loads(progress.read_text(encoding="utf-8")) if progress.is_file() else {}
+    if done.get("of") != made_of:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        done = {"of": made_of, "shards": {}}
+    change, trained_in = _changes(source, folder), _trained_in(folder)
+    bare = skeleton(source)
+    quantized = {f"{name}.weight" for name, _ in quantizable(bare)} if scheme != "none" else set()
+    index: dict[str, str] = {}
+    with ExitStack() as stack:
+        tensors = Tensors(weights_folder(source), stack)
+        for number, names in enumerate(_shards(tensors)):
+            file = f"model-{number + 1:05d}.safetensors"
+            index |= dict.fromkeys(names, file)
+            if done["shards"].get(file) == (sha256_file(partial / file) if (partial / file).is_file() else ""):
+                continue
+            shard = {}
+            for name in names:
+                weight = tensors.get(name)
+                if name in quantized:
+                    weight = unpack(pack(weight.to(trained_in), scheme), scheme, weight.shape, trained_in)
+                changed = change(name, weight)
+                shard[name] = changed.to(DTYPES[dtype]) if changed.is_floating_point() else changed
+            save_file(shard, partial / file, {"format": "pt"})
+            done["shards"][file] = sha256_file(partial / file)
+            write_json(progress, done)
+    size = sum((partial / file).stat().st_size for file in set(index.values()))
+    write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
+    _write_rest(source, folder, partial, dtype)
+    progress.unlink()
+    return partial
+
+
+def _shards(tensors: Tensors) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name in sorted(tensors.names()):
+        if names and size + tensors.size_bytes(name) > SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensors.size_bytes(name)
+    yield names
+
+
+def _changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
+    """What the adapter makes of a base tensor, by its name; fp32 where it changes something.
+
+    Raises ModelError for what is trained besides LoRA layers and whole modules, which no merged weight can hold.
+    """
+    saved = {_plain(key): tensor for key, tensor in load_file(folder / WEIGHTS_FILE).items()}
+    config = peft.LoraConfig.from_pretrained(str(folder))
+    scales = _scales(source, config)
+    known = {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_magnitude_vector.weight"}
+    for key in saved:
+        if not any(key.endswith(f".{part}") for part in (*known, "weight", "bias")) or "token_adapter" in key:
+            raise ModelError(f"{folder}: {key} cannot be merged", fix="serve the adapter on its base")
+
+    def change(name: str, weight: Tensor) -> Tensor:
+        module = name.removesuffix(".weight")
+        if name in saved:
+            return saved[name].float()
+        a, b = saved.get(f"{module}.lora_A.weight"), saved.get(f"{module}.lora_B.weight")
+        if a is None or b is None or name == module:
+            return weight
+        merged = weight.float().addmm(b.float(), a.float(), alpha=scales[module])
+        magnitude = saved.get(f"{module}.lora_magnitude_vector", saved.get(f"{module}.lora_magnitude_vector.weight"))
+        if magnitude is not None:  # DoRA, arXiv:2402.09353: the rows keep their learned length
+            merged *= (magnitude.float() / merged.norm(dim=1))[:, None]
+        return merged
+
+    return change
+
+
+def _plain(key: str) -> str:
+    return key.removeprefix("base_model.model.")
+
+
+def _scales(source: Source, config: Any) -> dict[str, float]:
+    """The scale of each adapted module, as peft computes it from rank, alpha, patterns and rsLoRA."""
+    adapted = peft.get_peft_model(skeleton(source), config)
+    found = {}
+    for name, module in adapted.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer) and module.scaling:
+            found[_plain(name)] = float(next(iter(module.scaling.values())))
+            assert math.isfinite(found[_plain(name)])
+    return found
+
+
+def _write_rest(source: Source, folder: Path, out: Path, dtype: str) -> None:
+    """Config, generation config, tokenizer and template, as they were trained with."""
+    config = load_config(source)
+    config.dtype = DTYPES[dtype]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(out)
+    for file in folder.iterdir():
+        if file.is_file() and file.name not in (WEIGHTS_FILE, "adapter_config.json", "strop.json", "README.md"):
+            shutil.copy2(file, out / file.name)
+    generation = weights_folder(source) / "generation_config.json"
+    if generation.is_file():
+        shutil.copy2(generation, out / "generation_config.json")

@@ -1,0 +1,118 @@
+"""Whether two models are the same: their next-token distributions, position by position, on the same rows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from strop.data.conversation import Example
+from strop.errors import ParityError
+
+POSITIONS = 2048  # compared, or as many as there are
+
+
+@dataclass(frozen=True)
+class Limit:
+    """kl_mean: nats, at most; top1_agreement: share of positions, at least."""
+
+    kl_mean: float
+    top1_agreement: float
+
+
+LIMITS = {"fp32": Limit(1e-6, 0.995), "bf16": Limit(1e-3, 0.995), "fp16": Limit(1e-3, 0.995)}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """kl_mean, kl_max: KL(reference || other) in nats. loss_difference: of the supervised tokens, other - reference."""
+
+    positions: int
+    kl_mean: float
+    kl_max: float
+    top1_agreement: float
+    loss_difference: float
+    limit: Limit
+
+    @property
+    def passed(self) -> bool:
+        """Also false where anything is NaN."""
+        return self.kl_mean <= self.limit.kl_mean and self.top1_agreement >= self.limit.top1_agreement
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+    def check(self, what: str) -> None:
+        """Raises ParityError beyond the limit."""
+        if not self.passed:
+            raise ParityError(
+                f"{what}: not the same model: mean KL {self.kl_mean:.2g} (limit {self.limit.kl_mean:.2g}), "
+                f"top-1 agreement {self.top1_agreement:.2%} (limit {self.limit.top1_agreement:.2%})",
+                fix="nothing was kept; please report it with the base's name",
+            )
+
+
+def compare(
+    reference: Callable[[], Any], other: Callable[[], Any], examples: Sequence[Example], limit: Limit
+) -> Parity:
+    """Both models, loaded one after the other, on the first POSITIONS positions of the rows.
+
+    reference, other: each loads a transformers model that computes in fp32; only one is in memory at a time, the
+    reference's distributions wait in a file. All positions count for KL and agreement, supervised ones for the loss.
+    """
+    examples = _enough(examples)
+    total = sum(len(example) - 1 for example in examples)
+    with tempfile.TemporaryDirectory() as folder:
+        kept: Any = None
+        loss, at = 0.0, 0
+        model = reference()
+        for example in examples:
+            logs = _log_probabilities(model, example)
+            if kept is None:
+                kept = np.memmap(Path(folder) / "kept", np.float32, "w+", shape=(total, logs.shape[1]))
+            kept[at : at + len(logs)] = logs.numpy()
+            loss, at = loss + _loss(logs, example), at + len(logs)
+        del model
+        model = other()
+        divergences, same, other_loss, at = [], 0, 0.0, 0
+        for example in examples:
+            logs = _log_probabilities(model, example)
+            wanted = torch.from_numpy(np.array(kept[at : at + len(logs)]))
+            divergences.append((wanted.exp() * (wanted - logs)).sum(1))
+            same += int((wanted.argmax(1) == logs.argmax(1)).sum())
+            other_loss, at = other_loss + _loss(logs, example), at + len(logs)
+    kl = torch.cat(divergences).clamp(min=0)  # below zero by rounding alone; NaN stays
+    weight = sum(float(example.weights[1:].sum()) for example in examples)
+    return Parity(total, float(kl.mean()), float(kl.max()), same / total, (other_loss - loss) / weight, limit)
+
+
+def _enough(examples: Sequence[Example]) -> list[Example]:
+    found, total = [], 0
+    for example in (examples[row] for row in range(len(examples))):
+        found.append(example)
+        total += len(example) - 1
+        if total >= POSITIONS:
+            break
+    assert total, "parity needs rows"
+    return found
+
+
+def _log_probabilities(model: Any, example: Example) -> Tensor:
+    """(positions - 1, vocabulary) in fp32: what is predicted for each token but the first."""
+    ids = torch.from_numpy(example.ids.astype(np.int64))[None].to(next(model.parameters()).device)
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    return F.log_softmax(logits, -1).cpu()
+
+
+def _loss(logs: Tensor, example: Example) -> float:
+    labels = torch.from_numpy(example.ids[1:].astype(np.int64))
+    weights = torch.from_numpy(example.weights[1:].copy())
+    return float(-(logs.gather(1, labels[:, None])[:, 0] * weights).sum())
