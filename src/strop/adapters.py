@@ -96,7 +96,7 @@ def attach(
         if not force:
             raise ModelError(what, fix="load it on its own base (chat and eval take --force)")
         notes.append(what)
-    _check_weights(folder, identity)
+    check_weights(folder)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
@@ -107,9 +107,9 @@ def attach(
     return model, notes
 
 
-def _check_weights(folder: Path, identity: dict[str, Any]) -> None:
+def check_weights(folder: Path) -> None:
     """Raises ModelError for an adapter file that is damaged, was changed since it was saved, or holds NaN."""
-    file, known = folder / WEIGHTS_FILE, identity.get("weights", {}).get("sha256")
+    file, known = folder / WEIGHTS_FILE, read_identity(folder).get("weights", {}).get("sha256")
     safetensors_header(file)
     bad = [name for name, weight in load_file(file).items() if not torch.isfinite(weight).all()]
     if bad:

@@ -20,7 +20,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from strop.adapters import ALL_LAYERS, WEIGHTS_FILE, adapter_folder, attach, read_adapter_config, read_identity
+from strop.adapters import (
+    ALL_LAYERS,
+    WEIGHTS_FILE,
+    adapter_folder,
+    attach,
+    check_weights,
+    read_adapter_config,
+    read_identity,
+)
 from strop.config.load import read_resolved
 from strop.data.conversation import Example
 from strop.data.prepare import prepare
@@ -34,7 +42,7 @@ from strop.model.quantize import pack, quantizable, unpack
 from strop.model.shards import Tensors
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, write_json
-from strop.runs.lock import sha256_file
+from strop.runs.lock import sha256_file, sha256_text
 
 SHARD_BYTES = 1 << 30
 CHOOSING_ROWS = 64  # on which two bases are compared
@@ -73,6 +81,7 @@ def merge(name: str, out: Path, *, dtype: str = "bf16", data: str | None = None)
     if trained_on and trained_on["fingerprint"] != fingerprint(source):
         raise ModelError(f"{folder}: trained on {trained_on['name']}, which is not {source.name}")
     scheme = str(read_identity(folder).get("quantization", "none"))
+    check_weights(folder)
     examples = _examples(name, folder, source, data)
     base, losses = _better_base(source, folder, scheme, examples)
     tuned = lambda: _tuned(source, folder, scheme if base == "dequantized" else "none")  # noqa: E731
@@ -165,10 +174,11 @@ def _write(source: Source, folder: Path, out: Path, scheme: str, dtype: str) -> 
             shard = {}
             for name in names:
                 weight = tensors.get(name)
+                if scheme != "none" and weight.is_floating_point():  # as it was in training, rounding included
+                    weight = weight.to(trained_in)
                 if name in quantized:
-                    weight = unpack(pack(weight.to(trained_in), scheme), scheme, weight.shape, trained_in)
-                changed = change(name, weight)
-                shard[name] = changed.to(DTYPES[dtype]) if changed.is_floating_point() else changed
+                    weight = unpack(pack(weight, scheme), scheme, weight.shape, trained_in)
+                shard[name] = _rounded(name, change(name, weight), weight, DTYPES[dtype])
             save_file(shard, partial / file, {"format": "pt"})
             done["shards"][file] = sha256_file(partial / file)
             write_json(progress, done)
@@ -177,6 +187,23 @@ def _write(source: Source, folder: Path, out: Path, scheme: str, dtype: str) -> 
     _write_rest(source, folder, partial, dtype)
     progress.unlink()
     return partial
+
+
+def _rounded(name: str, merged: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
+    """The merged weight in its new type; a changed one in bf16 is rounded up or down at random, in proportion.
+
+    Rounding to nearest takes back what is smaller than half a step: 83 % of the weights of a lightly trained adapter
+    came out as they had been, mean KL 4.7e-3; this way the mean of the change is kept, mean KL 6.7e-5 (docs/log.md).
+    The random numbers belong to the tensor's name: the same merge gives the same bits.
+    """
+    if not merged.is_floating_point():
+        return merged
+    if dtype != torch.bfloat16 or merged is base:
+        return merged.to(dtype)
+    generator = torch.Generator().manual_seed(int(sha256_text(name)[:8], 16))
+    bits = merged.float().contiguous().view(torch.int32)
+    dither = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, generator=generator)
+    return ((bits + dither) & -(1 << 16)).view(torch.float32).to(dtype)
 
 
 def _shards(tensors: Tensors) -> Iterator[list[str]]:
