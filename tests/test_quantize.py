@@ -238,3 +238,12 @@ def test_a_run_on_a_quantized_base_and_its_answers(
         other = strop.load(out, dtype="fp32", quantization="none").module(prompt).logits
     torch.testing.assert_close(same, streamed, rtol=1e-5, atol=1e-5)
     assert (same - other).abs().max() > 1e-4  # in 16 bit the base is not the one that was trained on
+
+
+def test_without_bitsandbytes_it_says_what_to_do(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(ModelError, match="bitsandbytes") as raised:
+        pack(torch.randn(64, 64), "nf4")
+    assert "--model.quantization none" in raised.value.fix

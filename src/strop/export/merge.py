@@ -253,6 +253,7 @@ def _plain(key: str) -> str:
 
 def _scales(source: Source, config: Any) -> dict[str, float]:
     """The scale of each adapted module, as peft computes it from rank, alpha, patterns and rsLoRA."""
+    config.base_model_name_or_path = None  # peft would warn that the skeleton has another name
     adapted = peft.get_peft_model(skeleton(source), config)
     found = {}
     for name, module in adapted.named_modules():

@@ -11,16 +11,27 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from strop.errors import ModelError
+
 BLOCK = 64  # weights that share a constant
 NESTED_BLOCK = 256  # constants that share one, when they are quantized too
 SMALLEST = 512  # weights below this many are not worth their constants
 FOUR_BIT = ("nf4", "fp4")
+
+
+def _bitsandbytes() -> Any:
+    """bitsandbytes.functional. Raises ModelError where the package is missing or does not fit this machine."""
+    try:
+        import bitsandbytes.functional as functional
+    except (ImportError, OSError, RuntimeError) as error:
+        what = f"bitsandbytes, which quantizes, cannot be used here: {str(error).splitlines()[0]}"
+        raise ModelError(what, fix="pip install -U bitsandbytes, or --model.quantization none") from None
+    return functional
 
 
 class QuantizedLinear(nn.Linear):
@@ -51,7 +62,7 @@ class QuantizedLinear(nn.Linear):
         if self.scheme == "int8":
             out = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
             return torch.mul(self.weight.data, self.constants["SCB"][:, None] / 127, out=out)
-        known, about = self.constants, self._described
+        bnb, known, about = _bitsandbytes(), self.constants, self._described
         nested = None
         if "nested_absmax" in known:
             nested = bnb.QuantState(
@@ -94,6 +105,7 @@ class _Product(Function):
 
 def pack(weight: Tensor, scheme: str, *, double: bool = True) -> dict[str, Tensor]:
     """A weight (out, in) quantized: `weight` and its constants by bitsandbytes' names. double: the constants too."""
+    bnb = _bitsandbytes()
     if scheme == "int8":
         rows, scale, _ = bnb.int8_vectorwise_quant(weight.float() if weight.device.type == "cpu" else weight.half())
         return {"weight": rows, "SCB": scale.float().flatten()}
