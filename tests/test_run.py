@@ -429,6 +429,31 @@ def test_chat_through_a_pipe(
     assert code == 0 and len(out.splitlines()) >= 2
 
 
+def test_chat_commands_through_a_pipe(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    def said(*lines: str) -> tuple[list[str], str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+        code, out, err = run("chat", trained, "--max-new-tokens", "4", capsys=capsys)
+        assert code == 0
+        return out.splitlines(), err
+
+    tuned, _ = said("what is 2")
+    base, _ = said("/base", "what is 2")
+    both, _ = said("/compare", "what is 2")
+    assert tuned != base and both == [f"base: {base[0]}", f"tuned: {tuned[0]}"]
+    again, _ = said(
+        "what is 2", "/reset", "what is 2", "/base", "/tuned", "/reset", "what is 2", "/quit", "never asked"
+    )
+    assert again == 3 * tuned
+    other, _ = said("/system be brief", "what is 2")
+    assert other != tuned
+    _, err = said("/tunde", "/help")
+    assert "did you mean /tuned?" in err and "/compare" in err
+
+
 def test_modules_lists_layers_with_their_shapes(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run("modules", tiny_folder, "--json", capsys=capsys)
     found = {row["name"]: row for row in json.loads(out)["modules"]}

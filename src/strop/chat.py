@@ -3,12 +3,68 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 
-from strop.adapters import load
-from strop.errors import InputError
+from rich.table import Table
+
+from strop.adapters import Model, load
+from strop.errors import InputError, nearest
 from strop.model.generate import Sampling
 from strop.terminal import console, print_notes
+
+HELP = {
+    "/base": "answer without the adapter",
+    "/tuned": "answer with the adapter",
+    "/compare": "answer each line both ways; the tuned answer stays in the history",
+    "/system": "TEXT: start again with this system prompt",
+    "/reset": "start again",
+    "/help": "this list",
+    "/quit": "end (so do an empty line and Ctrl-D)",
+}
+
+
+class Conversation:
+    """One conversation: who answers, and the history, which is the model's."""
+
+    def __init__(self, model: Model, side: str, system: str | None, max_new_tokens: int, sampling: Sampling) -> None:
+        self.model, self.side, self.system = model, side, system
+        self._options = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+
+    def command(self, line: str) -> bool:
+        """Does what a line that begins with / asks for; False where it asks to end."""
+        word, _, rest = line.partition(" ")
+        if word in ("/base", "/tuned", "/compare"):
+            if self.model.adapter is None:
+                console.print(f"{word}: this model has no adapter", style="yellow")
+            else:
+                self.side = word[1:]
+        elif word in ("/system", "/reset"):
+            self.model.history = []
+            self.system = rest.strip() if word == "/system" else None
+        elif word == "/help":
+            for name, text in HELP.items():
+                console.print(f"{name:9} {text}", markup=False)
+        elif word != "/quit":
+            console.print(f"no command {word}{nearest(word, HELP)}: see /help", style="yellow", markup=False)
+        return word != "/quit"
+
+    def turn(self, text: str, on_text: Callable[[str], None]) -> None:
+        """Answers a line; a comparison is shown when both answers are there."""
+        if self.side == "compare":
+            before, system = list(self.model.history), self.system
+            base = self._answer(text, "base", None)
+            self.model.history, self.system = before, system
+            _show_both(base, self._answer(text, "tuned", None))
+        else:
+            self._answer(text, self.side, on_text)
+            print(flush=True)
+
+    def _answer(self, text: str, side: str, on_text: Callable[[str], None] | None) -> str:
+        with self.model.base() if side == "base" else nullcontext():
+            answer = self.model.chat(text, system=self.system, on_text=on_text, **self._options)  # type: ignore[arg-type]
+        self.system = None  # it opened the history
+        return answer
 
 
 def converse(
@@ -27,25 +83,46 @@ def converse(
     print_notes(model.notes)
     if base and model.adapter is None:
         raise InputError(f"{name}: has no adapter, so --base changes nothing", fix="leave --base out")
-    sampling = Sampling(temperature, top_p, seed)
+    side = "base" if base else "tuned"
+    conversation = Conversation(model, side, system, max_new_tokens, Sampling(temperature, top_p, seed))
     interactive = sys.stdin.isatty()
     if interactive:
-        console.print(f"{name}: empty line or Ctrl-D ends", style="dim", markup=False)
+        console.print(f"{name}: /help lists commands, an empty line or Ctrl-D ends", style="dim", markup=False)
     if system is None and model.default_system is not None:
         console.print(f"system prompt, as in training: {model.default_system}", style="dim", markup=False)
-    with model.base() if base else nullcontext():
-        while True:
-            if interactive:
-                console.print("> ", end="")
-            line = sys.stdin.readline()
-            text = line.rstrip("\n")
-            if not line or (interactive and not text):
-                return
-            if text:
-                model.chat(text, system=system, max_new_tokens=max_new_tokens, sampling=sampling, on_text=_write)
-                system = None  # it opened the history
-                print(flush=True)
+    for line in _lines(interactive):
+        if not line.startswith("/"):
+            conversation.turn(line, _write)
+        elif not conversation.command(line):
+            return
+
+
+def _lines(interactive: bool) -> Iterator[str]:
+    while True:
+        if interactive:
+            console.print("> ", end="")
+        line = sys.stdin.readline()
+        text = line.rstrip("\n")
+        if not line or (interactive and not text):
+            return
+        if text:
+            yield text
 
 
 def _write(text: str) -> None:
     print(text, end="", flush=True)
+
+
+def _show_both(base: str, tuned: str) -> None:
+    """Side by side on a terminal; one after the other into a pipe."""
+    sides: Mapping[str, str] = {"base": base, "tuned": tuned}
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.text import Text
+
+        table = Table(*sides, expand=True)
+        table.add_row(*(Text(answer) for answer in sides.values()))
+        Console().print(table)
+        return
+    for side, answer in sides.items():
+        print(f"{side}: {answer}", flush=True)
