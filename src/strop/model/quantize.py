@@ -19,7 +19,6 @@ from torch.autograd import Function
 from strop.errors import ModelError
 
 BLOCK = 64  # weights that share a constant
-NESTED_BLOCK = 256  # constants that share one, when they are quantized too
 SMALLEST = 512  # weights below this many are not worth their constants
 FOUR_BIT = ("nf4", "fp4")
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from strop.config.schema import Recipe
 from strop.data.batches import Batch, BatchStream
 from strop.data.conversation import Example
-from strop.data.pack import group_by_length, pack
 from strop.engine.choose import Step
 from strop.errors import DivergedError, NonFiniteError, Stopped
 from strop.evaluation.loss import mean_loss
@@ -23,7 +23,7 @@ from strop.training import guard
 from strop.training import state as checkpoints
 from strop.training.guard import Diverged, Verdict
 from strop.training.optim import rate_factor, set_rate, warmup_steps
-from strop.training.shrink import within_memory
+from strop.training.shrink import micro_batches, within_memory
 from strop.training.state import TrainState
 from strop.training.stops import seconds, stop_signals
 
@@ -191,21 +191,11 @@ def gradients(job: Job, examples: Sequence[Example]) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def micro_batches(job: Job, examples: Sequence[Example]) -> list[list[int]]:
-    """Which examples are computed together: packed into the budget of tokens, or like lengths where padding counts."""
-    train, lengths, halvings = job.recipe.train, [len(example) for example in examples], job.state.progress.halvings
-    tokens = None if train.micro_batch_tokens is None else max(1, train.micro_batch_tokens >> halvings)
-    if job.step.packed and tokens is not None:
-        return pack(lengths, max(tokens, *lengths))
-    rows = None if train.micro_batch is None else max(1, train.micro_batch >> halvings)
-    return group_by_length(lengths, tokens=tokens, rows=rows)
-
-
 def evaluate(job: Job) -> None:
     progress, started, held_out = job.state.progress, time.perf_counter(), job.eval
     assert held_out is not None
     job.model.eval()
-    cut = lambda examples: micro_batches(job, examples)  # noqa: E731
+    cut = partial(micro_batches, job)
     loss = within_memory(job, held_out, lambda: mean_loss(job.step.token_loss, held_out, cut))
     job.model.train()
     took = time.perf_counter() - started

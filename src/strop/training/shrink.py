@@ -1,4 +1,5 @@
-"""Out of memory: the step that failed is done again in smaller pieces, with the same rows, state and random numbers.
+"""How an effective batch is cut up, and what becomes of a step that finds no memory: it is done again in smaller
+pieces, with the same rows, state and random numbers.
 
 The effective batch, the order of the data and the step stay what they were; what changes is said, recorded in the
 events and in Progress, and remembered for the next run of this shape on this machine.
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from strop.data.conversation import Example
+from strop.data.pack import group_by_length, pack
 from strop.errors import MemoryLimitError
 from strop.machine.memory import give_back, is_out_of_memory, remember
 
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
     from strop.training.loop import Job
 
 T = TypeVar("T")
+
+
+def micro_batches(job: Job, examples: Sequence[Example]) -> list[list[int]]:
+    """Which examples are computed together: packed into the budget of tokens, or like lengths where padding counts."""
+    train, lengths, (size, unit) = job.recipe.train, [len(example) for example in examples], _cut(job)
+    if unit == "rows":
+        return group_by_length(lengths, tokens=None, rows=size if train.micro_batch is not None else None)
+    return pack(lengths, max(size, *lengths)) if job.step.packed else group_by_length(lengths, tokens=size, rows=None)
 
 
 def within_memory(job: Job, examples: Sequence[Example], compute: Callable[[], T]) -> T:
@@ -46,8 +56,6 @@ def within_memory(job: Job, examples: Sequence[Example], compute: Callable[[], T
 
 
 def _shrink(job: Job, examples: Sequence[Example], said: str) -> None:
-    from strop.training.loop import micro_batches
-
     progress = job.state.progress
     before, halvings = micro_batches(job, examples), progress.halvings
     while micro_batches(job, examples) == before and _cut(job)[0] > 1:
@@ -71,6 +79,7 @@ def _shrink(job: Job, examples: Sequence[Example], said: str) -> None:
 
 
 def _cut(job: Job) -> tuple[int, str]:
+    """(size, unit) of a micro-batch, as it is now: tokens or rows."""
     train, halvings = job.recipe.train, job.state.progress.halvings
     if train.micro_batch_tokens is not None:
         return max(1, train.micro_batch_tokens >> halvings), "tokens"
