@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strop.errors import DataError, RecipeError
-from strop.evaluation.metrics import METRICS, check_golds, paired_difference, score, wilson
+from strop.evaluation.metrics import METRICS, check_golds, metric, paired_difference, score, wilson
 from tests.shared_data import shared
 
 GOLD = '{"intent": "Play", "artist": "Nina Simone"}'
@@ -182,3 +182,16 @@ def test_chance_is_rarely_called_a_difference(both: int, changed: int, neither: 
         _, low, high = difference(both, gained, changed - gained, neither)
         claimed += low > 0 or high < 0
     assert 20 <= claimed <= 80
+
+
+def test_a_metric_of_the_users_own(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("def near(gold, answer):\n    return abs(float(gold) - float(answer or 0)) < 0.1\n")
+    found = score(f"{file}:near", ["1.0", "2.0"], ["1.05", "3"])
+    assert found.metric == "near" and found.hits == (True, False) and found.rates == {"near": 0.5}
+    for name, said in ((f"{file}:far", "no such function"), (f"{tmp_path}/none.py:x", "no such file")):
+        with pytest.raises(RecipeError, match=said):
+            metric(name)
+    file.write_text("1 / 0")
+    with pytest.raises(RecipeError, match="ZeroDivisionError"):
+        metric(f"{file}:near")

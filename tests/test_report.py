@@ -93,7 +93,7 @@ def test_a_full_report_shows_every_figure(tmp_path: Path) -> None:
     path = write_report(tmp_path, full(), [*events, {"event": "skip", "step": 3}])
     assert path == tmp_path / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
-    said = "Better: exact_json went from 0.0 % to 87.5 % on 176 rows, +87.5 points (95 % interval +81.0 to +91.6)."
+    said = "Better: +87.5 points, 95 % interval +81.0 to +91.6: exact_json went from 0.0 % to 87.5 % on 176 rows."
     assert said in page.text
     for figure in (
         "297",
@@ -127,7 +127,7 @@ def test_a_full_report_shows_every_figure(tmp_path: Path) -> None:
 def test_the_verdict_follows_the_interval(word: str, low: float, high: float) -> None:
     report = full()
     report["evaluation"]["difference"] = {"value": (low + high) / 2, "low": low, "high": high}
-    assert f"{word}: exact_json" in Page(render(report, [])).text
+    assert f"{word}: {100 * (low + high) / 2:+.1f} points" in Page(render(report, [])).text
 
 
 def test_without_an_interval_no_verdict_is_made_up() -> None:

@@ -111,6 +111,12 @@ def test_eval_compares_base_and_tuned_and_adds_to_the_report(
     assert result["rows"] == 24 and result["metric"] == "contains" and result["run"] == str(trained)
     assert result["tuned"]["loss"] < result["base"]["loss"]
     assert {"contains", "loss", "stop_rate"} <= set(result["base"])
+    assert (
+        result["base"]["perplexity"] == pytest.approx(np.exp(result["base"]["loss"]))
+        and result["base"]["tokens_per_s"] > 0
+    )
+    gained, lost = (len(result["changed"][name]) for name in ("gained", "lost"))
+    assert gained - lost == round(24 * result["difference"]["value"])
     assert result["difference"]["low"] <= result["difference"]["value"] <= result["difference"]["high"]
     assert "tuned minus base" in err
     assert json.loads((trained / "report.json").read_text())["evaluation"]["tuned"] == result["tuned"]

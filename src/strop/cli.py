@@ -126,7 +126,7 @@ def resume(
 def evaluate(
     name: ModelName,
     data: Annotated[list[str], typer.Option("--data", help="Rows to answer.")],
-    metric: Annotated[str, typer.Option(help="exact, exact_json, contains or regex.")] = "exact",
+    metric: Annotated[str, typer.Option(help="exact, exact_json, contains, regex, or file.py:function.")] = "exact",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 80,
     samples: Annotated[int, typer.Option(min=0, help="Answers to show.")] = 3,
     quantization: Quantization = "auto",

@@ -14,6 +14,7 @@ from strop.runs.events import Event
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 _QUIET_DEFAULTS = ("default",)  # origins that are not worth a line on the terminal; recipe.yaml has them all
+_NOT_SHARES = ("loss", "perplexity", "tokens_per_answer", "tokens_per_s")
 PLAIN_SECONDS = 30.0  # between two lines of progress where there is no terminal to draw a bar on
 
 
@@ -163,7 +164,7 @@ def print_scores(result: dict[str, Any], out: Console = console) -> None:
         cells = []
         for side in sides:
             value = result[side][name]
-            cell = f"{value:.1%}" if name not in ("loss", "tokens_per_answer") else f"{value:.3f}"
+            cell = f"{value:.3f}" if name in _NOT_SHARES else f"{value:.1%}"
             if name == result["metric"]:
                 low, high = result["intervals"][side]
                 cell += f"  ({low:.1%} to {high:.1%})"
@@ -171,11 +172,15 @@ def print_scores(result: dict[str, Any], out: Console = console) -> None:
         table.add_row(name, *cells)
     out.print(table)
     if "difference" in result:
-        d = result["difference"]
+        from strop.evaluation.metrics import Difference, verdict
+
+        changed = result.get("changed", {"gained": [], "lost": []})
         out.print(
-            f"tuned minus base: {100 * d['value']:+.1f} points, "
-            f"95 % interval {100 * d['low']:+.1f} to {100 * d['high']:+.1f}"
+            f"tuned minus base: {verdict(Difference(**result['difference']))[1]} "
+            f"({len(changed['gained'])} rows gained, {len(changed['lost'])} lost)"
         )
+        if changed["lost"]:
+            out.print(f"lost: {_some(changed['lost'])}", markup=False)
 
 
 def print_notes(notes: Sequence[str], out: Console = console) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -49,8 +51,9 @@ def compare(
 ) -> dict[str, Any]:
     """Scores of base and tuned with 95 % intervals, and each row's answers.
 
-    Returns {rows, metric, base, tuned, intervals, difference, samples}; `tuned` and `difference` are absent where the
-    model has no adapter. Each of base and tuned: {<metric's scores>, loss, stop_rate, tokens_per_answer}.
+    Returns {rows, metric, base, tuned, intervals, difference, changed, samples}; `tuned`, `difference` and `changed`
+    (the rows that only one of them gets right) are absent where the model has no adapter. Each of base and tuned:
+    {<metric's scores>, loss, perplexity, stop_rate, tokens_per_answer, tokens_per_s}.
     """
     asked = questions(conversations)
     golds = [question.gold for question in asked]
@@ -63,18 +66,31 @@ def compare(
     for side, switched in sides.items():
         with switched:
             loss = _loss(model, conversations)
+            started = time.perf_counter()
             answers[side] = _answer_all(model, asked, side, max_new_tokens, batch_size, advance)
+            took = time.perf_counter() - started
+        tokens = sum(answer.tokens for answer in answers[side])
         scores = score(metric, golds, [answer.text for answer in answers[side]])
-        hits[side] = list(scores.hits)
+        hits[side], result["metric"] = list(scores.hits), scores.metric
         result[side] = {
             **scores.rates,
             "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
             "stop_rate": sum(answer.stopped for answer in answers[side]) / len(asked),
-            "tokens_per_answer": sum(answer.tokens for answer in answers[side]) / len(asked),
+            "tokens_per_answer": tokens / len(asked),
+            "tokens_per_s": tokens / took,
         }
         result["intervals"][side] = list(wilson(sum(hits[side]), len(asked)))
     if model.adapter:
+
+        def pair(row: int) -> tuple[bool, bool]:
+            return hits["base"][row], hits["tuned"][row]
+
         result["difference"] = asdict(paired_difference(hits["base"], hits["tuned"]))
+        result["changed"] = {
+            name: [f"{q.conversation.file}:{q.conversation.line}" for row, q in enumerate(asked) if pair(row) == wanted]
+            for name, wanted in (("gained", (False, True)), ("lost", (True, False)))
+        }
     result["samples"] = [
         {"prompt": question.prompt, "gold": question.gold}
         | {side: answers[side][row].text for side in sides}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from strop.errors import DataError, RecipeError, Where, nearest
 
@@ -90,10 +92,29 @@ METRICS: dict[str, Metric] = {
 
 
 def metric(name: str) -> Metric:
-    """The metric of that name. Raises RecipeError."""
+    """The metric of that name, or the function of `file.py:function`, which gets (gold, answer) and says hit or miss.
+
+    Raises RecipeError.
+    """
+    if ".py:" in name:
+        return _own_metric(*name.rsplit(":", 1))
     if name not in METRICS:
-        raise RecipeError(f"metric {name} is not known{nearest(name, METRICS)}", fix=f"use one of {', '.join(METRICS)}")
+        known = f"use one of {', '.join(METRICS)}, or file.py:function"
+        raise RecipeError(f"metric {name} is not known{nearest(name, METRICS)}", fix=known)
     return METRICS[name]
+
+
+def _own_metric(file: str, function: str) -> Metric:
+    """A function of the user's own file, which is run: it is theirs, named on their command line."""
+    if not Path(file).is_file():
+        raise RecipeError(f"metric {file}:{function}: no such file", fix="write it as file.py:function")
+    try:
+        found = runpy.run_path(file).get(function)
+    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        raise RecipeError(f"metric {file}:{function}: {type(error).__name__}: {error}", fix="mend the file") from None
+    if not callable(found):
+        raise RecipeError(f"metric {file}:{function}: no such function in it", fix="write it as file.py:function")
+    return Metric(function, lambda gold, answer: {function: bool(found(gold, answer))})
 
 
 def check_golds(name: str, golds: Sequence[str], places: Sequence[tuple[str, int]]) -> None:
@@ -114,12 +135,20 @@ def check_golds(name: str, golds: Sequence[str], places: Sequence[tuple[str, int
 
 def score(name: str, golds: Sequence[str], answers: Sequence[str]) -> Scores:
     """Judges answers, at least one, against golds row by row. A side score is kept where every row has it."""
-    judge = metric(name).judge
-    rows = [judge(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
+    known = metric(name)
+    rows = [known.judge(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
     assert rows, "nothing to score"
     common = [key for key in rows[0] if all(key in row for row in rows)]
     rates = {key: sum(row[key] for row in rows) / len(rows) for key in common}
-    return Scores(name, tuple(row[name] for row in rows), rates)
+    return Scores(known.name, tuple(row[known.name] for row in rows), rates)
+
+
+def verdict(difference: Difference) -> tuple[str, str]:
+    """(better | worse | unclear, sentence): a difference is claimed where its interval leaves zero out."""
+    value, low, high = (100 * end for end in (difference.value, difference.low, difference.high))
+    kind = "better" if low > 0 else "worse" if high < 0 else "unclear"
+    word = {"better": "better", "worse": "worse", "unclear": "no clear difference"}[kind]
+    return kind, f"{word}: {value:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
 
 
 def wilson(successes: int, n: int, z: float = Z_95) -> Interval:

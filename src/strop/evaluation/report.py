@@ -21,7 +21,7 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from strop.evaluation.metrics import METRICS
+from strop.evaluation.metrics import METRICS, Difference, verdict
 from strop.runs.folder import write_atomic
 
 Series = dict[float, float]  # step -> value
@@ -81,10 +81,8 @@ def _verdict(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
     difference = evaluation.get("difference")
     if not difference:
         return "plain", f"{said}."
-    value, low, high = (100 * difference[name] for name in ("value", "low", "high"))
-    kind = "better" if low > 0 else "worse" if high < 0 else "unclear"
-    word = {"better": "Better", "worse": "Worse", "unclear": "No clear difference"}[kind]
-    return kind, f"{word}: {said}, {value:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})."
+    kind, judged = verdict(Difference(*(difference[name] for name in ("value", "low", "high"))))
+    return kind, f"{judged[0].upper()}{judged[1:]}: {said}."
 
 
 def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
