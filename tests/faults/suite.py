@@ -285,7 +285,7 @@ def out_of_memory(lab: Lab, number: int, seed: int = 2) -> Tally:
     tally, chance = Tally("out of memory at a random micro-batch, evaluation included"), random.Random(seed)
     expected = _adapter(lab, None)
     for _ in range(number):
-        call = chance.randrange(1, 40)
+        call = chance.randrange(1, STEPS + 1)  # there are as many micro-batches, and the evaluations
         out = lab.out()
         ended = lab.start(out, prepare=_starve(call))
         tally.tried += 1
