@@ -122,6 +122,15 @@ def test_eval_compares_base_and_tuned_and_adds_to_the_report(
     assert json.loads((trained / "report.json").read_text())["evaluation"]["tuned"] == result["tuned"]
 
 
+def test_eval_in_4_bit_is_another_base(trained: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", trained, "--data", rows_file, "--max-new-tokens", "2", "--json"]
+    losses = [
+        json.loads(run(*words, "--quantization", scheme, capsys=capsys)[1])["base"]["loss"]
+        for scheme in ("auto", "none", "nf4")
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_python_api_trains_resumes_evaluates_and_chats(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     seen: list[str] = []
     out = tmp_path / "api"

@@ -64,12 +64,17 @@ def resume(
 
 
 def evaluate(
-    run: str | Path, data: str | Sequence[str], *, metric: str = "exact", max_new_tokens: int = 80
+    run: str | Path,
+    data: str | Sequence[str],
+    *,
+    metric: str = "exact",
+    max_new_tokens: int = 80,
+    general: bool = False,
 ) -> dict[str, Any]:
-    """Base and tuned on held-out rows: the fields of `strop eval --json`."""
+    """Base and tuned on held-out rows: the fields of `strop eval --json`. general: and on the general set."""
     from strop.evaluation.run import evaluate_model
 
-    return evaluate_model(str(run), data, metric=metric, max_new_tokens=max_new_tokens)
+    return evaluate_model(str(run), data, metric=metric, max_new_tokens=max_new_tokens, general=general)
 
 
 def load(

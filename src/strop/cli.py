@@ -18,7 +18,7 @@ import typer
 from strop import __version__
 from strop.errors import InputError, StropError
 from strop.flags import recipe_options
-from strop.terminal import answering, console, print_notes, print_samples, print_scores, watching
+from strop.terminal import answering, console, print_general, print_notes, print_samples, print_scores, watching
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
 ModelName = Annotated[
@@ -129,6 +129,7 @@ def evaluate(
     metric: Annotated[str, typer.Option(help="exact, exact_json, contains, regex, or file.py:function.")] = "exact",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 80,
     samples: Annotated[int, typer.Option(min=0, help="Answers to show.")] = 3,
+    general: Annotated[bool, typer.Option("--general", help="Ask a general set too: what did training break?")] = False,
     quantization: Quantization = "auto",
     force: Force = False,
     as_json: Json = False,
@@ -137,9 +138,20 @@ def evaluate(
     from strop.evaluation.run import evaluate_model
 
     with answering() as advance:
-        result = evaluate_model(name, data, metric=metric, max_new_tokens=max_new_tokens, advance=advance, force=force)
+        result = evaluate_model(
+            name,
+            data,
+            metric=metric,
+            max_new_tokens=max_new_tokens,
+            advance=advance,
+            quantization=quantization,
+            force=force,
+            general=general,
+        )
     print_notes(result["notes"])
     print_scores(result)
+    if "general" in result:
+        print_general(result["general"])
     print_samples(result["samples"][:samples])
     _print_json(result, as_json)
 

@@ -183,6 +183,17 @@ def print_scores(result: dict[str, Any], out: Console = console) -> None:
             out.print(f"lost: {_some(changed['lost'])}", markup=False)
 
 
+def print_general(result: dict[str, Any], out: Console = console) -> None:
+    """The general set by kind, and whether training broke anything."""
+    from strop.evaluation.metrics import Difference, verdict
+
+    table = Table("general set", "rows", "base", "tuned")
+    for kind, found in [*result["kinds"].items(), ("all", result)]:
+        table.add_row(kind, str(found["rows"]), f"{found['base']:.1%}", f"{found['tuned']:.1%}")
+    out.print(table)
+    out.print(f"tuned minus base on the general set: {verdict(Difference(**result['difference']))[1]}")
+
+
 def print_notes(notes: Sequence[str], out: Console = console) -> None:
     for note in notes:
         out.print("note    ", note, markup=False, style="yellow")

@@ -65,6 +65,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         defaults=[_choice(choice) for choice in recipe if choice.get("origin") == "default"],
         origins=[(name, list(_flat(report[name]))) for name in ("lock", "machine") if report.get(name)],
         happened=_happened(events),
+        general=_general(report.get("general") or {}),
         findings=[str(finding) for finding in report.get("diagnosis") or []],
     )
     # A lone surrogate, which JSON can hold and UTF-8 cannot, must not cost the report.
@@ -125,6 +126,16 @@ def _scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iter
                 cell["interval"] = {"low": low, "high": high, "text": f"{low:.1f} to {high:.1f} %"}
             cells.append(cell)
         yield {"name": name, "sides": cells}
+
+
+def _general(general: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The general set: what became of it in a sentence, and (kind, rows, base, tuned) for each kind."""
+    if not general:
+        return None
+    _, judged = verdict(Difference(*(general["difference"][name] for name in ("value", "low", "high"))))
+    found = [*general["kinds"].items(), ("all", general)]
+    rows = [(kind, f"{one['rows']}", _percent(one["base"]), _percent(one["tuned"])) for kind, one in found]
+    return {"verdict": f"{judged[0].upper()}{judged[1:]}.", "rows": rows}
 
 
 def _spread(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

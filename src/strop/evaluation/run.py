@@ -13,6 +13,7 @@ from strop.data.formats import conversations
 from strop.data.sources import RowFault, read_rows
 from strop.errors import DataError
 from strop.evaluation.compare import Advance, compare, questions
+from strop.evaluation.general import compare_general
 from strop.evaluation.metrics import check_golds
 from strop.evaluation.metrics import metric as known_metric
 from strop.evaluation.report import write_report
@@ -43,8 +44,11 @@ def evaluate_model(
     advance: Advance | None = None,
     quantization: str = "auto",
     force: bool = False,
+    general: bool = False,
 ) -> dict[str, Any]:
     """Base and tuned on the rows of `data` (base alone where there is no adapter); see compare.compare for the result.
+
+    general: ask the built-in general set too, to see what training broke (`general` in the result).
 
     Raises RecipeError for a metric that does not exist, DataError for rows that are wrong or cannot be scored,
     ModelError for the model; all but the last before the model loads.
@@ -59,6 +63,8 @@ def evaluate_model(
     model = load(name, quantization=quantization, force=force)
     result = {"run": name, **compare(model, rows, metric=metric, max_new_tokens=max_new_tokens, advance=advance)}
     result["notes"] = list(model.notes)
+    if general and model.adapter is not None:
+        result["general"] = compare_general(model, advance)
     if is_run(Path(name)):
         add_to_report(RunFolder(Path(name)), result)
     return result
@@ -70,8 +76,12 @@ def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
         json.loads(folder.report.read_text(encoding="utf-8")) if folder.report.is_file() else {"run": str(folder.path)}
     )
     every = max(1, len(result["samples"]) // SAMPLES_IN_REPORT)  # spread over the rows, misses as they come
-    report["evaluation"] = {key: value for key, value in result.items() if key not in ("samples", "intervals", "run")}
+    report["evaluation"] = {
+        key: value for key, value in result.items() if key not in ("samples", "intervals", "run", "general")
+    }
     report["intervals"] = result["intervals"]
+    if "general" in result:
+        report["general"] = result["general"]
     report["samples"] = result["samples"][::every][:SAMPLES_IN_REPORT]
     write_json(folder.report, report)
     write_report(folder.path, report, read_events(folder.events))

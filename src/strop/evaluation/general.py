@@ -1,0 +1,77 @@
+"""What training broke: a small general set, asked of base and tuned, with the change and its interval.
+
+general.jsonl holds 126 rows of six kinds (arithmetic, copying, facts, instructions, plain text where nothing else is
+asked for, memory of earlier turns), each with a regular expression that a good answer matches. It is small on purpose:
+it shows a model that has forgotten how to talk, not one that has become two points worse.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from typing import Any
+
+from strop.adapters import Model
+from strop.data.conversation import Message
+from strop.evaluation.compare import Advance
+from strop.evaluation.metrics import paired_difference, wilson
+
+MOST_TOKENS = 48
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    kind: str
+    messages: tuple[Message, ...]
+    pattern: str
+
+
+def rows() -> list[Row]:
+    text = (files(__package__) / "general.jsonl").read_text(encoding="utf-8")
+    found = [json.loads(line) for line in text.splitlines()]
+    return [
+        Row(row["kind"], tuple(Message(turn["role"], turn["content"]) for turn in row["messages"]), row["pattern"])
+        for row in found
+    ]
+
+
+def compare_general(model: Model, advance: Advance | None = None) -> dict[str, Any]:
+    """Shares of good answers of base and tuned, over all rows and by kind: {rows, base, tuned, intervals, difference,
+    kinds: {kind: {rows, base, tuned}}, lost: [{prompt, base, tuned}]}. The model must have an adapter."""
+    asked = rows()
+    answers, hits = {}, {}
+    for side, switched in (("base", model.base()), ("tuned", nullcontext())):
+        with switched:
+            answers[side] = _answers(model, asked, side, advance)
+        hits[side] = [bool(re.search(row.pattern, text)) for row, text in zip(asked, answers[side], strict=True)]
+    kinds = {}
+    for kind in dict.fromkeys(row.kind for row in asked):
+        places = [place for place, row in enumerate(asked) if row.kind == kind]
+        shares = {side: sum(hits[side][place] for place in places) / len(places) for side in hits}
+        kinds[kind] = {"rows": len(places), **shares}
+    lost = [place for place in range(len(asked)) if hits["base"][place] and not hits["tuned"][place]]
+    return {
+        "rows": len(asked),
+        **{side: sum(found) / len(asked) for side, found in hits.items()},
+        "intervals": {side: list(wilson(sum(found), len(asked))) for side, found in hits.items()},
+        "difference": asdict(paired_difference(hits["base"], hits["tuned"])),
+        "kinds": kinds,
+        "lost": [
+            {"prompt": asked[place].messages[-1].content, **{side: answers[side][place] for side in hits}}
+            for place in lost
+        ],
+    }
+
+
+def _answers(model: Model, asked: list[Row], side: str, advance: Advance | None) -> list[str]:
+    found: list[str] = []
+    for start in range(0, len(asked), BATCH):
+        prompts = [model.renderer.prompt(list(row.messages)) for row in asked[start : start + BATCH]]
+        found += [answer.text for answer in model.answer(prompts, max_new_tokens=MOST_TOKENS)]
+        if advance is not None:
+            advance(f"general, {side}", len(found), len(asked))
+    return found
