@@ -26,7 +26,7 @@ ORDER = (
     "two_at_once",
 )  # fmt: skip
 PEER_OF = {  # our case -> the peer's
-    "kills": "kills", "cold": "kills", "damage": "damage", "full_disk": "full_disk", "not_finite": "not_finite",
+    "kills": "kills", "damage": "damage", "full_disk": "full_disk", "not_finite": "not_finite",
     "out_of_memory": "out_of_memory", "interrupts": "interrupts",
 }  # fmt: skip
 

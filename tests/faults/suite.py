@@ -177,7 +177,9 @@ def cold_kills(words: Callable[[Path], list[str]], out: Path, number: int, seed:
     started = time.monotonic()
     subprocess.run([*strop, *words(out / "whole")], check=True, capture_output=True)
     expected, longest = adapter_hash(out / "whole"), time.monotonic() - started
-    for place, after in enumerate(instants(number, longest, seed)):
+    for place, after in enumerate(instants(2 * number, longest, seed)):
+        if tally.tried == number:
+            break
         run = out / f"cold{place}"
         process = subprocess.Popen([*strop, *words(run)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(after)
