@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import strop
-from strop import cli
 from strop.evaluation.general import compare_general, rows
 from tests import tiny
+from tests.test_run import run
 
 
 def test_the_set_is_large_enough_and_each_row_is_a_question() -> None:
@@ -56,28 +55,23 @@ def test_copying_and_arithmetic_want_the_very_thing() -> None:
 
 
 def test_base_and_tuned_are_asked_and_the_report_shows_it(
-    tiny_folder: Path,
-    rows_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", train={"max_steps": 2})
+    made = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", train={"max_steps": 2})
     held_out = tiny.write_rows(tmp_path / "held.jsonl", 3)
-    words = ["strop", "eval", str(run.folder), "--data", str(held_out), "--max-new-tokens", "2", "--general", "--json"]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    out = capsys.readouterr()
-    assert not ended.value.code and "on the general set: " in out.err
-    found = json.loads(out.out)["general"]
+    words = ["--data", held_out, "--max-new-tokens", "2", "--general", "--json"]
+    code, out, err = run("eval", made.folder, *words, capsys=capsys)
+    assert code == 0 and "on the general set: " in err
+    found = json.loads(out)["general"]
     assert found["rows"] == len(rows()) == sum(kind["rows"] for kind in found["kinds"].values())
     assert found["difference"]["value"] == pytest.approx(found["tuned"] - found["base"])
-    assert json.loads((run.folder / "report.json").read_text())["general"] == found
-    assert "General abilities" in (run.folder / "report.html").read_text()
+    assert json.loads((made.folder / "report.json").read_text())["general"] == found
+    assert "General abilities" in (made.folder / "report.html").read_text()
+    code, _, err = run("eval", tiny_folder, "--data", held_out, "--general", capsys=capsys)
+    assert code == 2 and "nothing to compare" in err
 
 
-def test_a_model_that_answers_in_json_only_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_answers_in_json_only_is_caught() -> None:
     """The tuned side answers every row with an object; the base with the right words for plain text."""
     from contextlib import contextmanager
     from types import SimpleNamespace

@@ -247,3 +247,18 @@ def test_without_bitsandbytes_it_says_what_to_do(tiny_folder: Path, monkeypatch:
     with pytest.raises(ModelError, match="bitsandbytes") as raised:
         pack(torch.randn(64, 64), "nf4")
     assert "--model.quantization none" in raised.value.fix
+
+
+def test_an_adapter_remembers_how_its_base_was_quantized(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    strop.train(
+        model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", train={"max_steps": 1},
+        **{"model.quantization": "nf4", "model.double_quantization": False, "model.dtype": "fp32"},
+    )  # fmt: skip
+    loaded = strop.load(tmp_path / "r", dtype="fp32").module.get_base_model().model.layers[0].mlp.down_proj.base_layer
+    weights = {
+        double: load_base(locate(str(tiny_folder)), torch.float32, "cpu", quantization="nf4", double=double)
+        .get_submodule("model.layers.0.mlp.down_proj")
+        .dequantized()
+        for double in (False, True)
+    }
+    assert torch.equal(loaded.weight, weights[False]) and not torch.equal(loaded.weight, weights[True])

@@ -129,6 +129,8 @@ def test_eval_in_4_bit_is_another_base(trained: Path, rows_file: Path, capsys: p
         for scheme in ("auto", "none", "nf4")
     ]
     assert losses[0] == losses[1] != losses[2]
+    code, _, err = run(*words, "--quantization", "nf5", capsys=capsys)
+    assert code == 2 and "nf5: no such scheme" in err
 
 
 def test_python_api_trains_resumes_evaluates_and_chats(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -281,6 +283,9 @@ def test_a_time_budget_ends_with_an_adapter_and_can_go_on(
     code, _, err = run("resume", out, capsys=capsys)
     second = json.loads((out / "report.json").read_text())
     assert code == 0 and second["steps"] > first["steps"] and second["ended"] == "time", err
+    assert run("resume", out, capsys=capsys)[0] == 0  # a third budget is as long as the second
+    third = json.loads((out / "report.json").read_text())
+    assert third["steps"] - second["steps"] > 3
 
 
 def test_json_of_a_run_that_failed_holds_what_there_is(

@@ -19,10 +19,11 @@ from strop.config.schema import Recipe
 from strop.data.conversation import Ids, Message
 from strop.data.render import Renderer
 from strop.engine.device import pick_device, pick_dtype, prepare_process
-from strop.errors import ModelError
+from strop.errors import ModelError, RecipeError
 from strop.model.facts import Source, fingerprint, locate, safetensors_header
 from strop.model.generate import Answer, Sampling, generate
 from strop.model.load import DTYPES, load_base
+from strop.model.quantize import SCHEMES
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
@@ -88,14 +89,7 @@ def attach(
     name and shape, was changed since it was saved, or holds NaN.
     """
     read_adapter_config(folder)
-    notes, identity = [], read_identity(folder)
-    trained_on = identity.get("base")
-    if trained_on and trained_on["fingerprint"] != fingerprint(source):
-        prints = f"fingerprint {trained_on['fingerprint'][:12]} expected, {fingerprint(source)[:12]} found"
-        what = f"{folder}: trained on {trained_on['name']}, which is not {source.name} ({prints})"
-        if not force:
-            raise ModelError(what, fix="load it on its own base (chat and eval take --force)")
-        notes.append(what)
+    notes = check_base(folder, source, force=force)
     check_weights(folder)
     try:
         with warnings.catch_warnings():
@@ -105,6 +99,18 @@ def attach(
         raise ModelError(f"{folder}: does not fit {source.name}: {str(error).strip().splitlines()[0]}") from None
     _check_fit(model, folder, source)
     return model, notes
+
+
+def check_base(folder: Path, source: Source, *, force: bool = False) -> list[str]:
+    """Raises ModelError where an adapter was trained on another base; with `force`, gives that as a note."""
+    trained_on, found = read_identity(folder).get("base"), fingerprint(source)
+    if not trained_on or trained_on["fingerprint"] == found:
+        return []
+    prints = f"fingerprint {trained_on['fingerprint'][:12]} expected, {found[:12]} found"
+    what = f"{folder}: trained on {trained_on['name']}, which is not {source.name} ({prints})"
+    if not force:
+        raise ModelError(what, fix="load it on its own base (chat and eval take --force)")
+    return [what]
 
 
 def check_weights(folder: Path) -> None:
@@ -209,29 +215,36 @@ def load(
 ) -> Model:
     """A run folder, an adapter folder, a model folder, a .gguf file, a Hub id or `demo`, ready to answer.
 
-    dtype `auto`: what the run trained in, else bf16 on CUDA and what the precision probe prefers on a CPU.
+    dtype `auto`: bf16 on CUDA, and what the precision probe prefers on a CPU.
     quantization: none, nf4, fp4, int8; `auto`: what the adapter was trained on (dequantized once), else none.
     force: load an adapter on a base that it was not trained on, if it fits; the Model's notes say what differs.
     Raises ModelError where it cannot be loaded.
     """
     name = str(name)
+    if quantization not in ("auto", "none", *SCHEMES):
+        known = ", ".join(("auto", "none", *SCHEMES))
+        raise RecipeError(f"--quantization {quantization}: no such scheme", fix=f"choose among {known}")
     folder = adapter_folder(name)
     source = locate(str(read_adapter_config(folder)["base_model_name_or_path"]) if folder is not None else name)
     prepare_process()
     where = pick_device(device)
     chosen = DTYPES[pick_dtype(where)[0] if dtype == "auto" else dtype]
     tokenizer = load_tokenizer(source if folder is None else Source(source.name, "folder", folder))
-    trained_on = str(read_identity(folder).get("quantization", "none")) if folder is not None else "none"
-    scheme = trained_on if quantization == "auto" else quantization
-    resident = ALL_LAYERS if quantization == "auto" else 0
-    base = load_base(source, chosen, where, quantization=scheme, resident_layers=resident)
+    identity = read_identity(folder) if folder is not None else {}
+    base = load_base(
+        source,
+        chosen,
+        where,
+        quantization=str(identity.get("quantization", "none")) if quantization == "auto" else quantization,
+        double=bool(identity.get("double_quantization", True)),
+        resident_layers=ALL_LAYERS if quantization == "auto" else 0,
+    )
     if folder is not None and len(tokenizer) > base.get_input_embeddings().num_embeddings:  # type: ignore[operator]
         base.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
     if folder is None:
         return Model(name, base, tokenizer, Renderer(tokenizer), None)
     module, notes = attach(base, folder, source, force=force)
-    system = read_identity(folder).get("system")
-    return Model(name, module.eval(), tokenizer, Renderer(tokenizer), folder, system, notes)
+    return Model(name, module.eval(), tokenizer, Renderer(tokenizer), folder, identity.get("system"), notes)
 
 
 def _system(text: str | None) -> Sequence[Message]:

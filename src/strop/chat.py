@@ -24,7 +24,7 @@ HELP = {
 }
 
 
-class Conversation:
+class Session:
     """One conversation: who answers, and the history, which is the model's."""
 
     def __init__(self, model: Model, side: str, system: str | None, max_new_tokens: int, sampling: Sampling) -> None:
@@ -84,7 +84,7 @@ def converse(
     if base and model.adapter is None:
         raise InputError(f"{name}: has no adapter, so --base changes nothing", fix="leave --base out")
     side = "base" if base else "tuned"
-    conversation = Conversation(model, side, system, max_new_tokens, Sampling(temperature, top_p, seed))
+    session = Session(model, side, system, max_new_tokens, Sampling(temperature, top_p, seed))
     interactive = sys.stdin.isatty()
     if interactive:
         console.print(f"{name}: /help lists commands, an empty line or Ctrl-D ends", style="dim", markup=False)
@@ -92,8 +92,8 @@ def converse(
         console.print(f"system prompt, as in training: {model.default_system}", style="dim", markup=False)
     for line in _lines(interactive):
         if not line.startswith("/"):
-            conversation.turn(line, _write)
-        elif not conversation.command(line):
+            session.turn(line, _write)
+        elif not session.command(line):
             return
 
 

@@ -30,9 +30,7 @@ class Ended:
 def child(work: Work, log: Path, *, hurt: tuple[int, float] | None = None) -> Ended:
     """Runs `work` in a fork. hurt: (signal, seconds after the start) to send it."""
     started = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
-        _be_child(work, log)
+    pid = start(work, log)
     if hurt is not None:
         number, after = hurt
         while time.monotonic() - started < after:
@@ -40,6 +38,18 @@ def child(work: Work, log: Path, *, hurt: tuple[int, float] | None = None) -> En
                 break
             time.sleep(min(0.002, max(0.0, after - (time.monotonic() - started))))
         os.kill(pid, number)  # a zombie, if it has ended by itself: no harm done
+    return wait(pid, log, started)
+
+
+def start(work: Work, log: Path) -> int:
+    """Runs `work` in a fork; gives its process id at once."""
+    pid = os.fork()
+    if pid == 0:
+        _be_child(work, log)
+    return pid
+
+
+def wait(pid: int, log: Path, started: float) -> Ended:
     _, status = os.waitpid(pid, 0)
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     return Ended(os.waitstatus_to_exitcode(status), time.monotonic() - started, text)

@@ -30,7 +30,7 @@ from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, is_run
 from strop.training import loop, state
 from tests import tiny
-from tests.faults.harness import Ended, child, die_at, instants
+from tests.faults.harness import Ended, child, die_at, instants, start, wait
 
 STEPS = 20
 FLAGS = {
@@ -91,6 +91,12 @@ class Lab:
         hurt: tuple[int, float] | None = None,
         prepare: Callable[[], None] | None = None,
     ) -> Ended:
+        return child(self.work(words, prepare), self.folder / "said.txt", hurt=hurt)
+
+    @staticmethod
+    def work(words: list[str], prepare: Callable[[], None] | None = None) -> Callable[[], int]:
+        """A command of strop's, to be run in a child; prepare: what the child does before."""
+
         def work() -> int:
             if prepare is not None:
                 prepare()
@@ -98,7 +104,7 @@ class Lab:
             cli.main()
             return 0
 
-        return child(work, self.folder / "said.txt", hurt=hurt)
+        return work
 
     def reference(self, kind: str) -> str:
         """The unbroken run's adapter."""
@@ -335,23 +341,11 @@ def two_at_once(lab: Lab, number: int) -> Tally:
     lab.reference("fast")
     for _ in range(number):
         out, log = lab.out(), lab.folder / "second.txt"
-        pid = os.fork()
-        if pid == 0:
-            with open(os.devnull, "w") as nothing:
-                os.dup2(nothing.fileno(), 1)
-                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-            code = 99
-            try:
-                sys.argv = ["strop", *lab.words(out, "fast")]
-                cli.main()
-            except SystemExit as ended:
-                code = int(ended.code or 0)
-            finally:
-                os._exit(code)
-        first = lab.start(out)
-        second = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        pid, started = start(lab.work(lab.words(out, "fast")), log), time.monotonic()
+        first, second = lab.start(out), wait(pid, log, started)
         tally.tried += 1
-        tally.check(sorted((first.code, second)) == [0, 2], f"exits {first.code} and {second}: {first.said[-200:]}")
+        codes = sorted((first.code, second.code))
+        tally.check(codes == [0, 2], f"exits {codes}: {first.said[-200:]}")
         lab.finished_well(tally, out, Ended(0, 0.0, ""), "fast", "two at once")
     return tally
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from strop.adapters import load
+from strop.adapters import adapter_folder, load
 from strop.data.conversation import Conversation
 from strop.data.formats import conversations
 from strop.data.sources import RowFault, read_rows
-from strop.errors import DataError
+from strop.errors import DataError, RecipeError
 from strop.evaluation.compare import Advance, compare, questions
 from strop.evaluation.general import compare_general
 from strop.evaluation.metrics import check_golds
@@ -60,10 +60,12 @@ def evaluate_model(
         raise DataError(f"{data}: no row ends with an assistant turn", fix="give rows with the right answers")
     golds = [(question.conversation.file, question.conversation.line) for question in asked]
     check_golds(metric, [question.gold for question in asked], golds)
+    if general and adapter_folder(name) is None:
+        raise RecipeError(f"--general: {name} has no adapter, so there is nothing to compare", fix="leave it out")
     model = load(name, quantization=quantization, force=force)
     result = {"run": name, **compare(model, rows, metric=metric, max_new_tokens=max_new_tokens, advance=advance)}
     result["notes"] = list(model.notes)
-    if general and model.adapter is not None:
+    if general:
         result["general"] = compare_general(model, advance)
     if is_run(Path(name)):
         add_to_report(RunFolder(Path(name)), result)

@@ -11,7 +11,8 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from strop.adapters import (
     WEIGHTS_FILE,
     adapter_folder,
     attach,
+    check_base,
     check_weights,
     read_adapter_config,
     read_identity,
 )
 from strop.config.load import read_resolved
+from strop.config.schema import DataSection
 from strop.data.conversation import Example
 from strop.data.prepare import prepare
 from strop.engine.choose import step_for
@@ -38,13 +41,12 @@ from strop.evaluation.loss import mean_loss
 from strop.export.parity import LIMITS, Parity, compare
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import DTYPES, load_base, load_config, skeleton, weights_folder
-from strop.model.quantize import pack, quantizable, unpack
-from strop.model.shards import Tensors
+from strop.model.quantize import pack, prequantized, quantizable, unpack
+from strop.model.shards import SHARD_BYTES, Tensors
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, write_json
 from strop.runs.lock import sha256_file, sha256_text
 
-SHARD_BYTES = 1 << 30
 CHOOSING_ROWS = 64  # on which two bases are compared
 
 
@@ -77,23 +79,47 @@ def merge(name: str, out: Path, *, dtype: str = "bf16", data: str | None = None)
     if out.exists():
         raise FolderError(f"{out}: is there already", fix="give --out a new folder")
     source = locate(str(read_adapter_config(folder)["base_model_name_or_path"]))
-    trained_on = read_identity(folder).get("base")
-    if trained_on and trained_on["fingerprint"] != fingerprint(source):
-        raise ModelError(f"{folder}: trained on {trained_on['name']}, which is not {source.name}")
-    scheme = str(read_identity(folder).get("quantization", "none"))
+    if prequantized(source.config()):
+        raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
+    check_base(folder, source)
     check_weights(folder)
-    examples = _examples(name, folder, source, data)
-    base, losses = _better_base(source, folder, scheme, examples)
-    tuned = lambda: _tuned(source, folder, scheme if base == "dequantized" else "none")  # noqa: E731
+    trained, examples = Trained.read(folder), _examples(name, folder, source, data)
+    base, losses = _better_base(source, folder, trained, examples)
+    if base == "original":
+        trained = replace(trained, scheme="none")
     with disk_faults(out.parent):
-        partial = _write(source, folder, out, scheme if base == "dequantized" else "none", dtype)
-        parity = compare(tuned, lambda: _loaded(partial), examples, LIMITS[dtype])
+        made = _write(source, folder, out, trained, dtype)
+        parity = compare(partial(_tuned, source, folder, trained), partial(_loaded, made), examples, LIMITS[dtype])
         if not parity.passed:
-            shutil.rmtree(partial)
+            shutil.rmtree(made)
         parity.check(str(out))
-        partial.replace(out)
+        made.replace(out)
         fsync_folder(out.parent)
     return Merged(out, sorted(file.name for file in out.iterdir()), base, losses, parity)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How the base was stored while the adapter was trained."""
+
+    scheme: str
+    double: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def read(folder: Path) -> Trained:
+        identity = read_identity(folder)
+        scheme, double = identity.get("quantization", "none"), identity.get("double_quantization", True)
+        return Trained(str(scheme), bool(double), DTYPES[str(identity.get("dtype", "bf16"))])
+
+    def rounded(self, weight: Tensor, quantized: bool) -> Tensor:
+        """A base weight as the adapter saw it: rounded to the type it was trained in, and quantized."""
+        if self.scheme == "none" or not weight.is_floating_point():
+            return weight
+        weight = weight.to(self.dtype)
+        if not quantized:
+            return weight
+        return unpack(pack(weight, self.scheme, double=self.double), self.scheme, weight.shape, self.dtype)
 
 
 def _examples(name: str, folder: Path, source: Source, data: str | None) -> list[Example]:
@@ -104,21 +130,21 @@ def _examples(name: str, folder: Path, source: Source, data: str | None) -> list
         section = read_resolved(RunFolder(Path(name)).recipe).recipe.data
         section = section if data is None else section.model_copy(update={"train": data, "eval": None})
     else:
-        from strop.config.schema import DataSection
-
         section = DataSection(train=str(data))
     prepared = prepare(section, tokenizer, cache=cache_folder() / "data")
     held_out = prepared.eval if prepared.eval is not None else prepared.train
     return [held_out[row] for row in range(min(len(held_out), 2000))]
 
 
-def _better_base(source: Source, folder: Path, scheme: str, examples: list[Example]) -> tuple[str, dict[str, float]]:
+def _better_base(
+    source: Source, folder: Path, trained: Trained, examples: list[Example]
+) -> tuple[str, dict[str, float]]:
     """Which base an adapter trained on a quantized one does better on: the dequantized, or the original. Measured."""
-    if scheme == "none":
+    if trained.scheme == "none":
         return "original", {}
     losses = {}
-    for base, quantization in (("original", "none"), ("dequantized", scheme)):
-        model = _tuned(source, folder, quantization)
+    for base, tried in (("original", replace(trained, scheme="none")), ("dequantized", trained)):
+        model = _tuned(source, folder, tried)
         losses[base] = mean_loss(
             step_for(model).token_loss, examples[:CHOOSING_ROWS], lambda block: [[n] for n in range(len(block))]
         )
@@ -126,67 +152,56 @@ def _better_base(source: Source, folder: Path, scheme: str, examples: list[Examp
     return min(losses, key=lambda base: losses[base]), losses
 
 
-def _tuned(source: Source, folder: Path, quantization: str) -> Any:
+def _tuned(source: Source, folder: Path, trained: Trained) -> Any:
     """The adapter on its base, computing in fp32; quantized weights are rounded as they were in training."""
-    if quantization == "none":
-        base = load_base(source, torch.float32, "cpu")
-    else:
-        base = load_base(
-            source, _trained_in(folder), "cpu", quantization=quantization, resident_layers=ALL_LAYERS
-        ).float()
-    return attach(base, folder, source)[0].eval()
-
-
-def _trained_in(folder: Path) -> torch.dtype:
-    return DTYPES[str(read_identity(folder).get("dtype", "bf16"))]
+    dtype = torch.float32 if trained.scheme == "none" else trained.dtype
+    base = load_base(
+        source, dtype, "cpu", quantization=trained.scheme, double=trained.double, resident_layers=ALL_LAYERS
+    )
+    return attach(base.float(), folder, source)[0].eval()
 
 
 def _loaded(folder: Path) -> Any:
     return load_base(Source(str(folder), "folder", folder), torch.float32, "cpu")
 
 
-def _write(source: Source, folder: Path, out: Path, scheme: str, dtype: str) -> Path:
+def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str) -> Path:
     """The merged folder under a name of its own; shards that an earlier try left whole are kept."""
-    partial = out.with_name(f"{out.name}.partial")
+    made = out.with_name(f"{out.name}.partial")
     made_of = {
         "adapter": sha256_file(folder / WEIGHTS_FILE),
         "base": fingerprint(source),
-        "scheme": scheme,
+        "scheme": trained.scheme,
         "dtype": dtype,
     }
-    progress = partial / "merge.json"
+    progress = made / "merge.json"
     done: dict[str, Any] = json.loads(progress.read_text(encoding="utf-8")) if progress.is_file() else {}
     if done.get("of") != made_of:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir(parents=True)
         done = {"of": made_of, "shards": {}}
-    change, trained_in = _changes(source, folder), _trained_in(folder)
-    bare = skeleton(source)
-    quantized = {f"{name}.weight" for name, _ in quantizable(bare)} if scheme != "none" else set()
+    change = _changes(source, folder)
+    quantized = {f"{name}.weight" for name, _ in quantizable(skeleton(source))}
     index: dict[str, str] = {}
     with ExitStack() as stack:
         tensors = Tensors(weights_folder(source), stack)
         for number, names in enumerate(_shards(tensors)):
             file = f"model-{number + 1:05d}.safetensors"
             index |= dict.fromkeys(names, file)
-            if done["shards"].get(file) == (sha256_file(partial / file) if (partial / file).is_file() else ""):
+            if done["shards"].get(file) == (sha256_file(made / file) if (made / file).is_file() else ""):
                 continue
             shard = {}
             for name in names:
-                weight = tensors.get(name)
-                if scheme != "none" and weight.is_floating_point():  # as it was in training, rounding included
-                    weight = weight.to(trained_in)
-                if name in quantized:
-                    weight = unpack(pack(weight, scheme), scheme, weight.shape, trained_in)
+                weight = trained.rounded(tensors.get(name), name in quantized)
                 shard[name] = _rounded(name, change(name, weight), weight, DTYPES[dtype])
-            save_file(shard, partial / file, {"format": "pt"})
-            done["shards"][file] = sha256_file(partial / file)
+            save_file(shard, made / file, {"format": "pt"})
+            done["shards"][file] = sha256_file(made / file)
             write_json(progress, done)
-    size = sum((partial / file).stat().st_size for file in set(index.values()))
-    write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
-    _write_rest(source, folder, partial, dtype)
+    size = sum((made / file).stat().st_size for file in set(index.values()))
+    write_json(made / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
+    _write_rest(source, folder, made, dtype)
     progress.unlink()
-    return partial
+    return made
 
 
 def _rounded(name: str, merged: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
@@ -209,7 +224,7 @@ def _rounded(name: str, merged: Tensor, base: Tensor, dtype: torch.dtype) -> Ten
 def _shards(tensors: Tensors) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
-    for name in sorted(tensors.names()):
+    for name in tensors:
         if names and size + tensors.size_bytes(name) > SHARD_BYTES:
             yield names
             names, size = [], 0

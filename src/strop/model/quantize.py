@@ -21,6 +21,7 @@ from strop.errors import ModelError
 BLOCK = 64  # weights that share a constant
 SMALLEST = 512  # weights below this many are not worth their constants
 FOUR_BIT = ("nf4", "fp4")
+SCHEMES = (*FOUR_BIT, "int8")
 
 
 def _bitsandbytes() -> Any:

@@ -32,8 +32,11 @@ class Tensors:
             handle = stack.enter_context(safe_open(file, "pt"))
             self._files.update(dict.fromkeys(handle.keys(), handle))
 
-    def names(self) -> set[str]:
-        return set(self._files)
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._files))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
 
     def get(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)
@@ -61,7 +64,7 @@ def quantize_folder(
         tensors, number, size = Tensors(source.path, stack), 0, 0
         shard: dict[str, Tensor] = {}
         index: dict[str, str] = {}
-        names = sorted(tensors.names())
+        names = list(tensors)
         for name in names:
             tensor = tensors.get(name)
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -101,7 +104,7 @@ def build(make: Any, folder: Path, name: str, scheme: str, dtype: torch.dtype) -
         missing = []
         for key, parameter in list(model.named_parameters(remove_duplicate=False)):
             owner, _, leaf = key.rpartition(".")
-            if key not in tensors.names():
+            if key not in tensors:
                 missing.append(key)
             elif leaf == "weight" and owner in layers:
                 _fill(layers[owner], {"weight": tensors.get(key), **tensors.under(key)}, f"{name}: {key}")

@@ -101,23 +101,25 @@ class RunFolder:
 
         The lock is the system's own: it ends with the process, however that ends. claim.json says who holds it.
         """
-        file, lock = (self.path / name for name in _CLAIM)
+        file, lock = self.path / _CLAIM[0], FileLock(self.path / _CLAIM[1], timeout=0)
         try:
-            with FileLock(lock, timeout=0):
-                holder = _live_holder(file)  # a file system without locks would have let both in
-                if holder is not None:
-                    raise Timeout(str(lock))
-                self._sweep()
-                write_atomic(file, json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()}))
-                try:
-                    yield
-                finally:
-                    file.unlink(missing_ok=True)
+            held = lock.acquire()
         except Timeout:
-            who = _live_holder(file)
-            by = f"process {who}" if who is not None else "another process"
-            fix = "wait for it, or give --out another folder"
-            raise FolderError(f"{self.path}: in use by {by}", fix=fix) from None
+            raise self._in_use(_live_holder(file)) from None
+        with held:
+            holder = _live_holder(file)  # a file system without locks would have let both in
+            if holder is not None:
+                raise self._in_use(holder)
+            self._sweep()
+            write_atomic(file, json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()}))
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
+
+    def _in_use(self, pid: int | None) -> FolderError:
+        by = f"process {pid}" if pid is not None else "another process"
+        return FolderError(f"{self.path}: in use by {by}", fix="wait for it, or give --out another folder")
 
 
 def is_run(path: Path) -> bool:
@@ -171,7 +173,7 @@ def disk_faults(path: Path) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
         if number is None or number not in _DISK_FAULTS:
             raise
-        fix = "free some space or mend the disk, then go on with `strop resume RUN`"
+        fix = "free some space or mend the disk, and go on: what was complete before is still there"
         raise DiskError(f"{path}: cannot be written: {os.strerror(number)}", fix=fix) from None
 
 

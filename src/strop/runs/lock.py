@@ -10,7 +10,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("strop", "torch", "transformers", "peft", "tokenizers", "safetensors", "accelerate", "numpy")
+LIBRARIES = (
+    "strop",
+    "torch",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "accelerate",
+    "numpy",
+    "numba",
+    "bitsandbytes",
+)
 
 # recipe values that do not change what is trained, or are held by their content (data) or fingerprint (model)
 HARMLESS = {

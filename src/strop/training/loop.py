@@ -56,6 +56,17 @@ class StepResult:
     verdict: Verdict
 
     @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with a step that is not good."""
+        if self.finite:
+            return f"loss {self.loss:.4g} is far above that of the steps before"
+        return f"{'loss' if not math.isfinite(self.loss) else 'gradient'} is not finite"
+
+    @property
     def taken(self) -> bool:
         return self.verdict in (Verdict.GOOD, Verdict.DOUBTFUL)
 
@@ -113,7 +124,7 @@ def _through(job: Job, stop_asked: Callable[[], bool]) -> str:
         due = progress.step % train.save_steps == 0 if train.save_steps else epoch_ends
         due = due or progress.best_step == progress.step or time.monotonic() - saved_at > SAVE_EVERY_S
         if ended == "time":
-            progress.budget_from = _spent(job)
+            progress.budget_from += _spent(job)
         if ended or stopping or (due and not progress.streak):  # a state in doubt is nothing to go back to
             save(job)
             saved_at, saved_step = time.monotonic(), progress.step
@@ -144,9 +155,7 @@ def _take(job: Job, batch: Batch, stream: BatchStream) -> None:
     if result.verdict is not Verdict.GOOD:
         _log_bad(job, batch, result)
     if result.verdict is Verdict.ROLL_BACK:
-        finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
-        what = f"loss {result.loss:.4g} far above that of the steps before" if finite else _not_finite(result)
-        raise Diverged(f"{what} ({len(progress.streak)} bad steps in a row)", finite=finite)
+        raise Diverged(f"{result.trouble} ({len(progress.streak)} bad steps in a row)", finite=result.finite)
 
 
 def rate_at(job: Job, index: int, total: int) -> float:
@@ -232,7 +241,7 @@ def _roll_back(job: Job, trouble: Diverged) -> None:
     now = job.state.progress
     stream = stream_of(job.recipe, len(job.train))
     if now.rollbacks:
-        raise _given_up(job, trouble, rate_at(job, now.step, stream.total_steps))
+        raise _given_up(job, trouble, stream)
     checkpoint = checkpoints.newest(job.folder, lambda text: job.log.emit("note", text=text))
     checkpoints.restore(checkpoint, job.state)
     progress = job.state.progress
@@ -241,7 +250,7 @@ def _roll_back(job: Job, trouble: Diverged) -> None:
     progress.rate_scale = now.rate_scale * guard.RATE_CUT
     progress.halvings, progress.recompute = now.halvings, now.recompute
     progress.seconds, progress.eval_seconds, progress.save_seconds = now.seconds, now.eval_seconds, now.save_seconds
-    progress.skipped_steps = now.skipped_steps
+    progress.skipped_steps, progress.budget_from = now.skipped_steps, now.budget_from
     job.log.emit(
         "rollback",
         step=now.step,
@@ -253,11 +262,11 @@ def _roll_back(job: Job, trouble: Diverged) -> None:
     )
 
 
-def _given_up(job: Job, trouble: Diverged, rate: float) -> DivergedError:
-    progress, dtype = job.state.progress, str(job.recipe.model.dtype)
-    advice = guard.advice(progress, rate, dtype, trouble)
+def _given_up(job: Job, trouble: Diverged, stream: BatchStream) -> DivergedError:
+    progress = job.state.progress
+    rate = rate_at(job, progress.step, stream.total_steps)
+    advice = guard.advice(progress, rate, str(job.recipe.model.dtype), trouble)
     saved = job.folder.checkpoints()[-1][1]
-    stream = stream_of(job.recipe, len(job.train))
     rows = [place for index in progress.streak for place in _places(job, stream.rows(index))]
     job.log.emit("stop", step=progress.step, why=trouble.why, rows=rows, advice=advice)
     kind = DivergedError if trouble.finite else NonFiniteError
@@ -301,16 +310,10 @@ def _log_step(job: Job, batch: Batch, result: StepResult, rate: float, took: flo
 
 def _log_bad(job: Job, batch: Batch, result: StepResult) -> None:
     """skip: the step was not taken. doubt: it was, and is watched."""
-    finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
-    why = f"loss {result.loss:.4g} is far above that of the steps before" if finite else _not_finite(result)
     if not result.taken:
         job.state.progress.skipped_steps += 1
     kind = "doubt" if result.taken else "skip"
-    job.log.emit(kind, step=batch.index + 1, why=why, rows=_places(job, batch.rows))
-
-
-def _not_finite(result: StepResult) -> str:
-    return f"{'loss' if not math.isfinite(result.loss) else 'gradient'} is not finite"
+    job.log.emit(kind, step=batch.index + 1, why=result.trouble, rows=_places(job, batch.rows))
 
 
 def _places(job: Job, rows: Sequence[int]) -> list[str]:

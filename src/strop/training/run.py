@@ -22,6 +22,7 @@ from strop.errors import InputError, MemoryLimitError, StropError, Where
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.report import write_report
 from strop.machine.memory import MemoryMark, MemoryWatch, is_out_of_memory, mark
+from strop.machine.probe import probe
 from strop.model.load import DTYPES, load_base
 from strop.model.lora import add_lora, as_fp32, trainable, weight_change
 from strop.runs.events import EventLog, Listener, read_events
@@ -148,7 +149,7 @@ def _execute(
             _announce(job, setup)
             ended = "steps"
             if recipe.model.device == "cpu":  # CUDA says by itself when there is no more
-                job.step.watch(MemoryWatch(setup.machine.memory_bytes, setup.machine.free_bytes))
+                job.step.watch(MemoryWatch(setup.machine.memory_bytes, probe().free_bytes))
             if job.state.progress.step < _total(job):
                 ended = _fit(job)
         except (RuntimeError, MemoryError) as error:
@@ -230,7 +231,11 @@ def _finish(job: Job, setup: Setup, memory: MemoryMark, ended: str) -> dict[str,
         checkpoints.load_weights(folder.checkpoint(kept), job.state.weights)
     identity = {name: setup.lock[name] for name in ("base", "template", "data")}
     model = setup.resolved.recipe.model
-    identity |= {"quantization": model.quantization, "dtype": model.dtype}
+    identity |= {
+        "quantization": model.quantization,
+        "double_quantization": model.double_quantization,
+        "dtype": model.dtype,
+    }
     identity["system"] = _shared_system(setup.data.train_conversations)
     card = model_card(folder.name, setup.source.name, setup.resolved.recipe, progress.eval_loss)
     save_adapter(job.model, setup.tokenizer, folder.adapter, identity, card)
