@@ -19,18 +19,15 @@ LAYERS = [
     {"data", "model", "engine", "machine"},
     {"adapters", "evaluation", "planning"},
     {"training", "export", "serve"},
-    {"cli", "flags", "terminal", "chat", "demo"},
+    {"flags", "terminal"},
+    {"chat", "demo"},
+    {"commands"},
+    {"cli"},
 ]
 SIDEWAYS = {
     ("model", "engine"),
     ("engine", "machine"),
     ("evaluation", "adapters"),
-    ("cli", "flags"),
-    ("cli", "terminal"),
-    ("cli", "chat"),
-    ("cli", "demo"),
-    ("chat", "terminal"),
-    ("demo", "terminal"),
 }
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "core", "base", "manager"}
 

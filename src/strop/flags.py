@@ -1,13 +1,30 @@
-"""A recipe's fields as command-line flags: made from the schema, never written down twice."""
+"""The flags that commands share; a recipe's fields as flags, made from the schema, never written down twice."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
+ModelName = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="Run, adapter or model folder, .gguf file, Hub id, or demo.")
+]
+Memory = Annotated[str | None, typer.Option(help="Use at most this much memory, such as 8GB.", metavar="SIZE")]
+Quantization = Annotated[str, typer.Option(help="none, nf4, fp4, int8; auto: what the adapter was trained on.")]
+Force = Annotated[bool, typer.Option("--force", help="Load an adapter on another base; says what differs.")]
+RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe file (YAML).")]
+
+
+def limit_bytes(memory: str | None) -> int | None:
+    """What --memory was given, in bytes."""
+    from strop.machine.memory import parse_bytes
+
+    return None if memory is None else parse_bytes(memory)
 
 
 def recipe_options(command: Callable[..., Any], wanted: bool) -> Any:

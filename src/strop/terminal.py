@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -206,3 +207,9 @@ def print_samples(samples: Sequence[dict[str, Any]], out: Console = console) -> 
         out.print("base   ", sample["base"].strip() or "(nothing)", markup=False, style="dim")
         if "tuned" in sample:
             out.print("tuned  ", sample["tuned"].strip() or "(nothing)", markup=False)
+
+
+def print_json(value: dict[str, Any], asked: bool) -> None:
+    """One object on stdout, where --json asked for it."""
+    if asked:
+        print(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,81 @@
+"""Commands that look at data and models before anything is trained. Heavy imports stay inside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from strop.errors import InputError
+from strop.flags import Json, RecipeFile
+from strop.terminal import console, print_json
+
+
+def check(
+    recipe: RecipeFile = None,
+    show: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 0,
+    ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
+    fix: Annotated[
+        Path | None, typer.Option(metavar="OUT.jsonl", help="Write a cleaned copy, with a log of each change.")
+    ] = None,
+    as_json: Json = False,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """See what would be trained on: rows, drops, masks, stop tokens (without --model: with the demo's tokenizer)."""
+    from strop.config.load import resolve
+    from strop.data import check as account
+    from strop.data.prepare import prepare
+    from strop.model.facts import locate
+    from strop.model.tokenizer import load_tokenizer
+
+    chosen = resolve(recipe, options if recipe else {"model.name": "demo", **(options or {})}).recipe
+    tokenizer = load_tokenizer(locate(chosen.model.name, chosen.model.revision))
+    prepared = prepare(chosen.data, tokenizer, strict=False)
+    account.print_report(prepared.report.as_json(), console)
+    if show:
+        account.show(prepared, show, console, ids=ids)
+    if fix is not None:
+        account.fix(chosen.data, tokenizer, fix)
+    print_json(prepared.report.as_json(), as_json)
+    if prepared.report.would_refuse:
+        raise typer.Exit(InputError.exit_code)
+
+
+def modules(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, run folder, or demo.")],
+    as_json: Json = False,
+) -> None:
+    """List the linear layers an adapter can sit on, and what picks them."""
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from strop.config.load import resolve
+    from strop.model.facts import locate
+    from strop.model.load import skeleton
+    from strop.model.lora import linear_kinds, target_names
+
+    kinds = linear_kinds(skeleton(locate(model)))
+    presets = {
+        preset: target_names(
+            kinds, resolve(None, {"model": model, "data": "-", "preset": preset}).recipe.lora.target_modules
+        )
+        for preset in ("auto", "low-memory", "balanced", "max-quality")
+    }
+    rows = [{**asdict(k), "presets": [preset for preset, names in presets.items() if k.name in names]} for k in kinds]
+    table = Table("name", "type", "in", "out", "count", "picked by preset", "quantized")
+    for kind, row in zip(kinds, rows, strict=True):
+        sizes = (str(kind.in_features), str(kind.out_features), str(kind.count))
+        quantized = f"no: {kind.kept_16_bit}" if kind.kept_16_bit else "yes"
+        table.add_row(kind.name, kind.type, *sizes, ", ".join(row["presets"]) or "none", quantized)
+    console.print(table)
+    print_json({"modules": rows}, as_json)
+
+
+def schema() -> None:
+    """Print the JSON schema of a recipe."""
+    from strop.config.schema import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
