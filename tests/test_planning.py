@@ -59,6 +59,8 @@ def test_what_ran_out_of_memory_once_is_remembered() -> None:
         resolve(None, {**options, "train.micro_batch_tokens": 1024}), machine(60), LLAMA_8B, "cpu", ("bf16", ""), None
     )
     assert asked.recipe.train.micro_batch_tokens == 1024  # what a person asks for stays
+    remember(memory_key(plan(60, **{"model.quantization": "nf4"}).recipe, machine(60), LLAMA_8B), {"streamed": True})
+    assert plan(60, **{"model.quantization": "nf4"}).recipe.model.resident_layers == 0
     other = choose(resolve(None, {**options, "lora.r": 64}), machine(60), LLAMA_8B, "cpu", ("bf16", ""), None)
     assert other.recipe.train.micro_batch_tokens == 2048
 

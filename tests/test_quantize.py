@@ -240,6 +240,43 @@ def test_a_run_on_a_quantized_base_and_its_answers(
     assert (same - other).abs().max() > 1e-4  # in 16 bit the base is not the one that was trained on
 
 
+def test_the_last_rung_without_memory_is_streaming(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that is never enough for weights that lie there dequantized: same numbers without them, and after a
+    resume."""
+    options: dict[str, Any] = {
+        "model": str(tiny_folder), "data": str(rows_file), "lora": {"r": 4}, "model.quantization": "nf4",
+        "model.resident_layers": 2, "model.dtype": "fp32", "train": {"max_steps": 4, "save_steps": 1, "micro_batch": 1},
+    }  # fmt: skip
+
+    def losses(run: str) -> list[float]:
+        return [event["loss"] for event in read_events(tmp_path / run / "events.jsonl") if event["event"] == "step"]
+
+    strop.train(out=tmp_path / "whole", **options)
+    compute, tight = FastLoss.__call__, []
+
+    def starved(loss: FastLoss, examples: Any) -> torch.Tensor:
+        resident = any(type(base) is torch.nn.Linear for layer in loss._layers for base in layer.down.bases)
+        tight.append(resident)
+        if resident:
+            raise torch.OutOfMemoryError("out of memory")
+        return compute(loss, examples)
+
+    def killed(event: dict[str, Any]) -> None:
+        if event["event"] == "save" and event["step"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FastLoss, "__call__", starved)
+    with pytest.raises(KeyboardInterrupt):
+        strop.train(out=tmp_path / "cut", callback=killed, **options)
+    shrunk = [event["to"] for event in read_events(tmp_path / "cut" / "events.jsonl") if event["event"] == "shrink"]
+    assert shrunk[-1] == "weights that are dequantized when they are needed" and tight[-1] is False
+    tight.clear()
+    strop.resume(tmp_path / "cut")
+    assert losses("cut") == losses("whole") and True not in tight
+
+
 def test_without_bitsandbytes_it_says_what_to_do(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

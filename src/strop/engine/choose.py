@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 class Step:
     """token_loss: the summed loss of the supervised tokens of a micro-batch. name: fast or plain; why: the reason for
     plain. recompute: from its call on, each layer's input only is kept, and the layer is computed again in the backward
-    pass. watch: sets what is to look at memory before each layer."""
+    pass. exchange: lets go of the frozen weights, has them replaced, and takes up those that are there now. watch: sets
+    what is to look at memory before each layer."""
 
     token_loss: Callable[[Sequence[Example]], Tensor]
     name: str
     why: str
     recompute: Callable[[], None]
+    exchange: Callable[[Callable[[], None]], None] = lambda replace: replace()
     watch: Callable[[Watch], None] = lambda watch: None
 
     @property
@@ -43,6 +45,7 @@ def step_for(model: nn.Module) -> Step:
             "fast",
             "",
             recompute=lambda: setattr(fast, "checkpoint_layers", whole.config.num_hidden_layers),
+            exchange=fast.exchange,
             watch=lambda watch: setattr(fast, "watch", watch),
         )
     return Step(

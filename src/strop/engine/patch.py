@@ -275,10 +275,16 @@ class FastLoss:
         self._softcap = float(getattr(base.config, "final_logit_softcapping", None) or 0)
         self._device: torch.device = self._head.weight.device
         self._ops = _ops_for(self._device, self._head.weight.dtype, warm)
-        family = FAMILIES[base.config.model_type]
+        self._config, self._family = base.config, FAMILIES[base.config.model_type]
+        self._norm = self._norm_of(base.model.norm, self._family)
+        self.exchange(lambda: None)
+
+    def exchange(self, replace: Callable[[], None]) -> None:
+        """Lets go of the layers' weights, has them replaced in the model, and takes up those that are there then."""
+        self._layers: list[Layer] = []
+        replace()
         self._workspace = Workspace()
-        self._layers = [self._layer(layer, family, base.config) for layer in base.model.layers]
-        self._norm = self._norm_of(base.model.norm, family)
+        self._layers = [self._layer(layer, self._family, self._config) for layer in self._decoder.layers]
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable in the adapters."""

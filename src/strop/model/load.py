@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from strop.errors import ModelError
 from strop.model.facts import Source, fingerprint, read_config
 from strop.model.quantize import folder_name, make_resident, prequantized
-from strop.model.shards import build, floats, is_whole, quantize_folder
+from strop.model.shards import build, floats, is_whole, pack_again, quantize_folder
 from strop.model.tokenizer import LOCAL, first_line, gguf_cache, head_folder, plain_config
 from strop.runs.folder import cache_folder, new_folder
 
@@ -70,6 +70,11 @@ def load_base(
     model.name_or_path = model.config._name_or_path = source.name
     module: nn.Module = model.to(device).eval().requires_grad_(False)
     return module
+
+
+def stream_weights(model: nn.Module, source: Source, scheme: str, double: bool, dtype: torch.dtype) -> None:
+    """Puts the packed weights back into a quantized base, in the place of those that `resident_layers` dequantized."""
+    pack_again(model, _quantized(source, scheme, double, dtype), source.name, scheme, dtype)
 
 
 def weights_folder(source: Source) -> Path:

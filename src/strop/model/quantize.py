@@ -147,7 +147,7 @@ def replace_linears(model: nn.Module, scheme: str, dtype: torch.dtype) -> dict[s
     """Puts an empty QuantizedLinear in the place of each layer that is quantized; gives them by name."""
     found = {name: QuantizedLinear(module, scheme, dtype) for name, module in list(quantizable(model))}
     for name, module in found.items():
-        _put(model, name, module)
+        put_module(model, name, module)
     return found
 
 
@@ -160,7 +160,7 @@ def make_resident(model: nn.Module, layers: int) -> None:
                 plain = nn.Linear(module.in_features, module.out_features, bias=False)
             plain.weight = nn.Parameter(module.dequantized(), requires_grad=False)
             plain.bias = module.bias
-            _put(model, name, plain)
+            put_module(model, name, plain)
 
 
 def layer_number(name: str) -> int | None:
@@ -168,7 +168,7 @@ def layer_number(name: str) -> int | None:
     return next((int(part) for part in name.split(".")[1:] if part.isdigit()), None)
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 

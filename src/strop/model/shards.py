@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from strop.errors import ModelError
 from strop.model.facts import Source, weight_files
-from strop.model.quantize import QuantizedLinear, pack, quantizable, replace_linears
+from strop.model.quantize import QuantizedLinear, pack, put_module, quantizable, replace_linears
 from strop.runs.folder import new_folder
 
 SHARD_BYTES = 1 << 30
@@ -123,6 +123,19 @@ def build(make: Any, folder: Path, name: str, scheme: str, dtype: torch.dtype) -
         raise ModelError(what, fix="use --model.quantization none")
     module: nn.Module = model
     return module
+
+
+def pack_again(model: nn.Module, folder: Path, name: str, scheme: str, dtype: torch.dtype) -> None:
+    """Puts packed weights in the place of those that were dequantized, layer by layer; model may carry adapters."""
+    with ExitStack() as stack:
+        tensors = Tensors(folder, stack)
+        for path, module in list(model.named_modules()):
+            key = f"{path.replace('.base_layer', '')}.weight"
+            constants = tensors.under(key) if type(module) is nn.Linear and key in tensors else {}
+            if constants:
+                layer = QuantizedLinear(module, scheme, dtype)
+                _fill(layer, {"weight": tensors.get(key), **constants}, f"{name}: {key}")
+                put_module(model, path, layer.to(module.weight.device))
 
 
 def _fill(layer: QuantizedLinear, packed: dict[str, Tensor], where: str) -> None:

@@ -97,8 +97,10 @@ def choose(
     if recipe.train.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
         pick("train.optimizer", "adamw_8bit", "there is nothing to page without CUDA")
     resolved = resolved.decide(picks)
-    resolved = resolved.decide(_storage(resolved.recipe, machine, shape, prequantized))
+    room = _room(resolved.recipe, machine, shape)
+    resolved = resolved.decide(_scheme(resolved.recipe, shape, room, prequantized))
     known = recall(memory_key(resolved.recipe, machine, shape))
+    resolved = resolved.decide(_resident(resolved.recipe, shape, room, known))
     tokens, why = max(MICRO_BATCH_TOKENS, recipe.data.max_length), "large enough to keep the cores busy"
     if known.get("micro_batch_tokens"):
         tokens, why = known["micro_batch_tokens"], "an earlier run of this shape ran out of memory here with more"
@@ -132,7 +134,6 @@ def memory_key(recipe: Recipe, machine: Machine, shape: ModelShape) -> str:
             model.device,
             model.dtype,
             model.quantization,
-            model.resident_layers,
         ),
         *(lora.r, lora.target_modules, recipe.data.max_length, recipe.train.optimizer),
     )
@@ -152,7 +153,7 @@ def _checkpointing(recipe: Recipe, machine: Machine, shape: ModelShape, tokens: 
 
 def _weight_bytes(recipe: Recipe, shape: ModelShape) -> int:
     model = recipe.model
-    whole = (4 if model.dtype == "fp32" else 2) * shape.parameters
+    whole = _whole_bytes(recipe, shape)
     if model.quantization == "none":
         return whole
     resident = (model.resident_layers or 0) / shape.layers
@@ -168,26 +169,39 @@ def _rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
     return rate, why
 
 
-def _storage(recipe: Recipe, machine: Machine, shape: ModelShape, prequantized: str | None) -> list[Choice]:
-    """Quantization where the recipe says auto, and how many layers have their quantized weights dequantized once."""
-    model, picks = recipe.model, []
+def _room(recipe: Recipe, machine: Machine, shape: ModelShape) -> float:
+    """Bytes that are left for the base beside the activations."""
     tokens = recipe.train.micro_batch_tokens or max(MICRO_BATCH_TOKENS, recipe.data.max_length)
-    whole = (4 if model.dtype == "fp32" else 2) * shape.parameters
-    room = 0.8 * machine.free_bytes - tokens * saved_bytes_per_token(shape, recipe.lora.r)
-    scheme, why = str(model.quantization), ""
-    if model.quantization == "auto":
-        fits = whole < room
-        said = f"{whole / 2**30:.1f} GiB of 16-bit weights, room for {max(room, 0) / 2**30:.1f}"
-        scheme, why = ("none", f"fits: {said}") if fits else ("nf4", f"would not fit: {said}")
-        if prequantized:
-            scheme, why = prequantized, "as the weights are on disk"
-        picks.append(Choice("model.quantization", scheme, "plan", why))
-    if scheme != "none" and model.resident_layers is None:
-        packed = quantized_size_bytes(shape.parameters, scheme)
-        layers = max(0, min(shape.layers, int(shape.layers * (room - packed) / max(1, whole - packed))))
-        said = "dequantized once: faster, as large as 16 bit" if layers else "no room for 16-bit weights"
-        picks.append(Choice("model.resident_layers", layers, "plan", said))
-    return picks
+    return 0.8 * machine.free_bytes - tokens * saved_bytes_per_token(shape, recipe.lora.r)
+
+
+def _scheme(recipe: Recipe, shape: ModelShape, room: float, prequantized: str | None) -> list[Choice]:
+    """Quantization where the recipe says auto."""
+    if recipe.model.quantization != "auto":
+        return []
+    if prequantized:
+        return [Choice("model.quantization", prequantized, "plan", "as the weights are on disk")]
+    whole = _whole_bytes(recipe, shape)
+    said = f"{whole / 2**30:.1f} GiB of 16-bit weights, room for {max(room, 0) / 2**30:.1f}"
+    scheme, why = ("none", f"fits: {said}") if whole < room else ("nf4", f"would not fit: {said}")
+    return [Choice("model.quantization", scheme, "plan", why)]
+
+
+def _resident(recipe: Recipe, shape: ModelShape, room: float, known: Mapping[str, Any]) -> list[Choice]:
+    """How many layers have their quantized weights dequantized once, where the recipe leaves it open."""
+    model = recipe.model
+    if model.quantization == "none" or model.resident_layers is not None:
+        return []
+    packed, whole = quantized_size_bytes(shape.parameters, str(model.quantization)), _whole_bytes(recipe, shape)
+    layers = max(0, min(shape.layers, int(shape.layers * (room - packed) / max(1, whole - packed))))
+    why = "dequantized once: faster, as large as 16 bit" if layers else "no room for 16-bit weights"
+    if known.get("streamed"):
+        layers, why = 0, "an earlier run of this shape ran out of memory here with more"
+    return [Choice("model.resident_layers", layers, "plan", why)]
+
+
+def _whole_bytes(recipe: Recipe, shape: ModelShape) -> int:
+    return (4 if recipe.model.dtype == "fp32" else 2) * shape.parameters
 
 
 def _of_adapter(resolved: Resolved, adapter: Mapping[str, Any]) -> list[Choice]:

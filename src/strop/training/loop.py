@@ -23,7 +23,7 @@ from strop.training import guard
 from strop.training import state as checkpoints
 from strop.training.guard import Diverged, Verdict
 from strop.training.optim import rate_factor, set_rate, warmup_steps
-from strop.training.shrink import micro_batches, within_memory
+from strop.training.shrink import go_on_shrunk, micro_batches, within_memory
 from strop.training.state import TrainState
 from strop.training.stops import seconds, stop_signals
 
@@ -32,7 +32,11 @@ SAVE_EVERY_S = 600.0  # at least this often, whatever the recipe says about step
 
 @dataclass(frozen=True)
 class Job:
-    """What the loop works on. memory_key: what running out of memory is remembered under; empty: not at all."""
+    """What the loop works on.
+
+    stream: puts packed weights in the place of those that were dequantized once; None where there are none such.
+    memory_key: what running out of memory is remembered under; empty: not at all.
+    """
 
     recipe: Recipe
     folder: RunFolder
@@ -42,6 +46,7 @@ class Job:
     eval: Sequence[Example] | None
     state: TrainState
     log: EventLog
+    stream: Callable[[], None] | None = None
     memory_key: str = ""
 
 
@@ -89,9 +94,7 @@ def fit(job: Job) -> str:
     Raises Stopped after Ctrl-C or SIGTERM, once the step is finished and saved; DivergedError (NonFiniteError) where
     going back to the last good checkpoint with a lower learning rate did not help; MemoryLimitError, DiskError.
     """
-    progress = job.state.progress
-    if progress.recompute:
-        job.step.recompute()
+    go_on_shrunk(job)
     if _out_of_patience(job):  # it was killed between its last save and its report
         return "patience"
     if not job.folder.checkpoints():
@@ -248,7 +251,7 @@ def _roll_back(job: Job, trouble: Diverged) -> None:
     progress.passed = sorted({*progress.passed, *now.streak})
     progress.streak, progress.rollbacks = [], now.rollbacks + 1
     progress.rate_scale = now.rate_scale * guard.RATE_CUT
-    progress.halvings, progress.recompute = now.halvings, now.recompute
+    progress.halvings, progress.recompute, progress.streamed = now.halvings, now.recompute, now.streamed
     progress.seconds, progress.eval_seconds, progress.save_seconds = now.seconds, now.eval_seconds, now.save_seconds
     progress.skipped_steps, progress.budget_from = now.skipped_steps, now.budget_from
     job.log.emit(

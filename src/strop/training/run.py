@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.report import write_report
 from strop.machine.memory import MemoryMark, MemoryWatch, is_out_of_memory, mark
 from strop.machine.probe import probe
-from strop.model.load import DTYPES, load_base
+from strop.model.load import DTYPES, load_base, stream_weights
 from strop.model.lora import add_lora, as_fp32, trainable, weight_change
 from strop.runs.events import EventLog, Listener, read_events
 from strop.runs.folder import (
@@ -176,7 +177,11 @@ def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog) 
     state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
     state.progress.recompute = recipe.train.gradient_checkpointing == "on"
     data = setup.data
-    return Job(recipe, folder, model, step, data.train, data.eval, state, log, setup.memory_key)
+    base, of, stream = model.get_base_model(), recipe.model, None
+    if of.quantization != "none" and of.resident_layers:
+        how = (of.quantization, of.double_quantization, DTYPES[of.dtype])
+        stream = partial(stream_weights, base, setup.source, *how)
+    return Job(recipe, folder, model, step, data.train, data.eval, state, log, stream, setup.memory_key)
 
 
 def _total(job: Job) -> int:
@@ -191,7 +196,7 @@ def _restore(job: Job, changed: Sequence[Difference]) -> None:
         job.log.emit("override", step=progress.step, field=change.name, was=change.was, now=change.now)
     if changed:  # other data or another batch size: the stream goes on at the same step
         progress.position = stream_of(job.recipe, len(job.train)).position_of(progress.step)
-        progress.recompute = job.recipe.train.gradient_checkpointing == "on"
+        progress.recompute, progress.streamed = job.recipe.train.gradient_checkpointing == "on", False
     job.log.emit("resume", step=progress.step, checkpoint=checkpoint.name)
 
 

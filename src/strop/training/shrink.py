@@ -32,6 +32,14 @@ def micro_batches(job: Job, examples: Sequence[Example]) -> list[list[int]]:
     return pack(lengths, max(size, *lengths)) if job.step.packed else group_by_length(lengths, tokens=size, rows=None)
 
 
+def go_on_shrunk(job: Job) -> None:
+    """Puts the step into the shape that running out of memory left it in, after a resume."""
+    if job.state.progress.recompute:
+        job.step.recompute()
+    if job.state.progress.streamed and job.stream is not None:
+        job.step.exchange(job.stream)
+
+
 def within_memory(job: Job, examples: Sequence[Example], compute: Callable[[], T]) -> T:
     """What `compute` gives, called again with less memory each time that there is not enough.
 
@@ -68,6 +76,11 @@ def _shrink(job: Job, examples: Sequence[Example], said: str) -> None:
         progress.halvings, progress.recompute = halvings, True
         job.step.recompute()
         to = "gradient checkpointing"
+    elif job.stream is not None and not progress.streamed:
+        progress.halvings, progress.streamed = halvings, True
+        job.step.exchange(job.stream)
+        give_back()
+        to = "weights that are dequantized when they are needed"
     else:
         fix = "shorten --data.max_length, train fewer --lora.target_modules, or take a smaller model"
         raise MemoryLimitError(f"out of memory with the smallest micro-batches and checkpointing: {said}", fix=fix)
@@ -75,7 +88,8 @@ def _shrink(job: Job, examples: Sequence[Example], said: str) -> None:
     if job.memory_key:
         tokens = job.recipe.train.micro_batch_tokens
         kept = None if tokens is None else tokens >> progress.halvings
-        remember(job.memory_key, {"micro_batch_tokens": kept, "recompute": progress.recompute})
+        shape = {"micro_batch_tokens": kept, "recompute": progress.recompute, "streamed": progress.streamed}
+        remember(job.memory_key, shape)
 
 
 def _cut(job: Job) -> tuple[int, str]:

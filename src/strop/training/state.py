@@ -50,6 +50,7 @@ class Progress:
     rollbacks: int = 0
     halvings: int = 0  # of the micro-batch, after running out of memory
     recompute: bool = False  # checkpoint layers, whatever the recipe says
+    streamed: bool = False  # no quantized weight stays dequantized, whatever the recipe says
     budget_from: float = 0.0  # seconds that were spent before the time budget of this session
 
 
