@@ -309,7 +309,7 @@ def test_adapter_loads_in_plain_peft_with_the_same_logits(tmp_path: Path) -> Non
     job = tiny.job(tmp_path / "run", tiny.examples(16), **{"train.max_steps": 5})
     fit(job)
     job.model.config._name_or_path = "tiny"
-    save_adapter(job.model, tiny.tokenizer("chatml"), tmp_path / "adapter", {}, "card")  # type: ignore[arg-type]
+    save_adapter(job.model, tiny.tokenizer("chatml"), tmp_path / "adapter", {})  # type: ignore[arg-type]
     theirs = peft.PeftModel.from_pretrained(tiny.model(), str(tmp_path / "adapter")).eval()
     job.model.eval()
     ids = torch.arange(5, 25)[None]

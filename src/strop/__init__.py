@@ -70,11 +70,19 @@ def evaluate(
     metric: str = "exact",
     max_new_tokens: int = 80,
     general: bool = False,
+    regression_data: str | Sequence[str] = (),
+    regression_metric: str | None = None,
 ) -> dict[str, Any]:
-    """Base and tuned on held-out rows: the fields of `strop eval --json`. general: and on the general set."""
+    """Base and tuned on held-out rows: the fields of `strop eval --json`. general: and on the general set.
+
+    regression_data: and on rows of one's own that should not get worse, judged by regression_metric or metric.
+    """
     from strop.evaluation.run import evaluate_model
 
-    return evaluate_model(str(run), data, metric=metric, max_new_tokens=max_new_tokens, general=general)
+    return evaluate_model(
+        str(run), data, metric=metric, max_new_tokens=max_new_tokens, general=general,
+        regression_data=regression_data, regression_metric=regression_metric,
+    )  # fmt: skip
 
 
 def load(

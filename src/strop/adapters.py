@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from strop.config.schema import Recipe
 from strop.data.conversation import Ids, Message
 from strop.data.render import Renderer
 from strop.engine.device import pick_device, pick_dtype, prepare_process
@@ -33,8 +32,8 @@ ALL_LAYERS = 1 << 30
 STROP_FILE = "strop.json"  # beside adapter_config.json: base fingerprint, template and data hash
 
 
-def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: dict[str, Any], card: str) -> None:
-    """Writes a PEFT adapter folder, whole or not at all: weights, config, tokenizer, template, model card, strop.json.
+def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: dict[str, Any]) -> None:
+    """Writes a PEFT adapter folder, whole or not at all: weights, config, tokenizer, template, strop.json.
 
     identity: {base: {name, fingerprint}, template, data, system}; base is checked when the adapter is loaded,
     system (the system prompt that every training row had, or None) is what `chat` starts with.
@@ -43,7 +42,7 @@ def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: 
         # peft would look the base up on the Hub to see whether embeddings were resized; trained rows are saved anyway
         model.save_pretrained(str(temp), safe_serialization=True, save_embedding_layers=False)
         tokenizer.save_pretrained(temp)
-        (temp / "README.md").write_text(card, encoding="utf-8")
+        (temp / "README.md").unlink()  # peft's own card, all of it blanks to fill in
         weights = {"sha256": sha256_file(temp / WEIGHTS_FILE)}
         write_json(temp / STROP_FILE, {**identity, "weights": weights, "versions": versions()})
 
@@ -81,10 +80,17 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 
 def attach(
-    base: nn.Module, folder: Path, source: Source, *, trainable: bool = False, force: bool = False
+    base: nn.Module,
+    folder: Path,
+    source: Source,
+    *,
+    trainable: bool = False,
+    force: bool = False,
+    name: str = "default",
 ) -> tuple[peft.PeftModel, list[str]]:
     """(the base with the adapter of a folder on it, notes on what `force` let pass).
 
+    base: without an adapter, or with others, under other names.
     Raises ModelError where the adapter was trained on another base (unless forced), does not fit this one in every
     name and shape, was changed since it was saved, or holds NaN.
     """
@@ -94,10 +100,14 @@ def attach(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
-            model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+            if isinstance(base, peft.PeftModel):
+                model = base
+                model.load_adapter(str(folder), adapter_name=name, is_trainable=trainable)
+            else:
+                model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name, is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: does not fit {source.name}: {str(error).strip().splitlines()[0]}") from None
-    _check_fit(model, folder, source)
+    _check_fit(model, folder, source, name)
     return model, notes
 
 
@@ -126,10 +136,10 @@ def check_weights(folder: Path) -> None:
         raise ModelError(what, fix=f"make it again, or remove {STROP_FILE} if the change was meant")
 
 
-def _check_fit(model: peft.PeftModel, folder: Path, source: Source) -> None:
+def _check_fit(model: peft.PeftModel, folder: Path, source: Source, adapter: str) -> None:
     """Every tensor of the file has a place in the model, and every adapter of the model its tensor; peft only warns."""
     saved = set(safetensors_header(folder / WEIGHTS_FILE))
-    places = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    places = set(peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
     for names, what in ((saved - places, "have no place in"), (places - saved, "are missing for")):
         if names:
             said = f"{len(names)} of its tensors {what} {source.name}, first {min(names)}"
@@ -147,7 +157,37 @@ class Model:
     adapter: Path | None
     default_system: str | None = None  # the system prompt that every training row had
     notes: Sequence[str] = ()  # what `force` let pass
+    source: Source | None = None  # of the base
+    quantization: str = "none"  # of the base
     history: list[Message] = field(default_factory=list)
+    others: dict[str, str] = field(default_factory=dict)  # further adapters: their names in the module, by their names
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the model itself wants its answers drawn: its generation config."""
+        return Sampling.own(self.module.generation_config)
+
+    def add(self, name: str, *, force: bool = False) -> None:
+        """Loads a further adapter (a run or adapter folder) onto the same base; `use` switches to it.
+
+        Raises ModelError where it was trained on another base or with another template, or does not fit.
+        """
+        folder = adapter_folder(name)
+        if folder is None or self.adapter is None or self.source is None:
+            raise ModelError(f"{name}: no adapter there", fix="give a run or adapter folder")
+        own, its = (read_identity(one).get("template") for one in (self.adapter, folder))
+        if own != its and not force:
+            what = f"{name}: was trained with another chat template than {self.name}"
+            raise ModelError(what, fix="load it by itself, or with --force")
+        inner = f"adapter{len(self.others) + 1}"
+        _, notes = attach(self.module, folder, self.source, force=force, name=inner)
+        self.module.eval()
+        self.others[name] = inner
+        self.notes = [*self.notes, *notes]
+
+    def use(self, name: str) -> None:
+        """Answers with this adapter from now on: the model's own name, or one that was added."""
+        self.module.set_adapter("default" if name == self.name else self.others[name])
 
     @contextmanager
     def base(self) -> Iterator[None]:
@@ -197,7 +237,7 @@ class Model:
         sampling: Sampling | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> str:
-        """The answer to the next user turn; the turns before are kept in `history`.
+        """The answer to the next user turn; the turns before are kept in `history`. No Sampling: the model's own.
 
         A system prompt starts a new history; without one, a history starts with the system prompt of the training rows.
         """
@@ -205,6 +245,7 @@ class Model:
             self.history = list(_system(self.default_system if system is None else system))
         turn = [*self.history, Message("user", text)]
         prompt = self.renderer.prompt(turn)
+        sampling = sampling or self.sampling
         answer = self.answer([prompt], max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text)[0]
         self.history = [*turn, Message("assistant", answer.text)]
         return answer.text
@@ -231,47 +272,23 @@ def load(
     chosen = DTYPES[pick_dtype(where)[0] if dtype == "auto" else dtype]
     tokenizer = load_tokenizer(source if folder is None else Source(source.name, "folder", folder))
     identity = read_identity(folder) if folder is not None else {}
+    scheme = str(identity.get("quantization", "none")) if quantization == "auto" else quantization
     base = load_base(
         source,
         chosen,
         where,
-        quantization=str(identity.get("quantization", "none")) if quantization == "auto" else quantization,
+        quantization=scheme,
         double=bool(identity.get("double_quantization", True)),
         resident_layers=ALL_LAYERS if quantization == "auto" else 0,
     )
     if folder is not None and len(tokenizer) > base.get_input_embeddings().num_embeddings:  # type: ignore[operator]
         base.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
     if folder is None:
-        return Model(name, base, tokenizer, Renderer(tokenizer), None)
+        return Model(name, base, tokenizer, Renderer(tokenizer), None, source=source, quantization=scheme)
     module, notes = attach(base, folder, source, force=force)
-    return Model(name, module.eval(), tokenizer, Renderer(tokenizer), folder, identity.get("system"), notes)
+    system, renderer = identity.get("system"), Renderer(tokenizer)
+    return Model(name, module.eval(), tokenizer, renderer, folder, system, notes, source, scheme)
 
 
 def _system(text: str | None) -> Sequence[Message]:
     return () if text is None else (Message("system", text),)
-
-
-def model_card(run: str, base: str, recipe: Recipe, eval_loss: float | None) -> str:
-    """README.md of an adapter folder: what it is, how it was trained, how to load it."""
-    lora, train = recipe.lora, recipe.train
-    loss = f"- Loss on held-out rows: {eval_loss:.4f}\n" if eval_loss is not None else ""
-    return f"""---
-library_name: peft
-base_model: {json.dumps(base)}
-tags: [lora, strop]
----
-# {run}
-
-A LoRA adapter for `{base}`, trained with strop.
-
-- Rank {lora.r}, alpha {lora.alpha}, targets {lora.target_modules}
-- Learning rate {train.learning_rate} ({train.lr_scheduler}), {train.epochs} epochs, {train.batch_size} rows a step
-{loss}
-```python
-import strop
-print(strop.load("THIS_FOLDER").chat("..."))
-
-from peft import PeftModel  # or with peft alone, on the same base
-model = PeftModel.from_pretrained(base_model, "THIS_FOLDER")
-```
-"""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
 from rich.table import Table
 
@@ -17,6 +19,7 @@ HELP = {
     "/base": "answer without the adapter",
     "/tuned": "answer with the adapter",
     "/compare": "answer each line both ways; the tuned answer stays in the history",
+    "/adapter": "NAME: answer with this adapter; without a name, those that are loaded",
     "/system": "TEXT: start again with this system prompt",
     "/reset": "start again",
     "/help": "this list",
@@ -39,6 +42,8 @@ class Session:
                 console.print(f"{word}: this model has no adapter", style="yellow")
             else:
                 self.side = word[1:]
+        elif word == "/adapter":
+            self._adapter(rest.strip())
         elif word in ("/system", "/reset"):
             self.model.history = []
             self.system = rest.strip() if word == "/system" else None
@@ -48,6 +53,17 @@ class Session:
         elif word != "/quit":
             console.print(f"no command {word}{nearest(word, HELP)}: see /help", style="yellow", markup=False)
         return word != "/quit"
+
+    def _adapter(self, name: str) -> None:
+        loaded = [self.model.name, *self.model.others] if self.model.adapter is not None else []
+        if name in loaded:
+            self.model.use(name)
+            self.side = "tuned"
+        elif name:
+            what = f"/adapter {name}: not loaded{nearest(name, loaded)}: start with --adapter {name}"
+            console.print(what, style="yellow", markup=False)
+        else:
+            console.print("\n".join(loaded) or "this model has no adapter", markup=False)
 
     def turn(self, text: str, on_text: Callable[[str], None]) -> None:
         """Answers a line; a comparison is shown when both answers are there."""
@@ -73,19 +89,25 @@ def converse(
     system: str | None,
     base: bool,
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
+    sampling: Mapping[str, float | int | None],
+    adapters: Sequence[str] = (),
     quantization: str = "auto",
     force: bool = False,
 ) -> None:
+    """sampling: fields of Sampling by name; None: as in the model's own generation config. adapters: further ones."""
     model = load(name, quantization=quantization, force=force)
+    for other in adapters:
+        model.add(other, force=force)
     print_notes(model.notes)
     if base and model.adapter is None:
         raise InputError(f"{name}: has no adapter, so --base changes nothing", fix="leave --base out")
     side = "base" if base else "tuned"
-    session = Session(model, side, system, max_new_tokens, Sampling(temperature, top_p, seed))
+    chosen: dict[str, Any] = {field: value for field, value in sampling.items() if value is not None}
+    drawn = replace(model.sampling, **chosen)
+    session = Session(model, side, system, max_new_tokens, drawn)
     interactive = sys.stdin.isatty()
+    if chosen or drawn != Sampling():
+        console.print(f"answers: {drawn.words()}{'' if chosen else ', as the model itself asks for'}", style="dim")
     if interactive:
         console.print(f"{name}: /help lists commands, an empty line or Ctrl-D ends", style="dim", markup=False)
     if system is None and model.default_system is not None:

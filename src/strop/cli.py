@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from strop import __version__
-from strop.commands.keeping import merge
+from strop.commands.keeping import adapters, merge
 from strop.commands.looking import check, modules, schema
 from strop.commands.training import demo, resume, runs, train
 from strop.commands.using import chat, evaluate
@@ -80,6 +80,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "resume": resume,
     "eval": evaluate,
     "chat": chat,
+    "adapters": adapters,
     "merge": merge,
     "modules": modules,
     "runs": runs,

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from strop.errors import RecipeError
+
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
 ModelName = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="Run, adapter or model folder, .gguf file, Hub id, or demo.")
@@ -25,6 +27,14 @@ def limit_bytes(memory: str | None) -> int | None:
     from strop.machine.memory import parse_bytes
 
     return None if memory is None else parse_bytes(memory)
+
+
+def numbers(text: str) -> list[float]:
+    """Numbers with commas between them. Raises RecipeError."""
+    try:
+        return [float(part) for part in text.split(",") if part]
+    except ValueError:
+        raise RecipeError(f"{text}: not numbers", fix="write them as 0.7,0.3") from None
 
 
 def recipe_options(command: Callable[..., Any], wanted: bool) -> Any:

@@ -154,10 +154,10 @@ def answering(out: Console = console) -> Iterator[Callable[[str, int, int], None
         yield advance
 
 
-def print_scores(result: dict[str, Any], out: Console = console) -> None:
+def print_scores(result: dict[str, Any], out: Console = console, title: str = "held-out rows") -> None:
     """Base and tuned side by side with 95 % intervals."""
     sides = [side for side in ("base", "tuned") if side in result]
-    table = Table(title=f"{result['rows']} held-out rows", title_justify="left")
+    table = Table(title=f"{result.get('run', '')}  {result['rows']} {title}".strip(), title_justify="left")
     table.add_column("")
     for side in sides:
         table.add_column(side, justify="right")
@@ -193,6 +193,38 @@ def print_general(result: dict[str, Any], out: Console = console) -> None:
         table.add_row(kind, str(found["rows"]), f"{found['base']:.1%}", f"{found['tuned']:.1%}")
     out.print(table)
     out.print(f"tuned minus base on the general set: {verdict(Difference(**result['difference']))[1]}")
+
+
+def print_leaderboard(board: Sequence[dict[str, Any]], metric: str, out: Console = console) -> None:
+    """Models by their score, best first, with what each is behind the best on the same rows."""
+    table = Table("", metric, "95 % interval", "loss", "behind the best")
+    for line in board:
+        behind, clear = line["behind"], line["verdict"] != "unclear"
+        said = f"{100 * behind['value']:+.1f} points ({100 * behind['low']:+.1f} to {100 * behind['high']:+.1f})"
+        table.add_row(
+            line["run"],
+            f"{line['score']:.1%}",
+            f"{line['low']:.1%} to {line['high']:.1%}",
+            f"{line['loss']:.3f}",
+            "" if line is board[0] else said if clear else f"{said}: no clear difference",
+        )
+    out.print(table)
+
+
+def print_adapters(found: Sequence[dict[str, Any]], out: Console = console) -> None:
+    table = Table("adapter", "base", "rank", "on", "size", "score")
+    for one in found:
+        size = f"{one['size_bytes'] / 1e6:.1f} MB"
+        table.add_row(
+            one["folder"], one["base"], str(one["rank"]), ", ".join(one["target_modules"]), size, one["score"]
+        )
+    out.print(table if found else "no adapters here")
+
+
+def print_pairs(values: dict[str, Any], out: Console = console) -> None:
+    for name, value in values.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+        out.print(f"{name:14} {shown}", markup=False)
 
 
 def print_notes(notes: Sequence[str], out: Console = console) -> None:

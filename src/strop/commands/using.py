@@ -7,26 +7,40 @@ from typing import Annotated
 import typer
 
 from strop.flags import Force, Json, ModelName, Quantization
-from strop.terminal import answering, print_general, print_json, print_notes, print_samples, print_scores
+from strop.terminal import (
+    answering,
+    print_general,
+    print_json,
+    print_leaderboard,
+    print_notes,
+    print_samples,
+    print_scores,
+)
 
 
 def evaluate(
-    name: ModelName,
+    names: Annotated[
+        list[str], typer.Argument(metavar="RUN|MODEL...", help="What to evaluate; several make a leaderboard.")
+    ],
     data: Annotated[list[str], typer.Option("--data", help="Rows to answer.")],
-    metric: Annotated[str, typer.Option(help="exact, exact_json, contains, regex, or file.py:function.")] = "exact",
+    metric: Annotated[
+        str, typer.Option(help="exact, exact_json, contains, regex, choice, or file.py:function.")
+    ] = "exact",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 80,
     samples: Annotated[int, typer.Option(min=0, help="Answers to show.")] = 3,
     general: Annotated[bool, typer.Option("--general", help="Ask a general set too: what did training break?")] = False,
+    regression_data: Annotated[list[str] | None, typer.Option(help="Rows of yours that should not get worse.")] = None,
+    regression_metric: Annotated[str | None, typer.Option(help="Their metric, where it is another one.")] = None,
     quantization: Quantization = "auto",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Compare base and tuned on rows that were not trained on."""
-    from strop.evaluation.run import evaluate_model
+    from strop.evaluation.run import evaluate_models, leaderboard
 
     with answering() as advance:
-        result = evaluate_model(
-            name,
+        results = evaluate_models(
+            names,
             data,
             metric=metric,
             max_new_tokens=max_new_tokens,
@@ -34,13 +48,23 @@ def evaluate(
             quantization=quantization,
             force=force,
             general=general,
+            regression_data=regression_data or (),
+            regression_metric=regression_metric,
         )
-    print_notes(result["notes"])
-    print_scores(result)
-    if "general" in result:
-        print_general(result["general"])
-    print_samples(result["samples"][:samples])
-    print_json(result, as_json)
+    for result in results:
+        print_notes(result["notes"])
+        print_scores(result)
+        if "general" in result:
+            print_general(result["general"])
+        if "regression" in result:
+            print_scores(result["regression"], title="rows that should not get worse")
+        print_samples(result["samples"][:samples])
+    if len(results) == 1:
+        print_json(results[0], as_json)
+    else:
+        board = leaderboard(results)
+        print_leaderboard(board, results[0]["metric"])
+        print_json({"runs": results, "leaderboard": board}, as_json)
 
 
 def chat(
@@ -48,11 +72,17 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Talk to the base, without the adapter.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0: greedy. Default, as of the next two: the model's own.")
+    ] = None,
     top_p: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Sample among the likeliest tokens of this total share.")
-    ] = 1.0,
+        float | None, typer.Option(min=0.01, max=1, help="Sample among the likeliest tokens of this total share.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Sample among this many; 0: among all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="A further run or adapter on the same base, for /adapter NAME.")
+    ] = None,
     quantization: Quantization = "auto",
     force: Force = False,
 ) -> None:
@@ -64,9 +94,8 @@ def chat(
         system=system,
         base=base,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
+        sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
+        adapters=adapter or (),
         quantization=quantization,
         force=force,
     )

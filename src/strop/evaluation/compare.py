@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import torch
 
 from strop.adapters import Model
 from strop.data.conversation import Conversation
 from strop.data.pack import group_by_length
 from strop.engine.choose import step_for
 from strop.evaluation.loss import mean_loss
-from strop.evaluation.metrics import paired_difference, score, wilson
+from strop.evaluation.metrics import metric as metric_named
+from strop.evaluation.metrics import options, paired_difference, score, wilson
 from strop.model.generate import Answer
 
 Advance = Callable[[str, int, int], None]
@@ -40,6 +43,15 @@ def questions(conversations: Sequence[Conversation]) -> list[Question]:
     return found
 
 
+@dataclass(frozen=True)
+class Side:
+    """What a model made of the rows, with its adapter or without: scores by name; hits and answers by row."""
+
+    scores: dict[str, float]
+    hits: list[bool]
+    texts: list[str]
+
+
 def compare(
     model: Model,
     conversations: Sequence[Conversation],
@@ -48,56 +60,65 @@ def compare(
     max_new_tokens: int = 80,
     batch_size: int = 32,
     advance: Advance | None = None,
+    base: Side | None = None,
 ) -> dict[str, Any]:
     """Scores of base and tuned with 95 % intervals, and each row's answers.
 
+    base: what the same base said to the same rows before, so that it need not be asked again.
     Returns {rows, metric, base, tuned, intervals, difference, changed, samples}; `tuned`, `difference` and `changed`
     (the rows that only one of them gets right) are absent where the model has no adapter. Each of base and tuned:
-    {<metric's scores>, loss, perplexity, stop_rate, tokens_per_answer, tokens_per_s}.
+    {<metric's scores>, loss, perplexity, stop_rate, tokens_per_answer, tokens_per_s}; nothing is written where the
+    metric is `choice`, and so the last three are absent then.
     """
     asked = questions(conversations)
-    golds = [question.gold for question in asked]
-    sides: dict[str, AbstractContextManager[None]] = {"base": model.base() if model.adapter else nullcontext()}
-    if model.adapter:
-        sides["tuned"] = nullcontext()
-    result: dict[str, Any] = {"rows": len(asked), "metric": metric, "intervals": {}}
-    hits: dict[str, list[bool]] = {}
-    answers: dict[str, list[Answer]] = {}
-    for side, switched in sides.items():
-        with switched:
-            loss = _loss(model, conversations)
+
+    def ask(side: str) -> Side:
+        loss = _loss(model, conversations)
+        if metric == "choice":
+            texts, more = _choose_all(model, asked, side, advance), {}
+        else:
             started = time.perf_counter()
-            answers[side] = _answer_all(model, asked, side, max_new_tokens, batch_size, advance)
-            took = time.perf_counter() - started
-        tokens = sum(answer.tokens for answer in answers[side])
-        scores = score(metric, golds, [answer.text for answer in answers[side]])
-        hits[side], result["metric"] = list(scores.hits), scores.metric
-        result[side] = {
-            **scores.rates,
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "stop_rate": sum(answer.stopped for answer in answers[side]) / len(asked),
-            "tokens_per_answer": tokens / len(asked),
-            "tokens_per_s": tokens / took,
-        }
-        result["intervals"][side] = list(wilson(sum(hits[side]), len(asked)))
+            answers = _answer_all(model, asked, side, max_new_tokens, batch_size, advance)
+            took, tokens = time.perf_counter() - started, sum(answer.tokens for answer in answers)
+            texts, more = [answer.text for answer in answers], {
+                "stop_rate": sum(answer.stopped for answer in answers) / len(asked),
+                "tokens_per_answer": tokens / len(asked),
+                "tokens_per_s": tokens / took,
+            }  # fmt: skip
+        found = score(metric, [question.gold for question in asked], texts)
+        return Side(
+            {**found.rates, "loss": loss, "perplexity": math.exp(min(loss, 700.0)), **more}, [*found.hits], texts
+        )
+
+    sides = {}
+    with model.base() if model.adapter else nullcontext():
+        sides["base"] = base or ask("base")
     if model.adapter:
-
-        def pair(row: int) -> tuple[bool, bool]:
-            return hits["base"][row], hits["tuned"][row]
-
-        result["difference"] = asdict(paired_difference(hits["base"], hits["tuned"]))
+        sides["tuned"] = ask("tuned")
+    result: dict[str, Any] = {"rows": len(asked), "metric": metric_named(metric).name}
+    result |= {name: side.scores for name, side in sides.items()}
+    result["intervals"] = {name: list(wilson(sum(side.hits), len(asked))) for name, side in sides.items()}
+    if model.adapter:
+        before, after = sides["base"].hits, sides["tuned"].hits
+        places = [f"{question.conversation.file}:{question.conversation.line}" for question in asked]
+        result["difference"] = asdict(paired_difference(before, after))
         result["changed"] = {
-            name: [f"{q.conversation.file}:{q.conversation.line}" for row, q in enumerate(asked) if pair(row) == wanted]
-            for name, wanted in (("gained", (False, True)), ("lost", (True, False)))
+            "gained": [place for place, was, now in zip(places, before, after, strict=True) if now and not was],
+            "lost": [place for place, was, now in zip(places, before, after, strict=True) if was and not now],
         }
     result["samples"] = [
         {"prompt": question.prompt, "gold": question.gold}
-        | {side: answers[side][row].text for side in sides}
-        | {f"{side}_hit": hits[side][row] for side in sides}
+        | {name: side.texts[row] for name, side in sides.items()}
+        | {f"{name}_hit": side.hits[row] for name, side in sides.items()}
         for row, question in enumerate(asked)
     ]
     return result
+
+
+def side_of(result: dict[str, Any], name: str) -> Side:
+    """base or tuned out of what `compare` returned."""
+    samples = result["samples"]
+    return Side(result[name], [row[f"{name}_hit"] for row in samples], [row[name] for row in samples])
 
 
 def _loss(model: Model, conversations: Sequence[Conversation]) -> float:
@@ -120,3 +141,18 @@ def _answer_all(
         if advance is not None:
             advance(side, len(answers), len(asked))
     return [answers[row] for row in range(len(asked))]
+
+
+def _choose_all(model: Model, asked: Sequence[Question], side: str, advance: Advance | None) -> list[str]:
+    """The likeliest answer to each question among the right answers to all of them, the stop token included."""
+    token_loss = step_for(model.module).token_loss
+    among, chosen = options([question.gold for question in asked]), []
+    for question in asked:
+        *before, last = question.conversation.messages
+        said = [replace(question.conversation, messages=(*before, replace(last, content=one))) for one in among]
+        with torch.no_grad():
+            losses = [float(token_loss(model.renderer.render(conversation))) for conversation in said]
+        chosen.append(among[losses.index(min(losses))])
+        if advance is not None:
+            advance(side, len(chosen), len(asked))
+    return chosen

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from strop.errors import DataError, RecipeError, Where, nearest
 
+MOST_OPTIONS = 50  # of choice: each is computed for each row
 Z_95 = 1.959963984540054  # 97.5 % point of the standard normal
 Judgement = dict[str, bool]  # the hit first, under the metric's own name; then the side scores
 Interval = tuple[float, float]
@@ -55,6 +56,10 @@ def _contains(gold: str, answer: str) -> Judgement:
     return {"contains": _blanks(gold).casefold() in _blanks(answer).casefold()}
 
 
+def _choice(gold: str, answer: str) -> Judgement:
+    return {"choice": _blanks(gold) == _blanks(answer)}
+
+
 def _regex(gold: str, answer: str) -> Judgement:
     try:
         return {"regex": re.search(gold, answer) is not None}
@@ -88,6 +93,9 @@ METRICS: dict[str, Metric] = {
     "exact_json": Metric("exact_json", _exact_json),  # the same object; text around it is a miss
     "contains": Metric("contains", _contains),  # the gold stands in the answer, case and blanks aside
     "regex": Metric("regex", _regex),  # the gold is a pattern that is found in the answer
+    "choice": Metric(
+        "choice", _choice
+    ),  # the gold is the likeliest of all rows' golds: classification, nothing written
 }
 
 
@@ -120,6 +128,9 @@ def _own_metric(file: str, function: str) -> Metric:
 def check_golds(name: str, golds: Sequence[str], places: Sequence[tuple[str, int]]) -> None:
     """Raises DataError with file:line of every gold answer that the metric cannot use; needs no model."""
     judge, wrong = metric(name).judge, []
+    if name == "choice" and not 2 <= len(options(golds)) <= MOST_OPTIONS:
+        what = f"choice: {len(options(golds))} different right answers to choose among, not 2 to {MOST_OPTIONS}"
+        raise DataError(what, fix="use another metric, such as exact")
     for gold, (file, line) in zip(golds, places, strict=True):
         try:
             judge(gold, "")
@@ -131,6 +142,11 @@ def check_golds(name: str, golds: Sequence[str], places: Sequence[tuple[str, int
             fix="correct these rows or choose another metric",
             where=wrong,
         )
+
+
+def options(golds: Sequence[str]) -> list[str]:
+    """What `choice` chooses among: the right answers to all rows, each once."""
+    return list({_blanks(gold): gold for gold in reversed(golds)}.values())[::-1]
 
 
 def score(name: str, golds: Sequence[str], answers: Sequence[str]) -> Scores:

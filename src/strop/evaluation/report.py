@@ -66,6 +66,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         origins=[(name, list(_flat(report[name]))) for name in ("lock", "machine") if report.get(name)],
         happened=_happened(events),
         general=_general(report.get("general") or {}),
+        kept=_kept(report.get("regression") or {}),
         findings=[str(finding) for finding in report.get("diagnosis") or []],
     )
     # A lone surrogate, which JSON can hold and UTF-8 cannot, must not cost the report.
@@ -136,6 +137,12 @@ def _general(general: Mapping[str, Any]) -> dict[str, Any] | None:
     found = [*general["kinds"].items(), ("all", general)]
     rows = [(kind, f"{one['rows']}", _percent(one["base"]), _percent(one["tuned"])) for kind, one in found]
     return {"verdict": f"{judged[0].upper()}{judged[1:]}.", "rows": rows}
+
+
+def _kept(regression: Mapping[str, Any]) -> str:
+    """What became of the user's own rows that should not get worse, in a sentence."""
+    found = _verdict(regression)
+    return f"{found[1]} (rows that should not get worse)" if found else ""
 
 
 def _spread(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

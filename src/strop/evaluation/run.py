@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from strop.data.conversation import Conversation
 from strop.data.formats import conversations
 from strop.data.sources import RowFault, read_rows
 from strop.errors import DataError, RecipeError
-from strop.evaluation.compare import Advance, compare, questions
+from strop.evaluation.card import write_card
+from strop.evaluation.compare import Advance, Side, compare, questions, side_of
 from strop.evaluation.general import compare_general
-from strop.evaluation.metrics import check_golds
+from strop.evaluation.metrics import check_golds, paired_difference, verdict
 from strop.evaluation.metrics import metric as known_metric
 from strop.evaluation.report import write_report
 from strop.runs.events import read_events
@@ -35,8 +38,13 @@ def read_conversations(data: str | Sequence[str]) -> list[Conversation]:
     return found
 
 
-def evaluate_model(
-    name: str,
+def evaluate_model(name: str, data: str | Sequence[str], **options: Any) -> dict[str, Any]:
+    """One model on the rows of `data`: see evaluate_models."""
+    return evaluate_models([name], data, **options)[0]
+
+
+def evaluate_models(
+    names: Sequence[str],
     data: str | Sequence[str],
     *,
     metric: str = "exact",
@@ -45,14 +53,65 @@ def evaluate_model(
     quantization: str = "auto",
     force: bool = False,
     general: bool = False,
-) -> dict[str, Any]:
-    """Base and tuned on the rows of `data` (base alone where there is no adapter); see compare.compare for the result.
+    regression_data: str | Sequence[str] = (),
+    regression_metric: str | None = None,
+) -> list[dict[str, Any]]:
+    """Base and tuned on the rows of `data` (base alone where there is no adapter), for each model in turn; what
+    compare.compare returns, and `run`. A base that several have in common is asked once.
 
     general: ask the built-in general set too, to see what training broke (`general` in the result).
+    regression_data: rows of the user's own for the same purpose (`regression`); regression_metric: theirs, or metric.
 
     Raises RecipeError for a metric that does not exist, DataError for rows that are wrong or cannot be scored,
     ModelError for the model; all but the last before the model loads.
     """
+    rows = _scorable(data, metric)
+    kept = _scorable(regression_data, regression_metric or metric) if regression_data else []
+    for name in names:
+        if (general or kept) and adapter_folder(name) is None:
+            flag = "--general" if general else "--regression-data"
+            raise RecipeError(f"{flag}: {name} has no adapter, so there is nothing to compare", fix="leave it out")
+    bases: dict[tuple[str, str], Side] = {}
+    results = []
+    for name in names:
+        model = load(name, quantization=quantization, force=force)
+        same = (str(model.source), model.quantization)
+        asking = partial(compare, model, max_new_tokens=max_new_tokens, advance=advance)
+        found = asking(rows, metric=metric, base=bases.get(same))
+        bases[same] = side_of(found, "base")
+        result = {"run": name, **found, "notes": list(model.notes)}
+        if general:
+            result["general"] = compare_general(model, advance)
+        if kept:
+            result["regression"] = asking(kept, metric=regression_metric or metric)
+        del model, asking
+        if is_run(Path(name)):
+            add_to_report(RunFolder(Path(name)), result)
+        results.append(result)
+    return results
+
+
+def leaderboard(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The models by their score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}.
+
+    behind: the score less the best one's, on the same rows, with its interval; the verdict is on that difference.
+    """
+    sides = [(result, "tuned" if "tuned" in result else "base") for result in results]
+    ordered = sorted(sides, key=lambda pair: (-pair[0][pair[1]][pair[0]["metric"]], pair[0][pair[1]]["loss"]))
+    best = side_of(*ordered[0])
+    board = []
+    for result, side in ordered:
+        own = side_of(result, side)
+        behind = paired_difference(best.hits, own.hits)
+        low, high = result["intervals"][side]
+        board.append({
+            "run": result["run"], "score": own.scores[result["metric"]], "low": low, "high": high,
+            "loss": own.scores["loss"], "behind": asdict(behind), "verdict": verdict(behind)[0],
+        })  # fmt: skip
+    return board
+
+
+def _scorable(data: str | Sequence[str], metric: str) -> list[Conversation]:
     known_metric(metric)
     rows = read_conversations(data)
     asked = questions(rows)
@@ -60,16 +119,7 @@ def evaluate_model(
         raise DataError(f"{data}: no row ends with an assistant turn", fix="give rows with the right answers")
     golds = [(question.conversation.file, question.conversation.line) for question in asked]
     check_golds(metric, [question.gold for question in asked], golds)
-    if general and adapter_folder(name) is None:
-        raise RecipeError(f"--general: {name} has no adapter, so there is nothing to compare", fix="leave it out")
-    model = load(name, quantization=quantization, force=force)
-    result = {"run": name, **compare(model, rows, metric=metric, max_new_tokens=max_new_tokens, advance=advance)}
-    result["notes"] = list(model.notes)
-    if general:
-        result["general"] = compare_general(model, advance)
-    if is_run(Path(name)):
-        add_to_report(RunFolder(Path(name)), result)
-    return result
+    return rows
 
 
 def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
@@ -79,11 +129,16 @@ def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
     )
     every = max(1, len(result["samples"]) // SAMPLES_IN_REPORT)  # spread over the rows, misses as they come
     report["evaluation"] = {
-        key: value for key, value in result.items() if key not in ("samples", "intervals", "run", "general")
+        key: value
+        for key, value in result.items()
+        if key not in ("samples", "intervals", "run", "general", "regression")
     }
     report["intervals"] = result["intervals"]
     if "general" in result:
         report["general"] = result["general"]
+    if "regression" in result:
+        report["regression"] = {key: value for key, value in result["regression"].items() if key != "samples"}
     report["samples"] = result["samples"][::every][:SAMPLES_IN_REPORT]
     write_json(folder.report, report)
     write_report(folder.path, report, read_events(folder.events))
+    write_card(folder.adapter, report)

@@ -240,7 +240,7 @@ def _changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
     """
     saved = {_plain(key): tensor for key, tensor in load_file(folder / WEIGHTS_FILE).items()}
     config = peft.LoraConfig.from_pretrained(str(folder))
-    scales = _scales(source, config)
+    scales = module_scales(source, config)
     known = {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_magnitude_vector.weight"}
     for key in saved:
         if not any(key.endswith(f".{part}") for part in (*known, "weight", "bias")) or "token_adapter" in key:
@@ -266,7 +266,7 @@ def _plain(key: str) -> str:
     return key.removeprefix("base_model.model.")
 
 
-def _scales(source: Source, config: Any) -> dict[str, float]:
+def module_scales(source: Source, config: Any) -> dict[str, float]:
     """The scale of each adapted module, as peft computes it from rank, alpha, patterns and rsLoRA."""
     config.base_model_name_or_path = None  # peft would warn that the skeleton has another name
     adapted = peft.get_peft_model(skeleton(source), config)

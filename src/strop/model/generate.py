@@ -24,11 +24,35 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Greedy where temperature is 0. The seed makes sampled answers repeatable."""
+    """Greedy where temperature is 0; top_k 0: among all tokens. The seed makes sampled answers repeatable."""
 
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
     seed: int | None = None
+
+    @staticmethod
+    def own(config: GenerationConfig) -> Sampling:
+        """What a model's own generation config asks for."""
+        penalty = float(config.repetition_penalty or 1.0)
+        if not config.do_sample:
+            return Sampling(repetition_penalty=penalty)
+        # where a config says to sample, and not how: transformers' own
+        temperature = 1.0 if config.temperature is None else float(config.temperature)
+        top_p = 1.0 if config.top_p is None else float(config.top_p)
+        return Sampling(temperature, top_p, 50 if config.top_k is None else int(config.top_k), penalty)
+
+    def words(self) -> str:
+        if self.temperature == 0:
+            said = ["greedy"]
+        else:
+            said = [f"temperature {self.temperature:g}"]
+            said += [f"top_p {self.top_p:g}"] if self.top_p < 1 else []
+            said += [f"top_k {self.top_k}"] if self.top_k else []
+        return ", ".join(
+            said + ([f"repetition penalty {self.repetition_penalty:g}"] if self.repetition_penalty != 1 else [])
+        )
 
 
 def generate(
@@ -55,7 +79,8 @@ def generate(
         eos_token_id=list(stop_ids),
         pad_token_id=pad,
         use_cache=True,
-        **({} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}),
+        repetition_penalty=sampling.repetition_penalty,
+        **({} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}),
     )
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)

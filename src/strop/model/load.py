@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from strop.errors import ModelError
 from strop.model.facts import Source, fingerprint, read_config
@@ -63,6 +63,8 @@ def load_base(
         folder = _quantized(source, quantization, double, dtype)
         model = build(lambda: _from_config(load_config(source)), folder, source.name, quantization, dtype)
         make_resident(model, resident_layers)
+        if source.kind == "folder" and (source.path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(source.path)
     bad = [name for name, weight in floats(model) if not torch.isfinite(weight).all()]
     if bad:
         raise ModelError(f"{source.name}: weight {bad[0]} holds NaN or infinity", fix="fetch the model again")

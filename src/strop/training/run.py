@@ -14,12 +14,13 @@ from typing import Any
 import peft
 import torch
 
-from strop.adapters import attach, model_card, save_adapter
+from strop.adapters import attach, save_adapter
 from strop.config.load import Resolved, read_resolved, resolve
 from strop.config.schema import Recipe
 from strop.data.conversation import Conversation
 from strop.engine.choose import step_for
 from strop.errors import InputError, MemoryLimitError, StropError, Where
+from strop.evaluation.card import write_card
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.report import write_report
 from strop.machine.memory import MemoryMark, MemoryWatch, is_out_of_memory, mark
@@ -242,8 +243,7 @@ def _finish(job: Job, setup: Setup, memory: MemoryMark, ended: str) -> dict[str,
         "dtype": model.dtype,
     }
     identity["system"] = _shared_system(setup.data.train_conversations)
-    card = model_card(folder.name, setup.source.name, setup.resolved.recipe, progress.eval_loss)
-    save_adapter(job.model, setup.tokenizer, folder.adapter, identity, card)
+    save_adapter(job.model, setup.tokenizer, folder.adapter, identity)
     data, change = setup.data.report.as_json(), weight_change(job.model)
     report: dict[str, Any] = {
         "run": str(folder.path),
@@ -264,6 +264,7 @@ def _finish(job: Job, setup: Setup, memory: MemoryMark, ended: str) -> dict[str,
         "machine": setup.lock["machine"],
         "exit": 0,
     }
+    write_card(folder.adapter, report)
     write_json(folder.report, report)
     return report
 

@@ -1,0 +1,208 @@
+"""`strop adapters`: what an adapter on disk is, how two differ, and weighted combinations of several."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from strop.adapters import (
+    STROP_FILE,
+    WEIGHTS_FILE,
+    adapter_folder,
+    attach,
+    check_base,
+    check_weights,
+    read_adapter_config,
+    read_identity,
+)
+from strop.errors import FolderError, ModelError, RecipeError
+from strop.export.merge import module_scales
+from strop.model.facts import locate, safetensors_header
+from strop.model.load import load_base
+from strop.runs.folder import disk_faults, new_folder, write_json
+from strop.runs.lock import sha256_file, versions
+
+# What two adapters may differ in that decides what they do, by its name in adapter_config.json.
+SETTINGS = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save", "rank_pattern")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """An adapter as its files say. data, template: hashes; None for an adapter that another tool made."""
+
+    folder: str
+    base: str
+    rank: int
+    alpha: float
+    target_modules: list[str]
+    parameters: int
+    size_bytes: int
+    quantization: str
+    data: str | None
+    template: str | None
+    score: str
+
+
+def facts(name: str) -> Facts:
+    """Raises ModelError where there is no adapter."""
+    folder = _folder(name)
+    config, identity = read_adapter_config(folder), read_identity(folder)
+    shapes = [entry["shape"] for entry in safetensors_header(folder / WEIGHTS_FILE).values()]
+    targets = config["target_modules"]
+    return Facts(
+        folder=str(folder),
+        base=str(config["base_model_name_or_path"]),
+        rank=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        target_modules=sorted(targets) if isinstance(targets, list) else [str(targets)],
+        parameters=sum(math.prod(shape) for shape in shapes),
+        size_bytes=(folder / WEIGHTS_FILE).stat().st_size,
+        quantization=str(identity.get("quantization", "none")),
+        data=identity.get("data"),
+        template=identity.get("template"),
+        score=_score(folder),
+    )
+
+
+def found_in(folder: Path) -> list[Facts]:
+    """The adapters of the runs in a folder, and the adapter folders in it."""
+    places = {file.parent for pattern in ("*", "*/adapter") for file in folder.glob(f"{pattern}/adapter_config.json")}
+    return [facts(str(place)) for place in sorted(places)]
+
+
+def is_adapter(name: str) -> bool:
+    return adapter_folder(name) is not None
+
+
+def norm(name: str) -> float:
+    """Frobenius norm of all that an adapter adds to its base's weights."""
+    delta = _Delta.read(_folder(name))
+    return math.sqrt(sum(delta.inner(delta, module) for module in delta.scales))
+
+
+def compare(first: str, second: str) -> dict[str, Any]:
+    """How two adapters differ: {same_base, same_template, same_data, settings: {name: [a, b]}, norms, cosine, modules}.
+
+    cosine: between what they add to the weights, over all modules and by the last part of a module's name; None where
+    they sit on other modules, or one adds nothing. Raises ModelError where one is missing.
+    """
+    folders = [_folder(name) for name in (first, second)]
+    configs, identities = [read_adapter_config(one) for one in folders], [read_identity(one) for one in folders]
+    deltas = [_Delta.read(folder) for folder in folders]
+    shared = [module for module in deltas[0].scales if module in deltas[1].scales]
+    kinds: dict[str, list[str]] = {}
+    for module in shared:
+        kinds.setdefault(module.rpartition(".")[2], []).append(module)
+    prints = [identity.get("base", {}).get("fingerprint") for identity in identities]
+    return {
+        "same_base": prints[0] == prints[1] if all(prints) else None,
+        "same_template": identities[0].get("template") == identities[1].get("template"),
+        "same_data": identities[0].get("data") == identities[1].get("data"),
+        "settings": {
+            name: [config.get(name) for config in configs]
+            for name in SETTINGS
+            if _plain(configs[0].get(name)) != _plain(configs[1].get(name))
+        },
+        "norms": [norm(first), norm(second)],
+        "cosine": _cosine(deltas, shared) if len(shared) == len(deltas[0].scales) == len(deltas[1].scales) else None,
+        "modules": {kind: _cosine(deltas, modules) for kind, modules in kinds.items()},
+    }
+
+
+def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> Facts:
+    """A new adapter that adds the weighted sum of what several add, through peft.
+
+    By peft's `cat`, whose rank is the sum of theirs: its `linear` multiplies mixed A with mixed B, which is no sum.
+    Raises ModelError where they are not of one base, RecipeError where there is not one weight for each.
+    """
+    if len(names) != len(weights) or len(names) < 2:
+        raise RecipeError(f"{len(names)} adapters, {len(weights)} weights", fix="--weights 0.7,0.3 for two adapters")
+    if out.exists():
+        raise FolderError(f"{out}: is there already", fix="give --out a new folder")
+    folders = [_folder(name) for name in names]
+    source = locate(str(read_adapter_config(folders[0])["base_model_name_or_path"]))
+    model: Any = load_base(source, torch.float32, "cpu")
+    inner = [f"part{number}" for number in range(len(folders))]
+    for folder, name in zip(folders, inner, strict=True):
+        model, _ = attach(model, folder, source, name=name)
+    if any(config.use_dora or config.bias != "none" or config.modules_to_save for config in model.peft_config.values()):
+        raise ModelError("DoRA, biases and whole modules have no weighted sum", fix="combine plain LoRA adapters")
+    model.add_weighted_adapter(inner, list(weights), "combined", combination_type="cat")
+    with disk_faults(out.parent), new_folder(out) as temp:
+        model.save_pretrained(str(temp), selected_adapters=["combined"], save_embedding_layers=False)
+        made = temp / "combined"
+        for file in made.iterdir():
+            file.replace(temp / file.name)
+        made.rmdir()
+        (temp / "README.md").unlink(missing_ok=True)
+        for file in folders[0].iterdir():
+            if file.is_file() and not (temp / file.name).exists() and file.name not in (STROP_FILE, "README.md"):
+                shutil.copy2(file, temp / file.name)
+        kept = {key: value for key, value in read_identity(folders[0]).items() if key not in ("data", "versions")}
+        parts = [
+            {"name": name, "weight": weight, "sha256": sha256_file(folder / WEIGHTS_FILE)}
+            for name, weight, folder in zip(names, weights, folders, strict=True)
+        ]
+        own = {"weights": {"sha256": sha256_file(temp / WEIGHTS_FILE)}, "versions": versions(), "combined": parts}
+        write_json(temp / STROP_FILE, {**kept, **own})
+    return facts(str(out))
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """What an adapter adds: scale * B A by module."""
+
+    weights: dict[str, Tensor]
+    scales: dict[str, float]
+
+    @staticmethod
+    def read(folder: Path) -> _Delta:
+        source = locate(str(read_adapter_config(folder)["base_model_name_or_path"]))
+        check_base(folder, source)
+        check_weights(folder)
+        saved = load_file(folder / WEIGHTS_FILE)
+        plain = {key.removeprefix("base_model.model."): tensor.float() for key, tensor in saved.items()}
+        scales = module_scales(source, peft.LoraConfig.from_pretrained(str(folder)))
+        return _Delta(plain, {module: scale for module, scale in scales.items() if f"{module}.lora_A.weight" in plain})
+
+    def inner(self, other: _Delta, module: str) -> float:
+        """<s1 B1 A1, s2 B2 A2> = s1 s2 sum((B1^T B2) * (A1 A2^T)): no matrix of the weight's size is made."""
+        a1, b1 = (self.weights[f"{module}.lora_{part}.weight"] for part in "AB")
+        a2, b2 = (other.weights[f"{module}.lora_{part}.weight"] for part in "AB")
+        return self.scales[module] * other.scales[module] * float(((b1.T @ b2) * (a1 @ a2.T)).sum())
+
+
+def _cosine(deltas: Sequence[_Delta], modules: Sequence[str]) -> float | None:
+    def total(one: _Delta, other: _Delta) -> float:
+        return sum(one.inner(other, module) for module in modules)
+
+    lengths = total(deltas[0], deltas[0]) * total(deltas[1], deltas[1])
+    return total(deltas[0], deltas[1]) / math.sqrt(lengths) if lengths > 0 else None
+
+
+def _folder(name: str) -> Path:
+    folder = adapter_folder(name)
+    if folder is None:
+        raise ModelError(f"{name}: no adapter there", fix="give a run or adapter folder")
+    return folder
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value or None
+
+
+def _score(folder: Path) -> str:
+    """The run's score on held-out rows, where it was evaluated."""
+    report = folder.parent / "report.json"
+    found = json.loads(report.read_text(encoding="utf-8")).get("evaluation") if report.is_file() else None
+    return f"{found['metric']} {found['tuned'][found['metric']]:.1%}" if found and found.get("tuned") else ""
