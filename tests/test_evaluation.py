@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,13 @@ def runs(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     return found
 
 
+def test_check_from_python(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = rows(tmp_path / "colours.jsonl", COLOURS)
+    _, out, _ = run("check", "--model", tiny_folder, "--data", data, "--json", capsys=capsys)
+    found = strop.check(model=str(tiny_folder), data=str(data))
+    assert found == json.loads(out) and found["rows"]["used"] == 12
+
+
 def test_choice_takes_the_likeliest_answer(runs: list[Path], tmp_path: Path) -> None:
     """Against the likelihoods of the model's own forward, token by token."""
     result = strop.evaluate(runs[1], str(tmp_path / "colours.jsonl"), metric="choice")
@@ -50,7 +58,8 @@ def test_choice_takes_the_likeliest_answer(runs: list[Path], tmp_path: Path) -> 
                 logs = model.module(ids[None]).logits[0, :-1].float().log_softmax(-1)
             likely[answer] = float((logs.gather(1, ids[1:, None])[:, 0] * torch.tensor(example.weights[1:])).sum())
         assert sample["tuned"] == max(likely, key=lambda answer: likely[answer])
-    assert result["tuned"]["choice"] > result["base"]["choice"] and "stop_rate" not in result["tuned"]
+    right = [sample["tuned"] == sample["gold"] for sample in result["samples"]]
+    assert result["tuned"]["choice"] == sum(right) / 12 and "stop_rate" not in result["tuned"]
     with pytest.raises(DataError, match="1 different right answers"):
         strop.evaluate(runs[1], str(rows(tmp_path / "one.jsonl", COLOURS[:1])), metric="choice")
 
@@ -98,3 +107,37 @@ def test_rows_that_should_not_get_worse_and_the_card(
     assert "should not get worse" in (runs[1] / "report.html").read_text()
     code, _, err = run("eval", tiny_folder, "--data", data, "--regression-data", other, capsys=capsys)
     assert code == 2 and "no adapter" in err
+
+
+TASK = """
+task: colours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{completion}}}}"
+doc_to_choice: ["red", "green", "blue"]
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_tasks_of_the_harness(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval")
+    data = tmp_path / "colours.jsonl"
+    (tmp_path / "task.yaml").write_text(TASK.format(file=data), encoding="utf-8")
+    words = ["eval", runs[1], "--data", data, "--metric", "choice", "--tasks", tmp_path / "task.yaml", "--json"]
+    code, out, err = run(*words, capsys=capsys)
+    found = json.loads(out)["tasks"]["colours"]["acc"]
+    assert code == 0 and found["documents"] == 12 and found["difference"]["low"] <= found["tuned"] - found["base"]
+    assert "colours" in err and "colours" in (runs[1] / "report.html").read_text()
+    code, _, err = run("eval", runs[1], "--data", data, "--tasks", "no_such_task", capsys=capsys)
+    assert code == 2 and "no such task" in err
+
+
+def test_without_the_harness_it_says_what_to_install(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    code, _, err = run("eval", runs[0], "--data", tmp_path / "colours.jsonl", "--tasks", "arc_easy", capsys=capsys)
+    assert code == 2 and "pip install lm-eval" in err

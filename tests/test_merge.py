@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import strop
-from strop.errors import FolderError, ModelError, ParityError, RecipeError
+from strop.errors import FolderError, MemoryLimitError, ModelError, ParityError, RecipeError
 from strop.export import merge as module
 from strop.export.merge import merge
+from strop.export.parity import in_fp32
+from strop.machine.probe import probe
 from tests import tiny
 
 
@@ -38,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dora": {"lora.use_dora": True},
     "bias": {"lora.bias": "lora_only"},
     "attention": {"lora.target_modules": "attention"},
+    "new tokens": {"lora.new_tokens": ["<call>", "<done>"]},
     "nf4": {"model.quantization": "nf4"},
     "int8": {"model.quantization": "int8"},
     "nf4, plain constants": {"model.quantization": "nf4", "model.double_quantization": False},
@@ -66,6 +70,35 @@ def test_merged_in_fp32_is_the_tuned_model(trained: Callable[..., Path], tmp_pat
             return
         with ours.base():
             assert (theirs(ids).logits - ours.module(ids).logits).abs().max() > 1e-2
+
+
+def test_new_tokens_of_an_untied_head_are_the_same_each_time(rows_file: Path, tmp_path: Path) -> None:
+    """transformers draws their rows at random when it makes room for them."""
+    base = tmp_path / "base"
+    tiny.model(tie_word_embeddings=False).save_pretrained(base)
+    tiny.tokenizer("chatml").save_pretrained(base)
+    options: dict[str, Any] = {"train.max_steps": 4, "model.dtype": "fp32", "train.learning_rate": 0.01}
+    run = strop.train(
+        model=str(base), data=str(rows_file), out=tmp_path / "run", **{"lora.new_tokens": ["<call>"]}, **options
+    ).folder
+    on = strop.train(
+        model={"name": str(base), "adapter": str(run)}, data=str(rows_file), out=tmp_path / "on", **options
+    )
+    for trained in (run, on.folder):
+        ours = strop.load(trained, dtype="fp32")
+        ids = torch.tensor([[5, 6, ours.tokenizer.convert_tokens_to_ids("<call>"), 7]])
+        merge(str(trained), tmp_path / f"merged-{trained.name}", dtype="fp32")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / f"merged-{trained.name}")
+        with torch.no_grad():
+            logits, again = ours.module(ids).logits, strop.load(trained, dtype="fp32").module(ids).logits
+            assert torch.equal(logits, again) and (theirs(ids).logits - logits).abs().max() < 1e-4
+        assert theirs.config.vocab_size == logits.shape[-1] == len(ours.tokenizer)
+    rows = {
+        name: weight
+        for name, weight in load_file(run / "adapter" / "adapter_model.safetensors").items()
+        if "token" in name
+    }
+    assert sorted(name.split(".")[-3] for name in rows) == ["embed_tokens", "lm_head"]
 
 
 def test_what_lies_beside_the_weights(trained: Callable[..., Path], tmp_path: Path) -> None:
@@ -180,3 +213,30 @@ def test_what_is_refused_before_anything_is_written(
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(other)}))
     with pytest.raises(ModelError, match="trained on"):
         merge(str(run), tmp_path / "n")
+
+
+def test_without_memory_to_measure_it_says_so_first(
+    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(**{"model.quantization": "nf4"})
+    monkeypatch.setattr(module, "probe", lambda: replace(probe(), free_bytes=1 << 20))
+    with pytest.raises(MemoryLimitError, match="measuring the merged model takes") as raised:
+        strop.merge(run, tmp_path / "merged")
+    assert "--no-parity" in raised.value.fix and not list(tmp_path.glob("merged*"))
+    merged = strop.merge(run, tmp_path / "merged", dtype="fp32", measure=False)
+    assert merged.parity is None and merged.as_json()["parity"] is None and merged.base == "dequantized"
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+        assert (theirs - strop.load(run, dtype="fp32").module(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_fp32_on_weights_that_stay_in_bf16(tied: bool) -> None:
+    """The same numbers as the whole model in fp32, with linear weights still in bf16."""
+    whole = tiny.model(tie_word_embeddings=tied).bfloat16().float()
+    narrow = in_fp32(tiny.model(tie_word_embeddings=tied).bfloat16())
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(narrow(ids).logits, whole(ids).logits, rtol=0, atol=0)
+    assert narrow.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16

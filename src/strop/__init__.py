@@ -18,10 +18,22 @@ from strop.errors import InputError, RunError, Stopped, StropError
 
 if TYPE_CHECKING:
     from strop.adapters import Model
+    from strop.export.merge import Merged
     from strop.training.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "RunError", "Stopped", "StropError", "evaluate", "load", "resume", "train"]
+__all__ = [
+    "InputError",
+    "RunError",
+    "Stopped",
+    "StropError",
+    "check",
+    "evaluate",
+    "load",
+    "merge",
+    "resume",
+    "train",
+]
 
 
 def train(
@@ -83,6 +95,35 @@ def evaluate(
         str(run), data, metric=metric, max_new_tokens=max_new_tokens, general=general,
         regression_data=regression_data, regression_metric=regression_metric,
     )  # fmt: skip
+
+
+def check(recipe: str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """What would be trained on, row by row: the fields of `strop check --json`; nothing is refused.
+
+    options: as of `train`; without `model`, the demo's tokenizer.
+    """
+    from strop.config.load import resolve
+    from strop.data.prepare import prepare
+    from strop.model.facts import locate
+    from strop.model.tokenizer import load_tokenizer
+
+    given = _flat(options) if recipe else {"model.name": "demo", **_flat(options)}
+    chosen = resolve(Path(recipe) if recipe else None, given).recipe
+    tokenizer = load_tokenizer(locate(chosen.model.name, chosen.model.revision))
+    return prepare(chosen.data, tokenizer, strict=False).report.as_json()
+
+
+def merge(
+    run: str | Path, out: str | Path, *, dtype: str = "bf16", data: str | None = None, measure: bool = True
+) -> Merged:
+    """The adapter of a run or adapter folder in its base, as a new model folder, measured against the adapter.
+
+    dtype: bf16, fp16 or fp32. data: rows to measure on; default: the run's own.
+    Raises InputError before anything is written, ParityError where the merged model is not the tuned one.
+    """
+    from strop.export.merge import merge as merge_into
+
+    return merge_into(str(run), Path(out), dtype=dtype, data=data, measure=measure)
 
 
 def load(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from strop.errors import ModelError, RecipeError
 from strop.model.facts import Source, fingerprint, locate, safetensors_header
 from strop.model.generate import Answer, Sampling, generate
 from strop.model.load import DTYPES, load_base
+from strop.model.lora import grow_vocabulary
 from strop.model.quantize import SCHEMES
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run, new_folder, write_json
@@ -73,6 +74,18 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def with_tokenizer(folder: Path, source: Source) -> Source:
+    """Where an adapter's tokenizer is: in its own folder, or, of one that another tool saved without, with its base."""
+    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return Source(source.name, "folder", folder) if own else source
+
+
+def new_rows(config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The embedding rows that an adapter trains, by the last part of their module's name."""
+    rows = config.get("trainable_token_indices") or {}
+    return {"embed_tokens": rows} if isinstance(rows, list) else dict(rows)
+
+
 def read_identity(folder: Path) -> dict[str, Any]:
     """strop.json of an adapter folder; {} for an adapter that another tool made."""
     file = folder / STROP_FILE
@@ -94,9 +107,11 @@ def attach(
     Raises ModelError where the adapter was trained on another base (unless forced), does not fit this one in every
     name and shape, was changed since it was saved, or holds NaN.
     """
-    read_adapter_config(folder)
+    config = read_adapter_config(folder)
     notes = check_base(folder, source, force=force)
     check_weights(folder)
+    if not isinstance(base, peft.PeftModel):
+        grow_vocabulary(base, 1 + max((row for rows in new_rows(config).values() for row in rows), default=-1))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
@@ -270,7 +285,7 @@ def load(
     prepare_process()
     where = pick_device(device)
     chosen = DTYPES[pick_dtype(where)[0] if dtype == "auto" else dtype]
-    tokenizer = load_tokenizer(source if folder is None else Source(source.name, "folder", folder))
+    tokenizer = load_tokenizer(source if folder is None else with_tokenizer(folder, source))
     identity = read_identity(folder) if folder is not None else {}
     scheme = str(identity.get("quantization", "none")) if quantization == "auto" else quantization
     base = load_base(
@@ -281,8 +296,6 @@ def load(
         double=bool(identity.get("double_quantization", True)),
         resident_layers=ALL_LAYERS if quantization == "auto" else 0,
     )
-    if folder is not None and len(tokenizer) > base.get_input_embeddings().num_embeddings:  # type: ignore[operator]
-        base.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
     if folder is None:
         return Model(name, base, tokenizer, Renderer(tokenizer), None, source=source, quantization=scheme)
     module, notes = attach(base, folder, source, force=force)

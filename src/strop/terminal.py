@@ -195,6 +195,19 @@ def print_general(result: dict[str, Any], out: Console = console) -> None:
     out.print(f"tuned minus base on the general set: {verdict(Difference(**result['difference']))[1]}")
 
 
+def print_tasks(tasks: dict[str, Any], out: Console = console) -> None:
+    """Tasks of the harness: each metric of base and tuned, with the change."""
+    table = Table("task", "metric", "documents", "base", "tuned", "change")
+    for task, metrics in tasks.items():
+        for metric, found in metrics.items():
+            change, tuned = found["difference"], found.get("tuned")
+            said = f"{change['value']:+.4f} ({change['low']:+.4f} to {change['high']:+.4f})" if change else ""
+            shown = "" if tuned is None else f"{tuned:.4f}"
+            table.add_row(task, metric, str(found["documents"]), f"{found['base']:.4f}", shown, said)
+    if tasks:
+        out.print(table)
+
+
 def print_leaderboard(board: Sequence[dict[str, Any]], metric: str, out: Console = console) -> None:
     """Models by their score, best first, with what each is behind the best on the same rows."""
     table = Table("", metric, "95 % interval", "loss", "behind the best")

@@ -52,17 +52,22 @@ def merge(
     out: Annotated[Path, typer.Option(help="The new model folder.")],
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     data: Annotated[str | None, typer.Option("--data", help="Rows to measure on; default: the run's own.")] = None,
+    no_parity: Annotated[
+        bool, typer.Option("--no-parity", help="Do not measure the result: for a model too large to compute here.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Merge the adapter into its base, and measure that it is still the same model."""
     from strop.export.merge import merge as merge_into
 
-    merged = merge_into(run, out, dtype=dtype, data=data)
+    merged = merge_into(run, out, dtype=dtype, data=data, measure=not no_parity, say=console.print)
     for base, loss in merged.base_losses.items():
         console.print(f"[bold]base[/]     {base}: loss {loss:.4f}{' (taken)' if base == merged.base else ''}")
     parity = merged.parity
     console.print(
-        f"[bold]parity[/]   mean KL {parity.kl_mean:.2g}, at most {parity.kl_max:.2g}; top-1 agreement "
+        "[bold]parity[/]   not measured"
+        if parity is None
+        else f"[bold]parity[/]   mean KL {parity.kl_mean:.2g}, at most {parity.kl_max:.2g}; top-1 agreement "
         f"{parity.top1_agreement:.2%} of {parity.positions:,} positions; loss {parity.loss_difference:+.1e}"
     )
     console.print(f"[bold]merged[/]   {merged.out}")

@@ -15,6 +15,7 @@ from strop.terminal import (
     print_notes,
     print_samples,
     print_scores,
+    print_tasks,
 )
 
 
@@ -31,6 +32,10 @@ def evaluate(
     general: Annotated[bool, typer.Option("--general", help="Ask a general set too: what did training break?")] = False,
     regression_data: Annotated[list[str] | None, typer.Option(help="Rows of yours that should not get worse.")] = None,
     regression_metric: Annotated[str | None, typer.Option(help="Their metric, where it is another one.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="A task of lm-eval, if installed: its name, or a .yaml file.")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="This many documents of each task.")] = None,
     quantization: Quantization = "auto",
     force: Force = False,
     as_json: Json = False,
@@ -50,6 +55,8 @@ def evaluate(
             general=general,
             regression_data=regression_data or (),
             regression_metric=regression_metric,
+            tasks=tasks or (),
+            task_limit=task_limit,
         )
     for result in results:
         print_notes(result["notes"])
@@ -58,6 +65,7 @@ def evaluate(
             print_general(result["general"])
         if "regression" in result:
             print_scores(result["regression"], title="rows that should not get worse")
+        print_tasks(result.get("tasks", {}))
         print_samples(result["samples"][:samples])
     if len(results) == 1:
         print_json(results[0], as_json)

@@ -66,6 +66,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         origins=[(name, list(_flat(report[name]))) for name in ("lock", "machine") if report.get(name)],
         happened=_happened(events),
         general=_general(report.get("general") or {}),
+        tasks=list(_tasks(report.get("tasks") or {})),
         kept=_kept(report.get("regression") or {}),
         findings=[str(finding) for finding in report.get("diagnosis") or []],
     )
@@ -137,6 +138,16 @@ def _general(general: Mapping[str, Any]) -> dict[str, Any] | None:
     found = [*general["kinds"].items(), ("all", general)]
     rows = [(kind, f"{one['rows']}", _percent(one["base"]), _percent(one["tuned"])) for kind, one in found]
     return {"verdict": f"{judged[0].upper()}{judged[1:]}.", "rows": rows}
+
+
+def _tasks(tasks: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """(task, metric, documents, base, tuned, change) of the harness's tasks."""
+    for task, metrics in tasks.items():
+        for metric, found in metrics.items():
+            change, tuned = found.get("difference"), found.get("tuned")
+            said = f"{change['value']:+.4f} ({change['low']:+.4f} to {change['high']:+.4f})" if change else ""
+            shown = "" if tuned is None else f"{tuned:.4f}"
+            yield task, metric, f"{found['documents']:,}", f"{found['base']:.4f}", shown, said
 
 
 def _kept(regression: Mapping[str, Any]) -> str:

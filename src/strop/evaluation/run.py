@@ -17,6 +17,7 @@ from strop.errors import DataError, RecipeError
 from strop.evaluation.card import write_card
 from strop.evaluation.compare import Advance, Side, compare, questions, side_of
 from strop.evaluation.general import compare_general
+from strop.evaluation.harness import check_tasks, run_tasks
 from strop.evaluation.metrics import check_golds, paired_difference, verdict
 from strop.evaluation.metrics import metric as known_metric
 from strop.evaluation.report import write_report
@@ -55,12 +56,15 @@ def evaluate_models(
     general: bool = False,
     regression_data: str | Sequence[str] = (),
     regression_metric: str | None = None,
+    tasks: Sequence[str] = (),
+    task_limit: int | None = None,
 ) -> list[dict[str, Any]]:
     """Base and tuned on the rows of `data` (base alone where there is no adapter), for each model in turn; what
     compare.compare returns, and `run`. A base that several have in common is asked once.
 
     general: ask the built-in general set too, to see what training broke (`general` in the result).
     regression_data: rows of the user's own for the same purpose (`regression`); regression_metric: theirs, or metric.
+    tasks: of lm-evaluation-harness (`tasks`), where it is installed; task_limit: documents of each.
 
     Raises RecipeError for a metric that does not exist, DataError for rows that are wrong or cannot be scored,
     ModelError for the model; all but the last before the model loads.
@@ -71,6 +75,7 @@ def evaluate_models(
         if (general or kept) and adapter_folder(name) is None:
             flag = "--general" if general else "--regression-data"
             raise RecipeError(f"{flag}: {name} has no adapter, so there is nothing to compare", fix="leave it out")
+    names_of_tasks, manager = check_tasks(tasks) if tasks else ([], None)
     bases: dict[tuple[str, str], Side] = {}
     results = []
     for name in names:
@@ -84,6 +89,8 @@ def evaluate_models(
             result["general"] = compare_general(model, advance)
         if kept:
             result["regression"] = asking(kept, metric=regression_metric or metric)
+        if tasks:
+            result["tasks"] = run_tasks(model, names_of_tasks, manager, task_limit)
         del model, asking
         if is_run(Path(name)):
             add_to_report(RunFolder(Path(name)), result)
@@ -131,11 +138,10 @@ def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
     report["evaluation"] = {
         key: value
         for key, value in result.items()
-        if key not in ("samples", "intervals", "run", "general", "regression")
+        if key not in ("samples", "intervals", "run", "general", "regression", "tasks")
     }
     report["intervals"] = result["intervals"]
-    if "general" in result:
-        report["general"] = result["general"]
+    report |= {key: result[key] for key in ("general", "tasks") if key in result}
     if "regression" in result:
         report["regression"] = {key: value for key, value in result["regression"].items() if key != "samples"}
     report["samples"] = result["samples"][::every][:SAMPLES_IN_REPORT]

@@ -28,25 +28,30 @@ from strop.adapters import (
     attach,
     check_base,
     check_weights,
+    new_rows,
     read_adapter_config,
     read_identity,
+    with_tokenizer,
 )
 from strop.config.load import read_resolved
 from strop.config.schema import DataSection
 from strop.data.conversation import Example
 from strop.data.prepare import prepare
 from strop.engine.choose import step_for
-from strop.errors import FolderError, ModelError, RecipeError
+from strop.errors import FolderError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.loss import mean_loss
-from strop.export.parity import LIMITS, Parity, compare
+from strop.export.parity import LIMITS, Parity, compare, in_fp32, needed_bytes
+from strop.machine.probe import probe
 from strop.model.facts import Source, fingerprint, locate
-from strop.model.load import DTYPES, load_base, load_config, skeleton, weights_folder
+from strop.model.load import DTYPES, load_base, load_config, skeleton, stored_dtype, weights_folder
+from strop.model.lora import embeddings, grown
 from strop.model.quantize import pack, prequantized, quantizable, unpack
 from strop.model.shards import SHARD_BYTES, Tensors
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, write_json
 from strop.runs.lock import sha256_file, sha256_text
 
+NEW_ROWS = "token_adapter.trainable_tokens_delta"  # embedding rows that were trained, whole
 CHOOSING_ROWS = 64  # on which two bases are compared
 
 
@@ -56,20 +61,30 @@ class Merged:
     files: list[str]
     base: str  # original or dequantized
     base_losses: dict[str, float]  # of the adapter on either, where both were tried
-    parity: Parity
+    parity: Parity | None  # None where it was not to be measured
 
     def as_json(self) -> dict[str, Any]:
         return {
             "out": str(self.out), "files": self.files, "base": self.base, "base_losses": self.base_losses,
-            "parity": self.parity.as_json(),
+            "parity": None if self.parity is None else self.parity.as_json(),
         }  # fmt: skip
 
 
-def merge(name: str, out: Path, *, dtype: str = "bf16", data: str | None = None) -> Merged:
+def merge(
+    name: str,
+    out: Path,
+    *,
+    dtype: str = "bf16",
+    data: str | None = None,
+    measure: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> Merged:
     """Merges the adapter of a run or adapter folder into a new model folder of the given type.
 
-    data: rows to measure on; default: the run's own evaluation rows, or training rows.
-    Raises InputError before anything is written; ParityError where the merged model is not the tuned one.
+    data: rows to measure on; default: the run's own evaluation rows, or training rows. measure: False where there is
+    no memory for it; an adapter that was trained on quantized weights is then merged into those, dequantized.
+    say: told what is about to be done. Raises InputError before anything is written, MemoryLimitError where the
+    measurement would not fit; ParityError where the merged model is not the tuned one.
     """
     folder = adapter_folder(name)
     if folder is None:
@@ -83,16 +98,24 @@ def merge(name: str, out: Path, *, dtype: str = "bf16", data: str | None = None)
         raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
     check_base(folder, source)
     check_weights(folder)
-    trained, examples = Trained.read(folder), _examples(name, folder, source, data)
-    base, losses = _better_base(source, folder, trained, examples)
+    trained = Trained.read(folder)
+    base, losses = "original" if trained.scheme == "none" else "dequantized", dict[str, float]()
+    if measure:
+        _check_memory(source, dtype, say)
+        examples = _examples(name, folder, source, data)
+        base, losses = _better_base(source, folder, trained, examples)
     if base == "original":
         trained = replace(trained, scheme="none")
     with disk_faults(out.parent):
-        made = _write(source, folder, out, trained, dtype)
-        parity = compare(partial(_tuned, source, folder, trained), partial(_loaded, made), examples, LIMITS[dtype])
-        if not parity.passed:
-            shutil.rmtree(made)
-        parity.check(str(out))
+        say(f"merging into {out}, shard by shard")
+        made, parity = _write(source, folder, out, trained, dtype), None
+        if measure:
+            say("measuring the merged model against the adapter on its base")
+            tuned, merged = partial(_tuned, source, folder, trained), partial(_loaded, made, DTYPES[dtype])
+            parity = compare(tuned, merged, examples, LIMITS[dtype])
+            if not parity.passed:
+                shutil.rmtree(made)
+            parity.check(str(out))
         made.replace(out)
         fsync_folder(out.parent)
     return Merged(out, sorted(file.name for file in out.iterdir()), base, losses, parity)
@@ -122,8 +145,20 @@ class Trained:
         return unpack(pack(weight, self.scheme, double=self.double), self.scheme, weight.shape, self.dtype)
 
 
+def _check_memory(source: Source, dtype: str, say: Callable[[str], None]) -> None:
+    """Raises MemoryLimitError where there is no memory to compute the model for the measurement."""
+    bare, widest = skeleton(source), max(stored_dtype(source).itemsize, DTYPES[dtype].itemsize)
+    weights = widest * sum(weight.numel() for weight in bare.parameters())
+    embedding = bare.get_input_embeddings()  # type: ignore[operator]
+    needed, free = needed_bytes(weights, embedding.num_embeddings, embedding.embedding_dim), probe().free_bytes
+    say(f"measuring takes about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free")
+    if needed > free:
+        what = f"measuring the merged model takes {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
+        raise MemoryLimitError(what, fix="free some memory, or merge without measuring: --no-parity")
+
+
 def _examples(name: str, folder: Path, source: Source, data: str | None) -> list[Example]:
-    tokenizer = load_tokenizer(Source(source.name, "folder", folder))
+    tokenizer = load_tokenizer(with_tokenizer(folder, source))
     if data is None and not is_run(Path(name)):
         raise ModelError(f"{name}: an adapter folder has no rows to measure on", fix="give --data")
     if is_run(Path(name)):
@@ -154,15 +189,15 @@ def _better_base(
 
 def _tuned(source: Source, folder: Path, trained: Trained) -> Any:
     """The adapter on its base, computing in fp32; quantized weights are rounded as they were in training."""
-    dtype = torch.float32 if trained.scheme == "none" else trained.dtype
+    dtype = stored_dtype(source) if trained.scheme == "none" else trained.dtype
     base = load_base(
         source, dtype, "cpu", quantization=trained.scheme, double=trained.double, resident_layers=ALL_LAYERS
     )
-    return attach(base.float(), folder, source)[0].eval()
+    return in_fp32(attach(base, folder, source)[0].eval())
 
 
-def _loaded(folder: Path) -> Any:
-    return load_base(Source(str(folder), "folder", folder), torch.float32, "cpu")
+def _loaded(folder: Path, dtype: torch.dtype) -> Any:
+    return in_fp32(load_base(Source(str(folder), "folder", folder), dtype, "cpu"))
 
 
 def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str) -> Path:
@@ -243,11 +278,20 @@ def _changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
     scales = module_scales(source, config)
     known = {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_magnitude_vector.weight"}
     for key in saved:
-        if not any(key.endswith(f".{part}") for part in (*known, "weight", "bias")) or "token_adapter" in key:
+        if not any(key.endswith(f".{part}") for part in (*known, NEW_ROWS, "weight", "bias")):
             raise ModelError(f"{folder}: {key} cannot be merged", fix="serve the adapter on its base")
+
+    rows, bare = new_rows(read_adapter_config(folder)), skeleton(source)
+    with_rows, size = embeddings(bare), 1 + max((row for found in rows.values() for row in found), default=-1)
 
     def change(name: str, weight: Tensor) -> Tensor:
         module = name.removesuffix(".weight")
+        if module in with_rows and len(weight) < size:
+            weight = grown(weight, size)
+        if f"{module}.{NEW_ROWS}" in saved:
+            weight = weight.float().clone()
+            weight[rows[module.rpartition(".")[2]]] = saved[f"{module}.{NEW_ROWS}"].float()
+            return weight
         if name in saved:
             return saved[name].float()
         a, b = saved.get(f"{module}.lora_A.weight"), saved.get(f"{module}.lora_B.weight")
@@ -269,6 +313,7 @@ def _plain(key: str) -> str:
 def module_scales(source: Source, config: Any) -> dict[str, float]:
     """The scale of each adapted module, as peft computes it from rank, alpha, patterns and rsLoRA."""
     config.base_model_name_or_path = None  # peft would warn that the skeleton has another name
+    config.trainable_token_indices = None  # of rows that the skeleton has not
     adapted = peft.get_peft_model(skeleton(source), config)
     found = {}
     for name, module in adapted.named_modules():
@@ -281,6 +326,9 @@ def module_scales(source: Source, config: Any) -> dict[str, float]:
 def _write_rest(source: Source, folder: Path, out: Path, dtype: str) -> None:
     """Config, generation config, tokenizer and template, as they were trained with."""
     config = load_config(source)
+    rows = new_rows(read_adapter_config(folder))
+    text = config.get_text_config()
+    text.vocab_size = max([text.vocab_size, *(1 + row for found in rows.values() for row in found)])
     config.dtype = DTYPES[dtype]
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from strop.data.conversation import Example
 from strop.errors import ParityError
@@ -93,6 +94,30 @@ def compare(
     kl = torch.cat(divergences).clamp(min=0)  # below zero by rounding alone; NaN stays
     weight = sum(float(example.weights[1:].sum()) for example in examples)
     return Parity(total, float(kl.mean()), float(kl.max()), same / total, (other_loss - loss) / weight, limit)
+
+
+def in_fp32(model: Any) -> Any:
+    """The model, computing in fp32 on linear weights that stay in their own type: each is cast for its product."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.dtype != torch.float32:
+            module.forward = partial(_linear, module)  # type: ignore[method-assign]
+    cast = {id(module.weight) for module in model.modules() if type(module) is nn.Linear}
+    embedding = model.get_input_embeddings().weight  # in fp32 even where the head shares it
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and (id(parameter) not in cast or parameter is embedding):
+            parameter.data = parameter.data.float()
+    return model
+
+
+def needed_bytes(weights_bytes: int, vocabulary: int, hidden: int) -> int:
+    """Memory that `compare` takes for a model in `in_fp32`, beside the process: its weights, the embedding and the cast
+    of the head in fp32, and three matrices of logits for a row of 1,024 tokens."""
+    return weights_bytes + 2 * 4 * vocabulary * hidden + 3 * 4 * vocabulary * 1024
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    bias = None if module.bias is None else module.bias.float()
+    return F.linear(x, module.weight.float(), bias)
 
 
 def _enough(examples: Sequence[Example]) -> list[Example]:

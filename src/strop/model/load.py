@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from strop.errors import ModelError
-from strop.model.facts import Source, fingerprint, read_config
+from strop.model.facts import Source, fingerprint, read_config, safetensors_header, weight_files
 from strop.model.quantize import folder_name, make_resident, prequantized
 from strop.model.shards import build, floats, is_whole, pack_again, quantize_folder
 from strop.model.tokenizer import LOCAL, first_line, gguf_cache, head_folder, plain_config
@@ -82,6 +82,14 @@ def stream_weights(model: nn.Module, source: Source, scheme: str, double: bool, 
 def weights_folder(source: Source) -> Path:
     """The folder with a source's 16-bit weights; a GGUF file's are made on first use."""
     return _dequantized(source) if source.kind == "gguf" else source.path
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """The narrowest type that holds all of a source's weights as they are on disk."""
+    kinds = {
+        entry["dtype"] for file in weight_files(weights_folder(source)) for entry in safetensors_header(file).values()
+    }
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds.pop() if len(kinds) == 1 else "", torch.float32)
 
 
 def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:

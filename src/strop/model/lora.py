@@ -11,7 +11,7 @@ from typing import Any
 
 import peft
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from strop.config.schema import LoraSection
 from strop.errors import ModelError, nearest
@@ -131,7 +131,8 @@ def num_trainable(skeleton: nn.Module, section: LoraSection) -> int:
     """Weights that `add_lora` would make trainable, counted on a model without weights, which takes the adapters."""
     bare = section.model_copy(update={"new_tokens": [], "alpha": section.alpha or 1.0})
     adapted = add_lora(skeleton, bare, None)
-    rows = len(section.new_tokens) * skeleton.get_input_embeddings().embedding_dim  # type: ignore[operator]
+    width = skeleton.get_input_embeddings().embedding_dim  # type: ignore[operator]
+    rows = len(section.new_tokens) * width * len(embeddings(skeleton))
     return sum(weight.numel() for weight in trainable(adapted).values()) + int(rows)
 
 
@@ -157,14 +158,41 @@ def weight_change(model: nn.Module) -> float | None:
     return statistics.median(shares) if shares else None
 
 
-def _add_tokens(model: nn.Module, tokens: Sequence[str], tokenizer: Any) -> list[int]:
+def _add_tokens(model: nn.Module, tokens: Sequence[str], tokenizer: Any) -> dict[str, list[int]]:
+    """The rows to train, by the name of their module."""
     if not tokens:
-        return []
+        return {}
     tokenizer.add_tokens(list(tokens), special_tokens=True)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
-        model.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
+    grow_vocabulary(model, len(tokenizer))
     ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))
-    return ids
+    return dict.fromkeys((path.rpartition(".")[2] for path in embeddings(model)), ids)
+
+
+def grow_vocabulary(model: Any, size: int) -> None:
+    """Gives a model embedding rows for `size` tokens, where it has fewer: the mean of those there are.
+
+    transformers would draw them at random: rows of an untied head would be others each time that the model is loaded.
+    """
+    before = model.get_input_embeddings().num_embeddings
+    if size <= before:
+        return
+    model.resize_token_embeddings(size, mean_resizing=False)
+    for path in embeddings(model):
+        weight = model.get_submodule(path).weight
+        with torch.no_grad():
+            weight.copy_(grown(weight[:before], size))
+
+
+def grown(weight: Tensor, size: int) -> Tensor:
+    """An embedding (rows, hidden) with rows added up to `size`: their mean, taken in fp32."""
+    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+    return torch.cat([weight, mean.expand(size - len(weight), -1)])
+
+
+def embeddings(model: Any) -> list[str]:
+    """Paths of the modules with a row a token: the input embeddings, and the head where it has weights of its own."""
+    found = [model.get_input_embeddings(), *([] if _tied(model) else [model.get_output_embeddings()])]
+    return [path for path, module in model.named_modules() if any(module is one for one in found)]
 
 
 def _sets_of(path: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from strop.adapters import adapter_folder, read_adapter_config
+from strop.adapters import adapter_folder, read_adapter_config, with_tokenizer
 from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
@@ -51,7 +51,8 @@ def set_up(resolved: Resolved, memory: int | None = None) -> Setup:
     check_trackers(resolved.recipe.track)
     machine, source = probe(memory), locate(resolved.recipe.model.name, resolved.recipe.model.revision)
     resolved, key, num_weights = _plan(resolved, source, machine)
-    tokenizer = load_tokenizer(source)
+    start = start_adapter(resolved.recipe)  # may have brought tokens and a template of its own
+    tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
     data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data")
     if data.renderer.template is not None:  # data.template: the adapter's tokenizer must say what it was trained with
         tokenizer.chat_template = data.renderer.template

@@ -1,0 +1,108 @@
+"""Do LoftQ (arXiv:2310.08659) and PiSSA (arXiv:2404.02948), as peft makes them, help a LoRA on an NF4 base?
+
+    python benchmarks/init_quantized.py --data TRAIN.jsonl --eval TEST.jsonl [--steps 88 --seeds 0,1,2] [--out R.json]
+
+All start from the 16-bit model. default: NF4 base, usual A and B = 0. loftq: peft's quantized base and its A and B,
+which stand for what quantization lost. pissa: A and B are the first singular directions, and what is left of the base
+is quantized. Reported: loss on the held-out rows before the first step and after the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+
+from strop.config.load import resolve
+from strop.config.schema import DataSection
+from strop.data.prepare import prepare
+from strop.engine.choose import step_for
+from strop.engine.device import prepare_process
+from strop.evaluation.loss import mean_loss
+from strop.model.facts import locate
+from strop.model.load import load_base
+from strop.model.lora import as_fp32, trainable
+from strop.model.quantize import pack, quantizable, unpack
+from strop.model.tokenizer import load_tokenizer
+from strop.planning.choose import learning_rate
+from strop.runs.events import EventLog
+from strop.runs.folder import RunFolder
+from strop.training.loop import Job, fit
+from strop.training.optim import make_optimizer
+from strop.training.state import Progress, TrainState
+
+WAYS: dict[str, dict[str, Any]] = {
+    "16 bit": {},
+    "default": {},
+    "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
+    "loftq, 5 rounds": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 5}},
+    "pissa": {"init_lora_weights": "pissa_niter_16"},
+}
+
+
+def build(model: str, way: str, rank: int, seed: int) -> peft.PeftModel:
+    base = load_base(locate(model), torch.bfloat16, "cpu")
+    names = [name for name, _ in quantizable(base)]
+    torch.manual_seed(seed)
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=leaves, task_type="CAUSAL_LM", **WAYS[way])
+    adapted = as_fp32(peft.get_peft_model(base, config))
+    if way in ("default", "pissa"):
+        for name in names:
+            weight = adapted.get_base_model().get_submodule(name).base_layer.weight
+            weight.data = unpack(pack(weight.data, "nf4"), "nf4", weight.shape, weight.dtype)
+    return adapted
+
+
+def train(options: argparse.Namespace, way: str, seed: int) -> dict[str, float]:
+    source = locate(options.model)
+    data = prepare(DataSection(train=options.data, eval=options.eval), load_tokenizer(source))
+    model, rows = build(options.model, way, options.rank, seed), data.eval
+    assert rows is not None
+    rate = learning_rate(sum(weight.numel() for weight in model.get_base_model().parameters()))
+    given = {
+        "model": options.model, "data": options.data, "seed": seed, "lora.r": options.rank,
+        "train.max_steps": options.steps, "train.learning_rate": rate, "train.micro_batch_tokens": 2048,
+    }  # fmt: skip
+    recipe, step, weights = resolve(None, given).recipe, step_for(model), trainable(model)
+
+    def loss() -> float:
+        return mean_loss(step.token_loss, rows, lambda some: [[number] for number in range(len(some))])
+
+    with tempfile.TemporaryDirectory() as folder:
+        state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
+        log = EventLog(Path(folder) / "events.jsonl", [])
+        before = loss()
+        fit(Job(recipe, RunFolder(Path(folder)), model, step, data.train, None, state, log))
+        return {"before": before, "after": loss()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--eval", required=True)
+    parser.add_argument("--steps", type=int, default=88)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--ways", default=";".join(WAYS))
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    prepare_process()
+    results: dict[str, list[dict[str, float]]] = {}
+    for seed in options.seeds.split(","):
+        for way in options.ways.split(";"):
+            results.setdefault(way, []).append(train(options, way, int(seed)))
+            found = results[way][-1]
+            print(f"{way:16} seed {seed}: {found['before']:.4f} before, {found['after']:.4f} after", flush=True)
+    if options.out:
+        Path(options.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Peak memory of a merge, for a model of random weights in the shape of Llama-3.2-1B (2.5 GB in bf16).
+
+    python benchmarks/merge_memory.py FOLDER [--dtype bf16]
+
+Makes the model and a rank-16 adapter in FOLDER (once), then merges in a process of its own, without the measurement,
+and says its peak beyond the idle process beside the largest shard that it wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+SHAPE = {
+    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+MERGE = """
+import sys, torch
+from pathlib import Path
+import strop.export.merge as merge
+from strop.machine.memory import mark
+from strop.model.facts import locate
+before = mark("cpu")
+folder, out, dtype = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+source = locate(str(folder / "model"))
+merge._write(source, folder / "adapter", out, merge.Trained("none", True, torch.bfloat16), dtype)
+print(before.peak_bytes())
+"""
+
+
+def make(folder: Path) -> None:
+    if (folder / "adapter").is_dir():
+        return
+    config = LlamaConfig(**SHAPE)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder / "model", max_shard_size="1GB")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    weights = {key: torch.randn(value.shape) * 0.02 for key, value in peft.get_peft_model_state_dict(adapted).items()}
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "model")
+    adapted.peft_config["default"].save_pretrained(folder / "adapter")
+    save_file(weights, folder / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", default="bf16")
+    options = parser.parse_args()
+    make(options.folder)
+    out = options.folder / "merged"
+    made = out.with_name("merged.partial")
+    shutil.rmtree(made, ignore_errors=True)
+    words = [sys.executable, "-c", MERGE, str(options.folder), str(out), options.dtype]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    shards = [file.stat().st_size for file in made.glob("*.safetensors")]
+    peak, largest = int(done.stdout.split()[-1]), max(shards)
+    limit = 1.5 * largest + (1 << 30)
+    print(json.dumps({
+        "dtype": options.dtype, "peak_bytes": peak, "largest_shard_bytes": largest, "shards": len(shards),
+        "limit_bytes": int(limit), "within": peak <= limit,
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

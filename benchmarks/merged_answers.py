@@ -1,0 +1,80 @@
+"""Does a merged folder, loaded by plain transformers, answer as the adapter on its base does? Greedy, row by row.
+
+    python benchmarks/merged_answers.py RUN --data ROWS.jsonl [--dtypes fp32,bf16 --compute fp32,bf16] [--out R.json]
+
+Merges the run anew in each type. The adapter computes in the same type as the merged model, on the base that the merge
+chose. Rows are asked in batches of like length, padded on the left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import strop
+from strop.evaluation.compare import questions
+from strop.evaluation.run import read_conversations
+from strop.model.load import DTYPES
+
+
+def answers(model: Any, tokenizer: Any, chats: list[list[dict[str, str]]], stop_ids: list[int]) -> list[str]:
+    found: dict[int, str] = {}
+    order = sorted(range(len(chats)), key=lambda row: len(str(chats[row])))
+    for start in range(0, len(order), 30):
+        rows = order[start : start + 30]
+        texts = [tokenizer.apply_chat_template(chats[row], tokenize=False, add_generation_prompt=True) for row in rows]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+        with torch.inference_mode():
+            out = model.generate(
+                **batch, max_new_tokens=80, do_sample=False, pad_token_id=pad, eos_token_id=stop_ids,
+                repetition_penalty=1.0,
+            )  # fmt: skip
+        for row, new in zip(rows, out[:, batch["input_ids"].shape[1] :], strict=True):
+            found[row] = tokenizer.decode(new, skip_special_tokens=True)
+    return [found[row] for row in range(len(chats))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--dtypes", default="fp32,bf16")
+    parser.add_argument("--compute", default="fp32,bf16")
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    rows = questions(read_conversations(options.data))
+    chats = [[vars_of(message) for message in row.conversation.messages[:-1]] for row in rows]
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in options.dtypes.split(","):
+            merged = strop.merge(options.run, Path(folder) / dtype, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(merged.out)
+            for compute in options.compute.split(","):
+                how = "none" if merged.base == "original" else "auto"
+                tuned = strop.load(options.run, dtype=compute, quantization=how)
+                ours = answers(tuned.module, tokenizer, chats, list(tuned.renderer.stop_ids))
+                stop_ids = list(tuned.renderer.stop_ids)
+                del tuned
+                model = AutoModelForCausalLM.from_pretrained(merged.out, dtype=DTYPES[compute])
+                theirs = answers(model, tokenizer, chats, stop_ids)
+                del model
+                same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+                results.append({"weights": dtype, "compute": compute, "rows": len(rows), "same": same})
+                print(f"{dtype} weights, {compute} compute: {same} of {len(rows)} answers are the same", flush=True)
+    if options.out:
+        Path(options.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def vars_of(message: Any) -> dict[str, str]:
+    return {"role": message.role, "content": message.content}
+
+
+if __name__ == "__main__":
+    main()
