@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -218,20 +217,19 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
     change = _changes(source, folder)
     quantized = {f"{name}.weight" for name, _ in quantizable(skeleton(source))}
     index: dict[str, str] = {}
-    with ExitStack() as stack:
-        tensors = Tensors(weights_folder(source), stack)
-        for number, names in enumerate(_shards(tensors)):
-            file = f"model-{number + 1:05d}.safetensors"
-            index |= dict.fromkeys(names, file)
-            if done["shards"].get(file) == (sha256_file(made / file) if (made / file).is_file() else ""):
-                continue
-            shard = {}
-            for name in names:
-                weight = trained.rounded(tensors.get(name), name in quantized)
-                shard[name] = _rounded(name, change(name, weight), weight, DTYPES[dtype])
-            save_file(shard, made / file, {"format": "pt"})
-            done["shards"][file] = sha256_file(made / file)
-            write_json(progress, done)
+    tensors = Tensors(weights_folder(source))
+    for number, names in enumerate(_shards(tensors)):
+        file = f"model-{number + 1:05d}.safetensors"
+        index |= dict.fromkeys(names, file)
+        if done["shards"].get(file) == (sha256_file(made / file) if (made / file).is_file() else ""):
+            continue
+        shard = {}
+        for name in names:
+            weight = trained.rounded(tensors.get(name), name in quantized)
+            shard[name] = _rounded(name, change(name, weight), weight, DTYPES[dtype])
+        save_file(shard, made / file, {"format": "pt"})
+        done["shards"][file] = sha256_file(made / file)
+        write_json(progress, done)
     size = sum((made / file).stat().st_size for file in set(index.values()))
     write_json(made / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
     _write_rest(source, folder, made, dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from strop.errors import ModelError
-from strop.model.facts import Source, weight_files
+from strop.model.facts import Source, safetensors_header, weight_files
 from strop.model.quantize import QuantizedLinear, pack, put_module, quantizable, replace_linears
 from strop.runs.folder import new_folder
 
@@ -24,13 +23,16 @@ SHARD_BYTES = 1 << 30
 
 
 class Tensors:
-    """The tensors of a folder of safetensors files, read when asked for."""
+    """The tensors of a folder of safetensors files, each read when it is asked for.
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self._files = {}
+    A file is opened anew for each: what is read stays mapped, and counts as memory, as long as its file is open.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files, self._shapes = {}, {}
         for file in weight_files(folder):
-            handle = stack.enter_context(safe_open(file, "pt"))
-            self._files.update(dict.fromkeys(handle.keys(), handle))
+            for name, entry in safetensors_header(file).items():
+                self._files[name], self._shapes[name] = file, entry["shape"]
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._files))
@@ -39,13 +41,14 @@ class Tensors:
         return name in self._files
 
     def get(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
+        """A copy of its own, not a view of the file."""
+        with safe_open(self._files[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name).clone()
         return tensor
 
     def size_bytes(self, name: str) -> int:
         """Bytes of a tensor in 32 bit, unread."""
-        shape: list[int] = self._files[name].get_slice(name).get_shape()
-        return 4 * math.prod(shape)
+        return 4 * int(math.prod(self._shapes[name]))
 
     def under(self, name: str) -> dict[str, Tensor]:
         """Constants of a quantized weight: of `x.weight`, x.weight.absmax as absmax, and x.SCB as SCB."""
@@ -60,14 +63,14 @@ def quantize_folder(
 ) -> None:
     """Writes the weights of a 16-bit folder, quantized where `quantizable` says so, into another, in small shards."""
     chosen = {f"{name}.weight" for name, _ in quantizable(skeleton)}
-    with ExitStack() as stack, new_folder(folder) as temp:
-        tensors, number, size = Tensors(source.path, stack), 0, 0
+    with new_folder(folder) as temp:
+        tensors, number, size = Tensors(source.path), 0, 0
         shard: dict[str, Tensor] = {}
         index: dict[str, str] = {}
         names = list(tensors)
         for name in names:
             tensor = tensors.get(name)
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not finite(tensor):
                 raise ModelError(f"{source.name}: weight {name} holds NaN or infinity", fix="fetch the model again")
             tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
             parts = {name: tensor}
@@ -99,23 +102,20 @@ def build(make: Any, folder: Path, name: str, scheme: str, dtype: torch.dtype) -
     with init_empty_weights(include_buffers=False):
         model: Any = make()
     layers = replace_linears(model, scheme, dtype)
-    with ExitStack() as stack:
-        tensors = Tensors(folder, stack)
-        missing = []
-        for key, parameter in list(model.named_parameters(remove_duplicate=False)):
-            owner, _, leaf = key.rpartition(".")
-            if key not in tensors:
-                missing.append(key)
-            elif leaf == "weight" and owner in layers:
-                _fill(layers[owner], {"weight": tensors.get(key), **tensors.under(key)}, f"{name}: {key}")
-            else:
-                tensor = tensors.get(key)
-                if tensor.shape != parameter.shape:
-                    raise ModelError(
-                        f"{name}: {key} has shape {tuple(tensor.shape)}, {tuple(parameter.shape)} expected"
-                    )
-                value = tensor.to(dtype) if tensor.is_floating_point() else tensor
-                setattr(model.get_submodule(owner), leaf, nn.Parameter(value.clone(), requires_grad=False))
+    tensors = Tensors(folder)
+    missing = []
+    for key, parameter in list(model.named_parameters(remove_duplicate=False)):
+        owner, _, leaf = key.rpartition(".")
+        if key not in tensors:
+            missing.append(key)
+        elif leaf == "weight" and owner in layers:
+            _fill(layers[owner], {"weight": tensors.get(key), **tensors.under(key)}, f"{name}: {key}")
+        else:
+            tensor = tensors.get(key)
+            if tensor.shape != parameter.shape:
+                raise ModelError(f"{name}: {key} has shape {tuple(tensor.shape)}, {tuple(parameter.shape)} expected")
+            value = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     model.tie_weights()
     lost = [key for key in missing if model.get_parameter(key).device.type == "meta"]
     if lost:
@@ -127,20 +127,19 @@ def build(make: Any, folder: Path, name: str, scheme: str, dtype: torch.dtype) -
 
 def pack_again(model: nn.Module, folder: Path, name: str, scheme: str, dtype: torch.dtype) -> None:
     """Puts packed weights in the place of those that were dequantized, layer by layer; model may carry adapters."""
-    with ExitStack() as stack:
-        tensors = Tensors(folder, stack)
-        for path, module in list(model.named_modules()):
-            key = f"{path.replace('.base_layer', '')}.weight"
-            constants = tensors.under(key) if type(module) is nn.Linear and key in tensors else {}
-            if constants:
-                layer = QuantizedLinear(module, scheme, dtype)
-                _fill(layer, {"weight": tensors.get(key), **constants}, f"{name}: {key}")
-                put_module(model, path, layer.to(module.weight.device))
+    tensors = Tensors(folder)
+    for path, module in list(model.named_modules()):
+        key = f"{path.replace('.base_layer', '')}.weight"
+        constants = tensors.under(key) if type(module) is nn.Linear and key in tensors else {}
+        if constants:
+            layer = QuantizedLinear(module, scheme, dtype)
+            _fill(layer, {"weight": tensors.get(key), **constants}, f"{name}: {key}")
+            put_module(model, path, layer.to(module.weight.device))
 
 
 def _fill(layer: QuantizedLinear, packed: dict[str, Tensor], where: str) -> None:
     try:
-        layer.fill({name: tensor.clone() for name, tensor in packed.items()})  # not a view of the mapped file
+        layer.fill(packed)
     except (KeyError, ValueError) as error:
         raise ModelError(f"{where}: not a {layer.scheme} weight ({error})", fix="quantize it again") from None
 
@@ -150,6 +149,14 @@ def _key(name: str, short: str) -> str:
     if short == "weight":
         return name
     return name.removesuffix("weight") + short if short == "SCB" else f"{name}.{short}"
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity. `torch.isfinite` makes copies: of an embedding, 140 MiB."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)  # NaN where there is any
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def floats(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
