@@ -66,8 +66,9 @@ def compare(
 ) -> Parity:
     """Both models, loaded one after the other, on the first POSITIONS positions of the rows.
 
-    reference, other: each loads a transformers model that computes in fp32; only one is in memory at a time, the
-    reference's distributions wait in a file. All positions count for KL and agreement, supervised ones for the loss.
+    reference, other: each loads a transformers model that computes in fp32, or something with `log_probabilities`; only
+    one is in memory at a time, the reference's distributions wait in a file. All positions count for KL and agreement,
+    supervised ones for the loss.
     """
     examples = _enough(examples)
     total = sum(len(example) - 1 for example in examples)
@@ -108,6 +109,9 @@ def _enough(examples: Sequence[Example]) -> list[Example]:
 
 def _log_probabilities(model: Any, example: Example) -> Tensor:
     """(positions - 1, vocabulary) in fp32: what is predicted for each token but the first."""
+    if hasattr(model, "log_probabilities"):
+        found: Tensor = model.log_probabilities(example)
+        return found
     ids = torch.from_numpy(example.ids.astype(np.int64))[None].to(next(model.parameters()).device)
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
