@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import strop
 from strop.errors import FolderError, ModelError, ParityError, RecipeError
 from strop.export import merge as module
+from strop.export import tuned
 from strop.export.merge import merge
 from tests import tiny
 
@@ -110,7 +111,7 @@ def test_a_changed_adapter_is_refused(trained: Callable[..., Path], tmp_path: Pa
 def test_a_merge_that_is_not_the_tuned_model_is_refused(
     trained: Callable[..., Path], tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, changes = trained(), module.changes
+    run, changes = trained(), tuned.changes
 
     def wrong(*args: Any) -> Callable[[str, torch.Tensor], torch.Tensor]:
         change = changes(*args)
@@ -125,7 +126,7 @@ def test_a_merge_that_is_not_the_tuned_model_is_refused(
 
         return bad
 
-    monkeypatch.setattr(module, "changes", wrong)
+    monkeypatch.setattr(tuned, "changes", wrong)
     with pytest.raises(ParityError, match="mean KL"):
         merge(str(run), tmp_path / "merged")
     assert not list(tmp_path.glob("merged*"))

@@ -19,13 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from strop.adapters import WEIGHTS_FILE
-from strop.errors import FolderError, RecipeError
+from strop.adapters import WEIGHTS_FILE, adapter_folder
+from strop.errors import FolderError, ModelError, RecipeError
 from strop.export.parity import LIMITS, Parity, compare
-from strop.export.tuned import Trained, Tuned, changes
+from strop.export.tuned import Tuned
 from strop.model.facts import Source, fingerprint
-from strop.model.load import DTYPES, load_base, load_config, skeleton, weights_folder
-from strop.model.quantize import quantizable
+from strop.model.load import DTYPES, load_base, load_config, weights_folder
 from strop.model.shards import SHARD_BYTES, Tensors
 from strop.runs.folder import disk_faults, fsync_folder, write_json
 from strop.runs.lock import sha256_file, sha256_text
@@ -56,9 +55,11 @@ def merge(name: str, out: Path, *, dtype: str = "bf16", data: str | None = None)
         raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among {', '.join(LIMITS)}")
     if out.exists():
         raise FolderError(f"{out}: is there already", fix="give --out a new folder")
+    if adapter_folder(name) is None:
+        raise ModelError(f"{name}: no adapter there", fix="give a run or adapter folder")
     tuned = Tuned.read(name, data)
     with disk_faults(out.parent):
-        made = _write(tuned.source, tuned.folder, out, tuned.trained, dtype)
+        made = _write(tuned, out, dtype)
         parity = compare(tuned.model, partial(_loaded, made), tuned.examples, LIMITS[dtype])
         if not parity.passed:
             shutil.rmtree(made)
@@ -72,13 +73,15 @@ def _loaded(folder: Path) -> Any:
     return load_base(Source(str(folder), "folder", folder), torch.float32, "cpu")
 
 
-def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str) -> Path:
+def _write(tuned: Tuned, out: Path, dtype: str) -> Path:
     """The merged folder under a name of its own; shards that an earlier try left whole are kept."""
+    source, folder = tuned.source, tuned.folder
+    assert folder is not None
     made = out.with_name(f"{out.name}.partial")
     made_of = {
         "adapter": sha256_file(folder / WEIGHTS_FILE),
         "base": fingerprint(source),
-        "scheme": trained.scheme,
+        "scheme": tuned.trained.scheme,
         "dtype": dtype,
     }
     progress = made / "merge.json"
@@ -87,8 +90,7 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
         done = {"of": made_of, "shards": {}}
-    change = changes(source, folder)
-    quantized = {f"{name}.weight" for name, _ in quantizable(skeleton(source))}
+    merged = tuned.merging()
     index: dict[str, str] = {}
     with ExitStack() as stack:
         tensors = Tensors(weights_folder(source), stack)
@@ -99,8 +101,7 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
                 continue
             shard = {}
             for name in names:
-                weight = trained.rounded(tensors.get(name), name in quantized)
-                shard[name] = rounded(name, change(name, weight), weight, DTYPES[dtype])
+                shard[name] = rounded(name, *merged(name, tensors.get(name)), DTYPES[dtype])
             save_file(shard, made / file, {"format": "pt"})
             done["shards"][file] = sha256_file(made / file)
             write_json(progress, done)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,15 @@ def compare(
     one is in memory at a time, the reference's distributions wait in a file. All positions count for KL and agreement,
     supervised ones for the loss.
     """
+    with measuring(reference, examples) as measure:
+        return measure(other, limit)
+
+
+@contextmanager
+def measuring(
+    reference: Callable[[], Any], examples: Sequence[Example]
+) -> Iterator[Callable[[Callable[[], Any], Limit], Parity]]:
+    """Inside the block, what is given measures any number of models against one reference, as `compare` does."""
     examples = _enough(examples)
     total = sum(len(example) - 1 for example in examples)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,17 +93,22 @@ def compare(
             kept[at : at + len(logs)] = logs.numpy()
             loss, at = loss + _loss(logs, example), at + len(logs)
         del model
-        model = other()
-        divergences, same, other_loss, at = [], 0, 0.0, 0
-        for example in examples:
-            logs = _log_probabilities(model, example)
-            wanted = torch.from_numpy(np.array(kept[at : at + len(logs)]))
-            divergences.append((wanted.exp() * (wanted - logs)).sum(1))
-            same += int((wanted.argmax(1) == logs.argmax(1)).sum())
-            other_loss, at = other_loss + _loss(logs, example), at + len(logs)
-    kl = torch.cat(divergences).clamp(min=0)  # below zero by rounding alone; NaN stays
-    weight = sum(float(example.weights[1:].sum()) for example in examples)
-    return Parity(total, float(kl.mean()), float(kl.max()), same / total, (other_loss - loss) / weight, limit)
+
+        def measure(other: Callable[[], Any], limit: Limit) -> Parity:
+            model = other()
+            divergences, same, other_loss, at = [], 0, 0.0, 0
+            for example in examples:
+                logs = _log_probabilities(model, example)
+                wanted = torch.from_numpy(np.array(kept[at : at + len(logs)]))
+                divergences.append((wanted.exp() * (wanted - logs)).sum(1))
+                same += int((wanted.argmax(1) == logs.argmax(1)).sum())
+                other_loss, at = other_loss + _loss(logs, example), at + len(logs)
+            kl = torch.cat(divergences).clamp(min=0)  # below zero by rounding alone; NaN stays
+            weight = sum(float(example.weights[1:].sum()) for example in examples)
+            difference = (other_loss - loss) / weight
+            return Parity(total, float(kl.mean()), float(kl.max()), same / total, difference, limit)
+
+        yield measure
 
 
 def _enough(examples: Sequence[Example]) -> list[Example]:

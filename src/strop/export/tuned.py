@@ -32,7 +32,7 @@ from strop.errors import ModelError
 from strop.evaluation.loss import mean_loss
 from strop.model.facts import Source, locate
 from strop.model.load import DTYPES, load_base, skeleton
-from strop.model.quantize import pack, prequantized, unpack
+from strop.model.quantize import pack, prequantized, quantizable, unpack
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, cache_folder, is_run
 
@@ -66,13 +66,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Tuned:
-    """base: the one to merge into, original or dequantized; base_losses: of the adapter on either, where both were tried.
+    """base: to merge into, original or dequantized; base_losses: of the adapter on either, where both were tried.
 
     trained: how that base is to be rounded. examples: held-out rows, or training rows where there are none.
     """
 
     source: Source
-    folder: Path
+    folder: Path | None
     trained: Trained
     base: str
     base_losses: dict[str, float]
@@ -80,30 +80,52 @@ class Tuned:
 
     @staticmethod
     def read(name: str, data: str | None) -> Tuned:
-        """The tuned model of a run or adapter folder. Raises InputError for what cannot be merged or measured."""
+        """Of a run or adapter folder; or a model without an adapter, which is then its own base (folder None).
+
+        Raises InputError for what cannot be merged or measured.
+        """
         folder = adapter_folder(name)
-        if folder is None:
-            raise ModelError(f"{name}: no adapter there", fix="give a run or adapter folder")
-        source = locate(str(read_adapter_config(folder)["base_model_name_or_path"]))
+        source = locate(name if folder is None else str(read_adapter_config(folder)["base_model_name_or_path"]))
         if prequantized(source.config()):
             raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
+        if folder is None:
+            plain = Trained("none", True, torch.float32)
+            return Tuned(source, None, plain, "original", {}, _examples(name, source, data))
         check_base(folder, source)
         check_weights(folder)
-        trained, examples = Trained.read(folder), _examples(name, folder, source, data)
+        trained, examples = Trained.read(folder), _examples(name, Source(source.name, "folder", folder), data)
         base, losses = _better_base(source, folder, trained, examples)
         if base == "original":
             trained = replace(trained, scheme="none")
         return Tuned(source, folder, trained, base, losses, examples)
 
+    @property
+    def tokenizer(self) -> Any:
+        """The one that was trained with, its chat template included."""
+        return load_tokenizer(self.source if self.folder is None else Source(self.source.name, "folder", self.folder))
+
     def model(self) -> Any:
         """The adapter on its base, computing in fp32."""
+        if self.folder is None:
+            return load_base(self.source, torch.float32, "cpu")
         return _tuned(self.source, self.folder, self.trained)
 
+    def merging(self) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
+        """Gives of a base tensor, by its name: (what the adapter makes of it, the tensor as it was trained on)."""
+        change = changes(self.source, self.folder) if self.folder is not None else lambda _, weight: weight
+        quantized = {f"{name}.weight" for name, _ in quantizable(skeleton(self.source))}
 
-def _examples(name: str, folder: Path, source: Source, data: str | None) -> list[Example]:
-    tokenizer = load_tokenizer(Source(source.name, "folder", folder))
+        def merged(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+            weight = self.trained.rounded(weight, name in quantized)
+            return change(name, weight), weight
+
+        return merged
+
+
+def _examples(name: str, head: Source, data: str | None) -> list[Example]:
+    tokenizer = load_tokenizer(head)
     if data is None and not is_run(Path(name)):
-        raise ModelError(f"{name}: an adapter folder has no rows to measure on", fix="give --data")
+        raise ModelError(f"{name}: an adapter or model has no rows to measure on", fix="give --data")
     if is_run(Path(name)):
         section = read_resolved(RunFolder(Path(name)).recipe).recipe.data
         section = section if data is None else section.model_copy(update={"train": data, "eval": None})

@@ -42,10 +42,14 @@ class Tensors:
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
 
+    def shape(self, name: str) -> list[int]:
+        """Of a tensor, unread."""
+        shape: list[int] = self._files[name].get_slice(name).get_shape()
+        return shape
+
     def size_bytes(self, name: str) -> int:
         """Bytes of a tensor in 32 bit, unread."""
-        shape: list[int] = self._files[name].get_slice(name).get_shape()
-        return 4 * math.prod(shape)
+        return 4 * math.prod(self.shape(name))
 
     def under(self, name: str) -> dict[str, Tensor]:
         """Constants of a quantized weight: of `x.weight`, x.weight.absmax as absmax, and x.SCB as SCB."""
