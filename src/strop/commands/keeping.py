@@ -3,31 +3,102 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from strop.flags import Json
-from strop.terminal import console, print_json
+from strop.terminal import console, print_json, print_notes
+
+if TYPE_CHECKING:
+    from strop.export.gguf import Exported
+    from strop.export.parity import Parity
+
+Tuned = Annotated[str, typer.Argument(metavar="RUN", help="A run or adapter folder.")]
+Kind = Annotated[str, typer.Option("--type", help="f32, f16, bf16, q8_0; with llama.cpp: q6_k, q5_k_m, q4_k_m.")]
+Data = Annotated[str | None, typer.Option("--data", help="Rows to measure on; default: the run's own.")]
 
 
 def merge(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run or adapter folder.")],
+    run: Tuned,
     out: Annotated[Path, typer.Option(help="The new model folder.")],
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
-    data: Annotated[str | None, typer.Option("--data", help="Rows to measure on; default: the run's own.")] = None,
+    data: Data = None,
     as_json: Json = False,
 ) -> None:
     """Merge the adapter into its base, and measure that it is still the same model."""
     from strop.export.merge import merge as merge_into
 
     merged = merge_into(run, out, dtype=dtype, data=data)
-    for base, loss in merged.base_losses.items():
-        console.print(f"[bold]base[/]     {base}: loss {loss:.4f}{' (taken)' if base == merged.base else ''}")
-    parity = merged.parity
+    _print_base(merged.base, merged.base_losses)
+    _print_parity(merged.parity)
+    console.print(f"[bold]merged[/]   {merged.out}")
+    print_json(merged.as_json(), as_json)
+
+
+def gguf(
+    run: Tuned,
+    out: Annotated[Path, typer.Option(help="The new file.")],
+    kind: Kind = "q8_0",
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="The LoRA adapter alone, for a base that is in GGUF already.")
+    ] = False,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """One GGUF file for llama.cpp, and whether llama.cpp makes the same model of it."""
+    from strop.export.gguf import export_gguf
+
+    exported = export_gguf(run, out, kind=kind, adapter=adapter, data=data)
+    _print_exported(exported)
+    print_notes(exported.notes)
+    console.print(f"[bold]exported[/] {exported.out}")
+    print_json(exported.as_json(), as_json)
+
+
+def ollama(
+    run: Tuned,
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    kind: Kind = "q8_0",
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """A folder for `ollama create`: GGUF and Modelfile, and whether its prompts are the trained ones."""
+    from strop.export.ollama import export_ollama
+
+    prepared = export_ollama(run, out, kind=kind, data=data)
+    _print_exported(prepared.exported)
+    if prepared.rendered_by is not None:
+        console.print(f"[bold]prompts[/]  {prepared.prompts} of {prepared.prompts} equal ({prepared.rendered_by})")
+    print_notes(prepared.notes)
+    console.print(f"[bold]exported[/] {prepared.out}; now:")
+    for command in prepared.commands:
+        console.print(f"  {command}", markup=False)
+    print_json(prepared.as_json(), as_json)
+
+
+def _print_exported(exported: Exported) -> None:
+    from strop.export.gguf import UNMEASURED
+
+    _print_base(exported.base, exported.base_losses)
+    found = exported.found
+    if found is None or found.parity is None:
+        console.print(f"[bold]parity[/]   {UNMEASURED}", style="yellow")
+        return
+    _print_parity(found.parity)
+    console.print(
+        f"[bold]text[/]     {found.strings} of 200 strings tokenized alike, {found.conversations} prompts equal; "
+        f"{found.answers_equal} of {found.answers} greedy answers equal, {found.answers_stopped} stopped"
+    )
+
+
+def _print_base(base: str, losses: dict[str, float]) -> None:
+    for tried, loss in losses.items():
+        console.print(f"[bold]base[/]     {tried}: loss {loss:.4f}{' (taken)' if base == tried else ''}")
+
+
+def _print_parity(parity: Parity) -> None:
     console.print(
         f"[bold]parity[/]   mean KL {parity.kl_mean:.2g}, at most {parity.kl_max:.2g}; top-1 agreement "
         f"{parity.top1_agreement:.2%} of {parity.positions:,} positions; loss {parity.loss_difference:+.1e}"
     )
-    console.print(f"[bold]merged[/]   {merged.out}")
-    print_json(merged.as_json(), as_json)

@@ -38,12 +38,13 @@ LIMITS = {
 
 @dataclass
 class Findings:
-    """strings: of 200, tokenized alike. conversations: of 10, with the same prompt. answers: greedy, of ASKED."""
+    """strings: of 200, tokenized alike. conversations: of 10, with the same prompt. answers: greedy, asked of both."""
 
     parity: Parity | None = None
     strings: int = 0
     strings_differ: list[str] = field(default_factory=list)
     conversations: int = 0
+    answers: int = 0
     answers_equal: int = 0
     answers_stopped: int = 0
     reference_stopped: int = 0
@@ -132,6 +133,7 @@ def checking(
                 given = [llama.greedy(prompt.tolist(), LONGEST_ANSWER) for prompt in prompts]
                 found.parity = measure(lambda: llama, LIMITS[kind])
             texts = [renderer.tokenizer.decode(ids, skip_special_tokens=True) for ids in given]
+            found.answers = len(prompts)
             found.answers_equal = sum(text == answer.text for text, answer in zip(texts, answers, strict=True))
             found.answers_stopped = sum(ids[-1] in renderer.stop_ids for ids in given)
             found.reference_stopped = sum(answer.stopped for answer in answers)

@@ -86,7 +86,8 @@ def vocabulary(source: Source, renderer: Renderer, size: int) -> Vocabulary:
     for name, token in ids.items():
         if token is not None:
             entries[f"tokenizer.ggml.{name}_token_id"] = (int(token), gguf.GGUFValueType.UINT32, None)
-    add_bos = adds_bos(tokenizer)
+    # a chat prompt has one bos token: the one its template writes
+    add_bos = adds_bos(tokenizer) and renderer.chat.opening.startswith(tokenizer.bos_token)
     entries["tokenizer.ggml.add_bos_token"] = (add_bos, gguf.GGUFValueType.BOOL, None)
     template = renderer.chat.source
     entries["tokenizer.chat_template"] = (template, gguf.GGUFValueType.STRING, None)
