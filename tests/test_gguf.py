@@ -341,7 +341,7 @@ def test_llama_cpps_own_converter_writes_the_same(
         export_gguf(str(bases.adapter(family)), tmp_path / f"ours-{kind}.gguf", kind=kind, data=rows)
         theirs = tmp_path / f"theirs-{kind}.gguf"
         told = subprocess.run(
-            [sys.executable, "-c", CONVERTER, folder, str(tmp_path / "merged"), "--outtype", kind, "--outfile", str(theirs)],
+            [sys.executable, "-c", CONVERTER, folder, tmp_path / "merged", "--outtype", kind, "--outfile", theirs],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert told.returncode == 0, told.stderr[-2000:]

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import strop
 from strop.errors import FolderError, ModelError, ParityError, RecipeError
 from strop.export import merge as module
-from strop.export import tuned
 from strop.export.merge import merge
 from tests import tiny
 
@@ -111,7 +110,7 @@ def test_a_changed_adapter_is_refused(trained: Callable[..., Path], tmp_path: Pa
 def test_a_merge_that_is_not_the_tuned_model_is_refused(
     trained: Callable[..., Path], tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, changes = trained(), tuned.changes
+    run, changes = trained(), module.changes
 
     def wrong(*args: Any) -> Callable[[str, torch.Tensor], torch.Tensor]:
         change = changes(*args)
@@ -126,7 +125,7 @@ def test_a_merge_that_is_not_the_tuned_model_is_refused(
 
         return bad
 
-    monkeypatch.setattr(tuned, "changes", wrong)
+    monkeypatch.setattr(module, "changes", wrong)
     with pytest.raises(ParityError, match="mean KL"):
         merge(str(run), tmp_path / "merged")
     assert not list(tmp_path.glob("merged*"))

@@ -18,14 +18,16 @@ import numpy as np
 import peft
 import torch
 from gguf import GGMLQuantizationType as Stored
+from safetensors.torch import load_file
 from torch import Tensor
 
+from strop.adapters import WEIGHTS_FILE
 from strop.data.render import Renderer
 from strop.errors import FolderError, ModelError, ParityError, RecipeError
 from strop.export import llamacpp
 from strop.export.families import Layout
-from strop.export.merge import rounded
-from strop.export.tuned import Tuned, saved_tensors, scales
+from strop.export.merge import module_scales, rounded
+from strop.export.tuned import Tuned
 from strop.export.verify import LIMITS, Findings, checking
 from strop.export.vocabulary import Vocabulary, vocabulary
 from strop.model.load import load_config, weights_folder
@@ -135,7 +137,7 @@ def _check_adapter(tuned: Tuned) -> None:
     """Raises ModelError for an adapter that is more than plain LoRA matrices on the base as it is in GGUF."""
     if tuned.folder is None:
         raise ModelError("--adapter: no adapter there", fix="give a run or adapter folder")
-    odd = [key for key in saved_tensors(tuned.folder) if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
+    odd = [key for key in _saved(tuned.folder) if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
     if odd:
         raise ModelError(f"--adapter: a LoRA GGUF has no place for {min(odd)}", fix="leave --adapter out: merge it")
 
@@ -204,8 +206,8 @@ class _Model:
         """The LoRA matrices in f32. llama.cpp scales them by alpha / rank; another scale goes into B."""
         folder = self.tuned.folder
         assert folder is not None
-        saved, scale = saved_tensors(folder), scales(self.tuned.source, folder)
-        alpha = float(peft.LoraConfig.from_pretrained(str(folder)).lora_alpha)
+        saved, settings = _saved(folder), peft.LoraConfig.from_pretrained(str(folder))
+        scale, alpha = module_scales(self.tuned.source, settings), float(settings.lora_alpha)
         writer = gguf.GGUFWriter(file, self.layout.arch)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -221,6 +223,12 @@ class _Model:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def _saved(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder, under the base's names."""
+    saved = load_file(folder / WEIGHTS_FILE)
+    return {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
 
 
 def _stored(name: str, shape: list[int], wanted: Stored) -> Stored:

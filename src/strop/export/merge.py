@@ -7,27 +7,47 @@ when it is complete and verified; a merge that was cut short goes on from the sh
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from strop.adapters import WEIGHTS_FILE, adapter_folder
+from strop.adapters import (
+    ALL_LAYERS,
+    WEIGHTS_FILE,
+    adapter_folder,
+    attach,
+    check_base,
+    check_weights,
+    read_adapter_config,
+    read_identity,
+)
+from strop.config.load import read_resolved
+from strop.config.schema import DataSection
+from strop.data.conversation import Example
+from strop.data.prepare import prepare
+from strop.engine.choose import step_for
 from strop.errors import FolderError, ModelError, RecipeError
+from strop.evaluation.loss import mean_loss
 from strop.export.parity import LIMITS, Parity, compare
-from strop.export.tuned import Tuned
-from strop.model.facts import Source, fingerprint
-from strop.model.load import DTYPES, load_base, load_config, weights_folder
+from strop.model.facts import Source, fingerprint, locate
+from strop.model.load import DTYPES, load_base, load_config, skeleton, weights_folder
+from strop.model.quantize import pack, prequantized, quantizable, unpack
 from strop.model.shards import SHARD_BYTES, Tensors
-from strop.runs.folder import disk_faults, fsync_folder, write_json
+from strop.model.tokenizer import load_tokenizer
+from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, write_json
 from strop.runs.lock import sha256_file, sha256_text
+
+CHOOSING_ROWS = 64  # on which two bases are compared
 
 
 @dataclass(frozen=True)
@@ -51,37 +71,108 @@ def merge(name: str, out: Path, *, dtype: str = "bf16", data: str | None = None)
     data: rows to measure on; default: the run's own evaluation rows, or training rows.
     Raises InputError before anything is written; ParityError where the merged model is not the tuned one.
     """
+    folder = adapter_folder(name)
+    if folder is None:
+        raise ModelError(f"{name}: no adapter there", fix="give a run or adapter folder")
     if dtype not in LIMITS:
         raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among {', '.join(LIMITS)}")
     if out.exists():
         raise FolderError(f"{out}: is there already", fix="give --out a new folder")
-    if adapter_folder(name) is None:
-        raise ModelError(f"{name}: no adapter there", fix="give a run or adapter folder")
-    tuned = Tuned.read(name, data)
+    source = locate(str(read_adapter_config(folder)["base_model_name_or_path"]))
+    if prequantized(source.config()):
+        raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
+    check_base(folder, source)
+    check_weights(folder)
+    trained, examples = Trained.read(folder), rows_to_measure(name, folder, source, data)
+    base, losses = better_base(source, folder, trained, examples)
+    if base == "original":
+        trained = replace(trained, scheme="none")
     with disk_faults(out.parent):
-        made = _write(tuned, out, dtype)
-        parity = compare(tuned.model, partial(_loaded, made), tuned.examples, LIMITS[dtype])
+        made = _write(source, folder, out, trained, dtype)
+        parity = compare(partial(tuned_model, source, folder, trained), partial(_loaded, made), examples, LIMITS[dtype])
         if not parity.passed:
             shutil.rmtree(made)
         parity.check(str(out))
         made.replace(out)
         fsync_folder(out.parent)
-    return Merged(out, sorted(file.name for file in out.iterdir()), tuned.base, tuned.base_losses, parity)
+    return Merged(out, sorted(file.name for file in out.iterdir()), base, losses, parity)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How the base was stored while the adapter was trained."""
+
+    scheme: str
+    double: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def read(folder: Path) -> Trained:
+        identity = read_identity(folder)
+        scheme, double = identity.get("quantization", "none"), identity.get("double_quantization", True)
+        return Trained(str(scheme), bool(double), DTYPES[str(identity.get("dtype", "bf16"))])
+
+    def rounded(self, weight: Tensor, quantized: bool) -> Tensor:
+        """A base weight as the adapter saw it: rounded to the type it was trained in, and quantized."""
+        if self.scheme == "none" or not weight.is_floating_point():
+            return weight
+        weight = weight.to(self.dtype)
+        if not quantized:
+            return weight
+        return unpack(pack(weight, self.scheme, double=self.double), self.scheme, weight.shape, self.dtype)
+
+
+def rows_to_measure(name: str, folder: Path, source: Source, data: str | None) -> list[Example]:
+    """Held-out rows, or training rows where there are none, or `data`; with the tokenizer of `folder`."""
+    tokenizer = load_tokenizer(Source(source.name, "folder", folder))
+    if data is None and not is_run(Path(name)):
+        raise ModelError(f"{name}: an adapter folder has no rows to measure on", fix="give --data")
+    if is_run(Path(name)):
+        section = read_resolved(RunFolder(Path(name)).recipe).recipe.data
+        section = section if data is None else section.model_copy(update={"train": data, "eval": None})
+    else:
+        section = DataSection(train=str(data))
+    prepared = prepare(section, tokenizer, cache=cache_folder() / "data")
+    held_out = prepared.eval if prepared.eval is not None else prepared.train
+    return [held_out[row] for row in range(min(len(held_out), 2000))]
+
+
+def better_base(
+    source: Source, folder: Path, trained: Trained, examples: list[Example]
+) -> tuple[str, dict[str, float]]:
+    """Which base an adapter trained on a quantized one does better on: the dequantized, or the original. Measured."""
+    if trained.scheme == "none":
+        return "original", {}
+    losses = {}
+    for base, tried in (("original", replace(trained, scheme="none")), ("dequantized", trained)):
+        model = tuned_model(source, folder, tried)
+        losses[base] = mean_loss(
+            step_for(model).token_loss, examples[:CHOOSING_ROWS], lambda block: [[n] for n in range(len(block))]
+        )
+        del model
+    return min(losses, key=lambda base: losses[base]), losses
+
+
+def tuned_model(source: Source, folder: Path, trained: Trained) -> Any:
+    """The adapter on its base, computing in fp32; quantized weights are rounded as they were in training."""
+    dtype = torch.float32 if trained.scheme == "none" else trained.dtype
+    base = load_base(
+        source, dtype, "cpu", quantization=trained.scheme, double=trained.double, resident_layers=ALL_LAYERS
+    )
+    return attach(base.float(), folder, source)[0].eval()
 
 
 def _loaded(folder: Path) -> Any:
     return load_base(Source(str(folder), "folder", folder), torch.float32, "cpu")
 
 
-def _write(tuned: Tuned, out: Path, dtype: str) -> Path:
+def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str) -> Path:
     """The merged folder under a name of its own; shards that an earlier try left whole are kept."""
-    source, folder = tuned.source, tuned.folder
-    assert folder is not None
     made = out.with_name(f"{out.name}.partial")
     made_of = {
         "adapter": sha256_file(folder / WEIGHTS_FILE),
         "base": fingerprint(source),
-        "scheme": tuned.trained.scheme,
+        "scheme": trained.scheme,
         "dtype": dtype,
     }
     progress = made / "merge.json"
@@ -90,7 +181,8 @@ def _write(tuned: Tuned, out: Path, dtype: str) -> Path:
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
         done = {"of": made_of, "shards": {}}
-    merged = tuned.merging()
+    change = changes(source, folder)
+    quantized = {f"{name}.weight" for name, _ in quantizable(skeleton(source))}
     index: dict[str, str] = {}
     with ExitStack() as stack:
         tensors = Tensors(weights_folder(source), stack)
@@ -101,7 +193,8 @@ def _write(tuned: Tuned, out: Path, dtype: str) -> Path:
                 continue
             shard = {}
             for name in names:
-                shard[name] = rounded(name, *merged(name, tensors.get(name)), DTYPES[dtype])
+                weight = trained.rounded(tensors.get(name), name in quantized)
+                shard[name] = rounded(name, change(name, weight), weight, DTYPES[dtype])
             save_file(shard, made / file, {"format": "pt"})
             done["shards"][file] = sha256_file(made / file)
             write_json(progress, done)
@@ -139,6 +232,51 @@ def _shards(tensors: Tensors) -> Iterator[list[str]]:
         names.append(name)
         size += tensors.size_bytes(name)
     yield names
+
+
+def changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
+    """What the adapter makes of a base tensor, by its name; fp32 where it changes something.
+
+    Raises ModelError for what is trained besides LoRA layers and whole modules, which no merged weight can hold.
+    """
+    saved = {_plain(key): tensor for key, tensor in load_file(folder / WEIGHTS_FILE).items()}
+    config = peft.LoraConfig.from_pretrained(str(folder))
+    scales = module_scales(source, config)
+    known = {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_magnitude_vector.weight"}
+    for key in saved:
+        if not any(key.endswith(f".{part}") for part in (*known, "weight", "bias")) or "token_adapter" in key:
+            raise ModelError(f"{folder}: {key} cannot be merged", fix="serve the adapter on its base")
+
+    def change(name: str, weight: Tensor) -> Tensor:
+        module = name.removesuffix(".weight")
+        if name in saved:
+            return saved[name].float()
+        a, b = saved.get(f"{module}.lora_A.weight"), saved.get(f"{module}.lora_B.weight")
+        if a is None or b is None or name == module:
+            return weight
+        merged = weight.float().addmm(b.float(), a.float(), alpha=scales[module])
+        magnitude = saved.get(f"{module}.lora_magnitude_vector", saved.get(f"{module}.lora_magnitude_vector.weight"))
+        if magnitude is not None:  # DoRA, arXiv:2402.09353: the rows keep their learned length
+            merged *= (magnitude.float() / merged.norm(dim=1))[:, None]
+        return merged
+
+    return change
+
+
+def _plain(key: str) -> str:
+    return key.removeprefix("base_model.model.")
+
+
+def module_scales(source: Source, config: Any) -> dict[str, float]:
+    """The scale of each adapted module, as peft computes it from rank, alpha, patterns and rsLoRA."""
+    config.base_model_name_or_path = None  # peft would warn that the skeleton has another name
+    adapted = peft.get_peft_model(skeleton(source), config)
+    found = {}
+    for name, module in adapted.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer) and module.scaling:
+            found[_plain(name)] = float(next(iter(module.scaling.values())))
+            assert math.isfinite(found[_plain(name)])
+    return found
 
 
 def _write_rest(source: Source, folder: Path, out: Path, dtype: str) -> None:
