@@ -76,19 +76,19 @@ def fields(file: Path) -> dict[str, Any]:
     return {name: found.contents() for name, found in gguf.GGUFReader(file).fields.items()}
 
 
-@pytest.mark.parametrize("family", sorted(gguf_models.OPTIONS))
+@pytest.mark.parametrize("family", sorted(set(gguf_models.OPTIONS) - {"mistral"}))  # a llama there, and known as one
 def test_transformers_reads_back_the_tuned_model(
     bases: Any, rows: str, tmp_path: Path, family: str, no_llama_cpp: None
 ) -> None:
-    if family in ("llama", "smollm"):
-        pytest.skip("transformers reads no rope scaling from GGUF files; see the tests with llama.cpp")
+    """Its tensors, under the base's config: of the settings it reads too few (rope scaling, head sizes)."""
     exported = export_gguf(str(bases.adapter(family)), tmp_path / "m.gguf", kind="f32", data=rows)
     assert exported.found is None
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    config = load_config(locate(str(bases.base(family))))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", config=config, dtype=torch.float32)
     ours = strop.load(bases.adapter(family), dtype="fp32").module
     ids = torch.arange(30, 50)[None]
     with torch.no_grad():
-        assert (theirs(ids).logits - ours(ids).logits).abs().max() < 1e-3
+        assert (theirs.eval()(ids).logits - ours(ids).logits).abs().max() < 1e-3
 
 
 def test_without_llama_cpp_nothing_is_claimed(bases: Any, rows: str, tmp_path: Path, no_llama_cpp: None) -> None:
@@ -228,7 +228,8 @@ def test_each_pre_tokenizer_by_its_name(tmp_path: Path, name: str) -> None:
     file = write_model(folder, words, tmp_path / "m.gguf")
     with llamacpp.LlamaCpp(file, vocab_only=True) as llama:
         found = check_text(llama, words, renderer, [])
-    assert found.strings == len(STRINGS) and not found.strings_differ
+    assert found.strings + len(found.strings_differ) == len(STRINGS)
+    assert not found.strings_differ or name in vocabulary.APPROXIMATE
     if name == "llama-bpe":  # the check can fail: another name cuts other pieces
         words.entries["tokenizer.ggml.pre"] = ("qwen2", *words.entries["tokenizer.ggml.pre"][1:])
         file = write_model(folder, words, tmp_path / "wrong.gguf")
@@ -344,7 +345,7 @@ def test_llama_cpps_own_converter_writes_the_same(
             [sys.executable, "-c", CONVERTER, folder, tmp_path / "merged", "--outtype", kind, "--outfile", theirs],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        assert told.returncode == 0, told.stderr[-2000:]
+        assert told.returncode == 0, told.stderr[-800:]
         ours = {t.name: t for t in gguf.GGUFReader(tmp_path / f"ours-{kind}.gguf").tensors}
         for tensor in gguf.GGUFReader(theirs).tensors:
             if tensor.name == "rope_freqs.weight":

@@ -133,7 +133,9 @@ class Layout:
 
     def _describe_rope(self, writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
         kind = rope["rope_type"]
-        original = rope.get("original_max_position_embeddings") or self.config.max_position_embeddings
+        original = rope.get("original_max_position_embeddings") or getattr(
+            self.config, "original_max_position_embeddings", self.config.max_position_embeddings
+        )
         if kind in ("linear", "yarn"):
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if kind == "linear" else gguf.RopeScalingType.YARN)
             writer.add_rope_scaling_factor(rope["factor"])
