@@ -94,10 +94,12 @@ def export_gguf(
         made, found = make(model, renderer, out, kind)
         made.replace(out)
         fsync_folder(out.parent)
+    notes = [*layout.notes, *words.notes]
+    if found is not None and found.strings_differ:
+        number = len(found.strings_differ)
+        notes.append(f"{number} of 200 strings are cut otherwise in llama.cpp; no row and no prompt of the run is")
     kept = "f32" if adapter else kind
-    return Exported(
-        out, [out.name], kept, tuned.base, tuned.base_losses, found, words, renderer, [*layout.notes, *words.notes]
-    )
+    return Exported(out, [out.name], kept, tuned.base, tuned.base_losses, found, words, renderer, notes)
 
 
 def _make_model(model: _Model, renderer: Renderer, out: Path, kind: str) -> tuple[Path, Findings | None]:

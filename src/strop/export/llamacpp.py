@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
+import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,10 +37,11 @@ class LlamaCpp:
         self._api: Any = llama_cpp
         threads = max(1, torch.get_num_threads())
         try:
-            self._llama = llama_cpp.Llama(
-                str(file), vocab_only=vocab_only, lora_path=str(adapter) if adapter else None, n_ctx=context,
-                n_batch=context, logits_all=not vocab_only, n_threads=threads, n_threads_batch=threads, verbose=False,
-            )  # fmt: skip
+            with contextlib.redirect_stderr(io.StringIO()):  # it warns of a context that vocab_only does not have
+                self._llama = llama_cpp.Llama(
+                    str(file), vocab_only=vocab_only, lora_path=str(adapter) if adapter else None, n_ctx=context,
+                    n_batch=context, logits_all=not vocab_only, n_threads=threads, n_threads_batch=threads, verbose=False,
+                )  # fmt: skip
         except (ValueError, RuntimeError) as error:
             raise ModelError(f"{adapter or file}: llama.cpp cannot load it: {error}") from None
         self._vocab: Any = self._llama._model.vocab
