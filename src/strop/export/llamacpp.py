@@ -40,7 +40,8 @@ class LlamaCpp:
             with contextlib.redirect_stderr(io.StringIO()):  # it warns of a context that vocab_only does not have
                 self._llama = llama_cpp.Llama(
                     str(file), vocab_only=vocab_only, lora_path=str(adapter) if adapter else None, n_ctx=context,
-                    n_batch=context, logits_all=not vocab_only, n_threads=threads, n_threads_batch=threads, verbose=False,
+                    n_batch=context, logits_all=not vocab_only, n_threads=threads, n_threads_batch=threads,
+                    verbose=False,
                 )  # fmt: skip
         except (ValueError, RuntimeError) as error:
             raise ModelError(f"{adapter or file}: llama.cpp cannot load it: {error}") from None
