@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from strop.data.conversation import Example
-from strop.errors import ModelError, RunError
+from strop.errors import ParityError, RunError
 
 INSTALL = "pip install llama-cpp-python"
 
@@ -27,7 +27,7 @@ def is_installed() -> bool:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp. vocab_only: without weights. Raises ModelError where llama.cpp cannot load it."""
+    """A GGUF file in llama.cpp. vocab_only: without weights. Raises ParityError where llama.cpp cannot load it."""
 
     def __init__(
         self, file: Path, *, adapter: Path | None = None, context: int = 512, vocab_only: bool = False
@@ -44,7 +44,8 @@ class LlamaCpp:
                     verbose=False,
                 )  # fmt: skip
         except (ValueError, RuntimeError) as error:
-            raise ModelError(f"{adapter or file}: llama.cpp cannot load it: {error}") from None
+            what = f"{adapter or file}: llama.cpp cannot load it: {error}"
+            raise ParityError(what, fix="nothing was kept; please report the base's name") from None
         self._vocab: Any = self._llama._model.vocab
         self.metadata: dict[str, str] = self._llama.metadata
 

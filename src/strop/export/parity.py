@@ -80,7 +80,7 @@ def measuring(
     reference: Callable[[], Any], examples: Sequence[Example]
 ) -> Iterator[Callable[[Callable[[], Any], Limit], Parity]]:
     """Inside the block, what is given measures any number of models against one reference, as `compare` does."""
-    examples = _enough(examples)
+    examples = enough(examples)
     total = sum(len(example) - 1 for example in examples)
     with tempfile.TemporaryDirectory() as folder:
         kept: Any = None
@@ -111,7 +111,8 @@ def measuring(
         yield measure
 
 
-def _enough(examples: Sequence[Example]) -> list[Example]:
+def enough(examples: Sequence[Example]) -> list[Example]:
+    """The first rows that hold POSITIONS positions, or all."""
     found, total = [], 0
     for example in (examples[row] for row in range(len(examples))):
         found.append(example)

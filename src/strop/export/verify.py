@@ -14,7 +14,7 @@ from strop.data.conversation import Example, Ids
 from strop.data.render import Renderer
 from strop.errors import ParityError
 from strop.export.llamacpp import LlamaCpp
-from strop.export.parity import Limit, Parity, measuring
+from strop.export.parity import Limit, Parity, enough, measuring
 from strop.export.strings import STRINGS, conversations
 from strop.export.tuned import Tuned
 from strop.export.vocabulary import Vocabulary
@@ -113,8 +113,9 @@ def checking(
 
     Raises ParityError beyond the type's limit, or where llama.cpp reads text in another way.
     """
-    prompts = [_prompt(example) for example in tuned.examples[:ASKED]]
-    context = max(len(example) for example in tuned.examples) + LONGEST_ANSWER
+    asked = tuned.examples[:ASKED]
+    prompts = [_prompt(example) for example in asked]
+    context = max(len(example) for example in [*enough(tuned.examples), *asked]) + LONGEST_ANSWER
     answers: list[Answer] = []
 
     def reference() -> Any:
