@@ -17,8 +17,8 @@ from strop.adapters import read_adapter_config
 from strop.evaluation.compare import questions
 from strop.evaluation.metrics import score
 from strop.evaluation.run import read_conversations
-from strop.export.gguf import export_gguf
-from strop.export.llamacpp import LlamaCpp
+from strop.exporting.gguf import export_gguf
+from strop.exporting.llamacpp import LlamaCpp
 from strop.model.facts import locate
 
 NEW_TOKENS = 80

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from strop.adapters import save_adapter
-from strop.export.strings import STRINGS
+from strop.exporting.strings import STRINGS
 from strop.model.facts import fingerprint, locate
 from tests.families import CORPUS, TEMPLATES
 

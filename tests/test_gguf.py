@@ -18,15 +18,15 @@ from transformers import AutoModelForCausalLM
 
 import strop
 from strop.data.render import Renderer
-from strop.errors import FolderError, ModelError, ParityError, RecipeError
-from strop.export import gguf as module
-from strop.export import llamacpp, vocabulary
-from strop.export.families import FAMILIES, Layout, interleaved
-from strop.export.gguf import export_gguf
-from strop.export.merge import merge
-from strop.export.strings import STRINGS
-from strop.export.tuned import Trained, Tuned
-from strop.export.verify import check_text
+from strop.errors import FolderError, InputError, ModelError, ParityError, RecipeError
+from strop.exporting import gguf as module
+from strop.exporting import llamacpp, vocabulary
+from strop.exporting.families import FAMILIES, Layout, interleaved
+from strop.exporting.gguf import export_gguf
+from strop.exporting.merge import merge
+from strop.exporting.strings import STRINGS
+from strop.exporting.tuned import Trained, Tuned
+from strop.exporting.verify import check_text
 from strop.model.facts import locate
 from strop.model.load import load_config
 from strop.model.tokenizer import load_tokenizer
@@ -92,7 +92,7 @@ def test_transformers_reads_back_the_tuned_model(
 
 
 def test_without_llama_cpp_nothing_is_claimed(bases: Any, rows: str, tmp_path: Path, no_llama_cpp: None) -> None:
-    told = export_gguf(str(bases.adapter("qwen2")), tmp_path / "m.gguf", data=rows).as_json()
+    told = strop.export("gguf", bases.adapter("qwen2"), tmp_path / "m.gguf", data=rows).as_json()
     assert told["parity"] is None and "not installed" in told["not_measured"]
     assert told["files"] == ["m.gguf"] and told["type"] == "q8_0"
     with pytest.raises(RecipeError, match="own quantizer"):
@@ -168,6 +168,8 @@ def test_what_is_refused_before_anything_is_written(bases: Any, rows: str, tmp_p
         export_gguf(tuned, tmp_path / "m.gguf", kind="q3", data=rows)
     with pytest.raises(ModelError, match="no rows to measure on"):
         export_gguf(tuned, tmp_path / "m.gguf")
+    with pytest.raises(InputError, match="no ollama of an adapter"):
+        strop.export("ollama", tuned, tmp_path / "m.gguf", adapter=True)
     with pytest.raises(ModelError, match="no adapter there"):
         export_gguf(str(bases.base("qwen2")), tmp_path / "m.gguf", adapter=True, data=rows)
     dora = gguf_models.adapt(bases.base("qwen2"), tmp_path / "dora", use_dora=True)

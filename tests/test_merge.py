@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import strop
 from strop.errors import FolderError, ModelError, ParityError, RecipeError
-from strop.export import merge as module
-from strop.export.merge import merge
+from strop.exporting import merge as module
+from strop.exporting.merge import merge
 from tests import tiny
 
 

@@ -11,11 +11,11 @@ import pytest
 from strop.data.conversation import Message
 from strop.data.render import Renderer
 from strop.errors import FolderError, ModelError, ParityError
-from strop.export import gotemplate, llamacpp
-from strop.export import ollama as module
-from strop.export.gotemplate import Pieces, rendered_by_go, trims
-from strop.export.ollama import export_ollama, modelfile
-from strop.export.strings import conversations
+from strop.exporting import gotemplate, llamacpp
+from strop.exporting import ollama as module
+from strop.exporting.gotemplate import Pieces, rendered_by_go, trims
+from strop.exporting.ollama import export_ollama, modelfile
+from strop.exporting.strings import conversations
 from tests import gguf_models
 from tests.families import TEMPLATES, tokenizer
 from tests.tiny import write_rows

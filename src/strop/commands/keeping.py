@@ -11,8 +11,8 @@ from strop.flags import Json
 from strop.terminal import console, print_json, print_notes
 
 if TYPE_CHECKING:
-    from strop.export.gguf import Exported
-    from strop.export.parity import Parity
+    from strop.exporting.gguf import Exported
+    from strop.exporting.parity import Parity
 
 Tuned = Annotated[str, typer.Argument(metavar="RUN", help="A run or adapter folder.")]
 Kind = Annotated[str, typer.Option("--type", help="f32, f16, bf16, q8_0; with llama.cpp: q6_k, q5_k_m, q4_k_m.")]
@@ -27,7 +27,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge the adapter into its base, and measure that it is still the same model."""
-    from strop.export.merge import merge as merge_into
+    from strop.exporting.merge import merge as merge_into
 
     merged = merge_into(run, out, dtype=dtype, data=data)
     _print_base(merged.base, merged.base_losses)
@@ -47,7 +47,7 @@ def gguf(
     as_json: Json = False,
 ) -> None:
     """One GGUF file for llama.cpp, and whether llama.cpp makes the same model of it."""
-    from strop.export.gguf import export_gguf
+    from strop.exporting.gguf import export_gguf
 
     exported = export_gguf(run, out, kind=kind, adapter=adapter, data=data)
     _print_exported(exported)
@@ -64,7 +64,7 @@ def ollama(
     as_json: Json = False,
 ) -> None:
     """A folder for `ollama create`: GGUF and Modelfile, and whether its prompts are the trained ones."""
-    from strop.export.ollama import export_ollama
+    from strop.exporting.ollama import export_ollama
 
     prepared = export_ollama(run, out, kind=kind, data=data)
     _print_exported(prepared.exported)
@@ -78,7 +78,7 @@ def ollama(
 
 
 def _print_exported(exported: Exported) -> None:
-    from strop.export.gguf import UNMEASURED
+    from strop.exporting.gguf import UNMEASURED
 
     _print_base(exported.base, exported.base_losses)
     found = exported.found

@@ -13,7 +13,7 @@ from torch import Tensor
 from strop.adapters import adapter_folder, check_base, check_weights, read_adapter_config
 from strop.data.conversation import Example
 from strop.errors import ModelError
-from strop.export.merge import Trained, better_base, changes, rows_to_measure, tuned_model
+from strop.exporting.merge import Trained, better_base, changes, rows_to_measure, tuned_model
 from strop.model.facts import Source, locate
 from strop.model.load import load_base, skeleton
 from strop.model.quantize import prequantized, quantizable

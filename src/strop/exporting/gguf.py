@@ -24,12 +24,12 @@ from torch import Tensor
 from strop.adapters import WEIGHTS_FILE
 from strop.data.render import Renderer
 from strop.errors import FolderError, ModelError, ParityError, RecipeError
-from strop.export import llamacpp
-from strop.export.families import Layout
-from strop.export.merge import module_scales, rounded
-from strop.export.tuned import Tuned
-from strop.export.verify import LIMITS, Findings, checking
-from strop.export.vocabulary import Vocabulary, vocabulary
+from strop.exporting import llamacpp
+from strop.exporting.families import Layout
+from strop.exporting.merge import module_scales, rounded
+from strop.exporting.tuned import Tuned
+from strop.exporting.verify import LIMITS, Findings, checking
+from strop.exporting.vocabulary import Vocabulary, vocabulary
 from strop.model.load import load_config, weights_folder
 from strop.model.shards import Tensors
 from strop.runs.folder import disk_faults, fsync_folder

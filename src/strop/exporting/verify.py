@@ -13,11 +13,11 @@ import numpy as np
 from strop.data.conversation import Example, Ids
 from strop.data.render import Renderer
 from strop.errors import ParityError
-from strop.export.llamacpp import LlamaCpp
-from strop.export.parity import Limit, Parity, enough, measuring
-from strop.export.strings import STRINGS, conversations
-from strop.export.tuned import Tuned
-from strop.export.vocabulary import Vocabulary
+from strop.exporting.llamacpp import LlamaCpp
+from strop.exporting.parity import Limit, Parity, enough, measuring
+from strop.exporting.strings import STRINGS, conversations
+from strop.exporting.tuned import Tuned
+from strop.exporting.vocabulary import Vocabulary
 from strop.model.generate import Answer, generate
 
 ASKED, LONGEST_ANSWER = 4, 64  # prompts answered by both, and new tokens at most

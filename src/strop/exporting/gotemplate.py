@@ -19,7 +19,7 @@ from strop.data.conversation import Message
 from strop.data.render import Renderer
 from strop.data.template import RenderError
 from strop.errors import ModelError
-from strop.export.strings import conversations
+from strop.exporting.strings import conversations
 
 _SAID = {"system": "Qzsystemq", "user": "Qzfirstq", "assistant": "Qzanswerq", "again": "Qzsecondq"}
 

@@ -21,9 +21,9 @@ from strop.adapters import adapter_folder, read_identity
 from strop.data.conversation import Message
 from strop.data.render import Renderer
 from strop.errors import FolderError, ParityError
-from strop.export.gguf import Exported, export_gguf
-from strop.export.gotemplate import Pieces, go_is_installed, rendered_by_go, trims
-from strop.export.strings import conversations
+from strop.exporting.gguf import Exported, export_gguf
+from strop.exporting.gotemplate import Pieces, go_is_installed, rendered_by_go, trims
+from strop.exporting.strings import conversations
 from strop.model.facts import Source, locate
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import new_folder

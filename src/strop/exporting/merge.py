@@ -38,7 +38,7 @@ from strop.data.prepare import prepare
 from strop.engine.choose import step_for
 from strop.errors import FolderError, ModelError, RecipeError
 from strop.evaluation.loss import mean_loss
-from strop.export.parity import LIMITS, Parity, compare
+from strop.exporting.parity import LIMITS, Parity, compare
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import DTYPES, load_base, load_config, skeleton, weights_folder
 from strop.model.quantize import pack, prequantized, quantizable, unpack
