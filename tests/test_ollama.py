@@ -68,7 +68,7 @@ def test_go_renders_the_trained_prompt(style: str) -> None:
     ("template", "why"),
     [
         (
-            "{% for m in messages %}<|im_start|>{{ '!' if loop.index > 3 }}{{ m.content }}<|im_end|>{% endfor %}",
+            "{% for m in messages %}<|im_start|>{{ '!' if loop.index > 4 }}{{ m.content }}<|im_end|>{% endfor %}",
             "not the same around",
         ),
         (

@@ -1,6 +1,6 @@
 """A run's answers through llama.cpp, type by type, against strop's own: exact match, parity, size.
 
-python benchmarks/gguf.py RUN --data test.jsonl --metric exact_json --types f16 q8_0 q4_k_m lora
+python benchmarks/llamacpp.py RUN --data test.jsonl --metric exact_json --types f16 q8_0 q4_k_m lora
 """
 
 from __future__ import annotations
