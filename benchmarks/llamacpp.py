@@ -52,7 +52,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             file, started = Path(folder) / "model.gguf", time.perf_counter()
             lora = kind == "lora"
-            exported = export_gguf(asked.run, file, kind="f16" if lora else kind, adapter=lora)
+            exported = export_gguf(asked.run, file, kind=None if lora else kind, adapter=lora)
             took, parity = time.perf_counter() - started, exported.as_json()["parity"]
             base = locate(str(read_adapter_config(model.adapter or Path())["base_model_name_or_path"])).path
             size = max(map(len, prompts)) + NEW_TOKENS

@@ -166,6 +166,8 @@ def test_what_is_refused_before_anything_is_written(bases: Any, rows: str, tmp_p
     assert (tmp_path / "there.gguf").read_text() == "mine"
     with pytest.raises(RecipeError, match="no such type"):
         export_gguf(tuned, tmp_path / "m.gguf", kind="q3", data=rows)
+    with pytest.raises(RecipeError, match="stored in f32"):
+        export_gguf(tuned, tmp_path / "m.gguf", kind="f16", adapter=True, data=rows)
     with pytest.raises(ModelError, match="no rows to measure on"):
         export_gguf(tuned, tmp_path / "m.gguf")
     with pytest.raises(InputError, match="no ollama of an adapter"):
@@ -310,7 +312,9 @@ def test_what_came_from_a_gguf_keeps_its_tokenizer(bases: Any, rows: str, tmp_pa
     before, after = fields(tmp_path / "base.gguf"), fields(tmp_path / "m.gguf")
     kept = {name for name in before if name.startswith("tokenizer.")}
     assert {"tokenizer.ggml.pre", "tokenizer.ggml.merges", "tokenizer.chat_template"} <= kept
-    assert all(before[name] == after[name] for name in kept - {"tokenizer.ggml.eot_token_id"})
+    assert all(before[name] == after[name] for name in kept)
+    lora = export_gguf(str(tuned), tmp_path / "lora.gguf", adapter=True, data=rows)
+    assert lora.found is not None and lora.found.parity is not None and lora.found.parity.kl_mean < 1e-3
     assert after["tokenizer.ggml.pre"] == "smollm"
 
 

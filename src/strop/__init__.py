@@ -93,13 +93,13 @@ def export(
     run: str | Path,
     out: str | Path,
     *,
-    type: str = "q8_0",
+    type: str | None = None,
     adapter: bool = False,
     data: str | None = None,
 ) -> Exported | Prepared:
     """A GGUF file for llama.cpp, or a folder for Ollama, compared with the adapter where llama.cpp is installed.
 
-    type: f32, f16, bf16, q8_0; with llama.cpp q6_k, q5_k_m, q4_k_m. adapter: the LoRA adapter alone (gguf only).
+    type: f32, f16, bf16, q8_0 (the default); with llama.cpp q6_k, q5_k_m, q4_k_m. adapter: it alone, in f32 (gguf).
     Raises InputError before anything is written, ParityError where what was made is not the tuned model.
     """
     from strop.exporting.gguf import export_gguf

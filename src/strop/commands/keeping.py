@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from strop.exporting.parity import Parity
 
 Tuned = Annotated[str, typer.Argument(metavar="RUN", help="A run or adapter folder.")]
-Kind = Annotated[str, typer.Option("--type", help="f32, f16, bf16, q8_0; with llama.cpp: q6_k, q5_k_m, q4_k_m.")]
+Kind = Annotated[
+    str | None,
+    typer.Option("--type", help="f32, f16, bf16, q8_0 (the default); with llama.cpp: q6_k, q5_k_m, q4_k_m."),
+]
 Data = Annotated[str | None, typer.Option("--data", help="Rows to measure on; default: the run's own.")]
 
 
@@ -39,7 +42,7 @@ def merge(
 def gguf(
     run: Tuned,
     out: Annotated[Path, typer.Option(help="The new file.")],
-    kind: Kind = "q8_0",
+    kind: Kind = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="The LoRA adapter alone, for a base that is in GGUF already.")
     ] = False,
@@ -59,7 +62,7 @@ def gguf(
 def ollama(
     run: Tuned,
     out: Annotated[Path, typer.Option(help="The new folder.")],
-    kind: Kind = "q8_0",
+    kind: Kind = None,
     data: Data = None,
     as_json: Json = False,
 ) -> None:

@@ -6,6 +6,7 @@ in f16, where the limit is tight enough to tell whether the adapter is in it at 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -68,13 +69,17 @@ class Exported:
 
 
 def export_gguf(
-    name: str, out: Path, *, kind: str = "q8_0", adapter: bool = False, data: str | None = None
+    name: str, out: Path, *, kind: str | None = None, adapter: bool = False, data: str | None = None
 ) -> Exported:
-    """Writes the tuned model of a run or adapter folder (or a plain model) as a GGUF file of the given type.
+    """Writes the tuned model of a run or adapter folder (or a plain model) as a GGUF file.
 
-    adapter: the LoRA adapter alone, for llama.cpp's --lora, beside a base in GGUF. data: rows to measure on; default:
-    the run's own. Raises InputError before anything is written, ParityError where llama.cpp makes another model of it.
+    kind: a type, by default q8_0. adapter: the LoRA adapter alone, in f32, for llama.cpp's --lora beside a base in
+    GGUF. data: rows to measure on; default: the run's own. Raises InputError before anything is written, ParityError
+    where llama.cpp makes another model of it.
     """
+    if adapter and kind not in (None, "f32"):
+        raise RecipeError(f"--type {kind} --adapter: an adapter is stored in f32", fix="leave --type out")
+    kind = kind or ("f32" if adapter else "q8_0")
     if kind not in LIMITS:
         raise RecipeError(f"--type {kind}: no such type", fix=f"choose among {', '.join(LIMITS)}")
     if kind not in OWN_TYPES and not llamacpp.is_installed():
@@ -90,16 +95,22 @@ def export_gguf(
     out.parent.mkdir(parents=True, exist_ok=True)
     with disk_faults(out.parent), ExitStack() as stack:
         model = _Model(tuned, layout, words, Path(name).name, stack)
-        make = _make_adapter if adapter else _make_model
-        made, found = make(model, renderer, out, kind)
+        made, found = _make_adapter(model, renderer, out) if adapter else _make_model(model, renderer, out, kind)
+        with made.open("rb") as handle:
+            os.fsync(handle.fileno())
+        if out.exists():  # made by someone else meanwhile
+            raise FolderError(f"{out}: is there already", fix="give --out a new file")
         made.replace(out)
         fsync_folder(out.parent)
     notes = [*layout.notes, *words.notes]
+    if adapter and tuned.source.kind != "gguf":
+        notes.append(
+            f"llama.cpp wants its base as GGUF too: strop export gguf {tuned.source.name} --type f16 --data ..."
+        )
     if found is not None and found.strings_differ:
         number = len(found.strings_differ)
         notes.append(f"{number} of 200 strings are cut otherwise in llama.cpp; no row and no prompt of the run is")
-    kept = "f32" if adapter else kind
-    return Exported(out, [out.name], kept, tuned.base, tuned.base_losses, found, words, renderer, notes)
+    return Exported(out, [out.name], kind, tuned.base, tuned.base_losses, found, words, renderer, notes)
 
 
 def _make_model(model: _Model, renderer: Renderer, out: Path, kind: str) -> tuple[Path, Findings | None]:
@@ -121,18 +132,18 @@ def _make_model(model: _Model, renderer: Renderer, out: Path, kind: str) -> tupl
         return made, check(made, kind, None)
 
 
-def _make_adapter(model: _Model, renderer: Renderer, out: Path, kind: str) -> tuple[Path, Findings | None]:
-    """An adapter is stored in f32; it is checked on the GGUF that the base came from, or else on the base in f16."""
+def _make_adapter(model: _Model, renderer: Renderer, out: Path) -> tuple[Path, Findings | None]:
+    """The adapter, checked on the GGUF that the base came from, or else on the base in f16."""
     made = model.temporary(out, "lora")
     model.write_adapter(made)
     if not llamacpp.is_installed():
         return made, None
-    base = model.tuned.source.path
+    base, limit = model.tuned.source.path, "q8_0"  # llama.cpp rounds activations to 8 bits for quantized weights
     if model.tuned.source.kind != "gguf":
-        base = model.temporary(out, "base")
+        base, limit = model.temporary(out, "base"), "f16"
         model.write(base, "f16", merged=False)
     with checking(model.tuned, renderer, model.words) as check:
-        return made, check(base, "f16" if model.tuned.source.kind != "gguf" else "q8_0", made)
+        return made, check(base, limit, made)
 
 
 def _check_adapter(tuned: Tuned) -> None:

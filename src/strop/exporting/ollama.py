@@ -53,7 +53,7 @@ class Prepared:
         }  # fmt: skip
 
 
-def export_ollama(name: str, out: Path, *, kind: str = "q8_0", data: str | None = None) -> Prepared:
+def export_ollama(name: str, out: Path, *, kind: str | None = None, data: str | None = None) -> Prepared:
     """Makes the folder `out` for `ollama create`. kind, data: as in export_gguf, whose errors it raises.
 
     Raises ModelError for a chat template that Ollama's cannot express, before any weights are read.
