@@ -27,7 +27,7 @@ SHAPE = {
 MERGE = """
 import sys, torch
 from pathlib import Path
-import strop.export.merge as merge
+import strop.exporting.merge as merge
 from strop.machine.memory import mark
 from strop.model.facts import locate
 before = mark("cpu")

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from strop.adapters import attach, read_adapter_config
-from strop.export import merge
-from strop.export.merge import Trained
-from strop.export.parity import LIMITS, compare
+from strop.exporting import merge
+from strop.exporting.merge import Trained
+from strop.exporting.parity import LIMITS, compare
 from strop.model.facts import Source, locate
 from strop.model.load import load_base, skeleton, weights_folder
 from strop.model.quantize import quantizable
@@ -33,7 +33,7 @@ Round = Callable[[str, Tensor, Tensor], Tensor]  # name, merged, base -> what a 
 WAYS: dict[str, Round] = {
     "fp32": lambda name, merged, base: merged,
     "fp16": lambda name, merged, base: merged.half().float(),
-    "bf16, random": lambda name, merged, base: merge._rounded(name, merged, base, torch.bfloat16).float(),
+    "bf16, random": lambda name, merged, base: merge.rounded(name, merged, base, torch.bfloat16).float(),
     "bf16, nearest": lambda name, merged, base: merged.bfloat16().float(),
 }
 
@@ -41,7 +41,7 @@ WAYS: dict[str, Round] = {
 def merged(source: Source, folder: Path, trained: Trained, way: Round) -> Any:
     """The merged model in fp32, with its weights as that way leaves them."""
     model = load_base(source, torch.float32, "cpu")
-    change, chosen = merge._changes(source, folder), {f"{name}.weight" for name, _ in quantizable(skeleton(source))}
+    change, chosen = merge.changes(source, folder), {f"{name}.weight" for name, _ in quantizable(skeleton(source))}
     with torch.no_grad():
         for name, weight in model.named_parameters():
             base = trained.rounded(weight, name in chosen)
@@ -66,10 +66,10 @@ def into_4_bit(source: Source, folder: Path) -> Any:
 def measure(run: str) -> dict[str, dict[str, Any]]:
     folder = Path(run) / "adapter"
     source = locate(str(read_adapter_config(folder)["base_model_name_or_path"]))
-    trained, examples = Trained.read(folder), merge._examples(run, folder, source, None)
+    trained, examples = Trained.read(folder), merge.rows_to_measure(run, folder, source, None)
 
     def against(other: Callable[[], Any]) -> dict[str, Any]:
-        return compare(lambda: merge._tuned(source, folder, trained), other, examples, LIMITS["bf16"]).as_json()
+        return compare(lambda: merge.tuned_model(source, folder, trained), other, examples, LIMITS["bf16"]).as_json()
 
     found = {name: against(lambda way=way: merged(source, folder, trained, way)) for name, way in WAYS.items()}
     found["bf16 compute"] = against(lambda: in_bf16(source, folder, trained))

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 import strop
 from strop.errors import FolderError, ModelError, RecipeError
-from strop.export.adapters import combine, compare, facts, norm
+from strop.exporting.adapters import combine, compare, facts, norm
 from strop.model.generate import Sampling
 from tests import tiny
 from tests.test_run import run

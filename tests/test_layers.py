@@ -18,7 +18,7 @@ LAYERS = [
     {"config"},
     {"data", "model", "engine", "machine"},
     {"adapters", "evaluation", "planning"},
-    {"training", "export", "serve"},
+    {"training", "exporting", "serve"},
     {"flags", "terminal"},
     {"chat", "demo"},
     {"commands"},

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import strop
 from strop.errors import FolderError, MemoryLimitError, ModelError, ParityError, RecipeError
-from strop.export import merge as module
-from strop.export.merge import merge
-from strop.export.parity import in_fp32
+from strop.exporting import merge as module
+from strop.exporting.merge import merge
+from strop.exporting.parity import in_fp32
 from strop.machine.probe import probe
 from tests import tiny
 
@@ -117,12 +117,12 @@ def test_what_lies_beside_the_weights(trained: Callable[..., Path], tmp_path: Pa
 def test_rounding_keeps_the_mean_of_a_small_change_and_is_the_same_each_time() -> None:
     base = torch.randn(200, 200).bfloat16().float()
     change = 1e-3 * base.abs()
-    first, again = (module._rounded("x", base + change, base, torch.bfloat16).float() for _ in range(2))
+    first, again = (module.rounded("x", base + change, base, torch.bfloat16).float() for _ in range(2))
     assert torch.equal(first, again)
     assert (first - base).mean() == pytest.approx(change.mean().item(), rel=0.1)
     nearest = (base + change).bfloat16().float()
     assert (nearest - base).mean() < 0.2 * change.mean()
-    assert torch.equal(module._rounded("x", base, base, torch.bfloat16).float(), base)
+    assert torch.equal(module.rounded("x", base, base, torch.bfloat16).float(), base)
 
 
 def scaled(adapter: Path, factor: float) -> None:
@@ -143,7 +143,7 @@ def test_a_changed_adapter_is_refused(trained: Callable[..., Path], tmp_path: Pa
 def test_a_merge_that_is_not_the_tuned_model_is_refused(
     trained: Callable[..., Path], tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, changes = trained(), module._changes
+    run, changes = trained(), module.changes
 
     def wrong(*args: Any) -> Callable[[str, torch.Tensor], torch.Tensor]:
         change = changes(*args)
@@ -158,7 +158,7 @@ def test_a_merge_that_is_not_the_tuned_model_is_refused(
 
         return bad
 
-    monkeypatch.setattr(module, "_changes", wrong)
+    monkeypatch.setattr(module, "changes", wrong)
     with pytest.raises(ParityError, match="mean KL"):
         merge(str(run), tmp_path / "merged")
     assert not list(tmp_path.glob("merged*"))

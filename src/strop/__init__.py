@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from strop.errors import InputError, RunError, Stopped, StropError
 
 if TYPE_CHECKING:
     from strop.adapters import Model
-    from strop.export.merge import Merged
+    from strop.exporting.gguf import Exported
+    from strop.exporting.merge import Merged
+    from strop.exporting.ollama import Prepared
     from strop.training.run import Run
 
 __version__ = "0.1.0"
@@ -29,6 +31,7 @@ __all__ = [
     "StropError",
     "check",
     "evaluate",
+    "export",
     "load",
     "merge",
     "resume",
@@ -121,7 +124,7 @@ def merge(
     dtype: bf16, fp16 or fp32. data: rows to measure on; default: the run's own.
     Raises InputError before anything is written, ParityError where the merged model is not the tuned one.
     """
-    from strop.export.merge import merge as merge_into
+    from strop.exporting.merge import merge as merge_into
 
     return merge_into(str(run), Path(out), dtype=dtype, data=data, measure=measure)
 
@@ -133,6 +136,30 @@ def load(
     from strop.adapters import load as load_model
 
     return load_model(name, device=device, dtype=dtype, quantization=quantization, force=force)
+
+
+def export(
+    target: Literal["gguf", "ollama"],
+    run: str | Path,
+    out: str | Path,
+    *,
+    type: str | None = None,
+    adapter: bool = False,
+    data: str | None = None,
+) -> Exported | Prepared:
+    """A GGUF file for llama.cpp, or a folder for Ollama, compared with the adapter where llama.cpp is installed.
+
+    type: f32, f16, bf16, q8_0 (the default); with llama.cpp q6_k, q5_k_m, q4_k_m. adapter: it alone, in f32 (gguf).
+    Raises InputError before anything is written, ParityError where what was made is not the tuned model.
+    """
+    from strop.exporting.gguf import export_gguf
+    from strop.exporting.ollama import export_ollama
+
+    if target not in ("gguf", "ollama") or (adapter and target == "ollama"):
+        raise InputError(f"export: no {target}{' of an adapter' if adapter else ''}", fix="give gguf or ollama")
+    if target == "gguf":
+        return export_gguf(str(run), Path(out), kind=type, adapter=adapter, data=data)
+    return export_ollama(str(run), Path(out), kind=type, data=data)
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:

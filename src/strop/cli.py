@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from strop import __version__
-from strop.commands.keeping import adapters, merge
+from strop.commands.keeping import adapters, gguf, merge, ollama
 from strop.commands.looking import check, modules, schema
 from strop.commands.training import demo, resume, runs, train
 from strop.commands.using import chat, evaluate
@@ -65,6 +65,10 @@ def build(words: Sequence[str]) -> typer.Typer:
     for name, command in COMMANDS.items():
         takes_recipe = "options" in inspect.signature(command).parameters
         app.command(name)(recipe_options(command, name in words) if takes_recipe else command)
+    exports = typer.Typer(help="Make files for other programs, each proved to be the same model.", no_args_is_help=True)
+    for name, command in EXPORTS.items():
+        exports.command(name)(command)
+    app.add_typer(exports, name="export")
     return app
 
 
@@ -87,6 +91,8 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "schema": schema,
     "demo": demo,
 }
+
+EXPORTS: Mapping[str, Callable[..., None]] = {"gguf": gguf, "ollama": ollama}
 
 
 def _version_option(

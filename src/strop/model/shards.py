@@ -29,7 +29,8 @@ class Tensors:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._files, self._shapes = {}, {}
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, list[int]] = {}
         for file in weight_files(folder):
             for name, entry in safetensors_header(file).items():
                 self._files[name], self._shapes[name] = file, entry["shape"]
@@ -46,9 +47,13 @@ class Tensors:
             tensor: Tensor = file.get_tensor(name).clone()
         return tensor
 
+    def shape(self, name: str) -> list[int]:
+        """Of a tensor, unread."""
+        return self._shapes[name]
+
     def size_bytes(self, name: str) -> int:
         """Bytes of a tensor in 32 bit, unread."""
-        return 4 * int(math.prod(self._shapes[name]))
+        return 4 * math.prod(self.shape(name))
 
     def under(self, name: str) -> dict[str, Tensor]:
         """Constants of a quantized weight: of `x.weight`, x.weight.absmax as absmax, and x.SCB as SCB."""

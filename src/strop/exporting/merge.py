@@ -39,7 +39,7 @@ from strop.data.prepare import prepare
 from strop.engine.choose import step_for
 from strop.errors import FolderError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.loss import mean_loss
-from strop.export.parity import LIMITS, Parity, compare, in_fp32, needed_bytes
+from strop.exporting.parity import LIMITS, Parity, compare, in_fp32, needed_bytes
 from strop.machine.probe import probe
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import DTYPES, load_base, load_config, skeleton, stored_dtype, weights_folder
@@ -101,8 +101,8 @@ def merge(
     base, losses = "original" if trained.scheme == "none" else "dequantized", dict[str, float]()
     if measure:
         _check_memory(source, dtype, say)
-        examples = _examples(name, folder, source, data)
-        base, losses = _better_base(source, folder, trained, examples)
+        examples = rows_to_measure(name, folder, source, data)
+        base, losses = better_base(source, folder, trained, examples)
     if base == "original":
         trained = replace(trained, scheme="none")
     with disk_faults(out.parent):
@@ -110,7 +110,7 @@ def merge(
         made, parity = _write(source, folder, out, trained, dtype), None
         if measure:
             say("measuring the merged model against the adapter on its base")
-            tuned, merged = partial(_tuned, source, folder, trained), partial(_loaded, made, DTYPES[dtype])
+            tuned, merged = partial(tuned_model, source, folder, trained), partial(_loaded, made, DTYPES[dtype])
             parity = compare(tuned, merged, examples, LIMITS[dtype])
             if not parity.passed:
                 shutil.rmtree(made)
@@ -156,7 +156,8 @@ def _check_memory(source: Source, dtype: str, say: Callable[[str], None]) -> Non
         raise MemoryLimitError(what, fix="free some memory, or merge without measuring: --no-parity")
 
 
-def _examples(name: str, folder: Path, source: Source, data: str | None) -> list[Example]:
+def rows_to_measure(name: str, folder: Path, source: Source, data: str | None) -> list[Example]:
+    """Held-out rows, or training rows where there are none, or `data`; with the tokenizer of `folder`."""
     tokenizer = load_tokenizer(with_tokenizer(folder, source))
     if data is None and not is_run(Path(name)):
         raise ModelError(f"{name}: an adapter folder has no rows to measure on", fix="give --data")
@@ -170,7 +171,7 @@ def _examples(name: str, folder: Path, source: Source, data: str | None) -> list
     return [held_out[row] for row in range(min(len(held_out), 2000))]
 
 
-def _better_base(
+def better_base(
     source: Source, folder: Path, trained: Trained, examples: list[Example]
 ) -> tuple[str, dict[str, float]]:
     """Which base an adapter trained on a quantized one does better on: the dequantized, or the original. Measured."""
@@ -178,7 +179,7 @@ def _better_base(
         return "original", {}
     losses = {}
     for base, tried in (("original", replace(trained, scheme="none")), ("dequantized", trained)):
-        model = _tuned(source, folder, tried)
+        model = tuned_model(source, folder, tried)
         losses[base] = mean_loss(
             step_for(model).token_loss, examples[:CHOOSING_ROWS], lambda block: [[n] for n in range(len(block))]
         )
@@ -186,7 +187,7 @@ def _better_base(
     return min(losses, key=lambda base: losses[base]), losses
 
 
-def _tuned(source: Source, folder: Path, trained: Trained) -> Any:
+def tuned_model(source: Source, folder: Path, trained: Trained) -> Any:
     """The adapter on its base, computing in fp32; quantized weights are rounded as they were in training."""
     dtype = stored_dtype(source) if trained.scheme == "none" else trained.dtype
     base = load_base(
@@ -214,7 +215,7 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
         done = {"of": made_of, "shards": {}}
-    change = _changes(source, folder)
+    change = changes(source, folder)
     quantized = {f"{name}.weight" for name, _ in quantizable(skeleton(source))}
     index: dict[str, str] = {}
     tensors = Tensors(weights_folder(source))
@@ -226,7 +227,7 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
         shard = {}
         for name in names:
             weight = trained.rounded(tensors.get(name), name in quantized)
-            shard[name] = _rounded(name, change(name, weight), weight, DTYPES[dtype])
+            shard[name] = rounded(name, change(name, weight), weight, DTYPES[dtype])
         save_file(shard, made / file, {"format": "pt"})
         done["shards"][file] = sha256_file(made / file)
         write_json(progress, done)
@@ -237,7 +238,7 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
     return made
 
 
-def _rounded(name: str, merged: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded(name: str, merged: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
     """The merged weight in its new type; a changed one in bf16 is rounded up or down at random, in proportion.
 
     Rounding to nearest takes back what is smaller than half a step: 83 % of the weights of a lightly trained adapter
@@ -266,7 +267,7 @@ def _shards(tensors: Tensors) -> Iterator[list[str]]:
     yield names
 
 
-def _changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
+def changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
     """What the adapter makes of a base tensor, by its name; fp32 where it changes something.
 
     Raises ModelError for what is trained besides LoRA layers and whole modules, which no merged weight can hold.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -67,10 +68,20 @@ def compare(
 ) -> Parity:
     """Both models, loaded one after the other, on the first POSITIONS positions of the rows.
 
-    reference, other: each loads a transformers model that computes in fp32; only one is in memory at a time, the
-    reference's distributions wait in a file. All positions count for KL and agreement, supervised ones for the loss.
+    reference, other: each loads a transformers model that computes in fp32, or something with `log_probabilities`; only
+    one is in memory at a time, the reference's distributions wait in a file. All positions count for KL and agreement,
+    supervised ones for the loss.
     """
-    examples = _enough(examples)
+    with measuring(reference, examples) as measure:
+        return measure(other, limit)
+
+
+@contextmanager
+def measuring(
+    reference: Callable[[], Any], examples: Sequence[Example]
+) -> Iterator[Callable[[Callable[[], Any], Limit], Parity]]:
+    """Inside the block, what is given measures any number of models against one reference, as `compare` does."""
+    examples = enough(examples)
     total = sum(len(example) - 1 for example in examples)
     with tempfile.TemporaryDirectory() as folder:
         kept: Any = None
@@ -83,17 +94,22 @@ def compare(
             kept[at : at + len(logs)] = logs.numpy()
             loss, at = loss + _loss(logs, example), at + len(logs)
         del model
-        model = other()
-        divergences, same, other_loss, at = [], 0, 0.0, 0
-        for example in examples:
-            logs = _log_probabilities(model, example)
-            wanted = torch.from_numpy(np.array(kept[at : at + len(logs)]))
-            divergences.append((wanted.exp() * (wanted - logs)).sum(1))
-            same += int((wanted.argmax(1) == logs.argmax(1)).sum())
-            other_loss, at = other_loss + _loss(logs, example), at + len(logs)
-    kl = torch.cat(divergences).clamp(min=0)  # below zero by rounding alone; NaN stays
-    weight = sum(float(example.weights[1:].sum()) for example in examples)
-    return Parity(total, float(kl.mean()), float(kl.max()), same / total, (other_loss - loss) / weight, limit)
+
+        def measure(other: Callable[[], Any], limit: Limit) -> Parity:
+            model = other()
+            divergences, same, other_loss, at = [], 0, 0.0, 0
+            for example in examples:
+                logs = _log_probabilities(model, example)
+                wanted = torch.from_numpy(np.array(kept[at : at + len(logs)]))
+                divergences.append((wanted.exp() * (wanted - logs)).sum(1))
+                same += int((wanted.argmax(1) == logs.argmax(1)).sum())
+                other_loss, at = other_loss + _loss(logs, example), at + len(logs)
+            kl = torch.cat(divergences).clamp(min=0)  # below zero by rounding alone; NaN stays
+            weight = sum(float(example.weights[1:].sum()) for example in examples)
+            difference = (other_loss - loss) / weight
+            return Parity(total, float(kl.mean()), float(kl.max()), same / total, difference, limit)
+
+        yield measure
 
 
 def in_fp32(model: Any) -> Any:
@@ -120,7 +136,8 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, module.weight.float(), bias)
 
 
-def _enough(examples: Sequence[Example]) -> list[Example]:
+def enough(examples: Sequence[Example]) -> list[Example]:
+    """The first rows that hold POSITIONS positions, or all."""
     found, total = [], 0
     for example in (examples[row] for row in range(len(examples))):
         found.append(example)
@@ -133,6 +150,9 @@ def _enough(examples: Sequence[Example]) -> list[Example]:
 
 def _log_probabilities(model: Any, example: Example) -> Tensor:
     """(positions - 1, vocabulary) in fp32: what is predicted for each token but the first."""
+    if hasattr(model, "log_probabilities"):
+        found: Tensor = model.log_probabilities(example)
+        return found
     ids = torch.from_numpy(example.ids.astype(np.int64))[None].to(next(model.parameters()).device)
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, :-1].float()

@@ -1,0 +1,268 @@
+"""`strop export gguf`: the tuned model as one GGUF file, or its adapter as one, proved in real llama.cpp.
+
+Tensor by tensor, so that a model never lies in memory whole. A quantized type is made and checked in two steps: first
+in f16, where the limit is tight enough to tell whether the adapter is in it at all, then in its own type.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import peft
+import torch
+from gguf import GGMLQuantizationType as Stored
+from safetensors.torch import load_file
+from torch import Tensor
+
+from strop.adapters import WEIGHTS_FILE
+from strop.data.render import Renderer
+from strop.errors import FolderError, ModelError, ParityError, RecipeError
+from strop.exporting import llamacpp
+from strop.exporting.families import Layout
+from strop.exporting.merge import module_scales, rounded
+from strop.exporting.tuned import Tuned
+from strop.exporting.verify import LIMITS, Findings, checking
+from strop.exporting.vocabulary import Vocabulary, vocabulary
+from strop.model.load import load_config, weights_folder
+from strop.model.shards import Tensors
+from strop.runs.folder import disk_faults, fsync_folder
+
+OWN_TYPES = {
+    "f32": (Stored.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (Stored.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (Stored.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (Stored.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+UNMEASURED = f"not measured: llama.cpp is not installed ({llamacpp.INSTALL})"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """found: what llama.cpp made of the file; None where it is not installed. notes: what the user should know."""
+
+    out: Path
+    files: list[str]
+    kind: str
+    base: str
+    base_losses: dict[str, float]
+    found: Findings | None
+    vocabulary: Vocabulary
+    renderer: Renderer
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        parity = self.found.parity if self.found is not None else None
+        return {
+            "out": str(self.out), "files": self.files, "type": self.kind, "base": self.base,
+            "base_losses": self.base_losses, "parity": parity.as_json() if parity else None,
+            "not_measured": None if parity else UNMEASURED,
+            "text": self.found.as_json() if self.found else None, "notes": self.notes,
+        }  # fmt: skip
+
+
+def export_gguf(
+    name: str, out: Path, *, kind: str | None = None, adapter: bool = False, data: str | None = None
+) -> Exported:
+    """Writes the tuned model of a run or adapter folder (or a plain model) as a GGUF file.
+
+    kind: a type, by default q8_0. adapter: the LoRA adapter alone, in f32, for llama.cpp's --lora beside a base in
+    GGUF. data: rows to measure on; default: the run's own. Raises InputError before anything is written, ParityError
+    where llama.cpp makes another model of it.
+    """
+    if adapter and kind not in (None, "f32"):
+        raise RecipeError(f"--type {kind} --adapter: an adapter is stored in f32", fix="leave --type out")
+    kind = kind or ("f32" if adapter else "q8_0")
+    if kind not in LIMITS:
+        raise RecipeError(f"--type {kind}: no such type", fix=f"choose among {', '.join(LIMITS)}")
+    if kind not in OWN_TYPES and not llamacpp.is_installed():
+        raise RecipeError(f"--type {kind}: made by llama.cpp's own quantizer", fix=f"{llamacpp.INSTALL}, or q8_0")
+    if out.exists():
+        raise FolderError(f"{out}: is there already", fix="give --out a new file")
+    tuned = Tuned.read(name, data)
+    config = load_config(tuned.source)
+    layout, renderer = Layout(config), Renderer(tuned.tokenizer)
+    words = vocabulary(tuned.source, renderer, config.vocab_size)
+    if adapter:
+        _check_adapter(tuned)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with disk_faults(out.parent), ExitStack() as stack:
+        model = _Model(tuned, layout, words, Path(name).name, stack)
+        made, found = _make_adapter(model, renderer, out) if adapter else _make_model(model, renderer, out, kind)
+        with made.open("rb") as handle:
+            os.fsync(handle.fileno())
+        if out.exists():  # made by someone else meanwhile
+            raise FolderError(f"{out}: is there already", fix="give --out a new file")
+        made.replace(out)
+        fsync_folder(out.parent)
+    notes = [*layout.notes, *words.notes]
+    if adapter and tuned.source.kind != "gguf":
+        notes.append(
+            f"llama.cpp wants its base as GGUF too: strop export gguf {tuned.source.name} --type f16 --data ..."
+        )
+    if found is not None and found.strings_differ:
+        number = len(found.strings_differ)
+        notes.append(f"{number} of 200 strings are cut otherwise in llama.cpp; no row and no prompt of the run is")
+    return Exported(out, [out.name], kind, tuned.base, tuned.base_losses, found, words, renderer, notes)
+
+
+def _make_model(model: _Model, renderer: Renderer, out: Path, kind: str) -> tuple[Path, Findings | None]:
+    made = model.temporary(out, kind)
+    if not llamacpp.is_installed():
+        model.write(made, kind)
+        return made, None
+    with checking(model.tuned, renderer, model.words) as check:
+        if kind in ("f32", "f16", "bf16"):
+            model.write(made, kind)
+        else:
+            plain = model.temporary(out, "f16")
+            model.write(plain, "f16")
+            check(plain, "f16", None)
+            if kind in OWN_TYPES:
+                model.write(made, kind)
+            else:
+                llamacpp.quantize(plain, made, kind)
+        return made, check(made, kind, None)
+
+
+def _make_adapter(model: _Model, renderer: Renderer, out: Path) -> tuple[Path, Findings | None]:
+    """The adapter, checked on the GGUF that the base came from, or else on the base in f16."""
+    made = model.temporary(out, "lora")
+    model.write_adapter(made)
+    if not llamacpp.is_installed():
+        return made, None
+    base, limit = model.tuned.source.path, "q8_0"  # llama.cpp rounds activations to 8 bits for quantized weights
+    if model.tuned.source.kind != "gguf":
+        base, limit = model.temporary(out, "base"), "f16"
+        model.write(base, "f16", merged=False)
+    with checking(model.tuned, renderer, model.words) as check:
+        return made, check(base, limit, made)
+
+
+def _check_adapter(tuned: Tuned) -> None:
+    """Raises ModelError for an adapter that is more than plain LoRA matrices on the base as it is in GGUF."""
+    if tuned.folder is None:
+        raise ModelError("--adapter: no adapter there", fix="give a run or adapter folder")
+    odd = [key for key in _saved(tuned.folder) if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if odd:
+        raise ModelError(f"--adapter: a LoRA GGUF has no place for {min(odd)}", fix="leave --adapter out: merge it")
+
+
+class _Model:
+    """What is written: the tuned model's tensors and settings, under llama.cpp's names."""
+
+    def __init__(self, tuned: Tuned, layout: Layout, words: Vocabulary, name: str, stack: ExitStack) -> None:
+        self.tuned, self.layout, self.words = tuned, layout, words
+        self._name = name if layout.arch != "phi3" or "phi-3" in name.lower() else f"phi-3 {name}"  # llama.cpp looks
+        self._stack = stack
+        self._tensors = Tensors(weights_folder(tuned.source))
+        self._merged: Callable[[str, Tensor], tuple[Tensor, Tensor]] = tuned.merging()
+
+    def temporary(self, out: Path, what: str) -> Path:
+        """A file beside `out` that is gone when the export ends, however it ends."""
+        file = out.with_name(f".{out.name}.{what}.partial")
+        self._stack.callback(file.unlink, missing_ok=True)
+        return file
+
+    def write(self, file: Path, kind: str, *, merged: bool = True) -> None:
+        """The whole model in one of OWN_TYPES. merged: with the adapter in it."""
+        wanted, file_type = OWN_TYPES[kind]
+        writer = gguf.GGUFWriter(file, self.layout.arch)
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(self._name)
+        writer.add_file_type(file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        self.layout.describe(writer)
+        self.words.write(writer)
+        extra = dict(self.layout.extra_tensors())
+        plan: list[tuple[str, str | None, Stored]] = []
+        for name, weight in extra.items():
+            _announce(writer, name, list(weight.shape), Stored.F32)
+            plan.append((name, None, Stored.F32))
+        for source in sorted(self._tensors, key=_in_order):
+            name_there = self.layout.name(source)
+            if name_there is not None:
+                shape = self._tensors.shape(source)
+                stored = _stored(name_there, shape, wanted)
+                _announce(writer, name_there, shape, stored)
+                plan.append((name_there, source, stored))
+        _open(writer)
+        for name, tensor, stored in plan:
+            writer.write_tensor_data(
+                extra[name].numpy() if tensor is None else self._data(tensor, stored, merged=merged)
+            )
+        writer.close()
+
+    def _data(self, source: str, stored: Stored, *, merged: bool) -> np.ndarray[Any, Any]:
+        base = self._tensors.get(source)
+        made, base = self._merged(source, base) if merged else (base, base)
+        if stored == Stored.BF16:
+            made = rounded(source, made, base, torch.bfloat16)
+            return self.layout.arrange(source, made).contiguous().view(torch.int16).numpy()
+        made = self.layout.arrange(source, made).float().contiguous()
+        if stored == Stored.F16:
+            half = made.half()
+            if not torch.isfinite(half).all():
+                raise ParityError(f"{source}: too large for f16", fix="choose --type bf16 or f32")
+            return half.numpy()
+        data: np.ndarray[Any, Any] = gguf.quants.quantize(made.numpy(), stored)
+        return data
+
+    def write_adapter(self, file: Path) -> None:
+        """The LoRA matrices in f32. llama.cpp scales them by alpha / rank; another scale goes into B."""
+        folder = self.tuned.folder
+        assert folder is not None
+        saved, settings = _saved(folder), peft.LoraConfig.from_pretrained(str(folder))
+        scale, alpha = module_scales(self.tuned.source, settings), float(settings.lora_alpha)
+        writer = gguf.GGUFWriter(file, self.layout.arch)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        writer.add_name(self._name)
+        for module in sorted(scale, key=_in_order):
+            name = self.layout.name(f"{module}.weight")
+            a, b = (saved[f"{module}.lora_{side}.weight"].float() for side in "AB")
+            b = self.layout.arrange(f"{module}.weight", b * (scale[module] * len(a) / alpha)).contiguous()
+            writer.add_tensor(f"{name}.lora_a", a.numpy())
+            writer.add_tensor(f"{name}.lora_b", b.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _saved(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder, under the base's names."""
+    saved = load_file(folder / WEIGHTS_FILE)
+    return {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
+
+
+def _stored(name: str, shape: list[int], wanted: Stored) -> Stored:
+    """Norms and biases stay in f32, as llama.cpp's kernels want them; rows that do not fill q8_0's blocks go to f16."""
+    if len(shape) == 1 or name.endswith("_norm.weight"):
+        return Stored.F32
+    fits = shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0
+    return wanted if fits else Stored.F16
+
+
+def _announce(writer: gguf.GGUFWriter, name: str, shape: list[int], stored: Stored) -> None:
+    block, size = gguf.GGML_QUANT_SIZES[stored]
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), int(np.prod(shape)) // block * size, stored)
+
+
+def _open(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def _in_order(name: str) -> list[tuple[bool, int, str]]:
+    """Layers by number."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"\.", name)]

@@ -1,0 +1,147 @@
+"""`strop export ollama`: a folder with the GGUF file and a Modelfile, and whether its prompts are the trained ones.
+
+Compared with a real Ollama where one runs, else with Go's own template engine where a Go toolchain is installed; where
+neither is, the result says that it is untested.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strop.adapters import adapter_folder, read_identity
+from strop.data.conversation import Message
+from strop.data.render import Renderer
+from strop.errors import FolderError, ParityError
+from strop.exporting.gguf import Exported, export_gguf
+from strop.exporting.gotemplate import Pieces, go_is_installed, rendered_by_go, trims
+from strop.exporting.strings import conversations
+from strop.model.facts import Source, locate
+from strop.model.tokenizer import load_tokenizer
+from strop.runs.folder import new_folder
+
+MODEL_FILE, MODELFILE = "model.gguf", "Modelfile"
+CONTEXT = 4096  # Ollama's own default is smaller, and cuts prompts without a word
+SERVER = "http://127.0.0.1:11434"
+UNTESTED = "untested: neither a running ollama nor a Go toolchain is here"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """exported: the GGUF file in the folder. rendered_by: ollama, go, or None (untested). prompts: equal, of ten."""
+
+    out: Path
+    exported: Exported
+    rendered_by: str | None
+    prompts: int
+    commands: list[str]
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **self.exported.as_json(), "out": str(self.out), "files": sorted([MODEL_FILE, MODELFILE]),
+            "template": {"rendered_by": self.rendered_by, "prompts_equal": self.prompts if self.rendered_by else None},
+            "commands": self.commands, "notes": self.notes,
+        }  # fmt: skip
+
+
+def export_ollama(name: str, out: Path, *, kind: str | None = None, data: str | None = None) -> Prepared:
+    """Makes the folder `out` for `ollama create`. kind, data: as in export_gguf, whose errors it raises.
+
+    Raises ModelError for a chat template that Ollama's cannot express, before any weights are read.
+    """
+    if out.exists():
+        raise FolderError(f"{out}: is there already", fix="give --out a new folder")
+    folder = adapter_folder(name)
+    renderer = Renderer(load_tokenizer(locate(name) if folder is None else Source(name, "folder", folder)))
+    pieces = Pieces.of(renderer)
+    system = read_identity(folder).get("system") if folder is not None else None
+    with new_folder(out) as temp:
+        exported = export_gguf(name, temp / MODEL_FILE, kind=kind, data=data)
+        bos = str(renderer.tokenizer.bos_token or "") if exported.vocabulary.add_bos else ""
+        template = pieces.without_bos(bos).go()
+        (temp / MODELFILE).write_text(modelfile(template, renderer, system), encoding="utf-8")
+        rendered_by, prompts = _check(template, renderer, bos, temp)
+    notes = list(exported.notes)
+    if trims(renderer):
+        notes.append("the trained template strips white space around a message, which Ollama's cannot: send none")
+    if renderer.chat.supports_tools:
+        notes.append("tools are not in Ollama's template; the GGUF file's own has them")
+    if rendered_by is None:
+        notes.append(UNTESTED)
+    commands = [f"ollama create {_model_name(name)} -f {out / MODELFILE}", f"ollama run {_model_name(name)}"]
+    return Prepared(out, exported, rendered_by, prompts, commands, notes)
+
+
+def modelfile(template: str, renderer: Renderer, system: str | None) -> str:
+    """The Modelfile; answers as strop evaluates them: greedy, without a repeat penalty."""
+    lines = [f"FROM ./{MODEL_FILE}", f'TEMPLATE """{template}"""']
+    if system is not None and '"""' not in system:
+        lines.append(f'SYSTEM """{system}"""')
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in renderer.chat.stops]
+    lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1", f"PARAMETER num_ctx {CONTEXT}"]
+    return "\n".join(lines) + "\n"
+
+
+def _check(template: str, renderer: Renderer, bos: str, folder: Path) -> tuple[str | None, int]:
+    """(by what the ten prompts were rendered, how many). Raises ParityError where one is not the trained one."""
+    asked = conversations(renderer.supports_system)
+    if _ollama_runs():
+        by, told = "ollama", _rendered_by_ollama(folder, asked)
+    elif go_is_installed():
+        by, told = "go", rendered_by_go(template, asked)
+    else:
+        return None, 0
+    for messages, prompt in zip(asked, told, strict=True):
+        trained = renderer.chat.prompt(messages).text
+        if bos + prompt != trained:
+            raise ParityError(f"Ollama's prompt is {prompt!r}, trained with {trained!r}", fix="please report it")
+    return by, len(told)
+
+
+def _ollama_runs() -> bool:
+    if shutil.which("ollama") is None:
+        return False
+    try:
+        with urllib.request.urlopen(f"{SERVER}/api/version", timeout=2):
+            return True
+    except (urllib.error.URLError, TimeoutError):
+        return False
+
+
+def _rendered_by_ollama(folder: Path, asked: Sequence[Sequence[Message]]) -> list[str]:
+    """The prompts of a real Ollama, which is given the folder under a name of its own, and forgets it after."""
+    name = f"strop-check-{uuid.uuid4().hex[:8]}"
+    made = subprocess.run(
+        ["ollama", "create", name, "-f", str(folder / MODELFILE)], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        raise ParityError(f"ollama create: {made.stderr.strip()[-300:]}", fix="please report it with the Modelfile")
+    try:
+        return [_ask(name, messages) for messages in asked]
+    finally:
+        subprocess.run(["ollama", "rm", name], capture_output=True, check=False)
+
+
+def _ask(name: str, messages: Sequence[Message]) -> str:
+    """What Ollama would send to the model (its debug option renders only)."""
+    said = [{"role": message.role, "content": message.content} for message in messages]
+    body = json.dumps({"model": name, "messages": said, "stream": False, "_debug_render_only": True}).encode()
+    request = urllib.request.Request(f"{SERVER}/api/chat", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        told = json.load(answer)
+    return str(told["_debug_info"]["rendered_template"])
+
+
+def _model_name(name: str) -> str:
+    """A name that Ollama takes, from the run's."""
+    kept = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in Path(name).name.lower())
+    return kept.strip("-_.") or "tuned"
