@@ -81,9 +81,17 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 
 def attach(
-    base: nn.Module, folder: Path, source: Source, *, trainable: bool = False, force: bool = False
+    base: nn.Module,
+    folder: Path,
+    source: Source,
+    *,
+    trainable: bool = False,
+    force: bool = False,
+    name: str = "default",
 ) -> tuple[peft.PeftModel, list[str]]:
     """(the base with the adapter of a folder on it, notes on what `force` let pass).
+
+    name: peft's for the adapter; a base that has adapters already gets one more.
 
     Raises ModelError where the adapter was trained on another base (unless forced), does not fit this one in every
     name and shape, was changed since it was saved, or holds NaN.
@@ -94,10 +102,14 @@ def attach(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
-            model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+            if isinstance(base, peft.PeftModel):
+                base.load_adapter(str(folder), name, is_trainable=trainable)
+                model = base
+            else:
+                model = peft.PeftModel.from_pretrained(base, str(folder), name, is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: does not fit {source.name}: {str(error).strip().splitlines()[0]}") from None
-    _check_fit(model, folder, source)
+    _check_fit(model, folder, source, name)
     return model, notes
 
 
@@ -126,10 +138,10 @@ def check_weights(folder: Path) -> None:
         raise ModelError(what, fix=f"make it again, or remove {STROP_FILE} if the change was meant")
 
 
-def _check_fit(model: peft.PeftModel, folder: Path, source: Source) -> None:
+def _check_fit(model: peft.PeftModel, folder: Path, source: Source, name: str) -> None:
     """Every tensor of the file has a place in the model, and every adapter of the model its tensor; peft only warns."""
     saved = set(safetensors_header(folder / WEIGHTS_FILE))
-    places = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    places = set(peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     for names, what in ((saved - places, "have no place in"), (places - saved, "are missing for")):
         if names:
             said = f"{len(names)} of its tensors {what} {source.name}, first {min(names)}"

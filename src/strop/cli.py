@@ -16,6 +16,7 @@ import typer
 from strop import __version__
 from strop.commands.keeping import merge
 from strop.commands.looking import check, modules, schema
+from strop.commands.serving import serve
 from strop.commands.training import demo, resume, runs, train
 from strop.commands.using import chat, evaluate
 from strop.errors import StropError
@@ -81,6 +82,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "eval": evaluate,
     "chat": chat,
     "merge": merge,
+    "serve": serve,
     "modules": modules,
     "runs": runs,
     "schema": schema,
