@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,7 @@ def serve(
         list[str],
         typer.Argument(
             metavar="RUN|MODEL...",
-            help="Run, adapter or model folder, .gguf file, Hub id, or demo; or runs of one base.",
+            help="As for chat; or several runs of one base.",
         ),
     ],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
@@ -44,15 +44,14 @@ def serve(
 
     address = open_address(host, port, api_key, allow_host or [])
 
-    def ready(about: dict[str, object]) -> None:
-        print_notes([str(note) for note in about["notes"]])  # type: ignore[attr-defined]
-        models = ", ".join(about["models"])  # type: ignore[call-overload]
-        console.print(f"[bold]serving[/]  {about['url']}  models: {models}  (Ctrl-C ends)")
-        print_json(dict(about), as_json)
+    def ready(about: dict[str, Any]) -> None:
+        print_notes(about["notes"])
+        console.print(f"[bold]serving[/]  {about['url']}  models: {', '.join(about['models'])}  (Ctrl-C ends)")
+        print_json(about, as_json)
 
     ended = run_server(
         names, address, slots=slots, queue=queue, context=context, max_body_bytes=max_body << 20,
         device=device, dtype=dtype, quantization=quantization, force=force, ready=ready,
     )  # fmt: skip
-    console.print("[bold]stopped[/]  ")
+    console.print("[bold]stopped[/]")
     raise typer.Exit(exit_code(ended))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +74,8 @@ def open_address(host: str, port: int, key: str | None, more_hosts: Sequence[str
     if host in ("0.0.0.0", "::"):
         names |= {address.address.partition("%")[0] for found in psutil.net_if_addrs().values() for address in found}
     whole = {f"[{name}]" if ":" in name and not name.startswith("[") else name.lower() for name in names}
-    hosts = (
-        {f"{name}:{port}" for name in whole} | (whole if port == 80 else set()) | {name.lower() for name in more_hosts}
-    )
-    return Address(host, port, key, frozenset(hosts), bound)
+    given = {name.lower() for name in more_hosts} | (whole if port == 80 else set())  # a proxy's port is another
+    return Address(host, port, key, frozenset(given | {f"{name}:{port}" for name in whole}), bound)
 
 
 def serve(
@@ -125,17 +125,21 @@ def serve(
         "url": address.url, "models": list(loaded.models), "slots": slots, "context": context,
         "key": address.key is not None, "pid": os.getpid(), "notes": notes,
     }  # fmt: skip
-    server = _Server(
-        uvicorn.Config(
-            app, http="h11", ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
-            proxy_headers=False, timeout_keep_alive=15, timeout_graceful_shutdown=CLOSING_SECONDS, limit_concurrency=512,
-        ),
-        lambda: ready(about),
-    )  # fmt: skip
-    try:
-        server.run(sockets=[address.socket])
-    except KeyboardInterrupt:  # uvicorn raises its signals again when it has closed
-        pass
+    options = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=CLOSING_SECONDS,
+        limit_concurrency=512,
+    )
+    server = _Server(options, lambda: ready(about))
+    server.run(sockets=[address.socket])
     if engine.failed:
         raise RunError("the engine failed while it answered", fix="see the traceback above, and please report it")
     return server.signal
@@ -152,9 +156,21 @@ class _Server(uvicorn.Server):
         if not self.should_exit:
             self._ready()
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, which raises the signals again when all is closed; here they have had their effect."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.signal = sig
         super().handle_exit(sig, frame)
+        if self.force_exit:  # Ctrl-C twice: what is cut off then is meant
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
 
 def exit_code(number: int) -> int:

@@ -64,7 +64,7 @@ class Token:
 class Sampler:
     """Picks the tokens of one request. logprobs: how many likeliest to tell of; None: not even the token's own.
 
-    mask: what a grammar forbids. The random numbers are the request's own, so what else is in the batch does not matter.
+    mask: what a grammar forbids. Random numbers are the request's own: what else is in the batch does not matter.
     """
 
     def __init__(self, choice: Choice, prompt: Sequence[int], logprobs: int | None, mask: Mask | None = None) -> None:
