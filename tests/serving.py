@@ -96,4 +96,4 @@ def serving(*arguments: str | Path) -> Iterator[Server]:
         yield Server(process, json.loads(line))
     finally:
         process.kill()
-        process.wait()
+        process.communicate()  # closes its pipe too
