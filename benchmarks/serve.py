@@ -115,8 +115,9 @@ def measure(
         model = args.model if name == "transformers serve" else listed[0]["id"]
         load(url, model, asked, 4, args.warm, args.max_tokens)
         results = []
-        for clients in args.clients:
-            answers, seconds = load(url, model, asked, clients, args.requests, args.max_tokens)
+        numbers = args.requests if name == "strop serve" else args.peer_requests or args.requests
+        for clients, number in zip(args.clients, numbers, strict=True):
+            answers, seconds = load(url, model, asked, clients, number, args.max_tokens)
             tokens = sum(len(tokenizer(answer.text, add_special_tokens=False)["input_ids"]) for answer in answers)
             firsts = sorted(answer.first_s for answer in answers)
             whole = [answer.whole_s for answer in answers]
@@ -140,7 +141,8 @@ def main() -> None:
     parser.add_argument("model", help="a model folder: strop's server and the others serve the same weights")
     parser.add_argument("--data", required=True, help="rows whose questions are asked")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--requests", type=int, nargs="+", default=[50, 100, 350], help="for each number of clients")
+    parser.add_argument("--peer-requests", type=int, nargs="+", help="the same for the others, where they are slow")
     parser.add_argument("--warm", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--dtype", default="fp32")
@@ -150,7 +152,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     tokenizer = load_tokenizer(locate(args.model))
-    asked = [_question(row.messages) for row in read_conversations(args.data)]
+    asked = [question(row.messages) for row in read_conversations(args.data)]
     servers = {} if args.skip_strop else {"strop serve": STROP}
     servers |= {"transformers serve": args.transformers} if args.transformers else {}
     servers |= {"llama.cpp": args.llama} if args.llama else {}
@@ -162,7 +164,7 @@ def main() -> None:
         args.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
-def _question(messages: tuple[Message, ...]) -> list[dict[str, str]]:
+def question(messages: tuple[Message, ...]) -> list[dict[str, str]]:
     end = len(messages) - 1 if messages[-1].role == "assistant" else len(messages)
     return [{"role": message.role, "content": message.content} for message in messages[:end]]
 

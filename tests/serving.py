@@ -27,8 +27,8 @@ CHAT = "/v1/chat/completions"
 SYSTEM = "be bold"  # of every training row of the adapter `bold`
 
 
-def save_adapters(root: Path, base: Path, **lora: Any) -> list[Path]:
-    """Two adapters of a tiny base, `calm` and `bold`."""
+def save_adapters(root: Path, base: Path, own_tokenizer: Any = None, **lora: Any) -> list[Path]:
+    """Two adapters of a base, `calm` and `bold`; its tokenizer, where it is not the tiny one."""
     source, made = locate(str(base)), []
     for seed, (name, system) in enumerate({"calm": None, "bold": SYSTEM}.items()):
         torch.manual_seed(seed)
@@ -38,7 +38,7 @@ def save_adapters(root: Path, base: Path, **lora: Any) -> list[Path]:
             if "lora_" in key:
                 torch.nn.init.normal_(weight, std=0.3)
         identity = {"base": {"name": source.name, "fingerprint": fingerprint(source)}, "system": system}
-        save_adapter(model, tokenizer("chatml"), root / name, identity, "card")
+        save_adapter(model, own_tokenizer or tokenizer("chatml"), root / name, identity, "card")
         made.append(root / name)
     return made
 

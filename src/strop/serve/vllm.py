@@ -302,4 +302,4 @@ def _tail(log: Any) -> str:
     log.seek(0)
     lines = [line.strip() for line in log.read().splitlines() if line.strip()]
     faults = [line for line in lines if "Error" in line]
-    return (faults or lines or ["it said nothing"])[-1][-600:]
+    return str((faults or lines or ["it said nothing"])[-1][-600:])
