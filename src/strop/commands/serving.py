@@ -22,7 +22,7 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; another than this machine's own needs a key.")
     ] = "127.0.0.1",
-    api_key: Annotated[str | None, typer.Option(help="Key that requests must bring.", envvar="STROP_API_KEY")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Key that requests must bring; better in STROP_API_KEY.")] = None,
     allow_host: Annotated[
         list[str] | None, typer.Option(help="Another name that clients may call the server by.")
     ] = None,

@@ -46,14 +46,14 @@ class Grammars:
         fault = LLMatcher.validate_grammar(grammar, self._tokenizers[key])
         if fault:
             raise Refusal(400, f"response_format: {fault.splitlines()[0][:300]}", param="response_format")
-        return _Grammar(LLMatcher(self._tokenizers[key], grammar))
+        return _Grammar(LLMatcher(self._tokenizers[key], grammar), served.renderer.stop_ids)
 
 
 class _Grammar:
     """What one answer may go on with."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher, self._taken = matcher, 0
+    def __init__(self, matcher: Any, stop_ids: Sequence[int]) -> None:
+        self._matcher, self._stop_ids, self._taken = matcher, list(stop_ids), 0
 
     def __call__(self, tokens: Sequence[int], scores: Tensor) -> None:
         for token in tokens[self._taken :]:
@@ -61,5 +61,7 @@ class _Grammar:
         self._taken = len(tokens)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(scores)].astype(bool))
+        if not allowed.any():  # a dead end ends the answer, not the server
+            allowed[self._stop_ids] = True
         scores[: len(allowed)].masked_fill_(~allowed, float("-inf"))
         scores[len(allowed) :] = float("-inf")

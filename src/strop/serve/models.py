@@ -90,17 +90,19 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
         return Loaded(first.module, {ids[0]: Served(ids[0], None, first.tokenizer, first.renderer, None)}, first.notes)
     models = {ids[0]: Served(ids[0], "default", first.tokenizer, first.renderer, first.default_system)}
     notes, source = list(first.notes), _base_of(first.adapter)
-    for own, name in zip(ids[1:], names[1:], strict=True):
+    for place, (own, name) in enumerate(zip(ids[1:], names[1:], strict=True), start=2):
         folder = adapter_folder(name)
         assert folder is not None
         if not force and fingerprint(_base_of(folder)) != fingerprint(source):
             raise ModelError(f"{name}: trained on another base than {names[0]}", fix="serve it on its own")
         tokenizer = load_tokenizer(Source(source.name, "folder", folder))
-        if len(tokenizer) > first.module.get_input_embeddings().num_embeddings:
+        if len(tokenizer) > len(first.module.get_input_embeddings().weight):
             raise ModelError(f"{name}: has more tokens than {names[0]}", fix="serve it on its own, or name it first")
-        notes += attach(first.module, folder, source, force=force, name=own.replace(".", "_"))[1]
-        system = read_identity(folder).get("system")
-        models[own] = Served(own, own.replace(".", "_"), tokenizer, Renderer(tokenizer), system)
+        adapter, identity = f"adapter{place}", read_identity(folder)
+        notes += attach(first.module, folder, source, force=force, name=adapter)[1]
+        if identity.get("quantization", "none") != read_identity(first.adapter).get("quantization", "none"):
+            notes.append(f"{name}: was trained on a base quantized otherwise than {names[0]}'s, which both get here")
+        models[own] = Served(own, adapter, tokenizer, Renderer(tokenizer), identity.get("system"))
     first.module.eval()
     models[BASE] = Served(BASE, None, first.tokenizer, first.renderer, None)
     return Loaded(first.module, models, notes)

@@ -24,7 +24,7 @@ from strop.serve.engine import Engine
 from strop.serve.grammar import Grammars
 from strop.serve.guard import Rules
 from strop.serve.metrics import Metrics
-from strop.serve.models import check_names, load_models
+from strop.serve.models import load_models
 from strop.serve.sampling import model_choice
 
 KEY_VARIABLE = "STROP_API_KEY"
@@ -96,7 +96,6 @@ def serve(
 
     Raises ModelError for models that cannot be served together, RunError where the server failed.
     """
-    check_names(names)
     loaded = load_models(names, device=device, dtype=dtype, quantization=quantization, force=force)
     decoder, notes = Decoder(loaded.module), list(loaded.notes)
     config = decoder.model.config.get_text_config()

@@ -16,6 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+COLDEST = 1e-4  # below it logits divided by the temperature may overflow, and sampling is greedy anyway
+
 Mask = Callable[[Sequence[int], Tensor], None]  # (tokens so far, logits): sets what may not come to -inf
 
 
@@ -71,7 +73,7 @@ class Sampler:
         self._logprobs, self._mask = logprobs, mask
         self.tokens: list[int] = []
         self._prompt = list(prompt)
-        self._greedy = choice.temperature == 0
+        self._greedy = choice.temperature < COLDEST
         self._penalty = choice.repetition_penalty
         self._random = torch.Generator()
         if choice.seed is None:

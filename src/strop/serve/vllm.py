@@ -37,7 +37,7 @@ from strop.model.load import weights_folder
 from strop.model.tokenizer import head_folder, load_tokenizer
 from strop.runs.folder import RunFolder, cache_folder, is_run
 from strop.serve.models import BASE, check_names
-from strop.serve.run import KEY_VARIABLE, Address
+from strop.serve.run import KEY_VARIABLE, LONGEST_CONTEXT, Address
 
 START_SECONDS = 900.0  # compiling for a GPU takes minutes
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.32 takes as --max-lora-rank
@@ -132,7 +132,9 @@ def serve_vllm(
     first = folders[0]
     source = locate(str(read_adapter_config(first)["base_model_name_or_path"]) if first is not None else names[0])
     weights = weights_folder(source)
-    architecture = read_config(weights)["architectures"][0]
+    config = read_config(weights)
+    architecture, longest = config["architectures"][0], int(config.get("max_position_embeddings", LONGEST_CONTEXT))
+    context = context or min(longest, LONGEST_CONTEXT)
     found = about_vllm(program, architecture)
     if not found["known"] or (first is not None and not found["lora"]):
         what = f"{architecture}{' with LoRA' if found['known'] else ''}"
@@ -141,7 +143,7 @@ def serve_vllm(
     tokenizer = load_tokenizer(Source(source.name, "folder", first) if first is not None else source)
     adapters = {own: folder for own, folder in zip(ids, folders, strict=True) if folder is not None}
     ranks = [lora_rank(folder) for folder in adapters.values()]
-    rows = {own: _texts(name, tokenizer) for own, name in zip(ids, names, strict=True)}
+    rows = {own: _texts(name, tokenizer, min(TEXT_TOKENS, context - 1)) for own, name in zip(ids, names, strict=True)}
     ours = {own: _reference(name, rows[own]) for own, name in zip(ids, names, strict=True)}
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as log:
         ends = {"eos_token_id": _stops(names[0])}
@@ -151,7 +153,7 @@ def serve_vllm(
             "--tokenizer", str(first or head_folder(source)), "--generation-config", scratch,
             "--served-model-name", BASE if adapters else ids[0], "--host", address.host, "--port", str(address.port),
             "--dtype", NAMES[dtype], "--max-num-seqs", str(slots), "--allowed-origins", "[]",
-            *(["--max-model-len", str(context)] if context else []),
+            "--max-model-len", str(context),
             *([] if found["cuda"] else ["--enforce-eager"]),
         ]  # fmt: skip
         if adapters:
@@ -220,15 +222,15 @@ def _stops(name: str) -> list[int]:
     return list(Renderer(load_tokenizer(source)).stop_ids)
 
 
-def _texts(name: str, tokenizer: Any) -> list[Ids]:
+def _texts(name: str, tokenizer: Any, longest: int) -> list[Ids]:
     """Texts to compare on, as ids: a run's own rows, else the general set's questions."""
     if is_run(Path(name)):
         section = read_resolved(RunFolder(Path(name)).recipe).recipe.data
         prepared = prepare(section, tokenizer, cache=cache_folder() / "data")
         rows: Any = prepared.eval if prepared.eval is not None else prepared.train
-        return [rows[row].ids[:TEXT_TOKENS] for row in range(min(len(rows), TEXTS))]
+        return [rows[row].ids[:longest] for row in range(min(len(rows), TEXTS))]
     renderer = Renderer(tokenizer)
-    return [renderer.prompt(row.messages)[:TEXT_TOKENS] for row in general_rows()[:TEXTS]]
+    return [renderer.prompt(row.messages)[:longest] for row in general_rows()[:TEXTS]]
 
 
 def _reference(name: str, rows: list[Ids]) -> tuple[list[list[float]], list[list[float]] | None]:
