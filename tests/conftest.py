@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.serving import Server
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
@@ -30,3 +34,21 @@ def rows_file(tmp_path: Path) -> Path:
     from tests.tiny import write_rows
 
     return write_rows(tmp_path / "rows.jsonl", 24)
+
+
+@pytest.fixture(scope="session")
+def adapter_folders(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> list[Path]:
+    """Two adapters of the tiny model: calm, and bold, which has a system prompt."""
+    from tests.serving import save_adapters
+
+    return save_adapters(tmp_path_factory.mktemp("adapters"), tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def server(adapter_folders: list[Path]) -> Iterator[Server]:
+    """`strop serve` on both adapters, for all tests of it; ended by Ctrl-C."""
+    from tests.serving import serving
+
+    with serving(*adapter_folders, "--slots", "4", "--queue", "4", "--max-body", "1") as started:
+        yield started
+        assert started.stop() == 130

@@ -16,6 +16,7 @@ import typer
 from strop import __version__
 from strop.commands.keeping import adapters, gguf, merge, ollama
 from strop.commands.looking import check, modules, schema
+from strop.commands.serving import serve
 from strop.commands.training import demo, resume, runs, train
 from strop.commands.using import chat, evaluate
 from strop.errors import StropError
@@ -86,6 +87,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "chat": chat,
     "adapters": adapters,
     "merge": merge,
+    "serve": serve,
     "modules": modules,
     "runs": runs,
     "schema": schema,

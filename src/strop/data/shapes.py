@@ -49,6 +49,11 @@ def messages(value: Value, keys: Keys) -> list[Said]:
     return [_said(_turns(value, keys[0]), value)]
 
 
+def asked(value: Value) -> Said:
+    """A request for an answer: its messages and tools. Whose turn comes last is the template's concern."""
+    return Said(tuple(_turns(value, "messages")), _tools(value))
+
+
 def _turns(value: Value, key: str) -> list[Message]:
     turns = value[key]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):

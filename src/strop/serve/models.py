@@ -1,0 +1,112 @@
+"""The models a server has: adapters on one base, and the base alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strop.adapters import adapter_folder, attach, load, read_adapter_config, read_identity, with_tokenizer
+from strop.data.conversation import Ids
+from strop.data.render import Renderer, RenderError
+from strop.data.shapes import BadRow, asked
+from strop.errors import ModelError
+from strop.model.facts import Source, fingerprint, locate
+from strop.model.tokenizer import load_tokenizer
+from strop.runs.folder import RunFolder, is_run
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model by the id that clients use. adapter: peft's name of it, None for the base.
+
+    system: the system prompt that every training row had; a chat without one gets it, as in training.
+    """
+
+    id: str
+    adapter: str | None
+    tokenizer: Any
+    renderer: Renderer
+    system: str | None
+
+    def prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Ids:
+        """The token ids of a chat, generation prompt included, as in training. Raises PROMPT_FAULTS."""
+        if self.system is not None and messages[0].get("role") not in ("system", "developer"):
+            messages = [{"role": "system", "content": self.system}, *messages]
+        said = asked({"messages": messages, "tools": tools})
+        return self.renderer.prompt(said.messages, said.tools)
+
+    def text(self, text: str) -> Ids:
+        """The token ids of a plain text, which may hold control tokens."""
+        ids: Ids = self.tokenizer(text, return_tensors="np")["input_ids"][0].astype("int32")
+        return ids
+
+
+PROMPT_FAULTS = (RenderError, BadRow, ModelError)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """module: the transformers or peft model; models by id, the first named first."""
+
+    module: Any
+    models: dict[str, Served]
+    notes: Sequence[str]
+
+
+def served_name(name: str) -> str:
+    """The id of what a run, a folder, a file or a Hub id holds."""
+    path = Path(name).expanduser()
+    if is_run(path):
+        return RunFolder(path).name
+    if path.suffix == ".gguf":
+        return path.stem
+    return path.resolve().name if path.exists() else name
+
+
+def check_names(names: Sequence[str]) -> list[str]:
+    """The ids of what is to be served. Raises ModelError for two of one name, or that cannot go together."""
+    ids = [served_name(name) for name in names]
+    for place, own in enumerate(ids):
+        if own in ids[:place] or own == BASE:
+            raise ModelError(f"{names[place]}: a model called {own} is served already", fix="rename the folder")
+    if len(names) > 1:
+        for name in names:
+            if adapter_folder(name) is None:
+                raise ModelError(
+                    f"{name}: has no adapter", fix="several models can be served where all are runs of one base"
+                )
+    return ids
+
+
+def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: str, force: bool) -> Loaded:
+    """Runs (or adapter folders) of one base, or one model. Raises ModelError where they do not go together."""
+    ids = check_names(names)
+    first = load(names[0], device=device, dtype=dtype, quantization=quantization, force=force)
+    if first.adapter is None:
+        return Loaded(first.module, {ids[0]: Served(ids[0], None, first.tokenizer, first.renderer, None)}, first.notes)
+    models = {ids[0]: Served(ids[0], "default", first.tokenizer, first.renderer, first.default_system)}
+    notes, source = list(first.notes), _base_of(first.adapter)
+    for place, (own, name) in enumerate(zip(ids[1:], names[1:], strict=True), start=2):
+        folder = adapter_folder(name)
+        assert folder is not None
+        if not force and fingerprint(_base_of(folder)) != fingerprint(source):
+            raise ModelError(f"{name}: trained on another base than {names[0]}", fix="serve it on its own")
+        tokenizer = load_tokenizer(with_tokenizer(folder, source))
+        if len(tokenizer) > len(first.module.get_input_embeddings().weight):
+            raise ModelError(f"{name}: has more tokens than {names[0]}", fix="serve it on its own, or name it first")
+        adapter, identity = f"adapter{place}", read_identity(folder)
+        notes += attach(first.module, folder, source, force=force, name=adapter)[1]
+        if identity.get("quantization", "none") != read_identity(first.adapter).get("quantization", "none"):
+            notes.append(f"{name}: was trained on a base quantized otherwise than {names[0]}'s, which both get here")
+        models[own] = Served(own, adapter, tokenizer, Renderer(tokenizer), identity.get("system"))
+    first.module.eval()
+    models[BASE] = Served(BASE, None, first.tokenizer, first.renderer, None)
+    return Loaded(first.module, models, notes)
+
+
+def _base_of(folder: Path) -> Source:
+    return locate(str(read_adapter_config(folder)["base_model_name_or_path"]))

@@ -1,0 +1,187 @@
+"""What clients send and get: OpenAI's chat and completion objects, as far as they mean something here.
+
+A parameter that is not listed is refused, and so is a value that would be ignored: what is accepted takes effect.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from strop.serve.sampling import Token
+
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
+
+
+class JsonSchema(_Strict):
+    name: str = ""
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None  # it always is
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class Common(_Strict):
+    """Fields of both kinds of request."""
+
+    model: str = Field(description="An id that /v1/models lists.")
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, description="0: greedy. Default: the model's own.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    user: str | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def usage_in_stream(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(Common):
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[dict[str, Any]] | None = Field(None, description="Shown to the model by its chat template.")
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: Literal[True] | None = None
+    response_format: ResponseFormat | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+
+
+class CompletionRequest(Common):
+    prompt: (
+        str | Annotated[list[str], Field(min_length=1, max_length=1)] | Annotated[list[TokenId], Field(min_length=1)]
+    )
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+
+class Refusal(Exception):
+    """A request that is answered with an error, in OpenAI's shape."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, headers or {}
+        self.body = error_body(status, message, code=code, param=param)
+
+
+def error_body(status: int, message: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class Writer:
+    """Writes the answer to one request: whole, or as chunks.
+
+    chat: a chat or a plain completion. logprobs: whether tokens are told of.
+    """
+
+    def __init__(self, model: str, tokenizer: Any, *, chat: bool, logprobs: bool) -> None:
+        self._tokenizer, self._chat, self._logprobs = tokenizer, chat, logprobs
+        self._offset = 0  # in characters, of the next token of a plain completion
+        kind = "chat.completion" if chat else "text_completion"
+        self._head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._kinds = (kind, kind + ".chunk" if chat else kind)
+
+    def whole(self, text: str, tokens: Sequence[Token], end: str, usage: dict[str, Any]) -> dict[str, Any]:
+        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        choice = {"index": 0, **said, "logprobs": self._told(tokens), "finish_reason": end}
+        return {**self._head, "object": self._kinds[0], "choices": [choice], "usage": usage}
+
+    def opening(self) -> dict[str, Any]:
+        """The first chunk of a chat: whose turn it is."""
+        return self._chunk({"delta": {"role": "assistant", "content": ""}}, (), None)
+
+    def chunk(self, text: str, tokens: Sequence[Token], end: str | None) -> dict[str, Any]:
+        return self._chunk({"delta": {"content": text} if text else {}} if self._chat else {"text": text}, tokens, end)
+
+    def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
+        return {**self._head, "object": self._kinds[1], "choices": [], "usage": usage}
+
+    def _chunk(self, said: dict[str, Any], tokens: Sequence[Token], end: str | None) -> dict[str, Any]:
+        choice = {"index": 0, **said, "logprobs": self._told(tokens), "finish_reason": end}
+        return {**self._head, "object": self._kinds[1], "choices": [choice]}
+
+    def _told(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not self._logprobs or not tokens:
+            return None
+        if self._chat:
+            return {
+                "content": [
+                    {**self._one(token.id, token.logprob), "top_logprobs": [self._one(*top) for top in token.likeliest]}
+                    for token in tokens
+                ]
+            }
+        texts = [self._text(token.id) for token in tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offset)
+            self._offset += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [{self._text(other): log for other, log in token.likeliest} for token in tokens],
+            "text_offset": offsets,
+        }
+
+    def _one(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    def _text(self, token: int) -> str:
+        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+
+def usage(prompt_tokens: int, kept_tokens: int, new_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": new_tokens,
+        "total_tokens": prompt_tokens + new_tokens,
+        "prompt_tokens_details": {"cached_tokens": kept_tokens},
+    }

@@ -1,0 +1,307 @@
+"""`strop serve --engine vllm`: vLLM's own server on the same base and adapters, measured to be the same models.
+
+vLLM lives in an environment of its own. What it makes of a text is compared with what strop makes of it: log
+probabilities of given tokens (greedy answers say little where two words are near alike), with the base as a control.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from strop.adapters import adapter_folder, load, read_adapter_config
+from strop.config.load import read_resolved
+from strop.data.conversation import Ids
+from strop.data.prepare import prepare
+from strop.data.render import Renderer
+from strop.engine.device import pick_device, pick_dtype
+from strop.errors import InputError, ModelError, ParityError, RunError
+from strop.evaluation.general import rows as general_rows
+from strop.model.facts import Source, locate, read_config
+from strop.model.load import weights_folder
+from strop.model.tokenizer import head_folder, load_tokenizer
+from strop.runs.folder import RunFolder, cache_folder, is_run
+from strop.serve.models import BASE, check_names
+from strop.serve.run import KEY_VARIABLE, LONGEST_CONTEXT, Address
+
+START_SECONDS = 900.0  # compiling for a GPU takes minutes
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.32 takes as --max-lora-rank
+TEXTS, TEXT_TOKENS = 12, 256  # compared, of each model
+LIMITS = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}  # mean |difference| of a token's log probability, in nats
+NAMES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+ASK = """
+import json, sys, torch, vllm
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.interfaces import supports_lora
+arch = sys.argv[1]
+known = arch in ModelRegistry.get_supported_archs()
+lora = known and supports_lora(ModelRegistry.models[arch].load_model_cls())
+print(json.dumps({"version": vllm.__version__, "known": known, "lora": bool(lora), "cuda": torch.cuda.is_available()}))
+"""
+
+
+@dataclass(frozen=True)
+class Same:
+    """One model, here and there. difference: mean and largest |difference| of a token's log probability, in nats;
+    control: the mean between vLLM's tuned model and strop's base, which must be larger where training did something."""
+
+    model: str
+    tokens: int
+    mean: float
+    max: float
+    control: float | None
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        told_apart = self.control is None or self.control < 2 * self.limit or self.mean < self.control / 2
+        return self.mean <= self.limit and told_apart
+
+
+def find_python(given: str | None) -> str:
+    """The Python that has vLLM: the one given, or that of the `vllm` on the PATH. Raises InputError."""
+    fix = "give --vllm-python /path/to/environment/bin/python (see docs/serve.md)"
+    if given is not None:
+        if shutil.which(given) is None:
+            raise InputError(f"--vllm-python {given}: no such program", fix=fix)
+        return given
+    script = shutil.which("vllm")
+    python = Path(script).resolve().parent / "python" if script else None
+    if python is None or not python.exists():
+        raise InputError("no vllm on the PATH", fix=fix)
+    return str(python)
+
+
+def about_vllm(python: str, architecture: str) -> dict[str, Any]:
+    """Its version, and whether it knows an architecture, LoRA on it, and has a GPU. Raises InputError."""
+    done = subprocess.run([python, "-c", ASK, architecture], capture_output=True, text=True, env=_environment())
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise InputError(
+            f"{python}: vLLM does not start there: {last}", fix="mend that environment (see docs/serve.md)"
+        )
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def lora_rank(folder: Path) -> int:
+    """What vLLM must be told so that it takes an adapter. Raises ModelError for one that it cannot run."""
+    config = read_adapter_config(folder)
+    odd = [name for name in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(name)]
+    odd += ["bias"] if config.get("bias", "none") != "none" else []
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    if odd or rank > RANKS[-1]:
+        what = f"its {odd[0]}" if odd else f"rank {rank}"
+        raise ModelError(f"{folder}: vLLM does not take {what}", fix="`strop merge` it, and serve the merged folder")
+    return next(allowed for allowed in RANKS if allowed >= rank)
+
+
+def serve_vllm(
+    names: Sequence[str],
+    address: Address,
+    *,
+    python: str | None,
+    slots: int,
+    context: int | None,
+    device: str,
+    dtype: str,
+    ready: Callable[[dict[str, Any]], None],
+) -> int:
+    """Starts vLLM, measures it, and stays until it is told to end. Gives the signal's number.
+
+    Raises InputError before anything is loaded, RunError where vLLM does not start, ParityError where it answers as
+    another model would.
+    """
+    address.socket.close()  # vLLM binds it itself
+    program, ids = find_python(python), check_names(names)
+    folders = [adapter_folder(name) for name in names]
+    first = folders[0]
+    source = locate(str(read_adapter_config(first)["base_model_name_or_path"]) if first is not None else names[0])
+    weights = weights_folder(source)
+    config = read_config(weights)
+    architecture, longest = config["architectures"][0], int(config.get("max_position_embeddings", LONGEST_CONTEXT))
+    context = context or min(longest, LONGEST_CONTEXT)
+    found = about_vllm(program, architecture)
+    if not found["known"] or (first is not None and not found["lora"]):
+        what = f"{architecture}{' with LoRA' if found['known'] else ''}"
+        raise ModelError(f"vLLM {found['version']} does not know {what}", fix="serve it without --engine vllm")
+    dtype = pick_dtype(pick_device(device))[0] if dtype == "auto" else dtype
+    tokenizer = load_tokenizer(Source(source.name, "folder", first) if first is not None else source)
+    adapters = {own: folder for own, folder in zip(ids, folders, strict=True) if folder is not None}
+    ranks = [lora_rank(folder) for folder in adapters.values()]
+    rows = {own: _texts(name, tokenizer, min(TEXT_TOKENS, context - 1)) for own, name in zip(ids, names, strict=True)}
+    ours = {own: _reference(name, rows[own]) for own, name in zip(ids, names, strict=True)}
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as log:
+        ends = {"eos_token_id": _stops(names[0])}
+        Path(scratch, "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
+        command = [
+            program, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights),
+            "--tokenizer", str(first or head_folder(source)), "--generation-config", scratch,
+            "--served-model-name", BASE if adapters else ids[0], "--host", address.host, "--port", str(address.port),
+            "--dtype", NAMES[dtype], "--max-num-seqs", str(slots), "--allowed-origins", "[]",
+            "--max-model-len", str(context),
+            *([] if found["cuda"] else ["--enforce-eager"]),
+        ]  # fmt: skip
+        if adapters:
+            command += ["--enable-lora", "--max-lora-rank", str(max(ranks)), "--max-loras", str(len(adapters))]
+            command += ["--lora-modules", *(f"{own}={folder.resolve()}" for own, folder in adapters.items())]
+        key = {"VLLM_API_KEY": address.key} if address.key else {}
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env={**_environment(), **key}, start_new_session=True
+        )
+        try:
+            started = time.monotonic()
+            _wait_for_health(process, address, log)
+            start_s = time.monotonic() - started
+            same = [_compare(address, own, rows[own], *ours[own], LIMITS[dtype]) for own in ids]
+            for one in same:
+                if not one.passed:
+                    what = (
+                        f"mean difference {one.mean:.2g} nats a token (limit {one.limit:g}), to the base {one.control}"
+                    )
+                    raise ParityError(
+                        f"{one.model}: vLLM does not answer as strop does: {what}", fix="please report it"
+                    )
+            models = [*adapters, BASE] if adapters else ids
+            ready({
+                "url": address.url, "models": models, "engine": f"vllm {found['version']}", "start_s": start_s,
+                "parity": [{**asdict(one), "passed": one.passed} for one in same],
+                "key": address.key is not None, "pid": os.getpid(), "notes": [],
+            })  # fmt: skip
+            return _until_told(process, log)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its engine is a process of its own
+
+
+def _until_told(process: subprocess.Popen[Any], log: Any) -> int:
+    """Waits for a signal, and gives its number. Raises RunError where vLLM ends by itself."""
+    told: list[int] = []
+    before = {
+        number: signal.signal(number, lambda got, _: told.append(got)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        while not told:
+            if process.poll() is not None:
+                raise RunError(f"vLLM ended with {process.returncode}: {_tail(log)}")
+            time.sleep(0.2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return told[0]
+
+
+def _environment() -> dict[str, str]:
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    own = {name: value for name, value in os.environ.items() if name not in (KEY_VARIABLE, "PYTHONPATH")}
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", **own, **quiet}
+
+
+def _stops(name: str) -> list[int]:
+    """The template may end turns with another token than the tokenizer's eos."""
+    folder = adapter_folder(name)
+    source = Source(name, "folder", folder) if folder is not None else locate(name)
+    return list(Renderer(load_tokenizer(source)).stop_ids)
+
+
+def _texts(name: str, tokenizer: Any, longest: int) -> list[Ids]:
+    """Texts to compare on, as ids: a run's own rows, else the general set's questions."""
+    if is_run(Path(name)):
+        section = read_resolved(RunFolder(Path(name)).recipe).recipe.data
+        prepared = prepare(section, tokenizer, cache=cache_folder() / "data")
+        rows: Any = prepared.eval if prepared.eval is not None else prepared.train
+        return [rows[row].ids[:longest] for row in range(min(len(rows), TEXTS))]
+    renderer = Renderer(tokenizer)
+    return [renderer.prompt(row.messages)[:longest] for row in general_rows()[:TEXTS]]
+
+
+def _reference(name: str, rows: list[Ids]) -> tuple[list[list[float]], list[list[float]] | None]:
+    """Log probabilities of the rows' tokens but the first: of the model in fp32, and of its base."""
+    model = load(name, dtype="fp32")
+    tuned = [_logs(model.module, ids) for ids in rows]
+    if model.adapter is None:
+        return tuned, None
+    with model.base():
+        return tuned, [_logs(model.module, ids) for ids in rows]
+
+
+def _logs(module: Any, ids: Ids) -> list[float]:
+    text = torch.from_numpy(ids.astype(np.int64))[None].to(next(module.parameters()).device)
+    with torch.inference_mode():
+        logs = module(input_ids=text, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    found: list[float] = logs.gather(1, text[0, 1:, None])[:, 0].tolist()
+    return found
+
+
+def _compare(
+    address: Address,
+    model: str,
+    rows: list[Ids],
+    tuned: list[list[float]],
+    base: list[list[float]] | None,
+    limit: float,
+) -> Same:
+    theirs = [_their_logs(address, model, ids) for ids in rows]
+    flat = np.concatenate([np.array(row) for row in theirs])
+    apart = np.abs(flat - np.concatenate([np.array(row) for row in tuned]))
+    control = None
+    if base is not None:
+        control = float(np.abs(flat - np.concatenate([np.array(row) for row in base])).mean())
+    mean = float(apart.mean())
+    return Same(model, len(flat), mean if math.isfinite(mean) else math.inf, float(apart.max()), control, limit)
+
+
+def _their_logs(address: Address, model: str, ids: Ids) -> list[float]:
+    body = {"model": model, "prompt": ids.tolist(), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    told = _ask(address, "/v1/completions", body)["choices"][0]["prompt_logprobs"]
+    return [float(one[str(token)]["logprob"]) for one, token in zip(told[1:], ids[1:].tolist(), strict=True)]
+
+
+def _ask(address: Address, path: str, body: dict[str, Any] | None = None) -> Any:
+    headers = {"Content-Type": "application/json"}
+    if address.key:
+        headers["Authorization"] = f"Bearer {address.key}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address.url + path, data, headers)
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=300) as answer:
+        content = answer.read()
+    return json.loads(content) if content else None
+
+
+def _wait_for_health(process: subprocess.Popen[Any], address: Address, log: Any) -> None:
+    """Raises RunError where vLLM ends, or takes too long."""
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise RunError(f"vLLM ended with {process.returncode}: {_tail(log)}")
+        with contextlib.suppress(OSError):
+            _ask(address, "/health")
+            return
+        time.sleep(0.5)
+    raise RunError(f"vLLM did not start within {START_SECONDS:.0f} seconds: {_tail(log)}")
+
+
+def _tail(log: Any) -> str:
+    """The last line of its log that says what was wrong."""
+    log.seek(0)
+    lines = [line.strip() for line in log.read().splitlines() if line.strip()]
+    faults = [line for line in lines if "Error" in line]
+    return str((faults or lines or ["it said nothing"])[-1][-600:])

@@ -1,0 +1,53 @@
+"""Tokens as text, piece by piece: whole characters only, and nothing that may turn out to be a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+
+
+class Words:
+    """The text of one answer. `stopped`: a stop string came; it and what follows are not shown."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+        self._tokenizer, self._stops = tokenizer, stops
+        self._ids: list[int] = []
+        self._start = self._shown = 0  # ids from `start` are decoded together; those before `shown` were given out
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that is certain with this token."""
+        self._ids.append(token)
+        before, now = self._decode(self._shown), self._decode(len(self._ids))
+        if len(now) <= len(before) or now.endswith(UNKNOWN):  # a character that is not whole yet
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return self._certain(now[len(before) :])
+
+    def end(self) -> str:
+        """The rest, when no token follows."""
+        rest = self._certain(self._decode(len(self._ids))[len(self._decode(self._shown)) :])
+        held, self._held = self._held, ""
+        return rest + ("" if self.stopped else held)
+
+    def _decode(self, end: int) -> str:
+        ids = self._ids[self._start : end]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _certain(self, new: str) -> str:
+        text = self._held + new
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

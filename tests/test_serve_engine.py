@@ -1,0 +1,262 @@
+"""The batch against one request at a time, family by family; sampling; text as it comes."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import LlamaConfig
+
+from strop.adapters import load
+from strop.data.conversation import Ids
+from strop.errors import ModelError
+from strop.model.generate import Sampling
+from strop.serve.decoder import Decoder, Text
+from strop.serve.engine import Engine, Full, Job, Piece
+from strop.serve.kept import Kept
+from strop.serve.metrics import Metrics
+from strop.serve.models import load_models
+from strop.serve.sampling import Choice, model_choice
+from strop.serve.words import Words
+from tests.families import tokenizer
+from tests.serving import save_adapters
+from tests.test_engine_patch import FAMILY_CONFIGS
+from tests.test_engine_plain import tiny as random_model
+
+
+class Asked:
+    """Jobs in an engine, and what was told of each."""
+
+    def __init__(self, model: Any, *, slots: int = 4, queue: int = 99, keep_tokens: int = 2000) -> None:
+        self.metrics = Metrics()
+        self.engine = Engine(Decoder(model), slots=slots, queue=queue, keep_tokens=keep_tokens, metrics=self.metrics)
+        self.pieces: list[list[Piece]] = []
+        self._ended: list[threading.Event] = []
+
+    def submit(self, ids: Ids, tokens: int, adapter: str | None = None, choice: Choice | None = None) -> Job:
+        told: list[Piece] = []
+        ended = threading.Event()
+
+        def tell(piece: Piece) -> None:
+            told.append(piece)
+            if piece.end is not None:
+                ended.set()
+
+        job = Job("m", tokenizer("chatml"), [], ids, adapter, tokens, choice or Choice(), tell)
+        self.engine.submit(job)
+        self.pieces.append(told)
+        self._ended.append(ended)
+        return job
+
+    def answers(self) -> list[list[int]]:
+        for ended in self._ended:
+            assert ended.wait(60)
+        return [[token.id for piece in told for token in piece.tokens] for told in self.pieces]
+
+
+def tiny(config: type = LlamaConfig, **changes: Any) -> Any:
+    """With weights that make its predictions differ."""
+    model = random_model(config, **changes).eval()
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.data.mul_(6)
+    return model
+
+
+def alone(model: Any, ids: Ids, tokens: int) -> list[int]:
+    """Greedy, with the whole text read anew for each token: no cache at all."""
+    text = torch.from_numpy(ids.astype(np.int64))[None]
+    with torch.inference_mode():
+        for _ in range(tokens):
+            text = torch.cat([text, model(input_ids=text, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return text[0, len(ids) :].tolist()
+
+
+def prompts(vocabulary: int) -> list[Ids]:
+    """Of ragged lengths; some begin alike."""
+    random = np.random.default_rng(0)
+    made = [random.integers(3, vocabulary, int(length)).astype(np.int32) for length in random.integers(2, 50, 8)]
+    return [*made, np.concatenate([made[0], made[1]]), np.concatenate([made[7], made[7], made[2]])]
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_a_batch_answers_as_one_at_a_time(family: str) -> None:
+    config, changes = FAMILY_CONFIGS[family]
+    model = tiny(config, **changes)
+    asked = Asked(model)
+    asked.engine.start()
+    lengths = [3 + 5 * place % 17 for place in range(10)]  # requests leave and others join at every step
+    rows = prompts(model.config.vocab_size)
+    for ids, tokens in zip(rows, lengths, strict=True):
+        asked.submit(ids, tokens)
+    found = asked.answers()
+    asked.engine.close()
+    assert found == [alone(model, ids, tokens) for ids, tokens in zip(rows, lengths, strict=True)]
+    assert asked.metrics.kept_tokens._value.get() > 0 or family != "llama"
+
+
+def test_logits_of_a_batch_are_those_of_one_row() -> None:
+    model = tiny()
+    decoder, rows = Decoder(model), prompts(model.config.vocab_size)
+    with torch.inference_mode():
+        texts = [Text(ids, None) for ids in rows]
+        found: dict[int, torch.Tensor] = {}
+        while any(text.left for text in texts):  # 64 at a time: some are read in parts
+            places = [place for place, text in enumerate(texts) if text.left]
+            read = decoder.read([texts[place] for place in places], 64)
+            found |= {places[place]: logits for place, logits in read.items()}
+        for place, ids in enumerate(rows):
+            wanted = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0, -1]
+            torch.testing.assert_close(found[place], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_share_a_batch(tiny_folder: Path, tmp_path: Path) -> None:
+    folders = [str(folder) for folder in save_adapters(tmp_path, tiny_folder)]
+    loaded = load_models(folders, device="cpu", dtype="fp32", quantization="auto", force=False)
+    assert list(loaded.models) == ["calm", "bold", "base"]
+    asked = Asked(loaded.module)
+    asked.engine.start()
+    rows = prompts(300)
+    of = [[*loaded.models.values()][place % 3].adapter for place in range(len(rows))]
+    for ids, adapter in zip(rows, of, strict=True):
+        asked.submit(ids, 12, adapter)
+    found = asked.answers()
+    asked.engine.close()
+    references = {"default": load(folders[0], dtype="fp32").module, "adapter2": load(folders[1], dtype="fp32").module}
+    for ids, adapter, answer in zip(rows, of, found, strict=True):
+        if adapter is None:
+            with references["default"].disable_adapter():
+                assert answer == alone(references["default"], ids, 12)
+        else:
+            assert answer == alone(references[adapter], ids, 12)
+    assert len({tuple(answer) for answer in found[:3]}) == 3
+
+
+def test_adapters_that_cannot_share_a_batch_take_turns(tiny_folder: Path, tmp_path: Path) -> None:
+    folders = [str(folder) for folder in save_adapters(tmp_path, tiny_folder, use_dora=True)]
+    loaded = load_models(folders, device="cpu", dtype="fp32", quantization="auto", force=False)
+    assert isinstance(loaded.module, PeftModel)
+    asked = Asked(loaded.module)
+    asked.engine.start()
+    rows, of = prompts(300)[:6], ["default", None, "adapter2", "adapter2", "default", None]
+    for ids, adapter in zip(rows, of, strict=True):
+        asked.submit(ids, 8, adapter)
+    found = asked.answers()
+    asked.engine.close()
+    for place, (ids, adapter) in enumerate(zip(rows, of, strict=True)):
+        model = load(folders[adapter == "adapter2"], dtype="fp32").module
+        if adapter is None:
+            model = model.unload()
+        assert found[place] == alone(model, ids, 8)
+
+
+def test_answers_are_those_of_strop_chat(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = str(save_adapters(tmp_path, tiny_folder)[1])
+    served = load_models([folder], device="cpu", dtype="fp32", quantization="auto", force=False)
+    chat = load(folder, dtype="fp32")
+    wanted = chat.chat("hello", max_new_tokens=20, sampling=Sampling())
+    model = served.models["bold"]
+    asked = Asked(served.module)
+    asked.engine.start()
+    asked.submit(model.prompt([{"role": "user", "content": "hello"}], None), 20, "default")
+    asked.answers()
+    asked.engine.close()
+    assert "".join(piece.text for piece in asked.pieces[0]) == wanted
+
+
+def test_a_seed_gives_the_same_answer_alone_and_in_a_crowd() -> None:
+    model = tiny()
+    ids, choice = prompts(model.config.vocab_size)[0], Choice(temperature=1.0, top_p=0.9, seed=7)
+    asked = Asked(model, slots=8, keep_tokens=0)
+    asked.engine.start()
+    for other in (None, 1, 2, 3, None):
+        asked.submit(ids, 16, choice=choice if other is None else Choice(1.0, seed=other))
+    found = asked.answers()
+    asked.submit(ids, 16, choice=choice)
+    found = asked.answers()
+    asked.engine.close()
+    assert found[0] == found[4] == found[5]
+    assert len({tuple(answer) for answer in found}) == 4
+
+
+def test_a_full_queue_and_a_freed_slot() -> None:
+    asked = Asked(tiny(), slots=1, queue=1)
+    ids = np.arange(3, 9, dtype=np.int32)
+    first = asked.submit(ids, 10_000)  # never answered: the engine has not started
+    second = asked.submit(ids, 2)
+    with pytest.raises(Full):
+        asked.submit(ids, 2)
+    asked.engine.cancel(first)
+    asked.engine.start()
+    assert asked._ended[1].wait(30)
+    assert second.cancelled is False and asked.pieces[0] == []
+    asked.engine.close()
+    last: list[Piece] = []
+    asked.engine.submit(Job("m", tokenizer("chatml"), [], ids, None, 2, Choice(), last.append))
+    assert last == [Piece("", (), "closed")]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_the_engine_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(tiny())
+    monkeypatch.setattr(Decoder, "step", lambda *_: 1 / 0)
+    asked.submit(np.arange(3, 9, dtype=np.int32), 5)
+    asked.engine.start()
+    asked.answers()
+    asked.engine._thread.join(10)
+    assert asked.pieces[0][-1].end == "failed" and asked.engine.failed
+
+
+def test_what_the_cache_cannot_hold_is_refused() -> None:
+    model = tiny()
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(ModelError, match="linear_attention"):
+        Decoder(model)
+
+
+def test_the_longest_common_beginning_is_kept() -> None:
+    kept = Kept(100)
+    long = np.arange(60, dtype=np.int32)
+
+    def kv(length: int) -> Any:
+        return [(torch.zeros(1, 1, length, 2), torch.zeros(1, 1, length, 2))]
+
+    kept.add("a", long[:40], kv(40))
+    kept.add("a", long, kv(60))  # takes the place of its own beginning
+    assert len(kept._texts) == 1
+    assert kept.find("a", np.append(long[:50], np.int32(999)))[0][0].shape[2] == 50
+    assert kept.find("a", long)[0][0].shape[2] == 59  # a token must be left to be read
+    assert kept.find(None, long) == [] and kept.find("a", long[:20]) == []
+    kept.add(None, long, kv(60))
+    assert kept.find("a", long) == []  # 120 tokens were too many: the older went
+
+
+def test_the_models_own_sampling() -> None:
+    class Config:
+        do_sample, temperature, top_p, top_k, repetition_penalty = True, 0.7, 0.8, 20, 1.05
+
+    own = model_choice(Config)
+    assert own == Choice(0.7, 0.8, 20, 1.05)
+    assert own.changed(0.0, None, 3) == Choice(0.0, 0.8, 20, 1.05, 3)
+    assert model_choice(object()) == Choice()
+
+
+@pytest.mark.parametrize("stops", [[], ["zz"], ["hell"], ["o w", "lo"], ["ö"]])
+def test_text_comes_whole_and_ends_before_a_stop_string(stops: list[str]) -> None:
+    backend = tokenizer("chatml")
+    text = "hello wörld 🎈 and so on, hello"
+    words = Words(backend, stops)
+    shown = []
+    for token in backend(text, add_special_tokens=False)["input_ids"]:
+        shown.append(words.push(token))
+        if words.stopped:
+            break
+    shown.append(words.end())
+    places = [text.find(stop) for stop in stops if stop in text]
+    assert "".join(shown) == (text[: min(places)] if places else text)
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in shown)
