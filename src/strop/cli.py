@@ -16,6 +16,7 @@ import typer
 from strop import __version__
 from strop.commands.keeping import merge
 from strop.commands.looking import check, modules, schema
+from strop.commands.planning import doctor, plan
 from strop.commands.training import demo, resume, runs, train
 from strop.commands.using import chat, evaluate
 from strop.errors import StropError
@@ -75,6 +76,8 @@ def _show_version(asked: bool) -> None:
 
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
+    "doctor": doctor,
+    "plan": plan,
     "check": check,
     "train": train,
     "resume": resume,

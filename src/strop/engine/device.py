@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
+import sys
+from contextlib import suppress
 
 import torch
 
@@ -14,6 +17,7 @@ from strop.machine.probe import probe
 from strop.runs.folder import cache_folder, write_json
 from strop.runs.lock import sha256_text
 
+MAPPED_BYTES = 1 << 20  # blocks from this size on are mapped one by one; -3 is glibc's M_MMAP_THRESHOLD
 PRIMITIVES = 96  # one micro-batch of the fast step needs about 50 kinds of product
 
 
@@ -22,9 +26,14 @@ def prepare_process() -> None:
 
     oneDNN and PyTorch each keep the code of the last 1,024 kinds of product. Packed micro-batches differ in length, and
     each length is a kind of its own, at 0.6 MiB: on SmolLM2 that grew to 0.7 GiB (docs/log.md).
+    glibc keeps freed blocks below a threshold that it raises to 32 MiB by itself, in pieces that the next layer's blocks
+    do not fit: 78 MiB of 675 at 2,044 tokens of a small model (docs/plan.md). A fixed threshold gives them back.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(PRIMITIVES))
+    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ and "GLIBC_TUNABLES" not in os.environ:
+        with suppress(AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).mallopt(-3, MAPPED_BYTES)
 
 
 def pick_device(asked: str) -> str:

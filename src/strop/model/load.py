@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from strop.errors import ModelError
 from strop.model.facts import Source, fingerprint, read_config
 from strop.model.quantize import folder_name, make_resident, prequantized
-from strop.model.shards import build, floats, is_whole, quantize_folder
+from strop.model.shards import build, floats, is_finite, is_whole, quantize_folder
 from strop.model.tokenizer import LOCAL, first_line, gguf_cache, head_folder, plain_config
 from strop.runs.folder import cache_folder, new_folder
 
@@ -63,7 +63,7 @@ def load_base(
         folder = _quantized(source, quantization, double, dtype)
         model = build(lambda: _from_config(load_config(source)), folder, source.name, quantization, dtype)
         make_resident(model, resident_layers)
-    bad = [name for name, weight in floats(model) if not torch.isfinite(weight).all()]
+    bad = [name for name, weight in floats(model) if not is_finite(weight)]
     if bad:
         raise ModelError(f"{source.name}: weight {bad[0]} holds NaN or infinity", fix="fetch the model again")
     # what peft writes into adapters as the base's name, by its version from one or the other

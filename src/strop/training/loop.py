@@ -89,7 +89,9 @@ def fit(job: Job) -> str:
     Raises Stopped after Ctrl-C or SIGTERM, once the step is finished and saved; DivergedError (NonFiniteError) where
     going back to the last good checkpoint with a lower learning rate did not help; MemoryLimitError, DiskError.
     """
-    progress = job.state.progress
+    progress, layers = job.state.progress, job.recipe.train.gradient_checkpointing
+    if isinstance(layers, int):
+        job.step.checkpoint(layers)
     if progress.recompute:
         job.step.recompute()
     if _out_of_patience(job):  # it was killed between its last save and its report

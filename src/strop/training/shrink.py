@@ -37,7 +37,7 @@ def within_memory(job: Job, examples: Sequence[Example], compute: Callable[[], T
 
     Raises MemoryLimitError when nothing is left to save.
     """
-    random = _random()
+    random = random_states()
     while True:
         try:
             return compute()
@@ -51,7 +51,7 @@ def within_memory(job: Job, examples: Sequence[Example], compute: Callable[[], T
         give_back()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        _set_random(random)
+        set_random_states(random)
         _shrink(job, examples, said)
 
 
@@ -86,12 +86,13 @@ def _cut(job: Job) -> tuple[int, str]:
     return max(1, (train.micro_batch or 1) >> halvings), "rows"
 
 
-def _random() -> list[torch.Tensor]:
+def random_states() -> list[torch.Tensor]:
+    """Of the random generators of the CPU and of each card."""
     cards = [torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())]
     return [torch.get_rng_state(), *cards]
 
 
-def _set_random(states: list[torch.Tensor]) -> None:
+def set_random_states(states: list[torch.Tensor]) -> None:
     torch.set_rng_state(states[0])
     for index, state in enumerate(states[1:]):
         torch.cuda.set_rng_state(state, index)

@@ -1,0 +1,42 @@
+"""The rates that `strop doctor` measured on this machine, kept for `strop plan`. No torch here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from strop.machine.probe import Machine
+from strop.runs.folder import cache_folder, write_json
+from strop.runs.lock import sha256_text
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s of large products in each type, and bytes/s of memory."""
+
+    bf16_flops: float
+    fp32_flops: float
+    bandwidth: float
+    threads: int
+
+    @property
+    def dtype(self) -> str:
+        """As engine.precision decides: bf16 rounds, and must be worth it."""
+        return "bf16" if self.bf16_flops >= 1.2 * self.fp32_flops else "fp32"
+
+
+def keep_rates(machine: Machine, device: str, rates: Rates) -> None:
+    file = _file(machine, device)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, asdict(rates))
+
+
+def known_rates(machine: Machine, device: str) -> Rates | None:
+    file = _file(machine, device)
+    return Rates(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def _file(machine: Machine, device: str) -> Path:
+    key = sha256_text(f"{machine.cpu} {machine.cores} {machine.gpus if device != 'cpu' else ''} {device}")[:16]
+    return cache_folder() / "rates" / f"{key}.json"
