@@ -49,7 +49,12 @@ def doctor(
     from strop.machine.doctor import examine
     from strop.planning.show import print_findings
 
-    found = examine()
+    def try_out(machine: Any) -> Any:
+        from strop.planning import trial
+
+        return trial.try_out(machine)
+
+    found = examine(try_out)
     if fix:
         for command in dict.fromkeys(finding.fix for finding in found.findings if finding.fix):
             print(command)

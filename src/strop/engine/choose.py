@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Step:
     """token_loss: the summed loss of the supervised tokens of a micro-batch. name: fast or plain; why: the reason for
     plain. recompute: from its call on, each layer's input only is kept, and the layer is computed again in the backward
-    pass. checkpoint: the same for this many layers, where the step can; else for all. watch: sets what is to look at memory before each layer."""
+    pass; checkpoint: the same for this many layers, where the step can, else for all. watch: sets what is to look at
+    memory before each layer."""
 
     token_loss: Callable[[Sequence[Example]], Tensor]
     name: str

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
-import sys
-from contextlib import suppress
 
 import torch
 
 from strop.engine.precision import measure
-from strop.errors import InputError
+from strop.errors import DeviceError
 from strop.machine.probe import probe
 from strop.runs.folder import cache_folder, write_json
 from strop.runs.lock import sha256_text
 
-MAPPED_BYTES = 1 << 20  # blocks from this size on are mapped one by one; -3 is glibc's M_MMAP_THRESHOLD
 PRIMITIVES = 96  # one micro-batch of the fast step needs about 50 kinds of product
 
 
@@ -26,24 +22,19 @@ def prepare_process() -> None:
 
     oneDNN and PyTorch each keep the code of the last 1,024 kinds of product. Packed micro-batches differ in length, and
     each length is a kind of its own, at 0.6 MiB: on SmolLM2 that grew to 0.7 GiB (docs/log.md).
-    glibc keeps freed blocks below a threshold that it raises to 32 MiB by itself, in pieces that the next layer's blocks
-    do not fit: 78 MiB of 675 at 2,044 tokens of a small model (docs/plan.md). A fixed threshold gives them back.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(PRIMITIVES))
-    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ and "GLIBC_TUNABLES" not in os.environ:
-        with suppress(AttributeError):  # another C library than glibc
-            ctypes.CDLL(None).mallopt(-3, MAPPED_BYTES)
 
 
 def pick_device(asked: str) -> str:
-    """`auto` is CUDA, then MPS, then the CPU. Raises InputError for a device that torch cannot use here."""
+    """`auto` is CUDA, then MPS, then the CPU. Raises DeviceError for a device that torch cannot use here."""
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     usable = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
     kind, _, index = asked.partition(":")
     if not usable[kind] or (index and int(index) >= torch.cuda.device_count()):
-        raise InputError(
+        raise DeviceError(
             f"--model.device {asked}: torch {torch.__version__} cannot use it here",
             fix="use cpu, or leave model.device at auto",
         )

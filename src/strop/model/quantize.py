@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from strop.errors import ModelError
+from strop.errors import QuantizerError
 
 BLOCK = 64  # weights that share a constant
 SMALLEST = 512  # weights below this many are not worth their constants
@@ -25,12 +25,12 @@ SCHEMES = (*FOUR_BIT, "int8")
 
 
 def _bitsandbytes() -> Any:
-    """bitsandbytes.functional. Raises ModelError where the package is missing or does not fit this machine."""
+    """bitsandbytes.functional. Raises QuantizerError where the package is missing or does not fit this machine."""
     try:
         import bitsandbytes.functional as functional
     except (ImportError, OSError, RuntimeError) as error:
         what = f"bitsandbytes, which quantizes, cannot be used here: {str(error).splitlines()[0]}"
-        raise ModelError(what, fix="pip install -U bitsandbytes, or --model.quantization none") from None
+        raise QuantizerError(what, fix="pip install -U bitsandbytes, or --model.quantization none") from None
     return functional
 
 

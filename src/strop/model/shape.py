@@ -207,7 +207,7 @@ class Peek:
 
 
 def peek(name: str, revision: str | None = None) -> Peek:
-    """A model's shape from config.json, a GGUF file's header, or a run's base; of a Hub id, its config alone is fetched.
+    """A model's shape from config.json, a GGUF file's header or a run's base; of a Hub id the config alone is fetched.
 
     Raises ModelError where there is no such model, or its files do not say.
     """

@@ -13,6 +13,7 @@ from strop.planning.setting import Setting
 
 BLOCK = 256  # queries a product, as in engine.attention
 KEEP_PAIRS = 512  # keys up to which probabilities are kept, as in engine.attention
+EAGER_BYTES = 40  # fp32 copies a number of the MLP on its way back through engine.eager.glu_backward (cards)
 HEAD_BYTES = 24 * 2**20  # logits at once, as in engine.head
 
 
@@ -139,33 +140,37 @@ def backward_bytes(setting: Setting, batch: MicroBatch, rows: int | None = None)
     # grad, dz (I), d(gate, up) (2 I) and z (I), with the gradient of the residual
     mlp = rows * (4 * inner + h) * b
     if setting.device != "cpu" or setting.step == "plain":
-        mlp = rows * ((4 * inner + h) * b + 40 * inner)  # the same through fp32 copies (engine.eager.glu_backward)
+        mlp = rows * ((4 * inner + h) * b + EAGER_BYTES * inner)
         return max(mlp, tokens * (5 * q + 6 * kv + h) * b)
     # gradients of the residual and of the output; q, k, v and their gradients spread by document; the result
     attention = tokens * (h + 3 * q + 4 * kv + q) * b
-    score, terms = _score_bytes(setting, batch), _term_bytes(setting, batch)
-    attention += max(score + terms, tokens * (q + 2 * kv) * b)
+    attention += max(_block_bytes(setting, batch), tokens * (q + 2 * kv) * b)
     freed = rows * (2 * inner + h + q) * b  # of what this layer had kept, by the time its attention is reached
     return max(mlp, attention - freed)
 
 
 def _score_bytes(setting: Setting, batch: MicroBatch) -> int:
-    """Scores and their gradient of the largest block; the old ones live until the new ones are made."""
-    found = [0]
-    for number, queries, keys in batch.documents:
-        rows, seen = _blocks(queries, keys)[-1]
-        alive = 2 if keys <= KEEP_PAIRS or queries <= BLOCK else 3
-        found.append(alive * number * setting.shape.heads * rows * seen * setting.element)
-    return max(found)
+    """Scores of the largest block of a forward."""
+    blocks = [(number, _blocks(queries, keys)[-1]) for number, queries, keys in batch.documents]
+    return max(number * setting.shape.heads * rows * seen * setting.element for number, (rows, seen) in blocks)
 
 
-def _term_bytes(setting: Setting, batch: MicroBatch) -> int:
-    """What each block of a long document adds to the gradients of keys and values, before it is summed."""
-    found = [0]
+def _block_bytes(setting: Setting, batch: MicroBatch) -> int:
+    """Going back through the blocks of a bucket, the largest first: probabilities and their gradient, the old until
+    the new are made, and what each block adds to the gradients of keys and values, which are summed in fp32."""
+    shape, b, found = setting.shape, setting.element, [0]
     for number, queries, keys in batch.documents:
-        blocks = _blocks(queries, keys)
-        if len(blocks) > 1:
-            found.append(2 * number * setting.shape.key_value * sum(seen for _, seen in blocks) * setting.element)
+        blocks = list(reversed(_blocks(queries, keys)))
+        scores = [number * shape.heads * rows * seen * b for rows, seen in blocks]
+        if len(blocks) == 1:
+            found.append((1 if keys <= KEEP_PAIRS else 2) * scores[0])
+            continue
+        terms = 0
+        for i, (_, seen) in enumerate(blocks):
+            own = scores[i] * (1 if keys <= KEEP_PAIRS else 2) + (scores[i - 1] if i else 0)
+            found.append(own + terms)
+            terms += 2 * number * shape.key_value * seen * b
+        found.append(terms + 4 * number * shape.key_value * keys)
     return max(found)
 
 
@@ -184,8 +189,7 @@ def forward_bytes(setting: Setting, batch: MicroBatch) -> int:
     shape, b, tokens = setting.shape, setting.element, batch.tokens
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
     mlp = tokens * (2 * h + 3 * inner) * b
-    score = _score_bytes(setting, batch) // 2
-    attention = tokens * (h + (q + 2 * kv) * 2 + 2 * q) * b + score
+    attention = tokens * (h + (q + 2 * kv) * 2 + 2 * q) * b + _score_bytes(setting, batch)
     if setting.step == "plain":
         return max(mlp * 2, attention) + head_bytes(setting, batch)
     return max(mlp, attention, tokens * h * b + head_bytes(setting, batch))

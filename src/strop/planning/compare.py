@@ -66,7 +66,7 @@ class Row:
 
 
 def compare(recipe: Recipe, models: Iterable[tuple[str, ModelShape, int]], usable: int | None = None) -> list[Row]:
-    """One row of data.max_length tokens at a time, all layers computed again in the backward; the rest as the recipe."""
+    """One row of data.max_length tokens at a time, all layers computed again in the backward; else as the recipe."""
     return list(_rows(recipe, models, usable))
 
 

@@ -26,7 +26,7 @@ ANY_CARD = Card("a card that is not named", "unknown", 0, 500, 60)
 
 @dataclass(frozen=True)
 class Place:
-    """machine: with the memory that counts. device, dtype (name, why): what the recipe gets where it leaves them open."""
+    """machine: with the memory that counts. device, dtype (name, why): for a recipe that leaves them open."""
 
     machine: Machine
     device: str

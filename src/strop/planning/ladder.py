@@ -36,7 +36,7 @@ def ladder(recipe: Recipe, room: Room, rate: Rate) -> list[Rung]:
     """Rungs up to the first that fits; the last one, where none does, is a smaller model."""
     rungs: list[Rung] = []
     first, options, now = _speed(recipe, room, rate), {}, recipe
-    for change in (_checkpoint, _stream, _one_row, _shorter, _fewer_targets):
+    for change in (_checkpoint, _stream, _one_row, _small_moments, _shorter, _fewer_targets):
         for what, gives_up, changed in change(now, room):
             options |= changed
             now = _changed(now, changed)
@@ -89,6 +89,11 @@ def _one_row(recipe: Recipe, room: Room) -> Iterator[tuple[str, str, dict[str, A
         field = "train.micro_batch" if train.micro_batch is not None else "train.micro_batch_tokens"
         changed = {field: rows if train.micro_batch is not None else rows * length}
         yield f"{rows} row{'s' * (rows > 1)} at once, {more} to a step", "time, where a row is short", changed
+
+
+def _small_moments(recipe: Recipe, room: Room) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    if recipe.train.optimizer == "adamw":
+        yield "the optimizer's moments in 8 bit", "a little accuracy", {"train.optimizer": "adamw_8bit"}
 
 
 def _shorter(recipe: Recipe, room: Room) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -100,15 +100,14 @@ def workspace_bytes(setting: Setting) -> int:
 
 
 def _largest_dequantized(setting: Setting) -> int:
-    """Layers that share an input are one product (gate and up): the whole and its parts at once."""
+    """Layers that share an input are one product (gate and up): the whole, and the part that is copied into it."""
     shape = setting.shape
     whole = {x.name: x.weights for x in shape.linears}
-    groups = [
-        whole.get("q_proj", 0) + whole.get("k_proj", 0) + whole.get("v_proj", 0),
-        whole.get("gate_proj", 0) + whole.get("up_proj", 0),
-    ]
-    single = max(whole.values())
-    return setting.element * max(single, 2 * max(groups) if setting.step == "fast" else 0)
+    single, joined = max(whole.values()), 0
+    for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        parts = [whole.get(name, 0) for name in group]
+        joined = max(joined, sum(parts) + max(parts) if setting.step == "fast" else 0)
+    return setting.element * max(single, joined)
 
 
 def framework_bytes(setting: Setting) -> int:
@@ -149,7 +148,7 @@ def train(setting: Setting, batch: MicroBatch) -> Phase:
     """
     held = _held(setting, trained=True)
     trainable = 4 * setting.adapter_weights
-    # The adapter's weights in the type that is computed in are kept for the backward, of each layer that keeps anything.
+    # The adapter in the type that is computed in is kept for the backward, of each layer that keeps anything.
     share = 1 - setting.checkpoint_layers / setting.shape.layers if setting.element < 4 else 0.5
     held["adapters"] += int(setting.element * setting.adapter_weights * share) if setting.step == "fast" else 0
     alive = at_peak(setting, batch)

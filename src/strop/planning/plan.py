@@ -163,7 +163,7 @@ def _given_up(resolved: Resolved, setting: Setting) -> list[str]:
     layers, choices = setting.shape.layers, resolved.choices
     said = {
         "model.quantization": f"the base is held in {setting.scheme}" if setting.scheme != "none" else "",
-        "model.resident_layers": f"{layers - setting.resident_layers} of {layers} layers are dequantized for each product"
+        "model.resident_layers": f"{layers - setting.resident_layers} of {layers} layers are dequantized each time"
         if setting.streamed
         else "",
         "train.gradient_checkpointing": f"{setting.checkpoint_layers} of {layers} layers are computed twice"

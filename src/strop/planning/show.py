@@ -22,7 +22,7 @@ def print_plan(plan: Plan, out: Console) -> None:
     setting = plan.setting
     share = setting.adapter_weights / setting.parameters
     out.print(
-        f"[bold]model[/]    {setting.parameters / 1e6:,.0f} M parameters, {setting.adapter_weights / 1e6:,.1f} M of them "
+        f"[bold]model[/]    {setting.parameters / 1e6:,.0f} M parameters, {setting.adapter_weights / 1e6:,.1f} M "
         f"trainable ({share:.2%}); {plan.engine} step"
     )
     out.print(f"[bold]machine[/]  {plan.device}, {_gib(plan.memory_bytes)} GiB, {_gib(plan.usable_bytes)} usable")

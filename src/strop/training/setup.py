@@ -15,7 +15,7 @@ from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
 from strop.engine.device import pick_device, pick_dtype, prepare_process
-from strop.errors import FolderError, ModelError
+from strop.errors import TROUBLES, FolderError, ModelError
 from strop.machine.probe import Machine, probe
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import load_config, skeleton
@@ -82,12 +82,15 @@ def check_space(folder: RunFolder, setup: Setup) -> None:
     free = free_bytes(folder.path)
     if free < needed:
         what = f"{folder.path}: the run needs {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free"
-        raise FolderError(what, fix="free some space, give --out another disk, or lower --train.keep_checkpoints")
+        raise FolderError(
+            what,
+            fix=f"free some space, give --out another disk, or lower --train.keep_checkpoints; see {TROUBLES}#disk",
+        )
 
 
 def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolved, str, int, ModelShape, int]:
-    """The complete recipe, what running out of memory is remembered under, how many weights are trained, and the model's
-    shape and parameters."""
+    """The complete recipe, what running out of memory is remembered under, how many weights are trained, and the
+    model's shape and parameters."""
     recipe = resolved.recipe
     prepare_process()
     device = pick_device(recipe.model.device)
