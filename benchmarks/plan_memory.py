@@ -163,13 +163,13 @@ def run(folder: Path, case: dict[str, Any], steps: int) -> dict[str, Any]:
         steps_taken = [event for event in _events(Path(temp) / "run") if event["event"] == "step"]
         memory = report["memory"]
         result = {
-            "predicted_bytes": memory["predicted_peak_bytes"],
             "measured_bytes": memory["measured_peak_bytes"],
-            "parts": memory["predicted"]["train"]["parts"],
+            "micro_batch": memory["micro_batch"],
             "tokens_per_s": statistics.median(event["tokens_per_s"] for event in steps_taken[1:]),
         }
-        if known_rates(probe(), "cpu") is not None:
-            result["predicted_tokens_per_s"] = strop.plan(**options).tokens_per_s
+        rates = known_rates(probe(), "cpu")
+        if rates is not None:
+            result["rate"] = [max(rates.bf16_flops, rates.fp32_flops), rates.bandwidth]
     return result
 
 
@@ -177,18 +177,36 @@ def _events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def predicted(case: dict[str, Any], found: dict[str, Any]) -> tuple[float, float]:
+    """Peak bytes, and tokens/s where the machine's rate was known, of a case whose micro-batch is known."""
+    from strop.config.load import resolve
+    from strop.model.shape import ModelShape, peek
+    from strop.planning.activations import MicroBatch
+    from strop.planning.memory import load, train
+    from strop.planning.setting import Setting
+    from strop.planning.speed import Rate, tokens_per_s
+
+    shape = peek("demo").shape if case["model"] == "demo" else ModelShape.of(MODELS[case["model"]])
+    given = {"model.name": "m", "data.train": "d", "model.device": "cpu", "model.dtype": "bf16", **case["options"]}
+    setting = Setting.of(resolve(None, given).recipe, shape, None, 1)
+    batch = MicroBatch(**{**found["micro_batch"], "documents": tuple(map(tuple, found["micro_batch"]["documents"]))})
+    peak = max(phase.peak_bytes for phase in (load(setting), train(setting, batch)))
+    return peak, tokens_per_s(setting, batch, Rate(*found["rate"], "")) if "rate" in found else 0.0
+
+
 def tables(results: dict[str, Any]) -> tuple[str, str]:
-    """Of memory and of time, as Markdown."""
+    """Of memory and of time, as Markdown: measured figures beside what the formulas say now."""
+    cases = {name_of(case): case for case in CASES}
     memory, time, errors, slips = [], [], [], []
     for name, found in results.items():
         if "memory" in found:
-            predicted, measured = found["memory"]["predicted_bytes"], found["memory"]["measured_bytes"]
-            errors.append(predicted / measured - 1)
-            memory.append(f"| {name} | {predicted / 2**20:,.0f} | {measured / 2**20:,.0f} | {errors[-1]:+.1%} |")
+            expected, measured = predicted(cases[name], found["memory"])[0], found["memory"]["measured_bytes"]
+            errors.append(expected / measured - 1)
+            memory.append(f"| {name} | {expected / 2**20:,.0f} | {measured / 2**20:,.0f} | {errors[-1]:+.1%} |")
         if "time" in found:
-            predicted, measured = found["time"]["predicted_tokens_per_s"], found["time"]["tokens_per_s"]
-            slips.append(predicted / measured - 1)
-            time.append(f"| {name} | {predicted:,.0f} | {measured:,.0f} | {slips[-1]:+.0%} |")
+            expected, measured = predicted(cases[name], found["time"])[1], found["time"]["tokens_per_s"]
+            slips.append(expected / measured - 1)
+            time.append(f"| {name} | {expected:,.0f} | {measured:,.0f} | {slips[-1]:+.0%} |")
 
     def said(found: list[float]) -> str:
         sizes = [abs(error) for error in found]

@@ -78,7 +78,7 @@ class ModelShape:
     known: bool = True
     activation: str = "silu"
     softcap: bool = False  # of the attention's scores
-    window: int = 0
+    rope: str = "default"
     prequantized: str | None = None  # how the weights are quantized on disk
 
     @property
@@ -139,7 +139,7 @@ class ModelShape:
             known=known,
             activation=str(text.get("hidden_activation") or text.get("hidden_act") or "silu"),
             softcap=bool(text.get("attn_logit_softcapping")),
-            window=int(text.get("sliding_window") or 0) if text.get("use_sliding_window", True) else 0,
+            rope=_rope(text),
             prequantized=_prequantized(config),
         )
 
@@ -176,6 +176,14 @@ def _linears(
         LinearShape("mlp.up_proj", hidden, inner, mlp_bias),
         LinearShape("mlp.down_proj", inner, hidden, mlp_bias),
     )
+
+
+def _rope(config: Mapping[str, Any]) -> str:
+    """The kind of rotary embedding; of several, one for each kind of layer, that of the first."""
+    section = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if section and all(isinstance(value, Mapping) for value in section.values()):
+        section = next(iter(section.values()))
+    return str(section.get("rope_type") or section.get("type") or "default")
 
 
 def _getter(config: Mapping[str, Any], family: str) -> Any:

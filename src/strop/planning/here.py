@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from strop.config.load import SHORT
 from strop.config.schema import Recipe
 from strop.data.prepare import prepare
-from strop.errors import RecipeError
+from strop.errors import ModelError, RecipeError
 from strop.machine.probe import Machine, probe
 from strop.machine.rates import known_rates
 from strop.model.facts import locate
@@ -82,6 +83,18 @@ def without_data(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[
     if not recipe_given:
         given.setdefault("data.train", "-")
     return given
+
+
+def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
+    """adapter_config.json of the adapter or run to start from. Raises ModelError where there is none."""
+    if recipe.model.adapter is None:
+        return None
+    path = Path(recipe.model.adapter).expanduser()
+    file = next((place for place in (path, path / "adapter") if (place / "adapter_config.json").is_file()), None)
+    if file is None:
+        raise ModelError(f"--model.adapter {path}: no adapter there", fix="give a run or adapter folder")
+    found: dict[str, Any] = json.loads((file / "adapter_config.json").read_text(encoding="utf-8"))
+    return found
 
 
 def row_lengths(recipe: Recipe) -> list[int]:

@@ -26,7 +26,7 @@ LOOPS_BYTES = 85 * MIB
 PRODUCTS_BYTES = 47 * MIB
 SCRATCH_BYTES = 14 * MIB  # oneDNN's scratch and small blocks at the peak
 CUDA_CONTEXT_BYTES = 450 * MIB  # of the driver, cuBLAS's workspace included
-SHARD_BYTES = 1 << 30  # of a merge, as in model.shards
+PARITY_POSITIONS = 2048  # as in export.parity
 BLOCK, NESTED = 64, 256  # weights that share a constant, constants that share one
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion": 4.0, "adafactor": 0.1, "sgd": 0.0}
 
@@ -56,7 +56,7 @@ def phases(setting: Setting, batch: MicroBatch, context: int) -> dict[str, Phase
         "load": load(setting),
         "train": train(setting, batch),
         "evaluate": evaluate(setting, batch),
-        "merge": merge(setting),
+        "merge": merge(setting, context),
         "serve": serve(setting, context),
     }
 
@@ -183,15 +183,16 @@ def load(setting: Setting) -> Phase:
     return _phase({**parts, "mapped_files": mapped, "framework": framework})
 
 
-def merge(setting: Setting) -> Phase:
-    """On the CPU in fp32: two models are measured one after the other, each whole."""
-    vocabulary, positions = setting.shape.vocabulary, 1024
+def merge(setting: Setting, context: int) -> Phase:
+    """On the CPU in fp32: two models are measured one after the other, each whole, on rows of `context` tokens; the
+    first one's distributions wait in a file."""
+    row = 4 * setting.shape.vocabulary
     return _phase(
         {
             "weights": 4 * setting.parameters,
             "adapters": 4 * setting.adapter_weights,
-            "head": 3 * 4 * positions * vocabulary,
-            "mapped_files": 2 * setting.parameters,
+            "head": 3 * context * row,
+            "mapped_files": 2 * setting.parameters + PARITY_POSITIONS * row,
             "workspace": SCRATCH_BYTES,
             "framework": CODE_BYTES + PRODUCTS_BYTES,
         }

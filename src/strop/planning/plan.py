@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,12 +76,14 @@ def make_plan(
     device: str,
     dtype: tuple[str, str],
     lengths: Sequence[int] = (),
+    adapter: Mapping[str, Any] | None = None,
 ) -> Plan:
     """device and dtype: where the recipe leaves them open. lengths: of the rows in tokens, where they are known.
+    adapter: adapter_config.json of the adapter to start from.
 
     Raises InputError where the recipe asks for what the model does not have.
     """
-    resolved = choose(resolved, machine, model.shape, device, dtype, None, model.parameters)
+    resolved = choose(resolved, machine, model.shape, device, dtype, adapter, model.parameters)
     recipe = resolved.recipe
     setting = Setting.of(recipe, model.shape, model.parameters, machine.cores)
     room = Room(model.shape, model.parameters, usable_bytes(machine, recipe.model.device))

@@ -101,6 +101,7 @@ def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
         "trained biases": lora.bias != "none",
         "weights trained in full": bool(lora.modules_to_save or lora.new_tokens),
         "fp16": recipe.model.dtype == "fp16",
+        f"rotary embedding of type {shape.rope}": shape.rope in ("dynamic", "longrope"),
         f"activation {shape.activation}": shape.activation not in ("silu", "gelu_pytorch_tanh"),
         "soft-capped attention outside of a CPU": shape.softcap and recipe.model.device != "cpu",
     }

@@ -260,6 +260,7 @@ def _finish(job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ende
         "memory": {
             "predicted_peak_bytes": expected.peak_bytes(str(model.device)),
             "measured_peak_bytes": memory.peak_bytes(),
+            "micro_batch": asdict(expected.batch),
             "predicted": {name: phase.as_json() for name, phase in expected.phases.items()},
         },
         "adapter": str(folder.adapter),
