@@ -3,11 +3,11 @@
     python benchmarks/plan_memory.py FOLDER [--only TEXT] [--time] [--out docs/plan_runs.json] [--page docs/plan.md]
 
 FOLDER gets the random models (3 GB). Each case is a run of its own in a process of its own: two steps on rows of one
-length, four with --time. Memory does not depend on speed; measure time on a quiet machine, after `strop doctor`. The
+length, three with --time. Memory does not depend on speed; measure time on a quiet machine, after `strop doctor`. The
 results are kept in --out, and the tables of --page are written anew from all of them.
 
 Memory is measured with an allocator that gives back what is freed (glibc keeps blocks below 32 MiB otherwise, in pieces
-that may fit nothing; --as-it-is measures it so). That costs 6 % of the speed, which is why runs do not do it.
+that may fit nothing; the runs of --time are as runs have it). That costs 6 % of the speed, which is why runs do not.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,7 @@ def run(folder: Path, case: dict[str, Any], steps: int) -> dict[str, Any]:
     import strop
     from strop.machine.probe import probe
     from strop.machine.rates import known_rates
+    from strop.planning.speed import Rate
 
     model = case["model"] if case["model"] == "demo" else str(make_model(folder, case["model"]))
     rows, tokens = case["rows"], case["tokens"]
@@ -169,7 +171,7 @@ def run(folder: Path, case: dict[str, Any], steps: int) -> dict[str, Any]:
         }
         rates = known_rates(probe(), "cpu")
         if rates is not None:
-            result["rate"] = [max(rates.bf16_flops, rates.fp32_flops), rates.bandwidth]
+            result["rate"] = asdict(Rate.measured(rates, "bf16"))
     return result
 
 
@@ -191,69 +193,42 @@ def predicted(case: dict[str, Any], found: dict[str, Any]) -> tuple[float, float
     setting = Setting.of(resolve(None, given).recipe, shape, None, 1)
     batch = MicroBatch(**{**found["micro_batch"], "documents": tuple(map(tuple, found["micro_batch"]["documents"]))})
     peak = max(phase.peak_bytes for phase in (load(setting), train(setting, batch)))
-    return peak, tokens_per_s(setting, batch, Rate(*found["rate"], "")) if "rate" in found else 0.0
+    return peak, tokens_per_s(setting, batch, Rate(**found["rate"])) if "rate" in found else 0.0
 
 
 def tables(results: dict[str, Any]) -> tuple[str, str]:
     """Of memory and of time, as Markdown: measured figures beside what the formulas say now."""
     cases = {name_of(case): case for case in CASES}
-    memory, time, errors, slips = [], [], [], []
+    memory, time = [], []
+    errors: dict[str, list[float]] = {"memory": [], "kept": [], "time": []}
+
+    def beside(kind: str, expected: float, measured: float, form: str) -> str:
+        errors[kind].append(expected / measured - 1)
+        return f"{form.format(measured)} | {errors[kind][-1]:+.1%}"
+
     for name, found in results.items():
+        timed = found.get("time")
         if "memory" in found:
-            expected, measured = predicted(cases[name], found["memory"])[0], found["memory"]["measured_bytes"]
-            errors.append(expected / measured - 1)
-            memory.append(f"| {name} | {expected / 2**20:,.0f} | {measured / 2**20:,.0f} | {errors[-1]:+.1%} |")
-        if "time" in found:
-            expected, measured = predicted(cases[name], found["time"])[1], found["time"]["tokens_per_s"]
-            slips.append(expected / measured - 1)
-            time.append(f"| {name} | {expected:,.0f} | {measured:,.0f} | {slips[-1]:+.0%} |")
+            expected = predicted(cases[name], found["memory"])[0] / 2**20
+            cells = beside("memory", expected, found["memory"]["measured_bytes"] / 2**20, "{:,.0f}")
+            kept = beside("kept", expected, timed["measured_bytes"] / 2**20, "{:,.0f}") if timed else " | "
+            memory.append(f"| {name} | {expected:,.0f} | {cells} | {kept} |")
+        if timed:
+            expected = predicted(cases[name], timed)[1]
+            time.append(f"| {name} | {expected:,.0f} | {beside('time', expected, timed['tokens_per_s'], '{:,.0f}')} |")
 
-    def said(found: list[float]) -> str:
-        sizes = [abs(error) for error in found]
-        return (
-            f"{len(sizes)} runs: median error {statistics.median(sizes):.1%}, worst {max(sizes):.1%}.\n\n"
-            if found
-            else ""
-        )
+    def said(kind: str, what: str) -> str:
+        sizes = [abs(error) for error in errors[kind]]
+        if not sizes:
+            return ""
+        return f"{len(sizes)} runs{what}: median error {statistics.median(sizes):.1%}, worst {max(sizes):.1%}.\n\n"
 
-    head = "| run | predicted, {0} | measured, {0} | error |\n|---|---:|---:|---:|\n"
+    rule = "\n|---|---:|---:|---:|"
+    head = f"| run | predicted, MiB | measured | error | as runs have it | error |{rule}---:|---:|\n"
     return (
-        said(errors) + head.format("MiB") + "\n".join(memory) + "\n",
-        said(slips) + head.format("tokens/s") + "\n".join(time) + "\n",
+        said("memory", "") + said("kept", ", as runs have it") + head + "\n".join(memory) + "\n",
+        said("time", "") + f"| run | predicted, tokens/s | measured | error |{rule}\n" + "\n".join(time) + "\n",
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="for the random models")
-    parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--numbers", default="", help="cases by their place in CASES, from 0: 3,7")
-    parser.add_argument("--as-it-is", action="store_true", help="with the allocator as runs have it")
-    parser.add_argument("--time", action="store_true", help="measure ten cases' tokens/s")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "plan_runs.json")
-    parser.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "plan.md")
-    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    kind, steps = ("time", 4) if options.time else ("as it is" if options.as_it_is else "memory", 2)
-    if options.case is not None:
-        print(json.dumps(run(options.folder, CASES[options.case], steps)))
-        return
-    results = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
-    for number in TIMED if options.time else range(len(CASES)):
-        name = name_of(CASES[number])
-        if options.only not in name or (options.numbers and str(number) not in options.numbers.split(",")):
-            continue
-        command = [sys.executable, __file__, *sys.argv[1:], "--case", str(number)]
-        trimmed = {} if options.time or options.as_it_is else {"MALLOC_MMAP_THRESHOLD_": "131072"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **trimmed})
-        if done.returncode:
-            print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-            continue
-        results.setdefault(name, {})[kind] = found = json.loads(done.stdout.splitlines()[-1])
-        print(f"{name}: {found}", file=sys.stderr)
-        ordered = {key: results[key] for key in map(name_of, CASES) if key in results}
-        options.out.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
-    write_page(options.page, results)
 
 
 def write_page(page: Path, results: dict[str, Any]) -> None:
@@ -263,6 +238,38 @@ def write_page(page: Path, results: dict[str, Any]) -> None:
         before, _, rest = text.partition(f"<!-- {mark} -->\n")
         text = f"{before}<!-- {mark} -->\n{table}<!-- end -->{rest.partition('<!-- end -->')[2]}"
     page.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="for the random models")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--numbers", default="", help="cases by their place in CASES, from 0: 3,7")
+    parser.add_argument("--time", action="store_true", help="measure ten cases' tokens/s")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "plan_runs.json")
+    parser.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "plan.md")
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    kind, steps = ("time", 3) if options.time else ("memory", 2)
+    if options.case is not None:
+        print(json.dumps(run(options.folder, CASES[options.case], steps)))
+        return
+    results = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    for number in TIMED if options.time else range(len(CASES)):
+        name = name_of(CASES[number])
+        if options.only not in name or (options.numbers and str(number) not in options.numbers.split(",")):
+            continue
+        command = [sys.executable, __file__, *sys.argv[1:], "--case", str(number)]
+        trimmed = {} if options.time else {"MALLOC_MMAP_THRESHOLD_": "131072"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **trimmed})
+        if done.returncode:
+            print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            continue
+        results.setdefault(name, {})[kind] = found = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name}: {found}", file=sys.stderr)
+        ordered = {key: results[key] for key in map(name_of, CASES) if key in results}
+        options.out.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    write_page(options.page, results)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,16 +214,46 @@ def test_published_peaks_are_met_or_the_reason_is_given() -> None:
         assert abs(error) <= 0.15 or why, error
 
 
-@pytest.mark.parametrize("mark", ["models", "published"])
+@pytest.mark.parametrize("mark", ["models", "published", "memory", "time"])
 def test_the_tables_of_the_page_are_computed(mark: str) -> None:
     """Run `python -m tests.test_plan_memory` to write them anew."""
     assert f"<!-- {mark} -->\n{_tables()[mark]}<!-- end -->" in PAGE.read_text(encoding="utf-8")
 
 
+def test_the_accuracy_that_the_page_claims_is_that_of_its_runs() -> None:
+    """Measured figures are kept; what was predicted is computed here, and must stay within the bounds."""
+    benchmark, results = _benchmark(), json.loads((PAGE.parent / "plan_runs.json").read_text(encoding="utf-8"))
+    cases = {benchmark.name_of(case): case for case in benchmark.CASES}
+    memory = [
+        benchmark.predicted(cases[name], found["memory"])[0] / found["memory"]["measured_bytes"] - 1
+        for name, found in results.items()
+        if "memory" in found
+    ]
+    time = [
+        benchmark.predicted(cases[name], found["time"])[1] / found["time"]["tokens_per_s"] - 1
+        for name, found in results.items()
+        if "time" in found
+    ]
+    assert statistics.median(map(abs, memory)) <= 0.05 and max(map(abs, memory)) <= 0.15
+    assert len(time) >= 10 and max(map(abs, time)) <= 0.20
+
+
+def _benchmark() -> Any:
+    path = PAGE.parents[1] / "benchmarks" / "plan_memory.py"
+    spec = importlib.util.spec_from_file_location("plan_memory", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _tables() -> dict[str, str]:
     given = {"model.device": "cuda", "model.dtype": "bf16", "data.max_length": 2048}
     recipe = resolve(None, {"model": "m", "data": "d", **given}).recipe
-    return {"models": table(compare(recipe, known_models())), "published": published()[0]}
+    runs = json.loads((PAGE.parent / "plan_runs.json").read_text(encoding="utf-8"))
+    memory, time = _benchmark().tables(runs)
+    models = table(compare(recipe, known_models()))
+    return {"models": models, "published": published()[0], "memory": memory, "time": time}
 
 
 def test_the_head_counts_and_supervised_rows_alone() -> None:

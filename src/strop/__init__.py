@@ -42,7 +42,7 @@ def plan(
 
     resolved = resolve(Path(recipe) if recipe else None, without_data(_flat(options), recipe is not None))
     model = resolved.recipe.model
-    place, looked_at = place_for(model.device, memory, gpu), peek(model.name, model.revision)
+    place, looked_at = place_for(model.device, memory, gpu, model.dtype), peek(model.name, model.revision)
     return make_plan(
         resolved,
         place.machine,

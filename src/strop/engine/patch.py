@@ -120,7 +120,7 @@ def _unsupported_base(base: Any, family: Family) -> str | None:
     return None
 
 
-def _ops_for(device: torch.device, dtype: torch.dtype, warm: bool) -> Ops:
+def ops_for(device: torch.device, dtype: torch.dtype, warm: bool) -> Ops:
     """numba's loops where they apply, else PyTorch's operations: the same numbers, slower."""
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         from strop.engine import kernels  # its import starts threads
@@ -285,7 +285,7 @@ class FastLoss:
         self._decoder, self._head = base.model, base.get_output_embeddings()
         self._softcap = float(getattr(base.config, "final_logit_softcapping", None) or 0)
         self._device: torch.device = self._head.weight.device
-        self._ops = _ops_for(self._device, self._head.weight.dtype, warm)
+        self._ops = ops_for(self._device, self._head.weight.dtype, warm)
         family = FAMILIES[base.config.model_type]
         self._workspace = Workspace()
         self._layers = [self._layer(layer, family, base.config) for layer in base.model.layers]

@@ -13,12 +13,15 @@ from strop.runs.lock import sha256_text
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of large products in each type, and bytes/s of memory."""
+    """FLOP/s of the frozen layers' products in each type, and bytes/s of memory. head_flops, attention_flops: what the
+    engine's own reach, by type: they are other shapes, with a softmax between."""
 
     bf16_flops: float
     fp32_flops: float
     bandwidth: float
     threads: int
+    head_flops: dict[str, float]
+    attention_flops: dict[str, float]
 
     @property
     def dtype(self) -> str:

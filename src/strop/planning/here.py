@@ -35,8 +35,8 @@ class Place:
     rate: Rate
 
 
-def place_for(device: str, memory: int | None = None, gpu: str | None = None) -> Place:
-    """device: auto, cpu, cuda or mps, as the recipe says; memory: bytes that there are, in place of what is found.
+def place_for(device: str, memory: int | None = None, gpu: str | None = None, dtype: str = "auto") -> Place:
+    """device, dtype: as the recipe says, which may be auto; memory: bytes that there are, in place of what is found.
 
     Raises RecipeError for a card that is not in the table, or CUDA where nothing says how large the card is.
     """
@@ -58,8 +58,8 @@ def place_for(device: str, memory: int | None = None, gpu: str | None = None) ->
         rate = Rate(CORE_FP32 * 30, 200e9, "an Apple GPU as the table has it")
         return Place(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), rate)
     if rates is not None:
-        dtype, flops = rates.dtype, max(rates.bf16_flops, rates.fp32_flops)
-        return Place(machine, "cpu", (dtype, "measured by strop doctor"), Rate(flops, rates.bandwidth, "strop doctor"))
+        used = rates.dtype if dtype == "auto" else dtype
+        return Place(machine, "cpu", (rates.dtype, "measured by strop doctor"), Rate.measured(rates, used))
     fast = "avx512_bf16" in machine.vector or "amx_bf16" in machine.vector
     core = CORE_BF16 if fast else CORE_FP32 if "avx512f" in machine.vector else CORE_PLAIN
     said = "its instructions; `strop doctor` measures"

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from strop.planning.activations import KEEP_PAIRS, MicroBatch
+from strop.machine.rates import Rates
+from strop.planning.activations import HEAD_BYTES, KEEP_PAIRS, MicroBatch
 from strop.planning.cards import Card
 from strop.planning.memory import packed_weights
 from strop.planning.setting import Setting
 
-# A CPU's shares of the probe's rate, from timers around the engine's functions (docs/performance.md, "Where the time
-# goes", and docs/plan.md): products with a rank of 16 or a head of 64 are too thin to reach it.
-FROZEN, THIN, ATTENTION, HEAD = 0.80, 0.27, 0.20, 0.80
+# Shares of the probe's rate on a CPU, from timers around the engine's functions (docs/performance.md, "Where the time
+# goes") and the differences between the runs of docs/plan.md: a product with a rank of 16 is too thin to reach it.
+FROZEN, THIN = 0.82, 0.5
+ATTENTION, HEAD = 0.5, 1.0  # where `strop doctor` has not measured them
 UNPACKED_PER_S = 1.0e9  # weights dequantized a second on two cores, where they are streamed
 STEP_S = 0.05  # Python and dispatch of a micro-batch of 30 layers
 GPU_SHARE = 0.45  # of a card's dense rate: 43 % at 8B LoRA on an H100 (NVIDIA NeMo AutoModel's published figure)
@@ -29,6 +31,16 @@ class Rate:
     bandwidth: float
     source: str
     peak: bool = False
+    head_flops: float = 0.0  # 0: not measured
+    attention_flops: float = 0.0
+
+    @staticmethod
+    def measured(rates: Rates, dtype: str) -> Rate:
+        """Of this machine's CPU in one type, as `strop doctor` has found it."""
+        flops = rates.bf16_flops if dtype == "bf16" else rates.fp32_flops
+        kind = dtype if dtype in rates.head_flops else "fp32"
+        head, attention = rates.head_flops[kind], rates.attention_flops[kind]
+        return Rate(flops, rates.bandwidth, "strop doctor", head_flops=head, attention_flops=attention)
 
     @staticmethod
     def of(card: Card) -> Rate:
@@ -71,11 +83,25 @@ def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> floa
     unpacked = packed_weights(setting) * (2 + setting.checkpoint_layers / setting.shape.layers)
     if rate.peak:
         return work.total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
-    products = work.frozen / FROZEN + work.adapters / THIN + work.attention / ATTENTION + work.head / HEAD
+    attention, head = rate.attention_flops or ATTENTION * rate.flops, rate.head_flops or HEAD * rate.flops
     moved = batch.tokens * setting.shape.layers * element_bytes(setting)
     return (
-        products / rate.flops + moved / rate.bandwidth + unpacked / UNPACKED_PER_S + STEP_S * setting.shape.layers / 30
+        (work.frozen / FROZEN + work.adapters / THIN) / rate.flops
+        + work.attention / attention
+        + work.head / head
+        + repacked_bytes(batch.supervised, setting.shape.vocabulary, setting.shape.hidden, setting.element)
+        / rate.bandwidth
+        + moved / rate.bandwidth
+        + unpacked / UNPACKED_PER_S
+        + STEP_S * setting.shape.layers / 30
     )
+
+
+def repacked_bytes(rows: int, vocabulary: int, hidden: int, element: int) -> int:
+    """Each chunk of the head's rows lays its weight out anew for either product, read and written: 12 times a thousand
+    rows where the vocabulary has 151,936 tokens."""
+    chunks = -(-rows // max(16, HEAD_BYTES // (vocabulary * element)))
+    return chunks * 2 * 2 * vocabulary * hidden * element
 
 
 def element_bytes(setting: Setting) -> int:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import nn
 
+from strop.engine.attention import Attention, Heads
+from strop.engine.functions import apply
+from strop.engine.head import SupervisedLoss
+from strop.engine.packed import lay_out
+from strop.engine.patch import ops_for
 from strop.engine.precision import measure
 from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, pip
 from strop.machine.probe import Machine
 from strop.machine.rates import Rates, keep_rates
 from strop.model.quantize import QuantizedLinear, pack, unpack
+from strop.planning.activations import MicroBatch
+from strop.planning.speed import repacked_bytes
 
 COPY_BYTES = 256 << 20
 
@@ -45,12 +53,46 @@ def cards(machine: Machine) -> Iterator[Finding]:
 
 
 def measure_rates() -> Rates:
-    """Products in both types and a copy, on the CPU; half a second each."""
+    """Products in both types and a copy, on the CPU, and what the engine's head and attention reach."""
     found = measure("cpu")
     x = torch.empty(COPY_BYTES, dtype=torch.uint8).fill_(1)
     y = torch.empty_like(x)
     copy = _fastest(lambda: y.copy_(x))
-    return Rates(found.bf16_flops, found.fp32_flops, 2 * COPY_BYTES / copy, torch.get_num_threads())
+    kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    bandwidth = 2 * COPY_BYTES / copy
+    head = {name: _head_flops(kind, bandwidth) for name, kind in kinds.items()}
+    attention = {name: _attention_flops(kind) for name, kind in kinds.items()}
+    threads = torch.get_num_threads()
+    return Rates(found.bf16_flops, found.fp32_flops, bandwidth, threads, head, attention)
+
+
+def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
+    """The engine's head on 512 rows of a vocabulary of 49,152, hidden size 576, but for moving its weight."""
+    rows, hidden, vocabulary = 512, 576, 49152
+    x, weight = torch.ones(rows, hidden, dtype=dtype, requires_grad=True), torch.ones(vocabulary, hidden, dtype=dtype)
+    labels, weights = torch.zeros(rows, dtype=torch.long), torch.ones(rows)
+    ops = ops_for(torch.device("cpu"), dtype, warm=True)
+    seconds = _fastest(lambda: apply(SupervisedLoss, x, labels, weights, weight, 0.0, ops), 3)
+    moving = repacked_bytes(rows, vocabulary, hidden, x.element_size()) / bandwidth
+    return 4 * rows * hidden * vocabulary / max(seconds - moving, seconds / 2)
+
+
+def _attention_flops(dtype: torch.dtype) -> float:
+    """The engine's attention, there and back: 2 documents of 512 tokens, 9 heads of 64 over 3."""
+    documents, length = 2, 512
+    ops = ops_for(torch.device("cpu"), dtype, warm=True)
+    heads = Heads(ops, query=9, key_value=3, size=64, scale=0.125, window=0, softcap=0.0, q_norm=None, k_norm=None)
+    tokens = documents * length
+    places = np.arange(tokens).reshape(documents, length)
+    layout = lay_out([(places, places)], tokens, torch.device("cpu"))
+    angles = torch.ones(tokens, 32), torch.zeros(tokens, 32)
+    qkv = torch.zeros(tokens, 15 * 64, dtype=dtype, requires_grad=True)
+
+    def work() -> None:
+        apply(Attention, qkv, heads, *angles, layout).sum().backward()
+
+    batch = MicroBatch.rows([length] * documents)
+    return 12.0 * batch.pairs * 9 * 64 / _fastest(work, 4)
 
 
 def _fastest(work: Callable[[], object], rounds: int = 4) -> float:
