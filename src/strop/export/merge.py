@@ -41,7 +41,8 @@ from strop.evaluation.loss import mean_loss
 from strop.export.parity import LIMITS, Parity, compare
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import DTYPES, load_base, load_config, skeleton, weights_folder
-from strop.model.quantize import pack, prequantized, quantizable, unpack
+from strop.model.quantize import pack, quantizable, unpack
+from strop.model.shape import prequantized
 from strop.model.shards import SHARD_BYTES, Tensors
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, write_json

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from strop.errors import ModelError
 from strop.model.facts import Source, fingerprint, read_config
-from strop.model.quantize import folder_name, make_resident, prequantized
+from strop.model.quantize import folder_name, make_resident
+from strop.model.shape import prequantized
 from strop.model.shards import build, floats, is_finite, is_whole, quantize_folder
 from strop.model.tokenizer import LOCAL, first_line, gguf_cache, head_folder, plain_config
 from strop.runs.folder import cache_folder, new_folder

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from strop.errors import QuantizerError
+from strop.model.shape import SMALLEST
 
 BLOCK = 64  # weights that share a constant
-SMALLEST = 512  # weights below this many are not worth their constants
 FOUR_BIT = ("nf4", "fp4")
 SCHEMES = (*FOUR_BIT, "int8")
 
@@ -171,14 +171,6 @@ def layer_number(name: str) -> int | None:
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
-
-
-def prequantized(config: dict[str, Any]) -> str | None:
-    """The scheme of a checkpoint that bitsandbytes has quantized; None for any other."""
-    section = config.get("quantization_config") or {}
-    if section.get("quant_method") != "bitsandbytes":
-        return None
-    return str(section.get("bnb_4bit_quant_type", "fp4")) if section.get("load_in_4bit") else "int8"
 
 
 def folder_name(scheme: str, double: bool, dtype: str) -> str:

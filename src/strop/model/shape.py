@@ -16,7 +16,7 @@ from strop.model.ggufheader import read_gguf_config
 from strop.model.targets import LinearKind, sets_of
 from strop.runs.folder import is_run
 
-SMALLEST = 512  # weights of a linear layer below which a quantized base keeps it in 16 bit
+SMALLEST = 512  # weights below this many are not worth their constants: a quantized base keeps them in 16 bit
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class ModelShape:
             activation=str(text.get("hidden_activation") or text.get("hidden_act") or "silu"),
             softcap=bool(text.get("attn_logit_softcapping")),
             rope=_rope(text),
-            prequantized=_prequantized(config),
+            prequantized=prequantized(config),
         )
 
     def linear_kinds(self) -> list[LinearKind]:
@@ -197,7 +197,7 @@ def _getter(config: Mapping[str, Any], family: str) -> Any:
     return get
 
 
-def _prequantized(config: Mapping[str, Any]) -> str | None:
+def prequantized(config: Mapping[str, Any]) -> str | None:
     """The scheme of a checkpoint that bitsandbytes has quantized; None for any other."""
     section = config.get("quantization_config") or {}
     if section.get("quant_method") != "bitsandbytes":

@@ -20,8 +20,7 @@ from strop.machine.probe import Machine, probe
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import load_config, skeleton
 from strop.model.lora import check_lora, linear_kinds, num_trainable
-from strop.model.quantize import prequantized
-from strop.model.shape import LinearShape, ModelShape
+from strop.model.shape import LinearShape, ModelShape, prequantized
 from strop.model.tokenizer import load_tokenizer
 from strop.planning.choose import choose, memory_key
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
