@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from strop.machine.probe import Machine
@@ -36,8 +36,10 @@ def keep_rates(machine: Machine, device: str, rates: Rates) -> None:
 
 
 def known_rates(machine: Machine, device: str) -> Rates | None:
+    """None where none were measured, or by a strop that measured others."""
     file = _file(machine, device)
-    return Rates(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return Rates(**found) if set(found) == {field.name for field in fields(Rates)} else None
 
 
 def _file(machine: Machine, device: str) -> Path:
