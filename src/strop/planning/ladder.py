@@ -35,7 +35,8 @@ class Rung:
 def ladder(recipe: Recipe, room: Room, rate: Rate) -> list[Rung]:
     """Rungs up to the first that fits; the last one, where none does, is a smaller model."""
     rungs: list[Rung] = []
-    first, options, now = _speed(recipe, room, rate), {}, recipe
+    options: dict[str, Any] = {}
+    first, now = _speed(recipe, room, rate), recipe
     for change in (_checkpoint, _stream, _one_row, _small_moments, _shorter, _fewer_targets):
         for what, gives_up, changed in change(now, room):
             options |= changed

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from strop.engine.attention import Attention, Heads
 from strop.engine.functions import apply
@@ -90,7 +90,7 @@ def _attention_flops(dtype: torch.dtype) -> float:
 
     def work() -> None:
         out = apply(Attention, qkv, heads, *angles, layout)
-        out.backward(torch.ones_like(out))
+        out.backward(torch.ones_like(out))  # type: ignore[no-untyped-call]
 
     batch = MicroBatch.rows([length] * documents)
     return 12.0 * batch.pairs * 9 * 64 / _fastest(work, 4)
@@ -120,10 +120,11 @@ def four_bit_step() -> Finding:
         why = "4-bit and 8-bit bases cannot be used; see docs/troubleshooting.md#bitsandbytes"
         return Finding("error", error.what, why, f"{pip()} install -U bitsandbytes")
     x, a = torch.randn(8, 128, device=device), torch.randn(4, 128, device=device) / 10
-    results = []
-    for product in (layer, lambda z: z @ whole.t()):
+    results: list[Tensor] = []
+    products: list[Callable[[Tensor], Tensor]] = [layer, lambda z: z @ whole.t()]
+    for product in products:
         b = torch.zeros(128, 4, device=device, requires_grad=True)
-        product(x + (x @ a.t()) @ b.t()).square().mean().backward()
+        product(x + (x @ a.t()) @ b.t()).square().mean().backward()  # type: ignore[no-untyped-call]
         assert b.grad is not None
         results.append(b.grad)
     moved, off = float(results[0].abs().max()), float((results[0] - results[1]).abs().max())
