@@ -14,8 +14,8 @@ COMMIT = "c" * 40
 
 
 @contextmanager
-def serve(kind: str, name: str, files: Mapping[str, bytes]) -> Iterator[tuple[str, list[str]]]:
-    """(address, paths asked for) of a server with one repository. kind: `datasets` or `models`."""
+def serve(kind: str, name: str, files: Mapping[str, bytes], *, gated: bool = False) -> Iterator[tuple[str, list[str]]]:
+    """(address, paths asked for) of a server with one repository. kind: datasets or models. gated: it gives none."""
     asked: list[str] = []
     resolve = f"/datasets/{name}/resolve/" if kind == "datasets" else f"/{name}/resolve/"
 
@@ -32,8 +32,13 @@ def serve(kind: str, name: str, files: Mapping[str, bytes]) -> Iterator[tuple[st
             elif path.startswith(resolve):
                 content = files[path.removeprefix(resolve).partition("/")[2]]
                 headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()[:40]}"', "X-Repo-Commit": COMMIT}
-            self.send_response(200 if content else 404)
-            if not content:
+            if gated and path.startswith(resolve):
+                content = b""
+                self.send_response(403)
+                self.send_header("X-Error-Code", "GatedRepo")
+            else:
+                self.send_response(200 if content else 404)
+            if not content and not gated:
                 self.send_header("X-Error-Code", "RepoNotFound")
             for header, value in {**headers, "Content-Length": str(len(content))}.items():
                 self.send_header(header, value)

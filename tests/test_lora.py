@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, GemmaConfig, MistralConfig, Phi3C
 
 from strop.config.schema import LoraSection
 from strop.errors import ModelError
-from strop.model.lora import add_lora, check_lora, linear_kinds, target_names, trainable
+from strop.model.lora import add_lora, check_lora, linear_kinds, trainable
+from strop.model.targets import target_names
 from tests import tiny
 from tests.families import tokenizer
 

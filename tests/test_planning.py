@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,19 +11,22 @@ from strop.config.load import Resolved, resolve
 from strop.errors import RecipeError
 from strop.machine.memory import remember
 from strop.machine.probe import Machine
-from strop.planning.choose import ModelShape, choose, learning_rate, memory_key
+from strop.model.shape import ModelShape
+from strop.planning.choose import choose, learning_rate, memory_key, usable_bytes
+from strop.planning.compare import KNOWN
 
 GIB = 1 << 30
-LLAMA_8B = ModelShape(8_030_000_000, 32, 4096, 4096, 1024, 14336, 128256)
+LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])
 
 
-def machine(free: float) -> Machine:
-    return Machine("Linux", "3.11", "a CPU", (), 8, int(64 * GIB), int(free * GIB), ())
+def machine(free: float, gpus: tuple[str, ...] = ()) -> Machine:
+    return Machine("Linux", "3.11", "a CPU", (), 8, int(64 * GIB), int(free * GIB), gpus)
 
 
-def plan(free: float, prequantized: str | None = None, shape: ModelShape = LLAMA_8B, **options: Any) -> Resolved:
-    recipe = resolve(None, {"model": "m", "data": "d", "train.micro_batch_tokens": 256, **options})
-    return choose(recipe, machine(free), shape, "cpu", ("bf16", "measured"), None, prequantized)
+def plan(free: float, prequantized: str | None = None, **options: Any) -> Resolved:
+    recipe = resolve(None, {"model": "m", "data": "d", "train.micro_batch_tokens": 1024, **options})
+    shape = replace(LLAMA_8B, prequantized=prequantized)
+    return choose(recipe, machine(free), shape, "cpu", ("bf16", "measured"))
 
 
 def test_auto_quantizes_where_16_bit_would_not_fit() -> None:
@@ -32,37 +36,60 @@ def test_auto_quantizes_where_16_bit_would_not_fit() -> None:
     assert plan(60, "int8", **{"model.quantization": "auto"}).recipe.model.quantization == "int8"
 
 
+def test_the_default_gives_way_only_where_16_bit_does_not_fit_at_all() -> None:
+    assert plan(60).choices["model.quantization"].origin == "default"
+    assert plan(12).recipe.model.quantization == "nf4"
+    assert plan(12, **{"model.quantization": "none"}).recipe.model.quantization == "none"
+    assert plan(12, preset="max-quality", **{"train.micro_batch_tokens": None}).recipe.model.quantization == "none"
+
+
 def test_as_many_layers_are_resident_as_fit() -> None:
-    counts = [plan(free, **{"model.quantization": "nf4"}).recipe.model.resident_layers for free in (6, 14, 18, 60)]
+    counts = [plan(free, **{"model.quantization": "nf4"}).recipe.model.resident_layers for free in (9, 14, 20, 60)]
     assert counts[0] == 0 and counts[-1] == 32 and 0 < counts[1] < counts[2] < 32  # type: ignore[operator]
     assert plan(60, **{"model.quantization": "nf4", "model.resident_layers": 3}).recipe.model.resident_layers == 3
     assert plan(60).recipe.model.resident_layers is None
 
 
 def test_streamed_weights_leave_room_for_activations() -> None:
-    """At 11 GiB the 16-bit weights alone would ask for checkpointing, and more."""
-    streamed = plan(11, **{"model.quantization": "nf4"}).recipe
+    """At 14 GiB the 16-bit weights alone would ask for checkpointing, and more."""
+    streamed = plan(14, **{"model.quantization": "nf4"}).recipe
     assert streamed.train.gradient_checkpointing == "off"
-    assert plan(11).recipe.train.gradient_checkpointing == "on"
+    assert plan(14, **{"model.quantization": "none"}).recipe.train.gradient_checkpointing == "on"
+
+
+def test_only_as_many_layers_are_computed_again_as_must_be() -> None:
+    counts = []
+    for free in (9, 10, 11):
+        chosen = plan(free, **{"model.quantization": "nf4"})
+        counts.append(chosen.recipe.train.gradient_checkpointing)
+        assert "would not fit" in chosen.choices["train.gradient_checkpointing"].why or counts[-1] == "off"
+    assert isinstance(counts[0], int) and isinstance(counts[1], int) and 32 > counts[0] > counts[1], counts
 
 
 def test_what_ran_out_of_memory_once_is_remembered() -> None:
     options = {"data": "d", "model": "m"}
-    fresh = choose(resolve(None, options), machine(60), LLAMA_8B, "cpu", ("bf16", ""), None)
+
+    def chosen(**more: Any) -> Resolved:
+        return choose(resolve(None, {**options, **more}), machine(60), LLAMA_8B, "cpu", ("bf16", ""))
+
+    fresh = chosen()
     assert fresh.recipe.train.micro_batch_tokens == 2048
     key = memory_key(fresh.recipe, machine(60), LLAMA_8B)
     remember(key, {"micro_batch_tokens": 512, "recompute": True})
-    again = choose(resolve(None, options), machine(60), LLAMA_8B, "cpu", ("bf16", ""), None)
+    again = chosen()
     assert again.recipe.train.micro_batch_tokens == 512 and again.recipe.train.gradient_checkpointing == "on"
     assert "ran out of memory" in again.choices["train.micro_batch_tokens"].why
-    asked = choose(
-        resolve(None, {**options, "train.micro_batch_tokens": 1024}), machine(60), LLAMA_8B, "cpu", ("bf16", ""), None
-    )
-    assert asked.recipe.train.micro_batch_tokens == 1024  # what a person asks for stays
+    assert chosen(**{"train.micro_batch_tokens": 1024}).recipe.train.micro_batch_tokens == 1024  # as a person asks
+    assert chosen(**{"lora.r": 64}).recipe.train.micro_batch_tokens == 2048
     remember(memory_key(plan(60, **{"model.quantization": "nf4"}).recipe, machine(60), LLAMA_8B), {"streamed": True})
     assert plan(60, **{"model.quantization": "nf4"}).recipe.model.resident_layers == 0
-    other = choose(resolve(None, {**options, "lora.r": 64}), machine(60), LLAMA_8B, "cpu", ("bf16", ""), None)
-    assert other.recipe.train.micro_batch_tokens == 2048
+
+
+def test_the_memory_that_counts_is_that_of_the_device() -> None:
+    with_card = machine(60, ("a card, 8192 MiB",))
+    assert usable_bytes(with_card, "cuda") < 8 * GIB < usable_bytes(with_card, "cpu")
+    recipe = resolve(None, {"model": "m", "data": "d"})
+    assert choose(recipe, with_card, LLAMA_8B, "cuda", ("bf16", "")).recipe.model.quantization == "nf4"
 
 
 def test_rates_by_size_and_optimizer() -> None:
@@ -77,4 +104,16 @@ def test_rates_by_size_and_optimizer() -> None:
 
 @pytest.mark.parametrize(("preset", "scheme"), [("low-memory", "nf4"), ("balanced", "nf4"), ("max-quality", "none")])
 def test_presets_name_their_quantization(preset: str, scheme: str) -> None:
-    assert resolve(None, {"model": "m", "data": "d", "preset": preset}).recipe.model.quantization == scheme
+    resolved = plan(60, preset=preset, **{"train.micro_batch_tokens": None})
+    assert resolved.recipe.model.quantization == scheme
+    assert all(choice.why for choice in resolved.choices.values() if choice.origin == "plan")
+
+
+def test_a_bare_on_in_yaml_is_not_one_layer() -> None:
+    def asked(value: Any) -> Any:
+        return resolve(None, {"model": "m", "data": "d", "train.gradient_checkpointing": value}).recipe
+
+    assert asked(True).train.gradient_checkpointing == "on" and asked(False).train.gradient_checkpointing == "off"
+    assert asked("4").train.gradient_checkpointing == 4
+    with pytest.raises(RecipeError):
+        asked(0)

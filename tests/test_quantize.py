@@ -22,7 +22,8 @@ from strop.errors import ModelError
 from strop.model.facts import locate
 from strop.model.load import load_base, skeleton
 from strop.model.lora import add_lora, trainable
-from strop.model.quantize import QuantizedLinear, make_resident, pack, prequantized, quantizable
+from strop.model.quantize import QuantizedLinear, make_resident, pack, quantizable
+from strop.model.shape import prequantized
 from strop.runs.events import read_events
 from tests import tiny
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from strop.exporting.gguf import Exported
     from strop.exporting.merge import Merged
     from strop.exporting.ollama import Prepared
+    from strop.planning.compare import Row
+    from strop.planning.plan import Plan
     from strop.training.run import Run
 
 __version__ = "0.1.0"
@@ -34,9 +36,66 @@ __all__ = [
     "export",
     "load",
     "merge",
+    "plan",
     "resume",
     "train",
 ]
+
+
+def plan(
+    recipe: str | Path | None = None, *, memory: int | None = None, gpu: str | None = None, **options: Any
+) -> Plan:
+    """Whether a recipe fits, how long it takes, and what to change where it does not; reads no weights, needs no torch.
+
+    options: as of `train`; without `data`, the plan is about rows of the longest length. `model` may be the path of a
+    config.json alone. memory: bytes of the device; gpu: a card by its name. Default: this machine.
+    Raises InputError.
+    """
+    from strop.config.load import resolve
+    from strop.model.shape import peek
+    from strop.planning.here import place_for, row_lengths, start_adapter, without_data
+    from strop.planning.plan import make_plan
+
+    resolved = resolve(Path(recipe) if recipe else None, without_data(_flat(options), recipe is not None))
+    model = resolved.recipe.model
+    place, looked_at = place_for(model.device, memory, gpu, model.dtype), peek(model.name, model.revision)
+    return make_plan(
+        resolved,
+        place.machine,
+        looked_at,
+        place.rate,
+        device=place.device,
+        dtype=place.dtype,
+        lengths=row_lengths(resolved.recipe),
+        adapter=start_adapter(resolved.recipe),
+    )
+
+
+def compare_methods(
+    recipe: str | Path | None = None, *, memory: int | None = None, gpu: str | None = None, **options: Any
+) -> list[Row]:
+    """Peak memory of full fine-tuning, 16-bit LoRA and QLoRA for models of several sizes, and for `model` if given."""
+    from strop.config.load import resolve
+    from strop.model.shape import peek
+    from strop.planning.choose import usable_bytes
+    from strop.planning.compare import compare, known_models
+    from strop.planning.here import place_for, without_data
+
+    given = without_data(_flat(options), recipe is not None)
+    own = "model.name" in given or recipe is not None
+    if not own:
+        given["model.name"] = "-"
+    chosen = resolve(Path(recipe) if recipe else None, given).recipe
+    asked = memory is not None or gpu is not None or chosen.model.device != "auto"
+    place = place_for(chosen.model.device, memory, gpu) if asked else None
+    device, dtype = ("cuda", "bf16") if place is None else (place.device, place.dtype[0])
+    model = chosen.model.model_copy(update={"device": device, "dtype": dtype})
+    models = known_models()
+    if own:
+        found = peek(model.name, model.revision)
+        models = sorted([*models, (found.name, found.shape, found.parameters)], key=lambda entry: entry[2])
+    usable = usable_bytes(place.machine, device) if place is not None else None
+    return compare(chosen.model_copy(update={"model": model}), models, usable)
 
 
 def train(

@@ -23,7 +23,7 @@ from strop.model.generate import Answer, Sampling, generate
 from strop.model.load import DTYPES, load_base
 from strop.model.lora import grow_vocabulary
 from strop.model.quantize import SCHEMES
-from strop.model.shards import finite
+from strop.model.shards import is_finite
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
@@ -142,7 +142,7 @@ def check_weights(folder: Path) -> None:
     """Raises ModelError for an adapter file that is damaged, was changed since it was saved, or holds NaN."""
     file, known = folder / WEIGHTS_FILE, read_identity(folder).get("weights", {}).get("sha256")
     safetensors_header(file)
-    bad = [name for name, weight in load_file(file).items() if not finite(weight)]
+    bad = [name for name, weight in load_file(file).items() if not is_finite(weight)]
     if bad:
         raise ModelError(f"{file}: {bad[0]} holds NaN or infinity", fix="take an older checkpoint of the run")
     found = sha256_file(file)

@@ -16,6 +16,7 @@ import typer
 from strop import __version__
 from strop.commands.keeping import adapters, gguf, merge, ollama
 from strop.commands.looking import check, modules, schema
+from strop.commands.planning import doctor, plan
 from strop.commands.serving import serve
 from strop.commands.training import demo, resume, runs, train
 from strop.commands.using import chat, evaluate
@@ -80,6 +81,8 @@ def _show_version(asked: bool) -> None:
 
 
 COMMANDS: Mapping[str, Callable[..., None]] = {
+    "doctor": doctor,
+    "plan": plan,
     "check": check,
     "train": train,
     "resume": resume,

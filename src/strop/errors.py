@@ -5,6 +5,9 @@ StropError                what, fix, where; never raised itself
 │   ├── RecipeError       an option or a recipe: unknown key, bad value
 │   ├── DataError         a data file or its rows
 │   ├── ModelError        a model, an adapter, a tokenizer, a chat template
+│   │   ├── GatedError        the Hub does not let this account have it
+│   │   └── QuantizerError    bitsandbytes is missing or does not fit this machine
+│   ├── DeviceError       a device that torch cannot use here
 │   └── FolderError       a folder that cannot be written, or holds something already
 ├── RunError              it was tried and failed                                   exit 1
 │   ├── DivergedError     training went wrong and going back did not help
@@ -23,6 +26,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+TROUBLES = "docs/troubleshooting.md"
 SHOWN_PLACES = 10  # how many places an error lists before it only counts them
 
 
@@ -42,11 +46,12 @@ class StropError(Exception):
     """what went wrong, how to fix it, and where (any number of places)."""
 
     exit_code = 1
+    page = ""  # the part of docs/troubleshooting.md that is about it
 
     def __init__(self, what: str, *, fix: str = "", where: Sequence[Where] = ()) -> None:
         super().__init__(what)
         self.what = what
-        self.fix = fix
+        self.fix = "; ".join(part for part in (fix, f"see {TROUBLES}#{self.page}" if self.page else "") if part)
         self.where = tuple(where)
         self.so_far: dict[str, Any] = {}  # what `--json` reports beside the error
 
@@ -90,6 +95,18 @@ class ModelError(InputError):
     pass
 
 
+class GatedError(ModelError):
+    page = "gated"
+
+
+class QuantizerError(ModelError):
+    page = "bitsandbytes"
+
+
+class DeviceError(InputError):
+    page = "cuda"
+
+
 class FolderError(InputError):
     pass
 
@@ -103,7 +120,7 @@ class DivergedError(RunError):
 
 
 class NonFiniteError(DivergedError):
-    pass
+    page = "nan"
 
 
 class ParityError(RunError):
@@ -111,11 +128,11 @@ class ParityError(RunError):
 
 
 class MemoryLimitError(RunError):
-    pass
+    page = "memory"
 
 
 class DiskError(RunError):
-    pass
+    page = "disk"
 
 
 class CheckpointError(RunError):

@@ -64,6 +64,11 @@ class Watch:
     def _on_resume(self, event: Event) -> None:
         self._out.print(f"[bold]resume[/]   from {event['checkpoint']}")
 
+    def _on_rehearsal(self, event: Event) -> None:
+        need, usable = event["predicted_bytes"] / 2**30, event["usable_bytes"] / 2**30
+        tried = f"{event['tokens']:,} tokens tried" if event["done"] else "far below what there is, nothing to try"
+        self._out.print(f"[bold]memory[/]   {need:.2f} GiB predicted, {usable:.1f} usable: {tried}")
+
     def _on_start(self, event: Event) -> None:
         numbers = event["parameters"]
         share = numbers["trainable"] / numbers["all"]

@@ -53,11 +53,17 @@ def modules(
     from rich.table import Table
 
     from strop.config.load import resolve
-    from strop.model.facts import locate
-    from strop.model.load import skeleton
-    from strop.model.lora import linear_kinds, target_names
+    from strop.model.shape import peek
+    from strop.model.targets import target_names
 
-    kinds = linear_kinds(skeleton(locate(model)))
+    shape = peek(model).shape
+    kinds = shape.linear_kinds()
+    if not shape.known:  # its config does not name its layers: the model itself does, without its weights
+        from strop.model.facts import locate
+        from strop.model.load import skeleton
+        from strop.model.lora import linear_kinds
+
+        kinds = linear_kinds(skeleton(locate(model)))
     presets = {
         preset: target_names(
             kinds, resolve(None, {"model": model, "data": "-", "preset": preset}).recipe.lora.target_modules

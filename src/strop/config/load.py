@@ -28,6 +28,7 @@ SHORT = {
     "data": "data.train",
     "eval": "data.eval",
     "adapter": "model.adapter",
+    "device": "model.device",
     "max-time": "train.max_time",
 }
 

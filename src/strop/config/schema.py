@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _finite(value: float) -> float:
@@ -17,7 +17,13 @@ def _finite(value: float) -> float:
     return value
 
 
+def _yes_or_no(value: Any) -> Any:
+    """YAML reads a bare on or off as true or false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 Finite = Annotated[float, AfterValidator(_finite)]
+Layers = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -92,8 +98,8 @@ class TrainSection(Section):
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "lion", "sgd"] = Field(
         "adamw", description="optimizer"
     )
-    gradient_checkpointing: Literal["auto", "off", "on"] = Field(
-        "auto", description="recompute layers in the backward pass to save memory"
+    gradient_checkpointing: Annotated[Literal["auto", "off", "on"] | Layers, BeforeValidator(_yes_or_no)] = Field(
+        "auto", description="recompute layers in the backward pass to save memory: auto, off, on, or how many"
     )
     eval_steps: int | None = Field(None, ge=1, description="evaluate every N steps; default once an epoch")
     early_stopping: int | None = Field(None, ge=1, description="stop after N evaluations without a better loss")

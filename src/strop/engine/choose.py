@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class Step:
     """token_loss: the summed loss of the supervised tokens of a micro-batch. name: fast or plain; why: the reason for
     plain. recompute: from its call on, each layer's input only is kept, and the layer is computed again in the backward
-    pass. exchange: lets go of the frozen weights, has them replaced, and takes up those that are there now. watch: sets
-    what is to look at memory before each layer."""
+    pass; checkpoint: the same for this many layers, where the step can, else for all. exchange: lets go of the frozen
+    weights, has them replaced, and takes up those that are there now. watch: sets what is to look at memory before each
+    layer."""
 
     token_loss: Callable[[Sequence[Example]], Tensor]
     name: str
@@ -28,6 +29,7 @@ class Step:
     recompute: Callable[[], None]
     exchange: Callable[[Callable[[], None]], None] = lambda replace: replace()
     watch: Callable[[Watch], None] = lambda watch: None
+    checkpoint: Callable[[int], None] = lambda layers: None
 
     @property
     def packed(self) -> bool:
@@ -47,6 +49,7 @@ def step_for(model: nn.Module) -> Step:
             recompute=lambda: setattr(fast, "checkpoint_layers", whole.config.num_hidden_layers),
             exchange=fast.exchange,
             watch=lambda watch: setattr(fast, "watch", watch),
+            checkpoint=lambda layers: setattr(fast, "checkpoint_layers", layers),
         )
     return Step(
         PlainLoss(model),
@@ -54,6 +57,7 @@ def step_for(model: nn.Module) -> Step:
         why,
         recompute=lambda: whole.gradient_checkpointing_enable({"use_reentrant": False}),
         watch=lambda watch: _watch_layers(model, watch),
+        checkpoint=lambda layers: whole.gradient_checkpointing_enable({"use_reentrant": False}),
     )
 
 

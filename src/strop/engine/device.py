@@ -9,7 +9,7 @@ import platform
 import torch
 
 from strop.engine.precision import measure
-from strop.errors import InputError
+from strop.errors import DeviceError
 from strop.machine.probe import probe
 from strop.runs.folder import cache_folder, write_json
 from strop.runs.lock import sha256_text
@@ -28,13 +28,13 @@ def prepare_process() -> None:
 
 
 def pick_device(asked: str) -> str:
-    """`auto` is CUDA, then MPS, then the CPU. Raises InputError for a device that torch cannot use here."""
+    """`auto` is CUDA, then MPS, then the CPU. Raises DeviceError for a device that torch cannot use here."""
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     usable = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
     kind, _, index = asked.partition(":")
     if not usable[kind] or (index and int(index) >= torch.cuda.device_count()):
-        raise InputError(
+        raise DeviceError(
             f"--model.device {asked}: torch {torch.__version__} cannot use it here",
             fix="use cpu, or leave model.device at auto",
         )

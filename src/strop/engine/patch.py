@@ -120,7 +120,7 @@ def _unsupported_base(base: Any, family: Family) -> str | None:
     return None
 
 
-def _ops_for(device: torch.device, dtype: torch.dtype, warm: bool) -> Ops:
+def ops_for(device: torch.device, dtype: torch.dtype, warm: bool) -> Ops:
     """numba's loops where they apply, else PyTorch's operations: the same numbers, slower."""
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         from strop.engine import kernels  # its import starts threads
@@ -193,14 +193,25 @@ class Workspace:
 
     def side_by_side(self, bases: Sequence[Any]) -> Tensor:
         """The weights of linear layers with the same input, dequantized, as rows of one (n, k)."""
-        parts = [base.dequantized() if isinstance(base, Quantized) else base.weight for base in bases]
-        if len(parts) == 1:
-            return parts[0].detach()
-        rows, width = sum(len(part) for part in parts), parts[0].shape[1]
-        if self._buffer is None or self._buffer.numel() < rows * width:
-            self._buffer = parts[0].new_empty(rows * width)
-        whole = self._buffer[: rows * width].view(rows, width)
-        return torch.cat(parts, out=whole)
+        if len(bases) == 1:
+            return _weight_of(bases[0])
+        rows, width = sum(base.out_features for base in bases), bases[0].in_features
+        at, whole = 0, None
+        for base in bases:  # one at a time: two of an 8B model's are 235 MB
+            part = _weight_of(base)
+            if whole is None:
+                if self._buffer is None or self._buffer.numel() < rows * width:
+                    self._buffer = part.new_empty(rows * width)
+                whole = self._buffer[: rows * width].view(rows, width)
+            whole[at : at + len(part)].copy_(part)
+            at += len(part)
+        assert whole is not None
+        return whole
+
+
+def _weight_of(base: Any) -> Tensor:
+    weight: Tensor = base.dequantized() if isinstance(base, Quantized) else base.weight
+    return weight.detach()
 
 
 def _side_by_side(parts: list[nn.Parameter]) -> Tensor:
@@ -274,7 +285,7 @@ class FastLoss:
         self._decoder, self._head = base.model, base.get_output_embeddings()
         self._softcap = float(getattr(base.config, "final_logit_softcapping", None) or 0)
         self._device: torch.device = self._head.weight.device
-        self._ops = _ops_for(self._device, self._head.weight.dtype, warm)
+        self._ops = ops_for(self._device, self._head.weight.dtype, warm)
         self._config, self._family = base.config, FAMILIES[base.config.model_type]
         self._norm = self._norm_of(base.model.norm, self._family)
         self.exchange(lambda: None)

@@ -6,7 +6,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from strop.errors import TROUBLES
+
 Series = dict[int, float]  # step -> value
+FLAT = f"see {TROUBLES}#flat"
 ENOUGH_STEPS = 20  # below this a loss curve says nothing about learning
 BARELY = 1e-4  # relative change of the weights that no output would show
 
@@ -56,8 +59,8 @@ def _not_learning(train: Series, weight_change: float | None) -> list[str]:
     flat = f"not learning: the training loss went from {statistics.mean(first):.3f} to {statistics.mean(last):.3f}"
     if weight_change is not None and weight_change < BARELY:
         moved = f"the adapters changed their weights by {weight_change:.1e} of their size"
-        return [f"{flat}, and {moved}: the learning rate is too small, try 10 times as much"]
-    return [f"{flat}: see with `strop check` what is trained on, or try another learning rate"]
+        return [f"{flat}, and {moved}: the learning rate is too small, try 10 times as much ({FLAT})"]
+    return [f"{flat}: see with `strop check` what is trained on, or try another learning rate ({FLAT})"]
 
 
 def _trouble(event: dict[str, Any]) -> str:

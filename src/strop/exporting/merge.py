@@ -44,7 +44,8 @@ from strop.machine.probe import probe
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import DTYPES, load_base, load_config, skeleton, stored_dtype, weights_folder
 from strop.model.lora import embeddings, grown
-from strop.model.quantize import pack, prequantized, quantizable, unpack
+from strop.model.quantize import pack, quantizable, unpack
+from strop.model.shape import prequantized
 from strop.model.shards import SHARD_BYTES, Tensors
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, write_json

@@ -23,7 +23,8 @@ from strop.errors import ModelError
 from strop.exporting.merge import Trained, better_base, changes, rows_to_measure, tuned_model
 from strop.model.facts import Source, locate
 from strop.model.load import load_base, skeleton
-from strop.model.quantize import prequantized, quantizable
+from strop.model.quantize import quantizable
+from strop.model.shape import prequantized
 from strop.model.tokenizer import head_folder, load_tokenizer
 
 

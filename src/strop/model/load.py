@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from strop.errors import ModelError
 from strop.model.facts import Source, fingerprint, read_config, safetensors_header, weight_files
-from strop.model.quantize import folder_name, make_resident, prequantized
-from strop.model.shards import build, finite, floats, is_whole, pack_again, quantize_folder
+from strop.model.quantize import folder_name, make_resident
+from strop.model.shape import prequantized
+from strop.model.shards import build, floats, is_finite, is_whole, pack_again, quantize_folder
 from strop.model.tokenizer import LOCAL, first_line, gguf_cache, head_folder, plain_config
 from strop.runs.folder import cache_folder, new_folder
 
@@ -65,7 +66,7 @@ def load_base(
         make_resident(model, resident_layers)
         if source.kind == "folder" and (source.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source.path)
-    bad = [name for name, weight in floats(model) if not finite(weight)]
+    bad = [name for name, weight in floats(model) if not is_finite(weight)]
     if bad:
         raise ModelError(f"{source.name}: weight {bad[0]} holds NaN or infinity", fix="fetch the model again")
     # what peft writes into adapters as the base's name, by its version from one or the other

@@ -6,7 +6,6 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import peft
@@ -16,22 +15,7 @@ from torch import Tensor, nn
 from strop.config.schema import LoraSection
 from strop.errors import ModelError, nearest
 from strop.model.quantize import why_not
-
-TARGET_SETS = ("all-linear", "attention", "gate")
-_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
-
-
-@dataclass(frozen=True)
-class LinearKind:
-    """All linear layers that share a leaf name and a shape, such as q_proj in each block."""
-
-    name: str
-    type: str
-    in_features: int
-    out_features: int
-    count: int
-    sets: tuple[str, ...]  # the named target sets that hold it
-    kept_16_bit: str | None  # why a quantized base keeps it in 16 bit, if it does
+from strop.model.targets import EMBEDDINGS, LinearKind, sets_of, target_names
 
 
 def linear_kinds(model: nn.Module) -> list[LinearKind]:
@@ -43,25 +27,9 @@ def linear_kinds(model: nn.Module) -> list[LinearKind]:
             found[key] = (found[key][0] + 1 if key in found else 1, path, module)
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
     return [
-        LinearKind(*key, count, _sets_of(path), why_not(path, module, head))
+        LinearKind(*key, count, sets_of(path), why_not(path, module, head))
         for key, (count, path, module) in found.items()
     ]
-
-
-def target_names(kinds: Sequence[LinearKind], targets: str | Sequence[str]) -> list[str]:
-    """Leaf names that peft is to adapt. Raises ModelError for a name that matches nothing, listing those there are."""
-    names: list[str] = []
-    for target in [targets] if isinstance(targets, str) else targets:
-        leaf = target.rpartition(".")[2]
-        picked = [kind.name for kind in kinds if target in kind.sets or leaf == kind.name]
-        if not picked:
-            known = list(dict.fromkeys(kind.name for kind in kinds))
-            raise ModelError(
-                f"lora.target_modules: {target} matches no linear layer{nearest(target, known)}",
-                fix=f"choose among {', '.join([*TARGET_SETS, *known])}",
-            )
-        names += picked
-    return list(dict.fromkeys(names))
 
 
 def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
@@ -81,7 +49,7 @@ def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
     for name in section.modules_to_save:
         if not any(path == name or path.endswith(f".{name}") for path in modules):
             raise ModelError(f"lora.modules_to_save: no module {name}", fix="see `strop modules MODEL`")
-        if name in _EMBEDDINGS and _tied(model):
+        if name in EMBEDDINGS and _tied(model):
             raise ModelError(
                 f"lora.modules_to_save: {name} shares its weights with another module in this model",
                 fix="list new tokens in lora.new_tokens, which trains their rows only and keeps the tie",
@@ -193,17 +161,6 @@ def embeddings(model: Any) -> list[str]:
     """Paths of the modules with a row a token: the input embeddings, and the head where it has weights of its own."""
     found = [model.get_input_embeddings(), *([] if _tied(model) else [model.get_output_embeddings()])]
     return [path for path, module in model.named_modules() if any(module is one for one in found)]
-
-
-def _sets_of(path: str) -> tuple[str, ...]:
-    parent, _, leaf = path.rpartition(".")
-    if leaf in _EMBEDDINGS or not parent:
-        return ()
-    return (
-        "all-linear",
-        *(("attention",) if "attn" in parent.rpartition(".")[2] or "attention" in parent.rpartition(".")[2] else ()),
-        *(("gate",) if leaf in ("gate_proj", "gate_up_proj") else ()),
-    )
 
 
 def _peft_match(pattern: str, path: str) -> bool:

@@ -16,21 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from strop.errors import ModelError
+from strop.errors import QuantizerError
+from strop.model.shape import SMALLEST
 
 BLOCK = 64  # weights that share a constant
-SMALLEST = 512  # weights below this many are not worth their constants
 FOUR_BIT = ("nf4", "fp4")
 SCHEMES = (*FOUR_BIT, "int8")
 
 
 def _bitsandbytes() -> Any:
-    """bitsandbytes.functional. Raises ModelError where the package is missing or does not fit this machine."""
+    """bitsandbytes.functional. Raises QuantizerError where the package is missing or does not fit this machine."""
     try:
         import bitsandbytes.functional as functional
     except (ImportError, OSError, RuntimeError) as error:
         what = f"bitsandbytes, which quantizes, cannot be used here: {str(error).splitlines()[0]}"
-        raise ModelError(what, fix="pip install -U bitsandbytes, or --model.quantization none") from None
+        raise QuantizerError(what, fix="pip install -U bitsandbytes, or --model.quantization none") from None
     return functional
 
 
@@ -171,14 +171,6 @@ def layer_number(name: str) -> int | None:
 def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
-
-
-def prequantized(config: dict[str, Any]) -> str | None:
-    """The scheme of a checkpoint that bitsandbytes has quantized; None for any other."""
-    section = config.get("quantization_config") or {}
-    if section.get("quant_method") != "bitsandbytes":
-        return None
-    return str(section.get("bnb_4bit_quant_type", "fp4")) if section.get("load_in_4bit") else "int8"
 
 
 def folder_name(scheme: str, double: bool, dtype: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,39 +12,15 @@ from strop.config.schema import Recipe
 from strop.errors import ModelError, RecipeError
 from strop.machine.memory import recall
 from strop.machine.probe import Machine
+from strop.model.shape import ModelShape
+from strop.planning.activations import MicroBatch
+from strop.planning.memory import load, train
+from strop.planning.setting import Setting
 from strop.runs.lock import sha256_text
 
 MICRO_BATCH_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What the choices need to know of a model; all sizes from its config."""
-
-    parameters: int
-    layers: int
-    hidden: int
-    query: int  # heads * head size
-    key_value: int  # key-value heads * head size
-    intermediate: int
-    vocabulary: int
-
-    @staticmethod
-    def of(config: Any, parameters: int) -> ModelShape:
-        """From a transformers config. Raises ModelError where it is not a decoder with the usual fields."""
-        text = config.get_text_config()
-        try:
-            head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-            key_value_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-            intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-            return ModelShape(
-                parameters, text.num_hidden_layers, text.hidden_size, head * text.num_attention_heads,
-                head * key_value_heads, intermediate, text.vocab_size,
-            )  # fmt: skip
-        except AttributeError as error:
-            raise ModelError(
-                f"model type {config.model_type}: {error}", fix="use a decoder-only language model"
-            ) from None
+USABLE = {"cpu": 0.9, "mps": 0.75, "cuda": 0.95}  # of what is free: MemoryWatch stops a run on a CPU there
+GIB = 1 << 30
 
 
 def learning_rate(parameters: int) -> float:
@@ -55,26 +32,19 @@ def learning_rate(parameters: int) -> float:
     return float(f"{min(2e-3, 2e-4 * max(1.0, 7e9 / parameters) ** 0.41):.2g}")
 
 
-def saved_bytes_per_token(shape: ModelShape, rank: int) -> int:
-    """Activations that the plain path keeps for the backward pass, fp32 adapters on a 16-bit base: by layer
-    28 h + 8 q + 4 kv + 10 I + 28 r (op by op from a Llama layer with peft), and 14 V for the head's supervised rows."""
-    layer = 28 * shape.hidden + 8 * shape.query + 4 * shape.key_value + 10 * shape.intermediate + 28 * rank
-    return shape.layers * layer + 14 * shape.vocabulary
-
-
 def choose(
     resolved: Resolved,
     machine: Machine,
     shape: ModelShape,
     device: str,
     dtype: tuple[str, str],
-    adapter: Mapping[str, Any] | None,
-    prequantized: str | None = None,
+    adapter: Mapping[str, Any] | None = None,
+    parameters: int | None = None,
 ) -> Resolved:
     """Fills in every field that is still open. device: the one found; dtype: (name, why) of the precision probe.
 
-    adapter: adapter_config.json of `model.adapter`, whose shape the recipe then takes. prequantized: how the base's
-    weights are quantized on disk, if they are.
+    adapter: adapter_config.json of `model.adapter`, whose shape the recipe then takes. parameters: of the model, where
+    its files say more than its config.
     Raises ModelError where an option asks for another shape than the adapter to start from has.
     """
     recipe = resolved.recipe
@@ -97,26 +67,70 @@ def choose(
     if recipe.train.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
         pick("train.optimizer", "adamw_8bit", "there is nothing to page without CUDA")
     resolved = resolved.decide(picks)
-    room = _room(resolved.recipe, machine, shape)
-    resolved = resolved.decide(_scheme(resolved.recipe, shape, room, prequantized))
+    room = Room(shape, parameters or shape.parameters, usable_bytes(machine, resolved.recipe.model.device))
+    resolved = resolved.decide(_tokens(resolved.recipe))
+    for decide in (_quantization, _smaller_micro_batch, _resident, _checkpointing):
+        resolved = resolved.decide(decide(resolved, room))
     known = recall(memory_key(resolved.recipe, machine, shape))
-    resolved = resolved.decide(_resident(resolved.recipe, shape, room, known))
-    tokens, why = max(MICRO_BATCH_TOKENS, recipe.data.max_length), "large enough to keep the cores busy"
-    if known.get("micro_batch_tokens"):
-        tokens, why = known["micro_batch_tokens"], "an earlier run of this shape ran out of memory here with more"
-    picks = []
-    if recipe.train.micro_batch is None and recipe.train.micro_batch_tokens is None:
-        pick("train.micro_batch_tokens", tokens, why)
-    if recipe.train.gradient_checkpointing == "auto":
-        without = ("on", "an earlier run of this shape ran out of memory here without")
-        fits = _checkpointing(recipe, machine, shape, tokens)
-        pick("train.gradient_checkpointing", *(without if known.get("recompute") else fits))
-    return resolved.decide(picks)
+    if known.get("streamed") and resolved.choices["model.resident_layers"].origin == "plan":
+        why = "an earlier run of this shape ran out of memory here with more"
+        resolved = resolved.decide([Choice("model.resident_layers", 0, "plan", why)])
+    if known.get("recompute") and resolved.choices["train.gradient_checkpointing"].origin == "plan":
+        why = "an earlier run of this shape ran out of memory here without"
+        resolved = resolved.decide([Choice("train.gradient_checkpointing", "on", "plan", why)])
+    if known.get("micro_batch_tokens") and resolved.choices["train.micro_batch_tokens"].origin == "plan":
+        why = "an earlier run of this shape ran out of memory here with more"
+        fewer = min(known["micro_batch_tokens"], resolved.recipe.train.micro_batch_tokens or 1 << 30)
+        resolved = resolved.decide([Choice("train.micro_batch_tokens", fewer, "plan", why)])
+    return resolved
 
 
-def quantized_size_bytes(parameters: int, scheme: str) -> int:
-    """Bytes of quantized weights: 4 bits and 0.127 for their constants (QLoRA, arXiv:2305.14314, 3), or 8 bits."""
-    return int(parameters * (4.127 if scheme != "int8" else 8) / 8)
+def usable_bytes(machine: Machine, device: str) -> int:
+    """What a run may hold: of the card's memory, or of what this process may still have."""
+    kind, _, index = device.partition(":")
+    free = machine.free_bytes
+    if kind == "cuda" and len(machine.gpus) > int(index or 0):
+        free = card_bytes(machine.gpus[int(index or 0)]) or free
+    return int(USABLE[kind] * free)
+
+
+def card_bytes(line: str) -> int | None:
+    """Memory of a card as the driver lists it: "name, 24564 MiB"."""
+    found = re.search(r"(\d+) MiB", line)
+    return int(found[1]) << 20 if found else None
+
+
+@dataclass(frozen=True)
+class Room:
+    """A model, and the bytes that training it may take."""
+
+    shape: ModelShape
+    parameters: int
+    usable: int
+
+    def need(self, recipe: Recipe, **changes: Any) -> int:
+        """Bytes that training by this recipe takes, or by one that differs in parts of its Setting."""
+        setting = Setting.of(recipe, self.shape, self.parameters).but(**changes)
+        return max(train(setting, micro_batch_of(recipe)).needed_bytes, load(setting).needed_bytes)
+
+    def fits(self, recipe: Recipe, **changes: Any) -> bool:
+        return self.need(recipe, **changes) <= self.usable
+
+    def least_layers(self, recipe: Recipe) -> int | None:
+        """The fewest layers that must be computed again for it to fit; None where all of them are not enough."""
+        layers = self.shape.layers
+        return next((k for k in range(layers + 1) if self.fits(recipe, checkpoint_layers=k)), None)
+
+    def said(self, need: int) -> str:
+        return f"{need / GIB:.1f} GiB needed, {self.usable / GIB:.1f} GiB usable"
+
+
+def micro_batch_of(recipe: Recipe, longest: int | None = None) -> MicroBatch:
+    """The largest micro-batch that a recipe makes, of rows as long as they may be (or as the longest there is)."""
+    train_, length = recipe.train, min(longest or recipe.data.max_length, recipe.data.max_length)
+    number = train_.micro_batch or max(1, (train_.micro_batch_tokens or MICRO_BATCH_TOKENS) // length)
+    number = min(number, train_.batch_size)
+    return MicroBatch.rows([length] * number, more=number < train_.batch_size)
 
 
 def memory_key(recipe: Recipe, machine: Machine, shape: ModelShape) -> str:
@@ -140,24 +154,77 @@ def memory_key(recipe: Recipe, machine: Machine, shape: ModelShape) -> str:
     return sha256_text(repr(parts))[:24]
 
 
-def _checkpointing(recipe: Recipe, machine: Machine, shape: ModelShape, tokens: int) -> tuple[str, str]:
-    """On only where the saved activations do not fit: it costs a second forward pass, about a third of the time."""
-    at_once = recipe.train.micro_batch_tokens or (
-        recipe.train.micro_batch * recipe.data.max_length if recipe.train.micro_batch else tokens
+def _tokens(recipe: Recipe) -> list[Choice]:
+    if recipe.train.micro_batch is not None or recipe.train.micro_batch_tokens is not None:
+        return []
+    tokens = max(MICRO_BATCH_TOKENS, recipe.data.max_length)
+    return [Choice("train.micro_batch_tokens", tokens, "plan", "large enough to keep the cores busy")]
+
+
+def _quantization(resolved: Resolved, room: Room) -> list[Choice]:
+    """16 bit where it fits, with layers computed again if need be; the default gives way only where it does not."""
+    recipe, field = resolved.recipe, "model.quantization"
+    open_ = recipe.model.quantization == "auto" or (
+        recipe.preset == "auto" and resolved.choices[field].origin == "default" and recipe.model.adapter is None
     )
-    need = at_once * saved_bytes_per_token(shape, recipe.lora.r) + _weight_bytes(recipe, shape)
-    fits = need < 0.8 * machine.free_bytes
-    said = f"{need / 2**30:.1f} GiB at {at_once} tokens, {machine.free_bytes / 2**30:.1f} GiB free"
-    return ("off", f"fits: {said}") if fits else ("on", f"would not fit: {said}")
+    if not open_:
+        return []
+    if room.shape.prequantized:
+        return [Choice(field, room.shape.prequantized, "plan", "as the weights are on disk")]
+    need = room.need(_least(recipe), scheme="none", checkpoint_layers=room.shape.layers)
+    if need <= room.usable:
+        fits = f"16-bit weights fit: {room.said(need)}"
+        return [Choice(field, "none", "plan", fits)] if recipe.model.quantization == "auto" else []
+    return [Choice(field, "nf4", "plan", f"16-bit weights would not fit: {room.said(need)}")]
 
 
-def _weight_bytes(recipe: Recipe, shape: ModelShape) -> int:
-    model = recipe.model
-    whole = _whole_bytes(recipe, shape)
-    if model.quantization == "none":
-        return whole
-    resident = (model.resident_layers or 0) / shape.layers
-    return int(resident * whole + (1 - resident) * quantized_size_bytes(shape.parameters, str(model.quantization)))
+def _least(recipe: Recipe) -> Recipe:
+    """With one row at a time."""
+    if recipe.train.micro_batch is not None:
+        return recipe
+    train_ = recipe.train.model_copy(update={"micro_batch_tokens": recipe.data.max_length})
+    return recipe.model_copy(update={"train": train_})
+
+
+def _smaller_micro_batch(resolved: Resolved, room: Room) -> list[Choice]:
+    """Half as many tokens at once until it fits with every layer computed again; a row is never cut."""
+    recipe, field = resolved.recipe, "train.micro_batch_tokens"
+    tokens = recipe.train.micro_batch_tokens
+    if tokens is None or resolved.choices[field].origin != "plan":
+        return []
+    layers = room.shape.layers if recipe.train.gradient_checkpointing != "off" else 0
+    while tokens > recipe.data.max_length and not room.fits(recipe, checkpoint_layers=layers):
+        tokens = max(recipe.data.max_length, tokens // 2)
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch_tokens": tokens})})
+    if tokens == resolved.recipe.train.micro_batch_tokens:
+        return []
+    return [Choice(field, tokens, "plan", f"more would not fit: {room.said(room.need(resolved.recipe))}")]
+
+
+def _resident(resolved: Resolved, room: Room) -> list[Choice]:
+    """Quantized layers that are dequantized once, as far as memory goes beside activations that are kept."""
+    recipe = resolved.recipe
+    if recipe.model.quantization == "none" or recipe.model.resident_layers is not None:
+        return []
+    layers = next((k for k in range(room.shape.layers, 0, -1) if room.fits(recipe, resident_layers=k)), 0)
+    said = "dequantized once: faster, as large as 16 bit" if layers else "no room for 16-bit weights"
+    return [Choice("model.resident_layers", layers, "plan", said)]
+
+
+def _checkpointing(resolved: Resolved, room: Room) -> list[Choice]:
+    """As few layers as it takes: each costs its forward once more, all of them about a third of the time."""
+    recipe, field = resolved.recipe, "train.gradient_checkpointing"
+    if recipe.train.gradient_checkpointing != "auto":
+        return []
+    layers, without = room.least_layers(recipe), room.need(recipe)
+    if layers == 0:
+        return [Choice(field, "off", "plan", f"fits: {room.said(without)}")]
+    if layers is None:
+        need = room.need(recipe, checkpoint_layers=room.shape.layers)
+        return [Choice(field, "on", "plan", f"would not fit, and even so it is tight: {room.said(need)}")]
+    plain = Setting.of(recipe, room.shape).step == "plain"  # transformers checkpoints all layers or none
+    value: Any = "on" if plain or layers == room.shape.layers else layers
+    return [Choice(field, value, "plan", f"would not fit: {room.said(without)} without")]
 
 
 def _rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
@@ -167,41 +234,6 @@ def _rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
     if recipe.train.optimizer == "lion":
         return float(f"{rate / 5:.2g}"), f"{why}, a fifth of it for lion (arXiv:2302.06675: 3 to 10 times smaller)"
     return rate, why
-
-
-def _room(recipe: Recipe, machine: Machine, shape: ModelShape) -> float:
-    """Bytes that are left for the base beside the activations."""
-    tokens = recipe.train.micro_batch_tokens or max(MICRO_BATCH_TOKENS, recipe.data.max_length)
-    return 0.8 * machine.free_bytes - tokens * saved_bytes_per_token(shape, recipe.lora.r)
-
-
-def _scheme(recipe: Recipe, shape: ModelShape, room: float, prequantized: str | None) -> list[Choice]:
-    """Quantization where the recipe says auto."""
-    if recipe.model.quantization != "auto":
-        return []
-    if prequantized:
-        return [Choice("model.quantization", prequantized, "plan", "as the weights are on disk")]
-    whole = _whole_bytes(recipe, shape)
-    said = f"{whole / 2**30:.1f} GiB of 16-bit weights, room for {max(room, 0) / 2**30:.1f}"
-    scheme, why = ("none", f"fits: {said}") if whole < room else ("nf4", f"would not fit: {said}")
-    return [Choice("model.quantization", scheme, "plan", why)]
-
-
-def _resident(recipe: Recipe, shape: ModelShape, room: float, known: Mapping[str, Any]) -> list[Choice]:
-    """How many layers have their quantized weights dequantized once, where the recipe leaves it open."""
-    model = recipe.model
-    if model.quantization == "none" or model.resident_layers is not None:
-        return []
-    packed, whole = quantized_size_bytes(shape.parameters, str(model.quantization)), _whole_bytes(recipe, shape)
-    layers = max(0, min(shape.layers, int(shape.layers * (room - packed) / max(1, whole - packed))))
-    why = "dequantized once: faster, as large as 16 bit" if layers else "no room for 16-bit weights"
-    if known.get("streamed"):
-        layers, why = 0, "an earlier run of this shape ran out of memory here with more"
-    return [Choice("model.resident_layers", layers, "plan", why)]
-
-
-def _whole_bytes(recipe: Recipe, shape: ModelShape) -> int:
-    return (4 if recipe.model.dtype == "fp32" else 2) * shape.parameters
 
 
 def _of_adapter(resolved: Resolved, adapter: Mapping[str, Any]) -> list[Choice]:

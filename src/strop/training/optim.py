@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from strop.config.schema import TrainSection
+from strop.errors import QuantizerError
 
 
 def make_optimizer(weights: Mapping[str, nn.Parameter], section: TrainSection) -> torch.optim.Optimizer:
@@ -60,8 +61,11 @@ def _sgd(groups: Any, decay: float) -> torch.optim.Optimizer:
 
 
 def _bitsandbytes(name: str, groups: Any, decay: float) -> torch.optim.Optimizer:
-    import bitsandbytes
-
+    try:
+        import bitsandbytes
+    except (ImportError, OSError, RuntimeError) as error:
+        what = f"bitsandbytes, which has this optimizer, cannot be used here: {str(error).splitlines()[0]}"
+        raise QuantizerError(what, fix="pip install -U bitsandbytes, or --train.optimizer adamw") from None
     made: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(groups, lr=1.0, weight_decay=decay)
     return made
 

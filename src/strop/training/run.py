@@ -27,6 +27,8 @@ from strop.machine.memory import MemoryMark, MemoryWatch, is_out_of_memory, mark
 from strop.machine.probe import probe
 from strop.model.load import DTYPES, load_base, stream_weights
 from strop.model.lora import add_lora, as_fp32, trainable, weight_change
+from strop.planning.choose import usable_bytes
+from strop.planning.setting import Setting
 from strop.runs.events import EventLog, Listener, read_events
 from strop.runs.folder import (
     RunFolder,
@@ -41,6 +43,7 @@ from strop.runs.lock import Difference, allowed, differences
 from strop.training import state as checkpoints
 from strop.training.loop import Job, fit, stream_of
 from strop.training.optim import make_optimizer
+from strop.training.rehearsal import Forecast, forecast, rehearse
 from strop.training.setup import Setup, check_space, set_up, start_adapter
 from strop.training.state import Progress, TrainState
 from strop.training.track import tracking
@@ -152,14 +155,17 @@ def _execute(
             ended = "steps"
             if recipe.model.device == "cpu":  # CUDA says by itself when there is no more
                 job.step.watch(MemoryWatch(setup.machine.memory_bytes, probe().free_bytes))
+            usable = usable_bytes(setup.machine, recipe.model.device)
+            expected = forecast(job, Setting.of(recipe, setup.shape, setup.parameters, torch.get_num_threads()))
             if job.state.progress.step < _total(job):
+                rehearse(job, expected, usable, memory)
                 ended = _fit(job)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             fix = "take a smaller model, or a machine with more memory"
             raise MemoryLimitError(f"out of memory: {str(error).splitlines()[0]}", fix=fix) from None
-        report = _finish(job, setup, memory, ended)
+        report = _finish(job, setup, memory, expected, ended)
         log.emit("end", step=job.state.progress.step, seconds=report["seconds"], adapter=report["adapter"])
     write_report(folder.path, report, read_events(folder.events))
     return Run(folder.path, report)
@@ -229,7 +235,7 @@ def _build(setup: Setup) -> peft.PeftModel:
     return model.train()
 
 
-def _finish(job: Job, setup: Setup, memory: MemoryMark, ended: str) -> dict[str, Any]:
+def _finish(job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ended: str) -> dict[str, Any]:
     """Keeps the best weights (the last where nothing was evaluated) as the run's adapter; writes report.json."""
     progress, folder = job.state.progress, job.folder
     kept = progress.best_step or progress.step
@@ -256,7 +262,12 @@ def _finish(job: Job, setup: Setup, memory: MemoryMark, ended: str) -> dict[str,
         "ended": ended,
         "data": {**data["rows"], "by_reason": data["by_reason"]},
         "data_report": data,
-        "memory": {"predicted_peak_bytes": None, "measured_peak_bytes": memory.peak_bytes()},
+        "memory": {
+            "predicted_peak_bytes": expected.peak_bytes(str(model.device)),
+            "measured_peak_bytes": memory.peak_bytes(),
+            "micro_batch": asdict(expected.batch),
+            "predicted": {name: phase.as_json() for name, phase in expected.phases.items()},
+        },
         "adapter": str(folder.adapter),
         "adapter_step": kept,
         "recipe": [asdict(choice) for choice in setup.resolved.choices.values()],

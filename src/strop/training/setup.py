@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from strop.adapters import adapter_folder, read_adapter_config, with_tokenizer
 from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
 from strop.engine.device import pick_device, pick_dtype, prepare_process
-from strop.errors import FolderError, ModelError
+from strop.errors import TROUBLES, FolderError, ModelError
 from strop.machine.probe import Machine, probe
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import load_config, skeleton
-from strop.model.lora import check_lora, num_trainable
-from strop.model.quantize import prequantized
+from strop.model.lora import check_lora, linear_kinds, num_trainable
+from strop.model.shape import LinearShape, ModelShape, prequantized
 from strop.model.tokenizer import load_tokenizer
-from strop.planning.choose import ModelShape, choose, memory_key
+from strop.planning.choose import choose, memory_key
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
 from strop.training import state as checkpoints
@@ -40,6 +41,8 @@ class Setup:
     lock: dict[str, Any]
     memory_key: str
     num_weights: int  # trainable ones
+    shape: ModelShape
+    parameters: int
 
 
 def preview(resolved: Resolved, *, memory: int | None = None) -> Resolved:
@@ -50,7 +53,7 @@ def preview(resolved: Resolved, *, memory: int | None = None) -> Resolved:
 def set_up(resolved: Resolved, memory: int | None = None) -> Setup:
     check_trackers(resolved.recipe.track)
     machine, source = probe(memory), locate(resolved.recipe.model.name, resolved.recipe.model.revision)
-    resolved, key, num_weights = _plan(resolved, source, machine)
+    resolved, key, num_weights, shape, parameters = _plan(resolved, source, machine)
     start = start_adapter(resolved.recipe)  # may have brought tokens and a template of its own
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
     data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data")
@@ -68,7 +71,7 @@ def set_up(resolved: Resolved, memory: int | None = None) -> Setup:
         "versions": versions(),
         "machine": asdict(machine),
     }
-    return Setup(resolved, machine, source, tokenizer, data, lock, key, num_weights)
+    return Setup(resolved, machine, source, tokenizer, data, lock, key, num_weights, shape, parameters)
 
 
 def check_space(folder: RunFolder, setup: Setup) -> None:
@@ -79,22 +82,41 @@ def check_space(folder: RunFolder, setup: Setup) -> None:
     free = free_bytes(folder.path)
     if free < needed:
         what = f"{folder.path}: the run needs {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free"
-        raise FolderError(what, fix="free some space, give --out another disk, or lower --train.keep_checkpoints")
+        raise FolderError(
+            what,
+            fix=f"free some space, give --out another disk, or lower --train.keep_checkpoints; see {TROUBLES}#disk",
+        )
 
 
-def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolved, str, int]:
-    """The complete recipe, what running out of memory is remembered under, and how many weights are trained."""
+def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolved, str, int, ModelShape, int]:
+    """The complete recipe, what running out of memory is remembered under, how many weights are trained, and the
+    model's shape and parameters."""
     recipe = resolved.recipe
     prepare_process()
     device = pick_device(recipe.model.device)
     start = start_adapter(recipe)
     bare = skeleton(source)
-    shape = ModelShape.of(load_config(source), sum(weight.numel() for weight in bare.parameters()))
+    shape, parameters = shape_of(source, bare), sum(weight.numel() for weight in bare.parameters())
     adapter = read_adapter_config(start) if start is not None else None
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
-    resolved = choose(resolved, machine, shape, device, dtype, adapter, prequantized(source.config()))
+    resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters)
     check_lora(bare, resolved.recipe.lora)
-    return resolved, memory_key(resolved.recipe, machine, shape), num_trainable(bare, resolved.recipe.lora)
+    key = memory_key(resolved.recipe, machine, shape)
+    return resolved, key, num_trainable(bare, resolved.recipe.lora), shape, parameters
+
+
+def shape_of(source: Source, bare: nn.Module) -> ModelShape:
+    """By the config; the linear layers of a family that is not in the table by the model itself."""
+    shape = replace(ModelShape.of(load_config(source).to_dict()), prequantized=prequantized(source.config()))
+    if shape.known:
+        return shape
+    kinds = [kind for kind in linear_kinds(bare) if "all-linear" in kind.sets]
+    linears = [
+        LinearShape(kind.name, kind.in_features, kind.out_features)
+        for kind in kinds
+        for _ in range(max(1, round(kind.count / shape.layers)))
+    ]
+    return replace(shape, linears=tuple(linears) or shape.linears)
 
 
 def start_adapter(recipe: Recipe) -> Path | None:

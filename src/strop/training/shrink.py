@@ -33,7 +33,10 @@ def micro_batches(job: Job, examples: Sequence[Example]) -> list[list[int]]:
 
 
 def go_on_shrunk(job: Job) -> None:
-    """Puts the step into the shape that running out of memory left it in, after a resume."""
+    """Puts the step into the shape that the recipe asks for, and that running out of memory left it in."""
+    layers = job.recipe.train.gradient_checkpointing
+    if isinstance(layers, int):
+        job.step.checkpoint(layers)
     if job.state.progress.recompute:
         job.step.recompute()
     if job.state.progress.streamed and job.stream is not None:
@@ -45,7 +48,7 @@ def within_memory(job: Job, examples: Sequence[Example], compute: Callable[[], T
 
     Raises MemoryLimitError when nothing is left to save.
     """
-    random = _random()
+    random = random_states()
     while True:
         try:
             return compute()
@@ -59,7 +62,7 @@ def within_memory(job: Job, examples: Sequence[Example], compute: Callable[[], T
         give_back()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        _set_random(random)
+        set_random_states(random)
         _shrink(job, examples, said)
 
 
@@ -100,12 +103,13 @@ def _cut(job: Job) -> tuple[int, str]:
     return max(1, (train.micro_batch or 1) >> halvings), "rows"
 
 
-def _random() -> list[torch.Tensor]:
+def random_states() -> list[torch.Tensor]:
+    """Of the random generators of the CPU and of each card."""
     cards = [torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())]
     return [torch.get_rng_state(), *cards]
 
 
-def _set_random(states: list[torch.Tensor]) -> None:
+def set_random_states(states: list[torch.Tensor]) -> None:
     torch.set_rng_state(states[0])
     for index, state in enumerate(states[1:]):
         torch.cuda.set_rng_state(state, index)

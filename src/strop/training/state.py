@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from strop.errors import CheckpointError, DiskError
-from strop.model.shards import finite
+from strop.model.shards import is_finite
 from strop.runs.folder import RunFolder, disk_faults, free_bytes, new_folder
 from strop.runs.lock import sha256_file
 
@@ -65,7 +65,7 @@ class TrainState:
 def not_finite(state: TrainState) -> str | None:
     """The first weight or part of the optimizer's state that holds NaN or infinity."""
     tensors = {**state.weights, **_optimizer_tensors(state)}
-    return next((name for name, tensor in tensors.items() if not finite(tensor)), None)
+    return next((name for name, tensor in tensors.items() if not is_finite(tensor)), None)
 
 
 def size_bytes(num_weights: int) -> int:

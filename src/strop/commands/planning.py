@@ -1,0 +1,65 @@
+"""Commands that say what a machine can do before it does it. Heavy imports stay inside; no torch for `plan`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from strop.flags import Json, RecipeFile, limit_bytes
+from strop.terminal import console, print_json
+
+
+def plan(
+    recipe: RecipeFile = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Plan for this much memory, such as 8GB; on the card with --device cuda.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help='Plan for this card, such as "RTX 4090".')] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Full, 16-bit LoRA and QLoRA side by side, in several sizes.")
+    ] = False,
+    as_json: Json = False,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """See whether it fits, how long it takes, and which settings: needs no weights and no GPU."""
+    from strop import compare_methods
+    from strop import plan as make
+    from strop.planning.show import print_comparison, print_plan
+
+    if compare:
+        rows = compare_methods(recipe, memory=limit_bytes(memory), gpu=gpu, **(options or {}))
+        print_comparison(rows, console)
+        print_json({"rows": [row.as_json() for row in rows]}, as_json)
+        return
+    found = make(recipe, memory=limit_bytes(memory), gpu=gpu, **(options or {}))
+    print_plan(found, console)
+    print_json(found.as_json(), as_json)
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+def doctor(
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Print the commands that mend what was found, and no more.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check this machine: its facts, products and their rates, one 4-bit training step, a write to the disk."""
+    from strop.machine.doctor import examine
+    from strop.planning.show import print_findings
+
+    def try_out(machine: Any) -> Any:
+        from strop.planning import trial
+
+        return trial.try_out(machine)
+
+    found = examine(try_out)
+    if fix:
+        for command in dict.fromkeys(finding.fix for finding in found.findings if finding.fix):
+            print(command)
+    else:
+        print_findings(found, console)
+        print_json(found.as_json(), as_json)
+    if any(finding.level == "error" for finding in found.findings):
+        raise typer.Exit(1)

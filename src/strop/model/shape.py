@@ -1,0 +1,251 @@
+"""The sizes of a model from its config alone: what the plan and `strop modules` need, without torch or weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from strop.errors import ModelError, nearest
+from strop.model.facts import demo_file, hub_config, read_config, safetensors_header, weight_files
+from strop.model.ggufheader import read_gguf_config
+from strop.model.targets import LinearKind, sets_of
+from strop.runs.folder import is_run
+
+SMALLEST = 512  # weights below this many are not worth their constants: a quantized base keeps them in 16 bit
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What a family's configs leave unsaid."""
+
+    head_size: int | None = None  # where the config names none; None: hidden / heads
+    tied: bool = False
+    qkv_bias: bool | None = None  # None: as attention_bias says
+    fused: bool = False  # one projection for q, k, v and one for gate, up
+    norms: int = 2  # of width `hidden`, in a layer
+    head_norms: bool = False  # of q and k
+
+
+_FAMILIES = {
+    "llama": _Family(),
+    "mistral": _Family(qkv_bias=False),
+    "qwen2": _Family(qkv_bias=True),
+    "qwen3": _Family(head_size=128, head_norms=True),
+    "phi3": _Family(qkv_bias=False, fused=True),
+    "gemma2": _Family(head_size=256, tied=True, norms=4),
+    "gemma3_text": _Family(head_size=256, tied=True, norms=4, head_norms=True),
+}
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear layer of each decoder layer: path in it, and its sizes."""
+
+    path: str
+    inputs: int
+    outputs: int
+    bias: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder-only model's sizes. known: its family is in the table, so that `parameters` is exact."""
+
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    linears: tuple[LinearShape, ...]
+    norm_weights: int  # of one decoder layer
+    known: bool = True
+    activation: str = "silu"
+    softcap: bool = False  # of the attention's scores
+    rope: str = "default"
+    prequantized: str | None = None  # how the weights are quantized on disk
+
+    @property
+    def query(self) -> int:
+        return self.heads * self.head_size
+
+    @property
+    def key_value(self) -> int:
+        return self.key_value_heads * self.head_size
+
+    @property
+    def after_norms(self) -> bool:
+        """Norms of what a block adds to the residual stream (Gemma)."""
+        return self.norm_weights >= 4 * self.hidden
+
+    @property
+    def embedding(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def quantizable(self) -> int:
+        """Weights that a quantized base holds in 4 or 8 bit."""
+        return self.layers * sum(linear.weights for linear in self.linears if linear.weights >= SMALLEST)
+
+    @property
+    def parameters(self) -> int:
+        biases = sum(linear.outputs for linear in self.linears if linear.bias)
+        layer = sum(linear.weights for linear in self.linears) + biases + self.norm_weights
+        return self.layers * layer + self.embedding * (1 if self.tied else 2) + self.hidden
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> ModelShape:
+        """From config.json. Raises ModelError where it lacks a size that no decoder does without."""
+        text = config.get("text_config") or config
+        name = str(text.get("model_type") or config.get("model_type") or "")
+        family = _FAMILIES.get(name)
+        known = family is not None and text is config
+        family = family or _Family()
+        get = _getter(text, name)
+        hidden, heads = get("hidden_size", "n_embd"), get("num_attention_heads", "n_head")
+        size = text.get("head_dim") or family.head_size or hidden // heads
+        few = text.get("num_key_value_heads") or heads
+        inner = text.get("intermediate_size") or text.get("n_inner") or 4 * hidden
+        biased = bool(text.get("attention_bias", False))
+        tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+        return ModelShape(
+            family=name,
+            layers=get("num_hidden_layers", "n_layer"),
+            hidden=hidden,
+            heads=heads,
+            key_value_heads=few,
+            head_size=size,
+            intermediate=inner,
+            vocabulary=get("vocab_size"),
+            tied=family.tied if tied is None else bool(tied),
+            linears=_linears(family, hidden, heads * size, few * size, inner, biased, bool(text.get("mlp_bias"))),
+            norm_weights=family.norms * hidden + (2 * size if family.head_norms else 0),
+            known=known,
+            activation=str(text.get("hidden_activation") or text.get("hidden_act") or "silu"),
+            softcap=bool(text.get("attn_logit_softcapping")),
+            rope=_rope(text),
+            prequantized=prequantized(config),
+        )
+
+    def linear_kinds(self) -> list[LinearKind]:
+        """As lora.linear_kinds finds them in the model itself."""
+        kinds = [
+            LinearKind(
+                x.name, "Linear", x.inputs, x.outputs, self.layers, sets_of(f"model.layers.0.{x.path}"),
+                "small" if x.weights < SMALLEST else None,
+            )
+            for x in self.linears
+        ]  # fmt: skip
+        return [*kinds, LinearKind("lm_head", "Linear", self.hidden, self.vocabulary, 1, (), "output head")]
+
+
+def _linears(
+    family: _Family, hidden: int, query: int, narrow: int, inner: int, biased: bool, mlp_bias: bool
+) -> tuple[LinearShape, ...]:
+    if family.fused:
+        return (
+            LinearShape("self_attn.o_proj", query, hidden),
+            LinearShape("self_attn.qkv_proj", hidden, query + 2 * narrow),
+            LinearShape("mlp.gate_up_proj", hidden, 2 * inner),
+            LinearShape("mlp.down_proj", inner, hidden),
+        )
+    in_bias = biased if family.qkv_bias is None else family.qkv_bias
+    out_bias = biased if family.qkv_bias is None else False
+    return (
+        LinearShape("self_attn.q_proj", hidden, query, in_bias),
+        LinearShape("self_attn.k_proj", hidden, narrow, in_bias),
+        LinearShape("self_attn.v_proj", hidden, narrow, in_bias),
+        LinearShape("self_attn.o_proj", query, hidden, out_bias),
+        LinearShape("mlp.gate_proj", hidden, inner, mlp_bias),
+        LinearShape("mlp.up_proj", hidden, inner, mlp_bias),
+        LinearShape("mlp.down_proj", inner, hidden, mlp_bias),
+    )
+
+
+def _rope(config: Mapping[str, Any]) -> str:
+    """The kind of rotary embedding; of several, one for each kind of layer, that of the first."""
+    section = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if section and all(isinstance(value, Mapping) for value in section.values()):
+        section = next(iter(section.values()))
+    return str(section.get("rope_type") or section.get("type") or "default")
+
+
+def _getter(config: Mapping[str, Any], family: str) -> Any:
+    def get(*names: str) -> int:
+        found = next((config[name] for name in names if config.get(name)), None)
+        if not isinstance(found, int) or found <= 0:
+            what = f"a config of type {family or 'unknown'} has no {names[0]}"
+            raise ModelError(what, fix="use a decoder-only language model")
+        return found
+
+    return get
+
+
+def prequantized(config: Mapping[str, Any]) -> str | None:
+    """The scheme of a checkpoint that bitsandbytes has quantized; None for any other."""
+    section = config.get("quantization_config") or {}
+    if section.get("quant_method") != "bitsandbytes":
+        return None
+    return str(section.get("bnb_4bit_quant_type", "fp4")) if section.get("load_in_4bit") else "int8"
+
+
+@dataclass(frozen=True)
+class Peek:
+    """A model that was looked at from outside. parameters: by its files' headers where there are any."""
+
+    name: str
+    shape: ModelShape
+    parameters: int
+
+
+def peek(name: str, revision: str | None = None) -> Peek:
+    """A model's shape from config.json, a GGUF file's header or a run's base; of a Hub id the config alone is fetched.
+
+    Raises ModelError where there is no such model, or its files do not say.
+    """
+    path = Path(name.removeprefix("gguf:").partition("#sha256=")[0]).expanduser()
+    if name == "demo" or name.startswith("demo:"):
+        path = demo_file()
+    if is_run(path):
+        base = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))["model"]
+        return peek(base["name"], base.get("revision"))
+    if path.suffix == ".gguf":
+        shape = ModelShape.of(read_gguf_config(path))
+        return Peek(name, shape, shape.parameters)
+    if path.suffix == ".json":
+        if not path.is_file():
+            near = nearest(str(path), [str(entry) for entry in path.parent.glob("*")])
+            raise ModelError(f"{path}: no such config file{near}")
+        shape = ModelShape.of(read_config(path.parent, path.name))
+        return Peek(name, shape, shape.parameters)
+    folder = path if path.is_dir() else None
+    config = read_config(folder) if folder else hub_config(name, revision)
+    shape = ModelShape.of(config)
+    return Peek(name, shape, _counted(folder) if folder and not shape.prequantized else shape.parameters)
+
+
+def _counted(folder: Path) -> int:
+    """Parameters by the headers of the weight files; 0 is never one: a folder without weights counts by its config."""
+    if not any(folder.glob("*.safetensors")):
+        return ModelShape.of(read_config(folder)).parameters
+    total = 0
+    for file in weight_files(folder):
+        for entry in safetensors_header(file).values():
+            total += math.prod(entry["shape"])
+    return total

@@ -1,0 +1,52 @@
+"""The linear layers of a model by kind, and which of them an adapter's targets name. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from strop.errors import ModelError, nearest
+
+TARGET_SETS = ("all-linear", "attention", "gate")
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+
+
+@dataclass(frozen=True)
+class LinearKind:
+    """All linear layers that share a leaf name and a shape, such as q_proj in each block."""
+
+    name: str
+    type: str
+    in_features: int
+    out_features: int
+    count: int
+    sets: tuple[str, ...]  # the named target sets that hold it
+    kept_16_bit: str | None  # why a quantized base keeps it in 16 bit, if it does
+
+
+def target_names(kinds: Sequence[LinearKind], targets: str | Sequence[str]) -> list[str]:
+    """Leaf names that peft is to adapt. Raises ModelError for a name that matches nothing, listing those there are."""
+    names: list[str] = []
+    for target in [targets] if isinstance(targets, str) else targets:
+        leaf = target.rpartition(".")[2]
+        picked = [kind.name for kind in kinds if target in kind.sets or leaf == kind.name]
+        if not picked:
+            known = list(dict.fromkeys(kind.name for kind in kinds))
+            raise ModelError(
+                f"lora.target_modules: {target} matches no linear layer{nearest(target, known)}",
+                fix=f"choose among {', '.join([*TARGET_SETS, *known])}",
+            )
+        names += picked
+    return list(dict.fromkeys(names))
+
+
+def sets_of(path: str) -> tuple[str, ...]:
+    """The named target sets that a linear layer at this path belongs to."""
+    parent, _, leaf = path.rpartition(".")
+    if leaf in EMBEDDINGS or not parent:
+        return ()
+    return (
+        "all-linear",
+        *(("attention",) if "attn" in parent.rpartition(".")[2] or "attention" in parent.rpartition(".")[2] else ()),
+        *(("gate",) if leaf in ("gate_proj", "gate_up_proj") else ()),
+    )

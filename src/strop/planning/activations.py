@@ -1,0 +1,195 @@
+"""What one micro-batch keeps and holds while it is computed, by the engine's own arithmetic (no torch).
+
+Symbols as in the engine: T tokens, N supervised rows, h hidden, q and kv query and key-value width, I intermediate, b
+bytes a number. The peak of a step is at one of a few moments; each is a sum of what is alive then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from strop.planning.setting import Setting
+
+BLOCK = 256  # queries a product, as in engine.attention
+KEEP_PAIRS = 512  # keys up to which probabilities are kept, as in engine.attention
+EAGER_BYTES = 40  # fp32 copies a number of the MLP on its way back through engine.eager.glu_backward (cards)
+HEAD_BYTES = 24 * 2**20  # logits at once, as in engine.head
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What is computed at once. tokens: packed rows, a shared prefix once. supervised: rows of the head.
+
+    documents: (number, queries, keys) of each bucket of documents. more: other micro-batches belong to the same step,
+    so that gradients wait while this one is computed.
+    """
+
+    tokens: int
+    supervised: int
+    documents: tuple[tuple[int, int, int], ...]
+    more: bool = False
+
+    @staticmethod
+    def of(tokens: int, length: int, *, share: float = 1.0, more: bool = True) -> MicroBatch:
+        """The largest that a budget of tokens allows, of rows of one length; share: of the tokens, supervised."""
+        length = max(2, min(length, tokens))
+        return MicroBatch.rows([length] * max(1, tokens // length), share=share, more=more)
+
+    @staticmethod
+    def rows(lengths: Sequence[int], *, share: float = 1.0, more: bool = True) -> MicroBatch:
+        """Documents of these lengths without a common prefix."""
+        tokens = sum(lengths)
+        counted = {length: list(lengths).count(length) for length in set(lengths)}
+        documents = tuple((number, length, length) for length, number in sorted(counted.items()))
+        return MicroBatch(tokens, max(1, round(share * (tokens - len(lengths)))), documents, more)
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs that are computed (block by block, the keys behind a block skipped)."""
+        return sum(number * _pairs(queries, keys) for number, queries, keys in self.documents)
+
+    @property
+    def kept_pairs(self) -> int:
+        """Pairs whose probabilities wait for the backward."""
+        return sum(number * _pairs(queries, keys) for number, queries, keys in self.documents if keys <= KEEP_PAIRS)
+
+
+def _blocks(queries: int, keys: int) -> list[tuple[int, int]]:
+    """(queries, keys) of each block of a document."""
+    prefix = keys - queries
+    return [(min(BLOCK, queries - at), prefix + min(at + BLOCK, queries)) for at in range(0, queries, BLOCK)]
+
+
+def _pairs(queries: int, keys: int) -> int:
+    return sum(rows * seen for rows, seen in _blocks(queries, keys))
+
+
+@dataclass(frozen=True)
+class Alive:
+    """Bytes alive at one moment of a step, by part."""
+
+    saved_activations: int = 0
+    live_layer: int = 0
+    head: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.saved_activations + self.live_layer + self.head
+
+
+def at_peak(setting: Setting, batch: MicroBatch) -> Alive:
+    """The moment of forward and backward at which most is alive."""
+    layers, checkpointed = setting.shape.layers, setting.checkpoint_layers
+    block = layer_bytes(setting, batch, batch.tokens)
+    last = layer_bytes(setting, batch, batch.supervised)
+    inputs = batch.tokens * setting.shape.hidden * setting.element
+    kept = min(checkpointed, layers)
+    # The last layer computes only the supervised rows behind its attention.
+    whole = kept * inputs + (layers - kept) * block - (0 if kept == layers else block - last)
+    moments = [Alive(whole, 0, head_bytes(setting, batch))]
+    # Going back: the last layer, the one before it, and the last of those that are computed again.
+    again = block if kept else 0
+    if kept < layers:
+        moments.append(Alive(whole, backward_bytes(setting, batch, batch.supervised)))
+        moments.append(Alive(whole - last + (again if kept == layers - 1 else 0), backward_bytes(setting, batch)))
+    if kept:
+        moments.append(Alive(kept * inputs + again - inputs, backward_bytes(setting, batch)))
+    return max(moments, key=lambda moment: moment.total)
+
+
+def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
+    """What one layer keeps for its backward; rows: computed behind the attention."""
+    shape, b = setting.shape, setting.element
+    h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
+    rank = dict(zip((x.name for x in shape.linears), setting.ranks, strict=True))
+    front = sum(rank.get(name, 0) for name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
+    out = rank.get("o_proj", 0)
+    behind = sum(rank.get(name, 0) for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj"))
+    before = h + front + q + 2 * kv  # residual in, z A, qkv
+    after = (q + out if out else 0) + h + 2 * inner + behind + (2 * h if shape.after_norms else 0)
+    if setting.step == "plain":
+        return _plain_layer(setting, batch, rows)
+    if setting.device == "cpu":
+        pairs = shape.heads * batch.kept_pairs * b
+    else:  # PyTorch's own attention keeps copies of q, k, v, its output, and a number a row and head
+        pairs = batch.tokens * ((2 * q + 2 * kv) * b + 4 * shape.heads)
+    return batch.tokens * before * b + pairs + rows * after * b
+
+
+def _plain_layer(setting: Setting, batch: MicroBatch, rows: int) -> int:
+    """transformers' own layer with peft's adapters, op by op: fp32 copies in the norms and in front of each adapter."""
+    shape, b = setting.shape, setting.element
+    h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
+    wide = 8 * h if b < 4 else 4 * h  # of the two norms
+    copies = sum(
+        4 * (x.inputs if b < 4 else 0) + 4 * rank for x, rank in zip(shape.linears, setting.ranks, strict=True) if rank
+    )
+    plain = b * (4 * h + 4 * q + 2 * kv + 4 * inner) + 4 * shape.heads
+    return batch.tokens * (wide + copies + plain)
+
+
+def backward_bytes(setting: Setting, batch: MicroBatch, rows: int | None = None) -> int:
+    """What going back through one layer needs beside what was kept: the greater of its MLP and its attention.
+
+    rows: computed behind the attention; default: all tokens.
+    """
+    shape, b, tokens = setting.shape, setting.element, batch.tokens
+    rows = tokens if rows is None else rows
+    h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
+    # grad, dz (I), d(gate, up) (2 I) and z (I), with the gradient of the residual
+    mlp = rows * (4 * inner + h) * b
+    if setting.device != "cpu" or setting.step == "plain":
+        mlp = rows * ((4 * inner + h) * b + EAGER_BYTES * inner)
+        return max(mlp, tokens * (5 * q + 6 * kv + h) * b)
+    # gradients of the residual and of the output; q, k, v and their gradients spread by document; the result
+    attention = tokens * (h + 3 * q + 4 * kv + q) * b
+    attention += max(_block_bytes(setting, batch), tokens * (q + 2 * kv) * b)
+    freed = rows * (2 * inner + h + q) * b  # of what this layer had kept, by the time its attention is reached
+    return max(mlp, attention - freed)
+
+
+def _score_bytes(setting: Setting, batch: MicroBatch) -> int:
+    """Scores of the largest block of a forward."""
+    blocks = [(number, _blocks(queries, keys)[-1]) for number, queries, keys in batch.documents]
+    return max(number * setting.shape.heads * rows * seen * setting.element for number, (rows, seen) in blocks)
+
+
+def _block_bytes(setting: Setting, batch: MicroBatch) -> int:
+    """Going back through the blocks of a bucket, the largest first: probabilities and their gradient, the old until
+    the new are made, and what each block adds to the gradients of keys and values, which are summed in fp32."""
+    shape, b, found = setting.shape, setting.element, [0]
+    for number, queries, keys in batch.documents:
+        blocks = list(reversed(_blocks(queries, keys)))
+        scores = [number * shape.heads * rows * seen * b for rows, seen in blocks]
+        if len(blocks) == 1:
+            found.append((1 if keys <= KEEP_PAIRS else 2) * scores[0])
+            continue
+        terms = 0
+        for i, (_, seen) in enumerate(blocks):
+            own = scores[i] * (1 if keys <= KEEP_PAIRS else 2) + (scores[i - 1] if i else 0)
+            found.append(own + terms)
+            terms += 2 * number * shape.key_value * seen * b
+        found.append(terms + 4 * number * shape.key_value * keys)
+    return max(found)
+
+
+def head_bytes(setting: Setting, batch: MicroBatch) -> int:
+    """The last norm's output and the gradient of its rows, and a chunk of logits; the plain step has them all."""
+    shape, b = setting.shape, setting.element
+    if setting.step == "plain":
+        return batch.supervised * shape.vocabulary * (b + 4 + 4 + 4)
+    rows = min(batch.supervised, max(16, HEAD_BYTES // (shape.vocabulary * b)))
+    chunk = rows * shape.vocabulary * (b if setting.device == "cpu" else b + 3 * 4)
+    return batch.supervised * 2 * shape.hidden * b + chunk + setting.threads * 4 * shape.vocabulary
+
+
+def forward_bytes(setting: Setting, batch: MicroBatch) -> int:
+    """What a forward alone needs: one layer, and the head."""
+    shape, b, tokens = setting.shape, setting.element, batch.tokens
+    h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
+    mlp = tokens * (2 * h + 3 * inner) * b
+    attention = tokens * (h + (q + 2 * kv) * 2 + 2 * q) * b + _score_bytes(setting, batch)
+    if setting.step == "plain":
+        return max(mlp * 2, attention) + head_bytes(setting, batch)
+    return max(mlp, attention, tokens * h * b + head_bytes(setting, batch))

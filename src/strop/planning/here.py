@@ -1,0 +1,110 @@
+"""Which machine a plan is for: this one, a size of memory, or a card by name; and how fast it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from strop.config.load import SHORT
+from strop.config.schema import Recipe
+from strop.data.prepare import prepare
+from strop.errors import ModelError, RecipeError
+from strop.machine.probe import Machine, probe
+from strop.machine.rates import known_rates
+from strop.model.facts import locate
+from strop.model.tokenizer import load_tokenizer
+from strop.planning.cards import Card, find_card, recognise
+from strop.planning.speed import Rate
+from strop.runs.folder import is_run
+
+# FLOP/s a core and bytes/s, where `strop doctor` has not measured: of wide vector units at 3 GHz, 60 % of their peak.
+CORE_BF16, CORE_FP32, CORE_PLAIN, HERE_BANDWIDTH = 200e9, 90e9, 45e9, 20e9
+ANY_CARD = Card("a card that is not named", "unknown", 0, 500, 60)
+
+
+@dataclass(frozen=True)
+class Place:
+    """machine: with the memory that counts. device, dtype (name, why): for a recipe that leaves them open."""
+
+    machine: Machine
+    device: str
+    dtype: tuple[str, str]
+    rate: Rate
+
+
+def place_for(device: str, memory: int | None = None, gpu: str | None = None, dtype: str = "auto") -> Place:
+    """device, dtype: as the recipe says, which may be auto; memory: bytes that there are, in place of what is found.
+
+    Raises RecipeError for a card that is not in the table, or CUDA where nothing says how large the card is.
+    """
+    machine = probe()
+    if gpu is not None:
+        return _of_card(machine, find_card(gpu), memory)
+    kind = device.partition(":")[0]
+    if kind == "auto":
+        kind = "cuda" if machine.gpus and memory is None else "cpu"
+    if kind == "cuda":
+        card = recognise(machine.gpus[0]) if machine.gpus else None
+        if not machine.gpus and memory is None:
+            raise RecipeError("--device cuda: no card is here", fix="give --gpu NAME, or --memory SIZE")
+        return _of_card(machine, card or ANY_CARD, memory, found=machine.gpus if memory is None else ())
+    if memory is not None:
+        machine = replace(machine, memory_bytes=memory, free_bytes=memory)
+    rates = known_rates(machine, "cpu")
+    if kind == "mps":
+        rate = Rate(CORE_FP32 * 30, 200e9, "an Apple GPU as the table has it")
+        return Place(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), rate)
+    if rates is not None:
+        used = rates.dtype if dtype == "auto" else dtype
+        return Place(machine, "cpu", (rates.dtype, "measured by strop doctor"), Rate.measured(rates, used))
+    fast = "avx512_bf16" in machine.vector or "amx_bf16" in machine.vector
+    core = CORE_BF16 if fast else CORE_FP32 if "avx512f" in machine.vector else CORE_PLAIN
+    said = "its instructions; `strop doctor` measures"
+    rate = Rate(core * machine.cores, HERE_BANDWIDTH, f"a guess by {said}")
+    return Place(machine, "cpu", ("bf16" if fast else "fp32", f"by {said}"), rate)
+
+
+def _of_card(machine: Machine, card: Card, memory: int | None, found: tuple[str, ...] = ()) -> Place:
+    size = memory or card.memory_bytes
+    dtype = ("bf16", "the card computes in bf16") if card.bf16 else ("fp32", "the card has no fast bf16")
+    if card.device != "cuda":
+        machine = replace(machine, memory_bytes=size, free_bytes=size, gpus=())
+    else:
+        machine = replace(machine, gpus=found or (f"{card.name}, {size >> 20} MiB",))
+    return Place(machine, card.device, dtype, Rate.of(card))
+
+
+def without_data(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
+    """Options that a plan can be made of: one that names no rows is about rows of the longest length."""
+    given = {SHORT.get(name, name): value for name, value in (options or {}).items()}
+    if not recipe_given:
+        given.setdefault("data.train", "-")
+    return given
+
+
+def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
+    """adapter_config.json of the adapter or run to start from. Raises ModelError where there is none."""
+    if recipe.model.adapter is None:
+        return None
+    path = Path(recipe.model.adapter).expanduser()
+    file = next((place for place in (path, path / "adapter") if (place / "adapter_config.json").is_file()), None)
+    if file is None:
+        raise ModelError(f"--model.adapter {path}: no adapter there", fix="give a run or adapter folder")
+    found: dict[str, Any] = json.loads((file / "adapter_config.json").read_text(encoding="utf-8"))
+    return found
+
+
+def row_lengths(recipe: Recipe) -> list[int]:
+    """Tokens of each row, where the recipe names rows that are here and the model's tokenizer is; else none."""
+    first = recipe.data.train if isinstance(recipe.data.train, str) else recipe.data.train[0]
+    model = Path(recipe.model.name).expanduser()
+    if not Path(first).is_file() or not (recipe.model.name.startswith("demo") or is_run(model) or model.is_dir()):
+        return []
+    source = locate(recipe.model.name, recipe.model.revision)
+    if source.kind == "folder" and not (source.path / "tokenizer_config.json").is_file():
+        return []
+    rows = prepare(recipe.data, load_tokenizer(source), strict=False).train
+    return [len(rows[row]) for row in range(len(rows))]

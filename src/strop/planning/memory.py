@@ -1,0 +1,218 @@
+"""Peak memory of each phase of a run, by part: arithmetic on a model's sizes, no torch, no weights.
+
+Every term has a cause that was measured alone; docs/plan.md has the measurements and how far the sums are off. Memory
+on a CPU is resident memory of the process above what it is before the model loads; on CUDA what the card must have,
+its context included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from strop.planning.activations import Alive, MicroBatch, at_peak, forward_bytes
+from strop.planning.setting import BITS, Setting
+
+MIB = 1 << 20
+PARTS = (
+    "weights", "quantization_constants", "adapters", "gradients", "optimizer", "saved_activations", "live_layer",
+    "head", "workspace", "mapped_files", "framework",
+)  # fmt: skip
+# What a CPU process grows by on its way through one step of a tiny model (docs/plan.md, "What does not depend on the
+# model"): transformers' and peft's code for the model; numba and LLVM with the compiled loops; PyTorch's own code and
+# oneDNN's kernels, paged in by the first products.
+CODE_BYTES = 20 * MIB
+LOOPS_BYTES = 85 * MIB
+PRODUCTS_BYTES = 47 * MIB
+SCRATCH_BYTES = 14 * MIB  # oneDNN's scratch and small blocks at the peak
+CUDA_CONTEXT_BYTES = 450 * MIB  # of the driver, cuBLAS's workspace included
+PARITY_POSITIONS = 2048  # as in export.parity
+BLOCK, NESTED = 64, 256  # weights that share a constant, constants that share one
+STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion": 4.0, "adafactor": 0.1, "sgd": 0.0}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes by part at the phase's peak. mapped_files: pages of the weight files, which the system takes back where
+    memory is short: they are resident, but nothing fails for want of them."""
+
+    parts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.peak_bytes - self.parts.get("mapped_files", 0)
+
+    def as_json(self) -> dict[str, object]:
+        return {"peak_bytes": self.peak_bytes, "parts": dict(self.parts)}
+
+
+def phases(setting: Setting, batch: MicroBatch, context: int) -> dict[str, Phase]:
+    """Every phase; context: tokens of a conversation that is served."""
+    return {
+        "load": load(setting),
+        "train": train(setting, batch),
+        "evaluate": evaluate(setting, batch),
+        "merge": merge(setting, context),
+        "serve": serve(setting, context),
+    }
+
+
+def dense_weights(setting: Setting) -> int:
+    """Numbers of the base that are held in the type that is computed in."""
+    shape = setting.shape
+    packed = 0 if setting.scheme == "none" else shape.quantizable * (shape.layers - setting.resident_layers)
+    return setting.parameters - packed // shape.layers
+
+
+def packed_weights(setting: Setting) -> int:
+    return setting.parameters - dense_weights(setting)
+
+
+def weight_bytes(setting: Setting) -> int:
+    return int(dense_weights(setting) * setting.element + packed_weights(setting) * BITS.get(setting.scheme, 0) / 8)
+
+
+def constant_bytes(setting: Setting) -> int:
+    """4 bit: a number a block of 64, in fp32 or (double) in 8 bit with one fp32 for 256 of them, which makes 4.127 bits
+    a weight (QLoRA, arXiv:2305.14314, 3). int8: an fp32 number a row."""
+    packed = packed_weights(setting)
+    if not packed:
+        return 0
+    if setting.scheme == "int8":
+        rows = sum(x.outputs for x in setting.shape.linears)
+        return 4 * rows * (setting.shape.layers - setting.resident_layers)
+    blocks = packed / BLOCK
+    return int(blocks + 4 * blocks / NESTED if setting.double else 4 * blocks)
+
+
+def optimizer_bytes(setting: Setting) -> int:
+    return int(STATE_BYTES[setting.optimizer] * setting.adapter_weights)
+
+
+def workspace_bytes(setting: Setting) -> int:
+    """One dequantized weight as the products see it, with the parts it is laid together from, and small scratch."""
+    scratch = SCRATCH_BYTES if setting.device == "cpu" else 32 * MIB
+    return scratch + (_largest_dequantized(setting) if setting.streamed else 0)
+
+
+def _largest_dequantized(setting: Setting) -> int:
+    """Layers that share an input are one product (gate and up): the whole, and the part that is copied into it."""
+    shape = setting.shape
+    whole = {x.name: x.weights for x in shape.linears}
+    single, joined = max(whole.values()), 0
+    for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        parts = [whole.get(name, 0) for name in group]
+        joined = max(joined, sum(parts) + max(parts) if setting.step == "fast" else 0)
+    return setting.element * max(single, joined)
+
+
+def framework_bytes(setting: Setting) -> int:
+    if setting.device != "cpu":
+        return CUDA_CONTEXT_BYTES
+    loops = LOOPS_BYTES if setting.step == "fast" else 0
+    return CODE_BYTES + PRODUCTS_BYTES + loops
+
+
+def _held(setting: Setting, *, trained: bool) -> dict[str, int]:
+    """What is there through a whole phase."""
+    adapters = 4 * setting.adapter_weights
+    return {
+        "weights": weight_bytes(setting),
+        "quantization_constants": constant_bytes(setting),
+        "adapters": adapters,
+        "optimizer": optimizer_bytes(setting) if trained else 0,
+        "workspace": workspace_bytes(setting),
+        "mapped_files": _replaced_bytes(setting),
+        "framework": framework_bytes(setting),
+    }
+
+
+def _replaced_bytes(setting: Setting) -> int:
+    """16-bit weights are used where their file is mapped. The fast step lays those that share an input side by side in
+    memory of its own; the file's pages of the same weights stay mapped as long as any other weight of the file is."""
+    if setting.device != "cpu" or setting.step != "fast" or setting.scheme != "none" or setting.element != 2:
+        return 0
+    joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    return setting.element * setting.shape.layers * sum(x.weights for x in setting.shape.linears if x.name in joined)
+
+
+def train(setting: Setting, batch: MicroBatch) -> Phase:
+    """From the second step on: the first has no optimizer state yet.
+
+    The gradients are fp32 and as many as the adapter's weights. They grow while activations go, so that they count at
+    the peak only where an earlier micro-batch of the step has left some.
+    """
+    held = _held(setting, trained=True)
+    trainable = 4 * setting.adapter_weights
+    # The adapter in the type that is computed in is kept for the backward, of each layer that keeps anything.
+    share = 1 - setting.checkpoint_layers / setting.shape.layers if setting.element < 4 else 0.5
+    held["adapters"] += int(setting.element * setting.adapter_weights * share) if setting.step == "fast" else 0
+    alive = at_peak(setting, batch)
+    waiting = trainable if batch.more else 0
+    moments = [(alive, waiting), (Alive(), trainable)]  # the second: the optimizer's own step
+    alive, gradients = max(moments, key=lambda moment: moment[0].total + moment[1])
+    return _phase(
+        {
+            **held,
+            "gradients": gradients,
+            "saved_activations": alive.saved_activations,
+            "live_layer": alive.live_layer,
+            "head": alive.head,
+        }
+    )
+
+
+def evaluate(setting: Setting, batch: MicroBatch) -> Phase:
+    """Between two steps of a run: no gradients, and the optimizer's state waits."""
+    return _phase({**_held(setting, trained=True), "live_layer": forward_bytes(setting, batch)})
+
+
+def load(setting: Setting) -> Phase:
+    """Reading the base: its files are mapped. 16-bit weights on a CPU stay there; others are copied out, and the files'
+    pages count until the last is."""
+    held = _held(setting, trained=False)
+    on_disk = setting.but(resident_layers=0, element=2)
+    copied = setting.scheme != "none" or setting.element != 2 or setting.device != "cpu"
+    mapped = weight_bytes(on_disk) + constant_bytes(on_disk) if copied else 0
+    parts = {"weights": held["weights"], "quantization_constants": held["quantization_constants"]}
+    framework = CODE_BYTES if setting.device == "cpu" else CUDA_CONTEXT_BYTES
+    return _phase({**parts, "mapped_files": mapped, "framework": framework})
+
+
+def merge(setting: Setting, context: int) -> Phase:
+    """On the CPU in fp32: two models are measured one after the other, each whole, on rows of `context` tokens; the
+    first one's distributions wait in a file."""
+    row = 4 * setting.shape.vocabulary
+    return _phase(
+        {
+            "weights": 4 * setting.parameters,
+            "adapters": 4 * setting.adapter_weights,
+            "head": 3 * context * row,
+            "mapped_files": 2 * setting.parameters + PARITY_POSITIONS * row,
+            "workspace": SCRATCH_BYTES,
+            "framework": CODE_BYTES + PRODUCTS_BYTES,
+        }
+    )
+
+
+def serve(setting: Setting, context: int) -> Phase:
+    """Base and adapter, and the keys and values of one conversation of `context` tokens."""
+    held = _held(setting, trained=False)
+    shape = setting.shape
+    cache = 2 * shape.layers * shape.key_value * context * setting.element
+    live = MicroBatch.rows([context])
+    return _phase({**held, "saved_activations": cache, "live_layer": _prompt_bytes(setting, live)})
+
+
+def _prompt_bytes(setting: Setting, batch: MicroBatch) -> int:
+    """transformers' own forward over a prompt; the head sees its last row alone."""
+    shape, b = setting.shape, setting.element
+    return batch.tokens * (3 * shape.hidden + 3 * shape.intermediate) * b + 4 * shape.vocabulary
+
+
+def _phase(parts: Mapping[str, int]) -> Phase:
+    return Phase({name: int(parts.get(name, 0)) for name in PARTS})

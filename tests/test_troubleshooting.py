@@ -1,0 +1,130 @@
+"""Each of the usual troubles, provoked: the message names the part of docs/troubleshooting.md that is about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from strop.config.load import resolve
+from strop.engine.device import pick_device
+from strop.errors import (
+    TROUBLES,
+    DeviceError,
+    DiskError,
+    GatedError,
+    MemoryLimitError,
+    NonFiniteError,
+    QuantizerError,
+    StropError,
+)
+from strop.evaluation.diagnosis import diagnose
+from strop.machine.probe import Machine
+from strop.model.quantize import pack
+from strop.planning import trial
+from strop.runs.folder import disk_faults
+from strop.training.loop import fit
+from strop.training.optim import make_optimizer
+from tests import tiny
+from tests.hub_standin import serve
+from tests.test_guard import curve, falling, starved
+
+PAGE = Path(__file__).parents[1] / TROUBLES
+NAMED = re.compile(rf"{TROUBLES}#(\w+)")
+
+
+def headings() -> set[str]:
+    return set(re.findall(r"^## (\w+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def classes(kind: type[StropError]) -> list[type[StropError]]:
+    return [kind, *(found for below in kind.__subclasses__() for found in classes(below))]
+
+
+def test_every_part_that_is_named_is_there() -> None:
+    source = "".join(file.read_text(encoding="utf-8") for file in (PAGE.parents[1] / "src").rglob("*.py"))
+    named = {kind.page for kind in classes(StropError) if kind.page} | set(NAMED.findall(source))
+    assert named <= headings() and len(headings()) == 7
+
+
+def test_memory(tmp_path: Path) -> None:
+    job = replace(tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 2}), memory_key="trouble")
+    with pytest.raises(MemoryLimitError) as raised:
+        fit(starved(job, set(range(1, 100))))
+    assert f"{TROUBLES}#memory" in raised.value.lines()[0]
+
+
+def without_bitsandbytes(patch: pytest.MonkeyPatch) -> None:
+    for name in ("bitsandbytes", "bitsandbytes.functional"):
+        patch.setitem(sys.modules, name, None)  # an import of it then fails
+
+
+def eight_bit() -> object:
+    section = resolve(None, {"model": "m", "data": "d", "train.optimizer": "adamw_8bit"}).recipe.train
+    return make_optimizer({"w": nn.Parameter(torch.zeros(2))}, section)
+
+
+@pytest.mark.parametrize("use", [lambda: pack(torch.zeros(64, 64), "nf4"), eight_bit], ids=["4 bit", "8-bit optimizer"])
+def test_bitsandbytes(use: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    without_bitsandbytes(monkeypatch)
+    with pytest.raises(QuantizerError, match="cannot be used here") as raised:
+        use()
+    assert f"{TROUBLES}#bitsandbytes" in raised.value.fix
+    found = trial.four_bit_step()
+    assert found.level == "error" and "bitsandbytes" in found.why and "install" in found.fix
+
+
+def test_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError) as raised:
+        pick_device("cuda")
+    assert f"{TROUBLES}#cuda" in raised.value.fix
+    machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
+    (found,) = trial.cards(machine)
+    assert found.level == "error" and "cannot use it" in found.what and "#cuda" in found.why and found.fix
+
+
+def test_nan(tmp_path: Path) -> None:
+    job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 8})
+    broken = replace(job, step=replace(job.step, token_loss=lambda rows: job.step.token_loss(rows) * float("nan")))
+    with pytest.raises(NonFiniteError) as raised:
+        fit(broken)
+    assert f"{TROUBLES}#nan" in raised.value.fix
+
+
+def test_flat() -> None:
+    (found,) = diagnose(curve("step", falling(2.0, 2.0)), 0.02)
+    assert f"{TROUBLES}#flat" in found
+
+
+def test_disk(tmp_path: Path) -> None:
+    with pytest.raises(DiskError) as raised, disk_faults(tmp_path):
+        raise OSError(28, "No space left on device")
+    assert f"{TROUBLES}#disk" in raised.value.fix
+
+
+def test_gated(tmp_path: Path, tiny_folder: Path) -> None:
+    files = {"config.json": (tiny_folder / "config.json").read_bytes()}
+    with serve("models", "owner/closed", files, gated=True) as (address, _):
+        env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        env.pop("HF_HUB_CACHE", None)
+        command = [sys.executable, "-m", "strop.cli", "plan", "--model", "owner/closed", "--json"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    error = json.loads(done.stdout)["error"]
+    assert done.returncode == 2 and error["kind"] == GatedError.__name__, done.stderr
+    assert "hf auth login" in error["fix"] and f"{TROUBLES}#gated" in error["fix"]
+
+
+def test_a_step_in_4_bit_that_does_not_move_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trial.four_bit_step().level == "ok"
+    monkeypatch.setattr(trial.QuantizedLinear, "forward", lambda self, x: x.detach() * 1 + 0 * x)
+    assert trial.four_bit_step().level == "error"
