@@ -318,6 +318,20 @@ def test_what_came_from_a_gguf_keeps_its_tokenizer(bases: Any, rows: str, tmp_pa
     assert after["tokenizer.ggml.pre"] == "smollm"
 
 
+@needs_llama_cpp
+def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
+    base = gguf_models.save("qwen2", tmp_path / "base")
+    tokenizer = load_tokenizer(locate(str(base)))
+    tokenizer.chat_template = None
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(base)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"what is {n}, it is {n * n}!"}) + "\n" for n in range(20)))
+    found = export_gguf(str(base), tmp_path / "m.gguf", kind="f16", data=str(rows)).found
+    assert found is not None and found.strings == 200 and found.conversations == 0
+    assert "tokenizer.chat_template" not in fields(tmp_path / "m.gguf")
+
+
 ORACLE = ["llama", "llama-2", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"]
 
 

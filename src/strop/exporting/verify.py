@@ -75,7 +75,7 @@ def check_text(llama: LlamaCpp, vocabulary: Vocabulary, renderer: Renderer, exam
         again = tokenizer(text, add_special_tokens=False)["input_ids"]
         if again == example.ids.tolist() and llama.tokenize(text, control=True) != again:
             raise _differs(f"row {example.file}:{example.line} is tokenized differently")
-    for messages in conversations(renderer.supports_system):
+    for messages in conversations(renderer.supports_system) if renderer.template is not None else ():
         prompt = renderer.chat.prompt(messages).text
         told = llama.render([{"role": message.role, "content": message.content} for message in messages])
         if told != prompt:
