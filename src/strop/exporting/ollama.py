@@ -69,12 +69,14 @@ def export_ollama(name: str, out: Path, *, kind: str | None = None, data: str | 
         bos = str(renderer.tokenizer.bos_token or "") if exported.vocabulary.add_bos else ""
         template = pieces.without_bos(bos).go()
         (temp / MODELFILE).write_text(modelfile(template, renderer, system), encoding="utf-8")
-        rendered_by, prompts = _check(template, renderer, bos, temp)
+        rendered_by, prompts = _check(template, renderer, bos, system, temp)
     notes = list(exported.notes)
     if trims(renderer):
         notes.append("the trained template strips white space around a message, which Ollama's cannot: send none")
     if renderer.chat.supports_tools:
         notes.append("tools are not in Ollama's template; the GGUF file's own has them")
+    if system is not None and '"""' in system:
+        notes.append("the system prompt of the training rows holds three quotes, which a Modelfile cannot: send it")
     if rendered_by is None:
         notes.append(UNTESTED)
     commands = [f"ollama create {_model_name(name)} -f {out / MODELFILE}", f"ollama run {_model_name(name)}"]
@@ -91,7 +93,7 @@ def modelfile(template: str, renderer: Renderer, system: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _check(template: str, renderer: Renderer, bos: str, folder: Path) -> tuple[str | None, int]:
+def _check(template: str, renderer: Renderer, bos: str, system: str | None, folder: Path) -> tuple[str | None, int]:
     """(by what the ten prompts were rendered, how many). Raises ParityError where one is not the trained one."""
     asked = conversations(renderer.supports_system)
     by, told = "ollama", _rendered_by_ollama(folder, asked) if _ollama_runs() else None
@@ -100,7 +102,8 @@ def _check(template: str, renderer: Renderer, bos: str, folder: Path) -> tuple[s
     if told is None:
         return None, 0
     for messages, prompt in zip(asked, told, strict=True):
-        trained = renderer.chat.prompt(messages).text
+        adds = by == "ollama" and system is not None and messages[0].role != "system"  # the Modelfile's own
+        trained = renderer.chat.prompt([Message("system", str(system)), *messages] if adds else messages).text
         if bos + prompt != trained:
             raise ParityError(f"Ollama's prompt is {prompt!r}, trained with {trained!r}", fix="please report it")
     return by, len(told)
