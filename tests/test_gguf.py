@@ -306,7 +306,7 @@ def test_q8_0_and_an_adapter_through_llama_cpp(bases: Any, rows: str, tmp_path: 
 
 @needs_llama_cpp
 def test_what_came_from_a_gguf_keeps_its_tokenizer(bases: Any, rows: str, tmp_path: Path) -> None:
-    export_gguf(str(bases.base("smollm")), tmp_path / "base.gguf", kind="f16", data=rows)
+    export_gguf(str(bases.base("qwen2")), tmp_path / "base.gguf", kind="f16", data=rows)
     tuned = gguf_models.adapt(tmp_path / "base.gguf", tmp_path / "tuned")
     export_gguf(str(tuned), tmp_path / "m.gguf", kind="f16", data=rows)
     before, after = fields(tmp_path / "base.gguf"), fields(tmp_path / "m.gguf")
@@ -315,7 +315,16 @@ def test_what_came_from_a_gguf_keeps_its_tokenizer(bases: Any, rows: str, tmp_pa
     assert all(before[name] == after[name] for name in kept)
     lora = export_gguf(str(tuned), tmp_path / "lora.gguf", adapter=True, data=rows)
     assert lora.found is not None and lora.found.parity is not None and lora.found.parity.kl_mean < 1e-3
-    assert after["tokenizer.ggml.pre"] == "smollm"
+
+
+@needs_llama_cpp
+def test_an_adapter_on_a_gguf_that_is_not_what_it_was_trained_on(bases: Any, rows: str, tmp_path: Path) -> None:
+    """transformers reads a GGUF without its rope scaling: what was trained on is not what llama.cpp makes of the file."""
+    export_gguf(str(bases.base("smollm")), tmp_path / "base.gguf", kind="f16", data=rows)
+    tuned = gguf_models.adapt(tmp_path / "base.gguf", tmp_path / "tuned")
+    with pytest.raises(ParityError, match="not the same model"):
+        export_gguf(str(tuned), tmp_path / "lora.gguf", adapter=True, data=rows)
+    assert not (tmp_path / "lora.gguf").exists()
 
 
 @needs_llama_cpp
