@@ -319,7 +319,7 @@ def test_what_came_from_a_gguf_keeps_its_tokenizer(bases: Any, rows: str, tmp_pa
 
 @needs_llama_cpp
 def test_an_adapter_on_a_gguf_that_is_not_what_it_was_trained_on(bases: Any, rows: str, tmp_path: Path) -> None:
-    """transformers reads a GGUF without its rope scaling: what was trained on is not what llama.cpp makes of the file."""
+    """transformers reads a GGUF without its rope scaling: what was trained on is not what llama.cpp makes of it."""
     export_gguf(str(bases.base("smollm")), tmp_path / "base.gguf", kind="f16", data=rows)
     tuned = gguf_models.adapt(tmp_path / "base.gguf", tmp_path / "tuned")
     with pytest.raises(ParityError, match="not the same model"):
