@@ -306,7 +306,7 @@ def test_q8_0_and_an_adapter_through_llama_cpp(bases: Any, rows: str, tmp_path: 
 
 @needs_llama_cpp
 def test_what_came_from_a_gguf_keeps_its_tokenizer(bases: Any, rows: str, tmp_path: Path) -> None:
-    export_gguf(str(bases.base("smollm")), tmp_path / "base.gguf", kind="f16", data=rows)
+    export_gguf(str(bases.base("qwen2")), tmp_path / "base.gguf", kind="f16", data=rows)
     tuned = gguf_models.adapt(tmp_path / "base.gguf", tmp_path / "tuned")
     export_gguf(str(tuned), tmp_path / "m.gguf", kind="f16", data=rows)
     before, after = fields(tmp_path / "base.gguf"), fields(tmp_path / "m.gguf")
@@ -315,7 +315,30 @@ def test_what_came_from_a_gguf_keeps_its_tokenizer(bases: Any, rows: str, tmp_pa
     assert all(before[name] == after[name] for name in kept)
     lora = export_gguf(str(tuned), tmp_path / "lora.gguf", adapter=True, data=rows)
     assert lora.found is not None and lora.found.parity is not None and lora.found.parity.kl_mean < 1e-3
-    assert after["tokenizer.ggml.pre"] == "smollm"
+
+
+@needs_llama_cpp
+def test_an_adapter_on_a_gguf_that_is_not_what_it_was_trained_on(bases: Any, rows: str, tmp_path: Path) -> None:
+    """transformers reads a GGUF without its rope scaling: what was trained on is not what llama.cpp makes of it."""
+    export_gguf(str(bases.base("smollm")), tmp_path / "base.gguf", kind="f16", data=rows)
+    tuned = gguf_models.adapt(tmp_path / "base.gguf", tmp_path / "tuned")
+    with pytest.raises(ParityError, match="not the same model"):
+        export_gguf(str(tuned), tmp_path / "lora.gguf", adapter=True, data=rows)
+    assert not (tmp_path / "lora.gguf").exists()
+
+
+@needs_llama_cpp
+def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
+    base = gguf_models.save("qwen2", tmp_path / "base")
+    tokenizer = load_tokenizer(locate(str(base)))
+    tokenizer.chat_template = None
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(base)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"what is {n}, it is {n * n}!"}) + "\n" for n in range(20)))
+    found = export_gguf(str(base), tmp_path / "m.gguf", kind="f16", data=str(rows)).found
+    assert found is not None and found.strings == 200 and found.conversations == 0
+    assert "tokenizer.chat_template" not in fields(tmp_path / "m.gguf")
 
 
 ORACLE = ["llama", "llama-2", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"]

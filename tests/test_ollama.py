@@ -134,7 +134,7 @@ def test_how_a_real_ollama_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         def read(self) -> bytes:
             return json.dumps({"_debug_info": {"rendered_template": f"prompt {len(bodies)}"}}).encode()
 
-    def urlopen(request: Any, timeout: float) -> Answer:
+    def ask(request: Any, timeout: float) -> Answer:
         bodies.append(json.loads(request.data))
         return Answer()
 
@@ -143,8 +143,10 @@ def test_how_a_real_ollama_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return Done()
 
     monkeypatch.setattr(module.subprocess, "run", run)
-    monkeypatch.setattr(module.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(module._local, "open", ask)
     asked = conversations(True)[:2]
     assert module._rendered_by_ollama(tmp_path, asked) == ["prompt 1", "prompt 2"]
     assert [command[1] for command in ran] == ["create", "rm"] and ran[0][2] == ran[1][2] == bodies[0]["model"]
     assert all(body["_debug_render_only"] and body["stream"] is False for body in bodies)
+    monkeypatch.setattr(Answer, "read", lambda self: b'{"message": {"content": "an answer"}}')  # an older one
+    assert module._rendered_by_ollama(tmp_path, asked) is None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from strop.runs.folder import new_folder
 MODEL_FILE, MODELFILE = "model.gguf", "Modelfile"
 CONTEXT = 4096  # Ollama's own default is smaller, and cuts prompts without a word
 SERVER = "http://127.0.0.1:11434"
+_local = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 UNTESTED = "untested: neither a running ollama nor a Go toolchain is here"
 
 
@@ -69,12 +69,14 @@ def export_ollama(name: str, out: Path, *, kind: str | None = None, data: str | 
         bos = str(renderer.tokenizer.bos_token or "") if exported.vocabulary.add_bos else ""
         template = pieces.without_bos(bos).go()
         (temp / MODELFILE).write_text(modelfile(template, renderer, system), encoding="utf-8")
-        rendered_by, prompts = _check(template, renderer, bos, temp)
+        rendered_by, prompts = _check(template, renderer, bos, system, temp)
     notes = list(exported.notes)
     if trims(renderer):
         notes.append("the trained template strips white space around a message, which Ollama's cannot: send none")
     if renderer.chat.supports_tools:
         notes.append("tools are not in Ollama's template; the GGUF file's own has them")
+    if system is not None and '"""' in system:
+        notes.append("the system prompt of the training rows holds three quotes, which a Modelfile cannot: send it")
     if rendered_by is None:
         notes.append(UNTESTED)
     commands = [f"ollama create {_model_name(name)} -f {out / MODELFILE}", f"ollama run {_model_name(name)}"]
@@ -91,17 +93,17 @@ def modelfile(template: str, renderer: Renderer, system: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _check(template: str, renderer: Renderer, bos: str, folder: Path) -> tuple[str | None, int]:
+def _check(template: str, renderer: Renderer, bos: str, system: str | None, folder: Path) -> tuple[str | None, int]:
     """(by what the ten prompts were rendered, how many). Raises ParityError where one is not the trained one."""
     asked = conversations(renderer.supports_system)
-    if _ollama_runs():
-        by, told = "ollama", _rendered_by_ollama(folder, asked)
-    elif go_is_installed():
+    by, told = "ollama", _rendered_by_ollama(folder, asked) if _ollama_runs() else None
+    if told is None and go_is_installed():
         by, told = "go", rendered_by_go(template, asked)
-    else:
+    if told is None:
         return None, 0
     for messages, prompt in zip(asked, told, strict=True):
-        trained = renderer.chat.prompt(messages).text
+        adds = by == "ollama" and system is not None and messages[0].role != "system"  # the Modelfile's own
+        trained = renderer.chat.prompt([Message("system", str(system)), *messages] if adds else messages).text
         if bos + prompt != trained:
             raise ParityError(f"Ollama's prompt is {prompt!r}, trained with {trained!r}", fix="please report it")
     return by, len(told)
@@ -111,14 +113,17 @@ def _ollama_runs() -> bool:
     if shutil.which("ollama") is None:
         return False
     try:
-        with urllib.request.urlopen(f"{SERVER}/api/version", timeout=2):
+        with _local.open(f"{SERVER}/api/version", timeout=2):
             return True
-    except (urllib.error.URLError, TimeoutError):
+    except OSError:
         return False
 
 
-def _rendered_by_ollama(folder: Path, asked: Sequence[Sequence[Message]]) -> list[str]:
-    """The prompts of a real Ollama, which is given the folder under a name of its own, and forgets it after."""
+def _rendered_by_ollama(folder: Path, asked: Sequence[Sequence[Message]]) -> list[str] | None:
+    """The prompts of a real Ollama, which is given the folder under a name of its own, and forgets it after.
+
+    None where that Ollama is too old to show them.
+    """
     name = f"strop-check-{uuid.uuid4().hex[:8]}"
     made = subprocess.run(
         ["ollama", "create", name, "-f", str(folder / MODELFILE)], capture_output=True, text=True, check=False
@@ -126,19 +131,22 @@ def _rendered_by_ollama(folder: Path, asked: Sequence[Sequence[Message]]) -> lis
     if made.returncode:
         raise ParityError(f"ollama create: {made.stderr.strip()[-300:]}", fix="please report it with the Modelfile")
     try:
-        return [_ask(name, messages) for messages in asked]
+        told = [_ask(name, messages) for messages in asked]
     finally:
         subprocess.run(["ollama", "rm", name], capture_output=True, check=False)
+    shown = [prompt for prompt in told if prompt is not None]
+    return shown if len(shown) == len(told) else None
 
 
-def _ask(name: str, messages: Sequence[Message]) -> str:
+def _ask(name: str, messages: Sequence[Message]) -> str | None:
     """What Ollama would send to the model (its debug option renders only)."""
     said = [{"role": message.role, "content": message.content} for message in messages]
     body = json.dumps({"model": name, "messages": said, "stream": False, "_debug_render_only": True}).encode()
     request = urllib.request.Request(f"{SERVER}/api/chat", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=300) as answer:
+    with _local.open(request, timeout=300) as answer:
         told = json.load(answer)
-    return str(told["_debug_info"]["rendered_template"])
+    prompt: str | None = told.get("_debug_info", {}).get("rendered_template")
+    return prompt
 
 
 def _model_name(name: str) -> str:

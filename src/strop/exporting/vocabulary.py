@@ -50,7 +50,7 @@ class Vocabulary:
 
     carried: bool
     entries: dict[str, tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]]
-    template: str
+    template: str | None
     bos: int | None
     eos: int
     eot: int
@@ -78,6 +78,8 @@ def vocabulary(source: Source, renderer: Renderer, size: int) -> Vocabulary:
     if len(tokens) < len(tokenizer) or (carried and len(tokens) != size):
         what = f"{source.name}: {len(tokenizer)} tokens in the tokenizer, {len(tokens)} in its GGUF"
         raise ModelError(what, fix="use strop merge")
+    if not renderer.stop_ids:
+        raise ModelError(f"{source.name}: its tokenizer has no token that ends a text", fix="use strop merge")
     # llama.cpp stops at either; the stop token of the training text comes first, the tokenizer's own end after it
     eot = renderer.stop_ids[0]
     eos = eot if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
@@ -89,11 +91,13 @@ def vocabulary(source: Source, renderer: Renderer, size: int) -> Vocabulary:
     for name, token in ids.items():
         if token is not None:
             entries[f"tokenizer.ggml.{name}_token_id"] = (int(token), gguf.GGUFValueType.UINT32, None)
-    # a chat prompt has one bos token: the one its template writes
-    add_bos = adds_bos(tokenizer) and renderer.chat.opening.startswith(tokenizer.bos_token)
+    template = renderer.template
+    add_bos = adds_bos(tokenizer)
+    if template is not None:
+        entries["tokenizer.chat_template"] = (template, gguf.GGUFValueType.STRING, None)
+        # a chat prompt has one bos token: the one its template writes
+        add_bos = add_bos and renderer.chat.opening.startswith(tokenizer.bos_token)
     entries["tokenizer.ggml.add_bos_token"] = (add_bos, gguf.GGUFValueType.BOOL, None)
-    template = renderer.chat.source
-    entries["tokenizer.chat_template"] = (template, gguf.GGUFValueType.STRING, None)
     return Vocabulary(carried, entries, template, ids["bos"], eos, eot, add_bos, plain, notes)
 
 
