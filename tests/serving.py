@@ -27,8 +27,8 @@ CHAT = "/v1/chat/completions"
 SYSTEM = "be bold"  # of every training row of the adapter `bold`
 
 
-def save_adapters(root: Path, base: Path, own_tokenizer: Any = None, **lora: Any) -> list[Path]:
-    """Two adapters of a base, `calm` and `bold`; its tokenizer, where it is not the tiny one."""
+def save_adapters(root: Path, base: Path, own_tokenizer: Any = None, *, std: float = 0.3, **lora: Any) -> list[Path]:
+    """Two random adapters of a base, `calm` and `bold`; its tokenizer, where it is not the tiny one."""
     source, made = locate(str(base)), []
     for seed, (name, system) in enumerate({"calm": None, "bold": SYSTEM}.items()):
         torch.manual_seed(seed)
@@ -36,7 +36,7 @@ def save_adapters(root: Path, base: Path, own_tokenizer: Any = None, **lora: Any
         model = get_peft_model(load_base(source, torch.float32, "cpu"), config)
         for key, weight in model.named_parameters():
             if "lora_" in key:
-                torch.nn.init.normal_(weight, std=0.3)
+                torch.nn.init.normal_(weight, std=std)
         identity = {"base": {"name": source.name, "fingerprint": fingerprint(source)}, "system": system}
         save_adapter(model, own_tokenizer or tokenizer("chatml"), root / name, identity, "card")
         made.append(root / name)

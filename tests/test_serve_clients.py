@@ -109,7 +109,7 @@ def test_fuzz(server: Server, tmp_path: Path) -> None:
     schemathesis = program("schemathesis")
     report = tmp_path / "report.xml"
     command = [
-        schemathesis, "run", server.url + "/openapi.json", "--checks", "not_a_server_error", "--max-examples", "25",
+        schemathesis, "run", server.url + "/openapi.json", "--checks", "not_a_server_error", "--max-examples", "12",
         "--seed", "1", "--suppress-health-check", "all", "--report", "junit", "--report-junit-path", str(report),
     ]  # fmt: skip
     environment = {**os.environ, "SCHEMATHESIS_HOOKS": "", "NO_COLOR": "1"}

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from strop.errors import InputError, ModelError
+from strop.cli import build
+from strop.errors import InputError, ModelError, RecipeError
 from strop.serve.models import check_names, load_models
 from strop.serve.run import exit_code, open_address
 from tests.serving import save_adapters
@@ -59,3 +60,11 @@ def test_several_models_are_runs_of_one_base(tiny_folder: Path, tmp_path: Path) 
 
 def test_exit_codes() -> None:
     assert (exit_code(2), exit_code(15)) == (130, 0)
+
+
+@pytest.mark.parametrize(
+    "options", [["--engine", "vlm"], ["--engine", "vllm", "--queue", "3"], ["--vllm-python", "python3"]]
+)
+def test_options_that_would_do_nothing(options: list[str]) -> None:
+    with pytest.raises(RecipeError):
+        build(["serve"])(["serve", "no-such-run", *options], standalone_mode=False)

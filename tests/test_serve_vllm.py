@@ -62,11 +62,11 @@ def test_a_vllm_that_ends_by_itself(tmp_path: Path) -> None:
 @pytest.mark.skipif("STROP_VLLM_PYTHON" not in os.environ, reason="STROP_VLLM_PYTHON is not set (`make vllm`)")
 def test_the_real_vllm_serves_base_and_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STROP_CACHE")  # the demo model is large enough to be kept
-    [folder, _] = save_adapters(tmp_path, Path("demo"), load_tokenizer(locate("demo")))
+    [folder, _] = save_adapters(tmp_path, Path("demo"), load_tokenizer(locate("demo")), std=0.05)
     options = ["--engine", "vllm", "--vllm-python", os.environ["STROP_VLLM_PYTHON"], "--context", "512", "--slots", "4"]
     with serving(folder, *options) as server:
         [same] = server.about["parity"]
-        assert same["passed"] and same["mean"] < 1e-3 and same["control"] > 0.1
+        assert same["passed"] and same["mean"] < 1e-3 and same["control"] > 20 * same["mean"]
         messages = [{"role": "user", "content": "hello"}]
         texts = [
             server.post(CHAT, {"model": model, "messages": messages, "max_tokens": 8, "temperature": 0}).json()

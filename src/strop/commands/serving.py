@@ -46,6 +46,13 @@ def serve(
 
     if engine not in ("strop", "vllm"):
         raise RecipeError(f"--engine {engine}: no such engine{nearest(engine, ['strop', 'vllm'])}", fix="strop or vllm")
+    own = {"--queue": queue != 64, "--max-body": max_body != 4, "--allow-host": bool(allow_host), "--force": force}
+    own["--quantization"] = quantization != "auto"
+    unused = (
+        [name for name, given in own.items() if given] if engine == "vllm" else ["--vllm-python"] * bool(vllm_python)
+    )
+    if unused:
+        raise RecipeError(f"{unused[0]}: has no effect with --engine {engine}", fix="leave it out")
     address = open_address(host, port, api_key, allow_host or [])
 
     def ready(about: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from strop.adapters import adapter_folder, load, read_adapter_config
+from strop.adapters import adapter_folder, check_base, check_weights, load, read_adapter_config
 from strop.config.load import read_resolved
 from strop.data.conversation import Ids
 from strop.data.prepare import prepare
@@ -131,6 +131,11 @@ def serve_vllm(
     folders = [adapter_folder(name) for name in names]
     first = folders[0]
     source = locate(str(read_adapter_config(first)["base_model_name_or_path"]) if first is not None else names[0])
+    adapters = {own: folder for own, folder in zip(ids, folders, strict=True) if folder is not None}
+    ranks = [_fitting_rank(folder, source) for folder in adapters.values()]
+    renderers = [Renderer(_tokenizer_of(name)) for name in names]
+    if len({renderer.fingerprint for renderer in renderers}) > 1:
+        raise ModelError("these runs have different tokenizers or templates; vLLM takes one", fix="serve one of them")
     weights = weights_folder(source)
     config = read_config(weights)
     architecture, longest = config["architectures"][0], int(config.get("max_position_embeddings", LONGEST_CONTEXT))
@@ -140,13 +145,13 @@ def serve_vllm(
         what = f"{architecture}{' with LoRA' if found['known'] else ''}"
         raise ModelError(f"vLLM {found['version']} does not know {what}", fix="serve it without --engine vllm")
     dtype = pick_dtype(pick_device(device))[0] if dtype == "auto" else dtype
-    tokenizer = load_tokenizer(Source(source.name, "folder", first) if first is not None else source)
-    adapters = {own: folder for own, folder in zip(ids, folders, strict=True) if folder is not None}
-    ranks = [lora_rank(folder) for folder in adapters.values()]
-    rows = {own: _texts(name, tokenizer, min(TEXT_TOKENS, context - 1)) for own, name in zip(ids, names, strict=True)}
+    longest = min(TEXT_TOKENS, context - 1)
+    rows = {own: _texts(name, renderers[0], longest) for own, name in zip(ids, names, strict=True)}
     ours = {own: _reference(name, rows[own]) for own, name in zip(ids, names, strict=True)}
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as log:
-        ends = {"eos_token_id": _stops(names[0])}
+        ends = {
+            "eos_token_id": list(renderers[0].stop_ids)
+        }  # the template may end turns with another than the eos token
         Path(scratch, "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
         command = [
             program, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights),
@@ -215,21 +220,24 @@ def _environment() -> dict[str, str]:
     return {"VLLM_CPU_KVCACHE_SPACE": "1", **own, **quiet}
 
 
-def _stops(name: str) -> list[int]:
-    """The template may end turns with another token than the tokenizer's eos."""
+def _tokenizer_of(name: str) -> Any:
     folder = adapter_folder(name)
-    source = Source(name, "folder", folder) if folder is not None else locate(name)
-    return list(Renderer(load_tokenizer(source)).stop_ids)
+    return load_tokenizer(Source(name, "folder", folder) if folder is not None else locate(name))
 
 
-def _texts(name: str, tokenizer: Any, longest: int) -> list[Ids]:
+def _fitting_rank(folder: Path, source: Source) -> int:
+    check_base(folder, source)
+    check_weights(folder)
+    return lora_rank(folder)
+
+
+def _texts(name: str, renderer: Renderer, longest: int) -> list[Ids]:
     """Texts to compare on, as ids: a run's own rows, else the general set's questions."""
     if is_run(Path(name)):
         section = read_resolved(RunFolder(Path(name)).recipe).recipe.data
-        prepared = prepare(section, tokenizer, cache=cache_folder() / "data")
+        prepared = prepare(section, renderer.tokenizer, cache=cache_folder() / "data")
         rows: Any = prepared.eval if prepared.eval is not None else prepared.train
         return [rows[row].ids[:longest] for row in range(min(len(rows), TEXTS))]
-    renderer = Renderer(tokenizer)
     return [renderer.prompt(row.messages)[:longest] for row in general_rows()[:TEXTS]]
 
 
