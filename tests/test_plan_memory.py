@@ -221,8 +221,8 @@ def test_the_tables_of_the_page_are_computed(mark: str) -> None:
 
 
 def test_the_accuracy_that_the_page_claims_is_that_of_its_runs() -> None:
-    """Measured figures are kept; what was predicted is computed here. A head of 16 documents of 128 tokens on a model of
-    8 layers is more than half of its work: its rate is the one that the runs' probe did not measure yet."""
+    """Measured figures are kept; what was predicted is computed here. In the one run that is further off, the head is
+    more than half of the work: its rate is what the probe of these runs did not measure yet."""
     benchmark, results = _benchmark(), json.loads((PAGE.parent / "plan_runs.json").read_text(encoding="utf-8"))
     cases = {benchmark.name_of(case): case for case in benchmark.CASES}
     memory = [
