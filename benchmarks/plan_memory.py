@@ -207,15 +207,15 @@ def tables(results: dict[str, Any]) -> tuple[str, str]:
         return f"{form.format(measured)} | {errors[kind][-1]:+.1%}"
 
     for name, found in results.items():
-        timed = found.get("time")
+        timed, cells, kept = found.get("time"), " | ", " | "
+        expected = predicted(cases[name], found.get("memory") or found["time"])[0] / 2**20
         if "memory" in found:
-            expected = predicted(cases[name], found["memory"])[0] / 2**20
             cells = beside("memory", expected, found["memory"]["measured_bytes"] / 2**20, "{:,.0f}")
-            kept = beside("kept", expected, timed["measured_bytes"] / 2**20, "{:,.0f}") if timed else " | "
-            memory.append(f"| {name} | {expected:,.0f} | {cells} | {kept} |")
         if timed:
-            expected = predicted(cases[name], timed)[1]
-            time.append(f"| {name} | {expected:,.0f} | {beside('time', expected, timed['tokens_per_s'], '{:,.0f}')} |")
+            kept = beside("kept", expected, timed["measured_bytes"] / 2**20, "{:,.0f}")
+            rate = predicted(cases[name], timed)[1]
+            time.append(f"| {name} | {rate:,.0f} | {beside('time', rate, timed['tokens_per_s'], '{:,.0f}')} |")
+        memory.append(f"| {name} | {expected:,.0f} | {cells} | {kept} |")
 
     def said(kind: str, what: str) -> str:
         sizes = [abs(error) for error in errors[kind]]
