@@ -38,7 +38,7 @@ def save_adapters(root: Path, base: Path, own_tokenizer: Any = None, *, std: flo
             if "lora_" in key:
                 torch.nn.init.normal_(weight, std=std)
         identity = {"base": {"name": source.name, "fingerprint": fingerprint(source)}, "system": system}
-        save_adapter(model, own_tokenizer or tokenizer("chatml"), root / name, identity, "card")
+        save_adapter(model, own_tokenizer or tokenizer("chatml"), root / name, identity)
         made.append(root / name)
     return made
 
