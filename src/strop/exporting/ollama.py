@@ -7,6 +7,7 @@ neither is, the result says that it is untested.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import urllib.request
@@ -79,7 +80,10 @@ def export_ollama(name: str, out: Path, *, kind: str | None = None, data: str | 
         notes.append("the system prompt of the training rows holds three quotes, which a Modelfile cannot: send it")
     if rendered_by is None:
         notes.append(UNTESTED)
-    commands = [f"ollama create {_model_name(name)} -f {out / MODELFILE}", f"ollama run {_model_name(name)}"]
+    commands = [
+        f"ollama create {_model_name(name)} -f {shlex.quote(str(out / MODELFILE))}",
+        f"ollama run {_model_name(name)}",
+    ]
     return Prepared(out, exported, rendered_by, prompts, commands, notes)
 
 
