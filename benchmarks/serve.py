@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import socket
 import statistics
 import subprocess
@@ -151,6 +152,7 @@ def main() -> None:
     parser.add_argument("--skip-strop", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server under test ends too
     tokenizer = load_tokenizer(locate(args.model))
     asked = [question(row.messages) for row in read_conversations(args.data)]
     servers = {} if args.skip_strop else {"strop serve": STROP}
