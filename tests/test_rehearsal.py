@@ -82,6 +82,6 @@ def test_layers_computed_again_change_nothing_but_memory(tiny_folder: Path, rows
         options = {**QUICK, "lora.dropout": 0.0, "train.gradient_checkpointing": again}
         run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / str(again)), **options)
         memory = run.report["memory"]["predicted"]["train"]["parts"]
-        found.append((weights(run.folder), memory["saved_activations"]))
+        found.append((weights(run.folder), sum(memory[part] for part in ("saved_activations", "live_layer", "head"))))
     assert all(torch.equal(tensor, found[1][0][name]) for name, tensor in found[0][0].items())
-    assert found[0][1] > found[1][1] > found[2][1]
+    assert found[0][1] > found[1][1] >= found[2][1]
