@@ -49,6 +49,8 @@ def forecast(job: Job, setting: Setting) -> Forecast:
     setting = setting.but(step=job.step.name)
     if job.state.progress.recompute:
         setting = setting.but(checkpoint_layers=setting.shape.layers)
+    if job.state.progress.streamed:
+        setting = setting.but(resident_layers=0)
     found = [(examples, batch_of(job, examples, more)) for examples, more in _candidates(job)]
     examples, batch = max(found, key=lambda pair: at_peak(setting, pair[1]).total)
     return Forecast(examples, batch, phases(setting, batch, job.recipe.data.max_length), job.eval is not None)
