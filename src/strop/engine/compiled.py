@@ -148,5 +148,8 @@ def exp(x: Any) -> Any:
 
 @inline
 def sigmoid(x: Any) -> Any:
+    """sigmoid(x) and sigmoid(-x): one less the first is not the second where a CPU's fast division is off by a bit."""
     e = exp(-abs(x))
-    return (np.float32(1.0) if x >= 0 else e) / (np.float32(1.0) + e)
+    near_one = np.float32(1.0) / (np.float32(1.0) + e)
+    near_zero = e * near_one
+    return near_one if x >= 0 else near_zero, near_zero if x >= 0 else near_one

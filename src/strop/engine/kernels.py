@@ -63,9 +63,9 @@ def _activate(x: Any, gelu: Any) -> Any:
     if gelu:
         z = TWO_ROOT * (x + CUBIC * x * x * x)
         dz = TWO_ROOT * (one + np.float32(3.0) * CUBIC * x * x)
-    share = sigmoid(z)
+    share, rest = sigmoid(z)
     value = x * share
-    return value, share + value * (one - share) * dz
+    return value, share + value * rest * dz
 
 
 @loop
