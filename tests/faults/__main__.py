@@ -58,7 +58,7 @@ def main() -> None:
         for name in wanted:
             started = time.monotonic()
             tally = cases[name]()
-            found[name] = {**asdict(tally), "date": time.strftime("%Y-%m-%d")}
+            found[name] = {**asdict(tally), "date": time.strftime("%Y-%m-%d"), "machine": probe().cpu}
             print(
                 f"{name}: {tally.tried} times, {len(tally.wrong)} wrong, {time.monotonic() - started:.0f} s", flush=True
             )
@@ -93,7 +93,8 @@ def _peer(python: str, lab: Path) -> dict[str, Any]:
 def _page(found: dict[str, Any]) -> str:
     peer = found.get("peer", {})
     machine, ours = probe(), versions()
-    where = f"{time.strftime('%Y-%m-%d')}, {machine.cpu}, {machine.cores} cores, {platform.system()}"
+    cpus = dict.fromkeys(tally["machine"] for tally in found.values() if "machine" in tally)
+    where = f"{time.strftime('%Y-%m-%d')}, {' and '.join(cpus)}, {machine.cores} cores, {platform.system()}"
     what = f"strop {ours['strop']}, torch {ours['torch']}"
     if peer:
         known = peer["versions"]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 
 import torch
 
 from strop.engine.precision import measure
 from strop.errors import DeviceError
 from strop.machine.probe import probe
-from strop.runs.folder import cache_folder, write_json
-from strop.runs.lock import sha256_text
+from strop.machine.rates import keep_precision, known_precision
 
 PRIMITIVES = 96  # one micro-batch of the fast step needs about 50 kinds of product
 
@@ -48,14 +45,10 @@ def pick_dtype(device: str) -> tuple[str, str]:
         return ("bf16", "the card computes in bf16") if bf16 else ("fp32", "the card has no bf16 and fp16 overflows")
     if device == "mps":
         return "fp32", "bf16 is not reliable on every MPS release"
-    key = sha256_text(f"{probe().cpu} {torch.__version__} {torch.get_num_threads()} {platform.machine()}")[:16]
-    file = cache_folder() / "precision" / f"{key}.json"
-    if file.is_file():
-        known = json.loads(file.read_text(encoding="utf-8"))
-        return known["dtype"], known["why"]
+    machine, threads = probe(), torch.get_num_threads()
+    known = known_precision(machine, threads)
+    if known is not None:
+        return known
     found = measure(device)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        file, {"dtype": found.dtype, "why": found.why, "bf16_flops": found.bf16_flops, "fp32_flops": found.fp32_flops}
-    )
+    keep_precision(machine, threads, found.dtype, found.why)
     return found.dtype, found.why

@@ -39,7 +39,7 @@ from strop.data.prepare import prepare
 from strop.engine.choose import step_for
 from strop.errors import FolderError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.loss import mean_loss
-from strop.exporting.parity import LIMITS, Parity, compare, in_fp32, needed_bytes
+from strop.exporting.parity import LIMITS, Parity, compare, in_fp32
 from strop.machine.probe import probe
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import DTYPES, load_base, load_config, skeleton, stored_dtype, weights_folder
@@ -48,6 +48,7 @@ from strop.model.quantize import pack, quantizable, unpack
 from strop.model.shape import prequantized
 from strop.model.shards import SHARD_BYTES, Tensors
 from strop.model.tokenizer import load_tokenizer
+from strop.planning.memory import measuring_bytes
 from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, write_json
 from strop.runs.lock import sha256_file, sha256_text
 
@@ -148,9 +149,10 @@ class Trained:
 def _check_memory(source: Source, dtype: str, say: Callable[[str], None]) -> None:
     """Raises MemoryLimitError where there is no memory to compute the model for the measurement."""
     bare, widest = skeleton(source), max(stored_dtype(source).itemsize, DTYPES[dtype].itemsize)
-    weights = widest * sum(weight.numel() for weight in bare.parameters())
+    parameters = sum(weight.numel() for weight in bare.parameters())
     embedding = bare.get_input_embeddings()  # type: ignore[operator]
-    needed, free = needed_bytes(weights, embedding.num_embeddings, embedding.embedding_dim), probe().free_bytes
+    parts = measuring_bytes(parameters, embedding.num_embeddings, embedding.embedding_dim, element=widest)
+    needed, free = sum(parts), probe().free_bytes
     say(f"measuring takes about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free")
     if needed > free:
         what = f"measuring the merged model takes {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"

@@ -125,12 +125,6 @@ def in_fp32(model: Any) -> Any:
     return model
 
 
-def needed_bytes(weights_bytes: int, vocabulary: int, hidden: int) -> int:
-    """Memory that `compare` takes for a model in `in_fp32`, beside the process: its weights, the embedding and the cast
-    of the head in fp32, and three matrices of logits for a row of 1,024 tokens."""
-    return weights_bytes + 2 * 4 * vocabulary * hidden + 3 * 4 * vocabulary * 1024
-
-
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     bias = None if module.bias is None else module.bias.float()
     return F.linear(x, module.weight.float(), bias)

@@ -1,9 +1,12 @@
-"""The rates that `strop doctor` measured on this machine, kept for `strop plan`. No torch here."""
+"""What was measured on this machine and is kept: rates by `strop doctor`, the better type by a run. No torch here."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 
 from strop.machine.probe import Machine
@@ -40,6 +43,27 @@ def known_rates(machine: Machine, device: str) -> Rates | None:
     file = _file(machine, device)
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return Rates(**found) if set(found) == {field.name for field in fields(Rates)} else None
+
+
+def keep_precision(machine: Machine, threads: int, dtype: str, why: str) -> None:
+    file = _precision_file(machine, threads)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"dtype": dtype, "why": why})
+
+
+def known_precision(machine: Machine, threads: int | None = None) -> tuple[str, str] | None:
+    """(type of the frozen weights, why), as a run measured it here. threads: by default those that PyTorch takes."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    file = _precision_file(machine, threads or (int(asked) if asked.isdigit() else machine.cores))
+    if not file.is_file():
+        return None
+    known = json.loads(file.read_text(encoding="utf-8"))
+    return known["dtype"], known["why"]
+
+
+def _precision_file(machine: Machine, threads: int) -> Path:
+    key = sha256_text(f"{machine.cpu} {version('torch')} {threads} {platform.machine()}")[:16]
+    return cache_folder() / "precision" / f"{key}.json"
 
 
 def _file(machine: Machine, device: str) -> Path:

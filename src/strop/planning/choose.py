@@ -69,7 +69,7 @@ def choose(
     resolved = resolved.decide(picks)
     room = Room(shape, parameters or shape.parameters, usable_bytes(machine, resolved.recipe.model.device))
     resolved = resolved.decide(_tokens(resolved.recipe))
-    for decide in (_quantization, _smaller_micro_batch, _resident, _checkpointing):
+    for decide in (_narrower, _quantization, _smaller_micro_batch, _resident, _checkpointing):
         resolved = resolved.decide(decide(resolved, room))
     known = recall(memory_key(resolved.recipe, machine, shape))
     if known.get("streamed") and resolved.choices["model.resident_layers"].origin == "plan":
@@ -161,13 +161,22 @@ def _tokens(recipe: Recipe) -> list[Choice]:
     return [Choice("train.micro_batch_tokens", tokens, "plan", "large enough to keep the cores busy")]
 
 
+def _narrower(resolved: Resolved, room: Room) -> list[Choice]:
+    """bf16 where fp32, which is faster on this CPU, does not fit at its smallest: half the memory for the weights."""
+    recipe, field = resolved.recipe, "model.dtype"
+    if recipe.model.dtype != "fp32" or resolved.choices[field].origin != "plan" or recipe.model.device != "cpu":
+        return []
+    scheme = "nf4" if _is_open(resolved) else recipe.model.quantization
+    need = room.need(_least(recipe), scheme=scheme, checkpoint_layers=room.shape.layers)
+    if need <= room.usable:
+        return []
+    return [Choice(field, "bf16", "plan", f"fp32 is faster here, and would not fit: {room.said(need)}")]
+
+
 def _quantization(resolved: Resolved, room: Room) -> list[Choice]:
     """16 bit where it fits, with layers computed again if need be; the default gives way only where it does not."""
     recipe, field = resolved.recipe, "model.quantization"
-    open_ = recipe.model.quantization == "auto" or (
-        recipe.preset == "auto" and resolved.choices[field].origin == "default" and recipe.model.adapter is None
-    )
-    if not open_:
+    if not _is_open(resolved):
         return []
     if room.shape.prequantized:
         return [Choice(field, room.shape.prequantized, "plan", "as the weights are on disk")]
@@ -176,6 +185,13 @@ def _quantization(resolved: Resolved, room: Room) -> list[Choice]:
         fits = f"16-bit weights fit: {room.said(need)}"
         return [Choice(field, "none", "plan", fits)] if recipe.model.quantization == "auto" else []
     return [Choice(field, "nf4", "plan", f"16-bit weights would not fit: {room.said(need)}")]
+
+
+def _is_open(resolved: Resolved) -> bool:
+    """Whether the plan decides about quantization."""
+    recipe = resolved.recipe
+    default = resolved.choices["model.quantization"].origin == "default"
+    return recipe.model.quantization == "auto" or (recipe.preset == "auto" and default and recipe.model.adapter is None)
 
 
 def _least(recipe: Recipe) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from strop.config.schema import Recipe
 from strop.data.prepare import prepare
 from strop.errors import ModelError, RecipeError
 from strop.machine.probe import Machine, probe
-from strop.machine.rates import known_rates
+from strop.machine.rates import known_precision, known_rates
 from strop.model.facts import locate
 from strop.model.tokenizer import load_tokenizer
 from strop.planning.cards import Card, find_card, recognise
@@ -53,18 +54,22 @@ def place_for(device: str, memory: int | None = None, gpu: str | None = None, dt
         return _of_card(machine, card or ANY_CARD, memory, found=machine.gpus if memory is None else ())
     if memory is not None:
         machine = replace(machine, memory_bytes=memory, free_bytes=memory)
-    rates = known_rates(machine, "cpu")
+    rates, precision = known_rates(machine, "cpu"), known_precision(machine) if _has_torch() else None
     if kind == "mps":
         rate = Rate(CORE_FP32 * 30, 200e9, "an Apple GPU as the table has it")
         return Place(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), rate)
     if rates is not None:
-        used = rates.dtype if dtype == "auto" else dtype
-        return Place(machine, "cpu", (rates.dtype, "measured by strop doctor"), Rate.measured(rates, used))
+        better = precision or (rates.dtype, "measured by strop doctor")
+        return Place(machine, "cpu", better, Rate.measured(rates, better[0] if dtype == "auto" else dtype))
     fast = "avx512_bf16" in machine.vector or "amx_bf16" in machine.vector
     core = CORE_BF16 if fast else CORE_FP32 if "avx512f" in machine.vector else CORE_PLAIN
     said = "its instructions; `strop doctor` measures"
     rate = Rate(core * machine.cores, HERE_BANDWIDTH, f"a guess by {said}")
-    return Place(machine, "cpu", ("bf16" if fast else "fp32", f"by {said}"), rate)
+    return Place(machine, "cpu", precision or ("bf16" if fast else "fp32", f"by {said}"), rate)
+
+
+def _has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
 
 
 def _of_card(machine: Machine, card: Card, memory: int | None, found: tuple[str, ...] = ()) -> Place:

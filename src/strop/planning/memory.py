@@ -184,19 +184,28 @@ def load(setting: Setting) -> Phase:
 
 
 def merge(setting: Setting, context: int) -> Phase:
-    """On the CPU in fp32: two models are measured one after the other, each whole, on rows of `context` tokens; the
-    first one's distributions wait in a file."""
-    row = 4 * setting.shape.vocabulary
+    """On the CPU: two models are measured one after the other, computing in fp32 on 16-bit weights, on rows of
+    `context` tokens; the first one's distributions wait in a file."""
+    shape = setting.shape
+    weights, head = measuring_bytes(setting.parameters, shape.vocabulary, shape.hidden, context=context)
     return _phase(
         {
-            "weights": 4 * setting.parameters,
+            "weights": weights,
             "adapters": 4 * setting.adapter_weights,
-            "head": 3 * context * row,
-            "mapped_files": 2 * setting.parameters + PARITY_POSITIONS * row,
+            "head": head,
+            "mapped_files": 2 * setting.parameters + PARITY_POSITIONS * 4 * shape.vocabulary,
             "workspace": SCRATCH_BYTES,
             "framework": CODE_BYTES + PRODUCTS_BYTES,
         }
     )
+
+
+def measuring_bytes(
+    parameters: int, vocabulary: int, hidden: int, *, element: int = 2, context: int = 1024
+) -> tuple[int, int]:
+    """(weights, head) of a model that computes in fp32 on weights of `element` bytes, each cast for its product: the
+    embedding is in fp32, the largest cast is the head's, and a row has three matrices of logits."""
+    return element * parameters, 2 * 4 * vocabulary * hidden + 3 * 4 * vocabulary * context
 
 
 def serve(setting: Setting, context: int) -> Phase:

@@ -34,10 +34,10 @@ def print_plan(plan: Plan, out: Console) -> None:
         out.print(f"[yellow]given up[/] {text}")
     speed = f"{plan.tokens_per_s:,.0f} tokens/s" + (f", {_time(plan.seconds)} in all" if plan.seconds else "")
     out.print(f"[bold]time[/]     {speed}  [dim]by {plan.rate.source}[/]")
-    out.print(
-        f"[bold]largest[/]  rows of {plan.largest['max_length']:,} tokens, or {plan.largest['micro_batch_tokens']:,} "
-        f"tokens of rows as long as these; {plan.disk_bytes / 1e6:,.0f} MB of disk"
-    )
+    length, tokens = plan.largest["max_length"], plan.largest["micro_batch_tokens"]
+    largest = f"rows of {length:,} tokens" + (f", or {tokens:,} tokens of rows as long as these" if tokens else "")
+    out.print(f"[bold]largest[/]  {largest if length else 'not even one row'}")
+    out.print(f"[bold]disk[/]     {plan.disk_bytes / 1e6:,.0f} MB")
     if plan.fits:
         out.print("[green]it fits[/]")
         return
