@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import LlamaConfig
+from transformers import GenerationConfig, LlamaConfig
 
 from strop.adapters import load
 from strop.data.conversation import Ids
@@ -21,7 +21,6 @@ from strop.serve.engine import Engine, Full, Job, Piece
 from strop.serve.kept import Kept
 from strop.serve.metrics import Metrics
 from strop.serve.models import load_models
-from strop.serve.sampling import Choice, model_choice
 from strop.serve.words import Words
 from tests.families import tokenizer
 from tests.serving import save_adapters
@@ -38,7 +37,7 @@ class Asked:
         self.pieces: list[list[Piece]] = []
         self._ended: list[threading.Event] = []
 
-    def submit(self, ids: Ids, tokens: int, adapter: str | None = None, choice: Choice | None = None) -> Job:
+    def submit(self, ids: Ids, tokens: int, adapter: str | None = None, sampling: Sampling | None = None) -> Job:
         told: list[Piece] = []
         ended = threading.Event()
 
@@ -47,7 +46,7 @@ class Asked:
             if piece.end is not None:
                 ended.set()
 
-        job = Job("m", tokenizer("chatml"), [], ids, adapter, tokens, choice or Choice(), tell)
+        job = Job("m", tokenizer("chatml"), [], ids, adapter, tokens, sampling or Sampling(), tell)
         self.engine.submit(job)
         self.pieces.append(told)
         self._ended.append(ended)
@@ -171,13 +170,13 @@ def test_answers_are_those_of_strop_chat(tiny_folder: Path, tmp_path: Path) -> N
 
 def test_a_seed_gives_the_same_answer_alone_and_in_a_crowd() -> None:
     model = tiny()
-    ids, choice = prompts(model.config.vocab_size)[0], Choice(temperature=1.0, top_p=0.9, seed=7)
+    ids, sampling = prompts(model.config.vocab_size)[0], Sampling(temperature=1.0, top_p=0.9, seed=7)
     asked = Asked(model, slots=8, keep_tokens=0)
     asked.engine.start()
     for other in (None, 1, 2, 3, None):
-        asked.submit(ids, 16, choice=choice if other is None else Choice(1.0, seed=other))
+        asked.submit(ids, 16, sampling=sampling if other is None else Sampling(1.0, seed=other))
     found = asked.answers()
-    asked.submit(ids, 16, choice=choice)
+    asked.submit(ids, 16, sampling=sampling)
     found = asked.answers()
     asked.engine.close()
     assert found[0] == found[4] == found[5]
@@ -197,7 +196,7 @@ def test_a_full_queue_and_a_freed_slot() -> None:
     assert second.cancelled is False and asked.pieces[0] == []
     asked.engine.close()
     last: list[Piece] = []
-    asked.engine.submit(Job("m", tokenizer("chatml"), [], ids, None, 2, Choice(), last.append))
+    asked.engine.submit(Job("m", tokenizer("chatml"), [], ids, None, 2, Sampling(), last.append))
     assert last == [Piece("", (), "closed")]
 
 
@@ -236,14 +235,11 @@ def test_the_longest_common_beginning_is_kept() -> None:
     assert kept.find("a", long) == []  # 120 tokens were too many: the older went
 
 
-def test_the_models_own_sampling() -> None:
-    class Config:
-        do_sample, temperature, top_p, top_k, repetition_penalty = True, 0.7, 0.8, 20, 1.05
-
-    own = model_choice(Config)
-    assert own == Choice(0.7, 0.8, 20, 1.05)
-    assert own.changed(0.0, None, 3) == Choice(0.0, 0.8, 20, 1.05, 3)
-    assert model_choice(object()) == Choice()
+def test_a_request_changes_the_models_own_sampling() -> None:
+    config = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
+    own = Sampling.own(config)
+    assert own == Sampling(0.7, 0.8, 20, 1.05)
+    assert own.changed(0.0, None, 3) == Sampling(0.0, 0.8, 20, 1.05, 3)
 
 
 @pytest.mark.parametrize("stops", [[], ["zz"], ["hell"], ["o w", "lo"], ["ö"]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,15 @@ class Sampling:
         temperature = 1.0 if config.temperature is None else float(config.temperature)
         top_p = 1.0 if config.top_p is None else float(config.top_p)
         return Sampling(temperature, top_p, 50 if config.top_k is None else int(config.top_k), penalty)
+
+    def changed(self, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
+        """With what a request asks for; None: as it is, but for the seed."""
+        return replace(
+            self,
+            temperature=self.temperature if temperature is None else temperature,
+            top_p=self.top_p if top_p is None else top_p,
+            seed=seed,
+        )
 
     def words(self) -> str:
         if self.temperature == 0:

@@ -22,13 +22,14 @@ from strop import __version__
 from strop.data.conversation import Ids
 from strop.data.strictjson import Refused, loads
 from strop.errors import nearest
+from strop.model.generate import Sampling
 from strop.serve.engine import Engine, Full, Job, Piece
 from strop.serve.grammar import Grammars
 from strop.serve.guard import Guard, Rules
 from strop.serve.metrics import Metrics
 from strop.serve.models import PROMPT_FAULTS, Served
 from strop.serve.protocol import ChatRequest, Common, CompletionRequest, Refusal, Writer, error_body, usage
-from strop.serve.sampling import Choice, Mask, Token
+from strop.serve.sampling import Mask, Token
 
 COMPLETION_TOKENS = 16  # of a plain completion that does not say how many; OpenAI's default
 ASSETS = {
@@ -60,11 +61,11 @@ STATUSES: dict[int | str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Room:
-    """All that the routes share. context: tokens of prompt and answer together; choice: the model's own sampling."""
+    """All that the routes share. context: tokens of prompt and answer together; sampling: the model's own."""
 
     engine: Engine
     models: dict[str, Served]
-    choice: Choice
+    sampling: Sampling
     grammars: Grammars
     context: int
     vocabulary: int
@@ -222,8 +223,9 @@ async def _respond(
 
     job = Job(
         model=served.id, tokenizer=served.tokenizer, stop_ids=served.renderer.stop_ids, ids=ids, adapter=served.adapter,
-        max_new_tokens=min(limit or left, left), choice=room.choice.changed(body.temperature, body.top_p, body.seed),
-        told=told, stops=body.stops, logprobs=logprobs, mask=mask,
+        max_new_tokens=min(limit or left, left),
+        sampling=room.sampling.changed(body.temperature, body.top_p, body.seed), told=told,
+        stops=body.stops, logprobs=logprobs, mask=mask,
     )  # fmt: skip
     try:
         room.engine.submit(job)

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from strop.data.conversation import Ids
+from strop.model.generate import Sampling
 from strop.serve.decoder import Decoder, Text
 from strop.serve.kept import Kept
 from strop.serve.metrics import Metrics
-from strop.serve.sampling import Choice, Mask, Sampler, Token
+from strop.serve.sampling import Mask, Sampler, Token
 from strop.serve.slots import Slots
 from strop.serve.words import Words
 
@@ -45,7 +46,7 @@ class Job:
     ids: Ids
     adapter: str | None
     max_new_tokens: int
-    choice: Choice
+    sampling: Sampling
     told: Callable[[Piece], None]
     stops: Sequence[str] = ()
     logprobs: int | None = None
@@ -60,7 +61,7 @@ class _Row:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.sampler = Sampler(job.choice, job.ids.tolist(), job.logprobs, job.mask)
+        self.sampler = Sampler(job.sampling, job.ids.tolist(), job.logprobs, job.mask)
         self.words = Words(job.tokenizer, job.stops)
         self.untold: list[Token] = []
 

@@ -18,6 +18,7 @@ import uvicorn
 
 from strop.errors import InputError, RunError
 from strop.machine.probe import probe
+from strop.model.generate import Sampling
 from strop.serve.app import Room, create_app
 from strop.serve.decoder import Decoder
 from strop.serve.engine import Engine
@@ -25,7 +26,6 @@ from strop.serve.grammar import Grammars
 from strop.serve.guard import Rules
 from strop.serve.metrics import Metrics
 from strop.serve.models import load_models
-from strop.serve.sampling import model_choice
 
 KEY_VARIABLE = "STROP_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -116,7 +116,7 @@ def serve(
         on_failure=lambda: setattr(server, "should_exit", True),
     )  # fmt: skip
     room = Room(
-        engine=engine, models=loaded.models, choice=model_choice(decoder.model.generation_config),
+        engine=engine, models=loaded.models, sampling=Sampling.own(decoder.model.generation_config),
         grammars=Grammars(vocabulary), context=context, vocabulary=vocabulary, started=int(time.time()),
     )  # fmt: skip
     app = create_app(room, Rules(address.hosts, address.key, max_body_bytes), metrics)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,42 +15,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from strop.model.generate import Sampling
+
 COLDEST = 1e-4  # below it logits divided by the temperature may overflow, and sampling is greedy anyway
 
 Mask = Callable[[Sequence[int], Tensor], None]  # (tokens so far, logits): sets what may not come to -inf
-
-
-@dataclass(frozen=True)
-class Choice:
-    """temperature 0: greedy. top_k 0 and top_p 1: all tokens."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def changed(self, temperature: float | None, top_p: float | None, seed: int | None) -> Choice:
-        """With what a request asks for."""
-        return replace(
-            self,
-            temperature=self.temperature if temperature is None else temperature,
-            top_p=self.top_p if top_p is None else top_p,
-            seed=seed,
-        )
-
-
-def model_choice(config: Any) -> Choice:
-    """What a model's generation config says; greedy where it says nothing."""
-
-    def given(name: str, otherwise: float) -> float:
-        value = getattr(config, name, None)
-        return otherwise if value is None else value
-
-    penalty = given("repetition_penalty", 1.0)
-    if not given("do_sample", 0):
-        return Choice(repetition_penalty=penalty)
-    return Choice(given("temperature", 1.0), given("top_p", 1.0), int(given("top_k", 0)), penalty)
 
 
 @dataclass(frozen=True)
@@ -69,25 +37,27 @@ class Sampler:
     mask: what a grammar forbids. Random numbers are the request's own: what else is in the batch does not matter.
     """
 
-    def __init__(self, choice: Choice, prompt: Sequence[int], logprobs: int | None, mask: Mask | None = None) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int], logprobs: int | None, mask: Mask | None = None
+    ) -> None:
         self._logprobs, self._mask = logprobs, mask
         self.tokens: list[int] = []
         self._prompt = list(prompt)
-        self._greedy = choice.temperature < COLDEST
-        self._penalty = choice.repetition_penalty
+        self._greedy = sampling.temperature < COLDEST
+        self._penalty = sampling.repetition_penalty
         self._random = torch.Generator()
-        if choice.seed is None:
+        if sampling.seed is None:
             self._random.seed()
         else:
-            self._random.manual_seed(choice.seed)
+            self._random.manual_seed(sampling.seed)
         self._warp = LogitsProcessorList()
         if not self._greedy:
-            if choice.temperature != 1:
-                self._warp.append(TemperatureLogitsWarper(choice.temperature))
-            if choice.top_k:
-                self._warp.append(TopKLogitsWarper(choice.top_k))
-            if choice.top_p < 1:
-                self._warp.append(TopPLogitsWarper(choice.top_p))
+            if sampling.temperature != 1:
+                self._warp.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_k:
+                self._warp.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1:
+                self._warp.append(TopPLogitsWarper(sampling.top_p))
 
     @property
     def plain(self) -> bool:
