@@ -125,3 +125,25 @@ def test_chat_draws_as_the_model_asks_for(
     assert "answers: temperature 0.6, top_p 0.9" in err and "top_k" not in err
     assert Sampling.own(GenerationConfig(do_sample=True)) == Sampling(1.0, 1.0, 50)
     assert "repetition penalty 1.2" in Sampling.own(GenerationConfig(repetition_penalty=1.2)).words()
+
+
+def test_the_sum_of_rslora_adapters_is_the_sum(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        strop.train(
+            model=str(tiny_folder), data=str(rows_file), out=tmp_path / name, lora={"r": 4, "use_rslora": True},
+            train={"max_steps": 3, "learning_rate": 1e-2}, **{"model.dtype": "fp32"},
+        )  # fmt: skip
+    parts = [delta(tmp_path / name) for name in ("a", "b")]
+    combine([str(tmp_path / "a"), str(tmp_path / "b")], [1.0, 0.5], tmp_path / "sum")
+    for name, weight in delta(tmp_path / "sum").items():
+        torch.testing.assert_close(weight, parts[0][name] + 0.5 * parts[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_adapters_of_models_of_other_sizes_are_compared(two: tuple[Path, Path], tmp_path: Path) -> None:
+    other = tmp_path / "base"
+    tiny.model(hidden_size=48, num_attention_heads=4).save_pretrained(other)
+    tiny.tokenizer("chatml").save_pretrained(other)
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", 8)
+    strop.train(model=str(other), data=str(rows), out=tmp_path / "c", train={"max_steps": 1}, **{"model.dtype": "fp32"})
+    found = compare(str(two[0]), str(tmp_path / "c"))
+    assert found["same_base"] is False and found["cosine"] is None

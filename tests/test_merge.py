@@ -8,16 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import strop
+from strop.data.conversation import Example
 from strop.errors import FolderError, MemoryLimitError, ModelError, ParityError, RecipeError
 from strop.exporting import merge as module
 from strop.exporting.merge import merge
-from strop.exporting.parity import in_fp32
+from strop.exporting.parity import in_fp32, new_from
 from strop.machine.probe import probe
 from tests import tiny
 
@@ -240,3 +242,10 @@ def test_fp32_on_weights_that_stay_in_bf16(tied: bool) -> None:
     with torch.no_grad():
         torch.testing.assert_close(narrow(ids).logits, whole(ids).logits, rtol=0, atol=0)
     assert narrow.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+def test_what_rows_begin_with_alike_counts_once() -> None:
+    def row(*ids: int) -> Example:
+        return Example(np.array(ids, np.int32), np.ones(len(ids), np.float32), "f", 1)
+
+    assert new_from([row(1, 2, 3, 4), row(1, 2, 5), row(1, 2, 3, 4), row(9, 2, 3)]) == [0, 2, 3, 0]

@@ -85,3 +85,13 @@ def test_layers_computed_again_change_nothing_but_memory(tiny_folder: Path, rows
         found.append((weights(run.folder), sum(memory[part] for part in ("saved_activations", "live_layer", "head"))))
     assert all(torch.equal(tensor, found[1][0][name]) for name, tensor in found[0][0].items())
     assert found[0][1] > found[1][1] >= found[2][1]
+
+
+def test_it_is_rehearsed_as_the_steps_will_be_computed(tmp_path: Path) -> None:
+    job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 1, "train.gradient_checkpointing": 1})
+    asked: list[Any] = []
+    job.state.progress.recompute = True
+    step = replace(job.step, checkpoint=asked.append, recompute=lambda: asked.append("all"))
+    job = replace(job, step=step)
+    rehearse(job, forecast(job, setting(job)), 1, mark("cpu"))
+    assert asked == [1, "all"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -492,3 +493,19 @@ def test_runs_and_print_recipe(trained: Path, tiny_folder: Path, capsys: pytest.
     code, out, _ = run("train", "--model", tiny_folder, "--data", "x.jsonl", "--print-recipe", capsys=capsys)
     assert code == 0
     assert "r: 16  # default" in out and "alpha: 32.0  # plan: 2 r" in out and "train: x.jsonl  # option" in out
+
+
+def test_a_stop_that_an_import_turned_into_an_error_is_a_stop(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A KeyboardInterrupt in the middle of an extension module's start comes out as ImportError."""
+
+    def interrupted() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None
+
+    monkeypatch.setattr(cli, "COMMANDS", {"schema": interrupted, "runs": cli.COMMANDS["runs"]})
+    code, _, err = run("schema", capsys=capsys)
+    assert code == 130 and "stopped at once" in err

@@ -27,7 +27,14 @@ from strop.terminal import console, print_json
 
 def main() -> None:
     """Runs a command. Whatever goes wrong ends as one message and the exit code of its kind (see errors.py)."""
-    signal.signal(signal.SIGTERM, _interrupt)  # ends like Ctrl-C; while training, `stop_signals` takes its place
+    asked_to_stop: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        asked_to_stop.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # while training, `stop_signals` takes their place
+        signal.signal(number, interrupt)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     logging.getLogger("bitsandbytes").setLevel(
@@ -38,8 +45,10 @@ def main() -> None:
     except StropError as error:
         _fail(error.lines(), error.as_json(), error.exit_code, error.so_far)
     except KeyboardInterrupt:
-        _fail(["stopped at once; the last checkpoint is intact"], {"kind": "Stopped", "message": "interrupted"}, 130)
+        _stopped()
     except Exception as error:  # the one place for faults of ours: never a traceback unless asked
+        if asked_to_stop:  # an extension module that is interrupted while it is imported says ImportError
+            _stopped()
         if hasattr(error, "format_message"):  # click's UsageError and its kin, which typer vendors or imports
             _fail(
                 [line for line in [error.format_message()] if line],
@@ -108,8 +117,8 @@ def _version_option(
     pass
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+def _stopped() -> None:
+    _fail(["stopped at once; the last checkpoint is intact"], {"kind": "Stopped", "message": "interrupted"}, 130)
 
 
 def _fail(lines: list[str], error: dict[str, Any], code: int, so_far: Mapping[str, Any] | None = None) -> None:

@@ -38,6 +38,8 @@ def adapters(
     from strop.exporting import adapters as known
 
     names = names or ["runs"]
+    if weights and out is None:
+        raise RecipeError("--weights: of a sum that is written nowhere", fix="give --out")
     if out is not None:
         made = known.combine(names, numbers(weights), out)
         console.print(f"[bold]wrote[/]    {made.folder}: rank {made.rank}")

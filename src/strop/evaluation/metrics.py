@@ -122,7 +122,14 @@ def _own_metric(file: str, function: str) -> Metric:
         raise RecipeError(f"metric {file}:{function}: {type(error).__name__}: {error}", fix="mend the file") from None
     if not callable(found):
         raise RecipeError(f"metric {file}:{function}: no such function in it", fix="write it as file.py:function")
-    return Metric(function, lambda gold, answer: {function: bool(found(gold, answer))})
+
+    def judge(gold: str, answer: str) -> Judgement:
+        try:
+            return {function: bool(found(gold, answer))}
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
+            return {function: False}  # an answer that it cannot even read is a miss
+
+    return Metric(function, judge)
 
 
 def check_golds(name: str, golds: Sequence[str], places: Sequence[tuple[str, int]]) -> None:

@@ -69,6 +69,10 @@ def evaluate_models(
     Raises RecipeError for a metric that does not exist, DataError for rows that are wrong or cannot be scored,
     ModelError for the model; all but the last before the model loads.
     """
+    if regression_metric and not regression_data:
+        raise RecipeError("--regression-metric: there are no rows for it", fix="give --regression-data")
+    if task_limit and not tasks:
+        raise RecipeError("--task-limit: there are no tasks", fix="give --tasks")
     rows = _scorable(data, metric)
     kept = _scorable(regression_data, regression_metric or metric) if regression_data else []
     for name in names:
@@ -76,11 +80,11 @@ def evaluate_models(
             flag = "--general" if general else "--regression-data"
             raise RecipeError(f"{flag}: {name} has no adapter, so there is nothing to compare", fix="leave it out")
     names_of_tasks, manager = check_tasks(tasks) if tasks else ([], None)
-    bases: dict[tuple[str, str], Side] = {}
+    bases: dict[tuple[str, str, str], Side] = {}
     results = []
     for name in names:
         model = load(name, quantization=quantization, force=force)
-        same = (str(model.source), model.quantization)
+        same = (str(model.source), model.quantization, model.renderer.fingerprint)
         asking = partial(compare, model, max_new_tokens=max_new_tokens, advance=advance)
         found = asking(rows, metric=metric, base=bases.get(same))
         bases[same] = side_of(found, "base")
@@ -147,4 +151,5 @@ def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
     report["samples"] = result["samples"][::every][:SAMPLES_IN_REPORT]
     write_json(folder.report, report)
     write_report(folder.path, report, read_events(folder.events))
-    write_card(folder.adapter, report)
+    if "recipe" in report:
+        write_card(folder.adapter, report)

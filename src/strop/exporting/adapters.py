@@ -99,7 +99,7 @@ def compare(first: str, second: str) -> dict[str, Any]:
     folders = [_folder(name) for name in (first, second)]
     configs, identities = [read_adapter_config(one) for one in folders], [read_identity(one) for one in folders]
     deltas = [_Delta.read(folder) for folder in folders]
-    shared = [module for module in deltas[0].scales if module in deltas[1].scales]
+    shared = [module for module in deltas[0].scales if deltas[0].fits(deltas[1], module)]
     kinds: dict[str, list[str]] = {}
     for module in shared:
         kinds.setdefault(module.rpartition(".")[2], []).append(module)
@@ -135,8 +135,11 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> Facts:
     inner = [f"part{number}" for number in range(len(folders))]
     for folder, name in zip(folders, inner, strict=True):
         model, _ = attach(model, folder, source, name=name)
-    if any(config.use_dora or config.bias != "none" or config.modules_to_save for config in model.peft_config.values()):
-        raise ModelError("DoRA, biases and whole modules have no weighted sum", fix="combine plain LoRA adapters")
+    for config in model.peft_config.values():
+        if config.use_dora or config.bias != "none" or config.modules_to_save or config.trainable_token_indices:
+            what = "DoRA, biases, whole modules and new tokens have no weighted sum"
+            raise ModelError(what, fix="combine plain LoRA adapters")
+    model.peft_config[inner[0]].use_rslora = False  # the sum takes its config, and is scaled by 1
     model.add_weighted_adapter(inner, list(weights), "combined", combination_type="cat")
     with disk_faults(out.parent), new_folder(out) as temp:
         model.save_pretrained(str(temp), selected_adapters=["combined"], save_embedding_layers=False)
@@ -174,6 +177,15 @@ class _Delta:
         plain = {key.removeprefix("base_model.model."): tensor.float() for key, tensor in saved.items()}
         scales = module_scales(source, peft.LoraConfig.from_pretrained(str(folder)))
         return _Delta(plain, {module: scale for module, scale in scales.items() if f"{module}.lora_A.weight" in plain})
+
+    def fits(self, other: _Delta, module: str) -> bool:
+        """Whether both add something of one shape there."""
+        if module not in other.scales:
+            return False
+        (a1, b1), (a2, b2) = (
+            [one.weights[f"{module}.lora_{part}.weight"].shape for part in "AB"] for one in (self, other)
+        )
+        return a1[1] == a2[1] and b1[0] == b2[0]
 
     def inner(self, other: _Delta, module: str) -> float:
         """<s1 B1 A1, s2 B2 A2> = s1 s2 sum((B1^T B2) * (A1 A2^T)): no matrix of the weight's size is made."""

@@ -86,7 +86,7 @@ def export_gguf(
         raise RecipeError(f"--type {kind}: made by llama.cpp's own quantizer", fix=f"{llamacpp.INSTALL}, or q8_0")
     if out.exists():
         raise FolderError(f"{out}: is there already", fix="give --out a new file")
-    tuned = Tuned.read(name, data)
+    tuned = Tuned.read(name, data, base="original" if adapter else None)
     config = load_config(tuned.source)
     layout, renderer = Layout(config), Renderer(tuned.tokenizer)
     words = vocabulary(tuned.source, renderer, config.vocab_size)

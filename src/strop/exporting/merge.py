@@ -99,6 +99,8 @@ def merge(
         raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
     check_base(folder, source)
     check_weights(folder)
+    if data is not None and not measure:
+        raise RecipeError("--data: names rows to measure on, and --no-parity measures nothing", fix="leave one out")
     trained = Trained.read(folder)
     base, losses = "original" if trained.scheme == "none" else "dequantized", dict[str, float]()
     if measure:
@@ -335,9 +337,7 @@ def _write_rest(source: Source, folder: Path, out: Path, dtype: str) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.save_pretrained(out)
-    for file in folder.iterdir():
-        if file.is_file() and file.name not in (WEIGHTS_FILE, "adapter_config.json", "strop.json", "README.md"):
-            shutil.copy2(file, out / file.name)
+    load_tokenizer(with_tokenizer(folder, source)).save_pretrained(out)
     generation = weights_folder(source) / "generation_config.json"
     if generation.is_file():
         shutil.copy2(generation, out / "generation_config.json")

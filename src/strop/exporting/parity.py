@@ -69,8 +69,8 @@ def compare(
     """Both models, loaded one after the other, on the first POSITIONS positions of the rows.
 
     reference, other: each loads a transformers model that computes in fp32, or something with `log_probabilities`; only
-    one is in memory at a time, the reference's distributions wait in a file. All positions count for KL and agreement,
-    supervised ones for the loss.
+    one is in memory at a time, the reference's distributions wait in a file. Each context counts once for KL and
+    agreement (what rows begin with alike is one text, not many), supervised positions for the loss.
     """
     with measuring(reference, examples) as measure:
         return measure(other, limit)
@@ -82,28 +82,32 @@ def measuring(
 ) -> Iterator[Callable[[Callable[[], Any], Limit], Parity]]:
     """Inside the block, what is given measures any number of models against one reference, as `compare` does."""
     examples = enough(examples)
-    total = sum(len(example) - 1 for example in examples)
+    starts = new_from(examples)
+    total = sum(len(example) - 1 - start for example, start in zip(examples, starts, strict=True))
     with tempfile.TemporaryDirectory() as folder:
         kept: Any = None
         loss, at = 0.0, 0
         model = reference()
-        for example in examples:
+        for example, start in zip(examples, starts, strict=True):
             logs = _log_probabilities(model, example)
+            loss += _loss(logs, example)
             if kept is None:
                 kept = np.memmap(Path(folder) / "kept", np.float32, "w+", shape=(total, logs.shape[1]))
-            kept[at : at + len(logs)] = logs.numpy()
-            loss, at = loss + _loss(logs, example), at + len(logs)
+            kept[at : at + len(logs) - start] = logs[start:].numpy()
+            at += len(logs) - start
         del model
 
         def measure(other: Callable[[], Any], limit: Limit) -> Parity:
             model = other()
             divergences, same, other_loss, at = [], 0, 0.0, 0
-            for example in examples:
+            for example, start in zip(examples, starts, strict=True):
                 logs = _log_probabilities(model, example)
+                other_loss += _loss(logs, example)
+                logs = logs[start:]
                 wanted = torch.from_numpy(np.array(kept[at : at + len(logs)]))
                 divergences.append((wanted.exp() * (wanted - logs)).sum(1))
                 same += int((wanted.argmax(1) == logs.argmax(1)).sum())
-                other_loss, at = other_loss + _loss(logs, example), at + len(logs)
+                at += len(logs)
             kl = torch.cat(divergences).clamp(min=0)  # below zero by rounding alone; NaN stays
             weight = sum(float(example.weights[1:].sum()) for example in examples)
             difference = (other_loss - loss) / weight
@@ -131,15 +135,28 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def enough(examples: Sequence[Example]) -> list[Example]:
-    """The first rows that hold POSITIONS positions, or all."""
-    found, total = [], 0
+    """The first rows that hold POSITIONS positions with contexts of their own, or all."""
+    found, total, seen = list[Example](), 0, set[bytes]()
     for example in (examples[row] for row in range(len(examples))):
         found.append(example)
-        total += len(example) - 1
+        total += len(example) - 1 - _new_from(example, seen)
         if total >= POSITIONS:
             break
     assert total, "parity needs rows"
     return found
+
+
+def new_from(examples: Sequence[Example]) -> list[int]:
+    """Of each row, the first position whose context no row before it has."""
+    seen: set[bytes] = set()
+    return [_new_from(example, seen) for example in examples]
+
+
+def _new_from(example: Example, seen: set[bytes]) -> int:
+    contexts = [example.ids[: end + 1].tobytes() for end in range(len(example) - 1)]
+    known = sum(context in seen for context in contexts)  # a context is known only where those within it are
+    seen.update(contexts)
+    return known
 
 
 def _log_probabilities(model: Any, example: Example) -> Tensor:

@@ -43,8 +43,9 @@ class Tuned:
     examples: list[Example]
 
     @staticmethod
-    def read(name: str, data: str | None) -> Tuned:
-        """Of a run or adapter folder, or a model. data: rows to measure on; default: the run's own.
+    def read(name: str, data: str | None, *, base: str | None = None) -> Tuned:
+        """Of a run or adapter folder, or a model. data: rows to measure on; default: the run's own. base: original,
+        where the adapter will lie on that; default: the better one.
 
         Raises InputError for what cannot be merged or measured.
         """
@@ -61,7 +62,9 @@ class Tuned:
         check_base(folder, source)
         check_weights(folder)
         trained, rows = Trained.read(folder), rows_to_measure(name, folder, source, data)
-        base, losses = better_base(source, folder, trained, rows)
+        losses: dict[str, float] = {}
+        if base is None:
+            base, losses = better_base(source, folder, trained, rows)
         trained = replace(trained, scheme="none") if base == "original" else trained
         return Tuned(source, folder, trained, base, losses, rows)
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
+from urllib.request import getproxies
 
 from packaging.requirements import Requirement
 
@@ -61,7 +62,11 @@ def examine(try_out: TryOut, folder: Path | None = None) -> Examination:
     findings = [*_versions(), *_resources(machine, folder), _hub(), _disk(folder)]
     rates = None
     if installed("torch"):
-        more, rates = try_out(machine)
+        try:
+            more, rates = try_out(machine)
+        except (ImportError, OSError) as error:
+            why = "nothing can be trained with it; docs/troubleshooting.md#cuda"
+            more = [Finding("error", f"torch cannot be loaded: {error}", why, "pip install --force-reinstall torch")]
         findings += more
     return Examination(_facts(machine, folder), findings, rates)
 
@@ -89,7 +94,10 @@ def gpu_lines() -> list[str]:
         return []
     fields = "name,memory.total,driver_version,compute_cap"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:  # a driver that hangs
+        return []
     return [line.strip() for line in found.stdout.splitlines()] if found.returncode == 0 else []
 
 
@@ -145,8 +153,10 @@ def _resources(machine: Machine, folder: Path) -> Iterator[Finding]:
 
 def _hub() -> Finding:
     """Whether the Hub answers; the token is looked for, and never shown."""
-    if os.environ.get("HF_HUB_OFFLINE") in ("1", "ON", "YES", "TRUE"):
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return Finding("ok", "offline by HF_HUB_OFFLINE: models come from folders and the local cache")
+    if getproxies().get("https"):
+        return Finding("ok", "the Hub is behind a proxy, which was not asked")
     host = re.sub(r"^https?://", "", os.environ.get("HF_ENDPOINT", "https://huggingface.co")).partition("/")[0]
     name, _, port = host.partition(":")
     try:

@@ -87,5 +87,8 @@ def _gpus() -> tuple[str, ...]:
     if not shutil.which("nvidia-smi"):
         return ()
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:  # a driver that hangs
+        return ()
     return tuple(line.strip() for line in found.stdout.splitlines()) if found.returncode == 0 else ()

@@ -102,6 +102,8 @@ def _shorter(recipe: Recipe, room: Room) -> Iterator[tuple[str, str, dict[str, A
     while length > SHORTEST:
         length = max(SHORTEST, length // 2)
         changed: dict[str, Any] = {"data.max_length": length}
+        if recipe.data.overlong == "refuse":
+            changed["data.overlong"] = "split"
         if recipe.train.micro_batch is None:
             changed["train.micro_batch_tokens"] = length
         yield f"rows of at most {length} tokens", "longer rows are split or left out", changed

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from strop.data.conversation import Ids
+from strop.machine.memory import is_out_of_memory
 from strop.model.generate import Sampling
 from strop.serve.decoder import Decoder, Text
 from strop.serve.kept import Kept
@@ -137,8 +138,11 @@ class Engine:
                         self._read()
                         for lane in list(self._rows):
                             self._step(lane)
-                    except torch.OutOfMemoryError:
+                    except (RuntimeError, MemoryError) as error:
+                        if not is_out_of_memory(error):
+                            raise
                         self._drop_all("memory")
+                        self._kept.clear()
         finally:  # after a fault of ours too: nobody may wait for an answer that does not come
             with self._changed:
                 self.failed = not self._closing

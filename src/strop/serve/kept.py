@@ -19,6 +19,9 @@ class Kept:
         self._limit = limit
         self._texts: OrderedDict[tuple[str | None, bytes], tuple[Ids, Kv]] = OrderedDict()
 
+    def clear(self) -> None:
+        self._texts.clear()
+
     def add(self, adapter: str | None, ids: Ids, kv: Kv) -> None:
         if len(ids) < LEAST or len(ids) > self._limit:
             return

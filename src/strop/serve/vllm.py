@@ -242,8 +242,9 @@ def _texts(name: str, renderer: Renderer, longest: int) -> list[Ids]:
 
 
 def _reference(name: str, rows: list[Ids]) -> tuple[list[list[float]], list[list[float]] | None]:
-    """Log probabilities of the rows' tokens but the first: of the model in fp32, and of its base."""
-    model = load(name, dtype="fp32")
+    """Log probabilities of the rows' tokens but the first: of the model in fp32, and of its base; on 16-bit weights, as
+    vLLM has them, whatever the adapter was trained on."""
+    model = load(name, dtype="fp32", quantization="none")
     tuned = [_logs(model.module, ids) for ids in rows]
     if model.adapter is None:
         return tuned, None

@@ -18,7 +18,7 @@ from strop.planning.activations import MicroBatch, at_peak
 from strop.planning.memory import Phase, phases
 from strop.planning.setting import Setting
 from strop.training.loop import Job, stream_of
-from strop.training.shrink import micro_batches, random_states, set_random_states, within_memory
+from strop.training.shrink import go_on_shrunk, micro_batches, random_states, set_random_states, within_memory
 
 LOOKED_AT = 5000  # steps, from the first; others have rows of the same data in another order
 FAR_BELOW = 0.5  # of what may be used: no prediction was ever off by as much
@@ -91,6 +91,7 @@ def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> N
 
     Micro-batches shrink as they would in a step; raises MemoryLimitError where nothing is left to save.
     """
+    go_on_shrunk(job)  # as the steps will be computed
     tokens = expected.batch.tokens
     said = {"tokens": tokens, "predicted_bytes": expected.needed_bytes, "usable_bytes": usable}
     if expected.needed_bytes < FAR_BELOW * usable:
