@@ -6,11 +6,13 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import strop
 from strop.evaluation.general import compare_general, rows
+from strop.evaluation.metrics import judged_by_kind, paired_difference
 from tests import tiny
 from tests.test_run import run
 
@@ -75,7 +77,6 @@ def test_a_model_that_answers_in_json_only_is_caught() -> None:
     """The tuned side answers every row with an object; the base with the right words for plain text."""
     from contextlib import contextmanager
     from types import SimpleNamespace
-    from typing import Any
 
     class Fake:
         tuned = True
@@ -92,5 +93,18 @@ def test_a_model_that_answers_in_json_only_is_caught() -> None:
             return [SimpleNamespace(text=text) for _ in prompts]
 
     found = compare_general(Fake())  # type: ignore[arg-type]
-    assert found["kinds"]["plain text"] == {"rows": 20, "base": 1.0, "tuned": 0.0}
+    kind = found["kinds"]["plain text"]
+    assert (kind["rows"], kind["base"], kind["tuned"], kind["difference"]["value"]) == (20, 1.0, 0.0, -1.0)
     assert found["difference"]["high"] < 0 and len(found["lost"]) >= 20
+
+
+def test_a_loss_that_a_gain_hides_is_told() -> None:
+    def kind(before: int, after: int) -> dict[str, Any]:
+        pairs = [[number < hits for number in range(20)] for hits in (before, after)]
+        return {"rows": 20, "difference": vars(paired_difference(*pairs))}
+
+    hidden = {"difference": vars(paired_difference([True, False], [False, True]))}
+    kinds = {"facts": kind(15, 2), "memory": kind(3, 18), "copying": kind(10, 11)}
+    assert "no clear difference" in judged_by_kind({**hidden, "kinds": kinds})
+    assert judged_by_kind({**hidden, "kinds": kinds}).endswith("by kind: worse at facts; better at memory")
+    assert "by kind" not in judged_by_kind({**hidden, "kinds": {"copying": kind(10, 11)}})

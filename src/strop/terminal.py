@@ -191,13 +191,15 @@ def print_scores(result: dict[str, Any], out: Console = console, title: str = "h
 
 def print_general(result: dict[str, Any], out: Console = console) -> None:
     """The general set by kind, and whether training broke anything."""
-    from strop.evaluation.metrics import Difference, verdict
+    from strop.evaluation.metrics import judged_by_kind
 
-    table = Table("general set", "rows", "base", "tuned")
+    table = Table("general set", "rows", "base", "tuned", "change in points")
     for kind, found in [*result["kinds"].items(), ("all", result)]:
-        table.add_row(kind, str(found["rows"]), f"{found['base']:.1%}", f"{found['tuned']:.1%}")
+        value, low, high = (100 * found["difference"][end] for end in ("value", "low", "high"))
+        change = f"{value:+.0f} ({low:+.0f} to {high:+.0f})"
+        table.add_row(kind, str(found["rows"]), f"{found['base']:.1%}", f"{found['tuned']:.1%}", change)
     out.print(table)
-    out.print(f"tuned minus base on the general set: {verdict(Difference(**result['difference']))[1]}")
+    out.print(f"tuned minus base on the general set: {judged_by_kind(result)}")
 
 
 def print_tasks(tasks: dict[str, Any], out: Console = console) -> None:

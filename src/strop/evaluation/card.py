@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from strop.evaluation.metrics import Difference, verdict
+from strop.evaluation.metrics import Difference, judged_by_kind, verdict
 from strop.runs.folder import write_atomic
 
 
@@ -87,7 +87,7 @@ def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     general = report.get("general")
     if general:
         said = f"{general['base']:.1%} before, {general['tuned']:.1%} after"
-        yield "general set", f"{general['rows']} rows: {said} ({_judged(general)})"
+        yield "general set", f"{general['rows']} rows: {said} ({judged_by_kind(general)})"
 
 
 def _judged(found: Mapping[str, Any]) -> str:

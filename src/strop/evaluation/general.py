@@ -41,7 +41,7 @@ def rows() -> list[Row]:
 
 def compare_general(model: Model, advance: Advance | None = None) -> dict[str, Any]:
     """Shares of good answers of base and tuned, over all rows and by kind: {rows, base, tuned, intervals, difference,
-    kinds: {kind: {rows, base, tuned}}, lost: [{prompt, base, tuned}]}. The model must have an adapter."""
+    kinds: {kind: {rows, base, tuned, difference}}, lost: [{prompt, base, tuned}]}. The model must have an adapter."""
     asked = rows()
     answers, hits = {}, {}
     for side, switched in (("base", model.base()), ("tuned", nullcontext())):
@@ -52,7 +52,8 @@ def compare_general(model: Model, advance: Advance | None = None) -> dict[str, A
     for kind in dict.fromkeys(row.kind for row in asked):
         places = [place for place, row in enumerate(asked) if row.kind == kind]
         shares = {side: sum(hits[side][place] for place in places) / len(places) for side in hits}
-        kinds[kind] = {"rows": len(places), **shares}
+        change = paired_difference(*([hits[side][place] for place in places] for side in ("base", "tuned")))
+        kinds[kind] = {"rows": len(places), **shares, "difference": asdict(change)}
     lost = [place for place in range(len(asked)) if hits["base"][place] and not hits["tuned"][place]]
     return {
         "rows": len(asked),

@@ -6,9 +6,10 @@ import json
 import math
 import re
 import runpy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from strop.errors import DataError, RecipeError, Where, nearest
 
@@ -172,6 +173,16 @@ def verdict(difference: Difference) -> tuple[str, str]:
     kind = "better" if low > 0 else "worse" if high < 0 else "unclear"
     word = {"better": "better", "worse": "worse", "unclear": "no clear difference"}[kind]
     return kind, f"{word}: {value:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
+
+
+def judged_by_kind(result: Mapping[str, Any]) -> str:
+    """Of the general set: the change over all rows, and the kinds that have clearly changed: a gain may hide a loss."""
+    said = verdict(Difference(**result["difference"]))[1]
+    clear: dict[str, list[str]] = {}
+    for kind, found in result["kinds"].items():
+        clear.setdefault(verdict(Difference(**found["difference"]))[0], []).append(kind)
+    parts = [f"{word} at {', '.join(clear[word])}" for word in ("worse", "better") if word in clear]
+    return f"{said}; by kind: {'; '.join(parts)}" if parts else said
 
 
 def wilson(successes: int, n: int, z: float = Z_95) -> Interval:

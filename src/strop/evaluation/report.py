@@ -21,7 +21,7 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from strop.evaluation.metrics import METRICS, Difference, verdict
+from strop.evaluation.metrics import METRICS, Difference, judged_by_kind, verdict
 from strop.runs.folder import write_atomic
 
 Series = dict[float, float]  # step -> value
@@ -131,13 +131,15 @@ def _scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iter
 
 
 def _general(general: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The general set: what became of it in a sentence, and (kind, rows, base, tuned) for each kind."""
+    """The general set: what became of it in a sentence, and (kind, rows, base, tuned, change) for each kind."""
     if not general:
         return None
-    _, judged = verdict(Difference(*(general["difference"][name] for name in ("value", "low", "high"))))
-    found = [*general["kinds"].items(), ("all", general)]
-    rows = [(kind, f"{one['rows']}", _percent(one["base"]), _percent(one["tuned"])) for kind, one in found]
-    return {"verdict": f"{judged[0].upper()}{judged[1:]}.", "rows": rows}
+    said, rows = judged_by_kind(general), []
+    for kind, one in [*general["kinds"].items(), ("all", general)]:
+        value, low, high = (100 * one["difference"][end] for end in ("value", "low", "high"))
+        change = f"{value:+.0f} ({low:+.0f} to {high:+.0f})"
+        rows.append((kind, f"{one['rows']}", _percent(one["base"]), _percent(one["tuned"]), change))
+    return {"verdict": f"{said[0].upper()}{said[1:]}.", "rows": rows}
 
 
 def _tasks(tasks: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
