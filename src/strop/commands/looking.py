@@ -38,8 +38,10 @@ def check(
         account.show(prepared, show, console, ids=ids)
     if fix is not None:
         account.fix(chosen.data, tokenizer, fix)
-    print_json(prepared.report.as_json(), as_json)
-    if prepared.report.would_refuse:
+    report = prepared.report
+    refusal = report.refusal or (report.eval.refusal if report.eval else None)
+    print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)
+    if refusal:
         raise typer.Exit(InputError.exit_code)
 
 

@@ -34,7 +34,11 @@ def plan(
         return
     found = make(recipe, memory=limit_bytes(memory), gpu=gpu, **(options or {}))
     print_plan(found, console)
-    print_json(found.as_json(), as_json)
+    told = found.as_json()
+    if not found.fits:
+        fixes = "; ".join(rung.what for rung in found.ladder)
+        told["error"] = {"kind": "DoesNotFit", "message": "the recipe does not fit", "fix": fixes, "where": []}
+    print_json(told, as_json)
     if not found.fits:
         raise typer.Exit(1)
 
@@ -56,10 +60,17 @@ def doctor(
 
     found = examine(try_out)
     if fix:
-        for command in dict.fromkeys(finding.fix for finding in found.findings if finding.fix):
-            print(command)
+        fixes = list(dict.fromkeys(finding.fix for finding in found.findings if finding.fix))
+        print_json({"fixes": fixes}, as_json)
+        if fixes and not as_json:
+            print("\n".join(fixes))
     else:
         print_findings(found, console)
-        print_json(found.as_json(), as_json)
+        errors = [finding for finding in found.findings if finding.level == "error"]
+        told = found.as_json()
+        if errors:
+            first = errors[0]
+            told["error"] = {"kind": "NotReady", "message": first.what, "fix": first.fix, "where": []}
+        print_json(told, as_json)
     if any(finding.level == "error" for finding in found.findings):
         raise typer.Exit(1)
