@@ -18,7 +18,7 @@ from strop.errors import ModelError, RecipeError
 from strop.machine import doctor
 from strop.machine.doctor import Finding, examine
 from strop.machine.probe import probe
-from strop.machine.rates import Rates, keep_rates
+from strop.machine.rates import Rates, keep_precision, keep_rates
 from strop.model.shape import ModelShape, peek
 from strop.planning.activations import MicroBatch
 from strop.planning.cards import CARDS, find_card, recognise
@@ -167,12 +167,19 @@ def test_slower_where_more_is_to_be_done() -> None:
             assert tokens_per_s(slower, batch, rate) < here
 
 
-def test_the_rates_that_doctor_measured_are_the_plans(llama_8b: Path) -> None:
+def test_the_rates_that_doctor_measured_are_the_plans(
+    llama_8b: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path))  # where no run has measured anything
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     before = strop.plan(model=str(llama_8b), device="cpu").rate
     keep_rates(probe(), "cpu", RATES)
     after = strop.plan(model=str(llama_8b), device="cpu")
     assert "guess" in before.source and after.rate == Rate.measured(RATES, "bf16")
     assert after.resolved.recipe.model.dtype == "bf16"
+    keep_precision(probe(), 2, "fp32", "measured by a run")  # as `train` will decide
+    again = strop.plan(model=str(llama_8b), device="cpu", memory=1 << 40)
+    assert again.resolved.recipe.model.dtype == "fp32" and again.rate == Rate.measured(RATES, "fp32")
 
 
 def findings(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Finding]:
