@@ -195,3 +195,14 @@ def test_a_metric_of_the_users_own(tmp_path: Path) -> None:
     file.write_text("1 / 0")
     with pytest.raises(RecipeError, match="ZeroDivisionError"):
         metric(f"{file}:near")
+
+
+def test_a_function_of_the_users_own_that_is_broken_is_told_before_a_model_loads(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("import json\ndef same(gold, answer):\n    return json.loads(gold) == json.loads(answer)\n"
+                    "def broken(gold, answer):\n    return gold.strp() == answer\n")  # fmt: skip
+    check_golds(f"{file}:same", ['{"a": 1}'], [("rows.jsonl", 1)])
+    assert score(f"{file}:same", ['{"a": 1}', "2"], ["not JSON", "2"]).rates == {"same": 0.5}
+    with pytest.raises(DataError) as raised:
+        check_golds(f"{file}:broken", ["x"], [("rows.jsonl", 7)])
+    assert "strp" in str(raised.value.where[0].what) and raised.value.where[0].line == 7

@@ -191,26 +191,23 @@ def print_scores(result: dict[str, Any], out: Console = console, title: str = "h
 
 def print_general(result: dict[str, Any], out: Console = console) -> None:
     """The general set by kind, and whether training broke anything."""
-    from strop.evaluation.metrics import judged_by_kind
+    from strop.evaluation.metrics import in_points, judged_by_kind
 
     table = Table("general set", "rows", "base", "tuned", "change in points")
     for kind, found in [*result["kinds"].items(), ("all", result)]:
-        value, low, high = (100 * found["difference"][end] for end in ("value", "low", "high"))
-        change = f"{value:+.0f} ({low:+.0f} to {high:+.0f})"
-        table.add_row(kind, str(found["rows"]), f"{found['base']:.1%}", f"{found['tuned']:.1%}", change)
+        rates = (f"{found['base']:.1%}", f"{found['tuned']:.1%}")
+        table.add_row(kind, str(found["rows"]), *rates, in_points(found["difference"]))
     out.print(table)
     out.print(f"tuned minus base on the general set: {judged_by_kind(result)}")
 
 
 def print_tasks(tasks: dict[str, Any], out: Console = console) -> None:
     """Tasks of the harness: each metric of base and tuned, with the change."""
+    from strop.evaluation.metrics import task_rows
+
     table = Table("task", "metric", "documents", "base", "tuned", "change")
-    for task, metrics in tasks.items():
-        for metric, found in metrics.items():
-            change, tuned = found["difference"], found.get("tuned")
-            said = f"{change['value']:+.4f} ({change['low']:+.4f} to {change['high']:+.4f})" if change else ""
-            shown = "" if tuned is None else f"{tuned:.4f}"
-            table.add_row(task, metric, str(found["documents"]), f"{found['base']:.4f}", shown, said)
+    for row in task_rows(tasks):
+        table.add_row(*row)
     if tasks:
         out.print(table)
 

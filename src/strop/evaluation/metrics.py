@@ -6,13 +6,14 @@ import json
 import math
 import re
 import runpy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from strop.errors import DataError, RecipeError, Where, nearest
 
+_OF_A_FUNCTION = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, NameError)
 MOST_OPTIONS = 50  # of choice: each is computed for each row
 Z_95 = 1.959963984540054  # 97.5 % point of the standard normal
 Judgement = dict[str, bool]  # the hit first, under the metric's own name; then the side scores
@@ -21,10 +22,11 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Metric:
-    """`judge(gold, answer)` raises ValueError where the gold is not what the metric needs."""
+    """`judge(gold, answer)` raises ValueError where the gold is not what the metric needs. own: a user's function."""
 
     name: str
     judge: Callable[[str, str], Judgement]
+    own: Callable[[str, str], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,23 +129,29 @@ def _own_metric(file: str, function: str) -> Metric:
     def judge(gold: str, answer: str) -> Judgement:
         try:
             return {function: bool(found(gold, answer))}
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
-            return {function: False}  # an answer that it cannot even read is a miss
+        except _OF_A_FUNCTION:  # it could read the gold itself (check_golds): an answer that it cannot read is a miss
+            return {function: False}
 
-    return Metric(function, judge)
+    return Metric(function, judge, found)
 
 
 def check_golds(name: str, golds: Sequence[str], places: Sequence[tuple[str, int]]) -> None:
     """Raises DataError with file:line of every gold answer that the metric cannot use; needs no model."""
-    judge, wrong = metric(name).judge, []
+    known, wrong = metric(name), []
     if name == "choice" and not 2 <= len(options(golds)) <= MOST_OPTIONS:
         what = f"choice: {len(options(golds))} different right answers to choose among, not 2 to {MOST_OPTIONS}"
         raise DataError(what, fix="use another metric, such as exact")
     for gold, (file, line) in zip(golds, places, strict=True):
         try:
-            judge(gold, "")
-        except ValueError as error:
-            wrong.append(Where(file, line, str(error)))
+            if known.own is None:
+                known.judge(gold, "")
+            else:
+                known.own(gold, gold)
+        except _OF_A_FUNCTION as error:
+            if known.own is None and not isinstance(error, ValueError):
+                raise
+            what = str(error) if known.own is None else f"{known.name} fails on the right answer itself: {error!r}"
+            wrong.append(Where(file, line, what))
     if wrong:
         raise DataError(
             f"{len(wrong)} rows cannot be scored with {name}",
@@ -173,6 +181,22 @@ def verdict(difference: Difference) -> tuple[str, str]:
     kind = "better" if low > 0 else "worse" if high < 0 else "unclear"
     word = {"better": "better", "worse": "worse", "unclear": "no clear difference"}[kind]
     return kind, f"{word}: {value:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
+
+
+def in_points(difference: Mapping[str, float]) -> str:
+    """A difference of rates with its interval, in points: +12 (+3 to +21)."""
+    value, low, high = (100 * difference[end] for end in ("value", "low", "high"))
+    return f"{value:+.0f} ({low:+.0f} to {high:+.0f})"
+
+
+def task_rows(tasks: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str, str]]:
+    """(task, metric, documents, base, tuned, change) of the harness's tasks, as text."""
+    for task, metrics in tasks.items():
+        for name, found in metrics.items():
+            change, tuned = found.get("difference"), found.get("tuned")
+            said = f"{change['value']:+.4f} ({change['low']:+.4f} to {change['high']:+.4f})" if change else ""
+            shown = "" if tuned is None else f"{tuned:.4f}"
+            yield task, name, f"{found['documents']:,}", f"{found['base']:.4f}", shown, said
 
 
 def judged_by_kind(result: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from strop.evaluation.metrics import METRICS, Difference, judged_by_kind, verdict
+from strop.evaluation.metrics import METRICS, Difference, in_points, judged_by_kind, task_rows, verdict
 from strop.runs.folder import write_atomic
 
 Series = dict[float, float]  # step -> value
@@ -66,7 +66,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         origins=[(name, list(_flat(report[name]))) for name in ("lock", "machine") if report.get(name)],
         happened=_happened(events),
         general=_general(report.get("general") or {}),
-        tasks=list(_tasks(report.get("tasks") or {})),
+        tasks=list(task_rows(report.get("tasks") or {})),
         kept=_kept(report.get("regression") or {}),
         findings=[str(finding) for finding in report.get("diagnosis") or []],
     )
@@ -136,20 +136,9 @@ def _general(general: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     said, rows = judged_by_kind(general), []
     for kind, one in [*general["kinds"].items(), ("all", general)]:
-        value, low, high = (100 * one["difference"][end] for end in ("value", "low", "high"))
-        change = f"{value:+.0f} ({low:+.0f} to {high:+.0f})"
-        rows.append((kind, f"{one['rows']}", _percent(one["base"]), _percent(one["tuned"]), change))
+        rates = (_percent(one["base"]), _percent(one["tuned"]))
+        rows.append((kind, f"{one['rows']}", *rates, in_points(one["difference"])))
     return {"verdict": f"{said[0].upper()}{said[1:]}.", "rows": rows}
-
-
-def _tasks(tasks: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """(task, metric, documents, base, tuned, change) of the harness's tasks."""
-    for task, metrics in tasks.items():
-        for metric, found in metrics.items():
-            change, tuned = found.get("difference"), found.get("tuned")
-            said = f"{change['value']:+.4f} ({change['low']:+.4f} to {change['high']:+.4f})" if change else ""
-            shown = "" if tuned is None else f"{tuned:.4f}"
-            yield task, metric, f"{found['documents']:,}", f"{found['base']:.4f}", shown, said
 
 
 def _kept(regression: Mapping[str, Any]) -> str:
