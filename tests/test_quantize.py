@@ -49,10 +49,30 @@ def nf4_reference(weight: Tensor, codes: Tensor) -> Tensor:
     return (codes[nearest] * scale).view_as(weight)
 
 
-def test_nf4_is_the_definition() -> None:
-    made, weight = layer("nf4", double=False)
+@pytest.mark.parametrize("into", [64, 32, 80, 96])
+def test_nf4_is_the_definition(into: int) -> None:
+    made, weight = layer("nf4", into=into, double=False)
     codes = made.constants["quant_map"]
     torch.testing.assert_close(made.dequantized(), nf4_reference(weight, codes), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(("out", "into"), [(96, 32), (96, 80), (96, 96), (64, 128), (33, 100), (130, 65)])
+def test_4_bit_weights_are_codes_times_the_constants_of_their_blocks(
+    scheme: str, double: bool, out: int, into: int
+) -> None:
+    """Looked up here from the packed bytes, in rows that are whole blocks and in others."""
+    made, _ = layer(scheme, out, into, double=double)
+    known = made.constants
+    scale = known["absmax"]
+    if double:
+        scale = known["nested_quant_map"][scale.long()] * known["nested_absmax"].repeat_interleave(256)[: len(scale)]
+        scale = scale + made._described["nested_offset"]
+    packed = made.weight.flatten()
+    codes = known["quant_map"][torch.stack([packed >> 4, packed & 15], 1).flatten().long()][: out * into]
+    expected = (codes * scale.repeat_interleave(64)[: out * into]).view(out, into)
+    torch.testing.assert_close(made.dequantized(), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_int8_is_the_definition() -> None:

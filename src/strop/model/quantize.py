@@ -69,12 +69,15 @@ class QuantizedLinear(nn.Linear):
                 known["nested_absmax"], None, known["nested_quant_map"], about["nested_blocksize"], dtype=torch.float32
             )
         offset = torch.tensor(about["nested_offset"], device=self.weight.device) if nested is not None else None
-        shape = torch.Size((self.out_features, self.in_features))
+        # bitsandbytes' AVX512 kernel takes wrong constants where rows are not whole blocks: then all is one row
+        whole = self.in_features % about["blocksize"] == 0
+        rows = (self.out_features, self.in_features) if whole else (self.out_features * self.in_features,)
+        shape = torch.Size(rows)
         state = bnb.QuantState(
             known["absmax"], shape, known["quant_map"], about["blocksize"], self.scheme, self.dtype, offset, nested
         )
         weight: Tensor = bnb.dequantize_4bit(self.weight.data, state)
-        return weight
+        return weight.view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
