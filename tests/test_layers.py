@@ -26,6 +26,7 @@ LAYERS = [
 ]
 SIDEWAYS = {
     ("model", "engine"),
+    ("model", "machine"),
     ("engine", "machine"),
     ("evaluation", "adapters"),
 }

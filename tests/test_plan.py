@@ -226,3 +226,21 @@ def test_doctor_from_the_command_line(
     assert all({"level", "what", "why", "fix"} == set(one) for one in found["findings"])
     assert any("4 bit" in one["what"] for one in found["findings"])
     assert "token" not in {*found["machine"]} and found["machine"]["versions"]["torch"]
+
+
+def test_doctor_fix_is_commands_and_comments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def found(*_: object) -> doctor.Examination:
+        findings = [Finding("error", "a", "", "# free some space"), Finding("warning", "b", "", "pip install b")]
+        return doctor.Examination({}, findings, None)
+
+    monkeypatch.setattr(doctor, "examine", found)
+    code, out, _ = run("doctor", "--fix", capsys=capsys)
+    assert code == 1 and out == "# free some space\npip install b\n"
+    code, out, _ = run("doctor", "--fix", "--json", capsys=capsys)
+    assert code == 1 and json.loads(out)["error"]["message"] == "a" and len(json.loads(out)["fixes"]) == 2
+    monkeypatch.setattr(doctor, "LEAST_MEMORY_BYTES", 1 << 60)
+    monkeypatch.setattr(doctor, "LEAST_DISK_BYTES", 1 << 60)
+    told = [f.fix for f in doctor._resources(probe(), tmp_path)]
+    assert len(told) == 2 and all(fix.startswith("# ") for fix in told)

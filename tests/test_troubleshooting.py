@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import strop
 from strop.config.load import resolve
 from strop.engine.device import pick_device
 from strop.errors import (
@@ -28,8 +29,9 @@ from strop.errors import (
     StropError,
 )
 from strop.evaluation.diagnosis import diagnose
+from strop.machine import doctor
 from strop.machine.probe import Machine
-from strop.model.quantize import pack
+from strop.model.quantize import pack, unpack
 from strop.planning import trial
 from strop.runs.folder import disk_faults
 from strop.training.loop import fit
@@ -83,6 +85,27 @@ def test_bitsandbytes(use: Callable[[], object], monkeypatch: pytest.MonkeyPatch
     assert found.level == "error" and "bitsandbytes" in found.why and "install" in found.fix
 
 
+@pytest.mark.parametrize("name", ["quantize_4bit", "dequantize_4bit"])
+def test_bitsandbytes_built_for_another_cuda(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be imported, and its library is a stand-in that raises when it is called."""
+
+    def other_cuda(*args: object, **named: object) -> None:
+        raise RuntimeError("\nCUDA SETUP ERROR: no kernel image is available for execution on the device\nmore")
+
+    def no_memory(*args: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f"bitsandbytes.functional.{name}", other_cuda)
+    with pytest.raises(QuantizerError, match="cannot be used here: CUDA SETUP ERROR") as raised:
+        unpack(pack(torch.ones(64, 64), "nf4"), "nf4", torch.Size((64, 64)), torch.float32)
+    assert f"{TROUBLES}#bitsandbytes" in raised.value.fix
+    found = trial.four_bit_step()
+    assert found.level == "error" and "#bitsandbytes" in found.why and "install" in found.fix
+    monkeypatch.setattr(f"bitsandbytes.functional.{name}", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        unpack(pack(torch.ones(64, 64), "nf4"), "nf4", torch.Size((64, 64)), torch.float32)
+
+
 def test_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError) as raised:
@@ -91,6 +114,21 @@ def test_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
     (found,) = trial.cards(machine)
     assert found.level == "error" and "cannot use it" in found.what and "#cuda" in found.why and found.fix
+
+
+def test_a_run_that_passes_a_card_over_says_so(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("strop.machine.probe._gpus", lambda: ("NVIDIA RTX 4090, 24564 MiB",))
+    options = {"model": str(tiny_folder), "data": str(rows_file), "train.max_steps": 1, "model.dtype": "fp32"}
+    said = {}
+    for device in ("auto", "cpu"):
+        events: list[dict[str, object]] = []
+        strop.train(**options, device=device, out=tmp_path / device, callback=events.append)
+        said[device] = [str(event["text"]) for event in events if event["event"] == "note"]
+    assert len(said["auto"]) == 1 and "RTX 4090" in said["auto"][0] and "#cuda" in said["auto"][0]
+    assert not said["cpu"]
 
 
 def test_nan(tmp_path: Path) -> None:
@@ -128,3 +166,19 @@ def test_a_step_in_4_bit_that_does_not_move_is_an_error(monkeypatch: pytest.Monk
     assert trial.four_bit_step().level == "ok"
     monkeypatch.setattr(trial.QuantizedLinear, "forward", lambda self, x: x.detach() * 1 + 0 * x)
     assert trial.four_bit_step().level == "error"
+
+
+def test_a_step_in_4_bit_whose_weight_stays_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
+    assert trial.four_bit_step().level == "error"
+
+
+def test_a_check_that_crashes_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: object) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    (found,) = [f for f in doctor.examine(crash, tmp_path).findings if "ends with" in f.what]  # type: ignore[arg-type]
+    assert found.level == "error" and "no kernel image" in found.what and found.fix
+    monkeypatch.setattr(trial, "_moved", crash)
+    found = trial.four_bit_step()
+    assert found.level == "error" and "no kernel image" in found.what

@@ -59,18 +59,19 @@ def doctor(
         return trial.try_out(machine)
 
     found = examine(try_out)
+    errors = [finding for finding in found.findings if finding.level == "error"]
+    told: dict[str, Any]
     if fix:
         fixes = list(dict.fromkeys(finding.fix for finding in found.findings if finding.fix))
-        print_json({"fixes": fixes}, as_json)
+        told = {"fixes": fixes}
         if fixes and not as_json:
             print("\n".join(fixes))
     else:
         print_findings(found, console)
-        errors = [finding for finding in found.findings if finding.level == "error"]
         told = found.as_json()
-        if errors:
-            first = errors[0]
-            told["error"] = {"kind": "NotReady", "message": first.what, "fix": first.fix, "where": []}
-        print_json(told, as_json)
-    if any(finding.level == "error" for finding in found.findings):
+    if errors:
+        first = errors[0]
+        told["error"] = {"kind": "NotReady", "message": first.what, "fix": first.fix, "where": []}
+    print_json(told, as_json)
+    if errors:
         raise typer.Exit(1)

@@ -33,6 +33,8 @@ HUB_S = 5.0
 
 @dataclass(frozen=True)
 class Finding:
+    """fix: a command, or a comment ("# ...") where no command mends it."""
+
     level: Level
     what: str
     why: str = ""
@@ -66,9 +68,18 @@ def examine(try_out: TryOut, folder: Path | None = None) -> Examination:
             more, rates = try_out(machine)
         except (ImportError, OSError) as error:
             why = "nothing can be trained with it; docs/troubleshooting.md#cuda"
-            more = [Finding("error", f"torch cannot be loaded: {error}", why, "pip install --force-reinstall torch")]
+            fix = f"{pip()} install --force-reinstall torch"
+            more = [Finding("error", f"torch cannot be loaded: {error}", why, fix)]
+        except Exception as error:  # a check that crashes has found something
+            more = [crashed("a check with torch", error)]
         findings += more
     return Examination(_facts(machine, folder), findings, rates)
+
+
+def crashed(check: str, error: Exception, fix: str = "") -> Finding:
+    said = next((line for line in str(error).splitlines() if line.strip()), "")
+    what = f"{check} ends with {type(error).__name__}: {said.strip()}"
+    return Finding("error", what, "a run would end with it too", fix or f"{pip()} install --force-reinstall torch")
 
 
 def _facts(machine: Machine, folder: Path) -> dict[str, Any]:
@@ -143,12 +154,12 @@ def pip() -> str:
 def _resources(machine: Machine, folder: Path) -> Iterator[Finding]:
     if machine.free_bytes < LEAST_MEMORY_BYTES:
         what = f"{machine.free_bytes / 2**30:.1f} GiB of memory are free"
-        yield Finding("warning", what, "a run of the smallest model takes about 1.5 GiB", "close other programs")
+        yield Finding("warning", what, "a run of the smallest model takes about 1.5 GiB", "# close other programs")
     free = shutil.disk_usage(folder).free
     if free < LEAST_DISK_BYTES:
         what = f"{free / 2**30:.1f} GiB of disk are free in {folder}"
         why = "a model and its checkpoints take several; see docs/troubleshooting.md#disk"
-        yield Finding("warning", what, why, "free some space, or give --out another disk")
+        yield Finding("warning", what, why, "# free some space, or give --out another disk")
 
 
 def _hub() -> Finding:
@@ -185,5 +196,5 @@ def _disk(folder: Path) -> Finding:
             rate = 16 / (time.perf_counter() - started)
     except OSError as error:
         why = "a run could not save; see docs/troubleshooting.md#disk"
-        return Finding("error", f"{runs} cannot be written: {error.strerror}", why, "give --out another folder")
+        return Finding("error", f"{runs} cannot be written: {error.strerror}", why, "# give --out another folder")
     return Finding("ok", f"wrote and synced 16 MiB in {runs} at {rate:,.0f} MiB/s")

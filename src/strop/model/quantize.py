@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from strop.errors import QuantizerError
+from strop.machine.memory import is_out_of_memory
 from strop.model.shape import SMALLEST
 
 BLOCK = 64  # weights that share a constant
@@ -29,9 +31,26 @@ def _bitsandbytes() -> Any:
     try:
         import bitsandbytes.functional as functional
     except (ImportError, OSError, RuntimeError) as error:
-        what = f"bitsandbytes, which quantizes, cannot be used here: {str(error).splitlines()[0]}"
-        raise QuantizerError(what, fix="pip install -U bitsandbytes, or --model.quantization none") from None
+        raise _unusable(error) from None
     return functional
+
+
+def _unusable(error: Exception) -> QuantizerError:
+    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    what = f"bitsandbytes, which quantizes, cannot be used here: {said.strip()}"
+    return QuantizerError(what, fix="pip install -U bitsandbytes, or --model.quantization none")
+
+
+@contextmanager
+def _native() -> Iterator[None]:
+    """Around calls into bitsandbytes' library, which can be imported where it was built for another CUDA and then fails
+    in each call. Memory that runs out is another trouble."""
+    try:
+        yield
+    except (RuntimeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise _unusable(error) from error
 
 
 class QuantizedLinear(nn.Linear):
@@ -76,7 +95,8 @@ class QuantizedLinear(nn.Linear):
         state = bnb.QuantState(
             known["absmax"], shape, known["quant_map"], about["blocksize"], self.scheme, self.dtype, offset, nested
         )
-        weight: Tensor = bnb.dequantize_4bit(self.weight.data, state)
+        with _native():
+            weight: Tensor = bnb.dequantize_4bit(self.weight.data, state)
         return weight.view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,9 +130,12 @@ def pack(weight: Tensor, scheme: str, *, double: bool = True) -> dict[str, Tenso
     """A weight (out, in) quantized: `weight` and its constants by bitsandbytes' names. double: the constants too."""
     bnb = _bitsandbytes()
     if scheme == "int8":
-        rows, scale, _ = bnb.int8_vectorwise_quant(weight.float() if weight.device.type == "cpu" else weight.half())
+        whole = weight.float() if weight.device.type == "cpu" else weight.half()
+        with _native():
+            rows, scale, _ = bnb.int8_vectorwise_quant(whole)
         return {"weight": rows, "SCB": scale.float().flatten()}
-    packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=double, quant_type=scheme)
+    with _native():
+        packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=double, quant_type=scheme)
     return {"weight": packed, **dict(state.as_dict(packed=True))}
 
 

@@ -16,7 +16,7 @@ from strop.engine.packed import lay_out
 from strop.engine.patch import ops_for
 from strop.engine.precision import measure
 from strop.errors import QuantizerError
-from strop.machine.doctor import Finding, pip
+from strop.machine.doctor import Finding, crashed, pip
 from strop.machine.probe import Machine
 from strop.machine.rates import Rates, keep_rates
 from strop.model.quantize import QuantizedLinear, pack, unpack
@@ -44,7 +44,7 @@ def cards(machine: Machine) -> Iterator[Finding]:
         built = torch.version.cuda or "no CUDA"
         what = f"{machine.gpus[0]} is there, and torch {torch.__version__} (built for {built}) cannot use it"
         why = "training would run on the CPU; see docs/troubleshooting.md#cuda"
-        yield Finding("error", what, why, fix if torch.version.cuda is None else "update the NVIDIA driver")
+        yield Finding("error", what, why, fix if torch.version.cuda is None else "# update the NVIDIA driver")
         return
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         yield Finding("warning", f"{machine.gpus[0]} has no bf16", "the base is held in fp32: twice the memory")
@@ -106,34 +106,37 @@ def _fastest(work: Callable[[], object], rounds: int = 4) -> float:
 
 
 def four_bit_step() -> Finding:
-    """One step through a weight in nf4, on the device that a run would take: the adapter must move, and by what
-    autograd in fp32 says."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """One step through a weight in nf4, on the device that a run would take: the adapter must move, and to where
+    autograd in fp32 takes it."""
+    device, mend = "cuda" if torch.cuda.is_available() else "cpu", f"{pip()} install -U bitsandbytes"
     torch.manual_seed(0)
-    weight = torch.randn(128, 128, device=device)
     try:
-        packed = pack(weight, "nf4")
-        layer = QuantizedLinear(nn.Linear(128, 128, bias=False), "nf4", torch.float32)
-        layer.fill(packed)
-        whole = unpack(packed, "nf4", weight.shape, torch.float32)
+        moved, off = _moved(device)
     except QuantizerError as error:
         why = "4-bit and 8-bit bases cannot be used; see docs/troubleshooting.md#bitsandbytes"
-        return Finding("error", error.what, why, f"{pip()} install -U bitsandbytes")
+        return Finding("error", error.what, why, mend)
+    except Exception as error:
+        return crashed("a training step in 4 bit", error, mend)
+    if not moved or not off <= 1e-3 * moved:  # NaN is neither
+        what = f"a step in 4 bit moves a weight by {moved:.2g}, and {off:.2g} from where it belongs"
+        return Finding("error", what, "a 4-bit run would train wrongly", mend)
+    return Finding("ok", f"a training step in 4 bit on {device}: the weight moves as it should")
+
+
+def _moved(device: str) -> tuple[float, float]:
+    """How far the optimizer moves an adapter's weight, and how far from where it does through the weight in fp32."""
+    weight = torch.randn(128, 128, device=device)
+    packed = pack(weight, "nf4")
+    layer = QuantizedLinear(nn.Linear(128, 128, bias=False), "nf4", torch.float32)
+    layer.fill(packed)
+    whole = unpack(packed, "nf4", weight.shape, torch.float32)
     x, a = torch.randn(8, 128, device=device), torch.randn(4, 128, device=device) / 10
     results: list[Tensor] = []
     products: list[Callable[[Tensor], Tensor]] = [layer, lambda z: z @ whole.t()]
     for product in products:
-        b = torch.zeros(128, 4, device=device, requires_grad=True)
+        b = nn.Parameter(torch.zeros(128, 4, device=device))
+        optimizer = torch.optim.SGD([b], lr=0.1)
         product(x + (x @ a.t()) @ b.t()).square().mean().backward()  # type: ignore[no-untyped-call]
-        assert b.grad is not None
-        results.append(b.grad)
-    moved, off = float(results[0].abs().max()), float((results[0] - results[1]).abs().max())
-    if not moved or off > 1e-3 * moved:
-        why = "a 4-bit run would train wrongly"
-        return Finding(
-            "error",
-            f"a step in 4 bit gives a gradient that is off by {off:.2g}",
-            why,
-            f"{pip()} install -U bitsandbytes",
-        )
-    return Finding("ok", f"a training step in 4 bit on {device}: the weight moves as it should")
+        optimizer.step()
+        results.append(b.detach())
+    return float(results[0].abs().max()), float((results[0] - results[1]).abs().max())

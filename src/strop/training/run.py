@@ -44,7 +44,7 @@ from strop.training import state as checkpoints
 from strop.training.loop import Job, fit, stream_of
 from strop.training.optim import make_optimizer
 from strop.training.rehearsal import Forecast, forecast, rehearse
-from strop.training.setup import Setup, check_space, set_up, start_adapter
+from strop.training.setup import Setup, check_space, passed_over, set_up, start_adapter
 from strop.training.state import Progress, TrainState
 from strop.training.track import tracking
 
@@ -145,6 +145,8 @@ def _execute(
         log.emit("machine", lines=setup.machine.lines())
         log.emit("recipe", choices=[asdict(choice) for choice in setup.resolved.choices.values()])
         log.emit("data", report=setup.data.report.as_json())
+        if text := passed_over(setup):
+            log.emit("note", text=text)
         memory = mark(recipe.model.device)
         try:
             model = _build(setup)

@@ -88,6 +88,18 @@ def check_space(folder: RunFolder, setup: Setup) -> None:
         )
 
 
+def passed_over(setup: Setup) -> str | None:
+    """That a card is there and the run goes without it, where nobody asked for that."""
+    gpus, device = setup.machine.gpus, setup.resolved.choices["model.device"]
+    if not gpus or device.origin != "plan" or device.value != "cpu":
+        return None
+    built = torch.version.cuda or "no CUDA"
+    return (
+        f"{gpus[0]} is there, and torch {torch.__version__} (built for {built}) cannot use it: "
+        f"training runs on the CPU; see {TROUBLES}#cuda"
+    )
+
+
 def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolved, str, int, ModelShape, int]:
     """The complete recipe, what running out of memory is remembered under, how many weights are trained, and the
     model's shape and parameters."""
