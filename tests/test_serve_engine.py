@@ -26,6 +26,7 @@ from tests.families import tokenizer
 from tests.serving import save_adapters
 from tests.test_engine_patch import FAMILY_CONFIGS
 from tests.test_engine_plain import tiny as random_model
+from tests.tiny import model as tiny_model
 
 
 class Asked:
@@ -136,8 +137,11 @@ def test_adapters_share_a_batch(tiny_folder: Path, tmp_path: Path) -> None:
     assert len({tuple(answer) for answer in found[:3]}) == 3
 
 
-def test_adapters_that_cannot_share_a_batch_take_turns(tiny_folder: Path, tmp_path: Path) -> None:
-    folders = [str(folder) for folder in save_adapters(tmp_path, tiny_folder, use_dora=True)]
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"target_modules": ["q_proj", "lm_head"]}])
+def test_adapters_that_cannot_share_a_batch_take_turns(options: dict[str, Any], tmp_path: Path) -> None:
+    tiny_model(tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    tokenizer("chatml").save_pretrained(tmp_path / "base")
+    folders = [str(folder) for folder in save_adapters(tmp_path, tmp_path / "base", **options)]
     loaded = load_models(folders, device="cpu", dtype="fp32", quantization="auto", force=False)
     assert isinstance(loaded.module, PeftModel)
     asked = Asked(loaded.module)

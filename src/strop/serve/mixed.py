@@ -11,11 +11,16 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def can_mix(model: nn.Module) -> bool:
-    """Are all adapters of a model plain LoRA on linear layers? Others (DoRA, trained rows or modules) change more."""
+def can_mix(model: Any) -> bool:
+    """Are all adapters of a model plain LoRA on linear layers? Others (DoRA, trained rows or modules) change more.
+
+    The head sees the last tokens of texts alone, so that `MixedLora` could not tell there whose they are.
+    """
+    if isinstance(model.get_output_embeddings(), LoraLayer):
+        return False
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             return False
@@ -32,7 +37,7 @@ class MixedLora:
     `tokens`: for each adapter, which tokens of the batch, counted through its rows, are its own; None: all of them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         assert can_mix(model)
         self.tokens: dict[str, Tensor | None] = {}
         for module in model.modules():
