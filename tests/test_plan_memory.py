@@ -24,7 +24,7 @@ from strop.model.shape import ModelShape
 from strop.planning import activations
 from strop.planning.activations import MicroBatch, at_peak, layer_bytes
 from strop.planning.compare import KNOWN, compare, known_models, table
-from strop.planning.memory import PARTS, phases, train
+from strop.planning.memory import PARTS, load, phases, train
 from strop.planning.setting import Setting
 from tests import tiny
 from tests.families import tokenizer
@@ -104,6 +104,17 @@ def test_resident_needs_more_than_streamed_and_16_bit_most(found: Setting, rows:
     sizes = [train(one, MicroBatch.rows([length] * rows)).parts["weights"] for one in (streamed, half, resident)]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
     assert peak(replace(streamed, checkpoint_layers=found.shape.layers), rows, length) <= peak(streamed, rows, length)
+
+
+def test_files_count_where_their_pages_lie_in_the_memory_that_is_planned() -> None:
+    """Of a card never; on a CPU where 16-bit weights are copied into fp32, but not where each is quantized as it comes."""
+    for changes, mapped in (
+        ({"model.dtype": "fp32"}, True), ({}, False), ({"model.quantization": "nf4"}, False),
+        ({"model.device": "cuda"}, False), ({"model.device": "cuda", "model.quantization": "int8"}, False),
+    ):  # fmt: skip
+        found = load(setting(**changes))
+        assert (found.parts["mapped_files"] > 0) == mapped, changes
+        assert found.parts["weights"] > 0
 
 
 FAMILIES = {

@@ -172,12 +172,12 @@ def evaluate(setting: Setting, batch: MicroBatch) -> Phase:
 
 
 def load(setting: Setting) -> Phase:
-    """Reading the base: its files are mapped. 16-bit weights on a CPU stay there; others are copied out, and the files'
-    pages count until the last is."""
+    """Reading the base. On a CPU 16-bit weights stay where their files are mapped; for fp32 they are copied out, and the
+    files' pages count until the last is. A quantized base is read tensor by tensor, each with its file opened anew; on
+    a card the files' pages lie in the host's memory."""
     held = _held(setting, trained=False)
-    on_disk = setting.but(resident_layers=0, element=2)
-    copied = setting.scheme != "none" or setting.element != 2 or setting.device != "cpu"
-    mapped = weight_bytes(on_disk) + constant_bytes(on_disk) if copied else 0
+    copied = setting.device == "cpu" and setting.scheme == "none" and setting.element != 2
+    mapped = weight_bytes(setting.but(element=2)) if copied else 0
     parts = {"weights": held["weights"], "quantization_constants": held["quantization_constants"]}
     framework = CODE_BYTES if setting.device == "cpu" else CUDA_CONTEXT_BYTES
     return _phase({**parts, "mapped_files": mapped, "framework": framework})
