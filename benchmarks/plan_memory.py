@@ -180,20 +180,23 @@ def _events(folder: Path) -> list[dict[str, Any]]:
 
 
 def predicted(case: dict[str, Any], found: dict[str, Any]) -> tuple[float, float]:
-    """Peak bytes, and tokens/s where the machine's rate was known, of a case whose micro-batch is known."""
+    """Peak bytes, and tokens/s where the machine's rate was known, of a case whose micro-batch is known: of the rows'
+    tokens, as runs count them, though the prefix that rows share is computed once."""
     from strop.config.load import resolve
     from strop.model.shape import ModelShape, peek
     from strop.planning.activations import MicroBatch
     from strop.planning.memory import load, train
     from strop.planning.setting import Setting
-    from strop.planning.speed import Rate, tokens_per_s
+    from strop.planning.speed import Rate, step_seconds
 
     shape = peek("demo").shape if case["model"] == "demo" else ModelShape.of(MODELS[case["model"]])
     given = {"model.name": "m", "data.train": "d", "model.device": "cpu", "model.dtype": "bf16", **case["options"]}
     setting = Setting.of(resolve(None, given).recipe, shape, None, 1)
     batch = MicroBatch(**{**found["micro_batch"], "documents": tuple(map(tuple, found["micro_batch"]["documents"]))})
     peak = max(phase.peak_bytes for phase in (load(setting), train(setting, batch)))
-    return peak, tokens_per_s(setting, batch, Rate(**found["rate"])) if "rate" in found else 0.0
+    if "rate" not in found:
+        return peak, 0.0
+    return peak, case["rows"] * case["tokens"] / step_seconds(setting, batch, 1, Rate(**found["rate"]))
 
 
 def tables(results: dict[str, Any]) -> tuple[str, str]:

@@ -8,12 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import strop
+from strop.config.load import resolve
 from strop.errors import ModelError, RecipeError
 from strop.machine import doctor
 from strop.machine.doctor import Finding, examine
@@ -22,7 +25,9 @@ from strop.machine.rates import Rates, keep_precision, keep_rates
 from strop.model.shape import ModelShape, peek
 from strop.planning.activations import MicroBatch
 from strop.planning.cards import CARDS, find_card, recognise
+from strop.planning.choose import usual_micro_batch
 from strop.planning.compare import KNOWN
+from strop.planning.here import Place
 from strop.planning.setting import Setting
 from strop.planning.speed import Rate, flops, tokens_per_s
 from tests.test_run import run
@@ -54,6 +59,15 @@ def test_an_8b_fits_8_gb_from_its_config_alone(llama_8b: Path, capsys: pytest.Ca
     assert found["tokens_per_s"] > 0 and found["seconds"] is None and found["trainable_parameters"] == 41_943_040
 
 
+def test_an_8b_fits_8_gb_as_it_is_typed(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a device: of a CPU, where no card is."""
+    code, out, err = run("plan", "--model", llama_8b, "--memory", "8GB", "--json", capsys=capsys)
+    found = json.loads(out)
+    assert code == 0 and found["fits"] and found["device"] == "cpu", err
+    for told in ("nf4", "dequantized each time", "computed twice", "moments are in 8 bit", "1024 tokens at once"):
+        assert any(told in text for text in found["gives_up"]), told
+
+
 def test_what_does_not_fit_is_1_with_the_way_to_make_it(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model.quantization", "none", "--train.gradient_checkpointing", "off", "--data.max_length", "2048"]
     words = ["plan", "--model", llama_8b, "--gpu", "rtx 4060", *options, "--json"]
@@ -66,6 +80,13 @@ def test_what_does_not_fit_is_1_with_the_way_to_make_it(llama_8b: Path, capsys: 
     words = ["plan", "--model", llama_8b, "--gpu", "rtx 4060", *again, "--json"]
     code, out, _ = run(*words, capsys=capsys)
     assert code == 0 and json.loads(out)["fits"], "the last rung's options are a recipe that fits"
+
+
+def test_an_int8_base_that_does_not_fit_may_be_nf4(llama_8b: Path) -> None:
+    given = {"model.quantization": "int8", "model.resident_layers": 0, "data.max_length": 256}
+    found = strop.plan(model=str(llama_8b), memory=10 * 10**9, device="cuda", **given)
+    assert not found.fits and any(rung.options.get("model.quantization") == "nf4" for rung in found.ladder)
+    assert found.ladder[-1].fits
 
 
 def test_nothing_makes_a_70b_fit_4_gb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,6 +103,8 @@ def test_plan_of_a_folder_knows_its_rows(tiny_folder: Path, rows_file: Path) -> 
     assert found["fits"] and found["seconds"] > 0
     twice = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 4}).as_json()
     assert twice["seconds"] == pytest.approx(2 * found["seconds"])
+    part = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 0.4})  # 1.2 of 3 steps: 2
+    assert part.seconds == pytest.approx(found["seconds"] / 3)
     assert strop.plan(model=str(tiny_folder)).seconds is None
 
 
@@ -165,6 +188,37 @@ def test_slower_where_more_is_to_be_done() -> None:
         here = tokens_per_s(found, batch, rate)
         for slower in (found.but(checkpoint_layers=30), found.but(scheme="nf4"), found.but(ranks=(128,) * 7)):
             assert tokens_per_s(slower, batch, rate) < here
+
+
+def test_short_rows_take_the_time_of_their_tokens_and_their_labels() -> None:
+    """Eight rows of 50 tokens are a micro-batch of 400, whatever the budget; a prompt has no head."""
+    recipe = resolve(None, {"model": "m", "data": "d", "model.device": "cpu", "model.dtype": "bf16"}).recipe
+    assert usual_micro_batch(recipe, [(50, 49)] * 8).tokens == 400
+    assert usual_micro_batch(recipe, [(50, 49)] * 3).tokens == 150
+    shape = ModelShape.of(KNOWN["SmolLM2-135M"])
+    found, rate = Setting.of(recipe, shape), Rate(4e11, 2e10, "test")
+    all_of_it, tenth = (usual_micro_batch(recipe, [(50, labels)] * 8) for labels in (49, 5))
+    work = [flops(found, batch).head for batch in (all_of_it, tenth)]
+    assert work[1] == pytest.approx(work[0] * 5 / 49) and tokens_per_s(found, tenth, rate) > tokens_per_s(
+        found, all_of_it, rate
+    )
+
+
+def test_the_plain_step_is_slower() -> None:
+    shape = ModelShape.of(KNOWN["SmolLM2-135M"])
+    found, batch = Setting(shape, shape.parameters, ranks=(16,) * 7), MicroBatch.rows([512] * 4, share=0.3)
+    plain = found.but(step="plain")
+    for rate, least in ((Rate(4e11, 2e10, "test"), 2.5), (Rate.of(find_card("RTX 4090")), 1.0)):
+        assert tokens_per_s(found, batch, rate) > least * tokens_per_s(plain, batch, rate)
+
+
+def test_the_rate_is_that_of_the_type_that_is_chosen(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 is faster here and does not fit: the time is that of bf16."""
+    place = Place(probe(), "cpu", ("fp32", "faster"), partial(Rate.measured, RATES))
+    monkeypatch.setattr("strop.planning.here.place_for", lambda *_: replace(place, machine=small))
+    small = replace(probe(), memory_bytes=9 << 30, free_bytes=9 << 30)
+    found = strop.plan(model=str(llama_8b))
+    assert found.resolved.recipe.model.dtype == "bf16" and found.rate == Rate.measured(RATES, "bf16")
 
 
 def test_the_rates_that_doctor_measured_are_the_plans(

@@ -12,8 +12,17 @@ from strop.errors import RecipeError
 from strop.machine.memory import remember
 from strop.machine.probe import Machine
 from strop.model.shape import ModelShape
-from strop.planning.choose import choose, learning_rate, memory_key, usable_bytes
+from strop.planning.activations import KEEP_PAIRS, at_peak
+from strop.planning.choose import (
+    choose,
+    largest_micro_batch,
+    learning_rate,
+    memory_key,
+    usable_bytes,
+    usual_micro_batch,
+)
 from strop.planning.compare import KNOWN
+from strop.planning.setting import Setting
 
 GIB = 1 << 30
 LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])
@@ -64,6 +73,39 @@ def test_only_as_many_layers_are_computed_again_as_must_be() -> None:
         counts.append(chosen.recipe.train.gradient_checkpointing)
         assert "would not fit" in chosen.choices["train.gradient_checkpointing"].why or counts[-1] == "off"
     assert isinstance(counts[0], int) and isinstance(counts[1], int) and 32 > counts[0] > counts[1], counts
+
+
+def test_the_largest_micro_batch_is_full_and_of_the_rows_that_need_most() -> None:
+    recipe = plan(60, **{"train.micro_batch_tokens": 2048, "data.max_length": 1100}).recipe
+    setting = Setting.of(recipe, LLAMA_8B)
+    found = largest_micro_batch(recipe, setting)
+    assert found.tokens == 2048
+    for length in (2, 100, KEEP_PAIRS, 700, 1000, 1100):
+        rows = usual_micro_batch(recipe, [(length, length - 1)] * 8)
+        assert at_peak(setting, rows).total <= at_peak(setting, found).total, length
+    alone = plan(60, **{"train.batch_size": 1, "data.max_length": 1100}).recipe
+    assert largest_micro_batch(alone, setting).tokens <= 1100
+
+
+def test_a_presets_rows_at_once_give_way_and_a_persons_do_not() -> None:
+    options = {"train.micro_batch_tokens": None, "data.max_length": 4096}
+    roomy, tight = (plan(free, preset="balanced", **options) for free in (60, 9))
+    fewer = tight.choices["train.micro_batch"]
+    assert roomy.recipe.train.micro_batch == 4 and roomy.choices["train.micro_batch"].origin == "preset"
+    assert fewer.value in (1, 2) and fewer.origin == "plan" and "would not fit" in fewer.why
+    assert tight.recipe.train.batch_size == 8
+    asked = plan(9, preset="balanced", **{**options, "train.micro_batch": 4})
+    assert asked.recipe.train.micro_batch == 4
+
+
+def test_last_resorts_are_taken_only_where_they_make_it_fit_and_nobody_asked() -> None:
+    open_ = {"train.micro_batch_tokens": None}
+    assert plan(8.5, **open_).choices["train.optimizer"].origin == "default"
+    assert plan(7.6, **open_).recipe.train.optimizer == "adamw_8bit"
+    shorter = plan(7.35, **open_).recipe
+    assert shorter.data.max_length < 1024 and shorter.data.overlong == "split", shorter
+    assert plan(7.35, **{**open_, "data.max_length": 1024}).recipe.data.max_length == 1024
+    assert plan(3, **open_).recipe.train.optimizer == "adamw"
 
 
 def test_what_ran_out_of_memory_once_is_remembered() -> None:

@@ -53,20 +53,20 @@ def plan(
     """
     from strop.config.load import resolve
     from strop.model.shape import peek
-    from strop.planning.here import place_for, row_lengths, start_adapter, without_data
+    from strop.planning.here import place_for, row_sizes, start_adapter, without_data
     from strop.planning.plan import make_plan
 
     resolved = resolve(Path(recipe) if recipe else None, without_data(_flat(options), recipe is not None))
     model = resolved.recipe.model
-    place, looked_at = place_for(model.device, memory, gpu, model.dtype), peek(model.name, model.revision)
+    place, looked_at = place_for(model.device, memory, gpu), peek(model.name, model.revision)
     return make_plan(
         resolved,
         place.machine,
         looked_at,
-        place.rate,
+        place.rate_of,
         device=place.device,
         dtype=place.dtype,
-        lengths=row_lengths(resolved.recipe),
+        rows=row_sizes(resolved.recipe),
         adapter=start_adapter(resolved.recipe),
     )
 

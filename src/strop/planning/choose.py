@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,13 @@ from strop.errors import ModelError, RecipeError
 from strop.machine.memory import recall
 from strop.machine.probe import Machine
 from strop.model.shape import ModelShape
-from strop.planning.activations import MicroBatch
+from strop.planning.activations import KEEP_PAIRS, MicroBatch, at_peak
 from strop.planning.memory import load, train
 from strop.planning.setting import Setting
 from strop.runs.lock import sha256_text
 
 MICRO_BATCH_TOKENS = 2048
+SHORTEST = 256  # tokens; a row below holds little of a conversation
 USABLE = {"cpu": 0.9, "mps": 0.75, "cuda": 0.95}  # of what is free: MemoryWatch stops a run on a CPU there
 GIB = 1 << 30
 
@@ -69,7 +70,7 @@ def choose(
     resolved = resolved.decide(picks)
     room = Room(shape, parameters or shape.parameters, usable_bytes(machine, resolved.recipe.model.device))
     resolved = resolved.decide(_tokens(resolved.recipe))
-    for decide in (_narrower, _quantization, _smaller_micro_batch, _resident, _checkpointing):
+    for decide in (_narrower, _quantization, _smaller_micro_batch, _last_resorts, _resident, _checkpointing):
         resolved = resolved.decide(decide(resolved, room))
     known = recall(memory_key(resolved.recipe, machine, shape))
     if known.get("streamed") and resolved.choices["model.resident_layers"].origin == "plan":
@@ -111,7 +112,7 @@ class Room:
     def need(self, recipe: Recipe, **changes: Any) -> int:
         """Bytes that training by this recipe takes, or by one that differs in parts of its Setting."""
         setting = Setting.of(recipe, self.shape, self.parameters).but(**changes)
-        return max(train(setting, micro_batch_of(recipe)).needed_bytes, load(setting).needed_bytes)
+        return max(train(setting, largest_micro_batch(recipe, setting)).needed_bytes, load(setting).needed_bytes)
 
     def fits(self, recipe: Recipe, **changes: Any) -> bool:
         return self.need(recipe, **changes) <= self.usable
@@ -125,12 +126,36 @@ class Room:
         return f"{need / GIB:.1f} GiB needed, {self.usable / GIB:.1f} GiB usable"
 
 
-def micro_batch_of(recipe: Recipe, longest: int | None = None) -> MicroBatch:
-    """The largest micro-batch that a recipe makes, of rows as long as they may be (or as the longest there is)."""
-    train_, length = recipe.train, min(longest or recipe.data.max_length, recipe.data.max_length)
-    number = train_.micro_batch or max(1, (train_.micro_batch_tokens or MICRO_BATCH_TOKENS) // length)
-    number = min(number, train_.batch_size)
-    return MicroBatch.rows([length] * number, more=number < train_.batch_size)
+def largest_micro_batch(recipe: Recipe, setting: Setting, longest: int | None = None) -> MicroBatch:
+    """The micro-batch of a recipe that needs most: rows as long as they may be (or as the longest there is) and a
+    shorter one that fills it, or rows short enough for their probabilities to be kept."""
+    longest = min(longest or recipe.data.max_length, recipe.data.max_length)
+    found = [_filled(recipe, length) for length in sorted({longest, min(longest, KEEP_PAIRS)})]
+    return max(found, key=lambda batch: at_peak(setting, batch).total)
+
+
+def _filled(recipe: Recipe, length: int) -> MicroBatch:
+    train_ = recipe.train
+    if train_.micro_batch is not None:
+        lengths = [length] * min(train_.micro_batch, train_.batch_size)
+    else:
+        budget = max(train_.micro_batch_tokens or MICRO_BATCH_TOKENS, length)
+        lengths = [length] * min(budget // length, train_.batch_size)
+        rest = budget - sum(lengths)
+        lengths += [rest] if len(lengths) < train_.batch_size and rest > 1 else []
+    return MicroBatch.rows(lengths, more=len(lengths) < train_.batch_size)
+
+
+def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> MicroBatch:
+    """The one whose time stands for the run's: of rows of the mean length. rows: (tokens, supervised) of each, where
+    they are known; else they are as long as they may be, and supervised."""
+    if not rows:
+        rows = [(recipe.data.max_length, recipe.data.max_length - 1)] * recipe.train.batch_size
+    train_, mean = recipe.train, max(2, round(sum(tokens for tokens, _ in rows) / len(rows)))
+    number = train_.micro_batch or max(1, (train_.micro_batch_tokens or MICRO_BATCH_TOKENS) // mean)
+    number = min(number, train_.batch_size, len(rows))
+    share = sum(supervised for _, supervised in rows) / max(1, sum(tokens - 1 for tokens, _ in rows))
+    return MicroBatch.rows([mean] * number, share=share, more=number < min(train_.batch_size, len(rows)))
 
 
 def memory_key(recipe: Recipe, machine: Machine, shape: ModelShape) -> str:
@@ -167,7 +192,7 @@ def _narrower(resolved: Resolved, room: Room) -> list[Choice]:
     if recipe.model.dtype != "fp32" or resolved.choices[field].origin != "plan" or recipe.model.device != "cpu":
         return []
     scheme = "nf4" if _is_open(resolved) else recipe.model.quantization
-    need = room.need(_least(recipe), scheme=scheme, checkpoint_layers=room.shape.layers)
+    need = room.need(_least(resolved), scheme=scheme, checkpoint_layers=room.shape.layers)
     if need <= room.usable:
         return []
     return [Choice(field, "bf16", "plan", f"fp32 is faster here, and would not fit: {room.said(need)}")]
@@ -180,7 +205,7 @@ def _quantization(resolved: Resolved, room: Room) -> list[Choice]:
         return []
     if room.shape.prequantized:
         return [Choice(field, room.shape.prequantized, "plan", "as the weights are on disk")]
-    need = room.need(_least(recipe), scheme="none", checkpoint_layers=room.shape.layers)
+    need = room.need(_least(resolved), scheme="none", checkpoint_layers=room.shape.layers)
     if need <= room.usable:
         fits = f"16-bit weights fit: {room.said(need)}"
         return [Choice(field, "none", "plan", fits)] if recipe.model.quantization == "auto" else []
@@ -194,27 +219,71 @@ def _is_open(resolved: Resolved) -> bool:
     return recipe.model.quantization == "auto" or (recipe.preset == "auto" and default and recipe.model.adapter is None)
 
 
-def _least(recipe: Recipe) -> Recipe:
-    """With one row at a time."""
+def _least(resolved: Resolved) -> Recipe:
+    """With one row at a time, where nobody asked for more."""
+    recipe = resolved.recipe
     if recipe.train.micro_batch is not None:
-        return recipe
-    train_ = recipe.train.model_copy(update={"micro_batch_tokens": recipe.data.max_length})
-    return recipe.model_copy(update={"train": train_})
+        return _with(recipe, micro_batch=1) if _is_reducible(resolved) else recipe
+    return _with(recipe, micro_batch_tokens=recipe.data.max_length)
+
+
+def _is_reducible(resolved: Resolved) -> bool:
+    return resolved.choices["train.micro_batch"].origin == "preset"
+
+
+def _with(recipe: Recipe, **changes: Any) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
 
 
 def _smaller_micro_batch(resolved: Resolved, room: Room) -> list[Choice]:
-    """Half as many tokens at once until it fits with every layer computed again; a row is never cut."""
-    recipe, field = resolved.recipe, "train.micro_batch_tokens"
-    tokens = recipe.train.micro_batch_tokens
-    if tokens is None or resolved.choices[field].origin != "plan":
+    """Half as many tokens (or rows, where a preset says how many) at once until it fits with every layer computed
+    again; a row is never cut."""
+    recipe, layers = resolved.recipe, _layers_again(resolved.recipe, room)
+    asked = recipe.train.micro_batch or recipe.train.micro_batch_tokens or 0
+    name, least = ("micro_batch", 1) if recipe.train.micro_batch else ("micro_batch_tokens", recipe.data.max_length)
+    if resolved.choices[f"train.{name}"].origin != "plan" and not _is_reducible(resolved):
         return []
-    layers = room.shape.layers if recipe.train.gradient_checkpointing != "off" else 0
-    while tokens > recipe.data.max_length and not room.fits(recipe, checkpoint_layers=layers):
-        tokens = max(recipe.data.max_length, tokens // 2)
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch_tokens": tokens})})
-    if tokens == resolved.recipe.train.micro_batch_tokens:
+    size = asked
+    while size > least and not room.fits(recipe, checkpoint_layers=layers):
+        size = max(least, size // 2)
+        recipe = _with(recipe, **{name: size})
+    if size == asked:
         return []
-    return [Choice(field, tokens, "plan", f"more would not fit: {room.said(room.need(resolved.recipe))}")]
+    why = f"more would not fit: {room.said(room.need(resolved.recipe))}"
+    return [Choice(f"train.{name}", size, "plan", why)]
+
+
+def _layers_again(recipe: Recipe, room: Room) -> int:
+    """The most layers that the plan may have computed again."""
+    asked = recipe.train.gradient_checkpointing
+    return room.shape.layers if asked in ("auto", "on") else asked if isinstance(asked, int) else 0
+
+
+def _last_resorts(resolved: Resolved, room: Room) -> list[Choice]:
+    """Moments in 8 bit, then shorter rows, where nothing else makes it fit and nobody asked for these; all or none."""
+    recipe, layers = resolved.recipe, _layers_again(resolved.recipe, room)
+    need = room.need(recipe, checkpoint_layers=layers)
+    if need <= room.usable:
+        return []
+    why = f"would not fit: {room.said(need)}"
+    made: dict[str, Any] = {}
+
+    def is_open(field: str) -> bool:
+        return resolved.choices[field].origin == "default"
+
+    if is_open("train.optimizer"):
+        made["train.optimizer"] = "adamw_8bit"
+    length = recipe.data.max_length
+    while True:
+        tried = [Choice(field, value, "plan", why) for field, value in made.items()]
+        if room.fits(resolved.decide(tried).recipe, checkpoint_layers=layers):
+            return tried
+        if length <= SHORTEST or not is_open("data.max_length") or recipe.train.micro_batch is not None:
+            return []
+        length = max(SHORTEST, length // 2)
+        made["data.max_length"] = made["train.micro_batch_tokens"] = length
+        if is_open("data.overlong"):
+            made["data.overlong"] = "split"
 
 
 def _resident(resolved: Resolved, room: Room) -> list[Choice]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,23 @@ from strop.runs.folder import is_run
 
 # FLOP/s a core and bytes/s, where `strop doctor` has not measured: of wide vector units at 3 GHz, 60 % of their peak.
 CORE_BF16, CORE_FP32, CORE_PLAIN, HERE_BANDWIDTH = 200e9, 90e9, 45e9, 20e9
+GUESS = "its instructions; `strop doctor` measures"
 ANY_CARD = Card("a card that is not named", "unknown", 0, 500, 60)
 
 
 @dataclass(frozen=True)
 class Place:
-    """machine: with the memory that counts. device, dtype (name, why): for a recipe that leaves them open."""
+    """machine: with the memory that counts. device, dtype (name, why): for a recipe that leaves them open. rate_of: how
+    fast it is in a type."""
 
     machine: Machine
     device: str
     dtype: tuple[str, str]
-    rate: Rate
+    rate_of: Callable[[str], Rate]
 
 
-def place_for(device: str, memory: int | None = None, gpu: str | None = None, dtype: str = "auto") -> Place:
-    """device, dtype: as the recipe says, which may be auto; memory: bytes that there are, in place of what is found.
+def place_for(device: str, memory: int | None = None, gpu: str | None = None) -> Place:
+    """device: as the recipe says, which may be auto; memory: bytes that there are, in place of what is found.
 
     Raises RecipeError for a card that is not in the table, or CUDA where nothing says how large the card is.
     """
@@ -57,15 +60,18 @@ def place_for(device: str, memory: int | None = None, gpu: str | None = None, dt
     rates, precision = known_rates(machine, "cpu"), known_precision(machine) if _has_torch() else None
     if kind == "mps":
         rate = Rate(CORE_FP32 * 30, 200e9, "an Apple GPU as the table has it")
-        return Place(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), rate)
+        return Place(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), lambda _: rate)
     if rates is not None:
         better = precision or (rates.dtype, "measured by strop doctor")
-        return Place(machine, "cpu", better, Rate.measured(rates, better[0] if dtype == "auto" else dtype))
+        return Place(machine, "cpu", better, partial(Rate.measured, rates))
     fast = "avx512_bf16" in machine.vector or "amx_bf16" in machine.vector
-    core = CORE_BF16 if fast else CORE_FP32 if "avx512f" in machine.vector else CORE_PLAIN
-    said = "its instructions; `strop doctor` measures"
-    rate = Rate(core * machine.cores, HERE_BANDWIDTH, f"a guess by {said}")
-    return Place(machine, "cpu", precision or ("bf16" if fast else "fp32", f"by {said}"), rate)
+    better = precision or ("bf16" if fast else "fp32", f"by {GUESS}")
+    return Place(machine, "cpu", better, partial(_guess, machine, fast))
+
+
+def _guess(machine: Machine, fast: bool, dtype: str) -> Rate:
+    core = CORE_BF16 if fast and dtype == "bf16" else CORE_FP32 if "avx512f" in machine.vector else CORE_PLAIN
+    return Rate(core * machine.cores, HERE_BANDWIDTH, f"a guess by {GUESS}")
 
 
 def _has_torch() -> bool:
@@ -79,7 +85,7 @@ def _of_card(machine: Machine, card: Card, memory: int | None, found: tuple[str,
         machine = replace(machine, memory_bytes=size, free_bytes=size, gpus=())
     else:
         machine = replace(machine, gpus=found or (f"{card.name}, {size >> 20} MiB",))
-    return Place(machine, card.device, dtype, Rate.of(card))
+    return Place(machine, card.device, dtype, lambda _: Rate.of(card))
 
 
 def without_data(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
@@ -102,8 +108,9 @@ def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
     return found
 
 
-def row_lengths(recipe: Recipe) -> list[int]:
-    """Tokens of each row, where the recipe names rows that are here and the model's tokenizer is; else none."""
+def row_sizes(recipe: Recipe) -> list[tuple[int, int]]:
+    """Tokens and supervised tokens of each row, where the recipe names rows that are here and the model's tokenizer is;
+    else none."""
     first = recipe.data.train if isinstance(recipe.data.train, str) else recipe.data.train[0]
     model = Path(recipe.model.name).expanduser()
     if not Path(first).is_file() or not (recipe.model.name.startswith("demo") or is_run(model) or model.is_dir()):
@@ -112,4 +119,4 @@ def row_lengths(recipe: Recipe) -> list[int]:
     if source.kind == "folder" and not (source.path / "tokenizer_config.json").is_file():
         return []
     rows = prepare(recipe.data, load_tokenizer(source), strict=False).train
-    return [len(rows[row]) for row in range(len(rows))]
+    return [(len(example), example.supervised) for example in (rows[row] for row in range(len(rows)))]

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from strop.config.schema import Recipe
-from strop.planning.choose import Room, micro_batch_of
+from strop.planning.choose import SHORTEST, Room, usual_micro_batch
 from strop.planning.setting import Setting
 from strop.planning.speed import Rate, tokens_per_s
-
-SHORTEST = 256  # tokens; a row below holds little of a conversation
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def ladder(recipe: Recipe, room: Room, rate: Rate) -> list[Rung]:
 
 
 def _speed(recipe: Recipe, room: Room, rate: Rate) -> float:
-    return tokens_per_s(Setting.of(recipe, room.shape, room.parameters), micro_batch_of(recipe), rate)
+    return tokens_per_s(Setting.of(recipe, room.shape, room.parameters), usual_micro_batch(recipe), rate)
 
 
 Change = Callable[[Recipe, Room], Iterator[tuple[str, str, dict[str, Any]]]]
@@ -75,8 +73,10 @@ def _checkpoint(recipe: Recipe, room: Room) -> Iterator[tuple[str, str, dict[str
 
 
 def _stream(recipe: Recipe, room: Room) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    if recipe.model.quantization == "none" or (recipe.model.resident_layers or 0) > 0:
-        scheme = "nf4" if recipe.model.quantization == "none" else recipe.model.quantization
+    now, fixed = recipe.model.quantization, room.shape.prequantized
+    schemes = [now] if now not in ("none", "auto") and (recipe.model.resident_layers or 0) > 0 else []
+    schemes += ["nf4"] if now in ("none", "auto", "int8") and fixed is None else []
+    for scheme in schemes:
         changed = {"model.quantization": scheme, "model.resident_layers": 0}
         yield f"hold the base in {scheme}, dequantized for each product", "a little accuracy, and time", changed
 

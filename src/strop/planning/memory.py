@@ -172,9 +172,9 @@ def evaluate(setting: Setting, batch: MicroBatch) -> Phase:
 
 
 def load(setting: Setting) -> Phase:
-    """Reading the base. On a CPU 16-bit weights stay where their files are mapped; for fp32 they are copied out, and the
-    files' pages count until the last is. A quantized base is read tensor by tensor, each with its file opened anew; on
-    a card the files' pages lie in the host's memory."""
+    """Reading the base. On a CPU 16-bit weights stay where their files are mapped; for fp32 they are copied out, and
+    the files' pages count until the last is. A quantized base is read tensor by tensor, each with its file opened anew;
+    of a card the files' pages lie in the host's memory."""
     held = _held(setting, trained=False)
     copied = setting.device == "cpu" and setting.scheme == "none" and setting.element != 2
     mapped = weight_bytes(setting.but(element=2)) if copied else 0

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from strop.config.load import Resolved
 from strop.config.schema import Recipe
+from strop.data.batches import BatchStream
 from strop.machine.probe import Machine
 from strop.model.shape import Peek
 from strop.planning.activations import MicroBatch
-from strop.planning.choose import Room, choose, micro_batch_of, usable_bytes
+from strop.planning.choose import Room, choose, largest_micro_batch, usable_bytes, usual_micro_batch
 from strop.planning.ladder import Rung, ladder
 from strop.planning.memory import Phase, constant_bytes, phases, weight_bytes
 from strop.planning.setting import Setting, why_plain
@@ -71,15 +72,15 @@ def make_plan(
     resolved: Resolved,
     machine: Machine,
     model: Peek,
-    rate: Rate,
+    rate_of: Callable[[str], Rate],
     *,
     device: str,
     dtype: tuple[str, str],
-    lengths: Sequence[int] = (),
+    rows: Sequence[tuple[int, int]] = (),
     adapter: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """device and dtype: where the recipe leaves them open. lengths: of the rows in tokens, where they are known.
-    adapter: adapter_config.json of the adapter to start from.
+    """rate_of: the machine's in a type. device and dtype: where the recipe leaves them open. rows: tokens and
+    supervised tokens of each, where they are known. adapter: adapter_config.json of the adapter to start from.
 
     Raises InputError where the recipe asks for what the model does not have.
     """
@@ -87,7 +88,8 @@ def make_plan(
     recipe = resolved.recipe
     setting = Setting.of(recipe, model.shape, model.parameters, machine.cores)
     room = Room(model.shape, model.parameters, usable_bytes(machine, recipe.model.device))
-    batch = micro_batch_of(recipe, max(lengths, default=None))
+    batch = largest_micro_batch(recipe, setting, max((tokens for tokens, _ in rows), default=None))
+    usual, rate = usual_micro_batch(recipe, rows), rate_of(recipe.model.dtype)
     found = phases(setting, batch, recipe.data.max_length)
     need = max(found[name].needed_bytes for name in ("load", "train", "evaluate"))
     fits = need <= room.usable
@@ -101,8 +103,8 @@ def make_plan(
         resolved=resolved,
         setting=setting,
         engine=f"plain: {why}" if (why := why_plain(recipe, model.shape)) else "fast",
-        tokens_per_s=tokens_per_s(setting, batch, rate),
-        seconds=_seconds(recipe, setting, batch, rate, lengths),
+        tokens_per_s=tokens_per_s(setting, usual, rate),
+        seconds=_seconds(recipe, setting, usual, rate, len(rows)),
         rate=rate,
         largest=_largest(recipe, room),
         disk_bytes=_disk_bytes(recipe, setting),
@@ -111,16 +113,17 @@ def make_plan(
     )
 
 
-def _seconds(recipe: Recipe, setting: Setting, batch: MicroBatch, rate: Rate, lengths: Sequence[int]) -> float | None:
-    """Of the run's steps: by its rows where they are known, by full rows where only the number of steps is."""
+def _seconds(recipe: Recipe, setting: Setting, usual: MicroBatch, rate: Rate, rows: int) -> float | None:
+    """Of the run's steps: by its rows where their number is known, by full steps where only the number of steps is."""
     train = recipe.train
-    if not lengths and train.max_steps is None:
+    if not rows and train.max_steps is None:
         return None
-    mean = sum(lengths) / len(lengths) if lengths else recipe.data.max_length
-    rows = min(train.batch_size, len(lengths) or train.batch_size)
-    steps = train.max_steps or max(1, round(train.epochs * -(-len(lengths) // train.batch_size)))
-    typical = MicroBatch.of(batch.tokens, max(2, round(mean)))
-    return steps * step_seconds(setting, typical, rows, mean, rate)
+    stream = BatchStream(
+        rows or train.batch_size, batch_size=train.batch_size, seed=0, epochs=train.epochs, max_steps=train.max_steps
+    )
+    a_step = stream.num_rows / stream.steps_per_epoch
+    at_once = sum(number for number, _, _ in usual.documents)
+    return stream.total_steps * step_seconds(setting, usual, a_step / at_once, rate)
 
 
 def _largest(recipe: Recipe, room: Room) -> dict[str, int]:
@@ -171,6 +174,9 @@ def _given_up(resolved: Resolved, setting: Setting) -> list[str]:
         "train.gradient_checkpointing": f"{setting.checkpoint_layers} of {layers} layers are computed twice"
         if setting.checkpoint_layers
         else "",
+        "train.optimizer": "the optimizer's moments are in 8 bit" if setting.optimizer == "adamw_8bit" else "",
+        "data.max_length": f"rows of at most {resolved.recipe.data.max_length} tokens; longer ones are split",
+        "train.micro_batch": f"{resolved.recipe.train.micro_batch} rows at once",
         "train.micro_batch_tokens": f"{resolved.recipe.train.micro_batch_tokens} tokens at once"
         if "would not fit" in choices["train.micro_batch_tokens"].why
         else "",

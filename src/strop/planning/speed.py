@@ -18,6 +18,7 @@ from strop.planning.setting import Setting
 FROZEN, THIN = 0.82, 0.5
 ATTENTION, HEAD = 0.5, 1.0  # where `strop doctor` has not measured them
 UNPACKED_PER_S = 1.0e9  # weights dequantized a second on two cores, where they are streamed
+PLAIN = 2.9  # times as long in the plain step on a CPU: 76 tokens/s beside 215 to 230 (docs/log.md)
 STEP_S = 0.05  # Python and dispatch of a micro-batch of 30 layers
 GPU_SHARE = 0.45  # of a card's dense rate: 43 % at 8B LoRA on an H100 (NVIDIA NeMo AutoModel's published figure)
 
@@ -63,11 +64,13 @@ class Flops:
 
 def flops(setting: Setting, batch: MicroBatch) -> Flops:
     """Exact for the fast step: no dW for frozen weights, no dX in front of the first layer, the head and the last
-    layer behind its attention on supervised rows alone; a layer that is checkpointed does its forward twice."""
+    layer behind its attention on supervised rows alone; a layer that is checkpointed does its forward twice. The plain
+    step computes all rows of every layer."""
     shape, layers = setting.shape, setting.shape.layers
     front = sum(x.weights for x in shape.linears if x.name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
     behind = sum(x.weights for x in shape.linears) - front
-    rows = layers * batch.tokens * front + ((layers - 1) * batch.tokens + batch.supervised) * behind
+    last = batch.tokens if setting.step == "plain" else batch.supervised
+    rows = layers * batch.tokens * front + ((layers - 1) * batch.tokens + last) * behind
     forward = 2.0 * rows
     again = setting.checkpoint_layers / layers
     frozen = forward * (2 + again) - 2.0 * front * batch.tokens
@@ -85,7 +88,7 @@ def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> floa
         return work.total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
     attention, head = rate.attention_flops or ATTENTION * rate.flops, rate.head_flops or HEAD * rate.flops
     moved = batch.tokens * setting.shape.layers * element_bytes(setting)
-    return (
+    return (PLAIN if setting.step == "plain" else 1) * (
         (work.frozen / FROZEN + work.adapters / THIN) / rate.flops
         + work.attention / attention
         + work.head / head
@@ -110,9 +113,8 @@ def element_bytes(setting: Setting) -> int:
     return b * (20 * shape.hidden + 16 * shape.intermediate + 8 * (shape.query + 2 * shape.key_value))
 
 
-def step_seconds(setting: Setting, batch: MicroBatch, rows: int, tokens_a_row: float, rate: Rate) -> float:
-    """A step of `rows` rows: as many micro-batches as they fill, and the optimizer's pass over the adapter."""
-    micro_batches = max(1.0, rows * tokens_a_row / batch.tokens)
+def step_seconds(setting: Setting, batch: MicroBatch, micro_batches: float, rate: Rate) -> float:
+    """A step of so many micro-batches like this one, and the optimizer's pass over the adapter."""
     return micro_batches * micro_batch_seconds(setting, batch, rate) + 24 * setting.adapter_weights / rate.bandwidth
 
 
