@@ -11,14 +11,17 @@ import pytest
 import torch
 
 import strop
+from strop.data.batches import BatchStream
 from strop.errors import MemoryLimitError
 from strop.machine.memory import mark
 from strop.model.shape import ModelShape
+from strop.planning.activations import at_peak
 from strop.planning.setting import Setting
 from strop.runs.events import read_events
 from strop.training import rehearsal
-from strop.training.loop import Job, fit
-from strop.training.rehearsal import forecast, rehearse
+from strop.training.loop import Job, fit, stream_of
+from strop.training.rehearsal import batch_of, forecast, rehearse
+from strop.training.shrink import micro_batches
 from tests import tiny
 from tests.test_guard import starved
 
@@ -48,6 +51,11 @@ def test_a_rehearsed_run_is_bit_identical(
         (event,) = [e for e in read_events(run.folder / "events.jsonl") if e["event"] == "rehearsal"]
         assert event["done"] == (share == 0.0) and event["predicted_bytes"] < event["usable_bytes"]
         memory = json.loads((run.folder / "report.json").read_text())["memory"]
+        calibrated = memory["calibrated_peak_bytes"]
+        if event["done"]:  # what comes after the rehearsal is little
+            assert calibrated == pytest.approx(max(calibrated, event["measured_bytes"]), rel=0.5) and calibrated > 0
+        else:
+            assert calibrated is None
         assert memory["predicted_peak_bytes"] > 0 and memory["predicted"]["train"]["parts"]["adapters"] > 0
         found.append((weights(run.folder), run.report["loss"]))
     assert found[0][1] == found[1][1]
@@ -61,6 +69,34 @@ def test_the_largest_micro_batch_of_all_steps_is_tried(tmp_path: Path) -> None:
     expected = forecast(job, setting(job))
     assert examples[13] in [*expected.examples] and expected.batch.more
     assert expected.batch.tokens == len(expected.examples) * len(examples[13])  # the plain step pads
+
+
+def test_it_is_the_largest_by_what_is_predicted_in_any_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every step of the run; each epoch is put in order once."""
+    examples = tiny.examples(30, longest=60)
+    job = tiny.job(tmp_path / "r", examples, **{"train.micro_batch": 3, "train.batch_size": 6, "train.epochs": 4})
+    stream, sizes = stream_of(job.recipe, len(examples)), []
+    for step in stream_of(job.recipe, len(examples)):
+        rows = [examples[row] for row in step.rows]
+        for group in micro_batches(job, rows):
+            batch = batch_of(job, [rows[row] for row in group], True)
+            sizes.append((at_peak(setting(job).but(step=job.step.name), batch).total, step.epoch))
+    orders, known = [], BatchStream.order
+    monkeypatch.setattr(BatchStream, "order", lambda self, epoch: orders.append(epoch) or known(self, epoch))
+    found = forecast(job, setting(job))
+    assert at_peak(setting(job).but(step=job.step.name), found.batch).total == max(sizes)[0]
+    assert max(size for size, epoch in sizes if epoch == 0) < max(sizes)[0], "a later epoch has the largest"
+    assert orders == [0, 1, 2, 3] and stream.steps_per_epoch == 5
+
+
+def test_the_forecast_is_moved_by_what_the_rehearsal_needed(tmp_path: Path) -> None:
+    job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 1})
+    expected = forecast(job, setting(job))
+    assert expected.calibrated_bytes("cpu") is None
+    found = rehearse(job, expected, 1, mark("cpu"))
+    (event,) = [e for e in read_events(job.folder.events) if e["event"] == "rehearsal"]
+    off = event["measured_bytes"] - expected.rehearsed_bytes("cpu")
+    assert found.off_bytes == off and found.calibrated_bytes("cpu") == max(0, expected.peak_bytes("cpu") + off)
 
 
 def test_it_shrinks_before_the_first_step_or_refuses(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ numbers: its gradients are dropped and the random generators put back.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
@@ -20,24 +22,38 @@ from strop.planning.setting import Setting
 from strop.training.loop import Job, stream_of
 from strop.training.shrink import go_on_shrunk, micro_batches, random_states, set_random_states, within_memory
 
-LOOKED_AT = 5000  # steps, from the first; others have rows of the same data in another order
+LOOKED_AT = 20_000  # steps, from the first; others have rows of the same data in another order
+LAID_OUT = 32  # micro-batches that are packed to see what they need, of those that need most by their rows' lengths
 FAR_BELOW = 0.5  # of what may be used: no prediction was ever off by as much
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """examples: the micro-batch that needs most. phases: of the run, with that micro-batch."""
+    """examples: the micro-batch that needs most. phases: of the run, with that micro-batch. off_bytes: by how much the
+    rehearsal needed more than was predicted; None where nothing was rehearsed."""
 
     examples: list[Example]
     batch: MicroBatch
     phases: dict[str, Phase]
     evaluates: bool
+    off_bytes: int | None = None
 
     def peak_bytes(self, device: str) -> int:
         """What MemoryMark.peak_bytes will say at the run's end; on CUDA the allocator's own, without the context."""
         used = [self.phases[name] for name in ("load", "train", *(["evaluate"] if self.evaluates else []))]
         context = device.startswith("cuda")
         return max(phase.peak_bytes - (phase.parts["framework"] if context else 0) for phase in used)
+
+    def rehearsed_bytes(self, device: str) -> int:
+        """What it will say after the rehearsal: without the optimizer's state and what earlier micro-batches leave."""
+        step = self.phases["train"]
+        later = step.parts["optimizer"] + (step.parts["gradients"] if self.batch.more else 0)
+        context = step.parts["framework"] if device.startswith("cuda") else 0
+        return max(self.phases["load"].peak_bytes, step.peak_bytes - later) - context
+
+    def calibrated_bytes(self, device: str) -> int | None:
+        """peak_bytes, moved by what the rehearsal has shown."""
+        return None if self.off_bytes is None else max(0, self.peak_bytes(device) + self.off_bytes)
 
     @property
     def needed_bytes(self) -> int:
@@ -51,7 +67,7 @@ def forecast(job: Job, setting: Setting) -> Forecast:
         setting = setting.but(checkpoint_layers=setting.shape.layers)
     if job.state.progress.streamed:
         setting = setting.but(resident_layers=0)
-    found = [(examples, batch_of(job, examples, more)) for examples, more in _candidates(job)]
+    found = [(examples, batch_of(job, examples, more)) for examples, more in _candidates(job, setting)]
     examples, batch = max(found, key=lambda pair: at_peak(setting, pair[1]).total)
     return Forecast(examples, batch, phases(setting, batch, job.recipe.data.max_length), job.eval is not None)
 
@@ -67,27 +83,26 @@ def batch_of(job: Job, examples: Sequence[Example], more: bool) -> MicroBatch:
     return MicroBatch(len(packed.ids), len(packed.rows), documents, more)
 
 
-def _candidates(job: Job) -> list[tuple[list[Example], bool]]:
-    """The micro-batch with the most tokens and the one with the most pairs of them; whether others share its step."""
-    stream = stream_of(job.recipe, len(job.train))
-    most: dict[str, tuple[int, list[Example], bool]] = {}
-    for step in range(min(stream.total_steps, stream.steps_per_epoch, LOOKED_AT)):
-        examples = [job.train[row] for row in stream.rows(step)]
+def _candidates(job: Job, setting: Setting) -> list[tuple[list[Example], bool]]:
+    """The micro-batches that need most by their rows' lengths, and whether others share their step. What the prefix of
+    a micro-batch saves, packing alone can tell."""
+    found: list[tuple[int, tuple[int, ...], bool]] = []
+    for step in islice(stream_of(job.recipe, len(job.train)), LOOKED_AT):
+        examples = [job.train[row] for row in step.rows]
         groups = micro_batches(job, examples)
         for group in groups:
-            chosen = [examples[row] for row in group]
-            sizes = {
-                "tokens": sum(len(example) for example in chosen),
-                "pairs": sum(len(example) ** 2 for example in chosen),
-            }
-            for name, size in sizes.items():
-                if name not in most or size > most[name][0]:
-                    most[name] = (size, chosen, len(groups) > 1)
-    return [(examples, more) for _, examples, more in most.values()]
+            chosen, more = [examples[row] for row in group], len(groups) > 1
+            lengths = [len(example) for example in chosen]
+            batch = MicroBatch.rows(lengths if job.step.packed else [max(lengths)] * len(lengths), more=more)
+            batch = replace(batch, supervised=sum(example.supervised for example in chosen))
+            found.append((at_peak(setting, batch).total, tuple(step.rows[row] for row in group), more))
+    largest = heapq.nlargest(LAID_OUT, found)
+    return [([job.train[row] for row in rows], more) for _, rows, more in largest]
 
 
-def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> None:
-    """Forward and backward of the largest micro-batch, unless the forecast is far below what may be used.
+def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> Forecast:
+    """Forward and backward of the largest micro-batch, unless the forecast is far below what may be used; gives the
+    forecast with what was learned.
 
     Micro-batches shrink as they would in a step; raises MemoryLimitError where nothing is left to save.
     """
@@ -96,8 +111,8 @@ def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> N
     said = {"tokens": tokens, "predicted_bytes": expected.needed_bytes, "usable_bytes": usable}
     if expected.needed_bytes < FAR_BELOW * usable:
         job.log.emit("rehearsal", done=False, **said)
-        return
-    random = random_states()
+        return expected
+    random, shape = random_states(), _shape(job)
 
     def compute() -> None:
         for group in micro_batches(job, expected.examples):
@@ -106,4 +121,13 @@ def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> N
     within_memory(job, expected.examples, compute)
     job.state.optimizer.zero_grad(set_to_none=True)
     set_random_states(random)
-    job.log.emit("rehearsal", done=True, measured_bytes=memory.peak_bytes(), **said)
+    measured = memory.peak_bytes()
+    job.log.emit("rehearsal", done=True, measured_bytes=measured, **said)
+    if _shape(job) != shape:  # it was tried in other shapes than it was predicted for
+        return expected
+    return replace(expected, off_bytes=measured - expected.rehearsed_bytes(memory.device))
+
+
+def _shape(job: Job) -> tuple[int, bool, bool]:
+    progress = job.state.progress
+    return progress.halvings, progress.recompute, progress.streamed

@@ -160,7 +160,7 @@ def _execute(
             usable = usable_bytes(setup.machine, recipe.model.device)
             expected = forecast(job, Setting.of(recipe, setup.shape, setup.parameters, torch.get_num_threads()))
             if job.state.progress.step < _total(job):
-                rehearse(job, expected, usable, memory)
+                expected = rehearse(job, expected, usable, memory)
                 ended = _fit(job)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -266,6 +266,7 @@ def _finish(job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ende
         "data_report": data,
         "memory": {
             "predicted_peak_bytes": expected.peak_bytes(str(model.device)),
+            "calibrated_peak_bytes": expected.calibrated_bytes(str(model.device)),
             "measured_peak_bytes": memory.peak_bytes(),
             "micro_batch": asdict(expected.batch),
             "predicted": {name: phase.as_json() for name, phase in expected.phases.items()},
