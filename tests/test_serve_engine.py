@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from strop.errors import ModelError
 from strop.model.generate import Sampling
 from strop.serve.decoder import Decoder, Text
 from strop.serve.engine import Engine, Full, Job, Piece
+from strop.serve.grammar import _Grammar
 from strop.serve.kept import Kept
 from strop.serve.metrics import Metrics
 from strop.serve.models import load_models
+from strop.serve.sampling import NoToken
 from strop.serve.words import Words
 from tests.families import tokenizer
 from tests.serving import save_adapters
@@ -213,6 +216,122 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(monkeypatch: pytest.MonkeyP
     asked.answers()
     asked.engine._thread.join(10)
     assert asked.pieces[0][-1].end == "failed" and asked.engine.failed
+
+
+NAN_TOKEN = 96
+
+
+def poisoned() -> Any:
+    """A model for which one token of its vocabulary is NaN."""
+    model = tiny(tie_word_embeddings=False)
+    model.get_input_embeddings().weight.data[NAN_TOKEN] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_numbers_that_are_not_finite_fail_their_own_request(temperature: float) -> None:
+    model, rows = poisoned(), prompts(96)
+    asked = Asked(model)
+    bad = np.concatenate([rows[5], np.array([NAN_TOKEN], np.int32), rows[1]])
+    for place, ids in enumerate([rows[0], bad, rows[2], rows[3], bad, rows[4], rows[7]]):
+        asked.submit(ids, 9, sampling=Sampling(temperature if place in (1, 4) else 0.0))
+    asked.engine.start()
+    found = asked.answers()
+    asked.engine.close()
+    ends = [told[-1].end for told in asked.pieces]
+    assert ends == ["length", "failed", "length", "length", "failed", "length", "length"]
+    for place, ids in ((0, rows[0]), (2, rows[2]), (3, rows[3]), (5, rows[4]), (6, rows[7])):
+        assert found[place] == alone(model, ids, 9)
+    assert all(torch.isfinite(keys).all() for _, kv in asked.engine._kept._texts.values() for keys, _ in kv)
+    assert not asked.engine.failed
+
+
+def test_a_row_that_turns_to_nan_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = poisoned(), prompts(96)
+    asked = Asked(model, slots=2)
+    step = Decoder.step
+
+    def wrong(self: Decoder, lane: str, last: list[int], adapters: list[str | None]) -> torch.Tensor:
+        lengths = self.lanes[lane].lengths
+        fed = [NAN_TOKEN if length == 58 else token for length, token in zip(lengths, last, strict=True)]
+        return step(self, lane, fed, adapters)
+
+    monkeypatch.setattr(Decoder, "step", wrong)
+    asked.submit(np.resize(rows[7], 55), 30)
+    asked.submit(rows[0][:9], 25)
+    asked.submit(np.resize(rows[1], 60), 3)  # wider than where the first one failed
+    asked.engine.start()
+    found = asked.answers()
+    asked.engine.close()
+    assert [told[-1].end for told in asked.pieces] == ["failed", "length", "length"]
+    assert found[1:] == [alone(model, rows[0][:9], 25), alone(model, np.resize(rows[1], 60), 3)]
+
+
+def test_a_grammar_at_a_dead_end_fails_its_own_request() -> None:
+    model, rows = tiny(), prompts(90)
+    asked = Asked(model)
+
+    def mask(tokens: Any, scores: torch.Tensor) -> None:
+        if len(tokens) == 3:
+            raise NoToken("format")
+
+    first = asked.submit(rows[0], 9)
+    asked.submit(rows[1], 9)
+    first.mask = mask
+    asked.engine.start()
+    found = asked.answers()
+    asked.engine.close()
+    assert [told[-1].end for told in asked.pieces] == ["format", "length"]
+    assert found == [alone(model, rows[0], 3), alone(model, rows[1], 9)]
+
+
+def test_a_matcher_in_error_is_not_the_end_of_an_answer() -> None:
+    class Matcher:
+        def consume_token(self, token: int) -> bool:
+            return False
+
+        def compute_bitmask(self) -> bytes:
+            return bytes([4])  # the end of a turn, as llguidance has it then
+
+        def is_error(self) -> bool:
+            return True
+
+    with pytest.raises(NoToken):
+        _Grammar(Matcher())([1], torch.zeros(8))
+
+
+def test_no_memory_while_requests_come_in_fails_those_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, ids = Asked(tiny()), np.arange(3, 9, dtype=np.int32)
+    with monkeypatch.context() as patch:
+        patch.setattr(Kept, "find", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        asked.submit(ids, 2)
+        asked.submit(ids, 2)
+        asked.engine.start()
+        asked.answers()
+    assert [told[-1].end for told in asked.pieces] == ["memory", "memory"]
+    asked.submit(ids, 2)
+    assert len(asked.answers()[2]) == 2
+    asked.engine.close()
+
+
+def test_counting_requests_while_lanes_come_and_go() -> None:
+    engine, ended = Asked(tiny()).engine, threading.Event()
+
+    def change() -> None:
+        while not ended.is_set():
+            if engine._rows.pop("a", None) is None:
+                engine._rows["a"] = []
+
+    engine._rows = {str(place): [] for place in range(20)}
+    thread, interval = threading.Thread(target=change), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        assert {engine._active() for _ in range(50_000)} == {0}
+    finally:
+        ended.set()
+        thread.join()
+        sys.setswitchinterval(interval)
 
 
 def test_what_the_cache_cannot_hold_is_refused() -> None:

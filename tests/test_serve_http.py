@@ -13,7 +13,10 @@ import psutil
 import pytest
 import requests
 
-from tests.serving import CHAT, SYSTEM, Server, serving
+from strop.data.conversation import Message
+from strop.data.render import Renderer
+from tests.families import tokenizer
+from tests.serving import CHAT, SYSTEM, Server, save_adapters, serving
 
 USER = [{"role": "user", "content": "hello there"}]
 KEY = "a-key-of-the-tests"
@@ -139,6 +142,10 @@ def test_json_is_guaranteed_or_refused(server: Server) -> None:
     assert set(json.loads(choice["message"]["content"])) == {"a", "b"}
     bad = {"type": "json_schema", "json_schema": {"name": "some", "schema": {"type": "no such type"}}}
     assert server.chat(response_format=bad).status_code == 400
+    free = server.chat(max_tokens=400, temperature=1, seed=5, response_format={"type": "json_object"})
+    said = free.json()["choices"][0]
+    assert said["finish_reason"] == "length" or isinstance(json.loads(said["message"]["content"]), dict)
+    assert said["message"]["content"].lstrip().startswith("{")
 
 
 def test_tools_reach_the_template(server: Server) -> None:
@@ -147,6 +154,24 @@ def test_tools_reach_the_template(server: Server) -> None:
     assert answer.status_code == 400  # this model's template shows none: said, not left out
     assert "tools" in answer.json()["error"]["message"]
     assert server.chat(max_tokens=1, tools=[tool], tool_choice="none").status_code == 200
+
+
+def test_a_template_with_tools_shows_them(tiny_folder: Path, tmp_path: Path) -> None:
+    [folder, _] = save_adapters(tmp_path, tiny_folder, tokenizer("qwen3"))
+    with serving(folder) as server:
+        function = {"name": "look_up", "parameters": {"type": "object", "properties": {}}}
+        tool = {"type": "function", "function": function}
+
+        def tokens(**fields: Any) -> int:
+            answer = server.chat(max_tokens=1, **fields)
+            assert answer.status_code == 200
+            return int(answer.json()["usage"]["prompt_tokens"])
+
+        shown = Renderer(tokenizer("qwen3")).prompt([Message("user", "hello there")], (tool,))
+        assert tokens(tools=[tool]) == len(shown) > tokens(tools=[tool], tool_choice="none") == tokens()
+        deep = json.loads("[" * 400 + "]" * 400)
+        answer = server.chat(max_tokens=1, tools=[{**tool, "deep": deep}])
+        assert answer.status_code == 400 and "nested too deep" in answer.json()["error"]["message"]
 
 
 # --- what it refuses ---------------------------------------------------------------------------------------------

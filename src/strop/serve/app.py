@@ -40,6 +40,7 @@ ASSETS = {
 }
 FAILURES = {
     "failed": (500, "the server failed while it answered"),
+    "format": (400, "response_format: the answer cannot go on as it says"),
     "memory": (503, "out of memory: ask for less, or start the server with fewer --slots or a shorter --context"),
     "closed": (503, "the server is closing"),
 }
@@ -202,6 +203,8 @@ async def _prompt(executor: ThreadPoolExecutor, make: Callable[..., Any], *argum
         what = getattr(error, "what", str(error))
         fix = getattr(error, "fix", "")
         raise Refusal(400, f"{what}: {fix}" if fix else what, param="messages") from None
+    except RecursionError:
+        raise Refusal(400, "the body is nested too deep") from None
 
 
 async def _respond(

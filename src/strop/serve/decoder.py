@@ -24,10 +24,14 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class Text:
-    """A text while it is read: `kv` holds what was read of `ids`, computed with `adapter` (None: the base)."""
+    """A text while it is read: `kv` holds what was read of `ids`, computed with `adapter` (None: the base).
+
+    alone: it is to be read without others beside it.
+    """
 
     def __init__(self, ids: Ids, adapter: str | None, kv: Kv | None = None) -> None:
         self.ids, self.adapter, self.kv = ids, adapter, kv or []
+        self.alone = False
 
     @property
     def done(self) -> int:

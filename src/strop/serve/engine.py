@@ -21,7 +21,7 @@ from strop.model.generate import Sampling
 from strop.serve.decoder import Decoder, Text
 from strop.serve.kept import Kept
 from strop.serve.metrics import Metrics
-from strop.serve.sampling import Mask, Sampler, Token
+from strop.serve.sampling import Mask, NoToken, Sampler, Token
 from strop.serve.slots import Slots
 from strop.serve.words import Words
 
@@ -30,7 +30,10 @@ READ_AT_ONCE = 512  # prompt tokens between two steps of the running answers: a 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of an answer. end: None while it goes on; stop, length, or why it failed (failed, memory, closed)."""
+    """What is new of an answer. end: None while it goes on; stop, length, or why it failed.
+
+    That is failed, format (what a grammar asks for cannot come), memory or closed.
+    """
 
     text: str
     tokens: tuple[Token, ...]
@@ -128,13 +131,16 @@ class Engine:
             self._thread.join(timeout)
 
     def _active(self) -> int:
-        return len(self._reading) + sum(len(rows) for rows in self._rows.values())
+        rows = tuple(self._rows.values())  # at once: the engine's thread may change it meanwhile
+        return len(self._reading) + sum(map(len, rows))
 
     def _run(self) -> None:
         try:
             with torch.inference_mode():
-                while self._admit():
+                going = True
+                while going:
                     try:
+                        going = self._admit()
                         self._read()
                         for lane in list(self._rows):
                             self._step(lane)
@@ -174,13 +180,14 @@ class Engine:
                         self._metrics.finished.labels(rows[place].job.model, "cancelled").inc()
                         self._leave(lane, place)
                 while self._waiting and self._active() < self._slots:
-                    job = self._waiting.popleft()
+                    job = self._waiting[0]
                     kv = self._kept.find(job.adapter, job.ids)
                     text = Text(job.ids, job.adapter, kv)
                     job.kept_tokens = text.done
                     self._metrics.prompt_tokens.inc(len(job.ids))
                     self._metrics.kept_tokens.inc(text.done)
                     self._reading.append((job, text))
+                    self._waiting.popleft()
                 self._metrics.waiting.set(len(self._waiting))
                 self._metrics.active.set(self._active())
                 if self._closing:
@@ -195,14 +202,20 @@ class Engine:
             return
         lane = self._decoder.lane(self._reading[0][0].adapter)
         mine = [(job, text) for job, text in self._reading if self._decoder.lane(job.adapter) == lane]
+        mine = mine[:1] if mine[0][1].alone else mine
         finished = self._decoder.read([text for _, text in mine], READ_AT_ONCE)
+        if len(mine) > 1 and not all(logits.max().isfinite() for logits in finished.values()):
+            for _, text in mine:  # NaN passes from one to those beside it: whose it was shows when each is read alone
+                text.kv, text.alone = [], True
+            return
         for place, logits in finished.items():
             job, text = mine[place]
             self._reading.remove((job, text))
             self._decoder.lanes.setdefault(lane, Slots()).add(text.kv)
             self._rows.setdefault(lane, []).append(_Row(job))
             self._metrics.first_token.observe(time.monotonic() - job.started)
-            self._advance(lane, len(self._rows[lane]) - 1, self._rows[lane][-1].sampler.pick(logits))
+            row = self._rows[lane][-1]
+            self._advance(lane, len(self._rows[lane]) - 1, _picked(row, logits))
 
     def _step(self, lane: str) -> None:
         """The next token of every row of a lane."""
@@ -210,17 +223,23 @@ class Engine:
         if not rows:
             return
         logits = self._decoder.step(lane, [row.sampler.tokens[-1] for row in rows], [row.job.adapter for row in rows])
-        likeliest = logits.argmax(-1).tolist()
+        most = logits.max(-1)
+        likeliest, finite = most.indices.tolist(), most.values.isfinite().tolist()
         picked = [
-            row.sampler.take(likeliest[place]) if row.sampler.plain else row.sampler.pick(logits[place])
+            row.sampler.take(likeliest[place]) if row.sampler.plain and finite[place] else _picked(row, logits[place])
             for place, row in enumerate(rows)
         ]
         for place in reversed(range(len(rows))):  # from the end: a row that leaves is replaced by the last
             self._advance(lane, place, picked[place])
 
-    def _advance(self, lane: str, place: int, token: Token) -> None:
+    def _advance(self, lane: str, place: int, token: Token | NoToken) -> None:
         """Tells a row's new token; takes it out of the batch where it was the last."""
         row = self._rows[lane][place]
+        if isinstance(token, NoToken):
+            row.job.told(Piece("", tuple(row.untold), token.end))
+            self._metrics.finished.labels(row.job.model, token.end).inc()
+            self._leave(lane, place, keep=False)
+            return
         self._metrics.new_tokens.inc()
         stop = token.id in row.job.stop_ids
         row.untold.append(token)
@@ -238,14 +257,24 @@ class Engine:
             self._metrics.whole.observe(time.monotonic() - row.job.started)
             self._leave(lane, place)
 
-    def _leave(self, lane: str, place: int) -> None:
-        """Frees a row; what it holds is kept for requests that begin alike."""
+    def _leave(self, lane: str, place: int, *, keep: bool = True) -> None:
+        """Frees a row; what it holds is kept for requests that begin alike, or wiped out (NaN times 0 is NaN)."""
         slots, rows = self._decoder.lanes[lane], self._rows[lane]
         row = rows[place]
-        ids = np.concatenate([row.job.ids, np.array(row.sampler.tokens, np.int32)])[: slots.lengths[place]]
-        self._kept.add(row.job.adapter, ids, slots.take(place))
+        if keep:
+            ids = np.concatenate([row.job.ids, np.array(row.sampler.tokens, np.int32)])[: slots.lengths[place]]
+            self._kept.add(row.job.adapter, ids, slots.take(place))
+        else:
+            slots.wipe(place)
         slots.remove(place)
         rows[place] = rows[-1]
         rows.pop()
         if not rows:
             del self._rows[lane]
+
+
+def _picked(row: _Row, logits: torch.Tensor) -> Token | NoToken:
+    try:
+        return row.sampler.pick(logits)
+    except NoToken as none:
+        return none

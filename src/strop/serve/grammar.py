@@ -13,7 +13,7 @@ from torch import Tensor
 
 from strop.serve.models import Served
 from strop.serve.protocol import Refusal, ResponseFormat
-from strop.serve.sampling import Mask
+from strop.serve.sampling import Mask, NoToken
 
 
 class Grammars:
@@ -38,22 +38,25 @@ class Grammars:
             if wanted.json_schema is None:
                 raise Refusal(400, "response_format.json_schema is missing", param="response_format")
             schema = wanted.json_schema.json_schema
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
         key = id(served.tokenizer)
-        if key not in self._tokenizers:
-            stops = list(served.renderer.stop_ids)
-            self._tokenizers[key] = from_tokenizer(served.tokenizer, n_vocab=self._vocabulary, eos_token=stops)
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            if key not in self._tokenizers:
+                stops = list(served.renderer.stop_ids)
+                self._tokenizers[key] = from_tokenizer(served.tokenizer, n_vocab=self._vocabulary, eos_token=stops)
+        except ValueError as error:
+            raise Refusal(400, f"response_format: {str(error)[:300]}", param="response_format") from None
         fault = LLMatcher.validate_grammar(grammar, self._tokenizers[key])
         if fault:
             raise Refusal(400, f"response_format: {fault.splitlines()[0][:300]}", param="response_format")
-        return _Grammar(LLMatcher(self._tokenizers[key], grammar), served.renderer.stop_ids)
+        return _Grammar(LLMatcher(self._tokenizers[key], grammar))
 
 
 class _Grammar:
     """What one answer may go on with."""
 
-    def __init__(self, matcher: Any, stop_ids: Sequence[int]) -> None:
-        self._matcher, self._stop_ids, self._taken = matcher, list(stop_ids), 0
+    def __init__(self, matcher: Any) -> None:
+        self._matcher, self._taken = matcher, 0
 
     def __call__(self, tokens: Sequence[int], scores: Tensor) -> None:
         for token in tokens[self._taken :]:
@@ -61,7 +64,7 @@ class _Grammar:
         self._taken = len(tokens)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(scores)].astype(bool))
-        if not allowed.any():  # a dead end ends the answer, not the server
-            allowed[self._stop_ids] = True
+        if self._matcher.is_error() or not allowed.any():  # it would allow the end of a turn, in the midst of JSON
+            raise NoToken("format")
         scores[: len(allowed)].masked_fill_(~allowed, float("-inf"))
         scores[len(allowed) :] = float("-inf")

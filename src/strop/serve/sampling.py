@@ -19,7 +19,16 @@ from strop.model.generate import Sampling
 
 COLDEST = 1e-4  # below it logits divided by the temperature may overflow, and sampling is greedy anyway
 
-Mask = Callable[[Sequence[int], Tensor], None]  # (tokens so far, logits): sets what may not come to -inf
+# (tokens so far, logits): sets what may not come to -inf; raises NoToken
+Mask = Callable[[Sequence[int], Tensor], None]
+
+
+class NoToken(Exception):
+    """No token can come next. end: failed (the model's numbers are not finite) or format (what a grammar asks for)."""
+
+    def __init__(self, end: str) -> None:
+        super().__init__(end)
+        self.end = end
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,10 @@ class Sampler:
         return Token(token)
 
     def pick(self, logits: Tensor) -> Token:
-        """logits: (vocabulary,), of the next token."""
+        """logits: (vocabulary,), of the next token. Raises NoToken."""
         logits = scores = logits.float().cpu()
+        if not logits.max().isfinite():
+            raise NoToken("failed")
         if self._penalty != 1 or self._mask is not None or not self._greedy:
             seen = torch.tensor([[*self._prompt, *self.tokens]])
             scores = logits.clone()

@@ -75,6 +75,10 @@ class Slots(Cache):  # type: ignore[misc]
             for keys, values in pairs
         ]
 
+    def wipe(self, row: int) -> None:
+        for buffer in (*self._keys, *self._values):
+            buffer[row].zero_()
+
     def remove(self, row: int) -> None:
         """The last row takes its place. With the last request the buffers go too."""
         last = len(self.lengths) - 1
