@@ -21,7 +21,7 @@ from strop.errors import ModelError, RecipeError
 from strop.machine import doctor
 from strop.machine.doctor import Finding, examine
 from strop.machine.probe import probe
-from strop.machine.rates import Rates, keep_precision, keep_rates
+from strop.machine.rates import Rates, keep_precision, keep_rates, known_rates
 from strop.model.shape import ModelShape, peek
 from strop.planning.activations import MicroBatch
 from strop.planning.cards import CARDS, find_card, recognise
@@ -165,9 +165,79 @@ def test_cards() -> None:
     assert find_card("h100").memory_gb == 80 and find_card("M4 Max").device == "mps"
     found = recognise("NVIDIA GeForce RTX 4070 Ti SUPER, 16376 MiB")
     assert found is not None and found.name == "RTX 4070 Ti Super"
-    assert recognise("a card of its own, 1 MiB") is None
+    for said, name in (
+        ("NVIDIA A100-SXM4-80GB, 81920 MiB", "A100 80GB"), ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
+        ("NVIDIA A10, 23028 MiB", "A10"), ("Tesla V100-SXM2-16GB", "V100 16GB"), ("Tesla T4", "T4"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA RTX A4000", "RTX A4000"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"), ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti"),
+    ):  # fmt: skip
+        card = recognise(said)
+        assert card is not None and card.name == name, said
+    for said in (
+        "NVIDIA RTX A1000, 1 MiB", "NVIDIA T400 4GB", "a card of its own", "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4070 SUPER", "Quadro RTX 6000", "NVIDIA RTX 4000 SFF Ada Generation", "NVIDIA L400",
+    ):  # fmt: skip
+        assert recognise(said) is None, said
+    assert find_card("NVIDIA A100-SXM4-80GB").name == "A100 80GB"
     with pytest.raises(RecipeError, match="did you mean RTX 4090"):
         find_card("RTX 4091")
+
+
+def test_a_card_that_is_not_in_the_table_is_a_guess(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is what the driver says, of the card that is asked for, and bf16 needs compute capability 8.0."""
+    cards, capability = ("NVIDIA GeForce RTX 4090, 24564 MiB", "a card of its own, 49152 MiB"), {1: 7.5}
+    monkeypatch.setattr("strop.machine.probe._gpus", lambda: cards)
+    monkeypatch.setattr("strop.planning.here.compute_capability", lambda index: capability.get(index))
+    old = strop.plan(model=str(llama_8b), device="cuda:1")
+    assert old.resolved.recipe.model.dtype == "fp32" and old.rate.source.startswith("a guess")
+    assert old.usable_bytes == int(0.95 * (49152 << 20))
+    capability[1] = 8.6
+    assert strop.plan(model=str(llama_8b), device="cuda:1").resolved.recipe.model.dtype == "bf16"
+    known = strop.plan(model=str(llama_8b), device="cuda")
+    assert "RTX 4090" in known.rate.source and known.usable_bytes == int(0.95 * (24564 << 20))
+    alone = strop.plan(model=str(llama_8b), device="cuda:1", memory=8 << 30)
+    assert alone.usable_bytes == int(0.95 * (8 << 30)), "of the card, not of this machine"
+
+
+def test_gpu_is_the_device_of_a_recipe_that_was_made_elsewhere(llama_8b: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {{name: {llama_8b}, device: cpu}}\ndata: {{train: rows}}\n", encoding="utf-8")
+    found = strop.plan(recipe, gpu="RTX 4090")
+    assert found.device == "cuda" and found.usable_bytes == int(0.95 * (24 << 30))
+    assert found.resolved.choices["model.device"].why == "of --gpu RTX 4090"
+
+
+def test_rates_are_those_of_as_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    keep_rates(probe(), "cpu", RATES)
+    assert known_rates(probe(), "cpu") == RATES
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert known_rates(probe(), "cpu") is None
+
+
+def test_a_container_has_what_its_cgroup_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of files that may be given back are not in use; time of two cores is two cores."""
+    monkeypatch.setattr("strop.machine.probe.CGROUP", tmp_path)
+    monkeypatch.setattr("strop.machine.probe.affinity", lambda: 8)
+    whole = probe()
+    assert whole.cores == 8
+    gib = 1 << 30
+    files = {
+        "memory.max": str(3 * gib), "memory.current": str(2 * gib), "cpu.max": "250000 100000",
+        "memory.stat": f"anon {gib // 2}\nfile {3 * gib // 2}\ninactive_file {gib}\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n", encoding="utf-8")
+    found = probe()
+    assert found.memory_bytes == min(3 * gib, whole.memory_bytes) and found.cores == 2
+    assert found.free_bytes <= 2 * gib and (found.free_bytes == 2 * gib or whole.free_bytes < 2.5 * gib)
+    (tmp_path / "cpu.max").write_text("max 100000\n", encoding="utf-8")
+    assert probe().cores == 8
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    for name, number in (("quota", 50000), ("period", 100000)):
+        (tmp_path / "cpu" / f"cpu.cfs_{name}_us").write_text(f"{number}\n", encoding="utf-8")
+    assert probe().cores == 1
 
 
 def test_flops_are_those_of_the_closed_form() -> None:

@@ -130,6 +130,7 @@ def test_what_ran_out_of_memory_once_is_remembered() -> None:
 def test_the_memory_that_counts_is_that_of_the_device() -> None:
     with_card = machine(60, ("a card, 8192 MiB",))
     assert usable_bytes(with_card, "cuda") < 8 * GIB < usable_bytes(with_card, "cpu")
+    assert usable_bytes(replace(with_card, card_free_bytes=3 * GIB), "cuda:1") == int(0.95 * 3 * GIB)
     recipe = resolve(None, {"model": "m", "data": "d"})
     assert choose(recipe, with_card, LLAMA_8B, "cuda", ("bf16", "")).recipe.model.quantization == "nf4"
 

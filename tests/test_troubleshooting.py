@@ -33,9 +33,11 @@ from strop.machine import doctor
 from strop.machine.probe import Machine
 from strop.model.quantize import pack, unpack
 from strop.planning import trial
+from strop.planning.memory import CUDA_CONTEXT_BYTES
 from strop.runs.folder import disk_faults
 from strop.training.loop import fit
 from strop.training.optim import make_optimizer
+from strop.training.setup import _look
 from tests import tiny
 from tests.hub_standin import serve
 from tests.test_guard import curve, falling, starved
@@ -129,6 +131,14 @@ def test_a_run_that_passes_a_card_over_says_so(
         said[device] = [str(event["text"]) for event in events if event["event"] == "note"]
     assert len(said["auto"]) == 1 and "RTX 4090" in said["auto"][0] and "#cuda" in said["auto"][0]
     assert not said["cpu"]
+
+
+def test_what_is_free_on_a_card_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strop.training.setup.pick_device", lambda asked: "cuda:1")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 30)
+    found = _look(resolve(None, {"model": "m", "data": "d"}).recipe, None)
+    assert found.card_free_bytes == (4 << 30) + CUDA_CONTEXT_BYTES
 
 
 def test_nan(tmp_path: Path) -> None:

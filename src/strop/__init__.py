@@ -51,7 +51,7 @@ def plan(
     config.json alone. memory: bytes of the device; gpu: a card by its name. Default: this machine.
     Raises InputError.
     """
-    from strop.config.load import resolve
+    from strop.config.load import Choice, resolve
     from strop.model.shape import peek
     from strop.planning.here import place_for, row_sizes, start_adapter, without_data
     from strop.planning.plan import make_plan
@@ -59,6 +59,8 @@ def plan(
     resolved = resolve(Path(recipe) if recipe else None, without_data(_flat(options), recipe is not None))
     model = resolved.recipe.model
     place, looked_at = place_for(model.device, memory, gpu), peek(model.name, model.revision)
+    if gpu is not None and model.device.partition(":")[0] != place.device:  # a recipe that was made for another machine
+        resolved = resolved.decide([Choice("model.device", place.device, "plan", f"of --gpu {gpu}")])
     return make_plan(
         resolved,
         place.machine,

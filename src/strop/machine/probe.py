@@ -11,12 +11,14 @@ from pathlib import Path
 
 import psutil
 
+CGROUP = Path("/sys/fs/cgroup")
 _VECTOR = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "asimd", "sve", "bf16")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """cores: those this process may use. memory_bytes: what it may use at most (RAM or the cgroup's limit)."""
+    """cores: those this process may use. memory_bytes: what it may use at most (RAM or the cgroup's limit).
+    card_free_bytes: of the card that a run takes, where a run has looked."""
 
     system: str
     python: str
@@ -26,6 +28,11 @@ class Machine:
     memory_bytes: int
     free_bytes: int
     gpus: tuple[str, ...]
+    card_free_bytes: int | None = None
+
+    def has_tiles(self, head_size: int, softcap: float) -> bool:
+        """The fast step's attention in bf16 runs in tiles here (engine.tiles), and keeps no probabilities."""
+        return "avx512_bf16" in self.vector and head_size % 32 == 0 and not softcap
 
     def lines(self) -> list[str]:
         """The machine in two lines."""
@@ -42,7 +49,7 @@ def probe(memory: int | None = None) -> Machine:
     name, flags = _cpu()
     available = psutil.virtual_memory().available
     limit = _cgroup_bytes("memory.max", "memory/memory.limit_in_bytes")
-    used = _cgroup_bytes("memory.current", "memory/memory.usage_in_bytes")
+    used = _cgroup_used()
     total = psutil.virtual_memory().total
     free = min(available, limit - used) if limit and used is not None else available
     if memory is not None:
@@ -53,11 +60,25 @@ def probe(memory: int | None = None) -> Machine:
         python=platform.python_version(),
         cpu=name,
         vector=tuple(flag for flag in _VECTOR if flag in flags),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=min(affinity(), _cgroup_cores() or affinity()),
         memory_bytes=min(total, limit) if limit else total,
         free_bytes=max(free, 0),
         gpus=_gpus(),
     )
+
+
+def affinity() -> int:
+    """Cores that this process may run on; PyTorch takes as many threads."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def compute_capability(index: int = 0) -> float | None:
+    """Of an NVIDIA card; None where the driver does not say."""
+    found = _nvidia("compute_cap")
+    try:
+        return float(found[index])
+    except (IndexError, ValueError):
+        return None
 
 
 def _cpu() -> tuple[str, set[str]]:
@@ -73,20 +94,46 @@ def _cpu() -> tuple[str, set[str]]:
 def _cgroup_bytes(*names: str) -> int | None:
     """The first of these cgroup files that holds a number below 2^60 (above it means no limit)."""
     for name in names:
-        try:
-            text = (Path("/sys/fs/cgroup") / name).read_text(encoding="utf-8").strip()
-        except OSError:
-            continue
+        text = _cgroup_text(name).strip()
         if text.isdigit() and int(text) < 1 << 60:
             return int(text)
     return None
 
 
+def _cgroup_text(name: str) -> str:
+    try:
+        return (CGROUP / name).read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _cgroup_used() -> int | None:
+    """Bytes that the cgroup cannot give back: pages of files that lie there unused are no memory in use."""
+    used = _cgroup_bytes("memory.current", "memory/memory.usage_in_bytes")
+    lines = (_cgroup_text("memory.stat") or _cgroup_text("memory/memory.stat")).splitlines()
+    stat = dict(line.split(" ", 1) for line in lines if " " in line)
+    cache = stat.get("total_inactive_file") or stat.get("inactive_file") or "0"
+    return None if used is None else max(0, used - int(cache))
+
+
+def _cgroup_cores() -> int | None:
+    """Whole cores of the cgroup's time; None where it has no limit."""
+    both = _cgroup_text("cpu.max").split()
+    both = both or [_cgroup_text(f"cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+    if len(both) != 2 or not all(text.isdigit() for text in both):  # "max 100000", -1, or no such file
+        return None
+    return max(1, int(both[0]) // int(both[1]))
+
+
 def _gpus() -> tuple[str, ...]:
     """Cards as the NVIDIA driver lists them; torch may still not be able to use them."""
+    return _nvidia("name,memory.total")
+
+
+def _nvidia(fields: str) -> tuple[str, ...]:
     if not shutil.which("nvidia-smi"):
         return ()
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except subprocess.TimeoutExpired:  # a driver that hangs

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 
-from strop.machine.probe import Machine
+from strop.machine.probe import Machine, affinity
 from strop.runs.folder import cache_folder, write_json
 from strop.runs.lock import sha256_text
 
@@ -54,7 +54,7 @@ def keep_precision(machine: Machine, threads: int, dtype: str, why: str) -> None
 def known_precision(machine: Machine, threads: int | None = None) -> tuple[str, str] | None:
     """(type of the frozen weights, why), as a run measured it here. threads: by default those that PyTorch takes."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    file = _precision_file(machine, threads or (int(asked) if asked.isdigit() else machine.cores))
+    file = _precision_file(machine, threads or (int(asked) if asked.isdigit() else affinity()))
     if not file.is_file():
         return None
     known = json.loads(file.read_text(encoding="utf-8"))
@@ -67,5 +67,7 @@ def _precision_file(machine: Machine, threads: int) -> Path:
 
 
 def _file(machine: Machine, device: str) -> Path:
-    key = sha256_text(f"{machine.cpu} {machine.cores} {machine.gpus if device != 'cpu' else ''} {device}")[:16]
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    cards = machine.gpus if device != "cpu" else ""
+    key = sha256_text(f"{machine.cpu} {machine.cores} {threads} {cards} {device}")[:16]
     return cache_folder() / "rates" / f"{key}.json"

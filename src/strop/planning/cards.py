@@ -11,7 +11,7 @@ from strop.errors import RecipeError
 
 @dataclass(frozen=True)
 class Card:
-    """memory_gb: 10^9 bytes for Apple and CPUs (shared with the system), GiB as sold for cards. bandwidth_gbs: GB/s.
+    """memory_gb: GiB, as makers count them; of Apple and CPUs shared with the system. bandwidth_gbs: GB/s (10^9 bytes).
 
     tflops: dense products in the type strop would use there, summed in fp32: bf16, or fp32 where `bf16` is False.
     """
@@ -37,6 +37,7 @@ def _cards(kind: str, rows: str, device: str = "cuda") -> list[Card]:
     return found
 
 
+_OTHERS = {"ti", "super", "laptop", "mobile", "max", "sff", "d", "xt", "nvl"}  # words of another card of that name
 # GeForce cards run at half their rate where products are summed in fp32: that half is given here.
 CARDS = [
     *_cards("consumer", """
@@ -117,6 +118,9 @@ def find_card(name: str) -> Card:
     within = [card for plain, card in by_name.items() if wanted and plain.startswith(wanted)]
     if within:
         return min(within, key=lambda card: (len(card.name), card.memory_gb))
+    known_as = recognise(name)
+    if known_as is not None:
+        return known_as
     near = difflib.get_close_matches(wanted, by_name, n=1, cutoff=0.5)
     hint = f" (did you mean {by_name[near[0]].name}?)" if near else ""
     known = ", ".join(card.name for card in CARDS)
@@ -126,10 +130,19 @@ def find_card(name: str) -> Card:
 
 
 def recognise(name: str) -> Card | None:
-    """The card behind a driver's name for it, if it is in the table: the longest name that it holds."""
-    said = _plain(name)
-    found = [card for card in CARDS if card.device == "cuda" and _plain(card.name.replace(" SXM", "")) in said]
-    return max(found, key=lambda card: len(card.name), default=None)
+    """The card behind a driver's name for it ("NVIDIA A100-SXM4-80GB, 81920 MiB"), if it is in the table: the most of
+    its words. What makes another card of a name (Ti, Super, Laptop) must be in both."""
+    said = re.findall(r"[a-z0-9]+", name.partition(",")[0].lower())
+
+    def words(card: Card) -> list[str]:
+        return card.name.lower().replace(" sxm", "").split()
+
+    def fits(card: Card) -> bool:
+        own = words(card)
+        return set(own) <= set(said) and not (_OTHERS & set(said)) - set(own)
+
+    found = [card for card in CARDS if card.device == "cuda" and fits(card)]
+    return max(found, key=lambda card: len(words(card)), default=None)
 
 
 def _plain(name: str) -> str:

@@ -87,11 +87,14 @@ def choose(
 
 
 def usable_bytes(machine: Machine, device: str) -> int:
-    """What a run may hold: of the card's memory, or of what this process may still have."""
+    """What a run may hold: of the card's memory (what is free of it, where a run has looked), or of what this process
+    may still have."""
     kind, _, index = device.partition(":")
     free = machine.free_bytes
-    if kind == "cuda" and len(machine.gpus) > int(index or 0):
-        free = card_bytes(machine.gpus[int(index or 0)]) or free
+    if kind == "cuda" and machine.gpus:
+        free = card_bytes(machine.gpus[min(int(index or 0), len(machine.gpus) - 1)]) or free
+    if kind == "cuda" and machine.card_free_bytes is not None:
+        free = machine.card_free_bytes
     return int(USABLE[kind] * free)
 
 

@@ -14,7 +14,7 @@ from strop.config.load import SHORT
 from strop.config.schema import Recipe
 from strop.data.prepare import prepare
 from strop.errors import ModelError, RecipeError
-from strop.machine.probe import Machine, probe
+from strop.machine.probe import Machine, compute_capability, probe
 from strop.machine.rates import known_precision, known_rates
 from strop.model.facts import locate
 from strop.model.tokenizer import load_tokenizer
@@ -25,7 +25,8 @@ from strop.runs.folder import is_run
 # FLOP/s a core and bytes/s, where `strop doctor` has not measured: of wide vector units at 3 GHz, 60 % of their peak.
 CORE_BF16, CORE_FP32, CORE_PLAIN, HERE_BANDWIDTH = 200e9, 90e9, 45e9, 20e9
 GUESS = "its instructions; `strop doctor` measures"
-ANY_CARD = Card("a card that is not named", "unknown", 0, 500, 60)
+ANY_CARD = Card("a card that is not in the table", "unknown", 0, 500, 60)
+LEAST_BF16 = 8.0  # compute capability of the first cards with bf16 (Ampere)
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,16 @@ def place_for(device: str, memory: int | None = None, gpu: str | None = None) ->
     machine = probe()
     if gpu is not None:
         return _of_card(machine, find_card(gpu), memory)
-    kind = device.partition(":")[0]
+    kind, _, number = device.partition(":")
     if kind == "auto":
         kind = "cuda" if machine.gpus and memory is None else "cpu"
     if kind == "cuda":
-        card = recognise(machine.gpus[0]) if machine.gpus else None
         if not machine.gpus and memory is None:
             raise RecipeError("--device cuda: no card is here", fix="give --gpu NAME, or --memory SIZE")
+        index = min(int(number or 0), max(0, len(machine.gpus) - 1))
+        card = recognise(machine.gpus[index]) if machine.gpus else None
+        if card is None and machine.gpus:
+            card = replace(ANY_CARD, bf16=(compute_capability(index) or LEAST_BF16) >= LEAST_BF16)
         return _of_card(machine, card or ANY_CARD, memory, found=machine.gpus if memory is None else ())
     if memory is not None:
         machine = replace(machine, memory_bytes=memory, free_bytes=memory)
@@ -85,7 +89,10 @@ def _of_card(machine: Machine, card: Card, memory: int | None, found: tuple[str,
         machine = replace(machine, memory_bytes=size, free_bytes=size, gpus=())
     else:
         machine = replace(machine, gpus=found or (f"{card.name}, {size >> 20} MiB",))
-    return Place(machine, card.device, dtype, lambda _: Rate.of(card))
+    rate = Rate.of(card)
+    if card.kind == ANY_CARD.kind:
+        rate = replace(rate, source=f"a guess: {card.name}")
+    return Place(machine, card.device, dtype, lambda _: rate)
 
 
 def without_data(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:

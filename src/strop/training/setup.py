@@ -23,6 +23,7 @@ from strop.model.lora import check_lora, linear_kinds, num_trainable
 from strop.model.shape import LinearShape, ModelShape, prequantized
 from strop.model.tokenizer import load_tokenizer
 from strop.planning.choose import choose, memory_key
+from strop.planning.memory import CUDA_CONTEXT_BYTES
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
 from strop.training import state as checkpoints
@@ -47,12 +48,14 @@ class Setup:
 
 def preview(resolved: Resolved, *, memory: int | None = None) -> Resolved:
     """The complete recipe that `train` would use here; reads no weights and no data."""
-    return _plan(resolved, locate(resolved.recipe.model.name, resolved.recipe.model.revision), probe(memory))[0]
+    source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
+    return _plan(resolved, source, _look(resolved.recipe, memory))[0]
 
 
 def set_up(resolved: Resolved, memory: int | None = None) -> Setup:
     check_trackers(resolved.recipe.track)
-    machine, source = probe(memory), locate(resolved.recipe.model.name, resolved.recipe.model.revision)
+    source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
+    machine = _look(resolved.recipe, memory)
     resolved, key, num_weights, shape, parameters = _plan(resolved, source, machine)
     start = start_adapter(resolved.recipe)  # may have brought tokens and a template of its own
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
@@ -86,6 +89,17 @@ def check_space(folder: RunFolder, setup: Setup) -> None:
             what,
             fix=f"free some space, give --out another disk, or lower --train.keep_checkpoints; see {TROUBLES}#disk",
         )
+
+
+def _look(recipe: Recipe, memory: int | None) -> Machine:
+    """This machine, and what is free on the card that the run takes: with what PyTorch holds of it already, and its
+    context, which every phase counts."""
+    machine, device = probe(memory), pick_device(recipe.model.device)
+    if not device.startswith("cuda"):
+        return machine
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) + CUDA_CONTEXT_BYTES
+    return replace(machine, card_free_bytes=min(free, total))
 
 
 def passed_over(setup: Setup) -> str | None:
