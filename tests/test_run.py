@@ -479,6 +479,7 @@ def test_chat_commands_through_a_pipe(
 def test_modules_lists_layers_with_their_shapes(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run("modules", tiny_folder, "--json", capsys=capsys)
     found = {row["name"]: row for row in json.loads(out)["modules"]}
+    assert found["embed_tokens"]["kept_16_bit"] == "embedding" and not found["embed_tokens"]["presets"]
     assert code == 0
     assert (found["k_proj"]["in_features"], found["k_proj"]["out_features"], found["k_proj"]["count"]) == (32, 16, 2)
     assert found["q_proj"]["presets"] == ["auto", "low-memory", "balanced", "max-quality"]

@@ -52,13 +52,12 @@ def plan(
     Raises InputError.
     """
     from strop.config.load import Choice, resolve
-    from strop.model.shape import peek
-    from strop.planning.here import place_for, row_sizes, start_adapter, without_data
+    from strop.planning.here import look_at, place_for, row_sizes, start_adapter, without_data
     from strop.planning.plan import make_plan
 
     resolved = resolve(Path(recipe) if recipe else None, without_data(_flat(options), recipe is not None))
     model = resolved.recipe.model
-    place, looked_at = place_for(model.device, memory, gpu), peek(model.name, model.revision)
+    place, looked_at = place_for(model.device, memory, gpu), look_at(resolved.recipe)
     if gpu is not None and model.device.partition(":")[0] != place.device:  # a recipe that was made for another machine
         resolved = resolved.decide([Choice("model.device", place.device, "plan", f"of --gpu {gpu}")])
     return make_plan(
@@ -78,10 +77,9 @@ def compare_methods(
 ) -> list[Row]:
     """Peak memory of full fine-tuning, 16-bit LoRA and QLoRA for models of several sizes, and for `model` if given."""
     from strop.config.load import resolve
-    from strop.model.shape import peek
     from strop.planning.choose import usable_bytes
     from strop.planning.compare import compare, known_models
-    from strop.planning.here import place_for, without_data
+    from strop.planning.here import look_at, place_for, without_data
 
     given = without_data(_flat(options), recipe is not None)
     own = "model.name" in given or recipe is not None
@@ -94,7 +92,7 @@ def compare_methods(
     model = chosen.model.model_copy(update={"device": device, "dtype": dtype})
     models = known_models()
     if own:
-        found = peek(model.name, model.revision)
+        found = look_at(chosen)
         models = sorted([*models, (found.name, found.shape, found.parameters)], key=lambda entry: entry[2])
     usable = usable_bytes(place.machine, device) if place is not None else None
     return compare(chosen.model_copy(update={"model": model}), models, usable)

@@ -24,6 +24,7 @@ _NAMES = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "vocab_size": "vocab_size",
+    "expert_count": "num_experts",
     "context_length": "max_position_embeddings",
 }
 _FAMILIES = {"gemma3": "gemma3_text"}

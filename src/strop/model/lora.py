@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from strop.config.schema import LoraSection
 from strop.errors import ModelError, nearest
 from strop.model.quantize import why_not
-from strop.model.targets import EMBEDDINGS, LinearKind, sets_of, target_names
+from strop.model.targets import EMBEDDINGS, LinearKind, embedding_kind, sets_of, target_names
 
 
 def linear_kinds(model: nn.Module) -> list[LinearKind]:
@@ -30,6 +30,11 @@ def linear_kinds(model: nn.Module) -> list[LinearKind]:
         LinearKind(*key, count, sets_of(path), why_not(path, module, head))
         for key, (count, path, module) in found.items()
     ]
+
+
+def embedding_kinds(model: nn.Module) -> list[LinearKind]:
+    sizes = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    return [embedding_kind(path.rpartition(".")[2], m.num_embeddings, m.embedding_dim) for path, m in sizes]
 
 
 def check_lora(model: nn.Module, section: LoraSection) -> list[str]:

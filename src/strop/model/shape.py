@@ -13,7 +13,7 @@ import yaml
 from strop.errors import ModelError, nearest
 from strop.model.facts import demo_file, hub_config, read_config, safetensors_header, weight_files
 from strop.model.ggufheader import read_gguf_config
-from strop.model.targets import LinearKind, sets_of
+from strop.model.targets import EMBEDDINGS, LinearKind, embedding_kind, sets_of
 from strop.runs.folder import is_run
 
 SMALLEST = 512  # weights below this many are not worth their constants: a quantized base keeps them in 16 bit
@@ -80,6 +80,7 @@ class ModelShape:
     softcap: bool = False  # of the attention's scores
     rope: str = "default"
     prequantized: str | None = None  # how the weights are quantized on disk
+    experts: int = 1  # of a layer's MLP; the sizes here are of one
 
     @property
     def query(self) -> int:
@@ -93,6 +94,11 @@ class ModelShape:
     def after_norms(self) -> bool:
         """Norms of what a block adds to the residual stream (Gemma)."""
         return self.norm_weights >= 4 * self.hidden
+
+    @property
+    def head_norms(self) -> bool:
+        """Norms of q and k, head by head (Qwen 3, Gemma 3)."""
+        return _FAMILIES.get(self.family, _Family()).head_norms
 
     @property
     def embedding(self) -> int:
@@ -141,6 +147,7 @@ class ModelShape:
             softcap=bool(text.get("attn_logit_softcapping")),
             rope=_rope(text),
             prequantized=prequantized(config),
+            experts=_experts(text),
         )
 
     def linear_kinds(self) -> list[LinearKind]:
@@ -186,6 +193,12 @@ def _rope(config: Mapping[str, Any]) -> str:
     return str(section.get("rope_type") or section.get("type") or "default")
 
 
+def _experts(config: Mapping[str, Any]) -> int:
+    section = {**config, **(config.get("ffn_config") or {})}
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    return max([1, *(section[name] for name in names if isinstance(section.get(name), int))])
+
+
 def _getter(config: Mapping[str, Any], family: str) -> Any:
     def get(*names: str) -> int:
         found = next((config[name] for name in names if config.get(name)), None)
@@ -203,6 +216,28 @@ def prequantized(config: Mapping[str, Any]) -> str | None:
     if section.get("quant_method") != "bitsandbytes":
         return None
     return str(section.get("bnb_4bit_quant_type", "fp4")) if section.get("load_in_4bit") else "int8"
+
+
+def header_kinds(folder: Path) -> list[LinearKind]:
+    """The linear layers and embeddings of a folder by its weight files' headers: of any family, without torch.
+
+    Whether a matrix is laid out as a linear layer's is what the headers do not say; the model's own code does.
+    """
+    found: dict[tuple[str, int, int], tuple[int, str]] = {}
+    for file in weight_files(folder):
+        for name, entry in safetensors_header(file).items():
+            path, _, last = name.rpartition(".")
+            if last == "weight" and len(entry["shape"]) == 2 and entry["dtype"].startswith(("BF", "F")):
+                key = (path.rpartition(".")[2], *entry["shape"])
+                found[key] = (found[key][0] + 1 if key in found else 1, path)
+    kinds = []
+    for (leaf, outputs, inputs), (count, path) in found.items():
+        if leaf != "lm_head" and (leaf in EMBEDDINGS or "emb" in leaf or leaf == "wpe"):
+            kinds.append(embedding_kind(leaf, outputs, inputs, count))
+            continue
+        kept = "output head" if leaf == "lm_head" else "small" if inputs * outputs < SMALLEST else None
+        kinds.append(LinearKind(leaf, "Linear", inputs, outputs, count, sets_of(path), kept))
+    return kinds
 
 
 @dataclass(frozen=True)

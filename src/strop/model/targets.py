@@ -40,6 +40,11 @@ def target_names(kinds: Sequence[LinearKind], targets: str | Sequence[str]) -> l
     return list(dict.fromkeys(names))
 
 
+def embedding_kind(name: str, rows: int, size: int, count: int = 1) -> LinearKind:
+    """An embedding as `strop modules` lists it: no adapter sits on it, and it stays in 16 bit."""
+    return LinearKind(name, "Embedding", rows, size, count, (), "embedding")
+
+
 def sets_of(path: str) -> tuple[str, ...]:
     """The named target sets that a linear layer at this path belongs to."""
     parent, _, leaf = path.rpartition(".")

@@ -17,6 +17,7 @@ from strop.errors import ModelError, RecipeError
 from strop.machine.probe import Machine, compute_capability, probe
 from strop.machine.rates import known_precision, known_rates
 from strop.model.facts import locate
+from strop.model.shape import Peek, peek
 from strop.model.tokenizer import load_tokenizer
 from strop.planning.cards import Card, find_card, recognise
 from strop.planning.speed import Rate
@@ -93,6 +94,15 @@ def _of_card(machine: Machine, card: Card, memory: int | None, found: tuple[str,
     if card.kind == ANY_CARD.kind:
         rate = replace(rate, source=f"a guess: {card.name}")
     return Place(machine, card.device, dtype, lambda _: rate)
+
+
+def look_at(recipe: Recipe) -> Peek:
+    """The model's sizes. Raises ModelError for one whose sizes the plan's arithmetic is not about."""
+    found = peek(recipe.model.name, recipe.model.revision)
+    if found.shape.experts > 1:
+        what = f"{found.name}: a mixture of {found.shape.experts} experts, which the plan cannot count"
+        raise ModelError(what, fix="plan for a dense model; `strop train` tries its largest micro-batch first")
+    return found
 
 
 def without_data(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
