@@ -8,7 +8,7 @@ used: on a CPU with AVX512-BF16 it repacks its weight in eval mode and gives no 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -169,9 +169,12 @@ def quantizable(model: Any) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
-def replace_linears(model: nn.Module, scheme: str, dtype: torch.dtype) -> dict[str, QuantizedLinear]:
-    """Puts an empty QuantizedLinear in the place of each layer that is quantized; gives them by name."""
-    found = {name: QuantizedLinear(module, scheme, dtype) for name, module in list(quantizable(model))}
+def replace_linears(
+    model: nn.Module, scheme: str, dtype: torch.dtype, chosen: Callable[[str], bool]
+) -> dict[str, QuantizedLinear]:
+    """Puts an empty QuantizedLinear in the place of each linear layer that is chosen by name; gives them by name."""
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = {name: QuantizedLinear(module, scheme, dtype) for name, module in linears if chosen(name)}
     for name, module in found.items():
         put_module(model, name, module)
     return found

@@ -55,6 +55,11 @@ class Tensors:
         """Bytes of a tensor in 32 bit, unread."""
         return 4 * math.prod(self.shape(name))
 
+    def is_packed(self, name: str) -> bool:
+        """Whether a weight is quantized here: it has constants beside it."""
+        scale = f"{name.removesuffix('weight')}SCB"
+        return scale in self._files or any(key.startswith(f"{name}.") for key in self._files)
+
     def under(self, name: str) -> dict[str, Tensor]:
         """Constants of a quantized weight: of `x.weight`, x.weight.absmax as absmax, and x.SCB as SCB."""
         parent = name.removesuffix("weight")
@@ -99,15 +104,15 @@ def is_whole(folder: Path) -> bool:
 
 
 def build(make: Any, folder: Path, name: str, scheme: str, dtype: torch.dtype) -> nn.Module:
-    """A model whose linear weights are quantized, filled tensor by tensor.
+    """A model whose linear weights are quantized where those of the folder are, filled tensor by tensor.
 
     make: builds the model without weights; its buffers are real. Raises ModelError where a weight is missing or does
     not fit.
     """
     with init_empty_weights(include_buffers=False):
         model: Any = make()
-    layers = replace_linears(model, scheme, dtype)
     tensors = Tensors(folder)
+    layers = replace_linears(model, scheme, dtype, lambda name: tensors.is_packed(f"{name}.weight"))
     missing = []
     for key, parameter in list(model.named_parameters(remove_duplicate=False)):
         owner, _, leaf = key.rpartition(".")
