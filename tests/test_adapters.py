@@ -15,7 +15,9 @@ import strop
 from strop.errors import FolderError, ModelError, RecipeError
 from strop.exporting.adapters import combine, compare, facts, norm
 from strop.model.generate import Sampling
+from strop.serve.models import load_models
 from tests import tiny
+from tests.serving import save_adapters
 from tests.test_run import run
 
 
@@ -96,6 +98,23 @@ def test_several_adapters_on_one_base(two: tuple[Path, Path], tmp_path: Path) ->
         model.add(str(changed))
     with pytest.raises(ModelError, match="no adapter"):
         model.add(str(tmp_path))
+    for known in two:
+        with pytest.raises(ModelError, match="loaded already"):
+            model.add(str(known))
+
+
+def test_adapters_of_another_tool_are_told_apart_by_their_bases(tiny_folder: Path, tmp_path: Path) -> None:
+    other = tiny.save_tiny(tmp_path / "base")
+    tiny.model(seed=5).save_pretrained(other)
+    [one, same], [stranger, _] = save_adapters(tmp_path, tiny_folder), save_adapters(tmp_path / "there", other)
+    for folder in (one, same, stranger):
+        (folder / "strop.json").unlink()
+    model = strop.load(one, dtype="fp32")
+    model.add(str(same))
+    with pytest.raises(ModelError, match="another base"):
+        model.add(str(stranger))
+    with pytest.raises(ModelError, match="another base"):
+        load_models([str(same), str(stranger)], device="cpu", dtype="fp32", quantization="auto", force=False)
 
 
 def test_chat_switches_adapters(

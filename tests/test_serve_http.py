@@ -61,7 +61,9 @@ def test_the_system_prompt_of_training_is_there_unless_another_is_given(server: 
         return int(server.post(CHAT, {"max_tokens": 1, **fields}).json()["usage"]["prompt_tokens"])
 
     system = {"role": "system", "content": SYSTEM}
-    assert tokens(model="bold", messages=USER) == tokens(model="bold", messages=[system, *USER])
+    for role in ("system", "System", "developer"):
+        given = [{**system, "role": role}, *USER]
+        assert tokens(model="bold", messages=USER) == tokens(model="bold", messages=given)
     assert (
         tokens(model="bold", messages=USER) > tokens(model="base", messages=USER) == tokens(model="calm", messages=USER)
     )

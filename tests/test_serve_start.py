@@ -33,6 +33,10 @@ def test_a_port_that_is_taken() -> None:
         other.listen()
         with pytest.raises(InputError, match="cannot be bound"):
             open_address("127.0.0.1", other.getsockname()[1], None, [])
+    first = open_address("127.0.0.1", 0, None, [])  # a server that has not started yet
+    with pytest.raises(InputError, match="cannot be bound"):
+        open_address("127.0.0.1", first.port, None, [])
+    first.socket.close()
     with pytest.raises(InputError, match="cannot be bound"):
         open_address("no.such.host.invalid", 0, "key", [])
 
@@ -63,8 +67,17 @@ def test_exit_codes() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [["--engine", "vlm"], ["--engine", "vllm", "--queue", "3"], ["--vllm-python", "python3"]]
+    "options",
+    [
+        ["--engine", "vlm"],
+        ["--engine", "vllm", "--queue", "3"],
+        ["--vllm-python", "python3"],
+        ["--dtype", "fp8"],
+        ["--device", "gpu"],
+        ["--engine", "vllm", "--dtype", "float16"],
+        ["--engine", "vllm", "--device", "cuda:x"],
+    ],
 )
-def test_options_that_would_do_nothing(options: list[str]) -> None:
+def test_options_that_are_wrong_or_would_do_nothing(options: list[str]) -> None:
     with pytest.raises(RecipeError):
         build(["serve"])(["serve", "no-such-run", *options], standalone_mode=False)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,17 @@ from strop.errors import InputError, ModelError, RunError
 from strop.model.facts import locate
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import write_json
-from strop.serve.vllm import Same, _until_told, about_vllm, find_python, lora_rank
+from strop.serve.run import Address
+from strop.serve.vllm import (
+    Same,
+    _ask,
+    _until_told,
+    _with_own_tokenizer,
+    about_vllm,
+    find_python,
+    lora_module,
+    lora_rank,
+)
 from tests.serving import CHAT, save_adapters, serving
 
 
@@ -57,6 +71,51 @@ def test_a_vllm_that_ends_by_itself(tmp_path: Path) -> None:
         process.wait()
         with pytest.raises(RunError, match="ValueError: no room"):
             _until_told(process, log)
+
+
+def test_an_adapter_by_any_name() -> None:
+    told = json.loads(lora_module("a=b,c", Path("/runs/a=b,c/adapter")))
+    assert told == {"name": "a=b,c", "path": "/runs/a=b,c/adapter"}
+
+
+def test_an_adapter_without_a_tokenizer_has_its_bases(tiny_folder: Path, tmp_path: Path) -> None:
+    [folder, _] = save_adapters(tmp_path, tiny_folder)
+    assert _with_own_tokenizer(str(folder)).path == folder
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert _with_own_tokenizer(str(folder)).path == tiny_folder
+
+
+def test_the_key_goes_with_requests_alone_and_errors_are_told() -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append((self.path, self.headers["Authorization"]))
+            self.send_response(200 if self.path == "/health" else 422)
+            self.send_header("Content-Length", "0" if self.path == "/health" else "4")
+            self.end_headers()
+            self.wfile.write(b"" if self.path == "/health" else b"what")
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answers) as server, socket.socket() as unused:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        address = Address("127.0.0.1", server.server_port, "secret", frozenset(), unused)
+        try:
+            assert _ask(address, "/health") is None
+            with pytest.raises(RunError, match="/v1/x with 422: what"):
+                _ask(address, "/v1/x", {})
+        finally:
+            server.shutdown()
+            thread.join()
+    assert seen == [("/health", None), ("/v1/x", "Bearer secret")]
+    with pytest.raises(RunError, match="does not answer"):
+        _ask(address, "/health")
 
 
 @pytest.mark.skipif("STROP_VLLM_PYTHON" not in os.environ, reason="STROP_VLLM_PYTHON is not set (`make vllm`)")

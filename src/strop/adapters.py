@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import peft
 from safetensors.torch import load_file
 from torch import nn
 
+from strop.config.schema import DEVICES
 from strop.data.conversation import Ids, Message
 from strop.data.render import Renderer
 from strop.engine.device import pick_device, pick_dtype, prepare_process
@@ -74,6 +76,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def base_source(folder: Path) -> Source:
+    """The base of an adapter folder. Raises ModelError where it is not to be found."""
+    return locate(str(read_adapter_config(folder)["base_model_name_or_path"]))
+
+
 def with_tokenizer(folder: Path, source: Source) -> Source:
     """Where an adapter's tokenizer is: in its own folder, or, of one that another tool saved without, with its base."""
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
@@ -124,6 +131,19 @@ def attach(
         raise ModelError(f"{folder}: does not fit {source.name}: {str(error).strip().splitlines()[0]}") from None
     _check_fit(model, folder, source, name)
     return model, notes
+
+
+def load_beside(module: peft.PeftModel, folder: Path, source: Source, name: str, *, force: bool = False) -> list[str]:
+    """Loads a further adapter onto a base (`source`) that has one; gives notes on what `force` let pass.
+
+    Raises ModelError where it was trained on another base (unless forced), or does not fit.
+    """
+    trained_on = read_identity(folder).get("base") or {"fingerprint": fingerprint(base_source(folder))}
+    if not force and trained_on["fingerprint"] != fingerprint(source):
+        raise ModelError(f"{folder}: trained on another base than {source.name}", fix="load it by itself")
+    notes = attach(module, folder, source, force=force, name=name)[1]
+    module.eval()
+    return notes
 
 
 def check_base(folder: Path, source: Source, *, force: bool = False) -> list[str]:
@@ -190,15 +210,15 @@ class Model:
         folder = adapter_folder(name)
         if folder is None or self.adapter is None or self.source is None:
             raise ModelError(f"{name}: no adapter there", fix="give a run or adapter folder")
+        if name in (self.name, *self.others):
+            raise ModelError(f"{name}: is loaded already", fix="give each adapter once")
         own, its = (read_identity(one).get("template") for one in (self.adapter, folder))
         if own != its and not force:
             what = f"{name}: was trained with another chat template than {self.name}"
             raise ModelError(what, fix="load it by itself, or with --force")
         inner = f"adapter{len(self.others) + 1}"
-        _, notes = attach(self.module, folder, self.source, force=force, name=inner)
-        self.module.eval()
+        self.notes = [*self.notes, *load_beside(self.module, folder, self.source, inner, force=force)]
         self.others[name] = inner
-        self.notes = [*self.notes, *notes]
 
     def use(self, name: str) -> None:
         """Answers with this adapter from now on: the model's own name, or one that was added."""
@@ -266,6 +286,14 @@ class Model:
         return answer.text
 
 
+def check_place(device: str, dtype: str) -> None:
+    """Raises RecipeError for a device or a type that there is not."""
+    if not re.fullmatch(DEVICES, device):
+        raise RecipeError(f"--device {device}: no such device", fix="choose among auto, cpu, cuda, cuda:N, mps")
+    if dtype not in ("auto", *DTYPES):
+        raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among auto, {', '.join(DTYPES)}")
+
+
 def load(
     name: str | Path, *, device: str = "auto", dtype: str = "auto", quantization: str = "auto", force: bool = False
 ) -> Model:
@@ -280,8 +308,9 @@ def load(
     if quantization not in ("auto", "none", *SCHEMES):
         known = ", ".join(("auto", "none", *SCHEMES))
         raise RecipeError(f"--quantization {quantization}: no such scheme", fix=f"choose among {known}")
+    check_place(device, dtype)
     folder = adapter_folder(name)
-    source = locate(str(read_adapter_config(folder)["base_model_name_or_path"]) if folder is not None else name)
+    source = locate(name) if folder is None else base_source(folder)
     prepare_process()
     where = pick_device(device)
     chosen = DTYPES[pick_dtype(where)[0] if dtype == "auto" else dtype]

@@ -41,11 +41,13 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve it as OpenAI's API does, with a page to talk to base and tuned side by side."""
+    from strop.adapters import check_place
     from strop.errors import RecipeError, nearest
     from strop.serve.run import exit_code, open_address
 
     if engine not in ("strop", "vllm"):
         raise RecipeError(f"--engine {engine}: no such engine{nearest(engine, ['strop', 'vllm'])}", fix="strop or vllm")
+    check_place(device, dtype)
     own = {"--queue": queue != 64, "--max-body": max_body != 4, "--allow-host": bool(allow_host), "--force": force}
     own["--quantization"] = quantization != "auto"
     unused = (

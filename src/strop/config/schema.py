@@ -24,6 +24,7 @@ def _yes_or_no(value: Any) -> Any:
 
 Finite = Annotated[float, AfterValidator(_finite)]
 Layers = Annotated[int, Field(ge=1)]
+DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 
 
 class Section(BaseModel):
@@ -44,7 +45,7 @@ class ModelSection(Section):
     dtype: Literal["auto", "bf16", "fp32", "fp16"] = Field(
         "auto", description="type of the frozen weights; `auto` measures bf16 against fp32 on a CPU"
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
+    device: str = Field("auto", pattern=DEVICES, description="auto, cpu, mps, cuda or cuda:N")
 
 
 class DataSection(Section):

@@ -20,6 +20,7 @@ from strop.adapters import (
     WEIGHTS_FILE,
     adapter_folder,
     attach,
+    base_source,
     check_base,
     check_weights,
     read_adapter_config,
@@ -27,7 +28,7 @@ from strop.adapters import (
 )
 from strop.errors import FolderError, ModelError, RecipeError
 from strop.exporting.merge import module_scales
-from strop.model.facts import locate, safetensors_header
+from strop.model.facts import safetensors_header
 from strop.model.load import load_base
 from strop.runs.folder import disk_faults, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
@@ -130,7 +131,7 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> Facts:
     if out.exists():
         raise FolderError(f"{out}: is there already", fix="give --out a new folder")
     folders = [_folder(name) for name in names]
-    source = locate(str(read_adapter_config(folders[0])["base_model_name_or_path"]))
+    source = base_source(folders[0])
     model: Any = load_base(source, torch.float32, "cpu")
     inner = [f"part{number}" for number in range(len(folders))]
     for folder, name in zip(folders, inner, strict=True):
@@ -170,7 +171,7 @@ class _Delta:
 
     @staticmethod
     def read(folder: Path) -> _Delta:
-        source = locate(str(read_adapter_config(folder)["base_model_name_or_path"]))
+        source = base_source(folder)
         check_base(folder, source)
         check_weights(folder)
         saved = load_file(folder / WEIGHTS_FILE)

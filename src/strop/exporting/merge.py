@@ -25,6 +25,7 @@ from strop.adapters import (
     WEIGHTS_FILE,
     adapter_folder,
     attach,
+    base_source,
     check_base,
     check_weights,
     new_rows,
@@ -41,7 +42,7 @@ from strop.errors import FolderError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.loss import mean_loss
 from strop.exporting.parity import LIMITS, Parity, compare, in_fp32
 from strop.machine.probe import probe
-from strop.model.facts import Source, fingerprint, locate
+from strop.model.facts import Source, fingerprint
 from strop.model.load import DTYPES, load_base, load_config, skeleton, stored_dtype, weights_folder
 from strop.model.lora import embeddings, grown
 from strop.model.quantize import pack, quantizable, unpack
@@ -94,7 +95,7 @@ def merge(
         raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among {', '.join(LIMITS)}")
     if out.exists():
         raise FolderError(f"{out}: is there already", fix="give --out a new folder")
-    source = locate(str(read_adapter_config(folder)["base_model_name_or_path"]))
+    source = base_source(folder)
     if prequantized(source.config()):
         raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
     check_base(folder, source)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from strop.adapters import (
     adapter_folder,
+    base_source,
     check_base,
     check_weights,
     new_rows,
@@ -50,7 +51,7 @@ class Tuned:
         Raises InputError for what cannot be merged or measured.
         """
         folder = adapter_folder(name)
-        source = locate(name if folder is None else str(read_adapter_config(folder)["base_model_name_or_path"]))
+        source = locate(name) if folder is None else base_source(folder)
         if prequantized(source.config()):
             raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
         if folder is None:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strop.adapters import adapter_folder, attach, load, read_adapter_config, read_identity, with_tokenizer
-from strop.data.conversation import Ids
+from strop.adapters import adapter_folder, base_source, load, load_beside, read_identity, with_tokenizer
+from strop.data.conversation import Ids, Message
 from strop.data.render import Renderer, RenderError
 from strop.data.shapes import BadRow, asked
 from strop.errors import ModelError
-from strop.model.facts import Source, fingerprint, locate
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run
 
@@ -34,10 +33,11 @@ class Served:
 
     def prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Ids:
         """The token ids of a chat, generation prompt included, as in training. Raises PROMPT_FAULTS."""
-        if self.system is not None and messages[0].get("role") not in ("system", "developer"):
-            messages = [{"role": "system", "content": self.system}, *messages]
         said = asked({"messages": messages, "tools": tools})
-        return self.renderer.prompt(said.messages, said.tools)
+        given = said.messages
+        if self.system is not None and given[0].role != "system":
+            given = (Message("system", self.system), *given)
+        return self.renderer.prompt(given, said.tools)
 
     def text(self, text: str) -> Ids:
         """The token ids of a plain text, which may hold control tokens."""
@@ -89,24 +89,17 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
     if first.adapter is None:
         return Loaded(first.module, {ids[0]: Served(ids[0], None, first.tokenizer, first.renderer, None)}, first.notes)
     models = {ids[0]: Served(ids[0], "default", first.tokenizer, first.renderer, first.default_system)}
-    notes, source = list(first.notes), _base_of(first.adapter)
+    notes, source = list(first.notes), base_source(first.adapter)
     for place, (own, name) in enumerate(zip(ids[1:], names[1:], strict=True), start=2):
         folder = adapter_folder(name)
         assert folder is not None
-        if not force and fingerprint(_base_of(folder)) != fingerprint(source):
-            raise ModelError(f"{name}: trained on another base than {names[0]}", fix="serve it on its own")
         tokenizer = load_tokenizer(with_tokenizer(folder, source))
         if len(tokenizer) > len(first.module.get_input_embeddings().weight):
             raise ModelError(f"{name}: has more tokens than {names[0]}", fix="serve it on its own, or name it first")
         adapter, identity = f"adapter{place}", read_identity(folder)
-        notes += attach(first.module, folder, source, force=force, name=adapter)[1]
+        notes += load_beside(first.module, folder, source, adapter, force=force)
         if identity.get("quantization", "none") != read_identity(first.adapter).get("quantization", "none"):
             notes.append(f"{name}: was trained on a base quantized otherwise than {names[0]}'s, which both get here")
         models[own] = Served(own, adapter, tokenizer, Renderer(tokenizer), identity.get("system"))
-    first.module.eval()
     models[BASE] = Served(BASE, None, first.tokenizer, first.renderer, None)
     return Loaded(first.module, models, notes)
-
-
-def _base_of(folder: Path) -> Source:
-    return locate(str(read_adapter_config(folder)["base_model_name_or_path"]))

@@ -64,6 +64,7 @@ def open_address(host: str, port: int, key: str | None, more_hosts: Sequence[str
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+        bound.listen()  # at once: two that only bind do not see each other
     except (OSError, OverflowError) as error:
         bound.close()
         raise InputError(

@@ -7,6 +7,7 @@ probabilities of given tokens (greedy answers say little where two words are nea
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +26,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from strop.adapters import adapter_folder, check_base, check_weights, load, read_adapter_config
+from strop.adapters import (
+    adapter_folder,
+    base_source,
+    check_base,
+    check_weights,
+    load,
+    read_adapter_config,
+    with_tokenizer,
+)
 from strop.config.load import read_resolved
 from strop.data.conversation import Ids
 from strop.data.prepare import prepare
@@ -110,6 +120,11 @@ def lora_rank(folder: Path) -> int:
     return next(allowed for allowed in RANKS if allowed >= rank)
 
 
+def lora_module(name: str, folder: Path) -> str:
+    """An adapter for --lora-modules: as JSON, since name=path breaks at a name's own = or comma."""
+    return json.dumps({"name": name, "path": str(folder.resolve())})
+
+
 def serve_vllm(
     names: Sequence[str],
     address: Address,
@@ -126,14 +141,13 @@ def serve_vllm(
     Raises InputError before anything is loaded, RunError where vLLM does not start, ParityError where it answers as
     another model would.
     """
-    address.socket.close()  # vLLM binds it itself
     program, ids = find_python(python), check_names(names)
     folders = [adapter_folder(name) for name in names]
     first = folders[0]
-    source = locate(str(read_adapter_config(first)["base_model_name_or_path"]) if first is not None else names[0])
+    source = locate(names[0]) if first is None else base_source(first)
     adapters = {own: folder for own, folder in zip(ids, folders, strict=True) if folder is not None}
     ranks = [_fitting_rank(folder, source) for folder in adapters.values()]
-    renderers = [Renderer(_tokenizer_of(name)) for name in names]
+    renderers = [Renderer(load_tokenizer(_with_own_tokenizer(name))) for name in names]
     if len({renderer.fingerprint for renderer in renderers}) > 1:
         raise ModelError("these runs have different tokenizers or templates; vLLM takes one", fix="serve one of them")
     weights = weights_folder(source)
@@ -155,7 +169,7 @@ def serve_vllm(
         Path(scratch, "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
         command = [
             program, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights),
-            "--tokenizer", str(first or head_folder(source)), "--generation-config", scratch,
+            "--tokenizer", str(head_folder(_with_own_tokenizer(names[0]))), "--generation-config", scratch,
             "--served-model-name", BASE if adapters else ids[0], "--host", address.host, "--port", str(address.port),
             "--dtype", NAMES[dtype], "--max-num-seqs", str(slots), "--allowed-origins", "[]",
             "--max-model-len", str(context),
@@ -163,8 +177,9 @@ def serve_vllm(
         ]  # fmt: skip
         if adapters:
             command += ["--enable-lora", "--max-lora-rank", str(max(ranks)), "--max-loras", str(len(adapters))]
-            command += ["--lora-modules", *(f"{own}={folder.resolve()}" for own, folder in adapters.items())]
+            command += ["--lora-modules", *(lora_module(own, folder) for own, folder in adapters.items())]
         key = {"VLLM_API_KEY": address.key} if address.key else {}
+        address.socket.close()  # vLLM binds it itself
         process = subprocess.Popen(
             command, stdout=log, stderr=log, env={**_environment(), **key}, start_new_session=True
         )
@@ -220,9 +235,9 @@ def _environment() -> dict[str, str]:
     return {"VLLM_CPU_KVCACHE_SPACE": "1", **own, **quiet}
 
 
-def _tokenizer_of(name: str) -> Any:
+def _with_own_tokenizer(name: str) -> Source:
     folder = adapter_folder(name)
-    return load_tokenizer(Source(name, "folder", folder) if folder is not None else locate(name))
+    return locate(name) if folder is None else with_tokenizer(folder, base_source(folder))
 
 
 def _fitting_rank(folder: Path, source: Source) -> int:
@@ -243,8 +258,8 @@ def _texts(name: str, renderer: Renderer, longest: int) -> list[Ids]:
 
 def _reference(name: str, rows: list[Ids]) -> tuple[list[list[float]], list[list[float]] | None]:
     """Log probabilities of the rows' tokens but the first: of the model in fp32, and of its base; on 16-bit weights, as
-    vLLM has them, whatever the adapter was trained on."""
-    model = load(name, dtype="fp32", quantization="none")
+    vLLM has them, whatever the adapter was trained on. On the CPU: a GPU's memory is vLLM's."""
+    model = load(name, device="cpu", dtype="fp32", quantization="none")
     tuned = [_logs(model.module, ids) for ids in rows]
     if model.adapter is None:
         return tuned, None
@@ -285,14 +300,22 @@ def _their_logs(address: Address, model: str, ids: Ids) -> list[float]:
 
 
 def _ask(address: Address, path: str, body: dict[str, Any] | None = None) -> Any:
+    """What vLLM answers. The key goes with a body only: before that, another program may be at the port. Raises
+    RunError where it answers with an error, or not at all."""
     headers = {"Content-Type": "application/json"}
-    if address.key:
+    if address.key and body is not None:
         headers["Authorization"] = f"Bearer {address.key}"
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(address.url + path, data, headers)
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=300) as answer:
-        content = answer.read()
-    return json.loads(content) if content else None
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=300) as answer:
+            content = answer.read()
+        return json.loads(content) if content else None
+    except urllib.error.HTTPError as error:
+        said = error.read(2000).decode(errors="replace")
+        raise RunError(f"vLLM answers {path} with {error.code}: {said[:300]}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise RunError(f"vLLM does not answer {path}: {error}") from None
 
 
 def _wait_for_health(process: subprocess.Popen[Any], address: Address, log: Any) -> None:
@@ -301,7 +324,7 @@ def _wait_for_health(process: subprocess.Popen[Any], address: Address, log: Any)
     while time.monotonic() < end:
         if process.poll() is not None:
             raise RunError(f"vLLM ended with {process.returncode}: {_tail(log)}")
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(RunError):
             _ask(address, "/health")
             return
         time.sleep(0.5)
