@@ -167,6 +167,7 @@ def run(folder: Path, case: dict[str, Any], steps: int) -> dict[str, Any]:
         result = {
             "measured_bytes": memory["measured_peak_bytes"],
             "micro_batch": memory["micro_batch"],
+            "tiles": setting_of(case).tiles,  # as this machine's attention runs
             "tokens_per_s": statistics.median(event["tokens_per_s"] for event in steps_taken[1:]),
         }
         rates = known_rates(probe(), "cpu")
@@ -179,19 +180,24 @@ def _events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def predicted(case: dict[str, Any], found: dict[str, Any]) -> tuple[float, float]:
-    """Peak bytes, and tokens/s where the machine's rate was known, of a case whose micro-batch is known: of the rows'
-    tokens, as runs count them, though the prefix that rows share is computed once."""
+def setting_of(case: dict[str, Any]) -> Any:
     from strop.config.load import resolve
     from strop.model.shape import ModelShape, peek
-    from strop.planning.activations import MicroBatch
-    from strop.planning.memory import load, train
     from strop.planning.setting import Setting
-    from strop.planning.speed import Rate, step_seconds
 
     shape = peek("demo").shape if case["model"] == "demo" else ModelShape.of(MODELS[case["model"]])
     given = {"model.name": "m", "data.train": "d", "model.device": "cpu", "model.dtype": "bf16", **case["options"]}
-    setting = Setting.of(resolve(None, given).recipe, shape, None, 1)
+    return Setting.of(resolve(None, given).recipe, shape, None, 1)
+
+
+def predicted(case: dict[str, Any], found: dict[str, Any]) -> tuple[float, float]:
+    """Peak bytes, and tokens/s where the machine's rate was known, of a case whose micro-batch is known: of the rows'
+    tokens, as runs count them, though the prefix that rows share is computed once."""
+    from strop.planning.activations import MicroBatch
+    from strop.planning.memory import load, train
+    from strop.planning.speed import Rate, step_seconds
+
+    setting = setting_of(case).but(tiles=found.get("tiles", False))
     batch = MicroBatch(**{**found["micro_batch"], "documents": tuple(map(tuple, found["micro_batch"]["documents"]))})
     peak = max(phase.peak_bytes for phase in (load(setting), train(setting, batch)))
     if "rate" not in found:

@@ -14,7 +14,7 @@ from strop.engine import eager
 from strop.engine.attention import Attention, Heads, sdpa
 from strop.engine.functions import Frozen, Glu, LoraLinear, Norm, RmsNorm
 from strop.engine.head import SupervisedLoss
-from strop.engine.packed import Layout, lay_out
+from strop.engine.packed import Documents
 
 OPS: Any = eager
 
@@ -98,9 +98,8 @@ def reference(qkv: Tensor, shape: Heads, cos: Tensor, sin: Tensor, sees: Tensor)
     return torch.einsum("hqk,khd->qhd", probs, v).reshape(len(qkv), -1)
 
 
-def layout_of(tokens: int, *parts: tuple[list[list[int]], list[list[int]]]) -> Layout:
-    arrays = [(np.array(queries), np.array(keys)) for queries, keys in parts]
-    return lay_out(arrays, tokens, torch.device("cpu"))
+def documents_of(tokens: int, *spans: tuple[int, int, int]) -> Documents:
+    return Documents(np.array(spans), tokens, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -125,8 +124,7 @@ def test_attention(
     shape = heads(window, norms, kv_heads, softcap)
     tokens = 8
     cos, sin = rand(tokens, rotated).cos(), rand(tokens, rotated).sin()
-    rows = [[2, 3, 4], [5, 6, -1]]
-    layout = layout_of(tokens, (rows, [[0, 1, *own] for own in rows]), ([[0, 1]], [[0, 1]]), ([[7]], [[7]]))
+    layout = documents_of(tokens, (2, 3, 2), (5, 2, 2), (0, 2, 0), (7, 1, 0))
     sees = torch.zeros(tokens, tokens, dtype=torch.bool)
     for document in ([0, 1, 2, 3, 4], [0, 1, 5, 6], [7]):
         for i, query in enumerate(document):
@@ -144,6 +142,6 @@ def test_attention(
 @pytest.mark.parametrize("softcap", [0.0, 0.8])
 def test_attention_gradcheck(softcap: float) -> None:
     torch.manual_seed(0)
-    layout = layout_of(3, ([[0, 1, 2]], [[0, 1, 2]]))
+    layout = documents_of(3, (0, 3, 0))
     cos, sin = rand(3, 2).cos(), rand(3, 2).sin()
     check(lambda qkv: Attention.apply(qkv, heads(0, False, softcap=softcap), cos, sin, layout), rand(3, 16, grad=True))

@@ -151,25 +151,29 @@ def test_no_document_leaks_into_another(sharing: bool) -> None:
     assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
 
 
-def test_bf16_is_no_further_from_the_truth_than_the_model_itself() -> None:
-    truth_model, model = adapted(), adapted()
+@pytest.mark.parametrize("head_dim", [8, 32])  # 32: in tiles, on CPUs that have them
+def test_bf16_is_no_further_from_the_truth_than_the_model_itself(head_dim: int) -> None:
+    """The errors of eight batches together: one alone is a matter of chance."""
+    truth_model, model = adapted(head_dim=head_dim), adapted(head_dim=head_dim)
     model.get_base_model().to(torch.bfloat16)
     truth_model.get_base_model().to(torch.bfloat16).float()  # the same rounded base weights
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = dict(truth_model.named_parameters())[name].data.clone()
     for parameter in truth_model.parameters():
         parameter.data = parameter.data.float()
-    truth = step(truth_model, PlainLoss(truth_model), with_prefix(some()))
-    fast = step(model, FastLoss(model), with_prefix(some()))
-    plain = step(model, PlainLoss(model), with_prefix(some()))
-
-    def error(found: tuple[torch.Tensor, Gradients]) -> tuple[float, float]:
-        wrong = sum(float((found[1][n] - g).square().sum()) for n, g in truth[1].items())
-        return float((found[0] - truth[0]).abs()), wrong**0.5
-
-    assert error(fast)[0] <= 1.5 * error(plain)[0] + 1e-3 * float(truth[0])
-    assert error(fast)[1] <= 1.2 * error(plain)[1]
+    ways = {"truth": PlainLoss(truth_model), "fast": FastLoss(model), "plain": PlainLoss(model)}
+    loss_errors, errors = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
+    for seed in range(8):
+        for one, same in zip(model.parameters(), truth_model.parameters(), strict=True):
+            if one.requires_grad:  # other adapters each time, whose rounding is a part of the error
+                same.data = torch.randn_like(same) * 0.3
+                one.data = same.data.clone()
+        rows = with_prefix([example(length, 10 * seed + length) for length in (9, 5, 12, 2)])
+        found = {name: step(truth_model if name == "truth" else model, way, rows) for name, way in ways.items()}
+        truth, gradients = found["truth"]
+        for name, (loss, grads) in found.items():
+            loss_errors[name] += float((loss - truth).abs() / truth)
+            errors[name] += sum(float((grads[n] - g).square().sum()) for n, g in gradients.items()) ** 0.5
+    assert loss_errors["fast"] <= 1.5 * loss_errors["plain"] + 1e-3
+    assert errors["fast"] <= 1.2 * errors["plain"]
 
 
 def test_evaluation_equals_training_loss_and_follows_disabled_adapters() -> None:

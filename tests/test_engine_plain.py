@@ -15,7 +15,7 @@ def tiny(config: type = LlamaConfig, **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
     shape = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
-    return AutoModelForCausalLM.from_config(config(**shape, **heads, **changes))
+    return AutoModelForCausalLM.from_config(config(**{**shape, **heads, **changes}))
 
 
 def example(length: int, seed: int, weights: list[float] | None = None) -> Example:

@@ -79,7 +79,7 @@ def test_it_is_the_largest_by_what_is_predicted_in_any_epoch(tmp_path: Path, mon
     for step in stream_of(job.recipe, len(examples)):
         rows = [examples[row] for row in step.rows]
         for group in micro_batches(job, rows):
-            batch = batch_of(job, [rows[row] for row in group], True)
+            batch = batch_of(job, [rows[row] for row in group], True, False)
             sizes.append((at_peak(setting(job).but(step=job.step.name), batch).total, step.epoch))
     orders, known = [], BatchStream.order
     monkeypatch.setattr(BatchStream, "order", lambda self, epoch: orders.append(epoch) or known(self, epoch))

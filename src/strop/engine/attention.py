@@ -1,8 +1,8 @@
 """Causal attention over packed documents: each document, or its own part behind a shared prefix, sees only itself.
 
-Documents of similar length are padded to one matrix (a bucket) inside attention alone. PyTorch's CPU attention takes
-25 % of a step for 4 % of its FLOPs on documents of chat length; matrix products around a softmax written back in
-place take a third of that, the gradient by hand included.
+PyTorch's CPU attention takes 25 % of a step for 4 % of its FLOPs on documents of chat length. TileAttention is one
+compiled loop (tiles.py), for CPUs with AVX512-BF16. Attention is for all others: documents of similar length are padded
+to one matrix (a bucket) inside attention alone, and matrix products stand around a softmax written back in place.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.autograd import Function
 
 from strop.engine import eager
 from strop.engine.functions import Norm, Ops, RmsNorm, apply
-from strop.engine.packed import Bucket, Layout
+from strop.engine.packed import Bucket, Documents, Layout
 
 BLOCK = 256  # queries a product; keys behind the block's last query are skipped
 KEEP_PAIRS = (
@@ -39,6 +40,7 @@ class Heads:
     softcap: float  # scores are bent to softcap * tanh(scores / softcap); 0: they are not
     q_norm: Norm | None
     k_norm: Norm | None
+    tiled: bool = False  # TileAttention computes it
 
     @property
     def group(self) -> int:
@@ -54,6 +56,14 @@ class Heads:
         q, k, v = self.views(qkv)
         return (self.q_norm.forward(q) if self.q_norm else q), (self.k_norm.forward(k) if self.k_norm else k), v
 
+    def norms_backward_(self, grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor) -> None:
+        """Takes the gradients of q and k, in place, back through their norms."""
+        q, k, _ = self.views(qkv)
+        if self.q_norm:
+            grads[0].copy_(self.q_norm.backward(grads[0], q))
+        if self.k_norm:
+            grads[1].copy_(self.k_norm.backward(grads[1], k))
+
 
 class Attention(Function):
     """qkv (T, (query + 2 key_value) size) to the heads' output (T, query size); rotary embedding and norms included.
@@ -62,8 +72,8 @@ class Attention(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-        ops, group = heads.ops, heads.group
+    def forward(ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+        ops, group, layout = heads.ops, heads.group, documents.layout
         kept: list[Tensor] = []
         spread = _spread(heads, qkv, cos, sin, layout)
         o = torch.empty_like(spread[0])
@@ -114,12 +124,49 @@ class Attention(Function):
         places = (layout.queries, layout.keys, layout.keys)
         for x, turn, at, of, out in zip(grads, turns, places, (group, 1, 1), into, strict=True):
             ops.from_heads(x, *turn, at, of, out)
-        q, k, _ = heads.views(qkv)
-        if heads.q_norm:
-            into[0].copy_(heads.q_norm.backward(into[0], q))
-        if heads.k_norm:
-            into[1].copy_(heads.k_norm.backward(into[1], k))
+        heads.norms_backward_(into, qkv)
         return result, None, None, None, None
+
+
+class TileAttention(Function):
+    """Attention, in bf16 and without a softcap, by tiles.py; saves qkv, the output and a number for each row and head.
+
+    Gradients beyond the norms of q and k are written in place, of the prefix's rows after the sum over documents.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+        from strop.engine import tiles  # needs the CPU's instructions
+
+        out = qkv.new_empty(len(qkv), heads.query * heads.size)
+        sums = torch.empty(len(qkv), heads.query)
+        tiles.attend(heads.normed(qkv), _turn(heads, cos, sin), _work(heads, documents), out, sums)
+        ctx.heads, ctx.documents = heads, documents
+        ctx.save_for_backward(qkv, cos, sin, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        from strop.engine import tiles
+
+        heads: Heads = ctx.heads
+        qkv, cos, sin, out, sums = ctx.saved_tensors
+        result = torch.empty_like(qkv)
+        into = heads.views(result)
+        grad = grad.reshape(len(qkv), heads.query, heads.size)
+        work = _work(heads, ctx.documents)
+        tiles.attend_backward(grad, out, sums, heads.normed(qkv), _turn(heads, cos, sin), work, into)
+        heads.norms_backward_(into, qkv)
+        return result, None, None, None, None
+
+
+def _turn(heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, np.float32]:
+    return cos, sin, np.float32(heads.scale)
+
+
+def _work(heads: Heads, documents: Documents) -> tuple[Any, Any, Any, int, int, int, int]:
+    shares = documents.shares(heads.key_value, torch.get_num_threads())
+    return documents.spans, *shares, heads.key_value, heads.group, heads.size, heads.window
 
 
 def _spread(heads: Heads, qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,14 +229,14 @@ def _blocks(part: Bucket, group: int) -> list[tuple[int, slice, int]]:
     return found
 
 
-def sdpa(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+def sdpa(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
     """The same through PyTorch's own attention and autograd: for devices that have fused kernels for it."""
     q, k, v = heads.views(qkv)
     if heads.q_norm and heads.k_norm:
         q, k = apply(RmsNorm, q, heads.q_norm), apply(RmsNorm, k, heads.k_norm)
     q, k = eager.rotate(q, cos, sin).to(qkv.dtype), eager.rotate(k, cos, sin).to(qkv.dtype)
     out = qkv.new_zeros(len(qkv), heads.query, heads.size)
-    for part in layout.buckets:
+    for part in documents.layout.buckets:
         length, keys = part.queries.shape[1], part.keys.shape[1]
         windowed = 0 < heads.window < keys
         mask = (

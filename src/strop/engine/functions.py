@@ -6,7 +6,7 @@ to `Ops` (eager.py on any device, kernels.py on a CPU with numba).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -102,7 +102,8 @@ class RmsNorm(Function):
 class LoraLinear(Function):
     """y = z W^T + bias, and y[:, columns_i] += scale_i (z A_i^T) B_i^T for each adapter; z = x, norm(x) or glu(x).
 
-    x (T, k), or (T, 2 k) for glu; adapters: A_1 (r_1, k), B_1 (n_1, r_1), A_2, ... Saves x and z A^T (T, sum of r).
+    x (T, k), or (T, 2 k) for glu; adapters: A_1 (r_1, k), B_1 (n_1, r_1), A_2, ... The A stand in one matrix and the B
+    in another, zeros around them: two narrow products, not two an adapter. Saves x and scale z A^T (T, sum of r).
     """
 
     @staticmethod
@@ -113,14 +114,12 @@ class LoraLinear(Function):
         if not adapters:
             ctx.save_for_backward(*([] if enter is None else [x]))
             return y
-        a = torch.cat([part.to(z.dtype) for part in adapters[::2]])
-        bs = [part.to(z.dtype) for part in adapters[1::2]]
+        # Scaled before they are rounded: what is computed in bf16 would be rounded once more.
+        a = torch.cat([(part * scale).to(z.dtype) for part, scale in zip(adapters[::2], frozen.scales, strict=True)])
+        b = _beside(adapters[1::2], frozen.columns, y)
         za = z @ a.t()
-        for columns, scale, part, b in zip(
-            frozen.columns, frozen.scales, torch.split(za, ctx.ranks, 1), bs, strict=True
-        ):
-            y[:, columns].addmm_(part, b.t(), alpha=scale)
-        ctx.save_for_backward(x, za, a, *bs)
+        y.addmm_(za, b.t())
+        ctx.save_for_backward(x, za, a, b)
         return y
 
     @staticmethod
@@ -131,11 +130,8 @@ class LoraLinear(Function):
         grad = grad.contiguous()
         grad_z = grad @ frozen.weight() if ctx.needs_input_grad[0] else None
         if saved:
-            za, a, *bs = saved
-            grad_za = torch.empty_like(za)
-            parts = list(zip(frozen.columns, frozen.scales, torch.split(grad_za, ctx.ranks, 1), bs, strict=True))
-            for columns, scale, part, b in parts:
-                part.copy_(grad[:, columns] @ b).mul_(scale)
+            za, a, b = saved
+            grad_za = grad @ b
             if grad_z is not None:
                 grad_z.addmm_(grad_za, a)
         z, grad_x = x, grad_z
@@ -148,7 +144,17 @@ class LoraLinear(Function):
             return grad_x, None, None
         grads: list[Tensor] = []
         grad_as = torch.split(grad_za.t() @ z, ctx.ranks)
-        for (columns, scale, _, _), part, grad_a in zip(parts, torch.split(za, ctx.ranks, 1), grad_as, strict=True):
-            grads += [grad_a, (part.t() @ grad[:, columns]).mul_(scale).t()]
+        parts = zip(frozen.columns, frozen.scales, torch.split(za, ctx.ranks, 1), grad_as, strict=True)
+        for columns, scale, part, grad_a in parts:
+            grads += [grad_a * scale, (part.t() @ grad[:, columns]).t()]
         # The adapters are fp32 and autograd casts a gradient to the type of its input.
         return grad_x, None, None, *grads
+
+
+def _beside(parts: Sequence[Tensor], columns: Sequence[slice], like: Tensor) -> Tensor:
+    """(n, sum of r), in the type of `like` (T, n): each B in the rows of its outputs and in columns of its own."""
+    whole, at = like.new_zeros(like.shape[1], sum(part.shape[1] for part in parts)), 0
+    for rows, part in zip(columns, parts, strict=True):
+        whole[rows, at : at + part.shape[1]].copy_(part)
+        at += part.shape[1]
+    return whole

@@ -6,9 +6,10 @@ is predicted and trained on once, with the sum of the examples' weights: the sam
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,13 +59,52 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Documents:
+    """Which packed rows belong together. spans (D, 3): a document's first row, its rows, and the rows of the prefix
+    that it sees as well (rows 0 and on); a prefix is a document too. tokens: of all."""
+
+    spans: np.typing.NDArray[np.int64]
+    tokens: int
+    device: torch.device
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The documents in buckets."""
+        parts: list[_Rows] = []
+        for prefix in sorted(set(self.spans[:, 2].tolist()), reverse=True):
+            starts, lengths, _ = self.spans[self.spans[:, 2] == prefix].T.tolist()
+            parts += _buckets(starts, lengths, prefix)
+        return lay_out(parts, self.tokens, self.device)
+
+    def shapes(self, *, in_buckets: bool) -> tuple[tuple[int, int, int], ...]:
+        """(number, queries, keys) of the documents of each shape; in_buckets: as `layout` pads them."""
+        if in_buckets:
+            return tuple((len(b.queries), b.queries.shape[1], b.keys.shape[1]) for b in self.layout.buckets)
+        counted = Counter((int(own), int(own + prefix)) for _, own, prefix in self.spans)
+        return tuple((number, queries, keys) for (queries, keys), number in sorted(counted.items()))
+
+    def shares(self, key_value: int, threads: int) -> tuple[np.typing.NDArray[np.int64], np.typing.NDArray[np.int64]]:
+        """(tasks, where each thread's begin): document * key_value + head, the largest first to who has least."""
+        costs = self.spans[:, 1] * (self.spans[:, 1] // 2 + self.spans[:, 2] + 32)
+        lanes: list[list[int]] = [[] for _ in range(threads)]
+        loads = [0] * threads
+        for document in np.argsort(-costs, kind="stable"):
+            for head in range(key_value):
+                least = loads.index(min(loads))
+                lanes[least].append(int(document) * key_value + head)
+                loads[least] += int(costs[document])
+        ends = np.cumsum([0, *map(len, lanes)])
+        return np.array([task for lane in lanes for task in lane], dtype=np.int64), ends.astype(np.int64)
+
+
+@dataclass(frozen=True)
 class Packed:
     """ids, positions (T,); rows (N,): packed rows that predict a supervised token, each once, rising;
     picked (M,): index into rows for each label; labels, weights (M,)."""
 
     ids: Tensor
     positions: Tensor
-    layout: Layout
+    documents: Documents
     rows: Tensor
     picked: Tensor
     labels: Tensor
@@ -115,15 +155,15 @@ def pack(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.dev
     weight = np.concatenate(weights)
     used = weight != 0
     row, picked = np.unique(np.concatenate(rows)[used], return_inverse=True)
-    parts = _buckets(starts, [len(example) - prefix for example in examples], prefix)
+    spans = [(start, len(example) - prefix, prefix) for start, example in zip(starts, examples, strict=True)]
     if prefix:
-        parts.append(_bucket([(0, prefix)], 0))
+        spans.append((0, prefix, 0))
 
     tensor = partial(_tensor, device=device)
     return Packed(
         tensor(np.concatenate(ids)),
         tensor(np.concatenate(positions)),
-        lay_out(parts, at, device),
+        Documents(np.array(spans, dtype=np.int64), at, device),
         tensor(row),
         tensor(picked),
         tensor(np.concatenate(labels)[used]),

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from strop.engine import eager
-from strop.engine.attention import Attention, Heads, sdpa
+from strop.engine.attention import Attention, Heads, TileAttention, sdpa
 from strop.engine.functions import Frozen, Glu, LoraLinear, Norm, Ops, RmsNorm, apply
 from strop.engine.head import SupervisedLoss
 from strop.engine.packed import Packed, pack
+from strop.machine.probe import probe
 
 if TYPE_CHECKING:
     from strop.data.conversation import Example
@@ -286,6 +287,7 @@ class FastLoss:
         self._softcap = float(getattr(base.config, "final_logit_softcapping", None) or 0)
         self._device: torch.device = self._head.weight.device
         self._ops = ops_for(self._device, self._head.weight.dtype, warm)
+        self._machine = probe()
         self._config, self._family = base.config, FAMILIES[base.config.model_type]
         self._norm = self._norm_of(base.model.norm, self._family)
         self.exchange(lambda: None)
@@ -331,8 +333,11 @@ class FastLoss:
             self.watch()
         qkv = layer.qkv(hidden)
         cos, sin = angles[layer.rope]
-        shape = (qkv, layer.heads, cos, sin, batch.layout)
-        mixed = apply(Attention, *shape) if qkv.device.type == "cpu" else sdpa(*shape)
+        shape = (qkv, layer.heads, cos, sin, batch.documents)
+        if qkv.device.type == "cpu":
+            mixed = apply(TileAttention if layer.heads.tiled else Attention, *shape)
+        else:
+            mixed = sdpa(*shape)
         if rows is not None:
             mixed, hidden = mixed[rows], hidden[rows]
         mixed = layer.o(mixed)
@@ -361,17 +366,20 @@ class FastLoss:
 
         attention = layer.self_attn
         qkv, o, gate_up, down = _linears(layer, family)
+        softcap, size = float(getattr(attention, "attn_logit_softcapping", None) or 0), attention.head_dim
+        weight = self._head.weight
         heads = Heads(
             self._ops,
             query=config.num_attention_heads,
             key_value=config.num_key_value_heads,
-            size=attention.head_dim,
+            size=size,
             scale=float(attention.scaling),
             # Mistral and Phi-3 keep it in the config alone, the others in the layers it applies to.
             window=int(getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0),
-            softcap=float(getattr(attention, "attn_logit_softcapping", None) or 0),
+            softcap=softcap,
             q_norm=norm(attention, "q_norm"),
             k_norm=norm(attention, "k_norm"),
+            tiled=self._ops is not eager and weight.dtype == torch.bfloat16 and self._machine.has_tiles(size, softcap),
         )
         by_type = isinstance(getattr(self._decoder.rotary_emb, "rope_type", None), dict)
         return Layer(

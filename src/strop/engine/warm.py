@@ -17,11 +17,13 @@ import torch
 from strop.machine.probe import probe
 from strop.runs.lock import sha256_text
 
+SOURCES = ("kernels.py", "compiled.py", "tiles.py", "tile.py")
+
 
 def compile_once(dtype: torch.dtype, cache: Path) -> None:
     """Sees to it that this process finds every loop for weights of this type in numba's cache, the folder `cache`."""
     name = str(dtype).removeprefix("torch.")
-    sources = [Path(__file__).with_name(file).stat().st_mtime_ns for file in ("kernels.py", "compiled.py")]
+    sources = [Path(__file__).with_name(file).stat().st_mtime_ns for file in SOURCES]
     mark = cache / f"strop-{sha256_text(repr((sources, numba.__version__, probe().cpu)))[:16]}-{name}"
     if not mark.is_file():
         # Where it fails, this process compiles for itself: its last bits may differ from those of the next one.
@@ -41,7 +43,7 @@ def _exercise(dtype: torch.dtype) -> None:
 
     sizes = {
         "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64,
+        "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64,
     }  # fmt: skip
     for model in (LlamaForCausalLM(LlamaConfig(**sizes)), Gemma2ForCausalLM(Gemma2Config(**sizes))):
         adapted = peft.get_peft_model(model.to(dtype), peft.LoraConfig(r=2, target_modules="all-linear"))

@@ -13,6 +13,7 @@ from strop.planning.setting import Setting
 
 BLOCK = 256  # queries a product, as in engine.attention
 KEEP_PAIRS = 512  # keys up to which probabilities are kept, as in engine.attention
+TILE_ROWS, GAP = 64, 256  # rows that pass over the keys together, and numbers behind a buffer, as in engine.tiles
 EAGER_BYTES = 40  # fp32 copies a number of the MLP on its way back through engine.eager.glu_backward (cards)
 HEAD_BYTES = 24 * 2**20  # logits at once, as in engine.head
 
@@ -45,24 +46,25 @@ class MicroBatch:
         return MicroBatch(tokens, max(1, round(share * (tokens - len(lengths)))), documents, more)
 
     @property
-    def pairs(self) -> int:
-        """Query-key pairs that are computed (block by block, the keys behind a block skipped)."""
-        return sum(number * _pairs(queries, keys) for number, queries, keys in self.documents)
-
-    @property
     def kept_pairs(self) -> int:
-        """Pairs whose probabilities wait for the backward."""
+        """Pairs whose probabilities wait for the backward, where attention runs in buckets."""
         return sum(number * _pairs(queries, keys) for number, queries, keys in self.documents if keys <= KEEP_PAIRS)
 
 
-def _blocks(queries: int, keys: int) -> list[tuple[int, int]]:
+def pairs(setting: Setting, batch: MicroBatch) -> int:
+    """Query-key pairs that are computed (block by block, the keys behind a block skipped)."""
+    block = max(1, TILE_ROWS * setting.shape.key_value_heads // setting.shape.heads) if setting.tiles else BLOCK
+    return sum(number * _pairs(queries, keys, block) for number, queries, keys in batch.documents)
+
+
+def _blocks(queries: int, keys: int, block: int = BLOCK) -> list[tuple[int, int]]:
     """(queries, keys) of each block of a document."""
     prefix = keys - queries
-    return [(min(BLOCK, queries - at), prefix + min(at + BLOCK, queries)) for at in range(0, queries, BLOCK)]
+    return [(min(block, queries - at), prefix + min(at + block, queries)) for at in range(0, queries, block)]
 
 
-def _pairs(queries: int, keys: int) -> int:
-    return sum(rows * seen for rows, seen in _blocks(queries, keys))
+def _pairs(queries: int, keys: int, block: int = BLOCK) -> int:
+    return sum(rows * seen for rows, seen in _blocks(queries, keys, block))
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,14 @@ def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
     after = (q + out if out else 0) + h + 2 * inner + behind + (2 * h if shape.after_norms else 0)
     if setting.step == "plain":
         return _plain_layer(setting, batch, rows)
-    if setting.device == "cpu":
-        pairs = shape.heads * batch.kept_pairs * b
+    if setting.tiles:  # the output, which the next product keeps as well, and a number a row and head
+        kept = batch.tokens * (q * b + 4 * shape.heads)
+        after -= q if out and rows == batch.tokens else 0
+    elif setting.device == "cpu":
+        kept = shape.heads * batch.kept_pairs * b
     else:  # PyTorch's own attention keeps copies of q, k, v, its output, and a number a row and head
-        pairs = batch.tokens * ((2 * q + 2 * kv) * b + 4 * shape.heads)
-    return batch.tokens * before * b + pairs + rows * after * b
+        kept = batch.tokens * ((2 * q + 2 * kv) * b + 4 * shape.heads)
+    return batch.tokens * before * b + kept + rows * after * b
 
 
 def _plain_layer(setting: Setting, batch: MicroBatch, rows: int) -> int:
@@ -142,11 +147,24 @@ def backward_bytes(setting: Setting, batch: MicroBatch, rows: int | None = None)
     if setting.device != "cpu" or setting.step == "plain":
         mlp = rows * ((4 * inner + h) * b + EAGER_BYTES * inner)
         return max(mlp, tokens * (5 * q + 6 * kv + h) * b)
-    # gradients of the residual and of the output; q, k, v and their gradients spread by document; the result
-    attention = tokens * (h + 3 * q + 4 * kv + q) * b
-    attention += max(_block_bytes(setting, batch), tokens * (q + 2 * kv) * b)
+    if setting.tiles:  # gradients of the residual and of the output, the result, q and k behind their norms
+        normed = q + kv if shape.head_norms else 0
+        attention = tokens * (h + q + (q + 2 * kv) + normed) * b + _tile_bytes(setting, batch, backward=True)
+    else:  # gradients of the residual and of the output; q, k, v and their gradients spread by document; the result
+        attention = tokens * (h + 3 * q + 4 * kv + q) * b
+        attention += max(_block_bytes(setting, batch), tokens * (q + 2 * kv) * b)
     freed = rows * (2 * inner + h + q) * b  # of what this layer had kept, by the time its attention is reached
     return max(mlp, attention - freed)
+
+
+def _tile_bytes(setting: Setting, batch: MicroBatch, *, backward: bool) -> int:
+    """A thread's keys and values, scores and sums, for the longest document; gradients of a shared prefix."""
+    d, longest = setting.shape.head_size, max(keys for _, _, keys in batch.documents) + GAP
+    # In the backward: scores and slopes in fp32, slopes in bf16 and pairs of either; keys twice, values, rows, sums.
+    one = longest * (TILE_ROWS * (4 + 4 + 2 + 2 + 2) + 16 * d) if backward else longest * (TILE_ROWS * 6 + 6 * d)
+    prefix = max(keys - queries for _, queries, keys in batch.documents)
+    documents = sum(number for number, _, _ in batch.documents)
+    return setting.threads * one + (8 * documents * setting.shape.key_value * prefix if backward else 0)
 
 
 def _score_bytes(setting: Setting, batch: MicroBatch) -> int:
@@ -189,7 +207,10 @@ def forward_bytes(setting: Setting, batch: MicroBatch) -> int:
     shape, b, tokens = setting.shape, setting.element, batch.tokens
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
     mlp = tokens * (2 * h + 3 * inner) * b
-    attention = tokens * (h + (q + 2 * kv) * 2 + 2 * q) * b + _score_bytes(setting, batch)
+    if setting.tiles:
+        attention = tokens * (h + q + (q + 2 * kv) * 2) * b + _tile_bytes(setting, batch, backward=False)
+    else:
+        attention = tokens * (h + (q + 2 * kv) * 2 + 2 * q) * b + _score_bytes(setting, batch)
     if setting.step == "plain":
         return max(mlp * 2, attention) + head_bytes(setting, batch)
     return max(mlp, attention, tokens * h * b + head_bytes(setting, batch))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from strop.config.schema import Recipe
 from strop.errors import ModelError
+from strop.machine.probe import probe
 from strop.model.shape import ModelShape
 from strop.model.targets import target_names
 
@@ -19,7 +20,7 @@ class Setting:
     """One way to train a model. ranks: of the adapter on each of shape.linears, 0 where there is none.
 
     element: bytes of a number in the type that is computed in. whole: weights that are trained in full. step: fast or
-    plain, as engine.choose decides.
+    plain, as engine.choose decides. tiles: the fast step's attention runs in tiles.
     """
 
     shape: ModelShape
@@ -35,6 +36,7 @@ class Setting:
     checkpoint_layers: int = 0
     step: str = "fast"
     threads: int = 2
+    tiles: bool = False
 
     @staticmethod
     def of(recipe: Recipe, shape: ModelShape, parameters: int | None = None, threads: int = 2) -> Setting:
@@ -64,6 +66,7 @@ class Setting:
             num_checkpointed(train.gradient_checkpointing, shape.layers, whole=plain),
             "plain" if plain else "fast",
             threads,
+            device == "cpu" and model.dtype == "bf16" and probe().has_tiles(shape.head_size, shape.softcap),
         )
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from strop.machine.rates import Rates
-from strop.planning.activations import HEAD_BYTES, KEEP_PAIRS, MicroBatch
+from strop.planning.activations import HEAD_BYTES, KEEP_PAIRS, MicroBatch, pairs
 from strop.planning.cards import Card
 from strop.planning.memory import packed_weights
 from strop.planning.setting import Setting
@@ -76,8 +76,8 @@ def flops(setting: Setting, batch: MicroBatch) -> Flops:
     frozen = forward * (2 + again) - 2.0 * front * batch.tokens
     adapters = (6 + 2 * again) * (setting.adapter_weights - setting.whole) * batch.tokens
     long = sum(number * queries * keys for number, queries, keys in batch.documents if keys > KEEP_PAIRS)
-    pairs = layers * shape.query * batch.pairs
-    attention = (12 + 4 * again) * pairs + 2.0 * layers * shape.query * (long / 2)
+    scored = 2.0 * layers * shape.query * pairs(setting, batch)  # of one product
+    attention = (7 + 2 * again) * scored if setting.tiles else (6 + 2 * again) * scored + layers * shape.query * long
     return Flops(frozen, adapters, attention, 4.0 * shape.embedding * batch.supervised)
 
 

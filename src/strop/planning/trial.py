@@ -9,19 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from strop.engine.attention import Attention, Heads
+from strop.engine.attention import Attention, Heads, TileAttention
 from strop.engine.functions import apply
 from strop.engine.head import SupervisedLoss
-from strop.engine.packed import lay_out
+from strop.engine.packed import Documents
 from strop.engine.patch import ops_for
 from strop.engine.precision import measure
 from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, crashed, pip
-from strop.machine.probe import Machine
+from strop.machine.probe import Machine, probe
 from strop.machine.rates import Rates, keep_rates
 from strop.model.quantize import QuantizedLinear, pack, unpack
+from strop.model.shape import ModelShape
 from strop.planning.activations import MicroBatch
-from strop.planning.speed import repacked_bytes
+from strop.planning.setting import Setting
+from strop.planning.speed import flops, repacked_bytes
 
 COPY_BYTES = 256 << 20
 
@@ -81,19 +83,24 @@ def _attention_flops(dtype: torch.dtype) -> float:
     """The engine's attention, there and back: 2 documents of 512 tokens, 9 heads of 64 over 3."""
     documents, length = 2, 512
     ops = ops_for(torch.device("cpu"), dtype, warm=True)
-    heads = Heads(ops, query=9, key_value=3, size=64, scale=0.125, window=0, softcap=0.0, q_norm=None, k_norm=None)
+    tiled = dtype == torch.bfloat16 and probe().has_tiles(64, 0.0)
+    heads = Heads(
+        ops, query=9, key_value=3, size=64, scale=0.125, window=0, softcap=0.0, q_norm=None, k_norm=None, tiled=tiled
+    )  # fmt: skip
     tokens = documents * length
-    places = np.arange(tokens).reshape(documents, length)
-    layout = lay_out([(places, places)], tokens, torch.device("cpu"))
+    spans = np.array([(start, length, 0) for start in range(0, tokens, length)])
+    laid_out = Documents(spans, tokens, torch.device("cpu"))
     angles = torch.ones(tokens, 32), torch.zeros(tokens, 32)
     qkv = torch.zeros(tokens, 15 * 64, dtype=dtype, requires_grad=True)
 
     def work() -> None:
-        out = apply(Attention, qkv, heads, *angles, layout)
+        out = apply(TileAttention if tiled else Attention, qkv, heads, *angles, laid_out)
         out.backward(torch.ones_like(out))  # type: ignore[no-untyped-call]
 
-    batch = MicroBatch.rows([length] * documents)
-    return 12.0 * batch.pairs * 9 * 64 / _fastest(work, 4)
+    sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 1}
+    shape = ModelShape.of({"model_type": "llama", "num_hidden_layers": 1, **sizes})
+    setting, batch = Setting(shape, 0, tiles=tiled), MicroBatch.rows([length] * documents)
+    return flops(setting, batch).attention / _fastest(work, 4)
 
 
 def _fastest(work: Callable[[], object], rounds: int = 4) -> float:

@@ -67,19 +67,19 @@ def forecast(job: Job, setting: Setting) -> Forecast:
         setting = setting.but(checkpoint_layers=setting.shape.layers)
     if job.state.progress.streamed:
         setting = setting.but(resident_layers=0)
-    found = [(examples, batch_of(job, examples, more)) for examples, more in _candidates(job, setting)]
+    found = [(examples, batch_of(job, examples, more, setting.tiles)) for examples, more in _candidates(job, setting)]
     examples, batch = max(found, key=lambda pair: at_peak(setting, pair[1]).total)
     return Forecast(examples, batch, phases(setting, batch, job.recipe.data.max_length), job.eval is not None)
 
 
-def batch_of(job: Job, examples: Sequence[Example], more: bool) -> MicroBatch:
+def batch_of(job: Job, examples: Sequence[Example], more: bool, tiles: bool) -> MicroBatch:
     """A micro-batch as the step computes it: packed behind a shared prefix, or padded to the longest row."""
     supervised = sum(example.supervised for example in examples)
     if not job.step.packed:
         longest = max(len(example) for example in examples)
         return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), more)
     packed = pack(examples, prefix_sharing=True, device=torch.device("cpu"))
-    documents = tuple((len(b.queries), b.queries.shape[1], b.keys.shape[1]) for b in packed.layout.buckets)
+    documents = packed.documents.shapes(in_buckets=not tiles)
     return MicroBatch(len(packed.ids), len(packed.rows), documents, more)
 
 

@@ -1,0 +1,391 @@
+"""Causal attention over packed documents in one compiled loop, for CPUs with AVX512-BF16: no buckets, no padding.
+
+A task is a document and a key-value head. Its keys and values are turned, packed as the tile product wants them, and
+stay in the cache while blocks of queries pass over them; scores are fp32 and never leave the cache. The backward
+computes the probabilities again from the kept log-sum-exp (arXiv:2205.14135), so nothing grows with length squared.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+from torch import Tensor
+
+from strop.engine.compiled import exp, greater, inline, loop, narrow, wide
+from strop.engine.kernels import _array, _flat
+from strop.engine.tile import COLUMNS, ROWS, tile
+
+BLOCK = 64  # rows (a query's heads one behind the other) that pass over the keys together
+GAP = 256  # numbers behind a buffer, see kernels.GAP
+LOW = np.uint32(16)  # bits of a pair's first number
+
+
+@inline
+def _turned(x: Any, begin: Any, d: Any, cos: Any, sin: Any, row: Any, scale: Any, out: Any, to: Any) -> None:
+    """One head's row, turned by the rotary embedding and scaled."""
+    m = cos.shape[1]
+    source, target = x[begin : begin + d], out[to : to + d]
+    c, s = cos[row], sin[row]
+    for j in range(m):
+        a, b = wide(source[j]), wide(source[m + j])
+        target[j] = narrow((a * c[j] - b * s[j]) * scale, out)
+        target[m + j] = narrow((b * c[j] + a * s[j]) * scale, out)
+    for j in range(2 * m, d):
+        target[j] = narrow(wide(source[j]) * scale, out)
+
+
+@inline
+def _turned_back(x: Any, begin: Any, d: Any, cos: Any, sin: Any, row: Any, scale: Any, out: Any, to: Any) -> None:
+    """The gradient of _turned, from fp32."""
+    m = cos.shape[1]
+    source, target = x[begin : begin + d], out[to : to + d]
+    c, s = cos[row], sin[row]
+    for j in range(m):
+        a, b = source[j] * scale, source[m + j] * scale
+        target[j] = narrow(a * c[j] + b * s[j], out)
+        target[m + j] = narrow(b * c[j] - a * s[j], out)
+    for j in range(2 * m, d):
+        target[j] = narrow(source[j] * scale, out)
+
+
+@inline
+def _paired_rows(rows: Any, count: Any, n: Any, out: Any) -> None:
+    """rows (count, n) bf16, count even: out[i, j] = the pair of rows[2 i, j] and rows[2 i + 1, j]."""
+    for i in range(count // 2):
+        even, odd = rows[2 * i * n : (2 * i + 1) * n], rows[(2 * i + 1) * n : (2 * i + 2) * n]
+        to = out[i * n : (i + 1) * n]
+        for j in range(n):
+            to[j] = np.uint32(even[j]) | (np.uint32(odd[j]) << LOW)
+
+
+@inline
+def _by_columns(pairs: Any, count: Any, half: Any, out: Any) -> None:
+    """pairs (count, half), count a multiple of COLUMNS: blocks of COLUMNS rows, each turned over to (half, COLUMNS)."""
+    for first in range(0, count, COLUMNS):
+        for j in range(half):
+            to = out[first * half + j * COLUMNS : first * half + (j + 1) * COLUMNS]
+            for i in range(COLUMNS):
+                to[i] = pairs[(first + i) * half + j]
+
+
+@inline
+def _turned_over(pairs: Any, count: Any, n: Any, out: Any) -> None:
+    """pairs (count, n) to (n, count)."""
+    for j in range(n):
+        to = out[j * count : (j + 1) * count]
+        for i in range(count):
+            to[i] = pairs[i * n + j]
+
+
+@inline
+def _product(
+    a: Any, lda: Any, b: Any, ldb: Any, step: Any, c: Any, ldc: Any, rows: Any, columns: Any, pairs: Any, onto: Any
+) -> None:  # fmt: skip
+    """c (rows, columns) = a b, tile by tile; step: from one block of COLUMNS of b to the next."""
+    for j in range(0, columns, COLUMNS):
+        for i in range(0, rows, ROWS):
+            tile(a, i * lda, lda, b, j // COLUMNS * step, ldb, c, i * ldc + j, ldc, pairs, onto)
+
+
+@inline
+def _up(n: Any, to: Any) -> Any:
+    return (n + to - 1) // to * to
+
+
+@inline
+def _key_row(n: Any, prefix: Any, start: Any) -> Any:
+    """The packed row of a document's n-th key."""
+    return n if n < prefix else start + n - prefix
+
+
+@inline
+def _seen(row: Any, group: Any, prefix: Any, window: Any) -> Any:
+    """(first key, one behind the last) that row `row` of the document's queries sees."""
+    end = prefix + row // group + 1
+    return (max(end - window, 0) if window else 0), end
+
+
+@loop
+def _attend(
+    q: Any, q_step: Any, k: Any, k_step: Any, v: Any, v_step: Any, cos: Any, sin: Any, scale: Any, docs: Any,
+    tasks: Any, lanes: Any, key_value: Any, group: Any, d: Any, window: Any, out: Any, sums: Any,
+) -> None:  # fmt: skip
+    """q, k, v: flat, their rows `*_step` apart, head behind head. docs (D, 3): first own row, own rows, prefix.
+
+    tasks (N,): document * key_value + head, thread by thread; lanes (threads + 1,): where each thread's begin.
+    out (T, heads * d), sums (T, heads): the log of each row's sum of exponentials.
+    """
+    half, one = d // 2, np.float32(1.0)
+    longest = 0
+    for doc in range(len(docs)):
+        longest = max(longest, _up(docs[doc, 1] + docs[doc, 2], COLUMNS))
+    for lane in prange(len(lanes) - 1):
+        rows16 = np.zeros(longest * d + GAP, np.uint16)
+        keys = np.zeros(longest * half + GAP, np.uint32)
+        values = np.zeros(longest // 2 * d + GAP, np.uint32)
+        asked = np.zeros(BLOCK * d + GAP, np.uint16)
+        scores = np.zeros(BLOCK * longest + GAP, np.float32)
+        probs = np.zeros(BLOCK * longest + GAP, np.uint16)
+        mixed = np.zeros(BLOCK * d + GAP, np.float32)
+        tops, totals = np.zeros(BLOCK + GAP, np.float32), np.zeros(BLOCK + GAP, np.float32)
+        pairs, questions, weights = rows16.view(np.uint32), asked.view(np.uint32), probs.view(np.uint32)
+        for place in range(lanes[lane], lanes[lane + 1]):
+            doc, head = tasks[place] // key_value, tasks[place] % key_value
+            start, own, prefix = docs[doc, 0], docs[doc, 1], docs[doc, 2]
+            count = prefix + own
+            padded = _up(count, COLUMNS)
+            for n in range(count):
+                row = _key_row(n, prefix, start)
+                _turned(k, row * k_step + head * d, d, cos, sin, row, one, rows16, n * d)
+            rows16[count * d : padded * d] = 0
+            _by_columns(pairs, padded, half, keys)
+            for n in range(count):
+                begin = _key_row(n, prefix, start) * v_step + head * d
+                rows16[n * d : (n + 1) * d] = v[begin : begin + d]
+            rows16[count * d : padded * d] = 0
+            _paired_rows(rows16, padded, d, values)
+            for first in range(0, own * group, BLOCK):
+                last = min(first + BLOCK, own * group)
+                rows = _up(last - first, ROWS)
+                for r in range(first, last):
+                    row = start + r // group
+                    at = row * q_step + (head * group + r % group) * d
+                    _turned(q, at, d, cos, sin, row, scale, asked, (r - first) * d)
+                asked[(last - first) * d : rows * d] = 0
+                width = _up(_seen(last - 1, group, prefix, window)[1], COLUMNS)
+                _product(questions, half, keys, COLUMNS, half * COLUMNS, scores, width, rows, width, half, False)
+                for r in range(rows):
+                    begin, end = _seen(min(first + r, last - 1), group, prefix, window)
+                    row_scores, row_probs = scores[r * width : (r + 1) * width], probs[r * width : (r + 1) * width]
+                    tops[r], totals[r] = _exps(row_scores, begin, end, row_probs)
+                _product(weights, width // 2, values, d, COLUMNS, mixed, d, rows, d, width // 2, False)
+                for r in range(first, last):
+                    row, to = start + r // group, (head * group + r % group) * d
+                    share = one / totals[r - first]
+                    target, source = out[row, to : to + d], mixed[(r - first) * d : (r - first + 1) * d]
+                    for j in range(d):
+                        target[j] = narrow(source[j] * share, out)
+                    sums[row, head * group + r % group] = tops[r - first] + np.log(totals[r - first])
+
+
+@inline
+def _exps(scores: Any, begin: Any, end: Any, probs: Any) -> Any:
+    """probs = exp(scores - top) of what is seen, 0 elsewhere; returns top and their sum. scores is written over."""
+    seen, top, total = scores[begin:end], np.float32(-3e38), np.float32(0.0)
+    for j in range(len(seen)):
+        top = greater(top, seen[j])
+    for j in range(len(seen)):
+        seen[j] = exp(seen[j] - top)
+    for j in range(len(seen)):
+        total += seen[j]
+    probs[:begin] = 0
+    probs[end:] = 0
+    to = probs[begin:end]
+    for j in range(len(seen)):
+        to[j] = narrow(seen[j], probs)
+    return top, total
+
+
+@loop
+def _attend_backward(
+    grad: Any, grad_step: Any, out: Any, sums: Any, q: Any, q_step: Any, k: Any, k_step: Any, v: Any, v_step: Any,
+    cos: Any, sin: Any, scale: Any, docs: Any, tasks: Any, lanes: Any, key_value: Any, group: Any, d: Any, window: Any,
+    dq: Any, dk: Any, dv: Any, into_step: Any, shared: Any,
+) -> None:  # fmt: skip
+    """Writes the gradients to dq, dk, dv, flat with rows `into_step` apart, as q, k, v are in _attend.
+
+    shared (D, key_value, 2, prefix, d) fp32: what each document adds to the prefix's keys and values.
+    """
+    half, one, none = d // 2, np.float32(1.0), np.float32(0.0)
+    longest = 0
+    for doc in range(len(docs)):
+        longest = max(longest, _up(docs[doc, 1] + docs[doc, 2], COLUMNS))
+    for lane in prange(len(lanes) - 1):
+        rows16 = np.zeros(longest * d + GAP, np.uint16)
+        keys = np.zeros(longest * half + GAP, np.uint32)  # for the scores
+        key_rows = np.zeros(longest // 2 * d + GAP, np.uint32)  # for dq
+        values = np.zeros(longest * half + GAP, np.uint32)
+        asked = np.zeros(BLOCK * d + GAP, np.uint16)
+        asked_pairs = np.zeros(BLOCK // 2 * d + GAP, np.uint32)
+        asked_over = np.zeros(BLOCK // 2 * d + GAP, np.uint32)
+        given = np.zeros(BLOCK * d + GAP, np.uint16)
+        given_over = np.zeros(BLOCK // 2 * d + GAP, np.uint32)
+        scores = np.zeros(BLOCK * longest + GAP, np.float32)
+        slopes = np.zeros(BLOCK * longest + GAP, np.float32)
+        slopes16 = np.zeros(BLOCK * longest + GAP, np.uint16)
+        score_pairs = np.zeros(BLOCK // 2 * longest + GAP, np.uint32)
+        slope_pairs = np.zeros(BLOCK // 2 * longest + GAP, np.uint32)
+        along = np.zeros(BLOCK + GAP, np.float32)
+        mixed = np.zeros(BLOCK * d + GAP, np.float32)
+        dk_over = np.zeros(longest * d + GAP, np.float32)
+        dv_over = np.zeros(longest * d + GAP, np.float32)
+        line = np.zeros(2 * d + GAP, np.float32)
+        pairs, questions = rows16.view(np.uint32), asked.view(np.uint32)
+        answers, slope_rows = given.view(np.uint32), slopes16.view(np.uint32)
+        for place in range(lanes[lane], lanes[lane + 1]):
+            doc, head = tasks[place] // key_value, tasks[place] % key_value
+            start, own, prefix = docs[doc, 0], docs[doc, 1], docs[doc, 2]
+            count = prefix + own
+            padded = _up(count, COLUMNS)
+            for n in range(count):
+                row = _key_row(n, prefix, start)
+                _turned(k, row * k_step + head * d, d, cos, sin, row, one, rows16, n * d)
+            rows16[count * d : padded * d] = 0
+            _by_columns(pairs, padded, half, keys)
+            _paired_rows(rows16, padded, d, key_rows)
+            for n in range(count):
+                begin = _key_row(n, prefix, start) * v_step + head * d
+                rows16[n * d : (n + 1) * d] = v[begin : begin + d]
+            rows16[count * d : padded * d] = 0
+            _by_columns(pairs, padded, half, values)
+            dk_over[: padded * d] = none
+            dv_over[: padded * d] = none
+            for first in range(0, own * group, BLOCK):
+                last = min(first + BLOCK, own * group)
+                rows = _up(last - first, ROWS)
+                asked[(last - first) * d :] = 0
+                given[(last - first) * d :] = 0
+                for r in range(first, last):
+                    row, each = start + r // group, head * group + r % group
+                    _turned(q, row * q_step + each * d, d, cos, sin, row, scale, asked, (r - first) * d)
+                    source, seen = grad[row * grad_step + each * d :], out[row, each * d : (each + 1) * d]
+                    to = given[(r - first) * d : (r - first + 1) * d]
+                    total = none
+                    for j in range(d):
+                        to[j] = source[j]
+                    for j in range(d):
+                        total += wide(source[j]) * wide(seen[j])
+                    along[r - first] = total
+                _paired_rows(asked, BLOCK, d, asked_pairs)
+                _turned_over(asked_pairs, BLOCK // 2, d, asked_over)
+                _paired_rows(given, BLOCK, d, asked_pairs)
+                _turned_over(asked_pairs, BLOCK // 2, d, given_over)
+                width = _up(_seen(last - 1, group, prefix, window)[1], COLUMNS)
+                _product(questions, half, keys, COLUMNS, half * COLUMNS, scores, width, rows, width, half, False)
+                _product(answers, half, values, COLUMNS, half * COLUMNS, slopes, width, rows, width, half, False)
+                for r in range(rows):
+                    begin, end = _seen(min(first + r, last - 1), group, prefix, window)
+                    if first + r >= last:
+                        end = begin
+                    row = start + min(first + r, last - 1) // group
+                    top = sums[row, head * group + min(first + r, last - 1) % group]
+                    from_, to = r * width, (r + 1) * width
+                    _slopes(scores[from_:to], slopes[from_:to], begin, end, top, along[r], slopes16[from_:to])
+                for r in range(0, rows, 2):
+                    at = r * width
+                    _pair(
+                        scores[at : at + width],
+                        scores[at + width : at + 2 * width],
+                        given,
+                        score_pairs[r // 2 * width :],
+                    )
+                    _pair(
+                        slopes[at : at + width],
+                        slopes[at + width : at + 2 * width],
+                        given,
+                        slope_pairs[r // 2 * width :],
+                    )
+                _product(slope_rows, width // 2, key_rows, d, COLUMNS, mixed, d, rows, d, width // 2, False)
+                step = BLOCK // 2
+                _product(asked_over, step, slope_pairs, width, COLUMNS, dk_over, padded, d, width, rows // 2, True)
+                _product(given_over, step, score_pairs, width, COLUMNS, dv_over, padded, d, width, rows // 2, True)
+                for r in range(first, last):
+                    row, each = start + r // group, head * group + r % group
+                    _turned_back(mixed, (r - first) * d, d, cos, sin, row, scale, dq, row * into_step + each * d)
+            for n in range(count):
+                for j in range(d):
+                    line[j] = dk_over[j * padded + n]
+                    line[d + j] = dv_over[j * padded + n]
+                row = _key_row(n, prefix, start)
+                if row < shared.shape[3]:
+                    for j in range(d):
+                        shared[doc, head, 0, n, j] = line[j]
+                        shared[doc, head, 1, n, j] = line[d + j]
+                else:
+                    to = row * into_step + head * d
+                    _turned_back(line, 0, d, cos, sin, row, one, dk, to)
+                    for j in range(d):
+                        dv[to + j] = narrow(line[d + j], dv)
+
+
+@inline
+def _slopes(scores: Any, slopes: Any, begin: Any, end: Any, top: Any, along: Any, out: Any) -> None:
+    """scores become probabilities, slopes (the gradients of these) the gradients of the scores; out: theirs in bf16."""
+    none = np.float32(0.0)
+    scores[:begin] = none
+    scores[end:] = none
+    slopes[:begin] = none
+    slopes[end:] = none
+    # Loops from 0 on slices: numba looks for negative places in others, and they are not vectorised.
+    probs, grads = scores[begin:end], slopes[begin:end]
+    for j in range(len(probs)):
+        probs[j] = exp(
+            -greater(top - probs[j], none)
+        )  # beyond 0 by rounding alone: exp is made for what is not positive
+    for j in range(len(probs)):
+        grads[j] = probs[j] * (grads[j] - along)
+    for j in range(len(slopes)):
+        out[j] = narrow(slopes[j], out)
+
+
+@inline
+def _pair(even: Any, odd: Any, like: Any, out: Any) -> None:
+    """Two rows of fp32 as pairs of what the array `like` holds."""
+    for j in range(len(even)):
+        out[j] = np.uint32(narrow(even[j], like)) | (np.uint32(narrow(odd[j], like)) << LOW)
+
+
+@loop
+def _add_shared(shared: Any, cos: Any, sin: Any, d: Any, dk: Any, dv: Any, into_step: Any) -> None:
+    """The gradients of the prefix's keys and values: the sum of what all documents add."""
+    docs, key_value, _, prefix, _ = shared.shape
+    for n in prange(prefix):
+        total = np.zeros(2 * d + GAP, np.float32)
+        for head in range(key_value):
+            total[: 2 * d] = np.float32(0.0)
+            for doc in range(docs):
+                for j in range(d):
+                    total[j] += shared[doc, head, 0, n, j]
+                    total[d + j] += shared[doc, head, 1, n, j]
+            to = n * into_step + head * d
+            _turned_back(total, 0, d, cos, sin, n, np.float32(1.0), dk, to)
+            for j in range(d):
+                dv[to + j] = narrow(total[d + j], dv)
+
+
+Turn = tuple[Tensor, Tensor, np.float32]  # cos, sin (T, m), and what q is scaled by
+Work = tuple[Any, Any, Any, int, int, int, int]  # docs, tasks, lanes, key_value, group, d, window
+
+
+def attend(qkv: tuple[Tensor, Tensor, Tensor], turn: Turn, work: Work, out: Tensor, sums: Tensor) -> None:
+    """q (T, heads, d), k, v (T, key_value, d), in bf16, to out (T, heads * d); sums (T, heads) fp32: for the backward."""
+    _attend(*_each(qkv), *_angles(turn), *work, _array(out), _array(sums))
+
+
+def attend_backward(
+    grad: Tensor, out: Tensor, sums: Tensor, qkv: tuple[Tensor, Tensor, Tensor], turn: Turn, work: Work,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """grad (T, heads, d): the gradient of attend's output. Writes those of q, k and v into views of one tensor."""
+    docs, _, _, key_value, _, d, _ = work
+    prefix = int(docs[:, 2].max())
+    shared = np.empty((len(docs) if prefix else 0, key_value, 2, prefix, d), np.float32)
+    dq, dk, dv = (_flat(x) for x in into)
+    step, angles = into[0].stride(0), _angles(turn)
+    _attend_backward(
+        _flat(grad), grad.stride(0), _array(out), _array(sums), *_each(qkv), *angles, *work, dq, dk, dv, step, shared
+    )  # fmt: skip
+    if prefix:
+        _add_shared(shared, *angles[:2], d, dk, dv, step)
+
+
+def _each(qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[Any, int, Any, int, Any, int]:
+    q, k, v = qkv
+    return _flat(q), q.stride(0), _flat(k), k.stride(0), _flat(v), v.stride(0)
+
+
+def _angles(turn: Turn) -> tuple[Any, Any, Any]:
+    cos, sin, scale = turn
+    return _array(cos), _array(sin), scale
