@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import strop
+from strop.config.load import resolve
 from strop.config.schema import LoraSection
 from strop.engine.choose import step_for
 from strop.engine.patch import FastLoss
@@ -25,6 +26,10 @@ from strop.model.lora import add_lora, trainable
 from strop.model.quantize import QuantizedLinear, make_resident, pack, quantizable
 from strop.model.shape import prequantized
 from strop.runs.events import read_events
+from strop.runs.folder import RunFolder
+from strop.training import state as checkpoints
+from strop.training.optim import make_optimizer
+from strop.training.state import Progress, TrainState
 from tests import tiny
 
 SCHEMES = ("nf4", "fp4", "int8")
@@ -117,9 +122,9 @@ def quantized(tiny_folder: Path) -> Callable[..., nn.Module]:
     return load
 
 
-def gradients(model: nn.Module, loss: Callable[[Any], Tensor]) -> tuple[float, dict[str, Tensor]]:
+def gradients(model: nn.Module, loss: Callable[[Any], Tensor], seed: int = 0) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
-    value = loss(tiny.examples(6))
+    value = loss(tiny.examples(6, seed=seed))
     value.backward()
     return value.item(), {
         name: weight.grad.clone() for name, weight in trainable(model).items() if weight.grad is not None
@@ -147,21 +152,47 @@ def test_fast_and_plain_step_equal_a_plain_model_with_dequantized_weights(
     plain_loss, plain = gradients(model, PlainLoss(model))
     assert found[0][0] == pytest.approx(loss, rel=1e-5) and plain_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in truth.items():
-        torch.testing.assert_close(found[0][1][name], gradient, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(plain[name], gradient, rtol=1e-4, atol=1e-5)
+        for other in (found[0][1][name], plain[name]):
+            assert (other - gradient).norm() <= 1e-5 * gradient.norm(), name
         for resident in (1, ALL):
             assert torch.equal(found[0][1][name], found[resident][1][name])
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_bf16_is_as_near_to_the_truth_as_eager_bf16(quantized: Callable[..., nn.Module], scheme: str) -> None:
+    """The truth: fp32 on the weights that bf16 gives. Errors of single batches differ by chance; of 12 they do not."""
+    eager, whole = quantized(scheme, ALL, torch.bfloat16), quantized(scheme, ALL, torch.bfloat16).float()
+    models = {resident: quantized(scheme, resident, torch.bfloat16) for resident in (0, ALL)}
+    losses: dict[Any, tuple[nn.Module, Any]] = {"eager": (eager, PlainLoss(eager))}
+    losses |= {resident: (model, step_for(model).token_loss) for resident, model in models.items()}
+    errors = dict.fromkeys(losses, 0.0)
+    for seed in range(12):
+        _, truth = gradients(whole, PlainLoss(whole), seed)
+        for name, (model, loss) in losses.items():
+            found = gradients(model, loss, seed)[1]
+            errors[name] += sum(float((found[weight] - truth[weight]).norm() ** 2) for weight in truth)
+    assert errors[0] == errors[ALL] <= 1.1 * errors["eager"], errors
+
+
+@pytest.mark.parametrize("resident", [0, ALL])
 @pytest.mark.parametrize("path", ["fast", "plain"])
-def test_an_evaluation_leaves_the_gradient_as_it_was(quantized: Callable[..., nn.Module], path: str) -> None:
-    model = quantized("nf4", 0, torch.bfloat16)
+def test_an_evaluation_and_a_save_leave_the_gradient_as_it_was(
+    quantized: Callable[..., nn.Module], path: str, resident: int, tmp_path: Path
+) -> None:
+    model: Any = quantized("nf4", resident, torch.bfloat16)
     loss: Any = FastLoss(model) if path == "fast" else PlainLoss(model)
     _, before = gradients(model.train(), loss)
     model.eval()
     with torch.no_grad():
         loss(tiny.examples(3))
-        model.generate(torch.arange(5, 12)[None], max_new_tokens=3, do_sample=False)  # type: ignore[operator]
+        model.generate(torch.arange(5, 12)[None], max_new_tokens=3, do_sample=False)
+    model.save_pretrained(tmp_path)
+    weights = trainable(model)
+    state = TrainState(
+        weights, make_optimizer(weights, resolve(None, {"model": "m", "data": "d"}).recipe.train), Progress()
+    )
+    (tmp_path / "run").mkdir()
+    checkpoints.save(RunFolder(tmp_path / "run"), state)
     _, after = gradients(model.train(), loss)
     assert before and all(torch.equal(before[name], after[name]) for name in before)
 
