@@ -6,6 +6,7 @@ torchtune.sh), which read BENCH (one virtual environment a peer, and data100/) a
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -52,6 +53,15 @@ def _llamafactory(output: str, tokens: int) -> tuple[float, float, float]:
     return tokens, seconds, _mean(losses)
 
 
+def _torchtune(output: str, tokens: int) -> tuple[float, float, float]:
+    """Its last three lines of the log: loss, and answer tokens a second (it trains on answers alone)."""
+    lines = [line for line in output.splitlines() if "tokens_per_second_per_gpu" in line]
+    rates = [float(re.findall(r"tokens_per_second_per_gpu:([\d.]+)", line)[0]) for line in lines]
+    losses = [float(re.findall(r"loss:([\d.]+)", line)[0]) for line in lines]
+    rate = statistics.median(rates)
+    return rate, 1.0, _mean(losses)
+
+
 def _mean(losses: list[float]) -> float:
     return statistics.mean(losses) if losses else float("nan")
 
@@ -86,16 +96,23 @@ PEERS = {
         ),
         _json_line,
     ),
+    "unsloth, rows": Peer(
+        ("{bench}/unsloth/bin/python", f"{HERE}/unsloth_rows.py", "{base}", "{data}", "{bench}/out", "{batch}"),
+        _json_line,
+    ),
+    "torchtune": Peer(("bash", "{baselines}/torchtune.sh", "bf16"), _torchtune),
     "litgpt": Peer(("bash", "{baselines}/litgpt.sh", "bf16"), _litgpt, "logs/litgpt_bf16.log"),
     "llama-factory": Peer(("bash", "{baselines}/llamafactory.sh", "bf16"), _llamafactory, "logs/llamafactory_bf16.log"),
 }
 
 
-def run(name: str, bench: str, base: str, baselines: str, tokens: int) -> dict[str, float]:
+def run(name: str, options: argparse.Namespace, tokens: int) -> dict[str, float]:
     """One epoch of a peer. tokens: the rows' real tokens, where the peer does not count them itself."""
-    peer = PEERS[name]
-    places = {"bench": bench, "base": base, "baselines": baselines}
-    quiet = {"QUIET": "1", "STEPS": "25", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    peer, bench, base = PEERS[name], options.bench, options.model
+    places = {
+        "bench": bench, "base": base, "baselines": options.baselines, "data": options.data, "batch": str(options.batch)
+    }  # fmt: skip
+    quiet = {"QUIET": "1", "STEPS": str(options.rows // 4), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [word.format(**places) for word in peer.command],

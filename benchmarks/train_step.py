@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -93,26 +94,34 @@ TOOLS: dict[str, Callable[[argparse.Namespace], Result]] = {
 def strop(
     options: argparse.Namespace, make: Callable[[Any], Any], scheme: str = "none", resident_layers: int = 0
 ) -> Result:
-    """One pass over the rows, an optimizer step a batch; the first batch warms up and does not count."""
+    """One pass over the rows, an optimizer step a batch, at the peers' rates (cosine from 2e-4). The first batch warms
+    up: it is computed once more, without a step, and does not count."""
     prepare_process()
     model, examples = load_model(options, scheme, resident_layers), load_examples(options)
     reason = unsupported(model)
     assert reason is None, reason
     loss = make(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, fused=True)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=2e-4, weight_decay=0.0, fused=True)
     batches = [examples[i : i + options.batch] for i in range(0, len(examples), options.batch)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / len(batches)))
+    )
     seconds, cpu, losses = 0.0, 0.0, []
-    for batch in [batches[0], *batches]:
+    loss(batches[0]).backward()
+    optimizer.zero_grad(set_to_none=True)
+    for batch in batches:
         supervised = sum(example.supervised for example in batch)
         started, cpu_started = time.perf_counter(), time.process_time()
         value = loss(batch) / supervised
         value.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(value.detach().item())
-        if len(losses) > 1:
-            seconds += time.perf_counter() - started
-            cpu += time.process_time() - cpu_started
+        seconds += time.perf_counter() - started
+        cpu += time.process_time() - cpu_started
     tokens = sum(len(example) for example in examples)
     supervised = sum(example.supervised for example in examples)
     return {
@@ -122,7 +131,7 @@ def strop(
         "seconds": seconds,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
-        "mean_loss": statistics.mean(losses[1:]),
+        "mean_loss": statistics.mean(losses),
     }
 
 
@@ -217,7 +226,7 @@ def main() -> None:
         rates.append(measure("cpu"))
         for name in names:
             if name in PEERS:
-                runs[name].append(peers_run(name, options.bench, options.model, options.baselines, tokens))
+                runs[name].append(peers_run(name, options, tokens))
                 print(f"{name}: {runs[name][-1]}", file=sys.stderr)
                 continue
             done = subprocess.run(

@@ -360,7 +360,7 @@ Work = tuple[Any, Any, Any, int, int, int, int]  # docs, tasks, lanes, key_value
 
 
 def attend(qkv: tuple[Tensor, Tensor, Tensor], turn: Turn, work: Work, out: Tensor, sums: Tensor) -> None:
-    """q (T, heads, d), k, v (T, key_value, d), in bf16, to out (T, heads * d); sums (T, heads) fp32: for the backward."""
+    """q (T, heads, d), k, v (T, key_value, d), in bf16, to out (T, heads * d); sums (T, heads): for the backward."""
     _attend(*_each(qkv), *_angles(turn), *work, _array(out), _array(sums))
 
 

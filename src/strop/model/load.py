@@ -5,6 +5,7 @@ A GGUF file is dequantized once into a cached folder, and from then on is like a
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from strop.errors import ModelError
 from strop.model.facts import Source, fingerprint, read_config, safetensors_header, weight_files
+from strop.model.ggufweights import read_tensors
 from strop.model.quantize import folder_name, make_resident
 from strop.model.shape import prequantized
-from strop.model.shards import build, floats, is_finite, is_whole, pack_again, quantize_folder
+from strop.model.shards import build, floats, is_finite, is_whole, pack_again, quantize_folder, write_shards
 from strop.model.tokenizer import LOCAL, first_line, gguf_cache, head_folder, plain_config
 from strop.runs.folder import cache_folder, new_folder
 
@@ -130,10 +132,17 @@ def _from_config(config: Any) -> nn.Module:
 
 
 def _dequantized(source: Source) -> Path:
-    """The GGUF file as a folder of bf16 safetensors, made on first use and kept in the cache."""
+    """The GGUF file as a folder of bf16 safetensors, made on first use and kept in the cache: tensor by tensor, or, of
+    other families, by transformers, which has the whole model in memory."""
     folder = gguf_cache(source) / "bf16"
     if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
+        bare = skeleton(source)
+        tensors = read_tensors(source.path, bare, bare.config)
         with new_folder(folder) as temp:
+            if tensors is not None:
+                shutil.copy(head_folder(source) / "config.json", temp)
+                write_shards(temp, ({name: weight.to(torch.bfloat16)} for name, weight in tensors), {})
+                return folder
             options: dict[str, Any] = {"gguf_file": source.path.name, "dtype": torch.bfloat16}
             packed = getattr(transformers, "GgufConfig", None)
             if packed is not None:  # transformers 5.2x keeps GGUF blocks packed unless told otherwise

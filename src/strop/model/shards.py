@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,30 +73,41 @@ def quantize_folder(
 ) -> None:
     """Writes the weights of a 16-bit folder, quantized where `quantizable` says so, into another, in small shards."""
     chosen = {f"{name}.weight" for name, _ in quantizable(skeleton)}
+    tensors = Tensors(source.path)
+
+    def parts(name: str) -> dict[str, Tensor]:
+        tensor = tensors.get(name)
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise ModelError(f"{source.name}: weight {name} holds NaN or infinity", fix="fetch the model again")
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if name not in chosen:
+            return {name: tensor}
+        packed = pack(tensor, scheme, double=double)
+        return {_key(name, short): part.contiguous() for short, part in packed.items()}
+
     with new_folder(folder) as temp:
-        tensors, number, size = Tensors(source.path), 0, 0
-        shard: dict[str, Tensor] = {}
-        index: dict[str, str] = {}
-        names = list(tensors)
-        for name in names:
-            tensor = tensors.get(name)
-            if tensor.is_floating_point() and not is_finite(tensor):
-                raise ModelError(f"{source.name}: weight {name} holds NaN or infinity", fix="fetch the model again")
-            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            parts = {name: tensor}
-            if name in chosen:
-                packed = pack(tensor, scheme, double=double)
-                parts = {_key(name, short): part.contiguous() for short, part in packed.items()}
-            shard |= parts
-            size += sum(part.nbytes for part in parts.values())
-            if size > SHARD_BYTES or name == names[-1]:
-                number += 1
-                file = f"model-{number:05d}.safetensors"
-                save_file(shard, temp / file)
-                index |= dict.fromkeys(shard, file)
-                shard, size = {}, 0
-        text = json.dumps({"metadata": {"scheme": scheme}, "weight_map": index})
-        (temp / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        write_shards(temp, map(parts, tensors), {"scheme": scheme})
+
+
+def write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], metadata: dict[str, str]) -> None:
+    """Safetensors files of about SHARD_BYTES, and their index; parts: tensors by name, a few at a time."""
+    shard: dict[str, Tensor] = {}
+    index: dict[str, str] = {}
+
+    def close() -> None:
+        file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
+        save_file(shard, folder / file, {"format": "pt"})
+        index.update(dict.fromkeys(shard, file))
+        shard.clear()
+
+    for part in parts:
+        shard |= part
+        if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
+            close()
+    if shard:
+        close()
+    text = json.dumps({"metadata": metadata, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def is_whole(folder: Path) -> bool:
