@@ -1,0 +1,38 @@
+"""GGUF files as bases: their weights one at a time, the same as transformers reads all of them at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from strop.exporting import llamacpp
+from strop.exporting.gguf import export_gguf
+from strop.model.facts import locate
+from strop.model.load import load_base
+from tests import gguf_models
+from tests.tiny import write_rows
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-2", "smollm", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["q8_0", "f32"])
+def test_a_gguf_file_is_read_tensor_by_tensor_as_transformers_reads_it(
+    tmp_path: Path, family: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
+    rows = str(write_rows(tmp_path / "rows.jsonl", 24))
+    sizes = {"head_dim": 128} if family == "qwen3" else {}  # the one that transformers takes of such a file
+    base = gguf_models.save(family, tmp_path / "base", **sizes)
+    export_gguf(str(gguf_models.adapt(base, tmp_path / "tuned")), tmp_path / "m.gguf", kind=kind, data=rows)
+    source = locate(str(tmp_path / "m.gguf"))
+    found = []
+    for theirs in (False, True):
+        monkeypatch.setenv("STROP_CACHE", str(tmp_path / str(theirs)))
+        if theirs:
+            monkeypatch.setattr("strop.model.load.read_tensors", lambda *_: None)
+        loaded = load_base(source, torch.bfloat16, "cpu")
+        assert any((tmp_path / str(theirs)).rglob("bf16/model.safetensors")) == theirs  # in one piece
+        found.append(dict(loaded.named_parameters()))
+    assert list(found[0]) == list(found[1])
+    assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
