@@ -28,7 +28,7 @@ from strop.exporting.strings import STRINGS
 from strop.exporting.tuned import Trained, Tuned
 from strop.exporting.verify import check_text
 from strop.model.facts import locate
-from strop.model.load import load_base, load_config
+from strop.model.load import load_config
 from strop.model.tokenizer import load_tokenizer
 from tests import gguf_models
 from tests.tiny import write_rows
@@ -74,27 +74,6 @@ def tensors(file: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 def fields(file: Path) -> dict[str, Any]:
     return {name: found.contents() for name, found in gguf.GGUFReader(file).fields.items()}
-
-
-@pytest.mark.parametrize("family", sorted(set(gguf_models.OPTIONS) - {"mistral"}))
-@pytest.mark.parametrize("kind", ["q8_0", "f32"])
-def test_a_gguf_file_is_read_tensor_by_tensor_as_transformers_reads_it(
-    bases: Any, rows: str, tmp_path: Path, family: str, kind: str, no_llama_cpp: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    export_gguf(str(bases.adapter(family)), tmp_path / "m.gguf", kind=kind, data=rows)
-    source = locate(str(tmp_path / "m.gguf"))
-    found = {}
-    for name in ("ours", "theirs"):
-        monkeypatch.setenv("STROP_CACHE", str(tmp_path / name))
-        if name == "theirs":
-            monkeypatch.setattr("strop.model.load.read_tensors", lambda *_: None)
-        else:
-            monkeypatch.setattr("strop.model.load.GgufConfig", pytest.fail, raising=False)
-        loaded = load_base(source, torch.bfloat16, "cpu")
-        found[name] = dict(loaded.named_parameters())
-        assert loaded.generation_config.eos_token_id is not None or name == "ours"
-    assert list(found["ours"]) == list(found["theirs"])
-    assert all(torch.equal(weight, found["theirs"][name]) for name, weight in found["ours"].items())
 
 
 @pytest.mark.parametrize("family", sorted(set(gguf_models.OPTIONS) - {"mistral"}))  # a llama there, and known as one

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import urllib.error
+from contextlib import nullcontext
+from email.message import Message as Headers
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +117,44 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ParityError, match="Ollama's prompt is 'other'"):
         export_ollama(str(tuned), tmp_path / "again", data=rows)
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("", "http://127.0.0.1:11434"),
+        ("0.0.0.0", "http://127.0.0.1:11434"),
+        (":8000", "http://127.0.0.1:8000"),
+        ("localhost:8000", "http://localhost:8000"),
+        ("http://gpu-box", "http://gpu-box:80"),
+        ("https://gpu-box/", "https://gpu-box:443"),
+        ("[::1]:8000", "http://[::1]:8000"),
+    ],
+)
+def test_where_ollama_is(given: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", given)
+    assert module.server() == url
+    monkeypatch.setattr(module.shutil, "which", lambda _: "/bin/ollama")
+    monkeypatch.setattr(module._local, "open", lambda *_, **__: nullcontext())
+    assert module._ollama_runs() == ("gpu-box" not in url)
+
+
+def test_an_ollama_that_does_not_answer_leaves_prompts_untested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise urllib.error.HTTPError("u", 500, "no such model", Headers(), None)
+
+    monkeypatch.setattr(module, "go_is_installed", lambda: False)
+    monkeypatch.setattr(module, "_ollama_runs", lambda: True)
+    monkeypatch.setattr(module, "_rendered_by_ollama", refuse)
+    own = renderer("chatml")
+    by, number, why = module._check(Pieces.of(own).go(), own, "", None, tmp_path)
+    assert (by, number) == (None, 0) and "did not answer" in why and "500" in why
+
+
+def test_names_that_ollama_takes() -> None:
+    assert [module._model_name(name) for name in ("runs/My run", "Ünsinn-7", "模型")] == ["my-run", "nsinn-7", "tuned"]
 
 
 def test_how_a_real_ollama_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,6 +205,7 @@ def export(
     type: str | None = None,
     adapter: bool = False,
     data: str | None = None,
+    measure: bool = True,
 ) -> Exported | Prepared:
     """A GGUF file for llama.cpp, or a folder for Ollama, compared with the adapter where llama.cpp is installed.
 
@@ -217,8 +218,8 @@ def export(
     if target not in ("gguf", "ollama") or (adapter and target == "ollama"):
         raise InputError(f"export: no {target}{' of an adapter' if adapter else ''}", fix="give gguf or ollama")
     if target == "gguf":
-        return export_gguf(str(run), Path(out), kind=type, adapter=adapter, data=data)
-    return export_ollama(str(run), Path(out), kind=type, data=data)
+        return export_gguf(str(run), Path(out), kind=type, adapter=adapter, data=data, measure=measure)
+    return export_ollama(str(run), Path(out), kind=type, data=data, measure=measure)
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,9 @@ Kind = Annotated[
     str | None,
     typer.Option("--type", help="f32, f16, bf16, q8_0 (the default); with llama.cpp: q6_k, q5_k_m, q4_k_m."),
 ]
+NoParity = Annotated[
+    bool, typer.Option("--no-parity", help="Do not measure the result: for a model too large to compute here.")
+]
 Data = Annotated[str | None, typer.Option("--data", help="Rows to measure on; default: the run's own.")]
 
 
@@ -65,9 +68,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="The new model folder.")],
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     data: Data = None,
-    no_parity: Annotated[
-        bool, typer.Option("--no-parity", help="Do not measure the result: for a model too large to compute here.")
-    ] = False,
+    no_parity: NoParity = False,
     as_json: Json = False,
 ) -> None:
     """Merge the adapter into its base, and measure that it is still the same model."""
@@ -88,12 +89,13 @@ def gguf(
         bool, typer.Option("--adapter", help="The LoRA adapter alone, for a base that is in GGUF already.")
     ] = False,
     data: Data = None,
+    no_parity: NoParity = False,
     as_json: Json = False,
 ) -> None:
     """One GGUF file for llama.cpp, and whether llama.cpp makes the same model of it."""
     from strop.exporting.gguf import export_gguf
 
-    exported = export_gguf(run, out, kind=kind, adapter=adapter, data=data)
+    exported = export_gguf(run, out, kind=kind, adapter=adapter, data=data, measure=not no_parity, say=console.print)
     _print_exported(exported)
     print_notes(exported.notes)
     console.print(f"[bold]exported[/] {exported.out}")
@@ -105,12 +107,13 @@ def ollama(
     out: Annotated[Path, typer.Option(help="The new folder.")],
     kind: Kind = None,
     data: Data = None,
+    no_parity: NoParity = False,
     as_json: Json = False,
 ) -> None:
     """A folder for `ollama create`: GGUF and Modelfile, and whether its prompts are the trained ones."""
     from strop.exporting.ollama import export_ollama
 
-    prepared = export_ollama(run, out, kind=kind, data=data)
+    prepared = export_ollama(run, out, kind=kind, data=data, measure=not no_parity, say=console.print)
     _print_exported(prepared.exported)
     if prepared.rendered_by is not None:
         console.print(f"[bold]prompts[/]  {prepared.prompts} of {prepared.prompts} equal ({prepared.rendered_by})")
@@ -122,12 +125,10 @@ def ollama(
 
 
 def _print_exported(exported: Exported) -> None:
-    from strop.exporting.gguf import UNMEASURED
-
     _print_base(exported.base, exported.base_losses)
     found = exported.found
     if found is None or found.parity is None:
-        console.print(f"[bold]parity[/]   {UNMEASURED}", style="yellow")
+        console.print(f"[bold]parity[/]   {exported.unmeasured}", style="yellow")
         return
     _print_parity(found.parity)
     console.print(

@@ -140,7 +140,8 @@ class Layout:
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if kind == "linear" else gguf.RopeScalingType.YARN)
             writer.add_rope_scaling_factor(rope["factor"])
         if kind == "yarn":
-            odd = {"attention_factor", "mscale", "mscale_all_dim", "truncate"} & {k for k, v in rope.items() if v}
+            odd = {"attention_factor", "mscale", "mscale_all_dim"} & {key for key, value in rope.items() if value}
+            odd |= {"truncate: false"} if not rope.get("truncate", True) else set()  # llama.cpp always rounds the range
             if odd:
                 self._refuse("rope scaling", f"yarn with {min(odd)}")
             writer.add_rope_scaling_orig_ctx_len(original)

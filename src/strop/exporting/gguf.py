@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ from strop.data.render import Renderer
 from strop.errors import FolderError, ModelError, ParityError, RecipeError
 from strop.exporting import llamacpp
 from strop.exporting.families import Layout
-from strop.exporting.merge import module_scales, rounded
+from strop.exporting.merge import check_measured, check_memory, module_scales, rounded
 from strop.exporting.tuned import Tuned
 from strop.exporting.verify import LIMITS, Findings, checking
 from strop.exporting.vocabulary import Vocabulary, vocabulary
+from strop.model.facts import safetensors_header
 from strop.model.load import load_config, weights_folder
 from strop.model.shards import Tensors
+from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import disk_faults, fsync_folder
 
 OWN_TYPES = {
@@ -42,11 +44,17 @@ OWN_TYPES = {
     "q8_0": (Stored.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
 UNMEASURED = f"not measured: llama.cpp is not installed ({llamacpp.INSTALL})"
+UNASKED = "not measured: --no-parity"
+Check = Callable[[Path, str, "Path | None"], Findings]
+Checks = AbstractContextManager["Check | None"]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """found: what llama.cpp made of the file; None where it is not installed. notes: what the user should know."""
+    """found: what llama.cpp made of the file; None where it was not asked: then unmeasured says why.
+
+    notes: what the user should know.
+    """
 
     out: Path
     files: list[str]
@@ -54,6 +62,7 @@ class Exported:
     base: str
     base_losses: dict[str, float]
     found: Findings | None
+    unmeasured: str | None
     vocabulary: Vocabulary
     renderer: Renderer
     notes: list[str]
@@ -63,19 +72,27 @@ class Exported:
         return {
             "out": str(self.out), "files": self.files, "type": self.kind, "base": self.base,
             "base_losses": self.base_losses, "parity": parity.as_json() if parity else None,
-            "not_measured": None if parity else UNMEASURED,
+            "not_measured": self.unmeasured,
             "text": self.found.as_json() if self.found else None, "notes": self.notes,
         }  # fmt: skip
 
 
 def export_gguf(
-    name: str, out: Path, *, kind: str | None = None, adapter: bool = False, data: str | None = None
+    name: str,
+    out: Path,
+    *,
+    kind: str | None = None,
+    adapter: bool = False,
+    data: str | None = None,
+    measure: bool = True,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Writes the tuned model of a run or adapter folder (or a plain model) as a GGUF file.
 
     kind: a type, by default q8_0. adapter: the LoRA adapter alone, in f32, for llama.cpp's --lora beside a base in
-    GGUF. data: rows to measure on; default: the run's own. Raises InputError before anything is written, ParityError
-    where llama.cpp makes another model of it.
+    GGUF. data: rows to measure on; default: the run's own. measure: False where there is no memory for it. say: told
+    what is about to be done. Raises InputError before anything is written, MemoryLimitError where the measurement would
+    not fit, ParityError where llama.cpp makes another model of it.
     """
     if adapter and kind not in (None, "f32"):
         raise RecipeError(f"--type {kind} --adapter: an adapter is stored in f32", fix="leave --type out")
@@ -86,16 +103,28 @@ def export_gguf(
         raise RecipeError(f"--type {kind}: made by llama.cpp's own quantizer", fix=f"{llamacpp.INSTALL}, or q8_0")
     if out.exists():
         raise FolderError(f"{out}: is there already", fix="give --out a new file")
-    tuned = Tuned.read(name, data, base="original" if adapter else None)
+    check_measured(data, measure)
+    unmeasured = UNASKED if not measure else None if llamacpp.is_installed() else UNMEASURED
+    if unmeasured is None or kind not in OWN_TYPES:
+        llamacpp.check_loads()
+    tuned = Tuned.read(name, data, base="original" if adapter else None, measure=measure)
     config = load_config(tuned.source)
     layout, renderer = Layout(config), Renderer(tuned.tokenizer)
     words = vocabulary(tuned.source, renderer, config.vocab_size)
     if adapter:
-        _check_adapter(tuned)
+        _check_adapter(tuned, renderer)
+    if tuned.folder is not None:
+        _check_places(tuned.folder, layout, Tensors(weights_folder(tuned.source)))
+    if unmeasured is None:
+        check_memory(tuned.source, 4 if kind == "f32" and not adapter else 2, say)
     out.parent.mkdir(parents=True, exist_ok=True)
     with disk_faults(out.parent), ExitStack() as stack:
         model = _Model(tuned, layout, words, Path(name).name, stack)
-        made, found = _make_adapter(model, renderer, out) if adapter else _make_model(model, renderer, out, kind)
+        say(f"writing {out}")
+        checks: Checks = nullcontext()
+        if unmeasured is None:
+            checks = checking(tuned, renderer, _words_of_base(tuned) if adapter else words)
+        made, found = _make_adapter(model, out, checks) if adapter else _make_model(model, out, kind, checks)
         with made.open("rb") as handle:
             os.fsync(handle.fileno())
         if out.exists():  # made by someone else meanwhile
@@ -110,49 +139,65 @@ def export_gguf(
     if found is not None and found.strings_differ:
         number = len(found.strings_differ)
         notes.append(f"{number} of 200 strings are cut otherwise in llama.cpp; no row and no prompt of the run is")
-    return Exported(out, [out.name], kind, tuned.base, tuned.base_losses, found, words, renderer, notes)
+    return Exported(out, [out.name], kind, tuned.base, tuned.base_losses, found, unmeasured, words, renderer, notes)
 
 
-def _make_model(model: _Model, renderer: Renderer, out: Path, kind: str) -> tuple[Path, Findings | None]:
-    made = model.temporary(out, kind)
-    if not llamacpp.is_installed():
-        model.write(made, kind)
-        return made, None
-    with checking(model.tuned, renderer, model.words) as check:
-        if kind in ("f32", "f16", "bf16"):
+def _make_model(model: _Model, out: Path, kind: str, checks: Checks) -> tuple[Path, Findings | None]:
+    made, own = model.temporary(out, kind), kind in OWN_TYPES
+    with checks as check:
+        if kind in ("f32", "f16", "bf16") or (own and check is None):
             model.write(made, kind)
         else:
             plain = model.temporary(out, "f16")
             model.write(plain, "f16")
-            check(plain, "f16", None)
-            if kind in OWN_TYPES:
+            if check is not None:
+                check(plain, "f16", None)
+            if own:
                 model.write(made, kind)
             else:
                 llamacpp.quantize(plain, made, kind)
-        return made, check(made, kind, None)
+        return made, None if check is None else check(made, kind, None)
 
 
-def _make_adapter(model: _Model, renderer: Renderer, out: Path) -> tuple[Path, Findings | None]:
+def _make_adapter(model: _Model, out: Path, checks: Checks) -> tuple[Path, Findings | None]:
     """The adapter, checked on the GGUF that the base came from, or else on the base in f16."""
     made = model.temporary(out, "lora")
     model.write_adapter(made)
-    if not llamacpp.is_installed():
-        return made, None
-    base, limit = model.tuned.source.path, "q8_0"  # llama.cpp rounds activations to 8 bits for quantized weights
-    if model.tuned.source.kind != "gguf":
-        base, limit = model.temporary(out, "base"), "f16"
-        model.write(base, "f16", merged=False)
-    with checking(model.tuned, renderer, model.words) as check:
+    with checks as check:
+        if check is None:
+            return made, None
+        base, limit = model.tuned.source.path, "q8_0"  # llama.cpp rounds activations to 8 bits for quantized weights
+        if model.tuned.source.kind != "gguf":
+            base, limit = model.temporary(out, "base"), "f16"
+            model.write(base, "f16", base=True)
         return made, check(base, limit, made)
 
 
-def _check_adapter(tuned: Tuned) -> None:
+def _words_of_base(tuned: Tuned) -> Vocabulary:
+    """The base's own: what a user's GGUF of it has, which an adapter file changes nothing of."""
+    renderer = Renderer(load_tokenizer(tuned.source))
+    return vocabulary(tuned.source, renderer, load_config(tuned.source).vocab_size)
+
+
+def _check_adapter(tuned: Tuned, renderer: Renderer) -> None:
     """Raises ModelError for an adapter that is more than plain LoRA matrices on the base as it is in GGUF."""
     if tuned.folder is None:
         raise ModelError("--adapter: no adapter there", fix="give a run or adapter folder")
-    odd = [key for key in _saved(tuned.folder) if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
+    odd = [key for key in _keys(tuned.folder) if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
     if odd:
         raise ModelError(f"--adapter: a LoRA GGUF has no place for {min(odd)}", fix="leave --adapter out: merge it")
+    if Renderer(load_tokenizer(tuned.source)).template_hash != renderer.template_hash:
+        what = "--adapter: trained with another chat template than its base's, and a LoRA GGUF brings none"
+        raise ModelError(what, fix="leave --adapter out: merge it")
+
+
+def _check_places(folder: Path, layout: Layout, tensors: Tensors) -> None:
+    """Raises ModelError for LoRA on a weight that is in no file of its own: a head that is tied to the embedding."""
+    for module in {key.rpartition(".lora_A.")[0] for key in _keys(folder)} - {""}:
+        weight = f"{module}.weight"
+        if weight not in tensors or layout.name(weight) is None:
+            what = f"{folder}: trains {module}, which has no weight of its own in GGUF (it is tied to another)"
+            raise ModelError(what, fix="serve the adapter on its base, or train without that module")
 
 
 class _Model:
@@ -171,8 +216,8 @@ class _Model:
         self._stack.callback(file.unlink, missing_ok=True)
         return file
 
-    def write(self, file: Path, kind: str, *, merged: bool = True) -> None:
-        """The whole model in one of OWN_TYPES. merged: with the adapter in it."""
+    def write(self, file: Path, kind: str, *, base: bool = False) -> None:
+        """The whole model in one of OWN_TYPES. base: without the adapter, and with the base's own vocabulary."""
         wanted, file_type = OWN_TYPES[kind]
         writer = gguf.GGUFWriter(file, self.layout.arch)
         writer.add_type(gguf.GGUFType.MODEL)
@@ -180,7 +225,7 @@ class _Model:
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         self.layout.describe(writer)
-        self.words.write(writer)
+        (_words_of_base(self.tuned) if base else self.words).write(writer)
         extra = dict(self.layout.extra_tensors())
         plan: list[tuple[str, str | None, Stored]] = []
         for name, weight in extra.items():
@@ -196,7 +241,7 @@ class _Model:
         _open(writer)
         for name, tensor, stored in plan:
             writer.write_tensor_data(
-                extra[name].numpy() if tensor is None else self._data(tensor, stored, merged=merged)
+                extra[name].numpy() if tensor is None else self._data(tensor, stored, merged=not base)
             )
         writer.close()
 
@@ -236,6 +281,11 @@ class _Model:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def _keys(folder: Path) -> list[str]:
+    """The names of an adapter's tensors, under the base's names."""
+    return [key.removeprefix("base_model.model.") for key in safetensors_header(folder / WEIGHTS_FILE)]
 
 
 def _saved(folder: Path) -> dict[str, Tensor]:

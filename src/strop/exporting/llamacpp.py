@@ -17,13 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from strop.data.conversation import Example
-from strop.errors import ParityError, RunError
+from strop.errors import InputError, ParityError, RunError
 
 INSTALL = "pip install llama-cpp-python"
 
 
 def is_installed() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
+
+
+def check_loads() -> None:
+    """Raises InputError where llama-cpp-python is installed and does not load."""
+    try:
+        import llama_cpp  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        what = f"llama-cpp-python is installed and does not load: {str(error).splitlines()[0][:300]}"
+        raise InputError(
+            what, fix=f"install it anew ({INSTALL} --force-reinstall --no-cache-dir), or remove it"
+        ) from None
 
 
 class LlamaCpp:
@@ -66,11 +77,11 @@ class LlamaCpp:
 
     @property
     def special(self) -> dict[str, int | bool]:
-        """bos, eos and eot ids as llama.cpp understood them, and whether it puts bos before a text."""
+        """bos and eos ids as llama.cpp understood them, and whether it puts bos before a text."""
         api, vocab = self._api, self._vocab
         return {
             "bos": int(api.llama_vocab_bos(vocab)), "eos": int(api.llama_vocab_eos(vocab)),
-            "eot": int(api.llama_vocab_eot(vocab)), "add_bos": bool(api.llama_vocab_get_add_bos(vocab)),
+            "add_bos": bool(api.llama_vocab_get_add_bos(vocab)),
         }  # fmt: skip
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:

@@ -100,12 +100,11 @@ def merge(
         raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
     check_base(folder, source)
     check_weights(folder)
-    if data is not None and not measure:
-        raise RecipeError("--data: names rows to measure on, and --no-parity measures nothing", fix="leave one out")
+    check_measured(data, measure)
     trained = Trained.read(folder)
     base, losses = "original" if trained.scheme == "none" else "dequantized", dict[str, float]()
     if measure:
-        _check_memory(source, dtype, say)
+        check_memory(source, DTYPES[dtype].itemsize, say)
         examples = rows_to_measure(name, folder, source, data)
         base, losses = better_base(source, folder, trained, examples)
     if base == "original":
@@ -123,6 +122,11 @@ def merge(
         made.replace(out)
         fsync_folder(out.parent)
     return Merged(out, sorted(file.name for file in out.iterdir()), base, losses, parity)
+
+
+def check_measured(data: str | None, measure: bool) -> None:
+    if data is not None and not measure:
+        raise RecipeError("--data: names rows to measure on, and --no-parity measures nothing", fix="leave one out")
 
 
 @dataclass(frozen=True)
@@ -149,17 +153,17 @@ class Trained:
         return unpack(pack(weight, self.scheme, double=self.double), self.scheme, weight.shape, self.dtype)
 
 
-def _check_memory(source: Source, dtype: str, say: Callable[[str], None]) -> None:
-    """Raises MemoryLimitError where there is no memory to compute the model for the measurement."""
-    bare, widest = skeleton(source), max(stored_dtype(source).itemsize, DTYPES[dtype].itemsize)
+def check_memory(source: Source, element: int, say: Callable[[str], None]) -> None:
+    """Raises MemoryLimitError where there is no memory to measure what is made, of `element` bytes a weight."""
+    bare, widest = skeleton(source), max(stored_dtype(source).itemsize, element)
     parameters = sum(weight.numel() for weight in bare.parameters())
     embedding = bare.get_input_embeddings()  # type: ignore[operator]
     parts = measuring_bytes(parameters, embedding.num_embeddings, embedding.embedding_dim, element=widest)
     needed, free = sum(parts), probe().free_bytes
     say(f"measuring takes about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free")
     if needed > free:
-        what = f"measuring the merged model takes {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
-        raise MemoryLimitError(what, fix="free some memory, or merge without measuring: --no-parity")
+        what = f"measuring takes {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
+        raise MemoryLimitError(what, fix="free some memory, or leave the measurement out: --no-parity")
 
 
 def rows_to_measure(name: str, folder: Path, source: Source, data: str | None) -> list[Example]:

@@ -6,33 +6,35 @@ neither is, the result says that it is untested.
 
 from __future__ import annotations
 
+import http.client
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import urllib.request
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from strop.adapters import adapter_folder, read_identity
+from strop.adapters import adapter_folder, base_source, read_identity, with_tokenizer
 from strop.data.conversation import Message
 from strop.data.render import Renderer
 from strop.errors import FolderError, ParityError
 from strop.exporting.gguf import Exported, export_gguf
 from strop.exporting.gotemplate import Pieces, go_is_installed, rendered_by_go, trims
 from strop.exporting.strings import conversations
-from strop.model.facts import Source, locate
+from strop.model.facts import locate
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import new_folder
 
 MODEL_FILE, MODELFILE = "model.gguf", "Modelfile"
 CONTEXT = 4096  # Ollama's own default is smaller, and cuts prompts without a word
-SERVER = "http://127.0.0.1:11434"
 _local = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-UNTESTED = "untested: neither a running ollama nor a Go toolchain is here"
+NOBODY = "neither a running ollama nor a Go toolchain is here"
 
 
 @dataclass(frozen=True)
@@ -54,23 +56,31 @@ class Prepared:
         }  # fmt: skip
 
 
-def export_ollama(name: str, out: Path, *, kind: str | None = None, data: str | None = None) -> Prepared:
-    """Makes the folder `out` for `ollama create`. kind, data: as in export_gguf, whose errors it raises.
+def export_ollama(
+    name: str,
+    out: Path,
+    *,
+    kind: str | None = None,
+    data: str | None = None,
+    measure: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> Prepared:
+    """Makes the folder `out` for `ollama create`. The rest: as in export_gguf, whose errors it raises.
 
     Raises ModelError for a chat template that Ollama's cannot express, before any weights are read.
     """
     if out.exists():
         raise FolderError(f"{out}: is there already", fix="give --out a new folder")
     folder = adapter_folder(name)
-    renderer = Renderer(load_tokenizer(locate(name) if folder is None else Source(name, "folder", folder)))
+    renderer = Renderer(load_tokenizer(locate(name) if folder is None else with_tokenizer(folder, base_source(folder))))
     pieces = Pieces.of(renderer)
     system = read_identity(folder).get("system") if folder is not None else None
     with new_folder(out) as temp:
-        exported = export_gguf(name, temp / MODEL_FILE, kind=kind, data=data)
+        exported = export_gguf(name, temp / MODEL_FILE, kind=kind, data=data, measure=measure, say=say)
         bos = str(renderer.tokenizer.bos_token or "") if exported.vocabulary.add_bos else ""
         template = pieces.without_bos(bos).go()
         (temp / MODELFILE).write_text(modelfile(template, renderer, system), encoding="utf-8")
-        rendered_by, prompts = _check(template, renderer, bos, system, temp)
+        rendered_by, prompts, why_not = _check(template, renderer, bos, system, temp)
     notes = list(exported.notes)
     if trims(renderer):
         notes.append("the trained template strips white space around a message, which Ollama's cannot: send none")
@@ -79,7 +89,7 @@ def export_ollama(name: str, out: Path, *, kind: str | None = None, data: str | 
     if system is not None and '"""' in system:
         notes.append("the system prompt of the training rows holds three quotes, which a Modelfile cannot: send it")
     if rendered_by is None:
-        notes.append(UNTESTED)
+        notes.append(f"Ollama's prompts are untested: {why_not}")
     commands = [
         f"ollama create {_model_name(name)} -f {shlex.quote(str(out / MODELFILE))}",
         f"ollama run {_model_name(name)}",
@@ -97,29 +107,50 @@ def modelfile(template: str, renderer: Renderer, system: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _check(template: str, renderer: Renderer, bos: str, system: str | None, folder: Path) -> tuple[str | None, int]:
-    """(by what the ten prompts were rendered, how many). Raises ParityError where one is not the trained one."""
+def _check(
+    template: str, renderer: Renderer, bos: str, system: str | None, folder: Path
+) -> tuple[str | None, int, str]:
+    """(by what the ten prompts were rendered, how many, else why they were not).
+
+    Raises ParityError where one is not the trained one.
+    """
     asked = conversations(renderer.supports_system)
-    by, told = "ollama", _rendered_by_ollama(folder, asked) if _ollama_runs() else None
+    by, told, why_not = "ollama", None, NOBODY
+    if _ollama_runs():
+        try:
+            told, why_not = _rendered_by_ollama(folder, asked), "this ollama is too old to show them"
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            why_not = f"ollama did not answer: {error}"
     if told is None and go_is_installed():
         by, told = "go", rendered_by_go(template, asked)
     if told is None:
-        return None, 0
+        return None, 0, why_not
     for messages, prompt in zip(asked, told, strict=True):
         adds = by == "ollama" and system is not None and messages[0].role != "system"  # the Modelfile's own
         trained = renderer.chat.prompt([Message("system", str(system)), *messages] if adds else messages).text
         if bos + prompt != trained:
             raise ParityError(f"Ollama's prompt is {prompt!r}, trained with {trained!r}", fix="please report it")
-    return by, len(told)
+    return by, len(told), ""
+
+
+def server() -> str:
+    """The URL of the user's Ollama: OLLAMA_HOST, read as its own client reads it."""
+    given = os.environ.get("OLLAMA_HOST", "").strip(" \"'")
+    parts = urlsplit(given if "://" in given else f"//{given}")
+    default = {"http": 80, "https": 443}.get(parts.scheme, 11434)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname or "0.0.0.0", parts.hostname)
+    shown = f"[{host}]" if ":" in str(host) else host
+    return f"{'https' if parts.scheme == 'https' else 'http'}://{shown}:{parts.port or default}"
 
 
 def _ollama_runs() -> bool:
-    if shutil.which("ollama") is None:
-        return False
+    """On this machine: no other is sent a model without being asked to."""
     try:
-        with _local.open(f"{SERVER}/api/version", timeout=2):
+        if shutil.which("ollama") is None or urlsplit(server()).hostname not in ("127.0.0.1", "::1", "localhost"):
+            return False
+        with _local.open(f"{server()}/api/version", timeout=2):
             return True
-    except OSError:
+    except (OSError, http.client.HTTPException, ValueError):
         return False
 
 
@@ -146,7 +177,7 @@ def _ask(name: str, messages: Sequence[Message]) -> str | None:
     """What Ollama would send to the model (its debug option renders only)."""
     said = [{"role": message.role, "content": message.content} for message in messages]
     body = json.dumps({"model": name, "messages": said, "stream": False, "_debug_render_only": True}).encode()
-    request = urllib.request.Request(f"{SERVER}/api/chat", body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(f"{server()}/api/chat", body, {"Content-Type": "application/json"})
     with _local.open(request, timeout=300) as answer:
         told = json.load(answer)
     prompt: str | None = told.get("_debug_info", {}).get("rendered_template")
@@ -155,5 +186,6 @@ def _ask(name: str, messages: Sequence[Message]) -> str | None:
 
 def _model_name(name: str) -> str:
     """A name that Ollama takes, from the run's."""
-    kept = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in Path(name).name.lower())
+    plain = (sign if sign.isascii() and (sign.isalnum() or sign in "-_.") else "-" for sign in Path(name).name.lower())
+    kept = "".join(plain)
     return kept.strip("-_.") or "tuned"

@@ -44,9 +44,9 @@ class Tuned:
     examples: list[Example]
 
     @staticmethod
-    def read(name: str, data: str | None, *, base: str | None = None) -> Tuned:
+    def read(name: str, data: str | None, *, base: str | None = None, measure: bool = True) -> Tuned:
         """Of a run or adapter folder, or a model. data: rows to measure on; default: the run's own. base: original,
-        where the adapter will lie on that; default: the better one.
+        where the adapter will lie on that; default: the better one, or, without measuring, what it was trained on.
 
         Raises InputError for what cannot be merged or measured.
         """
@@ -55,17 +55,18 @@ class Tuned:
         if prequantized(source.config()):
             raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
         if folder is None:
-            rows = rows_to_measure(name, head_folder(source), source, data)
+            rows = rows_to_measure(name, head_folder(source), source, data) if measure else []
             return Tuned(source, None, Trained("none", True, torch.float32), "original", {}, rows)
         if new_rows(read_adapter_config(folder)):
             what = f"{name}: brings tokens that its base does not have"
             raise ModelError(what, fix="run `strop merge` on it, and export the merged folder")
         check_base(folder, source)
         check_weights(folder)
-        trained, rows = Trained.read(folder), rows_to_measure(name, folder, source, data)
-        losses: dict[str, float] = {}
-        if base is None:
+        trained, losses = Trained.read(folder), dict[str, float]()
+        rows = rows_to_measure(name, folder, source, data) if measure else []
+        if base is None and measure:
             base, losses = better_base(source, folder, trained, rows)
+        base = base or ("original" if trained.scheme == "none" else "dequantized")
         trained = replace(trained, scheme="none") if base == "original" else trained
         return Tuned(source, folder, trained, base, losses, rows)
 

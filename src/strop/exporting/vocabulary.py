@@ -121,6 +121,8 @@ def _rebuilt(tokenizer: Any, renderer: Renderer, size: int) -> dict[str, Any]:
     sentencepiece = bool(model["byte_fallback"])
     if sentencepiece and model.get("ignore_merges"):
         raise ModelError("GGUF: llama.cpp has no SentencePiece tokenizer that keeps known words", fix="use strop merge")
+    if sentencepiece:
+        _check_blanks(state)
     texts, kinds = [f"[PAD{n}]" for n in range(size)], [gguf.TokenType.UNUSED] * size
     for text, token in pieces.items():
         texts[token], kinds[token] = text, gguf.TokenType.NORMAL
@@ -162,12 +164,32 @@ def pre_tokenizer(state: dict[str, Any]) -> str:
     key = (described, bool(level.get("use_regex", True)), bool(state["model"].get("ignore_merges", False)))
     known = level.get("type") == "ByteLevel" and not level.get("add_prefix_space") and key in PRE_TOKENIZERS
     if not known or (state["normalizer"] or {"type": "NFC"})["type"] != "NFC":
-        raise ModelError(
-            "GGUF: llama.cpp knows no such pre-tokenizer, or strop does not know its name for it: "
-            f"{json.dumps([state['normalizer'], found], ensure_ascii=False)[:300]}",
-            fix="use strop merge, or please report the model's name",
-        )
+        raise _unknown(state["normalizer"], found)
     return PRE_TOKENIZERS[key]
+
+
+def _check_blanks(state: dict[str, Any]) -> None:
+    """Raises ModelError where a SentencePiece tokenizer does more to a text than to make its blanks ▁ (Llama 2, Phi 3
+    and Gemma in their normalizer, Mistral by Metaspace): llama.cpp has nothing else."""
+    normalizer, pre = state["normalizer"] or {}, state["pre_tokenizer"] or {}
+    steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer] if normalizer else []
+    blanks = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    others = [step for step in steps if step != blanks]
+    if blanks in steps:  # a split at blanks comes too late then: there are none
+        known = not pre or (pre["type"] == "Split" and pre["pattern"] == {"String": " "} and not pre["invert"])
+        known = known and others in ([], [{"type": "Prepend", "prepend": "▁"}])
+    else:
+        known = not steps and pre.get("type") == "Metaspace" and pre["replacement"] == "▁" and not pre["split"]
+    if not known:
+        raise _unknown(normalizer, pre)
+
+
+def _unknown(normalizer: Any, pre_tokenizer: Any) -> ModelError:
+    return ModelError(
+        "GGUF: llama.cpp knows no such pre-tokenizer, or strop does not know its name for it: "
+        f"{json.dumps([normalizer, pre_tokenizer], ensure_ascii=False)[:300]}",
+        fix="use strop merge, or please report the model's name",
+    )
 
 
 def _step(step: dict[str, Any]) -> str:
