@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from strop.engine import eager
-from strop.engine.attention import Attention, Heads, sdpa
+from strop.engine.attention import Attention, Heads, on_card, sdpa
 from strop.engine.functions import Frozen, Glu, LoraLinear, Norm, RmsNorm
 from strop.engine.head import SupervisedLoss
-from strop.engine.packed import Documents
+from strop.engine.packed import Documents, Varlen
 
 OPS: Any = eager
 
@@ -145,3 +147,49 @@ def test_attention_gradcheck(softcap: float) -> None:
     layout = documents_of(3, (0, 3, 0))
     cos, sin = rand(3, 2).cos(), rand(3, 2).sin()
     check(lambda qkv: Attention.apply(qkv, heads(0, False, softcap=softcap), cos, sin, layout), rand(3, 16, grad=True))
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_documents_of_any_lengths_as_a_card_takes_them(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is handed to flash attention, whose part is played by its definition: the last query sees the last key."""
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, cut: Varlen, heads: Heads) -> Tensor:
+        out = []
+        query_ends, key_ends = cut.query_ends.tolist(), cut.key_ends.tolist()
+        for (begin, end), (first, last) in zip(pairwise(query_ends), pairwise(key_ends), strict=True):
+            n, m = end - begin, last - first
+            assert n <= cut.longest_query and m <= cut.longest_key
+            mask = ~eager.hidden(n, m, m - n, heads.window, q.device)
+            keys, values = (x[first:last].repeat_interleave(heads.group, 1).transpose(0, 1) for x in (k, v))
+            own = q[begin:end].transpose(0, 1)
+            out.append(F.scaled_dot_product_attention(own, keys, values, mask, scale=heads.scale).transpose(0, 1))
+        return torch.cat(out)
+
+    monkeypatch.setattr("strop.engine.attention.varlen_kernel", lambda like: varlen)
+    torch.manual_seed(0)
+    shape, cos, sin = heads(window, True, 1), rand(8, 2).cos(), rand(8, 2).sin()
+    qkv = rand(8, 16, grad=True)
+    for spans in ([(2, 3, 2), (5, 2, 2), (7, 1, 2), (0, 2, 0)], [(0, 5, 0), (5, 3, 0)]):
+        documents = documents_of(8, *spans)
+        found, expected = (way(qkv, shape, cos, sin, documents) for way in (on_card, Attention.apply))
+        torch.testing.assert_close(found, expected)
+        upstream = rand(*expected.shape)
+        one, other = (torch.autograd.grad(out, qkv, upstream)[0] for out in (found, expected))
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's compiler about its own parts
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles with g++ on a CPU")
+def test_compiled_operations_equal_plain_ones() -> None:
+    """As cards have them, compiled for the CPU here; other lengths are not compiled anew."""
+    from strop.engine import fused
+
+    for tokens in (5, 9):
+        x, weight, grad = torch.randn(tokens, 16), torch.randn(16), torch.randn(tokens, 16)
+        arguments = (grad, x, weight, 1e-5, 1.0)
+        torch.testing.assert_close(fused.rms_norm_backward(*arguments), eager.rms_norm_backward(*arguments))
+        labels, weights, made = torch.arange(tokens), torch.rand(tokens), torch.randn(tokens, 40)
+        expected = made.clone()
+        loss = fused.cross_entropy_(made, labels, weights, 0.0, True)
+        torch.testing.assert_close(loss, eager.cross_entropy_(expected, labels, weights, 0.0, True))
+        torch.testing.assert_close(made, expected)

@@ -59,6 +59,20 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Varlen:
+    """Documents as flash attention takes them: where each one's queries and keys end, from 0, int32.
+
+    keys: the packed row of each key, document after document; None where it is each row once.
+    """
+
+    query_ends: Tensor
+    key_ends: Tensor
+    longest_query: int
+    longest_key: int
+    keys: Tensor | None
+
+
+@dataclass(frozen=True)
 class Documents:
     """Which packed rows belong together. spans (D, 3): a document's first row, its rows, and the rows of the prefix
     that it sees as well (rows 0 and on); a prefix is a document too. tokens: of all."""
@@ -75,6 +89,21 @@ class Documents:
             starts, lengths, _ = self.spans[self.spans[:, 2] == prefix].T.tolist()
             parts += _buckets(starts, lengths, prefix)
         return lay_out(parts, self.tokens, self.device)
+
+    @cached_property
+    def varlen(self) -> Varlen:
+        """Made once a micro-batch, on the host."""
+        spans = self.spans[np.argsort(self.spans[:, 0], kind="stable")]
+        own, prefix = spans[:, 1], spans[:, 2]
+
+        def ends(lengths: np.typing.NDArray[np.int64]) -> Tensor:
+            return _tensor(np.concatenate([[0], np.cumsum(lengths)]), self.device).int()
+
+        keys = None
+        if prefix.any():
+            parts = [rows for s, n, p in spans for rows in (np.arange(p), np.arange(s, s + n))]
+            keys = _tensor(np.concatenate(parts), self.device)
+        return Varlen(ends(own), ends(own + prefix), int(own.max()), int((own + prefix).max()), keys)
 
     def shapes(self, *, in_buckets: bool) -> tuple[tuple[int, int, int], ...]:
         """(number, queries, keys) of the documents of each shape; in_buckets: as `layout` pads them."""

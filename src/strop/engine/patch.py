@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from strop.engine import eager
-from strop.engine.attention import Attention, Heads, TileAttention, sdpa
+from strop.engine.attention import Attention, Heads, TileAttention, on_card
 from strop.engine.functions import Frozen, Glu, LoraLinear, Norm, Ops, RmsNorm, apply
 from strop.engine.head import SupervisedLoss
 from strop.engine.packed import Packed, pack
@@ -122,7 +122,7 @@ def _unsupported_base(base: Any, family: Family) -> str | None:
 
 
 def ops_for(device: torch.device, dtype: torch.dtype, warm: bool) -> Ops:
-    """numba's loops where they apply, else PyTorch's operations: the same numbers, slower."""
+    """numba's loops on a CPU, PyTorch's compiled kernels on a card, else its plain operations: the same numbers."""
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         from strop.engine import kernels  # its import starts threads
         from strop.engine.warm import compile_once
@@ -131,6 +131,10 @@ def ops_for(device: torch.device, dtype: torch.dtype, warm: bool) -> Ops:
             compile_once(dtype, kernels.cache_folder())
 
         return cast(Ops, kernels)
+    if device.type == "cuda":
+        from strop.engine import fused
+
+        return cast(Ops, fused if fused.available() else eager)
     return cast(Ops, eager)
 
 
@@ -287,7 +291,8 @@ class FastLoss:
         self._softcap = float(getattr(base.config, "final_logit_softcapping", None) or 0)
         self._device: torch.device = self._head.weight.device
         self._ops = ops_for(self._device, self._head.weight.dtype, warm)
-        self._machine = probe()
+        bf16_on_cpu = self._device.type == "cpu" and self._head.weight.dtype == torch.bfloat16
+        self._machine = probe() if bf16_on_cpu else None
         self._config, self._family = base.config, FAMILIES[base.config.model_type]
         self._norm = self._norm_of(base.model.norm, self._family)
         self.exchange(lambda: None)
@@ -337,7 +342,7 @@ class FastLoss:
         if qkv.device.type == "cpu":
             mixed = apply(TileAttention if layer.heads.tiled else Attention, *shape)
         else:
-            mixed = sdpa(*shape)
+            mixed = on_card(*shape)
         if rows is not None:
             mixed, hidden = mixed[rows], hidden[rows]
         mixed = layer.o(mixed)
@@ -367,7 +372,6 @@ class FastLoss:
         attention = layer.self_attn
         qkv, o, gate_up, down = _linears(layer, family)
         softcap, size = float(getattr(attention, "attn_logit_softcapping", None) or 0), attention.head_dim
-        weight = self._head.weight
         heads = Heads(
             self._ops,
             query=config.num_attention_heads,
@@ -379,7 +383,7 @@ class FastLoss:
             softcap=softcap,
             q_norm=norm(attention, "q_norm"),
             k_norm=norm(attention, "k_norm"),
-            tiled=self._ops is not eager and weight.dtype == torch.bfloat16 and self._machine.has_tiles(size, softcap),
+            tiled=self._machine is not None and self._machine.has_tiles(size, softcap),
         )
         by_type = isinstance(getattr(self._decoder.rotary_emb, "rope_type", None), dict)
         return Layer(
