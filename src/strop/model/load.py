@@ -111,6 +111,18 @@ def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
     return model
 
 
+def copies_to_make(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> tuple[bool, bool]:
+    """Whether loading will write a 16-bit copy of the weights (of a GGUF file), and a quantized one, into the cache."""
+    packed = scheme != "none" and not is_whole(_quantized_folder(source, scheme, double, dtype))
+    packed = packed and prequantized(source.config()) is None
+    return source.kind == "gguf" and not _is_made(_bf16_folder(source)) and (packed or scheme == "none"), packed
+
+
+def _quantized_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> Path:
+    kept = cache_folder() / "quantized" / fingerprint(source)[:24]
+    return kept / folder_name(scheme, double, str(dtype).removeprefix("torch."))
+
+
 def _quantized(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> Path:
     """The folder with the quantized weights: the source itself, or one in the cache that is made on first use."""
     already = prequantized(source.config())
@@ -118,8 +130,7 @@ def _quantized(source: Source, scheme: str, double: bool, dtype: torch.dtype) ->
         return source.path
     if already is not None:
         raise ModelError(f"{source.name}: its weights are {already} already", fix=f"use --model.quantization {already}")
-    kept = cache_folder() / "quantized" / fingerprint(source)[:24]
-    folder = kept / folder_name(scheme, double, str(dtype).removeprefix("torch."))
+    folder = _quantized_folder(source, scheme, double, dtype)
     if not is_whole(folder):
         full = Source(source.name, "folder", weights_folder(source))
         quantize_folder(full, skeleton(source), folder, scheme, double, dtype)
@@ -131,11 +142,19 @@ def _from_config(config: Any) -> nn.Module:
     return model
 
 
+def _bf16_folder(source: Source) -> Path:
+    return gguf_cache(source) / "bf16"
+
+
+def _is_made(folder: Path) -> bool:
+    return (folder / "model.safetensors").is_file() or is_whole(folder)
+
+
 def _dequantized(source: Source) -> Path:
     """The GGUF file as a folder of bf16 safetensors, made on first use and kept in the cache: tensor by tensor, or, of
     other families, by transformers, which has the whole model in memory."""
-    folder = gguf_cache(source) / "bf16"
-    if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
+    folder = _bf16_folder(source)
+    if not _is_made(folder):
         bare = skeleton(source)
         tensors = read_tensors(source.path, bare, bare.config)
         with new_folder(folder) as temp:

@@ -156,10 +156,14 @@ def _most(fits: Any, limit: int = LONGEST) -> int:
 
 
 def _disk_bytes(recipe: Recipe, setting: Setting) -> int:
-    """Checkpoints that are kept, the best and one being written; the adapter; a quantized copy of the base."""
+    """Checkpoints that are kept, the best and one being written; the adapter; a quantized copy of the base, and the
+    16-bit one that a GGUF file is made into."""
     trained = setting.adapter_weights
     base = setting.but(resident_layers=0)
-    packed = weight_bytes(base) + constant_bytes(base) if setting.scheme != "none" else 0
+    quantized = setting.scheme != "none" and setting.shape.prequantized is None
+    packed = weight_bytes(base) + constant_bytes(base) if quantized else 0
+    name = recipe.model.name
+    packed += 2 * setting.parameters if name.endswith(".gguf") or name.startswith(("demo", "gguf:")) else 0
     return (recipe.train.keep_checkpoints + 2) * CHECKPOINT_BYTES * trained + 4 * trained + packed
 
 

@@ -99,7 +99,8 @@ def _attention_flops(dtype: torch.dtype) -> float:
 
     sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 1}
     shape = ModelShape.of({"model_type": "llama", "num_hidden_layers": 1, **sizes})
-    setting, batch = Setting(shape, 0, tiles=tiled), MicroBatch.rows([length] * documents)
+    none = (0,) * len(shape.linears)
+    setting, batch = Setting(shape, 0, ranks=none, tiles=tiled), MicroBatch.rows([length] * documents)
     return flops(setting, batch).attention / _fastest(work, 4)
 
 

@@ -18,12 +18,13 @@ from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import TROUBLES, FolderError, ModelError
 from strop.machine.probe import Machine, probe
 from strop.model.facts import Source, fingerprint, locate
-from strop.model.load import load_config, skeleton
+from strop.model.load import DTYPES, copies_to_make, load_config, skeleton
 from strop.model.lora import check_lora, linear_kinds, num_trainable
 from strop.model.shape import LinearShape, ModelShape, prequantized
 from strop.model.tokenizer import load_tokenizer
 from strop.planning.choose import choose, memory_key
-from strop.planning.memory import CUDA_CONTEXT_BYTES
+from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
+from strop.planning.setting import Setting
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
 from strop.training import state as checkpoints
@@ -79,7 +80,12 @@ def set_up(resolved: Resolved, memory: int | None = None) -> Setup:
 
 def check_space(folder: RunFolder, setup: Setup) -> None:
     """Raises FolderError where the disk has no room for the run's checkpoints (one more than are kept, and the best)
-    and its adapter."""
+    and its adapter, or the cache's for the copies that loading makes of the base."""
+    copies = _copies_bytes(setup)
+    if copies and free_bytes(cache_folder()) < copies:
+        free = free_bytes(cache_folder()) / 1e6
+        what = f"{cache_folder()}: copies of the base need {copies / 1e6:,.0f} MB of disk, {free:,.0f} MB are free"
+        raise FolderError(what, fix=f"free some space, or set STROP_CACHE to another disk; see {TROUBLES}#disk")
     checkpoint = checkpoints.size_bytes(setup.num_weights)
     needed = (setup.resolved.recipe.train.keep_checkpoints + 2) * checkpoint + 4 * setup.num_weights + (16 << 20)
     free = free_bytes(folder.path)
@@ -89,6 +95,15 @@ def check_space(folder: RunFolder, setup: Setup) -> None:
             what,
             fix=f"free some space, give --out another disk, or lower --train.keep_checkpoints; see {TROUBLES}#disk",
         )
+
+
+def _copies_bytes(setup: Setup) -> int:
+    recipe = setup.resolved.recipe
+    model = recipe.model
+    how = (model.quantization, model.double_quantization, DTYPES[model.dtype])
+    half, packed = copies_to_make(setup.source, *how)
+    setting = Setting.of(recipe, setup.shape, setup.parameters).but(resident_layers=0)
+    return 2 * setup.parameters * half + (weight_bytes(setting) + constant_bytes(setting)) * packed
 
 
 def _look(recipe: Recipe, memory: int | None) -> Machine:
