@@ -59,6 +59,12 @@ def test_as_many_layers_are_resident_as_fit() -> None:
     assert plan(60).recipe.model.resident_layers is None
 
 
+def test_resident_layers_of_a_base_in_16_bit_are_refused() -> None:
+    with pytest.raises(RecipeError, match="16 bit"):
+        plan(60, **{"model.resident_layers": 3})
+    assert plan(12, **{"model.resident_layers": 3}).recipe.model.resident_layers == 3  # nf4 by the plan
+
+
 def test_streamed_weights_leave_room_for_activations() -> None:
     """At 14 GiB the 16-bit weights alone would ask for checkpointing, and more."""
     streamed = plan(14, **{"model.quantization": "nf4"}).recipe

@@ -24,7 +24,7 @@ from strop.model.facts import locate
 from strop.model.load import load_base, skeleton
 from strop.model.lora import add_lora, trainable
 from strop.model.quantize import QuantizedLinear, make_resident, pack, quantizable
-from strop.model.shape import prequantized
+from strop.model.shape import peek, prequantized
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder
 from strop.training import state as checkpoints
@@ -294,6 +294,8 @@ def test_a_run_on_a_quantized_base_and_its_answers(
             model=str(tiny_folder), data=str(rows_file), out=out, train={"max_steps": 4}, lora={"r": 4},
             **{"model.quantization": scheme, "model.resident_layers": resident, "model.dtype": "fp32"},
         )  # fmt: skip
+        (start,) = [e for e in read_events(out / "events.jsonl") if e["event"] == "start"]
+        assert start["parameters"]["all"] == peek(str(tiny_folder)).parameters  # numbers, not bytes they are packed in
         losses[resident] = [e["loss"] for e in read_events(out / "events.jsonl") if e["event"] == "step"]
     assert losses[0] == losses[2] and losses[0][-1] < losses[0][0]
     prompt = torch.arange(5, 25)[None]

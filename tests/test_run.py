@@ -493,6 +493,10 @@ def test_runs_and_print_recipe(trained: Path, tiny_folder: Path, capsys: pytest.
     assert code == 0 and json.loads(out)["runs"] == [{"run": str(trained), "finished": True, "step": 6}]
     code, out, _ = run("train", "--model", tiny_folder, "--data", "x.jsonl", "--print-recipe", capsys=capsys)
     assert code == 0
+    words = ["train", "--model", tiny_folder, "--data", "x.jsonl", "--print-recipe", "--json"]
+    said = json.loads(run(*words, capsys=capsys)[1])
+    assert said["recipe"]["lora"]["r"] == 16
+    assert {"field": "lora.alpha", "value": 32.0, "origin": "plan", "why": "2 r"} in said["choices"]
     assert "r: 16  # default" in out and "alpha: 32.0  # plan: 2 r" in out and "train: x.jsonl  # option" in out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,12 @@ def train(
     if print_recipe:
         from strop.training.setup import preview
 
-        print(preview(resolved, memory=limit_bytes(memory)).as_yaml(), end="")
+        complete = preview(resolved, memory=limit_bytes(memory))
+        if as_json:
+            choices = [asdict(choice) for choice in complete.choices.values()]
+            print_json({"recipe": complete.recipe.model_dump(), "choices": choices}, as_json)
+        else:
+            print(complete.as_yaml(), end="")
         return
     from strop.training.run import train as run_training
 

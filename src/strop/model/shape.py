@@ -196,7 +196,7 @@ def _rope(config: Mapping[str, Any]) -> str:
 def _experts(config: Mapping[str, Any]) -> int:
     section = {**config, **(config.get("ffn_config") or {})}
     names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    return max([1, *(section[name] for name in names if isinstance(section.get(name), int))])
+    return max(1, *(int(section.get(name) or 1) for name in names))
 
 
 def _getter(config: Mapping[str, Any], family: str) -> Any:

@@ -46,7 +46,8 @@ def choose(
 
     adapter: adapter_config.json of `model.adapter`, whose shape the recipe then takes. parameters: of the model, where
     its files say more than its config.
-    Raises ModelError where an option asks for another shape than the adapter to start from has.
+    Raises ModelError where an option asks for another shape than the adapter to start from has, RecipeError for options
+    that do not go together.
     """
     recipe = resolved.recipe
     if adapter is not None:
@@ -72,6 +73,12 @@ def choose(
     resolved = resolved.decide(_tokens(resolved.recipe))
     for decide in (_narrower, _quantization, _smaller_micro_batch, _last_resorts, _resident, _checkpointing):
         resolved = resolved.decide(decide(resolved, room))
+    model = resolved.recipe.model
+    if model.quantization == "none" and model.resident_layers is not None:
+        raise RecipeError(
+            f"--model.resident_layers {model.resident_layers}: the base is in 16 bit, where no layer is dequantized",
+            fix="leave it out, or give --model.quantization nf4",
+        )
     known = recall(memory_key(resolved.recipe, machine, shape))
     if known.get("streamed") and resolved.choices["model.resident_layers"].origin == "plan":
         why = "an earlier run of this shape ran out of memory here with more"

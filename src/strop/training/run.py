@@ -210,8 +210,8 @@ def _restore(job: Job, changed: Sequence[Difference]) -> None:
 
 
 def _announce(job: Job, setup: Setup) -> None:
-    whole = sum(weight.numel() for weight in job.model.parameters())
-    numbers = {"trainable": sum(weight.numel() for weight in job.state.weights.values()), "all": whole}
+    trained = sum(weight.numel() for weight in job.state.weights.values())
+    numbers = {"trainable": trained, "all": setup.parameters}  # of the base, as `strop plan` counts
     step, at = job.step, job.state.progress.step
     job.log.emit("start", steps=_total(job), step=at, engine=step.name, why=step.why, parameters=numbers)
 
