@@ -13,11 +13,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import h11
 from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from strop.serve.metrics import Metrics
 from strop.serve.protocol import error_body
 
+HEAD_SECONDS = 15.0  # from a connection's start, or its last answer, to the end of a request's headers
 BODY_SECONDS = 30.0  # a request must have arrived by then
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
@@ -41,6 +44,39 @@ class Rules:
     hosts: Collection[str]
     key: str | None
     max_body_bytes: int
+
+
+class Door(H11Protocol):
+    """Closes connections that bring no whole head of a request in time: a few hundred would lock everyone out."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_watching()
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE:  # their request is here, or they are gone
+            self._stop_watching()
+        elif self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop_watching(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class Guard:

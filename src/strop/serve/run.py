@@ -23,7 +23,7 @@ from strop.serve.app import Room, create_app
 from strop.serve.decoder import Decoder
 from strop.serve.engine import Engine
 from strop.serve.grammar import Grammars
-from strop.serve.guard import Rules
+from strop.serve.guard import Door, Rules
 from strop.serve.metrics import Metrics
 from strop.serve.models import load_models
 
@@ -127,7 +127,7 @@ def serve(
     }  # fmt: skip
     options = uvicorn.Config(
         app,
-        http="h11",
+        http=Door,
         ws="none",
         lifespan="on",
         log_config=None,
