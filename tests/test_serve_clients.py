@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving import Server
+from tests.serving import CHAT, Server
 
 USER: list[Any] = [{"role": "user", "content": "hello there"}]
 
@@ -154,6 +154,15 @@ def test_the_page_in_a_browser(server: Server) -> None:
         expect(sides.first.locator(".user").nth(1)).to_have_text("<img src=x onerror=\"document.title='owned'\">")
         expect(page.locator("#send")).to_have_text("Send")
         assert page.title() == "strop" and page.locator("main img").count() == 0
+        html = "<img src=x onerror=\"document.title='owned'\"><b>bold</b>"  # now the model writes it
+        chunk = json.dumps({"choices": [{"index": 0, "delta": {"content": html}, "finish_reason": "stop"}]})
+        stream = f"data: {chunk}\n\ndata: [DONE]\n\n"
+        page.route(f"**{CHAT}", lambda asked: asked.fulfill(content_type="text/event-stream", body=stream))
+        page.fill("#text", "some HTML")
+        page.locator("#send").click()
+        expect(sides.first.locator(".answer").nth(2)).to_have_text(html)
+        assert page.title() == "strop" and page.locator("main img, main b").count() == 0
+        page.unroute(f"**{CHAT}")
         page.locator("#fresh").click()
         expect(page.locator(".answer")).to_have_count(0)
         page.locator("#settings > summary").click()

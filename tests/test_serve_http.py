@@ -189,6 +189,7 @@ BAD = {
     "no tokens": ({"max_tokens": 0}, "max_tokens"),
     "beyond the context": ({"max_tokens": 100_000}, "the context is 512 tokens"),
     "alternatives without logprobs": ({"top_logprobs": 2}, "needs logprobs"),
+    "two limits": ({"max_tokens": 5, "max_completion_tokens": 6}, "give one"),
     "an empty stop": ({"stop": ""}, "stop"),
     "no messages": ({"messages": []}, "messages"),
     "an unknown role": ({"messages": [{"role": "boss", "content": "x"}]}, "unknown role"),

@@ -124,6 +124,8 @@ def create_app(room: Room, rules: Rules, metrics: Metrics) -> Guard:
         tools = body.tools if body.tool_choice != "none" else None
         ids = await _prompt(renderers, served.prompt, body.messages, tools)
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        if body.max_tokens is not None and body.max_tokens != limit:
+            raise Refusal(400, "max_tokens and max_completion_tokens are two numbers: give one", param="max_tokens")
         if body.top_logprobs and not body.logprobs:
             raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         if body.stream_options is not None and not body.stream:

@@ -120,6 +120,7 @@ class Writer:
 
     def __init__(self, model: str, tokenizer: Any, *, chat: bool, logprobs: bool) -> None:
         self._tokenizer, self._chat, self._logprobs = tokenizer, chat, logprobs
+        self._texts: dict[int, str] = {}  # of tokens that were told of: top_logprobs name the same ones again and again
         self._offset = 0  # in characters, of the next token of a plain completion
         kind = "chat.completion" if chat else "text_completion"
         self._head = {
@@ -175,7 +176,9 @@ class Writer:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     def _text(self, token: int) -> str:
-        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        if token not in self._texts:
+            self._texts[token] = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        return self._texts[token]
 
 
 def usage(prompt_tokens: int, kept_tokens: int, new_tokens: int) -> dict[str, Any]:
