@@ -36,6 +36,7 @@ from strop.evaluation.run import read_conversations
 from strop.model.facts import locate
 from strop.model.tokenizer import load_tokenizer
 
+GREEDY = {"llama.cpp": {"repeat_penalty": 1.0}}  # llama_cpp.server's own 1.1 changes greedy answers
 STROP = "{python} -m strop.cli serve {model} --host 127.0.0.1 --port {port} --dtype {dtype}"
 
 
@@ -46,10 +47,11 @@ class Answer:
     whole_s: float
 
 
-def ask(url: str, model: str, messages: list[dict[str, str]], max_tokens: int) -> Answer:
-    body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+def ask(url: str, body: dict[str, Any], messages: list[dict[str, str]]) -> Answer:
     began, first, text = time.perf_counter(), 0.0, ""
-    with requests.post(f"{url}/v1/chat/completions", json=body, stream=True, timeout=600) as answer:
+    with requests.post(
+        f"{url}/v1/chat/completions", json={**body, "messages": messages}, stream=True, timeout=600
+    ) as answer:
         answer.raise_for_status()
         for line in answer.iter_lines():
             if not line.startswith(b"data: ") or line == b"data: [DONE]":
@@ -64,9 +66,7 @@ def ask(url: str, model: str, messages: list[dict[str, str]], max_tokens: int) -
     return Answer(text, first or whole, whole)
 
 
-def load(
-    url: str, model: str, asked: list[Any], clients: int, number: int, max_tokens: int
-) -> tuple[list[Answer], float]:
+def load(url: str, body: dict[str, Any], asked: list[Any], clients: int, number: int) -> tuple[list[Answer], float]:
     """Answers to `number` requests of `clients` at once, and the seconds for all."""
     answers: list[Answer] = []
     faults: list[BaseException] = []
@@ -79,7 +79,7 @@ def load(
             if place >= number or faults:
                 return
             try:
-                answers.append(ask(url, model, asked[place % len(asked)], max_tokens))
+                answers.append(ask(url, body, asked[place % len(asked)]))
             except (requests.RequestException, AssertionError) as fault:
                 faults.append(fault)
 
@@ -114,11 +114,12 @@ def measure(
                 time.sleep(0.3)
         start_s = time.perf_counter() - began
         model = args.model if name == "transformers serve" else listed[0]["id"]
-        load(url, model, asked, 4, args.warm, args.max_tokens)
+        body = {"model": model, "max_tokens": args.max_tokens, "temperature": 0, "stream": True, **GREEDY.get(name, {})}
+        load(url, body, asked, 4, args.warm)
         results = []
         numbers = args.requests if name == "strop serve" else args.peer_requests or args.requests
         for clients, number in zip(args.clients, numbers, strict=True):
-            answers, seconds = load(url, model, asked, clients, number, args.max_tokens)
+            answers, seconds = load(url, body, asked, clients, number)
             tokens = sum(len(tokenizer(answer.text, add_special_tokens=False)["input_ids"]) for answer in answers)
             firsts = sorted(answer.first_s for answer in answers)
             whole = [answer.whole_s for answer in answers]
