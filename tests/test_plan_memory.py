@@ -112,7 +112,7 @@ def test_resident_needs_more_than_streamed_and_16_bit_most(found: Setting, rows:
 
 
 def test_files_count_where_their_pages_lie_in_the_memory_that_is_planned() -> None:
-    """Of a card never; on a CPU where 16-bit weights are copied into fp32, but not where each is quantized as it comes."""
+    """Of a card never; on a CPU where 16-bit weights are copied into fp32, not where each is quantized as it comes."""
     for changes, mapped in (
         ({"model.dtype": "fp32"}, True), ({}, False), ({"model.quantization": "nf4"}, False),
         ({"model.device": "cuda"}, False), ({"model.device": "cuda", "model.quantization": "int8"}, False),
