@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import strop
 from strop.errors import FolderError
 from strop.exporting import llamacpp
 from strop.exporting.gguf import export_gguf
+from strop.exporting.merge import merge
 from strop.model.facts import locate
 from strop.model.load import copies_to_make, load_base
 from tests import gguf_models
@@ -42,6 +44,19 @@ def test_a_gguf_file_is_read_tensor_by_tensor_as_transformers_reads_it(
         found.append(dict(loaded.named_parameters()))
     assert list(found[0]) == list(found[1])
     assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+
+
+def test_a_merge_on_a_gguf_base_names_its_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a GGUF header does not, and servers look for."""
+    monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    rows = str(write_rows(tmp_path / "rows.jsonl", 24))
+    base = gguf_models.save("llama", tmp_path / "base")
+    export_gguf(str(gguf_models.adapt(base, tmp_path / "first")), tmp_path / "m.gguf", kind="f32", data=rows)
+    adapter = gguf_models.adapt(str(tmp_path / "m.gguf"), tmp_path / "second")
+    merge(str(adapter), tmp_path / "merged", measure=False)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_the_disk_of_the_cache_has_room_for_the_copies_of_the_base(

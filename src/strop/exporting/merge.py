@@ -341,6 +341,8 @@ def _write_rest(source: Source, folder: Path, out: Path, dtype: str) -> None:
     config.dtype = DTYPES[dtype]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    # A GGUF header names none, and servers look for their model class by it.
+    config.architectures = config.architectures or [type(skeleton(source)).__name__]
     config.save_pretrained(out)
     load_tokenizer(with_tokenizer(folder, source)).save_pretrained(out)
     generation = weights_folder(source) / "generation_config.json"
