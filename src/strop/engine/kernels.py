@@ -257,19 +257,19 @@ def _from_heads(
                     to[j] = narrow(total[j] * scale, out)
 
 
-def _array(x: Tensor) -> Any:
+def array(x: Tensor) -> Any:
     x = x.detach()
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def _rows(x: Tensor) -> Any:
-    return _array(x.reshape(-1, x.shape[-1]).contiguous())
+    return array(x.reshape(-1, x.shape[-1]).contiguous())
 
 
-def _flat(x: Tensor) -> Any:
+def flat(x: Tensor) -> Any:
     """x (T, heads, d), rows anywhere, as one line from its first element to its last."""
     assert x.stride()[1:] == (x.shape[2], 1)
-    return _array(x.as_strided(((len(x) - 1) * x.stride(0) + x.shape[1] * x.shape[2],), (1,)))
+    return array(x.as_strided(((len(x) - 1) * x.stride(0) + x.shape[1] * x.shape[2],), (1,)))
 
 
 def cache_folder() -> Path:
@@ -279,25 +279,25 @@ def cache_folder() -> Path:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype)
-    _rms_norm(_rows(x), _array(weight), np.float32(eps), np.float32(offset), _rows(out))
+    _rms_norm(_rows(x), array(weight), np.float32(eps), np.float32(offset), _rows(out))
     return out
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype)
-    _rms_norm_backward(_rows(grad), _rows(x), _array(weight), np.float32(eps), np.float32(offset), _rows(out))
+    _rms_norm_backward(_rows(grad), _rows(x), array(weight), np.float32(eps), np.float32(offset), _rows(out))
     return out
 
 
 def glu(gate_up: Tensor, activation: str) -> Tensor:
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    _glu(_rows(gate_up), activation != "silu", _array(out))
+    _glu(_rows(gate_up), activation != "silu", array(out))
     return out
 
 
 def glu_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     grad_in, out = torch.empty_like(gate_up), torch.empty_like(grad)
-    _glu_backward(_rows(grad), _rows(gate_up), activation != "silu", _array(grad_in), _array(out))
+    _glu_backward(_rows(grad), _rows(gate_up), activation != "silu", array(grad_in), array(out))
     return grad_in, out
 
 
@@ -315,20 +315,20 @@ def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: flo
     if softcap:  # Gemma 2's alone
         return eager.cross_entropy_(logits, labels, weights, softcap, gradient)
     losses = torch.empty(len(logits))
-    _cross_entropy(_array(logits), _array(labels), _array(weights), gradient, _array(losses))
+    _cross_entropy(array(logits), array(labels), array(weights), gradient, array(losses))
     return losses.sum()
 
 
 def _angles(cos: Tensor | None, sin: Tensor | None, tokens: int, scale: float) -> tuple[Any, Any, Any]:
     none = torch.empty(tokens, 0)
-    return _array(none if cos is None else cos), _array(none if sin is None else sin), np.float32(scale)
+    return array(none if cos is None else cos), array(none if sin is None else sin), np.float32(scale)
 
 
 def to_heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int) -> Tensor:
     tokens, heads, d = x.shape
     out = x.new_empty(len(places.token) * heads, d)
-    into = (_array(places.token), _array(places.at), _array(places.length), heads // group, group, d, _array(out))
-    _to_heads(_flat(x), x.stride(0), *_angles(cos, sin, tokens, scale), *into)
+    into = (array(places.token), array(places.at), array(places.length), heads // group, group, d, array(out))
+    _to_heads(flat(x), x.stride(0), *_angles(cos, sin, tokens, scale), *into)
     return out
 
 
@@ -336,6 +336,6 @@ def from_heads(
     x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int, out: Tensor
 ) -> None:
     tokens, heads, d = out.shape
-    back = (_array(places.first), _array(places.where), _array(places.at), _array(places.length))
+    back = (array(places.first), array(places.where), array(places.at), array(places.length))
     shape = (heads // group, group, d)
-    _from_heads(_array(x), *_angles(cos, sin, tokens, scale), *back, *shape, _flat(out), out.stride(0))
+    _from_heads(array(x), *_angles(cos, sin, tokens, scale), *back, *shape, flat(out), out.stride(0))

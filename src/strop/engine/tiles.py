@@ -14,7 +14,7 @@ from numba import prange
 from torch import Tensor
 
 from strop.engine.compiled import exp, greater, inline, loop, narrow, wide
-from strop.engine.kernels import _array, _flat
+from strop.engine.kernels import array, flat
 from strop.engine.tile import COLUMNS, ROWS, tile
 
 BLOCK = 64  # rows (a query's heads one behind the other) that pass over the keys together
@@ -361,7 +361,7 @@ Work = tuple[Any, Any, Any, int, int, int, int]  # docs, tasks, lanes, key_value
 
 def attend(qkv: tuple[Tensor, Tensor, Tensor], turn: Turn, work: Work, out: Tensor, sums: Tensor) -> None:
     """q (T, heads, d), k, v (T, key_value, d), in bf16, to out (T, heads * d); sums (T, heads): for the backward."""
-    _attend(*_each(qkv), *_angles(turn), *work, _array(out), _array(sums))
+    _attend(*_each(qkv), *_angles(turn), *work, array(out), array(sums))
 
 
 def attend_backward(
@@ -372,10 +372,10 @@ def attend_backward(
     docs, _, _, key_value, _, d, _ = work
     prefix = int(docs[:, 2].max())
     shared = np.empty((len(docs) if prefix else 0, key_value, 2, prefix, d), np.float32)
-    dq, dk, dv = (_flat(x) for x in into)
+    dq, dk, dv = (flat(x) for x in into)
     step, angles = into[0].stride(0), _angles(turn)
     _attend_backward(
-        _flat(grad), grad.stride(0), _array(out), _array(sums), *_each(qkv), *angles, *work, dq, dk, dv, step, shared
+        flat(grad), grad.stride(0), array(out), array(sums), *_each(qkv), *angles, *work, dq, dk, dv, step, shared
     )  # fmt: skip
     if prefix:
         _add_shared(shared, *angles[:2], d, dk, dv, step)
@@ -383,9 +383,9 @@ def attend_backward(
 
 def _each(qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[Any, int, Any, int, Any, int]:
     q, k, v = qkv
-    return _flat(q), q.stride(0), _flat(k), k.stride(0), _flat(v), v.stride(0)
+    return flat(q), q.stride(0), flat(k), k.stride(0), flat(v), v.stride(0)
 
 
 def _angles(turn: Turn) -> tuple[Any, Any, Any]:
     cos, sin, scale = turn
-    return _array(cos), _array(sin), scale
+    return array(cos), array(sin), scale
