@@ -19,7 +19,7 @@ FROZEN, THIN = 0.82, 0.5
 ATTENTION, HEAD = 0.5, 1.0  # where `strop doctor` has not measured them
 UNPACKED_PER_S = 1.0e9  # weights dequantized a second on two cores, where they are streamed
 PLAIN = 2.9  # times as long in the plain step on a CPU: 76 tokens/s beside 215 to 230 (docs/log.md)
-STEP_S = 0.05  # Python and dispatch of a micro-batch of 30 layers
+STEP_S = 0.08  # Python, dispatch, autograd and the casts of gradients, a micro-batch of 30 layers
 GPU_SHARE = 0.45  # of a card's dense rate: 43 % at 8B LoRA on an H100 (NVIDIA NeMo AutoModel's published figure)
 
 
@@ -87,7 +87,7 @@ def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> floa
     if rate.peak:
         return work.total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
     attention, head = rate.attention_flops or ATTENTION * rate.flops, rate.head_flops or HEAD * rate.flops
-    moved = batch.tokens * setting.shape.layers * element_bytes(setting)
+    moved = batch.tokens * setting.shape.layers * (element_bytes(setting) + thin_bytes(setting))
     return (PLAIN if setting.step == "plain" else 1) * (
         (work.frozen / FROZEN + work.adapters / THIN) / rate.flops
         + work.attention / attention
@@ -111,6 +111,13 @@ def element_bytes(setting: Setting) -> int:
     """Read and written by the element-wise work of a layer and token, forward and backward."""
     shape, b = setting.shape, setting.element
     return b * (20 * shape.hidden + 16 * shape.intermediate + 8 * (shape.query + 2 * shape.key_value))
+
+
+def thin_bytes(setting: Setting) -> int:
+    """Read and written by LoRA's narrow products of a layer and token: all of an input or output for each, four times
+    either, where a rank of 16 computes little on it."""
+    linears = zip(setting.shape.linears, setting.ranks, strict=True)
+    return setting.element * sum(4 * (linear.inputs + linear.outputs) for linear, rank in linears if rank)
 
 
 def step_seconds(setting: Setting, batch: MicroBatch, micro_batches: float, rate: Rate) -> float:
