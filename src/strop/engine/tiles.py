@@ -101,6 +101,27 @@ def _key_row(n: Any, prefix: Any, start: Any) -> Any:
 
 
 @inline
+def _load_keys(
+    k: Any, step: Any, head: Any, d: Any, cos: Any, sin: Any, prefix: Any, start: Any, count: Any, padded: Any, out: Any
+) -> None:  # fmt: skip
+    """A document's keys of one head as rows of `out`, turned, zeros behind them."""
+    for n in range(count):
+        row = _key_row(n, prefix, start)
+        _turned(k, row * step + head * d, d, cos, sin, row, np.float32(1.0), out, n * d)
+    out[count * d : padded * d] = 0
+
+
+@inline
+def _load_values(
+    v: Any, step: Any, head: Any, d: Any, prefix: Any, start: Any, count: Any, padded: Any, out: Any
+) -> None:  # fmt: skip
+    for n in range(count):
+        begin = _key_row(n, prefix, start) * step + head * d
+        out[n * d : (n + 1) * d] = v[begin : begin + d]
+    out[count * d : padded * d] = 0
+
+
+@inline
 def _seen(row: Any, group: Any, prefix: Any, window: Any) -> Any:
     """(first key, one behind the last) that row `row` of the document's queries sees."""
     end = prefix + row // group + 1
@@ -136,15 +157,9 @@ def _attend(
             start, own, prefix = docs[doc, 0], docs[doc, 1], docs[doc, 2]
             count = prefix + own
             padded = _up(count, COLUMNS)
-            for n in range(count):
-                row = _key_row(n, prefix, start)
-                _turned(k, row * k_step + head * d, d, cos, sin, row, one, rows16, n * d)
-            rows16[count * d : padded * d] = 0
+            _load_keys(k, k_step, head, d, cos, sin, prefix, start, count, padded, rows16)
             _by_columns(pairs, padded, half, keys)
-            for n in range(count):
-                begin = _key_row(n, prefix, start) * v_step + head * d
-                rows16[n * d : (n + 1) * d] = v[begin : begin + d]
-            rows16[count * d : padded * d] = 0
+            _load_values(v, v_step, head, d, prefix, start, count, padded, rows16)
             _paired_rows(rows16, padded, d, values)
             for first in range(0, own * group, BLOCK):
                 last = min(first + BLOCK, own * group)
@@ -229,16 +244,10 @@ def _attend_backward(
             start, own, prefix = docs[doc, 0], docs[doc, 1], docs[doc, 2]
             count = prefix + own
             padded = _up(count, COLUMNS)
-            for n in range(count):
-                row = _key_row(n, prefix, start)
-                _turned(k, row * k_step + head * d, d, cos, sin, row, one, rows16, n * d)
-            rows16[count * d : padded * d] = 0
+            _load_keys(k, k_step, head, d, cos, sin, prefix, start, count, padded, rows16)
             _by_columns(pairs, padded, half, keys)
             _paired_rows(rows16, padded, d, key_rows)
-            for n in range(count):
-                begin = _key_row(n, prefix, start) * v_step + head * d
-                rows16[n * d : (n + 1) * d] = v[begin : begin + d]
-            rows16[count * d : padded * d] = 0
+            _load_values(v, v_step, head, d, prefix, start, count, padded, rows16)
             _by_columns(pairs, padded, half, values)
             dk_over[: padded * d] = none
             dv_over[: padded * d] = none
@@ -274,19 +283,9 @@ def _attend_backward(
                     from_, to = r * width, (r + 1) * width
                     _slopes(scores[from_:to], slopes[from_:to], begin, end, top, along[r], slopes16[from_:to])
                 for r in range(0, rows, 2):
-                    at = r * width
-                    _pair(
-                        scores[at : at + width],
-                        scores[at + width : at + 2 * width],
-                        given,
-                        score_pairs[r // 2 * width :],
-                    )
-                    _pair(
-                        slopes[at : at + width],
-                        slopes[at + width : at + 2 * width],
-                        given,
-                        slope_pairs[r // 2 * width :],
-                    )
+                    at, odd, to = r * width, (r + 1) * width, (r + 2) * width
+                    _pair(scores[at:odd], scores[odd:to], given, score_pairs[r // 2 * width :])
+                    _pair(slopes[at:odd], slopes[odd:to], given, slope_pairs[r // 2 * width :])
                 _product(slope_rows, width // 2, key_rows, d, COLUMNS, mixed, d, rows, d, width // 2, False)
                 step = BLOCK // 2
                 _product(asked_over, step, slope_pairs, width, COLUMNS, dk_over, padded, d, width, rows // 2, True)
