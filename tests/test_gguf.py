@@ -206,7 +206,7 @@ def test_llama_cpp_makes_the_same_model_of_it(bases: Any, rows: str, tmp_path: P
     exported = export_gguf(str(bases.adapter(family)), tmp_path / "m.gguf", kind="f16", data=rows)
     found = exported.found
     assert found is not None and found.parity is not None and found.parity.passed
-    assert found.parity.kl_mean < 1e-4 and found.parity.positions > 200
+    assert found.parity.kl_mean < 1e-4 and found.parity.positions > 150
     assert (found.strings, found.conversations, found.answers) == (200, 10, 4)
     assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
     told = exported.as_json()
