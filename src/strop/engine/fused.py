@@ -12,10 +12,15 @@ from typing import Any, TypeVar, cast
 import torch
 
 from strop.engine import eager
-from strop.engine.eager import from_heads, to_heads
+from strop.engine.eager import (
+    from_heads,
+    softmax_,
+    softmax_backward_,
+    to_heads,
+)  # attention's, which cards do otherwise
 
 __all__ = ["available", "cross_entropy_", "from_heads", "glu", "glu_backward", "rms_norm", "rms_norm_backward"]
-__all__ += ["rotate", "softmax_", "softmax_backward_", "to_heads"]
+__all__ += ["softmax_", "softmax_backward_", "to_heads"]
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 
@@ -33,7 +38,4 @@ rms_norm = _fused(eager.rms_norm)
 rms_norm_backward = _fused(eager.rms_norm_backward)
 glu = _fused(eager.glu)
 glu_backward = _fused(eager.glu_backward)
-softmax_ = _fused(eager.softmax_)
-softmax_backward_ = _fused(eager.softmax_backward_)
 cross_entropy_ = _fused(eager.cross_entropy_)
-rotate = _fused(eager.rotate)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,7 @@ class Documents:
     spans: np.typing.NDArray[np.int64]
     tokens: int
     device: torch.device
+    _shares: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def layout(self) -> Layout:
@@ -113,7 +114,16 @@ class Documents:
         return tuple((number, queries, keys) for (queries, keys), number in sorted(counted.items()))
 
     def shares(self, key_value: int, threads: int) -> tuple[np.typing.NDArray[np.int64], np.typing.NDArray[np.int64]]:
-        """(tasks, where each thread's begin): document * key_value + head, the largest first to who has least."""
+        """(tasks, where each thread's begin): document * key_value + head, the largest first to who has least.
+
+        Every layer asks, forward and backward: dealt out once a micro-batch.
+        """
+        if (key_value, threads) not in self._shares:
+            self._shares[key_value, threads] = self._dealt_out(key_value, threads)
+        tasks, lanes = self._shares[key_value, threads]
+        return tasks, lanes
+
+    def _dealt_out(self, key_value: int, threads: int) -> tuple[Any, Any]:
         costs = self.spans[:, 1] * (self.spans[:, 1] // 2 + self.spans[:, 2] + 32)
         lanes: list[list[int]] = [[] for _ in range(threads)]
         loads = [0] * threads

@@ -320,9 +320,8 @@ def _slopes(scores: Any, slopes: Any, begin: Any, end: Any, top: Any, along: Any
     # Loops from 0 on slices: numba looks for negative places in others, and they are not vectorised.
     probs, grads = scores[begin:end], slopes[begin:end]
     for j in range(len(probs)):
-        probs[j] = exp(
-            -greater(top - probs[j], none)
-        )  # beyond 0 by rounding alone: exp is made for what is not positive
+        # Above 0 by rounding alone: exp is made for what is not positive.
+        probs[j] = exp(-greater(top - probs[j], none))
     for j in range(len(probs)):
         grads[j] = probs[j] * (grads[j] - along)
     for j in range(len(slopes)):

@@ -123,7 +123,7 @@ def four_bit_step() -> Finding:
     except QuantizerError as error:
         why = "4-bit and 8-bit bases cannot be used; see docs/troubleshooting.md#bitsandbytes"
         return Finding("error", error.what, why, mend)
-    except Exception as error:
+    except Exception as error:  # a check that crashes has found something
         return crashed("a training step in 4 bit", error, mend)
     if not moved or not off <= 1e-3 * moved:  # NaN is neither
         what = f"a step in 4 bit moves a weight by {moved:.2g}, and {off:.2g} from where it belongs"
