@@ -28,6 +28,22 @@ LENGTHS = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 RANK = 16
 
 
+def config_of(size: str) -> Any:
+    import transformers
+
+    shape = SIZES[size]
+    return transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["intermediate_size"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv"],
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    )
+
+
 def point(size: str, tokens: int, length: int) -> dict[str, Any]:
     """tokens/s and memory of one step over `tokens` tokens in documents of `length`."""
     import numpy as np
@@ -39,18 +55,7 @@ def point(size: str, tokens: int, length: int) -> dict[str, Any]:
     from strop.engine.patch import FastLoss
     from strop.machine.memory import mark
 
-    shape = SIZES[size]
-    config = transformers.LlamaConfig(
-        vocab_size=49152,
-        hidden_size=shape["hidden_size"],
-        intermediate_size=shape["intermediate_size"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv"],
-        tie_word_embeddings=True,
-        max_position_embeddings=8192,
-    )
-    base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    base = transformers.AutoModelForCausalLM.from_config(config_of(size), dtype=torch.bfloat16)
     loss = FastLoss(get_peft_model(base, LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear")))
     rng = np.random.default_rng(0)
     weights = np.ones(length, dtype=np.float32)
@@ -72,11 +77,16 @@ def point(size: str, tokens: int, length: int) -> dict[str, Any]:
 
 
 def saved_bytes_per_token(size: str, length: int) -> float:
-    """What the step keeps for its backward: see test_saved_activations_are_those_of_the_formula."""
-    shape = SIZES[size]
-    h, inner, heads, kv = shape["hidden_size"], shape["intermediate_size"], shape["heads"], shape["kv"] * 64
-    probabilities = heads * length if length <= 512 else 0
-    return 2.0 * shape["layers"] * (2 * h + 2 * heads * 64 + 2 * kv + 2 * inner + 7 * RANK + probabilities)
+    """What the step keeps for its backward, as `strop plan` counts it."""
+    from strop.machine.probe import probe
+    from strop.model.shape import ModelShape
+    from strop.planning.activations import MicroBatch, layer_bytes
+    from strop.planning.setting import Setting
+
+    shape = ModelShape.of(config_of(size).to_dict())
+    tiles = probe().has_tiles(shape.head_size, shape.softcap)
+    setting = Setting(shape, shape.parameters, ranks=(RANK,) * len(shape.linears), tiles=tiles)
+    return shape.layers * layer_bytes(setting, MicroBatch.rows([length]), length) / length
 
 
 def main() -> None:
@@ -117,19 +127,22 @@ def plot(report: dict[str, Any], file: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
     for axis, key, label in zip(
         axes, ("tokens", "length"), ("tokens of a micro-batch", "tokens of a document"), strict=False
     ):
         axis.plot([p[key] for p in report[key]], [p["tokens_per_s"] for p in report[key]], marker="o")
         axis.set(xscale="log", xlabel=label, ylabel="tokens/s", ylim=(0, None))
+    sizes = report["size"]
+    axes[2].bar([p["size"] for p in sizes], [p["tokens_per_s"] for p in sizes])
+    axes[2].set(xlabel="parameters", ylabel="tokens/s")
     many = report["tokens"]
-    axes[2].plot([p["tokens"] for p in many], [p["peak_bytes"] / 2**30 for p in many], marker="o", label="measured")
+    axes[3].plot([p["tokens"] for p in many], [p["peak_bytes"] / 2**30 for p in many], marker="o", label="measured")
     start = many[-1]["peak_bytes"] - report["formula_bytes_per_token"] * many[-1]["tokens"]
     line = [(start + report["formula_bytes_per_token"] * p["tokens"]) / 2**30 for p in many]
-    axes[2].plot([p["tokens"] for p in many], line, linestyle="--", label="saved activations, by the formula")
-    axes[2].set(xlabel="tokens of a micro-batch", ylabel="GiB above the model")
-    axes[2].legend()
+    axes[3].plot([p["tokens"] for p in many], line, linestyle="--", label="saved activations, by the formula")
+    axes[3].set(xlabel="tokens of a micro-batch", ylabel="GiB above the model")
+    axes[3].legend()
     figure.savefig(file)
 
 

@@ -1,10 +1,11 @@
-"""Do LoftQ (arXiv:2310.08659) and PiSSA (arXiv:2404.02948), as peft makes them, help a LoRA on an NF4 base?
+"""Do LoftQ (arXiv:2310.08659) and PiSSA (arXiv:2404.02948) help a LoRA on an NF4 base?
 
     python benchmarks/init_quantized.py --data TRAIN.jsonl --eval TEST.jsonl [--steps 88 --seeds 0,1,2] [--out R.json]
 
-All start from the 16-bit model. default: NF4 base, usual A and B = 0. loftq: peft's quantized base and its A and B,
-which stand for what quantization lost. pissa: A and B are the first singular directions, and what is left of the base
-is quantized. Reported: loss on the held-out rows before the first step and after the last.
+All start from the 16-bit model. default: NF4 base, usual A and B = 0. loftq: A and B stand for what quantization lost,
+by its algorithm in so many rounds (peft's own runs on cards alone, and leaves out LoRA's scale). pissa, as peft makes
+it: A and B are the first singular directions, and what is left of the base is quantized. Reported: loss on the held-out
+rows before the first step and after the last.
 """
 
 from __future__ import annotations
@@ -39,10 +40,25 @@ from strop.training.state import Progress, TrainState
 WAYS: dict[str, dict[str, Any]] = {
     "16 bit": {},
     "default": {},
-    "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
-    "loftq, 5 rounds": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 5}},
+    "loftq, 1 round": {},
+    "loftq, 5 rounds": {},
     "pissa": {"init_lora_weights": "pissa_niter_16"},
 }
+
+
+def quantized(weight: torch.Tensor) -> torch.Tensor:
+    return unpack(pack(weight, "nf4"), "nf4", weight.shape, weight.dtype)
+
+
+def loftq(weight: torch.Tensor, rank: int, rounds: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The quantized base, A and B: base and B A in turn are fitted to what the other leaves of the weight."""
+    rest = weight.float()
+    for _ in range(rounds):
+        base = quantized(rest.to(weight.dtype))
+        u, s, v = torch.svd_lowrank(weight.float() - base.float(), q=rank, niter=16)
+        a, b = s.sqrt()[:, None] * v.t(), u * s.sqrt()
+        rest = weight.float() - b @ a
+    return base, a, b
 
 
 def build(model: str, way: str, rank: int, seed: int) -> peft.PeftModel:
@@ -52,10 +68,15 @@ def build(model: str, way: str, rank: int, seed: int) -> peft.PeftModel:
     leaves = sorted({name.rpartition(".")[2] for name in names})
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=leaves, task_type="CAUSAL_LM", **WAYS[way])
     adapted = as_fp32(peft.get_peft_model(base, config))
-    if way in ("default", "pissa"):
-        for name in names:
-            weight = adapted.get_base_model().get_submodule(name).base_layer.weight
-            weight.data = unpack(pack(weight.data, "nf4"), "nf4", weight.shape, weight.dtype)
+    for name in names if way != "16 bit" else []:
+        module = adapted.get_base_model().get_submodule(name)
+        weight = module.base_layer.weight
+        if way.startswith("loftq"):
+            weight.data, a, b = loftq(weight.data, rank, int(way.split()[1]))
+            scale = module.scaling["default"] ** 0.5
+            module.lora_A["default"].weight.data, module.lora_B["default"].weight.data = a / scale, b / scale
+        else:
+            weight.data = quantized(weight.data)
     return adapted
 
 

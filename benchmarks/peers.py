@@ -100,6 +100,10 @@ PEERS = {
         ("{bench}/unsloth/bin/python", f"{HERE}/unsloth_rows.py", "{base}", "{data}", "{bench}/out", "{batch}"),
         _json_line,
     ),
+    "unsloth, packing": Peer(
+        ("{bench}/unsloth/bin/python", f"{HERE}/unsloth_rows.py", "{base}", "{data}", "{bench}/out", "1", "packing"),
+        _json_line,
+    ),
     "torchtune": Peer(("bash", "{baselines}/torchtune.sh", "bf16"), _torchtune),
     "litgpt": Peer(("bash", "{baselines}/litgpt.sh", "bf16"), _litgpt, "logs/litgpt_bf16.log"),
     "llama-factory": Peer(("bash", "{baselines}/llamafactory.sh", "bf16"), _llamafactory, "logs/llamafactory_bf16.log"),

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strop.engine import eager
+from strop.engine import eager, lora
 from strop.engine.attention import Attention, Heads, on_card, sdpa
 from strop.engine.functions import Frozen, Glu, LoraLinear, Norm, RmsNorm
 from strop.engine.head import SupervisedLoss
 from strop.engine.packed import Documents, Varlen
 
 OPS: Any = eager
+LORA: Any = lora
 
 
 def rand(*shape: int, grad: bool = False) -> Tensor:
@@ -51,20 +52,24 @@ def test_lora_linear(enter: str, tokens: int, ranks: tuple[int, ...], bias: bool
     k, n = 5, 4
     entry = None if enter == "none" else Norm(OPS, rand(k), 1e-5, 0.0) if enter == "norm" else Glu(OPS, enter)
     outputs = n * max(len(ranks), 1)
-    columns = tuple(slice(i * n, (i + 1) * n) for i in range(len(ranks)))
+    columns = tuple((i * n, (i + 1) * n) for i in range(len(ranks)))
     weight = rand(outputs, k)
-    frozen = Frozen(lambda: weight, rand(outputs) if bias else None, columns, (0.5, 2.0, 3.0)[: len(ranks)])
+    frozen = Frozen(lambda: weight, rand(outputs) if bias else None, LORA, columns, (0.5, 2.0, 3.0)[: len(ranks)])
     adapters = [t for r in ranks for t in (rand(r, k, grad=True), rand(n, r, grad=True))]
     x = rand(tokens, k if enter in ("none", "norm") else 2 * k, grad=True)
-    check(lambda x, *ab: LoraLinear.apply(x, frozen, entry, *ab), x, *adapters)
-    check(lambda x, *ab: LoraLinear.apply(x.t().contiguous().t(), frozen, entry, *ab), x, *adapters)
+    check(lambda x, *ab: LoraLinear.apply(x, frozen, entry, None, *ab), x, *adapters)
+    check(lambda x, *ab: LoraLinear.apply(x.t().contiguous().t(), frozen, entry, None, *ab), x, *adapters)
+    residual = rand(tokens, outputs, grad=True)
+    check(lambda x, residual, *ab: LoraLinear.apply(x, frozen, entry, residual, *ab), x, residual, *adapters)
+    added = LoraLinear.apply(x, frozen, entry, residual, *adapters)
+    torch.testing.assert_close(added, residual + LoraLinear.apply(x, frozen, entry, None, *adapters))
     if ranks:  # the first layer's input needs no gradient
-        check(lambda *ab: LoraLinear.apply(x.detach(), frozen, entry, *ab), *adapters)
+        check(lambda *ab: LoraLinear.apply(x.detach(), frozen, entry, None, *ab), *adapters)
 
 
 def test_lora_linear_is_the_sum_of_its_parts() -> None:
     x, w, a, b = rand(3, 5), rand(8, 5), rand(2, 5), rand(4, 2)
-    y = LoraLinear.apply(x, Frozen(lambda: w, None, (slice(4, 8),), (0.5,)), None, a, b)
+    y = LoraLinear.apply(x, Frozen(lambda: w, None, LORA, ((4, 8),), (0.5,)), None, None, a, b)
     torch.testing.assert_close(y, torch.cat([x @ w[:4].t(), x @ w[4:].t() + 0.5 * (x @ a.t() @ b.t())], dim=1))
 
 

@@ -1,6 +1,6 @@
 """The element-wise operations of the step in plain PyTorch: any device, any float type; what kernels.py must equal.
 
-All of them compute in fp32 (fp64 for fp64 input) and round once at the end.
+All of them compute in fp32 (fp64 for fp64 input) and round once at the end. `out` is room for the result, left unused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None = None) -> Tensor:
     """x / rms(x) * (offset + weight) over the last dimension; weight of shape (x.shape[-1],)."""
     wide = _wide(x)
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -45,7 +45,7 @@ def _activate(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return value, sigmoid + value * (1 - sigmoid) * dz
 
 
-def glu(gate_up: Tensor, activation: str) -> Tensor:
+def glu(gate_up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
     """activation(gate) * up, for gate_up (T, 2 I) with the gate in the first half."""
     gate, up = gate_up.chunk(2, dim=-1)
     return (_activate(_wide(gate), activation)[0] * _wide(up)).to(gate_up.dtype)

@@ -1,29 +1,30 @@
 """Autograd functions with hand-derived gradients: frozen linear layers with LoRA, and RMSNorm.
 
 They save the least that their backward needs, give no gradient to frozen weights, and leave the element-wise work
-to `Ops` (eager.py on any device, kernels.py on a CPU with numba).
+to `Ops` (eager.py on any device, kernels.py on a CPU with numba) and LoRA's own products to `LoraProducts` (lora.py
+anywhere, lora_tiles.py on a CPU with AVX512-BF16).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from strop.engine.lora import Adapters
 from strop.engine.packed import Places
 
 
 class Ops(Protocol):
     """The element-wise operations; meanings in eager.py."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor: ...
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None = None) -> Tensor: ...
     def rms_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor: ...
-    def glu(self, gate_up: Tensor, activation: str) -> Tensor: ...
+    def glu(self, gate_up: Tensor, activation: str, out: Tensor | None = None) -> Tensor: ...
     def glu_backward(self, grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]: ...
     def softmax_(self, scores: Tensor, group: int, first: int, window: int) -> Tensor: ...
     def softmax_backward_(self, grad: Tensor, probs: Tensor, group: int, first: int, window: int) -> Tensor: ...
@@ -38,6 +39,35 @@ class Ops(Protocol):
     ) -> None: ...
 
 
+class LoraProducts(Protocol):
+    """The products with A and B; meanings in lora.py."""
+
+    def forward(self, z: Tensor, y: Tensor, adapters: Adapters) -> tuple[Tensor, ...]: ...
+    def backward(
+        self, grad: Tensor, grad_z: Tensor | None, width: int, kept: tuple[Tensor, ...], adapters: Adapters
+    ) -> Tensor: ...
+    def gradients(
+        self, grad: Tensor, z: Tensor, grad_za: Tensor, kept: tuple[Tensor, ...], adapters: Adapters
+    ) -> list[Tensor]: ...
+
+
+class Room:
+    """Memory for one tensor after the other: each holds until the next is asked for, by anyone.
+
+    What a layer needs for a moment would leave a hole between what it keeps, and holes are not filled: a fifth of the
+    step's memory (docs/log.md).
+    """
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def __call__(self, rows: int, width: int, like: Tensor) -> Tensor:
+        """(rows, width), of the type and on the device of `like`."""
+        if self._buffer is None or self._buffer.numel() < rows * width:
+            self._buffer = like.new_empty(rows * width)
+        return self._buffer[: rows * width].view(rows, width)
+
+
 @dataclass(frozen=True)
 class Norm:
     """RMSNorm in front of a linear layer, computed again in the backward instead of saved."""
@@ -47,8 +77,9 @@ class Norm:
     eps: float
     offset: float  # 1 where the weight is stored as its difference from 1 (Gemma), else 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, self.weight, self.eps, self.offset)
+    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+        out = None if room is None else room(len(x), x.shape[1], x)
+        return self.ops.rms_norm(x, self.weight, self.eps, self.offset, out)
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
         return self.ops.rms_norm_backward(grad, x, self.weight, self.eps, self.offset)
@@ -61,8 +92,9 @@ class Glu:
     ops: Ops
     activation: str
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.glu(x, self.activation)
+    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+        out = None if room is None else room(len(x), x.shape[1] // 2, x)
+        return self.ops.glu(x, self.activation, out)
 
 
 @dataclass(frozen=True)
@@ -75,8 +107,10 @@ class Frozen:
 
     weight: Callable[[], Tensor]
     bias: Tensor | None
-    columns: tuple[slice, ...]  # for each adapter: the outputs it adds to
+    lora: LoraProducts
+    columns: tuple[tuple[int, int], ...]  # for each adapter: the outputs it adds to, from and to
     scales: tuple[float, ...]
+    room: Room | None = None  # for z, on a CPU
 
 
 def apply(function: type[Function], *arguments: Any) -> Tensor:
@@ -102,24 +136,26 @@ class RmsNorm(Function):
 class LoraLinear(Function):
     """y = z W^T + bias, and y[:, columns_i] += scale_i (z A_i^T) B_i^T for each adapter; z = x, norm(x) or glu(x).
 
-    x (T, k), or (T, 2 k) for glu; adapters: A_1 (r_1, k), B_1 (n_1, r_1), A_2, ... The A stand in one matrix and the B
-    in another, zeros around them: two narrow products, not two an adapter. Saves x and scale z A^T (T, sum of r).
+    x (T, k), or (T, 2 k) for glu; residual (T, n) or None: what y is added to; parts: A_1 (r_1, k), B_1 (n_1, r_1),
+    A_2, ... Saves x and scale z A^T (T, sum of r).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, frozen: Frozen, enter: Norm | Glu | None, *adapters: Tensor) -> Tensor:
-        z = x if enter is None else enter.forward(x)
-        y = F.linear(z, frozen.weight(), frozen.bias)
-        ctx.frozen, ctx.enter, ctx.ranks = frozen, enter, [b.shape[1] for b in adapters[1::2]]
-        if not adapters:
+    def forward(
+        ctx: Any, x: Tensor, frozen: Frozen, enter: Norm | Glu | None, residual: Tensor | None, *parts: Tensor
+    ) -> Tensor:  # fmt: skip
+        z = x if enter is None else enter.forward(x, frozen.room)
+        if residual is None:
+            y = F.linear(z, frozen.weight(), frozen.bias)
+        else:
+            y = residual.clone() if frozen.bias is None else residual + frozen.bias
+            y.addmm_(z, frozen.weight().t())
+        ctx.frozen, ctx.enter, ctx.width = frozen, enter, z.shape[1]
+        if not parts:
             ctx.save_for_backward(*([] if enter is None else [x]))
             return y
-        # Scaled before they are rounded: what is computed in bf16 would be rounded once more.
-        a = torch.cat([(part * scale).to(z.dtype) for part, scale in zip(adapters[::2], frozen.scales, strict=True)])
-        b = _beside(adapters[1::2], frozen.columns, y)
-        za = z @ a.t()
-        y.addmm_(za, b.t())
-        ctx.save_for_backward(x, za, a, b)
+        kept = frozen.lora.forward(z, y, Adapters(parts, frozen.columns, frozen.scales))
+        ctx.save_for_backward(x, *parts, *kept)
         return y
 
     @staticmethod
@@ -129,32 +165,17 @@ class LoraLinear(Function):
         x, *saved = ctx.saved_tensors or (grad,)
         grad = grad.contiguous()
         grad_z = grad @ frozen.weight() if ctx.needs_input_grad[0] else None
+        residual = grad if ctx.needs_input_grad[3] else None
         if saved:
-            za, a, b = saved
-            grad_za = grad @ b
-            if grad_z is not None:
-                grad_z.addmm_(grad_za, a)
+            parts = 2 * len(frozen.scales)
+            adapters, kept = Adapters(saved[:parts], frozen.columns, frozen.scales), tuple(saved[parts:])
+            grad_za = frozen.lora.backward(grad, grad_z, ctx.width, kept, adapters)
         z, grad_x = x, grad_z
         if isinstance(enter, Glu) and grad_z is not None:
             grad_x, z = enter.ops.glu_backward(grad_z, x, enter.activation)
         elif enter is not None:
-            z = enter.forward(x)
+            z = enter.forward(x, frozen.room)
             grad_x = enter.backward(grad_z, x) if isinstance(enter, Norm) and grad_z is not None else None
         if not saved:
-            return grad_x, None, None
-        grads: list[Tensor] = []
-        grad_as = torch.split(grad_za.t() @ z, ctx.ranks)
-        parts = zip(frozen.columns, frozen.scales, torch.split(za, ctx.ranks, 1), grad_as, strict=True)
-        for columns, scale, part, grad_a in parts:
-            grads += [grad_a * scale, (part.t() @ grad[:, columns]).t()]
-        # The adapters are fp32 and autograd casts a gradient to the type of its input.
-        return grad_x, None, None, *grads
-
-
-def _beside(parts: Sequence[Tensor], columns: Sequence[slice], like: Tensor) -> Tensor:
-    """(n, sum of r), in the type of `like` (T, n): each B in the rows of its outputs and in columns of its own."""
-    whole, at = like.new_zeros(like.shape[1], sum(part.shape[1] for part in parts)), 0
-    for rows, part in zip(columns, parts, strict=True):
-        whole[rows, at : at + part.shape[1]].copy_(part)
-        at += part.shape[1]
-    return whole
+            return grad_x, None, None, residual
+        return grad_x, None, None, residual, *frozen.lora.gradients(grad, z, grad_za, kept, adapters)

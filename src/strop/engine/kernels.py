@@ -277,8 +277,8 @@ def cache_folder() -> Path:
     return Path(cast(Any, _rms_norm).stats.cache_path)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None = None) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
     _rms_norm(_rows(x), array(weight), np.float32(eps), np.float32(offset), _rows(out))
     return out
 
@@ -289,8 +289,8 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offse
     return out
 
 
-def glu(gate_up: Tensor, activation: str) -> Tensor:
-    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+def glu(gate_up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2) if out is None else out
     _glu(_rows(gate_up), activation != "silu", array(out))
     return out
 

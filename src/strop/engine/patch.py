@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from strop.engine import eager
 from strop.engine.attention import Attention, Heads, TileAttention, on_card
-from strop.engine.functions import Frozen, Glu, LoraLinear, Norm, Ops, RmsNorm, apply
+from strop.engine.functions import Glu, Norm, Ops, RmsNorm, apply
 from strop.engine.head import SupervisedLoss
+from strop.engine.joined import Joined, Quantized, Workspace, base_of
 from strop.engine.packed import Packed, pack
 from strop.machine.probe import probe
 
@@ -91,7 +92,7 @@ def _unsupported_adapter(model: Any, base: Any, family: Family) -> str | None:
 def _unsupported_base(base: Any, family: Family) -> str | None:
     config = base.config
     for layer in base.model.layers:
-        for module in (_base(module) for group in _linears(layer, family) for module in group):
+        for module in (base_of(module) for group in _linears(layer, family) for module in group):
             if type(module) is not nn.Linear and not isinstance(module, Quantized):
                 return f"unknown weights ({type(module).__name__})"
     weights = [p for p in base.parameters() if not p.requires_grad and p.is_floating_point()]
@@ -146,96 +147,8 @@ def _linears(layer: Any, family: Family) -> Iterator[list[Any]]:
     yield [layer.mlp.down_proj]
 
 
-def _base(module: Any) -> Any:
-    return module.base_layer if isinstance(module, LoraLayer) else module
-
-
 def _activation(config: Any) -> str:
     return str(getattr(config, "hidden_activation", None) or config.hidden_act)
-
-
-class Joined:
-    """Linear modules that share their input, as one frozen weight, with the adapters that are active on them now.
-
-    Quantized modules stay as they are, and give their weight when it is needed.
-    """
-
-    def __init__(self, modules: list[Any], enter: Norm | Glu | None, workspace: Workspace) -> None:
-        self.modules, self.enter = modules, enter
-        self.bases = [_base(module) for module in modules]
-        biases = [base.bias for base in self.bases]
-        self.bias = _side_by_side(biases) if biases[0] is not None else None
-        self.weight: Callable[[], Tensor]
-        if any(isinstance(base, Quantized) for base in self.bases):
-            self.weight = lambda: workspace.side_by_side(self.bases)
-        else:
-            whole = _side_by_side([base.weight for base in self.bases])
-            self.weight = lambda: whole
-        self.places = [base.weight.data_ptr() for base in self.bases]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        adapters: list[Tensor] = []
-        columns, scales, at = [], [], 0
-        for module, base, place in zip(self.modules, self.bases, self.places, strict=True):
-            assert base.weight.data_ptr() == place, "the model's weights were moved or replaced after FastLoss"
-            width = base.out_features
-            if isinstance(module, LoraLayer) and not module.disable_adapters and not module.merged:
-                for name in module.active_adapters:
-                    if name in module.lora_A:
-                        adapters += [module.lora_A[name].weight, module.lora_B[name].weight]
-                        columns.append(slice(at, at + width))
-                        scales.append(float(module.scaling[name]))
-            at += width
-        frozen = Frozen(self.weight, self.bias, tuple(columns), tuple(scales))
-        return apply(LoraLinear, x, frozen, self.enter, *adapters)
-
-
-class Workspace:
-    """One buffer, as large as the largest weight, that quantized layers give their weight in, one after the other."""
-
-    def __init__(self) -> None:
-        self._buffer: Tensor | None = None
-
-    def side_by_side(self, bases: Sequence[Any]) -> Tensor:
-        """The weights of linear layers with the same input, dequantized, as rows of one (n, k)."""
-        if len(bases) == 1:
-            return _weight_of(bases[0])
-        rows, width = sum(base.out_features for base in bases), bases[0].in_features
-        at, whole = 0, None
-        for base in bases:  # one at a time: two of an 8B model's are 235 MB
-            part = _weight_of(base)
-            if whole is None:
-                if self._buffer is None or self._buffer.numel() < rows * width:
-                    self._buffer = part.new_empty(rows * width)
-                whole = self._buffer[: rows * width].view(rows, width)
-            whole[at : at + len(part)].copy_(part)
-            at += len(part)
-        assert whole is not None
-        return whole
-
-
-def _weight_of(base: Any) -> Tensor:
-    weight: Tensor = base.dequantized() if isinstance(base, Quantized) else base.weight
-    return weight.detach()
-
-
-def _side_by_side(parts: list[nn.Parameter]) -> Tensor:
-    """One tensor with the rows of all parts, which become views of it (or are already)."""
-    if len(parts) == 1:
-        return parts[0].data
-    rows = sum(len(part) for part in parts)
-    first, at = parts[0].data, 0
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or part.storage_offset() != first.storage_offset() + at or not part.is_contiguous():
-            break
-        at += part.numel()
-    else:
-        return first.as_strided((rows, *first.shape[1:]), first.stride())
-    joined = torch.cat([part.data for part in parts])
-    for part, view in zip(parts, torch.split(joined, [len(part) for part in parts]), strict=True):
-        part.data = view
-    return joined
 
 
 @dataclass(frozen=True)
@@ -250,16 +163,6 @@ class Layer:
     gate_up: Joined
     down: Joined
     after_mlp: Norm | None
-
-
-@runtime_checkable
-class Quantized(Protocol):
-    """A frozen linear layer that holds its weight in another form (model.quantize.QuantizedLinear)."""
-
-    dtype: torch.dtype
-    weight: nn.Parameter
-
-    def dequantized(self) -> Tensor: ...
 
 
 class Watch(Protocol):
@@ -345,10 +248,8 @@ class FastLoss:
             mixed = on_card(*shape)
         if rows is not None:
             mixed, hidden = mixed[rows], hidden[rows]
-        mixed = layer.o(mixed)
-        hidden = hidden + (mixed if layer.after_attention is None else apply(RmsNorm, mixed, layer.after_attention))
-        mixed = layer.down(layer.gate_up(hidden))
-        return hidden + (mixed if layer.after_mlp is None else apply(RmsNorm, mixed, layer.after_mlp))
+        hidden = _added(hidden, mixed, layer.o, layer.after_attention)
+        return _added(hidden, layer.gate_up(hidden), layer.down, layer.after_mlp)
 
     def _angles(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
         """cos and sin (T, m) for each kind of rotary embedding among the layers."""
@@ -369,7 +270,8 @@ class FastLoss:
             found = getattr(owner, name, None) if name else None
             return None if found is None else self._norm_of(found, family)
 
-        attention = layer.self_attn
+        attention, workspace = layer.self_attn, self._workspace
+        tiles = self._machine is not None and self._machine.tiles
         qkv, o, gate_up, down = _linears(layer, family)
         softcap, size = float(getattr(attention, "attn_logit_softcapping", None) or 0), attention.head_dim
         heads = Heads(
@@ -387,12 +289,17 @@ class FastLoss:
         )
         by_type = isinstance(getattr(self._decoder.rotary_emb, "rope_type", None), dict)
         return Layer(
-            Joined(qkv, norm(layer, "input_layernorm"), self._workspace),
+            Joined(qkv, norm(layer, "input_layernorm"), workspace, tiles),
             heads,
             attention.layer_type if by_type else None,
-            Joined(o, None, self._workspace),
+            Joined(o, None, workspace, tiles),
             norm(layer, family.after_attention),
-            Joined(gate_up, norm(layer, family.mlp_norm), self._workspace),
-            Joined(down, Glu(self._ops, _activation(config)), self._workspace),
+            Joined(gate_up, norm(layer, family.mlp_norm), workspace, tiles),
+            Joined(down, Glu(self._ops, _activation(config)), workspace, tiles),
             norm(layer, family.after_mlp),
         )
+
+
+def _added(hidden: Tensor, x: Tensor, linear: Joined, after: Norm | None) -> Tensor:
+    """The residual stream with what a block adds to it."""
+    return linear(x, hidden) if after is None else hidden + apply(RmsNorm, linear(x), after)

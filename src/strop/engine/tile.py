@@ -1,7 +1,7 @@
-"""A matrix product of bf16 for numba's loops: 8 rows by 32 columns in AVX512-BF16's own instruction, sums in fp32.
+"""A matrix product of bf16 for numba's loops, in AVX512-BF16's own instruction, sums in fp32.
 
 PyTorch's products cost tens of microseconds a call before they compute; attention over documents of chat length is
-hundreds of products of that length. This one is called from inside a compiled loop, on blocks that are in the cache.
+hundreds of products of that length. These are called from inside a compiled loop, on blocks that are in the cache.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-ROWS, COLUMNS = 8, 32  # of a tile: 16 registers of sums, enough to hide the instruction's latency
-LANES = 16
+LANES = 16  # fp32 sums in a register
+ROWS, COLUMNS = 8, 2 * LANES  # of a tile: 16 registers of sums, enough to hide the instruction's latency
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _SUMS, _PAIRS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
@@ -36,22 +36,30 @@ _BF16S = ir.VectorType(_BFloat(), 2 * LANES)
 _DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def tile(
-    context: Any, a: Any, a_at: Any, lda: Any, b: Any, b_at: Any, ldb: Any, c: Any, c_at: Any, ldc: Any, pairs: Any,
-    onto: Any,
-) -> Any:  # fmt: skip
-    """c[8, 32] = a[8, pairs] b[pairs, 32], or += with `onto`.
+def _tile(vectors: int, depth: int, meaning: str) -> Any:
+    def typing(
+        context: Any, a: Any, a_at: Any, lda: Any, b: Any, b_at: Any, ldb: Any, c: Any, c_at: Any, ldc: Any,
+        pairs: Any, onto: Any,
+    ) -> Any:  # fmt: skip
+        long = types.int64
+        signature = types.void(a, long, long, b, long, long, c, long, long, long, types.boolean)
+        return signature, lambda *given: _generate(vectors, depth, *given)
+
+    typing.__doc__ = f"""c{meaning}, or += with `onto`.
 
     a, b: uint32 arrays of one dimension, each number a pair of bf16 that stand one behind the other along the summed
     dimension, the lower half first; c: float32. a_at, b_at, c_at: where the tile begins; lda, ldb, ldc: row to row.
     """
-    long = types.int64
-    signature = types.void(a, long, long, b, long, long, c, long, long, long, types.boolean)
-    return signature, _generate
+    return intrinsic(typing)
 
 
-def _generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+tile = _tile(2, 1, "[8, 32] = a[8, pairs] b[pairs, 32]")
+# Half as wide, and two sums for each place: as many registers. 16 rows would need as many addresses, and a CPU has 16.
+slim = _tile(1, 2, "[8, 16] = a[8, pairs] b[pairs, 16], pairs even")
+
+
+def _generate(vectors: int, depth: int, context: Any, b: Any, signature: Any, args: Any) -> Any:
+    """depth: steps along the summed dimension that have sums of their own."""
     a_array, a_at, lda, b_array, b_at, ldb, c_array, c_at, ldc, pairs, onto = args
 
     def pointer(kind: Any, value: Any, at: Any) -> Any:
@@ -60,7 +68,6 @@ def _generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
     a_start = pointer(signature.args[0], a_array, a_at)
     b_start = pointer(signature.args[3], b_array, b_at)
     c_start = pointer(signature.args[6], c_array, c_at)
-    vectors = COLUMNS // LANES
     places = [
         b.bitcast(b.gep(c_start, [b.add(b.mul(ldc, _I64(i)), _I64(j * LANES))]), _SUMS.as_pointer())
         for i in range(ROWS)
@@ -80,29 +87,34 @@ def _generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
     k = b.phi(_I64)
     k.add_incoming(_I64(0), before)
     k.add_incoming(_I64(0), load)
-    sums = [b.phi(_SUMS) for _ in places]
-    for each, value in zip(sums, held, strict=True):
+    sums = [b.phi(_SUMS) for _ in range(depth) for _ in places]
+    for number, each in enumerate(sums):
         each.add_incoming(zeros, before)
-        each.add_incoming(value, load)
-    row = b.gep(b_start, [b.mul(k, ldb)])
-    columns = []
-    for j in range(vectors):
-        place = b.bitcast(b.gep(row, [_I64(j * LANES)]), _PAIRS.as_pointer())
-        columns.append(b.bitcast(b.load(place, align=4), _BF16S))
-    added = []
-    for i in range(ROWS):
-        pair = b.load(b.gep(a_start, [b.add(b.mul(lda, _I64(i)), k)]))
-        one = b.insert_element(ir.Constant(_PAIRS, ir.Undefined), pair, _I32(0))
-        same = b.shuffle_vector(one, ir.Constant(_PAIRS, ir.Undefined), ir.Constant(_PAIRS, [0] * LANES))
+        each.add_incoming(held[number] if number < len(held) else zeros, load)
+    added: list[Any] = []
+    for step in range(depth):
+        at = b.add(k, _I64(step))
+        row = b.gep(b_start, [b.mul(at, ldb)])
+        columns = []
         for j in range(vectors):
-            added.append(b.call(dot, [sums[i * vectors + j], b.bitcast(same, _BF16S), columns[j]]))
-    after = b.add(k, _I64(1))
+            place = b.bitcast(b.gep(row, [_I64(j * LANES)]), _PAIRS.as_pointer())
+            columns.append(b.bitcast(b.load(place, align=4), _BF16S))
+        for i in range(ROWS):
+            pair = b.load(b.gep(a_start, [b.add(b.mul(lda, _I64(i)), at)]))
+            one = b.insert_element(ir.Constant(_PAIRS, ir.Undefined), pair, _I32(0))
+            same = b.shuffle_vector(one, ir.Constant(_PAIRS, ir.Undefined), ir.Constant(_PAIRS, [0] * LANES))
+            for column in columns:
+                added.append(b.call(dot, [sums[len(added)], b.bitcast(same, _BF16S), column]))
+    after = b.add(k, _I64(depth))
     k.add_incoming(after, loop)
     for each, value in zip(sums, added, strict=True):
         each.add_incoming(value, loop)
     b.cbranch(b.icmp_signed("<", after, pairs), loop, done)
 
     b.position_at_end(done)
-    for place, value in zip(places, added, strict=True):
-        b.store(value, place, align=4)
+    for number, place in enumerate(places):
+        total = added[number]
+        for step in range(1, depth):
+            total = b.fadd(total, added[step * len(places) + number])
+        b.store(total, place, align=4)
     return context.get_dummy_value()

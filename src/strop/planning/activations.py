@@ -104,7 +104,8 @@ def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
     """What one layer keeps for its backward; rows: computed behind the attention."""
     shape, b = setting.shape, setting.element
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
-    rank = dict(zip((x.name for x in shape.linears), setting.ranks, strict=True))
+    ranks = [-(-r // 16) * 16 for r in setting.ranks] if setting.tiled_lora else setting.ranks
+    rank = dict(zip((x.name for x in shape.linears), ranks, strict=True))
     front = sum(rank.get(name, 0) for name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
     out = rank.get("o_proj", 0)
     behind = sum(rank.get(name, 0) for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from strop.config.schema import Recipe
 from strop.errors import ModelError
-from strop.machine.probe import probe
+from strop.machine.probe import TILED_RANK, probe
 from strop.model.shape import ModelShape
 from strop.model.targets import target_names
 
@@ -74,6 +74,11 @@ class Setting:
         """Trainable numbers: A (r, in) and B (out, r) of each adapted layer, and what is trained in full."""
         layer = sum(rank * (x.inputs + x.outputs) for x, rank in zip(self.shape.linears, self.ranks, strict=True))
         return self.shape.layers * layer + self.whole
+
+    @property
+    def tiled_lora(self) -> bool:
+        """The fast step computes the adapters' products itself (engine.lora_tiles)."""
+        return self.step == "fast" and self.tiles and max(self.ranks, default=0) <= TILED_RANK
 
     @property
     def streamed(self) -> bool:

@@ -1,0 +1,123 @@
+"""Frozen linear layers of a model that share their input, laid side by side, with the adapters on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from strop.engine import lora
+from strop.engine.functions import Frozen, Glu, LoraLinear, LoraProducts, Norm, Room, apply
+from strop.machine.probe import TILED_RANK
+
+
+@runtime_checkable
+class Quantized(Protocol):
+    """A frozen linear layer that holds its weight in another form (model.quantize.QuantizedLinear)."""
+
+    dtype: torch.dtype
+    weight: nn.Parameter
+
+    def dequantized(self) -> Tensor: ...
+
+
+def base_of(module: Any) -> Any:
+    return module.base_layer if isinstance(module, LoraLayer) else module
+
+
+class Joined:
+    """Linear modules that share their input, as one frozen weight, with the adapters that are active on them now.
+
+    Quantized modules stay as they are, and give their weight when it is needed.
+    """
+
+    def __init__(self, modules: list[Any], enter: Norm | Glu | None, workspace: Workspace, tiles: bool) -> None:
+        """tiles: the machine has what lora_tiles.py needs."""
+        self.modules, self.enter = modules, enter
+        self.room = workspace.entered if base_of(modules[0]).weight.device.type == "cpu" else None
+        self.bases = [base_of(module) for module in modules]
+        self.tiles = tiles and all(
+            size % 32 == 0 for base in self.bases for size in (base.in_features, base.out_features)
+        )
+        biases = [base.bias for base in self.bases]
+        self.bias = _side_by_side(biases) if biases[0] is not None else None
+        self.weight: Callable[[], Tensor]
+        if any(isinstance(base, Quantized) for base in self.bases):
+            self.weight = lambda: workspace.side_by_side(self.bases)
+        else:
+            whole = _side_by_side([base.weight for base in self.bases])
+            self.weight = lambda: whole
+        self.places = [base.weight.data_ptr() for base in self.bases]
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        adapters: list[Tensor] = []
+        columns, scales, at = [], [], 0
+        for module, base, place in zip(self.modules, self.bases, self.places, strict=True):
+            assert base.weight.data_ptr() == place, "the model's weights were moved or replaced after FastLoss"
+            width = base.out_features
+            if isinstance(module, LoraLayer) and not module.disable_adapters and not module.merged:
+                for name in module.active_adapters:
+                    if name in module.lora_A:
+                        adapters += [module.lora_A[name].weight, module.lora_B[name].weight]
+                        columns.append((at, at + width))
+                        scales.append(float(module.scaling[name]))
+            at += width
+        frozen = Frozen(self.weight, self.bias, self._products(adapters), tuple(columns), tuple(scales), self.room)
+        return apply(LoraLinear, x, frozen, self.enter, residual, *adapters)
+
+    def _products(self, adapters: list[Tensor]) -> LoraProducts:
+        if not self.tiles or any(len(a) > TILED_RANK for a in adapters[::2]):
+            return cast(LoraProducts, lora)
+        from strop.engine import lora_tiles  # its import starts threads
+
+        return cast(LoraProducts, lora_tiles)
+
+
+class Workspace:
+    """What the layers of a model compute in, one after the other: a weight that quantized layers give, and what a norm
+    or a GLU hands to the products behind it."""
+
+    def __init__(self) -> None:
+        self.entered = Room()
+        self._weights = Room()
+
+    def side_by_side(self, bases: Sequence[Any]) -> Tensor:
+        """The weights of linear layers with the same input, dequantized, as rows of one (n, k)."""
+        if len(bases) == 1:
+            return _weight_of(bases[0])
+        at, whole = 0, None
+        for base in bases:  # one at a time: two of an 8B model's are 235 MB
+            part = _weight_of(base)
+            if whole is None:
+                whole = self._weights(sum(base.out_features for base in bases), bases[0].in_features, part)
+            whole[at : at + len(part)].copy_(part)
+            at += len(part)
+        assert whole is not None
+        return whole
+
+
+def _weight_of(base: Any) -> Tensor:
+    weight: Tensor = base.dequantized() if isinstance(base, Quantized) else base.weight
+    return weight.detach()
+
+
+def _side_by_side(parts: list[nn.Parameter]) -> Tensor:
+    """One tensor with the rows of all parts, which become views of it (or are already)."""
+    if len(parts) == 1:
+        return parts[0].data
+    rows = sum(len(part) for part in parts)
+    first, at = parts[0].data, 0
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.storage_offset() != first.storage_offset() + at or not part.is_contiguous():
+            break
+        at += part.numel()
+    else:
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
+    joined = torch.cat([part.data for part in parts])
+    for part, view in zip(parts, torch.split(joined, [len(part) for part in parts]), strict=True):
+        part.data = view
+    return joined

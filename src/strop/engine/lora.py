@@ -1,0 +1,71 @@
+"""The adapters beside frozen linear layers, and their products in plain PyTorch: any device, any type of float.
+
+What lora_tiles.py must equal. z (T, k) is the layers' input and y (T, n) their output; za (T, sum of r) is scale z A^T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters that share their input. parts: A_1 (r_1, k), B_1 (n_1, r_1), A_2, ...; columns: for each, the first of
+    the outputs it adds to and one behind the last."""
+
+    parts: Sequence[Tensor]
+    columns: tuple[tuple[int, int], ...]
+    scales: tuple[float, ...]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """A, B and scale of each."""
+        return zip(self.parts[::2], self.parts[1::2], self.scales, strict=True)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(len(part) for part in self.parts[::2])
+
+
+def forward(z: Tensor, y: Tensor, adapters: Adapters) -> tuple[Tensor, ...]:
+    """y[:, columns_i] += za_i B_i^T, in place. Returns what the other two need: za, and A and B as they were used.
+
+    The A stand in one matrix and the B in another, zeros around them: two narrow products, not two an adapter.
+    """
+    # Scaled before they are rounded: what is computed in bf16 would be rounded once more.
+    a = torch.cat([(part * scale).to(z.dtype) for part, _, scale in adapters])
+    b, at = y.new_zeros(y.shape[1], len(a)), 0
+    for part, (start, end) in zip(adapters.parts[1::2], adapters.columns, strict=True):
+        b[start:end, at : at + part.shape[1]].copy_(part)
+        at += part.shape[1]
+    za = z @ a.t()
+    y.addmm_(za, b.t())
+    return za, a, b
+
+
+def backward(
+    grad: Tensor, grad_z: Tensor | None, width: int, kept: tuple[Tensor, ...], adapters: Adapters
+) -> Tensor:  # fmt: skip
+    """grad_z += grad_za A, in place where it is asked for. grad (T, n); returns grad_za, scale not in it."""
+    _, a, b = kept
+    grad_za = grad @ b
+    if grad_z is not None:
+        grad_z.addmm_(grad_za, a)
+    return grad_za
+
+
+def gradients(
+    grad: Tensor, z: Tensor, grad_za: Tensor, kept: tuple[Tensor, ...], adapters: Adapters
+) -> list[Tensor]:  # fmt: skip
+    """Of A_1, B_1, A_2, ... The adapters are fp32, and autograd casts a gradient to the type of its input."""
+    za, ranks = kept[0], list(adapters.ranks)
+    of_a = torch.split(grad_za.t() @ z, ranks)
+    found: list[Tensor] = []
+    for (start, end), scale, part, grad_a in zip(
+        adapters.columns, adapters.scales, torch.split(za, ranks, 1), of_a, strict=True
+    ):
+        found += [grad_a * scale, (part.t() @ grad[:, start:end]).t()]
+    return found

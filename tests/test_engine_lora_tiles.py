@@ -1,0 +1,115 @@
+"""LoRA's products in tiles, on CPUs with AVX512-BF16: no further from fp64 than lora.py in bf16 is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from strop.engine import lora
+from strop.engine.lora import Adapters
+from strop.machine.probe import probe
+
+pytestmark = pytest.mark.skipif(not probe().tiles, reason="this CPU has no AVX512-BF16")
+
+SHAPES: dict[str, tuple[int, tuple[tuple[int, int], ...], tuple[int, ...]]] = {  # width, columns, ranks
+    "rank 1": (32, ((0, 32),), (1,)),
+    "q, k and v": (96, ((0, 96), (96, 128), (128, 160)), (16, 16, 16)),
+    "odd ranks, outputs without an adapter": (64, ((32, 96), (128, 160)), (3, 21)),
+    "two adapters on the same outputs": (64, ((0, 64), (0, 64)), (8, 32)),
+    "more columns than are held together": (1024, ((0, 704),), (16,)),
+}
+
+
+@pytest.fixture
+def tiles() -> Iterator[Any]:
+    from strop.engine import lora_tiles
+
+    threads = torch.get_num_threads()
+    yield lora_tiles
+    torch.set_num_threads(threads)
+
+
+def case(shape: str, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Adapters]:
+    """z, y, grad, grad_z in bf16; adapters in fp32."""
+    torch.manual_seed(0)
+    width, columns, ranks = SHAPES[shape]
+    outputs = columns[-1][1]
+    parts = [
+        part
+        for rank, (start, end) in zip(ranks, columns, strict=True)
+        for part in (torch.randn(rank, width) / width**0.5, torch.randn(end - start, rank))
+    ]
+    given = [torch.randn(tokens, size).bfloat16() for size in (width, outputs, outputs, width)]
+    z, y, grad, grad_z = given
+    return z, y, grad, grad_z, Adapters(parts, columns, (0.5, 2.0, 3.0)[: len(ranks)])
+
+
+def run(module: Any, z: Tensor, y: Tensor, grad: Tensor, grad_z: Tensor | None, adapters: Adapters) -> list[Tensor]:
+    """What is added to y and to grad_z, and the adapters' gradients."""
+    into, back = y.clone(), None if grad_z is None else grad_z.clone()
+    kept = module.forward(z, into, adapters)
+    grad_za = module.backward(grad, back, z.shape[1], kept, adapters)
+    return [into, *([] if back is None else [back]), *module.gradients(grad, z, grad_za, kept, adapters)]
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("first_layer", [False, True])
+@pytest.mark.parametrize("tokens", [1, 7, 32, 133])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_as_near_to_fp64_as_products_are(tiles: Any, shape: str, tokens: int, first_layer: bool) -> None:
+    z, y, grad, grad_z, adapters = case(shape, tokens)
+    wanted = None if first_layer else grad_z
+    wide = Adapters([part.double() for part in adapters.parts], adapters.columns, adapters.scales)
+    truth = run(lora, z.double(), y.double(), grad.double(), None if wanted is None else wanted.double(), wide)
+    other = run(lora, z, y, grad, wanted, adapters)
+    found = run(tiles, z, y, grad, wanted, adapters)
+    assert [x.shape for x in found] == [x.shape for x in truth]
+    for mine, theirs, exact in zip(found, other, truth, strict=True):
+        assert error(mine, exact) <= 1.1 * error(theirs, exact) + 1e-3
+
+
+def test_gradients_are_summed_in_fp32(tiles: Any) -> None:
+    z, y, grad, grad_z, adapters = case("q, k and v", 300)
+    kept = tiles.forward(z, y, adapters)
+    grad_za = tiles.backward(grad, grad_z, z.shape[1], kept, adapters)
+    found = tiles.gradients(grad, z, grad_za, kept, adapters)
+    for i, ((start, end), scale) in enumerate(zip(adapters.columns, adapters.scales, strict=True)):
+        slot = slice(16 * i, 16 * (i + 1))
+        of_a = scale * grad_za[:, slot].double().t() @ z.double()
+        of_b = grad[:, start:end].double().t() @ kept[0][:, slot].double()
+        assert error(found[2 * i], of_a) < 1e-6 and error(found[2 * i + 1], of_b) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_number_of_threads_gives_the_same_bits(tiles: Any, monkeypatch: pytest.MonkeyPatch, shape: str) -> None:
+    given = case(shape, 133)
+    each = []
+    for threads in (1, 2, 7):
+        monkeypatch.setattr(tiles, "get_num_threads", lambda threads=threads: threads)
+        each.append(run(tiles, *given))
+    for other in each[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(each[0], other, strict=True))
+
+
+def test_nothing_behind_the_last_row_counts(tiles: Any) -> None:
+    z, y, grad, grad_z, adapters = case("q, k and v", 5)
+    whole = run(tiles, z, y, grad, grad_z, adapters)
+    longer = [
+        torch.cat([x, torch.full((8, x.shape[1]), float("nan"), dtype=x.dtype)])[:5] for x in (z, y, grad, grad_z)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(whole, run(tiles, *longer, adapters), strict=True))
+
+
+def test_an_adapter_that_was_larger_leaves_nothing_behind(tiles: Any) -> None:
+    """The room for the matrices is used again by the next layer of the same shape."""
+    z, y, grad, grad_z, adapters = case("odd ranks, outputs without an adapter", 9)
+    before = run(tiles, z, y, grad, grad_z, adapters)
+    run(tiles, z, y, grad, grad_z, Adapters([100 * x for x in adapters.parts], adapters.columns, adapters.scales))
+    assert all(torch.equal(a, b) for a, b in zip(before, run(tiles, z, y, grad, grad_z, adapters), strict=True))
