@@ -55,6 +55,7 @@ def test_a_resolved_recipe_written_and_read_again_is_the_same(tmp_path: Path) ->
         ({"train.micro_batch": 9}, "larger than train.batch_size"),
         ({"train.early_stopping": 2}, "needs data.eval"),
         ({"train.micro_batch": 2, "train.micro_batch_tokens": 99}, "not both"),
+        ({"lora.init": "loftq", "lora.use_dora": True}, "not with lora.use_dora"),
     ],
 )
 def test_what_is_wrong_is_refused_in_one_line(options: dict[str, object], said: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from itertools import pairwise
 from typing import Any
@@ -17,6 +18,7 @@ from strop.engine.attention import Attention, Heads, on_card, sdpa
 from strop.engine.functions import Frozen, Glu, LoraLinear, Norm, RmsNorm
 from strop.engine.head import SupervisedLoss
 from strop.engine.packed import Documents, Varlen
+from strop.machine.probe import probe
 
 OPS: Any = eager
 LORA: Any = lora
@@ -71,6 +73,25 @@ def test_lora_linear_is_the_sum_of_its_parts() -> None:
     x, w, a, b = rand(3, 5), rand(8, 5), rand(2, 5), rand(4, 2)
     y = LoraLinear.apply(x, Frozen(lambda: w, None, LORA, ((4, 8),), (0.5,)), None, None, a, b)
     torch.testing.assert_close(y, torch.cat([x @ w[:4].t(), x @ w[4:].t() + 0.5 * (x @ a.t() @ b.t())], dim=1))
+
+
+@pytest.mark.parametrize("way", ["lora", "lora_tiles"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_young_adapter_is_not_rounded_away(way: str, residual: bool) -> None:
+    """In bf16, what it adds (0.1 % here) is below half of the last bit of what it is added to."""
+    if way == "lora_tiles" and not probe().tiles:
+        pytest.skip("this CPU has no AVX512-BF16")
+    torch.manual_seed(0)
+    products = importlib.import_module(f"strop.engine.{way}")
+    x, w, a = torch.randn(64, 256), torch.randn(128, 256) / 16, torch.randn(16, 256) / 16
+    b, onto = 2.5e-4 * torch.randn(128, 16), torch.randn(64, 128).bfloat16()
+    frozen = Frozen(lambda: w.bfloat16(), None, products, ((0, 128),), (1.0,))
+    with torch.no_grad():
+        added = x.bfloat16().float() @ a.t() @ b.t()
+        given = x.bfloat16(), frozen, None, onto if residual else None
+        change = LoraLinear.apply(*given, a, b).float() - LoraLinear.apply(*given, a, 0 * b).float()
+    share = float((change * added).sum() / (added * added).sum())
+    assert share == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])

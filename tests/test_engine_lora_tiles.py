@@ -33,8 +33,8 @@ def tiles() -> Iterator[Any]:
     torch.set_num_threads(threads)
 
 
-def case(shape: str, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Adapters]:
-    """z, y, grad, grad_z in bf16; adapters in fp32."""
+def case(shape: str, tokens: int) -> tuple[Tensor, Tensor, Adapters]:
+    """z and grad in bf16; adapters in fp32."""
     torch.manual_seed(0)
     width, columns, ranks = SHAPES[shape]
     outputs = columns[-1][1]
@@ -43,42 +43,38 @@ def case(shape: str, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Adapt
         for rank, (start, end) in zip(ranks, columns, strict=True)
         for part in (torch.randn(rank, width) / width**0.5, torch.randn(end - start, rank))
     ]
-    given = [torch.randn(tokens, size).bfloat16() for size in (width, outputs, outputs, width)]
-    z, y, grad, grad_z = given
-    return z, y, grad, grad_z, Adapters(parts, columns, (0.5, 2.0, 3.0)[: len(ranks)])
+    z, grad = torch.randn(tokens, width).bfloat16(), torch.randn(tokens, outputs).bfloat16()
+    return z, grad, Adapters(parts, columns, (0.5, 2.0, 3.0)[: len(ranks)])
 
 
-def run(module: Any, z: Tensor, y: Tensor, grad: Tensor, grad_z: Tensor | None, adapters: Adapters) -> list[Tensor]:
-    """What is added to y and to grad_z, and the adapters' gradients."""
-    into, back = y.clone(), None if grad_z is None else grad_z.clone()
-    kept = module.forward(z, into, adapters)
-    grad_za = module.backward(grad, back, z.shape[1], kept, adapters)
-    return [into, *([] if back is None else [back]), *module.gradients(grad, z, grad_za, kept, adapters)]
+def run(module: Any, z: Tensor, grad: Tensor, adapters: Adapters, further: bool = True) -> list[Tensor]:
+    """y, grad_z where it goes further, and the adapters' gradients."""
+    y, kept = module.forward(z, grad.shape[1], adapters)
+    grad_za, grad_z = module.backward(grad, z.shape[1], further, kept, adapters)
+    return [y, *([grad_z] if further else []), *module.gradients(grad, z, grad_za, kept, adapters)]
 
 
 def error(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("first_layer", [False, True])
+@pytest.mark.parametrize("further", [True, False])
 @pytest.mark.parametrize("tokens", [1, 7, 32, 133])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_as_near_to_fp64_as_products_are(tiles: Any, shape: str, tokens: int, first_layer: bool) -> None:
-    z, y, grad, grad_z, adapters = case(shape, tokens)
-    wanted = None if first_layer else grad_z
+def test_as_near_to_fp64_as_products_are(tiles: Any, shape: str, tokens: int, further: bool) -> None:
+    z, grad, adapters = case(shape, tokens)
     wide = Adapters([part.double() for part in adapters.parts], adapters.columns, adapters.scales)
-    truth = run(lora, z.double(), y.double(), grad.double(), None if wanted is None else wanted.double(), wide)
-    other = run(lora, z, y, grad, wanted, adapters)
-    found = run(tiles, z, y, grad, wanted, adapters)
+    truth = run(lora, z.double(), grad.double(), wide, further)
+    other, found = (run(module, z, grad, adapters, further) for module in (lora, tiles))
     assert [x.shape for x in found] == [x.shape for x in truth]
     for mine, theirs, exact in zip(found, other, truth, strict=True):
         assert error(mine, exact) <= 1.1 * error(theirs, exact) + 1e-3
 
 
 def test_gradients_are_summed_in_fp32(tiles: Any) -> None:
-    z, y, grad, grad_z, adapters = case("q, k and v", 300)
-    kept = tiles.forward(z, y, adapters)
-    grad_za = tiles.backward(grad, grad_z, z.shape[1], kept, adapters)
+    z, grad, adapters = case("q, k and v", 300)
+    _, kept = tiles.forward(z, grad.shape[1], adapters)
+    grad_za, _ = tiles.backward(grad, z.shape[1], False, kept, adapters)
     found = tiles.gradients(grad, z, grad_za, kept, adapters)
     for i, ((start, end), scale) in enumerate(zip(adapters.columns, adapters.scales, strict=True)):
         slot = slice(16 * i, 16 * (i + 1))
@@ -99,17 +95,15 @@ def test_any_number_of_threads_gives_the_same_bits(tiles: Any, monkeypatch: pyte
 
 
 def test_nothing_behind_the_last_row_counts(tiles: Any) -> None:
-    z, y, grad, grad_z, adapters = case("q, k and v", 5)
-    whole = run(tiles, z, y, grad, grad_z, adapters)
-    longer = [
-        torch.cat([x, torch.full((8, x.shape[1]), float("nan"), dtype=x.dtype)])[:5] for x in (z, y, grad, grad_z)
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(whole, run(tiles, *longer, adapters), strict=True))
+    z, grad, adapters = case("q, k and v", 5)
+    longer = [torch.cat([x, torch.full((8, x.shape[1]), float("nan"), dtype=x.dtype)])[:5] for x in (z, grad)]
+    pairs = zip(run(tiles, z, grad, adapters), run(tiles, *longer, adapters), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_an_adapter_that_was_larger_leaves_nothing_behind(tiles: Any) -> None:
     """The room for the matrices is used again by the next layer of the same shape."""
-    z, y, grad, grad_z, adapters = case("odd ranks, outputs without an adapter", 9)
-    before = run(tiles, z, y, grad, grad_z, adapters)
-    run(tiles, z, y, grad, grad_z, Adapters([100 * x for x in adapters.parts], adapters.columns, adapters.scales))
-    assert all(torch.equal(a, b) for a, b in zip(before, run(tiles, z, y, grad, grad_z, adapters), strict=True))
+    z, grad, adapters = case("odd ranks, outputs without an adapter", 9)
+    before = run(tiles, z, grad, adapters)
+    run(tiles, z, grad, Adapters([100 * x for x in adapters.parts], adapters.columns, adapters.scales))
+    assert all(torch.equal(a, b) for a, b in zip(before, run(tiles, z, grad, adapters), strict=True))

@@ -164,8 +164,8 @@ def test_bf16_is_no_further_from_the_truth_than_the_model_itself(head_dim: int) 
     loss_errors, errors = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
     for seed in range(8):
         for one, same in zip(model.parameters(), truth_model.parameters(), strict=True):
-            if one.requires_grad:  # other adapters each time, whose rounding is a part of the error
-                same.data = torch.randn_like(same) * 0.3
+            if one.requires_grad:  # other adapters each time; they add a fourth of what the base gives
+                same.data = torch.randn_like(same) * 0.05
                 one.data = same.data.clone()
         rows = with_prefix([example(length, 10 * seed + length) for length in (9, 5, 12, 2)])
         found = {name: step(truth_model if name == "truth" else model, way, rows) for name, way in ways.items()}

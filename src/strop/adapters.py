@@ -23,7 +23,7 @@ from strop.errors import ModelError, RecipeError
 from strop.model.facts import Source, fingerprint, locate, safetensors_header
 from strop.model.generate import Answer, Sampling, generate
 from strop.model.load import DTYPES, load_base
-from strop.model.lora import grow_vocabulary
+from strop.model.lora import grow_vocabulary, sum_once
 from strop.model.quantize import SCHEMES
 from strop.model.shards import is_finite
 from strop.model.tokenizer import load_tokenizer
@@ -130,7 +130,7 @@ def attach(
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: does not fit {source.name}: {str(error).strip().splitlines()[0]}") from None
     _check_fit(model, folder, source, name)
-    return model, notes
+    return sum_once(model), notes
 
 
 def load_beside(module: peft.PeftModel, folder: Path, source: Source, name: str, *, force: bool = False) -> list[str]:

@@ -75,7 +75,9 @@ class LoraSection(Section):
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained")
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) (arXiv:2312.03732)")
     use_dora: bool = Field(False, description="weight-decomposed LoRA (arXiv:2402.09353)")
-    init: Literal["default", "gaussian"] = Field("default", description="A uniform (Kaiming) or normal; B is zero")
+    init: Literal["default", "gaussian", "loftq"] = Field(
+        "default", description="A uniform (Kaiming) or normal and B zero; loftq: what quantization lost"
+    )
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="rank by module name or regular expression")
     alpha_pattern: dict[str, int] = Field(default_factory=dict, description="alpha by module name or expression")
     modules_to_save: list[str] = Field(default_factory=list, description="modules trained in full, not through LoRA")
@@ -131,6 +133,8 @@ class Recipe(Section):
             raise ValueError("train.micro_batch: give it or train.micro_batch_tokens, not both")
         if self.train.early_stopping is not None and self.data.eval is None:
             raise ValueError("train.early_stopping: needs data.eval")
+        if self.lora.init == "loftq" and self.lora.use_dora:
+            raise ValueError("lora.init loftq: not with lora.use_dora, whose magnitudes are of the quantized weights")
         return self
 
 

@@ -42,10 +42,10 @@ class Ops(Protocol):
 class LoraProducts(Protocol):
     """The products with A and B; meanings in lora.py."""
 
-    def forward(self, z: Tensor, y: Tensor, adapters: Adapters) -> tuple[Tensor, ...]: ...
+    def forward(self, z: Tensor, outputs: int, adapters: Adapters) -> tuple[Tensor, tuple[Tensor, ...]]: ...
     def backward(
-        self, grad: Tensor, grad_z: Tensor | None, width: int, kept: tuple[Tensor, ...], adapters: Adapters
-    ) -> Tensor: ...
+        self, grad: Tensor, width: int, further: bool, kept: tuple[Tensor, ...], adapters: Adapters
+    ) -> tuple[Tensor, Tensor | None]: ...
     def gradients(
         self, grad: Tensor, z: Tensor, grad_za: Tensor, kept: tuple[Tensor, ...], adapters: Adapters
     ) -> list[Tensor]: ...
@@ -138,6 +138,9 @@ class LoraLinear(Function):
 
     x (T, k), or (T, 2 k) for glu; residual (T, n) or None: what y is added to; parts: A_1 (r_1, k), B_1 (n_1, r_1),
     A_2, ... Saves x and scale z A^T (T, sum of r).
+
+    The frozen product is added to the adapters', and the sum is rounded once. The other way round, what an adapter adds
+    to a number that is in bf16 already rounds away below half of its last bit, and a young adapter adds no more.
     """
 
     @staticmethod
@@ -145,17 +148,18 @@ class LoraLinear(Function):
         ctx: Any, x: Tensor, frozen: Frozen, enter: Norm | Glu | None, residual: Tensor | None, *parts: Tensor
     ) -> Tensor:  # fmt: skip
         z = x if enter is None else enter.forward(x, frozen.room)
-        if residual is None:
-            y = F.linear(z, frozen.weight(), frozen.bias)
+        ctx.frozen, ctx.enter, ctx.width, weight = frozen, enter, z.shape[1], frozen.weight()
+        if parts:
+            y, kept = frozen.lora.forward(z, len(weight), Adapters(parts, frozen.columns, frozen.scales))
+            ctx.save_for_backward(x, *parts, *kept)
+            y.addmm_(z, weight.t())
+            if frozen.bias is not None:
+                y += frozen.bias
         else:
-            y = residual.clone() if frozen.bias is None else residual + frozen.bias
-            y.addmm_(z, frozen.weight().t())
-        ctx.frozen, ctx.enter, ctx.width = frozen, enter, z.shape[1]
-        if not parts:
             ctx.save_for_backward(*([] if enter is None else [x]))
-            return y
-        kept = frozen.lora.forward(z, y, Adapters(parts, frozen.columns, frozen.scales))
-        ctx.save_for_backward(x, *parts, *kept)
+            y = F.linear(z, weight, frozen.bias)
+        if residual is not None:
+            y += residual
         return y
 
     @staticmethod
@@ -163,13 +167,14 @@ class LoraLinear(Function):
         frozen, enter = ctx.frozen, ctx.enter
         # Without adapters and with nothing to enter, nothing was saved: the input is not needed.
         x, *saved = ctx.saved_tensors or (grad,)
-        grad = grad.contiguous()
-        grad_z = grad @ frozen.weight() if ctx.needs_input_grad[0] else None
+        grad, grad_z, wanted = grad.contiguous(), None, ctx.needs_input_grad[0]
         residual = grad if ctx.needs_input_grad[3] else None
         if saved:
             parts = 2 * len(frozen.scales)
             adapters, kept = Adapters(saved[:parts], frozen.columns, frozen.scales), tuple(saved[parts:])
-            grad_za = frozen.lora.backward(grad, grad_z, ctx.width, kept, adapters)
+            grad_za, grad_z = frozen.lora.backward(grad, ctx.width, wanted, kept, adapters)
+        if wanted:
+            grad_z = grad @ frozen.weight() if grad_z is None else grad_z.addmm_(grad, frozen.weight())
         z, grad_x = x, grad_z
         if isinstance(enter, Glu) and grad_z is not None:
             grad_x, z = enter.ops.glu_backward(grad_z, x, enter.activation)

@@ -30,31 +30,28 @@ class Adapters:
         return tuple(len(part) for part in self.parts[::2])
 
 
-def forward(z: Tensor, y: Tensor, adapters: Adapters) -> tuple[Tensor, ...]:
-    """y[:, columns_i] += za_i B_i^T, in place. Returns what the other two need: za, and A and B as they were used.
+def forward(z: Tensor, outputs: int, adapters: Adapters) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """y (T, outputs) with y[:, columns_i] = za_i B_i^T, and what the other two need: za, and A and B as they were used.
 
     The A stand in one matrix and the B in another, zeros around them: two narrow products, not two an adapter.
     """
     # Scaled before they are rounded: what is computed in bf16 would be rounded once more.
     a = torch.cat([(part * scale).to(z.dtype) for part, _, scale in adapters])
-    b, at = y.new_zeros(y.shape[1], len(a)), 0
+    b, at = z.new_zeros(outputs, len(a)), 0
     for part, (start, end) in zip(adapters.parts[1::2], adapters.columns, strict=True):
         b[start:end, at : at + part.shape[1]].copy_(part)
         at += part.shape[1]
     za = z @ a.t()
-    y.addmm_(za, b.t())
-    return za, a, b
+    return za @ b.t(), (za, a, b)
 
 
 def backward(
-    grad: Tensor, grad_z: Tensor | None, width: int, kept: tuple[Tensor, ...], adapters: Adapters
-) -> Tensor:  # fmt: skip
-    """grad_z += grad_za A, in place where it is asked for. grad (T, n); returns grad_za, scale not in it."""
+    grad: Tensor, width: int, further: bool, kept: tuple[Tensor, ...], adapters: Adapters
+) -> tuple[Tensor, Tensor | None]:
+    """grad_za, scale not in it, and where it goes further grad_za A (T, width). grad (T, n)."""
     _, a, b = kept
     grad_za = grad @ b
-    if grad_z is not None:
-        grad_z.addmm_(grad_za, a)
-    return grad_za
+    return grad_za, grad_za @ a if further else None
 
 
 def gradients(

@@ -90,10 +90,10 @@ def _product(
 
 @loop
 def _through(x: Any, first: Any, enter: Any, second: Any, leave: Any, lanes: Any, thin: Any, onto: Any) -> None:
-    """thin (T, R) = x first, and onto += thin second; x (T, k), thin and onto (T, n) bf16.
+    """thin (T, R) = x first, and onto = thin second; x (T, k), thin and onto (T, n) bf16.
 
     enter (N, 5): for each block of `first`: (begin of its rows in x, how many, begin of its columns in thin, how many,
-    where it stands in `first`); leave: the same of `second`, from thin to onto.
+    where it stands in `first`); leave (N, 6): the same of `second`, from thin to onto, and whether it is added there.
     """
     rows, rank = thin.shape
     step, share = x.shape[1], (rows + ROWS * lanes - 1) // (ROWS * lanes) * ROWS
@@ -121,7 +121,7 @@ def _through(x: Any, first: Any, enter: Any, second: Any, leave: Any, lanes: Any
                 for j in range(rank):
                     target[j] = kept[j]
             for part in range(len(leave)):
-                begin, many, to, columns, at = leave[part]
+                begin, many, to, columns, at, more = leave[part]
                 for chunk in range(0, columns, CHUNK):
                     n = min(CHUNK, columns - chunk)
                     _product(
@@ -130,8 +130,12 @@ def _through(x: Any, first: Any, enter: Any, second: Any, leave: Any, lanes: Any
                     )  # fmt: skip
                     for i in range(count):
                         target, source = onto[top + i, to + chunk : to + chunk + n], sums[i * CHUNK : i * CHUNK + n]
-                        for j in range(n):
-                            target[j] = narrow(wide(target[j]) + source[j], onto)
+                        if more:
+                            for j in range(n):
+                                target[j] = narrow(wide(target[j]) + source[j], onto)
+                        else:
+                            for j in range(n):
+                                target[j] = narrow(source[j], onto)
             top += count
 
 
@@ -211,6 +215,7 @@ class _Plan:
 
     rank: int  # of all slots
     ats: tuple[int, ...]  # where each slot begins
+    filled: int  # outputs that an adapter adds to
     forward: tuple[Any, Any]
     backward: tuple[Any, Any]
     gradients: tuple[Any, Any]  # spans of A and of B
@@ -231,8 +236,9 @@ def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any) -> _Pl
     for at, rank, scale in zip(ats, ranks, scales, strict=True):
         factors[at : at + rank] = scale
     each = list(zip(ats, slots, [start for start, _ in columns], counts, strict=True))
-    out = [(at, slot, start, count, to) for (at, slot, start, count), to in zip(each, offsets, strict=True)]
-    into = [(start, count, at, slot, to) for at, slot, start, count, to in out]
+    more = [span in columns[:i] for i, span in enumerate(columns)]
+    out = [(*place, to, again) for place, to, again in zip(each, offsets, more, strict=True)]
+    into = [(start, count, at, slot, to) for at, slot, start, count, to, _ in out]
     of_b = [(*place, rank, sum(sizes[:i])) for i, (place, rank) in enumerate(zip(each, ranks, strict=True))]
 
     def room(size: int) -> Any:
@@ -242,8 +248,9 @@ def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any) -> _Pl
     return _Plan(
         total,
         tuple(ats),
+        sum(count for count, again in zip(counts, more, strict=True) if not again),
         (np.array([(0, width, 0, total, 0)]), np.array(out)),
-        (np.array(into), np.array([(0, total, 0, width, 0)])),
+        (np.array(into), np.array([(0, total, 0, width, 0, 0)])),
         (np.array([(0, total, 0, width, total, 0)]), np.array(of_b)),
         factors,
         (room(of_a), room(of_bs), room(of_bs), room(of_a)),
@@ -254,25 +261,27 @@ def _plan_of(width: int, adapters: Adapters) -> _Plan:
     return _plan(threading.get_ident(), width, adapters.ranks, adapters.columns, adapters.scales)
 
 
-def forward(z: Tensor, y: Tensor, adapters: Adapters) -> tuple[Tensor, ...]:
+def forward(z: Tensor, outputs: int, adapters: Adapters) -> tuple[Tensor, tuple[Tensor, ...]]:
     plan = _plan_of(z.shape[1], adapters)
     first, second = plan.matrices[:2]
     for at, span, (a, b, scale) in zip(plan.ats, plan.forward[1], adapters, strict=True):
         _lay_forward(array(a), array(b), np.float32(scale), first[at:], plan.rank, second[span[4] :])
-    return (_pass(z, first, plan.forward[0], second, plan.forward[1], plan.rank, y),)
+    y = (z.new_empty if plan.filled == outputs else z.new_zeros)(len(z), outputs)
+    return y, (_pass(z, first, plan.forward[0], second, plan.forward[1], plan.rank, y),)
 
 
 def backward(
-    grad: Tensor, grad_z: Tensor | None, width: int, kept: tuple[Tensor, ...], adapters: Adapters
-) -> Tensor:  # fmt: skip
+    grad: Tensor, width: int, further: bool, kept: tuple[Tensor, ...], adapters: Adapters
+) -> tuple[Tensor, Tensor | None]:
     plan = _plan_of(width, adapters)
     first, second = plan.matrices[2:]
     for at, span, (a, b, scale) in zip(plan.ats, plan.backward[0], adapters, strict=True):
         _lay_backward(array(a), array(b), np.float32(scale), first[span[4] :], span[3], second[at // 2 * width :])
     enter, leave = plan.backward
-    if grad_z is None:
-        return _pass(grad, first, enter, second, leave[:0], plan.rank, grad)
-    return _pass(grad, first, enter, second, leave, plan.rank, grad_z)
+    if not further:
+        return _pass(grad, first, enter, second, leave[:0], plan.rank, grad), None
+    grad_z = grad.new_empty(len(grad), width)
+    return _pass(grad, first, enter, second, leave, plan.rank, grad_z), grad_z
 
 
 def _pass(x: Tensor, first: Any, enter: Any, second: Any, leave: Any, rank: int, onto: Tensor) -> Tensor:

@@ -6,15 +6,17 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import peft
 import torch
+from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
 from strop.config.schema import LoraSection
 from strop.errors import ModelError, nearest
-from strop.model.quantize import why_not
+from strop.model.quantize import QuantizedLinear, added, why_not
 from strop.model.targets import EMBEDDINGS, LinearKind, embedding_kind, sets_of, target_names
 
 
@@ -78,14 +80,53 @@ def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any) -> peft.Pef
         bias=section.bias,
         use_rslora=section.use_rslora,
         use_dora=section.use_dora,
-        init_lora_weights=True if section.init == "default" else section.init,
+        init_lora_weights=section.init if section.init == "gaussian" else True,  # loftq: filled in by loftq.py
         rank_pattern=dict(section.rank_pattern),
         alpha_pattern=dict(section.alpha_pattern),
         modules_to_save=list(section.modules_to_save) or None,
         task_type="CAUSAL_LM",
         **({"trainable_token_indices": new_rows} if new_rows else {}),
     )
-    return as_fp32(peft.get_peft_model(model, config))
+    return sum_once(as_fp32(peft.get_peft_model(model, config)))
+
+
+def sum_once(model: peft.PeftModel) -> peft.PeftModel:
+    """The plain LoRA layers add the base's product to what the adapters add, and not the other way round.
+
+    In bf16 the base's product is rounded, and what a young adapter adds to it is below half of its last bit: peft's own
+    forward rounds it away (docs/performance.md has what that costs).
+    """
+    for module in model.modules():
+        if type(module) is PeftLinear and isinstance(module.base_layer, nn.Linear):
+            module.forward = partial(_summed_once, module)
+    return model
+
+
+def _summed_once(module: PeftLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    others = module.disable_adapters or module.merged or any(name in module.lora_variant for name in names)
+    if args or kwargs or others or not names:
+        result: Tensor = type(module).forward(module, x, *args, **kwargs)
+        return result
+    wide = x.to(module.lora_A[names[0]].weight.dtype)
+    changes = [delta(module, name, module.lora_dropout[name](wide)) for name in names]
+    return onto(module.base_layer, x, sum(changes[1:], changes[0]))
+
+
+def delta(module: PeftLinear, name: str, x: Tensor) -> Tensor:
+    """What one adapter of a layer adds, in the type of the adapter."""
+    a, b = module.lora_A[name], module.lora_B[name]
+    result: Tensor = b(a(x.to(a.weight.dtype))) * module.scaling[name]
+    return result
+
+
+def onto(base: nn.Linear, x: Tensor, change: Tensor) -> Tensor:
+    """change + x W^T, rounded once, and then the bias; in fp32, where nothing is lost, in the usual order."""
+    if x.dtype == torch.float32:
+        return cast(Tensor, base(x)) + change
+    low = change.to(x.dtype)
+    result = base.product(x, low) if isinstance(base, QuantizedLinear) else added(low, x, base.weight)
+    return result if base.bias is None else result + base.bias
 
 
 def as_fp32(model: peft.PeftModel) -> peft.PeftModel:
@@ -117,7 +158,7 @@ def weight_change(model: nn.Module) -> float | None:
     shares = []
     for module in model.modules():
         base = getattr(module, "base_layer", None)
-        if not (isinstance(module, peft.tuners.lora.Linear) and isinstance(base, nn.Linear)):
+        if not (isinstance(module, PeftLinear) and isinstance(base, nn.Linear)):
             continue
         if not base.weight.is_floating_point():
             continue

@@ -100,8 +100,13 @@ class QuantizedLinear(nn.Linear):
         return weight.view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+        result = self.product(x)
         return result if self.bias is None else result + self.bias
+
+    def product(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """x W^T, added to `onto` (.., out) and rounded once."""
+        result: Tensor = _Product.apply(x, self, onto)  # type: ignore[no-untyped-call]
+        return result
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -114,16 +119,22 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Product(Function):
-    """x W^T, with W given anew in the backward: nothing but the module is kept."""
+    """x W^T (+ onto), with W given anew in the backward: nothing but the module is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear, onto: Tensor | None) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantized().to(x.dtype))
+        weight = layer.dequantized().to(x.dtype)
+        return F.linear(x, weight) if onto is None else added(onto, x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad @ ctx.layer.dequantized().to(grad.dtype), None
+        return grad @ ctx.layer.dequantized().to(grad.dtype), None, grad if ctx.needs_input_grad[2] else None
+
+
+def added(onto: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """onto (.., n) + x (.., k) W^T, rounded once."""
+    return torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), weight.t()).view(onto.shape)
 
 
 def pack(weight: Tensor, scheme: str, *, double: bool = True) -> dict[str, Tensor]:

@@ -79,6 +79,11 @@ def choose(
             f"--model.resident_layers {model.resident_layers}: the base is in 16 bit, where no layer is dequantized",
             fix="leave it out, or give --model.quantization nf4",
         )
+    if model.quantization == "none" and resolved.recipe.lora.init == "loftq":
+        raise RecipeError(
+            "--lora.init loftq: the base is in 16 bit, nothing was lost",
+            fix="leave it out, or give --model.quantization nf4",
+        )
     known = recall(memory_key(resolved.recipe, machine, shape))
     if known.get("streamed") and resolved.choices["model.resident_layers"].origin == "plan":
         why = "an earlier run of this shape ran out of memory here with more"

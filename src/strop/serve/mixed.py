@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
+
+from strop.model.lora import delta, onto
 
 
 def can_mix(model: Any) -> bool:
@@ -56,18 +57,16 @@ class MixedLora:
         }
 
     def _forward(self, module: Any, x: Tensor) -> Tensor:
-        result: Tensor = module.base_layer(x)
+        change: Tensor | None = None
         for name, own in self.tokens.items():
             if name not in module.lora_A:
                 continue
-            a, b = module.lora_A[name].weight, module.lora_B[name].weight
-            kind = result.dtype
             if own is None:
-                change = F.linear(F.linear(x.to(a.dtype), a), b) * module.scaling[name]
-                result = (result + change).to(kind)
+                change = delta(module, name, x)
                 continue
-            some = x.reshape(-1, x.shape[-1])[own].to(a.dtype)
-            change = F.linear(F.linear(some, a), b) * module.scaling[name]
-            flat = result.view(-1, result.shape[-1])
-            flat[own] = (flat[own] + change).to(kind)
+            some = delta(module, name, x.flatten(0, -2)[own])
+            if change is None:
+                change = some.new_zeros(*x.shape[:-1], some.shape[-1])
+            change.view(-1, some.shape[-1])[own] = some
+        result: Tensor = module.base_layer(x) if change is None else onto(module.base_layer, x, change)
         return result

@@ -25,6 +25,7 @@ from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.report import write_report
 from strop.machine.memory import MemoryMark, MemoryWatch, is_out_of_memory, mark
 from strop.machine.probe import probe
+from strop.model import loftq
 from strop.model.load import DTYPES, load_base, stream_weights
 from strop.model.lora import add_lora, as_fp32, trainable, weight_change
 from strop.planning.choose import usable_bytes
@@ -149,7 +150,7 @@ def _execute(
             log.emit("note", text=text)
         memory = mark(recipe.model.device)
         try:
-            model = _build(setup)
+            model = _build(setup, resuming)
             job = _job(folder, setup, model, log)
             if resuming and folder.checkpoints():
                 _restore(job, changed)
@@ -216,8 +217,10 @@ def _announce(job: Job, setup: Setup) -> None:
     job.log.emit("start", steps=_total(job), step=at, engine=step.name, why=step.why, parameters=numbers)
 
 
-def _build(setup: Setup) -> peft.PeftModel:
-    """Base with adapters in train mode; the seed decides the adapters' first values and, from here on, dropout."""
+def _build(setup: Setup, resuming: bool) -> peft.PeftModel:
+    """Base with adapters in train mode; the seed decides the adapters' first values and, from here on, dropout.
+
+    resuming: the adapters' values come from a checkpoint."""
     recipe = setup.resolved.recipe
     assert recipe.model.dtype != "auto"
     base = load_base(
@@ -234,6 +237,8 @@ def _build(setup: Setup) -> peft.PeftModel:
         model = as_fp32(attach(base, start, setup.source, trainable=True)[0])
     else:
         model = add_lora(base, recipe.lora, setup.tokenizer)
+        if recipe.lora.init == "loftq" and not resuming:
+            loftq.fill_in(model, setup.source)
     return model.train()
 
 

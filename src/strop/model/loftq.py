@@ -1,0 +1,49 @@
+"""LoftQ's first values (arXiv:2310.08659, one round): the adapter begins as what quantization took from each weight.
+
+peft's own replace_lora_weights_loftq needs a CUDA device and leaves LoRA's scale out.
+"""
+
+from __future__ import annotations
+
+import peft
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor
+
+from strop.errors import ModelError
+from strop.model.facts import Source
+from strop.model.load import weights_folder
+from strop.model.quantize import QuantizedLinear
+from strop.model.shape import prequantized
+from strop.model.shards import Tensors
+
+ROUNDS = 16  # of the power iteration, as peft's pissa_niter_16
+
+
+def fill_in(model: peft.PeftModel, source: Source) -> None:
+    """Sets A and B of each quantized layer to the nearest scale B A to its 16-bit weight less its quantized one.
+
+    Reads the 16-bit weights one at a time. Draws from torch's generator. Raises ModelError where there are none.
+    """
+    if prequantized(source.config()):
+        raise ModelError(
+            f"{source.name}: its weights are quantized already, what was lost is not known",
+            fix="use --lora.init default",
+        )
+    tensors = Tensors(weights_folder(source))
+    for path, module in model.get_base_model().named_modules():
+        if isinstance(module, PeftLinear):
+            held = module.base_layer
+            now = held.dequantized() if isinstance(held, QuantizedLinear) else held.weight
+            lost = tensors.get(f"{path}.weight").to(now.device).float() - now.detach().float()
+            if lost.any():
+                for name in module.active_adapters:
+                    _set(module, name, lost)
+
+
+def _set(module: PeftLinear, name: str, lost: Tensor) -> None:
+    rank = min(module.r[name], *lost.shape)
+    u, s, v = torch.svd_lowrank(lost, q=rank, niter=ROUNDS)
+    share = (s / module.scaling[name]).sqrt()
+    module.lora_A[name].weight.data[:rank] = share[:, None] * v.t()
+    module.lora_B[name].weight.data[:, :rank] = u * share
