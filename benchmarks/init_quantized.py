@@ -5,7 +5,7 @@
 All start from the 16-bit model. default: NF4 base, usual A and B = 0. loftq: A and B stand for what quantization lost,
 by its algorithm in so many rounds (peft's own runs on cards alone, and leaves out LoRA's scale). pissa, as peft makes
 it: A and B are the first singular directions, and what is left of the base is quantized. Reported: loss on the held-out
-rows before the first step and after the last.
+rows before the first step and after the last. --rate: larger A and B learn faster, each way has a best rate of its own.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def train(options: argparse.Namespace, way: str, seed: int) -> dict[str, float]:
     data = prepare(DataSection(train=options.data, eval=options.eval), load_tokenizer(source))
     model, rows = build(options.model, way, options.rank, seed), data.eval
     assert rows is not None
-    rate = learning_rate(sum(weight.numel() for weight in model.get_base_model().parameters()))
+    rate = options.rate * learning_rate(sum(weight.numel() for weight in model.get_base_model().parameters()))
     given = {
         "model": options.model, "data": options.data, "seed": seed, "lora.r": options.rank,
         "train.max_steps": options.steps, "train.learning_rate": rate, "train.micro_batch_tokens": 2048,
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--ways", default=";".join(WAYS))
+    parser.add_argument("--rate", type=float, default=1.0, help="times strop's learning rate for a model of this size")
     parser.add_argument("--out")
     options = parser.parse_args()
     prepare_process()

@@ -2,8 +2,8 @@
 
     python unsloth_rows.py MODEL_FOLDER DATA.jsonl OUT_FOLDER BATCH [packing]
 
-bf16 weights, r 16 on all linear layers, whole text in the loss, grouped by length, one epoch, cosine from 2e-4. packing:
-rows laid one behind the other, up to 1,024 tokens, instead.
+bf16 weights, r 16 on all linear layers, whole text in the loss, grouped by length, one epoch, cosine from 2e-4.
+packing: rows laid one behind the other, up to 1,024 tokens, instead.
 """
 
 import json

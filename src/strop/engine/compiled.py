@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic, overload
 
@@ -71,7 +71,21 @@ def _emit(result: Any, make: Callable[[Any, Any], Any]) -> Any:
     return intrinsic(typing)
 
 
+class BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
+
+
 F32, I32, I16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
+HAS_BF16 = bool(binding.get_host_cpu_features().get("avx512bf16"))  # an instruction that rounds to it
 
 
 def _emit_from_bf16(b: Any, x: Any) -> Any:
@@ -79,6 +93,8 @@ def _emit_from_bf16(b: Any, x: Any) -> Any:
 
 
 def _emit_to_bf16(b: Any, x: Any) -> Any:
+    if HAS_BF16:
+        return b.bitcast(b.fptrunc(x, BFloat()), I16)
     bits = b.bitcast(x, I32)
     odd = b.and_(b.lshr(bits, I32(16)), I32(1))
     return b.trunc(b.lshr(b.add(bits, b.add(odd, I32(0x7FFF))), I32(16)), I16)

@@ -20,7 +20,7 @@ from torch import Tensor
 from strop.engine.compiled import inline, loop, narrow, wide
 from strop.engine.kernels import array
 from strop.engine.lora import Adapters
-from strop.engine.tile import COLUMNS, LANES, ROWS, slim, tile
+from strop.engine.tile import COLUMNS, LANES, ROWS, STEP, claim, release, slim, tile
 
 BLOCK = 32  # rows that go through together
 CHUNK = 256  # columns whose sums are held together
@@ -78,7 +78,7 @@ def _product(
     a: Any, a_at: Any, lda: Any, b: Any, b_at: Any, ldb: Any, c: Any, ldc: Any, c_at: Any, rows: Any, columns: Any,
     pairs: Any,
 ) -> None:  # fmt: skip
-    """c (rows, columns) = a b, tile by tile: columns a multiple of 16, rows are rounded up to one of 8."""
+    """c (rows, columns) = a b, tile by tile: columns a multiple of 16, rows are rounded up to one of ROWS."""
     whole = columns // COLUMNS * COLUMNS
     for j in range(0, whole, COLUMNS):
         for i in range(0, rows, ROWS):
@@ -99,6 +99,7 @@ def _through(x: Any, first: Any, enter: Any, second: Any, leave: Any, lanes: Any
     step, share = x.shape[1], (rows + ROWS * lanes - 1) // (ROWS * lanes) * ROWS
     pairs = x.reshape(-1).view(np.uint32)
     for lane in prange(lanes):
+        claim()
         tail = np.empty(ROWS * step, np.uint16)
         sums = np.empty(BLOCK * max(rank, CHUNK) + GAP, np.float32)
         held = np.empty(BLOCK * rank + GAP, np.uint16)
@@ -137,11 +138,15 @@ def _through(x: Any, first: Any, enter: Any, second: Any, leave: Any, lanes: Any
                             for j in range(n):
                                 target[j] = narrow(source[j], onto)
             top += count
+        release()
 
 
 @inline
 def _paired(x: Any, row: Any, begin: Any, n: Any, out: Any) -> None:
     """out[j] = the pair of x[row, begin + j] and what is under it, 0 under the last row."""
+    if row >= len(x):
+        out[:n] = np.uint32(0)
+        return
     even = x[row, begin : begin + n]
     if row + 1 < len(x):
         odd = x[row + 1, begin : begin + n]
@@ -159,7 +164,8 @@ def _outer(thin: Any, x: Any, spans: Any, factors: Any, over: Any, lane: Any, la
     spans (N, 6): (begin in thin, slot, begin in x, columns, rank, where in out). out: flat, for each span
     (slot, columns) times factors (R,), or with `over` (columns, rank).
     """
-    half, units, widest = (len(x) + 1) // 2, 0, 0
+    own, units, widest = (len(x) + 1) // 2, 0, 0
+    half = (own + STEP - 1) // STEP * STEP
     for part in range(len(spans)):
         units += spans[part, 3] // COLUMNS
         widest = max(widest, spans[part, 1])
@@ -173,7 +179,9 @@ def _outer(thin: Any, x: Any, spans: Any, factors: Any, over: Any, lane: Any, la
         low, high = low - columns // COLUMNS, high - columns // COLUMNS
         if start >= end:
             continue
-        for i in range(half):
+        for r in range(slot):
+            turned[r * half + own : (r + 1) * half] = np.uint32(0)
+        for i in range(own):
             even, odd = thin[2 * i], thin[min(2 * i + 1, len(x) - 1)]
             there = np.uint32(0xFFFF0000) if 2 * i + 1 < len(x) else np.uint32(0)
             for r in range(slot):
@@ -205,8 +213,10 @@ def _gradients(
     grad: Any, z: Any, za: Any, grad_za: Any, of_a: Any, of_b: Any, factors: Any, lanes: Any, a: Any, b: Any
 ) -> None:  # fmt: skip
     for lane in prange(lanes):
+        claim()
         _outer(grad_za, z, of_a, factors, False, lane, lanes, a)
         _outer(za, grad, of_b, factors, True, lane, lanes, b)
+        release()
 
 
 @dataclass(frozen=True)

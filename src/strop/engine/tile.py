@@ -1,4 +1,4 @@
-"""A matrix product of bf16 for numba's loops, in AVX512-BF16's own instruction, sums in fp32.
+"""A matrix product of bf16 for numba's loops, in AVX512-BF16's own instruction or AMX's (amx.py), sums in fp32.
 
 PyTorch's products cost tens of microseconds a call before they compute; attention over documents of chat length is
 hundreds of products of that length. These are called from inside a compiled loop, on blocks that are in the cache.
@@ -12,27 +12,20 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from strop.engine import amx
+from strop.engine.compiled import BFloat
+
 LANES = 16  # fp32 sums in a register
-ROWS, COLUMNS = 8, 2 * LANES  # of a tile: 16 registers of sums, enough to hide the instruction's latency
+ROWS = amx.ROWS if amx.THERE else 8  # 8: 16 registers of sums, enough to hide the instruction's latency
+COLUMNS = 2 * LANES
+STEP = 8  # pairs are a multiple of
+claim, release = amx.claim, amx.release  # around the products of a thread
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _SUMS, _PAIRS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 
 
-class _BFloat(ir.Type):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite has no name for."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-_BF16S = ir.VectorType(_BFloat(), 2 * LANES)
+_BF16S = ir.VectorType(BFloat(), 2 * LANES)
 _DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 
 
@@ -43,6 +36,8 @@ def _tile(vectors: int, depth: int, meaning: str) -> Any:
     ) -> Any:  # fmt: skip
         long = types.int64
         signature = types.void(a, long, long, b, long, long, c, long, long, long, types.boolean)
+        if amx.THERE:
+            return signature, lambda *given: amx.generate(vectors, *given)
         return signature, lambda *given: _generate(vectors, depth, *given)
 
     typing.__doc__ = f"""c{meaning}, or += with `onto`.
@@ -53,9 +48,9 @@ def _tile(vectors: int, depth: int, meaning: str) -> Any:
     return intrinsic(typing)
 
 
-tile = _tile(2, 1, "[8, 32] = a[8, pairs] b[pairs, 32]")
+tile = _tile(2, 1, "[ROWS, 32] = a[ROWS, pairs] b[pairs, 32]")
 # Half as wide, and two sums for each place: as many registers. 16 rows would need as many addresses, and a CPU has 16.
-slim = _tile(1, 2, "[8, 16] = a[8, pairs] b[pairs, 16], pairs even")
+slim = _tile(1, 2, "[ROWS, 16] = a[ROWS, pairs] b[pairs, 16]")
 
 
 def _generate(vectors: int, depth: int, context: Any, b: Any, signature: Any, args: Any) -> Any:

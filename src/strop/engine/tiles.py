@@ -15,7 +15,7 @@ from torch import Tensor
 
 from strop.engine.compiled import exp, greater, inline, loop, narrow, wide
 from strop.engine.kernels import array, flat
-from strop.engine.tile import COLUMNS, ROWS, tile
+from strop.engine.tile import COLUMNS, ROWS, claim, release, tile
 
 BLOCK = 64  # rows (a query's heads one behind the other) that pass over the keys together
 GAP = 256  # numbers behind a buffer, see kernels.GAP
@@ -143,6 +143,7 @@ def _attend(
     for doc in range(len(docs)):
         longest = max(longest, _up(docs[doc, 1] + docs[doc, 2], COLUMNS))
     for lane in prange(len(lanes) - 1):
+        claim()
         rows16 = np.zeros(longest * d + GAP, np.uint16)
         keys = np.zeros(longest * half + GAP, np.uint32)
         values = np.zeros(longest // 2 * d + GAP, np.uint32)
@@ -183,6 +184,7 @@ def _attend(
                     for j in range(d):
                         target[j] = narrow(source[j] * share, out)
                     sums[row, head * group + r % group] = tops[r - first] + np.log(totals[r - first])
+        release()
 
 
 @inline
@@ -218,6 +220,7 @@ def _attend_backward(
     for doc in range(len(docs)):
         longest = max(longest, _up(docs[doc, 1] + docs[doc, 2], COLUMNS))
     for lane in prange(len(lanes) - 1):
+        claim()
         rows16 = np.zeros(longest * d + GAP, np.uint16)
         keys = np.zeros(longest * half + GAP, np.uint32)  # for the scores
         key_rows = np.zeros(longest // 2 * d + GAP, np.uint32)  # for dq
@@ -307,6 +310,7 @@ def _attend_backward(
                     _turned_back(line, 0, d, cos, sin, row, one, dk, to)
                     for j in range(d):
                         dv[to + j] = narrow(line[d + j], dv)
+        release()
 
 
 @inline

@@ -17,7 +17,7 @@ import torch
 from strop.machine.probe import probe
 from strop.runs.lock import sha256_text
 
-SOURCES = ("kernels.py", "compiled.py", "tiles.py", "tile.py", "lora_tiles.py")
+SOURCES = ("kernels.py", "compiled.py", "tiles.py", "tile.py", "amx.py", "lora_tiles.py")
 
 
 def compile_once(dtype: torch.dtype, cache: Path) -> None:

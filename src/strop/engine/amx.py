@@ -1,0 +1,131 @@
+"""The tile product of bf16 in AMX's own instructions, for numba's loops: several times AVX512-BF16's rate, where it is.
+
+A loop says `claim` before its first product, in the thread that computes it, and `release` behind its last. Registers
+(Intel's manual, volume 1, chapter 18) go by number: 0 and 1 hold sums; 2, 4, 5 take 16 pairs at a time; 3, 6, 7 the
+last 8.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic
+
+ROWS = LANES = 16  # of a register, of 64 bytes each
+STEP = 16  # pairs at a time
+_ASK_FOR_STATE, _TILE_DATA = 0x1023, 18  # arch_prctl's request to use the registers, and what they are to Linux
+_ARCH_PRCTL = 158
+
+_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_PLACE = _I8.as_pointer()
+
+
+def _allowed() -> bool:
+    """The CPU has AMX for bf16, and Linux lets this process use it."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    if not binding.get_host_cpu_features().get("amx-bf16", False):
+        return False
+    return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA)) == 0
+
+
+THERE = _allowed()
+
+
+def _shapes() -> Any:
+    """What ldtilecfg reads: for each register, bytes a row and rows."""
+    config = np.zeros(64, np.uint8)
+    config[0] = 1
+    for register, (rows, pairs) in enumerate(
+        [(16, 16), (16, 16), (16, 16), (16, 8), (16, 16), (16, 16), (8, 16), (8, 16)]
+    ):
+        config[16 + 2 * register], config[48 + register] = 4 * pairs, rows
+    return config
+
+
+def _do(b: Any, name: str, *args: Any) -> None:
+    name = f"llvm.x86.{name}"
+    kind = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
+    b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), args)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def claim(context: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if THERE:
+            data = ir.Constant(ir.ArrayType(_I8, 64), bytearray(_shapes().tobytes()))
+            place = b.alloca(data.type)
+            b.store(data, place)
+            _do(b, "ldtilecfg", b.bitcast(place, _PLACE))
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def release(context: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if THERE:
+            _do(b, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+def generate(vectors: int, context: Any, b: Any, signature: Any, args: Any) -> Any:
+    """c[16, 16 vectors] = a[16, pairs] b[pairs, 16 vectors], pairs a multiple of 8; arguments as of tile.py's."""
+    a_array, a_at, lda, b_array, b_at, ldb, c_array, c_at, ldc, pairs, onto = args
+
+    def pointer(kind: Any, value: Any, at: Any) -> Any:
+        return b.gep(context.make_array(kind)(context, b, value).data, [at])
+
+    def register(number: int) -> Any:
+        return ir.Constant(_I8, number)
+
+    def load(number: int, place: Any, row_to_row: Any) -> None:
+        _do(b, "tileloadd64", register(number), b.bitcast(place, _PLACE), row_to_row)
+
+    a_start = pointer(signature.args[0], a_array, a_at)
+    b_start = pointer(signature.args[3], b_array, b_at)
+    c_start = pointer(signature.args[6], c_array, c_at)
+    a_row, b_row, c_row = (b.mul(words, _I64(4)) for words in (lda, ldb, ldc))
+    places = [b.gep(c_start, [_I64(j * LANES)]) for j in range(vectors)]
+
+    def add(k: Any, left: int, right: int) -> None:
+        load(left, b.gep(a_start, [k]), a_row)
+        row = b.gep(b_start, [b.mul(k, ldb)])
+        for j in range(vectors):
+            load(right + j, b.gep(row, [_I64(j * LANES)]), b_row)
+            _do(b, "tdpbf16ps", register(j), register(left), register(right + j))
+
+    with b.if_else(onto) as (there, fresh):
+        with there:
+            for j, place in enumerate(places):
+                load(j, place, c_row)
+        with fresh:
+            for j in range(vectors):
+                _do(b, "tilezero", register(j))
+    whole, before = b.and_(pairs, _I64(-STEP)), b.block
+    loop, rest, half, done = (b.append_basic_block(name) for name in ("loop", "rest", "half", "done"))
+    b.cbranch(b.icmp_signed(">", whole, _I64(0)), loop, rest)
+    b.position_at_end(loop)
+    k = b.phi(_I64)
+    k.add_incoming(_I64(0), before)
+    add(k, 2, 4)
+    after = b.add(k, _I64(STEP))
+    k.add_incoming(after, b.block)
+    b.cbranch(b.icmp_signed("<", after, whole), loop, rest)
+    b.position_at_end(rest)
+    b.cbranch(b.icmp_signed(">", pairs, whole), half, done)
+    b.position_at_end(half)
+    add(whole, 3, 6)
+    b.branch(done)
+    b.position_at_end(done)
+    for j, place in enumerate(places):
+        _do(b, "tilestored64", register(j), b.bitcast(place, _PLACE), c_row)
+    return context.get_dummy_value()
