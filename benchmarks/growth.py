@@ -4,13 +4,15 @@
 
 Random weights and rows, bf16, r 16 on all linear layers, forward and backward, every token supervised. Each point is
 a process of its own: one step to warm up, then the median of three. Peak memory is resident memory above what the
-process held before the first step.
+process held before the first step: `peak_bytes` as it is; `needed_bytes` with an allocator that gives back what is
+freed (glibc keeps small blocks, in pieces that may fit nothing).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -98,6 +100,12 @@ def main() -> None:
     if options.point:
         print(json.dumps(point(options.point[0], int(options.point[1]), int(options.point[2]))))
         return
+
+    def measured(size: str, tokens: int, length: int, **settings: str) -> dict[str, Any]:
+        command = [sys.executable, __file__, "--point", size, str(tokens), str(length)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **settings})
+        return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
     wanted = {
         "tokens": [("135M", tokens, 128) for tokens in TOKENS],
         "length": [("135M", 4096, length) for length in LENGTHS],
@@ -107,13 +115,17 @@ def main() -> None:
     for axis, points in wanted.items():
         found[axis] = []
         for size, tokens, length in points:
-            command = [sys.executable, __file__, "--point", size, str(tokens), str(length)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[axis].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            found[axis].append(measured(size, tokens, length))
+            if axis == "tokens":
+                trimmed = measured(size, tokens, length, MALLOC_MMAP_THRESHOLD_="65536")
+                found[axis][-1]["needed_bytes"] = trimmed["peak_bytes"]
             print(found[axis][-1], file=sys.stderr)
     many = found["tokens"][1:]  # the smallest stays within what the process had already
-    slope, _ = statistics.linear_regression([p["tokens"] for p in many], [p["peak_bytes"] for p in many])
-    report = {**found, "slope_bytes_per_token": slope, "formula_bytes_per_token": saved_bytes_per_token("135M", 128)}
+    slopes = {
+        kind: statistics.linear_regression([p["tokens"] for p in many], [p[kind] for p in many]).slope
+        for kind in ("peak_bytes", "needed_bytes")
+    }
+    report = {**found, "per_token": {**slopes, "formula_bytes": saved_bytes_per_token("135M", 128)}}
     print(json.dumps({key: value for key, value in report.items() if key not in found}, indent=2))
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -128,20 +140,19 @@ def plot(report: dict[str, Any], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
-    for axis, key, label in zip(
-        axes, ("tokens", "length"), ("tokens of a micro-batch", "tokens of a document"), strict=False
-    ):
-        axis.plot([p[key] for p in report[key]], [p["tokens_per_s"] for p in report[key]], marker="o")
-        axis.set(xscale="log", xlabel=label, ylabel="tokens/s", ylim=(0, None))
-    sizes = report["size"]
-    axes[2].bar([p["size"] for p in sizes], [p["tokens_per_s"] for p in sizes])
-    axes[2].set(xlabel="parameters", ylabel="tokens/s")
-    many = report["tokens"]
-    axes[3].plot([p["tokens"] for p in many], [p["peak_bytes"] / 2**30 for p in many], marker="o", label="measured")
-    start = many[-1]["peak_bytes"] - report["formula_bytes_per_token"] * many[-1]["tokens"]
-    line = [(start + report["formula_bytes_per_token"] * p["tokens"]) / 2**30 for p in many]
-    axes[3].plot([p["tokens"] for p in many], line, linestyle="--", label="saved activations, by the formula")
-    axes[3].set(xlabel="tokens of a micro-batch", ylabel="GiB above the model")
+    labels = {"tokens": "tokens of a micro-batch", "length": "tokens of a document", "size": "parameters"}
+    for axis, (key, label) in zip(axes, labels.items(), strict=False):
+        names = [str(p[key]) for p in report[key]]
+        axis.plot(names, [p["tokens_per_s"] for p in report[key]], marker="o")
+        axis.set(xlabel=label, ylabel="tokens/s", ylim=(0, None))
+    many, gib = report["tokens"], 2**30
+    tokens, first = [p["tokens"] for p in many], many[1]
+    for kind, label in (("peak_bytes", "as it is"), ("needed_bytes", "what is freed given back")):
+        axes[3].plot(tokens, [p[kind] / gib for p in many], marker="o", label=label)
+    rate = report["per_token"]["formula_bytes"]
+    line = [(first["needed_bytes"] + rate * (count - first["tokens"])) / gib for count in tokens]
+    axes[3].plot(tokens, line, linestyle="--", label="saved activations, by the formula")
+    axes[3].set(xlabel=labels["tokens"], ylabel="GiB above the model", ylim=(0, None))
     axes[3].legend()
     figure.savefig(file)
 

@@ -12,24 +12,24 @@ import platform
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+
+from strop.engine.compiled import cpu_has
 
 ROWS = LANES = 16  # of a register, of 64 bytes each
 STEP = 16  # pairs at a time
 _ASK_FOR_STATE, _TILE_DATA = 0x1023, 18  # arch_prctl's request to use the registers, and what they are to Linux
 _ARCH_PRCTL = 158
 
-_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_I8, _I64 = ir.IntType(8), ir.IntType(64)
 _PLACE = _I8.as_pointer()
 
 
 def _allowed() -> bool:
     """The CPU has AMX for bf16, and Linux lets this process use it."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return False
-    if not binding.get_host_cpu_features().get("amx-bf16", False):
+    if platform.system() != "Linux" or platform.machine() != "x86_64" or not cpu_has("amx-bf16"):
         return False
     return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA)) == 0
 

@@ -85,7 +85,17 @@ class BFloat(ir.Type):  # type: ignore[misc]
 
 
 F32, I32, I16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
-HAS_BF16 = bool(binding.get_host_cpu_features().get("avx512bf16"))  # an instruction that rounds to it
+
+
+def cpu_has(feature: str) -> bool:
+    """By LLVM's name for it; False where LLVM cannot tell."""
+    try:
+        return bool(binding.get_host_cpu_features().get(feature))
+    except RuntimeError:
+        return False
+
+
+HAS_BF16 = cpu_has("avx512bf16")  # an instruction that rounds to it
 
 
 def _emit_from_bf16(b: Any, x: Any) -> Any:
