@@ -153,7 +153,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
     line = [(first["needed_bytes"] + rate * (count - first["tokens"])) / gib for count in tokens]
     axes[3].plot(tokens, line, linestyle="--", label="saved activations, by the formula")
     axes[3].set(xlabel=labels["tokens"], ylabel="GiB above the model", ylim=(0, None))
-    axes[3].legend()
+    axes[3].legend(loc="lower right")
     figure.savefig(file)
 
 
