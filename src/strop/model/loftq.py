@@ -17,7 +17,7 @@ from strop.model.quantize import QuantizedLinear
 from strop.model.shape import prequantized
 from strop.model.shards import Tensors
 
-ROUNDS = 16  # of the power iteration, as peft's pissa_niter_16
+ROUNDS, SPARE = 8, 8  # of the power iteration, and directions beyond the rank that it is given (arXiv:0909.4061)
 
 
 def fill_in(model: peft.PeftModel, source: Source) -> None:
@@ -43,7 +43,8 @@ def fill_in(model: peft.PeftModel, source: Source) -> None:
 
 def _set(module: PeftLinear, name: str, lost: Tensor) -> None:
     rank = min(module.r[name], *lost.shape)
-    u, s, v = torch.svd_lowrank(lost, q=rank, niter=ROUNDS)
+    u, s, v = torch.svd_lowrank(lost, q=min(rank + SPARE, *lost.shape), niter=ROUNDS)
+    u, s, v = u[:, :rank], s[:rank], v[:, :rank]
     share = (s / module.scaling[name]).sqrt()
     module.lora_A[name].weight.data[:rank] = share[:, None] * v.t()
     module.lora_B[name].weight.data[:, :rank] = u * share
