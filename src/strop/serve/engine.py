@@ -131,7 +131,7 @@ class Engine:
             self._thread.join(timeout)
 
     def _active(self) -> int:
-        rows = tuple(self._rows.values())  # at once: the engine's thread may change it meanwhile
+        rows = tuple(self._rows.copy().values())  # at once: the engine's thread may change it meanwhile
         return len(self._reading) + sum(map(len, rows))
 
     def _run(self) -> None:
