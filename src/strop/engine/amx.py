@@ -77,12 +77,10 @@ def release(context: Any) -> Any:
     return types.void(), generate
 
 
-def generate(vectors: int, context: Any, b: Any, signature: Any, args: Any) -> Any:
-    """c[16, 16 vectors] = a[16, pairs] b[pairs, 16 vectors], pairs a multiple of 8; arguments as of tile.py's."""
-    a_array, a_at, lda, b_array, b_at, ldb, c_array, c_at, ldc, pairs, onto = args
-
-    def pointer(kind: Any, value: Any, at: Any) -> Any:
-        return b.gep(context.make_array(kind)(context, b, value).data, [at])
+def generate(
+    vectors: int, b: Any, a_start: Any, lda: Any, b_start: Any, ldb: Any, c_start: Any, ldc: Any, pairs: Any, onto: Any
+) -> None:  # fmt: skip
+    """c[16, 16 vectors] = a[16, pairs] b[pairs, 16 vectors], or += with `onto`; pairs a multiple of 8."""
 
     def register(number: int) -> Any:
         return ir.Constant(_I8, number)
@@ -90,9 +88,6 @@ def generate(vectors: int, context: Any, b: Any, signature: Any, args: Any) -> A
     def load(number: int, place: Any, row_to_row: Any) -> None:
         _do(b, "tileloadd64", register(number), b.bitcast(place, _PLACE), row_to_row)
 
-    a_start = pointer(signature.args[0], a_array, a_at)
-    b_start = pointer(signature.args[3], b_array, b_at)
-    c_start = pointer(signature.args[6], c_array, c_at)
     a_row, b_row, c_row = (b.mul(words, _I64(4)) for words in (lda, ldb, ldc))
     places = [b.gep(c_start, [_I64(j * LANES)]) for j in range(vectors)]
 
@@ -128,4 +123,3 @@ def generate(vectors: int, context: Any, b: Any, signature: Any, args: Any) -> A
     b.position_at_end(done)
     for j, place in enumerate(places):
         _do(b, "tilestored64", register(j), b.bitcast(place, _PLACE), c_row)
-    return context.get_dummy_value()

@@ -18,14 +18,13 @@ from numba import get_num_threads, prange
 from torch import Tensor
 
 from strop.engine.compiled import inline, loop, narrow, wide
-from strop.engine.kernels import array
+from strop.engine.kernels import GAP, array
 from strop.engine.lora import Adapters
 from strop.engine.tile import COLUMNS, LANES, ROWS, STEP, claim, release, slim, tile
 
 BLOCK = 32  # rows that go through together
 CHUNK = 256  # columns whose sums are held together
 PAIRS, HELD = 32, 512  # pairs of rows that are summed together for a gradient, and columns whose sums are held
-GAP = 256  # numbers behind a buffer, see kernels.GAP
 LOW = np.uint32(16)  # bits of a pair's first number
 LIKE = np.zeros(1, np.uint16)  # what `narrow` rounds to
 

@@ -36,9 +36,17 @@ def _tile(vectors: int, depth: int, meaning: str) -> Any:
     ) -> Any:  # fmt: skip
         long = types.int64
         signature = types.void(a, long, long, b, long, long, c, long, long, long, types.boolean)
-        if amx.THERE:
-            return signature, lambda *given: amx.generate(vectors, *given)
-        return signature, lambda *given: _generate(vectors, depth, *given)
+
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            (a_start, lda, b_start, ldb, c_start, ldc), (pairs, onto) = _places(context, b, signature, args), args[9:]
+            given = b, a_start, lda, b_start, ldb, c_start, ldc, pairs, onto
+            if amx.THERE:
+                amx.generate(vectors, *given)
+            else:
+                _generate(vectors, depth, *given)
+            return context.get_dummy_value()
+
+        return signature, generate
 
     typing.__doc__ = f"""c{meaning}, or += with `onto`.
 
@@ -53,16 +61,19 @@ tile = _tile(2, 1, "[ROWS, 32] = a[ROWS, pairs] b[pairs, 32]")
 slim = _tile(1, 2, "[ROWS, 16] = a[ROWS, pairs] b[pairs, 16]")
 
 
-def _generate(vectors: int, depth: int, context: Any, b: Any, signature: Any, args: Any) -> Any:
+def _places(context: Any, b: Any, signature: Any, args: Any) -> list[Any]:
+    """For a, b and c: the address where the tile begins, and from row to row."""
+    found = []
+    for array, at, step, kind in zip(args[0:9:3], args[1:9:3], args[2:9:3], signature.args[0:9:3], strict=True):
+        found += [b.gep(context.make_array(kind)(context, b, array).data, [at]), step]
+    return found
+
+
+def _generate(
+    vectors: int, depth: int, b: Any, a_start: Any, lda: Any, b_start: Any, ldb: Any, c_start: Any, ldc: Any,
+    pairs: Any, onto: Any,
+) -> None:  # fmt: skip
     """depth: steps along the summed dimension that have sums of their own."""
-    a_array, a_at, lda, b_array, b_at, ldb, c_array, c_at, ldc, pairs, onto = args
-
-    def pointer(kind: Any, value: Any, at: Any) -> Any:
-        return b.gep(context.make_array(kind)(context, b, value).data, [at])
-
-    a_start = pointer(signature.args[0], a_array, a_at)
-    b_start = pointer(signature.args[3], b_array, b_at)
-    c_start = pointer(signature.args[6], c_array, c_at)
     places = [
         b.bitcast(b.gep(c_start, [b.add(b.mul(ldc, _I64(i)), _I64(j * LANES))]), _SUMS.as_pointer())
         for i in range(ROWS)
@@ -112,4 +123,3 @@ def _generate(vectors: int, depth: int, context: Any, b: Any, signature: Any, ar
         for step in range(1, depth):
             total = b.fadd(total, added[step * len(places) + number])
         b.store(total, place, align=4)
-    return context.get_dummy_value()

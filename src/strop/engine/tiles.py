@@ -14,11 +14,10 @@ from numba import prange
 from torch import Tensor
 
 from strop.engine.compiled import exp, greater, inline, loop, narrow, wide
-from strop.engine.kernels import array, flat
+from strop.engine.kernels import GAP, array, flat
 from strop.engine.tile import COLUMNS, ROWS, claim, release, tile
 
 BLOCK = 64  # rows (a query's heads one behind the other) that pass over the keys together
-GAP = 256  # numbers behind a buffer, see kernels.GAP
 LOW = np.uint32(16)  # bits of a pair's first number
 
 
