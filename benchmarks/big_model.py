@@ -20,8 +20,8 @@ from transformers import LlamaConfig
 
 from strop.config.schema import LoraSection
 from strop.data.conversation import Example
-from strop.engine.choose import step_for
 from strop.engine.device import prepare_process
+from strop.engine.step import step_for
 from strop.machine.memory import mark
 from strop.model.facts import Source
 from strop.model.load import load_base

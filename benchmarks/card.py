@@ -66,9 +66,9 @@ def strop(options: argparse.Namespace, scheme: str, length: int) -> dict[str, An
     from strop.config.load import resolve
     from strop.config.schema import LoraSection
     from strop.data.conversation import Example
-    from strop.engine.choose import step_for
+    from strop.engine.cpu.precision import measure
     from strop.engine.device import prepare_process
-    from strop.engine.precision import measure
+    from strop.engine.step import step_for
     from strop.model.facts import locate
     from strop.model.load import load_base
     from strop.model.lora import add_lora, trainable

@@ -54,7 +54,7 @@ def point(size: str, tokens: int, length: int) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
 
     from strop.data.conversation import Example
-    from strop.engine.patch import FastLoss
+    from strop.engine.fast import FastLoss
     from strop.machine.memory import mark
 
     base = transformers.AutoModelForCausalLM.from_config(config_of(size), dtype=torch.bfloat16)

@@ -22,8 +22,8 @@ import torch
 from strop.config.load import resolve
 from strop.config.schema import DataSection
 from strop.data.prepare import prepare
-from strop.engine.choose import step_for
 from strop.engine.device import prepare_process
+from strop.engine.step import step_for
 from strop.evaluation.loss import mean_loss
 from strop.model.facts import locate
 from strop.model.load import load_base

@@ -36,10 +36,10 @@ from peft import LoraConfig, get_peft_model
 from peft import __version__ as peft_version
 
 from strop.data.conversation import Example
+from strop.engine.cpu.precision import measure
 from strop.engine.device import prepare_process
-from strop.engine.patch import FastLoss, unsupported
+from strop.engine.fast import FastLoss, unsupported
 from strop.engine.plain import PlainLoss
-from strop.engine.precision import measure
 from strop.model.facts import locate
 from strop.model.load import load_base
 

@@ -22,7 +22,7 @@ import zstandard
 from pyarrow import parquet
 
 from strop.data.formats import FORMATS, conversations
-from strop.data.sources import REASONS, RowFault, read_rows
+from strop.data.reading.sources import REASONS, RowFault, read_rows
 from strop.errors import DataError
 
 LIMIT_S = 20

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from strop.data.conversation import Conversation
 from strop.data.formats import conversations
-from strop.data.sources import RowFault, read_rows
+from strop.data.reading.sources import RowFault, read_rows
 from strop.errors import DataError
 from tests.fuzz_data import one_file
 from tests.shared_data import shared

@@ -208,7 +208,7 @@ def test_documents_of_any_lengths_as_a_card_takes_them(window: int, monkeypatch:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles with g++ on a CPU")
 def test_compiled_operations_equal_plain_ones() -> None:
     """As cards have them, compiled for the CPU here; other lengths are not compiled anew."""
-    from strop.engine import fused
+    from strop.engine.card import fused
 
     for tokens in (5, 9):
         x, weight, grad = torch.randn(tokens, 16), torch.randn(16), torch.randn(tokens, 16)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from strop.engine import eager, kernels
+from strop.engine import eager
+from strop.engine.cpu import kernels
 from strop.engine.packed import lay_out
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -112,7 +113,7 @@ import ctypes, torch
 torch.set_num_threads(1)
 openmp = ctypes.CDLL(torch._C.__file__)
 before = openmp.omp_get_max_active_levels(), torch.get_num_threads()
-from strop.engine import kernels
+from strop.engine.cpu import kernels
 x = torch.ones(64, 64)
 kernels.rms_norm(x, x[0], 1e-5, 0.0)
 assert (openmp.omp_get_max_active_levels(), torch.get_num_threads()) == before, before
@@ -144,7 +145,7 @@ def test_the_process_that_compiles_has_the_same_last_bits(tmp_path: Path) -> Non
     script = """
 import hashlib, torch
 torch.set_num_threads(1)
-from strop.engine.patch import FastLoss
+from strop.engine.fast import FastLoss
 from strop.config.schema import LoraSection
 from strop.model.lora import add_lora, trainable
 from tests import tiny

@@ -26,7 +26,7 @@ SHAPES: dict[str, tuple[int, tuple[tuple[int, int], ...], tuple[int, ...]]] = { 
 
 @pytest.fixture
 def tiles() -> Iterator[Any]:
-    from strop.engine import lora_tiles
+    from strop.engine.cpu import lora_tiles
 
     threads = torch.get_num_threads()
     yield lora_tiles

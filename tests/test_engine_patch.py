@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from strop.data.conversation import Example
-from strop.engine.patch import FAMILIES, FastLoss, unsupported
+from strop.engine.fast import FAMILIES, FastLoss, unsupported
 from strop.engine.plain import PlainLoss
 from strop.machine.probe import probe
 from tests.test_engine_plain import example, tiny

@@ -9,8 +9,8 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from strop.engine import precision
-from strop.engine.precision import LEAST_GAIN, measure
+from strop.engine.cpu import precision
+from strop.engine.cpu.precision import LEAST_GAIN, measure
 
 
 @pytest.mark.parametrize(

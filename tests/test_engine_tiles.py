@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from strop.engine import eager, kernels
+from strop.engine import eager
 from strop.engine.attention import Attention, Heads, TileAttention
+from strop.engine.cpu import kernels
 from strop.engine.functions import Norm
 from strop.engine.packed import Documents
 from strop.machine.probe import probe

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from strop.data.formats import Conversations, conversations, placeholders
-from strop.data.sources import RowFault, read_rows
+from strop.data.reading.sources import RowFault, read_rows
 from strop.errors import DataError
 from tests.shared_data import shared
 

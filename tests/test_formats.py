@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.data import files
 from strop.data.conversation import Conversation, Message, Row
 from strop.data.formats import FORMATS, REASONS, Conversations, conversations, shape_of, tables
+from strop.data.reading import files
+from strop.data.reading.sources import RowFault
 from strop.data.shapes import ROLES
-from strop.data.sources import RowFault
 from strop.errors import DataError
 
 U, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import strop
-from strop.data.render import Renderer
+from strop.data.rendering.render import Renderer
 from strop.errors import FolderError, InputError, ModelError, ParityError, RecipeError
 from strop.exporting import gguf as module
 from strop.exporting import llamacpp, vocabulary

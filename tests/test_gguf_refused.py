@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 import strop
-from strop.data.render import Renderer
+from strop.data.rendering.render import Renderer
 from strop.errors import InputError, MemoryLimitError, ModelError, RecipeError
 from strop.exporting import gguf as module
 from strop.exporting import llamacpp, vocabulary

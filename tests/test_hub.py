@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from strop.data import hub
+from strop.data.reading import hub
 from strop.errors import DataError
 from tests.hub_standin import serve
 
@@ -53,7 +53,7 @@ def hub_url() -> Iterator[str]:
 
 def test_a_hub_data_set_is_fetched_and_then_served_from_the_cache(hub_url: str, tmp_path: Path) -> None:
     script = (
-        "import sys; from strop.data.sources import read_rows; from strop.errors import DataError\n"
+        "import sys; from strop.data.reading.sources import read_rows; from strop.errors import DataError\n"
         "try:\n  print([(r.file, r.line, r.value['text']) for r in read_rows(sys.argv[1], bad=[])])\n"
         "except DataError as error: print('refused:', *error.lines())"
     )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from strop.data.conversation import Message
-from strop.data.render import Renderer
+from strop.data.rendering.render import Renderer
 from strop.errors import FolderError, ModelError, ParityError
 from strop.exporting import gotemplate, llamacpp
 from strop.exporting import ollama as module

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from strop.config.load import resolve
 from strop.data.conversation import Example
-from strop.engine.patch import FastLoss
+from strop.engine.fast import FastLoss
 from strop.model.lora import add_lora, linear_kinds, num_trainable
 from strop.model.shape import ModelShape
 from strop.planning import activations

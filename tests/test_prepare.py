@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from strop.config.schema import DataSection
-from strop.data import check, overlong
+from strop.data import check
 from strop.data.conversation import Conversation, Message
 from strop.data.prepare import MAX_LOST_SHARE, REASONS, Prepared, prepare
-from strop.data.render import Renderer
+from strop.data.rendering import overlong
+from strop.data.rendering.render import Renderer
 from strop.errors import DataError, FolderError
 from tests import families
 from tests.shared_data import shared

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import strop
 from strop.config.load import resolve
 from strop.config.schema import LoraSection
-from strop.engine.choose import step_for
-from strop.engine.patch import FastLoss
+from strop.engine.fast import FastLoss
 from strop.engine.plain import PlainLoss
+from strop.engine.step import step_for
 from strop.errors import ModelError
 from strop.model.facts import locate
 from strop.model.load import load_base, skeleton

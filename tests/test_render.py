@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from strop.data.conversation import Conversation, Example, Message
-from strop.data.render import Renderer, RenderError
+from strop.data.rendering.render import Renderer, RenderError
 from strop.errors import ModelError
 from tests import families
 

@@ -14,7 +14,7 @@ import pytest
 import requests
 
 from strop.data.conversation import Message
-from strop.data.render import Renderer
+from strop.data.rendering.render import Renderer
 from tests.families import tokenizer
 from tests.serving import CHAT, SYSTEM, Server, save_adapters, serving
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from strop.data.conversation import Row
-from strop.data.sources import RowFault, read_rows, resolve
+from strop.data.reading.sources import RowFault, read_rows, resolve
 from strop.errors import DataError
 
 ODD = [

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from strop.config.load import Resolved, resolve
 from strop.data.conversation import Example
-from strop.engine.choose import Step
 from strop.engine.plain import PlainLoss
+from strop.engine.step import Step
 from strop.model.lora import add_lora, trainable
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder

@@ -17,7 +17,7 @@ from torch import nn
 
 from strop.config.schema import DEVICES
 from strop.data.conversation import Ids, Message
-from strop.data.render import Renderer
+from strop.data.rendering.render import Renderer
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import ModelError, RecipeError
 from strop.model.facts import Source, fingerprint, locate, safetensors_header

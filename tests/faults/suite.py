@@ -402,7 +402,7 @@ def _starve(call: int) -> Callable[[], None]:
     """Inside the child: the n-th micro-batch finds no memory."""
 
     def prepare() -> None:
-        from strop.engine.patch import FastLoss
+        from strop.engine.fast import FastLoss
 
         count, compute = iter(range(1, 10_000)), FastLoss.__call__
 

@@ -14,11 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from strop.config.schema import DataSection
-from strop.data import formats, sources
+from strop.data import formats
 from strop.data.conversation import Conversation, Example, Row
 from strop.data.prepare import Prepared
-from strop.data.render import Renderer, RenderError
-from strop.data.sources import RowFault
+from strop.data.reading import sources
+from strop.data.reading.sources import RowFault
+from strop.data.rendering.render import Renderer, RenderError
 from strop.data.store import digest, dumps, message_json
 from strop.errors import SHOWN_PLACES, FolderError
 

@@ -1,6 +1,6 @@
 """The units that data passes through: Row (as in the file), Conversation (what was said), Example (what is trained).
 
-sources.py makes rows from bytes, formats.py conversations from rows, render.py examples from conversations.
+reading/ makes rows from bytes, formats.py conversations from rows, rendering/ examples from conversations.
 """
 
 from __future__ import annotations

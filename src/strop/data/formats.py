@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from strop.data import files, shapes
+from strop.data import shapes
 from strop.data.conversation import Conversation, Row
-from strop.data.files import RowFault
+from strop.data.reading import files
+from strop.data.reading.files import RowFault
 from strop.data.shapes import BadRow, Keys, Said, Value
 from strop.errors import DataError, Where, nearest
 

@@ -22,14 +22,16 @@ from typing import Any
 import numpy as np
 
 from strop.config.schema import DataSection
-from strop.data import formats, overlong, sources
+from strop.data import formats
 from strop.data.conversation import Conversation, Example
-from strop.data.render import Renderer, RenderError
+from strop.data.reading import sources
+from strop.data.reading.sources import RowFault
+from strop.data.rendering import overlong
+from strop.data.rendering.render import Renderer, RenderError
+from strop.data.rendering.template import FIXES
+from strop.data.rendering.template import REASONS as RENDER_REASONS
 from strop.data.report import DataReport, Tokens, padding
-from strop.data.sources import RowFault
 from strop.data.store import Conversations, Examples, Indices, Store, Writer, load
-from strop.data.template import FIXES
-from strop.data.template import REASONS as RENDER_REASONS
 from strop.errors import DataError, Where
 
 TOO_LONG = "too-long"

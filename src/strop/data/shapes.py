@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from strop.data.conversation import Message, Role
-from strop.data.strictjson import Refused, loads
+from strop.data.reading.strictjson import Refused, loads
 from strop.errors import nearest
 
 Value = Mapping[str, Any]

@@ -137,7 +137,7 @@ class TileAttention(Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
-        from strop.engine import tiles  # needs the CPU's instructions
+        from strop.engine.cpu import attention_tiles as tiles  # needs the CPU's instructions
 
         out = qkv.new_empty(len(qkv), heads.query * heads.size)
         sums = torch.empty(len(qkv), heads.query)
@@ -148,7 +148,7 @@ class TileAttention(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        from strop.engine import tiles
+        from strop.engine.cpu import attention_tiles as tiles
 
         heads: Heads = ctx.heads
         qkv, cos, sin, out, sums = ctx.saved_tensors

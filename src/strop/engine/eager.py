@@ -1,4 +1,4 @@
-"""The element-wise operations of the step in plain PyTorch: any device, any float type; what kernels.py must equal.
+"""The element-wise operations of the step in plain PyTorch: any device, any float type; what cpu/kernels.py must equal.
 
 All of them compute in fp32 (fp64 for fp64 input) and round once at the end. `out` is room for the result, left unused.
 """

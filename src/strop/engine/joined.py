@@ -71,7 +71,7 @@ class Joined:
     def _products(self, adapters: list[Tensor]) -> LoraProducts:
         if not self.tiles or any(len(a) > TILED_RANK for a in adapters[::2]):
             return cast(LoraProducts, lora)
-        from strop.engine import lora_tiles  # its import starts threads
+        from strop.engine.cpu import lora_tiles  # its import starts threads
 
         return cast(LoraProducts, lora_tiles)
 

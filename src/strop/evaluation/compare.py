@@ -14,7 +14,7 @@ import torch
 from strop.adapters import Model
 from strop.data.conversation import Conversation
 from strop.data.pack import group_by_length
-from strop.engine.choose import step_for
+from strop.engine.step import step_for
 from strop.evaluation.loss import mean_loss
 from strop.evaluation.metrics import metric as metric_named
 from strop.evaluation.metrics import options, paired_difference, score, wilson

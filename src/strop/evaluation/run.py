@@ -12,7 +12,7 @@ from typing import Any
 from strop.adapters import adapter_folder, load
 from strop.data.conversation import Conversation
 from strop.data.formats import conversations
-from strop.data.sources import RowFault, read_rows
+from strop.data.reading.sources import RowFault, read_rows
 from strop.errors import DataError, RecipeError
 from strop.evaluation.card import write_card
 from strop.evaluation.compare import Advance, Side, compare, questions, side_of

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from strop.adapters import WEIGHTS_FILE
-from strop.data.render import Renderer
+from strop.data.rendering.render import Renderer
 from strop.errors import FolderError, ModelError, ParityError, RecipeError
 from strop.exporting import llamacpp
 from strop.exporting.families import Layout

@@ -37,7 +37,7 @@ from strop.config.load import read_resolved
 from strop.config.schema import DataSection
 from strop.data.conversation import Example
 from strop.data.prepare import prepare
-from strop.engine.choose import step_for
+from strop.engine.step import step_for
 from strop.errors import FolderError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.loss import mean_loss
 from strop.exporting.parity import LIMITS, Parity, compare, in_fp32

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from strop.adapters import adapter_folder, base_source, read_identity, with_tokenizer
 from strop.data.conversation import Message
-from strop.data.render import Renderer
+from strop.data.rendering.render import Renderer
 from strop.errors import FolderError, ParityError
 from strop.exporting.gguf import Exported, export_gguf
 from strop.exporting.gotemplate import Pieces, go_is_installed, rendered_by_go, trims

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from strop.data.conversation import Example, Ids
-from strop.data.render import Renderer
+from strop.data.rendering.render import Renderer
 from strop.errors import ParityError
 from strop.exporting.llamacpp import LlamaCpp
 from strop.exporting.parity import Limit, Parity, enough, measuring

@@ -12,8 +12,8 @@ from typing import Any
 
 import gguf
 
-from strop.data.render import Renderer
-from strop.data.template import adds_bos
+from strop.data.rendering.render import Renderer
+from strop.data.rendering.template import adds_bos
 from strop.errors import ModelError
 from strop.model.facts import Source
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
-TILED_RANK = 32  # above it PyTorch's own products of a LoRA are as fast as the fast step's (engine.lora_tiles)
+TILED_RANK = 32  # above it PyTorch's own products of a LoRA are as fast as the fast step's (engine.cpu.lora_tiles)
 _VECTOR = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "asimd", "sve", "bf16")
 
 
@@ -34,11 +34,11 @@ class Machine:
 
     @property
     def tiles(self) -> bool:
-        """The CPU has the instruction of the fast step's own products in bf16 (engine.tile)."""
+        """The CPU has the instruction of the fast step's own products in bf16 (engine.cpu.tile)."""
         return "avx512_bf16" in self.vector
 
     def has_tiles(self, head_size: int, softcap: float) -> bool:
-        """The fast step's attention in bf16 runs in tiles here (engine.tiles), and keeps no probabilities."""
+        """The fast step's attention in bf16 runs in tiles here (engine.cpu), and keeps no probabilities."""
         return self.tiles and head_size % 32 == 0 and not softcap
 
     def lines(self) -> list[str]:

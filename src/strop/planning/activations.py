@@ -13,7 +13,7 @@ from strop.planning.setting import Setting
 
 BLOCK = 256  # queries a product, as in engine.attention
 KEEP_PAIRS = 512  # keys up to which probabilities are kept, as in engine.attention
-TILE_ROWS, GAP = 64, 256  # rows that pass over the keys together, and numbers behind a buffer, as in engine.tiles
+TILE_ROWS, GAP = 64, 256  # rows that pass over the keys together, and numbers behind a buffer (engine.cpu)
 EAGER_BYTES = 40  # fp32 copies a number of the MLP on its way back through engine.eager.glu_backward (cards)
 HEAD_BYTES = 24 * 2**20  # logits at once, as in engine.head
 

@@ -20,7 +20,7 @@ class Setting:
     """One way to train a model. ranks: of the adapter on each of shape.linears, 0 where there is none.
 
     element: bytes of a number in the type that is computed in. whole: weights that are trained in full. step: fast or
-    plain, as engine.choose decides. tiles: the fast step's attention runs in tiles.
+    plain, as engine.step decides. tiles: the fast step's attention runs in tiles.
     """
 
     shape: ModelShape
@@ -77,7 +77,7 @@ class Setting:
 
     @property
     def tiled_lora(self) -> bool:
-        """The fast step computes the adapters' products itself (engine.lora_tiles)."""
+        """The fast step computes the adapters' products itself (engine.cpu.lora_tiles)."""
         return self.step == "fast" and self.tiles and max(self.ranks, default=0) <= TILED_RANK
 
     @property
@@ -100,7 +100,7 @@ def num_checkpointed(asked: str | int, layers: int, *, whole: bool = False) -> i
 
 
 def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
-    """Why the fast step cannot train this, as engine.patch.unsupported would say of the model itself."""
+    """Why the fast step cannot train this, as engine.fast.unsupported would say of the model itself."""
     lora = recipe.lora
     reasons = {
         f"model family {shape.family}": not shape.known,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from strop.engine.attention import Attention, Heads, TileAttention
+from strop.engine.cpu.precision import measure
+from strop.engine.fast import ops_for
 from strop.engine.functions import apply
 from strop.engine.head import SupervisedLoss
 from strop.engine.packed import Documents
-from strop.engine.patch import ops_for
-from strop.engine.precision import measure
 from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, crashed, pip
 from strop.machine.probe import Machine, probe

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from strop import __version__
 from strop.data.conversation import Ids
-from strop.data.strictjson import Refused, loads
+from strop.data.reading.strictjson import Refused, loads
 from strop.errors import nearest
 from strop.model.generate import Sampling
 from strop.serve.engine import Engine, Full, Job, Piece

@@ -9,7 +9,7 @@ from typing import Any
 
 from strop.adapters import adapter_folder, base_source, load, load_beside, read_identity, with_tokenizer
 from strop.data.conversation import Ids, Message
-from strop.data.render import Renderer, RenderError
+from strop.data.rendering.render import Renderer, RenderError
 from strop.data.shapes import BadRow, asked
 from strop.errors import ModelError
 from strop.model.tokenizer import load_tokenizer

@@ -38,7 +38,7 @@ from strop.adapters import (
 from strop.config.load import read_resolved
 from strop.data.conversation import Ids
 from strop.data.prepare import prepare
-from strop.data.render import Renderer
+from strop.data.rendering.render import Renderer
 from strop.engine.device import pick_device, pick_dtype
 from strop.errors import InputError, ModelError, ParityError, RunError
 from strop.evaluation.general import rows as general_rows

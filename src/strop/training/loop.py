@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from strop.config.schema import Recipe
 from strop.data.batches import Batch, BatchStream
 from strop.data.conversation import Example
-from strop.engine.choose import Step
+from strop.engine.step import Step
 from strop.errors import DivergedError, NonFiniteError, Stopped
 from strop.evaluation.loss import mean_loss
 from strop.runs.events import EventLog

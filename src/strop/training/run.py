@@ -18,7 +18,7 @@ from strop.adapters import attach, save_adapter
 from strop.config.load import Resolved, read_resolved, resolve
 from strop.config.schema import Recipe
 from strop.data.conversation import Conversation
-from strop.engine.choose import step_for
+from strop.engine.step import step_for
 from strop.errors import InputError, MemoryLimitError, StropError, Where
 from strop.evaluation.card import write_card
 from strop.evaluation.diagnosis import diagnose

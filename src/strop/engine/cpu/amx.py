@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from strop.engine.compiled import cpu_has
+from strop.engine.cpu.compiled import cpu_has
 
 ROWS = LANES = 16  # of a register, of 64 bytes each
 STEP = 16  # pairs at a time

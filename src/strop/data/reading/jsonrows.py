@@ -8,8 +8,8 @@ from itertools import islice
 from typing import Any
 
 from strop.data.conversation import Row
-from strop.data.files import COLUMN_NAMES, RowFault, refuse, texts, whole
-from strop.data.strictjson import BLANK, Refused, scan
+from strop.data.reading.files import COLUMN_NAMES, RowFault, refuse, texts, whole
+from strop.data.reading.strictjson import BLANK, Refused, scan
 from strop.errors import DataError, Where
 
 

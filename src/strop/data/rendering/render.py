@@ -18,8 +18,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from strop.data.conversation import Conversation, Example, Ids, Message
-from strop.data.template import ChatTemplate, ControlText, Draft, adds_bos, template_source
-from strop.data.template import RenderError as RenderError
+from strop.data.rendering.template import ChatTemplate, ControlText, Draft, adds_bos, template_source
+from strop.data.rendering.template import RenderError as RenderError
 from strop.errors import ModelError
 
 ROWS_AT_ONCE = 256

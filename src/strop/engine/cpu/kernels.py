@@ -14,7 +14,7 @@ from numba import prange
 from torch import Tensor
 
 from strop.engine import eager
-from strop.engine.compiled import exp, greater, inline, loop, narrow, sigmoid, wide
+from strop.engine.cpu.compiled import exp, greater, inline, loop, narrow, sigmoid, wide
 from strop.engine.packed import Places
 
 # Numbers in front of a buffer that a loop sums up while it fills it. Where the buffer begins within one vector of the

@@ -125,15 +125,15 @@ def _unsupported_base(base: Any, family: Family) -> str | None:
 def ops_for(device: torch.device, dtype: torch.dtype, warm: bool) -> Ops:
     """numba's loops on a CPU, PyTorch's compiled kernels on a card, else its plain operations: the same numbers."""
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        from strop.engine import kernels  # its import starts threads
-        from strop.engine.warm import compile_once
+        from strop.engine.cpu import kernels  # its import starts threads
+        from strop.engine.cpu.warm import compile_once
 
         if warm:
             compile_once(dtype, kernels.cache_folder())
 
         return cast(Ops, kernels)
     if device.type == "cuda":
-        from strop.engine import fused
+        from strop.engine.card import fused
 
         return cast(Ops, fused if fused.available() else eager)
     return cast(Ops, eager)

@@ -12,8 +12,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from strop.engine import amx
-from strop.engine.compiled import BFloat
+from strop.engine.cpu import amx
+from strop.engine.cpu.compiled import BFloat
 
 LANES = 16  # fp32 sums in a register
 ROWS = amx.ROWS if amx.THERE else 8  # 8: 16 registers of sums, enough to hide the instruction's latency

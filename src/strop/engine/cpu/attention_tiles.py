@@ -13,9 +13,9 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from strop.engine.compiled import exp, greater, inline, loop, narrow, wide
-from strop.engine.kernels import GAP, array, flat
-from strop.engine.tile import COLUMNS, ROWS, claim, release, tile
+from strop.engine.cpu.compiled import exp, greater, inline, loop, narrow, wide
+from strop.engine.cpu.kernels import GAP, array, flat
+from strop.engine.cpu.tile import COLUMNS, ROWS, claim, release, tile
 
 BLOCK = 64  # rows (a query's heads one behind the other) that pass over the keys together
 LOW = np.uint32(16)  # bits of a pair's first number

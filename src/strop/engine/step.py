@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from strop.engine.patch import FastLoss, Watch, unsupported
+from strop.engine.fast import FastLoss, Watch, unsupported
 from strop.engine.plain import PlainLoss
 
 if TYPE_CHECKING:

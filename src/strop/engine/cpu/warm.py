@@ -17,7 +17,7 @@ import torch
 from strop.machine.probe import probe
 from strop.runs.lock import sha256_text
 
-SOURCES = ("kernels.py", "compiled.py", "tiles.py", "tile.py", "amx.py", "lora_tiles.py")
+SOURCES = ("kernels.py", "compiled.py", "attention_tiles.py", "tile.py", "amx.py", "lora_tiles.py")
 
 
 def compile_once(dtype: torch.dtype, cache: Path) -> None:
@@ -27,7 +27,7 @@ def compile_once(dtype: torch.dtype, cache: Path) -> None:
     mark = cache / f"strop-{sha256_text(repr((sources, numba.__version__, probe().cpu)))[:16]}-{name}"
     if not mark.is_file():
         # Where it fails, this process compiles for itself: its last bits may differ from those of the next one.
-        subprocess.run([sys.executable, "-m", "strop.engine.warm", name], capture_output=True, check=False)
+        subprocess.run([sys.executable, "-m", "strop.engine.cpu.warm", name], capture_output=True, check=False)
         cache.mkdir(parents=True, exist_ok=True)
         mark.touch()
 
@@ -39,7 +39,7 @@ def _exercise(dtype: torch.dtype) -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
     from strop.data.conversation import Example
-    from strop.engine.patch import FastLoss
+    from strop.engine.fast import FastLoss
 
     sizes = {
         "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,

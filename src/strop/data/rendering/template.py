@@ -16,8 +16,8 @@ from typing import Any
 
 import jinja2
 
-from strop.data.bounded import BoundedTemplate
 from strop.data.conversation import Conversation, Message
+from strop.data.rendering.bounded import BoundedTemplate
 from strop.data.suspicions import suspicions
 from strop.errors import DataError, ModelError, Where, nearest
 

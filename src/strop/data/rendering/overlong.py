@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from strop.data.conversation import Conversation, Example, Message
-from strop.data.render import Renderer, RenderError
+from strop.data.rendering.render import Renderer, RenderError
 
 
 def too_long(examples: Sequence[Example], limit: int) -> bool:

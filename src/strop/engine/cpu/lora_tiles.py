@@ -17,10 +17,10 @@ import torch
 from numba import get_num_threads, prange
 from torch import Tensor
 
-from strop.engine.compiled import inline, loop, narrow, wide
-from strop.engine.kernels import GAP, array
+from strop.engine.cpu.compiled import inline, loop, narrow, wide
+from strop.engine.cpu.kernels import GAP, array
+from strop.engine.cpu.tile import COLUMNS, LANES, ROWS, STEP, claim, release, slim, tile
 from strop.engine.lora import Adapters
-from strop.engine.tile import COLUMNS, LANES, ROWS, STEP, claim, release, slim, tile
 
 BLOCK = 32  # rows that go through together
 CHUNK = 256  # columns whose sums are held together

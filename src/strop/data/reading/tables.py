@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import zip_longest
 
 from strop.data.conversation import Row
-from strop.data.files import COLUMN_NAMES, TYPES, RowFault, encoding_fault, lines, refuse
+from strop.data.reading.files import COLUMN_NAMES, TYPES, RowFault, encoding_fault, lines, refuse
 from strop.errors import Where, nearest
 
 

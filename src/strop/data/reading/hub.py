@@ -10,7 +10,7 @@ import fnmatch
 import os
 import re
 
-from strop.data.files import COMPRESSION, TYPES
+from strop.data.reading.files import COMPRESSION, TYPES
 from strop.errors import DataError
 
 # owner/name, maybe @revision, maybe a path or glob inside the repository.
