@@ -14,12 +14,21 @@ from typing import Annotated, Any
 import typer
 
 from strop import __version__
-from strop.commands.keeping import adapters, gguf, merge, ollama
-from strop.commands.looking import check, modules, schema
-from strop.commands.planning import doctor, plan
-from strop.commands.serving import serve
-from strop.commands.training import demo, resume, runs, train
-from strop.commands.using import chat, evaluate
+from strop.commands.adapters import adapters
+from strop.commands.chat import chat
+from strop.commands.check import check
+from strop.commands.demo import demo
+from strop.commands.doctor import doctor
+from strop.commands.evaluate import evaluate
+from strop.commands.export import gguf, ollama
+from strop.commands.merge import merge
+from strop.commands.modules import modules
+from strop.commands.plan import plan
+from strop.commands.resume import resume
+from strop.commands.runs import runs
+from strop.commands.schema import schema
+from strop.commands.serve import serve
+from strop.commands.train import train
 from strop.errors import StropError
 from strop.flags import recipe_options
 from strop.terminal import console, print_json

@@ -19,6 +19,11 @@ ModelName = Annotated[
 Memory = Annotated[str | None, typer.Option(help="Use at most this much memory, such as 8GB.", metavar="SIZE")]
 Quantization = Annotated[str, typer.Option(help="none, nf4, fp4, int8; auto: what the adapter was trained on.")]
 Force = Annotated[bool, typer.Option("--force", help="Load an adapter on another base; says what differs.")]
+Tuned = Annotated[str, typer.Argument(metavar="RUN", help="A run or adapter folder.")]
+NoParity = Annotated[
+    bool, typer.Option("--no-parity", help="Do not measure the result: for a model too large to compute here.")
+]
+Data = Annotated[str | None, typer.Option("--data", help="Rows to measure on; default: the run's own.")]
 RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe file (YAML).")]
 
 

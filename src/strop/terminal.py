@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from strop.runs.events import Event
+
+if TYPE_CHECKING:
+    from strop.exporting.parity import Parity
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 _QUIET_DEFAULTS = ("default",)  # origins that are not worth a line on the terminal; recipe.yaml has them all
@@ -262,3 +265,34 @@ def print_json(value: dict[str, Any], asked: bool) -> None:
     """One object on stdout, where --json asked for it."""
     if asked:
         print(json.dumps(value, ensure_ascii=False))
+
+
+def print_end(report: dict[str, Any], as_json: bool) -> None:
+    """How a run ended, and where its adapter and report are."""
+    out = report["run"]
+    console.print(
+        f"[bold]done[/]     {report['steps']} steps, {report['tokens']:,} tokens in {report['seconds']:.0f} s "
+        f"({report['tokens_per_s']:.0f} tokens/s, {report['supervised_tokens_per_s']:.0f} supervised)"
+    )
+    for finding in report.get("diagnosis", []):
+        console.print(f"[yellow]finding[/]  {finding}")
+    console.print(f"[bold]adapter[/]  {report['adapter']}\n[bold]report[/]   {out}/report.html")
+    print_json(
+        {key: value for key, value in report.items() if key not in ("recipe", "lock", "machine", "data_report")},
+        as_json,
+    )
+
+
+def print_base(base: str, losses: dict[str, float]) -> None:
+    """The bases that were tried for an adapter, and which one it was trained on."""
+    for tried, loss in losses.items():
+        console.print(f"[bold]base[/]     {tried}: loss {loss:.4f}{' (taken)' if base == tried else ''}")
+
+
+def print_parity(parity: Parity | None) -> None:
+    console.print(
+        "[bold]parity[/]   not measured"
+        if parity is None
+        else f"[bold]parity[/]   mean KL {parity.kl_mean:.2g}, at most {parity.kl_max:.2g}; top-1 agreement "
+        f"{parity.top1_agreement:.2%} of {parity.positions:,} positions; loss {parity.loss_difference:+.1e}"
+    )

@@ -1,51 +1,17 @@
-"""Commands that look at data and models before anything is trained. Heavy imports stay inside."""
+"""`strop modules`: the layers that an adapter can sit on."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from strop.errors import InputError, ModelError
-from strop.flags import Json, RecipeFile
+from strop.errors import ModelError
+from strop.flags import Json
 from strop.terminal import console, print_json
 
 if TYPE_CHECKING:
     from strop.model.targets import LinearKind
-
-
-def check(
-    recipe: RecipeFile = None,
-    show: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 0,
-    ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
-    fix: Annotated[
-        Path | None, typer.Option(metavar="OUT.jsonl", help="Write a cleaned copy, with a log of each change.")
-    ] = None,
-    as_json: Json = False,
-    options: dict[str, Any] | None = None,
-) -> None:
-    """See what would be trained on: rows, drops, masks, stop tokens (without --model: with the demo's tokenizer)."""
-    from strop.config.load import resolve
-    from strop.data import check as account
-    from strop.data.prepare import prepare
-    from strop.model.facts import locate
-    from strop.model.tokenizer import load_tokenizer
-
-    chosen = resolve(recipe, options if recipe else {"model.name": "demo", **(options or {})}).recipe
-    tokenizer = load_tokenizer(locate(chosen.model.name, chosen.model.revision))
-    prepared = prepare(chosen.data, tokenizer, strict=False)
-    account.print_report(prepared.report.as_json(), console)
-    if show:
-        account.show(prepared, show, console, ids=ids)
-    if fix is not None:
-        account.fix(chosen.data, tokenizer, fix)
-    report = prepared.report
-    refusal = report.refusal or (report.eval.refusal if report.eval else None)
-    print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)
-    if refusal:
-        raise typer.Exit(InputError.exit_code)
 
 
 def modules(
@@ -99,10 +65,3 @@ def _kinds_of_others(model: str) -> list[LinearKind]:
 
     bare = skeleton(source)
     return [*linear_kinds(bare), *embedding_kinds(bare)]
-
-
-def schema() -> None:
-    """Print the JSON schema of a recipe."""
-    from strop.config.schema import Recipe
-
-    print(json.dumps(Recipe.model_json_schema(), indent=2))

@@ -1,4 +1,4 @@
-"""Commands that say what a machine can do before it does it. Heavy imports stay inside; no torch for `plan`."""
+"""`strop plan`: will it fit, how long, which settings; imports no torch."""
 
 from __future__ import annotations
 
@@ -40,38 +40,4 @@ def plan(
         told["error"] = {"kind": "DoesNotFit", "message": "the recipe does not fit", "fix": fixes, "where": []}
     print_json(told, as_json)
     if not found.fits:
-        raise typer.Exit(1)
-
-
-def doctor(
-    fix: Annotated[
-        bool, typer.Option("--fix", help="Print the commands that mend what was found, and no more.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Check this machine: its facts, products and their rates, one 4-bit training step, a write to the disk."""
-    from strop.machine.doctor import examine
-    from strop.planning.show import print_findings
-
-    def try_out(machine: Any) -> Any:
-        from strop.planning import trial
-
-        return trial.try_out(machine)
-
-    found = examine(try_out)
-    errors = [finding for finding in found.findings if finding.level == "error"]
-    told: dict[str, Any]
-    if fix:
-        fixes = list(dict.fromkeys(finding.fix for finding in found.findings if finding.fix))
-        told = {"fixes": fixes}
-        if fixes and not as_json:
-            print("\n".join(fixes))
-    else:
-        print_findings(found, console)
-        told = found.as_json()
-    if errors:
-        first = errors[0]
-        told["error"] = {"kind": "NotReady", "message": first.what, "fix": first.fix, "where": []}
-    print_json(told, as_json)
-    if errors:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""The command that lets other programs use what was trained. Heavy imports stay inside."""
+"""`strop serve`: OpenAI's API on this machine."""
 
 from __future__ import annotations
 

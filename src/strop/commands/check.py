@@ -1,0 +1,44 @@
+"""`strop check`: what would be trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from strop.errors import InputError
+from strop.flags import Json, RecipeFile
+from strop.terminal import console, print_json
+
+
+def check(
+    recipe: RecipeFile = None,
+    show: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 0,
+    ids: Annotated[bool, typer.Option("--ids", help="Show token ids too.")] = False,
+    fix: Annotated[
+        Path | None, typer.Option(metavar="OUT.jsonl", help="Write a cleaned copy, with a log of each change.")
+    ] = None,
+    as_json: Json = False,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """See what would be trained on: rows, drops, masks, stop tokens (without --model: with the demo's tokenizer)."""
+    from strop.config.load import resolve
+    from strop.data import check as account
+    from strop.data.prepare import prepare
+    from strop.model.facts import locate
+    from strop.model.tokenizer import load_tokenizer
+
+    chosen = resolve(recipe, options if recipe else {"model.name": "demo", **(options or {})}).recipe
+    tokenizer = load_tokenizer(locate(chosen.model.name, chosen.model.revision))
+    prepared = prepare(chosen.data, tokenizer, strict=False)
+    account.print_report(prepared.report.as_json(), console)
+    if show:
+        account.show(prepared, show, console, ids=ids)
+    if fix is not None:
+        account.fix(chosen.data, tokenizer, fix)
+    report = prepared.report
+    refusal = report.refusal or (report.eval.refusal if report.eval else None)
+    print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)
+    if refusal:
+        raise typer.Exit(InputError.exit_code)

@@ -1,0 +1,22 @@
+"""`strop demo`: the whole story on a small real model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from strop.flags import Json
+from strop.terminal import print_json, watching
+
+
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/demo-N.")] = None, as_json: Json = False
+) -> None:
+    """Fine-tune a small real model on this CPU in minutes, and see what it learned."""
+    from strop.demo.story import run_demo
+
+    with watching() as watch:
+        result = run_demo(out, watch)
+    print_json(result, as_json)
