@@ -21,7 +21,7 @@ faults: $(VENV)/tested-with
 
 # The tests of `strop serve --engine vllm` against the real one, in an environment of its own (3.4 GB, Python 3.11).
 vllm: $(VENV)/tested-with $(VENV)-vllm/installed
-	STROP_VLLM_PYTHON=$(VENV)-vllm/bin/python HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_serve_vllm.py
+	STROP_VLLM_PYTHON=$(VENV)-vllm/bin/python HF_HUB_OFFLINE=1 $(BIN)/pytest tests/serve/test_vllm.py
 
 $(VENV)-vllm/installed:
 	python3.11 -m venv $(VENV)-vllm
@@ -33,7 +33,7 @@ $(VENV)-vllm/installed:
 # its converter, llm, litellm (which wants other versions than strop's); Go, curl and Chromium where they are installed.
 deploy: $(VENV)-deploy/installed $(VENV)-litellm/installed
 	STROP_LLAMA_CPP=$(abspath $(VENV)-deploy/llama-cpp/vendor/llama.cpp) STROP_LITELLM_PYTHON=$(VENV)-litellm/bin/python \
-	HF_HUB_OFFLINE=1 $(VENV)-deploy/bin/pytest tests/test_gguf.py tests/test_ollama.py tests/test_serve_clients.py
+	HF_HUB_OFFLINE=1 $(VENV)-deploy/bin/pytest tests/exporting/test_gguf.py tests/exporting/test_ollama.py tests/serve/test_clients.py
 
 $(VENV)-deploy/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-deploy

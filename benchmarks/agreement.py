@@ -10,8 +10,8 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import requests
-from serve import question
 
+from serve import question
 from strop.evaluation.run import read_conversations
 
 

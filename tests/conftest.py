@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.serving import Server
+    from tests.support.serving import Server
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
@@ -24,14 +24,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama with a ChatML tokenizer, saved as a model folder."""
-    from tests.tiny import save_tiny
+    from tests.support.tiny import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("tiny-model"))
 
 
 @pytest.fixture
 def rows_file(tmp_path: Path) -> Path:
-    from tests.tiny import write_rows
+    from tests.support.tiny import write_rows
 
     return write_rows(tmp_path / "rows.jsonl", 24)
 
@@ -39,7 +39,7 @@ def rows_file(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def adapter_folders(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> list[Path]:
     """Two adapters of the tiny model: calm, and bold, which has a system prompt."""
-    from tests.serving import save_adapters
+    from tests.support.serving import save_adapters
 
     return save_adapters(tmp_path_factory.mktemp("adapters"), tiny_folder)
 
@@ -47,7 +47,7 @@ def adapter_folders(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path)
 @pytest.fixture(scope="session")
 def server(adapter_folders: list[Path]) -> Iterator[Server]:
     """`strop serve` on both adapters, for all tests of it; ended by Ctrl-C."""
-    from tests.serving import serving
+    from tests.support.serving import serving
 
     with serving(*adapter_folders, "--slots", "4", "--queue", "4", "--max-body", "1") as started:
         yield started

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "strop"
+from tests import ROOT
+
+SOURCE = ROOT / "src" / "strop"
 
 # from the bottom up; a module may import its own row only where the row's own entry says so
 LAYERS = [

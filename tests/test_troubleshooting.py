@@ -38,11 +38,12 @@ from strop.runs.folder import disk_faults
 from strop.training.loop import fit
 from strop.training.optim import make_optimizer
 from strop.training.setup import _look
-from tests import tiny
-from tests.hub_standin import serve
-from tests.test_guard import curve, falling, starved
+from tests import ROOT
+from tests.support import tiny
+from tests.support.hub_standin import serve
+from tests.training.test_guard import curve, falling, starved
 
-PAGE = Path(__file__).parents[1] / TROUBLES
+PAGE = ROOT / TROUBLES
 NAMED = re.compile(rf"{TROUBLES}#(\w+)")
 
 

@@ -29,8 +29,8 @@ from strop import cli
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, is_run
 from strop.training import loop, state
-from tests import tiny
 from tests.faults.harness import Ended, child, die_at, instants, start, wait
+from tests.support import tiny
 
 STEPS = 20
 FLAGS = {

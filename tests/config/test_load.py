@@ -1,0 +1,115 @@
+"""Recipes: layers, origins, refusals with the nearest name."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import yaml
+
+from strop.config.load import Choice, parse_option, read_resolved, resolve
+from strop.config.schema import Recipe, option_fields, options_table
+from strop.errors import RecipeError
+from tests import ROOT
+
+LEAST = {"model": "demo", "data": "rows.jsonl"}
+
+
+def test_layers_in_order_and_their_origins(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("model: {name: other}\ndata: {train: rows.jsonl}\npreset: low-memory\nlora: {r: 4}\nseed: 7\n")
+    found = resolve(file, {"model": "demo", "train.epochs": "2"})
+    recipe, origin = found.recipe, {name: choice.origin for name, choice in found.choices.items()}
+    assert (recipe.model.name, origin["model.name"]) == ("demo", "option")
+    assert (recipe.lora.r, origin["lora.r"]) == (4, "recipe")
+    assert (recipe.lora.target_modules, origin["lora.target_modules"]) == ("attention", "preset")
+    assert (recipe.train.epochs, origin["train.epochs"]) == (2.0, "option")
+    assert (recipe.train.batch_size, origin["lora.dropout"]) == (8, "default")
+    assert recipe.seed == 7
+
+
+def test_a_resolved_recipe_written_and_read_again_is_the_same(tmp_path: Path) -> None:
+    decided = resolve(None, {**LEAST, "lora.rank_pattern": {"q_proj": 4}, "track": ["tensorboard"], "out": "a: b"})
+    decided = decided.decide([Choice("lora.alpha", 32.0, "plan", "2 r")])
+    file = tmp_path / "recipe.yaml"
+    file.write_text(decided.as_yaml())
+    assert "alpha: 32.0  # plan: 2 r" in decided.as_yaml()
+    assert read_resolved(file).recipe == decided.recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lora.rnk": 4}, "did you mean lora.r"),
+        ({"train.learning_rte": 4}, "did you mean train.learning_rate"),
+        ({"rank": 4}, "unknown key rank"),
+        ({"lora.r": 0}, "greater than or equal to 1"),
+        ({"train.epochs": 0}, "greater than 0"),
+        ({"train.learning_rate": -1}, "greater than 0"),
+        ({"train.learning_rate": "nan"}, "--train.learning_rate"),
+        ({"train.learning_rate": 1e9}, "less than or equal to 1"),
+        ({"train.batch_size": 0}, "greater than or equal to 1"),
+        ({"train.max_time": "soon"}, "--train.max_time"),
+        ({"model.device": "gpu"}, "--model.device"),
+        ({"preset": "best"}, "'low-memory'"),
+        ({"train.micro_batch": 9}, "larger than train.batch_size"),
+        ({"train.early_stopping": 2}, "needs data.eval"),
+        ({"train.micro_batch": 2, "train.micro_batch_tokens": 99}, "not both"),
+        ({"lora.init": "loftq", "lora.use_dora": True}, "not with lora.use_dora"),
+    ],
+)
+def test_what_is_wrong_is_refused_in_one_line(options: dict[str, object], said: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        resolve(None, {**LEAST, **options})
+    assert refused.value.exit_code == 2
+    assert len(refused.value.lines()) == 1
+    assert said in refused.value.lines()[0]
+
+
+def test_a_missing_value_names_its_option() -> None:
+    with pytest.raises(RecipeError) as refused:
+        resolve(None, {"model": "demo"})
+    assert refused.value.lines() == ["--data.train: is required"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("model: [", "r.yaml:1"), ("- a\n", "map of sections"), ("lora: 3\nmodel: {name: a}\ndata: {train: b}\n", "lora")],
+)
+def test_a_broken_recipe_file_is_named(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as refused:
+        resolve(file, {})
+    assert said in " ".join(refused.value.lines())
+
+
+def test_option_texts() -> None:
+    assert parse_option("lora.target_modules", "q_proj,v_proj") == ["q_proj", "v_proj"]
+    assert parse_option("lora.target_modules", "all-linear") == "all-linear"
+    assert parse_option("lora.modules_to_save", "norm") == ["norm"]
+    assert parse_option("data.columns", "prompt=question,completion=answer") == {
+        "prompt": "question",
+        "completion": "answer",
+    }
+    assert parse_option("train.max_steps", "none") is None
+    assert parse_option("model.name", "none") == "none"
+    with pytest.raises(RecipeError):
+        parse_option("lora.rank_pattern", "q_proj")
+
+
+@pytest.mark.parametrize("preset", ["low-memory", "balanced", "max-quality"])
+def test_every_shipped_preset_is_a_recipe(preset: str) -> None:
+    file = resources.files("strop.config") / "presets" / f"{preset}.yaml"
+    assert yaml.safe_load(file.read_text(encoding="utf-8"))
+    found = resolve(None, {**LEAST, "preset": preset})
+    assert any(choice.origin == "preset" for choice in found.choices.values())
+
+
+def test_every_option_has_help_and_the_schema_holds_it() -> None:
+    assert all(info.description for _, info in option_fields())
+    assert options_table() in (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    schema = Recipe.model_json_schema()
+    assert schema["additionalProperties"] is False
+    assert "LoraSection" in schema["$defs"]

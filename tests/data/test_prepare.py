@@ -1,0 +1,334 @@
+"""The account of rows, what is refused, the cache, and what a person sees."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from strop.config.schema import DataSection
+from strop.data import check
+from strop.data.conversation import Conversation, Message
+from strop.data.prepare import MAX_LOST_SHARE, REASONS, Prepared, prepare
+from strop.data.rendering import overlong
+from strop.data.rendering.render import Renderer
+from strop.errors import DataError, FolderError
+from tests.support import families
+from tests.support.shared_data import shared
+
+TOKENIZER = families.tokenizer("chatml")
+
+
+def row(*texts: str, system: str = "") -> dict[str, Any]:
+    turns = [{"role": "system", "content": system}] if system else []
+    turns += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return {"messages": turns}
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    return str(path)
+
+
+def run(
+    train: str, *, strict: bool = True, tokenizer: Any = TOKENIZER, cache: Path | None = None, **options: Any
+) -> Prepared:
+    return prepare(DataSection(train=train, **options), tokenizer, strict=strict, cache=cache)
+
+
+def account(prepared: Prepared) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(json.dumps(prepared.report.as_json()))
+    return value
+
+
+def test_rows_come_out_as_they_went_in(tmp_path: Path) -> None:
+    rows = [row(f"question {i}", f"answer {i}") for i in range(5)]
+    prepared = run(write(tmp_path / "a.jsonl", rows))
+    assert [example.line for example in prepared.train] == [1, 2, 3, 4, 5]
+    assert [turn.messages[1].content for turn in prepared.train_conversations] == [f"answer {i}" for i in range(5)]
+    renderer = Renderer(TOKENIZER)
+    for example, conversation in zip(prepared.train, prepared.train_conversations, strict=True):
+        [expected] = renderer.render(conversation)
+        assert example.ids.tolist() == expected.ids.tolist()
+        assert example.weights.tolist() == expected.weights.tolist()
+        assert example.ids.flags.writeable  # torch warns of arrays that are not
+    found = account(prepared)
+    assert found["rows"] == {"read": 5, "used": 5, "truncated": 0, "split": 0, "dropped": 0}
+    assert found["tokens"]["all"] == sum(map(len, prepared.train))
+    assert found["tokens"]["supervised"] == sum(example.supervised for example in prepared.train)
+    assert found["stop_token"] == {"rows": 5, "share": 1.0} and not found["would_refuse"]
+    assert prepared.eval is None and prepared.eval_conversations is None
+
+
+GOOD = [row("a question", "an answer"), row("b", "c", "d", "e", system="s")]
+BAD = [
+    "{broken",
+    {"messages": "x"},
+    row("only a question"),
+    row("q", " "),
+    {"messages": [{"role": "usr", "content": "a"}]},
+]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.sampled_from([*GOOD, *BAD, row("long " * 40, "x"), row(*["long " * 9, "y"] * 4)]), max_size=12),
+    policy=st.sampled_from(["refuse", "drop", "truncate-start", "split"]),
+)
+def test_every_row_ends_as_used_truncated_split_or_dropped(tmp_path: Path, rows: list[Any], policy: str) -> None:
+    rows = [GOOD[0], *rows]
+    prepared = run(write(tmp_path / "a.jsonl", rows), overlong=policy, max_length=60, strict=False)
+    found = account(prepared)
+    counts = found["rows"]
+    assert counts["read"] == len(rows) == sum(counts[k] for k in ("used", "truncated", "split", "dropped"))
+    assert counts["dropped"] == len(found["dropped"]) == sum(found["by_reason"].values())
+    assert {place["line"] for place in found["dropped"] if place["reason"] != "too-long"} == {
+        i for i, value in enumerate(rows, 1) if value in BAD
+    }
+    assert set(found["by_reason"]) <= set(REASONS)
+    assert all(len(example) <= 60 for example in prepared.train)
+    assert found["stop_token"]["share"] == 1.0
+    kept = {example.line for example in prepared.train}
+    assert kept == set(range(1, len(rows) + 1)) - {place["line"] for place in found["dropped"]}
+
+
+def test_bad_rows_refuse_the_run_with_all_places_or_are_dropped_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [GOOD[0], *BAD])
+    with pytest.raises(DataError) as caught:
+        run(path)
+    assert [place.line for place in caught.value.where] == [2, 3, 4, 5, 6]
+    assert "--data.bad_rows drop" in caught.value.fix
+    found = account(run(path, bad_rows="drop"))
+    assert found["rows"]["dropped"] == 5 and not found["would_refuse"]
+
+
+def test_rows_a_template_refuses_name_the_fix(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        run(write(tmp_path / "a.jsonl", GOOD), tokenizer=families.tokenizer("gemma"))
+    assert [place.line for place in caught.value.where] == [2] and "first user turn" in caught.value.fix
+
+
+def test_nothing_is_dropped_for_its_length_unless_asked(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [GOOD[0], row("long " * 100, "x")])
+    with pytest.raises(DataError) as caught:
+        run(path, max_length=50)
+    length = run(path).report.tokens.max
+    assert [place.line for place in caught.value.where] == [2] and f"--data.max_length {length}" in caught.value.fix
+    for policy in ("drop", "truncate-start", "split"):
+        assert policy in caught.value.fix
+    assert account(run(path, max_length=50, overlong="drop"))["rows"]["dropped"] == 1
+    with pytest.raises(DataError, match="0 of 2"):
+        run(path, max_length=5, overlong="drop")
+
+
+def test_what_a_policy_cannot_shorten_may_not_be_lost_silently(tmp_path: Path) -> None:
+    rows = [row(f"a{i}", "b") for i in range(99)] + [row("q", "long " * 100)]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert len(rows) * MAX_LOST_SHARE == 1  # one row of 100 may go, counted
+    assert account(run(path, max_length=50, overlong="truncate-start"))["rows"]["dropped"] == 1
+    path = write(tmp_path / "b.jsonl", rows[50:])
+    with pytest.raises(DataError, match="cannot be brought down"):
+        run(path, max_length=50, overlong="truncate-start")
+
+
+def decode(ids: Any) -> str:
+    text: str = TOKENIZER.decode(ids.tolist())
+    return text
+
+
+def test_truncation_keeps_the_system_turn_and_the_stop_token(tmp_path: Path) -> None:
+    long = row("one " * 30, "first", "two " * 5, "second", system="keep me")
+    [example] = run(write(tmp_path / "a.jsonl", [long]), max_length=60, overlong="truncate-start").train
+    text = decode(example.ids)
+    assert text.startswith("<|im_start|>system\nkeep me<|im_end|>") and text.endswith("second<|im_end|>")
+    assert "one" not in text and text.count("two ") == 5
+    # one exchange alone is too long: the end of the question is kept
+    long = row("one " * 300 + "the end", "answer", system="keep me")
+    [example] = run(write(tmp_path / "b.jsonl", [long]), max_length=60, overlong="truncate-start").train
+    text = decode(example.ids)
+    assert "keep me<|im_end|>" in text and "one the end<|im_end|>" in text and text.endswith("answer<|im_end|>")
+    assert 50 < len(example) <= 60
+
+
+def test_splitting_keeps_every_answer_once_and_every_token_of_a_text(tmp_path: Path) -> None:
+    turns = [text for i in range(6) for text in (f"question {i} " * 4, f"answer {i}")]
+    prepared = run(write(tmp_path / "a.jsonl", [row(*turns, system="s")]), max_length=120, overlong="split")
+    texts = [decode(example.ids) for example in prepared.train]
+    assert len(texts) > 1 and all("<|im_start|>system\ns<|im_end|>" in text for text in texts)
+    assert "".join(decode(example.ids[example.weights > 0]) for example in prepared.train) == "".join(
+        f"answer {i}<|im_end|>" for i in range(6)
+    )
+    assert prepared.report.rows["split"] == 1 and len(prepared.train_conversations) == 1
+    words = " ".join(f"word{i}" for i in range(100))
+    whole = run(write(tmp_path / "b.jsonl", [{"text": words}])).train[0]
+    pieces = run(write(tmp_path / "b.jsonl", [{"text": words}]), max_length=50, overlong="split").train
+    supervised = np.concatenate([piece.ids[piece.weights > 0] for piece in pieces])
+    assert supervised.tolist() == whole.ids[1:].tolist()
+
+
+def test_a_part_that_is_not_trained_on_is_no_fault() -> None:
+    messages = tuple(
+        Message("user" if i % 2 == 0 else "assistant", "long " * 8, weight=float(i == 5 or i % 2 == 0))
+        for i in range(6)
+    )
+    renderer = Renderer(TOKENIZER)
+    conversation = Conversation("f", 1, messages)
+    examples = renderer.render(conversation)
+    limit = len(examples[0]) // 2
+    pieces = overlong.split(renderer, conversation, examples, limit)
+    assert pieces is not None and len(pieces) == 1 and pieces[0].supervised == examples[0].supervised
+    cut = overlong.truncate_start(renderer, conversation, examples, limit)
+    assert cut is not None and cut[0].ids.tolist() == pieces[0].ids.tolist()
+
+
+def test_a_share_for_evaluation_is_chosen_by_content(tmp_path: Path) -> None:
+    rows = [row(f"q{i % 50}", f"a{i % 50}") for i in range(100)]  # each twice
+    prepared = run(write(tmp_path / "a.jsonl", rows), eval="20%")
+    assert prepared.eval_conversations is not None and prepared.eval is not None
+    held = {c.messages[0].content for c in prepared.eval_conversations}
+    trained = {c.messages[0].content for c in prepared.train_conversations}
+    assert not held & trained and len(held | trained) == 50 and 3 <= len(held) <= 20
+    found = account(prepared)
+    assert found["rows"]["read"] == 100 and found["held_out"] == len(prepared.eval) == 2 * len(held)
+    assert found["duplicates"]["across"] == 0
+    again = run(write(tmp_path / "b.jsonl", rows[::-1]), eval="20%")
+    assert again.eval_conversations is not None
+    assert {c.messages[0].content for c in again.eval_conversations} == held
+    few = run(write(tmp_path / "c.jsonl", rows[:3]), eval="1%")  # too few rows for 1 %: still one
+    assert few.eval is not None and len(few.eval) == 1 and len(few.train) == 2
+    with pytest.raises(DataError, match="0 of 1 training rows"):
+        run(write(tmp_path / "d.jsonl", rows[:1]), eval="10%")
+    with pytest.raises(DataError, match="leaves no rows"):
+        run(write(tmp_path / "d.jsonl", rows[:1]), eval="100%")
+
+
+def test_duplicates_and_placeholders_are_named(tmp_path: Path) -> None:
+    train = write(tmp_path / "a.jsonl", [GOOD[0], GOOD[0], row("I am {{name}}", "b <|im_end|> c")])
+    found = account(run(train, eval=write(tmp_path / "b.jsonl", GOOD)))
+    assert found["duplicates"] == {"within": 1, "across": 1}
+    warnings = "\n".join(found["warnings"])
+    assert "{{name}}" in warnings and "a.jsonl:3" in warnings and "control tokens" in warnings
+    assert "1 training rows repeat" in warnings and "1 evaluation rows are also train rows" in warnings
+    assert found["eval"]["rows"]["read"] == 2
+
+
+def test_an_eval_file_with_bad_rows_refuses_too(tmp_path: Path) -> None:
+    train, held = write(tmp_path / "a.jsonl", GOOD), write(tmp_path / "b.jsonl", [GOOD[0], BAD[0]])
+    with pytest.raises(DataError, match="1 of 2 evaluation rows"):
+        run(train, eval=held)
+    assert account(run(train, eval=held, strict=False))["would_refuse"]
+
+
+def test_the_hash_is_of_rows_tokens_and_template(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", GOOD)
+    same = write(tmp_path / "b.jsonl", ["", *GOOD])
+    other = write(tmp_path / "c.jsonl", GOOD[::-1])
+    assert run(path).hash == run(same).hash
+    hashes = [run(path).hash, run(other).hash, run(path, loss="all").hash, run(path, template="chatml").hash]
+    assert len(set(hashes)) == 4
+
+
+def test_prepared_data_is_found_again_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cache = write(tmp_path / "a.jsonl", [*GOOD, BAD[0]]), tmp_path / "cache"
+    first = run(path, cache=cache, bad_rows="drop")
+    monkeypatch.setattr(Renderer, "render_many", None)  # a second pass would now fail
+    again = run(path, cache=cache, bad_rows="drop")
+    assert account(again) == account(first) and again.hash == first.hash
+    assert [e.ids.tolist() for e in again.train] == [e.ids.tolist() for e in first.train]
+    assert list(again.train_conversations) == list(first.train_conversations)
+    with pytest.raises(DataError):  # what was found wrong is kept with it
+        run(path, cache=cache)
+    monkeypatch.undo()
+    assert len(list(cache.iterdir())) == 1
+    for options in ({"max_length": 99}, {"loss": "all"}, {"template": "chatml"}, {"overlong": "drop"}):
+        run(path, cache=cache, bad_rows="drop", **options)
+    run(path, cache=cache, bad_rows="drop", tokenizer=families.tokenizer("qwen3"))
+    write(tmp_path / "a.jsonl", GOOD)
+    run(path, cache=cache)
+    assert len(list(cache.iterdir())) == 7
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path: Path) -> None:
+    path, cache = write(tmp_path / "a.jsonl", GOOD), tmp_path / "cache"
+    expected = [example.ids.tolist() for example in run(path, cache=cache).train]
+    [folder] = cache.iterdir()
+    for name, content in (("ids.bin", b"123"), ("facts.json", b"{"), ("rows.bin", b"")):
+        (folder / name).write_bytes(content)
+        assert [example.ids.tolist() for example in run(path, cache=cache).train] == expected
+    assert [place.name for place in cache.iterdir()] == [folder.name]
+
+
+def test_an_unfinished_pass_leaves_nothing_behind(tmp_path: Path) -> None:
+    path, cache = write(tmp_path / "a.jsonl", ['{"a": 1}', '{"b": 2}']), tmp_path / "cache"
+    with pytest.raises(DataError):
+        run(path, cache=cache)
+    assert list(cache.iterdir()) == []
+
+
+def test_preference_pairs_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="preference") as caught:
+        run(write(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}]))
+    assert "completion=chosen" in caught.value.fix
+
+
+def printed(draw: Any) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    draw(console)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def test_the_report_and_the_rows_are_shown(tmp_path: Path) -> None:
+    rows = [row("a b\n\x1b[31m", "日本 🙂"), GOOD[0], GOOD[0], *BAD]
+    prepared = run(write(tmp_path / "a.jsonl", rows), strict=False, eval=write(tmp_path / "b.jsonl", GOOD))
+    report = printed(lambda console: check.print_report(prepared.report.as_json(), console))
+    for part in (
+        "8 rows read, 3 used, 5 dropped",
+        "a.jsonl:4",
+        "would refuse",
+        "--data.bad_rows drop",
+        "repeat",
+        "eval",
+    ):
+        assert part in report
+    shown = printed(lambda console: check.show(prepared, 1, console))
+    assert "⟦日本·🙂<|im_end|>⟧" in shown and "a·b↵" in shown
+    assert "\x1b" not in shown and "\\x1b[31m" in shown
+    numbers = printed(lambda console: check.show(prepared, 1, console, ids=True))
+    assert f"<|im_end|>({TOKENIZER.convert_tokens_to_ids('<|im_end|>')})⟧" in numbers
+
+
+def test_a_cleaned_copy_with_a_log_of_each_change(tmp_path: Path) -> None:
+    aliases = {"messages": [{"role": "human", "content": "x"}, {"role": "gpt", "content": "y"}]}
+    blanks = row("a", "\n\nb")
+    path = write(tmp_path / "a.jsonl", [GOOD[0], BAD[0], aliases, GOOD[0], blanks])
+    out = tmp_path / "out.jsonl"
+    tokenizer = families.tokenizer("llama3")  # which joins newlines into one token
+    data = DataSection(train=path, template="chatml")
+    changes = check.fix(data, tokenizer, out)
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [GOOD[0], row("x", "y"), row("a", "b")]
+    logged = [json.loads(line) for line in (tmp_path / "out.jsonl.changes.jsonl").read_text().splitlines()]
+    assert logged == [vars(change) for change in changes]
+    what = {change.line: change.change for change in changes}
+    assert what[2].startswith("dropped: ") and what[4].startswith("dropped: the same as") and what[4].endswith(":1")
+    assert "human -> user" in what[3] and "gpt -> assistant" in what[3] and 1 not in what
+    assert {change.change for change in changes if change.line == 5} >= {"blanks at the start of an answer cut"}
+    assert account(run(str(out), tokenizer=tokenizer, template="chatml"))["rows"]["dropped"] == 0
+    with pytest.raises(FolderError):
+        check.fix(data, tokenizer, out)
+
+
+def test_real_files() -> None:
+    assert account(run(shared("formats/alpaca.json"), max_length=9999))["duplicates"]["within"] == 14
+    assert "{{name}}" in "".join(run(shared("formats/alpaca_placeholders.json"), max_length=9999).report.warnings)
+    tools = run(shared("formats/sharegpt_tools.json"), template="chatml", max_length=99999)
+    assert tools.report.rows == {"read": 300, "used": 300, "truncated": 0, "split": 0, "dropped": 0}
+    thinking = run(shared("formats/messages_tools_reasoning.jsonl"), template="chatml", max_length=99999)
+    assert thinking.report.rows["used"] == 50 and not thinking.report.warnings

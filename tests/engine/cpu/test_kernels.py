@@ -1,0 +1,180 @@
+"""numba's loops equal PyTorch's operations."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from strop.engine import eager
+from strop.engine.cpu import kernels
+from strop.engine.packed import lay_out
+from tests import ROOT
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype
+    # bf16: the same fp32 value rounded once; where the two differ in their last fp32 bit, a neighbouring bf16.
+    relative = 1e-2 if found.dtype == torch.bfloat16 else 3e-5
+    torch.testing.assert_close(found, expected, rtol=relative, atol=max(1e-6, relative * 1e-3))
+
+
+def rand(dtype: torch.dtype, *shape: int, spread: float = 2.0) -> Tensor:
+    return (torch.randn(*shape) * spread).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm(dtype: torch.dtype, offset: float) -> None:
+    torch.manual_seed(0)
+    for x in (rand(dtype, 5, 37), rand(dtype, 1, 3), rand(dtype, 4, 6, 8)[:, 1:3]):
+        weight, grad = rand(dtype, x.shape[-1]), rand(dtype, *x.shape)
+        assert_same(kernels.rms_norm(x, weight, 1e-5, offset), eager.rms_norm(x, weight, 1e-5, offset))
+        arguments = (grad, x, weight, 1e-5, offset)
+        assert_same(kernels.rms_norm_backward(*arguments), eager.rms_norm_backward(*arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+def test_glu(dtype: torch.dtype, activation: str) -> None:
+    torch.manual_seed(0)
+    gate_up, grad = rand(dtype, 3, 2 * 37, spread=6), rand(dtype, 3, 37)
+    gate_up[0, :2] = torch.tensor([120.0, -120.0])
+    assert_same(kernels.glu(gate_up, activation), eager.glu(gate_up, activation))
+    for found, expected in zip(
+        kernels.glu_backward(grad, gate_up, activation), eager.glu_backward(grad, gate_up, activation), strict=True
+    ):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize(("group", "first"), [(1, 0), (3, 5)])
+def test_softmax(dtype: torch.dtype, window: int, group: int, first: int) -> None:
+    torch.manual_seed(0)
+    scores = rand(dtype, 2, 4 * group, 4 + first, spread=10)
+    probs = eager.softmax_(scores.clone(), group, first, window)
+    assert_same(kernels.softmax_(scores.clone(), group, first, window), probs)
+    grad = rand(dtype, *scores.shape)
+    found = kernels.softmax_backward_(grad.clone(), probs, group, first, window)
+    assert_same(found, eager.softmax_backward_(grad.clone(), probs, group, first, window))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_cross_entropy(dtype: torch.dtype, softcap: float) -> None:
+    torch.manual_seed(0)
+    logits, labels, weights = rand(dtype, 5, 41, spread=8), torch.tensor([0, 40, 3, 3, 7]), torch.rand(5)
+    found, expected = logits.clone(), logits.clone()
+    loss = kernels.cross_entropy_(found, labels, weights, softcap, True)
+    torch.testing.assert_close(loss, eager.cross_entropy_(expected, labels, weights, softcap, True))
+    assert_same(found, expected)
+    left = logits.clone()
+    torch.testing.assert_close(kernels.cross_entropy_(left, labels, weights, softcap, False), loss)
+    if not softcap:
+        assert torch.equal(left, logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("turned", [0, 3, 4])
+@pytest.mark.parametrize("group", [1, 2])
+def test_heads(dtype: torch.dtype, turned: int, group: int) -> None:
+    torch.manual_seed(0)
+    tokens, heads, d = 7, 4, 8
+    x = rand(dtype, tokens, heads + 3, d)[:, 1 : 1 + heads]
+    cos, sin = (rand(torch.float32, tokens, turned) if turned else None for _ in range(2))
+    turn: Any = (cos, sin, 0.7 if turned else 1.0)
+    slots = [np.array([[0, 1, 3], [0, 1, -1]]), np.array([[0, 5, 4, 2]])]  # rows in several places, row 6 in none
+    places = lay_out([(rows, rows) for rows in slots], tokens, torch.device("cpu")).queries
+    spread = eager.to_heads(x, *turn, places, group)
+    assert_same(kernels.to_heads(x, *turn, places, group), spread)
+    whole = spread[: 2 * heads * 3].view(2, heads // group, 3, group, d)  # the first bucket, as attention reads it
+    torch.testing.assert_close(whole[1, :, 2], torch.zeros_like(whole[1, :, 2]))
+    if not turned:
+        assert torch.equal(whole[0, :, 1], x[1].view(heads // group, group, d))
+    found, expected = (torch.ones(tokens, heads + 1, d, dtype=dtype) for _ in range(2))
+    for ops, out in ((kernels, found), (eager, expected)):
+        ops.from_heads(spread, *turn, places, group, out[:, 1:])
+    assert_same(found, expected)
+
+
+def test_the_loops_leave_pytorchs_threads_as_they_were() -> None:
+    """numba's OpenMP layer allows nested parallel regions: PyTorch's attention then takes 40 times as long."""
+    script = """
+import ctypes, torch
+torch.set_num_threads(1)
+openmp = ctypes.CDLL(torch._C.__file__)
+before = openmp.omp_get_max_active_levels(), torch.get_num_threads()
+from strop.engine.cpu import kernels
+x = torch.ones(64, 64)
+kernels.rms_norm(x, x[0], 1e-5, 0.0)
+assert (openmp.omp_get_max_active_levels(), torch.get_num_threads()) == before, before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(dtype: torch.dtype, bad: float) -> None:
+    """The loops are compiled as if all numbers were finite; the guard in front of the optimizer needs to see it."""
+    torch.manual_seed(0)
+    logits, x, scores = rand(dtype, 2, 300), rand(dtype, 2, 64), rand(dtype, 1, 6, 6)
+    logits[1, 37] = x[1, 3] = scores[0, 3, 1] = bad
+    loss = kernels.cross_entropy_(logits, torch.tensor([1, 2]), torch.ones(2), 0.0, True)
+    assert not loss.isfinite() and logits[0].isfinite().all() and not logits[1].isfinite().all()
+    weight = torch.ones(64, dtype=dtype)
+    for out in (
+        kernels.rms_norm(x, weight, 1e-5, 0.0),
+        kernels.glu(x, "silu"),
+        kernels.softmax_(scores, 1, 0, 0)[0, 2:],
+    ):
+        assert out[0].isfinite().all() and not out[1].isfinite().all()
+    assert not kernels.rms_norm_backward(x, rand(dtype, 2, 64), weight, 1e-5, 0.0)[1].isfinite().any()
+
+
+def test_the_process_that_compiles_has_the_same_last_bits(tmp_path: Path) -> None:
+    """A parallel loop that was just compiled runs other machine code than one read from numba's cache."""
+    script = """
+import hashlib, torch
+torch.set_num_threads(1)
+from strop.engine.fast import FastLoss
+from strop.config.schema import LoraSection
+from strop.model.lora import add_lora, trainable
+from tests.support import tiny
+torch.manual_seed(0)
+model = add_lora(tiny.model(), LoraSection(r=2, alpha=4), None)
+FastLoss(model)(tiny.examples(6)).backward()
+grads = b"".join(weight.grad.numpy().tobytes() for weight in trainable(model).values())
+print(hashlib.sha256(grads).hexdigest())
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment, cwd=ROOT, capture_output=True, text=True, check=True,
+        ).stdout
+        for _ in range(2)
+    ]  # fmt: skip
+    assert found[0] == found[1] and len(found[0]) == 65
+
+
+def test_sums_do_not_depend_on_where_memory_lies() -> None:
+    """A row, and right behind it a buffer with the gap that the loops give it: the same sum as far from it."""
+    import numba
+
+    loop: Any = numba.njit(fastmath=True, error_model="numpy")(
+        lambda row, top, buffer: kernels._exps(row, top, buffer[kernels.GAP :])
+    )
+    memory = np.zeros(2048, dtype=np.float32)
+    memory[:40] = np.random.default_rng(0).standard_normal(40)
+    sums = {loop(memory[:40], np.float32(3.0), memory[at : at + kernels.GAP + 40]) for at in range(40, 400)}
+    assert len(sums) == 1

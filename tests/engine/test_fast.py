@@ -1,0 +1,302 @@
+"""The fast step against the model's own: loss and every adapter's gradient, family by family."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from strop.data.conversation import Example
+from strop.engine.fast import FAMILIES, FastLoss, unsupported
+from strop.engine.plain import PlainLoss
+from strop.machine.probe import probe
+from tests.engine.test_plain import example, tiny
+
+GEMMA = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+FAMILY_CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "mistral": (MistralConfig, {"sliding_window": 4}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {}),
+    "phi3": (Phi3Config, {"pad_token_id": 0, "sliding_window": 5}),
+    "gemma2": (Gemma2Config, {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3_text": (Gemma3TextConfig, GEMMA),
+}
+Gradients = dict[str, torch.Tensor]
+
+
+def adapted(config: type = LlamaConfig, lora: dict[str, Any] | None = None, **changes: Any) -> PeftModel:
+    """A tiny model with adapters whose two factors are not zero."""
+    base = tiny(config, **changes)
+    for name, parameter in base.named_parameters():
+        if "bias" in name or "norm" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    options = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **(lora or {})}
+    model = get_peft_model(base, LoraConfig(**options))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def some(weighted: bool = False) -> list[Example]:
+    found = [example(9, 1), example(5, 2), example(12, 3), example(2, 4)]
+    if weighted:
+        rng = np.random.default_rng(0)
+        found = [
+            dataclasses.replace(e, weights=(e.weights * rng.choice([0, 0.5, 1, 3], len(e))).astype(np.float32))
+            for e in found
+        ]
+    return found
+
+
+def with_prefix(examples: list[Example], length: int = 11) -> list[Example]:
+    prefix = example(length, 99)
+    rng = np.random.default_rng(1)
+    return [
+        Example(
+            np.concatenate([prefix.ids, e.ids]),
+            np.concatenate([np.r_[0, rng.choice([0, 1, 2], length - 1)], e.weights]).astype(np.float32),
+            "f",
+            i,
+        )
+        for i, e in enumerate(examples)
+    ]
+
+
+def step(model: PeftModel, loss: Any, examples: list[Example]) -> tuple[torch.Tensor, Gradients]:
+    model.zero_grad()
+    value = loss(examples)
+    (value * 0.1).backward()
+    return value.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(found: tuple[torch.Tensor, Gradients], expected: tuple[torch.Tensor, Gradients]) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
+    assert found[1].keys() == expected[1].keys()
+    for name, grad in expected[1].items():
+        assert grad.norm() > 0, name
+        assert (found[1][name] - grad).norm() <= 1e-4 * grad.norm(), name
+
+
+def test_each_family_has_a_parity_test() -> None:
+    assert FAMILY_CONFIGS.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_family_equals_the_model(family: str) -> None:
+    config, changes = FAMILY_CONFIGS[family]
+    model = adapted(config, **changes)
+    for examples in (some(), some(weighted=True), with_prefix(some(weighted=True))):
+        expected = step(model, PlainLoss(model), examples)
+        assert_same(step(model, FastLoss(model), examples), expected)
+        assert_same(step(model, FastLoss(model, checkpoint_layers=1), examples), expected)
+
+
+@pytest.mark.parametrize(
+    ("lora", "changes"),
+    [
+        ({"target_modules": ["q_proj", "v_proj"]}, {}),
+        ({"target_modules": ["down_proj"]}, {}),
+        ({"target_modules": ["up_proj", "k_proj"], "layers_to_transform": [1]}, {}),
+        ({"use_rslora": True, "rank_pattern": {"k_proj": 1}}, {}),
+        ({}, {"tie_word_embeddings": True}),
+        ({}, {"attention_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
+    ],
+    ids=["attention", "down", "last layer", "rslora", "tied", "bias"],
+)
+def test_variant_equals_the_model(lora: dict[str, Any], changes: dict[str, Any]) -> None:
+    model = adapted(LlamaConfig, lora, **changes)
+    expected = step(model, PlainLoss(model), some())
+    assert_same(step(model, FastLoss(model), some()), expected)
+
+
+def test_packed_equals_one_by_one_and_unshared() -> None:
+    model = adapted()
+    examples = with_prefix(some(weighted=True))
+    fast, unshared = FastLoss(model), FastLoss(model, prefix_sharing=False)
+    together = step(model, fast, examples)
+    parts = [step(model, fast, [one]) for one in examples]
+    one_by_one = sum(p[0] for p in parts), {n: sum(p[1][n] for p in parts) for n in together[1]}
+    assert_same(together, one_by_one)
+    assert_same(together, step(model, unshared, examples))
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_no_document_leaks_into_another(sharing: bool) -> None:
+    """Only the first document is supervised; the tokens of another must not change one bit."""
+    model = adapted()
+    fast = FastLoss(model, prefix_sharing=sharing)
+    first, *others = with_prefix([example(9, 1), example(9, 2), example(5, 3)])
+    silent = [dataclasses.replace(other, weights=np.zeros_like(other.weights)) for other in others]
+    ids = silent[0].ids.copy()
+    ids[12:] = (ids[12:] + 7) % 97
+    changed = [dataclasses.replace(silent[0], ids=ids), silent[1]]
+    before, after = step(model, fast, [first, *silent]), step(model, fast, [first, *changed])
+    assert before[0] == after[0]
+    assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
+
+
+@pytest.mark.parametrize("head_dim", [8, 32])  # 32: in tiles, on CPUs that have them
+def test_bf16_is_no_further_from_the_truth_than_the_model_itself(head_dim: int) -> None:
+    """The errors of eight batches together: one alone is a matter of chance."""
+    truth_model, model = adapted(head_dim=head_dim), adapted(head_dim=head_dim)
+    model.get_base_model().to(torch.bfloat16)
+    truth_model.get_base_model().to(torch.bfloat16).float()  # the same rounded base weights
+    for parameter in truth_model.parameters():
+        parameter.data = parameter.data.float()
+    ways = {"truth": PlainLoss(truth_model), "fast": FastLoss(model), "plain": PlainLoss(model)}
+    loss_errors, errors = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
+    for seed in range(8):
+        for one, same in zip(model.parameters(), truth_model.parameters(), strict=True):
+            if one.requires_grad:  # other adapters each time; they add a fourth of what the base gives
+                same.data = torch.randn_like(same) * 0.05
+                one.data = same.data.clone()
+        rows = with_prefix([example(length, 10 * seed + length) for length in (9, 5, 12, 2)])
+        found = {name: step(truth_model if name == "truth" else model, way, rows) for name, way in ways.items()}
+        truth, gradients = found["truth"]
+        for name, (loss, grads) in found.items():
+            loss_errors[name] += float((loss - truth).abs() / truth)
+            errors[name] += sum(float((grads[n] - g).square().sum()) for n, g in gradients.items()) ** 0.5
+    assert loss_errors["fast"] <= 1.5 * loss_errors["plain"] + 1e-3
+    assert errors["fast"] <= 1.2 * errors["plain"]
+
+
+def test_evaluation_equals_training_loss_and_follows_disabled_adapters() -> None:
+    model = adapted()
+    fast, plain = FastLoss(model), PlainLoss(model)
+    trained = step(model, fast, some())[0]
+    with torch.no_grad():
+        torch.testing.assert_close(fast(some()), trained, rtol=1e-6, atol=0)
+        with model.disable_adapter():
+            base = fast(some())
+            torch.testing.assert_close(base, plain(some()), rtol=1e-5, atol=0)
+    assert (base - fast(some()).detach()).abs() > 1e-3
+
+
+def test_nothing_supervised_is_zero() -> None:
+    model = adapted()
+    silent = [dataclasses.replace(e, weights=np.zeros_like(e.weights)) for e in some()]
+    loss, grads = step(model, FastLoss(model), silent)
+    assert loss == 0
+    assert not any(grad.any() for grad in grads.values())
+
+
+def test_model_still_generates_and_saves(tmp_path: Path) -> None:
+    model, untouched = adapted(), adapted()
+    FastLoss(model)
+    fast = FastLoss(model)  # twice: the weights are side by side already
+    ids = torch.arange(1, 6)[None]
+    model.eval(), untouched.eval()
+    assert torch.equal(model(input_ids=ids).logits, untouched(input_ids=ids).logits)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(input_ids=ids, **options), untouched.generate(input_ids=ids, **options))
+    model.save_pretrained(tmp_path / "adapter")
+    base = model.get_base_model()
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in base.parameters()}
+    assert sum(storages.values()) == sum(p.nbytes for p in base.parameters())  # nothing held twice
+    loss = step(model, fast, some())[0]
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(PlainLoss(merged)(some()).detach(), loss, rtol=1e-5, atol=0)
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(merged).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(again(input_ids=ids).logits, merged(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("reason", "build"),
+    [
+        ("no peft adapter", lambda: tiny()),
+        ("olmo2 is not in the table", lambda: adapted(Olmo2Config)),
+        ("dropout", lambda: adapted(lora={"lora_dropout": 0.1})),
+        ("DoRA", lambda: adapted(lora={"use_dora": True})),
+        ("lm_head", lambda: adapted(lora={"target_modules": ["q_proj", "lm_head"]})),
+        ("trained in full", lambda: adapted(lora={"modules_to_save": ["lm_head"]})),
+        ("trained in full", lambda: adapted(LlamaConfig, {"bias": "all"}, attention_bias=True)),
+        ("activation", lambda: adapted(hidden_act="relu")),
+        ("attention_dropout", lambda: adapted(attention_dropout=0.1)),
+        ("rotary", lambda: adapted(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})),
+        ("float16", lambda: adapted().half()),
+    ],
+)
+def test_refuses_with_the_reason(reason: str, build: Any) -> None:
+    found = unsupported(build())
+    assert found is not None
+    assert reason in found
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_trajectory_equals_the_models_own(family: str) -> None:
+    """50 optimizer steps in fp32: every loss within 1e-4, every adapter at the end within 1e-3."""
+    config, changes = FAMILY_CONFIGS[family]
+    runs = []
+    for make in (PlainLoss, FastLoss):
+        torch.manual_seed(0)
+        model = adapted(config, **changes)
+        loss = make(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        losses = []
+        for i in range(50):
+            examples = [example(3 + (i * 7 + j * 5) % 11, 100 * i + j) for j in range(3)]
+            value = loss(with_prefix(examples) if i % 2 else examples) / 20
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(value.item())
+        runs.append((losses, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}))
+    (expected, weights), (found, own) = runs
+    assert found == pytest.approx(expected, rel=1e-4)
+    for name, weight in weights.items():
+        assert (own[name] - weight).norm() <= 1e-3 * weight.norm(), name
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 8), (torch.float32, 8), (torch.bfloat16, 32)])
+def test_saved_activations_are_those_of_the_formula(dtype: torch.dtype, head_dim: int) -> None:
+    """A token and layer keep (2 h + 2 q + 2 kv + 2 I + 7 r) elements and the probabilities; in tiles an fp32 number a
+    head in place of these, and the last layer's attention its output. Nothing is kept twice."""
+    model = adapted(head_dim=head_dim)
+    model.get_base_model().to(dtype)
+    fast = FastLoss(model)
+
+    def saved(lengths: list[int]) -> int:
+        found: dict[tuple[int, int], int] = {}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            if x.is_floating_point() and x.data_ptr() not in weights:
+                found[x.data_ptr(), x.numel()] = x.numel() * x.element_size()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            value = fast([example(length, i) for i, length in enumerate(lengths)])
+        del value
+        return sum(found.values())
+
+    weights = {p.data_ptr() for p in model.parameters()}
+    config: Any = model.get_base_model().config
+    h, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    size = config.head_dim
+    q, kv = heads * size, config.num_key_value_heads * size
+    element = torch.empty((), dtype=dtype).element_size()
+    # Two batches of equal documents: what does not grow with their number (adapters, angles) cancels, and so does the
+    # last layer's part behind its attention, which counts supervised rows alone.
+    more, layers = saved([16] * 6) - saved([16] * 2), config.num_hidden_layers
+    tiled = dtype == torch.bfloat16 and probe().has_tiles(size, 0.0)
+    r = 16 if tiled else 3
+    kept = q * element / layers + 4 * heads if tiled else heads * 16 * element
+    a_token = (2 * h + 2 * q + 2 * kv + 2 * inner + 7 * r) * element + kept
+    assert more == pytest.approx(4 * 16 * layers * a_token, rel=0.15)

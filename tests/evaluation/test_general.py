@@ -1,0 +1,110 @@
+"""The general set: what its rows accept, and how the change is reported."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import strop
+from strop.evaluation.general import compare_general, rows
+from strop.evaluation.metrics import judged_by_kind, paired_difference
+from tests.support import tiny
+from tests.training.test_run import run
+
+
+def test_the_set_is_large_enough_and_each_row_is_a_question() -> None:
+    found = rows()
+    assert len(found) >= 120 and len({row.messages for row in found}) == len(found)
+    kinds = Counter(row.kind for row in found)
+    assert len(kinds) == 6 and min(kinds.values()) >= 20
+    for row in found:
+        re.compile(row.pattern)
+        assert row.messages[-1].role == "user" and not re.search(row.pattern, "")
+
+
+GOOD_AND_BAD = {
+    "What is the capital of France?": ("The capital of France is Paris.", "It is Lyon."),
+    "What is my name?": ("Your name is Anna.", "I do not know."),
+    "Why is the sky blue?": ("Because air scatters blue light.", '{"intent": "Weather", "colour": "blue"}'),
+    "Count from one to five in digits.": ("1, 2, 3, 4, 5", "5, 4, 3, 2, 1"),
+    "Put these numbers in rising order: 9, 2, 5.": ("2, 5, 9", "9, 5, 2"),
+    "What is the freezing point of water in degrees Celsius?": ("It is 0 degrees.", "It is 100 degrees."),
+}
+
+
+@pytest.mark.parametrize("question", GOOD_AND_BAD)
+def test_what_counts_as_a_good_answer(question: str) -> None:
+    row = next(row for row in rows() if row.messages[-1].content == question)
+    good, bad = GOOD_AND_BAD[question]
+    assert re.search(row.pattern, good) and not re.search(row.pattern, bad)
+
+
+def test_copying_and_arithmetic_want_the_very_thing() -> None:
+    for row in rows():
+        asked = row.messages[-1].content
+        if row.kind == "copying":
+            words = asked.removeprefix("Repeat exactly: ")
+            assert re.search(row.pattern, words) and not re.search(row.pattern, " ".join(reversed(words.split())))
+        if row.kind == "arithmetic":
+            a, operation, b = re.findall(r"\d+|plus|minus|times", asked)
+            value = {"plus": int(a) + int(b), "minus": int(a) - int(b), "times": int(a) * int(b)}[operation]
+            assert re.search(row.pattern, f"It is {value}.") and not re.search(row.pattern, f"It is {value}1.")
+
+
+def test_base_and_tuned_are_asked_and_the_report_shows_it(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", train={"max_steps": 2})
+    held_out = tiny.write_rows(tmp_path / "held.jsonl", 3)
+    words = ["--data", held_out, "--max-new-tokens", "2", "--general", "--json"]
+    code, out, err = run("eval", made.folder, *words, capsys=capsys)
+    assert code == 0 and "on the general set: " in err
+    found = json.loads(out)["general"]
+    assert found["rows"] == len(rows()) == sum(kind["rows"] for kind in found["kinds"].values())
+    assert found["difference"]["value"] == pytest.approx(found["tuned"] - found["base"])
+    assert json.loads((made.folder / "report.json").read_text())["general"] == found
+    assert "General abilities" in (made.folder / "report.html").read_text()
+    code, _, err = run("eval", tiny_folder, "--data", held_out, "--general", capsys=capsys)
+    assert code == 2 and "nothing to compare" in err
+
+
+def test_a_model_that_answers_in_json_only_is_caught() -> None:
+    """The tuned side answers every row with an object; the base with the right words for plain text."""
+    from contextlib import contextmanager
+    from types import SimpleNamespace
+
+    class Fake:
+        tuned = True
+        renderer = SimpleNamespace(prompt=lambda messages: messages)
+
+        @contextmanager
+        def base(self) -> Any:
+            self.tuned = False
+            yield
+            self.tuned = True
+
+        def answer(self, prompts: Any, max_new_tokens: int) -> Any:
+            text = '{"intent": "x"}' if self.tuned else "This is plain text, said well."
+            return [SimpleNamespace(text=text) for _ in prompts]
+
+    found = compare_general(Fake())  # type: ignore[arg-type]
+    kind = found["kinds"]["plain text"]
+    assert (kind["rows"], kind["base"], kind["tuned"], kind["difference"]["value"]) == (20, 1.0, 0.0, -1.0)
+    assert found["difference"]["high"] < 0 and len(found["lost"]) >= 20
+
+
+def test_a_loss_that_a_gain_hides_is_told() -> None:
+    def kind(before: int, after: int) -> dict[str, Any]:
+        pairs = [[number < hits for number in range(20)] for hits in (before, after)]
+        return {"rows": 20, "difference": vars(paired_difference(*pairs))}
+
+    hidden = {"difference": vars(paired_difference([True, False], [False, True]))}
+    kinds = {"facts": kind(15, 2), "memory": kind(3, 18), "copying": kind(10, 11)}
+    assert "no clear difference" in judged_by_kind({**hidden, "kinds": kinds})
+    assert judged_by_kind({**hidden, "kinds": kinds}).endswith("by kind: worse at facts; better at memory")
+    assert "by kind" not in judged_by_kind({**hidden, "kinds": {"copying": kind(10, 11)}})

@@ -1,0 +1,208 @@
+"""Metrics against hand-worked values, published tables and the reference scorer of the test data."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import random
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from strop.errors import DataError, RecipeError
+from strop.evaluation.metrics import METRICS, check_golds, metric, paired_difference, score, wilson
+from tests.support.shared_data import shared
+
+GOLD = '{"intent": "Play", "artist": "Nina Simone"}'
+
+
+@pytest.mark.parametrize(
+    "name, gold, answer, hit",
+    [
+        ("exact", "a  b\n", " a b", True),
+        ("exact", "a b", "A b", False),
+        ("exact", "", "", True),
+        ("contains", "Paris", "It is  paris, of course", True),
+        ("contains", "New York", "new\n york", True),
+        ("contains", "Paris", "Par is", False),
+        ("regex", r"\b4[0-9]\b", "about 42 of them", True),
+        ("regex", r"^42$", "about 42", False),
+        ("exact_json", GOLD, '{"artist":"nina  SIMONE","Intent":"play"}', True),
+        ("exact_json", GOLD, f" {GOLD}\n", True),
+        ("exact_json", GOLD, f"Here: {GOLD}", False),
+        ("exact_json", GOLD, f"```json\n{GOLD}\n```", False),
+        ("exact_json", GOLD, '{"intent": "Play"}', False),
+        ("exact_json", GOLD, '{"intent": "Play", "artist": "Nina Simone", "year": 1965}', False),
+        ("exact_json", '{"n": 3, "on": true}', '{"on": "True", "n": "3"}', True),
+        ("exact_json", "{}", "not JSON", False),
+        ("exact_json", GOLD, f"[{GOLD}]", False),
+        ("exact_json", GOLD, "[" * 100_000, False),
+    ],
+)
+def test_one_pair(name: str, gold: str, answer: str, hit: bool) -> None:
+    assert METRICS[name].judge(gold, answer)[name] is hit
+    assert score(name, [gold], [answer]).hits == (hit,)
+
+
+def test_side_scores_of_exact_json() -> None:
+    answers = [GOLD, '{"intent": "play"}', '{"intent": "Stop"}', "no"]
+    scores = score("exact_json", [GOLD] * 4, answers)
+    assert scores.rates == {"exact_json": 0.25, "valid_json": 0.75, "intent": 0.5}
+
+
+def test_intent_is_scored_only_where_every_gold_has_one() -> None:
+    assert set(score("exact_json", [GOLD, '{"a": 1}'], [GOLD, GOLD]).rates) == {"exact_json", "valid_json"}
+
+
+def test_an_unknown_metric_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(RecipeError, match="did you mean exact_json"):
+        score("exactjson", ["a"], ["a"])
+
+
+def test_rows_that_do_not_match_are_not_scored() -> None:
+    with pytest.raises(ValueError):
+        score("exact", ["a", "b"], ["a"])
+
+
+def test_every_gold_that_cannot_be_scored_is_named() -> None:
+    places = [("d.jsonl", line) for line in (1, 2, 5)]
+    check_golds("exact", ["(", "[", "x"], places)
+    with pytest.raises(DataError) as caught:
+        check_golds("exact_json", [GOLD, "no", "[]"], places)
+    assert [place.line for place in caught.value.where] == [2, 5]
+    with pytest.raises(DataError, match="2 rows cannot be scored with regex"):
+        check_golds("regex", ["(", "[", "x"], places)
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference_score", shared("snips/score.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+VALUES = st.one_of(st.sampled_from(["a", "A", " a", "b  c", "B C", "1"]), st.integers(0, 2), st.booleans(), st.none())
+OBJECTS = st.dictionaries(st.sampled_from(["intent", "Intent ", "x", "y"]), VALUES, max_size=3)
+TEXTS = st.one_of(OBJECTS.map(json.dumps), st.sampled_from(["", "[]", "no", '{"intent": "a"', '"a"', "{} {}"]))
+
+
+@given(st.lists(st.tuples(OBJECTS.map(lambda o: json.dumps({"intent": "a"} | o)), TEXTS), min_size=1, max_size=8))
+def test_exact_json_agrees_with_the_reference(reference: ModuleType, pairs: list[tuple[str, str]]) -> None:
+    golds, answers = [gold for gold, _ in pairs], [answer for _, answer in pairs]
+    theirs, ours = reference.score(golds, answers), score("exact_json", golds, answers).rates
+    assert ours == {"exact_json": theirs["exact"], "valid_json": theirs["valid_json"], "intent": theirs["intent"]}
+
+
+def test_exact_json_agrees_with_the_reference_on_real_golds(reference: ModuleType) -> None:
+    file = Path(shared("snips/test_210.jsonl"))
+    golds = [json.loads(line)["messages"][-1]["content"] for line in file.read_text(encoding="utf-8").splitlines()]
+    answers = [[gold, gold.upper(), gold[:-1], golds[0]][i % 4] for i, gold in enumerate(golds)]
+    theirs, ours = reference.score(golds, answers), score("exact_json", golds, answers).rates
+    assert ours == {"exact_json": theirs["exact"], "valid_json": theirs["valid_json"], "intent": theirs["intent"]}
+    assert 0.25 < ours["exact_json"] < 0.75
+
+
+@pytest.mark.parametrize(
+    "successes, n, low, high",
+    [
+        (81, 263, 0.2553, 0.3662),  # Newcombe, Statistics in Medicine 17 (1998), 857-872, table I, method 3
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (1, 1, 1 / (1 + 1.96**2), 1.0),  # by hand: 1 / (1 + z^2)
+    ],
+)
+def test_wilson(successes: int, n: int, low: float, high: float) -> None:
+    assert wilson(successes, n) == pytest.approx((low, high), abs=6e-5)
+    mirrored = wilson(n - successes, n)
+    assert (1 - mirrored[1], 1 - mirrored[0]) == pytest.approx((low, high), abs=6e-5)
+
+
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_holds_the_rate_and_stays_a_share(counts: tuple[int, int]) -> None:
+    low, high = wilson(*counts)
+    assert 0 <= low <= counts[0] / counts[1] <= high <= 1 and low < high
+
+
+def difference(both: int, gained: int, lost: int, neither: int) -> tuple[float, float, float]:
+    base = [True] * both + [False] * gained + [True] * lost + [False] * neither
+    tuned = [True] * (both + gained) + [False] * (lost + neither)
+    found = paired_difference(base, tuned)
+    return found.value, found.low, found.high
+
+
+def test_paired_difference_against_a_published_table() -> None:
+    # Bentur et al. 2009 as worked by Fagerland, Lydersen, Laake, Statistics in Medicine 33 (2014), 2850-2875.
+    assert difference(1, 1, 7, 12) == pytest.approx((-6 / 21, -0.507, -0.026), abs=6e-4)
+
+
+def test_paired_difference_with_correlated_rows() -> None:
+    # Worked apart from the package, the Wilson limits found by bisection; phi is -0.1147, then 0.7146.
+    assert difference(36, 12, 2, 0) == pytest.approx((0.2, 0.056930, 0.340428), abs=1e-6)
+    assert difference(80, 20, 5, 70) == pytest.approx((15 / 175, 0.029937, 0.140127), abs=1e-6)
+
+
+def test_paired_difference_by_hand() -> None:
+    # All 10 gained: both margins are 0, so phi = 0, and the ends are those of the Wilson intervals 0/10 and 10/10.
+    reach = 1.959964**2 / (10 + 1.959964**2)
+    assert difference(0, 10, 0, 0) == pytest.approx((1, 1 - math.hypot(reach, reach), 1), abs=1e-6)
+    # One row: nothing can be claimed.
+    value, low, high = difference(0, 1, 0, 0)
+    assert (value, high) == (1, 1) and -0.2 < low < 0
+    # All agree: no difference, and the more rows the narrower; perfect agreement on both kinds is narrower still.
+    assert difference(0, 0, 0, 1)[1:] == pytest.approx((-0.7935, 0.7935), abs=1e-4)
+    assert difference(0, 0, 0, 100)[2] < 0.05
+    assert difference(50, 0, 0, 50)[2] < 0.05
+
+
+def test_a_clear_gain_is_claimed_and_mirrored() -> None:
+    value, low, high = difference(0, 148, 0, 28)
+    assert 0.7 < low < value < high < 0.95
+    assert difference(0, 0, 148, 28) == pytest.approx((-value, -high, -low))
+
+
+@given(st.tuples(*[st.integers(0, 30)] * 4).filter(any))
+def test_paired_difference_holds_its_value(counts: tuple[int, int, int, int]) -> None:
+    value, low, high = difference(*counts)
+    assert -1 <= low <= value <= high <= 1 and low < high
+
+
+@pytest.mark.parametrize("both, changed, neither", [(80, 40, 80), (10, 60, 140), (0, 30, 100)])
+def test_chance_is_rarely_called_a_difference(both: int, changed: int, neither: int) -> None:
+    flip = random.Random(0)
+    claimed = 0
+    for _ in range(1000):
+        gained = sum(flip.random() < 0.5 for _ in range(changed))
+        _, low, high = difference(both, gained, changed - gained, neither)
+        claimed += low > 0 or high < 0
+    assert 20 <= claimed <= 80
+
+
+def test_a_metric_of_the_users_own(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("def near(gold, answer):\n    return abs(float(gold) - float(answer or 0)) < 0.1\n")
+    found = score(f"{file}:near", ["1.0", "2.0"], ["1.05", "3"])
+    assert found.metric == "near" and found.hits == (True, False) and found.rates == {"near": 0.5}
+    for name, said in ((f"{file}:far", "no such function"), (f"{tmp_path}/none.py:x", "no such file")):
+        with pytest.raises(RecipeError, match=said):
+            metric(name)
+    file.write_text("1 / 0")
+    with pytest.raises(RecipeError, match="ZeroDivisionError"):
+        metric(f"{file}:near")
+
+
+def test_a_function_of_the_users_own_that_is_broken_is_told_before_a_model_loads(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("import json\ndef same(gold, answer):\n    return json.loads(gold) == json.loads(answer)\n"
+                    "def broken(gold, answer):\n    return gold.strp() == answer\n")  # fmt: skip
+    check_golds(f"{file}:same", ['{"a": 1}'], [("rows.jsonl", 1)])
+    assert score(f"{file}:same", ['{"a": 1}', "2"], ["not JSON", "2"]).rates == {"same": 0.5}
+    with pytest.raises(DataError) as raised:
+        check_golds(f"{file}:broken", ["x"], [("rows.jsonl", 7)])
+    assert "strp" in str(raised.value.where[0].what) and raised.value.where[0].line == 7

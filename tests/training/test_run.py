@@ -1,0 +1,516 @@
+"""Whole runs on a tiny model folder, through the command line and through Python."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import strop
+from strop import cli
+from strop.runs.events import read_events
+from tests.support import tiny
+
+QUICK = ["--train.max_steps", "6", "--train.batch_size", "4", "--lora.r", "4", "--model.dtype", "fp32"]
+
+
+def run(*words: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a strop command in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["strop", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    out = capsys.readouterr()
+    return int(ended.value.code or 0), out.out, out.err
+
+
+@pytest.fixture
+def trained(tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    out = tmp_path / "runs" / "one"
+    code, _, err = run("train", "--model", tiny_folder, "--data", rows_file, "--out", out, *QUICK, capsys=capsys)
+    assert code == 0, err
+    return out
+
+
+def test_a_run_leaves_what_the_contract_names(trained: Path, tiny_folder: Path) -> None:
+    recipe = yaml.safe_load((trained / "recipe.yaml").read_text())
+    assert recipe["train"]["max_steps"] == 6 and recipe["lora"]["alpha"] == 8.0
+    lock = json.loads((trained / "lock.json").read_text())
+    assert {"base", "data", "template", "recipe", "seed", "versions", "machine"} <= set(lock)
+    report = json.loads((trained / "report.json").read_text())
+    assert report["steps"] == 6 and report["exit"] == 0
+    assert report["data"]["read"] == report["data"]["used"] == 24
+    assert report["memory"]["measured_peak_bytes"] > 0
+    kinds = [event["event"] for event in read_events(trained / "events.jsonl")]
+    assert kinds[:4] == ["machine", "recipe", "data", "start"] and kinds[-1] == "end" and kinds.count("step") == 6
+    steps = [event for event in read_events(trained / "events.jsonl") if event["event"] == "step"]
+    assert report["loss"] == {"first": steps[0]["loss"], "last": steps[-1]["loss"]}
+    assert report["tokens"] == steps[-1]["tokens"]
+    assert "<html" in (trained / "report.html").read_text()
+    assert not list(trained.rglob("*.tmp*")) and not (trained / "claim.json").exists()
+    assert not [file for file in trained.rglob("*") if file.suffix in (".bin", ".pt", ".pkl", ".pth")]
+    adapter = json.loads((trained / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tiny_folder.resolve())
+
+
+def test_adapter_folder_gives_the_same_logits_in_plain_peft(trained: Path, tiny_folder: Path) -> None:
+    ids = torch.arange(5, 25)[None]
+    ours = strop.load(trained, dtype="fp32")
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), str(trained / "adapter"))
+    with torch.no_grad():
+        tuned = ours.module(ids).logits
+        assert (tuned - theirs.eval()(ids).logits).abs().max() < 1e-5
+        with ours.base():
+            assert (tuned - ours.module(ids).logits).abs().max() > 1e-4
+
+
+def test_train_json_is_one_object_with_the_contract_fields(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "train",
+        "--model",
+        tiny_folder,
+        "--data",
+        rows_file,
+        "--out",
+        tmp_path / "r",
+        "--eval",
+        "20%",
+        "--json",
+        *QUICK,
+    ]
+    code, out, err = run(*words, capsys=capsys)
+    assert code == 0 and "step" in err
+    fields = json.loads(out)
+    wanted = (
+        "run steps tokens supervised_tokens tokens_per_s supervised_tokens_per_s seconds loss eval_loss data memory"
+    )
+    assert {*wanted.split(), "adapter", "exit"} <= set(fields)
+    assert fields["eval_loss"] > 0 and {"read", "used", "truncated", "split", "dropped", "by_reason"} <= set(
+        fields["data"]
+    )
+
+
+def test_eval_compares_base_and_tuned_and_adds_to_the_report(
+    trained: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", trained, "--data", rows_file, "--metric", "contains", "--max-new-tokens", "5", "--json"]
+    code, out, err = run(*words, capsys=capsys)
+    assert code == 0
+    result = json.loads(out)
+    assert result["rows"] == 24 and result["metric"] == "contains" and result["run"] == str(trained)
+    assert result["tuned"]["loss"] < result["base"]["loss"]
+    assert {"contains", "loss", "stop_rate"} <= set(result["base"])
+    assert (
+        result["base"]["perplexity"] == pytest.approx(np.exp(result["base"]["loss"]))
+        and result["base"]["tokens_per_s"] > 0
+    )
+    gained, lost = (len(result["changed"][name]) for name in ("gained", "lost"))
+    assert gained - lost == round(24 * result["difference"]["value"])
+    assert result["difference"]["low"] <= result["difference"]["value"] <= result["difference"]["high"]
+    assert "tuned minus base" in err
+    assert json.loads((trained / "report.json").read_text())["evaluation"]["tuned"] == result["tuned"]
+
+
+def test_eval_in_4_bit_is_another_base(trained: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", trained, "--data", rows_file, "--max-new-tokens", "2", "--json"]
+    losses = [
+        json.loads(run(*words, "--quantization", scheme, capsys=capsys)[1])["base"]["loss"]
+        for scheme in ("auto", "none", "nf4")
+    ]
+    assert losses[0] == losses[1] != losses[2]
+    code, _, err = run(*words, "--quantization", "nf5", capsys=capsys)
+    assert code == 2 and "nf5: no such scheme" in err
+
+
+def test_python_api_trains_resumes_evaluates_and_chats(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+    out = tmp_path / "api"
+    made = strop.train(
+        model=str(tiny_folder), data=str(rows_file), out=out, lora={"r": 2}, train={"max_steps": 3},
+        callback=lambda event: seen.append(event["event"]),
+    )  # fmt: skip
+    assert made.report["steps"] == 3 and seen.count("step") == 3
+    again = strop.resume(out)  # a finished run is returned as it is
+    assert again.report["steps"] == 3 and again.report["tokens"] == made.report["tokens"]
+    result = strop.evaluate(out, str(rows_file), metric="exact", max_new_tokens=3)
+    assert result["rows"] == 24
+    model = strop.load(out)
+    assert model.chat("what is 3", max_new_tokens=4) == model.generate(["what is 3"], max_new_tokens=4)[0]
+    assert len(model.history) == 2
+
+
+def test_cut_short_then_resumed_is_bit_identical(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the command line, in the middle of an epoch; the run is cut by a callback that raises."""
+    words = ["--model", tiny_folder, "--data", rows_file, *QUICK, "--lora.dropout", "0.1", "--train.save_steps", "2"]
+    assert run("train", *words, "--out", tmp_path / "whole", capsys=capsys)[0] == 0
+
+    class Cut(Exception):
+        pass
+
+    def cut(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 5:
+            raise Cut
+
+    pairs = dict(zip(words[::2], words[1::2], strict=True))
+    with pytest.raises(Cut):
+        strop.train(
+            **{str(name).removeprefix("--"): str(value) for name, value in pairs.items()},
+            out=tmp_path / "cut",
+            callback=cut,
+        )
+    assert not (tmp_path / "cut" / "report.json").exists()
+    torch.manual_seed(99)
+    code, _, err = run("resume", tmp_path / "cut", capsys=capsys)
+    assert code == 0 and "step-000004" in err
+    whole, resumed = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def unfinished(folder: Path, tiny_folder: Path, rows_file: Path) -> Path:
+    """A run that was stopped after step 4 of 6."""
+
+    class Cut(Exception):
+        pass
+
+    def cut(event: dict[str, Any]) -> None:
+        if event["event"] == "save" and event["step"] == 4:
+            raise Cut
+
+    with pytest.raises(Cut):
+        strop.train(
+            model=str(tiny_folder), data=str(rows_file), out=folder, callback=cut, lora={"r": 4},
+            train={"max_steps": 6, "batch_size": 4, "save_steps": 2}, **{"model.dtype": "fp32"},
+        )  # fmt: skip
+    return folder
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_resume_refuses_what_was_changed_by_name(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = unfinished(tmp_path / "r", tiny_folder, rows_file)
+    edit(out / "recipe.yaml", "learning_rate: 0.002", "learning_rate: 0.0001")
+    edit(out / "recipe.yaml", "lr_scheduler: cosine", "lr_scheduler: linear")
+    code, _, err = run("resume", out, capsys=capsys)
+    assert code == 2 and "train.learning_rate is not what the run was started with: 0.002 then, 0.0001 now" in err
+    assert "train.lr_scheduler" in err and "--allow-changed train.learning_rate" in err
+    code, _, err = run("resume", out, "--allow-changed", "lr", capsys=capsys)
+    assert code == 2 and "train.lr_scheduler" in err and "train.learning_rate is not" not in err
+    code, _, err = run("resume", out, "--allow-changed", "lr", "--allow-changed", "schedule", capsys=capsys)
+    assert code == 0 and "override train.learning_rate = 0.0001, was 0.002" in err
+    events = read_events(out / "events.jsonl")
+    last = [event for event in events if event["event"] == "step"][-1]
+    assert last["step"] == 6 and last["learning_rate"] < 0.0001
+    assert [event["field"] for event in events if event["event"] == "override"] == [
+        "train.learning_rate",
+        "train.lr_scheduler",
+    ]
+    lock = json.loads((out / "lock.json").read_text())
+    assert lock["overrides"][0]["was"] == "0.002" and lock["values"]["train.learning_rate"] == 0.0001
+    assert any(
+        "resumed with train.learning_rate" in text
+        for text in json.loads((out / "report.json").read_text())["diagnosis"]
+    )
+
+
+def test_resume_takes_a_new_value_as_a_flag_and_no_other_shape(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = unfinished(tmp_path / "r", tiny_folder, rows_file)
+    code, _, err = run("resume", out, "--lora.r", "8", "--allow-changed", "lora.r", capsys=capsys)
+    assert code == 2 and "lora.r is not" in err and "start a new run" in err
+    code, _, err = run("resume", out, "--train.learning_rate", "1e-4", capsys=capsys)
+    assert code == 2 and "--allow-changed train.learning_rate" in err
+    words = ["--train.learning_rate", "1e-4", "--train.log_steps", "2", "--allow-changed", "learning_rate"]
+    assert run("resume", out, *words, capsys=capsys)[0] == 0
+    assert "learning_rate: 0.0001  # option" in (out / "recipe.yaml").read_text()
+
+
+def test_resume_refuses_another_base_template_and_major_version(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = unfinished(tmp_path / "r", tiny_folder, rows_file)
+    lock = json.loads((out / "lock.json").read_text())
+    for name, value in (
+        ("base", {"name": "other", "fingerprint": "0" * 64}),
+        ("template", "0" * 64),
+        ("versions", {**lock["versions"], "torch": "1.13.0"}),
+    ):
+        (out / "lock.json").write_text(json.dumps({**lock, name: value}))
+        code, _, err = run("resume", out, capsys=capsys)
+        assert code == 2 and f"{name} is not what the run was started with" in err
+    assert run("resume", out, "--allow-changed", "versions", capsys=capsys)[0] == 0
+
+
+def test_resume_goes_on_with_more_data_where_that_is_allowed(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = unfinished(tmp_path / "r", tiny_folder, rows_file)
+    tiny.write_rows(rows_file, 30)
+    assert run("resume", out, capsys=capsys)[0] == 2
+    assert run("resume", out, "--allow-changed", "data", capsys=capsys)[0] == 0
+    assert json.loads((out / "report.json").read_text())["steps"] == 6
+
+
+def test_a_time_budget_ends_with_an_adapter_and_can_go_on(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r"
+    words = ["--model", tiny_folder, "--data", rows_file, "--out", out, "--lora.r", "4", "--train.epochs", "400"]
+    assert run("train", *words, "--max-time", "0.5s", capsys=capsys)[0] == 0
+    first = json.loads((out / "report.json").read_text())
+    assert first["ended"] == "time" and 0 < first["steps"] < 1200 and (out / "adapter").is_dir()
+    code, listed, _ = run("runs", tmp_path, "--json", capsys=capsys)
+    assert json.loads(listed)["runs"][0]["finished"] is False
+    code, _, err = run("resume", out, capsys=capsys)
+    second = json.loads((out / "report.json").read_text())
+    assert code == 0 and second["steps"] > first["steps"] and second["ended"] == "time", err
+    assert run("resume", out, capsys=capsys)[0] == 0  # a third budget is as long as the second
+    third = json.loads((out / "report.json").read_text())
+    spent = [sum(one[part] for part in ("seconds", "eval_seconds", "save_seconds")) for one in (second, third)]
+    assert spent[1] - spent[0] >= 0.5
+
+
+def test_json_of_a_run_that_failed_holds_what_there_is(
+    tiny_folder: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from strop.errors import DiskError
+    from strop.training import loop
+
+    def full(job: Any) -> None:
+        if job.state.progress.step == 4:
+            raise DiskError("full")
+
+    monkeypatch.setattr(loop, "save", full)
+    words = ["train", "--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "r", "--train.save_steps", "2"]
+    code, out, _ = run(*words, *QUICK, "--json", capsys=capsys)
+    said = json.loads(out)
+    assert code == said["exit"] == 1 and said["error"]["kind"] == "DiskError"
+    assert said["run"] == str(tmp_path / "r") and said["steps"] == 4 and said["tokens"] > 0 and said["loss"]["last"] > 0
+
+
+def test_no_room_on_the_disk_is_said_before_anything_loads(
+    tiny_folder: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("strop.training.setup.free_bytes", lambda path: 1_000_000)
+    words = ["train", "--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "r"]
+    code, _, err = run(*words, capsys=capsys)
+    assert code == 2 and "1 MB are free" in err and not (tmp_path / "r").exists()
+
+
+def test_what_a_killed_start_left_is_no_run(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    out.mkdir()
+    for name in (".claim.lock", "claim.json", "recipe.yaml", ".lock.json.tmp-123"):
+        (out / name).write_text("{}")
+    strop.train(model=str(tiny_folder), data=str(rows_file), out=out, train={"max_steps": 1})
+    assert not list(out.rglob("*.tmp-*"))
+
+
+def test_names_that_hide_are_refused(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(strop.InputError, match="not a name"):
+        strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "a\nb")
+
+
+def test_resume_refuses_other_data(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", tiny_folder, "--data", rows_file, *QUICK, "--out", tmp_path / "r"]
+    assert run("train", *words, capsys=capsys)[0] == 0
+    (tmp_path / "r" / "report.json").unlink()  # as if it had been killed before the end
+    tiny.write_rows(rows_file, 23)
+    code, _, err = run("resume", tmp_path / "r", capsys=capsys)
+    assert code == 2 and "data is not what the run was started with" in err
+
+
+def test_training_starts_from_an_adapter(trained: Path, tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    more = strop.train(
+        model=str(tiny_folder), data=str(rows_file), out=tmp_path / "more", adapter=str(trained), train={"max_steps": 1}
+    )
+    first = read_events(more.folder / "events.jsonl")
+    start = next(event for event in first if event["event"] == "step")
+    end = [event for event in read_events(trained / "events.jsonl") if event["event"] == "step"]
+    assert start["loss"] < end[0]["loss"]  # it did not start from the base again
+    chosen = yaml.safe_load((more.folder / "recipe.yaml").read_text())["lora"]
+    assert chosen["r"] == 4 and "as in the adapter" in (more.folder / "recipe.yaml").read_text()
+    with pytest.raises(strop.InputError, match="the adapter to start from has 4"):
+        strop.train(
+            model=str(tiny_folder), data=str(rows_file), out=tmp_path / "x", adapter=str(trained), lora={"r": 8}
+        )
+
+
+def rebase(adapter: Path, base: Path) -> None:
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(base)}))
+
+
+def test_adapter_of_another_base_is_refused(trained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    tiny.model(seed=5).save_pretrained(other)
+    tiny.tokenizer("chatml").save_pretrained(other)
+    rebase(trained / "adapter", other)
+    with pytest.raises(strop.InputError, match="trained on"):
+        strop.load(trained / "adapter")
+
+
+def test_force_loads_on_another_base_and_says_so(
+    trained: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    tiny.model(seed=5).save_pretrained(other)
+    tiny.tokenizer("chatml").save_pretrained(other)
+    rebase(trained / "adapter", other)
+    words = ["eval", trained / "adapter", "--data", rows_file, "--max-new-tokens", "2"]
+    assert run(*words, capsys=capsys)[0] == 2
+    code, _, err = run(*words, "--force", capsys=capsys)
+    assert code == 0 and "note" in err and "trained on" in err and "expected" in err
+
+
+def test_an_adapter_that_was_changed_is_refused_with_both_hashes(trained: Path) -> None:
+    file = trained / "adapter" / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(strop.InputError, match=r"sha256 \w{12}, \w{12} expected"):
+        strop.load(trained)
+    file.write_bytes(data[:-10])
+    with pytest.raises(strop.InputError, match="damaged"):
+        strop.load(trained)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_an_adapter_of_another_depth_is_refused(trained: Path, tmp_path: Path, layers: int) -> None:
+    """peft loads a 2-layer adapter onto 4 layers with a warning, and onto 1 layer without a word."""
+    other = tmp_path / "other"
+    tiny.model(num_hidden_layers=layers).save_pretrained(other)
+    tiny.tokenizer("chatml").save_pretrained(other)
+    (trained / "adapter" / "strop.json").unlink()  # as another tool's adapter
+    rebase(trained / "adapter", other)
+    with pytest.raises(strop.InputError, match="missing for" if layers == 4 else "have no place in"):
+        strop.load(trained / "adapter")
+
+
+def test_adapter_with_nan_is_refused(trained: Path) -> None:
+    file = trained / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights[next(iter(weights))][0, 0] = np.nan
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(strop.InputError, match="NaN"):
+        strop.load(trained)
+
+
+def test_trackers_get_the_numbers(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "tracked"
+    strop.train(model=str(tiny_folder), data=str(rows_file), out=out, track=["tensorboard"], train={"max_steps": 3})
+    folders = {file.parent for file in out.rglob("events.out.tfevents*")}
+    found = {}
+    for folder in folders:
+        reader = EventAccumulator(str(folder)).Reload()
+        for tag in reader.Tags()["scalars"]:
+            found[tag] = [point.value for point in reader.Scalars(tag)]
+    steps = [event["loss"] for event in read_events(out / "events.jsonl") if event["event"] == "step"]
+    assert found["train/loss"] == pytest.approx(steps, rel=1e-6)
+
+
+def test_chat_through_a_pipe(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what is 2\nand 3\n"))
+    code, out, _ = run("chat", trained, "--max-new-tokens", "4", capsys=capsys)
+    assert code == 0 and len(out.splitlines()) >= 2
+
+
+def test_chat_commands_through_a_pipe(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    def said(*lines: str) -> tuple[list[str], str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+        code, out, err = run("chat", trained, "--max-new-tokens", "4", capsys=capsys)
+        assert code == 0
+        return out.splitlines(), err
+
+    tuned, _ = said("what is 2")
+    base, _ = said("/base", "what is 2")
+    both, _ = said("/compare", "what is 2")
+    assert tuned != base and both == [f"base: {base[0]}", f"tuned: {tuned[0]}"]
+    again, _ = said(
+        "what is 2", "/reset", "what is 2", "/base", "/tuned", "/reset", "what is 2", "/quit", "never asked"
+    )
+    assert again == 3 * tuned
+    other, _ = said("/system be brief", "what is 2")
+    assert other != tuned
+    _, err = said("/tunde", "/help")
+    assert "did you mean /tuned?" in err and "/compare" in err
+
+
+def test_modules_lists_layers_with_their_shapes(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run("modules", tiny_folder, "--json", capsys=capsys)
+    found = {row["name"]: row for row in json.loads(out)["modules"]}
+    assert found["embed_tokens"]["kept_16_bit"] == "embedding" and not found["embed_tokens"]["presets"]
+    assert code == 0
+    assert (found["k_proj"]["in_features"], found["k_proj"]["out_features"], found["k_proj"]["count"]) == (32, 16, 2)
+    assert found["q_proj"]["presets"] == ["auto", "low-memory", "balanced", "max-quality"]
+    assert found["gate_proj"]["presets"] == ["auto", "balanced", "max-quality"]
+    assert found["down_proj"]["presets"] == ["auto", "max-quality"] and found["lm_head"]["presets"] == []
+    assert found["lm_head"]["kept_16_bit"] == "output head" and found["q_proj"]["kept_16_bit"] is None
+
+
+def test_runs_and_print_recipe(trained: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run("runs", trained.parent, "--json", capsys=capsys)
+    assert code == 0 and json.loads(out)["runs"] == [{"run": str(trained), "finished": True, "step": 6}]
+    code, out, _ = run("train", "--model", tiny_folder, "--data", "x.jsonl", "--print-recipe", capsys=capsys)
+    assert code == 0
+    words = ["train", "--model", tiny_folder, "--data", "x.jsonl", "--print-recipe", "--json"]
+    said = json.loads(run(*words, capsys=capsys)[1])
+    assert said["recipe"]["lora"]["r"] == 16
+    assert {"field": "lora.alpha", "value": 32.0, "origin": "plan", "why": "2 r"} in said["choices"]
+    assert "r: 16  # default" in out and "alpha: 32.0  # plan: 2 r" in out and "train: x.jsonl  # option" in out
+
+
+def test_a_stop_that_an_import_turned_into_an_error_is_a_stop(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A KeyboardInterrupt in the middle of an extension module's start comes out as ImportError."""
+
+    def interrupted() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None
+
+    monkeypatch.setattr(cli, "COMMANDS", {"schema": interrupted, "runs": cli.COMMANDS["runs"]})
+    code, _, err = run("schema", capsys=capsys)
+    assert code == 130 and "stopped at once" in err
