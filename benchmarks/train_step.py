@@ -38,7 +38,8 @@ from peft import __version__ as peft_version
 from strop.data.conversation import Example
 from strop.engine.cpu.precision import measure
 from strop.engine.device import prepare_process
-from strop.engine.fast import FastLoss, unsupported
+from strop.engine.families import unsupported
+from strop.engine.fast import FastLoss
 from strop.engine.plain import PlainLoss
 from strop.model.facts import locate
 from strop.model.load import load_base

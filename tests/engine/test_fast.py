@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from strop.data.conversation import Example
-from strop.engine.fast import FAMILIES, FastLoss, unsupported
+from strop.engine.families import FAMILIES, unsupported
+from strop.engine.fast import FastLoss
 from strop.engine.plain import PlainLoss
 from strop.machine.probe import probe
 from tests.engine.test_plain import example, tiny

@@ -1,26 +1,22 @@
 """Causal attention over packed documents: each document, or its own part behind a shared prefix, sees only itself.
 
-PyTorch's CPU attention takes 25 % of a step for 4 % of its FLOPs on documents of chat length. TileAttention is one
-compiled loop (tiles.py), for CPUs with AVX512-BF16. Attention is for all others: documents of similar length are padded
-to one matrix (a bucket) inside attention alone, and matrix products stand around a softmax written back in place.
+Documents of similar length are padded to one matrix (a bucket) inside attention alone, and matrix products stand around
+a softmax written back in place: PyTorch's CPU attention takes 25 % of a step for 4 % of its FLOPs on documents of chat
+length. cpu/attention.py is faster where the CPU has AVX512-BF16, card/attention.py is for cards.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from strop.engine import eager
-from strop.engine.functions import Norm, Ops, RmsNorm, apply
-from strop.engine.packed import Bucket, Documents, Layout, Varlen
+from strop.engine.functions import Norm, Ops
+from strop.engine.packed import Bucket, Documents, Layout
 
 BLOCK = 256  # queries a product; keys behind the block's last query are skipped
 KEEP_PAIRS = (
@@ -41,7 +37,6 @@ class Heads:
     softcap: float  # scores are bent to softcap * tanh(scores / softcap); 0: they are not
     q_norm: Norm | None
     k_norm: Norm | None
-    tiled: bool = False  # TileAttention computes it
 
     @property
     def group(self) -> int:
@@ -129,47 +124,6 @@ class Attention(Function):
         return result, None, None, None, None
 
 
-class TileAttention(Function):
-    """Attention, in bf16 and without a softcap, by tiles.py; saves qkv, the output and a number for each row and head.
-
-    Gradients beyond the norms of q and k are written in place, of the prefix's rows after the sum over documents.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
-        from strop.engine.cpu import attention_tiles as tiles  # needs the CPU's instructions
-
-        out = qkv.new_empty(len(qkv), heads.query * heads.size)
-        sums = torch.empty(len(qkv), heads.query)
-        tiles.attend(heads.normed(qkv), _turn(heads, cos, sin), _work(heads, documents), out, sums)
-        ctx.heads, ctx.documents = heads, documents
-        ctx.save_for_backward(qkv, cos, sin, out, sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        from strop.engine.cpu import attention_tiles as tiles
-
-        heads: Heads = ctx.heads
-        qkv, cos, sin, out, sums = ctx.saved_tensors
-        result = torch.empty_like(qkv)
-        into = heads.views(result)
-        grad = grad.reshape(len(qkv), heads.query, heads.size)
-        work = _work(heads, ctx.documents)
-        tiles.attend_backward(grad, out, sums, heads.normed(qkv), _turn(heads, cos, sin), work, into)
-        heads.norms_backward_(into, qkv)
-        return result, None, None, None, None
-
-
-def _turn(heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, np.float32]:
-    return cos, sin, np.float32(heads.scale)
-
-
-def _work(heads: Heads, documents: Documents) -> tuple[Any, Any, Any, int, int, int, int]:
-    shares = documents.shares(heads.key_value, torch.get_num_threads())
-    return documents.spans, *shares, heads.key_value, heads.group, heads.size, heads.window
-
-
 def _spread(heads: Heads, qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as eager.to_heads lays them out."""
     q, k, v = heads.normed(qkv)
@@ -228,72 +182,3 @@ def _blocks(part: Bucket, group: int) -> list[tuple[int, slice, int]]:
         end = min(begin + BLOCK, queries)
         found.append((prefix + begin, slice(begin * group, end * group), prefix + end))
     return found
-
-
-def on_card(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
-    """The same through kernels of flash attention that take documents of any lengths, else PyTorch's own attention."""
-    varlen = varlen_kernel(qkv)
-    if varlen is None:
-        return sdpa(qkv, heads, cos, sin, documents)
-    q, k, v = _turned(qkv, heads, cos, sin)
-    cut = documents.varlen
-    if cut.keys is not None:  # a shared prefix stands in front of each document's own keys
-        k, v = k[cut.keys], v[cut.keys]
-    out = varlen(q, k, v, cut, heads)
-    return out.reshape(len(qkv), -1)
-
-
-def varlen_kernel(like: Tensor) -> Callable[[Tensor, Tensor, Tensor, Varlen, Heads], Tensor] | None:
-    """PyTorch's flash attention of packed documents, on cards and in types that have it (PyTorch 2.10, Ampere)."""
-    if (
-        like.device.type != "cuda"
-        or like.dtype != torch.bfloat16
-        or torch.cuda.get_device_capability(like.device) < (8, 0)
-    ):
-        return None
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    if not {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
-        return None
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, cut: Varlen, heads: Heads) -> Tensor:
-        # The last query sees the last key; a window counts the keys on the left of the query's own.
-        window = (heads.window - 1 if heads.window else -1, 0)
-        result = varlen_attn(
-            q, k, v, cut.query_ends, cut.key_ends, cut.longest_query, cut.longest_key,
-            scale=heads.scale, window_size=window, enable_gqa=heads.group > 1,
-        )  # fmt: skip
-        assert isinstance(result, Tensor)
-        return result
-
-    return attend
-
-
-def _turned(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (T, heads, size) behind their norms and the rotary embedding, through autograd."""
-    q, k, v = heads.views(qkv)
-    if heads.q_norm and heads.k_norm:
-        q, k = apply(RmsNorm, q, heads.q_norm), apply(RmsNorm, k, heads.k_norm)
-    return eager.rotate(q, cos, sin).to(qkv.dtype), eager.rotate(k, cos, sin).to(qkv.dtype), v
-
-
-def sdpa(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
-    """The same through PyTorch's own attention and autograd: for devices that have fused kernels for it."""
-    q, k, v = _turned(qkv, heads, cos, sin)
-    out = qkv.new_zeros(len(qkv), heads.query, heads.size)
-    for part in documents.layout.buckets:
-        length, keys = part.queries.shape[1], part.keys.shape[1]
-        windowed = 0 < heads.window < keys
-        mask = (
-            ~eager.hidden(length, keys, keys - length, heads.window, qkv.device) if windowed or keys > length else None
-        )
-        places = ((q, part.queries), (k, part.keys), (v, part.keys))
-        own_q, own_k, own_v = (x[rows.clamp(min=0)].transpose(1, 2) for x, rows in places)
-        o = F.scaled_dot_product_attention(
-            own_q, own_k, own_v, mask, is_causal=mask is None, scale=heads.scale, enable_gqa=heads.group > 1
-        )
-        used = part.queries >= 0
-        out = out.index_put((part.queries[used],), o.transpose(1, 2)[used])
-    return out.view(len(qkv), -1)

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from strop.engine.cpu.precision import measure
+from strop.engine.cpu.precision import measure as measure
 from strop.errors import DeviceError
 from strop.machine.probe import probe
 from strop.machine.rates import keep_precision, known_precision

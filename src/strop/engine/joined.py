@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from strop.engine import lora
 from strop.engine.functions import Frozen, Glu, LoraLinear, LoraProducts, Norm, Room, apply
-from strop.machine.probe import TILED_RANK
 
 
 @runtime_checkable
@@ -24,6 +22,9 @@ class Quantized(Protocol):
     def dequantized(self) -> Tensor: ...
 
 
+ProductsOf = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraProducts]]
+
+
 def base_of(module: Any) -> Any:
     return module.base_layer if isinstance(module, LoraLayer) else module
 
@@ -34,14 +35,14 @@ class Joined:
     Quantized modules stay as they are, and give their weight when it is needed.
     """
 
-    def __init__(self, modules: list[Any], enter: Norm | Glu | None, workspace: Workspace, tiles: bool) -> None:
-        """tiles: the machine has what lora_tiles.py needs."""
+    def __init__(
+        self, modules: list[Any], enter: Norm | Glu | None, workspace: Workspace, products_of: ProductsOf
+    ) -> None:
+        """products_of: gives LoRA's products for layers of these sizes (Processor.lora)."""
         self.modules, self.enter = modules, enter
         self.room = workspace.entered if base_of(modules[0]).weight.device.type == "cpu" else None
         self.bases = [base_of(module) for module in modules]
-        self.tiles = tiles and all(
-            size % 32 == 0 for base in self.bases for size in (base.in_features, base.out_features)
-        )
+        self._products = products_of([size for base in self.bases for size in (base.in_features, base.out_features)])
         biases = [base.bias for base in self.bases]
         self.bias = _side_by_side(biases) if biases[0] is not None else None
         self.weight: Callable[[], Tensor]
@@ -67,13 +68,6 @@ class Joined:
             at += width
         frozen = Frozen(self.weight, self.bias, self._products(adapters), tuple(columns), tuple(scales), self.room)
         return apply(LoraLinear, x, frozen, self.enter, residual, *adapters)
-
-    def _products(self, adapters: list[Tensor]) -> LoraProducts:
-        if not self.tiles or any(len(a) > TILED_RANK for a in adapters[::2]):
-            return cast(LoraProducts, lora)
-        from strop.engine.cpu import lora_tiles  # its import starts threads
-
-        return cast(LoraProducts, lora_tiles)
 
 
 class Workspace:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from strop.engine.fast import FastLoss, Watch, unsupported
+from strop.engine.families import unsupported
+from strop.engine.fast import FastLoss, Watch
 from strop.engine.plain import PlainLoss
 
 if TYPE_CHECKING:

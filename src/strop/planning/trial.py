@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from strop.engine.attention import Attention, Heads, TileAttention
-from strop.engine.cpu.precision import measure
-from strop.engine.fast import ops_for
+from strop.engine.attention import Heads
+from strop.engine.device import measure
 from strop.engine.functions import apply
 from strop.engine.head import SupervisedLoss
 from strop.engine.packed import Documents
+from strop.engine.processor import processor_for
 from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, crashed, pip
 from strop.machine.probe import Machine, probe
@@ -73,7 +73,7 @@ def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
     rows, hidden, vocabulary = 512, 576, 49152
     x, weight = torch.ones(rows, hidden, dtype=dtype, requires_grad=True), torch.ones(vocabulary, hidden, dtype=dtype)
     labels, weights = torch.zeros(rows, dtype=torch.long), torch.ones(rows)
-    ops = ops_for(torch.device("cpu"), dtype, warm=True)
+    ops = processor_for(torch.device("cpu"), dtype).ops
     seconds = _fastest(lambda: apply(SupervisedLoss, x, labels, weights, weight, 0.0, ops), 3)
     moving = repacked_bytes(rows, vocabulary, hidden, x.element_size()) / bandwidth
     return 4 * rows * hidden * vocabulary / max(seconds - moving, seconds / 2)
@@ -82,11 +82,11 @@ def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
 def _attention_flops(dtype: torch.dtype) -> float:
     """The engine's attention, there and back: 2 documents of 512 tokens, 9 heads of 64 over 3."""
     documents, length = 2, 512
-    ops = ops_for(torch.device("cpu"), dtype, warm=True)
-    tiled = dtype == torch.bfloat16 and probe().has_tiles(64, 0.0)
+    processor = processor_for(torch.device("cpu"), dtype)
     heads = Heads(
-        ops, query=9, key_value=3, size=64, scale=0.125, window=0, softcap=0.0, q_norm=None, k_norm=None, tiled=tiled
+        processor.ops, query=9, key_value=3, size=64, scale=0.125, window=0, softcap=0.0, q_norm=None, k_norm=None
     )  # fmt: skip
+    attend, tiled = processor.attention(64, 0.0), processor.tiles and probe().has_tiles(64, 0.0)
     tokens = documents * length
     spans = np.array([(start, length, 0) for start in range(0, tokens, length)])
     laid_out = Documents(spans, tokens, torch.device("cpu"))
@@ -94,7 +94,7 @@ def _attention_flops(dtype: torch.dtype) -> float:
     qkv = torch.zeros(tokens, 15 * 64, dtype=dtype, requires_grad=True)
 
     def work() -> None:
-        out = apply(TileAttention if tiled else Attention, qkv, heads, *angles, laid_out)
+        out = attend(qkv, heads, *angles, laid_out)
         out.backward(torch.ones_like(out))  # type: ignore[no-untyped-call]
 
     sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 1}

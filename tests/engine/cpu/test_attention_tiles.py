@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from strop.engine import eager
-from strop.engine.attention import Attention, Heads, TileAttention
+from strop.engine.attention import Attention, Heads
 from strop.engine.cpu import kernels
+from strop.engine.cpu.attention import TileAttention
 from strop.engine.functions import Norm
 from strop.engine.packed import Documents
 from strop.machine.probe import probe

@@ -1,0 +1,51 @@
+"""Attention over packed documents as one compiled loop, for CPUs with AVX512-BF16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from strop.engine.attention import Heads
+from strop.engine.cpu.attention_tiles import attend, attend_backward
+from strop.engine.packed import Documents
+
+
+class TileAttention(Function):
+    """Attention, in bf16 and without a softcap; saves qkv, the output and a number for each row and head.
+
+    Gradients beyond the norms of q and k are written in place, of the prefix's rows after the sum over documents.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+        out = qkv.new_empty(len(qkv), heads.query * heads.size)
+        sums = torch.empty(len(qkv), heads.query)
+        attend(heads.normed(qkv), _turn(heads, cos, sin), _work(heads, documents), out, sums)
+        ctx.heads, ctx.documents = heads, documents
+        ctx.save_for_backward(qkv, cos, sin, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        heads: Heads = ctx.heads
+        qkv, cos, sin, out, sums = ctx.saved_tensors
+        result = torch.empty_like(qkv)
+        into = heads.views(result)
+        grad = grad.reshape(len(qkv), heads.query, heads.size)
+        work = _work(heads, ctx.documents)
+        attend_backward(grad, out, sums, heads.normed(qkv), _turn(heads, cos, sin), work, into)
+        heads.norms_backward_(into, qkv)
+        return result, None, None, None, None
+
+
+def _turn(heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, np.float32]:
+    return cos, sin, np.float32(heads.scale)
+
+
+def _work(heads: Heads, documents: Documents) -> tuple[Any, Any, Any, int, int, int, int]:
+    shares = documents.shares(heads.key_value, torch.get_num_threads())
+    return documents.spans, *shares, heads.key_value, heads.group, heads.size, heads.window

@@ -1,0 +1,30 @@
+"""One step of tiny models through every compiled loop: run as a process by engine.cpu.warm, with a type of weights."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import peft
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from strop.data.conversation import Example
+from strop.engine.fast import FastLoss
+
+
+def exercise(dtype: torch.dtype) -> None:
+    """Forward and backward of a Llama and a Gemma 2 whose weights are in `dtype`."""
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64,
+    }  # fmt: skip
+    for model in (LlamaForCausalLM(LlamaConfig(**sizes)), Gemma2ForCausalLM(Gemma2Config(**sizes))):
+        adapted = peft.get_peft_model(model.to(dtype), peft.LoraConfig(r=2, target_modules="all-linear"))
+        # Alike at their beginning, and long enough for it to be shared.
+        rows = [Example(np.arange(n, dtype=np.int32), np.float32(np.arange(n) > 0), "", 0) for n in (12, 15)]
+        FastLoss(adapted, warm=False)(rows).backward()  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    exercise(getattr(torch, sys.argv[1]))

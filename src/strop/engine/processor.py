@@ -1,0 +1,69 @@
+"""What the step computes with on a device: the one place that reaches engine.cpu and engine.card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from strop.engine import eager, lora
+from strop.engine.attention import Attention, Heads
+from strop.engine.functions import LoraProducts, Ops, apply
+from strop.engine.packed import Documents
+from strop.machine.probe import TILED_RANK, probe
+
+Attend = Callable[[Tensor, Heads, Tensor, Tensor, Documents], Tensor]
+
+
+@dataclass(frozen=True)
+class Processor:
+    """ops: the element-wise operations. tiles: a CPU with a bf16 product of its own for short loops (AVX512-BF16)."""
+
+    ops: Ops
+    card: bool = False
+    tiles: bool = False
+
+    def attention(self, size: int, softcap: float) -> Attend:
+        """Attention of heads of this size: qkv (T, all), heads, cos and sin (T, m), documents -> (T, query size)."""
+        if self.card:
+            from strop.engine.card.attention import on_card
+
+            return on_card
+        if self.tiles and probe().has_tiles(size, softcap):
+            from strop.engine.cpu.attention import TileAttention  # its import starts threads
+
+            return partial(apply, TileAttention)
+        return partial(apply, Attention)
+
+    def lora(self, sizes: Sequence[int]) -> Callable[[Sequence[Tensor]], LoraProducts]:
+        """The products of the adapters (A_1, B_1, A_2, ...) on linear layers with these inputs and outputs."""
+        if not self.tiles or any(size % 32 for size in sizes):
+            return lambda adapters: cast(LoraProducts, lora)
+        from strop.engine.cpu import lora_tiles  # its import starts threads
+
+        return lambda adapters: cast(
+            LoraProducts, lora if any(len(a) > TILED_RANK for a in adapters[::2]) else lora_tiles
+        )
+
+
+def processor_for(device: torch.device, dtype: torch.dtype, *, warm: bool = True) -> Processor:
+    """numba's loops on a CPU, PyTorch's compiled kernels on a card, else its plain operations: the same numbers.
+
+    warm: have the loops compiled beforehand, in another process (engine.cpu.warm tells why).
+    """
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        from strop.engine.cpu import kernels  # its import starts threads
+        from strop.engine.cpu.warm import compile_once
+
+        if warm:
+            compile_once(dtype, kernels.cache_folder(), exercise="strop.engine.exercise")
+        return Processor(cast(Ops, kernels), tiles=dtype == torch.bfloat16 and probe().tiles)
+    if device.type == "cuda":
+        from strop.engine.card import fused
+
+        return Processor(cast(Ops, fused if fused.available() else eager), card=True)
+    return Processor(cast(Ops, eager), card=device.type != "cpu")

@@ -1,0 +1,50 @@
+"""Random numbers in fp64, attention by its definition, and shapes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from strop.engine import eager
+from strop.engine.attention import Heads
+from strop.engine.functions import Norm
+from strop.engine.packed import Documents
+
+OPS: Any = eager
+
+
+def rand(*shape: int, grad: bool = False) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
+
+
+def check(function: Any, *inputs: Any) -> None:
+    # gradcheck's own upstream gradients are unit vectors, so no two rows are treated alike.
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def heads(window: int, norms: bool, key_value: int = 1, softcap: float = 0.0) -> Heads:
+    q_norm, k_norm = (Norm(OPS, rand(4), 1e-5, 0.0) if norms else None for _ in range(2))
+    shape = {"query": 2, "key_value": key_value, "size": 4, "scale": 0.7, "window": window, "softcap": softcap}
+    return Heads(OPS, **shape, q_norm=q_norm, k_norm=k_norm)  # type: ignore[arg-type]
+
+
+def reference(qkv: Tensor, shape: Heads, cos: Tensor, sin: Tensor, sees: Tensor) -> Tensor:
+    """Attention by definition, over all packed rows at once. sees (T, T) bool."""
+    q, k, v = shape.views(qkv)
+    if shape.q_norm and shape.k_norm:
+        q, k = (F.rms_norm(x, (4,), norm.weight, norm.eps) for x, norm in ((q, shape.q_norm), (k, shape.k_norm)))
+    q, k = eager.rotate(q, cos, sin), eager.rotate(k, cos, sin)
+    k, v = (x.repeat_interleave(shape.group, dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * shape.scale
+    if shape.softcap:
+        scores = shape.softcap * torch.tanh(scores / shape.softcap)
+    probs = scores.masked_fill(~sees, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", probs, v).reshape(len(qkv), -1)
+
+
+def documents_of(tokens: int, *spans: tuple[int, int, int]) -> Documents:
+    return Documents(np.array(spans), tokens, torch.device("cpu"))
