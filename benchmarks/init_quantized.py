@@ -33,7 +33,8 @@ from strop.model.tokenizer import load_tokenizer
 from strop.planning.choose import learning_rate
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
-from strop.training.loop import Job, fit
+from strop.training.job import Job
+from strop.training.loop import fit
 from strop.training.optim import make_optimizer
 from strop.training.state import Progress, TrainState
 

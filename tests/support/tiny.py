@@ -17,7 +17,7 @@ from strop.engine.step import Step
 from strop.model.lora import add_lora, trainable
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
-from strop.training.loop import Job
+from strop.training.job import Job
 from strop.training.optim import make_optimizer
 from strop.training.state import Progress, TrainState
 from tests.support.families import tokenizer

@@ -17,7 +17,8 @@ from strop.machine.memory import MemoryWatch, is_out_of_memory, parse_bytes, rec
 from strop.runs.events import read_events
 from strop.training import guard
 from strop.training.guard import Verdict, look
-from strop.training.loop import Job, fit
+from strop.training.job import Job
+from strop.training.loop import fit
 from strop.training.state import Progress
 from tests.support import tiny
 

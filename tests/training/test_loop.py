@@ -19,8 +19,10 @@ from strop.data.conversation import Example
 from strop.errors import NonFiniteError, Stopped
 from strop.runs.events import read_events
 from strop.training import loop, state
-from strop.training.loop import Job, fit, micro_batches, stream_of
+from strop.training.job import Job, stream_of
+from strop.training.loop import fit
 from strop.training.optim import rate_factor, warmup_steps
+from strop.training.shrink import micro_batches
 from strop.training.stops import seconds
 from tests.support import tiny
 

@@ -19,7 +19,8 @@ from strop.planning.activations import at_peak
 from strop.planning.setting import Setting
 from strop.runs.events import read_events
 from strop.training import rehearsal
-from strop.training.loop import Job, fit, stream_of
+from strop.training.job import Job, stream_of
+from strop.training.loop import fit
 from strop.training.rehearsal import batch_of, forecast, rehearse
 from strop.training.shrink import micro_batches
 from tests.support import tiny

@@ -53,7 +53,6 @@ class Machine:
 
 def probe(memory: int | None = None) -> Machine:
     """This machine. memory: bytes that this process is to have of it at most, where that is less."""
-    name, flags = _cpu()
     available = psutil.virtual_memory().available
     limit = _cgroup_bytes("memory.max", "memory/memory.limit_in_bytes")
     used = _cgroup_used()
@@ -65,13 +64,19 @@ def probe(memory: int | None = None) -> Machine:
     return Machine(
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
-        cpu=name,
-        vector=tuple(flag for flag in _VECTOR if flag in flags),
+        cpu=_cpu()[0],
+        vector=vector(),
         cores=min(affinity(), _cgroup_cores() or affinity()),
         memory_bytes=min(total, limit) if limit else total,
         free_bytes=max(free, 0),
         gpus=_gpus(),
     )
+
+
+def vector() -> tuple[str, ...]:
+    """The CPU's instruction sets that strop has code for, by Linux's names."""
+    flags = _cpu()[1]
+    return tuple(flag for flag in _VECTOR if flag in flags)
 
 
 def affinity() -> int:

@@ -9,45 +9,21 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from strop.config.schema import Recipe
 from strop.data.batches import Batch, BatchStream
 from strop.data.conversation import Example
-from strop.engine.step import Step
 from strop.errors import DivergedError, NonFiniteError, Stopped
 from strop.evaluation.loss import mean_loss
-from strop.runs.events import EventLog
-from strop.runs.folder import RunFolder
 from strop.training import guard
 from strop.training import state as checkpoints
 from strop.training.guard import Diverged, Verdict
+from strop.training.job import Job, stream_of
 from strop.training.optim import rate_factor, set_rate, warmup_steps
 from strop.training.shrink import go_on_shrunk, micro_batches, within_memory
-from strop.training.state import TrainState
 from strop.training.stops import seconds, stop_signals
 
 SAVE_EVERY_S = 600.0  # at least this often, whatever the recipe says about steps
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the loop works on.
-
-    stream: puts packed weights in the place of those that were dequantized once; None where there are none such.
-    memory_key: what running out of memory is remembered under; empty: not at all.
-    """
-
-    recipe: Recipe
-    folder: RunFolder
-    model: nn.Module
-    step: Step
-    train: Sequence[Example]
-    eval: Sequence[Example] | None
-    state: TrainState
-    log: EventLog
-    stream: Callable[[], None] | None = None
-    memory_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,18 +50,6 @@ class StepResult:
     @property
     def taken(self) -> bool:
         return self.verdict in (Verdict.GOOD, Verdict.DOUBTFUL)
-
-
-def stream_of(recipe: Recipe, num_rows: int, position: dict[str, int] | None = None) -> BatchStream:
-    train = recipe.train
-    return BatchStream(
-        num_rows,
-        batch_size=train.batch_size,
-        seed=recipe.seed,
-        epochs=train.epochs,
-        max_steps=train.max_steps,
-        position=position or None,
-    )
 
 
 def fit(job: Job) -> str:

@@ -19,7 +19,7 @@ from strop.machine.memory import MemoryMark
 from strop.planning.activations import MicroBatch, at_peak
 from strop.planning.memory import Phase, phases
 from strop.planning.setting import Setting
-from strop.training.loop import Job, stream_of
+from strop.training.job import Job, stream_of
 from strop.training.shrink import go_on_shrunk, micro_batches, random_states, set_random_states, within_memory
 
 LOOKED_AT = 20_000  # steps, from the first; others have rows of the same data in another order

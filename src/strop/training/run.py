@@ -42,7 +42,8 @@ from strop.runs.folder import (
 )
 from strop.runs.lock import Difference, allowed, differences
 from strop.training import state as checkpoints
-from strop.training.loop import Job, fit, stream_of
+from strop.training.job import Job, stream_of
+from strop.training.loop import fit
 from strop.training.optim import make_optimizer
 from strop.training.rehearsal import Forecast, forecast, rehearse
 from strop.training.setup import Setup, check_space, passed_over, set_up, start_adapter

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -17,9 +17,7 @@ from strop.data.conversation import Example
 from strop.data.pack import group_by_length, pack
 from strop.errors import MemoryLimitError
 from strop.machine.memory import give_back, is_out_of_memory, remember
-
-if TYPE_CHECKING:
-    from strop.training.loop import Job
+from strop.training.job import Job
 
 T = TypeVar("T")
 

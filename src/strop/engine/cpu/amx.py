@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from strop.engine.cpu.compiled import cpu_has
+from strop.machine.probe import vector
 
 ROWS = LANES = 16  # of a register, of 64 bytes each
 STEP = 16  # pairs at a time
@@ -29,7 +29,7 @@ _PLACE = _I8.as_pointer()
 
 def _allowed() -> bool:
     """The CPU has AMX for bf16, and Linux lets this process use it."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64" or not cpu_has("amx-bf16"):
+    if platform.system() != "Linux" or platform.machine() != "x86_64" or "amx_bf16" not in vector():
         return False
     return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA)) == 0
 

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from strop.engine.cpu.compiled import exp, greater, inline, loop, narrow, wide
 from strop.engine.cpu.kernels import GAP, array, flat
-from strop.engine.cpu.tile import COLUMNS, ROWS, claim, release, tile
+from strop.engine.cpu.tile import COLUMNS, ROWS, claim, narrow_pair, pair, product, release
 
 BLOCK = 64  # rows (a query's heads one behind the other) that pass over the keys together
-LOW = np.uint32(16)  # bits of a pair's first number
 
 
 @inline
@@ -56,7 +55,7 @@ def _paired_rows(rows: Any, count: Any, n: Any, out: Any) -> None:
         even, odd = rows[2 * i * n : (2 * i + 1) * n], rows[(2 * i + 1) * n : (2 * i + 2) * n]
         to = out[i * n : (i + 1) * n]
         for j in range(n):
-            to[j] = np.uint32(even[j]) | (np.uint32(odd[j]) << LOW)
+            to[j] = pair(even[j], odd[j])
 
 
 @inline
@@ -76,16 +75,6 @@ def _turned_over(pairs: Any, count: Any, n: Any, out: Any) -> None:
         to = out[j * count : (j + 1) * count]
         for i in range(count):
             to[i] = pairs[i * n + j]
-
-
-@inline
-def _product(
-    a: Any, lda: Any, b: Any, ldb: Any, step: Any, c: Any, ldc: Any, rows: Any, columns: Any, pairs: Any, onto: Any
-) -> None:  # fmt: skip
-    """c (rows, columns) = a b, tile by tile; step: from one block of COLUMNS of b to the next."""
-    for j in range(0, columns, COLUMNS):
-        for i in range(0, rows, ROWS):
-            tile(a, i * lda, lda, b, j // COLUMNS * step, ldb, c, i * ldc + j, ldc, pairs, onto)
 
 
 @inline
@@ -137,7 +126,7 @@ def _attend(
     tasks (N,): document * key_value + head, thread by thread; lanes (threads + 1,): where each thread's begin.
     out (T, heads * d), sums (T, heads): the log of each row's sum of exponentials.
     """
-    half, one = d // 2, np.float32(1.0)
+    half, block, one = d // 2, d // 2 * COLUMNS, np.float32(1.0)
     longest = 0
     for doc in range(len(docs)):
         longest = max(longest, _up(docs[doc, 1] + docs[doc, 2], COLUMNS))
@@ -170,12 +159,12 @@ def _attend(
                     _turned(q, at, d, cos, sin, row, scale, asked, (r - first) * d)
                 asked[(last - first) * d : rows * d] = 0
                 width = _up(_seen(last - 1, group, prefix, window)[1], COLUMNS)
-                _product(questions, half, keys, COLUMNS, half * COLUMNS, scores, width, rows, width, half, False)
+                product(questions, 0, half, keys, 0, COLUMNS, block, scores, 0, width, rows, width, half, False)
                 for r in range(rows):
                     begin, end = _seen(min(first + r, last - 1), group, prefix, window)
                     row_scores, row_probs = scores[r * width : (r + 1) * width], probs[r * width : (r + 1) * width]
                     tops[r], totals[r] = _exps(row_scores, begin, end, row_probs)
-                _product(weights, width // 2, values, d, COLUMNS, mixed, d, rows, d, width // 2, False)
+                product(weights, 0, width // 2, values, 0, d, COLUMNS, mixed, 0, d, rows, d, width // 2, False)
                 for r in range(first, last):
                     row, to = start + r // group, (head * group + r % group) * d
                     share = one / totals[r - first]
@@ -214,7 +203,7 @@ def _attend_backward(
 
     shared (D, key_value, 2, prefix, d) fp32: what each document adds to the prefix's keys and values.
     """
-    half, one, none = d // 2, np.float32(1.0), np.float32(0.0)
+    half, block, one, none = d // 2, d // 2 * COLUMNS, np.float32(1.0), np.float32(0.0)
     longest = 0
     for doc in range(len(docs)):
         longest = max(longest, _up(docs[doc, 1] + docs[doc, 2], COLUMNS))
@@ -274,8 +263,8 @@ def _attend_backward(
                 _paired_rows(given, BLOCK, d, asked_pairs)
                 _turned_over(asked_pairs, BLOCK // 2, d, given_over)
                 width = _up(_seen(last - 1, group, prefix, window)[1], COLUMNS)
-                _product(questions, half, keys, COLUMNS, half * COLUMNS, scores, width, rows, width, half, False)
-                _product(answers, half, values, COLUMNS, half * COLUMNS, slopes, width, rows, width, half, False)
+                product(questions, 0, half, keys, 0, COLUMNS, block, scores, 0, width, rows, width, half, False)
+                product(answers, 0, half, values, 0, COLUMNS, block, slopes, 0, width, rows, width, half, False)
                 for r in range(rows):
                     begin, end = _seen(min(first + r, last - 1), group, prefix, window)
                     if first + r >= last:
@@ -286,12 +275,12 @@ def _attend_backward(
                     _slopes(scores[from_:to], slopes[from_:to], begin, end, top, along[r], slopes16[from_:to])
                 for r in range(0, rows, 2):
                     at, odd, to = r * width, (r + 1) * width, (r + 2) * width
-                    _pair(scores[at:odd], scores[odd:to], given, score_pairs[r // 2 * width :])
-                    _pair(slopes[at:odd], slopes[odd:to], given, slope_pairs[r // 2 * width :])
-                _product(slope_rows, width // 2, key_rows, d, COLUMNS, mixed, d, rows, d, width // 2, False)
-                step = BLOCK // 2
-                _product(asked_over, step, slope_pairs, width, COLUMNS, dk_over, padded, d, width, rows // 2, True)
-                _product(given_over, step, score_pairs, width, COLUMNS, dv_over, padded, d, width, rows // 2, True)
+                    _pairs(scores[at:odd], scores[odd:to], score_pairs[r // 2 * width :])
+                    _pairs(slopes[at:odd], slopes[odd:to], slope_pairs[r // 2 * width :])
+                product(slope_rows, 0, width // 2, key_rows, 0, d, COLUMNS, mixed, 0, d, rows, d, width // 2, False)
+                step, deep = BLOCK // 2, rows // 2
+                product(asked_over, 0, step, slope_pairs, 0, width, COLUMNS, dk_over, 0, padded, d, width, deep, True)
+                product(given_over, 0, step, score_pairs, 0, width, COLUMNS, dv_over, 0, padded, d, width, deep, True)
                 for r in range(first, last):
                     row, each = start + r // group, head * group + r % group
                     _turned_back(mixed, (r - first) * d, d, cos, sin, row, scale, dq, row * into_step + each * d)
@@ -332,10 +321,10 @@ def _slopes(scores: Any, slopes: Any, begin: Any, end: Any, top: Any, along: Any
 
 
 @inline
-def _pair(even: Any, odd: Any, like: Any, out: Any) -> None:
-    """Two rows of fp32 as pairs of what the array `like` holds."""
+def _pairs(even: Any, odd: Any, out: Any) -> None:
+    """Two rows of fp32 as pairs in bf16."""
     for j in range(len(even)):
-        out[j] = np.uint32(narrow(even[j], like)) | (np.uint32(narrow(odd[j], like)) << LOW)
+        out[j] = narrow_pair(even[j], odd[j])
 
 
 @loop

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
+
+from strop.machine.probe import vector
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
@@ -87,15 +89,7 @@ class BFloat(ir.Type):  # type: ignore[misc]
 F32, I32, I16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 
 
-def cpu_has(feature: str) -> bool:
-    """By LLVM's name for it; False where LLVM cannot tell."""
-    try:
-        return bool(binding.get_host_cpu_features().get(feature))
-    except RuntimeError:
-        return False
-
-
-HAS_BF16 = cpu_has("avx512bf16")  # an instruction that rounds to it
+HAS_BF16 = "avx512_bf16" in vector()  # an instruction that rounds to it
 
 
 def _emit_from_bf16(b: Any, x: Any) -> Any:

@@ -19,19 +19,23 @@ from torch import Tensor
 
 from strop.engine.cpu.compiled import inline, loop, narrow, wide
 from strop.engine.cpu.kernels import GAP, array
-from strop.engine.cpu.tile import COLUMNS, LANES, ROWS, STEP, claim, release, slim, tile
+from strop.engine.cpu.tile import (
+    COLUMNS,
+    LANES,
+    ROWS,
+    STEP,
+    claim,
+    narrow_pair,
+    pair,
+    product,
+    release,
+    tile,
+)
 from strop.engine.lora import Adapters
 
 BLOCK = 32  # rows that go through together
 CHUNK = 256  # columns whose sums are held together
 PAIRS, HELD = 32, 512  # pairs of rows that are summed together for a gradient, and columns whose sums are held
-LOW = np.uint32(16)  # bits of a pair's first number
-LIKE = np.zeros(1, np.uint16)  # what `narrow` rounds to
-
-
-@inline
-def _pair(first: Any, second: Any) -> Any:
-    return np.uint32(narrow(first, LIKE)) | (np.uint32(narrow(second, LIKE)) << LOW)
 
 
 @inline
@@ -41,10 +45,10 @@ def _over(x: Any, scale: Any, out: Any, step: Any) -> None:
     for j in range(m // 2):
         to = out[j * step : j * step + n]
         for i in range(n):
-            to[i] = _pair(x[i, 2 * j] * scale, x[i, 2 * j + 1] * scale)
+            to[i] = narrow_pair(x[i, 2 * j] * scale, x[i, 2 * j + 1] * scale)
     if m % 2:
         for i in range(n):
-            out[m // 2 * step + i] = _pair(x[i, m - 1] * scale, np.float32(0.0))
+            out[m // 2 * step + i] = narrow_pair(x[i, m - 1] * scale, np.float32(0.0))
 
 
 @inline
@@ -55,7 +59,7 @@ def _along(x: Any, scale: Any, out: Any, step: Any) -> None:
         to, even, odd = out[i * step : i * step + m], x[2 * i], x[min(2 * i + 1, n - 1)]
         second = scale if 2 * i + 1 < n else np.float32(0.0)
         for j in range(m):
-            to[j] = _pair(even[j] * scale, odd[j] * second)
+            to[j] = narrow_pair(even[j] * scale, odd[j] * second)
 
 
 @inline
@@ -70,21 +74,6 @@ def _lay_backward(a: Any, b: Any, scale: Any, first: Any, slot: Any, second: Any
     """The same for the gradient: B (n, r) and scale A (rank, k)."""
     _along(b, np.float32(1.0), first, slot)
     _along(a, scale, second, a.shape[1])
-
-
-@inline
-def _product(
-    a: Any, a_at: Any, lda: Any, b: Any, b_at: Any, ldb: Any, c: Any, ldc: Any, c_at: Any, rows: Any, columns: Any,
-    pairs: Any,
-) -> None:  # fmt: skip
-    """c (rows, columns) = a b, tile by tile: columns a multiple of 16, rows are rounded up to one of ROWS."""
-    whole = columns // COLUMNS * COLUMNS
-    for j in range(0, whole, COLUMNS):
-        for i in range(0, rows, ROWS):
-            tile(a, a_at + i * lda, lda, b, b_at + j, ldb, c, c_at + i * ldc + j, ldc, pairs, False)
-    if whole < columns:
-        for i in range(0, rows, ROWS):
-            slim(a, a_at + i * lda, lda, b, b_at + whole, ldb, c, c_at + i * ldc + whole, ldc, pairs, False)
 
 
 @loop
@@ -113,7 +102,10 @@ def _through(x: Any, first: Any, enter: Any, second: Any, leave: Any, lanes: Any
             for part in range(len(enter)):
                 begin, many, to, columns, at = enter[part]
                 a, a_at = (tail_pairs, begin) if count % ROWS else (pairs, top * step + begin)
-                _product(a, a_at // 2, step // 2, first, at, columns, sums, rank, to, count, columns, many // 2)
+                product(
+                    a, a_at // 2, step // 2, first, at, columns, COLUMNS,
+                    sums, to, rank, count, columns, many // 2, False,
+                )  # fmt: skip
             for i in range(count):
                 source, kept, target = sums[i * rank : (i + 1) * rank], held[i * rank : (i + 1) * rank], thin[top + i]
                 for j in range(rank):
@@ -124,9 +116,9 @@ def _through(x: Any, first: Any, enter: Any, second: Any, leave: Any, lanes: Any
                 begin, many, to, columns, at, more = leave[part]
                 for chunk in range(0, columns, CHUNK):
                     n = min(CHUNK, columns - chunk)
-                    _product(
-                        held_pairs, begin // 2, rank // 2, second, at + chunk, columns,
-                        sums, CHUNK, 0, count, n, many // 2,
+                    product(
+                        held_pairs, begin // 2, rank // 2, second, at + chunk, columns, COLUMNS,
+                        sums, 0, CHUNK, count, n, many // 2, False,
                     )  # fmt: skip
                     for i in range(count):
                         target, source = onto[top + i, to + chunk : to + chunk + n], sums[i * CHUNK : i * CHUNK + n]
@@ -150,10 +142,10 @@ def _paired(x: Any, row: Any, begin: Any, n: Any, out: Any) -> None:
     if row + 1 < len(x):
         odd = x[row + 1, begin : begin + n]
         for j in range(n):
-            out[j] = np.uint32(even[j]) | (np.uint32(odd[j]) << LOW)
+            out[j] = pair(even[j], odd[j])
     else:
         for j in range(n):
-            out[j] = np.uint32(even[j])
+            out[j] = pair(even[j], np.uint16(0))
 
 
 @inline
@@ -182,9 +174,9 @@ def _outer(thin: Any, x: Any, spans: Any, factors: Any, over: Any, lane: Any, la
             turned[r * half + own : (r + 1) * half] = np.uint32(0)
         for i in range(own):
             even, odd = thin[2 * i], thin[min(2 * i + 1, len(x) - 1)]
-            there = np.uint32(0xFFFF0000) if 2 * i + 1 < len(x) else np.uint32(0)
+            there = np.uint32(0xFFFFFFFF) if 2 * i + 1 < len(x) else np.uint32(0x0000FFFF)
             for r in range(slot):
-                turned[r * half + i] = np.uint32(even[at + r]) | (np.uint32(odd[at + r]) << LOW) & there
+                turned[r * half + i] = pair(even[at + r], odd[at + r]) & there
         chunks = (end - start + HELD - 1) // HELD
         width = ((end - start) // COLUMNS + chunks - 1) // chunks * COLUMNS
         for chunk in range(start, end, width):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from strop.engine.cpu import amx
-from strop.engine.cpu.compiled import BFloat
+from strop.engine.cpu.compiled import BFloat, inline, narrow
 
 LANES = 16  # fp32 sums in a register
 ROWS = amx.ROWS if amx.THERE else 8  # 8: 16 registers of sums, enough to hide the instruction's latency
@@ -123,3 +124,38 @@ def _generate(
         for step in range(1, depth):
             total = b.fadd(total, added[step * len(places) + number])
         b.store(total, place, align=4)
+
+
+_HALF = np.uint32(16)  # bits of a pair's first number
+_BF16 = np.zeros(1, np.uint16)  # what `narrow` rounds to
+
+
+@inline
+def pair(first: Any, second: Any) -> Any:
+    """Two numbers, as their bits in bf16, as one of the pairs that a product reads."""
+    return np.uint32(first) | (np.uint32(second) << _HALF)
+
+
+@inline
+def narrow_pair(first: Any, second: Any) -> Any:
+    """The same of two numbers in fp32."""
+    return pair(narrow(first, _BF16), narrow(second, _BF16))
+
+
+@inline
+def product(
+    a: Any, a_at: Any, lda: Any, b: Any, b_at: Any, ldb: Any, block: Any, c: Any, c_at: Any, ldc: Any,
+    rows: Any, columns: Any, pairs: Any, onto: Any,
+) -> None:  # fmt: skip
+    """c (rows, columns) = a b, or += with `onto`, tile by tile; a, b, c and what follows each as in `tile`.
+
+    columns: a multiple of LANES; rows are rounded up to one of ROWS. block: from COLUMNS columns of b to the next.
+    """
+    whole = columns // COLUMNS * COLUMNS
+    for j in range(0, whole, COLUMNS):
+        for i in range(0, rows, ROWS):
+            tile(a, a_at + i * lda, lda, b, b_at + j // COLUMNS * block, ldb, c, c_at + i * ldc + j, ldc, pairs, onto)
+    if whole < columns:
+        at = b_at + whole // COLUMNS * block
+        for i in range(0, rows, ROWS):
+            slim(a, a_at + i * lda, lda, b, at, ldb, c, c_at + i * ldc + whole, ldc, pairs, onto)

@@ -1,0 +1,49 @@
+"""What the loop works on, and in which order it takes the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from strop.config.schema import Recipe
+from strop.data.batches import BatchStream
+from strop.data.conversation import Example
+from strop.engine.step import Step
+from strop.runs.events import EventLog
+from strop.runs.folder import RunFolder
+from strop.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, ready to be trained.
+
+    stream: puts packed weights in the place of those that were dequantized once; None where there are none such.
+    memory_key: what running out of memory is remembered under; empty: not at all.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    model: nn.Module
+    step: Step
+    train: Sequence[Example]
+    eval: Sequence[Example] | None
+    state: TrainState
+    log: EventLog
+    stream: Callable[[], None] | None = None
+    memory_key: str = ""
+
+
+def stream_of(recipe: Recipe, num_rows: int, position: dict[str, int] | None = None) -> BatchStream:
+    """The effective batches of the run, from this position on."""
+    train = recipe.train
+    return BatchStream(
+        num_rows,
+        batch_size=train.batch_size,
+        seed=recipe.seed,
+        epochs=train.epochs,
+        max_steps=train.max_steps,
+        position=position or None,
+    )
