@@ -64,7 +64,8 @@ def loftq(weight: torch.Tensor, rank: int, rounds: int) -> tuple[torch.Tensor, t
 
 def build(model: str, way: str, rank: int, seed: int) -> peft.PeftModel:
     base = load_base(locate(model), torch.bfloat16, "cpu")
-    names = [name for name, _ in quantizable(base)]
+    chosen = quantizable(base)
+    names = [name for name, _ in base.named_modules() if f"{name}.weight" in chosen]
     torch.manual_seed(seed)
     leaves = sorted({name.rpartition(".")[2] for name in names})
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=leaves, task_type="CAUSAL_LM", **WAYS[way])

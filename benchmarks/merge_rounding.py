@@ -26,8 +26,7 @@ from strop.exporting import merge
 from strop.exporting.merge import Trained
 from strop.exporting.parity import LIMITS, compare
 from strop.model.facts import Source, locate
-from strop.model.load import load_base, skeleton, weights_folder
-from strop.model.quantize import quantizable
+from strop.model.load import load_base, weights_folder
 
 Round = Callable[[str, Tensor, Tensor], Tensor]  # name, merged, base -> what a reader of the file gets
 WAYS: dict[str, Round] = {
@@ -41,10 +40,10 @@ WAYS: dict[str, Round] = {
 def merged(source: Source, folder: Path, trained: Trained, way: Round) -> Any:
     """The merged model in fp32, with its weights as that way leaves them."""
     model = load_base(source, torch.float32, "cpu")
-    change, chosen = merge.changes(source, folder), {f"{name}.weight" for name, _ in quantizable(skeleton(source))}
+    change, as_trained = merge.changes(source, folder), trained.rounding(source)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            base = trained.rounded(weight, name in chosen)
+            base = as_trained(name, weight)
             weight.copy_(way(name, change(name, base), base))
     return model
 

@@ -202,9 +202,10 @@ class Model:
         """How the model itself wants its answers drawn: its generation config."""
         return Sampling.own(self.module.generation_config)
 
-    def add(self, name: str, *, force: bool = False) -> None:
+    def add(self, name: str, *, force: bool = False, own_template: bool = False) -> None:
         """Loads a further adapter (a run or adapter folder) onto the same base; `use` switches to it.
 
+        own_template: its prompts will be made by its own template. Else it must be this model's, unless forced.
         Raises ModelError where it was trained on another base or with another template, or does not fit.
         """
         folder = adapter_folder(name)
@@ -213,7 +214,7 @@ class Model:
         if name in (self.name, *self.others):
             raise ModelError(f"{name}: is loaded already", fix="give each adapter once")
         own, its = (read_identity(one).get("template") for one in (self.adapter, folder))
-        if own != its and not force:
+        if own != its and not (force or own_template):
             what = f"{name}: was trained with another chat template than {self.name}"
             raise ModelError(what, fix="load it by itself, or with --force")
         inner = f"adapter{len(self.others) + 1}"

@@ -130,7 +130,7 @@ def test_adapters_share_a_batch(tiny_folder: Path, tmp_path: Path) -> None:
         asked.submit(ids, 12, adapter)
     found = asked.answers()
     asked.engine.close()
-    references = {"default": load(folders[0], dtype="fp32").module, "adapter2": load(folders[1], dtype="fp32").module}
+    references = {"default": load(folders[0], dtype="fp32").module, "adapter1": load(folders[1], dtype="fp32").module}
     for ids, adapter, answer in zip(rows, of, found, strict=True):
         if adapter is None:
             with references["default"].disable_adapter():
@@ -149,13 +149,13 @@ def test_adapters_that_cannot_share_a_batch_take_turns(options: dict[str, Any], 
     assert isinstance(loaded.module, PeftModel)
     asked = Asked(loaded.module)
     asked.engine.start()
-    rows, of = prompts(300)[:6], ["default", None, "adapter2", "adapter2", "default", None]
+    rows, of = prompts(300)[:6], ["default", None, "adapter1", "adapter1", "default", None]
     for ids, adapter in zip(rows, of, strict=True):
         asked.submit(ids, 8, adapter)
     found = asked.answers()
     asked.engine.close()
     for place, (ids, adapter) in enumerate(zip(rows, of, strict=True)):
-        model = load(folders[adapter == "adapter2"], dtype="fp32").module
+        model = load(folders[adapter == "adapter1"], dtype="fp32").module
         if adapter is None:
             model = model.unload()
         assert found[place] == alone(model, ids, 8)

@@ -143,14 +143,19 @@ class Trained:
         scheme, double = identity.get("quantization", "none"), identity.get("double_quantization", True)
         return Trained(str(scheme), bool(double), DTYPES[str(identity.get("dtype", "bf16"))])
 
-    def rounded(self, weight: Tensor, quantized: bool) -> Tensor:
-        """A base weight as the adapter saw it: rounded to the type it was trained in, and quantized."""
-        if self.scheme == "none" or not weight.is_floating_point():
-            return weight
-        weight = weight.to(self.dtype)
-        if not quantized:
-            return weight
-        return unpack(pack(weight, self.scheme, double=self.double), self.scheme, weight.shape, self.dtype)
+    def rounding(self, source: Source) -> Callable[[str, Tensor], Tensor]:
+        """Gives a base weight, by its name, as the adapter saw it: rounded to the type it was trained in, quantized."""
+        quantized = set[str]() if self.scheme == "none" else quantizable(skeleton(source))
+
+        def rounded(name: str, weight: Tensor) -> Tensor:
+            if self.scheme == "none" or not weight.is_floating_point():
+                return weight
+            weight = weight.to(self.dtype)
+            if name not in quantized:
+                return weight
+            return unpack(pack(weight, self.scheme, double=self.double), self.scheme, weight.shape, self.dtype)
+
+        return rounded
 
 
 def check_memory(source: Source, element: int, say: Callable[[str], None]) -> None:
@@ -225,8 +230,7 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
         done = {"of": made_of, "shards": {}}
-    change = changes(source, folder)
-    quantized = {f"{name}.weight" for name, _ in quantizable(skeleton(source))}
+    change, as_trained = changes(source, folder), trained.rounding(source)
     index: dict[str, str] = {}
     tensors = Tensors(weights_folder(source))
     for number, names in enumerate(_shards(tensors)):
@@ -236,7 +240,7 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
             continue
         shard = {}
         for name in names:
-            weight = trained.rounded(tensors.get(name), name in quantized)
+            weight = as_trained(name, tensors.get(name))
             shard[name] = rounded(name, change(name, weight), weight, DTYPES[dtype])
         save_file(shard, made / file, {"format": "pt"})
         done["shards"][file] = sha256_file(made / file)

@@ -23,8 +23,7 @@ from strop.data.conversation import Example
 from strop.errors import ModelError
 from strop.exporting.merge import Trained, better_base, changes, rows_to_measure, tuned_model
 from strop.model.facts import Source, locate
-from strop.model.load import load_base, skeleton
-from strop.model.quantize import quantizable
+from strop.model.load import load_base
 from strop.model.shape import prequantized
 from strop.model.tokenizer import head_folder, load_tokenizer
 
@@ -84,10 +83,10 @@ class Tuned:
     def merging(self) -> Callable[[str, Tensor], tuple[Tensor, Tensor]]:
         """Gives of a base tensor, by its name: (what the adapter makes of it, the tensor as it was trained on)."""
         change = changes(self.source, self.folder) if self.folder is not None else lambda _, weight: weight
-        quantized = {f"{name}.weight" for name, _ in quantizable(skeleton(self.source))}
+        as_trained = self.trained.rounding(self.source)
 
         def merged(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-            weight = self.trained.rounded(weight, name in quantized)
+            weight = as_trained(name, weight)
             return change(name, weight), weight
 
         return merged

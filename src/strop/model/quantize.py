@@ -172,12 +172,11 @@ def why_not(name: str, module: nn.Linear, head: nn.Module | None) -> str | None:
     return None
 
 
-def quantizable(model: Any) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers that are quantized, by name."""
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and why_not(name, module, head) is None:
-            yield name, module
+def quantizable(model: Any) -> set[str]:
+    """The weights that are quantized, by name: of linear layers but the head's."""
+    head, modules = model.get_output_embeddings(), model.named_modules()
+    linears = [(name, module) for name, module in modules if isinstance(module, nn.Linear)]
+    return {f"{name}.weight" for name, module in linears if why_not(name, module, head) is None}
 
 
 def replace_linears(

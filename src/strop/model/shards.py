@@ -72,7 +72,7 @@ def quantize_folder(
     source: Source, skeleton: nn.Module, folder: Path, scheme: str, double: bool, dtype: torch.dtype
 ) -> None:
     """Writes the weights of a 16-bit folder, quantized where `quantizable` says so, into another, in small shards."""
-    chosen = {f"{name}.weight" for name, _ in quantizable(skeleton)}
+    chosen = quantizable(skeleton)
     tensors = Tensors(source.path)
 
     def parts(name: str) -> dict[str, Tensor]:

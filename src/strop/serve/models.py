@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strop.adapters import adapter_folder, base_source, load, load_beside, read_identity, with_tokenizer
+from strop.adapters import adapter_folder, load, read_identity, with_tokenizer
 from strop.data.conversation import Ids, Message
 from strop.data.rendering.render import Renderer, RenderError
 from strop.data.shapes import BadRow, asked
@@ -89,17 +89,17 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
     if first.adapter is None:
         return Loaded(first.module, {ids[0]: Served(ids[0], None, first.tokenizer, first.renderer, None)}, first.notes)
     models = {ids[0]: Served(ids[0], "default", first.tokenizer, first.renderer, first.default_system)}
-    notes, source = list(first.notes), base_source(first.adapter)
-    for place, (own, name) in enumerate(zip(ids[1:], names[1:], strict=True), start=2):
+    notes = []
+    for own, name in zip(ids[1:], names[1:], strict=True):
         folder = adapter_folder(name)
-        assert folder is not None
-        tokenizer = load_tokenizer(with_tokenizer(folder, source))
+        assert folder is not None and first.source is not None
+        tokenizer = load_tokenizer(with_tokenizer(folder, first.source))
         if len(tokenizer) > len(first.module.get_input_embeddings().weight):
             raise ModelError(f"{name}: has more tokens than {names[0]}", fix="serve it on its own, or name it first")
-        adapter, identity = f"adapter{place}", read_identity(folder)
-        notes += load_beside(first.module, folder, source, adapter, force=force)
+        first.add(name, force=force, own_template=True)
+        identity = read_identity(folder)
         if identity.get("quantization", "none") != read_identity(first.adapter).get("quantization", "none"):
             notes.append(f"{name}: was trained on a base quantized otherwise than {names[0]}'s, which both get here")
-        models[own] = Served(own, adapter, tokenizer, Renderer(tokenizer), identity.get("system"))
+        models[own] = Served(own, first.others[name], tokenizer, Renderer(tokenizer), identity.get("system"))
     models[BASE] = Served(BASE, None, first.tokenizer, first.renderer, None)
-    return Loaded(first.module, models, notes)
+    return Loaded(first.module, models, [*first.notes, *notes])
