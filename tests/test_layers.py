@@ -1,10 +1,15 @@
-"""Imports point down only (DESIGN 4), and what must start fast starts without torch."""
+"""Imports point down only, no files import each other in a ring, and what must start fast starts without torch.
+
+Every kind of import counts: at the top of a file, inside a function, and for type checking.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,8 +18,8 @@ from tests import ROOT
 
 SOURCE = ROOT / "src" / "strop"
 
-# from the bottom up; a module may import its own row only where the row's own entry says so
-LAYERS = [
+# From the bottom up; a module may import its own row only where the row's own entry says so.
+LAYERS: list[set[str]] = [
     {"errors"},
     {"runs"},
     {"config"},
@@ -32,47 +37,138 @@ SIDEWAYS = {
     ("engine", "machine"),
     ("evaluation", "adapters"),
 }
+# Inside two rooms, from the bottom up: files, or folders with what is in them.
+FLOORS: Mapping[str, list[set[str]]] = {
+    "engine": [
+        {"packed", "lora"},
+        {"eager", "functions"},
+        {"head", "joined", "attention"},
+        {"cpu", "card"},
+        {"processor", "device"},
+        {"families", "plain"},
+        {"fast"},
+        {"step", "exercise"},
+    ],
+    "data": [
+        {"conversation", "suspicions"},
+        {"reading"},
+        {"rendering"},
+        {"shapes", "store", "pack"},
+        {"formats", "report", "batches"},
+        {"prepare"},
+        {"check"},
+    ],
+}
+# Who reaches what only one kind of processor has; nothing outside of engine does.
+CHOOSERS = {"engine/processor.py", "engine/device.py"}
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "core", "base", "manager"}
+FILES = sorted(SOURCE.rglob("*.py"))
 
 
-def room(module: str) -> str:
-    return module.split(".")[1] if "." in module else ""
+def place(file: Path) -> str:
+    return str(file.relative_to(SOURCE))
 
 
-def level(name: str) -> int:
-    return next(number for number, layer in enumerate(LAYERS) if name in layer)
+def module_of(file: Path) -> str:
+    parts = ("strop", *file.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(file: Path) -> set[str]:
-    """Modules of strop that a file imports, at any depth; imports for type checking count too, but for Example."""
-    found = set()
+MODULES = {module_of(file): file for file in FILES}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Modules of strop that a file imports, at any depth; of `from strop.engine import eager` that is eager.py."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("strop."):
-            found.add(node.module)
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("strop.")}
-    return found
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "strop")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{place(file)}: a relative import"
+            if node.module and node.module.split(".")[0] == "strop":
+                inner = [f"{node.module}.{alias.name}" for alias in node.names]
+                yield from (name for name in inner if name in MODULES)
+                if any(name not in MODULES for name in inner):
+                    yield node.module
 
 
-@pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE)))
+def level(layers: Sequence[set[str]], name: str) -> int:
+    return next(number for number, layer in enumerate(layers) if name in layer)
+
+
+@pytest.mark.parametrize("file", FILES, ids=place)
 def test_imports_point_down(file: Path) -> None:
-    here = file.relative_to(SOURCE).with_suffix("").parts[0]
-    assert not FORBIDDEN_NAMES & set(file.relative_to(SOURCE).with_suffix("").parts)
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    here = parts[0]
+    assert not FORBIDDEN_NAMES & set(parts)
     if here == "__init__":
         return
     wrong = []
     for module in imports(file):
-        there = room(module)
-        allowed = there == here or level(there) < level(here) or (here, there) in SIDEWAYS
+        there = module.split(".")[1] if "." in module else ""
+        if not there:  # strop's own name and version
+            continue
+        allowed = there == here or level(LAYERS, there) < level(LAYERS, here) or (here, there) in SIDEWAYS
         unit_between = module == "strop.data.conversation" and here in ("engine", "model")
         if not (allowed or unit_between):
             wrong.append(module)
     assert not wrong
 
 
+@pytest.mark.parametrize("room", FLOORS)
+def test_imports_point_down_inside_a_room(room: str) -> None:
+    wrong = []
+    for file in FILES:
+        parts = file.relative_to(SOURCE).with_suffix("").parts
+        if parts[0] != room or parts[1] == "__init__":
+            continue
+        for module in imports(file):
+            _, there, *rest = module.split(".")
+            if there != room or not rest or rest[0] == parts[1]:
+                continue
+            if level(FLOORS[room], rest[0]) >= level(FLOORS[room], parts[1]):
+                wrong.append(f"{place(file)} imports {module}")
+    assert not wrong
+
+
+def test_processors_are_reached_through_one_place() -> None:
+    own = ("engine/cpu/", "engine/card/")
+    reached = {
+        place(file)
+        for file in FILES
+        for module in imports(file)
+        if module.startswith(("strop.engine.cpu", "strop.engine.card")) and not place(file).startswith(own)
+    }
+    assert reached == CHOOSERS
+    for_cards = [file for file in FILES if place(file).startswith(own[1])]
+    assert not [file for file in for_cards if any(module.startswith("strop.engine.cpu") for module in imports(file))]
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import each other in a ring, the first once more at its end; empty where there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_circles() -> None:
+    graph = {name: set(imports(file)) - {name} for name, file in MODULES.items()}
+    graph["strop"] = set()  # the Python interface, which takes from everywhere; what others take of it is the version
+    assert not circle(graph)
+    assert circle({**graph, "strop.errors": {"strop.cli"}})  # and a planted one is seen
+
+
 def test_files_stay_readable() -> None:
-    long = {str(file): lines for file in SOURCE.rglob("*.py") if (lines := len(file.read_text().splitlines())) > 400}
+    long = {place(file): lines for file in FILES if (lines := len(file.read_text().splitlines())) > 400}
     assert not long
+
+
+def test_tests_mirror_the_source() -> None:
+    """A test's folder is that of the files it tests: a change in one file has one obvious place to look."""
+    rooms = {str(file.parent.relative_to(SOURCE)) for file in FILES}
+    tests = {str(file.parent.relative_to(ROOT / "tests")) for file in (ROOT / "tests").rglob("test_*.py")}
+    assert tests - rooms == {"faults"}
 
 
 @pytest.mark.parametrize("code", ["import strop", "import strop.cli", "from strop.cli import build; build(['train'])"])

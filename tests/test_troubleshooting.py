@@ -41,7 +41,7 @@ from strop.training.setup import _look
 from tests import ROOT
 from tests.support import tiny
 from tests.support.hub_standin import serve
-from tests.training.test_guard import curve, falling, starved
+from tests.support.troubles import curve, falling, starved
 
 PAGE = ROOT / TROUBLES
 NAMED = re.compile(rf"{TROUBLES}#(\w+)")

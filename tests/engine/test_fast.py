@@ -11,14 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
-    Gemma2Config,
-    Gemma3TextConfig,
     LlamaConfig,
-    MistralConfig,
     Olmo2Config,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 from strop.data.conversation import Example
@@ -26,18 +20,8 @@ from strop.engine.families import FAMILIES, unsupported
 from strop.engine.fast import FastLoss
 from strop.engine.plain import PlainLoss
 from strop.machine.probe import probe
-from tests.engine.test_plain import example, tiny
+from tests.support.random_models import FAMILY_CONFIGS, example, tiny
 
-GEMMA = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-FAMILY_CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
-    "llama": (LlamaConfig, {}),
-    "mistral": (MistralConfig, {"sliding_window": 4}),
-    "qwen2": (Qwen2Config, {}),
-    "qwen3": (Qwen3Config, {}),
-    "phi3": (Phi3Config, {"pad_token_id": 0, "sliding_window": 5}),
-    "gemma2": (Gemma2Config, {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
-    "gemma3_text": (Gemma3TextConfig, GEMMA),
-}
 Gradients = dict[str, torch.Tensor]
 
 

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedModel
+from transformers import Gemma2Config, LlamaConfig
 
-from strop.data.conversation import Example
 from strop.engine.plain import PlainLoss
-
-
-def tiny(config: type = LlamaConfig, **changes: object) -> PreTrainedModel:
-    torch.manual_seed(0)
-    shape = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
-    return AutoModelForCausalLM.from_config(config(**{**shape, **heads, **changes}))
-
-
-def example(length: int, seed: int, weights: list[float] | None = None) -> Example:
-    rng = np.random.default_rng(seed)
-    weight = np.asarray(weights if weights else [0.0] + [1.0] * (length - 1), dtype=np.float32)
-    return Example(rng.integers(1, 97, length, dtype=np.int32), weight, "f", seed)
+from tests.support.random_models import example, tiny
 
 
 @pytest.mark.parametrize("config", [LlamaConfig, Gemma2Config])

@@ -14,7 +14,7 @@ from strop.data.conversation import Conversation, Message
 from strop.errors import DataError
 from strop.evaluation import run as evaluation
 from strop.evaluation.run import evaluate_models, leaderboard
-from tests.training.test_run import QUICK, run
+from tests.support.running import QUICK, run
 
 
 def rows(path: Path, pairs: list[tuple[str, str]]) -> Path:

@@ -17,8 +17,8 @@ from strop.exporting.adapters import combine, compare, facts, norm
 from strop.model.generate import Sampling
 from strop.serve.models import load_models
 from tests.support import tiny
+from tests.support.running import run
 from tests.support.serving import save_adapters
-from tests.training.test_run import run
 
 
 @pytest.fixture(scope="module")

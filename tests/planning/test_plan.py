@@ -30,7 +30,7 @@ from strop.planning.compare import KNOWN
 from strop.planning.here import Place
 from strop.planning.setting import Setting
 from strop.planning.speed import Rate, flops, tokens_per_s
-from tests.training.test_run import run
+from tests.support.running import run
 
 PHASES = ["load", "train", "evaluate", "merge", "serve"]
 RATES = Rates(4e11, 2e11, 2e10, 2, {"bf16": 3e11, "fp32": 2e11}, {"bf16": 2e11, "fp32": 1e11})

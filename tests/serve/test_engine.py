@@ -25,9 +25,9 @@ from strop.serve.metrics import Metrics
 from strop.serve.models import load_models
 from strop.serve.sampling import NoToken
 from strop.serve.words import Words
-from tests.engine.test_fast import FAMILY_CONFIGS
-from tests.engine.test_plain import tiny as random_model
 from tests.support.families import tokenizer
+from tests.support.random_models import FAMILY_CONFIGS
+from tests.support.random_models import tiny as random_model
 from tests.support.serving import save_adapters
 from tests.support.tiny import model as tiny_model
 

@@ -21,6 +21,7 @@ from strop.training.job import Job
 from strop.training.loop import fit
 from strop.training.state import Progress
 from tests.support import tiny
+from tests.support.troubles import curve, falling, starved
 
 
 def with_loss(job: Job, change: Callable[[int, torch.Tensor], torch.Tensor]) -> Job:
@@ -117,26 +118,6 @@ def test_a_resumed_run_decides_as_the_unbroken_one(tmp_path: Path) -> None:
     assert all(torch.equal(weight, whole.state.weights[name]) for name, weight in again.state.weights.items())
 
 
-def no_memory(calls: set[int], number: list[int]) -> Callable[[Any], None]:
-    def maybe(_: Any) -> None:
-        number[0] += 1
-        if number[0] in calls:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    return maybe
-
-
-def starved(job: Job, calls: set[int], recompute: list[str] | None = None) -> Job:
-    good, maybe = job.step.token_loss, no_memory(calls, [0])
-
-    def compute(rows: Any) -> torch.Tensor:
-        maybe(rows)
-        return good(rows)
-
-    asked = recompute if recompute is not None else []
-    return replace(job, step=replace(job.step, token_loss=compute, recompute=lambda: asked.append("recompute")))
-
-
 @pytest.mark.parametrize("options", [{}, {"train.micro_batch": None, "train.micro_batch_tokens": 400}])
 def test_out_of_memory_keeps_step_rows_and_weights(tmp_path: Path, options: dict[str, Any]) -> None:
     train, more = tiny.examples(40), {"train.max_steps": 6, **options}
@@ -206,14 +187,6 @@ def test_sizes() -> None:
     for wrong in ("much", "-1GB", "0"):
         with pytest.raises(RecipeError, match="not a size"):
             parse_bytes(wrong)
-
-
-def curve(kind: str, losses: dict[int, float]) -> list[dict[str, Any]]:
-    return [{"event": kind, "step": step, "loss": loss} for step, loss in losses.items()]
-
-
-def falling(first: float, last: float, steps: int = 60) -> dict[int, float]:
-    return {n: first + (last - first) * n / steps + 0.05 * (-1) ** n for n in range(1, steps + 1)}
 
 
 def test_diagnosis_of_a_good_run_is_empty() -> None:

@@ -24,7 +24,7 @@ from strop.training.loop import fit
 from strop.training.rehearsal import batch_of, forecast, rehearse
 from strop.training.shrink import micro_batches
 from tests.support import tiny
-from tests.training.test_guard import starved
+from tests.support.troubles import starved
 
 QUICK = {"train.max_steps": 3, "train.batch_size": 4, "lora.r": 4, "model.dtype": "fp32", "lora.dropout": 0.1}
 SHAPE = ModelShape.of(tiny.config().to_dict())

@@ -20,18 +20,7 @@ import strop
 from strop import cli
 from strop.runs.events import read_events
 from tests.support import tiny
-
-QUICK = ["--train.max_steps", "6", "--train.batch_size", "4", "--lora.r", "4", "--model.dtype", "fp32"]
-
-
-def run(*words: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a strop command in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["strop", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    out = capsys.readouterr()
-    return int(ended.value.code or 0), out.out, out.err
+from tests.support.running import QUICK, run
 
 
 @pytest.fixture
