@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import measured
+
 SHAPES = {
     "tiny": (64, 128, 2, 4, 2, 49152),
     "135m": (576, 1536, 30, 9, 3, 49152),
@@ -197,7 +199,7 @@ def main() -> None:
                 results.append({"shape": options.shape, "tool": tool, "scheme": scheme, "tokens": int(length), **found})
                 print(json.dumps(results[-1]), flush=True)
     if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        measured.write(options.out, results)
 
 
 if __name__ == "__main__":

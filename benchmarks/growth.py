@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import measured
 
 SIZES: dict[str, dict[str, int]] = {  # of the Llama family, as SmolLM2's, the smallest with half its layers
     "77M": {"hidden_size": 576, "intermediate_size": 1536, "layers": 15, "heads": 9, "kv": 3},
@@ -101,10 +101,9 @@ def main() -> None:
         print(json.dumps(point(options.point[0], int(options.point[1]), int(options.point[2]))))
         return
 
-    def measured(size: str, tokens: int, length: int, **settings: str) -> dict[str, Any]:
-        command = [sys.executable, __file__, "--point", size, str(tokens), str(length)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **settings})
-        return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    def point_of(size: str, tokens: int, length: int, **settings: str) -> dict[str, Any]:
+        words = [sys.executable, __file__, "--point", size, str(tokens), str(length)]
+        return dict(measured.child(words, settings))
 
     wanted = {
         "tokens": [("135M", tokens, 128) for tokens in TOKENS],
@@ -115,9 +114,9 @@ def main() -> None:
     for axis, points in wanted.items():
         found[axis] = []
         for size, tokens, length in points:
-            found[axis].append(measured(size, tokens, length))
+            found[axis].append(point_of(size, tokens, length))
             if axis == "tokens":
-                trimmed = measured(size, tokens, length, MALLOC_MMAP_THRESHOLD_="65536")
+                trimmed = point_of(size, tokens, length, MALLOC_MMAP_THRESHOLD_="65536")
                 found[axis][-1]["needed_bytes"] = trimmed["peak_bytes"]
             print(found[axis][-1], file=sys.stderr)
     many = found["tokens"][1:]  # the smallest stays within what the process had already
@@ -128,7 +127,7 @@ def main() -> None:
     report = {**found, "per_token": {**slopes, "formula_bytes": saved_bytes_per_token("135M", 128)}}
     print(json.dumps({key: value for key, value in report.items() if key not in found}, indent=2))
     if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        measured.write(options.out, report)
     if options.plot:
         plot(report, options.plot)
 

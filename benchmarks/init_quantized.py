@@ -11,11 +11,11 @@ rows before the first step and after the last. --rate: larger A and B learn fast
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import measured
 import peft
 import torch
 
@@ -125,7 +125,7 @@ def main() -> None:
             found = results[way][-1]
             print(f"{way:16} seed {seed}: {found['before']:.4f} before, {found['after']:.4f} after", flush=True)
     if options.out:
-        Path(options.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        measured.write(options.out, results)
 
 
 if __name__ == "__main__":

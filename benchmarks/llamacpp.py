@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import measured
+
 import strop
 from strop.adapters import read_adapter_config
 from strop.evaluation.compare import questions
@@ -45,7 +47,7 @@ def main() -> None:
         results.append({"type": name, "rows": len(rows), **rates, "answers_equal": same, **more})
         print(json.dumps(results[-1]), flush=True)
         if asked.out:
-            asked.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            measured.write(asked.out, results)
 
     tell("strop, fp32", expected)
     for kind in asked.types:

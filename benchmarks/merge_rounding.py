@@ -11,11 +11,11 @@ writes the merged weights back into NF4.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import measured
 import peft
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ def main() -> None:
                 flush=True,
             )
     if options.out:
-        Path(options.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        measured.write(options.out, results)
 
 
 if __name__ == "__main__":

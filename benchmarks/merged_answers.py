@@ -9,11 +9,11 @@ chose. Rows are asked in batches of like length, padded on the left.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import measured
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -69,7 +69,7 @@ def main() -> None:
                 results.append({"weights": dtype, "compute": compute, "rows": len(rows), "same": same})
                 print(f"{dtype} weights, {compute} compute: {same} of {len(rows)} answers are the same", flush=True)
     if options.out:
-        Path(options.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        measured.write(options.out, results)
 
 
 def vars_of(message: Any) -> dict[str, str]:

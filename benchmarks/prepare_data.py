@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import subprocess
@@ -19,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import measured
 
 WORDS = [
     "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school",
@@ -122,8 +123,7 @@ def main() -> None:
         peak = statistics.median(run["peak_bytes"] for run in runs)
         print(f"{name}: {rate:,.0f} rows/s, {peak / 2**20:,.0f} MiB beyond the tokenizer (median of {len(runs)})")
     if options.out:
-        report = {"machine": platform.processor() or platform.machine(), "rows": options.rows, "runs": found}
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        measured.write(options.out, found, rows=options.rows)
 
 
 if __name__ == "__main__":

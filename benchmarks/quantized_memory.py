@@ -11,13 +11,14 @@ weights say`: how much lower the peak of training is than that of 16 bit, as a s
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import measured
 
 from strop.model.facts import locate, safetensors_header, weight_files
 from strop.model.load import weights_folder
@@ -125,7 +126,7 @@ def main() -> None:
         share = "" if one["kept"] is None else f", kept of what the weights say {one['kept']:.0%}"
         print(f"{name:14} MiB: " + ", ".join(f"{key[:-6]} {value}" for key, value in mib.items()) + share, flush=True)
     if options.out:
-        Path(options.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        measured.write(options.out, results)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import signal
 import socket
@@ -23,11 +21,11 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import measured
 import psutil
 import requests
 
@@ -161,10 +159,7 @@ def main() -> None:
     servers |= {"llama.cpp": args.llama} if args.llama else {}
     results = [one for name, command in servers.items() for one in measure(name, command, args, asked, tokenizer)]
     if args.out:
-        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        used = {name: version(name) for name in ("strop", "torch", "transformers")}
-        told = {"machine": machine, "versions": used, "commands": servers, "results": results}
-        args.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        measured.write(args.out, results, commands=servers)
 
 
 def question(messages: tuple[Message, ...]) -> list[dict[str, str]]:

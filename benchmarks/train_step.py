@@ -15,25 +15,19 @@ import argparse
 import json
 import math
 import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numba
+import measured
 import numpy as np
 import torch
 import transformers
 from peers import PEERS
 from peers import run as peers_run
 from peft import LoraConfig, get_peft_model
-from peft import __version__ as peft_version
 
 from strop.data.conversation import Example
 from strop.engine.cpu.precision import measure
@@ -108,30 +102,27 @@ def strop(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / len(batches)))
     )
-    seconds, cpu, losses = 0.0, 0.0, []
+    clock, losses = measured.Clock(), []
     loss(batches[0]).backward()
     optimizer.zero_grad(set_to_none=True)
     for batch in batches:
         supervised = sum(example.supervised for example in batch)
-        started, cpu_started = time.perf_counter(), time.process_time()
-        value = loss(batch) / supervised
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(value.detach().item())
-        seconds += time.perf_counter() - started
-        cpu += time.process_time() - cpu_started
+        with clock:
+            value = loss(batch) / supervised
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(value.detach().item())
     tokens = sum(len(example) for example in examples)
     supervised = sum(example.supervised for example in examples)
     return {
-        "tokens_per_s": tokens / seconds,
-        "supervised_tokens_per_s": supervised / seconds,
-        "tokens_per_cpu_s": tokens / cpu,
-        "seconds": seconds,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "tokens_per_s": tokens / clock.seconds,
+        "supervised_tokens_per_s": supervised / clock.seconds,
+        "tokens_per_cpu_s": tokens / clock.cpu_seconds,
+        "seconds": clock.seconds,
+        "peak_rss_bytes": measured.peak_rss_bytes(),
         "mean_loss": statistics.mean(losses),
     }
 
@@ -230,10 +221,7 @@ def main() -> None:
                 runs[name].append(peers_run(name, options, tokens))
                 print(f"{name}: {runs[name][-1]}", file=sys.stderr)
                 continue
-            done = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--run", name], capture_output=True, text=True, check=True
-            )
-            runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+            runs[name].append(measured.child([sys.executable, __file__, *sys.argv[1:], "--run", name]))
             print(f"{name}: {runs[name][-1]['tokens_per_s']:.0f} tokens/s", file=sys.stderr)
     gemm = max(rate.bf16_flops if options.dtype == "bf16" else rate.fp32_flops for rate in rates)
     results = {
@@ -246,20 +234,7 @@ def main() -> None:
     )
     for result in results.values():
         result["share_of_floor"] = result["tokens_per_s"] * floor / gemm
-    report = {
-        "date": date.today().isoformat(),
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "threads": options.threads,
-            "system": platform.system(),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft_version,
-            "numba": numba.__version__,
-        },
+    about = {
         "options": {
             key: value
             for key, value in vars(options).items()
@@ -268,11 +243,10 @@ def main() -> None:
         "gemm_flops": gemm,
         "floor_flops_per_token": floor,
         "tokens": tokens,
-        "results": results,
     }
-    print(json.dumps(report, indent=2))
+    print(json.dumps({**about, "results": results}, indent=2))
     if options.out:
-        Path(options.out).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        measured.write(options.out, results, **about)
 
 
 if __name__ == "__main__":

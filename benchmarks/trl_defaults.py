@@ -4,28 +4,15 @@ python trl_defaults.py MODEL_FOLDER DATA.jsonl OUT_FOLDER          its defaults;
 python trl_defaults.py MODEL_FOLDER DATA.jsonl OUT_FOLDER 4bit     the usual QLoRA lesson, in bf16
 """
 
-import json
 import sys
-import time
-from typing import Any
 
 from datasets import load_dataset
+from measured import train_clocked
 from peft import LoraConfig
-from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 model, data, out, *quantized = sys.argv[1:]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-class Clock(TrainerCallback):
-    seconds = 0.0
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.started = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds += time.perf_counter() - self.started
 
 
 if quantized:
@@ -42,7 +29,6 @@ if quantized:
     model = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=torch.bfloat16)
     model = prepare_model_for_kbit_training(model)
 more = {"optim": "paged_adamw_8bit", "learning_rate": 2e-4, "bf16": True} if quantized else {}
-clock = Clock()
 trainer = SFTTrainer(
     model=model,
     args=SFTConfig(
@@ -57,18 +43,5 @@ trainer = SFTTrainer(
     ),
     train_dataset=load_dataset("json", data_files=data, split="train"),
     peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS),
-    callbacks=[clock],
 )
-step, real = trainer.training_step, 0
-
-
-def counted(module: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
-    global real
-    real += int(inputs["attention_mask"].sum())
-    return step(module, inputs, *rest, **more)
-
-
-trainer.training_step = counted
-trainer.train()
-losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-print(json.dumps({"tokens": real, "seconds": clock.seconds, "loss": sum(losses) / len(losses)}))
+train_clocked(trainer)

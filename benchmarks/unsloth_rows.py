@@ -6,31 +6,18 @@ bf16 weights, r 16 on all linear layers, whole text in the loss, grouped by leng
 packing: rows laid one behind the other, up to 1,024 tokens, instead.
 """
 
-import json
 import sys
-import time
-from typing import Any
 
 from unsloth import FastLanguageModel  # first: it patches what the others import
 
 import torch  # isort: skip
 from datasets import load_dataset  # isort: skip
-from transformers import TrainerCallback  # isort: skip
+from measured import train_clocked  # isort: skip
 from trl import SFTConfig, SFTTrainer  # isort: skip
 
 folder, data, out, batch = sys.argv[1:5]
 PACKING = sys.argv[5:] == ["packing"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-class Clock(TrainerCallback):
-    seconds = 0.0
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.started = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds += time.perf_counter() - self.started
 
 
 model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=1024, dtype=torch.bfloat16)
@@ -39,7 +26,6 @@ model = FastLanguageModel.get_peft_model(
 )
 rows = load_dataset("json", data_files=data, split="train")
 rows = rows.map(lambda row: {"text": tokenizer.apply_chat_template(row["messages"], tokenize=False)})
-clock = Clock()
 trainer = SFTTrainer(
     model=model,
     processing_class=tokenizer,
@@ -61,19 +47,5 @@ trainer = SFTTrainer(
         dataset_num_proc=1,
     ),
     train_dataset=rows.remove_columns(["messages"]),
-    callbacks=[clock],
 )
-step, real = trainer.training_step, 0
-
-
-def counted(module: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
-    global real
-    mask = inputs.get("attention_mask")
-    real += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-    return step(module, inputs, *rest, **more)
-
-
-trainer.training_step = counted
-trainer.train()
-losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-print(json.dumps({"tokens": real, "seconds": clock.seconds, "loss": sum(map(float, losses)) / len(losses)}))
+train_clocked(trainer)

@@ -55,7 +55,7 @@ class Room:
     """Memory for one tensor after the other: each holds until the next is asked for, by anyone.
 
     What a layer needs for a moment would leave a hole between what it keeps, and holes are not filled: a fifth of the
-    step's memory (docs/log.md).
+    step's memory (docs/log).
     """
 
     def __init__(self) -> None:

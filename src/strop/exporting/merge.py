@@ -256,7 +256,7 @@ def rounded(name: str, merged: Tensor, base: Tensor, dtype: torch.dtype) -> Tens
     """The merged weight in its new type; a changed one in bf16 is rounded up or down at random, in proportion.
 
     Rounding to nearest takes back what is smaller than half a step: 83 % of the weights of a lightly trained adapter
-    came out as they had been, mean KL 4.7e-3; this way the mean of the change is kept, mean KL 6.7e-5 (docs/log.md).
+    came out as they had been, mean KL 4.7e-3; this way the mean of the change is kept, mean KL 6.7e-5 (docs/log).
     The random numbers belong to the tensor's name: the same merge gives the same bits.
     """
     if not merged.is_floating_point():

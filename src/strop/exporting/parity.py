@@ -30,7 +30,7 @@ class Limit:
 
 
 # bf16: where a text has several good next words, rounding decides between some: 99.35 % agreed on chat rows, at a mean
-# KL of 7e-5 (docs/log.md).
+# KL of 7e-5 (docs/log).
 LIMITS = {"fp32": Limit(1e-6, 0.995), "bf16": Limit(1e-3, 0.99), "fp16": Limit(1e-3, 0.995)}
 
 

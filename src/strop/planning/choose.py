@@ -28,7 +28,7 @@ def learning_rate(parameters: int) -> float:
     """2e-4 for 7B parameters and more (QLoRA, arXiv:2305.14314, table 9), larger for small models:
     2e-4 (7e9 / P)^0.41, at most 2e-3.
 
-    The exponent makes it 1e-3 at 135M parameters, measured on SNIPS and the demo data (docs/log.md).
+    The exponent makes it 1e-3 at 135M parameters, measured on SNIPS and the demo data (docs/log).
     """
     return float(f"{min(2e-3, 2e-4 * max(1.0, 7e9 / parameters) ** 0.41):.2g}")
 

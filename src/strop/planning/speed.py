@@ -18,7 +18,7 @@ from strop.planning.setting import Setting
 FROZEN, THIN = 0.82, 0.5
 ATTENTION, HEAD = 0.5, 1.0  # where `strop doctor` has not measured them
 UNPACKED_PER_S = 1.0e9  # weights dequantized a second on two cores, where they are streamed
-PLAIN = 2.9  # times as long in the plain step on a CPU: 76 tokens/s beside 215 to 230 (docs/log.md)
+PLAIN = 2.9  # times as long in the plain step on a CPU: 76 tokens/s beside 215 to 230 (docs/log)
 STEP_S = 0.08  # Python, dispatch, autograd and the casts of gradients, a micro-batch of 30 layers
 GPU_SHARE = 0.45  # of a card's dense rate: 43 % at 8B LoRA on an H100 (NVIDIA NeMo AutoModel's published figure)
 

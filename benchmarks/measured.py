@@ -1,0 +1,122 @@
+"""What benchmarks share: the machine, the clock, a child's result, and the file that keeps a result.
+
+Standard library only, at its top: other tools' scripts use it in environments that have no strop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("strop", "torch", "transformers", "peft", "bitsandbytes", "numba", "trl", "unsloth", "datasets")
+
+
+def machine() -> dict[str, Any]:
+    """cpu by its name, the cores that this process may use, memory in bytes, system and Python."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": cores,
+        "memory_bytes": memory,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Of those packages that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The checkout's commit, with + behind it where files differ from it; empty outside of one."""
+    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
+def write(file: Path | str, results: Any, **more: Any) -> None:
+    """Keeps results, with the machine, date, commit, versions and command that they are of. more: further fields."""
+    script, *words = sys.argv
+    short = (Path(word).name if os.path.isabs(word) else word for word in words)  # where it lay is nobody's concern
+    command = " ".join(["python", f"benchmarks/{Path(script).name}", *short])
+    of = {"date": date.today().isoformat(), "commit": commit(), "machine": machine(), "versions": versions()}
+    told = {**of, "command": command, **more, "results": results}
+    Path(file).write_text(json.dumps(told, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def peak_rss_bytes() -> int:
+    """Of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def child(words: Sequence[str], env: Mapping[str, str] | None = None) -> Any:
+    """What a process prints as JSON on its last line. Raises RuntimeError with its last words where it fails."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, **(env or {})})
+    if done.returncode or not done.stdout.strip():
+        raise RuntimeError(f"{' '.join(words)}:\n{(done.stderr or done.stdout)[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+class Clock:
+    """Seconds inside `with` blocks, all together: wall time, and of all threads' work."""
+
+    seconds = 0.0
+    cpu_seconds = 0.0
+
+    def __enter__(self) -> Clock:
+        self._begun, self._cpu_begun = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._begun
+        self.cpu_seconds += time.process_time() - self._cpu_begun
+
+
+def train_clocked(trainer: Any) -> None:
+    """Trains with a trainer of transformers or TRL; prints real tokens, seconds inside steps, and the mean loss."""
+    from transformers import TrainerCallback
+
+    clock, tokens, step = Clock(), [0], trainer.training_step
+
+    class Steps(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            clock.__enter__()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.__exit__()
+
+    def counted(module: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        mask = inputs.get("attention_mask")  # there is none where rows are packed
+        tokens[0] += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        return step(module, inputs, *rest, **more)
+
+    trainer.training_step = counted
+    trainer.add_callback(Steps())
+    trainer.train()
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    print(json.dumps({"tokens": tokens[0], "seconds": clock.seconds, "loss": sum(losses) / len(losses)}))
