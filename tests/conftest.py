@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from tests.support.serving import Server
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is imported: as many threads in all as cores
+    own = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, own)))
 
 
 @pytest.fixture(autouse=True)

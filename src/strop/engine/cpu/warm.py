@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numba
 import torch
+from filelock import FileLock
 
 from strop.machine.probe import probe
 from strop.runs.lock import sha256_text
@@ -28,8 +29,11 @@ def compile_once(dtype: torch.dtype, cache: Path, exercise: str) -> None:
     name = str(dtype).removeprefix("torch.")
     sources = [Path(__file__).with_name(file).stat().st_mtime_ns for file in SOURCES]
     mark = cache / f"strop-{sha256_text(repr((sources, numba.__version__, probe().cpu)))[:16]}-{name}"
-    if not mark.is_file():
-        # Where it fails, this process compiles for itself: its last bits may differ from those of the next one.
-        subprocess.run([sys.executable, "-m", exercise, name], capture_output=True, check=False)
-        cache.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+    if mark.is_file():
+        return
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "strop.lock"):  # of two processes that start at once, one waits for what the other compiles
+        if not mark.is_file():
+            # Where it fails, this process compiles for itself: its last bits may differ from those of the next one.
+            subprocess.run([sys.executable, "-m", exercise, name], capture_output=True, check=False)
+            mark.touch()

@@ -1,0 +1,26 @@
+"""The command line as a contract: help texts are changed on purpose only."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from strop.cli import COMMANDS, EXPORTS
+from tests import ROOT
+from tests.support.helptexts import FILE, helptexts
+
+
+def test_help_says_what_it_said() -> None:
+    """After a change that is meant: python -m tests.support.helptexts"""
+    assert helptexts() == FILE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *EXPORTS])
+def test_a_command_is_in_the_file_named_after_it(name: str) -> None:
+    command = {**COMMANDS, **EXPORTS}[name]
+    file = "export" if name in EXPORTS else {"eval": "evaluate"}.get(name, name)
+    assert command.__module__ == f"strop.commands.{file}"
+    tree = ast.parse((ROOT / "src" / "strop" / "commands" / f"{file}.py").read_text(encoding="utf-8"))
+    public = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]
+    assert sorted(public) == sorted(EXPORTS if name in EXPORTS else [command.__name__])

@@ -1,0 +1,46 @@
+"""The tour for newcomers leads to what is there."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests import ROOT
+
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PATHS = sorted(set(re.findall(r"`((?:src|tests|docs|tools|benchmarks)/[\w./-]*)`", TEXT)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_it_names_exists(path: str) -> None:
+    assert (ROOT / path).exists()
+    assert (ROOT / path).is_dir() == path.endswith("/")
+
+
+def test_a_short_name_is_a_file_of_its_row() -> None:
+    """In a row about `src/strop/engine/cpu/`, `kernels` is a file there."""
+    wrong, seen = [], 0
+    for row in re.findall(r"^\| `src/.*$", TEXT, re.M):
+        first, _, said = row.partition(" | ")
+        folders = [
+            ROOT / path if path.endswith("/") else (ROOT / path).parent for path in re.findall(r"`(src/[^`]*)`", first)
+        ]
+        names = re.findall(r"`([a-z_]+)`", said)
+        seen += len(names)
+        wrong += [
+            name
+            for name in names
+            if not any((folder / f"{name}.py").is_file() for folder in folders)
+            and not any(
+                re.search(rf"def {name}\b", file.read_text()) for folder in folders for file in folder.glob("*.py")
+            )
+        ]
+    assert not wrong and seen > 50
+
+
+def test_every_room_is_on_the_tour() -> None:
+    rooms = {
+        path.name for path in (ROOT / "src" / "strop").iterdir() if path.is_dir() and (path / "__init__.py").exists()
+    }
+    assert rooms - {"demo", "runs"} <= {path.split("/")[2] for path in PATHS if path.startswith("src/strop/")}
