@@ -290,9 +290,13 @@ def print_base(base: str, losses: dict[str, float]) -> None:
 
 
 def print_parity(parity: Parity | None) -> None:
+    """What was measured of a merged or exported model against its adapter."""
+    if parity is None:
+        console.print("[bold]parity[/]   not measured")
+        return
+    flips = f"{parity.clear_flips} clear flip{'s' * (parity.clear_flips != 1)} in {parity.positions:,} positions"
+    effect = "" if parity.effect is None else f"; {parity.effect.value:.1%} of the adapter's effect"
     console.print(
-        "[bold]parity[/]   not measured"
-        if parity is None
-        else f"[bold]parity[/]   mean KL {parity.kl_mean:.2g}, at most {parity.kl_max:.2g}; top-1 agreement "
-        f"{parity.top1_agreement:.2%} of {parity.positions:,} positions; loss {parity.loss_difference:+.1e}"
+        f"[bold]parity[/]   mean KL {parity.kl_mean:.2g}, at most {parity.kl_max:.2g}; {flips} (top-1 agreement "
+        f"{parity.top1_agreement:.2%}){effect}; loss {parity.loss_difference:+.1e}"
     )

@@ -217,6 +217,7 @@ def _loaded(folder: Path, dtype: torch.dtype) -> Any:
 
 def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str) -> Path:
     """The merged folder under a name of its own; shards that an earlier try left whole are kept."""
+    change, as_trained = changes(source, folder), trained.rounding(source)
     made = out.with_name(f"{out.name}.partial")
     made_of = {
         "adapter": sha256_file(folder / WEIGHTS_FILE),
@@ -230,7 +231,6 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
         done = {"of": made_of, "shards": {}}
-    change, as_trained = changes(source, folder), trained.rounding(source)
     index: dict[str, str] = {}
     tensors = Tensors(weights_folder(source))
     for number, names in enumerate(_shards(tensors)):
@@ -284,7 +284,8 @@ def _shards(tensors: Tensors) -> Iterator[list[str]]:
 def changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
     """What the adapter makes of a base tensor, by its name; fp32 where it changes something.
 
-    Raises ModelError for what is trained besides LoRA layers and whole modules, which no merged weight can hold.
+    Raises ModelError for what no merged weight can hold: what is trained besides LoRA layers and whole modules, and an
+    adapter on a head that is the embedding too.
     """
     saved = {_plain(key): tensor for key, tensor in load_file(folder / WEIGHTS_FILE).items()}
     config = peft.LoraConfig.from_pretrained(str(folder))
@@ -293,6 +294,11 @@ def changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
     for key in saved:
         if not any(key.endswith(f".{part}") for part in (*known, NEW_ROWS, "weight", "bias")):
             raise ModelError(f"{folder}: {key} cannot be merged", fix="serve the adapter on its base")
+    stored = Tensors(weights_folder(source))
+    for module in (key.removesuffix(".lora_A.weight") for key in saved if key.endswith(".lora_A.weight")):
+        if f"{module}.weight" not in stored:
+            what = f"{folder}: {module} has no weight of its own in {source.name}: it shares the embedding's"
+            raise ModelError(what, fix="serve the adapter on its base, or train without it")
 
     rows, bare = new_rows(read_adapter_config(folder)), skeleton(source)
     with_rows, size = embeddings(bare), 1 + max((row for found in rows.values() for row in found), default=-1)
