@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from strop.data.conversation import Message
+from strop.data.rendering.faults import RenderError
 from strop.data.rendering.render import Renderer
-from strop.data.rendering.template import RenderError
 from strop.errors import ModelError
 from strop.exporting.strings import conversations
 
