@@ -7,6 +7,7 @@ as NAME/models/tokenizer.json.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from functools import cache
@@ -61,3 +62,16 @@ def tokenizer_for(template: str, base: str = "qwen3") -> Any:
     backend.add_tokens([AddedToken(token, special=token in ("<s>", "</s>")) for token in dict.fromkeys(special)])
     backend.add_tokens([AddedToken(token, special=False) for token in dict.fromkeys(_BY_USE.findall(text))])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=text)
+
+
+def own_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a package, with the chat template that it has (gpt-oss: that of llama.cpp's folder)."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    special = {key: settings.get(key) for key in ("bos_token", "eos_token", "pad_token")}
+    plain = {key: value["content"] if isinstance(value, dict) else value for key, value in special.items()}
+    template = settings.get("chat_template")
+    if template is None and "openai-gpt-oss-120b" in names():
+        template = source("openai-gpt-oss-120b")
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), chat_template=template, **{k: v for k, v in plain.items() if v}
+    )
