@@ -21,7 +21,7 @@ from strop.data.prepare import REASONS, Prepared, prepare
 from strop.data.rendering import overlong
 from strop.data.rendering.render import Renderer
 from strop.errors import DataError, FolderError
-from tests.support import families
+from tests.support import families, templates
 from tests.support.shared_data import shared
 
 TOKENIZER = families.tokenizer("chatml")
@@ -214,6 +214,7 @@ def test_duplicates_and_placeholders_are_named(tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", [GOOD[0], GOOD[0], row("I am {{name}}", "b <|im_end|> c")])
     found = account(run(train, eval=write(tmp_path / "b.jsonl", GOOD)))
     assert found["duplicates"] == {"within": 1, "across": 1}
+    assert found["template"] == [f"an answer ends with {families.ANSWER['chatml'][1]}"]
     warnings = "\n".join(found["warnings"])
     assert "{{name}}" in warnings and "a.jsonl:3" in warnings and "control tokens" in warnings
     assert "1 training rows repeat" in warnings and "1 evaluation rows are also train rows" in warnings
@@ -304,6 +305,26 @@ def test_the_report_and_the_rows_are_shown(tmp_path: Path) -> None:
     assert "\x1b" not in shown and "\\x1b[31m" in shown
     numbers = printed(lambda console: check.show(prepared, 1, console, ids=True))
     assert f"<|im_end|>({TOKENIZER.convert_tokens_to_ids('<|im_end|>')})⟧" in numbers
+
+
+def test_the_template_asks_as_the_rows_were_trained(tmp_path: Path) -> None:
+    tokenizer = templates.tokenizer("opens-with-switch")
+    thinks = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "c"}]}
+
+    def prompt(*rows: dict[str, Any], **fields: Any) -> tuple[str, Prepared]:
+        prepared = run(write(tmp_path / "a.jsonl", list(rows)), tokenizer=tokenizer, **fields)
+        return tokenizer.decode(prepared.renderer.prompt([Message("user", "x")])).rpartition("assistant")[2], prepared
+
+    end, none = prompt(row("a", "b"), row("c", "d"))
+    assert end.endswith("</think>\n\n") and "served as trained: enable_thinking=false" in " ".join(none.report.template)
+    end, all_think = prompt(thinks)
+    assert end == "\n<think>\n" and all_think.hash != none.hash
+    end, some = prompt(thinks, row("a", "b"))
+    assert end == "\n<think>\n" and "1 training rows have reasoning and 1 have none" in " ".join(some.report.warnings)
+    end, on = prompt(row("a", "b"), template_options={"enable_thinking": True})
+    assert end == "\n<think>\n" and on.train[0].supervised > none.train[0].supervised  # it closes the block itself
+    _, dropped = prompt(thinks, reasoning="drop")
+    assert "data.reasoning drop leaves out" in " ".join(dropped.report.warnings)
 
 
 def test_a_cleaned_copy_with_a_log_of_each_change(tmp_path: Path) -> None:

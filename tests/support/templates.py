@@ -99,7 +99,10 @@ TOOL = {
         "description": "The weather of a city",
         "parameters": {
             "type": "object",
-            "properties": {"city": {"type": "string", "description": "which"}, "days": {"type": "integer"}},
+            "properties": {
+                "city": {"type": "string", "description": "which"},
+                "days": {"type": "integer", "description": "n"},
+            },
             "required": ["city"],
         },
     },

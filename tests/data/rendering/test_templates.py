@@ -12,7 +12,7 @@ from strop.data.rendering.render import Renderer, RenderError
 from strop.errors import ModelError
 from tests import ROOT
 from tests.support import real_templates
-from tests.support.template_trials import outcome, real_table, table, trained, written_table
+from tests.support.template_trials import outcome, real_table, trained, written_table
 from tests.support.templates import KINDS, TRAITS, answer, call, result, said, tokenizer, user
 
 DOCS = ROOT / "docs" / "templates.md"
@@ -109,6 +109,9 @@ def test_options_are_checked_and_become_the_templates_own() -> None:
     assert 'Today is 05 November 2026. You are in Ulm {"}.' in prompt
     again = Renderer(own.tokenizer, source=own.template)  # as an adapter's tokenizer is read
     assert text_of(again, again.prompt(KINDS["plain"].messages[:1])) == prompt
+    assert own.warnings == () and "today's date" in "".join(Renderer(own.tokenizer).warnings)
+    with pytest.raises(ModelError, match="reads no strftime_now"):  # it is fixed
+        Renderer(own.tokenizer, source=own.template, options={"strftime_now": "2027-01-01"})
     assert own.template_hash != renderer("clock").template_hash
     assert "Today is 01 January 2026." in text_of(own, renderer("clock").prompt(KINDS["plain"].messages[:1]))
     assert "2026-11-05" in "".join(own.told(thinking=0, rows=1))
@@ -170,8 +173,8 @@ def test_real_tokenizers_with_their_own_templates(name: str) -> None:
     own = real_templates.own_tokenizer(folder)
     if own.chat_template is None:
         pytest.skip(f"the package of {name} has no chat template")
-    kinds = ("plain", "several turns")
-    for kind in kinds:
-        texts = trained(Renderer(own, options={}), KINDS[kind])
-        words = [message.content for message in KINDS[kind].messages if message.role == "assistant"]
-        assert all(word in text for word, text in zip(words, texts, strict=True))
+    made = Renderer(own, options={})
+    found = {kind: outcome(made, conversation) for kind, conversation in KINDS.items()}
+    assert {found["plain"], found["several turns"], found["system"]} == {"yes"}
+    assert found["reasoning"] == ("yes" if name in ("qwen3", "gptoss") else "not shown")
+    assert (found["tools"] == "yes") is ("tools" in own.chat_template)

@@ -24,7 +24,6 @@ def names_read(tree: nodes.Template) -> frozenset[str]:
     """The variables that a template reads, and that whoever renders it may give: `enable_thinking`, `date_string`."""
     free = meta.find_undeclared_variables(tree)
     assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
-    assigned |= {part.target for part in tree.find_all((nodes.Import,))}
     asked_for = {
         test.node.name
         for test in tree.find_all((nodes.Test, nodes.Filter))
@@ -50,7 +49,9 @@ def _all_of(side: nodes.Node) -> list[nodes.Node]:
 
 
 def day_formats(tree: nodes.Template) -> list[str]:
-    """The formats in which a template asks for the date."""
+    """The formats in which a template asks for the date; none where it has a clock of its own: one that was fixed."""
+    if any(macro.name == CLOCK for macro in tree.find_all(nodes.Macro)):
+        return []
     calls = [
         call for call in tree.find_all(nodes.Call) if isinstance(call.node, nodes.Name) and call.node.name == CLOCK
     ]
