@@ -74,7 +74,7 @@ def table(rows: Iterable[tuple[str, Any]]) -> str:
             refused.setdefault(fault.what, []).append(name)
             continue
         cells = []
-        for kind, conversation in KINDS.items():
+        for conversation in KINDS.values():
             found = outcome(renderer, conversation)
             cells.append(found if found in ("yes", "not shown") else "no")
             if cells[-1] == "no" and name not in refused.setdefault(found, []):

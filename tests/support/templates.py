@@ -31,7 +31,8 @@ TRAITS: dict[str, tuple[str, list[str]]] = {
         ["<|open|>", "<|close|>", "<think>", "</think>"],
     ),
     "writes-an-empty-block": (
-        "{%- for m in messages %}" + _TURN + "{%- endfor %}" + _OPENING + "{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}",
+        "{%- for m in messages %}" + _TURN + "{%- endfor %}" + _OPENING + "{{ '<think>\\n\\n</think>\\n\\n' }}"
+        "{%- endif %}",
         ["<|open|>", "<|close|>", "<think>", "</think>"],
     ),
     "ends-where-another-turn-follows": (
@@ -75,7 +76,8 @@ TRAITS: dict[str, tuple[str, list[str]]] = {
     ),
     "channels": (
         "{%- for m in messages %}{%- if m.role == 'assistant' %}"
-        "{%- if m.thinking and loop.last %}{{ '<|open|>assistant<|part|>thought\\n' + m.thinking + '<|end|>' }}{%- endif %}"
+        "{%- if m.thinking and loop.last %}"
+        "{{- '<|open|>assistant<|part|>thought\\n' + m.thinking + '<|end|>' }}{%- endif %}"
         "{{- '<|open|>assistant<|part|>final\\n' + m.content + ('<|done|>' if loop.last else '<|end|>') }}"
         "{%- else %}{{ '<|open|>' + m.role + '\\n' + m.content + '<|end|>' }}{%- endif %}{%- endfor %}"
         "{%- if add_generation_prompt %}{{ '<|open|>assistant' }}{%- endif %}",
@@ -144,8 +146,8 @@ KINDS = {
     "tools": said(user("Paris?"), call("Paris", "call_1234567"), result(_sky, "call_1234567"), _sunny, tools=(TOOL,)),
     "no ids": said(user("Paris?"), call("Paris", None), result(_sky, None), _sunny, tools=(TOOL,)),
     "two calls": said(
-        user("Paris, Rome?"), _two, result("9 degrees", "call_1"), result("11 degrees", "call_2"), answer("Grey, blue."),
-        tools=(TOOL,),
+        user("Paris, Rome?"), _two, result("9 degrees", "call_1"), result("11 degrees", "call_2"),
+        answer("Grey, blue."), tools=(TOOL,),
     ),
     "text and call": said(user("Paris?"), call("Paris", "call_1", text="I look."), result(_sky, "call_1"), _sunny,
                           tools=(TOOL,)),
