@@ -101,8 +101,8 @@ class Prober(Probes):
         if not alone:
             return None
         tail, follow = alone[alone.rindex(mark) + len(mark) :], ""
-        if followed:
-            end = followed.rindex(NEXT)
+        end = followed.rfind(NEXT)
+        if mark in followed[: max(end, 0)]:
             follow = followed[followed.rindex(mark, 0, end) + len(mark) : end]
             ends = self._ends(alone, tail, follow)
             if ends:
@@ -117,7 +117,7 @@ class Prober(Probes):
                 return replace(usual, cut=text[start:], add=usual.stop)
             if text is tail:
                 return Ending(tail[start:], stop, stop, "written")
-            how = "role" if alone[: alone.index(USER)].rstrip().endswith(stop) else "later"
+            how = "role" if alone.partition(USER)[0].rstrip().endswith(stop) else "later"
             rest = follow[len(tail) : end] if follow.startswith(tail) else follow[:end]
             return Ending("" if follow.startswith(tail) else tail, rest, stop, how)
         eos = self.variables.get("eos_token")

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import jinja2
-
 from strop.data.conversation import Message
 from strop.data.rendering.bounded import BoundedTemplate
 from strop.data.rendering.dialect import Dialect
@@ -98,11 +96,9 @@ class Probes:
                     return self.dialect
                 except TEMPLATE_FAULTS as error:
                     fault = fault or error
-            missing = (
-                re.match(r"'(\w+)' is undefined", str(fault)) if isinstance(fault, jinja2.UndefinedError) else None
-            )
+            assert fault is not None
+            missing = re.match(r"'(\w+)' is undefined", str(fault))  # as Jinja says it
             if missing is None or missing[1] in given or missing[1] not in self._read:
-                assert fault is not None
                 raise fault
             name = missing[1]
             given[name] = f"{DAY:%Y-%m-%d}" if "date" in name else "[]" if _of_tools(name) else ""
@@ -137,6 +133,7 @@ class Probes:
         return False
 
     def call_fault(self) -> str:
+        """What the template says to a call, where it refuses it."""
         try:
             self.render([ASKED, Message("assistant", "", tool_calls=(a_call(),))])
         except TEMPLATE_FAULTS as fault:
@@ -164,6 +161,7 @@ class Probes:
         return shown
 
     def find_reasoning(self) -> bool:
+        """Takes on the form in which reasoning is shown; is it in any?"""
         plain = self.dialect
         for form in ("fields", "parts", "blocks"):
             self.dialect = replace(plain, reasoning=form)
