@@ -71,7 +71,7 @@ class Dialect:
             thought = [{"type": "thoughts", "text": message.reasoning}] if message.reasoning else []
             said = [{"type": "response", "text": message.content}] if message.content else []
             return {"content": {"blocks": [*thought, *said]}}
-        return dict.fromkeys(("reasoning_content", "thinking", "reasoning"), message.reasoning)
+        return dict.fromkeys(("reasoning_content", "thinking", "reasoning", "thought"), message.reasoning)
 
     def _call(self, call: dict[str, Any], number: int) -> dict[str, Any]:
         if self.arguments == "text":
