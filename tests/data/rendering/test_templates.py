@@ -110,8 +110,10 @@ def test_options_are_checked_and_become_the_templates_own() -> None:
     again = Renderer(own.tokenizer, source=own.template)  # as an adapter's tokenizer is read
     assert text_of(again, again.prompt(KINDS["plain"].messages[:1])) == prompt
     assert own.warnings == () and "today's date" in "".join(Renderer(own.tokenizer).warnings)
-    with pytest.raises(ModelError, match="reads no strftime_now"):  # it is fixed
-        Renderer(own.tokenizer, source=own.template, options={"strftime_now": "2027-01-01"})
+    same = Renderer(own.tokenizer, source=own.template, options={"city": 'Ulm {"}'})  # written once, the day stays
+    assert same.template_hash == own.template_hash
+    later = Renderer(own.tokenizer, source=own.template, options={"strftime_now": "2027-01-02"})
+    assert "Today is 02 January 2027. You are in Ulm" in text_of(later, later.prompt(KINDS["plain"].messages[:1]))
     assert own.template_hash != renderer("clock").template_hash
     assert "Today is 01 January 2026." in text_of(own, renderer("clock").prompt(KINDS["plain"].messages[:1]))
     assert "2026-11-05" in "".join(own.told(thinking=0, rows=1))

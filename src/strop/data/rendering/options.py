@@ -7,6 +7,7 @@ vLLM and `strop serve` all have it, the template's hash covers it, and a request
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import date
 from typing import Any
@@ -17,6 +18,7 @@ from strop.errors import ModelError, nearest
 
 CLOCK = "strftime_now"  # the function by which a template asks for the date
 DAY = date(2026, 1, 1)  # what the clock says in training, unless data.template_options gives another day
+_FIXED = re.compile(rf'{{%- macro {CLOCK}\(form, day="([0-9-]+)"\) -%}}.*?{{%- endmacro %}}\n')
 _GIVEN = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
 
 
@@ -49,13 +51,16 @@ def _all_of(side: nodes.Node) -> list[nodes.Node]:
 
 
 def day_formats(tree: nodes.Template) -> list[str]:
-    """The formats in which a template asks for the date; none where it has a clock of its own: one that was fixed."""
-    if any(macro.name == CLOCK for macro in tree.find_all(nodes.Macro)):
-        return []
-    calls = [
-        call for call in tree.find_all(nodes.Call) if isinstance(call.node, nodes.Name) and call.node.name == CLOCK
-    ]
-    return sorted({call.args[0].value for call in calls if call.args and isinstance(call.args[0], nodes.Const)})
+    """The formats in which a template asks for the date."""
+    calls = [(call.node, call.args[0]) for call in tree.find_all(nodes.Call) if call.args]
+    asked = [form for node, form in calls if isinstance(node, nodes.Name) and node.name == CLOCK]
+    return sorted({form.value for form in asked if isinstance(form, nodes.Const)})
+
+
+def fixed_day(source: str) -> str | None:
+    """The day that was written into a template in place of its clock."""
+    found = _FIXED.search(source)
+    return found[1] if found else None
 
 
 def check_options(options: Mapping[str, Any], read: frozenset[str], where: str) -> None:
@@ -70,19 +75,29 @@ def check_options(options: Mapping[str, Any], read: frozenset[str], where: str) 
 
 
 def with_options(source: str, options: Mapping[str, Any], formats: list[str]) -> str:
-    """The template with these values as its defaults; formats: those of the date, which is fixed. Raises ModelError."""
-    options = dict(options)
-    given = options.pop(CLOCK, None)
-    try:
-        day = DAY if given is None else date.fromisoformat(str(given))
-    except ValueError:
-        raise ModelError(f"data.template_options: {CLOCK}: {given} is no day", fix="write it as 2026-01-31") from None
-    lines = [f"{{%- set {name} = {name} | default({literal(value)}) %}}" for name, value in options.items()]
-    if formats:
+    """The template with these values as its defaults; formats: those of the date, which is fixed.
+
+    What is written into it already stays, and is not written twice. Raises ModelError.
+    """
+    lines = [
+        f"{{%- set {name} = {name} | default({literal(value)}) %}}\n"
+        for name, value in options.items()
+        if name != CLOCK
+    ]
+    if formats and (CLOCK in options or not fixed_day(source)):
+        given = options.get(CLOCK, DAY)
+        try:
+            day = date.fromisoformat(str(given))
+        except ValueError:
+            raise ModelError(
+                f"data.template_options: {CLOCK}: {given} is no day", fix="write it as 2026-01-31"
+            ) from None
         days = ", ".join(f"{literal(form)}: {literal(day.strftime(form))}" for form in formats)
-        lines.insert(0, f"{{%- macro {CLOCK}(form) -%}}{{{{- {{{days}}}[form] -}}}}{{%- endmacro %}}")
+        head = f'{{%- macro {CLOCK}(form, day="{day}") -%}}'
+        source = _FIXED.sub("", source)
+        lines.insert(0, f"{head}{{{{- {{{days}}}[form] -}}}}{{%- endmacro %}}\n")
     # templates are compiled with trim_blocks: the line break behind a block is no text
-    return "".join(line + "\n" for line in lines) + source
+    return "".join(line for line in lines if line not in source) + source
 
 
 def literal(value: Any) -> str:

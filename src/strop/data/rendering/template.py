@@ -44,9 +44,8 @@ class Draft:
 class ChatTemplate:
     """A template, what it was found to do, and what becomes of reasoning.
 
-    source, hash; options: what was written into it, and the formats of the day, where that is fixed;
-    traits; opening: how a prompt looks; stops: end-of-turn tokens as text; reasoning: the choice, with
-    `auto` decided; warnings: sentences for the user.
+    source, hash; options: what was written into it; traits; opening: how a prompt looks; stops: end-of-turn tokens as
+    text; reasoning: the choice, with `auto` decided; warnings: sentences for the user.
     Raises ModelError where the template is broken or ends an assistant turn with no token that could stop generation.
     """
 
@@ -89,7 +88,7 @@ class ChatTemplate:
         written = [token for token in added if not token.isspace() and any(token in text for text in texts)]
         self.control = ControlText(list(dict.fromkeys([*special, *self.stops, *written])))
         self.warnings = tuple(suspicions(tree, source))
-        self.options, self.day_formats = dict(options or {}), day_formats(tree) if options is not None else []
+        self.options = dict(options or {})
         self.reasoning = reasoning if reasoning != "auto" else "empty" if self.traits.needs_empty else "as-is"
 
     @property

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import date
 
-from strop.data.rendering.options import CLOCK, DAY, literal
+from strop.data.rendering.options import CLOCK, fixed_day, literal
 from strop.data.rendering.template import ChatTemplate
 
 _ENDS = {
@@ -47,7 +46,6 @@ def _options(chat: ChatTemplate) -> Iterator[str]:
     said = [f"{name}={literal(value)}" for name, value in chat.options.items() if name != CLOCK]
     if said:
         yield f"options written into the template: {', '.join(said)}"
-    if chat.day_formats:
-        day = date.fromisoformat(str(chat.options.get(CLOCK, DAY)))
+    if day := fixed_day(chat.source):
         how = f"--data.template_options {CLOCK}=YYYY-MM-DD sets it"
         yield f"the template's date is {day}, in training and serving; {how}"
