@@ -125,6 +125,23 @@ def test_options_are_checked_and_become_the_templates_own() -> None:
         own.prompt(KINDS["plain"].messages[:1], options={"messages": []})
 
 
+@pytest.mark.parametrize("name", TRAITS)
+def test_other_engines_ask_as_in_training_with_the_template_as_it_is_saved(name: str) -> None:
+    for kind, thinking in (("system", 0), ("reasoning", 1)):
+        own = renderer(name).served(thinking=thinking, rows=1)
+        own.tokenizer.chat_template = own.template
+        messages = KINDS[kind].messages[:-1]
+        said_plainly = [{"role": message.role, "content": message.content} for message in messages]
+        if thinking:
+            said_plainly = [
+                turn
+                | ({"reasoning_content": message.reasoning, "thinking": message.reasoning} if message.reasoning else {})
+                for turn, message in zip(said_plainly, messages, strict=True)
+            ]
+        asked = own.tokenizer.apply_chat_template(said_plainly, add_generation_prompt=True, return_dict=False)
+        assert asked == own.prompt(messages).tolist()
+
+
 def test_results_go_to_their_calls_by_id_by_name_or_in_order() -> None:
     own = renderer("ids-of-nine")
     calls = call("Paris", "abcdefghi").tool_calls + call("Rome", "abcdefghj").tool_calls

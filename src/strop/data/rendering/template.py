@@ -79,6 +79,9 @@ class ChatTemplate:
             raise ModelError(f"the chat template is broken: {fault}", fix=OTHER) from fault
         if traits is None:
             raise ModelError("the chat template shows no assistant turn that could be told from the rest", fix=OTHER)
+        if options is not None and traits.dialect.given:
+            source = with_options(source, traits.dialect.given, [])
+            self._jinja = BoundedTemplate(source)
         self.source, self.traits = source, traits
         self.hash = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
         self.opening = traits.opening

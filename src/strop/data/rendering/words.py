@@ -46,6 +46,8 @@ def _options(chat: ChatTemplate) -> Iterator[str]:
     said = [f"{name}={literal(value)}" for name, value in chat.options.items() if name != CLOCK]
     if said:
         yield f"options written into the template: {', '.join(said)}"
+    if needed := ", ".join(f"{name}={literal(value)}" for name, value in chat.traits.dialect.given.items()):
+        yield f"written into the template, which does not render without: {needed}"
     if day := fixed_day(chat.source):
         how = f"--data.template_options {CLOCK}=YYYY-MM-DD sets it"
         yield f"the template's date is {day}, in training and serving; {how}"
