@@ -68,7 +68,6 @@ class Renderer:
         eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         # ids of the tokens that end an assistant turn (the eos token where there is no template)
         self.stop_ids = tuple(map(int, tokenizer.convert_tokens_to_ids(self._chat.stops))) if self._chat else eos
-        self._stops = frozenset(self.stop_ids)
         # what the tokenizer puts before a raw text, found by encoding one
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
         dressed = tokenizer("a")["input_ids"]
@@ -272,9 +271,6 @@ class Renderer:
         for begin, end, weight in spans:
             if int(ids[end - 1]) not in self.stop_ids:
                 raise RenderError("no-stop-token")
-            if not self._stops.isdisjoint(ids[begin : end - 1].tolist()):
-                inside = next(i for i in ids[begin : end - 1].tolist() if i in self._stops)
-                raise RenderError("stop-inside", str(self.tokenizer.convert_ids_to_tokens(inside)))
             weights[begin:end] = weight
         weights[:1] = 0.0
         if not weights.any():

@@ -140,7 +140,7 @@ class ChatTemplate:
         values, shown, odd = self._values(messages, tools, self.thinks(messages))
         if self.control.found(dict(options or {})):
             raise RenderError("control-token", "in an option of the template")
-        text = self._try(values, shown, options or {}, generation=True)
+        text = self._try(values, self._given(shown, options or {}), generation=True)
         self._check_shown(messages, values, text)
         return Draft(text, (), odd)
 
@@ -166,17 +166,20 @@ class ChatTemplate:
         messages = conversation.messages
         mode, thinks = self.mode(messages), self.thinks(messages)
         values, tools, odd = self._values(messages, conversation.tools, thinks)
+        given = self._given(tools, mode.options)
         turns: list[tuple[str, int, int, float]] = []
         last = 0
         for i, message in enumerate(messages):
             if message.role != "assistant" or not (message.weight or silent_turns):
                 continue
             last = i
-            prompt = self._try(values[:i], tools, mode.options, generation=True)
-            text = self._try(values[: i + 1], tools, mode.options)
+            prompt = self._try(values[:i], given, generation=True)
+            text = self._try(values[: i + 1], given)
             joins = mode.thinking if thinks and message.reasoning else mode.plain
             text = _joined(prompt, text, joins, values[i - 1]["content"] if i else "")
             end, text = _ended(text, mode, calls=bool(message.tool_calls))
+            if inside := [stop for stop in self.stops if text.find(stop, len(prompt), end - 1) >= 0]:
+                raise RenderError("stop-inside", inside[0])
             self._check_turn(message, values[i], text[len(prompt) :], thinks)
             turns.append((text, len(prompt), end, message.weight))
         if not turns:
@@ -234,17 +237,13 @@ class ChatTemplate:
                 continue  # thinking written into the text, which some templates set apart
             raise RenderError("text-lost", "the text beside a tool call" if message.tool_calls else message.role)
 
-    def _try(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[Any] | None,
-        options: Mapping[str, Any],
-        *,
-        generation: bool = False,
-    ) -> str:
-        variables = {**self._variables, **self.traits.dialect.variables(tools), **options}
+    def _given(self, tools: list[Any] | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The template's variables beside the messages."""
+        return {**self._variables, **self.traits.dialect.variables(tools), **options}
+
+    def _try(self, messages: list[dict[str, Any]], given: dict[str, Any], *, generation: bool = False) -> str:
         try:
-            return self._jinja.render(messages=messages, add_generation_prompt=generation, **variables)
+            return self._jinja.render(messages=messages, add_generation_prompt=generation, **given)
         except TEMPLATE_FAULTS as fault:
             raise RenderError("template-refused", str(fault)) from fault
 
