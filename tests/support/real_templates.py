@@ -55,7 +55,7 @@ def backend_json(name: str) -> str:
 
 
 def tokenizer_for(template: str, base: str = "qwen3") -> Any:
-    """A real tokenizer to which the control tokens of a template were added; half of them are not marked special."""
+    """A real tokenizer to which the control tokens of a template were added; none but <s> and </s> is marked special."""
     text = source(template)
     backend = Tokenizer.from_str(backend_json(base))
     special = [*dict.fromkeys(_CONTROL.findall(text)), *_MADE.get(template, []), "<s>", "</s>"]
