@@ -55,6 +55,7 @@ FLOORS: Mapping[str, list[set[str]]] = {
         {"rendering"},
         {"shapes", "store", "pack"},
         {"formats", "report", "batches"},
+        {"account"},
         {"prepare"},
         {"check"},
     ],

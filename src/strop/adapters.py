@@ -38,8 +38,9 @@ STROP_FILE = "strop.json"  # beside adapter_config.json: base fingerprint, templ
 def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: dict[str, Any]) -> None:
     """Writes a PEFT adapter folder, whole or not at all: weights, config, tokenizer, template, strop.json.
 
-    identity: {base: {name, fingerprint}, template, data, system}; base is checked when the adapter is loaded,
-    system (the system prompt that every training row had, or None) is what `chat` starts with.
+    identity: {base: {name, fingerprint}, template, data, system, reasoning}; base is checked when it is loaded, system
+    (the system prompt that every training row had, or None) is what `chat` starts with, reasoning what became
+    of it in training.
     """
     with new_folder(folder) as temp:
         # peft would look the base up on the Hub to see whether embeddings were resized; trained rows are saved anyway
@@ -329,7 +330,7 @@ def load(
     if folder is None:
         return Model(name, base, tokenizer, Renderer(tokenizer), None, source=source, quantization=scheme)
     module, notes = attach(base, folder, source, force=force)
-    system, renderer = identity.get("system"), Renderer(tokenizer)
+    system, renderer = identity.get("system"), Renderer(tokenizer, reasoning=identity.get("reasoning", "auto"))
     return Model(name, module.eval(), tokenizer, renderer, folder, system, notes, source, scheme)
 
 

@@ -144,7 +144,7 @@ def test_tools_come_out_in_one_form_and_results_are_named() -> None:
     ]
     said = one({"messages": [*turns, A]}).messages
     assert said[1].tool_calls == ({"id": "c1", **CALL},)
-    assert said[2] == Message("tool", "r", name="f")
+    assert said[2] == Message("tool", "r", name="f", call_id="c1")
 
 
 def test_reasoning_and_weights_are_read() -> None:
@@ -342,7 +342,7 @@ def test_every_key_of_a_format_is_a_known_column_name() -> None:
 
 
 def test_every_reason_is_given_somewhere() -> None:
-    code = "".join(path.read_text() for path in Path(files.__file__).parent.glob("*.py"))
+    code = "".join(path.read_text() for path in Path(files.__file__).parent.parent.rglob("*.py"))
     for name in REASONS:
         assert code.count(f'"{name}"') > 1, name
 

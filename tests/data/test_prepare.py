@@ -15,12 +15,13 @@ from rich.console import Console
 
 from strop.config.schema import DataSection
 from strop.data import check
+from strop.data.account import MAX_LOST_SHARE
 from strop.data.conversation import Conversation, Message
-from strop.data.prepare import MAX_LOST_SHARE, REASONS, Prepared, prepare
+from strop.data.prepare import REASONS, Prepared, prepare
 from strop.data.rendering import overlong
 from strop.data.rendering.render import Renderer
 from strop.errors import DataError, FolderError
-from tests.support import families
+from tests.support import families, templates
 from tests.support.shared_data import shared
 
 TOKENIZER = families.tokenizer("chatml")
@@ -213,6 +214,7 @@ def test_duplicates_and_placeholders_are_named(tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", [GOOD[0], GOOD[0], row("I am {{name}}", "b <|im_end|> c")])
     found = account(run(train, eval=write(tmp_path / "b.jsonl", GOOD)))
     assert found["duplicates"] == {"within": 1, "across": 1}
+    assert found["template"] == [f"an answer ends with {families.ANSWER['chatml'][1]}"]
     warnings = "\n".join(found["warnings"])
     assert "{{name}}" in warnings and "a.jsonl:3" in warnings and "control tokens" in warnings
     assert "1 training rows repeat" in warnings and "1 evaluation rows are also train rows" in warnings
@@ -305,21 +307,39 @@ def test_the_report_and_the_rows_are_shown(tmp_path: Path) -> None:
     assert f"<|im_end|>({TOKENIZER.convert_tokens_to_ids('<|im_end|>')})⟧" in numbers
 
 
+def test_the_template_asks_as_the_rows_were_trained(tmp_path: Path) -> None:
+    tokenizer = templates.tokenizer("opens-with-switch")
+    thinks = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "c"}]}
+
+    def prompt(*rows: dict[str, Any], **fields: Any) -> tuple[str, Prepared]:
+        prepared = run(write(tmp_path / "a.jsonl", list(rows)), tokenizer=tokenizer, **fields)
+        return tokenizer.decode(prepared.renderer.prompt([Message("user", "x")])).rpartition("assistant")[2], prepared
+
+    end, none = prompt(row("a", "b"), row("c", "d"))
+    assert end.endswith("</think>\n\n") and "served as trained: enable_thinking=false" in " ".join(none.report.template)
+    end, all_think = prompt(thinks)
+    assert end == "\n<think>\n" and all_think.hash != none.hash
+    end, some = prompt(thinks, row("a", "b"))
+    assert end == "\n<think>\n" and "1 training rows have reasoning and 1 have none" in " ".join(some.report.warnings)
+    end, on = prompt(row("a", "b"), template_options={"enable_thinking": True})
+    assert end == "\n<think>\n" and on.train[0].supervised > none.train[0].supervised  # it closes the block itself
+    _, dropped = prompt(thinks, reasoning="drop")
+    assert "data.reasoning drop leaves out" in " ".join(dropped.report.warnings)
+
+
 def test_a_cleaned_copy_with_a_log_of_each_change(tmp_path: Path) -> None:
     aliases = {"messages": [{"role": "human", "content": "x"}, {"role": "gpt", "content": "y"}]}
-    blanks = row("a", "\n\nb")
-    path = write(tmp_path / "a.jsonl", [GOOD[0], BAD[0], aliases, GOOD[0], blanks])
+    path = write(tmp_path / "a.jsonl", [GOOD[0], BAD[0], aliases, GOOD[0]])
     out = tmp_path / "out.jsonl"
-    tokenizer = families.tokenizer("llama3")  # which joins newlines into one token
+    tokenizer = families.tokenizer("llama3")
     data = DataSection(train=path, template="chatml")
     changes = check.fix(data, tokenizer, out)
-    assert [json.loads(line) for line in out.read_text().splitlines()] == [GOOD[0], row("x", "y"), row("a", "b")]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [GOOD[0], row("x", "y")]
     logged = [json.loads(line) for line in (tmp_path / "out.jsonl.changes.jsonl").read_text().splitlines()]
     assert logged == [vars(change) for change in changes]
     what = {change.line: change.change for change in changes}
     assert what[2].startswith("dropped: ") and what[4].startswith("dropped: the same as") and what[4].endswith(":1")
     assert "human -> user" in what[3] and "gpt -> assistant" in what[3] and 1 not in what
-    assert {change.change for change in changes if change.line == 5} >= {"blanks at the start of an answer cut"}
     assert account(run(str(out), tokenizer=tokenizer, template="chatml"))["rows"]["dropped"] == 0
     with pytest.raises(FolderError):
         check.fix(data, tokenizer, out)

@@ -92,6 +92,7 @@ def test_rows_that_should_not_get_worse_and_the_card(
 ) -> None:
     card = runs[1] / "adapter" / "README.md"
     before = card.read_text()
+    assert "| chat template | an answer ends with <\\|im_end\\|> |" in before
     assert "fingerprint" in before and "vllm serve" in before and "held-out" not in before
     other = rows(tmp_path / "other.jsonl", [("say a", "a"), ("say b", "b")])
     data = tmp_path / "colours.jsonl"

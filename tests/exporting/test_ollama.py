@@ -63,7 +63,7 @@ def test_go_renders_the_trained_prompt(style: str) -> None:
     if own.chat.opening.startswith(bos):
         assert [bos + prompt for prompt in rendered_by_go(pieces.without_bos(bos).go(), asked)] == trained
     begun = [*asked[0], Message("assistant", "Well")]  # an answer that is to be gone on with
-    assert rendered_by_go(pieces.go(), [begun]) == [trained[0] + pieces.answer_start + "Well"]
+    assert rendered_by_go(pieces.go(), [begun]) == [trained[0].removesuffix(pieces.asked) + pieces.given + "Well"]
     with pytest.raises(ModelError, match="Go refuses"):
         rendered_by_go("{{ if }}", asked)
 
@@ -75,11 +75,6 @@ def test_go_renders_the_trained_prompt(style: str) -> None:
             "{% for m in messages %}<|im_start|>{{ '!' if loop.index > 4 }}{{ m.content }}<|im_end|>{% endfor %}",
             "not the same around",
         ),
-        (
-            "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}",
-            "not in the place",
-        ),
     ],
 )
 def test_a_template_without_such_pieces_is_refused(template: str, why: str) -> None:
@@ -87,6 +82,15 @@ def test_a_template_without_such_pieces_is_refused(template: str, why: str) -> N
     copied.chat_template = template
     with pytest.raises(ModelError, match=why):
         Pieces.of(Renderer(copied))
+
+
+def test_a_prompt_that_closes_a_block_of_reasoning_has_a_translation() -> None:
+    copied = gguf_models.byte_level("chatml", ("digits",))
+    block = "<think>\n\n</think>\n\n"
+    copied.chat_template = TEMPLATES["chatml"].replace("assistant\n{%", f"assistant\n{block}{{%")
+    pieces = Pieces.of(Renderer(copied))
+    assert pieces.asked == pieces.given + block
+    assert "<think>" in pieces.go() and pieces.go().count("{{ else }}") == 2  # no system prompt; the last user turn
 
 
 def test_the_modelfile(tmp_path: Path) -> None:

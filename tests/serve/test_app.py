@@ -15,6 +15,8 @@ import requests
 
 from strop.data.conversation import Message
 from strop.data.rendering.render import Renderer
+from strop.serve.models import Served
+from tests.support import templates
 from tests.support.families import tokenizer
 from tests.support.serving import CHAT, SYSTEM, Server, save_adapters, serving
 
@@ -176,6 +178,17 @@ def test_a_template_with_tools_shows_them(tiny_folder: Path, tmp_path: Path) -> 
         assert answer.status_code == 400 and "nested too deep" in answer.json()["error"]["message"]
 
 
+def test_a_request_may_give_options_of_the_template() -> None:
+    own = templates.tokenizer("opens-with-switch")
+    served = Served("m", None, own, Renderer(own), None)
+
+    def end(**options: Any) -> str:
+        return str(own.decode(served.prompt(USER, None, options))).rpartition("assistant")[2]
+
+    assert end() == end(enable_thinking=True) == "\n<think>\n"
+    assert end(enable_thinking=False) == "\n<think>\n\n</think>\n\n"
+
+
 # --- what it refuses ---------------------------------------------------------------------------------------------
 
 BAD = {
@@ -183,6 +196,7 @@ BAD = {
     "several answers": ({"n": 2}, "n:"),
     "a penalty that would be ignored": ({"presence_penalty": 0.5}, "presence_penalty"),
     "a forced tool": ({"tool_choice": "required"}, "tool_choice"),
+    "an option that the template does not read": ({"chat_template_kwargs": {"thinking": 1}}, "reads no thinking"),
     "too hot": ({"temperature": 2.5}, "temperature"),
     "no share": ({"top_p": 0}, "top_p"),
     "a number in words": ({"max_tokens": "5"}, "max_tokens"),

@@ -119,7 +119,7 @@ def tokenizer(family: str) -> Any:
     }[family]
     # the tokens that Phi 3 adds take the white space that follows them
     tokens = [AddedToken(t, special=True, normalized=False, rstrip=family == "phi") for t in special]
-    backend = _sentencepiece_like() if family == "mistral" else _byte_level(family)
+    backend = _sentencepiece_like() if family == "mistral" else byte_level(family)
     backend.add_special_tokens(tokens)
     if family == "qwen3":  # known to the tokenizer, but not special
         backend.add_tokens(
@@ -134,7 +134,7 @@ def tokenizer(family: str) -> Any:
     )
 
 
-def _byte_level(family: str) -> Tokenizer:
+def byte_level(family: str) -> Tokenizer:
     backend = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=family != "llama3")
     if family == "llama3":

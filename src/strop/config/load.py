@@ -106,7 +106,8 @@ def parse_option(name: str, text: str) -> Any:
         pairs = [pair.partition("=") for pair in text.split(",") if pair]
         if not all(middle for _, middle, _ in pairs):
             raise RecipeError(f"--{name} {text}: not a map", fix="write it as name=value,name=value")
-        return {key.strip(): value.strip() for key, _, value in pairs}
+        typed = Any in typing.get_args(hint)  # as a recipe would have them: true, 3, text
+        return {key.strip(): yaml.safe_load(value) if typed else value.strip() for key, _, value in pairs}
     if list in kinds and not name.startswith("data.") and ("," in text or str not in kinds):
         return [part.strip() for part in text.strip("[]").split(",") if part.strip()]
     return text

@@ -62,6 +62,13 @@ class DataSection(Section):
     bad_rows: Literal["refuse", "drop"] = Field("refuse", description="what happens to rows that are wrong")
     loss: Literal["assistant", "all"] = Field("assistant", description="which tokens are trained on")
     template: str | None = Field(None, description="chat template (name or file) in place of the model's own")
+    template_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="values for the chat template, by names that it reads: enable_thinking=false",
+    )
+    reasoning: Literal["auto", "as-is", "empty", "drop", "refuse"] = Field(
+        "auto", description="rows without reasoning on a template that thinks, and reasoning that it does not show"
+    )
     encoding: str = Field("utf-8", description="text encoding of the data files")
 
 

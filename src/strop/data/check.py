@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.text import Text
 from strop.config.schema import DataSection
 from strop.data import formats
 from strop.data.conversation import Conversation, Example, Row
-from strop.data.prepare import Prepared
+from strop.data.prepare import Prepared, renderer_for
 from strop.data.reading import sources
 from strop.data.reading.sources import RowFault
 from strop.data.rendering.render import Renderer, RenderError
@@ -53,6 +53,8 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
         "length", f"half of the rows up to {tokens['p50']:,}, 95 % up to {tokens['p95']:,}, longest {tokens['max']:,}"
     )
     grid.add_row("stop", f"{int(report['stop_token']['rows']):,} rows end with a supervised stop token")
+    for number, sentence in enumerate(report["template"]):
+        grid.add_row("" if number else "template", Text(sentence))
     saved = report["padding"]
     grid.add_row("padding", f"{saved['batched']:.0%} in batches of 8 as they come, {saved['packed']:.0%} packed")
     console.print(grid, highlight=False)
@@ -141,15 +143,15 @@ class Change:
 def fix(data: DataSection, tokenizer: Any, out: Path) -> list[Change]:
     """Write the usable rows of data.train to `out` as `messages` (or `text`) rows, and each change beside it.
 
-    Rows that are wrong and repeated rows are dropped, names of roles and columns become the usual ones, blanks
-    that a token joins to the prompt are cut from the start of answers. Changes are returned, and written to
-    OUT.changes.jsonl. Raises FolderError where `out` exists, DataError and ModelError as prepare does.
+    Rows that are wrong and repeated rows are dropped, names of roles and columns become the usual ones. Changes are
+    returned, and written to OUT.changes.jsonl. Raises FolderError where `out` exists, DataError and ModelError as
+    prepare does.
     """
     log = out.with_name(out.name + ".changes.jsonl")
     for path in (out, log):
         if path.exists():
             raise FolderError(f"{path} exists", fix="choose another name; nothing is overwritten")
-    renderer = Renderer(tokenizer, template=data.template, loss=data.loss)
+    renderer = renderer_for(data, tokenizer)
     changes: list[Change] = []
     temp = out.with_name(f".{out.name}.tmp")
     try:
@@ -180,41 +182,21 @@ def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change]) -> It
     made = formats.conversations(watched(), format=data.format, columns=data.columns, bad=bad)
     for conversation in made:
         file, line = conversation.file, conversation.line
-        mended, what = _mended(conversation, renderer)
-        if mended is None:
-            changes.append(Change(file, line, f"dropped: {what}"))
+        try:
+            renderer.render(conversation)
+        except RenderError as fault:
+            changes.append(Change(file, line, f"dropped: {fault.what}"))
             continue
-        if what:
-            changes.append(Change(file, line, what))
-        key = digest(dumps(mended))
+        key = digest(dumps(conversation))
         if key in seen:
             changes.append(Change(file, line, f"dropped: the same as {seen[key]}"))
             continue
         seen[key] = f"{file}:{line}"
-        value = _plain(mended)
+        value = _plain(conversation)
         if value != current[0].value:
-            changes.append(Change(file, line, _rewritten(current[0].value, mended, made.found[file])))
+            changes.append(Change(file, line, _rewritten(current[0].value, conversation, made.found[file])))
         yield json.dumps(value, ensure_ascii=False)
     changes += [Change(fault.where.file, fault.where.line, f"dropped: {fault.where.what}") for fault in bad]
-
-
-def _mended(conversation: Conversation, renderer: Renderer) -> tuple[Conversation | None, str]:
-    """The conversation as it can be rendered, and what was done; None and why where it cannot."""
-    try:
-        renderer.render(conversation)
-    except RenderError as fault:
-        if fault.code != "token-straddles":
-            return None, fault.what
-        stripped = tuple(
-            replace(turn, content=turn.content.lstrip()) if turn.role == "assistant" else turn
-            for turn in conversation.messages
-        )
-        mended = replace(conversation, messages=stripped)
-        if mended == conversation:
-            return None, fault.what
-        again, what = _mended(mended, renderer)
-        return again, what or "blanks at the start of an answer cut"
-    return conversation, ""
 
 
 def _plain(conversation: Conversation) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Message:
     tool_calls: tuple[dict[str, Any], ...] = ()
     name: str | None = None
     weight: float = 1.0  # weight of this message's tokens in the loss; 0: not trained on
+    call_id: str | None = None  # of a tool turn: the id of the call that it answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,15 @@ class Example:
 
     ids: token ids, shape (n,). weights: float32 of shape (n,), the weight of each token as a *label*
     (0: not supervised). Position 0 is never supervised: nothing predicts it.
+    parted: prompt and answer were encoded one by one, because a token would have covered the end of one and the
+    start of the other.
     """
 
     ids: Ids
     weights: npt.NDArray[np.float32]
     file: str
     line: int
+    parted: bool = False
 
     @property
     def supervised(self) -> int:

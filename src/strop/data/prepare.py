@@ -23,25 +23,23 @@ import numpy as np
 
 from strop.config.schema import DataSection
 from strop.data import formats
+from strop.data.account import TOO_LONG, account
 from strop.data.conversation import Conversation, Example
 from strop.data.reading import sources
 from strop.data.reading.sources import RowFault
 from strop.data.rendering import overlong
+from strop.data.rendering.faults import REASONS as RENDER_REASONS
 from strop.data.rendering.render import Renderer, RenderError
-from strop.data.rendering.template import FIXES
-from strop.data.rendering.template import REASONS as RENDER_REASONS
-from strop.data.report import DataReport, Tokens, padding
+from strop.data.report import DataReport
 from strop.data.store import Conversations, Examples, Indices, Store, Writer, load
 from strop.errors import DataError, Where
 
-TOO_LONG = "too-long"
 REASONS: dict[str, str] = {
     **formats.REASONS,
     **RENDER_REASONS,
     TOO_LONG: "the row is longer than data.max_length",
 }
-STORE_VERSION = 1  # raise it when prepared data changes for the same input
-MAX_LOST_SHARE = 0.01
+STORE_VERSION = 2  # raise it when prepared data changes for the same input
 OUTCOMES = ("used", "split", "truncated", "dropped")  # from best to worst
 
 
@@ -51,6 +49,7 @@ class Prepared:
 
     train, eval: examples, in the order of the files. *_conversations: the rows they came from.
     hash: of the rows used and their tokens; another template, order or row gives another hash.
+    renderer: as answers are asked for after training on these rows.
     """
 
     train: Examples
@@ -69,7 +68,7 @@ def prepare(data: DataSection, tokenizer: Any, *, cache: Path | None = None, str
     strict: raise DataError where the report says a run would be refused; else only report it.
     Raises DataError and ModelError for what is wrong with files, options, tokenizer or template as a whole.
     """
-    renderer = Renderer(tokenizer, template=data.template, loss=data.loss)
+    renderer = renderer_for(data, tokenizer)
     share = _share(data.eval)
     temporary = None if cache else tempfile.mkdtemp(prefix="strop-data-")
     folder = cache or Path(str(temporary))
@@ -92,6 +91,17 @@ def prepare(data: DataSection, tokenizer: Any, *, cache: Path | None = None, str
     return prepared
 
 
+def renderer_for(data: DataSection, tokenizer: Any) -> Renderer:
+    """What turns the rows of a recipe into tokens. Raises ModelError."""
+    return Renderer(
+        tokenizer,
+        template=data.template,
+        loss=data.loss,
+        options=data.template_options,
+        reasoning=data.reasoning,
+    )
+
+
 def _prepared(data: DataSection, renderer: Renderer, train: Store, held: Store | None, share: float | None) -> Prepared:
     rows: Indices = np.arange(len(train.row_records), dtype=np.int64)
     digests = train.row_records["digest"]
@@ -108,10 +118,10 @@ def _prepared(data: DataSection, renderer: Renderer, train: Store, held: Store |
     eval_set, eval_conversations = _part(held, eval_rows) if held is not None else (None, None)
     eval_report = None
     if held is not None and eval_set is not None:
-        eval_report = _report(data, renderer, held, eval_set, eval_rows, role="evaluation", shared=bool(share))
+        eval_report = account(data, renderer, held, eval_set, eval_rows, role="evaluation", shared=bool(share))
         across = int(np.isin(held.row_records["digest"][eval_rows], digests[rows]).sum())
         eval_report = dataclasses.replace(eval_report, duplicates={**eval_report.duplicates, "across": across})
-    report = _report(data, renderer, train, train_set, rows, role="training")
+    report = account(data, renderer, train, train_set, rows, role="training")
     if eval_report is not None:
         across = eval_report.duplicates["across"]
         warnings = [f"{across} evaluation rows are also train rows"] if across else []
@@ -127,8 +137,9 @@ def _prepared(data: DataSection, renderer: Renderer, train: Store, held: Store |
         if store is not None and examples is not None:
             seal.update(store.row_records["digest"][part].tobytes())
             seal.update(examples.lengths.tobytes() + examples.supervised.tobytes())
-    seal.update(renderer.template_hash.encode())
-    return Prepared(train_set, conversations, eval_set, eval_conversations, report, seal.hexdigest(), renderer)
+    served = renderer.served(thinking=train.facts["thinking"], rows=train.facts["chats"])
+    seal.update(served.template_hash.encode())
+    return Prepared(train_set, conversations, eval_set, eval_conversations, report, seal.hexdigest(), served)
 
 
 def _part(store: Store, rows: Indices) -> tuple[Examples, Conversations]:
@@ -191,13 +202,13 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
     outcomes: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     first: dict[str, str] = {}  # note -> where it was first seen, with an example
-    row, worst, stops, longest = 0, -1, 0, 0
+    row, worst, stops, longest, chats, thinking = 0, -1, 0, 0, 0, 0
     for conversation, rendered in renderer.render_many(reader):
         if (this := reader.row_of.popleft()) != row:
             if row:
                 outcomes[OUTCOMES[worst]] += 1
             row, worst = this, -1
-        for note, example in _notes(conversation, renderer):
+        for note, example in _notes(conversation, rendered, renderer):
             notes[note] += 1
             first.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
         if not isinstance(rendered, RenderError):
@@ -208,6 +219,8 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
             faults.append(fault)
             continue
         writer.add(conversation, examples)
+        chats += conversation.text is None
+        thinking += conversation.text is None and renderer.chat.thinks(conversation.messages)
         stops += _stops(examples[-1], renderer)
     if row:
         outcomes[OUTCOMES[worst]] += 1
@@ -224,6 +237,8 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
         "left_out": dict(reader.left_out),
         "formats": reader.conversations.found,
         "longest": longest,
+        "chats": chats,
+        "thinking": thinking,
         "stops": stops,
     }
 
@@ -261,7 +276,9 @@ def _stops(example: Example, renderer: Renderer) -> bool:
     return last in renderer.stop_ids or last == renderer.tokenizer.eos_token_id
 
 
-def _notes(conversation: Conversation, renderer: Renderer) -> Iterator[tuple[str, str]]:
+def _notes(
+    conversation: Conversation, rendered: list[Example] | RenderError, renderer: Renderer
+) -> Iterator[tuple[str, str]]:
     """What is odd about a conversation, though it can be trained on, and an example of it."""
     texts = [message.content for message in conversation.messages] or [conversation.text or ""]
     found = [name for text in texts if "{{" in text for name in formats.placeholders(text)]
@@ -274,8 +291,13 @@ def _notes(conversation: Conversation, renderer: Renderer) -> Iterator[tuple[str
         )
     if any(renderer.control.found(text) for text in texts):
         yield "control tokens in the text, encoded as plain text", ""
-    if any(message.reasoning for message in conversation.messages) and not renderer.chat.supports_reasoning:
-        yield "reasoning, which the chat template does not show: it is not trained on", ""
+    if not isinstance(rendered, RenderError) and any(example.parted for example in rendered):
+        yield "answers that would share a token with the prompt's end, encoded apart from it, as serving does", ""
+    said = conversation.messages
+    if any(message.reasoning for message in said) and not renderer.chat.thinks(said):
+        choice = renderer.chat.reasoning == "drop"
+        why = "data.reasoning drop leaves out" if choice else "the chat template does not show: it is not trained on"
+        yield f"reasoning, which {why}", ""
 
 
 def _key(spec: str | Sequence[str], data: DataSection, renderer: Renderer) -> str:
@@ -292,99 +314,3 @@ def _key(spec: str | Sequence[str], data: DataSection, renderer: Renderer) -> st
     options = data.model_dump(include={"format", "columns", "max_length", "overlong", "loss", "encoding"})
     seal.update(json.dumps([STORE_VERSION, options, renderer.fingerprint], sort_keys=True).encode())
     return seal.hexdigest()[:32]
-
-
-# --- the account -------------------------------------------------------------------------------------------------
-
-
-def _report(
-    data: DataSection,
-    renderer: Renderer,
-    store: Store,
-    examples: Examples,
-    rows: Indices,
-    *,
-    role: str,
-    shared: bool = False,
-) -> DataReport:
-    """The account of a store, of which `examples` are used for `role`; shared: its rows are accounted elsewhere."""
-    facts = store.facts
-    faults = [] if shared else [RowFault(code, Where(*where)) for code, *where in facts["faults"]]
-    outcomes = {name: 0 if shared else int(facts["outcomes"].get(name, 0)) for name in ("used", "truncated", "split")}
-    counts = {"read": facts["read"], **outcomes, "dropped": int(facts["outcomes"].get("dropped", 0))}
-    if shared:
-        counts = {"read": len(rows), "used": len(rows), "truncated": 0, "split": 0, "dropped": 0}
-    assert counts["read"] == sum(counts.values()) - counts["read"], f"rows without an outcome: {counts}"
-    kept = len(store.row_records)
-    digests = store.row_records["digest"][rows]
-    within = len(digests) - len(np.unique(digests))
-    warnings = [] if shared else [*renderer.warnings, *_warnings(facts)]
-    if within:
-        warnings.append(f"{within} {role} rows repeat an earlier one")
-    return DataReport(
-        rows=counts,
-        by_reason=dict(Counter(fault.code for fault in faults).most_common()),
-        dropped=[
-            {"file": at.file, "line": at.line, "reason": code, "what": at.what}
-            for code, at in ((fault.code, fault.where) for fault in faults)
-        ],
-        tokens=Tokens.of(examples.lengths, examples.supervised),
-        stop_token={"rows": facts["stops"], "share": facts["stops"] / kept if kept else 0.0},
-        duplicates={"within": within, "across": 0},
-        padding=padding(examples.lengths, data.max_length),
-        formats=facts["formats"],
-        warnings=warnings,
-        refusal=_refusal(data, facts, faults, counts, num_left=len(rows), role=role),
-    )
-
-
-def _warnings(facts: dict[str, Any]) -> list[str]:
-    found = [f"{count} rows hold {note} ({place})" for note, count, place in facts["notes"]]
-    if facts["unused"]:
-        columns = ", ".join(f"{name} ({count} rows)" for name, count in sorted(facts["unused"].items()))
-        found.append(f"columns not read: {columns}")
-    return found + [f"{count} rows of {path} left out by its weight" for path, count in facts["left_out"].items()]
-
-
-def _refusal(
-    data: DataSection,
-    facts: dict[str, Any],
-    faults: list[RowFault],
-    counts: dict[str, int],
-    *,
-    num_left: int,
-    role: str,
-) -> DataError | None:
-    """Why a run would not start on these rows, if it would not."""
-    if "preference" in facts["formats"].values():
-        return DataError(
-            "preference pairs are read and checked, but not trained on",
-            fix="train on the better answers alone: --data.columns prompt=prompt,completion=chosen",
-        )
-    long = [fault for fault in faults if fault.code == TOO_LONG]
-    bad = [fault for fault in faults if fault.code != TOO_LONG]
-    if bad and data.bad_rows == "refuse":
-        codes = {fault.code for fault in bad}
-        advice = [FIXES[code] for code in codes if code in FIXES] or ["mend them"]
-        return DataError(
-            f"{len(bad)} of {counts['read']} {role} rows cannot be used",
-            fix=f"{'; '.join(sorted(advice))}; or leave such rows out with --data.bad_rows drop",
-            where=[fault.where for fault in bad],
-        )
-    places = [fault.where for fault in long]
-    if long and data.overlong == "refuse":
-        return DataError(
-            f"{len(long)} of {counts['read']} {role} rows are longer than data.max_length {data.max_length}",
-            fix=f"--data.max_length {facts['longest']}, or choose --data.overlong drop, truncate-start or split",
-            where=places,
-        )
-    if long and data.overlong != "drop" and len(long) > MAX_LOST_SHARE * counts["read"] and data.bad_rows == "refuse":
-        return DataError(
-            f"{len(long)} of {counts['read']} {role} rows cannot be brought down to data.max_length {data.max_length}",
-            fix="raise --data.max_length, or leave such rows out with --data.overlong drop",
-            where=places,
-        )
-    if not num_left:
-        where = [fault.where for fault in faults]
-        return DataError(f"0 of {counts['read']} {role} rows are left", fix="give more rows", where=where)
-    return None

@@ -43,7 +43,7 @@ class DataReport:
     stop_token: rows whose last supervised token is a stop token, and their share of the rows not dropped.
     duplicates: within (rows beyond the first of equal content), across (eval rows that are also train rows).
     padding: shares of padding in batches of 8 rows in the file's order and in packs of max_length tokens.
-    refusal: why a run would not start on this.
+    template: sentences on how the chat template was used. refusal: why a run would not start on this.
     """
 
     rows: dict[str, int]
@@ -55,6 +55,7 @@ class DataReport:
     padding: dict[str, float]
     formats: dict[str, str]
     warnings: list[str]
+    template: list[str]
     held_out: int = 0
     refusal: DataError | None = None
     eval: DataReport | None = None
@@ -75,6 +76,7 @@ class DataReport:
             "padding": self.padding,
             "formats": self.formats,
             "warnings": self.warnings,
+            "template": self.template,
             "held_out": self.held_out,
             "would_refuse": self.would_refuse,
             "refusal": self.refusal.as_json() if self.refusal else None,

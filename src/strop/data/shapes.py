@@ -118,7 +118,9 @@ def _message(turn: dict[str, Any], at: str) -> Message:
     name = turn.get("name")
     if name is not None and not isinstance(name, str):
         raise BadRow("not-text", f"{at}: name is {_kind(name)}, not a string")
-    return Message(role, content, "".join(thoughts) if thoughts else None, calls, name, weight)
+    id = turn.get("tool_call_id") if role == "tool" else None
+    call_id = id if isinstance(id, str) else None
+    return Message(role, content, "".join(thoughts) if thoughts else None, calls, name, weight, call_id)
 
 
 def _weight(turn: dict[str, Any], at: str) -> float:

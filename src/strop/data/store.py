@@ -186,6 +186,8 @@ def message_json(message: Message) -> dict[str, Any]:
         value["tool_calls"] = message.tool_calls
     if message.name is not None:
         value["name"] = message.name
+    if message.call_id is not None:
+        value["tool_call_id"] = message.call_id
     if message.weight != 1.0:
         value["weight"] = message.weight
     return value
@@ -201,6 +203,7 @@ def loads(text: bytes, file: str, line: int) -> Conversation:
             tuple(turn.get("tool_calls", ())),
             turn.get("name"),
             turn.get("weight", 1.0),
+            turn.get("tool_call_id"),
         )
         for turn in value["messages"]
     )

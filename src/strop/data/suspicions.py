@@ -26,8 +26,8 @@ def suspicions(tree: nodes.Template, source: str) -> list[str]:
     )
     if tested:
         found.append(f"the chat template tests the text of messages for {', '.join(tested[:5])}")
-    if "strftime_now" in source:
-        found.append("the chat template writes today's date; training rows keep the day they were prepared on")
+    if "strftime_now" in source and "macro strftime_now" not in source:  # which fixes it: rendering/options.py
+        found.append("the chat template writes today's date: it asks otherwise from one day to the next")
     return found
 
 

@@ -36,7 +36,7 @@ A LoRA adapter for `{base["name"]}`, trained with strop.
 | adapter | rank {chosen["lora.r"]}, alpha {chosen["lora.alpha"]:g}, on {_words(chosen["lora.target_modules"])} |
 | training | {_training(report, chosen)} |
 | data | {report["data"]["used"]:,} rows, hash `{prints[:16]}` |
-{"".join(f"| {what} | {said} |{chr(10)}" for what, said in _scores(report))}
+{_template(report)}{"".join(f"| {what} | {said} |{chr(10)}" for what, said in _scores(report))}
 ## How to load it
 
 ```python
@@ -59,6 +59,11 @@ strop merge RUN --out MERGED             # one model of its own, for everything 
 strop export ollama RUN --out FOLDER     # for Ollama: a GGUF file and its Modelfile
 ```
 """
+
+
+def _template(report: Mapping[str, Any]) -> str:
+    told = report.get("data_report", {}).get("template", [])
+    return f"| chat template | {'; '.join(told).replace('|', chr(92) + '|')} |{chr(10)}" if told else ""
 
 
 def _stored(chosen: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from strop.adapters import Model
-from strop.data.conversation import Conversation
+from strop.data.conversation import Conversation, Ids
 from strop.data.pack import group_by_length
 from strop.engine.step import step_for
 from strop.evaluation.loss import mean_loss
@@ -134,13 +134,17 @@ def _answer_all(
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        prompts = [
-            model.renderer.prompt(asked[row].conversation.messages[:-1], asked[row].conversation.tools) for row in rows
-        ]
+        prompts = [_prompt(model, asked[row].conversation) for row in rows]
         answers.update(zip(rows, model.answer(prompts, max_new_tokens=max_new_tokens), strict=True))
         if advance is not None:
             advance(side, len(answers), len(asked))
     return [answers[row] for row in range(len(asked))]
+
+
+def _prompt(model: Model, conversation: Conversation) -> Ids:
+    """The row up to its last turn, with the template's options for a row that thinks, or for one that does not."""
+    options = model.renderer.options_for(conversation.messages)
+    return model.renderer.prompt(conversation.messages[:-1], conversation.tools, options=options)
 
 
 def _choose_all(model: Model, asked: Sequence[Question], side: str, advance: Advance | None) -> list[str]:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from strop.data.conversation import Message
+from strop.data.rendering.faults import RenderError
 from strop.data.rendering.render import Renderer
-from strop.data.rendering.template import RenderError
 from strop.errors import ModelError
 from strop.exporting.strings import conversations
 
@@ -26,12 +26,16 @@ _SAID = {"system": "Qzsystemq", "user": "Qzfirstq", "assistant": "Qzanswerq", "a
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a template writes around what is said. system: (before, after) a system prompt, None where it has none."""
+    """What a template writes around what is said. system: (before, after) a system prompt, None where it has none.
+
+    asked: after a user turn that is to be answered; given: after one whose answer follows. They differ where a prompt
+    writes a block of reasoning that a given answer does not have.
+    """
 
     start: str
     system: tuple[str, str] | None
-    user_end: str
-    answer_start: str
+    asked: str
+    given: str
     answer_end: str  # and what opens the next user turn
 
     @staticmethod
@@ -43,16 +47,14 @@ class Pieces:
             Message("user", _SAID["again"]),
         )
         turns = [user, answer, again]
-        start, between, answer_end, user_end = _apart(renderer, turns)
+        start, given, answer_end, asked = _apart(renderer, turns)
         system = None
         if renderer.supports_system:
             before, after, *rest = _apart(renderer, [Message("system", _SAID["system"]), *turns])
             system = (before, after)
-            if rest != [between, answer_end, user_end]:
+            if rest != [given, answer_end, asked]:
                 raise _refused("a system prompt changes what comes after it")
-        if not between.startswith(user_end):
-            raise _refused("an answer that was given is not in the place of one that is asked for")
-        pieces = Pieces(start, system, user_end, between.removeprefix(user_end), answer_end)
+        pieces = Pieces(start, system, asked, given, answer_end)
         for messages in conversations(renderer.supports_system):
             if pieces.prompt(messages) != renderer.chat.prompt(messages).text:
                 raise _refused(f"it is not the same around every turn, as in {renderer.chat.prompt(messages).text!r}")
@@ -64,15 +66,15 @@ class Pieces:
         text = self.start if not told or self.system is None else self.system[0] + told[0] + self.system[1]
         for message in messages:
             if message.role == "user":
-                text += message.content + self.user_end
+                text += message.content + (self.asked if message is messages[-1] else self.given)
             elif message.role == "assistant":
-                text += self.answer_start + message.content + self.answer_end
+                text += message.content + self.answer_end
         return text
 
     def without_bos(self, bos: str) -> Pieces:
         """For a tokenizer that puts the bos token there itself."""
         system = None if self.system is None else (self.system[0].removeprefix(bos), self.system[1])
-        return Pieces(self.start.removeprefix(bos), system, self.user_end, self.answer_start, self.answer_end)
+        return Pieces(self.start.removeprefix(bos), system, self.asked, self.given, self.answer_end)
 
     def go(self) -> str:
         """The Go template. Literal text is quoted, so that no white space is lost."""
@@ -80,14 +82,16 @@ class Pieces:
         if self.system is not None:
             with_system = f"{_text(self.system[0])}{{{{ .System }}}}{_text(self.system[1])}"
             start = f"{{{{ if .System }}}}{with_system}{{{{ else }}}}{start}{{{{ end }}}}"
-        answer = f"{_text(self.answer_start)}{{{{ .Content }}}}"
+        more = "{{- if gt (len (slice $.Messages $at)) 1 }}"  # do other messages follow?
+        after = _text(self.asked)
+        if self.asked != self.given:
+            after = f"{more}{_text(self.given)}{{{{ else }}}}{after}{{{{ end }}}}"
         return (
             f"{start}\n"
             "{{- range $at, $_ := .Messages }}\n"
-            f'{{{{- if eq .Role "user" }}}}{{{{ .Content }}}}{_text(self.user_end)}\n'
-            f'{{{{- else if eq .Role "assistant" }}}}{answer}\n'
-            "{{- if gt (len (slice $.Messages $at)) 1 }}"
-            f"{_text(self.answer_end)}{{{{ end }}}}\n"
+            f'{{{{- if eq .Role "user" }}}}{{{{ .Content }}}}{after}\n'
+            '{{- else if eq .Role "assistant" }}{{ .Content }}\n'
+            f"{more}{_text(self.answer_end)}{{{{ end }}}}\n"
             "{{- end }}{{ end }}"
         )
 

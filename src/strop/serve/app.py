@@ -122,7 +122,7 @@ def create_app(room: Room, rules: Rules, metrics: Metrics) -> Guard:
     async def chat(request: Request, body: ChatRequest) -> Response:
         served = _served(room, body.model)
         tools = body.tools if body.tool_choice != "none" else None
-        ids = await _prompt(renderers, served.prompt, body.messages, tools)
+        ids = await _prompt(renderers, served.prompt, body.messages, tools, body.chat_template_kwargs)
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         if body.max_tokens is not None and body.max_tokens != limit:
             raise Refusal(400, "max_tokens and max_completion_tokens are two numbers: give one", param="max_tokens")

@@ -31,13 +31,20 @@ class Served:
     renderer: Renderer
     system: str | None
 
-    def prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Ids:
-        """The token ids of a chat, generation prompt included, as in training. Raises PROMPT_FAULTS."""
+    def prompt(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        options: dict[str, Any] | None = None,
+    ) -> Ids:
+        """The token ids of a chat, generation prompt included, as in training; options: of the template, where the
+        request has some. Raises PROMPT_FAULTS.
+        """
         said = asked({"messages": messages, "tools": tools})
         given = said.messages
         if self.system is not None and given[0].role != "system":
             given = (Message("system", self.system), *given)
-        return self.renderer.prompt(given, said.tools)
+        return self.renderer.prompt(given, said.tools, options=options)
 
     def text(self, text: str) -> Ids:
         """The token ids of a plain text, which may hold control tokens."""
@@ -100,6 +107,12 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
         identity = read_identity(folder)
         if identity.get("quantization", "none") != read_identity(first.adapter).get("quantization", "none"):
             notes.append(f"{name}: was trained on a base quantized otherwise than {names[0]}'s, which both get here")
-        models[own] = Served(own, first.others[name], tokenizer, Renderer(tokenizer), identity.get("system"))
+        models[own] = Served(
+            own,
+            first.others[name],
+            tokenizer,
+            Renderer(tokenizer, reasoning=identity.get("reasoning", "auto")),
+            identity.get("system"),
+        )
     models[BASE] = Served(BASE, None, first.tokenizer, first.renderer, None)
     return Loaded(first.module, models, [*first.notes, *notes])

@@ -72,6 +72,9 @@ class ChatRequest(Common):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[dict[str, Any]] | None = Field(None, description="Shown to the model by its chat template.")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Values for the chat template, by the names that it reads: enable_thinking."
+    )
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: Literal[True] | None = None
     response_format: ResponseFormat | None = None

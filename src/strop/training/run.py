@@ -257,6 +257,7 @@ def _finish(job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ende
         "dtype": model.dtype,
     }
     identity["system"] = _shared_system(setup.data.train_conversations)
+    identity["reasoning"] = setup.data.renderer.reasoning
     save_adapter(job.model, setup.tokenizer, folder.adapter, identity)
     data, change = setup.data.report.as_json(), weight_change(job.model)
     report: dict[str, Any] = {

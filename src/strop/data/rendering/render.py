@@ -7,19 +7,21 @@ and checked: the prompt must end where a token ends, and each supervised turn mu
 from __future__ import annotations
 
 import hashlib
-import json
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from strop.data.conversation import Conversation, Example, Ids, Message
-from strop.data.rendering.template import ChatTemplate, ControlText, Draft, adds_bos, template_source
-from strop.data.rendering.template import RenderError as RenderError
+from strop.data.rendering.control import ControlText
+from strop.data.rendering.encoder import Encoder, Straddles
+from strop.data.rendering.faults import RenderError as RenderError
+from strop.data.rendering.options import CLOCK, check_options, with_options
+from strop.data.rendering.source import adds_bos, template_source
+from strop.data.rendering.template import ChatTemplate, Draft, Reasoning
+from strop.data.rendering.words import told
 from strop.errors import ModelError
 
 ROWS_AT_ONCE = 256
@@ -32,24 +34,35 @@ class Renderer:
     """Turns conversations into examples for one tokenizer and template.
 
     tokenizer: a fast transformers tokenizer. template: `chatml`, a file, or None for the tokenizer's own.
-    loss: which tokens are supervised. Raises ModelError for a tokenizer or template that cannot be used;
-    a missing template is an error only once a chat needs it (raw text does not).
+    loss: which tokens are supervised. options: values to write into the template, where rows are to be trained on.
+    reasoning: what becomes of it. source: the template's text, in place of `template`. Raises ModelError for a
+    tokenizer or template that cannot be used; a missing template is an error only once a chat needs it.
     """
 
     def __init__(
-        self, tokenizer: Any, *, template: str | None = None, loss: Literal["assistant", "all"] = "assistant"
+        self,
+        tokenizer: Any,
+        *,
+        template: str | None = None,
+        loss: Literal["assistant", "all"] = "assistant",
+        options: Mapping[str, Any] | None = None,
+        reasoning: Reasoning = "auto",
+        source: str | None = None,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError("the model has no fast tokenizer", fix="choose a model with a tokenizer.json")
         self.tokenizer = tokenizer
         self.loss = loss
         added = {token.content: bool(token.special) for token in tokenizer.added_tokens_decoder.values()}
-        source = template_source(tokenizer, template)
-        self._chat = ChatTemplate(source, added=added, variables=tokenizer.special_tokens_map) if source else None
+        source = source or template_source(tokenizer, template)
+        self._chat = None
+        if source:
+            variables = tokenizer.special_tokens_map
+            self._chat = ChatTemplate(source, added=added, variables=variables, options=options, reasoning=reasoning)
         special = [token for token, is_special in added.items() if is_special]
         self.control = self._chat.control if self._chat else ControlText(special)
-        self._plain = _Encoder(tokenizer, self.control)
-        self._swapped: _Encoder | None = None
+        self._plain = Encoder(tokenizer, self.control)
+        self._swapped: Encoder | None = None
         self._kept_characters: set[str] = set()
         self._lost_characters: set[str] = set()
         eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
@@ -76,15 +89,21 @@ class Renderer:
         return self._chat.source if self._chat else None
 
     @property
+    def reasoning(self) -> Reasoning:
+        """What becomes of reasoning; `auto` without a template."""
+        return self._chat.reasoning if self._chat else "auto"
+
+    @property
     def template_hash(self) -> str:
         """SHA-256 of the template's text; '' without a template."""
         return self._chat.hash if self._chat else ""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides how a text becomes ids and weights: tokenizer, template, loss."""
+        """SHA-256 of all that decides how a text becomes ids and weights: tokenizer, template, reasoning, loss."""
         tokenizer = self.tokenizer
         names = [repr(tokenizer.special_tokens_map), repr(tokenizer("a")["input_ids"]), self.template_hash, self.loss]
+        names.append(self.reasoning)
         return hashlib.sha256("\n".join([tokenizer.backend_tokenizer.to_str(), *names]).encode()).hexdigest()
 
     @property
@@ -102,6 +121,24 @@ class Renderer:
     @property
     def supports_tools(self) -> bool:
         return self.chat.supports_tools and self.chat.supports_tool_calls
+
+    def told(self, *, thinking: int, rows: int) -> list[str]:
+        """Sentences on how the template is used on `rows` chats, of which `thinking` have reasoning."""
+        return told(self.chat, thinking=thinking, rows=rows)
+
+    def options_for(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """The template's options for a row, which is rendered as one that thinks or as one that does not."""
+        return self.chat.mode(messages).options
+
+    def served(self, *, thinking: int, rows: int) -> Renderer:
+        """The renderer that answers after training on `rows` chats, of which `thinking` have reasoning: its template's
+        own prompt is the one that they were trained behind. Where some think and some do not, it stays as it is.
+        """
+        options = self._chat.served_options(thinking=thinking, rows=rows) if self._chat else {}
+        if not options:
+            return self
+        source = with_options(self.chat.source, options, [])
+        return Renderer(self.tokenizer, loss=self.loss, reasoning=self.reasoning, source=source)
 
     def render(self, conversation: Conversation) -> list[Example]:
         """The examples of one conversation: one, or one an assistant turn. Raises RenderError, ModelError."""
@@ -147,21 +184,28 @@ class Renderer:
             own = list(islice(encodings, len(found)))
             try:
                 examples = [
-                    self._example(conversation, draft, ids, first=i == 0)
+                    example
                     for i, (draft, ids) in enumerate(zip(found, own, strict=True))
+                    for example in self._examples(conversation, draft, ids, first=i == 0)
                 ]
             except RenderError as fault:
                 yield conversation, _placed(fault, conversation)
             else:
                 yield conversation, examples
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> Ids:
-        """What serving sends, generation prompt included: a prefix of the training ids. Raises RenderError."""
-        draft = self.chat.prompt(messages, tools)
-        if draft.odd:
-            encoder, text, _ = self._other_names(draft)
-            return encoder.ids(encoder.encode([text])[0])
-        return self._plain.ids(self._plain.encode([draft.text])[0])
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] = (),
+        *,
+        options: Mapping[str, Any] | None = None,
+    ) -> Ids:
+        """What serving sends, generation prompt included: a prefix of the training ids. options: of the template, for
+        this prompt. Raises RenderError, and ModelError for an option that the template does not read.
+        """
+        check_options(options or {}, self.chat.options_read - {CLOCK}, "chat_template_kwargs")
+        encoder, text, _ = self._named(self.chat.prompt(messages, tools, options=options))
+        return encoder.ids(encoder.encode([text])[0])
 
     def lost_characters(self, text: str) -> set[str]:
         """Characters of `text` that do not come back from the tokenizer: it drops them, or writes others for them."""
@@ -180,118 +224,59 @@ class Renderer:
         odd = self.control.found(conversation.text)
         return [Draft(self.control.mask(conversation.text) if odd else conversation.text, (), odd)]
 
-    def _other_names(self, draft: Draft) -> tuple[_Encoder, str, tuple[tuple[int, int, float], ...]]:
-        """For an odd draft: the encoder that knows control tokens by private names, and text and spans for it."""
+    def _named(self, draft: Draft) -> tuple[Encoder, str, tuple[tuple[int, int, float], ...]]:
+        """The encoder for a draft, and its text and spans for it; an odd one's has private names of control tokens."""
+        if not draft.odd:
+            return self._plain, draft.text, draft.spans
         if self._swapped is None:
-            self._swapped = _Encoder(self.tokenizer, self.control, private=True)
+            self._swapped = Encoder(self.tokenizer, self.control, private=True)
         swap = self.control.swap
         spans = tuple((len(swap(draft.text[:a])), len(swap(draft.text[:b])), weight) for a, b, weight in draft.spans)
         return self._swapped, swap(draft.text), spans
 
-    def _example(self, conversation: Conversation, draft: Draft, encoded: list[int], *, first: bool) -> Example:
-        encoder, text, spans = self._plain, draft.text, draft.spans
+    def _examples(
+        self, conversation: Conversation, draft: Draft, encoded: list[int], *, first: bool
+    ) -> Iterator[Example]:
+        """One example of a draft; one a turn where a token of the whole text would cover the end of a prompt and the
+        start of an answer, which serving never sees: it encodes the prompt, and the model goes on from there.
+        """
+        encoder, text, spans = self._named(draft)
         if draft.odd:
-            encoder, text, spans = self._other_names(draft)
             encoded = encoder.encode([text])[0]
-        ids = encoder.ids(encoded)
+        try:
+            ids = encoder.ids(encoded)
+            yield self._example(conversation, ids, encoder.token_spans(text, ids, spans), first=first)
+        except Straddles:
+            for turn, (start, end, weight) in enumerate(spans):
+                prompt = encoder.ids(encoder.encode([text[:start]])[0])
+                ids = np.concatenate([prompt, encoder.ids(encoder.continued(text[start:end]))])
+                span = (len(prompt), len(ids), weight)
+                yield self._example(conversation, ids, [span], first=first and not turn, parted=True)
+
+    def _example(
+        self,
+        conversation: Conversation,
+        ids: Ids,
+        spans: Iterable[tuple[int, int, float]],
+        *,
+        first: bool,
+        parted: bool = False,
+    ) -> Example:
         if conversation.text is not None:
             ids = np.array([*self._text_start, *ids, self.tokenizer.eos_token_id], dtype=np.int32)
             weights = np.ones(len(ids), np.float32)
         else:
             # `all` in a conversation that had to be split: the earlier text was trained on in the first example
             weights = np.full(len(ids), 1.0 if self.loss == "all" and first else 0.0, np.float32)
-        for begin, end, weight in encoder.token_spans(text, ids, spans):
+        for begin, end, weight in spans:
             if int(ids[end - 1]) not in self.stop_ids:
                 raise RenderError("no-stop-token")
             weights[begin:end] = weight
         weights[:1] = 0.0
         if not weights.any():
             raise RenderError("nothing-supervised")
-        return Example(ids, weights, conversation.file, conversation.line)
+        return Example(ids, weights, conversation.file, conversation.line, parted)
 
 
 def _placed(fault: RenderError, conversation: Conversation) -> RenderError:
     return RenderError(fault.code, fault.detail, file=conversation.file, line=conversation.line)
-
-
-class _Encoder:
-    """Encodes texts whole, and finds the tokens of spans.
-
-    private: know the control tokens by their private characters only, so that their ordinary names in a text
-    are plain text; ids stay those of the tokenizer.
-    """
-
-    def __init__(self, tokenizer: Any, control: ControlText, *, private: bool = False) -> None:
-        names = control.private if private else {}
-        added: dict[str, int] = tokenizer.added_tokens_encoder
-        self._pattern = control.marks if private else control.pattern  # control tokens as this encoder knows them
-        self._is_control = np.zeros(max(tokenizer.get_vocab().values()) + 1, np.bool_)  # by id
-        self._is_control[[added[token] for token in control.private]] = True
-        self._true_ids: dict[int, int] = {}
-        self._forbidden: frozenset[int] = frozenset()
-        self._tails: dict[str, list[int]] = {}
-        self._backend: Tokenizer = tokenizer.backend_tokenizer
-        if private:
-            state = json.loads(self._backend.to_str())
-            for token in state["added_tokens"]:
-                token["content"] = names.get(token["content"], token["content"])
-            self._backend = Tokenizer.from_str(json.dumps(state))
-            true_ids = {self._backend.token_to_id(names.get(token, token)): i for token, i in added.items()}
-            self._true_ids = {own: i for own, i in true_ids.items() if own is not None}
-            self._forbidden = frozenset(added[token] for token in names) - self._true_ids.keys()
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        # The backend is shared with transformers, whose calls leave their settings on it. Set only where it must
-        # be: a change while another thread encodes raises "Already borrowed".
-        if self._backend.padding is not None:
-            self._backend.no_padding()
-        if self._backend.truncation is not None:
-            self._backend.no_truncation()
-        if self._backend.encode_special_tokens:
-            self._backend.encode_special_tokens = False
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def ids(self, encoded: list[int]) -> Ids:
-        """The tokenizer's own ids. Raises RenderError where plain text became a control token."""
-        if self._true_ids:
-            if not self._forbidden.isdisjoint(encoded):
-                raise RenderError("control-token", "the tokenizer makes the token from plain text")
-            encoded = [self._true_ids.get(i, i) for i in encoded]
-        return np.array(encoded, dtype=np.int32)
-
-    def token_spans(
-        self, text: str, ids: Ids, spans: Sequence[tuple[int, int, float]]
-    ) -> Iterator[tuple[int, int, float]]:
-        """Spans of characters as spans of tokens. Raises RenderError where a span does not begin with a token.
-
-        The control tokens of the text are counted in the ids: a span ends with one, and it begins so many tokens
-        after one as the text between encodes to. A tokenizer encodes the pieces between control tokens one by
-        one, so a text up to there is, token for token, the beginning of the whole.
-        """
-        if not spans:
-            return
-        places = [(match.start(), match.end()) for match in self._pattern.finditer(text)]
-        tokens = self._is_control[ids].nonzero()[0].tolist()
-        if len(places) != len(tokens):
-            raise RenderError("control-token")
-        ends = [end for _, end in places]
-        for start, end, weight in spans:
-            before = bisect_right(ends, start)
-            at, first = (places[before - 1][0], tokens[before - 1]) if before else (0, 0)
-            tail = self._encode_tail(text[at:start])
-            begin = first + len(tail)
-            if ids[first:begin].tolist() != tail:
-                raise RenderError("token-straddles")
-            last = bisect_right(ends, end) - 1
-            if last < 0 or ends[last] != end:
-                raise RenderError("no-stop-token")
-            yield begin, tokens[last] + 1, weight
-
-    def _encode_tail(self, tail: str) -> list[int]:
-        """Text from a control token to an answer: nearly always the generation prompt, so it is remembered."""
-        known = self._tails.get(tail)
-        if known is None:
-            known = self.ids(self.encode([tail])[0]).tolist()
-            if len(tail) < 200 and len(self._tails) < 1000:
-                self._tails[tail] = known
-        return known

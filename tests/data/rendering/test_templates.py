@@ -1,0 +1,199 @@
+"""What today's chat templates do: ten written by hand, always; the real ones, where they were fetched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from strop.data.conversation import Message
+from strop.data.rendering.render import Renderer, RenderError
+from strop.errors import ModelError
+from tests import ROOT
+from tests.support import real_templates
+from tests.support.template_trials import outcome, real_table, trained, written_table
+from tests.support.templates import KINDS, TRAITS, answer, call, result, said, tokenizer, user
+
+DOCS = ROOT / "docs" / "templates.md"
+
+# what is trained on, turn by turn
+SUPERVISED = {
+    ("opens-with-switch", "several turns"): ["Hi.<|close|>", "It rains.<|close|>"],
+    ("opens-with-switch", "some reasoning"): [
+        "I should think.\n</think>\n\nBecause.<|close|>", "\n</think>\n\nThus.<|close|>",
+    ],
+    ("opens-always", "plain"): ["\n</think>\n\nA stone.<|close|>"],
+    ("writes-an-empty-block", "plain"): ["A stone.<|close|>"],
+    ("ends-where-another-turn-follows", "several turns"): ["Hi.<|close|>", "It rains.<|close|>"],
+    ("ends-with-the-next-role", "several turns"): ["Hi.<|user|>", "It rains.<|user|>"],
+    ("ends-with-nothing", "several turns"): [" Hi.\n\n<eos>", " It rains.\n\n<eos>"],
+    ("clock", "plain"): ["A stone.<|close|>"],
+    ("tools-as-text-under-another-name", "text and call"): [
+        'I look.<|call|>get_weather{"city": "Paris", "days": 2}<|called|><|close|>', "It is sunny.<|close|>",
+    ],
+    ("ids-of-nine", "no ids"): [
+        '{"id": "call00000", "call": {"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}}<|close|>',
+        "It is sunny.<|close|>",
+    ],
+    ("channels", "some reasoning"): [
+        "<|part|>thought\nI should think.<|end|><|open|>assistant<|part|>final\nBecause.<|done|>",
+        "<|part|>final\nThus.<|done|>",
+    ],
+}  # fmt: skip
+
+
+def renderer(name: str, **more: Any) -> Renderer:
+    return Renderer(tokenizer(name), **{"options": {}, **more})
+
+
+def text_of(own: Renderer, ids: Any) -> str:
+    return str(own.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+@pytest.mark.parametrize(("name", "kind"), SUPERVISED)
+def test_what_is_trained_on(name: str, kind: str) -> None:
+    assert trained(renderer(name), KINDS[kind]) == SUPERVISED[name, kind]
+
+
+@pytest.mark.parametrize("name", TRAITS)
+def test_plain_conversations_are_right_and_what_is_refused_is_named(name: str) -> None:
+    own = renderer(name)
+    found = {kind: outcome(own, conversation) for kind, conversation in KINDS.items()}
+    assert {found[kind] for kind in ("plain", "system", "several turns")} == {"yes"}
+    assert set(found.values()) <= {"yes", "not shown", "cannot show tools or tool calls (a list of tools)"}
+    assert ("tools" in name or "ids" in name) == (found["tools"] == "yes")
+
+
+def test_the_way_turns_end_is_told() -> None:
+    told = {name: renderer(name).told(thinking=0, rows=3)[0] for name in TRAITS}
+    assert "writes only where another turn follows" in told["ends-where-another-turn-follows"]
+    assert "begins the next turn" in told["ends-with-the-next-role"]
+    assert "the tokenizer's own end" in told["ends-with-nothing"]
+    assert told["channels"] == "an answer ends with <|done|>"
+
+
+@pytest.mark.parametrize("choice", ["as-is", "empty", "drop", "refuse"])
+def test_each_choice_of_reasoning(choice: str) -> None:
+    own = renderer("opens-with-switch", reasoning=choice)
+    with_it, without = KINDS["reasoning"], KINDS["plain"]
+    if choice == "refuse":
+        with pytest.raises(RenderError, match="has no reasoning"):
+            own.render(without)
+        with pytest.raises(RenderError, match="does not show"):
+            renderer("writes-an-empty-block", reasoning=choice).render(with_it)
+        return
+    lead = {"as-is": "\n</think>\n\n", "empty": "", "drop": ""}[choice]
+    assert trained(own, without) == [lead + "A stone.<|close|>"]
+    first = {"drop": "Because.<|close|>"}.get(choice, "I should think.\n</think>\n\nBecause.<|close|>")
+    assert trained(own, with_it)[0] == first
+    prompt = text_of(own, own.served(thinking=0, rows=9).prompt(without.messages[:1]))
+    assert prompt.endswith("<think>\n" if choice == "as-is" else "<think>\n\n</think>\n\n" if lead else "</think>\n\n")
+
+
+def test_rows_that_think_and_rows_that_do_not_are_both_right_and_the_template_stays() -> None:
+    own = renderer("opens-with-switch")
+    assert own.options_for(KINDS["plain"].messages) == {"enable_thinking": False}
+    assert own.options_for(KINDS["reasoning"].messages) == {}
+    assert own.served(thinking=1, rows=2).template == own.template
+    off = own.served(thinking=0, rows=2)
+    assert off.template_hash != own.template_hash and off.served(thinking=0, rows=2).template == off.template
+    asked = KINDS["plain"].messages[:1]
+    assert text_of(off, off.prompt(asked)).endswith("<think>\n\n</think>\n\n")
+    assert text_of(off, off.prompt(asked, options={"enable_thinking": True})).endswith("<think>\n")
+
+
+def test_options_are_checked_and_become_the_templates_own() -> None:
+    own = renderer("clock", options={"city": 'Ulm {"}', "strftime_now": "2026-11-05"})
+    prompt = text_of(own, own.prompt(KINDS["plain"].messages[:1]))
+    assert 'Today is 05 November 2026. You are in Ulm {"}.' in prompt
+    again = Renderer(own.tokenizer, source=own.template)  # as an adapter's tokenizer is read
+    assert text_of(again, again.prompt(KINDS["plain"].messages[:1])) == prompt
+    assert own.warnings == () and "today's date" in "".join(Renderer(own.tokenizer).warnings)
+    same = Renderer(own.tokenizer, source=own.template, options={"city": 'Ulm {"}'})  # written once, the day stays
+    assert same.template_hash == own.template_hash
+    later = Renderer(own.tokenizer, source=own.template, options={"strftime_now": "2027-01-02"})
+    assert "Today is 02 January 2027. You are in Ulm" in text_of(later, later.prompt(KINDS["plain"].messages[:1]))
+    assert own.template_hash != renderer("clock").template_hash
+    assert "Today is 01 January 2026." in text_of(own, renderer("clock").prompt(KINDS["plain"].messages[:1]))
+    assert "2026-11-05" in "".join(own.told(thinking=0, rows=1))
+    with pytest.raises(ModelError, match="did you mean city"):
+        renderer("clock", options={"cty": "Ulm"})
+    with pytest.raises(ModelError, match="is no day"):
+        renderer("clock", options={"strftime_now": "today"})
+    with pytest.raises(ModelError, match="chat_template_kwargs: the chat template reads no messages"):
+        own.prompt(KINDS["plain"].messages[:1], options={"messages": []})
+
+
+@pytest.mark.parametrize("name", TRAITS)
+def test_other_engines_ask_as_in_training_with_the_template_as_it_is_saved(name: str) -> None:
+    for kind, thinking in (("system", 0), ("reasoning", 1)):
+        own = renderer(name).served(thinking=thinking, rows=1)
+        own.tokenizer.chat_template = own.template
+        messages = KINDS[kind].messages[:-1]
+        said_plainly = [{"role": message.role, "content": message.content} for message in messages]
+        if thinking:
+            said_plainly = [
+                turn
+                | ({"reasoning_content": message.reasoning, "thinking": message.reasoning} if message.reasoning else {})
+                for turn, message in zip(said_plainly, messages, strict=True)
+            ]
+        asked = own.tokenizer.apply_chat_template(said_plainly, add_generation_prompt=True, return_dict=False)
+        assert asked == own.prompt(messages).tolist()
+
+
+def test_results_go_to_their_calls_by_id_by_name_or_in_order() -> None:
+    own = renderer("ids-of-nine")
+    calls = call("Paris", "abcdefghi").tool_calls + call("Rome", "abcdefghj").tool_calls
+    turns = [user("?"), Message("assistant", "", None, calls)]
+    swapped = said(*turns, result("wet", "abcdefghj"), result("dry", "abcdefghi"), answer("Mixed."))
+    ordered = said(*turns, result("wet", None), result("dry", None), answer("Mixed."))
+    assert "abcdefghj=wet" in text_of(own, own.render(swapped)[0].ids)
+    whole = text_of(own, own.render(ordered)[0].ids)
+    assert "abcdefghi=wet" in whole and "abcdefghj=dry" in whole
+
+
+def test_control_text_is_known_by_use() -> None:
+    own = renderer("opens-with-switch")
+    assert not own.tokenizer.added_tokens_decoder[own.tokenizer.convert_tokens_to_ids("<|open|>")].special
+    [example] = own.render(said(user("<|open|>user"), answer("A <|close|> b")))
+    ids = example.ids.tolist()
+    assert ids.count(own.tokenizer.convert_tokens_to_ids("<|open|>")) == 2
+    assert ids.count(own.tokenizer.convert_tokens_to_ids("<|close|>")) == 2
+    assert text_of(own, ids).endswith("A <|close|> b<|close|>")
+
+
+# --- the real ones -------------------------------------------------------------------------------------------------
+
+fetched = pytest.mark.skipif(
+    not real_templates.names() or not real_templates.known("qwen3"),
+    reason="no templates in $STROP_TEMPLATES, or no tokenizers in $STROP_TOKENIZERS (docs/templates.md)",
+)
+
+
+def test_the_table_of_the_docs_is_of_these_templates() -> None:
+    assert written_table() in DOCS.read_text(encoding="utf-8")
+
+
+@fetched
+def test_the_table_of_the_docs_is_of_the_real_templates_and_enough_of_them_are_right() -> None:
+    found = real_table()
+    assert found in DOCS.read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in found.splitlines() if line.startswith("| ")][1:]
+    right = Counter(kind for row in rows for kind, cell in zip(KINDS, row[1:], strict=True) if "yes" in cell)
+    assert len(rows) < 70 or min(right[kind] for kind in ("plain", "system", "several turns")) >= 66
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "llama3_1", "deepseek_v3", "gptoss"])
+def test_real_tokenizers_with_their_own_templates(name: str) -> None:
+    if not real_templates.known(name):
+        pytest.skip(f"no {name} in $STROP_TOKENIZERS (docs/templates.md)")
+    folder = real_templates.TOKENIZERS / name / "models"
+    own = real_templates.own_tokenizer(folder)
+    if own.chat_template is None:
+        pytest.skip(f"the package of {name} has no chat template")
+    made = Renderer(own, options={})
+    found = {kind: outcome(made, conversation) for kind, conversation in KINDS.items()}
+    assert {found["plain"], found["several turns"], found["system"]} == {"yes"}
+    assert found["reasoning"] == ("yes" if name in ("qwen3", "gptoss") else "not shown")
+    assert (found["tools"] == "yes") is ("tools" in own.chat_template)
