@@ -40,6 +40,7 @@ SIDEWAYS = {
 # Inside two rooms, from the bottom up: files, or folders with what is in them.
 FLOORS: Mapping[str, list[set[str]]] = {
     "engine": [
+        {"dropout"},
         {"packed", "lora"},
         {"eager", "functions"},
         {"head", "joined", "attention"},

@@ -208,7 +208,6 @@ def test_model_still_generates_and_saves(tmp_path: Path) -> None:
     [
         ("no peft adapter", lambda: tiny()),
         ("olmo2 is not in the table", lambda: adapted(Olmo2Config)),
-        ("dropout", lambda: adapted(lora={"lora_dropout": 0.1})),
         ("DoRA", lambda: adapted(lora={"use_dora": True})),
         ("lm_head", lambda: adapted(lora={"target_modules": ["q_proj", "lm_head"]})),
         ("trained in full", lambda: adapted(lora={"modules_to_save": ["lm_head"]})),

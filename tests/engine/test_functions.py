@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from strop.engine import dropout as drops
 from strop.engine import lora
+from strop.engine.dropout import Dropped
 from strop.engine.functions import Frozen, Glu, LoraLinear, Norm, RmsNorm
 from strop.engine.head import SupervisedLoss
 from strop.machine.probe import probe
@@ -30,11 +33,12 @@ def test_rms_norm(shape: tuple[int, ...], offset: float) -> None:
     torch.testing.assert_close(RmsNorm.apply(wide[..., ::2], norm), expected)
 
 
+@pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("enter", ["none", "norm", "silu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize(
     ("tokens", "ranks", "bias"), [(1, (1,), False), (3, (2, 3), True), (2, (), True), (5, (1, 2, 3), False)]
 )
-def test_lora_linear(enter: str, tokens: int, ranks: tuple[int, ...], bias: bool) -> None:
+def test_lora_linear(enter: str, tokens: int, ranks: tuple[int, ...], bias: bool, dropout: bool) -> None:
     torch.manual_seed(0)
     k, n = 5, 4
     entry = None if enter == "none" else Norm(OPS, rand(k), 1e-5, 0.0) if enter == "norm" else Glu(OPS, enter)
@@ -42,6 +46,10 @@ def test_lora_linear(enter: str, tokens: int, ranks: tuple[int, ...], bias: bool
     columns = tuple((i * n, (i + 1) * n) for i in range(len(ranks)))
     weight = rand(outputs, k)
     frozen = Frozen(lambda: weight, rand(outputs) if bias else None, LORA, columns, (0.5, 2.0, 3.0)[: len(ranks)])
+    if dropout:
+        keys, levels = torch.arange(tokens), (30000, 0, 50000)[: len(ranks)]
+        dropped = Dropped(1, 2, keys, tuple(range(len(ranks))), levels)
+        frozen = dataclasses.replace(frozen, dropped=dropped, drops=cast(Any, drops))
     adapters = [t for r in ranks for t in (rand(r, k, grad=True), rand(n, r, grad=True))]
     x = rand(tokens, k if enter in ("none", "norm") else 2 * k, grad=True)
     check(lambda x, *ab: LoraLinear.apply(x, frozen, entry, None, *ab), x, *adapters)

@@ -12,6 +12,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from strop.engine.dropout import CountedDropout
 from strop.engine.joined import Quantized, base_of
 
 
@@ -64,8 +65,8 @@ def _unsupported_adapter(model: Any, base: Any, family: Family) -> str | None:
             variants = [*module.lora_variant.values(), *(b for b in module.lora_bias.values() if b)]
             if type(module) is not PeftLinear or variants:
                 return f"{name}: a variant of LoRA (DoRA, trained bias) ({type(module).__name__})"
-            if any(not isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values()):
-                return "lora dropout above 0"
+            if any(type(one) not in (nn.Identity, nn.Dropout, CountedDropout) for one in module.lora_dropout.values()):
+                return f"{name}: a dropout of its own"
             if module.merged:
                 return f"{name}: its adapter is merged"
     for name, parameter in model.named_parameters():

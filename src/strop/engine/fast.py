@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from strop.engine.attention import Heads
+from strop.engine.dropout import masks_of
 from strop.engine.families import FAMILIES, Family, activation_of, linears, unsupported
 from strop.engine.functions import Glu, Norm, RmsNorm, apply
 from strop.engine.head import SupervisedLoss
 from strop.engine.joined import Joined, Workspace
 from strop.engine.packed import Packed, pack
-from strop.engine.processor import Attend, processor_for
+from strop.engine.processor import Attend, drops_for, processor_for
 
 if TYPE_CHECKING:
     from strop.data.conversation import Example
@@ -72,6 +73,8 @@ class FastLoss:
         self._device: torch.device = self._head.weight.device
         self._processor = processor_for(self._device, self._head.weight.dtype, warm=warm)
         self._ops = self._processor.ops
+        self._drops = drops_for(self._head.weight)
+        self.masks = masks_of(model, drops_for)
         self._config, self._family = base.config, FAMILIES[base.config.model_type]
         self._norm = self._norm_of(base.model.norm, self._family)
         self.exchange(lambda: None)
@@ -115,13 +118,14 @@ class FastLoss:
         """One layer; rows: the only rows that anything behind this layer reads (its keys and values need all)."""
         if self.watch is not None:
             self.watch()
-        qkv = layer.qkv(hidden)
+        tokens = batch.keys
+        qkv = layer.qkv(hidden, tokens)
         cos, sin = angles[layer.rope]
         mixed = layer.attend(qkv, layer.heads, cos, sin, batch.documents)
         if rows is not None:
-            mixed, hidden = mixed[rows], hidden[rows]
-        hidden = _added(hidden, mixed, layer.o, layer.after_attention)
-        return _added(hidden, layer.gate_up(hidden), layer.down, layer.after_mlp)
+            mixed, hidden, tokens = mixed[rows], hidden[rows], tokens[rows]
+        hidden = _added(hidden, mixed, tokens, layer.o, layer.after_attention)
+        return _added(hidden, layer.gate_up(hidden, tokens), tokens, layer.down, layer.after_mlp)
 
     def _angles(self, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
         """cos and sin (T, m) for each kind of rotary embedding among the layers."""
@@ -159,7 +163,7 @@ class FastLoss:
         )
 
         def joined(modules: list[Any], enter: Norm | Glu | None) -> Joined:
-            return Joined(modules, enter, self._workspace, self._processor.lora)
+            return Joined(modules, enter, self._workspace, self._processor.lora, self._drops)
 
         by_type = isinstance(getattr(self._decoder.rotary_emb, "rope_type", None), dict)
         return Layer(
@@ -175,6 +179,6 @@ class FastLoss:
         )
 
 
-def _added(hidden: Tensor, x: Tensor, linear: Joined, after: Norm | None) -> Tensor:
+def _added(hidden: Tensor, x: Tensor, tokens: Tensor, linear: Joined, after: Norm | None) -> Tensor:
     """The residual stream with what a block adds to it."""
-    return linear(x, hidden) if after is None else hidden + apply(RmsNorm, linear(x), after)
+    return linear(x, tokens, hidden) if after is None else hidden + apply(RmsNorm, linear(x, tokens), after)

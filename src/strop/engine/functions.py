@@ -7,7 +7,7 @@ anywhere, lora_tiles.py on a CPU with AVX512-BF16).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from strop.engine.dropout import Dropped, Drops
 from strop.engine.lora import Adapters
 from strop.engine.packed import Places
 
@@ -44,7 +45,7 @@ class LoraProducts(Protocol):
 
     def forward(self, z: Tensor, outputs: int, adapters: Adapters) -> tuple[Tensor, tuple[Tensor, ...]]: ...
     def backward(
-        self, grad: Tensor, width: int, further: bool, kept: tuple[Tensor, ...], adapters: Adapters
+        self, grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters
     ) -> tuple[Tensor, Tensor | None]: ...
     def gradients(
         self, grad: Tensor, z: Tensor, grad_za: Tensor, kept: tuple[Tensor, ...], adapters: Adapters
@@ -111,6 +112,19 @@ class Frozen:
     columns: tuple[tuple[int, int], ...]  # for each adapter: the outputs it adds to, from and to
     scales: tuple[float, ...]
     room: Room | None = None  # for z, on a CPU
+    dropped: Dropped | None = None  # of z, in front of the adapters
+    drops: Drops | None = None
+
+    def spread(self, z: Tensor) -> Tensor:
+        """What the adapters take: z, or what their dropout leaves of it, for each its own."""
+        return z if self.dropped is None or self.drops is None else self.drops.spread(z, self.dropped)
+
+    def fold(self, grad: Tensor) -> Tensor:
+        """The gradient of z from that of `spread`."""
+        return grad if self.dropped is None or self.drops is None else self.drops.fold(grad, self.dropped)
+
+    def adapters(self, parts: Sequence[Tensor]) -> Adapters:
+        return Adapters(parts, self.columns, self.scales, self.dropped is not None)
 
 
 def apply(function: type[Function], *arguments: Any) -> Tensor:
@@ -134,7 +148,8 @@ class RmsNorm(Function):
 
 
 class LoraLinear(Function):
-    """y = z W^T + bias, and y[:, columns_i] += scale_i (z A_i^T) B_i^T for each adapter; z = x, norm(x) or glu(x).
+    """y = z W^T + bias, and y[:, columns_i] += scale_i (z_i A_i^T) B_i^T for each adapter; z = x, norm(x) or glu(x),
+    and z_i = z, or what dropout leaves of it for this adapter (`scales` make up for what is dropped).
 
     x (T, k), or (T, 2 k) for glu; residual (T, n) or None: what y is added to; parts: A_1 (r_1, k), B_1 (n_1, r_1),
     A_2, ... Saves x and scale z A^T (T, sum of r).
@@ -148,9 +163,9 @@ class LoraLinear(Function):
         ctx: Any, x: Tensor, frozen: Frozen, enter: Norm | Glu | None, residual: Tensor | None, *parts: Tensor
     ) -> Tensor:  # fmt: skip
         z = x if enter is None else enter.forward(x, frozen.room)
-        ctx.frozen, ctx.enter, ctx.width, weight = frozen, enter, z.shape[1], frozen.weight()
+        ctx.frozen, ctx.enter, weight = frozen, enter, frozen.weight()
         if parts:
-            y, kept = frozen.lora.forward(z, len(weight), Adapters(parts, frozen.columns, frozen.scales))
+            y, kept = frozen.lora.forward(frozen.spread(z), len(weight), frozen.adapters(parts))
             ctx.save_for_backward(x, *parts, *kept)
             y.addmm_(z, weight.t())
             if frozen.bias is not None:
@@ -171,8 +186,9 @@ class LoraLinear(Function):
         residual = grad if ctx.needs_input_grad[3] else None
         if saved:
             parts = 2 * len(frozen.scales)
-            adapters, kept = Adapters(saved[:parts], frozen.columns, frozen.scales), tuple(saved[parts:])
-            grad_za, grad_z = frozen.lora.backward(grad, ctx.width, wanted, kept, adapters)
+            adapters, kept = frozen.adapters(saved[:parts]), tuple(saved[parts:])
+            grad_za, grad_z = frozen.lora.backward(grad, wanted, kept, adapters)
+            grad_z = None if grad_z is None else frozen.fold(grad_z)
         if wanted:
             grad_z = grad @ frozen.weight() if grad_z is None else grad_z.addmm_(grad, frozen.weight())
         z, grad_x = x, grad_z
@@ -183,4 +199,4 @@ class LoraLinear(Function):
             grad_x = enter.backward(grad_z, x) if isinstance(enter, Norm) and grad_z is not None else None
         if not saved:
             return grad_x, None, None, residual
-        return grad_x, None, None, residual, *frozen.lora.gradients(grad, z, grad_za, kept, adapters)
+        return grad_x, None, None, residual, *frozen.lora.gradients(grad, frozen.spread(z), grad_za, kept, adapters)

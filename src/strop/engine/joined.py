@@ -9,6 +9,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from strop.engine.dropout import CountedDropout, Dropped, Drops, grown
 from strop.engine.functions import Frozen, Glu, LoraLinear, LoraProducts, Norm, Room, apply
 
 
@@ -36,10 +37,10 @@ class Joined:
     """
 
     def __init__(
-        self, modules: list[Any], enter: Norm | Glu | None, workspace: Workspace, products_of: ProductsOf
+        self, modules: list[Any], enter: Norm | Glu | None, workspace: Workspace, products_of: ProductsOf, drops: Drops
     ) -> None:
-        """products_of: gives LoRA's products for layers of these sizes (Processor.lora)."""
-        self.modules, self.enter = modules, enter
+        """products_of: gives LoRA's products for layers of these sizes (Processor.lora). drops: draws dropout's masks."""
+        self.modules, self.enter, self.drops = modules, enter, drops
         self.room = workspace.entered if base_of(modules[0]).weight.device.type == "cpu" else None
         self.bases = [base_of(module) for module in modules]
         self._products = products_of([size for base in self.bases for size in (base.in_features, base.out_features)])
@@ -53,8 +54,10 @@ class Joined:
             self.weight = lambda: whole
         self.places = [base.weight.data_ptr() for base in self.bases]
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
+        """tokens: the key of each row of x (dropout.token_keys)."""
         adapters: list[Tensor] = []
+        dropouts: list[Any] = []
         columns, scales, at = [], [], 0
         for module, base, place in zip(self.modules, self.bases, self.places, strict=True):
             assert base.weight.data_ptr() == place, "the model's weights were moved or replaced after FastLoss"
@@ -64,10 +67,28 @@ class Joined:
                     if name in module.lora_A:
                         adapters += [module.lora_A[name].weight, module.lora_B[name].weight]
                         columns.append((at, at + width))
-                        scales.append(float(module.scaling[name]))
+                        dropouts.append(module.lora_dropout[name])
+                        scales.append(float(module.scaling[name]) * grown(_level(dropouts[-1])))
             at += width
-        frozen = Frozen(self.weight, self.bias, self._products(adapters), tuple(columns), tuple(scales), self.room)
+        products, dropped = self._products(adapters), _dropped(dropouts, tokens)
+        frozen = Frozen(
+            self.weight, self.bias, products, tuple(columns), tuple(scales), self.room, dropped, self.drops
+        )
         return apply(LoraLinear, x, frozen, self.enter, residual, *adapters)
+
+
+def _level(dropout: Any) -> int:
+    return dropout.level if isinstance(dropout, CountedDropout) else 0
+
+
+def _dropped(dropouts: Sequence[Any], tokens: Tensor) -> Dropped | None:
+    """What the adapters with these dropouts, each CountedDropout or Identity, drop now; None: nothing."""
+    levels = tuple(map(_level, dropouts))
+    counted = [dropout for dropout in dropouts if isinstance(dropout, CountedDropout)]
+    if not any(levels):
+        return None
+    masks, numbers = counted[0].masks, tuple(getattr(dropout, "number", 0) for dropout in dropouts)
+    return Dropped(masks.seed, masks.step, tokens, numbers, levels)
 
 
 class Workspace:

@@ -144,9 +144,9 @@ def backward_bytes(setting: Setting, batch: MicroBatch, rows: int | None = None)
     rows = tokens if rows is None else rows
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
     # grad, dz (I), d(gate, up) (2 I) and z (I), with the gradient of the residual
-    mlp = rows * (4 * inner + h) * b
+    mlp = rows * (4 * inner + h + (inner if setting.dropout else 0)) * b  # what dropout leaves of z
     if setting.device != "cpu" or setting.step == "plain":
-        mlp = rows * ((4 * inner + h) * b + EAGER_BYTES * inner)
+        mlp += rows * EAGER_BYTES * inner
         return max(mlp, tokens * (5 * q + 6 * kv + h) * b)
     if setting.tiles:  # gradients of the residual and of the output, the result, q and k behind their norms
         normed = q + kv if shape.head_norms else 0

@@ -37,6 +37,7 @@ class Setting:
     step: str = "fast"
     threads: int = 2
     tiles: bool = False
+    dropout: bool = False
 
     @staticmethod
     def of(recipe: Recipe, shape: ModelShape, parameters: int | None = None, threads: int = 2) -> Setting:
@@ -67,6 +68,7 @@ class Setting:
             "plain" if plain else "fast",
             threads,
             device == "cpu" and model.dtype == "bf16" and probe().has_tiles(shape.head_size, shape.softcap),
+            lora.dropout > 0,
         )
 
     @property
@@ -104,7 +106,6 @@ def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
     lora = recipe.lora
     reasons = {
         f"model family {shape.family}": not shape.known,
-        "lora dropout above 0": lora.dropout > 0,
         "DoRA": lora.use_dora,
         "trained biases": lora.bias != "none",
         "weights trained in full": bool(lora.modules_to_save or lora.new_tokens),
