@@ -32,8 +32,8 @@ from peft import LoraConfig, get_peft_model
 from strop.data.conversation import Example
 from strop.engine.cpu.precision import measure
 from strop.engine.device import prepare_process
-from strop.engine.families import unsupported
 from strop.engine.fast import FastLoss
+from strop.engine.fits import unsupported
 from strop.engine.plain import PlainLoss
 from strop.model.facts import locate
 from strop.model.load import load_base
@@ -146,9 +146,7 @@ def load_model(options: argparse.Namespace, scheme: str, resident_layers: int) -
     else:
         base = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPE), dtype=dtype)
     targets = ATTENTION if options.targets == "attention" else TARGETS
-    lora = LoraConfig(
-        r=options.rank, lora_alpha=2 * options.rank, target_modules=targets, lora_dropout=options.dropout
-    )
+    lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets, lora_dropout=options.dropout)
     return get_peft_model(base, lora).train()
 
 

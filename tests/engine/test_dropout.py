@@ -12,11 +12,12 @@ from transformers import LlamaConfig
 
 from strop.data.conversation import Example
 from strop.engine.dropout import LEVELS, CountedDropout, Dropped, fold, grown, philox, spread, token_keys
-from strop.engine.families import unsupported
 from strop.engine.fast import FastLoss
+from strop.engine.fits import unsupported
 from strop.engine.plain import PlainLoss
 from strop.engine.step import step_for
-from tests.engine.test_fast import adapted, assert_same, some, step, with_prefix
+from tests.engine.test_fast import assert_same, some, step, with_prefix
+from tests.support.random_models import adapted
 
 DROPOUT = {"lora_dropout": 0.25}
 

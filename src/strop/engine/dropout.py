@@ -2,10 +2,10 @@
 
 Whether a number is dropped is a function of (seed, step, text of the row up to the token, adapter, feature): the
 generator Philox-4x32-7 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), key (seed, step),
-counter (feature / 8, adapter, key of the token). So masks are the same however a batch is cut into micro-batches, packed
-or padded, computed again in a backward, dealt out to devices or resumed. The key of a token is a hash of the row's
-tokens up to it: rows that begin alike are dropped alike until they part, which is why a shared prefix may be computed
-once. Each row alone has the masks of any dropout; in another step they are others.
+counter (feature / 8, adapter, key of the token). So masks are the same however a batch is cut into micro-batches,
+packed or padded, computed again in a backward, dealt out to devices or resumed. The key of a token is a hash of the
+row's tokens up to it: rows that begin alike are dropped alike until they part, which is why a shared prefix may be
+computed once. Each row alone has the masks of any dropout; in another step they are others.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
@@ -87,6 +88,24 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class LayerNorm(Norm):
+    """LayerNorm in the same place."""
+
+    bias: Tensor | None = None
+
+    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        shape, wanted = list(self.weight.shape), [True, False, False]
+        x = x.contiguous()
+        _, mean, rstd = torch.native_layer_norm(x, shape, self.weight, self.bias, self.eps)
+        native = torch.ops.aten.native_layer_norm_backward
+        found: Tensor = native(grad.contiguous(), x, shape, mean, rstd, self.weight, self.bias, wanted)[0]
+        return found
+
+
+@dataclass(frozen=True)
 class Glu:
     """activation(gate) * up in front of the down projection, computed again in the backward instead of saved."""
 
@@ -96,6 +115,35 @@ class Glu:
     def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
         out = None if room is None else room(len(x), x.shape[1] // 2, x)
         return self.ops.glu(x, self.activation, out)
+
+    def backward(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(gradient with respect to x, the forward's output again)."""
+        return self.ops.glu_backward(grad, x, self.activation)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The model's own activation in front of the down projection, computed again in the backward, where autograd has
+    its gradient: activation(gate) * up where it is gated, else activation(x)."""
+
+    activation: Callable[[Tensor], Tensor]
+    gated: bool
+
+    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+        if not self.gated:
+            return self.activation(x)
+        gate, up = x.chunk(2, dim=-1)
+        return self.activation(gate) * up
+
+    def backward(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            z = self.forward(x)
+        (grad_x,) = torch.autograd.grad(z, x, grad)
+        return grad_x, z.detach()
+
+
+Enter = Norm | Glu | Activation | None
 
 
 @dataclass(frozen=True)
@@ -160,7 +208,7 @@ class LoraLinear(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen: Frozen, enter: Norm | Glu | None, residual: Tensor | None, *parts: Tensor
+        ctx: Any, x: Tensor, frozen: Frozen, enter: Enter, residual: Tensor | None, *parts: Tensor
     ) -> Tensor:  # fmt: skip
         z = x if enter is None else enter.forward(x, frozen.room)
         ctx.frozen, ctx.enter, weight = frozen, enter, frozen.weight()
@@ -192,8 +240,8 @@ class LoraLinear(Function):
         if wanted:
             grad_z = grad @ frozen.weight() if grad_z is None else grad_z.addmm_(grad, frozen.weight())
         z, grad_x = x, grad_z
-        if isinstance(enter, Glu) and grad_z is not None:
-            grad_x, z = enter.ops.glu_backward(grad_z, x, enter.activation)
+        if isinstance(enter, Glu | Activation) and grad_z is not None:
+            grad_x, z = enter.backward(grad_z, x)
         elif enter is not None:
             z = enter.forward(x, frozen.room)
             grad_x = enter.backward(grad_z, x) if isinstance(enter, Norm) and grad_z is not None else None

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from strop.engine.dropout import CountedDropout, Dropped, Drops, grown
-from strop.engine.functions import Frozen, Glu, LoraLinear, LoraProducts, Norm, Room, apply
+from strop.engine.functions import Enter, Frozen, LoraLinear, LoraProducts, Room, apply
 
 
 @runtime_checkable
@@ -37,9 +37,9 @@ class Joined:
     """
 
     def __init__(
-        self, modules: list[Any], enter: Norm | Glu | None, workspace: Workspace, products_of: ProductsOf, drops: Drops
+        self, modules: list[Any], enter: Enter, workspace: Workspace, products_of: ProductsOf, drops: Drops
     ) -> None:
-        """products_of: gives LoRA's products for layers of these sizes (Processor.lora). drops: draws dropout's masks."""
+        """products_of: gives LoRA's products for layers of these sizes (Processor.lora). drops: draws the masks."""
         self.modules, self.enter, self.drops = modules, enter, drops
         self.room = workspace.entered if base_of(modules[0]).weight.device.type == "cpu" else None
         self.bases = [base_of(module) for module in modules]
@@ -71,9 +71,7 @@ class Joined:
                         scales.append(float(module.scaling[name]) * grown(_level(dropouts[-1])))
             at += width
         products, dropped = self._products(adapters), _dropped(dropouts, tokens)
-        frozen = Frozen(
-            self.weight, self.bias, products, tuple(columns), tuple(scales), self.room, dropped, self.drops
-        )
+        frozen = Frozen(self.weight, self.bias, products, tuple(columns), tuple(scales), self.room, dropped, self.drops)
         return apply(LoraLinear, x, frozen, self.enter, residual, *adapters)
 
 

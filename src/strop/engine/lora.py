@@ -57,9 +57,7 @@ def forward(z: Tensor, outputs: int, adapters: Adapters) -> tuple[Tensor, tuple[
     return za @ b.t(), (za, a, b)
 
 
-def backward(
-    grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters
-) -> tuple[Tensor, Tensor | None]:
+def backward(grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Tensor, Tensor | None]:
     """grad_za, scale not in it, and where it goes further grad_za A, as wide as z. grad (T, n)."""
     _, a, b = kept
     grad_za = grad @ b

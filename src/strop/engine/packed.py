@@ -140,8 +140,8 @@ class Documents:
 
 @dataclass(frozen=True)
 class Packed:
-    """ids, positions, keys (T,), keys as dropout.token_keys makes them; rows (N,): packed rows that predict a supervised token, each once, rising;
-    picked (M,): index into rows for each label; labels, weights (M,)."""
+    """ids, positions, keys (T,), keys as dropout.token_keys makes them; rows (N,): packed rows that predict a
+    supervised token, each once, rising; picked (M,): index into rows for each label; labels, weights (M,)."""
 
     ids: Tensor
     positions: Tensor

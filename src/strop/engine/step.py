@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from strop.engine.dropout import Masks
-from strop.engine.families import unsupported
 from strop.engine.fast import FastLoss, Watch
+from strop.engine.fits import unsupported
 from strop.engine.plain import PlainLoss
 
 if TYPE_CHECKING:
@@ -19,12 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """token_loss: the summed loss of the supervised tokens of a micro-batch. masks: of dropout; they are told which step
-    begins. name: fast or plain; why: the reason for
-    plain. recompute: from its call on, each layer's input only is kept, and the layer is computed again in the backward
-    pass; checkpoint: the same for this many layers, where the step can, else for all. exchange: lets go of the frozen
-    weights, has them replaced, and takes up those that are there now. watch: sets what is to look at memory before each
-    layer."""
+    """token_loss: the summed loss of the supervised tokens of a micro-batch. masks: of dropout, which are told
+    which step begins. name: fast or plain; why: the reason for plain. recompute: from its call on, each layer's
+    input only is kept, and the layer is computed again in the backward pass; checkpoint: the same for this many
+    layers, where the step can, else for all. exchange: lets go of the frozen weights, has them replaced, and takes
+    up those that are there now. watch: sets what is to look at memory before each layer."""
 
     token_loss: Callable[[Sequence[Example]], Tensor]
     masks: Masks

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from strop.config.schema import Recipe
+from strop.engine.families import FAMILIES
 from strop.errors import ModelError
 from strop.machine.probe import TILED_RANK, probe
 from strop.model.shape import ModelShape
@@ -102,16 +103,15 @@ def num_checkpointed(asked: str | int, layers: int, *, whole: bool = False) -> i
 
 
 def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
-    """Why the fast step cannot train this, as engine.fast.unsupported would say of the model itself."""
+    """Why the fast step cannot train this, as engine.fits.unsupported would say of the model itself."""
     lora = recipe.lora
     reasons = {
-        f"model family {shape.family}": not shape.known,
+        f"model family {shape.family}": shape.family not in FAMILIES,
         "DoRA": lora.use_dora,
         "trained biases": lora.bias != "none",
         "weights trained in full": bool(lora.modules_to_save or lora.new_tokens),
         "fp16": recipe.model.dtype == "fp16",
         f"rotary embedding of type {shape.rope}": shape.rope in ("dynamic", "longrope"),
-        f"activation {shape.activation}": shape.activation not in ("silu", "gelu_pytorch_tanh"),
         "soft-capped attention outside of a CPU": shape.softcap and recipe.model.device != "cpu",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

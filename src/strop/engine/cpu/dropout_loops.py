@@ -62,7 +62,7 @@ def _add_kept(source: Any, halves: Any, level: Any, sums: Any) -> None:
 
 
 @loop
-def _spread(z: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any, out: Any) -> None:
+def _spread(z: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any) -> None:
     rows, n = z.shape
     for task in prange(TASKS):
         words = np.empty(GAP + (n + 7) // 8 * 4, dtype=np.uint32)[GAP:]
@@ -74,7 +74,7 @@ def _spread(z: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any
 
 
 @loop
-def _fold(grad: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any, out: Any) -> None:
+def _fold(grad: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any) -> None:
     rows, n = out.shape
     for task in prange(TASKS):
         words = np.empty(GAP + (n + 7) // 8 * 4, dtype=np.uint32)[GAP:]
@@ -90,18 +90,18 @@ def _fold(grad: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: An
                 to[j] = narrow(sums[j], out)
 
 
-def _of(dropped: Dropped) -> tuple[Any, ...]:
+def _of(dropped: Dropped) -> Any:
     key = np.uint64(dropped.seed), np.uint64(dropped.step)
     return *key, array(dropped.tokens), np.array(dropped.numbers), np.array(dropped.levels, dtype=np.uint16)
 
 
 def spread(z: Tensor, dropped: Dropped, out: Tensor | None = None) -> Tensor:
     out = z.new_empty(len(z), len(dropped.numbers) * z.shape[1]) if out is None else out
-    _spread(array(z.contiguous()), *_of(dropped), array(out))
+    _spread(array(z.contiguous()), array(out), *_of(dropped))
     return out
 
 
 def fold(grad: Tensor, dropped: Dropped) -> Tensor:
     out = torch.empty(len(grad), grad.shape[1] // len(dropped.numbers), dtype=grad.dtype)
-    _fold(array(grad), *_of(dropped), array(out))
+    _fold(array(grad), array(out), *_of(dropped))
     return out

@@ -281,9 +281,7 @@ def forward(z: Tensor, outputs: int, adapters: Adapters) -> tuple[Tensor, tuple[
     return y, (_pass(z, first, plan.forward[0], second, plan.forward[1], plan.rank, y),)
 
 
-def backward(
-    grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters
-) -> tuple[Tensor, Tensor | None]:
+def backward(grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Tensor, Tensor | None]:
     plan, width = _plan_of(adapters), adapters.width
     first, second = plan.matrices[2:]
     for at, span, (a, b, scale) in zip(plan.ats, plan.backward[0], adapters, strict=True):
