@@ -80,11 +80,22 @@ def quantized(scheme: str, resident_layers: int) -> Callable[[argparse.Namespace
     return tool
 
 
+def dora(options: argparse.Namespace) -> Result:
+    return fast(argparse.Namespace(**{**vars(options), "dora": True}))
+
+
+def plain_dora(options: argparse.Namespace) -> Result:
+    """DoRA as peft computes it."""
+    return plain(argparse.Namespace(**{**vars(options), "dora": True}))
+
+
 TOOLS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "fast": fast,
     "unshared": unshared,
     "plain": plain,
     "dropped": dropped,
+    "dora": dora,
+    "plain dora": plain_dora,
     **{
         f"{scheme} {where}": quantized(scheme, layers)
         for scheme in ("nf4", "int8")
@@ -146,7 +157,8 @@ def load_model(options: argparse.Namespace, scheme: str, resident_layers: int) -
     else:
         base = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPE), dtype=dtype)
     targets = ATTENTION if options.targets == "attention" else TARGETS
-    lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets, lora_dropout=options.dropout)
+    variant = {"lora_dropout": options.dropout, "use_dora": getattr(options, "dora", False)}
+    lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets, **variant)
     return get_peft_model(base, lora).train()
 
 

@@ -88,13 +88,17 @@ def test_family_equals_the_model(family: str) -> None:
         ({"use_rslora": True, "rank_pattern": {"k_proj": 1}}, {}),
         ({}, {"tie_word_embeddings": True}),
         ({}, {"attention_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
+        ({}, {"hidden_act": "gelu"}),
+        ({"use_dora": True}, {}),
+        ({"use_dora": True, "target_modules": ["v_proj", "o_proj", "up_proj"]}, {"attention_bias": True}),
     ],
-    ids=["attention", "down", "last layer", "rslora", "tied", "bias"],
+    ids=["attention", "down", "last layer", "rslora", "tied", "bias", "activation", "dora", "dora and biases"],
 )
 def test_variant_equals_the_model(lora: dict[str, Any], changes: dict[str, Any]) -> None:
     model = adapted(LlamaConfig, lora, **changes)
     expected = step(model, PlainLoss(model), some())
     assert_same(step(model, FastLoss(model), some()), expected)
+    assert_same(step(model, FastLoss(model, checkpoint_layers=1), some()), expected)
 
 
 def test_packed_equals_one_by_one_and_unshared() -> None:
@@ -194,7 +198,13 @@ def test_model_still_generates_and_saves(tmp_path: Path) -> None:
     [
         ("no peft adapter", lambda: tiny()),
         ("olmo is not in the table", lambda: adapted(OlmoConfig)),
-        ("DoRA", lambda: adapted(lora={"use_dora": True})),
+        ("DoRA with dropout", lambda: adapted(lora={"use_dora": True, "lora_dropout": 0.1})),
+        (
+            "variant of LoRA",
+            lambda: adapted(LlamaConfig, {"lora_bias": True, "target_modules": ["q_proj"]}, attention_bias=True),
+        ),
+        ("norms of q and k", lambda: adapted("cohere", use_qk_norm=True)),
+        ("hidden_dropout", lambda: adapted("gpt_neox", hidden_dropout=0.1)),
         ("lm_head", lambda: adapted(lora={"target_modules": ["q_proj", "lm_head"]})),
         ("trained in full", lambda: adapted(lora={"modules_to_save": ["lm_head"]})),
         ("trained in full", lambda: adapted(LlamaConfig, {"bias": "all"}, attention_bias=True)),
@@ -207,6 +217,34 @@ def test_refuses_with_the_reason(reason: str, build: Any) -> None:
     found = unsupported(build())
     assert found is not None
     assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("stablelm", {"use_parallel_residual": False}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("glm", {"partial_rotary_factor": 0.5}),
+        ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+        ("olmo2", {"num_key_value_heads": 2}),
+    ],
+)
+def test_a_familys_choices_equal_the_model(family: str, changes: dict[str, Any]) -> None:
+    model = adapted(family, **changes)
+    assert_same(step(model, FastLoss(model), some()), step(model, PlainLoss(model), some()))
+
+
+@pytest.mark.parametrize("family", ["smollm3", "cohere2", "gpt_neox", "hunyuan_v1_dense", "olmo2"])
+def test_layers_without_positions_and_turned_first_run_in_tiles(family: str) -> None:
+    """bf16 with heads of 32: the CPU's own attention where it has one, within what bf16 rounds."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, **({} if family == "gpt_neox" else {"head_dim": 32})}
+    model = adapted(family, **sizes)
+    model.get_base_model().to(torch.bfloat16)
+    for weight in model.parameters():
+        weight.data = weight.data.float() if weight.requires_grad else weight.data
+    with torch.no_grad():
+        found, expected = (make(model)(with_prefix(some())) for make in (FastLoss, PlainLoss))
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)

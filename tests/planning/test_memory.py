@@ -193,15 +193,16 @@ def test_saved_activations_are_those_of_the_engine(changes: dict[str, Any]) -> N
     assert saved(10) - saved(2) == pytest.approx(grown[1] - grown[0], rel=0.02)
 
 
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
-def test_a_family_keeps_what_the_formula_says(family: str) -> None:
-    """And the plan knows that the fast step trains it, with dropout and without."""
-    model = adapted(family, {"lora_dropout": 0.1}).train()
+@pytest.mark.parametrize(("family", "dora"), [*((family, False) for family in FAMILY_CONFIGS), ("llama", True)])
+def test_a_family_keeps_what_the_formula_says(family: str, dora: bool) -> None:
+    """And the plan knows that the fast step trains it, with dropout or DoRA."""
+    model = adapted(family, {"use_dora": True} if dora else {"lora_dropout": 0.1}).train()
     chosen = step_for(model)
     assert chosen.name == "fast", chosen.why
     config = model.get_base_model().config
     shape = ModelShape.of(config.to_dict())
-    options = {"lora.r": 3, "lora.dropout": 0.1, "model.device": "cpu", "model.dtype": "fp32"}
+    asked = {"lora.use_dora": True} if dora else {"lora.dropout": 0.1}
+    options = {"lora.r": 3, **asked, "model.device": "cpu", "model.dtype": "fp32"}
     found = Setting.of(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
     assert found.step == "fast"
     weights = {p.data_ptr() for p in model.parameters()}

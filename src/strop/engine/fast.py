@@ -207,7 +207,7 @@ class FastLoss:
         )
 
         def joined(modules: list[Any], enter: Enter) -> Joined:
-            return Joined(modules, enter, self._workspace, self._processor.lora, self._drops)
+            return Joined(modules, enter, self._workspace, self._processor.lora, self._drops, self._ops)
 
         by_type = isinstance(getattr(self._decoder.rotary_emb, "rope_type", None), dict)
         return Layer(

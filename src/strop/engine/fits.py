@@ -8,12 +8,14 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from strop.engine.dropout import CountedDropout
 from strop.engine.families import FAMILIES, Family, linears, text_of
 from strop.engine.joined import Quantized, base_of
 
+TRAINED = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")
 DROPOUTS = (
     "attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout", "hidden_dropout", "embedding_dropout",
 )  # fmt: skip
@@ -37,15 +39,19 @@ def _unsupported_adapter(model: Any, base: Any, decoder: Any, family: Family) ->
         if isinstance(module, LoraLayer) and id(module) not in known:
             return f"an adapter on {name}"
         if isinstance(module, LoraLayer):
-            variants = [*module.lora_variant.values(), *(b for b in module.lora_bias.values() if b)]
-            if type(module) is not PeftLinear or variants:
-                return f"{name}: a variant of LoRA (DoRA, trained bias) ({type(module).__name__})"
+            variants = [x for x in module.lora_variant.values() if type(x) is not DoraLinearVariant]
+            if type(module) is not PeftLinear or variants or any(module.lora_bias.values()):
+                return f"{name}: a variant of LoRA ({type(module).__name__})"
+            if module.lora_variant and len(module.active_adapters) > 1:
+                return f"{name}: DoRA with several adapters"
             if any(type(one) not in (nn.Identity, nn.Dropout, CountedDropout) for one in module.lora_dropout.values()):
                 return f"{name}: a dropout of its own"
+            if module.lora_variant and any(type(one) is not nn.Identity for one in module.lora_dropout.values()):
+                return "DoRA with dropout"  # peft drops of the frozen product's input as well
             if module.merged:
                 return f"{name}: its adapter is merged"
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and ".lora_A." not in name and ".lora_B." not in name:
+        if parameter.requires_grad and not any(part in name for part in TRAINED):
             return f"{name} is trained in full"
     return None
 

@@ -28,6 +28,8 @@ class Ops(Protocol):
     def rms_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor: ...
     def glu(self, gate_up: Tensor, activation: str, out: Tensor | None = None) -> Tensor: ...
     def glu_backward(self, grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]: ...
+    def scale_columns_(self, x: Tensor, gains: Tensor) -> Tensor: ...
+    def scale_columns_backward(self, grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]: ...
     def softmax_(self, scores: Tensor, group: int, first: int, window: int) -> Tensor: ...
     def softmax_backward_(self, grad: Tensor, probs: Tensor, group: int, first: int, window: int) -> Tensor: ...
     def cross_entropy_(
@@ -147,6 +149,29 @@ Enter = Norm | Glu | Activation | None
 
 
 @dataclass(frozen=True)
+class Dora:
+    """DoRA (Liu et al., arXiv:2402.09353) on layers with one adapter each: y = g (z W^T + s z A^T B^T) + bias, with
+    g = m / |W + s B A|, row by row, and the norm a constant in the gradient (section 4.3).
+
+    squares (n,): |W|^2 of each row, fp32.
+    """
+
+    ops: Ops
+    squares: Tensor
+
+    def gains(self, weight: Tensor, adapters: Adapters, magnitudes: Sequence[Tensor]) -> Tensor:
+        """g (n,), in the type of `squares`; 1 where no adapter is. |W + s B A|^2 without W + s B A: (n, k) is large."""
+        wide = self.squares.dtype
+        gains = torch.ones_like(self.squares)
+        for (a, b, scale), (start, end), m in zip(adapters, adapters.columns, magnitudes, strict=True):
+            a, b = a.to(wide), b.to(wide)
+            across = (weight[start:end] @ a.t().to(weight.dtype)).to(wide)
+            change = 2 * scale * (across * b).sum(1) + scale**2 * ((b @ (a @ a.t())) * b).sum(1)
+            gains[start:end] = m.to(wide) / (self.squares[start:end] + change).clamp_(min=0).sqrt_()
+        return gains
+
+
+@dataclass(frozen=True)
 class Frozen:
     """Frozen linear layers that share their input, as one. bias (n,) or None.
 
@@ -162,6 +187,7 @@ class Frozen:
     room: Room | None = None  # for z, on a CPU
     dropped: Dropped | None = None  # of z, in front of the adapters
     drops: Drops | None = None
+    dora: Dora | None = None
 
     def spread(self, z: Tensor) -> Tensor:
         """What the adapters take: z, or what their dropout leaves of it, for each its own."""
@@ -171,8 +197,11 @@ class Frozen:
         """The gradient of z from that of `spread`."""
         return grad if self.dropped is None or self.drops is None else self.drops.fold(grad, self.dropped)
 
-    def adapters(self, parts: Sequence[Tensor]) -> Adapters:
-        return Adapters(parts, self.columns, self.scales, self.dropped is not None)
+    def split(self, parts: Sequence[Tensor]) -> tuple[Adapters, Sequence[Tensor]]:
+        """The adapters, and DoRA's magnitudes."""
+        factors = 2 * len(self.scales)
+        adapters = Adapters(parts[:factors], self.columns, self.scales, self.dropped is not None)
+        return adapters, parts[factors:]
 
 
 def apply(function: type[Function], *arguments: Any) -> Tensor:
@@ -200,7 +229,8 @@ class LoraLinear(Function):
     and z_i = z, or what dropout leaves of it for this adapter (`scales` make up for what is dropped).
 
     x (T, k), or (T, 2 k) for glu; residual (T, n) or None: what y is added to; parts: A_1 (r_1, k), B_1 (n_1, r_1),
-    A_2, ... Saves x and scale z A^T (T, sum of r).
+    A_2, ..., and for DoRA then m_1 (n_1,), m_2, ... Saves x and scale z A^T (T, sum of r); for DoRA also y, which what
+    stands behind saves as well where there is no residual.
 
     The frozen product is added to the adapters', and the sum is rounded once. The other way round, what an adapter adds
     to a number that is in bf16 already rounds away below half of its last bit, and a young adapter adds no more.
@@ -213,11 +243,19 @@ class LoraLinear(Function):
         z = x if enter is None else enter.forward(x, frozen.room)
         ctx.frozen, ctx.enter, weight = frozen, enter, frozen.weight()
         if parts:
-            y, kept = frozen.lora.forward(frozen.spread(z), len(weight), frozen.adapters(parts))
-            ctx.save_for_backward(x, *parts, *kept)
+            adapters, magnitudes = frozen.split(parts)
+            y, kept = frozen.lora.forward(frozen.spread(z), len(weight), adapters)
             y.addmm_(z, weight.t())
+            if frozen.dora is not None:
+                gains = frozen.dora.gains(weight, adapters, magnitudes)
+                frozen.dora.ops.scale_columns_(y, gains)
             if frozen.bias is not None:
                 y += frozen.bias
+            if frozen.dora is not None:
+                kept = (gains, y, *kept)
+                y = y if residual is None else y + residual
+                residual = None
+            ctx.save_for_backward(x, *parts, *kept)
         else:
             ctx.save_for_backward(*([] if enter is None else [x]))
             y = F.linear(z, weight, frozen.bias)
@@ -233,8 +271,15 @@ class LoraLinear(Function):
         grad, grad_z, wanted = grad.contiguous(), None, ctx.needs_input_grad[0]
         residual = grad if ctx.needs_input_grad[3] else None
         if saved:
-            parts = 2 * len(frozen.scales)
-            adapters, kept = frozen.adapters(saved[:parts]), tuple(saved[parts:])
+            parts = (2 if frozen.dora is None else 3) * len(frozen.scales)
+            (adapters, magnitudes), kept = frozen.split(saved[:parts]), tuple(saved[parts:])
+            grads_m: list[Tensor] = []
+            if frozen.dora is not None:
+                (gains, y), kept = kept[:2], kept[2:]
+                y = y if frozen.bias is None else y - frozen.bias
+                grad, along = frozen.dora.ops.scale_columns_backward(grad, y, gains)
+                for (start, end), m in zip(frozen.columns, magnitudes, strict=True):
+                    grads_m.append((along[start:end] / m).to(m.dtype))
             grad_za, grad_z = frozen.lora.backward(grad, wanted, kept, adapters)
             grad_z = None if grad_z is None else frozen.fold(grad_z)
         if wanted:
@@ -247,4 +292,5 @@ class LoraLinear(Function):
             grad_x = enter.backward(grad_z, x) if isinstance(enter, Norm) and grad_z is not None else None
         if not saved:
             return grad_x, None, None, residual
-        return grad_x, None, None, residual, *frozen.lora.gradients(grad, frozen.spread(z), grad_za, kept, adapters)
+        of_parts = frozen.lora.gradients(grad, frozen.spread(z), grad_za, kept, adapters)
+        return grad_x, None, None, residual, *of_parts, *grads_m

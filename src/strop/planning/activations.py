@@ -116,6 +116,7 @@ def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
     after = (q + out if out else 0) + halves * inner + behind
     # The MLP's input, unless it is attention's as well, and those of the norms behind the blocks.
     after += (0 if family.parallel else h) + sum(h for name in (family.after_attention, family.after_mlp) if name)
+    after += 2 * h if setting.dora else 0  # what the blocks add to the residual stream
     if setting.step == "plain":
         return _plain_layer(setting, batch, rows)
     if setting.tiles:  # the output, which the next product keeps as well, and a number a row and head

@@ -39,6 +39,7 @@ class Setting:
     threads: int = 2
     tiles: bool = False
     dropout: bool = False
+    dora: bool = False
 
     @staticmethod
     def of(recipe: Recipe, shape: ModelShape, parameters: int | None = None, threads: int = 2) -> Setting:
@@ -70,6 +71,7 @@ class Setting:
             threads,
             device == "cpu" and model.dtype == "bf16" and probe().has_tiles(shape.head_size, shape.softcap),
             lora.dropout > 0,
+            lora.use_dora,
         )
 
     @property
@@ -107,7 +109,7 @@ def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
     lora = recipe.lora
     reasons = {
         f"model family {shape.family}": shape.family not in FAMILIES,
-        "DoRA": lora.use_dora,
+        "DoRA with dropout": lora.use_dora and lora.dropout > 0,
         "trained biases": lora.bias != "none",
         "weights trained in full": bool(lora.modules_to_save or lora.new_tokens),
         "fp16": recipe.model.dtype == "fp16",
