@@ -49,9 +49,10 @@ def main() -> int:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--out", type=Path, help="write the numbers here")
     asked.add_argument("--against", type=Path, help="compare with the numbers of this file")
+    asked.add_argument("--only", default="", help="ways whose name holds this")
     options = asked.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = {name: numbers(way, Path(folder) / name.replace(" ", "-")) for name, way in WAYS.items()}
+        found = {name: numbers(way, Path(folder) / name.replace(" ", "-")) for name, way in WAYS.items() if options.only in name}
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     before = json.loads(options.against.read_text(encoding="utf-8")) if options.against else {}
