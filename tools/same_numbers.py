@@ -52,7 +52,8 @@ def main() -> int:
     asked.add_argument("--only", default="", help="ways whose name holds this")
     options = asked.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = {name: numbers(way, Path(folder) / name.replace(" ", "-")) for name, way in WAYS.items() if options.only in name}
+        asked_for = {name: way for name, way in WAYS.items() if options.only in name}
+        found = {name: numbers(way, Path(folder) / name.replace(" ", "-")) for name, way in asked_for.items()}
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     before = json.loads(options.against.read_text(encoding="utf-8")) if options.against else {}
