@@ -32,8 +32,8 @@ from peft import LoraConfig, get_peft_model
 from strop.data.conversation import Example
 from strop.engine.cpu.precision import measure
 from strop.engine.device import prepare_process
-from strop.engine.families import unsupported
 from strop.engine.fast import FastLoss
+from strop.engine.fits import unsupported
 from strop.engine.plain import PlainLoss
 from strop.model.facts import locate
 from strop.model.load import load_base
@@ -47,7 +47,8 @@ SHAPE = {  # SmolLM2-135M
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
 }
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TARGETS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 PLACES = ("out", "run", "model", "data", "bench", "baselines")  # options that say nothing about the figures
 Result = dict[str, Any]
 
@@ -65,6 +66,11 @@ def plain(options: argparse.Namespace) -> Result:
     return strop(options, PlainLoss)
 
 
+def dropped(options: argparse.Namespace) -> Result:
+    """The fast step with dropout: beside `fast`, what it costs."""
+    return fast(argparse.Namespace(**{**vars(options), "dropout": options.dropout or 0.05}))
+
+
 def quantized(scheme: str, resident_layers: int) -> Callable[[argparse.Namespace], Result]:
     """The fast step on a quantized base: its weights dequantized once (resident) or for each product (streamed)."""
 
@@ -74,10 +80,22 @@ def quantized(scheme: str, resident_layers: int) -> Callable[[argparse.Namespace
     return tool
 
 
+def dora(options: argparse.Namespace) -> Result:
+    return fast(argparse.Namespace(**{**vars(options), "dora": True}))
+
+
+def plain_dora(options: argparse.Namespace) -> Result:
+    """DoRA as peft computes it."""
+    return plain(argparse.Namespace(**{**vars(options), "dora": True}))
+
+
 TOOLS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "fast": fast,
     "unshared": unshared,
     "plain": plain,
+    "dropped": dropped,
+    "dora": dora,
+    "plain dora": plain_dora,
     **{
         f"{scheme} {where}": quantized(scheme, layers)
         for scheme in ("nf4", "int8")
@@ -138,7 +156,10 @@ def load_model(options: argparse.Namespace, scheme: str, resident_layers: int) -
         base = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
     else:
         base = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPE), dtype=dtype)
-    return get_peft_model(base, LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=TARGETS))
+    targets = ATTENTION if options.targets == "attention" else TARGETS
+    variant = {"lora_dropout": options.dropout, "use_dora": getattr(options, "dora", False)}
+    lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets, **variant)
+    return get_peft_model(base, lora).train()
 
 
 def load_examples(options: argparse.Namespace) -> list[Example]:
@@ -195,6 +216,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows a step")
     parser.add_argument("--rows", type=int, default=100, help="rows of the data")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", choices=["all-linear", "attention"], default="all-linear")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of strop's tools; of `dropped` 0.05 where it is 0")
     parser.add_argument("--supervised", type=float, default=1.0, help="share of each row that is supervised")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="of the frozen weights")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -40,12 +40,14 @@ SIDEWAYS = {
 # Inside two rooms, from the bottom up: files, or folders with what is in them.
 FLOORS: Mapping[str, list[set[str]]] = {
     "engine": [
+        {"dropout"},
         {"packed", "lora"},
         {"eager", "functions"},
         {"head", "joined", "attention"},
         {"cpu", "card"},
         {"processor", "device"},
-        {"families", "plain"},
+        {"families"},
+        {"fits", "plain"},
         {"fast"},
         {"step", "exercise"},
     ],

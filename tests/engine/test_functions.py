@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from strop.engine import dropout as drops
 from strop.engine import lora
-from strop.engine.functions import Frozen, Glu, LoraLinear, Norm, RmsNorm
+from strop.engine.dropout import Dropped
+from strop.engine.functions import Activation, Dora, Frozen, Glu, LayerNorm, LoraLinear, Norm, RmsNorm
 from strop.engine.head import SupervisedLoss
 from strop.machine.probe import probe
 from tests.support.attention import OPS, check, rand
@@ -30,11 +33,12 @@ def test_rms_norm(shape: tuple[int, ...], offset: float) -> None:
     torch.testing.assert_close(RmsNorm.apply(wide[..., ::2], norm), expected)
 
 
+@pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("enter", ["none", "norm", "silu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize(
     ("tokens", "ranks", "bias"), [(1, (1,), False), (3, (2, 3), True), (2, (), True), (5, (1, 2, 3), False)]
 )
-def test_lora_linear(enter: str, tokens: int, ranks: tuple[int, ...], bias: bool) -> None:
+def test_lora_linear(enter: str, tokens: int, ranks: tuple[int, ...], bias: bool, dropout: bool) -> None:
     torch.manual_seed(0)
     k, n = 5, 4
     entry = None if enter == "none" else Norm(OPS, rand(k), 1e-5, 0.0) if enter == "norm" else Glu(OPS, enter)
@@ -42,6 +46,10 @@ def test_lora_linear(enter: str, tokens: int, ranks: tuple[int, ...], bias: bool
     columns = tuple((i * n, (i + 1) * n) for i in range(len(ranks)))
     weight = rand(outputs, k)
     frozen = Frozen(lambda: weight, rand(outputs) if bias else None, LORA, columns, (0.5, 2.0, 3.0)[: len(ranks)])
+    if dropout:
+        keys, levels = torch.arange(tokens), (30000, 0, 50000)[: len(ranks)]
+        dropped = Dropped(1, 2, keys, tuple(range(len(ranks))), levels)
+        frozen = dataclasses.replace(frozen, dropped=dropped, drops=cast(Any, drops))
     adapters = [t for r in ranks for t in (rand(r, k, grad=True), rand(n, r, grad=True))]
     x = rand(tokens, k if enter in ("none", "norm") else 2 * k, grad=True)
     check(lambda x, *ab: LoraLinear.apply(x, frozen, entry, None, *ab), x, *adapters)
@@ -52,6 +60,52 @@ def test_lora_linear(enter: str, tokens: int, ranks: tuple[int, ...], bias: bool
     torch.testing.assert_close(added, residual + LoraLinear.apply(x, frozen, entry, None, *adapters))
     if ranks:  # the first layer's input needs no gradient
         check(lambda *ab: LoraLinear.apply(x.detach(), frozen, entry, None, *ab), *adapters)
+
+
+@pytest.mark.parametrize("enter", ["none", "gelu", "gated gelu", "layer norm"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_stands_in_front_and_dora(enter: str, dora: bool) -> None:
+    """DoRA's norms are constants in the gradient: x and the magnitudes alone are differentiated numerically, A and B
+    against autograd of the definition."""
+    torch.manual_seed(0)
+    k, n = 5, 4
+    ways = {
+        "none": None,
+        "gelu": Activation(F.gelu, gated=False),
+        "gated gelu": Activation(F.gelu, gated=True),
+        "layer norm": LayerNorm(OPS, rand(k), 1e-5, 0.0, rand(k)),
+    }
+    weight, bias = rand(3 * n, k), rand(3 * n)
+    columns, scales = ((0, n), (2 * n, 3 * n)), (0.5, 2.0)
+    frozen = Frozen(
+        lambda: weight, bias, LORA, columns, scales, dora=Dora(OPS, weight.square().sum(1)) if dora else None
+    )
+    parts = [t for r in (2, 3) for t in (rand(r, k, grad=True), rand(n, r, grad=True))]
+    magnitudes = [rand(n, grad=True) for _ in columns] if dora else []
+    x, residual = rand(3, 2 * k if enter == "gated gelu" else k, grad=True), rand(3, 3 * n, grad=True)
+
+    def computed(x: torch.Tensor, residual: torch.Tensor | None, *of: torch.Tensor) -> torch.Tensor:
+        return LoraLinear.apply(x, frozen, ways[enter], residual, *of)
+
+    if not dora:
+        check(computed, x, residual, *parts)
+        return
+    fixed = [part.detach() for part in parts]
+    check(lambda x, residual, *m: computed(x, residual, *fixed, *m), x, residual, *magnitudes)
+    check(lambda x, *m: computed(x, None, *fixed, *m), x, *magnitudes)
+    z, gains, change = (x if ways[enter] is None else ways[enter].forward(x)), torch.ones(3 * n).double(), 0.0
+    for (start, end), a, b, scale, m in zip(columns, parts[::2], parts[1::2], scales, magnitudes, strict=True):
+        own = scale * b @ a
+        gains[start:end] = m.detach() / (weight[start:end] + own).norm(dim=1).detach()
+        change = change + F.pad(own, (0, 0, start, 3 * n - end))
+    expected = F.linear(z, weight + change) * gains + bias + residual
+    found = computed(x, residual, *parts, *magnitudes)
+    torch.testing.assert_close(found, expected)
+    upstream = rand(3, 3 * n)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, parts, upstream), torch.autograd.grad(expected, parts, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_lora_linear_is_the_sum_of_its_parts() -> None:

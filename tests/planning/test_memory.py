@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from strop.config.load import resolve
 from strop.data.conversation import Example
 from strop.engine.fast import FastLoss
+from strop.engine.step import step_for
 from strop.model.lora import add_lora, linear_kinds, num_trainable
 from strop.model.shape import ModelShape
 from strop.planning import activations
@@ -29,6 +30,7 @@ from strop.planning.setting import Setting
 from tests import ROOT
 from tests.support import tiny
 from tests.support.families import tokenizer
+from tests.support.random_models import FAMILY_CONFIGS, adapted
 
 PAGE = ROOT / "docs" / "plan.md"
 GIB = 1 << 30
@@ -189,6 +191,45 @@ def test_saved_activations_are_those_of_the_engine(changes: dict[str, Any]) -> N
         for batch in batches
     ]
     assert saved(10) - saved(2) == pytest.approx(grown[1] - grown[0], rel=0.02)
+
+
+@pytest.mark.parametrize(("family", "dora"), [*((family, False) for family in FAMILY_CONFIGS), ("llama", True)])
+def test_a_family_keeps_what_the_formula_says(family: str, dora: bool) -> None:
+    """And the plan knows that the fast step trains it, with dropout or DoRA."""
+    model = adapted(family, {"use_dora": True} if dora else {"lora_dropout": 0.1}).train()
+    chosen = step_for(model)
+    assert chosen.name == "fast", chosen.why
+    config = model.get_base_model().config
+    shape = ModelShape.of(config.to_dict())
+    asked = {"lora.use_dora": True} if dora else {"lora.dropout": 0.1}
+    options = {"lora.r": 3, **asked, "model.device": "cpu", "model.dtype": "fp32"}
+    found = Setting.of(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
+    assert found.step == "fast"
+    weights = {p.data_ptr() for p in model.parameters()}
+
+    def saved(rows: int) -> int:
+        kept: dict[tuple[int, int], int] = {}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            if x.is_floating_point() and x.data_ptr() not in weights:
+                kept[x.data_ptr(), x.numel()] = x.numel() * x.element_size()
+            return x
+
+        ids = [np.random.default_rng(row).integers(5, 60, 24).astype(np.int32) for row in range(rows)]
+        examples = [Example(one, np.float32(np.arange(24) > 0), "", 0) for one in ids]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            value = chosen.token_loss(examples)
+        del value
+        return sum(kept.values())
+
+    batches = [MicroBatch.rows([24] * rows) for rows in (2, 10)]
+    grown = [
+        (shape.layers - 1) * layer_bytes(found, batch, batch.tokens)
+        + layer_bytes(found, batch, batch.supervised)
+        + 2 * batch.supervised * shape.hidden * 4
+        for batch in batches
+    ]
+    assert saved(10) - saved(2) == pytest.approx(grown[1] - grown[0], rel=0.05)
 
 
 # Published peaks: engine and rows; bytes; what of strop's own arithmetic does not apply there; why it is further off.

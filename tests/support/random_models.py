@@ -6,30 +6,61 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from strop.data.conversation import Example
 
 GEMMA = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-FAMILY_CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
-    "llama": (LlamaConfig, {}),
-    "mistral": (MistralConfig, {"sliding_window": 4}),
-    "qwen2": (Qwen2Config, {}),
-    "qwen3": (Qwen3Config, {}),
-    "phi3": (Phi3Config, {"pad_token_id": 0, "sliding_window": 5}),
-    "gemma2": (Gemma2Config, {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
-    "gemma3_text": (Gemma3TextConfig, GEMMA),
-}
+SAME = {"num_key_value_heads": 2}  # as many as query heads: in Phi, and where the config knows no others
+FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 4},
+    "qwen2": {},
+    "qwen3": {},
+    "phi3": {"pad_token_id": 0, "sliding_window": 5},
+    "gemma": SAME,
+    "gemma2": {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": GEMMA,
+    "smollm3": {
+        "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 4, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "olmo2": {"pad_token_id": 0, "eos_token_id": 2},
+    "olmo3": {**GEMMA, "pad_token_id": 0, "eos_token_id": 2},
+    "granite": {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.0,
+    },
+    "cohere": {"logit_scale": 0.25, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "cohere2": {**GEMMA, "logit_scale": 0.25, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "glm": {"pad_token_id": 0, "attention_bias": True},
+    "glm4": {"pad_token_id": 0, "attention_bias": True},
+    "phi": {**SAME, "partial_rotary_factor": 0.5},
+    "stablelm": {"use_qkv_bias": True, "use_parallel_residual": True},
+    "starcoder2": {"sliding_window": 4},
+    "exaone4": GEMMA,
+    "ministral": {**GEMMA, "pad_token_id": 0},
+    "ministral3": {
+        "pad_token_id": 0,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5,
+            "original_max_position_embeddings": 8,
+        },
+    },
+    "arcee": {},
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0, "pad_token_id": 0},
+    "helium": {"pad_token_id": 0},
+    "hunyuan_v1_dense": {"pad_token_id": 0},
+    "ernie4_5": {"use_bias": True},
+    "apertus": {"pad_token_id": 0},
+    "gpt_neox": {**SAME, "use_parallel_residual": True},
+    "nanochat": {"final_logit_softcapping": 3.0},
+}  # fmt: skip
+
+
+def tiny_of(family: str, **changes: object) -> PreTrainedModel:
+    """A tiny model of a family of the table."""
+    return tiny(type(AutoConfig.for_model(family)), **{**FAMILY_CONFIGS[family], **changes})
 
 
 def tiny(config: type = LlamaConfig, **changes: object) -> PreTrainedModel:
@@ -37,6 +68,20 @@ def tiny(config: type = LlamaConfig, **changes: object) -> PreTrainedModel:
     shape = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
     return AutoModelForCausalLM.from_config(config(**{**shape, **heads, **changes}))
+
+
+def adapted(config: type | str = LlamaConfig, lora: dict[str, Any] | None = None, **changes: Any) -> PeftModel:
+    """A tiny model, of a config or of a family of the table, with adapters whose two factors are not zero."""
+    base = tiny_of(config, **changes) if isinstance(config, str) else tiny(config, **changes)
+    for name, parameter in base.named_parameters():
+        if "bias" in name or "norm" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    options = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **(lora or {})}
+    model = get_peft_model(base, LoraConfig(**options))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
 
 
 def example(length: int, seed: int, weights: list[float] | None = None) -> Example:

@@ -92,5 +92,6 @@ def job(folder: Path, train: list[Example], held_out: list[Example] | None = Non
                 weight.normal_(0, 0.02)
     folder.mkdir(parents=True, exist_ok=True)
     state = TrainState(weights, make_optimizer(weights, chosen.train), Progress())
-    step = Step(PlainLoss(tuned), "plain", "asked for by the test", lambda: tuned.gradient_checkpointing_enable())
+    plain = PlainLoss(tuned)
+    step = Step(plain, plain.masks, "plain", "asked for by the test", lambda: tuned.gradient_checkpointing_enable())
     return Job(chosen, RunFolder(folder), tuned, step, train, held_out, state, EventLog(folder / "events.jsonl"))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from strop.engine.eager import rotate
 from strop.engine.functions import Norm, Ops
 from strop.engine.packed import Bucket, Documents, Layout
 
@@ -50,15 +51,64 @@ class Heads:
 
     def normed(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.views(qkv)
-        return (self.q_norm.forward(q) if self.q_norm else q), (self.k_norm.forward(k) if self.k_norm else k), v
+        for_q, for_k = self.q_norm, self.k_norm
+        return (
+            for_q.forward(over(q, for_q)).view(q.shape) if for_q else q,
+            for_k.forward(over(k, for_k)).view(k.shape) if for_k else k,
+            v,
+        )
 
     def norms_backward_(self, grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor) -> None:
         """Takes the gradients of q and k, in place, back through their norms."""
-        q, k, _ = self.views(qkv)
-        if self.q_norm:
-            grads[0].copy_(self.q_norm.backward(grads[0], q))
-        if self.k_norm:
-            grads[1].copy_(self.k_norm.backward(grads[1], k))
+        for grad, x, norm in zip(grads, self.views(qkv), (self.q_norm, self.k_norm), strict=False):
+            if norm:
+                grad.copy_(norm.backward(over(grad, norm), over(x, norm)).view(grad.shape))
+
+
+def over(x: Tensor, norm: Norm) -> Tensor:
+    """x (T, heads, size) as the norm takes it: head by head, or all heads as one (OLMo)."""
+    return x if norm.weight.shape[-1] == x.shape[-1] else x.flatten(1)
+
+
+class Turned(Function):
+    """qkv with q and k turned by the rotary embedding, where `Attention` cannot do it: in front of their norms, or with
+    neighbours in pairs, which then stand as halves (q k^T is the same). Saves nothing of its input.
+
+    cos, sin (T, m); scale (T,) or None: what q is multiplied by.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, neighbours: bool, scale: Tensor | None
+    ) -> Tensor:
+        ctx.about = heads, cos, sin, neighbours, scale
+        out = qkv.clone()
+        for x, to, factor in zip(heads.views(qkv), heads.views(out), (scale, None), strict=False):
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            wide = _in_halves(wide, cos.shape[1]) if neighbours else wide
+            turned = rotate(wide, cos, sin)
+            to.copy_(turned if factor is None else turned * factor[:, None, None])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        heads, cos, sin, neighbours, scale = ctx.about
+        out = grad.clone()
+        for x, to, factor in zip(heads.views(grad.contiguous()), heads.views(out), (scale, None), strict=False):
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            turned = rotate(wide if factor is None else wide * factor[:, None, None], cos, -sin)
+            to.copy_(_in_neighbours(turned, cos.shape[1]) if neighbours else turned)
+        return out, None, None, None, None, None
+
+
+def _in_halves(x: Tensor, m: int) -> Tensor:
+    """The first 2 m numbers of each head: every second one, then the others."""
+    return torch.cat([x[..., : 2 * m : 2], x[..., 1 : 2 * m : 2], x[..., 2 * m :]], -1)
+
+
+def _in_neighbours(x: Tensor, m: int) -> Tensor:
+    """The inverse of _in_halves."""
+    return torch.cat([torch.stack([x[..., :m], x[..., m : 2 * m]], -1).flatten(-2), x[..., 2 * m :]], -1)
 
 
 class Attention(Function):

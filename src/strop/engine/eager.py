@@ -59,6 +59,17 @@ def glu_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor
     return torch.cat([wide * up * slope, wide * value], dim=-1).to(gate_up.dtype), (value * up).to(gate_up.dtype)
 
 
+def scale_columns_(x: Tensor, gains: Tensor) -> Tensor:
+    """x (T, n) times gains (n,), in place; gains are wide."""
+    return x.copy_(_wide(x) * gains)
+
+
+def scale_columns_backward(grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    """(grad times gains, the sum over rows of grad times y: (n,) wide)."""
+    wide = _wide(grad)
+    return (wide * gains).to(grad.dtype), (wide * _wide(y)).sum(0)
+
+
 def hidden(queries: int, keys: int, first: int, window: int, device: torch.device) -> Tensor:
     """(queries, keys) bool: True where query `first + i` must not see key j (causal, and window if it is not 0)."""
     i = first + torch.arange(queries, device=device)[:, None]

@@ -19,11 +19,13 @@ def exercise(dtype: torch.dtype) -> None:
         "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64,
     }  # fmt: skip
-    for model in (LlamaForCausalLM(LlamaConfig(**sizes)), Gemma2ForCausalLM(Gemma2Config(**sizes))):
-        adapted = peft.get_peft_model(model.to(dtype), peft.LoraConfig(r=2, target_modules="all-linear"))
+    llama, gemma = LlamaForCausalLM(LlamaConfig(**sizes)), Gemma2ForCausalLM(Gemma2Config(**sizes))
+    for model, dropout in ((llama, 0.0), (gemma, 0.1)):
+        config = peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=dropout)
+        adapted = peft.get_peft_model(model.to(dtype), config)
         # Alike at their beginning, and long enough for it to be shared.
         rows = [Example(np.arange(n, dtype=np.int32), np.float32(np.arange(n) > 0), "", 0) for n in (12, 15)]
-        FastLoss(adapted, warm=False)(rows).backward()  # type: ignore[no-untyped-call]
+        FastLoss(adapted.train(), warm=False)(rows).backward()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -1,30 +1,57 @@
-"""The families whose layers the fast step knows, one row each, and what it must decline in a model of theirs."""
+"""The families whose layers the fast step knows, one row each: where a family differs from Llama. No torch in here.
+
+A row is all that a new family of this kind needs, with its tiny config in tests/support/random_models.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from peft import PeftModel
-from peft.tuners.lora import Linear as PeftLinear
-from peft.tuners.lora import LoraLayer
-from torch import nn
-
-from strop.engine.joined import Quantized, base_of
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family's decoder layer differs from Llama's."""
+    """Where a family's model differs from Llama's. Names are those of transformers' modules."""
 
+    attention: str = "self_attn"
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    fused_heads: bool = False  # one projection gives q, k and v of the first head, then of the next
+    o: str = "o_proj"
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # or what stands in front of an activation that gates nothing
+    gated: bool = True
+    down: str = "down_proj"
+    # Norms: in front of a block, and of what it adds to the residual stream.
+    layer_norm: bool = False  # the mean is taken off as well
     norm_offset: float = 0.0  # 1: the norms' weights are stored as their difference from 1
-    mlp_norm: str = "post_attention_layernorm"
-    after_attention: str | None = None  # norms of what a block adds to the residual stream
+    attention_norm: str | None = "input_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
+    after_attention: str | None = None
     after_mlp: str | None = None
+    final_norm: str = "norm"
+    embedding_norm: bool = False  # the last norm stands in front of the first layer as well
+    q_norm: str = "q_norm"  # over each head, or over all of them, as its weight is long
+    k_norm: str = "k_norm"
+    # The blocks read the same input and are added together; or the config's field that says so. Without a norm of its
+    # own the MLP reads what attention's norm gives.
+    parallel: bool | str = False
+    # Rotary embedding: which numbers turn together, how the angles are given, and what is turned.
+    pairs: Literal["halves", "neighbours"] = "halves"
+    angles: Literal["halves", "neighbours"] = "halves"
+    backwards: bool = False
+    turned_first: bool = False  # in front of the norms of q and k
+    turned: Callable[[Any], bool] = lambda attention: True  # the layer has positions
+    query_scale: Callable[[Any, Any], Any] | None = None  # (config, positions): what the turned q are multiplied by
+    # Multipliers, by the config.
+    embedding: Callable[[Any], float] = lambda config: 1.0
+    residual: Callable[[Any], float] = lambda config: 1.0
+    logits: Callable[[Any], float] = lambda config: 1.0
+
+
+def _far_queries(config: Any, positions: Any) -> Any:
+    """Llama 4's scale of queries that stand far behind the first token (Ministral 3)."""
+    rope = config.rope_parameters
+    return 1 + rope["llama_4_scaling_beta"] * (positions / rope["original_max_position_embeddings"]).floor().log1p()
 
 
 GEMMA = Family(
@@ -33,86 +60,79 @@ GEMMA = Family(
     after_attention="post_attention_layernorm",
     after_mlp="post_feedforward_layernorm",
 )
+OLMO = Family(
+    attention_norm=None,
+    mlp_norm=None,
+    after_attention="post_attention_layernorm",
+    after_mlp="post_feedforward_layernorm",
+)
+COHERE = Family(
+    layer_norm=True, parallel=True, mlp_norm=None, pairs="neighbours", angles="neighbours",
+    logits=lambda config: float(config.logit_scale),
+)  # fmt: skip
+GLM = Family(gate_up=("gate_up_proj",), pairs="neighbours")
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
     "phi3": Family(qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
+    "gemma": Family(norm_offset=1.0),
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
-}
-
-
-def unsupported(model: nn.Module) -> str | None:
-    """Why the fast step cannot compute this model, in words for the user; None where it can."""
-    if not isinstance(model, PeftModel):
-        return "the model has no peft adapter"
-    base: Any = model.get_base_model()
-    family = FAMILIES.get(base.config.model_type)
-    if family is None:
-        return f"model family {base.config.model_type} is not in the table of the fast step"
-    return _unsupported_adapter(model, base, family) or _unsupported_base(base, family)
-
-
-def _unsupported_adapter(model: Any, base: Any, family: Family) -> str | None:
-    known = {id(module) for layer in base.model.layers for group in linears(layer, family) for module in group}
-    for name, module in base.named_modules():
-        if isinstance(module, LoraLayer) and id(module) not in known:
-            return f"an adapter on {name}"
-        if isinstance(module, LoraLayer):
-            variants = [*module.lora_variant.values(), *(b for b in module.lora_bias.values() if b)]
-            if type(module) is not PeftLinear or variants:
-                return f"{name}: a variant of LoRA (DoRA, trained bias) ({type(module).__name__})"
-            if any(not isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values()):
-                return "lora dropout above 0"
-            if module.merged:
-                return f"{name}: its adapter is merged"
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and ".lora_A." not in name and ".lora_B." not in name:
-            return f"{name} is trained in full"
-    return None
-
-
-def _unsupported_base(base: Any, family: Family) -> str | None:
-    config = base.config
-    for layer in base.model.layers:
-        for module in (base_of(module) for group in linears(layer, family) for module in group):
-            if type(module) is not nn.Linear and not isinstance(module, Quantized):
-                return f"unknown weights ({type(module).__name__})"
-    weights = [p for p in base.parameters() if not p.requires_grad and p.is_floating_point()]
-    kinds = {(p.dtype, p.device) for p in weights} | {
-        (module.dtype, module.weight.device) for module in base.modules() if isinstance(module, Quantized)
-    }
-    if len(kinds) != 1:
-        return "base weights of several types or on several devices"
-    if weights[0].dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        return f"base weights in {weights[0].dtype}"
-    activation = activation_of(config)
-    if activation not in ("silu", "gelu_pytorch_tanh"):
-        return f"activation {activation}"
-    for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
-        if getattr(config, name, 0):
-            return f"{name} above 0"
-    if getattr(config, "use_bidirectional_attention", None):
-        return "use_bidirectional_attention"
-    if getattr(config, "attn_logit_softcapping", None) and weights[0].device.type != "cpu":
-        return "attn_logit_softcapping, which PyTorch's own attention does not know"
-    if family is GEMMA and not hasattr(base.model.embed_tokens, "embed_scale"):
-        return "a transformers version that scales the embeddings outside of them"
-    kind = getattr(base.model.rotary_emb, "rope_type", "default")
-    for rope in kind.values() if isinstance(kind, dict) else [kind]:
-        if rope in ("dynamic", "longrope"):  # the angles depend on the longest row of the batch
-            return f"rotary embedding of type {rope}"
-    return None
+    "smollm3": Family(turned=lambda attention: bool(attention.use_rope)),
+    "olmo2": OLMO,
+    "olmo3": OLMO,
+    "granite": Family(
+        embedding=lambda config: float(config.embedding_multiplier),
+        residual=lambda config: float(config.residual_multiplier),
+        logits=lambda config: 1 / float(config.logits_scaling),
+    ),
+    "cohere": COHERE,
+    "cohere2": replace(COHERE, turned=lambda attention: attention.sliding_window is not None),
+    "glm": GLM,
+    "glm4": replace(GLM, after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm"),
+    "phi": Family(
+        o="dense", gate_up=("fc1",), gated=False, down="fc2", layer_norm=True, parallel=True, mlp_norm=None,
+        final_norm="final_layernorm",
+    ),
+    "stablelm": Family(layer_norm=True, parallel="use_parallel_residual"),
+    "starcoder2": Family(gate_up=("c_fc",), gated=False, down="c_proj", layer_norm=True),
+    "exaone4": replace(OLMO, turned=lambda attention: attention.sliding_window is None or attention.is_sliding),
+    "ministral": Family(),
+    "ministral3": Family(query_scale=_far_queries),
+    "arcee": Family(gate_up=("up_proj",), gated=False),
+    "seed_oss": Family(),
+    "helium": Family(pairs="neighbours"),
+    "hunyuan_v1_dense": Family(q_norm="query_layernorm", k_norm="key_layernorm", turned_first=True),
+    "ernie4_5": Family(pairs="neighbours"),
+    "apertus": Family(
+        gate_up=("up_proj",), gated=False, attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm"
+    ),
+    "gpt_neox": Family(
+        attention="attention", qkv=("query_key_value",), fused_heads=True, o="dense", gate_up=("dense_h_to_4h",),
+        gated=False, down="dense_4h_to_h", layer_norm=True, final_norm="final_layer_norm",
+        parallel="use_parallel_residual",
+    ),
+    "nanochat": Family(
+        gate_up=("fc1",), gated=False, down="fc2", embedding_norm=True, backwards=True, turned_first=True
+    ),
+}  # fmt: skip
 
 
 def linears(layer: Any, family: Family) -> Iterator[list[Any]]:
     """The layer's linear modules, in groups that share their input."""
-    yield [getattr(layer.self_attn, name) for name in family.qkv]
-    yield [layer.self_attn.o_proj]
+    attention = getattr(layer, family.attention)
+    yield [getattr(attention, name) for name in family.qkv]
+    yield [getattr(attention, family.o)]
     yield [getattr(layer.mlp, name) for name in family.gate_up]
-    yield [layer.mlp.down_proj]
+    yield [getattr(layer.mlp, family.down)]
+
+
+def text_of(base: Any) -> tuple[Any, Any]:
+    """(decoder, its config) of a causal language model, or of the text half of a model with other towers."""
+    inner = getattr(base, base.base_model_prefix)
+    return getattr(inner, "language_model", inner), base.config.get_text_config()
 
 
 def activation_of(config: Any) -> str:

@@ -7,14 +7,16 @@ anywhere, lora_tiles.py on a CPU with AVX512-BF16).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from strop.engine.dropout import Dropped, Drops
 from strop.engine.lora import Adapters
 from strop.engine.packed import Places
 
@@ -26,6 +28,8 @@ class Ops(Protocol):
     def rms_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor: ...
     def glu(self, gate_up: Tensor, activation: str, out: Tensor | None = None) -> Tensor: ...
     def glu_backward(self, grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]: ...
+    def scale_columns_(self, x: Tensor, gains: Tensor) -> Tensor: ...
+    def scale_columns_backward(self, grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]: ...
     def softmax_(self, scores: Tensor, group: int, first: int, window: int) -> Tensor: ...
     def softmax_backward_(self, grad: Tensor, probs: Tensor, group: int, first: int, window: int) -> Tensor: ...
     def cross_entropy_(
@@ -44,7 +48,7 @@ class LoraProducts(Protocol):
 
     def forward(self, z: Tensor, outputs: int, adapters: Adapters) -> tuple[Tensor, tuple[Tensor, ...]]: ...
     def backward(
-        self, grad: Tensor, width: int, further: bool, kept: tuple[Tensor, ...], adapters: Adapters
+        self, grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters
     ) -> tuple[Tensor, Tensor | None]: ...
     def gradients(
         self, grad: Tensor, z: Tensor, grad_za: Tensor, kept: tuple[Tensor, ...], adapters: Adapters
@@ -86,6 +90,24 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class LayerNorm(Norm):
+    """LayerNorm in the same place."""
+
+    bias: Tensor | None = None
+
+    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        shape, wanted = list(self.weight.shape), [True, False, False]
+        x = x.contiguous()
+        _, mean, rstd = torch.native_layer_norm(x, shape, self.weight, self.bias, self.eps)
+        native = torch.ops.aten.native_layer_norm_backward
+        found: Tensor = native(grad.contiguous(), x, shape, mean, rstd, self.weight, self.bias, wanted)[0]
+        return found
+
+
+@dataclass(frozen=True)
 class Glu:
     """activation(gate) * up in front of the down projection, computed again in the backward instead of saved."""
 
@@ -95,6 +117,58 @@ class Glu:
     def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
         out = None if room is None else room(len(x), x.shape[1] // 2, x)
         return self.ops.glu(x, self.activation, out)
+
+    def backward(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(gradient with respect to x, the forward's output again)."""
+        return self.ops.glu_backward(grad, x, self.activation)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The model's own activation in front of the down projection, computed again in the backward, where autograd has
+    its gradient: activation(gate) * up where it is gated, else activation(x)."""
+
+    activation: Callable[[Tensor], Tensor]
+    gated: bool
+
+    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+        if not self.gated:
+            return self.activation(x)
+        gate, up = x.chunk(2, dim=-1)
+        return self.activation(gate) * up
+
+    def backward(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            z = self.forward(x)
+        (grad_x,) = torch.autograd.grad(z, x, grad)
+        return grad_x, z.detach()
+
+
+Enter = Norm | Glu | Activation | None
+
+
+@dataclass(frozen=True)
+class Dora:
+    """DoRA (Liu et al., arXiv:2402.09353) on layers with one adapter each: y = g (z W^T + s z A^T B^T) + bias, with
+    g = m / |W + s B A|, row by row, and the norm a constant in the gradient (section 4.3).
+
+    squares (n,): |W|^2 of each row, fp32.
+    """
+
+    ops: Ops
+    squares: Tensor
+
+    def gains(self, weight: Tensor, adapters: Adapters, magnitudes: Sequence[Tensor]) -> Tensor:
+        """g (n,), in the type of `squares`; 1 where no adapter is. |W + s B A|^2 without W + s B A: (n, k) is large."""
+        wide = self.squares.dtype
+        gains = torch.ones_like(self.squares)
+        for (a, b, scale), (start, end), m in zip(adapters, adapters.columns, magnitudes, strict=True):
+            a, b = a.to(wide), b.to(wide)
+            across = (weight[start:end] @ a.t().to(weight.dtype)).to(wide)
+            change = 2 * scale * (across * b).sum(1) + scale**2 * ((b @ (a @ a.t())) * b).sum(1)
+            gains[start:end] = m.to(wide) / (self.squares[start:end] + change).clamp_(min=0).sqrt_()
+        return gains
 
 
 @dataclass(frozen=True)
@@ -111,6 +185,23 @@ class Frozen:
     columns: tuple[tuple[int, int], ...]  # for each adapter: the outputs it adds to, from and to
     scales: tuple[float, ...]
     room: Room | None = None  # for z, on a CPU
+    dropped: Dropped | None = None  # of z, in front of the adapters
+    drops: Drops | None = None
+    dora: Dora | None = None
+
+    def spread(self, z: Tensor) -> Tensor:
+        """What the adapters take: z, or what their dropout leaves of it, for each its own."""
+        return z if self.dropped is None or self.drops is None else self.drops.spread(z, self.dropped)
+
+    def fold(self, grad: Tensor) -> Tensor:
+        """The gradient of z from that of `spread`."""
+        return grad if self.dropped is None or self.drops is None else self.drops.fold(grad, self.dropped)
+
+    def split(self, parts: Sequence[Tensor]) -> tuple[Adapters, Sequence[Tensor]]:
+        """The adapters, and DoRA's magnitudes."""
+        factors = 2 * len(self.scales)
+        adapters = Adapters(parts[:factors], self.columns, self.scales, self.dropped is not None)
+        return adapters, parts[factors:]
 
 
 def apply(function: type[Function], *arguments: Any) -> Tensor:
@@ -134,10 +225,12 @@ class RmsNorm(Function):
 
 
 class LoraLinear(Function):
-    """y = z W^T + bias, and y[:, columns_i] += scale_i (z A_i^T) B_i^T for each adapter; z = x, norm(x) or glu(x).
+    """y = z W^T + bias, and y[:, columns_i] += scale_i (z_i A_i^T) B_i^T for each adapter; z = x, norm(x) or glu(x),
+    and z_i = z, or what dropout leaves of it for this adapter (`scales` make up for what is dropped).
 
     x (T, k), or (T, 2 k) for glu; residual (T, n) or None: what y is added to; parts: A_1 (r_1, k), B_1 (n_1, r_1),
-    A_2, ... Saves x and scale z A^T (T, sum of r).
+    A_2, ..., and for DoRA then m_1 (n_1,), m_2, ... Saves x and scale z A^T (T, sum of r); for DoRA also y, which what
+    stands behind saves as well where there is no residual.
 
     The frozen product is added to the adapters', and the sum is rounded once. The other way round, what an adapter adds
     to a number that is in bf16 already rounds away below half of its last bit, and a young adapter adds no more.
@@ -145,16 +238,24 @@ class LoraLinear(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen: Frozen, enter: Norm | Glu | None, residual: Tensor | None, *parts: Tensor
+        ctx: Any, x: Tensor, frozen: Frozen, enter: Enter, residual: Tensor | None, *parts: Tensor
     ) -> Tensor:  # fmt: skip
         z = x if enter is None else enter.forward(x, frozen.room)
-        ctx.frozen, ctx.enter, ctx.width, weight = frozen, enter, z.shape[1], frozen.weight()
+        ctx.frozen, ctx.enter, weight = frozen, enter, frozen.weight()
         if parts:
-            y, kept = frozen.lora.forward(z, len(weight), Adapters(parts, frozen.columns, frozen.scales))
-            ctx.save_for_backward(x, *parts, *kept)
+            adapters, magnitudes = frozen.split(parts)
+            y, kept = frozen.lora.forward(frozen.spread(z), len(weight), adapters)
             y.addmm_(z, weight.t())
+            if frozen.dora is not None:
+                gains = frozen.dora.gains(weight, adapters, magnitudes)
+                frozen.dora.ops.scale_columns_(y, gains)
             if frozen.bias is not None:
                 y += frozen.bias
+            if frozen.dora is not None:
+                kept = (gains, y, *kept)
+                y = y if residual is None else y + residual
+                residual = None
+            ctx.save_for_backward(x, *parts, *kept)
         else:
             ctx.save_for_backward(*([] if enter is None else [x]))
             y = F.linear(z, weight, frozen.bias)
@@ -170,17 +271,26 @@ class LoraLinear(Function):
         grad, grad_z, wanted = grad.contiguous(), None, ctx.needs_input_grad[0]
         residual = grad if ctx.needs_input_grad[3] else None
         if saved:
-            parts = 2 * len(frozen.scales)
-            adapters, kept = Adapters(saved[:parts], frozen.columns, frozen.scales), tuple(saved[parts:])
-            grad_za, grad_z = frozen.lora.backward(grad, ctx.width, wanted, kept, adapters)
+            parts = (2 if frozen.dora is None else 3) * len(frozen.scales)
+            (adapters, magnitudes), kept = frozen.split(saved[:parts]), tuple(saved[parts:])
+            grads_m: list[Tensor] = []
+            if frozen.dora is not None:
+                (gains, y), kept = kept[:2], kept[2:]
+                y = y if frozen.bias is None else y - frozen.bias
+                grad, along = frozen.dora.ops.scale_columns_backward(grad, y, gains)
+                for (start, end), m in zip(frozen.columns, magnitudes, strict=True):
+                    grads_m.append((along[start:end] / m).to(m.dtype))
+            grad_za, grad_z = frozen.lora.backward(grad, wanted, kept, adapters)
+            grad_z = None if grad_z is None else frozen.fold(grad_z)
         if wanted:
             grad_z = grad @ frozen.weight() if grad_z is None else grad_z.addmm_(grad, frozen.weight())
         z, grad_x = x, grad_z
-        if isinstance(enter, Glu) and grad_z is not None:
-            grad_x, z = enter.ops.glu_backward(grad_z, x, enter.activation)
+        if isinstance(enter, Glu | Activation) and grad_z is not None:
+            grad_x, z = enter.backward(grad_z, x)
         elif enter is not None:
             z = enter.forward(x, frozen.room)
             grad_x = enter.backward(grad_z, x) if isinstance(enter, Norm) and grad_z is not None else None
         if not saved:
             return grad_x, None, None, residual
-        return grad_x, None, None, residual, *frozen.lora.gradients(grad, z, grad_za, kept, adapters)
+        of_parts = frozen.lora.gradients(grad, frozen.spread(z), grad_za, kept, adapters)
+        return grad_x, None, None, residual, *of_parts, *grads_m

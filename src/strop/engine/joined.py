@@ -9,7 +9,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from strop.engine.functions import Frozen, Glu, LoraLinear, LoraProducts, Norm, Room, apply
+from strop.engine.dropout import CountedDropout, Dropped, Drops, grown
+from strop.engine.functions import Dora, Enter, Frozen, LoraLinear, LoraProducts, Ops, Room, apply
 
 
 @runtime_checkable
@@ -36,10 +37,17 @@ class Joined:
     """
 
     def __init__(
-        self, modules: list[Any], enter: Norm | Glu | None, workspace: Workspace, products_of: ProductsOf
+        self,
+        modules: list[Any],
+        enter: Enter,
+        workspace: Workspace,
+        products_of: ProductsOf,
+        drops: Drops,
+        ops: Ops,
     ) -> None:
-        """products_of: gives LoRA's products for layers of these sizes (Processor.lora)."""
-        self.modules, self.enter = modules, enter
+        """products_of: gives LoRA's products for layers of these sizes (Processor.lora). drops: draws the masks."""
+        self.modules, self.enter, self.drops, self._ops = modules, enter, drops, ops
+        self._dora: Dora | None = None
         self.room = workspace.entered if base_of(modules[0]).weight.device.type == "cpu" else None
         self.bases = [base_of(module) for module in modules]
         self._products = products_of([size for base in self.bases for size in (base.in_features, base.out_features)])
@@ -53,8 +61,11 @@ class Joined:
             self.weight = lambda: whole
         self.places = [base.weight.data_ptr() for base in self.bases]
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
+        """tokens: the key of each row of x (dropout.token_keys)."""
         adapters: list[Tensor] = []
+        dropouts: list[Any] = []
+        magnitudes: list[Tensor] = []
         columns, scales, at = [], [], 0
         for module, base, place in zip(self.modules, self.bases, self.places, strict=True):
             assert base.weight.data_ptr() == place, "the model's weights were moved or replaced after FastLoss"
@@ -63,11 +74,38 @@ class Joined:
                 for name in module.active_adapters:
                     if name in module.lora_A:
                         adapters += [module.lora_A[name].weight, module.lora_B[name].weight]
+                        if name in module.lora_magnitude_vector:
+                            magnitudes.append(module.lora_magnitude_vector[name].weight)
                         columns.append((at, at + width))
-                        scales.append(float(module.scaling[name]))
+                        dropouts.append(module.lora_dropout[name])
+                        scales.append(float(module.scaling[name]) * grown(_level(dropouts[-1])))
             at += width
-        frozen = Frozen(self.weight, self.bias, self._products(adapters), tuple(columns), tuple(scales), self.room)
-        return apply(LoraLinear, x, frozen, self.enter, residual, *adapters)
+        products, dropped = self._products(adapters), _dropped(dropouts, tokens)
+        lies = tuple(columns), tuple(scales), self.room, dropped, self.drops
+        frozen = Frozen(self.weight, self.bias, products, *lies, self._dora_of(magnitudes))
+        return apply(LoraLinear, x, frozen, self.enter, residual, *adapters, *magnitudes)
+
+    def _dora_of(self, magnitudes: list[Tensor]) -> Dora | None:
+        """The frozen rows' squares are taken once."""
+        if magnitudes and self._dora is None:
+            weight = self.weight()
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            self._dora = Dora(self._ops, torch.linalg.vector_norm(weight, dim=1, dtype=wide).square())
+        return self._dora if magnitudes else None
+
+
+def _level(dropout: Any) -> int:
+    return dropout.level if isinstance(dropout, CountedDropout) else 0
+
+
+def _dropped(dropouts: Sequence[Any], tokens: Tensor) -> Dropped | None:
+    """What the adapters with these dropouts, each CountedDropout or Identity, drop now; None: nothing."""
+    levels = tuple(map(_level, dropouts))
+    counted = [dropout for dropout in dropouts if isinstance(dropout, CountedDropout)]
+    if not any(levels):
+        return None
+    masks, numbers = counted[0].masks, tuple(getattr(dropout, "number", 0) for dropout in dropouts)
+    return Dropped(masks.seed, masks.step, tokens, numbers, levels)
 
 
 class Workspace:

@@ -1,6 +1,7 @@
 """The adapters beside frozen linear layers, and their products in plain PyTorch: any device, any type of float.
 
 What lora_tiles.py must equal. z (T, k) is the layers' input and y (T, n) their output; za (T, sum of r) is scale z A^T.
+Where `apart`, each adapter has an input of its own, and z (T, m k) holds them side by side.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class Adapters:
     parts: Sequence[Tensor]
     columns: tuple[tuple[int, int], ...]
     scales: tuple[float, ...]
+    apart: bool = False
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         """A, B and scale of each."""
@@ -28,6 +30,16 @@ class Adapters:
     @property
     def ranks(self) -> tuple[int, ...]:
         return tuple(len(part) for part in self.parts[::2])
+
+    @property
+    def width(self) -> int:
+        """k."""
+        return self.parts[0].shape[1]
+
+    @property
+    def entered(self) -> int:
+        """Columns of z."""
+        return self.width * (len(self.scales) if self.apart else 1)
 
 
 def forward(z: Tensor, outputs: int, adapters: Adapters) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -41,17 +53,20 @@ def forward(z: Tensor, outputs: int, adapters: Adapters) -> tuple[Tensor, tuple[
     for part, (start, end) in zip(adapters.parts[1::2], adapters.columns, strict=True):
         b[start:end, at : at + part.shape[1]].copy_(part)
         at += part.shape[1]
-    za = z @ a.t()
+    za = _over_own(z, a, adapters) if adapters.apart else z @ a.t()
     return za @ b.t(), (za, a, b)
 
 
-def backward(
-    grad: Tensor, width: int, further: bool, kept: tuple[Tensor, ...], adapters: Adapters
-) -> tuple[Tensor, Tensor | None]:
-    """grad_za, scale not in it, and where it goes further grad_za A (T, width). grad (T, n)."""
+def backward(grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Tensor, Tensor | None]:
+    """grad_za, scale not in it, and where it goes further grad_za A, as wide as z. grad (T, n)."""
     _, a, b = kept
     grad_za = grad @ b
-    return grad_za, grad_za @ a if further else None
+    if not further:
+        return grad_za, None
+    if not adapters.apart:
+        return grad_za, grad_za @ a
+    own = zip(torch.split(grad_za, list(adapters.ranks), 1), torch.split(a, list(adapters.ranks)), strict=True)
+    return grad_za, torch.cat([part @ of for part, of in own], 1)
 
 
 def gradients(
@@ -59,10 +74,20 @@ def gradients(
 ) -> list[Tensor]:  # fmt: skip
     """Of A_1, B_1, A_2, ... The adapters are fp32, and autograd casts a gradient to the type of its input."""
     za, ranks = kept[0], list(adapters.ranks)
-    of_a = torch.split(grad_za.t() @ z, ranks)
+    if adapters.apart:
+        own = zip(torch.split(grad_za, ranks, 1), torch.split(z, adapters.width, 1), strict=True)
+        of_a: Sequence[Tensor] = [part.t() @ input for part, input in own]
+    else:
+        of_a = torch.split(grad_za.t() @ z, ranks)
     found: list[Tensor] = []
     for (start, end), scale, part, grad_a in zip(
         adapters.columns, adapters.scales, torch.split(za, ranks, 1), of_a, strict=True
     ):
         found += [grad_a * scale, (part.t() @ grad[:, start:end]).t()]
     return found
+
+
+def _over_own(z: Tensor, a: Tensor, adapters: Adapters) -> Tensor:
+    """z_i A_i^T side by side."""
+    own = zip(torch.split(z, adapters.width, 1), torch.split(a, list(adapters.ranks)), strict=True)
+    return torch.cat([input @ part.t() for input, part in own], 1)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from strop.engine.dropout import token_keys
+
 if TYPE_CHECKING:
     from strop.data.conversation import Example
 
@@ -138,11 +140,12 @@ class Documents:
 
 @dataclass(frozen=True)
 class Packed:
-    """ids, positions (T,); rows (N,): packed rows that predict a supervised token, each once, rising;
-    picked (M,): index into rows for each label; labels, weights (M,)."""
+    """ids, positions, keys (T,), keys as dropout.token_keys makes them; rows (N,): packed rows that predict a
+    supervised token, each once, rising; picked (M,): index into rows for each label; labels, weights (M,)."""
 
     ids: Tensor
     positions: Tensor
+    keys: Tensor
     documents: Documents
     rows: Tensor
     picked: Tensor
@@ -174,7 +177,7 @@ def pack(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.dev
     """Lays the examples out; integer tensors are int64."""
     prefix = shared_prefix(examples) if prefix_sharing else 0
     first = examples[0].ids[:prefix]
-    ids, positions = [first], [np.arange(prefix)]
+    ids, positions, keys = [first], [np.arange(prefix)], [token_keys(first)]
     rows, labels = [np.arange(max(prefix - 1, 0))], [first[1:]]
     weights = [np.sum([example.weights[1:prefix] for example in examples], axis=0, dtype=np.float32)]
     starts, at = [], prefix
@@ -185,6 +188,7 @@ def pack(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.dev
         starts.append(at)
         ids.append(example.ids[prefix:])
         positions.append(own)
+        keys.append(token_keys(example.ids)[prefix:])
         predicted = own[own > 0]
         before = predicted - 1  # the position that predicts it, in the prefix or in the example's own rows
         rows.append(np.where(before < prefix, before, at + before - prefix))
@@ -202,6 +206,7 @@ def pack(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.dev
     return Packed(
         tensor(np.concatenate(ids)),
         tensor(np.concatenate(positions)),
+        tensor(np.concatenate(keys)),
         Documents(np.array(spans, dtype=np.int64), at, device),
         tensor(row),
         tensor(picked),

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from strop.engine.dropout import masks_of, token_keys
+from strop.engine.processor import drops_for
 
 if TYPE_CHECKING:
     from strop.data.conversation import Example
@@ -22,6 +26,7 @@ class PlainLoss:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
+        self.masks = masks_of(model, drops_for)
         self._head: torch.nn.Module = cast(Any, model).get_output_embeddings()
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
@@ -31,10 +36,13 @@ class PlainLoss:
         ids = torch.zeros(len(examples), longest, dtype=torch.long)
         weights = torch.zeros(len(examples), longest)
         attended = torch.zeros(len(examples), longest, dtype=torch.long)
+        keys = np.zeros((len(examples), longest), dtype=np.int64)
         for i, example in enumerate(examples):
             ids[i, : len(example)] = torch.from_numpy(example.ids)
             weights[i, : len(example)] = torch.from_numpy(example.weights)
             attended[i, : len(example)] = 1
+            keys[i, : len(example)] = token_keys(example.ids)
+        self.masks.tokens = torch.from_numpy(keys).to(device)
         row, column = weights.nonzero(as_tuple=True)
         labels, weight = ids[row, column].to(device), weights[row, column].to(device)
         row, before = row.to(device), (column - 1).to(device)  # the position that predicts each label

@@ -10,8 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from strop.engine import eager, lora
+from strop.engine import dropout, eager, lora
 from strop.engine.attention import Attention, Heads
+from strop.engine.dropout import Drops
 from strop.engine.functions import LoraProducts, Ops, apply
 from strop.engine.packed import Documents
 from strop.machine.probe import TILED_RANK, probe
@@ -48,6 +49,15 @@ class Processor:
         return lambda adapters: cast(
             LoraProducts, lora if any(len(a) > TILED_RANK for a in adapters[::2]) else lora_tiles
         )
+
+
+def drops_for(x: Tensor) -> Drops:
+    """What draws dropout's masks for a tensor like x: the same bits everywhere, by loops on a CPU."""
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+        from strop.engine.cpu import dropout_loops  # its import starts threads
+
+        return cast(Drops, dropout_loops)
+    return cast(Drops, dropout)
 
 
 def processor_for(device: torch.device, dtype: torch.dtype, *, warm: bool = True) -> Processor:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from strop.engine.families import unsupported
+from strop.engine.dropout import Masks
 from strop.engine.fast import FastLoss, Watch
+from strop.engine.fits import unsupported
 from strop.engine.plain import PlainLoss
 
 if TYPE_CHECKING:
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """token_loss: the summed loss of the supervised tokens of a micro-batch. name: fast or plain; why: the reason for
-    plain. recompute: from its call on, each layer's input only is kept, and the layer is computed again in the backward
-    pass; checkpoint: the same for this many layers, where the step can, else for all. exchange: lets go of the frozen
-    weights, has them replaced, and takes up those that are there now. watch: sets what is to look at memory before each
-    layer."""
+    """token_loss: the summed loss of the supervised tokens of a micro-batch. masks: of dropout, which are told
+    which step begins. name: fast or plain; why: the reason for plain. recompute: from its call on, each layer's
+    input only is kept, and the layer is computed again in the backward pass; checkpoint: the same for this many
+    layers, where the step can, else for all. exchange: lets go of the frozen weights, has them replaced, and takes
+    up those that are there now. watch: sets what is to look at memory before each layer."""
 
     token_loss: Callable[[Sequence[Example]], Tensor]
+    masks: Masks
     name: str
     why: str
     recompute: Callable[[], None]
@@ -45,6 +47,7 @@ def step_for(model: nn.Module) -> Step:
         fast = FastLoss(model)
         return Step(
             fast,
+            fast.masks,
             "fast",
             "",
             recompute=lambda: setattr(fast, "checkpoint_layers", whole.config.num_hidden_layers),
@@ -52,8 +55,10 @@ def step_for(model: nn.Module) -> Step:
             watch=lambda watch: setattr(fast, "watch", watch),
             checkpoint=lambda layers: setattr(fast, "checkpoint_layers", layers),
         )
+    plain = PlainLoss(model)
     return Step(
-        PlainLoss(model),
+        plain,
+        plain.masks,
         "plain",
         why,
         recompute=lambda: whole.gradient_checkpointing_enable({"use_reentrant": False}),

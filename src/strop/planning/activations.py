@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from strop.engine.families import FAMILIES, Family
 from strop.planning.setting import Setting
 
 BLOCK = 256  # queries a product, as in engine.attention
@@ -110,7 +111,12 @@ def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
     out = rank.get("o_proj", 0)
     behind = sum(rank.get(name, 0) for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj"))
     before = h + front + q + 2 * kv  # residual in, z A, qkv
-    after = (q + out if out else 0) + h + 2 * inner + behind + (2 * h if shape.after_norms else 0)
+    family = FAMILIES.get(shape.family, Family())
+    halves = 2 if family.gated else 1
+    after = (q + out if out else 0) + halves * inner + behind
+    # The MLP's input, unless it is attention's as well, and those of the norms behind the blocks.
+    after += (0 if family.parallel else h) + sum(h for name in (family.after_attention, family.after_mlp) if name)
+    after += 2 * h if setting.dora else 0  # what the blocks add to the residual stream
     if setting.step == "plain":
         return _plain_layer(setting, batch, rows)
     if setting.tiles:  # the output, which the next product keeps as well, and a number a row and head
@@ -144,9 +150,9 @@ def backward_bytes(setting: Setting, batch: MicroBatch, rows: int | None = None)
     rows = tokens if rows is None else rows
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
     # grad, dz (I), d(gate, up) (2 I) and z (I), with the gradient of the residual
-    mlp = rows * (4 * inner + h) * b
+    mlp = rows * (4 * inner + h + (inner if setting.dropout else 0)) * b  # what dropout leaves of z
     if setting.device != "cpu" or setting.step == "plain":
-        mlp = rows * ((4 * inner + h) * b + EAGER_BYTES * inner)
+        mlp += rows * EAGER_BYTES * inner
         return max(mlp, tokens * (5 * q + 6 * kv + h) * b)
     if setting.tiles:  # gradients of the residual and of the output, the result, q and k behind their norms
         normed = q + kv if shape.head_norms else 0

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from strop.config.schema import Recipe
+from strop.engine.families import FAMILIES
 from strop.errors import ModelError
 from strop.machine.probe import TILED_RANK, probe
 from strop.model.shape import ModelShape
@@ -37,6 +38,8 @@ class Setting:
     step: str = "fast"
     threads: int = 2
     tiles: bool = False
+    dropout: bool = False
+    dora: bool = False
 
     @staticmethod
     def of(recipe: Recipe, shape: ModelShape, parameters: int | None = None, threads: int = 2) -> Setting:
@@ -67,6 +70,8 @@ class Setting:
             "plain" if plain else "fast",
             threads,
             device == "cpu" and model.dtype == "bf16" and probe().has_tiles(shape.head_size, shape.softcap),
+            lora.dropout > 0,
+            lora.use_dora,
         )
 
     @property
@@ -100,17 +105,15 @@ def num_checkpointed(asked: str | int, layers: int, *, whole: bool = False) -> i
 
 
 def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
-    """Why the fast step cannot train this, as engine.fast.unsupported would say of the model itself."""
+    """Why the fast step cannot train this, as engine.fits.unsupported would say of the model itself."""
     lora = recipe.lora
     reasons = {
-        f"model family {shape.family}": not shape.known,
-        "lora dropout above 0": lora.dropout > 0,
-        "DoRA": lora.use_dora,
+        f"model family {shape.family}": shape.family not in FAMILIES,
+        "DoRA with dropout": lora.use_dora and lora.dropout > 0,
         "trained biases": lora.bias != "none",
         "weights trained in full": bool(lora.modules_to_save or lora.new_tokens),
         "fp16": recipe.model.dtype == "fp16",
         f"rotary embedding of type {shape.rope}": shape.rope in ("dynamic", "longrope"),
-        f"activation {shape.activation}": shape.activation not in ("silu", "gelu_pytorch_tanh"),
         "soft-capped attention outside of a CPU": shape.softcap and recipe.model.device != "cpu",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

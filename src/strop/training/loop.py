@@ -138,6 +138,7 @@ def step(job: Job, batch: Batch, rate: float) -> StepResult:
     A step that the guard does not let pass leaves the weights as they are.
     """
     examples = [job.train[row] for row in batch.rows]
+    job.step.masks.begin(job.recipe.seed, batch.index)
     loss_sum = within_memory(job, examples, lambda: gradients(job, examples))
     weights = list(job.state.weights.values())
     norm = torch.nn.utils.clip_grad_norm_(weights, job.recipe.train.max_grad_norm or math.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,12 +16,14 @@ from strop.machine.probe import probe
 
 pytestmark = pytest.mark.skipif(not probe().tiles, reason="this CPU has no AVX512-BF16")
 
+APART = "each adapter its own input"
 SHAPES: dict[str, tuple[int, tuple[tuple[int, int], ...], tuple[int, ...]]] = {  # width, columns, ranks
     "rank 1": (32, ((0, 32),), (1,)),
     "q, k and v": (96, ((0, 96), (96, 128), (128, 160)), (16, 16, 16)),
     "odd ranks, outputs without an adapter": (64, ((32, 96), (128, 160)), (3, 21)),
     "two adapters on the same outputs": (64, ((0, 64), (0, 64)), (8, 32)),
     "more columns than are held together": (1024, ((0, 704),), (16,)),
+    APART: (96, ((0, 96), (128, 160), (128, 160)), (16, 21, 3)),
 }
 
 
@@ -43,14 +46,15 @@ def case(shape: str, tokens: int) -> tuple[Tensor, Tensor, Adapters]:
         for rank, (start, end) in zip(ranks, columns, strict=True)
         for part in (torch.randn(rank, width) / width**0.5, torch.randn(end - start, rank))
     ]
-    z, grad = torch.randn(tokens, width).bfloat16(), torch.randn(tokens, outputs).bfloat16()
-    return z, grad, Adapters(parts, columns, (0.5, 2.0, 3.0)[: len(ranks)])
+    adapters = Adapters(parts, columns, (0.5, 2.0, 3.0)[: len(ranks)], apart=shape == APART)
+    z, grad = torch.randn(tokens, adapters.entered).bfloat16(), torch.randn(tokens, outputs).bfloat16()
+    return z, grad, adapters
 
 
 def run(module: Any, z: Tensor, grad: Tensor, adapters: Adapters, further: bool = True) -> list[Tensor]:
     """y, grad_z where it goes further, and the adapters' gradients."""
     y, kept = module.forward(z, grad.shape[1], adapters)
-    grad_za, grad_z = module.backward(grad, z.shape[1], further, kept, adapters)
+    grad_za, grad_z = module.backward(grad, further, kept, adapters)
     return [y, *([grad_z] if further else []), *module.gradients(grad, z, grad_za, kept, adapters)]
 
 
@@ -63,7 +67,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_as_near_to_fp64_as_products_are(tiles: Any, shape: str, tokens: int, further: bool) -> None:
     z, grad, adapters = case(shape, tokens)
-    wide = Adapters([part.double() for part in adapters.parts], adapters.columns, adapters.scales)
+    wide = replace(adapters, parts=[part.double() for part in adapters.parts])
     truth = run(lora, z.double(), grad.double(), wide, further)
     other, found = (run(module, z, grad, adapters, further) for module in (lora, tiles))
     assert [x.shape for x in found] == [x.shape for x in truth]
@@ -74,7 +78,7 @@ def test_as_near_to_fp64_as_products_are(tiles: Any, shape: str, tokens: int, fu
 def test_gradients_are_summed_in_fp32(tiles: Any) -> None:
     z, grad, adapters = case("q, k and v", 300)
     _, kept = tiles.forward(z, grad.shape[1], adapters)
-    grad_za, _ = tiles.backward(grad, z.shape[1], False, kept, adapters)
+    grad_za, _ = tiles.backward(grad, False, kept, adapters)
     found = tiles.gradients(grad, z, grad_za, kept, adapters)
     for i, ((start, end), scale) in enumerate(zip(adapters.columns, adapters.scales, strict=True)):
         slot = slice(16 * i, 16 * (i + 1))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from strop.engine import eager
-from strop.engine.attention import Heads
+from strop.engine.attention import Heads, over
 from strop.engine.functions import RmsNorm, apply
 from strop.engine.packed import Documents, Varlen
 
@@ -60,7 +60,8 @@ def _turned(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor
     """q, k, v (T, heads, size) behind their norms and the rotary embedding, through autograd."""
     q, k, v = heads.views(qkv)
     if heads.q_norm and heads.k_norm:
-        q, k = apply(RmsNorm, q, heads.q_norm), apply(RmsNorm, k, heads.k_norm)
+        q = apply(RmsNorm, over(q, heads.q_norm), heads.q_norm).view(q.shape)
+        k = apply(RmsNorm, over(k, heads.k_norm), heads.k_norm).view(k.shape)
     return eager.rotate(q, cos, sin).to(qkv.dtype), eager.rotate(k, cos, sin).to(qkv.dtype), v
 
 

@@ -14,13 +14,15 @@ import torch
 from strop.engine import eager
 from strop.engine.eager import (
     from_heads,
+    scale_columns_,
+    scale_columns_backward,
     softmax_,
     softmax_backward_,
     to_heads,
-)  # attention's, which cards do otherwise
+)  # attention's, which cards do otherwise, and DoRA's
 
 __all__ = ["available", "cross_entropy_", "from_heads", "glu", "glu_backward", "rms_norm", "rms_norm_backward"]
-__all__ += ["softmax_", "softmax_backward_", "to_heads"]
+__all__ += ["scale_columns_", "scale_columns_backward", "softmax_", "softmax_backward_", "to_heads"]
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 

@@ -97,6 +97,32 @@ def _glu_backward(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any) ->
             _glu_backward_row(grad[i], gate_up[i], False, grad_in[i], out[i])
 
 
+@loop
+def _scale_columns(x: Any, gains: Any) -> None:
+    for i in prange(len(x)):
+        row = x[i]
+        for j in range(len(row)):
+            row[j] = narrow(wide(row[j]) * gains[j], x)
+
+
+@inline
+def _scale_columns_row(grad: Any, y: Any, gains: Any, out: Any, sums: Any) -> None:
+    for j in range(len(grad)):
+        upstream = wide(grad[j])
+        sums[j] += upstream * wide(y[j])
+        out[j] = narrow(upstream * gains[j], out)
+
+
+@loop
+def _scale_columns_backward(grad: Any, y: Any, gains: Any, out: Any, sums: Any) -> None:
+    rows, n = grad.shape
+    for task in prange(TASKS):
+        total = np.zeros(GAP + n, dtype=np.float32)[GAP:]
+        for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
+            _scale_columns_row(grad[i], y[i], gains, out[i], total)
+        sums[task, :] = total
+
+
 @inline
 def _top(row: Any) -> Any:
     top = np.float32(-3e38)
@@ -299,6 +325,17 @@ def glu_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor
     grad_in, out = torch.empty_like(gate_up), torch.empty_like(grad)
     _glu_backward(_rows(grad), _rows(gate_up), activation != "silu", array(grad_in), array(out))
     return grad_in, out
+
+
+def scale_columns_(x: Tensor, gains: Tensor) -> Tensor:
+    _scale_columns(array(x), array(gains))
+    return x
+
+
+def scale_columns_backward(grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    out, sums = torch.empty_like(grad), torch.empty(TASKS, grad.shape[1])
+    _scale_columns_backward(_rows(grad), _rows(y), array(gains), array(out), array(sums))
+    return out, sums.sum(0)
 
 
 def softmax_(scores: Tensor, group: int, first: int, window: int) -> Tensor:

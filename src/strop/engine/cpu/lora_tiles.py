@@ -225,8 +225,8 @@ class _Plan:
 
 
 @lru_cache(maxsize=64)
-def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any) -> _Plan:
-    """thread: whose room it is."""
+def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any, apart: bool) -> _Plan:
+    """thread: whose room it is. apart: each adapter has its own `width` columns of z."""
     slots = [-(-rank // LANES) * LANES for rank in ranks]
     ats = [sum(slots[:i]) for i in range(len(slots))]
     counts = [end - start for start, end in columns]
@@ -242,46 +242,54 @@ def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any) -> _Pl
     into = [(start, count, at, slot, to) for at, slot, start, count, to, _ in out]
     of_b = [(*place, rank, sum(sizes[:i])) for i, (place, rank) in enumerate(zip(each, ranks, strict=True))]
 
+    # Of z to thin, of thin to the gradient of z, and of the gradient of A: all adapters at once, or each its own.
+    enter, leave, of_a = [(0, width, 0, total, 0)], [(0, total, 0, width, 0, 0)], [(0, total, 0, width, total, 0)]
+    if apart:
+        own = [(at, slot, i * width) for i, (at, slot) in enumerate(zip(ats, slots, strict=True))]
+        enter = [(begin, width, at, slot, at * (width // 2)) for at, slot, begin in own]
+        leave = [(at, slot, begin, width, at // 2 * width, 0) for at, slot, begin in own]
+        of_a = [(at, slot, begin, width, slot, at * width) for at, slot, begin in own]
+
     def room(size: int) -> Any:
         return np.zeros(size, np.uint32)
 
-    of_a, of_bs = total // 2 * width, sum(halves)
+    all_a, all_b = total // 2 * width, sum(halves)
     return _Plan(
         total,
         tuple(ats),
         sum(count for count, again in zip(counts, more, strict=True) if not again),
-        (np.array([(0, width, 0, total, 0)]), np.array(out)),
-        (np.array(into), np.array([(0, total, 0, width, 0, 0)])),
-        (np.array([(0, total, 0, width, total, 0)]), np.array(of_b)),
+        (np.array(enter), np.array(out)),
+        (np.array(into), np.array(leave)),
+        (np.array(of_a), np.array(of_b)),
         factors,
-        (room(of_a), room(of_bs), room(of_bs), room(of_a)),
+        (room(all_a), room(all_b), room(all_b), room(all_a)),
     )
 
 
-def _plan_of(width: int, adapters: Adapters) -> _Plan:
-    return _plan(threading.get_ident(), width, adapters.ranks, adapters.columns, adapters.scales)
+def _plan_of(adapters: Adapters) -> _Plan:
+    about = adapters.width, adapters.ranks, adapters.columns, adapters.scales, adapters.apart
+    return _plan(threading.get_ident(), *about)
 
 
 def forward(z: Tensor, outputs: int, adapters: Adapters) -> tuple[Tensor, tuple[Tensor, ...]]:
-    plan = _plan_of(z.shape[1], adapters)
+    plan = _plan_of(adapters)
     first, second = plan.matrices[:2]
     for at, span, (a, b, scale) in zip(plan.ats, plan.forward[1], adapters, strict=True):
-        _lay_forward(array(a), array(b), np.float32(scale), first[at:], plan.rank, second[span[4] :])
+        begin, step = (at * (adapters.width // 2), span[1]) if adapters.apart else (at, plan.rank)
+        _lay_forward(array(a), array(b), np.float32(scale), first[begin:], step, second[span[4] :])
     y = (z.new_empty if plan.filled == outputs else z.new_zeros)(len(z), outputs)
     return y, (_pass(z, first, plan.forward[0], second, plan.forward[1], plan.rank, y),)
 
 
-def backward(
-    grad: Tensor, width: int, further: bool, kept: tuple[Tensor, ...], adapters: Adapters
-) -> tuple[Tensor, Tensor | None]:
-    plan = _plan_of(width, adapters)
+def backward(grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Tensor, Tensor | None]:
+    plan, width = _plan_of(adapters), adapters.width
     first, second = plan.matrices[2:]
     for at, span, (a, b, scale) in zip(plan.ats, plan.backward[0], adapters, strict=True):
         _lay_backward(array(a), array(b), np.float32(scale), first[span[4] :], span[3], second[at // 2 * width :])
     enter, leave = plan.backward
     if not further:
         return _pass(grad, first, enter, second, leave[:0], plan.rank, grad), None
-    grad_z = grad.new_empty(len(grad), width)
+    grad_z = grad.new_empty(len(grad), adapters.entered)
     return _pass(grad, first, enter, second, leave, plan.rank, grad_z), grad_z
 
 
@@ -295,8 +303,7 @@ def gradients(
     grad: Tensor, z: Tensor, grad_za: Tensor, kept: tuple[Tensor, ...], adapters: Adapters
 ) -> list[Tensor]:  # fmt: skip
     """In fp32, as the sums are."""
-    width = z.shape[1]
-    plan = _plan_of(width, adapters)
+    plan, width = _plan_of(adapters), adapters.width
     spans = plan.gradients[1]
     a, b = np.empty((plan.rank, width), np.float32), np.empty(spans[-1, 5] + spans[-1, 3] * spans[-1, 4], np.float32)
     lanes = get_num_threads()

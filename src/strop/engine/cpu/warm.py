@@ -18,7 +18,7 @@ from filelock import FileLock
 from strop.machine.probe import probe
 from strop.runs.lock import sha256_text
 
-SOURCES = ("kernels.py", "compiled.py", "attention_tiles.py", "tile.py", "amx.py", "lora_tiles.py")
+SOURCES = ("kernels.py", "compiled.py", "attention_tiles.py", "tile.py", "amx.py", "lora_tiles.py", "dropout_loops.py")
 
 
 def compile_once(dtype: torch.dtype, cache: Path, exercise: str) -> None:

@@ -1,0 +1,89 @@
+"""What the fast step must decline in a model, in words for the user."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import nn
+
+from strop.engine.dropout import CountedDropout
+from strop.engine.families import FAMILIES, Family, linears, text_of
+from strop.engine.joined import Quantized, base_of
+
+TRAINED = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")
+DROPOUTS = (
+    "attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout", "hidden_dropout", "embedding_dropout",
+)  # fmt: skip
+
+
+def unsupported(model: nn.Module) -> str | None:
+    """Why the fast step cannot compute this model; None where it can."""
+    if not isinstance(model, PeftModel):
+        return "the model has no peft adapter"
+    base: Any = model.get_base_model()
+    decoder, config = text_of(base)
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        return f"model family {config.model_type} is not in the table of the fast step"
+    return _unsupported_adapter(model, base, decoder, family) or _unsupported_base(base, decoder, config, family)
+
+
+def _unsupported_adapter(model: Any, base: Any, decoder: Any, family: Family) -> str | None:
+    known = {id(module) for layer in decoder.layers for group in linears(layer, family) for module in group}
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer) and id(module) not in known:
+            return f"an adapter on {name}"
+        if isinstance(module, LoraLayer):
+            variants = [x for x in module.lora_variant.values() if type(x) is not DoraLinearVariant]
+            if type(module) is not PeftLinear or variants or any(module.lora_bias.values()):
+                return f"{name}: a variant of LoRA ({type(module).__name__})"
+            if module.lora_variant and len(module.active_adapters) > 1:
+                return f"{name}: DoRA with several adapters"
+            if any(type(one) not in (nn.Identity, nn.Dropout, CountedDropout) for one in module.lora_dropout.values()):
+                return f"{name}: a dropout of its own"
+            if module.lora_variant and any(type(one) is not nn.Identity for one in module.lora_dropout.values()):
+                return "DoRA with dropout"  # peft drops of the frozen product's input as well
+            if module.merged:
+                return f"{name}: its adapter is merged"
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not any(part in name for part in TRAINED):
+            return f"{name} is trained in full"
+    return None
+
+
+def _unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> str | None:
+    for layer in decoder.layers:
+        for module in (base_of(module) for group in linears(layer, family) for module in group):
+            if type(module) is not nn.Linear and not isinstance(module, Quantized):
+                return f"unknown weights ({type(module).__name__})"
+    parts = [decoder, base.get_output_embeddings()]
+    weights = [p for part in parts for p in part.parameters() if not p.requires_grad and p.is_floating_point()]
+    kinds = {(p.dtype, p.device) for p in weights} | {
+        (module.dtype, module.weight.device) for module in decoder.modules() if isinstance(module, Quantized)
+    }
+    if len(kinds) != 1:
+        return "base weights of several types or on several devices"
+    if weights[0].dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        return f"base weights in {weights[0].dtype}"
+    for name in DROPOUTS:
+        if getattr(config, name, 0):
+            return f"{name} above 0"
+    for name in ("qk_layernorm", "use_qk_norm"):  # a weight for each head and number (StableLM, Cohere), LayerNorms
+        if family.layer_norm and getattr(config, name, False):
+            return f"{name}: norms of q and k that are not RMS norms"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "use_bidirectional_attention"
+    if getattr(config, "attn_logit_softcapping", None) and weights[0].device.type != "cpu":
+        return "attn_logit_softcapping, which PyTorch's own attention does not know"
+    if family.norm_offset and not hasattr(decoder.get_input_embeddings(), "embed_scale"):
+        return "a transformers version that scales the embeddings outside of them"
+    kind = getattr(decoder.rotary_emb, "rope_type", "default")
+    for rope in kind.values() if isinstance(kind, dict) else [kind]:
+        if rope in ("dynamic", "longrope"):  # the angles depend on the longest row of the batch
+            return f"rotary embedding of type {rope}"
+    return None
