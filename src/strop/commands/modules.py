@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,26 +19,9 @@ def modules(
     as_json: Json = False,
 ) -> None:
     """List the linear layers an adapter can sit on, and what picks them."""
-    from dataclasses import asdict
-
     from rich.table import Table
 
-    from strop.config.load import resolve
-    from strop.model.shape import peek
-    from strop.model.targets import embedding_kind, target_names
-
-    shape = peek(model).shape
-    found = [*shape.linear_kinds(), embedding_kind("embed_tokens", shape.vocabulary, shape.hidden)]
-    if not shape.known:
-        found = _kinds_of_others(model)
-    kinds = [kind for kind in found if kind.type != "Embedding"]
-    presets = {
-        preset: target_names(
-            kinds, resolve(None, {"model": model, "data": "-", "preset": preset}).recipe.lora.target_modules
-        )
-        for preset in ("auto", "low-memory", "balanced", "max-quality")
-    }
-    rows = [{**asdict(k), "presets": [preset for preset, names in presets.items() if k.name in names]} for k in found]
+    found, rows = found_in(model)
     table = Table("name", "type", "in", "out", "count", "picked by preset", "quantized")
     for kind, row in zip(found, rows, strict=True):
         sizes = (str(kind.in_features), str(kind.out_features), str(kind.count))
@@ -46,6 +29,38 @@ def modules(
         table.add_row(kind.name, kind.type, *sizes, ", ".join(row["presets"]) or "none", quantized)
     console.print(table)
     print_json({"modules": rows}, as_json)
+
+
+def found_in(model: str) -> tuple[list[LinearKind], list[dict[str, Any]]]:
+    """The kinds of layers of a model, and of each its fields of `strop modules --json`."""
+    from dataclasses import asdict
+
+    from strop.config.load import resolve
+    from strop.model.shape import peek
+    from strop.model.targets import embedding_kind
+
+    shape = peek(model).shape
+    found = [*shape.linear_kinds(), embedding_kind("embed_tokens", shape.vocabulary, shape.hidden)]
+    if not shape.known:
+        found = _kinds_of_others(model)
+    kinds = [kind for kind in found if kind.type != "Embedding"]
+    presets = {
+        preset: _picked(
+            kinds, resolve(None, {"model": model, "data": "-", "preset": preset}).recipe.lora.target_modules
+        )
+        for preset in ("auto", "low-memory", "balanced", "max-quality")
+    }
+    return found, [{**asdict(k), "presets": [p for p, names in presets.items() if k.name in names]} for k in found]
+
+
+def _picked(kinds: list[LinearKind], targets: str | list[str]) -> list[str]:
+    """Nothing, where a model has no layers of such a set: a run with that preset would be refused."""
+    from strop.model.targets import target_names
+
+    try:
+        return target_names(kinds, targets)
+    except ModelError:
+        return []
 
 
 def _kinds_of_others(model: str) -> list[LinearKind]:

@@ -27,7 +27,7 @@ from strop.adapters import (
     read_identity,
 )
 from strop.errors import FolderError, ModelError, RecipeError
-from strop.exporting.merge import module_scales
+from strop.exporting.changes import module_scales
 from strop.model.facts import safetensors_header
 from strop.model.load import load_base
 from strop.runs.folder import disk_faults, new_folder, write_json

@@ -214,4 +214,4 @@ def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def folder_name(scheme: str, double: bool, dtype: str) -> str:
     """The name of a cached quantized base; the numbers in it depend on these, and on the file format's version."""
-    return f"{scheme}{'-double' if double and scheme in FOUR_BIT else ''}-{dtype}-v1"
+    return f"{scheme}{'-double' if double and scheme in FOUR_BIT else ''}-{dtype}-v2"

@@ -1,0 +1,126 @@
+"""The walk over every causal language model class that transformers maps: what strop does with a tiny random one.
+
+python -m tests.model.walk                 all of them, and writes docs/models.md
+python -m tests.model.walk mixtral gemma3! some of them (!: the multimodal class of the type)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import strop
+from strop.errors import StropError
+from strop.exporting.merge import merge
+from strop.model.facts import locate
+from strop.model.load import skeleton
+from tests.support import tiny_families
+from tests.support.tiny import write_rows
+
+COLUMNS = ("modules", "plan", "train", "answer", "merge bf16", "merge fp32", "nf4")
+QUICK: dict[str, Any] = {
+    "model.dtype": "fp32", "model.device": "cpu", "lora.r": 4, "train.max_steps": 3, "train.batch_size": 2,
+    "train.micro_batch": 2, "train.learning_rate": 1e-3, "train.warmup": 0, "data.max_length": 128,
+}  # fmt: skip
+
+
+def tried(work: Callable[[], str]) -> str:
+    """What came of it: `ok ...`, `refused: reason` (one of strop's errors), or `FAULT: ...` (anything else)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return work()
+    except StropError as error:
+        return f"refused: {error.what}"
+    except Exception as error:  # the walk is here to find these
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        said = str(error).strip().splitlines() or [""]
+        return f"FAULT: {type(error).__name__}: {said[0][:160]} ({Path(at.filename).name}:{at.lineno})"
+
+
+def walk(kind: str, folder: Path) -> dict[str, str]:
+    """Each column's result for a model type; a type ending with ! is its multimodal class."""
+    multimodal, name = kind.endswith("!"), kind.rstrip("!")
+    base, rows = folder / "base", write_rows(folder / "rows.jsonl", 6)
+    found: dict[str, str] = {}
+
+    def made() -> str:
+        tiny_families.save(name, base, multimodal=multimodal)
+        return "ok"
+
+    def trainable_by_transformers() -> str:
+        auto = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(base)
+        ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return "ok"
+
+    def train(out: str, **more: Any) -> str:
+        run = strop.train(model=base, data=rows, out=folder / out, **{**QUICK, **more})
+        events = [json.loads(line) for line in (folder / out / "events.jsonl").read_text().splitlines()]
+        start = next(event for event in events if event["event"] == "start")
+        weights = sum(weight.numel() for weight in skeleton(locate(str(base))).parameters())
+        assert start["parameters"]["all"] == weights, (start["parameters"], weights)
+        assert run.report["loss"]["last"] == run.report["loss"]["last"]
+        return f"ok {start['engine']}"
+
+    def plan() -> str:
+        shown = strop.plan(model=base, data=rows, memory=8 << 30, **QUICK)
+        weights = sum(weight.numel() for weight in skeleton(locate(str(base))).parameters())
+        off = shown.setting.parameters / weights - 1
+        return f"ok {off:+.0%}" if abs(off) < 0.15 else f"FAULT: parameters off by {off:+.0%}"
+
+    def modules() -> str:
+        from strop.commands.modules import found_in
+
+        return f"ok {len(found_in(str(base))[0])}"
+
+    def answer() -> str:
+        text = strop.load(folder / "run", dtype="fp32").generate(["what is 3"], max_new_tokens=4)
+        return "ok" if len(text) == 1 else "FAULT: no answer"
+
+    def merged(dtype: str) -> str:
+        out = merge(str(folder / "run"), folder / f"merged-{dtype}", dtype=dtype)
+        assert out.parity is not None
+        return f"ok {out.parity.kl_mean:.1g}"
+
+    found["made"] = tried(made)
+    if not found["made"].startswith("ok"):
+        return found
+    found["own"] = tried(trainable_by_transformers)
+    found["modules"] = tried(modules)
+    found["plan"] = tried(plan)
+    found["train"] = tried(lambda: train("run"))
+    if found["train"].startswith("ok"):
+        found["answer"] = tried(answer)
+        found["merge bf16"] = tried(lambda: merged("bf16"))
+        found["merge fp32"] = tried(lambda: merged("fp32"))
+    found["nf4"] = tried(lambda: train("run4", **{"model.quantization": "nf4"}))
+    return found
+
+
+def main(kinds: list[str]) -> dict[str, dict[str, str]]:
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    results = {}
+    for kind in kinds:
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            results[kind] = walk(kind, Path(folder))
+        said = "; ".join(f"{name}: {result}" for name, result in results[kind].items())
+        print(f"{kind} ({time.monotonic() - started:.1f} s) {said}", flush=True)
+    return results
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or [*tiny_families.text_types()])
