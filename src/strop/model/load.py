@@ -26,6 +26,7 @@ from strop.model.quantize import folder_name, make_resident
 from strop.model.shape import prequantized
 from strop.model.shards import build, floats, is_finite, is_whole, pack_again, quantize_folder, write_shards
 from strop.model.tokenizer import LOCAL, first_line, gguf_cache, head_folder, plain_config
+from strop.model.towers import text_forward
 from strop.runs.folder import cache_folder, new_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -84,6 +85,7 @@ def load_base(
         raise ModelError(f"{source.name}: weight {bad[0]} holds NaN or infinity", fix="fetch the model again")
     # what peft writes into adapters as the base's name, by its version from one or the other
     model.name_or_path = model.config._name_or_path = source.name
+    text_forward(model)
     module: nn.Module = model.to(device).eval().requires_grad_(False)
     return module
 
