@@ -1,4 +1,4 @@
-"""The text half of checkpoints that also see: trained as text, named as published, merged with the other towers' bytes."""
+"""The text half of checkpoints that also see: trained as text, named as published, other towers merged byte by byte."""
 
 from __future__ import annotations
 

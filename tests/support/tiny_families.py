@@ -52,6 +52,8 @@ SMALL: dict[str, int] = {
 KEPT = ("image_size", "patch_size", "temporal_patch_size")
 # What the rules do not know: of a type (or of a part of one), fields as they must be.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "codegen": {"rotary_dim": 4},
     "blt": {"encoder_hash_byte_group_vocab": 100},
     "cohere_compass_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},

@@ -41,7 +41,7 @@ from strop.evaluation.loss import mean_loss
 from strop.exporting.changes import changes
 from strop.exporting.parity import LIMITS, Parity, compare, in_fp32
 from strop.machine.probe import probe
-from strop.model.experts import PackedExperts, pack_experts, packable
+from strop.model.experts import PackedExperts, expert_parameters, pack_experts, packable
 from strop.model.facts import Source, fingerprint
 from strop.model.load import DTYPES, load_base, load_config, skeleton, stored_dtype, weights_folder
 from strop.model.names import Group, Layout
@@ -164,6 +164,7 @@ class Trained:
 def check_memory(source: Source, element: int, say: Callable[[str], None]) -> None:
     """Raises MemoryLimitError where there is no memory to measure what is made, of `element` bytes a weight."""
     bare, widest = skeleton(source), max(stored_dtype(source).itemsize, element)
+    widest = widest if reads_no_weights(bare) else 4
     parameters = sum(weight.numel() for weight in bare.parameters())
     embedding = bare.get_input_embeddings()  # type: ignore[operator]
     parts = measuring_bytes(parameters, embedding.num_embeddings, embedding.embedding_dim, element=widest)
@@ -211,11 +212,20 @@ def tuned_model(source: Source, folder: Path, trained: Trained) -> Any:
     base = load_base(
         source, dtype, "cpu", quantization=trained.scheme, double=trained.double, resident_layers=ALL_LAYERS
     )
-    return in_fp32(attach(base, folder, source)[0].eval())
+    tuned = attach(base, folder, source)[0].eval()
+    return in_fp32(tuned if reads_no_weights(base) else tuned.float())
 
 
 def _loaded(folder: Path, dtype: torch.dtype) -> Any:
-    return in_fp32(load_base(Source(str(folder), "folder", folder), dtype, "cpu"))
+    model = load_base(Source(str(folder), "folder", folder), dtype, "cpu")
+    return in_fp32(model if reads_no_weights(model) else model.float())
+
+
+def reads_no_weights(model: Any) -> bool:
+    """Whether a linear layer's weight is used by that layer alone, so that it may wait in 16 bit. Not so in Mamba's
+    mixers and in the routers and indexers of mixtures, whose experts, no linear layers, are in fp32 anyway."""
+    mixers = any("Mamba" in type(module).__name__ for module in model.modules())
+    return not mixers and next(expert_parameters(model), None) is None
 
 
 def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str) -> Path:

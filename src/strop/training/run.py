@@ -43,6 +43,7 @@ from strop.runs.folder import (
 )
 from strop.runs.lock import Difference, allowed, differences
 from strop.training import state as checkpoints
+from strop.training.blame import theirs
 from strop.training.job import Job, stream_of
 from strop.training.loop import fit
 from strop.training.optim import make_optimizer
@@ -165,9 +166,9 @@ def _execute(
             if job.state.progress.step < _total(job):
                 expected = rehearse(job, expected, usable, memory)
                 ended = _fit(job)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, TypeError, ValueError, LookupError, AttributeError) as error:
             if not is_out_of_memory(error):
-                raise
+                raise theirs(error, setup.shape.family) or error from None
             fix = "take a smaller model, or a machine with more memory"
             raise MemoryLimitError(f"out of memory: {str(error).splitlines()[0]}", fix=fix) from None
         report = _finish(job, setup, memory, expected, ended)
