@@ -101,7 +101,7 @@ def places_of(source: Source, config: Any) -> dict[str, Place]:
             assert math.isfinite(scale)
             wrapped = isinstance(module, ParamWrapper)
             parameter = f"{key.replace('.base_layer', '')}.{module.parameter_name if wrapped else 'weight'}"
-            if wrapped and module.num_experts > 1:
+            if wrapped and module.get_param().dim() == 3:
                 found[parameter] = Place(key, scale, module.num_experts, not module._did_swap_in_out_features)
             else:
                 found[parameter] = Place(key, scale, transposed=bool(getattr(module, "fan_in_fan_out", False)))

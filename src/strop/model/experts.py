@@ -159,7 +159,7 @@ def make_experts_resident(model: nn.Module, layers: int) -> None:
 
 def in_experts(model: nn.Module) -> int:
     """Trained weights that sit on experts."""
-    wrappers = [m for m in model.modules() if isinstance(m, ParamWrapper) and m.num_experts > 1]
+    wrappers = [m for m in model.modules() if isinstance(m, ParamWrapper) and m.get_param().dim() == 3]
     own = [p for m in wrappers for part in (m.lora_A, m.lora_B) for p in part.parameters()]
     return sum(weight.numel() for weight in own)
 

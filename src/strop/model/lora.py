@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from strop.config.schema import LoraSection
 from strop.errors import ModelError, nearest
 from strop.model.experts import by_parameter, expert_parameters, is_experts, sizes, sum_experts_once
-from strop.model.quantize import QuantizedLinear, added, why_not
+from strop.model.quantize import QuantizedLinear, added, is_plain, why_not
 from strop.model.targets import (
     EMBEDDINGS,
     EXPERTS,
@@ -43,7 +43,7 @@ def linear_kinds(model: nn.Module) -> list[LinearKind]:
     refused = MAMBA_KEPT if whole.config.get_text_config().model_type in MAMBA_TYPES else ()
     found: dict[tuple[Any, ...], list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and inside(path):
+        if (is_plain(module) or isinstance(module, Conv1D)) and inside(path):
             sizes_ = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
             out_of_sets = is_router(path) or module is head or path.rpartition(".")[2] in refused
             sets = () if out_of_sets else sets_of(path)

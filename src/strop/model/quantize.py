@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -172,10 +172,16 @@ def why_not(name: str, module: nn.Linear, head: nn.Module | None) -> str | None:
     return None
 
 
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is y = x W^T + b and no more: a subclass with a forward of its own (a product by groups) may not
+    be."""
+    return isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, QuantizedLinear.forward)
+
+
 def quantizable(model: Any) -> set[str]:
     """The weights that are quantized, by name: of linear layers but the head's."""
     head, modules = model.get_output_embeddings(), model.named_modules()
-    linears = [(name, module) for name, module in modules if isinstance(module, nn.Linear)]
+    linears = [(name, module) for name, module in modules if is_plain(module)]
     return {f"{name}.weight" for name, module in linears if why_not(name, module, head) is None}
 
 

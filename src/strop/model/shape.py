@@ -154,7 +154,7 @@ class ModelShape:
     @staticmethod
     def of(config: Mapping[str, Any]) -> ModelShape:
         """From config.json. Raises ModelError where it lacks a size that no decoder does without."""
-        text = config.get("text_config") or config
+        text = next((config[part] for part in ("text_config", "decoder_config", "decoder") if config.get(part)), config)
         name = str(text.get("model_type") or config.get("model_type") or "")
         family = _FAMILIES.get(name)
         known = family is not None and text is config
