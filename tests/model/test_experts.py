@@ -8,20 +8,24 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import strop
 from strop.config.schema import LoraSection
+from strop.engine.plain import PlainLoss
 from strop.errors import ModelError
+from strop.exporting.adapters import combine, compare, norm
 from strop.exporting.merge import merge
 from strop.model.experts import QuantizedExperts
 from strop.model.facts import locate
-from strop.model.load import load_base
+from strop.model.load import load_base, skeleton, stream_weights
 from strop.model.lora import add_lora, check_lora, linear_kinds, trainable
+from strop.model.names import Layout
+from strop.model.shards import Tensors
 from tests.support import tiny_families
-from tests.support.tiny import write_rows
+from tests.support.tiny import examples, write_rows
 
 MIXTURES = ("gpt_oss", "qwen3_moe", "mixtral")
 IDS = torch.randint(5, 500, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -101,6 +105,13 @@ def test_a_run_trains_saves_loads_in_plain_peft_and_merges(kind: str, tmp_path: 
     made = merge(str(tmp_path / "run"), tmp_path / "merged", dtype="fp32")
     assert made.parity is not None and made.parity.passed
     assert run.report["steps"] == 2
+    same = compare(str(run.folder), str(run.folder))
+    assert same["cosine"] == pytest.approx(1) and {"gate_up_proj", "down_proj"} <= set(same["modules"])
+    changes = [m.get_delta_weight("default") for m in theirs.modules() if isinstance(m, LoraLayer)]
+    whole = sum(float(change.detach().square().sum()) for change in changes) ** 0.5
+    assert norm(str(run.folder)) == pytest.approx(whole, rel=1e-4)
+    with pytest.raises(ModelError, match="mixture's experts"):
+        combine([str(run.folder)] * 2, [1, 1], tmp_path / "sum")
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
@@ -117,6 +128,10 @@ def test_packed_experts_are_the_same_streamed_and_dequantized_once(kind: str, sc
         results.append((logits.detach(), {name: weight.grad for name, weight in trainable(model).items()}))
     assert torch.allclose(results[0][0], results[1][0], atol=2e-5)
     assert all(torch.allclose(grad, results[1][1][name], atol=1e-5) for name, grad in results[0][1].items())
+    with torch.no_grad():
+        stream_weights(resident.get_base_model(), locate(str(tmp_path / "base")), scheme, True, torch.float32)
+        assert any(isinstance(module, QuantizedExperts) for module in resident.modules())
+        assert torch.allclose(resident(input_ids=IDS).logits, results[0][0], atol=2e-5)
     full = tuned(kind, tmp_path / "base")(input_ids=IDS).logits
     assert not torch.allclose(results[0][0], full, atol=1e-4)  # it was quantized
 
@@ -132,3 +147,75 @@ def test_kinds_of_a_mixture_and_what_is_refused() -> None:
         with pytest.raises(ModelError, match="mixture's experts"):
             check_lora(model, LoraSection(**option))
     check_lora(model, LoraSection(target_modules="attention", dropout=0.05))
+
+
+def test_what_is_said_before_training(tmp_path: Path) -> None:
+    tiny_families.save("qwen3_moe", tmp_path / "base")
+    rows = write_rows(tmp_path / "rows.jsonl", 6)
+
+    def said(name: str, targets: str) -> tuple[list[str], dict[str, int]]:
+        events: list[dict[str, Any]] = []
+        strop.train(
+            model=tmp_path / "base", data=rows, out=tmp_path / name, train={"max_steps": 1}, callback=events.append,
+            **{"model.dtype": "fp32", "lora.target_modules": targets},
+        )  # fmt: skip
+        notes = [event["text"] for event in events if event["event"] == "note"]
+        return notes, next(event["parameters"] for event in events if event["event"] == "start")
+
+    notes, numbers = said("attention", "attention")
+    assert any("no adapter sits on its experts" in note for note in notes) and "experts" not in numbers
+    assert any("load-balancing loss: off" in note for note in notes)
+    notes, numbers = said("all", "all-linear")
+    assert not any("no adapter sits" in note for note in notes)
+    assert 0 < numbers["experts"] < numbers["trainable"] and numbers["active"] < numbers["all"]
+
+
+def test_the_load_balancing_loss_is_on_where_the_config_says_so() -> None:
+    rows = examples(4)
+    model = tiny_families.build("mixtral")
+    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.5
+    with_it = PlainLoss(model)
+    model.config.output_router_logits = False
+    without = PlainLoss(model)
+    model.config.output_router_logits = True
+    model.eval()
+    assert torch.equal(with_it(rows), without(rows))
+    model.train()
+    weight = sum(float(example.weights.sum()) for example in rows)
+    longest = max(len(example) for example in rows)
+    ids, mask = torch.zeros(4, longest, dtype=torch.long), torch.zeros(4, longest, dtype=torch.long)
+    for n, example in enumerate(rows):
+        ids[n, : len(example)], mask[n, : len(example)] = torch.from_numpy(example.ids), 1
+    aux = model(input_ids=ids, attention_mask=mask).aux_loss
+    assert torch.allclose(with_it(rows) - without(rows), 0.5 * aux * weight, rtol=1e-4) and aux > 0
+
+
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
+    tiny_families.save("gpt_oss", tmp_path / "base")
+    rows = write_rows(tmp_path / "rows.jsonl", 12)
+    common = {"model.dtype": "fp32", "lora.r": 2, "train.batch_size": 2, "train.lr_scheduler": "constant"}
+    whole, cut = (
+        strop.train(
+            model=tmp_path / "base", data=rows, out=tmp_path / str(n), **common, **{"train.max_steps": n}
+        ).folder
+        for n in (4, 2)
+    )
+    (cut / "report.json").unlink()
+    (cut / "report.html").unlink()
+    strop.resume(cut, allow_changed=["max_steps"], **{"train.max_steps": 4})
+    saved = [load_file(folder / "adapter/adapter_model.safetensors") for folder in (whole, cut)]
+    assert all(torch.equal(weight, saved[1][name]) for name, weight in saved[0].items())
+
+
+def test_names_on_disk_and_in_the_model(tmp_path: Path) -> None:
+    tiny_families.save("mixtral", tmp_path)
+    tensors = Tensors(tmp_path)
+    layout = Layout(skeleton(locate(str(tmp_path))), tensors)
+    group = layout.group_of("model.layers.0.mlp.experts.gate_up_proj")
+    assert len(group.names) == 8 and "model.layers.0.block_sparse_moe.experts.3.w1.weight" in group.names
+    read = layout.read(group, tensors.get)
+    assert read["model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 96, 32)
+    back = layout.write(group, read)
+    assert all(torch.equal(tensors.get(name), tensor) for name, tensor in back.items())
+    with pytest.raises(KeyError):
+        layout.group_of("model.layers.9.mlp.experts.gate_up_proj")

@@ -76,10 +76,13 @@ class Place:
     experts: int = 0
     transposed: bool = False
 
+    def by_expert(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """A (experts, r, in) and B (experts, out, r)."""
+        return a.view(self.experts, -1, a.shape[1]), b.view(len(b), -1, self.experts).permute(2, 0, 1)
+
     def onto_experts(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """weight (experts, .., ..); a (experts x r, in); b (out, r x experts), the experts innermost: peft's layout."""
-        a = a.view(self.experts, -1, a.shape[1])
-        b = b.view(len(b), -1, self.experts).permute(2, 0, 1)
+        a, b = self.by_expert(a, b)
         one, two = (a.transpose(1, 2), b.transpose(1, 2)) if self.transposed else (b, a)
         return torch.baddbmm(weight, one, two, alpha=self.scale)
 

@@ -45,7 +45,12 @@ def linear_kinds(model: nn.Module) -> list[LinearKind]:
     for path, module in model.named_modules():
         if (is_plain(module) or isinstance(module, Conv1D)) and inside(path):
             sizes_ = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
-            out_of_sets = is_router(path) or module is head or path.rpartition(".")[2] in refused
+            out_of_sets = (
+                is_router(path)
+                or (bool(apart) and path.endswith(".gate"))
+                or module is head
+                or path.rpartition(".")[2] in refused
+            )
             sets = () if out_of_sets else sets_of(path)
             key = (path.rpartition(".")[2], type(module).__name__, *sizes_, sets)
             found.setdefault(key, []).append((path, module))

@@ -69,7 +69,10 @@ class Layout:
 
     def group_of(self, parameter: str) -> Group:
         """Raises KeyError where the checkpoint does not hold it."""
-        return next(group for group in self.groups if parameter in self.places(group))
+        found = next((group for group in self.groups if parameter in self.places(group)), None)
+        if found is None:
+            raise KeyError(parameter)
+        return found
 
     def places(self, group: Group) -> list[str]:
         """The parameters that a group becomes, unread."""

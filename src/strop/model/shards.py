@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from strop.errors import ModelError
-from strop.model.experts import PackedExperts, as_quantized, pack_experts, packable
+from strop.model.experts import PackedExperts, as_quantized, is_experts, pack_experts, packable
 from strop.model.facts import Source, safetensors_header, weight_files
 from strop.model.names import Group, Layout
 from strop.model.quantize import QuantizedLinear, pack, put_module, replace_linears
@@ -182,6 +182,11 @@ def pack_again(model: nn.Module, folder: Path, name: str, scheme: str, dtype: to
             layer = QuantizedLinear(module, scheme, dtype)
             _fill(layer, {"weight": tensors.get(key), **constants}, f"{name}: {key}")
             put_module(model, path, layer.to(module.weight.device))
+        for leaf, weight in list(module.named_parameters(recurse=False)) if is_experts(module) else []:
+            key = f"{path.replace('.base_layer', '')}.{leaf}"
+            if weight.dim() == 3 and key in tensors and tensors.is_packed(key):
+                packed = PackedExperts({"weight": tensors.get(key), **tensors.under(key)}, weight.shape, scheme, dtype)
+                as_quantized(module).hold(leaf, packed.to(weight.device))
 
 
 def _fill(layer: QuantizedLinear, packed: dict[str, Tensor], where: str) -> None:
