@@ -25,6 +25,7 @@ from strop.errors import StropError
 from strop.exporting.merge import merge
 from strop.model.facts import locate
 from strop.model.load import skeleton
+from strop.planning.listing import found_in
 from strop.training import run
 from tests.support import tiny_families
 from tests.support.tiny import write_rows
@@ -83,8 +84,6 @@ def walk(kind: str, folder: Path, leave_out: Sequence[str] = ()) -> dict[str, st
         return f"ok {off:+.0%}" if abs(off) < 0.15 else f"FAULT: parameters off by {off:+.0%}"
 
     def modules() -> str:
-        from strop.commands.modules import found_in
-
         return f"ok {len(found_in(str(base))[0])}"
 
     def answer() -> str:

@@ -73,6 +73,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "inkling2_loop_text": {"unpadded_vocab_size": 620},
     "inkling2_text": {"unpadded_vocab_size": 620},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"num_experts_per_token": 2},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,

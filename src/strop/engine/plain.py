@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from strop.errors import ModelError
+
 if TYPE_CHECKING:
     from strop.data.conversation import Example
 
@@ -41,6 +43,10 @@ class PlainLoss:
         row, before = row.to(device), (column - 1).to(device)  # the position that predicts each label
 
         def supervised_only(_: torch.nn.Module, inputs: tuple[Any, ...]) -> Any:
+            if inputs[0].shape[:2] != ids.shape:
+                kind = cast(Any, self.model).config.model_type
+                what = f"{kind}: its output head does not take one position a token"
+                raise ModelError(what, fix="use a decoder-only language model")
             return (inputs[0][row, before], *inputs[1:])
 
         # A hook on the output embedding, so that no logits are made for padding, prompts and other unsupervised tokens.

@@ -223,8 +223,8 @@ def _loaded(folder: Path, dtype: torch.dtype) -> Any:
 
 def reads_no_weights(model: Any) -> bool:
     """Whether a linear layer's weight is used by that layer alone, so that it may wait in 16 bit. Not so in Mamba's
-    mixers and in the routers and indexers of mixtures, whose experts, no linear layers, are in fp32 anyway."""
-    mixers = any("Mamba" in type(module).__name__ for module in model.modules())
+    and xLSTM's mixers, nor in routers and indexers of mixtures, whose experts, no linear layers, are in fp32 anyway."""
+    mixers = any(kind in type(module).__name__ for module in model.modules() for kind in ("Mamba", "xLSTM"))
     return not mixers and next(expert_parameters(model), None) is None
 
 

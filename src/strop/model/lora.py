@@ -68,9 +68,13 @@ def linear_kinds(model: nn.Module) -> list[LinearKind]:
 
 
 def _suffix(path: str) -> str:
-    """The last parts of a path, from its last number on: what tells layers of one leaf name apart."""
+    """The last parts of a path that tell layers of one leaf name apart: from behind its last number on, or, where it
+    ends with numbers, from the word before them."""
     parts = path.split(".")
-    numbers = [n for n, part in enumerate(parts[:-1]) if part.isdigit()]
+    word = max(n for n, part in enumerate(parts) if not part.isdigit())
+    if word < len(parts) - 1:
+        return ".".join(parts[word:])
+    numbers = [n for n, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[max([0, *(n + 1 for n in numbers)]) :])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,11 @@ from strop.model.targets import EMBEDDINGS, EXPERTS, LinearKind, embedding_kind,
 from strop.runs.folder import is_run
 
 SMALLEST = 512  # weights below this many are not worth their constants: a quantized base keeps them in 16 bit
+
+
+# What families call the number of their layers, and lists that have an entry a layer.
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
+LAYER_LISTS = ("layer_types", "layers_block_type", "hybrid_override_pattern")
 
 
 @dataclass(frozen=True)
@@ -165,14 +172,17 @@ class ModelShape:
         size = text.get("head_dim") or family.head_size or hidden // heads
         few = get("num_key_value_heads", default=heads)
         inner = get("intermediate_size", "n_inner", "ffn_dim", "d_ff", default=4 * hidden)
-        experts, chosen = _experts(text), get("num_experts_per_tok", "moe_k", "moe_topk", default=1)
+        experts, chosen = (
+            _experts(text),
+            get("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", default=1),
+        )
         wide = get("moe_intermediate_size", default=inner)
         biased = bool(text.get("attention_bias", False))
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
         linears = _linears(family, hidden, heads * size, few * size, inner, biased, bool(text.get("mlp_bias")))
         return ModelShape(
             family=name,
-            layers=get("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"),
+            layers=get(*LAYERS, default=len(next((text[name] for name in LAYER_LISTS if text.get(name)), ())) or None),
             hidden=hidden,
             heads=heads,
             key_value_heads=few,
@@ -337,12 +347,14 @@ def _shape(config: Mapping[str, Any]) -> ModelShape:
     try:
         return ModelShape.of(config)
     except ModelError:
-        from transformers import CONFIG_MAPPING
+        from transformers import CONFIG_MAPPING, AutoConfig
 
         kind = str(config.get("model_type"))
         if kind in _FAMILIES or kind not in CONFIG_MAPPING:
             raise
-        return ModelShape.of(CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict())
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            return ModelShape.of(AutoConfig.from_pretrained(folder).to_dict())
 
 
 def _counted(folder: Path) -> int:

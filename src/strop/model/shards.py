@@ -164,6 +164,10 @@ def build(make: Any, folder: Path, name: str, scheme: str, dtype: torch.dtype) -
             owner, _, leaf = key.rpartition(".")
             model.get_submodule(owner)._buffers[leaf] = tensors.get(key).to(buffer.dtype)
     model.tie_weights()
+    packed_once = {id(layer.weight): layer for layer in layers.values()}
+    for path, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and id(layer.weight) in packed_once:  # it shares another one's weight
+            put_module(model, path, packed_once[id(layer.weight)])
     lost = [key for key in missing if model.get_parameter(key).device.type == "meta"]
     if lost:
         what = f"{name}: {len(lost)} weights are missing or under other names, first {lost[0]}"

@@ -26,6 +26,7 @@ from strop.evaluation.report import write_report
 from strop.machine.memory import MemoryMark, MemoryWatch, is_out_of_memory, mark
 from strop.machine.probe import probe
 from strop.model import loftq
+from strop.model.blame import blaming
 from strop.model.experts import in_experts
 from strop.model.load import DTYPES, load_base, stream_weights
 from strop.model.lora import add_lora, as_fp32, trainable, weight_change
@@ -43,7 +44,6 @@ from strop.runs.folder import (
 )
 from strop.runs.lock import Difference, allowed, differences
 from strop.training import state as checkpoints
-from strop.training.blame import theirs
 from strop.training.job import Job, stream_of
 from strop.training.loop import fit
 from strop.training.optim import make_optimizer
@@ -152,6 +152,7 @@ def _execute(
         for text in remarks(setup):
             log.emit("note", text=text)
         memory = mark(recipe.model.device)
+        stack.enter_context(blaming(setup.shape.family))
         try:
             model = _build(setup, resuming)
             job = _job(folder, setup, model, log)
@@ -166,9 +167,9 @@ def _execute(
             if job.state.progress.step < _total(job):
                 expected = rehearse(job, expected, usable, memory)
                 ended = _fit(job)
-        except (RuntimeError, MemoryError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
-                raise theirs(error, setup.shape.family) or error from None
+                raise
             fix = "take a smaller model, or a machine with more memory"
             raise MemoryLimitError(f"out of memory: {str(error).splitlines()[0]}", fix=fix) from None
         report = _finish(job, setup, memory, expected, ended)

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 from strop.errors import RunError
+from strop.machine.memory import is_out_of_memory
 
 THEIRS = ("transformers", "peft")
+FAULTS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 
 
-def theirs(error: Exception, family: str) -> RunError | None:
-    """The error as one of transformers or peft, where it came up in their code below strop's last line; else None."""
+@contextmanager
+def blaming(family: str) -> Iterator[None]:
+    """Raises RunError in the place of an error that came up in transformers' or peft's code below strop's last line.
+
+    family: the model's type. Memory that runs out is another trouble.
+    """
+    try:
+        yield
+    except FAULTS as error:
+        found = None if is_out_of_memory(error) else _theirs(error, family)
+        if found is None:
+            raise
+        raise found from error
+
+
+def _theirs(error: Exception, family: str) -> RunError | None:
     below: list[traceback.FrameSummary] = []
     for frame in traceback.extract_tb(error.__traceback__):
         below = [] if "strop" in Path(frame.filename).parts else [*below, frame]
@@ -21,6 +39,6 @@ def theirs(error: Exception, family: str) -> RunError | None:
         if package is not None:
             said = next(iter(str(error).strip().splitlines()), type(error).__name__)
             where = f"{Path(frame.filename).name}:{frame.lineno}"
-            what = f"{package} {version(package)} cannot train a model of type {family}: {said[:200]} ({where})"
+            what = f"{package} {version(package)} fails on a model of type {family}: {said[:200]} ({where})"
             return RunError(what, fix=f"try another version of {package}; the model is computed by its own code")
     return None
