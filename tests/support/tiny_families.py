@@ -81,6 +81,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4, "ngram_vocab_size_base": 100, "split_ngram_parts": 2, "hc_lowrank": 8,
         "ple_embed_dim": 32,
     },
+    **{
+        kind: {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+        for kind in ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text")
+    },
+    "glm4v_moe_text": {
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]
+        },
+    },
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},
     "roc_bert": {"pronunciation_vocab_size": 64, "shape_vocab_size": 64},
     "xlm": {"n_words": 640, "emb_dim": 32, "causal": True},

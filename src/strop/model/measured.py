@@ -59,8 +59,9 @@ def exactly(found: Peek) -> Peek:
 def _linear(kind: LinearKind, layers: int, active: float) -> LinearShape:
     experts = kind.type == EXPERTS
     return LinearShape(
-        kind.name, kind.in_features, kind.out_features, False, kind.count / layers, active if experts else 1, kind.sets
-    )
+        kind.name, kind.in_features, kind.out_features, False, kind.count / layers, active if experts else 1, kind.sets,
+        kind.kept_16_bit is not None,
+    )  # fmt: skip
 
 
 def parameters_of(bare: nn.Module) -> int:

@@ -173,9 +173,16 @@ def why_not(name: str, module: nn.Linear, head: nn.Module | None) -> str | None:
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is y = x W^T + b and no more: a subclass with a forward of its own (a product by groups) may not
-    be."""
-    return isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, QuantizedLinear.forward)
+    """Whether a module is y = x W^T + b and no more: of a subclass with a forward of its own, by what it makes of a row
+    (Falcon's is one, DeepSeek V4's product by groups is none)."""
+    if not isinstance(module, nn.Linear) or type(module).forward in (nn.Linear.forward, QuantizedLinear.forward):
+        return isinstance(module, nn.Linear)
+    row = torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        with torch.no_grad():
+            return tuple(module(row).shape) == (1, module.out_features)
+    except (RuntimeError, ValueError, IndexError):
+        return False
 
 
 def quantizable(model: Any) -> set[str]:

@@ -54,7 +54,8 @@ class LinearShape:
     """A linear layer of each decoder layer, or the experts of one: path in it, and its sizes.
 
     share: how many there are in a layer, in the mean: 1 of 4 layers has one, or one has 128. active: which part of them
-    a token goes through. sets: the named target sets that hold it; None: as its path says.
+    a token goes through. sets: the named target sets that hold it; None: as its path says. kept: a quantized base keeps
+    it in 16 bit.
     """
 
     path: str
@@ -64,6 +65,7 @@ class LinearShape:
     share: float = 1
     active: float = 1
     sets: tuple[str, ...] | None = None
+    kept: bool = False
 
     @property
     def name(self) -> str:
@@ -141,7 +143,7 @@ class ModelShape:
     @property
     def quantizable(self) -> int:
         """Weights that a quantized base holds in 4 or 8 bit."""
-        return self.layers * sum(linear.weights for linear in self.linears if not linear.small)
+        return self.layers * sum(linear.weights for linear in self.linears if not (linear.small or linear.kept))
 
     @property
     def idle(self) -> int:

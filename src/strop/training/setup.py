@@ -17,11 +17,12 @@ from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.engine.plain import load_balancing
 from strop.errors import TROUBLES, FolderError, ModelError
 from strop.machine.probe import Machine, probe
+from strop.model.experts import packable
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import DTYPES, copies_to_make, load_config, skeleton
 from strop.model.lora import check_lora, num_trainable
 from strop.model.measured import parameters_of, shape_of
-from strop.model.shape import ModelShape
+from strop.model.shape import ModelShape, prequantized
 from strop.model.tokenizer import load_tokenizer
 from strop.model.towers import text_path
 from strop.planning.choose import choose, memory_key
@@ -174,6 +175,10 @@ def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolve
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters)
     check_lora(bare, resolved.recipe.lora)
+    scheme = resolved.recipe.model.quantization
+    if scheme != "none" and prequantized(source.config()) is None and not packable(bare):
+        what = f"--model.quantization {scheme}: {shape.family} has no linear weights to quantize"
+        raise ModelError(what, fix="use --model.quantization none")
     key = memory_key(resolved.recipe, machine, shape)
     return resolved, key, num_trainable(bare, resolved.recipe.lora), shape, parameters
 
