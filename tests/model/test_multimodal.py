@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,14 @@ def test_trained_merged_and_loaded_by_plain_libraries(kind: str, tmp_path: Path)
         wanted = ours(input_ids=IDS).logits
         assert torch.allclose(logits(theirs, kind), wanted, atol=2e-5)
 
+    (base / "preprocessor_config.json").write_text('{"image_mean": [0.5]}', encoding="utf-8")
     made = merge(str(tmp_path / "run"), tmp_path / "merged", dtype="fp32")
     assert made.parity is not None and made.parity.passed
     before, after = hashes(base), hashes(tmp_path / "merged")
     assert set(before) == set(after)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "merged")]
+    assert configs[0]["architectures"] == configs[1]["architectures"]
+    assert (tmp_path / "merged/preprocessor_config.json").read_text() == '{"image_mean": [0.5]}'
     changed = {name for name in before if before[name] != after[name]}
     whole: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     text = in_text(bare)

@@ -54,6 +54,10 @@ from strop.planning.memory import measuring_bytes
 from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, write_json
 from strop.runs.lock import sha256_file, sha256_text
 
+# Files of a base that a merged folder has unchanged: how to draw, and how images, videos and sounds become numbers.
+AS_THEY_ARE = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
 CHOOSING_ROWS = 64  # on which two bases are compared
 
 
@@ -316,6 +320,7 @@ def _write_rest(source: Source, folder: Path, out: Path, dtype: str) -> None:
     config.architectures = config.architectures or [type(skeleton(source)).__name__]
     config.save_pretrained(out)
     load_tokenizer(with_tokenizer(folder, source)).save_pretrained(out)
-    generation = weights_folder(source) / "generation_config.json"
-    if generation.is_file():
-        shutil.copy2(generation, out / "generation_config.json")
+    for name in AS_THEY_ARE:
+        file = weights_folder(source) / name
+        if file.is_file():
+            shutil.copy2(file, out / name)
