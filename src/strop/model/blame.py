@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,14 +32,21 @@ def blaming(family: str) -> Iterator[None]:
 
 
 def _theirs(error: Exception, family: str) -> RunError | None:
+    ours, places = _place("strop"), {name: _place(name) for name in THEIRS}
     below: list[traceback.FrameSummary] = []
     for frame in traceback.extract_tb(error.__traceback__):
-        below = [] if "strop" in Path(frame.filename).parts else [*below, frame]
+        below = [] if ours in Path(frame.filename).parents else [*below, frame]
     for frame in reversed(below):
-        package = next((name for name in THEIRS if name in Path(frame.filename).parts), None)
+        package = next((name for name in THEIRS if places[name] in Path(frame.filename).parents), None)
         if package is not None:
             said = next(iter(str(error).strip().splitlines()), type(error).__name__)
             where = f"{Path(frame.filename).name}:{frame.lineno}"
             what = f"{package} {version(package)} fails on a model of type {family}: {said[:200]} ({where})"
             return RunError(what, fix=f"try another version of {package}; the model is computed by its own code")
     return None
+
+
+def _place(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent

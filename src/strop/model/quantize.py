@@ -180,8 +180,9 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     row = torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
     try:
         with torch.no_grad():
-            return tuple(module(row).shape) == (1, module.out_features)
-    except (RuntimeError, ValueError, IndexError):
+            made = module(row)
+        return isinstance(made, Tensor) and tuple(made.shape) == (1, module.out_features)
+    except (RuntimeError, ValueError, IndexError, TypeError):
         return False
 
 
