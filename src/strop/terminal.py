@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +76,8 @@ class Watch:
         numbers = event["parameters"]
         share = numbers["trainable"] / numbers["all"]
         self._out.print(
-            f"[bold]train[/]    {event['steps']} steps, {numbers['trainable']:,} trainable parameters ({share:.2%}), "
-            f"{event['engine']} step{': ' + event['why'] if event['why'] else ''}"
+            f"[bold]train[/]    {event['steps']} steps, {numbers['trainable']:,} trainable parameters ({share:.2%}"
+            f"{_in_experts(numbers)}), {event['engine']} step{': ' + event['why'] if event['why'] else ''}"
         )
         if not self._out.is_terminal:
             return
@@ -300,3 +300,8 @@ def print_parity(parity: Parity | None) -> None:
         f"[bold]parity[/]   mean KL {parity.kl_mean:.2g}, at most {parity.kl_max:.2g}; {flips} (top-1 agreement "
         f"{parity.top1_agreement:.2%}){effect}; loss {parity.loss_difference:+.1e}"
     )
+
+
+def _in_experts(numbers: Mapping[str, int]) -> str:
+    held = numbers.get("experts", 0)
+    return f"; {held / numbers['trainable']:.0%} of them on experts" if held else ""

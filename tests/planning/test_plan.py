@@ -30,6 +30,7 @@ from strop.planning.compare import KNOWN
 from strop.planning.here import Place
 from strop.planning.setting import Setting
 from strop.planning.speed import Rate, flops, tokens_per_s
+from tests.planning.published import CONFIGS
 from tests.support.running import run
 
 PHASES = ["load", "train", "evaluate", "merge", "serve"]
@@ -108,16 +109,54 @@ def test_plan_of_a_folder_knows_its_rows(tiny_folder: Path, rows_file: Path) -> 
     assert strop.plan(model=str(tiny_folder)).seconds is None
 
 
-@pytest.mark.parametrize("name", ["num_local_experts", "num_experts", "n_routed_experts"])
-def test_a_mixture_of_experts_is_not_planned_as_a_dense_model(name: str, tmp_path: Path) -> None:
+PAGES = {  # parameters and those that a token goes through, as the models' pages say
+    "Qwen3-30B-A3B": (30.5e9, 3.35e9),
+    "gpt-oss-20b": (20.9e9, 4.19e9),  # the page's 3.6 B leave the embedding out
+    "gemma-3-4b-it": (4_300_079_472, 4_300_079_472),
+    "Qwen3.5-4B": (4.54e9, 4.54e9),  # without the layer that predicts a token more, which transformers leaves out
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_published_mixtures_and_multimodal_models_are_planned(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps({**KNOWN["Llama-3.2-1B"], "model_type": "mixtral", name: 8}), encoding="utf-8")
-    for ask in (strop.plan, strop.compare_methods):
-        with pytest.raises(ModelError, match="mixture of 8 experts"):
-            ask(model=str(file))
-    assert peek(str(file)).shape.experts == 8
-    file.write_text(json.dumps({**KNOWN["Llama-3.2-1B"], name: 1}), encoding="utf-8")
-    assert strop.plan(model=str(file)).setting.parameters > 1e9
+    file.write_text(json.dumps(CONFIGS[name]), encoding="utf-8")
+    _, out, err = run("plan", "--model", file, "--memory", "24GB", "--lora.r", "16", "--json", capsys=capsys)
+    found, (parameters, active) = json.loads(out), PAGES[name]
+    assert found["parameters"] == pytest.approx(parameters, rel=0.01)
+    assert found["active_parameters"] == pytest.approx(active, rel=0.01)
+    assert list(found["phases"]) == PHASES and found["engine"].startswith("plain") and found["tokens_per_s"] > 0
+    assert "on experts" in err if active < parameters else "on experts" not in err
+    weights = found["phases"]["load"]["parts"]["weights"]
+    assert weights <= 2 * found["parameters"]
+
+
+def test_adapters_of_a_mixture_are_counted_expert_by_expert(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(CONFIGS["Qwen3-30B-A3B"]), encoding="utf-8")
+    everything, attention = (
+        strop.plan(model=str(file), memory=1 << 36, **{"lora.r": 16, "lora.target_modules": targets}).setting
+        for targets in ("all-linear", "attention")
+    )
+    per_layer = 16 * ((2048 + 4096) + 2 * (2048 + 512) + (4096 + 2048))
+    experts = 16 * 128 * ((2048 + 2 * 768) + (768 + 2048))
+    assert attention.adapter_weights == 48 * per_layer
+    assert everything.adapter_weights == 48 * (per_layer + experts)
+    assert everything.expert_adapter_weights == 48 * experts and not attention.expert_adapter_weights
+    assert everything.active_adapter_weights == 48 * (per_layer + experts * 8 // 128)
+
+
+@pytest.mark.parametrize("name", ["num_local_experts", "num_experts", "n_routed_experts"])
+def test_a_mixture_without_torch_is_counted_by_its_config(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**KNOWN["Llama-3.2-1B"], "model_type": "some_moe", name: 8}), encoding="utf-8")
+    shape = peek(str(file)).shape
+    dense = ModelShape.of({**KNOWN["Llama-3.2-1B"], "model_type": "some_moe"})
+    mlp = sum(linear.weights for linear in dense.linears[-3:])
+    assert shape.experts == 8 and shape.parameters - dense.parameters == dense.layers * 7 * mlp
+    assert strop.plan(model=str(file)).setting.parameters == shape.parameters
 
 
 def test_the_demo_by_its_gguf_header() -> None:

@@ -77,7 +77,8 @@ class LoraSection(Section):
     alpha: Finite | None = Field(None, gt=0, description="scale numerator; default 2 r")
     dropout: Finite = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: str | list[str] = Field(
-        "all-linear", description="all-linear, attention, gate, or names of linear layers"
+        "all-linear",
+        description="all-linear (a mixture's experts too), attention, gate, experts, or names of linear layers",
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained")
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) (arXiv:2312.03732)")

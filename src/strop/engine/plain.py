@@ -12,6 +12,7 @@ from torch import Tensor
 
 from strop.engine.dropout import masks_of, token_keys
 from strop.engine.processor import drops_for
+from strop.errors import ModelError
 
 if TYPE_CHECKING:
     from strop.data.conversation import Example
@@ -28,6 +29,7 @@ class PlainLoss:
         self.model = model
         self.masks = masks_of(model, drops_for)
         self._head: torch.nn.Module = cast(Any, model).get_output_embeddings()
+        self._balance = load_balancing(cast(Any, model).config)
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable."""
@@ -48,12 +50,25 @@ class PlainLoss:
         row, before = row.to(device), (column - 1).to(device)  # the position that predicts each label
 
         def supervised_only(_: torch.nn.Module, inputs: tuple[Any, ...]) -> Any:
+            if inputs[0].shape[:2] != ids.shape:
+                kind = cast(Any, self.model).config.model_type
+                what = f"{kind}: its output head does not take one position a token"
+                raise ModelError(what, fix="use a decoder-only language model")
             return (inputs[0][row, before], *inputs[1:])
 
         # A hook on the output embedding, so that no logits are made for padding, prompts and other unsupervised tokens.
         with self._head.register_forward_pre_hook(supervised_only):
-            logits = self.model(
+            found = self.model(
                 input_ids=ids.to(device), attention_mask=attended.to(device), use_cache=False, return_dict=True
-            ).logits
-        losses = F.cross_entropy(logits.float(), labels, reduction="none")
-        return (losses * weight).sum()
+            )
+        losses = F.cross_entropy(found.logits.float(), labels, reduction="none")
+        total = (losses * weight).sum()
+        if self._balance and self.model.training:  # of a mixture whose config asks for it; a mean, as the loss is a sum
+            total = total + self._balance * found.aux_loss.to(device) * weight.sum()
+        return total
+
+
+def load_balancing(config: Any) -> float:
+    """The coefficient of the loss that keeps a mixture's experts evenly used; 0 where its config leaves it off."""
+    text = config.get_text_config()
+    return float(getattr(text, "router_aux_loss_coef", 0) or 0) if getattr(text, "output_router_logits", False) else 0.0

@@ -27,7 +27,7 @@ from strop.adapters import (
     read_identity,
 )
 from strop.errors import FolderError, ModelError, RecipeError
-from strop.exporting.merge import module_scales
+from strop.exporting.changes import places_of
 from strop.model.facts import safetensors_header
 from strop.model.load import load_base
 from strop.runs.folder import disk_faults, new_folder, write_json
@@ -60,12 +60,13 @@ def facts(name: str) -> Facts:
     config, identity = read_adapter_config(folder), read_identity(folder)
     shapes = [entry["shape"] for entry in safetensors_header(folder / WEIGHTS_FILE).values()]
     targets = config["target_modules"]
+    parameters = list(config.get("target_parameters") or [])
     return Facts(
         folder=str(folder),
         base=str(config["base_model_name_or_path"]),
         rank=int(config["r"]),
         alpha=float(config["lora_alpha"]),
-        target_modules=sorted(targets) if isinstance(targets, list) else [str(targets)],
+        target_modules=sorted([*targets, *parameters]) if isinstance(targets, list) else [str(targets), *parameters],
         parameters=sum(math.prod(shape) for shape in shapes),
         size_bytes=(folder / WEIGHTS_FILE).stat().st_size,
         quantization=str(identity.get("quantization", "none")),
@@ -103,7 +104,7 @@ def compare(first: str, second: str) -> dict[str, Any]:
     shared = [module for module in deltas[0].scales if deltas[0].fits(deltas[1], module)]
     kinds: dict[str, list[str]] = {}
     for module in shared:
-        kinds.setdefault(module.rpartition(".")[2], []).append(module)
+        kinds.setdefault(_leaf(module), []).append(module)
     prints = [identity.get("base", {}).get("fingerprint") for identity in identities]
     return {
         "same_base": prints[0] == prints[1] if all(prints) else None,
@@ -131,6 +132,8 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> Facts:
     if out.exists():
         raise FolderError(f"{out}: is there already", fix="give --out a new folder")
     folders = [_folder(name) for name in names]
+    for folder in folders:
+        _refuse_experts(folder)
     source = base_source(folders[0])
     model: Any = load_base(source, torch.float32, "cpu")
     inner = [f"part{number}" for number in range(len(folders))]
@@ -164,7 +167,7 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> Facts:
 
 @dataclass(frozen=True)
 class _Delta:
-    """What an adapter adds: scale * B A by module."""
+    """What an adapter adds: scale * B A by module, and of experts by expert, each as a module of its own."""
 
     weights: dict[str, Tensor]
     scales: dict[str, float]
@@ -176,8 +179,18 @@ class _Delta:
         check_weights(folder)
         saved = load_file(folder / WEIGHTS_FILE)
         plain = {key.removeprefix("base_model.model."): tensor.float() for key, tensor in saved.items()}
-        scales = module_scales(source, peft.LoraConfig.from_pretrained(str(folder)))
-        return _Delta(plain, {module: scale for module, scale in scales.items() if f"{module}.lora_A.weight" in plain})
+        scales = {}
+        for name, place in places_of(source, peft.LoraConfig.from_pretrained(str(folder))).items():
+            if f"{place.key}.lora_A.weight" not in plain:
+                continue
+            if not place.experts:
+                scales[place.key] = place.scale
+                continue
+            a, b = place.by_expert(*(plain[f"{place.key}.lora_{part}.weight"] for part in "AB"))
+            for expert in range(place.experts):
+                scales[f"{name}.{expert}"] = place.scale
+                plain |= {f"{name}.{expert}.lora_A.weight": a[expert], f"{name}.{expert}.lora_B.weight": b[expert]}
+        return _Delta(plain, scales)
 
     def fits(self, other: _Delta, module: str) -> bool:
         """Whether both add something of one shape there."""
@@ -208,6 +221,18 @@ def _folder(name: str) -> Path:
     if folder is None:
         raise ModelError(f"{name}: no adapter there", fix="give a run or adapter folder")
     return folder
+
+
+def _leaf(module: str) -> str:
+    """The last part of a path that is no number."""
+    return next(part for part in reversed(module.split(".")) if not part.isdigit())
+
+
+def _refuse_experts(folder: Path) -> None:
+    """peft's `cat` lays whole A and B side by side, where those of experts belong together expert by expert."""
+    if read_adapter_config(folder).get("target_parameters"):
+        what = f"{folder}: has adapters on a mixture's experts, which peft cannot add up"
+        raise ModelError(what, fix="serve or merge each by itself")
 
 
 def _plain(value: Any) -> Any:

@@ -26,8 +26,9 @@ from strop.adapters import WEIGHTS_FILE
 from strop.data.rendering.render import Renderer
 from strop.errors import FolderError, ModelError, ParityError, RecipeError
 from strop.exporting import llamacpp
+from strop.exporting.changes import module_scales
 from strop.exporting.families import Layout
-from strop.exporting.merge import check_measured, check_memory, module_scales, rounded
+from strop.exporting.merge import check_measured, check_memory, rounded
 from strop.exporting.tuned import Tuned
 from strop.exporting.verify import LIMITS, Findings, checking
 from strop.exporting.vocabulary import Vocabulary, vocabulary

@@ -7,7 +7,6 @@ when it is complete and verified; a merge that was cut short goes on from the sh
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,9 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from strop.adapters import (
@@ -40,20 +38,26 @@ from strop.data.prepare import prepare
 from strop.engine.step import step_for
 from strop.errors import FolderError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.loss import mean_loss
+from strop.exporting.changes import changes
 from strop.exporting.parity import LIMITS, Parity, compare, in_fp32
 from strop.machine.probe import probe
+from strop.model.experts import PackedExperts, expert_parameters, pack_experts, packable
 from strop.model.facts import Source, fingerprint
 from strop.model.load import DTYPES, load_base, load_config, skeleton, stored_dtype, weights_folder
-from strop.model.lora import embeddings, grown
-from strop.model.quantize import pack, quantizable, unpack
+from strop.model.names import Group, Layout
+from strop.model.quantize import pack, unpack
 from strop.model.shape import prequantized
 from strop.model.shards import SHARD_BYTES, Tensors
 from strop.model.tokenizer import load_tokenizer
+from strop.model.towers import in_text
 from strop.planning.memory import measuring_bytes
 from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, write_json
 from strop.runs.lock import sha256_file, sha256_text
 
-NEW_ROWS = "token_adapter.trainable_tokens_delta"  # embedding rows that were trained, whole
+# Files of a base that a merged folder has unchanged: how to draw, and how images, videos and sounds become numbers.
+AS_THEY_ARE = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
 CHOOSING_ROWS = 64  # on which two bases are compared
 
 
@@ -145,7 +149,7 @@ class Trained:
 
     def rounding(self, source: Source) -> Callable[[str, Tensor], Tensor]:
         """Gives a base weight, by its name, as the adapter saw it: rounded to the type it was trained in, quantized."""
-        quantized = set[str]() if self.scheme == "none" else quantizable(skeleton(source))
+        quantized = set[str]() if self.scheme == "none" else packable(skeleton(source))
 
         def rounded(name: str, weight: Tensor) -> Tensor:
             if self.scheme == "none" or not weight.is_floating_point():
@@ -153,6 +157,9 @@ class Trained:
             weight = weight.to(self.dtype)
             if name not in quantized:
                 return weight
+            if weight.dim() == 3:
+                packed = pack_experts(weight, self.scheme, double=self.double)
+                return PackedExperts(packed, weight.shape, self.scheme, self.dtype).whole()
             return unpack(pack(weight, self.scheme, double=self.double), self.scheme, weight.shape, self.dtype)
 
         return rounded
@@ -161,6 +168,7 @@ class Trained:
 def check_memory(source: Source, element: int, say: Callable[[str], None]) -> None:
     """Raises MemoryLimitError where there is no memory to measure what is made, of `element` bytes a weight."""
     bare, widest = skeleton(source), max(stored_dtype(source).itemsize, element)
+    widest = widest if reads_no_weights(bare) else 4
     parameters = sum(weight.numel() for weight in bare.parameters())
     embedding = bare.get_input_embeddings()  # type: ignore[operator]
     parts = measuring_bytes(parameters, embedding.num_embeddings, embedding.embedding_dim, element=widest)
@@ -208,11 +216,20 @@ def tuned_model(source: Source, folder: Path, trained: Trained) -> Any:
     base = load_base(
         source, dtype, "cpu", quantization=trained.scheme, double=trained.double, resident_layers=ALL_LAYERS
     )
-    return in_fp32(attach(base, folder, source)[0].eval())
+    tuned = attach(base, folder, source)[0].eval()
+    return in_fp32(tuned if reads_no_weights(base) else tuned.float())
 
 
 def _loaded(folder: Path, dtype: torch.dtype) -> Any:
-    return in_fp32(load_base(Source(str(folder), "folder", folder), dtype, "cpu"))
+    model = load_base(Source(str(folder), "folder", folder), dtype, "cpu")
+    return in_fp32(model if reads_no_weights(model) else model.float())
+
+
+def reads_no_weights(model: Any) -> bool:
+    """Whether a linear layer's weight is used by that layer alone, so that it may wait in 16 bit. Not so in Mamba's
+    and xLSTM's mixers, nor in routers and indexers of mixtures, whose experts, no linear layers, are in fp32 anyway."""
+    mixers = any(kind in type(module).__name__ for module in model.modules() for kind in ("Mamba", "xLSTM"))
+    return not mixers and next(expert_parameters(model), None) is None
 
 
 def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str) -> Path:
@@ -232,16 +249,23 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
         made.mkdir(parents=True)
         done = {"of": made_of, "shards": {}}
     index: dict[str, str] = {}
-    tensors = Tensors(weights_folder(source))
-    for number, names in enumerate(_shards(tensors)):
+    tensors, bare = Tensors(weights_folder(source)), skeleton(source)
+    layout, text = Layout(bare, tensors), in_text(bare)
+    for number, groups in enumerate(_shards(tensors, layout)):
         file = f"model-{number + 1:05d}.safetensors"
-        index |= dict.fromkeys(names, file)
+        index |= {name: file for group in groups for name in group.names}
         if done["shards"].get(file) == (sha256_file(made / file) if (made / file).is_file() else ""):
             continue
-        shard = {}
-        for name in names:
-            weight = as_trained(name, tensors.get(name))
-            shard[name] = rounded(name, change(name, weight), weight, DTYPES[dtype])
+        shard: dict[str, Tensor] = {}
+        for group in groups:
+            if not any(text(place) for place in layout.places(group)):
+                shard |= {name: tensors.get(name) for name in group.names}  # of another tower: as it is, bit by bit
+                continue
+            parts = {}
+            for name, weight in layout.read(group, tensors.get).items():
+                weight = as_trained(name, weight)
+                parts[name] = rounded(name, change(name, weight), weight, DTYPES[dtype])
+            shard |= layout.write(group, parts)
         save_file(shard, made / file, {"format": "pt"})
         done["shards"][file] = sha256_file(made / file)
         write_json(progress, done)
@@ -269,77 +293,18 @@ def rounded(name: str, merged: Tensor, base: Tensor, dtype: torch.dtype) -> Tens
     return ((bits + dither) & -(1 << 16)).view(torch.float32).to(dtype)
 
 
-def _shards(tensors: Tensors) -> Iterator[list[str]]:
-    names: list[str] = []
+def _shards(tensors: Tensors, layout: Layout) -> Iterator[list[Group]]:
+    """What is written together: tensors that are parts of one parameter are never apart."""
+    groups: list[Group] = []
     size = 0
-    for name in tensors:
-        if names and size + tensors.size_bytes(name) > SHARD_BYTES:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += tensors.size_bytes(name)
-    yield names
-
-
-def changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
-    """What the adapter makes of a base tensor, by its name; fp32 where it changes something.
-
-    Raises ModelError for what no merged weight can hold: what is trained besides LoRA layers and whole modules, and an
-    adapter on a head that is the embedding too.
-    """
-    saved = {_plain(key): tensor for key, tensor in load_file(folder / WEIGHTS_FILE).items()}
-    config = peft.LoraConfig.from_pretrained(str(folder))
-    scales = module_scales(source, config)
-    known = {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_magnitude_vector.weight"}
-    for key in saved:
-        if not any(key.endswith(f".{part}") for part in (*known, NEW_ROWS, "weight", "bias")):
-            raise ModelError(f"{folder}: {key} cannot be merged", fix="serve the adapter on its base")
-    stored = Tensors(weights_folder(source))
-    for module in (key.removesuffix(".lora_A.weight") for key in saved if key.endswith(".lora_A.weight")):
-        if f"{module}.weight" not in stored:
-            what = f"{folder}: {module} has no weight of its own in {source.name}: it shares the embedding's"
-            raise ModelError(what, fix="serve the adapter on its base, or train without it")
-
-    rows, bare = new_rows(read_adapter_config(folder)), skeleton(source)
-    with_rows, size = embeddings(bare), 1 + max((row for found in rows.values() for row in found), default=-1)
-
-    def change(name: str, weight: Tensor) -> Tensor:
-        module = name.removesuffix(".weight")
-        if module in with_rows and len(weight) < size:
-            weight = grown(weight, size)
-        if f"{module}.{NEW_ROWS}" in saved:
-            weight = weight.float().clone()
-            weight[rows[module.rpartition(".")[2]]] = saved[f"{module}.{NEW_ROWS}"].float()
-            return weight
-        if name in saved:
-            return saved[name].float()
-        a, b = saved.get(f"{module}.lora_A.weight"), saved.get(f"{module}.lora_B.weight")
-        if a is None or b is None or name == module:
-            return weight
-        merged = weight.float().addmm(b.float(), a.float(), alpha=scales[module])
-        magnitude = saved.get(f"{module}.lora_magnitude_vector", saved.get(f"{module}.lora_magnitude_vector.weight"))
-        if magnitude is not None:  # DoRA, arXiv:2402.09353: the rows keep their learned length
-            merged *= (magnitude.float() / merged.norm(dim=1))[:, None]
-        return merged
-
-    return change
-
-
-def _plain(key: str) -> str:
-    return key.removeprefix("base_model.model.")
-
-
-def module_scales(source: Source, config: Any) -> dict[str, float]:
-    """The scale of each adapted module, as peft computes it from rank, alpha, patterns and rsLoRA."""
-    config.base_model_name_or_path = None  # peft would warn that the skeleton has another name
-    config.trainable_token_indices = None  # of rows that the skeleton has not
-    adapted = peft.get_peft_model(skeleton(source), config)
-    found = {}
-    for name, module in adapted.named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer) and module.scaling:
-            found[_plain(name)] = float(next(iter(module.scaling.values())))
-            assert math.isfinite(found[_plain(name)])
-    return found
+    for group in layout.groups:
+        more = sum(map(tensors.size_bytes, group.names))
+        if groups and size + more > SHARD_BYTES:
+            yield groups
+            groups, size = [], 0
+        groups.append(group)
+        size += more
+    yield groups
 
 
 def _write_rest(source: Source, folder: Path, out: Path, dtype: str) -> None:
@@ -355,6 +320,7 @@ def _write_rest(source: Source, folder: Path, out: Path, dtype: str) -> None:
     config.architectures = config.architectures or [type(skeleton(source)).__name__]
     config.save_pretrained(out)
     load_tokenizer(with_tokenizer(folder, source)).save_pretrained(out)
-    generation = weights_folder(source) / "generation_config.json"
-    if generation.is_file():
-        shutil.copy2(generation, out / "generation_config.json")
+    for name in AS_THEY_ARE:
+        file = weights_folder(source) / name
+        if file.is_file():
+            shutil.copy2(file, out / name)

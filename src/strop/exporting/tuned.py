@@ -21,7 +21,8 @@ from strop.adapters import (
 )
 from strop.data.conversation import Example
 from strop.errors import ModelError
-from strop.exporting.merge import Trained, better_base, changes, rows_to_measure, tuned_model
+from strop.exporting.changes import changes
+from strop.exporting.merge import Trained, better_base, rows_to_measure, tuned_model
 from strop.model.facts import Source, locate
 from strop.model.load import load_base
 from strop.model.shape import prequantized

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, TextStreamer
 
+from strop.model.blame import blaming
+
 Ids = npt.NDArray[np.int32]
 
 
@@ -108,7 +110,8 @@ def generate(
             ids[place, width - len(prompts[row]) :] = torch.from_numpy(prompts[row].astype(np.int64))
             mask[place, width - len(prompts[row]) :] = 1
         head = model.get_output_embeddings()  # type: ignore[operator]
-        with torch.inference_mode(), head.register_forward_pre_hook(_contiguous):
+        family = str(model.config.model_type)  # type: ignore[union-attr]
+        with blaming(family), torch.inference_mode(), head.register_forward_pre_hook(_contiguous):
             out = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer
             )

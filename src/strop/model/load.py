@@ -12,15 +12,21 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from strop.errors import ModelError
+from strop.model.experts import make_experts_resident
 from strop.model.facts import Source, fingerprint, read_config, safetensors_header, weight_files
 from strop.model.ggufweights import read_tensors
 from strop.model.quantize import folder_name, make_resident
 from strop.model.shape import prequantized
 from strop.model.shards import build, floats, is_finite, is_whole, pack_again, quantize_folder, write_shards
 from strop.model.tokenizer import LOCAL, first_line, gguf_cache, head_folder, plain_config
+from strop.model.towers import text_forward
 from strop.runs.folder import cache_folder, new_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -41,8 +47,13 @@ def load_config(source: Source) -> Any:
 
 def skeleton(source: Source) -> nn.Module:
     """The model without weights (meta tensors), to look at its layers."""
+    return without_weights(load_config(source))
+
+
+def without_weights(config: Any) -> nn.Module:
+    """A model of a transformers config on meta tensors. Raises ModelError where transformers has no such model."""
     with torch.device("meta"):
-        return _from_config(load_config(source))
+        return _from_config(config)
 
 
 def load_base(
@@ -66,6 +77,7 @@ def load_base(
         folder = _quantized(source, quantization, double, dtype)
         model = build(lambda: _from_config(load_config(source)), folder, source.name, quantization, dtype)
         make_resident(model, resident_layers)
+        make_experts_resident(model, resident_layers)
         if source.kind == "folder" and (source.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source.path)
     bad = [name for name, weight in floats(model) if not is_finite(weight)]
@@ -73,6 +85,7 @@ def load_base(
         raise ModelError(f"{source.name}: weight {bad[0]} holds NaN or infinity", fix="fetch the model again")
     # what peft writes into adapters as the base's name, by its version from one or the other
     model.name_or_path = model.config._name_or_path = source.name
+    text_forward(model)
     module: nn.Module = model.to(device).eval().requires_grad_(False)
     return module
 
@@ -102,7 +115,7 @@ def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
             fix=f"use --model.quantization {prequantized(source.config())}",
         )
     folder = weights_folder(source)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = _auto(load_config(source)).from_pretrained(
         folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOCAL
     )
     faults = sorted(info.get("missing_keys") or []) + sorted(str(key) for key in info.get("mismatched_keys") or [])
@@ -138,8 +151,22 @@ def _quantized(source: Source, scheme: str, double: bool, dtype: torch.dtype) ->
 
 
 def _from_config(config: Any) -> nn.Module:
-    model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    """Raises ModelError where transformers has no language model for such a config, or cannot build it."""
+    try:
+        model: nn.Module = _auto(config).from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        version = transformers.__version__
+        what = f"transformers {version} builds no language model of type {config.model_type}: {first_line(error)}"
+        raise ModelError(what, fix="use a decoder-only language model") from None
     return model
+
+
+def _auto(config: Any) -> Any:
+    """The whole model where its class sees or hears too, so that its weights have their published names."""
+    named = (config.architectures or [""])[0]
+    sees = named in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    whole = sees and named not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 
 def _bf16_folder(source: Source) -> Path:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from strop.errors import ModelError
 from strop.model.facts import Source
-from strop.model.load import weights_folder
+from strop.model.load import skeleton, weights_folder
+from strop.model.names import Layout
 from strop.model.quantize import QuantizedLinear
 from strop.model.shape import prequantized
 from strop.model.shards import Tensors
@@ -31,11 +32,13 @@ def fill_in(model: peft.PeftModel, source: Source) -> None:
             fix="use --lora.init default",
         )
     tensors = Tensors(weights_folder(source))
+    layout = Layout(skeleton(source), tensors)
     for path, module in model.get_base_model().named_modules():
         if isinstance(module, PeftLinear):
             held = module.base_layer
             now = held.dequantized() if isinstance(held, QuantizedLinear) else held.weight
-            lost = tensors.get(f"{path}.weight").to(now.device).float() - now.detach().float()
+            whole = layout.read(layout.group_of(f"{path}.weight"), tensors.get)[f"{path}.weight"]
+            lost = whole.to(now.device).float() - now.detach().float()
             if lost.any():
                 for name in module.active_adapters:
                     _set(module, name, lost)

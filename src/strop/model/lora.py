@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -13,30 +13,87 @@ import peft
 import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from strop.config.schema import LoraSection
 from strop.errors import ModelError, nearest
-from strop.model.quantize import QuantizedLinear, added, why_not
-from strop.model.targets import EMBEDDINGS, LinearKind, embedding_kind, sets_of, target_names
+from strop.model.experts import by_parameter, expert_parameters, is_experts, sizes, sum_experts_once
+from strop.model.quantize import QuantizedLinear, added, is_plain, why_not
+from strop.model.targets import (
+    EMBEDDINGS,
+    EXPERTS,
+    LinearKind,
+    embedding_kind,
+    expert_sets,
+    is_router,
+    sets_of,
+    target_names,
+)
+from strop.model.towers import in_text, text_path
+
+MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # of which peft refuses MAMBA_KEPT:
+MAMBA_KEPT = ("out_proj", "conv1d")  # their fused loops read the weight itself, and would pass an adapter by
 
 
 def linear_kinds(model: nn.Module) -> list[LinearKind]:
-    """Every kind of linear layer in the model's order; the output head belongs to no target set."""
-    found: dict[tuple[str, str, int, int], tuple[int, str, nn.Linear]] = {}
+    """Every kind of linear layer that text passes through, and of experts, in the model's order; routers and the output
+    head belong to no target set."""
+    whole: Any = model
+    head, inside, apart = whole.get_output_embeddings(), in_text(model), by_parameter(model)
+    refused = MAMBA_KEPT if whole.config.get_text_config().model_type in MAMBA_TYPES else ()
+    found: dict[tuple[Any, ...], list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            key = (path.rpartition(".")[2], type(module).__name__, module.in_features, module.out_features)
-            found[key] = (found[key][0] + 1 if key in found else 1, path, module)
-    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
+        if (is_plain(module) or isinstance(module, Conv1D)) and inside(path):
+            sizes_ = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+            out_of_sets = (
+                is_router(path)
+                or (bool(apart) and path.endswith(".gate"))
+                or module is head
+                or path.rpartition(".")[2] in refused
+            )
+            sets = () if out_of_sets else sets_of(path)
+            key = (path.rpartition(".")[2], type(module).__name__, *sizes_, sets)
+            found.setdefault(key, []).append((path, module))
+    leaves = {leaf: {key[4] for key in found if key[0] == leaf} for leaf in (key[0] for key in found)}
+    kinds = []
+    for (leaf, kind, inputs, outputs, sets), members in found.items():
+        path, module = members[0]
+        unlike = len(leaves[leaf]) > 1 or leaf.isdigit()
+        kept = (
+            "adapted by its weight" if leaf in apart and leaf != "lm_head"
+            else why_not(path, module, head) if isinstance(module, nn.Linear) else "Conv1D"
+        )  # fmt: skip
+        kinds.append(LinearKind(_suffix(path) if unlike else leaf, kind, inputs, outputs, len(members), sets, kept))
+    return [*kinds, *_expert_kinds(model, inside)]
+
+
+def _suffix(path: str) -> str:
+    """The last parts of a path that tell layers of one leaf name apart: from behind its last number on, or, where it
+    ends with numbers, from the word before them."""
+    parts = path.split(".")
+    word = max(n for n, part in enumerate(parts) if not part.isdigit())
+    if word < len(parts) - 1:
+        return ".".join(parts[word:])
+    numbers = [n for n, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[max([0, *(n + 1 for n in numbers)]) :])
+
+
+def _expert_kinds(model: nn.Module, inside: Callable[[str], bool]) -> list[LinearKind]:
+    found: dict[tuple[str, int, int, tuple[str, ...], bool], int] = {}
+    for path, name, module, weight in expert_parameters(model):
+        if inside(path):
+            key = (f"{path.rpartition('.')[2]}.{name}", *sizes(module, weight), expert_sets(name), is_experts(module))
+            found[key] = found.get(key, 0) + len(weight)
     return [
-        LinearKind(*key, count, sets_of(path), why_not(path, module, head))
-        for key, (count, path, module) in found.items()
+        LinearKind(name, EXPERTS, inputs, outputs, count, sets, None if usual else "an unusual layer of experts")
+        for (name, inputs, outputs, sets, usual), count in found.items()
     ]
 
 
 def embedding_kinds(model: nn.Module) -> list[LinearKind]:
-    sizes = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Embedding)]
-    return [embedding_kind(path.rpartition(".")[2], m.num_embeddings, m.embedding_dim) for path, m in sizes]
+    inside = in_text(model)
+    found = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Embedding) and inside(path)]
+    return [embedding_kind(path.rpartition(".")[2], m.num_embeddings, m.embedding_dim) for path, m in found]
 
 
 def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
@@ -45,7 +102,9 @@ def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
     Raises ModelError where targets match nothing, patterns name no target, or tied embeddings would be trained as
     two copies of which one is lost on reload (peft#2018, transformers#45127).
     """
-    names = target_names(linear_kinds(model), section.target_modules)
+    kinds = linear_kinds(model)
+    names = target_names(kinds, section.target_modules)
+    _check_experts(kinds, names, section)
     modules = [path for path, _ in model.named_modules()]
     for field, pattern in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern)):
         for key in pattern:
@@ -76,7 +135,6 @@ def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any) -> peft.Pef
         r=section.r,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=names,
         bias=section.bias,
         use_rslora=section.use_rslora,
         use_dora=section.use_dora,
@@ -85,9 +143,41 @@ def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any) -> peft.Pef
         alpha_pattern=dict(section.alpha_pattern),
         modules_to_save=list(section.modules_to_save) or None,
         task_type="CAUSAL_LM",
+        **_where(model, names),
         **({"trainable_token_indices": new_rows} if new_rows else {}),
     )
     return sum_once(as_fp32(peft.get_peft_model(model, config)))
+
+
+def _where(model: nn.Module, names: list[str]) -> dict[str, Any]:
+    """peft's settings that say where adapters sit: linear layers by name, experts by parameter, and no other tower."""
+    kinds, apart, inside = linear_kinds(model), by_parameter(model), text_path(model)
+    experts = {kind.name for kind in kinds if kind.type == EXPERTS}
+    by_weight = [name for name in names if name not in experts and name.rpartition(".")[2] in apart]
+    parameters = [*(name for name in names if name in experts), *(f"{name}.weight" for name in by_weight)]
+    chosen = [name for name in names if name not in experts and name not in by_weight]
+    found: dict[str, Any] = {"target_modules": chosen}
+    if parameters:
+        found["target_parameters"] = parameters
+    if inside and any(_ends(path, chosen) and not path.startswith(inside) for path, _ in model.named_modules()):
+        found["exclude_modules"] = rf"(?!{re.escape(inside)}).*"
+    if any(kind.type == "Conv1D" and kind.name in chosen for kind in kinds):
+        found["fan_in_fan_out"] = True
+    return found
+
+
+def _ends(path: str, names: Sequence[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _check_experts(kinds: Sequence[LinearKind], names: Sequence[str], section: LoraSection) -> None:
+    """Raises ModelError for what peft's adapters on parameters cannot do."""
+    if not any(kind.type == EXPERTS and kind.name in names for kind in kinds):
+        return
+    for field, asked in (("dropout", section.dropout > 0), ("use_dora", section.use_dora)):
+        if asked:
+            what = f"lora.{field}: adapters on a mixture's experts are on parameters, where peft has no {field}"
+            raise ModelError(what, fix=f"leave lora.{field} out, or give --lora.target_modules attention")
 
 
 def sum_once(model: peft.PeftModel) -> peft.PeftModel:
@@ -99,6 +189,7 @@ def sum_once(model: peft.PeftModel) -> peft.PeftModel:
     for module in model.modules():
         if type(module) is PeftLinear and isinstance(module.base_layer, nn.Linear):
             module.forward = partial(_summed_once, module)
+    sum_experts_once(model)
     return model
 
 
@@ -214,4 +305,9 @@ def _peft_match(pattern: str, path: str) -> bool:
 
 
 def _tied(model: nn.Module) -> bool:
-    return bool(getattr(model.config, "tie_word_embeddings", False))
+    """By the config; of a model with several towers, whose config may say it of one, by the weights themselves."""
+    whole: Any = model
+    if whole.config.get_text_config() is whole.config:
+        return bool(getattr(whole.config, "tie_word_embeddings", False))
+    head = whole.get_output_embeddings()
+    return head is not None and head.weight is whole.get_input_embeddings().weight

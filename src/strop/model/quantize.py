@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -172,10 +172,24 @@ def why_not(name: str, module: nn.Linear, head: nn.Module | None) -> str | None:
     return None
 
 
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is y = x W^T + b and no more: of a subclass with a forward of its own, by what it makes of a row
+    (Falcon's is one, DeepSeek V4's product by groups is none)."""
+    if not isinstance(module, nn.Linear) or type(module).forward in (nn.Linear.forward, QuantizedLinear.forward):
+        return isinstance(module, nn.Linear)
+    row = torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        with torch.no_grad():
+            made = module(row)
+        return isinstance(made, Tensor) and tuple(made.shape) == (1, module.out_features)
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False
+
+
 def quantizable(model: Any) -> set[str]:
     """The weights that are quantized, by name: of linear layers but the head's."""
     head, modules = model.get_output_embeddings(), model.named_modules()
-    linears = [(name, module) for name, module in modules if isinstance(module, nn.Linear)]
+    linears = [(name, module) for name, module in modules if is_plain(module)]
     return {f"{name}.weight" for name, module in linears if why_not(name, module, head) is None}
 
 
@@ -214,4 +228,4 @@ def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def folder_name(scheme: str, double: bool, dtype: str) -> str:
     """The name of a cached quantized base; the numbers in it depend on these, and on the file format's version."""
-    return f"{scheme}{'-double' if double and scheme in FOUR_BIT else ''}-{dtype}-v1"
+    return f"{scheme}{'-double' if double and scheme in FOUR_BIT else ''}-{dtype}-v2"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,15 @@ import yaml
 from strop.errors import ModelError, nearest
 from strop.model.facts import demo_file, hub_config, read_config, safetensors_header, weight_files
 from strop.model.ggufheader import read_gguf_config
-from strop.model.targets import EMBEDDINGS, LinearKind, embedding_kind, sets_of
+from strop.model.targets import EMBEDDINGS, EXPERTS, LinearKind, embedding_kind, expert_sets, sets_of
 from strop.runs.folder import is_run
 
 SMALLEST = 512  # weights below this many are not worth their constants: a quantized base keeps them in 16 bit
+
+
+# What families call the number of their layers, and lists that have an entry a layer.
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
+LAYER_LISTS = ("layer_types", "layers_block_type", "hybrid_override_pattern")
 
 
 @dataclass(frozen=True)
@@ -44,20 +51,49 @@ _FAMILIES = {
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A linear layer of each decoder layer: path in it, and its sizes."""
+    """A linear layer of each decoder layer, or the experts of one: path in it, and its sizes.
+
+    share: how many there are in a layer, in the mean: 1 of 4 layers has one, or one has 128. active: which part of them
+    a token goes through. sets: the named target sets that hold it; None: as its path says. kept: a quantized base keeps
+    it in 16 bit.
+    """
 
     path: str
     inputs: int
     outputs: int
     bias: bool = False
+    share: float = 1
+    active: float = 1
+    sets: tuple[str, ...] | None = None
+    kept: bool = False
 
     @property
     def name(self) -> str:
+        if "experts" in (self.sets or ()):
+            return ".".join(self.path.split(".")[-2:])
         return self.path.rpartition(".")[2]
 
     @property
     def weights(self) -> int:
-        return self.inputs * self.outputs
+        return round(self.share * self.inputs * self.outputs)
+
+    @property
+    def active_weights(self) -> int:
+        return round(self.active * self.weights)
+
+    @property
+    def rows(self) -> int:
+        """Outputs of all that there are in a layer."""
+        return round(self.share * self.outputs)
+
+    @property
+    def ends(self) -> int:
+        """Inputs and outputs of all that there are in a layer: numbers of an adapter of rank 1."""
+        return round(self.share * (self.inputs + self.outputs))
+
+    @property
+    def small(self) -> bool:
+        return self.inputs * self.outputs < SMALLEST
 
 
 @dataclass(frozen=True)
@@ -107,55 +143,72 @@ class ModelShape:
     @property
     def quantizable(self) -> int:
         """Weights that a quantized base holds in 4 or 8 bit."""
-        return self.layers * sum(linear.weights for linear in self.linears if linear.weights >= SMALLEST)
+        return self.layers * sum(linear.weights for linear in self.linears if not (linear.small or linear.kept))
+
+    @property
+    def idle(self) -> int:
+        """Weights of experts that a token does not go through."""
+        return self.layers * sum(linear.weights - linear.active_weights for linear in self.linears)
+
+    @property
+    def in_experts(self) -> tuple[LinearShape, ...]:
+        return tuple(linear for linear in self.linears if "experts" in (linear.sets or ()))
 
     @property
     def parameters(self) -> int:
-        biases = sum(linear.outputs for linear in self.linears if linear.bias)
+        biases = sum(linear.rows for linear in self.linears if linear.bias)
         layer = sum(linear.weights for linear in self.linears) + biases + self.norm_weights
         return self.layers * layer + self.embedding * (1 if self.tied else 2) + self.hidden
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> ModelShape:
         """From config.json. Raises ModelError where it lacks a size that no decoder does without."""
-        text = config.get("text_config") or config
+        text = next((config[part] for part in ("text_config", "decoder_config", "decoder") if config.get(part)), config)
         name = str(text.get("model_type") or config.get("model_type") or "")
         family = _FAMILIES.get(name)
         known = family is not None and text is config
         family = family or _Family()
         get = _getter(text, name)
-        hidden, heads = get("hidden_size", "n_embd"), get("num_attention_heads", "n_head")
+        hidden = get("hidden_size", "n_embd", "d_model", "dim", "emb_dim")
+        heads = get("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", default=1)
         size = text.get("head_dim") or family.head_size or hidden // heads
-        few = text.get("num_key_value_heads") or heads
-        inner = text.get("intermediate_size") or text.get("n_inner") or 4 * hidden
+        few = get("num_key_value_heads", default=heads)
+        inner = get("intermediate_size", "n_inner", "ffn_dim", "d_ff", default=4 * hidden)
+        experts, chosen = (
+            _experts(text),
+            get("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", default=1),
+        )
+        wide = get("moe_intermediate_size", default=inner)
         biased = bool(text.get("attention_bias", False))
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+        linears = _linears(family, hidden, heads * size, few * size, inner, biased, bool(text.get("mlp_bias")))
         return ModelShape(
             family=name,
-            layers=get("num_hidden_layers", "n_layer"),
+            layers=get(*LAYERS, default=len(next((text[name] for name in LAYER_LISTS if text.get(name)), ())) or None),
             hidden=hidden,
             heads=heads,
             key_value_heads=few,
             head_size=size,
-            intermediate=inner,
-            vocabulary=get("vocab_size"),
+            intermediate=inner if experts == 1 else wide * min(chosen, experts),
+            vocabulary=get("vocab_size", "n_words"),
             tied=family.tied if tied is None else bool(tied),
-            linears=_linears(family, hidden, heads * size, few * size, inner, biased, bool(text.get("mlp_bias"))),
+            linears=linears if experts == 1 else (*linears[:-3], *_experts_of(hidden, wide, experts, chosen)),
             norm_weights=family.norms * hidden + (2 * size if family.head_norms else 0),
             known=known,
             activation=str(text.get("hidden_activation") or text.get("hidden_act") or "silu"),
             softcap=bool(text.get("attn_logit_softcapping")),
             rope=_rope(text),
             prequantized=prequantized(config),
-            experts=_experts(text),
+            experts=experts,
         )
 
     def linear_kinds(self) -> list[LinearKind]:
         """As lora.linear_kinds finds them in the model itself."""
         kinds = [
             LinearKind(
-                x.name, "Linear", x.inputs, x.outputs, self.layers, sets_of(f"model.layers.0.{x.path}"),
-                "small" if x.weights < SMALLEST else None,
+                x.name, EXPERTS if "experts" in (x.sets or ()) else "Linear", x.inputs, x.outputs,
+                max(1, round(self.layers * x.share)), sets_of(f"model.layers.0.{x.path}") if x.sets is None else x.sets,
+                "small" if x.small else None,
             )
             for x in self.linears
         ]  # fmt: skip
@@ -185,9 +238,20 @@ def _linears(
     )
 
 
+def _experts_of(hidden: int, inner: int, experts: int, chosen: int) -> tuple[LinearShape, LinearShape]:
+    active = min(1.0, chosen / experts)
+    up, down = "gate_up_proj", "down_proj"
+    return (
+        LinearShape(f"mlp.experts.{up}", hidden, 2 * inner, False, experts, active, expert_sets(up)),
+        LinearShape(f"mlp.experts.{down}", inner, hidden, False, experts, active, expert_sets(down)),
+    )
+
+
 def _rope(config: Mapping[str, Any]) -> str:
     """The kind of rotary embedding; of several, one for each kind of layer, that of the first."""
     section = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(section, Mapping):
+        return "default"
     if section and all(isinstance(value, Mapping) for value in section.values()):
         section = next(iter(section.values()))
     return str(section.get("rope_type") or section.get("type") or "default")
@@ -200,8 +264,10 @@ def _experts(config: Mapping[str, Any]) -> int:
 
 
 def _getter(config: Mapping[str, Any], family: str) -> Any:
-    def get(*names: str) -> int:
-        found = next((config[name] for name in names if config.get(name)), None)
+    def get(*names: str, default: int | None = None) -> int:
+        found = next((config[name] for name in names if config.get(name)), default)
+        if isinstance(found, list) and found and all(isinstance(one, int) for one in found):
+            found = round(sum(found) / len(found))  # a number a layer: their mean
         if not isinstance(found, int) or found <= 0:
             what = f"a config of type {family or 'unknown'} has no {names[0]}"
             raise ModelError(what, fix="use a decoder-only language model")
@@ -247,6 +313,7 @@ class Peek:
     name: str
     shape: ModelShape
     parameters: int
+    config: Mapping[str, Any] | None = None  # config.json, where there is one
 
 
 def peek(name: str, revision: str | None = None) -> Peek:
@@ -267,18 +334,35 @@ def peek(name: str, revision: str | None = None) -> Peek:
         if not path.is_file():
             near = nearest(str(path), [str(entry) for entry in path.parent.glob("*")])
             raise ModelError(f"{path}: no such config file{near}")
-        shape = ModelShape.of(read_config(path.parent, path.name))
-        return Peek(name, shape, shape.parameters)
+        config = read_config(path.parent, path.name)
+        shape = _shape(config)
+        return Peek(name, shape, shape.parameters, config)
     folder = path if path.is_dir() else None
     config = read_config(folder) if folder else hub_config(name, revision)
-    shape = ModelShape.of(config)
-    return Peek(name, shape, _counted(folder) if folder and not shape.prequantized else shape.parameters)
+    shape = _shape(config)
+    counted = _counted(folder) if folder and not shape.prequantized else shape.parameters
+    return Peek(name, shape, counted, config)
+
+
+def _shape(config: Mapping[str, Any]) -> ModelShape:
+    """Sizes that a config leaves to its family are the family's own, as transformers has them (without torch)."""
+    try:
+        return ModelShape.of(config)
+    except ModelError:
+        from transformers import CONFIG_MAPPING, AutoConfig
+
+        kind = str(config.get("model_type"))
+        if kind in _FAMILIES or kind not in CONFIG_MAPPING:
+            raise
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            return ModelShape.of(AutoConfig.from_pretrained(folder).to_dict())
 
 
 def _counted(folder: Path) -> int:
     """Parameters by the headers of the weight files; 0 is never one: a folder without weights counts by its config."""
     if not any(folder.glob("*.safetensors")):
-        return ModelShape.of(read_config(folder)).parameters
+        return _shape(read_config(folder)).parameters
     total = 0
     for file in weight_files(folder):
         for entry in safetensors_header(file).values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from strop.errors import ModelError
+from strop.model.experts import PackedExperts, as_quantized, is_experts, pack_experts, packable
 from strop.model.facts import Source, safetensors_header, weight_files
-from strop.model.quantize import QuantizedLinear, pack, put_module, quantizable, replace_linears
+from strop.model.names import Group, Layout
+from strop.model.quantize import QuantizedLinear, pack, put_module, replace_linears
 from strop.runs.folder import new_folder
 
 SHARD_BYTES = 1 << 30
@@ -71,22 +73,40 @@ class Tensors:
 def quantize_folder(
     source: Source, skeleton: nn.Module, folder: Path, scheme: str, double: bool, dtype: torch.dtype
 ) -> None:
-    """Writes the weights of a 16-bit folder, quantized where `quantizable` says so, into another, in small shards."""
-    chosen = quantizable(skeleton)
+    """Writes the weights of a 16-bit folder, quantized where `packable` says so, into another, in small shards, under
+    the model's own names."""
+    chosen, as_type = packable(skeleton), typed(skeleton, dtype)
     tensors = Tensors(source.path)
+    layout = Layout(skeleton, tensors)
 
-    def parts(name: str) -> dict[str, Tensor]:
-        tensor = tensors.get(name)
+    def parts(group: Group) -> dict[str, Tensor]:
+        return {
+            key: part for name, tensor in layout.read(group, tensors.get).items() for key, part in kept(name, tensor)
+        }
+
+    def kept(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         if tensor.is_floating_point() and not is_finite(tensor):
             raise ModelError(f"{source.name}: weight {name} holds NaN or infinity", fix="fetch the model again")
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
         if name not in chosen:
-            return {name: tensor}
-        packed = pack(tensor, scheme, double=double)
-        return {_key(name, short): part.contiguous() for short, part in packed.items()}
+            yield name, as_type(name, tensor).contiguous()
+            return
+        quantized = pack_experts if tensor.dim() == 3 else pack
+        for short, part in quantized(tensor.to(dtype), scheme, double=double).items():
+            yield _key(name, short), part.contiguous()
 
     with new_folder(folder) as temp:
-        write_shards(temp, map(parts, tensors), {"scheme": scheme})
+        write_shards(temp, map(parts, layout.groups), {"scheme": scheme})
+
+
+def typed(model: Any, dtype: torch.dtype) -> Callable[[str, Tensor], Tensor]:
+    """Gives a weight in the type that it is held in: `dtype`, or fp32 where the model's class asks for that."""
+    kept = list(model._get_dtype_plan(dtype))
+
+    def as_type(name: str, tensor: Tensor) -> Tensor:
+        wide = any(part in name for part in kept)
+        return tensor.to(torch.float32 if wide else dtype) if tensor.is_floating_point() else tensor
+
+    return as_type
 
 
 def write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], metadata: dict[str, str]) -> None:
@@ -124,20 +144,30 @@ def build(make: Any, folder: Path, name: str, scheme: str, dtype: torch.dtype) -
         model: Any = make()
     tensors = Tensors(folder)
     layers = replace_linears(model, scheme, dtype, lambda name: tensors.is_packed(f"{name}.weight"))
-    missing = []
+    missing, as_type = [], typed(model, dtype)
     for key, parameter in list(model.named_parameters(remove_duplicate=False)):
         owner, _, leaf = key.rpartition(".")
         if key not in tensors:
             missing.append(key)
         elif leaf == "weight" and owner in layers:
             _fill(layers[owner], {"weight": tensors.get(key), **tensors.under(key)}, f"{name}: {key}")
+        elif parameter.dim() == 3 and tensors.is_packed(key):
+            packed = {"weight": tensors.get(key), **tensors.under(key)}
+            as_quantized(model.get_submodule(owner)).hold(leaf, PackedExperts(packed, parameter.shape, scheme, dtype))
         else:
             tensor = tensors.get(key)
             if tensor.shape != parameter.shape:
                 raise ModelError(f"{name}: {key} has shape {tuple(tensor.shape)}, {tuple(parameter.shape)} expected")
-            value = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(as_type(key, tensor), requires_grad=False))
+    for key, buffer in list(model.named_buffers()):
+        if key in tensors:  # what routers have learned beside their weights, and the like
+            owner, _, leaf = key.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = tensors.get(key).to(buffer.dtype)
     model.tie_weights()
+    packed_once = {id(layer.weight): layer for layer in layers.values()}
+    for path, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and id(layer.weight) in packed_once:  # it shares another one's weight
+            put_module(model, path, packed_once[id(layer.weight)])
     lost = [key for key in missing if model.get_parameter(key).device.type == "meta"]
     if lost:
         what = f"{name}: {len(lost)} weights are missing or under other names, first {lost[0]}"
@@ -156,6 +186,11 @@ def pack_again(model: nn.Module, folder: Path, name: str, scheme: str, dtype: to
             layer = QuantizedLinear(module, scheme, dtype)
             _fill(layer, {"weight": tensors.get(key), **constants}, f"{name}: {key}")
             put_module(model, path, layer.to(module.weight.device))
+        for leaf, weight in list(module.named_parameters(recurse=False)) if is_experts(module) else []:
+            key = f"{path.replace('.base_layer', '')}.{leaf}"
+            if weight.dim() == 3 and key in tensors and tensors.is_packed(key):
+                packed = PackedExperts({"weight": tensors.get(key), **tensors.under(key)}, weight.shape, scheme, dtype)
+                as_quantized(module).hold(leaf, packed.to(weight.device))
 
 
 def _fill(layer: QuantizedLinear, packed: dict[str, Tensor], where: str) -> None:
@@ -169,6 +204,8 @@ def _key(name: str, short: str) -> str:
     """bitsandbytes' names on disk: x.weight, x.weight.absmax, and x.SCB."""
     if short == "weight":
         return name
+    if not name.endswith("weight"):  # of experts
+        return f"{name}.{short}"
     return name.removesuffix("weight") + short if short == "SCB" else f"{name}.{short}"
 
 

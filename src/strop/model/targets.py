@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from strop.errors import ModelError, nearest
 
-TARGET_SETS = ("all-linear", "attention", "gate")
+TARGET_SETS = ("all-linear", "attention", "gate", "experts")
+EXPERTS = "Experts"  # the type of a mixture's: each kind is a parameter that holds all experts of a layer
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 
 
@@ -23,13 +24,17 @@ class LinearKind:
     sets: tuple[str, ...]  # the named target sets that hold it
     kept_16_bit: str | None  # why a quantized base keeps it in 16 bit, if it does
 
+    @property
+    def weights(self) -> int:
+        return self.in_features * self.out_features * self.count
+
 
 def target_names(kinds: Sequence[LinearKind], targets: str | Sequence[str]) -> list[str]:
     """Leaf names that peft is to adapt. Raises ModelError for a name that matches nothing, listing those there are."""
     names: list[str] = []
     for target in [targets] if isinstance(targets, str) else targets:
         leaf = target.rpartition(".")[2]
-        picked = [kind.name for kind in kinds if target in kind.sets or leaf == kind.name]
+        picked = [kind.name for kind in kinds if target in kind.sets or kind.name in (target, leaf)]
         if not picked:
             known = list(dict.fromkeys(kind.name for kind in kinds))
             raise ModelError(
@@ -50,8 +55,20 @@ def sets_of(path: str) -> tuple[str, ...]:
     parent, _, leaf = path.rpartition(".")
     if leaf in EMBEDDINGS or not parent:
         return ()
+    near = parent.split(".")[-2:]  # BERT's: attention.self.query
     return (
         "all-linear",
-        *(("attention",) if "attn" in parent.rpartition(".")[2] or "attention" in parent.rpartition(".")[2] else ()),
+        *(("attention",) if any("attn" in part or "attention" in part for part in near) else ()),
         *(("gate",) if leaf in ("gate_proj", "gate_up_proj") else ()),
     )
+
+
+def expert_sets(parameter: str) -> tuple[str, ...]:
+    """The same, of a parameter that holds experts."""
+    return ("all-linear", "experts", *(("gate",) if parameter in ("gate_proj", "gate_up_proj") else ()))
+
+
+def is_router(path: str) -> bool:
+    """Whether a linear layer chooses experts: it is adapted where it is named, and not by any set."""
+    parent, _, leaf = path.rpartition(".")
+    return leaf in ("router", "shared_expert_gate") or parent.rpartition(".")[2] == "router"

@@ -135,7 +135,9 @@ def _plain_layer(setting: Setting, batch: MicroBatch, rows: int) -> int:
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
     wide = 8 * h if b < 4 else 4 * h  # of the two norms
     copies = sum(
-        4 * (x.inputs if b < 4 else 0) + 4 * rank for x, rank in zip(shape.linears, setting.ranks, strict=True) if rank
+        round(x.share * x.active * (4 * (x.inputs if b < 4 else 0) + 4 * rank))
+        for x, rank in zip(shape.linears, setting.ranks, strict=True)
+        if rank
     )
     plain = b * (4 * h + 4 * q + 2 * kv + 4 * inner) + 4 * shape.heads
     return batch.tokens * (wide + copies + plain)

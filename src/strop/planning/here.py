@@ -97,12 +97,14 @@ def _of_card(machine: Machine, card: Card, memory: int | None, found: tuple[str,
 
 
 def look_at(recipe: Recipe) -> Peek:
-    """The model's sizes. Raises ModelError for one whose sizes the plan's arithmetic is not about."""
+    """The model's sizes: by its config; of a family that is not in the table by the model itself, built without weights
+    (where torch is not installed, by its config and its files' headers)."""
     found = peek(recipe.model.name, recipe.model.revision)
-    if found.shape.experts > 1:
-        what = f"{found.name}: a mixture of {found.shape.experts} experts, which the plan cannot count"
-        raise ModelError(what, fix="plan for a dense model; `strop train` tries its largest micro-batch first")
-    return found
+    if found.shape.known or not _has_torch():
+        return found
+    from strop.model.measured import exactly
+
+    return exactly(found)
 
 
 def without_data(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def constant_bytes(setting: Setting) -> int:
     if not packed:
         return 0
     if setting.scheme == "int8":
-        rows = sum(x.outputs for x in setting.shape.linears)
+        rows = sum(x.rows for x in setting.shape.linears)
         return 4 * rows * (setting.shape.layers - setting.resident_layers)
     blocks = packed / BLOCK
     return int(blocks + 4 * blocks / NESTED if setting.double else 4 * blocks)
@@ -102,7 +102,7 @@ def workspace_bytes(setting: Setting) -> int:
 def _largest_dequantized(setting: Setting) -> int:
     """Layers that share an input are one product (gate and up): the whole, and the part that is copied into it."""
     shape = setting.shape
-    whole = {x.name: x.weights for x in shape.linears}
+    whole = {x.name: x.inputs * x.outputs for x in shape.linears}
     single, joined = max(whole.values()), 0
     for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         parts = [whole.get(name, 0) for name in group]

@@ -65,6 +65,7 @@ class Plan:
             "gives_up": self.gives_up,
             "trainable_parameters": self.setting.adapter_weights,
             "parameters": self.setting.parameters,
+            "active_parameters": self.setting.parameters - self.setting.shape.idle,
         }
 
 

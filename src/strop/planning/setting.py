@@ -53,7 +53,7 @@ class Setting:
         whole = sum(shape.embedding for name in lora.modules_to_save if name in ("embed_tokens", "lm_head"))
         whole += len(lora.new_tokens) * shape.hidden
         if lora.use_dora:
-            whole += shape.layers * sum(x.outputs for x, rank in zip(shape.linears, ranks, strict=True) if rank)
+            whole += shape.layers * sum(x.rows for x, rank in zip(shape.linears, ranks, strict=True) if rank)
         plain = why_plain(recipe, shape) is not None
         return Setting(
             shape,
@@ -77,8 +77,19 @@ class Setting:
     @property
     def adapter_weights(self) -> int:
         """Trainable numbers: A (r, in) and B (out, r) of each adapted layer, and what is trained in full."""
-        layer = sum(rank * (x.inputs + x.outputs) for x, rank in zip(self.shape.linears, self.ranks, strict=True))
+        layer = sum(rank * x.ends for x, rank in zip(self.shape.linears, self.ranks, strict=True))
         return self.shape.layers * layer + self.whole
+
+    @property
+    def active_adapter_weights(self) -> int:
+        """Those of them that a token goes through: adapters of experts that it does not choose are left out."""
+        linears = zip(self.shape.linears, self.ranks, strict=True)
+        return self.adapter_weights - self.shape.layers * round(sum((1 - x.active) * x.ends * r for x, r in linears))
+
+    @property
+    def expert_adapter_weights(self) -> int:
+        linears = zip(self.shape.linears, self.ranks, strict=True)
+        return self.shape.layers * sum(r * x.ends for x, r in linears if x in self.shape.in_experts)
 
     @property
     def tiled_lora(self) -> bool:

@@ -21,10 +21,11 @@ _PART_NAMES = {"quantization_constants": "constants", "saved_activations": "acti
 def print_plan(plan: Plan, out: Console) -> None:
     setting = plan.setting
     share = setting.adapter_weights / setting.parameters
-    out.print(
-        f"[bold]model[/]    {setting.parameters / 1e6:,.0f} M parameters, {setting.adapter_weights / 1e6:,.1f} M "
-        f"trainable ({share:.2%}); {plan.engine} step"
-    )
+    idle, held = setting.shape.idle, setting.expert_adapter_weights
+    active = f" ({(setting.parameters - idle) / 1e6:,.0f} M for a token)" if idle else ""
+    on_experts = f", {held / setting.adapter_weights:.0%} of them on experts" if held else ""
+    trained = f"{setting.adapter_weights / 1e6:,.1f} M trainable ({share:.2%}{on_experts})"
+    out.print(f"[bold]model[/]    {setting.parameters / 1e6:,.0f} M parameters{active}, {trained}; {plan.engine} step")
     out.print(f"[bold]machine[/]  {plan.device}, {_gib(plan.memory_bytes)} GiB, {_gib(plan.usable_bytes)} usable")
     for choice in plan.resolved.choices.values():
         if choice.origin == "plan":

@@ -67,14 +67,14 @@ def flops(setting: Setting, batch: MicroBatch) -> Flops:
     layer behind its attention on supervised rows alone; a layer that is checkpointed does its forward twice. The plain
     step computes all rows of every layer."""
     shape, layers = setting.shape, setting.shape.layers
-    front = sum(x.weights for x in shape.linears if x.name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
-    behind = sum(x.weights for x in shape.linears) - front
+    front = sum(x.active_weights for x in shape.linears if x.name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
+    behind = sum(x.active_weights for x in shape.linears) - front
     last = batch.tokens if setting.step == "plain" else batch.supervised
     rows = layers * batch.tokens * front + ((layers - 1) * batch.tokens + last) * behind
     forward = 2.0 * rows
     again = setting.checkpoint_layers / layers
     frozen = forward * (2 + again) - 2.0 * front * batch.tokens
-    adapters = (6 + 2 * again) * (setting.adapter_weights - setting.whole) * batch.tokens
+    adapters = (6 + 2 * again) * (setting.active_adapter_weights - setting.whole) * batch.tokens
     long = sum(number * queries * keys for number, queries, keys in batch.documents if keys > KEEP_PAIRS)
     scored = 2.0 * layers * shape.query * pairs(setting, batch)  # of one product
     attention = (7 + 2 * again) * scored if setting.tiles else (6 + 2 * again) * scored + layers * shape.query * long
@@ -117,7 +117,7 @@ def thin_bytes(setting: Setting) -> int:
     """Read and written by LoRA's narrow products of a layer and token: all of an input or output for each, four times
     either, where a rank of 16 computes little on it."""
     linears = zip(setting.shape.linears, setting.ranks, strict=True)
-    return setting.element * sum(4 * (linear.inputs + linear.outputs) for linear, rank in linears if rank)
+    return setting.element * sum(round(4 * linear.active * linear.ends) for linear, rank in linears if rank)
 
 
 def step_seconds(setting: Setting, batch: MicroBatch, micro_batches: float, rate: Rate) -> float:

@@ -26,6 +26,8 @@ from strop.evaluation.report import write_report
 from strop.machine.memory import MemoryMark, MemoryWatch, is_out_of_memory, mark
 from strop.machine.probe import probe
 from strop.model import loftq
+from strop.model.blame import blaming
+from strop.model.experts import in_experts
 from strop.model.load import DTYPES, load_base, stream_weights
 from strop.model.lora import add_lora, as_fp32, trainable, weight_change
 from strop.planning.choose import usable_bytes
@@ -46,7 +48,7 @@ from strop.training.job import Job, stream_of
 from strop.training.loop import fit
 from strop.training.optim import make_optimizer
 from strop.training.rehearsal import Forecast, forecast, rehearse
-from strop.training.setup import Setup, check_space, passed_over, set_up, start_adapter
+from strop.training.setup import Setup, check_space, remarks, set_up, start_adapter
 from strop.training.state import Progress, TrainState
 from strop.training.track import tracking
 
@@ -147,9 +149,10 @@ def _execute(
         log.emit("machine", lines=setup.machine.lines())
         log.emit("recipe", choices=[asdict(choice) for choice in setup.resolved.choices.values()])
         log.emit("data", report=setup.data.report.as_json())
-        if text := passed_over(setup):
+        for text in remarks(setup):
             log.emit("note", text=text)
         memory = mark(recipe.model.device)
+        stack.enter_context(blaming(setup.shape.family))
         try:
             model = _build(setup, resuming)
             job = _job(folder, setup, model, log)
@@ -214,6 +217,8 @@ def _restore(job: Job, changed: Sequence[Difference]) -> None:
 def _announce(job: Job, setup: Setup) -> None:
     trained = sum(weight.numel() for weight in job.state.weights.values())
     numbers = {"trainable": trained, "all": setup.parameters}  # of the base, as `strop plan` counts
+    if held := in_experts(job.model):
+        numbers |= {"experts": held, "active": setup.parameters - setup.shape.idle}
     step, at = job.step, job.state.progress.step
     job.log.emit("start", steps=_total(job), step=at, engine=step.name, why=step.why, parameters=numbers)
 

@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from strop.adapters import adapter_folder, read_adapter_config, with_tokenizer
 from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
 from strop.engine.device import pick_device, pick_dtype, prepare_process
+from strop.engine.plain import load_balancing
 from strop.errors import TROUBLES, FolderError, ModelError
 from strop.machine.probe import Machine, probe
+from strop.model.experts import packable
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import DTYPES, copies_to_make, load_config, skeleton
-from strop.model.lora import check_lora, linear_kinds, num_trainable
-from strop.model.shape import LinearShape, ModelShape, prequantized
+from strop.model.lora import check_lora, num_trainable
+from strop.model.measured import parameters_of, shape_of
+from strop.model.shape import ModelShape, prequantized
 from strop.model.tokenizer import load_tokenizer
+from strop.model.towers import text_path
 from strop.planning.choose import choose, memory_key
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
 from strop.planning.setting import Setting
@@ -117,7 +120,12 @@ def _look(recipe: Recipe, memory: int | None) -> Machine:
     return replace(machine, card_free_bytes=min(free, total))
 
 
-def passed_over(setup: Setup) -> str | None:
+def remarks(setup: Setup) -> list[str]:
+    """What a person should know before training starts: a card that is not used, experts, other towers."""
+    return [text for text in (_passed_over(setup), *_experts(setup), _towers(setup)) if text]
+
+
+def _passed_over(setup: Setup) -> str | None:
     """That a card is there and the run goes without it, where nobody asked for that."""
     gpus, device = setup.machine.gpus, setup.resolved.choices["model.device"]
     if not gpus or device.origin != "plan" or device.value != "cpu":
@@ -129,6 +137,31 @@ def passed_over(setup: Setup) -> str | None:
     )
 
 
+def _experts(setup: Setup) -> list[str]:
+    """Of a mixture: how much of it a token goes through, whether adapters sit on its experts, and the loss that keeps
+    the experts evenly used."""
+    shape, recipe = setup.shape, setup.resolved.recipe
+    held = shape.layers * sum(linear.weights for linear in shape.in_experts)
+    if not held:
+        return []
+    said = [
+        f"a mixture of experts: a token goes through {setup.parameters - shape.idle:,} of {setup.parameters:,} weights"
+    ]
+    if not Setting.of(recipe, shape, setup.parameters).expert_adapter_weights:
+        share = held / setup.parameters
+        said.append(f"no adapter sits on its experts, which are {share:.0%} of it; all-linear adapts them too")
+    loss, text = load_balancing(load_config(setup.source)), "its config"
+    on = f"on, at {loss:g}, as {text} says" if loss else f"off, as {text} says (output_router_logits)"
+    return [*said, f"load-balancing loss: {on}"]
+
+
+def _towers(setup: Setup) -> str | None:
+    config = load_config(setup.source)
+    if setup.source.kind == "gguf" or not text_path(skeleton(setup.source)):
+        return None
+    return f"{config.model_type}: its text half is trained; what sees or hears is frozen and left as it is"
+
+
 def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolved, str, int, ModelShape, int]:
     """The complete recipe, what running out of memory is remembered under, how many weights are trained, and the
     model's shape and parameters."""
@@ -137,27 +170,17 @@ def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolve
     device = pick_device(recipe.model.device)
     start = start_adapter(recipe)
     bare = skeleton(source)
-    shape, parameters = shape_of(source, bare), sum(weight.numel() for weight in bare.parameters())
+    shape, parameters = shape_of(load_config(source).to_dict(), source.config(), bare), parameters_of(bare)
     adapter = read_adapter_config(start) if start is not None else None
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters)
     check_lora(bare, resolved.recipe.lora)
+    scheme = resolved.recipe.model.quantization
+    if scheme != "none" and prequantized(source.config()) is None and not packable(bare):
+        what = f"--model.quantization {scheme}: {shape.family} has no linear weights to quantize"
+        raise ModelError(what, fix="use --model.quantization none")
     key = memory_key(resolved.recipe, machine, shape)
     return resolved, key, num_trainable(bare, resolved.recipe.lora), shape, parameters
-
-
-def shape_of(source: Source, bare: nn.Module) -> ModelShape:
-    """By the config; the linear layers of a family that is not in the table by the model itself."""
-    shape = replace(ModelShape.of(load_config(source).to_dict()), prequantized=prequantized(source.config()))
-    if shape.known:
-        return shape
-    kinds = [kind for kind in linear_kinds(bare) if "all-linear" in kind.sets]
-    linears = [
-        LinearShape(kind.name, kind.in_features, kind.out_features)
-        for kind in kinds
-        for _ in range(max(1, round(kind.count / shape.layers)))
-    ]
-    return replace(shape, linears=tuple(linears) or shape.linears)
 
 
 def start_adapter(recipe: Recipe) -> Path | None:

@@ -1,0 +1,68 @@
+"""A model's shape by the model itself, built without weights: exact for every family that transformers knows."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from strop.errors import ModelError
+from strop.model.facts import Source
+from strop.model.load import load_config, without_weights
+from strop.model.lora import linear_kinds
+from strop.model.shape import LinearShape, ModelShape, Peek, prequantized
+from strop.model.targets import EXPERTS, LinearKind
+
+
+def shape_of(config: Mapping[str, Any], stored: Mapping[str, Any], bare: nn.Module) -> ModelShape:
+    """By the config (`stored`: as on disk); the linear layers of a family that is not in the table by the model."""
+    whole: Any = bare
+    embedding, lists = whole.get_input_embeddings(), [m for m in bare.modules() if isinstance(m, nn.ModuleList)]
+    known = {
+        "hidden_size": embedding.embedding_dim,
+        "vocab_size": embedding.num_embeddings,
+        "num_hidden_layers": max([1, *map(len, lists)]),
+    }
+    try:
+        shape = ModelShape.of(config)
+    except ModelError:  # its config has other names for its sizes
+        shape = ModelShape.of({**known, "model_type": config.get("model_type")})
+    shape = replace(shape, prequantized=prequantized(stored))
+    if shape.known:
+        return shape
+    active = next((linear.active for linear in shape.in_experts), 1.0)
+    kinds = [kind for kind in linear_kinds(bare) if kind.sets or kind.type == EXPERTS]
+    linears = tuple(_linear(kind, shape.layers, active) for kind in kinds)
+    return replace(shape, linears=linears or shape.linears)
+
+
+def exactly(found: Peek) -> Peek:
+    """What was looked at from outside, by the model itself, where transformers builds it from the config alone."""
+    if found.config is None:
+        return found
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(found.config), encoding="utf-8")
+            whole = load_config(Source(found.name, "folder", Path(folder)))
+        bare = without_weights(whole)
+    except ModelError:  # transformers has no such language model: `strop train` says so
+        return found
+    shape = shape_of(whole.to_dict(), found.config, bare)
+    return replace(found, shape=shape, parameters=parameters_of(bare))
+
+
+def _linear(kind: LinearKind, layers: int, active: float) -> LinearShape:
+    experts = kind.type == EXPERTS
+    return LinearShape(
+        kind.name, kind.in_features, kind.out_features, False, kind.count / layers, active if experts else 1, kind.sets,
+        kind.kept_16_bit is not None,
+    )  # fmt: skip
+
+
+def parameters_of(bare: nn.Module) -> int:
+    return sum(weight.numel() for weight in bare.parameters())
