@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
-from transformers import (
-    LlamaConfig,
-    OlmoConfig,
-)
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, LlamaConfig, Mistral3ForConditionalGeneration, OlmoConfig
 
 from strop.data.conversation import Example
 from strop.engine.families import FAMILIES
@@ -245,6 +242,22 @@ def test_layers_without_positions_and_turned_first_run_in_tiles(family: str) -> 
     with torch.no_grad():
         found, expected = (make(model)(with_prefix(some())) for make in (FastLoss, PlainLoss))
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+
+
+def test_the_text_half_of_a_model_with_other_towers_equals_the_model() -> None:
+    heads = {"num_attention_heads": 2, "head_dim": 8, "hidden_size": 16, "intermediate_size": 24}
+    text = {**heads, "model_type": "mistral", "vocab_size": 97, "num_hidden_layers": 2, "num_key_value_heads": 1}
+    vision = {**heads, "model_type": "pixtral", "num_hidden_layers": 1, "image_size": 16, "patch_size": 4}
+    config = AutoConfig.for_model("mistral3", text_config=text, vision_config=vision, image_token_index=0)
+    torch.manual_seed(0)
+    targets = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules=targets)
+    model = get_peft_model(Mistral3ForConditionalGeneration(config), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    assert unsupported(model) is None
+    assert_same(step(model, FastLoss(model), some()), step(model, PlainLoss(model), some()))
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)

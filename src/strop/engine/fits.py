@@ -26,10 +26,11 @@ def unsupported(model: nn.Module) -> str | None:
     if not isinstance(model, PeftModel):
         return "the model has no peft adapter"
     base: Any = model.get_base_model()
-    decoder, config = text_of(base)
-    family = FAMILIES.get(config.model_type)
+    kind = base.config.get_text_config().model_type
+    family = FAMILIES.get(kind)
     if family is None:
-        return f"model family {config.model_type} is not in the table of the fast step"
+        return f"model family {kind} is not in the table of the fast step"
+    decoder, config = text_of(base)
     return _unsupported_adapter(model, base, decoder, family) or _unsupported_base(base, decoder, config, family)
 
 
