@@ -7,6 +7,7 @@ python -m tests.model.walk mixtral gemma3! some of them (!: the multimodal class
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +113,25 @@ def walk(kind: str, folder: Path, leave_out: Sequence[str] = ()) -> dict[str, st
     return found
 
 
-def main(kinds: list[str]) -> dict[str, dict[str, str]]:
+def main(kinds: Sequence[str], processes: int) -> dict[str, dict[str, str]]:
+    with ProcessPoolExecutor(processes, initializer=_quiet) as pool:
+        return dict(zip(kinds, pool.map(_told, kinds), strict=True))
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     run.write_report = lambda *_: None  # pages with plots, which take a third of the time
-    results = {}
-    for kind in kinds:
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            results[kind] = walk(kind, Path(folder))
-        said = "; ".join(f"{name}: {result}" for name, result in results[kind].items())
-        print(f"{kind} ({time.monotonic() - started:.1f} s) {said}", flush=True)
-    return results
+
+
+def _told(kind: str) -> dict[str, str]:
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        found = walk(kind, Path(folder))
+    said = "; ".join(f"{name}: {result}" for name, result in found.items())
+    print(f"{kind} ({time.monotonic() - started:.1f} s) {said}", flush=True)
+    return found
 
 
 PAGE = Path(__file__).parents[2] / "docs/models.md"
@@ -136,8 +145,7 @@ machinery is right for the class, not how good a model becomes.
 
 - **train**: fast or plain, the step that trains it (docs/performance.md); or why not. Where the reason begins with
   transformers or peft, it is theirs: plain transformers fails on the same checkpoint.
-- **merge**: ok where the merged model is the tuned one (docs/export.md has the limits); a near tie: every distribution
-  is the same within the limit, and fewer than 99 % of the first choices, which in a random model are hardly apart.
+- **merge**: ok where the merged model is the tuned one ([limits](after.md#merging)).
 - **nf4**: ok where the base in 4 bit was trained.
 
 {counts}
@@ -160,29 +168,19 @@ def page(results: Mapping[str, Mapping[str, str]]) -> str:
     counts = [f"{len(results)} classes"]
     for name in ("plan", "train", "answer", "merge bf16", "merge fp32", "nf4"):
         tried_ = [found[name] for found in results.values() if name in found]
-        ties = sum(_is_tie(one) for one in tried_)
-        said = f"{name}: {sum(one.startswith('ok') for one in tried_)} of {len(tried_)}"
-        counts.append(said + (f" ({ties} more are near ties)" if ties else ""))
+        counts.append(f"{name}: {sum(one.startswith('ok') for one in tried_)} of {len(tried_)}")
     return HEAD.format(version=transformers.__version__, counts="; ".join(counts) + ".") + "".join(rows)
-
-
-def _is_tie(result: str) -> bool:
-    """A merge that was refused for first choices alone."""
-    found = re.search(r"mean KL (\S+) \(limit (\S+)\)", result)
-    return found is not None and float(found[1]) <= float(found[2])
 
 
 def _cell(result: str) -> str:
     state, _, rest = result.partition(" ")
     if state == "ok":
         return rest if rest in ("fast", "plain") else "ok"
-    if _is_tie(result):
-        return "near tie"
     return re.sub(r"/\S*/(base|merged-\w+)(: )?", "", result.replace("|", "/")).strip()[:200]
 
 
 if __name__ == "__main__":
     asked = sys.argv[1:]
-    found = main(asked or [*tiny_families.text_types(), *tiny_families.SEEING])
+    found = main(asked or [*tiny_families.text_types(), *tiny_families.SEEING], processes=os.cpu_count() or 1)
     if not asked:
         PAGE.write_text(page(found), encoding="utf-8")

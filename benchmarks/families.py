@@ -1,0 +1,104 @@
+"""The fast step beside the plain one, for each family of the table, in SmolLM2's sizes.
+
+    python benchmarks/families.py [--layers 30 --rows 4 --rounds 3] [--only llama,glm] [--out RESULT.json]
+
+One chat batch (random rows as long as chat rows are, with a common beginning), r 16 on all linear layers, bf16, forward
+and backward without an optimizer. Each family in a process of its own, both steps in turn, medians; the first round of
+each warms up. The model is random, its family's own settings are those of the tests (tests/support/random_models.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import measured
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.support.random_models import FAMILY_CONFIGS
+
+from strop.data.conversation import Example
+from strop.engine.device import prepare_process
+from strop.engine.fast import FastLoss
+from strop.engine.plain import PlainLoss
+
+SIZES = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 2048,
+}  # fmt: skip
+WINDOW = 512
+
+
+def model_of(family: str, layers: int) -> Any:
+    """A random model in bf16 with adapters."""
+    own: dict[str, Any] = {}
+    for name, value in FAMILY_CONFIGS[family].items():  # settings by layer are for two layers there
+        own[name] = value * (layers // 2) if isinstance(value, list) else value
+    own |= {"sliding_window": WINDOW} if own.get("sliding_window") else {}
+    own |= {"num_key_value_heads": SIZES["num_attention_heads"]} if "num_key_value_heads" in own else {}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZES, "num_hidden_layers": layers, **own})
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    adapted = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    return adapted.train()
+
+
+def rows(number: int) -> list[Example]:
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(160), 0.55, number), 46, 574).astype(int)
+    system = rng.integers(1, 40000, 20)
+    texts = [np.concatenate([system, rng.integers(1, 40000, n - 20)]).astype(np.int32) for n in lengths]
+    return [Example(text, np.float32(np.arange(len(text)) > 0), "", 0) for text in texts]
+
+
+def point(family: str, options: argparse.Namespace) -> dict[str, float]:
+    """Tokens/s of both steps."""
+    prepare_process()
+    model, batch = model_of(family, options.layers), rows(options.rows)
+    ways = {"fast": FastLoss(model), "plain": PlainLoss(model)}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(options.rounds + 1):
+        for name, loss in ways.items():
+            with measured.Clock() as clock:
+                loss(batch).backward()
+            model.zero_grad(set_to_none=True)
+            seconds[name].append(clock.seconds)
+    tokens = sum(len(row) for row in batch)
+    return {name: tokens / statistics.median(taken[1:]) for name, taken in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="families, with commas between them")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.point:
+        print(json.dumps(point(options.point, options)))
+        return
+    results = {}
+    for family in options.only.split(",") if options.only else FAMILY_CONFIGS:
+        found = measured.child([sys.executable, __file__, *sys.argv[1:], "--point", family])
+        results[family] = {**found, "times": found["fast"] / found["plain"]}
+        print(f"| {family} | {found['fast']:.0f} | {found['plain']:.0f} | {results[family]['times']:.1f} |", flush=True)
+    if options.out:
+        measured.write(options.out, results, layers=options.layers, rows=options.rows)
+
+
+if __name__ == "__main__":
+    main()
