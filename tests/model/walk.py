@@ -176,7 +176,7 @@ def _cell(result: str) -> str:
     state, _, rest = result.partition(" ")
     if state == "ok":
         return rest if rest in ("fast", "plain") else "ok"
-    return re.sub(r"/\S*/(base|merged-\w+)(: )?", "", result.replace("|", "/")).strip()[:200]
+    return re.sub(r"/\S*/(base|adapter|merged-\w+)(: )?", "", result.replace("|", "/")).strip()[:200]
 
 
 if __name__ == "__main__":

@@ -132,7 +132,8 @@ def linears(layer: Any, family: Family) -> Iterator[list[Any]]:
 def text_of(base: Any) -> tuple[Any, Any]:
     """(decoder, its config) of a causal language model, or of the text half of a model with other towers."""
     inner = getattr(base, base.base_model_prefix)
-    return getattr(inner, "language_model", inner), base.config.get_text_config()
+    halves = (getattr(inner, name, None) for name in ("language_model", "text_model"))
+    return next((half for half in halves if half is not None), inner), base.config.get_text_config()
 
 
 def activation_of(config: Any) -> str:
