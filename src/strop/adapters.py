@@ -100,6 +100,11 @@ def read_identity(folder: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
+def renderer_of(tokenizer: Any, identity: Mapping[str, Any]) -> Renderer:
+    """What renders for an adapter as in its training. tokenizer: its own; identity: as `read_identity` gives it."""
+    return Renderer(tokenizer, reasoning=identity.get("reasoning", "auto"))
+
+
 def attach(
     base: nn.Module,
     folder: Path,
@@ -330,7 +335,7 @@ def load(
     if folder is None:
         return Model(name, base, tokenizer, Renderer(tokenizer), None, source=source, quantization=scheme)
     module, notes = attach(base, folder, source, force=force)
-    system, renderer = identity.get("system"), Renderer(tokenizer, reasoning=identity.get("reasoning", "auto"))
+    system, renderer = identity.get("system"), renderer_of(tokenizer, identity)
     return Model(name, module.eval(), tokenizer, renderer, folder, system, notes, source, scheme)
 
 

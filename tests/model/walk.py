@@ -53,7 +53,7 @@ def tried(work: Callable[[], str]) -> str:
         return f"FAULT: {type(error).__name__}: {said[0][:160]} ({Path(at.filename).name}:{at.lineno})"
 
 
-def walk(kind: str, folder: Path, leave_out: Sequence[str] = ()) -> dict[str, str]:
+def walk(kind: str, folder: Path) -> dict[str, str]:
     """Each column's result for a model type; a type ending with ! is its multimodal class."""
     multimodal, name = kind.endswith("!"), kind.rstrip("!")
     base, rows = folder / "base", write_rows(folder / "rows.jsonl", 6)
@@ -106,8 +106,7 @@ def walk(kind: str, folder: Path, leave_out: Sequence[str] = ()) -> dict[str, st
     found["train"] = tried(lambda: train("run"))
     if found["train"].startswith("ok"):
         found["answer"] = tried(answer)
-        if "merge bf16" not in leave_out:
-            found["merge bf16"] = tried(lambda: merged("bf16"))
+        found["merge bf16"] = tried(lambda: merged("bf16"))
         found["merge fp32"] = tried(lambda: merged("fp32"))
     found["nf4"] = tried(lambda: train("run4", **{"model.quantization": "nf4"}))
     return found

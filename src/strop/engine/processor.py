@@ -28,13 +28,17 @@ class Processor:
     card: bool = False
     tiles: bool = False
 
+    def tiled(self, size: int, softcap: float) -> bool:
+        """Attention of such heads runs in tiles."""
+        return self.tiles and probe().has_tiles(size, softcap)
+
     def attention(self, size: int, softcap: float) -> Attend:
         """Attention of heads of this size: qkv (T, all), heads, cos and sin (T, m), documents -> (T, query size)."""
         if self.card:
             from strop.engine.card.attention import on_card
 
             return on_card
-        if self.tiles and probe().has_tiles(size, softcap):
+        if self.tiled(size, softcap):
             from strop.engine.cpu.attention import TileAttention  # its import starts threads
 
             return partial(apply, TileAttention)

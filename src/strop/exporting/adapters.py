@@ -28,6 +28,7 @@ from strop.adapters import (
 )
 from strop.errors import FolderError, ModelError, RecipeError
 from strop.exporting.changes import places_of
+from strop.model.experts import by_expert
 from strop.model.facts import safetensors_header
 from strop.model.load import load_base
 from strop.runs.folder import disk_faults, new_folder, write_json
@@ -186,7 +187,8 @@ class _Delta:
             if not place.experts:
                 scales[place.key] = place.scale
                 continue
-            a, b = place.by_expert(*(plain[f"{place.key}.lora_{part}.weight"] for part in "AB"))
+            whole = [plain[f"{place.key}.lora_{part}.weight"] for part in "AB"]
+            a, b = by_expert(whole[0], whole[1], place.experts)
             for expert in range(place.experts):
                 scales[f"{name}.{expert}"] = place.scale
                 plain |= {f"{name}.{expert}.lora_A.weight": a[expert], f"{name}.{expert}.lora_B.weight": b[expert]}

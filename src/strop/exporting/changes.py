@@ -16,6 +16,7 @@ from torch import Tensor
 
 from strop.adapters import WEIGHTS_FILE, new_rows, read_adapter_config
 from strop.errors import ModelError
+from strop.model.experts import by_expert
 from strop.model.facts import Source
 from strop.model.load import skeleton
 from strop.model.lora import embeddings, grown
@@ -82,13 +83,9 @@ class Place:
     experts: int = 0
     transposed: bool = False
 
-    def by_expert(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """A (experts, r, in) and B (experts, out, r)."""
-        return a.view(self.experts, -1, a.shape[1]), b.view(len(b), -1, self.experts).permute(2, 0, 1)
-
     def onto_experts(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """weight (experts, .., ..); a (experts x r, in); b (out, r x experts), the experts innermost: peft's layout."""
-        a, b = self.by_expert(a, b)
+        """weight (experts, .., ..); a, b: as peft saves them."""
+        a, b = by_expert(a, b, self.experts)
         one, two = (a.transpose(1, 2), b.transpose(1, 2)) if self.transposed else (b, a)
         return torch.baddbmm(weight, one, two, alpha=self.scale)
 

@@ -189,10 +189,15 @@ def _product(x: Tensor, weight: Tensor, transposed: bool, onto: Tensor | None) -
 Factors = tuple[Tensor, Tensor, float]  # A (experts, r, in), B (experts, out, r) and the scale
 
 
+def by_expert(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """A (experts, r, in) and B (experts, out, r) of a (experts x r, in) and b (out, r x experts), where the experts are
+    innermost: peft's layout."""
+    return a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)
+
+
 def factors(wrapper: ParamWrapper, name: str) -> Factors:
-    a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-    number = wrapper.num_experts
-    return a.view(number, -1, a.shape[1]), b.view(len(b), -1, number).permute(2, 0, 1), wrapper.scaling[name]
+    weights = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+    return *by_expert(*weights, wrapper.num_experts), wrapper.scaling[name]
 
 
 def experts_product(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from strop.config.load import SHORT
 from strop.config.schema import Recipe
 from strop.data.prepare import prepare
 from strop.errors import ModelError, RecipeError
+from strop.machine.doctor import installed
 from strop.machine.probe import Machine, compute_capability, probe
 from strop.machine.rates import known_precision, known_rates
 from strop.model.facts import locate
@@ -62,7 +62,7 @@ def place_for(device: str, memory: int | None = None, gpu: str | None = None) ->
         return _of_card(machine, card or ANY_CARD, memory, found=machine.gpus if memory is None else ())
     if memory is not None:
         machine = replace(machine, memory_bytes=memory, free_bytes=memory)
-    rates, precision = known_rates(machine, "cpu"), known_precision(machine) if _has_torch() else None
+    rates, precision = known_rates(machine, "cpu"), known_precision(machine) if installed("torch") else None
     if kind == "mps":
         rate = Rate(CORE_FP32 * 30, 200e9, "an Apple GPU as the table has it")
         return Place(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), lambda _: rate)
@@ -77,10 +77,6 @@ def place_for(device: str, memory: int | None = None, gpu: str | None = None) ->
 def _guess(machine: Machine, fast: bool, dtype: str) -> Rate:
     core = CORE_BF16 if fast and dtype == "bf16" else CORE_FP32 if "avx512f" in machine.vector else CORE_PLAIN
     return Rate(core * machine.cores, HERE_BANDWIDTH, f"a guess by {GUESS}")
-
-
-def _has_torch() -> bool:
-    return importlib.util.find_spec("torch") is not None
 
 
 def _of_card(machine: Machine, card: Card, memory: int | None, found: tuple[str, ...] = ()) -> Place:
@@ -100,7 +96,7 @@ def look_at(recipe: Recipe) -> Peek:
     """The model's sizes: by its config; of a family that is not in the table by the model itself, built without weights
     (where torch is not installed, by its config and its files' headers)."""
     found = peek(recipe.model.name, recipe.model.revision)
-    if found.shape.known or not _has_torch():
+    if found.shape.known or not installed("torch"):
         return found
     from strop.model.measured import exactly
 

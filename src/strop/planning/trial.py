@@ -17,7 +17,7 @@ from strop.engine.packed import Documents
 from strop.engine.processor import processor_for
 from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, crashed, pip
-from strop.machine.probe import Machine, probe
+from strop.machine.probe import Machine
 from strop.machine.rates import Rates, keep_rates
 from strop.model.quantize import QuantizedLinear, pack, unpack
 from strop.model.shape import ModelShape
@@ -86,7 +86,7 @@ def _attention_flops(dtype: torch.dtype) -> float:
     heads = Heads(
         processor.ops, query=9, key_value=3, size=64, scale=0.125, window=0, softcap=0.0, q_norm=None, k_norm=None
     )  # fmt: skip
-    attend, tiled = processor.attention(64, 0.0), processor.tiles and probe().has_tiles(64, 0.0)
+    attend, tiled = processor.attention(64, 0.0), processor.tiled(64, 0.0)
     tokens = documents * length
     spans = np.array([(start, length, 0) for start in range(0, tokens, length)])
     laid_out = Documents(spans, tokens, torch.device("cpu"))

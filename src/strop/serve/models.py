@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strop.adapters import adapter_folder, load, read_identity, with_tokenizer
+from strop.adapters import adapter_folder, load, read_identity, renderer_of, with_tokenizer
 from strop.data.conversation import Ids, Message
 from strop.data.rendering.render import Renderer, RenderError
 from strop.data.shapes import BadRow, asked
@@ -107,12 +107,7 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
         identity = read_identity(folder)
         if identity.get("quantization", "none") != read_identity(first.adapter).get("quantization", "none"):
             notes.append(f"{name}: was trained on a base quantized otherwise than {names[0]}'s, which both get here")
-        models[own] = Served(
-            own,
-            first.others[name],
-            tokenizer,
-            Renderer(tokenizer, reasoning=identity.get("reasoning", "auto")),
-            identity.get("system"),
-        )
+        renderer = renderer_of(tokenizer, identity)
+        models[own] = Served(own, first.others[name], tokenizer, renderer, identity.get("system"))
     models[BASE] = Served(BASE, None, first.tokenizer, first.renderer, None)
     return Loaded(first.module, models, [*first.notes, *notes])
