@@ -25,7 +25,9 @@ def print_plan(plan: Plan, out: Console) -> None:
     active = f" ({(setting.parameters - idle) / 1e6:,.0f} M for a token)" if idle else ""
     on_experts = f", {held / setting.adapter_weights:.0%} of them on experts" if held else ""
     trained = f"{setting.adapter_weights / 1e6:,.1f} M trainable ({share:.2%}{on_experts})"
-    out.print(f"[bold]model[/]    {setting.parameters / 1e6:,.0f} M parameters{active}, {trained}; {plan.engine} step")
+    engine, _, why = plan.engine.partition(": ")
+    step = f"{engine} step ({why})" if why else f"{engine} step"
+    out.print(f"[bold]model[/]    {setting.parameters / 1e6:,.0f} M parameters{active}, {trained}; {step}")
     out.print(f"[bold]machine[/]  {plan.device}, {_gib(plan.memory_bytes)} GiB, {_gib(plan.usable_bytes)} usable")
     for choice in plan.resolved.choices.values():
         if choice.origin == "plan":
