@@ -47,8 +47,8 @@ FLOORS: Mapping[str, list[set[str]]] = {
         {"cpu", "card"},
         {"processor", "device"},
         {"families"},
-        {"fits", "plain"},
-        {"fast"},
+        {"layers", "fits", "plain"},
+        {"fast", "answers"},
         {"step", "exercise"},
     ],
     "data": [

@@ -18,10 +18,11 @@ from torch import nn
 from strop.config.schema import DEVICES
 from strop.data.conversation import Ids, Message
 from strop.data.rendering.render import Renderer
+from strop.engine.answers.text import Sampling
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import ModelError, RecipeError
 from strop.model.facts import Source, fingerprint, locate, safetensors_header
-from strop.model.generate import Answer, Sampling, generate
+from strop.model.generate import Answer, generate
 from strop.model.load import DTYPES, load_base
 from strop.model.lora import grow_vocabulary, sum_once
 from strop.model.quantize import SCHEMES
@@ -245,17 +246,20 @@ class Model:
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         on_text: Callable[[str], None] | None = None,
+        advance: Callable[[int], None] | None = None,
+        both: bool = False,
     ) -> list[Answer]:
-        """One answer for each prompt of token ids."""
+        """One answer for each prompt of token ids; both: the base's first, then the adapter's (model.generate)."""
         return generate(
             self.module,
             self.tokenizer,
             prompts,
             stop_ids=self.renderer.stop_ids,
             max_new_tokens=max_new_tokens,
-            batch_size=max(1, len(prompts)),
             sampling=sampling,
             on_text=on_text,
+            advance=advance,
+            both=both,
         )
 
     def generate(

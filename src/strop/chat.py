@@ -11,8 +11,8 @@ from typing import Any
 from rich.table import Table
 
 from strop.adapters import Model, load
+from strop.engine.answers.text import Sampling
 from strop.errors import InputError, nearest
-from strop.model.generate import Sampling
 from strop.terminal import console, print_notes
 
 HELP = {

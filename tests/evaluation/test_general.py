@@ -75,22 +75,15 @@ def test_base_and_tuned_are_asked_and_the_report_shows_it(
 
 def test_a_model_that_answers_in_json_only_is_caught() -> None:
     """The tuned side answers every row with an object; the base with the right words for plain text."""
-    from contextlib import contextmanager
     from types import SimpleNamespace
 
     class Fake:
-        tuned = True
         renderer = SimpleNamespace(prompt=lambda messages: messages)
 
-        @contextmanager
-        def base(self) -> Any:
-            self.tuned = False
-            yield
-            self.tuned = True
-
-        def answer(self, prompts: Any, max_new_tokens: int) -> Any:
-            text = '{"intent": "x"}' if self.tuned else "This is plain text, said well."
-            return [SimpleNamespace(text=text) for _ in prompts]
+        def answer(self, prompts: Any, max_new_tokens: int, both: bool, advance: Any) -> Any:
+            assert both
+            texts = ["This is plain text, said well."] * len(prompts) + ['{"intent": "x"}'] * len(prompts)
+            return [SimpleNamespace(text=text) for text in texts]
 
     found = compare_general(Fake())  # type: ignore[arg-type]
     kind = found["kinds"]["plain text"]

@@ -1,9 +1,9 @@
-"""The batch against one request at a time, family by family; sampling; text as it comes."""
+"""Requests in a batch against one at a time, by strop's engine and by transformers' forward; text as it comes."""
 
 from __future__ import annotations
 
-import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,18 @@ from transformers import GenerationConfig, LlamaConfig
 
 from strop.adapters import load
 from strop.data.conversation import Ids
+from strop.engine.answers.cache import Blocks
+from strop.engine.answers.decoder import Decoder, Reads
+from strop.engine.answers.fits import unanswerable
+from strop.engine.answers.text import NoToken, Sampling, Text
 from strop.errors import ModelError
-from strop.model.generate import Sampling
-from strop.serve.decoder import Decoder, Text
+from strop.model.words import Words
+from strop.serve.decoder import PlainDecoder
 from strop.serve.engine import Engine, Full, Job, Piece
 from strop.serve.grammar import _Grammar
 from strop.serve.kept import Kept
 from strop.serve.metrics import Metrics
 from strop.serve.models import load_models
-from strop.serve.sampling import NoToken
-from strop.serve.words import Words
 from tests.support.families import tokenizer
 from tests.support.random_models import tiny as random_model
 from tests.support.random_models import tiny_of
@@ -35,13 +37,17 @@ from tests.support.tiny import model as tiny_model
 class Asked:
     """Jobs in an engine, and what was told of each."""
 
-    def __init__(self, model: Any, *, slots: int = 4, queue: int = 99, keep_tokens: int = 2000) -> None:
+    def __init__(self, model: Any, *, slots: int = 4, queue: int = 99, plain: bool = False) -> None:
         self.metrics = Metrics()
-        self.engine = Engine(Decoder(model), slots=slots, queue=queue, keep_tokens=keep_tokens, metrics=self.metrics)
+        plain = plain or unanswerable(model) is not None
+        self.decoder: Reads = PlainDecoder(model, keep=2000) if plain else Decoder(model, 2000)
+        self.engine = Engine(self.decoder, slots=slots, queue=queue, metrics=self.metrics, guess=not plain)
         self.pieces: list[list[Piece]] = []
         self._ended: list[threading.Event] = []
 
-    def submit(self, ids: Ids, tokens: int, adapter: str | None = None, sampling: Sampling | None = None) -> Job:
+    def submit(
+        self, ids: Ids, tokens: int, adapter: str | None = None, sampling: Sampling | None = None, mask: Any = None
+    ) -> Job:
         told: list[Piece] = []
         ended = threading.Event()
 
@@ -50,7 +56,7 @@ class Asked:
             if piece.end is not None:
                 ended.set()
 
-        job = Job("m", tokenizer("chatml"), [], ids, adapter, tokens, sampling or Sampling(), tell)
+        job = Job("m", tokenizer("chatml"), [], ids, adapter, tokens, sampling or Sampling(), tell, mask=mask)
         self.engine.submit(job)
         self.pieces.append(told)
         self._ended.append(ended)
@@ -87,10 +93,13 @@ def prompts(vocabulary: int) -> list[Ids]:
     return [*made, np.concatenate([made[0], made[1]]), np.concatenate([made[7], made[7], made[2]])]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"])
-def test_a_batch_answers_as_one_at_a_time(family: str) -> None:
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"]
+
+
+@pytest.mark.parametrize(("family", "plain"), [(family, True) for family in FAMILIES] + [("llama", False)])
+def test_a_batch_answers_as_one_at_a_time(family: str, plain: bool) -> None:
     model = tiny_of(family)
-    asked = Asked(model)
+    asked = Asked(model, plain=plain)
     asked.engine.start()
     lengths = [3 + 5 * place % 17 for place in range(10)]  # requests leave and others join at every step
     rows = prompts(model.config.vocab_size)
@@ -102,26 +111,12 @@ def test_a_batch_answers_as_one_at_a_time(family: str) -> None:
     assert asked.metrics.kept_tokens._value.get() > 0 or family != "llama"
 
 
-def test_logits_of_a_batch_are_those_of_one_row() -> None:
-    model = tiny()
-    decoder, rows = Decoder(model), prompts(model.config.vocab_size)
-    with torch.inference_mode():
-        texts = [Text(ids, None) for ids in rows]
-        found: dict[int, torch.Tensor] = {}
-        while any(text.left for text in texts):  # 64 at a time: some are read in parts
-            places = [place for place, text in enumerate(texts) if text.left]
-            read = decoder.read([texts[place] for place in places], 64)
-            found |= {places[place]: logits for place, logits in read.items()}
-        for place, ids in enumerate(rows):
-            wanted = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0, -1]
-            torch.testing.assert_close(found[place], wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_adapters_share_a_batch(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("plain", [True, False])
+def test_adapters_share_a_batch(plain: bool, tiny_folder: Path, tmp_path: Path) -> None:
     folders = [str(folder) for folder in save_adapters(tmp_path, tiny_folder)]
     loaded = load_models(folders, device="cpu", dtype="fp32", quantization="auto", force=False)
     assert list(loaded.models) == ["calm", "bold", "base"]
-    asked = Asked(loaded.module)
+    asked = Asked(loaded.module, plain=plain)
     asked.engine.start()
     rows = prompts(300)
     of = [[*loaded.models.values()][place % 3].adapter for place in range(len(rows))]
@@ -174,10 +169,11 @@ def test_answers_are_those_of_strop_chat(tiny_folder: Path, tmp_path: Path) -> N
     assert "".join(piece.text for piece in asked.pieces[0]) == wanted
 
 
-def test_a_seed_gives_the_same_answer_alone_and_in_a_crowd() -> None:
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_seed_gives_the_same_answer_alone_and_in_a_crowd(plain: bool) -> None:
     model = tiny()
     ids, sampling = prompts(model.config.vocab_size)[0], Sampling(temperature=1.0, top_p=0.9, seed=7)
-    asked = Asked(model, slots=8, keep_tokens=0)
+    asked = Asked(model, slots=8, plain=plain)
     asked.engine.start()
     for other in (None, 1, 2, 3, None):
         asked.submit(ids, 16, sampling=sampling if other is None else Sampling(1.0, seed=other))
@@ -209,7 +205,7 @@ def test_a_full_queue_and_a_freed_slot() -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_fault_of_the_engine_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Asked(tiny())
-    monkeypatch.setattr(Decoder, "step", lambda *_: 1 / 0)
+    monkeypatch.setattr(Decoder, "read", lambda *_: 1 / 0)
     asked.submit(np.arange(3, 9, dtype=np.int32), 5)
     asked.engine.start()
     asked.answers()
@@ -227,10 +223,11 @@ def poisoned() -> Any:
     return model
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_numbers_that_are_not_finite_fail_their_own_request(temperature: float) -> None:
+def test_numbers_that_are_not_finite_fail_their_own_request(temperature: float, plain: bool) -> None:
     model, rows = poisoned(), prompts(96)
-    asked = Asked(model)
+    asked = Asked(model, plain=plain)
     bad = np.concatenate([rows[5], np.array([NAN_TOKEN], np.int32), rows[1]])
     for place, ids in enumerate([rows[0], bad, rows[2], rows[3], bad, rows[4], rows[7]]):
         asked.submit(ids, 9, sampling=Sampling(temperature if place in (1, 4) else 0.0))
@@ -241,21 +238,21 @@ def test_numbers_that_are_not_finite_fail_their_own_request(temperature: float) 
     assert ends == ["length", "failed", "length", "length", "failed", "length", "length"]
     for place, ids in ((0, rows[0]), (2, rows[2]), (3, rows[3]), (5, rows[4]), (6, rows[7])):
         assert found[place] == alone(model, ids, 9)
-    assert all(torch.isfinite(keys).all() for _, kv in asked.engine._kept._texts.values() for keys, _ in kv)
+    if isinstance(asked.decoder, PlainDecoder):
+        assert all(torch.isfinite(keys).all() for _, kv in asked.decoder._kept._texts.values() for keys, _ in kv)
     assert not asked.engine.failed
 
 
-def test_a_row_that_turns_to_nan_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_row_that_turns_to_nan_leaves_nothing_behind(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = poisoned(), prompts(96)
-    asked = Asked(model, slots=2)
-    step = Decoder.step
+    asked = Asked(model, slots=2, plain=plain)
+    append = Text.append
 
-    def wrong(self: Decoder, lane: str, last: list[int], adapters: list[str | None]) -> torch.Tensor:
-        lengths = self.lanes[lane].lengths
-        fed = [NAN_TOKEN if length == 58 else token for length, token in zip(lengths, last, strict=True)]
-        return step(self, lane, fed, adapters)
+    def wrong(self: Text, token: int) -> None:
+        append(self, NAN_TOKEN if self.length == 58 else token)
 
-    monkeypatch.setattr(Decoder, "step", wrong)
+    monkeypatch.setattr(Text, "append", wrong)
     asked.submit(np.resize(rows[7], 55), 30)
     asked.submit(rows[0][:9], 25)
     asked.submit(np.resize(rows[1], 60), 3)  # wider than where the first one failed
@@ -270,13 +267,12 @@ def test_a_grammar_at_a_dead_end_fails_its_own_request() -> None:
     model, rows = tiny(), prompts(90)
     asked = Asked(model)
 
-    def mask(tokens: Any, scores: torch.Tensor) -> None:
+    def mask(tokens: Any, scores: Any) -> None:
         if len(tokens) == 3:
             raise NoToken("format")
 
-    first = asked.submit(rows[0], 9)
+    asked.submit(rows[0], 9, mask=mask)
     asked.submit(rows[1], 9)
-    first.mask = mask
     asked.engine.start()
     found = asked.answers()
     asked.engine.close()
@@ -296,13 +292,13 @@ def test_a_matcher_in_error_is_not_the_end_of_an_answer() -> None:
             return True
 
     with pytest.raises(NoToken):
-        _Grammar(Matcher())([1], torch.zeros(8))
+        _Grammar(Matcher())([1], np.zeros(8, np.float32))
 
 
 def test_no_memory_while_requests_come_in_fails_those_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, ids = Asked(tiny()), np.arange(3, 9, dtype=np.int32)
     with monkeypatch.context() as patch:
-        patch.setattr(Kept, "find", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr(Blocks, "share", lambda *_: (_ for _ in ()).throw(MemoryError()))
         asked.submit(ids, 2)
         asked.submit(ids, 2)
         asked.engine.start()
@@ -313,31 +309,27 @@ def test_no_memory_while_requests_come_in_fails_those_alone(monkeypatch: pytest.
     asked.engine.close()
 
 
-def test_counting_requests_while_lanes_come_and_go() -> None:
-    engine, ended = Asked(tiny()).engine, threading.Event()
-
-    def change() -> None:
-        while not ended.is_set():
-            if engine._rows.pop("a", None) is None:
-                engine._rows["a"] = []
-
-    engine._rows = {str(place): [] for place in range(20)}
-    thread, interval = threading.Thread(target=change), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    thread.start()
-    try:
-        assert {engine._active() for _ in range(50_000)} == {0}
-    finally:
-        ended.set()
-        thread.join()
-        sys.setswitchinterval(interval)
+def test_a_request_that_is_cancelled_gives_its_room_back() -> None:
+    asked, ids = Asked(tiny()), np.arange(3, 9, dtype=np.int32)
+    assert isinstance(asked.decoder, Decoder)
+    whole = asked.decoder.blocks.free
+    jobs = [asked.submit(ids, 400), asked.submit(ids, 3)]
+    asked.engine.start()
+    assert asked._ended[1].wait(30)
+    asked.engine.cancel(jobs[0])
+    for _ in range(200):
+        if asked.decoder.blocks.free == whole:
+            break
+        time.sleep(0.05)
+    assert asked.decoder.blocks.free == whole and asked.engine._active() == 0
+    asked.engine.close()
 
 
 def test_what_the_cache_cannot_hold_is_refused() -> None:
     model = tiny()
     model.config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(ModelError, match="linear_attention"):
-        Decoder(model)
+        PlainDecoder(model, keep=0)
 
 
 def test_the_longest_common_beginning_is_kept() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 from strop.engine.attention import Heads, Turned
 from strop.engine.dropout import masks_of
-from strop.engine.families import FAMILIES, activation_of, linears, text_of
 from strop.engine.fits import unsupported
 from strop.engine.functions import Activation, Enter, Glu, LayerNorm, Norm, RmsNorm, apply
 from strop.engine.head import SupervisedLoss
 from strop.engine.joined import Joined, Workspace
+from strop.engine.layers import NOWHERE, Angles, LayerPart, Layers, NormPart
 from strop.engine.packed import Packed, pack
 from strop.engine.processor import Attend, drops_for, processor_for
 
 if TYPE_CHECKING:
     from strop.data.conversation import Example
-
-
-NOWHERE = "nowhere"
-Angles = dict[str | None, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -71,21 +67,15 @@ class FastLoss:
     ) -> None:
         reason = unsupported(model)
         assert reason is None, reason
-        base: Any = cast(Any, model).get_base_model()
         self.prefix_sharing, self.checkpoint_layers = prefix_sharing, checkpoint_layers
-        self._head = base.get_output_embeddings()
-        self._decoder, self._config = text_of(base)
-        self._embedding, family = self._decoder.get_input_embeddings(), FAMILIES[self._config.model_type]
-        self._softcap = float(getattr(self._config, "final_logit_softcapping", None) or 0)
+        self._model = Layers(model)
+        self._family, self._head = self._model.family, self._model.head
         self._device: torch.device = self._head.weight.device
         self._processor = processor_for(self._device, self._head.weight.dtype, warm=warm)
         self._ops = self._processor.ops
         self._drops = drops_for(self._head.weight)
         self.masks = masks_of(model, drops_for)
-        parallel, self._family = family.parallel, family
-        self._parallel = bool(getattr(self._config, parallel)) if isinstance(parallel, str) else parallel
-        self._scales = family.embedding(self._config), family.residual(self._config), family.logits(self._config)
-        self._norm = self._norm_of(getattr(self._decoder, family.final_norm), self._config.hidden_size)
+        self._norm = self._norm_of(self._model.norm)
         self.exchange(lambda: None)
 
     def exchange(self, replace: Callable[[], None]) -> None:
@@ -93,17 +83,17 @@ class FastLoss:
         self._layers: list[Layer] = []
         replace()
         self._workspace = Workspace()
-        self._layers = [self._layer(number, layer) for number, layer in enumerate(self._decoder.layers)]
+        self._layers = [self._layer(self._model.part(number)) for number in range(len(self._model))]
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable in the adapters."""
         if self.watch is not None:
             self.watch.begin()
         batch = pack(examples, prefix_sharing=self.prefix_sharing, device=self._device)
-        hidden = _scaled(self._embedding(batch.ids), self._scales[0])
+        hidden = self._model.embedded(batch.ids)
         if self._family.embedding_norm:
             hidden = apply(RmsNorm, hidden, self._norm)
-        angles = self._angles(batch.positions)
+        angles = self._model.angles(batch.positions)
         last = len(self._layers) - 1
         for i, layer in enumerate(self._layers):
             rows = batch.rows if i == last else None
@@ -113,10 +103,10 @@ class FastLoss:
                 )
             else:
                 hidden = self._through(layer, hidden, batch, angles, rows)
-        hidden = _scaled(apply(RmsNorm, hidden, self._norm), self._scales[2])
+        hidden = _scaled(apply(RmsNorm, hidden, self._norm), self._model.logits_scale)
         if len(batch.picked) != len(batch.rows):  # a row behind which several examples part has several labels
             hidden = hidden[batch.picked]
-        head = self._head.weight, self._softcap, self._ops, self._head.bias
+        head = self._head.weight, self._model.softcap, self._ops, self._head.bias
         return apply(SupervisedLoss, hidden, batch.labels, batch.weights, *head)
 
     def _through(
@@ -135,7 +125,7 @@ class FastLoss:
         if family.fused_heads:
             qkv = qkv.view(len(qkv), -1, 3, layer.heads.size).transpose(1, 2).reshape(qkv.shape)
         cos, sin = angles[layer.rope]
-        scale = None if family.query_scale is None else family.query_scale(self._config, batch.positions)
+        scale = None if family.query_scale is None else family.query_scale(self._model.config, batch.positions)
         if scale is not None or family.turned_first or family.pairs == "neighbours":
             qkv = apply(Turned, qkv, layer.heads, cos, sin, family.pairs == "neighbours", scale)
             cos, sin = angles[NOWHERE]
@@ -143,93 +133,54 @@ class FastLoss:
         if rows is not None:
             mixed, hidden, tokens = mixed[rows], hidden[rows], tokens[rows]
         between = self._added(hidden, mixed, tokens, layer.o, layer.after_attention)
-        inner = layer.gate_up(hidden if self._parallel else between, tokens)
+        inner = layer.gate_up(hidden if self._model.parallel else between, tokens)
         return self._added(between, inner, tokens, layer.down, layer.after_mlp)
 
     def _added(self, hidden: Tensor, x: Tensor, tokens: Tensor, linear: Joined, after: Norm | None) -> Tensor:
         """The residual stream with what a block adds to it."""
-        scale = self._scales[1]
+        scale = self._model.residual_scale
         if after is None and scale == 1:
             return linear(x, tokens, hidden)
         change = linear(x, tokens)
         return hidden + _scaled(change if after is None else apply(RmsNorm, change, after), scale)
 
-    def _angles(self, positions: Tensor) -> Angles:
-        """cos and sin (T, m) for each kind of rotary embedding among the layers."""
-        nothing = torch.empty(len(positions), 0, device=positions.device)
-        found: Angles = {NOWHERE: (nothing, nothing)}
-        for kind in {layer.rope for layer in self._layers} - {NOWHERE}:
-            like = torch.empty(0, device=positions.device)
-            cos, sin = self._decoder.rotary_emb(like, positions[None], *([] if kind is None else [kind]))
-            # Each angle is given twice.
-            once = slice(None, None, 2) if self._family.angles == "neighbours" else slice(cos.shape[-1] // 2)
-            sin = -sin if self._family.backwards else sin
-            found[kind] = cos[0, :, once].contiguous(), sin[0, :, once].contiguous()
-        return found
+    def _norm_of(self, part: NormPart | None) -> Norm | None:
+        if part is None:
+            return None
+        if part.centered:
+            return LayerNorm(self._ops, part.weight, part.eps, 0.0, part.bias)
+        return Norm(self._ops, part.weight, part.eps, part.offset)
 
-    def _norm_of(self, module: Any, width: int) -> Norm:
-        eps = float(module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps)
-        weight = getattr(module, "weight", None)
-        weight = self._head.weight.new_ones(width) if weight is None else weight.data
-        if self._family.layer_norm:
-            bias = getattr(module, "bias", None)
-            return LayerNorm(self._ops, weight, eps, 0.0, None if bias is None else bias.data)
-        return Norm(self._ops, weight, eps, self._family.norm_offset)
-
-    def _layer(self, number: int, layer: Any) -> Layer:
-        family, config = self._family, self._config
-        attention = getattr(layer, family.attention)
-        size = int(getattr(attention, "head_dim", None) or attention.head_size)
-        kinds = getattr(config, "layer_types", None)
-
-        def norm(owner: Any, name: str | None, width: int = config.hidden_size) -> Norm | None:
-            found = getattr(owner, name, None) if name else None
-            return None if found is None else self._norm_of(found, width)
-
-        qkv, o, gate_up, down = linears(layer, family)
-        softcap = float(getattr(attention, "attn_logit_softcapping", None) or 0)
-        window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-        before = norm(layer, family.attention_norm)
-        in_front = norm(layer, family.mlp_norm)
-        activation = activation_of(config)
-        compiled = family.gated and activation in ("silu", "gelu_pytorch_tanh")
+    def _layer(self, part: LayerPart) -> Layer:
+        gated = self._family.gated
+        compiled = gated and part.activation in ("silu", "gelu_pytorch_tanh")
         heads = Heads(
             self._ops,
-            query=config.num_attention_heads,
-            key_value=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            size=size,
-            scale=float(attention.scaling),
-            # Mistral and Phi-3 keep it in the config alone, the others in the layers it applies to.
-            window=0 if kinds and kinds[number] == "full_attention" else int(window or 0),
-            softcap=softcap,
-            q_norm=norm(attention, family.q_norm, size),
-            k_norm=norm(attention, family.k_norm, size),
+            query=part.query,
+            key_value=part.key_value,
+            size=part.size,
+            scale=part.scale,
+            window=part.window,
+            softcap=part.softcap,
+            q_norm=self._norm_of(part.q_norm),
+            k_norm=self._norm_of(part.k_norm),
         )
 
         def joined(modules: list[Any], enter: Enter) -> Joined:
             return Joined(modules, enter, self._workspace, self._processor.lora, self._drops, self._ops)
 
-        by_type = isinstance(getattr(self._decoder.rotary_emb, "rope_type", None), dict)
         return Layer(
-            joined(qkv, before),
+            joined(part.qkv, self._norm_of(part.before_attention)),
             heads,
-            self._processor.attention(size, softcap),
-            NOWHERE if not family.turned(attention) else kinds[number] if by_type and kinds else None,
-            joined(o, None),
-            norm(layer, family.after_attention),
-            joined(gate_up, before if in_front is None and self._parallel else in_front),
-            joined(down, Glu(self._ops, activation) if compiled else Activation(_activation(layer.mlp), family.gated)),
-            norm(layer, family.after_mlp),
+            self._processor.attention(part.size, part.softcap),
+            part.rope,
+            joined(part.o, None),
+            self._norm_of(part.after_attention),
+            joined(part.gate_up, self._norm_of(part.before_mlp)),
+            joined(part.down, Glu(self._ops, part.activation) if compiled else Activation(part.act, gated)),
+            self._norm_of(part.after_mlp),
         )
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x * scale
-
-
-def _activation(mlp: Any) -> Callable[[Tensor], Tensor]:
-    """The module's own, by the names that transformers gives it."""
-    found: Callable[[Tensor], Tensor] = next(
-        getattr(mlp, name) for name in ("act_fn", "activation_fn", "act") if hasattr(mlp, name)
-    )
-    return found

@@ -31,7 +31,10 @@ def unsupported(model: nn.Module) -> str | None:
     if family is None:
         return f"model family {kind} is not in the table of the fast step"
     decoder, config = text_of(base)
-    return _unsupported_adapter(model, base, decoder, family) or _unsupported_base(base, decoder, config, family)
+    active = next((f"{name} above 0" for name in DROPOUTS if getattr(config, name, 0)), None)
+    return (
+        _unsupported_adapter(model, base, decoder, family) or unsupported_base(base, decoder, config, family) or active
+    )
 
 
 def _unsupported_adapter(model: Any, base: Any, decoder: Any, family: Family) -> str | None:
@@ -57,13 +60,15 @@ def _unsupported_adapter(model: Any, base: Any, decoder: Any, family: Family) ->
     return None
 
 
-def _unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> str | None:
+def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> str | None:
+    """Why a model of a known family is not computed by its row of the table, adapters aside."""
     for layer in decoder.layers:
         for module in (base_of(module) for group in linears(layer, family) for module in group):
             if type(module) is not nn.Linear and not isinstance(module, Quantized):
                 return f"unknown weights ({type(module).__name__})"
     parts = [decoder, base.get_output_embeddings()]
-    weights = [p for part in parts for p in part.parameters() if not p.requires_grad and p.is_floating_point()]
+    named = [(name, p) for part in parts for name, p in part.named_parameters() if "lora_" not in name]
+    weights = [p for _, p in named if p.is_floating_point()]
     kinds = {(p.dtype, p.device) for p in weights} | {
         (module.dtype, module.weight.device) for module in decoder.modules() if isinstance(module, Quantized)
     }
@@ -71,9 +76,6 @@ def _unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> s
         return "base weights of several types or on several devices"
     if weights[0].dtype not in (torch.float32, torch.bfloat16, torch.float64):
         return f"base weights in {weights[0].dtype}"
-    for name in DROPOUTS:
-        if getattr(config, name, 0):
-            return f"{name} above 0"
     for name in ("qk_layernorm", "use_qk_norm"):  # a weight for each head and number (StableLM, Cohere), LayerNorms
         if family.layer_norm and getattr(config, name, False):
             return f"{name}: norms of q and k that are not RMS norms"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,8 +20,25 @@ class Quantized(Protocol):
 
     dtype: torch.dtype
     weight: nn.Parameter
+    in_features: int
 
     def dequantized(self) -> Tensor: ...
+
+    def packed(self) -> PackedWeight | None: ...
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight (n, k) in small numbers. int8 (n, k), times scale (n,) fp32.
+
+    Or, with a `code` (16,) fp32: bytes (n k / 2) with two places in it each, the first in the upper half; each `share`
+    of these numbers, which does not go over the end of a row, is times one of `scale`.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    code: Tensor | None = None
+    share: int = 0
 
 
 ProductsOf = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraProducts]]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,3 +82,26 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: bool = True
 
         return Processor(cast(Ops, fused if fused.available() else eager), card=True)
     return Processor(cast(Ops, eager), card=device.type != "cpu")
+
+
+def answering_loops() -> Any:
+    """engine.cpu.passes: the loops that read and write texts on a CPU, in fp32 and bf16."""
+    from strop.engine.cpu import passes  # its import starts threads
+
+    return passes
+
+
+def likeliest(logits: Any) -> tuple[Any, Any]:
+    """Of each row of logits (P, n), numpy fp32: the place of the greatest (P,), and whether all are numbers (P,)."""
+    from strop.engine.cpu import draws
+
+    found, finite = np.empty(len(logits), np.int64), np.empty(len(logits), np.bool_)
+    draws.likeliest(logits, found, finite)
+    return found, finite
+
+
+def draw_token(logits: Any, temperature: float, top_k: int, top_p: float, u: float) -> int:
+    """A token of logits (n,), numpy fp32, drawn as engine.cpu.draws says, by u from [0, 1)."""
+    from strop.engine.cpu import draws
+
+    return int(draws.draw(logits, temperature, top_k, top_p, u))

@@ -58,7 +58,6 @@ def compare(
     *,
     metric: str = "exact",
     max_new_tokens: int = 80,
-    batch_size: int = 32,
     advance: Advance | None = None,
     base: Side | None = None,
 ) -> dict[str, Any]:
@@ -68,22 +67,23 @@ def compare(
     Returns {rows, metric, base, tuned, intervals, difference, changed, samples}; `tuned`, `difference` and `changed`
     (the rows that only one of them gets right) are absent where the model has no adapter. Each of base and tuned:
     {<metric's scores>, loss, perplexity, stop_rate, tokens_per_answer, tokens_per_s}; nothing is written where the
-    metric is `choice`, and so the last three are absent then.
+    metric is `choice`, and so the last three are absent then. Both are asked in one batch: its
+    tokens_per_s.
     """
     asked = questions(conversations)
+    names = [name for name in ("base", "tuned") if (model.adapter or name == "base") and not (name == "base" and base)]
+    written = {} if metric == "choice" else _write_all(model, asked, names, max_new_tokens, advance)
 
     def ask(side: str) -> Side:
         loss = _loss(model, conversations)
         if metric == "choice":
             texts, more = _choose_all(model, asked, side, advance), {}
         else:
-            started = time.perf_counter()
-            answers = _answer_all(model, asked, side, max_new_tokens, batch_size, advance)
-            took, tokens = time.perf_counter() - started, sum(answer.tokens for answer in answers)
+            answers, rate = written[side]
             texts, more = [answer.text for answer in answers], {
                 "stop_rate": sum(answer.stopped for answer in answers) / len(asked),
-                "tokens_per_answer": tokens / len(asked),
-                "tokens_per_s": tokens / took,
+                "tokens_per_answer": sum(answer.tokens for answer in answers) / len(asked),
+                "tokens_per_s": rate,
             }  # fmt: skip
         found = score(metric, [question.gold for question in asked], texts)
         return Side(
@@ -127,18 +127,18 @@ def _loss(model: Model, conversations: Sequence[Conversation]) -> float:
     return mean_loss(token_loss, examples, lambda some: group_by_length([len(e) for e in some], tokens=2048))
 
 
-def _answer_all(
-    model: Model, asked: Sequence[Question], side: str, max_new_tokens: int, batch_size: int, advance: Advance | None
-) -> list[Answer]:
-    order = sorted(range(len(asked)), key=lambda row: len(asked[row].gold))  # answers of like length end together
-    answers: dict[int, Answer] = {}
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        prompts = [_prompt(model, asked[row].conversation) for row in rows]
-        answers.update(zip(rows, model.answer(prompts, max_new_tokens=max_new_tokens), strict=True))
-        if advance is not None:
-            advance(side, len(answers), len(asked))
-    return [answers[row] for row in range(len(asked))]
+def _write_all(
+    model: Model, asked: Sequence[Question], sides: Sequence[str], max_new_tokens: int, advance: Advance | None
+) -> dict[str, tuple[list[Answer], float]]:
+    """The answers of base, tuned or both, in one batch, and its tokens/s."""
+    prompts, started = [_prompt(model, question.conversation) for question in asked], time.perf_counter()
+    with model.base() if sides == ["base"] and model.adapter else nullcontext():
+        answers = model.answer(
+            prompts, max_new_tokens=max_new_tokens, both=len(sides) > 1,
+            advance=advance and (lambda done: advance(" and ".join(sides), done, len(sides) * len(asked))),
+        )  # fmt: skip
+    rate = sum(answer.tokens for answer in answers) / (time.perf_counter() - started)
+    return {side: (answers[place * len(asked) :][: len(asked)], rate) for place, side in enumerate(sides)}
 
 
 def _prompt(model: Model, conversation: Conversation) -> Ids:

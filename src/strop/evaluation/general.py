@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
@@ -20,7 +19,6 @@ from strop.evaluation.compare import Advance
 from strop.evaluation.metrics import paired_difference, wilson
 
 MOST_TOKENS = 48
-BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,16 @@ def compare_general(model: Model, advance: Advance | None = None) -> dict[str, A
     """Shares of good answers of base and tuned, over all rows and by kind: {rows, base, tuned, intervals, difference,
     kinds: {kind: {rows, base, tuned, difference}}, lost: [{prompt, base, tuned}]}. The model must have an adapter."""
     asked = rows()
-    answers, hits = {}, {}
-    for side, switched in (("base", model.base()), ("tuned", nullcontext())):
-        with switched:
-            answers[side] = _answers(model, asked, side, advance)
-        hits[side] = [bool(re.search(row.pattern, text)) for row, text in zip(asked, answers[side], strict=True)]
+    found = model.answer(
+        [model.renderer.prompt(list(row.messages)) for row in asked], max_new_tokens=MOST_TOKENS, both=True,
+        advance=advance and (lambda done: advance("general, base and tuned", done, 2 * len(asked))),
+    )  # fmt: skip
+    texts = [answer.text for answer in found]
+    answers = {"base": texts[: len(asked)], "tuned": texts[len(asked) :]}
+    hits = {
+        side: [bool(re.search(row.pattern, text)) for row, text in zip(asked, said, strict=True)]
+        for side, said in answers.items()
+    }
     kinds = {}
     for kind in dict.fromkeys(row.kind for row in asked):
         places = [place for place, row in enumerate(asked) if row.kind == kind]
@@ -66,13 +69,3 @@ def compare_general(model: Model, advance: Advance | None = None) -> dict[str, A
             for place in lost
         ],
     }
-
-
-def _answers(model: Model, asked: list[Row], side: str, advance: Advance | None) -> list[str]:
-    found: list[str] = []
-    for start in range(0, len(asked), BATCH):
-        prompts = [model.renderer.prompt(list(row.messages)) for row in asked[start : start + BATCH]]
-        found += [answer.text for answer in model.answer(prompts, max_new_tokens=MOST_TOKENS)]
-        if advance is not None:
-            advance(f"general, {side}", len(found), len(asked))
-    return found

@@ -1,10 +1,10 @@
-"""Answers from a model: batched, left-padded, with the KV cache; new text is decoded from the new ids."""
+"""Answers from a model, many at once: by strop's own engine, or by transformers where that does not know the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +12,15 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, TextStreamer
 
+from strop.engine.answers.batch import answer_all
+from strop.engine.answers.fits import SEVERAL, active_adapter, unanswerable
+from strop.engine.answers.held import batch_for
+from strop.engine.answers.text import Sampling, Text
+from strop.errors import ModelError
 from strop.model.blame import blaming
+from strop.model.words import Words
 
+ROWS = 16  # of a batch of transformers' generate
 Ids = npt.NDArray[np.int32]
 
 
@@ -24,48 +31,6 @@ class Answer:
     stopped: bool  # ended by a stop token, not by the limit
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Greedy where temperature is 0; top_k 0: among all tokens. The seed makes sampled answers repeatable."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    @staticmethod
-    def own(config: GenerationConfig) -> Sampling:
-        """What a model's own generation config asks for."""
-        penalty = float(config.repetition_penalty or 1.0)
-        if not config.do_sample:
-            return Sampling(repetition_penalty=penalty)
-        # where a config says to sample, and not how: transformers' own
-        temperature = 1.0 if config.temperature is None else float(config.temperature)
-        top_p = 1.0 if config.top_p is None else float(config.top_p)
-        return Sampling(temperature, top_p, 50 if config.top_k is None else int(config.top_k), penalty)
-
-    def changed(self, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
-        """With what a request asks for; None: as it is, but for the seed."""
-        return replace(
-            self,
-            temperature=self.temperature if temperature is None else temperature,
-            top_p=self.top_p if top_p is None else top_p,
-            seed=seed,
-        )
-
-    def words(self) -> str:
-        if self.temperature == 0:
-            said = ["greedy"]
-        else:
-            said = [f"temperature {self.temperature:g}"]
-            said += [f"top_p {self.top_p:g}"] if self.top_p < 1 else []
-            said += [f"top_k {self.top_k}"] if self.top_k else []
-        return ", ".join(
-            said + ([f"repetition penalty {self.repetition_penalty:g}"] if self.repetition_penalty != 1 else [])
-        )
-
-
 def generate(
     model: nn.Module,
     tokenizer: Any,
@@ -73,14 +38,65 @@ def generate(
     *,
     stop_ids: Sequence[int],
     max_new_tokens: int = 256,
-    batch_size: int = 16,
     sampling: Sampling | None = None,
     on_text: Callable[[str], None] | None = None,
+    advance: Callable[[int], None] | None = None,
+    both: bool = False,
 ) -> list[Answer]:
-    """One answer a prompt, in the order given. Rows of like length share a batch, so that little is padded.
+    """One answer a prompt, in the order given, by the adapter that is active now, if there is one.
 
-    on_text: receives the text of a single prompt's answer piece by piece.
+    on_text: receives the text of a single prompt's answer piece by piece. advance: told how many answers are there.
+    both: first an answer of the base to each prompt, then one of the adapter: all in one batch.
+    Answers come from strop's engine (engine.answers) where it knows the model, else from transformers' generate.
     """
+    adapter = active_adapter(model)
+    if unanswerable(model) is not None or adapter is SEVERAL:
+        return _by_transformers(model, tokenizer, prompts, stop_ids, max_new_tokens, sampling, on_text, advance, both)
+    asked = [(ids, None) for ids in prompts] * both + [(ids, adapter) for ids in prompts]
+    texts = [
+        Text(ids, who, stop_ids=stop_ids, most=max_new_tokens, sampling=_own(sampling, row))
+        for row, (ids, who) in enumerate(asked)
+    ]
+    words = Words(tokenizer, ()) if on_text is not None else None
+    ended = 0
+    for news in answer_all(batch_for(model, texts), texts):
+        if words is not None and on_text is not None:
+            on_text("".join(words.push(token.id) for token in news.tokens if token.id not in news.text.stop_ids))
+        if news.text.end == "failed":
+            raise ModelError("the model's numbers are not finite", fix="take an older checkpoint, or another adapter")
+        if news.text.end and advance is not None:
+            ended += 1
+            advance(ended)
+    if words is not None and on_text is not None:
+        on_text(words.end())
+    return [_answer(tokenizer, text.answer, stop_ids) for text in texts]
+
+
+def _own(sampling: Sampling | None, row: int) -> Sampling | None:
+    """A row's sampling: with a seed of its own, so that equal prompts do not get equal answers."""
+    if sampling is None or sampling.seed is None:
+        return sampling
+    return replace(sampling, seed=sampling.seed + row)
+
+
+def _by_transformers(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Ids],
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling | None,
+    on_text: Callable[[str], None] | None,
+    advance: Callable[[int], None] | None,
+    both: bool,
+) -> list[Answer]:
+    """generate, for models that strop's engine does not know. Rows of like length share a batch: little is padded."""
+    if both:
+        options = stop_ids, max_new_tokens, sampling, on_text
+        with cast(Any, model).disable_adapter():
+            base = _by_transformers(model, tokenizer, prompts, *options, advance, False)
+        after = None if advance is None else lambda done: advance(len(prompts) + done)
+        return base + _by_transformers(model, tokenizer, prompts, *options, after, False)
     sampling = sampling or Sampling()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     greedy = sampling.temperature == 0
@@ -101,8 +117,8 @@ def generate(
     answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
     streamer = _Pieces(tokenizer, on_text) if on_text is not None else None
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for start in range(0, len(order), ROWS):
+        rows = order[start : start + ROWS]
         width = max(len(prompts[row]) for row in rows)
         ids = torch.full((len(rows), width), pad, dtype=torch.long)
         mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -117,6 +133,8 @@ def generate(
             )
         for row, new in zip(rows, out[:, width:].tolist(), strict=True):
             answers[row] = _answer(tokenizer, new, stop_ids)
+        if advance is not None:
+            advance(len(answers))
     model.train(training)
     return [answers[row] for row in range(len(prompts))]
 

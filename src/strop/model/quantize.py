@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from strop.engine.joined import PackedWeight
 from strop.errors import QuantizerError
 from strop.machine.memory import is_out_of_memory
 from strop.model.shape import SMALLEST
@@ -82,12 +83,7 @@ class QuantizedLinear(nn.Linear):
             out = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
             return torch.mul(self.weight.data, self.constants["SCB"][:, None] / 127, out=out)
         bnb, known, about = _bitsandbytes(), self.constants, self._described
-        nested = None
-        if "nested_absmax" in known:
-            nested = bnb.QuantState(
-                known["nested_absmax"], None, known["nested_quant_map"], about["nested_blocksize"], dtype=torch.float32
-            )
-        offset = torch.tensor(about["nested_offset"], device=self.weight.device) if nested is not None else None
+        nested, offset = self._nested(bnb)
         # bitsandbytes' AVX512 kernel takes wrong constants where rows are not whole blocks: then all is one row
         whole = self.in_features % about["blocksize"] == 0
         rows = (self.out_features, self.in_features) if whole else (self.out_features * self.in_features,)
@@ -98,6 +94,30 @@ class QuantizedLinear(nn.Linear):
         with _native():
             weight: Tensor = bnb.dequantize_4bit(self.weight.data, state)
         return weight.view(self.out_features, self.in_features)
+
+    def packed(self) -> PackedWeight | None:
+        """The weight as it is held, its constants in fp32; None where a block of it goes over the end of a row."""
+        if self.scheme == "int8":
+            return PackedWeight(self.weight.data, self.constants["SCB"] / 127)
+        bnb, known, about = _bitsandbytes(), self.constants, self._described
+        if self.in_features % about["blocksize"]:
+            return None
+        nested, offset = self._nested(bnb)
+        scale = known["absmax"]
+        if nested is not None:
+            with _native():
+                scale = bnb.dequantize_blockwise(scale, nested) + offset
+        return PackedWeight(self.weight.data, scale.float(), known["quant_map"].float(), about["blocksize"])
+
+    def _nested(self, bnb: Any) -> tuple[Any, Tensor | None]:
+        """How the constants are quantized themselves, and what is added to them; None, None where they are not."""
+        known, about = self.constants, self._described
+        if "nested_absmax" not in known:
+            return None, None
+        nested = bnb.QuantState(
+            known["nested_absmax"], None, known["nested_quant_map"], about["nested_blocksize"], dtype=torch.float32
+        )
+        return nested, torch.tensor(about["nested_offset"], device=self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.product(x)

@@ -21,15 +21,14 @@ from starlette.exceptions import HTTPException
 from strop import __version__
 from strop.data.conversation import Ids
 from strop.data.reading.strictjson import Refused, loads
+from strop.engine.answers.text import Mask, Sampling, Token
 from strop.errors import nearest
-from strop.model.generate import Sampling
 from strop.serve.engine import Engine, Full, Job, Piece
 from strop.serve.grammar import Grammars
 from strop.serve.guard import Guard, Rules
 from strop.serve.metrics import Metrics
 from strop.serve.models import PROMPT_FAULTS, Served
 from strop.serve.protocol import ChatRequest, Common, CompletionRequest, Refusal, Writer, error_body, usage
-from strop.serve.sampling import Mask, Token
 
 COMPLETION_TOKENS = 16  # of a plain completion that does not say how many; OpenAI's default
 ASSETS = {

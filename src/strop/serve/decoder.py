@@ -1,7 +1,8 @@
-"""The model as a batch of requests sees it: texts are read side by side, then all rows get their next token at once.
+"""Texts of many requests through transformers' own forward, for models that strop's engine does not answer with.
 
 Reading lays several texts end to end in one row, with a mask that keeps them apart, so that nothing is padded. From
-then on each request is a row of Slots. Both are the model's own forward with masks and positions of our making.
+then on each text is a row of Slots, and all rows get their next token at once. Both are the model's own forward with
+masks and positions of our making.
 """
 
 from __future__ import annotations
@@ -15,41 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strop.data.conversation import Ids
+from strop.engine.answers.decoder import Part
+from strop.engine.answers.text import Ids, Logits, Text
 from strop.errors import ModelError
+from strop.serve.kept import Kept
 from strop.serve.mixed import MixedLora, can_mix
 from strop.serve.slots import Kv, Reading, Slots, cut, side_by_side
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-class Text:
-    """A text while it is read: `kv` holds what was read of `ids`, computed with `adapter` (None: the base).
+class PlainDecoder:
+    """What answers.Batch needs (answers.Reads), from a transformers causal language model, or a PeftModel with any
+    number of adapters on it. keep: positions of texts that have left which are kept for others that begin alike.
 
-    alone: it is to be read without others beside it.
-    """
-
-    def __init__(self, ids: Ids, adapter: str | None, kv: Kv | None = None) -> None:
-        self.ids, self.adapter, self.kv = ids, adapter, kv or []
-        self.alone = False
-
-    @property
-    def done(self) -> int:
-        return int(self.kv[0][0].shape[2]) if self.kv else 0
-
-    @property
-    def left(self) -> int:
-        return len(self.ids) - self.done
-
-
-class Decoder:
-    """model: a transformers causal language model, or a PeftModel with any number of adapters on it.
-
-    Requests whose adapters can share a batch are in the same lane (`lane`); others have one each.
+    Texts whose adapters can share a batch are in the same lane; others have one each.
     Raises ModelError for an architecture whose state is more than keys and values.
     """
 
-    def __init__(self, model: Any) -> None:
+    guesses = False  # a pass reads one token of each text
+
+    def __init__(self, model: Any, keep: int) -> None:
         self._peft = model if hasattr(model, "peft_config") else None
         self.model: Any = model.get_base_model() if self._peft is not None else model
         self.device: torch.device = next(self.model.parameters()).device
@@ -66,60 +53,108 @@ class Decoder:
         self._bool_masks = config._attn_implementation == "sdpa"
         takes = inspect.signature(self.model.forward).parameters
         self._cache_name = "cache" if "cache" in takes else "past_key_values"
-        self.lanes: dict[str, Slots] = {}
+        self._kept = Kept(keep)
+        self._read: dict[Text, Kv] = {}  # of texts that are being read
+        self._lanes: dict[str, Slots] = {}
+        self._rows: dict[str, list[Text]] = {}  # the texts of each lane, as they lie in its Slots
 
     def position_bytes(self) -> int:
-        """Bytes that one position of one request takes, found by reading a token."""
+        """Bytes that one position of one text takes, found by reading a token."""
         text = Text(np.zeros(1, np.int32), None)
-        with torch.inference_mode():
-            self.read([text], 1)
-        return sum(tensor.numel() * tensor.element_size() for pair in text.kv for tensor in pair)
+        self.begin(text)
+        self.read([Part(text, 1)])
+        kv = self._read.pop(text)
+        return sum(tensor.numel() * tensor.element_size() for pair in kv for tensor in pair)
 
-    def lane(self, adapter: str | None) -> str:
-        """Requests with the same lane are decoded together."""
+    def begin(self, text: Text) -> None:
+        kv = self._kept.find(text.adapter, text.ids)
+        self._read[text], text.done = kv, _length(kv)
+        text.found = text.done
+
+    def end(self, text: Text) -> None:
+        """What the text holds is kept for those that begin alike, or wiped out (NaN times 0 is NaN)."""
+        if self._read.pop(text, None) is not None:
+            return
+        lane = self._lane(text.adapter)
+        slots, rows = self._lanes[lane], self._rows[lane]
+        row = rows.index(text)
+        if text.end == "failed":
+            slots.wipe(row)
+        else:
+            self._kept.add(text.adapter, text.ids[: text.done].copy(), slots.take(row))
+        slots.remove(row)
+        rows[row] = rows[-1]
+        rows.pop()
+        if not rows:
+            del self._lanes[lane], self._rows[lane]
+
+    @torch.inference_mode()
+    def read(self, parts: Sequence[Part]) -> list[Logits]:
+        found: dict[Text, Logits] = {}
+        for lane, rows in self._rows.items():
+            found |= dict(zip(rows, self._step(lane).float().cpu().numpy(), strict=True))
+        reading: dict[str, list[Part]] = {}
+        for part in parts:
+            if part.text in self._read:
+                reading.setdefault(self._lane(part.text.adapter), []).append(part)
+        for lane, mine in reading.items():
+            found |= self._read_on(lane, mine)
+        return [found[part.text][None] if part.told else np.empty((0, 0), np.float32) for part in parts]
+
+    def _lane(self, adapter: str | None) -> str:
+        """Texts with the same lane are decoded together."""
         return "" if self._mixed is not None or self._peft is None else f"+{adapter}" if adapter else "base"
 
-    def read(self, texts: Sequence[Text], budget: int) -> dict[int, Tensor]:
-        """Reads about `budget` tokens more of the texts, of one lane, in order.
+    def _read_on(self, lane: str, parts: list[Part]) -> dict[Text, Logits]:
+        """Reads on in texts of one lane; those that are read to the end become rows of it. Their next logits."""
+        before = {part.text: self._read[part.text] for part in parts}
+        logits = self._pass(parts)
+        if len(parts) > 1 and not all(bool(one.max().isfinite()) for one in logits.values()):
+            self._read |= before  # NaN passes from one to those beside it: whose it was shows when each is read alone
+            logits = {}
+            for part in parts:
+                logits |= self._pass([part])
+        for part in parts:
+            part.text.done += part.count
+            if part.told:
+                self._lanes.setdefault(lane, Slots()).add(self._read.pop(part.text))
+                self._rows.setdefault(lane, []).append(part.text)
+        return {text: one.float().cpu().numpy() for text, one in logits.items()}
 
-        Gives, for each text that is read to its end, by its place, the logits (vocabulary,) of what follows.
-        """
-        parts: list[tuple[Text, int]] = []
-        for text in texts:
-            count = min(text.left, budget)
-            if count <= 0:
-                break
-            parts.append((text, count))
-            budget -= count
-        ids = torch.cat([_tensor(text.ids[text.done : text.done + count]) for text, count in parts])
-        at = torch.cat([torch.arange(text.done, text.done + count) for text, count in parts])
-        own = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([count for _, count in parts]))
-        past_at = torch.cat([torch.arange(text.done) for text, _ in parts])
-        past_own = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([text.done for text, _ in parts]))
+    def _pass(self, parts: Sequence[Part]) -> dict[Text, Tensor]:
+        """The next positions of these texts; the logits (vocabulary,) behind those that are read to the end."""
+        counts, dones = [part.count for part in parts], [_length(self._read[part.text]) for part in parts]
+        places = list(zip(parts, dones, counts, strict=True))
+        ids = torch.cat([_tensor(part.text.ids[done : done + count]) for part, done, count in places])
+        at = torch.cat([torch.arange(done, done + count) for _, done, count in places])
+        own = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(counts))
+        past_at = torch.cat([torch.arange(done) for done in dones])
+        past_own = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(dones))
         key_at, key_own = torch.cat([past_at, at]), torch.cat([past_own, own])
         before = (own[:, None] == key_own) & (at[:, None] >= key_at)
-        ends = torch.tensor([count for _, count in parts]).cumsum(0)
-        cache = Reading(side_by_side([text.kv for text, _ in parts]))
-        with self._adapters([text.adapter for text, count in parts for _ in range(count)]):
+        ends = torch.tensor(counts).cumsum(0)
+        cache = Reading(side_by_side([self._read[part.text] for part in parts]))
+        with self._adapters([part.text.adapter for part in parts for _ in range(part.count)]):
             logits = self._forward(
                 ids[None], at[None], self._masks(before, at[:, None] - key_at), cache, logits_to_keep=ends - 1
             )[0]
-        finished, start = {}, 0
-        for place, ((text, _), end) in enumerate(zip(parts, ends.tolist(), strict=True)):
-            text.kv = side_by_side([text.kv, cut(cache.read, start, end)])
+        start = 0
+        for part, end in zip(parts, ends.tolist(), strict=True):
+            self._read[part.text] = side_by_side([self._read[part.text], cut(cache.read, start, end)])
             start = end
-            if text.left == 0:
-                finished[place] = logits[place]
-        return finished
+        return {part.text: logits[place] for place, part in enumerate(parts) if part.told}
 
-    def step(self, lane: str, last: Sequence[int], adapters: Sequence[str | None]) -> Tensor:
+    def _step(self, lane: str) -> Tensor:
         """The logits (rows, vocabulary) after the last token of each row of a lane, which this pass adds to it."""
-        slots = self.lanes[lane]
+        slots, rows = self._lanes[lane], self._rows[lane]
         at = slots.begin(self.device)
         age = at[:, :, None] - torch.arange(slots.width, device=self.device)
-        with self._adapters(adapters):
-            logits = self._forward(torch.tensor(last)[:, None], at, self._masks(age >= 0, age), slots)[:, -1]
+        last = torch.tensor([[int(text.ids[-1])] for text in rows])
+        with self._adapters([text.adapter for text in rows]):
+            logits = self._forward(last, at, self._masks(age >= 0, age), slots)[:, -1]
         slots.advance()
+        for text in rows:
+            text.done += 1
         return logits
 
     def _masks(self, seen: Tensor, age: Tensor) -> Any:
@@ -159,6 +194,10 @@ class Decoder:
         else:
             self._peft.set_adapter(tokens[0])
             yield
+
+
+def _length(kv: Kv) -> int:
+    return int(kv[0][0].shape[2]) if kv else 0
 
 
 def _tensor(ids: Ids) -> Tensor:

@@ -1,6 +1,6 @@
 """Continuous batching: one thread owns the model; requests join and leave its batch between two tokens.
 
-new requests -> waiting -> reading (their prompts, some hundred tokens a step) -> a row of the batch -> done
+new requests -> waiting -> a text of the batch (engine.answers.batch): its prompt is read, then it is written on
 """
 
 from __future__ import annotations
@@ -12,20 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from strop.data.conversation import Ids
+from strop.engine.answers.batch import Batch, News
+from strop.engine.answers.decoder import Reads
+from strop.engine.answers.text import Mask, Sampling, Text, Token
 from strop.machine.memory import is_out_of_memory
-from strop.model.generate import Sampling
-from strop.serve.decoder import Decoder, Text
-from strop.serve.kept import Kept
+from strop.model.words import Words
 from strop.serve.metrics import Metrics
-from strop.serve.sampling import Mask, NoToken, Sampler, Token
-from strop.serve.slots import Slots
-from strop.serve.words import Words
-
-READ_AT_ONCE = 512  # prompt tokens between two steps of the running answers: a long prompt must not hold them up
 
 
 @dataclass(frozen=True)
@@ -60,14 +55,14 @@ class Job:
     started: float = field(default_factory=time.monotonic)
 
 
-class _Row:
-    """A job with a place in the batch."""
+class _Told:
+    """A job with a place in the batch, and what it was told."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.sampler = Sampler(job.sampling, job.ids.tolist(), job.logprobs, job.mask)
         self.words = Words(job.tokenizer, job.stops)
         self.untold: list[Token] = []
+        self.first = True
 
 
 class Full(Exception):
@@ -75,28 +70,26 @@ class Full(Exception):
 
 
 class Engine:
-    """slots: requests answered together; queue: how many more may wait; keep_tokens: of answered texts (see Kept).
+    """slots: requests answered together; queue: how many more may wait; guess: guess tokens where that costs nothing.
 
     failed: the thread ended by a fault of ours; `on_failure` is told of it, from there.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Reads,
         *,
         slots: int,
         queue: int,
-        keep_tokens: int,
         metrics: Metrics,
+        guess: bool = True,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
-        self._decoder, self._on_failure = decoder, on_failure
+        self._batch, self._on_failure = Batch(decoder, slots, guess=guess), on_failure
         self._slots, self._queue, self._metrics = slots, queue, metrics
-        self._kept = Kept(keep_tokens)
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
-        self._reading: list[tuple[Job, Text]] = []
-        self._rows: dict[str, list[_Row]] = {}
+        self._told: dict[Text, _Told] = {}
         self._closing = False
         self.failed = False
         self._thread = threading.Thread(target=self._run, name="strop-engine", daemon=True)
@@ -131,8 +124,7 @@ class Engine:
             self._thread.join(timeout)
 
     def _active(self) -> int:
-        rows = tuple(self._rows.copy().values())  # at once: the engine's thread may change it meanwhile
-        return len(self._reading) + sum(map(len, rows))
+        return len(self._told)
 
     def _run(self) -> None:
         try:
@@ -141,14 +133,11 @@ class Engine:
                 while going:
                     try:
                         going = self._admit()
-                        self._read()
-                        for lane in list(self._rows):
-                            self._step(lane)
+                        self._step()
                     except (RuntimeError, MemoryError) as error:
                         if not is_out_of_memory(error):
                             raise
                         self._drop_all("memory")
-                        self._kept.clear()
         finally:  # after a fault of ours too: nobody may wait for an answer that does not come
             with self._changed:
                 self.failed = not self._closing
@@ -159,11 +148,12 @@ class Engine:
 
     def _drop_all(self, end: str) -> None:
         with self._changed:
-            jobs = [*self._waiting, *(job for job, _ in self._reading)]
-            jobs += [row.job for rows in self._rows.values() for row in rows]
+            jobs = [*self._waiting, *(told.job for told in self._told.values())]
             self._waiting.clear()
-            self._reading, self._rows = [], {}
-            self._decoder.lanes.clear()
+            self._told.clear()
+            for text in list(self._batch.texts):
+                text.end = end
+                self._batch.remove(text)
             self._metrics.active.set(0)
             self._metrics.waiting.set(0)
         for job in jobs:
@@ -174,19 +164,11 @@ class Engine:
         with self._changed:
             while True:
                 self._waiting = deque(job for job in self._waiting if not job.cancelled)
-                self._reading = [(job, text) for job, text in self._reading if not job.cancelled]
-                for lane, rows in list(self._rows.items()):
-                    for place in reversed([place for place, row in enumerate(rows) if row.job.cancelled]):
-                        self._metrics.finished.labels(rows[place].job.model, "cancelled").inc()
-                        self._leave(lane, place)
-                while self._waiting and self._active() < self._slots:
-                    job = self._waiting[0]
-                    kv = self._kept.find(job.adapter, job.ids)
-                    text = Text(job.ids, job.adapter, kv)
-                    job.kept_tokens = text.done
-                    self._metrics.prompt_tokens.inc(len(job.ids))
-                    self._metrics.kept_tokens.inc(text.done)
-                    self._reading.append((job, text))
+                for text, told in list(self._told.items()):
+                    if told.job.cancelled:
+                        self._metrics.finished.labels(told.job.model, "cancelled").inc()
+                        self._leave(text)
+                while self._waiting and self._join(self._waiting[0]):
                     self._waiting.popleft()
                 self._metrics.waiting.set(len(self._waiting))
                 self._metrics.active.set(self._active())
@@ -196,85 +178,55 @@ class Engine:
                     return True
                 self._changed.wait()
 
-    def _read(self) -> None:
-        """Reads on in the prompts of the first lane; those read to the end take their row and their first token."""
-        if not self._reading:
-            return
-        lane = self._decoder.lane(self._reading[0][0].adapter)
-        mine = [(job, text) for job, text in self._reading if self._decoder.lane(job.adapter) == lane]
-        mine = mine[:1] if mine[0][1].alone else mine
-        finished = self._decoder.read([text for _, text in mine], READ_AT_ONCE)
-        if len(mine) > 1 and not all(logits.max().isfinite() for logits in finished.values()):
-            for _, text in mine:  # NaN passes from one to those beside it: whose it was shows when each is read alone
-                text.kv, text.alone = [], True
-            return
-        for place, logits in finished.items():
-            job, text = mine[place]
-            self._reading.remove((job, text))
-            self._decoder.lanes.setdefault(lane, Slots()).add(text.kv)
-            self._rows.setdefault(lane, []).append(_Row(job))
-            self._metrics.first_token.observe(time.monotonic() - job.started)
-            row = self._rows[lane][-1]
-            self._advance(lane, len(self._rows[lane]) - 1, _picked(row, logits))
+    def _join(self, job: Job) -> bool:
+        text = Text(
+            job.ids, job.adapter, stop_ids=job.stop_ids, most=job.max_new_tokens, sampling=job.sampling,
+            logprobs=job.logprobs, mask=job.mask,
+        )  # fmt: skip
+        if not self._batch.add(text):
+            return False
+        job.kept_tokens = text.found
+        self._metrics.prompt_tokens.inc(len(job.ids))
+        self._metrics.kept_tokens.inc(text.found)
+        self._told[text] = _Told(job)
+        return True
 
-    def _step(self, lane: str) -> None:
-        """The next token of every row of a lane."""
-        rows = self._rows.get(lane)
-        if not rows:
-            return
-        logits = self._decoder.step(lane, [row.sampler.tokens[-1] for row in rows], [row.job.adapter for row in rows])
-        most = logits.max(-1)
-        likeliest, finite = most.indices.tolist(), most.values.isfinite().tolist()
-        picked = [
-            row.sampler.take(likeliest[place]) if row.sampler.plain and finite[place] else _picked(row, logits[place])
-            for place, row in enumerate(rows)
-        ]
-        for place in reversed(range(len(rows))):  # from the end: a row that leaves is replaced by the last
-            self._advance(lane, place, picked[place])
+    def _step(self) -> None:
+        """The next token of every text, and some more of the prompts that are being read."""
+        if self._batch.texts:
+            for news in self._batch.step():
+                self._tell(news)
 
-    def _advance(self, lane: str, place: int, token: Token | NoToken) -> None:
-        """Tells a row's new token; takes it out of the batch where it was the last."""
-        row = self._rows[lane][place]
-        if isinstance(token, NoToken):
-            row.job.told(Piece("", tuple(row.untold), token.end))
-            self._metrics.finished.labels(row.job.model, token.end).inc()
-            self._leave(lane, place, keep=False)
-            return
-        self._metrics.new_tokens.inc()
-        stop = token.id in row.job.stop_ids
-        row.untold.append(token)
-        text = row.words.end() if stop else row.words.push(token.id)
-        end = "stop" if stop or row.words.stopped else None
-        if end is None and len(row.sampler.tokens) >= row.job.max_new_tokens:
-            text, end = text + row.words.end(), "length"
-            if row.words.stopped:
+    def _tell(self, news: News) -> None:
+        """Tells a text's new tokens; takes it out of the batch where a stop string came."""
+        text, told = news.text, self._told[news.text]
+        shown, end = "", None
+        if told.first:
+            self._metrics.first_token.observe(time.monotonic() - told.job.started)
+            told.first = False
+        for place, token in enumerate(news.tokens):
+            self._metrics.new_tokens.inc()
+            told.untold.append(token)
+            last = bool(text.end) and place == len(news.tokens) - 1
+            shown += told.words.end() if last and text.end == "stop" else told.words.push(token.id)
+            if told.words.stopped:
                 end = "stop"
-        if text or end:
-            row.job.told(Piece(text, tuple(row.untold), end))
-            row.untold = []
+                break
+        if end is None and text.end:
+            end = text.end
+            if end == "length":
+                shown += told.words.end()
+                end = "stop" if told.words.stopped else end
+        if shown or end:
+            told.job.told(Piece(shown, tuple(told.untold), end))
+            told.untold = []
         if end is not None:
-            self._metrics.finished.labels(row.job.model, end).inc()
-            self._metrics.whole.observe(time.monotonic() - row.job.started)
-            self._leave(lane, place)
+            self._metrics.finished.labels(told.job.model, end).inc()
+            if end in ("stop", "length"):
+                self._metrics.whole.observe(time.monotonic() - told.job.started)
+            self._leave(text)
 
-    def _leave(self, lane: str, place: int, *, keep: bool = True) -> None:
-        """Frees a row; what it holds is kept for requests that begin alike, or wiped out (NaN times 0 is NaN)."""
-        slots, rows = self._decoder.lanes[lane], self._rows[lane]
-        row = rows[place]
-        if keep:
-            ids = np.concatenate([row.job.ids, np.array(row.sampler.tokens, np.int32)])[: slots.lengths[place]]
-            self._kept.add(row.job.adapter, ids, slots.take(place))
-        else:
-            slots.wipe(place)
-        slots.remove(place)
-        rows[place] = rows[-1]
-        rows.pop()
-        if not rows:
-            del self._rows[lane]
-
-
-def _picked(row: _Row, logits: torch.Tensor) -> Token | NoToken:
-    try:
-        return row.sampler.pick(logits)
-    except NoToken as none:
-        return none
+    def _leave(self, text: Text) -> None:
+        del self._told[text]
+        if text in self._batch.texts:
+            self._batch.remove(text)

@@ -8,12 +8,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from strop.engine.answers.text import Logits, Mask, NoToken
 from strop.serve.models import Served
 from strop.serve.protocol import Refusal, ResponseFormat
-from strop.serve.sampling import Mask, NoToken
 
 
 class Grammars:
@@ -58,13 +56,13 @@ class _Grammar:
     def __init__(self, matcher: Any) -> None:
         self._matcher, self._taken = matcher, 0
 
-    def __call__(self, tokens: Sequence[int], scores: Tensor) -> None:
+    def __call__(self, tokens: Sequence[int], scores: Logits) -> None:
         for token in tokens[self._taken :]:
             self._matcher.consume_token(token)
         self._taken = len(tokens)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(scores)].astype(bool))
+        allowed = np.unpackbits(bits, bitorder="little")[: len(scores)].astype(bool)
         if self._matcher.is_error() or not allowed.any():  # it would allow the end of a turn, in the midst of JSON
             raise NoToken("format")
-        scores[: len(allowed)].masked_fill_(~allowed, float("-inf"))
-        scores[len(allowed) :] = float("-inf")
+        scores[: len(allowed)][~allowed] = -np.inf
+        scores[len(allowed) :] = -np.inf

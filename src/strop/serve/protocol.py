@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from strop.serve.sampling import Token
+from strop.engine.answers.text import Token
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Zero = Annotated[float, Field(ge=0, le=0)]

@@ -16,11 +16,14 @@ import psutil
 import torch
 import uvicorn
 
+from strop.engine.answers.cache import BLOCK
+from strop.engine.answers.decoder import Decoder, Reads, position_bytes
+from strop.engine.answers.fits import unanswerable
+from strop.engine.answers.text import Sampling
 from strop.errors import InputError, RunError
 from strop.machine.probe import probe
-from strop.model.generate import Sampling
 from strop.serve.app import Room, create_app
-from strop.serve.decoder import Decoder
+from strop.serve.decoder import PlainDecoder
 from strop.serve.engine import Engine
 from strop.serve.grammar import Grammars
 from strop.serve.guard import Door, Rules
@@ -98,26 +101,31 @@ def serve(
     Raises ModelError for models that cannot be served together, RunError where the server failed.
     """
     loaded = load_models(names, device=device, dtype=dtype, quantization=quantization, force=force)
-    decoder, notes = Decoder(loaded.module), list(loaded.notes)
-    config = decoder.model.config.get_text_config()
-    longest = int(getattr(config, "max_position_embeddings", LONGEST_CONTEXT))
+    base = loaded.module.get_base_model() if hasattr(loaded.module, "peft_config") else loaded.module
+    notes = list(loaded.notes)
+    longest = int(getattr(base.config.get_text_config(), "max_position_embeddings", LONGEST_CONTEXT))
     if context is not None and context > longest:
         raise InputError(f"--context {context}: the model was made for {longest} tokens", fix="choose less")
     context = context or min(longest, LONGEST_CONTEXT)
-    position = decoder.position_bytes()
-    fitting = max(1, _free_bytes(decoder.device) // 2 // (position * context))
+    reason = unanswerable(loaded.module)
+    plain = PlainDecoder(loaded.module, keep=2 * context) if reason else None
+    if reason:
+        notes.append(f"answers through transformers' own forward, which is slower: {reason}")
+    position = plain.position_bytes() if plain else position_bytes(loaded.module)
+    fitting = max(1, _free_bytes(next(base.parameters()).device) // 2 // (position * context))
     if fitting < slots:
         notes.append(f"{fitting} slots instead of {slots}: at {context} tokens each takes {position * context:,} bytes")
         slots = fitting
+    decoder: Reads = plain or Decoder(loaded.module, (slots + 2) * (context + BLOCK))  # as much as 2 slots is kept
     metrics = Metrics()
     # of the text config's own vocabulary, which embeddings may be padded beyond
-    vocabulary = int(decoder.model.get_output_embeddings().weight.shape[0])
+    vocabulary = int(base.get_output_embeddings().weight.shape[0])
     engine = Engine(
-        decoder, slots=slots, queue=queue, keep_tokens=2 * context, metrics=metrics,
+        decoder, slots=slots, queue=queue, metrics=metrics, guess=plain is None,
         on_failure=lambda: setattr(server, "should_exit", True),
     )  # fmt: skip
     room = Room(
-        engine=engine, models=loaded.models, sampling=Sampling.own(decoder.model.generation_config),
+        engine=engine, models=loaded.models, sampling=Sampling.own(base.generation_config),
         grammars=Grammars(vocabulary), context=context, vocabulary=vocabulary, started=int(time.time()),
     )  # fmt: skip
     app = create_app(room, Rules(address.hosts, address.key, max_body_bytes), metrics)

@@ -59,7 +59,14 @@ def inline(function: Loop) -> Loop:
     return compiled
 
 
-def _overload(function: Callable[..., Any]) -> Callable[[Loop], Loop]:
+def together(function: Loop) -> Loop:
+    """What calls loops, one after the other, while other threads of Python go on."""
+    compiled: Loop = _njit(nogil=True, error_model="numpy", cache=True)(function)
+    return compiled
+
+
+def chosen(function: Callable[..., Any]) -> Callable[[Loop], Loop]:
+    """Makes what is decorated the choice, by types, of the code that stands for `function`."""
     typed: Callable[[Loop], Loop] = overload(function, inline="always")
     return typed
 
@@ -129,7 +136,7 @@ def narrow(x: Any, like: Any) -> Any:
     """fp32 as the array `like` stores it, rounded to nearest even."""
 
 
-@_overload(wide)
+@chosen(wide)
 def _wide(x: Any) -> Any:
     def from_bf16(x: Any) -> Any:
         return _from_bf16(x)
@@ -140,7 +147,7 @@ def _wide(x: Any) -> Any:
     return from_bf16 if x == types.uint16 else same
 
 
-@_overload(narrow)
+@chosen(narrow)
 def _narrow(x: Any, like: Any) -> Any:
     def to_bf16(x: Any, like: Any) -> Any:
         return _to_bf16(x)

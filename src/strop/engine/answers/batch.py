@@ -1,0 +1,133 @@
+"""Continuous batching: texts join and leave between two passes; a prompt is read beside answers that go on.
+
+Where few texts are under way, a pass takes as long for one row as for several: the weights' way from memory sets the
+pace. The rows that are free then hold guesses: what followed, earlier in the text, on the tokens that stand at its end
+(prompt lookup, after Leviathan et al., arXiv:2211.17192). A guess that is drawn is kept, and the answer is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from strop.engine.answers.cache import NoRoom
+from strop.engine.answers.decoder import Part, Reads
+from strop.engine.answers.text import NoToken, Text, Token
+from strop.engine.processor import likeliest
+
+READ_AT_ONCE = 256  # prompt rows in a pass: more would hold up the answers that go on
+FREE_ROWS = 8  # a pass over so many rows takes hardly longer than one over a single row
+ALIKE = 3  # tokens at a text's end that must have stood before, for what followed them to be guessed
+
+
+@dataclass(frozen=True)
+class News:
+    """What a pass brought a text: its new tokens, which are appended; text.end says whether it has ended."""
+
+    text: Text
+    tokens: tuple[Token, ...]
+
+
+class Batch:
+    """rows: texts that are answered together, at most. guess: guess tokens where rows are free."""
+
+    def __init__(self, decoder: Reads, rows: int, *, read_at_once: int = READ_AT_ONCE, guess: bool = True) -> None:
+        self._decoder, self._rows, self._guess, self._read_at_once = decoder, rows, guess, read_at_once
+        self.texts: list[Text] = []
+
+    def add(self, text: Text) -> bool:
+        """False where there is no room for it now. Raises NoRoom where there would never be."""
+        if len(self.texts) >= self._rows:
+            return False
+        try:
+            self._decoder.begin(text)
+        except NoRoom:
+            if self.texts:
+                return False
+            raise
+        self.texts.append(text)
+        return True
+
+    def remove(self, text: Text) -> None:
+        """A text leaves, whether it has ended or not."""
+        self.texts.remove(text)
+        self._decoder.end(text)
+
+    def step(self) -> list[News]:
+        """One pass. Texts that have ended have left."""
+        parts = self._parts()
+        news = []
+        logits = self._decoder.read(parts)
+        told = [place for place, part in enumerate(parts) if part.told]
+        best = likeliest(np.concatenate([logits[place] for place in told])) if told else None
+        at = 0
+        for place in told:
+            part, rows = parts[place], logits[place]
+            assert best is not None
+            tokens = self._written(part, rows, best[0][at : at + len(rows)], best[1][at : at + len(rows)])
+            at += len(rows)
+            news.append(News(part.text, tokens))
+            if part.text.end:
+                self.remove(part.text)
+        return news
+
+    def _written(self, part: Part, logits: np.ndarray, best: np.ndarray, finite: np.ndarray) -> tuple[Token, ...]:
+        """Appends the tokens that follow, as long as the guesses before them were right."""
+        text, found = part.text, []
+        for row in range(len(logits)):
+            try:
+                token = Token(int(best[row])) if text.plain and finite[row] else text.pick(logits[row])
+            except NoToken as none:
+                text.end = none.end
+                break
+            text.append(token.id)
+            found.append(token)
+            if text.end or row == len(part.guessed) or part.guessed[row] != token.id:
+                break
+            text.done += 1  # what was guessed is in the cache
+        return tuple(found)
+
+    def _parts(self) -> list[Part]:
+        writing = [text for text in self.texts if text.length > text.prompt or text.left == 1]
+        reading = [text for text in self.texts if text not in writing]
+        room = FREE_ROWS - len(writing) if self._guess and not reading else 0
+        parts = []
+        for place, text in enumerate(writing):
+            most = min(max(0, room) // (len(writing) - place), text.most - (text.length - text.prompt) - 1)
+            guessed = guess(text.ids, most)
+            room -= len(guessed)
+            parts.append(Part(text, text.left, 1 + len(guessed), guessed))
+        budget = self._read_at_once
+        for text in reading:
+            count = min(text.left, budget)
+            if count:
+                parts.append(Part(text, count, int(count == text.left)))
+            budget -= count
+        return parts
+
+
+def guess(ids: np.ndarray, most: int) -> Sequence[int]:
+    """What followed the last time that the text's last tokens stood in it, `most` tokens of it at most."""
+    if most <= 0 or len(ids) <= ALIKE:
+        return ()
+    last = ids[-ALIKE:]
+    same = np.ones(len(ids) - ALIKE, bool)
+    for place in range(ALIKE):
+        same &= ids[place : place + len(same)] == last[place]
+    where = np.flatnonzero(same)
+    if not len(where):
+        return ()
+    begin = int(where[-1]) + ALIKE
+    found: list[int] = ids[begin : begin + most].tolist()
+    return found
+
+
+def answer_all(batch: Batch, texts: Sequence[Text]) -> Iterator[News]:
+    """Answers all texts, as many together as go; tells what each pass brings. Raises NoRoom where one is too long."""
+    waiting = list(reversed(texts))
+    while waiting or batch.texts:
+        while waiting and batch.add(waiting[-1]):
+            waiting.pop()
+        yield from batch.step()

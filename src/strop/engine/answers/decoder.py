@@ -1,0 +1,134 @@
+"""Texts of many requests through the model together: prompts are read and answers go on in one pass, row by row.
+
+Nothing is padded: a pass is a row of tokens, some of this text and some of that, each with its adapter. Their keys and
+values go into blocks (cache.py). The model's own weights are used where they lie, quantized ones as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from strop.engine.answers.cache import BLOCK, Blocks, blocks_for, keys_of
+from strop.engine.answers.compiled import CompiledPass, entering, width_of
+from strop.engine.answers.fits import adapters_of, unanswerable
+from strop.engine.answers.text import Ids, Logits, Text
+from strop.engine.layers import Layers
+
+TOGETHER = 48  # query heads of a text that are attended together: more need not read its keys less often
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a pass reads of a text: the next `count` positions that are not in the cache, with `guessed` tokens behind
+    the last. told: the last so many of them give logits."""
+
+    text: Text
+    count: int
+    told: int = 0
+    guessed: Sequence[int] = ()
+
+
+class Reads(Protocol):
+    """What Batch needs of a decoder."""
+
+    def begin(self, text: Text) -> None:
+        """Takes the room that the text will need, and shares what is known of its beginning. Raises NoRoom."""
+
+    def end(self, text: Text) -> None:
+        """Gives the text's room back."""
+
+    def read(self, parts: Sequence[Part]) -> list[Logits]:
+        """One pass. The logits (told, vocabulary) of each part."""
+
+
+class Decoder:
+    """positions: how many the cache holds, over all texts.
+
+    Made once for a model; where its adapters are trained on, `refresh`. The model must be one that `unanswerable` has
+    no reason against.
+    """
+
+    def __init__(self, model: torch.nn.Module, positions: int) -> None:
+        reason = unanswerable(model)
+        assert reason is None, reason
+        self._model = model
+        self._layers = Layers(model)
+        self.names = adapters_of(model)
+        self.blocks = Blocks(blocks_for(positions))
+        self._pass = CompiledPass(self._layers, self.blocks.count, self.names)
+        first = self._layers.part(0)
+        self._most = max(1, TOGETHER // (first.query // first.key_value))
+
+    def refresh(self) -> None:
+        """The adapters' weights have changed, or there are others. No text may be under way."""
+        self.names = adapters_of(self._model)
+        self._pass.take_adapters(self.names)
+        self.blocks.forget()
+
+    def begin(self, text: Text) -> None:
+        known = self.blocks.share(keys_of(text.adapter, text.ids[: text.length - 1]))
+        try:
+            text.blocks = known + self.blocks.take(blocks_for(text.prompt + text.most) - len(known))
+        except Exception:
+            self.blocks.leave(known)
+            raise
+        text.done = text.found = len(known) * BLOCK
+        text.keys = list(keys_of(text.adapter, text.ids[: text.done]))
+
+    def end(self, text: Text) -> None:
+        self.blocks.leave(text.blocks)
+        text.blocks = []
+
+    def read(self, parts: Sequence[Part]) -> list[Logits]:
+        order = sorted(range(len(parts)), key=lambda place: self._adapter(parts[place].text))
+        table = np.zeros((len(parts), max(len(part.text.blocks) for part in parts)), np.int32)
+        ids: list[Ids] = []
+        at, of, chunks = [], [], []
+        picked: list[int] = []
+        own = np.zeros((len(self.names), 2), np.int64)
+        rows, longest, places = 0, 0, {}
+        for place in order:
+            part = parts[place]
+            text, count = part.text, part.count + len(part.guessed)
+            table[place, : len(text.blocks)] = text.blocks
+            ids.append(text.ids[text.done : text.done + part.count])
+            ids.append(np.array(part.guessed, np.int32))
+            at.append(np.arange(text.done, text.done + count))
+            of.append(np.full(count, place))
+            for first in range(0, count, self._most):
+                chunks.append((rows + first, min(self._most, count - first), text.done + first, place))
+            adapter = self._adapter(text)
+            if adapter < len(self.names):
+                own[adapter] = (own[adapter, 0] if own[adapter, 1] else rows), rows + count
+            places[place] = len(picked)
+            picked += range(rows + count - part.told, rows + count)
+            rows, longest = rows + count, max(longest, text.done + count)
+        given = self._pass.rows(np.concatenate(at), np.concatenate(of), table, np.array(chunks, np.int64), own)
+        with torch.inference_mode():
+            logits = self._pass(np.concatenate(ids).astype(np.int64), given, longest, np.array(picked, np.int64))
+        for part in parts:
+            self._read_on(part.text, part.count)
+        return [logits[places[place] : places[place] + part.told] for place, part in enumerate(parts)]
+
+    def _adapter(self, text: Text) -> int:
+        return len(self.names) if text.adapter is None else self.names.index(text.adapter)
+
+    def _read_on(self, text: Text, count: int) -> None:
+        """Full blocks become known. Guessed tokens do not count: they may turn out wrong."""
+        text.done += count
+        begin = len(text.keys) * BLOCK
+        for key in keys_of(text.adapter, text.ids[: text.done], text.keys[-1] if text.keys else b"", begin):
+            self.blocks.know(key, text.blocks[len(text.keys)])
+            text.keys.append(key)
+
+
+def position_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the cache that a position takes."""
+    layers = Layers(model)
+    first = layers.part(0)
+    return 2 * len(layers) * first.key_value * width_of(first.size) * entering(layers.head.weight.dtype).itemsize

@@ -1,0 +1,170 @@
+"""A text that is read and written on, and how its next tokens are drawn."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from strop.engine.processor import draw_token
+
+COLDEST = 1e-4  # below it logits divided by the temperature may overflow, and sampling is greedy anyway
+
+Ids = npt.NDArray[np.int32]
+Logits = npt.NDArray[np.float32]
+# (tokens so far, logits (vocabulary,)): sets what may not come to -inf; raises NoToken
+Mask = Callable[[Sequence[int], Logits], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Greedy where temperature is 0; top_k 0: among all tokens. The seed makes sampled answers repeatable, whatever
+    is answered beside them."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    @staticmethod
+    def own(config: Any) -> Sampling:
+        """What a model's own generation config (transformers.GenerationConfig) asks for."""
+        penalty = float(config.repetition_penalty or 1.0)
+        if not config.do_sample:
+            return Sampling(repetition_penalty=penalty)
+        # where a config says to sample, and not how: transformers' own
+        temperature = 1.0 if config.temperature is None else float(config.temperature)
+        top_p = 1.0 if config.top_p is None else float(config.top_p)
+        return Sampling(temperature, top_p, 50 if config.top_k is None else int(config.top_k), penalty)
+
+    def changed(self, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
+        """With what a request asks for; None: as it is, but for the seed."""
+        return replace(
+            self,
+            temperature=self.temperature if temperature is None else temperature,
+            top_p=self.top_p if top_p is None else top_p,
+            seed=seed,
+        )
+
+    def words(self) -> str:
+        if self.temperature == 0:
+            said = ["greedy"]
+        else:
+            said = [f"temperature {self.temperature:g}"]
+            said += [f"top_p {self.top_p:g}"] if self.top_p < 1 else []
+            said += [f"top_k {self.top_k}"] if self.top_k else []
+        return ", ".join(
+            said + ([f"repetition penalty {self.repetition_penalty:g}"] if self.repetition_penalty != 1 else [])
+        )
+
+
+class NoToken(Exception):
+    """No token can come next. end: failed (the model's numbers are not finite) or format (what a grammar asks for)."""
+
+    def __init__(self, end: str) -> None:
+        super().__init__(end)
+        self.end = end
+
+
+@dataclass(frozen=True)
+class Token:
+    """logprob: of the model's own distribution, before any sampling; likeliest: tokens with theirs, from the top."""
+
+    id: int
+    logprob: float = 0.0
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+class Text:
+    """ids (L,): a prompt, and then what was written behind it; adapter: None for the base alone.
+
+    stop_ids, most: an answer ends with one of these tokens, or with so many. logprobs: how many likeliest tokens to
+    tell of; None: not even the token's own. mask: what a grammar forbids. Random numbers are the text's own, one for
+    each place: what is answered beside it does not matter, nor whether tokens were guessed.
+
+    done: positions that are in the cache; end: stop, length or what NoToken says, when it has ended.
+    """
+
+    def __init__(
+        self,
+        prompt: Ids,
+        adapter: str | None,
+        *,
+        stop_ids: Sequence[int] = (),
+        most: int = 1,
+        sampling: Sampling | None = None,
+        logprobs: int | None = None,
+        mask: Mask | None = None,
+    ) -> None:
+        assert len(prompt) and most
+        self.adapter, self.stop_ids, self.most = adapter, frozenset(stop_ids), most
+        self.prompt = len(prompt)
+        self._ids = np.empty(len(prompt) + most, np.int32)
+        self._ids[: self.prompt] = prompt
+        self.length, self.done, self.end = self.prompt, 0, ""
+        self.blocks: list[int] = []
+        self.keys: list[bytes] = []
+        self.found = 0  # positions of its beginning that were in the cache already
+        self._sampling, self._logprobs, self._mask = sampling or Sampling(), logprobs, mask
+        self.greedy = self._sampling.temperature < COLDEST
+        seed = self._sampling.seed
+        self._seed = secrets.randbits(63) if seed is None else seed % 2**63
+
+    @property
+    def ids(self) -> Ids:
+        return self._ids[: self.length]
+
+    @property
+    def answer(self) -> list[int]:
+        found: list[int] = self._ids[self.prompt : self.length].tolist()
+        return found
+
+    @property
+    def left(self) -> int:
+        """Positions that are not in the cache yet."""
+        return self.length - self.done
+
+    @property
+    def plain(self) -> bool:
+        """The likeliest token and nothing else is asked for."""
+        penalty = self._sampling.repetition_penalty
+        return self.greedy and self._logprobs is None and self._mask is None and penalty == 1
+
+    def append(self, token: int) -> None:
+        self._ids[self.length] = token
+        self.length += 1
+        if token in self.stop_ids:
+            self.end = "stop"
+        elif self.length - self.prompt >= self.most:
+            self.end = "length"
+
+    def pick(self, logits: Logits) -> Token:
+        """The next token, which is not appended yet; logits (vocabulary,). Raises NoToken."""
+        scores, about = logits, self._sampling
+        if not np.isfinite(logits.max()):
+            raise NoToken("failed")
+        if about.repetition_penalty != 1 or self._mask is not None:
+            scores = logits.copy()
+            if about.repetition_penalty != 1:  # as CTRL (arXiv:1909.05858) has it: of what was said, once each
+                said = np.unique(self.ids)
+                penalty = np.float32(about.repetition_penalty)
+                scores[said] = np.where(scores[said] < 0, scores[said] * penalty, scores[said] / penalty)
+            if self._mask is not None:
+                self._mask(self.answer, scores)
+        if self.greedy:
+            token = int(scores.argmax())
+        else:
+            # a number for each place, of a generator that can begin anywhere (Philox, Salmon et al. 2011)
+            place = np.random.Philox(key=self._seed, counter=self.length)
+            token = draw_token(scores, about.temperature, about.top_k, about.top_p, np.random.Generator(place).random())
+        if self._logprobs is None:
+            return Token(token)
+        wide = logits.astype(np.float64)
+        logs = wide - (wide.max() + np.log(np.exp(wide - wide.max()).sum()))
+        top = np.argsort(-logs, kind="stable")[: self._logprobs]
+        return Token(token, float(logs[token]), tuple((int(one), float(logs[one])) for one in top))

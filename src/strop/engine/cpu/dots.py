@@ -1,0 +1,302 @@
+"""Inner products of weight rows with a few rows of numbers, for numba's loops: what answering computes with.
+
+Answering reads each weight once for a handful of rows, so that the memory sets the pace: rows of weights are taken as
+they lie, and asked for ahead of their use. Each result is summed in an order that does not depend on what is computed
+beside it: an answer has the same bits alone and among others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from strop.engine.cpu.compiled import HAS_BF16, BFloat, inline
+from strop.machine.probe import vector
+
+LANES = 16 if "avx512f" in vector() else 8  # partial sums of a result, and results of a block
+AHEAD = 2 * LANES  # rows of weights that are asked for before they are needed
+
+_F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
+_SUMS = ir.VectorType(_F32, LANES)
+
+
+class _Kind:
+    """How numbers are taken in: `step` of them at a time, as what `load` gives."""
+
+    def __init__(self, a: Any, x: Any) -> None:
+        self.pairs = a == types.uint16 and x == types.uint16
+        if self.pairs and not HAS_BF16:
+            raise TypeError("two rows in bf16 need a CPU that multiplies them")
+        self.step = 2 * LANES if self.pairs else LANES
+
+    def load(self, b: Any, place: Any, bf16: bool, left: Any) -> Any:
+        """left: None for a whole vector, else how many numbers there are of it; the others are 0."""
+        element = _I16 if bf16 else _F32
+        kind, align = ir.VectorType(element, self.step), 2 if bf16 else 4
+        at = b.bitcast(place, kind.as_pointer())
+        if left is None:
+            found = b.load(at, align=align)
+        else:
+            counted = ir.Constant(ir.VectorType(_I64, self.step), list(range(self.step)))
+            mask = b.icmp_signed("<", counted, _spread(b, left, self.step))
+            found = _masked(b, at, kind, mask, align)
+        if self.pairs:
+            return b.bitcast(found, ir.VectorType(BFloat(), self.step))
+        return _widened(b, found) if bf16 else found
+
+    def multiply(self, b: Any, a: Any, x: Any, onto: Any) -> Any:
+        if self.pairs:
+            return _call(b, "llvm.x86.avx512bf16.dpbf16ps.512", _SUMS, onto, a, x)
+        return _fma(b, a, x, onto)
+
+
+def _call(b: Any, name: str, result: Any, *args: Any) -> Any:
+    kind = ir.FunctionType(result, [each.type for each in args])
+    return b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), args)
+
+
+def _fma(b: Any, a: Any, x: Any, onto: Any) -> Any:
+    return _call(b, f"llvm.fma.v{LANES}f32", _SUMS, a, x, onto)
+
+
+def _spread(b: Any, x: Any, count: int) -> Any:
+    """A vector of `count` times x."""
+    kind = ir.VectorType(x.type, count)
+    one = b.insert_element(ir.Constant(kind, ir.Undefined), x, _I32(0))
+    return b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(_I32, count), [0] * count))
+
+
+def _masked(b: Any, at: Any, kind: Any, mask: Any, align: int) -> Any:
+    element = "i16" if kind.element == _I16 else "f32"
+    name = f"llvm.masked.load.v{kind.count}{element}.p0v{kind.count}{element}"
+    return _call(b, name, kind, at, _I32(align), mask, ir.Constant(kind, None))
+
+
+def _widened(b: Any, found: Any) -> Any:
+    """fp32 of bf16's bits."""
+    wide = ir.VectorType(_I32, found.type.count)
+    return b.bitcast(b.shl(b.zext(found, wide), ir.Constant(wide, [16] * wide.count)), _SUMS)
+
+
+def _prefetch(b: Any, place: Any) -> None:
+    place = b.bitcast(place, _I8.as_pointer())
+    _call(b, "llvm.prefetch.p0i8", ir.VoidType(), place, _I32(0), _I32(2), _I32(1))  # to read, into the second cache
+
+
+def _sums(b: Any, vectors: list[Any]) -> Any:
+    """The sums of LANES vectors, as one vector."""
+    numbers, distance = ir.VectorType(_I32, LANES), LANES // 2
+    while distance:
+        half, found = len(vectors) // 2, []
+        for u, v in zip(vectors[:half], vectors[half:], strict=True):
+            own = [LANES + (i ^ distance) if i & distance else i for i in range(LANES)]
+            other = [LANES + i if i & distance else i ^ distance for i in range(LANES)]
+            found.append(
+                b.fadd(*(b.shuffle_vector(u, v, ir.Constant(numbers, places)) for places in (own, other)))
+            )  # fmt: skip
+        vectors, distance = found, distance // 2
+    return vectors[0]
+
+
+def _place(context: Any, b: Any, kind: Any, array: Any, at: Any) -> Any:
+    return b.gep(context.make_array(kind)(context, b, array).data, [at])
+
+
+def _dots(rows: int, others: int, fetch: bool) -> Any:
+    def typing(
+        context: Any, a: Any, a_at: Any, lda: Any, x: Any, x_at: Any, ldx: Any, c: Any, c_at: Any, ldc: Any,
+        count: Any, there: Any,
+    ) -> Any:  # fmt: skip
+        long = types.int64
+        signature = types.void(a, long, long, x, long, long, c, long, long, long, long)
+
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            kinds, kind = signature.args, _Kind(a.dtype, x.dtype)
+            starts = [_place(context, b, kinds[i], args[i], args[i + 1]) for i in (0, 3, 6)]
+            lda, ldx, ldc, count, there = (args[i] for i in (2, 5, 8, 9, 10))
+            last = b.sub(there, _I64(1))
+            nearest = [b.select(b.icmp_signed("<", _I64(i), last), _I64(i), last) for i in range(rows)]
+            a_rows = [b.gep(starts[0], [b.mul(lda, i)]) for i in nearest]
+            x_rows = [b.gep(starts[1], [b.mul(ldx, _I64(j))]) for j in range(others)]
+            further = b.mul(lda, _I64(AHEAD))
+            whole = b.mul(b.sdiv(count, _I64(kind.step)), _I64(kind.step))
+
+            def multiplied(at: Any, sums: list[Any], left: Any) -> list[Any]:
+                found: list[Any] = [None] * (rows * others)
+                xs = [kind.load(b, b.gep(row, [at]), x.dtype == types.uint16, left) for row in x_rows]
+                for i, row in enumerate(a_rows):
+                    if fetch and left is None:
+                        _prefetch(b, b.gep(row, [b.add(at, further)]))
+                    one = kind.load(b, b.gep(row, [at]), a.dtype == types.uint16, left)
+                    for j, other in enumerate(xs):
+                        found[j * rows + i] = kind.multiply(b, one, other, sums[j * rows + i])
+                return found
+
+            zeros = [ir.Constant(_SUMS, [0.0] * LANES)] * (rows * others)
+            before = b.block
+            loop, between, rest, done = (b.append_basic_block(name) for name in ("loop", "between", "rest", "done"))
+            b.cbranch(b.icmp_signed(">", whole, _I64(0)), loop, between)
+            b.position_at_end(loop)
+            at, sums = b.phi(_I64), [b.phi(_SUMS) for _ in zeros]
+            added = multiplied(at, sums, None)
+            after = b.add(at, _I64(kind.step))
+            for each, first, next_one in zip([at, *sums], [_I64(0), *zeros], [after, *added], strict=True):
+                each.add_incoming(first, before)
+                each.add_incoming(next_one, loop)
+            b.cbranch(b.icmp_signed("<", after, whole), loop, between)
+
+            b.position_at_end(between)
+            merged = [b.phi(_SUMS) for _ in zeros]
+            for each, first, next_one in zip(merged, zeros, added, strict=True):
+                each.add_incoming(first, before)
+                each.add_incoming(next_one, loop)
+            b.cbranch(b.icmp_signed("<", whole, count), rest, done)
+            b.position_at_end(rest)
+            last_ones = multiplied(whole, merged, b.sub(count, whole))
+            b.branch(done)
+            b.position_at_end(done)
+            total = [b.phi(_SUMS) for _ in zeros]
+            for each, first, next_one in zip(total, merged, last_ones, strict=True):
+                each.add_incoming(first, between)
+                each.add_incoming(next_one, rest)
+            found = _sums(b, total)
+            for j in range(others):
+                own = ir.VectorType(_I32, rows)
+                part = b.shuffle_vector(found, found, ir.Constant(own, [j * rows + i for i in range(rows)]))
+                to = b.gep(starts[2], [b.mul(ldc, _I64(j))])
+                b.store(part, b.bitcast(to, ir.VectorType(_F32, rows).as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    typing.__doc__ = f"""c[j * ldc + i] = a_i x_j for {rows} rows of a and {others} of x, all of `count` numbers.
+
+    a, x: fp32, or uint16 with the bits of bf16 (x in bf16 where a is, on a CPU that multiplies them; else fp32); c:
+    fp32. a_at, x_at, c_at: where they begin; lda, ldx, ldc: row to row. there: rows that a really has; in the place of
+    those behind stands the last one.
+    """
+    return intrinsic(typing)
+
+
+# The first to read a block of weights asks memory for one that comes later.
+_one, _two, _four = (_dots(LANES // n, n, True) for n in (1, 2, 4))
+_one_more, _two_more, _four_more = (_dots(LANES // n, n, False) for n in (1, 2, 4))
+
+
+@inline
+def block(
+    a: Any, a_at: Any, lda: Any, x: Any, x_at: Any, ldx: Any, c: Any, c_at: Any, ldc: Any, others: Any, count: Any
+) -> None:  # fmt: skip
+    """c[j, i] = a_i x_j for LANES rows of a and `others` of x; each as in _dots."""
+    j = 0
+    while j + 4 <= others:
+        for q in range(0, LANES, LANES // 4):
+            row, to, at = a_at + q * lda, c_at + j * ldc + q, x_at + j * ldx
+            if j == 0:
+                _four(a, row, lda, x, at, ldx, c, to, ldc, count, LANES)
+            else:
+                _four_more(a, row, lda, x, at, ldx, c, to, ldc, count, LANES)
+        j += 4
+    if j + 2 <= others:
+        for q in range(0, LANES, LANES // 2):
+            row, to, at = a_at + q * lda, c_at + j * ldc + q, x_at + j * ldx
+            if j == 0:
+                _two(a, row, lda, x, at, ldx, c, to, ldc, count, LANES)
+            else:
+                _two_more(a, row, lda, x, at, ldx, c, to, ldc, count, LANES)
+        j += 2
+    if j < others:
+        if j == 0:
+            _one(a, a_at, lda, x, x_at, ldx, c, c_at, ldc, count, LANES)
+        else:
+            _one_more(a, a_at, lda, x, x_at + j * ldx, ldx, c, c_at + j * ldc, ldc, count, LANES)
+
+
+@inline
+def edge(
+    a: Any, a_at: Any, lda: Any, there: Any, x: Any, x_at: Any, ldx: Any, c: Any, c_at: Any, ldc: Any, others: Any,
+    count: Any,
+) -> None:  # fmt: skip
+    """The same of `there` rows of a, fewer than LANES."""
+    found = np.empty(LANES, np.float32)
+    for j in range(others):
+        _one_more(a, a_at, lda, x, x_at + j * ldx, ldx, found, 0, LANES, count, there)
+        for i in range(there):
+            c[c_at + j * ldc + i] = found[i]
+
+
+def _mix(queries: int, vectors: int) -> Any:
+    def typing(
+        context: Any, p: Any, p_at: Any, ldp: Any, v: Any, v_at: Any, ldv: Any, c: Any, c_at: Any, ldc: Any, keys: Any
+    ) -> Any:  # fmt: skip
+        long = types.int64
+        signature = types.void(p, long, long, v, long, long, c, long, long, long)
+
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            kinds, bf16 = signature.args, v.dtype == types.uint16
+            starts = [_place(context, b, kinds[i], args[i], args[i + 1]) for i in (0, 3, 6)]
+            ldp, ldv, ldc, keys = args[2], args[5], args[8], args[9]
+            element = ir.VectorType(_I16 if bf16 else _F32, LANES)
+            places = [
+                b.bitcast(b.gep(starts[2], [b.add(b.mul(ldc, _I64(i)), _I64(j * LANES))]), _SUMS.as_pointer())
+                for i in range(queries)
+                for j in range(vectors)
+            ]
+            held = [b.load(place, align=4) for place in places]
+            before = b.block
+            loop, done = b.append_basic_block("loop"), b.append_basic_block("done")
+            b.branch(loop)
+            b.position_at_end(loop)
+            at, sums = b.phi(_I64), [b.phi(_SUMS) for _ in held]
+            row = b.gep(starts[1], [b.mul(ldv, at)])
+            columns = []
+            for j in range(vectors):
+                place = b.bitcast(b.gep(row, [_I64(j * LANES)]), element.as_pointer())
+                one = b.load(place, align=2 if bf16 else 4)
+                columns.append(_widened(b, one) if bf16 else one)
+            added = []
+            for i in range(queries):
+                share = _spread(b, b.load(b.gep(starts[0], [b.add(b.mul(ldp, _I64(i)), at)])), LANES)
+                added += [_fma(b, share, column, sums[i * vectors + j]) for j, column in enumerate(columns)]
+            after = b.add(at, _I64(1))
+            for each, first, next_one in zip([at, *sums], [_I64(0), *held], [after, *added], strict=True):
+                each.add_incoming(first, before)
+                each.add_incoming(next_one, loop)
+            b.cbranch(b.icmp_signed("<", after, keys), loop, done)
+            b.position_at_end(done)
+            for value, place in zip(added, places, strict=True):
+                b.store(value, place, align=4)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    typing.__doc__ = f"""c += p v for {queries} rows of p, of `keys` numbers each, and {vectors} vectors of v's columns.
+
+    p, c: fp32; v: fp32 or bf16's bits; p_at, v_at, c_at: where they begin; ldp, ldv, ldc: row to row.
+    """
+    return intrinsic(typing)
+
+
+_mix_four, _mix_one = _mix(4, 2), _mix(1, 1)
+
+
+@inline
+def mix(
+    p: Any, p_at: Any, ldp: Any, v: Any, v_at: Any, ldv: Any, c: Any, c_at: Any, ldc: Any, queries: Any, keys: Any,
+    width: Any,
+) -> None:  # fmt: skip
+    """c (queries, width) += p (queries, keys) v (keys, width), key by key; width: a multiple of LANES."""
+    i, whole = 0, width // (2 * LANES) * (2 * LANES)
+    while i + 4 <= queries:
+        for d in range(0, whole, 2 * LANES):
+            _mix_four(p, p_at + i * ldp, ldp, v, v_at + d, ldv, c, c_at + i * ldc + d, ldc, keys)
+        for n in range(4 * (whole < width)):
+            _mix_one(p, p_at + (i + n) * ldp, ldp, v, v_at + whole, ldv, c, c_at + (i + n) * ldc + whole, ldc, keys)
+        i += 4
+    for n in range(i, queries):
+        for d in range(0, width, LANES):
+            _mix_one(p, p_at + n * ldp, ldp, v, v_at + d, ldv, c, c_at + n * ldc + d, ldc, keys)

@@ -1,0 +1,373 @@
+"""One decoder layer over a few rows of many texts, as compiled loops: what answering on a CPU spends its time in.
+
+A row is a token of some text: the next one of an answer, or one of a prompt that is being read. Everything between
+products is in fp32; what enters a product is rounded to the type of `z`. What each loop must equal is in
+engine.answers.plain. A row's numbers do not depend on the rows beside it, to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import prange
+
+from strop.engine.cpu.compiled import HAS_BF16 as HAS_BF16
+from strop.engine.cpu.compiled import exp, greater, inline, loop, narrow, sigmoid, together
+from strop.engine.cpu.dots import LANES, block, mix
+from strop.engine.cpu.kernels import CUBIC, TWO_ROOT
+from strop.engine.cpu.products import Dense as Dense
+from strop.engine.cpu.products import EightBit as EightBit
+from strop.engine.cpu.products import FourBit as FourBit
+from strop.engine.cpu.products import Linear as Linear
+from strop.engine.cpu.products import dense as dense
+from strop.engine.cpu.products import products, share_of
+
+BLOCK = 32  # positions of a text whose keys and values lie together
+
+
+class Norm(NamedTuple):
+    """kind: 0: there is none; 1: RMS norm; 2: LayerNorm, with bias (n,) or (0,). All fp32."""
+
+    kind: Any
+    weight: Any
+    bias: Any
+    eps: Any
+
+
+class Shape(NamedTuple):
+    """Attention: heads, how they lie in a row of qkv (where q, k, v begin, from head to head), and its options."""
+
+    query: Any
+    key_value: Any
+    size: Any
+    k_at: Any
+    v_at: Any
+    step: Any
+    neighbours: Any
+    turned_first: Any
+    window: Any
+    scale: Any
+    softcap: Any
+
+
+class Rows(NamedTuple):
+    """What is computed in a pass. at (T,): the position of each row; text (T,): its text, a row of `table`, which
+    holds the blocks of its positions; chunks (C, 4): rows that are attended together: first, how many, position of the
+    first, text; own (adapters, 2): the rows of each adapter, from and to."""
+
+    at: Any
+    text: Any
+    table: Any
+    chunks: Any
+    own: Any
+
+
+class Turn(NamedTuple):
+    """cos, sin (positions, m) of the rotary embedding; factor (positions,) or (0,): what queries are multiplied by."""
+
+    cos: Any
+    sin: Any
+    factor: Any
+
+
+@inline
+def _normed(kind: Any, weight: Any, bias: Any, eps: Any, x: Any, out: Any) -> None:
+    """out = norm(x), which may be the same numbers; kind and what follows: of a Norm."""
+    n = len(x)
+    mean = np.float32(0.0)
+    if kind == 2:
+        for j in range(n):
+            mean += x[j]
+        mean /= np.float32(n)
+    total = np.float32(0.0)
+    for j in range(n):
+        total += (x[j] - mean) * (x[j] - mean)
+    rstd = np.float32(1.0) / np.sqrt(total / np.float32(n) + eps)
+    for j in range(n):
+        out[j] = (x[j] - mean) * rstd * weight[j]
+    if len(bias):
+        for j in range(n):
+            out[j] += bias[j]
+
+
+@loop
+def enter(norm: Any, hidden: Any, z: Any) -> None:
+    """z = norm(hidden), rounded."""
+    rows, n = z.shape
+    kind, weight, bias, eps = norm
+    for i in prange(rows):
+        held = np.empty(n, np.float32)
+        if kind:
+            _normed(kind, weight, bias, eps, hidden[i], held)
+        else:
+            held[:] = hidden[i]
+        for j in range(n):
+            z[i, j] = narrow(held[j], z)
+
+
+@loop
+def leave(norm: Any, y: Any, scale: Any, hidden: Any, out: Any) -> None:
+    """out = hidden + scale norm(y)."""
+    rows, n = hidden.shape
+    kind, weight, bias, eps = norm
+    for i in prange(rows):
+        if kind:
+            _normed(kind, weight, bias, eps, y[i], y[i])
+        for j in range(n):
+            out[i, j] = hidden[i, j] + scale * y[i, j]
+
+
+@inline
+def _turned(x: Any, cos: Any, sin: Any, neighbours: Any) -> None:
+    """Turns one head (size,), in place."""
+    m = len(cos)
+    for j in range(m):
+        first, second = (2 * j, 2 * j + 1) if neighbours else (j, j + m)
+        a, b = x[first], x[second]
+        x[first] = a * cos[j] - b * sin[j]
+        x[second] = b * cos[j] + a * sin[j]
+
+
+@inline
+def _heads(
+    x: Any, begin: Any, step: Any, heads: Any, size: Any, kind: Any, weight: Any, bias: Any, eps: Any, cos: Any,
+    sin: Any, neighbours: Any, turned_first: Any, out: Any,
+) -> None:  # fmt: skip
+    """The heads of q or k out of a row of qkv, normed and turned, as numbers (heads size,)."""
+    for head in range(heads):
+        for d in range(size):
+            out[head * size + d] = x[begin + head * step + d]
+    if turned_first:
+        for head in range(heads):
+            _turned(out[head * size : (head + 1) * size], cos, sin, neighbours)
+    if kind:
+        width = len(weight)
+        for at in range(0, heads * size, width):
+            _normed(kind, weight, bias, eps, out[at : at + width], out[at : at + width])
+    if not turned_first:
+        for head in range(heads):
+            _turned(out[head * size : (head + 1) * size], cos, sin, neighbours)
+
+
+@loop
+def place(qkv: Any, shape: Any, q_norm: Any, k_norm: Any, turn: Any, rows: Any, q: Any, keys: Any, values: Any) -> None:
+    """q (key_value, T, group, width) of qkv (T, ..), and each row's key and value into the cache (blocks, key_value,
+    BLOCK, width)."""
+    query, key_value, size, k_at, v_at, step, neighbours, turned_first, _, _, _ = shape
+    q_kind, q_weight, q_bias, q_eps = q_norm
+    k_kind, k_weight, k_bias, k_eps = k_norm
+    all_cos, all_sin, factors = turn
+    position, text, table, group = rows.at, rows.text, rows.table, query // key_value
+    for i in prange(len(qkv)):
+        x, at = qkv[i], position[i]
+        cos, sin = all_cos[at], all_sin[at]
+        held = np.empty(query * size, np.float32)
+        _heads(
+            x, 0, step, query, size, q_kind, q_weight, q_bias, q_eps, cos, sin, neighbours, turned_first, held
+        )  # fmt: skip
+        factor = factors[at] if len(factors) else np.float32(1.0)
+        for head in range(query):
+            for d in range(size):
+                q[head // group, i, head % group, d] = narrow(held[head * size + d] * factor, q)
+        _heads(
+            x, k_at, step, key_value, size, k_kind, k_weight, k_bias, k_eps, cos, sin, neighbours, turned_first, held
+        )  # fmt: skip
+        where, slot = table[text[i], at // BLOCK], at % BLOCK
+        for head in range(key_value):
+            for d in range(size):
+                keys[where, head, slot, d] = narrow(held[head * size + d], keys)
+                values[where, head, slot, d] = narrow(x[v_at + head * step + d], values)
+
+
+@inline
+def _seen(scores: Any, first: Any, end: Any, scale: Any, softcap: Any, held: Any, top: Any) -> Any:
+    """Of scores (BLOCK,), those from `first` to `end` as exp(score - top), with the top so far; the others 0. Gives
+    the top, what was held before must be multiplied by, and the sum."""
+    if softcap:
+        for j in range(first, end):
+            scores[j] = softcap * np.float32(math.tanh(scores[j] * scale / softcap))
+    else:
+        for j in range(first, end):
+            scores[j] *= scale
+    highest = top
+    for j in range(first, end):
+        highest = greater(highest, scores[j])
+    total = np.float32(0.0)
+    for j in range(BLOCK):
+        e = exp(scores[j] - highest) if first <= j < end else np.float32(0.0)
+        held[j] = e
+        total += e
+    return highest, exp(top - highest), total
+
+
+@loop
+def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lanes: Any) -> None:
+    """out (T, query size) = softmax(q K^T) V of each row over the keys of its text, up to its own and within the
+    window; a block of keys at a time (FlashAttention's sum, arXiv:2205.14135)."""
+    kv, all_rows, group, width = q.shape
+    size, window, scale, softcap = shape.size, shape.window, shape.scale, shape.softcap
+    chunks, table = rows.chunks, rows.table
+    qs, ks, vs = q.reshape(-1), keys.reshape(-1), values.reshape(-1)
+    most, tasks = 0, len(chunks) * kv
+    for c in range(len(chunks)):
+        most = max(most, chunks[c, 1] * group)
+    for lane in prange(lanes):
+        sums, tops, totals = np.empty(most * width, np.float32), np.empty(most, np.float32), np.empty(most, np.float32)
+        scores, held = np.empty(most * BLOCK, np.float32), np.empty(most * BLOCK, np.float32)
+        for task in range(lane, tasks, lanes):
+            chunk, head = task // kv, task % kv
+            row, count, at, text = chunks[chunk]
+            many, last = count * group, at + count - 1
+            sums[: many * width] = 0
+            tops[:many] = np.float32(-3e38)
+            totals[:many] = 0
+            q_at = (head * all_rows + row) * group * width
+            for part in range(max(0, at - window + 1) // BLOCK if window else 0, last // BLOCK + 1):
+                begin = part * BLOCK
+                here, there = (table[text, part] * kv + head) * BLOCK * width, min(BLOCK, last + 1 - begin)
+                for j in range(0, there, LANES):
+                    block(ks, here + j * width, width, qs, q_at, width, scores, j, BLOCK, many, size)
+                for i in range(many):
+                    own = at + i // group
+                    first = max(0, own - window + 1 - begin) if window else 0
+                    end = min(BLOCK, own + 1 - begin)
+                    mine, weights = scores[i * BLOCK : (i + 1) * BLOCK], held[i * BLOCK : (i + 1) * BLOCK]
+                    if first >= end:
+                        weights[:] = 0
+                        continue
+                    tops[i], fade, total = _seen(mine, first, end, scale, softcap, weights, tops[i])
+                    totals[i] = totals[i] * fade + total
+                    for d in range(i * width, (i + 1) * width):
+                        sums[d] *= fade
+                mix(held, 0, BLOCK, vs, here, width, sums, 0, width, many, there, width)
+            for i in range(many):
+                share = np.float32(1.0) / totals[i]
+                to, begin = out[row + i // group], (head * group + i % group) * size
+                for d in range(size):
+                    to[begin + d] = narrow(sums[i * width + d] * share, out)
+
+
+SILU, GELU_TANH, GELU, RELU2, RELU, XIELU = range(6)
+
+
+@inline
+def _activated(x: Any, kind: Any, about: Any) -> Any:
+    one = np.float32(1.0)
+    if kind == GELU:
+        return np.float32(0.5) * x * (one + np.float32(math.erf(x * np.float32(0.7071067811865476))))
+    if kind == RELU2:
+        return x * x if x > 0 else np.float32(0.0)
+    if kind == RELU:
+        return x if x > 0 else np.float32(0.0)
+    positive, negative, beta, eps = about  # xIELU, arXiv:2411.13010
+    if x > 0:
+        return positive * x * x + beta * x
+    return (np.float32(math.expm1(min(x, eps))) - x) * negative + beta * x
+
+
+@inline
+def _smooth(x: Any, gelu: Any) -> Any:
+    z = TWO_ROOT * (x + CUBIC * x * x * x) if gelu else x
+    share, _ = sigmoid(z)
+    return x * share
+
+
+@inline
+def _gated(x: Any, low: Any, high: Any, gated: Any, gelu: Any, z: Any) -> None:
+    n = len(z)
+    for j in range(low, high):
+        value = _smooth(x[j], gelu)
+        z[j] = narrow(value * x[n + j] if gated else value, z)
+
+
+@loop
+def activate(y: Any, kind: Any, about: Any, z: Any, lanes: Any) -> None:
+    """z = activation(gate) * up of y (T, 2 n), or activation(y) of y (T, n), rounded. about: xIELU's four numbers."""
+    rows, n = z.shape
+    gated = y.shape[1] > n
+    for lane in prange(lanes):
+        low, high = share_of(lane, lanes, n)
+        for i in range(rows):
+            x, to = y[i], z[i]
+            if kind == SILU:  # constants in each call, or the loop would not be vectorised
+                if gated:
+                    _gated(x, low, high, True, False, to)
+                else:
+                    _gated(x, low, high, False, False, to)
+            elif kind == GELU_TANH:
+                if gated:
+                    _gated(x, low, high, True, True, to)
+                else:
+                    _gated(x, low, high, False, True, to)
+            else:
+                for j in range(low, high):
+                    value = _activated(x[j], kind, about)
+                    to[j] = narrow(value * x[n + j] if gated else value, z)
+
+
+class Layer(NamedTuple):
+    """A decoder layer. inner: numbers that go into the down projection; act, about: as `activate` takes them; parallel:
+    the blocks read the same input; scale: of what they add."""
+
+    qkv: Any
+    o: Any
+    gate_up: Any
+    down: Any
+    before_attention: Any
+    q_norm: Any
+    k_norm: Any
+    after_attention: Any
+    before_mlp: Any
+    after_mlp: Any
+    shape: Any
+    turn: Any
+    inner: Any
+    gated: Any
+    act: Any
+    about: Any
+    parallel: Any
+    scale: Any
+
+
+class Room(NamedTuple):
+    """What a pass computes in. z, q: of the type of what enters products; like: of the whole weights' type."""
+
+    z: Any
+    q: Any
+    y: Any
+    u: Any
+    like: Any
+
+
+@together
+def through(layer: Any, keys: Any, values: Any, hidden: Any, rows: Any, room: Any, lanes: Any) -> None:
+    """hidden (T, h) fp32, in place, through one layer; keys, values: its part of the cache."""
+    count, width = hidden.shape
+    shape, own = layer.shape, rows.own
+    attended, group = shape.query * shape.size, shape.query // shape.key_value
+    z, inner = room.z[: count * width].reshape(count, width), room.z[: count * layer.inner].reshape(count, layer.inner)
+    enter(layer.before_attention, hidden, z)
+    both = attended + 2 * shape.key_value * shape.size
+    qkv = room.y[: count * both].reshape(count, both)
+    products(layer.qkv, room.like, z, own, qkv, room.u, lanes)
+    lanes_wide = keys.shape[3]
+    q = room.q[: count * shape.query * lanes_wide].reshape(shape.key_value, count, group, lanes_wide)
+    place(qkv, shape, layer.q_norm, layer.k_norm, layer.turn, rows, q, keys, values)
+    mixed = room.z[: count * attended].reshape(count, attended)
+    attend(q, keys, values, shape, rows, mixed, lanes)
+    y = room.y[: count * width].reshape(count, width)
+    products(layer.o, room.like, mixed, own, y, room.u, lanes)
+    if layer.parallel:
+        enter(layer.before_mlp, hidden, z)
+        leave(layer.after_attention, y, layer.scale, hidden, hidden)
+    else:
+        leave(layer.after_attention, y, layer.scale, hidden, hidden)
+        enter(layer.before_mlp, hidden, z)
+    many = layer.inner * (2 if layer.gated else 1)
+    in_front = room.y[: count * many].reshape(count, many)
+    products(layer.gate_up, room.like, z, own, in_front, room.u, lanes)
+    activate(in_front, layer.act, layer.about, inner, lanes)
+    products(layer.down, room.like, inner, own, y, room.u, lanes)
+    leave(layer.after_mlp, y, layer.scale, hidden, hidden)

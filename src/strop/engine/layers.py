@@ -1,0 +1,161 @@
+"""A model's decoder layers as numbers and modules, read by the family's row of families.py: what the fast step and the
+answering engine compute from. Nothing is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from strop.engine.families import FAMILIES, Family, activation_of, linears, text_of
+from strop.engine.joined import base_of
+
+NOWHERE = "nowhere"
+Angles = dict[str | None, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class NormPart:
+    """An RMS norm, or a LayerNorm (`centered`). offset: 1 where the weight is stored as its difference from 1."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    offset: float
+    centered: bool
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """One decoder layer. Modules may have adapters on them; those of a list share their input.
+
+    rope: the kind of rotary embedding, where there are several; NOWHERE: the layer has no positions. window: keys that
+    a query sees, itself included, 0: all; softcap 0: none. activation: its name, or where `act` says more than a name
+    the module itself.
+    """
+
+    qkv: list[Any]
+    o: list[Any]
+    gate_up: list[Any]
+    down: list[Any]
+    query: int
+    key_value: int
+    size: int
+    scale: float
+    window: int
+    softcap: float
+    rope: str | None
+    q_norm: NormPart | None
+    k_norm: NormPart | None
+    before_attention: NormPart | None
+    after_attention: NormPart | None
+    before_mlp: NormPart | None
+    after_mlp: NormPart | None
+    activation: str
+    act: Callable[[Tensor], Tensor]
+
+
+class Layers:
+    """A model of a family that families.py knows, with or without adapters: its layers and what stands around them."""
+
+    def __init__(self, model: Any) -> None:
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.decoder, self.config = text_of(base)
+        self.family: Family = FAMILIES[self.config.model_type]
+        self.head = base_of(base.get_output_embeddings())
+        self.embedding = self.decoder.get_input_embeddings()
+        self.softcap = float(getattr(self.config, "final_logit_softcapping", None) or 0)
+        family = self.family
+        self.embedding_scale, self.residual_scale, self.logits_scale = (
+            scale(self.config) for scale in (family.embedding, family.residual, family.logits)
+        )
+        named = family.parallel
+        self.parallel = bool(getattr(self.config, named)) if isinstance(named, str) else named
+        self.norm = self._norm(getattr(self.decoder, family.final_norm), self.config.hidden_size)
+
+    def __len__(self) -> int:
+        return len(self.decoder.layers)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """(T, hidden) of ids (T,), in the model's type."""
+        x: Tensor = self.embedding(ids)
+        return x if self.embedding_scale == 1 else x * self.embedding_scale
+
+    def kind_of(self, number: int) -> str | None:
+        """The layer's kind of rotary embedding, as in LayerPart."""
+        attention = getattr(self.decoder.layers[number], self.family.attention)
+        if not self.family.turned(attention):
+            return NOWHERE
+        kinds = getattr(self.config, "layer_types", None)
+        by_type = isinstance(getattr(self.decoder.rotary_emb, "rope_type", None), dict)
+        return kinds[number] if by_type and kinds else None
+
+    def angles(self, positions: Tensor) -> Angles:
+        """cos and sin (T, m) for each kind of rotary embedding among the layers."""
+        nothing = torch.empty(len(positions), 0, device=positions.device)
+        found: Angles = {NOWHERE: (nothing, nothing)}
+        for kind in {self.kind_of(number) for number in range(len(self))} - {NOWHERE}:
+            like = torch.empty(0, device=positions.device)
+            cos, sin = self.decoder.rotary_emb(like, positions[None], *([] if kind is None else [kind]))
+            # Each angle is given twice.
+            once = slice(None, None, 2) if self.family.angles == "neighbours" else slice(cos.shape[-1] // 2)
+            sin = -sin if self.family.backwards else sin
+            found[kind] = cos[0, :, once].contiguous(), sin[0, :, once].contiguous()
+        return found
+
+    def part(self, number: int) -> LayerPart:
+        family, config, layer = self.family, self.config, self.decoder.layers[number]
+        attention = getattr(layer, family.attention)
+        size = int(getattr(attention, "head_dim", None) or attention.head_size)
+        kinds = getattr(config, "layer_types", None)
+        qkv, o, gate_up, down = linears(layer, family)
+        window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+        before = self._norm_named(layer, family.attention_norm, config.hidden_size)
+        in_front = self._norm_named(layer, family.mlp_norm, config.hidden_size)
+        return LayerPart(
+            qkv=qkv,
+            o=o,
+            gate_up=gate_up,
+            down=down,
+            query=config.num_attention_heads,
+            key_value=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            size=size,
+            scale=float(attention.scaling),
+            # Mistral and Phi-3 keep it in the config alone, the others in the layers it applies to.
+            window=0 if kinds and kinds[number] == "full_attention" else int(window or 0),
+            softcap=float(getattr(attention, "attn_logit_softcapping", None) or 0),
+            rope=self.kind_of(number),
+            q_norm=self._norm_named(attention, family.q_norm, size),
+            k_norm=self._norm_named(attention, family.k_norm, size),
+            before_attention=before,
+            after_attention=self._norm_named(layer, family.after_attention, config.hidden_size),
+            before_mlp=before if in_front is None and self.parallel else in_front,
+            after_mlp=self._norm_named(layer, family.after_mlp, config.hidden_size),
+            activation=activation_of(config),
+            act=_act(layer.mlp),
+        )
+
+    def _norm_named(self, owner: Any, name: str | None, width: int) -> NormPart | None:
+        found = getattr(owner, name, None) if name else None
+        return None if found is None else self._norm(found, width)
+
+    def _norm(self, module: Any, width: int) -> NormPart:
+        eps = float(module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps)
+        weight = getattr(module, "weight", None)
+        weight = self.head.weight.new_ones(width) if weight is None else weight.data
+        bias = getattr(module, "bias", None) if self.family.layer_norm else None
+        return NormPart(
+            weight, None if bias is None else bias.data, eps,
+            0.0 if self.family.layer_norm else self.family.norm_offset, self.family.layer_norm,
+        )  # fmt: skip
+
+
+def _act(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The module's own, by the names that transformers gives it."""
+    found: Callable[[Tensor], Tensor] = next(
+        getattr(mlp, name) for name in ("act_fn", "activation_fn", "act") if hasattr(mlp, name)
+    )
+    return found

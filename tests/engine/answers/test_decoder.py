@@ -1,0 +1,199 @@
+"""The engine's answers against transformers' own, family by family; its numbers against fp32's; what shares what."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from strop.engine.answers.batch import Batch, answer_all
+from strop.engine.answers.cache import BLOCK
+from strop.engine.answers.decoder import Decoder, Part
+from strop.engine.answers.fits import unanswerable
+from strop.engine.answers.text import Ids, Sampling, Text
+from strop.engine.families import FAMILIES
+from strop.model.quantize import QuantizedLinear, make_resident, pack, replace_linears
+from tests.support.random_models import adapted, tiny_of
+
+TOKENS = 12
+
+
+def prompts(many: int = 8) -> list[Ids]:
+    """Ragged, on both sides of a window of 4 and of a block; the last begins as another does, for a block and more."""
+    random = np.random.default_rng(0)
+    made = [random.integers(3, 96, int(n)).astype(np.int32) for n in [1, 3, 50, 17, 33, 8, 64][: many - 1]]
+    return [*made, np.concatenate([made[2][: BLOCK + 5], made[3]])]
+
+
+def alone(model: Any, ids: Ids, tokens: int = TOKENS) -> list[int]:
+    """Greedy, with the whole text read anew for each token: no cache at all."""
+    text = torch.from_numpy(ids.astype(np.int64))[None]
+    with torch.inference_mode():
+        for _ in range(tokens):
+            text = torch.cat([text, model(input_ids=text, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return text[0, len(ids) :].tolist()
+
+
+def answers(decoder: Decoder, texts: list[Text], rows: int, **options: Any) -> list[list[int]]:
+    for _ in answer_all(Batch(decoder, rows, **options), texts):
+        pass
+    return [text.answer for text in texts]
+
+
+def spread(model: Any) -> Any:
+    """With weights that make its predictions differ."""
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and "lora" not in name:
+            weight.data.mul_(4)
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_transformers(family: str) -> None:
+    """Rows join and leave, some of the base and some of the adapter, some with parts that others have read."""
+    model = spread(adapted(family))
+    decoder, rows = Decoder(model, 1000), prompts()
+    texts = [Text(ids, None if place % 3 == 1 else "default", most=TOKENS) for place, ids in enumerate(rows)]
+    found = answers(decoder, texts, 3, read_at_once=20)
+    for text, ids, answer in zip(texts, rows, found, strict=True):
+        with model.disable_adapter() if text.adapter is None else nullcontext():
+            assert answer == alone(model, ids)
+    assert decoder.blocks.free == decoder.blocks.count
+
+
+def logits_of(decoder: Decoder, texts: list[Text]) -> list[np.ndarray]:
+    """At every position of the texts, read together."""
+    for text in texts:
+        decoder.begin(text)
+    found = decoder.read([Part(text, text.left, text.left) for text in texts])
+    for text in texts:
+        decoder.end(text)
+    decoder.blocks.forget()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_alone_and_among_others(dtype: torch.dtype) -> None:
+    model = adapted("qwen3", hidden_size=64, intermediate_size=96, head_dim=32).to(dtype).eval()
+    decoder, rows = Decoder(model, 2000), prompts()
+    made = [Text(ids, None if place % 2 else "default") for place, ids in enumerate(rows)]
+    together = logits_of(decoder, made)
+    for text, wanted in zip(made, together, strict=True):
+        again = Text(text.ids, text.adapter)
+        decoder.begin(again)
+        parts = []
+        while again.left:  # three positions at a time, as if they came one after the other
+            count = min(3, again.left)
+            parts += [decoder.read([Part(again, count, count)])[0]]
+        assert np.array_equal(np.concatenate(parts), wanted)
+        decoder.end(again)
+        decoder.blocks.forget()
+
+
+def test_bf16_is_no_further_from_fp32_than_transformers_is() -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_attention_heads": 4}
+    model = spread(adapted("llama", **sizes, num_hidden_layers=3)).to(torch.bfloat16)
+    rows = prompts()
+    found = logits_of(Decoder(model, 2000), [Text(ids, "default") for ids in rows])
+    wide = spread(adapted("llama", **sizes, num_hidden_layers=3))
+    wide.load_state_dict(model.state_dict())  # the same weights, those of bf16
+    ours, theirs = [], []
+    for ids, logits in zip(rows, found, strict=True):
+        given = torch.from_numpy(ids.astype(np.int64))[None]
+        with torch.inference_mode():
+            true = wide(input_ids=given).logits[0].log_softmax(-1)
+            theirs.append((model(input_ids=given).logits[0].float().log_softmax(-1) - true).flatten())
+        ours.append((torch.from_numpy(logits).log_softmax(-1) - true).flatten())
+    assert torch.cat(ours).square().mean() <= torch.cat(theirs).square().mean()
+    assert torch.cat(ours).abs().max() < 1.2 * torch.cat(theirs).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", ["nf4", "fp4", "int8"])
+def test_quantized_weights_answer_as_whole_ones(scheme: str, dtype: torch.dtype) -> None:
+    """From the packed bytes: the same bits as of the dequantized weights."""
+    pytest.importorskip("bitsandbytes")
+    for sizes in ({"hidden_size": 128, "intermediate_size": 192}, {"hidden_size": 48, "intermediate_size": 80}):
+        model = tiny_of("llama", head_dim=16, num_attention_heads=4, **sizes).to(dtype).eval()
+        whole = {name: module.weight.data for name, module in model.named_modules() if hasattr(module, "weight")}
+        made = replace_linears(model, scheme, dtype, lambda name: "layers" in name)
+        for name, module in made.items():
+            module.fill(pack(whole[name], scheme))
+        packed = [module.packed() for module in made.values()]
+        assert all(packed) or (scheme != "int8" and sizes["hidden_size"] % 64)
+        texts = [Text(ids, None) for ids in prompts()]
+        found = logits_of(Decoder(model, 2000), texts)
+        make_resident(model, 99)
+        assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+        for one, other in zip(found, logits_of(Decoder(model, 2000), texts), strict=True):
+            assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"r": 20, "use_rslora": True}])
+def test_kinds_of_adapters(lora: dict[str, Any]) -> None:
+    model = spread(adapted("qwen2", lora=lora))
+    for name, weight in model.named_parameters():
+        if "magnitude" in name:
+            weight.data.mul_(1.3)
+    decoder, rows = Decoder(model, 1000), prompts()
+    texts = [Text(ids, None if place % 2 else "default", most=TOKENS) for place, ids in enumerate(rows)]
+    for text, ids, answer in zip(texts, rows, answers(decoder, texts, 5), strict=True):
+        with model.disable_adapter() if text.adapter is None else nullcontext():
+            assert answer == alone(model, ids)
+
+
+def test_new_weights_of_an_adapter_are_taken_up() -> None:
+    model = spread(adapted("llama"))
+    decoder, ids = Decoder(model, 500), prompts()[2]
+    before = answers(decoder, [Text(ids, "default", most=TOKENS)], 1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.mul_(-3)
+    decoder.refresh()
+    after = answers(decoder, [Text(ids, "default", most=TOKENS)], 1)
+    assert after == [alone(model, ids)] != before
+
+
+def test_guesses_change_nothing_but_the_number_of_passes() -> None:
+    model, random = spread(adapted("llama")), np.random.default_rng(1)
+    said = random.integers(3, 96, 9).astype(np.int32)
+    rows = [np.concatenate([said, said, said[:n]]) for n in (4, 6, 8)]
+    for sampling in (Sampling(), Sampling(0.7, 0.9, seed=3), Sampling(repetition_penalty=1.2)):
+        found, passes = {}, {}
+        for guess in (True, False):
+            texts = [Text(ids, "default", most=30, sampling=sampling) for ids in rows]
+            batch = Batch(Decoder(model, 1000), 3, guess=guess)
+            passes[guess] = sum(1 for _ in answer_all(batch, texts))
+            found[guess] = [text.answer for text in texts]
+        assert found[True] == found[False]
+        assert passes[True] < passes[False] or sampling != Sampling()
+
+
+def test_a_beginning_is_read_once() -> None:
+    decoder = Decoder(adapted("llama").eval(), 1000)
+    ids = prompts()[6]
+    first, second, other = (Text(ids, adapter, most=2) for adapter in ("default", "default", None))
+    answers(decoder, [first], 1)
+    answers(decoder, [second, other], 2)
+    assert second.found == len(ids) - BLOCK  # the last block holds the token that the answer follows
+    assert other.found == 0 and first.answer == second.answer
+
+
+def test_what_the_engine_declines() -> None:
+    assert unanswerable(tiny_of("llama")) is None
+    assert "not in the table" in str(unanswerable(_of("gpt_neo")))
+    assert "trained in full" in str(unanswerable(adapted("llama", lora={"modules_to_save": ["lm_head"]})))
+    assert "an adapter on" in str(
+        unanswerable(adapted("llama", lora={"target_modules": ["lm_head"]}, tie_word_embeddings=False))
+    )
+    assert "float64" in str(unanswerable(tiny_of("llama").double()))
+
+
+def _of(kind: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 64, "attention_types": [[["global"], 2]]}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
