@@ -84,10 +84,14 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: bool = True
     return Processor(cast(Ops, eager), card=device.type != "cpu")
 
 
-def answering_loops() -> Any:
-    """engine.cpu.passes: the loops that read and write texts on a CPU, in fp32 and bf16."""
-    from strop.engine.cpu import passes  # its import starts threads
+def answering_loops(dtype: torch.dtype | None = None) -> Any:
+    """engine.cpu.passes: the loops that read and write texts on a CPU. dtype: have those for weights of this type
+    compiled beforehand, in another process (engine.cpu.warm tells why)."""
+    from strop.engine.cpu import kernels, passes  # their import starts threads
+    from strop.engine.cpu.warm import compile_once
 
+    if dtype is not None:
+        compile_once(dtype, kernels.cache_folder(), exercise="strop.engine.answers.exercise")
     return passes
 
 

@@ -22,13 +22,11 @@ ACTIVATIONS = {
 
 
 class CompiledPass:
-    """layers: of a model on a CPU, in fp32 or bf16. blocks: how many the cache has. names: of the adapters.
+    """layers: of a model on a CPU, in fp32 or bf16. blocks: how many the cache has. names: of the adapters. warm: have
+    the loops compiled beforehand, in another process."""
 
-    Raises KeyError for an activation that there is no loop for.
-    """
-
-    def __init__(self, layers: Layers, blocks: int, names: Sequence[str]) -> None:
-        self._loops: Any = answering_loops()
+    def __init__(self, layers: Layers, blocks: int, names: Sequence[str], *, warm: bool = True) -> None:
+        self._loops: Any = answering_loops(layers.head.weight.dtype if warm else None)
         self._layers = layers
         self._half = layers.head.weight.dtype == torch.bfloat16
         self._type = entering(layers.head.weight.dtype)

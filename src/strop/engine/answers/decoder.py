@@ -47,20 +47,21 @@ class Reads(Protocol):
 
 
 class Decoder:
-    """positions: how many the cache holds, over all texts.
+    """positions: how many the cache holds, over all texts. warm: have the loops compiled beforehand, in another
+    process.
 
     Made once for a model; where its adapters are trained on, `refresh`. The model must be one that `unanswerable` has
     no reason against.
     """
 
-    def __init__(self, model: torch.nn.Module, positions: int) -> None:
+    def __init__(self, model: torch.nn.Module, positions: int, *, warm: bool = True) -> None:
         reason = unanswerable(model)
         assert reason is None, reason
         self._model = model
         self._layers = Layers(model)
         self.names = adapters_of(model)
         self.blocks = Blocks(blocks_for(positions))
-        self._pass = CompiledPass(self._layers, self.blocks.count, self.names)
+        self._pass = CompiledPass(self._layers, self.blocks.count, self.names, warm=warm)
         first = self._layers.part(0)
         self._most = max(1, TOGETHER // (first.query // first.key_value))
 

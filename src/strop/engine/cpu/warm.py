@@ -1,4 +1,4 @@
-"""Compiles the loops of kernels.py in a process of its own, once for a machine and a type of weights.
+"""Compiles loops in a process of its own, once for a machine and a type of weights.
 
 The process that compiles a loop runs other machine code than one that reads it from numba's cache: it calls the body
 of a parallel loop as it was compiled alone, not the copy that was optimised once more with what surrounds it and then
@@ -18,7 +18,10 @@ from filelock import FileLock
 from strop.machine.probe import probe
 from strop.runs.lock import sha256_text
 
-SOURCES = ("kernels.py", "compiled.py", "attention_tiles.py", "tile.py", "amx.py", "lora_tiles.py", "dropout_loops.py")
+SOURCES = (
+    "kernels.py", "compiled.py", "attention_tiles.py", "tile.py", "amx.py", "lora_tiles.py", "dropout_loops.py",
+    "dots.py", "products.py", "passes.py", "draws.py",
+)  # fmt: skip
 
 
 def compile_once(dtype: torch.dtype, cache: Path, exercise: str) -> None:
@@ -28,7 +31,7 @@ def compile_once(dtype: torch.dtype, cache: Path, exercise: str) -> None:
     """
     name = str(dtype).removeprefix("torch.")
     sources = [Path(__file__).with_name(file).stat().st_mtime_ns for file in SOURCES]
-    mark = cache / f"strop-{sha256_text(repr((sources, numba.__version__, probe().cpu)))[:16]}-{name}"
+    mark = cache / f"strop-{sha256_text(repr((sources, numba.__version__, probe().cpu, exercise)))[:16]}-{name}"
     if mark.is_file():
         return
     cache.mkdir(parents=True, exist_ok=True)
