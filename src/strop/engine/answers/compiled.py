@@ -42,8 +42,6 @@ class CompiledPass:
         self._norm = self._norm_of(layers.norm)
         self._head = self._loops.Dense(_array(layers.head.weight.data))
         self._q = parts[0].query * width
-        self._positions = 0
-        self._turns: dict[str | None, Any] = {}
         self.take_adapters(names)
 
     def take_adapters(self, names: Sequence[str]) -> None:
@@ -56,18 +54,19 @@ class CompiledPass:
         linears = [linear for layer in self._built for linear in layer[:4]]
         self._outputs = max(sum(_outputs(weight) for weight in linear.weights) for linear in linears)
         self._thin = max(int(linear.rows[:, 1].max(initial=0)) for linear in linears)
-        self._count, self._room = 0, None
+        self._count, self._room, self._positions = 0, None, 0
 
-    def __call__(self, ids: Any, rows: Any, longest: int, picked: Any) -> Any:
-        """Logits (P, vocabulary) fp32 of the picked rows; ids (T,); rows: a Rows; longest: the last position + 1."""
+    def __call__(self, ids: Any, rows: tuple[Any, ...], longest: int, picked: Any) -> Any:
+        """Logits (P, vocabulary) fp32 of the picked rows; ids (T,); rows: as in passes.Rows; longest: the last position
+        + 1."""
         loops, layers, count = self._loops, self._layers, len(ids)
         self._turn_to(longest)
         self._make_room(count)
         hidden = layers.embedded(torch.from_numpy(ids)).float().contiguous().numpy()
         if layers.family.embedding_norm:
             loops.leave(self._norm, hidden.copy(), np.float32(1.0), np.zeros_like(hidden), hidden)
-        for layer, kind, (keys, values) in zip(self._built, self._kinds, self._cache, strict=True):
-            loops.through(layer._replace(turn=self._turns[kind]), keys, values, hidden, rows, self._room, self._lanes)
+        for layer in self._held:
+            loops.through(layer, self._room, hidden, *rows, self._lanes)
         z = _array(torch.empty(len(picked), hidden.shape[1], dtype=self._type))
         loops.enter(self._norm, hidden[picked], z)
         logits = np.empty((len(picked), len(self._head.w)), np.float32)
@@ -84,19 +83,17 @@ class CompiledPass:
             logits = np.tanh(logits / np.float32(layers.softcap)) * np.float32(layers.softcap)
         return logits
 
-    def rows(self, at: Any, text: Any, table: Any, chunks: Any, own: Any) -> Any:
-        return self._loops.Rows(at, text, table, chunks, own)
-
     def _make_room(self, count: int) -> None:
         if count > self._count:
             self._count = count
-            self._room = self._loops.Room(
+            room = self._loops.Room(
                 z=_array(torch.zeros(count * self._widest, dtype=self._type)),
                 q=_array(torch.zeros(count * self._q, dtype=self._type)),
                 y=np.zeros(count * self._outputs, np.float32),
                 u=np.zeros(count * max(self._thin, 1), np.float32),
                 like=np.empty(0, np.uint16 if self._half else np.float32),
             )
+            self._room = self._loops.HeldRoom(room)
 
     def _turn_to(self, positions: int) -> None:
         """The tables of angles reach as far as `positions`."""
@@ -106,10 +103,14 @@ class CompiledPass:
         at = torch.arange(self._positions)
         scale = self._layers.family.query_scale
         factor = torch.empty(0) if scale is None else scale(self._layers.config, at).float()
-        self._turns = {
+        turns = {
             kind: self._loops.Turn(_array(cos.float()), _array(sin.float()), _array(factor))
             for kind, (cos, sin) in self._layers.angles(at).items()
         }
+        self._held = [
+            self._loops.Held(layer._replace(turn=turns[kind]), *cache)
+            for layer, kind, cache in zip(self._built, self._kinds, self._cache, strict=True)
+        ]
 
     def _norm_of(self, part: NormPart | None) -> Any:
         nothing = np.empty(0, np.float32)

@@ -109,7 +109,7 @@ class Decoder:
             places[place] = len(picked)
             picked += range(rows + count - part.told, rows + count)
             rows, longest = rows + count, max(longest, text.done + count)
-        given = self._pass.rows(np.concatenate(at), np.concatenate(of), table, np.array(chunks, np.int64), own)
+        given = np.concatenate(at), np.concatenate(of), table, np.array(chunks, np.int64), own
         with torch.inference_mode():
             logits = self._pass(np.concatenate(ids).astype(np.int64), given, longest, np.array(picked, np.int64))
         for part in parts:

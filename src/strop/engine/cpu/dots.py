@@ -281,7 +281,8 @@ def _mix(queries: int, vectors: int) -> Any:
     return intrinsic(typing)
 
 
-_mix_four, _mix_one = _mix(4, 2), _mix(1, 1)
+_ONE, _TWO, _THREE, _FOUR = (_mix(queries, 4) for queries in (1, 2, 3, 4))
+_NARROW = _mix(1, 1)
 
 
 @inline
@@ -290,13 +291,18 @@ def mix(
     width: Any,
 ) -> None:  # fmt: skip
     """c (queries, width) += p (queries, keys) v (keys, width), key by key; width: a multiple of LANES."""
-    i, whole = 0, width // (2 * LANES) * (2 * LANES)
-    while i + 4 <= queries:
-        for d in range(0, whole, 2 * LANES):
-            _mix_four(p, p_at + i * ldp, ldp, v, v_at + d, ldv, c, c_at + i * ldc + d, ldc, keys)
-        for n in range(4 * (whole < width)):
-            _mix_one(p, p_at + (i + n) * ldp, ldp, v, v_at + whole, ldv, c, c_at + (i + n) * ldc + whole, ldc, keys)
-        i += 4
-    for n in range(i, queries):
-        for d in range(0, width, LANES):
-            _mix_one(p, p_at + n * ldp, ldp, v, v_at + d, ldv, c, c_at + n * ldc + d, ldc, keys)
+    whole = width // (4 * LANES) * (4 * LANES)
+    for i in range(0, queries, 4):
+        share, to, there = p_at + i * ldp, c_at + i * ldc, queries - i
+        for d in range(0, whole, 4 * LANES):
+            if there >= 4:
+                _FOUR(p, share, ldp, v, v_at + d, ldv, c, to + d, ldc, keys)
+            elif there == 3:
+                _THREE(p, share, ldp, v, v_at + d, ldv, c, to + d, ldc, keys)
+            elif there == 2:
+                _TWO(p, share, ldp, v, v_at + d, ldv, c, to + d, ldc, keys)
+            else:
+                _ONE(p, share, ldp, v, v_at + d, ldv, c, to + d, ldc, keys)
+        for n in range(min(4, there)):
+            for d in range(whole, width, LANES):
+                _NARROW(p, share + n * ldp, ldp, v, v_at + d, ldv, c, to + n * ldc + d, ldc, keys)

@@ -11,7 +11,8 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
+from numba import prange, types
+from numba.experimental import structref
 
 from strop.engine.cpu.compiled import HAS_BF16 as HAS_BF16
 from strop.engine.cpu.compiled import exp, greater, inline, loop, narrow, sigmoid, together
@@ -25,6 +26,7 @@ from strop.engine.cpu.products import dense as dense
 from strop.engine.cpu.products import products, share_of
 
 BLOCK = 32  # positions of a text whose keys and values lie together
+_NEVER = np.float32(-3e38)
 
 
 class Norm(NamedTuple):
@@ -182,21 +184,23 @@ def place(qkv: Any, shape: Any, q_norm: Any, k_norm: Any, turn: Any, rows: Any, 
 
 
 @inline
-def _seen(scores: Any, first: Any, end: Any, scale: Any, softcap: Any, held: Any, top: Any) -> Any:
-    """Of scores (BLOCK,), those from `first` to `end` as exp(score - top), with the top so far; the others 0. Gives
-    the top, what was held before must be multiplied by, and the sum."""
-    if softcap:
-        for j in range(first, end):
-            scores[j] = softcap * np.float32(math.tanh(scores[j] * scale / softcap))
-    else:
-        for j in range(first, end):
-            scores[j] *= scale
+def _bent(scores: Any, scale: Any, softcap: Any) -> None:
+    for j in range(BLOCK):
+        scores[j] = softcap * np.float32(math.tanh(scores[j] * scale / softcap))
+
+
+@inline
+def _seen(scores: Any, first: Any, end: Any, scale: Any, held: Any, top: Any) -> Any:
+    """held (BLOCK,) = exp(score - top) of the scores times `scale` from `first` to `end`, with the top so far; the
+    others 0. Gives the top, what was held before must be multiplied by, and the sum."""
     highest = top
-    for j in range(first, end):
-        highest = greater(highest, scores[j])
+    for j in range(BLOCK):
+        held[j] = scores[j] * scale if (j >= first) & (j < end) else _NEVER
+        highest = greater(highest, held[j])
     total = np.float32(0.0)
     for j in range(BLOCK):
-        e = exp(scores[j] - highest) if first <= j < end else np.float32(0.0)
+        e = exp(held[j] - highest)
+        e = e if held[j] > _NEVER else np.float32(0.0)
         held[j] = e
         total += e
     return highest, exp(top - highest), total
@@ -221,7 +225,7 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lane
             row, count, at, text = chunks[chunk]
             many, last = count * group, at + count - 1
             sums[: many * width] = 0
-            tops[:many] = np.float32(-3e38)
+            tops[:many] = _NEVER
             totals[:many] = 0
             q_at = (head * all_rows + row) * group * width
             for part in range(max(0, at - window + 1) // BLOCK if window else 0, last // BLOCK + 1):
@@ -237,7 +241,11 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lane
                     if first >= end:
                         weights[:] = 0
                         continue
-                    tops[i], fade, total = _seen(mine, first, end, scale, softcap, weights, tops[i])
+                    if softcap:
+                        _bent(mine, scale, softcap)
+                        tops[i], fade, total = _seen(mine, first, end, np.float32(1.0), weights, tops[i])
+                    else:
+                        tops[i], fade, total = _seen(mine, first, end, scale, weights, tops[i])
                     totals[i] = totals[i] * fade + total
                     for d in range(i * width, (i + 1) * width):
                         sums[d] *= fade
@@ -275,11 +283,15 @@ def _smooth(x: Any, gelu: Any) -> Any:
 
 
 @inline
-def _gated(x: Any, low: Any, high: Any, gated: Any, gelu: Any, z: Any) -> None:
-    n = len(z)
-    for j in range(low, high):
-        value = _smooth(x[j], gelu)
-        z[j] = narrow(value * x[n + j] if gated else value, z)
+def _rounded(x: Any, gelu: Any, z: Any) -> None:
+    for j in range(len(z)):
+        z[j] = narrow(_smooth(x[j], gelu), z)
+
+
+@inline
+def _gated(gate: Any, up: Any, gelu: Any, z: Any) -> None:
+    for j in range(len(z)):
+        z[j] = narrow(_smooth(gate[j], gelu) * up[j], z)
 
 
 @loop
@@ -290,21 +302,19 @@ def activate(y: Any, kind: Any, about: Any, z: Any, lanes: Any) -> None:
     for lane in prange(lanes):
         low, high = share_of(lane, lanes, n)
         for i in range(rows):
-            x, to = y[i], z[i]
-            if kind == SILU:  # constants in each call, or the loop would not be vectorised
-                if gated:
-                    _gated(x, low, high, True, False, to)
-                else:
-                    _gated(x, low, high, False, False, to)
+            gate, up, to = y[i, low:high], y[i, (n if gated else 0) + low : (n if gated else 0) + high], z[i, low:high]
+            if kind == SILU and gated:  # constants in each call, or the loop would not be vectorised
+                _gated(gate, up, False, to)
+            elif kind == GELU_TANH and gated:
+                _gated(gate, up, True, to)
+            elif kind == SILU:
+                _rounded(gate, False, to)
             elif kind == GELU_TANH:
-                if gated:
-                    _gated(x, low, high, True, True, to)
-                else:
-                    _gated(x, low, high, False, True, to)
+                _rounded(gate, True, to)
             else:
-                for j in range(low, high):
-                    value = _activated(x[j], kind, about)
-                    to[j] = narrow(value * x[n + j] if gated else value, z)
+                for j in range(len(to)):
+                    value = _activated(gate[j], kind, about)
+                    to[j] = narrow(value * up[j] if gated else value, z)
 
 
 class Layer(NamedTuple):
@@ -341,11 +351,51 @@ class Room(NamedTuple):
     like: Any
 
 
+class _HeldType(types.StructRef):  # type: ignore[misc]
+    def preprocess_fields(self, fields: Any) -> Any:
+        return tuple((name, types.unliteral(kind)) for name, kind in fields)
+
+
+structref.register(_HeldType)
+
+
+class Held(structref.StructRefProxy):  # type: ignore[misc]
+    """A Layer and its part of the cache, as compiled code holds them: a call need not take them apart, which takes as
+    long as a hundredth of a pass over a small model."""
+
+    def __new__(cls, layer: Any, keys: Any, values: Any) -> Held:
+        made: Held = structref.StructRefProxy.__new__(cls, layer, keys, values)
+        return made
+
+
+structref.define_proxy(Held, _HeldType, ["layer", "keys", "values"])
+
+
+class HeldRoom(structref.StructRefProxy):  # type: ignore[misc]
+    """A Room, likewise."""
+
+    def __new__(cls, room: Any) -> HeldRoom:
+        made: HeldRoom = structref.StructRefProxy.__new__(cls, room)
+        return made
+
+
+class _HeldRoomType(types.StructRef):  # type: ignore[misc]
+    pass
+
+
+structref.register(_HeldRoomType)
+structref.define_proxy(HeldRoom, _HeldRoomType, ["room"])
+
+
 @together
-def through(layer: Any, keys: Any, values: Any, hidden: Any, rows: Any, room: Any, lanes: Any) -> None:
-    """hidden (T, h) fp32, in place, through one layer; keys, values: its part of the cache."""
+def through(
+    held: Any, held_room: Any, hidden: Any, at: Any, text: Any, table: Any, chunks: Any, own: Any, lanes: Any
+) -> None:
+    """hidden (T, h) fp32, in place, through one layer; at and what follows: as in Rows."""
+    layer, keys, values, room = held.layer, held.keys, held.values, held_room.room
+    rows = Rows(at, text, table, chunks, own)
     count, width = hidden.shape
-    shape, own = layer.shape, rows.own
+    shape = layer.shape
     attended, group = shape.query * shape.size, shape.query // shape.key_value
     z, inner = room.z[: count * width].reshape(count, width), room.z[: count * layer.inner].reshape(count, layer.inner)
     enter(layer.before_attention, hidden, z)
