@@ -116,7 +116,7 @@ def test_bf16_is_no_further_from_fp32_than_transformers_is() -> None:
 def test_quantized_weights_answer_as_whole_ones(scheme: str, dtype: torch.dtype) -> None:
     """From the packed bytes: the same bits as of the dequantized weights."""
     pytest.importorskip("bitsandbytes")
-    for sizes in ({"hidden_size": 128, "intermediate_size": 192}, {"hidden_size": 48, "intermediate_size": 80}):
+    for sizes in ({"hidden_size": 128, "intermediate_size": 256}, {"hidden_size": 48, "intermediate_size": 80}):
         model = tiny_of("llama", head_dim=16, num_attention_heads=4, **sizes).to(dtype).eval()
         whole = {name: module.weight.data for name, module in model.named_modules() if hasattr(module, "weight")}
         made = replace_linears(model, scheme, dtype, lambda name: "layers" in name)

@@ -24,7 +24,7 @@ _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8,
 _SUMS = ir.VectorType(_F32, LANES)
 
 
-class _Kind:
+class Kind:
     """How numbers are taken in: `step` of them at a time, as what `load` gives."""
 
     def __init__(self, a: Any, x: Any) -> None:
@@ -42,7 +42,7 @@ class _Kind:
             found = b.load(at, align=align)
         else:
             counted = ir.Constant(ir.VectorType(_I64, self.step), list(range(self.step)))
-            mask = b.icmp_signed("<", counted, _spread(b, left, self.step))
+            mask = b.icmp_signed("<", counted, spread(b, left, self.step))
             found = _masked(b, at, kind, mask, align)
         if self.pairs:
             return b.bitcast(found, ir.VectorType(BFloat(), self.step))
@@ -50,20 +50,20 @@ class _Kind:
 
     def multiply(self, b: Any, a: Any, x: Any, onto: Any) -> Any:
         if self.pairs:
-            return _call(b, "llvm.x86.avx512bf16.dpbf16ps.512", _SUMS, onto, a, x)
+            return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", _SUMS, onto, a, x)
         return _fma(b, a, x, onto)
 
 
-def _call(b: Any, name: str, result: Any, *args: Any) -> Any:
+def call(b: Any, name: str, result: Any, *args: Any) -> Any:
     kind = ir.FunctionType(result, [each.type for each in args])
     return b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), args)
 
 
 def _fma(b: Any, a: Any, x: Any, onto: Any) -> Any:
-    return _call(b, f"llvm.fma.v{LANES}f32", _SUMS, a, x, onto)
+    return call(b, f"llvm.fma.v{LANES}f32", _SUMS, a, x, onto)
 
 
-def _spread(b: Any, x: Any, count: int) -> Any:
+def spread(b: Any, x: Any, count: int) -> Any:
     """A vector of `count` times x."""
     kind = ir.VectorType(x.type, count)
     one = b.insert_element(ir.Constant(kind, ir.Undefined), x, _I32(0))
@@ -73,7 +73,7 @@ def _spread(b: Any, x: Any, count: int) -> Any:
 def _masked(b: Any, at: Any, kind: Any, mask: Any, align: int) -> Any:
     element = "i16" if kind.element == _I16 else "f32"
     name = f"llvm.masked.load.v{kind.count}{element}.p0v{kind.count}{element}"
-    return _call(b, name, kind, at, _I32(align), mask, ir.Constant(kind, None))
+    return call(b, name, kind, at, _I32(align), mask, ir.Constant(kind, None))
 
 
 def _widened(b: Any, found: Any) -> Any:
@@ -82,9 +82,9 @@ def _widened(b: Any, found: Any) -> Any:
     return b.bitcast(b.shl(b.zext(found, wide), ir.Constant(wide, [16] * wide.count)), _SUMS)
 
 
-def _prefetch(b: Any, place: Any) -> None:
+def prefetch(b: Any, place: Any) -> None:
     place = b.bitcast(place, _I8.as_pointer())
-    _call(b, "llvm.prefetch.p0i8", ir.VoidType(), place, _I32(0), _I32(2), _I32(1))  # to read, into the second cache
+    call(b, "llvm.prefetch.p0i8", ir.VoidType(), place, _I32(0), _I32(2), _I32(1))  # to read, into the second cache
 
 
 def _sums(b: Any, vectors: list[Any]) -> Any:
@@ -102,7 +102,15 @@ def _sums(b: Any, vectors: list[Any]) -> Any:
     return vectors[0]
 
 
-def _place(context: Any, b: Any, kind: Any, array: Any, at: Any) -> Any:
+def store_sums(b: Any, vectors: list[Any], rows: int, others: int, to: Any, ldc: Any) -> None:
+    """The sums of LANES vectors, of `others` times `rows`, as rows of c."""
+    found, own = _sums(b, vectors), ir.VectorType(_I32, rows)
+    for j in range(others):
+        part = b.shuffle_vector(found, found, ir.Constant(own, [j * rows + i for i in range(rows)]))
+        b.store(part, b.bitcast(b.gep(to, [b.mul(ldc, _I64(j))]), ir.VectorType(_F32, rows).as_pointer()), align=4)
+
+
+def location(context: Any, b: Any, kind: Any, array: Any, at: Any) -> Any:
     return b.gep(context.make_array(kind)(context, b, array).data, [at])
 
 
@@ -115,8 +123,8 @@ def _dots(rows: int, others: int, fetch: bool) -> Any:
         signature = types.void(a, long, long, x, long, long, c, long, long, long, long)
 
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            kinds, kind = signature.args, _Kind(a.dtype, x.dtype)
-            starts = [_place(context, b, kinds[i], args[i], args[i + 1]) for i in (0, 3, 6)]
+            kinds, kind = signature.args, Kind(a.dtype, x.dtype)
+            starts = [location(context, b, kinds[i], args[i], args[i + 1]) for i in (0, 3, 6)]
             lda, ldx, ldc, count, there = (args[i] for i in (2, 5, 8, 9, 10))
             last = b.sub(there, _I64(1))
             nearest = [b.select(b.icmp_signed("<", _I64(i), last), _I64(i), last) for i in range(rows)]
@@ -130,7 +138,7 @@ def _dots(rows: int, others: int, fetch: bool) -> Any:
                 xs = [kind.load(b, b.gep(row, [at]), x.dtype == types.uint16, left) for row in x_rows]
                 for i, row in enumerate(a_rows):
                     if fetch and left is None:
-                        _prefetch(b, b.gep(row, [b.add(at, further)]))
+                        prefetch(b, b.gep(row, [b.add(at, further)]))
                     one = kind.load(b, b.gep(row, [at]), a.dtype == types.uint16, left)
                     for j, other in enumerate(xs):
                         found[j * rows + i] = kind.multiply(b, one, other, sums[j * rows + i])
@@ -163,12 +171,7 @@ def _dots(rows: int, others: int, fetch: bool) -> Any:
             for each, first, next_one in zip(total, merged, last_ones, strict=True):
                 each.add_incoming(first, between)
                 each.add_incoming(next_one, rest)
-            found = _sums(b, total)
-            for j in range(others):
-                own = ir.VectorType(_I32, rows)
-                part = b.shuffle_vector(found, found, ir.Constant(own, [j * rows + i for i in range(rows)]))
-                to = b.gep(starts[2], [b.mul(ldc, _I64(j))])
-                b.store(part, b.bitcast(to, ir.VectorType(_F32, rows).as_pointer()), align=4)
+            store_sums(b, total, rows, others, starts[2], ldc)
             return context.get_dummy_value()
 
         return signature, generate
@@ -238,7 +241,7 @@ def _mix(queries: int, vectors: int) -> Any:
 
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
             kinds, bf16 = signature.args, v.dtype == types.uint16
-            starts = [_place(context, b, kinds[i], args[i], args[i + 1]) for i in (0, 3, 6)]
+            starts = [location(context, b, kinds[i], args[i], args[i + 1]) for i in (0, 3, 6)]
             ldp, ldv, ldc, keys = args[2], args[5], args[8], args[9]
             element = ir.VectorType(_I16 if bf16 else _F32, LANES)
             places = [
@@ -260,7 +263,7 @@ def _mix(queries: int, vectors: int) -> Any:
                 columns.append(_widened(b, one) if bf16 else one)
             added = []
             for i in range(queries):
-                share = _spread(b, b.load(b.gep(starts[0], [b.add(b.mul(ldp, _I64(i)), at)])), LANES)
+                share = spread(b, b.load(b.gep(starts[0], [b.add(b.mul(ldp, _I64(i)), at)])), LANES)
                 added += [_fma(b, share, column, sums[i * vectors + j]) for j, column in enumerate(columns)]
             after = b.add(at, _I64(1))
             for each, first, next_one in zip([at, *sums], [_I64(0), *held], [after, *added], strict=True):

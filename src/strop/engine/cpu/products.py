@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange
 
-from strop.engine.cpu.compiled import chosen, inline, loop, narrow, together
+from strop.engine.cpu.compiled import chosen, inline, loop, together
 from strop.engine.cpu.dots import LANES, block, edge, mix
+from strop.engine.cpu.unpack import ROUNDS, STRETCH, TURN, VECTORS, from_eight, from_four, packed_block
 
 
 class Dense(NamedTuple):
@@ -83,16 +84,17 @@ def eight_bit(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> 
     """The same of a weight in 8 bit; like: an array of the type that the weight has when it is whole."""
     n, k = part.w.shape
     rows, width = y.shape
-    x, out, blocks = z.reshape(-1), y.reshape(-1), (n + LANES - 1) // LANES
-    w, scales = part.w, part.scale
+    x, out, blocks, code = z.reshape(-1), y.reshape(-1), (n + LANES - 1) // LANES, np.empty(0, np.float32)
+    w, scales, straight = part.w.reshape(-1), part.scale, _straight(rows, k, k, like, z)
     for lane in prange(lanes):
         held = np.empty(LANES * k, like.dtype)
         for at in range(lane * blocks // lanes * LANES, (lane + 1) * blocks // lanes * LANES, LANES):
             there = min(LANES, n - at)
+            if straight and there == LANES:
+                packed_block(w, at, scales, k, code, x, out, column + at, width, rows, k)
+                continue
             for i in range(there):
-                row, scale, to = w[at + i], scales[at + i], held[i * k : (i + 1) * k]
-                for j in range(k):
-                    to[j] = narrow(np.float32(row[j]) * scale, like)
+                from_eight(w, (at + i) * k, scales[at + i], code, held, i * k, k)
             if there == LANES:
                 block(held, 0, k, x, 0, k, out, column + at, width, rows, k)
             else:
@@ -106,20 +108,28 @@ def four_bit(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> N
     rows, width = y.shape
     x, out, blocks = z.reshape(-1), y.reshape(-1), (n + LANES - 1) // LANES
     w, scales, code, share = part.w, part.scale, part.code, part.share
+    straight = _straight(rows, k, share, like, z)
     for lane in prange(lanes):
         held = np.empty(LANES * k, like.dtype)
         for at in range(lane * blocks // lanes * LANES, (lane + 1) * blocks // lanes * LANES, LANES):
             there = min(LANES, n - at)
+            if straight and there == LANES:
+                packed_block(w, at, scales, share, code, x, out, column + at, width, rows, k)
+                continue
             for number in range(at * k // share, (at + there) * k // share):
-                scale, begin = scales[number], number * share // 2
-                row, to = w[begin : begin + share // 2], held[2 * begin - at * k : 2 * begin - at * k + share]
-                for j in range(share // 2):
-                    to[2 * j] = narrow(code[row[j] >> 4] * scale, like)
-                    to[2 * j + 1] = narrow(code[row[j] & 15] * scale, like)
+                from_four(w, number * share // 2, scales[number], code, held, number * share - at * k, share)
             if there == LANES:
                 block(held, 0, k, x, 0, k, out, column + at, width, rows, k)
             else:
                 edge(held, 0, k, there, x, 0, k, out, column + at, width, rows, k)
+
+
+@inline
+def _straight(rows: Any, k: Any, share: Any, like: Any, z: Any) -> Any:
+    """Rows so few that a weight is multiplied as it is taken apart: for more it is made whole once."""
+    able = ROUNDS if like.itemsize == 2 else VECTORS
+    even = k % TURN == 0 and (share == k or (share >= STRETCH and share & (share - 1) == 0))
+    return able and like.itemsize == z.itemsize and rows <= 4 and even
 
 
 @loop
