@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from strop.engine.families import FAMILIES
 from strop.planning.activations import Alive, MicroBatch, at_peak, forward_bytes
 from strop.planning.setting import BITS, Setting
 
@@ -28,6 +29,7 @@ SCRATCH_BYTES = 14 * MIB  # oneDNN's scratch and small blocks at the peak
 CUDA_CONTEXT_BYTES = 450 * MIB  # of the driver, cuBLAS's workspace included
 PARITY_POSITIONS = 2048  # as in export.parity
 BLOCK, NESTED = 64, 256  # weights that share a constant, constants that share one
+READ_AT_ONCE, LANES = 256, 16  # rows of a pass that reads prompts, numbers of a vector (engine.answers)
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion": 4.0, "adafactor": 0.1, "sgd": 0.0}
 
 
@@ -209,13 +211,42 @@ def measuring_bytes(
     return element * parameters, 2 * 4 * vocabulary * hidden + 3 * 4 * vocabulary * context
 
 
-def serve(setting: Setting, context: int) -> Phase:
-    """Base and adapter, and the keys and values of one conversation of `context` tokens."""
-    held = _held(setting, trained=False)
-    shape = setting.shape
-    cache = 2 * shape.layers * shape.key_value * context * setting.element
-    live = MicroBatch.rows([context])
-    return _phase({**held, "saved_activations": cache, "live_layer": _prompt_bytes(setting, live)})
+def serve(setting: Setting, context: int, *, texts: int = 1) -> Phase:
+    """Base and adapter, and `texts` conversations of `context` tokens that are answered together."""
+    held, shape, positions = _held(setting, trained=False), setting.shape, texts * context
+    if setting.device != "cpu" or shape.family not in FAMILIES:  # transformers' own forward
+        cache = 2 * shape.layers * shape.key_value * positions * setting.element
+        live = MicroBatch.rows([context])
+        return _phase({**held, "saved_activations": cache, "live_layer": _prompt_bytes(setting, live)})
+    width = -(-shape.head_size // LANES) * LANES
+    cache = 2 * shape.layers * shape.key_value_heads * width * positions * setting.element
+    constants = 4 * packed_weights(setting) // BLOCK if setting.scheme in ("nf4", "fp4") else 0
+    return _phase({
+        **held,
+        "quantization_constants": held["quantization_constants"] + constants,
+        "adapters": held["adapters"] + _laid_out(setting),
+        "mapped_files": 0,
+        "workspace": SCRATCH_BYTES,
+        "saved_activations": cache,
+        "live_layer": _pass_bytes(setting, min(READ_AT_ONCE, positions)),
+        "head": 2 * 4 * texts * shape.vocabulary,  # of the rows that give logits, and once more side by side
+        "framework": CODE_BYTES + LOOPS_BYTES,
+    })  # fmt: skip
+
+
+def _laid_out(setting: Setting) -> int:
+    """The adapter as the engine lays it out beside peft's: A in the type that is computed in, B in fp32."""
+    pairs = zip(setting.shape.linears, setting.ranks, strict=True)
+    return setting.shape.layers * sum(rank * (setting.element * x.inputs + 4 * x.rows) for x, rank in pairs)
+
+
+def _pass_bytes(setting: Setting, rows: int) -> int:
+    """What engine.answers computes a pass over so many rows in: a product's input, queries, its output and the residual
+    stream, the last two in fp32."""
+    shape, b = setting.shape, setting.element
+    inner = max(shape.hidden, shape.query, shape.intermediate)
+    outputs = max(shape.query + 2 * shape.key_value, 2 * shape.intermediate, shape.hidden)
+    return rows * (b * (inner + shape.query + shape.hidden) + 4 * (outputs + shape.hidden))
 
 
 def _prompt_bytes(setting: Setting, batch: MicroBatch) -> int:
