@@ -133,9 +133,10 @@ def _straight(rows: Any, k: Any, share: Any, like: Any, z: Any) -> Any:
 
 
 @loop
-def add(linear: Any, u: Any, own: Any, y: Any, lanes: Any) -> None:
-    """What adapters add to y (T, n), and the bias. u (T, ..): z A^T, of each row by its own adapter."""
-    n, b, spans, all_gains, bias = y.shape[1], linear.b, linear.spans, linear.gains, linear.bias
+def add(b: Any, spans: Any, all_gains: Any, bias: Any, u: Any, own: Any, y: Any, lanes: Any) -> None:
+    """What adapters add to y (T, n), and the bias; b and what follows: of a Linear. u (T, ..): z A^T, of each row by
+    its own adapter."""
+    n = y.shape[1]
     ys, us = y.reshape(-1), u.reshape(-1)
     for lane in prange(lanes):
         low, high = share_of(lane, lanes, n)
@@ -202,4 +203,4 @@ def products(linear: Any, like: Any, z: Any, own: Any, y: Any, u: Any, lanes: An
         if begin < end and count:
             dense(Dense(linear.a[first : first + count]), z[begin:end], thin[begin:end], 0, lanes)
     if len(linear.spans) or len(linear.bias):
-        add(linear, thin, own, y, lanes)
+        add(linear.b, linear.spans, linear.gains, linear.bias, thin, own, y, lanes)

@@ -20,7 +20,7 @@ from strop.runs.lock import sha256_text
 
 SOURCES = (
     "kernels.py", "compiled.py", "attention_tiles.py", "tile.py", "amx.py", "lora_tiles.py", "dropout_loops.py",
-    "dots.py", "unpack.py", "products.py", "passes.py", "draws.py",
+    "dots.py", "unpack.py", "products.py", "cached_attention.py", "passes.py", "draws.py",
 )  # fmt: skip
 
 
