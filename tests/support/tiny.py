@@ -93,5 +93,12 @@ def job(folder: Path, train: list[Example], held_out: list[Example] | None = Non
     folder.mkdir(parents=True, exist_ok=True)
     state = TrainState(weights, make_optimizer(weights, chosen.train), Progress())
     plain = PlainLoss(tuned)
-    step = Step(plain, plain.masks, "plain", "asked for by the test", lambda: tuned.gradient_checkpointing_enable())
+    step = Step(
+        plain,
+        plain.log_probs,
+        plain.masks,
+        "plain",
+        "asked for by the test",
+        lambda: tuned.gradient_checkpointing_enable(),
+    )
     return Job(chosen, RunFolder(folder), tuned, step, train, held_out, state, EventLog(folder / "events.jsonl"))

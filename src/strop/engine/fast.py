@@ -19,10 +19,10 @@ from strop.engine.attention import Heads, Turned
 from strop.engine.dropout import masks_of
 from strop.engine.families import FAMILIES, activation_of, linears, text_of
 from strop.engine.fits import unsupported
-from strop.engine.functions import Activation, Enter, Glu, LayerNorm, Norm, RmsNorm, apply
-from strop.engine.head import SupervisedLoss
+from strop.engine.functions import Activation, Enter, Glu, LayerNorm, Norm, Ops, RmsNorm, apply
+from strop.engine.head import LabelLogProbs, SupervisedLoss
 from strop.engine.joined import Joined, Workspace
-from strop.engine.packed import Packed, pack
+from strop.engine.packed import Packed, pack, pack_apart, sums_by_owner
 from strop.engine.processor import Attend, drops_for, processor_for
 
 if TYPE_CHECKING:
@@ -97,9 +97,26 @@ class FastLoss:
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable in the adapters."""
+        batch = pack(examples, prefix_sharing=self.prefix_sharing, device=self._device)
+        return apply(SupervisedLoss, self._hidden(batch), batch.labels, batch.weights, *self._output())
+
+    def log_probs(self, examples: Sequence[Example]) -> Tensor:
+        """Sum over the supervised tokens of each example of weight * log-probability (N,), fp64, differentiable.
+
+        Examples with one prompt share it, whatever other prompts there are.
+        """
+        batch = pack_apart(examples, prefix_sharing=self.prefix_sharing, device=self._device)
+        found = apply(LabelLogProbs, self._hidden(batch), batch.labels, *self._output())
+        assert batch.owners is not None
+        return sums_by_owner(found, batch.weights, batch.owners, len(examples))
+
+    def _output(self) -> tuple[Tensor, float, Ops, Tensor | None]:
+        return self._head.weight, self._softcap, self._ops, self._head.bias
+
+    def _hidden(self, batch: Packed) -> Tensor:
+        """What the output embedding takes for each label (M, h)."""
         if self.watch is not None:
             self.watch.begin()
-        batch = pack(examples, prefix_sharing=self.prefix_sharing, device=self._device)
         hidden = _scaled(self._embedding(batch.ids), self._scales[0])
         if self._family.embedding_norm:
             hidden = apply(RmsNorm, hidden, self._norm)
@@ -116,8 +133,7 @@ class FastLoss:
         hidden = _scaled(apply(RmsNorm, hidden, self._norm), self._scales[2])
         if len(batch.picked) != len(batch.rows):  # a row behind which several examples part has several labels
             hidden = hidden[batch.picked]
-        head = self._head.weight, self._softcap, self._ops, self._head.bias
-        return apply(SupervisedLoss, hidden, batch.labels, batch.weights, *head)
+        return hidden
 
     def _through(
         self,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from strop.engine.dropout import masks_of, token_keys
+from strop.engine.packed import sums_by_owner
 from strop.engine.processor import drops_for
 from strop.errors import ModelError
 
@@ -33,6 +34,18 @@ class PlainLoss:
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable."""
+        losses, weight, _, balance = self._supervised(examples)
+        total = (losses * weight).sum()
+        return total if balance is None else total + balance * weight.sum()  # a mean, as the loss is a sum
+
+    def log_probs(self, examples: Sequence[Example]) -> Tensor:
+        """Sum over the supervised tokens of each example of weight * log-probability (N,), fp64, differentiable."""
+        losses, weight, owners, _ = self._supervised(examples)
+        return sums_by_owner(-losses, weight, owners, len(examples))
+
+    def _supervised(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(cross entropy, weight, row) of each supervised token, and what a mixture adds to a mean loss to keep its
+        experts evenly used, where its config asks for it."""
         device = next(self._head.parameters()).device
         longest = max(len(example) for example in examples)
         ids = torch.zeros(len(examples), longest, dtype=torch.long)
@@ -62,10 +75,8 @@ class PlainLoss:
                 input_ids=ids.to(device), attention_mask=attended.to(device), use_cache=False, return_dict=True
             )
         losses = F.cross_entropy(found.logits.float(), labels, reduction="none")
-        total = (losses * weight).sum()
-        if self._balance and self.model.training:  # of a mixture whose config asks for it; a mean, as the loss is a sum
-            total = total + self._balance * found.aux_loss.to(device) * weight.sum()
-        return total
+        balanced = self._balance and self.model.training
+        return losses, weight, row, self._balance * found.aux_loss.to(device) if balanced else None
 
 
 def load_balancing(config: Any) -> float:
