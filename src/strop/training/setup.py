@@ -25,6 +25,7 @@ from strop.model.measured import parameters_of, shape_of
 from strop.model.shape import ModelShape, prequantized
 from strop.model.tokenizer import load_tokenizer
 from strop.model.towers import text_path
+from strop.objectives.table import learning_of
 from strop.planning.choose import choose, memory_key
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
 from strop.planning.setting import Setting
@@ -63,7 +64,8 @@ def set_up(resolved: Resolved, memory: int | None = None) -> Setup:
     resolved, key, num_weights, shape, parameters = _plan(resolved, source, machine)
     start = start_adapter(resolved.recipe)  # may have brought tokens and a template of its own
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
-    data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data")
+    learning = learning_of(resolved.recipe.train)
+    data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
     if data.renderer.template is not None:  # data.template: the adapter's tokenizer must say what it was trained with
         tokenizer.chat_template = data.renderer.template
     lock = {
@@ -151,6 +153,11 @@ def _experts(setup: Setup) -> list[str]:
         share = held / setup.parameters
         said.append(f"no adapter sits on its experts, which are {share:.0%} of it; all-linear adapts them too")
     loss, text = load_balancing(load_config(setup.source)), "its config"
+    if loss and recipe.train.objective != "sft":
+        return [
+            *said,
+            f"load-balancing loss: left out by objective {recipe.train.objective}, though {text} asks for it",
+        ]
     on = f"on, at {loss:g}, as {text} says" if loss else f"off, as {text} says (output_router_logits)"
     return [*said, f"load-balancing loss: {on}"]
 
