@@ -186,7 +186,7 @@ def test_a_pair_has_one_prompt_and_both_stop_tokens(tmp_path: Path) -> None:
 
 
 def test_a_pair_is_cut_in_its_prompt_alike_or_dropped_never_in_an_answer(tmp_path: Path) -> None:
-    """Each side cut by itself would have another prompt, or lose its stop token (PREFERENCES.md, 1 and 2)."""
+    """Each side cut by itself would have another prompt, or lose its stop token."""
     rows = [
         {"prompt": "word " * 40 + "end", "chosen": "a b c d e f g h", "rejected": "x"},
         {"prompt": "hi", "chosen": "word " * 60, "rejected": "x"},
