@@ -6,6 +6,7 @@ TRL makes its losses from batches that strop's rows are written into, so that te
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from peft import PeftModel
 from strop.config.schema import TrainSection
 from strop.data.conversation import Example, Unit
 from strop.engine.step import step_for
+from strop.model.score import head_of
 from strop.objectives.table import OBJECTIVES
 from strop.training.criteria import OfAnswers, beside, log_probs
 from tests.support import tiny
@@ -51,12 +53,12 @@ def units(labels: bool = False) -> list[Unit]:
     return [Unit((a,), (b,), n % 3 != 0) for n, (a, b) in enumerate(zip(answers, other, strict=True))]
 
 
-def model() -> PeftModel:
+def model(scored: bool = False) -> PeftModel:
     from strop.model.lora import add_lora
 
     base = tiny.model(num_hidden_layers=1)
     torch.manual_seed(0)
-    return add_lora(base, tiny.recipe().recipe.lora, tokenizer("chatml")).train()
+    return add_lora(base, tiny.recipe().recipe.lora, tokenizer("chatml"), scored=scored).train()
 
 
 def padded(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -143,6 +145,37 @@ def simpo(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
     )
 
 
+def reward(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
+    """TRL's trainer on the sequence classifier of transformers, from the weights and the head of a model of strop's."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForSequenceClassification
+
+    config = tuned.get_base_model().config
+    config.num_labels = 1
+    classifier = LlamaForSequenceClassification(config)
+    base = tiny.model(num_hidden_layers=1)
+    classifier.model.load_state_dict(base.model.state_dict())
+    given = tuned.peft_config["default"]
+    names = {"r": given.r, "lora_alpha": given.lora_alpha, "target_modules": given.target_modules}
+    theirs = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **names))
+    weights = {name: weight for name, weight in tuned.named_parameters() if weight.requires_grad}
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if weight.requires_grad:
+                weight.copy_(weights[name])
+    data = rows(chosen=["b"] * UNITS, rejected=["c"] * UNITS)
+    args = common(folder, trl.RewardConfig, max_length=64, disable_dropout=True, **options)
+    trainer = trl.RewardTrainer(model=theirs, args=args, train_dataset=data, processing_class=tokenizer("chatml"))
+    tuned.stand_in = theirs
+    classifier.config.pad_token_id = 0  # as `padded` has it: the classifier looks for the last token that is not it
+
+    def loss(tuned: PeftModel, units: list[Unit]) -> torch.Tensor:
+        ids, attended, _ = padded([unit.examples[side] for side in range(2) for unit in units])
+        return trainer.compute_loss(trainer.model, {"input_ids": ids, "attention_mask": attended})
+
+    return loss
+
+
 CASES: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
     "dpo": ("dpo", dpo_like, {"beta": 0.3}, {"beta": 0.3}),
     "dpo normalized": ("dpo", dpo_like, {"length_normalized": True}, {"loss_type": ["sigmoid_norm"]}),
@@ -154,6 +187,7 @@ CASES: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
     "simpo": ("simpo", simpo, {"gamma": 0.5, "label_smoothing": 0.1}, {
         "simpo_gamma": 0.5, "beta": 2.0, "cpo_alpha": 0.0, "label_smoothing": 0.1,
     }),
+    "reward": ("reward", reward, {}, {}),
 }  # fmt: skip
 
 
@@ -164,9 +198,10 @@ def filled(objective: str, given: dict[str, Any]) -> OfAnswers:
 
 def compare(criterion: OfAnswers, make: Any, folder: Path, options: dict[str, Any], made: list[Unit]) -> None:
     """Ten steps of both, each from its own weights."""
-    ours, theirs = model(), model()
+    ours, theirs = (model(criterion.objective.scored) for _ in range(2))
     loss = make(folder, theirs, **options)
-    step = step_for(ours)
+    theirs = getattr(theirs, "stand_in", theirs)
+    step, criterion = step_for(ours), replace(criterion, head=head_of(ours))
     if criterion.objective.reference:
         with torch.no_grad():
             sides = log_probs(step, made)

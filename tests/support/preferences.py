@@ -66,11 +66,13 @@ def job(
     folder: Path, train: Sequence[Unit], held_out: Sequence[Unit] | None = None, *, plain: bool = False, **options: Any
 ) -> Job:
     """A job as `tiny.job` makes it, through the step that its model gets; with its reference."""
-    made = tiny.job(folder, [], None, **options)
+    made = tiny.job(folder, [], None, **options)  # of a reward model with its head
     recipe = filled(tiny.recipe(**options)).recipe
     step = made.step if plain else step_for(made.model)
     held = list(held_out) if held_out is not None else None
-    return replace(made, recipe=recipe, step=step, train=list(train), eval=held, criterion=criterion_for(recipe.train))
+    return replace(
+        made, recipe=recipe, step=step, train=list(train), eval=held, criterion=criterion_for(recipe.train, made.model)
+    )
 
 
 def started(made: Job) -> Job:

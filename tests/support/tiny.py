@@ -84,7 +84,7 @@ def job(folder: Path, train: list[Example], held_out: list[Example] | None = Non
     chosen = recipe(**options).recipe
     base = model()
     torch.manual_seed(chosen.seed)
-    tuned = add_lora(base, chosen.lora, tokenizer("chatml"))
+    tuned = add_lora(base, chosen.lora, tokenizer("chatml"), scored=chosen.train.objective == "reward")
     weights = trainable(tuned)
     with torch.no_grad():
         for name, weight in weights.items():
@@ -96,6 +96,7 @@ def job(folder: Path, train: list[Example], held_out: list[Example] | None = Non
     step = Step(
         plain,
         plain.log_probs,
+        plain.last_hidden,
         plain.masks,
         "plain",
         "asked for by the test",

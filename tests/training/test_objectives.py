@@ -12,10 +12,12 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from strop import adapters
 from strop.engine.step import step_for
 from strop.errors import CheckpointError, RunError, Stopped
+from strop.model.score import head_of
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import read_events
 from strop.training import guard, loop, state
@@ -302,8 +304,37 @@ def test_a_run_from_the_command_line(
     assert found["held_out"]["accuracy_interval"][1] <= 1 and found["last"]["accuracy"] >= 0
     report = json.loads((out / "report.json").read_text())
     assert report["steps"] == 6 and report["data_report"]["answers"]
-    peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), str(out / "adapter"))
+    if objective != "reward":
+        peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), str(out / "adapter"))
     assert (out / "reference.safetensors").is_file() == OBJECTIVES[objective].reference
+
+
+def test_a_reward_model_scores_the_same_in_plain_transformers(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, out = preferences.write_pairs(tmp_path / "rows.jsonl", 24), tmp_path / "run"
+    words = ["train", "--model", tiny_folder, "--data", rows, "--out", out, *QUICK, "--train.objective", "reward"]
+    assert run(*words, capsys=capsys)[0] == 0
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1)
+    plain = peft.PeftModel.from_pretrained(base, str(out / "adapter")).eval()
+    ours = adapters.load(out, dtype="fp32", scores=True)
+    criterion = OfAnswers(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
+    made = pairs(3)
+    with torch.no_grad():
+        found = torch.stack(criterion.sums(step_for(ours.module), made), 1)
+        for unit, scores in zip(made, found, strict=True):
+            for example, score in zip(unit.examples, scores, strict=True):
+                expected = plain(torch.from_numpy(example.ids.astype("int64"))[None]).logits
+                assert float(score) == pytest.approx(float(expected), abs=1e-5)
+    turns = tiny.write_rows(tmp_path / "turns.jsonl", 3)
+    for command in (["chat", out], ["merge", out, "--out", tmp_path / "merged"], ["eval", out, "--data", turns]):
+        code, _, err = run(*command, capsys=capsys)
+        assert code == 2 and "reward model" in err, command
+    words = ["train", "--model", tiny_folder, "--data", rows, "--out", tmp_path / "more", *QUICK]
+    code, _, err = run(*words, "--train.objective", "dpo", "--adapter", out, capsys=capsys)
+    assert code == 2 and "reward model" in err
+    again = run(*words, "--train.objective", "reward", "--adapter", out, capsys=capsys)
+    assert again[0] == 0, again[2]
 
 
 def test_kto_learns_from_pairs_too(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

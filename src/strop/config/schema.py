@@ -101,8 +101,8 @@ OBJECTIVE_OPTIONS = (
 
 
 class TrainSection(Section):
-    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo"] = Field(
-        "sft", description="what is learned: answers (sft), pairs of answers, or answers judged good or bad (kto)"
+    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward"] = Field(
+        "sft", description="what is learned from: answers, pairs of answers, judged answers (kto); reward scores pairs"
     )
     beta: Finite | None = Field(
         None, gt=0, description="how close an objective keeps to its start: dpo, ipo, kto 0.1; orpo 0.1; simpo 2"

@@ -22,7 +22,7 @@ from strop.engine.fits import unsupported
 from strop.engine.functions import Activation, Enter, Glu, LayerNorm, Norm, Ops, RmsNorm, apply
 from strop.engine.head import LabelLogProbs, SupervisedLoss
 from strop.engine.joined import Joined, Workspace
-from strop.engine.packed import Packed, pack, pack_apart, sums_by_owner
+from strop.engine.packed import Packed, pack, pack_apart, pack_ends, sums_by_owner
 from strop.engine.processor import Attend, drops_for, processor_for
 
 if TYPE_CHECKING:
@@ -110,11 +110,15 @@ class FastLoss:
         assert batch.owners is not None
         return sums_by_owner(found, batch.weights, batch.owners, len(examples))
 
+    def last_hidden(self, examples: Sequence[Example]) -> Tensor:
+        """What the model holds at the last token of each example, behind its last norm (N, h), differentiable."""
+        return self._hidden(pack_ends(examples, prefix_sharing=self.prefix_sharing, device=self._device), scaled=False)
+
     def _output(self) -> tuple[Tensor, float, Ops, Tensor | None]:
         return self._head.weight, self._softcap, self._ops, self._head.bias
 
-    def _hidden(self, batch: Packed) -> Tensor:
-        """What the output embedding takes for each label (M, h)."""
+    def _hidden(self, batch: Packed, *, scaled: bool = True) -> Tensor:
+        """What the output embedding takes for each label (M, h); scaled: with the factor that some families have."""
         if self.watch is not None:
             self.watch.begin()
         hidden = _scaled(self._embedding(batch.ids), self._scales[0])
@@ -130,7 +134,7 @@ class FastLoss:
                 )
             else:
                 hidden = self._through(layer, hidden, batch, angles, rows)
-        hidden = _scaled(apply(RmsNorm, hidden, self._norm), self._scales[2])
+        hidden = _scaled(apply(RmsNorm, hidden, self._norm), self._scales[2] if scaled else 1.0)
         if len(batch.picked) != len(batch.rows):  # a row behind which several examples part has several labels
             hidden = hidden[batch.picked]
         return hidden

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +151,8 @@ class Documents:
 class Packed:
     """ids, positions, keys (T,), keys as dropout.token_keys makes them; rows (N,): packed rows that predict a
     supervised token, each once, rising; picked (M,): index into rows for each label; labels, weights (M,). owners (M,):
-    the example that each label belongs to, where they are kept apart; else None."""
+    the example that each label belongs to, where they are kept apart; else None. ends: (example, packed row of its last
+    token) of each."""
 
     ids: Tensor
     positions: Tensor
@@ -162,6 +163,7 @@ class Packed:
     labels: Tensor
     weights: Tensor
     owners: Tensor | None = None
+    ends: tuple[tuple[int, int], ...] = ()
 
 
 def _tensor(values: Any, device: torch.device) -> Tensor:
@@ -208,6 +210,15 @@ def pack_apart(examples: Sequence[Example], *, prefix_sharing: bool, device: tor
     return laid.packed(device, owned=True)
 
 
+def pack_ends(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> Packed:
+    """As pack_apart, but what is asked for is the last token of each example: rows (N,) are theirs, in order; labels
+    and weights mean nothing."""
+    packed = pack_apart(examples, prefix_sharing=prefix_sharing, device=device)
+    last = {int(number): int(end) for number, end in packed.ends}
+    rows = _tensor([last[number] for number in range(len(examples))], device)
+    return replace(packed, rows=rows, picked=_tensor(np.arange(len(examples)), device))
+
+
 class _Laid:
     """A layout in the making: packed rows, documents, and labels with the rows that predict them."""
 
@@ -219,6 +230,7 @@ class _Laid:
         self.spans: list[tuple[int, int, int]] = []
         self.prefixes: list[int] = []
         self.labels: list[tuple[Any, Any, Any, Any]] = []  # rows, labels, weights, owners
+        self.ends: list[tuple[int, int]] = []  # an example's number, and the packed row of its last token
 
     def predicted(self, rows: Any, labels: Any, weights: Any, owner: int) -> None:
         self.labels.append((rows, labels, weights, np.full(len(rows), owner)))
@@ -236,6 +248,7 @@ class _Laid:
             assert length > prefix and not example.weights[0], "position 0 is predicted by nothing"
             self._rows(example.ids[prefix:], prefix, token_keys(example.ids)[prefix:])
             spans.append((at, length - prefix, prefix))
+            self.ends.append((number, self.tokens - 1))
             own = np.arange(max(prefix, 1) if merged else 1, length)
             before = own - 1  # the position that predicts it, in the prefix or in the example's own rows
             rows = np.where(before < prefix, base + before, at + before - prefix)
@@ -268,6 +281,7 @@ class _Laid:
             tensor(labels[used]),
             torch.from_numpy(weights[used]).to(device),
             tensor(owners[used]) if owned else None,
+            tuple(self.ends),
         )
 
 

@@ -29,6 +29,7 @@ from strop.adapters import (
     new_rows,
     read_adapter_config,
     read_identity,
+    refuse_other_kind,
     with_tokenizer,
 )
 from strop.config.load import read_resolved
@@ -102,6 +103,7 @@ def merge(
     source = base_source(folder)
     if prequantized(source.config()):
         raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
+    refuse_other_kind(folder, scores=False)
     check_base(folder, source)
     check_weights(folder)
     check_measured(data, measure)

@@ -64,7 +64,8 @@ class Objective:
 
     reference: whether it compares with the model as it was when training began. rate_share: its learning rate as a
     share of that of supervised fine-tuning. options: the fields of `train` that it reads, with their defaults.
-    level: whether it needs the mean change of answers to other prompts, over the effective batch.
+    level: whether it needs the mean change of answers to other prompts, over the effective batch. scored: whether it
+    learns a score of its own for each answer, in the place of log-probabilities.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Objective:
     loss: Callable[[Judged, TrainSection], Outcome]
     source: str
     level: bool = False
+    scored: bool = False
 
 
 def log_sigmoid(x: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from strop.objectives.dpo import DPO
 from strop.objectives.ipo import IPO
 from strop.objectives.kto import KTO
 from strop.objectives.orpo import ORPO
+from strop.objectives.reward import REWARD
 from strop.objectives.simpo import SIMPO
 
-OBJECTIVES: dict[str, Objective] = {one.name: one for one in (DPO, IPO, KTO, ORPO, SIMPO)}
+OBJECTIVES: dict[str, Objective] = {one.name: one for one in (DPO, IPO, KTO, ORPO, SIMPO, REWARD)}
 
 
 def objective_of(train: TrainSection) -> Objective | None:

@@ -23,6 +23,7 @@ MICRO_BATCH_TOKENS = 2048
 SHORTEST = 256  # tokens; a row below holds little of a conversation
 USABLE = {"cpu": 0.9, "mps": 0.75, "cuda": 0.95}  # of what is free: MemoryWatch stops a run on a CPU there
 GIB = 1 << 30
+HEADS = ("classifier", "score")  # of a reward model: peft names both, and the objective brings its own
 
 
 def learning_rate(parameters: int) -> float:
@@ -355,7 +356,7 @@ def _of_adapter(resolved: Resolved, adapter: Mapping[str, Any]) -> list[Choice]:
         "lora.target_modules": sorted(adapter["target_modules"]),
         "lora.rank_pattern": adapter.get("rank_pattern") or {},
         "lora.alpha_pattern": adapter.get("alpha_pattern") or {},
-        "lora.modules_to_save": adapter.get("modules_to_save") or [],
+        "lora.modules_to_save": [name for name in adapter.get("modules_to_save") or [] if name not in HEADS],
     }
     for field, value in found.items():
         asked = resolved.choices[field]

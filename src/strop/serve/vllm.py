@@ -33,6 +33,7 @@ from strop.adapters import (
     check_weights,
     load,
     read_adapter_config,
+    refuse_other_kind,
     with_tokenizer,
 )
 from strop.config.load import read_resolved
@@ -111,6 +112,7 @@ def about_vllm(python: str, architecture: str) -> dict[str, Any]:
 def lora_rank(folder: Path) -> int:
     """What vLLM must be told so that it takes an adapter. Raises ModelError for one that it cannot run."""
     config = read_adapter_config(folder)
+    refuse_other_kind(folder, scores=False)
     odd = [name for name in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(name)]
     odd += ["bias"] if config.get("bias", "none") != "none" else []
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])

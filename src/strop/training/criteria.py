@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from strop.config.schema import TrainSection
 from strop.data.conversation import Example, Item, Unit
 from strop.engine.step import Step
 from strop.evaluation.loss import mean_loss
 from strop.evaluation.metrics import Z_95, wilson
+from strop.model.score import head_of
 from strop.objectives.answers import Answers, Judged, Objective, Outcome
 from strop.objectives.table import objective_of
 
@@ -63,6 +64,7 @@ class OfAnswers:
 
     objective: Objective
     options: TrainSection
+    head: nn.Module | None = None  # of a reward model
 
     def divisor(self, items: Sequence[Item]) -> float:
         return float(len(items))
@@ -84,16 +86,25 @@ class OfAnswers:
         units = _units(items)
         answers = [
             Answers(sums, _counts(units, side, sums), _reference(units, side, sums))
-            for side, sums in enumerate(log_probs(step, units))
+            for side, sums in enumerate(self.sums(step, units))
         ]
         desirable = torch.tensor([unit.desirable for unit in units], device=answers[0].sums.device)
         outcome = self.objective.loss(Judged(tuple(answers), desirable, level), self.options)
         return outcome.losses.sum(), self._figures(answers, desirable, outcome, level)
 
+    def sums(self, step: Step, units: Sequence[Unit]) -> list[Tensor]:
+        """What the objective learns of each answer: its log-probability, or its score; (N,) for each side."""
+        if not self.objective.scored:
+            return log_probs(step, units)
+        assert self.head is not None, "a reward model has a head"
+        hidden = step.last_hidden([example for unit in units for example in unit.examples])
+        scores: Tensor = self.head(hidden.float())
+        return list(scores.double().view(len(units), -1).unbind(1))
+
     def _figures(self, answers: Sequence[Answers], desirable: Tensor, outcome: Outcome, level: float) -> Figures:
         with torch.no_grad():
             rewards = [reward.detach() for reward in outcome.rewards]
-            nats = [answer.mean.detach() for answer in answers]
+            nats = [] if self.objective.scored else [answer.mean.detach() for answer in answers]
             moved = [(answer.change / answer.counts).detach() for answer in answers] if self.objective.reference else []
             if len(answers) == 2:
                 found: Figures = {"accuracy": (rewards[0] > rewards[1]).double(), "margin": rewards[0] - rewards[1]}
@@ -106,7 +117,8 @@ class OfAnswers:
                 picked = {"desirable": desirable, "undesirable": ~desirable}
             for name, side in sides.items():
                 found[f"{name}_reward"] = rewards[side][picked[name]]
-                found[f"{name}_nats"] = nats[side][picked[name]]
+                if nats:
+                    found[f"{name}_nats"] = nats[side][picked[name]]
                 if moved:
                     found[f"{name}_change"] = moved[side][picked[name]]
         return found
@@ -131,10 +143,12 @@ class OfAnswers:
         return found
 
 
-def criterion_for(train: TrainSection) -> Criterion:
-    """What a recipe's objective has made smaller."""
+def criterion_for(train: TrainSection, model: nn.Module | None = None) -> Criterion:
+    """What a recipe's objective has made smaller. model: with adapters, and the head of a reward model."""
     objective = objective_of(train)
-    return SupervisedTokens() if objective is None else OfAnswers(objective, train)
+    if objective is None:
+        return SupervisedTokens()
+    return OfAnswers(objective, train, head_of(model) if objective.scored and model is not None else None)
 
 
 def blocks(items: Sequence[Item], cut: Cut) -> Iterator[list[Unit]]:

@@ -19,6 +19,7 @@ from strop.machine.memory import MemoryMark
 from strop.planning.activations import MicroBatch, at_peak
 from strop.planning.memory import Phase, phases
 from strop.planning.setting import Setting
+from strop.training.criteria import OfAnswers
 from strop.training.job import Job, stream_of
 from strop.training.shrink import go_on_shrunk, micro_batches, random_states, set_random_states, within_memory
 
@@ -82,7 +83,8 @@ def batch_of(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> MicroB
     lay_out = pack if isinstance(items[0], Example) else pack_apart
     packed = lay_out(examples, prefix_sharing=True, device=torch.device("cpu"))
     documents = packed.documents.shapes(in_buckets=not tiles)
-    return MicroBatch(len(packed.ids), len(packed.picked), documents, more)
+    scored = isinstance(job.criterion, OfAnswers) and job.criterion.objective.scored
+    return MicroBatch(len(packed.ids), len(examples) if scored else len(packed.picked), documents, more)
 
 
 def _candidates(job: Job, setting: Setting) -> list[tuple[list[Item], bool]]:

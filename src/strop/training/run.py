@@ -30,6 +30,7 @@ from strop.model.blame import blaming
 from strop.model.experts import in_experts
 from strop.model.load import DTYPES, load_base, stream_weights
 from strop.model.lora import add_lora, as_fp32, trainable, weight_change
+from strop.objectives.table import objective_of
 from strop.planning.choose import usable_bytes
 from strop.planning.setting import Setting
 from strop.runs.events import EventLog, Listener, read_events
@@ -201,7 +202,7 @@ def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog) 
         how = (of.quantization, of.double_quantization, DTYPES[of.dtype])
         stream = partial(stream_weights, base, setup.source, *how)
     train, held_out = data.train_units or data.train, data.eval_units or data.eval
-    criterion = criterion_for(recipe.train)
+    criterion = criterion_for(recipe.train, model)
     return Job(recipe, folder, model, step, train, held_out, state, log, stream, setup.memory_key, criterion)
 
 
@@ -211,6 +212,11 @@ def reference_key(setup: Setup) -> dict[str, str]:
     stored = f"{recipe.model.quantization} {recipe.model.double_quantization} {recipe.model.dtype}"
     parts = {"base": lock["base"]["fingerprint"], "stored": stored, "template": lock["template"], "rows": lock["data"]}
     return {**parts, "adapter": str(recipe.model.adapter), "held_out": str(recipe.data.eval)}
+
+
+def _scored(recipe: Recipe) -> bool:
+    objective = objective_of(recipe.train)
+    return objective is not None and objective.scored
 
 
 def _total(job: Job) -> int:
@@ -255,9 +261,9 @@ def _build(setup: Setup, resuming: bool) -> peft.PeftModel:
     torch.manual_seed(recipe.seed)
     start = start_adapter(recipe)
     if start is not None:
-        model = as_fp32(attach(base, start, setup.source, trainable=True)[0])
+        model = as_fp32(attach(base, start, setup.source, trainable=True, scores=_scored(recipe))[0])
     else:
-        model = add_lora(base, recipe.lora, setup.tokenizer)
+        model = add_lora(base, recipe.lora, setup.tokenizer, scored=_scored(recipe))
         if recipe.lora.init == "loftq" and not resuming:
             loftq.fill_in(model, setup.source)
     return model.train()
