@@ -337,6 +337,16 @@ def test_a_reward_model_scores_the_same_in_plain_transformers(
     assert again[0] == 0, again[2]
 
 
+def test_a_run_on_pairs_is_merged_and_measured_on_its_chosen_answers(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, out = preferences.write_pairs(tmp_path / "rows.jsonl", 24), tmp_path / "run"
+    words = ["train", "--model", tiny_folder, "--data", rows, "--out", out, *QUICK, "--train.objective", "dpo"]
+    assert run(*words, capsys=capsys)[0] == 0
+    code, said, err = run("merge", out, "--out", tmp_path / "merged", "--json", capsys=capsys)
+    assert code == 0 and json.loads(said)["parity"]["passed"], err
+
+
 def test_kto_learns_from_pairs_too(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = preferences.write_pairs(tmp_path / "rows.jsonl", 12)
     words = ["train", "--model", tiny_folder, "--data", rows, "--out", tmp_path / "run", "--json", *QUICK]

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import cast, overload
 
@@ -97,43 +96,33 @@ def check(job: Job, key: Mapping[str, str]) -> None:
     if not isinstance(criterion, OfAnswers) or not criterion.objective.reference:
         return
     units = [cast(Unit, job.train[row]) for row in stream_of(job.recipe, len(job.train)).rows(0)]
-    start = _load(job, key, {}).start
-    found, kept = torch.full((len(units), len(units[0].reference)), math.nan, dtype=torch.float64), _kept(units)
+    beginning = job.state.progress.step == 0
+    start = (
+        {} if beginning else _load(job, key, {}).start
+    )  # at the beginning the model as it is, which must be the same
+    kept = torch.tensor([unit.reference for unit in units], dtype=torch.float64)
+    found = torch.full_like(kept, math.nan)
     with _starting(job, start), torch.no_grad():
         within_memory(job, units, lambda: _score(job, units, list(range(len(units))), found))
-        loss = _loss(job, units) if job.state.progress.step == 0 else None
     near = APART if job.state.progress.halvings or job.state.progress.recompute else NEAR
     off = ((found - kept).abs() / kept.abs().clamp(min=1.0)).nan_to_num(0.0).max()
     if off > near:
+        what = f"the reference of the first rows is not what it was: log-probabilities differ by {float(off):.1e} of it"
+        raise RunError(what, fix="start the run again; if it happens again, please report it")
+    loss, expected = (_loss(job, units, values) for values in (found, kept))
+    if beginning and abs(loss - expected) > LOSS_NEAR:
         what = (
-            f"the reference of the first rows is not what it was: log-probabilities differ by {float(off):.1e} of them"
+            f"before the first step the loss is {loss:.8f}, not {expected:.8f}: the model does not equal its reference"
         )
         raise RunError(what, fix="start the run again; if it happens again, please report it")
-    if loss is not None and abs(loss - _loss_at_start(job, units)) > LOSS_NEAR:
-        raise RunError(
-            f"before the first step the loss is {loss:.8f}, not {_loss_at_start(job, units):.8f} as for a model that "
-            "equals its reference",
-            fix="please report it",
-        )
-    job.log.emit("reference-check", step=job.state.progress.step, rows=len(units), off=float(off), loss=loss)
+    told = {"loss": loss} if beginning else {}
+    job.log.emit("reference-check", step=job.state.progress.step, rows=len(units), off=float(off), **told)
 
 
-def _kept(units: Sequence[Unit]) -> Tensor:
-    return torch.tensor([unit.reference for unit in units], dtype=torch.float64)
-
-
-def _loss(job: Job, units: Sequence[Unit]) -> float:
-    """The loss of one effective batch as the steps compute it, without dropout."""
-    cut = partial(micro_batches, job)
-    level = job.criterion.level(job.step, units, cut)
-    groups = [[units[row] for row in group] for group in cut(units)]
-    return sum(float(job.criterion.loss(job.step, group, level)[0]) for group in groups) / job.criterion.divisor(units)
-
-
-def _loss_at_start(job: Job, units: Sequence[Unit]) -> float:
-    """The same from the kept log-probabilities alone, as if they were the model's."""
-    sums = [value for unit in units for value in unit.reference[: len(unit.examples)]]
-    step = replace(job.step, log_probs=lambda examples: torch.tensor(sums, dtype=torch.float64))
+def _loss(job: Job, units: Sequence[Unit], values: Tensor) -> float:
+    """The loss of an effective batch whose log-probabilities are these."""
+    sums = values[:, : len(units[0].examples)].flatten()
+    step = replace(job.step, log_probs=lambda examples: sums)
     return float(job.criterion.loss(step, units, 0.0)[0]) / job.criterion.divisor(units)
 
 
@@ -179,8 +168,9 @@ def _score(job: Job, batch: Sequence[Unit], rows: Sequence[int], values: Tensor)
 
 @contextmanager
 def _starting(job: Job, start: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside this block the model is what training started from, without dropout."""
-    now = {name: weight.detach().clone() for name, weight in job.state.weights.items()}
+    """Inside this block the model is what training started from (as it is now, where `start` is empty), without
+    dropout."""
+    now = {name: job.state.weights[name].detach().clone() for name in start}
     _put(job, start)
     job.model.eval()
     try:
@@ -192,8 +182,8 @@ def _starting(job: Job, start: Mapping[str, Tensor]) -> Iterator[None]:
 
 def _put(job: Job, values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, weight in job.state.weights.items():
-            weight.copy_(values[name])
+        for name, value in values.items():
+            job.state.weights[name].copy_(value)
 
 
 def _load(job: Job, key: Mapping[str, str], sets: Mapping[str, Sequence[Unit]]) -> Reference:
