@@ -26,9 +26,9 @@ from strop.evaluation.preferences import compare_preferences
 from strop.evaluation.run import read_conversations
 
 
-def judged(run: Path, rows: Path, pairs: Path) -> dict[str, list[bool]]:
+def judged(run: Path, rows: Path, pairs: Path, answers: int) -> dict[str, list[bool]]:
     """Hits by row, of the tuned model alone."""
-    model, held = strop.load(run), read_conversations(str(rows))
+    model, held = strop.load(run), read_conversations(str(rows))[:answers]
     nobody = Side({"exact_json": 0.0, "loss": 0.0}, [False] * len(held), [""] * len(held))
     answered = compare(model, held, metric="exact_json", max_new_tokens=60, base=nobody)
     preferred = compare_preferences(model, read_conversations(str(pairs)))
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--objectives", nargs="+", default=["dpo"])
     parser.add_argument("--rows", type=int, default=693, help="of the demo's training rows")
+    parser.add_argument("--answers", type=int, default=176, help="of the held-out rows that are answered")
     parser.add_argument("--rate", type=float, help="learning rate of the objectives")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -57,7 +58,7 @@ def main() -> None:
         for seed in given.seeds:
             common = {"model": "demo", "train.epochs": 1, "seed": seed}
             first = strop.train(data=str(rows), out=str(folder / f"sft-{seed}"), **common).folder
-            before = judged(first, data_files()[1], held)
+            before = judged(first, data_files()[1], held, given.answers)
             results.append({"seed": seed, "objective": "sft", **_rates(before)})
             print(json.dumps(results[-1]), flush=True)
             for objective in given.objectives:
@@ -65,7 +66,7 @@ def main() -> None:
                 options |= {"train.learning_rate": given.rate} if given.rate else {}
                 out = str(folder / f"{objective}-{seed}")
                 run = strop.train(data=str(pairs), out=out, **common, **options)
-                after = judged(run.folder, data_files()[1], held)
+                after = judged(run.folder, data_files()[1], held, given.answers)
                 changed = {name: asdict(paired_difference(before[name], after[name])) for name in before}
                 last = run.report["objective"]["last"]
                 results.append({"seed": seed, "objective": objective, **_rates(after), "change": changed, "last": last})
