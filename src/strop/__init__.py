@@ -168,11 +168,13 @@ def check(recipe: str | Path | None = None, **options: Any) -> dict[str, Any]:
     from strop.data.prepare import prepare
     from strop.model.facts import locate
     from strop.model.tokenizer import load_tokenizer
+    from strop.objectives.table import learning_of
 
     given = _flat(options) if recipe else {"model.name": "demo", **_flat(options)}
     chosen = resolve(Path(recipe) if recipe else None, given).recipe
     tokenizer = load_tokenizer(locate(chosen.model.name, chosen.model.revision))
-    return prepare(chosen.data, tokenizer, strict=False).report.as_json()
+    learning = learning_of(chosen.train)
+    return prepare(chosen.data, tokenizer, strict=False, learning=learning).report.as_json()
 
 
 def merge(

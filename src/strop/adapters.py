@@ -26,6 +26,7 @@ from strop.model.generate import Answer, generate
 from strop.model.load import DTYPES, load_base
 from strop.model.lora import grow_vocabulary, sum_once
 from strop.model.quantize import SCHEMES
+from strop.model.score import TASK, add_head
 from strop.model.shards import is_finite
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run, new_folder, write_json
@@ -78,6 +79,21 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def is_reward(folder: Path) -> bool:
+    """Whether an adapter is a reward model's: it scores answers and writes none."""
+    return bool(read_adapter_config(folder).get("task_type") == TASK)
+
+
+def refuse_other_kind(folder: Path, scores: bool) -> None:
+    """Raises ModelError for a reward model's adapter where one is wanted that writes, or the other way round."""
+    if is_reward(folder) == scores:
+        return
+    if scores:
+        raise ModelError(f"{folder}: writes answers and has no score", fix="give the adapter of a reward model")
+    what = f"{folder}: a reward model's adapter, which scores answers and writes none"
+    raise ModelError(what, fix="strop eval RUN --data PAIRS, or AutoModelForSequenceClassification of transformers")
+
+
 def base_source(folder: Path) -> Source:
     """The base of an adapter folder. Raises ModelError where it is not to be found."""
     return locate(str(read_adapter_config(folder)["base_model_name_or_path"]))
@@ -114,17 +130,21 @@ def attach(
     trainable: bool = False,
     force: bool = False,
     name: str = "default",
+    scores: bool = False,
 ) -> tuple[peft.PeftModel, list[str]]:
-    """(the base with the adapter of a folder on it, notes on what `force` let pass).
+    """(the base with the adapter of a folder on it, notes on what `force` let pass). scores: of a reward model.
 
     base: without an adapter, or with others, under other names.
     Raises ModelError where the adapter was trained on another base (unless forced), does not fit this one in every
     name and shape, was changed since it was saved, or holds NaN.
     """
     config = read_adapter_config(folder)
+    refuse_other_kind(folder, scores)
     notes = check_base(folder, source, force=force)
     check_weights(folder)
     if not isinstance(base, peft.PeftModel):
+        if scores:
+            add_head(base)
         grow_vocabulary(base, 1 + max((row for rows in new_rows(config).values() for row in rows), default=-1))
     try:
         with warnings.catch_warnings():
@@ -306,14 +326,20 @@ def check_place(device: str, dtype: str) -> None:
 
 
 def load(
-    name: str | Path, *, device: str = "auto", dtype: str = "auto", quantization: str = "auto", force: bool = False
+    name: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantization: str = "auto",
+    force: bool = False,
+    scores: bool = False,
 ) -> Model:
     """A run folder, an adapter folder, a model folder, a .gguf file, a Hub id or `demo`, ready to answer.
 
     dtype `auto`: bf16 on CUDA, and what the precision probe prefers on a CPU.
     quantization: none, nf4, fp4, int8; `auto`: what the adapter was trained on (dequantized once), else none.
     force: load an adapter on a base that it was not trained on, if it fits; the Model's notes say what differs.
-    Raises ModelError where it cannot be loaded.
+    scores: a reward model, which answers nothing. Raises ModelError where it cannot be loaded.
     """
     name = str(name)
     if quantization not in ("auto", "none", *SCHEMES):
@@ -338,7 +364,7 @@ def load(
     )
     if folder is None:
         return Model(name, base, tokenizer, Renderer(tokenizer), None, source=source, quantization=scheme)
-    module, notes = attach(base, folder, source, force=force)
+    module, notes = attach(base, folder, source, force=force, scores=scores)
     system, renderer = identity.get("system"), renderer_of(tokenizer, identity)
     return Model(name, module.eval(), tokenizer, renderer, folder, system, notes, source, scheme)
 

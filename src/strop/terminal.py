@@ -98,16 +98,20 @@ class Watch:
             self._bar.update(self._task, completed=event["step"], loss=loss, speed=speed, left=time_left)
         elif event["time"] >= self._next_line:
             self._next_line = event["time"] + PLAIN_SECONDS
-            self._out.print(f"step     {event['step']}  loss {loss}  {speed} tokens/s  {time_left} left")
+            right = f"  {event['accuracy']:.0%} right" if "accuracy" in event else ""
+            self._out.print(f"step     {event['step']}  loss {loss}{right}  {speed} tokens/s  {time_left} left")
 
     def _on_end(self, event: Event) -> None:
         self.close()
 
     def _on_eval(self, event: Event) -> None:
         loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
-        self._out.print(
-            f"[bold]eval[/]     step {event['step']}: loss {loss}{' (best so far)' if event['best'] else ''}"
-        )
+        right = ""
+        if "accuracy" in event:
+            low, high = event["accuracy_interval"]
+            right = f", {event['accuracy']:.1%} ranked right ({low:.1%} to {high:.1%})"
+        best = " (best so far)" if event["best"] else ""
+        self._out.print(f"[bold]eval[/]     step {event['step']}: loss {loss}{right}{best}")
 
     def _on_skip(self, event: Event) -> None:
         self._out.print(f"[red]skipped[/]  step {event['step']}: {event['why']} (rows {_some(event['rows'])})")
@@ -192,6 +196,15 @@ def print_scores(result: dict[str, Any], out: Console = console, title: str = "h
             out.print(f"lost: {_some(changed['lost'])}", markup=False)
 
 
+def print_rewards(found: Mapping[str, Any], out: Console = console) -> None:
+    """Of pairs: how often the chosen answer gets the higher reward, and by how much."""
+    low, high = found["accuracy_interval"]
+    margin = f"margin {found['margin']:.3f}"
+    if found["margin_interval"]:
+        margin += " ({:.3f} to {:.3f})".format(*found["margin_interval"])
+    out.print(f"rewards: {found['accuracy']:.1%} of the pairs ranked right ({low:.1%} to {high:.1%}), {margin}")
+
+
 def print_general(result: dict[str, Any], out: Console = console) -> None:
     """The general set by kind, and whether training broke anything."""
     from strop.evaluation.metrics import in_points, judged_by_kind
@@ -256,7 +269,8 @@ def print_samples(samples: Sequence[dict[str, Any]], out: Console = console) -> 
     for sample in samples:
         out.print()
         out.print("asked  ", sample["prompt"], markup=False)
-        out.print("base   ", sample["base"].strip() or "(nothing)", markup=False, style="dim")
+        if "base" in sample:
+            out.print("base   ", sample["base"].strip() or "(nothing)", markup=False, style="dim")
         if "tuned" in sample:
             out.print("tuned  ", sample["tuned"].strip() or "(nothing)", markup=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -93,7 +94,11 @@ def test_the_example_of_each_format_is_that_format(entry: Any) -> None:
     ],
 )
 def test_every_shape_says_the_same(value: dict[str, Any]) -> None:
-    assert one(value) == Conversation("d", 1, SPOKEN)
+    said = one(value)
+    assert said.sides[0] == Conversation("d", 1, SPOKEN)
+    if "rejected" in value:
+        worse = (SPOKEN[0], dataclasses.replace(SPOKEN[1], content="no"))
+        assert said.sides[1] == Conversation("d", 1, worse)
 
 
 def test_optional_columns_are_read() -> None:
@@ -273,7 +278,6 @@ def test_a_file_without_a_format_is_refused_once_with_the_option() -> None:
         {"text": "a", "summary": "b"},
         {"question": "a", "answer": "b", "context": "c"},
         {"question": "a", "answer": "b", "choices": ["c"]},
-        {"prompt": "a", "completion": "b", "label": False},  # KTO: an answer that is not wanted
     ],
 )
 def test_columns_that_may_matter_make_the_shape_unclear(value: dict[str, Any]) -> None:

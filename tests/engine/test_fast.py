@@ -16,6 +16,7 @@ from strop.data.conversation import Example
 from strop.engine.families import FAMILIES
 from strop.engine.fast import FastLoss
 from strop.engine.fits import unsupported
+from strop.engine.packed import pack_apart
 from strop.engine.plain import PlainLoss
 from strop.machine.probe import probe
 from tests.support.random_models import FAMILY_CONFIGS, adapted, example, tiny
@@ -159,6 +160,64 @@ def test_evaluation_equals_training_loss_and_follows_disabled_adapters() -> None
             base = fast(some())
             torch.testing.assert_close(base, plain(some()), rtol=1e-5, atol=0)
     assert (base - fast(some()).detach()).abs() > 1e-3
+
+
+def answers(*prompts: tuple[int, int], alike: int = 0) -> list[Example]:
+    """Two answers to a prompt of each (length, seed), the prompt given; `alike` tokens are the same in both."""
+    found = []
+    for length, seed in prompts:
+        prompt, common = example(length, seed).ids, example(2 + alike, seed + 50).ids[2:]
+        for side in range(2):
+            own = example(5 + 3 * side, 10 * seed + side + 100).ids
+            ids = np.concatenate([prompt, common, own])
+            found.append(Example(ids, (np.arange(len(ids)) >= length).astype(np.float32), "f", seed))
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "phi"])
+@pytest.mark.parametrize("checkpoint_layers", [0, 1])
+def test_log_probs_of_answers_equal_the_models_own(family: str, checkpoint_layers: int) -> None:
+    """Prompts that are shared by two and by four answers, one too short to share, answers that begin alike."""
+    model = adapted(family)
+    rows = [*answers((20, 1), (12, 2), (3, 3), (9, 4), alike=3), *answers((20, 1))]
+    upstream = torch.linspace(-1, 2, len(rows), dtype=torch.float64)
+
+    def loss(one: Any) -> Any:
+        return lambda examples: (one.log_probs(examples) * upstream).sum().float()
+
+    fast = FastLoss(model, checkpoint_layers=checkpoint_layers)
+    expected = step(model, loss(PlainLoss(model)), rows)
+    assert_same(step(model, loss(fast), rows), expected)
+    assert_same(step(model, loss(FastLoss(model, prefix_sharing=False)), rows), expected)
+    alone = torch.cat([fast.log_probs([row]) for row in rows])
+    torch.testing.assert_close(fast.log_probs(rows), alone, rtol=1e-5, atol=1e-5)
+    for row, log_prob in zip(rows, alone, strict=True):
+        torch.testing.assert_close(-fast([row]).double(), log_prob, rtol=1e-6, atol=0)
+
+
+def test_shared_prompts_are_laid_out_once() -> None:
+    packed = pack_apart(answers((20, 1), (12, 2)), prefix_sharing=True, device=torch.device("cpu"))
+    assert len(packed.ids) == 20 + 5 + 8 + 12 + 5 + 8
+    assert packed.owners is not None and packed.owners.bincount().tolist() == [5, 8, 5, 8]
+    keys = packed.documents.varlen.keys
+    assert keys is not None and keys[:20].tolist() == list(range(20)) and keys[20:40].tolist() == list(range(20))
+
+
+@pytest.mark.skipif("avx512_bf16" not in probe().vector, reason="this CPU has no AVX512-BF16")
+def test_several_shared_prompts_in_tiles() -> None:
+    """bf16: the same log-probabilities and gradients with each prompt once as with each answer's own."""
+    model = adapted("llama", head_dim=32).to(torch.bfloat16)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    rows = answers((20, 1), (33, 2), (9, 4))
+    found = []
+    for sharing in (True, False):
+        fast = FastLoss(model, prefix_sharing=sharing)
+        found.append(step(model, lambda examples, fast=fast: fast.log_probs(examples).sum().float(), rows))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=0)
+    for name, grad in found[1][1].items():
+        assert (found[0][1][name] - grad).norm() <= 0.03 * grad.norm(), name
 
 
 def test_nothing_supervised_is_zero() -> None:

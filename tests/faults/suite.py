@@ -375,13 +375,13 @@ def _poison(where: str, steps: set[int]) -> Callable[[], None]:
         count, gradients, take = iter(range(1, 10_000)), loop.gradients, loop._take
 
         def poisoned(job: Any, examples: Any) -> Any:
-            loss = gradients(job, examples)
+            loss, figures = gradients(job, examples)
             if next(count) in steps:
                 if where == "loss":
-                    return loss * math.nan
+                    return loss * math.nan, figures
                 if where == "gradient":
                     next(iter(job.state.weights.values())).grad.view(-1)[0] = math.nan
-            return loss
+            return loss, figures
 
         def taken(job: Any, batch: Any, stream: Any) -> None:
             take(job, batch, stream)

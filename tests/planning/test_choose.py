@@ -166,3 +166,34 @@ def test_a_bare_on_in_yaml_is_not_one_layer() -> None:
     assert asked("4").train.gradient_checkpointing == 4
     with pytest.raises(RecipeError):
         asked(0)
+
+
+def test_an_objective_brings_its_options_and_a_share_of_the_rate() -> None:
+    found = plan(60, **{"train.objective": "simpo", "train.gamma": 0.5})
+    train = found.recipe.train
+    assert (train.beta, train.gamma, train.label_smoothing, train.desirable_weight) == (2.0, 0.5, 0.0, None)
+    assert "arXiv:2405.14734" in found.choices["train.beta"].why
+    assert train.learning_rate == pytest.approx(0.1 * learning_rate(LLAMA_8B.parameters), rel=0.01)
+    assert "0.1 of it for simpo" in found.choices["train.learning_rate"].why
+
+
+def test_a_pair_is_two_rows_of_a_micro_batch_that_are_never_parted() -> None:
+    """The memory of two answers is planned where one row alone would fit the budget."""
+    options = {"data.max_length": 1024, "train.micro_batch_tokens": 1024}
+    one, two = (plan(60, **options, **{"train.objective": name}) for name in ("sft", "dpo"))
+    batches = [largest_micro_batch(found.recipe, Setting.of(found.recipe, LLAMA_8B)) for found in (one, two)]
+    assert [batch.tokens for batch in batches] == [1024, 2048]
+    assert sum(number for number, _, _ in batches[1].documents) % 2 == 0
+    usual = usual_micro_batch(two.recipe, [(100, 40)] * 16)
+    assert sum(number for number, _, _ in usual.documents) == 10  # five pairs of 200 tokens
+
+
+def test_rows_are_made_shorter_by_their_start_where_answers_are_compared() -> None:
+    """sft may split them; an answer that is compared cannot be."""
+    for free in (4 + n / 4 for n in range(20)):
+        recipe = resolve(None, {"model": "m", "data": "d", "train.objective": "dpo"})
+        found = choose(recipe, machine(free), LLAMA_8B, "cpu", ("bf16", "measured")).recipe
+        if found.data.max_length < 1024:
+            assert found.data.overlong == "truncate-start"
+            return
+    raise AssertionError("no size at which rows are made shorter")

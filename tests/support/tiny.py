@@ -84,7 +84,7 @@ def job(folder: Path, train: list[Example], held_out: list[Example] | None = Non
     chosen = recipe(**options).recipe
     base = model()
     torch.manual_seed(chosen.seed)
-    tuned = add_lora(base, chosen.lora, tokenizer("chatml"))
+    tuned = add_lora(base, chosen.lora, tokenizer("chatml"), scored=chosen.train.objective == "reward")
     weights = trainable(tuned)
     with torch.no_grad():
         for name, weight in weights.items():
@@ -93,5 +93,13 @@ def job(folder: Path, train: list[Example], held_out: list[Example] | None = Non
     folder.mkdir(parents=True, exist_ok=True)
     state = TrainState(weights, make_optimizer(weights, chosen.train), Progress())
     plain = PlainLoss(tuned)
-    step = Step(plain, plain.masks, "plain", "asked for by the test", lambda: tuned.gradient_checkpointing_enable())
+    step = Step(
+        plain,
+        plain.log_probs,
+        plain.last_hidden,
+        plain.masks,
+        "plain",
+        "asked for by the test",
+        lambda: tuned.gradient_checkpointing_enable(),
+    )
     return Job(chosen, RunFolder(folder), tuned, step, train, held_out, state, EventLog(folder / "events.jsonl"))

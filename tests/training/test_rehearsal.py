@@ -68,8 +68,8 @@ def test_the_largest_micro_batch_of_all_steps_is_tried(tmp_path: Path) -> None:
     examples[13] = replace(examples[13], ids=examples[0].ids.repeat(9), weights=examples[0].weights.repeat(9))
     job = tiny.job(tmp_path / "r", examples, **{"train.micro_batch": 2})
     expected = forecast(job, setting(job))
-    assert examples[13] in [*expected.examples] and expected.batch.more
-    assert expected.batch.tokens == len(expected.examples) * len(examples[13])  # the plain step pads
+    assert examples[13] in [*expected.items] and expected.batch.more
+    assert expected.batch.tokens == len(expected.items) * len(examples[13])  # the plain step pads
 
 
 def test_it_is_the_largest_by_what_is_predicted_in_any_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,15 +28,17 @@ def check(
     from strop.data.prepare import prepare
     from strop.model.facts import locate
     from strop.model.tokenizer import load_tokenizer
+    from strop.objectives.table import learning_of
 
     chosen = resolve(recipe, options if recipe else {"model.name": "demo", **(options or {})}).recipe
     tokenizer = load_tokenizer(locate(chosen.model.name, chosen.model.revision))
-    prepared = prepare(chosen.data, tokenizer, strict=False)
+    learning = learning_of(chosen.train)
+    prepared = prepare(chosen.data, tokenizer, strict=False, learning=learning)
     account.print_report(prepared.report.as_json(), console)
     if show:
         account.show(prepared, show, console, ids=ids)
     if fix is not None:
-        account.fix(chosen.data, tokenizer, fix)
+        account.fix(chosen.data, tokenizer, fix, learning)
     report = prepared.report
     refusal = report.refusal or (report.eval.refusal if report.eval else None)
     print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)

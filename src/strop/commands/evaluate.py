@@ -13,6 +13,7 @@ from strop.terminal import (
     print_json,
     print_leaderboard,
     print_notes,
+    print_rewards,
     print_samples,
     print_scores,
     print_tasks,
@@ -25,7 +26,7 @@ def evaluate(
     ],
     data: Annotated[list[str], typer.Option("--data", help="Rows to answer.")],
     metric: Annotated[
-        str, typer.Option(help="exact, exact_json, contains, regex, choice, or file.py:function.")
+        str, typer.Option(help="exact, exact_json, contains, regex, choice, file.py:function; of pairs preference.")
     ] = "exact",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 80,
     samples: Annotated[int, typer.Option(min=0, help="Answers to show.")] = 3,
@@ -61,6 +62,8 @@ def evaluate(
     for result in results:
         print_notes(result["notes"])
         print_scores(result)
+        if "rewards" in result:
+            print_rewards(result["rewards"])
         if "general" in result:
             print_general(result["general"])
         if "regression" in result:

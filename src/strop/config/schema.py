@@ -94,7 +94,31 @@ class LoraSection(Section):
     )
 
 
+OBJECTIVE_OPTIONS = (
+    *("beta", "gamma", "label_smoothing", "sft_weight", "length_normalized"),
+    *("desirable_weight", "undesirable_weight"),
+)  # fields of `train` that some objectives read
+
+
 class TrainSection(Section):
+    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward"] = Field(
+        "sft", description="what is learned from: answers, pairs of answers, judged answers (kto); reward scores pairs"
+    )
+    beta: Finite | None = Field(
+        None, gt=0, description="how close an objective keeps to its start: dpo, ipo, kto 0.1; orpo 0.1; simpo 2"
+    )
+    gamma: Finite | None = Field(None, ge=0, description="margin that simpo asks for; 1")
+    label_smoothing: Finite | None = Field(
+        None, ge=0, lt=0.5, description="share of pairs taken to be the wrong way round: dpo, simpo; 0"
+    )
+    sft_weight: Finite | None = Field(
+        None, ge=0, description="weight of the chosen answer's own cross entropy: dpo, ipo, simpo; 0"
+    )
+    length_normalized: bool | None = Field(
+        None, description="compare log-probabilities a token, not their sums: ipo true, dpo false"
+    )
+    desirable_weight: Finite | None = Field(None, ge=0, description="weight of good answers: kto; 1")
+    undesirable_weight: Finite | None = Field(None, ge=0, description="weight of bad answers: kto; 1")
     epochs: Finite = Field(3.0, gt=0, description="passes over the train rows")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
     batch_size: int = Field(8, ge=1, description="effective batch in rows")
@@ -139,6 +163,10 @@ class Recipe(Section):
             raise ValueError("train.micro_batch: larger than train.batch_size")
         if self.train.micro_batch is not None and self.train.micro_batch_tokens is not None:
             raise ValueError("train.micro_batch: give it or train.micro_batch_tokens, not both")
+        if self.train.objective != "sft" and self.data.overlong == "split":
+            raise ValueError("data.overlong split: answers that are compared cannot be split; drop or truncate-start")
+        if self.train.objective != "sft" and self.data.loss == "all":
+            raise ValueError(f"data.loss all: objective {self.train.objective} compares answers alone")
         if self.train.early_stopping is not None and self.data.eval is None:
             raise ValueError("train.early_stopping: needs data.eval")
         if self.lora.init == "loftq" and self.lora.use_dora:

@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from strop.config.schema import DataSection
+from strop.data.formats import PAIRED
 from strop.data.reading.sources import RowFault
 from strop.data.rendering.faults import FIXES
 from strop.data.rendering.render import Renderer
 from strop.data.report import DataReport, Tokens, padding
 from strop.data.store import Examples, Indices, Store
+from strop.data.units import Learning
 from strop.errors import DataError, Where
 
 TOO_LONG = "too-long"
 MAX_LOST_SHARE = 0.01
 
 
-def account(
-    data: DataSection,
-    renderer: Renderer,
-    store: Store,
-    examples: Examples,
-    rows: Indices,
-    *,
-    role: str,
-    shared: bool = False,
-) -> DataReport:
-    """The account of a store, of which `examples` are used for `role`; shared: its rows are accounted elsewhere."""
+@dataclass(frozen=True)
+class Pass:
+    """A store, of which `examples` of `rows` are used for `role` by an objective that learns from `learning`.
+
+    shared: its rows are accounted elsewhere.
+    """
+
+    store: Store
+    examples: Examples
+    rows: Indices
+    role: str
+    learning: Learning = "turns"
+    shared: bool = False
+
+
+def account(data: DataSection, renderer: Renderer, looked: Pass) -> DataReport:
+    """The account of one pass over the data."""
+    store, examples, rows, role, shared = looked.store, looked.examples, looked.rows, looked.role, looked.shared
     facts = store.facts
     faults = [] if shared else [RowFault(code, Where(*where)) for code, *where in facts["faults"]]
     outcomes = {name: 0 if shared else int(facts["outcomes"].get(name, 0)) for name in ("used", "truncated", "split")}
@@ -46,6 +56,8 @@ def account(
         warnings.append(f"{some} {role} rows have reasoning and {others} have none: each is trained as it is")
     if within:
         warnings.append(f"{within} {role} rows repeat an earlier one")
+    refusal = _refusal(data, looked, faults, counts)
+    compared = _compared(looked) if refusal is None and looked.learning != "turns" else {}
     return DataReport(
         rows=counts,
         by_reason=dict(Counter(fault.code for fault in faults).most_common()),
@@ -60,8 +72,32 @@ def account(
         formats=facts["formats"],
         warnings=warnings,
         template=renderer.told(thinking=facts["thinking"], rows=facts["chats"]) if facts["chats"] else [],
-        refusal=_refusal(data, facts, faults, counts, num_left=len(rows), role=role),
+        refusal=refusal,
+        answers=compared,
     )
+
+
+def _compared(looked: Pass) -> dict[str, Any]:
+    """Of pairs: how long both sides are, and what a judge would score that knows lengths alone. Of judged answers: how
+    many were judged good and bad."""
+    supervised, judged = looked.examples.supervised, looked.examples.judged
+    if looked.learning == "labels":
+        return {
+            "desirable": int((judged == 1).sum()),
+            "undesirable": int((judged == 0).sum()),
+            "desirable_tokens": float(supervised[judged == 1].mean()),
+            "undesirable_tokens": float(supervised[judged == 0].mean()),
+        }
+    chosen, rejected = supervised[0::2], supervised[1::2]
+    longer, equal = float((chosen > rejected).mean()), float((chosen == rejected).mean())
+    by_length = longer + equal / 2
+    return {
+        "pairs": len(chosen),
+        "chosen_tokens": float(chosen.mean()),
+        "rejected_tokens": float(rejected.mean()),
+        "chosen_longer": longer,
+        "length_accuracy": max(by_length, 1 - by_length),
+    }
 
 
 def _warnings(facts: dict[str, Any]) -> list[str]:
@@ -72,21 +108,42 @@ def _warnings(facts: dict[str, Any]) -> list[str]:
     return found + [f"{count} rows of {path} left out by its weight" for path, count in facts["left_out"].items()]
 
 
-def _refusal(
-    data: DataSection,
-    facts: dict[str, Any],
-    faults: list[RowFault],
-    counts: dict[str, int],
-    *,
-    num_left: int,
-    role: str,
-) -> DataError | None:
+def _wrong_kind(facts: dict[str, Any], learning: Learning) -> DataError | None:
+    """Rows of another kind than the objective learns from."""
+    found = {file: "pairs" if name in PAIRED else name for file, name in facts["formats"].items()}
+    fits = {"turns": {*found.values()} - {"pairs", "labelled"}, "pairs": {"pairs"}, "labels": {"pairs", "labelled"}}
+    wrong = [(file, kind) for file, kind in found.items() if kind not in fits[learning]]
+    if not wrong:
+        return None
+    file, kind = wrong[0]
+    what = {"pairs": "preference pairs", "labelled": "answers that were judged good or bad"}.get(kind, f"{kind} rows")
+    if learning == "turns":
+        fix = {
+            "pairs": "--train.objective dpo (ipo, orpo, simpo, kto), or the better answers alone: "
+            "--data.columns prompt=prompt,completion=chosen",
+            "labelled": "--train.objective kto, or without the label: "
+            "--data.columns prompt=prompt,completion=completion (or messages=messages)",
+        }[kind]
+        return DataError(f"{file}: {what}, which train.objective sft does not learn from", fix=fix)
+    needs = "pairs (chosen and rejected)" if learning == "pairs" else "answers with a label, or pairs"
+    fix = "--train.objective kto" if kind == "labelled" else "--train.objective sft, or other data"
+    return DataError(f"{file}: {what}; this objective learns from {needs}", fix=fix)
+
+
+def _one_class(looked: Pass) -> DataError | None:
+    """KTO learns what is good from what is bad: one of them alone teaches nothing."""
+    judged = set(looked.examples.judged.tolist())
+    if looked.learning != "labels" or judged == {0, 1}:
+        return None
+    what = f"all {looked.role} rows are judged {'good' if judged == {1} else 'bad'}"
+    return DataError(what, fix="give rows of both kinds, or train on good answers alone with --train.objective sft")
+
+
+def _refusal(data: DataSection, looked: Pass, faults: list[RowFault], counts: dict[str, int]) -> DataError | None:
     """Why a run would not start on these rows, if it would not."""
-    if "preference" in facts["formats"].values():
-        return DataError(
-            "preference pairs are read and checked, but not trained on",
-            fix="train on the better answers alone: --data.columns prompt=prompt,completion=chosen",
-        )
+    facts, role, num_left = looked.store.facts, looked.role, len(looked.rows)
+    if wrong := _wrong_kind(facts, looked.learning):
+        return wrong
     long = [fault for fault in faults if fault.code == TOO_LONG]
     bad = [fault for fault in faults if fault.code != TOO_LONG]
     if bad and data.bad_rows == "refuse":
@@ -113,4 +170,4 @@ def _refusal(
     if not num_left:
         where = [fault.where for fault in faults]
         return DataError(f"0 of {counts['read']} {role} rows are left", fix="give more rows", where=where)
-    return None
+    return _one_class(looked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from rich.text import Text
 
 from strop.config.schema import DataSection
 from strop.data import formats
-from strop.data.conversation import Conversation, Example, Row
-from strop.data.prepare import Prepared, renderer_for
+from strop.data.conversation import Conversation, Example, Message, Row
+from strop.data.prepare import Prepared, opposed, renderer_for
 from strop.data.reading import sources
 from strop.data.reading.sources import RowFault
+from strop.data.rendering.pairs import render_pairs
 from strop.data.rendering.render import Renderer, RenderError
 from strop.data.store import digest, dumps, message_json
+from strop.data.units import Learning
 from strop.errors import SHOWN_PLACES, FolderError
 
 SUPERVISED, CONTEXT, STOP = "bold green", "dim", "bold reverse green"
@@ -55,6 +57,8 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     grid.add_row("stop", f"{int(report['stop_token']['rows']):,} rows end with a supervised stop token")
     for number, sentence in enumerate(report["template"]):
         grid.add_row("" if number else "template", Text(sentence))
+    if compared := report["answers"]:
+        grid.add_row("answers", _answers(compared))
     saved = report["padding"]
     grid.add_row("padding", f"{saved['batched']:.0%} in batches of 8 as they come, {saved['packed']:.0%} packed")
     console.print(grid, highlight=False)
@@ -68,6 +72,20 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     if report["refusal"] is not None:
         refusal = report["refusal"]
         console.print(Text(f"a run would refuse this: {refusal['message']}: {refusal['fix']}", style="bold red"))
+
+
+def _answers(compared: Mapping[str, Any]) -> str:
+    """Pairs and their lengths, or how many answers were judged good and bad, in a sentence."""
+    if "pairs" not in compared:
+        return (
+            f"{compared['desirable']:,} judged good ({compared['desirable_tokens']:.0f} tokens in the mean), "
+            f"{compared['undesirable']:,} judged bad ({compared['undesirable_tokens']:.0f})"
+        )
+    return (
+        f"{compared['pairs']:,} pairs; chosen {compared['chosen_tokens']:.0f} tokens in the mean, rejected "
+        f"{compared['rejected_tokens']:.0f}; the chosen one is longer in {compared['chosen_longer']:.0%}, "
+        f"and by length alone {compared['length_accuracy']:.0%} would be right"
+    )
 
 
 # --- rows as tokens ----------------------------------------------------------------------------------------------
@@ -140,8 +158,9 @@ class Change:
     change: str
 
 
-def fix(data: DataSection, tokenizer: Any, out: Path) -> list[Change]:
-    """Write the usable rows of data.train to `out` as `messages` (or `text`) rows, and each change beside it.
+def fix(data: DataSection, tokenizer: Any, out: Path, learning: Learning = "turns") -> list[Change]:
+    """Write the usable rows of data.train to `out` as `messages` (or `text`) rows, and each change beside it; pairs as
+    `chosen` and `rejected`, judged answers with their `label`. learning: as for prepare.
 
     Rows that are wrong and repeated rows are dropped, names of roles and columns become the usual ones. Changes are
     returned, and written to OUT.changes.jsonl. Raises FolderError where `out` exists, DataError and ModelError as
@@ -156,7 +175,7 @@ def fix(data: DataSection, tokenizer: Any, out: Path) -> list[Change]:
     temp = out.with_name(f".{out.name}.tmp")
     try:
         with temp.open("w", encoding="utf-8", newline="\n") as file:
-            for line in _cleaned(data, renderer, changes):
+            for line in _cleaned(data, renderer, changes, learning):
                 file.write(line + "\n")
         changes.sort(key=lambda change: (change.file, change.line or 0))
         log.write_text("".join(json.dumps(vars(change), ensure_ascii=False) + "\n" for change in changes), "utf-8")
@@ -168,7 +187,7 @@ def fix(data: DataSection, tokenizer: Any, out: Path) -> list[Change]:
     return changes
 
 
-def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change]) -> Iterator[str]:
+def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], learning: Learning) -> Iterator[str]:
     """The lines of the cleaned copy; changes go to `changes`."""
     bad: list[RowFault] = []
     current: list[Row] = []
@@ -180,12 +199,16 @@ def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change]) -> It
 
     seen: dict[int, str] = {}
     made = formats.conversations(watched(), format=data.format, columns=data.columns, bad=bad)
+    judged: dict[int, tuple[str, int]] = {}
     for conversation in made:
         file, line = conversation.file, conversation.line
-        try:
-            renderer.render(conversation)
-        except RenderError as fault:
+        [(_, rendered)] = render_pairs(renderer, [conversation])
+        if isinstance(rendered, RenderError):
+            fault = rendered
             changes.append(Change(file, line, f"dropped: {fault.what}"))
+            continue
+        if learning != "turns" and (against := opposed(conversation, rendered, judged)):
+            changes.append(Change(file, line, f"dropped: says the opposite of {against[0]}:{against[1]}"))
             continue
         key = digest(dumps(conversation))
         if key in seen:
@@ -202,11 +225,20 @@ def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change]) -> It
 def _plain(conversation: Conversation) -> dict[str, Any]:
     if conversation.text is not None:
         return {"text": conversation.text}
-    value: dict[str, Any] = {"messages": [message_json(message) for message in conversation.messages]}
-    for turn in value["messages"]:
+    value: dict[str, Any] = {"chosen" if conversation.rejected else "messages": _turns(conversation.messages)}
+    if conversation.rejected:
+        value["rejected"] = _turns(conversation.rejected)
+    if conversation.desirable is not None:
+        value["label"] = conversation.desirable
+    return {**value, "tools": list(conversation.tools)} if conversation.tools else value
+
+
+def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    turns = [message_json(message) for message in messages]
+    for turn in turns:
         if "tool_calls" in turn:
             turn["tool_calls"] = list(turn["tool_calls"])
-    return {**value, "tools": list(conversation.tools)} if conversation.tools else value
+    return turns
 
 
 def _rewritten(value: dict[str, Any], conversation: Conversation, format: str) -> str:

@@ -5,7 +5,7 @@ reading/ makes rows from bytes, formats.py conversations from rows, rendering/ e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -38,13 +38,27 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What one row says. `text` is set for raw text (continued pretraining), and then messages are empty."""
+    """What one row says. `text` is set for raw text (continued pretraining), and then messages are empty.
+
+    rejected: of a pair, the conversation with the worse answer; messages are then the one with the better answer.
+    desirable: whether the answer was judged good; None where nobody judged.
+    """
 
     file: str
     line: int
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
     text: str | None = None
+    rejected: tuple[Message, ...] = ()
+    desirable: bool | None = None
+
+    @property
+    def sides(self) -> tuple[Conversation, ...]:
+        """A pair's better and worse conversation; else itself."""
+        if not self.rejected:
+            return (self,)
+        better = replace(self, rejected=())
+        return better, replace(better, messages=self.rejected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +84,56 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def prompt(self) -> int:
+        """Number of tokens in front of the first supervised one."""
+        return int(np.flatnonzero(self.weights)[0])
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """Itself: what is computed of one row."""
+        return (self,)
+
+    def computed(self, packed: bool) -> int:
+        """Tokens that a micro-batch computes for it."""
+        return len(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Answers to one prompt that one step needs together: one row of the effective batch, never parted.
+
+    examples: those that are trained on: chosen and rejected, or one answer that was judged. beside: another row's
+    answer to this prompt, for KTO's estimate of the divergence. desirable: the judgement. reference: the
+    log-probability of each of examples and beside under the model as it was when training began; () before it is known.
+    """
+
+    examples: tuple[Example, ...]
+    beside: tuple[Example, ...] = ()
+    desirable: bool = True
+    reference: tuple[float, ...] = ()
+
+    @property
+    def file(self) -> str:
+        return self.examples[0].file
+
+    @property
+    def line(self) -> int:
+        return self.examples[0].line
+
+    @property
+    def supervised(self) -> int:
+        return sum(example.supervised for example in self.examples)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.examples))
+
+    def computed(self, packed: bool) -> int:
+        """Tokens that a micro-batch computes for it: the prompt once where rows are packed, else rows of one length."""
+        if packed:
+            return len(self) - (len(self.examples) - 1) * self.examples[0].prompt
+        return len(self.examples) * max(map(len, self.examples))
+
+
+Item = Example | Unit  # one row of the effective batch

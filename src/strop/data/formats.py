@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from strop.data import shapes
+from strop.data import preferences, shapes
 from strop.data.conversation import Conversation, Row
 from strop.data.reading import files
 from strop.data.reading.files import RowFault
@@ -38,6 +38,10 @@ REASONS: dict[str, str] = {
     "bad-weight": "a message's weight is not a number from 0 up, or is given twice and differs",
     "no-prompt": "a preference pair of two strings without a prompt",
     "same-answers": "chosen and rejected are the same",
+    "prompts-differ": "chosen and rejected do not answer the same prompt",
+    "bad-ranking": "a ranking without a score for each answer, or without two answers that differ in it",
+    "bad-label": "a label that is neither good nor bad",
+    "media": "images, audio or video, which are not trained on",
 }
 
 
@@ -55,6 +59,7 @@ class Format:
     what: str
     example: dict[str, Any]
     exact: bool = False
+    fits: Callable[[Value, Keys], bool] | None = None  # whether values fit the shape, where names alone do not tell
 
     def found_in(self, present: Iterable[str]) -> Keys | None:
         """Those of `keys` that are all present."""
@@ -70,11 +75,34 @@ FORMATS: dict[str, Format] = {
     for entry in (
         Format(
             "preference",
-            (("chosen", "rejected"),),
-            ("prompt", "question", "instruction", "input", "conversations", "system", "tools"),
-            shapes.preference,
-            "pairs of a better and a worse answer, as strings, messages, or whole conversations; read and checked only",
+            (
+                ("chosen", "rejected"),
+                ("chosen_messages", "rejected_messages"),
+                ("messages", "rejected_messages"),
+                ("messages", "rejected_response"),
+            ),
+            ("prompt", "question", "instruction", "input", "conversations", "history", "system", "tools"),
+            preferences.preference,
+            "pairs of a better and a worse answer, as strings, messages, or whole conversations with a common "
+            "beginning: [preferences.md](preferences.md)",
             {"prompt": "hi", "chosen": "yo", "rejected": "no"},
+        ),
+        Format(
+            "ranking",
+            preferences.RANKED,
+            ("system", "tools"),
+            preferences.ranking,
+            "answers to one prompt, each with a score; each two whose scores differ make a pair",
+            {"prompt": "hi", "answers": ["yo", "no"], "scores": [1, 0]},
+        ),
+        Format(
+            "labelled",
+            preferences.LABELLED,
+            ("system", "tools", "input", "context", "history"),
+            preferences.labelled,
+            "an answer that was judged good or bad (true, false, up, down, ...; 1 and 0 not in `label`)",
+            {"prompt": "hi", "completion": "yo", "label": True},
+            fits=preferences.is_labelled,
         ),
         Format(
             "messages",
@@ -90,7 +118,8 @@ FORMATS: dict[str, Format] = {
             (("conversations",), ("conversation",)),
             ("system", "tools"),
             shapes.messages,
-            "the same with from and value; function_call and observation turns; tools as a list or as JSON in a string",
+            "the same with from and value, or human and assistant in one object; function_call and observation turns; "
+            "tools as a list or as JSON in a string",
             {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
         ),
         Format(
@@ -112,7 +141,7 @@ FORMATS: dict[str, Format] = {
         Format(
             "prompt-completion",
             (("prompt", "completion"),),
-            ("system", "tools"),
+            ("system", "history", "tools"),
             shapes.columns,
             "two strings, or two lists of messages; turns of the prompt are not trained on",
             {"prompt": "hi", "completion": "yo"},
@@ -121,9 +150,9 @@ FORMATS: dict[str, Format] = {
         Format(
             "question-answer",
             (("question", "answer"), ("query", "response"), ("prompt", "response"), ("input", "output")),
-            ("system", "tools"),
+            ("system", "history", "tools"),
             shapes.columns,
-            "the same under other names; any two columns: `--data.columns prompt=A,completion=B`",
+            "the same under other names, maybe with a history; any two columns: `--data.columns prompt=A,completion=B`",
             {"question": "hi", "answer": "yo"},
             exact=True,
         ),
@@ -138,6 +167,10 @@ FORMATS: dict[str, Format] = {
         ),
     )
 }
+
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns
+PICTURE = "<image>"
+PAIRED = frozenset({"preference", "ranking"})  # formats of pairs
 
 # Columns that are not content, so that leaving them out changes nothing that could have been meant.
 _METADATA = frozenset(
@@ -155,7 +188,8 @@ def shape_of(value: Value) -> str | None:
     """The name of the format that a row has, or None. A column that is null counts as absent."""
     present = {key for key, held in value.items() if held is not None}
     for entry in FORMATS.values():
-        if entry.found_in(present) and not (entry.exact and _unclear(value, entry)):
+        keys = entry.found_in(present)
+        if keys and (entry.fits is None or entry.fits(value, keys)) and not (entry.exact and _unclear(value, entry)):
             return entry.name
     return None
 
@@ -176,7 +210,7 @@ def _unclear(value: Value, entry: Format) -> list[str]:
 class Conversations(Iterator[Conversation]):
     """The conversations of rows, one by one, and what was found so far:
 
-    found: the format by file (`preference` is read and checked here; to train on it is for the caller to refuse).
+    found: the format by file (whether to train on pairs or judged answers is for the caller to say).
     unused: by column that is not read, how many rows have it.
     num_rows, num_used: rows taken in, and rows that gave conversations; the difference is in `bad`.
     """
@@ -212,7 +246,8 @@ class Conversations(Iterator[Conversation]):
                 continue
             self.num_used += 1
             for one in said:
-                yield Conversation(row.file, row.line, one.messages, one.tools, one.text)
+                judged = (one.rejected, one.desirable)
+                yield Conversation(row.file, row.line, one.messages, one.tools, one.text, *judged)
         self._end_of_file()
 
     def _end_of_file(self) -> None:
@@ -230,7 +265,14 @@ class Conversations(Iterator[Conversation]):
             needed = " or ".join("+".join(keys) for keys in entry.keys)
             raise BadRow("missing-column", f"format {entry.name} needs {needed}; the row has {_listed(row.value)}")
         self.unused.update(set(value) - {*keys, *entry.optional})
-        return entry.convert(value, keys)
+        if seen := [name for name in MEDIA if value.get(name)]:
+            raise BadRow(
+                "media", f"{seen[0]} holds what is seen or heard, which is not read; without it: --data.columns"
+            )
+        said = entry.convert(value, keys)
+        if any(PICTURE in turn.content for one in said for turn in one.messages):
+            raise BadRow("media", f"the text holds {PICTURE}, the place of a picture, and pictures are not read")
+        return said
 
     def _renamed(self, value: dict[str, Any]) -> dict[str, Any]:
         for name in self._columns.values():

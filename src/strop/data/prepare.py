@@ -16,6 +16,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,25 @@ import numpy as np
 
 from strop.config.schema import DataSection
 from strop.data import formats
-from strop.data.account import TOO_LONG, account
+from strop.data.account import TOO_LONG, Pass, account
 from strop.data.conversation import Conversation, Example
 from strop.data.reading import sources
 from strop.data.reading.sources import RowFault
-from strop.data.rendering import overlong
+from strop.data.rendering import overlong, pairs
 from strop.data.rendering.faults import REASONS as RENDER_REASONS
 from strop.data.rendering.render import Renderer, RenderError
 from strop.data.report import DataReport
-from strop.data.store import Conversations, Examples, Indices, Store, Writer, load
+from strop.data.store import Conversations, Examples, Indices, Store, Writer, digest, load
+from strop.data.units import Learning, Units
 from strop.errors import DataError, Where
 
 REASONS: dict[str, str] = {
     **formats.REASONS,
     **RENDER_REASONS,
     TOO_LONG: "the row is longer than data.max_length",
+    "contradiction": "the same two answers stand the other way round elsewhere, or one answer is judged both ways",
 }
-STORE_VERSION = 2  # raise it when prepared data changes for the same input
+STORE_VERSION = 3  # raise it when prepared data changes for the same input
 OUTCOMES = ("used", "split", "truncated", "dropped")  # from best to worst
 
 
@@ -47,7 +50,8 @@ OUTCOMES = ("used", "split", "truncated", "dropped")  # from best to worst
 class Prepared:
     """Data ready to train on. Examples and conversations are read from disk when asked for.
 
-    train, eval: examples, in the order of the files. *_conversations: the rows they came from.
+    train, eval: examples, in the order of the files. *_conversations: the rows they came from. *_units: what an
+    objective trains on that does not learn from turns; None for one that does.
     hash: of the rows used and their tokens; another template, order or row gives another hash.
     renderer: as answers are asked for after training on these rows.
     """
@@ -59,10 +63,21 @@ class Prepared:
     report: DataReport
     hash: str
     renderer: Renderer
+    train_units: Units | None = None
+    eval_units: Units | None = None
 
 
-def prepare(data: DataSection, tokenizer: Any, *, cache: Path | None = None, strict: bool = True) -> Prepared:
+def prepare(
+    data: DataSection,
+    tokenizer: Any,
+    *,
+    cache: Path | None = None,
+    strict: bool = True,
+    learning: Learning = "turns",
+) -> Prepared:
     """Read, check, render and store the rows that a recipe names.
+
+    learning: what the recipe's objective learns from.
 
     cache: a folder that keeps the tokenised rows by content; None: a temporary folder that goes with the result.
     strict: raise DataError where the report says a run would be refused; else only report it.
@@ -73,11 +88,11 @@ def prepare(data: DataSection, tokenizer: Any, *, cache: Path | None = None, str
     temporary = None if cache else tempfile.mkdtemp(prefix="strop-data-")
     folder = cache or Path(str(temporary))
     try:
-        train = _survey(data.train, data, renderer, folder, keyed=cache is not None)
+        train = _survey(data.train, data, renderer, folder, learning, keyed=cache is not None)
         held = train if share else None
         if data.eval is not None and not share:
-            held = _survey(data.eval, data, renderer, folder, keyed=cache is not None)
-        prepared = _prepared(data, renderer, train, held, share)
+            held = _survey(data.eval, data, renderer, folder, learning, keyed=cache is not None)
+        prepared = _prepared(data, renderer, train, held, share, learning)
     except BaseException:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -102,7 +117,9 @@ def renderer_for(data: DataSection, tokenizer: Any) -> Renderer:
     )
 
 
-def _prepared(data: DataSection, renderer: Renderer, train: Store, held: Store | None, share: float | None) -> Prepared:
+def _prepared(
+    data: DataSection, renderer: Renderer, train: Store, held: Store | None, share: float | None, learning: Learning
+) -> Prepared:
     rows: Indices = np.arange(len(train.row_records), dtype=np.int64)
     digests = train.row_records["digest"]
     eval_rows: Indices = np.zeros(0, np.int64)
@@ -118,10 +135,11 @@ def _prepared(data: DataSection, renderer: Renderer, train: Store, held: Store |
     eval_set, eval_conversations = _part(held, eval_rows) if held is not None else (None, None)
     eval_report = None
     if held is not None and eval_set is not None:
-        eval_report = account(data, renderer, held, eval_set, eval_rows, role="evaluation", shared=bool(share))
+        looked = Pass(held, eval_set, eval_rows, "evaluation", learning, shared=bool(share))
+        eval_report = account(data, renderer, looked)
         across = int(np.isin(held.row_records["digest"][eval_rows], digests[rows]).sum())
         eval_report = dataclasses.replace(eval_report, duplicates={**eval_report.duplicates, "across": across})
-    report = account(data, renderer, train, train_set, rows, role="training")
+    report = account(data, renderer, Pass(train, train_set, rows, "training", learning))
     if eval_report is not None:
         across = eval_report.duplicates["across"]
         warnings = [f"{across} evaluation rows are also train rows"] if across else []
@@ -139,7 +157,12 @@ def _prepared(data: DataSection, renderer: Renderer, train: Store, held: Store |
             seal.update(examples.lengths.tobytes() + examples.supervised.tobytes())
     served = renderer.served(thinking=train.facts["thinking"], rows=train.facts["chats"])
     seal.update(served.template_hash.encode())
-    return Prepared(train_set, conversations, eval_set, eval_conversations, report, seal.hexdigest(), served)
+    units: list[Units | None] = [None, None]
+    if learning != "turns" and report.refusal is None and (eval_report is None or eval_report.refusal is None):
+        sets = (train_set, eval_set)
+        units = [None if part is None else Units(part, learning, data.max_length) for part in sets]
+        seal.update(train_set.judged.tobytes())
+    return Prepared(train_set, conversations, eval_set, eval_conversations, report, seal.hexdigest(), served, *units)
 
 
 def _part(store: Store, rows: Indices) -> tuple[Examples, Conversations]:
@@ -162,9 +185,13 @@ def _share(spec: str | list[str] | None) -> float | None:
 
 
 class _Reader:
-    """The conversations of a spec, and the row that each belongs to (a row may hold several)."""
+    """The conversations of a spec, and the row that each belongs to (a row may hold several).
 
-    def __init__(self, spec: str | Sequence[str], data: DataSection) -> None:
+    labels: a pair is two judged answers.
+    """
+
+    def __init__(self, spec: str | Sequence[str], data: DataSection, *, labels: bool = False) -> None:
+        self._labels = labels
         self.unreadable: list[RowFault] = []
         self.bad: list[RowFault] = []
         self.left_out: Counter[str] = Counter()
@@ -176,34 +203,46 @@ class _Reader:
 
     def __iter__(self) -> Iterator[Conversation]:
         for conversation in self.conversations:
-            self.row_of.append(self.conversations.num_used)
-            yield conversation
+            parts: tuple[Conversation, ...] = (conversation,)
+            if self._labels and conversation.rejected:
+                parts = tuple(
+                    dataclasses.replace(side, desirable=good)
+                    for side, good in zip(conversation.sides, (True, False), strict=True)
+                )
+            for part in parts:
+                self.row_of.append(self.conversations.num_used)
+                yield part
 
     @property
     def num_rows(self) -> int:
         return self.conversations.num_rows + len(self.unreadable)
 
 
-def _survey(spec: str | Sequence[str], data: DataSection, renderer: Renderer, folder: Path, *, keyed: bool) -> Store:
+def _survey(
+    spec: str | Sequence[str], data: DataSection, renderer: Renderer, folder: Path, learning: Learning, *, keyed: bool
+) -> Store:
     """Read and render the rows of `spec` into a store, or find it ready in `folder`."""
-    place = folder / (_key(spec, data, renderer) if keyed else f"rows-{len(list(folder.iterdir()))}")
+    place = folder / (_key(spec, data, renderer, learning) if keyed else f"rows-{len(list(folder.iterdir()))}")
     if keyed and (ready := load(place)):
         return ready
     writer = Writer(place)
     try:
-        return writer.commit(_fill(writer, _Reader(spec, data), data, renderer))
+        reader = _Reader(spec, data, labels=learning == "labels")
+        return writer.commit(_fill(writer, reader, data, renderer, learning))
     finally:
         writer.discard()
 
 
-def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer) -> dict[str, Any]:
+def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer, learning: Learning) -> dict[str, Any]:
     """Every conversation into the store or onto the list of faults; the facts of the pass."""
     faults: list[RowFault] = []
     outcomes: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     first: dict[str, str] = {}  # note -> where it was first seen, with an example
     row, worst, stops, longest, chats, thinking = 0, -1, 0, 0, 0, 0
-    for conversation, rendered in renderer.render_many(reader):
+    judged: dict[int, tuple[str, int]] = {}  # comparison or judgement -> where it was first seen
+    render = partial(pairs.render_pairs, renderer) if learning == "pairs" else renderer.render_many
+    for conversation, rendered in render(reader):
         if (this := reader.row_of.popleft()) != row:
             if row:
                 outcomes[OUTCOMES[worst]] += 1
@@ -213,7 +252,10 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
             first.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
         if not isinstance(rendered, RenderError):
             longest = max(longest, *map(len, rendered))
-        outcome, examples, fault = _settle(conversation, rendered, data, renderer)
+        outcome, examples, fault = _settle(conversation, rendered, data, renderer, learning)
+        if examples and learning != "turns" and (against := opposed(conversation, examples, judged)):
+            outcome, examples = "dropped", []
+            fault = _fault(conversation, "contradiction", f"says the opposite of {against[0]}:{against[1]}")
         worst = max(worst, OUTCOMES.index(outcome))
         if fault is not None:
             faults.append(fault)
@@ -221,7 +263,7 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
         writer.add(conversation, examples)
         chats += conversation.text is None
         thinking += conversation.text is None and renderer.chat.thinks(conversation.messages)
-        stops += _stops(examples[-1], renderer)
+        stops += all(_stops(example, renderer) for example in (examples if learning == "pairs" else examples[-1:]))
     if row:
         outcomes[OUTCOMES[worst]] += 1
     faults = [*reader.unreadable, *reader.bad, *faults]
@@ -244,17 +286,25 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
 
 
 def _settle(
-    conversation: Conversation, rendered: list[Example] | RenderError, data: DataSection, renderer: Renderer
+    conversation: Conversation,
+    rendered: list[Example] | RenderError,
+    data: DataSection,
+    renderer: Renderer,
+    learning: Learning,
 ) -> tuple[str, list[Example], RowFault | None]:
     """The outcome of one conversation: its examples, or why it has none."""
     if isinstance(rendered, RenderError):
         return "dropped", [], _fault(conversation, rendered.code, rendered.what)
+    if learning == "labels" and len(rendered) != 1:
+        return "dropped", [], _fault(conversation, "answer-in-parts", RENDER_REASONS["answer-in-parts"])
     limit = data.max_length
     if not overlong.too_long(rendered, limit):
         return "used", rendered, None
     shorter: list[Example] | None = None
     try:
-        if data.overlong == "truncate-start":
+        if data.overlong == "truncate-start" and learning == "pairs":
+            shorter = pairs.truncate_pair(renderer, conversation, limit)
+        elif data.overlong == "truncate-start":
             shorter = overlong.truncate_start(renderer, conversation, rendered, limit)
         elif data.overlong == "split":
             shorter = overlong.split(renderer, conversation, rendered, limit)
@@ -264,6 +314,24 @@ def _settle(
         length = max(map(len, rendered))
         return "dropped", [], _fault(conversation, TOO_LONG, f"{length} tokens, data.max_length is {limit}")
     return ("truncated" if data.overlong == "truncate-start" else "split"), shorter, None
+
+
+def opposed(
+    conversation: Conversation, examples: Sequence[Example], judged: dict[int, tuple[str, int]]
+) -> tuple[str, int] | None:
+    """Where the opposite was said of the same answers to the same prompt; else notes what is said here."""
+    ids = [example.ids.tobytes() for example in examples]
+    if conversation.rejected:
+        prompt = examples[0].prompt.to_bytes(8, "little")
+        said, opposite = (prompt + b"<".join(both) for both in (ids, ids[::-1]))
+    else:
+        said, opposite = (
+            ids[0] + (b"+" if good else b"-") for good in (conversation.desirable, not conversation.desirable)
+        )
+    found = judged.get(digest(opposite))
+    if found is None:
+        judged.setdefault(digest(said), (conversation.file, conversation.line))
+    return found
 
 
 def _fault(conversation: Conversation, code: str, what: str) -> RowFault:
@@ -300,7 +368,7 @@ def _notes(
         yield f"reasoning, which {why}", ""
 
 
-def _key(spec: str | Sequence[str], data: DataSection, renderer: Renderer) -> str:
+def _key(spec: str | Sequence[str], data: DataSection, renderer: Renderer, learning: Learning) -> str:
     """A name for what the rows, the tokenizer, the template and the options make together."""
     seal = hashlib.sha256()
     for source in sources.resolve(spec):
@@ -312,5 +380,5 @@ def _key(spec: str | Sequence[str], data: DataSection, renderer: Renderer) -> st
                     inner.update(block)
             seal.update(inner.digest())
     options = data.model_dump(include={"format", "columns", "max_length", "overlong", "loss", "encoding"})
-    seal.update(json.dumps([STORE_VERSION, options, renderer.fingerprint], sort_keys=True).encode())
+    seal.update(json.dumps([STORE_VERSION, options, renderer.fingerprint, learning], sort_keys=True).encode())
     return seal.hexdigest()[:32]

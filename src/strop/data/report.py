@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,8 @@ class DataReport:
     duplicates: within (rows beyond the first of equal content), across (eval rows that are also train rows).
     padding: shares of padding in batches of 8 rows in the file's order and in packs of max_length tokens.
     template: sentences on how the chat template was used. refusal: why a run would not start on this.
+    answers: of pairs {pairs, chosen_tokens, rejected_tokens, chosen_longer, length_accuracy}, the last what the better
+    of "longer is better" and "shorter is better" scores; of judged answers {desirable, undesirable, and their tokens}.
     """
 
     rows: dict[str, int]
@@ -59,6 +61,7 @@ class DataReport:
     held_out: int = 0
     refusal: DataError | None = None
     eval: DataReport | None = None
+    answers: dict[str, Any] = field(default_factory=dict)
 
     @property
     def would_refuse(self) -> bool:
@@ -78,6 +81,7 @@ class DataReport:
             "warnings": self.warnings,
             "template": self.template,
             "held_out": self.held_out,
+            "answers": self.answers,
             "would_refuse": self.would_refuse,
             "refusal": self.refusal.as_json() if self.refusal else None,
             "eval": self.eval.as_json() if self.eval else None,

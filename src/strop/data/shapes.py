@@ -20,6 +20,7 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"),
 }
+_SPEAKER = frozenset({"role", "from"})
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: the assistant's turn is the call itself, as JSON
 
 
@@ -34,19 +35,25 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Said:
-    """What a row says once: messages (and tools), or text."""
+    """What a row says once: messages (and tools), or text. rejected, desirable: as in Conversation."""
 
     messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     text: str | None = None
+    rejected: tuple[Message, ...] = ()
+    desirable: bool | None = None
 
 
 # --- messages ----------------------------------------------------------------------------------------------------
 
 
 def messages(value: Value, keys: Keys) -> list[Said]:
-    """One column: a list of turns."""
-    return [_said(_turns(value, keys[0]), value)]
+    """One column: a list of turns, or of {"human": ..., "assistant": ...}."""
+    turns = value[keys[0]]
+    if isinstance(turns, list) and turns and all(isinstance(turn, dict) and not _SPEAKER & set(turn) for turn in turns):
+        turns = [{"role": role, "content": said} for turn in turns for role, said in turn.items() if role in ROLES]
+        value = {**value, keys[0]: turns}
+    return [row_of(_turns(value, keys[0]), value)]
 
 
 def asked(value: Value) -> Said:
@@ -57,7 +64,7 @@ def asked(value: Value) -> Said:
 def _turns(value: Value, key: str) -> list[Message]:
     turns = value[key]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise BadRow("bad-messages", f"{key} is {_kind(turns)}, not a list of objects")
+        raise BadRow("bad-messages", f"{key} is {kind_of(turns)}, not a list of objects")
     said = [_message(turn, f"{key}[{place}]") for place, turn in enumerate(turns)]
     names = {call["id"]: call["function"]["name"] for turn in said for call in turn.tool_calls if "id" in call}
     return [
@@ -66,7 +73,7 @@ def _turns(value: Value, key: str) -> list[Message]:
     ]
 
 
-def _said(turns: list[Message], value: Value) -> Said:
+def row_of(turns: list[Message], value: Value) -> Said:
     """The turns behind the row's own system text, with its tools. Raises BadRow for turns that teach nothing."""
     system = _optional_text(value, "system")
     if system:
@@ -91,7 +98,7 @@ def _message(turn: dict[str, Any], at: str) -> Message:
     role_key = "role" if turn.get("role") is not None else "from"
     named = turn.get(role_key)
     if not isinstance(named, str):
-        raise BadRow("unknown-role", f"{at}.{role_key} is {_kind(named)}, not a string")
+        raise BadRow("unknown-role", f"{at}.{role_key} is {kind_of(named)}, not a string")
     content = turn["content"] if "content" in turn else turn.get("value")
     weight = _weight(turn, at)
     if named.lower() in CALL_ROLES:
@@ -112,12 +119,12 @@ def _message(turn: dict[str, Any], at: str) -> Message:
             raise BadRow("no-content", f"{at}: content is null or missing (allowed only beside tool calls)")
         content = ""
     if not isinstance(content, str):
-        raise BadRow("not-text", f"{at}: content is {_kind(content)}, not a string")
+        raise BadRow("not-text", f"{at}: content is {kind_of(content)}, not a string")
     if role != "assistant" and (calls or thoughts):
         raise BadRow("bad-part", f"{at}: only an assistant turn can hold reasoning or tool calls")
     name = turn.get("name")
     if name is not None and not isinstance(name, str):
-        raise BadRow("not-text", f"{at}: name is {_kind(name)}, not a string")
+        raise BadRow("not-text", f"{at}: name is {kind_of(name)}, not a string")
     id = turn.get("tool_call_id") if role == "tool" else None
     call_id = id if isinstance(id, str) else None
     return Message(role, content, "".join(thoughts) if thoughts else None, calls, name, weight, call_id)
@@ -144,7 +151,7 @@ def _parts(parts: list[Any], at: str) -> tuple[str | None, list[str], tuple[dict
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(kind, str) or kind not in _PARTS:
-            shown = repr(kind[:40]) if isinstance(kind, str) else _kind(part)
+            shown = repr(kind[:40]) if isinstance(kind, str) else kind_of(part)
             raise BadRow("bad-part", f"{at}: a part of type {shown}; known are {', '.join(_PARTS)}")
         if _PARTS[kind] < last:
             raise BadRow("bad-part", f"{at}: {kind} behind a later part; the order is reasoning, text, tool calls")
@@ -156,7 +163,7 @@ def _parts(parts: list[Any], at: str) -> tuple[str | None, list[str], tuple[dict
         elif isinstance(content, str):
             (texts if kind == "text" else thoughts).append(content)
         else:
-            raise BadRow("not-text", f"{at}: a part of type {kind} holds {_kind(content)}, not a string")
+            raise BadRow("not-text", f"{at}: a part of type {kind} holds {kind_of(content)}, not a string")
     return "".join(texts) if texts else None, thoughts, calls
 
 
@@ -174,7 +181,7 @@ def _calls(raw: Any, at: str) -> tuple[dict[str, Any], ...]:
         arguments = inner.get("arguments", inner.get("parameters"))
         arguments = {} if arguments is None or arguments == "" else _parsed(arguments, "bad-tool-call", at)
         if not isinstance(arguments, dict):
-            raise BadRow("bad-tool-call", f"{at}: the arguments of a tool call are {_kind(arguments)}, not an object")
+            raise BadRow("bad-tool-call", f"{at}: the arguments of a tool call are {kind_of(arguments)}, not an object")
         call = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
         calls.append({"id": item["id"], **call} if isinstance(item.get("id"), str) else call)
     return tuple(calls)
@@ -186,7 +193,7 @@ def _tools(value: Value) -> tuple[dict[str, Any], ...]:
         return ()
     tools = _parsed(raw, "bad-tools", "tools")
     if not isinstance(tools, list):
-        raise BadRow("bad-tools", f"tools is {_kind(tools)}, not a list")
+        raise BadRow("bad-tools", f"tools is {kind_of(tools)}, not a list")
     full = []
     for tool in tools:
         inner = tool.get("function", tool) if isinstance(tool, dict) else None
@@ -211,31 +218,38 @@ def _parsed(raw: Any, code: str, at: str) -> Any:
 
 def columns(value: Value, keys: Keys) -> list[Said]:
     """Two columns, strings or lists of messages. The prompt is given: its assistant turns are not trained on."""
-    return [_said([*_given(_side(value, keys[0], "user")), *_side(value, keys[1], "assistant")], value)]
+    asked = [*earlier(value), *given(turns_of(value, keys[0], "user"))]
+    return [row_of([*asked, *turns_of(value, keys[1], "assistant")], value)]
 
 
-def _given(turns: list[Message]) -> list[Message]:
+def given(turns: list[Message]) -> list[Message]:
     return [replace(turn, weight=0.0) if turn.role == "assistant" else turn for turn in turns]
 
 
-def _side(value: Value, key: str, role: Role) -> list[Message]:
+def turns_of(value: Value, key: str, role: Role) -> list[Message]:
     held = value[key]
     if isinstance(held, dict):
         return [_message(held, key)]
-    return _turns(value, key) if isinstance(held, list) else [Message(role, _text(value, key))]
+    return _turns(value, key) if isinstance(held, list) else [Message(role, text_of(value, key))]
 
 
 def alpaca(value: Value, keys: Keys) -> list[Said]:
     """instruction, maybe input; output. The input follows the instruction after a blank line."""
+    turns = earlier(value)
+    return [row_of([*turns, Message("user", task_of(value)), Message("assistant", text_of(value, keys[1]))], value)]
+
+
+def earlier(value: Value) -> list[Message]:
+    """The turns of `history`, a list of [prompt, answer]."""
     turns: list[Message] = []
     history = value.get("history") or []
     if not isinstance(history, list):
-        raise BadRow("bad-messages", f"history is {_kind(history)}, not a list of [prompt, answer]")
+        raise BadRow("bad-messages", f"history is {kind_of(history)}, not a list of [prompt, answer]")
     for pair in history:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise BadRow("bad-messages", "history holds something else than [prompt, answer]")
         turns += [Message("user", pair[0]), Message("assistant", pair[1])]
-    return [_said([*turns, Message("user", _task(value)), Message("assistant", _text(value, keys[1]))], value)]
+    return turns
 
 
 def instances(value: Value, keys: Keys) -> list[Said]:
@@ -247,52 +261,34 @@ def instances(value: Value, keys: Keys) -> list[Said]:
     return [said for row in rows for said in alpaca(row, ("instruction", "output"))]
 
 
-def _task(value: Value) -> str:
-    instruction = _text(value, "instruction")
+def task_of(value: Value) -> str:
+    instruction = text_of(value, "instruction")
     given = _optional_text(value, "input") or _optional_text(value, "context")
     return f"{instruction}\n\n{given}" if given.strip() else instruction
 
 
 def text(value: Value, keys: Keys) -> list[Said]:
     """Raw text."""
-    content = _text(value, "text")
+    content = text_of(value, "text")
     if not content.strip():
         raise BadRow("empty-text", "the text is empty")
     return [Said(text=content)]
 
 
-def preference(value: Value, keys: Keys) -> list[Said]:
-    """chosen and rejected: answers to a prompt or a conversation, or whole conversations. Gives the chosen side."""
-    key = next(
-        (key for key in ("conversations", "prompt", "question", "instruction") if value.get(key) is not None), ""
-    )
-    if not key and isinstance(value["chosen"], str):
-        raise BadRow("no-prompt", "chosen is a string and there is no prompt")
-    given = [Message("user", _task(value))] if key == "instruction" else _side(value, key, "user") if key else []
-    sides = []
-    for name in keys:
-        side = _side(value, name, "assistant")
-        whole = side[: len(given)] == given  # many sets repeat the prompt at the start of both sides
-        sides.append(_said([*_given(given), *(side[len(given) :] if whole else side)], value))
-    if sides[0] == sides[1]:
-        raise BadRow("same-answers", "chosen and rejected are the same")
-    return sides[:1]
-
-
-def _text(value: Value, key: str) -> str:
+def text_of(value: Value, key: str) -> str:
     held = value.get(key)
     if held is None:
         raise BadRow("no-content", f"{key} is null or missing")
     if not isinstance(held, str):
-        raise BadRow("not-text", f"{key} is {_kind(held)}, not a string")
+        raise BadRow("not-text", f"{key} is {kind_of(held)}, not a string")
     return held
 
 
 def _optional_text(value: Value, key: str) -> str:
-    return "" if value.get(key) is None else _text(value, key)
+    return "" if value.get(key) is None else text_of(value, key)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     if value is None:
         return "null"
     names = {

@@ -23,9 +23,10 @@ from strop.data.conversation import Conversation, Example, Message
 
 # one example: where its tokens end, its length, number of supervised tokens, its row
 EXAMPLE = np.dtype([("end", "<i8"), ("length", "<i4"), ("supervised", "<i4"), ("row", "<i8")])
-# one row: where its line ends in rows.jsonl, its content hash, its file (index into facts["files"]) and line
-ROW = np.dtype([("end", "<i8"), ("digest", "<u8"), ("file", "<i4"), ("line", "<i8")])
-_EXAMPLE, _ROW = struct.Struct("<qiiq"), struct.Struct("<qQiq")  # the same, to write one record
+# one row: where its line ends in rows.jsonl, its content hash, its file (index into facts["files"]) and line, and
+# whether its answer was judged good (1), bad (0) or not at all (-1)
+ROW = np.dtype([("end", "<i8"), ("digest", "<u8"), ("file", "<i4"), ("line", "<i8"), ("judged", "<i4")])
+_EXAMPLE, _ROW = struct.Struct("<qiiq"), struct.Struct("<qQiqi")  # the same, to write one record
 _PARTS = {"ids.bin": np.dtype("<i4"), "weights.bin": np.dtype("<f4"), "examples.bin": EXAMPLE, "rows.bin": ROW}
 
 Indices = npt.NDArray[np.int64]
@@ -48,7 +49,8 @@ class Writer:
         file = self._files.setdefault(conversation.file, len(self._files))
         self._chars += len(text) + 1
         self._out["rows.jsonl"].write(text + b"\n")
-        self._out["rows.bin"].write(_ROW.pack(self._chars, digest(text), file, conversation.line))
+        judged = -1 if conversation.desirable is None else int(conversation.desirable)
+        self._out["rows.bin"].write(_ROW.pack(self._chars, digest(text), file, conversation.line, judged))
         for example in examples:
             self._tokens += len(example)
             self._out["ids.bin"].write(example.ids.astype("<i4", copy=False).tobytes())
@@ -107,7 +109,8 @@ class Store:
 
 
 class Examples(Sequence[Example]):
-    """Examples of a store, read when asked for. lengths, supervised: int64 of shape (n,), in tokens."""
+    """Examples of a store, read when asked for. lengths, supervised: int64 of shape (n,), in tokens. judged (n,): 1 for
+    an answer that was judged good, 0 for a bad one, -1 where nobody judged."""
 
     def __init__(self, store: Store, indices: Indices) -> None:
         self._store = store
@@ -115,6 +118,7 @@ class Examples(Sequence[Example]):
         records = store.example_records[indices]
         self.lengths: Indices = records["length"].astype(np.int64)
         self.supervised: Indices = records["supervised"].astype(np.int64)
+        self.judged: Indices = store.row_records["judged"][records["row"]].astype(np.int64)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -174,6 +178,10 @@ def dumps(conversation: Conversation) -> bytes:
     value["messages"] = [message_json(message) for message in conversation.messages]
     if conversation.tools:
         value["tools"] = conversation.tools
+    if conversation.rejected:
+        value["rejected"] = [message_json(message) for message in conversation.rejected]
+    if conversation.desirable is not None:
+        value["desirable"] = conversation.desirable
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
 
 
@@ -195,7 +203,13 @@ def message_json(message: Message) -> dict[str, Any]:
 
 def loads(text: bytes, file: str, line: int) -> Conversation:
     value = json.loads(text)
-    messages = tuple(
+    messages, rejected = _messages(value["messages"]), _messages(value.get("rejected", ()))
+    tools, judged = tuple(value.get("tools", ())), value.get("desirable")
+    return Conversation(file, line, messages, tools, value.get("text"), rejected, judged)
+
+
+def _messages(turns: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
+    return tuple(
         Message(
             turn["role"],
             turn["content"],
@@ -205,9 +219,8 @@ def loads(text: bytes, file: str, line: int) -> Conversation:
             turn.get("weight", 1.0),
             turn.get("tool_call_id"),
         )
-        for turn in value["messages"]
+        for turn in turns
     )
-    return Conversation(file, line, messages, tuple(value.get("tools", ())), value.get("text"))
 
 
 def digest(text: bytes) -> int:

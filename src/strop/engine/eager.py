@@ -92,7 +92,7 @@ def softmax_backward_(grad: Tensor, probs: Tensor, group: int, first: int, windo
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: float, gradient: bool) -> Tensor:
-    """Sum of weights * cross entropy, a wide scalar; with `gradient`, logits (N, V) become the gradient of it.
+    """weights * cross entropy of each row, wide, (N,); with `gradient`, logits (N, V) become the gradient of its sum.
 
     softcap (0: none): the logits are first bent to softcap * tanh(logits / softcap).
     """
@@ -101,11 +101,11 @@ def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: flo
     log_probs = F.log_softmax(bent, dim=-1)
     index = labels[:, None]
     weight = weights[:, None].to(wide.dtype)
-    loss = -(log_probs.gather(1, index) * weight).sum()
+    losses = -(log_probs.gather(1, index) * weight).squeeze(1)
     if gradient:
         slope = log_probs.exp_().scatter_add_(1, index, torch.full_like(weight, -1.0)).mul_(weight)
         logits.copy_(slope * (1 - (bent / softcap).square()) if softcap else slope)
-    return loss
+    return losses
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from strop.engine.attention import Heads, Turned
 from strop.engine.dropout import masks_of
 from strop.engine.fits import unsupported
-from strop.engine.functions import Activation, Enter, Glu, LayerNorm, Norm, RmsNorm, apply
-from strop.engine.head import SupervisedLoss
+from strop.engine.functions import Activation, Enter, Glu, LayerNorm, Norm, Ops, RmsNorm, apply
+from strop.engine.head import LabelLogProbs, SupervisedLoss
 from strop.engine.joined import Joined, Workspace
 from strop.engine.layers import NOWHERE, Angles, LayerPart, Layers, NormPart
-from strop.engine.packed import Packed, pack
+from strop.engine.packed import Packed, pack, pack_apart, pack_ends, sums_by_owner
 from strop.engine.processor import Attend, drops_for, processor_for
 
 if TYPE_CHECKING:
@@ -87,9 +87,30 @@ class FastLoss:
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable in the adapters."""
+        batch = pack(examples, prefix_sharing=self.prefix_sharing, device=self._device)
+        return apply(SupervisedLoss, self._hidden(batch), batch.labels, batch.weights, *self._output())
+
+    def log_probs(self, examples: Sequence[Example]) -> Tensor:
+        """Sum over the supervised tokens of each example of weight * log-probability (N,), fp64, differentiable.
+
+        Examples with one prompt share it, whatever other prompts there are.
+        """
+        batch = pack_apart(examples, prefix_sharing=self.prefix_sharing, device=self._device)
+        found = apply(LabelLogProbs, self._hidden(batch), batch.labels, *self._output())
+        assert batch.owners is not None
+        return sums_by_owner(found, batch.weights, batch.owners, len(examples))
+
+    def last_hidden(self, examples: Sequence[Example]) -> Tensor:
+        """What the model holds at the last token of each example, behind its last norm (N, h), differentiable."""
+        return self._hidden(pack_ends(examples, prefix_sharing=self.prefix_sharing, device=self._device), scaled=False)
+
+    def _output(self) -> tuple[Tensor, float, Ops, Tensor | None]:
+        return self._head.weight, self._model.softcap, self._ops, self._head.bias
+
+    def _hidden(self, batch: Packed, *, scaled: bool = True) -> Tensor:
+        """What the output embedding takes for each label (M, h); scaled: with the factor that some families have."""
         if self.watch is not None:
             self.watch.begin()
-        batch = pack(examples, prefix_sharing=self.prefix_sharing, device=self._device)
         hidden = self._model.embedded(batch.ids)
         if self._family.embedding_norm:
             hidden = apply(RmsNorm, hidden, self._norm)
@@ -103,11 +124,10 @@ class FastLoss:
                 )
             else:
                 hidden = self._through(layer, hidden, batch, angles, rows)
-        hidden = _scaled(apply(RmsNorm, hidden, self._norm), self._model.logits_scale)
+        hidden = _scaled(apply(RmsNorm, hidden, self._norm), self._model.logits_scale if scaled else 1.0)
         if len(batch.picked) != len(batch.rows):  # a row behind which several examples part has several labels
             hidden = hidden[batch.picked]
-        head = self._head.weight, self._model.softcap, self._ops, self._head.bias
-        return apply(SupervisedLoss, hidden, batch.labels, batch.weights, *head)
+        return hidden
 
     def _through(
         self,

@@ -15,7 +15,7 @@ from strop.engine.dropout import CountedDropout
 from strop.engine.families import FAMILIES, Family, linears, text_of
 from strop.engine.joined import Quantized, base_of
 
-TRAINED = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")
+TRAINED = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".score.modules_to_save.")  # the last: a reward's head
 DROPOUTS = (
     "attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout", "hidden_dropout", "embedding_dropout",
 )  # fmt: skip

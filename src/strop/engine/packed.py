@@ -1,14 +1,15 @@
 """How the examples of a micro-batch are laid out in one row of tokens, without padding; pure numpy planning.
 
 A prefix that all examples share stands first and once; then each example's own part. A token before the prefix's end
-is predicted and trained on once, with the sum of the examples' weights: the same loss, to the last term.
+is predicted and trained on once, with the sum of the examples' weights: the same loss, to the last term. Where each
+example's log-probability is asked for (`pack_apart`), those with one prompt share what they begin with.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -77,26 +78,34 @@ class Varlen:
 @dataclass(frozen=True)
 class Documents:
     """Which packed rows belong together. spans (D, 3): a document's first row, its rows, and the rows of the prefix
-    that it sees as well (rows 0 and on); a prefix is a document too. tokens: of all."""
+    that it sees as well; a prefix is a document too. tokens: of all. prefixes (D,): the first row of that prefix; None:
+    row 0 for each."""
 
     spans: np.typing.NDArray[np.int64]
     tokens: int
     device: torch.device
+    prefixes: np.typing.NDArray[np.int64] | None = None
     _shares: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def table(self) -> np.typing.NDArray[np.int64]:
+        """(D, 5): spans; the first row of each document's prefix; 1 for a document that is the prefix of others."""
+        prefixes = np.zeros(len(self.spans), np.int64) if self.prefixes is None else self.prefixes
+        start, _, prefix = self.spans.T
+        return np.column_stack([self.spans, prefixes, (prefix == 0) & np.isin(start, prefixes[prefix > 0])])
 
     @cached_property
     def layout(self) -> Layout:
         """The documents in buckets."""
         parts: list[_Rows] = []
         for prefix in sorted(set(self.spans[:, 2].tolist()), reverse=True):
-            starts, lengths, _ = self.spans[self.spans[:, 2] == prefix].T.tolist()
-            parts += _buckets(starts, lengths, prefix)
+            parts += _buckets(self.table[self.spans[:, 2] == prefix].tolist(), prefix)
         return lay_out(parts, self.tokens, self.device)
 
     @cached_property
     def varlen(self) -> Varlen:
         """Made once a micro-batch, on the host."""
-        spans = self.spans[np.argsort(self.spans[:, 0], kind="stable")]
+        spans = self.table[np.argsort(self.spans[:, 0], kind="stable")]
         own, prefix = spans[:, 1], spans[:, 2]
 
         def ends(lengths: np.typing.NDArray[np.int64]) -> Tensor:
@@ -104,7 +113,7 @@ class Documents:
 
         keys = None
         if prefix.any():
-            parts = [rows for s, n, p in spans for rows in (np.arange(p), np.arange(s, s + n))]
+            parts = [rows for s, n, p, first, _ in spans for rows in (np.arange(first, first + p), np.arange(s, s + n))]
             keys = _tensor(np.concatenate(parts), self.device)
         return Varlen(ends(own), ends(own + prefix), int(own.max()), int((own + prefix).max()), keys)
 
@@ -141,7 +150,9 @@ class Documents:
 @dataclass(frozen=True)
 class Packed:
     """ids, positions, keys (T,), keys as dropout.token_keys makes them; rows (N,): packed rows that predict a
-    supervised token, each once, rising; picked (M,): index into rows for each label; labels, weights (M,)."""
+    supervised token, each once, rising; picked (M,): index into rows for each label; labels, weights (M,). owners (M,):
+    the example that each label belongs to, where they are kept apart; else None. ends: (example, packed row of its last
+    token) of each."""
 
     ids: Tensor
     positions: Tensor
@@ -151,6 +162,8 @@ class Packed:
     picked: Tensor
     labels: Tensor
     weights: Tensor
+    owners: Tensor | None = None
+    ends: tuple[tuple[int, int], ...] = ()
 
 
 def _tensor(values: Any, device: torch.device) -> Tensor:
@@ -176,43 +189,107 @@ def lay_out(parts: Sequence[tuple[Any, Any]], tokens: int, device: torch.device)
 def pack(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> Packed:
     """Lays the examples out; integer tensors are int64."""
     prefix = shared_prefix(examples) if prefix_sharing else 0
-    first = examples[0].ids[:prefix]
-    ids, positions, keys = [first], [np.arange(prefix)], [token_keys(first)]
-    rows, labels = [np.arange(max(prefix - 1, 0))], [first[1:]]
-    weights = [np.sum([example.weights[1:prefix] for example in examples], axis=0, dtype=np.float32)]
-    starts, at = [], prefix
-    for example in examples:
-        length = len(example)
-        assert length > prefix and not example.weights[0], "position 0 is predicted by nothing"
-        own = np.arange(prefix, length)
-        starts.append(at)
-        ids.append(example.ids[prefix:])
-        positions.append(own)
-        keys.append(token_keys(example.ids)[prefix:])
-        predicted = own[own > 0]
-        before = predicted - 1  # the position that predicts it, in the prefix or in the example's own rows
-        rows.append(np.where(before < prefix, before, at + before - prefix))
-        labels.append(example.ids[predicted])
-        weights.append(example.weights[predicted])
-        at += length - prefix
-    weight = np.concatenate(weights)
-    used = weight != 0
-    row, picked = np.unique(np.concatenate(rows)[used], return_inverse=True)
-    spans = [(start, len(example) - prefix, prefix) for start, example in zip(starts, examples, strict=True)]
-    if prefix:
-        spans.append((0, prefix, 0))
+    laid = _Laid()
+    first, weights = examples[0], [example.weights[1:prefix] for example in examples]
+    laid.predicted(np.arange(max(prefix - 1, 0)), first.ids[1:prefix], np.sum(weights, axis=0, dtype=np.float32), 0)
+    laid.group(enumerate(examples), prefix, merged=True)
+    return laid.packed(device, owned=False)
 
-    tensor = partial(_tensor, device=device)
-    return Packed(
-        tensor(np.concatenate(ids)),
-        tensor(np.concatenate(positions)),
-        tensor(np.concatenate(keys)),
-        Documents(np.array(spans, dtype=np.int64), at, device),
-        tensor(row),
-        tensor(picked),
-        tensor(np.concatenate(labels)[used]),
-        torch.from_numpy(weight[used]).to(device),
-    )
+
+def pack_apart(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> Packed:
+    """Lays the examples out so that the labels of each stay its own; those with one prompt (the tokens in front of the
+    first supervised one) share what they have in common."""
+    groups: dict[bytes, list[int]] = {}
+    for number, example in enumerate(examples):
+        prompt = example.ids[: np.flatnonzero(example.weights)[0]].tobytes() if prefix_sharing else b"%d" % number
+        groups.setdefault(prompt, []).append(number)
+    laid = _Laid()
+    for numbers in groups.values():
+        together = [examples[number] for number in numbers]
+        laid.group(zip(numbers, together, strict=True), shared_prefix(together), merged=False)
+    return laid.packed(device, owned=True)
+
+
+def pack_ends(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> Packed:
+    """As pack_apart, but what is asked for is the last token of each example: rows (N,) are theirs, in order; labels
+    and weights mean nothing."""
+    packed = pack_apart(examples, prefix_sharing=prefix_sharing, device=device)
+    last = {int(number): int(end) for number, end in packed.ends}
+    rows = _tensor([last[number] for number in range(len(examples))], device)
+    return replace(packed, rows=rows, picked=_tensor(np.arange(len(examples)), device))
+
+
+class _Laid:
+    """A layout in the making: packed rows, documents, and labels with the rows that predict them."""
+
+    def __init__(self) -> None:
+        self.ids: list[Any] = []
+        self.positions: list[Any] = []
+        self.keys: list[Any] = []
+        self.tokens = 0
+        self.spans: list[tuple[int, int, int]] = []
+        self.prefixes: list[int] = []
+        self.labels: list[tuple[Any, Any, Any, Any]] = []  # rows, labels, weights, owners
+        self.ends: list[tuple[int, int]] = []  # an example's number, and the packed row of its last token
+
+    def predicted(self, rows: Any, labels: Any, weights: Any, owner: int) -> None:
+        self.labels.append((rows, labels, weights, np.full(len(rows), owner)))
+
+    def group(self, numbered: Iterable[tuple[int, Example]], prefix: int, *, merged: bool) -> None:
+        """Examples that share a prefix of that many tokens, with their numbers. merged: the labels of the prefix are
+        put down elsewhere."""
+        base, shared = self.tokens, False
+        spans = []
+        for number, example in numbered:
+            if prefix and not shared:
+                self._rows(example.ids[:prefix], 0, token_keys(example.ids[:prefix]))
+                shared = True
+            length, at = len(example), self.tokens
+            assert length > prefix and not example.weights[0], "position 0 is predicted by nothing"
+            self._rows(example.ids[prefix:], prefix, token_keys(example.ids)[prefix:])
+            spans.append((at, length - prefix, prefix))
+            self.ends.append((number, self.tokens - 1))
+            own = np.arange(max(prefix, 1) if merged else 1, length)
+            before = own - 1  # the position that predicts it, in the prefix or in the example's own rows
+            rows = np.where(before < prefix, base + before, at + before - prefix)
+            self.predicted(rows, example.ids[own], example.weights[own], number)
+        self.spans += spans
+        self.prefixes += [base] * len(spans)
+        if prefix:
+            self.spans.append((base, prefix, 0))
+            self.prefixes.append(base)
+
+    def _rows(self, ids: Any, first: int, keys: Any) -> None:
+        self.ids.append(ids)
+        self.positions.append(np.arange(first, first + len(ids)))
+        self.keys.append(keys)
+        self.tokens += len(ids)
+
+    def packed(self, device: torch.device, *, owned: bool) -> Packed:
+        rows, labels, weights, owners = (np.concatenate(part) for part in zip(*self.labels, strict=True))
+        used = weights != 0
+        row, picked = np.unique(rows[used], return_inverse=True)
+        tensor = partial(_tensor, device=device)
+        spans, prefixes = np.array(self.spans, dtype=np.int64), np.array(self.prefixes, dtype=np.int64)
+        return Packed(
+            tensor(np.concatenate(self.ids)),
+            tensor(np.concatenate(self.positions)),
+            tensor(np.concatenate(self.keys)),
+            Documents(spans, self.tokens, device, prefixes if prefixes.any() else None),
+            tensor(row),
+            tensor(picked),
+            tensor(labels[used]),
+            torch.from_numpy(weights[used]).to(device),
+            tensor(owners[used]) if owned else None,
+            tuple(self.ends),
+        )
+
+
+def sums_by_owner(log_probs: Tensor, weights: Tensor, owners: Tensor, number: int) -> Tensor:
+    """weight * log-probability of the labels (M,) summed for each of `number` owners, in fp64 (fp32 where a device has
+    no other): the order of the sum does not show in the result."""
+    wide = torch.float32 if log_probs.device.type == "mps" else torch.float64
+    return torch.zeros(number, dtype=wide, device=log_probs.device).index_add(0, owners, log_probs.to(wide) * weights)
 
 
 def shared_prefix(examples: Sequence[Example]) -> int:
@@ -228,25 +305,25 @@ def shared_prefix(examples: Sequence[Example]) -> int:
 _Rows = tuple["np.typing.NDArray[np.int64]", "np.typing.NDArray[np.int64]"]
 
 
-def _buckets(starts: Sequence[int], lengths: Sequence[int], prefix: int) -> list[_Rows]:
-    """Cuts documents (first packed row and length of each) into buckets of least cost, by dynamic programming."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+def _buckets(documents: Sequence[Sequence[int]], prefix: int) -> list[_Rows]:
+    """Cuts documents (rows of Documents.table) into buckets of least cost, by dynamic programming."""
+    order = sorted(documents, key=lambda document: document[1])
     best: list[tuple[int, int]] = [(0, 0)]  # for the first n of `order`: cost, and where their last bucket begins
     for end in range(1, len(order) + 1):
-        longest = lengths[order[end - 1]]
+        longest = order[end - 1][1]
         area = longest * (longest + prefix)
         best.append(min((best[begin][0] + CALL_COST + (end - begin) * area, begin) for begin in range(end)))
     found, end = [], len(order)
     while end:
         begin = best[end][1]
-        found.append(_bucket([(starts[i], lengths[i]) for i in order[begin:end]], prefix))
+        found.append(_bucket(order[begin:end], prefix))
         end = begin
     return found
 
 
-def _bucket(docs: Sequence[tuple[int, int]], prefix: int) -> _Rows:
-    queries = np.full((len(docs), max(length for _, length in docs)), -1, dtype=np.int64)
-    for row, (start, length) in zip(queries, docs, strict=True):
+def _bucket(documents: Sequence[Sequence[int]], prefix: int) -> _Rows:
+    queries = np.full((len(documents), max(document[1] for document in documents)), -1, dtype=np.int64)
+    for row, (start, length, *_) in zip(queries, documents, strict=True):
         row[:length] = np.arange(start, start + length)
-    shared = np.broadcast_to(np.arange(prefix, dtype=np.int64), (len(docs), prefix))
-    return queries, np.concatenate([shared, queries], axis=1)
+    first = np.array([document[3] for document in documents], dtype=np.int64)
+    return queries, np.concatenate([first[:, None] + np.arange(prefix), queries], axis=1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from strop.engine.dropout import masks_of, token_keys
+from strop.engine.packed import sums_by_owner
 from strop.engine.processor import drops_for
 from strop.errors import ModelError
 
@@ -33,39 +35,81 @@ class PlainLoss:
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable."""
+        losses, weight, _, balance = self._supervised(examples)
+        total = (losses * weight).sum()
+        return total if balance is None else total + balance * weight.sum()  # a mean, as the loss is a sum
+
+    def log_probs(self, examples: Sequence[Example]) -> Tensor:
+        """Sum over the supervised tokens of each example of weight * log-probability (N,), fp64, differentiable."""
+        losses, weight, owners, _ = self._supervised(examples)
+        return sums_by_owner(-losses, weight, owners, len(examples))
+
+    def last_hidden(self, examples: Sequence[Example]) -> Tensor:
+        """What the model holds at the last token of each example, as its output embedding takes it (N, h)."""
+        found: list[Tensor] = []
+
+        def last(hidden: Tensor) -> Tensor:
+            ends = torch.tensor([len(example) - 1 for example in examples], device=hidden.device)
+            found.append(hidden[torch.arange(len(examples), device=hidden.device), ends])
+            return found[0][:1].detach()  # no logits are wanted, and a model makes some
+
+        self._forward(_Padded.of(examples), last)
+        return found[0]
+
+    def _supervised(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(cross entropy, weight, row) of each supervised token, and what a mixture adds to a mean loss to keep its
+        experts evenly used, where its config asks for it."""
+        padded, device = _Padded.of(examples), next(self._head.parameters()).device
+        row, column = padded.weights.nonzero(as_tuple=True)
+        labels, weight = padded.ids[row, column].to(device), padded.weights[row, column].to(device)
+        row, before = row.to(device), (column - 1).to(device)  # the position that predicts each label
+        found = self._forward(padded, lambda hidden: hidden[row, before])
+        losses = F.cross_entropy(found.logits.float(), labels, reduction="none")
+        balanced = self._balance and self.model.training
+        return losses, weight, row, self._balance * found.aux_loss.to(device) if balanced else None
+
+    def _forward(self, padded: _Padded, pick: Callable[[Tensor], Tensor]) -> Any:
+        """The model's own output, with logits of what `pick` takes of the last hidden states (B, S, h) alone."""
         device = next(self._head.parameters()).device
-        longest = max(len(example) for example in examples)
-        ids = torch.zeros(len(examples), longest, dtype=torch.long)
-        weights = torch.zeros(len(examples), longest)
-        attended = torch.zeros(len(examples), longest, dtype=torch.long)
-        keys = np.zeros((len(examples), longest), dtype=np.int64)
+        self.masks.tokens = padded.keys.to(device)
+
+        def picked_only(_: torch.nn.Module, inputs: tuple[Any, ...]) -> Any:
+            if inputs[0].shape[:2] != padded.ids.shape:
+                kind = cast(Any, self.model).config.model_type
+                what = f"{kind}: its output head does not take one position a token"
+                raise ModelError(what, fix="use a decoder-only language model")
+            return (pick(inputs[0]), *inputs[1:])
+
+        # A hook on the output embedding, so that no logits are made for padding, prompts and other unsupervised tokens.
+        with self._head.register_forward_pre_hook(picked_only):
+            return self.model(
+                input_ids=padded.ids.to(device),
+                attention_mask=padded.attended.to(device),
+                use_cache=False,
+                return_dict=True,
+            )
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """Examples as rows of one length, padded at their right: all (B, S)."""
+
+    ids: Tensor
+    weights: Tensor
+    attended: Tensor
+    keys: Tensor
+
+    @staticmethod
+    def of(examples: Sequence[Example]) -> _Padded:
+        shape = len(examples), max(len(example) for example in examples)
+        ids, attended = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        weights, keys = torch.zeros(shape), np.zeros(shape, dtype=np.int64)
         for i, example in enumerate(examples):
             ids[i, : len(example)] = torch.from_numpy(example.ids)
             weights[i, : len(example)] = torch.from_numpy(example.weights)
             attended[i, : len(example)] = 1
             keys[i, : len(example)] = token_keys(example.ids)
-        self.masks.tokens = torch.from_numpy(keys).to(device)
-        row, column = weights.nonzero(as_tuple=True)
-        labels, weight = ids[row, column].to(device), weights[row, column].to(device)
-        row, before = row.to(device), (column - 1).to(device)  # the position that predicts each label
-
-        def supervised_only(_: torch.nn.Module, inputs: tuple[Any, ...]) -> Any:
-            if inputs[0].shape[:2] != ids.shape:
-                kind = cast(Any, self.model).config.model_type
-                what = f"{kind}: its output head does not take one position a token"
-                raise ModelError(what, fix="use a decoder-only language model")
-            return (inputs[0][row, before], *inputs[1:])
-
-        # A hook on the output embedding, so that no logits are made for padding, prompts and other unsupervised tokens.
-        with self._head.register_forward_pre_hook(supervised_only):
-            found = self.model(
-                input_ids=ids.to(device), attention_mask=attended.to(device), use_cache=False, return_dict=True
-            )
-        losses = F.cross_entropy(found.logits.float(), labels, reduction="none")
-        total = (losses * weight).sum()
-        if self._balance and self.model.training:  # of a mixture whose config asks for it; a mean, as the loss is a sum
-            total = total + self._balance * found.aux_loss.to(device) * weight.sum()
-        return total
+        return _Padded(ids, weights, attended, torch.from_numpy(keys))
 
 
 def load_balancing(config: Any) -> float:

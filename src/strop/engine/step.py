@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """token_loss: the summed loss of the supervised tokens of a micro-batch. masks: of dropout, which are told
-    which step begins. name: fast or plain; why: the reason for plain. recompute: from its call on, each layer's
-    input only is kept, and the layer is computed again in the backward pass; checkpoint: the same for this many
-    layers, where the step can, else for all. exchange: lets go of the frozen weights, has them replaced, and takes
-    up those that are there now. watch: sets what is to look at memory before each layer."""
+    """token_loss: the summed loss of the supervised tokens of a micro-batch. log_probs: the summed log-probability of
+    each example's supervised tokens (N,), fp64; examples with one prompt share it in the fast step. last_hidden: what
+    the model holds at the last token of each (N, h), for a reward model. masks: of dropout, which are told which step
+    begins. name: fast or plain; why: the reason for plain. recompute: from its call on, each layer's input only is
+    kept, and the layer is computed again in the backward pass; checkpoint: the same for this many layers, where the
+    step can, else for all. exchange: lets go of the frozen weights, has them replaced, and takes up those that are
+    there now. watch: sets what is to look at memory before each layer."""
 
     token_loss: Callable[[Sequence[Example]], Tensor]
+    log_probs: Callable[[Sequence[Example]], Tensor]
+    last_hidden: Callable[[Sequence[Example]], Tensor]
     masks: Masks
     name: str
     why: str
@@ -47,6 +51,8 @@ def step_for(model: nn.Module) -> Step:
         fast = FastLoss(model)
         return Step(
             fast,
+            fast.log_probs,
+            fast.last_hidden,
             fast.masks,
             "fast",
             "",
@@ -58,6 +64,8 @@ def step_for(model: nn.Module) -> Step:
     plain = PlainLoss(model)
     return Step(
         plain,
+        plain.log_probs,
+        plain.last_hidden,
         plain.masks,
         "plain",
         why,

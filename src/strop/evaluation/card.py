@@ -10,6 +10,19 @@ from typing import Any
 from strop.evaluation.metrics import Difference, judged_by_kind, verdict
 from strop.runs.folder import write_atomic
 
+REWARD = """It scores an answer by one number, the larger, the better; it writes none.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")  # with the chat template it was trained with
+base = AutoModelForSequenceClassification.from_pretrained("BASE", num_labels=1)
+model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()
+ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)  # up to the answer's end
+print(model(**ids).logits)
+```"""
+
 
 def write_card(adapter: Path, report: Mapping[str, Any]) -> None:
     """Writes the card of a run's adapter from what report.json holds; again after each evaluation."""
@@ -39,7 +52,14 @@ A LoRA adapter for `{base["name"]}`, trained with strop.
 {_template(report)}{"".join(f"| {what} | {said} |{chr(10)}" for what, said in _scores(report))}
 ## How to load it
 
-```python
+{_loading(name, chosen)}
+"""
+
+
+def _loading(name: str, chosen: Mapping[str, Any]) -> str:
+    if chosen.get("train.objective") == "reward":
+        return REWARD
+    return f"""```python
 import strop
 
 print(strop.load("THIS_FOLDER").chat("..."))
@@ -57,8 +77,7 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")  # with the chat templa
 vllm serve BASE --enable-lora --max-lora-rank {chosen["lora.r"]} --lora-modules {name}=THIS_FOLDER
 strop merge RUN --out MERGED             # one model of its own, for everything that takes no adapters
 strop export ollama RUN --out FOLDER     # for Ollama: a GGUF file and its Modelfile
-```
-"""
+```"""
 
 
 def _template(report: Mapping[str, Any]) -> str:
@@ -73,6 +92,8 @@ def _stored(chosen: Mapping[str, Any]) -> str:
 
 def _training(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     amount = f"{report['steps']:,} steps of {chosen['train.batch_size']} rows, {report['tokens']:,} tokens"
+    if chosen.get("train.objective", "sft") != "sft":
+        amount = f"{chosen['train.objective']}, {amount}"
     rate = f"learning rate {chosen['train.learning_rate']:g} ({chosen['train.lr_scheduler']})"
     return f"{amount}, {rate}, {chosen['train.optimizer']}, seed {chosen['seed']}"
 
@@ -85,7 +106,7 @@ def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if report.get("eval_loss") is not None:
         yield "evaluation loss", f"{report['eval_loss']:.4f}"
     for name, found in (("held-out rows", report.get("evaluation")), ("rows to keep", report.get("regression"))):
-        if found and found.get("tuned"):
+        if found and found.get("tuned") and found.get("base"):
             metric = found["metric"]
             said = f"{metric} {found['base'][metric]:.1%} before, {found['tuned'][metric]:.1%} after"
             yield name, f"{found['rows']} rows: {said} ({_judged(found)})"

@@ -11,6 +11,7 @@ from strop.errors import TROUBLES
 Series = dict[int, float]  # step -> value
 FLAT = f"see {TROUBLES}#flat"
 ENOUGH_STEPS = 20  # below this a loss curve says nothing about learning
+FELL = 0.1  # nats a token that chosen answers may lose
 BARELY = 1e-4  # relative change of the weights that no output would show
 
 
@@ -23,6 +24,7 @@ def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> l
     return [
         *_overfitting(train, held_out),
         *_not_learning(train, weight_change),
+        *_less_likely(events),
         *(_trouble(event) for event in events if event["event"] in ("rollback", "shrink", "override")),
     ]
 
@@ -61,6 +63,22 @@ def _not_learning(train: Series, weight_change: float | None) -> list[str]:
         moved = f"the adapters changed their weights by {weight_change:.1e} of their size"
         return [f"{flat}, and {moved}: the learning rate is too small, try 10 times as much ({FLAT})"]
     return [f"{flat}: see with `strop check` what is trained on, or try another learning rate ({FLAT})"]
+
+
+def _less_likely(events: Sequence[dict[str, Any]]) -> list[str]:
+    """Both the chosen and the rejected answers have become less likely: the margin grows by what is lost."""
+    moved = [
+        (e["chosen_change"], e["rejected_change"]) for e in events if e["event"] == "step" and "chosen_change" in e
+    ]
+    if len(moved) < ENOUGH_STEPS:
+        return []
+    chosen, rejected = (statistics.mean(side) for side in zip(*moved[-max(5, len(moved) // 5) :], strict=True))
+    if chosen > -FELL:
+        return []
+    return [
+        f"the chosen answers became less likely too, by {-chosen:.2f} nats a token (the rejected ones by "
+        f"{-rejected:.2f}): the margin grew by what both lost; train.sft_weight 1 holds the chosen ones up"
+    ]
 
 
 def _trouble(event: dict[str, Any]) -> str:

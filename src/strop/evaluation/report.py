@@ -105,6 +105,10 @@ def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "training loss", f"{loss['first']:.3f} → {loss['last']:.3f}"
     if _is_number(report.get("eval_loss")):
         yield "evaluation loss", f"{report['eval_loss']:.3f}"
+    held_out = (report.get("objective") or {}).get("held_out") or {}
+    if _is_number(held_out.get("accuracy")):
+        low, high = (_percent(end) for end in held_out["accuracy_interval"])
+        yield "ranked right, held out", f"{_percent(held_out['accuracy'])} ({low} to {high})"
     memory = report.get("memory") or {}
     if _is_number(memory.get("measured_peak_bytes")):
         yield "peak memory", f"{memory['measured_peak_bytes'] / 2**30:.2f} GiB"
@@ -116,7 +120,12 @@ def _scores(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Iter
     sides = [side for side in ("base", "tuned") if evaluation.get(side)]
     names = dict.fromkeys(name for side in sides for name in evaluation[side] if _is_number(evaluation[side][name]))
     for name in sorted(names, key=lambda name: name != metric):
-        share = name == metric or name in METRICS or name in ("intent", "valid_json") or name.endswith("_rate")
+        share = (
+            name == metric
+            or name in METRICS
+            or name in ("intent", "valid_json", "preference_sum")
+            or name.endswith("_rate")
+        )
         cells = []
         for side in sides:
             value = evaluation[side].get(name)
@@ -298,12 +307,15 @@ def _loss_plot(events: Sequence[Mapping[str, Any]], width: float) -> Markup | No
 
 def _small_plots(events: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
     names = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
+    names |= {"accuracy": "answers ranked right", "margin": "margin of rewards"}
+    names |= {"chosen_nats": "chosen, log-probability a token", "rejected_nats": "rejected, log-probability a token"}
     for field, title in names.items():
         series = _series(events, "step", field)
         if len(series) > 1:
             figure, axes = _figure(3.4, 2.0, title)
             axes.plot(*_xy(series), color=BEFORE, linewidth=1.3)
-            axes.set_ylim(bottom=0)
+            if min(series.values()) >= 0:
+                axes.set_ylim(bottom=0)
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
             axes.yaxis.get_offset_text().set_color(INK)
             yield _svg(figure, f"{title} by step")

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from strop.adapters import adapter_folder, load
+from strop.adapters import adapter_folder, is_reward, load, refuse_other_kind
 from strop.data.conversation import Conversation
-from strop.data.formats import conversations
+from strop.data.formats import PAIRED, conversations
 from strop.data.reading.sources import RowFault, read_rows
 from strop.errors import DataError, RecipeError
 from strop.evaluation.card import write_card
@@ -20,6 +20,7 @@ from strop.evaluation.general import compare_general
 from strop.evaluation.harness import check_tasks, run_tasks
 from strop.evaluation.metrics import check_golds, paired_difference, verdict
 from strop.evaluation.metrics import metric as known_metric
+from strop.evaluation.preferences import METRIC, compare_preferences
 from strop.evaluation.report import write_report
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, is_run, write_json
@@ -28,14 +29,21 @@ SAMPLES_IN_REPORT = 20
 
 
 def read_conversations(data: str | Sequence[str]) -> list[Conversation]:
-    """All rows of the data as conversations. Raises DataError naming every row that is wrong."""
+    """All rows of the data as conversations: all of them pairs, or none.
+
+    Raises DataError naming every row that is wrong.
+    """
     bad: list[RowFault] = []
     reader = conversations(read_rows(data, bad=bad), bad=bad)
     found = list(reader)
-    if "preference" in reader.found.values():
-        raise DataError("preference pairs have no single right answer", fix="give rows with one answer each")
+    kinds = {"pairs" if name in PAIRED else name for name in reader.found.values()}
+    if "labelled" in kinds:
+        fix = "give rows with right answers, or pairs"
+        raise DataError("answers that were judged good or bad are not all right answers", fix=fix)
     if bad:
         raise DataError(f"{len(bad)} rows are wrong", fix="mend or remove them", where=[fault.where for fault in bad])
+    if "pairs" in kinds and len(kinds) > 1:
+        raise DataError("pairs and other rows in one evaluation", fix="give them in two commands")
     return found
 
 
@@ -60,7 +68,8 @@ def evaluate_models(
     task_limit: int | None = None,
 ) -> list[dict[str, Any]]:
     """Base and tuned on the rows of `data` (base alone where there is no adapter), for each model in turn; what
-    compare.compare returns, and `run`. A base that several have in common is asked once.
+    compare.compare returns (of pairs, preferences.compare_preferences), and `run`. A base that several have in common
+    is asked once.
 
     general: ask the built-in general set too, to see what training broke (`general` in the result).
     regression_data: rows of the user's own for the same purpose (`regression`); regression_metric: theirs, or metric.
@@ -75,15 +84,32 @@ def evaluate_models(
         raise RecipeError("--task-limit: there are no tasks", fix="give --tasks")
     rows = _scorable(data, metric)
     kept = _scorable(regression_data, regression_metric or metric) if regression_data else []
+    if _is_paired(rows) and (general or kept or tasks):
+        raise RecipeError(
+            "pairs: nothing is written, so there is nothing else to ask", fix="leave --general and such out"
+        )
+    if _is_paired(kept):
+        raise RecipeError("--regression-data: pairs", fix="evaluate them in a command of their own: --data")
     for name in names:
         if (general or kept) and adapter_folder(name) is None:
             flag = "--general" if general else "--regression-data"
             raise RecipeError(f"{flag}: {name} has no adapter, so there is nothing to compare", fix="leave it out")
+    paired = _is_paired(rows)
     names_of_tasks, manager = check_tasks(tasks) if tasks else ([], None)
     bases: dict[tuple[str, str, str], Side] = {}
     results = []
     for name in names:
-        model = load(name, quantization=quantization, force=force)
+        scores = (folder := adapter_folder(name)) is not None and is_reward(folder)
+        if scores and not paired:
+            refuse_other_kind(folder or Path(name), scores=False)
+        model = load(name, quantization=quantization, force=force, scores=scores)
+        if paired:
+            result = {"run": name, **compare_preferences(model, rows, advance), "notes": list(model.notes)}
+            del model
+            if is_run(Path(name)):
+                add_to_report(RunFolder(Path(name)), result)
+            results.append(result)
+            continue
         same = (str(model.source), model.quantization, model.renderer.fingerprint)
         asking = partial(compare, model, max_new_tokens=max_new_tokens, advance=advance)
         found = asking(rows, metric=metric, base=bases.get(same))
@@ -122,9 +148,20 @@ def leaderboard(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return board
 
 
+def _is_paired(rows: Sequence[Conversation]) -> bool:
+    return bool(rows and rows[0].rejected)
+
+
 def _scorable(data: str | Sequence[str], metric: str) -> list[Conversation]:
-    known_metric(metric)
+    if metric != METRIC:
+        known_metric(metric)
     rows = read_conversations(data)
+    if _is_paired(rows):
+        if metric not in ("exact", METRIC):  # exact: nobody asked for another
+            raise RecipeError(f"--metric {metric}: pairs have no single right answer", fix=f"--metric {METRIC}")
+        return rows
+    if metric == METRIC:
+        raise RecipeError(f"--metric {METRIC}: the rows are no pairs", fix="give rows with chosen and rejected")
     asked = questions(rows)
     if not asked:
         raise DataError(f"{data}: no row ends with an assistant turn", fix="give rows with the right answers")

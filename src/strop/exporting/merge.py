@@ -29,12 +29,14 @@ from strop.adapters import (
     new_rows,
     read_adapter_config,
     read_identity,
+    refuse_other_kind,
     with_tokenizer,
 )
 from strop.config.load import read_resolved
 from strop.config.schema import DataSection
 from strop.data.conversation import Example
 from strop.data.prepare import prepare
+from strop.data.units import Learning
 from strop.engine.step import step_for
 from strop.errors import FolderError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.loss import mean_loss
@@ -50,6 +52,7 @@ from strop.model.shape import prequantized
 from strop.model.shards import SHARD_BYTES, Tensors
 from strop.model.tokenizer import load_tokenizer
 from strop.model.towers import in_text
+from strop.objectives.table import learning_of
 from strop.planning.memory import measuring_bytes
 from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, write_json
 from strop.runs.lock import sha256_file, sha256_text
@@ -102,6 +105,7 @@ def merge(
     source = base_source(folder)
     if prequantized(source.config()):
         raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
+    refuse_other_kind(folder, scores=False)
     check_base(folder, source)
     check_weights(folder)
     check_measured(data, measure)
@@ -184,14 +188,18 @@ def rows_to_measure(name: str, folder: Path, source: Source, data: str | None) -
     tokenizer = load_tokenizer(with_tokenizer(folder, source))
     if data is None and not is_run(Path(name)):
         raise ModelError(f"{name}: an adapter folder has no rows to measure on", fix="give --data")
+    learning: Learning = "turns"
     if is_run(Path(name)):
-        section = read_resolved(RunFolder(Path(name)).recipe).recipe.data
-        section = section if data is None else section.model_copy(update={"train": data, "eval": None})
+        recipe = read_resolved(RunFolder(Path(name)).recipe).recipe
+        section, learning = recipe.data, learning_of(recipe.train)
+        if data is not None:
+            section, learning = section.model_copy(update={"train": data, "eval": None}), "turns"
     else:
         section = DataSection(train=str(data))
-    prepared = prepare(section, tokenizer, cache=cache_folder() / "data")
+    prepared = prepare(section, tokenizer, cache=cache_folder() / "data", learning=learning)
     held_out = prepared.eval if prepared.eval is not None else prepared.train
-    return [held_out[row] for row in range(min(len(held_out), 2000))]
+    step = 2 if learning == "pairs" else 1  # the chosen answers
+    return [held_out[row] for row in range(0, min(len(held_out), 2000 * step), step)]
 
 
 def better_base(

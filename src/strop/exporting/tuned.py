@@ -17,6 +17,7 @@ from strop.adapters import (
     check_weights,
     new_rows,
     read_adapter_config,
+    refuse_other_kind,
     with_tokenizer,
 )
 from strop.data.conversation import Example
@@ -60,6 +61,7 @@ class Tuned:
         if new_rows(read_adapter_config(folder)):
             what = f"{name}: brings tokens that its base does not have"
             raise ModelError(what, fix="run `strop merge` on it, and export the merged folder")
+        refuse_other_kind(folder, scores=False)
         check_base(folder, source)
         check_weights(folder)
         trained, losses = Trained.read(folder), dict[str, float]()

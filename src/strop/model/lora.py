@@ -19,6 +19,7 @@ from strop.config.schema import LoraSection
 from strop.errors import ModelError, nearest
 from strop.model.experts import by_parameter, expert_parameters, is_experts, sizes, sum_experts_once
 from strop.model.quantize import QuantizedLinear, added, is_plain, why_not
+from strop.model.score import HEAD, TASK, add_head, check_head
 from strop.model.targets import (
     EMBEDDINGS,
     EXPERTS,
@@ -123,14 +124,21 @@ def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
     return names
 
 
-def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any) -> peft.PeftModel:
+def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, scored: bool = False) -> peft.PeftModel:
     """The model with trainable fp32 adapters on its frozen base; `section.alpha` must be resolved.
+
+    scored: with a trained head that scores texts, as a reward model has.
 
     New tokens are added to the tokenizer, and their embedding rows are trained and saved with the adapter.
     """
     assert section.alpha is not None
     names = check_lora(model, section)
     new_rows = _add_tokens(model, section.new_tokens, tokenizer)
+    where, whole = _where(model, names), list(section.modules_to_save)
+    if scored:
+        check_head(cast(Any, model).config)
+        add_head(model)
+        whole.append(HEAD)
     config = peft.LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
@@ -141,9 +149,9 @@ def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any) -> peft.Pef
         init_lora_weights=section.init if section.init == "gaussian" else True,  # loftq: filled in by loftq.py
         rank_pattern=dict(section.rank_pattern),
         alpha_pattern=dict(section.alpha_pattern),
-        modules_to_save=list(section.modules_to_save) or None,
-        task_type="CAUSAL_LM",
-        **_where(model, names),
+        modules_to_save=whole or None,
+        task_type=TASK if scored else "CAUSAL_LM",
+        **where,
         **({"trainable_token_indices": new_rows} if new_rows else {}),
     )
     return sum_once(as_fp32(peft.get_peft_model(model, config)))
@@ -232,10 +240,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def num_trainable(skeleton: nn.Module, section: LoraSection) -> int:
+def num_trainable(skeleton: nn.Module, section: LoraSection, *, scored: bool = False) -> int:
     """Weights that `add_lora` would make trainable, counted on a model without weights, which takes the adapters."""
     bare = section.model_copy(update={"new_tokens": [], "alpha": section.alpha or 1.0})
-    adapted = add_lora(skeleton, bare, None)
+    adapted = add_lora(skeleton, bare, None, scored=scored)
     width = skeleton.get_input_embeddings().embedding_dim  # type: ignore[operator]
     rows = len(section.new_tokens) * width * len(embeddings(skeleton))
     return sum(weight.numel() for weight in trainable(adapted).values()) + int(rows)

@@ -13,6 +13,7 @@ from strop.errors import ModelError, RecipeError
 from strop.machine.memory import recall
 from strop.machine.probe import Machine
 from strop.model.shape import ModelShape
+from strop.objectives.table import answers_of, objective_of, open_options
 from strop.planning.activations import KEEP_PAIRS, MicroBatch, at_peak
 from strop.planning.memory import load, train
 from strop.planning.setting import Setting
@@ -22,6 +23,7 @@ MICRO_BATCH_TOKENS = 2048
 SHORTEST = 256  # tokens; a row below holds little of a conversation
 USABLE = {"cpu": 0.9, "mps": 0.75, "cuda": 0.95}  # of what is free: MemoryWatch stops a run on a CPU there
 GIB = 1 << 30
+HEADS = ("classifier", "score")  # of a reward model: peft names both, and the objective brings its own
 
 
 def learning_rate(parameters: int) -> float:
@@ -64,6 +66,8 @@ def choose(
         pick("model.dtype", *dtype)
     if recipe.lora.alpha is None:
         pick("lora.alpha", float(2 * recipe.lora.r), "2 r")
+    for option in open_options(recipe.train):
+        pick(*option)
     if recipe.train.learning_rate is None:
         pick("train.learning_rate", *_rate(recipe, shape))
     if recipe.train.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
@@ -150,27 +154,29 @@ def largest_micro_batch(recipe: Recipe, setting: Setting, longest: int | None = 
 
 
 def _filled(recipe: Recipe, length: int) -> MicroBatch:
-    train_ = recipe.train
+    train_, answers = recipe.train, answers_of(recipe.train)
+    most = answers * train_.batch_size
     if train_.micro_batch is not None:
-        lengths = [length] * min(train_.micro_batch, train_.batch_size)
+        lengths = [length] * answers * min(train_.micro_batch, train_.batch_size)
     else:
-        budget = max(train_.micro_batch_tokens or MICRO_BATCH_TOKENS, length)
-        lengths = [length] * min(budget // length, train_.batch_size)
-        rest = budget - sum(lengths)
-        lengths += [rest] if len(lengths) < train_.batch_size and rest > 1 else []
-    return MicroBatch.rows(lengths, more=len(lengths) < train_.batch_size)
+        budget = max(train_.micro_batch_tokens or MICRO_BATCH_TOKENS, length * answers)
+        lengths = [length] * answers * min(budget // (length * answers), train_.batch_size)
+        rest = (budget - sum(lengths)) // answers
+        lengths += [rest] * answers if len(lengths) < most and rest > 1 else []
+    return MicroBatch.rows(lengths, more=len(lengths) < most)
 
 
 def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> MicroBatch:
-    """The one whose time stands for the run's: of rows of the mean length. rows: (tokens, supervised) of each, where
-    they are known; else they are as long as they may be, and supervised."""
+    """The one whose time stands for the run's: of rows of the mean length. rows: (tokens, supervised) of each answer,
+    where they are known; else they are as long as they may be, and supervised."""
+    answers = answers_of(recipe.train)
     if not rows:
-        rows = [(recipe.data.max_length, recipe.data.max_length - 1)] * recipe.train.batch_size
+        rows = [(recipe.data.max_length, recipe.data.max_length - 1)] * recipe.train.batch_size * answers
     train_, mean = recipe.train, max(2, round(sum(tokens for tokens, _ in rows) / len(rows)))
-    number = train_.micro_batch or max(1, (train_.micro_batch_tokens or MICRO_BATCH_TOKENS) // mean)
-    number = min(number, train_.batch_size, len(rows))
+    number = train_.micro_batch or max(1, (train_.micro_batch_tokens or MICRO_BATCH_TOKENS) // (mean * answers))
+    number = answers * min(number, train_.batch_size, len(rows) // answers)
     share = sum(supervised for _, supervised in rows) / max(1, sum(tokens - 1 for tokens, _ in rows))
-    return MicroBatch.rows([mean] * number, share=share, more=number < min(train_.batch_size, len(rows)))
+    return MicroBatch.rows([mean] * number, share=share, more=number < min(answers * train_.batch_size, len(rows)))
 
 
 def memory_key(recipe: Recipe, machine: Machine, shape: ModelShape) -> str:
@@ -298,7 +304,7 @@ def _last_resorts(resolved: Resolved, room: Room) -> list[Choice]:
         length = max(SHORTEST, length // 2)
         made["data.max_length"] = made["train.micro_batch_tokens"] = length
         if is_open("data.overlong"):
-            made["data.overlong"] = "split"
+            made["data.overlong"] = "split" if recipe.train.objective == "sft" else "truncate-start"
 
 
 def _resident(resolved: Resolved, room: Room) -> list[Choice]:
@@ -331,6 +337,10 @@ def _rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
     rate, why = learning_rate(shape.parameters), f"rule for {shape.parameters / 1e6:,.0f}M parameters"
     if recipe.train.optimizer == "sgd":
         raise RecipeError("--train.optimizer sgd: has no rule for its learning rate", fix="give --train.learning_rate")
+    objective = objective_of(recipe.train)
+    if objective is not None:
+        rate = float(f"{rate * objective.rate_share:.2g}")
+        why = f"{why}, {objective.rate_share:g} of it for {objective.name}"
     if recipe.train.optimizer == "lion":
         return float(f"{rate / 5:.2g}"), f"{why}, a fifth of it for lion (arXiv:2302.06675: 3 to 10 times smaller)"
     return rate, why
@@ -346,7 +356,7 @@ def _of_adapter(resolved: Resolved, adapter: Mapping[str, Any]) -> list[Choice]:
         "lora.target_modules": sorted(adapter["target_modules"]),
         "lora.rank_pattern": adapter.get("rank_pattern") or {},
         "lora.alpha_pattern": adapter.get("alpha_pattern") or {},
-        "lora.modules_to_save": adapter.get("modules_to_save") or [],
+        "lora.modules_to_save": [name for name in adapter.get("modules_to_save") or [] if name not in HEADS],
     }
     for field, value in found.items():
         asked = resolved.choices[field]

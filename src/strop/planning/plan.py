@@ -11,6 +11,7 @@ from strop.config.schema import Recipe
 from strop.data.batches import BatchStream
 from strop.machine.probe import Machine
 from strop.model.shape import Peek
+from strop.objectives.table import answers_of
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import Room, choose, largest_micro_batch, usable_bytes, usual_micro_batch
 from strop.planning.ladder import Rung, ladder
@@ -81,7 +82,7 @@ def make_plan(
     adapter: Mapping[str, Any] | None = None,
 ) -> Plan:
     """rate_of: the machine's in a type. device and dtype: where the recipe leaves them open. rows: tokens and
-    supervised tokens of each, where they are known. adapter: adapter_config.json of the adapter to start from.
+    supervised tokens of each answer, where they are known. adapter: adapter_config.json of the adapter to start from.
 
     Raises InputError where the recipe asks for what the model does not have.
     """
@@ -105,7 +106,7 @@ def make_plan(
         setting=setting,
         engine=f"plain: {why}" if (why := why_plain(recipe, model.shape)) else "fast",
         tokens_per_s=tokens_per_s(setting, usual, rate),
-        seconds=_seconds(recipe, setting, usual, rate, len(rows)),
+        seconds=_seconds(recipe, setting, usual, rate, len(rows) // answers_of(recipe.train)),
         rate=rate,
         largest=_largest(recipe, room),
         disk_bytes=_disk_bytes(recipe, setting),
@@ -122,7 +123,7 @@ def _seconds(recipe: Recipe, setting: Setting, usual: MicroBatch, rate: Rate, ro
     stream = BatchStream(
         rows or train.batch_size, batch_size=train.batch_size, seed=0, epochs=train.epochs, max_steps=train.max_steps
     )
-    a_step = stream.num_rows / stream.steps_per_epoch
+    a_step = answers_of(train) * stream.num_rows / stream.steps_per_epoch
     at_once = sum(number for number, _, _ in usual.documents)
     return stream.total_steps * step_seconds(setting, usual, a_step / at_once, rate)
 

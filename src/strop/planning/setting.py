@@ -54,6 +54,7 @@ class Setting:
         whole += len(lora.new_tokens) * shape.hidden
         if lora.use_dora:
             whole += shape.layers * sum(x.rows for x, rank in zip(shape.linears, ranks, strict=True) if rank)
+        whole += shape.hidden if train.objective == "reward" else 0  # its head
         plain = why_plain(recipe, shape) is not None
         return Setting(
             shape,

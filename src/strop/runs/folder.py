@@ -53,6 +53,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def reference(self) -> Path:
+        """How likely each answer was when training began, for objectives that compare with that."""
+        return self.path / "reference.safetensors"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.json"
 

@@ -31,7 +31,7 @@ HARMLESS = {
 # the shape of what is trained: a checkpoint of another shape does not fit
 SHAPES = {
     "lora.r", "lora.target_modules", "lora.bias", "lora.use_dora", "lora.rank_pattern", "lora.modules_to_save",
-    "lora.new_tokens",
+    "lora.new_tokens", "train.objective",
 }  # fmt: skip
 GROUPS = {
     "lr": {"train.learning_rate"},

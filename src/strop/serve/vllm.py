@@ -33,6 +33,7 @@ from strop.adapters import (
     check_weights,
     load,
     read_adapter_config,
+    refuse_other_kind,
     with_tokenizer,
 )
 from strop.config.load import read_resolved
@@ -45,6 +46,7 @@ from strop.evaluation.general import rows as general_rows
 from strop.model.facts import Source, locate, read_config
 from strop.model.load import weights_folder
 from strop.model.tokenizer import head_folder, load_tokenizer
+from strop.objectives.table import learning_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
 from strop.serve.models import BASE, check_names
 from strop.serve.run import KEY_VARIABLE, LONGEST_CONTEXT, Address
@@ -111,6 +113,7 @@ def about_vllm(python: str, architecture: str) -> dict[str, Any]:
 def lora_rank(folder: Path) -> int:
     """What vLLM must be told so that it takes an adapter. Raises ModelError for one that it cannot run."""
     config = read_adapter_config(folder)
+    refuse_other_kind(folder, scores=False)
     odd = [name for name in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(name)]
     odd += ["bias"] if config.get("bias", "none") != "none" else []
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
@@ -249,8 +252,9 @@ def _fitting_rank(folder: Path, source: Source) -> int:
 def _texts(name: str, renderer: Renderer, longest: int) -> list[Ids]:
     """Texts to compare on, as ids: a run's own rows, else the general set's questions."""
     if is_run(Path(name)):
-        section = read_resolved(RunFolder(Path(name)).recipe).recipe.data
-        prepared = prepare(section, renderer.tokenizer, cache=cache_folder() / "data")
+        recipe = read_resolved(RunFolder(Path(name)).recipe).recipe
+        learning = learning_of(recipe.train)
+        prepared = prepare(recipe.data, renderer.tokenizer, cache=cache_folder() / "data", learning=learning)
         rows: Any = prepared.eval if prepared.eval is not None else prepared.train
         return [rows[row].ids[:longest] for row in range(min(len(rows), TEXTS))]
     return [renderer.prompt(row.messages)[:longest] for row in general_rows()[:TEXTS]]

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING
 
+import torch
+
+from strop.errors import RunError
+
 if TYPE_CHECKING:
-    from strop.training.state import Progress
+    from strop.training.state import Progress, TrainState
 
 IN_A_ROW = 3  # bad steps in a row that call for more than passing them over
 RATE_CUT = 0.25  # what the learning rate is multiplied by after a roll-back
 RECENT = 64  # good losses that the bound is made of
 ENOUGH = 16  # of them, before there is a bound
 SIGMAS, NATS = 8.0, 1.0  # the bound lies this far above their median, whichever is more
+FALLEN = 1.0  # nats a token that good answers may lose before it is told
 FAR = 10.0  # one loss beyond this many times that distance is enough
 
 
@@ -76,3 +83,34 @@ def advice(progress: Progress, rate: float, dtype: str, trouble: Diverged) -> li
         said.append("the same rows each time (events.jsonl names them) mean that the rows are the cause")
         said.append("a base that gives NaN on its own is damaged or of the wrong type: try --model.dtype fp32")
     return said
+
+
+@contextmanager
+def moving(state: TrainState, grad_norm: float, *, watched: bool) -> Iterator[None]:
+    """Around the optimizer's step: the first one of an objective of answers must move the adapters. Its loss says
+    nothing of that: it is the same for any model that equals its reference.
+
+    Raises RunError for a gradient of zero, or weights that the step leaves as they are.
+    """
+    first = watched and state.progress.step == 0
+    before = [weight.detach().clone() for weight in state.weights.values()] if first else []
+    yield
+    if not first:
+        return
+    where = "the objective does not reach the weights"
+    if not grad_norm:
+        raise RunError(f"the gradient of the first step is zero: {where}", fix="please report it")
+    if all(torch.equal(old, new) for old, new in zip(before, state.weights.values(), strict=True)):
+        raise RunError("the first step has moved no weight", fix="raise --train.learning_rate")
+
+
+def falling(progress: Progress, figures: Mapping[str, float]) -> str | None:
+    """That good answers become less likely, once: both sides may fall while the margin between them grows."""
+    name = next((name for name in ("chosen", "desirable") if f"{name}_change" in figures), None)
+    if name is None or name in progress.told or figures[f"{name}_change"] > -FALLEN:
+        return None
+    progress.told = [*progress.told, name]
+    fix = "a lower learning rate or a larger --train.beta keeps the model nearer to its start"
+    if name == "chosen":
+        fix = f"--train.sft_weight 1 holds them up; {fix}"
+    return f"{name} answers are {-figures[f'{name}_change']:.1f} nats a token less likely than at the start: {fix}"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from strop.config.schema import Recipe
 from strop.data.batches import BatchStream
-from strop.data.conversation import Example
+from strop.data.conversation import Item
 from strop.engine.step import Step
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
+from strop.training.criteria import Criterion, SupervisedTokens
 from strop.training.state import TrainState
 
 
@@ -21,19 +22,20 @@ class Job:
     """One run, ready to be trained.
 
     stream: puts packed weights in the place of those that were dequantized once; None where there are none such.
-    memory_key: what running out of memory is remembered under; empty: not at all.
+    memory_key: what running out of memory is remembered under; empty: not at all. criterion: what a step makes smaller.
     """
 
     recipe: Recipe
     folder: RunFolder
     model: nn.Module
     step: Step
-    train: Sequence[Example]
-    eval: Sequence[Example] | None
+    train: Sequence[Item]
+    eval: Sequence[Item] | None
     state: TrainState
     log: EventLog
     stream: Callable[[], None] | None = None
     memory_key: str = ""
+    criterion: Criterion = field(default_factory=SupervisedTokens)
 
 
 def stream_of(recipe: Recipe, num_rows: int, position: dict[str, int] | None = None) -> BatchStream:

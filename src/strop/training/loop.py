@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from strop.data.batches import Batch, BatchStream
-from strop.data.conversation import Example
+from strop.data.conversation import Item
 from strop.errors import DivergedError, NonFiniteError, Stopped
-from strop.evaluation.loss import mean_loss
 from strop.training import guard
 from strop.training import state as checkpoints
 from strop.training.guard import Diverged, Verdict
@@ -28,13 +27,15 @@ SAVE_EVERY_S = 600.0  # at least this often, whatever the recipe says about step
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the supervised tokens of the effective batch. grad_norm: before clipping."""
+    """loss: mean over the supervised tokens (or units) of the effective batch. grad_norm: before clipping. figures:
+    means of what an objective of answers tells."""
 
     loss: float
     grad_norm: float
     tokens: int
     supervised_tokens: int
     verdict: Verdict
+    figures: dict[str, float]
 
     @property
     def finite(self) -> bool:
@@ -137,35 +138,43 @@ def step(job: Job, batch: Batch, rate: float) -> StepResult:
 
     A step that the guard does not let pass leaves the weights as they are.
     """
-    examples = [job.train[row] for row in batch.rows]
+    items = [job.train[row] for row in batch.rows]
     job.step.masks.begin(job.recipe.seed, batch.index)
-    loss_sum = within_memory(job, examples, lambda: gradients(job, examples))
+    mean, figures = within_memory(job, items, lambda: gradients(job, items))
     weights = list(job.state.weights.values())
     norm = torch.nn.utils.clip_grad_norm_(weights, job.recipe.train.max_grad_norm or math.inf)
-    loss, grad_norm = torch.stack([loss_sum, norm.to(loss_sum.device)]).tolist()  # the one wait for the device
-    tokens, supervised = sum(len(example) for example in examples), sum(example.supervised for example in examples)
-    result = StepResult(loss, grad_norm, tokens, supervised, guard.look(job.state.progress, loss, grad_norm))
+    # the one wait for the device
+    loss, grad_norm, *found = torch.stack([x.to(mean) for x in (mean, norm, *figures.values())]).tolist()
+    tokens, supervised = sum(map(len, items)), sum(item.supervised for item in items)
+    verdict = guard.look(job.state.progress, loss, grad_norm)
+    told = {name: value for name, value in zip(figures, found, strict=True) if math.isfinite(value)}
+    result = StepResult(loss, grad_norm, tokens, supervised, verdict, told)
     if result.taken:
         set_rate(job.state.optimizer, rate)
-        job.state.optimizer.step()
+        with guard.moving(job.state, grad_norm, watched=bool(figures)):
+            job.state.optimizer.step()
     job.state.optimizer.zero_grad(set_to_none=True)
     return result
 
 
-def gradients(job: Job, examples: Sequence[Example]) -> Tensor:
-    """Adds the gradient of the effective batch to the weights; gives its mean loss (on the device).
+def gradients(job: Job, items: Sequence[Item]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Adds the gradient of the effective batch to the weights; gives its mean loss and figures (on the device).
 
-    This is the one place that divides the loss: by the supervised weight of the whole effective batch, so that
-    micro-batches of any size give the same gradient.
+    This is the one place that divides the loss: by the supervised weight (or the units) of the whole effective batch,
+    so that micro-batches of any size give the same gradient.
     """
-    divisor = sum(float(example.weights.sum()) for example in examples)
+    divisor = job.criterion.divisor(items)
     assert divisor > 0
-    losses = []
-    for group in micro_batches(job, examples):
-        loss = job.step.token_loss([examples[row] for row in group]) / divisor
+    level = job.criterion.level(job.step, items, partial(micro_batches, job))
+    losses, parts = [], []
+    for group in micro_batches(job, items):
+        total, figures = job.criterion.loss(job.step, [items[row] for row in group], level)
+        loss = total / divisor
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
-    return torch.stack(losses).sum()
+        parts.append(figures)
+    means = {name: torch.cat([part[name] for part in parts]).mean() for name in parts[0]}
+    return torch.stack(losses).sum(), means
 
 
 def evaluate(job: Job) -> None:
@@ -173,7 +182,8 @@ def evaluate(job: Job) -> None:
     assert held_out is not None
     job.model.eval()
     cut = partial(micro_batches, job)
-    loss = within_memory(job, held_out, lambda: mean_loss(job.step.token_loss, held_out, cut))
+    found = within_memory(job, held_out, lambda: job.criterion.evaluate(job.step, held_out, cut))
+    loss = found.pop("loss")
     job.model.train()
     took = time.perf_counter() - started
     progress.eval_seconds += took
@@ -182,9 +192,10 @@ def evaluate(job: Job) -> None:
     better = shown is not None and (progress.best_loss is None or loss < progress.best_loss)
     if better:
         progress.best_loss, progress.best_step, progress.evals_without_better = loss, progress.step, 0
+        progress.held_out = found
     else:
         progress.evals_without_better += 1
-    job.log.emit("eval", step=progress.step, loss=shown, best=better, seconds=round(took, 3))
+    job.log.emit("eval", step=progress.step, loss=shown, best=better, seconds=round(took, 3), **found)
 
 
 def save(job: Job) -> None:
@@ -259,7 +270,9 @@ def _log_step(job: Job, batch: Batch, result: StepResult, rate: float, took: flo
     progress, number = job.state.progress, batch.index + 1
     if progress.first_loss is None:
         progress.first_loss = result.loss
-    progress.last_loss = result.loss
+    progress.last_loss, progress.figures = result.loss, result.figures
+    if said := guard.falling(progress, result.figures):
+        job.log.emit("note", text=f"step {number}: {said}")
     if number % job.recipe.train.log_steps and number != total:
         return
     job.log.emit(
@@ -273,6 +286,7 @@ def _log_step(job: Job, batch: Batch, result: StepResult, rate: float, took: flo
         tokens=progress.tokens,
         tokens_per_s=round(result.tokens / took, 1),
         seconds_left=round((total - number) * progress.seconds / number, 1),
+        **result.figures,
     )
 
 

@@ -13,12 +13,13 @@ from itertools import islice
 
 import torch
 
-from strop.data.conversation import Example
-from strop.engine.packed import pack
+from strop.data.conversation import Example, Item
+from strop.engine.packed import pack, pack_apart
 from strop.machine.memory import MemoryMark
 from strop.planning.activations import MicroBatch, at_peak
 from strop.planning.memory import Phase, phases
 from strop.planning.setting import Setting
+from strop.training.criteria import OfAnswers
 from strop.training.job import Job, stream_of
 from strop.training.shrink import go_on_shrunk, micro_batches, random_states, set_random_states, within_memory
 
@@ -29,10 +30,10 @@ FAR_BELOW = 0.5  # of what may be used: no prediction was ever off by as much
 
 @dataclass(frozen=True)
 class Forecast:
-    """examples: the micro-batch that needs most. phases: of the run, with that micro-batch. off_bytes: by how much the
+    """items: the micro-batch that needs most. phases: of the run, with that micro-batch. off_bytes: by how much the
     rehearsal needed more than was predicted; None where nothing was rehearsed."""
 
-    examples: list[Example]
+    items: list[Item]
     batch: MicroBatch
     phases: dict[str, Phase]
     evaluates: bool
@@ -67,34 +68,37 @@ def forecast(job: Job, setting: Setting) -> Forecast:
         setting = setting.but(checkpoint_layers=setting.shape.layers)
     if job.state.progress.streamed:
         setting = setting.but(resident_layers=0)
-    found = [(examples, batch_of(job, examples, more, setting.tiles)) for examples, more in _candidates(job, setting)]
-    examples, batch = max(found, key=lambda pair: at_peak(setting, pair[1]).total)
-    return Forecast(examples, batch, phases(setting, batch, job.recipe.data.max_length), job.eval is not None)
+    found = [(items, batch_of(job, items, more, setting.tiles)) for items, more in _candidates(job, setting)]
+    items, batch = max(found, key=lambda pair: at_peak(setting, pair[1]).total)
+    return Forecast(items, batch, phases(setting, batch, job.recipe.data.max_length), job.eval is not None)
 
 
-def batch_of(job: Job, examples: Sequence[Example], more: bool, tiles: bool) -> MicroBatch:
-    """A micro-batch as the step computes it: packed behind a shared prefix, or padded to the longest row."""
+def batch_of(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> MicroBatch:
+    """A micro-batch as the step computes it: packed behind shared prefixes, or padded to the longest row."""
+    examples = [example for item in items for example in item.examples]
     supervised = sum(example.supervised for example in examples)
     if not job.step.packed:
         longest = max(len(example) for example in examples)
         return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), more)
-    packed = pack(examples, prefix_sharing=True, device=torch.device("cpu"))
+    lay_out = pack if isinstance(items[0], Example) else pack_apart
+    packed = lay_out(examples, prefix_sharing=True, device=torch.device("cpu"))
     documents = packed.documents.shapes(in_buckets=not tiles)
-    return MicroBatch(len(packed.ids), len(packed.rows), documents, more)
+    scored = isinstance(job.criterion, OfAnswers) and job.criterion.objective.scored
+    return MicroBatch(len(packed.ids), len(examples) if scored else len(packed.picked), documents, more)
 
 
-def _candidates(job: Job, setting: Setting) -> list[tuple[list[Example], bool]]:
+def _candidates(job: Job, setting: Setting) -> list[tuple[list[Item], bool]]:
     """The micro-batches that need most by their rows' lengths, and whether others share their step. What the prefix of
     a micro-batch saves, packing alone can tell."""
     found: list[tuple[int, tuple[int, ...], bool]] = []
     for step in islice(stream_of(job.recipe, len(job.train)), LOOKED_AT):
-        examples = [job.train[row] for row in step.rows]
-        groups = micro_batches(job, examples)
+        items = [job.train[row] for row in step.rows]
+        groups = micro_batches(job, items)
         for group in groups:
-            chosen, more = [examples[row] for row in group], len(groups) > 1
-            lengths = [len(example) for example in chosen]
+            chosen, more = [items[row] for row in group], len(groups) > 1
+            lengths = [len(example) for item in chosen for example in item.examples]
             batch = MicroBatch.rows(lengths if job.step.packed else [max(lengths)] * len(lengths), more=more)
-            batch = replace(batch, supervised=sum(example.supervised for example in chosen))
+            batch = replace(batch, supervised=sum(item.supervised for item in chosen))
             found.append((at_peak(setting, batch).total, tuple(step.rows[row] for row in group), more))
     largest = heapq.nlargest(LAID_OUT, found)
     return [([job.train[row] for row in rows], more) for _, rows, more in largest]
@@ -115,10 +119,11 @@ def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> F
     random, shape = random_states(), _shape(job)
 
     def compute() -> None:
-        for group in micro_batches(job, expected.examples):
-            job.step.token_loss([expected.examples[row] for row in group]).backward()  # type: ignore[no-untyped-call]
+        for group in micro_batches(job, expected.items):
+            loss, _ = job.criterion.loss(job.step, [expected.items[row] for row in group], 0.0)
+            loss.backward()  # type: ignore[no-untyped-call]
 
-    within_memory(job, expected.examples, compute)
+    within_memory(job, expected.items, compute)
     job.state.optimizer.zero_grad(set_to_none=True)
     set_random_states(random)
     measured = memory.peak_bytes()

@@ -16,7 +16,7 @@ import torch
 
 from strop.adapters import attach, save_adapter
 from strop.config.load import Resolved, read_resolved, resolve
-from strop.config.schema import Recipe
+from strop.config.schema import OBJECTIVE_OPTIONS, Recipe
 from strop.data.conversation import Conversation
 from strop.engine.step import step_for
 from strop.errors import InputError, MemoryLimitError, StropError, Where
@@ -30,6 +30,7 @@ from strop.model.blame import blaming
 from strop.model.experts import in_experts
 from strop.model.load import DTYPES, load_base, stream_weights
 from strop.model.lora import add_lora, as_fp32, trainable, weight_change
+from strop.objectives.table import objective_of
 from strop.planning.choose import usable_bytes
 from strop.planning.setting import Setting
 from strop.runs.events import EventLog, Listener, read_events
@@ -44,9 +45,12 @@ from strop.runs.folder import (
 )
 from strop.runs.lock import Difference, allowed, differences
 from strop.training import state as checkpoints
+from strop.training.criteria import criterion_for
 from strop.training.job import Job, stream_of
 from strop.training.loop import fit
 from strop.training.optim import make_optimizer
+from strop.training.reference import check as check_reference
+from strop.training.reference import with_reference
 from strop.training.rehearsal import Forecast, forecast, rehearse
 from strop.training.setup import Setup, check_space, remarks, set_up, start_adapter
 from strop.training.state import Progress, TrainState
@@ -159,14 +163,16 @@ def _execute(
             if resuming and folder.checkpoints():
                 _restore(job, changed)
             _announce(job, setup)
-            ended = "steps"
+            ended, key = "steps", reference_key(setup)
             if recipe.model.device == "cpu":  # CUDA says by itself when there is no more
                 job.step.watch(MemoryWatch(setup.machine.memory_bytes, probe().free_bytes))
             usable = usable_bytes(setup.machine, recipe.model.device)
             expected = forecast(job, Setting.of(recipe, setup.shape, setup.parameters, torch.get_num_threads()))
             if job.state.progress.step < _total(job):
                 expected = rehearse(job, expected, usable, memory)
+                job = with_reference(job, key)
                 ended = _fit(job)
+                check_reference(job, key)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -195,7 +201,22 @@ def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog) 
     if of.quantization != "none" and of.resident_layers:
         how = (of.quantization, of.double_quantization, DTYPES[of.dtype])
         stream = partial(stream_weights, base, setup.source, *how)
-    return Job(recipe, folder, model, step, data.train, data.eval, state, log, stream, setup.memory_key)
+    train, held_out = data.train_units or data.train, data.eval_units or data.eval
+    criterion = criterion_for(recipe.train, model)
+    return Job(recipe, folder, model, step, train, held_out, state, log, stream, setup.memory_key, criterion)
+
+
+def reference_key(setup: Setup) -> dict[str, str]:
+    """What the log-probabilities of the reference depend on, besides the weights that training starts from."""
+    recipe, lock = setup.resolved.recipe, setup.lock
+    stored = f"{recipe.model.quantization} {recipe.model.double_quantization} {recipe.model.dtype}"
+    parts = {"base": lock["base"]["fingerprint"], "stored": stored, "template": lock["template"], "rows": lock["data"]}
+    return {**parts, "adapter": str(recipe.model.adapter), "held_out": str(recipe.data.eval)}
+
+
+def _scored(recipe: Recipe) -> bool:
+    objective = objective_of(recipe.train)
+    return objective is not None and objective.scored
 
 
 def _total(job: Job) -> int:
@@ -240,9 +261,9 @@ def _build(setup: Setup, resuming: bool) -> peft.PeftModel:
     torch.manual_seed(recipe.seed)
     start = start_adapter(recipe)
     if start is not None:
-        model = as_fp32(attach(base, start, setup.source, trainable=True)[0])
+        model = as_fp32(attach(base, start, setup.source, trainable=True, scores=_scored(recipe))[0])
     else:
-        model = add_lora(base, recipe.lora, setup.tokenizer)
+        model = add_lora(base, recipe.lora, setup.tokenizer, scored=_scored(recipe))
         if recipe.lora.init == "loftq" and not resuming:
             loftq.fill_in(model, setup.source)
     return model.train()
@@ -269,6 +290,7 @@ def _finish(job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ende
         "run": str(folder.path),
         **_figures(progress),
         "eval_loss": progress.best_loss,
+        "objective": _objective(job),
         "skipped_steps": progress.skipped_steps,
         "rollbacks": progress.rollbacks,
         "weight_change": change,
@@ -293,6 +315,13 @@ def _finish(job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ende
     write_card(folder.adapter, report)
     write_json(folder.report, report)
     return report
+
+
+def _objective(job: Job) -> dict[str, Any]:
+    """What was learned: its name and options, the figures of the last step, and those of the best evaluation."""
+    train, progress = job.recipe.train, job.state.progress
+    options = {name: getattr(train, name) for name in OBJECTIVE_OPTIONS if getattr(train, name) is not None}
+    return {"name": train.objective, "options": options, "last": progress.figures, "held_out": progress.held_out}
 
 
 def _figures(progress: Progress) -> dict[str, Any]:

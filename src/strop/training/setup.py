@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from strop.adapters import adapter_folder, read_adapter_config, with_tokenizer
+from strop.adapters import adapter_folder, read_adapter_config, refuse_other_kind, with_tokenizer
 from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
@@ -22,9 +22,11 @@ from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import DTYPES, copies_to_make, load_config, skeleton
 from strop.model.lora import check_lora, num_trainable
 from strop.model.measured import parameters_of, shape_of
+from strop.model.score import check_head
 from strop.model.shape import ModelShape, prequantized
 from strop.model.tokenizer import load_tokenizer
 from strop.model.towers import text_path
+from strop.objectives.table import learning_of, objective_of
 from strop.planning.choose import choose, memory_key
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
 from strop.planning.setting import Setting
@@ -63,7 +65,8 @@ def set_up(resolved: Resolved, memory: int | None = None) -> Setup:
     resolved, key, num_weights, shape, parameters = _plan(resolved, source, machine)
     start = start_adapter(resolved.recipe)  # may have brought tokens and a template of its own
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
-    data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data")
+    learning = learning_of(resolved.recipe.train)
+    data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
     if data.renderer.template is not None:  # data.template: the adapter's tokenizer must say what it was trained with
         tokenizer.chat_template = data.renderer.template
     lock = {
@@ -151,6 +154,11 @@ def _experts(setup: Setup) -> list[str]:
         share = held / setup.parameters
         said.append(f"no adapter sits on its experts, which are {share:.0%} of it; all-linear adapts them too")
     loss, text = load_balancing(load_config(setup.source)), "its config"
+    if loss and recipe.train.objective != "sft":
+        return [
+            *said,
+            f"load-balancing loss: left out by objective {recipe.train.objective}, though {text} asks for it",
+        ]
     on = f"on, at {loss:g}, as {text} says" if loss else f"off, as {text} says (output_router_logits)"
     return [*said, f"load-balancing loss: {on}"]
 
@@ -168,8 +176,13 @@ def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolve
     recipe = resolved.recipe
     prepare_process()
     device = pick_device(recipe.model.device)
-    start = start_adapter(recipe)
+    start, objective = start_adapter(recipe), objective_of(recipe.train)
+    scored = objective is not None and objective.scored
+    if start is not None:
+        refuse_other_kind(start, scored)
     bare = skeleton(source)
+    if scored:
+        check_head(bare.config)
     shape, parameters = shape_of(load_config(source).to_dict(), source.config(), bare), parameters_of(bare)
     adapter = read_adapter_config(start) if start is not None else None
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
@@ -180,7 +193,7 @@ def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolve
         what = f"--model.quantization {scheme}: {shape.family} has no linear weights to quantize"
         raise ModelError(what, fix="use --model.quantization none")
     key = memory_key(resolved.recipe, machine, shape)
-    return resolved, key, num_trainable(bare, resolved.recipe.lora), shape, parameters
+    return resolved, key, num_trainable(bare, resolved.recipe.lora, scored=scored), shape, parameters
 
 
 def start_adapter(recipe: Recipe) -> Path | None:

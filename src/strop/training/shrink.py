@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from strop.data.conversation import Example
+from strop.data.conversation import Item
 from strop.data.pack import group_by_length, pack
 from strop.errors import MemoryLimitError
 from strop.machine.memory import give_back, is_out_of_memory, remember
@@ -22,9 +22,10 @@ from strop.training.job import Job
 T = TypeVar("T")
 
 
-def micro_batches(job: Job, examples: Sequence[Example]) -> list[list[int]]:
-    """Which examples are computed together: packed into the budget of tokens, or like lengths where padding counts."""
-    train, lengths, (size, unit) = job.recipe.train, [len(example) for example in examples], _cut(job)
+def micro_batches(job: Job, items: Sequence[Item]) -> list[list[int]]:
+    """Which rows are computed together: packed into the budget of tokens, or like lengths where padding counts."""
+    lengths = [item.computed(job.step.packed) for item in items]
+    train, (size, unit) = job.recipe.train, _cut(job)
     if unit == "rows":
         return group_by_length(lengths, tokens=None, rows=size if train.micro_batch is not None else None)
     return pack(lengths, max(size, *lengths)) if job.step.packed else group_by_length(lengths, tokens=size, rows=None)
@@ -41,7 +42,7 @@ def go_on_shrunk(job: Job) -> None:
         job.step.exchange(job.stream)
 
 
-def within_memory(job: Job, examples: Sequence[Example], compute: Callable[[], T]) -> T:
+def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> T:
     """What `compute` gives, called again with less memory each time that there is not enough.
 
     Raises MemoryLimitError when nothing is left to save.
@@ -61,15 +62,15 @@ def within_memory(job: Job, examples: Sequence[Example], compute: Callable[[], T
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         set_random_states(random)
-        _shrink(job, examples, said)
+        _shrink(job, items, said)
 
 
-def _shrink(job: Job, examples: Sequence[Example], said: str) -> None:
+def _shrink(job: Job, items: Sequence[Item], said: str) -> None:
     progress = job.state.progress
-    before, halvings = micro_batches(job, examples), progress.halvings
-    while micro_batches(job, examples) == before and _cut(job)[0] > 1:
+    before, halvings = micro_batches(job, items), progress.halvings
+    while micro_batches(job, items) == before and _cut(job)[0] > 1:
         progress.halvings += 1
-    after = micro_batches(job, examples)
+    after = micro_batches(job, items)
     if after != before:
         number, unit = _cut(job)
         to = f"micro-batches of {number} {unit}, {len(after)} in place of {len(before)}"

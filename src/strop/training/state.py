@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -52,6 +53,9 @@ class Progress:
     halvings: int = 0  # of the micro-batch, after running out of memory
     recompute: bool = False  # checkpoint layers, whatever the recipe says
     streamed: bool = False  # no quantized weight stays dequantized, whatever the recipe says
+    figures: dict[str, float] = field(default_factory=dict)  # of the newest step, for objectives of answers
+    held_out: dict[str, Any] = field(default_factory=dict)  # what the best evaluation found besides its loss
+    told: list[str] = field(default_factory=list)  # what was said once and need not be said again
     budget_from: float = 0.0  # seconds that were spent before the time budget of this session
 
 

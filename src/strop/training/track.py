@@ -11,7 +11,11 @@ from typing import Any
 from strop.errors import RecipeError
 from strop.runs.events import Event, Listener
 
-_SHOWN = {"step": ("loss", "learning_rate", "grad_norm", "tokens_per_s"), "eval": ("loss",)}
+_COMPARED = ("accuracy", "margin", "chosen_change", "rejected_change", "desirable_change", "undesirable_change", "kl")
+_SHOWN = {
+    "step": ("loss", "learning_rate", "grad_norm", "tokens_per_s", *_COMPARED),
+    "eval": ("loss", *_COMPARED),
+}
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -283,7 +283,7 @@ def test_a_header_alone_is_no_row(tmp_path: Path) -> None:
         ("d.pkl", b"", "run code"),
         ("d.docx", b"", "unknown file type .docx"),
         ("data", b"", "unknown file type (no suffix)"),
-        ("d.jsonl", gzip.compress(b"{}"), "gzip data without the suffix .gz"),
+        ("d.jsonl", gzip.compress(b"{}", mtime=0), "gzip data without the suffix .gz"),
         ("d.jsonl", zstandard.compress(b"{}"), "zstandard data"),
         ("d.csv", b"PK\x03\x04xx", "zip archive"),
         ("d.json", b"PAR1xx", "Parquet without the suffix"),

@@ -42,9 +42,10 @@ REASONS: dict[str, str] = {
 # is among them (tested).
 COLUMN_NAMES = frozenset(
     {
-        *("answer", "category", "chosen", "completion", "context", "conversation", "conversations", "history", "input"),
-        *("instances", "instruction", "label", "messages", "output", "prompt", "query", "question", "rejected"),
-        *("response", "system", "text", "tools"),
+        *("answer", "answers", "category", "chosen", "chosen_messages", "completion", "completions", "context"),
+        *("conversation", "conversations", "history", "input", "instances", "instruction", "kto_tag", "label"),
+        *("messages", "output", "prompt", "query", "question", "rejected", "rejected_messages", "rejected_response"),
+        *("response", "responses", "scores", "system", "text", "thumbs", "tools"),
     }
 )
 

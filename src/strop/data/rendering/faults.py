@@ -18,6 +18,9 @@ REASONS = {
     "reasoning-not-shown": "the row has reasoning, which the chat template does not show",
     "stop-inside": "a token that stops generation stands within an assistant turn",
     "nothing-supervised": "no token of the row is trained on",
+    "answer-in-parts": "the chat template makes several rows of one answer, which cannot be compared as one",
+    "prompt-tokens-differ": "chosen and rejected do not begin with the same tokens of the prompt",
+    "same-tokens": "chosen and rejected are the same tokens",
 }
 FIXES = {
     "system-unsupported": "move the system text into the first user turn, or choose data.template",

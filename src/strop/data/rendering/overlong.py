@@ -24,26 +24,43 @@ def truncate_start(
     if conversation.text is not None:
         [example] = examples
         return [replace(example, ids=example.ids[-limit:], weights=_context(example.weights[-limit:]))]
-    head, exchanges = _exchanges(conversation)
-    kept: list[Example] | None = None
+    kept = truncate_sides(renderer, [conversation], limit)
+    return kept[0] if kept else None
+
+
+def truncate_sides(renderer: Renderer, sides: Sequence[Conversation], limit: int) -> list[list[Example]] | None:
+    """The same of conversations that begin alike and part at an answer, all of them cut at one place of what they have
+    in common; one conversation alone is cut anywhere before its last exchange."""
+    head, exchanges = _exchanges(sides[0])
+    turns = [side.messages for side in sides]
+    common = len(turns[0])
+    if len(turns) > 1:
+        common = next((i for i, both in enumerate(zip(*turns, strict=False)) if both[0] != both[1]), common)
+        exchanges = _exchanges(replace(sides[0], messages=turns[0][:common]))[1]
+    ends = [list(side[common:]) for side in turns]
+
+    def rendered(parts: list[list[Message]]) -> list[list[Example]]:
+        return [_render(renderer, side, head, [*parts, end]) for side, end in zip(sides, ends, strict=True)]
+
+    kept: list[list[Example]] = []
     for first in range(len(exchanges) - 1, 0, -1):
-        shorter = _render(renderer, conversation, head, exchanges[first:])
-        if too_long(shorter, limit):
+        shorter = rendered(exchanges[first:])
+        if any(too_long(side, limit) for side in shorter):
             break
         kept = shorter
-    if kept:
+    if kept and all(kept):
         return kept
     asked, *rest = exchanges[-1]
     low, high = 1, len(asked.content.rstrip()) - 1  # characters to cut: few enough to leave a text
     while low <= high:
         middle = (low + high) // 2
         cut = replace(asked, content=asked.content[middle:].lstrip())
-        shorter = _render(renderer, conversation, head, [[cut, *rest]])
-        if too_long(shorter, limit):
+        shorter = rendered([[cut, *rest]])
+        if any(too_long(side, limit) for side in shorter):
             low = middle + 1
         else:
             kept, high = shorter, middle - 1
-    return kept or None
+    return kept if kept and all(kept) else None
 
 
 def split(renderer: Renderer, conversation: Conversation, examples: list[Example], limit: int) -> list[Example] | None:

@@ -48,4 +48,4 @@ def _turn(heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, np.fl
 
 def _work(heads: Heads, documents: Documents) -> tuple[Any, Any, Any, int, int, int, int]:
     shares = documents.shares(heads.key_value, torch.get_num_threads())
-    return documents.spans, *shares, heads.key_value, heads.group, heads.size, heads.window
+    return documents.table, *shares, heads.key_value, heads.group, heads.size, heads.window

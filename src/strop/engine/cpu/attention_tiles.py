@@ -83,28 +83,29 @@ def _up(n: Any, to: Any) -> Any:
 
 
 @inline
-def _key_row(n: Any, prefix: Any, start: Any) -> Any:
-    """The packed row of a document's n-th key."""
-    return n if n < prefix else start + n - prefix
+def _key_row(n: Any, prefix: Any, start: Any, front: Any) -> Any:
+    """The packed row of a document's n-th key; front: that of the first."""
+    return front + n if n < prefix else start + n - prefix
 
 
 @inline
 def _load_keys(
-    k: Any, step: Any, head: Any, d: Any, cos: Any, sin: Any, prefix: Any, start: Any, count: Any, padded: Any, out: Any
+    k: Any, step: Any, head: Any, d: Any, cos: Any, sin: Any, prefix: Any, start: Any, front: Any, count: Any,
+    padded: Any, out: Any,
 ) -> None:  # fmt: skip
     """A document's keys of one head as rows of `out`, turned, zeros behind them."""
     for n in range(count):
-        row = _key_row(n, prefix, start)
+        row = _key_row(n, prefix, start, front)
         _turned(k, row * step + head * d, d, cos, sin, row, np.float32(1.0), out, n * d)
     out[count * d : padded * d] = 0
 
 
 @inline
 def _load_values(
-    v: Any, step: Any, head: Any, d: Any, prefix: Any, start: Any, count: Any, padded: Any, out: Any
+    v: Any, step: Any, head: Any, d: Any, prefix: Any, start: Any, front: Any, count: Any, padded: Any, out: Any
 ) -> None:  # fmt: skip
     for n in range(count):
-        begin = _key_row(n, prefix, start) * step + head * d
+        begin = _key_row(n, prefix, start, front) * step + head * d
         out[n * d : (n + 1) * d] = v[begin : begin + d]
     out[count * d : padded * d] = 0
 
@@ -121,7 +122,8 @@ def _attend(
     q: Any, q_step: Any, k: Any, k_step: Any, v: Any, v_step: Any, cos: Any, sin: Any, scale: Any, docs: Any,
     tasks: Any, lanes: Any, key_value: Any, group: Any, d: Any, window: Any, out: Any, sums: Any,
 ) -> None:  # fmt: skip
-    """q, k, v: flat, their rows `*_step` apart, head behind head. docs (D, 3): first own row, own rows, prefix.
+    """q, k, v: flat, their rows `*_step` apart, head behind head. docs (D, 5): as
+    Documents.table.
 
     tasks (N,): document * key_value + head, thread by thread; lanes (threads + 1,): where each thread's begin.
     out (T, heads * d), sums (T, heads): the log of each row's sum of exponentials.
@@ -143,12 +145,12 @@ def _attend(
         pairs, questions, weights = rows16.view(np.uint32), asked.view(np.uint32), probs.view(np.uint32)
         for place in range(lanes[lane], lanes[lane + 1]):
             doc, head = tasks[place] // key_value, tasks[place] % key_value
-            start, own, prefix = docs[doc, 0], docs[doc, 1], docs[doc, 2]
+            start, own, prefix, front = docs[doc, 0], docs[doc, 1], docs[doc, 2], docs[doc, 3]
             count = prefix + own
             padded = _up(count, COLUMNS)
-            _load_keys(k, k_step, head, d, cos, sin, prefix, start, count, padded, rows16)
+            _load_keys(k, k_step, head, d, cos, sin, prefix, start, front, count, padded, rows16)
             _by_columns(pairs, padded, half, keys)
-            _load_values(v, v_step, head, d, prefix, start, count, padded, rows16)
+            _load_values(v, v_step, head, d, prefix, start, front, count, padded, rows16)
             _paired_rows(rows16, padded, d, values)
             for first in range(0, own * group, BLOCK):
                 last = min(first + BLOCK, own * group)
@@ -232,13 +234,14 @@ def _attend_backward(
         answers, slope_rows = given.view(np.uint32), slopes16.view(np.uint32)
         for place in range(lanes[lane], lanes[lane + 1]):
             doc, head = tasks[place] // key_value, tasks[place] % key_value
-            start, own, prefix = docs[doc, 0], docs[doc, 1], docs[doc, 2]
+            start, own, prefix, front = docs[doc, 0], docs[doc, 1], docs[doc, 2], docs[doc, 3]
             count = prefix + own
             padded = _up(count, COLUMNS)
-            _load_keys(k, k_step, head, d, cos, sin, prefix, start, count, padded, rows16)
+            common = prefix + own * docs[doc, 4]  # of its keys, those that other documents see as well
+            _load_keys(k, k_step, head, d, cos, sin, prefix, start, front, count, padded, rows16)
             _by_columns(pairs, padded, half, keys)
             _paired_rows(rows16, padded, d, key_rows)
-            _load_values(v, v_step, head, d, prefix, start, count, padded, rows16)
+            _load_values(v, v_step, head, d, prefix, start, front, count, padded, rows16)
             _by_columns(pairs, padded, half, values)
             dk_over[: padded * d] = none
             dv_over[: padded * d] = none
@@ -288,8 +291,8 @@ def _attend_backward(
                 for j in range(d):
                     line[j] = dk_over[j * padded + n]
                     line[d + j] = dv_over[j * padded + n]
-                row = _key_row(n, prefix, start)
-                if row < shared.shape[3]:
+                row = _key_row(n, prefix, start, front)
+                if n < common:
                     for j in range(d):
                         shared[doc, head, 0, n, j] = line[j]
                         shared[doc, head, 1, n, j] = line[d + j]
@@ -328,19 +331,25 @@ def _pairs(even: Any, odd: Any, out: Any) -> None:
 
 
 @loop
-def _add_shared(shared: Any, cos: Any, sin: Any, d: Any, dk: Any, dv: Any, into_step: Any) -> None:
-    """The gradients of the prefix's keys and values: the sum of what all documents add."""
-    docs, key_value, _, prefix, _ = shared.shape
-    for n in prange(prefix):
+def _add_shared(
+    shared: Any, docs: Any, rows: Any, cos: Any, sin: Any, d: Any, dk: Any, dv: Any, into_step: Any
+) -> None:  # fmt: skip
+    """The gradients of the prefixes' keys and values: the sum of what the documents behind each add.
+
+    rows (P, 2): each packed row of a prefix, and the prefix's first.
+    """
+    for place in prange(len(rows)):
+        row, front = rows[place, 0], rows[place, 1]
         total = np.zeros(2 * d + GAP, np.float32)
-        for head in range(key_value):
+        for head in range(shared.shape[1]):
             total[: 2 * d] = np.float32(0.0)
-            for doc in range(docs):
-                for j in range(d):
-                    total[j] += shared[doc, head, 0, n, j]
-                    total[d + j] += shared[doc, head, 1, n, j]
-            to = n * into_step + head * d
-            _turned_back(total, 0, d, cos, sin, n, np.float32(1.0), dk, to)
+            for doc in range(len(docs)):
+                if docs[doc, 3] == front and (docs[doc, 2] or docs[doc, 4]):
+                    for j in range(d):
+                        total[j] += shared[doc, head, 0, row - front, j]
+                        total[d + j] += shared[doc, head, 1, row - front, j]
+            to = row * into_step + head * d
+            _turned_back(total, 0, d, cos, sin, row, np.float32(1.0), dk, to)
             for j in range(d):
                 dv[to + j] = narrow(total[d + j], dv)
 
@@ -368,7 +377,9 @@ def attend_backward(
         flat(grad), grad.stride(0), array(out), array(sums), *_each(qkv), *angles, *work, dq, dk, dv, step, shared
     )  # fmt: skip
     if prefix:
-        _add_shared(shared, *angles[:2], d, dk, dv, step)
+        fronts = dict(docs[docs[:, 2] > 0][:, [3, 2]].tolist())
+        rows = np.array([(row, front) for front, n in fronts.items() for row in range(front, front + n)], np.int64)
+        _add_shared(shared, docs, rows, *angles[:2], d, dk, dv, step)
 
 
 def _each(qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[Any, int, Any, int, Any, int]:

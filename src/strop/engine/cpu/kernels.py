@@ -353,7 +353,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: flo
         return eager.cross_entropy_(logits, labels, weights, softcap, gradient)
     losses = torch.empty(len(logits))
     _cross_entropy(array(logits), array(labels), array(weights), gradient, array(losses))
-    return losses.sum()
+    return losses
 
 
 def _angles(cos: Tensor | None, sin: Tensor | None, tokens: int, scale: float) -> tuple[Any, Any, Any]:

@@ -1,0 +1,65 @@
+"""A pair of answers as two examples with one prompt, and what must hold of them before anything is trained."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from strop.data.conversation import Conversation, Example
+from strop.data.rendering.overlong import too_long, truncate_sides
+from strop.data.rendering.render import Rendered, Renderer, RenderError
+
+
+def render_pairs(renderer: Renderer, conversations: Iterable[Conversation]) -> Iterator[Rendered]:
+    """Each conversation with its two examples, chosen and rejected, or with why it has none; in order. One without a
+    rejected side is rendered as it is."""
+    waiting: deque[Conversation] = deque()
+
+    def sides() -> Iterator[Conversation]:
+        for conversation in conversations:
+            waiting.append(conversation)
+            yield from conversation.sides
+
+    found = renderer.render_many(sides())
+    for _, rendered in found:
+        conversation = waiting.popleft()
+        if conversation.rejected:
+            rendered = _paired(conversation, [rendered, next(found)[1]])
+        yield conversation, rendered
+
+
+def truncate_pair(renderer: Renderer, conversation: Conversation, limit: int) -> list[Example] | None:
+    """The pair within `limit` tokens, cut at the start of its prompt, on both sides alike; None where the longer answer
+    leaves no room for one. Raises RenderError."""
+    found = truncate_sides(renderer, conversation.sides, limit)
+    if found is None:
+        return None
+    checked = _paired(conversation, found)
+    if isinstance(checked, RenderError):
+        raise checked
+    assert not too_long(checked, limit)
+    return checked
+
+
+def _paired(conversation: Conversation, sides: Sequence[list[Example] | RenderError]) -> list[Example] | RenderError:
+    """Both sides, or what is wrong with the pair: see faults.REASONS."""
+    found: list[Example] = []
+    for side in sides:
+        if isinstance(side, RenderError):
+            return side
+        if len(side) != 1:
+            return _fault("answer-in-parts", conversation)
+        found += side
+    better, worse = found
+    if not np.array_equal(better.ids[: better.prompt], worse.ids[: worse.prompt]):
+        return _fault("prompt-tokens-differ", conversation)
+    if np.array_equal(better.ids, worse.ids):
+        return _fault("same-tokens", conversation)
+    return [replace(example, parted=better.parted or worse.parted) for example in found]
+
+
+def _fault(code: str, conversation: Conversation) -> RenderError:
+    return RenderError(code, file=conversation.file, line=conversation.line)

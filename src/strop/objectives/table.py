@@ -1,0 +1,52 @@
+"""The objectives by name, and what a recipe may say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from strop.config.schema import OBJECTIVE_OPTIONS, TrainSection
+from strop.data.units import Learning
+from strop.errors import RecipeError
+from strop.objectives.answers import Objective
+from strop.objectives.dpo import DPO
+from strop.objectives.ipo import IPO
+from strop.objectives.kto import KTO
+from strop.objectives.orpo import ORPO
+from strop.objectives.reward import REWARD
+from strop.objectives.simpo import SIMPO
+
+OBJECTIVES: dict[str, Objective] = {one.name: one for one in (DPO, IPO, KTO, ORPO, SIMPO, REWARD)}
+
+
+def objective_of(train: TrainSection) -> Objective | None:
+    """The objective of a recipe; None for supervised fine-tuning."""
+    return OBJECTIVES.get(train.objective)
+
+
+def learning_of(train: TrainSection) -> Learning:
+    """What a recipe's objective learns from."""
+    objective = objective_of(train)
+    return "turns" if objective is None else objective.learning
+
+
+def answers_of(train: TrainSection) -> int:
+    """Answers that a unit of the effective batch trains on."""
+    return 2 if learning_of(train) == "pairs" else 1
+
+
+def open_options(train: TrainSection) -> Iterator[tuple[str, Any, str]]:
+    """(field, value, why) of the options that the recipe leaves open.
+
+    Raises RecipeError for an option that the objective does not read: no setting is without effect.
+    """
+    objective = objective_of(train)
+    known = {} if objective is None else objective.options
+    for name in OBJECTIVE_OPTIONS:
+        value = getattr(train, name)
+        if value is not None and name not in known:
+            readers = [one.name for one in OBJECTIVES.values() if name in one.options]
+            what = f"--train.{name}: objective {train.objective} does not read it"
+            raise RecipeError(what, fix=f"leave it out, or choose --train.objective {', '.join(readers)}")
+        if value is None and name in known and objective is not None:
+            yield f"train.{name}", known[name], f"usual for {objective.name} ({objective.source})"

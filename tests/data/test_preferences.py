@@ -1,0 +1,258 @@
+"""Pairs, rankings and judged answers: what is read, and what must hold before anything is trained on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from strop.config.schema import DataSection
+from strop.data import check
+from strop.data.conversation import Conversation, Row
+from strop.data.formats import REASONS, conversations, shape_of
+from strop.data.prepare import Prepared, prepare
+from strop.data.reading.sources import RowFault
+from strop.data.units import Learning
+from strop.errors import DataError
+from tests.support.families import tokenizer
+
+U, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+NO, MORE = {"role": "assistant", "content": "no"}, {"role": "user", "content": "more"}
+S = {"role": "system", "content": "s"}
+PAIR = {"prompt": "hi", "chosen": "yo", "rejected": "no"}
+
+
+def convert(value: dict[str, Any]) -> tuple[list[Conversation], list[RowFault]]:
+    bad: list[RowFault] = []
+    return list(conversations([Row("d", 1, value)], bad=bad)), bad
+
+
+def texts(conversation: Conversation) -> list[list[tuple[str, float]]]:
+    return [[(m.content, m.weight) for m in side.messages] for side in conversation.sides]
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run(path: Path, learning: Learning = "pairs", strict: bool = True, **options: Any) -> Prepared:
+    section = DataSection(train=str(path), **options)
+    return prepare(section, tokenizer("chatml"), strict=strict, learning=learning)
+
+
+def refusal(path: Path, learning: Learning = "pairs", **options: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        run(path, learning, **options)
+    return "\n".join(caught.value.lines())
+
+
+# --- shapes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"chosen_messages": [U, A], "rejected_messages": [U, NO]},
+        {"messages": [U, A], "rejected_messages": [U, NO]},
+        {"messages": [U, A], "rejected_response": "no"},
+        {"prompt": [U], "chosen": [S, U, A], "rejected": [S, U, NO]},
+        {"conversations": [{"from": "human", "value": "hi"}], "chosen": A, "rejected": NO},
+    ],
+)
+def test_pairs_under_other_names(value: dict[str, Any]) -> None:
+    (made,), bad = convert(value)
+    assert not bad and shape_of(value) == "preference"
+    assert [side.messages[-1].content for side in made.sides] == ["yo", "no"]
+
+
+def test_whole_conversations_share_what_they_begin_with() -> None:
+    (made,), _ = convert({"chosen": [U, A, MORE, A], "rejected": [U, A, MORE, NO]})
+    assert texts(made) == [[("hi", 1.0), ("yo", 0.0), ("more", 1.0), (side, 1.0)] for side in ("yo", "no")]
+
+
+def test_answers_of_several_turns_are_one_answer() -> None:
+    (made,), _ = convert({"prompt": "hi", "chosen": [A, MORE, A], "rejected": [NO]})
+    assert [[weight for _, weight in side] for side in texts(made)] == [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0]]
+
+
+def test_a_ranking_makes_pairs_of_what_differs() -> None:
+    made, bad = convert({"prompt": "hi", "answers": ["a", "b", "c"], "scores": [2, 1, 2]})
+    assert not bad
+    assert [tuple(side[-1][0] for side in texts(one)) for one in made] == [("a", "b"), ("c", "b")]
+
+
+@pytest.mark.parametrize("judged", [True, False])
+@pytest.mark.parametrize("words", [("true", "false"), ("up", "down"), ("Good", "bad"), (True, False), (1, 0)])
+@pytest.mark.parametrize("column", ["label", "kto_tag", "thumbs"])
+def test_answers_with_a_label(column: str, words: tuple[Any, Any], judged: bool) -> None:
+    label = words[0] if judged else words[1]
+    for value in (
+        {"prompt": "hi", "completion": "yo"},
+        {"messages": [U, A]},
+        {"instruction": "hi", "output": "yo"},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+    ):
+        if column == "label" and words[0] is not True and words[0] == 1:  # it may be a class
+            assert shape_of({**value, column: label}) != "labelled"
+            continue
+        (made,), bad = convert({**value, column: label})
+        assert not bad and made.desirable is judged and made.messages[-1].content == "yo"
+
+
+def test_a_label_judges_the_last_turn_alone() -> None:
+    (made,), _ = convert({"messages": [U, A, MORE, A], "label": True})
+    assert [message.weight for message in made.messages] == [1.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        ({**PAIR, "rejected": "yo"}, "same-answers"),
+        ({"chosen": "yo", "rejected": "no"}, "no-prompt"),
+        ({**PAIR, "chosen": ""}, "empty-answer"),
+        ({**PAIR, "rejected": "  "}, "empty-answer"),
+        ({**PAIR, "rejected": None, "messages": None}, "no-content"),
+        ({**PAIR, "prompt": ""}, "empty-prompt"),
+        ({**PAIR, "chosen": 3}, "not-text"),
+        ({"chosen": [U, A], "rejected": [MORE, NO]}, "prompts-differ"),
+        ({"chosen": [U, A], "rejected": [U, A, MORE, NO]}, "prompts-differ"),
+        ({"prompt": [U], "chosen": [MORE, A], "rejected": [NO]}, "prompts-differ"),
+        ({"chosen": [{"role": "usr", "content": "x"}, A], "rejected": [U, NO]}, "unknown-role"),
+        ({"prompt": "hi", "answers": ["a", "b"], "scores": [1]}, "bad-ranking"),
+        ({"prompt": "hi", "answers": ["a", "b"], "scores": [1, 1]}, "bad-ranking"),
+        ({"prompt": "hi", "answers": ["a", "b"], "scores": [1, "x"]}, "bad-ranking"),
+        ({"prompt": "hi", "answers": "ab", "scores": [1, 0]}, "bad-ranking"),
+        ({"prompt": "hi", "completion": "yo", "kto_tag": "maybe"}, "bad-label"),
+        ({"messages": [U, A, MORE], "label": True}, "no-assistant"),
+        ({"messages": [U, A], "images": ["a.png"]}, "media"),
+        ({"messages": [U, A], "audio": "a.wav"}, "media"),
+        ({"messages": [{**U, "content": "<image>what is it"}, A]}, "media"),
+        ({**PAIR, "video": "a.mp4"}, "media"),
+    ],
+)
+def test_rows_that_are_wrong_name_the_reason(value: dict[str, Any], code: str, tmp_path: Path) -> None:
+    bad: list[RowFault] = []
+    format = "preference" if "rejected" in value else "labelled" if code == "bad-label" else "auto"
+    assert not list(conversations([Row("d", 1, value)], format=format, bad=bad))
+    assert [fault.code for fault in bad] == [code] and code in REASONS
+    learning: Learning = "pairs" if "rejected" in value or "scores" in value else "turns"
+    learning = "labels" if {"kto_tag", "label"} & set(value) else learning
+    said = refusal(write(tmp_path / "a.jsonl", [value]), learning, format=format)
+    assert "a.jsonl:1" in said
+
+
+def test_what_was_half_read_before_is_read() -> None:
+    (made,), _ = convert({"query": "more", "response": "yo", "history": [["hi", "no"]]})
+    assert [m.content for m in made.messages] == ["hi", "no", "more", "yo"]
+    (made,), _ = convert({"conversation": [{"human": "hi", "assistant": "no"}, {"human": "more", "assistant": "yo"}]})
+    assert [m.content for m in made.messages] == ["hi", "no", "more", "yo"]
+
+
+# --- which objective learns from what ----------------------------------------------------------------------------
+
+
+def test_each_objective_names_the_rows_that_it_needs(tmp_path: Path) -> None:
+    pairs, turns = write(tmp_path / "pairs.jsonl", [PAIR]), write(tmp_path / "turns.jsonl", [{"messages": [U, A]}])
+    judged = write(tmp_path / "judged.jsonl", [{"messages": [U, A], "label": True}])
+    assert "--train.objective dpo" in refusal(pairs, "turns")
+    assert "--train.objective kto" in refusal(judged, "turns") and "--data.columns" in refusal(judged, "turns")
+    assert "pairs" in refusal(turns, "pairs") and "--train.objective kto" in refusal(judged, "pairs")
+    assert "label" in refusal(turns, "labels")
+    assert run(judged, "turns", columns={"messages": "messages"}).train_units is None
+
+
+def test_one_class_of_judgements_is_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{n}", "completion": "yo", "label": True} for n in range(4)]
+    assert "all training rows are judged good" in refusal(write(tmp_path / "a.jsonl", rows), "labels")
+
+
+# --- units -------------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_has_one_prompt_and_both_stop_tokens(tmp_path: Path) -> None:
+    prepared = run(write(tmp_path / "a.jsonl", [PAIR, {**PAIR, "prompt": "hey", "chosen": "yo yo yo"}]))
+    assert prepared.train_units is not None and len(prepared.train_units) == 2
+    for unit in prepared.train_units:
+        better, worse = unit.examples
+        assert better.prompt == worse.prompt and (better.ids[: better.prompt] == worse.ids[: worse.prompt]).all()
+        assert better.ids[np.flatnonzero(better.weights)[-1]] in prepared.renderer.stop_ids
+        assert worse.ids[np.flatnonzero(worse.weights)[-1]] in prepared.renderer.stop_ids
+        assert unit.computed(True) == better.prompt + sum(len(side) - side.prompt for side in unit.examples)
+    assert prepared.report.stop_token == {"rows": 2, "share": 1.0}
+
+
+def test_a_pair_is_cut_in_its_prompt_alike_or_dropped_never_in_an_answer(tmp_path: Path) -> None:
+    """Each side cut by itself would have another prompt, or lose its stop token."""
+    rows = [
+        {"prompt": "word " * 40 + "end", "chosen": "a b c d e f g h", "rejected": "x"},
+        {"prompt": "hi", "chosen": "word " * 60, "rejected": "x"},
+        *[{**PAIR, "prompt": f"p{n}"} for n in range(300)],
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert "longer than data.max_length" in refusal(path, max_length=40)
+    prepared = run(path, max_length=40, overlong="truncate-start", bad_rows="drop")
+    assert prepared.report.rows["truncated"] == 1 and prepared.report.by_reason == {"too-long": 1}
+    assert prepared.train_units is not None
+    better, worse = prepared.train_units[0].examples
+    assert len(better) <= 40 and better.prompt == worse.prompt and (better.weights[better.prompt :] > 0).all()
+    text = prepared.renderer.tokenizer.decode(better.ids)
+    assert (
+        "a b c d e f g h" in text and "end" in text and (better.ids[: better.prompt] == worse.ids[: worse.prompt]).all()
+    )
+    assert len(run(path, max_length=40, overlong="drop").train_units or ()) == 300
+
+
+def test_contradictions_are_refused(tmp_path: Path) -> None:
+    rows = [PAIR, {**PAIR, "chosen": "no", "rejected": "yo"}]
+    said = refusal(write(tmp_path / "a.jsonl", rows))
+    assert "a.jsonl:2" in said and "opposite of" in said and "a.jsonl:1" in said
+    judged = [{"prompt": "hi", "completion": "yo", "label": label} for label in (True, False)]
+    assert "opposite of" in refusal(write(tmp_path / "b.jsonl", judged), "labels")
+    kept = run(write(tmp_path / "c.jsonl", rows), bad_rows="drop")
+    assert kept.report.by_reason == {"contradiction": 1} and len(kept.train_units or ()) == 1
+
+
+def test_length_bias_is_told(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{n}", "chosen": "a b c d", "rejected": "a" if n else "a b c d e f"} for n in range(4)]
+    found = run(write(tmp_path / "a.jsonl", rows)).report.answers
+    assert found["pairs"] == 4 and found["chosen_longer"] == 0.75 and found["length_accuracy"] == 0.75
+
+
+def test_pairs_as_judged_answers_and_answers_beside(tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {n}", "chosen": f"yo {n}", "rejected": "no"} for n in range(3)]
+    prepared = run(write(tmp_path / "a.jsonl", rows), "labels")
+    units = prepared.train_units
+    assert units is not None and [unit.desirable for unit in units] == [True, False] * 3
+    assert prepared.report.rows["read"] == prepared.report.rows["used"] == 3
+    assert prepared.report.answers["desirable"] == 3
+    for unit in units:  # the same prompt with the answer of another
+        (answer,), (beside,) = unit.examples, unit.beside
+        assert (beside.ids[: answer.prompt] == answer.ids[: answer.prompt]).all() and beside.prompt == answer.prompt
+        others = {other.examples[0].ids[other.examples[0].prompt :].tobytes() for other in units}
+        assert beside.ids[beside.prompt :].tobytes() in others
+    first, second = units[0].beside[0], units[1].beside[0]
+    assert first.ids[first.prompt :].tolist() == second.ids[second.prompt :].tolist()  # both from the next prompt
+
+
+def test_a_share_for_evaluation_keeps_pairs_whole(tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {n}", "chosen": f"yo {n}", "rejected": "no"} for n in range(40)]
+    prepared = run(write(tmp_path / "a.jsonl", rows), eval="30%")
+    assert prepared.train_units is not None and prepared.eval_units is not None
+    assert len(prepared.train_units) + len(prepared.eval_units) == 40
+    for unit in [*prepared.train_units, *prepared.eval_units]:
+        assert unit.examples[0].line == unit.examples[1].line
+
+
+def test_a_cleaned_copy_of_pairs(tmp_path: Path) -> None:
+    rows = [PAIR, {**PAIR, "rejected": "yo"}, PAIR, {**PAIR, "chosen": "no", "rejected": "yo"}]
+    path, out = write(tmp_path / "a.jsonl", rows), tmp_path / "clean.jsonl"
+    check.fix(DataSection(train=str(path)), tokenizer("chatml"), out, "pairs")
+    assert [json.loads(line)["rejected"][-1]["content"] for line in out.read_text().splitlines()] == ["no"]
+    assert len(run(out).train_units or ()) == 1
+    judged = write(tmp_path / "b.jsonl", [{"prompt": "hi", "completion": w, "label": w == "yo"} for w in ("yo", "no")])
+    check.fix(DataSection(train=str(judged)), tokenizer("chatml"), tmp_path / "c.jsonl", "labels")
+    assert len(run(tmp_path / "c.jsonl", "labels").train_units or ()) == 2

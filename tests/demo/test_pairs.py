@@ -1,0 +1,49 @@
+"""The demo's pairs: right answers against near misses, the same for a seed, and what `strop check` says of them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from strop.config.schema import DataSection
+from strop.data.prepare import prepare
+from strop.demo import data_files
+from strop.demo.pairs import KINDS, PROSE, pairs, write
+from tests.support.families import tokenizer
+
+
+def rows() -> list[dict[str, object]]:
+    return [json.loads(line) for line in data_files()[0].read_text(encoding="utf-8").splitlines()]
+
+
+def test_each_miss_is_of_its_kind() -> None:
+    made = pairs(rows())
+    counts = Counter(pair["kind"] for pair in made)
+    assert set(counts) == set(KINDS) and min(counts.values()) > len(made) / 10
+    for pair in made:
+        right, text = json.loads(pair["chosen"][0]["content"]), pair["rejected"][0]["content"]
+        if pair["kind"] == "prose":
+            assert pair["chosen"][0]["content"] in text and text in {
+                p.format(json.dumps(right, ensure_ascii=False)) for p in PROSE
+            }
+            continue
+        wrong = json.loads(text)
+        differs = {name for name in right.keys() | wrong.keys() if right.get(name) != wrong.get(name)}
+        assert len(differs) == 1
+        (name,) = differs
+        assert {"wrong slot": name in right and name in wrong and name != "intent", "missing slot": name not in wrong,
+                "extra slot": name not in right, "wrong intent": name == "intent"}[pair["kind"]]  # fmt: skip
+
+
+def test_the_same_seed_makes_the_same_pairs() -> None:
+    assert pairs(rows(), 3) == pairs(rows(), 3) != pairs(rows(), 4)
+
+
+def test_they_are_pairs_to_train_on(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", tmp_path / "held.jsonl")
+    section = DataSection(train=str(tmp_path / "train.jsonl"), eval=str(tmp_path / "held.jsonl"))
+    prepared = prepare(section, tokenizer("chatml"), learning="pairs")
+    assert prepared.report.rows["used"] == 693 and len(prepared.train_units or ()) == 693
+    assert prepared.eval_units is not None and len(prepared.eval_units) == 176
+    assert prepared.report.answers["length_accuracy"] < 0.75

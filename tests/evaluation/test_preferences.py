@@ -1,0 +1,103 @@
+"""Pairs in `strop eval`: which answer base and tuned prefer, with intervals; reward models by their scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import strop
+from strop.data.formats import conversations
+from strop.data.reading.sources import RowFault, read_rows
+from strop.engine.plain import PlainLoss
+from strop.evaluation.diagnosis import diagnose
+from strop.evaluation.preferences import compare_preferences, rewards
+from tests.support import preferences, tiny
+from tests.support.running import QUICK, run
+
+
+def trained(objective: str, model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    rows, out = preferences.write_pairs(folder / "train.jsonl", 40), folder / objective
+    words = ["train", "--model", model, "--data", rows, "--out", out, *QUICK, "--train.objective", objective]
+    code, _, err = run(*words, "--train.learning_rate", "0.01", "--train.max_steps", "30", capsys=capsys)
+    assert code == 0, err
+    return out
+
+
+def test_base_and_tuned_on_pairs(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, held = trained("dpo", tiny_folder, tmp_path, capsys), preferences.write_pairs(tmp_path / "held.jsonl", 12)
+    code, said, err = run("eval", out, "--data", held, "--json", capsys=capsys)
+    assert code == 0, err
+    found = json.loads(said)
+    assert found["rows"] == 12 and found["metric"] == "preference"
+    assert found["tuned"]["preference"] == 1.0 and found["rewards"]["accuracy"] == 1.0
+    low, high = found["rewards"]["margin_interval"]
+    assert low <= found["rewards"]["margin"] <= high and low > 0
+    gained, lost = (len(found["changed"][name]) for name in ("gained", "lost"))
+    assert gained - lost == round(12 * found["difference"]["value"])
+    assert "ranked right" in err and "margin" in err
+    report = json.loads((out / "report.json").read_text())
+    assert report["evaluation"]["tuned"] == found["tuned"] and "preference" in (out / "report.html").read_text()
+    assert "preference" in (out / "adapter" / "README.md").read_text()
+
+
+def test_log_probabilities_are_the_models_own(tiny_folder: Path, tmp_path: Path) -> None:
+    bad: list[RowFault] = []
+    rows = list(conversations(read_rows(str(preferences.write_pairs(tmp_path / "a.jsonl", 5)), bad=bad), bad=bad))
+    model = strop.load(tiny_folder, dtype="fp32")
+    found = compare_preferences(model, rows)
+    plain, hits, total, tokens = PlainLoss(model.module), 0, 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            (better,), (worse,) = (model.renderer.render(side) for side in row.sides)
+            losses = [float(plain([example])) for example in (better, worse)]
+            hits += losses[0] / better.supervised < losses[1] / worse.supervised
+            total, tokens = total + losses[0], tokens + better.supervised
+    assert found["base"]["preference"] == hits / 5 and "tuned" not in found
+    assert found["base"]["loss"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_a_reward_model_is_scored(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, held = trained("reward", tiny_folder, tmp_path, capsys), preferences.write_pairs(tmp_path / "held.jsonl", 12)
+    code, said, err = run("eval", out, "--data", held, "--json", capsys=capsys)
+    assert code == 0, err
+    found = json.loads(said)
+    assert found["tuned"]["preference"] == 1.0 and "base" not in found and found["rewards"]["margin"] > 0
+    assert "AutoModelForSequenceClassification" in (out / "adapter" / "README.md").read_text()
+
+
+def test_what_pairs_cannot_answer_is_refused(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs, turns = preferences.write_pairs(tmp_path / "a.jsonl", 4), tiny.write_rows(tmp_path / "b.jsonl", 4)
+    judged = preferences.write_judged(tmp_path / "c.jsonl", 4)
+    for words, said in (
+        ([pairs, "--metric", "contains"], "--metric preference"),
+        ([turns, "--metric", "preference"], "no pairs"),
+        ([judged], "judged good or bad"),
+        ([pairs, "--data", turns], "pairs and other rows"),
+        ([pairs, "--general"], "--general"),
+    ):
+        code, _, err = run("eval", tiny_folder, "--data", *words, capsys=capsys)
+        assert code == 2 and said in err, err
+
+
+def test_rewards_have_intervals() -> None:
+    found = rewards([(1.0, 0.0), (3.0, 0.0), (0.0, 1.0), (2.0, 0.0)])
+    assert found["accuracy"] == 0.75 and found["margin"] == 1.25
+    assert found["accuracy_interval"][0] < 0.75 < found["accuracy_interval"][1]
+    assert rewards([(1.0, 0.0)])["margin_interval"] is None
+
+
+def test_both_sides_falling_is_a_finding() -> None:
+    """On record, 16: both rewards fall while the margin grows, told nowhere."""
+    events = [
+        {"event": "step", "step": n, "loss": 0.69 - 0.01 * n, "chosen_change": -0.01 * n, "rejected_change": -0.03 * n}
+        for n in range(1, 41)
+    ]
+    assert any("became less likely too, by 0.36 nats" in finding for finding in diagnose(events, 0.1))
+    for event in events:
+        event["chosen_change"] = 0.01
+    assert not any("less likely" in finding for finding in diagnose(events, 0.1))

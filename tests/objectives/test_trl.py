@@ -1,0 +1,258 @@
+"""Each objective against TRL's own loss: loss and gradients over ten steps, from the same weights and pairs.
+
+TRL makes its losses from batches that strop's rows are written into, so that templates and truncation do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+from strop.config.schema import TrainSection
+from strop.data.conversation import Example, Unit
+from strop.engine.step import step_for
+from strop.model.score import head_of
+from strop.objectives.table import OBJECTIVES
+from strop.training.criteria import OfAnswers, beside, log_probs
+from tests.support import tiny
+from tests.support.families import tokenizer
+
+trl = pytest.importorskip("trl", reason="trl is not installed (pip install trl)")
+
+STEPS, UNITS = 10, 6
+Loss = Callable[[PeftModel, list[Unit]], torch.Tensor]
+
+
+def example(ids: Any, prompt: int) -> Example:
+    return Example(ids.astype(np.int32), (np.arange(len(ids)) >= prompt).astype(np.float32), "f", 1)
+
+
+def units(labels: bool = False) -> list[Unit]:
+    """Answers of ragged lengths to prompts of ragged lengths; KTO's other answers are those of the unit before."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(UNITS):
+        prompt = random.integers(5, 300, int(random.integers(9, 15)))
+        sides = [np.concatenate([prompt, random.integers(5, 300, int(random.integers(3, 9)))]) for _ in range(2)]
+        found.append([example(ids, len(prompt)) for ids in sides])
+    if not labels:
+        return [Unit((chosen, rejected)) for chosen, rejected in found]
+    answers = [side[0] for side in found]
+    other = []
+    for n, answer in enumerate(answers):
+        before = answers[n - 1]
+        ids = np.concatenate([answer.ids[: answer.prompt], before.ids[before.prompt :]])
+        other.append(example(ids, answer.prompt))
+    return [Unit((a,), (b,), n % 3 != 0) for n, (a, b) in enumerate(zip(answers, other, strict=True))]
+
+
+def model(scored: bool = False) -> PeftModel:
+    from strop.model.lora import add_lora
+
+    base = tiny.model(num_hidden_layers=1)
+    torch.manual_seed(0)
+    return add_lora(base, tiny.recipe().recipe.lora, tokenizer("chatml"), scored=scored).train()
+
+
+def padded(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(ids, attention, supervised), padded at the right."""
+    longest = max(map(len, examples))
+    ids, attended, mask = (torch.zeros(len(examples), longest, dtype=torch.long) for _ in range(3))
+    for row, example in enumerate(examples):
+        ids[row, : len(example)] = torch.from_numpy(example.ids)
+        attended[row, : len(example)] = 1
+        mask[row, : len(example)] = torch.from_numpy(example.weights).long()
+    return ids, attended, mask
+
+
+def common(folder: Path, kind: Any, **options: Any) -> Any:
+    return kind(
+        output_dir=str(folder), report_to=[], use_cpu=True, bf16=False, per_device_train_batch_size=UNITS,
+        gradient_checkpointing=False, **options,
+    )  # fmt: skip
+
+
+def rows(**columns: list[Any]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict(columns)
+
+
+def dpo_like(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
+    data = rows(prompt=["a"] * UNITS, chosen=["b"] * UNITS, rejected=["c"] * UNITS)
+    args = common(folder, trl.DPOConfig, max_length=None, **options)
+    trainer = trl.DPOTrainer(model=tuned, args=args, train_dataset=data, processing_class=tokenizer("chatml"))
+
+    def loss(tuned: PeftModel, units: list[Unit]) -> torch.Tensor:
+        ids, attended, mask = padded([unit.examples[side] for side in range(2) for unit in units])
+        inputs = {"input_ids": ids, "attention_mask": attended, "completion_mask": mask}
+        return trainer.compute_loss(trainer.model, inputs)
+
+    return loss
+
+
+def kto(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
+    data = rows(prompt=["a"] * UNITS, completion=["b"] * UNITS, label=[True, False] * (UNITS // 2))
+    args = common(folder, trl.KTOConfig, train_sampling_strategy="sequential", max_length=None, **options)
+    trainer = trl.KTOTrainer(model=tuned, args=args, train_dataset=data, processing_class=tokenizer("chatml"))
+
+    def loss(tuned: PeftModel, units: list[Unit]) -> torch.Tensor:
+        inputs: dict[str, Any] = {"label": torch.tensor([unit.desirable for unit in units])}
+        for name, examples in (("", [u.examples[0] for u in units]), ("KL_", [u.beside[0] for u in units])):
+            made = zip(("input_ids", "attention_mask", "completion_mask"), padded(examples), strict=True)
+            inputs |= {name + part: tensor for part, tensor in made}
+        return trainer.compute_loss(trainer.model, inputs)
+
+    return loss
+
+
+def chosen_and_rejected(trainer: Any) -> Loss:
+    def loss(tuned: PeftModel, units: list[Unit]) -> torch.Tensor:
+        batch: dict[str, Any] = {}
+        for side, name in enumerate(("chosen", "rejected")):
+            ids, attended, mask = padded([unit.examples[side] for unit in units])
+            batch |= {f"{name}_input_ids": ids, f"{name}_attention_mask": attended}
+            batch[f"{name}_labels"] = torch.where(mask == 1, ids, -100)
+        return trainer.get_batch_loss_metrics(trainer.model, batch)[0]
+
+    return loss
+
+
+def orpo(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    data = rows(prompt=["a"] * UNITS, chosen=["b"] * UNITS, rejected=["c"] * UNITS)
+    args = common(folder, ORPOConfig, max_length=64, **options)
+    return chosen_and_rejected(
+        ORPOTrainer(model=tuned, args=args, train_dataset=data, processing_class=tokenizer("chatml"))
+    )
+
+
+def simpo(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    data = rows(prompt=["a"] * UNITS, chosen=["b"] * UNITS, rejected=["c"] * UNITS)
+    args = common(folder, CPOConfig, max_length=64, loss_type="simpo", **options)
+    return chosen_and_rejected(
+        CPOTrainer(model=tuned, args=args, train_dataset=data, processing_class=tokenizer("chatml"))
+    )
+
+
+def reward(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
+    """TRL's trainer on the sequence classifier of transformers, from the weights and the head of a model of strop's."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForSequenceClassification
+
+    config = tuned.get_base_model().config
+    config.num_labels = 1
+    classifier = LlamaForSequenceClassification(config)
+    base = tiny.model(num_hidden_layers=1)
+    classifier.model.load_state_dict(base.model.state_dict())
+    given = tuned.peft_config["default"]
+    names = {"r": given.r, "lora_alpha": given.lora_alpha, "target_modules": given.target_modules}
+    theirs = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **names))
+    weights = {name: weight for name, weight in tuned.named_parameters() if weight.requires_grad}
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if weight.requires_grad:
+                weight.copy_(weights[name])
+    data = rows(chosen=["b"] * UNITS, rejected=["c"] * UNITS)
+    args = common(folder, trl.RewardConfig, max_length=64, disable_dropout=True, **options)
+    trainer = trl.RewardTrainer(model=theirs, args=args, train_dataset=data, processing_class=tokenizer("chatml"))
+    tuned.stand_in = theirs
+    classifier.config.pad_token_id = 0  # as `padded` has it: the classifier looks for the last token that is not it
+
+    def loss(tuned: PeftModel, units: list[Unit]) -> torch.Tensor:
+        ids, attended, _ = padded([unit.examples[side] for side in range(2) for unit in units])
+        return trainer.compute_loss(trainer.model, {"input_ids": ids, "attention_mask": attended})
+
+    return loss
+
+
+CASES: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
+    "dpo": ("dpo", dpo_like, {"beta": 0.3}, {"beta": 0.3}),
+    "dpo normalized": ("dpo", dpo_like, {"length_normalized": True}, {"loss_type": ["sigmoid_norm"]}),
+    "ipo": ("ipo", dpo_like, {"beta": 0.2}, {"loss_type": ["ipo"], "beta": 0.2}),
+    "kto": (
+        "kto", kto, {"desirable_weight": 1.2, "undesirable_weight": 0.7},
+        {"desirable_weight": 1.2, "undesirable_weight": 0.7},
+    ),
+    "simpo": ("simpo", simpo, {"gamma": 0.5, "label_smoothing": 0.1}, {
+        "simpo_gamma": 0.5, "beta": 2.0, "cpo_alpha": 0.0, "label_smoothing": 0.1,
+    }),
+    "reward": ("reward", reward, {}, {}),
+}  # fmt: skip
+
+
+def filled(objective: str, given: dict[str, Any]) -> OfAnswers:
+    known = OBJECTIVES[objective]
+    return OfAnswers(known, TrainSection(objective=objective, **{**known.options, **given}))
+
+
+def compare(criterion: OfAnswers, make: Any, folder: Path, options: dict[str, Any], made: list[Unit]) -> None:
+    """Ten steps of both, each from its own weights."""
+    ours, theirs = (model(criterion.objective.scored) for _ in range(2))
+    loss = make(folder, theirs, **options)
+    theirs = getattr(theirs, "stand_in", theirs)
+    step, criterion = step_for(ours), replace(criterion, head=head_of(ours))
+    if criterion.objective.reference:
+        with torch.no_grad():
+            sides = log_probs(step, made)
+            more = [beside(step, made)] if made[0].beside else []
+            values = torch.stack([*sides, *more], 1).tolist()
+        made = [Unit(u.examples, u.beside, u.desirable, tuple(v)) for u, v in zip(made, values, strict=True)]
+    theirs_by_name = dict(theirs.named_parameters())  # with the copy that TRL makes for its reference
+    pairs = [(weight, theirs_by_name[name]) for name, weight in ours.named_parameters() if weight.requires_grad]
+    optimizers = [torch.optim.AdamW([p[side] for p in pairs], lr=1e-2) for side in range(2)]
+    for n in range(STEPS):
+        level = criterion.level(step, made, lambda items: [list(range(len(items)))])
+        mine = criterion.loss(step, made, level)[0] / criterion.divisor(made)
+        other = loss(theirs, made)
+        for value, optimizer in zip((mine, other), optimizers, strict=True):
+            optimizer.zero_grad()
+            value.backward()
+        assert float(mine) == pytest.approx(float(other), abs=1e-5, rel=1e-5), f"step {n}"
+        total = torch.cat([a.grad.flatten() for a, _ in pairs])
+        theirs_total = torch.cat([b.grad.flatten() for _, b in pairs])
+        assert total.norm() > 0
+        assert (total - theirs_total).norm() <= 1e-5 * theirs_total.norm() + 1e-6, f"step {n}"
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_equal_trls(case: str, tmp_path: Path) -> None:
+    objective, make, given, options = CASES[case]
+    compare(filled(objective, given), make, tmp_path, options, units(objective == "kto"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_orpo_equals_trls_but_for_the_prompt_in_its_first_term(tmp_path: Path) -> None:
+    """TRL's cross entropy runs over prompt and answer (trl#2527); strop's over the answer, a mean of each pair's own.
+
+    The odds ratio's part is the same: what is left when each first term is taken away.
+    """
+    made, ours = units(), model()
+    with torch.no_grad():
+        for name, weight in ours.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.1)
+        loss = orpo(tmp_path, ours, beta=0.7)
+        ids, attended, _ = padded([unit.examples[0] for unit in made])
+        labels = torch.where(attended == 1, ids, -100)
+        logits = ours(input_ids=ids, attention_mask=attended).logits
+        first = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        theirs = float(loss(ours, made) - first)
+        criterion, step = filled("orpo", {"beta": 0.7}), step_for(ours)
+        chosen = log_probs(step, made)[0]
+        counts = chosen.new_tensor([unit.examples[0].supervised for unit in made])
+        mine = float(criterion.loss(step, made, 0.0)[0] / UNITS + (chosen / counts).mean())
+    assert mine == pytest.approx(theirs, rel=1e-5)

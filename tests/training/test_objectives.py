@@ -1,0 +1,410 @@
+"""Learning from comparisons in strop's own loop: the silent errors on record elsewhere, each a test."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from strop import adapters
+from strop.engine.step import step_for
+from strop.errors import CheckpointError, RunError, Stopped
+from strop.model.score import head_of
+from strop.objectives.table import OBJECTIVES
+from strop.runs.events import read_events
+from strop.training import guard, loop, state
+from strop.training.criteria import OfAnswers, log_probs
+from strop.training.job import Job, stream_of
+from strop.training.loop import fit
+from strop.training.reference import check, with_reference
+from strop.training.shrink import micro_batches
+from tests.support import preferences, tiny
+from tests.support.preferences import KEY, job, pairs, started, units_for
+from tests.support.running import QUICK, run
+
+
+def values(made: Job) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in made.state.weights.items()}
+
+
+def losses(made: Job) -> list[float]:
+    return [event["loss"] for event in read_events(made.folder.events) if event["event"] == "step"]
+
+
+def gradients(made: Job) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the first step."""
+    found: dict[str, torch.Tensor] = {}
+    made = replace(made, recipe=made.recipe)
+    rows = stream_of(made.recipe, len(made.train)).rows(0)
+    loss, _ = loop.gradients(made, [made.train[row] for row in rows])
+    found = {name: weight.grad.clone() for name, weight in made.state.weights.items() if weight.grad is not None}
+    made.state.optimizer.zero_grad()
+    return float(loss), found
+
+
+def far(made: Job) -> Job:
+    """Some steps away from its reference, so that all terms of a loss count."""
+    with torch.no_grad():
+        for name, weight in made.state.weights.items():
+            if "lora_B" in name:
+                torch.manual_seed(len(name))
+                weight.add_(torch.randn_like(weight) * 0.05)
+    return made
+
+
+# --- the same gradient, however it is computed -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("cut", "plain"),
+    [
+        ({"train.micro_batch": 1}, False),
+        ({"train.micro_batch": 3}, False),
+        ({"train.micro_batch": None, "train.micro_batch_tokens": 50}, False),
+        ({"train.micro_batch": 2}, True),
+        ({"train.micro_batch": None, "train.micro_batch_tokens": 60}, True),
+        ({"train.gradient_checkpointing": "on"}, False),
+    ],
+)
+def test_same_loss_and_gradients_for_any_micro_batch_and_step(
+    tmp_path: Path, objective: str, cut: dict[str, Any], plain: bool
+) -> None:
+    """on record, 10: a loss whose scale changes with accumulation, padding or packing."""
+    train, options = units_for(objective, 8), {"train.objective": objective}
+    whole = far(started(job(tmp_path / "whole", train, **options)))
+    pieces = job(tmp_path / "pieces", train, plain=plain, **{**options, **cut})
+    if cut.get("train.gradient_checkpointing"):
+        pieces.step.recompute()
+    pieces = far(started(pieces))
+    expected, found = gradients(whole), gradients(pieces)
+    parts = micro_batches(pieces, pieces.train)
+    assert sorted(i for part in parts for i in part) == list(range(8)) and (len(parts) > 1) == ("micro" in str(cut))
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert max(grad.abs().max() for grad in expected[1].values()) > 1e-5
+    for name, grad in expected[1].items():
+        assert (grad - found[1][name]).norm() <= 1e-4 * grad.norm() + 1e-8, name
+
+
+def test_prompts_shared_by_pairs_change_nothing(tmp_path: Path) -> None:
+    train = pairs(8, alike=True)
+    shared = far(started(job(tmp_path / "a", train, **{"train.objective": "dpo"})))
+    apart = job(tmp_path / "b", train, **{"train.objective": "dpo"})
+    fast = apart.step.log_probs.__self__  # type: ignore[attr-defined]
+    fast.prefix_sharing = False
+    apart = far(started(apart))
+    (loss, grads), (other, others) = gradients(shared), gradients(apart)
+    assert loss == pytest.approx(other, rel=1e-6)
+    for name, grad in grads.items():
+        assert (grad - others[name]).norm() <= 1e-4 * grad.norm() + 1e-8
+
+
+def test_dropout_is_the_same_for_any_micro_batch_and_off_in_the_reference(tmp_path: Path) -> None:
+    """on record, 6: dropout in the pass of the reference."""
+    train, options = pairs(8), {"train.objective": "dpo", "lora.dropout": 0.3}
+    one = started(job(tmp_path / "a", train, **options))
+    two = started(job(tmp_path / "b", train, **{**options, "train.micro_batch": 2}))
+    without = started(job(tmp_path / "c", train, **{**options, "lora.dropout": 0.0}))
+    assert one.train[0].reference == pytest.approx(without.train[0].reference)  # type: ignore[union-attr]
+    for made in (one, two):
+        made.step.masks.begin(0, 0)
+    (loss, grads), (other, others) = gradients(one), gradients(two)
+    assert loss == pytest.approx(other, rel=1e-6) and abs(loss - math.log(2)) > 1e-6  # active in the policy
+    for name, grad in grads.items():
+        assert (grad - others[name]).norm() <= 1e-4 * grad.norm() + 1e-8
+
+
+# --- the reference -----------------------------------------------------------------------------------------------
+
+
+def start_check(made: Job) -> dict[str, Any]:
+    return next(event for event in read_events(made.folder.events) if event["event"] == "reference-check")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lora.use_dora": True},
+        {"lora.bias": "lora_only"},
+        {"lora.dropout": 0.2},
+        {"lora.new_tokens": ["<|new|>"]},
+        {"lora.init": "gaussian"},
+    ],
+)
+def test_policy_equals_reference_before_the_first_step(tmp_path: Path, options: dict[str, Any]) -> None:
+    """on record, 5 and 7: the reference is the model that training starts from, whatever is trained of it."""
+    made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo", **options}))
+    seen = start_check(made)
+    assert abs(seen["loss"] - math.log(2)) < 1e-6 and seen["off"] == 0
+
+
+def test_the_reference_stays_what_it_was_while_the_model_moves(tmp_path: Path) -> None:
+    """on record, 4: trained steps leave it; at the end it comes out the same when computed again."""
+    made = started(job(tmp_path, pairs(24), pairs(4, 9), **{"train.objective": "dpo", "train.max_steps": 12}))
+    before = [unit.reference for unit in made.train]  # type: ignore[union-attr]
+    fit(made)
+    assert [unit.reference for unit in made.train] == before  # type: ignore[union-attr]
+    check(made, KEY)
+    assert losses(made)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses(made)[-1] < losses(made)[0] - 0.01
+    now = log_probs(made.step, list(made.train))  # type: ignore[arg-type]
+    moved = torch.stack(now, 1).detach() - torch.tensor(before)
+    assert moved.abs().max() > 1e-3
+
+
+def test_a_reference_that_is_not_the_models_is_told(tmp_path: Path) -> None:
+    made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
+    units = [replace(unit, reference=(unit.reference[0] - 0.1, unit.reference[1])) for unit in made.train]  # type: ignore[union-attr]
+    with pytest.raises(RunError, match="reference of the first rows"):
+        check(replace(made, train=units), KEY)
+
+
+def test_an_adapter_to_start_from_is_the_reference(tmp_path: Path) -> None:
+    """tiny.job starts with B that is not zero: the reference is not the bare base."""
+    made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
+    with made.model.disable_adapter(), torch.no_grad():  # type: ignore[operator]
+        bare = torch.stack(log_probs(step_for(made.model), list(made.train)), 1)  # type: ignore[arg-type]
+    kept = torch.tensor([unit.reference for unit in made.train])  # type: ignore[union-attr]
+    assert (bare - kept).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("key", ["base", "stored", "template", "rows"])
+def test_a_reference_is_taken_for_its_own_key_alone(tmp_path: Path, key: str) -> None:
+    """on record, 8: of another base, another quantization, another template or other rows it is computed anew."""
+    options = {"train.objective": "dpo"}
+    with_reference(job(tmp_path, pairs(6), **options), {**KEY, key: "a"})
+    again = with_reference(job(tmp_path, pairs(6, seed=5), **options), {**KEY, key: "b"})
+    events = [event for event in read_events(again.folder.events) if event["event"] == "reference"]
+    assert [event["rows"] for event in events] == [6, 6]
+    same = with_reference(job(tmp_path, pairs(6, seed=5), **options), {**KEY, key: "b"})
+    assert len([e for e in read_events(same.folder.events) if e["event"] == "reference"]) == 2
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "simpo"])
+@pytest.mark.parametrize("stop_after", [1, 4, 7])
+def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, objective: str, stop_after: int) -> None:
+    options = {"train.objective": objective, "train.max_steps": 8, "lora.dropout": 0.1, "train.micro_batch": 3}
+    train = units_for(objective, 20)
+    unbroken = started(job(tmp_path / "unbroken", train, **options))
+    fit(unbroken)
+    first = started(job(tmp_path / "broken", train, **options))
+    asked = iter(range(1, 100))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(loop, "stop_signals", _after(stop_after, asked))
+        fit(first)
+    second = job(tmp_path / "broken", train, **options)
+    torch.manual_seed(12345)
+    state.restore(state.newest(second.folder, pytest.fail), second.state)
+    second = started(second)
+    assert second.state.progress.step == stop_after
+    fit(second)
+    expected = values(unbroken)
+    assert all(torch.equal(weight, expected[name]) for name, weight in values(second).items())
+    assert losses(second) == losses(unbroken)
+
+
+def _after(number: int, asked: Any) -> Any:
+    from contextlib import contextmanager
+
+    @contextmanager
+    def signals() -> Any:
+        yield lambda: next(asked) >= number
+
+    return signals
+
+
+def test_a_run_that_lost_its_start_does_not_go_on(tmp_path: Path) -> None:
+    options = {"train.objective": "dpo", "train.max_steps": 3}
+    made = started(job(tmp_path, pairs(6), **options))
+    fit(made)
+    made.folder.reference.write_bytes(b"cut")
+    again = job(tmp_path, pairs(6), **options)
+    state.restore(state.newest(again.folder, pytest.fail), again.state)
+    with pytest.raises(CheckpointError, match="started from"):
+        started(again)
+
+
+# --- the guard ---------------------------------------------------------------------------------------------------
+
+
+def test_a_first_step_without_a_gradient_or_a_move_stops_the_run(tmp_path: Path) -> None:
+    """on record, 9: the loss says nothing of it."""
+    made = started(job(tmp_path / "a", pairs(8), **{"train.objective": "dpo", "train.max_steps": 2}))
+    stuck = replace(made, step=replace(made.step, log_probs=lambda rows: made.step.log_probs(rows) * 0.0))
+    with pytest.raises(RunError, match="gradient of the first step is zero"):
+        fit(stuck)
+    made = started(job(tmp_path / "b", pairs(8), **{"train.objective": "simpo", "train.max_steps": 2}))
+    made.state.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
+    with pytest.raises(RunError, match="moved no weight"):
+        fit(made)
+
+
+def test_both_sides_falling_is_told_once() -> None:
+    """on record, 16: both rewards fall while the margin grows."""
+    progress = state.Progress()
+    assert guard.falling(progress, {"chosen_change": -0.5, "margin": 3.0}) is None
+    said = guard.falling(progress, {"chosen_change": -1.2, "margin": 3.0})
+    assert said is not None and "1.2 nats a token less likely" in said and "--train.sft_weight" in said
+    assert guard.falling(progress, {"chosen_change": -1.5}) is None
+
+
+def test_figures_keep_both_sides_apart(tmp_path: Path) -> None:
+    made = started(job(tmp_path, pairs(16), pairs(5, 3), **{"train.objective": "dpo", "train.max_steps": 4}))
+    fit(made)
+    step = [event for event in read_events(made.folder.events) if event["event"] == "step"][-1]
+    assert step["margin"] == pytest.approx(step["chosen_reward"] - step["rejected_reward"])
+    assert {"accuracy", "chosen_nats", "rejected_nats", "chosen_change", "rejected_change"} <= set(step)
+    seen = [event for event in read_events(made.folder.events) if event["event"] == "eval"][-1]
+    low, high = seen["accuracy_interval"]
+    assert 0 <= low <= seen["accuracy"] <= high <= 1
+    assert seen["margin_interval"][0] <= seen["margin"] <= seen["margin_interval"][1]
+
+
+# --- KTO ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_sorted_file_is_mixed_and_each_batch_knows_its_divergence(tmp_path: Path) -> None:
+    """on record, 11: good rows first, then bad ones; and a batch of one row has a divergence too."""
+    units = [replace(unit, desirable=n < 16) for n, unit in enumerate(preferences.judged(32))]
+    stream = stream_of(tiny.recipe(**{"train.epochs": 1}).recipe, 32)
+    shares = [sum(units[row].desirable for row in batch.rows) / len(batch.rows) for batch in stream]
+    assert all(0 < share < 1 for share in shares)
+    options = {"train.objective": "kto", "train.batch_size": 1, "train.micro_batch": 1}
+    made = far(started(job(tmp_path, units, **options)))
+    assert isinstance(made.criterion, OfAnswers)
+    whole = [[row] for row in range(32)]
+    changes = [made.criterion.level(made.step, [unit], lambda items: [[0]]) for unit in made.train]
+    assert made.criterion.level(made.step, list(made.train), lambda items: whole[: len(items)]) > 0
+    assert max(changes) > 0
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_from_the_command_line(
+    tiny_folder: Path, tmp_path: Path, objective: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = preferences.write_judged if objective == "kto" else preferences.write_pairs
+    rows, out = write(tmp_path / "rows.jsonl", 40), tmp_path / "run"
+    words = ["train", "--model", tiny_folder, "--data", rows, "--eval", "25%", "--out", out, "--json", *QUICK]
+    code, said, err = run(*words, "--train.objective", objective, capsys=capsys)
+    assert code == 0, err
+    found = json.loads(said)["objective"]
+    assert found["name"] == objective and found["options"] == OBJECTIVES[objective].options
+    assert found["held_out"]["accuracy_interval"][1] <= 1 and found["last"]["accuracy"] >= 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["steps"] == 6 and report["data_report"]["answers"]
+    if objective != "reward":
+        peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), str(out / "adapter"))
+    assert (out / "reference.safetensors").is_file() == OBJECTIVES[objective].reference
+
+
+def test_a_reward_model_scores_the_same_in_plain_transformers(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, out = preferences.write_pairs(tmp_path / "rows.jsonl", 24), tmp_path / "run"
+    words = ["train", "--model", tiny_folder, "--data", rows, "--out", out, *QUICK, "--train.objective", "reward"]
+    assert run(*words, capsys=capsys)[0] == 0
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1)
+    plain = peft.PeftModel.from_pretrained(base, str(out / "adapter")).eval()
+    ours = adapters.load(out, dtype="fp32", scores=True)
+    criterion = OfAnswers(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
+    made = pairs(3)
+    with torch.no_grad():
+        found = torch.stack(criterion.sums(step_for(ours.module), made), 1)
+        for unit, scores in zip(made, found, strict=True):
+            for example, score in zip(unit.examples, scores, strict=True):
+                expected = plain(torch.from_numpy(example.ids.astype("int64"))[None]).logits
+                assert float(score) == pytest.approx(float(expected), abs=1e-5)
+    turns = tiny.write_rows(tmp_path / "turns.jsonl", 3)
+    for command in (["chat", out], ["merge", out, "--out", tmp_path / "merged"], ["eval", out, "--data", turns]):
+        code, _, err = run(*command, capsys=capsys)
+        assert code == 2 and "reward model" in err, command
+    words = ["train", "--model", tiny_folder, "--data", rows, "--out", tmp_path / "more", *QUICK]
+    code, _, err = run(*words, "--train.objective", "dpo", "--adapter", out, capsys=capsys)
+    assert code == 2 and "reward model" in err
+    again = run(*words, "--train.objective", "reward", "--adapter", out, capsys=capsys)
+    assert again[0] == 0, again[2]
+
+
+def test_a_run_on_pairs_is_merged_and_measured_on_its_chosen_answers(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, out = preferences.write_pairs(tmp_path / "rows.jsonl", 24), tmp_path / "run"
+    words = ["train", "--model", tiny_folder, "--data", rows, "--out", out, *QUICK, "--train.objective", "dpo"]
+    assert run(*words, capsys=capsys)[0] == 0
+    code, said, err = run("merge", out, "--out", tmp_path / "merged", "--json", capsys=capsys)
+    assert code == 0 and json.loads(said)["parity"]["passed"], err
+
+
+def test_kto_learns_from_pairs_too(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = preferences.write_pairs(tmp_path / "rows.jsonl", 12)
+    words = ["train", "--model", tiny_folder, "--data", rows, "--out", tmp_path / "run", "--json", *QUICK]
+    code, said, err = run(*words, "--train.objective", "kto", capsys=capsys)
+    assert code == 0, err
+    assert {"desirable_reward", "undesirable_reward", "kl"} <= set(json.loads(said)["objective"]["last"])
+
+
+def test_dpo_on_a_quantized_base_has_a_quantized_reference(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """on record, 8."""
+    rows = preferences.write_pairs(tmp_path / "rows.jsonl", 12)
+    for name, init in (("plain", "default"), ("loftq", "loftq")):
+        out = tmp_path / name
+        words = ["train", "--model", tiny_folder, "--data", rows, "--out", out, *QUICK, "--lora.init", init]
+        code, _, err = run(*words, "--train.objective", "dpo", "--model.quantization", "nf4", capsys=capsys)
+        assert code == 0, err
+        first = next(event for event in read_events(out / "events.jsonl") if event["event"] == "step")
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_resume_from_the_command_line(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = preferences.write_pairs(tmp_path / "rows.jsonl", 24)
+    words = ["--model", tiny_folder, "--data", rows, *QUICK, "--train.objective", "dpo", "--train.save_steps", "2"]
+    assert run("train", *words, "--out", tmp_path / "whole", capsys=capsys)[0] == 0
+    assert run("train", *words, "--out", tmp_path / "cut", capsys=capsys)[0] == 0
+    cut = tmp_path / "cut"
+    for name in ("report.json", "report.html"):
+        (cut / name).unlink()
+    checkpoints = sorted((cut / "checkpoints").iterdir())
+    for checkpoint in checkpoints[1:]:
+        for file in checkpoint.iterdir():
+            file.unlink()
+        checkpoint.rmdir()
+    assert run("resume", cut, capsys=capsys)[0] == 0
+    names = [folder / "adapter" / "adapter_model.safetensors" for folder in (tmp_path / "whole", cut)]
+    whole, again = (load_file(name) for name in names)
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--train.objective", "dpo", "--train.gamma", "1"], "--train.gamma"),
+        (["--train.beta", "0.1"], "--train.beta"),
+        (["--train.objective", "dpo", "--train.beta", "0"], "beta"),
+        (["--train.objective", "dpo", "--train.label_smoothing", "0.5"], "label_smoothing"),
+        (["--train.objective", "dpq"], "objective"),
+        (["--train.objective", "dpo", "--data.overlong", "split"], "data.overlong"),
+        (["--train.objective", "dpo", "--data.loss", "all"], "data.loss"),
+        ([], "--train.objective dpo"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_loads(
+    tiny_folder: Path, tmp_path: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = preferences.write_pairs(tmp_path / "rows.jsonl", 8)
+    words = ["train", "--model", tiny_folder, "--data", rows, "--out", tmp_path / "run", *QUICK]
+    code, _, err = run(*words, *options, capsys=capsys)
+    assert code == 2 and said in err and not (tmp_path / "run" / "lock.json").exists()
