@@ -268,8 +268,9 @@ class Model:
         on_text: Callable[[str], None] | None = None,
         advance: Callable[[int], None] | None = None,
         both: bool = False,
+        partial: bool = False,
     ) -> list[Answer]:
-        """One answer for each prompt of token ids; both: the base's first, then the adapter's (model.generate)."""
+        """One answer for each prompt of token ids; both, partial: as model.generate says."""
         return generate(
             self.module,
             self.tokenizer,
@@ -280,6 +281,7 @@ class Model:
             on_text=on_text,
             advance=advance,
             both=both,
+            partial=partial,
         )
 
     def generate(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from strop.runs.events import Event
@@ -151,17 +152,27 @@ def watching(out: Console = console) -> Iterator[Watch]:
         watch.close()
 
 
+LOG_SECONDS = 10  # between two lines of a log that tell how far answers are
+
+
 @contextmanager
 def answering(out: Console = console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for the rows that base and tuned have answered."""
-    columns = (TextColumn("[bold]answers[/]  {task.description}"), MofNCompleteColumn(), BarColumn())
+    """A bar for the answers that base and tuned have given, with the time left; in a log, a line now and then."""
+    columns = (
+        TextColumn("[bold]answers[/]  {task.description}"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
     with Progress(*columns, console=out, transient=True) as bar:
         tasks: dict[str, TaskID] = {}
+        told = time.monotonic()
 
         def advance(what: str, done: int, total: int) -> None:
+            nonlocal told
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done)
+            if not out.is_terminal and time.monotonic() - told > LOG_SECONDS:
+                told, left = time.monotonic(), bar.tasks[tasks[what]].time_remaining
+                out.print(f"answers  {what} {done}/{total}" + (f", {left:.0f} s left" if left else ""), markup=False)
 
         yield advance
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import strop
 from strop.data.conversation import Conversation, Message
+from strop.engine.answers.batch import Batch
 from strop.errors import DataError
 from strop.evaluation import run as evaluation
 from strop.evaluation.run import evaluate_models, leaderboard
@@ -142,3 +144,25 @@ def test_without_the_harness_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     code, _, err = run("eval", runs[0], "--data", tmp_path / "colours.jsonl", "--tasks", "arc_easy", capsys=capsys)
     assert code == 2 and "pip install lm-eval" in err
+
+
+def test_ctrl_c_leaves_the_rows_that_are_answered(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, taken = Batch.step, iter(range(99))
+
+    def interrupted(self: Batch) -> Any:
+        if next(taken) == 5:
+            raise KeyboardInterrupt
+        return step(self)
+
+    held_out = rows(tmp_path / "held.jsonl", COLOURS)
+    monkeypatch.setattr(Batch, "step", interrupted)
+    monkeypatch.setattr("strop.engine.answers.held.ROWS", 4)
+    words = ["--data", held_out, "--max-new-tokens", "2", "--general", "--json"]
+    code, out, err = run("eval", runs[0], *words, capsys=capsys)
+    found = json.loads(out)
+    assert code == 130 and 0 < found["rows"] < 12 and len(found["samples"]) == found["rows"]
+    assert found["interrupted"] == f"after {found['rows']} of 12 rows" and found["interrupted"] in err
+    assert "general" not in found
+    assert json.loads((runs[0] / "report.json").read_text())["evaluation"]["rows"] == found["rows"]

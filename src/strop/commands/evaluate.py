@@ -70,9 +70,13 @@ def evaluate(
             print_scores(result["regression"], title="rows that should not get worse")
         print_tasks(result.get("tasks", {}))
         print_samples(result["samples"][:samples])
+    interrupted = [result["interrupted"] for result in results if "interrupted" in result]
+    print_notes([f"interrupted {when}" for when in interrupted])
     if len(results) == 1:
         print_json(results[0], as_json)
     else:
         board = leaderboard(results)
         print_leaderboard(board, results[0]["metric"])
         print_json({"runs": results, "leaderboard": board}, as_json)
+    if interrupted:
+        raise typer.Exit(130)

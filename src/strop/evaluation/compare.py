@@ -67,12 +67,18 @@ def compare(
     Returns {rows, metric, base, tuned, intervals, difference, changed, samples}; `tuned`, `difference` and `changed`
     (the rows that only one of them gets right) are absent where the model has no adapter. Each of base and tuned:
     {<metric's scores>, loss, perplexity, stop_rate, tokens_per_answer, tokens_per_s}; nothing is written where the
-    metric is `choice`, and so the last three are absent then. Both are asked in one batch: its
+    metric is `choice`, and so the last three are absent then. Ctrl-C leaves the rows that are answered, and
+    `interrupted` says so. Both are asked in one batch: its
     tokens_per_s.
     """
     asked = questions(conversations)
+    rows = len(asked)
     names = [name for name in ("base", "tuned") if (model.adapter or name == "base") and not (name == "base" and base)]
     written = {} if metric == "choice" else _write_all(model, asked, names, max_new_tokens, advance)
+    if written and len(written[names[0]][0]) < rows:  # Ctrl-C: what is there is told
+        asked = asked[: len(written[names[0]][0])]
+        conversations = [question.conversation for question in asked]
+        base = base and Side(base.scores, base.hits[: len(asked)], base.texts[: len(asked)])
 
     def ask(side: str) -> Side:
         loss = _loss(model, conversations)
@@ -96,6 +102,8 @@ def compare(
     if model.adapter:
         sides["tuned"] = ask("tuned")
     result: dict[str, Any] = {"rows": len(asked), "metric": metric_named(metric).name}
+    if len(asked) < rows:
+        result["interrupted"] = f"after {len(asked)} of {rows} rows"
     result |= {name: side.scores for name, side in sides.items()}
     result["intervals"] = {name: list(wilson(sum(side.hits), len(asked))) for name, side in sides.items()}
     if model.adapter:
@@ -134,11 +142,14 @@ def _write_all(
     prompts, started = [_prompt(model, question.conversation) for question in asked], time.perf_counter()
     with model.base() if sides == ["base"] and model.adapter else nullcontext():
         answers = model.answer(
-            prompts, max_new_tokens=max_new_tokens, both=len(sides) > 1,
+            prompts, max_new_tokens=max_new_tokens, both=len(sides) > 1, partial=True,
             advance=advance and (lambda done: advance(" and ".join(sides), done, len(sides) * len(asked))),
         )  # fmt: skip
     rate = sum(answer.tokens for answer in answers) / (time.perf_counter() - started)
-    return {side: (answers[place * len(asked) :][: len(asked)], rate) for place, side in enumerate(sides)}
+    each = len(answers) // len(sides)
+    if not each:
+        raise KeyboardInterrupt
+    return {side: (answers[place * each :][:each], rate) for place, side in enumerate(sides)}
 
 
 def _prompt(model: Model, conversation: Conversation) -> Ids:

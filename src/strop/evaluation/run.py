@@ -115,6 +115,8 @@ def evaluate_models(
         found = asking(rows, metric=metric, base=bases.get(same))
         bases[same] = side_of(found, "base")
         result = {"run": name, **found, "notes": list(model.notes)}
+        if "interrupted" in found:
+            general, kept, tasks = False, [], ()
         if general:
             result["general"] = compare_general(model, advance)
         if kept:
@@ -125,6 +127,8 @@ def evaluate_models(
         if is_run(Path(name)):
             add_to_report(RunFolder(Path(name)), result)
         results.append(result)
+        if "interrupted" in found:
+            break
     return results
 
 

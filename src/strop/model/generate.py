@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, cast
 
 import numpy as np
@@ -42,34 +43,44 @@ def generate(
     on_text: Callable[[str], None] | None = None,
     advance: Callable[[int], None] | None = None,
     both: bool = False,
+    partial: bool = False,
 ) -> list[Answer]:
     """One answer a prompt, in the order given, by the adapter that is active now, if there is one.
 
     on_text: receives the text of a single prompt's answer piece by piece. advance: told how many answers are there.
-    both: first an answer of the base to each prompt, then one of the adapter: all in one batch.
+    both: first an answer of the base to each prompt, then one of the adapter: all in one batch. partial: Ctrl-C leaves
+    the answers to as many prompts, from the first, as are there; else it is raised.
     Answers come from strop's engine (engine.answers) where it knows the model, else from transformers' generate.
     """
     adapter = active_adapter(model)
     if unanswerable(model) is not None or adapter is SEVERAL:
         return _by_transformers(model, tokenizer, prompts, stop_ids, max_new_tokens, sampling, on_text, advance, both)
-    asked = [(ids, None) for ids in prompts] * both + [(ids, adapter) for ids in prompts]
+    by = [None, adapter] if both else [adapter]
     texts = [
-        Text(ids, who, stop_ids=stop_ids, most=max_new_tokens, sampling=_own(sampling, row))
-        for row, (ids, who) in enumerate(asked)
+        [Text(ids, who, stop_ids=stop_ids, most=max_new_tokens, sampling=_own(sampling, row)) for who in by]
+        for row, ids in enumerate(prompts)
     ]
+    flat = [text for row in texts for text in row]
     words = Words(tokenizer, ()) if on_text is not None else None
     ended = 0
-    for news in answer_all(batch_for(model, texts), texts):
-        if words is not None and on_text is not None:
-            on_text("".join(words.push(token.id) for token in news.tokens if token.id not in news.text.stop_ids))
-        if news.text.end == "failed":
-            raise ModelError("the model's numbers are not finite", fix="take an older checkpoint, or another adapter")
-        if news.text.end and advance is not None:
-            ended += 1
-            advance(ended)
+    try:
+        for news in answer_all(batch_for(model, flat), flat):
+            if words is not None and on_text is not None:
+                on_text("".join(words.push(token.id) for token in news.tokens if token.id not in news.text.stop_ids))
+            if news.text.end == "failed":
+                raise ModelError(
+                    "the model's numbers are not finite", fix="take an older checkpoint or another adapter"
+                )
+            if news.text.end and advance is not None:
+                ended += 1
+                advance(ended)
+    except KeyboardInterrupt:
+        if not partial:
+            raise
+        texts = list(takewhile(lambda row: all(text.end for text in row), texts))
     if words is not None and on_text is not None:
         on_text(words.end())
-    return [_answer(tokenizer, text.answer, stop_ids) for text in texts]
+    return [_answer(tokenizer, row[side].answer, stop_ids) for side in range(len(by)) for row in texts]
 
 
 def _own(sampling: Sampling | None, row: int) -> Sampling | None:
