@@ -88,6 +88,8 @@ def _unpack(context: Any, w: Any, w_at: Any, scale: Any, code: Any, out: Any, ou
     signature = types.void(w, long, types.float32, code, out, long, long)
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if not VECTORS:  # compiled, and never called
+            return context.get_dummy_value()
         kinds, bf16, four = signature.args, out.dtype == types.uint16, w.dtype == types.uint8
         source, to = location(context, b, kinds[0], *args[:2]), location(context, b, kinds[4], *args[4:6])
         packed = _Packed(b, _code_of(context, b, kinds[3], args[3], four), bf16)
@@ -114,6 +116,8 @@ def _packed_dots(rows: int, others: int) -> Any:
         signature = types.void(w, long, scale, long, code, x, long, long, c, long, long, long)
 
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            if not VECTORS:  # compiled, and never called
+                return context.get_dummy_value()
             kinds, bf16, four = signature.args, x.dtype == types.uint16, w.dtype == types.uint8
             first, share, ldx, ldc, count = (args[i] for i in (1, 3, 7, 10, 11))
             packed = _Packed(b, _code_of(context, b, kinds[4], args[4], four), bf16)
