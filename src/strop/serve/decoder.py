@@ -89,7 +89,7 @@ class PlainDecoder:
             del self._lanes[lane], self._rows[lane]
 
     @torch.inference_mode()
-    def read(self, parts: Sequence[Part]) -> list[Logits]:
+    def read(self, parts: Sequence[Part]) -> Logits:
         found: dict[Text, Logits] = {}
         for lane, rows in self._rows.items():
             found |= dict(zip(rows, self._step(lane).float().cpu().numpy(), strict=True))
@@ -99,7 +99,8 @@ class PlainDecoder:
                 reading.setdefault(self._lane(part.text.adapter), []).append(part)
         for lane, mine in reading.items():
             found |= self._read_on(lane, mine)
-        return [found[part.text][None] if part.told else np.empty((0, 0), np.float32) for part in parts]
+        told = [found[part.text] for part in parts if part.told]
+        return np.stack(told) if told else np.empty((0, 1), np.float32)
 
     def _lane(self, adapter: str | None) -> str:
         """Texts with the same lane are decoded together."""

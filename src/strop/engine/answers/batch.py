@@ -60,17 +60,15 @@ class Batch:
         parts = self._parts()
         news = []
         logits = self._decoder.read(parts)
-        told = [place for place, part in enumerate(parts) if part.told]
-        best = likeliest(np.concatenate([logits[place] for place in told])) if told else None
+        best, finite = likeliest(logits)
         at = 0
-        for place in told:
-            part, rows = parts[place], logits[place]
-            assert best is not None
-            tokens = self._written(part, rows, best[0][at : at + len(rows)], best[1][at : at + len(rows)])
-            at += len(rows)
-            news.append(News(part.text, tokens))
-            if part.text.end:
-                self.remove(part.text)
+        for part in parts:
+            if part.told:
+                rows = slice(at, at + part.told)
+                at += part.told
+                news.append(News(part.text, self._written(part, logits[rows], best[rows], finite[rows])))
+                if part.text.end:
+                    self.remove(part.text)
         return news
 
     def _written(self, part: Part, logits: np.ndarray, best: np.ndarray, finite: np.ndarray) -> tuple[Token, ...]:

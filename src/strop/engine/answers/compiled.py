@@ -41,6 +41,7 @@ class CompiledPass:
         self._cache = [(_array(k), _array(v)) for k, v in zip(self._keys, self._values, strict=True)]
         self._norm = self._norm_of(layers.norm)
         self._head = self._loops.Dense(_array(layers.head.weight.data))
+        self._logits = np.empty((0, 0), np.float32)
         self._q = parts[0].query * width
         self.take_adapters(names)
 
@@ -69,7 +70,9 @@ class CompiledPass:
             loops.through(layer, self._room, hidden, *rows, self._lanes)
         z = _array(torch.empty(len(picked), hidden.shape[1], dtype=self._type))
         loops.enter(self._norm, hidden[picked], z)
-        logits = np.empty((len(picked), len(self._head.w)), np.float32)
+        if len(picked) > len(self._logits):  # new memory takes as long to come as the logits to be made
+            self._logits = np.empty((len(picked), len(self._head.w)), np.float32)
+        logits = self._logits[: len(picked)]
         loops.dense(self._head, z, logits, 0, self._lanes)
         return self._bent(logits)
 

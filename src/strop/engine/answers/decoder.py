@@ -42,8 +42,8 @@ class Reads(Protocol):
     def end(self, text: Text) -> None:
         """Gives the text's room back."""
 
-    def read(self, parts: Sequence[Part]) -> list[Logits]:
-        """One pass. The logits (told, vocabulary) of each part."""
+    def read(self, parts: Sequence[Part]) -> Logits:
+        """One pass. The logits that are told (.., vocabulary), part by part; they hold until the next pass."""
 
 
 class Decoder:
@@ -85,14 +85,13 @@ class Decoder:
         self.blocks.leave(text.blocks)
         text.blocks = []
 
-    def read(self, parts: Sequence[Part]) -> list[Logits]:
+    def read(self, parts: Sequence[Part]) -> Logits:
         order = sorted(range(len(parts)), key=lambda place: self._adapter(parts[place].text))
         table = np.zeros((len(parts), max(len(part.text.blocks) for part in parts)), np.int32)
         ids: list[Ids] = []
         at, of, chunks = [], [], []
-        picked: list[int] = []
         own = np.zeros((len(self.names), 2), np.int64)
-        rows, longest, places = 0, 0, {}
+        rows, longest, ends = 0, 0, {}
         for place in order:
             part = parts[place]
             text, count = part.text, part.count + len(part.guessed)
@@ -106,15 +105,15 @@ class Decoder:
             adapter = self._adapter(text)
             if adapter < len(self.names):
                 own[adapter] = (own[adapter, 0] if own[adapter, 1] else rows), rows + count
-            places[place] = len(picked)
-            picked += range(rows + count - part.told, rows + count)
             rows, longest = rows + count, max(longest, text.done + count)
+            ends[place] = rows
         given = np.concatenate(at), np.concatenate(of), table, np.array(chunks, np.int64), own
+        told = [np.arange(ends[place] - part.told, ends[place]) for place, part in enumerate(parts)]
         with torch.inference_mode():
-            logits = self._pass(np.concatenate(ids).astype(np.int64), given, longest, np.array(picked, np.int64))
+            logits: Logits = self._pass(np.concatenate(ids).astype(np.int64), given, longest, np.concatenate(told))
         for part in parts:
             self._read_on(part.text, part.count)
-        return [logits[places[place] : places[place] + part.told] for place, part in enumerate(parts)]
+        return logits
 
     def _adapter(self, text: Text) -> int:
         return len(self.names) if text.adapter is None else self.names.index(text.adapter)
