@@ -202,14 +202,13 @@ def test_a_full_queue_and_a_freed_slot() -> None:
     assert last == [Piece("", (), "closed")]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_fault_of_the_engine_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Asked(tiny())
     monkeypatch.setattr(Decoder, "read", lambda *_: 1 / 0)
     asked.submit(np.arange(3, 9, dtype=np.int32), 5)
     asked.engine.start()
     asked.answers()
-    asked.engine._thread.join(10)
+    assert asked.engine._ended is not None and asked.engine._ended.exception(10)
     assert asked.pieces[0][-1].end == "failed" and asked.engine.failed
 
 

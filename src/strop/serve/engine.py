@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,12 +67,20 @@ class _Told:
         self.first = True
 
 
+def engine_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="strop-engine")
+
+
 class Full(Exception):
     """As many requests wait as may."""
 
 
 class Engine:
     """slots: requests answered together; queue: how many more may wait; guess: guess tokens where that costs nothing.
+
+    thread: an executor of one thread, the one that has computed with the model before. OpenMP keeps workers for each
+    thread that computes; with two sets of them on the same cores it lets them sleep between two loops, and a step of a
+    small model takes two and a half times as long.
 
     failed: the thread ended by a fault of ours; `on_failure` is told of it, from there.
     """
@@ -83,6 +93,7 @@ class Engine:
         queue: int,
         metrics: Metrics,
         guess: bool = True,
+        thread: ThreadPoolExecutor | None = None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._batch, self._on_failure = Batch(decoder, slots, guess=guess), on_failure
@@ -92,10 +103,11 @@ class Engine:
         self._told: dict[Text, _Told] = {}
         self._closing = False
         self.failed = False
-        self._thread = threading.Thread(target=self._run, name="strop-engine", daemon=True)
+        self._thread = thread or engine_thread()
+        self._ended: Future[None] | None = None
 
     def start(self) -> None:
-        self._thread.start()
+        self._ended = self._thread.submit(self._run)
 
     def submit(self, job: Job) -> None:
         """Raises Full."""
@@ -120,8 +132,9 @@ class Engine:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
+        if self._ended is not None:
+            wait([self._ended], timeout)
+        self._thread.shutdown(wait=False)
 
     def _active(self) -> int:
         return len(self._told)
@@ -138,7 +151,10 @@ class Engine:
                         if not is_out_of_memory(error):
                             raise
                         self._drop_all("memory")
-        finally:  # after a fault of ours too: nobody may wait for an answer that does not come
+        except BaseException:
+            traceback.print_exc()
+            raise
+        finally:  # nobody may wait for an answer that does not come
             with self._changed:
                 self.failed = not self._closing
                 self._closing = True

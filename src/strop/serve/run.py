@@ -24,11 +24,11 @@ from strop.errors import InputError, RunError
 from strop.machine.probe import probe
 from strop.serve.app import Room, create_app
 from strop.serve.decoder import PlainDecoder
-from strop.serve.engine import Engine
+from strop.serve.engine import Engine, engine_thread
 from strop.serve.grammar import Grammars
 from strop.serve.guard import Door, Rules
 from strop.serve.metrics import Metrics
-from strop.serve.models import load_models
+from strop.serve.models import Loaded, load_models
 
 KEY_VARIABLE = "STROP_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -100,28 +100,21 @@ def serve(
 
     Raises ModelError for models that cannot be served together, RunError where the server failed.
     """
-    loaded = load_models(names, device=device, dtype=dtype, quantization=quantization, force=force)
-    base = loaded.module.get_base_model() if hasattr(loaded.module, "peft_config") else loaded.module
-    notes = list(loaded.notes)
-    longest = int(getattr(base.config.get_text_config(), "max_position_embeddings", LONGEST_CONTEXT))
-    if context is not None and context > longest:
-        raise InputError(f"--context {context}: the model was made for {longest} tokens", fix="choose less")
-    context = context or min(longest, LONGEST_CONTEXT)
-    reason = unanswerable(loaded.module)
-    plain = PlainDecoder(loaded.module, keep=2 * context) if reason else None
-    if reason:
-        notes.append(f"answers through transformers' own forward, which is slower: {reason}")
-    position = plain.position_bytes() if plain else position_bytes(loaded.module)
-    fitting = max(1, _free_bytes(next(base.parameters()).device) // 2 // (position * context))
-    if fitting < slots:
-        notes.append(f"{fitting} slots instead of {slots}: at {context} tokens each takes {position * context:,} bytes")
-        slots = fitting
-    decoder: Reads = plain or Decoder(loaded.module, (slots + 2) * (context + BLOCK))  # as much as 2 slots is kept
+    thread = engine_thread()  # all that computes is done there, from the first weight on
+    prepared = thread.submit(
+        _prepare, names, slots, context, device=device, dtype=dtype, quantization=quantization, force=force
+    )
+    try:
+        loaded, decoder, slots, context, notes = prepared.result()
+    except BaseException:
+        thread.shutdown(wait=False, cancel_futures=True)
+        raise
+    base = _base(loaded.module)
     metrics = Metrics()
     # of the text config's own vocabulary, which embeddings may be padded beyond
     vocabulary = int(base.get_output_embeddings().weight.shape[0])
     engine = Engine(
-        decoder, slots=slots, queue=queue, metrics=metrics, guess=plain is None,
+        decoder, slots=slots, queue=queue, metrics=metrics, guess=isinstance(decoder, Decoder), thread=thread,
         on_failure=lambda: setattr(server, "should_exit", True),
     )  # fmt: skip
     room = Room(
@@ -151,6 +144,34 @@ def serve(
     if engine.failed:
         raise RunError("the engine failed while it answered", fix="see the traceback above, and please report it")
     return server.signal
+
+
+def _base(module: Any) -> Any:
+    return module.get_base_model() if hasattr(module, "peft_config") else module
+
+
+def _prepare(
+    names: Sequence[str], slots: int, context: int | None, **how: Any
+) -> tuple[Loaded, Reads, int, int, list[str]]:
+    """The models, what reads and writes with them, slots and context that memory has room for, and notes."""
+    loaded = load_models(names, **how)
+    base = _base(loaded.module)
+    notes = list(loaded.notes)
+    longest = int(getattr(base.config.get_text_config(), "max_position_embeddings", LONGEST_CONTEXT))
+    if context is not None and context > longest:
+        raise InputError(f"--context {context}: the model was made for {longest} tokens", fix="choose less")
+    context = context or min(longest, LONGEST_CONTEXT)
+    reason = unanswerable(loaded.module)
+    plain = PlainDecoder(loaded.module, keep=2 * context) if reason else None
+    if reason:
+        notes.append(f"answers through transformers' own forward, which is slower: {reason}")
+    position = plain.position_bytes() if plain else position_bytes(loaded.module)
+    fitting = max(1, _free_bytes(next(base.parameters()).device) // 2 // (position * context))
+    if fitting < slots:
+        notes.append(f"{fitting} slots instead of {slots}: at {context} tokens each takes {position * context:,} bytes")
+        slots = fitting
+    decoder: Reads = plain or Decoder(loaded.module, (slots + 2) * (context + BLOCK))  # as much as 2 slots is kept
+    return loaded, decoder, slots, context, notes
 
 
 class _Server(uvicorn.Server):
