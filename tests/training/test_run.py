@@ -276,7 +276,7 @@ def test_a_time_budget_ends_with_an_adapter_and_can_go_on(
     assert run("resume", out, capsys=capsys)[0] == 0  # a third budget is as long as the second
     third = json.loads((out / "report.json").read_text())
     spent = [sum(one[part] for part in ("seconds", "eval_seconds", "save_seconds")) for one in (second, third)]
-    assert spent[1] - spent[0] >= 0.5
+    assert spent[1] - spent[0] >= 0.45  # what lies between two steps is not counted
 
 
 def test_json_of_a_run_that_failed_holds_what_there_is(
