@@ -40,24 +40,29 @@ def unsupported(model: nn.Module) -> str | None:
 def _unsupported_adapter(model: Any, base: Any, decoder: Any, family: Family) -> str | None:
     known = {id(module) for layer in decoder.layers for group in linears(layer, family) for module in group}
     for name, module in base.named_modules():
-        if isinstance(module, LoraLayer) and id(module) not in known:
-            return f"an adapter on {name}"
         if isinstance(module, LoraLayer):
-            variants = [x for x in module.lora_variant.values() if type(x) is not DoraLinearVariant]
-            if type(module) is not PeftLinear or variants or any(module.lora_bias.values()):
-                return f"{name}: a variant of LoRA ({type(module).__name__})"
+            if (odd := odd_adapter(name, module, known)) is not None:
+                return odd
             if module.lora_variant and len(module.active_adapters) > 1:
                 return f"{name}: DoRA with several adapters"
             if any(type(one) not in (nn.Identity, nn.Dropout, CountedDropout) for one in module.lora_dropout.values()):
                 return f"{name}: a dropout of its own"
             if module.lora_variant and any(type(one) is not nn.Identity for one in module.lora_dropout.values()):
                 return "DoRA with dropout"  # peft drops of the frozen product's input as well
-            if module.merged:
-                return f"{name}: its adapter is merged"
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not any(part in name for part in TRAINED):
             return f"{name} is trained in full"
     return None
+
+
+def odd_adapter(name: str, module: LoraLayer, known: set[int]) -> str | None:
+    """Why a layer with adapters is not LoRA or DoRA on one of the `known` linear layers (by id)."""
+    if id(module) not in known:
+        return f"an adapter on {name}"
+    variants = [x for x in module.lora_variant.values() if type(x) is not DoraLinearVariant]
+    if type(module) is not PeftLinear or variants or any(module.lora_bias.values()):
+        return f"{name}: a variant of LoRA ({type(module).__name__})"
+    return f"{name}: its adapter is merged" if module.merged else None
 
 
 def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from strop.engine.answers.cache import READ_AT_ONCE
 from strop.engine.families import FAMILIES
 from strop.planning.activations import Alive, MicroBatch, at_peak, forward_bytes
 from strop.planning.setting import BITS, Setting
@@ -30,7 +31,7 @@ SCRATCH_BYTES = 14 * MIB  # oneDNN's scratch and small blocks at the peak
 CUDA_CONTEXT_BYTES = 450 * MIB  # of the driver, cuBLAS's workspace included
 PARITY_POSITIONS = 2048  # as in export.parity
 BLOCK, NESTED = 64, 256  # weights that share a constant, constants that share one
-READ_AT_ONCE, LANES = 256, 16  # rows of a pass that reads prompts, numbers of a vector (engine.answers)
+LANES = 16  # numbers of a vector (engine.cpu.dots)
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion": 4.0, "adafactor": 0.1, "sgd": 0.0}
 
 

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from strop.engine.answers.cache import NoRoom
+from strop.engine.answers.cache import READ_AT_ONCE, NoRoom
 from strop.engine.answers.decoder import Part, Reads
 from strop.engine.answers.text import NoToken, Text, Token
 from strop.engine.processor import likeliest
 
-READ_AT_ONCE = 256  # prompt rows in a pass: more would hold up the answers that go on
 FREE_ROWS = 8  # a pass over so many rows takes hardly longer than one over a single row
 ALIKE = 3  # tokens at a text's end that must have stood before, for what followed them to be guessed
 
@@ -88,8 +87,10 @@ class Batch:
         return tuple(found)
 
     def _parts(self) -> list[Part]:
-        writing = [text for text in self.texts if text.length > text.prompt or text.left == 1]
-        reading = [text for text in self.texts if text not in writing]
+        writing: list[Text] = []
+        reading: list[Text] = []
+        for text in self.texts:
+            (writing if text.left == 1 else reading).append(text)
         room = FREE_ROWS - len(writing) if self._guess and not reading else 0
         parts = []
         for place, text in enumerate(writing):

@@ -8,13 +8,14 @@ later, until its room is needed.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 
-BLOCK = 32  # positions; the loops of engine.cpu.passes know it too
+BLOCK = 32  # positions; the loop of engine.cpu.cached_attention knows it too
+READ_AT_ONCE = 256  # prompt rows in a pass: more would hold up the answers that go on
 
 
 class NoRoom(Exception):
@@ -65,7 +66,7 @@ class Blocks:
                 else:
                     self._new.append(block)
 
-    def share(self, keys: Iterator[bytes]) -> list[int]:
+    def share(self, keys: Iterable[bytes]) -> list[int]:
         """The known blocks of a text's beginning, which it uses from now on."""
         found = []
         for key in keys:

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from strop.engine.answers.cache import BLOCK, Blocks, blocks_for, keys_of
+from strop.engine.answers.cache import BLOCK, Blocks, NoRoom, blocks_for, keys_of
 from strop.engine.answers.compiled import CompiledPass, entering, width_of
 from strop.engine.answers.fits import adapters_of, unanswerable
 from strop.engine.answers.text import Ids, Logits, Text
@@ -72,14 +72,15 @@ class Decoder:
         self.blocks.forget()
 
     def begin(self, text: Text) -> None:
-        known = self.blocks.share(keys_of(text.adapter, text.ids[: text.length - 1]))
+        keys = list(keys_of(text.adapter, text.ids[: text.length - 1]))
+        known = self.blocks.share(keys)
         try:
             text.blocks = known + self.blocks.take(blocks_for(text.prompt + text.most) - len(known))
-        except Exception:
+        except NoRoom:
             self.blocks.leave(known)
             raise
         text.done = text.found = len(known) * BLOCK
-        text.keys = list(keys_of(text.adapter, text.ids[: text.done]))
+        text.keys = keys[: len(known)]
 
     def end(self, text: Text) -> None:
         self.blocks.leave(text.blocks)

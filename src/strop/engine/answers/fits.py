@@ -6,15 +6,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from strop.engine.answers.compiled import ACTIVATIONS
 from strop.engine.families import FAMILIES, activation_of, linears, text_of
-from strop.engine.fits import unsupported_base
+from strop.engine.fits import odd_adapter, unsupported_base
 
 SEVERAL = "several adapters at once"
 
@@ -43,14 +41,8 @@ def unanswerable(model: nn.Module) -> str | None:
     for name, module in base.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             return f"{name} is trained in full"
-        if isinstance(module, LoraLayer):
-            if id(module) not in known:
-                return f"an adapter on {name}"
-            variants = [x for x in module.lora_variant.values() if type(x) is not DoraLinearVariant]
-            if type(module) is not PeftLinear or variants or any(module.lora_bias.values()):
-                return f"{name}: a variant of LoRA ({type(module).__name__})"
-            if module.merged:
-                return f"{name}: its adapter is merged"
+        if isinstance(module, LoraLayer) and (odd := odd_adapter(name, module, known)) is not None:
+            return odd
     if activation_of(config) not in ACTIVATIONS:
         return f"activation {activation_of(config)}"
     head = base.get_output_embeddings()
