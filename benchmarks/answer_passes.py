@@ -1,0 +1,54 @@
+"""How long one pass of the answering engine takes, by rows and by how the weights are held, in turn.
+
+python benchmarks/answer_passes.py MODEL [--quantization none,int8,nf4] [--rows 1,4,16,64] [--passes 40]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+
+from strop.adapters import load
+from strop.engine.answers.batch import Batch
+from strop.engine.answers.decoder import Decoder
+from strop.engine.answers.text import Text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--quantization", default="none,int8,nf4")
+    parser.add_argument("--rows", default="1,4,16,64")
+    parser.add_argument("--passes", type=int, default=40)
+    args = parser.parse_args()
+    schemes, widths = args.quantization.split(","), [int(rows) for rows in args.rows.split(",")]
+    decoders = {
+        scheme: Decoder(load(args.model, dtype="bf16", quantization=scheme).module, max(widths) * 512)
+        for scheme in schemes
+    }
+    random = np.random.default_rng(0)
+    for rows in widths:
+        batches = {scheme: Batch(decoder, rows, read_at_once=512, guess=False) for scheme, decoder in decoders.items()}
+        took: dict[str, list[float]] = {scheme: [] for scheme in schemes}
+        for batch in batches.values():
+            for _ in range(rows):
+                batch.add(Text(random.integers(3, 40_000, 100).astype(np.int32), None, most=args.passes + 100))
+            while any(text.length == text.prompt for text in batch.texts):
+                batch.step()
+        for _ in range(args.passes):
+            for scheme, batch in batches.items():
+                began = time.perf_counter()
+                batch.step()
+                took[scheme].append(time.perf_counter() - began)
+        for scheme, batch in batches.items():
+            fastest, median = (1e3 * of(took[scheme]) for of in (min, statistics.median))
+            print(f"{rows:3} rows, {scheme:5} fastest {fastest:7.2f} ms, median {median:7.2f} ms", flush=True)
+            for text in list(batch.texts):
+                batch.remove(text)
+
+
+if __name__ == "__main__":
+    main()
