@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"runs"},
     {"config"},
+    {"launching"},
     {"data", "model", "engine", "machine"},
     {"objectives"},
     {"adapters", "evaluation", "planning"},

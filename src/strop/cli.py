@@ -21,6 +21,7 @@ from strop.commands.demo import demo
 from strop.commands.doctor import doctor
 from strop.commands.evaluate import evaluate
 from strop.commands.export import gguf, ollama
+from strop.commands.launch import kubernetes, ray, skypilot, slurm
 from strop.commands.merge import merge
 from strop.commands.modules import modules
 from strop.commands.plan import plan
@@ -85,10 +86,11 @@ def build(words: Sequence[str]) -> typer.Typer:
     for name, command in COMMANDS.items():
         takes_recipe = "options" in inspect.signature(command).parameters
         app.command(name)(recipe_options(command, name in words) if takes_recipe else command)
-    exports = typer.Typer(help="Make files for other programs, each proved to be the same model.", no_args_is_help=True)
-    for name, command in EXPORTS.items():
-        exports.command(name)(command)
-    app.add_typer(exports, name="export")
+    for group, (text, commands) in GROUPS.items():
+        inner = typer.Typer(help=text, no_args_is_help=True)
+        for name, command in commands.items():
+            inner.command(name)(command)
+        app.add_typer(inner, name=group)
     return app
 
 
@@ -115,7 +117,16 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "demo": demo,
 }
 
-EXPORTS: Mapping[str, Callable[..., None]] = {"gguf": gguf, "ollama": ollama}
+GROUPS: Mapping[str, tuple[str, Mapping[str, Callable[..., None]]]] = {
+    "export": (
+        "Make files for other programs, each proved to be the same model.",
+        {"gguf": gguf, "ollama": ollama},
+    ),
+    "launch": (
+        "Write the job file that trains a recipe on a cluster.",
+        {"slurm": slurm, "ray": ray, "kubernetes": kubernetes, "skypilot": skypilot},
+    ),
+}
 
 
 def _version_option(
