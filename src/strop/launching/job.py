@@ -21,8 +21,8 @@ LONGEST_NAME = 40  # of the 63 characters of a Kubernetes name, which gets endin
 class Job:
     """A recipe on `nodes` machines with `devices` each. recipe, out: paths as seen from `folder`. cores: of a device.
 
-    cards: a device is a card; else it is a process on the CPU. name: letters, digits and dashes alone. needs: files that
-    the recipe names.
+    cards: a device is a card; else it is a process on the CPU. name: letters, digits and dashes alone. needs: its
+    recipe's files.
     """
 
     name: str
