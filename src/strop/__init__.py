@@ -43,21 +43,31 @@ __all__ = [
 
 
 def plan(
-    recipe: str | Path | None = None, *, memory: int | None = None, gpu: str | None = None, **options: Any
+    recipe: str | Path | None = None,
+    *,
+    memory: int | None = None,
+    gpu: str | None = None,
+    devices: int = 1,
+    nodes: int = 1,
+    **options: Any,
 ) -> Plan:
     """Whether a recipe fits, how long it takes, and what to change where it does not; reads no weights, needs no torch.
 
     options: as of `train`; without `data`, the plan is about rows of the longest length. `model` may be the path of a
-    config.json alone. memory: bytes of the device; gpu: a card by its name. Default: this machine.
+    config.json alone. memory: bytes of the device; gpu: a card by its name. Default: this machine. devices: of each of
+    `nodes` machines like it (processes share a CPU and its memory).
     Raises InputError.
     """
     from strop.config.load import Choice, resolve
+    from strop.planning.devices import Devices, share
     from strop.planning.here import look_at, place_for, row_sizes, start_adapter, without_data
     from strop.planning.plan import make_plan
 
     resolved = resolve(Path(recipe) if recipe else None, without_data(_flat(options), recipe is not None))
     model = resolved.recipe.model
-    place, looked_at = place_for(model.device, memory, gpu), look_at(resolved.recipe)
+    several = Devices(devices, nodes)
+    place = share(place_for(model.device, memory, gpu), several, here=memory is None and gpu is None)
+    looked_at = look_at(resolved.recipe)
     if gpu is not None and model.device.partition(":")[0] != place.device:  # a recipe that was made for another machine
         resolved = resolved.decide([Choice("model.device", place.device, "plan", f"of --gpu {gpu}")])
     return make_plan(
@@ -69,6 +79,7 @@ def plan(
         dtype=place.dtype,
         rows=row_sizes(resolved.recipe),
         adapter=start_adapter(resolved.recipe),
+        devices=several,
     )
 
 

@@ -1,6 +1,6 @@
 """Slurm's own daemons as a cluster of two nodes on this machine, from Debian's packages slurm-wlm and munge.
 
-Root is needed: munge and slurmd want it, and the nodes' names are made known to them alone, by an /etc/hosts of their own.
+Root is needed: munge and slurmd want it, and the nodes' names are made known to them alone, by their own /etc/hosts.
 """
 
 from __future__ import annotations
@@ -97,7 +97,10 @@ def cluster(folder: Path) -> Iterator[Slurm]:
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n", encoding="utf-8")
     env = {**os.environ, "SLURM_CONF": str(conf)}
     keys = [f"--{what}-file={secret}/{what}" for what in ("key", "pid", "seed", "log")]
-    daemons = [["munged", "--foreground", "--force", f"--socket={secret}/socket", *keys], ["slurmctld", "-D", "-f", conf]]
+    daemons = [
+        ["munged", "--foreground", "--force", f"--socket={secret}/socket", *keys],
+        ["slurmctld", "-D", "-f", conf],
+    ]
     named = 'mount --bind "$1" /etc/hosts && exec slurmd -D -f "$2" -N "$3"'
     daemons += [["unshare", "--mount", "sh", "-c", named, "sh", folder / "hosts", conf, node] for node in NODES]
     with ExitStack() as stack:
