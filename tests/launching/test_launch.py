@@ -197,10 +197,10 @@ def started_by_slurm(made: Job, tmp_path: Path) -> tuple[str, list[str]]:
 
 def test_a_warning_saves_and_queues_again(tmp_path: Path) -> None:
     """The batch script hands TERM on, waits for strop, and puts the job back; after any other end it does not."""
-    srun = 'trap "exit 130" TERM; echo ready; while :; do sleep 0.1; done'
-    assert ended_by_slurm(srun, tmp_path, warn=True) == (130, ["show hostnames n1", "requeue 7"])
-    finished = 'trap "exit 0" TERM; echo ready; while :; do sleep 0.1; done'
-    assert ended_by_slurm(finished, tmp_path, warn=True) == (0, ["show hostnames n1"])
+    srun = 'trap "exit 130" TERM; echo $$ > "$CALLS.pid"; echo ready; while :; do sleep 0.1; done'
+    asked = ["show hostnames n1", "--signal=TERM 7"]
+    assert ended_by_slurm(srun, tmp_path, warn=True) == (130, [*asked, "requeue 7"])
+    assert ended_by_slurm(srun.replace("130", "0"), tmp_path, warn=True) == (0, asked)
     assert ended_by_slurm("echo ready; exit 1", tmp_path, warn=False) == (1, ["show hostnames n1"])
 
 
@@ -208,7 +208,8 @@ def ended_by_slurm(srun: str, tmp_path: Path, *, warn: bool) -> tuple[int, list[
     """(exit code, calls of scontrol) of a batch script."""
     calls = tmp_path / "calls"
     calls.write_text("", encoding="utf-8")
-    for name, text in (("srun", srun), ("scontrol", 'echo "$*" >> "$CALLS"')):
+    told = 'echo "$*" >> "$CALLS"'
+    for name, text in (("srun", srun), ("scontrol", told), ("scancel", f'{told}; kill "$(cat "$CALLS.pid")"')):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)
     env = {

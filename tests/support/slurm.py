@@ -64,7 +64,8 @@ class Slurm:
             found = self.job(number)
             if found["JobState"] in states:
                 return found
-            assert time.monotonic() < until, found
+            over = found["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+            assert not over and time.monotonic() < until, Path(found["StdOut"]).read_text(encoding="utf-8")[-3000:]
             time.sleep(0.5)
 
 
@@ -101,8 +102,10 @@ def cluster(folder: Path) -> Iterator[Slurm]:
         ["munged", "--foreground", "--force", f"--socket={secret}/socket", *keys],
         ["slurmctld", "-D", "-f", conf],
     ]
-    named = 'mount --bind "$1" /etc/hosts && exec slurmd -D -f "$2" -N "$3"'
-    daemons += [["unshare", "--mount", "sh", "-c", named, "sh", folder / "hosts", conf, node] for node in NODES]
+    named = 'mount --bind "$1" /etc/hosts && hostname "$3" && exec slurmd -D -f "$2" -N "$3"'
+    daemons += [
+        ["unshare", "--mount", "--uts", "sh", "-c", named, "sh", folder / "hosts", conf, node] for node in NODES
+    ]
     with ExitStack() as stack:
         for number, words in enumerate(daemons):
             stack.enter_context(_daemon(list(map(str, words)), folder / f"daemon{number}.log", env))

@@ -1,8 +1,8 @@
 """A batch script for Slurm: one task a device, and a job that goes on by itself after its time is up.
 
-Slurm sends the batch shell a TERM two minutes before the limit (sbatch(1), --signal=B:); the script hands it on, every
-rank stops, rank 0 saves, and the script puts the job back into the queue (scontrol(1), requeue). After a node has
-failed, or another job took its place, Slurm does that by itself (--requeue).
+Slurm sends the batch shell a TERM two minutes before the limit (sbatch(1), --signal=B:). The script hands it on to every
+process (scancel(1), --signal), all ranks stop, rank 0 saves, and the script puts the job back into the queue
+(scontrol(1), requeue). After a node has failed, or another job took its place, Slurm does that by itself (--requeue).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ srun --wait={WAIT_S} "$python" -m strop.cli \\
 steps=$!
 
 warned=
-trap 'warned=yes; kill -TERM "$steps"' TERM
+trap 'warned=yes; scancel --signal=TERM "$SLURM_JOB_ID"' TERM # to every process; srun itself would kill them
 wait "$steps"
 code=$?
 if [ -n "$warned" ]; then
