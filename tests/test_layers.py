@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"runs"},
     {"config"},
     {"data", "model", "engine", "machine"},
-    {"objectives"},
+    {"objectives", "devices"},
     {"adapters", "evaluation", "planning"},
     {"training", "exporting", "serve"},
     {"flags", "terminal"},
