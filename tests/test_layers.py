@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"config"},
     {"launching"},
     {"data", "model", "engine", "machine"},
-    {"objectives"},
+    {"objectives", "devices"},
     {"adapters", "evaluation", "planning"},
     {"training", "exporting", "serve"},
     {"flags", "terminal"},

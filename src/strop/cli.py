@@ -30,7 +30,7 @@ from strop.commands.runs import runs
 from strop.commands.schema import schema
 from strop.commands.serve import serve
 from strop.commands.train import train
-from strop.errors import StropError
+from strop.errors import Elsewhere, StropError
 from strop.flags import recipe_options
 from strop.terminal import console, print_json
 
@@ -52,6 +52,8 @@ def main() -> None:
     )  # peft imports it; what it lacks is no concern of this run
     try:
         sys.exit(build(sys.argv[1:])(standalone_mode=False) or 0)
+    except Elsewhere as error:
+        sys.exit(error.exit_code)
     except StropError as error:
         _fail(error.lines(), error.as_json(), error.exit_code, error.so_far)
     except KeyboardInterrupt:

@@ -7,14 +7,18 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
 
 from strop.adapters import Model
-from strop.data.conversation import Conversation, Ids
+from strop.data.conversation import Conversation, Example, Ids
 from strop.data.pack import group_by_length
+from strop.devices.group import ALONE, Devices
 from strop.engine.step import step_for
+from strop.evaluation.dealt import answers as answers_of
 from strop.evaluation.loss import mean_loss
 from strop.evaluation.metrics import metric as metric_named
 from strop.evaluation.metrics import options, paired_difference, score, wilson
@@ -60,6 +64,7 @@ def compare(
     max_new_tokens: int = 80,
     advance: Advance | None = None,
     base: Side | None = None,
+    devices: Devices = ALONE,
 ) -> dict[str, Any]:
     """Scores of base and tuned with 95 % intervals, and each row's answers.
 
@@ -74,16 +79,16 @@ def compare(
     asked = questions(conversations)
     rows = len(asked)
     names = [name for name in ("base", "tuned") if (model.adapter or name == "base") and not (name == "base" and base)]
-    written = {} if metric == "choice" else _write_all(model, asked, names, max_new_tokens, advance)
+    written = {} if metric == "choice" else _write_all(model, asked, names, max_new_tokens, advance, devices)
     if written and len(written[names[0]][0]) < rows:  # Ctrl-C: what is there is told
         asked = asked[: len(written[names[0]][0])]
         conversations = [question.conversation for question in asked]
         base = base and Side(base.scores, base.hits[: len(asked)], base.texts[: len(asked)])
 
     def ask(side: str) -> Side:
-        loss = _loss(model, conversations)
+        loss = _loss(model, conversations, devices)
         if metric == "choice":
-            texts, more = _choose_all(model, asked, side, advance), {}
+            texts, more = _choose_all(model, asked, side, advance, devices), {}
         else:
             answers, rate = written[side]
             texts, more = [answer.text for answer in answers], {
@@ -129,20 +134,30 @@ def side_of(result: dict[str, Any], name: str) -> Side:
     return Side(result[name], [row[f"{name}_hit"] for row in samples], [row[name] for row in samples])
 
 
-def _loss(model: Model, conversations: Sequence[Conversation]) -> float:
+def _loss(model: Model, conversations: Sequence[Conversation], devices: Devices) -> float:
     examples = [example for conversation in conversations for example in model.renderer.render(conversation)]
     token_loss = step_for(model.module).token_loss
-    return mean_loss(token_loss, examples, lambda some: group_by_length([len(e) for e in some], tokens=2048))
+    cut = partial(_like_lengths, tokens=2048)
+    return mean_loss(token_loss, examples, cut, devices=devices)
+
+
+def _like_lengths(examples: Sequence[Example], tokens: int) -> list[list[int]]:
+    return group_by_length([len(example) for example in examples], tokens=tokens)
 
 
 def _write_all(
-    model: Model, asked: Sequence[Question], sides: Sequence[str], max_new_tokens: int, advance: Advance | None
+    model: Model,
+    asked: Sequence[Question],
+    sides: Sequence[str],
+    max_new_tokens: int,
+    advance: Advance | None,
+    devices: Devices,
 ) -> dict[str, tuple[list[Answer], float]]:
     """The answers of base, tuned or both, in one batch, and its tokens/s."""
     prompts, started = [_prompt(model, question.conversation) for question in asked], time.perf_counter()
     with model.base() if sides == ["base"] and model.adapter else nullcontext():
-        answers = model.answer(
-            prompts, max_new_tokens=max_new_tokens, both=len(sides) > 1, partial=True,
+        answers = answers_of(
+            model, prompts, devices, max_new_tokens=max_new_tokens, both=len(sides) > 1, partial=True,
             advance=advance and (lambda done: advance(" and ".join(sides), done, len(sides) * len(asked))),
         )  # fmt: skip
     rate = sum(answer.tokens for answer in answers) / (time.perf_counter() - started)
@@ -158,16 +173,20 @@ def _prompt(model: Model, conversation: Conversation) -> Ids:
     return model.renderer.prompt(conversation.messages[:-1], conversation.tools, options=options)
 
 
-def _choose_all(model: Model, asked: Sequence[Question], side: str, advance: Advance | None) -> list[str]:
+def _choose_all(
+    model: Model, asked: Sequence[Question], side: str, advance: Advance | None, devices: Devices
+) -> list[str]:
     """The likeliest answer to each question among the right answers to all of them, the stop token included."""
     token_loss = step_for(model.module).token_loss
-    among, chosen = options([question.gold for question in asked]), []
-    for question in asked:
+    among, done = options([question.gold for question in asked]), count(devices.world, devices.world)
+
+    def choose(question: Question) -> str:
         *before, last = question.conversation.messages
         said = [replace(question.conversation, messages=(*before, replace(last, content=one))) for one in among]
         with torch.no_grad():
             losses = [float(token_loss(model.renderer.render(conversation))) for conversation in said]
-        chosen.append(among[losses.index(min(losses))])
         if advance is not None:
-            advance(side, len(chosen), len(asked))
-    return chosen
+            advance(side, min(next(done), len(asked)), len(asked))
+        return among[losses.index(min(losses))]
+
+    return devices.each(asked, choose, lambda question: 1.0)

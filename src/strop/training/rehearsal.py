@@ -113,7 +113,8 @@ def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> F
     go_on_shrunk(job)  # as the steps will be computed
     tokens = expected.batch.tokens
     said = {"tokens": tokens, "predicted_bytes": expected.needed_bytes, "usable_bytes": usable}
-    if expected.needed_bytes < FAR_BELOW * usable:
+    (near,) = job.devices.agree(expected.needed_bytes >= FAR_BELOW * usable)
+    if not near:
         job.log.emit("rehearsal", done=False, **said)
         return expected
     random, shape = random_states(), _shape(job)
