@@ -16,6 +16,7 @@ from strop.planning.devices import (
     INSIDE,
     LOOPBACK,
     NETWORKS,
+    SLOTS,
     Devices,
     Link,
     ring_bytes,
@@ -26,6 +27,7 @@ from strop.planning.devices import (
 )
 from strop.planning.here import Place
 from strop.planning.speed import Rate
+from strop.training import shrink
 from tests.support.running import run
 
 RATE = Rate(1e12, 1e11, "test", head_flops=5e11, attention_flops=4e11)
@@ -150,3 +152,16 @@ def test_memory_is_shared_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_compare_is_about_one(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, said = run("plan", "--compare", "--devices", "2", capsys=capsys)
     assert code == 2 and "--compare" in said
+
+
+def test_the_same_bits_cost_their_sending() -> None:
+    """Eight micro-batches on two devices make a node each, which goes to everyone whole; on three six do."""
+    assert SLOTS == shrink.SLOTS
+    asked = {"train.batch_size": 8, "train.micro_batch": 8, "model.device": "cpu"}
+    plain, two, three = (
+        plan(model="demo", memory=32 << 30, devices=count, **asked, **{"train.exact": exact}).spread
+        for count, exact in ((2, False), (2, True), (3, True))
+    )
+    assert two.sent_bytes == pytest.approx(2 * plain.sent_bytes, rel=1e-4)
+    assert three.sent_bytes == pytest.approx(6 * plain.sent_bytes, rel=1e-4)
+    assert three.over[0].seconds > two.over[0].seconds > plain.over[0].seconds

@@ -1,7 +1,7 @@
 """A batch script for Slurm: one task a device, and a job that goes on by itself after its time is up.
 
-Slurm sends the batch shell a TERM two minutes before the limit (sbatch(1), --signal=B:). The script hands it on to every
-process (scancel(1), --signal), all ranks stop, rank 0 saves, and the script puts the job back into the queue
+Slurm sends the batch shell a TERM two minutes before the limit (sbatch(1), --signal=B:). The script hands it on to
+every process (scancel(1), --signal), all ranks stop, rank 0 saves, and the script puts the job back into the queue
 (scontrol(1), requeue). After a node has failed, or another job took its place, Slurm does that by itself (--requeue).
 """
 

@@ -2,7 +2,8 @@
 
 A step sends two things around, each as one sum over all devices: a byte a device (flags, over gloo), and the gradients
 in fp32 with the loss behind them (over gloo between CPU processes, over NCCL between cards). LoRA's gradients are a few
-megabytes, so nothing is hidden behind the computing.
+megabytes, so nothing is hidden behind the computing. With `train.exact` the buffers of the ranks' micro-batches are
+handed to everyone, one after the other, and added up in an order of their own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from strop.config.schema import Recipe
+from strop.devices.deal import in_a_row
+from strop.devices.ordered import nodes_of
 from strop.errors import RecipeError
 from strop.objectives.table import answers_of
 from strop.planning.choose import usual_micro_batch
@@ -41,6 +44,9 @@ INSIDE = (Link("PCIe 4.0 x16", 31.5e9, 5.7e-6, 8.4e-6), NVLINK)
 NETWORKS = tuple(Link(f"{gb} Gb/s", gb * 1e9 / 8, 14e-6, 8.4e-6, NVLINK.hop_s) for gb in (10, 25, 100, 400))
 # gloo between processes of one machine, as `benchmarks/scale.py` measured it (docs/scale.md).
 LOOPBACK = Link("gloo, one machine", 1.0e9, 60e-6)
+
+
+SLOTS = 8  # micro-batches that a step with train.exact has at least (training.shrink)
 
 
 @dataclass(frozen=True)
@@ -139,17 +145,26 @@ def spread(
     """
     train, answers = recipe.train, answers_of(recipe.train)
     most = -(-train.batch_size // devices.count)
+    if exact := train.exact and devices.count > 1:
+        most = min(most, -(-train.batch_size // SLOTS))
     one = recipe.model_copy(update={"train": train.model_copy(update=_no_larger(recipe, most))})
     usual = usual_micro_batch(one, rows)
     at_once = sum(number for number, _, _ in usual.documents)
+    parts = -(-train.batch_size * answers // at_once)  # micro-batches of the step, on whichever device
+    if exact:
+        most = min(train.batch_size, -(-parts // devices.count) * at_once // answers)
     compute = step_seconds(setting, usual, most * answers / at_once, rate)
     tokens = usual.tokens / at_once * train.batch_size * answers
-    sent = gradient_bytes(setting, devices)
+    size, buffers = gradient_bytes(setting, devices), _buffers(parts, devices) if exact else 0
+    around = ring_bytes(devices.count, devices.count) + buffers * size if buffers else ring_bytes(size, devices.count)
     over = []
     for link in _links(setting, devices):
-        seconds = sum_seconds(sent, devices, link, setting.device) + flags_seconds(devices, link)
+        seconds = flags_seconds(devices, link)
+        if buffers:
+            seconds += buffers * broadcast_seconds(size, devices, link, setting.device)
+        else:
+            seconds += sum_seconds(size, devices, link, setting.device)
         over.append(Over(link, seconds, tokens / (compute + seconds)))
-    around = ring_bytes(sent, devices.count) + ring_bytes(devices.count, devices.count)
     return Spread(devices, around, compute, tuple(over), _notes(recipe, setting, devices))
 
 
@@ -191,6 +206,20 @@ def sum_seconds(size: int, devices: Devices, link: Link, device: str) -> float:
     """Of the gradients. gloo sums in a ring; NCCL takes the faster of both ways."""
     ring = ring_seconds(size, devices, link)
     return ring if device == "cpu" else min(ring, tree_seconds(size, devices, link))
+
+
+def broadcast_seconds(size: int, devices: Devices, link: Link, device: str) -> float:
+    """From one to all. gloo: by a binomial tree, so that the last has it after log2 n sendings (gloo/broadcast.cc);
+    NCCL: from one to the next in pieces, all at work at once."""
+    rounds = math.ceil(math.log2(devices.count))
+    if device == "cpu":
+        return rounds * (link.hop_s + size / link.bytes_per_s)
+    return link.start_s + (devices.count - 1) * link.hop_s + size / link.bytes_per_s
+
+
+def _buffers(parts: int, devices: Devices) -> int:
+    """Handed around in a step with `train.exact`: what each rank has added up of its neighbouring micro-batches."""
+    return sum(len(nodes_of(parts, own)) for own in in_a_row([1.0] * parts, devices.count))
 
 
 def flags_seconds(devices: Devices, link: Link) -> float:
