@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(not ASKED or bool(NO_RAY), reason=NO_RAY if ASKE
 # Ray's own cluster for tests: nodes as processes, each with one core of its own; the job finds it by its address.
 CLUSTER = """
 import os, runpy, sys
+import ray
 from ray.cluster_utils import Cluster
 cluster = Cluster()
 for _ in range(2):
@@ -26,6 +27,7 @@ os.environ["RAY_ADDRESS"] = cluster.address
 try:
     runpy.run_path(sys.argv[1], run_name="__main__")
 finally:
+    ray.shutdown()
     cluster.shutdown()
 """
 
