@@ -53,23 +53,23 @@ def ranks(job: subprocess.Popen[bytes], folder: Path) -> dict[int, psutil.Proces
 
 def test_a_killed_worker_is_started_again(tmp_path: Path, tiny_folder: Path) -> None:
     """The run goes on from its last checkpoint, and ends with the bits of a run of one process without a fault."""
-    write_recipe(tmp_path, tiny_folder, steps=120)
+    write_recipe(tmp_path, tiny_folder, steps=150)
     run = tmp_path / "runs" / "x y"
     with started(tmp_path) as job:
         try:
-            until(run, 25)
+            until(run, 6)
             before = ranks(job, tmp_path)
             assert set(before) == {0, 1}
             worker = before[1].parent()
             assert worker is not None
             worker.kill()  # Ray's own process: strop beneath it must go too
-            code = job.wait(400)
+            code = job.wait(900)
         finally:
             job.kill()
     assert code == 0, (tmp_path / "log").read_text(encoding="utf-8")[-3000:]
     assert not any(process.is_running() for process in before.values())
     (again,) = events(run, "resume")
-    assert 20 <= again["step"] < 120
+    assert 5 <= again["step"] < 150
     assert events(run, "start")[0]["devices"]["count"] == 2
     strop("train", FIRST, "--out", "alone", cwd=tmp_path)
     assert adapter(run) == adapter(tmp_path / "alone")

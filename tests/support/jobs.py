@@ -30,7 +30,7 @@ def write_recipe(folder: Path, model: Path, *, steps: int) -> Path:
         "data": {"train": "rows.jsonl"},
         "lora": {"r": 4, "dropout": 0.1},
         "train": {
-            "max_steps": steps, "batch_size": 4, "micro_batch": 1, "exact": True, "save_steps": 20, "timeout": "60s",
+            "max_steps": steps, "batch_size": 4, "micro_batch": 1, "exact": True, "save_steps": 5, "timeout": "60s",
             "gradient_checkpointing": "off",
         },
     }  # fmt: skip
@@ -61,7 +61,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in every if event["event"] == kind]
 
 
-def until(run: Path, step: int, seconds: float = 240) -> None:
+def until(run: Path, step: int, seconds: float = 600) -> None:
     """Waits for a step of a run."""
     end = time.monotonic() + seconds
     while not any(event["step"] >= step for event in events(run, "step")):

@@ -57,7 +57,7 @@ class Slurm:
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, number: str, states: Sequence[str], seconds: float = 240) -> dict[str, str]:
+    def wait(self, number: str, states: Sequence[str], seconds: float = 600) -> dict[str, str]:
         """The job once it is in one of these states. Fails where it is not in time, or ended in another."""
         until = time.monotonic() + seconds
         while True:

@@ -42,8 +42,8 @@ class Link:
 NVLINK = Link("NVLink 3", 300e9, 3.4e-6, 8.4e-6)
 INSIDE = (Link("PCIe 4.0 x16", 31.5e9, 5.7e-6, 8.4e-6), NVLINK)
 NETWORKS = tuple(Link(f"{gb} Gb/s", gb * 1e9 / 8, 14e-6, 8.4e-6, NVLINK.hop_s) for gb in (10, 25, 100, 400))
-# gloo between processes of one machine, as `benchmarks/scale.py` measured it (docs/scale.md).
-LOOPBACK = Link("gloo, one machine", 1.0e9, 60e-6)
+# gloo between processes of one machine: `benchmarks/scale.py links`, on two cores that had other work (docs/scale.md).
+LOOPBACK = Link("gloo, one machine", 0.5e9, 120e-6)
 
 
 SLOTS = 8  # micro-batches that a step with train.exact has at least (training.shrink)
