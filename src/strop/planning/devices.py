@@ -1,7 +1,7 @@
 """Several devices, each with the whole base: what is sent each step, how long that takes on which link, tokens/s.
 
-A step sends two things around, each as one sum over all devices: a byte a device (flags, over gloo), and the gradients
-in fp32 with the loss behind them (over gloo between CPU processes, over NCCL between cards). LoRA's gradients are a few
+A step sends flags around, twice four bytes a device (over gloo), and the gradients in fp32 with the loss behind them as
+one sum (over gloo between CPU processes, over NCCL between cards). LoRA's gradients are a few
 megabytes, so nothing is hidden behind the computing. With `train.exact` the buffers of the ranks' micro-batches are
 handed to everyone, one after the other, and added up in an order of their own.
 """
@@ -46,6 +46,7 @@ NETWORKS = tuple(Link(f"{gb} Gb/s", gb * 1e9 / 8, 14e-6, 8.4e-6, NVLINK.hop_s) f
 LOOPBACK = Link("gloo, one machine", 0.5e9, 120e-6)
 
 
+FLAG_SUMS, FLAG_BYTES = 2, 4  # of a step: before it and after its computing; a device's (devices.joined)
 SLOTS = 8  # micro-batches that a step with train.exact has at least (training.shrink)
 
 
@@ -156,7 +157,8 @@ def spread(
     compute = step_seconds(setting, usual, most * answers / at_once, rate)
     tokens = usual.tokens / at_once * train.batch_size * answers
     size, buffers = gradient_bytes(setting, devices), _buffers(parts, devices) if exact else 0
-    around = ring_bytes(devices.count, devices.count) + buffers * size if buffers else ring_bytes(size, devices.count)
+    around = buffers * size if buffers else ring_bytes(size, devices.count)
+    around += FLAG_SUMS * ring_bytes(FLAG_BYTES * devices.count, devices.count)
     over = []
     for link in _links(setting, devices):
         seconds = flags_seconds(devices, link)
@@ -225,7 +227,7 @@ def _buffers(parts: int, devices: Devices) -> int:
 def flags_seconds(devices: Devices, link: Link) -> float:
     """gloo's ring, over TCP even between cards."""
     hop = max(link.hop_s, LOOPBACK.hop_s)
-    return 2 * (devices.count - 1) * hop
+    return FLAG_SUMS * 2 * (devices.count - 1) * hop
 
 
 def _links(setting: Setting, devices: Devices) -> list[Link]:
