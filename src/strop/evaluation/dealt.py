@@ -19,7 +19,7 @@ def answers(
     *,
     max_new_tokens: int,
     both: bool = False,
-    expected: Sequence[Expected | None] | None = None,
+    expected: Sequence[Expected | None] = (),
     advance: Callable[[int], None] | None = None,
     partial: bool = False,
 ) -> list[Answer]:
@@ -29,7 +29,7 @@ def answers(
             prompts, max_new_tokens=max_new_tokens, both=both, advance=advance, partial=partial, expected=expected
         )
     own, sides = deal([float(len(prompt)) for prompt in prompts], devices.world)[devices.rank], 1 + both
-    right = [expected[place] for place in own] if expected is not None else None
+    right = [expected[place] for place in own] if expected else []
     told = (lambda done: advance(done * devices.world)) if advance and devices.main else None
     found: list[Answer] = []
     with devices.together():
