@@ -141,7 +141,7 @@ def _loss(
     conversations: Sequence[Conversation],
     asked: Sequence[Question],
     answers: Sequence[Answer],
-    devices: Devices,
+    devices: Devices = ALONE,
 ) -> float:
     """The mean loss of all conversations. Where an answer came with the right one's log-probabilities, these are taken;
     the others go through the training step."""
