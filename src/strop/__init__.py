@@ -121,13 +121,17 @@ def train(
     options: recipe fields as on the command line: `model`, `data`, `eval`, `out`, `preset`, `seed`; a section as a
     dict (`lora={"r": 8}`); or a dotted name (`**{"train.epochs": 1}`). `model` and `data` may be dicts too.
     callback: receives each event that events.jsonl gets. memory: bytes the run may have, less than there is.
+    Started by torchrun or another launcher, it joins the other processes, and only rank 0 has a callback.
     Raises InputError before weights load, RunError while training, Stopped after Ctrl-C.
     """
     from strop.config.load import resolve
-    from strop.training.run import train as run_training
+    from strop.devices.join import joined
 
     resolved = resolve(Path(recipe) if recipe else None, _flat(options))
-    return run_training(resolved, [callback] if callback else [], memory=memory)
+    with joined() as devices:
+        from strop.training.run import train as run_training
+
+        return run_training(resolved, [callback] if callback else [], memory=memory, devices=devices)
 
 
 def resume(
@@ -142,10 +146,15 @@ def resume(
 
     options: recipe fields with a new value, each of which `allow_changed` must name (see `strop resume --help`).
     """
-    from strop.training.run import resume as go_on
+    from strop.devices.join import joined
 
     listeners = [callback] if callback else []
-    return go_on(Path(run), listeners, options=_flat(options), allow_changed=allow_changed, memory=memory)
+    with joined() as devices:
+        from strop.training.run import resume as go_on
+
+        return go_on(
+            Path(run), listeners, options=_flat(options), allow_changed=allow_changed, memory=memory, devices=devices
+        )
 
 
 def evaluate(
@@ -162,12 +171,15 @@ def evaluate(
 
     regression_data: and on rows of one's own that should not get worse, judged by regression_metric or metric.
     """
-    from strop.evaluation.run import evaluate_model
+    from strop.devices.join import joined
 
-    return evaluate_model(
-        str(run), data, metric=metric, max_new_tokens=max_new_tokens, general=general,
-        regression_data=regression_data, regression_metric=regression_metric,
-    )  # fmt: skip
+    with joined() as devices:
+        from strop.evaluation.run import evaluate_model
+
+        return evaluate_model(
+            str(run), data, metric=metric, max_new_tokens=max_new_tokens, general=general,
+            regression_data=regression_data, regression_metric=regression_metric, devices=devices,
+        )  # fmt: skip
 
 
 def check(recipe: str | Path | None = None, **options: Any) -> dict[str, Any]:

@@ -66,12 +66,15 @@ class Watch:
         self._out.print(f"[yellow]note[/]     {event['text']}")
 
     def _on_resume(self, event: Event) -> None:
-        self._out.print(f"[bold]resume[/]   from {event['checkpoint']}")
+        moved = f", on {event['devices']} devices, {event['devices_before']} before" if "devices" in event else ""
+        self._out.print(f"[bold]resume[/]   from {event['checkpoint']}{moved}")
 
     def _on_rehearsal(self, event: Event) -> None:
         need, usable = event["predicted_bytes"] / 2**30, event["usable_bytes"] / 2**30
         tried = f"{event['tokens']:,} tokens tried" if event["done"] else "far below what there is, nothing to try"
-        self._out.print(f"[bold]memory[/]   {need:.2f} GiB predicted, {usable:.1f} usable: {tried}")
+        mapped = event.get("mapped_bytes", 0) / 2**30
+        pages = f" ({mapped:.2f} of it read from files, given back where memory is short)" if mapped > 0.005 else ""
+        self._out.print(f"[bold]memory[/]   {need:.2f} GiB predicted{pages}, {usable:.1f} usable: {tried}")
 
     def _on_start(self, event: Event) -> None:
         numbers = event["parameters"]
@@ -80,6 +83,12 @@ class Watch:
             f"[bold]train[/]    {event['steps']} steps, {numbers['trainable']:,} trainable parameters ({share:.2%}"
             f"{_in_experts(numbers)}), {event['engine']} step{': ' + event['why'] if event['why'] else ''}"
         )
+        if (found := event.get("devices")) is not None:
+            exact = ", exact sums" if found["exact"] else ""
+            self._out.print(
+                f"[bold]devices[/]  {found['count']} on {found['nodes']} node{'s' * (found['nodes'] != 1)}, "
+                f"{found['mode']} base, {found['threads']} thread{'s' * (found['threads'] != 1)} each{exact}"
+            )
         if not self._out.is_terminal:
             return
         columns = (
@@ -115,7 +124,8 @@ class Watch:
         self._out.print(f"[bold]eval[/]     step {event['step']}: loss {loss}{right}{best}")
 
     def _on_skip(self, event: Event) -> None:
-        self._out.print(f"[red]skipped[/]  step {event['step']}: {event['why']} (rows {_some(event['rows'])})")
+        where = f"rank {', '.join(map(str, event['ranks']))}, " if "ranks" in event else ""
+        self._out.print(f"[red]skipped[/]  step {event['step']}: {event['why']} ({where}rows {_some(event['rows'])})")
 
     def _on_doubt(self, event: Event) -> None:
         self._out.print(f"[yellow]doubtful[/] step {event['step']}: {event['why']} (rows {_some(event['rows'])})")
@@ -299,6 +309,10 @@ def print_end(report: dict[str, Any], as_json: bool) -> None:
         f"[bold]done[/]     {report['steps']} steps, {report['tokens']:,} tokens in {report['seconds']:.0f} s "
         f"({report['tokens_per_s']:.0f} tokens/s, {report['supervised_tokens_per_s']:.0f} supervised)"
     )
+    if memory := report.get("memory"):
+        took, said = memory["measured_peak_bytes"], memory["predicted_peak_bytes"]
+        difference = f", {said / 2**30:.2f} predicted ({took / said - 1:+.0%})" if said else ""
+        console.print(f"[bold]memory[/]   {took / 2**30:.2f} GiB measured{difference}")
     for finding in report.get("diagnosis", []):
         console.print(f"[yellow]finding[/]  {finding}")
     console.print(f"[bold]adapter[/]  {report['adapter']}\n[bold]report[/]   {out}/report.html")

@@ -37,7 +37,7 @@ class Lab:
     """A tiny model and its rows in a folder, and runs on them through the command line."""
 
     def __init__(self, folder: Path, rows: int = 29) -> None:
-        os.environ["STROP_CACHE"] = str(folder / "cache")
+        os.environ.setdefault("STROP_CACHE", str(folder / "cache"))
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.model = tiny.save_tiny(folder / "model")
@@ -45,7 +45,8 @@ class Lab:
         self._next = 0
 
     def words(self, out: Path, *more: str) -> list[str]:
-        start = ["train", "--model", str(self.model), "--data", str(self.rows), "--out", str(out)]
+        data = [] if "--data" in more else ["--data", str(self.rows)]
+        start = ["train", "--model", str(self.model), *data, "--out", str(out)]
         how = ["--model.dtype", "fp32", "--lora.r", "4", "--lora.dropout", "0.1", "--train.learning_rate", "5e-4"]
         steps = ["--train.max_steps", str(STEPS), "--train.batch_size", "7", "--train.micro_batch", "2"]
         return [*start, *how, *steps, *more]
@@ -182,9 +183,9 @@ def _fit(devices: Devices, out: Path, rows: list[Example], options: dict[str, An
 
 def other_numbers(lab: Lab) -> None:
     """Saved by SIGTERM to one of 4 ranks, resumed on 1, 2 and 3: as unbroken."""
-    for exact in ("false", "true"):
+    for exact, worlds in (("false", (3,)), ("true", (1, 2))):
         whole = lab.good(1, "--train.exact", exact)
-        for world in (1, 2, 3):
+        for world in worlds:
             terminate = at_step(5, lambda job: os.kill(os.getpid(), signal.SIGTERM))
             out, ended = lab.train(4, "--train.exact", exact, prepare={2: terminate})
             assert codes(ended) == [130] * 4, said(ended)

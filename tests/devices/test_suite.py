@@ -19,7 +19,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES)
 def test_case(case: str, tmp_path: Path) -> None:
-    code = f"from pathlib import Path; from tests.devices import suite as s; lab = s.Lab(Path({str(tmp_path)!r})); s.{case}"
+    code = f"from pathlib import Path; from tests.devices.suite import *; lab = Lab(Path({str(tmp_path)!r})); {case}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment

@@ -8,6 +8,7 @@ from strop.adapters import Model
 from strop.data.conversation import Ids
 from strop.devices.deal import deal
 from strop.devices.group import Devices
+from strop.engine.answers.text import Expected
 from strop.model.generate import Answer
 
 
@@ -18,19 +19,28 @@ def answers(
     *,
     max_new_tokens: int,
     both: bool = False,
+    expected: Sequence[Expected | None] = (),
     advance: Callable[[int], None] | None = None,
     partial: bool = False,
 ) -> list[Answer]:
     """As Model.answer; partial counts on one device alone: several end with nothing where one is interrupted."""
     if devices.world == 1:
         return model.answer(
-            prompts, max_new_tokens=max_new_tokens, both=both, advance=advance, partial=partial
-        )  # fmt: skip
+            prompts, max_new_tokens=max_new_tokens, both=both, advance=advance, partial=partial, expected=expected
+        )
     own, sides = deal([float(len(prompt)) for prompt in prompts], devices.world)[devices.rank], 1 + both
+    right = [expected[place] for place in own] if expected else []
+    told = (lambda done: advance(done * devices.world)) if advance and devices.main else None
+    found: list[Answer] = []
     with devices.together():
-        asked = [prompts[place] for place in own]
-        told = (lambda done: advance(done * devices.world)) if advance and devices.main else None
-        found = model.answer(asked, max_new_tokens=max_new_tokens, both=both, advance=told) if own else []
+        if own:
+            found = model.answer(
+                [prompts[place] for place in own],
+                max_new_tokens=max_new_tokens,
+                both=both,
+                advance=told,
+                expected=right,
+            )
     whole: list[Answer | None] = [None] * (sides * len(prompts))
     for places, said in devices.gather((own, found)):
         for number, answer in enumerate(said):

@@ -23,13 +23,25 @@ def mean_loss(
 ) -> float:
     """Mean cross entropy over all supervised tokens (by weight). `cut` makes micro-batches out of `rows` examples,
     which are dealt out to the devices."""
+    total, weight = summed_loss(token_loss, examples, cut, rows, devices)
+    assert weight > 0
+    return total / weight
+
+
+def summed_loss(
+    token_loss: TokenLoss,
+    examples: Sequence[Example],
+    cut: Callable[[Sequence[Example]], list[list[int]]],
+    rows: int = 64,
+    devices: Devices = ALONE,
+) -> tuple[float, float]:
+    """The sum of weight * cross entropy over all supervised tokens, and the sum of their weights; see mean_loss."""
     groups: list[list[int]] = []
     total = weight = 0.0
     for start in range(0, len(examples), rows):
         block = [examples[row] for row in range(start, min(start + rows, len(examples)))]
         groups += [[start + row for row in group] for group in cut(block)]
         weight += sum(float(example.weights.sum()) for example in block)
-    assert weight > 0
 
     def loss(group: list[int]) -> float:
         return float(token_loss([examples[row] for row in group]))
@@ -37,4 +49,4 @@ def mean_loss(
     with torch.no_grad():
         for part in devices.each(groups, loss, lambda group: sum(len(examples[row]) for row in group)):
             total += part
-    return total / weight
+    return total, weight
