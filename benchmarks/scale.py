@@ -43,7 +43,7 @@ SIZES = [4, 4096, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26]  # bytes
 COUNTS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 SMOLLM2_TOKENS_PER_S = 778.0  # measured, 1 row of 1,024 tokens at a time on two cores (docs/plan.md, "Time")
 ASKED = {
-    "train.max_steps": 8, "train.batch_size": 16, "data.max_length": 512, "model.dtype": "bf16", "train.micro_batch": 4,
+    "train.max_steps": 6, "train.batch_size": 8, "data.max_length": 512, "model.dtype": "bf16", "train.micro_batch": 4,
     "train.gradient_checkpointing": "off", "train.save_steps": 1000,
 }  # fmt: skip
 

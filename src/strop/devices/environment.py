@@ -56,13 +56,15 @@ def may_restart(env: Mapping[str, str] = os.environ) -> bool:
     return int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
-def threads_of(place: Place, env: Mapping[str, str] = os.environ) -> int | None:
-    """This process's share of its node's cores; None where OMP_NUM_THREADS says how many threads it is to have.
-
-    torchrun sets that to 1 where nobody has set it, which is no one's wish.
-    """
+def threads_asked(env: Mapping[str, str] = os.environ) -> bool:
+    """Somebody wishes for so many threads as OMP_NUM_THREADS says. torchrun sets it to 1 where nobody has set it."""
     by_torchrun = "TORCHELASTIC_RUN_ID" in env and not env["TORCHELASTIC_RUN_ID"].startswith(OWN_AGENT)
-    if "OMP_NUM_THREADS" in env and not (by_torchrun and env["OMP_NUM_THREADS"] == "1"):
+    return "OMP_NUM_THREADS" in env and not (by_torchrun and env["OMP_NUM_THREADS"] == "1")
+
+
+def threads_of(place: Place, env: Mapping[str, str] = os.environ) -> int | None:
+    """This process's share of its node's cores; None where OMP_NUM_THREADS says how many threads it is to have."""
+    if threads_asked(env):
         return None
     return max(1, affinity() // place.local_world)
 

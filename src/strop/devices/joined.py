@@ -6,6 +6,7 @@ import itertools
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ R = TypeVar("R")
 
 MEETING = timedelta(minutes=10)  # until all ranks are there
 PREPARING = timedelta(days=1)  # rank 0 may read rows for hours
+ANSWER_S = 5.0  # for rank 0's host to say who is there
 GRACE_S = 2.0  # in which ranks that were waiting say so, after one was not heard of
 WISHES = 3
 OK, NO_MEMORY, FAILED = 0, 1, 2
@@ -203,11 +205,19 @@ class Group(Devices):
 
     def _missing(self, error: RuntimeError, waited: float) -> StropError:
         """Which rank is not there any more: each that was waiting says so to the others; who says nothing is it."""
-        missing = []
-        with suppress(RuntimeError):
-            self._marks.set(f"waiting-{self.rank}", str(waited))
-            time.sleep(GRACE_S)
-            missing = [rank for rank in range(self.world) if not self._marks.check([f"waiting-{rank}"])]
+        missing: list[int] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                self._marks.set(f"waiting-{self.rank}", str(waited))
+                time.sleep(GRACE_S)
+                missing.extend(rank for rank in range(self.world) if not self._marks.check([f"waiting-{rank}"]))
+
+        asking = threading.Thread(target=ask, daemon=True)  # where rank 0's host is out of reach, asking takes minutes
+        asking.start()
+        asking.join(GRACE_S + ANSWER_S)
+        if asking.is_alive():
+            missing = [0]
         late = waited > 0.9 * self._limit
         names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing)) or '0'}"
         are = "have" if len(missing) > 1 else "has"

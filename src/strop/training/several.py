@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from strop.config.load import Resolved, read_resolved
+from strop.devices.environment import threads_asked
 from strop.devices.group import Devices
 from strop.errors import InputError, Where
 from strop.runs.folder import RunFolder
@@ -24,7 +24,7 @@ def set_up_together(resolved: Resolved, memory: int | None, folder: RunFolder, d
 
     Raises InputError where the ranks do not see the same: run folder, base, rows, template, versions.
     """
-    if resolved.recipe.train.exact and "OMP_NUM_THREADS" not in os.environ:
+    if resolved.recipe.train.exact and not threads_asked():
         torch.set_num_threads(1)  # a product is split by thread, and so its last bits
     setup: Setup | None = None
     first, of_node = devices.rank == 0, devices.local == 0
