@@ -39,10 +39,11 @@ def hosts() -> Iterator[None]:
 
 
 def start(folder: Path, node: int, *words: str) -> subprocess.Popen[bytes]:
-    """torchrun with one process on a host, as a person would type it there."""
-    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}"]
-    agent += [f"--master-addr={ADDRESSES[0]}", f"--master-port={PORT}", "-m", "strop.cli"]
-    env = {**os.environ, "GLOO_SOCKET_IFNAME": NAMES[node]}
+    """torchrun with one process on a host, told of the others as Kubeflow Trainer tells a pod: by PET_ variables."""
+    agent = [sys.executable, "-m", "torch.distributed.run", "-m", "strop.cli"]
+    told = {"NNODES": 2, "NPROC_PER_NODE": 1, "NODE_RANK": node, "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": PORT}
+    env = {**os.environ, **{f"PET_{name}": str(value) for name, value in told.items()}}
+    env["GLOO_SOCKET_IFNAME"] = NAMES[node]
     env.pop("OMP_NUM_THREADS", None)  # under torchrun 1 counts as unset
     named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', NAMES[node]]
     with (folder / f"log{node}").open("wb") as log:
@@ -59,9 +60,8 @@ def both(folder: Path) -> list[subprocess.Popen[bytes]]:
 @pytest.mark.usefixtures("hosts")
 def test_two_hosts_make_the_run_of_one(tmp_path: Path, tiny_folder: Path) -> None:
     write_recipe(tmp_path, tiny_folder, steps=20)
-    assert [host.wait(600) for host in both(tmp_path)] == [0, 0], (tmp_path / "log0").read_text(encoding="utf-8")[
-        -3000:
-    ]
+    codes = [host.wait(600) for host in both(tmp_path)]
+    assert codes == [0, 0], (tmp_path / "log0").read_text(encoding="utf-8")[-3000:]
     (started,) = events(tmp_path / "run", "start")
     assert (started["devices"]["count"], started["devices"]["nodes"]) == (2, 2)
     strop("train", FIRST, "--out", "alone", cwd=tmp_path)
