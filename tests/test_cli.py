@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from strop.cli import COMMANDS, EXPORTS
+from strop.cli import COMMANDS, GROUPS
 from tests import ROOT
 from tests.support.helptexts import FILE, helptexts
 
@@ -16,11 +16,12 @@ def test_help_says_what_it_said() -> None:
     assert helptexts() == FILE.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, *EXPORTS])
+@pytest.mark.parametrize("name", [*COMMANDS, *GROUPS])
 def test_a_command_is_in_the_file_named_after_it(name: str) -> None:
-    command = {**COMMANDS, **EXPORTS}[name]
-    file = "export" if name in EXPORTS else {"eval": "evaluate"}.get(name, name)
-    assert command.__module__ == f"strop.commands.{file}"
+    """Those of a group are in the group's file."""
+    commands = GROUPS[name][1] if name in GROUPS else {COMMANDS[name].__name__: COMMANDS[name]}
+    file = {"eval": "evaluate"}.get(name, name)
+    assert {command.__module__ for command in commands.values()} == {f"strop.commands.{file}"}
     tree = ast.parse((ROOT / "src" / "strop" / "commands" / f"{file}.py").read_text(encoding="utf-8"))
     public = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]
-    assert sorted(public) == sorted(EXPORTS if name in EXPORTS else [command.__name__])
+    assert sorted(public) == sorted(commands)

@@ -43,21 +43,31 @@ __all__ = [
 
 
 def plan(
-    recipe: str | Path | None = None, *, memory: int | None = None, gpu: str | None = None, **options: Any
+    recipe: str | Path | None = None,
+    *,
+    memory: int | None = None,
+    gpu: str | None = None,
+    devices: int = 1,
+    nodes: int = 1,
+    **options: Any,
 ) -> Plan:
     """Whether a recipe fits, how long it takes, and what to change where it does not; reads no weights, needs no torch.
 
     options: as of `train`; without `data`, the plan is about rows of the longest length. `model` may be the path of a
-    config.json alone. memory: bytes of the device; gpu: a card by its name. Default: this machine.
+    config.json alone. memory: bytes of the device; gpu: a card by its name. Default: this machine. devices: of each of
+    `nodes` machines like it (processes share a CPU and its memory).
     Raises InputError.
     """
     from strop.config.load import Choice, resolve
+    from strop.planning.devices import Devices, share
     from strop.planning.here import look_at, place_for, row_sizes, start_adapter, without_data
     from strop.planning.plan import make_plan
 
     resolved = resolve(Path(recipe) if recipe else None, without_data(_flat(options), recipe is not None))
     model = resolved.recipe.model
-    place, looked_at = place_for(model.device, memory, gpu), look_at(resolved.recipe)
+    several = Devices(devices, nodes)
+    place = share(place_for(model.device, memory, gpu), several, here=memory is None and gpu is None)
+    looked_at = look_at(resolved.recipe)
     if gpu is not None and model.device.partition(":")[0] != place.device:  # a recipe that was made for another machine
         resolved = resolved.decide([Choice("model.device", place.device, "plan", f"of --gpu {gpu}")])
     return make_plan(
@@ -69,6 +79,7 @@ def plan(
         dtype=place.dtype,
         rows=row_sizes(resolved.recipe),
         adapter=start_adapter(resolved.recipe),
+        devices=several,
     )
 
 
@@ -110,13 +121,17 @@ def train(
     options: recipe fields as on the command line: `model`, `data`, `eval`, `out`, `preset`, `seed`; a section as a
     dict (`lora={"r": 8}`); or a dotted name (`**{"train.epochs": 1}`). `model` and `data` may be dicts too.
     callback: receives each event that events.jsonl gets. memory: bytes the run may have, less than there is.
+    Started by torchrun or another launcher, it joins the other processes, and only rank 0 has a callback.
     Raises InputError before weights load, RunError while training, Stopped after Ctrl-C.
     """
     from strop.config.load import resolve
-    from strop.training.run import train as run_training
+    from strop.devices.join import joined
 
     resolved = resolve(Path(recipe) if recipe else None, _flat(options))
-    return run_training(resolved, [callback] if callback else [], memory=memory)
+    with joined() as devices:
+        from strop.training.run import train as run_training
+
+        return run_training(resolved, [callback] if callback else [], memory=memory, devices=devices)
 
 
 def resume(
@@ -131,10 +146,15 @@ def resume(
 
     options: recipe fields with a new value, each of which `allow_changed` must name (see `strop resume --help`).
     """
-    from strop.training.run import resume as go_on
+    from strop.devices.join import joined
 
     listeners = [callback] if callback else []
-    return go_on(Path(run), listeners, options=_flat(options), allow_changed=allow_changed, memory=memory)
+    with joined() as devices:
+        from strop.training.run import resume as go_on
+
+        return go_on(
+            Path(run), listeners, options=_flat(options), allow_changed=allow_changed, memory=memory, devices=devices
+        )
 
 
 def evaluate(
@@ -151,12 +171,15 @@ def evaluate(
 
     regression_data: and on rows of one's own that should not get worse, judged by regression_metric or metric.
     """
-    from strop.evaluation.run import evaluate_model
+    from strop.devices.join import joined
 
-    return evaluate_model(
-        str(run), data, metric=metric, max_new_tokens=max_new_tokens, general=general,
-        regression_data=regression_data, regression_metric=regression_metric,
-    )  # fmt: skip
+    with joined() as devices:
+        from strop.evaluation.run import evaluate_model
+
+        return evaluate_model(
+            str(run), data, metric=metric, max_new_tokens=max_new_tokens, general=general,
+            regression_data=regression_data, regression_metric=regression_metric, devices=devices,
+        )  # fmt: skip
 
 
 def check(recipe: str | Path | None = None, **options: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from strop.commands.demo import demo
 from strop.commands.doctor import doctor
 from strop.commands.evaluate import evaluate
 from strop.commands.export import gguf, ollama
+from strop.commands.launch import kubernetes, ray, skypilot, slurm
 from strop.commands.merge import merge
 from strop.commands.modules import modules
 from strop.commands.plan import plan
@@ -29,7 +30,7 @@ from strop.commands.runs import runs
 from strop.commands.schema import schema
 from strop.commands.serve import serve
 from strop.commands.train import train
-from strop.errors import StropError
+from strop.errors import Elsewhere, StropError
 from strop.flags import recipe_options
 from strop.terminal import console, print_json
 
@@ -51,6 +52,8 @@ def main() -> None:
     )  # peft imports it; what it lacks is no concern of this run
     try:
         sys.exit(build(sys.argv[1:])(standalone_mode=False) or 0)
+    except Elsewhere as error:
+        sys.exit(error.exit_code)
     except StropError as error:
         _fail(error.lines(), error.as_json(), error.exit_code, error.so_far)
     except KeyboardInterrupt:
@@ -85,10 +88,11 @@ def build(words: Sequence[str]) -> typer.Typer:
     for name, command in COMMANDS.items():
         takes_recipe = "options" in inspect.signature(command).parameters
         app.command(name)(recipe_options(command, name in words) if takes_recipe else command)
-    exports = typer.Typer(help="Make files for other programs, each proved to be the same model.", no_args_is_help=True)
-    for name, command in EXPORTS.items():
-        exports.command(name)(command)
-    app.add_typer(exports, name="export")
+    for group, (text, commands) in GROUPS.items():
+        inner = typer.Typer(help=text, no_args_is_help=True)
+        for name, command in commands.items():
+            inner.command(name)(command)
+        app.add_typer(inner, name=group)
     return app
 
 
@@ -115,7 +119,16 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "demo": demo,
 }
 
-EXPORTS: Mapping[str, Callable[..., None]] = {"gguf": gguf, "ollama": ollama}
+GROUPS: Mapping[str, tuple[str, Mapping[str, Callable[..., None]]]] = {
+    "export": (
+        "Make files for other programs, each proved to be the same model.",
+        {"gguf": gguf, "ollama": ollama},
+    ),
+    "launch": (
+        "Write the job file that trains a recipe on a cluster.",
+        {"slurm": slurm, "ray": ray, "kubernetes": kubernetes, "skypilot": skypilot},
+    ),
+}
 
 
 def _version_option(

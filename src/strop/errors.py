@@ -16,6 +16,7 @@ StropError                what, fix, where; never raised itself
 │   ├── MemoryLimitError  out of memory, and nothing left that would save some
 │   ├── DiskError         the disk is full or broken
 │   └── CheckpointError   no checkpoint that verifies
+├── Elsewhere             another process of this run has failed, and says why      exits as that one
 └── Stopped               Ctrl-C or SIGTERM, after saving                           exit 130
 """
 
@@ -137,6 +138,14 @@ class DiskError(RunError):
 
 class CheckpointError(RunError):
     pass
+
+
+class Elsewhere(StropError):
+    """Nothing to print: the process of another device does."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of this run has failed")
+        self.exit_code = exit_code
 
 
 class Stopped(StropError):

@@ -24,6 +24,9 @@ NoParity = Annotated[
     bool, typer.Option("--no-parity", help="Do not measure the result: for a model too large to compute here.")
 ]
 Data = Annotated[str | None, typer.Option("--data", help="Rows to measure on; default: the run's own.")]
+Devices = Annotated[
+    str | None, typer.Option(help="Use this many devices of this machine: a number, or all.", metavar="N|all")
+]
 RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe file (YAML).")]
 
 

@@ -66,7 +66,8 @@ class Watch:
         self._out.print(f"[yellow]note[/]     {event['text']}")
 
     def _on_resume(self, event: Event) -> None:
-        self._out.print(f"[bold]resume[/]   from {event['checkpoint']}")
+        moved = f", on {event['devices']} devices, {event['devices_before']} before" if "devices" in event else ""
+        self._out.print(f"[bold]resume[/]   from {event['checkpoint']}{moved}")
 
     def _on_rehearsal(self, event: Event) -> None:
         need, usable = event["predicted_bytes"] / 2**30, event["usable_bytes"] / 2**30
@@ -82,6 +83,12 @@ class Watch:
             f"[bold]train[/]    {event['steps']} steps, {numbers['trainable']:,} trainable parameters ({share:.2%}"
             f"{_in_experts(numbers)}), {event['engine']} step{': ' + event['why'] if event['why'] else ''}"
         )
+        if (found := event.get("devices")) is not None:
+            exact = ", exact sums" if found["exact"] else ""
+            self._out.print(
+                f"[bold]devices[/]  {found['count']} on {found['nodes']} node{'s' * (found['nodes'] != 1)}, "
+                f"{found['mode']} base, {found['threads']} thread{'s' * (found['threads'] != 1)} each{exact}"
+            )
         if not self._out.is_terminal:
             return
         columns = (
@@ -117,7 +124,8 @@ class Watch:
         self._out.print(f"[bold]eval[/]     step {event['step']}: loss {loss}{right}{best}")
 
     def _on_skip(self, event: Event) -> None:
-        self._out.print(f"[red]skipped[/]  step {event['step']}: {event['why']} (rows {_some(event['rows'])})")
+        where = f"rank {', '.join(map(str, event['ranks']))}, " if "ranks" in event else ""
+        self._out.print(f"[red]skipped[/]  step {event['step']}: {event['why']} ({where}rows {_some(event['rows'])})")
 
     def _on_doubt(self, event: Event) -> None:
         self._out.print(f"[yellow]doubtful[/] step {event['step']}: {event['why']} (rows {_some(event['rows'])})")

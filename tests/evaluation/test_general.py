@@ -80,7 +80,7 @@ def test_a_model_that_answers_in_json_only_is_caught() -> None:
     class Fake:
         renderer = SimpleNamespace(prompt=lambda messages: messages)
 
-        def answer(self, prompts: Any, max_new_tokens: int, both: bool, advance: Any) -> Any:
+        def answer(self, prompts: Any, *, both: bool, **how: Any) -> Any:
             assert both
             texts = ["This is plain text, said well."] * len(prompts) + ['{"intent": "x"}'] * len(prompts)
             return [SimpleNamespace(text=text) for text in texts]

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -375,13 +375,13 @@ def _poison(where: str, steps: set[int]) -> Callable[[], None]:
         count, gradients, take = iter(range(1, 10_000)), loop.gradients, loop._take
 
         def poisoned(job: Any, examples: Any) -> Any:
-            loss, figures = gradients(job, examples)
+            part = gradients(job, examples)
             if next(count) in steps:
                 if where == "loss":
-                    return loss * math.nan, figures
+                    return replace(part, loss=part.loss * math.nan)
                 if where == "gradient":
                     next(iter(job.state.weights.values())).grad.view(-1)[0] = math.nan
-            return loss, figures
+            return part
 
         def taken(job: Any, batch: Any, stream: Any) -> None:
             take(job, batch, stream)

@@ -44,7 +44,7 @@ def gradients(made: Job) -> tuple[float, dict[str, torch.Tensor]]:
     found: dict[str, torch.Tensor] = {}
     made = replace(made, recipe=made.recipe)
     rows = stream_of(made.recipe, len(made.train)).rows(0)
-    loss, _ = loop.gradients(made, [made.train[row] for row in rows])
+    loss = loop.gradients(made, [made.train[row] for row in rows]).loss
     found = {name: weight.grad.clone() for name, weight in made.state.weights.items() if weight.grad is not None}
     made.state.optimizer.zero_grad()
     return float(loss), found

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
-from strop.flags import Force, Json, Quantization
+from strop.flags import Devices, Force, Json, Quantization
 from strop.terminal import (
     answering,
     print_general,
@@ -37,20 +38,27 @@ def evaluate(
         list[str] | None, typer.Option(help="A task of lm-eval, if installed: its name, or a .yaml file.")
     ] = None,
     task_limit: Annotated[int | None, typer.Option(min=1, help="This many documents of each task.")] = None,
+    devices: Devices = None,
     quantization: Quantization = "auto",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Compare base and tuned on rows that were not trained on."""
+    from strop.devices.join import joined, start, to_start
+
+    if number := to_start(devices):
+        start(number, sys.argv[1:])
+        return
     from strop.evaluation.run import evaluate_models, leaderboard
 
-    with answering() as advance:
+    with joined() as group, answering() as advance:
         results = evaluate_models(
             names,
             data,
             metric=metric,
             max_new_tokens=max_new_tokens,
-            advance=advance,
+            advance=advance if group.main else None,
+            devices=group,
             quantization=quantization,
             force=force,
             general=general,
@@ -59,6 +67,8 @@ def evaluate(
             tasks=tasks or (),
             task_limit=task_limit,
         )
+    if not group.main:
+        return
     for result in results:
         print_notes(result["notes"])
         print_scores(result)

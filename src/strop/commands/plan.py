@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from strop.errors import RecipeError
 from strop.flags import Json, RecipeFile, limit_bytes
 from strop.terminal import console, print_json
 
@@ -16,6 +17,8 @@ def plan(
         str | None, typer.Option(help="Plan for this much memory, such as 8GB; on the card with --device cuda.")
     ] = None,
     gpu: Annotated[str | None, typer.Option(help='Plan for this card, such as "RTX 4090".')] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Devices of each machine: cards, or processes on a CPU.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
     compare: Annotated[
         bool, typer.Option("--compare", help="Full, 16-bit LoRA and QLoRA side by side, in several sizes.")
     ] = False,
@@ -27,12 +30,14 @@ def plan(
     from strop import plan as make
     from strop.planning.show import print_comparison, print_plan
 
+    if compare and devices * nodes > 1:
+        raise RecipeError("--compare: is about one device", fix="leave --devices and --nodes out")
     if compare:
         rows = compare_methods(recipe, memory=limit_bytes(memory), gpu=gpu, **(options or {}))
         print_comparison(rows, console)
         print_json({"rows": [row.as_json() for row in rows]}, as_json)
         return
-    found = make(recipe, memory=limit_bytes(memory), gpu=gpu, **(options or {}))
+    found = make(recipe, memory=limit_bytes(memory), gpu=gpu, devices=devices, nodes=nodes, **(options or {}))
     print_plan(found, console)
     told = found.as_json()
     if not found.fits:

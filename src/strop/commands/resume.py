@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from strop.flags import Json, Memory, limit_bytes
+from strop.flags import Devices, Json, Memory, limit_bytes
 from strop.terminal import console, print_end, watching
 
 
@@ -19,18 +20,29 @@ def resume(
             help="What may differ from the run's start: lr, schedule, base, data, template, versions, a field."
         ),
     ] = None,
+    devices: Devices = None,
     memory: Memory = None,
     as_json: Json = False,
     options: dict[str, Any] | None = None,
 ) -> None:
     """Go on with a run from its newest complete checkpoint. Recipe flags change a value, where that is allowed."""
+    from strop.config.load import read_resolved
+    from strop.devices.join import joined, start, to_start
     from strop.runs.folder import open_run
-    from strop.training.run import resume as go_on
 
-    if open_run(run).finished:
-        console.print(f"{run} is finished; nothing to resume")
-    with watching() as watch:
-        report = go_on(
-            run, [watch], options=options, allow_changed=allow_changed or (), memory=limit_bytes(memory)
-        ).report
-    print_end(report, as_json)
+    folder = open_run(run)
+    if number := to_start(devices, read_resolved(folder.recipe).recipe.model.device if devices else "auto"):
+        start(number, sys.argv[1:])
+        return
+    with joined() as group:
+        from strop.training.run import resume as go_on
+
+        if group.main and folder.finished:
+            console.print(f"{run} is finished; nothing to resume")
+        changed = allow_changed or ()
+        with watching() as watch:
+            report = go_on(
+                run, [watch], options=options, allow_changed=changed, memory=limit_bytes(memory), devices=group
+            ).report
+    if group.main:
+        print_end(report, as_json)

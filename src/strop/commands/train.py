@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
-from strop.flags import Json, Memory, RecipeFile, limit_bytes
+from strop.flags import Devices, Json, Memory, RecipeFile, limit_bytes
 from strop.terminal import print_end, print_json, watching
 
 
@@ -16,6 +17,10 @@ def train(
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Show every value with its origin; train nothing.")
     ] = False,
+    go_on: Annotated[
+        bool, typer.Option("--resume", help="Where --out holds this run already, go on with it: for restarted jobs.")
+    ] = False,
+    devices: Devices = None,
     memory: Memory = None,
     as_json: Json = False,
     options: dict[str, Any] | None = None,
@@ -34,8 +39,15 @@ def train(
         else:
             print(complete.as_yaml(), end="")
         return
-    from strop.training.run import train as run_training
+    from strop.devices.join import joined, start, to_start
 
-    with watching() as watch:
-        run = run_training(resolved, [watch], memory=limit_bytes(memory))
-    print_end(run.report, as_json)
+    if number := to_start(devices, resolved.recipe.model.device):
+        start(number, sys.argv[1:])
+        return
+    with joined() as group:
+        from strop.training.run import train as run_training
+
+        with watching() as watch:
+            run = run_training(resolved, [watch], memory=limit_bytes(memory), devices=group, go_on=go_on)
+    if group.main:
+        print_end(run.report, as_json)

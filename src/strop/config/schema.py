@@ -24,6 +24,7 @@ def _yes_or_no(value: Any) -> Any:
 
 Finite = Annotated[float, AfterValidator(_finite)]
 Layers = Annotated[int, Field(ge=1)]
+TIME = r"^\d+(\.\d+)?[smhd]?$"
 DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 
 
@@ -141,7 +142,9 @@ class TrainSection(Section):
     save_steps: int | None = Field(None, ge=1, description="save every N steps; default once an epoch and 10 minutes")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept (the best is kept besides)")
     log_steps: int = Field(1, ge=1, description="write a step event every N steps")
-    max_time: str | None = Field(None, pattern=r"^\d+(\.\d+)?[smhd]?$", description="stop and save after 90s, 30m, 2h")
+    exact: bool = Field(False, description="the same bits on any number of devices; slower")
+    timeout: str = Field("30m", pattern=TIME, description="how long a device may keep the others waiting: 90s, 30m, 2h")
+    max_time: str | None = Field(None, pattern=TIME, description="stop and save after 90s, 30m, 2h")
 
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ import torch
 from strop.adapters import Model
 from strop.data.conversation import Conversation, Example, Ids
 from strop.data.pack import group_by_length
+from strop.devices.group import ALONE, Devices
 from strop.engine.answers.text import Expected
 from strop.engine.step import step_for
+from strop.evaluation.dealt import answers as answers_of
 from strop.evaluation.loss import summed_loss
 from strop.evaluation.metrics import metric as metric_named
 from strop.evaluation.metrics import options, paired_difference, score, wilson
@@ -63,6 +66,7 @@ def compare(
     max_new_tokens: int = 80,
     advance: Advance | None = None,
     base: Side | None = None,
+    devices: Devices = ALONE,
 ) -> dict[str, Any]:
     """Scores of base and tuned with 95 % intervals, and each row's answers.
 
@@ -77,16 +81,16 @@ def compare(
     asked = questions(conversations)
     rows = len(asked)
     names = [name for name in ("base", "tuned") if (model.adapter or name == "base") and not (name == "base" and base)]
-    written = {} if metric == "choice" else _write_all(model, asked, names, max_new_tokens, advance)
+    written = {} if metric == "choice" else _write_all(model, asked, names, max_new_tokens, advance, devices)
     if written and len(written[names[0]][0]) < rows:  # Ctrl-C: what is there is told
         asked = asked[: len(written[names[0]][0])]
         conversations = [question.conversation for question in asked]
         base = base and Side(base.scores, base.hits[: len(asked)], base.texts[: len(asked)])
 
     def ask(side: str) -> Side:
-        loss = _loss(model, conversations, asked, written[side][0] if written else [])
+        loss = _loss(model, conversations, asked, written[side][0] if written else [], devices)
         if metric == "choice":
-            texts, more = _choose_all(model, asked, side, advance), {}
+            texts, more = _choose_all(model, asked, side, advance, devices), {}
         else:
             answers, rate = written[side]
             texts, more = [answer.text for answer in answers], {
@@ -133,7 +137,11 @@ def side_of(result: dict[str, Any], name: str) -> Side:
 
 
 def _loss(
-    model: Model, conversations: Sequence[Conversation], asked: Sequence[Question], answers: Sequence[Answer]
+    model: Model,
+    conversations: Sequence[Conversation],
+    asked: Sequence[Question],
+    answers: Sequence[Answer],
+    devices: Devices = ALONE,
 ) -> float:
     """The mean loss of all conversations. Where an answer came with the right one's log-probabilities, these are taken;
     the others go through the training step."""
@@ -158,7 +166,7 @@ def _loss(
     if others:
         token_loss = step_for(model.module).token_loss
         cut = partial(group_by_length, tokens=2048)
-        more = summed_loss(token_loss, others, lambda some: cut([len(example) for example in some]))
+        more = summed_loss(token_loss, others, lambda some: cut([len(example) for example in some]), devices=devices)
         total, weight = total + more[0], weight + more[1]
     assert weight > 0
     return total / weight
@@ -182,7 +190,12 @@ def _expected(prompt: Ids, examples: Sequence[Example]) -> Expected | None:
 
 
 def _write_all(
-    model: Model, asked: Sequence[Question], sides: Sequence[str], max_new_tokens: int, advance: Advance | None
+    model: Model,
+    asked: Sequence[Question],
+    sides: Sequence[str],
+    max_new_tokens: int,
+    advance: Advance | None,
+    devices: Devices,
 ) -> dict[str, tuple[list[Answer], float]]:
     """The answers of base, tuned or both, in one batch, and its tokens/s."""
     prompts, started = [_prompt(model, question.conversation) for question in asked], time.perf_counter()
@@ -191,8 +204,8 @@ def _write_all(
         for prompt, question in zip(prompts, asked, strict=True)
     ]
     with model.base() if sides == ["base"] and model.adapter else nullcontext():
-        answers = model.answer(
-            prompts, max_new_tokens=max_new_tokens, both=len(sides) > 1, partial=True, expected=right,
+        answers = answers_of(
+            model, prompts, devices, max_new_tokens=max_new_tokens, both=len(sides) > 1, partial=True, expected=right,
             advance=advance and (lambda done: advance(" and ".join(sides), done, len(sides) * len(asked))),
         )  # fmt: skip
     rate = sum(answer.tokens for answer in answers) / (time.perf_counter() - started)
@@ -208,16 +221,20 @@ def _prompt(model: Model, conversation: Conversation) -> Ids:
     return model.renderer.prompt(conversation.messages[:-1], conversation.tools, options=options)
 
 
-def _choose_all(model: Model, asked: Sequence[Question], side: str, advance: Advance | None) -> list[str]:
+def _choose_all(
+    model: Model, asked: Sequence[Question], side: str, advance: Advance | None, devices: Devices
+) -> list[str]:
     """The likeliest answer to each question among the right answers to all of them, the stop token included."""
     token_loss = step_for(model.module).token_loss
-    among, chosen = options([question.gold for question in asked]), []
-    for question in asked:
+    among, done = options([question.gold for question in asked]), count(devices.world, devices.world)
+
+    def choose(question: Question) -> str:
         *before, last = question.conversation.messages
         said = [replace(question.conversation, messages=(*before, replace(last, content=one))) for one in among]
         with torch.no_grad():
             losses = [float(token_loss(model.renderer.render(conversation))) for conversation in said]
-        chosen.append(among[losses.index(min(losses))])
         if advance is not None:
-            advance(side, len(chosen), len(asked))
-    return chosen
+            advance(side, min(next(done), len(asked)), len(asked))
+        return among[losses.index(min(losses))]
+
+    return devices.each(asked, choose, lambda question: 1.0)

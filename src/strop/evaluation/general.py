@@ -15,7 +15,9 @@ from typing import Any
 
 from strop.adapters import Model
 from strop.data.conversation import Message
+from strop.devices.group import ALONE, Devices
 from strop.evaluation.compare import Advance
+from strop.evaluation.dealt import answers as answers_of
 from strop.evaluation.metrics import paired_difference, wilson
 
 MOST_TOKENS = 48
@@ -37,12 +39,13 @@ def rows() -> list[Row]:
     ]
 
 
-def compare_general(model: Model, advance: Advance | None = None) -> dict[str, Any]:
+def compare_general(model: Model, advance: Advance | None = None, devices: Devices = ALONE) -> dict[str, Any]:
     """Shares of good answers of base and tuned, over all rows and by kind: {rows, base, tuned, intervals, difference,
     kinds: {kind: {rows, base, tuned, difference}}, lost: [{prompt, base, tuned}]}. The model must have an adapter."""
     asked = rows()
-    found = model.answer(
-        [model.renderer.prompt(list(row.messages)) for row in asked], max_new_tokens=MOST_TOKENS, both=True,
+    prompts = [model.renderer.prompt(list(row.messages)) for row in asked]
+    found = answers_of(
+        model, prompts, devices, max_new_tokens=MOST_TOKENS, both=True,
         advance=advance and (lambda done: advance("general, base and tuned", done, 2 * len(asked))),
     )  # fmt: skip
     texts = [answer.text for answer in found]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from strop.data.conversation import Example
+from strop.devices.group import ALONE, Devices
 
 TokenLoss = Callable[[Sequence[Example]], Tensor]
 """Examples of a micro-batch -> sum over supervised tokens of weight * cross entropy, fp32 scalar."""
@@ -18,9 +19,11 @@ def mean_loss(
     examples: Sequence[Example],
     cut: Callable[[Sequence[Example]], list[list[int]]],
     rows: int = 64,
+    devices: Devices = ALONE,
 ) -> float:
-    """Mean cross entropy over all supervised tokens (by weight). `cut` makes micro-batches out of `rows` examples."""
-    total, weight = summed_loss(token_loss, examples, cut, rows)
+    """Mean cross entropy over all supervised tokens (by weight). `cut` makes micro-batches out of `rows` examples,
+    which are dealt out to the devices."""
+    total, weight = summed_loss(token_loss, examples, cut, rows, devices)
     assert weight > 0
     return total / weight
 
@@ -30,13 +33,20 @@ def summed_loss(
     examples: Sequence[Example],
     cut: Callable[[Sequence[Example]], list[list[int]]],
     rows: int = 64,
+    devices: Devices = ALONE,
 ) -> tuple[float, float]:
     """The sum of weight * cross entropy over all supervised tokens, and the sum of their weights; see mean_loss."""
+    groups: list[list[int]] = []
     total = weight = 0.0
+    for start in range(0, len(examples), rows):
+        block = [examples[row] for row in range(start, min(start + rows, len(examples)))]
+        groups += [[start + row for row in group] for group in cut(block)]
+        weight += sum(float(example.weights.sum()) for example in block)
+
+    def loss(group: list[int]) -> float:
+        return float(token_loss([examples[row] for row in group]))
+
     with torch.no_grad():
-        for start in range(0, len(examples), rows):
-            block = [examples[row] for row in range(start, min(start + rows, len(examples)))]
-            for group in cut(block):
-                total += float(token_loss([block[row] for row in group]))
-            weight += sum(float(example.weights.sum()) for example in block)
+        for part in devices.each(groups, loss, lambda group: sum(len(examples[row]) for row in group)):
+            total += part
     return total, weight

@@ -16,6 +16,7 @@ from strop.data.conversation import Conversation, Example
 from strop.data.pack import pack
 from strop.data.rendering.pairs import render_pairs
 from strop.data.rendering.render import RenderError
+from strop.devices.group import ALONE, Devices
 from strop.engine.step import step_for
 from strop.errors import DataError, Where
 from strop.evaluation.compare import Advance
@@ -31,7 +32,7 @@ Found = list[tuple[float, float]]  # of the chosen and the rejected answer
 
 
 def compare_preferences(
-    model: Model, conversations: Sequence[Conversation], advance: Advance | None = None
+    model: Model, conversations: Sequence[Conversation], advance: Advance | None = None, devices: Devices = ALONE
 ) -> dict[str, Any]:
     """How often the chosen answer is the likelier one a token, without the adapter and with it, with 95 % intervals.
 
@@ -43,12 +44,12 @@ def compare_preferences(
     """
     pairs = _rendered(model, conversations)
     if model.adapter is not None and is_reward(model.adapter):
-        return _scored(model, conversations, pairs, advance)
+        return _scored(model, conversations, pairs, advance, devices)
     sides: dict[str, Found] = {}
     with model.base() if model.adapter else nullcontext():
-        sides["base"] = _log_probs(model, pairs, "base", advance)
+        sides["base"] = _log_probs(model, pairs, "base", advance, devices)
     if model.adapter:
-        sides["tuned"] = _log_probs(model, pairs, "tuned", advance)
+        sides["tuned"] = _log_probs(model, pairs, "tuned", advance, devices)
     counts = [(float(better.weights.sum()), float(worse.weights.sum())) for better, worse in pairs]
     result: dict[str, Any] = {"rows": len(pairs), "metric": METRIC}
     hits: dict[str, list[bool]] = {}
@@ -83,7 +84,7 @@ def rewards(found: Found) -> dict[str, Any]:
 
 
 def _scored(
-    model: Model, conversations: Sequence[Conversation], pairs: Pairs, advance: Advance | None
+    model: Model, conversations: Sequence[Conversation], pairs: Pairs, advance: Advance | None, devices: Devices
 ) -> dict[str, Any]:
     step, head = step_for(model.module), head_of(model.module)
     assert head is not None
@@ -92,7 +93,7 @@ def _scored(
         found: torch.Tensor = head(step.last_hidden(examples).float())
         return found.flatten()
 
-    found = _by_micro_batch(scores, pairs, "tuned", advance)
+    found = _by_micro_batch(scores, pairs, "tuned", advance, devices)
     hits = {"tuned": [a > b for a, b in found]}
     told = rewards(found)
     return {
@@ -117,23 +118,30 @@ def _rendered(model: Model, conversations: Sequence[Conversation]) -> Pairs:
     return found
 
 
-def _log_probs(model: Model, pairs: Pairs, side: str, advance: Advance | None) -> Found:
-    return _by_micro_batch(step_for(model.module).log_probs, pairs, side, advance)
+def _log_probs(model: Model, pairs: Pairs, side: str, advance: Advance | None, devices: Devices) -> Found:
+    return _by_micro_batch(step_for(model.module).log_probs, pairs, side, advance, devices)
 
 
-def _by_micro_batch(compute: Any, pairs: Pairs, side: str, advance: Advance | None) -> Found:
+def _by_micro_batch(compute: Any, pairs: Pairs, side: str, advance: Advance | None, devices: Devices) -> Found:
     """What `compute` gives for both answers of each pair; a pair is never parted."""
     lengths = [len(better) + len(worse) for better, worse in pairs]
-    found: Found = [(0.0, 0.0)] * len(pairs)
     done = 0
+
+    def look(group: list[int]) -> list[float]:
+        nonlocal done
+        done += len(group) * devices.world
+        values: list[float] = compute([example for row in group for example in pairs[row]]).tolist()
+        if advance is not None:
+            advance(side, min(done, len(pairs)), len(pairs))
+        return values
+
+    groups = pack(lengths, max(TOKENS, *lengths))
+    found: Found = [(0.0, 0.0)] * len(pairs)
     with torch.no_grad():
-        for group in pack(lengths, max(TOKENS, *lengths)):
-            values = compute([example for row in group for example in pairs[row]]).tolist()
-            for place, row in enumerate(group):
-                found[row] = (values[2 * place], values[2 * place + 1])
-            done += len(group)
-            if advance is not None:
-                advance(side, done, len(pairs))
+        looked = devices.each(groups, look, lambda group: sum(lengths[row] for row in group))
+    for group, values in zip(groups, looked, strict=True):
+        for place, row in enumerate(group):
+            found[row] = (values[2 * place], values[2 * place + 1])
     return found
 
 

@@ -13,6 +13,7 @@ from strop.adapters import adapter_folder, is_reward, load, refuse_other_kind
 from strop.data.conversation import Conversation
 from strop.data.formats import PAIRED, conversations
 from strop.data.reading.sources import RowFault, read_rows
+from strop.devices.group import ALONE, Devices
 from strop.errors import DataError, RecipeError
 from strop.evaluation.card import write_card
 from strop.evaluation.compare import Advance, Side, compare, questions, side_of
@@ -66,6 +67,7 @@ def evaluate_models(
     regression_metric: str | None = None,
     tasks: Sequence[str] = (),
     task_limit: int | None = None,
+    devices: Devices = ALONE,
 ) -> list[dict[str, Any]]:
     """Base and tuned on the rows of `data` (base alone where there is no adapter), for each model in turn; what
     compare.compare returns (of pairs, preferences.compare_preferences), and `run`. A base that several have in common
@@ -74,12 +76,15 @@ def evaluate_models(
     general: ask the built-in general set too, to see what training broke (`general` in the result).
     regression_data: rows of the user's own for the same purpose (`regression`); regression_metric: theirs, or metric.
     tasks: of lm-evaluation-harness (`tasks`), where it is installed; task_limit: documents of each.
+    devices: those that the rows are dealt out to.
 
     Raises RecipeError for a metric that does not exist, DataError for rows that are wrong or cannot be scored,
     ModelError for the model; all but the last before the model loads.
     """
     if regression_metric and not regression_data:
         raise RecipeError("--regression-metric: there are no rows for it", fix="give --regression-data")
+    if tasks and devices.world > 1:
+        raise RecipeError("--tasks: the harness runs on one device", fix="ask for tasks in a command of their own")
     if task_limit and not tasks:
         raise RecipeError("--task-limit: there are no tasks", fix="give --tasks")
     rows = _scorable(data, metric)
@@ -102,29 +107,30 @@ def evaluate_models(
         scores = (folder := adapter_folder(name)) is not None and is_reward(folder)
         if scores and not paired:
             refuse_other_kind(folder or Path(name), scores=False)
-        model = load(name, quantization=quantization, force=force, scores=scores)
+        with devices.together():
+            model = load(name, quantization=quantization, force=force, scores=scores)
         if paired:
-            result = {"run": name, **compare_preferences(model, rows, advance), "notes": list(model.notes)}
+            result = {"run": name, **compare_preferences(model, rows, advance, devices), "notes": list(model.notes)}
             del model
-            if is_run(Path(name)):
+            if devices.main and is_run(Path(name)):
                 add_to_report(RunFolder(Path(name)), result)
             results.append(result)
             continue
         same = (str(model.source), model.quantization, model.renderer.fingerprint)
-        asking = partial(compare, model, max_new_tokens=max_new_tokens, advance=advance)
+        asking = partial(compare, model, max_new_tokens=max_new_tokens, advance=advance, devices=devices)
         found = asking(rows, metric=metric, base=bases.get(same))
         bases[same] = side_of(found, "base")
         result = {"run": name, **found, "notes": list(model.notes)}
         if "interrupted" in found:
             general, kept, tasks = False, [], ()
         if general:
-            result["general"] = compare_general(model, advance)
+            result["general"] = compare_general(model, advance, devices)
         if kept:
             result["regression"] = asking(kept, metric=regression_metric or metric)
         if tasks:
             result["tasks"] = run_tasks(model, names_of_tasks, manager, task_limit)
         del model, asking
-        if is_run(Path(name)):
+        if devices.main and is_run(Path(name)):
             add_to_report(RunFolder(Path(name)), result)
         results.append(result)
         if "interrupted" in found:

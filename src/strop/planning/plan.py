@@ -14,6 +14,7 @@ from strop.model.shape import Peek
 from strop.objectives.table import answers_of
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import Room, choose, largest_micro_batch, usable_bytes, usual_micro_batch
+from strop.planning.devices import Devices, Spread, spread
 from strop.planning.ladder import Rung, ladder
 from strop.planning.memory import Phase, constant_bytes, phases, weight_bytes
 from strop.planning.setting import Setting, why_plain
@@ -21,6 +22,7 @@ from strop.planning.speed import Rate, step_seconds, tokens_per_s
 
 CHECKPOINT_BYTES = 12  # a trainable weight on disk: itself and two moments
 LONGEST = 1 << 20
+ONE = Devices()
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Plan:
     disk_bytes: int
     ladder: list[Rung]
     gives_up: list[str]
+    spread: Spread
 
     def as_json(self) -> dict[str, Any]:
         chosen = [
@@ -64,6 +67,7 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "ladder": [rung.as_json() for rung in self.ladder],
             "gives_up": self.gives_up,
+            "devices": self.spread.as_json(),
             "trainable_parameters": self.setting.adapter_weights,
             "parameters": self.setting.parameters,
             "active_parameters": self.setting.parameters - self.setting.shape.idle,
@@ -80,9 +84,11 @@ def make_plan(
     dtype: tuple[str, str],
     rows: Sequence[tuple[int, int]] = (),
     adapter: Mapping[str, Any] | None = None,
+    devices: Devices = ONE,
 ) -> Plan:
     """rate_of: the machine's in a type. device and dtype: where the recipe leaves them open. rows: tokens and
     supervised tokens of each answer, where they are known. adapter: adapter_config.json of the adapter to start from.
+    devices: machine and rate_of are of one of them.
 
     Raises InputError where the recipe asks for what the model does not have.
     """
@@ -96,6 +102,8 @@ def make_plan(
     need = max(found[name].needed_bytes for name in ("load", "train", "evaluate"))
     fits = need <= room.usable
     on_cpu = recipe.model.device in ("cpu", "mps")
+    several = spread(recipe, setting, rate, devices, rows)
+    seconds = _seconds(recipe, setting, usual, rate, len(rows) // answers_of(recipe.train), several)
     return Plan(
         fits=fits,
         device=recipe.model.device,
@@ -105,24 +113,30 @@ def make_plan(
         resolved=resolved,
         setting=setting,
         engine=f"plain: {why}" if (why := why_plain(recipe, model.shape)) else "fast",
-        tokens_per_s=tokens_per_s(setting, usual, rate),
-        seconds=_seconds(recipe, setting, usual, rate, len(rows) // answers_of(recipe.train)),
+        tokens_per_s=several.over[0].tokens_per_s if several.over else tokens_per_s(setting, usual, rate),
+        seconds=seconds,
         rate=rate,
         largest=_largest(recipe, room),
         disk_bytes=_disk_bytes(recipe, setting),
         ladder=[] if fits else ladder(recipe, room, rate),
         gives_up=_given_up(resolved, setting),
+        spread=several,
     )
 
 
-def _seconds(recipe: Recipe, setting: Setting, usual: MicroBatch, rate: Rate, rows: int) -> float | None:
-    """Of the run's steps: by its rows where their number is known, by full steps where only the number of steps is."""
+def _seconds(
+    recipe: Recipe, setting: Setting, usual: MicroBatch, rate: Rate, rows: int, several: Spread
+) -> float | None:
+    """Of the run's steps: by its rows where their number is known, by full steps where only the number of steps is. Of
+    several devices: over the slowest link."""
     train = recipe.train
     if not rows and train.max_steps is None:
         return None
     stream = BatchStream(
         rows or train.batch_size, batch_size=train.batch_size, seed=0, epochs=train.epochs, max_steps=train.max_steps
     )
+    if several.over:
+        return stream.total_steps * (several.compute_s + several.over[0].seconds)
     a_step = answers_of(train) * stream.num_rows / stream.steps_per_epoch
     at_once = sum(number for number, _, _ in usual.documents)
     return stream.total_steps * step_seconds(setting, usual, a_step / at_once, rate)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from strop.machine.doctor import Examination
     from strop.planning.compare import Row
+    from strop.planning.devices import Spread
     from strop.planning.plan import Plan
 
 GIB = 1 << 30
@@ -33,6 +34,8 @@ def print_plan(plan: Plan, out: Console) -> None:
         if choice.origin == "plan":
             out.print(f"[bold]chosen[/]   {choice.field} = {choice.value}  [dim]{choice.why}[/]")
     out.print(_phases(plan))
+    if plan.spread.over:
+        print_devices(plan.spread, out)
     for text in plan.gives_up:
         out.print(f"[yellow]given up[/] {text}")
     speed = f"{plan.tokens_per_s:,.0f} tokens/s" + (f", {_time(plan.seconds)} in all" if plan.seconds else "")
@@ -51,6 +54,26 @@ def print_plan(plan: Plan, out: Console) -> None:
         out.print(f"  {rung.what}: {fits}, {rung.time:.2f} times the time; gives up: {rung.gives_up}")
     if plan.ladder[-1].fits:
         out.print(f"  {flags}", markup=False)
+
+
+def print_devices(spread: Spread, out: Console) -> None:
+    """Each link with what a step takes on it; the first is what the time below is about."""
+    devices = spread.devices
+    out.print(
+        f"[bold]devices[/]  {devices.count} ({devices.nodes} x {devices.each}), memory above is of each; "
+        f"a step: {spread.compute_s:.3g} s of computing, {spread.sent_bytes / 1e6:,.1f} MB sent by each"
+    )
+    table = Table()
+    for head in ("link", "communication", "of the step", "tokens/s in all"):
+        table.add_column(head, justify="left" if head == "link" else "right")
+    for one in spread.over:
+        whole = spread.compute_s + one.seconds
+        table.add_row(
+            one.link.name, f"{1e3 * one.seconds:,.2f} ms", f"{one.seconds / whole:.1%}", f"{one.tokens_per_s:,.0f}"
+        )
+    out.print(table)
+    for text in spread.notes:
+        out.print(f"[bold]note[/]     {text}")
 
 
 def _phases(plan: Plan) -> Table:

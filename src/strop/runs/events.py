@@ -19,14 +19,19 @@ Listener = Callable[[Event], None]
 class EventLog:
     """Appends events to a file and passes each to the listeners."""
 
-    def __init__(self, path: Path, listeners: Sequence[Listener] = ()) -> None:
+    def __init__(self, path: Path | None, listeners: Sequence[Listener] = ()) -> None:
+        """path: None for a process that keeps silent, since another one tells."""
         self._path = path
         self._listeners = tuple(listeners)
+        if path is None:
+            return
         whole = path.read_bytes() if path.is_file() else b""
         if not whole.endswith(b"\n"):  # a crash cut the last line short; the next must not grow on it
             path.write_bytes(whole[: whole.rfind(b"\n") + 1])
 
     def emit(self, kind: str, **fields: Any) -> None:
+        if self._path is None:
+            return
         event: Event = {"event": kind, "time": round(time.time(), 3), **fields}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n")

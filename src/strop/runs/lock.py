@@ -27,6 +27,7 @@ LIBRARIES = (
 HARMLESS = {
     "out", "preset", "track", "model.name", "model.revision", "data.train", "data.eval", "data.columns",
     "data.encoding", "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.max_time",
+    "train.timeout",
 }  # fmt: skip
 # the shape of what is trained: a checkpoint of another shape does not fit
 SHAPES = {

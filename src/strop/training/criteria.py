@@ -9,13 +9,14 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from strop.config.schema import TrainSection
 from strop.data.conversation import Example, Item, Unit
+from strop.devices.group import ALONE, Devices
 from strop.engine.step import Step
 from strop.evaluation.loss import mean_loss
 from strop.evaluation.metrics import Z_95, wilson
@@ -23,12 +24,15 @@ from strop.model.score import head_of
 from strop.objectives.answers import Answers, Judged, Objective, Outcome
 from strop.objectives.table import objective_of
 
+R = TypeVar("R")
 Figures = dict[str, Tensor]  # by name: a value of each unit that has one
 Cut = Callable[[Sequence[Item]], list[list[int]]]  # micro-batches out of items, as indices
 BLOCK = 64  # units that are cut into micro-batches together where nothing is trained
 
 
 class Criterion(Protocol):
+    tells: ClassVar[bool]  # figures besides the loss
+
     def divisor(self, items: Sequence[Item]) -> float:
         """What the loss sum of these rows of an effective batch is divided by."""
 
@@ -42,8 +46,12 @@ class Criterion(Protocol):
         """Of rows that are held out: {loss, ...}."""
 
 
+@dataclass(frozen=True)
 class SupervisedTokens:
     """Supervised fine-tuning: cross entropy, divided by the weight of the supervised tokens."""
+
+    devices: Devices = ALONE
+    tells: ClassVar[bool] = False
 
     def divisor(self, items: Sequence[Item]) -> float:
         return sum(float(example.weights.sum()) for example in _examples(items))
@@ -55,7 +63,7 @@ class SupervisedTokens:
         return step.token_loss(_examples(items)), {}
 
     def evaluate(self, step: Step, items: Sequence[Item], cut: Cut) -> dict[str, Any]:
-        return {"loss": mean_loss(step.token_loss, _examples(items), cut)}
+        return {"loss": mean_loss(step.token_loss, _examples(items), cut, devices=self.devices)}
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ class OfAnswers:
     objective: Objective
     options: TrainSection
     head: nn.Module | None = None  # of a reward model
+    devices: Devices = ALONE
+    tells: ClassVar[bool] = True
 
     def divisor(self, items: Sequence[Item]) -> float:
         return float(len(items))
@@ -73,14 +83,22 @@ class OfAnswers:
         """The mean change of answers to other prompts, never below 0 (KTO); 0 where the objective has no use for it."""
         if not self.objective.level:
             return 0.0
-        changes: list[Tensor] = []
+
+        def change(rows: Sequence[int]) -> list[float]:
+            chosen = [unit for unit in _units([items[row] for row in rows]) if unit.beside]
+            if not chosen:
+                return []
+            sums = beside(step, chosen)
+            found: list[float] = (sums - _reference(chosen, 1, sums)).tolist()
+            return found
+
         with torch.no_grad():
-            for units in blocks(items, cut):
-                chosen = [unit for unit in units if unit.beside]
-                if chosen:
-                    sums = beside(step, chosen)
-                    changes.append(sums - _reference(chosen, 1, sums))
-        return max(0.0, float(torch.cat(changes).mean())) if changes else 0.0
+            changes = [one for many in self._each(items, cut, change) for one in many]
+        return max(0.0, float(torch.tensor(changes, dtype=torch.float64).mean())) if changes else 0.0
+
+    def _each(self, items: Sequence[Item], cut: Cut, compute: Callable[[Sequence[int]], R]) -> list[R]:
+        """`compute` of the rows of each micro-batch, dealt out to the devices."""
+        return self.devices.each(list(blocks(items, cut)), compute, lambda rows: sum(len(items[row]) for row in rows))
 
     def loss(self, step: Step, items: Sequence[Item], level: float) -> tuple[Tensor, Figures]:
         units = _units(items)
@@ -125,14 +143,18 @@ class OfAnswers:
 
     def evaluate(self, step: Step, items: Sequence[Item], cut: Cut) -> dict[str, Any]:
         """{loss, accuracy, accuracy_interval, margin and margin_interval (of pairs), the other figures' means}."""
-        total, parts = 0.0, cast("list[Figures]", [])
+        level = self.level(step, items, cut)
+
+        def look(rows: Sequence[int]) -> tuple[float, dict[str, list[float]]]:
+            loss, figures = self.loss(step, [items[row] for row in rows], level)
+            return float(loss), {name: values.tolist() for name, values in figures.items()}
+
         with torch.no_grad():
-            level = self.level(step, items, cut)
-            for units in blocks(items, cut):
-                loss, figures = self.loss(step, units, level)
-                total += float(loss)
-                parts.append(figures)
-        values = {name: [x for part in parts for x in part[name].tolist()] for name in parts[0]}
+            parts = self._each(items, cut, look)
+        values = {name: [x for _, part in parts for x in part[name]] for name in parts[0][1]}
+        total = 0.0
+        for loss, _ in parts:
+            total += loss
         found: dict[str, Any] = {"loss": total / len(items)}
         found |= {name: statistics.fmean(many) for name, many in values.items() if many}
         hits = values["accuracy"]
@@ -143,19 +165,20 @@ class OfAnswers:
         return found
 
 
-def criterion_for(train: TrainSection, model: nn.Module | None = None) -> Criterion:
+def criterion_for(train: TrainSection, model: nn.Module | None = None, devices: Devices = ALONE) -> Criterion:
     """What a recipe's objective has made smaller. model: with adapters, and the head of a reward model."""
     objective = objective_of(train)
     if objective is None:
-        return SupervisedTokens()
-    return OfAnswers(objective, train, head_of(model) if objective.scored and model is not None else None)
+        return SupervisedTokens(devices)
+    head = head_of(model) if objective.scored and model is not None else None
+    return OfAnswers(objective, train, head, devices)
 
 
-def blocks(items: Sequence[Item], cut: Cut) -> Iterator[list[Unit]]:
-    """The units by micro-batch, so many cut together that any number has the same cuts."""
+def blocks(items: Sequence[Item], cut: Cut) -> Iterator[list[int]]:
+    """The rows by micro-batch, so many cut together that any number has the same cuts."""
     for begin in range(0, len(items), BLOCK):
         block = _units(items[begin : begin + BLOCK])
-        yield from ([block[row] for row in group] for group in cut(block))
+        yield from ([begin + row for row in group] for group in cut(block))
 
 
 def log_probs(step: Step, units: Sequence[Unit]) -> list[Tensor]:

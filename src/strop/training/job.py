@@ -10,6 +10,7 @@ from torch import nn
 from strop.config.schema import Recipe
 from strop.data.batches import BatchStream
 from strop.data.conversation import Item
+from strop.devices.group import ALONE, Devices
 from strop.engine.step import Step
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
@@ -23,6 +24,7 @@ class Job:
 
     stream: puts packed weights in the place of those that were dequantized once; None where there are none such.
     memory_key: what running out of memory is remembered under; empty: not at all. criterion: what a step makes smaller.
+    devices: those that train it together.
     """
 
     recipe: Recipe
@@ -36,6 +38,7 @@ class Job:
     stream: Callable[[], None] | None = None
     memory_key: str = ""
     criterion: Criterion = field(default_factory=SupervisedTokens)
+    devices: Devices = ALONE
 
 
 def stream_of(recipe: Recipe, num_rows: int, position: dict[str, int] | None = None) -> BatchStream:

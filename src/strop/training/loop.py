@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from strop.data.batches import Batch, BatchStream
-from strop.data.conversation import Item
 from strop.errors import DivergedError, NonFiniteError, Stopped
 from strop.training import guard
 from strop.training import state as checkpoints
+from strop.training.gradients import Whole, gradients, own_rows, summed
 from strop.training.guard import Diverged, Verdict
 from strop.training.job import Job, stream_of
 from strop.training.optim import rate_factor, set_rate, warmup_steps
 from strop.training.shrink import go_on_shrunk, micro_batches, within_memory
 from strop.training.stops import seconds, stop_signals
 
+COMPARE_EVERY = 50  # steps: whether all devices still hold the same numbers; and before each save
 SAVE_EVERY_S = 600.0  # at least this often, whatever the recipe says about steps
 
 
@@ -36,6 +37,7 @@ class StepResult:
     supervised_tokens: int
     verdict: Verdict
     figures: dict[str, float]
+    whole: Whole
 
     @property
     def finite(self) -> bool:
@@ -62,7 +64,7 @@ def fit(job: Job) -> str:
     go_on_shrunk(job)
     if _out_of_patience(job):  # it was killed between its last save and its report
         return "patience"
-    if not job.folder.checkpoints():
+    if job.devices.once(lambda: not job.folder.checkpoints()):
         save(job)  # so that there always is a state to go back to
     with stop_signals() as stop_asked:
         while True:
@@ -83,14 +85,17 @@ def _through(job: Job, stop_asked: Callable[[], bool]) -> str:
         if batch.index not in progress.passed:
             _take(job, batch, stream)
         progress.step, progress.position = batch.index + 1, dict(batch.position)
+        wishes = stop_asked(), _spent(job) >= limit, time.monotonic() - saved_at > SAVE_EVERY_S
+        stopping, spent, waited = job.devices.agree(*wishes)
         epoch_ends = progress.step % stream.steps_per_epoch == 0
-        ended = "steps" if progress.step == stream.total_steps else "time" if _spent(job) >= limit else ""
+        ended = "steps" if progress.step == stream.total_steps else "time" if spent else ""
         if job.eval and (ended or (progress.step % train.eval_steps == 0 if train.eval_steps else epoch_ends)):
             evaluate(job)
             ended = ended or ("patience" if _out_of_patience(job) else "")
-        stopping = stop_asked() and not ended
+            (stopping,) = job.devices.agree(stop_asked())
+        stopping = stopping and not ended
         due = progress.step % train.save_steps == 0 if train.save_steps else epoch_ends
-        due = due or progress.best_step == progress.step or time.monotonic() - saved_at > SAVE_EVERY_S
+        due = due or progress.best_step == progress.step or waited
         if ended == "time":
             progress.budget_from += _spent(job)
         if ended or stopping or (due and not progress.streak):  # a state in doubt is nothing to go back to
@@ -112,14 +117,16 @@ def _through(job: Job, stop_asked: Callable[[], bool]) -> str:
 def _take(job: Job, batch: Batch, stream: BatchStream) -> None:
     """One step with its record. Raises Diverged where the guard says so."""
     progress, started = job.state.progress, time.perf_counter()
+    sent, waited = job.devices.communication_s, job.devices.waiting_s
     rate = rate_at(job, batch.index, stream.total_steps)
     result = step(job, batch, rate)
     took = time.perf_counter() - started
     progress.tokens += result.tokens
     progress.supervised_tokens += result.supervised_tokens
     progress.seconds += took
+    between = _between(job, result, job.devices.communication_s - sent, job.devices.waiting_s - waited)
     if result.taken:
-        _log_step(job, batch, result, rate, took, stream.total_steps)
+        _log_step(job, batch, result, rate, took, stream.total_steps, between)
     if result.verdict is not Verdict.GOOD:
         _log_bad(job, batch, result)
     if result.verdict is Verdict.ROLL_BACK:
@@ -140,7 +147,9 @@ def step(job: Job, batch: Batch, rate: float) -> StepResult:
     """
     items = [job.train[row] for row in batch.rows]
     job.step.masks.begin(job.recipe.seed, batch.index)
-    mean, figures = within_memory(job, items, lambda: gradients(job, items))
+    part = within_memory(job, items, lambda: gradients(job, items))
+    whole = summed(job, items, part)
+    mean, figures = whole.loss, whole.figures
     weights = list(job.state.weights.values())
     norm = torch.nn.utils.clip_grad_norm_(weights, job.recipe.train.max_grad_norm or math.inf)
     # the one wait for the device
@@ -148,33 +157,15 @@ def step(job: Job, batch: Batch, rate: float) -> StepResult:
     tokens, supervised = sum(map(len, items)), sum(item.supervised for item in items)
     verdict = guard.look(job.state.progress, loss, grad_norm)
     told = {name: value for name, value in zip(figures, found, strict=True) if math.isfinite(value)}
-    result = StepResult(loss, grad_norm, tokens, supervised, verdict, told)
+    result = StepResult(loss, grad_norm, tokens, supervised, verdict, told, whole)
     if result.taken:
         set_rate(job.state.optimizer, rate)
         with guard.moving(job.state, grad_norm, watched=bool(figures)):
             job.state.optimizer.step()
     job.state.optimizer.zero_grad(set_to_none=True)
+    if (batch.index + 1) % COMPARE_EVERY == 0:
+        job.devices.compare(lambda: checkpoints.tensors_of(job.state))
     return result
-
-
-def gradients(job: Job, items: Sequence[Item]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Adds the gradient of the effective batch to the weights; gives its mean loss and figures (on the device).
-
-    This is the one place that divides the loss: by the supervised weight (or the units) of the whole effective batch,
-    so that micro-batches of any size give the same gradient.
-    """
-    divisor = job.criterion.divisor(items)
-    assert divisor > 0
-    level = job.criterion.level(job.step, items, partial(micro_batches, job))
-    losses, parts = [], []
-    for group in micro_batches(job, items):
-        total, figures = job.criterion.loss(job.step, [items[row] for row in group], level)
-        loss = total / divisor
-        loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
-        parts.append(figures)
-    means = {name: torch.cat([part[name] for part in parts]).mean() for name in parts[0]}
-    return torch.stack(losses).sum(), means
 
 
 def evaluate(job: Job) -> None:
@@ -205,8 +196,12 @@ def save(job: Job) -> None:
     if bad is not None:
         progress.streak = [*progress.streak, progress.step - 1]
         raise Diverged(f"{bad} holds NaN or infinity", finite=False)
-    checkpoint = checkpoints.save(job.folder, job.state)
-    checkpoints.prune(job.folder, job.recipe.train.keep_checkpoints, progress.best_step)
+    job.devices.compare(lambda: checkpoints.tensors_of(job.state))
+    checkpoint = job.folder.checkpoint(progress.step)
+    with job.devices.together():
+        if job.devices.main:
+            checkpoints.save(job.folder, job.state)
+            checkpoints.prune(job.folder, job.recipe.train.keep_checkpoints, progress.best_step)
     took = time.perf_counter() - started
     progress.save_seconds += took
     job.log.emit("save", step=progress.step, checkpoint=checkpoint.name, seconds=round(took, 3))
@@ -221,7 +216,7 @@ def _roll_back(job: Job, trouble: Diverged) -> None:
     stream = stream_of(job.recipe, len(job.train))
     if now.rollbacks:
         raise _given_up(job, trouble, stream)
-    checkpoint = checkpoints.newest(job.folder, lambda text: job.log.emit("note", text=text))
+    checkpoint = job.devices.once(lambda: checkpoints.newest(job.folder, lambda text: job.log.emit("note", text=text)))
     checkpoints.restore(checkpoint, job.state)
     progress = job.state.progress
     progress.passed = sorted({*progress.passed, *now.streak})
@@ -266,7 +261,23 @@ def _spent(job: Job) -> float:
     return progress.seconds + progress.eval_seconds + progress.save_seconds - progress.budget_from
 
 
-def _log_step(job: Job, batch: Batch, result: StepResult, rate: float, took: float, total: int) -> None:
+def _between(job: Job, result: StepResult, sent: float, waited: float) -> dict[str, float]:
+    """What a step took between the devices: seconds of sending and of waiting for the slowest, and the balance: the
+    mean rank's computing time over the slowest one's. Nothing where there is one device."""
+    if job.devices.world == 1:
+        return {}
+    progress, seconds = job.state.progress, result.whole.seconds
+    progress.communication_s += sent
+    progress.waiting_s += waited
+    progress.computing_s += statistics.fmean(seconds)
+    progress.slowest_s += max(seconds)
+    balance = statistics.fmean(seconds) / max(max(seconds), 1e-9)
+    return {"communication_s": round(sent, 6), "waiting_s": round(waited, 6), "balance": round(balance, 4)}
+
+
+def _log_step(
+    job: Job, batch: Batch, result: StepResult, rate: float, took: float, total: int, between: dict[str, float]
+) -> None:
     progress, number = job.state.progress, batch.index + 1
     if progress.first_loss is None:
         progress.first_loss = result.loss
@@ -287,6 +298,7 @@ def _log_step(job: Job, batch: Batch, result: StepResult, rate: float, took: flo
         tokens_per_s=round(result.tokens / took, 1),
         seconds_left=round((total - number) * progress.seconds / number, 1),
         **result.figures,
+        **between,
     )
 
 
@@ -295,7 +307,12 @@ def _log_bad(job: Job, batch: Batch, result: StepResult) -> None:
     if not result.taken:
         job.state.progress.skipped_steps += 1
     kind = "doubt" if result.taken else "skip"
-    job.log.emit(kind, step=batch.index + 1, why=result.trouble, rows=_places(job, batch.rows))
+    rows, ranks = batch.rows, result.whole.bad
+    if ranks:  # of several devices, those whose own part was not finite
+        items = [job.train[row] for row in rows]
+        rows = tuple(rows[place] for rank in ranks for place in own_rows(job, items, rank))
+    told = {"ranks": list(ranks)} if ranks and job.devices.world > 1 else {}
+    job.log.emit(kind, step=batch.index + 1, why=result.trouble, rows=_places(job, rows), **told)
 
 
 def _places(job: Job, rows: Sequence[int]) -> list[str]:

@@ -79,7 +79,9 @@ def with_reference(job: Job, key: Mapping[str, str]) -> Job:
     with _starting(job, known.start):
         missing = sum(_fill(job, sets[name], known.values[name], order) for name, order in _orders(job).items())
     if missing:
-        _save(job, key, known)
+        with job.devices.together():
+            if job.devices.main:
+                _save(job, key, known)
         job.log.emit("reference", rows=missing, seconds=round(time.perf_counter() - started, 3))
     found = [WithReference(units, known.values[name]) for name, units in sets.items()]
     job = replace(job, train=found[0], eval=found[1] if job.eval else None)
@@ -139,15 +141,18 @@ def _orders(job: Job) -> dict[str, Iterator[list[int]]]:
 
 
 def _fill(job: Job, units: Sequence[Unit], values: Tensor, order: Iterator[list[int]]) -> int:
-    """Computes what is missing; gives how many rows that were."""
-    filled = 0
-    for rows in order:
-        if values[rows].isnan().all(1).any():
-            batch = [units[row] for row in rows]
-            with torch.no_grad():
-                within_memory(job, batch, lambda batch=batch, rows=rows: _score(job, batch, rows, values))  # type: ignore[misc]
-            filled += len(rows)
-    return filled
+    """Computes what is missing, some batches on each device; gives how many rows that were."""
+    missing = [rows for rows in order if values[rows].isnan().all(1).any()]
+    for begin in range(0, len(missing), job.devices.world):
+        at_once = missing[begin : begin + job.devices.world]
+        own = at_once[job.devices.rank] if job.devices.rank < len(at_once) else []
+        batch = [units[row] for row in own]
+        together = [units[row] for rows in at_once for row in rows]  # devices shrink alike
+        with torch.no_grad():
+            within_memory(job, together, lambda batch=batch, own=own: _score(job, batch, own, values))  # type: ignore[misc]
+        for rows, found in zip(at_once, job.devices.gather(values[own]), strict=False):
+            values[rows] = found
+    return sum(map(len, missing))
 
 
 def _score(job: Job, batch: Sequence[Unit], rows: Sequence[int], values: Tensor) -> None:

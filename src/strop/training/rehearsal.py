@@ -114,7 +114,8 @@ def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> F
     tokens = expected.batch.tokens
     said = {"tokens": tokens, "predicted_bytes": expected.peak_bytes(memory.device), "usable_bytes": usable}
     said["mapped_bytes"] = expected.phases["train"].parts["mapped_files"]
-    if expected.needed_bytes < FAR_BELOW * usable:
+    (near,) = job.devices.agree(expected.needed_bytes >= FAR_BELOW * usable)
+    if not near:
         job.log.emit("rehearsal", done=False, **said)
         return expected
     random, shape = random_states(), _shape(job)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ from strop.adapters import attach, save_adapter
 from strop.config.load import Resolved, read_resolved, resolve
 from strop.config.schema import OBJECTIVE_OPTIONS, Recipe
 from strop.data.conversation import Conversation
+from strop.devices.environment import may_restart, restarted
+from strop.devices.group import ALONE, Devices
 from strop.engine.step import step_for
 from strop.errors import InputError, MemoryLimitError, StropError, Where
 from strop.evaluation.card import write_card
@@ -38,6 +40,7 @@ from strop.runs.folder import (
     RunFolder,
     create,
     disk_faults,
+    is_run,
     next_numbered,
     open_run,
     write_atomic,
@@ -52,8 +55,10 @@ from strop.training.optim import make_optimizer
 from strop.training.reference import check as check_reference
 from strop.training.reference import with_reference
 from strop.training.rehearsal import Forecast, forecast, rehearse
-from strop.training.setup import Setup, check_space, remarks, set_up, start_adapter
+from strop.training.setup import Setup, remarks, start_adapter
+from strop.training.several import count_of, described, measured, refuse_another, set_up_together, start_alike
 from strop.training.state import Progress, TrainState
+from strop.training.stops import seconds
 from strop.training.track import tracking
 
 
@@ -65,24 +70,40 @@ class Run:
     report: dict[str, Any]
 
 
-def train(resolved: Resolved, listeners: Sequence[Listener] = (), *, memory: int | None = None) -> Run:
+def train(
+    resolved: Resolved,
+    listeners: Sequence[Listener] = (),
+    *,
+    memory: int | None = None,
+    devices: Devices = ALONE,
+    go_on: bool = False,
+) -> Run:
     """Fine-tunes by a recipe into a new run folder.
 
     listeners: each receives every event that events.jsonl gets. memory: bytes the run may have, less than there is.
+    devices: those that train together. go_on: with the run that `out` holds already, where it does.
     Raises InputError (and its kinds) before weights are read; RunError, Stopped while training.
     """
-    folder = create(Path(resolved.recipe.out) if resolved.recipe.out else _numbered(resolved.recipe))
-    with folder.claim():
+    out = resolved.recipe.out
+    if out is None and (go_on or may_restart()):
+        what = "a run that may be started again has no folder to be found in"
+        raise InputError(what, fix="give --out a folder of its own")
+    if out is not None and devices.once(lambda: (go_on or restarted()) and is_run(Path(out))):
+        refuse_another(resolved, Path(out))
+        return resume(Path(out), listeners, memory=memory, devices=devices)
+    folder = devices.once(lambda: create(Path(out) if out else _numbered(resolved.recipe)))
+    with _claimed(folder, devices):
         try:
-            setup = set_up(resolved, memory)
-            check_space(folder, setup)
+            setup = set_up_together(resolved, memory, folder, devices)
         except InputError:
-            folder.remove_if_empty()
+            if devices.main:
+                folder.remove_if_empty()
             raise
         with disk_faults(folder.path):
-            write_atomic(folder.recipe, setup.resolved.as_yaml())
-            write_json(folder.lock, setup.lock)
-            return _execute(folder, setup, listeners)
+            if devices.main:
+                write_atomic(folder.recipe, setup.resolved.as_yaml())
+                write_json(folder.lock, setup.lock)
+            return _execute(folder, setup, listeners, devices)
 
 
 def resume(
@@ -92,24 +113,27 @@ def resume(
     options: Mapping[str, Any] | None = None,
     allow_changed: Sequence[str] = (),
     memory: int | None = None,
+    devices: Devices = ALONE,
 ) -> Run:
     """Goes on from the newest checkpoint that verifies; a finished run is returned as it is.
 
     options: recipe fields that are to differ from now on. allow_changed: names of what may differ from the run's
     start: recipe fields (or their last part), base, data, template, versions, and the groups lr and schedule.
+    devices: those that train together, of any number.
     Raises InputError where anything else differs that decides the numbers.
     """
-    folder = open_run(path)
-    with folder.claim(), disk_faults(folder.path):
-        if folder.finished:
+    folder = devices.once(lambda: open_run(path))
+    with _claimed(folder, devices), disk_faults(folder.path):
+        if devices.once(lambda: folder.finished):
             report = json.loads(folder.report.read_text(encoding="utf-8"))
-            if not folder.page.is_file():  # it was killed just before its last line
+            if devices.main and not folder.page.is_file():  # it was killed just before its last line
                 write_report(folder.path, report, read_events(folder.events))
             return Run(folder.path, report)
         before = json.loads(folder.lock.read_text(encoding="utf-8"))
-        torch.set_num_threads(before["threads"])  # sums are split by thread: another number, other last bits
         resolved = resolve(folder.recipe, options) if options else read_resolved(folder.recipe)
-        setup = set_up(resolved, memory)
+        if resolved.recipe.train.exact or devices.world == count_of(before):
+            torch.set_num_threads(before["threads"])  # sums are split by thread: another number, other last bits
+        setup = set_up_together(resolved, memory, folder, devices)
         changed = differences(before, setup.lock)
         refused = [change for change in changed if not allowed(change, allow_changed)]
         if refused:
@@ -117,11 +141,22 @@ def resume(
                 Where(str(folder.path), None, f"{change.name} is not what the run was started with: "
                       f"{change.was} then, {change.now} now") for change in refused
             ])  # fmt: skip
-        check_space(folder, setup)
-        if changed:
+        elsewhere = devices.world != count_of(before)
+        if devices.main and (changed or elsewhere):
             write_atomic(folder.recipe, setup.resolved.as_yaml())
             write_json(folder.lock, {**setup.lock, "overrides": [*before.get("overrides", []), *map(asdict, changed)]})
-        return _execute(folder, setup, listeners, resuming=True, changed=changed)
+        moved = (count_of(before), devices.world) if elsewhere else None
+        return _execute(folder, setup, listeners, devices, resuming=True, changed=changed, moved=moved)
+
+
+@contextmanager
+def _claimed(folder: RunFolder, devices: Devices) -> Iterator[None]:
+    """Rank 0 holds the folder for all."""
+    with ExitStack() as stack:
+        with devices.together():
+            if devices.main:
+                stack.enter_context(folder.claim())
+        yield
 
 
 def _how_to_allow(refused: Sequence[Difference]) -> str:
@@ -141,15 +176,19 @@ def _execute(
     folder: RunFolder,
     setup: Setup,
     listeners: Sequence[Listener],
+    devices: Devices,
     *,
     resuming: bool = False,
     changed: Sequence[Difference] = (),
+    moved: tuple[int, int] | None = None,
 ) -> Run:
+    """moved: the numbers of devices before and now, where they differ."""
     recipe = setup.resolved.recipe
+    devices.limit(seconds(recipe.train.timeout))
     config = {field: choice.value for field, choice in setup.resolved.choices.items()}
     with ExitStack() as stack:
-        more = stack.enter_context(tracking(recipe.track, folder.path, config))
-        log = EventLog(folder.events, [*listeners, *more])
+        more = stack.enter_context(tracking(recipe.track if devices.main else [], folder.path, config))
+        log = EventLog(folder.events if devices.main else None, [*listeners, *more])
         log.emit("machine", lines=setup.machine.lines())
         log.emit("recipe", choices=[asdict(choice) for choice in setup.resolved.choices.values()])
         log.emit("data", report=setup.data.report.as_json())
@@ -159,13 +198,15 @@ def _execute(
         stack.enter_context(blaming(setup.shape.family))
         try:
             model = _build(setup, resuming)
-            job = _job(folder, setup, model, log)
-            if resuming and folder.checkpoints():
-                _restore(job, changed)
+            job = _job(folder, setup, model, log, devices)
+            if resuming and devices.once(folder.checkpoints):
+                _restore(job, changed, moved)
+            start_alike(job)
             _announce(job, setup)
             ended, key = "steps", reference_key(setup)
             if recipe.model.device == "cpu":  # CUDA says by itself when there is no more
-                job.step.watch(MemoryWatch(setup.machine.memory_bytes, probe().free_bytes))
+                free = probe().free_bytes // devices.local_world
+                job.step.watch(MemoryWatch(setup.machine.memory_bytes, free))
             usable = usable_bytes(setup.machine, recipe.model.device)
             expected = forecast(job, Setting.of(recipe, setup.shape, setup.parameters, torch.get_num_threads()))
             if job.state.progress.step < _total(job):
@@ -178,9 +219,10 @@ def _execute(
                 raise
             fix = "take a smaller model, or a machine with more memory"
             raise MemoryLimitError(f"out of memory: {str(error).splitlines()[0]}", fix=fix) from None
-        report = _finish(job, setup, memory, expected, ended)
+        report = devices.once(lambda: _finish(job, setup, memory, expected, ended))
         log.emit("end", step=job.state.progress.step, seconds=report["seconds"], adapter=report["adapter"])
-    write_report(folder.path, report, read_events(folder.events))
+    if devices.main:
+        write_report(folder.path, report, read_events(folder.events))
     return Run(folder.path, report)
 
 
@@ -192,7 +234,7 @@ def _fit(job: Job) -> str:
         raise
 
 
-def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog) -> Job:
+def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices) -> Job:
     recipe, weights, step = setup.resolved.recipe, trainable(model), step_for(model)
     state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
     state.progress.recompute = recipe.train.gradient_checkpointing == "on"
@@ -202,8 +244,8 @@ def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog) 
         how = (of.quantization, of.double_quantization, DTYPES[of.dtype])
         stream = partial(stream_weights, base, setup.source, *how)
     train, held_out = data.train_units or data.train, data.eval_units or data.eval
-    criterion = criterion_for(recipe.train, model)
-    return Job(recipe, folder, model, step, train, held_out, state, log, stream, setup.memory_key, criterion)
+    criterion = criterion_for(recipe.train, model, devices)
+    return Job(recipe, folder, model, step, train, held_out, state, log, stream, setup.memory_key, criterion, devices)
 
 
 def reference_key(setup: Setup) -> dict[str, str]:
@@ -223,8 +265,8 @@ def _total(job: Job) -> int:
     return stream_of(job.recipe, len(job.train)).total_steps
 
 
-def _restore(job: Job, changed: Sequence[Difference]) -> None:
-    checkpoint = checkpoints.newest(job.folder, lambda text: job.log.emit("note", text=text))
+def _restore(job: Job, changed: Sequence[Difference], moved: tuple[int, int] | None) -> None:
+    checkpoint = job.devices.once(lambda: checkpoints.newest(job.folder, lambda text: job.log.emit("note", text=text)))
     checkpoints.restore(checkpoint, job.state)
     progress = job.state.progress
     for change in changed:
@@ -232,7 +274,8 @@ def _restore(job: Job, changed: Sequence[Difference]) -> None:
     if changed:  # other data or another batch size: the stream goes on at the same step
         progress.position = stream_of(job.recipe, len(job.train)).position_of(progress.step)
         progress.recompute, progress.streamed = job.recipe.train.gradient_checkpointing == "on", False
-    job.log.emit("resume", step=progress.step, checkpoint=checkpoint.name)
+    told = {"devices_before": moved[0], "devices": moved[1]} if moved else {}
+    job.log.emit("resume", step=progress.step, checkpoint=checkpoint.name, **told)
 
 
 def _announce(job: Job, setup: Setup) -> None:
@@ -241,7 +284,8 @@ def _announce(job: Job, setup: Setup) -> None:
     if held := in_experts(job.model):
         numbers |= {"experts": held, "active": setup.parameters - setup.shape.idle}
     step, at = job.step, job.state.progress.step
-    job.log.emit("start", steps=_total(job), step=at, engine=step.name, why=step.why, parameters=numbers)
+    told = {"devices": described(job.devices, job.recipe.train.exact)} if job.devices.world > 1 else {}
+    job.log.emit("start", steps=_total(job), step=at, engine=step.name, why=step.why, parameters=numbers, **told)
 
 
 def _build(setup: Setup, resuming: bool) -> peft.PeftModel:
@@ -310,6 +354,7 @@ def _finish(job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ende
         "recipe": [asdict(choice) for choice in setup.resolved.choices.values()],
         "lock": {name: setup.lock[name] for name in ("base", "data", "template", "versions")},
         "machine": setup.lock["machine"],
+        "devices": measured(job),
         "exit": 0,
     }
     write_card(folder.adapter, report)

@@ -13,9 +13,10 @@ from strop.adapters import adapter_folder, read_adapter_config, refuse_other_kin
 from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
+from strop.devices.group import ALONE, Devices
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.engine.plain import load_balancing
-from strop.errors import TROUBLES, FolderError, ModelError
+from strop.errors import TROUBLES, DeviceError, FolderError, ModelError
 from strop.machine.probe import Machine, probe
 from strop.model.experts import packable
 from strop.model.facts import Source, fingerprint, locate
@@ -58,10 +59,10 @@ def preview(resolved: Resolved, *, memory: int | None = None) -> Resolved:
     return _plan(resolved, source, _look(resolved.recipe, memory))[0]
 
 
-def set_up(resolved: Resolved, memory: int | None = None) -> Setup:
+def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALONE) -> Setup:
     check_trackers(resolved.recipe.track)
     source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
-    machine = _look(resolved.recipe, memory)
+    machine = _look(resolved.recipe, memory, devices.local_world)
     resolved, key, num_weights, shape, parameters = _plan(resolved, source, machine)
     start = start_adapter(resolved.recipe)  # may have brought tokens and a template of its own
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
@@ -80,6 +81,7 @@ def set_up(resolved: Resolved, memory: int | None = None) -> Setup:
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "machine": asdict(machine),
+        "devices": {"count": devices.world, "nodes": devices.nodes},
     }
     return Setup(resolved, machine, source, tokenizer, data, lock, key, num_weights, shape, parameters)
 
@@ -112,10 +114,14 @@ def _copies_bytes(setup: Setup) -> int:
     return 2 * setup.parameters * half + (weight_bytes(setting) + constant_bytes(setting)) * packed
 
 
-def _look(recipe: Recipe, memory: int | None) -> Machine:
+def _look(recipe: Recipe, memory: int | None, processes: int = 1) -> Machine:
     """This machine, and what is free on the card that the run takes: with what PyTorch holds of it already, and its
-    context, which every phase counts."""
+    context, which every phase counts. processes: those of the run on this machine, which share its memory."""
     machine, device = probe(memory), pick_device(recipe.model.device)
+    if processes > 1:
+        if device not in ("cpu", "cuda"):
+            raise DeviceError(f"--model.device {device}: there are {processes} processes", fix="use cpu, or cuda")
+        machine = replace(machine, free_bytes=machine.free_bytes // processes)
     if not device.startswith("cuda"):
         return machine
     free, total = torch.cuda.mem_get_info(device)

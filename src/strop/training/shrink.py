@@ -20,14 +20,22 @@ from strop.machine.memory import give_back, is_out_of_memory, remember
 from strop.training.job import Job
 
 T = TypeVar("T")
+SLOTS = 8  # micro-batches of a step of an exact run; more devices than that have nothing to do
 
 
 def micro_batches(job: Job, items: Sequence[Item]) -> list[list[int]]:
-    """Which rows are computed together: packed into the budget of tokens, or like lengths where padding counts."""
+    """Which rows are computed together: packed into the budget of tokens, or like lengths where padding counts.
+
+    With train.exact there are SLOTS of them at least, where there are as many rows: they are dealt out to devices, and
+    must not depend on the number of these."""
     lengths = [item.computed(job.step.packed) for item in items]
     train, (size, unit) = job.recipe.train, _cut(job)
+    if train.exact:
+        size = min(size, -(-(len(items) if unit == "rows" else sum(lengths)) // SLOTS))
     if unit == "rows":
-        return group_by_length(lengths, tokens=None, rows=size if train.micro_batch is not None else None)
+        return group_by_length(
+            lengths, tokens=None, rows=size if train.micro_batch is not None or train.exact else None
+        )
     return pack(lengths, max(size, *lengths)) if job.step.packed else group_by_length(lengths, tokens=size, rows=None)
 
 
@@ -43,14 +51,15 @@ def go_on_shrunk(job: Job) -> None:
 
 
 def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> T:
-    """What `compute` gives, called again with less memory each time that there is not enough.
+    """What `compute` gives, called again with less memory each time that there is not enough, on any device.
 
     Raises MemoryLimitError when nothing is left to save.
     """
     random = random_states()
     while True:
         try:
-            return compute()
+            with job.devices.together():
+                return compute()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -87,7 +96,7 @@ def _shrink(job: Job, items: Sequence[Item], said: str) -> None:
         fix = "shorten --data.max_length, train fewer --lora.target_modules, or take a smaller model"
         raise MemoryLimitError(f"out of memory with the smallest micro-batches and checkpointing: {said}", fix=fix)
     job.log.emit("shrink", step=progress.step, why=said, to=to)
-    if job.memory_key:
+    if job.memory_key and job.devices.local == 0:
         tokens = job.recipe.train.micro_batch_tokens
         kept = None if tokens is None else tokens >> progress.halvings
         shape = {"micro_batch_tokens": kept, "recompute": progress.recompute, "streamed": progress.streamed}

@@ -56,6 +56,10 @@ class Progress:
     figures: dict[str, float] = field(default_factory=dict)  # of the newest step, for objectives of answers
     held_out: dict[str, Any] = field(default_factory=dict)  # what the best evaluation found besides its loss
     told: list[str] = field(default_factory=list)  # what was said once and need not be said again
+    communication_s: float = 0.0  # sending between devices, and waiting there for the slowest
+    waiting_s: float = 0.0
+    computing_s: float = 0.0  # of the mean rank, and of the slowest in each step
+    slowest_s: float = 0.0
     budget_from: float = 0.0  # seconds that were spent before the time budget of this session
 
 
@@ -68,8 +72,12 @@ class TrainState:
 
 def not_finite(state: TrainState) -> str | None:
     """The first weight or part of the optimizer's state that holds NaN or infinity."""
-    tensors = {**state.weights, **_optimizer_tensors(state)}
-    return next((name for name, tensor in tensors.items() if not is_finite(tensor)), None)
+    return next((name for name, tensor in tensors_of(state).items() if not is_finite(tensor)), None)
+
+
+def tensors_of(state: TrainState) -> dict[str, Tensor]:
+    """All that a step changes: the weights and the optimizer's state, by name."""
+    return {**state.weights, **_optimizer_tensors(state)}
 
 
 def size_bytes(num_weights: int) -> int:

@@ -1,0 +1,27 @@
+"""Several ranks on this machine: each case in a process of its own, because forks need a parent without threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+
+CASES = [
+    "same_numbers(lab)", "odd_batches(lab)", "other_numbers(lab)", "objectives(lab)", "evaluation(lab)",
+    "not_finite(lab)", "no_memory(lab)", "failures(lab)", "flipped_bit(lab)", "gone(lab)", "hang(lab)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(case: str, tmp_path: Path) -> None:
+    code = f"from pathlib import Path; from tests.devices.suite import *; lab = Lab(Path({str(tmp_path)!r})); {case}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
