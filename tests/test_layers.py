@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
     {"objectives"},
     {"adapters", "evaluation", "planning"},
     {"training", "exporting", "serve"},
+    {"dash"},
     {"flags", "terminal"},
     {"chat", "demo"},
     {"commands"},

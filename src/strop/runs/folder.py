@@ -65,6 +65,16 @@ class RunFolder:
     def page(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def answers(self) -> Path:
+        """What base and tuned answered to each row of the last evaluation."""
+        return self.path / "answers.json"
+
+    @property
+    def holder(self) -> int | None:
+        """The live process, another than this one, that holds the folder."""
+        return _live_holder(self.path / _CLAIM[0])
+
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:06d}"
 

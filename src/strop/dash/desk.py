@@ -1,0 +1,207 @@
+"""What the page asks for, answered from the folder. One thread uses it: the server's reader."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from strop.dash.answering import Busy
+from strop.dash.detail import contents, detail, placed
+from strop.dash.history import AXES, History
+from strop.dash.jobs import LOG_BYTES, Jobs, send
+from strop.dash.listing import Listing, aged
+from strop.dash.reading import inside, read_json, tail
+from strop.dash.system import System
+from strop.errors import FolderError, InputError
+from strop.runs.folder import RunFolder
+
+MOST_BYTES = 24 << 20  # of histories that are kept in memory: that of the run that is looked at always is
+
+
+class Desk:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.jobs = Jobs(root)
+        self.listing = Listing(root)
+        self.system = System(root)
+        self._histories: dict[str, History] = {}
+
+    def runs(self) -> list[dict[str, Any]]:
+        """The table, with runs that a job is about to make."""
+        rows = self.listing.rows()
+        known = {row["name"] for row in rows}
+        coming = [self._coming(job) for job in self.jobs.running("train") if job["run"] not in known]
+        return [*coming, *rows]
+
+    def _coming(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The line of a run whose process has not yet made its folder."""
+        absent = dict.fromkeys(("step", "steps", "epoch", "seconds_left", "seconds", "loss", "eval_loss", "tokens"))
+        absent |= dict.fromkeys(("tokens_per_s", "score", "model", "data", "objective", "preset", "quantization"))
+        return {
+            **absent, "name": job["run"], "path": str(self.root / job["run"]), "state": "running", "why": "",
+            "phase": "preparing", "pid": job["pid"], "started": job["began"], "updated": job["began"],
+            "heartbeat": job["began"], "rank": None, "sparkline": [], "bytes": 0, "has_adapter": False, "can": [],
+            "job": job["id"],
+        }  # fmt: skip
+
+    def row(self, name: str) -> dict[str, Any]:
+        """A run's line. Raises FolderError where there is no such run."""
+        path = inside(self.root, name)
+        row = self.listing.row(name) if path.is_dir() else None
+        if row is None:
+            row = next((self._coming(job) for job in self.jobs.running("train") if job["run"] == name), None)
+        if row is None:
+            raise FolderError(f"no such run: {name}", fix="choose one from the list")
+        return row
+
+    def history(self, name: str) -> History:
+        """A run's events, read up to now."""
+        history = self._histories.pop(name, None) or History(RunFolder(inside(self.root, name)).events)
+        self._histories[name] = history  # the last one used stands last
+        history.update()
+        while len(self._histories) > 1 and sum(one.num_bytes for one in self._histories.values()) > MOST_BYTES:
+            del self._histories[next(iter(self._histories))]
+        return history
+
+    def detail(self, name: str) -> dict[str, Any]:
+        row = self.row(name)
+        return {**detail(aged(row), self.history(name)), "jobs": self.jobs_of(name)}
+
+    def drawn(
+        self, name: str, by: str, points: int, start: float | None, end: float | None, fields: tuple[str, ...]
+    ) -> dict[str, Any]:
+        """The curves of a run. Raises InputError for an axis that there is not."""
+        if by not in AXES:
+            raise InputError(f"by: {by}: no such axis", fix=", ".join(AXES))
+        if not 50 <= points <= 5000:
+            raise InputError(f"points: {points}", fix="give 50 to 5000")
+        self.row(name)
+        return self.history(name).drawn(by, points, start, end, fields)
+
+    def added(self, name: str, by: str, seen: Seen) -> dict[str, Any] | None:
+        """What came since `seen`, which is moved on; None where nothing did."""
+        history = self.history(name)
+        steps, evals, marks = len(history.steps), len(history.eval_steps), history.num_marks
+        if (steps, evals, marks) == (seen.steps, seen.evals, seen.marks):
+            return None
+        rows = self._rows(history, by, seen.steps)
+        at = history.axis(by, list(history.eval_steps[seen.evals :]))
+        evaluated = [
+            {"step": step, "x": float(x), "loss": loss if loss == loss else None}
+            for step, x, loss in zip(history.eval_steps[seen.evals :], at, history.evals[seen.evals :], strict=True)
+        ]
+        new = history.marks[max(0, len(history.marks) - (marks - seen.marks)) :] if marks > seen.marks else []
+        seen.take(history)
+        last = dict(history.newest.get("step") or {})
+        return {"rows": rows, "evals": evaluated, "marks": placed(history, new), "last": last, "x": by}
+
+    def _rows(self, history: History, by: str, start: int) -> list[dict[str, Any]]:
+        places = history.axis(by, list(history.steps[start:]))
+        rows = []
+        for number, x in enumerate(places, start):
+            row: dict[str, Any] = {"step": history.steps[number], "x": float(x), "tokens": history.tokens[number]}
+            for name, column in history.columns.items():
+                value = column[number]
+                row[name] = float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None
+            rows.append(row)
+        return rows
+
+    def look(self, name: str | None) -> dict[str, Any]:
+        """The machine, and the process of a run."""
+        return self.system.look(self.row(name)["pid"] if name else None, self.listing.watch.share)
+
+    def contents(self, name: str) -> dict[str, Any]:
+        self.row(name)
+        return contents(inside(self.root, name))
+
+    def jobs_of(self, name: str, limit: int = 20) -> list[dict[str, Any]]:
+        return [job for job in self.jobs.all() if job["run"] == name][:limit]
+
+    def log(self, name: str) -> dict[str, Any]:
+        """What the processes of a run wrote to the terminal, as far as they were started from here, and its events."""
+        row = self.row(name)
+        jobs = [job for job in self.jobs_of(name) if job["kind"] in ("train", "resume")]
+        parts = [f"$ {job['command']}\n{self.jobs.log(job['id'])[0]}" for job in reversed(jobs)]
+        return {
+            "text": "\n".join(parts)[-LOG_BYTES:],
+            "sources": [{"job": job["id"], "command": job["command"], "state": job["state"]} for job in jobs],
+            "events": tail(RunFolder(Path(row["path"])).events, LOG_BYTES),
+        }
+
+    def duplicate(self, name: str) -> dict[str, Any]:
+        """What a run was asked for and what differs from the defaults, to start another like it."""
+        self.row(name)
+        history = self.history(name)
+        asked = {
+            choice["field"]: choice["value"]
+            for choice in history.choices
+            if choice.get("origin") not in ("default", "plan", "preset") and choice.get("field") != "out"
+        }
+        return {"options": asked, "name": name}
+
+    # --- what changes something ------------------------------------------------------------------------------------
+
+    def stop(self, name: str, *, force: bool) -> dict[str, Any]:
+        """Ends a run as Ctrl-C does: after the step, saved; force: at once, what was saved before stays."""
+        row = self.row(name)
+        if row["pid"] is None:
+            raise Busy(f"{name} does not run", fix="nothing is to be stopped")
+        claim = read_json(inside(self.root, name) / "claim.json")
+        born = claim.get("started") if claim.get("pid") == row["pid"] else None
+        if born is None and "job" not in row:
+            raise Busy(f"{name}: its process has just changed", fix="look again")
+        if row["state"] == "stalled" and row["why"] == "the process is suspended":
+            psutil.Process(row["pid"]).resume()  # it cannot save before
+        number = getattr(signal, "SIGKILL", signal.SIGTERM) if force else signal.SIGTERM
+        return {"asked": send(row["pid"], born, number)}
+
+    def resume(self, name: str, words: list[str]) -> dict[str, Any]:
+        if "resume" not in self.row(name)["can"] or self._working(name, "resume"):
+            raise Busy(f"{name} runs, or is finished: there is nothing to resume", fix="stop it first")
+        return self.jobs.start("resume", ["resume", str(inside(self.root, name)), *words], name)
+
+    def delete(self, name: str, confirmed: str) -> dict[str, Any]:
+        if "delete" not in self.row(name)["can"] or self._working(name):
+            raise Busy(f"{name} is in use", fix="stop it first")
+        if confirmed != name:
+            raise InputError("confirm: not the run's name", fix="type the name of the run that is to be deleted")
+        return self.jobs.start("delete", ["runs", str(self.root), "--delete", name, "--yes"], name)
+
+    def act(self, kind: str, name: str, words: list[str]) -> dict[str, Any]:
+        """Evaluate or export: what needs an adapter."""
+        if not self.row(name)["has_adapter"]:
+            raise Busy(f"{name} has no adapter yet", fix="let it finish first")
+        return self.jobs.start(kind, words, name)
+
+    def train(self, name: str, words: list[str]) -> dict[str, Any]:
+        """Starts a run in the folder. Raises FolderError where the name is taken."""
+        path = inside(self.root, name)
+        if path.exists() or any(job["run"] == name for job in self.jobs.running("train")):
+            raise FolderError(f"{path}: there is such a run already", fix="choose another name")
+        return self.jobs.start("train", ["train", *words, f"--out={path}"], name)
+
+    def free_name(self, stem: str) -> str:
+        """stem-1, stem-2, ...: the first that neither a run nor a job has."""
+        taken = {job["run"] for job in self.jobs.running("train")}
+        number = 1
+        while f"{stem}-{number}" in taken or (self.root / f"{stem}-{number}").exists():
+            number += 1
+        return f"{stem}-{number}"
+
+    def _working(self, name: str, *kinds: str) -> bool:
+        kinds = kinds or ("train", "resume", "evaluate", "merge", "gguf", "ollama", "delete")
+        return any(job["run"] == name for job in self.jobs.running(*kinds))
+
+
+class Seen:
+    """How much of a history a stream has sent."""
+
+    def __init__(self, history: History) -> None:
+        self.take(history)
+
+    def take(self, history: History) -> None:
+        self.generation, self.steps = history.generation, len(history.steps)
+        self.evals, self.marks = len(history.eval_steps), history.num_marks

@@ -1,0 +1,204 @@
+"""The table of runs: a line each, made anew only where a file of the run has changed.
+
+However long a run is, its line is made from its small files, the two ends of its events and a few places in between.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from strop.dash.history import short
+from strop.dash.reading import inside, read_bytes, read_json, sizes
+from strop.dash.state import Watch, standing
+from strop.errors import FolderError
+from strop.evaluation.metrics import Difference, verdict
+from strop.runs.folder import RunFolder, is_run
+
+END_BYTES = 32 << 10
+WHOLE_BYTES = 192 << 10  # events that are read whole for the small curve
+PLACES = 60  # where a longer file is looked into
+PARTS = 30  # of the small curve: the least and the most of each
+_STEP = re.compile(rb'^\{"event": "step", "time": [\d.]+, "step": (\d+), [^\n]*?"loss": (-?[\d.]+(?:e[-+]?\d+)?)', re.M)
+Signature = tuple[tuple[int, int] | None, ...]
+
+
+class Listing:
+    """The runs of a folder. Not for several threads."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.watch = Watch()
+        self._known: dict[str, tuple[Signature, dict[str, Any]]] = {}
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """Folders that may be runs, and what is left out with the reason."""
+        found, ignored = [], []
+        for entry in self.root.iterdir() if self.root.is_dir() else ():
+            if entry.name.startswith("."):
+                continue
+            try:
+                inside(self.root, entry.name)
+            except FolderError:
+                ignored.append(f"{entry.name}: {'a link' if entry.is_symlink() else 'not a name for a run'}")
+                continue
+            if entry.is_dir():
+                found.append(entry.name)
+        return found, sorted(ignored)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Newest first."""
+        names = self.names()[0]
+        for gone in self._known.keys() - set(names):
+            del self._known[gone]
+        rows = [row for name in names if (row := self.row(name)) is not None]
+        return sorted(rows, key=lambda row: -(row["started"] or row["updated"] or 0))
+
+    def row(self, name: str) -> dict[str, Any] | None:
+        """A run's line; None for a folder that is no run, nor about to become one."""
+        folder = RunFolder(inside(self.root, name))
+        seen = _signature(folder)
+        known = self._known.get(name)
+        if known is None or known[0] != seen:
+            known = (seen, _facts(folder))
+            self._known[name] = known
+        holder = folder.holder if seen[3] is not None else None  # claim.json is there as long as it is held
+        made = known[1]
+        if not made["is_run"] and holder is None:
+            return None
+        where = standing(made["events"], made["ended"], holder, made["heartbeat"], self.watch)
+        row = {key: value for key, value in made.items() if key not in ("events", "ended", "is_run", "heartbeat")}
+        over = where.state in ("finished", "stopped", "crashed")
+        row |= {"state": where.state, "why": where.why, "phase": where.phase, "pid": holder}
+        row |= {"heartbeat": made["heartbeat"], "seconds_left": None if over else made["seconds_left"]}
+        row["can"] = _can(where.state, made["has_adapter"])
+        return row
+
+
+def aged(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A line with the age of its heartbeat, which moves by itself."""
+    return {**row, "heartbeat_age": short(max(0.0, time.time() - row["heartbeat"]))}
+
+
+def _can(state: str, adapter: bool) -> list[str]:
+    if state in ("running", "stalled"):
+        return ["stop"]
+    after = ["evaluate", "export", "talk"] if adapter else []
+    return [*(["resume"] if state != "finished" else []), "duplicate", "delete", *after]
+
+
+def _signature(folder: RunFolder) -> Signature:
+    files = (folder.events, folder.report, folder.lock, folder.path / "claim.json")
+    return tuple(_stamp(file) for file in files)
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.lstat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def _facts(folder: RunFolder) -> dict[str, Any]:
+    """All of a line that files say."""
+    lock, report = read_json(folder.lock), read_json(folder.report)
+    values: Mapping[str, Any] = lock.get("values") or {}
+    stamp = _stamp(folder.events)
+    size = stamp[1] if stamp else 0
+    head, end = _lines(read_bytes(folder.events, 0, END_BYTES)), _end(folder.events, size)
+    curve = _curve(folder.events, size)
+    step, evaluated = _last(end, "step"), _last(end, "eval")
+    stamps = [seen for file in (folder.lock, folder.path / "claim.json", folder.path) if (seen := _stamp(file))]
+    heartbeat = (stamp or max(stamps, default=(0, 0)))[0] / 1e9
+    started = head[0].get("time") if head else None
+    number = step.get("step") if step else curve[-1][0] if curve else 0
+    loss = step.get("loss") if step else curve[-1][1] if curve else None
+    return {
+        "name": folder.path.name, "path": str(folder.path), "is_run": is_run(folder.path),
+        "events": end[-40:], "ended": {name: report.get(name) for name in ("exit", "ended")}, "heartbeat": heartbeat,
+        "started": started if isinstance(started, (int, float)) else None, "updated": heartbeat or None,
+        "model": values.get("model.name"), "data": _text(values.get("data.train")),
+        "objective": values.get("train.objective"), "preset": values.get("preset"),
+        "quantization": values.get("model.quantization"), "rank": values.get("lora.r"),
+        "step": report.get("steps", number), "steps": step.get("steps") or report.get("steps"),
+        "epoch": step.get("epoch"), "seconds_left": step.get("seconds_left"),
+        "seconds": report.get("seconds"), "loss": loss, "eval_loss": report.get("eval_loss", evaluated.get("loss")),
+        "tokens": report.get("tokens", step.get("tokens")),
+        "tokens_per_s": report.get("tokens_per_s", step.get("tokens_per_s")),
+        "score": score_of(report), "sparkline": curve, "bytes": sum(size for _, size in sizes(folder.path)),
+        "has_adapter": (folder.adapter / "adapter_config.json").is_file(),
+    }  # fmt: skip
+
+
+def _last(events: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    return next((event for event in reversed(events) if event.get("event") == kind), {})
+
+
+def _text(value: Any) -> str | None:
+    return ", ".join(map(str, value)) if isinstance(value, list) else None if value is None else str(value)
+
+
+def score_of(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The score of the run's evaluation with its interval, and what became of it in words; None without one."""
+    found = report.get("evaluation") or {}
+    metric, tuned, base = found.get("metric"), found.get("tuned") or {}, found.get("base") or {}
+    if not isinstance(tuned.get(metric), (int, float)):
+        return None
+    low, high = (report.get("intervals") or {}).get("tuned") or (None, None)
+    score = {"metric": metric, "value": tuned[metric], "low": low, "high": high, "base": base.get(metric)}
+    score |= {"rows": found.get("rows"), "difference": found.get("difference"), "verdict": "plain", "words": ""}
+    try:
+        change = Difference(*(found["difference"][name] for name in ("value", "low", "high")))
+        kind, words = verdict(change)
+        said = f"{metric} went from {base[metric]:.1%} to {tuned[metric]:.1%} on {found['rows']:,} rows"
+        score |= {"verdict": kind, "words": f"{words[0].upper()}{words[1:]}: {said}."}
+    except (KeyError, TypeError, ValueError):
+        pass
+    return score
+
+
+def _lines(raw: bytes) -> list[dict[str, Any]]:
+    events = []
+    for line in raw.split(b"\n")[:-1]:
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    return events
+
+
+def _end(file: Path, size: int) -> list[dict[str, Any]]:
+    """The last events: of a file that a resume has just begun to write on again, from before that too."""
+    for reach in (END_BYTES, 32 * END_BYTES):
+        start = max(0, size - reach)
+        events = _lines(read_bytes(file, start, reach))
+        if start == 0 or any(event.get("event") in ("step", "start") for event in events):
+            return events
+    return events
+
+
+def _curve(file: Path, size: int) -> list[tuple[int, float]]:
+    """The loss in a few points: of all steps where the file is short, else of steps at even distances."""
+    if size <= WHOLE_BYTES:
+        raw = read_bytes(file, 0, WHOLE_BYTES)
+    else:
+        parts = []
+        for place in range(PLACES):
+            parts.append(read_bytes(file, place * (size - 2048) // (PLACES - 1), 2048).partition(b"\n")[2])
+        raw = b"\n".join(parts)
+    points = sorted({int(step): float(loss) for step, loss in _STEP.findall(raw)}.items())
+    if len(points) > 2 * PARTS:
+        low, high = points[0][0], points[-1][0]
+        parts_of: dict[int, list[tuple[int, float]]] = {}
+        for point in points:
+            parts_of.setdefault((point[0] - low) * PARTS // (high - low + 1), []).append(point)
+        both = (f(part, key=lambda point: point[1]) for part in parts_of.values() for f in (min, max))
+        points = sorted({*both, points[-1]})
+    return [(step, float(f"{loss:.4g}")) for step, loss in points]
