@@ -11,7 +11,7 @@ export function figure(value) {
   if (!isNumber(value)) return "";
   const size = Math.abs(value);
   if (value === 0) return "0";
-  if (size < 1e-3 || size >= 1e6) return value.toExponential(2);
+  if (size < 1e-3 || size >= 1e6) return Number(value.toPrecision(3)).toExponential();
   if (size >= 1000) return whole.format(value);
   return String(Number(value.toPrecision(4)));
 }
@@ -47,6 +47,9 @@ export function ago(time, now = Date.now() / 1000) {
   const past = now - time;
   return past < 5 ? "now" : past < 48 * 3600 ? `${duration(past)} ago` : moment(time);
 }
+
+/** The last part of a path, for where there is little room. */
+export const tail = (path) => (typeof path === "string" ? path.split("/").filter(Boolean).at(-1) ?? path : path);
 
 /** What a value of a recipe looks like. */
 export function shown(value) {

@@ -10,7 +10,7 @@ const SCREENS = {
   data: ["Data", () => import("./screens/data.js")],
   compare: ["Compare", () => import("./screens/compare.js")],
   talk: ["Talk", () => import("./screens/talk.js")],
-  machine: ["This machine", () => import("./screens/machine.js")],
+  machine: ["Machine", () => import("./screens/machine.js")],
   run: [null, () => import("./screens/run.js")],
 };
 const main = document.getElementById("main"), nav = document.getElementById("nav");

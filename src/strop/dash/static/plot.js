@@ -117,7 +117,7 @@ export class Plot {
         y: { distr: this.logarithmic ? 3 : 1, range: this.logarithmic ? undefined : (u, low, high) => span(low, high, zero) },
       },
       axes: [
-        { ...axis, size: 34, space: 70, values: (u, splits) => splits.map((value) => (x.show ? x.show(value) : figure(value))) },
+        { ...axis, size: 26, space: 70, values: (u, splits) => splits.map((value) => (x.show ? x.show(value) : figure(value))) },
         { ...axis, size: 58, space: 34, values: (u, splits) => splits.map((value) => (value === null ? "" : show(value))) },
       ],
       series: [{}, ...series.map((one, place) => ({
@@ -186,6 +186,7 @@ export class Plot {
     this.options.series.forEach((one, place) => {
       const swatch = h("i", { class: "swatch", style: { background: `var(--${one.colour})`, opacity: one.opacity ?? 1 } });
       put(this.legend.children[place], swatch, one.name, one.value);
+      if (this.options.series.length === 1 && one.name === this.options.title) put(this.legend.children[place], h("span", { class: "soft" }, "last "), one.value);
     });
   }
 

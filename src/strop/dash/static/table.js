@@ -106,7 +106,7 @@ export class Table {
     return h("tr", {}, this.columns.map((column) => {
       const value = column.value(row), shown = column.show ? column.show(row, value) : value;
       const blank = shown === null || shown === undefined || shown === "";
-      const props = { class: [column.number && "n", column.free && "free", blank && "blank"].filter(Boolean).join(" ") || null };
+      const props = { class: [column.number && "n", column.free && "free", column.key === "pick" && "pick", blank && "blank"].filter(Boolean).join(" ") || null };
       return column.head
         ? h("th", { scope: "row", ...props }, shown)
         : h("td", { ...props, data: column.name ? { name: column.name } : {} }, blank ? "" : shown);

@@ -1,6 +1,6 @@
 // A run while it learns, and after: curves, marks, memory, time.
 
-import { button, bytes, count, duration, facts, fault, figure, get, h, isNumber, listen, moment, ofRun, percent, put, remember } from "../all.js";
+import { button, bytes, count, duration, facts, fault, figure, get, h, isNumber, listen, moment, ofRun, percent, put, remember, tail } from "../all.js";
 import { append, AXES, placed, TITLES, together } from "../curves.js";
 import { Plot } from "../plot.js";
 
@@ -55,7 +55,7 @@ export async function show(place, { run, query, signal, draw }) {
     put(top, s?.words ? h("p", { class: `verdict ${s.verdict}` }, s.words) : null, facts([
       ["training loss", figure(last.smoothed ?? last.loss ?? run.loss)], ["evaluation loss", figure(run.eval_loss)], ["epoch", isNumber(last.epoch ?? run.epoch) ? figure(last.epoch ?? run.epoch) : null],
       ["learning rate", figure(last.learning_rate)], ["tokens", count(last.tokens ?? run.tokens)], ["tokens/s", count(last.tokens_per_s ?? run.tokens_per_s)],
-      ["training time", duration(run.seconds)], ["model", run.model], ["data", run.data], ["trained", run.parameters ? `${count(run.parameters.trainable)} of ${count(run.parameters.all)}` : null], ["engine", run.engine?.name],
+      ["training time", duration(run.seconds)], ["model", h("span", { title: run.model }, tail(run.model))], ["data", h("span", { title: run.data }, tail(run.data))], ["trained", run.parameters ? `${count(run.parameters.trainable)} of ${count(run.parameters.all)}` : null], ["engine", run.engine?.name],
     ]));
     drawMarks();
     drawMemory();

@@ -2,7 +2,7 @@
 
 import { button, h, link, put } from "../dom.js";
 import { fault, get, listen } from "../api.js";
-import { ago, bytes, count, duration, figure, percent } from "../format.js";
+import { ago, bytes, count, duration, figure, percent, tail } from "../format.js";
 import { sparkline } from "../drawing.js";
 import { Table } from "../table.js";
 import { remember, to } from "../route.js";
@@ -73,8 +73,8 @@ function columns(chosen, update) {
     { key: "loss", name: "loss", number: true, value: (run) => run.eval_loss ?? run.loss, show: (run, value) => value === null ? "" : figure(value) },
     { key: "curve", name: "curve", plain: true, sortable: false, value: () => null, show: (run) => sparkline((run.sparkline ?? []).map(([, y]) => y), `loss of ${run.name}, ${figure(run.loss)} at the end`) },
     { key: "score", name: "score", number: true, value: (run) => run.score?.value ?? null, show: (run) => score(run.score) },
-    { key: "model", name: "model", free: true, value: (run) => run.model },
-    { key: "data", name: "data", free: true, value: (run) => run.data },
+    { key: "model", name: "model", free: true, value: (run) => run.model, show: (run, value) => h("span", { title: value }, tail(value)) },
+    { key: "data", name: "data", free: true, value: (run) => run.data, show: (run, value) => h("span", { title: value }, tail(value)) },
     { key: "objective", name: "objective", value: (run) => run.objective },
     { key: "how", name: "LoRA", value: (run) => `r ${run.rank ?? ""}${run.quantization && run.quantization !== "none" ? ` ${run.quantization}` : ""}` },
     { key: "seconds", name: "time", number: true, value: (run) => run.seconds, show: (run) => duration(run.seconds) },
