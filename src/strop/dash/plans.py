@@ -34,7 +34,9 @@ class Planner:
         self._measured: dict[str, list[tuple[int, int]] | StropError] = {}
         self._measuring: dict[str, threading.Thread] = {}
 
-    def plan(self, options: dict[str, Any], memory: str | None, gpu: str | None, out: str | None) -> dict[str, Any]:
+    def plan(
+        self, options: dict[str, Any], memory: str | None, gpu: str | None, out: str | None, thorough: bool
+    ) -> dict[str, Any]:
         """`strop plan --json` for these options, every value with its origin, and the command that trains so.
 
         Raises InputError.
@@ -53,7 +55,7 @@ class Planner:
         rows, state = self._rows(resolved.recipe)
         found = make_plan(
             resolved, place.machine, looked, place.rate_of, device=place.device, dtype=place.dtype, rows=rows,
-            adapter=start_adapter(resolved.recipe),
+            adapter=start_adapter(resolved.recipe), thorough=thorough,
         )  # fmt: skip
         words = ["train", *words, *([f"--memory={memory}"] if memory else [])]
         planned = found.as_json()

@@ -29,10 +29,13 @@ def routes(room: Room) -> list[BaseRoute]:
         asked = Fields(await body_of(request))
         options, out = asked.take("options", dict), asked.take("name", str, None)
         memory, gpu = asked.take("memory", str, None), asked.take("gpu", str, None)
+        thorough = asked.take("thorough", bool, False)
         asked.end()
         options_words(options)
         name = out or await ask(desk.free_name, stem(options))
-        found = await room.planner.ask("plan", options=options, memory=memory, gpu=gpu, out=str(desk.root / name))
+        found = await room.planner.ask(
+            "plan", options=options, memory=memory, gpu=gpu, out=str(desk.root / name), thorough=thorough
+        )
         return answer({**found, "name": name, "out": str(desk.root / name)})
 
     async def data(request: Request) -> Response:
