@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from strop.dash import judging
 from strop.dash.answering import Busy
 from strop.dash.detail import contents, detail, placed
 from strop.dash.history import AXES, History
@@ -15,7 +17,9 @@ from strop.dash.jobs import LOG_BYTES, Jobs, send
 from strop.dash.listing import Listing, aged
 from strop.dash.reading import inside, read_json, tail
 from strop.dash.system import System
+from strop.dash.talk import Talk
 from strop.errors import FolderError, InputError
+from strop.machine.probe import probe
 from strop.runs.folder import RunFolder
 
 MOST_BYTES = 24 << 20  # of histories that are kept in memory: that of the run that is looked at always is
@@ -28,6 +32,7 @@ class Desk:
         self.listing = Listing(root)
         self.system = System(root)
         self._histories: dict[str, History] = {}
+        self._votes = judging.Votes()
 
     def runs(self) -> list[dict[str, Any]]:
         """The table, with runs that a job is about to make."""
@@ -142,6 +147,32 @@ class Desk:
         }
         return {"options": asked, "name": name}
 
+    def answers(self, name: str, *how: Any) -> dict[str, Any]:
+        self.row(name)
+        return judging.answers(RunFolder(inside(self.root, name)), *how)
+
+    def ballot(self, name: str) -> dict[str, Any]:
+        self.row(name)
+        return self._votes.ballot(RunFolder(inside(self.root, name)))
+
+    def vote(self, name: str, ballot: str, choice: str) -> dict[str, Any]:
+        self.row(name)
+        return self._votes.vote(RunFolder(inside(self.root, name)), ballot, choice)
+
+    def compare(self, names: list[str]) -> dict[str, Any]:
+        if not 1 < len(set(names)) <= 12:
+            raise InputError("runs: give 2 to 12 names with commas between them")
+        rows = [aged(self.row(name)) for name in dict.fromkeys(names)]
+        recipes = {row["name"]: _values(RunFolder(Path(row["path"]))) for row in rows}
+        return judging.compare(rows, recipes)
+
+    def machine(self) -> dict[str, Any]:
+        """Facts, and what `strop doctor` found when it was last asked from here."""
+        jobs = [job for job in self.jobs.all() if job["kind"] == "doctor"]
+        found = next((about for job in jobs if (about := self.jobs.about(job["id"]))["result"]), None)
+        told = {**found["result"], "when": found["ended"] or found["started"]} if found else None
+        return {"facts": asdict(probe()), "doctor": told, "job": jobs[0] if jobs else None}
+
     # --- what changes something ------------------------------------------------------------------------------------
 
     def stop(self, name: str, *, force: bool) -> dict[str, Any]:
@@ -183,6 +214,17 @@ class Desk:
             raise FolderError(f"{path}: there is such a run already", fix="choose another name")
         return self.jobs.start("train", ["train", *words, f"--out={path}"], name)
 
+    def doctor(self) -> dict[str, Any]:
+        if self.jobs.running("doctor"):
+            raise Busy("strop doctor is under way", fix="wait for it")
+        return self.jobs.start("doctor", ["doctor"])
+
+    def talk_start(self, talk: Talk, names: list[Any], model: str | None) -> dict[str, Any]:
+        """Runs by name, or one model by its own."""
+        if bool(names) == bool(model) or any(not isinstance(name, str) for name in names):
+            raise InputError("give names of runs, or a model")
+        return talk.start([str(inside(self.root, name)) for name in names] if names else [str(model)])
+
     def free_name(self, stem: str) -> str:
         """stem-1, stem-2, ...: the first that neither a run nor a job has."""
         taken = {job["run"] for job in self.jobs.running("train")}
@@ -205,3 +247,10 @@ class Seen:
     def take(self, history: History) -> None:
         self.generation, self.steps = history.generation, len(history.steps)
         self.evals, self.marks = len(history.eval_steps), history.num_marks
+
+
+def _values(folder: RunFolder) -> dict[str, Any]:
+    """A run's recipe by field, and what its base and rows were."""
+    lock = read_json(folder.lock)
+    base = lock.get("base") or {}
+    return {**(lock.get("values") or {}), "base": base.get("fingerprint"), "rows": lock.get("data")}

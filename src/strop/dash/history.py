@@ -50,6 +50,7 @@ class History:
         self.newest: dict[str, Event] = {}
         self.last: Event = {}
         self.notes: list[str] = []
+        self._asked: dict[str, dict[str, Any]] = {}
         self.first_time: float | None = None
         self._session, self._before = 0.0, 0.0
         self._epoch_began: dict[int, int] = {}
@@ -147,6 +148,8 @@ class History:
             self._session = time
         if kind in _KEPT:
             self.newest[kind] = event
+        if kind == "recipe" and not self._asked:
+            self._asked = {str(choice.get("field")): choice for choice in event.get("choices") or []}
         if kind == "note":
             self.notes = [*self.notes, str(event.get("text", ""))][-200:]
         if kind == "eval" and isinstance(step, int):
@@ -207,8 +210,11 @@ class History:
 
     @property
     def choices(self) -> list[dict[str, Any]]:
-        """The resolved recipe, each value with its origin and reason."""
-        return list((self.newest.get("recipe") or {}).get("choices") or [])
+        """The resolved recipe, each value with its origin and reason; a resume takes them over from the start."""
+        now = (self.newest.get("recipe") or {}).get("choices") or []
+        first = self._asked
+        same = {c["field"] for c in now if first.get(c["field"], {}).get("value") == c.get("value")}
+        return [first[choice["field"]] if choice["field"] in same else choice for choice in now]
 
     def axis(self, by: str, steps: Any) -> Values:
         """Where these steps lie on an axis: step, epoch, tokens, time."""

@@ -91,7 +91,8 @@ class Jobs:
             said = tail(folder / "log", 2000).strip().splitlines()
             error = {"kind": "Killed", "message": "the process ended without an answer", "where": []}
             error["fix"] = said[-1] if said else "it was killed, or the machine went down"
-        state = "running" if alive else "failed" if error else "done"
+        stopped = (error or {}).get("kind") == "Stopped"
+        state = "running" if alive else "stopped" if stopped else "failed" if error else "done"
         if not alive and "ended" not in known:
             known["ended"] = max(_changed(folder / "out"), _changed(folder / "log"))
             write_json(folder / "job.json", known)

@@ -6,24 +6,31 @@ However long a run is, its line is made from its small files, the two ends of it
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from strop.dash.history import short
-from strop.dash.reading import inside, read_bytes, read_json, sizes
+from strop.dash.reading import inside, read_bytes, read_json, read_places, sizes
 from strop.dash.state import Watch, standing
-from strop.errors import FolderError
 from strop.evaluation.metrics import Difference, verdict
 from strop.runs.folder import RunFolder, is_run
 
-END_BYTES = 32 << 10
-WHOLE_BYTES = 192 << 10  # events that are read whole for the small curve
-PLACES = 60  # where a longer file is looked into
-PARTS = 30  # of the small curve: the least and the most of each
-_STEP = re.compile(rb'^\{"event": "step", "time": [\d.]+, "step": (\d+), [^\n]*?"loss": (-?[\d.]+(?:e[-+]?\d+)?)', re.M)
+END_BYTES = 16 << 10
+WHOLE_BYTES = 48 << 10  # events that are read whole for the small curve
+PLACES, PLACE_BYTES = 40, 1024  # where, and how far, a longer file is looked into
+PARTS = 20  # of the small curve: the least and the most of each
+MOST_EVENTS = 40  # of the end, that say what a run is doing
+# as runs.events writes them; a line that is written otherwise is missing in the small curve alone
+_STEP = re.compile(
+    rb'\{"event": "step", "time": [\d.]+, "step": (\d+), "steps": \d+, "epoch": \d+, '
+    rb'"loss": (-?\d[\d.]*(?:e[-+]?\d+)?)[,}]'
+)
+_TIME = re.compile(rb'"time": ([\d.]+)')
 Signature = tuple[tuple[int, int] | None, ...]
 
 
@@ -33,20 +40,21 @@ class Listing:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.watch = Watch()
-        self._known: dict[str, tuple[Signature, dict[str, Any]]] = {}
+        self._known: dict[str, _Known] = {}
 
     def names(self) -> tuple[list[str], list[str]]:
         """Folders that may be runs, and what is left out with the reason."""
         found, ignored = [], []
-        for entry in self.root.iterdir() if self.root.is_dir() else ():
-            if entry.name.startswith("."):
+        try:
+            entries = list(os.scandir(self.root))
+        except OSError:
+            return [], []
+        for entry in entries:
+            if entry.name.startswith(".") or not (entry.is_symlink() or entry.is_dir()):
                 continue
-            try:
-                inside(self.root, entry.name)
-            except FolderError:
+            if entry.is_symlink() or not entry.name.isprintable():
                 ignored.append(f"{entry.name}: {'a link' if entry.is_symlink() else 'not a name for a run'}")
-                continue
-            if entry.is_dir():
+            else:
                 found.append(entry.name)
         return found, sorted(ignored)
 
@@ -60,23 +68,35 @@ class Listing:
 
     def row(self, name: str) -> dict[str, Any] | None:
         """A run's line; None for a folder that is no run, nor about to become one."""
-        folder = RunFolder(inside(self.root, name))
-        seen = _signature(folder)
+        seen = _signature(os.path.join(self.root, name))
         known = self._known.get(name)
-        if known is None or known[0] != seen:
-            known = (seen, _facts(folder))
-            self._known[name] = known
-        holder = folder.holder if seen[3] is not None else None  # claim.json is there as long as it is held
-        made = known[1]
+        if known is None or known.seen != seen:
+            known = self._known[name] = _Known(seen, _facts(RunFolder(inside(self.root, name))))
+        held = seen[3] is not None  # claim.json is there as long as a process holds the folder, or was killed
+        if known.row is not None and not (held and known.live):
+            return known.row
+        made, folder = known.facts, RunFolder(Path(self.root, name))
+        holder = folder.holder if held else None
+        known.live = holder is not None
         if not made["is_run"] and holder is None:
             return None
         where = standing(made["events"], made["ended"], holder, made["heartbeat"], self.watch)
-        row = {key: value for key, value in made.items() if key not in ("events", "ended", "is_run", "heartbeat")}
+        row = {key: value for key, value in made.items() if key not in ("events", "ended", "is_run")}
         over = where.state in ("finished", "stopped", "crashed")
         row |= {"state": where.state, "why": where.why, "phase": where.phase, "pid": holder}
-        row |= {"heartbeat": made["heartbeat"], "seconds_left": None if over else made["seconds_left"]}
-        row["can"] = _can(where.state, made["has_adapter"])
+        row |= {"seconds_left": None if over else made["seconds_left"], "can": _can(where.state, made["has_adapter"])}
+        known.row = row
         return row
+
+
+@dataclass
+class _Known:
+    """What was found of a run when its files were as `seen`. live: a process held it, which may end at any time."""
+
+    seen: Signature
+    facts: dict[str, Any]
+    row: dict[str, Any] | None = None
+    live: bool = True
 
 
 def aged(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,14 +111,13 @@ def _can(state: str, adapter: bool) -> list[str]:
     return [*(["resume"] if state != "finished" else []), "duplicate", "delete", *after]
 
 
-def _signature(folder: RunFolder) -> Signature:
-    files = (folder.events, folder.report, folder.lock, folder.path / "claim.json")
-    return tuple(_stamp(file) for file in files)
+def _signature(folder: str) -> Signature:
+    return tuple(_stamp(f"{folder}/{name}") for name in ("events.jsonl", "report.json", "lock.json", "claim.json"))
 
 
-def _stamp(file: Path) -> tuple[int, int] | None:
+def _stamp(file: str | Path) -> tuple[int, int] | None:
     try:
-        found = file.lstat()
+        found = os.lstat(file)
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size
@@ -110,18 +129,18 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
     values: Mapping[str, Any] = lock.get("values") or {}
     stamp = _stamp(folder.events)
     size = stamp[1] if stamp else 0
-    head, end = _lines(read_bytes(folder.events, 0, END_BYTES)), _end(folder.events, size)
+    first, end = _TIME.search(read_bytes(folder.events, 0, 256)), _end(folder.events, size)
     curve = _curve(folder.events, size)
     step, evaluated = _last(end, "step"), _last(end, "eval")
     stamps = [seen for file in (folder.lock, folder.path / "claim.json", folder.path) if (seen := _stamp(file))]
     heartbeat = (stamp or max(stamps, default=(0, 0)))[0] / 1e9
-    started = head[0].get("time") if head else None
     number = step.get("step") if step else curve[-1][0] if curve else 0
     loss = step.get("loss") if step else curve[-1][1] if curve else None
     return {
         "name": folder.path.name, "path": str(folder.path), "is_run": is_run(folder.path),
-        "events": end[-40:], "ended": {name: report.get(name) for name in ("exit", "ended")}, "heartbeat": heartbeat,
-        "started": started if isinstance(started, (int, float)) else None, "updated": heartbeat or None,
+        "events": [_brief(event) for event in end], "heartbeat": heartbeat,
+        "ended": {name: report.get(name) for name in ("exit", "ended")},
+        "started": float(first[1]) if first else None, "updated": heartbeat or None,
         "model": values.get("model.name"), "data": _text(values.get("data.train")),
         "objective": values.get("train.objective"), "preset": values.get("preset"),
         "quantization": values.get("model.quantization"), "rank": values.get("lora.r"),
@@ -162,9 +181,13 @@ def score_of(report: Mapping[str, Any]) -> dict[str, Any] | None:
     return score
 
 
-def _lines(raw: bytes) -> list[dict[str, Any]]:
+def _brief(event: dict[str, Any]) -> dict[str, Any]:
+    return {name: event.get(name) for name in ("event", "time", "why")}
+
+
+def _events(lines: list[bytes]) -> list[dict[str, Any]]:
     events = []
-    for line in raw.split(b"\n")[:-1]:
+    for line in lines:
         try:
             event = json.loads(line)
         except (ValueError, RecursionError):
@@ -176,29 +199,29 @@ def _lines(raw: bytes) -> list[dict[str, Any]]:
 
 def _end(file: Path, size: int) -> list[dict[str, Any]]:
     """The last events: of a file that a resume has just begun to write on again, from before that too."""
-    for reach in (END_BYTES, 32 * END_BYTES):
+    events: list[dict[str, Any]] = []
+    for reach in (END_BYTES, 64 * END_BYTES):
         start = max(0, size - reach)
-        events = _lines(read_bytes(file, start, reach))
+        lines = read_bytes(file, start, reach).split(b"\n")[1 if start else 0 : -1]
+        events = _events(lines[-MOST_EVENTS:])
         if start == 0 or any(event.get("event") in ("step", "start") for event in events):
-            return events
+            break
     return events
 
 
 def _curve(file: Path, size: int) -> list[tuple[int, float]]:
     """The loss in a few points: of all steps where the file is short, else of steps at even distances."""
     if size <= WHOLE_BYTES:
-        raw = read_bytes(file, 0, WHOLE_BYTES)
+        found = _STEP.findall(read_bytes(file, 0, WHOLE_BYTES))
     else:
-        parts = []
-        for place in range(PLACES):
-            parts.append(read_bytes(file, place * (size - 2048) // (PLACES - 1), 2048).partition(b"\n")[2])
-        raw = b"\n".join(parts)
-    points = sorted({int(step): float(loss) for step, loss in _STEP.findall(raw)}.items())
+        starts = [place * (size - PLACE_BYTES) // (PLACES - 1) for place in range(PLACES)]
+        found = [match.groups() for part in read_places(file, starts, PLACE_BYTES) if (match := _STEP.search(part))]
+    points = sorted({int(step): float(loss) for step, loss in found}.items())
     if len(points) > 2 * PARTS:
         low, high = points[0][0], points[-1][0]
-        parts_of: dict[int, list[tuple[int, float]]] = {}
+        parts: dict[int, list[tuple[int, float]]] = {}
         for point in points:
-            parts_of.setdefault((point[0] - low) * PARTS // (high - low + 1), []).append(point)
-        both = (f(part, key=lambda point: point[1]) for part in parts_of.values() for f in (min, max))
+            parts.setdefault((point[0] - low) * PARTS // (high - low + 1), []).append(point)
+        both = (end(part, key=lambda point: point[1]) for part in parts.values() for end in (min, max))
         points = sorted({*both, points[-1]})
     return [(step, float(f"{loss:.4g}")) for step, loss in points]

@@ -44,6 +44,19 @@ def read_bytes(path: Path, start: int = 0, most: int = MOST_BYTES) -> bytes:
         return b""
 
 
+def read_places(path: Path, starts: list[int], most: int) -> list[bytes]:
+    """`most` bytes from each of these places on."""
+    try:
+        with os.fdopen(open_file(path), "rb", buffering=0) as file:
+            parts = []
+            for start in starts:
+                file.seek(start)
+                parts.append(file.read(most))
+            return parts
+    except OSError:
+        return []
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; an empty one where it is absent or damaged."""
     try:
@@ -66,12 +79,12 @@ def tail(path: Path, most: int) -> str:
 
 def sizes(folder: Path) -> list[tuple[str, int]]:
     """(path below the folder, bytes) of every file; links count as themselves."""
-    found = []
-    for place, _, names in os.walk(folder):
+    found, root = [], str(folder)
+    for place, _, names in os.walk(root):
         for name in names:
             path = os.path.join(place, name)
             try:
-                found.append((os.path.relpath(path, folder), os.lstat(path).st_size))
+                found.append((path[len(root) + 1 :], os.lstat(path).st_size))
             except OSError:  # gone meanwhile
                 continue
     return sorted(found)

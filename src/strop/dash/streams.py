@@ -1,4 +1,4 @@
-"""What changes, as server-sent events: files are looked at once a second, as long as somebody listens."""
+"""What changes, as server-sent events: files are looked at again and again, as long as somebody listens."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from strop.dash.listing import aged
 from strop.errors import FolderError
 
 LOOK_S = 1.0
+TABLE_S = 2.0
 SYSTEM_S = 2.0
 QUIET_S = 15.0  # a comment then, so that a lost connection is noticed
 MOST_ROWS = 2000  # that are sent one by one; beyond that the curve is drawn anew
@@ -24,7 +25,7 @@ async def table(desk: Desk, ask: Ask) -> AsyncIterator[bytes]:
     sent: dict[str, dict[str, Any]] = {}
     quiet = 0.0
     while True:
-        rows = await ask(desk.runs)
+        rows = await ask(desk.runs)  # nothing but the dates of files, where nothing has changed
         now = {row["name"]: row for row in rows}
         if not sent and quiet == 0.0:
             yield event("runs", {"runs": [aged(row) for row in rows]})
@@ -35,11 +36,11 @@ async def table(desk: Desk, ask: Ask) -> AsyncIterator[bytes]:
                 yield event("changed", {"runs": changed, "gone": gone})
                 quiet = 0.0
         sent = now
-        quiet += LOOK_S
+        quiet += TABLE_S
         if quiet > QUIET_S:
             yield b": .\n\n"
-            quiet = LOOK_S
-        await asyncio.sleep(LOOK_S)
+            quiet = TABLE_S
+        await asyncio.sleep(TABLE_S)
 
 
 async def run(desk: Desk, ask: Ask, name: str, by: str, points: int) -> AsyncIterator[bytes]:

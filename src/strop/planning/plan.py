@@ -80,9 +80,11 @@ def make_plan(
     dtype: tuple[str, str],
     rows: Sequence[tuple[int, int]] = (),
     adapter: Mapping[str, Any] | None = None,
+    thorough: bool = True,
 ) -> Plan:
     """rate_of: the machine's in a type. device and dtype: where the recipe leaves them open. rows: tokens and
     supervised tokens of each answer, where they are known. adapter: adapter_config.json of the adapter to start from.
+    thorough: look for what would just fit, and for what helps where it does not: longer than all the rest.
 
     Raises InputError where the recipe asks for what the model does not have.
     """
@@ -108,9 +110,9 @@ def make_plan(
         tokens_per_s=tokens_per_s(setting, usual, rate),
         seconds=_seconds(recipe, setting, usual, rate, len(rows) // answers_of(recipe.train)),
         rate=rate,
-        largest=_largest(recipe, room),
+        largest=_largest(recipe, room) if thorough else {},
         disk_bytes=_disk_bytes(recipe, setting),
-        ladder=[] if fits else ladder(recipe, room, rate),
+        ladder=[] if fits or not thorough else ladder(recipe, room, rate),
         gives_up=_given_up(resolved, setting),
     )
 
