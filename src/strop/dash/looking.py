@@ -17,6 +17,7 @@ from strop.dash.answering import answer, query, told
 from strop.dash.listing import aged
 from strop.dash.reading import browse
 from strop.dash.room import Room, stream
+from strop.evaluation.metrics import METRICS
 
 
 def routes(room: Room) -> list[BaseRoute]:
@@ -25,6 +26,7 @@ def routes(room: Room) -> list[BaseRoute]:
     async def hello(_: Request) -> Response:
         about: dict[str, Any] = {"version": __version__, "folder": str(desk.root.absolute()), "shown": str(desk.root)}
         about |= {"open": room.opened, "python": sys.executable, "pid": os.getpid(), "cwd": str(Path.cwd())}
+        about["metrics"] = list(METRICS)
         return answer(about)
 
     async def runs(_: Request) -> Response:

@@ -9,7 +9,7 @@ export function takeToken() {
   const found = location.hash.match(/^#token=([^&]+)(?:&(.*))?$/s);
   if (!found) return;
   keepToken(decodeURIComponent(found[1]));
-  history.replaceState(null, "", found[2] ? `#${found[2]}` : "#/runs");
+  history.replaceState(null, "", found[2] ? `#${found[2]}` : "#/");
 }
 
 export function keepToken(token) {

@@ -1,7 +1,7 @@
 // The history of a run as curves: what the server's series become, and how they grow.
 
 import uPlot from "./uplot/uPlot.esm.js";
-import { duration, figure, isNumber } from "./format.js";
+import { duration, isNumber } from "./format.js";
 
 const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumFractionDigits: 2 });
 
@@ -27,7 +27,7 @@ export function together(series) {
 }
 
 /** Puts what was appended to a run's events behind its series. */
-export function append(history, { rows, evals }) {
+export function append(history, { rows, evals, last }) {
   const add = (name, x, y) => {
     if (!isNumber(y) || !isNumber(x)) return;
     const one = (history.series[name] ??= { x: [], y: [] });
@@ -36,14 +36,13 @@ export function append(history, { rows, evals }) {
     one.y.push(y);
   };
   const known = new Set(["loss", "learning_rate", "grad_norm", "tokens_per_s", ...Object.keys(history.series)]);
-  for (const row of rows ?? []) for (const name of known) if (name !== "smoothed" && name !== "eval_loss") add(name, row.x, row[name]);
+  for (const row of rows ?? []) for (const name of known) if (!["smoothed", "eval_loss", "undone"].includes(name)) add(name, row.x, row[name]);
   for (const row of evals ?? []) add("eval_loss", row.x, row.loss);
-  if (rows?.length) history.last = { ...history.last, ...rows.at(-1) };
+  history.last = { ...history.last, ...last };
 }
 
 /** Marks with their place on an axis. */
 export function placed(marks, by) {
-  return marks.map((mark) => ({ ...mark, x: mark.x ?? (by === "time" ? null : mark[by]), bad: mark.level === "bad" })).filter((mark) => isNumber(mark.x));
+  return marks.map((mark) => ({ ...mark, x: mark.at?.[by], bad: mark.level === "bad" })).filter((mark) => isNumber(mark.x));
 }
 
-export { figure };

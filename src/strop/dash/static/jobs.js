@@ -15,7 +15,7 @@ export function jobCard(job, signal, { onEnd = null, result = null } = {}) {
 
   function draw(now) {
     const over = now.state !== "running";
-    const state = { running: "running", done: "finished", failed: "failed" }[now.state];
+    const state = { running: "running", done: "finished", failed: "failed", stopped: "stopped" }[now.state];
     put(head, h("h3", {}, NAMES[now.kind] ?? now.kind), h("span", { class: `state ${state}` }, now.state),
       over && now.ended ? h("span", { class: "soft" }, duration(now.ended - now.started)) : h("span", { class: "soft" }, now.progress?.text ?? ""),
       over ? null : h("span", { class: "push" }, button("Stop", async () => {

@@ -1,7 +1,7 @@
 // The page: addresses (#/runs, #/run/NAME/answers, ...) and the screens behind them.
 
 import { button, field, h, link, put, say } from "./dom.js";
-import { fault, keepToken, takeToken } from "./api.js";
+import { fault, get, keepToken, takeToken } from "./api.js";
 import { address, to } from "./route.js";
 
 const SCREENS = {
@@ -16,8 +16,16 @@ const SCREENS = {
 const main = document.getElementById("main"), nav = document.getElementById("nav");
 let leave = new AbortController(), first = true, shownPath = "";
 
+/** `strop dash RUN` opens that run. */
+async function opened() {
+  const { open } = await get("hello").catch(() => ({}));
+  if (open) location.replace(to("run", open));
+  return Boolean(open);
+}
+
 async function go() {
   const { parts, query, path } = address();
+  if (!parts.length && (await opened())) return;
   const [screen, load] = SCREENS[parts[0]] ? [parts[0], SCREENS[parts[0]][1]] : ["runs", SCREENS.runs[1]];
   leave.abort();
   leave = new AbortController();

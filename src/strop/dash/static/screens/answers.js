@@ -4,7 +4,7 @@ import { button, count, csv, download, fault, figure, get, h, link, ofRun, perce
 import { jobCard } from "../jobs.js";
 import { field } from "../dom.js";
 
-const FILTERS = [["all", "all rows"], ["lost", "lost: base right, tuned wrong"], ["gained", "gained: base wrong, tuned right"], ["changed", "different answers"], ["wrong", "tuned wrong"], ["right", "tuned right"], ["both", "both right"]];
+const FILTERS = [["all", "all rows"], ["lost", "lost: base right, tuned wrong"], ["gained", "gained: base wrong, tuned right"], ["changed", "different answers"], ["wrong", "tuned wrong"], ["right", "tuned right"], ["both", "both right"], ["neither", "neither right"]];
 const PAGE = 25;
 
 export async function show(place, { run, query, signal }) {
@@ -27,18 +27,18 @@ export async function show(place, { run, query, signal }) {
 
   async function load() {
     remember({ filter: filter === "all" ? null : filter, sort: sort === "worst" ? null : sort, search, offset: offset || null });
-    const found = await get(ofRun(run.name, "answers"), { filter, sort, search, offset, count: PAGE }, signal);
+    const found = await get(ofRun(run.name, "answers"), { filter, order: sort, search, offset, count: PAGE }, signal);
     tools.hidden = !found.evaluation;
-    put(head, summary(found));
+    put(head, summary(found, run));
     put(rows, found.rows.map((row) => sample(row)));
     if (!found.rows.length && found.evaluation) put(rows, h("p", { class: "empty" }, "No such rows."));
     put(pages, pager(found.total, offset, PAGE, (at) => { offset = at; load().then(() => tools.scrollIntoView()); }));
   }
 
   async function save() {
-    const found = await get(ofRun(run.name, "answers"), { filter, sort, search, offset: 0, count: 5000 }, signal);
-    download(`${run.name} answers.csv`, "text/csv", csv(["file", "line", "prompt", "expected", "base", "tuned", "base right", "tuned right"],
-      found.rows.map((row) => [row.file, row.line, row.prompt, row.gold, row.base, row.tuned, row.base_hit, row.tuned_hit])));
+    const found = await get(ofRun(run.name, "answers"), { filter, order: sort, search, offset: 0, count: 5000 }, signal);
+    download(`${run.name} answers.csv`, "text/csv", csv(["place", "prompt", "expected", "base", "tuned", "base right", "tuned right"],
+      found.rows.map((row) => [row.place, row.prompt, row.gold, row.base, row.tuned, row.base_hit, row.tuned_hit])));
   }
 
   await load();
@@ -53,11 +53,11 @@ export function pager(total, offset, size, onMove) {
     button("Next", () => onMove(offset + size), { disabled: offset + size >= total })];
 }
 
-function summary(found) {
+function summary(found, run) {
   const { evaluation, counts } = found;
   if (!evaluation) return h("p", { class: "empty" }, "No evaluation of this run yet. Start one below: it asks base and tuned the same held-out rows.");
   const name = evaluation.metric, rate = (side) => bar(evaluation[side]?.[name], side);
-  return h("div", {}, found.words ? h("p", { class: `verdict ${found.verdict ?? ""}` }, found.words) : null,
+  return h("div", {}, found.words ? h("p", { class: `verdict ${run.score?.verdict ?? ""}` }, found.words) : null,
     h("section", { class: "card", style: { "margin-top": ".8rem" } }, h("h3", {}, name, h("small", {}, ` on ${count(evaluation.rows)} rows`)), rate("base"), rate("tuned"),
       h("p", { class: "soft" }, `${count(counts.gained)} gained, ${count(counts.lost)} lost, ${count(counts.both)} right in both, ${count(counts.neither)} in neither.`),
       found.complete ? null : h("p", { class: "warn" }, "This evaluation kept only some of its rows. A new one keeps all.")));
@@ -71,9 +71,9 @@ function bar(share, side) {
 function sample(row) {
   const side = (name) => row[name] === null || row[name] === undefined ? null : h("section", { class: name },
     h("h3", {}, name, row[`${name}_hit`] === null || row[`${name}_hit`] === undefined ? null : h("b", { class: row[`${name}_hit`] ? "good" : "bad" }, row[`${name}_hit`] ? "✓ right" : "✗ wrong")), h("pre", {}, marked(row, name)));
-  const kind = row.base_hit && !row.tuned_hit ? ["lost", "bad"] : !row.base_hit && row.tuned_hit ? ["gained", "good"] : null;
+  const kind = { lost: "bad", gained: "good" }[row.kind];
   return h("article", { class: "card sample" },
-    h("div", { class: "line" }, h("span", { class: "soft" }, row.file ? `${row.file}:${row.line}` : `row ${count((row.row ?? 0) + 1)}`), kind && row.base_hit !== null ? h("span", { class: `tag ${kind[1]}` }, kind[0]) : null),
+    h("div", { class: "line" }, h("span", { class: "soft" }, row.place ? row.place : `row ${count((row.row ?? 0) + 1)}`), kind ? h("span", { class: `tag ${kind}` }, row.kind) : null),
     h("p", { class: "prompt" }, row.prompt),
     h("div", { class: "sides" }, row.gold === null || row.gold === undefined ? null : h("section", {}, h("h3", {}, "expected"), h("pre", {}, row.gold)), side("base"), side("tuned")));
 }
@@ -119,10 +119,10 @@ async function blind(place, run, signal) {
       put(card, h("p", { class: "empty" }, found.tally.votes ? "All rows are voted on." : "There are no rows to vote on: evaluate the run first."));
       return;
     }
-    const side = (name) => h("section", {}, h("h3", {}, name), h("pre", {}, found[name]));
-    put(card, h("article", { class: "card" }, h("p", { class: "prompt" }, found.prompt), h("div", { class: "sides" }, side("left"), side("right")),
+    const side = (key, name) => h("section", {}, h("h3", {}, name), h("pre", {}, found[key]));
+    put(card, h("article", { class: "card" }, h("p", { class: "prompt" }, found.prompt), h("div", { class: "sides" }, side("a", "left"), side("b", "right")),
       found.gold ? h("details", {}, h("summary", {}, "What was expected"), h("pre", {}, found.gold)) : null),
-    h("div", { class: "line" }, button("← Left", () => vote("left")), button("↓ The same", () => vote("tie")), button("Right →", () => vote("right"))));
+    h("div", { class: "line" }, button("← Left", () => vote("a")), button("↓ The same", () => vote("tie")), button("Right →", () => vote("b"))));
   }
 
   async function vote(choice) {
@@ -139,7 +139,7 @@ async function blind(place, run, signal) {
   }
 
   document.addEventListener("keydown", (event) => {
-    const choice = { ArrowLeft: "left", ArrowRight: "right", ArrowDown: "tie" }[event.key];
+    const choice = { ArrowLeft: "a", ArrowRight: "b", ArrowDown: "tie" }[event.key];
     if (!choice || event.target.closest("input, textarea, select")) return;
     event.preventDefault();
     vote(choice);

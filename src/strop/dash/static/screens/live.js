@@ -1,11 +1,11 @@
 // A run while it learns, and after: curves, marks, memory, time.
 
-import { button, bytes, count, duration, facts, fault, figure, get, h, isNumber, listen, moment, ofRun, percent, put, remember, tail } from "../all.js";
+import { button, bytes, count, duration, facts, fault, figure, get, h, isNumber, listen, moment, ofRun, percent, put, remember, say, tail } from "../all.js";
 import { append, AXES, placed, TITLES, together } from "../curves.js";
 import { Plot } from "../plot.js";
 
 const POINTS = 800;
-const LOSSES = ["loss", "smoothed", "eval_loss"];
+const LOSSES = ["loss", "smoothed", "eval_loss", "undone"];
 
 export async function show(place, { run, query, signal, draw }) {
   let by = AXES[query.get("by")] ? query.get("by") : "step", history = null, marks = run.marks ?? [], asked = 0;
@@ -23,7 +23,7 @@ export async function show(place, { run, query, signal, draw }) {
   };
   const loss = new Plot({
     title: "Loss", file: `${run.name} loss`, group: run.name, log: true, height: 320, onZoom: zoomed,
-    series: [{ name: "training, each step", colour: "base", opacity: 0.5, width: 1 }, { name: "training, smoothed", colour: "base", width: 2.2 }, { name: "evaluation", colour: "tuned", width: 2, points: true }],
+    series: [{ name: "training, each step", colour: "base", opacity: 0.5, width: 1 }, { name: "training, smoothed", colour: "base", width: 2.2 }, { name: "evaluation", colour: "tuned", width: 2, points: true }, { name: "thrown away: done again since", colour: "bad", opacity: 0.5, width: 1 }],
   });
   const small = new Map();
   const all = () => [loss, ...small.values()];
@@ -91,12 +91,8 @@ export async function show(place, { run, query, signal, draw }) {
     const found = await get(ofRun(run.name, "history"), { points: POINTS, by, from: range?.[0], to: range?.[1] }, signal);
     if (mine !== asked || signal.aborted) return;
     history = found;
-    if (found.marks) marks = withPlaces(found.marks);
     drawCurves();
   }
-
-  /** Marks of a whole answer take the place of ours; both know all of them. */
-  const withPlaces = (found) => (found.length >= marks.length || !marks.some((mark) => isNumber(mark.x)) ? found : marks);
 
   let stop = null, renewed = Date.now(), pending = 0;
   async function follow() {
@@ -107,9 +103,8 @@ export async function show(place, { run, query, signal, draw }) {
     await new Promise((ready) => {
       signal.addEventListener("abort", ready, { once: true });
       listen(ofRun(run.name, "stream"), () => ({ by, points: POINTS }), {
-        run: (now) => { draw(now); if (now.marks) marks = withPlaces(now.marks); drawFacts(); },
+        run: (now) => { draw(now); marks = now.marks; drawFacts(); },
         history: (found) => {
-          if (found.marks) marks = withPlaces(found.marks);
           if (range) { history ??= found; history.last = found.last; detail().then(ready); } else { history = found; drawCurves(); }
           drawFacts();
           ready();
@@ -117,13 +112,14 @@ export async function show(place, { run, query, signal, draw }) {
         steps: (more) => {
           if (!history) return;
           marks.push(...(more.marks ?? []));
-          if (range) history.last = { ...history.last, ...more.rows?.at(-1) };
+          if (range) history.last = { ...history.last, ...more.last };
           else { append(history, more); drawCurves(); }
           pending += more.rows?.length ?? 0;
           drawFacts();
           if (!range && pending && Date.now() - renewed > 10000) { renewed = Date.now(); pending = 0; detail(); } // the smoothed curve, and again as few points as were asked for
         },
         system: drawSystem,
+        gone: () => { say("This run was deleted."); location.hash = "#/runs"; },
         fault: (error) => { put(told, fault(error)); ready(); },
       }, stop.signal);
     });

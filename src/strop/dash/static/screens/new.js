@@ -11,7 +11,7 @@ const POWERS = (low, high) => Array.from({ length: Math.log2(high / low) + 1 }, 
 const SLIDERS = [["lora.r", "rank", POWERS(1, 512)], ["data.max_length", "longest row, in tokens", POWERS(32, 32768)], ["train.batch_size", "effective batch, in rows", POWERS(1, 256)]];
 
 export async function show(place, { query, signal }) {
-  const { fields, presets } = await get("schema", {}, signal), of = new Map(fields.map((one) => [one.field, one]));
+  const { fields } = await get("schema", {}, signal), of = new Map(fields.map((one) => [one.field, one]));
   const options = given(), plan = h("div", { class: "stay", "aria-live": "off" }), trouble = h("div"), job = h("div");
   let latest = null;
   const dials = SLIDERS.map(([name, words, values]) => slider(name, words, values));
@@ -24,11 +24,11 @@ export async function show(place, { query, signal }) {
     return field(words, input, hint);
   };
   const memory = h("input", { value: query.get("memory") ?? "", placeholder: "this machine", on: { change: () => ask() } });
-  const runName = h("input", { spellcheck: "false", placeholder: "a free name" });
+  const runName = h("input", { spellcheck: "false", placeholder: "a free name", on: { change: () => ask() } });
   const dataLink = link(to("data"), "Look at the data first");
   put(place, h("h1", {}, "New run"), h("div", { class: "two", style: { "margin-top": "1rem" } }, h("div", { class: "form" },
     h("fieldset", {}, h("legend", {}, "What"), h("div", { class: "fields" }, h("div", { class: "wide" }, model.element), h("div", { class: "wide" }, train.element), h("div", { class: "wide" }, held.element),
-      field("Preset", select([["", "default"], ...presets.map((one) => one.name ?? one)], options.preset ?? "", (value) => change("preset", value))), choice("train.objective", "Objective")), h("p", {}, dataLink)),
+      field("Preset", select([["", "default (auto)"], ...of.get("preset").choices], options.preset ?? "", (value) => change("preset", value))), choice("train.objective", "Objective")), h("p", {}, dataLink)),
     h("fieldset", {}, h("legend", {}, "Size"), h("div", { class: "fields" }, dials.map((dial) => h("div", { class: "wide" }, dial.element)), choice("model.quantization", "Quantization of the base"), choice("train.gradient_checkpointing", "Compute layers again"),
       textOr("lora.target_modules", "Layers with an adapter", [["", "default (all-linear)"], "all-linear", "attention", "gate", "experts"]))),
     h("fieldset", {}, h("legend", {}, "Length and rate"), h("div", { class: "fields" }, number("train.epochs", "Epochs"), number("train.max_steps", "Steps, at most"), number("train.learning_rate", "Learning rate"), number("train.eval_steps", "Evaluate every … steps"), number("train.max_time", "Time, at most", "such as 30m"), number("seed", "Seed"))),
@@ -75,8 +75,8 @@ export async function show(place, { query, signal }) {
     ask();
   }
 
-  let under = false, again = false;
-  async function ask() {
+  let under = false, again = false, rest = 0;
+  async function ask(thorough = false) {
     dataLink.href = to("data", { options: JSON.stringify(options) });
     if (!options["model.name"]) { put(plan, h("p", { class: "card empty" }, "Choose a model. The plan needs no weights: it reads the model's sizes only.")); return; }
     if (under) { again = true; return; }
@@ -85,8 +85,10 @@ export async function show(place, { query, signal }) {
       again = false;
       plan.setAttribute("aria-busy", "true");
       try {
-        latest = await post("plan", { options, memory: memory.value.trim() || null, gpu: null }, signal);
+        latest = await post("plan", { options, memory: memory.value.trim() || null, gpu: null, name: runName.value.trim() || null, thorough }, signal);
         if (!again) draw(latest);
+        clearTimeout(rest);
+        if (!again && (latest.rows.measuring || (!latest.fits && !thorough))) rest = setTimeout(() => ask(!latest.fits && !latest.rows.measuring), latest.rows.measuring ? 1000 : 400);
       } catch (error) {
         if (error.name === "AbortError") return;
         latest = null;
@@ -104,12 +106,12 @@ export async function show(place, { query, signal }) {
     chosen.set(found.recipe.filter((one) => one.origin !== "default"));
     const defaults = found.recipe.filter((one) => one.origin === "default");
     const open = plan.querySelector("details")?.open ?? false;
-    if (!runName.value) runName.placeholder = found.out?.split("/").at(-1) ?? "a free name";
-    put(plan, h("p", { class: `verdict ${found.fits ? "better" : "worse"}`, role: "status" }, found.fits ? "It fits" : "It does not fit", ` on ${found.device}.`, found.seconds ? ` About ${duration(found.seconds)}, ${count(found.tokens_per_s)} tokens/s.` : found.tokens_per_s ? ` ${count(found.tokens_per_s)} tokens/s.` : ""),
+    if (!runName.value) runName.placeholder = found.name;
+    put(plan, h("p", { class: `verdict ${found.fits ? "better" : "worse"}`, role: "status" }, found.fits ? "It fits" : "It does not fit", ` on ${found.device}.`, found.rows.measuring ? " The rows are being measured…" : "", found.seconds ? ` About ${duration(found.seconds)}, ${count(found.tokens_per_s)} tokens/s.` : found.tokens_per_s ? ` ${count(found.tokens_per_s)} tokens/s.` : ""),
       h("section", { class: "card", style: { "margin-top": ".8rem" } }, h("div", { class: "line" }, h("h3", {}, "Peak memory by phase"), h("span", { class: "push soft" }, `${count(found.trainable_parameters)} of ${count(found.parameters)} trained`)), phaseBars(found.phases, found.usable_bytes), field("Plan for this much memory", memory, "such as 8GB")),
-      found.fits ? null : ladder(found),
+      found.fits || !found.ladder?.length ? null : ladder(found),
       h("section", { class: "card" }, h("h3", {}, "Command"), command(found.command), h("div", { class: "line" }, h("div", { style: { flex: "1 1 10rem" } }, field("Name of the run", runName)), button("Start", start, { class: "main start", disabled: !options["data.train"] })), options["data.train"] ? null : h("p", { class: "soft" }, "Choose the rows to train on, then it can start.")),
-      h("section", { class: "card" }, h("h3", {}, "Downloads and writes"), h("ul", {}, [...found.downloads.map((one) => ["downloads", one]), ...found.writes.map((one) => ["writes", one])].map(([how, one]) => h("li", {}, `${how} ${one.what}`, one.bytes === null ? "" : `: ${bytes(one.bytes)}`)), found.downloads.length ? null : h("li", {}, "downloads nothing"))),
+      h("section", { class: "card" }, h("h3", {}, "Downloads and writes"), h("ul", {}, [...found.downloads.map((one) => ["downloads", one]), ].map(([how, one]) => h("li", {}, `${how} ${one.what}`, one.bytes === null ? "" : `: ${one.about ? "about " : ""}${bytes(one.bytes)}`)), found.downloads.length ? null : h("li", {}, "downloads nothing"), h("li", {}, `writes about ${bytes(found.writes.bytes)} to ${found.out}; ${bytes(found.writes.free_bytes)} are free`))),
       h("h2", {}, "Decided, with reasons"), chosen.element, h("details", { open }, h("summary", {}, `${defaults.length} fields at their defaults`), h("ul", { class: "plain" }, defaults.map((one) => h("li", {}, h("code", {}, one.field), ` ${shown(one.value)}`)))));
   }
 
