@@ -33,7 +33,12 @@ SCREENS = {
 
 def open_at(tab: Watched, dash: Dash, address: str, whole: str) -> None:
     tab.page.goto(dash.at(address))
-    tab.page.wait_for_selector(whole)
+    is_whole(tab, whole)
+
+
+def is_whole(tab: Watched, sign: str) -> None:
+    tab.page.wait_for_selector(sign)
+    tab.page.wait_for_selector(".screen:not([aria-busy])")
 
 
 @pytest.mark.parametrize("address", SCREENS)
@@ -50,7 +55,7 @@ def test_each_screen_on_desk_and_phone_in_light_and_dark(browser: Any, dash: Das
                     tab.axe(f"{address} at {size['width']}, {scheme}")
         before = tab.page.evaluate("location.hash"), tab.page.title()
         tab.page.reload()  # what is shown stands in the address
-        tab.page.wait_for_selector(SCREENS[address])
+        is_whole(tab, SCREENS[address])
         assert (tab.page.evaluate("location.hash"), tab.page.title()) == before
         assert dash.token not in tab.page.url
         tab.check(f"{address}, again")
@@ -60,7 +65,6 @@ def test_each_screen_on_desk_and_phone_in_light_and_dark(browser: Any, dash: Das
 def test_words_of_a_hostile_run_stay_words(browser: Any, dash: Dash, part: str) -> None:
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, f"/run/{STRANGE}{part}", "h1")
-        tab.page.wait_for_selector(".screen:not([aria-busy])")
         if part != "/answers?blind=1" and part != "/take":
             tab.page.wait_for_selector(f"text={'onerror'} >> nth=0")
         assert tab.page.title().endswith("· strop") and "owned" not in tab.page.title()
@@ -79,7 +83,7 @@ def test_hostile_words_in_lists(browser: Any, dash: Dash) -> None:
         assert tab.page.locator("h1").text_content() == HOSTILE_NAME
         open_at(tab, dash, f"/compare?runs=one,{STRANGE}", ".plot canvas")
         tab.page.wait_for_selector("table code")
-        open_at(tab, dash, f"/data?options={NEW}", f".tokens:has-text({json.dumps('onerror')})")
+        open_at(tab, dash, f"/data?order=long&options={NEW}", f".tokens:has-text({json.dumps('onerror')})")
         assert tab.page.locator("main img").count() == 0
         shown = tab.page.locator(".tokens:has-text('onerror')").first.text_content()
         assert HOSTILE in shown.replace("\u21b5\n", "\n")

@@ -21,11 +21,11 @@ export function phaseBars(phases, usable) {
   }), h("p", { class: "key" }, parts.map((part) => h("span", {}, h("i", { class: `dot ${at.get(part)}` }), named(part))), usable ? h("span", {}, `usable here: ${bytes(usable)}`) : null));
 }
 
-/** A histogram of lengths: edges has one more entry than counts. */
+/** Rows by length: counts[i] rows have edges[i] up to edges[i + 1] tokens; supervised counts those that are trained on. */
 export function histogram({ edges, counts, supervised }) {
-  const most = Math.max(...counts, 1);
+  const most = Math.max(...counts, ...(supervised ?? []), 1);
   return h("div", { class: "histogram", role: "img", "aria-label": `Rows by length: ${counts.map((number, place) => (number ? `${number} of ${edges[place]} to ${edges[place + 1] ?? "more"} tokens` : null)).filter(Boolean).join(", ")}` },
-    counts.map((number, place) => h("span", { class: "column", title: `${count(edges[place])} to ${count(edges[place + 1] ?? edges[place])} tokens: ${count(number)} rows` },
+    counts.map((number, place) => h("span", { class: "column", title: `${count(edges[place])} to ${count(edges[place + 1] ?? edges[place])} tokens: ${count(number)} rows${supervised ? `; trained on: ${count(supervised[place])} rows` : ""}` },
       h("i", { style: { height: `${(100 * number) / most}%` } }), supervised ? h("i", { class: "tuned", style: { height: `${(100 * (supervised[place] ?? 0)) / most}%` } }) : null)),
     h("span", { class: "from" }, count(edges[0])), h("span", { class: "until" }, `${count(edges.at(-1))} tokens`));
 }

@@ -31,7 +31,7 @@ async function go() {
   leave = new AbortController();
   const { signal } = leave;
   drawNav(screen);
-  const place = h("div", { class: `screen ${screen}` });
+  const place = h("div", { class: "screen" });
   place.setAttribute("aria-busy", "true");
   try {
     const { show } = await load();

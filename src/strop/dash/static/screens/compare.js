@@ -89,7 +89,7 @@ function pairs(found) {
 function settings(found, chosen) {
   if (!found.settings.length) return [h("h2", {}, "Settings"), h("p", { class: "soft" }, "Their settings are the same.")];
   const table = new Table([{ key: "field", name: "field", head: true, value: (row) => row.field, show: (row) => h("code", {}, row.field) },
-    ...chosen.map((name) => ({ key: `=${name}`, name, free: true, value: (row) => shown(row.values[name]) }))], { label: "Settings that differ", file: "settings.csv" });
+    ...chosen.map((name) => ({ key: `=${name}`, name, free: true, value: (row) => shown(row.values[name]), show: (row, value) => (/^[0-9a-f]{40,}$/.test(value) ? h("code", { title: value }, `${value.slice(0, 12)}…`) : value) }))], { label: "Settings that differ", file: "settings.csv" });
   table.set(found.settings);
   return [h("div", { class: "line", style: { margin: "1.6rem 0 .6rem" } }, h("h2", { style: { margin: 0 } }, "Settings that differ"), h("span", { class: "push" }, table.tools()[1])), table.element];
 }

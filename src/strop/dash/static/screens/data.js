@@ -15,7 +15,7 @@ export async function show(place, { query, signal }) {
   let offset = Number(query.get("offset")) || 0, order = query.get("order") ?? "file", part = query.get("part") ?? "train", asked = 0;
   const change = (name, value) => { set(options, name, value); keep(options); offset = 0; load(); };
   const train = fileField("Rows", "data", options["data.train"], (value) => change("data.train", value));
-  const model = fileField("Model whose template and tokens count", "model", options["model.name"], (value) => change("model.name", value));
+  const model = fileField("Model (its template, its tokens)", "model", options["model.name"], (value) => change("model.name", value));
   const { fields } = await get("schema", {}, signal), of = new Map(fields.map((one) => [one.field, one]));
   const choice = (name, words) => field(words, select([["", `default (${of.get(name).default})`], ...of.get(name).choices], String(options[name] ?? ""), (value) => change(name, value)));
   const longest = h("input", { inputmode: "numeric", value: options["data.max_length"] ?? "", placeholder: String(of.get("data.max_length").default), on: { change: () => change("data.max_length", longest.value.trim()) } });
@@ -46,9 +46,9 @@ export async function show(place, { query, signal }) {
     const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
     put(out, found.refusal ? fault({ message: `A run would refuse this: ${found.refusal.message}`, fix: found.refusal.fix }) : null,
       h("dl", { class: "facts" }, fact("rows read", count(rows.read)), fact("used", count(rows.used)), ["truncated", "split", "dropped"].map((name) => fact(name, count(rows[name]))), fact("tokens", count(tokens.all)), fact("of them supervised", `${count(tokens.supervised)} (${percent(tokens.all ? tokens.supervised / tokens.all : 0, 0)})`), fact("length: half up to", count(tokens.p50)), fact("95 % up to", count(tokens.p95)), fact("longest", count(tokens.max)),
-        fact("end with a stop token", percent(report.stop_token?.share, 0)), fact("said twice", count(report.duplicates?.within)), report.padding ? fact("padding, in batches / packed", `${percent(report.padding.batched, 0)} / ${percent(report.padding.packed, 0)}`) : null, found.sharing?.prefix_saves ? fact("saved by shared prefixes", percent(found.sharing.prefix_saves, 0)) : null),
+        fact("end with a stop token", percent(report.stop_token?.share, 0)), fact("duplicates", count(report.duplicates?.within)), report.padding ? fact("padding, in batches / packed", `${percent(report.padding.batched, 0)} / ${percent(report.padding.packed, 0)}`) : null, found.sharing?.prefix_saves ? fact("saved by shared prefixes", percent(found.sharing.prefix_saves, 0)) : null),
       (report.warnings ?? []).map((warning) => h("p", { class: "warn" }, `Warning: ${warning}`)), (report.template ?? []).map((line) => h("p", { class: "soft" }, line)),
-      found.lengths?.counts?.length ? h("section", { class: "card", style: { "margin-top": ".8rem" } }, h("h3", {}, "Rows by length"), histogram(found.lengths)) : null,
+      found.lengths?.counts?.length ? h("section", { class: "card", style: { "margin-top": ".8rem" } }, h("div", { class: "line" }, h("h3", {}, "Rows by length"), h("span", { class: "key" }, h("span", {}, h("i", { class: "dot", style: { background: "var(--base)" } }), "all tokens of a row"), h("span", {}, h("i", { class: "dot", style: { background: "var(--tuned)" } }), "tokens trained on"))), histogram(found.lengths)) : null,
       dropped.rows.length ? [h("div", { class: "line", style: { margin: "1.4rem 0 .6rem" } }, h("h2", { style: { margin: 0 } }, "Dropped, truncated and split rows"), dropped.tools()), dropped.element, more ? h("p", { class: "soft" }, `and ${count(more)} more`) : null] : null,
       doubles.length ? h("details", {}, h("summary", {}, `${count(doubles.length)} rows that were there before`), h("ul", {}, doubles.slice(0, 200).map((one) => h("li", {}, h("code", {}, `${one.file}:${one.line}`), " as ", h("code", {}, one.same_as))))) : null,
       h("div", { class: "line", style: { margin: "1.6rem 0 .6rem" } }, h("h2", { style: { margin: 0 } }, "Rows as tokens"),

@@ -41,7 +41,7 @@ export async function show(place, { query, signal }) {
   }
 
   function column(models, name) {
-    const talk = h("div", { class: "talk", role: "log", tabIndex: 0 }), rate = h("span", { class: "soft push" });
+    const talk = h("div", { class: "chat", role: "log", tabIndex: 0 }), rate = h("span", { class: "soft push" });
     const one = { turns: [], stop: null, name };
     const clear = () => { one.stop?.abort(); one.turns = []; rate.textContent = ""; put(talk, h("p", { class: "soft" }, `Answers of ${one.name} appear here.`)); talk.setAttribute("aria-label", `Answers of ${one.name}`); };
     const picker = select(models.map((model) => model.id), name, (value) => { one.name = value; clear(); }, { "aria-label": "Model", style: { width: "auto" } });
