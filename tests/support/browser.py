@@ -108,5 +108,10 @@ def open_tab(browser: Any, dash: Dash, **options: Any) -> Iterator[Watched]:
     own = (dash.url, "blob:" + dash.url)
     page.on("request", lambda asked: None if asked.url.startswith(own) else watched.faults.append(f"asked {asked.url}"))
     page.set_default_timeout(12_000)
-    yield watched
-    context.close()
+    try:
+        yield watched
+    except BaseException:
+        print("the page said:", page.locator("body").inner_text()[:3000])  # pytest shows it with the failure
+        raise
+    finally:
+        context.close()

@@ -24,12 +24,13 @@ async function browse(kind, onPick) {
   const pick = (entry) => { dialog.close(); onPick(entry.path); };
   async function open(path) {
     try {
-      const found = await get("files", { path, kind });
+      const found = await get("files", { path }), kinds = kind === "data" ? ["data"] : ["model", "run"];
+      const entries = found.entries.filter((entry) => entry.kind === "folder" || kinds.includes(entry.kind));
       where.textContent = found.path;
       put(list, found.parent !== null && found.parent !== undefined ? h("li", {}, button("↑ up", () => open(found.parent))) : null,
-        found.entries.map((entry) => h("li", {}, entry.kind === "folder" ? button(`${entry.name}/`, () => open(entry.path)) : button(entry.name, () => pick(entry), { class: "pickable" }), " ",
+        entries.map((entry) => h("li", {}, entry.kind === "folder" ? button(`${entry.name}/`, () => open(entry.path)) : button(entry.name, () => pick(entry), { class: "pickable" }), " ",
           h("small", {}, entry.kind === "folder" ? "" : [entry.kind, bytes(entry.bytes)].filter(Boolean).join(", ")))));
-      if (!found.entries.length) list.append(h("li", { class: "soft" }, "Nothing of this kind here."));
+      if (!entries.length) list.append(h("li", { class: "soft" }, "Nothing of this kind here."));
       list.querySelector("button")?.focus();
     } catch (error) {
       put(list, h("li", {}, fault(error)));

@@ -61,13 +61,19 @@ export async function show(place, { run, query, signal, draw }) {
     drawMemory();
   }
 
-  let withSaves = false;
+  let withSaves = false, drawn = "";
+  const list = h("ul", { class: "marks", tabIndex: 0, "aria-label": "What happened" }), nothing = h("p", { class: "soft" }, "Nothing but steps.");
+  const toggle = button("With saves", () => { withSaves = !withSaves; toggle.setAttribute("aria-pressed", String(withSaves)); drawMarks(); }, { class: "small", "aria-pressed": "false" });
+  put(told, h("section", { class: "card", style: { "margin-top": ".8rem" } }, h("div", { class: "line" }, h("h3", {}, "What happened"), h("span", { class: "push" }, toggle)), list, nothing));
+
   function drawMarks() {
-    const shown = marks.filter((mark) => withSaves || mark.kind !== "save"), onCurve = shownMarks();
-    const toggle = button(withSaves ? "Without saves" : "With saves", () => { withSaves = !withSaves; drawMarks(); }, { class: "small" });
-    put(told, h("section", { class: "card", style: { "margin-top": ".8rem" } }, h("div", { class: "line" }, h("h3", {}, "What happened"), h("span", { class: "push" }, toggle)),
-      shown.length ? h("ul", { class: "marks", tabIndex: 0, "aria-label": "What happened" }, [...shown].reverse().map((mark) => h("li", { on: { mouseenter: () => loss.choose(onCurve.findIndex((one) => one.event === mark.event)), mouseleave: () => loss.choose(-1) } },
-        h("span", { class: "soft" }, isNumber(mark.step) ? `step ${count(mark.step)}` : moment(mark.time).slice(11)), h("span", { class: `kind ${{ bad: "bad", warning: "warn", good: "good" }[mark.level] ?? ""}` }, mark.kind), h("span", {}, mark.text)))) : h("p", { class: "soft" }, "Nothing but steps.")));
+    const shown = marks.filter((mark) => withSaves || mark.kind !== "save"), onCurve = shownMarks(), key = `${shown.length} ${shown.at(-1)?.time} ${by}`;
+    if (key === drawn) return; // a list that is read must not move under the reader
+    drawn = key;
+    list.hidden = !shown.length;
+    nothing.hidden = shown.length > 0;
+    put(list, [...shown].reverse().map((mark) => h("li", { on: { mouseenter: () => loss.choose(onCurve.findIndex((one) => one.event === mark.event)), mouseleave: () => loss.choose(-1) } },
+      h("span", { class: "soft" }, isNumber(mark.step) ? `step ${count(mark.step)}` : moment(mark.time).slice(11)), h("span", { class: `kind ${{ bad: "bad", warning: "warn", good: "good" }[mark.level] ?? ""}` }, mark.kind), h("span", {}, mark.text))));
   }
 
   function drawMemory() {
@@ -120,7 +126,7 @@ export async function show(place, { run, query, signal, draw }) {
         },
         system: drawSystem,
         gone: () => { say("This run was deleted."); location.hash = "#/runs"; },
-        fault: (error) => { put(told, fault(error)); ready(); },
+        fault: (error) => { put(top, fault(error)); ready(); },
       }, stop.signal);
     });
   }

@@ -23,9 +23,15 @@ export async function show(place, { query, signal }) {
     const input = h("input", { inputmode: "decimal", value: options[name] ?? "", placeholder: "as decided", on: { change: () => change(name, input.value.trim()) } });
     return field(words, input, hint);
   };
-  const memory = h("input", { value: query.get("memory") ?? "", placeholder: "this machine", on: { change: () => ask() } });
-  const runName = h("input", { spellcheck: "false", placeholder: "a free name", on: { change: () => ask() } });
+  const memory = h("input", { value: query.get("memory") ?? "", placeholder: "this machine", on: { input: () => soon() } });
+  const runName = h("input", { spellcheck: "false", placeholder: "a free name", on: { input: () => soon() } });
   const dataLink = link(to("data"), "Look at the data first");
+  const verdict = h("div"), bars = h("div"), trained = h("span", { class: "push soft" }), rungs = h("div"), line = h("div"), traffic = h("ul"), decided = h("div"), untouched = h("ul", { class: "plain" });
+  const go = button("Start", start, { class: "main start" }), missing = h("p", { class: "soft" }, "Choose the rows to train on, then it can start.");
+  const whole = h("div", {}, // its fields stay in their place when a plan comes: somebody may be typing in them
+    h("section", { class: "card", style: { "margin-top": ".8rem" } }, h("div", { class: "line" }, h("h3", {}, "Peak memory by phase"), trained), bars, field("Plan for this much memory", memory, "such as 8GB")), rungs,
+    h("section", { class: "card", style: { "margin-top": ".8rem" } }, h("h3", {}, "Command"), line, h("div", { class: "line" }, h("div", { style: { flex: "1 1 10rem" } }, field("Name of the run", runName)), go), missing),
+    h("section", { class: "card" }, h("h3", {}, "Downloads and writes"), traffic), h("h2", {}, "Decided, with reasons"), decided, h("details", {}, h("summary", {}, "Fields at their defaults"), untouched));
   put(place, h("h1", {}, "New run"), h("div", { class: "two", style: { "margin-top": "1rem" } }, h("div", { class: "form" },
     h("fieldset", {}, h("legend", {}, "What"), h("div", { class: "fields" }, h("div", { class: "wide" }, model.element), h("div", { class: "wide" }, train.element), h("div", { class: "wide" }, held.element),
       field("Preset", select([["", "default (auto)"], ...of.get("preset").choices], options.preset ?? "", (value) => change("preset", value))), choice("train.objective", "Objective")), h("p", {}, dataLink)),
@@ -75,6 +81,13 @@ export async function show(place, { query, signal }) {
     ask();
   }
 
+  let typing = 0;
+  /** A plan once the typing rests. */
+  function soon() {
+    clearTimeout(typing);
+    typing = setTimeout(ask, 250);
+  }
+
   let under = false, again = false, rest = 0;
   async function ask(thorough = false) {
     dataLink.href = to("data", { options: JSON.stringify(options) });
@@ -92,7 +105,11 @@ export async function show(place, { query, signal }) {
       } catch (error) {
         if (error.name === "AbortError") return;
         latest = null;
-        if (!again) put(plan, fault(error));
+        if (!again) {
+          put(verdict, fault(error));
+          if (!whole.isConnected) put(plan, verdict);
+          go.disabled = true;
+        }
       }
     } while (again);
     plan.removeAttribute("aria-busy");
@@ -105,14 +122,18 @@ export async function show(place, { query, signal }) {
     const chosen = new Table([{ key: "field", name: "field", head: true, value: (row) => row.field, show: (row) => h("code", {}, row.field) }, { key: "value", name: "value", free: true, value: (row) => shown(row.value), show: (row, value) => h("strong", {}, value) }, { key: "origin", name: "from", value: (row) => row.origin }, { key: "why", name: "reason", free: true, value: (row) => row.why, show: (row, value) => value && h("span", { class: "soft" }, value) }], { label: "Recipe", file: "recipe.csv" });
     chosen.set(found.recipe.filter((one) => one.origin !== "default"));
     const defaults = found.recipe.filter((one) => one.origin === "default");
-    const open = plan.querySelector("details")?.open ?? false;
     if (!runName.value) runName.placeholder = found.name;
-    put(plan, h("p", { class: `verdict ${found.fits ? "better" : "worse"}`, role: "status" }, found.fits ? "It fits" : "It does not fit", ` on ${found.device}.`, found.rows.measuring ? " The rows are being measured…" : "", found.seconds ? ` About ${duration(found.seconds)}, ${count(found.tokens_per_s)} tokens/s.` : found.tokens_per_s ? ` ${count(found.tokens_per_s)} tokens/s.` : ""),
-      h("section", { class: "card", style: { "margin-top": ".8rem" } }, h("div", { class: "line" }, h("h3", {}, "Peak memory by phase"), h("span", { class: "push soft" }, `${count(found.trainable_parameters)} of ${count(found.parameters)} trained`)), phaseBars(found.phases, found.usable_bytes), field("Plan for this much memory", memory, "such as 8GB")),
-      found.fits || !found.ladder?.length ? null : ladder(found),
-      h("section", { class: "card" }, h("h3", {}, "Command"), command(found.command), h("div", { class: "line" }, h("div", { style: { flex: "1 1 10rem" } }, field("Name of the run", runName)), button("Start", start, { class: "main start", disabled: !options["data.train"] })), options["data.train"] ? null : h("p", { class: "soft" }, "Choose the rows to train on, then it can start.")),
-      h("section", { class: "card" }, h("h3", {}, "Downloads and writes"), h("ul", {}, [...found.downloads.map((one) => ["downloads", one]), ].map(([how, one]) => h("li", {}, `${how} ${one.what}`, one.bytes === null ? "" : `: ${one.about ? "about " : ""}${bytes(one.bytes)}`)), found.downloads.length ? null : h("li", {}, "downloads nothing"), h("li", {}, `writes about ${bytes(found.writes.bytes)} to ${found.out}; ${bytes(found.writes.free_bytes)} are free`))),
-      h("h2", {}, "Decided, with reasons"), chosen.element, h("details", { open }, h("summary", {}, `${defaults.length} fields at their defaults`), h("ul", { class: "plain" }, defaults.map((one) => h("li", {}, h("code", {}, one.field), ` ${shown(one.value)}`)))));
+    put(verdict, h("p", { class: `verdict ${found.fits ? "better" : "worse"}`, role: "status" }, found.fits ? "It fits" : "It does not fit", ` on ${found.device}.`, found.rows.measuring ? " The rows are being measured…" : "", found.seconds ? ` About ${duration(found.seconds)}, ${count(found.tokens_per_s)} tokens/s.` : found.tokens_per_s ? ` ${count(found.tokens_per_s)} tokens/s.` : ""));
+    put(trained, `${count(found.trainable_parameters)} of ${count(found.parameters)} trained`);
+    put(bars, phaseBars(found.phases, found.usable_bytes));
+    put(rungs, found.fits || !found.ladder?.length ? null : ladder(found));
+    put(line, command(found.command));
+    go.disabled = !options["data.train"];
+    missing.hidden = Boolean(options["data.train"]);
+    put(traffic, found.downloads.map((one) => h("li", {}, `downloads ${one.what}: ${one.about ? "about " : ""}${bytes(one.bytes)}`)), found.downloads.length ? null : h("li", {}, "downloads nothing"), h("li", {}, `writes about ${bytes(found.writes.bytes)} to ${found.out}; ${bytes(found.writes.free_bytes)} are free`));
+    put(decided, chosen.element);
+    put(untouched, defaults.map((one) => h("li", {}, h("code", {}, one.field), ` ${shown(one.value)}`)));
+    if (!whole.isConnected) put(plan, verdict, whole);
   }
 
   function ladder(found) {
@@ -120,8 +141,7 @@ export async function show(place, { query, signal }) {
       button("Take it", () => { Object.assign(options, rung.options); keep(options); dispatchEvent(new Event("hashchange")); }, { class: "small" })))));
   }
 
-  async function start(event) {
-    const go = event.currentTarget;
+  async function start() {
     go.disabled = true;
     put(trouble);
     try {
