@@ -124,9 +124,11 @@ class History:
             for event in events:  # never written by one session; each by itself, then
                 self._steps([event])
             return
-        for event in (events[0], events[-1]):
-            if isinstance(event.get("epoch"), int):
-                self._epoch_began.setdefault(event["epoch"], event["step"])
+        epoch = None
+        for number, event in zip(numbers, events, strict=True):
+            if event.get("epoch") != epoch and isinstance(event.get("epoch"), int):
+                epoch = event["epoch"]
+                self._epoch_began.setdefault(epoch, number)
         self.steps.extend(numbers)
         reached = self.clock[-1] if self.clock else 0.0
         for time in _numbers(events, "time"):  # a clock that is set back must not turn the curve back
@@ -198,8 +200,6 @@ class History:
         begun = sorted(self._epoch_began.items())
         if len(begun) > 1:
             (first, a), (last, b) = begun[0], begun[-1]
-            if first == 0:
-                return max(1.0, (b - 1) / last)
             return max(1.0, (b - a) / (last - first))
         report = (self.newest.get("data") or {}).get("report") or {}
         rows = (report.get("rows") or {}).get("used")
