@@ -46,7 +46,7 @@ class History:
         self.eval_seconds = array("d")
         self.undone: list[tuple[int, float]] = []
         self.marks: list[dict[str, Any]] = []
-        self.marks_left_out, self.num_marks = 0, 0
+        self.marks_left_out, self.num_marks, self.num_saves = 0, 0, 0
         self.newest: dict[str, Event] = {}
         self.last: Event = {}
         self.notes: list[str] = []
@@ -171,6 +171,7 @@ class History:
             return
         self.num_marks += 1
         if kind == "save":
+            self.num_saves += 1
             saves = [place for place, one in enumerate(self.marks) if one["kind"] == "save"]
             if len(saves) >= MOST_SAVES:
                 del self.marks[saves[0]]
