@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.browser import Dash, open_browser, open_dash
+from tests.support.browser import open_browser
+from tests.support.dashing import Dash, dashing
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><b>bold</b>\u202e\" onclick=alert(1) '</script>${1}"
-HOSTILE_NAME = "<img src=x onerror=document.title=1> & \"quotes\" 'n %2f #x?y"
+HOSTILE_NAME = '<img src=x onerror=document.title=1> & "quotes" \'n %2f #x?y'
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +63,10 @@ def _hostile(one: Path, made: Path) -> None:
                 choice |= {"value": HOSTILE, "why": HOSTILE, "origin": HOSTILE}
     at = {"time": events[-1]["time"], "step": 3}
     events += [{"event": "note", **at, "text": HOSTILE}, {"event": "skip", **at, "why": HOSTILE, "rows": [HOSTILE]}]
-    events += [{"event": "stop", **at, "why": HOSTILE}, {"event": "override", **at, "field": HOSTILE, "was": HOSTILE, "now": 1}]
+    events += [
+        {"event": "stop", **at, "why": HOSTILE},
+        {"event": "override", **at, "field": HOSTILE, "was": HOSTILE, "now": 1},
+    ]
     (made / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
     report = json.loads((made / "report.json").read_text(encoding="utf-8"))
     report |= {"diagnosis": [HOSTILE], "adapter": HOSTILE}
@@ -86,7 +90,7 @@ def _broken(one: Path, made: Path) -> None:
 
 @pytest.fixture(scope="session")
 def dash(desk: Path) -> Iterator[Dash]:
-    with open_dash(Path("runs"), desk) as started:
+    with dashing(Path("runs"), desk) as started:
         yield started
 
 

@@ -10,7 +10,8 @@ from urllib.parse import quote
 import pytest
 
 from tests.dash.conftest import HOSTILE, HOSTILE_NAME
-from tests.support.browser import DESK, PHONE, Dash, Watched, open_tab
+from tests.support.browser import DESK, PHONE, Watched, at, open_tab
+from tests.support.dashing import TOKEN, Dash, dashing
 
 NEW = quote(json.dumps({"model.name": "tiny-model", "data.train": "rows.jsonl", "data.bad_rows": "drop", "lora.r": 4}))
 STRANGE = quote(HOSTILE_NAME, safe="")
@@ -32,7 +33,7 @@ SCREENS = {
 
 
 def open_at(tab: Watched, dash: Dash, address: str, whole: str) -> None:
-    tab.page.goto(dash.at(address))
+    tab.page.goto(at(dash, address))
     is_whole(tab, whole)
 
 
@@ -42,7 +43,9 @@ def is_whole(tab: Watched, sign: str) -> None:
 
 
 @pytest.mark.parametrize("address", SCREENS)
-def test_each_screen_on_desk_and_phone_in_light_and_dark(browser: Any, dash: Dash, address: str, tmp_path: Path) -> None:
+def test_each_screen_on_desk_and_phone_in_light_and_dark(
+    browser: Any, dash: Dash, address: str, tmp_path: Path
+) -> None:
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, address, SCREENS[address])
         for size in (DESK, PHONE):
@@ -57,7 +60,7 @@ def test_each_screen_on_desk_and_phone_in_light_and_dark(browser: Any, dash: Das
         tab.page.reload()  # what is shown stands in the address
         is_whole(tab, SCREENS[address])
         assert (tab.page.evaluate("location.hash"), tab.page.title()) == before
-        assert dash.token not in tab.page.url
+        assert TOKEN not in tab.page.url
         tab.check(f"{address}, again")
 
 
@@ -139,17 +142,18 @@ def test_a_plot_is_read_by_keys_zoomed_and_saved(browser: Any, dash: Dash) -> No
         assert "range=" not in tab.page.url
         for by in ("epoch", "tokens", "time"):
             tab.page.get_by_role("button", name=by, exact=True).click()
-            tab.page.wait_for_function("(by) => document.querySelector('.plot .canvas').getAttribute('aria-label').startsWith(`Loss by ${by}`)", arg=by)
+            tab.page.wait_for_function(
+                "(by) => document.querySelector('.plot .canvas').getAttribute('aria-label').startsWith(`Loss by ${by}`)",
+                arg=by,
+            )
         tab.check("plots")
 
 
 def test_a_run_that_goes_on_is_followed_and_a_lost_server_is_said(browser: Any, desk: Path) -> None:
-    from tests.support.browser import open_dash
-
     events = desk / "runs" / "broken" / "events.jsonl"
     old = events.read_text(encoding="utf-8")
     last = [json.loads(line) for line in old.splitlines() if '"event": "step"' in line][-1]
-    with open_dash(Path("runs"), desk) as own, open_tab(browser, own) as tab, open_tab(browser, own) as other:
+    with dashing(Path("runs"), desk) as own, open_tab(browser, own) as tab, open_tab(browser, own) as other:
         for one in (tab, other):
             open_at(one, own, "/run/broken", ".plot canvas")
             assert one.page.locator(".state.crashed").count() == 1
@@ -173,7 +177,7 @@ def test_without_the_token_nothing_is_shown(browser: Any, dash: Dash) -> None:
         tab.page.goto(dash.url + "/#/run/one")
         tab.page.wait_for_selector("text=Who is there?")
         assert "rows.jsonl" not in tab.page.content()
-        tab.page.fill("input", f"{dash.url}/#token={dash.token}")
+        tab.page.fill("input", f"{dash.url}/#token={TOKEN}")
         tab.page.click("text=Open >> nth=-1")
         tab.page.wait_for_selector(".plot canvas")
         assert [fault for fault in tab.faults if "401" not in fault] == []

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.dashing import TOKEN, Dash
 
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
@@ -36,36 +34,9 @@ def open_browser() -> Iterator[Any]:
         browser.close()
 
 
-@dataclass
-class Dash:
-    """A running `strop dash`."""
-
-    url: str
-    token: str
-    process: subprocess.Popen[str]
-
-    def at(self, address: str) -> str:
-        """The address of a screen, with the token: at("/run/one")."""
-        return f"{self.url}/#token={self.token}&{address}"
-
-
-@contextmanager
-def open_dash(folder: Path, cwd: Path) -> Iterator[Dash]:
-    """`strop dash FOLDER` as a process of its own, started in `cwd`."""
-    run = [sys.executable, "-c", "from strop.cli import main; main()"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "STROP_CACHE": str(cwd / "cache")}
-    process = subprocess.Popen(
-        [*run, "dash", str(folder), "--port", "0", "--json"], cwd=cwd, env=environment, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        told = json.loads(process.stdout.readline())
-        yield Dash(told["url"].partition("/#")[0], told["token"], process)
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
-        assert process.stdout is not None
-        process.stdout.close()
+def at(dash: Dash, address: str) -> str:
+    """The address of a screen, with the token: at(dash, "/run/one")."""
+    return f"{dash.url}/#token={TOKEN}&{address}"
 
 
 @dataclass
@@ -75,13 +46,13 @@ class Watched:
     page: Any
     faults: list[str] = field(default_factory=list)
 
-    def check(self, at: str) -> None:
+    def check(self, where: str) -> None:
         """Nothing to scroll sideways, no error so far."""
-        assert not self.faults, f"{at}: {self.faults}"
+        assert not self.faults, f"{where}: {self.faults}"
         wider = self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
-        assert wider <= 0, f"{at}: {wider} pixels too wide: {self.page.evaluate(WIDEST)}"
+        assert wider <= 0, f"{where}: {wider} pixels too wide: {self.page.evaluate(WIDEST)}"
 
-    def axe(self, at: str) -> None:
+    def axe(self, where: str) -> None:
         """No serious finding of axe-core."""
         Axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe
         found = Axe().run(self.page).response["violations"]
@@ -90,7 +61,7 @@ class Watched:
             for one in found
             if one["impact"] in ("serious", "critical")
         ]
-        assert not told, f"{at}: {json.dumps(told, indent=1)}"
+        assert not told, f"{where}: {json.dumps(told, indent=1)}"
 
 
 WIDEST = """() => [...document.querySelectorAll("main *")].filter((one) => one.getBoundingClientRect().right > innerWidth + 1)

@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from strop.dash import judging
 from strop.dash.answering import Busy
 from strop.dash.detail import contents, detail, placed
@@ -185,7 +183,7 @@ class Desk:
         if born is None and "job" not in row:
             raise Busy(f"{name}: its process has just changed", fix="look again")
         if row["state"] == "stalled" and row["why"] == "the process is suspended":
-            psutil.Process(row["pid"]).resume()  # it cannot save before
+            send(row["pid"], born, signal.SIGCONT)  # it cannot save before
         number = getattr(signal, "SIGKILL", signal.SIGTERM) if force else signal.SIGTERM
         return {"asked": send(row["pid"], born, number)}
 

@@ -12,6 +12,7 @@ from strop.dash.reading import read_json, sizes
 from strop.runs.folder import RunFolder
 
 MOST_FILES = 500
+MOST_PLACES = 1000  # of dropped and cut rows
 
 
 def detail(row: dict[str, Any], history: History) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def detail(row: dict[str, Any], history: History) -> dict[str, Any]:
         "machine": (newest.get("machine") or {}).get("lines") or [],
         "engine": {"name": start.get("engine"), "why": start.get("why")} if start else None,
         "parameters": start.get("parameters"),
-        "data_report": data.get("report") or report.get("data_report"),
+        "data_report": _brief(data.get("report") or report.get("data_report")),
         "notes": history.notes,
         "memory": _memory(report, newest.get("rehearsal") or {}),
         "checkpoints": _checkpoints(files, report),
@@ -59,6 +60,18 @@ def placed(history: History, marks: list[dict[str, Any]]) -> list[dict[str, Any]
         {**mark, "at": {"step": mark["step"], **{by: short(float(x[number]), 9) for by, x in places.items()}}}
         for number, mark in enumerate(marks)
     ]
+
+
+def _brief(report: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The account of the data without endless lists."""
+    if report is None:
+        return None
+    told = dict(report)
+    for name in ("dropped", "cut"):
+        rows = told.get(name)
+        if isinstance(rows, list) and len(rows) > MOST_PLACES:
+            told |= {name: rows[:MOST_PLACES], f"{name}_left_out": len(rows) - MOST_PLACES}
+    return told
 
 
 def _memory(report: dict[str, Any], rehearsal: dict[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class History:
         self.eval_seconds = array("d")
         self.undone: list[tuple[int, float]] = []
         self.marks: list[dict[str, Any]] = []
-        self.marks_left_out, self.num_marks = 0, 0
+        self.marks_left_out, self.num_marks, self.num_saves = 0, 0, 0
         self.newest: dict[str, Event] = {}
         self.last: Event = {}
         self.notes: list[str] = []
@@ -124,9 +124,11 @@ class History:
             for event in events:  # never written by one session; each by itself, then
                 self._steps([event])
             return
-        for event in (events[0], events[-1]):
-            if isinstance(event.get("epoch"), int):
-                self._epoch_began.setdefault(event["epoch"], event["step"])
+        epoch = None
+        for number, event in zip(numbers, events, strict=True):
+            if event.get("epoch") != epoch and isinstance(event.get("epoch"), int):
+                epoch = event["epoch"]
+                self._epoch_began.setdefault(epoch, number)
         self.steps.extend(numbers)
         reached = self.clock[-1] if self.clock else 0.0
         for time in _numbers(events, "time"):  # a clock that is set back must not turn the curve back
@@ -169,6 +171,7 @@ class History:
             return
         self.num_marks += 1
         if kind == "save":
+            self.num_saves += 1
             saves = [place for place, one in enumerate(self.marks) if one["kind"] == "save"]
             if len(saves) >= MOST_SAVES:
                 del self.marks[saves[0]]
@@ -198,8 +201,6 @@ class History:
         begun = sorted(self._epoch_began.items())
         if len(begun) > 1:
             (first, a), (last, b) = begun[0], begun[-1]
-            if first == 0:
-                return max(1.0, (b - 1) / last)
             return max(1.0, (b - a) / (last - first))
         report = (self.newest.get("data") or {}).get("report") or {}
         rows = (report.get("rows") or {}).get("used")

@@ -39,6 +39,7 @@ class Jobs:
         self._root = root
         self._folder = root / FOLDER / "jobs"
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._over: dict[str, dict[str, Any]] = {}  # what is known for good of jobs that have ended
 
     def start(
         self, kind: str, words: Sequence[str], run: str | None = None, environment: dict[str, str] | None = None
@@ -82,6 +83,8 @@ class Jobs:
 
     def about(self, name: str, *, whole: bool = True) -> dict[str, Any]:
         """What a job is and what became of it. whole: with its result."""
+        if not whole and name in self._over:
+            return self._over[name]
         folder = self.folder(name)
         known = read_json(folder / "job.json")
         alive = self._alive(name, known)
@@ -98,12 +101,15 @@ class Jobs:
             write_json(folder / "job.json", known)
         last = next((line for line in reversed(tail(folder / "log", 4096).splitlines()) if line.strip()), "")
         share = _SHARE.search(last)
-        return {
+        about = {
             "id": name, "kind": known.get("kind"), "run": known.get("run"), "state": state, "pid": known.get("pid"),
             "command": command(known.get("words") or []), "started": known.get("began"), "ended": known.get("ended"),
             "result": result if whole else None, "error": error,
             "progress": {"text": last[-300:], "share": _ratio(share)},
         }  # fmt: skip
+        if not alive:
+            self._over[name] = {**about, "result": None}
+        return about
 
     def log(self, name: str, start: int | None = None) -> tuple[str, int]:
         """What it wrote to the terminal, from a byte on (None: the end of it), and up to where."""
@@ -121,7 +127,7 @@ class Jobs:
     def running(self, *kinds: str) -> list[dict[str, Any]]:
         """Jobs of these kinds that are under way."""
         found = []
-        for name in sorted(self._names(), reverse=True):
+        for name in sorted(set(self._names()) - self._over.keys(), reverse=True):
             known = read_json(self._folder / name / "job.json")
             if known.get("kind") in kinds and "ended" not in known and self._alive(name, known):
                 found.append({**known, "words": known.get("words") or []})
@@ -151,6 +157,7 @@ class Jobs:
                 for file in ("job.json", "out", "log", "key"):
                     (self._folder / name / file).unlink(missing_ok=True)
                 (self._folder / name).rmdir()
+                self._over.pop(name, None)
 
 
 def command(words: Sequence[str]) -> str:

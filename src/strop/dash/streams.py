@@ -15,6 +15,10 @@ LOOK_S = 1.0
 TABLE_S = 2.0
 SYSTEM_S = 2.0
 QUIET_S = 15.0  # a comment then, so that a lost connection is noticed
+MOVING = (
+    "heartbeat", "updated", "step", "loss", "eval_loss", "tokens", "tokens_per_s", "seconds_left", "sparkline", "epoch",
+    "bytes",
+)  # fmt: skip
 MOST_ROWS = 2000  # that are sent one by one; beyond that the curve is drawn anew
 
 Ask = Callable[..., Awaitable[Any]]
@@ -72,9 +76,9 @@ async def run(desk: Desk, ask: Ask, name: str, by: str, points: int) -> AsyncIte
 def _about(desk: Desk, name: str) -> Any:
     """What the page shows besides the curves; steps alone are no reason to send it all again."""
     row = desk.row(name)
-    moving = ("heartbeat", "updated", "step", "loss", "tokens", "tokens_per_s", "seconds_left", "sparkline", "epoch")
     jobs = [(job["id"], job["state"]) for job in desk.jobs_of(name)]
-    return {key: value for key, value in row.items() if key not in moving}, jobs
+    saves = desk.history(name).num_saves
+    return {key: value for key, value in row.items() if key not in MOVING}, saves, jobs
 
 
 def _redrawn(desk: Desk, name: str, seen: Seen) -> bool:

@@ -54,8 +54,8 @@ class System:
         command = [self._asks, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
         try:
             said = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout
-        except (OSError, subprocess.TimeoutExpired):  # a driver that hangs
-            said = ""
+        except (OSError, subprocess.TimeoutExpired):  # a driver that hangs is not asked again
+            self._asks, said = None, ""
         cards = [_card(line.split(", ")) for line in said.splitlines() if line.count(", ") == 5]
         self._cards = (time.monotonic(), cards)
         return cards
