@@ -1,4 +1,4 @@
-"""Real run folders for the page: a tiny run with an evaluation, the same with hostile words in every field, a broken one."""
+"""Real run folders for the page: a tiny run with an evaluation, the same with hostile words in it, a broken one."""
 
 from __future__ import annotations
 

@@ -143,8 +143,7 @@ def test_a_plot_is_read_by_keys_zoomed_and_saved(browser: Any, dash: Dash) -> No
         for by in ("epoch", "tokens", "time"):
             tab.page.get_by_role("button", name=by, exact=True).click()
             tab.page.wait_for_function(
-                "(by) => document.querySelector('.plot .canvas').getAttribute('aria-label').startsWith(`Loss by ${by}`)",
-                arg=by,
+                "(words) => document.querySelector('.plot .canvas').ariaLabel.startsWith(words)", arg=f"Loss by {by}"
             )
         tab.check("plots")
 
@@ -194,7 +193,8 @@ def test_the_policy_holds(browser: Any, dash: Dash) -> None:
             const script = document.createElement("script");
             script.textContent = "window.owned = 2";
             document.body.append(script);
-            return new Promise((end) => setTimeout(() => end([window.owned ?? 0, getComputedStyle(box.querySelector("p")).position]), 300));
+            const style = getComputedStyle(box.querySelector("p"));
+            return new Promise((end) => setTimeout(() => end([window.owned ?? 0, style.position]), 300));
         }""")
         assert done == [0, "static"]
         assert any("Content Security Policy" in fault for fault in tab.faults)

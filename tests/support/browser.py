@@ -64,7 +64,8 @@ class Watched:
         assert not told, f"{where}: {json.dumps(told, indent=1)}"
 
 
-WIDEST = """() => [...document.querySelectorAll("main *")].filter((one) => one.getBoundingClientRect().right > innerWidth + 1)
+WIDEST = """() => [...document.querySelectorAll("main *")]
+  .filter((one) => one.getBoundingClientRect().right > innerWidth + 1)
   .slice(0, 5).map((one) => one.outerHTML.slice(0, 160))"""
 
 

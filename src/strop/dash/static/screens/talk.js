@@ -30,13 +30,16 @@ export async function show(place, { query, signal }) {
     put(controls, !able.length ? h("p", { class: "empty" }, "A run that has an adapter can be talked to. There is none yet.") : h("div", { class: "line", style: { margin: ".8rem 0" } }, picker,
       button(off ? "Start" : "Start this one instead", () => change("talk/start", { names: [chosen] }), { class: off ? "main" : "" }), off ? null : button("Stop the server", () => change("talk/stop"))), now.state === "ready" ? options : null);
     put(state, now.state === "starting" ? h("p", {}, h("span", { class: "state running" }, "starting"), " The models are being loaded.") : now.error ? fault(now.error) : now.state === "off" && able.length ? h("p", { class: "soft" }, "No model is loaded. It takes as much memory as serving it does, until you stop it.") : null);
-    composer.hidden = now.state !== "ready";
-    if (now.state !== "ready") { put(sides); columns = []; return; }
+    composer.hidden = true;
+    put(sides);
+    columns = [];
+    if (now.state !== "ready") return;
     const { data } = await get("talk/v1/models", {}, signal);
     if (!system.value) system.value = data[0]?.system ?? "";
     const names = data.length > 1 ? [data.at(-1).id, data[0].id] : [data[0].id];
     columns = names.map((name) => column(data, name));
     put(sides, columns.map((one) => one.element));
+    composer.hidden = false;
     box.focus();
   }
 
