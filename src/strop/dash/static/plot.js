@@ -9,9 +9,7 @@ import { drawing } from "./drawing.js";
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 /** A colour with an opacity, for a canvas: #rrggbb and a share. */
-export const faded = (name, share) => colour(name) + Math.round(255 * share).toString(16).padStart(2, "0");
-
-export const colours = { of: colour, faded };
+const faded = (name, share) => colour(name) + Math.round(255 * share).toString(16).padStart(2, "0");
 
 /**
  * options: title; series: [{name, colour (of look.css), width, opacity, points, gaps: join}]; x: {name, show(value)};

@@ -56,16 +56,16 @@ export function pager(total, offset, size, onMove) {
 function summary(found, run) {
   const { evaluation, counts } = found;
   if (!evaluation) return h("p", { class: "empty" }, "No evaluation of this run yet. Start one below: it asks base and tuned the same held-out rows.");
-  const name = evaluation.metric, rate = (side) => bar(evaluation[side]?.[name], side);
+  const name = evaluation.metric, rate = (side) => bar(evaluation[side]?.[name], side, found.intervals?.[side]);
   return h("div", {}, found.words ? h("p", { class: `verdict ${run.score?.verdict ?? ""}` }, found.words) : null,
     h("section", { class: "card", style: { "margin-top": ".8rem" } }, h("h3", {}, name, h("small", {}, ` on ${count(evaluation.rows)} rows`)), rate("base"), rate("tuned"),
       h("p", { class: "soft" }, `${count(counts.gained)} gained, ${count(counts.lost)} lost, ${count(counts.both)} right in both, ${count(counts.neither)} in neither.`),
       found.complete ? null : h("p", { class: "warn" }, "This evaluation kept only some of its rows. A new one keeps all.")));
 }
 
-function bar(share, side) {
+function bar(share, side, interval) {
   if (typeof share !== "number") return null;
-  return h("div", { class: "phase" }, h("span", {}, side), h("span", { class: "bar" }, share <= 1 ? h("i", { class: side, style: { width: `${100 * share}%` } }) : null), h("span", { class: "sum" }, share <= 1 ? percent(share) : figure(share)));
+  return h("div", { class: "phase" }, h("span", {}, side), h("span", { class: "bar" }, share <= 1 ? h("i", { class: side, style: { width: `${100 * share}%` } }) : null, share <= 1 && interval ? h("b", { title: `95 % interval: ${percent(interval[0])} to ${percent(interval[1])}`, style: { left: `${100 * interval[0]}%`, right: `${100 - 100 * interval[1]}%` } }) : null), h("span", { class: "sum" }, share <= 1 ? percent(share) : figure(share)));
 }
 
 function sample(row) {

@@ -1,6 +1,6 @@
 // What will be trained on: rows as tokens, the account of every row, lengths. Works on a file before any run.
 
-import { button, count, fault, field, get, h, link, percent, post, put, select, to } from "../all.js";
+import { count, fault, field, get, h, link, percent, post, put, select, to } from "../all.js";
 import { histogram } from "../bars.js";
 import { fileField } from "../files.js";
 import { given, keep, set } from "../options.js";
@@ -15,11 +15,11 @@ export async function show(place, { query, signal }) {
   let offset = Number(query.get("offset")) || 0, order = query.get("order") ?? "file", part = query.get("part") ?? "train", asked = 0;
   const change = (name, value) => { set(options, name, value); keep(options); offset = 0; load(); };
   const train = fileField("Rows", "data", options["data.train"], (value) => change("data.train", value));
-  const model = fileField("Model (its template, its tokens)", "model", options["model.name"], (value) => change("model.name", value));
+  const model = fileField("Model", "model", options["model.name"], (value) => change("model.name", value));
   const { fields } = await get("schema", {}, signal), of = new Map(fields.map((one) => [one.field, one]));
   const choice = (name, words) => field(words, select([["", `default (${of.get(name).default})`], ...of.get(name).choices], String(options[name] ?? ""), (value) => change(name, value)));
   const longest = h("input", { inputmode: "numeric", value: options["data.max_length"] ?? "", placeholder: String(of.get("data.max_length").default), on: { change: () => change("data.max_length", longest.value.trim()) } });
-  put(place, h("div", { class: "line" }, h("h1", {}, "Data"), next), h("div", { class: "form", style: { "margin-top": "1rem" } }, h("fieldset", {}, h("legend", {}, "Which"), h("div", { class: "fields two-wide" }, train.element, model.element, field("Longest row, in tokens", longest), choice("data.overlong", "Longer rows"), choice("data.bad_rows", "Wrong rows"), choice("data.loss", "Trained on")))), out);
+  put(place, h("div", { class: "line" }, h("h1", {}, "Data"), next), h("div", { class: "form", style: { "margin-top": "1rem" } }, h("fieldset", {}, h("legend", {}, "Which"), h("div", { class: "fields" }, train.element, model.element, field("Longest row, in tokens", longest), choice("data.overlong", "Longer rows"), choice("data.bad_rows", "Wrong rows"), choice("data.loss", "Trained on")))), out);
 
   async function load() {
     put(next, link(to("new", { options: JSON.stringify(options) }), "Plan a run with these", { class: "button main" }));
