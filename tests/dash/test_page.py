@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 
+import strop
 from tests.dash.conftest import HOSTILE, HOSTILE_NAME
 from tests.support.browser import DESK, PHONE, Watched, at, open_tab
 from tests.support.dashing import TOKEN, Dash, dashing
 
+STATIC = Path(strop.__file__).parent / "dash" / "static"
 NEW = quote(json.dumps({"model.name": "tiny-model", "data.train": "rows.jsonl", "data.bad_rows": "drop", "lora.r": 4}))
 STRANGE = quote(HOSTILE_NAME, safe="")
 # address -> what is there once the screen is whole
@@ -198,3 +202,19 @@ def test_the_policy_holds(browser: Any, dash: Dash) -> None:
         }""")
         assert done == [0, "static"]
         assert any("Content Security Policy" in fault for fault in tab.faults)
+
+
+def test_uplot_is_as_it_was_published() -> None:
+    folder = STATIC / "uplot"
+    sums = re.findall(r"^\| (\S+) \| ([0-9a-f]{64}) \|$", (folder / "NOTE.md").read_text(encoding="utf-8"), re.M)
+    assert {name for name, _ in sums} == {file.name for file in folder.iterdir()} - {"NOTE.md", "LICENSE"}
+    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == wanted for name, wanted in sums)
+
+
+def test_our_scripts_make_no_markup() -> None:
+    """Text of rows and answers is an attacker's to choose: it becomes text nodes (`dom.js`), nothing else."""
+    ways = r"(inner|outer|insertAdjacent)HTML|document\.write|parseFromString|ContextualFragment|\beval\(|Function\("
+    scripts = [file for file in STATIC.rglob("*.js") if file.parent.name != "uplot"]
+    texts = {file.name: file.read_text(encoding="utf-8") for file in scripts}
+    assert len(texts) > 15 and not [name for name, text in texts.items() if re.search(ways, text)]
+    assert not re.search(r" style=|<style|<script>| on\w+=", (STATIC / "index.html").read_text(encoding="utf-8"))

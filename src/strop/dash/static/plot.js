@@ -69,6 +69,7 @@ export class Plot {
       this.u.setData(this.#columns(), false);
       this.#scale();
     }
+    data.ys.forEach((ys, place) => (this.legend.children[place].hidden = !ys.some(isNumber)));
     this.canvas.setAttribute("aria-label", this.#words());
     this.#values(null);
   }
@@ -124,7 +125,7 @@ export class Plot {
         dash: one.dash,
       }))],
       hooks: {
-        draw: [(u) => self.#drawMarks(u)],
+        drawAxes: [(u) => self.#drawMarks(u)], // under the curves: a spike often stands where a mark does
         setCursor: [(u) => self.#values(u.cursor.idx)],
         setSelect: [(u) => self.#selected(u)],
       },

@@ -94,6 +94,7 @@ export async function show(place, { query, signal }) {
     if (!options["model.name"]) { put(plan, h("p", { class: "card empty" }, "Choose a model. The plan needs no weights: it reads the model's sizes only.")); return; }
     if (under) { again = true; return; }
     under = true;
+    if (!plan.children.length) put(plan, h("p", { class: "card empty" }, "Counting…"));
     do {
       again = false;
       plan.setAttribute("aria-busy", "true");
