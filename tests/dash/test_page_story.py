@@ -10,7 +10,7 @@ from tests.support.browser import at, open_tab
 from tests.support.dashing import dashing
 from tests.support.tiny import write_rows
 
-MINUTE = 60_000  # a child process imports torch, on a machine that does other things too
+LONG = 180_000  # a child process imports torch and may compile, on a machine that does other things too
 
 
 def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
     write_rows(tmp_path / "held-out.jsonl", 8)
     with dashing(Path("runs"), tmp_path) as dash, open_tab(browser, dash) as tab:
         page = tab.page
-        page.set_default_timeout(MINUTE)
+        page.set_default_timeout(LONG)
 
         def press(name: str) -> None:
             page.get_by_role("button", name=name, exact=True).first.click()
