@@ -153,9 +153,9 @@ def test_bodies(dash: Dash) -> None:
 
 
 def test_queries(dash: Dash) -> None:
-    for wrong in ("by=colour", "points=7", "points=x", "from=y", "more=1", "points=1e9"):
+    for wrong in ("by=colour", "points=7", "points=x", "from=y", "more=1", "points=1e9", "points=nan", "to=inf"):
         assert dash.get(f"/api/runs/one/history?{wrong}").status_code == 400
-    for wrong in ("filter=best", "order=x", "offset=x", "more=1"):
+    for wrong in ("filter=best", "order=x", "offset=x", "offset=nan", "more=1"):
         assert dash.get(f"/api/runs/one/answers?{wrong}").status_code == 400
     for wrong in ("", "?runs=one", "?runs=one,one", "?runs=one,nope"):
         assert dash.get(f"/api/compare{wrong}").status_code in (400, 404)
