@@ -105,7 +105,7 @@ def test_names_stay_inside_the_folder(dash: Dash) -> None:
         "%0a",
     ]
     for name in names:
-        for path in ("", "/history", "/log", "/contents", "/answers", "/ballot", "/stream"):
+        for path in ("", "/history", "/log", "/contents", "/answers", "/ballot"):
             assert dash.get(f"/api/runs/{name}{path}").status_code in (400, 404), name
         for action, body in (("stop", {}), ("delete", {"confirm": name}), ("resume", {}), ("evaluate", {"data": "x"})):
             assert dash.post(f"/api/runs/{name}/{action}", body).status_code in (400, 404), (name, action)
