@@ -105,7 +105,7 @@ def test_names_stay_inside_the_folder(dash: Dash) -> None:
         "%0a",
     ]
     for name in names:
-        for path in ("", "/history", "/log", "/contents", "/answers", "/ballot", "/stream"):
+        for path in ("", "/history", "/log", "/contents", "/answers", "/ballot"):
             assert dash.get(f"/api/runs/{name}{path}").status_code in (400, 404), name
         for action, body in (("stop", {}), ("delete", {"confirm": name}), ("resume", {}), ("evaluate", {"data": "x"})):
             assert dash.post(f"/api/runs/{name}/{action}", body).status_code in (400, 404), (name, action)
@@ -153,9 +153,9 @@ def test_bodies(dash: Dash) -> None:
 
 
 def test_queries(dash: Dash) -> None:
-    for wrong in ("by=colour", "points=7", "points=x", "from=y", "more=1", "points=1e9"):
+    for wrong in ("by=colour", "points=7", "points=x", "from=y", "more=1", "points=1e9", "points=nan", "to=inf"):
         assert dash.get(f"/api/runs/one/history?{wrong}").status_code == 400
-    for wrong in ("filter=best", "order=x", "offset=x", "more=1"):
+    for wrong in ("filter=best", "order=x", "offset=x", "offset=nan", "more=1"):
         assert dash.get(f"/api/runs/one/answers?{wrong}").status_code == 400
     for wrong in ("", "?runs=one", "?runs=one,one", "?runs=one,nope"):
         assert dash.get(f"/api/compare{wrong}").status_code in (400, 404)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -54,10 +55,15 @@ class Fields:
     def number(self, name: str, default: float | None) -> float | None:
         """Of a query, whose values are text."""
         text = self._left.pop(name, None)
+        if text in (None, ""):
+            return default
         try:
-            return default if text in (None, "") else float(str(text))
+            value = float(str(text))
         except ValueError:
-            raise InputError(f"{name}: {text!r} is not a number") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise InputError(f"{name}: {str(text)[:80]!r} is not a number")
+        return value
 
     def end(self) -> None:
         if self._left:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from strop.dash import judging
 from strop.dash.answering import Busy
 from strop.dash.detail import contents, detail, placed
-from strop.dash.history import AXES, History
+from strop.dash.history import AXES, History, short
 from strop.dash.jobs import LOG_BYTES, Jobs, send
-from strop.dash.listing import Listing, aged
-from strop.dash.reading import inside, read_json, tail
+from strop.dash.listing import EMPTY, Listing, aged
+from strop.dash.reading import DAMAGED, inside, read_json, tail
 from strop.dash.system import System
 from strop.dash.talk import Talk
-from strop.errors import FolderError, InputError
+from strop.errors import FolderError, InputError, RunError
 from strop.machine.probe import probe
 from strop.runs.folder import RunFolder
 
 MOST_BYTES = 24 << 20  # of histories that are kept in memory: that of the run that is looked at always is
+MOST_ROWS = 2000  # that a stream sends one by one; beyond that the curve is drawn anew
 
 
 class Desk:
@@ -41,13 +44,10 @@ class Desk:
 
     def _coming(self, job: dict[str, Any]) -> dict[str, Any]:
         """The line of a run whose process has not yet made its folder."""
-        absent = dict.fromkeys(("step", "steps", "epoch", "seconds_left", "seconds", "loss", "eval_loss", "tokens"))
-        absent |= dict.fromkeys(("tokens_per_s", "score", "model", "data", "objective", "preset", "quantization"))
         return {
-            **absent, "name": job["run"], "path": str(self.root / job["run"]), "state": "running", "why": "",
+            **EMPTY, "name": job["run"], "path": str(self.root / job["run"]), "state": "running", "why": "",
             "phase": "preparing", "pid": job["pid"], "started": job["began"], "updated": job["began"],
-            "heartbeat": job["began"], "rank": None, "sparkline": [], "bytes": 0, "has_adapter": False, "can": [],
-            "job": job["id"],
+            "heartbeat": job["began"], "can": [], "job": job["id"],
         }  # fmt: skip
 
     def row(self, name: str) -> dict[str, Any]:
@@ -71,7 +71,8 @@ class Desk:
 
     def detail(self, name: str) -> dict[str, Any]:
         row = self.row(name)
-        return {**detail(aged(row), self.history(name)), "jobs": self.jobs_of(name)}
+        with undamaged(name):
+            return {**detail(aged(row), self.history(name)), "jobs": self.jobs_of(name)}
 
     def drawn(
         self, name: str, by: str, points: int, start: float | None, end: float | None, fields: tuple[str, ...]
@@ -82,24 +83,32 @@ class Desk:
         if not 50 <= points <= 5000:
             raise InputError(f"points: {points}", fix="give 50 to 5000")
         self.row(name)
-        return self.history(name).drawn(by, points, start, end, fields)
+        with undamaged(name):
+            return self.history(name).drawn(by, points, start, end, fields)
 
-    def added(self, name: str, by: str, seen: Seen) -> dict[str, Any] | None:
-        """What came since `seen`, which is moved on; None where nothing did."""
-        history = self.history(name)
-        steps, evals, marks = len(history.steps), len(history.eval_steps), history.num_marks
-        if (steps, evals, marks) == (seen.steps, seen.evals, seen.marks):
-            return None
-        rows = self._rows(history, by, seen.steps)
+    def news(self, name: str, by: str, points: int, seen: Seen | None) -> tuple[str, dict[str, Any] | None, Seen]:
+        """What a stream that has sent `seen` sends next: history (all of it), steps (what was added), or nothing."""
+        with undamaged(name):
+            return self._news(self.history(name), by, points, seen)
+
+    def _news(
+        self, history: History, by: str, points: int, seen: Seen | None
+    ) -> tuple[str, dict[str, Any] | None, Seen]:  # what is appended meanwhile is the next news
+        now = Seen(history)
+        if seen is None or seen.generation != now.generation or now.steps - seen.steps > MOST_ROWS:
+            return "history", history.drawn(by, points), now
+        if now == seen:
+            return "steps", None, now
         at = history.axis(by, list(history.eval_steps[seen.evals :]))
         evaluated = [
-            {"step": step, "x": float(x), "loss": loss if loss == loss else None}
+            {"step": step, "x": float(x), "loss": short(loss)}
             for step, x, loss in zip(history.eval_steps[seen.evals :], at, history.evals[seen.evals :], strict=True)
         ]
-        new = history.marks[max(0, len(history.marks) - (marks - seen.marks)) :] if marks > seen.marks else []
-        seen.take(history)
+        new = history.marks[-(now.marks - seen.marks) :] if now.marks > seen.marks else []
+        rows = self._rows(history, by, seen.steps)
         last = dict(history.newest.get("step") or {})
-        return {"rows": rows, "evals": evaluated, "marks": placed(history, new), "last": last, "x": by}
+        told = {"rows": rows, "evals": evaluated, "marks": placed(history, new), "last": last, "x": by}
+        return "steps", told, now
 
     def _rows(self, history: History, by: str, start: int) -> list[dict[str, Any]]:
         places = history.axis(by, list(history.steps[start:]))
@@ -107,8 +116,7 @@ class Desk:
         for number, x in enumerate(places, start):
             row: dict[str, Any] = {"step": history.steps[number], "x": float(x), "tokens": history.tokens[number]}
             for name, column in history.columns.items():
-                value = column[number]
-                row[name] = float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None
+                row[name] = short(column[number])
             rows.append(row)
         return rows
 
@@ -137,21 +145,23 @@ class Desk:
     def duplicate(self, name: str) -> dict[str, Any]:
         """What a run was asked for and what differs from the defaults, to start another like it."""
         self.row(name)
-        history = self.history(name)
-        asked = {
-            choice["field"]: choice["value"]
-            for choice in history.choices
-            if choice.get("origin") not in ("default", "plan", "preset") and choice.get("field") != "out"
-        }
-        return {"options": asked, "name": name}
+        with undamaged(name):
+            asked = {
+                choice["field"]: choice["value"]
+                for choice in self.history(name).choices
+                if choice.get("origin") not in ("default", "plan", "preset") and choice.get("field") != "out"
+            }
+            return {"options": asked, "name": name}
 
     def answers(self, name: str, *how: Any) -> dict[str, Any]:
         self.row(name)
-        return judging.answers(RunFolder(inside(self.root, name)), *how)
+        with undamaged(name):
+            return judging.answers(RunFolder(inside(self.root, name)), *how)
 
     def ballot(self, name: str) -> dict[str, Any]:
         self.row(name)
-        return self._votes.ballot(RunFolder(inside(self.root, name)))
+        with undamaged(name):
+            return self._votes.ballot(RunFolder(inside(self.root, name)))
 
     def vote(self, name: str, ballot: str, choice: str) -> dict[str, Any]:
         self.row(name)
@@ -161,8 +171,9 @@ class Desk:
         if not 1 < len(set(names)) <= 12:
             raise InputError("runs: give 2 to 12 names with commas between them")
         rows = [aged(self.row(name)) for name in dict.fromkeys(names)]
-        recipes = {row["name"]: _values(RunFolder(Path(row["path"]))) for row in rows}
-        return judging.compare(rows, recipes)
+        with undamaged(", ".join(names)):
+            recipes = {row["name"]: _values(RunFolder(Path(row["path"]))) for row in rows}
+            return judging.compare(rows, recipes)
 
     def machine(self) -> dict[str, Any]:
         """Facts, and what `strop doctor` found when it was last asked from here."""
@@ -236,13 +247,26 @@ class Desk:
         return any(job["run"] == name for job in self.jobs.running(*kinds))
 
 
+@contextmanager
+def undamaged(name: str) -> Iterator[None]:
+    """Inside this block, files of a run that hold what no trainer writes are a RunError."""
+    try:
+        yield
+    except DAMAGED as error:
+        what = f"{name}: its files are damaged: {type(error).__name__}: {error}"
+        raise RunError(what, fix="put the folder back from a copy, or delete the run") from error
+
+
+@dataclass
 class Seen:
     """How much of a history a stream has sent."""
 
-    def __init__(self, history: History) -> None:
-        self.take(history)
+    generation: int
+    steps: int
+    evals: int
+    marks: int
 
-    def take(self, history: History) -> None:
+    def __init__(self, history: History) -> None:
         self.generation, self.steps = history.generation, len(history.steps)
         self.evals, self.marks = len(history.eval_steps), history.num_marks
 

@@ -6,7 +6,9 @@ or a rollback: such a step counts as it was done last, and what it was before is
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 from array import array
 from bisect import bisect_left, bisect_right
@@ -18,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strop.dash.marks import mark_of
-from strop.dash.reading import open_file
+from strop.dash.reading import DAMAGED, open_file
 
 Event = dict[str, Any]
 Values = NDArray[np.float64]
 AXES = ("step", "epoch", "tokens", "time")
 CHUNK_BYTES = 1 << 20
+MOST_STEPS = 1 << 40
 SMOOTHED_SHARE = 200  # a smoothed point is the mean over this part of the run to each side, 10 steps at least
 MOST_MARKS, MOST_SAVES, MOST_UNDONE = 5000, 200, 5000
 _PLAIN = ("event", "time", "step", "steps", "epoch", "tokens", "seconds_left")
@@ -103,11 +106,12 @@ class History:
                 continue
             self._steps(run)
             run = []
-            self._other(event)
+            with contextlib.suppress(*DAMAGED):
+                self._other(event)
         self._steps(run)
 
     def _steps(self, events: list[Event]) -> None:
-        events = [event for event in events if isinstance(event.get("step"), int)]
+        events = [event for event in events if isinstance(event.get("step"), int) and 0 <= event["step"] < MOST_STEPS]
         if not events:
             return
         self.newest["step"] = self.last = events[-1]
@@ -157,6 +161,7 @@ class History:
         if kind == "eval" and isinstance(step, int):
             self.newest["eval"] = event
             at = bisect_left(self.eval_steps, step)
+            self.generation += at < len(self.eval_steps)
             del self.eval_steps[at:], self.evals[at:], self.eval_seconds[at:]
             self.eval_steps.append(step)
             self.evals.append(_number(event.get("loss")))
@@ -302,7 +307,7 @@ def extremes(x: Values, y: Values, parts: int) -> NDArray[np.int64]:
 
 def short(value: float, digits: int = 6) -> float | None:
     """With so many digits that no eye misses one, and None for what JSON cannot say."""
-    return float(f"{value:.{digits}g}") if np.isfinite(value) else None
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 def _parsed(line: str) -> Event | None:

@@ -5,6 +5,7 @@ They outlive the page and the server. What became of one is read from its folder
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -98,7 +99,8 @@ class Jobs:
         state = "running" if alive else "stopped" if stopped else "failed" if error else "done"
         if not alive and "ended" not in known:
             known["ended"] = max(_changed(folder / "out"), _changed(folder / "log"))
-            write_json(folder / "job.json", known)
+            with contextlib.suppress(OSError):  # a full disk must not hide what is known
+                write_json(folder / "job.json", known)
         last = next((line for line in reversed(tail(folder / "log", 4096).splitlines()) if line.strip()), "")
         share = _SHARE.search(last)
         about = {

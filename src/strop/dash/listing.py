@@ -10,12 +10,12 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from strop.dash.history import short
-from strop.dash.reading import inside, read_bytes, read_json, read_places, sizes
+from strop.dash.reading import DAMAGED, inside, read_bytes, read_json, read_places, sizes
 from strop.dash.state import Watch, standing
 from strop.evaluation.metrics import Difference, verdict
 from strop.runs.folder import RunFolder, is_run
@@ -31,6 +31,12 @@ _STEP = re.compile(
     rb'"loss": (-?\d[\d.]*(?:e[-+]?\d+)?)[,}]'
 )
 _TIME = re.compile(rb'"time": ([\d.]+)')
+EMPTY: Mapping[str, Any] = {
+    **dict.fromkeys(("step", "steps", "epoch", "seconds_left", "seconds", "loss", "eval_loss", "tokens")),
+    **dict.fromkeys(("tokens_per_s", "score", "model", "data", "objective", "preset", "quantization", "rank")),
+    **dict.fromkeys(("started", "updated")),
+    "sparkline": [], "bytes": 0, "has_adapter": False,
+}  # fmt: skip
 Signature = tuple[tuple[int, int] | None, ...]
 
 
@@ -71,7 +77,7 @@ class Listing:
         seen = _signature(os.path.join(self.root, name))
         known = self._known.get(name)
         if known is None or known.seen != seen:
-            known = self._known[name] = _Known(seen, _facts(RunFolder(inside(self.root, name))))
+            known = self._known[name] = _Known(seen, _known_of(RunFolder(inside(self.root, name))))
         held = seen[3] is not None  # claim.json is there as long as a process holds the folder, or was killed
         if known.row is not None and not (held and known.live):
             return known.row
@@ -81,7 +87,9 @@ class Listing:
         if not made["is_run"] and holder is None:
             return None
         where = standing(made["events"], made["ended"], holder, made["heartbeat"], self.watch)
-        row = {key: value for key, value in made.items() if key not in ("events", "ended", "is_run")}
+        if made["damaged"] and holder is None:
+            where = replace(where, why=made["damaged"])
+        row = {key: value for key, value in made.items() if key not in ("events", "ended", "is_run", "damaged")}
         over = where.state in ("finished", "stopped", "crashed")
         row |= {"state": where.state, "why": where.why, "phase": where.phase, "pid": holder}
         row |= {"seconds_left": None if over else made["seconds_left"], "can": _can(where.state, made["has_adapter"])}
@@ -123,6 +131,21 @@ def _stamp(file: str | Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_size
 
 
+def _known_of(folder: RunFolder) -> dict[str, Any]:
+    try:
+        facts = _facts(folder)
+        json.dumps(facts)
+        return facts
+    except DAMAGED as error:
+        damaged = {
+            "is_run": is_run(folder.path),
+            "events": [],
+            "ended": {},
+            "damaged": f"its files are damaged: {error}",
+        }
+        return {**EMPTY, "name": folder.path.name, "path": str(folder.path), "heartbeat": 0.0, **damaged}
+
+
 def _facts(folder: RunFolder) -> dict[str, Any]:
     """All of a line that files say."""
     lock, report = read_json(folder.lock), read_json(folder.report)
@@ -137,7 +160,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
     number = step.get("step") if step else curve[-1][0] if curve else 0
     loss = step.get("loss") if step else curve[-1][1] if curve else None
     return {
-        "name": folder.path.name, "path": str(folder.path), "is_run": is_run(folder.path),
+        "name": folder.path.name, "path": str(folder.path), "is_run": is_run(folder.path), "damaged": "",
         "events": [_brief(event) for event in end], "heartbeat": heartbeat,
         "ended": {name: report.get(name) for name in ("exit", "ended")},
         "started": float(first[1]) if first else None, "updated": heartbeat or None,

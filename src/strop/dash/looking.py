@@ -118,7 +118,7 @@ def routes(room: Room) -> list[BaseRoute]:
         return answer(await ask(room.talk.about))
 
     found: list[tuple[str, Any]] = [
-        ("hello", hello), ("runs", runs), ("runs/stream", runs_stream), ("runs/{name}", one),
+        ("hello", hello), ("runs", runs), ("stream", runs_stream), ("runs/stream", runs_stream), ("runs/{name}", one),
         ("runs/{name}/history", history), ("runs/{name}/stream", run_stream), ("runs/{name}/log", log),
         ("runs/{name}/contents", run_contents), ("runs/{name}/duplicate", duplicate),
         ("runs/{name}/answers", answers), ("runs/{name}/ballot", ballot), ("compare", compare), ("schema", schema),

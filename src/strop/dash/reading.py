@@ -13,6 +13,8 @@ from typing import Any
 
 from strop.errors import FolderError, InputError
 
+# what a file raises that holds other things than a trainer writes: a run folder may come from anyone
+DAMAGED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 MOST_BYTES = 256 << 20  # of a file that is read whole: answers to a large evaluation
 
 

@@ -15,6 +15,7 @@ from starlette.routing import BaseRoute, Route
 
 from strop.dash.answering import Fields, answer, body_of, told
 from strop.dash.jobs import option
+from strop.dash.reading import inside
 from strop.dash.room import Room
 from strop.dash.talk import pass_on
 from strop.errors import InputError
@@ -32,7 +33,7 @@ def routes(room: Room) -> list[BaseRoute]:
         thorough = asked.take("thorough", bool, False)
         asked.end()
         options_words(options)
-        name = out or await ask(desk.free_name, stem(options))
+        name = inside(desk.root, out).name if out else await ask(desk.free_name, stem(options))
         found = await room.planner.ask(
             "plan", options=options, memory=memory, gpu=gpu, out=str(desk.root / name), thorough=thorough
         )

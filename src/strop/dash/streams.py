@@ -9,7 +9,7 @@ from typing import Any
 from strop.dash.answering import event
 from strop.dash.desk import Desk, Seen
 from strop.dash.listing import aged
-from strop.errors import FolderError
+from strop.errors import StropError
 
 LOOK_S = 1.0
 TABLE_S = 2.0
@@ -19,7 +19,6 @@ MOVING = (
     "heartbeat", "updated", "step", "loss", "eval_loss", "tokens", "tokens_per_s", "seconds_left", "sparkline", "epoch",
     "bytes",
 )  # fmt: skip
-MOST_ROWS = 2000  # that are sent one by one; beyond that the curve is drawn anew
 
 Ask = Callable[..., Awaitable[Any]]
 
@@ -58,16 +57,14 @@ async def run(desk: Desk, ask: Ask, name: str, by: str, points: int) -> AsyncIte
             if now != before:
                 yield event("run", await ask(desk.detail, name))
                 before = now
-            if seen is None or await ask(_redrawn, desk, name, seen):
-                drawn, seen = await ask(_drawn, desk, name, by, points)
-                yield event("history", drawn)
-            elif (added := await ask(desk.added, name, by, seen)) is not None:
-                yield event("steps", added)
+            kind, news, seen = await ask(desk.news, name, by, points, seen)
+            if news is not None:
+                yield event(kind, news)
             looked += LOOK_S
             if looked >= SYSTEM_S:
                 yield event("system", await ask(desk.look, name))
                 looked = 0.0
-        except FolderError as error:
+        except StropError as error:
             yield event("gone", {"error": error.as_json()})
             return
         await asyncio.sleep(LOOK_S)
@@ -79,16 +76,6 @@ def _about(desk: Desk, name: str) -> Any:
     jobs = [(job["id"], job["state"]) for job in desk.jobs_of(name)]
     saves = desk.history(name).num_saves
     return {key: value for key, value in row.items() if key not in MOVING}, saves, jobs
-
-
-def _redrawn(desk: Desk, name: str, seen: Seen) -> bool:
-    history = desk.history(name)
-    return history.generation != seen.generation or len(history.steps) - seen.steps > MOST_ROWS
-
-
-def _drawn(desk: Desk, name: str, by: str, points: int) -> tuple[dict[str, Any], Seen]:
-    drawn = desk.drawn(name, by, points, None, None, ())
-    return drawn, Seen(desk.history(name))
 
 
 async def job(desk: Desk, ask: Ask, name: str) -> AsyncIterator[bytes]:

@@ -211,7 +211,7 @@ def _live_holder(file: Path) -> int | None:
         claim = json.loads(file.read_text(encoding="utf-8"))
         process = psutil.Process(int(claim["pid"]))
         alive = abs(process.create_time() - float(claim["started"])) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except (FileNotFoundError, ValueError, KeyError, psutil.NoSuchProcess):
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, psutil.NoSuchProcess):
         return None
     return process.pid if alive and process.pid != os.getpid() else None
 
