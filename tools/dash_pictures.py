@@ -21,7 +21,7 @@ from tests.support.dashing import dashing
 
 ROOT = Path(__file__).parents[1]
 LARGEST = 300_000  # bytes
-WIDE = {"width": 1200, "height": 760}
+WIDE = {"width": 1280, "height": 760}
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     run, other = quote(given.run, safe=""), quote(given.other, safe="")
     # name -> (address, what is there once it is whole, light or dark, size)
     screens = {
-        "runs": ("/runs", "table .spark", "light", WIDE),
+        "runs": ("/runs", "table .spark", "light", {**WIDE, "height": 380}),
         "run": (f"/run/{run}", ".plot canvas >> nth=3", "light", {**WIDE, "height": 980}),
         "run-phone": (f"/run/{run}", ".plot canvas >> nth=3", "dark", PHONE),
         "data": (f"/data?options={options}", ".tokens .stop >> nth=5", "light", {**WIDE, "height": 900}),

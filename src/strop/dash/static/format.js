@@ -45,7 +45,7 @@ export function moment(time) {
 export function ago(time, now = Date.now() / 1000) {
   if (!isNumber(time)) return "";
   const past = now - time;
-  return past < 5 ? "now" : past < 48 * 3600 ? `${duration(past)} ago` : moment(time);
+  return past < 5 ? "now" : past < 3600 ? `${duration(past)} ago` : past < 48 * 3600 ? `${Math.round(past / 3600)} h ago` : moment(time);
 }
 
 /** The last part of a path, for where there is little room. */

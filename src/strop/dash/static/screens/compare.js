@@ -83,7 +83,7 @@ function interval(one) {
 
 function pairs(found) {
   if (!found.pairs?.length) return h("p", { class: "soft" }, "No two of these were evaluated on the same rows, so no paired comparison.");
-  return h("ul", {}, found.pairs.map((pair) => h("li", {}, h("span", { class: { better: "good", worse: "bad", unclear: "warn" }[pair.verdict] }, pair.words), h("small", {}, ` ${count(pair.rows)} rows in common`))));
+  return h("ul", {}, found.pairs.map((pair) => h("li", {}, h("span", { class: { better: "good", worse: "bad", unclear: "warn" }[pair.verdict] }, pair.words))));
 }
 
 function settings(found, chosen) {

@@ -33,7 +33,7 @@ export async function show(place, { query, signal }) {
 
   update();
   put(place,
-    h("div", { class: "line" }, h("h1", {}, "Runs"), h("span", { class: "soft" }, hello.folder), sum, h("span", { class: "push" }, link(to("new"), "New run", { class: "button main" }))),
+    h("div", { class: "line" }, h("h1", {}, "Runs"), h("span", { class: "soft", title: hello.folder }, `in ${hello.shown}`), sum, h("span", { class: "push" }, link(to("new"), "New run", { class: "button main" }))),
     h("div", { class: "line", style: { margin: ".9rem 0" } }, table.tools(), compare), table.element, ignored);
   await new Promise((ready, failed) => {
     signal.addEventListener("abort", ready);
@@ -86,6 +86,6 @@ function columns(chosen, update) {
 /** A score with its interval. */
 function score(found) {
   if (!found) return "";
-  const interval = found.low === null || found.low === undefined ? "" : ` ${percent(found.low, 0)} to ${percent(found.high, 0)}`;
-  return h("span", { title: found.words ?? found.metric }, percent(found.value), h("span", { class: "soft" }, interval));
+  const interval = found.low === null || found.low === undefined ? "" : `${percent(found.low, 0)} to ${percent(found.high, 0)}`;
+  return h("span", { title: found.words ?? found.metric }, percent(found.value), h("small", { class: "under" }, interval));
 }
