@@ -29,14 +29,27 @@ export class Fault extends Error {
 /** An error as an element: what, what to do, and where. */
 export function fault(error) {
   const where = (error.where ?? []).slice(0, 50);
-  return h("div", { class: "verdict error", role: "alert" },
+  return h(
+    "div",
+    { class: "verdict error", role: "alert" },
     h("div", { class: "error" }, error.message ?? String(error)),
     error.fix ? h("p", { class: "free" }, error.fix) : null,
-    where.length ? h("ul", {}, where.map((place) => h("li", {}, h("code", {}, place.line ? `${place.file}:${place.line}` : place.file), " ", place.what ?? ""))) : null);
+    where.length
+      ? h(
+          "ul",
+          {},
+          where.map((place) =>
+            h("li", {}, h("code", {}, place.line ? `${place.file}:${place.line}` : place.file), " ", place.what ?? ""),
+          ),
+        )
+      : null,
+  );
 }
 
 function url(path, params = {}) {
-  const query = new URLSearchParams(Object.entries(params).filter(([, value]) => value !== null && value !== undefined && value !== ""));
+  const query = new URLSearchParams(
+    Object.entries(params).filter(([, value]) => value !== null && value !== undefined && value !== ""),
+  );
   return `/api/${path}${String(query) && `?${query}`}`;
 }
 
@@ -49,7 +62,10 @@ async function ask(path, options) {
     response = await fetch(path, { ...options, headers: { Authorization: `Bearer ${token()}`, ...options.headers } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Fault(0, { message: "The server is not there.", fix: "Start it again with `strop dash`: nothing is lost, all of it is in the run folders." });
+    throw new Fault(0, {
+      message: "The server is not there.",
+      fix: "Start it again with `strop dash`: nothing is lost, all of it is in the run folders.",
+    });
   }
   if (response.ok) return response;
   const told = await response.json().catch(() => ({}));
@@ -66,7 +82,12 @@ export async function post(path, body = {}, signal = undefined) {
 
 /** The same, for an answer that is a stream. */
 export function raw(path, body, signal) {
-  return ask(url(path), { method: "POST", signal, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+  return ask(url(path), {
+    method: "POST",
+    signal,
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+  });
 }
 
 /** Server-sent events of a body: {event, data}. */
@@ -79,7 +100,8 @@ export async function* events(body) {
     const parts = (rest + value).split("\n\n");
     rest = parts.pop();
     for (const part of parts) {
-      let event = "message", data = "";
+      let event = "message",
+        data = "";
       for (const line of part.split("\n")) {
         if (line.startsWith("event: ")) event = line.slice(7);
         else if (line.startsWith("data: ")) data += line.slice(6);
@@ -104,7 +126,10 @@ function tell() {
 export async function listen(path, params, handlers, signal) {
   const me = {};
   let pause = 500;
-  signal.addEventListener("abort", () => { lost.delete(me); tell(); });
+  signal.addEventListener("abort", () => {
+    lost.delete(me);
+    tell();
+  });
   while (!signal.aborted) {
     try {
       const response = await ask(url(path, typeof params === "function" ? params() : params), { signal });
@@ -117,14 +142,20 @@ export async function listen(path, params, handlers, signal) {
       }
     } catch (error) {
       if (signal.aborted || error.name === "AbortError") return;
-      if (error.status >= 400 && error.status < 500) { handlers.fault?.(error); return; }
+      if (error.status >= 400 && error.status < 500) {
+        handlers.fault?.(error);
+        return;
+      }
       if (!(error instanceof Fault || error instanceof TypeError)) throw error;
     }
     lost.add(me);
     tell();
     await new Promise((done) => {
       const timer = setTimeout(done, pause);
-      const now = () => { clearTimeout(timer); done(); };
+      const now = () => {
+        clearTimeout(timer);
+        done();
+      };
       addEventListener("online", now, { once: true, signal });
       signal.addEventListener("abort", now, { once: true });
     });

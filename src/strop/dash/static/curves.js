@@ -7,15 +7,23 @@ const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumFra
 
 /** The ways to lay a history out. */
 export const AXES = {
-  step: { name: "step", show: (value) => (Number.isInteger(value) && value < 1e5 ? String(value) : compact.format(value)) },
+  step: {
+    name: "step",
+    show: (value) => (Number.isInteger(value) && value < 1e5 ? String(value) : compact.format(value)),
+  },
   epoch: { name: "epoch", show: (value) => String(Number(value.toFixed(2))) },
   tokens: { name: "tokens", show: (value) => compact.format(value) },
   time: { name: "time", show: (value) => (value < 0 ? "" : duration(Math.max(0, value))) },
 };
 
 export const TITLES = {
-  learning_rate: "learning rate", grad_norm: "gradient norm", tokens_per_s: "tokens/s", accuracy: "answers ranked right",
-  margin: "margin of rewards", chosen_nats: "chosen, log-probability a token", rejected_nats: "rejected, log-probability a token",
+  learning_rate: "learning rate",
+  grad_norm: "gradient norm",
+  tokens_per_s: "tokens/s",
+  accuracy: "answers ranked right",
+  margin: "margin of rewards",
+  chosen_nats: "chosen, log-probability a token",
+  rejected_nats: "rejected, log-probability a token",
 };
 
 /** Series with their own xs, laid over one: {x, ys}. A series that is not there is empty. */
@@ -36,13 +44,15 @@ export function append(history, { rows, evals, last }) {
     one.y.push(y);
   };
   const known = new Set(["loss", "learning_rate", "grad_norm", "tokens_per_s", ...Object.keys(history.series)]);
-  for (const row of rows ?? []) for (const name of known) if (!["smoothed", "eval_loss", "undone"].includes(name)) add(name, row.x, row[name]);
+  for (const row of rows ?? [])
+    for (const name of known) if (!["smoothed", "eval_loss", "undone"].includes(name)) add(name, row.x, row[name]);
   for (const row of evals ?? []) add("eval_loss", row.x, row.loss);
   history.last = { ...history.last, ...last };
 }
 
 /** Marks with their place on an axis. */
 export function placed(marks, by) {
-  return marks.map((mark) => ({ ...mark, x: mark.at?.[by], bad: mark.level === "bad" })).filter((mark) => isNumber(mark.x));
+  return marks
+    .map((mark) => ({ ...mark, x: mark.at?.[by], bad: mark.level === "bad" }))
+    .filter((mark) => isNumber(mark.x));
 }
-

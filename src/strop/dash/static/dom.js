@@ -61,14 +61,19 @@ export function select(options, chosen, onChange, props = {}) {
   return made;
 }
 
-export const button = (text, onClick, props = {}) => h("button", { type: "button", ...props, on: { click: onClick } }, text);
+export const button = (text, onClick, props = {}) =>
+  h("button", { type: "button", ...props, on: { click: onClick } }, text);
 
 export const link = (to, text, props = {}) => h("a", { href: to, ...props }, text);
 
 /** Facts as a list of name and value, as in report.html. */
 export function facts(pairs) {
   const shown = pairs.filter(([, value]) => value !== null && value !== undefined && value !== "");
-  return h("dl", { class: "facts" }, shown.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+  return h(
+    "dl",
+    { class: "facts" },
+    shown.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
+  );
 }
 
 /** A command line with a button that copies it. */

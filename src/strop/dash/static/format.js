@@ -32,24 +32,33 @@ export function duration(seconds) {
   const minutes = Math.round(seconds / 60);
   if (minutes < 60) return `${minutes} min`;
   const hours = Math.floor(minutes / 60);
-  return hours < 48 ? `${hours} h ${String(minutes % 60).padStart(2, "0")} min` : `${Math.floor(hours / 24)} d ${hours % 24} h`;
+  return hours < 48
+    ? `${hours} h ${String(minutes % 60).padStart(2, "0")} min`
+    : `${Math.floor(hours / 24)} d ${hours % 24} h`;
 }
 
 /** A moment, from seconds since 1970: "2026-11-26 14:05". */
 export function moment(time) {
   if (!isNumber(time)) return "";
-  const at = new Date(time * 1000), two = (number) => String(number).padStart(2, "0");
+  const at = new Date(time * 1000),
+    two = (number) => String(number).padStart(2, "0");
   return `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())} ${two(at.getHours())}:${two(at.getMinutes())}`;
 }
 
 export function ago(time, now = Date.now() / 1000) {
   if (!isNumber(time)) return "";
   const past = now - time;
-  return past < 5 ? "now" : past < 3600 ? `${duration(past)} ago` : past < 48 * 3600 ? `${Math.round(past / 3600)} h ago` : moment(time);
+  return past < 5
+    ? "now"
+    : past < 3600
+      ? `${duration(past)} ago`
+      : past < 48 * 3600
+        ? `${Math.round(past / 3600)} h ago`
+        : moment(time);
 }
 
 /** The last part of a path, for where there is little room. */
-export const tail = (path) => (typeof path === "string" ? path.split("/").filter(Boolean).at(-1) ?? path : path);
+export const tail = (path) => (typeof path === "string" ? (path.split("/").filter(Boolean).at(-1) ?? path) : path);
 
 /** What a value of a recipe looks like. */
 export function shown(value) {

@@ -13,8 +13,11 @@ const SCREENS = {
   machine: ["Machine", () => import("./screens/machine.js")],
   run: [null, () => import("./screens/run.js")],
 };
-const main = document.getElementById("main"), nav = document.getElementById("nav");
-let leave = new AbortController(), first = true, shownPath = "";
+const main = document.getElementById("main"),
+  nav = document.getElementById("nav");
+let leave = new AbortController(),
+  first = true,
+  shownPath = "";
 
 /** `strop dash RUN` opens that run. */
 async function opened() {
@@ -57,20 +60,40 @@ async function go() {
 }
 
 function drawNav(current) {
-  put(nav, Object.entries(SCREENS).filter(([, [name]]) => name).map(([screen, [name]]) => {
-    const here = screen === current || (screen === "runs" && current === "run");
-    return link(to(screen), name, here ? { "aria-current": "page" } : {});
-  }));
+  put(
+    nav,
+    Object.entries(SCREENS)
+      .filter(([, [name]]) => name)
+      .map(([screen, [name]]) => {
+        const here = screen === current || (screen === "runs" && current === "run");
+        return link(to(screen), name, here ? { "aria-current": "page" } : {});
+      }),
+  );
 }
 
 /** Without the token nothing is shown: the terminal where `strop dash` runs has it. */
 function askToken() {
   const input = h("input", { type: "password", autocomplete: "off", spellcheck: "false" });
-  const form = h("form", { class: "card form", on: { submit: (event) => {
-    event.preventDefault();
-    keepToken(input.value.replace(/^.*#token=/, ""));
-    go();
-  } } }, h("p", {}, "Open the address that ", h("code", {}, "strop dash"), " printed, or give the token from its end."), field("Token", input), h("div", {}, button("Open", () => form.requestSubmit(), { class: "main" })));
+  const form = h(
+    "form",
+    {
+      class: "card form",
+      on: {
+        submit: (event) => {
+          event.preventDefault();
+          keepToken(input.value.replace(/^.*#token=/, ""));
+          go();
+        },
+      },
+    },
+    h("p", {}, "Open the address that ", h("code", {}, "strop dash"), " printed, or give the token from its end."),
+    field("Token", input),
+    h(
+      "div",
+      {},
+      button("Open", () => form.requestSubmit(), { class: "main" }),
+    ),
+  );
   put(main, h("h1", {}, "Who is there?"), form);
 }
 

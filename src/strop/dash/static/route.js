@@ -8,12 +8,21 @@ export function address() {
 }
 
 function decoded(text) {
-  try { return decodeURIComponent(text); } catch { return text; }
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
 }
 
 /** The address of a screen: to("run", name, "answers"), to("compare", {runs: "a,b"}). */
 export function to(...parts) {
-  const query = typeof parts.at(-1) === "object" ? new URLSearchParams(Object.entries(parts.pop()).filter(([, value]) => value !== "" && value !== null && value !== undefined)) : "";
+  const query =
+    typeof parts.at(-1) === "object"
+      ? new URLSearchParams(
+          Object.entries(parts.pop()).filter(([, value]) => value !== "" && value !== null && value !== undefined),
+        )
+      : "";
   const path = parts.map(encodeURIComponent).join("/");
   return `#/${path}${String(query) && `?${query}`}`;
 }

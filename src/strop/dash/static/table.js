@@ -20,19 +20,30 @@ export class Table {
     this.heads = new Map();
     for (const column of columns) this.heads.set(column.key, this.#head(column));
     this.body = h("tbody");
-    const table = h("table", { class: "stack", "aria-label": this.options.label }, h("thead", {}, h("tr", {}, [...this.heads.values()])), this.body);
+    const table = h(
+      "table",
+      { class: "stack", "aria-label": this.options.label },
+      h("thead", {}, h("tr", {}, [...this.heads.values()])),
+      this.body,
+    );
     this.empty = h("p", { class: "empty", hidden: true }, this.options.empty);
-    this.element = h("div", { class: "scroll", tabIndex: 0, role: "region", "aria-label": this.options.label }, table, this.empty);
+    this.element = h(
+      "div",
+      { class: "scroll", tabIndex: 0, role: "region", "aria-label": this.options.label },
+      table,
+      this.empty,
+    );
   }
 
   #head(column) {
-    const inner = column.sortable === false
-      ? column.name
-      : button(column.name, () => {
-          const down = this.sort?.[0] === column.key ? this.sort[1] === "ascending" : Boolean(column.number);
-          this.sort = [column.key, down ? "descending" : "ascending"];
-          this.#changed();
-        });
+    const inner =
+      column.sortable === false
+        ? column.name
+        : button(column.name, () => {
+            const down = this.sort?.[0] === column.key ? this.sort[1] === "ascending" : Boolean(column.number);
+            this.sort = [column.key, down ? "descending" : "ascending"];
+            this.#changed();
+          });
     return h("th", { scope: "col", class: column.number ? "n" : null }, inner);
   }
 
@@ -44,16 +55,33 @@ export class Table {
   /** Controls: the filter and the button that saves. */
   tools() {
     const input = h("input", {
-      type: "search", value: this.filter, placeholder: "Filter", "aria-label": `Filter ${this.options.label}`,
-      on: { input: () => { this.filter = input.value; this.#changed(); } },
+      type: "search",
+      value: this.filter,
+      placeholder: "Filter",
+      "aria-label": `Filter ${this.options.label}`,
+      on: {
+        input: () => {
+          this.filter = input.value;
+          this.#changed();
+        },
+      },
     });
     input.id = fresh("filter");
     return [h("div", { class: "filter" }, input), button("Save CSV", () => this.save(), { class: "small" })];
   }
 
   save() {
-    const rows = this.chosen().map((row) => this.columns.filter((column) => !column.plain).map((column) => column.value(row)));
-    download(this.options.file ?? "table.csv", "text/csv", csv(this.columns.filter((column) => !column.plain).map((column) => column.name), rows));
+    const rows = this.chosen().map((row) =>
+      this.columns.filter((column) => !column.plain).map((column) => column.value(row)),
+    );
+    download(
+      this.options.file ?? "table.csv",
+      "text/csv",
+      csv(
+        this.columns.filter((column) => !column.plain).map((column) => column.name),
+        rows,
+      ),
+    );
   }
 
   set(rows) {
@@ -64,8 +92,17 @@ export class Table {
   /** The rows that pass the filter, sorted. */
   chosen() {
     const words = this.filter.toLowerCase().split(/\s+/).filter(Boolean);
-    const text = (row) => this.columns.map((column) => column.value(row) ?? "").join(" ").toLowerCase();
-    let rows = words.length ? this.rows.filter((row) => { const all = text(row); return words.every((word) => all.includes(word)); }) : [...this.rows];
+    const text = (row) =>
+      this.columns
+        .map((column) => column.value(row) ?? "")
+        .join(" ")
+        .toLowerCase();
+    let rows = words.length
+      ? this.rows.filter((row) => {
+          const all = text(row);
+          return words.every((word) => all.includes(word));
+        })
+      : [...this.rows];
     const column = this.sort && this.columns.find((one) => one.key === this.sort[0]);
     if (column) {
       const way = this.sort[1] === "ascending" ? 1 : -1;
@@ -85,9 +122,12 @@ export class Table {
       if (this.sort?.[0] === key) head.setAttribute("aria-sort", this.sort[1]);
       else head.removeAttribute("aria-sort");
     }
-    const chosen = this.chosen(), kept = new Map(), drawn = [];
+    const chosen = this.chosen(),
+      kept = new Map(),
+      drawn = [];
     for (const row of chosen) {
-      const identity = this.options.identity?.(row) ?? row, text = this.options.identity ? JSON.stringify(row) : "";
+      const identity = this.options.identity?.(row) ?? row,
+        text = this.options.identity ? JSON.stringify(row) : "";
       const old = this.kept.get(identity);
       const made = old && old.text === text ? old : { text, element: this.#row(row) };
       kept.set(identity, made);
@@ -95,7 +135,9 @@ export class Table {
     }
     this.kept = kept;
     const focus = document.activeElement?.closest?.("tr") && document.activeElement;
-    const same = drawn.length === this.body.children.length && drawn.every((element, place) => element === this.body.children[place]);
+    const same =
+      drawn.length === this.body.children.length &&
+      drawn.every((element, place) => element === this.body.children[place]);
     if (!same) put(this.body, drawn);
     if (focus && focus.isConnected && focus !== document.activeElement) focus.focus({ preventScroll: true });
     this.empty.hidden = chosen.length > 0;
@@ -103,13 +145,23 @@ export class Table {
   }
 
   #row(row) {
-    return h("tr", {}, this.columns.map((column) => {
-      const value = column.value(row), shown = column.show ? column.show(row, value) : value;
-      const blank = shown === null || shown === undefined || shown === "";
-      const props = { class: [column.number && "n", column.free && "free", column.key === "pick" && "pick", blank && "blank"].filter(Boolean).join(" ") || null };
-      return column.head
-        ? h("th", { scope: "row", ...props }, shown)
-        : h("td", { ...props, data: column.name ? { name: column.name } : {} }, blank ? "" : shown);
-    }));
+    return h(
+      "tr",
+      {},
+      this.columns.map((column) => {
+        const value = column.value(row),
+          shown = column.show ? column.show(row, value) : value;
+        const blank = shown === null || shown === undefined || shown === "";
+        const props = {
+          class:
+            [column.number && "n", column.free && "free", column.key === "pick" && "pick", blank && "blank"]
+              .filter(Boolean)
+              .join(" ") || null,
+        };
+        return column.head
+          ? h("th", { scope: "row", ...props }, shown)
+          : h("td", { ...props, data: column.name ? { name: column.name } : {} }, blank ? "" : shown);
+      }),
+    );
   }
 }
