@@ -97,6 +97,7 @@ def test_old_jobs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder.mkdir(parents=True)
         (folder / "job.json").write_text(json.dumps({"kind": "train", "ended": 1.0}))
     jobs = Jobs(tmp_path)
+    (old / "20300101-000000-train-abcdef").mkdir()  # of a server that was killed as it began
     new = jobs.start("merge", ["runs", str(tmp_path)])
     assert [job["id"] for job in jobs.all()] == [new["id"], "20200101-000003-train-abcdef"]
     ended(jobs, new["id"])

@@ -25,7 +25,7 @@ from strop.dash.reading import DAMAGED, open_file
 Event = dict[str, Any]
 Values = NDArray[np.float64]
 AXES = ("step", "epoch", "tokens", "time")
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18
 MOST_STEPS = 1 << 40
 SMOOTHED_SHARE = 200  # a smoothed point is the mean over this part of the run to each side, 10 steps at least
 MOST_MARKS, MOST_SAVES, MOST_UNDONE = 5000, 200, 5000
@@ -238,15 +238,18 @@ class History:
         fields: tuple[str, ...] = (),
     ) -> dict[str, Any]:  # fmt: skip
         """Every series between start and end of the axis, the least and the most of each of `points` parts kept."""
-        steps = np.array(self.steps, dtype=np.int64)
-        x = self.axis(by, steps)
+        x = self.axis(by, self.steps)
         series: dict[str, Any] = {}
-        values = {name: np.array(column, dtype=np.float64) for name, column in self.columns.items()}
-        if "loss" in values:
-            values["smoothed"] = smoothed(values["loss"])
-        for name, column in values.items():
+        smooth = None
+        for name, column in self.columns.items():  # one after the other: each is as long as the run
+            values = np.array(column, dtype=np.float64)
             if not fields or name in fields:
-                series[name] = _within(x, column, start, end, points)
+                series[name] = _within(x, values, start, end, points)
+            if name == "loss":
+                means = smoothed(values)
+                smooth = short(float(means[-1])) if len(means) else None
+                if not fields or "smoothed" in fields:
+                    series["smoothed"] = _within(x, means, start, end, points)
         if not fields or "eval_loss" in fields:
             at = self.axis(by, np.array(self.eval_steps, dtype=np.int64))
             series["eval_loss"] = _within(at, np.array(self.evals, dtype=np.float64), start, end, points)
@@ -256,10 +259,10 @@ class History:
         reach = [float(x[0]), float(x[-1])] if len(x) else None
         last = dict(self.newest.get("step") or {})
         last.pop("event", None)
-        if len(values.get("smoothed", ())):
-            last["smoothed"] = short(float(values["smoothed"][-1]))
+        if smooth is not None:
+            last["smoothed"] = smooth
         return {
-            "by": by, "range": reach, "rows": len(steps), "decimated": len(steps) > 2 * points, "series": series,
+            "by": by, "range": reach, "rows": len(x), "decimated": len(x) > 2 * points, "series": series,
             "last": last, "generation": self.generation,
         }  # fmt: skip
 
@@ -267,14 +270,15 @@ class History:
 def smoothed(values: Values) -> Values:
     """Mean over the steps around each, as many to the left as to the right, so that the curve does not lag."""
     known = np.isfinite(values)
-    total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
-    number = np.concatenate([[0], np.cumsum(known)])
     count = len(values)
-    place = np.arange(count)
+    place = np.arange(count, dtype=np.int32)
     reach = np.minimum(np.minimum(place, count - 1 - place), min(max(10, count // SMOOTHED_SHARE), count // 20))
     low, high = place - reach, place + reach + 1
+    total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    means: Values = total[high] - total[low]
+    total = np.concatenate([np.zeros(1, np.int32), np.cumsum(known, dtype=np.int32)])
     with np.errstate(invalid="ignore", divide="ignore"):
-        means: Values = (total[high] - total[low]) / (number[high] - number[low])
+        means /= total[high] - total[low]
     return means
 
 

@@ -73,8 +73,8 @@ class Jobs:
 
     def all(self) -> list[dict[str, Any]]:
         """All jobs, newest first, without what they gave."""
-        names = sorted(self._names(), reverse=True)
-        return [self.about(name, whole=False) for name in names]
+        jobs = [self.about(name, whole=False) for name in self._names()]
+        return sorted(jobs, key=lambda job: -(job["started"] or 0.0))
 
     def folder(self, name: str) -> Path:
         """Raises FolderError for a job that does not exist."""
@@ -137,7 +137,8 @@ class Jobs:
 
     def _names(self) -> list[str]:
         try:
-            return [entry.name for entry in os.scandir(self._folder) if _ID.fullmatch(entry.name)]
+            names = [entry.name for entry in os.scandir(self._folder) if _ID.fullmatch(entry.name)]
+            return [name for name in names if name in self._over or (self._folder / name / "job.json").is_file()]
         except OSError:
             return []
 

@@ -30,6 +30,7 @@ _STEP = re.compile(
     rb'\{"event": "step", "time": [\d.]+, "step": (\d+), "steps": \d+, "epoch": \d+, '
     rb'"loss": (-?\d[\d.]*(?:e[-+]?\d+)?)[,}]'
 )
+_OF_STEP, _OF_EVAL = (b'{"event": "%s"' % kind for kind in (b"step", b"eval"))
 _TIME = re.compile(rb'"time": ([\d.]+)')
 EMPTY: Mapping[str, Any] = {
     **dict.fromkeys(("step", "steps", "epoch", "seconds_left", "seconds", "loss", "eval_loss", "tokens")),
@@ -151,10 +152,10 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
     lock, report = read_json(folder.lock), read_json(folder.report)
     values: Mapping[str, Any] = lock.get("values") or {}
     stamp = _stamp(folder.events)
-    size = stamp[1] if stamp else 0
-    first, end = _TIME.search(read_bytes(folder.events, 0, 256)), _end(folder.events, size)
+    size, live = stamp[1] if stamp else 0, _stamp(folder.path / "claim.json") is not None
+    first = _TIME.search(read_bytes(folder.events, 0, 256))
+    step, evaluated, end = _end(folder.events, size, live=live)
     curve = _curve(folder.events, size)
-    step, evaluated = _last(end, "step"), _last(end, "eval")
     stamps = [seen for file in (folder.lock, folder.path / "claim.json", folder.path) if (seen := _stamp(file))]
     heartbeat = (stamp or max(stamps, default=(0, 0)))[0] / 1e9
     number = step.get("step") if step else curve[-1][0] if curve else 0
@@ -175,10 +176,6 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "score": score_of(report), "sparkline": curve, "bytes": sum(size for _, size in sizes(folder.path)),
         "has_adapter": (folder.adapter / "adapter_config.json").is_file(),
     }  # fmt: skip
-
-
-def _last(events: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    return next((event for event in reversed(events) if event.get("event") == kind), {})
 
 
 def _text(value: Any) -> str | None:
@@ -220,16 +217,19 @@ def _events(lines: list[bytes]) -> list[dict[str, Any]]:
     return events
 
 
-def _end(file: Path, size: int) -> list[dict[str, Any]]:
-    """The last events: of a file that a resume has just begun to write on again, from before that too."""
-    events: list[dict[str, Any]] = []
+def _end(file: Path, size: int, *, live: bool) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """The last step, the last evaluation, and the last events: of a live run enough to see how often it writes.
+
+    A resume may just have begun to write: what was before it is looked for too.
+    """
     for reach in (END_BYTES, 64 * END_BYTES):
         start = max(0, size - reach)
         lines = read_bytes(file, start, reach).split(b"\n")[1 if start else 0 : -1]
-        events = _events(lines[-MOST_EVENTS:])
-        if start == 0 or any(event.get("event") in ("step", "start") for event in events):
+        steps, evaluated = ([line for line in lines if line.startswith(kind)][-1:] for kind in (_OF_STEP, _OF_EVAL))
+        if start == 0 or steps:
             break
-    return events
+    step, score = (next(iter(_events(found)), {}) for found in (steps, evaluated))
+    return step, score, _events(lines[-MOST_EVENTS if live else -1 :])
 
 
 def _curve(file: Path, size: int) -> list[tuple[int, float]]:

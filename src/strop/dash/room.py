@@ -34,7 +34,7 @@ class Room:
         """Ends the workers and the server of models; runs and exports go on."""
         self.planner.end()
         self.data.end()
-        self.talk.stop()
+        self.talk.close()
         self._reader.shutdown(cancel_futures=True)
 
 

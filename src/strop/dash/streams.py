@@ -81,16 +81,19 @@ def _about(desk: Desk, name: str) -> Any:
 async def job(desk: Desk, ask: Ask, name: str) -> AsyncIterator[bytes]:
     """One job and what it writes, up to its end."""
     before: Any = None
-    place = None
+    place, quiet = None, 0.0
     while True:
         about = await ask(desk.jobs.about, name)
-        text, after = await ask(desk.jobs.log, name, place)
+        text, place = await ask(desk.jobs.log, name, place)
+        quiet = 0.0 if text or about != before else quiet + LOOK_S
         if text:
             yield event("log", {"text": text})
-        place = after
         if about != before:
             yield event("job", about)
             before = about
+        if quiet >= QUIET_S:
+            yield b": .\n\n"
+            quiet = 0.0
         if about["state"] != "running":
             return
         await asyncio.sleep(LOOK_S)

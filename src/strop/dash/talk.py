@@ -26,12 +26,14 @@ class Talk:
 
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
+        self._own: str | None = None
 
     def start(self, names: list[str]) -> dict[str, Any]:
         """names: as `strop serve` takes them. The server before, if any, is ended."""
         self.stop()
         key = secrets.token_urlsafe(24)
         job = self._jobs.start("serve", ["serve", *names, "--port=0"], ",".join(names), {KEY_VARIABLE: key})
+        self._own = job["id"]
         file = self._jobs.folder(job["id"]) / "key"
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
             out.write(key)
@@ -41,6 +43,11 @@ class Talk:
         for job in self._jobs.running("serve"):
             self._jobs.stop(job["id"])
         return self.about()
+
+    def close(self) -> None:
+        """Ends the server that was started here; that of another page on the same folder goes on."""
+        if self._own is not None:
+            self._jobs.stop(self._own)
 
     def about(self) -> dict[str, Any]:
         """off, starting, ready or failed; which models there are."""
