@@ -28,6 +28,7 @@ LAYERS: list[set[str]] = [
     {"objectives", "devices"},
     {"adapters", "evaluation", "planning"},
     {"training", "exporting", "serve"},
+    {"dash"},
     {"flags", "terminal"},
     {"chat", "demo"},
     {"commands"},

@@ -17,6 +17,7 @@ from strop import __version__
 from strop.commands.adapters import adapters
 from strop.commands.chat import chat
 from strop.commands.check import check
+from strop.commands.dash import dash
 from strop.commands.demo import demo
 from strop.commands.doctor import doctor
 from strop.commands.evaluate import evaluate
@@ -115,6 +116,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "serve": serve,
     "modules": modules,
     "runs": runs,
+    "dash": dash,
     "schema": schema,
     "demo": demo,
 }

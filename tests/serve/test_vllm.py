@@ -18,7 +18,7 @@ from strop.errors import InputError, ModelError, RunError
 from strop.model.facts import locate
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import write_json
-from strop.serve.run import Address
+from strop.serve.address import Address
 from strop.serve.vllm import (
     Same,
     _ask,

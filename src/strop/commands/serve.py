@@ -43,7 +43,7 @@ def serve(
     """Serve it as OpenAI's API does, with a page to talk to base and tuned side by side."""
     from strop.adapters import check_place
     from strop.errors import RecipeError, nearest
-    from strop.serve.run import exit_code, open_address
+    from strop.serve.address import exit_code, open_address
 
     if engine not in ("strop", "vllm"):
         raise RecipeError(f"--engine {engine}: no such engine{nearest(engine, ['strop', 'vllm'])}", fix="strop or vllm")

@@ -65,6 +65,7 @@ def account(data: DataSection, renderer: Renderer, looked: Pass) -> DataReport:
             {"file": at.file, "line": at.line, "reason": code, "what": at.what}
             for code, at in ((fault.code, fault.where) for fault in faults)
         ],
+        cut=[] if shared else [dict(zip(("how", "file", "line", "what"), one, strict=True)) for one in facts["cut"]],
         tokens=Tokens.of(examples.lengths, examples.supervised),
         stop_token={"rows": facts["stops"], "share": facts["stops"] / kept if kept else 0.0},
         duplicates={"within": within, "across": 0},

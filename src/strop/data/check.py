@@ -108,7 +108,7 @@ def tokens_text(example: Example, renderer: Renderer, *, ids: bool = False) -> T
     """An example as rich text, one piece a token (or a few where these make one character only together)."""
     text, before = Text(), False
     stops = {*renderer.stop_ids, renderer.tokenizer.eos_token_id}
-    for piece, numbers, weight in _pieces(example, renderer.tokenizer):
+    for piece, numbers, weight in pieces(example, renderer.tokenizer):
         trained = weight > 0
         if trained != before:
             text.append("⟦" if trained else "⟧", SUPERVISED)
@@ -124,7 +124,7 @@ def tokens_text(example: Example, renderer: Renderer, *, ids: bool = False) -> T
     return text
 
 
-def _pieces(example: Example, tokenizer: Any) -> Iterator[tuple[str, list[int], float]]:
+def pieces(example: Example, tokenizer: Any) -> Iterator[tuple[str, list[int], float]]:
     """Text, ids and weight of one token after the other; tokens that hold parts of one character come together."""
     waiting: list[int] = []
     numbers, weights = example.ids.tolist(), example.weights.tolist()

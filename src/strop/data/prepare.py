@@ -42,7 +42,7 @@ REASONS: dict[str, str] = {
     TOO_LONG: "the row is longer than data.max_length",
     "contradiction": "the same two answers stand the other way round elsewhere, or one answer is judged both ways",
 }
-STORE_VERSION = 3  # raise it when prepared data changes for the same input
+STORE_VERSION = 4  # raise it when prepared data changes for the same input
 OUTCOMES = ("used", "split", "truncated", "dropped")  # from best to worst
 
 
@@ -238,6 +238,7 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
     faults: list[RowFault] = []
     outcomes: Counter[str] = Counter()
     notes: Counter[str] = Counter()
+    cut: list[tuple[str, str, int | None, str]] = []  # how, and where
     first: dict[str, str] = {}  # note -> where it was first seen, with an example
     row, worst, stops, longest, chats, thinking = 0, -1, 0, 0, 0, 0
     judged: dict[int, tuple[str, int]] = {}  # comparison or judgement -> where it was first seen
@@ -260,6 +261,9 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
         if fault is not None:
             faults.append(fault)
             continue
+        if outcome in ("truncated", "split") and not isinstance(rendered, RenderError):
+            kept = f"{sum(map(len, rendered))} tokens, now {' + '.join(str(len(example)) for example in examples)}"
+            cut.append((outcome, conversation.file, conversation.line, kept))
         writer.add(conversation, examples)
         chats += conversation.text is None
         thinking += conversation.text is None and renderer.chat.thinks(conversation.messages)
@@ -274,6 +278,7 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
         "read": reader.num_rows,
         "outcomes": dict(outcomes),
         "faults": [(fault.code, fault.where.file, fault.where.line, fault.where.what) for fault in faults],
+        "cut": cut,
         "notes": [(note, count, first[note]) for note, count in notes.most_common()],
         "unused": dict(reader.conversations.unused),
         "left_out": dict(reader.left_out),

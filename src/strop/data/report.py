@@ -39,7 +39,8 @@ class Tokens:
 class DataReport:
     """Rows as read, used, truncated, split, dropped: read is the sum of the other four.
 
-    dropped: {file, line, reason, what} of each. held_out: rows used that are for evaluation, not training.
+    dropped: {file, line, reason, what} of each. cut: {how, file, line, what} of each that was truncated or split.
+    held_out: rows used that are for evaluation, not training.
     stop_token: rows whose last supervised token is a stop token, and their share of the rows not dropped.
     duplicates: within (rows beyond the first of equal content), across (eval rows that are also train rows).
     padding: shares of padding in batches of 8 rows in the file's order and in packs of max_length tokens.
@@ -62,6 +63,7 @@ class DataReport:
     refusal: DataError | None = None
     eval: DataReport | None = None
     answers: dict[str, Any] = field(default_factory=dict)
+    cut: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def would_refuse(self) -> bool:
@@ -73,6 +75,7 @@ class DataReport:
             "rows": self.rows,
             "by_reason": self.by_reason,
             "dropped": self.dropped,
+            "cut": self.cut,
             "tokens": vars(self.tokens),
             "stop_token": self.stop_token,
             "duplicates": self.duplicates,

@@ -122,7 +122,11 @@ def compare(
             "lost": [place for place, was, now in zip(places, before, after, strict=True) if was and not now],
         }
     result["samples"] = [
-        {"prompt": question.prompt, "gold": question.gold}
+        {
+            "place": f"{question.conversation.file}:{question.conversation.line}",
+            "prompt": question.prompt,
+            "gold": question.gold,
+        }
         | {name: side.texts[row] for name, side in sides.items()}
         | {f"{name}_hit": side.hits[row] for name, side in sides.items()}
         for row, question in enumerate(asked)

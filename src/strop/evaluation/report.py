@@ -6,7 +6,6 @@ whose figures are absent is left out.
 
 from __future__ import annotations
 
-import difflib
 import io
 import math
 from collections import Counter
@@ -21,6 +20,7 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from strop.evaluation.marking import pieces
 from strop.evaluation.metrics import METRICS, Difference, in_points, judged_by_kind, task_rows, verdict
 from strop.runs.folder import write_atomic
 
@@ -182,28 +182,7 @@ def _marked(gold: Any, answer: str) -> list[tuple[str, str]]:
     shown = _cut(answer)
     if gold is None or not shown:
         return [(shown or "(nothing)", "same")]
-    wanted, given = _words(_cut(str(gold))), _words(shown)
-    matcher = difflib.SequenceMatcher(None, wanted, given, autojunk=False)
-    if matcher.ratio() < 0.6:
-        return [(shown, "same")]
-    parts = []
-    for tag, a1, a2, b1, b2 in matcher.get_opcodes():
-        if tag in ("delete", "replace"):
-            parts.append(("".join(wanted[a1:a2]), "missing"))
-        if b2 > b1:
-            parts.append(("".join(given[b1:b2]), "same" if tag == "equal" else "added"))
-    return parts
-
-
-def _words(text: str) -> list[str]:
-    """Words and what stands between them, one by one."""
-    words: list[str] = []
-    for character in text:
-        if words and character.isalnum() and words[-1][-1].isalnum():
-            words[-1] += character
-        else:
-            words.append(character)
-    return words
+    return pieces(_cut(str(gold)), shown)
 
 
 def _cut(text: str) -> str:

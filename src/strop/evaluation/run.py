@@ -181,7 +181,7 @@ def _scorable(data: str | Sequence[str], metric: str) -> list[Conversation]:
 
 
 def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
-    """Puts scores, intervals and some samples into report.json and report.html of a run."""
+    """Puts scores, intervals and some samples into report.json and report.html of a run; all samples: answers.json."""
     report = (
         json.loads(folder.report.read_text(encoding="utf-8")) if folder.report.is_file() else {"run": str(folder.path)}
     )
@@ -196,6 +196,7 @@ def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
     if "regression" in result:
         report["regression"] = {key: value for key, value in result["regression"].items() if key != "samples"}
     report["samples"] = result["samples"][::every][:SAMPLES_IN_REPORT]
+    write_json(folder.answers, {"metric": result["metric"], "samples": result["samples"]})
     write_json(folder.report, report)
     write_report(folder.path, report, read_events(folder.events))
     if "recipe" in report:

@@ -85,10 +85,12 @@ def make_plan(
     rows: Sequence[tuple[int, int]] = (),
     adapter: Mapping[str, Any] | None = None,
     devices: Devices = ONE,
+    thorough: bool = True,
 ) -> Plan:
     """rate_of: the machine's in a type. device and dtype: where the recipe leaves them open. rows: tokens and
     supervised tokens of each answer, where they are known. adapter: adapter_config.json of the adapter to start from.
-    devices: machine and rate_of are of one of them.
+    devices: machine and rate_of are of one of them. thorough: look for what would just fit, and for what helps where it
+    does not: longer than all the rest.
 
     Raises InputError where the recipe asks for what the model does not have.
     """
@@ -116,9 +118,9 @@ def make_plan(
         tokens_per_s=several.over[0].tokens_per_s if several.over else tokens_per_s(setting, usual, rate),
         seconds=seconds,
         rate=rate,
-        largest=_largest(recipe, room),
+        largest=_largest(recipe, room) if thorough else {},
         disk_bytes=_disk_bytes(recipe, setting),
-        ladder=[] if fits else ladder(recipe, room, rate),
+        ladder=[] if fits or not thorough else ladder(recipe, room, rate),
         gives_up=_given_up(resolved, setting),
         spread=several,
     )

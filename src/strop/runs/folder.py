@@ -65,6 +65,16 @@ class RunFolder:
     def page(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def answers(self) -> Path:
+        """What base and tuned answered to each row of the last evaluation."""
+        return self.path / "answers.json"
+
+    @property
+    def holder(self) -> int | None:
+        """The live process, another than this one, that holds the folder."""
+        return _live_holder(self.path / _CLAIM[0])
+
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:06d}"
 
@@ -201,7 +211,7 @@ def _live_holder(file: Path) -> int | None:
         claim = json.loads(file.read_text(encoding="utf-8"))
         process = psutil.Process(int(claim["pid"]))
         alive = abs(process.create_time() - float(claim["started"])) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except (FileNotFoundError, ValueError, KeyError, psutil.NoSuchProcess):
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, psutil.NoSuchProcess):
         return None
     return process.pid if alive and process.pid != os.getpid() else None
 

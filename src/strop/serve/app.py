@@ -28,7 +28,8 @@ from strop.serve.grammar import Grammars
 from strop.serve.guard import Guard, Rules
 from strop.serve.metrics import Metrics
 from strop.serve.models import PROMPT_FAULTS, Served
-from strop.serve.protocol import ChatRequest, Common, CompletionRequest, Refusal, Writer, error_body, usage
+from strop.serve.protocol import ChatRequest, Common, CompletionRequest, Writer, usage
+from strop.serve.refusal import Refusal, error_body
 
 COMPLETION_TOKENS = 16  # of a plain completion that does not say how many; OpenAI's default
 ASSETS = {
@@ -37,6 +38,7 @@ ASSETS = {
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
+OPEN = ("/health", *ASSETS)
 FAILURES = {
     "failed": (500, "the server failed while it answered"),
     "format": (400, "response_format: the answer cannot go on as it says"),
@@ -169,8 +171,13 @@ def create_app(room: Room, rules: Rules, metrics: Metrics) -> Guard:
     for path, (name, kind) in ASSETS.items():
         router.add_api_route(path, _asset(name, kind), methods=["GET"], include_in_schema=False)
     app.include_router(router)
-    paths = ["/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json", *ASSETS]
-    return Guard(app, rules, metrics, paths)
+    paths = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json", *ASSETS}
+
+    def answered(path: str, status: int) -> None:
+        known = path if path in paths else "other"  # or anyone could fill the memory
+        metrics.requests.labels(known, str(status)).inc()
+
+    return Guard(app, rules, answered)
 
 
 def _asset(name: str, kind: str) -> Callable[[], Awaitable[Response]]:

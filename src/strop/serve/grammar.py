@@ -11,7 +11,8 @@ import numpy as np
 
 from strop.engine.answers.text import Logits, Mask, NoToken
 from strop.serve.models import Served
-from strop.serve.protocol import Refusal, ResponseFormat
+from strop.serve.protocol import ResponseFormat
+from strop.serve.refusal import Refusal
 
 
 class Grammars:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,7 @@ import h11
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from strop.serve.metrics import Metrics
-from strop.serve.protocol import error_body
+from strop.serve.refusal import error_body
 
 HEAD_SECONDS = 15.0  # from a connection's start, or its last answer, to the end of a request's headers
 BODY_SECONDS = 30.0  # a request must have arrived by then
@@ -34,16 +33,17 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-store",
 }
-OPEN = ("/", "/health", "/page.js", "/page.css", "/icon.svg")  # no key: they tell nothing
 
 
 @dataclass(frozen=True)
 class Rules:
-    """hosts: exact values of the Host header, with port. key: None where none is asked for."""
+    """hosts: exact values of the Host header, with port. key: None where none is asked for. open: paths that need no
+    key, since they tell nothing."""
 
     hosts: Collection[str]
     key: str | None
     max_body_bytes: int
+    open: Collection[str] = ()
 
 
 class Door(H11Protocol):
@@ -80,10 +80,10 @@ class Door(H11Protocol):
 
 
 class Guard:
-    """ASGI middleware."""
+    """ASGI middleware. answered: called with path and status of each answer."""
 
-    def __init__(self, app: Any, rules: Rules, metrics: Metrics, paths: Collection[str]) -> None:
-        self._app, self._rules, self._metrics, self._paths = app, rules, metrics, paths
+    def __init__(self, app: Any, rules: Rules, answered: Callable[[str, int], None] | None = None) -> None:
+        self._app, self._rules, self._answered = app, rules, answered
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -95,8 +95,8 @@ class Guard:
                 message["headers"] = [
                     *message["headers"], *((name.encode(), value.encode()) for name, value in HEADERS.items())
                 ]  # fmt: skip
-                path = scope["path"] if scope["path"] in self._paths else "other"  # or anyone could fill the memory
-                self._metrics.requests.labels(path, str(message["status"])).inc()
+                if self._answered is not None:
+                    self._answered(scope["path"], message["status"])
             await send(message)
 
         refused = self._refuses(scope)
@@ -115,7 +115,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
             return 403, "requests from other sites' pages are refused"
-        if self._rules.key is not None and scope["path"] not in OPEN:
+        if self._rules.key is not None and scope["path"] not in self._rules.open:
             given = headers.get("authorization", "")
             wanted = f"Bearer {self._rules.key}"
             if not hmac.compare_digest(given.encode("latin-1"), wanted.encode()):

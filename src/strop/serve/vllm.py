@@ -48,8 +48,9 @@ from strop.model.load import weights_folder
 from strop.model.tokenizer import head_folder, load_tokenizer
 from strop.objectives.table import learning_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
+from strop.serve.address import KEY_VARIABLE, Address
 from strop.serve.models import BASE, check_names
-from strop.serve.run import KEY_VARIABLE, LONGEST_CONTEXT, Address
+from strop.serve.run import LONGEST_CONTEXT
 
 START_SECONDS = 900.0  # compiling for a GPU takes minutes
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.32 takes as --max-lora-rank

@@ -1,0 +1,89 @@
+"""How quickly the page of `strop dash` opens a long run and a long table, and what memory the tab then takes.
+
+    python benchmarks/dash_page.py --out benchmarks/results/dash_page.json
+
+Needs Chromium and playwright (the `test` extra). The runs are files made here, as a trainer would have left them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.measured import write
+from tests.support.browser import at, open_browser
+from tests.support.dashing import Dash, dashing, lines, make_run, session, step
+
+
+def long_run(folder: Path, steps: int) -> None:
+    """A run with a spike, some skipped steps, and an evaluation every thousandth step."""
+    dice, events = random.Random(0), session(steps=steps)
+    for number in range(1, steps + 1):
+        loss = 3.0 * number**-0.2 + 0.05 * dice.random() + (9.0 if number == steps // 3 else 0.0)
+        events.append(step(number, steps, loss=loss, grad_norm=dice.random()))
+        if number % 1000 == 0:
+            events.append({"event": "eval", "time": 1000.0 + number, "step": number, "loss": loss, "best": False})
+        if number % 20_000 == 0:
+            events.append({"event": "skip", "time": 1000.0 + number, "step": number, "why": "loss is not finite"})
+    make_run(folder, "long", events)
+
+
+def opened(browser: Any, dash: Dash, address: str, whole: str) -> tuple[float, dict[str, float]]:
+    """Seconds from the navigation until the screen is whole, in a fresh tab; its memory in MB after a collection."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    started = time.perf_counter()
+    page.goto(at(dash, address))
+    page.wait_for_selector(whole)
+    page.wait_for_selector(".screen:not([aria-busy])")
+    seconds = time.perf_counter() - started
+    session = context.new_cdp_session(page)
+    session.send("Performance.enable")
+    session.send("HeapProfiler.collectGarbage")
+    told = {one["name"]: one["value"] for one in session.send("Performance.getMetrics")["metrics"]}
+    memory = {"heap_mb": told["JSHeapUsedSize"] / 1e6, "nodes": told["Nodes"]}
+    context.close()
+    return seconds, memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200_000)
+    parser.add_argument("--runs", type=int, default=500)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    results = {}
+    with tempfile.TemporaryDirectory() as place, open_browser() as browser:
+        one, many = Path(place) / "one", Path(place) / "many"
+        long_run(one, given.steps)
+        some = lines([*session(), *(step(number) for number in range(1, 101))])
+        for number in range(given.runs):
+            folder = make_run(many, f"run-{number:03}", [])
+            (folder / "events.jsonl").write_text(some, encoding="utf-8")
+        for name, folder, address, whole in (
+            (f"a run of {given.steps:,} steps", one, "/run/long", ".plot canvas >> nth=3"),
+            (f"a table of {given.runs} runs", many, "/runs", f"tbody tr >> nth={given.runs - 1}"),
+        ):
+            with dashing(folder) as dash:
+                opens = [opened(browser, dash, address, whole) for _ in range(1 + given.repeats)]
+            warm = [seconds for seconds, _ in opens[1:]]
+            results[name] = {
+                "first_s": opens[0][0], "median_s": statistics.median(warm), "least_s": min(warm), "most_s": max(warm),
+                **opens[-1][1],
+            }  # fmt: skip
+            print(name, {key: round(value, 3) for key, value in results[name].items()})
+    if given.out:
+        write(given.out, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""A run's events as columns, read once and then only what was added; drawn with every spike however many steps.
+
+The trainer appends to events.jsonl, cuts off a last line that a crash left short, and does steps again after a resume
+or a rollback: such a step counts as it was done last, and what it was before is kept as `undone`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from array import array
+from bisect import bisect_left, bisect_right
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strop.dash.marks import mark_of
+from strop.dash.reading import DAMAGED, open_file
+
+Event = dict[str, Any]
+Values = NDArray[np.float64]
+AXES = ("step", "epoch", "tokens", "time")
+CHUNK_BYTES = 1 << 18
+MOST_STEPS = 1 << 40
+SMOOTHED_SHARE = 200  # a smoothed point is the mean over this part of the run to each side, 10 steps at least
+MOST_MARKS, MOST_SAVES, MOST_UNDONE = 5000, 200, 5000
+_PLAIN = ("event", "time", "step", "steps", "epoch", "tokens", "seconds_left")
+_KEPT = ("machine", "recipe", "data", "start", "rehearsal")
+
+
+class History:
+    """generation: goes up when the past changed, so that what was drawn must be drawn anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.generation = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._offset, self._file = 0, 0
+        self.steps, self.clock, self.tokens = array("l"), array("d"), array("d")
+        self.columns: dict[str, array[float]] = {}
+        self.eval_steps, self.evals = array("l"), array("d")
+        self.eval_seconds = array("d")
+        self.undone: list[tuple[int, float]] = []
+        self.marks: list[dict[str, Any]] = []
+        self.marks_left_out, self.num_marks, self.num_saves = 0, 0, 0
+        self.newest: dict[str, Event] = {}
+        self.last: Event = {}
+        self.notes: list[str] = []
+        self._asked: dict[str, dict[str, Any]] = {}
+        self.first_time: float | None = None
+        self._session, self._before = 0.0, 0.0
+        self._epoch_began: dict[int, int] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes in memory."""
+        return len(self.steps) * (24 + 4 * len(self.columns)) + 400 * len(self.marks) + 64 * len(self.undone)
+
+    def update(self) -> bool:
+        """Reads what was appended; says whether there was anything."""
+        try:
+            handle = open_file(self.path)
+        except OSError:
+            if self._offset:
+                self._clear()
+                self.generation += 1
+                return True
+            return False
+        with os.fdopen(handle, "rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != self._file or found.st_size < self._offset:  # another file, or one that was cut
+                if self._offset:
+                    self.generation += 1
+                self._clear()
+                self._file = found.st_ino
+            file.seek(self._offset)
+            before, waiting = self._offset, b""
+            while chunk := file.read(CHUNK_BYTES):
+                waiting += chunk
+                whole = waiting.rfind(b"\n") + 1
+                if whole:
+                    self._take(waiting[:whole])
+                    self._offset += whole
+                    waiting = waiting[whole:]
+            return self._offset != before
+
+    def _take(self, lines: bytes) -> None:
+        each = [line for line in lines.decode("utf-8", "replace").split("\n") if line]
+        try:
+            events = json.loads(f"[{','.join(each)}]")
+        except (ValueError, RecursionError):  # a damaged line costs itself alone
+            events = [event for line in each if (event := _parsed(line)) is not None]
+        run: list[Event] = []
+        for event in events:
+            if not isinstance(event, dict):
+                continue
+            if event.get("event") == "step":
+                run.append(event)
+                continue
+            self._steps(run)
+            run = []
+            with contextlib.suppress(*DAMAGED):
+                self._other(event)
+        self._steps(run)
+
+    def _steps(self, events: list[Event]) -> None:
+        events = [event for event in events if isinstance(event.get("step"), int) and 0 <= event["step"] < MOST_STEPS]
+        if not events:
+            return
+        self.newest["step"] = self.last = events[-1]
+        if self.first_time is None:
+            self.first_time = self._session = _number(events[0].get("time")) or 0.0
+        for name, value in events[0].items():
+            if name not in _PLAIN and name not in self.columns and not isinstance(value, (str, bool, list, dict)):
+                self.columns[name] = array("f", [np.nan] * len(self.steps))
+        first = events[0]["step"]
+        if self.steps and first <= self.steps[-1]:
+            self._undo(first - 1)
+        numbers = [event["step"] for event in events]
+        if any(later <= number for number, later in pairwise(numbers)):
+            for event in events:  # never written by one session; each by itself, then
+                self._steps([event])
+            return
+        epoch = None
+        for number, event in zip(numbers, events, strict=True):
+            if event.get("epoch") != epoch and isinstance(event.get("epoch"), int):
+                epoch = event["epoch"]
+                self._epoch_began.setdefault(epoch, number)
+        self.steps.extend(numbers)
+        reached = self.clock[-1] if self.clock else 0.0
+        for time in _numbers(events, "time"):  # a clock that is set back must not turn the curve back
+            reached = max(reached, self._before + time - self._session)
+            self.clock.append(reached)
+        self.tokens.extend(_numbers(events, "tokens"))
+        for name, column in self.columns.items():
+            column.extend(_numbers(events, name))
+
+    def _other(self, event: Event) -> None:
+        kind, step = str(event.get("event")), event.get("step")
+        self.last = event
+        time = _number(event.get("time"))
+        if self.first_time is None and kind == "start":
+            self.first_time = self._session = time
+        if kind == "machine":  # a new session; the time in between is nobody's
+            self._before, self._session = (self.clock[-1] if self.clock else 0.0), time
+        if kind in ("start", "resume") and self._session:
+            self._session = time
+        if kind in _KEPT:
+            self.newest[kind] = event
+        if kind == "recipe" and not self._asked:
+            self._asked = {str(choice.get("field")): choice for choice in event.get("choices") or []}
+        if kind == "note":
+            self.notes = [*self.notes, str(event.get("text", ""))][-200:]
+        if kind == "eval" and isinstance(step, int):
+            self.newest["eval"] = event
+            at = bisect_left(self.eval_steps, step)
+            self.generation += at < len(self.eval_steps)
+            del self.eval_steps[at:], self.evals[at:], self.eval_seconds[at:]
+            self.eval_steps.append(step)
+            self.evals.append(_number(event.get("loss")))
+            self.eval_seconds.append(_number(event.get("seconds")))
+        back = event.get("to") if kind == "rollback" else step if kind == "resume" else None
+        if isinstance(back, int) and self.steps and back < self.steps[-1]:
+            self._undo(back)
+            if kind == "resume":
+                self._before = self.clock[-1] if self.clock else 0.0
+        made = mark_of(event)
+        if made is None:
+            return
+        self.num_marks += 1
+        if kind == "save":
+            self.num_saves += 1
+            saves = [place for place, one in enumerate(self.marks) if one["kind"] == "save"]
+            if len(saves) >= MOST_SAVES:
+                del self.marks[saves[0]]
+        elif len(self.marks) >= MOST_MARKS:
+            self.marks_left_out += 1
+            return
+        self.marks.append(made)
+
+    def _undo(self, step: int) -> None:
+        """What came after `step` is done again."""
+        at = bisect_right(self.steps, step)
+        if at < len(self.steps):
+            self.generation += 1
+            losses = self.columns.get("loss", array("f"))
+            self.undone += zip(self.steps[at:], losses[at:], strict=False)
+            del self.undone[:-MOST_UNDONE]
+        for column in [*self.columns.values(), self.clock, self.tokens]:
+            del column[at:]
+        del self.steps[at:]
+        at = bisect_right(self.eval_steps, step)
+        del self.eval_steps[at:], self.evals[at:], self.eval_seconds[at:]
+        self._epoch_began = {epoch: began for epoch, began in self._epoch_began.items() if began <= step}
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """As the epochs that have begun show, else by the rows and the batch."""
+        begun = sorted(self._epoch_began.items())
+        if len(begun) > 1:
+            (first, a), (last, b) = begun[0], begun[-1]
+            return max(1.0, (b - a) / (last - first))
+        report = (self.newest.get("data") or {}).get("report") or {}
+        rows = (report.get("rows") or {}).get("used")
+        batch = next((c["value"] for c in self.choices if c.get("field") == "train.batch_size"), None)
+        if isinstance(rows, int) and isinstance(batch, int) and rows and batch:
+            return float(-(-(rows - int(report.get("held_out") or 0)) // batch) or 1)
+        return None
+
+    @property
+    def choices(self) -> list[dict[str, Any]]:
+        """The resolved recipe, each value with its origin and reason; a resume takes them over from the start."""
+        now = (self.newest.get("recipe") or {}).get("choices") or []
+        first = self._asked
+        same = {c["field"] for c in now if first.get(c["field"], {}).get("value") == c.get("value")}
+        return [first[choice["field"]] if choice["field"] in same else choice for choice in now]
+
+    def axis(self, by: str, steps: Any) -> Values:
+        """Where these steps lie on an axis: step, epoch, tokens, time."""
+        asked = np.asarray(steps, dtype=np.float64)
+        if by == "step" or not len(self.steps):
+            return asked
+        if by == "epoch":
+            return asked / (self.steps_per_epoch or max(1.0, float(self.steps[-1])))
+        column = self.tokens if by == "tokens" else self.clock
+        places: Values = np.interp(asked, np.array(self.steps, np.float64), np.array(column, np.float64))
+        return places
+
+    def drawn(
+        self, by: str = "step", points: int = 800, start: float | None = None, end: float | None = None,
+        fields: tuple[str, ...] = (),
+    ) -> dict[str, Any]:  # fmt: skip
+        """Every series between start and end of the axis, the least and the most of each of `points` parts kept."""
+        x = self.axis(by, self.steps)
+        series: dict[str, Any] = {}
+        smooth = None
+        for name, column in self.columns.items():  # one after the other: each is as long as the run
+            values = np.array(column, dtype=np.float64)
+            if not fields or name in fields:
+                series[name] = _within(x, values, start, end, points)
+            if name == "loss":
+                means = smoothed(values)
+                smooth = short(float(means[-1])) if len(means) else None
+                if not fields or "smoothed" in fields:
+                    series["smoothed"] = _within(x, means, start, end, points)
+        if not fields or "eval_loss" in fields:
+            at = self.axis(by, np.array(self.eval_steps, dtype=np.int64))
+            series["eval_loss"] = _within(at, np.array(self.evals, dtype=np.float64), start, end, points)
+        if self.undone and (not fields or "undone" in fields):
+            numbers, losses = (np.array(part, dtype=np.float64) for part in zip(*self.undone, strict=True))
+            series["undone"] = _within(self.axis(by, numbers), losses, start, end, points)
+        reach = [float(x[0]), float(x[-1])] if len(x) else None
+        last = dict(self.newest.get("step") or {})
+        last.pop("event", None)
+        if smooth is not None:
+            last["smoothed"] = smooth
+        return {
+            "by": by, "range": reach, "rows": len(x), "decimated": len(x) > 2 * points, "series": series,
+            "last": last, "generation": self.generation,
+        }  # fmt: skip
+
+
+def smoothed(values: Values) -> Values:
+    """Mean over the steps around each, as many to the left as to the right, so that the curve does not lag."""
+    known = np.isfinite(values)
+    count = len(values)
+    place = np.arange(count, dtype=np.int32)
+    reach = np.minimum(np.minimum(place, count - 1 - place), min(max(10, count // SMOOTHED_SHARE), count // 20))
+    low, high = place - reach, place + reach + 1
+    total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    means: Values = total[high] - total[low]
+    total = np.concatenate([np.zeros(1, np.int32), np.cumsum(known, dtype=np.int32)])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means /= total[high] - total[low]
+    return means
+
+
+def _within(x: Values, y: Values, start: float | None, end: float | None, points: int) -> dict[str, list[Any]]:
+    keep = np.isfinite(y) & np.isfinite(x)
+    if start is not None:
+        keep &= x >= start
+    if end is not None:
+        keep &= x <= end
+    x, y = x[keep], y[keep]
+    if len(y) > 2 * points:
+        chosen = extremes(x, y, points)
+        x, y = x[chosen], y[chosen]
+    return {"x": [short(float(one), 9) for one in x], "y": [short(float(one)) for one in y]}
+
+
+def extremes(x: Values, y: Values, parts: int) -> NDArray[np.int64]:
+    """Places of the least and the most in each of so many equal parts of the axis, and of the first and the last.
+
+    x must rise. LTTB, the usual choice, may leave out a single high point; this cannot.
+    """
+    edges = np.searchsorted(x, np.linspace(x[0], x[-1], parts + 1)[1:-1], side="left")
+    chosen = {0, len(x) - 1}
+    for low, high in zip([0, *edges.tolist()], [*edges.tolist(), len(x)], strict=True):
+        if high > low:
+            part = y[low:high]
+            chosen |= {low + int(part.argmin()), low + int(part.argmax())}
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def short(value: float, digits: int = 6) -> float | None:
+    """With so many digits that no eye misses one, and None for what JSON cannot say."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def _parsed(line: str) -> Event | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")
+
+
+def _numbers(events: list[Event], name: str) -> list[float]:
+    """The same field of all; most events have it, so that need not be asked of each."""
+    try:
+        values = [event[name] for event in events]
+        array("d", values)
+        return values
+    except (KeyError, TypeError, OverflowError):
+        return [_number(event.get(name)) for event in events]

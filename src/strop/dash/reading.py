@@ -1,0 +1,140 @@
+"""Files of a run as a server may read them: inside the folder, no links, and never more than asked for.
+
+A run folder may come from anyone. A link in it could show any file of this user to the page.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from strop.errors import FolderError, InputError
+
+# what a file raises that holds other things than a trainer writes: a run folder may come from anyone
+DAMAGED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+MOST_BYTES = 256 << 20  # of a file that is read whole: answers to a large evaluation
+
+
+def inside(root: Path, name: str) -> Path:
+    """The folder of that name directly below `root`. Raises FolderError for anything else."""
+    path = root / name
+    plain = name not in ("", ".", "..") and not name.startswith(".") and len(os.fsencode(name)) <= 255
+    if not plain or "/" in name or "\\" in name or not name.isprintable() or path.is_symlink():
+        raise FolderError("not the name of a run", fix="choose one from the list")
+    return path
+
+
+def open_file(path: Path) -> int:
+    """A file descriptor of a regular file that is no link. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(f"{path}: not a file")
+    return handle
+
+
+def read_bytes(path: Path, start: int = 0, most: int = MOST_BYTES) -> bytes:
+    """At most `most` bytes from `start` on; none where there is no such file."""
+    try:
+        with os.fdopen(open_file(path), "rb") as file:
+            file.seek(start)
+            return file.read(most)
+    except OSError:
+        return b""
+
+
+def read_places(path: Path, starts: list[int], most: int) -> list[bytes]:
+    """`most` bytes from each of these places on."""
+    try:
+        with os.fdopen(open_file(path), "rb", buffering=0) as file:
+            parts = []
+            for start in starts:
+                file.seek(start)
+                parts.append(file.read(most))
+            return parts
+    except OSError:
+        return []
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where it is absent or damaged."""
+    try:
+        found = json.loads(read_bytes(path))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def tail(path: Path, most: int) -> str:
+    """The last bytes of a text file, from a line's start."""
+    try:
+        size = path.lstat().st_size
+    except OSError:
+        return ""
+    start = max(0, size - most)
+    found = read_bytes(path, start, most)
+    return (found.partition(b"\n")[2] if start else found).decode("utf-8", "replace")
+
+
+def sizes(folder: Path) -> list[tuple[str, int]]:
+    """(path below the folder, bytes) of every file; links count as themselves."""
+    found, root = [], str(folder)
+    for place, _, names in os.walk(root):
+        for name in names:
+            path = os.path.join(place, name)
+            try:
+                found.append((path[len(root) + 1 :], os.lstat(path).st_size))
+            except OSError:  # gone meanwhile
+                continue
+    return sorted(found)
+
+
+def browse(roots: list[Path], asked: str) -> dict[str, Any]:
+    """The entries of a folder, to choose from. Raises InputError for one that is not below the roots."""
+    folder = Path(asked or roots[0]).expanduser()
+    try:
+        folder = folder.resolve(strict=True)
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name.lower())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{asked}: cannot be listed: {error}", fix="choose another folder") from None
+    own = [root.resolve() for root in roots]
+    if not any(folder == root or root in folder.parents for root in own):
+        raise InputError(f"{asked}: not below the folder that strop dash was started in", fix="type the path instead")
+    found = [
+        {"name": entry.name, "path": _shown(Path(entry.path)), "kind": kind, "bytes": size}
+        for entry in entries[:5000]
+        if not entry.name.startswith(".") and (kind := _kind(entry)) and (size := _bytes(entry)) is not None
+    ]
+    parent = folder.parent if folder not in own else None
+    return {"path": _shown(folder), "parent": str(parent) if parent else None, "entries": found}
+
+
+def _shown(path: Path) -> str:
+    """Below the current folder as a person would type it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _bytes(entry: os.DirEntry[str]) -> int | None:
+    try:
+        return entry.stat(follow_symlinks=False).st_size
+    except OSError:
+        return None
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    if entry.is_symlink():
+        return ""
+    if not entry.is_dir():
+        data = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
+        name = entry.name.lower().removesuffix(".gz").removesuffix(".zst")
+        return "model" if name.endswith(".gguf") else "data" if name.endswith(data) else ""
+    inner = Path(entry.path)
+    if (inner / "recipe.yaml").is_file() and (inner / "lock.json").is_file():
+        return "run"
+    return "model" if (inner / "config.json").is_file() or (inner / "adapter_config.json").is_file() else "folder"

@@ -1,0 +1,87 @@
+// The memory that a plan counts, by phase and part, as bars.
+
+import { h } from "./dom.js";
+import { bytes, count } from "./format.js";
+
+const NAMES = { quantization_constants: "constants", saved_activations: "activations", mapped_files: "files" };
+const named = (part) => NAMES[part] ?? part.replaceAll("_", " ");
+
+/** phases: {name: {peak_bytes, parts}}; usable: bytes that may be taken, drawn as a line. */
+export function phaseBars(phases, usable) {
+  const all = Object.values(phases),
+    most = Math.max(
+      ...all.map((phase) => phase.peak_bytes),
+      Math.min(usable || 0, 1.6 * Math.max(...all.map((phase) => phase.peak_bytes))),
+    );
+  const parts = [...new Set(all.flatMap((phase) => Object.keys(phase.parts)))].filter((part) =>
+    all.some((phase) => phase.parts[part] > 0.002 * most),
+  );
+  const at = new Map(parts.map((part, place) => [part, `p${place % 10}`]));
+  return h(
+    "div",
+    { class: "bars" },
+    Object.entries(phases).map(([name, phase]) => {
+      const some = parts.filter((part) => phase.parts[part] > 0);
+      const words = `${name}: ${bytes(phase.peak_bytes)}, of which ${some.map((part) => `${named(part)} ${bytes(phase.parts[part])}`).join(", ")}`;
+      return h(
+        "div",
+        { class: "phase" },
+        h("span", {}, name),
+        h(
+          "span",
+          { class: "parts", role: "img", "aria-label": words },
+          some.map((part) =>
+            h("i", {
+              class: at.get(part),
+              title: `${named(part)}: ${bytes(phase.parts[part])}`,
+              style: { width: `${(100 * phase.parts[part]) / most}%` },
+            }),
+          ),
+          usable && usable <= most
+            ? h("b", { title: `usable: ${bytes(usable)}`, style: { left: `${(100 * usable) / most}%` } })
+            : null,
+        ),
+        h("span", { class: usable && phase.peak_bytes > usable ? "sum bad" : "sum" }, bytes(phase.peak_bytes)),
+      );
+    }),
+    h(
+      "p",
+      { class: "key" },
+      parts.map((part) => h("span", {}, h("i", { class: `dot ${at.get(part)}` }), named(part))),
+      usable ? h("span", {}, `usable here: ${bytes(usable)}`) : null,
+    ),
+  );
+}
+
+/** Rows by length: counts[i] rows have edges[i] up to edges[i + 1] tokens; supervised counts those that are trained on. */
+export function histogram({ edges, counts, supervised }) {
+  const most = Math.max(...counts, ...(supervised ?? []), 1);
+  return h(
+    "div",
+    {
+      class: "histogram",
+      role: "img",
+      "aria-label": `Rows by length: ${counts
+        .map((number, place) =>
+          number ? `${number} of ${edges[place]} to ${edges[place + 1] ?? "more"} tokens` : null,
+        )
+        .filter(Boolean)
+        .join(", ")}`,
+    },
+    counts.map((number, place) =>
+      h(
+        "span",
+        {
+          class: "column",
+          title: `${count(edges[place])} to ${count(edges[place + 1] ?? edges[place])} tokens: ${count(number)} rows${supervised ? `; trained on: ${count(supervised[place])} rows` : ""}`,
+        },
+        h("i", { style: { height: `${(100 * number) / most}%` } }),
+        supervised
+          ? h("i", { class: "tuned", style: { height: `${(100 * (supervised[place] ?? 0)) / most}%` } })
+          : null,
+      ),
+    ),
+    h("span", { class: "from" }, count(edges[0])),
+    h("span", { class: "until" }, `${count(edges.at(-1))} tokens`),
+  );
+}

@@ -1,0 +1,79 @@
+// Numbers and times as people read them.
+
+export const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
+
+const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
+
+export const count = (value) => (isNumber(value) ? whole.format(value) : "");
+
+/** A loss or a score with four figures that matter; very small and very large ones with an exponent. */
+export function figure(value) {
+  if (!isNumber(value)) return "";
+  const size = Math.abs(value);
+  if (value === 0) return "0";
+  if (size < 1e-3 || size >= 1e6) return Number(value.toPrecision(3)).toExponential();
+  if (size >= 1000) return whole.format(value);
+  return String(Number(value.toPrecision(4)));
+}
+
+export const percent = (share, digits = 1) => (isNumber(share) ? `${(100 * share).toFixed(digits)} %` : "");
+
+export function bytes(size) {
+  if (!isNumber(size)) return "";
+  if (size >= 2 ** 30) return `${(size / 2 ** 30).toFixed(2)} GiB`;
+  if (size >= 2 ** 20) return `${(size / 2 ** 20).toFixed(size < 10 * 2 ** 20 ? 1 : 0)} MiB`;
+  if (size >= 1024) return `${Math.round(size / 1024)} KiB`;
+  return `${size} B`;
+}
+
+export function duration(seconds) {
+  if (!isNumber(seconds)) return "";
+  if (seconds < 60) return seconds < 10 ? `${seconds.toFixed(1)} s` : `${Math.round(seconds)} s`;
+  const minutes = Math.round(seconds / 60);
+  if (minutes < 60) return `${minutes} min`;
+  const hours = Math.floor(minutes / 60);
+  return hours < 48
+    ? `${hours} h ${String(minutes % 60).padStart(2, "0")} min`
+    : `${Math.floor(hours / 24)} d ${hours % 24} h`;
+}
+
+/** A moment, from seconds since 1970: "2026-11-26 14:05". */
+export function moment(time) {
+  if (!isNumber(time)) return "";
+  const at = new Date(time * 1000),
+    two = (number) => String(number).padStart(2, "0");
+  return `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())} ${two(at.getHours())}:${two(at.getMinutes())}`;
+}
+
+export function ago(time, now = Date.now() / 1000) {
+  if (!isNumber(time)) return "";
+  const past = now - time;
+  return past < 5
+    ? "now"
+    : past < 3600
+      ? `${duration(past)} ago`
+      : past < 48 * 3600
+        ? `${Math.round(past / 3600)} h ago`
+        : moment(time);
+}
+
+/** The last part of a path, for where there is little room. */
+export const tail = (path) => (typeof path === "string" ? (path.split("/").filter(Boolean).at(-1) ?? path) : path);
+
+/** What a value of a recipe looks like. */
+export function shown(value) {
+  if (value === null || value === undefined) return "-";
+  if (isNumber(value)) return Number.isInteger(value) ? String(value) : figure(value);
+  if (Array.isArray(value)) return value.map(shown).join(", ") || "-";
+  return typeof value === "object" ? JSON.stringify(value) : String(value);
+}
+
+/** Rows as CSV (RFC 4180). A cell that a spreadsheet would run as a formula gets a quote in front of it. */
+export function csv(head, rows) {
+  const cell = (value) => {
+    let text = value === null || value === undefined ? "" : String(value);
+    if (typeof value === "string" && /^[=+\-@\t\r]/.test(text)) text = `'${text}`;
+    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  return [head, ...rows].map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
+}

@@ -1,0 +1,382 @@
+// Curves: uPlot draws them (see uplot/NOTE.md); around it a title, a legend that hides and shows, values under the
+// cursor, marks with their words, and what saves the picture (SVG, PNG) and its numbers (CSV).
+
+import uPlot from "./uplot/uPlot.esm.js";
+import { button, download, fresh, h, put } from "./dom.js";
+import { csv, figure, isNumber } from "./format.js";
+import { drawing } from "./drawing.js";
+
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+
+/** A colour with an opacity, for a canvas: #rrggbb and a share. */
+const faded = (name, share) =>
+  colour(name) +
+  Math.round(255 * share)
+    .toString(16)
+    .padStart(2, "0");
+
+/**
+ * options: title; series: [{name, colour (of look.css), width, opacity, points, gaps: join}]; x: {name, show(value)};
+ * show(value): a value as text; height; file: name of what is saved; group: plots of one group share the cursor;
+ * zero: the axis begins at 0; log: may be drawn on a logarithmic axis; onZoom([low, high] | null).
+ * Data: {x: [...], ys: [[...], ...]}, null where a series has no value. marks: [{x, kind, text}].
+ */
+export class Plot {
+  constructor(options) {
+    this.options = { height: 260, x: { name: "step" }, show: figure, ...options };
+    this.hidden = new Set();
+    this.data = { x: [], ys: this.options.series.map(() => []) };
+    this.marks = [];
+    this.logarithmic = false;
+    this.range = null;
+    this.legend = h("div", { class: "legend" });
+    this.where = h("span", { class: "where" });
+    this.canvas = h("div", {
+      class: "canvas",
+      tabIndex: 0,
+      role: "img",
+      id: fresh("plot"),
+      on: { keydown: (event) => this.#key(event) },
+    });
+    this.none = h("p", { class: "empty", hidden: true }, "No figures yet.");
+    const tools = [
+      this.options.log &&
+        button("log", (event) => this.#toLog(event.currentTarget), {
+          class: "small",
+          "aria-pressed": "false",
+          title: "Logarithmic axis",
+        }),
+      button("whole", () => this.zoom(null), { class: "small back", hidden: true, title: "Back to the whole curve" }),
+      h(
+        "details",
+        { class: "save" },
+        h("summary", { "aria-label": `Save ${this.options.title}` }, "Save"),
+        h(
+          "div",
+          { class: "menu" },
+          ["SVG", "PNG", "CSV"].map((kind) =>
+            button(
+              kind,
+              (event) => {
+                this.save(kind);
+                event.currentTarget.closest("details").open = false;
+              },
+              { class: "small" },
+            ),
+          ),
+        ),
+      ),
+    ];
+    this.element = h(
+      "figure",
+      { class: "plot card" },
+      h("figcaption", {}, h("span", { class: "title" }, this.options.title), h("span", { class: "tools" }, tools)),
+      this.legend,
+      this.canvas,
+      this.none,
+    );
+    this.back = this.element.querySelector(".back");
+    this.#drawLegend();
+    this.watch = new ResizeObserver(() => this.#resize());
+    this.watch.observe(this.canvas);
+    this.scheme = matchMedia("(prefers-color-scheme: dark)");
+    this.recolour = () => this.#make();
+    this.scheme.addEventListener("change", this.recolour);
+  }
+
+  destroy() {
+    this.watch.disconnect();
+    this.scheme.removeEventListener("change", this.recolour);
+    this.u?.destroy();
+    this.u = null;
+  }
+
+  /** New numbers; the part that the reader looks at stays as it is. */
+  set(data, marks = [], x = this.options.x) {
+    const renamed = x.name !== this.options.x.name;
+    this.data = data;
+    this.marks = marks;
+    this.options.x = x;
+    const some = data.x.length > 0;
+    this.none.hidden = some;
+    this.canvas.hidden = !some;
+    if (some && (!this.u || renamed)) {
+      if (renamed) this.range = null;
+      this.#make();
+    } else if (some) {
+      this.u.setData(this.#columns(), false);
+      this.#scale();
+    }
+    data.ys.forEach((ys, place) => (this.legend.children[place].hidden = !ys.some(isNumber)));
+    this.canvas.setAttribute("aria-label", this.#words());
+    this.#values(null);
+  }
+
+  zoom(range) {
+    this.zoomTo(range);
+    this.options.onZoom?.(range);
+  }
+
+  /** The same without telling anyone. */
+  zoomTo(range) {
+    this.range = range;
+    this.back.hidden = range === null;
+    this.#scale();
+  }
+
+  #columns() {
+    const positive = (value) => (isNumber(value) && value > 0 ? value : null);
+    return [this.data.x, ...this.data.ys.map((ys) => (this.logarithmic ? ys.map(positive) : ys))];
+  }
+
+  #scale() {
+    if (!this.u) return;
+    const { x } = this.data,
+      low = x[0],
+      high = x.at(-1);
+    const [from, to] = this.range ?? [low, high];
+    this.u.batch(() => {
+      this.u.setScale("x", from === to ? { min: from - 0.5, max: to + 0.5 } : { min: from, max: to });
+    });
+  }
+
+  #make() {
+    this.u?.destroy();
+    this.u = null;
+    if (!this.data.x.length) return;
+    const { series, x, show, zero } = this.options,
+      self = this;
+    const font = "12px system-ui, sans-serif",
+      ink = colour("soft"),
+      grid = { stroke: faded("soft", 0.16), width: 1 };
+    const axis = { stroke: ink, font, grid, ticks: { show: false } };
+    this.u = new uPlot(
+      {
+        width: this.#width(),
+        height: this.options.height,
+        padding: [8, 12, 0, 0],
+        legend: { show: false },
+        cursor: {
+          sync: this.options.group ? { key: this.options.group } : undefined,
+          drag: { x: true, y: false, setScale: false },
+          points: { size: 6 },
+          y: false,
+        },
+        scales: {
+          x: { time: false, auto: false },
+          y: {
+            distr: this.logarithmic ? 3 : 1,
+            range: this.logarithmic ? undefined : (u, low, high) => span(low, high, zero),
+          },
+        },
+        axes: [
+          {
+            ...axis,
+            size: 26,
+            space: 70,
+            values: (u, splits) => splits.map((value) => (x.show ? x.show(value) : figure(value))),
+          },
+          {
+            ...axis,
+            size: 58,
+            space: 34,
+            values: (u, splits) => splits.map((value) => (value === null ? "" : show(value))),
+          },
+        ],
+        series: [
+          {},
+          ...series.map((one, place) => ({
+            stroke: one.opacity ? faded(one.colour, one.opacity) : colour(one.colour),
+            width: one.width ?? 1.5,
+            spanGaps: one.join ?? true,
+            points: { show: one.points ?? false, size: 5, fill: colour(one.colour) },
+            show: !this.hidden.has(place),
+            dash: one.dash,
+          })),
+        ],
+        hooks: {
+          drawAxes: [(u) => self.#drawMarks(u)], // under the curves: a spike often stands where a mark does
+          setCursor: [(u) => self.#values(u.cursor.idx)],
+          setSelect: [(u) => self.#selected(u)],
+        },
+      },
+      this.#columns(),
+      this.canvas,
+    );
+    this.u.root.addEventListener("dblclick", () => this.zoom(null));
+    this.#scale();
+  }
+
+  #width = () => Math.max(120, this.canvas.clientWidth);
+
+  #resize() {
+    const width = this.#width();
+    if (this.u && this.u.width !== width) this.u.setSize({ width, height: this.options.height });
+  }
+
+  #selected(u) {
+    if (u.select.width < 8) return;
+    const range = [u.posToVal(u.select.left, "x"), u.posToVal(u.select.left + u.select.width, "x")];
+    u.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
+    this.zoom(range);
+  }
+
+  #drawMarks(u) {
+    const { ctx, bbox } = u,
+      ratio = devicePixelRatio;
+    ctx.save();
+    for (const mark of this.marks) {
+      const at = Math.round(u.valToPos(mark.x, "x", true));
+      if (at < bbox.left || at > bbox.left + bbox.width) continue;
+      ctx.strokeStyle = colour(mark.bad ? "bad" : mark.kind === "save" ? "line" : "warn");
+      ctx.lineWidth = ratio * (mark.chosen ? 2.5 : 1);
+      ctx.setLineDash(mark.kind === "save" ? [] : [4 * ratio, 3 * ratio]);
+      ctx.beginPath();
+      ctx.moveTo(at, bbox.top);
+      ctx.lineTo(at, bbox.top + bbox.height);
+      ctx.stroke();
+    }
+    ctx.restore();
+  }
+
+  /** Makes one mark stand out, by its place. */
+  choose(place) {
+    this.marks.forEach((mark, at) => (mark.chosen = at === place));
+    this.u?.redraw(false);
+  }
+
+  #drawLegend() {
+    put(
+      this.legend,
+      this.options.series.map((one, place) => {
+        const value = h("b", {});
+        one.value = value;
+        return button(
+          "",
+          () => {
+            const off = !this.hidden.delete(place);
+            if (off) this.hidden.add(place);
+            this.legend.children[place].setAttribute("aria-pressed", String(!off));
+            this.u?.setSeries(place + 1, { show: !off });
+          },
+          { class: "entry", "aria-pressed": "true" },
+        );
+      }),
+      this.where,
+    );
+    this.options.series.forEach((one, place) => {
+      const swatch = h("i", {
+        class: "swatch",
+        style: { background: `var(--${one.colour})`, opacity: one.opacity ?? 1 },
+      });
+      put(this.legend.children[place], swatch, one.name, one.value);
+      if (this.options.series.length === 1 && one.name === this.options.title)
+        put(this.legend.children[place], h("span", { class: "soft" }, "last "), one.value);
+    });
+  }
+
+  /** Values under the cursor, else the last ones. */
+  #values(at) {
+    const { x } = this.options;
+    this.options.series.forEach((one, place) => {
+      const ys = this.data.ys[place];
+      let value = isNumber(at) ? ys[at] : null;
+      for (
+        let back = isNumber(at) ? at : ys.length - 1;
+        !isNumber(value) && back >= 0 && ys.length - back < 1e6;
+        back -= 1
+      )
+        value = ys[back];
+      one.value.textContent = isNumber(value) ? ` ${this.options.show(value)}` : "";
+    });
+    this.where.textContent =
+      isNumber(at) && this.data.x.length
+        ? `${x.name} ${x.show ? x.show(this.data.x[at]) : figure(this.data.x[at])}`
+        : "";
+  }
+
+  #words() {
+    const { title, series, show, x } = this.options;
+    const said = series
+      .map((one, place) => {
+        const ys = this.data.ys[place].filter(isNumber);
+        if (!ys.length) return null;
+        let low = Infinity,
+          high = -Infinity;
+        for (const y of ys) {
+          low = Math.min(low, y);
+          high = Math.max(high, y);
+        }
+        return `${one.name}: first ${show(ys[0])}, last ${show(ys.at(-1))}, lowest ${show(low)}, highest ${show(high)}`;
+      })
+      .filter(Boolean);
+    return `${title} by ${x.name}. ${said.join(". ")}. Arrow keys move along the curve.`;
+  }
+
+  #key(event) {
+    if (!this.u || !this.data.x.length) return;
+    const step = { ArrowRight: 1, ArrowLeft: -1, PageDown: 50, PageUp: -50, Home: -Infinity, End: Infinity }[event.key];
+    if (event.key === "Escape") {
+      this.zoom(null);
+      return;
+    }
+    if (step === undefined) return;
+    event.preventDefault();
+    const last = this.data.x.length - 1,
+      old = this.u.cursor.idx ?? last;
+    const at = Math.min(last, Math.max(0, old + step));
+    this.u.setCursor({ left: this.u.valToPos(this.data.x[at], "x"), top: 10 });
+    this.#values(at);
+  }
+
+  #toLog(toggle) {
+    this.logarithmic = !this.logarithmic;
+    toggle.setAttribute("aria-pressed", String(this.logarithmic));
+    this.#make();
+  }
+
+  save(kind) {
+    const { series, x, title } = this.options,
+      name = this.options.file ?? title;
+    if (kind === "CSV") {
+      const rows = this.data.x.map((value, place) => [value, ...this.data.ys.map((ys) => ys[place])]);
+      download(`${name}.csv`, "text/csv", csv([x.name, ...series.map((one) => one.name)], rows));
+    } else if (kind === "SVG") {
+      const shown = series
+        .map((one, place) => ({ ...one, ys: this.data.ys[place] }))
+        .filter((one, place) => !this.hidden.has(place));
+      const range = this.u
+        ? { x: [this.u.scales.x.min, this.u.scales.x.max], y: [this.u.scales.y.min, this.u.scales.y.max] }
+        : null;
+      download(
+        `${name}.svg`,
+        "image/svg+xml",
+        drawing({
+          ...this.options,
+          series: shown,
+          xs: this.data.x,
+          range,
+          marks: this.marks,
+          logarithmic: this.logarithmic,
+          colour,
+        }),
+      );
+    } else {
+      const from = this.u?.ctx.canvas;
+      if (!from) return;
+      const copy = h("canvas", { width: from.width, height: from.height }),
+        ctx = copy.getContext("2d");
+      ctx.fillStyle = colour("card");
+      ctx.fillRect(0, 0, copy.width, copy.height);
+      ctx.drawImage(from, 0, 0);
+      copy.toBlob((blob) => download(`${name}.png`, "image/png", blob));
+    }
+  }
+}
+
+function span(low, high, zero) {
+  if (!isNumber(low) || !isNumber(high)) return [0, 1];
+  if (zero && low >= 0) return [0, high === 0 ? 1 : high * 1.06];
+  const room = (high - low || Math.abs(high) || 1) * 0.06;
+  return [low - room, high + room];
+}

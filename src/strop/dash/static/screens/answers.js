@@ -1,0 +1,390 @@
+// Held-out rows, base and tuned side by side; and a blind vote between them.
+
+import {
+  button,
+  count,
+  csv,
+  download,
+  fault,
+  figure,
+  get,
+  h,
+  link,
+  ofRun,
+  percent,
+  post,
+  put,
+  remember,
+  say,
+  select,
+  to,
+} from "../all.js";
+import { jobCard } from "../jobs.js";
+import { field } from "../dom.js";
+
+const FILTERS = [
+  ["all", "all rows"],
+  ["lost", "lost: base right, tuned wrong"],
+  ["gained", "gained: base wrong, tuned right"],
+  ["changed", "different answers"],
+  ["wrong", "tuned wrong"],
+  ["right", "tuned right"],
+  ["both", "both right"],
+  ["neither", "neither right"],
+];
+const PAGE = 25;
+
+export async function show(place, { run, query, signal }) {
+  if (query.get("blind")) {
+    await blind(place, run, signal);
+    return false;
+  }
+  let filter = query.get("filter") ?? "all",
+    sort = query.get("sort") ?? "worst",
+    search = query.get("search") ?? "",
+    offset = Number(query.get("offset") ?? 0) || 0;
+  const head = h("div"),
+    rows = h("div", { class: "rows", "aria-live": "off" }),
+    pages = h("div", { class: "line" });
+  const input = h("input", {
+    type: "search",
+    value: search,
+    placeholder: "Words of a prompt or an answer",
+    "aria-label": "Search the rows",
+  });
+  let typing;
+  input.addEventListener("input", () => {
+    clearTimeout(typing);
+    typing = setTimeout(() => {
+      search = input.value;
+      offset = 0;
+      load();
+    }, 250);
+  });
+  const tools = h(
+    "div",
+    { class: "line", style: { margin: "1rem 0" } },
+    select(
+      FILTERS,
+      filter,
+      (value) => {
+        filter = value;
+        offset = 0;
+        load();
+      },
+      { "aria-label": "Which rows", style: { width: "auto" } },
+    ),
+    select(
+      [
+        ["worst", "worst first"],
+        ["row", "as in the file"],
+      ],
+      sort,
+      (value) => {
+        sort = value;
+        offset = 0;
+        load();
+      },
+      { "aria-label": "Order", style: { width: "auto" } },
+    ),
+    h("div", { class: "filter" }, input),
+    button("Save CSV", save, { class: "small" }),
+    link(to("run", run.name, "answers", { blind: "1" }), "Vote blind", { class: "button" }),
+  );
+  const evaluate = evaluation(run, signal, () => load());
+  put(place, head, tools, rows, pages, evaluate);
+
+  async function load() {
+    remember({
+      filter: filter === "all" ? null : filter,
+      sort: sort === "worst" ? null : sort,
+      search,
+      offset: offset || null,
+    });
+    const found = await get(ofRun(run.name, "answers"), { filter, order: sort, search, offset, count: PAGE }, signal);
+    tools.hidden = !found.evaluation;
+    put(head, summary(found, run));
+    put(
+      rows,
+      found.rows.map((row) => sample(row)),
+    );
+    if (!found.rows.length && found.evaluation) put(rows, h("p", { class: "empty" }, "No such rows."));
+    put(
+      pages,
+      pager(found.total, offset, PAGE, (at) => {
+        offset = at;
+        load().then(() => tools.scrollIntoView());
+      }),
+    );
+  }
+
+  async function save() {
+    const found = await get(
+      ofRun(run.name, "answers"),
+      { filter, order: sort, search, offset: 0, count: 5000 },
+      signal,
+    );
+    download(
+      `${run.name} answers.csv`,
+      "text/csv",
+      csv(
+        ["place", "prompt", "expected", "base", "tuned", "base right", "tuned right"],
+        found.rows.map((row) => [row.place, row.prompt, row.gold, row.base, row.tuned, row.base_hit, row.tuned_hit]),
+      ),
+    );
+  }
+
+  await load();
+  return false;
+}
+
+/** Buttons to the pages of a list. */
+export function pager(total, offset, size, onMove) {
+  if (total <= size) return total ? h("span", { class: "soft" }, `${count(total)} row${total === 1 ? "" : "s"}`) : null;
+  return [
+    button("Back", () => onMove(Math.max(0, offset - size)), { disabled: offset === 0 }),
+    h("span", { class: "soft" }, `${count(offset + 1)} to ${count(Math.min(total, offset + size))} of ${count(total)}`),
+    button("Next", () => onMove(offset + size), { disabled: offset + size >= total }),
+  ];
+}
+
+function summary(found, run) {
+  const { evaluation, counts } = found;
+  if (!evaluation)
+    return h(
+      "p",
+      { class: "empty" },
+      "No evaluation of this run yet. Start one below: it asks base and tuned the same held-out rows.",
+    );
+  const name = evaluation.metric,
+    rate = (side) => bar(evaluation[side]?.[name], side, found.intervals?.[side]);
+  return h(
+    "div",
+    {},
+    found.words ? h("p", { class: `verdict ${run.score?.verdict ?? ""}` }, found.words) : null,
+    h(
+      "section",
+      { class: "card", style: { "margin-top": ".8rem" } },
+      h("h3", {}, name, h("small", {}, ` on ${count(evaluation.rows)} rows`)),
+      rate("base"),
+      rate("tuned"),
+      h(
+        "p",
+        { class: "soft" },
+        `${count(counts.gained)} gained, ${count(counts.lost)} lost, ${count(counts.both)} right in both, ${count(counts.neither)} in neither.`,
+      ),
+      found.complete
+        ? null
+        : h("p", { class: "warn" }, "This evaluation kept only some of its rows. A new one keeps all."),
+    ),
+  );
+}
+
+function bar(share, side, interval) {
+  if (typeof share !== "number") return null;
+  return h(
+    "div",
+    { class: "phase" },
+    h("span", {}, side),
+    h(
+      "span",
+      { class: "bar" },
+      share <= 1 ? h("i", { class: side, style: { width: `${100 * share}%` } }) : null,
+      share <= 1 && interval
+        ? h("b", {
+            title: `95 % interval: ${percent(interval[0])} to ${percent(interval[1])}`,
+            style: { left: `${100 * interval[0]}%`, right: `${100 - 100 * interval[1]}%` },
+          })
+        : null,
+    ),
+    h("span", { class: "sum" }, share <= 1 ? percent(share) : figure(share)),
+  );
+}
+
+function sample(row) {
+  const side = (name) =>
+    row[name] === null || row[name] === undefined
+      ? null
+      : h(
+          "section",
+          { class: name },
+          h(
+            "h3",
+            {},
+            name,
+            row[`${name}_hit`] === null || row[`${name}_hit`] === undefined
+              ? null
+              : h("b", { class: row[`${name}_hit`] ? "good" : "bad" }, row[`${name}_hit`] ? "✓ right" : "✗ wrong"),
+          ),
+          h("pre", {}, marked(row, name)),
+        );
+  const kind = { lost: "bad", gained: "good" }[row.kind];
+  return h(
+    "article",
+    { class: "card sample" },
+    h(
+      "div",
+      { class: "line" },
+      h("span", { class: "soft" }, row.place ? row.place : `row ${count((row.row ?? 0) + 1)}`),
+      kind ? h("span", { class: `tag ${kind}` }, row.kind) : null,
+    ),
+    h("p", { class: "prompt" }, row.prompt),
+    h(
+      "div",
+      { class: "sides" },
+      row.gold === null || row.gold === undefined
+        ? null
+        : h("section", {}, h("h3", {}, "expected"), h("pre", {}, row.gold)),
+      side("base"),
+      side("tuned"),
+    ),
+  );
+}
+
+/** An answer in the pieces that the server marked: not expected, and expected but missing. */
+function marked(row, side) {
+  const parts = row.marked?.[side];
+  if (!parts) return row[side];
+  return parts.map(([text, kind]) =>
+    kind === "added" ? h("ins", {}, text) : kind === "missing" ? h("del", {}, text) : text,
+  );
+}
+
+function evaluation(run, signal, onEnd) {
+  if (!(run.can ?? []).includes("evaluate")) return null;
+  const data = h("input", { value: run.eval_data ?? "", placeholder: "held-out.jsonl", spellcheck: "false" }),
+    jobs = h("div"),
+    trouble = h("div");
+  let metric = run.score?.metric ?? "exact";
+  const names = h("div", { class: "field" });
+  get("hello", {}, signal).then(({ metrics }) =>
+    put(
+      names,
+      field(
+        "Metric",
+        select(metrics, metric, (value) => (metric = value)),
+      ),
+    ),
+  );
+  const tokens = h("input", { type: "number", min: 1, max: 4096, value: 80 });
+  const go = button(
+    "Evaluate",
+    async () => {
+      put(trouble);
+      try {
+        const job = await post(ofRun(run.name, "evaluate"), {
+          data: data.value.trim(),
+          metric,
+          max_new_tokens: Number(tokens.value),
+        });
+        put(
+          jobs,
+          jobCard(job, signal, { onEnd: (now) => now.state === "done" && (say("The evaluation is done."), onEnd()) }),
+        );
+      } catch (error) {
+        put(trouble, fault(error));
+      }
+    },
+    { class: "main" },
+  );
+  return h(
+    "details",
+    { class: "card", style: { "margin-top": "1.2rem" }, open: !run.score },
+    h("summary", {}, "Evaluate on held-out rows"),
+    h(
+      "div",
+      { class: "fields" },
+      field("File of held-out rows", data),
+      names,
+      field("Longest answer, in tokens", tokens),
+    ),
+    h("p", {}, go),
+    trouble,
+    jobs,
+  );
+}
+
+async function blind(place, run, signal) {
+  const card = h("section", { class: "vote", tabIndex: -1 }),
+    tally = h("p", { class: "soft", role: "status" });
+  put(
+    place,
+    h("p", {}, link(to("run", run.name, "answers"), "Back to the rows")),
+    h(
+      "p",
+      {},
+      "Which answer is better? The sides are mixed anew for each row. Keys: ",
+      h("kbd", {}, "←"),
+      " left, ",
+      h("kbd", {}, "→"),
+      " right, ",
+      h("kbd", {}, "↓"),
+      " the same.",
+    ),
+    tally,
+    card,
+  );
+  let ballot = null,
+    waiting = false;
+  const showTally = (found) => (tally.textContent = found.words ?? "");
+
+  async function next() {
+    const found = await get(ofRun(run.name, "ballot"), {}, signal);
+    ballot = found.ballot;
+    showTally(found.tally);
+    if (!ballot) {
+      put(
+        card,
+        h(
+          "p",
+          { class: "empty" },
+          found.tally.votes ? "All rows are voted on." : "There are no rows to vote on: evaluate the run first.",
+        ),
+      );
+      return;
+    }
+    const side = (key, name) => h("section", {}, h("h3", {}, name), h("pre", {}, found[key]));
+    put(
+      card,
+      h(
+        "article",
+        { class: "card" },
+        h("p", { class: "prompt" }, found.prompt),
+        h("div", { class: "sides" }, side("a", "left"), side("b", "right")),
+        found.gold ? h("details", {}, h("summary", {}, "What was expected"), h("pre", {}, found.gold)) : null,
+      ),
+      h(
+        "div",
+        { class: "line" },
+        button("← Left", () => vote("a")),
+        button("↓ The same", () => vote("tie")),
+        button("Right →", () => vote("b")),
+      ),
+    );
+  }
+
+  async function vote(choice) {
+    if (!ballot || waiting) return;
+    waiting = true;
+    try {
+      const { was, tally: now } = await post(ofRun(run.name, "vote"), { ballot, choice }, signal);
+      say(choice === "tie" ? "Noted." : `Noted: that was ${was[choice]}.`);
+      showTally(now);
+      await next();
+    } finally {
+      waiting = false;
+    }
+  }
+
+  document.addEventListener(
+    "keydown",
+    (event) => {
+      const choice = { ArrowLeft: "a", ArrowRight: "b", ArrowDown: "tie" }[event.key];
+      if (!choice || event.target.closest("input, textarea, select")) return;
+      event.preventDefault();
+      vote(choice);
+    },
+    { signal },
+  );
+  await next();
+}

@@ -1,0 +1,289 @@
+// Two or more runs: curves over each other, what differs in their settings, scores, and the verdict.
+
+import {
+  button,
+  count,
+  duration,
+  fault,
+  figure,
+  get,
+  h,
+  link,
+  ofRun,
+  percent,
+  put,
+  remember,
+  shown,
+  to,
+} from "../all.js";
+import { AXES, TITLES, together } from "../curves.js";
+import { Plot } from "../plot.js";
+import { Table } from "../table.js";
+
+const MOST = 6; // colours
+
+export async function show(place, { query, signal }) {
+  const { runs } = await get("runs", {}, signal),
+    names = new Set(runs.map((run) => run.name));
+  let chosen = (query.get("runs") ?? "")
+      .split(",")
+      .filter((name) => names.has(name))
+      .slice(0, MOST),
+    by = AXES[query.get("by")] ? query.get("by") : "step";
+  const picker = h("div"),
+    out = h("div");
+  put(place, h("h1", {}, "Compare"), picker, out);
+  let plots = [],
+    asked = 0;
+  signal.addEventListener("abort", () => plots.forEach((plot) => plot.destroy()));
+
+  function pick() {
+    put(
+      picker,
+      h(
+        "details",
+        { open: chosen.length < 2 },
+        h("summary", {}, chosen.length ? `${chosen.join(", ")}` : "Choose the runs"),
+        runs.length < 2
+          ? h("p", { class: "empty" }, "It takes two runs.")
+          : h(
+              "fieldset",
+              { class: "card choice" },
+              h("legend", {}, `Runs, at most ${MOST}`),
+              runs.map((run) => {
+                const box = h("input", {
+                  type: "checkbox",
+                  checked: chosen.includes(run.name),
+                  on: {
+                    change: () => {
+                      if (box.checked && chosen.length >= MOST) {
+                        box.checked = false;
+                        return;
+                      }
+                      chosen = box.checked ? [...chosen, run.name] : chosen.filter((name) => name !== run.name);
+                      picker.querySelector("summary").textContent = chosen.join(", ") || "Choose the runs";
+                      remember({ runs: chosen.join(",") });
+                      load();
+                    },
+                  },
+                });
+                return h(
+                  "label",
+                  { class: "pick" },
+                  box,
+                  " ",
+                  run.name,
+                  " ",
+                  h("small", {}, [run.model, run.score ? percent(run.score.value) : null].filter(Boolean).join(", ")),
+                );
+              }),
+            ),
+      ),
+    );
+  }
+
+  async function load() {
+    const mine = (asked += 1);
+    if (chosen.length < 2) {
+      put(out);
+      return;
+    }
+    let found, histories;
+    try {
+      [found, ...histories] = await Promise.all([
+        get("compare", { runs: chosen.join(",") }, signal),
+        ...chosen.map((name) => get(ofRun(name, "history"), { points: 400, by }, signal)),
+      ]);
+    } catch (error) {
+      if (error.name !== "AbortError") put(out, fault(error));
+      return;
+    }
+    if (mine !== asked) return;
+    const axes = h(
+      "div",
+      { class: "group", role: "group", "aria-label": "Curves by" },
+      Object.keys(AXES).map((name) =>
+        button(
+          name,
+          () => {
+            by = name;
+            remember({ by: name === "step" ? null : name });
+            load();
+          },
+          { class: "small", "aria-pressed": String(name === by) },
+        ),
+      ),
+    );
+    plots.forEach((plot) => plot.destroy());
+    const curve = (field, title, more = {}) => {
+      const some = histories.map((history) => history.series[field]);
+      if (!some.some((one) => one?.x.length)) return null;
+      const plot = new Plot({
+        title,
+        file: `comparison ${title}`,
+        group: "compare",
+        height: 230,
+        x: AXES[by],
+        series: chosen.map((name, place) => ({ name, colour: `c${place}`, width: 1.8 })),
+        ...more,
+      });
+      plot.set(together(some), [], AXES[by]);
+      return plot;
+    };
+    plots = [
+      curve("smoothed", "training loss, smoothed", { log: true }),
+      curve("eval_loss", "evaluation loss", { log: true }),
+      ...["accuracy", "margin", "grad_norm", "learning_rate", "tokens_per_s"].map((field) =>
+        curve(field, TITLES[field]),
+      ),
+    ].filter(Boolean);
+    put(
+      out,
+      found.verdict ? h("p", { class: "verdict" }, found.verdict) : null,
+      scores(found),
+      pairs(found),
+      h(
+        "div",
+        { class: "line", style: { margin: "1.6rem 0 .4rem" } },
+        h("h2", { style: { margin: 0 } }, "Curves"),
+        axes,
+      ),
+      h(
+        "div",
+        { class: "plots" },
+        plots.map((plot) => plot.element),
+      ),
+      settings(found, chosen),
+    );
+  }
+
+  pick();
+  await load();
+  return chosen.length ? `Compare ${chosen.join(", ")}` : "Compare";
+}
+
+function scores(found) {
+  const of = new Map(found.scores.map((one) => [one.run, one]));
+  const table = new Table(
+    [
+      {
+        key: "run",
+        name: "run",
+        head: true,
+        value: (run) => run.name,
+        show: (run) => link(to("run", run.name), run.name),
+      },
+      {
+        key: "state",
+        name: "state",
+        value: (run) => run.state,
+        show: (run) => h("span", { class: `state ${run.state}` }, run.state),
+      },
+      { key: "metric", name: "metric", value: (run) => of.get(run.name)?.metric },
+      {
+        key: "score",
+        name: "score",
+        number: true,
+        value: (run) => of.get(run.name)?.value ?? null,
+        show: (run, value) => percent(value),
+      },
+      {
+        key: "interval",
+        name: "interval",
+        plain: true,
+        sortable: false,
+        value: () => null,
+        show: (run) => interval(of.get(run.name)),
+      },
+      {
+        key: "eval",
+        name: "evaluation loss",
+        number: true,
+        value: (run) => run.eval_loss,
+        show: (run, value) => figure(value),
+      },
+      {
+        key: "loss",
+        name: "training loss",
+        number: true,
+        value: (run) => run.loss,
+        show: (run, value) => figure(value),
+      },
+      {
+        key: "seconds",
+        name: "time",
+        number: true,
+        value: (run) => run.seconds,
+        show: (run, value) => duration(value),
+      },
+      { key: "tokens", name: "tokens", number: true, value: (run) => run.tokens, show: (run, value) => count(value) },
+    ],
+    { label: "Scores", file: "scores.csv" },
+  );
+  table.set(found.runs);
+  return [
+    h(
+      "div",
+      { class: "line", style: { margin: "1.4rem 0 .6rem" } },
+      h("h2", { style: { margin: 0 } }, "Scores"),
+      h("span", { class: "push" }, table.tools()[1]),
+    ),
+    table.element,
+  ];
+}
+
+function interval(one) {
+  if (!one || typeof one.low !== "number") return "";
+  return h(
+    "span",
+    {},
+    h(
+      "span",
+      { class: "bar", style: { width: "9rem" } },
+      h("i", { class: "tuned", style: { width: `${100 * one.value}%` } }),
+      h("b", { style: { left: `${100 * one.low}%`, right: `${100 - 100 * one.high}%` } }),
+    ),
+    h("small", {}, `${percent(one.low)} to ${percent(one.high)}`),
+  );
+}
+
+function pairs(found) {
+  if (!found.pairs?.length)
+    return h("p", { class: "soft" }, "No two of these were evaluated on the same rows, so no paired comparison.");
+  return h(
+    "ul",
+    {},
+    found.pairs.map((pair) =>
+      h("li", {}, h("span", { class: { better: "good", worse: "bad", unclear: "warn" }[pair.verdict] }, pair.words)),
+    ),
+  );
+}
+
+function settings(found, chosen) {
+  if (!found.settings.length)
+    return [h("h2", {}, "Settings"), h("p", { class: "soft" }, "Their settings are the same.")];
+  const table = new Table(
+    [
+      { key: "field", name: "field", head: true, value: (row) => row.field, show: (row) => h("code", {}, row.field) },
+      ...chosen.map((name) => ({
+        key: `=${name}`,
+        name,
+        free: true,
+        value: (row) => shown(row.values[name]),
+        show: (row, value) =>
+          /^[0-9a-f]{40,}$/.test(value) ? h("code", { title: value }, `${value.slice(0, 12)}…`) : value,
+      })),
+    ],
+    { label: "Settings that differ", file: "settings.csv" },
+  );
+  table.set(found.settings);
+  return [
+    h(
+      "div",
+      { class: "line", style: { margin: "1.6rem 0 .6rem" } },
+      h("h2", { style: { margin: 0 } }, "Settings that differ"),
+      h("span", { class: "push" }, table.tools()[1]),
+    ),
+    table.element,
+  ];
+}

@@ -1,0 +1,391 @@
+// A run while it learns, and after: curves, marks, memory, time.
+
+import {
+  button,
+  bytes,
+  count,
+  duration,
+  facts,
+  fault,
+  figure,
+  get,
+  h,
+  isNumber,
+  listen,
+  moment,
+  ofRun,
+  percent,
+  put,
+  remember,
+  say,
+  tail,
+} from "../all.js";
+import { append, AXES, placed, TITLES, together } from "../curves.js";
+import { Plot } from "../plot.js";
+
+const POINTS = 800;
+const LOSSES = ["loss", "smoothed", "eval_loss", "undone"];
+
+export async function show(place, { run, query, signal, draw }) {
+  let by = AXES[query.get("by")] ? query.get("by") : "step",
+    history = null,
+    marks = run.marks ?? [],
+    asked = 0;
+  let range = query.get("range")?.split("~").map(Number) ?? null;
+  if (range && !range.every(Number.isFinite)) range = null;
+  const axes = h(
+    "div",
+    { class: "group", role: "group", "aria-label": "Curves by" },
+    Object.keys(AXES).map((name) =>
+      button(
+        name,
+        () => {
+          by = name;
+          range = null;
+          remember({ by: name === "step" ? null : name, range: null });
+          follow();
+        },
+        { class: "small", data: { name } },
+      ),
+    ),
+  );
+  const progress = h("div", { class: "progress" }),
+    top = h("div"),
+    plots = h("div", { class: "plots" });
+  const told = h("div"),
+    memory = h("div"),
+    systems = h("div");
+  const zoomed = (found) => {
+    range = found;
+    remember({ range: range?.map((value) => Number(value.toPrecision(7))).join("~") });
+    for (const plot of all()) plot.zoomTo(range);
+    detail();
+  };
+  const loss = new Plot({
+    title: "Loss",
+    file: `${run.name} loss`,
+    group: run.name,
+    log: true,
+    height: 320,
+    onZoom: zoomed,
+    series: [
+      { name: "training, each step", colour: "base", opacity: 0.5, width: 1 },
+      { name: "training, smoothed", colour: "base", width: 2.2 },
+      { name: "evaluation", colour: "tuned", width: 2, points: true },
+      { name: "thrown away: done again since", colour: "bad", opacity: 0.5, width: 1 },
+    ],
+  });
+  const small = new Map();
+  const all = () => [loss, ...small.values()];
+  signal.addEventListener("abort", () => all().forEach((plot) => plot.destroy()));
+  put(
+    place,
+    progress,
+    top,
+    h(
+      "div",
+      { class: "line", style: { margin: "1.2rem 0 .7rem" } },
+      h("span", { class: "soft" }, "Curves by"),
+      axes,
+      h("span", { class: "soft" }, "Drag over a curve to look closer."),
+    ),
+    loss.element,
+    told,
+    plots,
+    h("div", { class: "grid", style: { "margin-top": ".8rem" } }, memory, systems),
+  );
+
+  function drawCurves() {
+    const { series } = history,
+      x = AXES[by];
+    loss.set(together(LOSSES.map((name) => series[name])), shownMarks(), x);
+    for (const name of Object.keys(series).filter((one) => !LOSSES.includes(one))) {
+      if (!small.has(name)) {
+        const plot = new Plot({
+          title: TITLES[name] ?? name.replaceAll("_", " "),
+          file: `${run.name} ${name}`,
+          group: run.name,
+          height: 170,
+          onZoom: zoomed,
+          zero: Math.min(...series[name].y.slice(0, 50)) >= 0,
+          log: name === "grad_norm",
+          series: [{ name: TITLES[name] ?? name, colour: "tuned", width: 1.3 }],
+        });
+        small.set(name, plot);
+        plots.append(plot.element);
+      }
+      small.get(name).set(together([series[name]]), shownMarks(), x);
+    }
+    for (const plot of all()) plot.zoomTo(range);
+  }
+
+  const shownMarks = () =>
+    placed(marks, by).filter((mark) => !["save", "start", "note", "end", "rehearsal"].includes(mark.kind));
+
+  function drawFacts() {
+    const last = history?.last ?? {},
+      steps = last.steps ?? run.steps,
+      step = last.step ?? run.step,
+      share = steps ? step / steps : 0;
+    const active = run.state === "running",
+      left = last.seconds_left ?? run.seconds_left;
+    put(
+      progress,
+      h(
+        "div",
+        { class: "line" },
+        h("span", {}, steps ? `Step ${count(step)} of ${count(steps)}` : "No step yet"),
+        active && isNumber(left) && left > 0
+          ? h(
+              "span",
+              {},
+              `${duration(left)} left`,
+              h("span", { class: "soft" }, `, until about ${moment(Date.now() / 1000 + left).slice(11)}`),
+            )
+          : null,
+        h("span", { class: "soft push" }, run.updated ? `last event ${moment(run.updated)}` : ""),
+      ),
+      h(
+        "div",
+        {
+          class: "bar",
+          role: "progressbar",
+          "aria-label": "Steps",
+          "aria-valuemin": 0,
+          "aria-valuemax": 100,
+          "aria-valuenow": Math.round(100 * share),
+        },
+        h("i", { class: "tuned", style: { width: `${100 * share}%` } }),
+      ),
+    );
+    const s = run.score;
+    put(
+      top,
+      s?.words ? h("p", { class: `verdict ${s.verdict}` }, s.words) : null,
+      facts([
+        ["training loss", figure(last.smoothed ?? last.loss ?? run.loss)],
+        ["evaluation loss", figure(run.eval_loss)],
+        ["epoch", isNumber(last.epoch ?? run.epoch) ? figure(last.epoch ?? run.epoch) : null],
+        ["learning rate", figure(last.learning_rate)],
+        ["tokens", count(last.tokens ?? run.tokens)],
+        ["tokens/s", count(last.tokens_per_s ?? run.tokens_per_s)],
+        ["training time", duration(run.seconds)],
+        ["model", h("span", { title: run.model }, tail(run.model))],
+        ["data", h("span", { title: run.data }, tail(run.data))],
+        ["trained", run.parameters ? `${count(run.parameters.trainable)} of ${count(run.parameters.all)}` : null],
+        ["engine", run.engine?.name],
+      ]),
+    );
+    drawMarks();
+    drawMemory();
+  }
+
+  let withSaves = false,
+    drawn = "";
+  const list = h("ul", { class: "marks", tabIndex: 0, "aria-label": "What happened" }),
+    nothing = h("p", { class: "soft" }, "Nothing but steps.");
+  const toggle = button(
+    "With saves",
+    () => {
+      withSaves = !withSaves;
+      toggle.setAttribute("aria-pressed", String(withSaves));
+      drawMarks();
+    },
+    { class: "small", "aria-pressed": "false" },
+  );
+  put(
+    told,
+    h(
+      "section",
+      { class: "card", style: { "margin-top": ".8rem" } },
+      h("div", { class: "line" }, h("h3", {}, "What happened"), h("span", { class: "push" }, toggle)),
+      list,
+      nothing,
+    ),
+  );
+
+  function drawMarks() {
+    const shown = marks.filter((mark) => withSaves || mark.kind !== "save"),
+      onCurve = shownMarks(),
+      key = `${shown.length} ${shown.at(-1)?.time} ${by}`;
+    if (key === drawn) return; // a list that is read must not move under the reader
+    drawn = key;
+    list.hidden = !shown.length;
+    nothing.hidden = shown.length > 0;
+    put(
+      list,
+      [...shown]
+        .reverse()
+        .map((mark) =>
+          h(
+            "li",
+            {
+              on: {
+                mouseenter: () => loss.choose(onCurve.findIndex((one) => one.event === mark.event)),
+                mouseleave: () => loss.choose(-1),
+              },
+            },
+            h(
+              "span",
+              { class: "soft" },
+              isNumber(mark.step) ? `step ${count(mark.step)}` : moment(mark.time).slice(11),
+            ),
+            h("span", { class: `kind ${{ bad: "bad", warning: "warn", good: "good" }[mark.level] ?? ""}` }, mark.kind),
+            h("span", {}, mark.text),
+          ),
+        ),
+    );
+  }
+
+  function drawMemory() {
+    const m = run.memory ?? {},
+      most = Math.max(m.predicted_peak_bytes ?? 0, m.measured_peak_bytes ?? 0, 1);
+    const bar = (words, size, kind) =>
+      isNumber(size)
+        ? h(
+            "div",
+            { class: "phase" },
+            h("span", {}, words),
+            h("span", { class: "bar" }, h("i", { class: kind, style: { width: `${(100 * size) / most}%` } })),
+            h("span", { class: "sum" }, bytes(size)),
+          )
+        : null;
+    const off =
+      m.predicted_peak_bytes && m.measured_peak_bytes ? m.measured_peak_bytes / m.predicted_peak_bytes - 1 : null;
+    put(
+      memory,
+      h(
+        "section",
+        { class: "card" },
+        h("h3", {}, "Memory of training"),
+        bar("plan", m.predicted_peak_bytes, ""),
+        bar("measured", m.measured_peak_bytes, "tuned"),
+        h(
+          "p",
+          { class: "soft" },
+          off === null
+            ? "The measured peak comes with the end of the run."
+            : `Measured ${percent(Math.abs(off))} ${off < 0 ? "below" : "above"} the plan.`,
+          isNumber(m.usable_bytes) ? ` Usable here: ${bytes(m.usable_bytes)}.` : "",
+        ),
+      ),
+    );
+  }
+
+  function drawSystem(now) {
+    const share = (words, part, text) =>
+      isNumber(part)
+        ? h(
+            "div",
+            { class: "phase" },
+            h("span", {}, words),
+            h(
+              "span",
+              { class: "bar" },
+              h("i", { class: part > 0.95 ? "over" : "tuned", style: { width: `${Math.min(100, 100 * part)}%` } }),
+            ),
+            h("span", { class: "sum" }, text),
+          )
+        : null;
+    const ram = now.memory ?? {},
+      cards = now.cards ?? [];
+    put(
+      systems,
+      h(
+        "section",
+        { class: "card" },
+        h("h3", {}, "This machine, now"),
+        share("CPU", now.cpu, percent(now.cpu, 0)),
+        share("memory", ram.used / ram.total, bytes(ram.used)),
+        cards.map((card) => [
+          share("card", card.utilization, percent(card.utilization, 0)),
+          share("its memory", card.memory_used / card.memory_total, bytes(card.memory_used)),
+        ]),
+        h(
+          "p",
+          { class: "soft" },
+          now.process
+            ? `The run's process (${now.process.pid}): ${bytes(now.process.rss)} resident, ${percent(now.process.cpu, 0)} of a core. `
+            : "",
+          now.disk ? `Disk: ${bytes(now.disk.free)} free.` : "",
+        ),
+      ),
+    );
+  }
+
+  async function detail() {
+    const mine = (asked += 1);
+    const found = await get(
+      ofRun(run.name, "history"),
+      { points: POINTS, by, from: range?.[0], to: range?.[1] },
+      signal,
+    );
+    if (mine !== asked || signal.aborted) return;
+    history = found;
+    drawCurves();
+  }
+
+  let stop = null,
+    renewed = Date.now(),
+    pending = 0;
+  async function follow() {
+    for (const made of axes.children) made.setAttribute("aria-pressed", String(made.dataset.name === by));
+    stop?.abort();
+    stop = new AbortController();
+    signal.addEventListener("abort", () => stop.abort(), { once: true });
+    await new Promise((ready) => {
+      signal.addEventListener("abort", ready, { once: true });
+      listen(
+        ofRun(run.name, "stream"),
+        () => ({ by, points: POINTS }),
+        {
+          run: (now) => {
+            draw(now);
+            marks = now.marks;
+            drawFacts();
+          },
+          history: (found) => {
+            if (range) {
+              history ??= found;
+              history.last = found.last;
+              detail().then(ready);
+            } else {
+              history = found;
+              drawCurves();
+            }
+            drawFacts();
+            ready();
+          },
+          steps: (more) => {
+            if (!history) return;
+            marks.push(...(more.marks ?? []));
+            if (range) history.last = { ...history.last, ...more.last };
+            else {
+              append(history, more);
+              drawCurves();
+            }
+            pending += more.rows?.length ?? 0;
+            drawFacts();
+            if (!range && pending && Date.now() - renewed > 10000) {
+              renewed = Date.now();
+              pending = 0;
+              detail();
+            } // the smoothed curve, and again as few points as were asked for
+          },
+          system: drawSystem,
+          gone: () => {
+            say("This run was deleted.");
+            location.hash = "#/runs";
+          },
+          fault: (error) => {
+            put(top, fault(error));
+            ready();
+          },
+        },
+        stop.signal,
+      );
+    });
+  }
+  await follow();
+  return true;
+}

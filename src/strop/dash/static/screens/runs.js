@@ -1,0 +1,216 @@
+// All runs of the folder.
+
+import { button, h, link, put } from "../dom.js";
+import { fault, get, listen } from "../api.js";
+import { ago, bytes, count, duration, figure, percent, tail } from "../format.js";
+import { sparkline } from "../drawing.js";
+import { Table } from "../table.js";
+import { remember, to } from "../route.js";
+
+export async function show(place, { query, signal }) {
+  const hello = await get("hello", {}, signal);
+  const runs = new Map(),
+    chosen = new Set((query.get("chosen") ?? "").split(",").filter(Boolean));
+  const compare = button(
+    "Compare",
+    () => {
+      location.hash = to("compare", { runs: [...chosen].join(",") });
+    },
+    { disabled: true },
+  );
+  const [key, way] = (query.get("sort") ?? "started-descending").split("-");
+  const table = new Table(columns(chosen, update), {
+    label: "Runs",
+    file: "runs.csv",
+    sort: [key, way],
+    filter: query.get("filter") ?? "",
+    identity: (run) => run.name,
+    empty: "No runs here yet. Start one under New run, or with `strop train` in a terminal.",
+    onChange: ({ sort, filter }) => remember({ sort: sort.join("-"), filter }),
+  });
+  const sum = h("span", { class: "soft" }),
+    ignored = h("p", { class: "soft" });
+
+  function update() {
+    compare.disabled = chosen.size < 2;
+    compare.textContent = chosen.size < 2 ? "Compare (tick two)" : `Compare ${chosen.size}`;
+    remember({ chosen: [...chosen].join(",") });
+  }
+
+  function draw() {
+    const all = [...runs.values()],
+      active = all.filter((run) => run.state === "running").length;
+    sum.textContent = `${count(all.length)} run${all.length === 1 ? "" : "s"}${active ? `, ${active} running` : ""}`;
+    table.set(all);
+  }
+
+  update();
+  put(
+    place,
+    h(
+      "div",
+      { class: "line" },
+      h("h1", {}, "Runs"),
+      h("span", { class: "soft", title: hello.folder }, `in ${hello.shown}`),
+      sum,
+      h("span", { class: "push" }, link(to("new"), "New run", { class: "button main" })),
+    ),
+    h("div", { class: "line", style: { margin: ".9rem 0" } }, table.tools(), compare),
+    table.element,
+    ignored,
+  );
+  await new Promise((ready, failed) => {
+    signal.addEventListener("abort", ready);
+    listen(
+      "runs/stream",
+      {},
+      {
+        runs: (told) => {
+          runs.clear();
+          for (const run of told.runs) runs.set(run.name, run);
+          ignored.textContent = told.ignored?.length ? `Not shown: ${told.ignored.join("; ")}` : "";
+          draw();
+          ready();
+        },
+        changed: (told) => {
+          for (const run of told.runs) runs.set(run.name, run);
+          for (const name of told.gone) {
+            runs.delete(name);
+            chosen.delete(name);
+          }
+          draw();
+        },
+        fault: (error) => {
+          put(place, fault(error));
+          failed(error);
+        },
+      },
+      signal,
+    );
+  });
+  return "Runs";
+}
+
+function columns(chosen, update) {
+  return [
+    {
+      key: "pick",
+      name: "",
+      plain: true,
+      sortable: false,
+      value: () => null,
+      show: (run) => {
+        const box = h("input", {
+          type: "checkbox",
+          "aria-label": `Compare ${run.name}`,
+          checked: chosen.has(run.name),
+          on: {
+            change: () => {
+              if (box.checked) chosen.add(run.name);
+              else chosen.delete(run.name);
+              update();
+            },
+          },
+        });
+        return box;
+      },
+    },
+    {
+      key: "name",
+      name: "run",
+      head: true,
+      value: (run) => run.name,
+      show: (run) => link(to("run", run.name), run.name),
+    },
+    {
+      key: "state",
+      name: "state",
+      value: (run) => run.state,
+      show: (run) => h("span", { class: `state ${run.state}`, title: run.why }, run.state),
+    },
+    {
+      key: "step",
+      name: "steps",
+      number: true,
+      value: (run) => run.step,
+      show: (run) =>
+        h(
+          "span",
+          {},
+          run.steps ? `${count(run.step)} / ${count(run.steps)}` : count(run.step),
+          run.state === "running" && run.seconds_left !== null
+            ? h("span", { class: "soft" }, ` ${duration(run.seconds_left)} left`)
+            : null,
+        ),
+    },
+    {
+      key: "loss",
+      name: "loss",
+      number: true,
+      value: (run) => run.eval_loss ?? run.loss,
+      show: (run, value) => (value === null ? "" : figure(value)),
+    },
+    {
+      key: "curve",
+      name: "curve",
+      plain: true,
+      sortable: false,
+      value: () => null,
+      show: (run) =>
+        sparkline(
+          (run.sparkline ?? []).map(([, y]) => y),
+          `loss of ${run.name}, ${figure(run.loss)} at the end`,
+        ),
+    },
+    {
+      key: "score",
+      name: "score",
+      number: true,
+      value: (run) => run.score?.value ?? null,
+      show: (run) => score(run.score),
+    },
+    {
+      key: "model",
+      name: "model",
+      free: true,
+      value: (run) => run.model,
+      show: (run, value) => h("span", { title: value }, tail(value)),
+    },
+    {
+      key: "data",
+      name: "data",
+      free: true,
+      value: (run) => run.data,
+      show: (run, value) => h("span", { title: value }, tail(value)),
+    },
+    { key: "objective", name: "objective", value: (run) => run.objective },
+    {
+      key: "how",
+      name: "LoRA",
+      value: (run) =>
+        `r ${run.rank ?? ""}${run.quantization && run.quantization !== "none" ? ` ${run.quantization}` : ""}`,
+    },
+    { key: "seconds", name: "time", number: true, value: (run) => run.seconds, show: (run) => duration(run.seconds) },
+    { key: "bytes", name: "size", number: true, value: (run) => run.bytes, show: (run) => bytes(run.bytes) },
+    {
+      key: "started",
+      name: "started",
+      number: true,
+      value: (run) => run.started,
+      show: (run) => h("span", { class: "soft" }, ago(run.started)),
+    },
+  ];
+}
+
+/** A score with its interval. */
+function score(found) {
+  if (!found) return "";
+  const interval =
+    found.low === null || found.low === undefined ? "" : `${percent(found.low, 0)} to ${percent(found.high, 0)}`;
+  return h(
+    "span",
+    { title: found.words ?? found.metric },
+    percent(found.value),
+    h("small", { class: "under" }, interval),
+  );
+}

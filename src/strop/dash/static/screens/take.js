@@ -1,0 +1,126 @@
+// Out of strop: merge, GGUF, Ollama, each with its measured parity.
+
+import { button, facts, fault, figure, h, link, ofRun, percent, post, put, select, to } from "../all.js";
+import { field } from "../dom.js";
+import { jobCard, jobCards } from "../jobs.js";
+
+const KINDS = {
+  merge: [
+    "Merged model",
+    "The adapter in its base: a folder that transformers and vLLM load.",
+    "bf16",
+    ["bf16", "fp16", "fp32"],
+    "dtype",
+  ],
+  gguf: [
+    "GGUF file",
+    "For llama.cpp and what is built on it.",
+    "q8_0",
+    ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "f16", "bf16", "f32"],
+    "type",
+  ],
+  ollama: [
+    "Ollama",
+    "A folder for `ollama create`: GGUF, template, parameters.",
+    "q8_0",
+    ["q8_0", "q4_0", "f16"],
+    "type",
+  ],
+};
+
+export async function show(place, { run, signal }) {
+  const jobs = h("div", { style: { "margin-top": "1rem" } }),
+    forms = h("div", { class: "grid" });
+  put(
+    place,
+    run.adapter ? h("p", {}, "The adapter itself, in PEFT's format: ", h("code", {}, run.adapter.path)) : null,
+    forms,
+    h("h2", {}, "What was exported"),
+    jobs,
+  );
+  const refresh = async () => {
+    const cards = (
+      await Promise.all(Object.keys(KINDS).map((kind) => jobCards({ run: run.name, kind }, signal, { result: parity })))
+    ).flat();
+    put(jobs, cards.length ? cards : h("p", { class: "soft" }, "Nothing yet."));
+  };
+  const may = (run.can ?? []).includes("export");
+  put(
+    forms,
+    may
+      ? Object.entries(KINDS).map(([kind, told]) =>
+          form(run, kind, told, (job) => jobs.prepend(jobCard(job, signal, { result: parity }))),
+        )
+      : h("p", { class: "empty" }, "This run has no adapter to export yet."),
+  );
+  if (may && run.can.includes("talk"))
+    place.append(h("p", {}, "Or serve it, and ", link(to("talk", { run: run.name }), "talk to it"), "."));
+  await refresh();
+  return false;
+}
+
+function form(run, kind, [name, words, preset, types, option], onStart) {
+  const out = h("input", {
+    value: `${run.path}/${kind === "gguf" ? `${run.name}.gguf` : kind === "merge" ? "merged" : "ollama"}`,
+    spellcheck: "false",
+  });
+  let type = preset;
+  const trouble = h("div");
+  const go = button(
+    "Make it",
+    async () => {
+      put(trouble);
+      go.disabled = true;
+      try {
+        onStart(await post(ofRun(run.name, "export"), { kind, out: out.value.trim(), [option]: type }));
+      } catch (error) {
+        put(trouble, fault(error));
+      }
+      go.disabled = false;
+    },
+    { "aria-label": `Make it: ${name}`, class: "main" },
+  );
+  return h(
+    "section",
+    { class: "card form" },
+    h("div", {}, h("h2", {}, name), h("p", { class: "soft" }, words)),
+    field("Where", out),
+    field(
+      "Number format",
+      select(types, preset, (value) => (type = value)),
+    ),
+    h("div", {}, go),
+    trouble,
+  );
+}
+
+/** What the measurement of an export says. */
+function parity(job) {
+  const told = job.result,
+    found = told.parity;
+  return h(
+    "div",
+    {},
+    h("p", {}, "Wrote ", h("code", {}, told.out ?? "")),
+    found
+      ? [
+          h(
+            "p",
+            { class: `verdict ${found.passed ? "better" : "worse"}` },
+            found.passed ? "The same model, as measured." : "Not the same model: beyond the limit.",
+          ),
+          facts([
+            ["positions compared", found.positions],
+            ["same most likely token", percent(found.top1_agreement, 2)],
+            ["KL divergence, mean", figure(found.kl_mean)],
+            ["KL divergence, largest", figure(found.kl_max)],
+            ["difference of loss", figure(found.loss_difference)],
+            [
+              "limit",
+              typeof found.limit === "number" ? figure(found.limit) : found.limit ? JSON.stringify(found.limit) : null,
+            ],
+          ]),
+        ]
+      : h("p", { class: "soft" }, "Parity was not measured."),
+  );
+}

@@ -1,0 +1,167 @@
+// A table that is sorted by its heads, filtered by words, and saved as CSV.
+
+import { button, download, fresh, h, put } from "./dom.js";
+import { csv, isNumber } from "./format.js";
+
+/**
+ * columns: [{key, name, value(row), show(row, value)?, number?, free?, plain?, sortable?}]; value is what is sorted and saved,
+ * show gives a node or text; the column with `head: true` names its row. rows: any objects.
+ * options: label, sort: [key, "ascending" | "descending"], filter text, file (name of the CSV), empty, onChange({sort, filter}),
+ * identity(row): rows with the same identity keep their elements, so that focus and selection outlive an update.
+ */
+export class Table {
+  constructor(columns, options) {
+    this.columns = columns;
+    this.options = { empty: "Nothing here.", ...options };
+    this.sort = this.options.sort ?? null;
+    this.filter = this.options.filter ?? "";
+    this.rows = [];
+    this.kept = new Map();
+    this.heads = new Map();
+    for (const column of columns) this.heads.set(column.key, this.#head(column));
+    this.body = h("tbody");
+    const table = h(
+      "table",
+      { class: "stack", "aria-label": this.options.label },
+      h("thead", {}, h("tr", {}, [...this.heads.values()])),
+      this.body,
+    );
+    this.empty = h("p", { class: "empty", hidden: true }, this.options.empty);
+    this.element = h(
+      "div",
+      { class: "scroll", tabIndex: 0, role: "region", "aria-label": this.options.label },
+      table,
+      this.empty,
+    );
+  }
+
+  #head(column) {
+    const inner =
+      column.sortable === false
+        ? column.name
+        : button(column.name, () => {
+            const down = this.sort?.[0] === column.key ? this.sort[1] === "ascending" : Boolean(column.number);
+            this.sort = [column.key, down ? "descending" : "ascending"];
+            this.#changed();
+          });
+    return h("th", { scope: "col", class: column.number ? "n" : null }, inner);
+  }
+
+  #changed() {
+    this.draw();
+    this.options.onChange?.({ sort: this.sort, filter: this.filter });
+  }
+
+  /** Controls: the filter and the button that saves. */
+  tools() {
+    const input = h("input", {
+      type: "search",
+      value: this.filter,
+      placeholder: "Filter",
+      "aria-label": `Filter ${this.options.label}`,
+      on: {
+        input: () => {
+          this.filter = input.value;
+          this.#changed();
+        },
+      },
+    });
+    input.id = fresh("filter");
+    return [h("div", { class: "filter" }, input), button("Save CSV", () => this.save(), { class: "small" })];
+  }
+
+  save() {
+    const rows = this.chosen().map((row) =>
+      this.columns.filter((column) => !column.plain).map((column) => column.value(row)),
+    );
+    download(
+      this.options.file ?? "table.csv",
+      "text/csv",
+      csv(
+        this.columns.filter((column) => !column.plain).map((column) => column.name),
+        rows,
+      ),
+    );
+  }
+
+  set(rows) {
+    this.rows = rows;
+    this.draw();
+  }
+
+  /** The rows that pass the filter, sorted. */
+  chosen() {
+    const words = this.filter.toLowerCase().split(/\s+/).filter(Boolean);
+    const text = (row) =>
+      this.columns
+        .map((column) => column.value(row) ?? "")
+        .join(" ")
+        .toLowerCase();
+    let rows = words.length
+      ? this.rows.filter((row) => {
+          const all = text(row);
+          return words.every((word) => all.includes(word));
+        })
+      : [...this.rows];
+    const column = this.sort && this.columns.find((one) => one.key === this.sort[0]);
+    if (column) {
+      const way = this.sort[1] === "ascending" ? 1 : -1;
+      const none = (value) => value === null || value === undefined || value === "";
+      rows = rows.map((row) => [column.value(row), row]);
+      rows.sort(([a], [b]) => {
+        if (none(a) || none(b)) return none(a) - none(b); // what is absent comes last, either way
+        return way * (isNumber(a) && isNumber(b) ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }));
+      });
+      rows = rows.map(([, row]) => row);
+    }
+    return rows;
+  }
+
+  draw() {
+    for (const [key, head] of this.heads) {
+      if (this.sort?.[0] === key) head.setAttribute("aria-sort", this.sort[1]);
+      else head.removeAttribute("aria-sort");
+    }
+    const chosen = this.chosen(),
+      kept = new Map(),
+      drawn = [];
+    for (const row of chosen) {
+      const identity = this.options.identity?.(row) ?? row,
+        text = this.options.identity ? JSON.stringify(row) : "";
+      const old = this.kept.get(identity);
+      const made = old && old.text === text ? old : { text, element: this.#row(row) };
+      kept.set(identity, made);
+      drawn.push(made.element);
+    }
+    this.kept = kept;
+    const focus = document.activeElement?.closest?.("tr") && document.activeElement;
+    const same =
+      drawn.length === this.body.children.length &&
+      drawn.every((element, place) => element === this.body.children[place]);
+    if (!same) put(this.body, drawn);
+    if (focus && focus.isConnected && focus !== document.activeElement) focus.focus({ preventScroll: true });
+    this.empty.hidden = chosen.length > 0;
+    this.empty.textContent = this.rows.length ? "No row passes the filter." : this.options.empty;
+  }
+
+  #row(row) {
+    return h(
+      "tr",
+      {},
+      this.columns.map((column) => {
+        const value = column.value(row),
+          shown = column.show ? column.show(row, value) : value;
+        const blank = shown === null || shown === undefined || shown === "";
+        const props = {
+          class:
+            [column.number && "n", column.free && "free", column.key === "pick" && "pick", blank && "blank"]
+              .filter(Boolean)
+              .join(" ") || null,
+        };
+        return column.head
+          ? h("th", { scope: "row", ...props }, shown)
+          : h("td", { ...props, data: column.name ? { name: column.name } : {} }, blank ? "" : shown);
+      }),
+    );
+  }
+}

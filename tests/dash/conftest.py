@@ -1,0 +1,100 @@
+"""Real run folders for the page: a tiny run with an evaluation, the same with hostile words in it, a broken one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.browser import open_browser
+from tests.support.dashing import Dash, dashing
+
+HOSTILE = "<img src=x onerror=\"document.title='owned'\"><b>bold</b>\u202e\" onclick=alert(1) '</script>${1}"
+HOSTILE_NAME = '<img src=x onerror=document.title=1> & "quotes" \'n %2f #x?y'
+
+
+@pytest.fixture(scope="session")
+def desk(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A folder to work in, as a person has it: a model, rows, rows held out, and runs/ with three runs."""
+    from strop import train
+    from strop.adapters import load
+    from strop.evaluation.compare import compare
+    from strop.evaluation.run import add_to_report, read_conversations
+    from strop.runs.folder import RunFolder
+    from tests.support.tiny import write_rows
+
+    folder = tmp_path_factory.mktemp("desk")
+    shutil.copytree(tiny_folder, folder / "tiny-model")
+    rows, held_out = write_rows(folder / "rows.jsonl", 24), write_rows(folder / "held-out.jsonl", 10)
+    with rows.open("a", encoding="utf-8") as file:  # a row that cannot be used, and one that must stay text
+        file.write('{"messages": []}\n')
+        hostile = [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": HOSTILE}]
+        file.write(json.dumps({"messages": hostile}) + "\n")
+    one = folder / "runs" / "one"
+    options = {"train.epochs": 4, "train.batch_size": 4, "lora.r": 4, "model.dtype": "fp32", "data.bad_rows": "drop"}
+    train(model=str(folder / "tiny-model"), data=str(rows), out=str(one), **options, **{"data.eval": str(held_out)})
+    result = compare(load(one), read_conversations(str(held_out)), metric="exact", max_new_tokens=8)
+    add_to_report(RunFolder(one), {"run": str(one), **result})
+    _hostile(one, folder / "runs" / HOSTILE_NAME)
+    _broken(one, folder / "runs" / "broken")
+    return folder
+
+
+def _hostile(one: Path, made: Path) -> None:
+    """The same run; every text that its files hold, but for names of fields and kinds of events, is hostile."""
+    shutil.copytree(one, made)
+    lock = json.loads((made / "lock.json").read_text(encoding="utf-8"))
+    for name in ("model.name", "data.train", "train.objective", "preset", "model.quantization"):
+        lock["values"][name] = HOSTILE
+    lock["base"]["name"] = HOSTILE
+    lock["versions"]["strop"] = HOSTILE
+    (made / "lock.json").write_text(json.dumps(lock), encoding="utf-8")
+    events = [json.loads(line) for line in (made / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    for event in events:
+        if event["event"] == "machine":
+            event["lines"] = [HOSTILE]
+        if event["event"] == "recipe":
+            for choice in event["choices"]:
+                choice |= {"value": HOSTILE, "why": HOSTILE, "origin": HOSTILE}
+    at = {"time": events[-1]["time"], "step": 3}
+    events += [{"event": "note", **at, "text": HOSTILE}, {"event": "skip", **at, "why": HOSTILE, "rows": [HOSTILE]}]
+    events += [
+        {"event": "stop", **at, "why": HOSTILE},
+        {"event": "override", **at, "field": HOSTILE, "was": HOSTILE, "now": 1},
+    ]
+    (made / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    report = json.loads((made / "report.json").read_text(encoding="utf-8"))
+    report |= {"diagnosis": [HOSTILE], "adapter": HOSTILE}
+    for sample in report["samples"]:
+        sample |= {"prompt": HOSTILE, "gold": HOSTILE, "base": HOSTILE + "x", "tuned": "y" + HOSTILE}
+    (made / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def _broken(one: Path, made: Path) -> None:
+    """A run whose process is gone: no end, no report, a NaN that the guard skipped."""
+    shutil.copytree(one, made)
+    (made / "report.json").unlink()
+    shutil.rmtree(made / "adapter")
+    lines = (made / "events.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    steps = [place for place, line in enumerate(lines) if '"event": "step"' in line]
+    skip: dict[str, Any] = {"event": "skip", "time": time.time(), "step": 6, "why": "loss is not finite", "rows": []}
+    text = "".join([*lines[: steps[5]], json.dumps(skip) + "\n", *lines[steps[5] : steps[7]]])
+    (made / "events.jsonl").write_text(text, encoding="utf-8")
+    (made / "claim.json").write_text(json.dumps({"pid": 2**22 - 3, "started": 1.0}), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def dash(desk: Path) -> Iterator[Dash]:
+    with dashing(Path("runs"), desk) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    with open_browser() as opened:
+        yield opened

@@ -1,0 +1,74 @@
+"""Run folders that hold anything in any place: a table with such a line, and an error that says so, never a fault."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from strop.dash.desk import Desk
+from strop.errors import StropError
+from tests.support.dashing import evaluated, lines, make_run, sample, session, step
+
+JUNK = [None, True, -1, 1e308, 10**400, "x", "\ud800<b>", [], [[]], {}, {"a": []}, [1, "2"], float("inf"), 2**63]
+FULL = {
+    "exit": 0, "ended": "steps", "steps": 30, "memory": {"predicted": {"train": {}}}, "recipe": [{"field": "seed"}],
+    "intervals": {"base": [0.1, 0.2], "tuned": [0.3, 0.4]},
+    "data_report": {"dropped": [{"file": "f"}], "rows": {"used": 3}},
+}  # fmt: skip
+
+
+def spoiled(value: Any, random_: random.Random, share: float) -> Any:
+    """The value with junk in some places."""
+    if random_.random() < share:
+        return random_.choice(JUNK)
+    if isinstance(value, dict):
+        return {key: spoiled(inner, random_, share) for key, inner in value.items() if random_.random() > share / 2}
+    if isinstance(value, list):
+        return [spoiled(inner, random_, share) for inner in value]
+    return value
+
+
+def test_no_file_of_a_run_breaks_the_page(tmp_path: Path) -> None:
+    rows = [sample(number, number % 2 == 0, number % 3 == 0) for number in range(6)]
+    data = {"event": "data", "time": 1, "report": {"rows": {"used": 20}, "dropped": [{"file": "f", "line": 1}]}}
+    others = [
+        data, {"event": "rollback", "time": 1, "step": 9, "to": 4, "why": "w", "rate_scale": 0.5},
+        {"event": "skip", "step": 3}, {"event": "eval", "time": 1, "step": 9, "loss": 2.0},
+        {"event": "stop", "time": 1, "step": 9, "why": "w", "advice": ["a"]},
+    ]  # fmt: skip
+    steps = [step(number) for number in range(1, 20)]
+    events = [*session(), *steps[:9], *others, *steps[4:]]
+    good = make_run(tmp_path / "runs", "good", events, FULL)
+    evaluated(good, rows)
+    for seed in range(120):
+        chance = random.Random(seed)
+        folder = make_run(tmp_path / "runs", f"run-{seed}", [])
+        for name in ("lock.json", "report.json", "answers.json"):
+            value = spoiled(json.loads((good / name).read_text()), chance, 0.06)
+            (folder / name).write_text(json.dumps(value), encoding="utf-8")
+        (folder / "events.jsonl").write_text(
+            lines([spoiled(event, chance, 0.04) for event in events]), encoding="utf-8"
+        )
+        (folder / "claim.json").write_text(json.dumps(spoiled({"pid": 1, "started": 2.0}, chance, 0.5)))
+    desk = Desk(tmp_path / "runs")
+    assert len(desk.runs()) == 121
+    said = 0
+    for seed in range(120):
+        name = f"run-{seed}"
+        asks = [
+            partial(desk.detail, name), partial(desk.drawn, name, "epoch", 50, None, None, ()),
+            partial(desk.duplicate, name), partial(desk.answers, name, "all", "worst", "x", 0, 9),
+            partial(desk.ballot, name), partial(desk.log, name), partial(desk.compare, [name, "good"]),
+            partial(desk.news, name, "time", 50, None),
+        ]  # fmt: skip
+        for ask in asks:
+            try:
+                ask()
+            except StropError as error:
+                assert "damaged" in error.what
+                said += 1
+    assert said < 400  # most of it is shown all the same
+    assert desk.row("good")["why"] == "" and desk.answers("good", "all", "row", "", 0, 9)["total"] == 6

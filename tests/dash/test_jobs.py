@@ -1,0 +1,103 @@
+"""Child processes of the CLI: what is run is what is shown, and what became of one is read from its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from strop.dash.jobs import Jobs, command, option
+from strop.errors import FolderError, InputError
+from tests.support.dashing import make_run, session, step
+
+
+def ended(jobs: Jobs, name: str) -> dict[str, Any]:
+    for _ in range(600):
+        about = jobs.about(name)
+        if about["state"] != "running":
+            return about
+        time.sleep(0.1)
+    raise AssertionError(about)
+
+
+def test_a_job_and_what_it_gave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STROP_DASH_TOKEN", "secret")
+    make_run(tmp_path, "one", [*session(), step(1)])
+    jobs = Jobs(tmp_path)
+    started = jobs.start("train", ["runs", str(tmp_path)], "one")
+    assert started["command"] == f"strop runs {tmp_path}" and started["run"] == "one"
+    child = psutil.Process(started["pid"])
+    assert "STROP_DASH_TOKEN" not in child.environ() and os.getsid(child.pid) == child.pid
+    about = ended(jobs, started["id"])
+    assert about["state"] == "done" and about["result"]["runs"][0]["run"] == str(tmp_path / "one")
+    assert jobs.log(started["id"])[0].startswith(f"{tmp_path}/one  not finished")
+    later = Jobs(tmp_path)  # of a server that has been started again
+    assert later.about(started["id"]) == about and [job["id"] for job in later.all()] == [started["id"]]
+    assert stat.S_IMODE((tmp_path / ".dash").stat().st_mode) == 0o700
+
+
+def test_errors_and_kills(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    wrong = ended(jobs, jobs.start("merge", ["merge", "no-such-run", "--out=x"])["id"])
+    assert wrong["state"] == "failed" and "no-such-run" in wrong["error"]["message"]
+    killed = jobs.start("serve", ["doctor"])
+    os.kill(killed["pid"], signal.SIGKILL)
+    about = ended(jobs, killed["id"])
+    assert (about["state"], about["error"]["kind"]) == ("failed", "Killed")
+    stopped = jobs.start("serve", ["doctor"])
+    while not any("cli" in word for word in psutil.Process(stopped["pid"]).cmdline()):
+        time.sleep(0.05)
+    time.sleep(1)  # its handlers of signals are set
+    assert Jobs(tmp_path).stop(stopped["id"])
+    assert ended(jobs, stopped["id"])["state"] == "failed" or ended(jobs, stopped["id"])["error"]["kind"] == "Stopped"
+    assert not jobs.stop(stopped["id"])
+    with pytest.raises(FolderError):
+        jobs.about("../../etc")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("lora.r", 16, ["--lora.r=16"]),
+        ("train.learning_rate", 0.0002, ["--train.learning_rate=0.0002"]),
+        ("lora.use_dora", True, ["--lora.use_dora=true"]),
+        ("train.max_steps", None, ["--train.max_steps=none"]),
+        ("data.train", ["a.jsonl", "b,c.jsonl"], ["--data.train=a.jsonl", "--data.train=b,c.jsonl"]),
+        ("lora.target_modules", ["q_proj", "v_proj"], ["--lora.target_modules=q_proj,v_proj"]),
+        ("data.columns", {"prompt": "q"}, ["--data.columns=prompt=q"]),
+        ("data.train", "--help; rm -rf $HOME", ["--data.train=--help; rm -rf $HOME"]),
+    ],
+)
+def test_fields_as_words(field: str, value: Any, words: list[str]) -> None:
+    assert option(field, value) == words
+    assert shlex.split(command(words)) == ["strop", *words]
+
+
+def test_what_no_word_can_say() -> None:
+    for value in (["a,b"], {"a": "b,c"}, {"a=b": "c"}):
+        with pytest.raises(InputError, match="a comma in a"):
+            option("lora.modules_to_save", value)
+
+
+def test_old_jobs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from strop.dash import jobs as module
+
+    monkeypatch.setattr(module, "MOST_JOBS", 2)
+    old = tmp_path / ".dash" / "jobs"
+    for number in range(4):
+        folder = old / f"20200101-00000{number}-train-abcdef"
+        folder.mkdir(parents=True)
+        (folder / "job.json").write_text(json.dumps({"kind": "train", "ended": 1.0}))
+    jobs = Jobs(tmp_path)
+    (old / "20300101-000000-train-abcdef").mkdir()  # of a server that was killed as it began
+    new = jobs.start("merge", ["runs", str(tmp_path)])
+    assert [job["id"] for job in jobs.all()] == [new["id"], "20200101-000003-train-abcdef"]
+    ended(jobs, new["id"])

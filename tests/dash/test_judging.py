@@ -1,0 +1,104 @@
+"""Answers before and after, the blind vote, and runs against each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from strop.dash.answering import Busy
+from strop.dash.judging import Votes, answers, compare, tally
+from strop.dash.listing import Listing
+from strop.errors import DiskError, InputError
+from strop.evaluation.metrics import paired_difference, wilson
+from strop.runs.folder import RunFolder
+from tests.support.dashing import evaluated, make_run, sample, session, step
+
+HITS = [(True, True), (True, False), (False, True), (False, False), (False, True)]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    folder = make_run(tmp_path, "one", [*session(), step(1)], {"exit": 0})
+    evaluated(folder, [sample(number, *hits) for number, hits in enumerate(HITS)])
+    return RunFolder(folder)
+
+
+def test_filters_and_orders(run: RunFolder) -> None:
+    def rows(wanted: str = "all", order: str = "row", search: str = "") -> list[int]:
+        return [row["row"] for row in answers(run, wanted, order, search, 0, 50)["rows"]]
+
+    assert rows() == [0, 1, 2, 3, 4] and rows(order="worst") == [1, 3, 2, 4, 0]
+    assert (rows("gained"), rows("lost"), rows("changed"), rows("both")) == ([2, 4], [1], [1, 2, 4], [0])
+    assert (rows("wrong"), rows("right"), rows("neither"), rows(search="WHAT IS 3")) == ([1, 3], [0, 2, 4], [3], [3])
+    found = answers(run, "all", "row", "", 1, 2)
+    assert found["counts"] == {"all": 5, "gained": 2, "lost": 1, "both": 1, "neither": 1} and found["complete"]
+    assert [row["row"] for row in found["rows"]] == [1, 2] and found["total"] == 5
+    assert found["rows"][0]["marked"]["tuned"] == [("it ", "same"), ("is", "missing"), ("was", "added"), (" 1", "same")]
+    with pytest.raises(InputError):
+        answers(run, "best", "row", "", 0, 50)
+
+
+def test_an_older_report_has_some_rows(run: RunFolder) -> None:
+    run.answers.unlink()
+    report = json.loads(run.report.read_text())
+    run.report.write_text(json.dumps({**report, "samples": [sample(0, True, True), "odd", {"prompt": 3}]}))
+    found = answers(run, "all", "worst", "", 0, 50)
+    assert not found["complete"] and found["counts"]["all"] == 2
+
+
+def test_a_blind_vote(run: RunFolder) -> None:
+    votes, won = Votes(), 0
+    for _ in range(4):  # of five rows one has the same answer twice
+        ballot = votes.ballot(run)
+        assert not {"base", "tuned", "base_hit", "tuned_hit", "kind"} & set(ballot)
+        shown = votes.vote(run, ballot["ballot"], "a")
+        won += shown["was"]["a"] == "tuned"
+    assert votes.ballot(run)["ballot"] is None
+    found = tally(run)
+    assert (found["votes"], found["tuned"], found["base"]) == (4, won, 4 - won)
+    assert (found["low"], found["high"]) == wilson(won, 4)
+    with pytest.raises(Busy):
+        votes.vote(run, ballot["ballot"], "b")  # used
+    evaluated(run.path, [sample(7, False, True)])  # other answers: the votes on the old ones do not count
+    assert tally(run)["votes"] == 0 and tally(run)["share"] is None
+    with pytest.raises(InputError):
+        votes.vote(run, votes.ballot(run)["ballot"], "left")
+
+
+def test_sides_change(run: RunFolder) -> None:
+    votes = Votes()
+    evaluated(run.path, [sample(number, False, True) for number in range(60)])
+    first = {votes.vote(run, votes.ballot(run)["ballot"], "tie")["was"]["a"] for _ in range(60)}
+    assert first == {"base", "tuned"}  # by chance: one side alone would come up once in 2^59
+
+
+def test_votes_never_go_through_a_link(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (run.path / "votes.jsonl").symlink_to(tmp_path / "precious")
+    votes = Votes()
+    with pytest.raises(DiskError):
+        votes.vote(run, votes.ballot(run)["ballot"], "a")
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_runs_beside_each_other(tmp_path: Path) -> None:
+    for name, good in (("low", 20), ("high", 55), ("other", 30)):
+        folder = make_run(tmp_path, name, [*session(), step(1)], {"exit": 0})
+        rows = [sample(number, False, number < good) for number in range(60)]
+        evaluated(folder, rows if name != "other" else [{**row, "prompt": f"other {row['prompt']}"} for row in rows])
+    rows = Listing(tmp_path).rows()
+    recipes = {"low": {"lora.r": 4, "seed": 0}, "high": {"lora.r": 16, "seed": 0}, "other": {"lora.r": 4, "seed": 0}}
+    found = compare(rows, recipes)
+    assert found["settings"] == [
+        {"field": "lora.r", "values": {row["name"]: recipes[row["name"]]["lora.r"] for row in rows}}
+    ]
+    pairs = {frozenset((pair["a"], pair["b"])): pair for pair in found["pairs"]}
+    pair = pairs[frozenset(("low", "high"))]
+    hits = {"low": [n < 20 for n in range(60)], "high": [n < 55 for n in range(60)]}
+    expected = paired_difference(hits[pair["a"]], hits[pair["b"]])
+    assert pair["rows"] == 60 and pair["difference"]["value"] == pytest.approx(expected.value)
+    assert pair["difference"]["low"] == pytest.approx(expected.low)
+    assert pairs[frozenset(("low", "other"))]["difference"] is None
+    assert found["verdict"].startswith("high scores highest (exact 91.7%): clearly above low; not clearly above other")

@@ -1,0 +1,168 @@
+"""The table of runs, and what a run is doing: from its files and its process alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from strop.dash import listing, state
+from strop.dash.listing import Listing
+from tests.support.dashing import evaluated, make_run, sample, session, step
+
+DONE = {"exit": 0, "ended": "steps", "steps": 5, "eval_loss": 2.5, "tokens": 500}
+SAVED = {"event": "stop", "time": 1, "step": 5, "why": "signal"}
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def claim(folder: Path, process: subprocess.Popen[bytes]) -> None:
+    held = {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+    (folder / "claim.json").write_text(json.dumps(held))
+
+
+def only(root: Path) -> dict[str, Any]:
+    [row] = Listing(root).rows()
+    return row
+
+
+@pytest.mark.parametrize(
+    ("last", "report", "expected", "why"),
+    [
+        ([], None, "crashed", "the process has ended and says nothing of why"),
+        ([SAVED], None, "stopped", "by a signal, after saving"),
+        ([{**SAVED, "why": "loss 9 is far above", "advice": []}], None, "stopped", "loss 9 is far above"),
+        ([SAVED, *session(2000, start=5)], None, "crashed", "the process has ended and says nothing of why"),
+        ([{"event": "end", "time": 9}], DONE, "finished", ""),
+        ([{"event": "end", "time": 9}], {**DONE, "ended": "time"}, "stopped", "the time budget is spent"),
+    ],
+)
+def test_runs_without_a_process(tmp_path: Path, last: list[Any], report: Any, expected: str, why: str) -> None:
+    make_run(tmp_path, "one", [*session(), *(step(number) for number in range(1, 6)), *last], report)
+    row = only(tmp_path)
+    assert (row["state"], row["why"], row["pid"]) == (expected, why, None)
+    assert ("resume" in row["can"]) == (expected != "finished") and "delete" in row["can"]
+
+
+def test_a_live_run_and_one_that_was_killed(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    folder = make_run(tmp_path, "one", [*session(), *(step(number) for number in range(1, 6))])
+    claim(folder, sleeper)
+    runs = Listing(tmp_path)
+    [row] = runs.rows()
+    assert (row["state"], row["phase"], row["pid"], row["can"]) == ("running", "training", sleeper.pid, ["stop"])
+    sleeper.kill()
+    sleeper.wait()
+    [row] = runs.rows()  # no file has changed
+    assert (row["state"], row["pid"]) == ("crashed", None)
+
+
+def test_a_zombie_and_a_stranger_hold_nothing(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    folder = make_run(tmp_path, "one", [*session(), step(1)])
+    sleeper.kill()  # and not waited for
+    time.sleep(0.2)
+    claim(folder, sleeper)
+    assert only(tmp_path)["state"] == "crashed"
+    (folder / "claim.json").write_text(json.dumps({"pid": os.getppid(), "started": 12345.0}))  # the number is another's
+    assert only(tmp_path)["state"] == "crashed"
+
+
+def test_a_suspended_run_is_stalled(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    claim(make_run(tmp_path, "one", [*session(), step(1)]), sleeper)
+    sleeper.send_signal(signal.SIGSTOP)
+    time.sleep(0.2)
+    row = only(tmp_path)
+    assert (row["state"], row["why"]) == ("stalled", "the process is suspended")
+
+
+def test_a_run_that_says_nothing_is_stalled(
+    tmp_path: Path, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path, "one", [*session(), *(step(number) for number in range(1, 9))])  # one a second
+    claim(folder, sleeper)
+    for age, expected in ((100, "running"), (130, "stalled")):
+        os.utime(folder / "events.jsonl", (time.time() - age,) * 2)
+        assert only(tmp_path)["state"] == expected
+    assert "no event for 2 min" in only(tmp_path)["why"]
+    monkeypatch.setattr(state.Watch, "share", lambda self, pid: 0.98)  # an evaluation is one event
+    assert only(tmp_path)["state"] == "running"
+    slow = [*session(), *(step(number, time=1000.0 + 60 * number) for number in range(1, 9))]
+    claim(make_run(tmp_path / "slow", "one", slow), sleeper)
+    monkeypatch.undo()
+    os.utime(tmp_path / "slow" / "one" / "events.jsonl", (time.time() - 600,) * 2)
+    assert only(tmp_path / "slow")["state"] == "running"
+
+
+def test_a_run_that_loads_may_take_long(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    folder = make_run(tmp_path, "one", session()[:2])
+    claim(folder, sleeper)
+    os.utime(folder / "events.jsonl", (time.time() - 900,) * 2)
+    assert (only(tmp_path)["state"], only(tmp_path)["phase"]) == ("running", "loading")
+
+
+def test_five_hundred_runs_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = [*session(), *(step(number) for number in range(1, 31)), {"event": "end", "time": 9}]
+    for number in range(500):
+        make_run(tmp_path, f"run-{number}", events, DONE)
+    runs, read = Listing(tmp_path), []
+    facts = listing._facts
+    monkeypatch.setattr(listing, "_facts", lambda folder: (read.append(folder.path.name), facts(folder))[1])
+    rows = runs.rows()
+    assert len(rows) == len(read) == 500 and {row["state"] for row in rows} == {"finished"}
+    read.clear()
+    assert runs.rows() == rows and not read
+    with (tmp_path / "run-7" / "events.jsonl").open("a") as file:
+        file.write("{}\n")
+    runs.rows()
+    assert read == ["run-7"]
+
+
+def test_a_line_of_the_table(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "one", [*session(), *(step(number, 2000) for number in range(1, 2001))], DONE)
+    evaluated(folder, [sample(number, number < 2, number < 9) for number in range(10)])
+    row = only(tmp_path)
+    assert (row["model"], row["objective"], row["rank"], row["started"]) == ("tiny", "sft", 4, 1000.0)
+    assert (row["score"]["value"], row["score"]["base"], row["score"]["rows"]) == (0.9, 0.2, 10)
+    steps, losses = zip(*row["sparkline"], strict=True)
+    assert len(steps) <= 41 and steps[0] < 50 and steps[-1] > 1950 and list(steps) == sorted(steps)
+    assert losses[0] > 4.9 and losses[-1] < 4.1
+    assert row["bytes"] == sum(file.stat().st_size for file in folder.rglob("*"))
+
+
+def test_a_small_curve_keeps_a_spike(tmp_path: Path) -> None:
+    events = [step(number, loss=50.0 if number == 77 else 1.0) for number in range(1, 101)]
+    make_run(tmp_path, "one", [*session(), *events])
+    assert [77, 50.0] in [list(point) for point in only(tmp_path)["sparkline"]]
+
+
+def test_links_and_damaged_folders(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    make_run(root, "good", [*session(), step(1)])
+    make_run(tmp_path, "elsewhere", [*session(), step(1)])
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "empty").mkdir()
+    (root / "file").write_text("x")
+    broken = make_run(root, "broken", [])
+    for name in ("lock.json", "events.jsonl", "report.json"):
+        (broken / name).write_bytes(b"\x00[{" * 100)
+    secret = make_run(root, "secret", [])
+    (tmp_path / "private").write_text(json.dumps({"values": {"model.name": "private"}}))
+    (secret / "lock.json").unlink()
+    (secret / "lock.json").symlink_to(tmp_path / "private")
+    rows = {row["name"]: row for row in Listing(root).rows()}
+    assert set(rows) == {"good", "broken", "secret"} and rows["secret"]["model"] is None
+    assert Listing(root).names()[1] == ["linked: a link"]

@@ -1,0 +1,220 @@
+"""The page in a real browser: each screen, wide and narrow, light and dark, with hostile words in every field."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+import strop
+from tests.dash.conftest import HOSTILE, HOSTILE_NAME
+from tests.support.browser import DESK, PHONE, Watched, at, open_tab
+from tests.support.dashing import TOKEN, Dash, dashing
+
+STATIC = Path(strop.__file__).parent / "dash" / "static"
+NEW = quote(json.dumps({"model.name": "tiny-model", "data.train": "rows.jsonl", "data.bad_rows": "drop", "lora.r": 4}))
+STRANGE = quote(HOSTILE_NAME, safe="")
+# address -> what is there once the screen is whole
+SCREENS = {
+    "/runs": "table .spark",
+    "/run/one": ".plot canvas >> nth=3",
+    "/run/one/answers": ".sample >> nth=5",
+    "/run/one/answers?blind=1": ".vote article",
+    "/run/one/settings": "table >> nth=0",
+    "/run/one/take": ".form >> nth=2",
+    "/run/one/log": "text=Events",
+    f"/new?options={NEW}": ".bars .phase >> nth=4",
+    f"/data?options={NEW}": ".tokens .stop >> nth=3",
+    "/compare?runs=one,broken": ".plot canvas",
+    "/talk": "text=No model is loaded",
+    "/machine": "dl.facts",
+}
+
+
+def open_at(tab: Watched, dash: Dash, address: str, whole: str) -> None:
+    tab.page.goto(at(dash, address))
+    is_whole(tab, whole)
+
+
+def is_whole(tab: Watched, sign: str) -> None:
+    tab.page.wait_for_selector(sign)
+    tab.page.wait_for_selector(".screen:not([aria-busy])")
+
+
+@pytest.mark.parametrize("address", SCREENS)
+def test_each_screen_on_desk_and_phone_in_light_and_dark(
+    browser: Any, dash: Dash, address: str, tmp_path: Path
+) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, address, SCREENS[address])
+        for size in (DESK, PHONE):
+            tab.page.set_viewport_size(size)
+            for scheme in ("light", "dark"):
+                tab.page.emulate_media(color_scheme=scheme)
+                tab.page.wait_for_timeout(50)  # a plot is drawn anew
+                tab.check(f"{address} at {size['width']}, {scheme}")
+                if (size, scheme) in ((DESK, "light"), (PHONE, "dark")):
+                    tab.axe(f"{address} at {size['width']}, {scheme}")
+        before = tab.page.evaluate("location.hash"), tab.page.title()
+        tab.page.reload()  # what is shown stands in the address
+        is_whole(tab, SCREENS[address])
+        assert (tab.page.evaluate("location.hash"), tab.page.title()) == before
+        assert TOKEN not in tab.page.url
+        tab.check(f"{address}, again")
+
+
+@pytest.mark.parametrize("part", ["", "/answers", "/answers?blind=1", "/settings", "/take", "/log"])
+def test_words_of_a_hostile_run_stay_words(browser: Any, dash: Dash, part: str) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, f"/run/{STRANGE}{part}", "h1")
+        if part != "/answers?blind=1" and part != "/take":
+            tab.page.wait_for_selector(f"text={'onerror'} >> nth=0")
+        assert tab.page.title().endswith("· strop") and "owned" not in tab.page.title()
+        assert tab.page.locator("main img, main b:text-is('bold'), main script").count() == 0
+        assert tab.page.locator("h1").text_content() == HOSTILE_NAME
+        tab.page.set_viewport_size(PHONE)
+        tab.check(part)
+
+
+def test_hostile_words_in_lists(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, "/runs", f"text={HOSTILE_NAME[:20]}")
+        assert tab.page.locator("main img").count() == 0
+        tab.page.click(f"text={HOSTILE_NAME[:20]}")
+        tab.page.wait_for_selector(".plot canvas")
+        assert tab.page.locator("h1").text_content() == HOSTILE_NAME
+        open_at(tab, dash, f"/compare?runs=one,{STRANGE}", ".plot canvas")
+        tab.page.wait_for_selector("table code")
+        open_at(tab, dash, f"/data?order=long&options={NEW}", f".tokens:has-text({json.dumps('onerror')})")
+        assert tab.page.locator("main img").count() == 0
+        shown = tab.page.locator(".tokens:has-text('onerror')").first.text_content()
+        assert HOSTILE in shown.replace("\u21b5\n", "\n")
+        tab.check("lists")
+
+
+def test_the_table_of_runs_is_sorted_filtered_and_saved(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, "/runs", "table .spark")
+        names = lambda: tab.page.locator("tbody th").all_text_contents()  # noqa: E731
+        tab.page.click("thead >> text=run")
+        assert names() == sorted(names(), key=str.lower) and len(names()) == 3
+        tab.page.click("thead >> text=run")
+        assert names()[0] == "one"
+        tab.page.fill("input[type=search]", "crashed bro")
+        assert names() == ["broken"]
+        tab.page.reload()
+        tab.page.wait_for_selector("tbody th")
+        assert names() == ["broken"]
+        tab.page.fill("input[type=search]", "")
+        with tab.page.expect_download() as saved:
+            tab.page.click("text=Save CSV")
+        lines = Path(saved.value.path()).read_text(encoding="utf-8").splitlines()
+        assert lines[0].startswith("run,state,steps,loss,score") and len(lines) == 4
+        tab.check("runs")
+
+
+def test_a_plot_is_read_by_keys_zoomed_and_saved(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, "/run/one", ".plot canvas")
+        plot = tab.page.locator(".plot").first
+        plot.locator(".canvas").focus()
+        tab.page.keyboard.press("Home")
+        assert plot.locator(".where").text_content() == "step 1"
+        tab.page.keyboard.press("ArrowRight")
+        assert plot.locator(".where").text_content() == "step 2"
+        assert "training, smoothed: first" in plot.locator(".canvas").get_attribute("aria-label")
+        for kind, head in (("CSV", "step,"), ("SVG", "<svg"), ("PNG", "\x89PNG")):
+            plot.locator("summary").click()
+            with tab.page.expect_download() as saved:
+                plot.get_by_role("button", name=kind, exact=True).click()
+            assert Path(saved.value.path()).read_bytes().decode("latin-1").startswith(head)
+        box = plot.locator(".u-over").bounding_box()
+        tab.page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 50)
+        tab.page.mouse.down()
+        tab.page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 60, steps=4)
+        tab.page.mouse.up()
+        tab.page.wait_for_selector(".back:visible")
+        assert "range=" in tab.page.url
+        tab.page.reload()
+        tab.page.wait_for_selector(".back:visible")
+        tab.page.locator(".back:visible").first.click()
+        assert "range=" not in tab.page.url
+        for by in ("epoch", "tokens", "time"):
+            tab.page.get_by_role("button", name=by, exact=True).click()
+            tab.page.wait_for_function(
+                "(words) => document.querySelector('.plot .canvas').ariaLabel.startsWith(words)", arg=f"Loss by {by}"
+            )
+        tab.check("plots")
+
+
+def test_a_run_that_goes_on_is_followed_and_a_lost_server_is_said(browser: Any, desk: Path) -> None:
+    events = desk / "runs" / "broken" / "events.jsonl"
+    old = events.read_text(encoding="utf-8")
+    last = [json.loads(line) for line in old.splitlines() if '"event": "step"' in line][-1]
+    with dashing(Path("runs"), desk) as own, open_tab(browser, own) as tab, open_tab(browser, own) as other:
+        for one in (tab, other):
+            open_at(one, own, "/run/broken", ".plot canvas")
+            assert one.page.locator(".state.crashed").count() == 1
+            one.page.wait_for_selector(f"text=Step {last['step']} of")
+        more = {**last, "step": last["step"] + 1, "loss": 123.456}
+        with events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(more) + "\n")
+        for one in (tab, other):
+            one.page.wait_for_selector(f"text=Step {last['step'] + 1} of")
+            one.page.wait_for_selector(".legend b:has-text('123.5')")
+            assert "skip" in one.page.locator(".marks").text_content()
+            one.check("two tabs")
+        own.process.kill()
+        tab.page.wait_for_selector("text=Connection lost")
+        assert tab.page.locator(".plot canvas").count()  # what was there stays
+    events.write_text(old, encoding="utf-8")
+
+
+def test_without_the_token_nothing_is_shown(browser: Any, dash: Dash) -> None:
+    with open_tab(browser, dash) as tab:
+        tab.page.goto(dash.url + "/#/run/one")
+        tab.page.wait_for_selector("text=Who is there?")
+        assert "rows.jsonl" not in tab.page.content()
+        tab.page.fill("input", f"{dash.url}/#token={TOKEN}")
+        tab.page.click("text=Open >> nth=-1")
+        tab.page.wait_for_selector(".plot canvas")
+        assert [fault for fault in tab.faults if "401" not in fault] == []
+
+
+def test_the_policy_holds(browser: Any, dash: Dash) -> None:
+    """A script and a style that stand in the markup do nothing."""
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, "/runs", "table .spark")
+        done = tab.page.evaluate("""() => {
+            const box = document.createElement("div");
+            box.innerHTML = "<img src='data:,x' onerror='window.owned = 1'><p style='position:fixed'>x</p>";
+            document.body.append(box);
+            const script = document.createElement("script");
+            script.textContent = "window.owned = 2";
+            document.body.append(script);
+            const style = getComputedStyle(box.querySelector("p"));
+            return new Promise((end) => setTimeout(() => end([window.owned ?? 0, style.position]), 300));
+        }""")
+        assert done == [0, "static"]
+        assert any("Content Security Policy" in fault for fault in tab.faults)
+
+
+def test_uplot_is_as_it_was_published() -> None:
+    folder = STATIC / "uplot"
+    sums = re.findall(r"^\| (\S+) \| ([0-9a-f]{64}) \|$", (folder / "NOTE.md").read_text(encoding="utf-8"), re.M)
+    assert {name for name, _ in sums} == {file.name for file in folder.iterdir()} - {"NOTE.md", "LICENSE"}
+    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == wanted for name, wanted in sums)
+
+
+def test_our_scripts_make_no_markup() -> None:
+    """Text of rows and answers is an attacker's to choose: it becomes text nodes (`dom.js`), nothing else."""
+    ways = r"(inner|outer|insertAdjacent)HTML|document\.write|parseFromString|ContextualFragment|\beval\(|Function\("
+    scripts = [file for file in STATIC.rglob("*.js") if file.parent.name != "uplot"]
+    texts = {file.name: file.read_text(encoding="utf-8") for file in scripts}
+    assert len(texts) > 15 and not [name for name, text in texts.items() if re.search(ways, text)]
+    assert not re.search(r" style=|<style|<script>| on\w+=", (STATIC / "index.html").read_text(encoding="utf-8"))

@@ -1,0 +1,109 @@
+"""The whole story by clicks: look at data, plan, start, watch, stop, evaluate, vote, merge, talk, delete."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tests.support.browser import at, open_tab
+from tests.support.dashing import dashing
+from tests.support.tiny import write_rows
+
+LONG = 180_000  # a child process imports torch and may compile, on a machine that does other things too
+
+
+def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "tiny-model")
+    write_rows(tmp_path / "rows.jsonl", 24)
+    write_rows(tmp_path / "held-out.jsonl", 8)
+    with dashing(Path("runs"), tmp_path) as dash, open_tab(browser, dash) as tab:
+        page = tab.page
+        page.set_default_timeout(LONG)
+
+        def press(name: str) -> None:
+            page.get_by_role("button", name=name, exact=True).first.click()
+
+        def follow(name: str) -> None:
+            page.get_by_role("link", name=name, exact=True).first.click()
+
+        def choose(label: str, entry: str) -> None:
+            press(f"Choose: {label}")
+            page.locator("dialog").get_by_role("button", name=entry, exact=True).click()
+
+        page.goto(at(dash, "/runs"))
+        page.wait_for_selector("text=No runs here yet")
+        follow("Data")
+        choose("Rows", "rows.jsonl")
+        choose("Model", "tiny-model")
+        page.wait_for_selector(".tokens .stop >> nth=2")
+        follow("Plan a run with these")
+        page.wait_for_selector("text=It fits")
+        choose("Rows to evaluate on", "held-out.jsonl")
+        page.get_by_label("rank", exact=True).focus()
+        page.keyboard.press("ArrowLeft")  # 16 to 8
+        page.wait_for_selector("code:text('--lora.r=8')")
+        page.get_by_label("Epochs").fill("3000")
+        page.keyboard.press("Enter")
+        page.get_by_label("Name of the run").fill("first")
+        page.wait_for_selector("code:text('--out=runs/first')")
+        press("Start")
+        page.wait_for_selector("h1:text('first')")
+        page.wait_for_selector(".plot canvas")  # it learns
+        press("Stop and save")
+        page.wait_for_selector(".state.stopped")
+        step = page.locator(".progress").text_content()
+        page.reload()  # what is shown stands in the folder
+        page.wait_for_selector(".plot canvas")
+        assert page.locator(".progress").text_content() == step and "of 9,000" in step
+
+        press("Duplicate")
+        page.wait_for_selector("text=It fits")
+        page.get_by_label("Epochs").fill("2")
+        page.keyboard.press("Enter")
+        page.get_by_label("Name of the run").fill("second")
+        page.wait_for_selector("code:text('--out=runs/second')")
+        assert page.get_by_label("rank", exact=True).input_value() == "3"  # 2 to the power of 3
+        press("Start")
+        page.wait_for_selector("h1:text('second')")
+        page.wait_for_selector(".state.finished")
+
+        follow("Before and after")
+        page.get_by_label("File of held-out rows").fill("held-out.jsonl")
+        page.get_by_label("Longest answer, in tokens").fill("6")
+        press("Evaluate")
+        page.wait_for_selector(".sample >> nth=7")
+        follow("Vote blind")
+        page.wait_for_selector(".vote article")
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_selector("[role=status]:has-text('1')")
+
+        follow("Take it away")
+        press("Make it: Merged model")
+        page.wait_for_selector("text=The same model, as measured.")
+        assert list((tmp_path / "runs" / "second" / "merged").glob("*.safetensors"))
+
+        follow("Talk")
+        press("Start")
+        page.get_by_label("Your message").fill("what is 2")
+        page.keyboard.press("Enter")
+        page.wait_for_function("() => [...document.querySelectorAll('.chat')].length === 2")
+        page.wait_for_selector("button:text-is('Send')")
+        answers = page.locator(".chat p:nth-child(2)").all_text_contents()
+        assert len(answers) == 2 and all(answers)
+        press("Stop the server")
+        page.wait_for_selector("text=No model is loaded")
+
+        follow("Runs")
+        page.get_by_label("Compare first").check()
+        page.get_by_label("Compare second").check()
+        press("Compare 2")
+        page.wait_for_selector("code:text('train.epochs')")
+        page.goto(dash.url + "/#/run/first")
+        press("Delete")
+        page.get_by_label("Type the run's name").fill("first")
+        press("Delete it")
+        page.wait_for_selector("h1:text('Runs')")
+        page.wait_for_function("() => document.querySelectorAll('tbody tr').length === 1")
+        assert not (tmp_path / "runs" / "first").exists() and (tmp_path / "runs" / "second").is_dir()
+        tab.check("the story")

@@ -1,0 +1,47 @@
+"""What is passed on to the server of models, and what becomes of it when the reader is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+
+from strop.dash.talk import pass_on
+from strop.errors import RunError
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def test_an_answer_that_nobody_reads_is_ended() -> None:
+    asked: list[bytes] = []
+    gone = asyncio.Event()
+
+    async def model(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n") + await reader.readexactly(2))
+        writer.write(HEAD + b"6\r\ndata: \r\n")
+        await writer.drain()
+        with contextlib.suppress(ConnectionError):
+            await reader.read()  # until the other side is closed
+        gone.set()
+        writer.close()
+
+    async def story() -> tuple[int, str, bytes]:
+        server = await asyncio.start_server(model, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        status, kind, parts = await pass_on(("127.0.0.1", port, "the-key"), "POST", "/v1/x", b"{}")
+        first = await anext(parts)
+        await parts.aclose()  # type: ignore[attr-defined]
+        await asyncio.wait_for(gone.wait(), 10)
+        server.close()
+        return status, kind, first
+
+    assert asyncio.run(story()) == (200, "text/event-stream", b"data: ")
+    assert b"authorization: Bearer the-key" in asked[0].lower().replace(b"bearer", b"Bearer") and asked[0].endswith(
+        b"{}"
+    )
+
+
+def test_a_server_that_is_not_there() -> None:
+    with pytest.raises(RunError, match="does not answer"):
+        asyncio.run(pass_on(("127.0.0.1", 9, "key"), "GET", "/v1/models", b""))
