@@ -39,6 +39,7 @@ REASONS: dict[str, str] = {
     "no-prompt": "a preference pair of two strings without a prompt",
     "same-answers": "chosen and rejected are the same",
     "prompts-differ": "chosen and rejected do not answer the same prompt",
+    "no-question": "a prompt without an answer whose last turn is not the user's",
     "bad-ranking": "a ranking without a score for each answer, or without two answers that differ in it",
     "bad-label": "a label that is neither good nor bad",
     "media": "images, audio or video, which are not trained on",
@@ -157,6 +158,16 @@ FORMATS: dict[str, Format] = {
             exact=True,
         ),
         Format(
+            "prompt",
+            (("prompt",),),
+            ("system", "history", "tools"),
+            shapes.prompt_alone,
+            "a prompt without an answer, a string or messages: for `train.objective grpo`, where the model answers",
+            {"prompt": "hi"},
+            exact=True,
+            fits=shapes.is_prompt_alone,
+        ),
+        Format(
             "text",
             (("text",),),
             (),
@@ -216,13 +227,19 @@ class Conversations(Iterator[Conversation]):
     """
 
     def __init__(
-        self, rows: Iterable[Row], format: str, columns: Mapping[str, str] | None, bad: list[RowFault]
+        self,
+        rows: Iterable[Row],
+        format: str,
+        columns: Mapping[str, str] | None,
+        bad: list[RowFault],
+        answerless: bool = False,
     ) -> None:
         self.found: dict[str, str] = {}
         self.unused: Counter[str] = Counter()
         self.num_rows = 0
         self.num_used = 0
         self._bad = bad
+        self._answerless = answerless
         self._columns = columns or {}
         self._asked = _asked(format, self._columns)
         self._first: Row | None = None  # the first row of this file that has a shape
@@ -269,10 +286,18 @@ class Conversations(Iterator[Conversation]):
             raise BadRow(
                 "media", f"{seen[0]} holds what is seen or heard, which is not read; without it: --data.columns"
             )
-        said = entry.convert(value, keys)
+        said = self._said(entry, value, keys)
         if any(PICTURE in turn.content for one in said for turn in one.messages):
             raise BadRow("media", f"the text holds {PICTURE}, the place of a picture, and pictures are not read")
         return said
+
+    def _said(self, entry: Format, value: Value, keys: Keys) -> list[Said]:
+        try:
+            return entry.convert(value, keys)
+        except BadRow as fault:
+            if not self._answerless or fault.code != "no-assistant" or entry.convert is not shapes.messages:
+                raise
+        return shapes.prompt_alone(value, keys)
 
     def _renamed(self, value: dict[str, Any]) -> dict[str, Any]:
         for name in self._columns.values():
@@ -305,14 +330,20 @@ class Conversations(Iterator[Conversation]):
 
 
 def conversations(
-    rows: Iterable[Row], *, format: str = "auto", columns: Mapping[str, str] | None = None, bad: list[RowFault]
+    rows: Iterable[Row],
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    bad: list[RowFault],
+    answerless: bool = False,
 ) -> Conversations:
     """Conversations of `rows`, in order; a self-instruct row may give several. Row faults go to `bad`.
 
-    `columns` maps a format's names to those of the file, and then no other column is read. Raises DataError: an
+    `columns` maps a format's names to those of the file, and then no other column is read. answerless: conversations
+    without an answer are prompts. Raises DataError: an
     unknown format or column name, two formats in one file, or a file no row of which has a known one.
     """
-    return Conversations(rows, format, columns, bad)
+    return Conversations(rows, format, columns, bad, answerless)
 
 
 def _asked(format: str, columns: Mapping[str, str]) -> Format | None:

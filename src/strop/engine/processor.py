@@ -104,6 +104,13 @@ def likeliest(logits: Any) -> tuple[Any, Any]:
     return found, finite
 
 
+def log_prob(logits: Any, token: int) -> float:
+    """The log-probability of a token under logits (n,), numpy fp32."""
+    from strop.engine.cpu import draws
+
+    return float(draws.log_prob(logits, token))
+
+
 def draw_token(logits: Any, temperature: float, top_k: int, top_p: float, u: float) -> int:
     """A token of logits (n,), numpy fp32, drawn as engine.cpu.draws says, by u from [0, 1)."""
     from strop.engine.cpu import draws

@@ -29,6 +29,16 @@ BLOCK = 64  # units that are cut into micro-batches together where nothing is tr
 
 
 class Criterion(Protocol):
+    @property
+    def updates(self) -> int:
+        """Optimizer steps on one effective batch."""
+
+    def begin(self, step: Step, items: Sequence[Item], index: int, cut: Cut) -> list[Item]:
+        """What the step `index` (from 0) trains on, of the rows of its effective batch."""
+
+    def longest(self, item: Item) -> Item:
+        """What a row becomes there, at its longest."""
+
     def divisor(self, items: Sequence[Item]) -> float:
         """What the loss sum of these rows of an effective batch is divided by."""
 
@@ -42,7 +52,21 @@ class Criterion(Protocol):
         """Of rows that are held out: {loss, ...}."""
 
 
-class SupervisedTokens:
+class AsTheyAre:
+    """Rows are trained on as they are."""
+
+    @property
+    def updates(self) -> int:
+        return 1
+
+    def begin(self, step: Step, items: Sequence[Item], index: int, cut: Cut) -> list[Item]:
+        return list(items)
+
+    def longest(self, item: Item) -> Item:
+        return item
+
+
+class SupervisedTokens(AsTheyAre):
     """Supervised fine-tuning: cross entropy, divided by the weight of the supervised tokens."""
 
     def divisor(self, items: Sequence[Item]) -> float:
@@ -59,7 +83,7 @@ class SupervisedTokens:
 
 
 @dataclass(frozen=True)
-class OfAnswers:
+class OfAnswers(AsTheyAre):
     """An objective of answers, divided by the number of units: a pair counts as one, however long it is."""
 
     objective: Objective
@@ -146,6 +170,7 @@ class OfAnswers:
 def criterion_for(train: TrainSection, model: nn.Module | None = None) -> Criterion:
     """What a recipe's objective has made smaller. model: with adapters, and the head of a reward model."""
     objective = objective_of(train)
+    assert objective is None or objective.learning != "prompts", "see groups.OfGroups"
     if objective is None:
         return SupervisedTokens()
     return OfAnswers(objective, train, head_of(model) if objective.scored and model is not None else None)

@@ -92,7 +92,7 @@ def _candidates(job: Job, setting: Setting) -> list[tuple[list[Item], bool]]:
     a micro-batch saves, packing alone can tell."""
     found: list[tuple[int, tuple[int, ...], bool]] = []
     for step in islice(stream_of(job.recipe, len(job.train)), LOOKED_AT):
-        items = [job.train[row] for row in step.rows]
+        items = [job.criterion.longest(job.train[row]) for row in step.rows]
         groups = micro_batches(job, items)
         for group in groups:
             chosen, more = [items[row] for row in group], len(groups) > 1
@@ -101,7 +101,7 @@ def _candidates(job: Job, setting: Setting) -> list[tuple[list[Item], bool]]:
             batch = replace(batch, supervised=sum(item.supervised for item in chosen))
             found.append((at_peak(setting, batch).total, tuple(step.rows[row] for row in group), more))
     largest = heapq.nlargest(LAID_OUT, found)
-    return [([job.train[row] for row in rows], more) for _, rows, more in largest]
+    return [([job.criterion.longest(job.train[row]) for row in rows], more) for _, rows, more in largest]
 
 
 def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> Forecast:

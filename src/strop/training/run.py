@@ -23,6 +23,7 @@ from strop.errors import InputError, MemoryLimitError, StropError, Where
 from strop.evaluation.card import write_card
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.report import write_report
+from strop.evaluation.rewards import rewards_of
 from strop.machine.memory import MemoryMark, MemoryWatch, is_out_of_memory, mark
 from strop.machine.probe import probe
 from strop.model import loftq
@@ -45,7 +46,8 @@ from strop.runs.folder import (
 )
 from strop.runs.lock import Difference, allowed, differences
 from strop.training import state as checkpoints
-from strop.training.criteria import criterion_for
+from strop.training.criteria import Criterion, criterion_for
+from strop.training.groups import OfGroups
 from strop.training.job import Job, stream_of
 from strop.training.loop import fit
 from strop.training.optim import make_optimizer
@@ -202,7 +204,12 @@ def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog) 
         how = (of.quantization, of.double_quantization, DTYPES[of.dtype])
         stream = partial(stream_weights, base, setup.source, *how)
     train, held_out = data.train_units or data.train, data.eval_units or data.eval
-    criterion = criterion_for(recipe.train, model)
+    criterion: Criterion
+    if rewards := rewards_of(recipe.train.rewards):
+        ends = data.renderer.stop_ids
+        criterion = OfGroups(recipe.train, recipe.seed, model, setup.tokenizer, ends, rewards, weights, log)
+    else:
+        criterion = criterion_for(recipe.train, model)
     return Job(recipe, folder, model, step, train, held_out, state, log, stream, setup.memory_key, criterion)
 
 

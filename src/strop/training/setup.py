@@ -16,6 +16,7 @@ from strop.data.prepare import Prepared, prepare
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.engine.plain import load_balancing
 from strop.errors import TROUBLES, FolderError, ModelError
+from strop.evaluation.rewards import check_rewards, rewards_of
 from strop.machine.probe import Machine, probe
 from strop.model.experts import packable
 from strop.model.facts import Source, fingerprint, locate
@@ -67,6 +68,7 @@ def set_up(resolved: Resolved, memory: int | None = None) -> Setup:
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
     learning = learning_of(resolved.recipe.train)
     data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
+    _check_rewards(resolved.recipe, data)
     if data.renderer.template is not None:  # data.template: the adapter's tokenizer must say what it was trained with
         tokenizer.chat_template = data.renderer.template
     lock = {
@@ -82,6 +84,13 @@ def set_up(resolved: Resolved, memory: int | None = None) -> Setup:
         "machine": asdict(machine),
     }
     return Setup(resolved, machine, source, tokenizer, data, lock, key, num_weights, shape, parameters)
+
+
+def _check_rewards(recipe: Recipe, data: Prepared) -> None:
+    """Raises RecipeError and DataError for rewards that cannot be given to these rows."""
+    rewards = rewards_of(recipe.train.rewards)
+    for rows in (data.train_conversations, data.eval_conversations or ()) if rewards else ():
+        check_rewards(rewards, [row.answer for row in rows], [(row.file, row.line) for row in rows])
 
 
 def check_space(folder: RunFolder, setup: Setup) -> None:

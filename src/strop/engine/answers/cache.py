@@ -78,6 +78,11 @@ class Blocks:
             found.append(block)
         return found
 
+    def use(self, blocks: Sequence[int]) -> None:
+        """One more text uses blocks that another uses already."""
+        for block in blocks:
+            self._users[block] += 1
+
     def know(self, key: bytes, block: int) -> None:
         """The block is full, with what the key stands for. The first of two equal ones is kept."""
         if key not in self._known and block not in self._key_of:

@@ -39,6 +39,11 @@ def batch_for(model: nn.Module, texts: Sequence[Text]) -> Batch:
     return Batch(has, rows)
 
 
+def let_go(model: nn.Module) -> None:
+    """The decoder that is kept for a model, if there is one, and its cache go."""
+    setattr(model, _PLACE, None)
+
+
 def _held(model: nn.Module) -> Decoder | None:
     state, decoder = getattr(model, _PLACE, None) or (None, None)
     if decoder is not None and state != _state(model):

@@ -39,6 +39,13 @@ def _mass(row: Any, top: Any, scale: Any) -> Any:
 
 
 @together
+def log_prob(row: Any, token: Any) -> Any:
+    """The log-probability of a token under logits (n,), in fp64."""
+    top = np.float64(row.max())
+    return np.float64(row[token]) - top - np.log(_mass(row, top, 1.0))
+
+
+@together
 def draw(row: Any, temperature: Any, top_k: Any, top_p: Any, u: Any) -> Any:
     """A token of logits (n,) by softmax(row / temperature), among the top_k likeliest (0: all) and of these among the
     fewest that hold top_p of the mass (Holtzman et al., arXiv:1904.09751). u: a number from [0, 1)."""
