@@ -303,7 +303,7 @@ def test_options_name_format_and_columns() -> None:
     assert reason({"text": "hi"}, format="messages") == "missing-column"
     assert "did you mean alpaca?" in refusal(format="alpacca")
     assert "no format has promt (did you mean prompt?)" in refusal(columns={"promt": "a", "completion": "b"})
-    assert "makes no format" in refusal(columns={"prompt": "a"})
+    assert "makes no format" in refusal(columns={"answer": "a"})
 
 
 # --- laws --------------------------------------------------------------------------------------------------------

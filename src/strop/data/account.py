@@ -134,7 +134,7 @@ def _wrong_kind(facts: dict[str, Any], learning: Learning) -> DataError | None:
             "--data.columns prompt=prompt,completion=chosen",
             "labelled": "--train.objective kto, or without the label: "
             "--data.columns prompt=prompt,completion=completion (or messages=messages)",
-            "prompt": "--train.objective grpo, or rows with answers",
+            "prompt": "--train.objective grpo, or rows with answers: --data.columns prompt=A,completion=B",
         }[kind]
         return DataError(f"{file}: {what}, which train.objective sft does not learn from", fix=fix)
     needs = {

@@ -196,7 +196,10 @@ def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], learn
     current: list[Row] = []
 
     def watched() -> Iterator[Row]:
-        for row in sources.read_rows(data.train, encoding=data.encoding, columns=data.columns, bad=bad):
+        whole = data.format == formats.DOCUMENT
+        for row in sources.read_rows(
+            data.train, encoding=data.encoding, columns=data.columns, bad=bad, documents=whole
+        ):
             current[:] = [row]
             yield row
 

@@ -68,6 +68,7 @@ class Format:
         return next((keys for keys in self.keys if present.issuperset(keys)), None)
 
 
+DOCUMENT = "document"  # asked for by name alone: `text`, and a plain text file is one
 _HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 
 # In order: a row with the columns of several formats has the first.
@@ -348,11 +349,11 @@ def conversations(
 
 def _asked(format: str, columns: Mapping[str, str]) -> Format | None:
     """The format that the options fix, if any."""
-    if format != "auto" and format not in FORMATS:
-        raise DataError(
-            f"--data.format {format}: no such format{nearest(format, FORMATS)}", fix=f"auto, {', '.join(FORMATS)}"
-        )
-    named = FORMATS.get(format)
+    known_formats = ("auto", DOCUMENT, *FORMATS)
+    if format not in known_formats:
+        what = f"--data.format {format}: no such format{nearest(format, known_formats)}"
+        raise DataError(what, fix=", ".join(known_formats))
+    named = FORMATS.get("text" if format == DOCUMENT else format)
     if not columns:
         return named
     known = {key for entry in FORMATS.values() for keys in (*entry.keys, entry.optional) for key in keys}

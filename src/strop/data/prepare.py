@@ -204,7 +204,12 @@ class _Reader:
         self.bad: list[RowFault] = []
         self.left_out: Counter[str] = Counter()
         rows = sources.read_rows(
-            spec, encoding=data.encoding, columns=data.columns, bad=self.unreadable, left_out=self.left_out
+            spec,
+            encoding=data.encoding,
+            columns=data.columns,
+            bad=self.unreadable,
+            left_out=self.left_out,
+            documents=data.format == formats.DOCUMENT,
         )
         self.conversations = formats.conversations(
             rows, format=data.format, columns=data.columns, bad=self.bad, answerless=learning == "prompts"

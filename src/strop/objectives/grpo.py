@@ -1,11 +1,12 @@
 """Group relative policy optimization: Shao et al., arXiv:2402.03300, equations 3 and 4, token by token.
 
-loss = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta k3
+loss = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta r k3
 r    = pi(token) / drawn(token), by the engine that drew the answer
 k3   = ref / pi - log(ref / pi) - 1 (J. Schulman, "Approximating KL divergence", 2020; equation 4)
 A    = (reward - mean of the group) / deviation of the group
 
-The two bounds differ as in DAPO, arXiv:2503.14476, section 3.1. How tokens add up (group_loss): `grpo` gives each
+The r in front of k3 makes its gradient that of the divergence, which k3 alone does not have (DeepSeek-V3.2,
+arXiv:2512.02556, equation 7; TRL's default too). The two bounds differ as in DAPO, arXiv:2503.14476, section 3.1. How tokens add up (group_loss): `grpo` gives each
 answer the same weight (equation 3), so that a token of a long answer counts less; `dapo` gives each token the same
 (DAPO, section 3.3); `dr_grpo` does so too, divides by the longest answer there may be, which no answer changes, and
 leaves the deviation out, which gives more to prompts that are nearly always or never answered well (Liu et al.,
@@ -56,7 +57,7 @@ def loss(tokens: Tokens, options: TrainSection) -> TokenLosses:
     bounded = ratio.clamp(1 - low, 1 + high) * tokens.advantage
     off = tokens.reference - tokens.now
     kl = off.exp() - off - 1
-    return TokenLosses(given(options.beta) * kl - free.minimum(bounded), kl, bounded < free)
+    return TokenLosses(given(options.beta) * ratio * kl - free.minimum(bounded), kl, bounded < free)
 
 
 def advantages(rewards: Sequence[float], options: TrainSection) -> list[float]:

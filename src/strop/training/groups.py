@@ -202,6 +202,16 @@ class OfGroups:
         return found
 
 
+def without_dropout(model: nn.Module) -> None:
+    """Switches off the dropout that a model itself has: what it drew would come out otherwise in the step."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "attn_dropout", "activation_dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
 def _example(prompt: Example, answer: Drawn, count: int) -> Example:
     weights = np.concatenate([np.zeros(len(prompt), np.float32), np.full(len(answer.ids), count, np.float32)])
     return replace(prompt, ids=np.concatenate([prompt.ids, answer.ids]), weights=weights)

@@ -47,7 +47,7 @@ from strop.runs.folder import (
 from strop.runs.lock import Difference, allowed, differences
 from strop.training import state as checkpoints
 from strop.training.criteria import Criterion, criterion_for
-from strop.training.groups import OfGroups
+from strop.training.groups import OfGroups, without_dropout
 from strop.training.job import Job, stream_of
 from strop.training.loop import fit
 from strop.training.optim import make_optimizer
@@ -206,6 +206,7 @@ def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog) 
     train, held_out = data.train_units or data.train, data.eval_units or data.eval
     criterion: Criterion
     if rewards := rewards_of(recipe.train.rewards):
+        without_dropout(model)
         ends = data.renderer.stop_ids
         criterion = OfGroups(recipe.train, recipe.seed, model, setup.tokenizer, ends, rewards, weights, log)
     else:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK = 32  # positions; the loop of engine.cpu.cached_attention knows it too
+ROWS = 64  # texts together: a pass over more takes as much longer (docs/performance.md)
 READ_AT_ONCE = 256  # prompt rows in a pass: more would hold up the answers that go on
 
 
