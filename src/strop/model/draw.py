@@ -35,12 +35,6 @@ class Drawn:
     stopped: bool
 
 
-def drawn_by(model: nn.Module) -> str:
-    """Who draws, in words: strop's own engine, or transformers with the reason."""
-    why = unanswerable(model)
-    return "strop's engine" if why is None else f"transformers' generate: {why}"
-
-
 def draw(
     model: nn.Module, prompts: Sequence[Ids], seeds: Sequence[Sequence[int]], *, stop_ids: Sequence[int], most: int
 ) -> list[list[Drawn]]:

@@ -6,11 +6,12 @@ k3   = ref / pi - log(ref / pi) - 1 (J. Schulman, "Approximating KL divergence",
 A    = (reward - mean of the group) / deviation of the group
 
 The r in front of k3 makes its gradient that of the divergence, which k3 alone does not have (DeepSeek-V3.2,
-arXiv:2512.02556, equation 7; TRL's default too). The two bounds differ as in DAPO, arXiv:2503.14476, section 3.1. How tokens add up (group_loss): `grpo` gives each
-answer the same weight (equation 3), so that a token of a long answer counts less; `dapo` gives each token the same
-(DAPO, section 3.3); `dr_grpo` does so too, divides by the longest answer there may be, which no answer changes, and
-leaves the deviation out, which gives more to prompts that are nearly always or never answered well (Liu et al.,
-arXiv:2503.20783, section 3.2).
+arXiv:2512.02556; TRL's default too). The two bounds differ as in DAPO, arXiv:2503.14476, section 3.1.
+
+How tokens add up (group_loss): `grpo` gives each answer the same weight (equation 3), so that a token of a long answer
+counts less; `dapo` gives each token the same (DAPO, section 3.3); `dr_grpo` does so too, divides by the longest answer
+there may be, which no answer changes, and leaves the deviation out, which gives more to prompts that are nearly always
+or never answered well (Liu et al., arXiv:2503.20783, section 3.2).
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from strop.adapters import attach, save_adapter
 from strop.config.load import Resolved, read_resolved, resolve
 from strop.config.schema import OBJECTIVE_OPTIONS, Recipe
 from strop.data.conversation import Conversation
+from strop.engine.answers.fits import unanswerable
 from strop.engine.step import step_for
 from strop.errors import InputError, MemoryLimitError, StropError, Where
 from strop.evaluation.card import write_card
@@ -248,6 +249,8 @@ def _announce(job: Job, setup: Setup) -> None:
     numbers = {"trainable": trained, "all": setup.parameters}  # of the base, as `strop plan` counts
     if held := in_experts(job.model):
         numbers |= {"experts": held, "active": setup.parameters - setup.shape.idle}
+    if isinstance(job.criterion, OfGroups) and (why := unanswerable(job.model)):
+        job.log.emit("note", text=f"answers are drawn by transformers' generate: {why}")
     step, at = job.step, job.state.progress.step
     job.log.emit("start", steps=_total(job), step=at, engine=step.name, why=step.why, parameters=numbers)
 
