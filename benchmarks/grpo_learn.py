@@ -3,8 +3,8 @@
     python benchmarks/grpo_learn.py TRAIN.jsonl TEST.jsonl [--seeds 0] [--sft-rows 350] [--steps 60] [--out FILE]
 
 TRAIN: rows of messages whose last turn is a JSON object (SNIPS train_1400); the first --sft-rows of them are fine-tuned
-on for --sft-epochs, the prompts of the others are answered and rewarded. Of both models, on TEST: exact JSON with its 95 %
-interval, and the difference, paired by row. `more sft` is what supervised learning makes of the same later rows.
+on for --sft-epochs, the prompts of the others are answered and rewarded. Of both models, on TEST: exact JSON with its
+95 % interval, and the difference, paired by row. `more sft`: what supervised learning makes of the same later rows.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def main() -> None:
             print(json.dumps(results[-1]), flush=True)
             options: dict[str, Any] = {
                 "train.objective": "grpo", "train.rewards": METRIC, "train.max_steps": given.steps,
-                "model.adapter": str(sft), "train.batch_size": given.prompts, "train.group": given.group, "train.answer_tokens": 80,
+                "model.adapter": str(sft), "train.batch_size": given.prompts, "train.group": given.group,
+                "train.answer_tokens": 80,
             }  # fmt: skip
             options |= {"train.learning_rate": given.rate} if given.rate else {}
             options |= {"train.beta": given.beta} if given.beta is not None else {}

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.data.conversation import Conversation, Message, Row
-from strop.data.formats import FORMATS, REASONS, Conversations, conversations, shape_of, tables
+from strop.data.formats import FORMATS, REASONS, Conversations, conversations, shape_of
+from strop.data.listing import tables
 from strop.data.reading import files
 from strop.data.reading.sources import RowFault
 from strop.data.shapes import ROLES

@@ -30,6 +30,8 @@ from tests.support import preferences, tiny
 from tests.support.preferences import KEY, job, pairs, started, units_for
 from tests.support.running import QUICK, run
 
+COMPARED = [name for name, one in OBJECTIVES.items() if one.learning != "prompts"]  # the others: test_groups.py
+
 
 def values(made: Job) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in made.state.weights.items()}
@@ -63,7 +65,7 @@ def far(made: Job) -> Job:
 # --- the same gradient, however it is computed -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", COMPARED)
 @pytest.mark.parametrize(
     ("cut", "plain"),
     [
@@ -290,7 +292,7 @@ def test_a_sorted_file_is_mixed_and_each_batch_knows_its_divergence(tmp_path: Pa
 # --- whole runs --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", COMPARED)
 def test_a_run_from_the_command_line(
     tiny_folder: Path, tmp_path: Path, objective: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

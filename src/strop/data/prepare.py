@@ -33,7 +33,7 @@ from strop.data.rendering.faults import REASONS as RENDER_REASONS
 from strop.data.rendering.render import Renderer, RenderError
 from strop.data.report import DataReport
 from strop.data.store import Conversations, Examples, Indices, Store, Writer, digest, load
-from strop.data.units import Learning, Prompts, Units
+from strop.data.units import Learning, Prompts, Units, units_of
 from strop.errors import DataError, Where
 
 REASONS: dict[str, str] = {
@@ -160,17 +160,9 @@ def _prepared(
     units: list[Units | Prompts | None] = [None, None]
     if learning != "turns" and report.refusal is None and (eval_report is None or eval_report.refusal is None):
         sets = ((train_set, conversations), (eval_set, eval_conversations))
-        units = [_units(part, said, learning, data.max_length) for part, said in sets]
+        units = [units_of(part, said, learning, data.max_length) for part, said in sets]
         seal.update(train_set.judged.tobytes())
     return Prepared(train_set, conversations, eval_set, eval_conversations, report, seal.hexdigest(), served, *units)
-
-
-def _units(
-    part: Examples | None, said: Conversations | None, learning: Learning, max_length: int
-) -> Units | Prompts | None:
-    if part is None or said is None:
-        return None
-    return Prompts(part, said) if learning == "prompts" else Units(part, learning, max_length)
 
 
 def _part(store: Store, rows: Indices) -> tuple[Examples, Conversations]:

@@ -78,3 +78,12 @@ class Prompts(Lazy[Prompt]):
 
     def one(self, i: int) -> Prompt:
         return Prompt((self._examples[i],), gold=self._conversations[i].answer, row=i)
+
+
+def units_of(
+    examples: Examples | None, conversations: Conversations | None, learning: Learning, max_length: int
+) -> Units | Prompts | None:
+    """What an objective trains on, of rows that are there; None where there are none."""
+    if examples is None or conversations is None:
+        return None
+    return Prompts(examples, conversations) if learning == "prompts" else Units(examples, learning, max_length)
