@@ -186,7 +186,8 @@ def test_a_pair_has_one_prompt_and_both_stop_tokens(tmp_path: Path) -> None:
 
 
 def test_a_pair_is_cut_in_its_prompt_alike_or_dropped_never_in_an_answer(tmp_path: Path) -> None:
-    """Each side cut by itself would have another prompt, or lose its stop token."""
+    """On record, 1 and 2: an answer that truncation leaves empty; each side cut by itself, which then has another
+    prompt, or has lost its stop token."""
     rows = [
         {"prompt": "word " * 40 + "end", "chosen": "a b c d e f g h", "rejected": "x"},
         {"prompt": "hi", "chosen": "word " * 60, "rejected": "x"},
@@ -333,3 +334,21 @@ def test_a_text_file_is_one_document_where_that_is_asked_for(tmp_path: Path) -> 
     path.write_text("\n \n", encoding="utf-8")
     assert "0 rows" in refusal(path, "turns", format="document")
     assert "document" in refusal(long, "turns", format="documnt")
+
+
+def test_a_prompt_is_an_exact_prefix_on_both_sides(tmp_path: Path) -> None:
+    """On record, 3: a token would cover the prompt's end and one answer's start; elsewhere the end is not trained."""
+    template, whole = tmp_path / "bare.jinja", "what is the answer then"
+    template.write_text(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    )
+    encode = tokenizer("chatml").encode
+    cut = next(n for n in range(1, len(whole)) if encode(whole)[: len(encode(whole[:n]))] != encode(whole[:n]))
+    rows = [{"prompt": whole[:cut], "chosen": whole[cut:], "rejected": "!"}]
+    prepared = run(write(tmp_path / "a.jsonl", rows), template=str(template))
+    assert prepared.train_units is not None
+    better, worse = prepared.train_units[0].examples
+    for side, text in ((better, whole[cut:]), (worse, "!")):
+        assert side.parted and side.ids[: side.prompt].tolist() == encode(whole[:cut]) and side.weights[-1] > 0
+        assert prepared.renderer.tokenizer.decode(side.ids[side.prompt :]) == f"{text}<|im_end|>"
+    assert any("encoded apart" in warning for warning in prepared.report.warnings)

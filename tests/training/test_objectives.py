@@ -329,7 +329,14 @@ def test_a_reward_model_scores_the_same_in_plain_transformers(
                 expected = plain(torch.from_numpy(example.ids.astype("int64"))[None]).logits
                 assert float(score) == pytest.approx(float(expected), abs=1e-5)
     turns = tiny.write_rows(tmp_path / "turns.jsonl", 3)
-    for command in (["chat", out], ["merge", out, "--out", tmp_path / "merged"], ["eval", out, "--data", turns]):
+    for command in (
+        ["chat", out],
+        ["serve", out],
+        ["merge", out, "--out", tmp_path / "merged"],
+        ["export", "gguf", out, "--out", tmp_path / "m.gguf"],
+        ["export", "ollama", out, "--out", tmp_path / "ollama"],
+        ["eval", out, "--data", turns],
+    ):
         code, _, err = run(*command, capsys=capsys)
         assert code == 2 and "reward model" in err, command
     words = ["train", "--model", tiny_folder, "--data", rows, "--out", tmp_path / "more", *QUICK]
