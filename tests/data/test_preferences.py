@@ -349,6 +349,6 @@ def test_a_prompt_is_an_exact_prefix_on_both_sides(tmp_path: Path) -> None:
     assert prepared.train_units is not None
     better, worse = prepared.train_units[0].examples
     for side, text in ((better, whole[cut:]), (worse, "!")):
-        assert side.parted and side.ids[: side.prompt].tolist() == encode(whole[:cut]) and side.weights[-1] > 0
+        assert side.ids[: side.prompt].tolist() == encode(whole[:cut]) and side.weights[-1] > 0
         assert prepared.renderer.tokenizer.decode(side.ids[side.prompt :]) == f"{text}<|im_end|>"
     assert any("encoded apart" in warning for warning in prepared.report.warnings)

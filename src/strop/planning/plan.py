@@ -92,7 +92,8 @@ def make_plan(
     room = Room(model.shape, model.parameters, usable_bytes(machine, recipe.model.device))
     batch = largest_micro_batch(recipe, setting, max((tokens for tokens, _ in rows), default=None))
     usual, rate = usual_micro_batch(recipe, rows), rate_of(recipe.model.dtype)
-    found = phases(setting, batch, recipe.data.max_length, Drawn.of(recipe))
+    prompt = max((tokens - supervised for tokens, supervised in rows), default=None)
+    found = phases(setting, batch, recipe.data.max_length, Drawn.of(recipe, prompt))
     need = max(found[name].needed_bytes for name in ("load", "draw", "train", "evaluate") if name in found)
     fits = need <= room.usable
     on_cpu = recipe.model.device in ("cpu", "mps")
