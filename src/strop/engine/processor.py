@@ -104,11 +104,13 @@ def likeliest(logits: Any) -> tuple[Any, Any]:
     return found, finite
 
 
-def log_prob(logits: Any, token: int) -> float:
-    """The log-probability of a token under logits (n,), numpy fp32."""
+def logprobs_of(logits: Any, tokens: Any) -> Any:
+    """The log-probability of one token of each row: logits (P, n), numpy fp32; tokens (P,) -> (P,) fp64."""
     from strop.engine.cpu import draws
 
-    return float(draws.log_prob(logits, token))
+    found = np.empty(len(logits), np.float64)
+    draws.logprobs_of(logits, tokens, found)
+    return found
 
 
 def draw_token(logits: Any, temperature: float, top_k: int, top_p: float, u: float) -> int:
