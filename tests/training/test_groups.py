@@ -341,3 +341,18 @@ def test_metrics_need_right_answers(tiny_folder: Path, tmp_path: Path, capsys: p
     assert code == 2 and "rows.jsonl:1" in err and "file.py:function" in err
     code, _, err = run(*words[: -len(GROUPS)], *QUICK, capsys=capsys)
     assert code == 2 and "--train.objective grpo" in err
+
+
+def test_a_changed_reward_function_is_no_resume(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, out = write_prompts(tmp_path / "rows.jsonl", 8), tmp_path / "run"
+    words = ["--data", rows, "--out", out, *GROUPS, "--train.max_steps", "2"]
+    own = write_reward(tmp_path / "own.py")
+    assert run("train", "--model", tiny_folder, *words, "--train.rewards", own, capsys=capsys)[0] == 0
+    for name in ("report.json", "report.html"):
+        (out / name).unlink()
+    write_reward(tmp_path / "own.py", "return len(answer)")
+    code, _, err = run("resume", out, capsys=capsys)
+    assert code == 2 and "--allow-changed rewards" in err
+    assert run("resume", out, "--allow-changed", "rewards", capsys=capsys)[0] == 0

@@ -151,6 +151,9 @@ class Prompt(Unit):
     gold: str | None = None
     row: int = 0
 
+    def computed(self, packed: bool) -> int:
+        return len(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Group(Unit):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from strop.errors import DataError, RecipeError, RunError, Where
 from strop.evaluation.metrics import Metric, check_golds, metric
+from strop.runs.lock import sha256_file, sha256_text
 
 FAULTS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError,
@@ -59,6 +61,12 @@ def rewards_of(given: str | Sequence[str] | None) -> list[Reward]:
     if len({reward.name for reward in found}) < len(found):
         raise RecipeError("--train.rewards: the same name twice", fix="give each once")
     return found
+
+
+def files_hash(rewards: Sequence[Reward]) -> str | None:
+    """SHA-256 of the files of one's own functions, which decide what is learned; None where there are none."""
+    files = [reward.given.rsplit(":", 1)[0] for reward in rewards if reward.metric.own is not None]
+    return sha256_text("".join(sha256_file(Path(file)) for file in files)) if files else None
 
 
 def check_rewards(rewards: Sequence[Reward], golds: Sequence[str | None], places: Sequence[tuple[str, int]]) -> None:

@@ -16,7 +16,7 @@ from strop.data.prepare import Prepared, prepare
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.engine.plain import load_balancing
 from strop.errors import TROUBLES, FolderError, ModelError
-from strop.evaluation.rewards import check_rewards, rewards_of
+from strop.evaluation.rewards import check_rewards, files_hash, rewards_of
 from strop.machine.probe import Machine, probe
 from strop.model.experts import packable
 from strop.model.facts import Source, fingerprint, locate
@@ -75,6 +75,7 @@ def set_up(resolved: Resolved, memory: int | None = None) -> Setup:
         "base": {"name": source.name, "fingerprint": fingerprint(source)},
         "data": data.hash,
         "template": data.renderer.template_hash,
+        "rewards": files_hash(rewards_of(resolved.recipe.train.rewards)),
         "recipe": sha256_text(json.dumps(resolved.recipe.model_dump(exclude={"out"}), sort_keys=True)),
         "values": {field: choice.value for field, choice in resolved.choices.items()},
         "seed": resolved.recipe.seed,
