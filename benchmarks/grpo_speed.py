@@ -40,7 +40,8 @@ def strop_run(data: str, steps: int, answer: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         options = {
             "train.objective": "grpo", "train.rewards": f"{__file__}:varied", "train.group": GROUP,
-            "train.answer_tokens": answer, "train.batch_size": PROMPTS, "train.max_steps": steps + 1, "model.dtype": "bf16",
+            "train.answer_tokens": answer, "train.batch_size": PROMPTS, "train.max_steps": steps + 1,
+            "model.dtype": "bf16",
         }  # fmt: skip
         strop.train(model="demo", data=data, out=f"{folder}/run", **options)
         told = [e for e in read_events(Path(folder) / "run" / "events.jsonl") if e["event"] == "step"]
