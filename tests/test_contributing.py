@@ -44,3 +44,13 @@ def test_every_room_is_on_the_tour() -> None:
         path.name for path in (ROOT / "src" / "strop").iterdir() if path.is_dir() and (path / "__init__.py").exists()
     }
     assert rooms - {"demo", "runs"} <= {path.split("/")[2] for path in PATHS if path.startswith("src/strop/")}
+
+
+def test_each_silent_error_on_record_has_a_test_that_names_it() -> None:
+    """docs/preferences.md lists the sixteen; a test's docstring says `on record, N`."""
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    said = [found for text in texts for found in re.findall(r"[Oo]n record, ([\d and]+)", text)]
+    assert {int(number) for one in said for number in re.findall(r"\d+", one)} == set(range(1, 17))
+    page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
+    listed = page[page.index("## Errors on record") :].split("\n## ")[0]
+    assert [int(number) for number in re.findall(r"^(\d+)\.", listed, re.MULTILINE)] == list(range(1, 17))

@@ -61,7 +61,7 @@ FLOORS: Mapping[str, list[set[str]]] = {
         {"shapes", "store", "pack"},
         {"preferences", "units"},
         {"formats", "report", "batches"},
-        {"account"},
+        {"account", "listing"},
         {"prepare"},
         {"check"},
     ],

@@ -103,13 +103,17 @@ class Watch:
 
     def _on_step(self, event: Event) -> None:
         left = int(event["seconds_left"])
-        loss, speed, time_left = f"{event['loss']:.4f}", f"{event['tokens_per_s']:.0f}", f"{left // 60}:{left % 60:02d}"
+        loss = f"{event['loss']:.4f}"
+        if "accuracy" in event:
+            loss += f"  {event['accuracy']:.0%} right"
+        if "reward" in event:
+            loss += f"  reward {event['reward']:.2f}, KL {event.get('kl', 0):.3f}, {event['stop_rate']:.0%} stopped"
+        speed, time_left = f"{event['tokens_per_s']:.0f}", f"{left // 60}:{left % 60:02d}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=event["step"], loss=loss, speed=speed, left=time_left)
         elif event["time"] >= self._next_line:
             self._next_line = event["time"] + PLAIN_SECONDS
-            right = f"  {event['accuracy']:.0%} right" if "accuracy" in event else ""
-            self._out.print(f"step     {event['step']}  loss {loss}{right}  {speed} tokens/s  {time_left} left")
+            self._out.print(f"step     {event['step']}  loss {loss}  {speed} tokens/s  {time_left} left")
 
     def _on_end(self, event: Event) -> None:
         self.close()
@@ -120,6 +124,10 @@ class Watch:
         if "accuracy" in event:
             low, high = event["accuracy_interval"]
             right = f", {event['accuracy']:.1%} ranked right ({low:.1%} to {high:.1%})"
+        if "reward" in event:
+            right = f", reward {event['reward']:.3f}"
+            if "reward_interval" in event:
+                right += " ({:.3f} to {:.3f})".format(*event["reward_interval"])
         best = " (best so far)" if event["best"] else ""
         self._out.print(f"[bold]eval[/]     step {event['step']}: loss {loss}{right}{best}")
 
@@ -224,6 +232,20 @@ def print_rewards(found: Mapping[str, Any], out: Console = console) -> None:
     if found["margin_interval"]:
         margin += " ({:.3f} to {:.3f})".format(*found["margin_interval"])
     out.print(f"rewards: {found['accuracy']:.1%} of the pairs ranked right ({low:.1%} to {high:.1%}), {margin}")
+
+
+def print_judged(found: Mapping[str, Any], out: Console = console) -> None:
+    """How often a judge finds the tuned answer better than the base's."""
+    low, high = found["interval"]
+    out.print(
+        f"judge {found['name']}: tuned wins {found['win_rate']:.1%} ({low:.1%} to {high:.1%}) of {found['rows']}: "
+        f"{found['wins']} won, {found['ties']} even, {found['losses']} lost",
+        markup=False,
+    )
+    if found["order_decided"]:
+        out.print(f"of the even ones, {found['order_decided']} went to whichever answer stood first or second")
+    if found["unsaid"]:
+        out.print(f"{found['unsaid']} of the judge's answers named no winner: even", style="yellow")
 
 
 def print_general(result: dict[str, Any], out: Console = console) -> None:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.data.conversation import Conversation, Message, Row
-from strop.data.formats import FORMATS, REASONS, Conversations, conversations, shape_of, tables
+from strop.data.formats import FORMATS, REASONS, Conversations, conversations, shape_of
+from strop.data.listing import tables
 from strop.data.reading import files
 from strop.data.reading.sources import RowFault
 from strop.data.shapes import ROLES
@@ -303,7 +304,7 @@ def test_options_name_format_and_columns() -> None:
     assert reason({"text": "hi"}, format="messages") == "missing-column"
     assert "did you mean alpaca?" in refusal(format="alpacca")
     assert "no format has promt (did you mean prompt?)" in refusal(columns={"promt": "a", "completion": "b"})
-    assert "makes no format" in refusal(columns={"prompt": "a"})
+    assert "makes no format" in refusal(columns={"answer": "a"})
 
 
 # --- laws --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 
 from strop.config.schema import DataSection
 from strop.data import check
-from strop.data.conversation import Conversation, Row
+from strop.data.conversation import Conversation, Prompt, Row
 from strop.data.formats import REASONS, conversations, shape_of
 from strop.data.prepare import Prepared, prepare
 from strop.data.reading.sources import RowFault
@@ -186,7 +186,8 @@ def test_a_pair_has_one_prompt_and_both_stop_tokens(tmp_path: Path) -> None:
 
 
 def test_a_pair_is_cut_in_its_prompt_alike_or_dropped_never_in_an_answer(tmp_path: Path) -> None:
-    """Each side cut by itself would have another prompt, or lose its stop token."""
+    """On record, 1 and 2: an answer that truncation leaves empty; each side cut by itself, which then has another
+    prompt, or has lost its stop token."""
     rows = [
         {"prompt": "word " * 40 + "end", "chosen": "a b c d e f g h", "rejected": "x"},
         {"prompt": "hi", "chosen": "word " * 60, "rejected": "x"},
@@ -256,3 +257,98 @@ def test_a_cleaned_copy_of_pairs(tmp_path: Path) -> None:
     judged = write(tmp_path / "b.jsonl", [{"prompt": "hi", "completion": w, "label": w == "yo"} for w in ("yo", "no")])
     check.fix(DataSection(train=str(judged)), tokenizer("chatml"), tmp_path / "c.jsonl", "labels")
     assert len(run(tmp_path / "c.jsonl", "labels").train_units or ()) == 2
+
+
+# --- prompts, to which the model answers itself ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "gold"),
+    [
+        ({"prompt": "hi"}, None),
+        ({"prompt": [S, U]}, None),
+        ({"prompt": "hi", "id": 3, "system": "s"}, None),
+        ({"messages": [U]}, None),
+        ({"conversations": [{"from": "human", "value": "hi"}]}, None),
+        ({"messages": [U, A, MORE]}, None),
+        ({"messages": [U, A]}, "yo"),
+        ({"prompt": "hi", "completion": "yo"}, "yo"),
+        ({"instruction": "hi", "output": "yo"}, "yo"),
+    ],
+)
+def test_prompts_with_right_answers_and_without(value: dict[str, Any], gold: str | None, tmp_path: Path) -> None:
+    prepared = run(write(tmp_path / "a.jsonl", [value]), "prompts")
+    assert prepared.train_units is not None
+    (prompt,) = prepared.train_units
+    assert isinstance(prompt, Prompt) and prompt.gold == gold and prompt.row == 0
+    text = prepared.renderer.tokenizer.decode(prompt.examples[0].ids)
+    assert text.endswith("<|im_start|>assistant\n") and "yo" not in text.split("more")[-1]
+    assert not prompt.examples[0].weights.any()
+    assert prepared.report.answers == {"prompts": 1, "right_answers": int(gold is not None)}
+
+
+def test_the_prompt_is_what_fine_tuning_has_in_front_of_the_answer(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"messages": [S, U, A, MORE, A]}])
+    units, turns = run(path, "prompts").train_units, run(path, "turns").train[0]
+    assert units is not None
+    ids = units[0].examples[0].ids
+    assert turns.ids[: len(ids)].tolist() == ids.tolist() and turns.weights[len(ids) :].all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"prompt": "hi"}, {"prompt": ""}], "a.jsonl:2"),
+        ([{"prompt": [U, A]}], "nothing to answer"),
+        ([PAIR], "prompts, with right answers or without"),
+        ([{"text": "once"}], "prompts, with right answers or without"),
+    ],
+)
+def test_rows_that_ask_nothing_are_refused(rows: list[Any], said: str, tmp_path: Path) -> None:
+    assert said in refusal(write(tmp_path / "a.jsonl", rows), "prompts")
+
+
+def test_a_missing_answer_is_a_fault_where_answers_are_trained_on(tmp_path: Path) -> None:
+    rows = [{"prompt": "hi", "completion": "yo"}, {"prompt": "hey", "completion": None}]
+    assert "a.jsonl:2: completion is null" in refusal(write(tmp_path / "a.jsonl", rows), "turns")
+    assert "--train.objective grpo" in refusal(write(tmp_path / "b.jsonl", [{"prompt": "hi"}]), "turns")
+
+
+def test_a_cleaned_copy_of_prompts(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "hi"}, {"prompt": " "}, {"prompt": "hi"}])
+    check.fix(DataSection(train=str(path)), tokenizer("chatml"), tmp_path / "b.jsonl", "prompts")
+    assert [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()] == [{"prompt": [U]}]
+    assert len(run(tmp_path / "b.jsonl", "prompts").train_units or ()) == 1
+
+
+def test_a_text_file_is_one_document_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n\nfirst part\n\nsecond part\n\n", encoding="utf-8")
+    assert [row.text for row in run(path, "turns").train_conversations] == ["first part", "second part"]
+    (row,) = run(path, "turns", format="document").train_conversations
+    assert (row.text, row.line) == ("first part\n\nsecond part", 3)
+    long = tmp_path / "b.txt"
+    long.write_text("word " * 400, encoding="utf-8")
+    pieces = run(long, "turns", format="document", overlong="split", max_length=64)
+    assert len(pieces.train) > 5 and len(pieces.train_conversations) == 1
+    path.write_text("\n \n", encoding="utf-8")
+    assert "0 rows" in refusal(path, "turns", format="document")
+    assert "document" in refusal(long, "turns", format="documnt")
+
+
+def test_a_prompt_is_an_exact_prefix_on_both_sides(tmp_path: Path) -> None:
+    """On record, 3: a token would cover the prompt's end and one answer's start; elsewhere the end is not trained."""
+    template, whole = tmp_path / "bare.jinja", "what is the answer then"
+    template.write_text(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    )
+    encode = tokenizer("chatml").encode
+    cut = next(n for n in range(1, len(whole)) if encode(whole)[: len(encode(whole[:n]))] != encode(whole[:n]))
+    rows = [{"prompt": whole[:cut], "chosen": whole[cut:], "rejected": "!"}]
+    prepared = run(write(tmp_path / "a.jsonl", rows), template=str(template))
+    assert prepared.train_units is not None
+    better, worse = prepared.train_units[0].examples
+    for side, text in ((better, whole[cut:]), (worse, "!")):
+        assert side.ids[: side.prompt].tolist() == encode(whole[:cut]) and side.weights[-1] > 0
+        assert prepared.renderer.tokenizer.decode(side.ids[side.prompt :]) == f"{text}<|im_end|>"
+    assert any("encoded apart" in warning for warning in prepared.report.warnings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,3 +102,25 @@ def test_both_sides_falling_is_a_finding() -> None:
     for event in events:
         event["chosen_change"] = 0.01
     assert not any("less likely" in finding for finding in diagnose(events, 0.1))
+
+
+def test_a_policy_is_diagnosed_by_its_rewards() -> None:
+    def told(**figures: Any) -> list[str]:
+        steps = [
+            {
+                "event": "step",
+                "step": n,
+                "loss": 0.0,
+                "stop_rate": 1.0,
+                "equal_groups": 0.2,
+                "reward": 0.1 + 0.01 * (n % 3),
+            }
+            | {name: value(n) for name, value in figures.items()}
+            for n in range(40)
+        ]
+        return diagnose(steps, 0.1)
+
+    assert told(reward=lambda n: 0.1 + 0.01 * n) == []
+    assert "its noise" in told()[0]
+    assert "equal rewards" in told(equal_groups=lambda n: 1.0)[0]
+    assert "answer_tokens" in told(stop_rate=lambda n: 0.0)[0]

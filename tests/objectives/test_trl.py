@@ -16,17 +16,21 @@ import torch
 from peft import PeftModel
 
 from strop.config.schema import TrainSection
-from strop.data.conversation import Example, Unit
-from strop.engine.step import step_for
+from strop.data.conversation import Example, Group, Unit
+from strop.engine.step import Step, step_for
 from strop.model.score import head_of
+from strop.objectives.grpo import GRPO, advantages
 from strop.objectives.table import OBJECTIVES
+from strop.runs.events import EventLog
 from strop.training.criteria import OfAnswers, beside, log_probs
+from strop.training.groups import OfGroups
 from tests.support import tiny
 from tests.support.families import tokenizer
 
 trl = pytest.importorskip("trl", reason="trl is not installed (pip install trl)")
 
 STEPS, UNITS = 10, 6
+GROUP = 3
 Loss = Callable[[PeftModel, list[Unit]], torch.Tensor]
 
 
@@ -256,3 +260,88 @@ def test_orpo_equals_trls_but_for_the_prompt_in_its_first_term(tmp_path: Path) -
         counts = chosen.new_tensor([unit.examples[0].supervised for unit in made])
         mine = float(criterion.loss(step, made, 0.0)[0] / UNITS + (chosen / counts).mean())
     assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def groups(step: Step) -> list[Group]:
+    """Two prompts with three answers each, as another policy drew them and with another reference."""
+    made, found = units(), []
+    noise = np.random.default_rng(1)
+    for two in (made[:3], made[3:]):
+        prompt = two[0].examples[0].ids[: two[0].examples[0].prompt]
+        answers = [unit.examples[0] for unit in two]
+        examples = tuple(
+            example(np.concatenate([prompt, answer.ids[answer.prompt :]]), len(prompt)) for answer in answers
+        )
+        with torch.no_grad():
+            now = step.token_log_probs(examples).double().numpy()
+        drawn, before = (now + noise.normal(0, 0.3, len(now)) for _ in range(2))
+        rewards = tuple(noise.random(GROUP))
+        options = TrainSection(objective="grpo", **GRPO.options)
+        found.append(Group(
+            examples, advantages=tuple(advantages(rewards, options)), stopped=(True,) * GROUP, rewards=rewards,
+            drawn=drawn, before=before,
+        ))  # fmt: skip
+    return found
+
+
+def ragged(groups: list[Group], values: list[Any]) -> torch.Tensor:
+    """Values of all tokens of each group, as rows of answers that are padded at their right."""
+    found = []
+    for group, some in zip(groups, values, strict=True):
+        found += list(torch.from_numpy(some).float().split([e.supervised for e in group.examples]))
+    return torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo"])
+def test_grpo_equals_trls_given_equal_answers(kind: str, tmp_path: Path) -> None:
+    """Ten steps on the same answers, so that ratios leave their bounds."""
+    ours, theirs = (model() for _ in range(2))
+    step, made = step_for(ours), groups(step_for(model()))
+    given = {"group_loss": kind, "beta": 0.3, "answer_tokens": 16, "rewards": "exact"}
+    options = TrainSection(objective="grpo", **{**GRPO.options, **given})
+    criterion = OfGroups(options, 0, ours, None, (), (), {}, EventLog(tmp_path / "events.jsonl"))
+    args = common(
+        tmp_path, trl.GRPOConfig, loss_type=kind, beta=0.3, epsilon=0.2, epsilon_high=0.28, num_generations=GROUP,
+        max_completion_length=16, num_iterations=2,
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model=theirs, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=args,
+        train_dataset=rows(prompt=["a"] * UNITS), processing_class=tokenizer("chatml"),
+    )  # fmt: skip
+    trainer.current_gradient_accumulation_steps = 1
+    examples = [example for group in made for example in group.examples]
+    left = max(example.prompt for example in examples)
+    prompts = torch.zeros(len(examples), left, dtype=torch.long)
+    asked = torch.zeros_like(prompts)
+    for row, one in enumerate(examples):
+        prompts[row, left - one.prompt :] = torch.from_numpy(one.ids[: one.prompt])
+        asked[row, left - one.prompt :] = 1
+    answers = [torch.from_numpy(one.ids[one.prompt :]).long() for one in examples]
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in answers], batch_first=True)
+    inputs = {
+        "prompt_ids": prompts, "prompt_mask": asked, "completion_mask": mask,
+        "completion_ids": torch.nn.utils.rnn.pad_sequence(answers, batch_first=True),
+        "advantages": torch.tensor([a for group in made for a in group.advantages], dtype=torch.float32),
+        "old_per_token_logps": ragged(made, [group.drawn for group in made]),
+        "ref_per_token_logps": ragged(made, [group.before for group in made]),
+        "num_items_in_batch": mask.sum(),
+    }  # fmt: skip
+    named = dict(theirs.named_parameters())
+    pairs = [(weight, named[name]) for name, weight in ours.named_parameters() if weight.requires_grad]
+    optimizers = [torch.optim.AdamW([p[side] for p in pairs], lr=1e-2) for side in range(2)]
+    theirs.train()
+    clipped = 0.0
+    for n in range(STEPS):
+        total, figures = criterion.loss(step, made, 0.0)
+        mine, other = total / criterion.divisor(made), trainer._compute_loss(trainer.model, inputs)
+        clipped += float(figures["clip_share"].mean())
+        for value, optimizer in zip((mine, other), optimizers, strict=True):
+            optimizer.zero_grad()
+            value.backward()
+        assert float(mine.detach()) == pytest.approx(float(other.detach()), abs=1e-5, rel=1e-5), f"step {n}"
+        grads = [torch.cat([p[side].grad.flatten() for p in pairs]) for side in range(2)]
+        assert grads[0].norm() > 0 and (grads[0] - grads[1]).norm() <= 1e-5 * grads[1].norm() + 1e-6, f"step {n}"
+        for optimizer in optimizers:
+            optimizer.step()
+    assert clipped > 0.1

@@ -22,7 +22,9 @@ from strop.planning.choose import (
     usual_micro_batch,
 )
 from strop.planning.compare import KNOWN
+from strop.planning.memory import Drawn, phases
 from strop.planning.setting import Setting
+from strop.planning.speed import Rate, drawing_seconds
 
 GIB = 1 << 30
 LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])
@@ -197,3 +199,25 @@ def test_rows_are_made_shorter_by_their_start_where_answers_are_compared() -> No
             assert found.data.overlong == "truncate-start"
             return
     raise AssertionError("no size at which rows are made shorter")
+
+
+def test_drawn_answers_are_planned_at_their_longest() -> None:
+    """A group is one unit of a micro-batch; prompts that are too long are dropped, never cut."""
+    options = {"train.rewards": "exact", "train.group": 4, "train.answer_tokens": 100, "data.max_length": 60}
+    found = plan(60, **options, **{"train.objective": "grpo", "train.micro_batch_tokens": 640, "train.batch_size": 3})
+    batch = largest_micro_batch(found.recipe, Setting.of(found.recipe, LLAMA_8B))
+    assert batch.tokens == 640 and sum(number for number, _, _ in batch.documents) == 4
+    drawn = Drawn.of(found.recipe)
+    assert drawn == Drawn(texts=12, group=4, prompt=60, answer=100) and Drawn.of(plan(60).recipe) is None
+    setting = Setting.of(found.recipe, LLAMA_8B)
+    made = phases(setting, batch, 60, drawn)
+    assert list(made) == ["load", "draw", "train", "evaluate", "merge", "serve"]
+    more = phases(setting, batch, 60, replace(drawn, texts=24))
+    assert made["draw"].parts["saved_activations"] * 2 == more["draw"].parts["saved_activations"] > 0
+    rate = Rate(1e12, 1e11, "a test")
+    times = [drawing_seconds(setting, replace(drawn, answer=answer), rate) for answer in (100, 200)]
+    assert 0 < 1.8 * times[0] < times[1] < 2.2 * times[0]
+    for free in (4 + n / 4 for n in range(20)):
+        recipe = resolve(None, {"model": "m", "data": "d", "train.objective": "grpo", "train.rewards": "exact"})
+        found = choose(recipe, machine(free), LLAMA_8B, "cpu", ("bf16", "measured"))
+        assert found.recipe.data.overlong in ("refuse", "drop")

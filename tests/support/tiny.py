@@ -96,6 +96,7 @@ def job(folder: Path, train: list[Example], held_out: list[Example] | None = Non
     step = Step(
         plain,
         plain.log_probs,
+        plain.token_log_probs,
         plain.last_hidden,
         plain.masks,
         "plain",

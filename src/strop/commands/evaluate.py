@@ -12,6 +12,7 @@ from strop.terminal import (
     answering,
     print_general,
     print_json,
+    print_judged,
     print_leaderboard,
     print_notes,
     print_rewards,
@@ -39,6 +40,11 @@ def evaluate(
     ] = None,
     task_limit: Annotated[int | None, typer.Option(min=1, help="This many documents of each task.")] = None,
     devices: Devices = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Who says which of base's and tuned's answers is better: file.py:function, or URL."),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Which of the models of the server at that URL.")] = None,
     quantization: Quantization = "auto",
     force: Force = False,
     as_json: Json = False,
@@ -66,6 +72,8 @@ def evaluate(
             regression_metric=regression_metric,
             tasks=tasks or (),
             task_limit=task_limit,
+            judge=judge,
+            judge_model=judge_model,
         )
     if not group.main:
         return
@@ -74,6 +82,8 @@ def evaluate(
         print_scores(result)
         if "rewards" in result:
             print_rewards(result["rewards"])
+        if "judge" in result:
+            print_judged(result["judge"])
         if "general" in result:
             print_general(result["general"])
         if "regression" in result:

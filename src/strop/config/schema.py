@@ -98,15 +98,20 @@ class LoraSection(Section):
 OBJECTIVE_OPTIONS = (
     *("beta", "gamma", "label_smoothing", "sft_weight", "length_normalized"),
     *("desirable_weight", "undesirable_weight"),
+    *("rewards", "group", "answer_tokens", "group_loss", "clip_low", "clip_high", "updates"),
 )  # fields of `train` that some objectives read
 
 
 class TrainSection(Section):
-    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward"] = Field(
-        "sft", description="what is learned from: answers, pairs of answers, judged answers (kto); reward scores pairs"
+    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo"] = Field(
+        "sft",
+        description="what is learned from: answers, pairs of answers, judged answers (kto), rewards for the model's "
+        "own answers (grpo); reward scores pairs",
     )
     beta: Finite | None = Field(
-        None, gt=0, description="how close an objective keeps to its start: dpo, ipo, kto 0.1; orpo 0.1; simpo 2"
+        None,
+        ge=0,
+        description="how close an objective keeps to its start: dpo, ipo, kto, orpo 0.1; simpo 2; grpo 0.04 (0: not)",
     )
     gamma: Finite | None = Field(None, ge=0, description="margin that simpo asks for; 1")
     label_smoothing: Finite | None = Field(
@@ -120,6 +125,19 @@ class TrainSection(Section):
     )
     desirable_weight: Finite | None = Field(None, ge=0, description="weight of good answers: kto; 1")
     undesirable_weight: Finite | None = Field(None, ge=0, description="weight of bad answers: kto; 1")
+    rewards: str | list[str] | None = Field(
+        None, description="what grpo rewards: exact, exact_json, contains, regex, file.py:function; several: A,B=0.2"
+    )
+    group: int | None = Field(None, ge=2, description="answers drawn to each prompt: grpo; 8")
+    answer_tokens: int | None = Field(None, ge=1, description="longest answer that is drawn, in tokens: grpo; 256")
+    group_loss: Literal["dapo", "grpo", "dr_grpo"] | None = Field(
+        None, description="what weighs the same in grpo's mean: each token (dapo), each answer (grpo); dr_grpo; dapo"
+    )
+    clip_low: Finite | None = Field(
+        None, gt=0, lt=1, description="how far a token's probability may fall before it is left alone: grpo; 0.2"
+    )
+    clip_high: Finite | None = Field(None, gt=0, description="the same for one that rises: grpo; 0.28")
+    updates: int | None = Field(None, ge=1, description="optimizer steps on the same drawn answers: grpo; 1")
     epochs: Finite = Field(3.0, gt=0, description="passes over the train rows")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
     batch_size: int = Field(8, ge=1, description="effective batch in rows")
@@ -170,11 +188,21 @@ class Recipe(Section):
             raise ValueError("data.overlong split: answers that are compared cannot be split; drop or truncate-start")
         if self.train.objective != "sft" and self.data.loss == "all":
             raise ValueError(f"data.loss all: objective {self.train.objective} compares answers alone")
+        if self.train.beta == 0 and self.train.objective not in ("sft", "grpo"):
+            raise ValueError(f"train.beta 0: objective {self.train.objective} needs a number above 0")
+        if self.train.objective == "grpo":
+            self._check_drawing()
         if self.train.early_stopping is not None and self.data.eval is None:
             raise ValueError("train.early_stopping: needs data.eval")
         if self.lora.init == "loftq" and self.lora.use_dora:
             raise ValueError("lora.init loftq: not with lora.use_dora, whose magnitudes are of the quantized weights")
         return self
+
+    def _check_drawing(self) -> None:
+        if self.lora.dropout:
+            raise ValueError("lora.dropout: objective grpo compares the step's log-probabilities with the drawing's")
+        if self.data.overlong == "truncate-start":
+            raise ValueError("data.overlong truncate-start: a prompt that is cut asks something else; drop, or refuse")
 
 
 def option_fields() -> list[tuple[str, Any]]:

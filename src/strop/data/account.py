@@ -80,8 +80,13 @@ def account(data: DataSection, renderer: Renderer, looked: Pass) -> DataReport:
 
 def _compared(looked: Pass) -> dict[str, Any]:
     """Of pairs: how long both sides are, and what a judge would score that knows lengths alone. Of judged answers: how
-    many were judged good and bad."""
+    many were judged good and bad. Of prompts: how many have a right answer."""
     supervised, judged = looked.examples.supervised, looked.examples.judged
+    if looked.learning == "prompts":
+        return {
+            "prompts": len(looked.rows),
+            "right_answers": int(looked.store.row_records["answered"][looked.rows].sum()),
+        }
     if looked.learning == "labels":
         return {
             "desirable": int((judged == 1).sum()),
@@ -112,22 +117,36 @@ def _warnings(facts: dict[str, Any]) -> list[str]:
 def _wrong_kind(facts: dict[str, Any], learning: Learning) -> DataError | None:
     """Rows of another kind than the objective learns from."""
     found = {file: "pairs" if name in PAIRED else name for file, name in facts["formats"].items()}
-    fits = {"turns": {*found.values()} - {"pairs", "labelled"}, "pairs": {"pairs"}, "labels": {"pairs", "labelled"}}
+    turns = {*found.values()} - {"pairs", "labelled", "prompt"}
+    fits = {
+        "turns": turns, "pairs": {"pairs"}, "labels": {"pairs", "labelled"}, "prompts": (turns | {"prompt"}) - {"text"}
+    }  # fmt: skip
     wrong = [(file, kind) for file, kind in found.items() if kind not in fits[learning]]
     if not wrong:
         return None
     file, kind = wrong[0]
-    what = {"pairs": "preference pairs", "labelled": "answers that were judged good or bad"}.get(kind, f"{kind} rows")
+    names = {
+        "pairs": "preference pairs", "labelled": "answers that were judged good or bad", "prompt": "prompts alone"
+    }  # fmt: skip
+    what = names.get(kind, f"{kind} rows")
     if learning == "turns":
         fix = {
             "pairs": "--train.objective dpo (ipo, orpo, simpo, kto), or the better answers alone: "
             "--data.columns prompt=prompt,completion=chosen",
             "labelled": "--train.objective kto, or without the label: "
             "--data.columns prompt=prompt,completion=completion (or messages=messages)",
+            "prompt": "--train.objective grpo, or rows with answers: --data.columns prompt=A,completion=B",
         }[kind]
         return DataError(f"{file}: {what}, which train.objective sft does not learn from", fix=fix)
-    needs = "pairs (chosen and rejected)" if learning == "pairs" else "answers with a label, or pairs"
-    fix = "--train.objective kto" if kind == "labelled" else "--train.objective sft, or other data"
+    needs = {
+        "pairs": "pairs (chosen and rejected)", "labels": "answers with a label, or pairs",
+        "prompts": "prompts, with right answers or without",
+    }[learning]  # fmt: skip
+    fix = {
+        "labelled": "--train.objective kto",
+        "pairs": "--train.objective dpo",
+        "prompt": "--train.objective grpo",
+    }.get(kind, "--train.objective sft, or other data")
     return DataError(f"{file}: {what}; this objective learns from {needs}", fix=fix)
 
 

@@ -19,7 +19,7 @@ from strop.data.conversation import Conversation, Example, Message, Row
 from strop.data.prepare import Prepared, opposed, renderer_for
 from strop.data.reading import sources
 from strop.data.reading.sources import RowFault
-from strop.data.rendering.pairs import render_pairs
+from strop.data.rendering.pairs import render_pairs, render_prompts
 from strop.data.rendering.render import Renderer, RenderError
 from strop.data.store import digest, dumps, message_json
 from strop.data.units import Learning
@@ -54,7 +54,8 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
     grid.add_row(
         "length", f"half of the rows up to {tokens['p50']:,}, 95 % up to {tokens['p95']:,}, longest {tokens['max']:,}"
     )
-    grid.add_row("stop", f"{int(report['stop_token']['rows']):,} rows end with a supervised stop token")
+    if "prompts" not in report["answers"]:
+        grid.add_row("stop", f"{int(report['stop_token']['rows']):,} rows end with a supervised stop token")
     for number, sentence in enumerate(report["template"]):
         grid.add_row("" if number else "template", Text(sentence))
     if compared := report["answers"]:
@@ -76,6 +77,8 @@ def _print_part(name: str, report: Mapping[str, Any], console: Console) -> None:
 
 def _answers(compared: Mapping[str, Any]) -> str:
     """Pairs and their lengths, or how many answers were judged good and bad, in a sentence."""
+    if "prompts" in compared:
+        return f"{compared['prompts']:,} prompts, {compared['right_answers']:,} of them with a right answer"
     if "pairs" not in compared:
         return (
             f"{compared['desirable']:,} judged good ({compared['desirable_tokens']:.0f} tokens in the mean), "
@@ -193,21 +196,27 @@ def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], learn
     current: list[Row] = []
 
     def watched() -> Iterator[Row]:
-        for row in sources.read_rows(data.train, encoding=data.encoding, columns=data.columns, bad=bad):
+        whole = data.format == formats.DOCUMENT
+        for row in sources.read_rows(
+            data.train, encoding=data.encoding, columns=data.columns, bad=bad, documents=whole
+        ):
             current[:] = [row]
             yield row
 
     seen: dict[int, str] = {}
-    made = formats.conversations(watched(), format=data.format, columns=data.columns, bad=bad)
+    made = formats.conversations(
+        watched(), format=data.format, columns=data.columns, bad=bad, answerless=learning == "prompts"
+    )
+    render = render_prompts if learning == "prompts" else render_pairs
     judged: dict[int, tuple[str, int]] = {}
     for conversation in made:
         file, line = conversation.file, conversation.line
-        [(_, rendered)] = render_pairs(renderer, [conversation])
+        [(_, rendered)] = render(renderer, [conversation])
         if isinstance(rendered, RenderError):
             fault = rendered
             changes.append(Change(file, line, f"dropped: {fault.what}"))
             continue
-        if learning != "turns" and (against := opposed(conversation, rendered, judged)):
+        if learning in ("pairs", "labels") and (against := opposed(conversation, rendered, judged)):
             changes.append(Change(file, line, f"dropped: says the opposite of {against[0]}:{against[1]}"))
             continue
         key = digest(dumps(conversation))
@@ -215,17 +224,19 @@ def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], learn
             changes.append(Change(file, line, f"dropped: the same as {seen[key]}"))
             continue
         seen[key] = f"{file}:{line}"
-        value = _plain(conversation)
+        value = _plain(conversation, learning)
         if value != current[0].value:
             changes.append(Change(file, line, _rewritten(current[0].value, conversation, made.found[file])))
         yield json.dumps(value, ensure_ascii=False)
     changes += [Change(fault.where.file, fault.where.line, f"dropped: {fault.where.what}") for fault in bad]
 
 
-def _plain(conversation: Conversation) -> dict[str, Any]:
+def _plain(conversation: Conversation, learning: Learning) -> dict[str, Any]:
     if conversation.text is not None:
         return {"text": conversation.text}
-    value: dict[str, Any] = {"chosen" if conversation.rejected else "messages": _turns(conversation.messages)}
+    asks = learning == "prompts" and conversation.answer is None
+    name = "prompt" if asks else "chosen" if conversation.rejected else "messages"
+    value: dict[str, Any] = {name: _turns(conversation.messages)}
     if conversation.rejected:
         value["rejected"] = _turns(conversation.rejected)
     if conversation.desirable is not None:

@@ -5,7 +5,7 @@ reading/ makes rows from bytes, formats.py conversations from rows, rendering/ e
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 Role = Literal["system", "user", "assistant", "tool"]
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
+LogProbs = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,12 @@ class Conversation:
     text: str | None = None
     rejected: tuple[Message, ...] = ()
     desirable: bool | None = None
+
+    @property
+    def answer(self) -> str | None:
+        """What the last turn says, where it is the assistant's."""
+        last = self.messages[-1] if self.messages else None
+        return last.content if last is not None and last.role == "assistant" else None
 
     @property
     def sides(self) -> tuple[Conversation, ...]:
@@ -134,6 +141,39 @@ class Unit:
         if packed:
             return len(self) - (len(self.examples) - 1) * self.examples[0].prompt
         return len(self.examples) * max(map(len, self.examples))
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt(Unit):
+    """A prompt to which answers are drawn. examples: one, of the prompt's tokens, none of them supervised. gold: the
+    right answer, where the row has one. row: its place among the rows."""
+
+    gold: str | None = None
+    row: int = 0
+
+    def computed(self, packed: bool) -> int:
+        return len(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Group(Unit):
+    """Answers that were drawn to one prompt, with what they were rewarded with; equal answers stand once.
+
+    examples: the weight of each answer's tokens is the number of times that it was drawn. advantages, stopped (ended by
+    a stop token): of each. rewards: of each answer as often as it was drawn. drawn, before: log-probabilities of all
+    supervised tokens, answer after answer, as drawn and under the reference, fp64; `before` is empty without one.
+    """
+
+    advantages: tuple[float, ...] = ()
+    stopped: tuple[bool, ...] = ()
+    rewards: tuple[float, ...] = ()
+    drawn: LogProbs = field(default_factory=lambda: np.zeros(0))
+    before: LogProbs = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def counts(self) -> list[int]:
+        """How often each answer was drawn."""
+        return [int(example.weights[-1]) for example in self.examples]
 
 
 Item = Example | Unit  # one row of the effective batch

@@ -5,7 +5,6 @@ A new format is one function in shapes.py and one entry of FORMATS.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,6 +38,7 @@ REASONS: dict[str, str] = {
     "no-prompt": "a preference pair of two strings without a prompt",
     "same-answers": "chosen and rejected are the same",
     "prompts-differ": "chosen and rejected do not answer the same prompt",
+    "no-question": "a prompt without an answer whose last turn is not the user's",
     "bad-ranking": "a ranking without a score for each answer, or without two answers that differ in it",
     "bad-label": "a label that is neither good nor bad",
     "media": "images, audio or video, which are not trained on",
@@ -67,6 +67,7 @@ class Format:
         return next((keys for keys in self.keys if present.issuperset(keys)), None)
 
 
+DOCUMENT = "document"  # asked for by name alone: `text`, and a plain text file is one
 _HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 
 # In order: a row with the columns of several formats has the first.
@@ -157,6 +158,16 @@ FORMATS: dict[str, Format] = {
             exact=True,
         ),
         Format(
+            "prompt",
+            (("prompt",),),
+            ("system", "history", "tools"),
+            shapes.prompt_alone,
+            "a prompt without an answer, a string or messages: for `train.objective grpo`, where the model answers",
+            {"prompt": "hi"},
+            exact=True,
+            fits=shapes.is_prompt_alone,
+        ),
+        Format(
             "text",
             (("text",),),
             (),
@@ -216,13 +227,19 @@ class Conversations(Iterator[Conversation]):
     """
 
     def __init__(
-        self, rows: Iterable[Row], format: str, columns: Mapping[str, str] | None, bad: list[RowFault]
+        self,
+        rows: Iterable[Row],
+        format: str,
+        columns: Mapping[str, str] | None,
+        bad: list[RowFault],
+        answerless: bool = False,
     ) -> None:
         self.found: dict[str, str] = {}
         self.unused: Counter[str] = Counter()
         self.num_rows = 0
         self.num_used = 0
         self._bad = bad
+        self._answerless = answerless
         self._columns = columns or {}
         self._asked = _asked(format, self._columns)
         self._first: Row | None = None  # the first row of this file that has a shape
@@ -269,10 +286,18 @@ class Conversations(Iterator[Conversation]):
             raise BadRow(
                 "media", f"{seen[0]} holds what is seen or heard, which is not read; without it: --data.columns"
             )
-        said = entry.convert(value, keys)
+        said = self._said(entry, value, keys)
         if any(PICTURE in turn.content for one in said for turn in one.messages):
             raise BadRow("media", f"the text holds {PICTURE}, the place of a picture, and pictures are not read")
         return said
+
+    def _said(self, entry: Format, value: Value, keys: Keys) -> list[Said]:
+        try:
+            return entry.convert(value, keys)
+        except BadRow as fault:
+            if not self._answerless or fault.code != "no-assistant" or entry.convert is not shapes.messages:
+                raise
+        return shapes.prompt_alone(value, keys)
 
     def _renamed(self, value: dict[str, Any]) -> dict[str, Any]:
         for name in self._columns.values():
@@ -305,23 +330,29 @@ class Conversations(Iterator[Conversation]):
 
 
 def conversations(
-    rows: Iterable[Row], *, format: str = "auto", columns: Mapping[str, str] | None = None, bad: list[RowFault]
+    rows: Iterable[Row],
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    bad: list[RowFault],
+    answerless: bool = False,
 ) -> Conversations:
     """Conversations of `rows`, in order; a self-instruct row may give several. Row faults go to `bad`.
 
-    `columns` maps a format's names to those of the file, and then no other column is read. Raises DataError: an
+    `columns` maps a format's names to those of the file, and then no other column is read. answerless: conversations
+    without an answer are prompts. Raises DataError: an
     unknown format or column name, two formats in one file, or a file no row of which has a known one.
     """
-    return Conversations(rows, format, columns, bad)
+    return Conversations(rows, format, columns, bad, answerless)
 
 
 def _asked(format: str, columns: Mapping[str, str]) -> Format | None:
     """The format that the options fix, if any."""
-    if format != "auto" and format not in FORMATS:
-        raise DataError(
-            f"--data.format {format}: no such format{nearest(format, FORMATS)}", fix=f"auto, {', '.join(FORMATS)}"
-        )
-    named = FORMATS.get(format)
+    known_formats = ("auto", DOCUMENT, *FORMATS)
+    if format not in known_formats:
+        what = f"--data.format {format}: no such format{nearest(format, known_formats)}"
+        raise DataError(what, fix=", ".join(known_formats))
+    named = FORMATS.get("text" if format == DOCUMENT else format)
     if not columns:
         return named
     known = {key for entry in FORMATS.values() for keys in (*entry.keys, entry.optional) for key in keys}
@@ -360,27 +391,3 @@ def _options(value: Value) -> str:
 def placeholders(text: str) -> list[str]:
     """The unfilled `{{name}}` in a text, in order."""
     return re.findall(r"\{\{\s*[A-Za-z_][\w.-]*\s*\}\}", text)
-
-
-def tables() -> str:
-    """The Markdown tables of docs/data.md: formats, file types, reasons, roles."""
-    roles = [
-        *shapes.ROLES.items(),
-        *((name, "assistant; its content is the call, as JSON") for name in shapes.CALL_ROLES),
-    ]
-    blocks: list[tuple[str, list[tuple[str, ...]]]] = [
-        ("| format | columns | what | example |", [_described(entry) for entry in FORMATS.values()]),
-        ("| file type | what |", [(f"`{suffix}`", what) for suffix, (_, what) in files.TYPES.items()]),
-        ("| reason | why the row is not used |", [(f"`{code}`", what) for code, what in REASONS.items()]),
-        ("| role in the file | role |", [(f"`{name}`", role) for name, role in roles]),
-    ]
-    return "\n\n".join(
-        "\n".join([head, "|" + "---|" * (head.count("|") - 1), *("| " + " | ".join(cells) + " |" for cells in rows)])
-        for head, rows in blocks
-    )
-
-
-def _described(entry: Format) -> tuple[str, ...]:
-    columns = " or ".join(" + ".join(f"`{key}`" for key in keys) for keys in entry.keys)
-    maybe = f"; maybe {', '.join(f'`{key}`' for key in entry.optional)}" if entry.optional else ""
-    return f"`{entry.name}`", columns + maybe, entry.what, f"`{json.dumps(entry.example)}`"

@@ -33,7 +33,7 @@ from strop.data.rendering.faults import REASONS as RENDER_REASONS
 from strop.data.rendering.render import Renderer, RenderError
 from strop.data.report import DataReport
 from strop.data.store import Conversations, Examples, Indices, Store, Writer, digest, load
-from strop.data.units import Learning, Units
+from strop.data.units import Learning, Prompts, Units, units_of
 from strop.errors import DataError, Where
 
 REASONS: dict[str, str] = {
@@ -63,8 +63,8 @@ class Prepared:
     report: DataReport
     hash: str
     renderer: Renderer
-    train_units: Units | None = None
-    eval_units: Units | None = None
+    train_units: Units | Prompts | None = None
+    eval_units: Units | Prompts | None = None
 
 
 def prepare(
@@ -157,10 +157,10 @@ def _prepared(
             seal.update(examples.lengths.tobytes() + examples.supervised.tobytes())
     served = renderer.served(thinking=train.facts["thinking"], rows=train.facts["chats"])
     seal.update(served.template_hash.encode())
-    units: list[Units | None] = [None, None]
+    units: list[Units | Prompts | None] = [None, None]
     if learning != "turns" and report.refusal is None and (eval_report is None or eval_report.refusal is None):
-        sets = (train_set, eval_set)
-        units = [None if part is None else Units(part, learning, data.max_length) for part in sets]
+        sets = ((train_set, conversations), (eval_set, eval_conversations))
+        units = [units_of(part, said, learning, data.max_length) for part, said in sets]
         seal.update(train_set.judged.tobytes())
     return Prepared(train_set, conversations, eval_set, eval_conversations, report, seal.hexdigest(), served, *units)
 
@@ -187,18 +187,25 @@ def _share(spec: str | list[str] | None) -> float | None:
 class _Reader:
     """The conversations of a spec, and the row that each belongs to (a row may hold several).
 
-    labels: a pair is two judged answers.
+    learning: where it is from labels, a pair is two judged answers; where from prompts, nobody need have answered.
     """
 
-    def __init__(self, spec: str | Sequence[str], data: DataSection, *, labels: bool = False) -> None:
-        self._labels = labels
+    def __init__(self, spec: str | Sequence[str], data: DataSection, learning: Learning) -> None:
+        self._labels = learning == "labels"
         self.unreadable: list[RowFault] = []
         self.bad: list[RowFault] = []
         self.left_out: Counter[str] = Counter()
         rows = sources.read_rows(
-            spec, encoding=data.encoding, columns=data.columns, bad=self.unreadable, left_out=self.left_out
+            spec,
+            encoding=data.encoding,
+            columns=data.columns,
+            bad=self.unreadable,
+            left_out=self.left_out,
+            documents=data.format == formats.DOCUMENT,
         )
-        self.conversations = formats.conversations(rows, format=data.format, columns=data.columns, bad=self.bad)
+        self.conversations = formats.conversations(
+            rows, format=data.format, columns=data.columns, bad=self.bad, answerless=learning == "prompts"
+        )
         self.row_of: deque[int] = deque()  # the renderer reads ahead
 
     def __iter__(self) -> Iterator[Conversation]:
@@ -227,7 +234,7 @@ def _survey(
         return ready
     writer = Writer(place)
     try:
-        reader = _Reader(spec, data, labels=learning == "labels")
+        reader = _Reader(spec, data, learning)
         return writer.commit(_fill(writer, reader, data, renderer, learning))
     finally:
         writer.discard()
@@ -242,7 +249,9 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
     first: dict[str, str] = {}  # note -> where it was first seen, with an example
     row, worst, stops, longest, chats, thinking = 0, -1, 0, 0, 0, 0
     judged: dict[int, tuple[str, int]] = {}  # comparison or judgement -> where it was first seen
-    render = partial(pairs.render_pairs, renderer) if learning == "pairs" else renderer.render_many
+    render = renderer.render_many
+    if learning in ("pairs", "prompts"):
+        render = partial(pairs.render_pairs if learning == "pairs" else pairs.render_prompts, renderer)
     for conversation, rendered in render(reader):
         if (this := reader.row_of.popleft()) != row:
             if row:
@@ -254,7 +263,7 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
         if not isinstance(rendered, RenderError):
             longest = max(longest, *map(len, rendered))
         outcome, examples, fault = _settle(conversation, rendered, data, renderer, learning)
-        if examples and learning != "turns" and (against := opposed(conversation, examples, judged)):
+        if examples and learning in ("pairs", "labels") and (against := opposed(conversation, examples, judged)):
             outcome, examples = "dropped", []
             fault = _fault(conversation, "contradiction", f"says the opposite of {against[0]}:{against[1]}")
         worst = max(worst, OUTCOMES.index(outcome))
@@ -267,7 +276,8 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
         writer.add(conversation, examples)
         chats += conversation.text is None
         thinking += conversation.text is None and renderer.chat.thinks(conversation.messages)
-        stops += all(_stops(example, renderer) for example in (examples if learning == "pairs" else examples[-1:]))
+        ends = examples if learning == "pairs" else examples[-1:]
+        stops += learning != "prompts" and all(_stops(example, renderer) for example in ends)
     if row:
         outcomes[OUTCOMES[worst]] += 1
     faults = [*reader.unreadable, *reader.bad, *faults]

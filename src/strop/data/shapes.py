@@ -267,6 +267,24 @@ def task_of(value: Value) -> str:
     return f"{instruction}\n\n{given}" if given.strip() else instruction
 
 
+def prompt_alone(value: Value, keys: Keys) -> list[Said]:
+    """A prompt, a string or a list of messages, whose last turn is the user's: it has no answer."""
+    turns = [*earlier(value), *given(turns_of(value, keys[0], "user"))]
+    system = _optional_text(value, "system")
+    turns = [*([Message("system", system)] if system else []), *turns]
+    spoken = [turn for turn in turns if turn.role != "system"]
+    if not spoken or spoken[-1].role not in ("user", "tool"):
+        raise BadRow("no-question", "the last turn is not the user's: there is nothing to answer")
+    if any(turn.role == "user" and not turn.content.strip() for turn in spoken):
+        raise BadRow("empty-prompt", "a user turn is empty")
+    return [Said(tuple(turns), _tools(value))]
+
+
+def is_prompt_alone(value: Value, keys: Keys) -> bool:
+    """Whether a row is meant to have no answer: a column that is null may be one that is missing."""
+    return all(held is not None for held in value.values())
+
+
 def text(value: Value, keys: Keys) -> list[Said]:
     """Raw text."""
     content = text_of(value, "text")

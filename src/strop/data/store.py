@@ -24,9 +24,11 @@ from strop.data.conversation import Conversation, Example, Message
 # one example: where its tokens end, its length, number of supervised tokens, its row
 EXAMPLE = np.dtype([("end", "<i8"), ("length", "<i4"), ("supervised", "<i4"), ("row", "<i8")])
 # one row: where its line ends in rows.jsonl, its content hash, its file (index into facts["files"]) and line, and
-# whether its answer was judged good (1), bad (0) or not at all (-1)
-ROW = np.dtype([("end", "<i8"), ("digest", "<u8"), ("file", "<i4"), ("line", "<i8"), ("judged", "<i4")])
-_EXAMPLE, _ROW = struct.Struct("<qiiq"), struct.Struct("<qQiqi")  # the same, to write one record
+# whether its answer was judged good (1), bad (0) or not at all (-1), and whether it has one (1, 0)
+ROW = np.dtype([
+    ("end", "<i8"), ("digest", "<u8"), ("file", "<i4"), ("line", "<i8"), ("judged", "<i4"), ("answered", "<i4"),
+])  # fmt: skip
+_EXAMPLE, _ROW = struct.Struct("<qiiq"), struct.Struct("<qQiqii")  # the same, to write one record
 _PARTS = {"ids.bin": np.dtype("<i4"), "weights.bin": np.dtype("<f4"), "examples.bin": EXAMPLE, "rows.bin": ROW}
 
 Indices = npt.NDArray[np.int64]
@@ -50,7 +52,8 @@ class Writer:
         self._chars += len(text) + 1
         self._out["rows.jsonl"].write(text + b"\n")
         judged = -1 if conversation.desirable is None else int(conversation.desirable)
-        self._out["rows.bin"].write(_ROW.pack(self._chars, digest(text), file, conversation.line, judged))
+        answered = int(conversation.answer is not None)
+        self._out["rows.bin"].write(_ROW.pack(self._chars, digest(text), file, conversation.line, judged, answered))
         for example in examples:
             self._tokens += len(example)
             self._out["ids.bin"].write(example.ids.astype("<i4", copy=False).tobytes())

@@ -1,23 +1,43 @@
-"""The rows of an objective that learns from comparisons or judgements: units of answers that are never parted."""
+"""The rows of an objective that does not learn from turns: units of answers that are never parted, and prompts."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, overload
+from typing import Literal, TypeVar, overload
 
 import numpy as np
 
-from strop.data.conversation import Example, Unit
-from strop.data.store import Examples
+from strop.data.conversation import Example, Prompt, Unit
+from strop.data.store import Conversations, Examples
 
-Learning = Literal["turns", "pairs", "labels"]
-"""What an objective learns from: the turns of conversations, pairs of answers, or answers with a label."""
+Learning = Literal["turns", "pairs", "labels", "prompts"]
+"""What an objective learns from: the turns of conversations, pairs of answers, answers with a label, or prompts, to
+which the model answers itself."""
+
+U = TypeVar("U", bound=Unit, covariant=True)
 
 MOST_TRIED = 1000  # rows that are looked at for an answer to another prompt
 
 
-class Units(Sequence[Unit]):
+class Lazy(Sequence[U]):
+    """Units that are made when asked for: `one` makes the i-th."""
+
+    @abstractmethod
+    def one(self, i: int) -> U: ...
+
+    @overload
+    def __getitem__(self, i: int) -> U: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[U]: ...
+    def __getitem__(self, i: int | slice) -> U | list[U]:
+        if isinstance(i, slice):
+            return [self.one(k) for k in range(*i.indices(len(self)))]
+        return self.one(range(len(self))[i])
+
+
+class Units(Lazy[Unit]):
     """Units, read when asked for. examples: chosen and rejected in turn (pairs), or answers (labels)."""
 
     def __init__(self, examples: Examples, learning: Learning, max_length: int) -> None:
@@ -27,14 +47,7 @@ class Units(Sequence[Unit]):
     def __len__(self) -> int:
         return len(self._examples) // 2 if self._pairs else len(self._examples)
 
-    @overload
-    def __getitem__(self, i: int) -> Unit: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Unit]: ...
-    def __getitem__(self, i: int | slice) -> Unit | list[Unit]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        i = range(len(self))[i]
+    def one(self, i: int) -> Unit:
         if self._pairs:
             return Unit((self._examples[2 * i], self._examples[2 * i + 1]))
         answer = self._examples[i]
@@ -51,3 +64,26 @@ class Units(Sequence[Unit]):
                 weights = np.concatenate([np.zeros(len(prompt), np.float32), other.weights[other.prompt :]])
                 return (replace(answer, ids=np.concatenate([prompt, own]), weights=weights),)
         return ()
+
+
+class Prompts(Lazy[Prompt]):
+    """Prompts with the right answers that their rows have. examples: of their tokens, one of each conversation."""
+
+    def __init__(self, examples: Examples, conversations: Conversations) -> None:
+        assert len(examples) == len(conversations)
+        self._examples, self._conversations = examples, conversations
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def one(self, i: int) -> Prompt:
+        return Prompt((self._examples[i],), gold=self._conversations[i].answer, row=i)
+
+
+def units_of(
+    examples: Examples | None, conversations: Conversations | None, learning: Learning, max_length: int
+) -> Units | Prompts | None:
+    """What an objective trains on, of rows that are there; None where there are none."""
+    if examples is None or conversations is None:
+        return None
+    return Prompts(examples, conversations) if learning == "prompts" else Units(examples, learning, max_length)

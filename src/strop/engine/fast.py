@@ -22,7 +22,7 @@ from strop.engine.functions import Activation, Enter, Glu, LayerNorm, Norm, Ops,
 from strop.engine.head import LabelLogProbs, SupervisedLoss
 from strop.engine.joined import Joined, Workspace
 from strop.engine.layers import NOWHERE, Angles, LayerPart, Layers, NormPart
-from strop.engine.packed import Packed, pack, pack_apart, pack_ends, sums_by_owner
+from strop.engine.packed import Packed, by_owner, pack, pack_apart, pack_ends, sums_by_owner
 from strop.engine.processor import Attend, drops_for, processor_for
 
 if TYPE_CHECKING:
@@ -95,10 +95,19 @@ class FastLoss:
 
         Examples with one prompt share it, whatever other prompts there are.
         """
-        batch = pack_apart(examples, prefix_sharing=self.prefix_sharing, device=self._device)
-        found = apply(LabelLogProbs, self._hidden(batch), batch.labels, *self._output())
+        found, batch = self._label_log_probs(examples)
         assert batch.owners is not None
         return sums_by_owner(found, batch.weights, batch.owners, len(examples))
+
+    def token_log_probs(self, examples: Sequence[Example]) -> Tensor:
+        """The log-probability of each supervised token, one example after the other (M,), fp32, differentiable."""
+        found, batch = self._label_log_probs(examples)
+        assert batch.owners is not None
+        return found[by_owner(batch.owners)]
+
+    def _label_log_probs(self, examples: Sequence[Example]) -> tuple[Tensor, Packed]:
+        batch = pack_apart(examples, prefix_sharing=self.prefix_sharing, device=self._device)
+        return apply(LabelLogProbs, self._hidden(batch), batch.labels, *self._output()), batch
 
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:
         """What the model holds at the last token of each example, behind its last norm (N, h), differentiable."""

@@ -292,6 +292,11 @@ def sums_by_owner(log_probs: Tensor, weights: Tensor, owners: Tensor, number: in
     return torch.zeros(number, dtype=wide, device=log_probs.device).index_add(0, owners, log_probs.to(wide) * weights)
 
 
+def by_owner(owners: Tensor) -> Tensor:
+    """The order in which labels (M,) stand one example after the other, each example's as they follow each other."""
+    return torch.argsort(owners, stable=True)
+
+
 def shared_prefix(examples: Sequence[Example]) -> int:
     """Length of the prefix that is worth sharing, leaving each example a token of its own; 0: none."""
     length = min(len(example) for example in examples) - 1

@@ -44,6 +44,10 @@ class PlainLoss:
         losses, weight, owners, _ = self._supervised(examples)
         return sums_by_owner(-losses, weight, owners, len(examples))
 
+    def token_log_probs(self, examples: Sequence[Example]) -> Tensor:
+        """The log-probability of each supervised token, one example after the other (M,), fp32, differentiable."""
+        return -self._supervised(examples)[0]
+
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:
         """What the model holds at the last token of each example, as its output embedding takes it (N, h)."""
         found: list[Tensor] = []

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Step:
     """token_loss: the summed loss of the supervised tokens of a micro-batch. log_probs: the summed log-probability of
-    each example's supervised tokens (N,), fp64; examples with one prompt share it in the fast step. last_hidden: what
+    each example's supervised tokens (N,), fp64; examples with one prompt share it in the fast step. token_log_probs: of
+    each supervised token (M,), one example after the other, without weights. last_hidden: what
     the model holds at the last token of each (N, h), for a reward model. masks: of dropout, which are told which step
     begins. name: fast or plain; why: the reason for plain. recompute: from its call on, each layer's input only is
     kept, and the layer is computed again in the backward pass; checkpoint: the same for this many layers, where the
@@ -29,6 +30,7 @@ class Step:
 
     token_loss: Callable[[Sequence[Example]], Tensor]
     log_probs: Callable[[Sequence[Example]], Tensor]
+    token_log_probs: Callable[[Sequence[Example]], Tensor]
     last_hidden: Callable[[Sequence[Example]], Tensor]
     masks: Masks
     name: str
@@ -52,6 +54,7 @@ def step_for(model: nn.Module) -> Step:
         return Step(
             fast,
             fast.log_probs,
+            fast.token_log_probs,
             fast.last_hidden,
             fast.masks,
             "fast",
@@ -65,6 +68,7 @@ def step_for(model: nn.Module) -> Step:
     return Step(
         plain,
         plain.log_probs,
+        plain.token_log_probs,
         plain.last_hidden,
         plain.masks,
         "plain",

@@ -12,6 +12,8 @@ Series = dict[int, float]  # step -> value
 FLAT = f"see {TROUBLES}#flat"
 ENOUGH_STEPS = 20  # below this a loss curve says nothing about learning
 FELL = 0.1  # nats a token that chosen answers may lose
+TROUBLE = ("rollback", "shrink", "override")
+QUIET = 0.9  # share of groups with equal rewards beyond which little is learned
 BARELY = 1e-4  # relative change of the weights that no output would show
 
 
@@ -21,11 +23,13 @@ def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> l
     weight_change: how far the adapters move their weights, relative to the weights (model.lora.weight_change).
     """
     train, held_out = _series(events, "step"), _series(events, "eval")
+    if rewards := [e for e in events if e["event"] == "step" and "reward" in e]:
+        return [*_rewarded(rewards), *(_trouble(event) for event in events if event["event"] in TROUBLE)]
     return [
         *_overfitting(train, held_out),
         *_not_learning(train, weight_change),
         *_less_likely(events),
-        *(_trouble(event) for event in events if event["event"] in ("rollback", "shrink", "override")),
+        *(_trouble(event) for event in events if event["event"] in TROUBLE),
     ]
 
 
@@ -63,6 +67,31 @@ def _not_learning(train: Series, weight_change: float | None) -> list[str]:
         moved = f"the adapters changed their weights by {weight_change:.1e} of their size"
         return [f"{flat}, and {moved}: the learning rate is too small, try 10 times as much ({FLAT})"]
     return [f"{flat}: see with `strop check` what is trained on, or try another learning rate ({FLAT})"]
+
+
+def _rewarded(steps: Sequence[dict[str, Any]]) -> list[str]:
+    """Of a policy: the loss says nothing. Whether there was anything to learn from, and whether the reward rose."""
+    equal, cut = (statistics.mean(e[name] for e in steps) for name in ("equal_groups", "stop_rate"))
+    found = []
+    if cut < 1 - QUIET:
+        found.append(f"{1 - cut:.0%} of the drawn answers were cut off: raise train.answer_tokens")
+    if equal > QUIET:
+        found.append(
+            f"{equal:.0%} of the groups had equal rewards, which teach nothing: take prompts that are sometimes "
+            "answered well, or a reward with steps between 0 and 1"
+        )
+    if len(steps) < ENOUGH_STEPS or found:
+        return found
+    part = max(5, len(steps) // 5)
+    first, last = ([e["reward"] for e in some] for some in (steps[:part], steps[-part:]))
+    rose = statistics.mean(last) - statistics.mean(first)
+    noise = ((statistics.variance(first) + statistics.variance(last)) / part) ** 0.5
+    if rose > 2 * noise:
+        return []
+    return [
+        f"the reward of drawn answers went from {statistics.mean(first):.3f} to {statistics.mean(last):.3f}, within "
+        f"its noise: train longer, draw larger groups, or try another learning rate ({FLAT})"
+    ]
 
 
 def _less_likely(events: Sequence[dict[str, Any]]) -> list[str]:

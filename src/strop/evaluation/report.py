@@ -109,6 +109,13 @@ def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if _is_number(held_out.get("accuracy")):
         low, high = (_percent(end) for end in held_out["accuracy_interval"])
         yield "ranked right, held out", f"{_percent(held_out['accuracy'])} ({low} to {high})"
+    if _is_number(held_out.get("reward")):
+        low, high = held_out.get("reward_interval") or (held_out["reward"],) * 2
+        yield "reward, held out", f"{held_out['reward']:.3f} ({low:.3f} to {high:.3f})"
+    judged = (report.get("evaluation") or {}).get("judge") or {}
+    if _is_number(judged.get("win_rate")):
+        low, high = (_percent(end) for end in judged["interval"])
+        yield f"wins over its base, by {judged['name']}", f"{_percent(judged['win_rate'])} ({low} to {high})"
     memory = report.get("memory") or {}
     if _is_number(memory.get("measured_peak_bytes")):
         yield "peak memory", f"{memory['measured_peak_bytes'] / 2**30:.2f} GiB"
@@ -278,7 +285,7 @@ def _loss_plot(events: Sequence[Mapping[str, Any]], width: float) -> Markup | No
         axes.plot(*_xy(_smoothed(train)), color=BEFORE, linewidth=1.8, label="train, smoothed")
     if evaluated:
         axes.plot(*_xy(evaluated), color=AFTER, linewidth=1.8, marker="o", markersize=4.5, label="evaluation")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=min(0, *train.values(), *evaluated.values()))  # of a policy it may be below
     axes.set_xlabel("step")
     axes.legend(frameon=False, labelcolor=INK, loc="upper right")
     return _svg(figure, "Loss by step")
@@ -287,6 +294,8 @@ def _loss_plot(events: Sequence[Mapping[str, Any]], width: float) -> Markup | No
 def _small_plots(events: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
     names = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
     names |= {"accuracy": "answers ranked right", "margin": "margin of rewards"}
+    names |= {"reward": "reward of drawn answers", "kl": "divergence from the start (nats a token)"}
+    names |= {"answer_length": "tokens of drawn answers", "equal_groups": "groups with equal rewards"}
     names |= {"chosen_nats": "chosen, log-probability a token", "rejected_nats": "rejected, log-probability a token"}
     for field, title in names.items():
         series = _series(events, "step", field)

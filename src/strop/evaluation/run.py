@@ -19,6 +19,7 @@ from strop.evaluation.card import write_card
 from strop.evaluation.compare import Advance, Side, compare, questions, side_of
 from strop.evaluation.general import compare_general
 from strop.evaluation.harness import check_tasks, run_tasks
+from strop.evaluation.judge import Judge, compare_by_judge, judge_for
 from strop.evaluation.metrics import check_golds, paired_difference, verdict
 from strop.evaluation.metrics import metric as known_metric
 from strop.evaluation.preferences import METRIC, compare_preferences
@@ -68,6 +69,8 @@ def evaluate_models(
     tasks: Sequence[str] = (),
     task_limit: int | None = None,
     devices: Devices = ALONE,
+    judge: str | None = None,
+    judge_model: str | None = None,
 ) -> list[dict[str, Any]]:
     """Base and tuned on the rows of `data` (base alone where there is no adapter), for each model in turn; what
     compare.compare returns (of pairs, preferences.compare_preferences), and `run`. A base that several have in common
@@ -77,6 +80,8 @@ def evaluate_models(
     regression_data: rows of the user's own for the same purpose (`regression`); regression_metric: theirs, or metric.
     tasks: of lm-evaluation-harness (`tasks`), where it is installed; task_limit: documents of each.
     devices: those that the rows are dealt out to.
+    judge: which of base's and tuned's answers is better (`judge` in the result): file.py:function, or a server's
+    address; judge_model: which of the server's models.
 
     Raises RecipeError for a metric that does not exist, DataError for rows that are wrong or cannot be scored,
     ModelError for the model; all but the last before the model loads.
@@ -87,17 +92,18 @@ def evaluate_models(
         raise RecipeError("--tasks: the harness runs on one device", fix="ask for tasks in a command of their own")
     if task_limit and not tasks:
         raise RecipeError("--task-limit: there are no tasks", fix="give --tasks")
+    judging = _judging(judge, judge_model, metric)
     rows = _scorable(data, metric)
     kept = _scorable(regression_data, regression_metric or metric) if regression_data else []
-    if _is_paired(rows) and (general or kept or tasks):
+    if _is_paired(rows) and (general or kept or tasks or judging):
         raise RecipeError(
             "pairs: nothing is written, so there is nothing else to ask", fix="leave --general and such out"
         )
     if _is_paired(kept):
         raise RecipeError("--regression-data: pairs", fix="evaluate them in a command of their own: --data")
     for name in names:
-        if (general or kept) and adapter_folder(name) is None:
-            flag = "--general" if general else "--regression-data"
+        if (general or kept or judging) and adapter_folder(name) is None:
+            flag = "--general" if general else "--regression-data" if kept else "--judge"
             raise RecipeError(f"{flag}: {name} has no adapter, so there is nothing to compare", fix="leave it out")
     paired = _is_paired(rows)
     names_of_tasks, manager = check_tasks(tasks) if tasks else ([], None)
@@ -122,7 +128,7 @@ def evaluate_models(
         bases[same] = side_of(found, "base")
         result = {"run": name, **found, "notes": list(model.notes)}
         if "interrupted" in found:
-            general, kept, tasks = False, [], ()
+            general, kept, tasks, judging = False, [], (), None
         if general:
             result["general"] = compare_general(model, advance, devices)
         if kept:
@@ -130,12 +136,25 @@ def evaluate_models(
         if tasks:
             result["tasks"] = run_tasks(model, names_of_tasks, manager, task_limit)
         del model, asking
+        if judging is not None:
+            texts = [side_of(found, side).texts for side in ("base", "tuned")]
+            result["judge"] = compare_by_judge(judging, str(judge), questions(rows), texts[0], texts[1], advance)
         if devices.main and is_run(Path(name)):
             add_to_report(RunFolder(Path(name)), result)
         results.append(result)
         if "interrupted" in found:
             break
     return results
+
+
+def _judging(judge: str | None, model: str | None, metric: str) -> Judge | None:
+    if judge is None:
+        if model is not None:
+            raise RecipeError("--judge-model: there is no judge", fix="give --judge")
+        return None
+    if metric == "choice":
+        raise RecipeError("--judge: nothing is written with --metric choice", fix="use another metric")
+    return judge_for(judge, model)
 
 
 def leaderboard(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -192,6 +192,11 @@ def rows_to_measure(name: str, folder: Path, source: Source, data: str | None) -
     if is_run(Path(name)):
         recipe = read_resolved(RunFolder(Path(name)).recipe).recipe
         section, learning = recipe.data, learning_of(recipe.train)
+        if learning == "prompts" and data is None:
+            rows = prepare(section, tokenizer, cache=cache_folder() / "data", learning=learning).train_conversations
+            if any(row.answer is None for row in rows):
+                raise ModelError(f"{name}: its rows have no answers to measure on", fix="give --data")
+            learning = "turns"  # on the right answers
         if data is not None:
             section, learning = section.model_copy(update={"train": data, "eval": None}), "turns"
     else:

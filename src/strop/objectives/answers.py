@@ -60,7 +60,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Objective:
-    """One way to learn from comparisons or judgements.
+    """One way to learn from comparisons, judgements or rewards. loss: of Judged an Outcome; of drawn tokens see grpo.
 
     reference: whether it compares with the model as it was when training began. rate_share: its learning rate as a
     share of that of supervised fine-tuning. options: the fields of `train` that it reads, with their defaults.
@@ -73,7 +73,7 @@ class Objective:
     reference: bool
     rate_share: float
     options: Mapping[str, Any]
-    loss: Callable[[Judged, TrainSection], Outcome]
+    loss: Callable[[Any, TrainSection], Any]
     source: str
     level: bool = False
     scored: bool = False

@@ -10,13 +10,14 @@ from strop.data.units import Learning
 from strop.errors import RecipeError
 from strop.objectives.answers import Objective
 from strop.objectives.dpo import DPO
+from strop.objectives.grpo import GRPO
 from strop.objectives.ipo import IPO
 from strop.objectives.kto import KTO
 from strop.objectives.orpo import ORPO
 from strop.objectives.reward import REWARD
 from strop.objectives.simpo import SIMPO
 
-OBJECTIVES: dict[str, Objective] = {one.name: one for one in (DPO, IPO, KTO, ORPO, SIMPO, REWARD)}
+OBJECTIVES: dict[str, Objective] = {one.name: one for one in (DPO, IPO, KTO, ORPO, SIMPO, REWARD, GRPO)}
 
 
 def objective_of(train: TrainSection) -> Objective | None:
@@ -32,7 +33,15 @@ def learning_of(train: TrainSection) -> Learning:
 
 def answers_of(train: TrainSection) -> int:
     """Answers that a unit of the effective batch trains on."""
-    return 2 if learning_of(train) == "pairs" else 1
+    learning = learning_of(train)
+    if learning == "prompts":
+        return train.group or GRPO.options["group"]
+    return 2 if learning == "pairs" else 1
+
+
+def drawn_tokens(train: TrainSection) -> int:
+    """Longest answer that is drawn behind a row; 0 where rows hold their answers."""
+    return (train.answer_tokens or GRPO.options["answer_tokens"]) if learning_of(train) == "prompts" else 0
 
 
 def open_options(train: TrainSection) -> Iterator[tuple[str, Any, str]]:
@@ -48,5 +57,8 @@ def open_options(train: TrainSection) -> Iterator[tuple[str, Any, str]]:
             readers = [one.name for one in OBJECTIVES.values() if name in one.options]
             what = f"--train.{name}: objective {train.objective} does not read it"
             raise RecipeError(what, fix=f"leave it out, or choose --train.objective {', '.join(readers)}")
+        if value is None and name == "rewards" and name in known:
+            what = f"objective {train.objective} needs something to reward"
+            raise RecipeError(what, fix="give --train.rewards exact, exact_json, contains, regex or file.py:function")
         if value is None and name in known and objective is not None:
             yield f"train.{name}", known[name], f"usual for {objective.name} ({objective.source})"

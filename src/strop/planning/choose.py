@@ -13,7 +13,7 @@ from strop.errors import ModelError, RecipeError
 from strop.machine.memory import recall
 from strop.machine.probe import Machine
 from strop.model.shape import ModelShape
-from strop.objectives.table import answers_of, objective_of, open_options
+from strop.objectives.table import answers_of, drawn_tokens, learning_of, objective_of, open_options
 from strop.planning.activations import KEEP_PAIRS, MicroBatch, at_peak
 from strop.planning.memory import load, train
 from strop.planning.setting import Setting
@@ -148,7 +148,8 @@ class Room:
 def largest_micro_batch(recipe: Recipe, setting: Setting, longest: int | None = None) -> MicroBatch:
     """The micro-batch of a recipe that needs most: rows as long as they may be (or as the longest there is) and a
     shorter one that fills it, or rows short enough for their probabilities to be kept."""
-    longest = min(longest or recipe.data.max_length, recipe.data.max_length)
+    most = recipe.data.max_length + drawn_tokens(recipe.train)
+    longest = min(longest or most, most)
     found = [_filled(recipe, length) for length in sorted({longest, min(longest, KEEP_PAIRS)})]
     return max(found, key=lambda batch: at_peak(setting, batch).total)
 
@@ -171,7 +172,9 @@ def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> M
     where they are known; else they are as long as they may be, and supervised."""
     answers = answers_of(recipe.train)
     if not rows:
-        rows = [(recipe.data.max_length, recipe.data.max_length - 1)] * recipe.train.batch_size * answers
+        drawn = drawn_tokens(recipe.train)
+        length = recipe.data.max_length + drawn
+        rows = [(length, drawn or length - 1)] * recipe.train.batch_size * answers
     train_, mean = recipe.train, max(2, round(sum(tokens for tokens, _ in rows) / len(rows)))
     number = train_.micro_batch or max(1, (train_.micro_batch_tokens or MICRO_BATCH_TOKENS) // (mean * answers))
     number = answers * min(number, train_.batch_size, len(rows) // answers)
@@ -304,7 +307,8 @@ def _last_resorts(resolved: Resolved, room: Room) -> list[Choice]:
         length = max(SHORTEST, length // 2)
         made["data.max_length"] = made["train.micro_batch_tokens"] = length
         if is_open("data.overlong"):
-            made["data.overlong"] = "split" if recipe.train.objective == "sft" else "truncate-start"
+            shorter = {"turns": "split", "prompts": "drop"}
+            made["data.overlong"] = shorter.get(learning_of(recipe.train), "truncate-start")
 
 
 def _resident(resolved: Resolved, room: Room) -> list[Choice]:

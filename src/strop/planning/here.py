@@ -19,7 +19,7 @@ from strop.machine.rates import known_precision, known_rates
 from strop.model.facts import locate
 from strop.model.shape import Peek, peek
 from strop.model.tokenizer import load_tokenizer
-from strop.objectives.table import learning_of
+from strop.objectives.table import answers_of, drawn_tokens, learning_of
 from strop.planning.cards import Card, find_card, recognise
 from strop.planning.speed import Rate
 from strop.runs.folder import is_run
@@ -125,8 +125,8 @@ def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def row_sizes(recipe: Recipe) -> list[tuple[int, int]]:
-    """Tokens and supervised tokens of each row (of pairs: of each answer), where the recipe names rows that are here
-    and the model's tokenizer is; else none."""
+    """Tokens and supervised tokens of each row (of pairs: of each answer; of prompts: of each answer as long as it may
+    be), where the recipe names rows that are here and the model's tokenizer is; else none."""
     first = recipe.data.train if isinstance(recipe.data.train, str) else recipe.data.train[0]
     model = Path(recipe.model.name).expanduser()
     if not Path(first).is_file() or not (recipe.model.name.startswith("demo") or is_run(model) or model.is_dir()):
@@ -136,4 +136,6 @@ def row_sizes(recipe: Recipe) -> list[tuple[int, int]]:
         return []
     learning = learning_of(recipe.train)
     rows = prepare(recipe.data, load_tokenizer(source), strict=False, learning=learning).train
+    if drawn := drawn_tokens(recipe.train):
+        return [(int(length) + drawn, drawn) for length in rows.lengths for _ in range(answers_of(recipe.train))]
     return [(len(example), example.supervised) for example in (rows[row] for row in range(len(rows)))]

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from strop.engine.answers.cache import READ_AT_ONCE
+from strop.config.schema import Recipe
+from strop.engine.answers.cache import READ_AT_ONCE, ROWS
 from strop.engine.families import FAMILIES
+from strop.objectives.table import answers_of, drawn_tokens
 from strop.planning.activations import Alive, MicroBatch, at_peak, forward_bytes
 from strop.planning.setting import BITS, Setting
 
@@ -54,10 +56,30 @@ class Phase:
         return {"peak_bytes": self.peak_bytes, "parts": dict(self.parts)}
 
 
-def phases(setting: Setting, batch: MicroBatch, context: int) -> dict[str, Phase]:
-    """Every phase; context: tokens of a conversation that is served."""
+@dataclass(frozen=True)
+class Drawn:
+    """What a step draws: `texts` answers of at most `answer` tokens, `group` to each prompt of `prompt` tokens."""
+
+    texts: int
+    group: int
+    prompt: int
+    answer: int
+
+    @staticmethod
+    def of(recipe: Recipe, prompt: int | None = None) -> Drawn | None:
+        """prompt: tokens, where they are known; else as long as they may be. None where nothing is drawn."""
+        train, answer = recipe.train, drawn_tokens(recipe.train)
+        if not answer:
+            return None
+        group = answers_of(train)
+        return Drawn(train.batch_size * group, group, prompt or recipe.data.max_length, answer)
+
+
+def phases(setting: Setting, batch: MicroBatch, context: int, drawn: Drawn | None = None) -> dict[str, Phase]:
+    """Every phase; context: tokens of a conversation that is served; drawn: in front of each step, if anything is."""
     return {
         "load": load(setting),
+        **({} if drawn is None else {"draw": draw(setting, drawn)}),
         "train": train(setting, batch),
         "evaluate": evaluate(setting, batch),
         "merge": merge(setting, context),
@@ -174,6 +196,12 @@ def train(setting: Setting, batch: MicroBatch) -> Phase:
 def evaluate(setting: Setting, batch: MicroBatch) -> Phase:
     """Between two steps of a run: no gradients, and the optimizer's state waits."""
     return _phase({**_held(setting, trained=True), "live_layer": forward_bytes(setting, batch)})
+
+
+def draw(setting: Setting, drawn: Drawn) -> Phase:
+    """Answers before a step: as serving, while the optimizer's state waits; texts that do not fit wait too."""
+    served = serve(setting, drawn.prompt + drawn.answer, texts=min(drawn.texts, ROWS)).parts
+    return _phase({**served, "optimizer": optimizer_bytes(setting)})
 
 
 def load(setting: Setting) -> Phase:

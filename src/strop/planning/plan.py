@@ -16,9 +16,9 @@ from strop.planning.activations import MicroBatch
 from strop.planning.choose import Room, choose, largest_micro_batch, usable_bytes, usual_micro_batch
 from strop.planning.devices import Devices, Spread, spread
 from strop.planning.ladder import Rung, ladder
-from strop.planning.memory import Phase, constant_bytes, phases, weight_bytes
+from strop.planning.memory import Drawn, Phase, constant_bytes, phases, weight_bytes
 from strop.planning.setting import Setting, why_plain
-from strop.planning.speed import Rate, step_seconds, tokens_per_s
+from strop.planning.speed import REFERENCE, Rate, drawing_seconds, step_seconds, tokens_per_s
 
 CHECKPOINT_BYTES = 12  # a trainable weight on disk: itself and two moments
 LONGEST = 1 << 20
@@ -100,12 +100,13 @@ def make_plan(
     room = Room(model.shape, model.parameters, usable_bytes(machine, recipe.model.device))
     batch = largest_micro_batch(recipe, setting, max((tokens for tokens, _ in rows), default=None))
     usual, rate = usual_micro_batch(recipe, rows), rate_of(recipe.model.dtype)
-    found = phases(setting, batch, recipe.data.max_length)
-    need = max(found[name].needed_bytes for name in ("load", "train", "evaluate"))
+    prompt = max((tokens - supervised for tokens, supervised in rows), default=None)
+    found = phases(setting, batch, recipe.data.max_length, Drawn.of(recipe, prompt))
+    need = max(found[name].needed_bytes for name in ("load", "draw", "train", "evaluate") if name in found)
     fits = need <= room.usable
     on_cpu = recipe.model.device in ("cpu", "mps")
     several = spread(recipe, setting, rate, devices, rows)
-    seconds = _seconds(recipe, setting, usual, rate, len(rows) // answers_of(recipe.train), several)
+    seconds = _seconds(recipe, setting, usual, rate, rows, several)
     return Plan(
         fits=fits,
         device=recipe.model.device,
@@ -127,11 +128,16 @@ def make_plan(
 
 
 def _seconds(
-    recipe: Recipe, setting: Setting, usual: MicroBatch, rate: Rate, rows: int, several: Spread
+    recipe: Recipe,
+    setting: Setting,
+    usual: MicroBatch,
+    rate: Rate,
+    sizes: Sequence[tuple[int, int]],
+    several: Spread,
 ) -> float | None:
     """Of the run's steps: by its rows where their number is known, by full steps where only the number of steps is. Of
     several devices: over the slowest link."""
-    train = recipe.train
+    train, rows = recipe.train, len(sizes) // answers_of(recipe.train)
     if not rows and train.max_steps is None:
         return None
     stream = BatchStream(
@@ -141,7 +147,12 @@ def _seconds(
         return stream.total_steps * (several.compute_s + several.over[0].seconds)
     a_step = answers_of(train) * stream.num_rows / stream.steps_per_epoch
     at_once = sum(number for number, _, _ in usual.documents)
-    return stream.total_steps * step_seconds(setting, usual, a_step / at_once, rate)
+    step = step_seconds(setting, usual, a_step / at_once, rate)
+    mean = round(sum(tokens - supervised for tokens, supervised in sizes) / len(sizes)) if sizes else None
+    if (drawn := Drawn.of(recipe, mean)) is not None:
+        again = (train.updates or 1) + (REFERENCE if train.beta else 0)
+        step = step * again + drawing_seconds(setting, drawn, rate)
+    return stream.total_steps * step
 
 
 def _largest(recipe: Recipe, room: Room) -> dict[str, int]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from strop.engine.answers.cache import ROWS
 from strop.machine.rates import Rates
 from strop.planning.activations import HEAD_BYTES, KEEP_PAIRS, MicroBatch, pairs
 from strop.planning.cards import Card
-from strop.planning.memory import packed_weights
+from strop.planning.memory import Drawn, constant_bytes, packed_weights, weight_bytes
 from strop.planning.setting import Setting
 
 # Shares of the probe's rate on a CPU, from timers around the engine's functions (docs/performance.md, "Where the time
@@ -19,6 +20,8 @@ FROZEN, THIN = 0.82, 0.5
 ATTENTION, HEAD = 0.5, 1.0  # where `strop doctor` has not measured them
 UNPACKED_PER_S = 1.0e9  # weights dequantized a second on two cores, where they are streamed
 PLAIN = 2.9  # times as long in the plain step on a CPU: 76 tokens/s beside 215 to 230 (docs/log)
+ANSWERING = 0.25  # of the probe's rate, where answers are drawn many together
+REFERENCE = 0.35  # of a step: the forward pass of the reference
 STEP_S = 0.08  # Python, dispatch, autograd and the casts of gradients, a micro-batch of 30 layers
 GPU_SHARE = 0.45  # of a card's dense rate: 43 % at 8B LoRA on an H100 (NVIDIA NeMo AutoModel's published figure)
 
@@ -123,6 +126,17 @@ def thin_bytes(setting: Setting) -> int:
 def step_seconds(setting: Setting, batch: MicroBatch, micro_batches: float, rate: Rate) -> float:
     """A step of so many micro-batches like this one, and the optimizer's pass over the adapter."""
     return micro_batches * micro_batch_seconds(setting, batch, rate) + 24 * setting.adapter_weights / rate.bandwidth
+
+
+def drawing_seconds(setting: Setting, drawn: Drawn, rate: Rate) -> float:
+    """Of the answers of one step, all as long as they may be: each pass reads the weights once for as many as go
+    together."""
+    tokens = drawn.texts * drawn.answer + drawn.texts // drawn.group * drawn.prompt
+    passes = drawn.answer * -(-drawn.texts // ROWS)
+    weights = setting.parameters - setting.shape.idle + setting.active_adapter_weights
+    share = GPU_SHARE if rate.peak else ANSWERING
+    moved = passes * (weight_bytes(setting) + constant_bytes(setting)) / rate.bandwidth
+    return 2.0 * weights * tokens / (share * rate.flops) + moved
 
 
 def tokens_per_s(setting: Setting, batch: MicroBatch, rate: Rate) -> float:

@@ -73,10 +73,10 @@ class Difference:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """What decides a run's numbers and differs between two locks: base, data, template, each recipe value that
-    matters, and the major version of each library."""
+    """What decides a run's numbers and differs between two locks: base, data, template, functions that reward, each
+    recipe value that matters, and the major version of each library."""
     found = []
-    for name in ("base", "data", "template"):
+    for name in ("base", "data", "template", "rewards"):
         was, now = _short(old.get(name)), _short(new.get(name))
         if old.get(name) != new.get(name):
             found.append(Difference(name, was, now))

@@ -33,6 +33,16 @@ BLOCK = 64  # units that are cut into micro-batches together where nothing is tr
 class Criterion(Protocol):
     tells: ClassVar[bool]  # figures besides the loss
 
+    @property
+    def updates(self) -> int:
+        """Optimizer steps on one effective batch."""
+
+    def begin(self, step: Step, items: Sequence[Item], index: int, cut: Cut) -> list[Item]:
+        """What the step `index` (from 0) trains on, of the rows of its effective batch."""
+
+    def longest(self, item: Item) -> Item:
+        """What a row becomes there, at its longest."""
+
     def divisor(self, items: Sequence[Item]) -> float:
         """What the loss sum of these rows of an effective batch is divided by."""
 
@@ -46,8 +56,22 @@ class Criterion(Protocol):
         """Of rows that are held out: {loss, ...}."""
 
 
+class AsTheyAre:
+    """Rows are trained on as they are."""
+
+    @property
+    def updates(self) -> int:
+        return 1
+
+    def begin(self, step: Step, items: Sequence[Item], index: int, cut: Cut) -> list[Item]:
+        return list(items)
+
+    def longest(self, item: Item) -> Item:
+        return item
+
+
 @dataclass(frozen=True)
-class SupervisedTokens:
+class SupervisedTokens(AsTheyAre):
     """Supervised fine-tuning: cross entropy, divided by the weight of the supervised tokens."""
 
     devices: Devices = ALONE
@@ -67,7 +91,7 @@ class SupervisedTokens:
 
 
 @dataclass(frozen=True)
-class OfAnswers:
+class OfAnswers(AsTheyAre):
     """An objective of answers, divided by the number of units: a pair counts as one, however long it is."""
 
     objective: Objective
@@ -168,6 +192,7 @@ class OfAnswers:
 def criterion_for(train: TrainSection, model: nn.Module | None = None, devices: Devices = ALONE) -> Criterion:
     """What a recipe's objective has made smaller. model: with adapters, and the head of a reward model."""
     objective = objective_of(train)
+    assert objective is None or objective.learning != "prompts", "see groups.OfGroups"
     if objective is None:
         return SupervisedTokens(devices)
     head = head_of(model) if objective.scored and model is not None else None

@@ -26,6 +26,8 @@ RECENT = 64  # good losses that the bound is made of
 ENOUGH = 16  # of them, before there is a bound
 SIGMAS, NATS = 8.0, 1.0  # the bound lies this far above their median, whichever is more
 FALLEN = 1.0  # nats a token that good answers may lose before it is told
+MOST_OFF = 0.1  # nats a token between the engine that drew an answer and the step
+SAME = 1e-6
 FAR = 10.0  # one loss beyond this many times that distance is enough
 
 
@@ -86,13 +88,14 @@ def advice(progress: Progress, rate: float, dtype: str, trouble: Diverged) -> li
 
 
 @contextmanager
-def moving(state: TrainState, grad_norm: float, *, watched: bool) -> Iterator[None]:
+def moving(state: TrainState, grad_norm: float, *, watched: bool, quiet: bool = False) -> Iterator[None]:
     """Around the optimizer's step: the first one of an objective of answers must move the adapters. Its loss says
     nothing of that: it is the same for any model that equals its reference.
 
+    quiet: a gradient of zero is as it should be, since no reward differs.
     Raises RunError for a gradient of zero, or weights that the step leaves as they are.
     """
-    first = watched and state.progress.step == 0
+    first = watched and state.progress.step == 0 and bool(grad_norm or not quiet)
     before = [weight.detach().clone() for weight in state.weights.values()] if first else []
     yield
     if not first:
@@ -102,6 +105,42 @@ def moving(state: TrainState, grad_norm: float, *, watched: bool) -> Iterator[No
         raise RunError(f"the gradient of the first step is zero: {where}", fix="please report it")
     if all(torch.equal(old, new) for old, new in zip(before, state.weights.values(), strict=True)):
         raise RunError("the first step has moved no weight", fix="raise --train.learning_rate")
+
+
+def drawn_right(progress: Progress, figures: Mapping[str, float], grad_norm: float) -> None:
+    """Before the update on answers that the model drew itself: the step finds them as likely as the engine that drew
+    them did, the model equals its reference at the beginning, and rewards that differ have a gradient.
+
+    Raises RunError.
+    """
+    if "off" not in figures:
+        return
+    if figures["off"] > MOST_OFF:
+        what = (
+            f"step {progress.step + 1}: the answers' log-probabilities differ by {figures['off']:.3f} nats a token "
+            f"between the engine that drew them and the step, more than {MOST_OFF:g}"
+        )
+        raise RunError(what, fix="use --model.dtype fp32; if it happens again, please report it")
+    if not progress.step and figures.get("kl", 0.0) > SAME:
+        what = f"before the first step the divergence from the reference is {figures['kl']:.2e}, not 0"
+        raise RunError(what, fix="start the run again; if it happens again, please report it")
+    if figures["equal_groups"] < 1 and not grad_norm:
+        what = f"step {progress.step + 1}: rewards differ and the gradient is zero: it does not reach the weights"
+        raise RunError(what, fix="please report it")
+
+
+def unheard(progress: Progress, figures: Mapping[str, float]) -> str | None:
+    """That a step's rewards teach nothing, as all answers of each group got the same; once for each cause."""
+    if figures.get("equal_groups", 0.0) < 1:
+        return None
+    cut_off = figures["stop_rate"] == 0
+    if (cause := "cut off" if cut_off else "equal rewards") in progress.told:
+        return None
+    progress.told = [*progress.told, cause]
+    said = f"all answers of each group got the same reward (mean {figures['reward']:.3g}): nothing is learned from them"
+    if cut_off:
+        return f"{said}; every answer was cut off at its longest: raise --train.answer_tokens"
+    return f"{said}; prompts that are sometimes answered well teach more, as do rewards with steps between 0 and 1"
 
 
 def falling(progress: Progress, figures: Mapping[str, float]) -> str | None:

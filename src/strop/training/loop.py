@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from strop.data.batches import Batch, BatchStream
+from strop.data.conversation import Item
 from strop.errors import DivergedError, NonFiniteError, Stopped
 from strop.training import guard
 from strop.training import state as checkpoints
@@ -141,12 +142,32 @@ def rate_at(job: Job, index: int, total: int) -> float:
 
 
 def step(job: Job, batch: Batch, rate: float) -> StepResult:
-    """One optimizer step over an effective batch: forward and backward by micro-batch, clip, update.
+    """One step over an effective batch: forward and backward by micro-batch, clip, update; where the objective asks for
+    it, several updates on the same rows.
 
     A step that the guard does not let pass leaves the weights as they are.
     """
-    items = [job.train[row] for row in batch.rows]
+    rows = [job.train[row] for row in batch.rows]
     job.step.masks.begin(job.recipe.seed, batch.index)
+    cut = partial(micro_batches, job)
+
+    def begin() -> list[Item]:
+        return job.criterion.begin(job.step, rows, batch.index, cut)
+
+    # several devices begin with the rows as they are (setup refuses what draws answers): nothing to agree on
+    items = within_memory(job, rows, begin) if job.devices.world == 1 else begin()
+    first = result = _update(job, items, rate)
+    for _ in range(job.criterion.updates - 1):
+        if not result.taken:
+            break
+        result = _update(job, items, rate, first)
+    if (batch.index + 1) % COMPARE_EVERY == 0:
+        job.devices.compare(lambda: checkpoints.tensors_of(job.state))
+    return result
+
+
+def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | None = None) -> StepResult:
+    """One optimizer step on what was drawn or read. first: what came of the first on the same answers."""
     part = within_memory(job, items, lambda: gradients(job, items))
     whole = summed(job, items, part)
     mean, figures = whole.loss, whole.figures
@@ -155,16 +176,21 @@ def step(job: Job, batch: Batch, rate: float) -> StepResult:
     # the one wait for the device
     loss, grad_norm, *found = torch.stack([x.to(mean) for x in (mean, norm, *figures.values())]).tolist()
     tokens, supervised = sum(map(len, items)), sum(item.supervised for item in items)
-    verdict = guard.look(job.state.progress, loss, grad_norm)
     told = {name: value for name, value in zip(figures, found, strict=True) if math.isfinite(value)}
+    if first is None:
+        guard.drawn_right(job.state.progress, told, grad_norm)
+    else:  # the policy has moved since the answers were drawn
+        told = {**told, "off": first.figures["off"]}
+        tokens, supervised = tokens + first.tokens, supervised + first.supervised_tokens
+    verdict = guard.look(job.state.progress, loss, grad_norm)
     result = StepResult(loss, grad_norm, tokens, supervised, verdict, told, whole)
     if result.taken:
         set_rate(job.state.optimizer, rate)
-        with guard.moving(job.state, grad_norm, watched=bool(figures)):
+        with guard.moving(
+            job.state, grad_norm, watched=bool(figures) and first is None, quiet=told.get("equal_groups") == 1
+        ):
             job.state.optimizer.step()
     job.state.optimizer.zero_grad(set_to_none=True)
-    if (batch.index + 1) % COMPARE_EVERY == 0:
-        job.devices.compare(lambda: checkpoints.tensors_of(job.state))
     return result
 
 
@@ -282,8 +308,9 @@ def _log_step(
     if progress.first_loss is None:
         progress.first_loss = result.loss
     progress.last_loss, progress.figures = result.loss, result.figures
-    if said := guard.falling(progress, result.figures):
-        job.log.emit("note", text=f"step {number}: {said}")
+    for said in (guard.falling(progress, result.figures), guard.unheard(progress, result.figures)):
+        if said is not None:
+            job.log.emit("note", text=f"step {number}: {said}")
     if number % job.recipe.train.log_steps and number != total:
         return
     job.log.emit(

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast, overload
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,18 +24,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from strop.data.conversation import Unit
+from strop.data.units import Lazy
 from strop.errors import CheckpointError, RunError
 from strop.runs.folder import disk_faults, fsync_folder
 from strop.training.criteria import BLOCK, OfAnswers, beside, log_probs
+from strop.training.groups import OfGroups
 from strop.training.job import Job, stream_of
 from strop.training.shrink import micro_batches, within_memory
+from strop.training.state import holding
 
 NEAR = 1e-5  # share of a log-probability by which the same computation may differ
 APART = 3e-3  # the same in other micro-batches, whose products in bf16 are rounded elsewhere
 LOSS_NEAR = 1e-6
 
 
-class WithReference(Sequence[Unit]):
+class WithReference(Lazy[Unit]):
     """Units, each with the log-probabilities of the reference. values (N, K), fp64."""
 
     def __init__(self, units: Sequence[Unit], values: Tensor) -> None:
@@ -44,14 +47,7 @@ class WithReference(Sequence[Unit]):
     def __len__(self) -> int:
         return len(self._units)
 
-    @overload
-    def __getitem__(self, i: int) -> Unit: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Unit]: ...
-    def __getitem__(self, i: int | slice) -> Unit | list[Unit]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        i = range(len(self))[i]
+    def one(self, i: int) -> Unit:
         return replace(self._units[i], reference=tuple(self._values[i].tolist()))
 
 
@@ -65,12 +61,15 @@ class Reference:
 
 
 def with_reference(job: Job, key: Mapping[str, str]) -> Job:
-    """The job with what the reference makes of each of its rows; the job itself where its objective needs none.
+    """The job with what the reference makes of each of its rows (of answers that are yet to be drawn: with the weights
+    that it is computed with); the job itself where its objective needs none.
 
     key: what the reference depends on: base, how it is stored, template, rows. Raises CheckpointError where a run that
     is resumed has lost what it started from; RunError where the same rows come out otherwise when computed again.
     """
     criterion = job.criterion
+    if isinstance(criterion, OfGroups) and criterion.options.beta:
+        return replace(job, criterion=replace(criterion, start=_start(job, key)))
     if not isinstance(criterion, OfAnswers) or not criterion.objective.reference:
         return job
     sets = {"train": cast("Sequence[Unit]", job.train), "eval": cast("Sequence[Unit]", job.eval or ())}
@@ -119,6 +118,14 @@ def check(job: Job, key: Mapping[str, str]) -> None:
         raise RunError(what, fix="start the run again; if it happens again, please report it")
     told = {"loss": loss} if beginning else {}
     job.log.emit("reference-check", step=job.state.progress.step, rows=len(units), off=float(off), **told)
+
+
+def _start(job: Job, key: Mapping[str, str]) -> Mapping[str, Tensor]:
+    """The weights that training started from: answers that are drawn later need the reference of each step's own."""
+    known = _load(job, key, {"train": (), "eval": ()})
+    if not job.folder.reference.is_file():
+        _save(job, key, known)
+    return known.start
 
 
 def _loss(job: Job, units: Sequence[Unit], values: Tensor) -> float:
@@ -175,20 +182,12 @@ def _score(job: Job, batch: Sequence[Unit], rows: Sequence[int], values: Tensor)
 def _starting(job: Job, start: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside this block the model is what training started from (as it is now, where `start` is empty), without
     dropout."""
-    now = {name: job.state.weights[name].detach().clone() for name in start}
-    _put(job, start)
-    job.model.eval()
-    try:
-        yield
-    finally:
-        job.model.train()
-        _put(job, now)
-
-
-def _put(job: Job, values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in values.items():
-            job.state.weights[name].copy_(value)
+    with holding(job.state.weights, start):
+        job.model.eval()
+        try:
+            yield
+        finally:
+            job.model.train()
 
 
 def _load(job: Job, key: Mapping[str, str], sets: Mapping[str, Sequence[Unit]]) -> Reference:

@@ -16,8 +16,9 @@ import torch
 from strop.data.conversation import Example, Item
 from strop.engine.packed import pack, pack_apart
 from strop.machine.memory import MemoryMark
+from strop.objectives.table import drawn_tokens
 from strop.planning.activations import MicroBatch, at_peak
-from strop.planning.memory import Phase, phases
+from strop.planning.memory import Drawn, Phase, phases
 from strop.planning.setting import Setting
 from strop.training.criteria import OfAnswers
 from strop.training.job import Job, stream_of
@@ -41,7 +42,8 @@ class Forecast:
 
     def peak_bytes(self, device: str) -> int:
         """What MemoryMark.peak_bytes will say at the run's end; on CUDA the allocator's own, without the context."""
-        used = [self.phases[name] for name in ("load", "train", *(["evaluate"] if self.evaluates else []))]
+        names = ("load", "draw", "train", *(["evaluate"] if self.evaluates else []))
+        used = [self.phases[name] for name in names if name in self.phases]
         context = device.startswith("cuda")
         return max(phase.peak_bytes - (phase.parts["framework"] if context else 0) for phase in used)
 
@@ -70,7 +72,15 @@ def forecast(job: Job, setting: Setting) -> Forecast:
         setting = setting.but(resident_layers=0)
     found = [(items, batch_of(job, items, more, setting.tiles)) for items, more in _candidates(job, setting)]
     items, batch = max(found, key=lambda pair: at_peak(setting, pair[1]).total)
-    return Forecast(items, batch, phases(setting, batch, job.recipe.data.max_length), job.eval is not None)
+    made = phases(setting, batch, job.recipe.data.max_length, _drawn(job))
+    return Forecast(items, batch, made, job.eval is not None)
+
+
+def _drawn(job: Job) -> Drawn | None:
+    """What a step draws, behind the longest prompt there is."""
+    if not drawn_tokens(job.recipe.train):
+        return None
+    return Drawn.of(job.recipe, max(len(job.train[row]) for row in range(min(len(job.train), LOOKED_AT))))
 
 
 def batch_of(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> MicroBatch:
@@ -92,7 +102,7 @@ def _candidates(job: Job, setting: Setting) -> list[tuple[list[Item], bool]]:
     a micro-batch saves, packing alone can tell."""
     found: list[tuple[int, tuple[int, ...], bool]] = []
     for step in islice(stream_of(job.recipe, len(job.train)), LOOKED_AT):
-        items = [job.train[row] for row in step.rows]
+        items = [job.criterion.longest(job.train[row]) for row in step.rows]
         groups = micro_batches(job, items)
         for group in groups:
             chosen, more = [items[row] for row in group], len(groups) > 1
@@ -101,7 +111,7 @@ def _candidates(job: Job, setting: Setting) -> list[tuple[list[Item], bool]]:
             batch = replace(batch, supervised=sum(item.supervised for item in chosen))
             found.append((at_peak(setting, batch).total, tuple(step.rows[row] for row in group), more))
     largest = heapq.nlargest(LAID_OUT, found)
-    return [([job.train[row] for row in rows], more) for _, rows, more in largest]
+    return [([job.criterion.longest(job.train[row]) for row in rows], more) for _, rows, more in largest]
 
 
 def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> Forecast:

@@ -20,11 +20,13 @@ from strop.config.schema import OBJECTIVE_OPTIONS, Recipe
 from strop.data.conversation import Conversation
 from strop.devices.environment import may_restart, restarted
 from strop.devices.group import ALONE, Devices
+from strop.engine.answers.fits import unanswerable
 from strop.engine.step import step_for
 from strop.errors import InputError, MemoryLimitError, StropError, Where
 from strop.evaluation.card import write_card
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.report import write_report
+from strop.evaluation.rewards import rewards_of
 from strop.machine.memory import MemoryMark, MemoryWatch, is_out_of_memory, mark
 from strop.machine.probe import probe
 from strop.model import loftq
@@ -48,7 +50,8 @@ from strop.runs.folder import (
 )
 from strop.runs.lock import Difference, allowed, differences
 from strop.training import state as checkpoints
-from strop.training.criteria import criterion_for
+from strop.training.criteria import Criterion, criterion_for
+from strop.training.groups import OfGroups, without_dropout
 from strop.training.job import Job, stream_of
 from strop.training.loop import fit
 from strop.training.optim import make_optimizer
@@ -244,7 +247,13 @@ def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, 
         how = (of.quantization, of.double_quantization, DTYPES[of.dtype])
         stream = partial(stream_weights, base, setup.source, *how)
     train, held_out = data.train_units or data.train, data.eval_units or data.eval
-    criterion = criterion_for(recipe.train, model, devices)
+    criterion: Criterion
+    if rewards := rewards_of(recipe.train.rewards):
+        without_dropout(model)
+        ends = data.renderer.stop_ids
+        criterion = OfGroups(recipe.train, recipe.seed, model, setup.tokenizer, ends, rewards, weights, log)
+    else:
+        criterion = criterion_for(recipe.train, model, devices)
     return Job(recipe, folder, model, step, train, held_out, state, log, stream, setup.memory_key, criterion, devices)
 
 
@@ -283,6 +292,8 @@ def _announce(job: Job, setup: Setup) -> None:
     numbers = {"trainable": trained, "all": setup.parameters}  # of the base, as `strop plan` counts
     if held := in_experts(job.model):
         numbers |= {"experts": held, "active": setup.parameters - setup.shape.idle}
+    if isinstance(job.criterion, OfGroups) and (why := unanswerable(job.model)):
+        job.log.emit("note", text=f"answers are drawn by transformers' generate: {why}")
     step, at = job.step, job.state.progress.step
     told = {"devices": described(job.devices, job.recipe.train.exact)} if job.devices.world > 1 else {}
     job.log.emit("start", steps=_total(job), step=at, engine=step.name, why=step.why, parameters=numbers, **told)

@@ -16,7 +16,8 @@ from strop.data.prepare import Prepared, prepare
 from strop.devices.group import ALONE, Devices
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.engine.plain import load_balancing
-from strop.errors import TROUBLES, DeviceError, FolderError, ModelError
+from strop.errors import TROUBLES, DeviceError, FolderError, ModelError, RecipeError
+from strop.evaluation.rewards import check_rewards, files_hash, rewards_of
 from strop.machine.probe import Machine, probe
 from strop.model.experts import packable
 from strop.model.facts import Source, fingerprint, locate
@@ -61,19 +62,24 @@ def preview(resolved: Resolved, *, memory: int | None = None) -> Resolved:
 
 def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALONE) -> Setup:
     check_trackers(resolved.recipe.track)
+    learning = learning_of(resolved.recipe.train)
+    if learning == "prompts" and devices.world > 1:
+        what = f"objective {resolved.recipe.train.objective}: answers are drawn on one device, and there are"
+        raise RecipeError(f"{what} {devices.world}", fix="leave --devices out")
     source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
     machine = _look(resolved.recipe, memory, devices.local_world)
     resolved, key, num_weights, shape, parameters = _plan(resolved, source, machine)
     start = start_adapter(resolved.recipe)  # may have brought tokens and a template of its own
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
-    learning = learning_of(resolved.recipe.train)
     data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
+    _check_rewards(resolved.recipe, data)
     if data.renderer.template is not None:  # data.template: the adapter's tokenizer must say what it was trained with
         tokenizer.chat_template = data.renderer.template
     lock = {
         "base": {"name": source.name, "fingerprint": fingerprint(source)},
         "data": data.hash,
         "template": data.renderer.template_hash,
+        "rewards": files_hash(rewards_of(resolved.recipe.train.rewards)),
         "recipe": sha256_text(json.dumps(resolved.recipe.model_dump(exclude={"out"}), sort_keys=True)),
         "values": {field: choice.value for field, choice in resolved.choices.items()},
         "seed": resolved.recipe.seed,
@@ -84,6 +90,13 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
         "devices": {"count": devices.world, "nodes": devices.nodes},
     }
     return Setup(resolved, machine, source, tokenizer, data, lock, key, num_weights, shape, parameters)
+
+
+def _check_rewards(recipe: Recipe, data: Prepared) -> None:
+    """Raises RecipeError and DataError for rewards that cannot be given to these rows."""
+    rewards = rewards_of(recipe.train.rewards)
+    for rows in (data.train_conversations, data.eval_conversations or ()) if rewards else ():
+        check_rewards(rewards, [row.answer for row in rows], [(row.file, row.line) for row in rows])
 
 
 def check_space(folder: RunFolder, setup: Setup) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,23 @@ class TrainState:
     weights: Mapping[str, nn.Parameter]  # trainable ones, by name in the model
     optimizer: torch.optim.Optimizer
     progress: Progress
+
+
+@contextmanager
+def holding(weights: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside this block the weights have these values (where there are any), and behind it their own again."""
+    now = {name: weights[name].detach().clone() for name in values}
+    _put(weights, values)
+    try:
+        yield
+    finally:
+        _put(weights, now)
+
+
+def _put(weights: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            weights[name].copy_(value)
 
 
 def not_finite(state: TrainState) -> str | None:
@@ -142,9 +160,7 @@ def load_weights(checkpoint: Path, weights: Mapping[str, nn.Parameter]) -> None:
     saved = load_file(checkpoint / "weights.safetensors")
     if {name: tensor.shape for name, tensor in saved.items()} != {name: w.shape for name, w in weights.items()}:
         raise CheckpointError(f"{checkpoint}: holds other adapters than this recipe makes")
-    with torch.no_grad():
-        for name, tensor in saved.items():
-            weights[name].copy_(tensor)
+    _put(weights, saved)
 
 
 def restore(checkpoint: Path, state: TrainState) -> None:

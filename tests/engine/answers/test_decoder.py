@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from strop.engine.answers.batch import Batch, answer_all
+from strop.engine.answers.batch import Batch, answer_all, answer_groups
 from strop.engine.answers.cache import BLOCK
 from strop.engine.answers.decoder import Decoder, Part
 from strop.engine.answers.fits import unanswerable
@@ -261,3 +261,48 @@ def _of(kind: str) -> Any:
 
     sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 64, "attention_types": [[["global"], 2]]}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+
+
+@pytest.mark.parametrize("length", [5, BLOCK, BLOCK + 7, 2 * BLOCK])
+@pytest.mark.parametrize("rows", [3, 64])
+def test_a_groups_prompt_is_read_once(length: int, rows: int) -> None:
+    """Its texts begin together, with the numbers that each would have alone; more than go together come later."""
+    model = spread(adapted("llama"))
+    prompts = [ids[:length] for ids in np.random.default_rng(1).integers(3, 96, (2, 80)).astype(np.int32)]
+
+    def texts(ids: Ids) -> list[Text]:
+        sampling = (Sampling(temperature=1.0, seed=seed) for seed in range(5))
+        return [Text(ids, "default", most=TOKENS, stop_ids=[7], sampling=one, logprobs=0) for one in sampling]
+
+    single = Decoder(model, 1000)
+    wanted = [answers(single, [text], 1)[0] for ids in prompts for text in texts(ids)]
+    decoder, groups, read = Decoder(model, 1000), [texts(ids) for ids in prompts], 0
+    seen, batch = decoder.read, Batch(decoder, rows, guess=False)
+
+    def counted(parts: list[Part]) -> Any:
+        nonlocal read
+        read += sum(part.count for part in parts if part.text.done < part.text.prompt)
+        return seen(parts)
+
+    decoder.read = counted  # type: ignore[method-assign, assignment]
+    logs: dict[Text, list[float]] = {text: [] for group in groups for text in group}
+    for news in answer_groups(batch, groups):
+        logs[news.text] += [token.logprob for token in news.tokens]
+    assert [text.answer for group in groups for text in group] == wanted and len(set(map(tuple, wanted))) > 6
+    if rows == 64:
+        assert read == 2 * length
+    assert decoder.blocks.free == decoder.blocks.count
+    text = groups[0][1]
+    with torch.inference_mode():
+        logits = model(input_ids=torch.from_numpy(text.ids.astype(np.int64))[None]).logits[0].log_softmax(-1)
+    found = logits[range(length - 1, text.length - 1), text.answer]
+    assert logs[text] == pytest.approx(found.tolist(), abs=1e-4)
+
+
+def test_a_group_leaves_with_the_text_that_reads_for_it() -> None:
+    model = adapted("llama")
+    decoder = Decoder(model, 1000)
+    batch, group = Batch(decoder, 8), [Text(np.arange(3, 40, dtype=np.int32), "default", most=4) for _ in range(3)]
+    assert batch.add_group(group) == 3 and len(batch.texts) == 1
+    batch.remove(group[0])
+    assert decoder.blocks.free == decoder.blocks.count and not batch.texts

@@ -22,7 +22,10 @@ TYPES: dict[str, tuple[str, str]] = {
     ".csv": ("csv", "comma separated, quotes as in RFC 4180; with a header, or columns by number"),
     ".tsv": ("tsv", "tab separated, otherwise as .csv"),
     ".parquet": ("parquet", "Parquet; the line is the number of the row"),
-    ".txt": ("text", "plain text; a row is a paragraph (blank lines part paragraphs)"),
+    ".txt": (
+        "text",
+        "plain text; a row is a paragraph (blank lines part paragraphs), or the file with `data.format: document`",
+    ),
 }
 COMPRESSION = (".gz", ".zst")
 

@@ -103,8 +103,11 @@ def read_rows(
     columns: Mapping[str, str] | None = None,
     bad: list[RowFault],
     left_out: Counter[str] | None = None,
+    documents: bool = False,
 ) -> Iterator[Row]:
     """The rows of all sources, in order; memory does not grow with the file, except for JSON arrays.
+
+    documents: a plain text file is one row, not one a paragraph.
 
     Row faults go to `bad`. `left_out` counts, by path, rows that a fractional weight left out. `columns` matters here
     only for files without names: values that are numbers count the cells of CSV, TSV and parallel files from 1.
@@ -113,7 +116,7 @@ def read_rows(
     for source in resolve(spec):
         before = len(bad)
         empty = True
-        for row in _read(source, encoding, columns or {}, bad):
+        for row in _read(source, encoding, columns or {}, bad, documents):
             empty = False
             yield from _weighted(row, source, left_out)
         if empty and len(bad) == before:
@@ -131,7 +134,9 @@ def _weighted(row: Row, source: Source, left_out: Counter[str] | None) -> Iterat
         yield row
 
 
-def _read(source: Source, encoding: str, columns: Mapping[str, str], bad: list[RowFault]) -> Iterator[Row]:
+def _read(
+    source: Source, encoding: str, columns: Mapping[str, str], bad: list[RowFault], documents: bool
+) -> Iterator[Row]:
     if len(source.files) > 1:
         return tables.parallel_rows(source.path, source.files, encoding, columns, bad)
     name, path = source.path, source.files[0]
@@ -140,6 +145,8 @@ def _read(source: Source, encoding: str, columns: Mapping[str, str], bad: list[R
         return jsonrows.rows(name, path, encoding, columns, bad)
     if reader == "parquet":
         return tables.parquet_rows(name, path)
+    if reader == "text" and documents:
+        return tables.document(name, files.whole(path, encoding))
     texts = files.texts(name, path, encoding, bad)
     if reader == "text":
         return tables.paragraphs(name, texts)

@@ -104,6 +104,14 @@ def paragraphs(name: str, texts: Iterable[tuple[int, str]]) -> Iterator[Row]:
         yield Row(name, start, {"text": "".join(block).rstrip("\r\n")})
 
 
+def document(name: str, text: str) -> Iterator[Row]:
+    """A whole file as one row, without blank lines at its ends."""
+    if text.strip():
+        lines = text.splitlines()
+        first = next(number for number, line in enumerate(lines, 1) if line.strip())
+        yield Row(name, first, {"text": text.strip("\r\n")})
+
+
 def parallel_rows(
     name: str, paths: tuple[str, ...], encoding: str, columns: Mapping[str, str], bad: list[RowFault]
 ) -> Iterator[Row]:

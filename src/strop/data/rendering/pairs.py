@@ -1,4 +1,4 @@
-"""A pair of answers as two examples with one prompt, and what must hold of them before anything is trained."""
+"""A pair of answers as two examples with one prompt, and what must hold of them before anything is trained; prompts."""
 
 from __future__ import annotations
 
@@ -29,6 +29,19 @@ def render_pairs(renderer: Renderer, conversations: Iterable[Conversation]) -> I
         if conversation.rejected:
             rendered = _paired(conversation, [rendered, next(found)[1]])
         yield conversation, rendered
+
+
+def render_prompts(renderer: Renderer, conversations: Iterable[Conversation]) -> Iterator[Rendered]:
+    """Each conversation with the one example of its prompt, as serving asks it, nothing of it supervised, or with why
+    it has none; in order. An answer at its end is left out."""
+    for conversation in conversations:
+        asked = conversation.messages if conversation.answer is None else conversation.messages[:-1]
+        try:
+            ids = renderer.prompt(asked, conversation.tools, options=renderer.options_for(asked))
+        except RenderError as fault:
+            yield conversation, RenderError(fault.code, fault.detail, file=conversation.file, line=conversation.line)
+            continue
+        yield conversation, [Example(ids, np.zeros(len(ids), np.float32), conversation.file, conversation.line)]
 
 
 def truncate_pair(renderer: Renderer, conversation: Conversation, limit: int) -> list[Example] | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from strop.engine.answers.cache import READ_AT_ONCE, NoRoom
-from strop.engine.answers.decoder import Part, Reads
+from strop.engine.answers.decoder import Decoder, Part, Reads
 from strop.engine.answers.text import NoToken, Text, Token
 from strop.engine.processor import likeliest, logprobs_of
 
@@ -35,10 +35,11 @@ class Batch:
     def __init__(self, decoder: Reads, rows: int, *, read_at_once: int = READ_AT_ONCE, guess: bool = True) -> None:
         self._decoder, self._rows, self._guess, self._read_at_once = decoder, rows, guess, read_at_once
         self.texts: list[Text] = []
+        self._behind: dict[Text, list[Text]] = {}  # by the text whose prompt, which is theirs too, is read
 
     def add(self, text: Text) -> bool:
         """False where there is no room for it now. Raises NoRoom where there would never be."""
-        if len(self.texts) >= self._rows:
+        if len(self.texts) + self._num_waiting >= self._rows:
             return False
         try:
             self._decoder.begin(text)
@@ -49,10 +50,30 @@ class Batch:
         self.texts.append(text)
         return True
 
+    def add_group(self, texts: Sequence[Text]) -> int:
+        """How many texts with one prompt, from the first on, there is room for: the prompt is read once for them, and
+        they begin together. Raises NoRoom where there would never be room for one."""
+        assert isinstance(self._decoder, Decoder), "groups are for the engine's own decoder"
+        if not self.add(texts[0]):
+            return 0
+        behind = self._behind.setdefault(texts[0], [])
+        for text in texts[1 : self._rows - self._num_waiting - len(self.texts) + 1]:
+            try:
+                self._decoder.begin_behind(text, texts[0])
+            except NoRoom:
+                break
+            behind.append(text)
+        return 1 + len(behind)
+
+    @property
+    def _num_waiting(self) -> int:
+        return sum(map(len, self._behind.values()))
+
     def remove(self, text: Text) -> None:
-        """A text leaves, whether it has ended or not."""
+        """A text leaves, whether it has ended or not; those that wait for its prompt leave with it."""
         self.texts.remove(text)
-        self._decoder.end(text)
+        for gone in (text, *self._behind.pop(text, ())):
+            self._decoder.end(gone)
 
     def step(self) -> list[News]:
         """One pass. Texts that have ended have left. One whose expected answer is read has no new tokens before all of
@@ -66,10 +87,15 @@ class Batch:
             if part.told:
                 rows = slice(at, at + part.told)
                 at += part.told
+                for text in self._behind.pop(part.text, ()):
+                    assert isinstance(self._decoder, Decoder)
+                    self._decoder.follow(text, part.text)
+                    self.texts.append(text)
+                    news.append(News(text, self._written(Part(text, 0, 1), logits[rows], best[rows], finite[rows])))
                 read = self._judged if part.text.judging else self._written
                 news.append(News(part.text, read(part, logits[rows], best[rows], finite[rows])))
-                if part.text.end:
-                    self.remove(part.text)
+        for text in [text for text in self.texts if text.end]:
+            self.remove(text)
         return news
 
     def _judged(self, part: Part, logits: np.ndarray, best: np.ndarray, finite: np.ndarray) -> tuple[Token, ...]:
@@ -147,3 +173,15 @@ def answer_all(batch: Batch, texts: Sequence[Text]) -> Iterator[News]:
     finally:  # whoever asked may have gone
         for text in list(batch.texts):
             batch.remove(text)
+
+
+def answer_groups(batch: Batch, groups: Sequence[Sequence[Text]]) -> Iterator[News]:
+    """The same of groups of texts with one prompt, which is read once for as many of a group as go together."""
+    waiting = [list(group) for group in reversed(groups)]
+    while waiting or batch.texts:
+        while waiting and (begun := batch.add_group(waiting[-1])):
+            del waiting[-1][:begun]
+            if waiting[-1]:
+                break
+            waiting.pop()
+        yield from batch.step()

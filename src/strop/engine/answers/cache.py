@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK = 32  # positions; the loop of engine.cpu.cached_attention knows it too
+ROWS = 64  # texts together: a pass over more takes as much longer (docs/performance.md)
 READ_AT_ONCE = 256  # prompt rows in a pass: more would hold up the answers that go on
 
 
@@ -77,6 +78,11 @@ class Blocks:
             self._users[block] = self._users.get(block, 0) + 1
             found.append(block)
         return found
+
+    def use(self, blocks: Sequence[int]) -> None:
+        """One more text uses blocks that another uses already."""
+        for block in blocks:
+            self._users[block] += 1
 
     def know(self, key: bytes, block: int) -> None:
         """The block is full, with what the key stands for. The first of two equal ones is kept."""

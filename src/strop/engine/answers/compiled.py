@@ -76,6 +76,11 @@ class CompiledPass:
         loops.dense(self._head, z, logits, 0, self._lanes)
         return self._bent(logits)
 
+    def copy_block(self, source: int, into: int) -> None:
+        """What the cache holds in one block, into another."""
+        for part in (*self._keys, *self._values):
+            part[into] = part[source]
+
     def _bent(self, logits: Any) -> Any:
         layers = self._layers
         if layers.logits_scale != 1:

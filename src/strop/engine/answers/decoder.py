@@ -92,6 +92,21 @@ class Decoder:
         text.keys, text.coming = keys[: len(known)], keys[len(known) :]
         self._coming.update(text.coming)
 
+    def begin_behind(self, text: Text, leader: Text) -> None:
+        """Takes the room of a text with the leader's prompt, beside what they will share. Raises NoRoom."""
+        assert text.adapter == leader.adapter and text.prompt == leader.prompt
+        text.blocks = self.blocks.take(blocks_for(text.prompt + text.most) - text.prompt // BLOCK)
+
+    def follow(self, text: Text, leader: Text) -> None:
+        """The leader's prompt has just been read: the text goes on from there."""
+        whole = leader.prompt // BLOCK
+        shared = leader.blocks[:whole]
+        self.blocks.use(shared)
+        if leader.prompt % BLOCK:  # the block that both go on in
+            self._pass.copy_block(leader.blocks[whole], text.blocks[0])
+        text.blocks = shared + text.blocks
+        text.keys, text.done, text.found = leader.keys[:whole], leader.prompt, leader.prompt
+
     def end(self, text: Text) -> None:
         self.blocks.leave(text.blocks)
         self._coming.difference_update(text.coming)

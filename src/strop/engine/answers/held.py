@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from torch import nn
 
 from strop.engine.answers.batch import Batch
-from strop.engine.answers.cache import BLOCK, blocks_for
+from strop.engine.answers.cache import BLOCK, ROWS, blocks_for
 from strop.engine.answers.decoder import Decoder, position_bytes
 from strop.engine.answers.text import Text
 from strop.errors import ModelError
 from strop.machine.probe import probe
 
-ROWS = 64  # texts together: a pass over more takes as much longer (docs/performance.md)
 SHARE = 0.5  # of the memory that is free, at most for keys and values
 _PLACE = "_strop_decoder"
 
@@ -37,6 +36,11 @@ def batch_for(model: nn.Module, texts: Sequence[Text]) -> Batch:
         has = Decoder(model, wanted * BLOCK)
         setattr(model, _PLACE, (_state(model), has))
     return Batch(has, rows)
+
+
+def let_go(model: nn.Module) -> None:
+    """The decoder that is kept for a model, if there is one, and its cache go."""
+    setattr(model, _PLACE, None)
 
 
 def _held(model: nn.Module) -> Decoder | None:

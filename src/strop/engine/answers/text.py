@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from strop.engine.processor import draw_token
+from strop.engine.processor import draw_token, logprobs_of
 
 COLDEST = 1e-4  # below it logits divided by the temperature may overflow, and sampling is greedy anyway
 
@@ -212,6 +212,8 @@ class Text:
             token = draw_token(scores, about.temperature, about.top_k, about.top_p, np.random.Generator(place).random())
         if self._logprobs is None:
             return Token(token)
+        if not self._logprobs:
+            return Token(token, float(logprobs_of(logits[None], np.array([token]))[0]))
         wide = logits.astype(np.float64)
         logs = wide - (wide.max() + np.log(np.exp(wide - wide.max()).sum()))
         top = np.argsort(-logs, kind="stable")[: self._logprobs]
