@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"runs"},
     {"config"},
+    {"bridges"},
     {"data", "model", "engine", "machine"},
     {"objectives"},
     {"adapters", "evaluation", "planning"},
@@ -31,6 +32,7 @@ LAYERS: list[set[str]] = [
     {"chat", "demo"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 ]
 SIDEWAYS = {
     ("model", "engine"),

@@ -21,6 +21,7 @@ from strop.commands.demo import demo
 from strop.commands.doctor import doctor
 from strop.commands.evaluate import evaluate
 from strop.commands.export import gguf, ollama
+from strop.commands.import_ import import_
 from strop.commands.merge import merge
 from strop.commands.modules import modules
 from strop.commands.plan import plan
@@ -111,6 +112,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "serve": serve,
     "modules": modules,
     "runs": runs,
+    "import": import_,
     "schema": schema,
     "demo": demo,
 }
