@@ -19,7 +19,8 @@ def test_help_says_what_it_said() -> None:
 @pytest.mark.parametrize("name", [*COMMANDS, *EXPORTS])
 def test_a_command_is_in_the_file_named_after_it(name: str) -> None:
     command = {**COMMANDS, **EXPORTS}[name]
-    file = "export" if name in EXPORTS else {"eval": "evaluate", "import": "import_"}.get(name, name)
+    special = {"eval": "evaluate", "import": "import_", "export-script": "export_script"}
+    file = "export" if name in EXPORTS else special.get(name, name)
     assert command.__module__ == f"strop.commands.{file}"
     tree = ast.parse((ROOT / "src" / "strop" / "commands" / f"{file}.py").read_text(encoding="utf-8"))
     public = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]

@@ -21,6 +21,7 @@ from strop.commands.demo import demo
 from strop.commands.doctor import doctor
 from strop.commands.evaluate import evaluate
 from strop.commands.export import gguf, ollama
+from strop.commands.export_script import export_script
 from strop.commands.import_ import import_
 from strop.commands.merge import merge
 from strop.commands.modules import modules
@@ -113,6 +114,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "modules": modules,
     "runs": runs,
     "import": import_,
+    "export-script": export_script,
     "schema": schema,
     "demo": demo,
 }
