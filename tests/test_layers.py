@@ -28,6 +28,7 @@ LAYERS: list[set[str]] = [
     {"objectives"},
     {"adapters", "evaluation", "planning"},
     {"training", "exporting", "serve"},
+    {"alive", "typed"},
     {"flags", "terminal"},
     {"chat", "demo"},
     {"commands"},

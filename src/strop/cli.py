@@ -20,6 +20,7 @@ from strop.commands.check import check
 from strop.commands.demo import demo
 from strop.commands.doctor import doctor
 from strop.commands.evaluate import evaluate
+from strop.commands.examples import epilog
 from strop.commands.export import gguf, ollama
 from strop.commands.export_script import export_script
 from strop.commands.import_ import import_
@@ -34,6 +35,7 @@ from strop.commands.train import train
 from strop.errors import StropError
 from strop.flags import recipe_options
 from strop.terminal import console, print_json
+from strop.typed import typed
 
 
 def main() -> None:
@@ -52,7 +54,8 @@ def main() -> None:
         logging.ERROR
     )  # peft imports it; what it lacks is no concern of this run
     try:
-        sys.exit(build(sys.argv[1:])(standalone_mode=False) or 0)
+        words = [*sys.argv[1:], *_being_completed()]
+        sys.exit(build(words)(standalone_mode=False, prog_name="strop") or 0)
     except StropError as error:
         _fail(error.lines(), error.as_json(), error.exit_code, error.so_far)
     except KeyboardInterrupt:
@@ -80,18 +83,23 @@ def build(words: Sequence[str]) -> typer.Typer:
         help="Fine-tunes open language models with LoRA on your own hardware, and proves the result.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        add_completion=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_version_option)
     for name, command in COMMANDS.items():
         takes_recipe = "options" in inspect.signature(command).parameters
-        app.command(name)(recipe_options(command, name in words) if takes_recipe else command)
+        made = recipe_options(command, name in words) if takes_recipe else command
+        app.command(name, epilog=epilog(name))(made)
     exports = typer.Typer(help="Make files for other programs, each proved to be the same model.", no_args_is_help=True)
     for name, command in EXPORTS.items():
-        exports.command(name)(command)
+        exports.command(name, epilog=epilog(f"export {name}"))(command)
     app.add_typer(exports, name="export")
     return app
+
+
+def _being_completed() -> list[str]:
+    """The line that a shell asks strop to complete, in words."""
+    return " ".join(os.environ.get(name, "") for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")).split()
 
 
 def _show_version(asked: bool) -> None:
@@ -136,7 +144,7 @@ def _stopped() -> None:
 
 def _fail(lines: list[str], error: dict[str, Any], code: int, so_far: Mapping[str, Any] | None = None) -> None:
     for line in lines:
-        console.print(f"error: {line}", markup=False, style="red" if code != 130 else "yellow")
+        console.print(f"error: {typed(line)}", markup=False, style="red" if code != 130 else "yellow")
     print_json({**(so_far or {}), "error": error, "exit": code}, "--json" in sys.argv)
     sys.exit(code)
 

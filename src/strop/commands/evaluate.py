@@ -42,9 +42,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Compare base and tuned on rows that were not trained on."""
-    from strop.evaluation.run import evaluate_models, leaderboard
-
     with answering() as advance:
+        from strop.evaluation.run import evaluate_models, leaderboard
+
         results = evaluate_models(
             names,
             data,

@@ -10,6 +10,7 @@ import typer
 from strop.errors import FolderError
 from strop.flags import Json
 from strop.terminal import console, print_json
+from strop.typed import as_typed
 
 if TYPE_CHECKING:
     from strop.bridges.draft import Imported
@@ -51,4 +52,4 @@ def _print(made: Imported, out: Path | None) -> None:
             console.print(f"{title:8} ", style=color, end="")
             console.print(f"{at}{': ' * bool(note.text)}{note.text}", markup=False)
     data = " --data YOURS.jsonl" * bool(made.missing)
-    console.print(f"next     strop train {out or 'RECIPE.yaml'}{data} --print-recipe", markup=False)
+    console.print(f"next     {as_typed()} train {out or 'RECIPE.yaml'}{data} --print-recipe", markup=False)

@@ -25,11 +25,12 @@ def resume(
 ) -> None:
     """Go on with a run from its newest complete checkpoint. Recipe flags change a value, where that is allowed."""
     from strop.runs.folder import open_run
-    from strop.training.run import resume as go_on
 
     if open_run(run).finished:
         console.print(f"{run} is finished; nothing to resume")
     with watching() as watch:
+        from strop.training.run import resume as go_on
+
         report = go_on(
             run, [watch], options=options, allow_changed=allow_changed or (), memory=limit_bytes(memory)
         ).report

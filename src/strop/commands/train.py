@@ -34,8 +34,8 @@ def train(
         else:
             print(complete.as_yaml(), end="")
         return
-    from strop.training.run import train as run_training
-
     with watching() as watch:
+        from strop.training.run import train as run_training
+
         run = run_training(resolved, [watch], memory=limit_bytes(memory))
     print_end(run.report, as_json)

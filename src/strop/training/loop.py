@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from strop.training.job import Job, stream_of
 from strop.training.optim import rate_factor, set_rate, warmup_steps
 from strop.training.shrink import go_on_shrunk, micro_batches, within_memory
 from strop.training.stops import seconds, stop_signals
+
+LOG = logging.getLogger(__name__)
 
 SAVE_EVERY_S = 600.0  # at least this often, whatever the recipe says about steps
 
@@ -180,6 +183,7 @@ def gradients(job: Job, items: Sequence[Item]) -> tuple[Tensor, dict[str, Tensor
 def evaluate(job: Job) -> None:
     progress, started, held_out = job.state.progress, time.perf_counter(), job.eval
     assert held_out is not None
+    LOG.info("evaluating on %d rows", len(held_out))
     job.model.eval()
     cut = partial(micro_batches, job)
     found = within_memory(job, held_out, lambda: job.criterion.evaluate(job.step, held_out, cut))

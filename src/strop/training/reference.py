@@ -9,6 +9,7 @@ the weights that training started from. Some rows are computed again at the star
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -29,6 +30,8 @@ from strop.runs.folder import disk_faults, fsync_folder
 from strop.training.criteria import BLOCK, OfAnswers, beside, log_probs
 from strop.training.job import Job, stream_of
 from strop.training.shrink import micro_batches, within_memory
+
+LOG = logging.getLogger(__name__)
 
 NEAR = 1e-5  # share of a log-probability by which the same computation may differ
 APART = 3e-3  # the same in other micro-batches, whose products in bf16 are rounded elsewhere
@@ -76,6 +79,7 @@ def with_reference(job: Job, key: Mapping[str, str]) -> Job:
     sets = {"train": cast("Sequence[Unit]", job.train), "eval": cast("Sequence[Unit]", job.eval or ())}
     known = _load(job, key, sets)
     started = time.perf_counter()
+    LOG.info("computing how likely each answer is before training")
     with _starting(job, known.start):
         missing = sum(_fill(job, sets[name], known.values[name], order) for name, order in _orders(job).items())
     if missing:
