@@ -18,7 +18,7 @@ from torch import nn
 from strop.config.schema import DEVICES
 from strop.data.conversation import Ids, Message
 from strop.data.rendering.render import Renderer
-from strop.engine.answers.text import Sampling
+from strop.engine.answers.text import Expected, Sampling
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import ModelError, RecipeError
 from strop.model.facts import Source, fingerprint, locate, safetensors_header
@@ -269,8 +269,9 @@ class Model:
         advance: Callable[[int], None] | None = None,
         both: bool = False,
         partial: bool = False,
+        expected: Sequence[Expected | None] = (),
     ) -> list[Answer]:
-        """One answer for each prompt of token ids; both, partial: as model.generate says."""
+        """One answer for each prompt of token ids; both, partial, expected: as model.generate says."""
         return generate(
             self.module,
             self.tokenizer,
@@ -282,6 +283,7 @@ class Model:
             advance=advance,
             both=both,
             partial=partial,
+            expected=expected,
         )
 
     def generate(

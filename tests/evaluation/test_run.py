@@ -14,8 +14,9 @@ import strop
 from strop.data.conversation import Conversation, Message
 from strop.engine.answers.batch import Batch
 from strop.errors import DataError
+from strop.evaluation import compare as comparing
 from strop.evaluation import run as evaluation
-from strop.evaluation.run import evaluate_models, leaderboard
+from strop.evaluation.run import evaluate_models, leaderboard, read_conversations
 from tests.support.running import QUICK, run
 
 
@@ -64,6 +65,20 @@ def test_choice_takes_the_likeliest_answer(runs: list[Path], tmp_path: Path) -> 
     assert result["tuned"]["choice"] == sum(right) / 12 and "stop_rate" not in result["tuned"]
     with pytest.raises(DataError, match="1 different right answers"):
         strop.evaluate(runs[1], str(rows(tmp_path / "one.jsonl", COLOURS[:1])), metric="choice")
+
+
+def test_the_loss_comes_with_the_answers(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reading of prompt and right answer gives the loss of the training step, of rows of several turns too."""
+    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": answer}] for text, answer in COLOURS]
+    data = tmp_path / "turns.jsonl"
+    lines = [json.dumps({"messages": [turn for both in turns[:n] for turn in both]}) for n in (1, 2, 3)]
+    data.write_text("\n".join(lines), encoding="utf-8")
+    model = strop.load(runs[1])
+    wanted = comparing._loss(model, read_conversations(str(data)), [], [])
+    monkeypatch.setattr(comparing, "summed_loss", None)  # the step is not asked
+    found = strop.evaluate(runs[1], str(data))
+    assert found["tuned"]["loss"] == pytest.approx(wanted, rel=0.02)
+    assert found["base"]["loss"] > found["tuned"]["loss"] + 1
 
 
 def test_several_models_make_a_leaderboard(

@@ -104,6 +104,15 @@ def likeliest(logits: Any) -> tuple[Any, Any]:
     return found, finite
 
 
+def logprobs_of(logits: Any, tokens: Any) -> Any:
+    """The log-probability of one token of each row: logits (P, n), numpy fp32; tokens (P,) -> (P,) fp64."""
+    from strop.engine.cpu import draws
+
+    found = np.empty(len(logits), np.float64)
+    draws.logprobs_of(logits, tokens, found)
+    return found
+
+
 def draw_token(logits: Any, temperature: float, top_k: int, top_p: float, u: float) -> int:
     """A token of logits (n,), numpy fp32, drawn as engine.cpu.draws says, by u from [0, 1)."""
     from strop.engine.cpu import draws

@@ -8,15 +8,18 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from strop.adapters import Model
-from strop.data.conversation import Conversation, Ids
+from strop.data.conversation import Conversation, Example, Ids
 from strop.data.pack import group_by_length
+from strop.engine.answers.text import Expected
 from strop.engine.step import step_for
-from strop.evaluation.loss import mean_loss
+from strop.evaluation.loss import summed_loss
 from strop.evaluation.metrics import metric as metric_named
 from strop.evaluation.metrics import options, paired_difference, score, wilson
 from strop.model.generate import Answer
@@ -85,7 +88,7 @@ def compare(
 
     def ask(side: str) -> Side:
         LOG.info("computing the loss of %s", side)
-        loss = _loss(model, conversations)
+        loss = _loss(model, conversations, asked, written[side][0] if written else [])
         if metric == "choice":
             texts, more = _choose_all(model, asked, side, advance), {}
         else:
@@ -133,10 +136,53 @@ def side_of(result: dict[str, Any], name: str) -> Side:
     return Side(result[name], [row[f"{name}_hit"] for row in samples], [row[name] for row in samples])
 
 
-def _loss(model: Model, conversations: Sequence[Conversation]) -> float:
-    examples = [example for conversation in conversations for example in model.renderer.render(conversation)]
-    token_loss = step_for(model.module).token_loss
-    return mean_loss(token_loss, examples, lambda some: group_by_length([len(e) for e in some], tokens=2048))
+def _loss(
+    model: Model, conversations: Sequence[Conversation], asked: Sequence[Question], answers: Sequence[Answer]
+) -> float:
+    """The mean loss of all conversations. Where an answer came with the right one's log-probabilities, these are taken;
+    the others go through the training step."""
+    known = {
+        id(question.conversation): answer.logprobs
+        for question, answer in zip(asked, answers, strict=False)
+        if answer.logprobs is not None
+    }
+    total = weight = 0.0
+    others = []
+    for conversation in conversations:
+        examples = model.renderer.render(conversation)
+        logprobs = known.get(id(conversation))
+        if logprobs is None:
+            others += examples
+            continue
+        [example] = examples
+        end = _last(example) + 1
+        weights = example.weights[end - len(logprobs) : end].astype(np.float64)
+        total -= float(weights @ logprobs)
+        weight += float(weights.sum())
+    if others:
+        token_loss = step_for(model.module).token_loss
+        cut = partial(group_by_length, tokens=2048)
+        more = summed_loss(token_loss, others, lambda some: cut([len(example) for example in some]))
+        total, weight = total + more[0], weight + more[1]
+    assert weight > 0
+    return total / weight
+
+
+def _last(example: Example) -> int:
+    """The place of the last supervised token."""
+    return int(np.flatnonzero(example.weights)[-1])
+
+
+def _expected(prompt: Ids, examples: Sequence[Example]) -> Expected | None:
+    """What is supervised behind a prompt, and in it, where the row is one example that begins with the prompt."""
+    n = len(prompt)
+    if len(examples) != 1 or not examples[0].supervised:
+        return None
+    [example] = examples
+    end = _last(example) + 1
+    if end <= n or not np.array_equal(example.ids[:n], prompt):
+        return None
+    return Expected(example.ids[n:end], min(example.prompt, n) - 1)
 
 
 def _write_all(
@@ -144,9 +190,13 @@ def _write_all(
 ) -> dict[str, tuple[list[Answer], float]]:
     """The answers of base, tuned or both, in one batch, and its tokens/s."""
     prompts, started = [_prompt(model, question.conversation) for question in asked], time.perf_counter()
+    right = [
+        _expected(prompt, model.renderer.render(question.conversation))
+        for prompt, question in zip(prompts, asked, strict=True)
+    ]
     with model.base() if sides == ["base"] and model.adapter else nullcontext():
         answers = model.answer(
-            prompts, max_new_tokens=max_new_tokens, both=len(sides) > 1, partial=True,
+            prompts, max_new_tokens=max_new_tokens, both=len(sides) > 1, partial=True, expected=right,
             advance=advance and (lambda done: advance(" and ".join(sides), done, len(sides) * len(asked))),
         )  # fmt: skip
     rate = sum(answer.tokens for answer in answers) / (time.perf_counter() - started)

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, TextStreamer
 from strop.engine.answers.batch import answer_all
 from strop.engine.answers.fits import SEVERAL, active_adapter, unanswerable
 from strop.engine.answers.held import batch_for
-from strop.engine.answers.text import Sampling, Text
+from strop.engine.answers.text import Expected, Sampling, Text
 from strop.errors import ModelError
 from strop.model.blame import blaming
 from strop.model.words import Words
@@ -30,6 +30,7 @@ class Answer:
     text: str
     tokens: int  # new tokens, the stop token included
     stopped: bool  # ended by a stop token, not by the limit
+    logprobs: npt.NDArray[np.float64] | None = None  # of the tokens behind the expected answer's `first`
 
 
 def generate(
@@ -44,12 +45,15 @@ def generate(
     advance: Callable[[int], None] | None = None,
     both: bool = False,
     partial: bool = False,
+    expected: Sequence[Expected | None] = (),
 ) -> list[Answer]:
     """One answer a prompt, in the order given, by the adapter that is active now, if there is one.
 
     on_text: receives the text of a single prompt's answer piece by piece. advance: told how many answers are there.
     both: first an answer of the base to each prompt, then one of the adapter: all in one batch. partial: Ctrl-C leaves
     the answers to as many prompts, from the first, as are there; else it is raised.
+    expected: the right answers, where they are known: read beside the prompts, for their log-probabilities. What is
+    written stays the same, and is there sooner where it is right. transformers' generate does not look at them.
     Answers come from strop's engine (engine.answers) where it knows the model, else from transformers' generate.
     """
     adapter = active_adapter(model)
@@ -57,8 +61,11 @@ def generate(
         return _by_transformers(model, tokenizer, prompts, stop_ids, max_new_tokens, sampling, on_text, advance, both)
     by = [None, adapter] if both else [adapter]
     texts = [
-        [Text(ids, who, stop_ids=stop_ids, most=max_new_tokens, sampling=_own(sampling, row)) for who in by]
-        for row, ids in enumerate(prompts)
+        [
+            Text(ids, who, stop_ids=stop_ids, most=max_new_tokens, sampling=_own(sampling, row), expected=right)
+            for who in by
+        ]
+        for row, (ids, right) in enumerate(zip(prompts, expected or [None] * len(prompts), strict=True))
     ]
     flat = [text for row in texts for text in row]
     words = Words(tokenizer, ()) if on_text is not None else None
@@ -80,7 +87,7 @@ def generate(
         texts = list(takewhile(lambda row: all(text.end for text in row), texts))
     if words is not None and on_text is not None:
         on_text(words.end())
-    return [_answer(tokenizer, row[side].answer, stop_ids) for side in range(len(by)) for row in texts]
+    return [_written(tokenizer, row[side], stop_ids) for side in range(len(by)) for row in texts]
 
 
 def _own(sampling: Sampling | None, row: int) -> Sampling | None:
@@ -154,6 +161,11 @@ def _contiguous(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The last position of each row is a strided slice, for which torch copies the whole head once a row of the batch:
     1.8 GB and 1.6 s at 32 rows of SmolLM2, against nothing for a contiguous one."""
     return (inputs[0].contiguous(), *inputs[1:])
+
+
+def _written(tokenizer: Any, text: Text, stop_ids: Sequence[int]) -> Answer:
+    answer = _answer(tokenizer, text.answer, stop_ids)
+    return answer if not len(text.logprobs) else replace(answer, logprobs=text.logprobs)
 
 
 def _answer(tokenizer: Any, new: list[int], stop_ids: Sequence[int]) -> Answer:

@@ -13,7 +13,7 @@ from strop.engine.answers.batch import Batch, answer_all
 from strop.engine.answers.cache import BLOCK
 from strop.engine.answers.decoder import Decoder, Part
 from strop.engine.answers.fits import unanswerable
-from strop.engine.answers.text import Ids, Sampling, Text
+from strop.engine.answers.text import Expected, Ids, Sampling, Text
 from strop.engine.families import FAMILIES
 from strop.model.quantize import QuantizedLinear, make_resident, pack, replace_linears
 from tests.support.random_models import adapted, tiny_of
@@ -97,7 +97,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(dtype: torch.dtype) -> N
 def test_bf16_is_no_further_from_fp32_than_transformers_is() -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_attention_heads": 4}
     model = spread(adapted("llama", **sizes, num_hidden_layers=3)).to(torch.bfloat16)
-    rows = prompts()
+    rows = prompts()[:-1]
     found = logits_of(Decoder(model, 2000), [Text(ids, "default") for ids in rows])
     wide = spread(adapted("llama", **sizes, num_hidden_layers=3))
     wide.load_state_dict(model.state_dict())  # the same weights, those of bf16
@@ -125,7 +125,7 @@ def test_quantized_weights_answer_as_whole_ones(scheme: str, dtype: torch.dtype)
             module.fill(pack(whole[name], scheme))
         packed = [module.packed() for module in made.values()]
         assert all(packed) or (scheme != "int8" and sizes["hidden_size"] % 64)
-        texts = [Text(ids, None) for ids in prompts()]
+        texts = [Text(ids, None) for ids in prompts()[:-1]]
         found = logits_of(Decoder(model, 2000), texts)
         make_resident(model, 99)
         assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
@@ -181,6 +181,69 @@ def test_a_beginning_is_read_once() -> None:
     answers(decoder, [second, other], 2)
     assert second.found == len(ids) - BLOCK  # the last block holds the token that the answer follows
     assert other.found == 0 and first.answer == second.answer
+
+
+@pytest.mark.parametrize("at_once", [5, 64, 256])
+def test_expected_answers_change_nothing_and_are_judged(at_once: int) -> None:
+    """Right answers, some of which the model would give whole, half or not at all, and some longer than may be."""
+    model = spread(adapted("llama"))
+    decoder, rows = Decoder(model, 3000), prompts()
+    plain = [Text(ids, None if place % 3 == 1 else "default", most=TOKENS) for place, ids in enumerate(rows)]
+    given = answers(decoder, plain, 4)
+    stop = given[4][-1]
+    texts, wanted = [], []
+    for place, (ids, answer) in enumerate(zip(rows, given, strict=True)):
+        right = np.array([*answer, 7, 8, 9], np.int32)[: [15, 12, 5, 1][place % 4]]
+        if place % 3:
+            right[len(right) // 2] = (right[len(right) // 2] + 1) % 96
+        first = len(ids) // 2 if place % 2 else None
+        stops = (stop,) if place == 4 else ()
+        wanted.append(answer[: answer.index(stop) + 1] if stops else answer)
+        expected = Expected(right, first)
+        texts.append(Text(ids, plain[place].adapter, most=TOKENS, stop_ids=stops, expected=expected))
+        texts.append(Text(ids, plain[place].adapter, most=TOKENS, stop_ids=stops))  # one that nobody judges, beside it
+        wanted.append(wanted[-1])
+    assert answers(decoder, texts, 5, read_at_once=at_once) == wanted
+    assert decoder.blocks.free == decoder.blocks.count
+    for text, ids in zip(texts[::2], rows, strict=True):
+        whole = np.concatenate([ids, text.expected.ids])
+        first = len(ids) - 1 if text.expected.first is None else text.expected.first
+        with model.disable_adapter() if text.adapter is None else nullcontext(), torch.inference_mode():
+            logits = model(input_ids=torch.from_numpy(whole.astype(np.int64))[None]).logits[0].double()
+        logs = logits.log_softmax(-1)[np.arange(first, len(whole) - 1), whole[first + 1 :]]
+        assert np.allclose(text.logprobs, logs, atol=1e-5) and len(text.logprobs)
+
+
+def test_numbers_that_are_not_finite_end_an_expected_answer() -> None:
+    model = adapted("llama").eval()
+    model.get_base_model().lm_head.weight.data[5] = torch.nan
+    text = Text(prompts()[2], "default", most=3, expected=Expected(np.array([1, 2], np.int32)))
+    assert answers(Decoder(model, 500), [text], 1) == [[]] and text.end == "failed"
+
+
+def test_a_beginning_that_is_being_read_is_waited_for() -> None:
+    class Counting(Decoder):
+        rows = 0
+
+        def read(self, parts: Any) -> Any:
+            self.rows += sum(part.count for part in parts)
+            return super().read(parts)
+
+    decoder, ids = Counting(adapted("llama").eval(), 2000), prompts()[6]
+    texts = [Text(np.append(ids, np.int32(place)), "default", most=1) for place in range(5)]
+    texts.append(Text(ids, None, most=1))
+    answers(decoder, texts, 6)
+    assert decoder.rows == 2 * len(ids) + 1 + 4
+    assert [text.found for text in texts] == [0, *[len(ids)] * 4, 0]
+
+
+def test_who_stops_listening_leaves_no_text_behind() -> None:
+    decoder = Decoder(adapted("llama").eval(), 500)
+    going = answer_all(Batch(decoder, 3), [Text(ids, None, most=TOKENS) for ids in prompts()])
+    next(going)
+    assert decoder.blocks.free < decoder.blocks.count
+    going.close()
+    assert decoder.blocks.free == decoder.blocks.count
 
 
 def test_what_the_engine_declines() -> None:

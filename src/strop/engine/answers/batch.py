@@ -15,9 +15,10 @@ import numpy as np
 from strop.engine.answers.cache import READ_AT_ONCE, NoRoom
 from strop.engine.answers.decoder import Part, Reads
 from strop.engine.answers.text import NoToken, Text, Token
-from strop.engine.processor import likeliest
+from strop.engine.processor import likeliest, logprobs_of
 
 FREE_ROWS = 8  # a pass over so many rows takes hardly longer than one over a single row
+JUDGED_AT_ONCE = 128  # rows of a pass that give logits: more would take more memory than the pass itself
 ALIKE = 3  # tokens at a text's end that must have stood before, for what followed them to be guessed
 
 
@@ -55,7 +56,8 @@ class Batch:
         self._decoder.end(text)
 
     def step(self) -> list[News]:
-        """One pass. Texts that have ended have left."""
+        """One pass. Texts that have ended have left. One whose expected answer is read has no new tokens before all of
+        it is."""
         parts = self._parts()
         news = []
         logits = self._decoder.read(parts)
@@ -65,10 +67,16 @@ class Batch:
             if part.told:
                 rows = slice(at, at + part.told)
                 at += part.told
-                news.append(News(part.text, self._written(part, logits[rows], best[rows], finite[rows])))
+                read = self._judged if part.text.judging else self._written
+                news.append(News(part.text, read(part, logits[rows], best[rows], finite[rows])))
                 if part.text.end:
                     self.remove(part.text)
         return news
+
+    def _judged(self, part: Part, logits: np.ndarray, best: np.ndarray, finite: np.ndarray) -> tuple[Token, ...]:
+        text, at = part.text, part.text.done - part.told
+        wanted = np.append(text.ids[at + 1 : text.done + 1], 0)[: len(logits)]  # behind the last stands nothing
+        return text.judge(at, np.where(finite, best, -1), logprobs_of(logits, wanted))
 
     def _written(self, part: Part, logits: np.ndarray, best: np.ndarray, finite: np.ndarray) -> tuple[Token, ...]:
         """Appends the tokens that follow, as long as the guesses before them were right."""
@@ -90,7 +98,7 @@ class Batch:
         writing: list[Text] = []
         reading: list[Text] = []
         for text in self.texts:
-            (writing if text.left == 1 else reading).append(text)
+            (writing if text.left == 1 and not text.judging else reading).append(text)
         room = FREE_ROWS - len(writing) if self._guess and not reading else 0
         parts = []
         for place, text in enumerate(writing):
@@ -98,11 +106,17 @@ class Batch:
             guessed = guess(text.ids, most)
             room -= len(guessed)
             parts.append(Part(text, text.left, 1 + len(guessed), guessed))
-        budget = self._read_at_once
+        budget, telling = self._read_at_once, max(1, JUDGED_AT_ONCE - len(writing))
         for text in reading:
             count = min(text.left, budget)
-            if count:
-                parts.append(Part(text, count, int(count == text.left)))
+            if count and telling:
+                told = int(count == text.left)
+                if text.judging:
+                    told = max(0, text.done + count - max(text.done, text.first))
+                    spared = max(0, told - telling)
+                    told, count = told - spared, count - spared
+                    telling -= told
+                parts.append(Part(text, count, told))
             budget -= count
         return parts
 
@@ -126,7 +140,11 @@ def guess(ids: np.ndarray, most: int) -> Sequence[int]:
 def answer_all(batch: Batch, texts: Sequence[Text]) -> Iterator[News]:
     """Answers all texts, as many together as go; tells what each pass brings. Raises NoRoom where one is too long."""
     waiting = list(reversed(texts))
-    while waiting or batch.texts:
-        while waiting and batch.add(waiting[-1]):
-            waiting.pop()
-        yield from batch.step()
+    try:
+        while waiting or batch.texts:
+            while waiting and batch.add(waiting[-1]):
+                waiting.pop()
+            yield from batch.step()
+    finally:  # whoever asked may have gone
+        for text in list(batch.texts):
+            batch.remove(text)

@@ -37,7 +37,8 @@ class Reads(Protocol):
     """What Batch needs of a decoder."""
 
     def begin(self, text: Text) -> None:
-        """Takes the room that the text will need, and shares what is known of its beginning. Raises NoRoom."""
+        """Takes the room that the text will need, and shares what is known of its beginning. Raises NoRoom, too where
+        another text is reading more of the same beginning: it will be known soon."""
 
     def end(self, text: Text) -> None:
         """Gives the text's room back."""
@@ -61,6 +62,7 @@ class Decoder:
         self._layers = Layers(model)
         self.names = adapters_of(model)
         self.blocks = Blocks(blocks_for(positions))
+        self._coming: set[bytes] = set()  # keys of blocks that texts under way will fill
         self._pass = CompiledPass(self._layers, self.blocks.count, self.names, warm=warm)
         first = self._layers.part(0)
         self._most = max(1, TOGETHER // (first.query // first.key_value))
@@ -72,18 +74,22 @@ class Decoder:
         self.blocks.forget()
 
     def begin(self, text: Text) -> None:
-        keys = list(keys_of(text.adapter, text.ids[: text.length - 1]))
+        keys = list(keys_of(text.adapter, text.ids[: text.first]))
         known = self.blocks.share(keys)
         try:
-            text.blocks = known + self.blocks.take(blocks_for(text.prompt + text.most) - len(known))
+            if self._coming.intersection(keys[len(known) : len(known) + 1]):
+                raise NoRoom
+            text.blocks = known + self.blocks.take(blocks_for(text.room) - len(known))
         except NoRoom:
             self.blocks.leave(known)
             raise
         text.done = text.found = len(known) * BLOCK
-        text.keys = keys[: len(known)]
+        text.keys, text.coming = keys[: len(known)], keys[len(known) :]
+        self._coming.update(text.coming)
 
     def end(self, text: Text) -> None:
         self.blocks.leave(text.blocks)
+        self._coming.difference_update(text.coming)
         text.blocks = []
 
     def read(self, parts: Sequence[Part]) -> Logits:
@@ -123,8 +129,9 @@ class Decoder:
         """Full blocks become known. Guessed tokens do not count: they may turn out wrong."""
         text.done += count
         begin = len(text.keys) * BLOCK
-        for key in keys_of(text.adapter, text.ids[: text.done], text.keys[-1] if text.keys else b"", begin):
+        for key in keys_of(text.adapter, text.ids[: text.sure], text.keys[-1] if text.keys else b"", begin):
             self.blocks.know(key, text.blocks[len(text.keys)])
+            self._coming.discard(key)
             text.keys.append(key)
 
 

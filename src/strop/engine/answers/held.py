@@ -23,7 +23,7 @@ def batch_for(model: nn.Module, texts: Sequence[Text]) -> Batch:
 
     Raises ModelError where memory has no room for one of them.
     """
-    blocks = sorted((blocks_for(text.prompt + text.most) for text in texts), reverse=True)
+    blocks = sorted((blocks_for(text.room) for text in texts), reverse=True)
     a_block = BLOCK * position_bytes(model)
     has = _held(model)
     free = int(probe().free_bytes * SHARE) // a_block + (has.blocks.count if has else 0)

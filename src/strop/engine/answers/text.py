@@ -72,6 +72,15 @@ class NoToken(Exception):
 
 
 @dataclass(frozen=True)
+class Expected:
+    """The right answer to a prompt, where it is known: the tokens behind the prompt, and `first`, the first position
+    of prompt and answer whose next token's log-probability is asked for; None: the prompt's last."""
+
+    ids: Ids
+    first: int | None = None
+
+
+@dataclass(frozen=True)
 class Token:
     """logprob: of the model's own distribution, before any sampling; likeliest: tokens with theirs, from the top."""
 
@@ -87,6 +96,9 @@ class Text:
     tell of; None: not even the token's own. mask: what a grammar forbids. Random numbers are the text's own, one for
     each place: what is answered beside it does not matter, nor whether tokens were guessed.
 
+    expected: the right answer, of a text that is `plain`: it is read together with the prompt. `logprobs` then has what
+    the model gives each of its tokens, and as much of it as the model would have written is written already.
+
     done: positions that are in the cache; end: stop, length or what NoToken says, when it has ended.
     """
 
@@ -100,20 +112,30 @@ class Text:
         sampling: Sampling | None = None,
         logprobs: int | None = None,
         mask: Mask | None = None,
+        expected: Expected | None = None,
     ) -> None:
         assert len(prompt) and most
         self.adapter, self.stop_ids, self.most = adapter, frozenset(stop_ids), most
         self.prompt = len(prompt)
-        self._ids = np.empty(len(prompt) + most, np.int32)
-        self._ids[: self.prompt] = prompt
-        self.length, self.done, self.end = self.prompt, 0, ""
+        self.expected = expected
+        right = np.empty(0, np.int32) if expected is None else expected.ids
+        self.room = len(prompt) + max(most, len(right))  # positions that it may come to have
+        self._ids = np.empty(self.room, np.int32)
+        self._ids[: self.prompt], self._ids[self.prompt : self.prompt + len(right)] = prompt, right
+        self.length, self.done, self.end = self.prompt + len(right), 0, ""
+        self.judging = expected is not None  # the expected answer is not read yet
+        self.first = self.prompt - 1 if expected is None or expected.first is None else expected.first
+        self.logprobs = np.empty(self.length - self.first - 1)  # of the tokens behind `first`
+        self._likeliest = np.empty(self.length - self.first, np.int64)
         self.blocks: list[int] = []
         self.keys: list[bytes] = []
+        self.coming: list[bytes] = []  # of blocks that it is going to fill
         self.found = 0  # positions of its beginning that were in the cache already
         self._sampling, self._logprobs, self._mask = sampling or Sampling(), logprobs, mask
         self.greedy = self._sampling.temperature < COLDEST
         seed = self._sampling.seed
         self._seed = secrets.randbits(63) if seed is None else seed % 2**63
+        assert self.plain or not self.judging
 
     @property
     def ids(self) -> Ids:
@@ -134,6 +156,32 @@ class Text:
         """The likeliest token and nothing else is asked for."""
         penalty = self._sampling.repetition_penalty
         return self.greedy and self._logprobs is None and self._mask is None and penalty == 1
+
+    @property
+    def sure(self) -> int:
+        """Positions in the cache that stay: an expected answer may turn out to be another."""
+        return min(self.done, self.prompt) if self.judging else self.done
+
+    def judge(self, at: int, likeliest: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float64]) -> tuple[Token, ...]:
+        """What was read of the expected answer: behind the positions from `at` on, the likeliest tokens (-1: the
+        numbers are not finite), and what those that stand there have. When all is read: the tokens that are written.
+        """
+        begin = at - self.first
+        self._likeliest[begin : begin + len(likeliest)] = likeliest
+        self.logprobs[begin : begin + len(likeliest)] = logprobs[: len(self.logprobs) - begin]
+        if self.done < self.length:
+            return ()
+        right, read = self._ids[self.prompt : self.length].tolist(), self.length
+        self.judging, self.length = False, self.prompt
+        for place, token in enumerate(self._likeliest[self.prompt - 1 - self.first : read - self.first].tolist()):
+            if token < 0:
+                self.end = "failed"
+                break
+            self.append(token)
+            if self.end or place == len(right) or token != right[place]:
+                break
+        self.done = max(self.prompt, self.length - 1)
+        return tuple(map(Token, self.answer))
 
     def append(self, token: int) -> None:
         self._ids[self.length] = token

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from strop.engine.cpu.compiled import inline, loop, together
+from strop.engine.cpu.compiled import exp, greater, inline, loop, together
 
 _SIGNLESS, _INFINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 _LOWEST = np.float32(-3e38)
+_SUMMED = 512  # numbers that are summed in fp32
 _FIRST_DEPTH = 12.0  # nats below the likeliest: where the search for those that count begins
 
 
@@ -36,6 +37,22 @@ def _mass(row: Any, top: Any, scale: Any) -> Any:
     for j in range(len(row)):
         total += np.exp((np.float64(row[j]) - top) * scale)
     return total
+
+
+@loop
+def logprobs_of(logits: Any, tokens: Any, found: Any) -> None:
+    """found (P,) fp64 = log softmax(logits)[token] of each row of logits (P, n) fp32."""
+    n = logits.shape[1]
+    for i in prange(len(logits)):
+        row, top, total = logits[i], logits[i, 0], 0.0
+        for j in range(1, n):
+            top = greater(top, row[j])
+        for begin in range(0, n, _SUMMED):
+            part = np.float32(0.0)
+            for j in range(begin, min(n, begin + _SUMMED)):
+                part += exp(row[j] - top)
+            total += np.float64(part)
+        found[i] = np.float64(row[tokens[i]]) - np.float64(top) - np.log(total)
 
 
 @together
