@@ -42,7 +42,7 @@ def test_into_a_file_progress_is_a_line_now_and_then() -> None:
                 "parameters": parameters,
             }
         )
-        for i, seconds in enumerate((1.0, 2.0, 1.0 + PLAIN_SECONDS[0]), start=1):
+        for i, seconds in enumerate((1.0, 1.5, 1.0 + PLAIN_SECONDS[0]), start=1):
             watch({**step, "time": seconds, "step": i})
         watch({"event": "end", "time": 99.0, "step": 3})
     lines = [line for line in out.getvalue().splitlines() if line.startswith("step ")]

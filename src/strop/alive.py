@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.status import Status
 
-QUIET_SECONDS = 4.0  # at most, without a word, where there is no terminal to draw on
+QUIET_SECONDS = 3.0  # at most, without a word, where there is no terminal to draw on
 TICK_SECONDS = 0.5
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 _QUIET_DEFAULTS = ("default",)  # origins that are not worth a line on the terminal; recipe.yaml has them all
 _NOT_SHARES = ("loss", "perplexity", "tokens_per_answer", "tokens_per_s")
-PLAIN_SECONDS = (4.0, 30.0)  # between two lines of progress where there is no terminal to draw a bar on: of a run
+PLAIN_SECONDS = (2.0, 30.0)  # between two lines of progress where there is no terminal to draw a bar on: of a run
 OFTEN_SECONDS = 300.0  # that is younger than this, and later
 
 
@@ -111,6 +111,8 @@ class Watch:
         self._bar.start()
 
     def _on_step(self, event: Event) -> None:
+        if self._sign is not None:
+            self._sign.now(f"computing step {event['step'] + 1}")
         left = int(event["seconds_left"])
         loss, speed, time_left = f"{event['loss']:.4f}", f"{event['tokens_per_s']:.0f}", f"{left // 60}:{left % 60:02d}"
         if self._bar is not None and self._task is not None:
