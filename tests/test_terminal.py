@@ -19,7 +19,7 @@ from strop.alive import alive
 from strop.cli import COMMANDS, EXPORTS
 from strop.commands.examples import EXAMPLES
 from strop.config.schema import option_fields
-from strop.terminal import OFTEN_SECONDS, PLAIN_SECONDS, answering, watching
+from strop.terminal import OFTEN_SECONDS, PLAIN_SECONDS, answering, print_end, watching
 from strop.typed import as_typed, typed
 from tests.support.helptexts import helptexts
 from tests.support.pages import commands
@@ -137,3 +137,10 @@ def test_help_fits_into_80_columns_without_colour(name: str) -> None:
     environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "FORCE_COLOR": ""}
     done = subprocess.run([sys.executable, "-c", call], env=environment, capture_output=True, text=True)
     assert "Examples:" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80 and "\x1b" not in done.stdout
+
+
+def test_memory_is_told_as_predicted_and_as_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    memory = {"predicted_peak_bytes": 2**30, "measured_peak_bytes": 5 * 2**28}
+    figures = {"steps": 3, "tokens": 9, "seconds": 1.0, "tokens_per_s": 9.0, "supervised_tokens_per_s": 4.0}
+    print_end({"run": "r", "adapter": "a", "memory": memory, **figures}, False)
+    assert "memory   1.25 GiB measured, 1.00 predicted (+25%)" in capsys.readouterr().err

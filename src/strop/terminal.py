@@ -85,7 +85,9 @@ class Watch:
     def _on_rehearsal(self, event: Event) -> None:
         need, usable = event["predicted_bytes"] / 2**30, event["usable_bytes"] / 2**30
         tried = f"{event['tokens']:,} tokens tried" if event["done"] else "far below what there is, nothing to try"
-        self._out.print(f"[bold]memory[/]   {need:.2f} GiB predicted, {usable:.1f} usable: {tried}")
+        mapped = event.get("mapped_bytes", 0) / 2**30
+        pages = f" ({mapped:.2f} of it read from files, given back where memory is short)" if mapped > 0.005 else ""
+        self._out.print(f"[bold]memory[/]   {need:.2f} GiB predicted{pages}, {usable:.1f} usable: {tried}")
 
     def _on_start(self, event: Event) -> None:
         numbers = event["parameters"]
@@ -335,6 +337,10 @@ def print_end(report: dict[str, Any], as_json: bool) -> None:
         f"[bold]done[/]     {report['steps']} steps, {report['tokens']:,} tokens in {report['seconds']:.0f} s "
         f"({report['tokens_per_s']:.0f} tokens/s, {report['supervised_tokens_per_s']:.0f} supervised)"
     )
+    if memory := report.get("memory"):
+        took, said = memory["measured_peak_bytes"], memory["predicted_peak_bytes"]
+        difference = f", {said / 2**30:.2f} predicted ({took / said - 1:+.0%})" if said else ""
+        console.print(f"[bold]memory[/]   {took / 2**30:.2f} GiB measured{difference}")
     for finding in report.get("diagnosis", []):
         console.print(f"[yellow]finding[/]  {finding}")
     console.print(f"[bold]adapter[/]  {report['adapter']}\n[bold]report[/]   {out}/report.html")

@@ -57,7 +57,8 @@ def test_a_rehearsed_run_is_bit_identical(
             assert calibrated == pytest.approx(max(calibrated, event["measured_bytes"]), rel=0.5) and calibrated > 0
         else:
             assert calibrated is None
-        assert memory["predicted_peak_bytes"] > 0 and memory["predicted"]["train"]["parts"]["adapters"] > 0
+        assert memory["predicted_peak_bytes"] == event["predicted_bytes"] > 0  # one number, wherever it is told
+        assert memory["predicted"]["train"]["parts"]["adapters"] > 0
         found.append((weights(run.folder), run.report["loss"]))
     assert found[0][1] == found[1][1]
     assert all(torch.equal(tensor, found[1][0][name]) for name, tensor in found[0][0].items())

@@ -142,7 +142,7 @@ class Room:
         return next((k for k in range(layers + 1) if self.fits(recipe, checkpoint_layers=k)), None)
 
     def said(self, need: int) -> str:
-        return f"{need / GIB:.1f} GiB needed, {self.usable / GIB:.1f} GiB usable"
+        return f"{need / GIB:.1f} GiB needed at most, {self.usable / GIB:.1f} GiB usable"
 
 
 def largest_micro_batch(recipe: Recipe, setting: Setting, longest: int | None = None) -> MicroBatch:

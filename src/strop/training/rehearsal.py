@@ -115,7 +115,8 @@ def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> F
     """
     go_on_shrunk(job)  # as the steps will be computed
     tokens = expected.batch.tokens
-    said = {"tokens": tokens, "predicted_bytes": expected.needed_bytes, "usable_bytes": usable}
+    said = {"tokens": tokens, "predicted_bytes": expected.peak_bytes(memory.device), "usable_bytes": usable}
+    said["mapped_bytes"] = expected.phases["train"].parts["mapped_files"]
     if expected.needed_bytes < FAR_BELOW * usable:
         job.log.emit("rehearsal", done=False, **said)
         return expected
