@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.bridges.draft import Draft, Keys, read_yaml, shown
-from strop.bridges.terms import CUTS_THE_END, OWN_WAY, lora, must_be, number, packing, training_arguments, val_split
+from strop.bridges.terms import OWN_WAY, lora, must_be, number, packing, training_arguments, val_split
 from strop.errors import InputError
 
 STAGES = {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "kto", "rm": "reward"}
@@ -104,7 +104,11 @@ def _data(draft: Draft, keys: Keys, stage: str) -> None:
             draft.lack(f"columns of {key}", "they differ by file: strop takes one --data.columns for all")
     length = keys.take("cutoff_len")
     draft.put("data.max_length", int(length or 2048), "cutoff_len" if length else "llamafactory's default")
-    draft.differ("cutoff_len", CUTS_THE_END)
+    draft.differ(
+        "cutoff_len",
+        "longer rows are shortened there, prompt and answer each at its end, and dropped where packing is on; strop "
+        "refuses such rows: raise data.max_length, or choose data.overlong",
+    )
     if stage == "pt":
         draft.put("data.format", "text", "stage: pt")
     if keys.take("train_on_prompt") or stage == "pt":
