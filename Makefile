@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test faults vllm deploy clean
+.PHONY: demo test faults vllm deploy site clean
 
 demo: $(VENV)/installed
 	$(BIN)/strop demo
@@ -50,6 +50,15 @@ $(VENV)-litellm/installed:
 	$(VENV)-litellm/bin/python -m pip install --quiet litellm==1.110.2
 	touch $@
 
+# The pages as a site in build/site, strictly: a link that leads nowhere ends it. It needs no network to be read.
+site: $(VENV)-site/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-site/bin/mkdocs build --strict
+
+$(VENV)-site/installed:
+	$(PYTHON) -m venv $(VENV)-site
+	$(VENV)-site/bin/python -m pip install --quiet mkdocs==1.6.1 mkdocs-material==9.8.2
+	touch $@
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -62,4 +71,4 @@ $(VENV)/tested-with: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-deploy $(VENV)-litellm build dist
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-deploy $(VENV)-litellm $(VENV)-site build dist

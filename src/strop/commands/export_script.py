@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from strop.alive import alive
 from strop.flags import Json
 from strop.terminal import console, print_json, print_notes
 
@@ -17,9 +18,10 @@ def export_script(
     as_json: Json = False,
 ) -> None:
     """Write the run as a plain transformers and peft script that trains the same, without strop."""
-    from strop.exporting.script import export_script as write
+    with alive(console, "loading the libraries"):
+        from strop.exporting.script import export_script as write
 
-    written = write(run, out)
+        written = write(run, out)
     how = "the script renders them by the chat template" if written.encoded else "they hold their tokens"
     console.print(f"[bold]wrote[/]    {written.out}: {', '.join(written.files)}; {written.rows} rows, {how}")
     print_notes(written.notes)
