@@ -33,7 +33,10 @@ class Script:
         try:
             self._tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read: {error}", fix="give the path of a Python script") from None
+            raise InputError(
+                f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}",
+                fix="give the path of a Python script",
+            ) from None
         except SyntaxError as error:
             what = f"{path}:{error.lineno}: not Python: {error.msg}"
             raise InputError(

@@ -143,7 +143,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}", fix="give the path of a YAML file") from None
+        raise InputError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}", fix="give the path of a YAML file"
+        ) from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {str(error).splitlines()[0]}", fix="mend it") from None
     if not isinstance(tree, dict):

@@ -75,7 +75,14 @@ def serve(
             from strop.serve.vllm import serve_vllm
 
             ended = serve_vllm(
-                names, address, python=vllm_python, slots=slots, context=context, device=device, dtype=dtype, ready=ready
+                names,
+                address,
+                python=vllm_python,
+                slots=slots,
+                context=context,
+                device=device,
+                dtype=dtype,
+                ready=ready,
             )
         else:
             from strop.serve.run import serve as run_server
