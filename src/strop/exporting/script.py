@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -83,17 +82,15 @@ def export_script(run: Path, out: Path) -> Written:
         what = f"{run}: transformers does not quantize the weights of a GGUF file"
         raise InputError(what, fix="train on a model folder or a Hub id")
     settings = _settings(recipe, source, start, data, run)
-    sides = _encoded(data, tokenizer) if recipe.data.loss == "assistant" else None
-    lines = _as_messages(data) if sides else _as_tokens(data)
-    ends = list(data.renderer.stop_ids)
-    encode_ = textwrap.dedent(inspect.getsource(encode)).strip() if sides else ""
-    text = _template().render(settings, encode=_untyped(encode_), ends=ends)
-    created = create(out)
+    encoded = recipe.data.loss == "assistant" and _encoded(data, tokenizer)
+    lines = _as_messages(data) if encoded else _as_tokens(data)
+    own = _untyped(inspect.getsource(encode).strip()) if encoded else ""
+    text = _template().render(settings, encode=own, ends=list(data.renderer.stop_ids))
+    create(out)
     write_atomic(out / "rows.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     tokenizer.save_pretrained(out / "tokenizer")
     write_atomic(out / "train.py", text)
-    assert created.path == out
-    return Written(out, ["train.py", "rows.jsonl", "tokenizer"], _count(data), bool(sides), settings["notes"])
+    return Written(out, ["train.py", "rows.jsonl", "tokenizer"], _count(data), encoded, settings["notes"])
 
 
 def encode(tokenizer: Any, row: Any, ends: Sequence[int]) -> tuple[list[int], list[float]]:
@@ -234,10 +231,6 @@ def _count(data: Prepared) -> int:
     return len(data.train_units if data.train_units is not None else data.train)
 
 
-def _sides(conversation: Conversation) -> tuple[Conversation, ...]:
-    return conversation.sides
-
-
 def _plain(message: Message) -> bool:
     return message.weight == 1 and not (message.tool_calls or message.reasoning or message.name or message.call_id)
 
@@ -257,7 +250,7 @@ def _encoded(data: Prepared, tokenizer: Any) -> bool:
     for conversation in conversations:
         if conversation.text is not None or conversation.tools or not all(map(_plain, conversation.messages)):
             return False
-        for side in _sides(conversation):
+        for side in conversation.sides:
             example = next(examples)
             ids, weights = encode(tokenizer, _messages(side, pairs), data.renderer.stop_ids)
             if ids != example.ids.tolist() or weights != example.weights.tolist():
@@ -270,7 +263,7 @@ def _as_messages(data: Prepared) -> Iterator[dict[str, Any]]:
         if data.train_units is None:
             yield _messages(conversation, False)
         else:
-            chosen, rejected = (_messages(side, True) for side in _sides(conversation))
+            chosen, rejected = (_messages(side, True) for side in conversation.sides)
             yield {"chosen": chosen, "rejected": rejected}
 
 
