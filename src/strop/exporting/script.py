@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import transformers
 
 from strop import __version__
 from strop.adapters import adapter_folder, with_tokenizer
@@ -176,6 +177,7 @@ def _settings(recipe: Recipe, source: Source, start: Path | None, data: Prepared
         "sft_weight": train.sft_weight,
         "by_length": train.length_normalized,
         "quantization": four if kind in ("nf4", "fp4") else "",
+        "unpack": source.kind == "gguf" and hasattr(transformers, "GgufConfig"),
         "base": where,
         "start": repr(str(start.resolve())) if start else "",
         "lora": lora,
