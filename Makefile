@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test faults vllm deploy scale clean
+.PHONY: demo test faults vllm deploy scale site clean
 
 demo: $(VENV)/installed
 	$(BIN)/strop demo
@@ -74,6 +74,15 @@ $(VENV)-skypilot/installed:
 	$(VENV)-skypilot/bin/python -m pip install --quiet skypilot==0.14.1
 	touch $@
 
+# The pages as a site in build/site, strictly: a link that leads nowhere ends it. It needs no network to be read.
+site: $(VENV)-site/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-site/bin/mkdocs build --strict
+
+$(VENV)-site/installed:
+	$(PYTHON) -m venv $(VENV)-site
+	$(VENV)-site/bin/python -m pip install --quiet mkdocs==1.6.1 mkdocs-material==9.8.2
+	touch $@
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -86,4 +95,5 @@ $(VENV)/tested-with: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-deploy $(VENV)-litellm $(VENV)-ray $(VENV)-kubeflow $(VENV)-skypilot build dist
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-deploy $(VENV)-litellm $(VENV)-ray $(VENV)-kubeflow $(VENV)-skypilot $(VENV)-site \
+	  build dist

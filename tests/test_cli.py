@@ -20,7 +20,7 @@ def test_help_says_what_it_said() -> None:
 def test_a_command_is_in_the_file_named_after_it(name: str) -> None:
     """Those of a group are in the group's file."""
     commands = GROUPS[name][1] if name in GROUPS else {COMMANDS[name].__name__: COMMANDS[name]}
-    file = {"eval": "evaluate"}.get(name, name)
+    file = {"eval": "evaluate", "import": "import_", "export-script": "export_script"}.get(name, name)
     assert {command.__module__ for command in commands.values()} == {f"strop.commands.{file}"}
     tree = ast.parse((ROOT / "src" / "strop" / "commands" / f"{file}.py").read_text(encoding="utf-8"))
     public = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]

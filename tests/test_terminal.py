@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import io
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from strop.terminal import PLAIN_SECONDS, print_end, watching
+from strop import alive as signs
+from strop.alive import alive
+from strop.cli import COMMANDS, EXPORTS
+from strop.commands.examples import EXAMPLES
+from strop.config.schema import option_fields
+from strop.terminal import OFTEN_SECONDS, PLAIN_SECONDS, answering, print_end, watching
+from strop.typed import as_typed, typed
+from tests.support.helptexts import helptexts
+from tests.support.pages import commands
+from tests.support.typed import fault
 
 
 def test_into_a_file_progress_is_a_line_now_and_then() -> None:
@@ -27,11 +42,101 @@ def test_into_a_file_progress_is_a_line_now_and_then() -> None:
                 "parameters": parameters,
             }
         )
-        for i, seconds in enumerate((1.0, 2.0, 2.0 + PLAIN_SECONDS), start=1):
+        for i, seconds in enumerate((1.0, 1.5, 1.0 + PLAIN_SECONDS[0]), start=1):
             watch({**step, "time": seconds, "step": i})
         watch({"event": "end", "time": 99.0, "step": 3})
     lines = [line for line in out.getvalue().splitlines() if line.startswith("step ")]
     assert lines == [f"step     {i}  loss 1.5000  400 tokens/s  1:02 left" for i in (1, 3)]
+
+
+def test_a_long_run_says_less() -> None:
+    out = io.StringIO()
+    step: dict[str, Any] = {"event": "step", "loss": 1.5, "tokens_per_s": 400.0, "seconds_left": 62.0, "steps": 9}
+    often, seldom = PLAIN_SECONDS
+    with watching(Console(file=out)) as watch:
+        times = (1.0, OFTEN_SECONDS + 2, OFTEN_SECONDS + 2 + often, OFTEN_SECONDS + 2 + seldom)
+        for number, seconds in enumerate(times, start=1):
+            watch({**step, "time": seconds, "step": number})
+    told = [line.split()[1] for line in out.getvalue().splitlines() if line.startswith("step ")]
+    assert told == ["1", "2", "4"]
+
+
+def lines_of(out: io.StringIO, number: int) -> list[str]:
+    """The first lines that are printed, waited for."""
+    until = time.monotonic() + 60
+    while len(out.getvalue().splitlines()) < number and time.monotonic() < until:
+        time.sleep(0.005)
+    return out.getvalue().splitlines()[:number]
+
+
+def test_while_nothing_is_printed_it_says_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signs, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(signs, "TICK_SECONDS", 0.001)
+    out = io.StringIO()
+    with alive(Console(file=out), "loading the libraries"):
+        assert lines_of(out, 1) == ["still    loading the libraries (0 s)"]
+        logging.getLogger("strop.engine.cpu.warm").info("compiling %s", "loops")
+        before = len(out.getvalue().splitlines())
+        assert "still    compiling loops (0 s)" in lines_of(out, before + 3)
+    ended = out.getvalue()
+    logging.getLogger("strop").info("no longer")
+    assert not logging.getLogger("strop").handlers and out.getvalue() == ended
+
+
+def test_answers_begin_with_a_sign_and_end_it() -> None:
+    out = io.StringIO()
+    with answering(Console(file=out)) as advance:
+        advance("base", 1, 2)
+    assert not logging.getLogger("strop").handlers
+
+
+def test_commands_are_written_as_they_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "strop").write_text("#!/bin/sh\n", encoding="utf-8")
+    (folder / "strop").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(folder / "strop"), "demo"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert as_typed() == ".venv/bin/strop"
+    assert typed("use `strop resume runs/a`, not strop's") == "use `.venv/bin/strop resume runs/a`, not strop's"
+    monkeypatch.setenv("PATH", str(folder))
+    assert as_typed() == "strop" and typed("strop runs") == "strop runs"
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "strop" / "__main__.py")])
+    assert as_typed().endswith(" -m strop")
+
+
+def test_every_command_has_two_examples_that_are_right() -> None:
+    names = {*COMMANDS, *(f"export {name}" for name in EXPORTS)}
+    assert set(EXAMPLES) == names
+    for name, examples in EXAMPLES.items():
+        assert len(examples) == 2
+        for example in examples:
+            words = next(words for words in commands(example.partition(" > ")[0]) if words[0] == "strop")
+            assert " ".join(words[1:]).startswith(name) and fault(words[1:]) is None, example
+
+
+def test_help_has_the_default_and_the_choices_of_every_field() -> None:
+    said = helptexts()
+    assert "[none|nf4|fp4|int8|auto] [default: none]" in said and "[cosine|linear|constant]" in said
+    for name, info in option_fields():
+        line = next(line for line in said.splitlines() if f"--{name} " in line)
+        assert info.is_required() or "[default: " in line
+
+
+def test_a_shell_can_complete_the_fields_of_a_recipe() -> None:
+    asked = {"_STROP_COMPLETE": "complete_bash", "COMP_WORDS": "strop train --model.q", "COMP_CWORD": "2"}
+    call = "import sys; sys.argv = ['strop']; from strop.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", call], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert "--model.quantization" in done.stdout.split()
+
+
+@pytest.mark.parametrize("name", ["runs", "modules"])
+def test_help_fits_into_80_columns_without_colour(name: str) -> None:
+    call = f"import sys; sys.argv = ['strop', '{name}', '--help']; from strop.cli import main; main()"
+    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "FORCE_COLOR": ""}
+    done = subprocess.run([sys.executable, "-c", call], env=environment, capture_output=True, text=True)
+    assert "Examples:" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80 and "\x1b" not in done.stdout
 
 
 def test_memory_is_told_as_predicted_and_as_measured(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,7 @@ __all__ = [
     "Stopped",
     "StropError",
     "check",
+    "compare_methods",
     "evaluate",
     "export",
     "load",

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from strop.adapters import Model, load
+from strop.alive import alive
 from strop.engine.answers.text import Sampling
 from strop.errors import InputError, nearest
 from strop.terminal import console, print_notes
@@ -95,9 +96,10 @@ def converse(
     force: bool = False,
 ) -> None:
     """sampling: fields of Sampling by name; None: as in the model's own generation config. adapters: further ones."""
-    model = load(name, quantization=quantization, force=force)
-    for other in adapters:
-        model.add(other, force=force)
+    with alive(console, "loading the model"):
+        model = load(name, quantization=quantization, force=force)
+        for other in adapters:
+            model.add(other, force=force)
     print_notes(model.notes)
     if base and model.adapter is None:
         raise InputError(f"{name}: has no adapter, so --base changes nothing", fix="leave --base out")

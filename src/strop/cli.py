@@ -21,7 +21,10 @@ from strop.commands.dash import dash
 from strop.commands.demo import demo
 from strop.commands.doctor import doctor
 from strop.commands.evaluate import evaluate
+from strop.commands.examples import epilog
 from strop.commands.export import gguf, ollama
+from strop.commands.export_script import export_script
+from strop.commands.import_ import import_
 from strop.commands.launch import kubernetes, ray, skypilot, slurm
 from strop.commands.merge import merge
 from strop.commands.modules import modules
@@ -34,6 +37,7 @@ from strop.commands.train import train
 from strop.errors import Elsewhere, StropError
 from strop.flags import recipe_options
 from strop.terminal import console, print_json
+from strop.typed import typed
 
 
 def main() -> None:
@@ -52,7 +56,8 @@ def main() -> None:
         logging.ERROR
     )  # peft imports it; what it lacks is no concern of this run
     try:
-        sys.exit(build(sys.argv[1:])(standalone_mode=False) or 0)
+        words = [*sys.argv[1:], *_being_completed()]
+        sys.exit(build(words)(standalone_mode=False, prog_name="strop") or 0)
     except Elsewhere as error:
         sys.exit(error.exit_code)
     except StropError as error:
@@ -82,19 +87,24 @@ def build(words: Sequence[str]) -> typer.Typer:
         help="Fine-tunes open language models with LoRA on your own hardware, and proves the result.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        add_completion=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_version_option)
     for name, command in COMMANDS.items():
         takes_recipe = "options" in inspect.signature(command).parameters
-        app.command(name)(recipe_options(command, name in words) if takes_recipe else command)
+        made = recipe_options(command, name in words) if takes_recipe else command
+        app.command(name, epilog=epilog(name))(made)
     for group, (text, commands) in GROUPS.items():
         inner = typer.Typer(help=text, no_args_is_help=True)
         for name, command in commands.items():
-            inner.command(name)(command)
+            inner.command(name, epilog=epilog(f"{group} {name}"))(command)
         app.add_typer(inner, name=group)
     return app
+
+
+def _being_completed() -> list[str]:
+    """The line that a shell asks strop to complete, in words."""
+    return " ".join(os.environ.get(name, "") for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")).split()
 
 
 def _show_version(asked: bool) -> None:
@@ -117,6 +127,8 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "modules": modules,
     "runs": runs,
     "dash": dash,
+    "import": import_,
+    "export-script": export_script,
     "schema": schema,
     "demo": demo,
 }
@@ -147,7 +159,7 @@ def _stopped() -> None:
 
 def _fail(lines: list[str], error: dict[str, Any], code: int, so_far: Mapping[str, Any] | None = None) -> None:
     for line in lines:
-        console.print(f"error: {line}", markup=False, style="red" if code != 130 else "yellow")
+        console.print(f"error: {typed(line)}", markup=False, style="red" if code != 130 else "yellow")
     print_json({**(so_far or {}), "error": error, "exit": code}, "--json" in sys.argv)
     sys.exit(code)
 

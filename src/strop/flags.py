@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
@@ -57,7 +58,8 @@ def recipe_options(command: Callable[..., Any], wanted: bool) -> Any:
         names = [f"--{field}", *([f"--{short[field]}"] if field in short else [])]
         default = "" if info.is_required() else f" [default: {info.get_default(call_default_factory=True)}]"
         panel = f"Recipe: {field.partition('.')[0]}" if "." in field else "Recipe"
-        text = (info.description or field) + default
+        choices = f" [{'|'.join(map(str, _choices(info.annotation)))}]" if _choices(info.annotation) else ""
+        text = (info.description or field) + choices + default
         option = typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, metavar="VALUE")
         hint = Annotated[kind | None, option]  # type: ignore[valid-type]
         added.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
@@ -71,6 +73,14 @@ def recipe_options(command: Callable[..., Any], wanted: bool) -> Any:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The words that a field takes, if it takes words alone."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    parts = [_choices(part) for part in get_args(hint)] if get_origin(hint) in (Union, types.UnionType) else []
+    return tuple(word for part in parts for word in part)
 
 
 def _recipe_fields() -> tuple[dict[str, Any], dict[str, str]]:

@@ -9,10 +9,20 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
+from strop.alive import Alive, alive
 from strop.runs.events import Event
+from strop.typed import as_typed
 
 if TYPE_CHECKING:
     from strop.exporting.parity import Parity
@@ -20,7 +30,8 @@ if TYPE_CHECKING:
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 _QUIET_DEFAULTS = ("default",)  # origins that are not worth a line on the terminal; recipe.yaml has them all
 _NOT_SHARES = ("loss", "perplexity", "tokens_per_answer", "tokens_per_s")
-PLAIN_SECONDS = 30.0  # between two lines of progress where there is no terminal to draw a bar on
+PLAIN_SECONDS = (2.0, 30.0)  # between two lines of progress where there is no terminal to draw a bar on: of a run
+OFTEN_SECONDS = 300.0  # that is younger than this, and later
 
 
 class Watch:
@@ -29,8 +40,9 @@ class Watch:
     Into a file or a pipe the bar is a line now and then.
     """
 
-    def __init__(self, out: Console = console) -> None:
-        self._out = out
+    def __init__(self, out: Console = console, sign: Alive | None = None) -> None:
+        self._out, self._sign = out, sign
+        self._began: float | None = None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._next_line = 0.0
@@ -39,6 +51,8 @@ class Watch:
         show = getattr(self, f"_on_{event['event']}", None)
         if show is not None:
             show(event)
+            if self._sign is not None:
+                self._sign.touch()
 
     def close(self) -> None:
         if self._bar is not None:
@@ -89,10 +103,14 @@ class Watch:
                 f"[bold]devices[/]  {found['count']} on {found['nodes']} node{'s' * (found['nodes'] != 1)}, "
                 f"{found['mode']} base, {found['threads']} thread{'s' * (found['threads'] != 1)} each{exact}"
             )
+        if self._sign is not None:
+            self._sign.now("computing the first step")
         if not self._out.is_terminal:
             return
+        if self._sign is not None:
+            self._sign.stop()
         columns = (
-            TextColumn("[bold]step[/]    "), MofNCompleteColumn(), BarColumn(),
+            TextColumn("[bold]step[/]    "), TimeElapsedColumn(), MofNCompleteColumn(), BarColumn(),
             TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[left]} left"),
         )  # fmt: skip
         self._bar = Progress(*columns, console=self._out)
@@ -102,6 +120,8 @@ class Watch:
         self._bar.start()
 
     def _on_step(self, event: Event) -> None:
+        if self._sign is not None:
+            self._sign.now(f"computing step {event['step'] + 1}")
         left = int(event["seconds_left"])
         loss = f"{event['loss']:.4f}"
         if "accuracy" in event:
@@ -112,11 +132,15 @@ class Watch:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=event["step"], loss=loss, speed=speed, left=time_left)
         elif event["time"] >= self._next_line:
-            self._next_line = event["time"] + PLAIN_SECONDS
+            self._began = self._began or event["time"]
+            young = event["time"] - self._began < OFTEN_SECONDS
+            self._next_line = event["time"] + PLAIN_SECONDS[0 if young else 1]
             self._out.print(f"step     {event['step']}  loss {loss}  {speed} tokens/s  {time_left} left")
 
     def _on_end(self, event: Event) -> None:
         self.close()
+        if self._sign is not None:
+            self._sign.now("writing the report")
 
     def _on_eval(self, event: Event) -> None:
         loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
@@ -161,38 +185,55 @@ def _some(rows: Sequence[str]) -> str:
     return ", ".join([*rows[:3], *(["..."] if len(rows) > 3 else [])])
 
 
+def speaker(main: bool) -> Console:
+    """Where a process of several tells what it does: the first one, to the terminal; the others keep silent."""
+    return console if main else Console(quiet=True)
+
+
 @contextmanager
 def watching(out: Console = console) -> Iterator[Watch]:
-    watch = Watch(out)
-    try:
-        yield watch
-    finally:
-        watch.close()
+    with alive(out, "loading the libraries") as sign:
+        watch = Watch(out, sign)
+        try:
+            yield watch
+        finally:
+            watch.close()
 
 
-LOG_SECONDS = 10  # between two lines of a log that tell how far answers are
+LOG_SECONDS = 4  # between two lines of a log that tell how far answers are
 
 
 @contextmanager
 def answering(out: Console = console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for the answers that base and tuned have given, with the time left; in a log, a line now and then."""
+    """A bar for the answers that base and tuned have given, with the time left; in a log, a line now and then. Before
+    the first answer, what is being done."""
     columns = (
         TextColumn("[bold]answers[/]  {task.description}"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=out, transient=True) as bar:
+    bar = Progress(*columns, console=out, transient=True)
+    with alive(out, "loading the libraries") as sign:
         tasks: dict[str, TaskID] = {}
         told = time.monotonic()
 
         def advance(what: str, done: int, total: int) -> None:
             nonlocal told
+            if not tasks:
+                sign.now("answering")
+            if not tasks and out.is_terminal:  # until now the line was the sign of life's
+                sign.stop()
+                bar.start()
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done)
             if not out.is_terminal and time.monotonic() - told > LOG_SECONDS:
                 told, left = time.monotonic(), bar.tasks[tasks[what]].time_remaining
                 out.print(f"answers  {what} {done}/{total}" + (f", {left:.0f} s left" if left else ""), markup=False)
+                sign.touch()
 
-        yield advance
+        try:
+            yield advance
+        finally:
+            bar.stop()
 
 
 def print_scores(result: dict[str, Any], out: Console = console, title: str = "held-out rows") -> None:
@@ -338,6 +379,8 @@ def print_end(report: dict[str, Any], as_json: bool) -> None:
     for finding in report.get("diagnosis", []):
         console.print(f"[yellow]finding[/]  {finding}")
     console.print(f"[bold]adapter[/]  {report['adapter']}\n[bold]report[/]   {out}/report.html")
+    if report.get("objective", {}).get("name") != "reward":
+        console.print(f"next     {as_typed()} chat {out}", markup=False)
     print_json(
         {key: value for key, value in report.items() if key not in ("recipe", "lock", "machine", "data_report")},
         as_json,

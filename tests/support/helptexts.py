@@ -30,6 +30,7 @@ def _commands(name: str, app: typer.Typer) -> Iterator[str]:
         assert command.callback is not None
         yield f"{name} {command.name}: {inspect.getdoc(command.callback)}"
         yield from _parameters(command.callback)
+        yield (command.epilog or "").replace("\n\n", "\n") + "\n"
     for group in app.registered_groups:
         assert group.typer_instance is not None
         yield from _commands(f"{name} {group.name}", group.typer_instance)

@@ -479,7 +479,11 @@ def test_modules_lists_layers_with_their_shapes(tiny_folder: Path, capsys: pytes
 
 def test_runs_and_print_recipe(trained: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run("runs", trained.parent, "--json", capsys=capsys)
-    assert code == 0 and json.loads(out)["runs"] == [{"run": str(trained), "finished": True, "step": 6}]
+    (listed,) = json.loads(out)["runs"]
+    assert code == 0 and {"run": str(trained), "finished": True, "step": 6}.items() <= listed.items()
+    assert listed["loss"] > 0 and listed["seconds"] > 0 and listed["score"] is None and listed["data"]
+    code, _, said = run("runs", trained.parent, capsys=capsys)
+    assert code == 0 and trained.name in said and f"{listed['loss']:.3f}" in said
     code, out, _ = run("train", "--model", tiny_folder, "--data", "x.jsonl", "--print-recipe", capsys=capsys)
     assert code == 0
     words = ["train", "--model", tiny_folder, "--data", "x.jsonl", "--print-recipe", "--json"]

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
+from strop.alive import alive
 from strop.flags import Force, ModelName, Quantization
+from strop.terminal import console
 
 
 def chat(
@@ -29,7 +31,8 @@ def chat(
     force: Force = False,
 ) -> None:
     """Talk to a model in the terminal, or through a pipe: one line a turn."""
-    from strop.chat import converse
+    with alive(console, "loading the libraries"):
+        from strop.chat import converse
 
     converse(
         name,

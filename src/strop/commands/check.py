@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from strop.alive import alive
 from strop.errors import InputError
 from strop.flags import Json, RecipeFile
 from strop.terminal import console, print_json
@@ -23,17 +24,18 @@ def check(
     options: dict[str, Any] | None = None,
 ) -> None:
     """See what would be trained on: rows, drops, masks, stop tokens (without --model: with the demo's tokenizer)."""
-    from strop.config.load import resolve
-    from strop.data import check as account
-    from strop.data.prepare import prepare
-    from strop.model.facts import locate
-    from strop.model.tokenizer import load_tokenizer
-    from strop.objectives.table import learning_of
+    with alive(console, "reading and checking the rows"):
+        from strop.config.load import resolve
+        from strop.data import check as account
+        from strop.data.prepare import prepare
+        from strop.model.facts import locate
+        from strop.model.tokenizer import load_tokenizer
+        from strop.objectives.table import learning_of
 
-    chosen = resolve(recipe, options if recipe else {"model.name": "demo", **(options or {})}).recipe
-    tokenizer = load_tokenizer(locate(chosen.model.name, chosen.model.revision))
-    learning = learning_of(chosen.train)
-    prepared = prepare(chosen.data, tokenizer, strict=False, learning=learning)
+        chosen = resolve(recipe, options if recipe else {"model.name": "demo", **(options or {})}).recipe
+        tokenizer = load_tokenizer(locate(chosen.model.name, chosen.model.revision))
+        learning = learning_of(chosen.train)
+        prepared = prepare(chosen.data, tokenizer, strict=False, learning=learning)
     account.print_report(prepared.report.as_json(), console)
     if show:
         account.show(prepared, show, console, ids=ids)

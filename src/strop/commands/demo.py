@@ -7,16 +7,17 @@ from typing import Annotated
 
 import typer
 
+from strop.alive import alive
 from strop.flags import Json
-from strop.terminal import print_json, watching
+from strop.terminal import console, print_json
 
 
 def demo(
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/demo-N.")] = None, as_json: Json = False
 ) -> None:
     """Fine-tune a small real model on this CPU in minutes, and see what it learned."""
-    from strop.demo.story import run_demo
+    with alive(console, "loading the libraries"):
+        from strop.demo.story import run_demo
 
-    with watching() as watch:
-        result = run_demo(out, watch)
+    result = run_demo(out)
     print_json(result, as_json)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from strop.alive import alive
 from strop.flags import Json
 from strop.terminal import console, print_json
 
@@ -25,7 +26,8 @@ def doctor(
 
         return trial.try_out(machine)
 
-    found = examine(try_out)
+    with alive(console, "loading the libraries"):
+        found = examine(try_out)
     errors = [finding for finding in found.findings if finding.level == "error"]
     told: dict[str, Any]
     if fix:

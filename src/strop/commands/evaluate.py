@@ -19,6 +19,7 @@ from strop.terminal import (
     print_samples,
     print_scores,
     print_tasks,
+    speaker,
 )
 
 
@@ -55,9 +56,9 @@ def evaluate(
     if number := to_start(devices):
         start(number, sys.argv[1:])
         return
-    from strop.evaluation.run import evaluate_models, leaderboard
+    with joined() as group, answering(speaker(group.main)) as advance:
+        from strop.evaluation.run import evaluate_models, leaderboard
 
-    with joined() as group, answering() as advance:
         results = evaluate_models(
             names,
             data,

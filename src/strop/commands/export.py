@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from strop.alive import alive
 from strop.flags import Data, Json, NoParity, Tuned
 from strop.terminal import console, print_base, print_json, print_notes, print_parity
 
@@ -31,9 +32,10 @@ def gguf(
     as_json: Json = False,
 ) -> None:
     """One GGUF file for llama.cpp, and whether llama.cpp makes the same model of it."""
-    from strop.exporting.gguf import export_gguf
+    with alive(console, "loading the libraries") as sign:
+        from strop.exporting.gguf import export_gguf
 
-    exported = export_gguf(run, out, kind=kind, adapter=adapter, data=data, measure=not no_parity, say=console.print)
+        exported = export_gguf(run, out, kind=kind, adapter=adapter, data=data, measure=not no_parity, say=sign.say)
     _print_exported(exported)
     print_notes(exported.notes)
     console.print(f"[bold]exported[/] {exported.out}")
@@ -49,9 +51,10 @@ def ollama(
     as_json: Json = False,
 ) -> None:
     """A folder for `ollama create`: GGUF and Modelfile, and whether its prompts are the trained ones."""
-    from strop.exporting.ollama import export_ollama
+    with alive(console, "loading the libraries") as sign:
+        from strop.exporting.ollama import export_ollama
 
-    prepared = export_ollama(run, out, kind=kind, data=data, measure=not no_parity, say=console.print)
+        prepared = export_ollama(run, out, kind=kind, data=data, measure=not no_parity, say=sign.say)
     _print_exported(prepared.exported)
     if prepared.rendered_by is not None:
         console.print(f"[bold]prompts[/]  {prepared.prompts} of {prepared.prompts} equal ({prepared.rendered_by})")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from strop.alive import alive
 from strop.flags import Data, Json, NoParity, Tuned
 from strop.terminal import console, print_base, print_json, print_parity
 
@@ -20,9 +21,10 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge the adapter into its base, and measure that it is still the same model."""
-    from strop.exporting.merge import merge as merge_into
+    with alive(console, "loading the libraries") as sign:
+        from strop.exporting.merge import merge as merge_into
 
-    merged = merge_into(run, out, dtype=dtype, data=data, measure=not no_parity, say=console.print)
+        merged = merge_into(run, out, dtype=dtype, data=data, measure=not no_parity, say=sign.say)
     print_base(merged.base, merged.base_losses)
     print_parity(merged.parity)
     console.print(f"[bold]merged[/]   {merged.out}")

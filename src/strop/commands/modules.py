@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from strop.alive import alive
 from strop.flags import Json
 from strop.terminal import console, print_json
 
@@ -17,9 +18,10 @@ def modules(
     """List the linear layers an adapter can sit on, and what picks them."""
     from rich.table import Table
 
-    from strop.planning.listing import found_in
+    with alive(console, "reading the model's config"):
+        from strop.planning.listing import found_in
 
-    found, rows = found_in(model)
+        found, rows = found_in(model)
     table = Table("name", "type", "in", "out", "count", "picked by preset", "quantized")
     for kind, row in zip(found, rows, strict=True):
         sizes = (str(kind.in_features), str(kind.out_features), str(kind.count))

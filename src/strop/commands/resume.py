@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from strop.flags import Devices, Json, Memory, limit_bytes
-from strop.terminal import console, print_end, watching
+from strop.terminal import console, print_end, speaker, watching
 
 
 def resume(
@@ -35,12 +35,12 @@ def resume(
         start(number, sys.argv[1:])
         return
     with joined() as group:
-        from strop.training.run import resume as go_on
-
         if group.main and folder.finished:
             console.print(f"{run} is finished; nothing to resume")
         changed = allow_changed or ()
-        with watching() as watch:
+        with watching(speaker(group.main)) as watch:
+            from strop.training.run import resume as go_on
+
             report = go_on(
                 run, [watch], options=options, allow_changed=changed, memory=limit_bytes(memory), devices=group
             ).report

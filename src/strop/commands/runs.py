@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from strop.errors import InputError
 from strop.flags import Json
 from strop.terminal import console, print_json
+
+if TYPE_CHECKING:
+    from strop.runs.folder import RunFolder
 
 
 def runs(
@@ -23,6 +26,8 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """List the runs in a folder, or delete one of them."""
+    from rich.table import Table
+
     from strop.runs.folder import find_runs
 
     if yes and delete is None:
@@ -30,17 +35,19 @@ def runs(
     if delete is not None:
         _delete(folder, delete, yes, as_json)
         return
-    rows = []
-    for run in find_runs(folder):
-        report = json.loads(run.report.read_text(encoding="utf-8")) if run.report.is_file() else {}
-        steps = [step for step, _ in run.checkpoints()]
-        rows.append(
-            {"run": str(run.path), "finished": run.finished, "step": report.get("steps", max(steps, default=0))}
-        )
+    rows = [_row(run) for run in find_runs(folder)]
+    table = Table("run", "model", "data", "score", "loss", "time", "")
     for row in rows:
-        console.print(f"{row['run']}  {'finished' if row['finished'] else 'not finished'}, step {row['step']}")
-    if not rows:
-        console.print(f"no runs in {folder}")
+        table.add_row(
+            Path(row["run"]).name,
+            _short(row["model"]),
+            ", ".join(map(_short, row["data"])),
+            "-" if row["score"] is None else f"{row['score']:.1%} {row['metric']}",
+            "-" if row["loss"] is None else f"{row['loss']:.3f}",
+            "-" if row["seconds"] is None else _time(row["seconds"]),
+            "" if row["finished"] else f"step {row['step']}, not finished",
+        )
+    console.print(table if rows else f"no runs in {folder}")
     print_json({"runs": rows}, as_json)
 
 
@@ -64,3 +71,41 @@ def _delete(folder: Path, name: str, sure: bool, as_json: bool) -> None:
             console.print(f"  {file}", markup=False)
         console.print("nothing was deleted: add --yes")
     print_json({"run": str(path), "deleted": sure, "files": len(files), "bytes": size}, as_json)
+
+
+def _row(run: RunFolder) -> dict[str, Any]:
+    """A run in figures. loss: of the evaluation while training, else of the last step. score: of the tuned model, by
+    the newest `strop eval`."""
+    import yaml
+
+    report = json.loads(run.report.read_text(encoding="utf-8")) if run.report.is_file() else {}
+    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    rows = recipe["data"]["train"]
+    evaluated = report.get("evaluation", {})
+    metric = evaluated.get("metric")
+    return {
+        "run": str(run.path),
+        "model": recipe["model"]["name"],
+        "data": [rows] if isinstance(rows, str) else rows,
+        "finished": run.finished,
+        "step": report.get("steps", max([step for step, _ in run.checkpoints()], default=0)),
+        "metric": metric,
+        "score": evaluated.get("tuned", {}).get(metric) if metric else None,
+        "loss": report.get("eval_loss") or report.get("loss", {}).get("last"),
+        "seconds": report.get("seconds"),
+    }
+
+
+def _short(name: str) -> str:
+    """The last part of a path; a Hub id as it is."""
+    return Path(name).name if Path(name).is_absolute() or name.count("/") > 1 else name
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

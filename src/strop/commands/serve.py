@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from strop.alive import alive
 from strop.flags import Force, Json, Quantization
 from strop.terminal import console, print_json, print_notes
 
@@ -58,6 +59,7 @@ def serve(
     address = open_address(host, port, api_key, allow_host or [])
 
     def ready(about: dict[str, Any]) -> None:
+        sign.stop()
         print_notes(about["notes"])
         for same in about.get("parity", []):
             control = "" if same["control"] is None else f", to the base {same['control']:.2g}"
@@ -68,27 +70,35 @@ def serve(
         console.print(f"[bold]serving[/]  {about['url']}  models: {', '.join(about['models'])}  (Ctrl-C ends)")
         print_json(about, as_json)
 
-    if engine == "vllm":
-        from strop.serve.vllm import serve_vllm
+    with alive(console, "loading the libraries") as sign:
+        if engine == "vllm":
+            from strop.serve.vllm import serve_vllm
 
-        ended = serve_vllm(
-            names, address, python=vllm_python, slots=slots, context=context, device=device, dtype=dtype, ready=ready
-        )
-    else:
-        from strop.serve.run import serve as run_server
+            ended = serve_vllm(
+                names,
+                address,
+                python=vllm_python,
+                slots=slots,
+                context=context,
+                device=device,
+                dtype=dtype,
+                ready=ready,
+            )
+        else:
+            from strop.serve.run import serve as run_server
 
-        ended = run_server(
-            names,
-            address,
-            slots=slots,
-            queue=queue,
-            context=context,
-            max_body_bytes=max_body << 20,
-            device=device,
-            dtype=dtype,
-            quantization=quantization,
-            force=force,
-            ready=ready,
-        )
+            ended = run_server(
+                names,
+                address,
+                slots=slots,
+                queue=queue,
+                context=context,
+                max_body_bytes=max_body << 20,
+                device=device,
+                dtype=dtype,
+                quantization=quantization,
+                force=force,
+                ready=ready,
+            )
     console.print("[bold]stopped[/]")
     raise typer.Exit(exit_code(ended))

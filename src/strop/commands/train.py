@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from strop.flags import Devices, Json, Memory, RecipeFile, limit_bytes
-from strop.terminal import print_end, print_json, watching
+from strop.terminal import print_end, print_json, speaker, watching
 
 
 def train(
@@ -44,10 +44,9 @@ def train(
     if number := to_start(devices, resolved.recipe.model.device):
         start(number, sys.argv[1:])
         return
-    with joined() as group:
+    with joined() as group, watching(speaker(group.main)) as watch:
         from strop.training.run import train as run_training
 
-        with watching() as watch:
-            run = run_training(resolved, [watch], memory=limit_bytes(memory), devices=group, go_on=go_on)
+        run = run_training(resolved, [watch], memory=limit_bytes(memory), devices=group, go_on=go_on)
     if group.main:
         print_end(run.report, as_json)

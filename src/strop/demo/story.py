@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,20 @@ from strop.config.load import resolve
 from strop.demo import data_files
 from strop.evaluation.compare import compare
 from strop.evaluation.run import add_to_report, read_conversations
-from strop.runs.events import Event
 from strop.runs.folder import RunFolder, next_numbered
-from strop.terminal import answering, console, print_samples, print_scores
+from strop.terminal import answering, console, print_samples, print_scores, watching
 from strop.training.run import train
+from strop.typed import as_typed
 
 METRIC = "exact_json"
 
 
-def run_demo(out: Path | None, watch: Callable[[Event], None]) -> dict[str, Any]:
+def run_demo(out: Path | None) -> dict[str, Any]:
     """Trains on the packaged rows with the default recipe and answers the held-out ones; returns what eval returns."""
     rows, held_out = data_files()
     folder = out or next_numbered(Path("runs"), "demo")
-    run = train(resolve(None, {"model": "demo", "data": str(rows), "out": str(folder)}), [watch])
+    with watching() as watch:
+        run = train(resolve(None, {"model": "demo", "data": str(rows), "out": str(folder)}), [watch])
     console.print(f"trained  {run.report['seconds']:.0f} s, {run.report['tokens_per_s']:.0f} tokens/s")
     with answering() as advance:
         result = {
@@ -36,11 +36,12 @@ def run_demo(out: Path | None, watch: Callable[[Event], None]) -> dict[str, Any]
     console.print(
         f"\nwrote    {folder}/adapter (PEFT format)\n         {folder}/report.html\n         {folder}/report.json"
     )
+    strop = as_typed()
     console.print(
-        "\nnow with your own data:\n"
-        "  strop check --model demo --data YOURS.jsonl --show 3\n"
-        f"  strop train --model demo --data YOURS.jsonl --out {folder.parent}/mine\n"
-        f"  strop chat {folder.parent}/mine",
+        f"\ntalk to it:\n  {strop} chat {folder}\n"
+        "now with your own data:\n"
+        f"  {strop} check --model demo --data YOURS.jsonl --show 3\n"
+        f"  {strop} train --model demo --data YOURS.jsonl --out {folder.parent}/mine",
         markup=False,
     )
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
@@ -10,6 +11,8 @@ from strop.engine.cpu.precision import measure as measure
 from strop.errors import DeviceError
 from strop.machine.probe import probe
 from strop.machine.rates import keep_precision, known_precision
+
+LOG = logging.getLogger(__name__)
 
 PRIMITIVES = 96  # one micro-batch of the fast step needs about 50 kinds of product
 
@@ -49,6 +52,7 @@ def pick_dtype(device: str) -> tuple[str, str]:
     known = known_precision(machine, threads)
     if known is not None:
         return known
+    LOG.info("measuring whether bf16 or fp32 is faster here")
     found = measure(device)
     keep_precision(machine, threads, found.dtype, found.why)
     return found.dtype, found.why

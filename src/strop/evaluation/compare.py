@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from strop.evaluation.loss import summed_loss
 from strop.evaluation.metrics import metric as metric_named
 from strop.evaluation.metrics import options, paired_difference, score, wilson
 from strop.model.generate import Answer
+
+LOG = logging.getLogger(__name__)
 
 Advance = Callable[[str, int, int], None]
 """Called as (what, done, total) while rows are answered."""
@@ -88,6 +91,7 @@ def compare(
         base = base and Side(base.scores, base.hits[: len(asked)], base.texts[: len(asked)])
 
     def ask(side: str) -> Side:
+        LOG.info("computing the loss of %s", side)
         loss = _loss(model, conversations, asked, written[side][0] if written else [], devices)
         if metric == "choice":
             texts, more = _choose_all(model, asked, side, advance, devices), {}

@@ -5,6 +5,7 @@ A GGUF file is dequantized once into a cached folder, and from then on is like a
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from strop.model.shards import build, floats, is_finite, is_whole, pack_again, q
 from strop.model.tokenizer import LOCAL, first_line, gguf_cache, head_folder, plain_config
 from strop.model.towers import text_forward
 from strop.runs.folder import cache_folder, new_folder
+
+LOG = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 transformers.utils.logging.disable_progress_bar()  # strop draws its own
@@ -71,6 +74,7 @@ def load_base(
     decoder layers, from the first, have their weights dequantized once rather than for each product.
     Raises ModelError where weights are missing or do not fit (transformers would fill them with random numbers).
     """
+    LOG.info("loading the weights of %s", source.name)
     if quantization == "none":
         model: Any = _load_16_bit(source, dtype)
     else:
@@ -145,6 +149,7 @@ def _quantized(source: Source, scheme: str, double: bool, dtype: torch.dtype) ->
         raise ModelError(f"{source.name}: its weights are {already} already", fix=f"use --model.quantization {already}")
     folder = _quantized_folder(source, scheme, double, dtype)
     if not is_whole(folder):
+        LOG.info("quantizing the weights of %s to %s, once", source.name, scheme)
         full = Source(source.name, "folder", weights_folder(source))
         quantize_folder(full, skeleton(source), folder, scheme, double, dtype)
     return folder
@@ -182,6 +187,7 @@ def _dequantized(source: Source) -> Path:
     other families, by transformers, which has the whole model in memory."""
     folder = _bf16_folder(source)
     if not _is_made(folder):
+        LOG.info("copying the weights of %s in 16 bit, once", source.name)
         bare = skeleton(source)
         tensors = read_tensors(source.path, bare, bare.config)
         with new_folder(folder) as temp:

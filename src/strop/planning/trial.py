@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 
@@ -24,6 +25,8 @@ from strop.model.shape import ModelShape
 from strop.planning.activations import MicroBatch
 from strop.planning.setting import Setting
 from strop.planning.speed import flops, repacked_bytes
+
+LOG = logging.getLogger(__name__)
 
 COPY_BYTES = 256 << 20
 
@@ -56,6 +59,7 @@ def cards(machine: Machine) -> Iterator[Finding]:
 
 def measure_rates() -> Rates:
     """Products in both types and a copy, on the CPU, and what the engine's head and attention reach."""
+    LOG.info("measuring products and memory of this CPU")
     found = measure("cpu")
     x = torch.empty(COPY_BYTES, dtype=torch.uint8).fill_(1)
     y = torch.empty_like(x)
@@ -117,6 +121,7 @@ def four_bit_step() -> Finding:
     """One step through a weight in nf4, on the device that a run would take: the adapter must move, and to where
     autograd in fp32 takes it."""
     device, mend = "cuda" if torch.cuda.is_available() else "cpu", f"{pip()} install -U bitsandbytes"
+    LOG.info("one training step in 4 bit")
     torch.manual_seed(0)
     try:
         moved, off = _moved(device)

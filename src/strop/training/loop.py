@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
@@ -22,6 +23,8 @@ from strop.training.job import Job, stream_of
 from strop.training.optim import rate_factor, set_rate, warmup_steps
 from strop.training.shrink import go_on_shrunk, micro_batches, within_memory
 from strop.training.stops import seconds, stop_signals
+
+LOG = logging.getLogger(__name__)
 
 COMPARE_EVERY = 50  # steps: whether all devices still hold the same numbers; and before each save
 SAVE_EVERY_S = 600.0  # at least this often, whatever the recipe says about steps
@@ -197,6 +200,7 @@ def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | No
 def evaluate(job: Job) -> None:
     progress, started, held_out = job.state.progress, time.perf_counter(), job.eval
     assert held_out is not None
+    LOG.info("evaluating on %d rows", len(held_out))
     job.model.eval()
     cut = partial(micro_batches, job)
     found = within_memory(job, held_out, lambda: job.criterion.evaluate(job.step, held_out, cut))

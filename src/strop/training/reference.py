@@ -9,6 +9,7 @@ the weights that training started from. Some rows are computed again at the star
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -32,6 +33,8 @@ from strop.training.groups import OfGroups
 from strop.training.job import Job, stream_of
 from strop.training.shrink import micro_batches, within_memory
 from strop.training.state import holding
+
+LOG = logging.getLogger(__name__)
 
 NEAR = 1e-5  # share of a log-probability by which the same computation may differ
 APART = 3e-3  # the same in other micro-batches, whose products in bf16 are rounded elsewhere
@@ -75,6 +78,7 @@ def with_reference(job: Job, key: Mapping[str, str]) -> Job:
     sets = {"train": cast("Sequence[Unit]", job.train), "eval": cast("Sequence[Unit]", job.eval or ())}
     known = _load(job, key, sets)
     started = time.perf_counter()
+    LOG.info("computing how likely each answer is before training")
     with _starting(job, known.start):
         missing = sum(_fill(job, sets[name], known.values[name], order) for name, order in _orders(job).items())
     if missing:

@@ -7,6 +7,7 @@ numbers: its gradients are dropped and the random generators put back.
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,6 +24,8 @@ from strop.planning.setting import Setting
 from strop.training.criteria import OfAnswers
 from strop.training.job import Job, stream_of
 from strop.training.shrink import go_on_shrunk, micro_batches, random_states, set_random_states, within_memory
+
+LOG = logging.getLogger(__name__)
 
 LOOKED_AT = 20_000  # steps, from the first; others have rows of the same data in another order
 LAID_OUT = 32  # micro-batches that are packed to see what they need, of those that need most by their rows' lengths
@@ -128,6 +131,7 @@ def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> F
     if not near:
         job.log.emit("rehearsal", done=False, **said)
         return expected
+    LOG.info("trying the largest micro-batch")
     random, shape = random_states(), _shape(job)
 
     def compute() -> None:

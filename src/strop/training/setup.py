@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
 from strop.training import state as checkpoints
 from strop.training.track import check_trackers
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     resolved, key, num_weights, shape, parameters = _plan(resolved, source, machine)
     start = start_adapter(resolved.recipe)  # may have brought tokens and a template of its own
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
+    LOG.info("reading and checking the rows")
     data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
     _check_rewards(resolved.recipe, data)
     if data.renderer.template is not None:  # data.template: the adapter's tokenizer must say what it was trained with

@@ -7,6 +7,7 @@ kept. The results differ in their last bits, and a resumed run would not be bit-
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from filelock import FileLock
 
 from strop.machine.probe import probe
 from strop.runs.lock import sha256_text
+
+LOG = logging.getLogger(__name__)
 
 SOURCES = (
     "kernels.py", "compiled.py", "attention_tiles.py", "tile.py", "amx.py", "lora_tiles.py", "dropout_loops.py",
@@ -37,6 +40,7 @@ def compile_once(dtype: torch.dtype, cache: Path, exercise: str) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "strop.lock"):  # of two processes that start at once, one waits for what the other compiles
         if not mark.is_file():
+            LOG.info("compiling loops for this CPU in %s, once on this machine (about a minute)", name)
             # Where it fails, this process compiles for itself: its last bits may differ from those of the next one.
             subprocess.run([sys.executable, "-m", exercise, name], capture_output=True, check=False)
             mark.touch()

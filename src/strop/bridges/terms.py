@@ -1,0 +1,220 @@
+"""What several tools share: transformers' TrainingArguments, peft's LoraConfig, names of optimizers and schedules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from strop.bridges.draft import Draft, Keys, shown
+from strop.errors import InputError, nearest
+
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adam"), "adamw"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
+    **dict.fromkeys(("paged_adamw_8bit",), "paged_adamw_8bit"),
+    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "adamw"),
+    **dict.fromkeys(("adafactor",), "adafactor"),
+    **dict.fromkeys(("lion", "lion_32bit", "paged_lion_32bit"), "lion"),
+    **dict.fromkeys(("sgd",), "sgd"),
+}
+SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+}
+# of TrainingArguments and the like: how it is computed, watched and stored, not what is learned
+OWN_WAY = (
+    "bf16_full_eval", "data_seed", "dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_prefetch_factor", "dataset_num_proc", "ddp_timeout", "disable_tqdm", "do_eval", "do_train",
+    "eval_accumulation_steps", "eval_strategy", "evaluation_strategy", "fp16_full_eval",
+    "gradient_checkpointing_kwargs", "group_by_length", "include_tokens_per_second", "load_best_model_at_end",
+    "log_level", "logging_dir", "logging_first_step", "logging_strategy", "optim_args", "overwrite_output_dir",
+    "pad_to_multiple_of", "padding_free", "per_device_eval_batch_size", "prediction_loss_only",
+    "remove_unused_columns", "report_to", "run_name", "save_only_model", "save_safetensors", "save_strategy", "tf32",
+    "torch_empty_cache_steps", "use_cpu", "use_liger_kernel", "eval_packing", "packing_strategy",
+    "activation_offloading", "precompute_ref_log_probs", "precompute_ref_batch_size", "metric_for_best_model",
+    "greater_is_better", "dataset_kwargs",
+)  # fmt: skip
+CUTS_THE_END = (
+    "longer rows are cut at their end there, so the answer loses its end and its stop token; strop refuses such rows: "
+    "raise data.max_length, or choose data.overlong"
+)
+SCHEDULE_STARTS = "the first step has learning rate 0 there, and is one warmup step above 0 here"
+
+
+def batch(draft: Draft, rows: Any, steps: Any, key: str) -> None:
+    """Rows at once times gradient accumulation: the effective batch of one device."""
+    draft.put("train.batch_size", int(rows) * int(steps), key)
+    draft.put("train.micro_batch", int(rows), key)
+    draft.differ(
+        key, "of one device there; strop's batch_size is the effective batch of the run, whatever the number of devices"
+    )
+
+
+def packing(draft: Draft, key: str) -> None:
+    draft.differ(
+        key,
+        "the batch counts packed sequences there, each of many rows; here it counts rows, and strop packs by itself: "
+        "multiply train.batch_size by the rows that fit into one sequence",
+    )
+
+
+def val_split(draft: Draft, key: str, share: Any) -> None:
+    if not share:
+        return
+    if isinstance(share, float) and 0 < share < 1:
+        draft.put("data.eval", f"{100 * share:g}%", key)
+        draft.differ(key, "which rows are held out is decided by their content here, not by a seed")
+    else:
+        draft.lack(key, f"{shown(share)}: a number of rows; give data.eval a file or a share such as 5%")
+
+
+def optimizer(draft: Draft, key: str, name: Any) -> None:
+    known = OPTIMIZERS.get(str(name).lower())
+    if known is None:
+        draft.lack(key, f"{name}: strop takes adamw unless train.optimizer says otherwise")
+        return
+    draft.put("train.optimizer", known, key)
+    if "paged" in str(name) and "paged" not in known:
+        draft.differ(key, f"{name}: {known} here, in memory that is not paged; the numbers are the same")
+    if known == "adafactor":
+        draft.differ(key, "here with the learning rate as it is given, not scaled by the size of the weights")
+
+
+def schedule(draft: Draft, key: str, name: Any) -> None:
+    known = SCHEDULES.get(str(name).lower())
+    if known is None:
+        draft.lack(key, f"{name}: strop has {', '.join(sorted(set(SCHEDULES.values())))}; cosine is taken")
+        draft.put("train.lr_scheduler", "cosine", f"{key} has no equivalent")
+        return
+    draft.put("train.lr_scheduler", known, key)
+    if name == "constant":
+        draft.put("train.warmup", 0, f"{key}: without a warmup there")
+
+
+def dtype(draft: Draft, keys: Keys) -> None:
+    """bf16 and fp16 as TrainingArguments have them."""
+    for key in ("bf16", "fp16"):
+        value = keys.take(key)
+        if value is True:
+            draft.put("model.dtype", key, key)
+
+
+def checkpointing(draft: Draft, key: str, on: Any) -> None:
+    if isinstance(on, str):
+        draft.skip(key, f"{on}: the plan decides")
+    elif on is not None:
+        draft.put("train.gradient_checkpointing", "on" if on else "off", key)
+
+
+def training_arguments(draft: Draft, keys: Keys, defaults: dict[str, Any], *, said: str) -> None:
+    """TrainingArguments and what is made of them. defaults: of those that decide what is learned; said: whose."""
+
+    def value(key: str) -> tuple[Any, str]:
+        given = keys.take(key)
+        return (given, key) if given is not None else (defaults.get(key), f"{said}'s default")
+
+    rows, at = value("per_device_train_batch_size")
+    steps, _ = value("gradient_accumulation_steps")
+    batch(draft, rows, steps, at if at != f"{said}'s default" else "per_device_train_batch_size")
+    for key, name in (
+        ("learning_rate", "train.learning_rate"),
+        ("num_train_epochs", "train.epochs"),
+        ("weight_decay", "train.weight_decay"),
+        ("max_grad_norm", "train.max_grad_norm"),
+        ("seed", "seed"),
+    ):
+        found, source = value(key)
+        if found is not None:
+            draft.put(name, number(found), source)
+    name, _ = value("lr_scheduler_type")
+    warmup(draft, keys)
+    schedule(draft, "lr_scheduler_type", name)
+    found, _ = value("optim")
+    optimizer(draft, "optim", found)
+    dtype(draft, keys)
+    checkpointing(draft, "gradient_checkpointing", keys.take("gradient_checkpointing"))
+    steps_and_places(draft, keys)
+
+
+def warmup(draft: Draft, keys: Keys) -> None:
+    steps, ratio = keys.take("warmup_steps"), keys.take("warmup_ratio")
+    if steps:
+        draft.put("train.warmup", number(steps), "warmup_steps")
+    else:
+        draft.put("train.warmup", number(ratio or 0), "warmup_ratio" if ratio else "no warmup there")
+    if steps or ratio:
+        draft.differ("warmup_steps" if steps else "warmup_ratio", SCHEDULE_STARTS)
+
+
+def steps_and_places(draft: Draft, keys: Keys) -> None:
+    """When something is done, where it goes, who watches."""
+    if (most := keys.take("max_steps")) is not None and int(most) > 0:
+        draft.put("train.max_steps", int(most), "max_steps")
+    for key, name in (("logging_steps", "log_steps"), ("eval_steps", "eval_steps"), ("save_steps", "save_steps")):
+        number_ = keys.take(key)
+        if number_ is None:
+            continue
+        if isinstance(number_, int) and number_ >= 1:
+            draft.put(f"train.{name}", number_, key)
+        elif number_:
+            draft.lack(key, f"{number_}: strop counts whole steps")
+    if (most := keys.take("save_total_limit")) is not None:
+        draft.put("train.keep_checkpoints", max(1, int(most)), "save_total_limit")
+    if (out := keys.take("output_dir")) is not None:
+        draft.put("out", str(out), "output_dir")
+    if keys.take("push_to_hub"):
+        draft.lack("push_to_hub", "strop uploads nothing")
+    if resume := keys.take("resume_from_checkpoint"):
+        draft.lack("resume_from_checkpoint", f"{resume}: a run of strop goes on with `strop resume RUN`")
+    trackers = keys.take("report_to")
+    for tracker in [trackers] if isinstance(trackers, str) else trackers or []:
+        track(draft, "report_to", tracker)
+
+
+def track(draft: Draft, key: str, tracker: str) -> None:
+    if tracker in ("tensorboard", "wandb", "trackio"):
+        draft.put("track", [*(draft.get("track") or []), tracker], key)
+    elif tracker not in ("none", "all"):
+        draft.lack(key, f"{tracker}: strop has tensorboard, wandb and trackio")
+
+
+def lora(
+    draft: Draft, keys: Keys, *, rank: str, alpha: str, dropout: str, modules: str, defaults: dict[str, Any]
+) -> None:
+    """Rank, alpha, dropout and targets under a tool's names."""
+    for key, name in ((rank, "lora.r"), (alpha, "lora.alpha"), (dropout, "lora.dropout")):
+        given = keys.take(key)
+        value, source = (given, key) if given is not None else (defaults.get(name), f"default of {key} there")
+        if value is not None:
+            draft.put(name, number(value), source)
+    given = keys.take(modules)
+    if isinstance(given, str):
+        given = given if given.strip() in ("all", "all-linear") else [part.strip() for part in given.split(",")]
+    if isinstance(given, list):
+        draft.put("lora.target_modules", given, modules)
+    elif given is not None:
+        draft.put("lora.target_modules", "all-linear", modules)
+    for key in ("use_rslora", "use_dora"):
+        if keys.peek(key) is not None:
+            draft.put(f"lora.{key}", bool(keys.take(key)), key)
+
+
+def must_be(kind: str, value: Any, known: dict[str, str]) -> str:
+    """The objective of a method's name. Raises InputError where strop has none."""
+    if value not in known:
+        raise InputError(
+            f"{kind}: {value}: strop has no such objective{nearest(str(value), known)}",
+            fix=f"it has {', '.join(dict.fromkeys(known))}",
+        )
+    return known[value]
+
+
+def number(value: Any) -> Any:
+    """YAML reads 1e-4 as text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value

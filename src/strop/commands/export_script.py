@@ -1,0 +1,29 @@
+"""`strop export-script`: the run as a plain script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from strop.alive import alive
+from strop.flags import Json
+from strop.terminal import console, print_json, print_notes
+
+
+def export_script(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
+    out: Annotated[Path, typer.Option(help="The new folder: train.py, rows.jsonl, tokenizer/.")],
+    as_json: Json = False,
+) -> None:
+    """Write the run as a plain transformers and peft script that trains the same, without strop."""
+    with alive(console, "loading the libraries"):
+        from strop.exporting.script import export_script as write
+
+        written = write(run, out)
+    how = "the script renders them by the chat template" if written.encoded else "they hold their tokens"
+    console.print(f"[bold]wrote[/]    {written.out}: {', '.join(written.files)}; {written.rows} rows, {how}")
+    print_notes(written.notes)
+    console.print(f"next     python {written.out}/train.py", markup=False)
+    print_json(written.as_json(), as_json)

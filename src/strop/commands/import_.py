@@ -1,0 +1,55 @@
+"""`strop import`: another tool's config as a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from strop.errors import FolderError
+from strop.flags import Json
+from strop.terminal import console, print_json
+from strop.typed import as_typed
+
+if TYPE_CHECKING:
+    from strop.bridges.draft import Imported
+
+
+def import_(
+    peer: Annotated[str, typer.Argument(metavar="PEER", help="axolotl, llamafactory, trl, unsloth or torchtune.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Its YAML config; of trl and unsloth the script, which is never run.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Write the recipe here; default: print it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a recipe of another tool's config, and list by name what has no equivalent."""
+    from strop.bridges.peers import import_config
+    from strop.runs.folder import write_atomic
+
+    made = import_config(peer, file)
+    if out is not None:
+        if out.exists():
+            raise FolderError(f"{out}: is there already", fix="give --out another name")
+        write_atomic(out, made.as_yaml())
+    elif not as_json:
+        print(made.as_yaml(), end="")
+    _print(made, out)
+    print_json({**made.as_json(), "out": str(out) if out else None, "recipe": made.as_yaml()}, as_json)
+
+
+def _print(made: Imported, out: Path | None) -> None:
+    """What came along and what did not (a printed recipe says it itself), and the command that goes on from here."""
+    console.print(f"[bold]taken[/]    {len(made.draft.fields)} fields")
+    for title, color, notes in (
+        ("differs", "yellow", made.draft.differs),
+        ("left out", "red", made.draft.lacks),
+        ("own way", "dim", made.draft.own_way),
+    ):
+        for note in notes if out else ():
+            at = f"{note.key}, line {note.line}" if note.line else note.key
+            console.print(f"{title:8} ", style=color, end="")
+            console.print(f"{at}{': ' * bool(note.text)}{note.text}", markup=False)
+    data = " --data YOURS.jsonl" * bool(made.missing)
+    console.print(f"next     {as_typed()} train {out or 'RECIPE.yaml'}{data} --print-recipe", markup=False)

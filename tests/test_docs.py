@@ -1,0 +1,178 @@
+"""Every block, command, recipe field and link on the pages is held against the CLI, the API and the files."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import strop
+from strop.cli import COMMANDS
+from strop.config.load import resolve
+from strop.config.schema import option_fields
+from tests import ROOT
+from tests.support.pages import PAGES, SHELL, Block, anchors, blocks, commands, inline, links
+from tests.support.typed import fault
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+FIELDS = {name for name, _ in option_fields()}
+TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+OTHERS = ("pip", "git", "export", "echo", "cd", "curl", "uv", "pipx", "docker", "ollama", "python3.11", "hf")
+
+
+def shell_faults(block: Block) -> list[str]:
+    found = []
+    for words in commands(block.text):
+        first = words[0].rpartition("/")[2]
+        if first == "strop":
+            found.append(fault(words[1:]))
+        elif first == "make":
+            found += [f"no target {word}" for word in words[1:] if "=" not in word and word not in TARGETS]
+        elif first in ("python", "python3"):
+            found.append(python_fault(words[1:]))
+        elif first not in OTHERS:
+            found.append(f"a command that nobody checks: {' '.join(words)}")
+    return [one for one in found if one]
+
+
+def python_fault(words: list[str]) -> str | None:
+    if words[:1] == ["-m"]:
+        name = words[1]
+        inside = name.partition(".")[0] in ("strop", "tests", "benchmarks")
+        return None if not inside or importlib.util.find_spec(name) else f"no module {name}"
+    if words[:1] == ["-c"]:
+        ast.parse(words[1])
+        return None
+    made_elsewhere = words and words[0].partition("/")[0].isupper()
+    return None if made_elsewhere or (ROOT / words[0]).is_file() else f"no file {words[0]}"
+
+
+def recipe_fault(tree: Any) -> str | None:
+    if not isinstance(tree, dict) or not {"model", "data", "lora", "train"} & set(tree):
+        return "no recipe"
+    flat: dict[str, Any] = {}
+    for head, value in tree.items():
+        flat |= {f"{head}.{leaf}": one for leaf, one in value.items()} if isinstance(value, dict) else {head: value}
+    try:
+        resolve(None, {"model.name": "m", "data.train": "d", **flat})
+    except strop.StropError as error:
+        return "; ".join(error.lines())
+    return None
+
+
+def python_faults(text: str) -> list[str]:
+    """Calls of `strop.NAME(...)`: the name, the arguments, the fields of the recipe."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "strop"):
+            continue
+        if node.attr not in strop.__all__:
+            found.append(f"no strop.{node.attr}")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("strop."):
+            function = getattr(strop, ast.unparse(node.func).removeprefix("strop."), None)
+            if function is not None:
+                found += call_faults(function, node)
+    return found
+
+
+def call_faults(function: Any, node: ast.Call) -> list[str]:
+    signature = inspect.signature(function)
+    free = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    found = []
+    for keyword in node.keywords:
+        name = keyword.arg
+        if name is None or name in signature.parameters:
+            continue
+        if not free:
+            found.append(f"{function.__name__} takes no {name}")
+        elif name in ("model", "data", "lora", "train") and isinstance(keyword.value, ast.Dict):
+            keys = [f"{name}.{ast.literal_eval(key)}" for key in keyword.value.keys if key is not None]
+            found += [f"no recipe field {key}" for key in keys if key not in FIELDS]
+        elif name not in FIELDS and name not in ("model", "data", "eval", "adapter", "device"):
+            found.append(f"no recipe field {name}")
+    if len(node.args) > sum(
+        p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in signature.parameters.values()
+    ):
+        found.append(f"{function.__name__}: too many arguments")
+    return found
+
+
+def faults(block: Block) -> list[str]:
+    if block.language in SHELL:
+        return shell_faults(block) if not is_listing(block) else []
+    if block.language == "python":
+        return [] if "wrong" in block.marks else python_faults(block.text)
+    if block.language == "yaml":
+        said = recipe_fault(yaml.safe_load(block.text))
+        return [said] if said else []
+    if block.language == "json":
+        json.loads(block.text)
+        return []
+    return [] if block.language == "text" else [f"a block in {block.language!r}, which nobody checks"]
+
+
+def is_listing(block: Block) -> bool:
+    """The names in a run folder, and what stands beside them."""
+    return block.language == "" and block.text.startswith("runs/")
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_a_block_says_what_is(block: Block) -> None:
+    assert not faults(block)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_words_between_backticks(page: Path) -> None:
+    """Commands of strop, fields of the recipe and files that a text names."""
+    wrong = []
+    for said in inline(page):
+        if match := re.match(r"strop ([a-z][a-z-]*)(.*)", said):
+            if match[1] not in (*COMMANDS, "export") and page.name != "comparison.md":
+                wrong.append(said)
+        elif match := re.match(r"(?:--)?((?:model|data|lora|train)\.[a-z_]+)\b(?![.(])", said):
+            wrong += [] if match[1] in FIELDS else [said]
+        elif page.name != "comparison.md" and re.fullmatch(r"(src|tests|tools|benchmarks)/[\w./-]+\.\w+", said):
+            wrong += [] if (ROOT / said).exists() else [said]  # the comparison names files of other tools
+    assert not wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    wrong = []
+    for name, anchor in links(page):
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists():
+            wrong.append(name)
+        elif anchor and anchor not in anchors(target):
+            wrong.append(f"{name}#{anchor}")
+    assert not wrong
+
+
+PLANTED = [
+    ("sh", "strop trian --model demo --data d.jsonl", "no command trian"),
+    ("sh", "strop train --model demo --data d.jsonl --lora.rank 3", "--lora.rank"),
+    ("sh", "strop train --model demo --data d.jsonl --model.quantization nf5", "nf4"),
+    ("sh", "strop merge runs/a", "--out"),
+    ("sh", "make cake", "no target cake"),
+    ("sh", "python benchmarks/none.py", "no file"),
+    ("sh", "wget http://x", "nobody checks"),
+    ("yaml", "lora: {rank: 3}", "unknown key"),
+    ("python", "strop.tune(model='demo')", "no strop.tune"),
+    ("python", "strop.train(model='demo', lora={'rank': 3})", "lora.rank"),
+    ("python", "strop.merge('a', 'b', dtpye='bf16')", "dtpye"),
+    ("toml", "a = 1", "nobody checks"),
+]
+
+
+@pytest.mark.parametrize(("language", "text", "said"), PLANTED)
+def test_a_wrong_block_is_seen(language: str, text: str, said: str) -> None:
+    found = faults(Block(ROOT / "README.md", 1, language, (), text))
+    assert found and said in " ".join(found)

@@ -1,0 +1,61 @@
+"""The lesson's blocks are run in their order, on a tiny model in the place of the demo's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+from tests.support.pages import Block, blocks, commands
+from tests.support.running import run
+
+PAGE = ROOT / "docs" / "lesson.md"
+BLOCKS = blocks(PAGE)
+TEXT = PAGE.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for all blocks, entered, with small files of the demo's names."""
+    folder = tmp_path_factory.mktemp("lesson")
+    for name, number in (("small.jsonl", 12), ("small-held.jsonl", 4)):
+        said = [
+            {"prompt": f"count to {n}", "completion": json.dumps({"intent": "count", "to": n})} for n in range(number)
+        ]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in said), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("strop.demo.data_files", lambda: (folder / "small.jsonl", folder / "small-held.jsonl"))
+        yield folder
+
+
+def run_block(block: Block, model: Path, names: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
+    text = re.sub(r'(?<=--model )demo\b|(?<=modules )demo\b|"demo"', lambda m: repr(str(model)), block.text)
+    if block.language == "python":
+        exec(compile(text, str(block), "exec"), names)
+        return
+    for words in commands(text):
+        code, _, said = run(*words[1:], capsys=capsys)
+        assert code == 0, f"{block}: {said}"
+
+
+def test_the_lesson_runs_from_top_to_bottom(
+    workplace: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names: dict[str, object] = {}
+    ran = [block for block in BLOCKS if "run" in block.marks]
+    for block in ran:
+        run_block(block, tiny_folder, names, capsys)
+    assert len(ran) > 15 and {"runs", "merged", "mixed", "script"} <= {path.name for path in workplace.iterdir()}
+
+
+def test_every_section_has_all_its_parts() -> None:
+    sections = re.split(r"^## ", TEXT, flags=re.M)[1:]
+    assert [int(section.partition(".")[0]) for section in sections] == list(range(1, 16))
+    for section in sections:
+        for part in ("**The usual snippet**", "*Exercise.*", "<summary>Solution</summary>"):
+            assert part in section, section[:40]

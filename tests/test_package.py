@@ -1,0 +1,75 @@
+"""What is built holds what is needed, and the public names are those that are documented."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import strop
+from tests import ROOT
+
+PUBLIC = {
+    "InputError", "RunError", "Stopped", "StropError", "check", "compare_methods", "evaluate", "export", "load",
+    "merge", "plan", "resume", "train",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the source distribution of a clean copy of what they are made from."""
+    place, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, place / name)
+    shutil.copytree(ROOT / "src", place / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for made in ("sdist", "wheel"):
+        build = f"import sys; from setuptools import build_meta; build_meta.build_{made}(sys.argv[1])"
+        subprocess.run([sys.executable, "-c", build, str(out)], cwd=place, check=True, capture_output=True)
+    return out
+
+
+def of_the_package() -> set[str]:
+    """Every file below src/strop that is not made by Python."""
+    files = (file for file in (ROOT / "src" / "strop").rglob("*") if file.is_file())
+    kept = (file for file in files if "__pycache__" not in file.parts and file.suffix not in (".nbi", ".nbc"))
+    return {str(file.relative_to(ROOT / "src")) for file in kept}
+
+
+def test_the_wheel_holds_every_file(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert of_the_package() <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names) and "strop/py.typed" in names
+    metadata = next(name for name in names if name.endswith("METADATA"))
+    assert f"Version: {strop.__version__}" in zipfile.ZipFile(wheel).read(metadata).decode()
+
+
+def test_the_source_distribution_holds_every_file(built: Path) -> None:
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    assert {f"src/{name}" for name in of_the_package()} | {"LICENSE", "README.md", "pyproject.toml"} <= names
+
+
+def test_public_names() -> None:
+    """Changed on purpose only: scripts rely on them."""
+    assert set(strop.__all__) == PUBLIC
+    defined = {
+        name for name, value in vars(strop).items()
+        if inspect.isfunction(value) and value.__module__ == "strop" and not name.startswith("_")
+    }  # fmt: skip
+    assert defined == {name for name in PUBLIC if name[0].islower()}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in PUBLIC if name[0].islower()))
+def test_public_functions_are_typed_and_documented(name: str) -> None:
+    function = getattr(strop, name)
+    signature = inspect.signature(function)
+    assert inspect.getdoc(function) and signature.return_annotation is not inspect.Signature.empty
+    assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
