@@ -31,6 +31,7 @@ LAYERS: list[set[str]] = [
     {"dash"},
     {"alive", "typed"},
     {"flags", "terminal"},
+    {"scores"},
     {"chat", "demo"},
     {"commands"},
     {"cli"},

@@ -8,19 +8,16 @@ from typing import Annotated
 import typer
 
 from strop.flags import Devices, Force, Json, Quantization
-from strop.terminal import (
-    answering,
+from strop.scores import (
     print_general,
-    print_json,
     print_judged,
     print_leaderboard,
-    print_notes,
     print_rewards,
     print_samples,
     print_scores,
     print_tasks,
-    speaker,
 )
+from strop.terminal import answering, print_json, print_notes, speaker
 
 
 def evaluate(

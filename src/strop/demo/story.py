@@ -11,7 +11,8 @@ from strop.demo import data_files
 from strop.evaluation.compare import compare
 from strop.evaluation.run import add_to_report, read_conversations
 from strop.runs.folder import RunFolder, next_numbered
-from strop.terminal import answering, console, print_samples, print_scores, watching
+from strop.scores import print_samples, print_scores
+from strop.terminal import answering, console, watching
 from strop.training.run import train
 from strop.typed import as_typed
 

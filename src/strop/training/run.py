@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,26 +14,23 @@ from typing import Any
 import peft
 import torch
 
-from strop.adapters import attach, save_adapter
+from strop.adapters import attach
 from strop.config.load import Resolved, read_resolved, resolve
-from strop.config.schema import OBJECTIVE_OPTIONS, Recipe
-from strop.data.conversation import Conversation
+from strop.config.schema import Recipe
 from strop.devices.environment import may_restart, restarted
 from strop.devices.group import ALONE, Devices
 from strop.engine.answers.fits import unanswerable
 from strop.engine.step import step_for
 from strop.errors import InputError, MemoryLimitError, StropError, Where
-from strop.evaluation.card import write_card
-from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.report import write_report
 from strop.evaluation.rewards import rewards_of
-from strop.machine.memory import MemoryMark, MemoryWatch, is_out_of_memory, mark
+from strop.machine.memory import MemoryWatch, is_out_of_memory, mark
 from strop.machine.probe import probe
 from strop.model import loftq
 from strop.model.blame import blaming
 from strop.model.experts import in_experts
 from strop.model.load import DTYPES, load_base, stream_weights
-from strop.model.lora import add_lora, as_fp32, trainable, weight_change
+from strop.model.lora import add_lora, as_fp32, trainable
 from strop.objectives.table import objective_of
 from strop.planning.choose import usable_bytes
 from strop.planning.setting import Setting
@@ -51,15 +48,16 @@ from strop.runs.folder import (
 from strop.runs.lock import Difference, allowed, differences
 from strop.training import state as checkpoints
 from strop.training.criteria import Criterion, criterion_for
+from strop.training.finish import figures, finish
 from strop.training.groups import OfGroups, without_dropout
 from strop.training.job import Job, stream_of
 from strop.training.loop import fit
 from strop.training.optim import make_optimizer
 from strop.training.reference import check as check_reference
 from strop.training.reference import with_reference
-from strop.training.rehearsal import Forecast, forecast, rehearse
+from strop.training.rehearsal import forecast, rehearse
 from strop.training.setup import Setup, remarks, start_adapter
-from strop.training.several import count_of, described, measured, refuse_another, set_up_together, start_alike
+from strop.training.several import count_of, described, refuse_another, set_up_together, start_alike
 from strop.training.state import Progress, TrainState
 from strop.training.stops import seconds
 from strop.training.track import tracking
@@ -222,7 +220,7 @@ def _execute(
                 raise
             fix = "take a smaller model, or a machine with more memory"
             raise MemoryLimitError(f"out of memory: {str(error).splitlines()[0]}", fix=fix) from None
-        report = devices.once(lambda: _finish(job, setup, memory, expected, ended))
+        report = devices.once(lambda: finish(job, setup, memory, expected, ended))
         log.emit("end", step=job.state.progress.step, seconds=report["seconds"], adapter=report["adapter"])
     if devices.main:
         write_report(folder.path, report, read_events(folder.events))
@@ -233,7 +231,7 @@ def _fit(job: Job) -> str:
     try:
         return fit(job)
     except StropError as error:
-        error.so_far = {"run": str(job.folder.path), **_figures(job.state.progress)}
+        error.so_far = {"run": str(job.folder.path), **figures(job.state.progress)}
         raise
 
 
@@ -322,86 +320,3 @@ def _build(setup: Setup, resuming: bool) -> peft.PeftModel:
         if recipe.lora.init == "loftq" and not resuming:
             loftq.fill_in(model, setup.source)
     return model.train()
-
-
-def _finish(job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ended: str) -> dict[str, Any]:
-    """Keeps the best weights (the last where nothing was evaluated) as the run's adapter; writes report.json."""
-    progress, folder = job.state.progress, job.folder
-    kept = progress.best_step or progress.step
-    if kept != progress.step:
-        checkpoints.load_weights(folder.checkpoint(kept), job.state.weights)
-    identity = {name: setup.lock[name] for name in ("base", "template", "data")}
-    model = setup.resolved.recipe.model
-    identity |= {
-        "quantization": model.quantization,
-        "double_quantization": model.double_quantization,
-        "dtype": model.dtype,
-    }
-    identity["system"] = _shared_system(setup.data.train_conversations)
-    identity["reasoning"] = setup.data.renderer.reasoning
-    save_adapter(job.model, setup.tokenizer, folder.adapter, identity)
-    data, change = setup.data.report.as_json(), weight_change(job.model)
-    report: dict[str, Any] = {
-        "run": str(folder.path),
-        **_figures(progress),
-        "eval_loss": progress.best_loss,
-        "objective": _objective(job),
-        "skipped_steps": progress.skipped_steps,
-        "rollbacks": progress.rollbacks,
-        "weight_change": change,
-        "diagnosis": diagnose(read_events(folder.events), change),
-        "ended": ended,
-        "data": {**data["rows"], "by_reason": data["by_reason"]},
-        "data_report": data,
-        "memory": {
-            "predicted_peak_bytes": expected.peak_bytes(str(model.device)),
-            "calibrated_peak_bytes": expected.calibrated_bytes(str(model.device)),
-            "measured_peak_bytes": memory.peak_bytes(),
-            "micro_batch": asdict(expected.batch),
-            "predicted": {name: phase.as_json() for name, phase in expected.phases.items()},
-        },
-        "adapter": str(folder.adapter),
-        "adapter_step": kept,
-        "recipe": [asdict(choice) for choice in setup.resolved.choices.values()],
-        "lock": {name: setup.lock[name] for name in ("base", "data", "template", "versions")},
-        "machine": setup.lock["machine"],
-        "devices": measured(job),
-        "exit": 0,
-    }
-    write_card(folder.adapter, report)
-    write_json(folder.report, report)
-    return report
-
-
-def _objective(job: Job) -> dict[str, Any]:
-    """What was learned: its name and options, the figures of the last step, and those of the best evaluation."""
-    train, progress = job.recipe.train, job.state.progress
-    options = {name: getattr(train, name) for name in OBJECTIVE_OPTIONS if getattr(train, name) is not None}
-    return {"name": train.objective, "options": options, "last": progress.figures, "held_out": progress.held_out}
-
-
-def _figures(progress: Progress) -> dict[str, Any]:
-    seconds = max(progress.seconds, 1e-9)
-    return {
-        "steps": progress.step,
-        "tokens": progress.tokens,
-        "supervised_tokens": progress.supervised_tokens,
-        "tokens_per_s": progress.tokens / seconds,
-        "supervised_tokens_per_s": progress.supervised_tokens / seconds,
-        "seconds": progress.seconds,
-        "eval_seconds": progress.eval_seconds,
-        "save_seconds": progress.save_seconds,
-        "loss": {"first": progress.first_loss, "last": progress.last_loss},
-    }
-
-
-def _shared_system(conversations: Iterable[Conversation]) -> str | None:
-    """The system prompt that every conversation starts with, if there is one."""
-    shared: str | None = None
-    for number, conversation in enumerate(conversations):
-        first = conversation.messages[0] if conversation.messages else None
-        system = first.content if first is not None and first.role == "system" else None
-        if system is None or (number > 0 and system != shared):
-            return None
-        shared = system
-    return shared

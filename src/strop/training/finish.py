@@ -1,0 +1,106 @@
+"""What a run leaves: the adapter with its card, and report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from strop.adapters import save_adapter
+from strop.config.schema import OBJECTIVE_OPTIONS
+from strop.data.conversation import Conversation
+from strop.evaluation.card import write_card
+from strop.evaluation.diagnosis import diagnose
+from strop.machine.memory import MemoryMark
+from strop.model.lora import weight_change
+from strop.runs.events import read_events
+from strop.runs.folder import write_json
+from strop.training import state as checkpoints
+from strop.training.job import Job
+from strop.training.rehearsal import Forecast
+from strop.training.setup import Setup
+from strop.training.several import measured
+from strop.training.state import Progress
+
+
+def finish(job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ended: str) -> dict[str, Any]:
+    """Keeps the best weights (the last where nothing was evaluated) as the run's adapter; writes report.json."""
+    progress, folder = job.state.progress, job.folder
+    kept = progress.best_step or progress.step
+    if kept != progress.step:
+        checkpoints.load_weights(folder.checkpoint(kept), job.state.weights)
+    identity = {name: setup.lock[name] for name in ("base", "template", "data")}
+    model = setup.resolved.recipe.model
+    identity |= {
+        "quantization": model.quantization,
+        "double_quantization": model.double_quantization,
+        "dtype": model.dtype,
+    }
+    identity["system"] = _shared_system(setup.data.train_conversations)
+    identity["reasoning"] = setup.data.renderer.reasoning
+    save_adapter(job.model, setup.tokenizer, folder.adapter, identity)
+    data, change = setup.data.report.as_json(), weight_change(job.model)
+    report: dict[str, Any] = {
+        "run": str(folder.path),
+        **figures(progress),
+        "eval_loss": progress.best_loss,
+        "objective": _objective(job),
+        "skipped_steps": progress.skipped_steps,
+        "rollbacks": progress.rollbacks,
+        "weight_change": change,
+        "diagnosis": diagnose(read_events(folder.events), change),
+        "ended": ended,
+        "data": {**data["rows"], "by_reason": data["by_reason"]},
+        "data_report": data,
+        "memory": {
+            "predicted_peak_bytes": expected.peak_bytes(str(model.device)),
+            "calibrated_peak_bytes": expected.calibrated_bytes(str(model.device)),
+            "measured_peak_bytes": memory.peak_bytes(),
+            "micro_batch": asdict(expected.batch),
+            "predicted": {name: phase.as_json() for name, phase in expected.phases.items()},
+        },
+        "adapter": str(folder.adapter),
+        "adapter_step": kept,
+        "recipe": [asdict(choice) for choice in setup.resolved.choices.values()],
+        "lock": {name: setup.lock[name] for name in ("base", "data", "template", "versions")},
+        "machine": setup.lock["machine"],
+        "devices": measured(job),
+        "exit": 0,
+    }
+    write_card(folder.adapter, report)
+    write_json(folder.report, report)
+    return report
+
+
+def _objective(job: Job) -> dict[str, Any]:
+    """What was learned: its name and options, the figures of the last step, and those of the best evaluation."""
+    train, progress = job.recipe.train, job.state.progress
+    options = {name: getattr(train, name) for name in OBJECTIVE_OPTIONS if getattr(train, name) is not None}
+    return {"name": train.objective, "options": options, "last": progress.figures, "held_out": progress.held_out}
+
+
+def figures(progress: Progress) -> dict[str, Any]:
+    seconds = max(progress.seconds, 1e-9)
+    return {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "supervised_tokens": progress.supervised_tokens,
+        "tokens_per_s": progress.tokens / seconds,
+        "supervised_tokens_per_s": progress.supervised_tokens / seconds,
+        "seconds": progress.seconds,
+        "eval_seconds": progress.eval_seconds,
+        "save_seconds": progress.save_seconds,
+        "loss": {"first": progress.first_loss, "last": progress.last_loss},
+    }
+
+
+def _shared_system(conversations: Iterable[Conversation]) -> str | None:
+    """The system prompt that every conversation starts with, if there is one."""
+    shared: str | None = None
+    for number, conversation in enumerate(conversations):
+        first = conversation.messages[0] if conversation.messages else None
+        system = first.content if first is not None and first.role == "system" else None
+        if system is None or (number > 0 and system != shared):
+            return None
+        shared = system
+    return shared
