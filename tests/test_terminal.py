@@ -16,7 +16,7 @@ from rich.console import Console
 
 from strop import alive as signs
 from strop.alive import alive
-from strop.cli import COMMANDS, EXPORTS
+from strop.cli import COMMANDS, GROUPS
 from strop.commands.examples import EXAMPLES
 from strop.config.schema import option_fields
 from strop.terminal import OFTEN_SECONDS, PLAIN_SECONDS, answering, print_end, watching
@@ -107,7 +107,7 @@ def test_commands_are_written_as_they_work(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_every_command_has_two_examples_that_are_right() -> None:
-    names = {*COMMANDS, *(f"export {name}" for name in EXPORTS)}
+    names = {*COMMANDS, *(f"{group} {name}" for group, (_, made) in GROUPS.items() for name in made)}
     assert set(EXAMPLES) == names
     for name, examples in EXAMPLES.items():
         assert len(examples) == 2

@@ -23,6 +23,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "serve": ("strop serve runs/mine", "strop serve runs/a runs/b --port 9000 --slots 8"),
     "modules": ("strop modules demo", "strop modules Qwen/Qwen3-8B"),
     "runs": ("strop runs", "strop runs other-folder --json"),
+    "dash": ("strop dash", "strop dash other-folder --port 9001"),
     "import": (
         "strop import axolotl config.yml --out recipe.yaml",
         "strop import trl train.py --out recipe.yaml",
@@ -33,6 +34,22 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "schema": ("strop schema", "strop schema > recipe.schema.json"),
     "demo": ("strop demo", "strop demo --out runs/first"),
+    "launch slurm": (
+        "strop launch slurm recipe.yaml --nodes 2 --devices 8",
+        "strop launch slurm recipe.yaml --devices 4 --time 12:00:00 --file train.sbatch",
+    ),
+    "launch ray": (
+        "strop launch ray recipe.yaml --nodes 2 --devices 8",
+        "strop launch ray recipe.yaml --devices 4 --out runs/mine --file train_ray.py",
+    ),
+    "launch kubernetes": (
+        "strop launch kubernetes recipe.yaml --image me/strop:1 --claim data --nodes 2 --devices 8",
+        "strop launch kubernetes recipe.yaml --image me/strop:1 --claim data --file job.yaml",
+    ),
+    "launch skypilot": (
+        "strop launch skypilot recipe.yaml --gpus H100 --devices 8 --volume data --nodes 2",
+        "strop launch skypilot recipe.yaml --gpus L4 --bucket my-runs --spot",
+    ),
     "export gguf": (
         "strop export gguf runs/mine --out mine.gguf --type q8_0",
         "strop export gguf runs/mine --out mine-lora.gguf --adapter",
