@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,13 +26,13 @@ from strop.training import gradients as parts
 from strop.training import loop
 from strop.training import state as checkpoints
 from strop.training.criteria import criterion_for
+from tests import ROOT
 from tests.devices.crew import Crew, Prepare, command, crew, inside
 from tests.faults.harness import Ended
 from tests.support import tiny
 
 NEAR = 1e-6
 STEPS = 12
-SOON_S = 10.0
 
 
 class Lab:
@@ -334,3 +336,16 @@ def hang(lab: Lab) -> None:
     ended = running.end(within=25)
     assert codes(ended)[::2] == [1, 1], said(ended)
     assert "rank 1 has not answered for" in ended[0].said, said(ended)
+
+
+def restarted(lab: Lab) -> None:
+    """torchrun starts all ranks again after a kill -9: they go on from the last checkpoint, with the same bits."""
+    more, out = ["--train.exact", "true", "--train.save_steps", "2"], lab.out()
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    words = [*agent, "-m", "tests.devices.dies_once", *lab.words(out, *more)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    (told,) = events(out, "resume")
+    assert told["step"] == 4
+    assert apart(lab.good(1, "--train.exact", "true"), out) == 0.0

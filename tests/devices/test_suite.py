@@ -14,6 +14,7 @@ from tests import ROOT
 CASES = [
     "same_numbers(lab)", "odd_batches(lab)", "other_numbers(lab)", "objectives(lab)", "evaluation(lab)",
     "not_finite(lab)", "no_memory(lab)", "failures(lab)", "flipped_bit(lab)", "gone(lab)", "hang(lab)",
+    "restarted(lab)",
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from strop.devices.deal import deal
@@ -55,7 +56,8 @@ class Group(Devices):
         if cards:
             torch.cuda.set_device(self.local)
         try:
-            store, _, _ = next(rendezvous("env://", self.rank, self.world, timeout=MEETING))
+            shared, _, _ = next(rendezvous("env://", self.rank, self.world, timeout=MEETING))
+            store = _fresh(shared, self.rank, self.world)
             backend = "cpu:gloo,cuda:nccl" if cards else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=MEETING)
             self._marks = PrefixStore("strop", store)
@@ -242,6 +244,31 @@ class _Block:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._group._flags(error)
+
+
+def _fresh(store: Store, rank: int, world: int) -> Store:
+    """A part of the store that only the ranks of now have written to: torchrun keeps one store over restarts, in which
+    the addresses of ranks that are gone still stand.
+
+    Each rank shows rank 0 a number of its own, and is answered under it with the name of that part.
+    """
+    name = number = uuid.uuid4().hex
+    if rank:
+        store.set(f"strop-rank-{rank}", number)
+        store.wait([f"strop-name-{number}"], MEETING)
+        name = store.get(f"strop-name-{number}").decode()
+        store.set(f"strop-met-{name}-{rank}", "yes")
+    missing, deadline = set(range(1, world)) if rank == 0 else set(), time.monotonic() + MEETING.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"strop-rank-{other}"]):
+                store.set(f"strop-name-{store.get(f'strop-rank-{other}').decode()}", name)
+            if store.check([f"strop-met-{name}-{other}"]):
+                missing.discard(other)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {', '.join(map(str, sorted(missing)))} have not come")
+        time.sleep(0.01)
+    return PrefixStore(name, store)
 
 
 def _code_of(error: BaseException | None) -> int:
