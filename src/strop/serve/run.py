@@ -54,6 +54,7 @@ def serve(
         loaded, decoder, slots, context, notes = prepared.result()
     except BaseException:
         thread.shutdown(wait=False, cancel_futures=True)
+        address.socket.close()  # nobody will be answered there
         raise
     base = _base(loaded.module)
     metrics = Metrics()
