@@ -24,7 +24,25 @@ from tests.support.typed import fault
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 FIELDS = {name for name, _ in option_fields()}
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-OTHERS = ("sbatch", "ray", "kubectl", "sky", "torchrun", "pip", "git", "export", "echo", "cd", "curl", "uv", "pipx", "docker", "ollama", "python3.11", "hf")
+OTHERS = (
+    "sbatch",
+    "ray",
+    "kubectl",
+    "sky",
+    "torchrun",
+    "pip",
+    "git",
+    "export",
+    "echo",
+    "cd",
+    "curl",
+    "uv",
+    "pipx",
+    "docker",
+    "ollama",
+    "python3.11",
+    "hf",
+)
 
 
 def shell_faults(block: Block) -> list[str]:
