@@ -41,7 +41,7 @@ class Asked:
         self.metrics = Metrics()
         plain = plain or unanswerable(model) is not None
         self.decoder: Reads = PlainDecoder(model, keep=2000) if plain else Decoder(model, 2000)
-        self.engine = Engine(self.decoder, slots=slots, queue=queue, metrics=self.metrics, guess=not plain)
+        self.engine = Engine(self.decoder, slots=slots, queue=queue, metrics=self.metrics)
         self.pieces: list[list[Piece]] = []
         self._ended: list[threading.Event] = []
 

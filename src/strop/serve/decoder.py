@@ -34,7 +34,7 @@ class PlainDecoder:
     Raises ModelError for an architecture whose state is more than keys and values.
     """
 
-    guesses = False  # a pass reads one token of each text
+    free_rows = 1  # a pass reads one token of each text
 
     def __init__(self, model: Any, keep: int) -> None:
         self._peft = model if hasattr(model, "peft_config") else None

@@ -76,7 +76,7 @@ class Full(Exception):
 
 
 class Engine:
-    """slots: requests answered together; queue: how many more may wait; guess: guess tokens where that costs nothing.
+    """slots: requests answered together; queue: how many more may wait.
 
     thread: an executor of one thread, the one that has computed with the model before. OpenMP keeps workers for each
     thread that computes; with two sets of them on the same cores it lets them sleep between two loops, and a step of a
@@ -92,11 +92,10 @@ class Engine:
         slots: int,
         queue: int,
         metrics: Metrics,
-        guess: bool = True,
         thread: ThreadPoolExecutor | None = None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
-        self._batch, self._on_failure = Batch(decoder, slots, guess=guess), on_failure
+        self._batch, self._on_failure = Batch(decoder, slots), on_failure
         self._slots, self._queue, self._metrics = slots, queue, metrics
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()

@@ -60,7 +60,7 @@ def serve(
     # of the text config's own vocabulary, which embeddings may be padded beyond
     vocabulary = int(base.get_output_embeddings().weight.shape[0])
     engine = Engine(
-        decoder, slots=slots, queue=queue, metrics=metrics, guess=isinstance(decoder, Decoder), thread=thread,
+        decoder, slots=slots, queue=queue, metrics=metrics, thread=thread,
         on_failure=lambda: setattr(server, "should_exit", True),
     )  # fmt: skip
     room = Room(

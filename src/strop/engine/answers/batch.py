@@ -17,7 +17,6 @@ from strop.engine.answers.decoder import Part, Reads
 from strop.engine.answers.text import NoToken, Text, Token
 from strop.engine.processor import likeliest, logprobs_of
 
-FREE_ROWS = 8  # a pass over so many rows takes hardly longer than one over a single row
 JUDGED_AT_ONCE = 128  # rows of a pass that give logits: more would take more memory than the pass itself
 ALIKE = 3  # tokens at a text's end that must have stood before, for what followed them to be guessed
 
@@ -99,7 +98,7 @@ class Batch:
         reading: list[Text] = []
         for text in self.texts:
             (writing if text.left == 1 and not text.judging else reading).append(text)
-        room = FREE_ROWS - len(writing) if self._guess and not reading else 0
+        room = self._decoder.free_rows - len(writing) if self._guess and not reading else 0
         parts = []
         for place, text in enumerate(writing):
             most = min(max(0, room) // (len(writing) - place), text.most - (text.length - text.prompt) - 1)

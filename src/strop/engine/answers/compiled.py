@@ -194,10 +194,11 @@ class CompiledPass:
         packed = None if whole else base.packed()
         if packed is None:
             return self._loops.Dense(_array(base.dequantized()))
+        weight, scale = _array(packed.weight.flatten()), _array(packed.scale)
+        n = len(weight) * (1 if packed.code is None else 2) // base.in_features
         if packed.code is None:
-            return self._loops.EightBit(_array(packed.weight), _array(packed.scale))
-        parts = (_array(part) for part in (packed.weight.flatten(), packed.scale, packed.code))
-        return self._loops.FourBit(*parts, packed.share, len(packed.weight.flatten()) * 2 // base.in_features)
+            return self._loops.Packed(weight, scale, np.empty(0, np.float32), base.in_features, n)
+        return self._loops.Packed(weight, scale, _array(packed.code), packed.share, n)
 
 
 def entering(dtype: torch.dtype) -> torch.dtype:

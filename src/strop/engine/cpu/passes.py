@@ -20,9 +20,8 @@ from strop.engine.cpu.compiled import inline, loop, narrow, sigmoid, together
 from strop.engine.cpu.dots import LANES as LANES
 from strop.engine.cpu.kernels import CUBIC, TWO_ROOT
 from strop.engine.cpu.products import Dense as Dense
-from strop.engine.cpu.products import EightBit as EightBit
-from strop.engine.cpu.products import FourBit as FourBit
 from strop.engine.cpu.products import Linear as Linear
+from strop.engine.cpu.products import Packed as Packed
 from strop.engine.cpu.products import dense as dense
 from strop.engine.cpu.products import products, share_of
 

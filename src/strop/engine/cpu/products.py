@@ -13,7 +13,7 @@ from numba import prange
 
 from strop.engine.cpu.compiled import chosen, inline, loop, together
 from strop.engine.cpu.dots import LANES, block, edge, mix
-from strop.engine.cpu.unpack import ROUNDS, STRETCH, TURN, VECTORS, from_eight, from_four, packed_block
+from strop.engine.cpu.unpack import TURN, able, make_whole, packed_block
 
 
 class Dense(NamedTuple):
@@ -22,16 +22,9 @@ class Dense(NamedTuple):
     w: Any
 
 
-class EightBit(NamedTuple):
-    """w (n, k) int8, times scale (n,)."""
-
-    w: Any
-    scale: Any
-
-
-class FourBit(NamedTuple):
-    """w (n k / 2,): two numbers a byte, the first in its upper half, as places in `code` (16,); each `share` of them
-    times one of `scale`. No share goes over the end of a row."""
+class Packed(NamedTuple):
+    """n rows in 8 or 4 bit. w: int8, and `code` (0,); or two numbers a byte, the first in its upper half, as places in
+    `code` (16,). Each `share` of the numbers times one of `scale`: in 8 bit a row, in 4 bit no more than one."""
 
     w: Any
     scale: Any
@@ -43,7 +36,7 @@ class FourBit(NamedTuple):
 class Linear(NamedTuple):
     """Linear layers that share their input, side by side, with all adapters on them.
 
-    weights: a tuple of Dense, EightBit or FourBit. bias (n,) or (0,). a (R, k): the factors A of all adapters; `rows`
+    weights: a tuple of Dense or Packed. bias (n,) or (0,). a (R, k): the factors A of all adapters; `rows`
     (adapters, 2): the first of an adapter's, and how many. b: their factors B^T times the scale, one behind the other;
     spans (N, 6): adapter, first of its rows of A, rank, first column, columns, where in b. gains (adapters, n) or
     (0, 0): DoRA's.
@@ -80,44 +73,22 @@ def dense(part: Any, z: Any, y: Any, column: Any, lanes: Any) -> None:
 
 
 @loop
-def eight_bit(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> None:
-    """The same of a weight in 8 bit; like: an array of the type that the weight has when it is whole."""
-    n, k = part.w.shape
-    rows, width = y.shape
-    x, out, blocks, code = z.reshape(-1), y.reshape(-1), (n + LANES - 1) // LANES, np.empty(0, np.float32)
-    w, scales, straight = part.w.reshape(-1), part.scale, _straight(rows, k, k, like, z)
-    for lane in prange(lanes):
-        held = np.empty(LANES * k, like.dtype)
-        for at in range(lane * blocks // lanes * LANES, (lane + 1) * blocks // lanes * LANES, LANES):
-            there = min(LANES, n - at)
-            if straight and there == LANES:
-                packed_block(w, at, scales, k, code, x, out, column + at, width, rows, k)
-                continue
-            for i in range(there):
-                from_eight(w, (at + i) * k, scales[at + i], code, held, i * k, k)
-            if there == LANES:
-                block(held, 0, k, x, 0, k, out, column + at, width, rows, k)
-            else:
-                edge(held, 0, k, there, x, 0, k, out, column + at, width, rows, k)
-
-
-@loop
-def four_bit(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> None:
-    """The same of a weight in 4 bit."""
+def packed(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> None:
+    """The same of a weight in 8 or 4 bit; like: an array of the type that the weight has when it is whole."""
     n, k = part.n, z.shape[1]
     rows, width = y.shape
     x, out, blocks = z.reshape(-1), y.reshape(-1), (n + LANES - 1) // LANES
-    w, scales, code, share = part.w, part.scale, part.code, part.share
+    w, scale, code, share = part.w, part.scale, part.code, part.share
     straight = _straight(rows, k, share, like, z)
     for lane in prange(lanes):
         held = np.empty(LANES * k, like.dtype)
         for at in range(lane * blocks // lanes * LANES, (lane + 1) * blocks // lanes * LANES, LANES):
             there = min(LANES, n - at)
             if straight and there == LANES:
-                packed_block(w, at, scales, share, code, x, out, column + at, width, rows, k)
+                packed_block(w, at, scale, share, code, x, out, column + at, width, rows, k)
                 continue
-            for number in range(at * k // share, (at + there) * k // share):
-                from_four(w, number * share // 2, scales[number], code, held, number * share - at * k, share)
+            for i in range(there):
+                make_whole(w, at + i, scale, share, code, held, i * k, k)
             if there == LANES:
                 block(held, 0, k, x, 0, k, out, column + at, width, rows, k)
             else:
@@ -126,10 +97,10 @@ def four_bit(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> N
 
 @inline
 def _straight(rows: Any, k: Any, share: Any, like: Any, z: Any) -> Any:
-    """Rows so few that a weight is multiplied as it is taken apart: for more it is made whole once."""
-    able = ROUNDS if like.itemsize == 2 else VECTORS
-    even = k % TURN == 0 and (share == k or (share >= STRETCH and share & (share - 1) == 0))
-    return able and like.itemsize == z.itemsize and rows <= 4 and even
+    """Rows so few that a weight is multiplied as it is taken apart: for more, and for 3, which would be 2 and 1, it is
+    made whole once."""
+    even = k % TURN == 0 and (share == k or share & (share - 1) == 0)
+    return able(share, like) and even and like.itemsize == z.itemsize and rows <= 4 and rows != 3
 
 
 @loop
@@ -177,15 +148,11 @@ def _weighed(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> A
         dense(part, z, y, column, lanes)
         return len(part.w)
 
-    def in_eight(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> Any:
-        eight_bit(part, like, z, y, column, lanes)
-        return len(part.w)
-
-    def in_four(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> Any:
-        four_bit(part, like, z, y, column, lanes)
+    def in_parts(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> Any:
+        packed(part, like, z, y, column, lanes)
         return part.n
 
-    return {Dense: whole, EightBit: in_eight, FourBit: in_four}[part.instance_class]
+    return {Dense: whole, Packed: in_parts}[part.instance_class]
 
 
 @together
