@@ -94,7 +94,7 @@ def dash(desk: Path) -> Iterator[Dash]:
         yield started
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # playwright's loop runs in this thread meanwhile: no other test could start one
 def browser() -> Iterator[Any]:
     with open_browser() as opened:
         yield opened

@@ -110,7 +110,7 @@ def test_the_same_after_a_restart_then_go_on_and_stop(dash: Dash, place: Path) -
 def test_a_run_that_is_continued_in_a_terminal(dash: Dash, place: Path) -> None:
     stream = dash.events("/api/runs/stream")
     step = next(stream)[1]["runs"][0]["step"]
-    words = ["resume", f"runs/{NAME}", f"--train.max_steps={step + 30}", "--allow-changed=schedule", "--json"]
+    words = ["resume", f"runs/{NAME}", f"--train.max_steps={step + 300}", "--allow-changed=schedule", "--json"]
     command = [sys.executable, "-m", "strop.cli", *words]
     with subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as trainer:
         states = []
@@ -122,7 +122,7 @@ def test_a_run_that_is_continued_in_a_terminal(dash: Dash, place: Path) -> None:
     stream.close()
     assert states[0] == "running"
     run = dash.get(f"/api/runs/{NAME}").json()
-    assert run["step"] == step + 30 and run["adapter"] and run["report"]["ended"] == "steps"
+    assert run["step"] == step + 300 and run["adapter"] and run["report"]["ended"] == "steps"
     assert run["memory"]["measured_peak_bytes"] and run["data_report"]["rows"]["used"] == 24
     assert "train.max_steps changed" in " ".join(mark["text"] for mark in run["marks"])
     assert [source["command"].split()[1] for source in dash.get(f"/api/runs/{NAME}/log").json()["sources"]] == [

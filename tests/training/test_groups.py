@@ -37,7 +37,7 @@ def drawn(made: Job, index: int = 0) -> list[Group]:
 
 
 def gradients(made: Job, items: list[Group]) -> tuple[float, dict[str, torch.Tensor]]:
-    loss, _ = loop.gradients(made, items)
+    loss = loop.gradients(made, items).loss
     found = {name: weight.grad.clone() for name, weight in made.state.weights.items() if weight.grad is not None}
     made.state.optimizer.zero_grad()
     return float(loss), found

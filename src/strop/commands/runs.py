@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,7 +40,7 @@ def runs(
         table.add_row(
             Path(row["run"]).name,
             _short(row["model"]),
-            ", ".join(map(_short, row["data"])),
+            ", ".join(map(_short, row["data"] or [None])),
             "-" if row["score"] is None else f"{row['score']:.1%} {row['metric']}",
             "-" if row["loss"] is None else f"{row['loss']:.3f}",
             "-" if row["seconds"] is None else _time(row["seconds"]),
@@ -75,17 +74,14 @@ def _delete(folder: Path, name: str, sure: bool, as_json: bool) -> None:
 
 def _row(run: RunFolder) -> dict[str, Any]:
     """A run in figures. loss: of the evaluation while training, else of the last step. score: of the tuned model, by
-    the newest `strop eval`."""
-    import yaml
-
-    report = json.loads(run.report.read_text(encoding="utf-8")) if run.report.is_file() else {}
-    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
-    rows = recipe["data"]["train"]
+    the newest `strop eval`. What a damaged file does not say is None."""
+    report, recipe = _read(run.report), _read(run.recipe)
+    rows = recipe.get("data", {}).get("train")
     evaluated = report.get("evaluation", {})
     metric = evaluated.get("metric")
     return {
         "run": str(run.path),
-        "model": recipe["model"]["name"],
+        "model": recipe.get("model", {}).get("name"),
         "data": [rows] if isinstance(rows, str) else rows,
         "finished": run.finished,
         "step": report.get("steps", max([step for step, _ in run.checkpoints()], default=0)),
@@ -96,8 +92,21 @@ def _row(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _short(name: str) -> str:
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON or YAML file of a run, as far as it can be read."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _short(name: str | None) -> str:
     """The last part of a path; a Hub id as it is."""
+    if name is None:
+        return "-"
     return Path(name).name if Path(name).is_absolute() or name.count("/") > 1 else name
 
 
