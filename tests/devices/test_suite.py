@@ -23,6 +23,6 @@ def test_case(case: str, tmp_path: Path) -> None:
     code = f"from pathlib import Path; from tests.devices.suite import *; lab = Lab(Path({str(tmp_path)!r})); {case}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=600, env=environment
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
