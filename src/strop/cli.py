@@ -57,7 +57,10 @@ def main() -> None:
     )  # peft imports it; what it lacks is no concern of this run
     try:
         words = [*sys.argv[1:], *_being_completed()]
-        sys.exit(build(words)(standalone_mode=False, prog_name="strop") or 0)
+        code = build(words)(standalone_mode=False, prog_name="strop") or 0
+        if asked_to_stop and code == 130:  # typer has caught the interrupt, without a word
+            _stopped()
+        sys.exit(code)
     except Elsewhere as error:
         sys.exit(error.exit_code)
     except StropError as error:
@@ -154,7 +157,7 @@ def _version_option(
 
 
 def _stopped() -> None:
-    _fail(["stopped at once; the last checkpoint is intact"], {"kind": "Stopped", "message": "interrupted"}, 130)
+    _fail(["stopped at once; what was saved before is intact"], {"kind": "Stopped", "message": "interrupted"}, 130)
 
 
 def _fail(lines: list[str], error: dict[str, Any], code: int, so_far: Mapping[str, Any] | None = None) -> None:

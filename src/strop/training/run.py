@@ -197,6 +197,7 @@ def _execute(
             log.emit("note", text=text)
         memory = mark(recipe.model.device)
         stack.enter_context(blaming(setup.shape.family))
+        job: Job | None = None
         try:
             model = _build(setup, resuming)
             job = _job(folder, setup, model, log, devices)
@@ -215,6 +216,10 @@ def _execute(
                 job = with_reference(job, key)
                 ended = _fit(job)
                 check_reference(job, key)
+        except KeyboardInterrupt:  # outside the loop, which saves before it stops
+            at = 0 if job is None else job.state.progress.step
+            log.emit("stop", step=at, why="asked to while no steps were done: nothing new to save")
+            raise
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
