@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,6 @@ def options(tiny_folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.fixture
-def dash(place: Path) -> Iterator[Dash]:
-    with dashing(place / "runs", place) as started:
-        yield started
-        assert started.stop() == 130
-
-
 def row(dash: Dash) -> Any:
     return dash.get("/api/runs").json()["runs"][0]
 
@@ -51,7 +43,7 @@ def until_step(dash: Dash, least: int) -> dict[str, Any]:
     return found
 
 
-def test_check_plan_and_start(dash: Dash, place: Path, options: dict[str, Any]) -> None:
+def check_plan_and_start(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     found = dash.post("/api/data", {"options": {name: options[name] for name in ("model.name", "data.train")}}).json()
     assert found["report"]["rows"]["used"] == found["num_rows"] == 24
     plan = dash.post("/api/plan", {"options": options, "name": NAME}).json()
@@ -71,7 +63,7 @@ def test_check_plan_and_start(dash: Dash, place: Path, options: dict[str, Any]) 
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_a_trainer_that_is_killed(dash: Dash) -> None:
+def a_trainer_that_is_killed(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     run = until_step(dash, 60)  # it has outlived the server that started it
     assert run["state"] == "running" and run["engine"] and run["can"] == ["stop"]
     assert dash.get(f"/api/system?run={NAME}").json()["process"]["pid"] == run["pid"]
@@ -82,7 +74,7 @@ def test_a_trainer_that_is_killed(dash: Dash) -> None:
     assert crashed["pid"] is None and "resume" in crashed["can"]
 
 
-def test_the_same_after_a_restart_then_go_on_and_stop(dash: Dash, place: Path) -> None:
+def the_same_after_a_restart_then_go_on_and_stop(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     before = dash.get(f"/api/runs/{NAME}/history").json()
     with dashing(place / "runs", place) as other:  # two servers, two pages
         assert other.get(f"/api/runs/{NAME}/history").json() == before
@@ -107,7 +99,7 @@ def test_the_same_after_a_restart_then_go_on_and_stop(dash: Dash, place: Path) -
     assert drawn == list(range(1, stopped["step"] + 1))
 
 
-def test_a_run_that_is_continued_in_a_terminal(dash: Dash, place: Path) -> None:
+def a_run_that_is_continued_in_a_terminal(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     stream = dash.events("/api/runs/stream")
     step = next(stream)[1]["runs"][0]["step"]
     words = ["resume", f"runs/{NAME}", f"--train.max_steps={step + 300}", "--allow-changed=schedule", "--json"]
@@ -131,7 +123,7 @@ def test_a_run_that_is_continued_in_a_terminal(dash: Dash, place: Path) -> None:
     ]
 
 
-def test_before_and_after(dash: Dash) -> None:
+def before_and_after(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     job = dash.post(f"/api/runs/{NAME}/evaluate", {"data": "held.jsonl", "max_new_tokens": 4}).json()
     events = list(dash.events(f"/api/jobs/{job['id']}/stream"))
     last = [data for name, data in events if name == "job"][-1]
@@ -141,7 +133,7 @@ def test_before_and_after(dash: Dash) -> None:
     assert row(dash)["score"]["rows"] == 4
 
 
-def test_take_it_away(dash: Dash, place: Path) -> None:
+def take_it_away(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     job = dash.post(f"/api/runs/{NAME}/export", {"kind": "merge", "out": "merged", "data": "held.jsonl"}).json()
     done = dash.wait(f"/api/jobs/{job['id']}", lambda job: job["state"] != "running")
     assert (
@@ -152,7 +144,7 @@ def test_take_it_away(dash: Dash, place: Path) -> None:
     assert dash.post(f"/api/runs/{NAME}/export", {"kind": "zip", "out": "x"}).status_code == 400
 
 
-def test_talk(dash: Dash) -> None:
+def talk(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     assert dash.post("/api/talk/start", {"names": [NAME]}).json()["state"] == "starting"
     ready = dash.wait("/api/talk", lambda talk: talk["state"] in ("ready", "failed"))
     assert ready["models"] == [NAME, "base"]
@@ -169,10 +161,30 @@ def test_talk(dash: Dash) -> None:
     assert dash.wait("/api/talk", lambda talk: talk["state"] == "off")["models"] == []
 
 
-def test_what_a_bad_file_says(dash: Dash, place: Path, options: dict[str, Any]) -> None:
+def what_a_bad_file_says(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     (place / "bad.jsonl").write_text('{"messages": []}\n{broken\n')
     started = dash.post("/api/start", {"options": {**options, "data.train": "bad.jsonl"}}).json()
     assert started["run"] == "bad-1"
     job = dash.wait(f"/api/jobs/{started['job']['id']}", lambda job: job["state"] != "running")
     assert job["state"] == "failed" and {place["line"] for place in job["error"]["where"]} == {1, 2}
     assert "bad-1" not in {run["name"] for run in dash.get("/api/runs").json()["runs"]}
+
+
+CHAPTERS = (
+    check_plan_and_start,
+    a_trainer_that_is_killed,
+    the_same_after_a_restart_then_go_on_and_stop,
+    a_run_that_is_continued_in_a_terminal,
+    before_and_after,
+    take_it_away,
+    talk,
+    what_a_bad_file_says,
+)
+
+
+def test_the_whole_story(place: Path, options: dict[str, Any]) -> None:
+    """One test, because each chapter goes on where the one before has ended; the server is started anew for each."""
+    for chapter in CHAPTERS:
+        with dashing(place / "runs", place) as dash:
+            chapter(dash, place, options)
+            assert dash.stop() == 130, chapter.__name__
