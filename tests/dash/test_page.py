@@ -100,7 +100,11 @@ def test_hostile_words_in_lists(browser: Any, dash: Dash) -> None:
 def test_the_table_of_runs_is_sorted_filtered_and_saved(browser: Any, dash: Dash) -> None:
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/runs", "table .spark")
-        names = lambda: tab.page.locator("tbody th").all_text_contents()  # noqa: E731
+
+        def names() -> list[str]:
+            found: list[str] = tab.page.locator("tbody th").all_text_contents()
+            return found
+
         tab.page.click("thead >> text=run")
         assert names() == sorted(names(), key=str.lower) and len(names()) == 3
         tab.page.click("thead >> text=run")

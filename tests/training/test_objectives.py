@@ -29,6 +29,7 @@ from strop.training.shrink import micro_batches
 from tests.support import preferences, tiny
 from tests.support.preferences import KEY, job, pairs, started, units_for
 from tests.support.running import QUICK, run
+from tests.support.tiny import far
 
 COMPARED = [name for name, one in OBJECTIVES.items() if one.learning != "prompts"]  # the others: test_groups.py
 
@@ -50,16 +51,6 @@ def gradients(made: Job) -> tuple[float, dict[str, torch.Tensor]]:
     found = {name: weight.grad.clone() for name, weight in made.state.weights.items() if weight.grad is not None}
     made.state.optimizer.zero_grad()
     return float(loss), found
-
-
-def far(made: Job) -> Job:
-    """Some steps away from its reference, so that all terms of a loss count."""
-    with torch.no_grad():
-        for name, weight in made.state.weights.items():
-            if "lora_B" in name:
-                torch.manual_seed(len(name))
-                weight.add_(torch.randn_like(weight) * 0.05)
-    return made
 
 
 # --- the same gradient, however it is computed -------------------------------------------------------------------

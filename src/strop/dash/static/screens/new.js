@@ -24,7 +24,7 @@ import { fieldList, slider } from "../fields.js";
 import { fileField } from "../files.js";
 import { jobCard } from "../jobs.js";
 import { given, keep, set } from "../options.js";
-import { Table } from "../table.js";
+import { recipeTable } from "../recipe.js";
 
 const POWERS = (low, high) => Array.from({ length: Math.log2(high / low) + 1 }, (_, power) => low * 2 ** power);
 const SLIDERS = [
@@ -250,27 +250,7 @@ export async function show(place, { query, signal }) {
     const resolved = new Map(found.recipe.map((one) => [one.field, one.value]));
     for (const dial of dials)
       if (options[dial.name] === undefined && resolved.has(dial.name)) dial.draw(resolved.get(dial.name));
-    const chosen = new Table(
-      [
-        { key: "field", name: "field", head: true, value: (row) => row.field, show: (row) => h("code", {}, row.field) },
-        {
-          key: "value",
-          name: "value",
-          free: true,
-          value: (row) => shown(row.value),
-          show: (row, value) => h("strong", {}, value),
-        },
-        { key: "origin", name: "from", value: (row) => row.origin },
-        {
-          key: "why",
-          name: "reason",
-          free: true,
-          value: (row) => row.why,
-          show: (row, value) => value && h("span", { class: "soft" }, value),
-        },
-      ],
-      { label: "Recipe", file: "recipe.csv" },
-    );
+    const chosen = recipeTable({ label: "Recipe", file: "recipe.csv" });
     chosen.set(found.recipe.filter((one) => one.origin !== "default"));
     const defaults = found.recipe.filter((one) => one.origin === "default");
     if (!runName.value) runName.placeholder = found.name;

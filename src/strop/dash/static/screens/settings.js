@@ -1,33 +1,13 @@
 // What the run was made of: its recipe with the origin of each value, hashes, versions, machine.
 
 import { command, count, facts, h, put, shown } from "../all.js";
-import { Table } from "../table.js";
+import { recipeTable } from "../recipe.js";
 
 export async function show(place, { run }) {
   const recipe = run.recipe ?? [],
     lock = run.lock ?? {};
   const table = (rows, label) => {
-    const made = new Table(
-      [
-        { key: "field", name: "field", head: true, value: (row) => row.field, show: (row) => h("code", {}, row.field) },
-        {
-          key: "value",
-          name: "value",
-          free: true,
-          value: (row) => shown(row.value),
-          show: (row, value) => h("strong", {}, value),
-        },
-        { key: "origin", name: "from", value: (row) => row.origin },
-        {
-          key: "why",
-          name: "reason",
-          free: true,
-          value: (row) => row.why,
-          show: (row, value) => value && h("span", { class: "soft" }, value),
-        },
-      ],
-      { label, file: `${run.name} ${label}.csv` },
-    );
+    const made = recipeTable({ label, file: `${run.name} ${label}.csv` });
     made.set(rows);
     return made;
   };
