@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,11 @@ def asked(planner: Planner, options: dict[str, Any], **how: Any) -> dict[str, An
     return planner.plan(options, **{"memory": None, "gpu": None, "out": None, "thorough": True, **how})
 
 
+def without_free_memory(plan: dict[str, Any]) -> dict[str, Any]:
+    """What other programs leave free changes between two plans."""
+    return json.loads(re.sub(r"[0-9.]+ GiB usable", "usable", json.dumps(plan)))  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("how", [{}, {"gpu": "RTX 4090"}, {"memory": "600MB"}])
 def test_the_plan_is_that_of_the_command(planner: Planner, tiny_folder: Path, rows_file: Path, how: Any) -> None:
     options = {"model": str(tiny_folder), "data": str(rows_file), "lora.r": "8", "train.max_steps": 5}
@@ -37,7 +43,9 @@ def test_the_plan_is_that_of_the_command(planner: Planner, tiny_folder: Path, ro
     given = {"model": str(tiny_folder), "data": str(rows_file), "lora": {"r": 8}, "train": {"max_steps": 5}}
     expected = strop.plan(**{**given, **how, **memory}).as_json()
     same = set(expected) - {"rate", "memory_bytes", "usable_bytes", "largest"}  # of a machine that others use too
-    assert {name: found[name] for name in same} == {name: expected[name] for name in same}
+    assert without_free_memory({name: found[name] for name in same}) == without_free_memory(
+        {name: expected[name] for name in same}
+    )
     assert found["rows"] == {"known": True, "number": 24, "measuring": False, "why": ""} and found["here"] == (
         "gpu" not in how
     )

@@ -190,15 +190,15 @@ def _execute(
     with ExitStack() as stack:
         more = stack.enter_context(tracking(recipe.track if devices.main else [], folder.path, config))
         log = EventLog(folder.events if devices.main else None, [*listeners, *more])
-        log.emit("machine", lines=setup.machine.lines())
-        log.emit("recipe", choices=[asdict(choice) for choice in setup.resolved.choices.values()])
-        log.emit("data", report=setup.data.report.as_json())
-        for text in remarks(setup):
-            log.emit("note", text=text)
-        memory = mark(recipe.model.device)
-        stack.enter_context(blaming(setup.shape.family))
         job: Job | None = None
         try:
+            log.emit("machine", lines=setup.machine.lines())
+            log.emit("recipe", choices=[asdict(choice) for choice in setup.resolved.choices.values()])
+            log.emit("data", report=setup.data.report.as_json())
+            for text in remarks(setup):
+                log.emit("note", text=text)
+            memory = mark(recipe.model.device)
+            stack.enter_context(blaming(setup.shape.family))
             model = _build(setup, resuming)
             job = _job(folder, setup, model, log, devices)
             if resuming and devices.once(folder.checkpoints):
