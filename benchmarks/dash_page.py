@@ -1,4 +1,4 @@
-"""How quickly the page of `strop dash` opens a long run and a long table, and what memory the tab then takes.
+"""How quickly the page of `strop dash` opens a long run and a long table, and what memory the tab and the server take.
 
     python benchmarks/dash_page.py --out benchmarks/results/dash_page.json
 
@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -74,11 +76,14 @@ def main() -> None:
             (f"a table of {given.runs} runs", many, "/runs", f"tbody tr >> nth={given.runs - 1}"),
         ):
             with dashing(folder) as dash:
+                server = psutil.Process(dash.process.pid)
+                began = server.memory_info().rss / 1e6
                 opens = [opened(browser, dash, address, whole) for _ in range(1 + given.repeats)]
+                memory = server.memory_info().rss / 1e6
             warm = [seconds for seconds, _ in opens[1:]]
             results[name] = {
                 "first_s": opens[0][0], "median_s": statistics.median(warm), "least_s": min(warm), "most_s": max(warm),
-                **opens[-1][1],
+                **opens[-1][1], "server_mb_before": began, "server_mb": memory,
             }  # fmt: skip
             print(name, {key: round(value, 3) for key, value in results[name].items()})
     if given.out:

@@ -222,3 +222,12 @@ def test_our_scripts_make_no_markup() -> None:
     texts = {file.name: file.read_text(encoding="utf-8") for file in scripts}
     assert len(texts) > 15 and not [name for name, text in texts.items() if re.search(ways, text)]
     assert not re.search(r" style=|<style|<script>| on\w+=", (STATIC / "index.html").read_text(encoding="utf-8"))
+
+
+def test_what_can_be_made_is_what_the_commands_make() -> None:
+    from strop.exporting import parity, verify
+
+    text = (STATIC / "screens" / "take.js").read_text(encoding="utf-8")
+    types = re.search(r"GGUF_TYPES = (\[.*?\]);", text)
+    assert types and json.loads(types[1]) == list(verify.LIMITS)
+    assert set(re.findall(r'"([bf]p?f?\d+)"', text.replace(types[1], ""))) == set(parity.LIMITS)

@@ -1,4 +1,5 @@
-"""The whole story by clicks: look at data, plan, start, watch, stop, evaluate, vote, merge, talk, delete."""
+"""The whole story by clicks on the demo's data: look at it, plan, start, watch, stop, resume, evaluate, vote, merge,
+export, talk, compare, delete."""
 
 from __future__ import annotations
 
@@ -6,17 +7,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from strop.demo import data_files
 from tests.support.browser import at, open_tab
 from tests.support.dashing import dashing
-from tests.support.tiny import write_rows
 
 LONG = 180_000  # a child process imports torch and may compile, on a machine that does other things too
 
 
 def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_folder, tmp_path / "tiny-model")
-    write_rows(tmp_path / "rows.jsonl", 24)
-    write_rows(tmp_path / "held-out.jsonl", 8)
+    for file, name, number in zip(data_files(), ("rows.jsonl", "held-out.jsonl"), (24, 8), strict=True):
+        some = file.read_text(encoding="utf-8").splitlines(keepends=True)[:number]
+        (tmp_path / name).write_text("".join(some), encoding="utf-8")
     with dashing(Path("runs"), tmp_path) as dash, open_tab(browser, dash) as tab:
         page = tab.page
         page.set_default_timeout(LONG)
@@ -56,6 +58,12 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
         page.reload()  # what is shown stands in the folder
         page.wait_for_selector(".plot canvas")
         assert page.locator(".progress").text_content() == step and "of 9,000" in step
+        press("Resume")
+        page.wait_for_selector(".state.running")
+        follow("Training")
+        page.wait_for_function("(was) => document.querySelector('.progress')?.textContent !== was", arg=step)
+        press("Stop and save")
+        page.wait_for_selector(".state.stopped")
 
         press("Duplicate")
         page.wait_for_selector("text=It fits")
@@ -82,6 +90,13 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
         press("Make it: Merged model")
         page.wait_for_selector("text=The same model, as measured.")
         assert list((tmp_path / "runs" / "second" / "merged").glob("*.safetensors"))
+        press("Make it: GGUF file")
+        measured = ":is(.verdict, .soft):text-matches('^(The same model, as measured|Parity was not measured: .)')"
+        page.wait_for_selector(f"{measured} >> nth=1")  # not measured where llama.cpp is not installed
+        press("Make it: Ollama")
+        page.wait_for_selector(f"{measured} >> nth=2")
+        page.wait_for_selector("code:text('ollama create')")
+        assert (tmp_path / "runs" / "second" / "ollama" / "Modelfile").is_file()
 
         follow("Talk")
         press("Start")

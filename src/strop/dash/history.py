@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 
 from strop.dash.marks import mark_of
 from strop.dash.reading import DAMAGED, open_file
+from strop.machine.memory import give_back
 
 Event = dict[str, Any]
 Values = NDArray[np.float64]
 AXES = ("step", "epoch", "tokens", "time")
-CHUNK_BYTES = 1 << 18
+CHUNK_BYTES = 1 << 16
+LARGE_BYTES = 4 << 20  # of events read, or of columns drawn: what they took in passing goes back to the system
 MOST_STEPS = 1 << 40
 SMOOTHED_SHARE = 200  # a smoothed point is the mean over this part of the run to each side, 10 steps at least
 MOST_MARKS, MOST_SAVES, MOST_UNDONE = 5000, 200, 5000
@@ -89,6 +91,8 @@ class History:
                     self._take(waiting[:whole])
                     self._offset += whole
                     waiting = waiting[whole:]
+            if self._offset - before > LARGE_BYTES:
+                give_back()
             return self._offset != before
 
     def _take(self, lines: bytes) -> None:
@@ -261,6 +265,8 @@ class History:
         last.pop("event", None)
         if smooth is not None:
             last["smoothed"] = smooth
+        if self.num_bytes > LARGE_BYTES:
+            give_back()
         return {
             "by": by, "range": reach, "rows": len(x), "decimated": len(x) > 2 * points, "series": series,
             "last": last, "generation": self.generation,

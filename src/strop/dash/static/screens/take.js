@@ -1,8 +1,10 @@
 // Out of strop: merge, GGUF, Ollama, each with its measured parity.
 
-import { button, facts, fault, figure, h, link, ofRun, percent, post, put, select, to } from "../all.js";
+import { button, command, facts, fault, figure, h, link, ofRun, percent, post, put, select, to } from "../all.js";
 import { field } from "../dom.js";
 import { jobCard, jobCards } from "../jobs.js";
+
+const GGUF_TYPES = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]; // those with k want llama.cpp
 
 const KINDS = {
   merge: [
@@ -16,14 +18,14 @@ const KINDS = {
     "GGUF file",
     "For llama.cpp and what is built on it.",
     "q8_0",
-    ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "f16", "bf16", "f32"],
+    GGUF_TYPES,
     "type",
   ],
   ollama: [
     "Ollama",
     "A folder for `ollama create`: GGUF, template, parameters.",
     "q8_0",
-    ["q8_0", "q4_0", "f16"],
+    GGUF_TYPES,
     "type",
   ],
 };
@@ -97,7 +99,8 @@ function form(run, kind, [name, words, preset, types, option], onStart) {
 /** What the measurement of an export says. */
 function parity(job) {
   const told = job.result,
-    found = told.parity;
+    found = told.parity,
+    text = told.text;
   return h(
     "div",
     {},
@@ -121,6 +124,19 @@ function parity(job) {
             ],
           ]),
         ]
-      : h("p", { class: "soft" }, "Parity was not measured."),
+      : h("p", { class: "soft" }, `Parity was ${told.not_measured ?? "not measured"}.`),
+    text ? facts(ofText(text)) : null,
+    (told.notes ?? []).map((note) => h("p", { class: "soft" }, note)),
+    told.commands?.length ? [h("p", {}, "Now, in a terminal:"), told.commands.map(command)] : null,
   );
+}
+
+/** What llama.cpp made of the same words. */
+function ofText(text) {
+  return [
+    ["strings tokenized alike", `${text.strings} of 200`],
+    ["prompts equal", text.conversations],
+    ["greedy answers equal", `${text.answers_equal} of ${text.answers}`],
+    ["answers that stopped", text.answers_stopped],
+  ];
 }
