@@ -56,6 +56,20 @@ def opened(browser: Any, dash: Dash, address: str, whole: str) -> tuple[float, d
     return seconds, memory
 
 
+def idle(browser: Any, dash: Dash, address: str, whole: str, server: psutil.Process, seconds: float = 20.0) -> float:
+    """The share of one core that the server takes while a tab shows the screen and nothing happens."""
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(at(dash, address))
+    page.wait_for_selector(whole)
+    time.sleep(3)
+    server.cpu_percent()
+    time.sleep(seconds)
+    share = server.cpu_percent() / 100
+    context.close()
+    return share
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200_000)
@@ -80,10 +94,12 @@ def main() -> None:
                 began = server.memory_info().rss / 1e6
                 opens = [opened(browser, dash, address, whole) for _ in range(1 + given.repeats)]
                 memory = server.memory_info().rss / 1e6
+                share = idle(browser, dash, address, whole, server)
             warm = [seconds for seconds, _ in opens[1:]]
             results[name] = {
                 "first_s": opens[0][0], "median_s": statistics.median(warm), "least_s": min(warm), "most_s": max(warm),
                 **opens[-1][1], "server_mb_before": began, "server_mb": memory,
+                "idle_core_share": share,
             }  # fmt: skip
             print(name, {key: round(value, 3) for key, value in results[name].items()})
     if given.out:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from strop.dash.history import History, extremes, smoothed
+from strop.dash.marks import mark_of
 from strop.evaluation.report import _smoothed
 from tests.support.dashing import lines, session, step
 
@@ -147,3 +149,18 @@ def test_the_origin_of_a_value_outlives_a_resume(tmp_path: Path) -> None:
     ]
     found = {choice["field"]: choice for choice in history(tmp_path, *session(), step(1), *taken_over).choices}
     assert found["lora.r"]["origin"] == "option" and (found["seed"]["value"], found["seed"]["origin"]) == (9, "recipe")
+
+
+def test_memory_is_told_in_words() -> None:
+    tried = {"event": "rehearsal", "predicted_bytes": 3 << 29, "usable_bytes": 4 << 30, "done": True, "tokens": 9}
+    assert _told(tried) == "1.50 GiB predicted, 4.0 usable: its largest micro-batch was tried"
+    assert "nothing to try" in _told({**tried, "done": False})
+    assert _told({"event": "shrink", "step": 2, "to": "smaller pieces", "why": "no memory"}) == (
+        "out of memory at step 2; now smaller pieces: no memory"
+    )
+
+
+def _told(event: dict[str, Any]) -> str:
+    mark = mark_of(event)
+    assert mark is not None
+    return str(mark["text"])

@@ -102,3 +102,12 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
     assert pair["difference"]["low"] == pytest.approx(expected.low)
     assert pairs[frozenset(("low", "other"))]["difference"] is None
     assert found["verdict"].startswith("high scores highest (exact 91.7%): clearly above low; not clearly above other")
+
+
+def test_a_run_that_was_not_evaluated_is_named(tmp_path: Path) -> None:
+    for name in ("scored", "bare"):
+        folder = make_run(tmp_path, name, [*session(), step(1)], {"exit": 0})
+        if name == "scored":
+            evaluated(folder, [sample(number, False, True) for number in range(5)])
+    (pair,) = compare(Listing(tmp_path).rows(), {"scored": {}, "bare": {}})["pairs"]
+    assert pair["words"].endswith("cannot be compared: bare: not evaluated")

@@ -3,6 +3,7 @@ export, talk, compare, delete."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from tests.support.browser import at, open_tab
 from tests.support.dashing import dashing
 
 LONG = 180_000  # a child process imports torch and may compile, on a machine that does other things too
+
+FURTHER = (
+    "(was) => +(document.querySelector('.progress')?.textContent.replace(/,/g, '').match(/[0-9]+/) ?? [0])[0] > was"
+)
 
 
 def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Path) -> None:
@@ -61,7 +66,8 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
         press("Resume")
         page.wait_for_selector(".state.running")
         follow("Training")
-        page.wait_for_function("(was) => document.querySelector('.progress')?.textContent !== was", arg=step)
+        page.wait_for_function(FURTHER, arg=int(re.findall(r"\d+", step.replace(",", ""))[0]))
+        page.wait_for_selector("text=goes on from step")
         press("Stop and save")
         page.wait_for_selector(".state.stopped")
 

@@ -199,7 +199,7 @@ def _hits(folder: RunFolder) -> tuple[str, dict[str, bool]]:
         if isinstance(row.get("tuned_hit"), bool):
             key = json.dumps([row.get(name) for name in ("prompt", "gold", "chosen", "rejected")])
             found[key] = row["tuned_hit"]
-    return str((report.get("evaluation") or {}).get("metric")), found
+    return str((report.get("evaluation") or {}).get("metric") or ""), found
 
 
 def _pair(a: str, b: str, hits: dict[str, tuple[str, dict[str, bool]]]) -> dict[str, Any]:
@@ -207,7 +207,12 @@ def _pair(a: str, b: str, hits: dict[str, tuple[str, dict[str, bool]]]) -> dict[
     common = sorted(first.keys() & second.keys())
     told: dict[str, Any] = {"a": a, "b": b, "rows": len(common), "difference": None, "verdict": "unclear"}
     if not common or metric != other:
-        why = "no rows in common: evaluate both on the same data" if metric == other else f"{metric} against {other}"
+        unscored = [name for name, known in ((a, metric), (b, other)) if not known]
+        why = (
+            f"{' and '.join(unscored)}: not evaluated" if unscored
+            else "no rows in common: evaluate both on the same data" if metric == other
+            else f"{metric} against {other}"
+        )  # fmt: skip
         return {**told, "words": f"{a} and {b} cannot be compared: {why}"}
     found = paired_difference([first[key] for key in common], [second[key] for key in common])
     kind, words = verdict(Difference(found.value, found.low, found.high))

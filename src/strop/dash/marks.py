@@ -52,6 +52,12 @@ def _words(kind: str, event: dict[str, Any]) -> str:
         advice = [str(one) for one in event.get("advice") or []]
         said = "stopped by a signal, after saving" if why == "signal" else f"stopped: {why}"
         return "; ".join([said, *advice])
+    if kind == "rehearsal" and _whole(event.get("predicted_bytes")) and _whole(event.get("usable_bytes")):
+        need, usable = event["predicted_bytes"] / 2**30, event["usable_bytes"] / 2**30
+        tried = "its largest micro-batch was tried" if event.get("done") else "far below what there is: nothing to try"
+        return f"{need:.2f} GiB predicted, {usable:.1f} usable: {tried}"
+    if kind == "shrink":
+        return f"out of memory at step {step}; now {event.get('to')}: {why}"
     if kind == "end":
         return f"finished at step {step}"
     if kind == "note":

@@ -72,6 +72,17 @@ function deeds(run) {
         say("It will finish its step, save, and stop.");
       }),
     );
+  if (may.has("stop") && run.state === "stalled")
+    made.push(
+      button(
+        "Stop at once",
+        async () => {
+          await post(ofRun(run.name, "stop"), { force: true });
+          say("It is ended. What was saved before stays.");
+        },
+        { class: "danger", title: "For a run that answers to nothing: what was not saved is lost" },
+      ),
+    );
   if (may.has("resume"))
     made.push(
       button(

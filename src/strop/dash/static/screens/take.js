@@ -51,7 +51,10 @@ export async function show(place, { run, signal }) {
     forms,
     may
       ? Object.entries(KINDS).map(([kind, told]) =>
-          form(run, kind, told, (job) => jobs.prepend(jobCard(job, signal, { result: parity }))),
+          form(run, kind, told, (job) => {
+            jobs.querySelector(":scope > p")?.remove();
+            jobs.prepend(jobCard(job, signal, { result: parity }));
+          }),
         )
       : h("p", { class: "empty" }, "This run has no adapter to export yet."),
   );
@@ -120,7 +123,7 @@ function parity(job) {
             ["difference of loss", figure(found.loss_difference)],
             [
               "limit",
-              typeof found.limit === "number" ? figure(found.limit) : found.limit ? JSON.stringify(found.limit) : null,
+              found.limit ? `KL ${figure(found.limit.kl_mean)}, same token ${percent(found.limit.agreement, 1)}` : null,
             ],
           ]),
         ]
