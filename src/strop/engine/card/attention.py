@@ -14,13 +14,27 @@ from strop.engine.attention import Heads, over
 from strop.engine.functions import RmsNorm, apply
 from strop.engine.packed import Documents, Varlen
 
+Turned = Callable[[Tensor, Heads, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
-def on_card(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
-    """Through kernels of flash attention that take documents of any lengths, else through PyTorch's own attention."""
+
+def turned(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (T, heads, size) behind their norms and the rotary embedding, through autograd."""
+    q, k, v = heads.views(qkv)
+    if heads.q_norm and heads.k_norm:
+        q = apply(RmsNorm, over(q, heads.q_norm), heads.q_norm).view(q.shape)
+        k = apply(RmsNorm, over(k, heads.k_norm), heads.k_norm).view(k.shape)
+    return eager.rotate(q, cos, sin).to(qkv.dtype), eager.rotate(k, cos, sin).to(qkv.dtype), v
+
+
+def on_card(
+    qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents, turn: Turned = turned
+) -> Tensor:  # fmt: skip
+    """Through kernels of flash attention that take documents of any lengths, else through PyTorch's own attention.
+    turn: what gives q, k and v; heads.turned is the same by kernels."""
     varlen = varlen_kernel(qkv)
     if varlen is None:
-        return sdpa(qkv, heads, cos, sin, documents)
-    q, k, v = _turned(qkv, heads, cos, sin)
+        return sdpa(qkv, heads, cos, sin, documents, turn)
+    q, k, v = turn(qkv, heads, cos, sin)
     cut = documents.varlen
     if cut.keys is not None:  # a shared prefix stands in front of each document's own keys
         k, v = k[cut.keys], v[cut.keys]
@@ -56,18 +70,11 @@ def varlen_kernel(like: Tensor) -> Callable[[Tensor, Tensor, Tensor, Varlen, Hea
     return attend
 
 
-def _turned(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (T, heads, size) behind their norms and the rotary embedding, through autograd."""
-    q, k, v = heads.views(qkv)
-    if heads.q_norm and heads.k_norm:
-        q = apply(RmsNorm, over(q, heads.q_norm), heads.q_norm).view(q.shape)
-        k = apply(RmsNorm, over(k, heads.k_norm), heads.k_norm).view(k.shape)
-    return eager.rotate(q, cos, sin).to(qkv.dtype), eager.rotate(k, cos, sin).to(qkv.dtype), v
-
-
-def sdpa(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+def sdpa(
+    qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents, turn: Turned = turned
+) -> Tensor:  # fmt: skip
     """The same through PyTorch's own attention and autograd: for devices that have fused kernels for it."""
-    q, k, v = _turned(qkv, heads, cos, sin)
+    q, k, v = turn(qkv, heads, cos, sin)
     out = qkv.new_zeros(len(qkv), heads.query, heads.size)
     for part in documents.layout.buckets:
         length, keys = part.queries.shape[1], part.keys.shape[1]
