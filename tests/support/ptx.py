@@ -1,6 +1,6 @@
 """The kernels for cards as Triton compiles them for an architecture, without a card: what each reads, writes and needs.
 
-    python -m tests.support.ptx 90 120        prints JSON: {"90": {kernel: {...}}, ...}
+    python -m tests.support.ptx 90 120        prints JSON: {"90": {kernel: {...}}, ...}, with variants for the first
 
 Each operation is called on tensors that are not there (`meta`), in the shapes of an 8B Llama or as `SHAPES` says, so
 that Triton sees the types and divisors that it sees in a run.
@@ -82,6 +82,7 @@ def four_bit() -> None:
 DROPPED = Dropped(1, 2, nothing(T, dtype=torch.int64), (1, 2, 3), (6554, 6554, 6554))
 OPERATIONS: dict[str, Callable[[], object]] = {
     "norm": lambda: rows.rms_norm(nothing(T, H), nothing(H), 1e-5, 0.0),
+    "norm, of 576": lambda: rows.rms_norm(nothing(T, 576), nothing(576), 1e-5, 0.0),
     "norm backward": lambda: rows.rms_norm_backward(nothing(T, H), nothing(T, H), nothing(H), 1e-5, 0.0),
     "glu": lambda: rows.glu(nothing(T, 2 * INNER), "silu"),
     "glu backward": lambda: rows.glu_backward(nothing(T, INNER), nothing(T, 2 * INNER), "silu"),
@@ -89,10 +90,10 @@ OPERATIONS: dict[str, Callable[[], object]] = {
     "cross entropy": lambda: loss.cross_entropy_(
         nothing(T, V), nothing(T, dtype=torch.int64), nothing(T, dtype=torch.float32), 0.0, True
     ),
-    "turn": lambda: turn(False),
-    "turn, normed": lambda: turn(True),
-    "turn backward": lambda: turn_backward(False),
-    "turn backward, normed": lambda: turn_backward(True),
+    "turn": lambda: turn(True),
+    "turn, no norms": lambda: turn(False),
+    "turn backward": lambda: turn_backward(True),
+    "turn backward, no norms": lambda: turn_backward(False),
     "spread": lambda: drops.spread(nothing(T, H), DROPPED),
     "fold": lambda: drops.fold(nothing(T, 3 * H), DROPPED),
     "four bit": four_bit,
@@ -134,12 +135,11 @@ def about(kernel: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    found = {
-        arch: {
-            name: [about(kernel) for kernel in compiled(int(arch), operation)] for name, operation in OPERATIONS.items()
-        }
-        for arch in sys.argv[1:]
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for arch in sys.argv[1:]:
+        asked = {name: operation for name, operation in OPERATIONS.items() if arch == sys.argv[1] or "," not in name}
+        kernels = {name: compiled(int(arch), operation) for name, operation in asked.items()}
+        found[arch] = {name: about(kernel) for name, (kernel,) in kernels.items()}
     print(json.dumps(found))
 
 
