@@ -42,8 +42,9 @@ def _compile(compiler: str, made: Path) -> None:
     assert spec is not None and spec.origin is not None
     home, half = Path(spec.origin).parent, made.with_suffix(".half")
     include, libraries = home / "include", home / "lib"
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     command = [
-        compiler, "-shared", "-fPIC", "-O0", "-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        compiler, "-shared", "-fPIC", "-O0", "-std=c++20", abi,
         f"-I{include}", f"-I{include}/torch/csrc/api/include", str(SOURCE), "-o", str(half),
         f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}",
     ]  # fmt: skip

@@ -9,7 +9,7 @@ import ctypes
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,21 @@ def start(library: Path) -> None:
 
 start(Path(sys.argv[1]))
 
+import bitsandbytes._ops  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 from torch.autograd.function import BackwardCFunction  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode_temporarily  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import strop  # noqa: E402
 
 SOURCE = str(Path(strop.__file__).parent)
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+FAKE_KEY = torch._C._TorchDispatchModeKey.FAKE
 SCALARS = {"__bool__": True, "__float__": 1.0, "__int__": 0, "__index__": 0}
 # What allocates, and what looks at a tensor in another shape: no kernel runs.
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "detach", "alias"}
@@ -86,15 +88,16 @@ class Card(TorchFunctionMode):
         super().__init__()
         self.stage = ""
         self.waits: Counter[tuple[str, str, str]] = Counter()
-        self.pinned: set[int] = set()
+        self.pinned: dict[int, Tensor] = {}
 
     @contextmanager
     def present(self) -> Iterator[None]:
-        """Also in autograd's threads, which have no modes of their own."""
+        """Also in autograd's threads, which take over FAKE from the call of backward, and not this mode."""
         own = BackwardCFunction.apply
 
         def apply(function: Any, *args: Any) -> Any:
-            with self:
+            taken_over = torch._C._get_dispatch_mode(FAKE_KEY) is not None
+            with _pop_mode_temporarily(FAKE_KEY) if taken_over else nullcontext(), self:
                 return own(function, *args)
 
         BackwardCFunction.apply = apply
@@ -117,11 +120,10 @@ class Card(TorchFunctionMode):
         if name == "equal" and any(map(is_fake, args)):
             self.note("read equal")
             return False
-        if name == "pin_memory":
-            self.pinned.add(first.untyped_storage().data_ptr())
-            return first
-        if name == "is_pinned":
-            return first.untyped_storage().data_ptr() in self.pinned
+        if name == "pin_memory" or kwargs.pop("pin_memory", False):
+            real = first if name == "pin_memory" else func(*args, **kwargs)
+            self.pinned[real.untyped_storage().data_ptr()] = real  # kept, so that nothing else comes to lie there
+            return real
         if is_fake(first) and name == "cpu":
             self.note("copy to the host")
             return answered(first)
@@ -199,6 +201,7 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.kernels: Counter[str] = Counter()
         self.alive: dict[int, int] = {}
+        self.references: dict[int, Any] = {}
         self.now = self.peak = self.hidden = 0
         self.peak_at = ""
 
@@ -222,8 +225,6 @@ class Meter(TorchDispatchMode):
         self.now += size
         if self.now > self.peak:
             self.peak, self.peak_at = self.now, frames(3)
-
-    references: dict[int, Any] = {}
 
     def known(self, x: Tensor) -> None:
         """Leaves a tensor out of what is alive: weights are counted apart."""
@@ -263,25 +264,40 @@ def apply_anew(self: Any, change: Any, recurse: bool = True) -> Any:
     return self
 
 
-def install(capability: tuple[int, int] = (9, 0), memory: int = 80 << 30) -> None:
-    """Makes torch.cuda tell of one card. Its memory is never full."""
+class Unchecked:
+    """torch for bitsandbytes' fake operations, of which one takes a shape that is a list for another shape."""
+
+    def __getattr__(self, name: str) -> Any:
+        return (lambda *_: None) if name == "_check" else getattr(torch, name)
+
+
+class Kind:
+    """The card that torch.cuda tells of: its memory, a gibibyte of it in use by others, is never full."""
+
+    capability = (9, 0)
+    memory_bytes = 80 << 30
+
+
+def install() -> None:
+    """Makes torch.cuda tell of one card of the Kind."""
     del FakeTensor.tolist  # one read for each number
     FakeTensor.data_ptr = data_ptr
     of_real = torch.UntypedStorage.data_ptr
     torch.UntypedStorage.data_ptr = lambda self: self._cdata if self.device.type in ("cuda", "meta") else of_real(self)
     torch.nn.Module._apply = apply_anew
+    bitsandbytes._ops.torch = Unchecked()
     state = torch.zeros(16, dtype=torch.uint8)
     nothing = lambda *_, **__: None  # noqa: E731
     told = {
         "is_available": lambda: True, "is_initialized": lambda: True, "_lazy_init": nothing,
         "device_count": lambda: 1, "current_device": lambda: 0, "set_device": nothing, "synchronize": nothing,
-        "mem_get_info": lambda device=None: (memory - (1 << 30), memory), "memory_reserved": lambda device=None: 0,
+        "mem_get_info": lambda device=None: (Kind.memory_bytes - (1 << 30), Kind.memory_bytes), "memory_reserved": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0, "max_memory_allocated": lambda device=None: 1 << 30,
         "reset_peak_memory_stats": nothing, "empty_cache": nothing,
         "get_rng_state": lambda device="cuda": state.clone(), "set_rng_state": nothing,
         "manual_seed": nothing, "manual_seed_all": nothing, "is_current_stream_capturing": lambda: False,
-        "get_device_capability": lambda device=None: capability, "get_device_name": lambda device=None: "Fake",
-        "is_bf16_supported": lambda including_emulation=True: capability >= (8, 0),
+        "get_device_capability": lambda device=None: Kind.capability, "get_device_name": lambda device=None: "Fake",
+        "is_bf16_supported": lambda including_emulation=True: Kind.capability >= (8, 0),
     }  # fmt: skip
     for name, answer in told.items():
         setattr(torch.cuda, name, answer)
