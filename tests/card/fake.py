@@ -299,6 +299,7 @@ def install() -> None:
         "get_device_capability": lambda device=None: Kind.capability, "get_device_name": lambda device=None: "Fake",
         "is_bf16_supported": lambda including_emulation=True: Kind.capability >= (8, 0),
     }  # fmt: skip
+    torch.backends.cuda.is_flash_attention_available = lambda: True
     for name, answer in told.items():
         setattr(torch.cuda, name, answer)
         if hasattr(torch.cuda.random, name):
