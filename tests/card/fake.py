@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -192,10 +192,7 @@ class Card(TorchFunctionMode):
 
 
 class Meter(TorchDispatchMode):
-    """Counts kernels by operation, and the bytes that are alive on the card.
-
-    hidden: inside it operations are taken for one kernel that keeps only its result.
-    """
+    """Counts kernels by operation, and the bytes that are alive on the card."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,6 +226,23 @@ class Meter(TorchDispatchMode):
     def known(self, x: Tensor) -> None:
         """Leaves a tensor out of what is alive: weights are counted apart."""
         self.alive.setdefault(x.untyped_storage()._cdata, 0)
+
+    def one_kernel(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """A function that is taken for one kernel, which keeps nothing but what it gives."""
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            self.hidden += 1
+            try:
+                found = function(*arguments, **named)
+            finally:
+                self.hidden -= 1
+            if not self.hidden:
+                self.kernels[name] += 1
+                for x in tree_leaves(found):
+                    self.keep(x)
+            return found
+
+        return counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -21,6 +21,7 @@ import torch
 import strop
 from strop.engine.fast import FastLoss
 from strop.training import loop
+from tests.card import sizes
 from tests.support.tiny import save_tiny, write_rows
 
 CARD = fake.Card()
@@ -113,7 +114,12 @@ def answer(model: str, **options: Any) -> dict[str, Any]:
     return {"text": text, "packed": packed}
 
 
-PLAYS: dict[str, Callable[..., dict[str, Any]]] = {"train": train, "answer": answer}
+def step(**case: Any) -> dict[str, Any]:
+    """One step of a model of any size (tests/card/sizes.py)."""
+    return sizes.step(CARD, sizes.Case(**case))
+
+
+PLAYS: dict[str, Callable[..., dict[str, Any]]] = {"train": train, "answer": answer, "step": step}
 
 
 def main() -> None:

@@ -66,9 +66,10 @@ IN_PYTORCH = InPyTorch()
 
 
 def on_card(
-    qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents, turns: Turns = IN_PYTORCH
+    qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents, turns: Turns | None = None
 ) -> Tensor:
-    """qkv (T, all) to the heads' output (T, query size)."""
+    """qkv (T, all) to the heads' output (T, query size). turns: in kernels of a card's own, where it has them."""
+    turns = turns or IN_PYTORCH
     if has_flash(qkv, heads):
         return apply(FlashAttention, qkv, heads, cos, sin, documents.varlen, turns)
     return padded(qkv, heads, cos, sin, documents, turns)
