@@ -22,7 +22,7 @@ class Quantized(Protocol):
     weight: nn.Parameter
     in_features: int
 
-    def dequantized(self) -> Tensor: ...
+    def dequantized(self, out: Tensor | None = None) -> Tensor: ...
 
     def packed(self) -> PackedWeight | None: ...
 
@@ -137,21 +137,19 @@ class Workspace:
     def side_by_side(self, bases: Sequence[Any]) -> Tensor:
         """The weights of linear layers with the same input, dequantized, as rows of one (n, k)."""
         if len(bases) == 1:
-            return _weight_of(bases[0])
-        at, whole = 0, None
+            base = bases[0]
+            return base.dequantized().detach() if isinstance(base, Quantized) else base.weight.detach()
+        like = next(base for base in bases if isinstance(base, Quantized))
+        rows = sum(base.out_features for base in bases)
+        whole, at = self._weights(rows, like.in_features, like.weight.new_empty(0, dtype=like.dtype)), 0
         for base in bases:  # one at a time: two of an 8B model's are 235 MB
-            part = _weight_of(base)
-            if whole is None:
-                whole = self._weights(sum(base.out_features for base in bases), bases[0].in_features, part)
-            whole[at : at + len(part)].copy_(part)
-            at += len(part)
-        assert whole is not None
+            place = whole[at : at + base.out_features]
+            if isinstance(base, Quantized):
+                base.dequantized(place)
+            else:
+                place.copy_(base.weight.detach())
+            at += base.out_features
         return whole
-
-
-def _weight_of(base: Any) -> Tensor:
-    weight: Tensor = base.dequantized() if isinstance(base, Quantized) else base.weight
-    return weight.detach()
 
 
 def _side_by_side(parts: list[nn.Parameter]) -> Tensor:

@@ -43,9 +43,9 @@ class Processor:
 
             if not self.kernels:
                 return on_card
-            from strop.engine.card.heads import turned
+            from strop.engine.card import heads
 
-            return partial(on_card, turn=turned)
+            return partial(on_card, turns=cast(Any, heads))
         if self.tiled(size, softcap):
             from strop.engine.cpu.attention import TileAttention  # its import starts threads
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from strop.engine.attention import Heads
-from strop.engine.device import measure
+from strop.engine.device import measure, pick_dtype
 from strop.engine.functions import apply
 from strop.engine.head import SupervisedLoss
 from strop.engine.packed import Documents
@@ -51,7 +51,7 @@ def cards(machine: Machine) -> Iterator[Finding]:
         why = "training would run on the CPU; see docs/troubleshooting.md#cuda"
         yield Finding("error", what, why, fix if torch.version.cuda is None else "# update the NVIDIA driver")
         return
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
+    if pick_dtype("cuda")[0] != "bf16":
         yield Finding("warning", f"{machine.gpus[0]} has no bf16", "the base is held in fp32: twice the memory")
     else:
         yield Finding("ok", f"{machine.gpus[0]}: torch can use it, in bf16")

@@ -257,7 +257,9 @@ def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, 
         criterion = OfGroups(recipe.train, recipe.seed, model, setup.tokenizer, ends, rewards, weights, log)
     else:
         criterion = criterion_for(recipe.train, model, devices)
-    return Job(recipe, folder, model, step, train, held_out, state, log, stream, setup.memory_key, criterion, devices)
+    usable = usable_bytes(setup.machine, of.device)
+    remembered = setup.memory_key, usable
+    return Job(recipe, folder, model, step, train, held_out, state, log, stream, *remembered, criterion, devices)
 
 
 def reference_key(setup: Setup) -> dict[str, str]:

@@ -16,6 +16,7 @@ from strop.engine import dropout, eager
 from strop.engine.attention import Heads, over
 from strop.engine.card import drops, kernels, unpack
 from strop.engine.card import heads as heads_
+from strop.engine.card.attention import Turn
 from strop.engine.dropout import Dropped
 from strop.engine.fast import FastLoss
 from strop.engine.functions import Norm, Ops
@@ -130,7 +131,7 @@ def test_heads(dtype: torch.dtype, query: int, key_value: int, size: int, pairs:
                 by = over(expected[i], own)
                 expected[i] = eager.rms_norm(by, own.weight.double(), own.eps, own.offset).view(expected[i].shape)
             expected[i] = eager.rotate(expected[i], cos.double(), sin.double())
-        found = heads_.turned(qkv, shape, cos, sin)
+        found = Turn.apply(qkv, shape, cos, sin, heads_)
         ups = [made(*x.shape[::-1], dtype=dtype).permute(2, 1, 0) for x in found]  # no two numbers side by side
         ups[0] = made(query, rows, size, dtype=dtype).transpose(0, 1)  # and as flash attention may give them
         share = 4 * LAST_BIT[dtype]

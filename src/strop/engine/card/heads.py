@@ -7,12 +7,11 @@ turned, number i with number m + i.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
-from torch.autograd import Function
 from triton.language import constexpr, tensor
 
 from strop.engine.attention import Heads, over
@@ -192,24 +191,3 @@ def _norms_of(heads: Heads, like: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[
         return (like, like), (0.0, 0.0)
     assert (heads.q_norm.eps, heads.q_norm.offset) == (heads.k_norm.eps, heads.k_norm.offset)
     return (heads.q_norm.weight, heads.k_norm.weight), (heads.q_norm.eps, heads.q_norm.offset)
-
-
-class Turn(Function):
-    """qkv to q, k and v (T, heads, size), q and k through `turn`; saves qkv alone."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.heads = heads
-        ctx.save_for_backward(qkv, cos, sin)
-        return *turn(qkv, heads, cos, sin), heads.views(qkv)[2]
-
-    @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Any:
-        qkv, cos, sin = ctx.saved_tensors
-        return turn_backward((dq, dk, dv), qkv, ctx.heads, cos, sin), None, None, None
-
-
-def turned(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As attention.turned: q, k, v (T, heads, size), differentiable in qkv."""
-    found: tuple[Tensor, Tensor, Tensor] = cast(Any, Turn).apply(qkv, heads, cos, sin)
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,14 @@ def start(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **c
         return
     if like.device.type == "cuda" and like.device.index != torch.cuda.current_device():
         with torch.cuda.device(like.device):
-            kernel[grid](*arguments, **constants)
+            launch(kernel, grid, arguments, constants)
     else:
-        kernel[grid](*arguments, **constants)
+        launch(kernel, grid, arguments, constants)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: Mapping[str, Any]) -> None:
+    """The one place where a kernel of this room is started, on the current device."""
+    kernel[grid](*arguments, **constants)
 
 
 def power(n: int) -> int:
