@@ -86,6 +86,16 @@ def kernels_lack(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> s
     return why_not(torch.device("cuda", index))
 
 
+def unpacking(device: torch.device, dtype: torch.dtype) -> Any:
+    """engine.card.unpack: weights in 4 and 8 bit as numbers of this type, by a card's own kernels; None where there are
+    none."""
+    if kernels_lack(device, dtype) is not None:
+        return None
+    from strop.engine.card import unpack
+
+    return unpack
+
+
 def processor_for(device: torch.device, dtype: torch.dtype, *, warm: bool = True) -> Processor:
     """numba's loops on a CPU, Triton's kernels on a card, else PyTorch's plain operations: the same numbers.
 

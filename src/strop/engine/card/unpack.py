@@ -41,7 +41,7 @@ def _four_bit(
     first = block.to(tl.int64)[:, None] * PAIRS
     there = (pair < PAIRS) & (first + pair < bytes)
     two = tl.load(packed + first + pair, mask=there, other=0).to(tl.int32)
-    numbers = tl.interleave(tl.load(code + (two >> 4)), tl.load(code + (two & 15))) * constant[:, None]
+    numbers = tl.interleave(tl.load(code + (two >> 4)), tl.load(code + (two & 15))).to(tl.float32) * constant[:, None]
     place = tl.arange(0, 2 * WIDE)[None, :]
     there = (place < 2 * PAIRS) & (2 * first + place < count)
     tl.store(out + 2 * first + place, numbers.to(out.dtype.element_ty), mask=there)
