@@ -81,7 +81,11 @@ def failing(calls: Sequence[int], above: int | None) -> Iterator[None]:
 
 
 def train(
-    model: str = "tiny", resume: bool = False, fail_calls: Sequence[int] = (), fail_above: int | None = None, **options: Any
+    model: str = "tiny",
+    resume: bool = False,
+    fail_calls: Sequence[int] = (),
+    fail_above: int | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """A run of a tiny model to its end; the waits inside its steps, by kind and line. resume: it is stopped behind its
     second step, and goes on from there."""

@@ -116,4 +116,3 @@ def _cut(job: Job) -> tuple[int, str]:
     if train.micro_batch_tokens is not None:
         return max(1, train.micro_batch_tokens >> halvings), "tokens"
     return max(1, (train.micro_batch or 1) >> halvings), "rows"
-
