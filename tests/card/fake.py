@@ -252,10 +252,20 @@ class Meter(TorchDispatchMode):
         if made or any(is_fake(x) for x in tree_leaves((args, kwargs))):
             name = func.name().partition("::")[2].partition(".")[0]
             if not func.is_view and name not in NO_KERNEL and func.namespace != "prim":
-                self.kernels[name] += 1
+                self.kernels[name] += _launches(name, args)
         for x in made:
             self.keep(x)
         return out
+
+
+def _launches(name: str, args: Any) -> int:
+    """Of an operation; PyTorch's operations on lists take 64 tensors, or 320 pieces of 65,536 numbers, a kernel."""
+    if not name.startswith("_foreach"):
+        return 1
+    tensors = args[0]
+    if any(not x.is_contiguous() for x in tensors):
+        return len(tensors)
+    return max(-(-len(tensors) // 64), -(-sum(-(-x.numel() // 65536) for x in tensors) // 320))
 
 
 def data_ptr(x: Tensor) -> int:
@@ -305,7 +315,8 @@ def install() -> None:
     told = {
         "is_available": lambda: True, "is_initialized": lambda: True, "_lazy_init": nothing,
         "device_count": lambda: 1, "current_device": lambda: 0, "set_device": nothing, "synchronize": nothing,
-        "mem_get_info": lambda device=None: (Kind.memory_bytes - (1 << 30), Kind.memory_bytes), "memory_reserved": lambda device=None: 0,
+        "mem_get_info": lambda device=None: (Kind.memory_bytes - (1 << 30), Kind.memory_bytes),
+        "memory_reserved": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0, "max_memory_allocated": lambda device=None: 1 << 30,
         "reset_peak_memory_stats": nothing, "empty_cache": nothing,
         "get_rng_state": lambda device="cuda": state.clone(), "set_rng_state": nothing,

@@ -120,6 +120,8 @@ class FastLoss:
         """What the output embedding takes for each label (M, h); scaled: with the factor that some families have."""
         if self.watch is not None:
             self.watch.begin()
+        linears = [one for layer in self._layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        self._processor.lay_out(linears, self._head.weight.dtype)
         hidden = self._model.embedded(batch.ids)
         if self._family.embedding_norm:
             hidden = apply(RmsNorm, hidden, self._norm)

@@ -48,6 +48,18 @@ def base_of(module: Any) -> Any:
     return module.base_layer if isinstance(module, LoraLayer) else module
 
 
+@dataclass(frozen=True)
+class OnIt:
+    """The adapters on linear modules that share their input: A_1, B_1, A_2, ..., DoRA's magnitudes, the columns and
+    scales of Adapters, and the module of each that drops."""
+
+    parts: list[Tensor]
+    magnitudes: list[Tensor]
+    columns: tuple[tuple[int, int], ...]
+    scales: tuple[float, ...]
+    dropouts: list[Any]
+
+
 class Joined:
     """Linear modules that share their input, as one frozen weight, with the adapters that are active on them now.
 
@@ -78,15 +90,19 @@ class Joined:
             whole = _side_by_side([base.weight for base in self.bases])
             self.weight = lambda: whole
         self.places = [base.weight.data_ptr() for base in self.bases]
+        self.operands: LoraProducts | None = None  # of the adapters, where they are laid out beforehand
 
-    def __call__(self, x: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
-        """tokens: the key of each row of x (dropout.token_keys)."""
+    @property
+    def outputs(self) -> int:
+        return sum(base.out_features for base in self.bases)
+
+    def on_it(self) -> OnIt:
+        """The adapters that are active now."""
         adapters: list[Tensor] = []
         dropouts: list[Any] = []
         magnitudes: list[Tensor] = []
         columns, scales, at = [], [], 0
-        for module, base, place in zip(self.modules, self.bases, self.places, strict=True):
-            assert base.weight.data_ptr() == place, "the model's weights were moved or replaced after FastLoss"
+        for module, base in zip(self.modules, self.bases, strict=True):
             width = base.out_features
             if isinstance(module, LoraLayer) and not module.disable_adapters and not module.merged:
                 for name in module.active_adapters:
@@ -98,10 +114,17 @@ class Joined:
                         dropouts.append(module.lora_dropout[name])
                         scales.append(float(module.scaling[name]) * grown(_level(dropouts[-1])))
             at += width
-        products, dropped = self._products(adapters), _dropped(dropouts, tokens)
-        lies = tuple(columns), tuple(scales), self.room, dropped, self.drops
-        frozen = Frozen(self.weight, self.bias, products, *lies, self._dora_of(magnitudes))
-        return apply(LoraLinear, x, frozen, self.enter, residual, *adapters, *magnitudes)
+        return OnIt(adapters, magnitudes, tuple(columns), tuple(scales), dropouts)
+
+    def __call__(self, x: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
+        """tokens: the key of each row of x (dropout.token_keys)."""
+        for base, place in zip(self.bases, self.places, strict=True):
+            assert base.weight.data_ptr() == place, "the model's weights were moved or replaced after FastLoss"
+        now = self.on_it()
+        products, dropped = self.operands or self._products(now.parts), _dropped(now.dropouts, tokens)
+        lies = now.columns, now.scales, self.room, dropped, self.drops
+        frozen = Frozen(self.weight, self.bias, products, *lies, self._dora_of(now.magnitudes))
+        return apply(LoraLinear, x, frozen, self.enter, residual, *now.parts, *now.magnitudes)
 
     def _dora_of(self, magnitudes: list[Tensor]) -> Dora | None:
         """The frozen rows' squares are taken once."""

@@ -278,9 +278,10 @@ class _Laid:
         whole = [np.concatenate(part) for part in (self.ids, self.positions, self.keys)]
         numbers = [*whole, row, picked, labels[used], *([owners[used]] if owned else [])]
         weight, *there = sent([weights[used], *map(_long, numbers)], device)
+        ids, positions, keys, row_of, pick, label = there[:6]
         documents = Documents(spans, self.tokens, device, prefixes if prefixes.any() else None)
         owner = there[6] if owned else None
-        return Packed(*there[:3], documents, *there[3:6], weight, owner, tuple(self.ends))
+        return Packed(ids, positions, keys, documents, row_of, pick, label, weight, owner, tuple(self.ends))
 
 
 def sums_by_owner(log_probs: Tensor, weights: Tensor, owners: Tensor, number: int) -> Tensor:

@@ -15,6 +15,7 @@ from strop.engine import dropout, eager, lora
 from strop.engine.attention import Attention, Heads
 from strop.engine.dropout import Drops
 from strop.engine.functions import LoraProducts, Ops, apply
+from strop.engine.joined import Joined
 from strop.engine.packed import Documents
 from strop.machine.probe import TILED_RANK, probe
 
@@ -61,6 +62,14 @@ class Processor:
         return lambda adapters: cast(
             LoraProducts, lora if any(len(a) > TILED_RANK for a in adapters[::2]) else lora_tiles
         )
+
+    def lay_out(self, linears: Sequence[Joined], dtype: torch.dtype) -> None:
+        """In front of a micro-batch, for all linear layers that it goes through: what a card computes of their adapters
+        at once."""
+        if self.card:
+            from strop.engine.card.lora import lay_out
+
+            lay_out(linears, dtype)
 
 
 def drops_for(x: Tensor) -> Drops:

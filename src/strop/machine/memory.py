@@ -19,8 +19,8 @@ from strop.runs.folder import cache_folder, write_json
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 USABLE = 0.9  # of a memory limit: a layer's own workspace and the head come on top of what is seen between layers
-# What torch, oneDNN, numpy and the C++ library say when an allocation fails, and what CUDA's libraries do when they find
-# no room for their workspace (the second of cuBLAS where not even its handle has any).
+# What torch, oneDNN, numpy and the C++ library say when an allocation fails, and CUDA's libraries when they find no
+# room for their workspace (cuBLAS, where not even its handle has any, that it is not initialized).
 _NO_MEMORY = (
     "out of memory",
     "can't allocate memory",

@@ -165,7 +165,7 @@ class Turn(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         heads, turns = ctx.about
         qkv, cos, sin = ctx.saved_tensors
-        return turns.turn_backward(grads, qkv, heads, cos, sin), None, None, None, None  # type: ignore[arg-type]
+        return turns.turn_backward(grads, qkv, heads, cos, sin), None, None, None, None
 
 
 def padded(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents, turns: Turns) -> Tensor:
