@@ -33,7 +33,6 @@ from strop.runs.folder import RunFolder, is_run, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-ALL_LAYERS = 1 << 30
 STROP_FILE = "strop.json"  # beside adapter_config.json: base fingerprint, template and data hash
 
 
@@ -341,7 +340,8 @@ def load(
     """A run folder, an adapter folder, a model folder, a .gguf file, a Hub id or `demo`, ready to answer.
 
     dtype `auto`: bf16 on CUDA, and what the precision probe prefers on a CPU.
-    quantization: none, nf4, fp4, int8; `auto`: what the adapter was trained on (dequantized once), else none.
+    quantization: none, nf4, fp4, int8; `auto`: what the adapter was trained on (dequantized once, on a card as far as
+    there is room), else none.
     force: load an adapter on a base that it was not trained on, if it fits; the Model's notes say what differs.
     scores: a reward model, which answers nothing. Raises ModelError where it cannot be loaded.
     """
@@ -364,7 +364,7 @@ def load(
         where,
         quantization=scheme,
         double=bool(identity.get("double_quantization", True)),
-        resident_layers=ALL_LAYERS if quantization == "auto" else 0,
+        resident_layers=None if quantization == "auto" else 0,
     )
     if folder is None:
         return Model(name, base, tokenizer, Renderer(tokenizer), None, source=source, quantization=scheme)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from strop.engine.attention import Attention
-from strop.engine.card.attention import sdpa
+from strop.engine.card.attention import IN_PYTORCH, padded
 from tests.support.attention import check, documents_of, heads, rand, reference
 
 
@@ -41,7 +43,7 @@ def test_attention(
     expected = reference(qkv, shape, cos, sin, sees)
     upstream = rand(*expected.shape)
     (expected_grad,) = torch.autograd.grad(expected, qkv, upstream)
-    for attend in (Attention.apply,) if softcap else (Attention.apply, sdpa):
+    for attend in (Attention.apply,) if softcap else (Attention.apply, partial(padded, turns=IN_PYTORCH)):
         out = attend(qkv, shape, cos, sin, layout)
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(torch.autograd.grad(out, qkv, upstream)[0], expected_grad)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 import torch
+from packaging.version import Version
 
 from strop.engine.cpu.precision import measure as measure
 from strop.errors import DeviceError
@@ -14,17 +16,26 @@ from strop.machine.rates import keep_precision, known_precision
 
 LOG = logging.getLogger(__name__)
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second until PyTorch 2.8
+LEAST_BF16 = (8, 0)  # compute capability of the first cards with bf16 (Ampere)
 PRIMITIVES = 96  # one micro-batch of the fast step needs about 50 kinds of product
 
 
 def prepare_process() -> None:
-    """What this process must set before its first matrix product. What a user has set stays.
+    """What this process must set before its first matrix product, and before a card is looked at. What a user has set
+    stays.
 
     oneDNN and PyTorch each keep the code of the last 1,024 kinds of product. Packed micro-batches differ in length, and
-    each length is a kind of its own, at 0.6 MiB: on SmolLM2 that grew to 0.7 GiB (docs/log).
+    each length is a kind of its own, at 0.6 MiB: on SmolLM2 that grew to 0.7 GiB (docs/log). On a card they leave holes
+    of as many sizes, which PyTorch fills where its segments can grow. Cards are numbered as the driver lists them, so
+    that `strop plan`, which asks the driver, and CUDA mean the same one.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(PRIMITIVES))
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
+        name = ALLOCATOR[Version(torch.__version__) < Version("2.9")]
+        os.environ[name] = "expandable_segments:True"
 
 
 def pick_device(asked: str) -> str:
@@ -44,7 +55,7 @@ def pick_device(asked: str) -> str:
 def pick_dtype(device: str) -> tuple[str, str]:
     """(bf16 or fp32, why) for the frozen weights on this device."""
     if device.startswith("cuda"):
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= LEAST_BF16
         return ("bf16", "the card computes in bf16") if bf16 else ("fp32", "the card has no bf16 and fp16 overflows")
     if device == "mps":
         return "fp32", "bf16 is not reliable on every MPS release"

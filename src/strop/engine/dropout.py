@@ -20,6 +20,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from strop.engine.transfer import sent
+
 LEVELS = 1 << 16  # a draw is a number of 16 bits: a share is rounded to this many levels
 ROUNDS = 7  # the fewest with which Philox-4x32 passes BigCrush (Salmon et al., table 2)
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -138,9 +140,8 @@ def fold(grad: Tensor, dropped: Dropped) -> Tensor:
 def _keep(dropped: Dropped, width: int) -> Iterator[tuple[slice, Tensor]]:
     """What is kept, (rows, m, width) bool, some rows after the other: a draw takes 8 bytes and more."""
     device, many = dropped.tokens.device, len(dropped.numbers)
-    numbers = torch.tensor(dropped.numbers, device=device)
-    levels = torch.tensor(dropped.levels, device=device)
-    key = torch.tensor((dropped.seed, dropped.step), device=device)
+    asked = dropped.numbers, dropped.levels, (dropped.seed, dropped.step)
+    numbers, levels, key = sent([np.array(one, dtype=np.int64) for one in asked], device)
     block = max(1, DRAWN // (many * width))
     for begin in range(0, len(dropped.tokens), block):
         rows = slice(begin, begin + block)

@@ -72,7 +72,7 @@ class FastLoss:
         self._family, self._head = self._model.family, self._model.head
         self._device: torch.device = self._head.weight.device
         self._processor = processor_for(self._device, self._head.weight.dtype, warm=warm)
-        self._ops = self._processor.ops
+        self._ops, self.lacking = self._processor.ops, self._processor.lacking
         self._drops = drops_for(self._head.weight)
         self.masks = masks_of(model, drops_for)
         self._norm = self._norm_of(self._model.norm)
@@ -120,6 +120,8 @@ class FastLoss:
         """What the output embedding takes for each label (M, h); scaled: with the factor that some families have."""
         if self.watch is not None:
             self.watch.begin()
+        linears = [one for layer in self._layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        self._processor.lay_out(linears, self._head.weight.dtype)
         hidden = self._model.embedded(batch.ids)
         if self._family.embedding_norm:
             hidden = apply(RmsNorm, hidden, self._norm)

@@ -22,7 +22,7 @@ class Quantized(Protocol):
     weight: nn.Parameter
     in_features: int
 
-    def dequantized(self) -> Tensor: ...
+    def dequantized(self, out: Tensor | None = None) -> Tensor: ...
 
     def packed(self) -> PackedWeight | None: ...
 
@@ -46,6 +46,18 @@ ProductsOf = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraProducts
 
 def base_of(module: Any) -> Any:
     return module.base_layer if isinstance(module, LoraLayer) else module
+
+
+@dataclass(frozen=True)
+class OnIt:
+    """The adapters on linear modules that share their input: A_1, B_1, A_2, ..., DoRA's magnitudes, the columns and
+    scales of Adapters, and the module of each that drops."""
+
+    parts: list[Tensor]
+    magnitudes: list[Tensor]
+    columns: tuple[tuple[int, int], ...]
+    scales: tuple[float, ...]
+    dropouts: list[Any]
 
 
 class Joined:
@@ -78,15 +90,19 @@ class Joined:
             whole = _side_by_side([base.weight for base in self.bases])
             self.weight = lambda: whole
         self.places = [base.weight.data_ptr() for base in self.bases]
+        self.operands: LoraProducts | None = None  # of the adapters, where they are laid out beforehand
 
-    def __call__(self, x: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
-        """tokens: the key of each row of x (dropout.token_keys)."""
+    @property
+    def outputs(self) -> int:
+        return sum(base.out_features for base in self.bases)
+
+    def on_it(self) -> OnIt:
+        """The adapters that are active now."""
         adapters: list[Tensor] = []
         dropouts: list[Any] = []
         magnitudes: list[Tensor] = []
         columns, scales, at = [], [], 0
-        for module, base, place in zip(self.modules, self.bases, self.places, strict=True):
-            assert base.weight.data_ptr() == place, "the model's weights were moved or replaced after FastLoss"
+        for module, base in zip(self.modules, self.bases, strict=True):
             width = base.out_features
             if isinstance(module, LoraLayer) and not module.disable_adapters and not module.merged:
                 for name in module.active_adapters:
@@ -98,10 +114,17 @@ class Joined:
                         dropouts.append(module.lora_dropout[name])
                         scales.append(float(module.scaling[name]) * grown(_level(dropouts[-1])))
             at += width
-        products, dropped = self._products(adapters), _dropped(dropouts, tokens)
-        lies = tuple(columns), tuple(scales), self.room, dropped, self.drops
-        frozen = Frozen(self.weight, self.bias, products, *lies, self._dora_of(magnitudes))
-        return apply(LoraLinear, x, frozen, self.enter, residual, *adapters, *magnitudes)
+        return OnIt(adapters, magnitudes, tuple(columns), tuple(scales), dropouts)
+
+    def __call__(self, x: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
+        """tokens: the key of each row of x (dropout.token_keys)."""
+        for base, place in zip(self.bases, self.places, strict=True):
+            assert base.weight.data_ptr() == place, "the model's weights were moved or replaced after FastLoss"
+        now = self.on_it()
+        products, dropped = self.operands or self._products(now.parts), _dropped(now.dropouts, tokens)
+        lies = now.columns, now.scales, self.room, dropped, self.drops
+        frozen = Frozen(self.weight, self.bias, products, *lies, self._dora_of(now.magnitudes))
+        return apply(LoraLinear, x, frozen, self.enter, residual, *now.parts, *now.magnitudes)
 
     def _dora_of(self, magnitudes: list[Tensor]) -> Dora | None:
         """The frozen rows' squares are taken once."""
@@ -137,21 +160,19 @@ class Workspace:
     def side_by_side(self, bases: Sequence[Any]) -> Tensor:
         """The weights of linear layers with the same input, dequantized, as rows of one (n, k)."""
         if len(bases) == 1:
-            return _weight_of(bases[0])
-        at, whole = 0, None
+            base = bases[0]
+            return base.dequantized().detach() if isinstance(base, Quantized) else base.weight.detach()
+        like = next(base for base in bases if isinstance(base, Quantized))
+        rows = sum(base.out_features for base in bases)
+        whole, at = self._weights(rows, like.in_features, like.weight.new_empty(0, dtype=like.dtype)), 0
         for base in bases:  # one at a time: two of an 8B model's are 235 MB
-            part = _weight_of(base)
-            if whole is None:
-                whole = self._weights(sum(base.out_features for base in bases), bases[0].in_features, part)
-            whole[at : at + len(part)].copy_(part)
-            at += len(part)
-        assert whole is not None
+            place = whole[at : at + base.out_features]
+            if isinstance(base, Quantized):
+                base.dequantized(place)
+            else:
+                place.copy_(base.weight.detach())
+            at += base.out_features
         return whole
-
-
-def _weight_of(base: Any) -> Tensor:
-    weight: Tensor = base.dequantized() if isinstance(base, Quantized) else base.weight
-    return weight.detach()
 
 
 def _side_by_side(parts: list[nn.Parameter]) -> Tensor:

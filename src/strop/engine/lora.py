@@ -53,7 +53,7 @@ def forward(z: Tensor, outputs: int, adapters: Adapters) -> tuple[Tensor, tuple[
     for part, (start, end) in zip(adapters.parts[1::2], adapters.columns, strict=True):
         b[start:end, at : at + part.shape[1]].copy_(part)
         at += part.shape[1]
-    za = _over_own(z, a, adapters) if adapters.apart else z @ a.t()
+    za = entering(z, a, adapters)
     return za @ b.t(), (za, a, b)
 
 
@@ -87,7 +87,9 @@ def gradients(
     return found
 
 
-def _over_own(z: Tensor, a: Tensor, adapters: Adapters) -> Tensor:
-    """z_i A_i^T side by side."""
+def entering(z: Tensor, a: Tensor, adapters: Adapters) -> Tensor:
+    """z A^T; where `apart`, z_i A_i^T side by side."""
+    if not adapters.apart:
+        return z @ a.t()
     own = zip(torch.split(z, adapters.width, 1), torch.split(a, list(adapters.ranks)), strict=True)
     return torch.cat([input @ part.t() for input, part in own], 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from strop.engine.dropout import token_keys
+from strop.engine.transfer import sent
 
 if TYPE_CHECKING:
     from strop.data.conversation import Example
@@ -108,14 +109,16 @@ class Documents:
         spans = self.table[np.argsort(self.spans[:, 0], kind="stable")]
         own, prefix = spans[:, 1], spans[:, 2]
 
-        def ends(lengths: np.typing.NDArray[np.int64]) -> Tensor:
-            return _tensor(np.concatenate([[0], np.cumsum(lengths)]), self.device).int()
+        def ends(lengths: np.typing.NDArray[np.int64]) -> Any:
+            return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
-        keys = None
+        made = [ends(own), ends(own + prefix)]
         if prefix.any():
             parts = [rows for s, n, p, first, _ in spans for rows in (np.arange(first, first + p), np.arange(s, s + n))]
-            keys = _tensor(np.concatenate(parts), self.device)
-        return Varlen(ends(own), ends(own + prefix), int(own.max()), int((own + prefix).max()), keys)
+            made.append(np.concatenate(parts))
+        query_ends, key_ends, *keys = sent(made, self.device)
+        longest = int(own.max()), int((own + prefix).max())
+        return Varlen(query_ends, key_ends, *longest, keys[0] if keys else None)
 
     def shapes(self, *, in_buckets: bool) -> tuple[tuple[int, int, int], ...]:
         """(number, queries, keys) of the documents of each shape; in_buckets: as `layout` pads them."""
@@ -166,24 +169,25 @@ class Packed:
     ends: tuple[tuple[int, int], ...] = ()
 
 
-def _tensor(values: Any, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(device)
+def _long(values: Any) -> Any:
+    return np.asarray(values, dtype=np.int64)
 
 
 def lay_out(parts: Sequence[tuple[Any, Any]], tokens: int, device: torch.device) -> Layout:
     """parts: (queries, keys) of each bucket, int64 arrays as in Bucket, over `tokens` packed rows."""
-    tensor = partial(_tensor, device=device)
 
-    def places(slots: list[Any]) -> Places:
+    def places(slots: list[Any]) -> list[Any]:
         token = np.concatenate([rows.ravel() for rows in slots])
         at = np.concatenate([np.broadcast_to(np.arange(rows.shape[1]), rows.shape).ravel() for rows in slots])
         length = np.concatenate([np.full(rows.size, rows.shape[1]) for rows in slots])
         counts = np.bincount(token[token >= 0], minlength=tokens)
         where = np.argsort(token, kind="stable")[np.count_nonzero(token < 0) :]
-        return Places(*map(tensor, (token, at, length, np.concatenate([[0], np.cumsum(counts)]), where)))
+        return [token, at, length, np.concatenate([[0], np.cumsum(counts)]), where]
 
-    buckets = tuple(Bucket(tensor(queries), tensor(keys)) for queries, keys in parts)
-    return Layout(buckets, places([queries for queries, _ in parts]), places([keys for _, keys in parts]))
+    queries, keys = places([queries for queries, _ in parts]), places([keys for _, keys in parts])
+    found = sent([*map(_long, [*queries, *keys]), *(_long(array) for part in parts for array in part)], device)
+    buckets = tuple(map(Bucket, found[10::2], found[11::2]))
+    return Layout(buckets, Places(*found[:5]), Places(*found[5:10]))
 
 
 def pack(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> Packed:
@@ -215,8 +219,9 @@ def pack_ends(examples: Sequence[Example], *, prefix_sharing: bool, device: torc
     and weights mean nothing."""
     packed = pack_apart(examples, prefix_sharing=prefix_sharing, device=device)
     last = {int(number): int(end) for number, end in packed.ends}
-    rows = _tensor([last[number] for number in range(len(examples))], device)
-    return replace(packed, rows=rows, picked=_tensor(np.arange(len(examples)), device))
+    ends = [last[number] for number in range(len(examples))]
+    rows, picked = sent([_long(ends), _long(range(len(examples)))], device)
+    return replace(packed, rows=rows, picked=picked)
 
 
 class _Laid:
@@ -269,20 +274,14 @@ class _Laid:
         rows, labels, weights, owners = (np.concatenate(part) for part in zip(*self.labels, strict=True))
         used = weights != 0
         row, picked = np.unique(rows[used], return_inverse=True)
-        tensor = partial(_tensor, device=device)
         spans, prefixes = np.array(self.spans, dtype=np.int64), np.array(self.prefixes, dtype=np.int64)
-        return Packed(
-            tensor(np.concatenate(self.ids)),
-            tensor(np.concatenate(self.positions)),
-            tensor(np.concatenate(self.keys)),
-            Documents(spans, self.tokens, device, prefixes if prefixes.any() else None),
-            tensor(row),
-            tensor(picked),
-            tensor(labels[used]),
-            torch.from_numpy(weights[used]).to(device),
-            tensor(owners[used]) if owned else None,
-            tuple(self.ends),
-        )
+        whole = [np.concatenate(part) for part in (self.ids, self.positions, self.keys)]
+        numbers = [*whole, row, picked, labels[used], *([owners[used]] if owned else [])]
+        weight, *there = sent([weights[used], *map(_long, numbers)], device)
+        ids, positions, keys, row_of, pick, label = there[:6]
+        documents = Documents(spans, self.tokens, device, prefixes if prefixes.any() else None)
+        owner = there[6] if owned else None
+        return Packed(ids, positions, keys, documents, row_of, pick, label, weight, owner, tuple(self.ends))
 
 
 def sums_by_owner(log_probs: Tensor, weights: Tensor, owners: Tensor, number: int) -> Tensor:

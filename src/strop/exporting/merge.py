@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from strop.adapters import (
-    ALL_LAYERS,
     WEIGHTS_FILE,
     adapter_folder,
     attach,
@@ -226,9 +225,7 @@ def better_base(
 def tuned_model(source: Source, folder: Path, trained: Trained) -> Any:
     """The adapter on its base, computing in fp32; quantized weights are rounded as they were in training."""
     dtype = stored_dtype(source) if trained.scheme == "none" else trained.dtype
-    base = load_base(
-        source, dtype, "cpu", quantization=trained.scheme, double=trained.double, resident_layers=ALL_LAYERS
-    )
+    base = load_base(source, dtype, "cpu", quantization=trained.scheme, double=trained.double, resident_layers=None)
     tuned = attach(base, folder, source)[0].eval()
     return in_fp32(tuned if reads_no_weights(base) else tuned.float())
 

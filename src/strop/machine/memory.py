@@ -19,7 +19,8 @@ from strop.runs.folder import cache_folder, write_json
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 USABLE = 0.9  # of a memory limit: a layer's own workspace and the head come on top of what is seen between layers
-# What torch, oneDNN, numpy and the C++ library say when an allocation fails.
+# What torch, oneDNN, numpy and the C++ library say when an allocation fails, and CUDA's libraries when they find no
+# room for their workspace (cuBLAS, where not even its handle has any, that it is not initialized).
 _NO_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -27,6 +28,13 @@ _NO_MEMORY = (
     "unable to allocate",
     "could not create a memory",
     "could not create a primitive",
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",
+    "cusolver_status_alloc_failed",
+    "cusparse_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "cudnn_status_internal_error_host_allocation_failed",
+    "cudnn_status_internal_error_device_allocation_failed",
 )
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -143,8 +144,35 @@ def _gpus() -> tuple[str, ...]:
     return _nvidia("name,memory.total")
 
 
-@cache
 def _nvidia(fields: str) -> tuple[str, ...]:
+    """What the driver says of each card that CUDA may use here, in CUDA's order (with CUDA_DEVICE_ORDER=PCI_BUS_ID,
+    which a run sets)."""
+    uuids, lines = _asked("uuid"), _asked(fields)
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if asked is None or asked.startswith("MIG-") or len(uuids) != len(lines):  # a part of a card has its own uuid
+        return lines
+    return tuple(lines[place] for place in visible(asked, uuids))
+
+
+def visible(asked: str, uuids: Sequence[str]) -> list[int]:
+    """The cards of CUDA_VISIBLE_DEVICES, by their places among all: numbers, or beginnings of a uuid. As CUDA reads it,
+    nothing counts behind the first that is not there, and nothing at all where one is named twice."""
+    found: list[int] = []
+    for word in (word.strip() for word in asked.split(",")):
+        if word.isdigit():
+            meant = [int(word)] if int(word) < len(uuids) else []
+        else:
+            meant = [place for place, uuid in enumerate(uuids) if word and uuid.startswith(word)]
+        if len(meant) != 1:
+            return found
+        if meant[0] in found:
+            return []
+        found += meant
+    return found
+
+
+@cache
+def _asked(fields: str) -> tuple[str, ...]:
     if not shutil.which("nvidia-smi"):
         return ()
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]

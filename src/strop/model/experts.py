@@ -157,6 +157,23 @@ def make_experts_resident(model: nn.Module, layers: int) -> None:
             as_plain(module)
 
 
+def growths(model: nn.Module) -> list[int]:
+    """Bytes by which each decoder layer grows when its packed weights are dequantized once."""
+    found: dict[int, int] = {}
+    for name, module in model.named_modules():
+        grown, number = 0, layer_number(name)
+        if isinstance(module, QuantizedLinear):
+            held = module.weight.nbytes + sum(tensor.nbytes for tensor in module.constants.values())
+            grown = module.in_features * module.out_features * module.dtype.itemsize - held
+        elif isinstance(module, QuantizedExperts):
+            for packed in module.packed.values():
+                held = sum(tensor.nbytes for tensor in packed.packed.values())
+                grown += packed.shape.numel() * packed.dtype.itemsize - held
+        if grown and number is not None:
+            found[number] = found.get(number, 0) + grown
+    return [found[number] for number in sorted(found)]
+
+
 def in_experts(model: nn.Module) -> int:
     """Trained weights that sit on experts."""
     wrappers = [m for m in model.modules() if isinstance(m, ParamWrapper) and m.get_param().dim() == 3]

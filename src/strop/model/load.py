@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from strop.errors import ModelError
-from strop.model.experts import make_experts_resident
+from strop.model.experts import growths, make_experts_resident
 from strop.model.facts import Source, fingerprint, read_config, safetensors_header, weight_files
 from strop.model.ggufweights import read_tensors
 from strop.model.quantize import folder_name, make_resident
@@ -32,6 +32,8 @@ from strop.runs.folder import cache_folder, new_folder
 
 LOG = logging.getLogger(__name__)
 
+ALL_LAYERS = 1 << 30
+TEXTS_BYTES, TEXTS_SHARE = 1 << 30, 0.3  # of a card's free memory, for the texts that are answered: whichever is more
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 transformers.utils.logging.disable_progress_bar()  # strop draws its own
 
@@ -66,12 +68,13 @@ def load_base(
     *,
     quantization: str = "none",
     double: bool = True,
-    resident_layers: int = 0,
+    resident_layers: int | None = 0,
 ) -> nn.Module:
     """The frozen model in eval mode, every weight read from the file.
 
     quantization: none, nf4, fp4 or int8; double: quantize the constants of 4-bit weights too. resident_layers: how many
-    decoder layers, from the first, have their weights dequantized once rather than for each product.
+    decoder layers, from the first, have their weights dequantized once rather than for each product; None: all, on a
+    card as many as find room there beside what answering needs.
     Raises ModelError where weights are missing or do not fit (transformers would fill them with random numbers).
     """
     LOG.info("loading the weights of %s", source.name)
@@ -80,18 +83,31 @@ def load_base(
     else:
         folder = _quantized(source, quantization, double, dtype)
         model = build(lambda: _from_config(load_config(source)), folder, source.name, quantization, dtype)
-        make_resident(model, resident_layers)
-        make_experts_resident(model, resident_layers)
         if source.kind == "folder" and (source.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source.path)
+    text_forward(model)
+    model.to(device)  # packed weights: those that are dequantized never lie in the host's memory
+    if quantization != "none":
+        layers = resident_layers if resident_layers is not None else _fitting_layers(model, device)
+        make_resident(model, layers)
+        make_experts_resident(model, layers)
     bad = [name for name, weight in floats(model) if not is_finite(weight)]
     if bad:
         raise ModelError(f"{source.name}: weight {bad[0]} holds NaN or infinity", fix="fetch the model again")
     # what peft writes into adapters as the base's name, by its version from one or the other
     model.name_or_path = model.config._name_or_path = source.name
-    text_forward(model)
-    module: nn.Module = model.to(device).eval().requires_grad_(False)
+    module: nn.Module = model.eval().requires_grad_(False)
     return module
+
+
+def _fitting_layers(model: nn.Module, device: str) -> int:
+    """How many decoder layers can be dequantized once where the model is: all but on a card, where room is left for
+    texts and what is computed of them."""
+    if not device.startswith("cuda"):
+        return ALL_LAYERS
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    room, grown = free - max(TEXTS_BYTES, int(TEXTS_SHARE * free)), growths(model)
+    return next((n for n in range(len(grown), 0, -1) if sum(grown[:n]) <= room), 0)
 
 
 def stream_weights(model: nn.Module, source: Source, scheme: str, double: bool, dtype: torch.dtype) -> None:

@@ -10,14 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from functools import cache
+from importlib.metadata import version
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from strop.engine.joined import PackedWeight
+from strop.engine.processor import unpacking
 from strop.errors import QuantizerError
 from strop.machine.memory import is_out_of_memory
 from strop.model.shape import SMALLEST
@@ -54,6 +58,13 @@ def _native() -> Iterator[None]:
         raise _unusable(error) from error
 
 
+@cache
+def _writes_into() -> bool:
+    """Dequantizes into a tensor that is there, on a card: from 0.50 on; before, it refuses each shape
+    (bitsandbytes#1953)."""
+    return Version(version("bitsandbytes")) >= Version("0.50")
+
+
 class QuantizedLinear(nn.Linear):
     """y = x W^T + b with W frozen in 4 or 8 bit, dequantized for each product and again in the backward.
 
@@ -67,6 +78,8 @@ class QuantizedLinear(nn.Linear):
         self.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8, device="meta"), requires_grad=False)
         self.bias = like.bias
         self.constants: dict[str, Tensor] = {}
+        # Made once, where the weight was read: the host waits for each number that it sends to a card.
+        self._scale, self._offset = torch.empty(0), torch.empty(0)
 
     def fill(self, packed: dict[str, Tensor]) -> None:
         """packed: as `pack` gives it. Raises KeyError or ValueError where it is not whole."""
@@ -76,12 +89,20 @@ class QuantizedLinear(nn.Linear):
             self._described = json.loads(bytes(self.constants.pop(_described(self.scheme)).tolist()))
             if tuple(self._described["shape"]) != (self.out_features, self.in_features):
                 raise ValueError(f"shape {self._described['shape']}")
+            if "nested_absmax" in self.constants:
+                self._offset = torch.tensor(self._described["nested_offset"], device=self.weight.device)
+        else:
+            self._scale = self.constants["SCB"] / 127
 
-    def dequantized(self) -> Tensor:
-        """The weight (out, in) in `dtype`."""
+    def dequantized(self, out: Tensor | None = None) -> Tensor:
+        """The weight (out, in) in `dtype`; in `out`, where it is given and of this type."""
+        if out is not None and (out.dtype != self.dtype or not out.is_contiguous()):
+            return out.copy_(self.dequantized())
+        if (kernels := unpacking(self.weight.device, self.dtype)) is not None:
+            return self._unpacked(kernels, out)
         if self.scheme == "int8":
-            out = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
-            return torch.mul(self.weight.data, self.constants["SCB"][:, None] / 127, out=out)
+            out = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device) if out is None else out
+            return torch.mul(self.weight.data, self._scale[:, None], out=out)
         bnb, known, about = _bitsandbytes(), self.constants, self._described
         nested, offset = self._nested(bnb)
         # bitsandbytes' AVX512 kernel takes wrong constants where rows are not whole blocks: then all is one row
@@ -91,14 +112,29 @@ class QuantizedLinear(nn.Linear):
         state = bnb.QuantState(
             known["absmax"], shape, known["quant_map"], about["blocksize"], self.scheme, self.dtype, offset, nested
         )
+        into = out.view(shape) if out is not None and out.device.type == "cuda" and _writes_into() else None
         with _native():
-            weight: Tensor = bnb.dequantize_4bit(self.weight.data, state)
-        return weight.view(self.out_features, self.in_features)
+            weight: Tensor = bnb.dequantize_4bit(self.weight.data, state, out=into)
+        weight = weight.view(self.out_features, self.in_features)
+        return weight if out is None or into is not None else out.copy_(weight)
+
+    def _unpacked(self, kernels: Any, out: Tensor | None) -> Tensor:
+        """The same by a card's own kernels (engine.card.unpack)."""
+        known = self.constants
+        out = self.weight.new_empty(self.out_features, self.in_features, dtype=self.dtype) if out is None else out
+        if self.scheme == "int8":
+            return cast(Tensor, kernels.eight_bit(self.weight.data, known["SCB"], out))
+        about, nested = self._described, None
+        if "nested_absmax" in known:
+            levels, scale = known["nested_quant_map"], known["nested_absmax"]
+            nested = kernels.Nested(levels, scale, about["nested_blocksize"], about["nested_offset"])
+        block = about["blocksize"]
+        return cast(Tensor, kernels.four_bit(self.weight.data, known["quant_map"], known["absmax"], block, nested, out))
 
     def packed(self) -> PackedWeight | None:
         """The weight as it is held, its constants in fp32; None where a block of it goes over the end of a row."""
         if self.scheme == "int8":
-            return PackedWeight(self.weight.data, self.constants["SCB"] / 127)
+            return PackedWeight(self.weight.data, self._scale)
         bnb, known, about = _bitsandbytes(), self.constants, self._described
         if self.in_features % about["blocksize"]:
             return None
@@ -117,7 +153,7 @@ class QuantizedLinear(nn.Linear):
         nested = bnb.QuantState(
             known["nested_absmax"], None, known["nested_quant_map"], about["nested_blocksize"], dtype=torch.float32
         )
-        return nested, torch.tensor(about["nested_offset"], device=self.weight.device)
+        return nested, self._offset
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.product(x)
@@ -132,6 +168,7 @@ class QuantizedLinear(nn.Linear):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Constants move between devices, and keep their types: `model.to(bfloat16)` must not round them.
         self.constants = {name: tensor.to(fn(tensor).device) for name, tensor in self.constants.items()}
+        self._scale, self._offset = (tensor.to(self.weight.device) for tensor in (self._scale, self._offset))
         return self
 
     def extra_repr(self) -> str:

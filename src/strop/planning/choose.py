@@ -20,6 +20,7 @@ from strop.planning.setting import Setting
 from strop.runs.lock import sha256_text
 
 MICRO_BATCH_TOKENS = 2048
+MORE = 1.1  # times the bytes that were usable when a run ran out of memory: it may not do so again
 SHORTEST = 256  # tokens; a row below holds little of a conversation
 USABLE = {"cpu": 0.9, "mps": 0.75, "cuda": 0.95}  # of what is free: MemoryWatch stops a run on a CPU there
 GIB = 1 << 30
@@ -89,6 +90,8 @@ def choose(
             fix="leave it out, or give --model.quantization nf4",
         )
     known = recall(memory_key(resolved.recipe, machine, shape))
+    if room.usable > MORE * known.get("usable_bytes", room.usable):  # another program had some of it then
+        known = {}
     if known.get("streamed") and resolved.choices["model.resident_layers"].origin == "plan":
         why = "an earlier run of this shape ran out of memory here with more"
         resolved = resolved.decide([Choice("model.resident_layers", 0, "plan", why)])

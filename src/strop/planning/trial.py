@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from strop.engine.attention import Heads
-from strop.engine.device import measure
+from strop.engine.device import measure, pick_dtype
 from strop.engine.functions import apply
 from strop.engine.head import SupervisedLoss
 from strop.engine.packed import Documents
-from strop.engine.processor import processor_for
+from strop.engine.processor import kernels_lack, processor_for
 from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, crashed, pip
 from strop.machine.probe import Machine
@@ -51,10 +51,16 @@ def cards(machine: Machine) -> Iterator[Finding]:
         why = "training would run on the CPU; see docs/troubleshooting.md#cuda"
         yield Finding("error", what, why, fix if torch.version.cuda is None else "# update the NVIDIA driver")
         return
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
+    if pick_dtype("cuda")[0] != "bf16":
         yield Finding("warning", f"{machine.gpus[0]} has no bf16", "the base is held in fp32: twice the memory")
     else:
         yield Finding("ok", f"{machine.gpus[0]}: torch can use it, in bf16")
+    lacking = kernels_lack(torch.device("cuda"))
+    if lacking is None:
+        yield Finding("ok", "strop's own kernels work on the card")
+    else:
+        why = "training uses PyTorch's own operations, more slowly; see docs/troubleshooting.md#triton"
+        yield Finding("warning", lacking, why, "apt install gcc python3-dev")
 
 
 def measure_rates() -> Rates:

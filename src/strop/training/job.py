@@ -23,7 +23,8 @@ class Job:
     """One run, ready to be trained.
 
     stream: puts packed weights in the place of those that were dequantized once; None where there are none such.
-    memory_key: what running out of memory is remembered under; empty: not at all. criterion: what a step makes smaller.
+    memory_key: what running out of memory is remembered under, with the bytes that were usable; empty: not at all.
+    criterion: what a step makes smaller.
     devices: those that train it together.
     """
 
@@ -37,6 +38,7 @@ class Job:
     log: EventLog
     stream: Callable[[], None] | None = None
     memory_key: str = ""
+    usable_bytes: int = 0
     criterion: Criterion = field(default_factory=SupervisedTokens)
     devices: Devices = ALONE
 

@@ -23,7 +23,8 @@ from strop.planning.memory import Drawn, Phase, phases
 from strop.planning.setting import Setting
 from strop.training.criteria import OfAnswers
 from strop.training.job import Job, stream_of
-from strop.training.shrink import go_on_shrunk, micro_batches, random_states, set_random_states, within_memory
+from strop.training.shrink import go_on_shrunk, micro_batches, within_memory
+from strop.training.state import random_states, set_random_states
 
 LOG = logging.getLogger(__name__)
 
@@ -132,7 +133,8 @@ def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> F
         job.log.emit("rehearsal", done=False, **said)
         return expected
     LOG.info("trying the largest micro-batch")
-    random, shape = random_states(), _shape(job)
+    device = next(iter(job.state.weights.values())).device
+    random, shape = random_states(device), _shape(job)
 
     def compute() -> None:
         for group in micro_batches(job, expected.items):
@@ -141,7 +143,7 @@ def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> F
 
     within_memory(job, expected.items, compute)
     job.state.optimizer.zero_grad(set_to_none=True)
-    set_random_states(random)
+    set_random_states(random, device)
     measured = memory.peak_bytes()
     job.log.emit("rehearsal", done=True, measured_bytes=measured, **said)
     if _shape(job) != shape:  # it was tried in other shapes than it was predicted for

@@ -59,11 +59,13 @@ class Setup:
 
 def preview(resolved: Resolved, *, memory: int | None = None) -> Resolved:
     """The complete recipe that `train` would use here; reads no weights and no data."""
+    prepare_process()
     source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
     return _plan(resolved, source, _look(resolved.recipe, memory))[0]
 
 
 def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALONE) -> Setup:
+    prepare_process()  # before a card is looked at
     check_trackers(resolved.recipe.track)
     learning = learning_of(resolved.recipe.train)
     if learning == "prompts" and devices.world > 1:
@@ -197,7 +199,6 @@ def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolve
     """The complete recipe, what running out of memory is remembered under, how many weights are trained, and the
     model's shape and parameters."""
     recipe = resolved.recipe
-    prepare_process()
     device = pick_device(recipe.model.device)
     start, objective = start_adapter(recipe), objective_of(recipe.train)
     scored = objective is not None and objective.scored

@@ -18,6 +18,7 @@ from strop.data.pack import group_by_length, pack
 from strop.errors import MemoryLimitError
 from strop.machine.memory import give_back, is_out_of_memory, remember
 from strop.training.job import Job
+from strop.training.state import random_states, set_random_states
 
 T = TypeVar("T")
 SLOTS = 8  # micro-batches of a step of an exact run; more devices than that have nothing to do
@@ -53,9 +54,11 @@ def go_on_shrunk(job: Job) -> None:
 def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> T:
     """What `compute` gives, called again with less memory each time that there is not enough, on any device.
 
-    Raises MemoryLimitError when nothing is left to save.
+    On a card at first with the same: what lies in pieces there may be enough in one. Raises MemoryLimitError when
+    nothing is left to save.
     """
-    random = random_states()
+    device = next(iter(job.state.weights.values())).device
+    random, in_pieces = random_states(device), device.type == "cuda"
     while True:
         try:
             with job.devices.together():
@@ -68,10 +71,14 @@ def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> 
         job.state.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         give_back()
-        if torch.cuda.is_available():
+        if device.type == "cuda":
             torch.cuda.empty_cache()
-        set_random_states(random)
-        _shrink(job, items, said)
+        set_random_states(random, device)
+        if in_pieces:
+            job.log.emit("note", text=f"step {job.state.progress.step + 1} is tried again at the same size: {said}")
+        else:
+            _shrink(job, items, said)
+        in_pieces = False
 
 
 def _shrink(job: Job, items: Sequence[Item], said: str) -> None:
@@ -100,7 +107,7 @@ def _shrink(job: Job, items: Sequence[Item], said: str) -> None:
         tokens = job.recipe.train.micro_batch_tokens
         kept = None if tokens is None else tokens >> progress.halvings
         shape = {"micro_batch_tokens": kept, "recompute": progress.recompute, "streamed": progress.streamed}
-        remember(job.memory_key, shape)
+        remember(job.memory_key, {**shape, "usable_bytes": job.usable_bytes})
 
 
 def _cut(job: Job) -> tuple[int, str]:
@@ -109,15 +116,3 @@ def _cut(job: Job) -> tuple[int, str]:
     if train.micro_batch_tokens is not None:
         return max(1, train.micro_batch_tokens >> halvings), "tokens"
     return max(1, (train.micro_batch or 1) >> halvings), "rows"
-
-
-def random_states() -> list[torch.Tensor]:
-    """Of the random generators of the CPU and of each card."""
-    cards = [torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())]
-    return [torch.get_rng_state(), *cards]
-
-
-def set_random_states(states: list[torch.Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for index, state in enumerate(states[1:]):
-        torch.cuda.set_rng_state(state, index)

@@ -117,7 +117,7 @@ def save(folder: RunFolder, state: TrainState) -> Path:
     with disk_faults(final), new_folder(final) as temp:
         save_file(weights, temp / "weights.safetensors")
         save_file(_optimizer_tensors(state), temp / "optimizer.safetensors")
-        save_file(_random_tensors(), temp / "random.safetensors")
+        save_file(random_states(_device_of(state)), temp / "random.safetensors")
         (temp / "state.json").write_text(json.dumps(asdict(state.progress)), encoding="utf-8")
         files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in temp.iterdir()}
         (temp / "manifest.json").write_text(json.dumps(files), encoding="utf-8")
@@ -176,10 +176,7 @@ def restore(checkpoint: Path, state: TrainState) -> None:
         name, _, part = key.rpartition("/")
         weight = state.weights[name]
         state.optimizer.state.setdefault(weight, {})[part] = _from_tensor(tensor, weight)
-    torch.set_rng_state(random["cpu"])
-    for index in range(torch.cuda.device_count()):
-        if f"cuda{index}" in random:
-            torch.cuda.set_rng_state(random[f"cuda{index}"], index)
+    set_random_states(random, _device_of(state))
     state.progress = Progress(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
 
 
@@ -211,6 +208,21 @@ def _from_tensor(tensor: Tensor, weight: Tensor) -> Tensor | int | float:
     return tensor.to(weight.device)
 
 
-def _random_tensors() -> dict[str, Tensor]:
-    cards = {f"cuda{index}": torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())}
-    return {"cpu": torch.get_rng_state(), **cards}
+def _device_of(state: TrainState) -> torch.device:
+    return next(iter(state.weights.values())).device
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Of the random generators that a run on this device draws from: the CPU's and its own card's. Another card is not
+    asked: the driver lists some that PyTorch cannot use."""
+    own = {f"cuda{device.index or 0}": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **own}
+
+
+def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """A state of another card goes into this one where there is none of its own."""
+    torch.set_rng_state(states["cpu"])
+    cards = [name for name in states if name != "cpu"]
+    if device.type == "cuda" and cards:
+        own = f"cuda{device.index or 0}"
+        torch.cuda.set_rng_state(states[own if own in cards else cards[0]], device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -11,30 +13,47 @@ from torch import Tensor
 
 from strop.engine import eager
 from strop.engine.attention import Attention, Heads
-from strop.engine.card.attention import on_card
+from strop.engine.card.attention import flash, flash_backward, on_card
 from strop.engine.packed import Varlen
 from tests.support.attention import documents_of, heads, rand
 
 
+def definition(q: Tensor, k: Tensor, v: Tensor, cut: Varlen, heads: Heads) -> Tensor:
+    """What flash attention is of packed documents: the last query sees the last key."""
+    out = []
+    query_ends, key_ends = cut.query_ends.tolist(), cut.key_ends.tolist()
+    for (begin, end), (first, last) in zip(pairwise(query_ends), pairwise(key_ends), strict=True):
+        n, m = end - begin, last - first
+        assert n <= cut.longest_query and m <= cut.longest_key
+        mask = ~eager.hidden(n, m, m - n, heads.window, q.device)
+        keys, values = (x[first:last].repeat_interleave(heads.group, 1).transpose(0, 1) for x in (k, v))
+        own = q[begin:end].transpose(0, 1)
+        out.append(F.scaled_dot_product_attention(own, keys, values, mask, scale=heads.scale).transpose(0, 1))
+    return torch.cat(out)
+
+
+def definition_backward(
+    grad: Tensor, qkv: tuple[Tensor, ...], out: Tensor, kept: Any, cut: Varlen, heads: Heads
+) -> Any:
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in qkv]
+        again = definition(*inputs, cut, heads)
+    torch.testing.assert_close(again, out)
+    return torch.autograd.grad(again, inputs, grad)
+
+
+@pytest.mark.parametrize("norms", [True, False])
 @pytest.mark.parametrize("window", [0, 2])
-def test_documents_of_any_lengths_as_a_card_takes_them(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is handed to flash attention, whose part is played by its definition: the last query sees the last key."""
-
-    def varlen(q: Tensor, k: Tensor, v: Tensor, cut: Varlen, heads: Heads) -> Tensor:
-        out = []
-        query_ends, key_ends = cut.query_ends.tolist(), cut.key_ends.tolist()
-        for (begin, end), (first, last) in zip(pairwise(query_ends), pairwise(key_ends), strict=True):
-            n, m = end - begin, last - first
-            assert n <= cut.longest_query and m <= cut.longest_key
-            mask = ~eager.hidden(n, m, m - n, heads.window, q.device)
-            keys, values = (x[first:last].repeat_interleave(heads.group, 1).transpose(0, 1) for x in (k, v))
-            own = q[begin:end].transpose(0, 1)
-            out.append(F.scaled_dot_product_attention(own, keys, values, mask, scale=heads.scale).transpose(0, 1))
-        return torch.cat(out)
-
-    monkeypatch.setattr("strop.engine.card.attention.varlen_kernel", lambda like: varlen)
+def test_documents_of_any_lengths_as_a_card_takes_them(
+    window: int, norms: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is handed to flash attention, whose part is played by its definition, and what becomes of its gradients."""
+    module = "strop.engine.card.attention"
+    monkeypatch.setattr(f"{module}.has_flash", lambda like, heads: True)
+    monkeypatch.setattr(f"{module}.flash", lambda *given: (definition(*given),))
+    monkeypatch.setattr(f"{module}.flash_backward", definition_backward)
     torch.manual_seed(0)
-    shape, cos, sin = heads(window, True, 1), rand(8, 2).cos(), rand(8, 2).sin()
+    shape, cos, sin = heads(window, norms, 1), rand(8, 2).cos(), rand(8, 2).sin()
     qkv = rand(8, 16, grad=True)
     for spans in ([(2, 3, 2), (5, 2, 2), (7, 1, 2), (0, 2, 0)], [(0, 5, 0), (5, 3, 0)]):
         documents = documents_of(8, *spans)
@@ -43,3 +62,15 @@ def test_documents_of_any_lengths_as_a_card_takes_them(window: int, monkeypatch:
         upstream = rand(*expected.shape)
         one, other = (torch.autograd.grad(out, qkv, upstream)[0] for out in (found, expected))
         torch.testing.assert_close(one, other)
+
+
+def test_the_operations_of_flash_attention_take_what_they_are_given() -> None:
+    """By the schema of the PyTorch that is here: from 2.8 on the first ten arguments and the windows are the same."""
+    cut = Varlen(torch.tensor([0, 8], dtype=torch.int32), torch.tensor([0, 8], dtype=torch.int32), 8, 8, None)
+    q, k = (torch.empty(8, n, 8, dtype=torch.bfloat16, device="meta") for n in (4, 2))
+    for window in (0, 3):
+        shape = replace(heads(window, False), query=4, key_value=2, size=8)
+        out, *kept = flash(q, k, k, cut, shape)
+        assert out.shape == q.shape
+        dq, dk, dv = flash_backward(out, (q, k, k), out, kept, cut, shape)
+        assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, k.shape)

@@ -1,0 +1,331 @@
+"""A CUDA card that is not there, inside one process: tensors on it are fake, those on the CPU are real.
+
+What code asks the card for is answered with ones (integers: zeros), and noted by file and line; nothing is computed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+assert "torch" not in sys.modules, "the card must be there before PyTorch starts"
+
+
+def start(library: Path) -> None:
+    """Puts the card's library under PyTorch, and imports it."""
+    device = ctypes.CDLL(str(library))
+    device.take_hooks.restype = ctypes.c_bool
+    assert device.take_hooks()
+    import torch
+
+    torch.set_num_threads(1)
+    # Before a card seems to be there: its library for CUDA is not.
+    import bitsandbytes.functional  # noqa: F401
+
+    device.take_guard()
+
+
+start(Path(sys.argv[1]))
+
+import bitsandbytes._ops  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch.autograd.function import BackwardCFunction  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _pop_mode_temporarily  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+import strop  # noqa: E402
+
+SOURCE = str(Path(strop.__file__).parent)
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+FAKE_KEY = torch._C._TorchDispatchModeKey.FAKE
+SCALARS = {"__bool__": True, "__float__": 1.0, "__int__": 0, "__index__": 0}
+# What allocates, and what looks at a tensor in another shape: no kernel runs.
+NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "detach", "alias"}
+NO_KERNEL |= {"_unsafe_view", "_reshape_alias", "set_", "resize_", "view", "t", "unsafe_split", "is_pinned"}
+
+
+def frames(depth: int = 2) -> str:
+    """The innermost lines of strop that are being run: file:line < file:line."""
+    found, frame = [], sys._getframe(1)
+    while frame is not None and len(found) < depth:
+        if frame.f_code.co_filename.startswith(SOURCE):
+            found.append(f"{frame.f_code.co_filename[len(SOURCE) + 1 :]}:{frame.f_lineno}")
+        frame = frame.f_back
+    return " < ".join(found) or "elsewhere"
+
+
+def on_card(device: Any) -> bool:
+    if isinstance(device, int) and not isinstance(device, bool):
+        return True
+    return device is not None and str(device).startswith("cuda")
+
+
+def is_fake(x: Any) -> bool:
+    return isinstance(x, FakeTensor) and x.device.type == "cuda"
+
+
+def answered(x: Tensor) -> Tensor:
+    """A real tensor in the place of a fake one that comes to the host."""
+    with _disable_current_modes():
+        make = torch.ones if x.is_floating_point() or x.dtype == torch.bool else torch.zeros
+        return make(tuple(x.shape), dtype=x.dtype)
+
+
+class Card(TorchFunctionMode):
+    """Inside it there is a card. waits: what makes the host wait for it, by kind and line, and `free` copies, which do
+    not; stage: what they are noted under."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = ""
+        self.waits: Counter[tuple[str, str, str]] = Counter()
+        self.pinned: dict[int, Tensor] = {}
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """Also in autograd's threads, which take over FAKE from the call of backward, and not this mode."""
+        own = BackwardCFunction.apply
+
+        def apply(function: Any, *args: Any) -> Any:
+            taken_over = torch._C._get_dispatch_mode(FAKE_KEY) is not None
+            with _pop_mode_temporarily(FAKE_KEY) if taken_over else nullcontext(), self:
+                return own(function, *args)
+
+        BackwardCFunction.apply = apply
+        try:
+            with self:
+                yield
+        finally:
+            BackwardCFunction.apply = own
+
+    def note(self, kind: str) -> None:
+        self.waits[self.stage, kind, frames()] += 1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        first = args[0] if args else None
+        if is_fake(first) and (name in SCALARS or name in ("item", "tolist", "numpy", "__array__")):
+            self.note(f"read {name}")
+            real = answered(first)
+            return SCALARS[name] if name in SCALARS else np.asarray(real) if "array" in name else getattr(real, name)()
+        if name == "equal" and any(map(is_fake, args)):
+            self.note("read equal")
+            return False
+        if name == "pin_memory" or kwargs.pop("pin_memory", False):
+            real = first if name == "pin_memory" else func(*args, **kwargs)
+            self.pinned[real.untyped_storage().data_ptr()] = real  # kept, so that nothing else comes to lie there
+            return real
+        if is_fake(first) and name == "cpu":
+            self.note("copy to the host")
+            return answered(first)
+        if name in ("to", "cuda"):
+            return self._moved(func, name, args, kwargs)
+        if name == "copy_" and is_fake(first) != is_fake(args[1]):
+            if is_fake(args[1]):
+                self.note("copy to the host")
+                return first
+            self._note_copy(args[1], kwargs)
+        if name in ("tensor", "as_tensor") and on_card(kwargs.get("device")):
+            self.note("copy to the card")
+            device = kwargs.pop("device")
+            real = func(*args, **kwargs)
+            with FAKE:
+                return FAKE.from_tensor(real).to(device)
+        if on_card(kwargs.get("device")) or any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
+            if name in ("__getitem__", "__setitem__", "index_put", "index_put_"):
+                found = self._by_mask(name, args)
+                if found is not None:
+                    return found
+            if name in ("nonzero", "masked_select", "unique"):
+                self.note("nonzero")
+            with FAKE:
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _note_copy(self, real: Tensor, kwargs: dict[str, Any]) -> None:
+        free = kwargs.get("non_blocking") and real.untyped_storage().data_ptr() in self.pinned
+        self.note("free copy to the card" if free else "copy to the card")
+
+    def _moved(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        first, device = args[0], kwargs.get("device")
+        for other in args[1:2]:
+            device = other.device if isinstance(other, Tensor) else device if isinstance(other, torch.dtype) else other
+        device = "cuda" if name == "cuda" else device
+        if on_card(device):
+            if not is_fake(first):
+                self._note_copy(first, kwargs)
+                first = FAKE.from_tensor(first.detach()) if not isinstance(first, FakeTensor) else first
+            with FAKE:
+                return func(first, *args[1:], **kwargs)
+        if is_fake(first) and device is not None:
+            self.note("copy to the host")
+            dtype = kwargs.get("dtype") or next((x for x in args[1:] if isinstance(x, torch.dtype)), None)
+            real = answered(first)
+            return real if dtype is None else real.to(dtype)
+        if isinstance(first, FakeTensor):
+            with FAKE:
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _by_mask(self, name: str, args: Any) -> Any:
+        """What a mask picks, as if all of it were True: how much it picks, the host must wait for."""
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        tensors = [i for i in index if isinstance(i, Tensor)]
+        if any(i.device.type == "cpu" and i.dim() for i in tensors):
+            self.note("copy to the card")
+        if not any(i.dtype == torch.bool for i in tensors):
+            return None
+        self.note("nonzero")
+        if name == "__getitem__" and len(index) == 1:
+            with FAKE:
+                return args[0].flatten(0, index[0].dim() - 1).clone()
+        return None
+
+
+class Meter(TorchDispatchMode):
+    """Counts kernels by operation, and the bytes that are alive on the card."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Counter[str] = Counter()
+        self.alive: dict[int, int] = {}
+        self.references: dict[int, Any] = {}
+        self.now = self.peak = self.hidden = 0
+        self.peak_at = ""
+
+    def keep(self, x: Any) -> None:
+        """Counts a tensor's memory until its storage is gone."""
+        import weakref
+
+        if not is_fake(x):
+            return
+        storage = x.untyped_storage()
+        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+        if key in self.alive:
+            return
+
+        def gone(_: Any) -> None:
+            self.references.pop(key, None)
+            self.now -= self.alive.pop(key, 0)
+
+        self.references[key] = weakref.ref(storage, gone)
+        self.alive[key] = size
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.peak_at = self.now, frames(3)
+
+    def known(self, x: Tensor) -> None:
+        """Leaves a tensor out of what is alive: weights are counted apart."""
+        self.alive.setdefault(x.untyped_storage()._cdata, 0)
+
+    def one_kernel(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """A function that is taken for one kernel, which keeps nothing but what it gives."""
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            self.hidden += 1
+            try:
+                found = function(*arguments, **named)
+            finally:
+                self.hidden -= 1
+            if not self.hidden:
+                self.kernels[name] += 1
+                for x in tree_leaves(found):
+                    self.keep(x)
+            return found
+
+        return counted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.hidden:
+            return out
+        made = [x for x in tree_leaves(out) if is_fake(x)]
+        if made or any(is_fake(x) for x in tree_leaves((args, kwargs))):
+            name = func.name().partition("::")[2].partition(".")[0]
+            if not func.is_view and name not in NO_KERNEL and func.namespace != "prim":
+                self.kernels[name] += _launches(name, args)
+        for x in made:
+            self.keep(x)
+        return out
+
+
+def _launches(name: str, args: Any) -> int:
+    """Of an operation; PyTorch's operations on lists take 64 tensors, or 320 pieces of 65,536 numbers, a kernel."""
+    if not name.startswith("_foreach"):
+        return 1
+    tensors = args[0]
+    if any(not x.is_contiguous() for x in tensors):
+        return len(tensors)
+    return max(-(-len(tensors) // 64), -(-sum(-(-x.numel() // 65536) for x in tensors) // 320))
+
+
+def data_ptr(x: Tensor) -> int:
+    return (x.untyped_storage()._cdata << 20) + x.storage_offset()
+
+
+def apply_anew(self: Any, change: Any, recurse: bool = True) -> Any:
+    """nn.Module._apply with a new Parameter for each that changes: a real one cannot become fake in its place."""
+    for child in self.children() if recurse else ():
+        child._apply(change)
+    for name, weight in self._parameters.items():
+        if weight is not None:
+            with torch.no_grad():
+                changed = change(weight)
+            if changed is not weight:
+                self._parameters[name] = torch.nn.Parameter(changed, weight.requires_grad)
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = change(buffer)
+    return self
+
+
+class Unchecked:
+    """torch for bitsandbytes' fake operations, of which one takes a shape that is a list for another shape."""
+
+    def __getattr__(self, name: str) -> Any:
+        return (lambda *_: None) if name == "_check" else getattr(torch, name)
+
+
+class Kind:
+    """The card that torch.cuda tells of: its memory, a gibibyte of it in use by others, is never full."""
+
+    capability = (9, 0)
+    memory_bytes = 80 << 30
+
+
+def install() -> None:
+    """Makes torch.cuda tell of one card of the Kind."""
+    del FakeTensor.tolist  # one read for each number
+    FakeTensor.data_ptr = data_ptr
+    of_real = torch.UntypedStorage.data_ptr
+    torch.UntypedStorage.data_ptr = lambda self: self._cdata if self.device.type in ("cuda", "meta") else of_real(self)
+    torch.nn.Module._apply = apply_anew
+    bitsandbytes._ops.torch = Unchecked()
+    state = torch.zeros(16, dtype=torch.uint8)
+    nothing = lambda *_, **__: None  # noqa: E731
+    told = {
+        "is_available": lambda: True, "is_initialized": lambda: True, "_lazy_init": nothing,
+        "device_count": lambda: 1, "current_device": lambda: 0, "set_device": nothing, "synchronize": nothing,
+        "mem_get_info": lambda device=None: (Kind.memory_bytes - (1 << 30), Kind.memory_bytes),
+        "memory_reserved": lambda device=None: 0,
+        "memory_allocated": lambda device=None: 0, "max_memory_allocated": lambda device=None: 1 << 30,
+        "reset_peak_memory_stats": nothing, "empty_cache": nothing,
+        "get_rng_state": lambda device="cuda": state.clone(), "set_rng_state": nothing,
+        "manual_seed": nothing, "manual_seed_all": nothing, "is_current_stream_capturing": lambda: False,
+        "get_device_capability": lambda device=None: Kind.capability, "get_device_name": lambda device=None: "Fake",
+        "is_bf16_supported": lambda including_emulation=True: Kind.capability >= (8, 0),
+    }  # fmt: skip
+    torch.backends.cuda.is_flash_attention_available = lambda: True
+    for name, answer in told.items():
+        setattr(torch.cuda, name, answer)
+        if hasattr(torch.cuda.random, name):
+            setattr(torch.cuda.random, name, answer)

@@ -1,0 +1,168 @@
+"""Runs on the card that is not there: python -m tests.card.play LIBRARY FOLDER [{"play": name, ...}, ...] prints what
+came of each, as JSON. Every play may name the card's `capability` and `memory_bytes`."""
+
+from __future__ import annotations
+
+from tests.card import fake  # first: before torch
+
+# isort: split
+
+import json
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+import strop
+from strop.engine.fast import FastLoss
+from strop.training import loop
+from tests.card import sizes
+from tests.support.tiny import save_tiny, write_rows
+
+CARD = fake.Card()
+FOLDER = Path(sys.argv[2])
+
+
+def base(kind: str) -> str:
+    folder = FOLDER / kind
+    if not folder.is_dir():
+        save_tiny(folder)
+    return str(folder)
+
+
+def rows() -> str:
+    file = FOLDER / "rows.jsonl"
+    return str(file if file.is_file() else write_rows(file, 24))
+
+
+def new_out() -> str:
+    return str(next(path for path in (FOLDER / f"run-{n}" for n in count()) if not path.exists()))
+
+
+@contextmanager
+def steps_marked() -> Iterator[None]:
+    """What the host waits for inside a step is noted as that."""
+    own = loop.step
+
+    def step(*arguments: Any) -> Any:
+        CARD.stage = "step"
+        try:
+            return own(*arguments)
+        finally:
+            CARD.stage = ""
+
+    loop.step = step
+    try:
+        yield
+    finally:
+        loop.step = own
+
+
+@contextmanager
+def failing(calls: Sequence[int], above: int | None) -> Iterator[None]:
+    """The card runs out of memory in these calls of the step's loss, and in all with more tokens than `above`."""
+    own, made = FastLoss.__call__, count()
+
+    def loss(self: Any, examples: Any) -> Any:
+        if next(made) in calls or (above is not None and sum(map(len, examples)) > above):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return own(self, examples)
+
+    FastLoss.__call__ = loss
+    try:
+        yield
+    finally:
+        FastLoss.__call__ = own
+
+
+@contextmanager
+def kernels_counted(used: bool) -> Iterator[Counter[str]]:
+    """used: the card's own kernels work, and are noted by name where they are started."""
+    found: Counter[str] = Counter()
+    with ExitStack() as stack:
+        if used:
+            from strop.engine.card import launch
+
+            def note(kernel: Any, grid: Any, arguments: Any, constants: Any) -> None:
+                devices = {x.device.type for x in arguments if isinstance(x, torch.Tensor)}
+                assert devices == {"cuda"}, (kernel, devices)
+                found[kernel.__name__] += 1
+
+            stack.enter_context(patch("strop.engine.card.works.why_not", lambda device: None))
+            stack.enter_context(patch.object(launch, "launch", note))
+        yield found
+
+
+def train(
+    model: str = "tiny",
+    resume: bool = False,
+    kernels: bool = False,
+    fail_calls: Sequence[int] = (),
+    fail_above: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """A run of a tiny model to its end; the waits inside its steps, by kind and line. resume: it is stopped behind its
+    second step, and goes on from there."""
+    out = new_out()
+    given = {
+        "model": base(model), "data": rows(), "out": out, "model.device": "cuda", "train.max_steps": 3,
+        "train.batch_size": 8, "lora.r": 4, "train.save_steps": 2, **options,
+    }  # fmt: skip
+    CARD.waits.clear()
+    with steps_marked(), failing(fail_calls, fail_above), kernels_counted(kernels) as started, CARD.present():
+        if resume:
+            strop.train(**{**given, "train.max_time": "0.0001s"})
+            given["train.max_time"] = None
+            run = strop.resume(out, options={"train.max_time": None}, allow_changed=["max_time"])
+        else:
+            run = strop.train(**given)
+    waits = [[kind, line, number] for (stage, kind, line), number in CARD.waits.items() if stage == "step"]
+    events = [json.loads(line) for line in (Path(out) / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    told = {"folder": out, "steps": run.report["steps"], "waits": waits, "events": events}
+    return {**told, "kernels": dict(started)}
+
+
+def answer(model: str, **options: Any) -> dict[str, Any]:
+    """What a model says; how many of its linear layers are in 4 or 8 bit."""
+    from strop.model.quantize import QuantizedLinear
+
+    with CARD.present():
+        loaded = strop.load(model, device="cuda")
+        text = loaded.chat("what is 2", max_new_tokens=4)
+    packed = sum(isinstance(module, QuantizedLinear) for module in loaded.module.modules())
+    return {"text": text, "packed": packed}
+
+
+def step(**case: Any) -> dict[str, Any]:
+    """One step of a model of any size (tests/card/sizes.py)."""
+    return sizes.step(CARD, sizes.Case(**case))
+
+
+PLAYS: dict[str, Callable[..., dict[str, Any]]] = {"train": train, "answer": answer, "step": step}
+
+
+def main() -> None:
+    fake.install()
+    found: list[dict[str, Any]] = []
+    for asked in json.loads(sys.argv[3]):
+        fake.Kind.capability = tuple(asked.pop("capability", (9, 0)))
+        fake.Kind.memory_bytes = asked.pop("memory_bytes", 80 << 30)
+        if (of := asked.pop("of", None)) is not None:  # the run of an earlier play
+            asked["model"] = found[of]["folder"]
+        try:
+            found.append(PLAYS[asked.pop("play")](**asked))
+        except BaseException as error:
+            found.append({"failed": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()})
+    print(json.dumps(found))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

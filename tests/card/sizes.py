@@ -1,0 +1,137 @@
+"""One step of a model of any size on the card that is not there: its kernels by operation, its peak beside the plan."""
+
+from __future__ import annotations
+
+from tests.card import fake  # first: before torch
+
+# isort: split
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from strop.config.load import resolve
+from strop.data.conversation import Example
+from strop.engine import eager
+from strop.engine.card import attention
+from strop.engine.fast import FastLoss
+from strop.engine.processor import Processor
+from strop.model.lora import as_fp32
+from strop.model.quantize import QuantizedLinear, replace_linears
+from strop.model.shape import ModelShape
+from strop.planning.activations import MicroBatch
+from strop.planning.memory import Phase, train
+from strop.planning.setting import Setting
+
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+    "1b": (2048, 8192, 16, 32, 8, 128256),
+    "tiny": (64, 128, 2, 4, 2, 512),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: str
+    scheme: str = "none"
+    tokens: int = 4096
+    checkpointed: int = 0
+    layers: int | None = None
+
+    @property
+    def config(self) -> LlamaConfig:
+        hidden, inner, layers, heads, few, words = SHAPES[self.shape]
+        return LlamaConfig(
+            vocab_size=words, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=self.layers or layers,
+            num_attention_heads=heads, num_key_value_heads=few, tie_word_embeddings=False,
+            max_position_embeddings=32768,
+        )  # fmt: skip
+
+    def planned(self) -> Phase:
+        more = {} if self.scheme == "none" else {"model.resident_layers": 0}
+        given = {
+            "model.name": "m", "data.train": "d", "model.device": "cuda", "model.dtype": "bf16", "lora.r": 16,
+            "model.quantization": self.scheme, "train.gradient_checkpointing": self.checkpointed or "off", **more,
+        }  # fmt: skip
+        setting = Setting.of(resolve(None, given).recipe, ModelShape.of(self.config.to_dict()))
+        return train(setting, MicroBatch.rows([self.tokens], more=False))
+
+
+def built(case: Case) -> torch.nn.Module:
+    """The model with adapters of rank 16 on all linear layers, on the card."""
+    with torch.device("cuda"):
+        base = AutoModelForCausalLM.from_config(case.config, dtype=torch.bfloat16)
+        base = base.eval().requires_grad_(False)
+        if case.scheme == "nf4":
+            for layer in replace_linears(base, "nf4", torch.bfloat16, lambda name: "layers" in name).values():
+                fill(layer)
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+        return as_fp32(get_peft_model(base, lora)).train()
+
+
+def fill(layer: QuantizedLinear) -> None:
+    """What bitsandbytes would have packed, without its numbers."""
+    numbers = layer.in_features * layer.out_features
+    blocks = numbers // 64
+    layer.weight = torch.nn.Parameter(torch.empty(numbers // 2, 1, dtype=torch.uint8), False)
+    layer.constants = {
+        "absmax": torch.empty(blocks, dtype=torch.uint8), "quant_map": torch.empty(16),
+        "nested_absmax": torch.empty(-(-blocks // 256)), "nested_quant_map": torch.empty(256),
+    }  # fmt: skip
+    layer._offset = torch.empty(())
+    shape = [layer.out_features, layer.in_features]
+    layer._described = {"blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.01, "shape": shape}
+
+
+class Kernels:
+    """The operations of eager.py, and what turns q and k, each as one kernel."""
+
+    def __init__(self, meter: fake.Meter, of: Any) -> None:
+        self._meter, self._of = meter, of
+
+    def __getattr__(self, name: str) -> Any:
+        return self._meter.one_kernel(getattr(self._of, name), name)
+
+
+def step(card: fake.Card, case: Case) -> dict[str, Any]:
+    """Kernels of forward and backward; bytes of weights with adapters, and of the step's peak over them; the plan's."""
+    meter = fake.Meter()
+    dequantized = meter.one_kernel(QuantizedLinear.dequantized, "dequantize")
+    with ExitStack() as stack:
+        stack.enter_context(card.present())
+        model = built(case)
+        kernels = Processor(Kernels(meter, eager), card=True)
+        stack.enter_context(patch("strop.engine.fast.processor_for", lambda *_, **__: kernels))
+        turns = Kernels(meter, attention.IN_PYTORCH)
+        stack.enter_context(patch.object(attention, "IN_PYTORCH", turns))
+        stack.enter_context(patch.object(QuantizedLinear, "dequantized", lambda *given: dequantized(*given)))
+        loss = FastLoss(model, checkpoint_layers=case.checkpointed)
+        held = weigh(model, meter)
+        weights = np.float32(np.arange(case.tokens) > 0)
+        row = Example(np.arange(case.tokens, dtype=np.int32) % 500, weights, "", 0)
+        with meter:
+            (loss([row]) / case.tokens).backward()
+    parts = case.planned().parts
+    weights_planned = parts["weights"] + parts["quantization_constants"] + parts["adapters"]
+    beside = ("saved_activations", "live_layer", "head", "gradients", "workspace")
+    return {
+        "kernels": dict(meter.kernels), "launches": sum(meter.kernels.values()), "held": held,
+        "peak": meter.peak, "peak_at": meter.peak_at, "planned": sum(parts[name] for name in beside),
+        "planned_held": weights_planned, "parts": dict(parts),
+    }  # fmt: skip
+
+
+def weigh(model: torch.nn.Module, meter: fake.Meter) -> int:
+    """Bytes of all that is there before the step, which the meter leaves out from here on."""
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    constants = [tensor for module in quantized for tensor in module.constants.values()]
+    held = {x.untyped_storage()._cdata: x for x in [*model.parameters(), *model.buffers(), *constants]}
+    for x in held.values():
+        meter.known(x)
+    return sum(x.untyped_storage().nbytes() for x in held.values())

@@ -1,0 +1,42 @@
+"""Devices and types of weights that a run picks."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+from strop.engine import device
+from strop.engine.device import ALLOCATOR, pick_dtype, prepare_process
+
+
+def test_bf16_is_asked_of_the_card_that_the_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with an older card beside a newer one."""
+    capability = {"cuda": (9, 0), "cuda:0": (9, 0), "cuda:1": (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda name: capability[name])
+    assert pick_dtype("cuda:0")[0] == "bf16"
+    dtype, why = pick_dtype("cuda:1")
+    assert dtype == "fp32" and "no bf16" in why
+
+
+def test_what_a_process_sets_before_it_looks_at_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+    monkeypatch.setattr(os, "environ", environment)
+    prepare_process()
+    assert environment["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"  # what a user has set stays
+    if sys.platform == "linux":
+        assert [environment.get(name) for name in ALLOCATOR].count("expandable_segments:True") == 1
+    monkeypatch.setattr(os, "environ", other := {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"})
+    prepare_process()
+    assert ALLOCATOR[0] not in other and other["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+def test_older_versions_know_the_allocator_by_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    for version, name in (("2.8.1+cu128", ALLOCATOR[1]), ("2.13.0", ALLOCATOR[0])):
+        monkeypatch.setattr(os, "environ", environment := {})
+        monkeypatch.setattr(device.torch, "__version__", version)
+        prepare_process()
+        assert environment[name] == "expandable_segments:True"
