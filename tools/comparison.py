@@ -1,7 +1,7 @@
 """docs/comparison.md from tools/comparison.yaml, and every cell of it read again in the tools' own files.
 
     python tools/comparison.py                    writes the page
-    python tools/comparison.py --sources DIR      also reads the tools' files, one folder a tool; fails where one differs
+    python tools/comparison.py --sources DIR      also reads the tools' files; fails where one differs
 
 How a cell is written stands at the head of tools/comparison.yaml.
 """
