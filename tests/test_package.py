@@ -17,7 +17,7 @@ from tests import ROOT
 
 PUBLIC = {
     "InputError", "RunError", "Stopped", "StropError", "check", "compare_methods", "evaluate", "export", "load",
-    "merge", "plan", "resume", "train",
+    "merge", "plan", "push", "resume", "train",
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from strop.errors import InputError, RunError, Stopped, StropError
 if TYPE_CHECKING:
     from strop.adapters import Model
     from strop.exporting.gguf import Exported
+    from strop.exporting.hub import Pushed
     from strop.exporting.merge import Merged
     from strop.exporting.ollama import Prepared
     from strop.planning.compare import Row
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "merge",
     "plan",
+    "push",
     "resume",
     "train",
 ]
@@ -246,6 +248,20 @@ def export(
     if target == "gguf":
         return export_gguf(str(run), Path(out), kind=type, adapter=adapter, data=data, measure=measure)
     return export_ollama(str(run), Path(out), kind=type, data=data, measure=measure)
+
+
+def push(
+    run: str | Path, repo: str, *, public: bool = False, base: str | None = None, message: str | None = None
+) -> Pushed:
+    """Sends the adapter of a run or adapter folder, or a model folder, to the Hub as `repo` (OWNER/NAME): one commit.
+
+    public: for everybody; without it a new repository is private, and a public one is refused. base: the Hub id of an
+    adapter's base, where it was trained on a folder, a GGUF file or the demo's model. message: of the commit.
+    Raises InputError before anything is sent, RunError where the Hub cannot be reached or holds other bytes after.
+    """
+    from strop.exporting.hub import push as push_to
+
+    return push_to(str(run), repo, public=public, base=base, message=message)
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from strop.commands.launch import kubernetes, ray, skypilot, slurm
 from strop.commands.merge import merge
 from strop.commands.modules import modules
 from strop.commands.plan import plan
+from strop.commands.push import push
 from strop.commands.resume import resume
 from strop.commands.runs import runs
 from strop.commands.schema import schema
@@ -132,6 +133,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "dash": dash,
     "import": import_,
     "export-script": export_script,
+    "push": push,
     "schema": schema,
     "demo": demo,
 }

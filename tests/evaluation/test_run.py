@@ -110,7 +110,8 @@ def test_rows_that_should_not_get_worse_and_the_card(
     card = runs[1] / "adapter" / "README.md"
     before = card.read_text()
     assert "| chat template | an answer ends with <\\|im_end\\|> |" in before
-    assert "fingerprint" in before and "vllm serve" in before and "held-out" not in before
+    assert "fingerprint" in before and "vllm serve" in before and "| held-out rows |" not in before
+    assert "was asked no held-out rows" in before
     other = rows(tmp_path / "other.jsonl", [("say a", "a"), ("say b", "b")])
     data = tmp_path / "colours.jsonl"
     words = ["eval", runs[1], "--data", data, "--metric", "choice", "--regression-data", other, "--json"]
@@ -121,6 +122,7 @@ def test_rows_that_should_not_get_worse_and_the_card(
     report = json.loads((runs[1] / "report.json").read_text())
     assert report["regression"]["difference"] == found["regression"]["difference"]
     after = card.read_text()
+    assert "was asked no held-out rows" not in after and "was not measured" not in after
     assert "12 rows: choice" in after and "2 rows: contains" in after and "126 rows" in after
     assert "should not get worse" in (runs[1] / "report.html").read_text()
     code, _, err = run("eval", tiny_folder, "--data", data, "--regression-data", other, capsys=capsys)

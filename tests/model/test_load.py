@@ -54,8 +54,9 @@ def test_a_hub_model_is_fetched_without_pickle_or_code_and_then_served_from_the_
         assert not [path for path in asked if path.split("?")[0].endswith((".bin", ".py"))]
         before = len(asked)
         assert run("owner/tiny", offline="1") == f"owner/tiny {numbers}" and len(asked) == before
-        assert run("owner/other").startswith("refused: owner/other: the Hub answers 404")
-        assert "no such folder" in run("owner/other", offline="1")
+        assert "no such model on the Hub that this account may see" in run("owner/other")
+        assert run("owner/tiny@v9").startswith("refused: owner/tiny: has no revision v9")
+        assert "while offline" in run("owner/other", offline="1")
 
 
 def test_a_folder_loads_with_its_own_weights(tiny_folder: Path) -> None:

@@ -269,7 +269,7 @@ def _training(draft: Draft, keys: Keys) -> None:
         draft.lack("wandb_project", f"{project}: set WANDB_PROJECT")
     for key in ("hub_model_id", "hub_strategy"):
         if (name_ := keys.take(key)) is not None:
-            draft.lack(key, f"{name_}: strop uploads nothing")
+            draft.lack(key, f"{name_}: a command of its own, after training: `strop push RUN OWNER/NAME`")
     steps_and_places(draft, keys)
     if draft.get("out") is None:
         draft.differ("output_dir", "./model-out there; runs/<data>-N here")

@@ -164,7 +164,7 @@ def steps_and_places(draft: Draft, keys: Keys) -> None:
     if (out := keys.take("output_dir")) is not None:
         draft.put("out", str(out), "output_dir")
     if keys.take("push_to_hub"):
-        draft.lack("push_to_hub", "strop uploads nothing")
+        draft.lack("push_to_hub", "a command of its own, after training: `strop push RUN OWNER/NAME`")
     if resume := keys.take("resume_from_checkpoint"):
         draft.lack("resume_from_checkpoint", f"{resume}: a run of strop goes on with `strop resume RUN`")
     trackers = keys.take("report_to")

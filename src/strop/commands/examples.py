@@ -32,6 +32,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "strop export-script runs/mine --out mine-script",
         "strop export-script runs/mine --out mine-script --json",
     ),
+    "push": ("strop push runs/mine me/mine", "strop push mine-merged me/mine-merged --public"),
     "schema": ("strop schema", "strop schema > recipe.schema.json"),
     "demo": ("strop demo", "strop demo --out runs/first"),
     "launch slurm": (

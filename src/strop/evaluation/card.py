@@ -1,14 +1,22 @@
-"""README.md of an adapter folder: what the adapter is, how it was trained, how good it is, how to load it."""
+"""README.md of an adapter or of a merged model: what it is, how good it is, its limits, how it was made and loads."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from strop.evaluation.metrics import Difference, judged_by_kind, verdict
-from strop.runs.folder import write_atomic
+from strop.runs.folder import RunFolder, is_run, write_atomic
+
+CARD_FILE = "README.md"
+PLACE = "THIS_FOLDER"  # where what the card is about will be, as long as that is not known
+# A recipe's fields that say where things are on this machine, or how it is watched: no part of how a model was made.
+PLACES = {"model.name", "out", "track", "train.log_steps", "train.keep_checkpoints", "train.timeout", "model.device"}
 
 REWARD = """It scores an answer by one number, the larger, the better; it writes none.
 
@@ -16,73 +24,141 @@ REWARD = """It scores an answer by one number, the larger, the better; it writes
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")  # with the chat template it was trained with
-base = AutoModelForSequenceClassification.from_pretrained("BASE", num_labels=1)
-model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()
+tokenizer = AutoTokenizer.from_pretrained("{place}")  # with the chat template it was trained with
+base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels=1)
+model = PeftModel.from_pretrained(base, "{place}").eval()
 ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)  # up to the answer's end
 print(model(**ids).logits)
 ```"""
 
-
-def write_card(adapter: Path, report: Mapping[str, Any]) -> None:
-    """Writes the card of a run's adapter from what report.json holds; again after each evaluation."""
-    if adapter.is_dir():  # a report may be there before the adapter is
-        write_atomic(adapter / "README.md", card(report))
-
-
-def card(report: Mapping[str, Any]) -> str:
-    chosen = {choice["field"]: choice["value"] for choice in report["recipe"]}
-    base, data, name = report["lock"]["base"], report["lock"]["data"], Path(str(report["run"])).name
-    prints = data if isinstance(data, str) else json.dumps(data)
-    return f"""---
-library_name: peft
-base_model: {json.dumps(base["name"])}
-tags: [lora, strop]
----
-# {name}
-
-A LoRA adapter for `{base["name"]}`, trained with strop.
-
-| | |
-|---|---|
-| base | `{base["name"]}`, fingerprint `{base["fingerprint"][:16]}`, {_stored(chosen)} |
-| adapter | rank {chosen["lora.r"]}, alpha {chosen["lora.alpha"]:g}, on {_words(chosen["lora.target_modules"])} |
-| training | {_training(report, chosen)} |
-| data | {report["data"]["used"]:,} rows, hash `{prints[:16]}` |
-{_template(report)}{"".join(f"| {what} | {said} |{chr(10)}" for what, said in _scores(report))}
-## How to load it
-
-{_loading(name, chosen)}
-"""
-
-
-def _loading(name: str, chosen: Mapping[str, Any]) -> str:
-    if chosen.get("train.objective") == "reward":
-        return REWARD
-    return f"""```python
+ADAPTER = """```python
 import strop
 
-print(strop.load("THIS_FOLDER").chat("..."))
+print(strop.load("{place}").chat("..."))
 ```
 
 ```python
 from peft import AutoPeftModelForCausalLM  # where the base is a folder or on the Hub
 from transformers import AutoTokenizer
 
-model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")  # with the chat template it was trained with
+model = AutoPeftModelForCausalLM.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")  # with the chat template it was trained with
 ```
 
 ```sh
-vllm serve BASE --enable-lora --max-lora-rank {chosen["lora.r"]} --lora-modules {name}=THIS_FOLDER
+vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={place}
 strop merge RUN --out MERGED             # one model of its own, for everything that takes no adapters
 strop export ollama RUN --out FOLDER     # for Ollama: a GGUF file and its Modelfile
 ```"""
 
+MERGED = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-def _template(report: Mapping[str, Any]) -> str:
+model = AutoModelForCausalLM.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")  # with the chat template it was trained with
+```
+
+```sh
+vllm serve {place}
+```"""
+
+
+def write_card(adapter: Path, report: Mapping[str, Any]) -> None:
+    """Writes the card of a run's adapter from what report.json holds; again after each evaluation."""
+    if adapter.is_dir():  # a report may be there before the adapter is
+        write_atomic(adapter / CARD_FILE, card(report))
+
+
+def report_of(adapter: Path) -> dict[str, Any] | None:
+    """The report of the run that an adapter folder is part of; None where there is no such run, or it did not end."""
+    run = RunFolder(adapter.parent)
+    if not is_run(run.path) or run.adapter != adapter or not run.report.is_file():
+        return None
+    report = json.loads(run.report.read_text(encoding="utf-8"))
+    return dict(report) if "recipe" in report else None
+
+
+def hub_id(name: str) -> str | None:
+    """The Hub id in the name of a base, without its revision; None for a folder, a GGUF file and the demo's model."""
+    elsewhere = name.startswith(("demo:", "gguf:")) or os.path.isabs(name) or name.count("/") > 1
+    return None if elsewhere else name.partition("@")[0]
+
+
+def card(
+    report: Mapping[str, Any],
+    *,
+    place: str = PLACE,
+    base: str | None = None,
+    merged: Mapping[str, Any] | None = None,
+) -> str:
+    """The card of a run's adapter, or of a model that it was merged into.
+
+    report: as in report.json. place: what to load it by. base: a Hub id that holds the base of an adapter that was
+    trained on a folder or a GGUF file. merged: dtype, and parity as `strop merge --json` gives it (None: not measured).
+    """
+    chosen = {choice["field"]: choice["value"] for choice in report["recipe"]}
+    lock, name = report["lock"], Path(str(report["run"])).name
+    known = base or hub_id(lock["base"]["name"])
+    shown = f"`{known}`" if known else f"`{_file(lock['base']['name'])}` (not from the Hub)"
+    prints = lock["data"] if isinstance(lock["data"], str) else json.dumps(lock["data"])
+    library, relation = ("peft", "adapter") if merged is None else ("transformers", "finetune")
+    related = {"base_model": known, "base_model_relation": relation} if known else {}
+    head = {"library_name": library, **related, "tags": ["lora", "strop"]}
+    rows = [
+        ("base", f"{shown}, fingerprint `{lock['base']['fingerprint'][:16]}`, {_stored(chosen)}"),
+        ("adapter", _adapter(chosen)),
+        *([("merged", _merged(merged))] if merged is not None else []),
+        ("training", _training(report, chosen)),
+        ("data", f"{report['data']['used']:,} rows, hash `{prints[:16]}`"),
+        *_template(report),
+        *_scores(report),
+    ]
+    what = f"{shown} with a LoRA adapter merged into it" if merged is not None else f"A LoRA adapter for {shown}"
+    loading = MERGED if merged is not None else REWARD if chosen.get("train.objective") == "reward" else ADAPTER
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(head, sort_keys=False, default_flow_style=None).strip(),
+            "---",
+            f"# {name}\n",
+            f"{what}, trained with strop.\n",
+            "| | |\n|---|---|",
+            *(f"| {key} | {said} |" for key, said in rows),
+            "\n## Limits\n",
+            *(f"- {limit}" for limit in _limits(report, chosen)),
+            "\n## How to load it\n",
+            loading.format(place=place, base=known or "BASE", rank=chosen["lora.r"], name=name),
+            "\n## How it was made\n",
+            _made(report, lock["versions"]),
+            "",
+        ]
+    )
+
+
+def _file(name: str) -> str:
+    """The last part of a base's name: a card tells nobody where things are on a machine."""
+    return Path(name.partition("#")[0]).name
+
+
+def _adapter(chosen: Mapping[str, Any]) -> str:
+    targets = chosen["lora.target_modules"]
+    on = ", ".join(targets) if isinstance(targets, (list, tuple)) else str(targets)
+    return f"rank {chosen['lora.r']}, alpha {chosen['lora.alpha']:g}, on {on}"
+
+
+def _merged(merged: Mapping[str, Any]) -> str:
+    parity = merged["parity"]
+    if parity is None:
+        return f"in {merged['dtype']}; not measured against the adapter"
+    figures = (
+        f"mean KL {parity['kl_mean']:.2g}, top-1 agreement {parity['top1_agreement']:.2%}, {parity['positions']:,}"
+    )
+    return f"in {merged['dtype']}; measured against the adapter on its base: {figures} positions"
+
+
+def _template(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     told = report.get("data_report", {}).get("template", [])
-    return f"| chat template | {'; '.join(told).replace('|', chr(92) + '|')} |{chr(10)}" if told else ""
+    return [("chat template", "; ".join(told).replace("|", "\\|"))] if told else []
 
 
 def _stored(chosen: Mapping[str, Any]) -> str:
@@ -98,15 +174,11 @@ def _training(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     return f"{amount}, {rate}, {chosen['train.optimizer']}, seed {chosen['seed']}"
 
 
-def _words(targets: Any) -> str:
-    return ", ".join(targets) if isinstance(targets, (list, tuple)) else str(targets)
-
-
 def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if report.get("eval_loss") is not None:
         yield "evaluation loss", f"{report['eval_loss']:.4f}"
     for name, found in (("held-out rows", report.get("evaluation")), ("rows to keep", report.get("regression"))):
-        if found and found.get("tuned") and found.get("base"):
+        if found and _both(found):
             metric = found["metric"]
             said = f"{metric} {found['base'][metric]:.1%} before, {found['tuned'][metric]:.1%} after"
             yield name, f"{found['rows']} rows: {said} ({_judged(found)})"
@@ -116,5 +188,43 @@ def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "general set", f"{general['rows']} rows: {said} ({judged_by_kind(general)})"
 
 
+def _both(found: Any) -> bool:
+    return bool(found and found.get("tuned") and found.get("base"))
+
+
 def _judged(found: Mapping[str, Any]) -> str:
     return verdict(Difference(**found["difference"]))[1]
+
+
+def _limits(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> Iterator[str]:
+    """What is not known of a model, from what was not measured; and what no run of strop measures."""
+    if not _both(report.get("evaluation")):
+        yield "It was asked no held-out rows: how good it is at its task is not known."
+    if not report.get("general") and not _both(report.get("regression")):
+        yield "Whether it got worse at other things than its rows are about was not measured."
+    longest = report.get("data_report", {}).get("tokens", {}).get("max")
+    if longest:
+        yield f"No row that it was trained on is longer than {longest:,} tokens."
+    if chosen.get("train.objective") != "reward":
+        yield "It answers prompts in the chat template that is saved with it; in another it was not tried."
+    yield "Nothing here was checked for safety, bias or truth."
+    yield "The licence and the terms of the base hold for it too."
+
+
+def _made(report: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+    """The settings that were chosen, as a recipe, and the versions; of a path, the file's name alone."""
+    tree: dict[str, Any] = {}
+    for choice in report["recipe"]:
+        section, _, field = choice["field"].rpartition(".")
+        if choice["origin"] == "default" or choice["field"] in PLACES or choice["value"] is None:
+            continue
+        (tree.setdefault(section, {}) if section else tree)[field] = _named(choice["value"])
+    lines = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return f"```yaml\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).strip()}\n```\n\nWith {lines}."
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_named(one) for one in value]
+    path = isinstance(value, str) and (os.path.isabs(value) or value.startswith((".", "~")))
+    return Path(value).name if path else value

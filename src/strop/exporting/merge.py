@@ -38,6 +38,7 @@ from strop.data.prepare import prepare
 from strop.data.units import Learning
 from strop.engine.step import step_for
 from strop.errors import FolderError, MemoryLimitError, ModelError, RecipeError
+from strop.evaluation.card import CARD_FILE, card, report_of
 from strop.evaluation.loss import mean_loss
 from strop.exporting.changes import changes
 from strop.exporting.parity import LIMITS, Parity, compare, in_fp32
@@ -126,6 +127,9 @@ def merge(
             if not parity.passed:
                 shutil.rmtree(made)
             parity.check(str(out))
+        if report := report_of(folder):
+            merged_as = {"dtype": dtype, "parity": None if parity is None else parity.as_json()}
+            (made / CARD_FILE).write_text(card(report, merged=merged_as), encoding="utf-8")
         made.replace(out)
         fsync_folder(out.parent)
     return Merged(out, sorted(file.name for file in out.iterdir()), base, losses, parity)

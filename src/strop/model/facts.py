@@ -179,7 +179,7 @@ def hub_config(name: str, revision: str | None = None) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
     name, _, at = name.partition("@")
-    with _hub_faults(name):
+    with _hub_faults(name, at or revision):
         file = Path(hf_hub_download(name, "config.json", revision=at or revision))
     return read_config(file.parent)
 
@@ -188,16 +188,25 @@ def _hub(name: str, revision: str | None) -> Source:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-    with _hub_faults(name):
+    with _hub_faults(name, revision):
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
     source = _folder(Path(folder))
     return Source(f"{name}@{revision}" if revision else name, "folder", source.path)
 
 
 @contextmanager
-def _hub_faults(name: str) -> Iterator[None]:
+def _hub_faults(name: str, revision: str | None) -> Iterator[None]:
     """What the Hub's client raises, as a ModelError that says what to do."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     near = nearest(name, _siblings(Path(name)))
     try:
@@ -205,14 +214,27 @@ def _hub_faults(name: str) -> Iterator[None]:
     except HFValidationError:
         raise ModelError(f"{name}: neither a folder, a .gguf file nor a Hub id{near}") from None
     except LocalEntryNotFoundError:
-        what = f"{name}: no such folder{near}, and not in the local Hub cache while offline"
-        raise ModelError(what, fix="check the name, or go online (unset HF_HUB_OFFLINE)") from None
+        offline = constants.HF_HUB_OFFLINE
+        why = "while offline" if offline else f"and {constants.ENDPOINT} cannot be reached"
+        fix = "check the name, or go online (unset HF_HUB_OFFLINE)" if offline else "check the connection, HF_ENDPOINT"
+        raise ModelError(f"{name}: no such folder{near}, and not in the local Hub cache {why}", fix=fix) from None
+    except GatedRepoError:
+        what = f"{name}: gated: only who has accepted its terms may load it"
+        fix = f"open {constants.ENDPOINT}/{name} and accept them, then log in with `hf auth login`"
+        raise GatedError(what, fix=fix) from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{name}: has no revision {revision}", fix="give a branch, a tag or a commit of it") from None
+    except RepositoryNotFoundError:
+        what = f"{name}: no such folder{near}, and no such model on the Hub that this account may see"
+        raise ModelError(what, fix="check the name; for a private one log in with `hf auth login`") from None
+    except RemoteEntryNotFoundError:
+        raise ModelError(f"{name}: has no config.json: no model of transformers") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         what = f"{name}: the Hub answers {status or 'nothing'}: {str(error).splitlines()[0]}"
         if status in (401, 403):
-            raise GatedError(what, fix="accept its terms on the Hub and log in with `hf auth login`") from None
-        raise ModelError(what, fix="check the name and revision") from None
+            raise GatedError(what, fix="log in with `hf auth login`, with a token that may read it") from None
+        raise ModelError(what, fix="wait a little, and try again") from None
 
 
 def _siblings(path: Path) -> list[str]:

