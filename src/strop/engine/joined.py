@@ -71,13 +71,11 @@ class Joined:
         self._products = products_of([size for base in self.bases for size in (base.in_features, base.out_features)])
         biases = [base.bias for base in self.bases]
         self.bias = _side_by_side(biases) if biases[0] is not None else None
-        self.weight: Callable[[], Tensor]
-        if any(isinstance(base, Quantized) for base in self.bases):
-            self.weight = lambda: workspace.side_by_side(self.bases)
-        else:
-            whole = _side_by_side([base.weight for base in self.bases])
-            self.weight = lambda: whole
-        self.places = [base.weight.data_ptr() for base in self.bases]
+        weights = [base.weight for base in self.bases]
+        if not any(isinstance(base, Quantized) for base in self.bases) and not _lie_so(weights):
+            _side_by_side(weights)
+        self.weight: Callable[[], Tensor] = lambda: workspace.side_by_side(self.bases)
+        self.places = [_place(base.weight) for base in self.bases]
 
     def __call__(self, x: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
         """tokens: the key of each row of x (dropout.token_keys)."""
@@ -86,7 +84,7 @@ class Joined:
         magnitudes: list[Tensor] = []
         columns, scales, at = [], [], 0
         for module, base, place in zip(self.modules, self.bases, self.places, strict=True):
-            assert base.weight.data_ptr() == place, "the model's weights were moved or replaced after FastLoss"
+            assert _place(base.weight) == place, "the model's weights were moved or replaced after FastLoss"
             width = base.out_features
             if isinstance(module, LoraLayer) and not module.disable_adapters and not module.merged:
                 for name in module.active_adapters:
@@ -135,9 +133,12 @@ class Workspace:
         self._weights = Room()
 
     def side_by_side(self, bases: Sequence[Any]) -> Tensor:
-        """The weights of linear layers with the same input, dequantized, as rows of one (n, k)."""
+        """The weights of linear layers with the same input, dequantized, as rows of one (n, k). Those that need not be
+        dequantized lie so."""
         if len(bases) == 1:
             return _weight_of(bases[0])
+        if not any(isinstance(base, Quantized) for base in bases):
+            return _side_by_side([base.weight for base in bases])
         at, whole = 0, None
         for base in bases:  # one at a time: two of an 8B model's are 235 MB
             part = _weight_of(base)
@@ -154,19 +155,28 @@ def _weight_of(base: Any) -> Tensor:
     return weight.detach()
 
 
+def _place(weight: Tensor) -> tuple[int, int]:
+    """Which memory holds it, and where in it: that memory may be emptied and filled again."""
+    return weight.untyped_storage()._cdata, weight.storage_offset()
+
+
+def _lie_so(parts: list[nn.Parameter]) -> bool:
+    """Whether the rows of each follow those of the one before."""
+    memory, at = _place(parts[0])
+    for part in parts:
+        if _place(part) != (memory, at) or not part.is_contiguous():
+            return False
+        at += part.numel()
+    return True
+
+
 def _side_by_side(parts: list[nn.Parameter]) -> Tensor:
     """One tensor with the rows of all parts, which become views of it (or are already)."""
+    first = parts[0].data
     if len(parts) == 1:
-        return parts[0].data
-    rows = sum(len(part) for part in parts)
-    first, at = parts[0].data, 0
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or part.storage_offset() != first.storage_offset() + at or not part.is_contiguous():
-            break
-        at += part.numel()
-    else:
-        return first.as_strided((rows, *first.shape[1:]), first.stride())
+        return first
+    if _lie_so(parts):
+        return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
     joined = torch.cat([part.data for part in parts])
     for part, view in zip(parts, torch.split(joined, [len(part) for part in parts]), strict=True):
         part.data = view

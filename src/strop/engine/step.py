@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from strop.engine.dropout import Masks
-from strop.engine.fast import FastLoss, Watch
+from strop.engine.fast import FastLoss, Gathered, Watch
 from strop.engine.fits import unsupported
 from strop.engine.plain import PlainLoss
 
@@ -26,7 +26,8 @@ class Step:
     begins. name: fast or plain; why: the reason for plain. recompute: from its call on, each layer's input only is
     kept, and the layer is computed again in the backward pass; checkpoint: the same for this many layers, where the
     step can, else for all. exchange: lets go of the frozen weights, has them replaced, and takes up those that are
-    there now. watch: sets what is to look at memory before each layer."""
+    there now. watch: sets what is to look at memory before each layer. gather: sets what brings the weights that are not
+    always there."""
 
     token_loss: Callable[[Sequence[Example]], Tensor]
     log_probs: Callable[[Sequence[Example]], Tensor]
@@ -39,6 +40,7 @@ class Step:
     exchange: Callable[[Callable[[], None]], None] = lambda replace: replace()
     watch: Callable[[Watch], None] = lambda watch: None
     checkpoint: Callable[[int], None] = lambda layers: None
+    gather: Callable[[Gathered], None] = lambda gathered: None
 
     @property
     def packed(self) -> bool:
@@ -63,6 +65,7 @@ def step_for(model: nn.Module) -> Step:
             exchange=fast.exchange,
             watch=lambda watch: setattr(fast, "watch", watch),
             checkpoint=lambda layers: setattr(fast, "checkpoint_layers", layers),
+            gather=lambda gathered: setattr(fast, "gathered", gathered),
         )
     plain = PlainLoss(model)
     return Step(
@@ -76,7 +79,21 @@ def step_for(model: nn.Module) -> Step:
         recompute=lambda: whole.gradient_checkpointing_enable({"use_reentrant": False}),
         watch=lambda watch: _watch_layers(model, watch),
         checkpoint=lambda layers: whole.gradient_checkpointing_enable({"use_reentrant": False}),
+        gather=_gather_layers,
     )
+
+
+def _gather_layers(gathered: Gathered) -> None:
+    """Hooks in front of each module's forward, and of its gradient."""
+    for where, module in gathered.modules.items():
+        module.register_forward_pre_hook(lambda *_, where=where: gathered(where))
+        module.register_forward_hook(lambda _, __, found, where=where: _before_gradient(found, gathered, where))
+
+
+def _before_gradient(found: Any, gathered: Gathered, where: int | str) -> None:
+    output = found[0] if isinstance(found, tuple) else found
+    if where != "embedding" and output.requires_grad:
+        output.register_hook(lambda _: gathered(where))
 
 
 def _watch_layers(model: nn.Module, watch: Watch) -> None:

@@ -66,19 +66,20 @@ def gradients(job: Job, items: Sequence[Item]) -> Part:
     divisor = job.criterion.divisor(items)
     assert divisor > 0
     level = job.criterion.level(job.step, items, partial(micro_batches, job))
-    places, groups = _own_groups(job, items)
     tree: Tree[Tensor] = Tree(len(micro_batches(job, items)) if exact else 1)
-    losses = [] if groups else [torch.zeros((), device=weights[0].device)]
-    figures: list[tuple[int, Figures]] = []
-    for place, group in zip(places, groups, strict=True):
+
+    def compute(part: tuple[int, list[int]]) -> tuple[Tensor, tuple[int, Figures]]:
+        place, group = part
         total, found = job.criterion.loss(job.step, [items[row] for row in group], level)
         loss = total / divisor
         loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
-        figures.append((place, found))
         if exact:
-            tree.add(0, place, _flat(weights, losses[-1]))
-    mean = torch.stack(losses).sum()
+            tree.add(0, place, _flat(weights, loss.detach()))
+        return loss.detach(), (place, found)
+
+    made = job.devices.turns(lambda rank: _groups_of(job, items, rank), compute, backward=True)
+    losses, figures = [loss for loss, _ in made], [found for _, found in made]
+    mean = torch.stack(losses or [torch.zeros((), device=weights[0].device)]).sum()
     nodes = [value for _, _, value in tree.nodes]
     if job.devices.world > 1 and not exact:
         nodes = [_flat(weights, mean)]
@@ -121,15 +122,15 @@ def summed(job: Job, items: Sequence[Item], part: Part) -> Whole:
     return Whole(total[size - 1].to(part.loss), _means([figures]), bad_ranks, tuple(seconds))
 
 
-def _own_groups(job: Job, items: Sequence[Item]) -> tuple[list[int], list[list[int]]]:
-    """This device's micro-batches, as rows of the effective batch, and where each stands in it."""
+def _groups_of(job: Job, items: Sequence[Item], rank: int) -> list[tuple[int, list[int]]]:
+    """The micro-batches of a rank: where each stands in the effective batch, and its rows of it."""
     if job.devices.world == 1 or job.recipe.train.exact:
         groups = micro_batches(job, items)
-        places = list(_dealt(job, items, groups)[job.devices.rank]) if job.recipe.train.exact else range(len(groups))
-        return list(places), [groups[place] for place in places]
-    own = own_rows(job, items, job.devices.rank)
+        places = _dealt(job, items, groups)[rank] if job.recipe.train.exact else range(len(groups))
+        return [(place, groups[place]) for place in places]
+    own = own_rows(job, items, rank)
     groups = [[own[row] for row in group] for group in micro_batches(job, [items[row] for row in own])] if own else []
-    return [group[0] for group in groups], groups
+    return [(group[0], group) for group in groups]
 
 
 def _dealt(job: Job, items: Sequence[Item], groups: Sequence[Sequence[int]]) -> list[range]:
