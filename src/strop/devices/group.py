@@ -22,6 +22,10 @@ class Base(Protocol):
     """A base whose layers are gathered (strop.devices.sharded). digests: by layer, of its bytes."""
 
     digests: dict[str, str]
+    modules: dict[int | str, nn.Module]
+
+    def __call__(self, where: int | str) -> None:
+        """Has the weights of one of the modules there, until others are asked for."""
 
     def in_turn(self) -> Iterable[nn.Module]:
         """The modules whose weights are gathered, in a pass, each there until the next is asked for."""

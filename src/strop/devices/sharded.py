@@ -1,18 +1,17 @@
 """A base of which each rank holds a part of every layer, gathered when the layer is computed, and let go behind it.
 
 All ranks pass through the layers together: a pass is the same row of gatherings on each of them, whatever it computes,
-and one that has nothing to compute, or that has failed, takes part until the pass is over. While one layer computes, the
-next one is on its way, so that two are there at a time.
+and one that has nothing to compute, or that has failed, takes part until the pass is over. While one layer computes,
+the next one is on its way, so that two are there at a time.
 
-torch's `fully_shard` is not used: it shards parameters, one by one and in their own type, by rows; 4-bit weights here are
-bytes with constants beside them, and the fast step reads several weights as one.
+torch's `fully_shard` is not used: it shards parameters, one by one and in their own type, by rows; 4-bit weights here
+are bytes with constants beside them, and the fast step reads several weights as one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import nn
 
 from strop.devices.group import Devices
@@ -27,7 +26,7 @@ class Sharded:
         self.parts, self.modules, self._devices = parts, parts.modules, devices
         self._order: list[Where] = []
         self._at = 0  # of the order, what is there
-        self._coming: tuple[int, Callable[[], None]] | None = None
+        self._coming: Callable[[], None] | None = None  # waits for what comes after what is there
         own = [unit.own_digest() for unit in parts.distinct()]
         every = zip(*devices.gather(own), strict=True)
         sums = zip(parts.distinct(), every, strict=True)
@@ -78,7 +77,7 @@ class Sharded:
         if self._coming is None:
             self._start(self._at)
         if self._coming is not None:
-            self._coming[1]()
+            self._coming()
             self._coming = None
         if before is not None and before is not self._unit(self._at) and before is not self._unit(self._at + 1):
             before.drop()
@@ -87,9 +86,7 @@ class Sharded:
     def _start(self, at: int) -> None:
         unit = self._unit(at)
         if unit is not None and not unit.there:
-            # what autograd has saved of these weights is right again when they are back
-            with torch.autograd._unsafe_preserve_version_counter(unit.whole):
-                self._coming = at, self._devices.begin_gather(unit.take(), unit.own)
+            self._coming = self._devices.begin_gather(unit.take(), unit.own)
 
     def _unit(self, at: int) -> Unit | None:
         return self.parts.units[self._order[at]] if 0 <= at < len(self._order) else None

@@ -7,9 +7,10 @@ are laid side by side once; the model's own weights become views of them, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +57,14 @@ class Gathered(Protocol):
     """Has the weights of a decoder layer (by its number), of the `embedding` or of the `head` there from its call until
     others are asked for; modules: those that hold them."""
 
-    modules: Mapping[int | str, nn.Module]
+    modules: dict[int | str, nn.Module]
 
     def __call__(self, where: int | str) -> None: ...
+
+
+def before_gradient(output: Tensor, act: Callable[[], None]) -> None:
+    """Has `act` called before the gradient of what made this tensor is computed."""
+    cast(Any, output).register_hook(lambda _: act())
 
 
 class FastLoss:
@@ -146,7 +152,7 @@ class FastLoss:
             else:
                 hidden = self._through(layer, hidden, batch, angles, rows)
             if self.gathered is not None and hidden.requires_grad:
-                hidden.register_hook(lambda _, i=i: self._need(i))  # before the layer's gradient
+                before_gradient(hidden, partial(self._need, i))
         self._need("head")
         hidden = _scaled(apply(RmsNorm, hidden, self._norm), self._model.logits_scale if scaled else 1.0)
         if len(batch.picked) != len(batch.rows):  # a row behind which several examples part has several labels

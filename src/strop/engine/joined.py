@@ -157,7 +157,7 @@ def _weight_of(base: Any) -> Tensor:
 
 def _place(weight: Tensor) -> tuple[int, int]:
     """Which memory holds it, and where in it: that memory may be emptied and filled again."""
-    return weight.untyped_storage()._cdata, weight.storage_offset()
+    return weight.untyped_storage()._cdata, int(weight.storage_offset())
 
 
 def _lie_so(parts: list[nn.Parameter]) -> bool:

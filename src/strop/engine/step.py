@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from strop.engine.dropout import Masks
-from strop.engine.fast import FastLoss, Gathered, Watch
+from strop.engine.fast import FastLoss, Gathered, Watch, before_gradient
 from strop.engine.fits import unsupported
 from strop.engine.plain import PlainLoss
 
@@ -26,8 +26,8 @@ class Step:
     begins. name: fast or plain; why: the reason for plain. recompute: from its call on, each layer's input only is
     kept, and the layer is computed again in the backward pass; checkpoint: the same for this many layers, where the
     step can, else for all. exchange: lets go of the frozen weights, has them replaced, and takes up those that are
-    there now. watch: sets what is to look at memory before each layer. gather: sets what brings the weights that are not
-    always there."""
+    there now. watch: sets what is to look at memory before each layer. gather: sets what brings the weights that are
+    not always there."""
 
     token_loss: Callable[[Sequence[Example]], Tensor]
     log_probs: Callable[[Sequence[Example]], Tensor]
@@ -93,7 +93,7 @@ def _gather_layers(gathered: Gathered) -> None:
 def _before_gradient(found: Any, gathered: Gathered, where: int | str) -> None:
     output = found[0] if isinstance(found, tuple) else found
     if where != "embedding" and output.requires_grad:
-        output.register_hook(lambda _: gathered(where))
+        before_gradient(output, lambda: gathered(where))
 
 
 def _watch_layers(model: nn.Module, watch: Watch) -> None:

@@ -3,7 +3,8 @@
 Alone, micro-batches add to the weights' gradients as they come. Several devices are each dealt some rows, by tokens,
 and put their gradients and loss into one flat buffer that is summed. With `train.exact` the micro-batches are those of
 any number of devices, each has a buffer of its own, and these are added up in an order that only their number decides
-(strop.devices.ordered), so that the sum is the same to the bit.
+(strop.devices.ordered), so that the sum is the same to the bit. Where the base is sharded, all devices pass through the
+model as often as the one with most micro-batches (strop.devices.sharded).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from strop.data.conversation import Item
 from strop.devices.deal import deal, in_a_row
 from strop.devices.ordered import Tree, nodes_of
+from strop.runs.lock import sha256_text
 from strop.training.criteria import Figures
 from strop.training.job import Job
 from strop.training.shrink import micro_batches
@@ -70,6 +72,8 @@ def gradients(job: Job, items: Sequence[Item]) -> Part:
 
     def compute(part: tuple[int, list[int]]) -> tuple[Tensor, tuple[int, Figures]]:
         place, group = part
+        if exact or job.devices.world > 1:  # for dropout that no row decides: the model's own
+            torch.manual_seed(_seed_of(job, place))
         total, found = job.criterion.loss(job.step, [items[row] for row in group], level)
         loss = total / divisor
         loss.backward()  # type: ignore[no-untyped-call]
@@ -131,6 +135,11 @@ def _groups_of(job: Job, items: Sequence[Item], rank: int) -> list[tuple[int, li
     own = own_rows(job, items, rank)
     groups = [[own[row] for row in group] for group in micro_batches(job, [items[row] for row in own])] if own else []
     return [(group[0], group) for group in groups]
+
+
+def _seed_of(job: Job, place: int) -> int:
+    """Of a micro-batch, whichever device computes it."""
+    return int(sha256_text(f"{job.recipe.seed} {job.state.progress.step} {place}")[:15], 16)
 
 
 def _dealt(job: Job, items: Sequence[Item], groups: Sequence[Sequence[int]]) -> list[range]:

@@ -44,8 +44,8 @@ from strop.runs.folder import (
 )
 from strop.runs.lock import Difference, allowed, differences
 from strop.training import state as checkpoints
-from strop.training.criteria import Criterion, criterion_for
 from strop.training.build import build, hold_to_lock
+from strop.training.criteria import Criterion, criterion_for
 from strop.training.finish import figures, finish, take_best
 from strop.training.groups import OfGroups, without_dropout
 from strop.training.job import Job, stream_of
@@ -211,7 +211,8 @@ def _execute(
                 free = probe().free_bytes // devices.local_world
                 job.step.watch(MemoryWatch(setup.machine.memory_bytes, free))
             usable = usable_bytes(setup.machine, recipe.model.device)
-            expected = forecast(job, Setting.of(recipe, setup.shape, setup.parameters, torch.get_num_threads()))
+            here = torch.get_num_threads(), devices.world
+            expected = forecast(job, Setting.of(recipe, setup.shape, setup.parameters, *here))
             if job.state.progress.step < _total(job):
                 expected = rehearse(job, expected, usable, memory)
                 job = with_reference(job, key)
