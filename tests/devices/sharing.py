@@ -183,4 +183,4 @@ def goes_on(lab: Lab) -> None:
         mock.patch.object(load_share.Tensors, "part", poisoned).start()
 
     _, ended = lab.train(2, *SHARDED, prepare={1: poison})
-    assert codes(ended) == [1, 1] and "holds NaN or infinity" in ended[1].said, said(ended)
+    assert codes(ended) == [2, 2] and "holds NaN or infinity" in ended[1].said, said(ended)
