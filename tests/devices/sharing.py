@@ -80,6 +80,9 @@ def families(lab: Lab) -> None:
         assert apart(one, out) == 0.0, (family, apart(one, out))
         (start,) = events(out, "start")
         assert start["engine"] == "plain"
+    noted = [event["text"] for event in events(lab.good(2, "--train.max_steps", "1"), "note")]  # GPT-2, not exact
+    assert any("dropout of the model's own" in text for text in noted)
+    assert not any("dropout of the model's own" in event["text"] for event in events(out, "note"))
 
 
 def bytes_arrive(lab: Lab) -> None:

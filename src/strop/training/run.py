@@ -19,6 +19,7 @@ from strop.config.schema import Recipe
 from strop.devices.environment import may_restart, restarted
 from strop.devices.group import ALONE, Devices
 from strop.engine.answers.fits import unanswerable
+from strop.engine.fits import own_dropout
 from strop.engine.step import step_for
 from strop.errors import InputError, MemoryLimitError, StropError, Where
 from strop.evaluation.report import write_report
@@ -297,6 +298,9 @@ def _announce(job: Job, setup: Setup) -> None:
         numbers |= {"experts": held, "active": setup.parameters - setup.shape.idle}
     if isinstance(job.criterion, OfGroups) and (why := unanswerable(job.model)):
         job.log.emit("note", text=f"answers are drawn by transformers' generate: {why}")
+    if job.devices.world > 1 and not job.recipe.train.exact and (found := own_dropout(job.model)):
+        text = f"{found}: dropout of the model's own, drawn by micro-batch: other masks than on one device"
+        job.log.emit("note", text=f"{text} (--train.exact true: the same)")
     step, at = job.step, job.state.progress.step
     told = {"devices": described(job.devices, job.recipe.train.exact)} if job.devices.world > 1 else {}
     job.log.emit("start", steps=_total(job), step=at, engine=step.name, why=step.why, parameters=numbers, **told)
