@@ -15,12 +15,16 @@ CASES = [
     "same_numbers(lab)", "odd_batches(lab)", "other_numbers(lab)", "objectives(lab)", "evaluation(lab)",
     "not_finite(lab)", "no_memory(lab)", "failures(lab)", "flipped_bit(lab)", "gone(lab)", "hang(lab)",
     "restarted(lab)",
+    "the_same_run(lab)", "families(lab)", "bytes_arrive(lab)", "hurt_between_layers(lab)", "goes_on(lab)",
 ]  # fmt: skip
+
+
+IMPORTS = "from pathlib import Path; from tests.devices.suite import *; from tests.devices.sharing import *"
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_case(case: str, tmp_path: Path) -> None:
-    code = f"from pathlib import Path; from tests.devices.suite import *; lab = Lab(Path({str(tmp_path)!r})); {case}"
+    code = f"{IMPORTS}; lab = Lab(Path({str(tmp_path)!r})); {case}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=600, env=environment

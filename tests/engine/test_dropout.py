@@ -157,6 +157,19 @@ def test_rows_that_a_module_sees_apart_are_dropped_as_pytorch_does() -> None:
     assert torch.equal(found, nn.functional.dropout(torch.ones(7, 64), 0.5))
 
 
+def test_rows_that_are_laid_otherwise_have_the_same_masks() -> None:
+    """(B, 1, S, n) as DeepSeek's kv_b_proj sees them, (B S, n) as OPT's layers do; turned round (S, B, n) they are
+    other rows."""
+    masks = PlainLoss(dropping()).masks
+    module = CountedDropout(0.5, 3, masks)
+    masks.tokens = torch.from_numpy(token_keys(np.arange(10))).view(2, 5)
+    expected, ones = module(torch.ones(2, 5, 64)), torch.ones
+    assert torch.equal(module(ones(2, 1, 5, 64)), expected.view(2, 1, 5, 64))
+    assert torch.equal(module(ones(10, 64)), expected.view(10, 64))
+    assert not torch.equal(module(ones(5, 2, 64)), expected.view(5, 2, 64))
+    assert not torch.equal(module(ones(5, 2, 64)), module(ones(5, 2, 64)))  # PyTorch's own
+
+
 def test_training_with_dropout_is_the_fast_step_and_two_adapters_may_differ() -> None:
     model = dropping()
     assert unsupported(model) is None

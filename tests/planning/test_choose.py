@@ -15,14 +15,13 @@ from strop.model.shape import ModelShape
 from strop.planning.activations import KEEP_PAIRS, at_peak
 from strop.planning.choose import (
     choose,
-    largest_micro_batch,
     learning_rate,
     memory_key,
     usable_bytes,
-    usual_micro_batch,
 )
 from strop.planning.compare import KNOWN
 from strop.planning.memory import Drawn, phases
+from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
 from strop.planning.setting import Setting
 from strop.planning.speed import Rate, drawing_seconds
 

@@ -12,6 +12,8 @@ import pytest
 from strop import plan
 from strop.errors import RecipeError
 from strop.machine.probe import Machine
+from strop.model.shape import ModelShape
+from strop.planning.compare import KNOWN
 from strop.planning.devices import (
     INSIDE,
     LOOPBACK,
@@ -19,6 +21,8 @@ from strop.planning.devices import (
     SLOTS,
     Devices,
     Link,
+    pass_bytes,
+    pass_seconds,
     ring_bytes,
     ring_seconds,
     share,
@@ -26,6 +30,8 @@ from strop.planning.devices import (
     tree_seconds,
 )
 from strop.planning.here import Place
+from strop.planning.memory import layer_bytes
+from strop.planning.setting import Setting
 from strop.planning.speed import Rate
 from strop.training import shrink
 from tests.support.running import run
@@ -139,7 +145,7 @@ def test_memory_is_shared_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture
     """What fits once does not fit twice: exit 1, and the reason is said."""
     words = ["plan", "--model", "demo", "--memory", "2GB", "--device", "cpu", "--train.micro_batch", "8"]
     words += ["--model.quantization", "none", "--train.optimizer", "adamw", "--train.gradient_checkpointing", "off"]
-    words += ["--data.max_length", "256"]
+    words += ["--data.max_length", "256", "--model.placement", "replicated"]
     code, out, _ = run(*words, "--json", capsys=capsys)
     assert code == 0 and json.loads(out)["fits"]
     code, out, said = run(*words, "--devices", "2", "--json", capsys=capsys)
@@ -165,3 +171,39 @@ def test_the_same_bits_cost_their_sending() -> None:
     assert two.sent_bytes == pytest.approx(2 * plain.sent_bytes, rel=1e-4)
     assert three.sent_bytes == pytest.approx(6 * plain.sent_bytes, rel=1e-4)
     assert three.over[0].seconds > two.over[0].seconds > plain.over[0].seconds
+
+
+def test_the_base_is_sharded_where_it_does_not_fit_whole(tmp_path: Path) -> None:
+    """An 8B model in 16 bit on cards of 16 GiB: not on one, not on two that hold it whole each, but on two that share
+    it; where it fits whole, or what is asked for needs it whole, it is."""
+    model = tmp_path / "config.json"
+    model.write_text(json.dumps(KNOWN["Llama-3.1-8B"]), encoding="utf-8")
+    asked = {"model": str(model), "gpu": "RTX 4080", "model.quantization": "none", "data.max_length": 512}
+    one, two, four = (plan(**asked, devices=count) for count in (1, 2, 4))
+    assert not one.fits and two.fits and two.spread.mode == "sharded"
+    choice = two.resolved.choices["model.placement"]
+    assert (choice.value, choice.origin) == ("sharded", "plan") and "would not fit whole" in choice.why
+    assert not plan(**asked, devices=2, **{"model.placement": "replicated"}).fits
+    weights = [found.phases["train"].parts["weights"] for found in (one, two, four)]
+    assert weights == [pytest.approx(weights[0] / count, abs=4) for count in (1, 2, 4)]
+    assert one.resolved.choices["model.placement"].value == "auto"
+    nf4 = plan(**{**asked, "model.quantization": "nf4"}, devices=2)
+    assert nf4.fits and nf4.spread.mode == "replicated" and nf4.setting.shards == 1
+    packed = plan(**{**asked, "model.quantization": "nf4"}, devices=2, **{"model.placement": "sharded"})
+    assert packed.setting.resident_layers == 0 and packed.spread.mode == "sharded"
+    assert packed.spread.sent_bytes < 0.4 * two.spread.sent_bytes
+    needed = plan(**asked, devices=2, **{"lora.use_dora": True})
+    assert not needed.fits and needed.spread.mode == "replicated"
+    with pytest.raises(RecipeError, match=r"not with lora\.use_dora"):
+        plan(**asked, devices=2, **{"lora.use_dora": True, "model.placement": "sharded"})
+
+
+def test_what_is_gathered_is_counted() -> None:
+    """By hand, for a model of two layers: embedding, both layers, head, and the first layer again."""
+    setting = Setting(replace(ModelShape.of(KNOWN["Llama-3.1-8B"]), layers=2, tied=True), 10_000, shards=2)
+    setting = replace(setting, shape=replace(setting.shape, vocabulary=10, hidden=100))
+    layer = (2 * 10_000 - 2 * 1000) // 2
+    assert layer_bytes(setting) == layer
+    assert pass_bytes(setting) == 2 * 1000 + layer + layer + 2 * 1000 + layer
+    link = Link("test", 1e6, 0.001)
+    assert pass_seconds(setting, Devices(2), link) == pytest.approx(5 * 0.001 + pass_bytes(setting) / 2 / 1e6)

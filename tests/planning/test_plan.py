@@ -25,9 +25,9 @@ from strop.machine.rates import Rates, keep_precision, keep_rates, known_rates
 from strop.model.shape import ModelShape, peek
 from strop.planning.activations import MicroBatch
 from strop.planning.cards import CARDS, find_card, recognise
-from strop.planning.choose import usual_micro_batch
 from strop.planning.compare import KNOWN
 from strop.planning.here import Place
+from strop.planning.microbatch import usual_micro_batch
 from strop.planning.setting import Setting
 from strop.planning.speed import Rate, flops, tokens_per_s
 from tests.planning.published import CONFIGS

@@ -43,6 +43,11 @@ class ModelSection(Section):
     resident_layers: int | None = Field(
         None, ge=0, description="layers whose quantized weights are dequantized once; the others at each product"
     )
+    placement: Literal["auto", "replicated", "sharded"] = Field(
+        "auto",
+        description="of the base on several devices: whole on each, or a share on each, gathered layer by layer; "
+        "`auto` shards what would not fit",
+    )
     dtype: Literal["auto", "bf16", "fp32", "fp16"] = Field(
         "auto", description="type of the frozen weights; `auto` measures bf16 against fp32 on a CPU"
     )

@@ -7,15 +7,37 @@ them end together, one of them with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+class Base(Protocol):
+    """A base whose layers are gathered (strop.devices.sharded). digests: by layer, of its bytes."""
+
+    digests: dict[str, str]
+    modules: dict[int | str, nn.Module]
+
+    def __call__(self, where: int | str) -> None:
+        """Has the weights of one of the modules there, until others are asked for."""
+
+    def in_turn(self) -> Iterable[nn.Module]:
+        """The modules whose weights are gathered, in a pass, each there until the next is asked for."""
+
+    def share(self) -> dict[str, int]:
+        """{whole_bytes, held_bytes}: of the weights, and of what this rank holds between steps."""
+
+    def begin(self, *, backward: bool) -> None:
+        """A pass of all ranks through the model begins."""
+
+    def end(self) -> None:
+        """Takes part in what is left of the pass."""
 
 
 class Devices:
@@ -24,6 +46,7 @@ class Devices:
 
     rank, world, local, local_world, nodes = 0, 1, 0, 1, 1
     communication_s = waiting_s = 0.0  # so far: sending, and waiting for the slowest
+    base: Base | None = None  # where each rank holds a part of it
 
     @property
     def main(self) -> bool:
@@ -53,6 +76,18 @@ class Devices:
     def each(self, groups: Sequence[T], compute: Callable[[T], R], cost: Callable[[T], float]) -> list[R]:
         """`compute` of each group, dealt out to the ranks; results travel as pickles."""
         return [compute(group) for group in groups]
+
+    def turns(self, share: Callable[[int], Sequence[T]], compute: Callable[[T], R], *, backward: bool) -> list[R]:
+        """`compute`, which passes through the model once, of what this rank has; share: what each rank has.
+
+        Where the base is sharded, a rank that has less goes on giving its part of each layer to the others.
+        backward: it passes back as well.
+        """
+        return [compute(one) for one in share(self.rank)]
+
+    def begin_gather(self, whole: Tensor, own: Tensor) -> Callable[[], None]:
+        """Begins to put the bytes of all ranks, one behind the other, into `whole`; what it gives waits for them."""
+        raise AssertionError("one device holds all of the base")
 
     def add_up(self, buffer: Tensor) -> None:
         """Puts the sum over the ranks in the place of a flat fp32 buffer."""

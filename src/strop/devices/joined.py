@@ -40,6 +40,10 @@ WISHES = 3
 OK, NO_MEMORY, FAILED = 0, 1, 2
 
 
+# the older name of the same, up to torch 2.12
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Group(Devices):
     def __init__(self, place: Place) -> None:
         self.rank, self.world = place.rank, place.world
@@ -96,12 +100,41 @@ class Group(Devices):
         return self._gathered(value)
 
     def each(self, groups: Sequence[T], compute: Callable[[T], R], cost: Callable[[T], float]) -> list[R]:
-        own: dict[int, R] = {}
+        shares = deal([cost(group) for group in groups], self.world)
         with self.together():
-            for place in deal([cost(group) for group in groups], self.world)[self.rank]:
-                own[place] = compute(groups[place])
+            made = self.turns(shares.__getitem__, lambda place: compute(groups[place]), backward=False)
+        own = dict(zip(shares[self.rank], made, strict=True))
         found = dict(itertools.chain.from_iterable(part.items() for part in self._gathered(own)))
         return [found[place] for place in range(len(groups))]
+
+    def turns(self, share: Callable[[int], Sequence[T]], compute: Callable[[T], R], *, backward: bool) -> list[R]:
+        if self.base is None:
+            return super().turns(share, compute, backward=backward)
+        own, found, failed = share(self.rank), list[R](), None
+        for turn in range(max(len(share(rank)) for rank in range(self.world))):
+            self.base.begin(backward=backward)
+            try:
+                if failed is None and turn < len(own):
+                    found.append(compute(own[turn]))
+            except BaseException as error:
+                if self._over:
+                    raise
+                failed = error  # the others are on their way through the layers, and need this rank's part
+                traceback.clear_frames(error.__traceback__)
+            self.base.end()
+        if failed is not None:
+            raise failed
+        return found
+
+    def begin_gather(self, whole: Tensor, own: Tensor) -> Callable[[], None]:
+        with self._sending():
+            work = _all_gather(whole, own, group=self._group, async_op=True)
+
+        def wait() -> None:
+            with self._sending():
+                work.wait()
+
+        return wait
 
     def add_up(self, buffer: Tensor) -> None:
         with self._sending():

@@ -71,7 +71,8 @@ class Masks:
 class CountedDropout(nn.Dropout):
     """In the place of peft's dropout in front of an adapter: the masks of this module, which `masks` numbers.
 
-    Rows that are not those of the micro-batch (experts see a part of them) are dropped as PyTorch would.
+    Rows that are not those of the micro-batch (bytes that are joined to patches, experts that see a part of them) are
+    dropped as PyTorch would.
     """
 
     def __init__(self, p: float, number: int, masks: Masks) -> None:
@@ -86,12 +87,22 @@ class CountedDropout(nn.Dropout):
         tokens = self.masks.tokens
         if not self.level:
             return x
-        if tokens is None or tokens.shape != x.shape[:-1]:
+        if tokens is None or not _are_rows(x.shape[:-1], tokens):
             return super().forward(x)
         dropped = Dropped(self.masks.seed, self.masks.step, tokens.reshape(-1), (self.number,), (self.level,))
         drops = self.masks.drops_for(x)
         kept: Tensor = _Kept.apply(x.reshape(-1, x.shape[-1]), dropped, drops)  # type: ignore[no-untyped-call]
         return kept.view(x.shape) * grown(self.level)
+
+
+def _are_rows(leading: torch.Size, tokens: Tensor) -> bool:
+    """Whether a tensor with these sizes in front of its features has a row for each of tokens (B, S), in their order:
+    as (B, S), (B, 1, S) (DeepSeek's kv_b_proj) or (B S,) (OPT)."""
+    return leading == (tokens.numel(),) or _without_ones(leading) == _without_ones(tokens.shape)
+
+
+def _without_ones(sizes: torch.Size) -> list[int]:
+    return [size for size in sizes if size != 1]
 
 
 def grown(level: int) -> float:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,20 @@ class Watch(Protocol):
     def __call__(self) -> None: ...
 
 
+class Gathered(Protocol):
+    """Has the weights of a decoder layer (by its number), of the `embedding` or of the `head` there from its call until
+    others are asked for; modules: those that hold them."""
+
+    modules: dict[int | str, nn.Module]
+
+    def __call__(self, where: int | str) -> None: ...
+
+
+def before_gradient(output: Tensor, act: Callable[[], None]) -> None:
+    """Has `act` called before the gradient of what made this tensor is computed."""
+    cast(Any, output).register_hook(lambda _: act())
+
+
 class FastLoss:
     """The loss of a micro-batch through the fast step, for models that `unsupported` has no reason against.
 
@@ -61,6 +76,7 @@ class FastLoss:
     """
 
     watch: Watch | None = None  # looked at before each layer
+    gathered: Gathered | None = None  # where the weights are not always there
 
     def __init__(
         self, model: nn.Module, *, prefix_sharing: bool = True, checkpoint_layers: int = 0, warm: bool = True
@@ -122,6 +138,7 @@ class FastLoss:
             self.watch.begin()
         linears = [one for layer in self._layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         self._processor.lay_out(linears, self._head.weight.dtype)
+        self._need("embedding")
         hidden = self._model.embedded(batch.ids)
         if self._family.embedding_norm:
             hidden = apply(RmsNorm, hidden, self._norm)
@@ -129,16 +146,24 @@ class FastLoss:
         last = len(self._layers) - 1
         for i, layer in enumerate(self._layers):
             rows = batch.rows if i == last else None
+            self._need(i)
             if i < self.checkpoint_layers and torch.is_grad_enabled():
                 hidden = checkpoint(
                     self._through, layer, hidden, batch, angles, rows, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 hidden = self._through(layer, hidden, batch, angles, rows)
+            if self.gathered is not None and hidden.requires_grad:
+                before_gradient(hidden, partial(self._need, i))
+        self._need("head")
         hidden = _scaled(apply(RmsNorm, hidden, self._norm), self._model.logits_scale if scaled else 1.0)
         if len(batch.picked) != len(batch.rows):  # a row behind which several examples part has several labels
             hidden = hidden[batch.picked]
         return hidden
+
+    def _need(self, where: int | str) -> None:
+        if self.gathered is not None:
+            self.gathered(where)
 
     def _through(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ TRAINED = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".score.modules_to
 DROPOUTS = (
     "attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout", "hidden_dropout", "embedding_dropout",
 )  # fmt: skip
+
+
+def own_dropout(model: nn.Module) -> str | None:
+    """Dropout that is the model's own, by name: it is drawn by micro-batch, and not by row as that of adapters is."""
+    found = (name for name, module in model.named_modules() if type(module) is nn.Dropout and module.p > 0)
+    config: Any = model.config
+    active = (name for name in DROPOUTS if getattr(config.get_text_config(), name, 0))
+    return next(chain(active, found), None)
 
 
 def unsupported(model: nn.Module) -> str | None:

@@ -83,13 +83,11 @@ class Joined:
         self._products = products_of([size for base in self.bases for size in (base.in_features, base.out_features)])
         biases = [base.bias for base in self.bases]
         self.bias = _side_by_side(biases) if biases[0] is not None else None
-        self.weight: Callable[[], Tensor]
-        if any(isinstance(base, Quantized) for base in self.bases):
-            self.weight = lambda: workspace.side_by_side(self.bases)
-        else:
-            whole = _side_by_side([base.weight for base in self.bases])
-            self.weight = lambda: whole
-        self.places = [base.weight.data_ptr() for base in self.bases]
+        weights = [base.weight for base in self.bases]
+        if not any(isinstance(base, Quantized) for base in self.bases) and not _lie_so(weights):
+            _side_by_side(weights)
+        self.weight: Callable[[], Tensor] = lambda: workspace.side_by_side(self.bases)
+        self.places = [_place(base.weight) for base in self.bases]
         self.operands: LoraProducts | None = None  # of the adapters, where they are laid out beforehand
 
     @property
@@ -119,7 +117,7 @@ class Joined:
     def __call__(self, x: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
         """tokens: the key of each row of x (dropout.token_keys)."""
         for base, place in zip(self.bases, self.places, strict=True):
-            assert base.weight.data_ptr() == place, "the model's weights were moved or replaced after FastLoss"
+            assert _place(base.weight) == place, "the model's weights were moved or replaced after FastLoss"
         now = self.on_it()
         products, dropped = self.operands or self._products(now.parts), _dropped(now.dropouts, tokens)
         lies = now.columns, now.scales, self.room, dropped, self.drops
@@ -158,10 +156,13 @@ class Workspace:
         self._weights = Room()
 
     def side_by_side(self, bases: Sequence[Any]) -> Tensor:
-        """The weights of linear layers with the same input, dequantized, as rows of one (n, k)."""
+        """The weights of linear layers with the same input, dequantized, as rows of one (n, k). Those that need not be
+        dequantized lie so."""
         if len(bases) == 1:
             base = bases[0]
             return base.dequantized().detach() if isinstance(base, Quantized) else base.weight.detach()
+        if not any(isinstance(base, Quantized) for base in bases):
+            return _side_by_side([base.weight for base in bases])
         like = next(base for base in bases if isinstance(base, Quantized))
         rows = sum(base.out_features for base in bases)
         whole, at = self._weights(rows, like.in_features, like.weight.new_empty(0, dtype=like.dtype)), 0
@@ -175,19 +176,28 @@ class Workspace:
         return whole
 
 
+def _place(weight: Tensor) -> tuple[int, int]:
+    """Which memory holds it, and where in it: that memory may be emptied and filled again."""
+    return weight.untyped_storage()._cdata, int(weight.storage_offset())
+
+
+def _lie_so(parts: list[nn.Parameter]) -> bool:
+    """Whether the rows of each follow those of the one before."""
+    memory, at = _place(parts[0])
+    for part in parts:
+        if _place(part) != (memory, at) or not part.is_contiguous():
+            return False
+        at += part.numel()
+    return True
+
+
 def _side_by_side(parts: list[nn.Parameter]) -> Tensor:
     """One tensor with the rows of all parts, which become views of it (or are already)."""
+    first = parts[0].data
     if len(parts) == 1:
-        return parts[0].data
-    rows = sum(len(part) for part in parts)
-    first, at = parts[0].data, 0
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or part.storage_offset() != first.storage_offset() + at or not part.is_contiguous():
-            break
-        at += part.numel()
-    else:
-        return first.as_strided((rows, *first.shape[1:]), first.stride())
+        return first
+    if _lie_so(parts):
+        return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
     joined = torch.cat([part.data for part in parts])
     for part, view in zip(parts, torch.split(joined, [len(part) for part in parts]), strict=True):
         part.data = view

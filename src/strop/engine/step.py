@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from strop.engine.dropout import Masks
-from strop.engine.fast import FastLoss, Watch
+from strop.engine.fast import FastLoss, Gathered, Watch, before_gradient
 from strop.engine.fits import unsupported
 from strop.engine.plain import PlainLoss
 
@@ -26,8 +26,8 @@ class Step:
     begins. name: fast or plain; why: the reason for plain. recompute: from its call on, each layer's input only is
     kept, and the layer is computed again in the backward pass; checkpoint: the same for this many layers, where the
     step can, else for all. exchange: lets go of the frozen weights, has them replaced, and takes up those that are
-    there now. watch: sets what is to look at memory before each layer. lacking: why a card computes the fast step
-    without strop's own kernels."""
+    there now. watch: sets what is to look at memory before each layer. gather: sets what brings the weights that are
+    not always there. lacking: why a card computes the fast step without strop's own kernels."""
 
     token_loss: Callable[[Sequence[Example]], Tensor]
     log_probs: Callable[[Sequence[Example]], Tensor]
@@ -41,6 +41,7 @@ class Step:
     watch: Callable[[Watch], None] = lambda watch: None
     checkpoint: Callable[[int], None] = lambda layers: None
     lacking: str = ""
+    gather: Callable[[Gathered], None] = lambda gathered: None
 
     @property
     def packed(self) -> bool:
@@ -66,6 +67,7 @@ def step_for(model: nn.Module) -> Step:
             watch=lambda watch: setattr(fast, "watch", watch),
             checkpoint=lambda layers: setattr(fast, "checkpoint_layers", layers),
             lacking=fast.lacking,
+            gather=lambda gathered: setattr(fast, "gathered", gathered),
         )
     plain = PlainLoss(model)
     return Step(
@@ -79,7 +81,21 @@ def step_for(model: nn.Module) -> Step:
         recompute=lambda: whole.gradient_checkpointing_enable({"use_reentrant": False}),
         watch=lambda watch: _watch_layers(model, watch),
         checkpoint=lambda layers: whole.gradient_checkpointing_enable({"use_reentrant": False}),
+        gather=_gather_layers,
     )
+
+
+def _gather_layers(gathered: Gathered) -> None:
+    """Hooks in front of each module's forward, and of its gradient."""
+    for where, module in gathered.modules.items():
+        module.register_forward_pre_hook(lambda *_, where=where: gathered(where))
+        module.register_forward_hook(lambda _, __, found, where=where: _before_gradient(found, gathered, where))
+
+
+def _before_gradient(found: Any, gathered: Gathered, where: int | str) -> None:
+    output = found[0] if isinstance(found, tuple) else found
+    if where != "embedding" and output.requires_grad:
+        before_gradient(output, lambda: gathered(where))
 
 
 def _watch_layers(model: nn.Module, watch: Watch) -> None:

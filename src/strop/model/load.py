@@ -58,7 +58,7 @@ def skeleton(source: Source) -> nn.Module:
 def without_weights(config: Any) -> nn.Module:
     """A model of a transformers config on meta tensors. Raises ModelError where transformers has no such model."""
     with torch.device("meta"):
-        return _from_config(config)
+        return from_config(config)
 
 
 def load_base(
@@ -81,11 +81,10 @@ def load_base(
     if quantization == "none":
         model: Any = _load_16_bit(source, dtype)
     else:
-        folder = _quantized(source, quantization, double, dtype)
-        model = build(lambda: _from_config(load_config(source)), folder, source.name, quantization, dtype)
+        folder = packed_folder(source, quantization, double, dtype)
+        model = build(lambda: from_config(load_config(source)), folder, source.name, quantization, dtype)
         if source.kind == "folder" and (source.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source.path)
-    text_forward(model)
     model.to(device)  # packed weights: those that are dequantized never lie in the host's memory
     if quantization != "none":
         layers = resident_layers if resident_layers is not None else _fitting_layers(model, device)
@@ -94,8 +93,14 @@ def load_base(
     bad = [name for name, weight in floats(model) if not is_finite(weight)]
     if bad:
         raise ModelError(f"{source.name}: weight {bad[0]} holds NaN or infinity", fix="fetch the model again")
+    return finished(model, source)
+
+
+def finished(model: Any, source: Source) -> nn.Module:
+    """The frozen model, named, in eval mode, letting text through."""
     # what peft writes into adapters as the base's name, by its version from one or the other
     model.name_or_path = model.config._name_or_path = source.name
+    text_forward(model)
     module: nn.Module = model.eval().requires_grad_(False)
     return module
 
@@ -112,7 +117,7 @@ def _fitting_layers(model: nn.Module, device: str) -> int:
 
 def stream_weights(model: nn.Module, source: Source, scheme: str, double: bool, dtype: torch.dtype) -> None:
     """Puts the packed weights back into a quantized base, in the place of those that `resident_layers` dequantized."""
-    pack_again(model, _quantized(source, scheme, double, dtype), source.name, scheme, dtype)
+    pack_again(model, packed_folder(source, scheme, double, dtype), source.name, scheme, dtype)
 
 
 def weights_folder(source: Source) -> Path:
@@ -128,12 +133,17 @@ def stored_dtype(source: Source) -> torch.dtype:
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds.pop() if len(kinds) == 1 else "", torch.float32)
 
 
-def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
+def refuse_prequantized(source: Source) -> None:
+    """Raises ModelError for weights that are quantized on disk, where 16 bit is asked for."""
     if prequantized(source.config()):
         raise ModelError(
             f"{source.name}: its weights are quantized already",
             fix=f"use --model.quantization {prequantized(source.config())}",
         )
+
+
+def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
+    refuse_prequantized(source)
     folder = weights_folder(source)
     model, info = _auto(load_config(source)).from_pretrained(
         folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOCAL
@@ -156,7 +166,7 @@ def _quantized_folder(source: Source, scheme: str, double: bool, dtype: torch.dt
     return kept / folder_name(scheme, double, str(dtype).removeprefix("torch."))
 
 
-def _quantized(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> Path:
+def packed_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> Path:
     """The folder with the quantized weights: the source itself, or one in the cache that is made on first use."""
     already = prequantized(source.config())
     if already == scheme:
@@ -171,7 +181,7 @@ def _quantized(source: Source, scheme: str, double: bool, dtype: torch.dtype) ->
     return folder
 
 
-def _from_config(config: Any) -> nn.Module:
+def from_config(config: Any) -> nn.Module:
     """Raises ModelError where transformers has no language model for such a config, or cannot build it."""
     try:
         model: nn.Module = _auto(config).from_config(config, trust_remote_code=False)

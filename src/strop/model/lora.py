@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -249,13 +249,14 @@ def num_trainable(skeleton: nn.Module, section: LoraSection, *, scored: bool = F
     return sum(weight.numel() for weight in trainable(adapted).values()) + int(rows)
 
 
-def weight_change(model: nn.Module) -> float | None:
+def weight_change(parts: Iterable[nn.Module]) -> float | None:
     """How far the adapters move the weights they sit on: the median over layers of |s B A| / |W| (Frobenius norms).
 
-    None where no plain LoRA layer sits on a floating-point weight.
+    parts: of the model, each looked at before the next is asked for. None where no plain LoRA layer sits on a
+    floating-point weight.
     """
     shares = []
-    for module in model.modules():
+    for module in (module for part in parts for module in part.modules()):
         base = getattr(module, "base_layer", None)
         if not (isinstance(module, PeftLinear) and isinstance(base, nn.Linear)):
             continue

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
@@ -22,6 +23,9 @@ from strop.model.quantize import QuantizedLinear, pack, put_module, replace_line
 from strop.runs.folder import new_folder
 
 SHARD_BYTES = 1 << 30
+DTYPES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I8": torch.int8,
+}  # fmt: skip
 
 
 class Tensors:
@@ -33,9 +37,14 @@ class Tensors:
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, list[int]] = {}
+        self._dtypes: dict[str, str] = {}
+        self._begins: dict[str, int] = {}
         for file in weight_files(folder):
-            for name, entry in safetensors_header(file).items():
-                self._files[name], self._shapes[name] = file, entry["shape"]
+            header = safetensors_header(file)
+            first = file.stat().st_size - max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            for name, entry in header.items():
+                self._files[name], self._shapes[name], self._dtypes[name] = file, entry["shape"], entry["dtype"]
+                self._begins[name] = first + entry["data_offsets"][0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._files))
@@ -48,6 +57,14 @@ class Tensors:
         with safe_open(self._files[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name).clone()
         return tensor
+
+    def part(self, name: str, low: int, high: int) -> Tensor:
+        """Its bytes from `low` to `high`, (n,) uint8; the others are not read."""
+        return torch.from_numpy(np.fromfile(self._files[name], np.uint8, high - low, offset=self._begins[name] + low))
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Of a tensor, unread; None for a type that no weight here has."""
+        return DTYPES.get(self._dtypes[name])
 
     def shape(self, name: str) -> list[int]:
         """Of a tensor, unread."""
@@ -62,12 +79,15 @@ class Tensors:
         scale = f"{name.removesuffix('weight')}SCB"
         return scale in self._files or any(key.startswith(f"{name}.") for key in self._files)
 
-    def under(self, name: str) -> dict[str, Tensor]:
-        """Constants of a quantized weight: of `x.weight`, x.weight.absmax as absmax, and x.SCB as SCB."""
+    def names_under(self, name: str) -> dict[str, str]:
+        """Constants of a quantized weight: of `x.weight`, absmax: x.weight.absmax, and SCB: x.SCB."""
         parent = name.removesuffix("weight")
-        found = {key: key.removeprefix(f"{name}.") for key in self._files if key.startswith(f"{name}.")}
-        found |= {f"{parent}SCB": "SCB"} if f"{parent}SCB" in self._files else {}
-        return {short: self.get(key) for key, short in found.items()}
+        found = {key.removeprefix(f"{name}."): key for key in self._files if key.startswith(f"{name}.")}
+        return found | ({"SCB": f"{parent}SCB"} if f"{parent}SCB" in self._files else {})
+
+    def under(self, name: str) -> dict[str, Tensor]:
+        """The same, read."""
+        return {short: self.get(key) for short, key in self.names_under(name).items()}
 
 
 def quantize_folder(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,12 @@ from strop.errors import ModelError, RecipeError
 from strop.machine.memory import recall
 from strop.machine.probe import Machine
 from strop.model.shape import ModelShape
-from strop.objectives.table import answers_of, drawn_tokens, learning_of, objective_of, open_options
-from strop.planning.activations import KEEP_PAIRS, MicroBatch, at_peak
+from strop.objectives.table import learning_of, objective_of, open_options
 from strop.planning.memory import load, train
+from strop.planning.microbatch import MICRO_BATCH_TOKENS, largest_micro_batch
 from strop.planning.setting import Setting
 from strop.runs.lock import sha256_text
 
-MICRO_BATCH_TOKENS = 2048
 MORE = 1.1  # times the bytes that were usable when a run ran out of memory: it may not do so again
 SHORTEST = 256  # tokens; a row below holds little of a conversation
 USABLE = {"cpu": 0.9, "mps": 0.75, "cuda": 0.95}  # of what is free: MemoryWatch stops a run on a CPU there
@@ -44,11 +43,12 @@ def choose(
     dtype: tuple[str, str],
     adapter: Mapping[str, Any] | None = None,
     parameters: int | None = None,
+    devices: int = 1,
 ) -> Resolved:
     """Fills in every field that is still open. device: the one found; dtype: (name, why) of the precision probe.
 
     adapter: adapter_config.json of `model.adapter`, whose shape the recipe then takes. parameters: of the model, where
-    its files say more than its config.
+    its files say more than its config. devices: that train together; the machine is what one of them has.
     Raises ModelError where an option asks for another shape than the adapter to start from has, RecipeError for options
     that do not go together.
     """
@@ -74,10 +74,9 @@ def choose(
     if recipe.train.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
         pick("train.optimizer", "adamw_8bit", "there is nothing to page without CUDA")
     resolved = resolved.decide(picks)
-    room = Room(shape, parameters or shape.parameters, usable_bytes(machine, resolved.recipe.model.device))
+    room = Room(shape, parameters or shape.parameters, usable_bytes(machine, resolved.recipe.model.device), devices)
     resolved = resolved.decide(_tokens(resolved.recipe))
-    for decide in (_narrower, _quantization, _smaller_micro_batch, _last_resorts, _resident, _checkpointing):
-        resolved = resolved.decide(decide(resolved, room))
+    resolved = _fitted(resolved, room) if devices == 1 else _placed(resolved, room)
     model = resolved.recipe.model
     if model.quantization == "none" and model.resident_layers is not None:
         raise RecipeError(
@@ -130,10 +129,11 @@ class Room:
     shape: ModelShape
     parameters: int
     usable: int
+    devices: int = 1
 
     def need(self, recipe: Recipe, **changes: Any) -> int:
         """Bytes that training by this recipe takes, or by one that differs in parts of its Setting."""
-        setting = Setting.of(recipe, self.shape, self.parameters).but(**changes)
+        setting = Setting.of(recipe, self.shape, self.parameters, devices=self.devices).but(**changes)
         return max(train(setting, largest_micro_batch(recipe, setting)).needed_bytes, load(setting).needed_bytes)
 
     def fits(self, recipe: Recipe, **changes: Any) -> bool:
@@ -146,43 +146,6 @@ class Room:
 
     def said(self, need: int) -> str:
         return f"{need / GIB:.1f} GiB needed at most, {self.usable / GIB:.1f} GiB usable"
-
-
-def largest_micro_batch(recipe: Recipe, setting: Setting, longest: int | None = None) -> MicroBatch:
-    """The micro-batch of a recipe that needs most: rows as long as they may be (or as the longest there is) and a
-    shorter one that fills it, or rows short enough for their probabilities to be kept."""
-    most = recipe.data.max_length + drawn_tokens(recipe.train)
-    longest = min(longest or most, most)
-    found = [_filled(recipe, length) for length in sorted({longest, min(longest, KEEP_PAIRS)})]
-    return max(found, key=lambda batch: at_peak(setting, batch).total)
-
-
-def _filled(recipe: Recipe, length: int) -> MicroBatch:
-    train_, answers = recipe.train, answers_of(recipe.train)
-    most = answers * train_.batch_size
-    if train_.micro_batch is not None:
-        lengths = [length] * answers * min(train_.micro_batch, train_.batch_size)
-    else:
-        budget = max(train_.micro_batch_tokens or MICRO_BATCH_TOKENS, length * answers)
-        lengths = [length] * answers * min(budget // (length * answers), train_.batch_size)
-        rest = (budget - sum(lengths)) // answers
-        lengths += [rest] * answers if len(lengths) < most and rest > 1 else []
-    return MicroBatch.rows(lengths, more=len(lengths) < most)
-
-
-def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> MicroBatch:
-    """The one whose time stands for the run's: of rows of the mean length. rows: (tokens, supervised) of each answer,
-    where they are known; else they are as long as they may be, and supervised."""
-    answers = answers_of(recipe.train)
-    if not rows:
-        drawn = drawn_tokens(recipe.train)
-        length = recipe.data.max_length + drawn
-        rows = [(length, drawn or length - 1)] * recipe.train.batch_size * answers
-    train_, mean = recipe.train, max(2, round(sum(tokens for tokens, _ in rows) / len(rows)))
-    number = train_.micro_batch or max(1, (train_.micro_batch_tokens or MICRO_BATCH_TOKENS) // (mean * answers))
-    number = answers * min(number, train_.batch_size, len(rows) // answers)
-    share = sum(supervised for _, supervised in rows) / max(1, sum(tokens - 1 for tokens, _ in rows))
-    return MicroBatch.rows([mean] * number, share=share, more=number < min(answers * train_.batch_size, len(rows)))
 
 
 def memory_key(recipe: Recipe, machine: Machine, shape: ModelShape) -> str:
@@ -204,6 +167,42 @@ def memory_key(recipe: Recipe, machine: Machine, shape: ModelShape) -> str:
         *(lora.r, lora.target_modules, recipe.data.max_length, recipe.train.optimizer),
     )
     return sha256_text(repr(parts))[:24]
+
+
+def _fitted(resolved: Resolved, room: Room) -> Resolved:
+    """With what is left open about memory decided."""
+    for decide in (_narrower, _quantization, _smaller_micro_batch, _last_resorts, _resident, _checkpointing):
+        resolved = resolved.decide(decide(resolved, room))
+    return resolved
+
+
+def _placed(resolved: Resolved, room: Room) -> Resolved:
+    """The same for several devices: the base whole on each of them where it fits, else a share on each."""
+    field, asked, why_not = "model.placement", resolved.recipe.model.placement, _why_whole(resolved.recipe)
+    if asked == "sharded" and why_not:
+        raise RecipeError(f"--{field} sharded: not with {why_not}", fix="leave one of them out")
+    if asked != "auto":
+        return _fitted(resolved, room)
+    whole = _fitted(resolved.decide([Choice(field, "replicated", "plan", "fits whole on each device")]), room)
+    need = room.need(whole.recipe)
+    if need <= room.usable:
+        return whole
+    if why_not:
+        return whole.decide([Choice(field, "replicated", "plan", f"would not fit, and is not sharded with {why_not}")])
+    why = f"would not fit whole on each device: {room.said(need)}"
+    return _fitted(resolved.decide([Choice(field, "sharded", "plan", why)]), room)
+
+
+def _why_whole(recipe: Recipe) -> str | None:
+    """What reads or trains weights of the base outside of a pass through the layers."""
+    lora = recipe.lora
+    reasons = {
+        "lora.use_dora": lora.use_dora,
+        "lora.init loftq": lora.init == "loftq",
+        "lora.new_tokens": bool(lora.new_tokens),
+        "lora.modules_to_save": bool(lora.modules_to_save),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _tokens(recipe: Recipe) -> list[Choice]:
@@ -319,6 +318,8 @@ def _resident(resolved: Resolved, room: Room) -> list[Choice]:
     recipe = resolved.recipe
     if recipe.model.quantization == "none" or recipe.model.resident_layers is not None:
         return []
+    if recipe.model.placement == "sharded":
+        return [Choice("model.resident_layers", 0, "plan", "fewer bytes to gather")]
     layers = next((k for k in range(room.shape.layers, 0, -1) if room.fits(recipe, resident_layers=k)), 0)
     said = "dequantized once: faster, as large as 16 bit" if layers else "no room for 16-bit weights"
     return [Choice("model.resident_layers", layers, "plan", said)]

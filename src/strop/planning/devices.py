@@ -1,9 +1,12 @@
-"""Several devices, each with the whole base: what is sent each step, how long that takes on which link, tokens/s.
+"""Several devices: what is sent each step, how long that takes on which link, tokens/s.
 
 A step sends flags around, twice four bytes a device (over gloo), and the gradients in fp32 with the loss behind them as
 one sum (over gloo between CPU processes, over NCCL between cards). LoRA's gradients are a few
 megabytes, so nothing is hidden behind the computing. With `train.exact` the buffers of the ranks' micro-batches are
 handed to everyone, one after the other, and added up in an order of their own.
+
+Of a sharded base each layer is gathered in front of its computing, forward and backward, once a micro-batch: much more
+than the gradients. The next layer comes while one computes, so that only what takes longer than the computing counts.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from strop.devices.deal import in_a_row
 from strop.devices.ordered import nodes_of
 from strop.errors import RecipeError
 from strop.objectives.table import answers_of
-from strop.planning.choose import usual_micro_batch
 from strop.planning.here import Place
+from strop.planning.memory import layer_bytes
+from strop.planning.microbatch import usual_micro_batch
 from strop.planning.setting import Setting
 from strop.planning.speed import Rate, step_seconds
 
@@ -79,20 +83,21 @@ class Over:
 @dataclass(frozen=True)
 class Spread:
     """A run on several devices. sent_bytes: by a device, each step. compute_s: of a step, on the device with most rows.
-    over: the slowest link first."""
+    over: the slowest link first. mode: replicated or sharded."""
 
     devices: Devices
     sent_bytes: int
     compute_s: float
     over: tuple[Over, ...]
     notes: tuple[str, ...]
+    mode: str = "replicated"
 
     def as_json(self) -> dict[str, Any]:
         count, nodes = self.devices.count, self.devices.nodes
         if count == 1:
             return {"count": 1, "nodes": 1, "mode": "one"}
         return {
-            "count": count, "nodes": nodes, "mode": "replicated", "sent_bytes": self.sent_bytes,
+            "count": count, "nodes": nodes, "mode": self.mode, "sent_bytes": self.sent_bytes,
             "compute_s": self.compute_s, "links": [one.as_json() for one in self.over], "notes": list(self.notes),
         }  # fmt: skip
 
@@ -159,15 +164,19 @@ def spread(
     size, buffers = gradient_bytes(setting, devices), _buffers(parts, devices) if exact else 0
     around = buffers * size if buffers else ring_bytes(size, devices.count)
     around += FLAG_SUMS * ring_bytes(FLAG_BYTES * devices.count, devices.count)
+    passes = -(-most * answers // at_once) if setting.shards > 1 else 0
+    around += passes * pass_bytes(setting) * (devices.count - 1) // devices.count
     over = []
     for link in _links(setting, devices):
         seconds = flags_seconds(devices, link)
+        seconds += max(0.0, passes * pass_seconds(setting, devices, link) - compute)
         if buffers:
             seconds += buffers * broadcast_seconds(size, devices, link, setting.device)
         else:
             seconds += sum_seconds(size, devices, link, setting.device)
         over.append(Over(link, seconds, tokens / (compute + seconds)))
-    return Spread(devices, around, compute, tuple(over), _notes(recipe, setting, devices))
+    mode = "sharded" if setting.shards > 1 else "replicated"
+    return Spread(devices, around, compute, tuple(over), _notes(recipe, setting, devices), mode)
 
 
 def _no_larger(recipe: Recipe, rows: int) -> dict[str, Any]:
@@ -219,6 +228,19 @@ def broadcast_seconds(size: int, devices: Devices, link: Link, device: str) -> f
     return link.start_s + (devices.count - 1) * link.hop_s + size / link.bytes_per_s
 
 
+def pass_bytes(setting: Setting) -> int:
+    """Gathered for one micro-batch: the embedding, each layer, the head, and each layer but the last again."""
+    ends = 2 * setting.element * setting.shape.embedding
+    return ends + layer_bytes(setting) * (2 * setting.shape.layers - 1)
+
+
+def pass_seconds(setting: Setting, devices: Devices, link: Link) -> float:
+    """In a ring each device hands on (n - 1) / n of the bytes, in n - 1 steps a gathering."""
+    number = 2 * setting.shape.layers + 1
+    hops = number * (link.start_s + (devices.count - 1) * (link.inside_s or link.hop_s))
+    return hops + pass_bytes(setting) * (devices.count - 1) / devices.count / link.bytes_per_s
+
+
 def _buffers(parts: int, devices: Devices) -> int:
     """Handed around in a step with `train.exact`: what each rank has added up of its neighbouring micro-batches."""
     return sum(len(nodes_of(parts, own)) for own in in_a_row([1.0] * parts, devices.count))
@@ -244,9 +266,14 @@ def _links(setting: Setting, devices: Devices) -> list[Link]:
 def _notes(recipe: Recipe, setting: Setting, devices: Devices) -> tuple[str, ...]:
     if devices.count == 1:
         return ()
-    said = ["every device holds the whole base; a base that does not fit on one device cannot be trained (sharding is "
-            "not built)"]  # fmt: skip
-    if setting.device == "cpu":
+    said = ["every device holds the whole base"]
+    if setting.shards > 1:
+        gathered = pass_bytes(setting) / 1e6
+        said = [
+            f"every device holds 1/{setting.shards} of the base; {gathered:,.0f} MB of it are gathered for each "
+            "micro-batch: larger micro-batches, if they fit, are faster"
+        ]
+    elif setting.device == "cpu":
         said = [
             f"the processes share one machine's cores and memory: {devices.each} copies of the base on each node, and "
             "no more cores than one process would have"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from strop.config.schema import Recipe
-from strop.planning.choose import SHORTEST, Room, usual_micro_batch
+from strop.planning.choose import SHORTEST, Room
+from strop.planning.microbatch import usual_micro_batch
 from strop.planning.setting import Setting
 from strop.planning.speed import Rate, tokens_per_s
 

@@ -83,7 +83,7 @@ def phases(setting: Setting, batch: MicroBatch, context: int, drawn: Drawn | Non
         "train": train(setting, batch),
         "evaluate": evaluate(setting, batch),
         "merge": merge(setting, context),
-        "serve": serve(setting, context),
+        "serve": serve(setting.but(shards=1), context),
     }
 
 
@@ -120,9 +120,24 @@ def optimizer_bytes(setting: Setting) -> int:
 
 
 def workspace_bytes(setting: Setting) -> int:
-    """One dequantized weight as the products see it, with the parts it is laid together from, and small scratch."""
+    """One dequantized weight as the products see it, with the parts it is laid together from, what is gathered of a
+    sharded base, and small scratch."""
     scratch = SCRATCH_BYTES if setting.device == "cpu" else 32 * MIB
-    return scratch + (_largest_dequantized(setting) if setting.streamed else 0)
+    return scratch + (_largest_dequantized(setting) if setting.streamed else 0) + gathered_bytes(setting)
+
+
+def gathered_bytes(setting: Setting) -> int:
+    """Of a sharded base, what is there at a time: a layer and the next one, or the embedding or the head beside one."""
+    if setting.shards == 1:
+        return 0
+    layer = layer_bytes(setting)
+    return layer + max(layer, setting.element * setting.shape.embedding)
+
+
+def layer_bytes(setting: Setting) -> int:
+    """Of one decoder layer: weights and their constants."""
+    outside = setting.element * setting.shape.embedding * (1 if setting.shape.tied else 2)
+    return (weight_bytes(setting) + constant_bytes(setting) - outside) // setting.shape.layers
 
 
 def _largest_dequantized(setting: Setting) -> int:
@@ -147,8 +162,8 @@ def _held(setting: Setting, *, trained: bool) -> dict[str, int]:
     """What is there through a whole phase."""
     adapters = 4 * setting.adapter_weights
     return {
-        "weights": weight_bytes(setting),
-        "quantization_constants": constant_bytes(setting),
+        "weights": weight_bytes(setting) // setting.shards,
+        "quantization_constants": constant_bytes(setting) // setting.shards,
         "adapters": adapters,
         "optimizer": optimizer_bytes(setting) if trained else 0,
         "workspace": workspace_bytes(setting),
@@ -161,6 +176,8 @@ def _replaced_bytes(setting: Setting) -> int:
     """16-bit weights are used where their file is mapped. The fast step lays those that share an input side by side in
     memory of its own; the file's pages of the same weights stay mapped as long as any other weight of the file is."""
     if setting.device != "cpu" or setting.step != "fast" or setting.scheme != "none" or setting.element != 2:
+        return 0
+    if setting.shards > 1:
         return 0
     joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
     return setting.element * setting.shape.layers * sum(x.weights for x in setting.shape.linears if x.name in joined)
@@ -207,11 +224,13 @@ def draw(setting: Setting, drawn: Drawn) -> Phase:
 def load(setting: Setting) -> Phase:
     """Reading the base. On a CPU 16-bit weights stay where their files are mapped; for fp32 they are copied out, and
     the files' pages count until the last is. A quantized base is read tensor by tensor, each with its file opened anew;
-    of a card the files' pages lie in the host's memory."""
+    of a card the files' pages lie in the host's memory. Of a sharded base a device reads its share."""
     held = _held(setting, trained=False)
     copied = setting.device == "cpu" and setting.scheme == "none" and setting.element != 2
     mapped = weight_bytes(setting.but(element=2)) if copied else 0
     parts = {"weights": held["weights"], "quantization_constants": held["quantization_constants"]}
+    if setting.shards > 1 and copied:  # tensor by tensor: the largest as it is read, and as it is wanted
+        mapped, parts["workspace"] = 0, (2 + setting.element) * setting.shape.embedding
     framework = CODE_BYTES if setting.device == "cpu" else CUDA_CONTEXT_BYTES
     return _phase({**parts, "mapped_files": mapped, "framework": framework})
 

@@ -13,10 +13,11 @@ from strop.machine.probe import Machine
 from strop.model.shape import Peek
 from strop.objectives.table import answers_of
 from strop.planning.activations import MicroBatch
-from strop.planning.choose import Room, choose, largest_micro_batch, usable_bytes, usual_micro_batch
+from strop.planning.choose import Room, choose, usable_bytes
 from strop.planning.devices import Devices, Spread, spread
 from strop.planning.ladder import Rung, ladder
 from strop.planning.memory import Drawn, Phase, constant_bytes, phases, weight_bytes
+from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
 from strop.planning.setting import Setting, why_plain
 from strop.planning.speed import REFERENCE, Rate, drawing_seconds, step_seconds, tokens_per_s
 
@@ -94,10 +95,10 @@ def make_plan(
 
     Raises InputError where the recipe asks for what the model does not have.
     """
-    resolved = choose(resolved, machine, model.shape, device, dtype, adapter, model.parameters)
+    resolved = choose(resolved, machine, model.shape, device, dtype, adapter, model.parameters, devices.count)
     recipe = resolved.recipe
-    setting = Setting.of(recipe, model.shape, model.parameters, machine.cores)
-    room = Room(model.shape, model.parameters, usable_bytes(machine, recipe.model.device))
+    setting = Setting.of(recipe, model.shape, model.parameters, machine.cores, devices.count)
+    room = Room(model.shape, model.parameters, usable_bytes(machine, recipe.model.device), devices.count)
     batch = largest_micro_batch(recipe, setting, max((tokens for tokens, _ in rows), default=None))
     usual, rate = usual_micro_batch(recipe, rows), rate_of(recipe.model.dtype)
     prompt = max((tokens - supervised for tokens, supervised in rows), default=None)

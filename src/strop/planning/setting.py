@@ -21,7 +21,8 @@ class Setting:
     """One way to train a model. ranks: of the adapter on each of shape.linears, 0 where there is none.
 
     element: bytes of a number in the type that is computed in. whole: weights that are trained in full. step: fast or
-    plain, as engine.step decides. tiles: the fast step's attention runs in tiles.
+    plain, as engine.step decides. tiles: the fast step's attention runs in tiles. shards: devices that hold a share of
+    the base each; 1: each holds all of it.
     """
 
     shape: ModelShape
@@ -40,9 +41,12 @@ class Setting:
     tiles: bool = False
     dropout: bool = False
     dora: bool = False
+    shards: int = 1
 
     @staticmethod
-    def of(recipe: Recipe, shape: ModelShape, parameters: int | None = None, threads: int = 2) -> Setting:
+    def of(
+        recipe: Recipe, shape: ModelShape, parameters: int | None = None, threads: int = 2, devices: int = 1
+    ) -> Setting:
         """From a recipe whose device and type are chosen; what else is open counts as what needs least."""
         model, lora, train = recipe.model, recipe.lora, recipe.train
         names = _targets(shape, lora.target_modules)
@@ -73,6 +77,7 @@ class Setting:
             device == "cpu" and model.dtype == "bf16" and probe().has_tiles(shape.head_size, shape.softcap),
             lora.dropout > 0,
             lora.use_dora,
+            devices if model.placement == "sharded" else 1,
         )
 
     @property

@@ -60,7 +60,8 @@ def print_devices(spread: Spread, out: Console) -> None:
     """Each link with what a step takes on it; the first is what the time below is about."""
     devices = spread.devices
     out.print(
-        f"[bold]devices[/]  {devices.count} ({devices.nodes} x {devices.each}), memory above is of each; "
+        f"[bold]devices[/]  {devices.count} ({devices.nodes} x {devices.each}), base {spread.mode}, "
+        "memory above is of each; "
         f"a step: {spread.compute_s:.3g} s of computing, {spread.sent_bytes / 1e6:,.1f} MB sent by each"
     )
     table = Table()

@@ -25,8 +25,8 @@ LIBRARIES = (
 
 # recipe values that do not change what is trained, or are held by their content (data) or fingerprint (model)
 HARMLESS = {
-    "out", "preset", "track", "model.name", "model.revision", "data.train", "data.eval", "data.columns",
-    "data.encoding", "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.max_time",
+    "out", "preset", "track", "model.name", "model.revision", "model.placement", "data.train", "data.eval",
+    "data.columns", "data.encoding", "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.max_time",
     "train.timeout",
 }  # fmt: skip
 # the shape of what is trained: a checkpoint of another shape does not fit

@@ -23,12 +23,25 @@ from strop.training.several import measured
 from strop.training.state import Progress
 
 
-def finish(job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ended: str) -> dict[str, Any]:
-    """Keeps the best weights (the last where nothing was evaluated) as the run's adapter; writes report.json."""
+def take_best(job: Job) -> float | None:
+    """Puts the best weights (the last where nothing was evaluated) into the model, on every device; gives how far they
+    have moved theirs (model.lora.weight_change)."""
+    progress, base = job.state.progress, job.devices.base
+    with job.devices.together():
+        kept = progress.best_step or progress.step
+        if kept != progress.step:
+            checkpoints.load_weights(job.folder.checkpoint(kept), job.state.weights)
+        (change,) = job.devices.turns(
+            lambda rank: [[job.model] if base is None else base.in_turn()], weight_change, backward=False
+        )
+    return change
+
+
+def finish(
+    job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ended: str, change: float | None
+) -> dict[str, Any]:
+    """Keeps the weights as the run's adapter; writes report.json. change: see take_best."""
     progress, folder = job.state.progress, job.folder
-    kept = progress.best_step or progress.step
-    if kept != progress.step:
-        checkpoints.load_weights(folder.checkpoint(kept), job.state.weights)
     identity = {name: setup.lock[name] for name in ("base", "template", "data")}
     model = setup.resolved.recipe.model
     identity |= {
@@ -39,7 +52,7 @@ def finish(job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ended
     identity["system"] = _shared_system(setup.data.train_conversations)
     identity["reasoning"] = setup.data.renderer.reasoning
     save_adapter(job.model, setup.tokenizer, folder.adapter, identity)
-    data, change = setup.data.report.as_json(), weight_change(job.model)
+    data = setup.data.report.as_json()
     report: dict[str, Any] = {
         "run": str(folder.path),
         **figures(progress),
@@ -60,7 +73,7 @@ def finish(job: Job, setup: Setup, memory: MemoryMark, expected: Forecast, ended
             "predicted": {name: phase.as_json() for name, phase in expected.phases.items()},
         },
         "adapter": str(folder.adapter),
-        "adapter_step": kept,
+        "adapter_step": progress.best_step or progress.step,
         "recipe": [asdict(choice) for choice in setup.resolved.choices.values()],
         "lock": {name: setup.lock[name] for name in ("base", "data", "template", "versions")},
         "machine": setup.lock["machine"],

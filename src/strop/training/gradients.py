@@ -3,7 +3,8 @@
 Alone, micro-batches add to the weights' gradients as they come. Several devices are each dealt some rows, by tokens,
 and put their gradients and loss into one flat buffer that is summed. With `train.exact` the micro-batches are those of
 any number of devices, each has a buffer of its own, and these are added up in an order that only their number decides
-(strop.devices.ordered), so that the sum is the same to the bit.
+(strop.devices.ordered), so that the sum is the same to the bit. Where the base is sharded, all devices pass through the
+model as often as the one with most micro-batches (strop.devices.sharded).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from strop.data.conversation import Item
 from strop.devices.deal import deal, in_a_row
 from strop.devices.ordered import Tree, nodes_of
+from strop.runs.lock import sha256_text
 from strop.training.criteria import Figures
 from strop.training.job import Job
 from strop.training.shrink import micro_batches
@@ -66,19 +68,22 @@ def gradients(job: Job, items: Sequence[Item]) -> Part:
     divisor = job.criterion.divisor(items)
     assert divisor > 0
     level = job.criterion.level(job.step, items, partial(micro_batches, job))
-    places, groups = _own_groups(job, items)
     tree: Tree[Tensor] = Tree(len(micro_batches(job, items)) if exact else 1)
-    losses = [] if groups else [torch.zeros((), device=weights[0].device)]
-    figures: list[tuple[int, Figures]] = []
-    for place, group in zip(places, groups, strict=True):
+
+    def compute(part: tuple[int, list[int]]) -> tuple[Tensor, tuple[int, Figures]]:
+        place, group = part
+        if exact or job.devices.world > 1:  # for dropout that no row decides: the model's own
+            torch.manual_seed(_seed_of(job, place))
         total, found = job.criterion.loss(job.step, [items[row] for row in group], level)
         loss = total / divisor
         loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
-        figures.append((place, found))
         if exact:
-            tree.add(0, place, _flat(weights, losses[-1]))
-    mean = torch.stack(losses).sum()
+            tree.add(0, place, _flat(weights, loss.detach()))
+        return loss.detach(), (place, found)
+
+    made = job.devices.turns(lambda rank: _groups_of(job, items, rank), compute, backward=True)
+    losses, figures = [loss for loss, _ in made], [found for _, found in made]
+    mean = torch.stack(losses or [torch.zeros((), device=weights[0].device)]).sum()
     nodes = [value for _, _, value in tree.nodes]
     if job.devices.world > 1 and not exact:
         nodes = [_flat(weights, mean)]
@@ -121,15 +126,20 @@ def summed(job: Job, items: Sequence[Item], part: Part) -> Whole:
     return Whole(total[size - 1].to(part.loss), _means([figures]), bad_ranks, tuple(seconds))
 
 
-def _own_groups(job: Job, items: Sequence[Item]) -> tuple[list[int], list[list[int]]]:
-    """This device's micro-batches, as rows of the effective batch, and where each stands in it."""
+def _groups_of(job: Job, items: Sequence[Item], rank: int) -> list[tuple[int, list[int]]]:
+    """The micro-batches of a rank: where each stands in the effective batch, and its rows of it."""
     if job.devices.world == 1 or job.recipe.train.exact:
         groups = micro_batches(job, items)
-        places = list(_dealt(job, items, groups)[job.devices.rank]) if job.recipe.train.exact else range(len(groups))
-        return list(places), [groups[place] for place in places]
-    own = own_rows(job, items, job.devices.rank)
+        places = _dealt(job, items, groups)[rank] if job.recipe.train.exact else range(len(groups))
+        return [(place, groups[place]) for place in places]
+    own = own_rows(job, items, rank)
     groups = [[own[row] for row in group] for group in micro_batches(job, [items[row] for row in own])] if own else []
-    return [group[0] for group in groups], groups
+    return [(group[0], group) for group in groups]
+
+
+def _seed_of(job: Job, place: int) -> int:
+    """Of a micro-batch, whichever device computes it."""
+    return int(sha256_text(f"{job.recipe.seed} {job.state.progress.step} {place}")[:15], 16)
 
 
 def _dealt(job: Job, items: Sequence[Item], groups: Sequence[Sequence[int]]) -> list[range]:

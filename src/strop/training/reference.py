@@ -108,7 +108,7 @@ def check(job: Job, key: Mapping[str, str]) -> None:
     kept = torch.tensor([unit.reference for unit in units], dtype=torch.float64)
     found = torch.full_like(kept, math.nan)
     with _starting(job, start), torch.no_grad():
-        within_memory(job, units, lambda: _score(job, units, list(range(len(units))), found))
+        within_memory(job, units, lambda: _score(job, [units] * job.devices.world, list(range(len(units))), found))
     near = APART if job.state.progress.halvings or job.state.progress.recompute else NEAR
     off = ((found - kept).abs() / kept.abs().clamp(min=1.0)).nan_to_num(0.0).max()
     if off > near:
@@ -157,29 +157,42 @@ def _fill(job: Job, units: Sequence[Unit], values: Tensor, order: Iterator[list[
     for begin in range(0, len(missing), job.devices.world):
         at_once = missing[begin : begin + job.devices.world]
         own = at_once[job.devices.rank] if job.devices.rank < len(at_once) else []
-        batch = [units[row] for row in own]
-        together = [units[row] for rows in at_once for row in rows]  # devices shrink alike
+        batches = [[units[row] for row in rows] for rows in at_once]
+        batches += [[]] * (job.devices.world - len(batches))
+        together = [unit for batch in batches for unit in batch]  # devices shrink alike
         with torch.no_grad():
-            within_memory(job, together, lambda batch=batch, own=own: _score(job, batch, own, values))  # type: ignore[misc]
+            within_memory(job, together, lambda batches=batches, own=own: _score(job, batches, own, values))  # type: ignore[misc]
         for rows, found in zip(at_once, job.devices.gather(values[own]), strict=False):
             values[rows] = found
     return sum(map(len, missing))
 
 
-def _score(job: Job, batch: Sequence[Unit], rows: Sequence[int], values: Tensor) -> None:
-    """The log-probabilities of a batch, in the micro-batches that a step makes of it, into `values` at `rows`."""
-    width = values.shape[1]
-    for group in micro_batches(job, batch):
-        units, places = [batch[row] for row in group], torch.tensor([rows[row] for row in group])
-        for side, sums in enumerate(log_probs(job.step, units)):
+def _score(job: Job, batches: Sequence[Sequence[Unit]], rows: Sequence[int], values: Tensor) -> None:
+    """The log-probabilities of this rank's batch, in the micro-batches that a step makes of it, into `values` at
+    `rows`. batches: by rank."""
+    batch, width = batches[job.devices.rank], values.shape[1]
+
+    def answers(group: list[int]) -> None:
+        places = torch.tensor([rows[row] for row in group])
+        for side, sums in enumerate(log_probs(job.step, [batch[row] for row in group])):
             values[places, side] = sums.cpu().double()
+
+    def others(having: list[int]) -> None:
+        places = torch.tensor([rows[row] for row in having])
+        values[places, width - 1] = beside(job.step, [batch[row] for row in having]).cpu().double()
+
+    turns = job.devices.turns
+    turns(lambda rank: micro_batches(job, batches[rank]) if batches[rank] else [], answers, backward=False)
+    turns(lambda rank: _having(job, batches[rank]), others, backward=False)
+
+
+def _having(job: Job, batch: Sequence[Unit]) -> list[list[int]]:
+    """Micro-batches of the units with an answer to another prompt."""
+    found = []
     for begin in range(0, len(batch), BLOCK):
-        block = batch[begin : begin + BLOCK]
-        for group in micro_batches(job, block):
-            having = [row for row in group if block[row].beside]
-            if having:
-                places = torch.tensor([rows[begin + row] for row in having])
-                values[places, width - 1] = beside(job.step, [block[row] for row in having]).cpu().double()
+        for group in micro_batches(job, batch[begin : begin + BLOCK]):
+            found.append([begin + row for row in group if batch[begin + row].beside])
+    return [having for having in found if having]
 
 
 @contextmanager

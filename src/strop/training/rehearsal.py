@@ -136,12 +136,14 @@ def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> F
     device = next(iter(job.state.weights.values())).device
     random, shape = random_states(device), _shape(job)
 
-    def compute() -> None:
-        for group in micro_batches(job, expected.items):
-            loss, _ = job.criterion.loss(job.step, [expected.items[row] for row in group], 0.0)
-            loss.backward()  # type: ignore[no-untyped-call]
+    def compute(group: list[int]) -> None:
+        loss, _ = job.criterion.loss(job.step, [expected.items[row] for row in group], 0.0)
+        loss.backward()  # type: ignore[no-untyped-call]
 
-    within_memory(job, expected.items, compute)
+    def all_groups() -> None:
+        job.devices.turns(lambda rank: micro_batches(job, expected.items), compute, backward=True)
+
+    within_memory(job, expected.items, all_groups)
     job.state.optimizer.zero_grad(set_to_none=True)
     set_random_states(random, device)
     measured = memory.peak_bytes()

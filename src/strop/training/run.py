@@ -14,24 +14,22 @@ from typing import Any
 import peft
 import torch
 
-from strop.adapters import attach
 from strop.config.load import Resolved, read_resolved, resolve
 from strop.config.schema import Recipe
 from strop.devices.environment import may_restart, restarted
 from strop.devices.group import ALONE, Devices
 from strop.engine.answers.fits import unanswerable
+from strop.engine.fits import own_dropout
 from strop.engine.step import step_for
 from strop.errors import TROUBLES, InputError, MemoryLimitError, StropError, Where
 from strop.evaluation.report import write_report
 from strop.evaluation.rewards import rewards_of
 from strop.machine.memory import MemoryWatch, is_out_of_memory, mark
 from strop.machine.probe import probe
-from strop.model import loftq
 from strop.model.blame import blaming
 from strop.model.experts import in_experts
-from strop.model.load import DTYPES, load_base, stream_weights
-from strop.model.lora import add_lora, as_fp32, trainable
-from strop.objectives.table import objective_of
+from strop.model.load import DTYPES, stream_weights
+from strop.model.lora import trainable
 from strop.planning.choose import usable_bytes
 from strop.planning.setting import Setting
 from strop.runs.events import EventLog, Listener, read_events
@@ -47,8 +45,9 @@ from strop.runs.folder import (
 )
 from strop.runs.lock import Difference, allowed, differences
 from strop.training import state as checkpoints
+from strop.training.build import build, hold_to_lock
 from strop.training.criteria import Criterion, criterion_for
-from strop.training.finish import figures, finish
+from strop.training.finish import figures, finish, take_best
 from strop.training.groups import OfGroups, without_dropout
 from strop.training.job import Job, stream_of
 from strop.training.loop import fit
@@ -56,7 +55,7 @@ from strop.training.optim import make_optimizer
 from strop.training.reference import check as check_reference
 from strop.training.reference import with_reference
 from strop.training.rehearsal import forecast, rehearse
-from strop.training.setup import Setup, remarks, start_adapter
+from strop.training.setup import Setup, remarks
 from strop.training.several import count_of, described, refuse_another, set_up_together, start_alike
 from strop.training.state import Progress, TrainState
 from strop.training.stops import seconds
@@ -145,7 +144,9 @@ def resume(
         elsewhere = devices.world != count_of(before)
         if devices.main and (changed or elsewhere):
             write_atomic(folder.recipe, setup.resolved.as_yaml())
-            write_json(folder.lock, {**setup.lock, "overrides": [*before.get("overrides", []), *map(asdict, changed)]})
+            kept = {"layers": before["layers"]} if "layers" in before else {}
+            overrides = [*before.get("overrides", []), *map(asdict, changed)]
+            write_json(folder.lock, {**setup.lock, **kept, "overrides": overrides})
         moved = (count_of(before), devices.world) if elsewhere else None
         return _execute(folder, setup, listeners, devices, resuming=True, changed=changed, moved=moved)
 
@@ -199,7 +200,8 @@ def _execute(
                 log.emit("note", text=text)
             memory = mark(recipe.model.device)
             stack.enter_context(blaming(setup.shape.family))
-            model = _build(setup, resuming)
+            model = build(setup, resuming, devices)
+            hold_to_lock(folder, devices)
             job = _job(folder, setup, model, log, devices)
             if resuming and devices.once(folder.checkpoints):
                 _restore(job, changed, moved)
@@ -210,7 +212,8 @@ def _execute(
                 free = probe().free_bytes // devices.local_world
                 job.step.watch(MemoryWatch(setup.machine.memory_bytes, free))
             usable = usable_bytes(setup.machine, recipe.model.device)
-            expected = forecast(job, Setting.of(recipe, setup.shape, setup.parameters, torch.get_num_threads()))
+            here = torch.get_num_threads(), devices.world
+            expected = forecast(job, Setting.of(recipe, setup.shape, setup.parameters, *here))
             if job.state.progress.step < _total(job):
                 expected = rehearse(job, expected, usable, memory)
                 job = with_reference(job, key)
@@ -225,7 +228,8 @@ def _execute(
                 raise
             fix = "take a smaller model, or a machine with more memory"
             raise MemoryLimitError(f"out of memory: {str(error).splitlines()[0]}", fix=fix) from None
-        report = devices.once(lambda: finish(job, setup, memory, expected, ended))
+        change = take_best(job)
+        report = devices.once(lambda: finish(job, setup, memory, expected, ended, change))
         log.emit("end", step=job.state.progress.step, seconds=report["seconds"], adapter=report["adapter"])
     if devices.main:
         write_report(folder.path, report, read_events(folder.events))
@@ -246,7 +250,9 @@ def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, 
     state.progress.recompute = recipe.train.gradient_checkpointing == "on"
     data = setup.data
     base, of, stream = model.get_base_model(), recipe.model, None
-    if of.quantization != "none" and of.resident_layers:
+    if devices.base is not None:
+        step.gather(devices.base)
+    elif of.quantization != "none" and of.resident_layers:
         how = (of.quantization, of.double_quantization, DTYPES[of.dtype])
         stream = partial(stream_weights, base, setup.source, *how)
     train, held_out = data.train_units or data.train, data.eval_units or data.eval
@@ -268,11 +274,6 @@ def reference_key(setup: Setup) -> dict[str, str]:
     stored = f"{recipe.model.quantization} {recipe.model.double_quantization} {recipe.model.dtype}"
     parts = {"base": lock["base"]["fingerprint"], "stored": stored, "template": lock["template"], "rows": lock["data"]}
     return {**parts, "adapter": str(recipe.model.adapter), "held_out": str(recipe.data.eval)}
-
-
-def _scored(recipe: Recipe) -> bool:
-    objective = objective_of(recipe.train)
-    return objective is not None and objective.scored
 
 
 def _total(job: Job) -> int:
@@ -299,34 +300,12 @@ def _announce(job: Job, setup: Setup) -> None:
         numbers |= {"experts": held, "active": setup.parameters - setup.shape.idle}
     if isinstance(job.criterion, OfGroups) and (why := unanswerable(job.model)):
         job.log.emit("note", text=f"answers are drawn by transformers' generate: {why}")
+    if job.devices.world > 1 and not job.recipe.train.exact and (found := own_dropout(job.model)):
+        text = f"{found}: dropout of the model's own, drawn by micro-batch: other masks than on one device"
+        job.log.emit("note", text=f"{text} (--train.exact true: the same)")
     step, at = job.step, job.state.progress.step
     if step.lacking:
         said = f"PyTorch's own operations train this model, more slowly: {step.lacking}"
         job.log.emit("note", text=f"{said}; see {TROUBLES}#triton")
     told = {"devices": described(job.devices, job.recipe.train.exact)} if job.devices.world > 1 else {}
     job.log.emit("start", steps=_total(job), step=at, engine=step.name, why=step.why, parameters=numbers, **told)
-
-
-def _build(setup: Setup, resuming: bool) -> peft.PeftModel:
-    """Base with adapters in train mode; the seed decides the adapters' first values and, from here on, dropout.
-
-    resuming: the adapters' values come from a checkpoint."""
-    recipe = setup.resolved.recipe
-    assert recipe.model.dtype != "auto"
-    base = load_base(
-        setup.source,
-        DTYPES[recipe.model.dtype],
-        recipe.model.device,
-        quantization=recipe.model.quantization,
-        double=recipe.model.double_quantization,
-        resident_layers=recipe.model.resident_layers or 0,
-    )
-    torch.manual_seed(recipe.seed)
-    start = start_adapter(recipe)
-    if start is not None:
-        model = as_fp32(attach(base, start, setup.source, trainable=True, scores=_scored(recipe))[0])
-    else:
-        model = add_lora(base, recipe.lora, setup.tokenizer, scored=_scored(recipe))
-        if recipe.lora.init == "loftq" and not resuming:
-            loftq.fill_in(model, setup.source)
-    return model.train()

@@ -73,7 +73,7 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
         raise RecipeError(f"{what} {devices.world}", fix="leave --devices out")
     source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
     machine = _look(resolved.recipe, memory, devices.local_world)
-    resolved, key, num_weights, shape, parameters = _plan(resolved, source, machine)
+    resolved, key, num_weights, shape, parameters = _plan(resolved, source, machine, devices.world)
     start = start_adapter(resolved.recipe)  # may have brought tokens and a template of its own
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
     LOG.info("reading and checking the rows")
@@ -195,7 +195,9 @@ def _towers(setup: Setup) -> str | None:
     return f"{config.model_type}: its text half is trained; what sees or hears is frozen and left as it is"
 
 
-def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolved, str, int, ModelShape, int]:
+def _plan(
+    resolved: Resolved, source: Source, machine: Machine, devices: int = 1
+) -> tuple[Resolved, str, int, ModelShape, int]:
     """The complete recipe, what running out of memory is remembered under, how many weights are trained, and the
     model's shape and parameters."""
     recipe = resolved.recipe
@@ -210,7 +212,7 @@ def _plan(resolved: Resolved, source: Source, machine: Machine) -> tuple[Resolve
     shape, parameters = shape_of(load_config(source).to_dict(), source.config(), bare), parameters_of(bare)
     adapter = read_adapter_config(start) if start is not None else None
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
-    resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters)
+    resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
     check_lora(bare, resolved.recipe.lora)
     scheme = resolved.recipe.model.quantization
     if scheme != "none" and prequantized(source.config()) is None and not packable(bare):

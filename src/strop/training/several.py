@@ -101,13 +101,14 @@ def count_of(lock: Mapping[str, Any]) -> int:
 
 
 def described(devices: Devices, exact: bool) -> dict[str, Any]:
-    mode = "one" if devices.world == 1 else "replicated"
+    mode = "one" if devices.world == 1 else "replicated" if devices.base is None else "sharded"
     return {
         "count": devices.world,
         "nodes": devices.nodes,
         "mode": mode,
         "exact": exact,
         "threads": torch.get_num_threads(),
+        **({} if devices.base is None else {"base": devices.base.share()}),
     }
 
 

@@ -1,0 +1,78 @@
+"""The model of a run: the frozen base, whole or this device's share of it, with adapters."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from strop.adapters import attach
+from strop.config.schema import ModelSection, Recipe
+from strop.devices.group import Devices
+from strop.devices.sharded import Sharded
+from strop.errors import RunError
+from strop.model import loftq
+from strop.model.facts import Source
+from strop.model.load import DTYPES, load_base
+from strop.model.load_share import load_share
+from strop.model.lora import add_lora, as_fp32
+from strop.objectives.table import objective_of
+from strop.runs.folder import RunFolder, write_json
+from strop.training.setup import Setup, start_adapter
+
+
+def build(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftModel:
+    """Base with adapters in train mode; the seed decides the adapters' first values and, from here on, dropout.
+
+    resuming: the adapters' values come from a checkpoint."""
+    recipe = setup.resolved.recipe
+    assert recipe.model.dtype != "auto"
+    base = _base(setup.source, recipe.model, devices)
+    torch.manual_seed(recipe.seed)
+    start = start_adapter(recipe)
+    if start is not None:
+        model = as_fp32(attach(base, start, setup.source, trainable=True, scores=_scored(recipe))[0])
+    else:
+        model = add_lora(base, recipe.lora, setup.tokenizer, scored=_scored(recipe))
+        if recipe.lora.init == "loftq" and not resuming:
+            loftq.fill_in(model, setup.source)
+    return model.train()
+
+
+def _base(source: Source, model: ModelSection, devices: Devices) -> nn.Module:
+    where = source, DTYPES[model.dtype], model.device
+    how: dict[str, Any] = {
+        "quantization": model.quantization,
+        "double": model.double_quantization,
+        "resident_layers": model.resident_layers or 0,
+    }
+    if devices.world == 1 or model.placement != "sharded":
+        return load_base(*where, **how)
+    with devices.together():
+        base, parts = load_share(*where, devices.rank, devices.world, **how)
+    devices.base = Sharded(parts, devices)
+    return base
+
+
+def hold_to_lock(folder: RunFolder, devices: Devices) -> None:
+    """Writes down what the bytes of a sharded base are, of each layer; they are compared with what is gathered at the
+    first step. Raises RunError where the run was started with others."""
+    if devices.base is None:
+        return
+    found = devices.base.digests
+    with devices.together():
+        lock = json.loads(folder.lock.read_text(encoding="utf-8"))
+        before = lock.get("layers", {})
+        if differing := [name for name, digest in before.items() if found.get(name) != digest]:
+            what = f"{differing[0]} of the base is not what it was when this run was started"
+            raise RunError(what, fix="put the base back, or start a new run")
+        if devices.main and not before:
+            write_json(folder.lock, {**lock, "layers": found})
+
+
+def _scored(recipe: Recipe) -> bool:
+    objective = objective_of(recipe.train)
+    return objective is not None and objective.scored
