@@ -100,7 +100,7 @@ class Kernels:
 
 
 def step(card: fake.Card, case: Case) -> dict[str, Any]:
-    """Kernels of forward and backward; bytes of weights with adapters, and of the step's peak over them; the plan's."""
+    """Kernels of forward and backward; bytes of the base, and of the step's peak over it; the same as planned."""
     meter = fake.Meter()
     dequantized = meter.one_kernel(QuantizedLinear.dequantized, "dequantize")
     with ExitStack() as stack:
@@ -117,13 +117,14 @@ def step(card: fake.Card, case: Case) -> dict[str, Any]:
         row = Example(np.arange(case.tokens, dtype=np.int32) % 500, weights, "", 0)
         with meter:
             (loss([row]) / case.tokens).backward()
-    parts = case.planned().parts
-    weights_planned = parts["weights"] + parts["quantization_constants"] + parts["adapters"]
-    beside = ("saved_activations", "live_layer", "head", "gradients", "workspace")
+    parts, adapters = case.planned().parts, sum(x.nbytes for x in model.parameters() if x.requires_grad)
+    base = parts["weights"] + parts["quantization_constants"]
+    beside = ("adapters", "saved_activations", "live_layer", "head", "gradients", "workspace")
     return {
-        "kernels": dict(meter.kernels), "launches": sum(meter.kernels.values()), "held": held,
-        "peak": meter.peak, "peak_at": meter.peak_at, "planned": sum(parts[name] for name in beside),
-        "planned_held": weights_planned, "parts": dict(parts),
+        "kernels": dict(meter.kernels), "launches": sum(meter.kernels.values()),
+        "base": held - adapters, "planned_base": base,
+        "over_base": meter.peak + adapters, "planned_over_base": sum(parts[name] for name in beside),
+        "peak_at": meter.peak_at, "parts": dict(parts),
     }  # fmt: skip
 
 
