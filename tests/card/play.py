@@ -15,11 +15,14 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import torch
 
 import strop
 from strop.engine.fast import FastLoss
+from strop.errors import Stopped
 from strop.training import loop
 from tests.card import sizes
 from tests.support.tiny import save_tiny, write_rows
@@ -80,6 +83,18 @@ def failing(calls: Sequence[int], above: int | None) -> Iterator[None]:
         FastLoss.__call__ = own
 
 
+@contextmanager
+def stopping() -> Iterator[None]:
+    """A run is asked to stop, as by Ctrl-C, in its first step."""
+
+    @contextmanager
+    def asked() -> Iterator[Callable[[], bool]]:
+        yield lambda: True
+
+    with patch.object(loop, "stop_signals", asked):
+        yield
+
+
 def train(
     model: str = "tiny",
     resume: bool = False,
@@ -88,7 +103,7 @@ def train(
     **options: Any,
 ) -> dict[str, Any]:
     """A run of a tiny model to its end; the waits inside its steps, by kind and line. resume: it is stopped behind its
-    second step, and goes on from there."""
+    first step, and goes on from there."""
     out = new_out()
     given = {
         "model": base(model), "data": rows(), "out": out, "model.device": "cuda", "train.max_steps": 3,
@@ -97,9 +112,9 @@ def train(
     CARD.waits.clear()
     with steps_marked(), failing(fail_calls, fail_above), CARD.present():
         if resume:
-            strop.train(**{**given, "train.max_time": "0.0001s"})
-            given["train.max_time"] = None
-            run = strop.resume(out, options={"train.max_time": None}, allow_changed=["max_time"])
+            with pytest.raises(Stopped), stopping():
+                strop.train(**given)
+            run = strop.resume(out)
         else:
             run = strop.train(**given)
     waits = [[kind, line, number] for (stage, kind, line), number in CARD.waits.items() if stage == "step"]
