@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
@@ -133,12 +134,39 @@ def answer(model: str, **options: Any) -> dict[str, Any]:
     return {"text": text, "packed": packed}
 
 
+def evaluate(model: str) -> dict[str, Any]:
+    """Base and tuned on the rows, as `strop eval` does it."""
+    with CARD.present():
+        found = strop.evaluate(model, rows(), max_new_tokens=4)
+    return {"rows": found["rows"], "loss": found["tuned"]["loss"]}
+
+
+def serve(model: str, texts: int = 3) -> dict[str, Any]:
+    """Texts of the base and of two adapters answered together; what made the host wait, a token."""
+    from strop.engine.answers.batch import Batch, answer_all
+    from strop.engine.answers.text import Sampling, Text
+    from strop.serve.decoder import PlainDecoder
+
+    with CARD.present():
+        loaded = strop.load(model, device="cuda")
+        module = loaded.module
+        module.load_adapter(str(Path(model) / "adapter"), adapter_name="other")
+        asked = [None, "default", "other"]
+        prompts = [
+            Text(np.arange(5 + n, 12 + n, dtype=np.int32), asked[n % 3], Sampling(0.0), most=4) for n in range(texts)
+        ]
+        batch = Batch(PlainDecoder(module, keep=64), texts)
+        CARD.waits.clear()
+        told = sum(len(news.tokens) for news in answer_all(batch, prompts))
+    return {"tokens": told, "waits": [[kind, line, number] for (_, kind, line), number in CARD.waits.items()]}
+
+
 def step(**case: Any) -> dict[str, Any]:
     """One step of a model of any size (tests/card/sizes.py)."""
     return sizes.step(CARD, sizes.Case(**case))
 
 
-PLAYS: dict[str, Callable[..., dict[str, Any]]] = {"train": train, "answer": answer, "step": step}
+PLAYS: dict[str, Callable[..., dict[str, Any]]] = {"train": train, "answer": answer, "evaluate": evaluate, "serve": serve, "step": step}
 
 
 def main() -> None:
