@@ -1,4 +1,4 @@
-"""Whole runs on a card that is not there, whose kernels work: each is started where it belongs, on the card's tensors."""
+"""Whole runs on a card that is not there, whose kernels work: each starts where it belongs, on the card's tensors."""
 
 from __future__ import annotations
 

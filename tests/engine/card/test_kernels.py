@@ -63,6 +63,7 @@ def test_what_the_kernels_are_compiled_to(tmp_path_factory: pytest.TempPathFacto
             assert 2 * 32 * about["warps"] * about["reg"] <= 65536, (arch, name, about)
             if arch != "75" and name != "spread":  # which has no instruction for it, and copies
                 assert about["rounded"] > 0, (arch, name, about)
+    assert {about["variants"] for about in made[ARCHITECTURES[0]].values()} == {1}, "other lengths compile nothing more"
 
 
 @pytest.fixture(autouse=True)
