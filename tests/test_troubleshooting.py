@@ -17,6 +17,7 @@ from torch import nn
 
 import strop
 from strop.config.load import resolve
+from strop.engine import fast
 from strop.engine.device import pick_device
 from strop.errors import (
     TROUBLES,
@@ -58,7 +59,7 @@ def classes(kind: type[StropError]) -> list[type[StropError]]:
 def test_every_part_that_is_named_is_there() -> None:
     source = "".join(file.read_text(encoding="utf-8") for file in (PAGE.parents[1] / "src").rglob("*.py"))
     named = {kind.page for kind in classes(StropError) if kind.page} | set(NAMED.findall(source))
-    assert named <= headings() and len(headings()) == 7
+    assert named <= headings() and len(headings()) == 8
 
 
 def test_memory(tmp_path: Path) -> None:
@@ -117,6 +118,27 @@ def test_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
     (found,) = trial.cards(machine)
     assert found.level == "error" and "cannot use it" in found.what and "#cuda" in found.why and found.fix
+
+
+def test_triton(tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card on which no kernel can be compiled: the doctor says so, and a run does."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
+    for lacking in ("Triton cannot make kernels: no C compiler", None):
+        monkeypatch.setattr(trial, "kernels_lack", lambda device, lacking=lacking: lacking)
+        _, found = trial.cards(machine)
+        assert (found.level, "#triton" in found.why, bool(found.fix)) == (
+            ("ok", False, False) if lacking is None else ("warning", True, True)
+        )
+    monkeypatch.undo()
+    chosen = fast.processor_for
+    monkeypatch.setattr(fast, "processor_for", lambda *of, **how: replace(chosen(*of, **how), lacking="no C compiler"))
+    events: list[dict[str, object]] = []
+    options = {"train.max_steps": 1, "model.dtype": "fp32", "device": "cpu", "out": tmp_path / "run"}
+    strop.train(model=str(tiny_folder), data=str(rows_file), callback=events.append, **options)
+    notes = [str(event["text"]) for event in events if event["event"] == "note"]
+    assert [note for note in notes if "no C compiler" in note and "#triton" in note]
 
 
 def test_a_run_that_passes_a_card_over_says_so(

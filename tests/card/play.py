@@ -10,8 +10,9 @@ from tests.card import fake  # first: before torch
 import json
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,28 @@ def stopping() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def kernels_counted(used: bool) -> Iterator[Counter[str]]:
+    """used: the card's own kernels work, and are noted by name where they are started."""
+    found: Counter[str] = Counter()
+    with ExitStack() as stack:
+        if used:
+            from strop.engine.card import launch
+
+            def note(kernel: Any, grid: Any, arguments: Any, constants: Any) -> None:
+                devices = {x.device.type for x in arguments if isinstance(x, torch.Tensor)}
+                assert devices == {"cuda"}, (kernel, devices)
+                found[kernel.__name__] += 1
+
+            stack.enter_context(patch("strop.engine.card.works.why_not", lambda device: None))
+            stack.enter_context(patch.object(launch, "launch", note))
+        yield found
+
+
 def train(
     model: str = "tiny",
     resume: bool = False,
+    kernels: bool = False,
     fail_calls: Sequence[int] = (),
     fail_above: int | None = None,
     **options: Any,
@@ -111,7 +131,7 @@ def train(
         "train.batch_size": 8, "lora.r": 4, "train.save_steps": 2, **options,
     }  # fmt: skip
     CARD.waits.clear()
-    with steps_marked(), failing(fail_calls, fail_above), CARD.present():
+    with steps_marked(), failing(fail_calls, fail_above), kernels_counted(kernels) as started, CARD.present():
         if resume:
             with pytest.raises(Stopped), stopping():
                 strop.train(**given)
@@ -120,7 +140,8 @@ def train(
             run = strop.train(**given)
     waits = [[kind, line, number] for (stage, kind, line), number in CARD.waits.items() if stage == "step"]
     events = [json.loads(line) for line in (Path(out) / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {"folder": out, "steps": run.report["steps"], "waits": waits, "events": events}
+    told = {"folder": out, "steps": run.report["steps"], "waits": waits, "events": events}
+    return {**told, "kernels": dict(started)}
 
 
 def answer(model: str, **options: Any) -> dict[str, Any]:
@@ -166,7 +187,13 @@ def step(**case: Any) -> dict[str, Any]:
     return sizes.step(CARD, sizes.Case(**case))
 
 
-PLAYS: dict[str, Callable[..., dict[str, Any]]] = {"train": train, "answer": answer, "evaluate": evaluate, "serve": serve, "step": step}
+PLAYS: dict[str, Callable[..., dict[str, Any]]] = {
+    "train": train,
+    "answer": answer,
+    "evaluate": evaluate,
+    "serve": serve,
+    "step": step,
+}
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from tests.card.conftest import Play
 
 GIB = 1 << 30
 QUICK = {"train.max_steps": 2, "train.save_steps": 2}
+NF4 = {"model.quantization": "nf4"}
 STREAMED = {"model.quantization": "nf4", "model.resident_layers": 0}
 KINDS: dict[str, dict[str, Any]] = {
     "16 bit, evaluated": {"data.eval": "25%", "train.eval_steps": 1},

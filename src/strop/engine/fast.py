@@ -72,7 +72,7 @@ class FastLoss:
         self._family, self._head = self._model.family, self._model.head
         self._device: torch.device = self._head.weight.device
         self._processor = processor_for(self._device, self._head.weight.dtype, warm=warm)
-        self._ops = self._processor.ops
+        self._ops, self.lacking = self._processor.ops, self._processor.lacking
         self._drops = drops_for(self._head.weight)
         self.masks = masks_of(model, drops_for)
         self._norm = self._norm_of(self._model.norm)

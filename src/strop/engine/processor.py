@@ -24,11 +24,14 @@ Attend = Callable[[Tensor, Heads, Tensor, Tensor, Documents], Tensor]
 
 @dataclass(frozen=True)
 class Processor:
-    """ops: the element-wise operations. tiles: a CPU with a bf16 product of its own for short loops (AVX512-BF16)."""
+    """ops: the element-wise operations. tiles: a CPU with a bf16 product of its own for short loops (AVX512-BF16).
+    kernels: a card with kernels of its own; lacking: why a card has none of them."""
 
     ops: Ops
     card: bool = False
     tiles: bool = False
+    kernels: bool = False
+    lacking: str = ""
 
     def tiled(self, size: int, softcap: float) -> bool:
         """Attention of such heads runs in tiles."""
@@ -39,7 +42,11 @@ class Processor:
         if self.card:
             from strop.engine.card.attention import on_card
 
-            return on_card
+            if not self.kernels:
+                return on_card
+            from strop.engine.card import heads
+
+            return partial(on_card, turns=cast(Any, heads))
         if self.tiled(size, softcap):
             from strop.engine.cpu.attention import TileAttention  # its import starts threads
 
@@ -66,16 +73,40 @@ class Processor:
 
 
 def drops_for(x: Tensor) -> Drops:
-    """What draws dropout's masks for a tensor like x: the same bits everywhere, by loops on a CPU."""
+    """What draws dropout's masks for a tensor like x: the same bits everywhere, by loops or kernels."""
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
         from strop.engine.cpu import dropout_loops  # its import starts threads
 
         return cast(Drops, dropout_loops)
+    if kernels_lack(x.device, x.dtype) is None:
+        from strop.engine.card import drops
+
+        return cast(Drops, drops)
     return cast(Drops, dropout)
 
 
+def kernels_lack(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why a device computes tensors of this type without a card's own kernels; None where it has them."""
+    if device.type != "cuda" or dtype == torch.float64:
+        return "no kernels are made for it"
+    from strop.engine.card.works import why_not
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return why_not(torch.device("cuda", index))
+
+
+def unpacking(device: torch.device, dtype: torch.dtype) -> Any:
+    """engine.card.unpack: weights in 4 and 8 bit as numbers of this type, by a card's own kernels; None where there are
+    none."""
+    if kernels_lack(device, dtype) is not None:
+        return None
+    from strop.engine.card import unpack
+
+    return unpack
+
+
 def processor_for(device: torch.device, dtype: torch.dtype, *, warm: bool = True) -> Processor:
-    """numba's loops on a CPU, PyTorch's compiled kernels on a card, else its plain operations: the same numbers.
+    """numba's loops on a CPU, Triton's kernels on a card, else PyTorch's plain operations: the same numbers.
 
     warm: have the loops compiled beforehand, in another process (engine.cpu.warm tells why).
     """
@@ -87,9 +118,12 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: bool = True
             compile_once(dtype, kernels.cache_folder(), exercise="strop.engine.exercise")
         return Processor(cast(Ops, kernels), tiles=dtype == torch.bfloat16 and probe().tiles)
     if device.type == "cuda":
-        from strop.engine.card import fused
+        lacking = kernels_lack(device, dtype)
+        if lacking is not None:
+            return Processor(cast(Ops, eager), card=True, lacking=lacking)
+        from strop.engine.card import kernels as own
 
-        return Processor(cast(Ops, fused if fused.available() else eager), card=True)
+        return Processor(cast(Ops, own), card=True, kernels=True)
     return Processor(cast(Ops, eager), card=device.type != "cpu")
 
 

@@ -26,7 +26,8 @@ class Step:
     begins. name: fast or plain; why: the reason for plain. recompute: from its call on, each layer's input only is
     kept, and the layer is computed again in the backward pass; checkpoint: the same for this many layers, where the
     step can, else for all. exchange: lets go of the frozen weights, has them replaced, and takes up those that are
-    there now. watch: sets what is to look at memory before each layer."""
+    there now. watch: sets what is to look at memory before each layer. lacking: why a card computes the fast step
+    without strop's own kernels."""
 
     token_loss: Callable[[Sequence[Example]], Tensor]
     log_probs: Callable[[Sequence[Example]], Tensor]
@@ -39,6 +40,7 @@ class Step:
     exchange: Callable[[Callable[[], None]], None] = lambda replace: replace()
     watch: Callable[[Watch], None] = lambda watch: None
     checkpoint: Callable[[int], None] = lambda layers: None
+    lacking: str = ""
 
     @property
     def packed(self) -> bool:
@@ -63,6 +65,7 @@ def step_for(model: nn.Module) -> Step:
             exchange=fast.exchange,
             watch=lambda watch: setattr(fast, "watch", watch),
             checkpoint=lambda layers: setattr(fast, "checkpoint_layers", layers),
+            lacking=fast.lacking,
         )
     plain = PlainLoss(model)
     return Step(

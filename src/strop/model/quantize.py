@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from strop.engine.joined import PackedWeight
+from strop.engine.processor import unpacking
 from strop.errors import QuantizerError
 from strop.machine.memory import is_out_of_memory
 from strop.model.shape import SMALLEST
@@ -97,6 +98,8 @@ class QuantizedLinear(nn.Linear):
         """The weight (out, in) in `dtype`; in `out`, where it is given and of this type."""
         if out is not None and (out.dtype != self.dtype or not out.is_contiguous()):
             return out.copy_(self.dequantized())
+        if (kernels := unpacking(self.weight.device, self.dtype)) is not None:
+            return self._unpacked(kernels, out)
         if self.scheme == "int8":
             out = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device) if out is None else out
             return torch.mul(self.weight.data, self._scale[:, None], out=out)
@@ -114,6 +117,19 @@ class QuantizedLinear(nn.Linear):
             weight: Tensor = bnb.dequantize_4bit(self.weight.data, state, out=into)
         weight = weight.view(self.out_features, self.in_features)
         return weight if out is None or into is not None else out.copy_(weight)
+
+    def _unpacked(self, kernels: Any, out: Tensor | None) -> Tensor:
+        """The same by a card's own kernels (engine.card.unpack)."""
+        known = self.constants
+        out = self.weight.new_empty(self.out_features, self.in_features, dtype=self.dtype) if out is None else out
+        if self.scheme == "int8":
+            return cast(Tensor, kernels.eight_bit(self.weight.data, known["SCB"], out))
+        about, nested = self._described, None
+        if "nested_absmax" in known:
+            levels, scale = known["nested_quant_map"], known["nested_absmax"]
+            nested = kernels.Nested(levels, scale, about["nested_blocksize"], about["nested_offset"])
+        block = about["blocksize"]
+        return cast(Tensor, kernels.four_bit(self.weight.data, known["quant_map"], known["absmax"], block, nested, out))
 
     def packed(self) -> PackedWeight | None:
         """The weight as it is held, its constants in fp32; None where a block of it goes over the end of a row."""

@@ -15,7 +15,7 @@ from strop.engine.device import measure, pick_dtype
 from strop.engine.functions import apply
 from strop.engine.head import SupervisedLoss
 from strop.engine.packed import Documents
-from strop.engine.processor import processor_for
+from strop.engine.processor import kernels_lack, processor_for
 from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, crashed, pip
 from strop.machine.probe import Machine
@@ -55,6 +55,12 @@ def cards(machine: Machine) -> Iterator[Finding]:
         yield Finding("warning", f"{machine.gpus[0]} has no bf16", "the base is held in fp32: twice the memory")
     else:
         yield Finding("ok", f"{machine.gpus[0]}: torch can use it, in bf16")
+    lacking = kernels_lack(torch.device("cuda"))
+    if lacking is None:
+        yield Finding("ok", "strop's own kernels work on the card")
+    else:
+        why = "training uses PyTorch's own operations, more slowly; see docs/troubleshooting.md#triton"
+        yield Finding("warning", lacking, why, "apt install gcc python3-dev")
 
 
 def measure_rates() -> Rates:

@@ -21,7 +21,7 @@ from strop.devices.environment import may_restart, restarted
 from strop.devices.group import ALONE, Devices
 from strop.engine.answers.fits import unanswerable
 from strop.engine.step import step_for
-from strop.errors import InputError, MemoryLimitError, StropError, Where
+from strop.errors import TROUBLES, InputError, MemoryLimitError, StropError, Where
 from strop.evaluation.report import write_report
 from strop.evaluation.rewards import rewards_of
 from strop.machine.memory import MemoryWatch, is_out_of_memory, mark
@@ -300,6 +300,9 @@ def _announce(job: Job, setup: Setup) -> None:
     if isinstance(job.criterion, OfGroups) and (why := unanswerable(job.model)):
         job.log.emit("note", text=f"answers are drawn by transformers' generate: {why}")
     step, at = job.step, job.state.progress.step
+    if step.lacking:
+        said = f"PyTorch's own operations train this model, more slowly: {step.lacking}"
+        job.log.emit("note", text=f"{said}; see {TROUBLES}#triton")
     told = {"devices": described(job.devices, job.recipe.train.exact)} if job.devices.world > 1 else {}
     job.log.emit("start", steps=_total(job), step=at, engine=step.name, why=step.why, parameters=numbers, **told)
 
