@@ -174,7 +174,8 @@ def serve(model: str, texts: int = 3) -> dict[str, Any]:
         module.load_adapter(str(Path(model) / "adapter"), adapter_name="other")
         asked = [None, "default", "other"]
         prompts = [
-            Text(np.arange(5 + n, 12 + n, dtype=np.int32), asked[n % 3], Sampling(0.0), most=4) for n in range(texts)
+            Text(np.arange(5 + n, 12 + n, dtype=np.int32), asked[n % 3], most=4, sampling=Sampling(0.0))
+            for n in range(texts)
         ]
         batch = Batch(PlainDecoder(module, keep=64), texts)
         CARD.waits.clear()

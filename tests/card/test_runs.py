@@ -37,6 +37,18 @@ def test_runs_of_every_kind(card: Play) -> None:
         assert_one_wait(run)
 
 
+def test_adapters_that_answer_together(card: Play) -> None:
+    """Evaluated, and served beside another adapter and the base: a pass that writes waits once, for its logits."""
+    _, evaluated, served = card(
+        {"play": "train", **QUICK}, {"play": "evaluate", "of": 0}, {"play": "serve", "of": 0, "texts": 3}
+    )
+    assert evaluated["rows"] == 24 and served["tokens"] == 12
+    waits = [(kind, line, number) for kind, line, number in served["waits"] if not kind.startswith("free")]
+    passes = [number for _, line, number in waits if "engine/answers/batch.py" in line]
+    reading = 6  # places, masks and what became of three prompts that are read together
+    assert passes == [3] and sum(number for _, _, number in waits) <= 3 + reading, served["waits"]
+
+
 def test_memory_that_runs_out_and_answers_where_it_was_trained(card: Play) -> None:
     """Once: the same is tried again. Again and again: smaller pieces, and the run goes on to its end. Behind it the
     model's layers are dequantized once where there is room, and stay packed where there is none."""
