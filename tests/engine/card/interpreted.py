@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from strop.engine import dropout, eager
-from strop.engine.attention import Heads, over
-from strop.engine.card import drops, kernels, unpack
+from strop.engine.attention import Heads, Turned, over
+from strop.engine.card import aside, drops, kernels, unpack
 from strop.engine.card import heads as heads_
 from strop.engine.card.attention import Turn
 from strop.engine.dropout import Dropped
@@ -77,6 +77,20 @@ def test_glu(dtype: torch.dtype, apart: bool, activation: str) -> None:
         of_x, again = kernels.glu_backward(grad, x, activation)
         close(again, expected)
         close(of_x, eager.glu_backward(grad.double(), x.double(), activation)[0])
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_gains(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for rows, n in [*SHAPES, (600, 130)]:
+        x, grad = (made(rows, n, dtype=dtype, apart=True) for _ in range(2))
+        gains, y = torch.rand(n), made(rows, n, dtype=dtype)
+        expected = x.double() * gains
+        assert kernels.scale_columns_(x, gains) is x
+        close(x, expected)
+        of_x, along = kernels.scale_columns_backward(grad, y, gains)
+        close(of_x, grad.double() * gains)
+        torch.testing.assert_close(along.double(), (grad.double() * y.double()).sum(0), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", KINDS)
@@ -143,6 +157,25 @@ def test_heads(dtype: torch.dtype, query: int, key_value: int, size: int, pairs:
         torch.testing.assert_close(mine.double(), theirs, rtol=share, atol=float(bound))
 
 
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize(("size", "pairs"), [(10, 2), (6, 3), (128, 64), (8, 0)])
+def test_turned_aside(dtype: torch.dtype, scaled: bool, neighbours: bool, size: int, pairs: int) -> None:
+    torch.manual_seed(0)
+    shape = Heads(OPS, 3, 2, size, 1.0, 0, 0.0, None, None)
+    for rows in (1, 5):
+        qkv, up = (made(rows, 7 * size, dtype=dtype).requires_grad_() for _ in range(2))
+        cos, sin, scale = torch.randn(rows, pairs).cos(), torch.randn(rows, pairs).sin(), torch.rand(rows)
+        wide = qkv.detach().double().requires_grad_()
+        found = aside.Turned.apply(qkv, shape, cos, sin, neighbours, scale if scaled else None)
+        double = scale.double() if scaled else None
+        expected = Turned.apply(wide, shape, cos.double(), sin.double(), neighbours, double)
+        close(found.detach(), expected.detach())
+        (mine,), (theirs,) = torch.autograd.grad(found, qkv, up), torch.autograd.grad(expected, wide, up.double())
+        close(mine, theirs.detach())
+
+
 @pytest.mark.parametrize("dtype", KINDS[:2])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (1, 2056), (1, 4096)])
 @pytest.mark.parametrize("adapters", [1, 3, 5])
@@ -193,10 +226,11 @@ def by(monkeypatch: pytest.MonkeyPatch, *, kernels: bool) -> None:
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("llama", {}),
+        ("llama", {"lora": {"use_dora": True}}),
         ("qwen3", {"attention_bias": True}),  # norms of each head
         ("gemma3_text", {"hidden_act": "gelu_pytorch_tanh"}),  # offset 1, window, norms behind the blocks
         ("olmo2", {}),  # norms over all heads
+        ("glm", {}),  # neighbours turn together
         ("nanochat", {}),  # softcap; turned in front of the norms
     ],
 )
