@@ -1,11 +1,15 @@
-"""The kernels for cards by Triton's interpreter, on a CPU: their numbers against definitions in fp64, and whole steps
-of tiny models through them. Run by test_kernels.py, in a process that has TRITON_INTERPRET=1 from its start.
+"""The numbers of the kernels for cards against definitions in fp64, and whole steps of tiny models through them.
+
+test_kernels.py runs this file in a process that has TRITON_INTERPRET=1 from its start: by Triton's interpreter, on a
+CPU. Where there is a card, `pytest tests/engine/card/trials.py` runs it there.
 
 The interpreter cuts bf16 off where a card rounds: there the bound is a whole last bit, not half of one.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
@@ -25,10 +29,20 @@ from strop.model.quantize import QuantizedLinear, pack
 from tests.engine.test_fast import assert_same, some, step, with_prefix
 from tests.support.random_models import adapted, example
 
+pytestmark = pytest.mark.skipif(
+    "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available(), reason="no card, and no interpreter"
+)
 OPS = cast(Ops, kernels)
 KINDS = [torch.float32, torch.bfloat16, torch.float16]
 LAST_BIT = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 SHAPES = [(1, 1), (1, 5), (3, 130), (7, 576), (2, 4096)]
+
+
+@pytest.fixture(autouse=True)
+def where() -> Iterator[None]:
+    """What a test makes lies on the card, where there is one."""
+    with torch.device("cpu" if "TRITON_INTERPRET" in os.environ else "cuda"):
+        yield
 
 
 def made(*shape: int, dtype: torch.dtype = torch.float32, apart: bool = False) -> Tensor:
