@@ -33,6 +33,12 @@ def test_what_a_process_sets_before_it_looks_at_a_card(monkeypatch: pytest.Monke
     assert ALLOCATOR[0] not in other and other["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
+def test_products_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", True)
+    prepare_process()
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
 def test_older_versions_know_the_allocator_by_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     for version, name in (("2.8.1+cu128", ALLOCATOR[1]), ("2.13.0", ALLOCATOR[0])):

@@ -28,8 +28,10 @@ def prepare_process() -> None:
     oneDNN and PyTorch each keep the code of the last 1,024 kinds of product. Packed micro-batches differ in length, and
     each length is a kind of its own, at 0.6 MiB: on SmolLM2 that grew to 0.7 GiB (docs/log). On a card they leave holes
     of as many sizes, which PyTorch fills where its segments can grow. Cards are numbered as the driver lists them, so
-    that `strop plan`, which asks the driver, and CUDA mean the same one.
+    that `strop plan`, which asks the driver, and CUDA mean the same one. A product that a card cuts up is added up in
+    fp32, and rounded once.
     """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(PRIMITIVES))
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
