@@ -86,7 +86,7 @@ class Card(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stage = ""
+        self.stage, self.deterministic = "", False
         self.waits: Counter[tuple[str, str, str]] = Counter()
         self.pinned: dict[int, Tensor] = {}
 

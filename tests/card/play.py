@@ -8,6 +8,7 @@ from tests.card import fake  # first: before torch
 # isort: split
 
 import json
+import shutil
 import sys
 import traceback
 from collections import Counter
@@ -25,6 +26,7 @@ import torch
 import strop
 from strop.engine.fast import FastLoss
 from strop.errors import Stopped
+from strop.runs.folder import cache_folder
 from strop.training import loop
 from tests.card import sizes
 from tests.support.tiny import save_tiny, write_rows
@@ -55,7 +57,7 @@ def steps_marked() -> Iterator[None]:
     own = loop.step
 
     def step(*arguments: Any) -> Any:
-        CARD.stage = "step"
+        CARD.stage, CARD.deterministic = "step", torch.are_deterministic_algorithms_enabled()
         try:
             return own(*arguments)
         finally:
@@ -141,7 +143,7 @@ def train(
     waits = [[kind, line, number] for (stage, kind, line), number in CARD.waits.items() if stage == "step"]
     events = [json.loads(line) for line in (Path(out) / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     told = {"folder": out, "steps": run.report["steps"], "waits": waits, "events": events}
-    return {**told, "kernels": dict(started)}
+    return {**told, "kernels": dict(started), "deterministic": CARD.deterministic}
 
 
 def answer(model: str, **options: Any) -> dict[str, Any]:
@@ -203,6 +205,7 @@ def main() -> None:
     for asked in json.loads(sys.argv[3]):
         fake.Kind.capability = tuple(asked.pop("capability", (9, 0)))
         fake.Kind.memory_bytes = asked.pop("memory_bytes", 80 << 30)
+        shutil.rmtree(cache_folder() / "memory", ignore_errors=True)  # what an earlier play ran out of
         if (of := asked.pop("of", None)) is not None:  # the run of an earlier play
             asked["model"] = found[of]["folder"]
         try:

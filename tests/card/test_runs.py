@@ -21,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "int8, DoRA": {"model.quantization": "int8", "model.resident_layers": 0, "lora.use_dora": True},
     "without bf16": {"capability": [7, 5]},
-    "stopped and resumed": {"resume": True},
+    "stopped and resumed": {"resume": True, "train.deterministic": True},
 }  # fmt: skip
 
 
@@ -31,36 +31,48 @@ def assert_one_wait(run: dict[str, Any]) -> None:
     assert not others and read[1].startswith("training/loop.py") and read[2] == run["steps"], run["waits"]
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "fails once": {"play": "train", **QUICK, **STREAMED, "fail_calls": [0]},
+    "fails often": {"play": "train", **QUICK, "fail_above": 60, "train.micro_batch_tokens": 512},
+}
+
+
 def test_runs_of_every_kind(card: Play) -> None:
-    for kind, run in zip(KINDS, card(*({"play": "train", **QUICK, **KINDS[kind]} for kind in KINDS)), strict=True):
+    """And what is done with a run: it is evaluated, answers with room and without, and is served beside others."""
+    runs = {**{kind: {"play": "train", **QUICK, **options} for kind, options in KINDS.items()}, **OTHERS}
+    of = list(runs).index("fails once")
+    uses = [
+        {"play": "evaluate", "of": 0},
+        {"play": "serve", "of": 0, "texts": 3},
+        {"play": "answer", "of": of},
+        {"play": "answer", "of": of, "memory_bytes": 2 * GIB},
+    ]
+    played = card(*runs.values(), *uses)
+    for kind, run in zip(runs, played, strict=False):
         assert run["steps"] == 2, kind
+        assert run["deterministic"] == runs[kind].get("train.deterministic", False), kind
         assert_one_wait(run)
+    fails(**{kind.replace(" ", "_"): run for kind, run in zip(runs, played, strict=False) if kind in OTHERS})
+    evaluated, served, large, small = played[len(runs) :]
+    assert evaluated["rows"] == 24
+    one_wait_a_pass(served)
+    # A quantized model's layers are dequantized once where there is room, and stay packed where there is none.
+    assert large["packed"] == 0 and small["packed"] == 14
 
 
-def test_adapters_that_answer_together(card: Play) -> None:
-    """Evaluated, and served beside another adapter and the base: a pass that writes waits once, for its logits."""
-    _, evaluated, served = card(
-        {"play": "train", **QUICK}, {"play": "evaluate", "of": 0}, {"play": "serve", "of": 0, "texts": 3}
-    )
-    assert evaluated["rows"] == 24 and served["tokens"] == 12
+def fails(fails_once: dict[str, Any], fails_often: dict[str, Any]) -> None:
+    """Once: the same is tried again. Again and again: smaller pieces."""
+    notes = [event["text"] for event in fails_once["events"] if event["event"] == "note"]
+    assert any("tried again at the same size" in text for text in notes)
+    assert not [event for event in fails_once["events"] if event["event"] == "shrink"]
+    shrunk = [event["to"] for event in fails_often["events"] if event["event"] == "shrink"]
+    assert shrunk and shrunk[-1].startswith("micro-batches of 64 tokens")
+
+
+def one_wait_a_pass(served: dict[str, Any]) -> None:
+    """Three texts, of the base and of two adapters: a pass that writes waits for its logits."""
+    assert served["tokens"] == 12
     waits = [(kind, line, number) for kind, line, number in served["waits"] if not kind.startswith("free")]
     passes = [number for _, line, number in waits if "engine/answers/batch.py" in line]
     reading = 6  # places, masks and what became of three prompts that are read together
     assert passes == [3] and sum(number for _, _, number in waits) <= 3 + reading, served["waits"]
-
-
-def test_memory_that_runs_out_and_answers_where_it_was_trained(card: Play) -> None:
-    """Once: the same is tried again. Again and again: smaller pieces, and the run goes on to its end. Behind it the
-    model's layers are dequantized once where there is room, and stay packed where there is none."""
-    once, often, large, small = card(
-        {"play": "train", **QUICK, **STREAMED, "fail_calls": [0]},
-        {"play": "train", **QUICK, "fail_above": 60, "train.micro_batch_tokens": 512},
-        {"play": "answer", "of": 0},
-        {"play": "answer", "of": 0, "memory_bytes": 2 * GIB},
-    )
-    notes = [event["text"] for event in once["events"] if event["event"] == "note"]
-    assert any("tried again at the same size" in text for text in notes)
-    assert not [event for event in once["events"] if event["event"] == "shrink"]
-    shrunk = [event["to"] for event in often["events"] if event["event"] == "shrink"]
-    assert shrunk and shrunk[-1].startswith("micro-batches of 64 tokens") and often["steps"] == 2
-    assert large["packed"] == 0 and small["packed"] == 14

@@ -20,6 +20,7 @@ from strop.config.schema import Recipe
 from strop.devices.environment import may_restart, restarted
 from strop.devices.group import ALONE, Devices
 from strop.engine.answers.fits import unanswerable
+from strop.engine.device import repeatable
 from strop.engine.step import step_for
 from strop.errors import TROUBLES, InputError, MemoryLimitError, StropError, Where
 from strop.evaluation.report import write_report
@@ -198,6 +199,8 @@ def _execute(
             for text in remarks(setup):
                 log.emit("note", text=text)
             memory = mark(recipe.model.device)
+            if recipe.train.deterministic and recipe.model.device != "cpu":
+                stack.enter_context(repeatable())
             stack.enter_context(blaming(setup.shape.family))
             model = _build(setup, resuming)
             job = _job(folder, setup, model, log, devices)
