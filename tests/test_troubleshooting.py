@@ -123,7 +123,7 @@ def test_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_triton(tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A card on which no kernel can be compiled: the doctor says so, and a run does."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(trial, "pick_dtype", lambda device: ("bf16", "a test"))
     machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
     for lacking, fix in (
         ("Triton cannot make kernels: no C compiler", "gcc"),
