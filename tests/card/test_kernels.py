@@ -20,6 +20,7 @@ def test_runs_through_the_kernels(card: Play) -> None:
         ({**NF4, "model.resident_layers": 1, "model.double_quantization": False}, {"_four_bit"}),
         ({"model.quantization": "int8", "model.resident_layers": 0}, {"_eight_bit"}),
         ({"lora.dropout": 0.1, "train.gradient_checkpointing": "on"}, {"_spread", "_fold"}),
+        ({"lora.use_dora": True}, {"_scale", "_scale_backward"}),
         ({"capability": [7, 5]}, set()),
     ]
     runs = card(*({"play": "train", "kernels": True, **QUICK, **kind} for kind, _ in kinds))

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from strop.engine import eager
 from strop.engine.attention import Heads
-from strop.engine.card import drops, heads, loss, rows, unpack
+from strop.engine.card import aside, drops, heads, loss, rows, unpack
 from strop.engine.dropout import Dropped
 from strop.engine.functions import Norm
 
@@ -72,6 +72,11 @@ def turn_backward(normed: bool) -> None:
     heads.turn_backward(grads, qkv, shape, cos, sin)
 
 
+def turn_aside(back: bool) -> None:
+    shape, qkv, cos, sin = turned(False)
+    aside.turned(back, qkv, shape, cos, sin, True, None)
+
+
 def four_bit() -> None:
     constants, levels, scale = (nothing(n, dtype=kind) for n, kind in (
         (H * H // 64, torch.uint8), (256, torch.float32), (H * H // 64 // 256, torch.float32)))  # fmt: skip
@@ -91,6 +96,8 @@ OPERATIONS: dict[str, Callable[[], object]] = {
     "glu": lambda: rows.glu(nothing(T, 2 * INNER), "silu"),
     "glu backward": lambda: rows.glu_backward(nothing(T, INNER), nothing(T, 2 * INNER), "silu"),
     "glu backward, gelu": lambda: rows.glu_backward(nothing(T, INNER), nothing(T, 2 * INNER), "gelu_pytorch_tanh"),
+    "gains": lambda: rows.scale_columns_(nothing(T, H), nothing(H, dtype=torch.float32)),
+    "gains, back": lambda: rows.scale_columns_backward(nothing(T, H), nothing(T, H), nothing(H, dtype=torch.float32)),
     "cross entropy": lambda: loss.cross_entropy_(
         nothing(T, V), nothing(T, dtype=torch.int64), nothing(T, dtype=torch.float32), 0.0, True
     ),
@@ -98,6 +105,8 @@ OPERATIONS: dict[str, Callable[[], object]] = {
     "turn, no norms": lambda: turn(False),
     "turn backward": lambda: turn_backward(True),
     "turn backward, no norms": lambda: turn_backward(False),
+    "turn aside": lambda: turn_aside(False),
+    "turn aside, back": lambda: turn_aside(True),
     "spread": lambda: drops.spread(nothing(T, H), dropped()),
     "fold": lambda: drops.fold(nothing(T, 3 * H), dropped()),
     "four bit": four_bit,
