@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class Card(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stage = ""
+        self.stage, self.deterministic = "", False
         self.waits: Counter[tuple[str, str, str]] = Counter()
         self.pinned: dict[int, Tensor] = {}
 
@@ -199,7 +199,7 @@ class Meter(TorchDispatchMode):
         self.kernels: Counter[str] = Counter()
         self.alive: dict[int, int] = {}
         self.references: dict[int, Any] = {}
-        self.now = self.peak = self.hidden = 0
+        self.now = self.peak = 0
         self.peak_at = ""
 
     def keep(self, x: Any) -> None:
@@ -227,27 +227,8 @@ class Meter(TorchDispatchMode):
         """Leaves a tensor out of what is alive: weights are counted apart."""
         self.alive.setdefault(x.untyped_storage()._cdata, 0)
 
-    def one_kernel(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """A function that is taken for one kernel, which keeps nothing but what it gives."""
-
-        def counted(*arguments: Any, **named: Any) -> Any:
-            self.hidden += 1
-            try:
-                found = function(*arguments, **named)
-            finally:
-                self.hidden -= 1
-            if not self.hidden:
-                self.kernels[name] += 1
-                for x in tree_leaves(found):
-                    self.keep(x)
-            return found
-
-        return counted
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.hidden:
-            return out
         made = [x for x in tree_leaves(out) if is_fake(x)]
         if made or any(is_fake(x) for x in tree_leaves((args, kwargs))):
             name = func.name().partition("::")[2].partition(".")[0]

@@ -8,6 +8,7 @@ from tests.card import fake  # first: before torch
 # isort: split
 
 import json
+import shutil
 import sys
 import traceback
 from collections import Counter
@@ -18,10 +19,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+import pytest
 import torch
 
 import strop
 from strop.engine.fast import FastLoss
+from strop.errors import Stopped
+from strop.runs.folder import cache_folder
 from strop.training import loop
 from tests.card import sizes
 from tests.support.tiny import save_tiny, write_rows
@@ -52,7 +57,7 @@ def steps_marked() -> Iterator[None]:
     own = loop.step
 
     def step(*arguments: Any) -> Any:
-        CARD.stage = "step"
+        CARD.stage, CARD.deterministic = "step", torch.are_deterministic_algorithms_enabled()
         try:
             return own(*arguments)
         finally:
@@ -83,6 +88,18 @@ def failing(calls: Sequence[int], above: int | None) -> Iterator[None]:
 
 
 @contextmanager
+def stopping() -> Iterator[None]:
+    """A run is asked to stop, as by Ctrl-C, in its first step."""
+
+    @contextmanager
+    def asked() -> Iterator[Callable[[], bool]]:
+        yield lambda: True
+
+    with patch.object(loop, "stop_signals", asked):
+        yield
+
+
+@contextmanager
 def kernels_counted(used: bool) -> Iterator[Counter[str]]:
     """used: the card's own kernels work, and are noted by name where they are started."""
     found: Counter[str] = Counter()
@@ -109,7 +126,7 @@ def train(
     **options: Any,
 ) -> dict[str, Any]:
     """A run of a tiny model to its end; the waits inside its steps, by kind and line. resume: it is stopped behind its
-    second step, and goes on from there."""
+    first step, and goes on from there."""
     out = new_out()
     given = {
         "model": base(model), "data": rows(), "out": out, "model.device": "cuda", "train.max_steps": 3,
@@ -118,15 +135,15 @@ def train(
     CARD.waits.clear()
     with steps_marked(), failing(fail_calls, fail_above), kernels_counted(kernels) as started, CARD.present():
         if resume:
-            strop.train(**{**given, "train.max_time": "0.0001s"})
-            given["train.max_time"] = None
-            run = strop.resume(out, options={"train.max_time": None}, allow_changed=["max_time"])
+            with pytest.raises(Stopped), stopping():
+                strop.train(**given)
+            run = strop.resume(out)
         else:
             run = strop.train(**given)
     waits = [[kind, line, number] for (stage, kind, line), number in CARD.waits.items() if stage == "step"]
     events = [json.loads(line) for line in (Path(out) / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     told = {"folder": out, "steps": run.report["steps"], "waits": waits, "events": events}
-    return {**told, "kernels": dict(started)}
+    return {**told, "kernels": dict(started), "deterministic": CARD.deterministic}
 
 
 def answer(model: str, **options: Any) -> dict[str, Any]:
@@ -140,12 +157,46 @@ def answer(model: str, **options: Any) -> dict[str, Any]:
     return {"text": text, "packed": packed}
 
 
+def evaluate(model: str) -> dict[str, Any]:
+    """Base and tuned on the rows, as `strop eval` does it."""
+    with CARD.present():
+        found = strop.evaluate(model, rows(), max_new_tokens=4)
+    return {"rows": found["rows"], "loss": found["tuned"]["loss"]}
+
+
+def serve(model: str, texts: int = 3) -> dict[str, Any]:
+    """Texts of the base and of two adapters answered together; what made the host wait, a token."""
+    from strop.engine.answers.batch import Batch, answer_all
+    from strop.engine.answers.text import Sampling, Text
+    from strop.serve.decoder import PlainDecoder
+
+    with CARD.present():
+        loaded = strop.load(model, device="cuda")
+        module = loaded.module
+        module.load_adapter(str(Path(model) / "adapter"), adapter_name="other")
+        asked = [None, "default", "other"]
+        prompts = [
+            Text(np.arange(5 + n, 12 + n, dtype=np.int32), asked[n % 3], most=4, sampling=Sampling(0.0))
+            for n in range(texts)
+        ]
+        batch = Batch(PlainDecoder(module, keep=64), texts)
+        CARD.waits.clear()
+        told = sum(len(news.tokens) for news in answer_all(batch, prompts))
+    return {"tokens": told, "waits": [[kind, line, number] for (_, kind, line), number in CARD.waits.items()]}
+
+
 def step(**case: Any) -> dict[str, Any]:
     """One step of a model of any size (tests/card/sizes.py)."""
     return sizes.step(CARD, sizes.Case(**case))
 
 
-PLAYS: dict[str, Callable[..., dict[str, Any]]] = {"train": train, "answer": answer, "step": step}
+PLAYS: dict[str, Callable[..., dict[str, Any]]] = {
+    "train": train,
+    "answer": answer,
+    "evaluate": evaluate,
+    "serve": serve,
+    "step": step,
+}
 
 
 def main() -> None:
@@ -154,6 +205,7 @@ def main() -> None:
     for asked in json.loads(sys.argv[3]):
         fake.Kind.capability = tuple(asked.pop("capability", (9, 0)))
         fake.Kind.memory_bytes = asked.pop("memory_bytes", 80 << 30)
+        shutil.rmtree(cache_folder() / "memory", ignore_errors=True)  # what an earlier play ran out of
         if (of := asked.pop("of", None)) is not None:  # the run of an earlier play
             asked["model"] = found[of]["folder"]
         try:

@@ -18,10 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from strop.config.load import resolve
 from strop.data.conversation import Example
-from strop.engine import eager
-from strop.engine.card import attention
 from strop.engine.fast import FastLoss
-from strop.engine.processor import Processor
 from strop.model.lora import as_fp32
 from strop.model.quantize import QuantizedLinear, replace_linears
 from strop.model.shape import ModelShape
@@ -89,41 +86,32 @@ def fill(layer: QuantizedLinear) -> None:
     layer._described = {"blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.01, "shape": shape}
 
 
-class Kernels:
-    """The operations of eager.py, and what turns q and k, each as one kernel."""
-
-    def __init__(self, meter: fake.Meter, of: Any) -> None:
-        self._meter, self._of = meter, of
-
-    def __getattr__(self, name: str) -> Any:
-        return self._meter.one_kernel(getattr(self._of, name), name)
-
-
 def step(card: fake.Card, case: Case) -> dict[str, Any]:
-    """Kernels of forward and backward; bytes of weights with adapters, and of the step's peak over them; the plan's."""
+    """Kernels of forward and backward; bytes of the base, and of the step's peak over it; the same as planned."""
     meter = fake.Meter()
-    dequantized = meter.one_kernel(QuantizedLinear.dequantized, "dequantize")
+
+    def started(kernel: Any, *_: Any) -> None:
+        meter.kernels[kernel.__name__] += 1
+
     with ExitStack() as stack:
+        stack.enter_context(patch("strop.engine.card.works.why_not", lambda device: None))
+        stack.enter_context(patch("strop.engine.card.launch.launch", started))
         stack.enter_context(card.present())
         model = built(case)
-        kernels = Processor(Kernels(meter, eager), card=True)
-        stack.enter_context(patch("strop.engine.fast.processor_for", lambda *_, **__: kernels))
-        turns = Kernels(meter, attention.IN_PYTORCH)
-        stack.enter_context(patch.object(attention, "IN_PYTORCH", turns))
-        stack.enter_context(patch.object(QuantizedLinear, "dequantized", lambda *given: dequantized(*given)))
         loss = FastLoss(model, checkpoint_layers=case.checkpointed)
         held = weigh(model, meter)
         weights = np.float32(np.arange(case.tokens) > 0)
         row = Example(np.arange(case.tokens, dtype=np.int32) % 500, weights, "", 0)
         with meter:
             (loss([row]) / case.tokens).backward()
-    parts = case.planned().parts
-    weights_planned = parts["weights"] + parts["quantization_constants"] + parts["adapters"]
-    beside = ("saved_activations", "live_layer", "head", "gradients", "workspace")
+    parts, adapters = case.planned().parts, sum(x.nbytes for x in model.parameters() if x.requires_grad)
+    base = parts["weights"] + parts["quantization_constants"]
+    beside = ("adapters", "saved_activations", "live_layer", "head", "gradients", "workspace")
     return {
-        "kernels": dict(meter.kernels), "launches": sum(meter.kernels.values()), "held": held,
-        "peak": meter.peak, "peak_at": meter.peak_at, "planned": sum(parts[name] for name in beside),
-        "planned_held": weights_planned, "parts": dict(parts),
+        "kernels": dict(meter.kernels), "launches": sum(meter.kernels.values()),
+        "base": held - adapters, "planned_base": base,
+        "over_base": meter.peak + adapters, "planned_over_base": sum(parts[name] for name in beside),
+        "peak_at": meter.peak_at, "parts": dict(parts),
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Whole runs on a card that is not there, whose kernels work: each is started where it belongs, on its tensors."""
+"""Whole runs on a card that is not there, whose kernels work: each starts where it belongs, on the card's tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.card.conftest import Play
-from tests.card.test_runs import NF4, STREAMED, assert_one_wait
+from tests.card.test_runs import NF4, QUICK, STREAMED, assert_one_wait
 
 STEP = {"_norm", "_norm_backward", "_glu", "_glu_backward", "_turn", "_turn_backward", "_cross_entropy"}
 
@@ -16,16 +16,16 @@ STEP = {"_norm", "_norm_backward", "_glu", "_glu_backward", "_turn", "_turn_back
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_runs_through_the_kernels(card: Play) -> None:
     kinds: list[tuple[dict[str, Any], set[str]]] = [
-        ({}, set()),
         (STREAMED, {"_four_bit"}),
         ({**NF4, "model.resident_layers": 1, "model.double_quantization": False}, {"_four_bit"}),
         ({"model.quantization": "int8", "model.resident_layers": 0}, {"_eight_bit"}),
         ({"lora.dropout": 0.1, "train.gradient_checkpointing": "on"}, {"_spread", "_fold"}),
+        ({"lora.use_dora": True}, {"_scale", "_scale_backward"}),
         ({"capability": [7, 5]}, set()),
     ]
-    runs = card(*({"play": "train", "kernels": True, **kind} for kind, _ in kinds))
+    runs = card(*({"play": "train", "kernels": True, **QUICK, **kind} for kind, _ in kinds))
     for run, (kind, more) in zip(runs, kinds, strict=True):
-        assert run["steps"] == 3
+        assert run["steps"] == 2
         assert run["kernels"].keys() == STEP | more, kind
         assert_one_wait(run)
         assert not [event for event in run["events"] if "PyTorch's own operations" in str(event.get("text"))]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from strop.engine import device
-from strop.engine.device import ALLOCATOR, pick_dtype, prepare_process
+from strop.engine.device import ALLOCATOR, pick_dtype, prepare_process, repeatable
 
 
 def test_bf16_is_asked_of_the_card_that_the_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +31,28 @@ def test_what_a_process_sets_before_it_looks_at_a_card(monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "environ", other := {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"})
     prepare_process()
     assert ALLOCATOR[0] not in other and other["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+def test_products_are_rounded_once() -> None:
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True  # as PyTorch has it
+    prepare_process()
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
+def test_repeatable_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a run with train.deterministic; afterwards all is as it was."""
+    monkeypatch.setattr(os, "environ", environment := {})
+    prepare_process()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in environment
+    prepare_process(deterministic=True)
+    assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    with repeatable():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # flash attention looks at both
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory == filled
 
 
 def test_older_versions_know_the_allocator_by_another_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,33 @@ def test_the_memory_that_counts_is_that_of_the_device() -> None:
     assert choose(recipe, with_card, LLAMA_8B, "cuda", ("bf16", "")).recipe.model.quantization == "nf4"
 
 
+def test_a_card_is_kept_busy_where_memory_allows() -> None:
+    """As many tokens at once as fit with nothing computed again, and as a step has; a CPU keeps its cache."""
+
+    def tokens(memory: str, device: str = "cuda", **options: Any) -> int | None:
+        recipe = resolve(None, {"model": "m", "data": "d", "model.quantization": "none", **options})
+        found = choose(recipe, machine(200, (memory,)), LLAMA_8B, device, ("bf16", ""))
+        return found.recipe.train.micro_batch_tokens
+
+    assert tokens("a card, 81559 MiB") == 8192 and tokens("a card, 200000 MiB", **{"train.batch_size": 64}) == 16384
+    assert tokens("a card, 36000 MiB") == 4096 and tokens("a card, 24564 MiB") == 2048
+    assert tokens("a card, 81559 MiB", "cpu") == 2048
+    assert tokens("a card, 81559 MiB", **{"train.micro_batch_tokens": 1024}) == 1024
+
+
+def test_what_ran_out_while_others_had_the_memory_is_tried_again() -> None:
+    open_recipe = resolve(None, {"model": "m", "data": "d"})
+
+    def tokens() -> int | None:
+        return choose(open_recipe, machine(60), LLAMA_8B, "cpu", ("bf16", "")).recipe.train.micro_batch_tokens
+
+    chosen = choose(open_recipe, machine(60), LLAMA_8B, "cpu", ("bf16", "")).recipe
+    for usable, expected in ((4, 2048), (54, 512)):
+        shape = {"micro_batch_tokens": 512, "usable_bytes": usable * GIB}
+        remember(memory_key(chosen, machine(60), LLAMA_8B), shape)
+        assert tokens() == expected
+
+
 def test_rates_by_size_and_optimizer() -> None:
     assert learning_rate(7_000_000_000) == 2e-4 and learning_rate(135_000_000) == pytest.approx(1e-3, rel=0.02)
     assert plan(60).recipe.train.learning_rate == 2e-4

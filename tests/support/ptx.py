@@ -26,12 +26,13 @@ from triton.runtime.jit import JITFunction
 
 from strop.engine import eager
 from strop.engine.attention import Heads
-from strop.engine.card import drops, heads, loss, rows, unpack
+from strop.engine.card import aside, drops, heads, loss, rows, unpack
 from strop.engine.dropout import Dropped
 from strop.engine.functions import Norm
 
 OPS: Any = eager
-T, H, INNER, V, DTYPE = 2048, 4096, 14336, 128256, torch.bfloat16
+T = 2048
+H, INNER, V, DTYPE = 4096, 14336, 128256, torch.bfloat16
 
 
 class Driver:
@@ -71,6 +72,11 @@ def turn_backward(normed: bool) -> None:
     heads.turn_backward(grads, qkv, shape, cos, sin)
 
 
+def turn_aside(back: bool) -> None:
+    shape, qkv, cos, sin = turned(False)
+    aside.turned(back, qkv, shape, cos, sin, True, None)
+
+
 def four_bit() -> None:
     constants, levels, scale = (nothing(n, dtype=kind) for n, kind in (
         (H * H // 64, torch.uint8), (256, torch.float32), (H * H // 64 // 256, torch.float32)))  # fmt: skip
@@ -79,7 +85,10 @@ def four_bit() -> None:
     unpack.four_bit(nothing(H * H // 2, dtype=torch.uint8), code, constants, 64, nested, nothing(H, H))
 
 
-DROPPED = Dropped(1, 2, nothing(T, dtype=torch.int64), (1, 2, 3), (6554, 6554, 6554))
+def dropped() -> Dropped:
+    return Dropped(1, 2**32 - T, nothing(T, dtype=torch.int64), (1, T, 3), (6554, 6554, 6554))
+
+
 OPERATIONS: dict[str, Callable[[], object]] = {
     "norm": lambda: rows.rms_norm(nothing(T, H), nothing(H), 1e-5, 0.0),
     "norm, of 576": lambda: rows.rms_norm(nothing(T, 576), nothing(576), 1e-5, 0.0),
@@ -87,6 +96,8 @@ OPERATIONS: dict[str, Callable[[], object]] = {
     "glu": lambda: rows.glu(nothing(T, 2 * INNER), "silu"),
     "glu backward": lambda: rows.glu_backward(nothing(T, INNER), nothing(T, 2 * INNER), "silu"),
     "glu backward, gelu": lambda: rows.glu_backward(nothing(T, INNER), nothing(T, 2 * INNER), "gelu_pytorch_tanh"),
+    "gains": lambda: rows.scale_columns_(nothing(T, H), nothing(H, dtype=torch.float32)),
+    "gains, back": lambda: rows.scale_columns_backward(nothing(T, H), nothing(T, H), nothing(H, dtype=torch.float32)),
     "cross entropy": lambda: loss.cross_entropy_(
         nothing(T, V), nothing(T, dtype=torch.int64), nothing(T, dtype=torch.float32), 0.0, True
     ),
@@ -94,8 +105,10 @@ OPERATIONS: dict[str, Callable[[], object]] = {
     "turn, no norms": lambda: turn(False),
     "turn backward": lambda: turn_backward(True),
     "turn backward, no norms": lambda: turn_backward(False),
-    "spread": lambda: drops.spread(nothing(T, H), DROPPED),
-    "fold": lambda: drops.fold(nothing(T, 3 * H), DROPPED),
+    "turn aside": lambda: turn_aside(False),
+    "turn aside, back": lambda: turn_aside(True),
+    "spread": lambda: drops.spread(nothing(T, H), dropped()),
+    "fold": lambda: drops.fold(nothing(T, 3 * H), dropped()),
     "four bit": four_bit,
     "eight bit": lambda: unpack.eight_bit(
         nothing(H, H, dtype=torch.int8), nothing(H, dtype=torch.float32), nothing(H, H)
@@ -134,12 +147,24 @@ def about(kernel: Any) -> dict[str, Any]:
     }
 
 
+def variants(arch: int, operation: Callable[[], object]) -> int:
+    """How often an operation is compiled for one row, for 7 and for 2,048."""
+    global T
+    made = set()
+    for rows_at_once in (1, 7, 2048):
+        T = rows_at_once
+        made |= {kernel.hash for kernel in compiled(arch, operation)}
+    return len(made)
+
+
 def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     for arch in sys.argv[1:]:
         asked = {name: operation for name, operation in OPERATIONS.items() if arch == sys.argv[1] or "," not in name}
         kernels = {name: compiled(int(arch), operation) for name, operation in asked.items()}
         found[arch] = {name: about(kernel) for name, (kernel,) in kernels.items()}
+    for name, known in found[sys.argv[1]].items():
+        known["variants"] = variants(int(sys.argv[1]), OPERATIONS[name])
     print(json.dumps(found))
 
 

@@ -166,6 +166,7 @@ class TrainSection(Section):
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept (the best is kept besides)")
     log_steps: int = Field(1, ge=1, description="write a step event every N steps")
     exact: bool = Field(False, description="the same bits on any number of devices; slower")
+    deterministic: bool = Field(False, description="the same bits on a card each time; slower. A CPU does so anyway")
     timeout: str = Field("30m", pattern=TIME, description="how long a device may keep the others waiting: 90s, 30m, 2h")
     max_time: str | None = Field(None, pattern=TIME, description="stop and save after 90s, 30m, 2h")
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -21,21 +24,40 @@ LEAST_BF16 = (8, 0)  # compute capability of the first cards with bf16 (Ampere)
 PRIMITIVES = 96  # one micro-batch of the fast step needs about 50 kinds of product
 
 
-def prepare_process() -> None:
+def prepare_process(*, deterministic: bool = False) -> None:
     """What this process must set before its first matrix product, and before a card is looked at. What a user has set
     stays.
 
     oneDNN and PyTorch each keep the code of the last 1,024 kinds of product. Packed micro-batches differ in length, and
     each length is a kind of its own, at 0.6 MiB: on SmolLM2 that grew to 0.7 GiB (docs/log). On a card they leave holes
     of as many sizes, which PyTorch fills where its segments can grow. Cards are numbered as the driver lists them, so
-    that `strop plan`, which asks the driver, and CUDA mean the same one.
+    that `strop plan`, which asks the driver, and CUDA mean the same one. A product that a card cuts up is added up in
+    fp32, and rounded once. deterministic: what `repeatable` needs of cuBLAS, which reads it when it starts.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(PRIMITIVES))
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
         name = ALLOCATOR[Version(torch.__version__) < Version("2.9")]
         os.environ[name] = "expandable_segments:True"
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Inside it a card computes the same bits each time: attention's backward and sums by index add up in a fixed
+    order. Memory that is not written yet is left as it is, which PyTorch otherwise fills there."""
+    memory: Any = torch.utils.deterministic
+    before = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        memory.fill_uninitialized_memory = before[1]
 
 
 def pick_device(asked: str) -> str:

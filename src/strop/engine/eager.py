@@ -118,8 +118,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _rows(places: Places, key_value: int, group: int) -> Tensor:
     """(P, heads): the row of each place and head in what to_heads returns."""
-    head = torch.arange(key_value * group, device=places.at.device)
-    before, at, length = (x[:, None] for x in (torch.arange(len(places.at)) - places.at, places.at, places.length))
+    device = places.at.device
+    head, place = torch.arange(key_value * group, device=device), torch.arange(len(places.at), device=device)
+    before, at, length = (x[:, None] for x in (place - places.at, places.at, places.length))
     return (before * key_value + head // group * length + at) * group + head % group
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from strop.engine.attention import Heads, Turned
+from strop.engine.attention import Heads
 from strop.engine.dropout import masks_of
 from strop.engine.fits import unsupported
 from strop.engine.functions import Activation, Enter, Glu, LayerNorm, Norm, Ops, RmsNorm, apply
@@ -183,7 +183,7 @@ class FastLoss:
         cos, sin = angles[layer.rope]
         scale = None if family.query_scale is None else family.query_scale(self._model.config, batch.positions)
         if scale is not None or family.turned_first or family.pairs == "neighbours":
-            qkv = apply(Turned, qkv, layer.heads, cos, sin, family.pairs == "neighbours", scale)
+            qkv = apply(self._processor.aside(), qkv, layer.heads, cos, sin, family.pairs == "neighbours", scale)
             cos, sin = angles[NOWHERE]
         mixed = layer.attend(qkv, layer.heads, cos, sin, batch.documents)
         if rows is not None:

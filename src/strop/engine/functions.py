@@ -1,8 +1,8 @@
 """Autograd functions with hand-derived gradients: frozen linear layers with LoRA, and RMSNorm.
 
 They save the least that their backward needs, give no gradient to frozen weights, and leave the element-wise work
-to `Ops` (eager.py on any device, cpu/kernels.py on a CPU with numba) and LoRA's own products to `LoraProducts` (lora.py
-anywhere, lora_tiles.py on a CPU with AVX512-BF16).
+to `Ops` (eager.py on any device, cpu/kernels.py on a CPU with numba, card/kernels.py on a card with Triton) and LoRA's
+own products to `LoraProducts` (lora.py anywhere, lora_tiles.py on a CPU with AVX512-BF16).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch.autograd import Function
 from strop.engine.functions import Ops
 
 CHUNK_BYTES = 24 * 2**20  # logits at once: 256 rows of a vocabulary of 49,152 in bf16
+CARD_CHUNK_BYTES = 256 * 2**20  # on a card, whose products want more rows: each chunk reads the whole head twice
 
 
 class SupervisedLoss(Function):
@@ -72,7 +73,8 @@ def _losses(
     grad: Tensor | None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """weights * cross entropy of a few rows after the other; writes the gradient of x where there is room for it."""
-    chunk = max(16, CHUNK_BYTES // (weight.shape[0] * x.element_size()))
+    room = CARD_CHUNK_BYTES if x.device.type == "cuda" else CHUNK_BYTES
+    chunk = max(16, room // (weight.shape[0] * x.element_size()))
     for begin in range(0, len(x), chunk):
         rows = slice(begin, begin + chunk)
         logits = x[rows] @ weight.t()
@@ -81,3 +83,4 @@ def _losses(
         yield ops.cross_entropy_(logits, labels[rows], weights[rows], softcap, grad is not None)
         if grad is not None:
             torch.mm(logits, weight, out=grad[rows])
+        del logits  # before the next are made

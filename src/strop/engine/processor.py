@@ -10,9 +10,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from strop.engine import dropout, eager, lora
-from strop.engine.attention import Attention, Heads
+from strop.engine.attention import Attention, Heads, Turned
 from strop.engine.dropout import Drops
 from strop.engine.functions import LoraProducts, Ops, apply
 from strop.engine.joined import Joined
@@ -52,6 +53,14 @@ class Processor:
 
             return partial(apply, TileAttention)
         return partial(apply, Attention)
+
+    def aside(self) -> type[Function]:
+        """The rotary embedding where attention cannot do it."""
+        if not self.kernels:
+            return Turned
+        from strop.engine.card import aside
+
+        return aside.Turned
 
     def lora(self, sizes: Sequence[int]) -> Callable[[Sequence[Tensor]], LoraProducts]:
         """The products of the adapters (A_1, B_1, A_2, ...) on linear layers with these inputs and outputs."""

@@ -15,8 +15,8 @@ from strop.planning.setting import Setting
 BLOCK = 256  # queries a product, as in engine.attention
 KEEP_PAIRS = 512  # keys up to which probabilities are kept, as in engine.attention
 TILE_ROWS, GAP = 64, 256  # rows that pass over the keys together, and numbers behind a buffer (engine.cpu)
-EAGER_BYTES = 40  # fp32 copies a number of the MLP on its way back through engine.eager.glu_backward (cards)
-HEAD_BYTES = 24 * 2**20  # logits at once, as in engine.head
+EAGER_BYTES = 40  # fp32 copies a number of the MLP on its way back through PyTorch's own operations
+HEAD_BYTES, CARD_HEAD_BYTES = 24 * 2**20, 256 * 2**20  # logits at once, as in engine.head
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,14 @@ def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
     after += 2 * h if setting.dora else 0  # what the blocks add to the residual stream
     if setting.step == "plain":
         return _plain_layer(setting, batch, rows)
-    if setting.tiles:  # the output, which the next product keeps as well, and a number a row and head
+    if setting.tiles or setting.flash:  # the output, which the next product keeps as well; a number a row and head
         kept = batch.tokens * (q * b + 4 * shape.heads)
         after -= q if out and rows == batch.tokens else 0
     elif setting.device == "cpu":
         kept = shape.heads * batch.kept_pairs * b
-    else:  # PyTorch's own attention keeps copies of q, k, v, its output, and a number a row and head
-        kept = batch.tokens * ((2 * q + 2 * kv) * b + 4 * shape.heads)
+    else:  # PyTorch's own attention keeps copies of q, k, v (on a card for each head of q), its output, and its place
+        copies = 5 * q if setting.device == "cuda" else 2 * q + 2 * kv
+        kept = batch.tokens * (copies * b + 4 * shape.heads)
     return batch.tokens * before * b + kept + rows * after * b
 
 
@@ -153,9 +154,16 @@ def backward_bytes(setting: Setting, batch: MicroBatch, rows: int | None = None)
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
     # grad, dz (I), d(gate, up) (2 I) and z (I), with the gradient of the residual
     mlp = rows * (4 * inner + h + (inner if setting.dropout else 0)) * b  # what dropout leaves of z
-    if setting.device != "cpu" or setting.step == "plain":
-        mlp += rows * EAGER_BYTES * inner
-        return max(mlp, tokens * (5 * q + 6 * kv + h) * b)
+    if setting.step == "plain":
+        return max(mlp + rows * EAGER_BYTES * inner, tokens * (5 * q + 6 * kv + h) * b)
+    if setting.device != "cpu":
+        mlp += 0 if setting.device == "cuda" else rows * EAGER_BYTES * inner
+        # Gradients of the output, of q (in fp32 as well), and of k and v for each head; q and k again; the result; and
+        # what a shared prefix is copied into.
+        copies = sum(number * keys for number, queries, keys in batch.documents if keys > queries)
+        attention = tokens * (5 * q + kv + (q + 2 * kv)) * b + tokens * 4 * q + 4 * copies * kv * b
+        freed = rows * (2 * inner + h) * b
+        return max(mlp, attention - freed)
     if setting.tiles:  # gradients of the residual and of the output, the result, q and k behind their norms
         normed = q + kv if shape.head_norms else 0
         attention = tokens * (h + q + (q + 2 * kv) + normed) * b + _tile_bytes(setting, batch, backward=True)
@@ -206,9 +214,17 @@ def head_bytes(setting: Setting, batch: MicroBatch) -> int:
     shape, b = setting.shape, setting.element
     if setting.step == "plain":
         return batch.supervised * shape.vocabulary * (b + 4 + 4 + 4)
-    rows = min(batch.supervised, max(16, HEAD_BYTES // (shape.vocabulary * b)))
-    chunk = rows * shape.vocabulary * (b if setting.device == "cpu" else b + 3 * 4)
-    return batch.supervised * 2 * shape.hidden * b + chunk + setting.threads * 4 * shape.vocabulary
+    rows = min(batch.supervised, head_rows(setting))
+    chunk = rows * shape.vocabulary * (b + 3 * 4 if setting.device == "mps" else b)
+    if setting.device == "cpu":
+        chunk += setting.threads * 4 * shape.vocabulary
+    return batch.supervised * 2 * shape.hidden * b + chunk
+
+
+def head_rows(setting: Setting) -> int:
+    """Rows of logits at once."""
+    room = CARD_HEAD_BYTES if setting.device == "cuda" else HEAD_BYTES
+    return max(16, room // (setting.shape.vocabulary * setting.element))
 
 
 def forward_bytes(setting: Setting, batch: MicroBatch) -> int:

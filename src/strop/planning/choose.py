@@ -13,12 +13,13 @@ from strop.errors import ModelError, RecipeError
 from strop.machine.memory import recall
 from strop.machine.probe import Machine
 from strop.model.shape import ModelShape
-from strop.objectives.table import learning_of, objective_of, open_options
+from strop.objectives.table import answers_of, drawn_tokens, learning_of, objective_of, open_options
 from strop.planning.memory import load, train
 from strop.planning.microbatch import MICRO_BATCH_TOKENS, largest_micro_batch
 from strop.planning.setting import Setting
 from strop.runs.lock import sha256_text
 
+CARD_TOKENS = (16384, 8192, 4096)  # at once on a card, where they fit with nothing computed again
 MORE = 1.1  # times the bytes that were usable when a run ran out of memory: it may not do so again
 SHORTEST = 256  # tokens; a row below holds little of a conversation
 USABLE = {"cpu": 0.9, "mps": 0.75, "cuda": 0.95}  # of what is free: MemoryWatch stops a run on a CPU there
@@ -171,7 +172,10 @@ def memory_key(recipe: Recipe, machine: Machine, shape: ModelShape) -> str:
 
 def _fitted(resolved: Resolved, room: Room) -> Resolved:
     """With what is left open about memory decided."""
-    for decide in (_narrower, _quantization, _smaller_micro_batch, _last_resorts, _resident, _checkpointing):
+    for decide in (
+        *(_narrower, _quantization, _smaller_micro_batch, _larger_micro_batch, _last_resorts, _resident),
+        _checkpointing,
+    ):
         resolved = resolved.decide(decide(resolved, room))
     return resolved
 
@@ -277,6 +281,21 @@ def _smaller_micro_batch(resolved: Resolved, room: Room) -> list[Choice]:
         return []
     why = f"more would not fit: {room.said(room.need(resolved.recipe))}"
     return [Choice(f"train.{name}", size, "plan", why)]
+
+
+def _larger_micro_batch(resolved: Resolved, room: Room) -> list[Choice]:
+    """On a card: as many tokens at once as keep it busy, but no more than a step has."""
+    recipe, field = resolved.recipe, "train.micro_batch_tokens"
+    now = recipe.train.micro_batch_tokens
+    if not recipe.model.device.startswith("cuda") or now is None or resolved.choices[field].origin != "plan":
+        return []
+    a_step = recipe.train.batch_size * answers_of(recipe.train) * (recipe.data.max_length + drawn_tokens(recipe.train))
+    for tokens in CARD_TOKENS:
+        if now < tokens and tokens // 2 < a_step and room.fits(_with(recipe, micro_batch_tokens=tokens)):
+            return [
+                Choice(field, tokens, "plan", "as many as fit with nothing computed again: larger pieces are faster")
+            ]
+    return []
 
 
 def _layers_again(recipe: Recipe, room: Room) -> int:

@@ -191,7 +191,9 @@ def train(setting: Setting, batch: MicroBatch) -> Phase:
     """
     held = _held(setting, trained=True)
     trainable = 4 * setting.adapter_weights
-    if setting.step == "fast" and not setting.tiled_lora:
+    if setting.step == "fast" and setting.device == "cuda":
+        held["adapters"] += setting.element * setting.operand_weights
+    elif setting.step == "fast" and not setting.tiled_lora:
         # The adapter in the type that is computed in is kept for the backward, of each layer that keeps anything.
         share = 1 - setting.checkpoint_layers / setting.shape.layers if setting.element < 4 else 0.5
         held["adapters"] += int(setting.element * setting.adapter_weights * share)

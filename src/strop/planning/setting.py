@@ -103,6 +103,23 @@ class Setting:
         return self.step == "fast" and self.tiles and max(self.ranks, default=0) <= TILED_RANK
 
     @property
+    def flash(self) -> bool:
+        """Flash attention on a card keeps its output alone (engine.card.attention); cards without bf16 have none."""
+        return self.device == "cuda" and self.element == 2
+
+    @property
+    def operand_weights(self) -> int:
+        """Numbers of the adapters as a card lays them out in the type that is computed in, zeros included: those on one
+        input stand beside each other for all of its outputs (engine.card.lora)."""
+        of = {x.name: (rank, x) for x, rank in zip(self.shape.linears, self.ranks, strict=True) if rank}
+        total, groups = 0, (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+        for group in groups:
+            found = [of.pop(name) for name in group if name in of]
+            total += sum(rank * x.inputs for rank, x in found)
+            total += sum(rank for rank, _ in found) * sum(x.outputs for _, x in found)
+        return self.shape.layers * (total + sum(rank * x.ends for rank, x in of.values()))
+
+    @property
     def streamed(self) -> bool:
         """Some weights are dequantized for each product."""
         return self.scheme != "none" and self.resident_layers < self.shape.layers

@@ -60,7 +60,8 @@ def cards(machine: Machine) -> Iterator[Finding]:
         yield Finding("ok", "strop's own kernels work on the card")
     else:
         why = "training uses PyTorch's own operations, more slowly; see docs/troubleshooting.md#triton"
-        yield Finding("warning", lacking, why, "apt install gcc python3-dev")
+        missing = "imported" in lacking
+        yield Finding("warning", lacking, why, f"{pip()} install triton" if missing else "apt install gcc python3-dev")
 
 
 def measure_rates() -> Rates:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from strop.engine.answers.decoder import Part
 from strop.engine.answers.text import Ids, Logits, Text
+from strop.engine.transfer import sent
 from strop.errors import ModelError
 from strop.serve.kept import Kept
 from strop.serve.mixed import MixedLora, can_mix
@@ -110,7 +111,7 @@ class PlainDecoder:
         """Reads on in texts of one lane; those that are read to the end become rows of it. Their next logits."""
         before = {part.text: self._read[part.text] for part in parts}
         logits = self._pass(parts)
-        if len(parts) > 1 and not all(bool(one.max().isfinite()) for one in logits.values()):
+        if len(parts) > 1 and logits and not torch.stack([one.max() for one in logits.values()]).isfinite().all():
             self._read |= before  # NaN passes from one to those beside it: whose it was shows when each is read alone
             logits = {}
             for part in parts:
@@ -120,7 +121,10 @@ class PlainDecoder:
             if part.told:
                 self._lanes.setdefault(lane, Slots()).add(self._read.pop(part.text))
                 self._rows.setdefault(lane, []).append(part.text)
-        return {text: one.float().cpu().numpy() for text, one in logits.items()}
+        if not logits:
+            return {}
+        told = torch.stack(list(logits.values())).float().cpu().numpy()
+        return dict(zip(logits, told, strict=True))
 
     def _pass(self, parts: Sequence[Part]) -> dict[Text, Tensor]:
         """The next positions of these texts; the logits (vocabulary,) behind those that are read to the end."""
@@ -150,7 +154,7 @@ class PlainDecoder:
         slots, rows = self._lanes[lane], self._rows[lane]
         at = slots.begin(self.device)
         age = at[:, :, None] - torch.arange(slots.width, device=self.device)
-        last = torch.tensor([[int(text.ids[-1])] for text in rows])
+        (last,) = sent([np.array([[text.ids[-1]] for text in rows], dtype=np.int64)], self.device)
         with self._adapters([text.adapter for text in rows]):
             logits = self._forward(last, at, self._masks(age >= 0, age), slots)[:, -1]
         slots.advance()

@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
+from strop.engine.transfer import sent
 from strop.model.lora import delta, onto
 
 
@@ -47,14 +49,12 @@ class MixedLora:
 
     def choose(self, adapters: Iterable[str | None], device: torch.device) -> None:
         """The adapter of each token of the next batch; None: the base alone."""
-        of = list(adapters)
-        names = sorted({name for name in of if name is not None})
-        self.tokens = {
-            name: None
-            if set(of) == {name}
-            else torch.tensor([place for place, own in enumerate(of) if own == name], device=device)
-            for name in names
-        }
+        of = np.array([name or "" for name in adapters])
+        names = sorted(set(of.tolist()) - {""})
+        if len(names) == 1 and (of == names[0]).all():
+            self.tokens = {names[0]: None}
+        else:
+            self.tokens = dict(zip(names, sent([np.flatnonzero(of == name) for name in names], device), strict=True))
 
     def _forward(self, module: Any, x: Tensor) -> Tensor:
         change: Tensor | None = None

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
 
-GROWTH = 64  # positions added at once
+from strop.engine.transfer import sent
+
+GROWTH = 64  # positions added at once, at least; a quarter of what is there, as each time all of it is copied
 
 Kv = list[tuple[Tensor, Tensor]]  # a layer each: keys and values (1, heads, positions, size)
 
@@ -96,7 +99,7 @@ class Slots(Cache):  # type: ignore[misc]
         """Makes room for one position a row; gives where they go, (rows, 1)."""
         self._fit(len(self.lengths), self.width)
         self._rows = torch.arange(len(self.lengths), device=device)
-        self._at = torch.tensor(self.lengths, device=device)
+        (self._at,) = sent([np.array(self.lengths, dtype=np.int64)], device)
         return self._at[:, None]
 
     def advance(self) -> None:
@@ -114,7 +117,8 @@ class Slots(Cache):  # type: ignore[misc]
         if rows <= had_rows and width <= had_width:
             return
         new_rows = max(rows, had_rows)
-        new_width = max(-(-width // GROWTH) * GROWTH, had_width)
+        wanted = max(width, had_width + had_width // 4) if width > had_width else had_width
+        new_width = max(-(-wanted // GROWTH) * GROWTH, had_width)
         self._keys = [_grown(buffer, new_rows, new_width) for buffer in self._keys]
         self._values = [_grown(buffer, new_rows, new_width) for buffer in self._values]
 

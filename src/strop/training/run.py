@@ -19,6 +19,7 @@ from strop.config.schema import Recipe
 from strop.devices.environment import may_restart, restarted
 from strop.devices.group import ALONE, Devices
 from strop.engine.answers.fits import unanswerable
+from strop.engine.device import repeatable
 from strop.engine.fits import own_dropout
 from strop.engine.step import step_for
 from strop.errors import TROUBLES, InputError, MemoryLimitError, StropError, Where
@@ -199,6 +200,8 @@ def _execute(
             for text in remarks(setup):
                 log.emit("note", text=text)
             memory = mark(recipe.model.device)
+            if recipe.train.deterministic and recipe.model.device != "cpu":
+                stack.enter_context(repeatable())
             stack.enter_context(blaming(setup.shape.family))
             model = build(setup, resuming, devices)
             hold_to_lock(folder, devices)

@@ -65,7 +65,7 @@ def preview(resolved: Resolved, *, memory: int | None = None) -> Resolved:
 
 
 def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALONE) -> Setup:
-    prepare_process()  # before a card is looked at
+    prepare_process(deterministic=resolved.recipe.train.deterministic)  # before a card is looked at
     check_trackers(resolved.recipe.track)
     learning = learning_of(resolved.recipe.train)
     if learning == "prompts" and devices.world > 1:
@@ -150,7 +150,15 @@ def _look(recipe: Recipe, memory: int | None, processes: int = 1) -> Machine:
 
 def remarks(setup: Setup) -> list[str]:
     """What a person should know before training starts: a card that is not used, experts, other towers."""
-    return [text for text in (_passed_over(setup), *_experts(setup), _towers(setup)) if text]
+    return [text for text in (_passed_over(setup), _repeated(setup), *_experts(setup), _towers(setup)) if text]
+
+
+def _repeated(setup: Setup) -> str | None:
+    """That an option is not needed, where nothing is done for it."""
+    recipe = setup.resolved.recipe
+    if not recipe.train.deterministic or recipe.model.device != "cpu":
+        return None
+    return "train.deterministic: a CPU computes the same bits each time without it"
 
 
 def _passed_over(setup: Setup) -> str | None:

@@ -81,8 +81,9 @@ def _turn_backward(
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * GROUP + tl.arange(0, GROUP)[:, None]
     is_q, is_k, is_v = head < QUERY, (head >= QUERY) & (head < HEADS), (head >= HEADS) & (head < 2 * HEADS - QUERY)
-    from_q, from_k = dq + row * dq_row + head * dq_head, dk + row * dk_row + (head - QUERY) * dk_head
-    from_v, all_heads = dv + row * dv_row + (head - HEADS) * dv_head, 2 * HEADS - QUERY
+    far = head.to(tl.int64)  # a head's numbers may lie behind all rows of the head before
+    from_q, from_k = dq + row * dq_row + far * dq_head, dk + row * dk_row + (far - QUERY) * dk_head
+    from_v, all_heads = dv + row * dv_row + (far - HEADS) * dv_head, 2 * HEADS - QUERY
     at, to = x + row * x_row + head * SIZE, out + row * (all_heads * SIZE) + head * SIZE
     kind = out.dtype.element_ty
     squares, along = tl.zeros((GROUP,), tl.float32), tl.zeros((GROUP,), tl.float32)

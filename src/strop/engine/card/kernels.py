@@ -4,15 +4,20 @@ PyTorch's."""
 from __future__ import annotations
 
 from strop.engine.card.loss import cross_entropy_
-from strop.engine.card.rows import glu, glu_backward, rms_norm, rms_norm_backward
-from strop.engine.eager import (
-    from_heads,
+from strop.engine.card.rows import (
+    glu,
+    glu_backward,
+    rms_norm,
+    rms_norm_backward,
     scale_columns_,
     scale_columns_backward,
+)
+from strop.engine.eager import (
+    from_heads,
     softmax_,
     softmax_backward_,
     to_heads,
-)  # DoRA's, and those of attention without kernels of its own
+)  # attention's, which cards do otherwise
 
 __all__ = ["cross_entropy_", "from_heads", "glu", "glu_backward", "rms_norm", "rms_norm_backward"]
 __all__ += ["scale_columns_", "scale_columns_backward", "softmax_", "softmax_backward_", "to_heads"]

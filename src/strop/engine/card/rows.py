@@ -1,7 +1,8 @@
-"""RMSNorm and gated activations on a card: a row, or a piece of one, a program."""
+"""RMSNorm, gated activations and DoRA's gains on a card: a row, or a piece of one, a program."""
 
 from __future__ import annotations
 
+import torch
 import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
@@ -9,7 +10,8 @@ from triton.language import constexpr, tensor
 from strop.engine.card.launch import kernel, part, power, rows_of, start, warps
 
 TILE = 2048  # numbers of short rows that a program takes together
-PIECE = 1024  # columns of a gated activation a program
+PIECE = 1024  # columns of a row a program, where numbers do not know of each other
+LONG, COLUMNS = 256, 128  # rows and columns a program, where rows are added up
 
 
 @kernel(free=("rows",))
@@ -142,3 +144,52 @@ def glu_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor
     grid = len(x), -(-n // shape["BLOCK"])
     start(_glu_backward, grid, x, up, x, to, out, up.stride(0), x.stride(0), GELU=_gelu(activation), **shape)
     return to, out
+
+
+@kernel()
+def _scale(x: tensor, gains: tensor, x_row: tensor, N: constexpr, BLOCK: constexpr) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = column < N
+    of = tl.load(x + row * x_row + column, mask=there, other=0.0).to(tl.float32)
+    gain = tl.load(gains + column, mask=there, other=0.0)
+    tl.store(x + row * x_row + column, (of * gain).to(x.dtype.element_ty), mask=there)
+
+
+@kernel(free=("rows",))
+def _scale_backward(
+    grad: tensor, y: tensor, gains: tensor, out: tensor, sums: tensor, rows: tensor, grad_row: tensor, y_row: tensor,
+    N: constexpr, LONG: constexpr, ROWS: constexpr, BLOCK: constexpr,
+) -> None:  # fmt: skip
+    """LONG rows, ROWS of them at a time; sums gets what they add to grad times y."""
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    gain = tl.load(gains + column, mask=column < N, other=0.0)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(0, LONG, ROWS):
+        row = tl.program_id(0) * LONG + first + tl.arange(0, ROWS)[:, None]
+        there, far = (row < rows) & (column < N), row.to(tl.int64)
+        up = tl.load(grad + far * grad_row + column, mask=there, other=0.0).to(tl.float32)
+        total += up * tl.load(y + far * y_row + column, mask=there, other=0.0).to(tl.float32)
+        tl.store(out + far * N + column, (up * gain).to(out.dtype.element_ty), mask=there)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(sums + tl.program_id(0) * N + place, tl.sum(total, 0), mask=place < N)
+
+
+def scale_columns_(x: Tensor, gains: Tensor) -> Tensor:
+    """As eager.scale_columns_; x (T, n) with its numbers side by side in each row."""
+    assert x.stride(1) == 1 or x.shape[1] == 1
+    shape = _piece(x.shape[1])
+    start(_scale, (len(x), -(-x.shape[1] // shape["BLOCK"])), x, x, gains.contiguous(), x.stride(0), **shape)
+    return x
+
+
+def scale_columns_backward(grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    """As eager.scale_columns_backward; the sum in the same order each time."""
+    up, of, n = rows_of(grad), rows_of(y), grad.shape[1]
+    out, block = up.new_empty(len(up), n), min(COLUMNS, power(n))
+    parts = -(-len(up) // LONG)
+    sums = torch.empty(parts, n, device=up.device)
+    shape = {"N": n, "LONG": LONG, "ROWS": TILE // COLUMNS, "BLOCK": block, "num_warps": 8}
+    strides = len(up), up.stride(0), of.stride(0)
+    start(_scale_backward, (parts, -(-n // block)), up, up, of, gains.contiguous(), out, sums, *strides, **shape)
+    return out, sums.sum(0)

@@ -13,8 +13,6 @@ import torch
 
 from strop.engine import eager
 
-MEND = "install a C compiler and Python's headers (Debian, Ubuntu: apt install gcc python3-dev), and triton"
-
 
 @cache
 def why_not(device: torch.device) -> str | None:

@@ -1,11 +1,15 @@
-"""The kernels for cards by Triton's interpreter, on a CPU: their numbers against definitions in fp64, and whole steps
-of tiny models through them. Run by test_kernels.py, in a process that has TRITON_INTERPRET=1 from its start.
+"""The numbers of the kernels for cards against definitions in fp64, and whole steps of tiny models through them.
+
+test_kernels.py runs this file in a process that has TRITON_INTERPRET=1 from its start: by Triton's interpreter, on a
+CPU. Where there is a card, `pytest tests/engine/card/trials.py` runs it there.
 
 The interpreter cuts bf16 off where a card rounds: there the bound is a whole last bit, not half of one.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
@@ -13,8 +17,8 @@ import torch
 from torch import Tensor
 
 from strop.engine import dropout, eager
-from strop.engine.attention import Heads, over
-from strop.engine.card import drops, kernels, unpack
+from strop.engine.attention import Heads, Turned, over
+from strop.engine.card import aside, drops, kernels, unpack
 from strop.engine.card import heads as heads_
 from strop.engine.card.attention import Turn
 from strop.engine.dropout import Dropped
@@ -25,10 +29,20 @@ from strop.model.quantize import QuantizedLinear, pack
 from tests.engine.test_fast import assert_same, some, step, with_prefix
 from tests.support.random_models import adapted, example
 
+pytestmark = pytest.mark.skipif(
+    "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available(), reason="no card, and no interpreter"
+)
 OPS = cast(Ops, kernels)
 KINDS = [torch.float32, torch.bfloat16, torch.float16]
 LAST_BIT = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 SHAPES = [(1, 1), (1, 5), (3, 130), (7, 576), (2, 4096)]
+
+
+@pytest.fixture(autouse=True)
+def where() -> Iterator[None]:
+    """What a test makes lies on the card, where there is one."""
+    with torch.device("cpu" if "TRITON_INTERPRET" in os.environ else "cuda"):
+        yield
 
 
 def made(*shape: int, dtype: torch.dtype = torch.float32, apart: bool = False) -> Tensor:
@@ -77,6 +91,20 @@ def test_glu(dtype: torch.dtype, apart: bool, activation: str) -> None:
         of_x, again = kernels.glu_backward(grad, x, activation)
         close(again, expected)
         close(of_x, eager.glu_backward(grad.double(), x.double(), activation)[0])
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_gains(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for rows, n in [*SHAPES, (600, 130)]:
+        x, grad = (made(rows, n, dtype=dtype, apart=True) for _ in range(2))
+        gains, y = torch.rand(n), made(rows, n, dtype=dtype)
+        expected = x.double() * gains
+        assert kernels.scale_columns_(x, gains) is x
+        close(x, expected)
+        of_x, along = kernels.scale_columns_backward(grad, y, gains)
+        close(of_x, grad.double() * gains)
+        torch.testing.assert_close(along.double(), (grad.double() * y.double()).sum(0), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", KINDS)
@@ -143,14 +171,35 @@ def test_heads(dtype: torch.dtype, query: int, key_value: int, size: int, pairs:
         torch.testing.assert_close(mine.double(), theirs, rtol=share, atol=float(bound))
 
 
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize(("size", "pairs"), [(10, 2), (6, 3), (128, 64), (8, 0)])
+def test_turned_aside(dtype: torch.dtype, scaled: bool, neighbours: bool, size: int, pairs: int) -> None:
+    torch.manual_seed(0)
+    shape = Heads(OPS, 3, 2, size, 1.0, 0, 0.0, None, None)
+    for rows in (1, 5):
+        qkv, up = (made(rows, 7 * size, dtype=dtype).requires_grad_() for _ in range(2))
+        cos, sin, scale = torch.randn(rows, pairs).cos(), torch.randn(rows, pairs).sin(), torch.rand(rows)
+        wide = qkv.detach().double().requires_grad_()
+        found = aside.Turned.apply(qkv, shape, cos, sin, neighbours, scale if scaled else None)
+        double = scale.double() if scaled else None
+        expected = Turned.apply(wide, shape, cos.double(), sin.double(), neighbours, double)
+        close(found.detach(), expected.detach())
+        (mine,), (theirs,) = torch.autograd.grad(found, qkv, up), torch.autograd.grad(expected, wide, up.double())
+        close(mine, theirs.detach())
+
+
 @pytest.mark.parametrize("dtype", KINDS[:2])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (1, 2056), (1, 4096)])
 @pytest.mark.parametrize("adapters", [1, 3, 5])
 def test_dropout_has_the_bits_that_a_cpu_has(dtype: torch.dtype, rows: int, width: int, adapters: int) -> None:
     torch.manual_seed(0)
     tokens = torch.randint(-(2**63), 2**63 - 1, (rows,))
-    numbers, levels = (3, 17, 2**31 - 1, 0, 5)[:adapters], (30000, 0, 65535, 1, 40000)[:adapters]
+    numbers = (3, 17, 2**31 - 1, 0, 5)[:adapters]
     for key in ((0, 0), (2**32 - 5, 2**31 + 7)):
+        drawn = dropout.draws(tokens, torch.tensor(numbers), torch.tensor(key), width)
+        levels = (int(drawn[0, 0, -1]), 0, 65535, 1, 40000)[:adapters]  # the first is drawn, and kept
         dropped = Dropped(*key, tokens, numbers, levels)
         x = made(rows, width, dtype=dtype, apart=True)
         assert torch.equal(drops.spread(x, dropped), dropout.spread(x, dropped))
@@ -193,10 +242,11 @@ def by(monkeypatch: pytest.MonkeyPatch, *, kernels: bool) -> None:
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("llama", {}),
+        ("llama", {"lora": {"use_dora": True}}),
         ("qwen3", {"attention_bias": True}),  # norms of each head
         ("gemma3_text", {"hidden_act": "gelu_pytorch_tanh"}),  # offset 1, window, norms behind the blocks
         ("olmo2", {}),  # norms over all heads
+        ("glm", {}),  # neighbours turn together
         ("nanochat", {}),  # softcap; turned in front of the norms
     ],
 )
