@@ -19,7 +19,7 @@ from strop.errors import RunError
 from strop.model import load_share
 from strop.model.parts import GRAIN, Parts, Slot, Unit
 from tests.devices.crew import Prepare, crew, inside
-from tests.devices.suite import NEAR, Lab, apart, at_step, codes, events, said
+from tests.devices.suite import NEAR, Lab, apart, at_step, codes, events, said, write_pairs
 from tests.support import tiny_families
 
 SHARDED = ("--model.placement", "sharded")
@@ -29,8 +29,7 @@ NF4 = ("--model.quantization", "nf4", "--model.resident_layers", "1")
 def the_same_run(lab: Lab) -> None:
     """Fast and plain step, 16 and 4 bit, resident and streamed layers, checkpointing, pairs, evaluation: to the bit."""
     pairs = lab.folder / "pairs.jsonl"
-    asked = [{"prompt": f"what is {n}", "chosen": f"it is {n * n}", "rejected": f"no {n}"} for n in range(13)]
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    write_pairs(pairs)
     cases = [
         (3, ["--data.eval", "20%"]),
         (2, [*NF4, "--train.gradient_checkpointing", "1"]),
