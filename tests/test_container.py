@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as it can be checked without Docker: what it copies is there, and what it installs is pinned."""
+"""The Dockerfile, as far as it can be checked without Docker: what it copies is there, what it installs is pinned."""
 
 from __future__ import annotations
 
