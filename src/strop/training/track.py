@@ -23,7 +23,7 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise RecipeError(
-                f"--track {name}: the package {name} is not installed", fix=f"pip install 'strop[{name}]'"
+                f"--track {name}: the package {name} is not installed", fix=f"pip install {name}"
             )
 
 
