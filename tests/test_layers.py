@@ -34,7 +34,7 @@ LAYERS: list[set[str]] = [
     {"scores"},
     {"chat", "demo"},
     {"commands"},
-    {"cli"},
+    {"cli", "testing"},
     {"__main__"},
 ]
 SIDEWAYS = {

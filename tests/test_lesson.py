@@ -1,4 +1,4 @@
-"""The lesson's blocks are run in their order, on a tiny model in the place of the demo's."""
+"""The blocks of the lesson and of the tutorial are run in their order, on a tiny model in the place of the demo's."""
 
 from __future__ import annotations
 
@@ -51,6 +51,18 @@ def test_the_lesson_runs_from_top_to_bottom(
     for block in ran:
         run_block(block, tiny_folder, names, capsys)
     assert len(ran) > 15 and {"runs", "merged", "mixed", "script"} <= {path.name for path in workplace.iterdir()}
+
+
+def test_the_tutorial_runs_from_top_to_bottom(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks(ROOT / "docs" / "tutorial.md"):
+        if "run" in block.marks:
+            run_block(block, tiny_folder, names, capsys)
+    rows = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 60 and (tmp_path / "expenses-model" / "README.md").is_file()
 
 
 def test_every_section_has_all_its_parts() -> None:

@@ -43,7 +43,7 @@ def weightless(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["--data", "rows.jsonl", "--model", "pickled"], "pickle"),
         (["--data", "rows.jsonl", "--model", "remote-code"], "run code of its own"),
         (["--data", "rows.jsonl", "--adapter", "taken"], "no adapter there"),
-        (["--data", "rows.jsonl", "--track", "trackio"], "pip install 'strop[trackio]'"),
+        (["--data", "rows.jsonl", "--track", "trackio"], "pip install trackio"),
         (["--data", "rows.jsonl", "--model.device", "cuda:7"], "cuda:7"),
         (["--data", "rows.jsonl", "--data.max_length", "4"], "data.overlong"),
         (["no-recipe.yaml"], "no-recipe.yaml: no such recipe file"),

@@ -17,14 +17,16 @@ from tests import ROOT
 from tests.devices.suite import Lab, apart, codes, said
 
 SOON = 20.0  # seconds in which those that are left must have ended by themselves
-AGENT = 8  # each so manieth kill is one of the agent
 CHAIN = 4  # kills of one run, at most, before it may end
 STEPS = ("--train.exact", "true", "--train.save_steps", "2", "--model.device", "cpu")
 
 
-def kills(lab: Lab, number: int, seed: int = 0) -> None:
+def kills(lab: Lab, number: int, seed: int = 0, agent: int = 8) -> None:
     """Each run is killed some times, on 2 or 3 processes, with whole bases and with shares, goes on each time on any
-    number of devices, and ends with the bits of a run that nobody has hurt."""
+    number of devices, and ends with the bits of a run that nobody has hurt.
+
+    agent: each so manieth kill is one of the agent.
+    """
     chance, killed, runs, early = random.Random(seed), 0, 0, 0
     started = time.monotonic()
     whole = lab.good(1, *STEPS)
@@ -35,7 +37,7 @@ def kills(lab: Lab, number: int, seed: int = 0) -> None:
             world, sharded = chance.choice((2, 3)), chance.random() < 0.5
             words = [*_again(lab, out), "--model.placement", "sharded" if sharded else "replicated"]
             killed += 1
-            if killed % AGENT == 0:
+            if killed % agent == 0:
                 _kill_agent(lab, words, world, chance)
             else:
                 early += not _kill_rank(lab, words, world, chance, longest, out)
@@ -46,6 +48,7 @@ def kills(lab: Lab, number: int, seed: int = 0) -> None:
         assert codes(ended) == [0] * world, said(ended)
         assert apart(whole, out) == 0.0, (seed, killed, apart(whole, out))
         runs += 1
+        print(f"{killed} of {number} kills, {runs} runs", flush=True)
     print(f"{killed} kills of {runs} runs ({early} before the ranks had met): none lost, all with the same bits")
 
 

@@ -19,7 +19,7 @@ from strop.errors import RunError
 from strop.model import load_share
 from strop.model.parts import GRAIN, Parts, Slot, Unit
 from tests.devices.crew import Prepare, crew, inside
-from tests.devices.suite import NEAR, Lab, apart, at_step, codes, events, said
+from tests.devices.suite import NEAR, Lab, apart, at_step, codes, events, said, write_pairs
 from tests.support import tiny_families
 
 SHARDED = ("--model.placement", "sharded")
@@ -29,8 +29,7 @@ NF4 = ("--model.quantization", "nf4", "--model.resident_layers", "1")
 def the_same_run(lab: Lab) -> None:
     """Fast and plain step, 16 and 4 bit, resident and streamed layers, checkpointing, pairs, evaluation: to the bit."""
     pairs = lab.folder / "pairs.jsonl"
-    asked = [{"prompt": f"what is {n}", "chosen": f"it is {n * n}", "rejected": f"no {n}"} for n in range(13)]
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    write_pairs(pairs)
     cases = [
         (3, ["--data.eval", "20%"]),
         (2, [*NF4, "--train.gradient_checkpointing", "1"]),
@@ -52,15 +51,16 @@ def the_same_run(lab: Lab) -> None:
 
 
 def looking(world: int) -> dict[int, Prepare]:
-    """Each rank looks at what it holds of the base between two steps: no large weight of it is there."""
+    """Each rank looks at what it holds of the base between two steps: of the large weights, its share."""
 
     def look(job: Any) -> None:
-        base = job.devices.base
-        memory = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in job.model.parameters()
-                  if not p.requires_grad and p.dim() > 1}  # fmt: skip
-        assert sum(memory.values()) == 0
-        kept = sum(unit.own.untyped_storage().nbytes() for unit in base.parts.distinct())
-        assert kept == base.parts.held_bytes
+        parts = job.devices.base.parts
+        mine = {unit.whole.untyped_storage().data_ptr() for unit in parts.distinct()}
+        large = [p for p in job.model.parameters() if not p.requires_grad and p.dim() > 1]
+        assert {p.untyped_storage().data_ptr() for p in large} <= mine
+        assert not any(unit.there for unit in parts.distinct())
+        kept = sum(unit.own.untyped_storage().nbytes() for unit in parts.distinct())
+        assert kept == parts.held_bytes
 
     return {rank: at_step(3, look) for rank in range(world)}
 

@@ -10,23 +10,35 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
+from tests.support.jobs import ASKED, WHY_NOT
 
 CASES = [
     "same_numbers(lab)", "odd_batches(lab)", "other_numbers(lab)", "objectives(lab)", "evaluation(lab)",
     "not_finite(lab)", "no_memory(lab)", "failures(lab)", "flipped_bit(lab)", "gone(lab)", "hang(lab)",
     "restarted(lab)",
     "the_same_run(lab)", "families(lab)", "bytes_arrive(lab)", "hurt_between_layers(lab)", "goes_on(lab)",
+    "kills(lab, 4, agent=4)",
 ]  # fmt: skip
 
 
-IMPORTS = "from pathlib import Path; from tests.devices.suite import *; from tests.devices.sharing import *"
+IMPORTS = "from pathlib import Path; from tests.devices.suite import *; from tests.devices.sharing import *; "
+IMPORTS += "from tests.devices.kills import *"
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_case(case: str, tmp_path: Path) -> None:
+    in_own_process(case, tmp_path)
+
+
+@pytest.mark.skipif(not ASKED, reason=WHY_NOT)
+def test_a_hundred_kills(tmp_path: Path) -> None:
+    in_own_process("kills(lab, 100)", tmp_path, seconds=5400)
+
+
+def in_own_process(case: str, tmp_path: Path, seconds: float = 600) -> None:
     code = f"{IMPORTS}; lab = Lab(Path({str(tmp_path)!r})); {case}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=600, env=environment
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=seconds, env=environment
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

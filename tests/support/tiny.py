@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,13 @@ from strop.engine.step import Step
 from strop.model.lora import add_lora, trainable
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
+from strop.testing import tiny_rows as write_rows
 from strop.training.job import Job
 from strop.training.optim import make_optimizer
 from strop.training.state import Progress, TrainState
 from tests.support.families import tokenizer
+
+__all__ = ["config", "examples", "far", "job", "model", "recipe", "save_tiny", "write_rows"]
 
 
 def config(**changes: Any) -> LlamaConfig:
@@ -44,17 +46,6 @@ def save_tiny(folder: Path) -> Path:
     model().save_pretrained(folder)
     tokenizer("chatml").save_pretrained(folder)
     return folder
-
-
-def write_rows(path: Path, number: int) -> Path:
-    with path.open("w", encoding="utf-8") as file:
-        for n in range(number):
-            said = [
-                {"role": "user", "content": f"what is {n}"},
-                {"role": "assistant", "content": f"it is {n * n}" + "!" * (n % 5)},
-            ]
-            file.write(json.dumps({"messages": said}) + "\n")
-    return path
 
 
 def examples(number: int, seed: int = 0, longest: int = 24) -> list[Example]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from strop.engine.arena import New, in_heap
 from strop.engine.eager import rotate
 from strop.engine.functions import Norm, Ops
 from strop.engine.packed import Bucket, Documents, Layout
@@ -38,6 +39,7 @@ class Heads:
     softcap: float  # scores are bent to softcap * tanh(scores / softcap); 0: they are not
     q_norm: Norm | None
     k_norm: Norm | None
+    new: New = in_heap  # for what is kept
 
     @property
     def group(self) -> int:
@@ -125,11 +127,12 @@ class Attention(Function):
         o = torch.empty_like(spread[0])
         for part, (q, k, v, own) in zip(layout.buckets, _parts(heads, layout, *spread, o), strict=True):
             for first, rows, keys in _blocks(part, group):
-                probs = _probs(heads, q[:, rows], k[:, :keys], first)
+                keeps = part.keys.shape[1] <= KEEP_PAIRS and ctx.needs_input_grad[0]
+                probs = _probs(heads, q[:, rows], k[:, :keys], first, heads.new if keeps else in_heap)
                 _products(probs, v[:, :keys], own[:, rows])
-                if part.keys.shape[1] <= KEEP_PAIRS and ctx.needs_input_grad[0]:
+                if keeps:
                     kept.append(probs)
-        out = qkv.new_empty(len(qkv), heads.query, heads.size)
+        out = heads.new(len(qkv), heads.query * heads.size, qkv).view(len(qkv), heads.query, heads.size)
         ops.from_heads(o, None, None, 1.0, layout.queries, group, out)
         ctx.heads, ctx.layout = heads, layout
         ctx.save_for_backward(qkv, cos, sin, *kept)
@@ -197,8 +200,9 @@ def _parts(heads: Heads, layout: Layout, q: Tensor, k: Tensor, v: Tensor, *like_
     return list(zip(*columns, *(views(x, queries, heads.group) for x in like_q), strict=True))
 
 
-def _probs(heads: Heads, q: Tensor, k: Tensor, first: int) -> Tensor:
-    scores = _products(q, k.transpose(1, 2))
+def _probs(heads: Heads, q: Tensor, k: Tensor, first: int, new: New = in_heap) -> Tensor:
+    scores = new(len(q) * q.shape[1], k.shape[1], q).view(len(q), q.shape[1], k.shape[1])
+    _products(q, k.transpose(1, 2), scores)
     if heads.softcap:
         scores.div_(heads.softcap).tanh_().mul_(heads.softcap)
     return heads.ops.softmax_(scores, heads.group, first, heads.window)

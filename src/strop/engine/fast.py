@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from strop.engine.arena import Arena, in_heap
 from strop.engine.attention import Heads
 from strop.engine.dropout import masks_of
 from strop.engine.fits import unsupported
@@ -90,6 +91,7 @@ class FastLoss:
         self._processor = processor_for(self._device, self._head.weight.dtype, warm=warm)
         self._ops, self.lacking = self._processor.ops, self._processor.lacking
         self._drops = drops_for(self._head.weight)
+        self._arena = Arena() if self._device.type == "cpu" else None
         self.masks = masks_of(model, drops_for)
         self._norm = self._norm_of(self._model.norm)
         self.exchange(lambda: None)
@@ -100,6 +102,11 @@ class FastLoss:
         replace()
         self._workspace = Workspace()
         self._layers = [self._layer(self._model.part(number)) for number in range(len(self._model))]
+
+    def release(self) -> None:
+        """Gives back what is held from one micro-batch to the next; it comes again as it is needed."""
+        if self._arena is not None:
+            self._arena.drop()
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable in the adapters."""
@@ -134,6 +141,8 @@ class FastLoss:
 
     def _hidden(self, batch: Packed, *, scaled: bool = True) -> Tensor:
         """What the output embedding takes for each label (M, h); scaled: with the factor that some families have."""
+        if self._arena is not None:  # what is recomputed lives for its layer alone
+            self._arena.begin(len(batch.ids), used=torch.is_grad_enabled() and not self.checkpoint_layers)
         if self.watch is not None:
             self.watch.begin()
         linears = [one for layer in self._layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down)]
@@ -178,7 +187,7 @@ class FastLoss:
             self.watch()
         tokens, family = batch.keys, self._family
         qkv = layer.qkv(hidden, tokens)
-        if family.fused_heads:
+        if family.fused_heads:  # a copy
             qkv = qkv.view(len(qkv), -1, 3, layer.heads.size).transpose(1, 2).reshape(qkv.shape)
         cos, sin = angles[layer.rope]
         scale = None if family.query_scale is None else family.query_scale(self._model.config, batch.positions)
@@ -200,6 +209,13 @@ class FastLoss:
         change = linear(x, tokens)
         return hidden + _scaled(change if after is None else apply(RmsNorm, change, after), scale)
 
+    @property
+    def _copies(self) -> bool:
+        """Whether not q, k and v themselves are kept, but a copy that is turned or laid otherwise."""
+        family = self._family
+        turned = family.query_scale is not None or family.turned_first or family.pairs == "neighbours"
+        return bool(family.fused_heads or turned)
+
     def _norm_of(self, part: NormPart | None) -> Norm | None:
         if part is None:
             return None
@@ -220,13 +236,15 @@ class FastLoss:
             softcap=part.softcap,
             q_norm=self._norm_of(part.q_norm),
             k_norm=self._norm_of(part.k_norm),
+            new=self._arena or in_heap,
         )
+        arena = self._arena
 
-        def joined(modules: list[Any], enter: Enter) -> Joined:
-            return Joined(modules, enter, self._workspace, self._processor.lora, self._drops, self._ops)
+        def joined(modules: list[Any], enter: Enter, arena: Arena | None = arena) -> Joined:
+            return Joined(modules, enter, self._workspace, self._processor.lora, self._drops, self._ops, arena)
 
         return Layer(
-            joined(part.qkv, self._norm_of(part.before_attention)),
+            joined(part.qkv, self._norm_of(part.before_attention), None if self._copies else arena),
             heads,
             self._processor.attention(part.size, part.softcap),
             part.rope,

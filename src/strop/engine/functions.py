@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from strop.engine.arena import Arena, New, in_heap
 from strop.engine.dropout import Dropped, Drops
 from strop.engine.lora import Adapters
 from strop.engine.packed import Places
@@ -46,7 +47,9 @@ class Ops(Protocol):
 class LoraProducts(Protocol):
     """The products with A and B; meanings in lora.py."""
 
-    def forward(self, z: Tensor, outputs: int, adapters: Adapters) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+    def forward(
+        self, z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap
+    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
     def backward(
         self, grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters
     ) -> tuple[Tensor, Tensor | None]: ...
@@ -176,7 +179,7 @@ class Frozen:
     """Frozen linear layers that share their input, as one. bias (n,) or None.
 
     weight: gives the weight (n, k), which holds until the next weight is asked for (it may be dequantized into a
-    buffer that all layers share).
+    buffer that all layers share). arena: where what is kept lies, on a CPU.
     """
 
     weight: Callable[[], Tensor]
@@ -185,6 +188,7 @@ class Frozen:
     columns: tuple[tuple[int, int], ...]  # for each adapter: the outputs it adds to, from and to
     scales: tuple[float, ...]
     room: Room | None = None  # for z, on a CPU
+    arena: Arena | None = None
     dropped: Dropped | None = None  # of z, in front of the adapters
     drops: Drops | None = None
     dora: Dora | None = None
@@ -242,9 +246,11 @@ class LoraLinear(Function):
     ) -> Tensor:  # fmt: skip
         z = x if enter is None else enter.forward(x, frozen.room)
         ctx.frozen, ctx.enter, weight = frozen, enter, frozen.weight()
+        new: New = frozen.arena or in_heap
+        ctx.round = frozen.arena.round if frozen.arena else 0
         if parts:
             adapters, magnitudes = frozen.split(parts)
-            y, kept = frozen.lora.forward(frozen.spread(z), len(weight), adapters)
+            y, kept = frozen.lora.forward(frozen.spread(z), len(weight), adapters, new)
             y.addmm_(z, weight.t())
             if frozen.dora is not None:
                 gains = frozen.dora.gains(weight, adapters, magnitudes)
@@ -258,7 +264,11 @@ class LoraLinear(Function):
             ctx.save_for_backward(x, *parts, *kept)
         else:
             ctx.save_for_backward(*([] if enter is None else [x]))
-            y = F.linear(z, weight, frozen.bias)
+            y = new(len(z), len(weight), z)
+            if frozen.bias is None:
+                torch.mm(z, weight.t(), out=y)
+            else:
+                torch.addmm(frozen.bias, z, weight.t(), out=y)
         if residual is not None:
             y += residual
         return y
@@ -266,6 +276,8 @@ class LoraLinear(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         frozen, enter = ctx.frozen, ctx.enter
+        if frozen.arena:
+            frozen.arena.check(ctx.round)
         # Without adapters and with nothing to enter, nothing was saved: the input is not needed.
         x, *saved = ctx.saved_tensors or (grad,)
         grad, grad_z, wanted = grad.contiguous(), None, ctx.needs_input_grad[0]

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from strop.engine.arena import Arena
 from strop.engine.dropout import CountedDropout, Dropped, Drops, grown
 from strop.engine.functions import Dora, Enter, Frozen, LoraLinear, LoraProducts, Ops, Room, apply
 
@@ -74,9 +75,11 @@ class Joined:
         products_of: ProductsOf,
         drops: Drops,
         ops: Ops,
+        arena: Arena | None = None,
     ) -> None:
-        """products_of: gives LoRA's products for layers of these sizes (Processor.lora). drops: draws the masks."""
-        self.modules, self.enter, self.drops, self._ops = modules, enter, drops, ops
+        """products_of: gives LoRA's products for layers of these sizes (Processor.lora). drops: draws the masks. arena:
+        where the output lies, which is kept for the backward, on a CPU."""
+        self.modules, self.enter, self.drops, self._ops, self._arena = modules, enter, drops, ops, arena
         self._dora: Dora | None = None
         self.room = workspace.entered if base_of(modules[0]).weight.device.type == "cpu" else None
         self.bases = [base_of(module) for module in modules]
@@ -120,7 +123,7 @@ class Joined:
             assert _place(base.weight) == place, "the model's weights were moved or replaced after FastLoss"
         now = self.on_it()
         products, dropped = self.operands or self._products(now.parts), _dropped(now.dropouts, tokens)
-        lies = now.columns, now.scales, self.room, dropped, self.drops
+        lies = now.columns, now.scales, self.room, self._arena, dropped, self.drops
         frozen = Frozen(self.weight, self.bias, products, *lies, self._dora_of(now.magnitudes))
         return apply(LoraLinear, x, frozen, self.enter, residual, *now.parts, *now.magnitudes)
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from strop.engine.arena import New, in_heap
+
 
 @dataclass(frozen=True)
 class Adapters:
@@ -42,8 +44,11 @@ class Adapters:
         return self.width * (len(self.scales) if self.apart else 1)
 
 
-def forward(z: Tensor, outputs: int, adapters: Adapters) -> tuple[Tensor, tuple[Tensor, ...]]:
+def forward(
+    z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """y (T, outputs) with y[:, columns_i] = za_i B_i^T, and what the other two need: za, and A and B as they were used.
+    new: gives the memory that y lies in.
 
     The A stand in one matrix and the B in another, zeros around them: two narrow products, not two an adapter.
     """
@@ -54,7 +59,7 @@ def forward(z: Tensor, outputs: int, adapters: Adapters) -> tuple[Tensor, tuple[
         b[start:end, at : at + part.shape[1]].copy_(part)
         at += part.shape[1]
     za = entering(z, a, adapters)
-    return za @ b.t(), (za, a, b)
+    return torch.mm(za, b.t(), out=new(len(z), outputs, z)), (za, a, b)
 
 
 def backward(grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Tensor, Tensor | None]:

@@ -27,7 +27,8 @@ class Step:
     kept, and the layer is computed again in the backward pass; checkpoint: the same for this many layers, where the
     step can, else for all. exchange: lets go of the frozen weights, has them replaced, and takes up those that are
     there now. watch: sets what is to look at memory before each layer. gather: sets what brings the weights that are
-    not always there. lacking: why a card computes the fast step without strop's own kernels."""
+    not always there. release: gives back what is held from one micro-batch to the next. lacking: why a card computes
+    the fast step without strop's own kernels."""
 
     token_loss: Callable[[Sequence[Example]], Tensor]
     log_probs: Callable[[Sequence[Example]], Tensor]
@@ -40,6 +41,7 @@ class Step:
     exchange: Callable[[Callable[[], None]], None] = lambda replace: replace()
     watch: Callable[[Watch], None] = lambda watch: None
     checkpoint: Callable[[int], None] = lambda layers: None
+    release: Callable[[], None] = lambda: None
     lacking: str = ""
     gather: Callable[[Gathered], None] = lambda gathered: None
 
@@ -66,6 +68,7 @@ def step_for(model: nn.Module) -> Step:
             exchange=fast.exchange,
             watch=lambda watch: setattr(fast, "watch", watch),
             checkpoint=lambda layers: setattr(fast, "checkpoint_layers", layers),
+            release=fast.release,
             lacking=fast.lacking,
             gather=lambda gathered: setattr(fast, "gathered", gathered),
         )

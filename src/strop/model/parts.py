@@ -8,6 +8,8 @@ so that what autograd has saved of them is right again when the bytes are back.
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,7 +56,13 @@ class Unit:
         self.size = sum(slot.size for slot in slots)
         share = -(-self.size // (GRAIN * world)) * GRAIN
         self.begin = rank * share
-        self.whole = torch.empty(world * share, dtype=torch.uint8, device=device)
+        self._pages: mmap.mmap | None = None
+        if device == "cpu" and sys.platform == "linux":
+            # Not from the heap: what comes and goes there leaves holes between the activations that stay.
+            self._pages = mmap.mmap(-1, world * share, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.whole = torch.frombuffer(self._pages, dtype=torch.uint8)
+        else:
+            self.whole = torch.empty(world * share, dtype=torch.uint8, device=device)
         self.own = torch.zeros(share, dtype=torch.uint8, device=device)
         at = 0
         for slot in slots:
@@ -69,17 +77,20 @@ class Unit:
             at += slot.size
         self.drop()
 
-    @property
-    def there(self) -> bool:
-        return self.whole.untyped_storage().nbytes() > 0
-
     def take(self) -> Tensor:
         """Room for all shares."""
-        self.whole.untyped_storage().resize_(self.whole.numel())
+        self.there = True
+        if self._pages is None:
+            self.whole.untyped_storage().resize_(self.whole.numel())
         return self.whole
 
     def drop(self) -> None:
-        self.whole.untyped_storage().resize_(0)
+        """Gives the memory back; the addresses stay taken."""
+        self.there = False
+        if self._pages is not None:
+            self._pages.madvise(mmap.MADV_DONTNEED)
+        else:
+            self.whole.untyped_storage().resize_(0)
 
     def own_digest(self) -> int:
         """This share's part of the digest of the whole: those of all shares add up to it, modulo 2^64."""

@@ -27,7 +27,7 @@ class Grammars:
         if wanted is None or wanted.type == "text":
             return None
         if find_spec("llguidance") is None:
-            fix = "install llguidance beside strop (pip install 'strop[json]')"
+            fix = "install llguidance beside strop (pip install llguidance)"
             raise Refusal(400, f"{wanted.type} cannot be guaranteed here: {fix}", param="response_format")
         from llguidance import LLMatcher
         from llguidance.hf import from_tokenizer

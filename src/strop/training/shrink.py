@@ -70,6 +70,7 @@ def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> 
         # not inside the handler: its traceback holds on to the tensors of the step that failed
         job.state.optimizer.zero_grad(set_to_none=True)
         gc.collect()
+        job.step.release()
         give_back()
         if device.type == "cuda":
             torch.cuda.empty_cache()

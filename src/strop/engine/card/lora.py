@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from strop.engine import lora
+from strop.engine.arena import New, in_heap
 from strop.engine.joined import Joined
 from strop.engine.lora import Adapters
 
@@ -25,9 +26,11 @@ class Operands:
     a: Tensor
     b: Tensor
 
-    def forward(self, z: Tensor, outputs: int, adapters: Adapters) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         za = lora.entering(z, self.a, adapters)
-        return za @ self.b.t(), (za, self.a, self.b)
+        return torch.mm(za, self.b.t(), out=new(len(z), outputs, z)), (za, self.a, self.b)
 
     def backward(
         self, grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters

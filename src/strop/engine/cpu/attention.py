@@ -22,8 +22,8 @@ class TileAttention(Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
-        out = qkv.new_empty(len(qkv), heads.query * heads.size)
-        sums = torch.empty(len(qkv), heads.query)
+        out = heads.new(len(qkv), heads.query * heads.size, qkv)
+        sums = heads.new(len(qkv), heads.query, cos)
         attend(heads.normed(qkv), _turn(heads, cos, sin), _work(heads, documents), out, sums)
         ctx.heads, ctx.documents = heads, documents
         ctx.save_for_backward(qkv, cos, sin, out, sums)

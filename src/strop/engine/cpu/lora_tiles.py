@@ -17,6 +17,7 @@ import torch
 from numba import get_num_threads, prange
 from torch import Tensor
 
+from strop.engine.arena import New, in_heap
 from strop.engine.cpu.compiled import inline, loop, narrow, wide
 from strop.engine.cpu.kernels import GAP, array
 from strop.engine.cpu.tile import (
@@ -271,14 +272,20 @@ def _plan_of(adapters: Adapters) -> _Plan:
     return _plan(threading.get_ident(), *about)
 
 
-def forward(z: Tensor, outputs: int, adapters: Adapters) -> tuple[Tensor, tuple[Tensor, ...]]:
+def forward(
+    z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     plan = _plan_of(adapters)
     first, second = plan.matrices[:2]
     for at, span, (a, b, scale) in zip(plan.ats, plan.forward[1], adapters, strict=True):
         begin, step = (at * (adapters.width // 2), span[1]) if adapters.apart else (at, plan.rank)
         _lay_forward(array(a), array(b), np.float32(scale), first[begin:], step, second[span[4] :])
-    y = (z.new_empty if plan.filled == outputs else z.new_zeros)(len(z), outputs)
-    return y, (_pass(z, first, plan.forward[0], second, plan.forward[1], plan.rank, y),)
+    y = new(len(z), outputs, z)
+    if plan.filled < outputs:
+        y.zero_()
+    thin = new(len(z), plan.rank, z)
+    _pass(z, first, plan.forward[0], second, plan.forward[1], thin, y)
+    return y, (thin,)
 
 
 def backward(grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Tensor, Tensor | None]:
@@ -287,16 +294,17 @@ def backward(grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Ad
     for at, span, (a, b, scale) in zip(plan.ats, plan.backward[0], adapters, strict=True):
         _lay_backward(array(a), array(b), np.float32(scale), first[span[4] :], span[3], second[at // 2 * width :])
     enter, leave = plan.backward
+    thin = grad.new_empty(len(grad), plan.rank)
     if not further:
-        return _pass(grad, first, enter, second, leave[:0], plan.rank, grad), None
+        _pass(grad, first, enter, second, leave[:0], thin, grad)
+        return thin, None
     grad_z = grad.new_empty(len(grad), adapters.entered)
-    return _pass(grad, first, enter, second, leave, plan.rank, grad_z), grad_z
+    _pass(grad, first, enter, second, leave, thin, grad_z)
+    return thin, grad_z
 
 
-def _pass(x: Tensor, first: Any, enter: Any, second: Any, leave: Any, rank: int, onto: Tensor) -> Tensor:
-    thin = x.new_empty(len(x), rank)
+def _pass(x: Tensor, first: Any, enter: Any, second: Any, leave: Any, thin: Tensor, onto: Tensor) -> None:
     _through(array(x), first, enter, second, leave, get_num_threads(), array(thin), array(onto))
-    return thin
 
 
 def gradients(

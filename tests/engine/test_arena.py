@@ -1,0 +1,83 @@
+"""The memory that a micro-batch keeps: one buffer, as large as the largest so far, and nothing in it twice."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from strop.data.conversation import Example
+from strop.engine.arena import Arena
+from strop.engine.fast import FastLoss
+from tests.support.random_models import adapted, example
+
+LIKE = torch.empty(0, dtype=torch.bfloat16)
+
+
+def examples_of(lengths: list[int]) -> list[Example]:
+    return [example(length, number) for number, length in enumerate(lengths)]
+
+
+def lies(x: torch.Tensor) -> tuple[int, int]:
+    return x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()
+
+
+def test_tensors_of_one_round_lie_beside_each_other() -> None:
+    arena = Arena()
+    for rows in (7, 7, 5):
+        arena.begin(rows, used=True)
+        parts = [arena(rows, width, like) for width, like in ((3, LIKE), (5, LIKE.float()), (1, LIKE))]
+        versions = [part._version for part in parts]
+        for number, part in enumerate(parts):
+            part.fill_(number)
+        assert [part.unique().tolist() for part in parts] == [[0], [1], [2]]
+        assert all(part.data_ptr() % 64 == 0 for part in parts)
+        assert [part._version for part in parts] == [one + 1 for one in versions]  # autograd counts each by itself
+    spans = sorted(map(lies, parts))
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+    memory = {part.untyped_storage().data_ptr() for part in parts}
+    assert len(memory) == 1  # five rows find room in what seven had
+
+
+def test_what_finds_no_room_lies_in_the_heap() -> None:
+    arena = Arena()
+    arena.begin(4, used=True)
+    arena(4, 8, LIKE)
+    arena.begin(4, used=True)
+    first, more = arena(4, 8, LIKE), arena(4, 8, LIKE)
+    assert first.untyped_storage().data_ptr() != more.untyped_storage().data_ptr()
+    arena.begin(4, used=True)
+    first, more = arena(4, 8, LIKE), arena(4, 8, LIKE)
+    assert first.untyped_storage().data_ptr() == more.untyped_storage().data_ptr()
+
+
+def test_a_backward_that_comes_too_late_is_refused() -> None:
+    loss = FastLoss(adapted("llama"))
+    one, other = examples_of([5, 9]), examples_of([7])
+    loss(one).backward()
+    late = loss(one)
+    loss(other).backward()
+    with pytest.raises(RuntimeError, match="before the next one begins"):
+        late.backward()
+
+
+def test_gradients_are_the_same_in_one_buffer_and_in_the_heap() -> None:
+    model = adapted("llama")
+    loss = FastLoss(model)
+    rows = [examples_of(lengths) for lengths in ([5, 9, 3], [2], [30, 4], [7, 7])]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+
+    def gradients() -> list[torch.Tensor]:
+        found = []
+        for some in rows:
+            loss(some).backward()
+            found += [weight.grad.clone() for weight in trained if weight.grad is not None]
+            model.zero_grad()
+        return found
+
+    first = gradients()  # learns how much is needed
+    with torch.no_grad():
+        loss(rows[0])  # gives it back
+    for old, new in zip(first, gradients(), strict=True):
+        assert torch.equal(old, new)

@@ -1,0 +1,42 @@
+"""The notebook is the lesson: the same text, and each cell of code is a block that the lesson's test runs."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import shlex
+from types import ModuleType
+
+from tests import ROOT
+from tests.support.pages import blocks
+from tests.support.typed import fault
+
+
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("notebook", ROOT / "tools" / "notebook.py")
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_the_notebook_is_made_from_the_lesson() -> None:
+    made = tool()
+    assert made.NOTEBOOK.read_text(encoding="utf-8") == made.written(), "run python tools/notebook.py"
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(made.written())["cells"]]
+    code = [text for kind, text in cells if kind == "code"][1:]  # the first one installs
+    ran = [block.text.strip() for block in blocks(made.LESSON) if "run" in block.marks]
+    assert len(code) > 15 and [re.sub(r"^!", "", text, flags=re.M) for text in code] == [
+        text for text in ran if text in {re.sub(r"^!", "", cell, flags=re.M) for cell in code}
+    ]
+    for text in code:
+        if text.startswith("!"):
+            assert all(fault(shlex.split(line[1:], comments=True)[1:]) is None for line in text.splitlines())
+        else:
+            ast.parse(text)
+    headings = re.findall(r"^## (.*)$", made.LESSON.read_text(encoding="utf-8"), re.M)
+    words = "\n".join(text for kind, text in cells if kind == "markdown")
+    assert re.findall(r"^## (.*)$", words, re.M) == headings and " run\n" not in words
+    assert words.count("<details>") == words.count("</details>") == 15

