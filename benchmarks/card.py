@@ -153,8 +153,8 @@ def strop(options: argparse.Namespace, scheme: str, length: int) -> dict[str, An
     prepare_process()
     shape = peek(str(options.folder)).shape
     given = {
-        "model.name": "m", "data.train": "d", "model.device": options.device, "model.quantization": scheme, "lora.r": 16,
-        "data.max_length": length, "train.micro_batch_tokens": length,
+        "model.name": "m", "data.train": "d", "model.device": options.device, "model.quantization": scheme,
+        "lora.r": 16, "data.max_length": length, "train.micro_batch_tokens": length,
     }  # fmt: skip
     dtype = pick_dtype(options.device)
     recipe = choose(resolve(None, given), probe(), shape, options.device, dtype).recipe
