@@ -1,11 +1,14 @@
-"""One card: tokens/s and peak memory of strop's step beside TRL's, 16 bit, nf4, int8, by length; and what was planned.
+"""The day a card comes, in one command and at most nine minutes: is strop right there, how fast, how much memory?
 
-    python benchmarks/card.py FOLDER --shape 8b [--schemes none,nf4,int8 --lengths 1024,4096,16384] [--out RESULT.json]
+    python benchmarks/card.py FOLDER [--shapes 1b,8b] [--minutes 9] [--out RESULT.json]
 
-FOLDER gets random weights in the shape (16 GB for 8b). The environment needs trl, and liger-kernel for "trl, liger".
-Each figure is a process of its own: one step to warm up, then the median of three, of one row of that length, r 16 on
-all linear layers, the whole row in the loss. TRL checkpoints its activations, as is its default; strop as --checkpoint
-says (off by default). `--device cpu --shape tiny` tries the script itself.
+First what is right (benchmarks/card_checks.py), then the rates of large products and of memory, then tokens/s and peak
+memory of a step, beside what was planned and beside TRL, TRL with Liger and Unsloth where they are installed: what
+tells most first. FOLDER gets models with random weights (3 GB and 16 GB). Each item is a process of its own; one that
+fails is listed with its last words, as is what there was no time for. A figure is the median of ten steps behind three,
+of one row of that length, r 16 on all linear layers, the whole row in the loss; the peak is of the steps, loading left
+out. TRL and Unsloth checkpoint activations, as is their default; strop where the plan says so. `--device cpu --shapes
+tiny` tries the script itself.
 """
 
 from __future__ import annotations
@@ -16,49 +19,115 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import measured
 
-SHAPES = {
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "tiny": (64, 128, 2, 4, 2, 49152),
-    "135m": (576, 1536, 30, 9, 3, 49152),
     "1b": (2048, 8192, 16, 32, 8, 128256),
     "8b": (4096, 14336, 32, 32, 8, 128256),
 }
-STEPS = 4
+WARM, STEPS = 3, 10
+CHECKED = ("agree", "waits", "resumes")
 
 
 def make(folder: Path, shape: str) -> None:
-    from big_model import write_model
+    """A model whose layers all have the same random numbers: they decide neither time nor memory."""
+    import torch
+    from safetensors.torch import save_file
     from transformers import LlamaConfig
 
     from strop.model.facts import locate
     from strop.model.tokenizer import load_tokenizer
 
     hidden, inner, layers, heads, few, words = SHAPES[shape]
-    config = LlamaConfig(
+    folder.mkdir(parents=True, exist_ok=True)
+    random, narrow = torch.Generator().manual_seed(0), hidden // heads * few
+
+    def weight(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=random).mul_(0.02).bfloat16()
+
+    ones = torch.ones(hidden, dtype=torch.bfloat16)
+    layer = {
+        "self_attn.q_proj": weight(hidden, hidden), "self_attn.k_proj": weight(narrow, hidden),
+        "self_attn.v_proj": weight(narrow, hidden), "self_attn.o_proj": weight(hidden, hidden),
+        "mlp.gate_proj": weight(inner, hidden), "mlp.up_proj": weight(inner, hidden),
+        "mlp.down_proj": weight(hidden, inner), "input_layernorm": ones, "post_attention_layernorm": ones,
+    }  # fmt: skip
+    index: dict[str, str] = {}
+    for number in range(layers):
+        file = f"model-{number:03d}.safetensors"
+        tensors = {f"model.layers.{number}.{name}.weight": tensor for name, tensor in layer.items()}
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
+        index.update(dict.fromkeys(tensors, file))
+    ends = {"model.embed_tokens.weight": weight(words, hidden), "model.norm.weight": ones}
+    ends["lm_head.weight"] = ends["model.embed_tokens.weight"].clone()
+    save_file(ends, folder / "model-ends.safetensors", {"format": "pt"})
+    index.update(dict.fromkeys(ends, "model-ends.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    load_tokenizer(locate("demo")).save_pretrained(folder)
+    LlamaConfig(
         vocab_size=words, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=few, tie_word_embeddings=False,
         max_position_embeddings=32768, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-    write_model(folder, config)
-    load_tokenizer(locate("demo")).save_pretrained(folder)
+    ).save_pretrained(folder)  # fmt: skip
 
 
-def timed(step: Any, device: str) -> float:
-    """Median seconds of a step behind the first."""
+def rates(options: argparse.Namespace) -> dict[str, Any]:
+    """FLOP/s of a product that fills a card, and bytes/s of a copy, read and written: medians."""
     import torch
 
+    n = 8192 if options.device == "cuda" else 512
+    a, b = (torch.randn(n, n, device=options.device).bfloat16() for _ in range(2))
+    x = torch.empty((1 << 30) if options.device == "cuda" else 1 << 20, dtype=torch.uint8, device=options.device)
+    y = torch.empty_like(x)
+    found = {
+        "matmul_flops": 2 * n**3 / timed(lambda: torch.mm(a, b), options.device),
+        "bytes_per_s": 2 * x.numel() / timed(lambda: y.copy_(x), options.device),
+    }
+    if options.device == "cuda":
+        about = torch.cuda.get_device_properties(0)
+        found |= {"card": about.name, "memory_bytes": about.total_memory, "capability": f"{about.major}.{about.minor}"}
+    return found
+
+
+def timed(one: Any, device: str) -> float:
+    """Median seconds of a call behind those that warm it up."""
     seconds = []
-    for _ in range(STEPS):
+    for _ in range(WARM + STEPS):
+        wait(device)
         started = time.perf_counter()
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        one()
+        wait(device)
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+        if len(seconds) == WARM:
+            forget_peak(device)
+    return statistics.median(seconds[WARM:])
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def forget_peak(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peaks(device: str) -> dict[str, int]:
+    if device != "cuda":
+        return {"peak_bytes": measured.peak_rss_bytes()}
+    import torch
+
+    return {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
 
 
 def strop(options: argparse.Namespace, scheme: str, length: int) -> dict[str, Any]:
@@ -68,24 +137,35 @@ def strop(options: argparse.Namespace, scheme: str, length: int) -> dict[str, An
     from strop.config.load import resolve
     from strop.config.schema import LoraSection
     from strop.data.conversation import Example
-    from strop.engine.cpu.precision import measure
-    from strop.engine.device import prepare_process
+    from strop.engine.device import pick_dtype, prepare_process
     from strop.engine.step import step_for
+    from strop.machine.probe import probe
     from strop.model.facts import locate
-    from strop.model.load import load_base
+    from strop.model.load import DTYPES, load_base
     from strop.model.lora import add_lora, trainable
     from strop.model.shape import peek
     from strop.planning.activations import MicroBatch
+    from strop.planning.choose import choose
     from strop.planning.memory import train
     from strop.planning.setting import Setting
     from strop.planning.speed import flops
 
     prepare_process()
-    more = {} if scheme == "none" else {"resident_layers": options.resident_layers}
-    base = load_base(locate(str(options.folder)), torch.bfloat16, options.device, quantization=scheme, **more)
+    shape = peek(str(options.folder)).shape
+    given = {
+        "model.name": "m", "data.train": "d", "model.device": options.device, "model.quantization": scheme,
+        "lora.r": 16, "data.max_length": length, "train.micro_batch_tokens": length,
+    }  # fmt: skip
+    dtype = pick_dtype(options.device)
+    recipe = choose(resolve(None, given), probe(), shape, options.device, dtype).recipe
+    resident = recipe.model.resident_layers or 0
+    base = load_base(
+        locate(str(options.folder)), DTYPES[dtype[0]], options.device, quantization=scheme, resident_layers=resident
+    )
     model = add_lora(base, LoraSection(r=16, alpha=32.0), None).train()
     step, weights = step_for(model), list(trainable(model).values())
-    step.checkpoint(options.checkpoint)
+    setting, batch = Setting.of(recipe, shape), MicroBatch.rows([length], more=False)
+    step.checkpoint(setting.checkpoint_layers)
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
     ids = np.random.default_rng(0).integers(1, 49000, length).astype(np.int32)
     row = Example(ids, np.float32(np.arange(length) > 0), "", 0)
@@ -95,29 +175,19 @@ def strop(options: argparse.Namespace, scheme: str, length: int) -> dict[str, An
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds = timed(one, options.device)
-    given = {
-        "model.name": "m", "data.train": "d", "model.device": options.device, "model.dtype": "bf16",
-        "model.quantization": scheme, "train.gradient_checkpointing": options.checkpoint or "off",
-        **({"model.resident_layers": options.resident_layers} if scheme != "none" else {}),
-    }  # fmt: skip
-    setting = Setting.of(resolve(None, given).recipe, peek(str(options.folder)).shape)
-    batch = MicroBatch.rows([length])
-    planned = train(setting, batch)
-    rate = measure(options.device).bf16_flops
+    seconds, planned = timed(one, options.device), train(setting, batch)
     return {
-        "tokens_per_s": length / seconds, "peak_bytes": peak(options.device), "step": step.name,
+        "tokens_per_s": length / seconds, **peaks(options.device),
         "planned_bytes": planned.peak_bytes - (planned.parts["framework"] if options.device == "cuda" else 0),
-        "matmul_flops": rate, "share_of_matmul": flops(setting, batch).total / seconds / rate,
+        "flops_per_s": flops(setting, batch).total / seconds, "checkpointed": setting.checkpoint_layers,
+        "resident": resident, "step": step.name, "without_kernels": step.lacking,
     }  # fmt: skip
 
 
 def trl(options: argparse.Namespace, scheme: str, length: int, liger: bool = False) -> dict[str, Any]:
     import torch
-    from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = {
         "none": {},
@@ -130,76 +200,139 @@ def trl(options: argparse.Namespace, scheme: str, length: int, liger: bool = Fal
     model = AutoModelForCausalLM.from_pretrained(
         options.folder, dtype=torch.bfloat16, device_map=options.device, **more
     )
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    return trained(options, model, length, peft_config=lora, use_liger_kernel=liger)
+
+
+def unsloth(options: argparse.Namespace, scheme: str, length: int) -> dict[str, Any]:
+    from unsloth import FastLanguageModel  # before transformers, which it changes
+
+    packed = {"load_in_4bit": scheme == "nf4", "load_in_8bit": scheme == "int8"}
+    model, _ = FastLanguageModel.from_pretrained(str(options.folder), max_seq_length=length, **packed)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = FastLanguageModel.get_peft_model(
+        model, r=16, lora_alpha=32, target_modules=names, use_gradient_checkpointing="unsloth"
+    )
+    return trained(options, model, length)
+
+
+def trained(
+    options: argparse.Namespace, model: Any, length: int, peft_config: Any = None, **more: Any
+) -> dict[str, Any]:
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
     marks: list[float] = []
 
-    class Clock(TrainerCallback):
+    class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if len(marks) == WARM:
+                forget_peak(options.device)
+            wait(options.device)
             marks.append(-time.perf_counter())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            if options.device == "cuda":
-                torch.cuda.synchronize()
+            wait(options.device)
             marks[-1] += time.perf_counter()
 
-    rows = Dataset.from_dict({"input_ids": [list(range(1, length + 1))] * STEPS})
-    SFTTrainer(
-        model=model,
-        args=SFTConfig(
-            output_dir=str(options.folder / "trl"), per_device_train_batch_size=1, max_steps=STEPS, bf16=True,
-            max_length=length, save_strategy="no", report_to="none", use_cpu=options.device == "cpu",
-            use_liger_kernel=liger,
-        ),
-        train_dataset=rows,
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
-        callbacks=[Clock()],
-    ).train()  # fmt: skip
-    return {"tokens_per_s": length / statistics.median(marks[1:]), "peak_bytes": peak(options.device)}
+    rows = Dataset.from_dict({"input_ids": [list(range(1, length + 1))] * (WARM + STEPS)})
+    config = SFTConfig(
+        output_dir=str(options.folder / "trl"), per_device_train_batch_size=1, max_steps=WARM + STEPS, bf16=True,
+        max_length=length, save_strategy="no", report_to="none", use_cpu=options.device == "cpu", **more,
+    )  # fmt: skip
+    SFTTrainer(model=model, args=config, train_dataset=rows, peft_config=peft_config, callbacks=[Clock()]).train()
+    return {"tokens_per_s": length / statistics.median(marks[WARM:]), **peaks(options.device)}
 
 
-def peak(device: str) -> int:
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+TOOLS = {"strop": strop, "trl": trl, "trl, liger": lambda *what: trl(*what, liger=True), "unsloth": unsloth}
+NEEDS = {"strop": (), "trl": ("trl",), "trl, liger": ("trl", "liger_kernel"), "unsloth": ("unsloth",)}
 
 
-TOOLS = {"strop": strop, "trl": trl, "trl, liger": lambda *what: trl(*what, liger=True)}
+def items(shapes: list[str], lengths: list[int], schemes: list[str]) -> Iterator[tuple[str, str, str, int]]:
+    """(shape, tool, scheme, tokens), what tells most first: every tool at the middle length, then strop at the others,
+    then the others there."""
+    from importlib.util import find_spec
+
+    there = [tool for tool, needs in NEEDS.items() if all(find_spec(name) for name in needs)]
+    middle = lengths[len(lengths) // 2]
+    others = [length for length in lengths if length != middle]
+    for tools, at in ((there, [middle]), (there[:1], others), (there[1:], others)):
+        for length in at:
+            for scheme in schemes:
+                for shape in shapes:
+                    yield from ((shape, tool, scheme, length) for tool in tools)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--shapes", default="1b,8b")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tools", default=";".join(TOOLS))
     parser.add_argument("--schemes", default="none,nf4,int8")
     parser.add_argument("--lengths", default="1024,4096,16384")
-    parser.add_argument("--checkpoint", type=int, default=0, help="layers that strop computes again in the backward")
-    parser.add_argument("--resident-layers", type=int, default=0, help="layers that strop dequantizes once")
+    parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        tool, scheme, length = options.run
-        print(json.dumps(TOOLS[tool](options, scheme, int(length))))
+        print(json.dumps(run(options, *options.run)))
         return
-    if not (options.folder / "config.json").is_file():
-        make(options.folder, options.shape)
-    results = []
-    for length in options.lengths.split(","):
-        for scheme in options.schemes.split(","):
-            for tool in options.tools.split(";"):
-                command = [sys.executable, __file__, *sys.argv[1:], "--run", tool, scheme, length]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
-                found = {"failed": lines[-1]} if done.returncode else json.loads(lines[-1])
-                results.append({"shape": options.shape, "tool": tool, "scheme": scheme, "tokens": int(length), **found})
-                print(json.dumps(results[-1]), flush=True)
+    end = time.monotonic() + 60 * options.minutes
+    results: list[dict[str, Any]] = []
+
+    def child(about: dict[str, Any], folder: Path, *words: str) -> None:
+        left = end - time.monotonic()
+        command = [sys.executable, __file__, str(folder), "--device", options.device, "--run", *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=max(left, 0.01))
+            lines = (done.stderr if done.returncode else done.stdout).strip().splitlines() or ["no word"]
+            found = {"failed": lines[-1]} if done.returncode else json.loads(lines[-1])
+        except subprocess.TimeoutExpired:
+            found = {"failed": "there was no time left for it"}
+        results.append({**about, **found})
+        print(json.dumps(results[-1]), flush=True)
+
+    for name in CHECKED:
+        child({"check": name}, options.folder / "tiny", "check", name)
+    child({"rates": "of products and memory"}, options.folder / "tiny", "rates")
+    shapes, schemes = options.shapes.split(","), options.schemes.split(",")
+    for shape, tool, scheme, length in items(shapes, [int(n) for n in options.lengths.split(",")], schemes):
+        about = {"shape": shape, "tool": tool, "scheme": scheme, "tokens": length}
+        child(about, options.folder / shape, "tool", tool, scheme, str(length))
+    print(table(results))
     if options.out:
         measured.write(options.out, results)
+
+
+def run(options: argparse.Namespace, kind: str, *words: str) -> dict[str, Any]:
+    """One item, in a process of its own."""
+    if not (options.folder / "config.json").is_file():
+        make(options.folder, options.folder.name)
+    if kind == "check":
+        from card_checks import CHECKS
+
+        return CHECKS[words[0]](options.folder, options.device)
+    if kind == "rates":
+        return rates(options)
+    tool, scheme, length = words
+    return TOOLS[tool](options, scheme, int(length))
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Of the figures; checks and failures in front of it."""
+    lines = [f"{one['check']}: {'right' if one.get('passed') else 'WRONG'}" for one in results if "check" in one]
+    lines += [f"failed: {one}" for one in results if "failed" in one]
+    peak = next((one["matmul_flops"] for one in results if "matmul_flops" in one), None)
+    lines += ["", "| shape | scheme | tokens | tool | tokens/s | of the matmul rate | peak | planned |"]
+    lines += ["|---|---|---:|---|---:|---:|---:|---:|"]
+    for one in results:
+        if "tokens_per_s" in one:
+            share = f"{one['flops_per_s'] / peak:.0%}" if peak and "flops_per_s" in one else ""
+            planned = f"{one['planned_bytes'] / 1e9:.1f} GB" if "planned_bytes" in one else ""
+            what = f"{one['shape']} | {one['scheme']} | {one['tokens']:,} | {one['tool']} | {one['tokens_per_s']:,.0f}"
+            lines.append(f"| {what} | {share} | {one['peak_bytes'] / 1e9:.1f} GB | {planned} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

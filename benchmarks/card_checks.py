@@ -1,0 +1,162 @@
+"""Whether strop computes on a card what it computes on a CPU; each check is a process of its own (benchmarks/card.py).
+
+agree: loss and gradients of one step in fp32 on a CPU, by PyTorch's operations on the card, and by strop's kernels.
+resumes: a run, and two resumes of it from its middle, with train.deterministic: three adapters with the same bits.
+waits: ten steps in which the host must not wait for the card (PyTorch raises an error where it does).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+STEPS = 10
+# Of bf16 on random weights, against fp32; what the card's two ways may differ by is a fraction of it.
+MOST_LOSS, MOST_GRADIENT = 5e-3, 5e-2
+SCHEMES = ("none", "nf4", "int8")
+
+
+def agree(folder: Path, device: str) -> dict[str, Any]:
+    import torch
+
+    on_cpu = _gradients(folder, "cpu", "none")
+    ways = {"by PyTorch's operations": _gradients(folder, device, "none", kernels=False)}
+    if device == "cuda":
+        from strop.engine.processor import kernels_lack
+
+        lacking = kernels_lack(torch.device("cuda"))
+        ways["by strop's kernels"] = _gradients(folder, device, "none")
+    else:
+        lacking = "no card"
+    off = {}
+    for name, (loss, gradient) in ways.items():
+        cosine = torch.nn.functional.cosine_similarity(gradient, on_cpu[1], dim=0)
+        off[name] = {"loss": abs(loss / on_cpu[0] - 1), "gradient": 1 - float(cosine)}
+    right = all(one["loss"] <= MOST_LOSS and one["gradient"] <= MOST_GRADIENT for one in off.values())
+    return {"passed": right and (lacking is None or device != "cuda"), "off": off, "kernels_lack": lacking}
+
+
+def _gradients(folder: Path, device: str, scheme: str, *, kernels: bool = True) -> Any:
+    """(loss, the adapter's gradients in one row, on the host) of one step on rows of several lengths."""
+    import torch
+
+    left_out = patch("strop.engine.card.works.why_not", lambda device: "left out")
+    with nullcontext() if kernels else left_out:
+        step, weights = _step(folder, device, scheme)
+        rows = _rows((37, 64, 5, 300))
+        loss = step.token_loss(rows) / sum(row.supervised for row in rows)
+        loss.backward()
+    return float(loss), torch.cat([weight.grad.float().flatten().cpu() for weight in weights])
+
+
+def _step(folder: Path, device: str, scheme: str) -> Any:
+    import torch
+
+    from strop.config.schema import LoraSection
+    from strop.engine.device import prepare_process
+    from strop.engine.step import step_for
+    from strop.model.facts import locate
+    from strop.model.load import load_base
+    from strop.model.lora import add_lora, trainable
+
+    prepare_process()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    base = load_base(locate(str(folder)), dtype, device, quantization=scheme)
+    torch.manual_seed(0)
+    model = add_lora(base, LoraSection(r=16, alpha=32.0), None).train()
+    weights = list(trainable(model).values())
+    random = np.random.default_rng(0)
+    with torch.no_grad():  # B begins as zeros, and A then has no gradient
+        for weight in weights:
+            weight.copy_(torch.from_numpy(random.standard_normal(weight.shape, dtype=np.float32)) * 0.02)
+    return step_for(model), weights
+
+
+def _rows(lengths: tuple[int, ...]) -> list[Any]:
+    from strop.data.conversation import Example
+
+    random = np.random.default_rng(0)
+    return [
+        Example(random.integers(1, 500, length).astype(np.int32), np.float32(np.arange(length) > length // 3), "", 0)
+        for length in lengths
+    ]
+
+
+def waits(folder: Path, device: str) -> dict[str, Any]:
+    import torch
+
+    found: dict[str, str] = {}
+    for scheme in SCHEMES:
+        step, weights = _step(folder, device, scheme)
+        optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
+
+        def one(step: Any = step, weights: Any = weights, optimizer: Any = optimizer) -> None:
+            (step.token_loss(_rows((200, 60))) / 100).backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        one()
+        with _waits_forbidden(device):
+            try:
+                for _ in range(STEPS):
+                    one()
+            except RuntimeError as error:
+                found[scheme] = str(error).splitlines()[0]
+    return {"passed": not found, "waits": found}
+
+
+@contextmanager
+def _waits_forbidden(device: str) -> Any:
+    import torch
+
+    if device != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def resumes(folder: Path, device: str) -> dict[str, Any]:
+    import strop
+    from strop.demo import data_files
+    from strop.errors import Stopped
+    from strop.runs.lock import sha256_file
+    from strop.training import loop
+
+    place = folder / "resumes"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    given = {
+        "model": str(folder), "data": str(data_files()[0]), "model.device": device, "train.max_steps": 8,
+        "train.deterministic": True, "train.save_steps": 4, "data.overlong": "truncate-start",
+    }  # fmt: skip
+    strop.train(**given, out=str(place / "whole"))
+    asked = iter([False] * 3)
+
+    @contextmanager
+    def stop_signals() -> Any:
+        yield lambda: next(asked, True)
+
+    with suppress(Stopped), patch.object(loop, "stop_signals", stop_signals):
+        strop.train(**given, out=str(place / "first"))
+    shutil.copytree(place / "first", place / "second")
+    for name in ("first", "second"):
+        strop.resume(place / name)
+    found = {
+        name: sha256_file(place / name / "adapter" / "adapter_model.safetensors")[:16]
+        for name in ("whole", "first", "second")
+    }
+    return {"passed": len(set(found.values())) == 1, "adapters": found}
+
+
+CHECKS: dict[str, Callable[[Path, str], dict[str, Any]]] = {"agree": agree, "resumes": resumes, "waits": waits}
