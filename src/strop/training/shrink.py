@@ -108,7 +108,8 @@ def _shrink(job: Job, items: Sequence[Item], said: str) -> None:
         tokens = job.recipe.train.micro_batch_tokens
         kept = None if tokens is None else tokens >> progress.halvings
         shape = {"micro_batch_tokens": kept, "recompute": progress.recompute, "streamed": progress.streamed}
-        remember(job.memory_key, {**shape, "usable_bytes": job.usable_bytes})
+        usable = {"usable_bytes": job.usable_bytes} if job.usable_bytes else {}
+        remember(job.memory_key, {**shape, **usable})
 
 
 def _cut(job: Job) -> tuple[int, str]:

@@ -1,0 +1,43 @@
+"""What a checkpoint asks of the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import strop
+from strop.training.state import random_states, set_random_states
+
+QUICK = {
+    "model.device": "cpu", "model.dtype": "fp32", "lora.r": 4, "train.max_steps": 2, "train.batch_size": 4,
+    "train.save_steps": 1, "train.learning_rate": 1e-3,
+}  # fmt: skip
+
+
+def test_a_run_on_a_cpu_beside_a_card_that_pytorch_cannot_use(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a driver that is too old: it lists a card (device_count asks it), and CUDA does not start."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("get_rng_state", "set_rng_state", "empty_cache", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"), **QUICK)
+    assert run.report["steps"] == 2
+
+
+def test_a_card_of_another_number_takes_over_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([device.index], dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: asked.append((str(state), str(device))))
+    saved = random_states(torch.device("cuda:1"))
+    assert saved.keys() == {"cpu", "cuda1"}
+    set_random_states(saved, torch.device("cuda:0"))
+    set_random_states(saved, torch.device("cpu"))
+    assert asked == [(str(torch.tensor([1], dtype=torch.uint8)), "cuda:0")]
