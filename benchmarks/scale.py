@@ -99,13 +99,17 @@ def rows_file(folder: Path) -> Path:
     return file
 
 
-def run(folder: Path, name: str, processes: int, threads: int) -> dict[str, Any]:
-    """report.json of a short run on SmolLM2."""
+def words_of(folder: Path, name: str, processes: int, *more: str) -> list[str]:
+    """The command of a short run on SmolLM2."""
     words = [sys.executable, "-m", "strop.cli", "train", "--json", "--model", "demo", "--data", str(rows_file(folder))]
     words += ["--device", "cpu", "--devices", str(processes), "--out", str(folder / name)]
-    words += [word for field, value in ASKED.items() for word in (f"--{field}", str(value))]
+    return [*words, *(word for field, value in ASKED.items() for word in (f"--{field}", str(value))), *more]
+
+
+def run(folder: Path, name: str, processes: int, threads: int) -> dict[str, Any]:
+    """Its report.json."""
     done = subprocess.run(
-        words, capture_output=True, text=True, check=False, cwd=folder,
+        words_of(folder, name, processes), capture_output=True, text=True, check=False, cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )  # fmt: skip
     if done.returncode:
@@ -135,36 +139,32 @@ def pair(rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def memory() -> dict[str, int]:
-    """Greatest memory of all processes of a run together, shared pages counted once (proportional set size)."""
+def memory() -> dict[str, Any]:
+    """Of runs with whole bases and with shares: greatest memory of all processes together, shared pages counted once
+    (proportional set size); and of rank 0 above what it had before the model loads, beside what the plan says."""
     import psutil
 
-    found = {}
+    cases = {
+        "1 process": (1, ()),
+        "2 processes, replicated": (2, ("--model.placement", "replicated")),
+        "2 processes, sharded": (2, ("--model.placement", "sharded")),
+        "2 processes, sharded, nf4": (2, ("--model.placement", "sharded", "--model.quantization", "nf4")),
+    }
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = rows_file(folder)
-        for processes in (1, 2):
-            words = [
-                sys.executable,
-                "-m",
-                "strop.cli",
-                "train",
-                "--model",
-                "demo",
-                "--data",
-                str(rows),
-                "--device",
-                "cpu",
-            ]
-            words += ["--devices", str(processes), "--out", str(folder / str(processes))]
-            words += [word for field, value in ASKED.items() for word in (f"--{field}", str(value))]
+        for case, (processes, more) in cases.items():
+            out, most = f"run-{len(found)}", 0
             env = {**os.environ, "OMP_NUM_THREADS": "1"}
-            most = 0
-            with subprocess.Popen(words, cwd=folder, env=env, stdout=-3, stderr=-3) as process:
+            with subprocess.Popen(
+                words_of(folder, out, processes, *more), cwd=folder, env=env, stdout=-3, stderr=-3
+            ) as process:
                 while process.poll() is None:
                     most = max(most, sum(_pss(one) for one in _family(psutil.Process(process.pid))))
                     time.sleep(1)
-            found[f"{processes} processes"] = most
+            report = json.loads((folder / out / "report.json").read_text(encoding="utf-8"))
+            kept = {name: report["memory"][name] for name in ("predicted_peak_bytes", "measured_peak_bytes")}
+            found[case] = {"pss_bytes": most, **kept, **report["devices"].get("base", {})}
     return found
 
 

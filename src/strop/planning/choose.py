@@ -337,7 +337,7 @@ def _resident(resolved: Resolved, room: Room) -> list[Choice]:
     recipe = resolved.recipe
     if recipe.model.quantization == "none" or recipe.model.resident_layers is not None:
         return []
-    if recipe.model.placement == "sharded":
+    if recipe.model.placement == "sharded" and room.devices > 1:
         return [Choice("model.resident_layers", 0, "plan", "fewer bytes to gather")]
     layers = next((k for k in range(room.shape.layers, 0, -1) if room.fits(recipe, resident_layers=k)), 0)
     said = "dequantized once: faster, as large as 16 bit" if layers else "no room for 16-bit weights"
