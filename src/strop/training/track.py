@@ -22,9 +22,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raises RecipeError for a tracker whose package is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise RecipeError(
-                f"--track {name}: the package {name} is not installed", fix=f"pip install {name}"
-            )
+            raise RecipeError(f"--track {name}: the package {name} is not installed", fix=f"pip install {name}")
 
 
 @contextmanager
