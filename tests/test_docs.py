@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,3 +195,16 @@ PLANTED = [
 def test_a_wrong_block_is_seen(language: str, text: str, said: str) -> None:
     found = faults(Block(ROOT / "README.md", 1, language, (), text))
     assert found and said in " ".join(found)
+
+
+def test_the_site_reads_blocks_and_folded_parts_as_github_does() -> None:
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "tools" / "site_hooks.py")
+    assert spec is not None and spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    place = SimpleNamespace(file=SimpleNamespace(src_path="a.md"))
+    text = (
+        "[t](../tests/test_docs.py) [d](data.md#the-hub)\n\n```sh run\nstrop runs\n```\n\n<details><summary>s</summary>"
+    )
+    made = hooks.on_page_markdown(text, place, {"docs_dir": str(ROOT / "docs")}, None)
+    assert "t [d](data.md#the-hub)" in made and "```sh\nstrop" in made and '<details markdown="1"><summary>' in made
