@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from strop.dash.marks import mark_of
 from strop.dash.reading import DAMAGED, open_file
-from strop.machine.memory import give_back
+from strop.machine.heap import give_back
 
 Event = dict[str, Any]
 Values = NDArray[np.float64]

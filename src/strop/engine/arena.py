@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from strop.machine.memory import give_back
+from strop.machine.heap import give_back
 
 ALIGNED = 64  # bytes: a cache line, and a vector of the widest instructions
 New = Callable[[int, int, Tensor], Tensor]  # (rows, width, like) -> a tensor of any numbers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ import psutil
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from strop.errors import RecipeError
+from strop.machine.heap import give_back
 from strop.runs.folder import cache_folder, write_json
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -117,13 +117,6 @@ class MemoryWatch:
         if now + self._growth > USABLE * self.limit_bytes:
             have, may = now / 2**20, self.limit_bytes / 2**20
             raise MemoryError(f"out of memory: {have:,.0f} MiB in use, {may:,.0f} MiB allowed, and a layer to come")
-
-
-def give_back() -> None:
-    """Returns freed memory that the C library keeps for itself (glibc keeps blocks below 32 MiB) to the system."""
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # another C library than glibc
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident_bytes() -> int:

@@ -78,8 +78,7 @@ class QuantizedLinear(nn.Linear):
         self.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8, device="meta"), requires_grad=False)
         self.bias = like.bias
         self.constants: dict[str, Tensor] = {}
-        # Made once, where the weight was read: the host waits for each number that it sends to a card.
-        self._scale, self._offset = torch.empty(0), torch.empty(0)
+        self._offset = torch.empty(0)  # made once: the host waits for each number that it sends to a card
 
     def fill(self, packed: dict[str, Tensor]) -> None:
         """packed: as `pack` gives it. Raises KeyError or ValueError where it is not whole."""
@@ -89,10 +88,8 @@ class QuantizedLinear(nn.Linear):
             self._described = json.loads(bytes(self.constants.pop(_described(self.scheme)).tolist()))
             if tuple(self._described["shape"]) != (self.out_features, self.in_features):
                 raise ValueError(f"shape {self._described['shape']}")
-            if "nested_absmax" in self.constants:
+            if "nested_offset" in self._described:
                 self._offset = torch.tensor(self._described["nested_offset"], device=self.weight.device)
-        else:
-            self._scale = self.constants["SCB"] / 127
 
     def dequantized(self, out: Tensor | None = None) -> Tensor:
         """The weight (out, in) in `dtype`; in `out`, where it is given and of this type."""
@@ -102,7 +99,7 @@ class QuantizedLinear(nn.Linear):
             return self._unpacked(kernels, out)
         if self.scheme == "int8":
             out = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device) if out is None else out
-            return torch.mul(self.weight.data, self._scale[:, None], out=out)
+            return torch.mul(self.weight.data, self._scale()[:, None], out=out)
         bnb, known, about = _bitsandbytes(), self.constants, self._described
         nested, offset = self._nested(bnb)
         # bitsandbytes' AVX512 kernel takes wrong constants where rows are not whole blocks: then all is one row
@@ -134,7 +131,7 @@ class QuantizedLinear(nn.Linear):
     def packed(self) -> PackedWeight | None:
         """The weight as it is held, its constants in fp32; None where a block of it goes over the end of a row."""
         if self.scheme == "int8":
-            return PackedWeight(self.weight.data, self._scale)
+            return PackedWeight(self.weight.data, self._scale())
         bnb, known, about = _bitsandbytes(), self.constants, self._described
         if self.in_features % about["blocksize"]:
             return None
@@ -144,6 +141,10 @@ class QuantizedLinear(nn.Linear):
             with _native():
                 scale = bnb.dequantize_blockwise(scale, nested) + offset
         return PackedWeight(self.weight.data, scale.float(), known["quant_map"].float(), about["blocksize"])
+
+    def _scale(self) -> Tensor:
+        """Of each row, in 8 bit."""
+        return self.constants["SCB"] / 127
 
     def _nested(self, bnb: Any) -> tuple[Any, Tensor | None]:
         """How the constants are quantized themselves, and what is added to them; None, None where they are not."""
@@ -168,7 +169,7 @@ class QuantizedLinear(nn.Linear):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Constants move between devices, and keep their types: `model.to(bfloat16)` must not round them.
         self.constants = {name: tensor.to(fn(tensor).device) for name, tensor in self.constants.items()}
-        self._scale, self._offset = (tensor.to(self.weight.device) for tensor in (self._scale, self._offset))
+        self._offset = self._offset.to(self.weight.device)
         return self
 
     def extra_repr(self) -> str:

@@ -16,7 +16,8 @@ import torch
 from strop.data.conversation import Item
 from strop.data.pack import group_by_length, pack
 from strop.errors import MemoryLimitError
-from strop.machine.memory import give_back, is_out_of_memory, remember
+from strop.machine.heap import give_back
+from strop.machine.memory import is_out_of_memory, remember
 from strop.training.job import Job
 from strop.training.state import random_states, set_random_states
 
