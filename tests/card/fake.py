@@ -227,19 +227,23 @@ class Meter(TorchDispatchMode):
         """Leaves a tensor out of what is alive: weights are counted apart."""
         self.alive.setdefault(x.untyped_storage()._cdata, 0)
 
+    def ran(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        """Of an operation that takes a kernel; for who wants to know more of it."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         made = [x for x in tree_leaves(out) if is_fake(x)]
         if made or any(is_fake(x) for x in tree_leaves((args, kwargs))):
             name = func.name().partition("::")[2].partition(".")[0]
             if not func.is_view and name not in NO_KERNEL and func.namespace != "prim":
-                self.kernels[name] += _launches(name, args)
+                self.kernels[name] += launches(name, args)
+                self.ran(func, name, args, kwargs or {}, out)
         for x in made:
             self.keep(x)
         return out
 
 
-def _launches(name: str, args: Any) -> int:
+def launches(name: str, args: Any) -> int:
     """Of an operation; PyTorch's operations on lists take 64 tensors, or 320 pieces of 65,536 numbers, a kernel."""
     if not name.startswith("_foreach"):
         return 1
