@@ -2,11 +2,11 @@
 
     python benchmarks/card_estimate.py [--only TEXT] [--out benchmarks/results/card_estimate_DATE.json]
 
-Each case's step (forward, backward, clipping, AdamW; one micro-batch, r 16 on all linear layers, every token in the loss)
-runs at full size on the fake card of tests/card, where FLOPs, bytes and launches of each operation are counted. An
-operation takes the longer of its FLOPs at the card's usable rate and its bytes at the card's bandwidth; the step takes
-the longer of the sum of these and of what the host needs to launch them. What is assumed of cards is in CARDS, and from
-where. It takes a minute, a C++ compiler and no card.
+Each case's step (forward, backward, clipping, AdamW; one micro-batch, r 16 on all linear layers, every token in the
+loss) runs at full size on the fake card of tests/card, where FLOPs, bytes and launches of each operation are counted.
+An operation takes the longer of its FLOPs at the card's usable rate and its bytes at the card's bandwidth; the step
+takes the longer of the sum of these and of what the host needs to launch them. What is assumed of cards is in CARDS,
+and from where. It takes a minute, a C++ compiler, Triton and no card.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,12 +109,15 @@ def counted(cases: Sequence[Case]) -> list[list[dict[str, Any]]]:
 def estimate(case: Case, operations: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Milliseconds by part, the host's beside them; which part is the largest; what the goal would ask for."""
     usable = CARDS[case.card]
-    parts = {name: {"ms": 0.0, "tflop": 0.0, "gb": 0.0, "launches": 0} for name in NAMES}
+    parts: dict[str, dict[str, Any]] = {
+        name: {"ms": 0.0, "tflop": 0.0, "gb": 0.0, "launches": 0, "operations_ms": Counter()} for name in NAMES
+    }
     for one in operations:
         rate = usable.attention if one["part"] == "attention" else usable.products
         seconds = max(one["flops"] / rate, one["bytes"] / usable.bandwidth)
         part, number = parts[one["part"]], one["launches"]
         part["ms"] += 1e3 * seconds * number
+        part["operations_ms"][one["operation"]] += 1e3 * seconds * number
         part["tflop"] += one["flops"] * number / 1e12
         part["gb"] += one["bytes"] * number / 1e9
         part["launches"] += number
@@ -141,13 +145,15 @@ def verdict(found: dict[str, Any]) -> str:
     if found["bound"] == "host":
         return f"{found['case']}: the host must launch faster by {over:.0f} ms for {goal} tokens/s"
     parts = {name: part["ms"] for name, part in found["parts"].items()}
-    enough = [f"{name} ({ms:.0f})" for name, ms in parts.items() if name != "products" and ms >= over]
-    alone = f"any one of {', '.join(enough)} without its time" if enough else "no part but the products is as long"
-    left = 1e3 * found["tokens"] / found["goal"] - (found["device_ms"] - parts["products"])
-    rate = f"products at {found['parts']['products']['tflop'] / left * 1e3:,.0f} TFLOP/s" if left > 0 else "no rate"
+    tokens, flop = found["tokens"], found["parts"]["products"]["tflop"]
+    enough = [f"{name} ({ms:.0f} ms)" for name, ms in parts.items() if name != "products" and ms >= over]
+    alone = f"it would be reached without {' or without '.join(enough)}" if enough else "no other part is as long"
+    left = 1e3 * tokens / found["goal"] - (found["device_ms"] - parts["products"])
+    rate = f"{1e3 * flop / left:,.0f} TFLOP/s" if left > 0 else "no time at all"
     return (
-        f"{found['case']}: {found['tokens_per_s']:,} tokens/s, {over:.0f} ms too long for {goal}; enough would be "
-        f"{alone}, or {rate}"
+        f"{found['case']}: {found['tokens_per_s']:,} tokens/s, {over:.0f} ms too long for {goal}. The products alone "
+        f"would give {1e3 * tokens / parts['products']:,.0f}; {alone}. "
+        f"With all other parts as they are, products would need {rate}"
     )
 
 

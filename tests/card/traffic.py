@@ -79,7 +79,7 @@ def product_flops(name: str, args: Sequence[Any]) -> float:
 
 
 def flash_flops(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-    """Two products of the pairs that are seen, and five back (arXiv:2307.08691); documents all as long as the longest."""
+    """Two products of the pairs that are seen, and five back (arXiv:2307.08691); all documents are of one length."""
     q, longest = (args[0], args[5]) if name == "_flash_attention_forward" else (args[1], args[8])
     assert len(q) % longest == 0 and kwargs["window_size_left"] == -1, "equal documents without a window"
     pairs = len(q) * (longest + 1) / 2
@@ -177,7 +177,7 @@ def step(card: fake.Card, case: Case) -> list[dict[str, Any]]:
         def run(ledger: Ledger) -> None:
             (loss(rows) / case.tokens).backward()
             ledger.all_of = "optimizer"
-            torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+            torch.nn.utils.clip_grad_norm_(weights.values(), 1.0, foreach=True)  # not its choice for fake tensors
             optimizer.step()
             optimizer.zero_grad()
 
