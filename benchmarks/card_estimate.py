@@ -121,6 +121,9 @@ def estimate(case: Case, operations: Sequence[dict[str, Any]]) -> dict[str, Any]
         part["tflop"] += one["flops"] * number / 1e12
         part["gb"] += one["bytes"] * number / 1e9
         part["launches"] += number
+    for part in parts.values():
+        longest = part["operations_ms"].most_common(4)
+        part["operations_ms"] = {name: round(ms, 2) for name, ms in longest if ms >= 0.01}
     device = sum(part["ms"] for part in parts.values())
     launches = sum(part["launches"] for part in parts.values())
     host = 1e3 * LAUNCH_S * launches

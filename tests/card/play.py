@@ -29,6 +29,7 @@ from strop.errors import Stopped
 from strop.runs.folder import cache_folder
 from strop.training import loop
 from tests.card import sizes, traffic
+from tests.support import tiny_families
 from tests.support.tiny import save_tiny, write_rows
 
 CARD = fake.Card()
@@ -36,9 +37,10 @@ FOLDER = Path(sys.argv[2])
 
 
 def base(kind: str) -> str:
+    """kind: "tiny", a model type of transformers, or a folder that is there."""
     folder = FOLDER / kind
     if not folder.is_dir():
-        save_tiny(folder)
+        save_tiny(folder) if kind == "tiny" else tiny_families.save(kind, folder)
     return str(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
@@ -103,4 +104,8 @@ def estimated(monkeypatch: pytest.MonkeyPatch, operations: list[dict[str, Any]])
     assert "is reached" in benchmark.verdict(benchmark.estimate(replace(slow, goal=10), operations))
     idle = [{**one, "flops": 0.0, "bytes": 0.0} for one in operations]
     waits = benchmark.estimate(slow, idle)
+    (kept,) = (ROOT / "benchmarks" / "results").glob("card_estimate_*.json")
+    told = json.loads(kept.read_text(encoding="utf-8"))
+    assert told["kind"] == "estimate: no card has run"
+    assert benchmark.table(told["results"]) in (ROOT / "docs" / "cards.md").read_text(encoding="utf-8")
     assert waits["bound"] == "host" and "must launch faster" in benchmark.verdict(waits)
