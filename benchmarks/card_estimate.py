@@ -27,7 +27,7 @@ from strop.planning.cards import find_card
 from strop.runs.folder import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCH_S = 10e-6  # of the host, with Python and autograd: 30 layers of 151 launches took 35 to 45 ms in the review
+LAUNCH_S = 10e-6  # of the host, with Python and autograd; not measured
 NAMES = ("products", "attention", "head", "adapters", "element-wise", "dequantization", "optimizer")
 
 

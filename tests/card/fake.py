@@ -80,6 +80,12 @@ def answered(x: Tensor) -> Tensor:
         return make(tuple(x.shape), dtype=x.dtype)
 
 
+def counts(number: int, bins: int) -> Tensor:
+    """As many in each bin, on the host: a mixture's tokens by expert."""
+    with _disable_current_modes():
+        return torch.tensor([number // bins + (n < number % bins) for n in range(bins)])
+
+
 class Card(TorchFunctionMode):
     """Inside it there is a card. waits: what makes the host wait for it, by kind and line, and `free` copies, which do
     not; stage: what they are noted under."""
@@ -120,6 +126,9 @@ class Card(TorchFunctionMode):
         if name == "equal" and any(map(is_fake, args)):
             self.note("read equal")
             return False
+        if name == "bincount" and is_fake(first):
+            self.note("read bincount")
+            return counts(first.numel(), kwargs.get("minlength") or 1)
         if name == "pin_memory" or kwargs.pop("pin_memory", False):
             real = first if name == "pin_memory" else func(*args, **kwargs)
             self.pinned[real.untyped_storage().data_ptr()] = real  # kept, so that nothing else comes to lie there
