@@ -80,6 +80,12 @@ def answered(x: Tensor) -> Tensor:
         return make(tuple(x.shape), dtype=x.dtype)
 
 
+def counts(number: int, bins: int) -> Tensor:
+    """As many in each bin, on the host: a mixture's tokens by expert."""
+    with _disable_current_modes():
+        return torch.tensor([number // bins + (n < number % bins) for n in range(bins)])
+
+
 class Card(TorchFunctionMode):
     """Inside it there is a card. waits: what makes the host wait for it, by kind and line, and `free` copies, which do
     not; stage: what they are noted under."""
@@ -120,6 +126,9 @@ class Card(TorchFunctionMode):
         if name == "equal" and any(map(is_fake, args)):
             self.note("read equal")
             return False
+        if name == "bincount" and is_fake(first):
+            self.note("read bincount")
+            return counts(first.numel(), kwargs.get("minlength") or 1)
         if name == "pin_memory" or kwargs.pop("pin_memory", False):
             real = first if name == "pin_memory" else func(*args, **kwargs)
             self.pinned[real.untyped_storage().data_ptr()] = real  # kept, so that nothing else comes to lie there
@@ -227,19 +236,23 @@ class Meter(TorchDispatchMode):
         """Leaves a tensor out of what is alive: weights are counted apart."""
         self.alive.setdefault(x.untyped_storage()._cdata, 0)
 
+    def ran(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        """Of an operation that takes a kernel; for who wants to know more of it."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         made = [x for x in tree_leaves(out) if is_fake(x)]
         if made or any(is_fake(x) for x in tree_leaves((args, kwargs))):
             name = func.name().partition("::")[2].partition(".")[0]
             if not func.is_view and name not in NO_KERNEL and func.namespace != "prim":
-                self.kernels[name] += _launches(name, args)
+                self.kernels[name] += launches(name, args)
+                self.ran(func, name, args, kwargs or {}, out)
         for x in made:
             self.keep(x)
         return out
 
 
-def _launches(name: str, args: Any) -> int:
+def launches(name: str, args: Any) -> int:
     """Of an operation; PyTorch's operations on lists take 64 tensors, or 320 pieces of 65,536 numbers, a kernel."""
     if not name.startswith("_foreach"):
         return 1

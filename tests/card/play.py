@@ -28,7 +28,8 @@ from strop.engine.fast import FastLoss
 from strop.errors import Stopped
 from strop.runs.folder import cache_folder
 from strop.training import loop
-from tests.card import sizes
+from tests.card import sizes, traffic
+from tests.support import tiny_families
 from tests.support.tiny import save_tiny, write_rows
 
 CARD = fake.Card()
@@ -36,9 +37,10 @@ FOLDER = Path(sys.argv[2])
 
 
 def base(kind: str) -> str:
+    """kind: "tiny", a model type of transformers, or a folder that is there."""
     folder = FOLDER / kind
     if not folder.is_dir():
-        save_tiny(folder)
+        save_tiny(folder) if kind == "tiny" else tiny_families.save(kind, folder)
     return str(folder)
 
 
@@ -190,18 +192,30 @@ def step(**case: Any) -> dict[str, Any]:
     return sizes.step(CARD, sizes.Case(**case))
 
 
-PLAYS: dict[str, Callable[..., dict[str, Any]]] = {
+def moved(**case: Any) -> list[dict[str, Any]]:
+    """What each operation of such a step computes and moves (tests/card/traffic.py)."""
+    return traffic.step(CARD, sizes.Case(**case))
+
+
+def moved_by(operation: str) -> list[dict[str, Any]]:
+    """The same of one known operation."""
+    return traffic.known(CARD, operation)
+
+
+PLAYS: dict[str, Callable[..., Any]] = {
     "train": train,
     "answer": answer,
     "evaluate": evaluate,
     "serve": serve,
     "step": step,
+    "moved": moved,
+    "moved_by": moved_by,
 }
 
 
 def main() -> None:
     fake.install()
-    found: list[dict[str, Any]] = []
+    found: list[Any] = []
     for asked in json.loads(sys.argv[3]):
         fake.Kind.capability = tuple(asked.pop("capability", (9, 0)))
         fake.Kind.memory_bytes = asked.pop("memory_bytes", 80 << 30)

@@ -40,6 +40,7 @@ class Case:
     tokens: int = 4096
     checkpointed: int = 0
     layers: int | None = None
+    documents: int = 1  # of one length
 
     @property
     def config(self) -> LlamaConfig:
@@ -50,6 +51,12 @@ class Case:
             max_position_embeddings=32768,
         )  # fmt: skip
 
+    def rows(self) -> list[Example]:
+        """All of a row is supervised; no two begin alike, or they would share a prefix."""
+        length = self.tokens // self.documents
+        weights = np.float32(np.arange(length) > 0)
+        return [Example((np.arange(length, dtype=np.int32) + n) % 500, weights, "", n) for n in range(self.documents)]
+
     def planned(self) -> Phase:
         more = {} if self.scheme == "none" else {"model.resident_layers": 0}
         given = {
@@ -57,7 +64,7 @@ class Case:
             "model.quantization": self.scheme, "train.gradient_checkpointing": self.checkpointed or "off", **more,
         }  # fmt: skip
         setting = Setting.of(resolve(None, given).recipe, ModelShape.of(self.config.to_dict()))
-        return train(setting, MicroBatch.rows([self.tokens], more=False))
+        return train(setting, MicroBatch.rows([self.tokens // self.documents] * self.documents, more=False))
 
 
 def built(case: Case) -> torch.nn.Module:
@@ -100,10 +107,9 @@ def step(card: fake.Card, case: Case) -> dict[str, Any]:
         model = built(case)
         loss = FastLoss(model, checkpoint_layers=case.checkpointed)
         held = weigh(model, meter)
-        weights = np.float32(np.arange(case.tokens) > 0)
-        row = Example(np.arange(case.tokens, dtype=np.int32) % 500, weights, "", 0)
+        rows = case.rows()
         with meter:
-            (loss([row]) / case.tokens).backward()
+            (loss(rows) / case.tokens).backward()
     parts, adapters = case.planned().parts, sum(x.nbytes for x in model.parameters() if x.requires_grad)
     base = parts["weights"] + parts["quantization_constants"]
     beside = ("adapters", "saved_activations", "live_layer", "head", "gradients", "workspace")

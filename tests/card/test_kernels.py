@@ -29,3 +29,21 @@ def test_runs_through_the_kernels(card: Play) -> None:
         assert run["kernels"].keys() == STEP | more, kind
         assert_one_wait(run)
         assert not [event for event in run["events"] if "PyTorch's own operations" in str(event.get("text"))]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_runs_of_other_families(card: Play) -> None:
+    """Norms of heads, windows and GELU, neighbours that turn; and models that take the plain step, where a mixture's
+    two layers of experts ask for how many tokens each expert has."""
+    asks = {"model/experts.py"}
+    kinds: dict[str, tuple[set[str], set[str]]] = {
+        "qwen3": (STEP, set()), "gemma3_text": (STEP, set()), "glm": (STEP | {"_turn_aside"}, set()),
+        "gpt2": (set(), set()), "qwen3_moe": (set(), asks),
+    }  # fmt: skip
+    runs = card(*({"play": "train", "kernels": True, "model": kind, **QUICK} for kind in kinds))
+    for run, (kind, (kernels, waits)) in zip(runs, kinds.items(), strict=True):
+        assert run["steps"] == 2, kind
+        assert run["kernels"].keys() == kernels, kind
+        of_experts = [wait for wait in run["waits"] if wait[1].partition(":")[0] in waits]
+        assert sum(number for *_, number in of_experts) == (2 * run["steps"] if waits else 0), (kind, of_experts)
+        assert_one_wait({**run, "waits": [wait for wait in run["waits"] if wait not in of_experts]})

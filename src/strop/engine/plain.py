@@ -14,6 +14,7 @@ from torch import Tensor
 from strop.engine.dropout import masks_of, token_keys
 from strop.engine.packed import sums_by_owner
 from strop.engine.processor import drops_for
+from strop.engine.transfer import sent
 from strop.errors import ModelError
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ class PlainLoss:
         experts evenly used, where its config asks for it."""
         padded, device = _Padded.of(examples), next(self._head.parameters()).device
         row, column = padded.weights.nonzero(as_tuple=True)
-        labels, weight = padded.ids[row, column].to(device), padded.weights[row, column].to(device)
-        row, before = row.to(device), (column - 1).to(device)  # the position that predicts each label
+        labels, weight = padded.ids[row, column], padded.weights[row, column]
+        before = column - 1  # the position that predicts each label
+        labels, weight, row, before = sent([labels.numpy(), weight.numpy(), row.numpy(), before.numpy()], device)
         found = self._forward(padded, lambda hidden: hidden[row, before])
         losses = F.cross_entropy(found.logits.float(), labels, reduction="none")
         balanced = self._balance and self.model.training
@@ -75,7 +77,8 @@ class PlainLoss:
     def _forward(self, padded: _Padded, pick: Callable[[Tensor], Tensor]) -> Any:
         """The model's own output, with logits of what `pick` takes of the last hidden states (B, S, h) alone."""
         device = next(self._head.parameters()).device
-        self.masks.tokens = padded.keys.to(device)
+        sides = [padded.ids.numpy(), padded.attended.numpy(), padded.keys.numpy()]
+        ids, attended, self.masks.tokens = sent(sides, device)
 
         def picked_only(_: torch.nn.Module, inputs: tuple[Any, ...]) -> Any:
             if inputs[0].shape[:2] != padded.ids.shape:
@@ -87,8 +90,8 @@ class PlainLoss:
         # A hook on the output embedding, so that no logits are made for padding, prompts and other unsupervised tokens.
         with self._head.register_forward_pre_hook(picked_only):
             return self.model(
-                input_ids=padded.ids.to(device),
-                attention_mask=padded.attended.to(device),
+                input_ids=ids,
+                attention_mask=attended,
                 use_cache=False,
                 return_dict=True,
             )

@@ -1,0 +1,197 @@
+"""An estimate, not a measurement: tokens/s of a step on cards, from what is counted on the card that is not there.
+
+    python benchmarks/card_estimate.py [--only TEXT] [--out benchmarks/results/card_estimate_DATE.json]
+
+Each case's step (forward, backward, clipping, AdamW; one micro-batch, r 16 on all linear layers, every token in the
+loss) runs at full size on the fake card of tests/card, where FLOPs, bytes and launches of each operation are counted.
+An operation takes the longer of its FLOPs at the card's usable rate and its bytes at the card's bandwidth; the step
+takes the longer of the sum of these and of what the host needs to launch them. What is assumed of cards is in CARDS,
+and from where. It takes a minute, a C++ compiler, Triton and no card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import measured
+
+from strop.planning.cards import find_card
+from strop.runs.folder import cache_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH_S = 10e-6  # of the host, with Python and autograd; not measured
+NAMES = ("products", "attention", "head", "adapters", "element-wise", "dequantization", "optimizer")
+
+
+@dataclass(frozen=True)
+class Usable:
+    """Of a card, in FLOP/s and bytes/s. The memory's bandwidth is the data sheet's, all of it."""
+
+    card: str
+    products: float
+    attention: float
+    why: str
+
+    @property
+    def bandwidth(self) -> float:
+        return find_card(self.card).bandwidth_gbs * 1e9
+
+
+CARDS = {
+    "H100": Usable(
+        "H100 SXM", 600e12, 0.35 * 989e12,
+        "600 of 989 TFLOP/s for large products; flash attention 2 reaches 35 % of the data sheet (arXiv:2407.08608)",
+    ),
+    "RTX 4090": Usable(
+        "RTX 4090", 140e12, 0.6 * 165.2e12,
+        "140 of 165 TFLOP/s for large products; flash attention 2 reaches 50 to 73 % (arXiv:2307.08691): 60 % here",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """goal: tokens/s. others: what has been published for the like of it."""
+
+    card: str
+    shape: str
+    scheme: str
+    tokens: int
+    documents: int = 1
+    goal: int | None = None
+    others: str = ""
+
+    @property
+    def name(self) -> str:
+        rows = f"{self.documents} x {self.tokens // self.documents:,}" if self.documents > 1 else f"{self.tokens:,}"
+        return f"{self.shape.upper()} {'bf16' if self.scheme == 'none' else self.scheme}, {rows} tokens, {self.card}"
+
+
+CASES = [
+    Case("H100", "8b", "none", 4096, 1, 16_000, "NeMo AutoModel 12,500"),
+    Case("H100", "8b", "none", 8192, 2),
+    Case("RTX 4090", "8b", "nf4", 2048, 1, 4_000, "Unsloth about 2,600, torchtune 2,400"),
+    Case("RTX 4090", "8b", "nf4", 4096, 2, 4_000),
+    Case("H100", "1b", "none", 8192, 1, 90_000),
+    Case("H100", "1b", "none", 8192, 4, 90_000),
+    Case("H100", "1b", "none", 2048),
+    Case("RTX 4090", "1b", "none", 8192),
+]
+
+
+def counted(cases: Sequence[Case]) -> list[list[dict[str, Any]]]:
+    """Each case's operations, as tests/card/traffic.py tells them. Raises RuntimeError where a step does not run."""
+    sys.path.append(str(ROOT))
+    from tests.card.build import library
+
+    made = library(cache_folder() / "card")
+    steps = {(case.shape, case.scheme, case.tokens, case.documents): case for case in cases}
+    fields = ("shape", "scheme", "tokens", "documents")
+    plays = [{"play": "moved", **dict(zip(fields, key, strict=True))} for key in steps]
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-m", "tests.card.play", str(made), folder, json.dumps(plays)]
+        found = measured.child(words, {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "STROP_CACHE": folder})
+    for one in found:
+        if isinstance(one, dict):
+            raise RuntimeError(one["trace"])
+    of = dict(zip(steps, found, strict=True))
+    return [of[case.shape, case.scheme, case.tokens, case.documents] for case in cases]
+
+
+def estimate(case: Case, operations: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Milliseconds by part, the host's beside them; which part is the largest; what the goal would ask for."""
+    usable = CARDS[case.card]
+    parts: dict[str, dict[str, Any]] = {
+        name: {"ms": 0.0, "tflop": 0.0, "gb": 0.0, "launches": 0, "operations_ms": Counter()} for name in NAMES
+    }
+    for one in operations:
+        rate = usable.attention if one["part"] == "attention" else usable.products
+        seconds = max(one["flops"] / rate, one["bytes"] / usable.bandwidth)
+        part, number = parts[one["part"]], one["launches"]
+        part["ms"] += 1e3 * seconds * number
+        part["operations_ms"][one["operation"]] += 1e3 * seconds * number
+        part["tflop"] += one["flops"] * number / 1e12
+        part["gb"] += one["bytes"] * number / 1e9
+        part["launches"] += number
+    for part in parts.values():
+        longest = part["operations_ms"].most_common(4)
+        part["operations_ms"] = {name: round(ms, 2) for name, ms in longest if ms >= 0.01}
+    device = sum(part["ms"] for part in parts.values())
+    launches = sum(part["launches"] for part in parts.values())
+    host = 1e3 * LAUNCH_S * launches
+    step = max(device, host)
+    told = {
+        "case": case.name, **asdict(case), "tokens_per_s": round(1e3 * case.tokens / step), "step_ms": step,
+        "device_ms": device, "host_ms": host, "bound": "host" if host > device else "device",
+        "launches": launches, "largest": max(NAMES, key=lambda name: parts[name]["ms"]), "parts": parts,
+    }  # fmt: skip
+    if case.goal is not None:
+        told["over_goal_ms"] = step - 1e3 * case.tokens / case.goal
+    return told
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """In a sentence: whether the goal is reached, and if not, what would have to go."""
+    if found["goal"] is None:
+        return ""
+    over, goal = found["over_goal_ms"], f"{found['goal']:,}"
+    if over <= 0:
+        return f"{found['case']}: {found['tokens_per_s']:,} tokens/s, the goal of {goal} is reached"
+    if found["bound"] == "host":
+        return f"{found['case']}: the host must launch faster by {over:.0f} ms for {goal} tokens/s"
+    parts = {name: part["ms"] for name, part in found["parts"].items()}
+    tokens, flop = found["tokens"], found["parts"]["products"]["tflop"]
+    enough = [f"{name} ({ms:.0f} ms)" for name, ms in parts.items() if name != "products" and ms >= over]
+    alone = f"it would be reached without {' or without '.join(enough)}" if enough else "no other part is as long"
+    left = 1e3 * tokens / found["goal"] - (found["device_ms"] - parts["products"])
+    rate = f"{1e3 * flop / left:,.0f} TFLOP/s" if left > 0 else "no time at all"
+    return (
+        f"{found['case']}: {found['tokens_per_s']:,} tokens/s, {over:.0f} ms too long for {goal}. The products alone "
+        f"would give {1e3 * tokens / parts['products']:,.0f}; {alone}. "
+        f"With all other parts as they are, products would need {rate}"
+    )
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| estimate, ms a step | " + " | ".join(NAMES) + " | launches | host | tokens/s | goal | others |",
+        "|---|" + "---:|" * (len(NAMES) + 4) + "---|",
+    ]
+    for one in results:
+        parts = [
+            f"**{one['parts'][name]['ms']:.1f}**" if name == one["largest"] else f"{one['parts'][name]['ms']:.1f}"
+            for name in NAMES
+        ]
+        goal = f"{one['goal']:,}" if one["goal"] else ""
+        last = [f"{one['launches']:,}", f"{one['host_ms']:.1f}", f"{one['tokens_per_s']:,}", goal, one["others"]]
+        lines.append("| " + " | ".join([one["case"], *parts, *last]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("--only", default="", help="cases with this text in their names")
+    asked.add_argument("--out", type=Path, help="a JSON file for all figures")
+    options = asked.parse_args()
+    cases = [case for case in CASES if options.only in case.name]
+    results = [estimate(case, operations) for case, operations in zip(cases, counted(cases), strict=True)]
+    print("Estimates from counted FLOPs, bytes and launches. No card has run.\n")
+    print(table(results), "\n")
+    for said in filter(None, map(verdict, results)):
+        print(said)
+    if options.out:
+        told = {name: {**asdict(usable), "bandwidth": usable.bandwidth} for name, usable in CARDS.items()}
+        measured.write(options.out, results, kind="estimate: no card has run", cards=told, launch_s=LAUNCH_S)
+
+
+if __name__ == "__main__":
+    main()
