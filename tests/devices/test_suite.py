@@ -15,7 +15,8 @@ from tests.support.jobs import ASKED, WHY_NOT
 CASES = [
     "same_numbers(lab, [3])", "odd_batches(lab)", "other_numbers(lab)", "objectives(lab)", "evaluation(lab)",
     "not_finite(lab)", "no_memory(lab)", "failures(lab)", "flipped_bit(lab)", "gone(lab)", "hang(lab)",
-    "restarted(lab)", "the_same_run(lab)", "families(lab)", "bytes_arrive(lab)", "hurt_between_layers(lab)", "goes_on(lab)",
+    "restarted(lab)",
+    "the_same_run(lab)", "families(lab)", "bytes_arrive(lab)", "hurt_between_layers(lab)", "goes_on(lab)",
     "kills(lab, 4, agent=4)",
 ]  # fmt: skip
 
