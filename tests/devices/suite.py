@@ -227,7 +227,7 @@ def objectives(lab: Lab) -> None:
             assert shown[0] == shown[1]
 
 
-def evaluation(lab: Lab) -> None:
+def evaluation(lab: Lab, general: bool = True) -> None:
     """`strop eval` on 1 and 3 ranks: the same answers and scores, of rows, of the general set, of rows that should not
     get worse, and of pairs, by their log-probabilities and by a reward model."""
     out, pairs, other = lab.good(1), lab.folder / "pairs.jsonl", lab.folder / "other.jsonl"
@@ -237,7 +237,16 @@ def evaluation(lab: Lab) -> None:
     asked = [
         [str(out), "--data", str(lab.rows), "--metric", "contains", "--max-new-tokens", "6"],
         [str(out), "--data", str(lab.rows), "--metric", "choice", "--max-new-tokens", "6"],
-        [str(out), "--data", str(other), "--regression-data", str(lab.rows), "--general", "--max-new-tokens", "6"],
+        [
+            str(out),
+            "--data",
+            str(other),
+            "--regression-data",
+            str(lab.rows),
+            *(["--general"] if general else []),
+            "--max-new-tokens",
+            "6",
+        ],
         [str(out), "--data", str(pairs)],
         [str(judge), "--data", str(pairs)],
     ]

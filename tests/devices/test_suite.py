@@ -13,7 +13,8 @@ from tests import ROOT
 from tests.support.jobs import ASKED, WHY_NOT
 
 CASES = [
-    "same_numbers(lab, [3])", "odd_batches(lab)", "other_numbers(lab)", "objectives(lab)", "evaluation(lab)",
+    "same_numbers(lab, [3])", "odd_batches(lab)", "other_numbers(lab)", "objectives(lab)",
+    "evaluation(lab, general=False)",
     "not_finite(lab)", "no_memory(lab)", "failures(lab)", "flipped_bit(lab)", "gone(lab)", "hang(lab)",
     "restarted(lab)",
     "the_same_run(lab)", "families(lab)", "bytes_arrive(lab)", "hurt_between_layers(lab)", "goes_on(lab)",
@@ -31,7 +32,7 @@ def test_case(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not ASKED, reason=WHY_NOT)
-@pytest.mark.parametrize("case", ["same_numbers(lab)", "kills(lab, 100)"])
+@pytest.mark.parametrize("case", ["same_numbers(lab)", "evaluation(lab)", "kills(lab, 100)"])
 def test_long_case(case: str, tmp_path: Path) -> None:
     in_own_process(case, tmp_path, seconds=5400)
 
