@@ -30,7 +30,7 @@ from strop.planning.devices import (
     tree_seconds,
 )
 from strop.planning.here import Place
-from strop.planning.memory import layer_bytes
+from strop.planning.memory import base_layer_bytes
 from strop.planning.setting import Setting
 from strop.planning.speed import Rate
 from strop.training import shrink
@@ -203,7 +203,7 @@ def test_what_is_gathered_is_counted() -> None:
     setting = Setting(replace(ModelShape.of(KNOWN["Llama-3.1-8B"]), layers=2, tied=True), 10_000, shards=2)
     setting = replace(setting, shape=replace(setting.shape, vocabulary=10, hidden=100))
     layer = (2 * 10_000 - 2 * 1000) // 2
-    assert layer_bytes(setting) == layer
+    assert base_layer_bytes(setting) == layer
     assert pass_bytes(setting) == 2 * 1000 + layer + layer + 2 * 1000 + layer
     link = Link("test", 1e6, 0.001)
     assert pass_seconds(setting, Devices(2), link) == pytest.approx(5 * 0.001 + pass_bytes(setting) / 2 / 1e6)

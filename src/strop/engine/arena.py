@@ -1,8 +1,7 @@
 """Memory for what a micro-batch keeps for its backward pass, on a CPU: one buffer, taken from its front to its end.
 
 What is kept lives from its layer's forward to its layer's backward, and micro-batches are of all lengths. In the C
-library's heap that leaves holes which nothing fits, more with every step: 7 % of a run's memory after 25 steps of the
-demo, 16 % after all of them (docs/log).
+library's heap that leaves holes which nothing fits (docs/log has what they took).
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Arena:
         self._open, self._rows, self._used = used, rows, 0
         self.round += used
         needed = math.ceil(self._per_row * rows) if used else 0
-        if needed > self._size or (self._size and not used):
+        if needed > len(self._buffer) or (len(self._buffer) and not used):
             self.drop()
             self._buffer = torch.empty(needed, dtype=torch.uint8)
 
@@ -52,12 +51,12 @@ class Arena:
 
     def __call__(self, rows: int, width: int, like: Tensor) -> Tensor:
         """(rows, width) of the type of `like`, of any numbers."""
-        at, size = self._used, rows * width * like.element_size()
         if not self._open:
-            return like.new_empty(rows, width)
+            return in_heap(rows, width, like)
+        at, size = self._used, rows * width * like.element_size()
         self._used += -(-size // ALIGNED) * ALIGNED
-        if at + size > self._size:
-            return like.new_empty(rows, width)
+        if at + size > len(self._buffer):
+            return in_heap(rows, width, like)
         memory = self._buffer.untyped_storage()  # a tensor of its own on it: views would share one version for all
         return like.new_empty(0).set_(memory, at // like.element_size(), (rows, width), (width, 1))
 
@@ -65,7 +64,3 @@ class Arena:
         """For a backward: raises RuntimeError where the micro-batch of this round is no longer the newest."""
         if round != self.round:
             raise RuntimeError("the backward of a micro-batch must come before the next one begins")
-
-    @property
-    def _size(self) -> int:
-        return len(self._buffer)

@@ -191,7 +191,7 @@ class FastLoss:
             qkv = qkv.view(len(qkv), -1, 3, layer.heads.size).transpose(1, 2).reshape(qkv.shape)
         cos, sin = angles[layer.rope]
         scale = None if family.query_scale is None else family.query_scale(self._model.config, batch.positions)
-        if scale is not None or family.turned_first or family.pairs == "neighbours":
+        if self._turned_aside:
             qkv = apply(self._processor.aside(), qkv, layer.heads, cos, sin, family.pairs == "neighbours", scale)
             cos, sin = angles[NOWHERE]
         mixed = layer.attend(qkv, layer.heads, cos, sin, batch.documents)
@@ -210,11 +210,10 @@ class FastLoss:
         return hidden + _scaled(change if after is None else apply(RmsNorm, change, after), scale)
 
     @property
-    def _copies(self) -> bool:
-        """Whether not q, k and v themselves are kept, but a copy that is turned or laid otherwise."""
+    def _turned_aside(self) -> bool:
+        """Whether the rotary embedding is not left to attention, but makes a copy of q, k and v."""
         family = self._family
-        turned = family.query_scale is not None or family.turned_first or family.pairs == "neighbours"
-        return bool(family.fused_heads or turned)
+        return family.query_scale is not None or family.turned_first or family.pairs == "neighbours"
 
     def _norm_of(self, part: NormPart | None) -> Norm | None:
         if part is None:
@@ -238,13 +237,14 @@ class FastLoss:
             k_norm=self._norm_of(part.k_norm),
             new=self._arena or in_heap,
         )
-        arena = self._arena
+        copied = self._family.fused_heads or self._turned_aside  # and the copy is what is kept
 
-        def joined(modules: list[Any], enter: Enter, arena: Arena | None = arena) -> Joined:
+        def joined(modules: list[Any], enter: Enter, *, kept: bool = True) -> Joined:
+            arena = self._arena if kept else None
             return Joined(modules, enter, self._workspace, self._processor.lora, self._drops, self._ops, arena)
 
         return Layer(
-            joined(part.qkv, self._norm_of(part.before_attention), None if self._copies else arena),
+            joined(part.qkv, self._norm_of(part.before_attention), kept=not copied),
             heads,
             self._processor.attention(part.size, part.softcap),
             part.rope,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -87,9 +88,13 @@ class Joined:
         biases = [base.bias for base in self.bases]
         self.bias = _side_by_side(biases) if biases[0] is not None else None
         weights = [base.weight for base in self.bases]
-        if not any(isinstance(base, Quantized) for base in self.bases) and not _lie_so(weights):
-            _side_by_side(weights)
-        self.weight: Callable[[], Tensor] = lambda: workspace.side_by_side(self.bases)
+        self.weight: Callable[[], Tensor]
+        if any(isinstance(base, Quantized) for base in self.bases):
+            self.weight = lambda: workspace.side_by_side(self.bases)
+        else:
+            if not _lie_so(weights):
+                _side_by_side(weights)
+            self.weight = cache(lambda: _side_by_side(weights))  # taken once they are there, and a view from then on
         self.places = [_place(base.weight) for base in self.bases]
         self.operands: LoraProducts | None = None  # of the adapters, where they are laid out beforehand
 
@@ -159,13 +164,10 @@ class Workspace:
         self._weights = Room()
 
     def side_by_side(self, bases: Sequence[Any]) -> Tensor:
-        """The weights of linear layers with the same input, dequantized, as rows of one (n, k). Those that need not be
-        dequantized lie so."""
+        """The weights of linear layers with the same input, dequantized, as rows of one (n, k)."""
         if len(bases) == 1:
-            base = bases[0]
-            return base.dequantized().detach() if isinstance(base, Quantized) else base.weight.detach()
-        if not any(isinstance(base, Quantized) for base in bases):
-            return _side_by_side([base.weight for base in bases])
+            found: Tensor = bases[0].dequantized().detach()
+            return found
         like = next(base for base in bases if isinstance(base, Quantized))
         rows = sum(base.out_features for base in bases)
         whole, at = self._weights(rows, like.in_features, like.weight.new_empty(0, dtype=like.dtype)), 0

@@ -236,9 +236,7 @@ def _faults(api: HfApi, repo: str) -> Iterator[None]:
             raise InputError(f"the Hub does not know this account: {said}", fix=login) from None
         if status == 403:
             raise InputError(f"{repo}: this account may not write there: {said}", fix=f"check OWNER; {login}") from None
-        raise RunError(
-            f"{repo}: the Hub answers {status}: {said}", fix="nothing was changed there; try again"
-        ) from None
+        raise RunError(f"{repo}: the Hub answers {status}: {said}", fix=again) from None
     except (RuntimeError, ValueError) as error:  # of a file that was not taken, and of a card that the Hub refuses
         said = str(error.__cause__ or error).strip().splitlines()[0]
         raise RunError(f"{repo}: {said}", fix=again) from None

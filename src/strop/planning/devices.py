@@ -22,7 +22,7 @@ from strop.devices.ordered import nodes_of
 from strop.errors import RecipeError
 from strop.objectives.table import answers_of
 from strop.planning.here import Place
-from strop.planning.memory import layer_bytes
+from strop.planning.memory import base_layer_bytes
 from strop.planning.microbatch import usual_micro_batch
 from strop.planning.setting import Setting
 from strop.planning.speed import Rate, step_seconds
@@ -231,7 +231,7 @@ def broadcast_seconds(size: int, devices: Devices, link: Link, device: str) -> f
 def pass_bytes(setting: Setting) -> int:
     """Gathered for one micro-batch: the embedding, each layer, the head, and each layer but the last again."""
     ends = 2 * setting.element * setting.shape.embedding
-    return ends + layer_bytes(setting) * (2 * setting.shape.layers - 1)
+    return ends + base_layer_bytes(setting) * (2 * setting.shape.layers - 1)
 
 
 def pass_seconds(setting: Setting, devices: Devices, link: Link) -> float:

@@ -130,11 +130,11 @@ def gathered_bytes(setting: Setting) -> int:
     """Of a sharded base, what is there at a time: a layer and the next one, or the embedding or the head beside one."""
     if setting.shards == 1:
         return 0
-    layer = layer_bytes(setting)
+    layer = base_layer_bytes(setting)
     return layer + max(layer, setting.element * setting.shape.embedding)
 
 
-def layer_bytes(setting: Setting) -> int:
+def base_layer_bytes(setting: Setting) -> int:
     """Of one decoder layer: weights and their constants."""
     outside = setting.element * setting.shape.embedding * (1 if setting.shape.tied else 2)
     return (weight_bytes(setting) + constant_bytes(setting) - outside) // setting.shape.layers
@@ -177,7 +177,7 @@ def _replaced_bytes(setting: Setting) -> int:
     memory of its own; the file's pages of the same weights stay mapped as long as any other weight of the file is."""
     if setting.device != "cpu" or setting.step != "fast" or setting.scheme != "none" or setting.element != 2:
         return 0
-    if setting.shards > 1:
+    if setting.shards > 1:  # a share is in memory of its own as it is read
         return 0
     joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
     return setting.element * setting.shape.layers * sum(x.weights for x in setting.shape.linears if x.name in joined)

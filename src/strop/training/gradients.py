@@ -163,7 +163,7 @@ def _in_order(job: Job, items: Sequence[Item], nodes: Sequence[Tensor], size: in
     """The sum of the buffers of all micro-batches, in the order of the tree."""
     groups, own, devices = micro_batches(job, items), iter(nodes), job.devices
     tree: Tree[Tensor] = Tree(len(groups))
-    device = next(iter(job.state.weights.values())).device
+    device = job.state.device
     for rank, places in enumerate(_dealt(job, items, groups)):
         for level, i in nodes_of(len(groups), places):
             buffer = next(own) if rank == devices.rank else torch.empty(size, device=device)

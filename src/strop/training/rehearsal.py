@@ -133,7 +133,7 @@ def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> F
         job.log.emit("rehearsal", done=False, **said)
         return expected
     LOG.info("trying the largest micro-batch")
-    device = next(iter(job.state.weights.values())).device
+    device = job.state.device
     random, shape = random_states(device), _shape(job)
 
     def compute(group: list[int]) -> None:

@@ -58,7 +58,7 @@ def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> 
     On a card at first with the same: what lies in pieces there may be enough in one. Raises MemoryLimitError when
     nothing is left to save.
     """
-    device = next(iter(job.state.weights.values())).device
+    device = job.state.device
     random, in_pieces = random_states(device), device.type == "cuda"
     while True:
         try:

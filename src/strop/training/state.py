@@ -70,6 +70,10 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     progress: Progress
 
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.weights.values())).device
+
 
 @contextmanager
 def holding(weights: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -117,7 +121,7 @@ def save(folder: RunFolder, state: TrainState) -> Path:
     with disk_faults(final), new_folder(final) as temp:
         save_file(weights, temp / "weights.safetensors")
         save_file(_optimizer_tensors(state), temp / "optimizer.safetensors")
-        save_file(random_states(_device_of(state)), temp / "random.safetensors")
+        save_file(random_states(state.device), temp / "random.safetensors")
         (temp / "state.json").write_text(json.dumps(asdict(state.progress)), encoding="utf-8")
         files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in temp.iterdir()}
         (temp / "manifest.json").write_text(json.dumps(files), encoding="utf-8")
@@ -176,7 +180,7 @@ def restore(checkpoint: Path, state: TrainState) -> None:
         name, _, part = key.rpartition("/")
         weight = state.weights[name]
         state.optimizer.state.setdefault(weight, {})[part] = _from_tensor(tensor, weight)
-    set_random_states(random, _device_of(state))
+    set_random_states(random, state.device)
     state.progress = Progress(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
 
 
@@ -206,10 +210,6 @@ def _from_tensor(tensor: Tensor, weight: Tensor) -> Tensor | int | float:
         return int(tensor) if tensor.dtype == torch.int64 else float(tensor)
     # a step count is kept where PyTorch's fused kernels want it: with the weight, on CUDA
     return tensor.to(weight.device)
-
-
-def _device_of(state: TrainState) -> torch.device:
-    return next(iter(state.weights.values())).device
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
