@@ -90,7 +90,7 @@ class Page(HTMLParser):
 
 def test_a_full_report_shows_every_figure(tmp_path: Path) -> None:
     events = [*steps(60), {"event": "eval", "step": 30, "loss": 0.3}, {"event": "eval", "step": 60, "loss": 0.2}]
-    path = write_report(tmp_path, full(), [*events, {"event": "skip", "step": 3}])
+    path = write_report(tmp_path, full(), [{"event": "rehearsal"}, *events, {"event": "skip", "step": 3}])
     assert path == tmp_path / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
     said = "Better: +87.5 points, 95 % interval +81.0 to +91.6: exact_json went from 0.0 % to 87.5 % on 176 rows."
@@ -116,7 +116,7 @@ def test_a_full_report_shows_every_figure(tmp_path: Path) -> None:
         "8.00 GiB",
     ):
         assert word in page.text, word
-    assert "1 x skip" in page.text
+    assert "1 x skip" in page.text and "rehearsal" not in page.text
     assert page.tags.count("svg") == 5  # loss for desk and phone, learning rate, gradient norm, tokens/s
     assert "evaluation" in page.text and "1 fields at their defaults" in page.text
 

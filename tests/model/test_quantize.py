@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from strop.engine.plain import PlainLoss
 from strop.engine.step import step_for
 from strop.errors import ModelError
 from strop.model.facts import locate
-from strop.model.load import load_base, skeleton
+from strop.model.load import load_base, packed_folder, skeleton
 from strop.model.lora import add_lora, trainable
 from strop.model.quantize import QuantizedLinear, make_resident, pack, quantizable
 from strop.model.shape import peek, prequantized
+from strop.model.shards import is_whole, quantize_folder
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder
 from strop.training import state as checkpoints
@@ -224,6 +227,24 @@ def test_that_test_fails_with_linear4bit_of_bitsandbytes() -> None:
 def test_what_stays_in_16_bit(tiny_folder: Path) -> None:
     names = quantizable(skeleton(locate(str(tiny_folder))))
     assert len(names) == 14 and not any("lm_head" in name or "embed" in name for name in names)
+
+
+def test_starts_at_once_make_one_copy(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of one machine, and runs side by side, share the cache: one writes while the others wait for it."""
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    source = locate(str(tiny_folder))
+    written = []
+
+    def slowly(*given: Any) -> None:
+        written.append(given[2])
+        time.sleep(0.2)
+        quantize_folder(*given)
+
+    monkeypatch.setattr("strop.model.load.quantize_folder", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(packed_folder, source, "nf4", True, torch.float32) for _ in range(3)]
+        folders = {done.result() for done in asked}
+    assert written == list(folders) and is_whole(written[0])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

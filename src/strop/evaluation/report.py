@@ -235,7 +235,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 def _happened(events: Sequence[Mapping[str, Any]]) -> str:
     """What interrupted the run, counted: '2 x skip, 1 x resume'."""
-    quiet = {"machine", "recipe", "data", "start", "step", "eval", "save", "end", "note"}
+    quiet = {"machine", "recipe", "data", "rehearsal", "start", "step", "eval", "save", "end", "note"}
     kinds = Counter(str(event.get("event")) for event in events)
     return ", ".join(f"{number} x {kind}" for kind, number in kinds.items() if kind not in quiet)
 

@@ -28,7 +28,7 @@ from strop.model.shape import prequantized
 from strop.model.shards import build, floats, is_finite, is_whole, pack_again, quantize_folder, write_shards
 from strop.model.tokenizer import LOCAL, first_line, gguf_cache, head_folder, plain_config
 from strop.model.towers import text_forward
-from strop.runs.folder import cache_folder, new_folder
+from strop.runs.folder import cache_folder, made_once, new_folder
 
 LOG = logging.getLogger(__name__)
 
@@ -173,12 +173,13 @@ def packed_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype)
         return source.path
     if already is not None:
         raise ModelError(f"{source.name}: its weights are {already} already", fix=f"use --model.quantization {already}")
-    folder = _quantized_folder(source, scheme, double, dtype)
-    if not is_whole(folder):
+
+    def make(folder: Path) -> None:
         LOG.info("quantizing the weights of %s to %s, once", source.name, scheme)
         full = Source(source.name, "folder", weights_folder(source))
         quantize_folder(full, skeleton(source), folder, scheme, double, dtype)
-    return folder
+
+    return made_once(_quantized_folder(source, scheme, double, dtype), is_whole, make)
 
 
 def from_config(config: Any) -> nn.Module:
@@ -211,8 +212,8 @@ def _is_made(folder: Path) -> bool:
 def _dequantized(source: Source) -> Path:
     """The GGUF file as a folder of bf16 safetensors, made on first use and kept in the cache: tensor by tensor, or, of
     other families, by transformers, which has the whole model in memory."""
-    folder = _bf16_folder(source)
-    if not _is_made(folder):
+
+    def make(folder: Path) -> None:
         LOG.info("copying the weights of %s in 16 bit, once", source.name)
         bare = skeleton(source)
         tensors = read_tensors(source.path, bare, bare.config)
@@ -220,7 +221,7 @@ def _dequantized(source: Source) -> Path:
             if tensors is not None:
                 shutil.copy(head_folder(source) / "config.json", temp)
                 write_shards(temp, ({name: weight.to(torch.bfloat16)} for name, weight in tensors), {})
-                return folder
+                return
             options: dict[str, Any] = {"gguf_file": source.path.name, "dtype": torch.bfloat16}
             packed = getattr(transformers, "GgufConfig", None)
             if packed is not None:  # transformers 5.2x keeps GGUF blocks packed unless told otherwise
@@ -232,4 +233,5 @@ def _dequantized(source: Source) -> Path:
                     setattr(model, part, None)
             model.is_quantized = False
             model.save_pretrained(temp)
-    return folder
+
+    return made_once(_bf16_folder(source), _is_made, make)

@@ -8,7 +8,7 @@ from typing import Any
 
 from strop.errors import ModelError
 from strop.model.facts import Source
-from strop.runs.folder import cache_folder, new_folder
+from strop.runs.folder import cache_folder, made_once, new_folder
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -47,15 +47,16 @@ def head_folder(source: Source) -> Path:
     """The folder with config and tokenizer; for a GGUF file they are taken out of it once, without its weights."""
     if source.kind == "folder":
         return source.path
-    folder = gguf_cache(source) / "head"
-    if not (folder / "config.json").is_file():
+
+    def make(folder: Path) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
         with new_folder(folder) as temp:
             where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
             AutoTokenizer.from_pretrained(**where).save_pretrained(temp)
             plain_config(AutoConfig.from_pretrained(**where)).save_pretrained(temp)
-    return folder
+
+    return made_once(gguf_cache(source) / "head", lambda folder: (folder / "config.json").is_file(), make)
 
 
 def gguf_cache(source: Source) -> Path:
