@@ -47,10 +47,14 @@ class Watched:
     faults: list[str] = field(default_factory=list)
 
     def check(self, where: str) -> None:
-        """Nothing to scroll sideways, no error so far."""
+        """Nothing to scroll sideways once plots have been drawn at the window's size, no error so far."""
         assert not self.faults, f"{where}: {self.faults}"
-        wider = self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
-        assert wider <= 0, f"{where}: {wider} pixels too wide: {self.page.evaluate(WIDEST)}"
+        for _ in range(100):
+            wider = self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+            if wider <= 0:
+                return
+            self.page.wait_for_timeout(50)
+        pytest.fail(f"{where}: {wider} pixels too wide: {self.page.evaluate(WIDEST)}")
 
     def axe(self, where: str) -> None:
         """No serious finding of axe-core."""
