@@ -1,4 +1,5 @@
-"""Whether rewards teach anything: SNIPS, fine-tuned on some rows, then GRPO on prompts of others, reward exact JSON.
+"""Whether rewards teach anything: SNIPS, fine-tuned on some rows, then GRPO on prompts of others, rewarded for exact
+JSON, and slot by slot.
 
     python benchmarks/grpo_learn.py TRAIN.jsonl TEST.jsonl [--seeds 0] [--sft-rows 350] [--steps 60] [--out FILE]
 
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="of a step")
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--rate", type=float, help="learning rate of GRPO")
+    parser.add_argument("--rewards", default=f"{METRIC},{Path(__file__).with_name('slot_reward.py')}:share")
     parser.add_argument("--beta", type=float)
     parser.add_argument("--answers", type=int, default=210, help="of the test rows that are answered")
     parser.add_argument("--more-sft", action="store_true", help="train on the later rows' answers too, for comparison")
@@ -69,7 +71,7 @@ def main() -> None:
             results.append({"seed": seed, "objective": "sft", **_rate(before)})
             print(json.dumps(results[-1]), flush=True)
             options: dict[str, Any] = {
-                "train.objective": "grpo", "train.rewards": METRIC, "train.max_steps": given.steps,
+                "train.objective": "grpo", "train.rewards": given.rewards, "train.max_steps": given.steps,
                 "model.adapter": str(sft), "train.batch_size": given.prompts, "train.group": given.group,
                 "train.answer_tokens": 80,
             }  # fmt: skip

@@ -27,7 +27,7 @@ class Crew:
     logs: list[Path]
     started: float
 
-    def end(self, within: float = 120.0) -> list[Ended]:
+    def end(self, within: float = 300.0) -> list[Ended]:
         """How each rank ended; those that still run after so many seconds are killed."""
         deadline = time.monotonic() + within
         for pid in self.pids:

@@ -40,7 +40,8 @@ def test_tensors_of_one_round_lie_beside_each_other() -> None:
     assert len(memory) == 1  # five rows find room in what seven had
 
 
-def test_what_finds_no_room_lies_in_the_heap() -> None:
+def test_what_finds_no_room_lies_in_a_buffer_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strop.engine.arena.MORE", 64)
     arena = Arena()
     arena.begin(4, used=True)
     arena(4, 8, LIKE)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from strop.engine import device
 from strop.engine.device import ALLOCATOR, pick_dtype, prepare_process, repeatable
+from strop.machine.probe import probe
 
 
 def test_bf16_is_asked_of_the_card_that_the_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +39,15 @@ def test_products_are_rounded_once() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True  # as PyTorch has it
     prepare_process()
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
+@pytest.mark.parametrize(("tiles", "rank", "kept"), [(True, 16, "32"), (True, 64, "64"), (False, 16, "64")])
+def test_kinds_of_product_that_are_kept(tiles: bool, rank: int, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "probe", lambda: replace(probe(), vector=("avx512_bf16",) if tiles else ()))
+    monkeypatch.setattr(os, "environ", environment := {"LRU_CACHE_CAPACITY": "7"})
+    prepare_process(rank=rank)
+    assert environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == kept
+    assert environment["LRU_CACHE_CAPACITY"] == "7"  # what a user has set stays
 
 
 def test_repeatable_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from strop.machine.heap import give_back
 
 ALIGNED = 64  # bytes: a cache line, and a vector of the widest instructions
+MORE = 64 << 20  # bytes of a further buffer: pages of its own, which count from their first use
 New = Callable[[int, int, Tensor], Tensor]  # (rows, width, like) -> a tensor of any numbers
 
 
@@ -25,39 +26,42 @@ def in_heap(rows: int, width: int, like: Tensor) -> Tensor:
 
 class Arena:
     """Gives tensors that hold until the next micro-batch begins. How much a row of a micro-batch needs it learns from
-    the ones before; what finds no place lies in the heap."""
+    the ones before; what finds no place in the buffer lies in another one, until the next is large enough."""
 
     def __init__(self) -> None:
         self.round = 0
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._open, self._rows = False, 1
+        self._buffers: list[Tensor] = []
+        self._open, self._rows, self._at = False, 1, 0
         self._used, self._per_row = 0, 0.0
 
     def begin(self, rows: int, *, used: bool) -> None:
         """A micro-batch of that many rows begins. used: what it keeps, it keeps until its backward, and what the one
         before has kept is gone; else the heap is the better place."""
         self._per_row = max(self._per_row, self._used / self._rows)
-        self._open, self._rows, self._used = used, rows, 0
+        self._open, self._rows, self._used, self._at = used, rows, 0, 0
         self.round += used
         needed = math.ceil(self._per_row * rows) if used else 0
-        if needed > len(self._buffer) or (len(self._buffer) and not used):
+        if len(self._buffers) > 1 or needed > sum(map(len, self._buffers)) or not used:
             self.drop()
-            self._buffer = torch.empty(needed, dtype=torch.uint8)
+            self._buffers = [torch.empty(needed, dtype=torch.uint8)] if needed else []
 
     def drop(self) -> None:
         """Gives the buffer back to the system; it comes again, as large as is needed then."""
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        give_back()
+        if self._buffers:
+            self._buffers = []
+            give_back()
 
     def __call__(self, rows: int, width: int, like: Tensor) -> Tensor:
         """(rows, width) of the type of `like`, of any numbers."""
         if not self._open:
             return in_heap(rows, width, like)
-        at, size = self._used, rows * width * like.element_size()
-        self._used += -(-size // ALIGNED) * ALIGNED
-        if at + size > len(self._buffer):
-            return in_heap(rows, width, like)
-        memory = self._buffer.untyped_storage()  # a tensor of its own on it: views would share one version for all
+        size = -(-rows * width * like.element_size() // ALIGNED) * ALIGNED
+        self._used += size
+        if not self._buffers or self._at + size > len(self._buffers[-1]):
+            self._buffers.append(torch.empty(max(size, MORE), dtype=torch.uint8))
+            self._at = 0
+        at, self._at = self._at, self._at + size
+        memory = self._buffers[-1].untyped_storage()  # a tensor of its own on it: views would share one version for all
         return like.new_empty(0).set_(memory, at // like.element_size(), (rows, width), (width, 1))
 
     def check(self, round: int) -> None:

@@ -14,31 +14,36 @@ from packaging.version import Version
 
 from strop.engine.cpu.precision import measure as measure
 from strop.errors import DeviceError
-from strop.machine.probe import probe
+from strop.machine.heap import large_apart
+from strop.machine.probe import TILED_RANK, probe
 from strop.machine.rates import keep_precision, known_precision
 
 LOG = logging.getLogger(__name__)
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second until PyTorch 2.8
 LEAST_BF16 = (8, 0)  # compute capability of the first cards with bf16 (Ampere)
-PRIMITIVES = 96  # one micro-batch of the fast step needs about 50 kinds of product
+PRIMITIVES, MORE_PRIMITIVES = 32, 64  # enough kinds of product for a layer, forth and back; with oneDNN's of adapters
 
 
-def prepare_process(*, deterministic: bool = False) -> None:
+def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
     """What this process must set before its first matrix product, and before a card is looked at. What a user has set
     stays.
 
     oneDNN and PyTorch each keep the code of the last 1,024 kinds of product. Packed micro-batches differ in length, and
-    each length is a kind of its own, at 0.6 MiB: on SmolLM2 that grew to 0.7 GiB (docs/log). On a card they leave holes
-    of as many sizes, which PyTorch fills where its segments can grow. Cards are numbered as the driver lists them, so
-    that `strop plan`, which asks the driver, and CUDA mean the same one. A product that a card cuts up is added up in
-    fp32, and rounded once. deterministic: what `repeatable` needs of cuBLAS, which reads it when it starts.
+    each length is a kind of its own, at 1.3 MiB: on SmolLM2 that grew to 0.7 GiB (docs/log). No length comes again
+    soon, so that only the kinds of one layer are worth their memory; rank: of the adapters, whose products are not
+    oneDNN's up to 32. On a card micro-batches leave holes of as many sizes, which PyTorch fills where its segments can
+    grow. Cards are numbered as the driver lists them, so that `strop plan`, which asks the driver, and CUDA mean the
+    same one. A product that a card cuts up is added up in fp32, and rounded once. deterministic: what `repeatable`
+    needs of cuBLAS, which reads it when it starts.
     """
+    large_apart()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    kept = PRIMITIVES if rank <= TILED_RANK and probe().tiles else MORE_PRIMITIVES
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(PRIMITIVES))
+        os.environ.setdefault(name, str(kept))
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
         name = ALLOCATOR[Version(torch.__version__) < Version("2.9")]

@@ -186,8 +186,9 @@ def _replaced_bytes(setting: Setting) -> int:
 def train(setting: Setting, batch: MicroBatch) -> Phase:
     """From the second step on: the first has no optimizer state yet.
 
-    The gradients are fp32 and as many as the adapter's weights. They grow while activations go, so that they count at
-    the peak only where an earlier micro-batch of the step has left some.
+    The gradients are fp32 and as many as the adapter's weights. They grow while activations go, so that on a card they
+    count at the peak only where an earlier micro-batch of the step has left some. On a CPU they are small blocks, whose
+    memory the C library keeps from step to step.
     """
     held = _held(setting, trained=True)
     trainable = 4 * setting.adapter_weights
@@ -198,7 +199,7 @@ def train(setting: Setting, batch: MicroBatch) -> Phase:
         share = 1 - setting.checkpoint_layers / setting.shape.layers if setting.element < 4 else 0.5
         held["adapters"] += int(setting.element * setting.adapter_weights * share)
     alive = at_peak(setting, batch)
-    waiting = trainable if batch.more else 0
+    waiting = trainable if batch.more or setting.device == "cpu" else 0
     moments = [(alive, waiting), (Alive(), trainable)]  # the second: the optimizer's own step
     alive, gradients = max(moments, key=lambda moment: moment[0].total + moment[1])
     return _phase(

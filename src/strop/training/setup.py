@@ -65,7 +65,9 @@ def preview(resolved: Resolved, *, memory: int | None = None) -> Resolved:
 
 
 def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALONE) -> Setup:
-    prepare_process(deterministic=resolved.recipe.train.deterministic)  # before a card is looked at
+    lora = resolved.recipe.lora
+    rank = max([lora.r, *lora.rank_pattern.values()])
+    prepare_process(deterministic=resolved.recipe.train.deterministic, rank=rank)  # before a card is looked at
     check_trackers(resolved.recipe.track)
     learning = learning_of(resolved.recipe.train)
     if learning == "prompts" and devices.world > 1:

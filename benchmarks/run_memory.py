@@ -1,0 +1,236 @@
+"""Peak memory of runs as users run them: predicted before the first step, and measured.
+
+    python benchmarks/run_memory.py FOLDER [--snips train.jsonl] [--only TEXT] [--narrow] [--out FILE] [--page FILE]
+
+Each run is a fresh process with the allocator as it is, one thread, and goes on for 6 steps of 8 rows (or as told by
+its name) whose lengths differ. FOLDER gets the random models (3 GB). --narrow: as on a CPU without AVX512, whose
+instructions are hidden from PyTorch, numba and strop; its runs are kept beside the others. Constants of
+`strop.planning.memory` were fitted on the runs that are marked so, and on no other. --page writes the table anew from
+all that the file keeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from measured import child, write
+from plan_memory import AGAIN, ATTENTION, INT8, MODELS, RESIDENT, STREAMED, WORDS, make_model
+
+PLAIN = {"lora.bias": "all"}
+FP32 = {"model.dtype": "fp32"}
+STEPS, ROWS = 6, 8
+NARROW = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "NUMBA_CPU_NAME": "haswell"}
+
+
+def case(model: str, longest: int, at_once: int, *, fitted: bool = False, **options: Any) -> dict[str, Any]:
+    """Rows of a quarter of `longest` tokens to all of them, `at_once` tokens a micro-batch."""
+    return {"model": model, "longest": longest, "at_once": at_once, "fitted": fitted, "options": options}
+
+
+def pairs(objective: str, **options: Any) -> dict[str, Any]:
+    return {"model": "demo", "pairs": objective, "fitted": False, "options": options}
+
+
+CASES: list[dict[str, Any]] = [
+    {"model": "demo", "data": "demo", "fitted": False, "options": {}},
+    {"model": "demo", "data": "snips", "fitted": False, "options": {}},
+    {"model": "demo", "data": "demo", "fitted": False, "options": RESIDENT},
+    {"model": "demo", "data": "snips", "fitted": False, "options": {"lora.dropout": 0.05}},
+    case("demo", 256, 512),
+    case("demo", 512, 1024, fitted=True),
+    case("demo", 1024, 1024),
+    case("demo", 1024, 2048, **AGAIN),
+    case("demo", 512, 512, fitted=True, **RESIDENT),
+    case("demo", 512, 512, **STREAMED),
+    case("demo", 512, 512, fitted=True, **INT8),
+    case("demo", 512, 1024, **{"lora.r": 128}),
+    case("demo", 512, 512, **ATTENTION, **{"lora.r": 8}),
+    case("demo", 512, 512, **FP32),
+    case("demo", 256, 256, **{"lora.use_dora": True}),
+    case("llama-17m", 2048, 8192),
+    case("llama-17m", 2048, 8192, fitted=True, **AGAIN),
+    case("llama-17m", 512, 2048),
+    case("llama-49m", 512, 2048, fitted=True),
+    case("llama-49m", 128, 512),
+    case("llama-49m", 2048, 2048),
+    case("llama-49m", 512, 2048, **AGAIN),
+    case("llama-49m", 512, 1024, **FP32),
+    case("llama-49m", 512, 1024, fitted=True, **{"lora.dropout": 0.1}),
+    case("llama-49m", 512, 1024, **{"lora.r": 128}),
+    case("llama-49m", 512, 1024, fitted=True, **{"lora.r": 128, "train.optimizer": "adamw_8bit"}),
+    case("llama-49m", 512, 1024, **{"train.optimizer": "lion"}),
+    case("llama-49m", 512, 1024, **PLAIN),
+    case("llama-362m", 256, 512),
+    case("llama-362m", 512, 1024, fitted=True, **STREAMED, **AGAIN),
+    case("qwen3-42m", 512, 2048),
+    case("qwen3-125m", 512, 1024, fitted=True),
+    case("qwen3-125m", 512, 1024, **RESIDENT, **ATTENTION),
+    case("qwen3-125m", 256, 512, **PLAIN),
+    case("qwen3-596m", 256, 512),
+    case("qwen3-596m", 512, 512, **STREAMED),
+    case("gemma3-12m", 512, 2048, fitted=True),
+    case("gemma3-58m", 512, 1024),
+    case("gemma3-58m", 512, 1024, **INT8, **AGAIN),
+    case("gemma3-268m", 256, 512, **STREAMED),
+    pairs("dpo"), pairs("ipo"), pairs("kto"), pairs("orpo"), pairs("simpo"), pairs("reward"),
+    pairs("dpo", **RESIDENT), pairs("dpo", **{"train.batch_size": 16}),
+]  # fmt: skip
+NARROW_CASES = [0, 4, 5, 6, 9, 13, 17, 18, 19, 22, 27, 31]  # of CASES
+
+
+def name_of(case: dict[str, Any]) -> str:
+    what = case.get("data") or case.get("pairs") or f"rows to {case['longest']}, {case['at_once']} at once"
+    return ", ".join(
+        [case["model"], what, *(f"{key.partition('.')[2]} {value}" for key, value in case["options"].items())]
+    )
+
+
+def write_rows(file: Path, longest: int) -> None:
+    """Random words; with the demo's template a row has from a quarter of `longest` tokens to all of them."""
+    rng = random.Random(0)
+
+    def row(tokens: int) -> dict[str, Any]:
+        said = "x" + "".join(rng.choices(WORDS, k=tokens - 45))
+        return {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": said}]}
+
+    rows = [row(rng.randint(longest // 4, longest)) for _ in range(STEPS * ROWS)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def hide_instructions() -> None:
+    """Of AVX512 and AMX, from strop; the environment hides them from PyTorch and numba."""
+    from strop.machine import probe
+
+    name, flags = probe._cpu()
+    probe._cpu = lambda: (name, [flag for flag in flags if not flag.startswith(("avx512", "amx"))])  # type: ignore
+
+
+def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any]:
+    import strop
+    from strop.demo import data_files
+    from strop.demo import pairs as demo_pairs
+
+    model = case["model"] if case["model"] == "demo" else str(make_model(folder, case["model"]))
+    with tempfile.TemporaryDirectory() as temp:
+        rows = Path(temp) / "rows.jsonl"
+        options: dict[str, Any] = {"train.max_steps": STEPS, "model.device": "cpu"}
+        if "data" in case:
+            rows = data_files()[0] if case["data"] == "demo" else snips or rows
+            options["train.max_steps"] = 40
+        elif "pairs" in case:
+            demo_pairs.write(rows, Path(temp) / "held.jsonl")
+            options |= {"train.objective": case["pairs"]}
+        else:
+            write_rows(rows, case["longest"])
+            options |= {
+                "data.max_length": case["longest"], "train.batch_size": ROWS, "train.learning_rate": 1e-4,
+                "train.micro_batch_tokens": case["at_once"], "train.gradient_checkpointing": "off",
+                "model.quantization": "none",
+            }  # fmt: skip
+        report = strop.train(model=model, data=str(rows), out=f"{temp}/run", **{**options, **case["options"]}).report
+    memory, kept = report["memory"], ("model.", "lora.", "train.")
+    recipe = {one["field"]: one["value"] for one in report["recipe"] if one["origin"] != "default"}
+    return {
+        "name": name_of(case), "fitted": case["fitted"], "measured_bytes": memory["measured_peak_bytes"],
+        "predicted_then": memory["predicted_peak_bytes"], "micro_batch": memory["micro_batch"],
+        "recipe": {name: value for name, value in recipe.items() if name.startswith(kept) and name != "model.name"},
+        "tiles": setting_of(case["model"], recipe).tiles, "steps": report["steps"],
+    }  # fmt: skip
+
+
+def setting_of(model: str, recipe: dict[str, Any]) -> Any:
+    from strop.config.load import resolve
+    from strop.model.shape import ModelShape, peek
+    from strop.planning.setting import Setting
+
+    shape = peek("demo").shape if model == "demo" else ModelShape.of(MODELS[model])
+    kept = {name: value for name, value in recipe.items() if name.startswith(("model.", "lora.", "train."))}
+    return Setting.of(resolve(None, {**kept, "model.name": "m", "data.train": "d"}).recipe, shape, None, 1)
+
+
+def predicted_bytes(one: dict[str, Any]) -> int:
+    """Of a run whose micro-batch is known, as the formulas say now."""
+    from strop.planning.activations import MicroBatch
+    from strop.planning.memory import load, train
+
+    setting = setting_of(one["name"].partition(",")[0], one["recipe"]).but(tiles=one["tiles"])
+    batch = MicroBatch(**{**one["micro_batch"], "documents": tuple(map(tuple, one["micro_batch"]["documents"]))})
+    return max(phase.peak_bytes for phase in (load(setting), train(setting, batch)))
+
+
+def error_of(one: dict[str, Any]) -> float:
+    return predicted_bytes(one) / one["measured_bytes"] - 1
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    def said(what: str, chosen: list[dict[str, Any]]) -> str:
+        errors = [abs(error_of(one)) for one in chosen]
+        return f"{len(chosen)} runs {what}: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}."
+
+    lines = [
+        f"| {one['name']}{', without AVX512' if one['narrow'] else ''} | {'fitted' if one['fitted'] else ''} "
+        f"| {predicted_bytes(one) / 2**20:,.0f} | {one['measured_bytes'] / 2**20:,.0f} | {error_of(one):+.1%} |"
+        for one in results
+    ]
+    groups = [("that nothing was fitted on", False), ("that constants were fitted on", True)]
+    told = [said(what, [one for one in results if one["fitted"] == fitted]) for what, fitted in groups]
+    return "\n\n".join(
+        [*told, "| run | | predicted, MiB | measured | error |\n|---|---|---:|---:|---:|\n" + "\n".join(lines)]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="for the random models")
+    parser.add_argument("--snips", type=Path, help="rows of messages, as long as SNIPS'")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--fitted", action="store_true", help="only those that constants are fitted on")
+    parser.add_argument("--narrow", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--page", type=Path)
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.case is not None:
+        if given.narrow:
+            hide_instructions()
+        print(json.dumps(run(given.folder, CASES[given.case], given.snips)))
+        return
+    kept = json.loads(given.out.read_text("utf-8"))["results"] if given.out and given.out.is_file() else []
+    found = {(one["name"], one["narrow"]): one for one in kept}
+    for number in NARROW_CASES if given.narrow else range(len(CASES)):
+        name = name_of(CASES[number])
+        if given.fitted and not CASES[number]["fitted"]:
+            continue
+        if given.only not in name or (CASES[number].get("data") == "snips" and given.snips is None):
+            continue
+        try:
+            one = child(
+                [sys.executable, __file__, *sys.argv[1:], "--case", str(number)],
+                {"OMP_NUM_THREADS": "1", **(NARROW if given.narrow else {})},
+            )
+        except RuntimeError as error:
+            print(str(error)[-600:], file=sys.stderr)
+            continue
+        found[name, given.narrow] = {**one, "narrow": given.narrow}
+        print(
+            f"{name}: {error_of(one):+.1%} of {one['measured_bytes'] >> 20}",
+            file=sys.stderr,
+        )
+        if given.out:
+            write(given.out, list(found.values()))
+    if given.page and found:
+        text = given.page.read_text(encoding="utf-8")
+        before, _, rest = text.partition("<!-- runs -->\n")
+        text = f"{before}<!-- runs -->\n{table(list(found.values()))}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+        given.page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
