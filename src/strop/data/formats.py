@@ -82,7 +82,10 @@ FORMATS: dict[str, Format] = {
                 ("messages", "rejected_messages"),
                 ("messages", "rejected_response"),
             ),
-            ("prompt", "question", "instruction", "input", "conversations", "history", "system", "tools"),
+            (
+                *("prompt", "question", "instruction", "input", "messages", "conversation", "conversations"),
+                *("history", "system", "tools"),
+            ),
             preferences.preference,
             "pairs of a better and a worse answer, as strings, messages, or whole conversations with a common "
             "beginning: [preferences.md](preferences.md)",

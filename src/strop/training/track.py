@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,8 @@ def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iter
 
     accelerator = Accelerator(log_with=list(names), project_dir=str(folder), cpu=config["model.device"] == "cpu")
     plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
-    accelerator.init_trackers(folder.resolve().name, config=plain)
+    project, more = _named(names, folder.resolve().name)
+    accelerator.init_trackers(project, config=plain, init_kwargs=more)
 
     def send(event: Event) -> None:
         kind = event["event"]
@@ -47,3 +49,10 @@ def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iter
         yield (send,)
     finally:
         accelerator.end_training()
+
+
+def _named(names: Sequence[str], run: str) -> tuple[str, dict[str, Any]]:
+    """The project's name, and more for each tracker. accelerate gives wandb the project outright, so that wandb looks at
+    WANDB_PROJECT no more; where that is set, the folder's name is the run's."""
+    project = os.environ.get("WANDB_PROJECT") if "wandb" in names else None
+    return (project, {"wandb": {"name": os.environ.get("WANDB_NAME", run)}}) if project else (run, {})
