@@ -23,7 +23,10 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raises RecipeError for a tracker whose package is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise RecipeError(f"--track {name}: the package {name} is not installed", fix=f"pip install {name}")
+            raise RecipeError(
+                f"--track {name}: the package {name} is not installed",
+                fix=f"pip install {name}, or take it out of `track`",
+            )
 
 
 @contextmanager
@@ -52,7 +55,7 @@ def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iter
 
 
 def _named(names: Sequence[str], run: str) -> tuple[str, dict[str, Any]]:
-    """The project's name, and more for each tracker. accelerate gives wandb the project outright, so that wandb looks at
-    WANDB_PROJECT no more; where that is set, the folder's name is the run's."""
+    """The project's name, and more for each tracker. accelerate gives wandb the project outright, and then wandb does
+    not look at WANDB_PROJECT; where that is set, the folder's name is the run's."""
     project = os.environ.get("WANDB_PROJECT") if "wandb" in names else None
     return (project, {"wandb": {"name": os.environ.get("WANDB_NAME", run)}}) if project else (run, {})
