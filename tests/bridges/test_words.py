@@ -203,9 +203,9 @@ tokenizer.add_tokens(["<a>"])
 model = AutoModelForCausalLM.from_pretrained("demo", load_in_4bit=True)
 model = PeftModel.from_pretrained(model, "old", is_trainable=True)
 """
-    draft = trl(tmp_path, before=before, model="model")
+    draft = trl(tmp_path, before=before, after="trainer.train(resume_from_checkpoint=True)", model="model")
     assert draft.get("model.adapter") == "old" and draft.get("model.quantization") == "fp4"  # as bitsandbytes has it
-    assert set(said(draft.lacks)) == {"Mine", "tokenizer.chat_template", "add_tokens"}
+    assert set(said(draft.lacks)) == {"Mine", "tokenizer.chat_template", "add_tokens", "resume_from_checkpoint"}
     assert "tokenizer.pad_token" in said(draft.own_way)
 
 
@@ -230,6 +230,13 @@ def test_loss_on_answers_alone_by_a_collator_is_what_strop_does(tmp_path: Path) 
     )
     draft = import_config("trl", file).draft
     assert not draft.lacks and "assistant_only_loss" not in said(draft.differs)
+
+
+def test_a_column_of_text_and_a_template_file(tmp_path: Path) -> None:
+    draft = trl(tmp_path, "dataset_text_field='quote', chat_template_path='t.jinja', activation_checkpointing=True")
+    assert draft.get("data.columns") == {"text": "quote"} and draft.get("data.template") == "t.jinja"
+    assert draft.get("train.gradient_checkpointing") == "on" and not draft.lacks
+    assert trl(tmp_path, "dataset_text_field='text'").get("data.columns") is None
 
 
 def test_a_script_whose_config_comes_from_the_command_line_says_what_to_do(tmp_path: Path) -> None:

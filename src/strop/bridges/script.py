@@ -37,6 +37,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3.0,
     "lr_scheduler_type": "linear", "optim": "adamw_torch", "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 42,
 }  # fmt: skip
+_MESSAGES = ("dataset_text_field", "messages")
 ON_ALL = (
     "rows of `messages` and of `text` are trained on in full there unless assistant_only_loss is on, prompt and "
     "completion on the completion; strop trains on answers: data.loss all trains on everything"
@@ -74,6 +75,10 @@ def read(path: Path, peer: str) -> Draft:
     read_rows(draft, script, keys_of_trainer)
     _masks(draft, script, keys, objective)
     keys.end(draft, OWN_WAY)
+    for call in script.calls:
+        node = call.keywords.get("resume_from_checkpoint")
+        if call.name == "train" and node is not None and script.value(node) not in (None, False):
+            draft.lack("resume_from_checkpoint", "a run of strop goes on with `strop resume RUN`", call.line)
     for name, (value, line) in script.defaults.items():
         draft.differ(name, f"{value}: the default of the script's own option; if you give another, set it here", line)
     return draft
@@ -108,9 +113,11 @@ def _trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], float]:
             )
         elif key in ("max_seq_length", "max_length") and isinstance(value, int):
             draft.put("data.max_length", value, key)
+        elif key == "dataset_text_field" and isinstance(value, str) and value not in ("text", "messages"):
+            draft.put("data.columns", {"text": value}, key)
         elif key == "packing" and value is True:
             packing(draft, key)
-        elif value is not None and (key, value) not in (("packing", False), ("dataset_text_field", "text")):
+        elif value is not None and (key, value) not in (("packing", False), ("dataset_text_field", "text"), _MESSAGES):
             draft.lack(f"{call.name}.{key}", text_of(node), node.lineno)
     return keywords, call.line
 
@@ -167,8 +174,11 @@ def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
         no_dropout(draft, "lora_dropout")
     if keys.take("packing"):
         packing(draft, "packing")
-    if keys.peek("dataset_text_field") == "text":
-        keys.take("dataset_text_field")
+    column = keys.take("dataset_text_field", "text")
+    if column not in ("text", "messages"):
+        draft.put("data.columns", {"text": str(column)}, "dataset_text_field")
+    if str(keys.peek("chat_template_path", "")).endswith((".jinja", ".j2")):
+        draft.put("data.template", str(keys.take("chat_template_path")), "chat_template_path")
 
 
 def _masks(draft: Draft, script: Script, keys: Keys, objective: str) -> None:

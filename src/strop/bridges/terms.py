@@ -33,7 +33,17 @@ OWN_WAY = (
     "remove_unused_columns", "report_to", "run_name", "save_only_model", "save_safetensors", "save_strategy", "tf32",
     "torch_empty_cache_steps", "use_cpu", "use_liger_kernel", "eval_packing", "packing_strategy",
     "activation_offloading", "precompute_ref_log_probs", "precompute_ref_batch_size", "metric_for_best_model",
-    "greater_is_better", "dataset_kwargs",
+    "greater_is_better", "dataset_kwargs", "accelerator_config", "activation_checkpointing_kwargs",
+    "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "dataloader_in_order",
+    "dataloader_multiprocessing_context", "dataloader_persistent_workers", "ddp_backend", "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "debug", "do_predict",
+    "enable_jit_checkpoint", "eval_delay", "eval_do_concat_batches", "eval_on_start", "eval_use_gather_object",
+    "full_determinism", "hub_always_push", "hub_private_repo", "hub_revision", "ignore_data_skip",
+    "include_for_metrics", "include_num_input_tokens_seen", "label_names", "length_column_name",
+    "liger_kernel_config", "local_rank", "log_level_replica", "log_on_each_node", "logging_nan_inf_filter",
+    "pad_token", "restore_callback_states_from_checkpoint", "save_on_each_node", "shuffle_dataset",
+    "skip_memory_metrics", "torch_compile", "torch_compile_backend", "torch_compile_mode", "trust_remote_code",
+    "use_cache",
 )  # fmt: skip
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}  # strop's, and every other tool's default
 CUTS_THE_END = (
@@ -166,7 +176,8 @@ def training_arguments(draft: Draft, keys: Keys, defaults: dict[str, Any], *, sa
     optimizer(draft, "optim", found)
     adam(draft, keys)
     dtype(draft, keys)
-    checkpointing(draft, "gradient_checkpointing", keys.take("gradient_checkpointing"))
+    for key in ("gradient_checkpointing", "activation_checkpointing"):  # its name since transformers 5.24
+        checkpointing(draft, key, keys.take(key))
     steps_and_places(draft, keys)
 
 
