@@ -232,6 +232,14 @@ def test_loss_on_answers_alone_by_a_collator_is_what_strop_does(tmp_path: Path) 
     assert not draft.lacks and "assistant_only_loss" not in said(draft.differs)
 
 
+def test_targets_that_a_yaml_of_trl_does_not_name(tmp_path: Path) -> None:
+    file = tmp_path / "sft.yaml"
+    file.write_text("model_name_or_path: demo\nuse_peft: true\n", encoding="utf-8")
+    assert "all linear layers" in said(import_config("trl", file).draft.differs)["lora_target_modules"]
+    file.write_text("model_name_or_path: demo\nuse_peft: true\nlora_target_modules: all-linear\n", encoding="utf-8")
+    assert "lora_target_modules" not in said(import_config("trl", file).draft.differs)
+
+
 def test_a_column_of_text_and_a_template_file(tmp_path: Path) -> None:
     draft = trl(tmp_path, "dataset_text_field='quote', chat_template_path='t.jinja', activation_checkpointing=True")
     assert draft.get("data.columns") == {"text": "quote"} and draft.get("data.template") == "t.jinja"

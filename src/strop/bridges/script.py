@@ -8,7 +8,7 @@ from pathlib import Path
 
 from strop.bridges.calls import Script, keys_of, text_of
 from strop.bridges.draft import Draft, Keys, read_yaml, shown
-from strop.bridges.scriptmodel import MODEL_WAYS, read_adapter, read_model, types
+from strop.bridges.scriptmodel import MODEL_WAYS, NO_TARGETS, read_adapter, read_model, types
 from strop.bridges.scriptrows import WRITE_ROWS, read_rows
 from strop.bridges.terms import CUTS_THE_END, NO_GRPO, OWN_WAY, lora, no_dropout, number, packing, training_arguments
 from strop.errors import InputError, RecipeError
@@ -210,6 +210,8 @@ def _from_yaml(draft: Draft) -> Draft:
     types(draft, keys.take("dtype") or keys.take("torch_dtype"))
     lora(draft, keys, rank="lora_r", alpha="lora_alpha", dropout="lora_dropout", modules="lora_target_modules",
          defaults={"lora.r": 16, "lora.alpha": 32, "lora.dropout": 0.05})  # fmt: skip
+    if draft.get("lora.target_modules") is None:
+        draft.differ("lora_target_modules", NO_TARGETS)
     if keys.take("load_in_4bit"):
         draft.put("model.quantization", keys.take("bnb_4bit_quant_type", "nf4"), "load_in_4bit")
         draft.put("model.double_quantization", bool(keys.take("use_bnb_nested_quant", False)), "use_bnb_nested_quant")

@@ -15,6 +15,10 @@ MODEL_WAYS = (
     "attn_implementation", "device_map", "low_cpu_mem_usage", "token", "trust_remote_code", "use_cache",
     "fast_inference", "gpu_memory_utilization", "max_lora_rank", "use_exact_model_name", "random_state",
 )  # fmt: skip
+NO_TARGETS = (
+    "not given: peft then takes a few by family (q_proj and v_proj of Llama, Qwen and more); "
+    "strop takes all linear layers"
+)
 _MAKERS = (
     "from_pretrained",
     "get_peft_model",
@@ -163,10 +167,7 @@ def read_adapter(draft: Draft, script: Script) -> None:
         named = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         draft.put("lora.target_modules", named, "unsloth's default")
     elif modules is None:
-        draft.differ(
-            "target_modules", "not given: peft then takes a few by family (q_proj and v_proj of Llama, Qwen and more); "
-            "strop takes all linear layers",
-        )  # fmt: skip
+        draft.differ("target_modules", NO_TARGETS)
     if (bias := keys.take("bias")) is not None:
         draft.put("lora.bias", bias, "bias")
     if saved := keys.take("modules_to_save"):
