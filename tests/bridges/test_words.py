@@ -240,6 +240,12 @@ def test_targets_that_a_yaml_of_trl_does_not_name(tmp_path: Path) -> None:
     assert "lora_target_modules" not in said(import_config("trl", file).draft.differs)
 
 
+def test_how_the_trainer_is_to_load_the_model(tmp_path: Path) -> None:
+    draft = trl(tmp_path, "model_init_kwargs={'dtype': 'float32', 'attn_implementation': 'sdpa', 'odd': 1}")
+    assert draft.get("model.dtype") == "fp32" and set(said(draft.lacks)) == {"odd"}
+    assert trl(tmp_path, "warmup_steps=0.4").get("train.warmup") == 0.4  # a share, as transformers 5.24 has it
+
+
 def test_a_column_of_text_and_a_template_file(tmp_path: Path) -> None:
     draft = trl(tmp_path, "dataset_text_field='quote', chat_template_path='t.jinja', activation_checkpointing=True")
     assert draft.get("data.columns") == {"text": "quote"} and draft.get("data.template") == "t.jinja"

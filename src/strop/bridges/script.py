@@ -163,6 +163,12 @@ def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
             draft.lack(key, f"{shown(value)}: not read by {objective}")
     if objective == "simpo" and (alpha := keys.take("cpo_alpha", 1.0)):
         draft.lack("cpo_alpha", f"{alpha}: train.sft_weight is near to it (a mean over tokens)")
+    if isinstance(made := keys.take("model_init_kwargs"), dict):
+        more = Keys(made)
+        types(draft, more.take("dtype") or more.take("torch_dtype"))
+        if (revision := more.take("revision")) is not None:
+            draft.put("model.revision", str(revision), "model_init_kwargs.revision")
+        more.end(draft, MODEL_WAYS)
     length = keys.take("max_length", keys.take("max_seq_length"))
     if length is not None:
         draft.put("data.max_length", int(length), "max_length")
