@@ -134,6 +134,10 @@ def test_dropout_is_off_where_answers_are_compared(tmp_path: Path) -> None:
     assert trl(tmp_path, kind="DPO").get("lora.dropout") == 0.0
     assert trl(tmp_path, "disable_dropout=False", kind="DPO").get("lora.dropout") == 0.05
     assert trl(tmp_path).get("lora.dropout") == 0.05
+    file = tmp_path / "factory.yaml"
+    for stage, share in (("dpo", 0.0), ("sft", 0.1)):
+        file.write_text(f"model_name_or_path: demo\nstage: {stage}\nlora_dropout: 0.1\n", encoding="utf-8")
+        assert import_config("llamafactory", file).draft.get("lora.dropout") == share
 
 
 def test_grpo_is_not_said_to_be_missing(tmp_path: Path) -> None:
