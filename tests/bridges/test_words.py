@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,25 @@ model = PeftModel.from_pretrained(model, "old", is_trainable=True)
     assert draft.get("model.adapter") == "old" and draft.get("model.quantization") == "fp4"  # as bitsandbytes has it
     assert set(said(draft.lacks)) == {"Mine", "tokenizer.chat_template", "add_tokens", "resume_from_checkpoint"}
     assert "tokenizer.pad_token" in said(draft.own_way)
+
+
+def test_a_notebook(tmp_path: Path) -> None:
+    code = [
+        ["%%capture\n", "!pip install trl\n", "if True:\n", "    !nvidia-smi"],
+        ["from trl import SFTConfig, SFTTrainer\n", "rate = 3e-4\n"],
+        ["SFTTrainer('demo', args=SFTConfig(learning_rate=rate, num_train_epochs=f()), peft_config=LoraConfig(),\n",
+         "           train_dataset=load_dataset('a.jsonl'))"],
+    ]  # fmt: skip
+    cells = [{"cell_type": "markdown", "source": ["# it\n"]}, *({"cell_type": "code", "source": cell} for cell in code)]
+    file = tmp_path / "n.ipynb"
+    file.write_text(json.dumps({"cells": cells, "nbformat": 4}), encoding="utf-8")
+    draft = import_config("trl", file).draft
+    assert draft.get("train.learning_rate") == 3e-4 and draft.get("data.train") == "a.jsonl"
+    assert [(note.key, note.line) for note in draft.lacks] == [("SFTConfig.num_train_epochs", 8)]
+    for text in ("[]", "{"):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match="not a notebook"):
+            import_config("trl", file)
 
 
 def test_files_of_two_splits(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import operator
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +41,8 @@ class Script:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+            text = path.read_text(encoding="utf-8")
+            self._tree = _parsed(_cells(text) if path.suffix == ".ipynb" else text)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}",
@@ -47,8 +50,10 @@ class Script:
             ) from None
         except SyntaxError as error:
             what = f"{path}:{error.lineno}: not Python: {error.msg}"
+            raise InputError(what, fix="give the script that trains, or the notebook (.ipynb)") from None
+        except ValueError as error:
             raise InputError(
-                what, fix="of a notebook, save the code as a .py file, without lines that begin with ! or %"
+                f"{path}: not a notebook: {error}", fix="give a .py file, or a notebook as saved"
             ) from None
         self._constants = dict(self._assigned_once())
         self.defaults: dict[str, tuple[Any, int]] = {}  # of the script's own options, where one was read: value, line
@@ -209,6 +214,22 @@ class Script:
         while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
             node = node.func if isinstance(node, ast.Call) else node.value
         return node.id if isinstance(node, ast.Name) else ""
+
+
+def _parsed(text: str) -> ast.Module:
+    """Lines of a notebook that are no Python (`!pip install`, `%%capture`) count as empty statements."""
+    try:
+        return ast.parse(text)
+    except SyntaxError:
+        return ast.parse(re.sub(r"^([ \t]*)[!%].*$", r"\1pass", text, flags=re.M))
+
+
+def _cells(text: str) -> str:
+    """The code of a notebook, cell after cell. Raises ValueError."""
+    tree = json.loads(text)
+    if not isinstance(tree, dict) or not isinstance(tree.get("cells"), list):
+        raise ValueError("it has no cells")
+    return "\n".join("".join(cell.get("source", [])) for cell in tree["cells"] if cell.get("cell_type") == "code")
 
 
 def keys_of(draft: Draft, script: Script, call: Call, positional: tuple[str, ...] = ()) -> Keys:
