@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def import_(
     peer: Annotated[str, typer.Argument(metavar="PEER", help="axolotl, llamafactory, trl, unsloth or torchtune.")],
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Its YAML config; of trl and unsloth the script or notebook, never run.")
+        Path,
+        typer.Argument(metavar="FILE", help="Its YAML config; of trl and unsloth the script or notebook, never run."),
     ],
     out: Annotated[Path | None, typer.Option(help="Write the recipe here; default: print it.")] = None,
     as_json: Json = False,
