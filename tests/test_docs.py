@@ -135,6 +135,9 @@ def faults(block: Block) -> list[str]:
     if block.language == "json":
         json.loads(block.text)
         return []
+    if block.language == "jsonl":
+        assert all(isinstance(json.loads(line), dict) for line in block.text.splitlines())
+        return []
     return [] if block.language == "text" else [f"a block in {block.language!r}, which nobody checks"]
 
 

@@ -208,12 +208,14 @@ def test_an_unknown_tool_is_refused(tmp_path: Path) -> None:
 def test_only_what_one_line_says_is_read(tmp_path: Path) -> None:
     file = tmp_path / "s.py"
     file.write_text(
-        "a = 1\nb = 1\nb = 2\nc = f()\nif a:\n    d = 4\nf(a, b, c, d, [a, 2], 'x' + 'y')\n", encoding="utf-8"
+        "a = 1\nb = 1\nb = 2\nc = f()\nif a:\n    d = 4\n"
+        "f(a, b, c, d, [a, 2], 'x' + 'y', a / 4, f'{a}-x', 'x' * 9, 2 ** 9, a + c, f'{c}', 1 / 0, f'{a:02d}')\n",
+        encoding="utf-8",
     )
     script = Script(file)
     call = script.calls[-1]
     read = [script.value(node) for node in call.arguments]
-    assert read == [1, UNREAD, UNREAD, UNREAD, [1, 2], UNREAD]
+    assert read == [1, UNREAD, UNREAD, UNREAD, [1, 2], "xy", 0.25, "1-x", *[UNREAD] * 6]
 
 
 def test_rows_that_cannot_be_found_are_asked_for(tmp_path: Path, tiny_folder: Path) -> None:

@@ -61,12 +61,17 @@ def refusal(path: Path, learning: Learning = "pairs", **options: Any) -> str:
         {"messages": [U, A], "rejected_response": "no"},
         {"prompt": [U], "chosen": [S, U, A], "rejected": [S, U, NO]},
         {"conversations": [{"from": "human", "value": "hi"}], "chosen": A, "rejected": NO},
+        {"messages": [S, U], "chosen": A, "rejected": NO},
+        {"conversation": [U], "chosen": "yo", "rejected": "no"},
+        {"messages": [U, A], "chosen": [U, A], "rejected": [U, NO]},
+        {"prompt": "hi", "messages": [U, A], "chosen": [U, A], "rejected": [U, NO]},
     ],
 )
 def test_pairs_under_other_names(value: dict[str, Any]) -> None:
     (made,), bad = convert(value)
     assert not bad and shape_of(value) == "preference"
-    assert [side.messages[-1].content for side in made.sides] == ["yo", "no"]
+    said = [[turn.content for turn in side.messages if turn.role != "system"] for side in made.sides]
+    assert said == [["hi", "yo"], ["hi", "no"]]
 
 
 def test_whole_conversations_share_what_they_begin_with() -> None:
@@ -113,6 +118,7 @@ def test_a_label_judges_the_last_turn_alone() -> None:
     [
         ({**PAIR, "rejected": "yo"}, "same-answers"),
         ({"chosen": "yo", "rejected": "no"}, "no-prompt"),
+        ({"messages": [U, A], "chosen": "yo", "rejected": "no"}, "no-question"),
         ({**PAIR, "chosen": ""}, "empty-answer"),
         ({**PAIR, "rejected": "  "}, "empty-answer"),
         ({**PAIR, "rejected": None, "messages": None}, "no-content"),

@@ -192,6 +192,8 @@ def test_a_part_that_is_not_trained_on_is_no_fault() -> None:
 def test_a_share_for_evaluation_is_chosen_by_content(tmp_path: Path) -> None:
     rows = [row(f"q{i % 50}", f"a{i % 50}") for i in range(100)]  # each twice
     prepared = run(write(tmp_path / "a.jsonl", rows), eval="20%")
+    part = prepared.report.eval
+    assert part is not None and part.stop_token == {"rows": part.rows["used"], "share": 1.0}
     assert prepared.eval_conversations is not None and prepared.eval is not None
     held = {c.messages[0].content for c in prepared.eval_conversations}
     trained = {c.messages[0].content for c in prepared.train_conversations}

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import strop
 from strop import cli
+from strop.errors import InputError
 from strop.runs.events import read_events
 from tests.support import tiny
 from tests.support.running import QUICK, run
@@ -133,6 +134,9 @@ def test_python_api_trains_resumes_evaluates_and_chats(tiny_folder: Path, rows_f
     assert made.report["steps"] == 3 and seen.count("step") == 3
     again = strop.resume(out)  # a finished run is returned as it is
     assert again.report["steps"] == 3 and again.report["tokens"] == made.report["tokens"]
+    assert strop.resume(out, **{"train.max_steps": 3}).report["steps"] == 3
+    with pytest.raises(InputError, match="is finished: no option changes it"):
+        strop.resume(out, **{"train.max_steps": 5})
     result = strop.evaluate(out, str(rows_file), metric="exact", max_new_tokens=3)
     assert result["rows"] == 24
     model = strop.load(out)

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from strop.bridges.draft import Draft, Keys, read_yaml, shown
+from strop.bridges.terms import OWN_WAY as _OWN_WAY
 from strop.bridges.terms import (
     SCHEDULE_STARTS,
+    adam,
     batch,
     checkpointing,
     dtype,
     lora,
     must_be,
+    no_dropout,
     number,
     optimizer,
     packing,
@@ -27,22 +30,32 @@ OBJECTIVES = {
     "dpo": "dpo", "ipo": "ipo", "kto": "kto", "orpo": "orpo", "simpo": "simpo",
 }  # fmt: skip
 OWN_WAY = (
-    "attn_implementation", "auto_resume_from_checkpoints", "bfloat16", "chunked_cross_entropy", "dataset_num_proc",
-    "dataset_prepared_path", "dataset_processes", "ddp_timeout", "device_map", "do_bench_eval",
-    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "eager_attention",
-    "eval_batch_size", "eval_sample_packing", "eval_table_size", "flash_attention", "flash_attn_cross_entropy",
-    "flash_attn_fuse_mlp", "flex_attention", "gc_steps", "gradient_checkpointing_kwargs", "group_by_length",
-    "is_falcon_derived_model", "is_llama_derived_model", "is_mistral_derived_model", "is_qwen_derived_model",
-    "local_rank", "lora_mlp_kernel", "lora_o_kernel", "lora_on_cpu", "lora_qkv_kernel", "lora_fan_in_fan_out",
-    "loss_watchdog_patience", "loss_watchdog_threshold", "mean_resizing_embeddings", "model_type",
-    "pad_to_multiple_of", "pad_to_sequence_len", "plugins", "remove_unused_columns", "sample_packing_bin_size",
-    "sample_packing_group_size", "save_first_step", "save_safetensors", "sdp_attention", "shuffle_merged_datasets",
-    "strict", "tf32", "tokenizer_type", "tokenizer_use_fast", "torch_compile", "trust_remote_code",
-    "use_tensorboard", "wandb_log_model", "wandb_watch", "xformers_attention",
+    *_OWN_WAY, "auto_find_batch_size", "auto_resume_from_checkpoints", "batch_flattening", "chunked_cross_entropy",
+    "cut_cross_entropy", "dataset_keep_in_memory", "dataset_prepared_path", "dataset_processes",
+    "ddp", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "debug", "device_map",
+    "do_bench_eval", "do_causal_lm_eval", "dpo_generate_during_eval", "dpo_padding_free", "dpo_use_liger_kernel",
+    "dpo_use_logits_to_keep", "eager_attention", "eval_batch_size", "eval_causal_lm_metrics", "eval_max_new_tokens",
+    "eval_sample_packing", "eval_table_size", "flash_attention", "flash_attn_cross_entropy", "flash_attn_fuse_mlp",
+    "flash_attn_rms_norm", "flash_optimum", "flex_attention", "gc_collect_steps", "gc_steps", "gpu_memory_limit",
+    "include_tkps", "is_falcon_derived_model", "is_llama_derived_model", "is_mistral_derived_model",
+    "is_qwen_derived_model", "local_rank", "lora_embedding_kernel", "lora_fan_in_fan_out", "lora_mlp_kernel",
+    "lora_o_kernel", "lora_on_cpu", "lora_qkv_kernel", "loss_watchdog_patience", "loss_watchdog_threshold",
+    "low_cpu_mem_usage", "max_memory", "mean_resizing_embeddings", "model_type", "pad_to_sequence_len",
+    "profiler_steps", "profiler_steps_start", "sage_attention", "sample_packing_bin_size", "sample_packing_group_size",
+    "save_first_step", "sdp_attention", "strict", "tokenizer_type", "tokenizer_use_fast", "torch_compile",
+    "torch_compile_backend", "trust_remote_code", "use_kernels", "use_wandb", "wandb_log_model", "wandb_watch",
+    "xformers_attention", "attn_implementation",
 )  # fmt: skip
+_FASTER = ("liger", "cut_cross_entropy")  # plugins and keys that change how it is computed, not what
+_WANDB = {
+    "wandb_entity": "WANDB_ENTITY", "wandb_name": "WANDB_NAME", "wandb_run_id": "WANDB_RUN_ID",
+    "wandb_mode": "WANDB_MODE",
+}  # fmt: skip
 _TEXT = ("completion", "pretrain")
+_TURNS = ("messages", "conversation", "conversations")
 _OTHER_PROMPT = (
-    'its own words around instruction and input there ("Below is an instruction ..."); here the model\'s chat template'
+    'its own words around instruction and input there ("Below is an instruction ..."); here the model\'s chat template '
+    "(a base model that has none: data.template chatml)"
 )
 
 
@@ -85,6 +98,12 @@ def _model(draft: Draft, keys: Keys) -> None:
     )  # fmt: skip
     if keys.take("lora_target_linear"):
         draft.put("lora.target_modules", "all-linear", "lora_target_linear")
+    elif draft.get("lora.target_modules") is None:
+        draft.differ("lora_target_modules", "not given: strop takes all linear layers")
+    if (start := keys.take("peft_init_lora_weights")) in ("gaussian", "loftq"):
+        draft.put("lora.init", start, "peft_init_lora_weights")
+    elif start not in (None, True):
+        draft.lack("peft_init_lora_weights", shown(start))
     for key, name in (
         ("peft_use_dora", "lora.use_dora"),
         ("peft_use_rslora", "lora.use_rslora"),
@@ -123,24 +142,31 @@ def _data(draft: Draft, keys: Keys) -> None:
     held_out, kept = [], [name for name in ("datasets", "pretraining_dataset") if name in keys]
     sources: list[str] = []
     every: list[dict[str, str]] = []
+    texts: list[bool] = []
     for key in kept:
         entries = keys.take(key)
         for place, entry in enumerate(entries if isinstance(entries, list) else [entries]):
             entry = {"path": entry} if isinstance(entry, str) else dict(entry)
             entry = entry if "type" in entry or key == "datasets" else {**entry, "type": "pretrain"}
+            texts.append(entry.get("type") in _TEXT)
             sources += _sources(draft, f"{key}[{place}]", entry)
             every.append(_columns(draft, f"{key}[{place}]", entry))
     for place, entry in enumerate(keys.take("test_datasets") or []):
-        held_out += _sources(draft, f"test_datasets[{place}]", dict(entry))
+        entry = dict(entry)
+        held_out += _sources(draft, f"test_datasets[{place}]", entry)
+        every.append(_columns(draft, f"test_datasets[{place}]", entry))
     if sources:
         draft.put("data.train", sources[0] if len(sources) == 1 else sources, kept[0])
+    if texts and all(texts):  # among others strop knows rows of text by their one column
+        draft.put("data.format", "text", f"{kept[0]}[0].type")
+        draft.put("data.loss", "all", f"{kept[0]}[0].type")
     if held_out:
         draft.put("data.eval", held_out[0] if len(held_out) == 1 else held_out, "test_datasets")
-    columns = [one for one in every if one]
-    if columns and all(one == columns[0] for one in every):
-        draft.put("data.columns", columns[0], "names of columns in datasets")
-    elif columns:
-        draft.lack("datasets", "columns of other names in some of the files: strop takes one --data.columns for all")
+    if any(every) and all(one == every[0] for one in every):
+        draft.put("data.columns", every[0], "names of columns in datasets")
+    elif any(every):
+        named = " and ".join(dict.fromkeys(shown(one) if one else "the usual names" for one in every))
+        draft.lack("datasets", f"columns of several names, {named}: data.columns is one for all files; rename them")
     length = keys.take("sequence_len")
     draft.put("data.max_length", int(length or 512), "sequence_len" if length else "axolotl's default")
     strategy = keys.take("excess_length_strategy", "drop")
@@ -151,10 +177,13 @@ def _data(draft: Draft, keys: Keys) -> None:
         draft.put("data.loss", "all", "train_on_inputs")
     val_split(draft, "val_set_size", keys.take("val_set_size"))
     template = keys.take("chat_template")
-    if template is not None and template != "tokenizer_default":
-        draft.differ(
-            "chat_template", f"{template}: a name of axolotl's; strop takes the model's own (or data.template)"
-        )
+    if template == "chatml":
+        draft.put("data.template", "chatml", "chat_template")
+    elif template == "jinja" or str(template).startswith("tokenizer_default"):
+        pass
+    elif template is not None:
+        file = f"axolotl's own is the file {template}.jinja in src/axolotl/utils/chat_templates/templates"
+        draft.differ("chat_template", f"{template}: the model's own here; another: data.template FILE ({file})")
     if (text := keys.take("chat_template_jinja")) is not None:
         if str(text).endswith((".jinja", ".j2")):
             draft.put("data.template", str(text), "chat_template_jinja")
@@ -162,6 +191,8 @@ def _data(draft: Draft, keys: Keys) -> None:
             draft.lack("chat_template_jinja", "a template within the config: put it into a file for data.template")
     if keys.take("sample_packing"):
         packing(draft, "sample_packing")
+    if keys.take("shuffle_merged_datasets") is False:
+        draft.lack("shuffle_merged_datasets", "false: rows keep their order there; strop shuffles them by the seed")
 
 
 def _sources(draft: Draft, key: str, entry: dict[str, Any]) -> list[str]:
@@ -181,16 +212,15 @@ def _sources(draft: Draft, key: str, entry: dict[str, Any]) -> list[str]:
 
 
 def _columns(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, str]:
-    """Names of columns where they are not the usual ones."""
+    """Names of columns where they are not those that strop finds by itself."""
     kind = entry.pop("type", None)
     columns: dict[str, str] = {}
+    compared = draft.get("train.objective") in ("dpo", "ipo", "orpo", "simpo", "reward")
     turns = "messages" if draft.get("train.objective") is None else "conversations"
     names = {"field_messages": turns, "field_chosen": "chosen", "field_rejected": "rejected", "field": "text"}
-    for theirs, ours in names.items():
-        if (column := entry.pop(theirs, None)) is not None:
-            columns[ours] = str(column)
-    if all(ours == column for ours, column in columns.items()):
-        columns = {}
+    given = {ours: str(entry.pop(theirs)) for theirs, ours in names.items() if entry.get(theirs) is not None}
+    if any(column not in (ours, *(_TURNS if ours == turns else ())) for ours, column in given.items()):
+        columns = {**({"chosen": "chosen", "rejected": "rejected"} if compared else {}), **given}
     if isinstance(kind, dict):
         told = {"field_instruction": "instruction", "field_input": "input", "field_output": "output"}
         told |= {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
@@ -203,8 +233,7 @@ def _columns(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, str]:
                     f"{key}.type.{theirs}", f"{shown(column)}: the chat template writes what stands around texts"
                 )
     elif kind in _TEXT:
-        draft.put("data.format", "text", f"{key}.type")
-        draft.put("data.loss", "all", f"{key}.type")
+        pass
     elif kind and str(kind).startswith("alpaca"):
         draft.differ(f"{key}.type", f"{kind}: {_OTHER_PROMPT}")
     elif kind and not str(kind).startswith("chat_template"):
@@ -214,8 +243,8 @@ def _columns(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, str]:
         if mapping is not None and not _plain(mapping):
             draft.lack(f"{key}.{theirs}", shown(mapping))
     for theirs, value in entry.items():
-        usual = {"roles_to_train": ["assistant"], "train_on_eos": "turn", "train_on_eot": "turn"}
-        if value is None or usual.get(theirs) == value:
+        usual = {"roles_to_train": (["assistant"], ["gpt"]), "train_on_eos": ("turn",), "train_on_eot": ("turn",)}
+        if value is None or value in usual.get(theirs, ()):
             continue
         draft.lack(f"{key}.{theirs}", shown(value))
     return columns
@@ -246,36 +275,73 @@ def _training(draft: Draft, keys: Keys) -> None:
         value, source = (given, key) if given is not None else (default, "axolotl's default")
         if value is not None:
             draft.put(name, number(value), source)
-    steps_, ratio = keys.take("warmup_steps"), keys.take("warmup_ratio")
-    warm, source = (steps_, "warmup_steps") if steps_ else (ratio, "warmup_ratio")
-    draft.put("train.warmup", number(0.03 if warm is None else warm), source if warm else "axolotl's default")
-    draft.differ("warmup", SCHEDULE_STARTS)
-    schedule(draft, "lr_scheduler", keys.take("lr_scheduler", "cosine"))
+    _schedule(draft, keys)
     optimizer(draft, "optimizer", keys.take("optimizer", "adamw_torch_fused"))
+    adam(draft, keys)
     if keys.peek("bf16") in ("auto", "full"):
-        keys.take("bf16")
+        draft.skip("bf16", f"{keys.take('bf16')}: model.dtype, by what the machine computes well")
     dtype(draft, keys)
-    keys.take("bf16"), keys.take("fp16")
     checkpointing(draft, "gradient_checkpointing", keys.take("gradient_checkpointing"))
-    for key in ("evals_per_epoch", "saves_per_epoch"):
+    for key, ours in (("evals_per_epoch", "train.eval_steps"), ("saves_per_epoch", "train.save_steps")):
         often = keys.take(key)
         if often and often != 1:
-            ours = key.partition("s_")[0].replace("eval", "train.eval_steps").replace("save", "train.save_steps")
-            draft.lack(key, f"{often}: strop does it once an epoch, or every {ours} steps")
+            draft.lack(key, f"{often}: once an epoch here; for more give {ours}, a number of steps")
     if (patience := keys.take("early_stopping_patience")) is not None:
         draft.put("train.early_stopping", int(patience), "early_stopping_patience")
-    if (project := keys.take("wandb_project")) is not None:
-        track(draft, "wandb_project", "wandb")
-        draft.lack("wandb_project", f"{project}: set WANDB_PROJECT")
-    for key in ("hub_model_id", "hub_strategy"):
-        if (name_ := keys.take(key)) is not None:
-            draft.lack(key, f"{name_}: a command of its own, after training: `strop push RUN OWNER/NAME`")
+    _tracking(draft, keys)
+    _how(draft, keys)
     steps_and_places(draft, keys)
     if draft.get("out") is None:
         draft.differ("output_dir", "./model-out there; runs/<data>-N here")
 
 
+def _schedule(draft: Draft, keys: Keys) -> None:
+    steps, ratio, name = keys.take("warmup_steps"), keys.take("warmup_ratio"), keys.take("lr_scheduler", "cosine")
+    warm, source = (steps, "warmup_steps") if steps is not None else (ratio, "warmup_ratio")
+    draft.put("train.warmup", number(0.03 if warm is None else warm), "axolotl's default" if warm is None else source)
+    schedule(draft, "lr_scheduler", name)
+    if name == "constant":
+        if warm:
+            draft.skip(source, f"{warm}: lr_scheduler constant has no warmup there either")
+    elif warm is None:
+        draft.differ("warmup", f"not given: 3 % of the steps, there at most 100; {SCHEDULE_STARTS}")
+    elif number(warm):
+        draft.differ("warmup", f"{SCHEDULE_STARTS}" + "; a share is rounded up, there down" * (number(warm) < 1))
+
+
+def _tracking(draft: Draft, keys: Keys) -> None:
+    if (project := keys.take("wandb_project")) is not None:
+        track(draft, "wandb_project", "wandb")
+        draft.lack("wandb_project", f"{project}: set WANDB_PROJECT={project} in the environment")
+    for key, name in _WANDB.items():
+        if (value := keys.take(key)) is not None:
+            draft.lack(key, f"{value}: set {name}={value} in the environment")
+    for key, tracker in (("use_tensorboard", "tensorboard"), ("use_trackio", "trackio")):
+        if keys.take(key):
+            track(draft, key, tracker)
+    for key in ("use_mlflow", "use_comet"):
+        if keys.take(key):
+            track(draft, key, key.removeprefix("use_"))
+
+
+def _how(draft: Draft, keys: Keys) -> None:
+    """Plugins, and keys of those that strop has no need of."""
+    for plugin in keys.take("plugins") or []:
+        if any(word in str(plugin).lower().replace("cutcross", "cut_cross") for word in _FASTER):
+            draft.skip("plugins", str(plugin))
+        else:
+            draft.lack("plugins", f"{plugin}: what it adds is not here")
+    for key in [key for key in keys.left() if key.startswith("liger_")]:
+        keys.take(key)
+        draft.skip(key)
+
+
 def _preferences(draft: Draft, keys: Keys) -> None:
+    no_dropout(draft, "lora_dropout")
+    kinds = keys.peek("dpo_loss_type")
+    if kinds in (["ipo"], ["sigmoid"]) and draft.get("train.objective") == "dpo":
+        keys.take("dpo_loss_type")
+        draft.put("train.objective", "ipo" if kinds == ["ipo"] else "dpo", "dpo_loss_type")
     for key, name in (
         ("rl_beta", "train.beta"),
         ("orpo_alpha", "train.beta"),

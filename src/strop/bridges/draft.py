@@ -12,7 +12,10 @@ import yaml
 from strop.config.load import Resolved, resolve
 from strop.errors import InputError, RecipeError
 
-MISSING_DATA = "YOURS.jsonl"  # stands for data.train while a recipe without it is checked
+# what only the user can give, and what stands for it while a recipe without it is checked
+MISSING = {"model.name": "MODEL", "data.train": "YOURS.jsonl"}
+_GIVE = {"model": ("model.name", "give the model here, or with --model"),
+         "data": ("data.train", "give your rows here, or with --data")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Draft:
     differs: list[Note] = field(default_factory=list)
     lacks: list[Note] = field(default_factory=list)
     own_way: list[Note] = field(default_factory=list)
+    unread_model: bool = False  # a model is named, by a value that cannot be read
 
     def put(self, name: str, value: Any, source: str) -> None:
         self.fields[name] = (value, source)
@@ -44,24 +48,24 @@ class Draft:
     def get(self, name: str) -> Any:
         return self.fields[name][0] if name in self.fields else None
 
-    def differ(self, key: str, text: str) -> None:
-        self.differs.append(Note(key, text))
+    def differ(self, key: str, text: str, line: int | None = None) -> None:
+        self.differs.append(Note(key, text, line))
 
     def lack(self, key: str, text: str, line: int | None = None) -> None:
         self.lacks.append(Note(key, text, line))
 
-    def skip(self, key: str, text: str = "") -> None:
-        self.own_way.append(Note(key, text))
+    def skip(self, key: str, text: str = "", line: int | None = None) -> None:
+        self.own_way.append(Note(key, text, line))
 
     def finish(self) -> Imported:
         """Checked as `strop train` would check it. Raises RecipeError where a value is out of strop's bounds."""
-        if self.get("train.lr_scheduler") == "constant" and not self.get("train.warmup"):
+        if self.get("train.lr_scheduler") == "constant" and self.get("train.warmup") is None:
             self.put("train.warmup", 0, "constant from the first step on")
         values = {name: value for name, (value, _) in self.fields.items()}
-        missing = [] if "data.train" in values else ["data.train"]
-        if "model.name" not in values:
+        if "model.name" not in values and not self.unread_model:
             raise RecipeError(f"{self.file}: names no model", fix="is it a training config of this tool?")
-        resolved = resolve(None, {**values, **dict.fromkeys(missing, MISSING_DATA)})
+        missing = [name for name in MISSING if name not in values]
+        resolved = resolve(None, {**values, **{name: MISSING[name] for name in missing}})
         return Imported(self, resolved, missing)
 
 
@@ -82,7 +86,8 @@ class Imported:
             head, _, leaf = name.rpartition(".")
             if head and head != section:
                 lines.append(f"{head}:")
-                lines += ["  # train: give your rows here, or with --data"] * (head == "data" and bool(self.missing))
+                field_, what = _GIVE.get(head, ("", ""))
+                lines += [f"  # {field_.partition('.')[2]}: {what}"] * (field_ in self.missing)
             section = head
             text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
             lines.append(f"{'  ' if head else ''}{leaf}: {text.removesuffix('...' + chr(10)).strip()}  # {source}")
@@ -109,9 +114,13 @@ class Imported:
 
 
 class Keys:
-    """The keys of a config, each to be taken once; what nobody takes is told at the end."""
+    """The keys of a config, each to be taken once; what nobody takes is told at the end. unread: keys whose values
+    cannot be read."""
 
-    def __init__(self, values: Mapping[str, Any], lines: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], lines: Mapping[str, int] | None = None, unread: Iterable[str] = ()
+    ) -> None:
+        self._unread = set(unread)
         self._left = {str(key): value for key, value in values.items() if value is not None and value != ""}
         self._lines = dict(lines or {})
 
@@ -123,6 +132,13 @@ class Keys:
 
     def peek(self, key: str, default: Any = None) -> Any:
         return self._left.get(key, default)
+
+    def default(self, key: str, said: str) -> str:
+        """Where a value comes from that was not taken from `key`."""
+        return f"{said}: line {self._lines[key]} cannot be read, set it here" if key in self._unread else said
+
+    def left(self) -> list[str]:
+        return list(self._left)
 
     def line(self, key: str) -> int | None:
         return self._lines.get(key)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.bridges.draft import Draft, Keys, read_yaml, shown
-from strop.bridges.terms import OWN_WAY, lora, must_be, number, packing, training_arguments, val_split
+from strop.bridges.terms import OWN_WAY, lora, must_be, no_dropout, number, packing, training_arguments, val_split
 from strop.errors import InputError
 
 STAGES = {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "kto", "rm": "reward"}
@@ -181,6 +181,7 @@ def _source(
 def _preferences(draft: Draft, keys: Keys, objective: str) -> None:
     beta = keys.take("pref_beta")
     if objective in ("dpo", "ipo", "kto", "orpo", "simpo"):
+        no_dropout(draft, "lora_dropout")
         draft.put(
             "train.beta", number(0.1 if beta is None else beta), "pref_beta" if beta else "llamafactory's default"
         )

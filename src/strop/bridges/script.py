@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import Any
 
-from strop.bridges.calls import UNREAD, Call, Script
+from strop.bridges.calls import Script, keys_of, text_of
 from strop.bridges.draft import Draft, Keys, read_yaml, shown
-from strop.bridges.terms import CUTS_THE_END, OWN_WAY, lora, number, packing, training_arguments
+from strop.bridges.scriptmodel import MODEL_WAYS, NO_TARGETS, read_adapter, read_model, types
+from strop.bridges.scriptrows import WRITE_ROWS, read_rows
+from strop.bridges.terms import CUTS_THE_END, NO_GRPO, OWN_WAY, lora, no_dropout, number, packing, training_arguments
 from strop.errors import InputError, RecipeError
 
 CONFIGS = {
@@ -36,24 +37,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3.0,
     "lr_scheduler_type": "linear", "optim": "adamw_torch", "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 42,
 }  # fmt: skip
-MODEL_WAYS = (
-    "attn_implementation", "device_map", "low_cpu_mem_usage", "token", "trust_remote_code", "use_cache",
-    "fast_inference", "gpu_memory_utilization", "max_lora_rank", "use_exact_model_name", "random_state",
-)  # fmt: skip
-CHANGES = (
-    "map",
-    "filter",
-    "select",
-    "shuffle",
-    "remove_columns",
-    "rename_column",
-    "train_test_split",
-    "concatenate_datasets",
-    "standardize_sharegpt",
-    "standardize_data_formats",
-    "to_sharegpt",
-    "cast_column",
-)
+_MESSAGES = ("dataset_text_field", "messages")
 ON_ALL = (
     "rows of `messages` and of `text` are trained on in full there unless assistant_only_loss is on, prompt and "
     "completion on the completion; strop trains on answers: data.loss all trains on everything"
@@ -67,232 +51,80 @@ def read(path: Path, peer: str) -> Draft:
         return _from_yaml(draft)
     script = Script(path)
     refused = [call for call in script.calls if call.name in NOT_HERE]
+    if refused and refused[0].name == "GRPOConfig":
+        raise InputError(f"{path}:{refused[0].line}: GRPOConfig: {NO_GRPO[0]}", fix=NO_GRPO[1])
     if refused:
         what = f"{path}:{refused[0].line}: {refused[0].name}: strop has no such objective"
         raise InputError(what, fix="it has sft, dpo, ipo, kto, orpo, simpo and reward")
     configs = [call for call in script.calls if call.name in CONFIGS]
     if not configs:
-        raise InputError(f"{path}: no {', '.join(CONFIGS)} is made in it", fix="give the script that trains")
+        raise InputError(
+            f"{path}: no {', '.join(CONFIGS)} is made in it",
+            fix="give the script that trains; where TrlParser or HfArgumentParser makes them, put the options of your "
+            "command into a YAML file, which `strop import trl` reads too",
+        )
     for call in configs[1:]:
         draft.lack(call.name, "a second one; the first was read", call.line)
-    _model(draft, script)
-    _adapter(draft, script)
+    keys_of_trainer, trainer_line = _trainer(draft, script)
+    read_model(draft, script, keys_of_trainer.pop("model", None), trainer_line)
+    read_adapter(draft, script)
     config = configs[0]
-    keys = _keys(draft, script, config)
-    keys_of_trainer = _trainer(draft, script)
+    keys = keys_of(draft, script, config)
     objective = CONFIGS[config.name]
     _arguments(draft, keys, objective, peer)
-    _rows(draft, script, keys_of_trainer)
+    read_rows(draft, script, keys_of_trainer)
     _masks(draft, script, keys, objective)
     keys.end(draft, OWN_WAY)
+    for call in script.calls:
+        node = call.keywords.get("resume_from_checkpoint")
+        if call.name == "train" and node is not None and script.value(node) not in (None, False):
+            draft.lack("resume_from_checkpoint", "a run of strop goes on with `strop resume RUN`", call.line)
+    for name, (value, line) in script.defaults.items():
+        draft.differ(name, f"{value}: the default of the script's own option; if you give another, set it here", line)
     return draft
 
 
-def _keys(draft: Draft, script: Script, call: Call, positional: tuple[str, ...] = ()) -> Keys:
-    """The literal arguments of a call; of the others it is told that they cannot be read."""
-    given = {**dict(zip(positional, call.arguments, strict=False)), **call.keywords}
-    values: dict[str, Any] = {}
-    for key, node in given.items():
-        value = script.value(node)
-        if value is UNREAD:
-            draft.lack(f"{call.name}.{key}", f"{_text(node)}: not a literal value, and nothing is run", node.lineno)
-        else:
-            values[key] = value
-    return Keys(values, {key: node.lineno for key, node in given.items()})
-
-
-def _text(node: ast.expr) -> str:
-    text = ast.unparse(node)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _model(draft: Draft, script: Script) -> None:
-    """from_pretrained of a model (not of a tokenizer), or the name that the trainer is given."""
-    loads = [
-        call for call in script.calls
-        if call.name == "from_pretrained" and ("Model" in call.owner) and "Peft" not in call.owner
-    ]  # fmt: skip
-    fast = draft.peer == "unsloth"
-    if loads:
-        call = loads[0]
-        nodes = {key: node for key, node in call.keywords.items() if key != "quantization_config"}
-        keys = _keys(draft, script, Call(call.name, call.owner, call.line, call.arguments, nodes, call.into),
-                     ("model_name" if fast else "pretrained_model_name_or_path",))  # fmt: skip
-        for key in ("model_name", "pretrained_model_name_or_path"):
-            if (name := keys.take(key)) is not None:
-                draft.put("model.name", str(name), key)
-        if (revision := keys.take("revision")) is not None:
-            draft.put("model.revision", str(revision), "revision")
-        _types(draft, keys.take("dtype") or keys.take("torch_dtype"))
-        keys.take("torch_dtype")
-        if (length := keys.take("max_seq_length")) is not None:
-            draft.put("data.max_length", int(length), "max_seq_length")
-        if fast:
-            four, eight = keys.take("load_in_4bit"), keys.take("load_in_8bit")
-            whole = keys.take("full_finetuning")
-            if whole:
-                raise InputError(f"{draft.file}:{call.line}: full_finetuning: strop trains LoRA adapters alone", fix="")
-            half = keys.take("load_in_16bit")
-            source = "load_in_4bit" if four is not None else "unsloth's default"
-            four = not (eight or half) if four is None else four
-            draft.put("model.quantization", "nf4" if four else "int8" if eight else "none", source)
-        keys.end(draft, MODEL_WAYS)
-    bits = [call for call in script.calls if call.name == "BitsAndBytesConfig"]
-    if bits:
-        _bits(draft, _keys(draft, script, bits[0]))
-    elif not fast:
-        draft.put("model.quantization", "none", "no BitsAndBytesConfig")
-
-
-def _types(draft: Draft, name: Any) -> None:
-    known = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
-    if name in known:
-        draft.put("model.dtype", known[str(name)], "dtype")
-    elif name not in (None, "auto"):
-        draft.lack("dtype", str(name))
-
-
-def _bits(draft: Draft, keys: Keys) -> None:
-    four, eight = keys.take("load_in_4bit"), keys.take("load_in_8bit")
-    kind = keys.take("bnb_4bit_quant_type", "fp4")
-    double = keys.take("bnb_4bit_use_double_quant", False)
-    if four:
-        draft.put("model.quantization", str(kind), "bnb_4bit_quant_type")
-        draft.put("model.double_quantization", bool(double), "bnb_4bit_use_double_quant")
-    elif eight:
-        draft.put("model.quantization", "int8", "load_in_8bit")
-        draft.differ("load_in_8bit", "rows are quantized by their largest value here; there outliers stay in 16 bit")
-    keys.end(draft, ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_threshold"))
-
-
-def _adapter(draft: Draft, script: Script) -> None:
-    fast = draft.peer == "unsloth"
-    made = [call for call in script.calls if call.name == ("get_peft_model" if fast else "LoraConfig")]
+def _trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], float]:
+    """The arguments of the trainer's call, and its line."""
+    own = {name: (base, line) for name, base, line in script.derived(TRAINERS)}
+    for name, (base, line) in own.items():
+        draft.lack(name, f"a class made from {base}: what its own code does is not here", line)
+    made = [call for call in script.calls if call.name in TRAINERS or call.name in own]
     if not made:
-        raise InputError(
-            f"{draft.file}: no {'FastLanguageModel.get_peft_model' if fast else 'LoraConfig'} is called in it: "
-            "strop trains LoRA adapters alone", fix="give a script that trains an adapter",
-        )  # fmt: skip
+        draft.lack(
+            "trainer", f"no {', '.join(TRAINERS)} is called: rows and model are taken from the rest of the script"
+        )
+        return {}, float("inf")
     call = made[0]
-    arguments = call.arguments[1:] if fast else call.arguments
-    keys = _keys(draft, script, Call(call.name, call.owner, call.line, arguments, call.keywords, call.into), ("r",))
-    rank = {"lora.r": 16 if fast else 8, "lora.alpha": 16 if fast else 8, "lora.dropout": 0.0}
-    modules = keys.peek("target_modules")
-    lora(draft, keys, rank="r", alpha="lora_alpha", dropout="lora_dropout", modules="target_modules", defaults=rank)
-    if modules is None and fast:
-        named = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        draft.put("lora.target_modules", named, "unsloth's default")
-    elif modules is None:
-        draft.differ(
-            "target_modules", "not given: peft then takes a few by family (q_proj and v_proj of Llama, Qwen and more); "
-            "strop takes all linear layers",
-        )  # fmt: skip
-    if (bias := keys.take("bias")) is not None:
-        draft.put("lora.bias", bias, "bias")
-    if saved := keys.take("modules_to_save"):
-        draft.put("lora.modules_to_save", saved, "modules_to_save")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if value := keys.take(key):
-            draft.put(f"lora.{key}", value, key)
-    start = keys.take("init_lora_weights")
-    if start in ("gaussian", "loftq"):
-        draft.put("lora.init", start, "init_lora_weights")
-    elif start not in (None, True):
-        draft.lack("init_lora_weights", shown(start))
-    if loftq := keys.take("loftq_config"):
-        draft.lack("loftq_config", f"{shown(loftq)}: lora.init loftq is near to it")
-    keys.take("task_type"), keys.take("inference_mode")
-    keys.end(draft, ("use_gradient_checkpointing", "random_state", "max_seq_length", "temporary_location"))
-
-
-def _trainer(draft: Draft, script: Script) -> dict[str, ast.expr]:
-    """The arguments of the trainer's call."""
-    made = [call for call in script.calls if call.name in TRAINERS]
-    if not made:
-        return {}
-    keywords = dict(made[0].keywords)
-    for key in ("model", "args", "peft_config", "tokenizer", "processing_class", "data_collator", "callbacks"):
-        node = keywords.pop(key, None)
-        name = script.value(node) if node is not None and key == "model" else UNREAD
-        if isinstance(name, str) and draft.get("model.name") is None:
-            draft.put("model.name", name, f"{made[0].name}.model")
-        if key in ("data_collator", "callbacks") and node is not None:
-            draft.lack(f"{made[0].name}.{key}", _text(node), node.lineno)
+    keywords = {**dict(zip(("model",), call.arguments, strict=False)), **call.keywords}
+    for node in call.unpacked:
+        draft.lack(f"{call.name}(**...)", f"{text_of(node)}: not a literal map, and nothing is run", node.lineno)
+    for key in ("args", "peft_config", "tokenizer", "processing_class"):
+        keywords.pop(key, None)
     for key, node in keywords.items():
-        if key in ("train_dataset", "eval_dataset", "dataset_num_proc"):
+        if key in ("model", "train_dataset", "eval_dataset", "dataset_num_proc"):
             continue
         value = script.value(node)
-        if key in ("max_seq_length", "max_length") and isinstance(value, int):
+        if key == "data_collator" and _answers_alone(script):
+            draft.skip(key, "loss on the answers alone, as here", node.lineno)
+        elif key == "formatting_func":
+            draft.lack(
+                key, f"{text_of(node)}: rows are written as text by code, which is not run: {WRITE_ROWS}", node.lineno
+            )
+        elif key in ("max_seq_length", "max_length") and isinstance(value, int):
             draft.put("data.max_length", value, key)
+        elif key == "dataset_text_field" and isinstance(value, str) and value not in ("text", "messages"):
+            draft.put("data.columns", {"text": value}, key)
         elif key == "packing" and value is True:
             packing(draft, key)
-        elif value is not None and (key, value) not in (("packing", False), ("dataset_text_field", "text")):
-            draft.lack(f"{made[0].name}.{key}", _text(node), node.lineno)
-    return keywords
+        elif value is not None and (key, value) not in (("packing", False), ("dataset_text_field", "text"), _MESSAGES):
+            draft.lack(f"{call.name}.{key}", text_of(node), node.lineno)
+    return keywords, call.line
 
 
-def _rows(draft: Draft, script: Script, keywords: dict[str, ast.expr]) -> None:
-    loads = [call for call in script.calls if call.name in ("load_dataset", "from_json", "from_csv", "from_parquet")]
-    held_out = script.root(keywords["eval_dataset"]) if "eval_dataset" in keywords else ""
-    share = [call for call in script.calls if call.name == "train_test_split"]
-    by_name = {call.into: call for call in loads if call.into}
-    for call in loads:
-        source = _source(draft, script, call)
-        if source and call.into == held_out and len(by_name) > 1:
-            draft.put("data.eval", source, f"load_dataset, line {call.line}")
-        elif source and draft.get("data.train") is None:
-            draft.put("data.train", source, f"load_dataset, line {call.line}")
-        elif source:
-            draft.lack("load_dataset", f"{shown(source)}: a further data set", call.line)
-    if held_out and share and draft.get("data.eval") is None:
-        size = script.value(share[0].keywords["test_size"]) if "test_size" in share[0].keywords else 0.25
-        if isinstance(size, float) and 0 < size < 1:
-            draft.put("data.eval", f"{100 * size:g}%", "train_test_split")
-            draft.differ("train_test_split", "which rows are held out is decided by their content here, not by a seed")
-        else:
-            draft.lack("train_test_split", "a number of rows; give data.eval a file or a share", share[0].line)
-    elif held_out and draft.get("data.eval") is None:
-        draft.lack(
-            "eval_dataset", f"{_text(keywords['eval_dataset'])}: give data.eval", keywords["eval_dataset"].lineno
-        )
-    for call in script.calls:
-        if call.name == "get_chat_template":
-            draft.differ(call.name, "a name of unsloth's own; strop takes the model's chat template (or data.template)")
-        if call.name in CHANGES and call.name != "train_test_split":
-            of = f"{call.owner}." if call.owner else ""
-            draft.lack(call.name, f"rows are changed by code, which is not run: {of}{call.name}(...)", call.line)
-
-
-def _source(draft: Draft, script: Script, call: Call) -> Any:
-    path = script.value(call.arguments[0]) if call.arguments else script.value(call.keywords.get("path", ast.Name("")))
-    files = script.value(call.keywords["data_files"]) if "data_files" in call.keywords else None
-    if call.name != "load_dataset":
-        return path if path is not UNREAD else None
-    if path is UNREAD or files is UNREAD:
-        draft.lack("load_dataset", "of a value that is not literal: give --data", call.line)
-        return None
-    split = script.value(call.keywords["split"]) if "split" in call.keywords else "train"
-    if (
-        split is UNREAD
-        or not (isinstance(split, str) and split.startswith(("train", "test", "valid")))
-        or "[" in str(split)
-    ):
-        draft.lack(
-            "load_dataset.split",
-            f"{shown(split) if split is not UNREAD else 'not literal'}: all rows are taken",
-            call.line,
-        )
-    elif split != "train" and files is None:
-        draft.differ("load_dataset.split", f"{split}: name the split's file within the data set: {path}/...")
-    if len(call.arguments) > 1 or "name" in call.keywords:
-        draft.lack("load_dataset.name", f"a part of the data set: give its path within it: {path}/...", call.line)
-    if files is None:
-        return path
-    if isinstance(files, dict):
-        files = files.get(str(split), next(iter(files.values())))
-    listed = [files] if isinstance(files, str) else list(files)
-    found = [str(file) if path in ("json", "csv", "parquet", "text") else f"{path}/{file}" for file in listed]
-    return found[0] if len(found) == 1 else found
+def _answers_alone(script: Script) -> bool:
+    names = ("DataCollatorForCompletionOnlyLM", "train_on_responses_only")
+    return any(call.name in names for call in script.calls)
 
 
 def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
@@ -331,23 +163,34 @@ def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
             draft.lack(key, f"{shown(value)}: not read by {objective}")
     if objective == "simpo" and (alpha := keys.take("cpo_alpha", 1.0)):
         draft.lack("cpo_alpha", f"{alpha}: train.sft_weight is near to it (a mean over tokens)")
+    if isinstance(made := keys.take("model_init_kwargs"), dict):
+        more = Keys(made)
+        types(draft, more.take("dtype") or more.take("torch_dtype"))
+        if (revision := more.take("revision")) is not None:
+            draft.put("model.revision", str(revision), "model_init_kwargs.revision")
+        more.end(draft, MODEL_WAYS)
     length = keys.take("max_length", keys.take("max_seq_length"))
     if length is not None:
         draft.put("data.max_length", int(length), "max_length")
     elif draft.get("data.max_length") is None:
         draft.put("data.max_length", 1024, "trl's default")
     draft.differ("max_length", CUTS_THE_END)
-    keys.take("truncation_mode"), keys.take("disable_dropout")
+    keys.take("truncation_mode")
+    if keys.take("disable_dropout", True):
+        no_dropout(draft, "lora_dropout")
     if keys.take("packing"):
         packing(draft, "packing")
-    if keys.peek("dataset_text_field") == "text":
-        keys.take("dataset_text_field")
+    column = keys.take("dataset_text_field", "text")
+    if column not in ("text", "messages"):
+        draft.put("data.columns", {"text": str(column)}, "dataset_text_field")
+    if str(keys.peek("chat_template_path", "")).endswith((".jinja", ".j2")):
+        draft.put("data.template", str(keys.take("chat_template_path")), "chat_template_path")
 
 
 def _masks(draft: Draft, script: Script, keys: Keys, objective: str) -> None:
     """Which tokens are trained on."""
     only, completion = keys.take("assistant_only_loss"), keys.take("completion_only_loss")
-    masked = [call for call in script.calls if call.name == "train_on_responses_only"]
+    masked = _answers_alone(script)
     if objective != "sft" or only or completion or masked:
         return
     if completion is False:
@@ -370,9 +213,11 @@ def _from_yaml(draft: Draft) -> Draft:
     ):
         if (value := keys.take(key)) is not None and value != "main":
             draft.put(name, str(value), key)
-    _types(draft, keys.take("dtype") or keys.take("torch_dtype"))
+    types(draft, keys.take("dtype") or keys.take("torch_dtype"))
     lora(draft, keys, rank="lora_r", alpha="lora_alpha", dropout="lora_dropout", modules="lora_target_modules",
          defaults={"lora.r": 16, "lora.alpha": 32, "lora.dropout": 0.05})  # fmt: skip
+    if draft.get("lora.target_modules") is None:
+        draft.differ("lora_target_modules", NO_TARGETS)
     if keys.take("load_in_4bit"):
         draft.put("model.quantization", keys.take("bnb_4bit_quant_type", "nf4"), "load_in_4bit")
         draft.put("model.double_quantization", bool(keys.take("use_bnb_nested_quant", False)), "use_bnb_nested_quant")

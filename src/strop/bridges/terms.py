@@ -33,13 +33,39 @@ OWN_WAY = (
     "remove_unused_columns", "report_to", "run_name", "save_only_model", "save_safetensors", "save_strategy", "tf32",
     "torch_empty_cache_steps", "use_cpu", "use_liger_kernel", "eval_packing", "packing_strategy",
     "activation_offloading", "precompute_ref_log_probs", "precompute_ref_batch_size", "metric_for_best_model",
-    "greater_is_better", "dataset_kwargs",
+    "greater_is_better", "dataset_kwargs", "accelerator_config", "activation_checkpointing_kwargs",
+    "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "dataloader_in_order",
+    "dataloader_multiprocessing_context", "dataloader_persistent_workers", "ddp_backend", "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "debug", "do_predict",
+    "enable_jit_checkpoint", "eval_delay", "eval_do_concat_batches", "eval_on_start", "eval_use_gather_object",
+    "full_determinism", "hub_always_push", "hub_private_repo", "hub_revision", "ignore_data_skip",
+    "include_for_metrics", "include_num_input_tokens_seen", "label_names", "length_column_name",
+    "liger_kernel_config", "local_rank", "log_level_replica", "log_on_each_node", "logging_nan_inf_filter",
+    "pad_token", "restore_callback_states_from_checkpoint", "save_on_each_node", "shuffle_dataset",
+    "skip_memory_metrics", "torch_compile", "torch_compile_backend", "torch_compile_mode", "trust_remote_code",
+    "use_cache",
 )  # fmt: skip
+ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}  # strop's, and every other tool's default
 CUTS_THE_END = (
     "longer rows are cut at their end there, so the answer loses its end and its stop token; strop refuses such rows: "
     "raise data.max_length, or choose data.overlong"
 )
 SCHEDULE_STARTS = "the first step has learning rate 0 there, and is one warmup step above 0 here"
+# what is wrong, and what to do
+NO_GRPO = (
+    "its rewards are code, which is not run",
+    "write the recipe yourself: train.objective grpo, train.rewards file.py:function",
+)
+# how several cards share the work
+CARDS = (
+    "deepspeed", "ds_config", "fsdp", "fsdp_config", "fsdp_version", "fsdp_transformer_layer_cls_to_wrap",
+    "dp_shard_size", "dp_replicate_size", "tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree",
+    "parallelism_config",
+)  # fmt: skip
+_CARDS_HERE = (
+    "how cards share the work there; here `strop train --devices N`, and a base that does not fit on one is shared out "
+    "(model.placement)"
+)
 
 
 def batch(draft: Draft, rows: Any, steps: Any, key: str) -> None:
@@ -81,6 +107,22 @@ def optimizer(draft: Draft, key: str, name: Any) -> None:
         draft.differ(key, "here with the learning rate as it is given, not scaled by the size of the weights")
 
 
+def adam(draft: Draft, keys: Keys) -> None:
+    """AdamW's own numbers, which strop does not let one set: told only where they differ."""
+    for key, ours in ADAM.items():
+        if (value := number(keys.take(key))) is not None and value != ours:
+            draft.lack(key, f"{value}: {ours:g} here", keys.line(key))
+
+
+def no_dropout(draft: Draft, said: str) -> None:
+    """What compares answers switches all dropout off in trl, and in all that is made of it (disable_dropout)."""
+    if draft.get("train.objective") is not None and (share := draft.get("lora.dropout")):
+        draft.put("lora.dropout", 0.0, "disable_dropout, on there")
+        draft.differ(
+            said, f"{share}: not used there, where an objective that compares answers switches all dropout off"
+        )
+
+
 def schedule(draft: Draft, key: str, name: Any) -> None:
     known = SCHEDULES.get(str(name).lower())
     if known is None:
@@ -112,11 +154,11 @@ def training_arguments(draft: Draft, keys: Keys, defaults: dict[str, Any], *, sa
 
     def value(key: str) -> tuple[Any, str]:
         given = keys.take(key)
-        return (given, key) if given is not None else (defaults.get(key), f"{said}'s default")
+        return (given, key) if given is not None else (defaults.get(key), keys.default(key, f"{said}'s default"))
 
     rows, at = value("per_device_train_batch_size")
     steps, _ = value("gradient_accumulation_steps")
-    batch(draft, rows, steps, at if at != f"{said}'s default" else "per_device_train_batch_size")
+    batch(draft, rows, steps, "per_device_train_batch_size" if at == f"{said}'s default" else at)
     for key, name in (
         ("learning_rate", "train.learning_rate"),
         ("num_train_epochs", "train.epochs"),
@@ -128,23 +170,26 @@ def training_arguments(draft: Draft, keys: Keys, defaults: dict[str, Any], *, sa
         if found is not None:
             draft.put(name, number(found), source)
     name, _ = value("lr_scheduler_type")
-    warmup(draft, keys)
+    warmup(draft, keys, constant=name == "constant")
     schedule(draft, "lr_scheduler_type", name)
     found, _ = value("optim")
     optimizer(draft, "optim", found)
+    adam(draft, keys)
     dtype(draft, keys)
-    checkpointing(draft, "gradient_checkpointing", keys.take("gradient_checkpointing"))
+    for key in ("gradient_checkpointing", "activation_checkpointing"):  # its name since transformers 5.24
+        checkpointing(draft, key, keys.take(key))
     steps_and_places(draft, keys)
 
 
-def warmup(draft: Draft, keys: Keys) -> None:
+def warmup(draft: Draft, keys: Keys, *, constant: bool) -> None:
+    """constant: the schedule of that name, which has no warmup in transformers."""
     steps, ratio = keys.take("warmup_steps"), keys.take("warmup_ratio")
-    if steps:
-        draft.put("train.warmup", number(steps), "warmup_steps")
-    else:
-        draft.put("train.warmup", number(ratio or 0), "warmup_ratio" if ratio else "no warmup there")
-    if steps or ratio:
-        draft.differ("warmup_steps" if steps else "warmup_ratio", SCHEDULE_STARTS)
+    value, key = (steps, "warmup_steps") if steps else (ratio, "warmup_ratio")
+    draft.put("train.warmup", number(value or 0), key if value else "no warmup there")
+    if value and constant:
+        draft.skip(key, f"{value}: lr_scheduler_type constant has no warmup there either")
+    elif value:
+        draft.differ(key, SCHEDULE_STARTS)
 
 
 def steps_and_places(draft: Draft, keys: Keys) -> None:
@@ -152,19 +197,25 @@ def steps_and_places(draft: Draft, keys: Keys) -> None:
     if (most := keys.take("max_steps")) is not None and int(most) > 0:
         draft.put("train.max_steps", int(most), "max_steps")
     for key, name in (("logging_steps", "log_steps"), ("eval_steps", "eval_steps"), ("save_steps", "save_steps")):
-        number_ = keys.take(key)
+        number_, at = number(keys.take(key)), keys.line(key)
         if number_ is None:
             continue
         if isinstance(number_, int) and number_ >= 1:
             draft.put(f"train.{name}", number_, key)
         elif number_:
-            draft.lack(key, f"{number_}: strop counts whole steps")
+            draft.lack(key, f"{number_}: a share of all steps there; give train.{name}, a number of steps", at)
+    for key in CARDS:
+        at = keys.line(key)
+        if keys.take(key):
+            draft.lack(key, _CARDS_HERE, at)
     if (most := keys.take("save_total_limit")) is not None:
         draft.put("train.keep_checkpoints", max(1, int(most)), "save_total_limit")
     if (out := keys.take("output_dir")) is not None:
         draft.put("out", str(out), "output_dir")
-    if keys.take("push_to_hub"):
-        draft.lack("push_to_hub", "a command of its own, after training: `strop push RUN OWNER/NAME`")
+    for key in ("push_to_hub", "hub_model_id", "hub_strategy"):
+        at = keys.line(key)
+        if value := keys.take(key):
+            draft.lack(key, f"{value}: a command of its own, after training: `strop push RUN OWNER/NAME`", at)
     if resume := keys.take("resume_from_checkpoint"):
         draft.lack("resume_from_checkpoint", f"{resume}: a run of strop goes on with `strop resume RUN`")
     trackers = keys.take("report_to")
@@ -185,7 +236,8 @@ def lora(
     """Rank, alpha, dropout and targets under a tool's names."""
     for key, name in ((rank, "lora.r"), (alpha, "lora.alpha"), (dropout, "lora.dropout")):
         given = keys.take(key)
-        value, source = (given, key) if given is not None else (defaults.get(name), f"default of {key} there")
+        value, source = (given, key) if given is not None else (defaults.get(name), None)
+        source = source or keys.default(key, f"default of {key} there")
         if value is not None:
             draft.put(name, number(value), source)
     given = keys.take(modules)
@@ -202,6 +254,8 @@ def lora(
 
 def must_be(kind: str, value: Any, known: dict[str, str]) -> str:
     """The objective of a method's name. Raises InputError where strop has none."""
+    if value == "grpo":
+        raise InputError(f"{kind}: grpo: {NO_GRPO[0]}", fix=NO_GRPO[1])
     if value not in known:
         raise InputError(
             f"{kind}: {value}: strop has no such objective{nearest(str(value), known)}",

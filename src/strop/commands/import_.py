@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def import_(
     peer: Annotated[str, typer.Argument(metavar="PEER", help="axolotl, llamafactory, trl, unsloth or torchtune.")],
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Its YAML config; of trl and unsloth the script, which is never run.")
+        Path,
+        typer.Argument(metavar="FILE", help="Its YAML config; of trl and unsloth the script or notebook, never run."),
     ],
     out: Annotated[Path | None, typer.Option(help="Write the recipe here; default: print it.")] = None,
     as_json: Json = False,
@@ -41,6 +42,8 @@ def import_(
 
 def _print(made: Imported, out: Path | None) -> None:
     """What came along and what did not (a printed recipe says it itself), and the command that goes on from here."""
+    from strop.bridges.draft import MISSING
+
     console.print(f"[bold]taken[/]    {len(made.draft.fields)} fields")
     for title, color, notes in (
         ("differs", "yellow", made.draft.differs),
@@ -51,5 +54,6 @@ def _print(made: Imported, out: Path | None) -> None:
             at = f"{note.key}, line {note.line}" if note.line else note.key
             console.print(f"{title:8} ", style=color, end="")
             console.print(f"{at}{': ' * bool(note.text)}{note.text}", markup=False)
-    data = " --data YOURS.jsonl" * bool(made.missing)
-    console.print(f"next     {as_typed()} train {out or 'RECIPE.yaml'}{data} --print-recipe", markup=False)
+    given = {"model.name": "--model", "data.train": "--data"}
+    more = "".join(f" {given[name]} {MISSING[name]}" for name in made.missing)
+    console.print(f"next     {as_typed()} train {out or 'RECIPE.yaml'}{more} --print-recipe", markup=False)

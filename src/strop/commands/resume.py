@@ -35,8 +35,7 @@ def resume(
         start(number, sys.argv[1:])
         return
     with joined() as group:
-        if group.main and folder.finished:
-            console.print(f"{run} is finished; nothing to resume")
+        finished = folder.finished
         changed = allow_changed or ()
         with watching(speaker(group.main)) as watch:
             from strop.training.run import resume as go_on
@@ -45,4 +44,6 @@ def resume(
                 run, [watch], options=options, allow_changed=changed, memory=limit_bytes(memory), devices=group
             ).report
     if group.main:
+        if finished:
+            console.print(f"{run} is finished; nothing to resume")
         print_end(report, as_json)

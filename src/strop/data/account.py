@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from strop.config.schema import DataSection
+from strop.data.conversation import Example
 from strop.data.formats import PAIRED
 from strop.data.reading.sources import RowFault
 from strop.data.rendering.faults import FIXES
@@ -47,7 +48,9 @@ def account(data: DataSection, renderer: Renderer, looked: Pass) -> DataReport:
     if shared:
         counts = {"read": len(rows), "used": len(rows), "truncated": 0, "split": 0, "dropped": 0}
     assert counts["read"] == sum(counts.values()) - counts["read"], f"rows without an outcome: {counts}"
-    kept = len(store.row_records)
+    kept, stops = len(store.row_records), facts["stops"]
+    if shared:  # a part of the rows
+        kept, stops = len(rows), _stops(looked, renderer)
     digests = store.row_records["digest"][rows]
     within = len(digests) - len(np.unique(digests))
     warnings = [] if shared else [*renderer.warnings, *_warnings(facts)]
@@ -67,7 +70,7 @@ def account(data: DataSection, renderer: Renderer, looked: Pass) -> DataReport:
         ],
         cut=[] if shared else [dict(zip(("how", "file", "line", "what"), one, strict=True)) for one in facts["cut"]],
         tokens=Tokens.of(examples.lengths, examples.supervised),
-        stop_token={"rows": facts["stops"], "share": facts["stops"] / kept if kept else 0.0},
+        stop_token={"rows": stops, "share": stops / kept if kept else 0.0},
         duplicates={"within": within, "across": 0},
         padding=padding(examples.lengths, data.max_length),
         formats=facts["formats"],
@@ -75,6 +78,25 @@ def account(data: DataSection, renderer: Renderer, looked: Pass) -> DataReport:
         template=renderer.told(thinking=facts["thinking"], rows=facts["chats"]) if facts["chats"] else [],
         refusal=refusal,
         answers=compared,
+    )
+
+
+def ends_with_stop(example: Example, renderer: Renderer) -> bool:
+    """Is the last supervised token one that ends generation?"""
+    last = int(example.ids[example.weights.nonzero()[0][-1]])
+    return last in renderer.stop_ids or last == renderer.tokenizer.eos_token_id
+
+
+def _stops(looked: Pass, renderer: Renderer) -> int:
+    """How many of the rows end with a supervised stop token; of a pair both answers."""
+    if looked.learning == "prompts":
+        return 0
+    of = looked.store.example_records["row"]
+    begins, ends = np.searchsorted(of, looked.rows, "left"), np.searchsorted(of, looked.rows, "right")
+    firsts = begins if looked.learning == "pairs" else ends - 1
+    return sum(
+        all(ends_with_stop(looked.store.example(i), renderer) for i in range(first, end))
+        for first, end in zip(firsts.tolist(), ends.tolist(), strict=True)
     )
 
 

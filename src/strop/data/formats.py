@@ -38,7 +38,7 @@ REASONS: dict[str, str] = {
     "no-prompt": "a preference pair of two strings without a prompt",
     "same-answers": "chosen and rejected are the same",
     "prompts-differ": "chosen and rejected do not answer the same prompt",
-    "no-question": "a prompt without an answer whose last turn is not the user's",
+    "no-question": "a prompt (or `messages` beside a pair) whose last turn is not the user's",
     "bad-ranking": "a ranking without a score for each answer, or without two answers that differ in it",
     "bad-label": "a label that is neither good nor bad",
     "media": "images, audio or video, which are not trained on",
@@ -82,7 +82,10 @@ FORMATS: dict[str, Format] = {
                 ("messages", "rejected_messages"),
                 ("messages", "rejected_response"),
             ),
-            ("prompt", "question", "instruction", "input", "conversations", "history", "system", "tools"),
+            (
+                *("prompt", "question", "instruction", "input", "messages", "conversation", "conversations"),
+                *("history", "system", "tools"),
+            ),
             preferences.preference,
             "pairs of a better and a worse answer, as strings, messages, or whole conversations with a common "
             "beginning: [preferences.md](preferences.md)",

@@ -18,7 +18,8 @@ RANKED: tuple[Keys, ...] = tuple(
     (asked, said, "scores") for asked in ("prompt", "question") for said in ("answers", "responses", "completions")
 )
 LABELS = ("label", "kto_tag", "thumbs")
-_PROMPTS = ("conversations", "prompt", "question", "instruction")
+_EARLIER = ("messages", "conversation")  # a prompt only where the answers do not hold it themselves
+_PROMPTS = ("conversations", "prompt", "question", "instruction", *_EARLIER)
 _JUDGED: dict[Keys, Any] = {
     ("messages",): shapes.messages,
     ("conversations",): shapes.messages,
@@ -88,11 +89,23 @@ def _judgement(label: Any, *, numbers: bool) -> bool | None:
 
 def _asked(value: Value, answer: Any) -> list[Message]:
     key = next((key for key in _PROMPTS if value.get(key) is not None), "")
+    if key in _EARLIER and _begins_itself(answer):
+        key = ""
     if not key and isinstance(answer, str):
         raise BadRow("no-prompt", "chosen is a string and there is no prompt")
     if key == "instruction":
         return [*shapes.earlier(value), Message("user", task_of(value))]
-    return turns_of(value, key, "user") if key else []
+    turns = turns_of(value, key, "user") if key else []
+    if key in _EARLIER and turns and turns[-1].role == "assistant":
+        raise BadRow("no-question", f"{key} ends with an answer, so what chosen and rejected answer is not clear")
+    return turns
+
+
+def _begins_itself(answer: Any) -> bool:
+    """Whether an answer is a whole conversation: beside it `messages` often repeats one side, answer included."""
+    first = answer[0] if isinstance(answer, list) and answer else answer
+    role = first.get("role", first.get("from")) if isinstance(first, dict) else "assistant"
+    return role in ("system", "user", "human")
 
 
 def _whole(asked: list[Message], side: list[Message]) -> list[Message]:

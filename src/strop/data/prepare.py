@@ -24,7 +24,7 @@ import numpy as np
 
 from strop.config.schema import DataSection
 from strop.data import formats
-from strop.data.account import TOO_LONG, Pass, account
+from strop.data.account import TOO_LONG, Pass, account, ends_with_stop
 from strop.data.conversation import Conversation, Example
 from strop.data.reading import sources
 from strop.data.reading.sources import RowFault
@@ -277,7 +277,7 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
         chats += conversation.text is None
         thinking += conversation.text is None and renderer.chat.thinks(conversation.messages)
         ends = examples if learning == "pairs" else examples[-1:]
-        stops += learning != "prompts" and all(_stops(example, renderer) for example in ends)
+        stops += learning != "prompts" and all(ends_with_stop(example, renderer) for example in ends)
     if row:
         outcomes[OUTCOMES[worst]] += 1
     faults = [*reader.unreadable, *reader.bad, *faults]
@@ -351,12 +351,6 @@ def opposed(
 
 def _fault(conversation: Conversation, code: str, what: str) -> RowFault:
     return RowFault(code, Where(conversation.file, conversation.line, what))
-
-
-def _stops(example: Example, renderer: Renderer) -> bool:
-    """Is the last supervised token one that ends generation?"""
-    last = int(example.ids[example.weights.nonzero()[0][-1]])
-    return last in renderer.stop_ids or last == renderer.tokenizer.eos_token_id
 
 
 def _notes(

@@ -178,6 +178,7 @@ def _settings(recipe: Recipe, source: Source, start: Path | None, data: Prepared
         "by_length": train.length_normalized,
         "quantization": four if kind in ("nf4", "fp4") else "",
         "unpack": source.kind == "gguf" and hasattr(transformers, "GgufConfig"),
+        "gguf": source.kind == "gguf",
         "base": where,
         "start": repr(str(start.resolve())) if start else "",
         "lora": lora,

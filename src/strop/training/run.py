@@ -126,6 +126,9 @@ def resume(
     folder = devices.once(lambda: open_run(path))
     with _claimed(folder, devices), disk_faults(folder.path):
         if devices.once(lambda: folder.finished):
+            if options and resolve(folder.recipe, options).recipe != read_resolved(folder.recipe).recipe:
+                what = f"{path} is finished: no option changes it any more"
+                raise InputError(what, fix=f"train further in a new run that starts from it: --model.adapter {path}")
             report = json.loads(folder.report.read_text(encoding="utf-8"))
             if devices.main and not folder.page.is_file():  # it was killed just before its last line
                 write_report(folder.path, report, read_events(folder.events))

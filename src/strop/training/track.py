@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,10 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raises RecipeError for a tracker whose package is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise RecipeError(f"--track {name}: the package {name} is not installed", fix=f"pip install {name}")
+            raise RecipeError(
+                f"--track {name}: the package {name} is not installed",
+                fix=f"pip install {name}, or take it out of `track`",
+            )
 
 
 @contextmanager
@@ -35,7 +39,8 @@ def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iter
 
     accelerator = Accelerator(log_with=list(names), project_dir=str(folder), cpu=config["model.device"] == "cpu")
     plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
-    accelerator.init_trackers(folder.resolve().name, config=plain)
+    project, more = _named(names, folder.resolve().name)
+    accelerator.init_trackers(project, config=plain, init_kwargs=more)
 
     def send(event: Event) -> None:
         kind = event["event"]
@@ -47,3 +52,10 @@ def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iter
         yield (send,)
     finally:
         accelerator.end_training()
+
+
+def _named(names: Sequence[str], run: str) -> tuple[str, dict[str, Any]]:
+    """The project's name, and more for each tracker. accelerate gives wandb the project outright, and then wandb does
+    not look at WANDB_PROJECT; where that is set, the folder's name is the run's."""
+    project = os.environ.get("WANDB_PROJECT") if "wandb" in names else None
+    return (project, {"wandb": {"name": os.environ.get("WANDB_NAME", run)}}) if project else (run, {})

@@ -1,0 +1,285 @@
+"""Keys that users of another tool write most often, one by one: what each becomes, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from strop.bridges.draft import Draft
+from strop.bridges.peers import import_config
+from strop.errors import InputError
+
+AXOLOTL = "base_model: demo\nadapter: lora\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\n"
+ROWS = "datasets: [{path: a.jsonl, type: chat_template}]\n"
+TRL = """
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import {config}, {trainer}
+{before}
+args = {config}(output_dir="out", {arguments})
+{after}
+trainer = {trainer}(model={model}, args=args, train_dataset=load_dataset("json", data_files="a.jsonl", split="train"),
+                    peft_config=LoraConfig(r=4, lora_dropout=0.05))
+trainer.train()
+"""
+
+
+def axolotl(folder: Path, more: str, rows: str = ROWS) -> Draft:
+    file = folder / "config.yml"
+    file.write_text(AXOLOTL + rows + more, encoding="utf-8")
+    made = import_config("axolotl", file)
+    assert "Left out" in made.as_yaml() or not made.draft.own_way
+    return made.draft
+
+
+def trl(
+    folder: Path, arguments: str = "", kind: str = "SFT", before: str = "", after: str = "", model: str = '"demo"'
+) -> Draft:
+    file = folder / "train.py"
+    words = {"config": f"{kind}Config", "trainer": f"{kind}Trainer", "model": model}
+    file.write_text(TRL.format(**words, arguments=arguments, before=before, after=after), encoding="utf-8")
+    return import_config("trl", file).draft
+
+
+def said(notes: Any) -> dict[str, str]:
+    return {note.key: note.text for note in notes}
+
+
+# --- axolotl -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "warmup"),
+    [
+        ("warmup_steps: 0", 0),
+        ("warmup_ratio: 0.0", 0.0),
+        ("warmup_steps: 7", 7),
+        ("warmup_ratio: 0.1", 0.1),
+        ("", 0.03),
+        ("lr_scheduler: constant\nwarmup_steps: 7", 0),
+        ("lr_scheduler: constant_with_warmup\nwarmup_steps: 7", 7),
+    ],
+)
+def test_warmup_is_what_axolotl_makes_of_it(given: str, warmup: float, tmp_path: Path) -> None:
+    draft = axolotl(tmp_path, given)
+    assert draft.get("train.warmup") == warmup
+    assert ("warmup" in said(draft.differs)) == (warmup > 0)  # only a schedule that warms up starts elsewhere
+    if "constant\n" in given:
+        assert "no warmup there either" in said(draft.own_way)["warmup_steps"]
+
+
+def test_a_named_template_of_axolotl_is_taken_where_strop_has_it(tmp_path: Path) -> None:
+    draft = axolotl(tmp_path, "chat_template: chatml\n")
+    assert draft.get("data.template") == "chatml" and "chat_template" not in said(draft.differs)
+    draft = axolotl(tmp_path, "chat_template: tokenizer_default\n")
+    assert draft.get("data.template") is None and "chat_template" not in said(draft.differs)
+    draft = axolotl(tmp_path, "chat_template: llama3\n")
+    assert draft.get("data.template") is None and "llama3.jinja" in said(draft.differs)["chat_template"]
+
+
+def test_columns_that_strop_finds_by_itself_need_no_words(tmp_path: Path) -> None:
+    rows = """datasets:
+  - {path: a.jsonl, type: chat_template}
+  - path: b.jsonl
+    type: chat_template
+    field_messages: conversations
+    message_property_mappings: {role: from, content: value}
+  - {path: c.jsonl, type: alpaca}
+"""
+    draft = axolotl(tmp_path, "", rows)
+    assert draft.get("data.columns") is None and "datasets" not in said(draft.lacks)
+    named = "datasets: [{path: a.jsonl, type: chat_template, field_messages: talk}]\n"
+    assert axolotl(tmp_path, "", named).get("data.columns") == {"messages": "talk"}
+    draft = axolotl(
+        tmp_path, "", "datasets: [{path: a.jsonl, type: chat_template, field_messages: talk}, {path: b.jsonl}]\n"
+    )
+    assert draft.get("data.columns") is None and "talk" in said(draft.lacks)["datasets"]
+    draft = axolotl(tmp_path, "rl: dpo\n", named)
+    assert draft.get("data.columns") == {"conversations": "talk", "chosen": "chosen", "rejected": "rejected"}
+
+
+def test_text_among_conversations_does_not_make_all_of_it_text(tmp_path: Path) -> None:
+    draft = axolotl(
+        tmp_path, "", "datasets: [{path: a.jsonl, type: completion}, {path: b.jsonl, type: chat_template}]\n"
+    )
+    assert draft.get("data.format") is None and draft.get("data.loss") is None
+    draft = axolotl(tmp_path, "", "datasets: [{path: a.jsonl, type: completion}]\n")
+    assert draft.get("data.format") == "text" and draft.get("data.loss") == "all"
+
+
+def test_keys_around_the_training_are_told_in_words_that_help(tmp_path: Path) -> None:
+    draft = axolotl(
+        tmp_path,
+        "wandb_project: mine\nwandb_entity: us\nuse_tensorboard: true\ndeepspeed: zero2.json\nadam_beta1: 0.9\n"
+        "adam_beta2: 0.95\nplugins: [axolotl.integrations.liger.LigerPlugin, mine.Plugin]\nliger_rope: true\n"
+        "evals_per_epoch: 4\nsave_steps: 0.25\nshuffle_merged_datasets: false\nbf16: auto\nhub_model_id: me/it\n",
+    )
+    assert draft.get("track") == ["wandb", "tensorboard"]
+    lacks = said(draft.lacks)
+    assert "WANDB_PROJECT=mine" in lacks["wandb_project"] and "WANDB_ENTITY=us" in lacks["wandb_entity"]
+    assert "--devices" in lacks["deepspeed"] and lacks["adam_beta2"] == "0.95: 0.999 here" and "adam_beta1" not in lacks
+    assert "mine.Plugin" in lacks["plugins"] and "liger_rope" not in lacks
+    assert "train.eval_steps" in lacks["evals_per_epoch"] and "train.save_steps" in lacks["save_steps"]
+    assert "shuffles" in lacks["shuffle_merged_datasets"] and "strop push" in lacks["hub_model_id"]
+    assert {"bf16", "plugins", "liger_rope"} <= set(said(draft.own_way))
+
+
+def test_dropout_is_off_where_answers_are_compared(tmp_path: Path) -> None:
+    """trl switches it off (disable_dropout), and axolotl trains through trl."""
+    draft = axolotl(tmp_path, "lora_dropout: 0.05\nrl: dpo\n")
+    assert draft.get("lora.dropout") == 0.0 and "0.05" in said(draft.differs)["lora_dropout"]
+    assert axolotl(tmp_path, "lora_dropout: 0.05\n").get("lora.dropout") == 0.05
+    assert trl(tmp_path, kind="DPO").get("lora.dropout") == 0.0
+    assert trl(tmp_path, "disable_dropout=False", kind="DPO").get("lora.dropout") == 0.05
+    assert trl(tmp_path).get("lora.dropout") == 0.05
+    file = tmp_path / "factory.yaml"
+    for stage, share in (("dpo", 0.0), ("sft", 0.1)):
+        file.write_text(f"model_name_or_path: demo\nstage: {stage}\nlora_dropout: 0.1\n", encoding="utf-8")
+        assert import_config("llamafactory", file).draft.get("lora.dropout") == share
+
+
+def test_grpo_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="rewards are code") as raised:
+        axolotl(tmp_path, "rl: grpo\n")
+    assert "train.rewards" in raised.value.fix
+    with pytest.raises(InputError, match="rewards are code"):
+        trl(tmp_path, kind="GRPO")
+
+
+# --- scripts -----------------------------------------------------------------------------------------------------
+
+
+def test_values_that_variables_hold(tmp_path: Path) -> None:
+    before = """
+NAME, STEPS = "tiny", 2
+RATE = 2e-4 / 2
+COMMON = dict(logging_steps=5, warmup_ratio=1 / 10)
+def settings():
+    epochs = 2
+"""
+    arguments = "learning_rate=RATE, num_train_epochs=epochs, run_name=f'{NAME}-x', max_steps=STEPS * 10, **COMMON"
+    draft = trl(tmp_path, arguments, before=before, after="args.seed = 7")
+    got = {
+        field: draft.get(f"train.{field}") for field in ("learning_rate", "epochs", "max_steps", "log_steps", "warmup")
+    }
+    assert got == {"learning_rate": 1e-4, "epochs": 2, "max_steps": 20, "log_steps": 5, "warmup": 0.1}
+    assert draft.get("seed") == 7 and not draft.lacks
+
+
+def test_what_cannot_be_read_is_named_by_its_line(tmp_path: Path) -> None:
+    before = "import sys\nmore = read()\nlr = 1\nfor lr in (1, 2): pass"
+    after = "args.weight_decay = f()\nargs.seed += 1"
+    draft = trl(tmp_path, "learning_rate=lr, **more", before=before, after=after, model="sys.argv[1]")
+    lines = {note.key: note.line for note in draft.lacks}
+    unread = {"SFTConfig.learning_rate": 9, "SFTConfig(**...)": 9, "SFTConfig.weight_decay": 10, "SFTConfig.seed": 11}
+    assert lines == {"model": 12, **unread}
+    assert draft.fields["train.learning_rate"] == (2e-5, "trl's default: line 9 cannot be read, set it here")
+    recipe = import_config("trl", tmp_path / "train.py")
+    assert recipe.missing == ["model.name"] and "# name: give the model here, or with --model" in recipe.as_yaml()
+
+
+def test_defaults_of_the_scripts_own_options_are_taken_and_said(tmp_path: Path) -> None:
+    before = """
+import argparse
+parser = argparse.ArgumentParser()
+parser.add_argument("--base-model", default="demo")
+parser.add_argument("-e", "--epochs", type=int, default=2)
+parser.add_argument("--lr", type=float)
+cli = parser.parse_args()
+"""
+    draft = trl(tmp_path, "num_train_epochs=cli.epochs, learning_rate=cli.lr", before=before, model="cli.base_model")
+    assert (draft.get("model.name"), draft.get("train.epochs")) == ("demo", 2)
+    assert {"base_model", "epochs"} <= set(said(draft.differs))
+    assert [(note.key, note.line) for note in draft.lacks] == [("SFTConfig.learning_rate", 13)]
+
+
+def test_what_a_script_does_to_what_it_has_made(tmp_path: Path) -> None:
+    before = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+class Mine(SFTTrainer):
+    pass
+tokenizer = AutoTokenizer.from_pretrained("demo")
+tokenizer.pad_token = tokenizer.eos_token
+tokenizer.chat_template = open("t.jinja").read()
+tokenizer.add_tokens(["<a>"])
+model = AutoModelForCausalLM.from_pretrained("demo", load_in_4bit=True)
+model = PeftModel.from_pretrained(model, "old", is_trainable=True)
+"""
+    draft = trl(tmp_path, before=before, after="trainer.train(resume_from_checkpoint=True)", model="model")
+    assert draft.get("model.adapter") == "old" and draft.get("model.quantization") == "fp4"  # as bitsandbytes has it
+    assert set(said(draft.lacks)) == {"Mine", "tokenizer.chat_template", "add_tokens", "resume_from_checkpoint"}
+    assert "tokenizer.pad_token" in said(draft.own_way)
+
+
+def test_a_notebook(tmp_path: Path) -> None:
+    code = [
+        ["%%capture\n", "!pip install trl\n", "if True:\n", "    !nvidia-smi"],
+        ["from trl import SFTConfig, SFTTrainer\n", "rate = 3e-4\n"],
+        ["SFTTrainer('demo', args=SFTConfig(learning_rate=rate, num_train_epochs=f()), peft_config=LoraConfig(),\n",
+         "           train_dataset=load_dataset('a.jsonl'))"],
+    ]  # fmt: skip
+    cells = [{"cell_type": "markdown", "source": ["# it\n"]}, *({"cell_type": "code", "source": cell} for cell in code)]
+    file = tmp_path / "n.ipynb"
+    file.write_text(json.dumps({"cells": cells, "nbformat": 4}), encoding="utf-8")
+    draft = import_config("trl", file).draft
+    assert draft.get("train.learning_rate") == 3e-4 and draft.get("data.train") == "a.jsonl"
+    assert [(note.key, note.line) for note in draft.lacks] == [("SFTConfig.num_train_epochs", 8)]
+    for text in ("[]", "{"):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match="not a notebook"):
+            import_config("trl", file)
+
+
+def test_files_of_two_splits(tmp_path: Path) -> None:
+    file = tmp_path / "s.py"
+    file.write_text(
+        "data = load_dataset('json', data_files={'train': 'a.jsonl', 'test': 'b.jsonl'})\n"
+        "SFTTrainer('demo', args=SFTConfig(), train_dataset=data['train'], eval_dataset=data['test'],\n"
+        "           peft_config=LoraConfig())\n",
+        encoding="utf-8",
+    )
+    draft = import_config("trl", file).draft
+    assert (draft.get("model.name"), draft.get("data.train"), draft.get("data.eval")) == ("demo", "a.jsonl", "b.jsonl")
+
+
+def test_loss_on_answers_alone_by_a_collator_is_what_strop_does(tmp_path: Path) -> None:
+    file = tmp_path / "s.py"
+    file.write_text(
+        "SFTTrainer('demo', args=SFTConfig(), peft_config=LoraConfig(), train_dataset=load_dataset('a.jsonl'),\n"
+        "           data_collator=DataCollatorForCompletionOnlyLM('### Answer:', tokenizer=tokenizer))\n",
+        encoding="utf-8",
+    )
+    draft = import_config("trl", file).draft
+    assert not draft.lacks and "assistant_only_loss" not in said(draft.differs)
+
+
+def test_targets_that_a_yaml_of_trl_does_not_name(tmp_path: Path) -> None:
+    file = tmp_path / "sft.yaml"
+    file.write_text("model_name_or_path: demo\nuse_peft: true\n", encoding="utf-8")
+    assert "all linear layers" in said(import_config("trl", file).draft.differs)["lora_target_modules"]
+    file.write_text("model_name_or_path: demo\nuse_peft: true\nlora_target_modules: all-linear\n", encoding="utf-8")
+    assert "lora_target_modules" not in said(import_config("trl", file).draft.differs)
+
+
+def test_how_the_trainer_is_to_load_the_model(tmp_path: Path) -> None:
+    draft = trl(tmp_path, "model_init_kwargs={'dtype': 'float32', 'attn_implementation': 'sdpa', 'odd': 1}")
+    assert draft.get("model.dtype") == "fp32" and set(said(draft.lacks)) == {"odd"}
+    assert trl(tmp_path, "warmup_steps=0.4").get("train.warmup") == 0.4  # a share, as transformers 5.24 has it
+
+
+def test_a_column_of_text_and_a_template_file(tmp_path: Path) -> None:
+    draft = trl(tmp_path, "dataset_text_field='quote', chat_template_path='t.jinja', activation_checkpointing=True")
+    assert draft.get("data.columns") == {"text": "quote"} and draft.get("data.template") == "t.jinja"
+    assert draft.get("train.gradient_checkpointing") == "on" and not draft.lacks
+    assert trl(tmp_path, "dataset_text_field='text'").get("data.columns") is None
+
+
+def test_a_script_whose_config_comes_from_the_command_line_says_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "s.py"
+    file.write_text("args, = TrlParser(SFTConfig).parse_args_and_config()\n", encoding="utf-8")
+    with pytest.raises(InputError, match="is made in it") as raised:
+        import_config("trl", file)
+    assert "YAML" in raised.value.fix
