@@ -1,28 +1,26 @@
-"""What `strop train` needed against what was predicted: peak resident memory, and tokens a second with --time.
+"""Peak memory of runs as users run them: predicted before the first step, and measured.
 
-    python benchmarks/plan_memory.py FOLDER [--only TEXT] [--time] [--out docs/plan_runs.json] [--page docs/plan.md]
+    python benchmarks/plan_memory.py FOLDER [--snips train.jsonl] [--only TEXT] [--narrow] [--out FILE]
 
-FOLDER gets the random models (3 GB). Each case is a run of its own in a process of its own: two steps on rows of one
-length, three with --time. Memory does not depend on speed; measure time on a quiet machine, after `strop doctor`. The
-results are kept in --out, and the tables of --page are written anew from all of them.
-
-Memory is measured with an allocator that gives back what is freed (glibc keeps blocks below 32 MiB otherwise, in pieces
-that may fit nothing; the runs of --time are as runs have it). That costs 6 % of the speed, which is why runs do not.
+Each run is a fresh process with the allocator as it is, one thread, and goes on for 6 steps of 8 rows (or as told by
+its name) whose lengths differ. FOLDER gets the random models (3 GB). --narrow: as on a CPU without AVX512, whose
+instructions are hidden from PyTorch, numba and strop; its runs are kept beside the others. Constants of
+`strop.planning.memory` were fitted on the runs that are marked so, and on no other. `python -m
+tests.planning.test_memory` puts the table into docs/plan.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from measured import child, write
 
 WORDS = [" the", " of", " and", " to", " in", " is", " was", " for", " on", " as", " with", " by", " at", " from"]
 LLAMA = {"model_type": "llama", "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 16384}
@@ -54,59 +52,73 @@ RESIDENT = {"model.quantization": "nf4", "model.resident_layers": 1000}
 INT8 = {"model.quantization": "int8", "model.resident_layers": 0}
 AGAIN = {"train.gradient_checkpointing": "on"}
 ATTENTION = {"lora.target_modules": "attention"}
+PLAIN = {"lora.bias": "all"}
+FP32 = {"model.dtype": "fp32"}
+STEPS, ROWS = 6, 8
+NARROW = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "NUMBA_CPU_NAME": "haswell"}
 
 
-def case(model: str, rows: int, tokens: int, **options: Any) -> dict[str, Any]:
-    return {"model": model, "rows": rows, "tokens": tokens, "options": options}
+def case(model: str, longest: int, at_once: int, *, fitted: bool = False, **options: Any) -> dict[str, Any]:
+    """Rows of a quarter of `longest` tokens to all of them, `at_once` tokens a micro-batch."""
+    return {"model": model, "longest": longest, "at_once": at_once, "fitted": fitted, "options": options}
 
 
-CASES = [
-    case("demo", 1, 256),
-    case("demo", 2, 512),
-    case("demo", 1, 1024),
-    case("demo", 1, 1024, **AGAIN),
-    case("demo", 1, 512, **RESIDENT),
-    case("demo", 1, 512, **STREAMED),
-    case("demo", 1, 512, **INT8),
-    case("demo", 1, 512, **{"lora.r": 128}),
-    case("demo", 1, 512, **ATTENTION, **{"lora.r": 8}),
-    case("llama-17m", 1, 8192),
-    case("llama-17m", 1, 8192, **AGAIN),
-    case("llama-17m", 1, 4096),
-    case("llama-49m", 4, 512),
-    case("llama-49m", 16, 128),
-    case("llama-49m", 1, 2048),
-    case("llama-49m", 4, 512, **AGAIN),
-    case("llama-49m", 4, 512, **{"train.gradient_checkpointing": 3}),
-    case("llama-49m", 4, 512, **ATTENTION),
-    case("llama-49m", 2, 512, **{"model.dtype": "fp32"}),
-    case("llama-49m", 2, 512, **{"model.quantization": "int8", "model.resident_layers": 4}),
-    case("llama-49m", 4, 512, **{"train.micro_batch_tokens": 512}),
-    case("llama-49m", 2, 256, **{"lora.dropout": 0.1}),
-    case("llama-49m", 1, 512, **{"lora.r": 128}),
-    *(
-        case("llama-49m", 1, 512, **{"lora.r": 128, "train.optimizer": name})
-        for name in ("adamw_8bit", "paged_adamw_8bit", "adafactor", "lion", "sgd")
-    ),
-    case("llama-362m", 1, 256),
-    case("llama-362m", 1, 512, **STREAMED, **AGAIN),
-    case("qwen3-42m", 4, 512),
-    case("qwen3-125m", 2, 512),
-    case("qwen3-125m", 2, 512, **RESIDENT, **ATTENTION, **{"lora.r": 8}),
-    case("qwen3-596m", 1, 256),
-    case("qwen3-596m", 1, 512, **STREAMED),
-    case("gemma3-12m", 4, 512),
-    case("gemma3-58m", 2, 512),
-    case("gemma3-58m", 2, 512, **INT8, **AGAIN),
-    case("gemma3-268m", 1, 256),
-    case("gemma3-268m", 1, 512, **STREAMED),
-]
-TIMED = [0, 1, 2, 3, 4, 5, 8, 13, 31, 36]  # of CASES
+def pairs(objective: str, **options: Any) -> dict[str, Any]:
+    return {"model": "demo", "pairs": objective, "fitted": False, "options": options}
+
+
+CASES: list[dict[str, Any]] = [
+    {"model": "demo", "data": "demo", "fitted": False, "options": {}},
+    {"model": "demo", "data": "snips", "fitted": False, "options": {}},
+    {"model": "demo", "data": "demo", "fitted": False, "options": RESIDENT},
+    {"model": "demo", "data": "snips", "fitted": False, "options": {"lora.dropout": 0.05}},
+    case("demo", 256, 512),
+    case("demo", 512, 1024, fitted=True),
+    case("demo", 1024, 1024),
+    case("demo", 1024, 2048, **AGAIN),
+    case("demo", 512, 512, fitted=True, **RESIDENT),
+    case("demo", 512, 512, **STREAMED),
+    case("demo", 512, 512, fitted=True, **INT8),
+    case("demo", 512, 1024, **{"lora.r": 128}),
+    case("demo", 512, 512, **ATTENTION, **{"lora.r": 8}),
+    case("demo", 512, 512, **FP32),
+    case("demo", 256, 256, **{"lora.use_dora": True}),
+    case("llama-17m", 2048, 8192),
+    case("llama-17m", 2048, 8192, fitted=True, **AGAIN),
+    case("llama-17m", 512, 2048),
+    case("llama-49m", 512, 2048, fitted=True),
+    case("llama-49m", 128, 512),
+    case("llama-49m", 2048, 2048),
+    case("llama-49m", 512, 2048, **AGAIN),
+    case("llama-49m", 512, 1024, **FP32),
+    case("llama-49m", 512, 1024, fitted=True, **{"lora.dropout": 0.1}),
+    case("llama-49m", 512, 1024, **{"lora.r": 128}),
+    case("llama-49m", 512, 1024, fitted=True, **{"lora.r": 128, "train.optimizer": "adamw_8bit"}),
+    case("llama-49m", 512, 1024, **{"train.optimizer": "lion"}),
+    case("llama-49m", 512, 1024, **PLAIN),
+    case("llama-362m", 256, 512),
+    case("llama-362m", 512, 1024, fitted=True, **STREAMED, **AGAIN),
+    case("qwen3-42m", 512, 2048),
+    case("qwen3-125m", 512, 1024, fitted=True),
+    case("qwen3-125m", 512, 1024, **RESIDENT, **ATTENTION),
+    case("qwen3-125m", 256, 512, **PLAIN),
+    case("qwen3-596m", 256, 512),
+    case("qwen3-596m", 512, 512, **STREAMED),
+    case("gemma3-12m", 512, 2048, fitted=True),
+    case("gemma3-58m", 512, 1024),
+    case("gemma3-58m", 512, 1024, **INT8, **AGAIN),
+    case("gemma3-268m", 256, 512, **STREAMED),
+    pairs("dpo"), pairs("ipo"), pairs("kto"), pairs("orpo"), pairs("simpo"), pairs("reward"),
+    pairs("dpo", **RESIDENT), pairs("dpo", **{"train.batch_size": 16}),
+]  # fmt: skip
+NARROW_CASES = [0, 4, 5, 6, 9, 13, 17, 18, 19, 22, 27, 31]  # of CASES
 
 
 def name_of(case: dict[str, Any]) -> str:
-    options = ", ".join(f"{key.partition('.')[2]} {value}" for key, value in case["options"].items())
-    return f"{case['model']}, {case['rows']} x {case['tokens']}{', ' + options if options else ''}"
+    what = case.get("data") or case.get("pairs") or f"rows to {case['longest']}, {case['at_once']} at once"
+    return ", ".join(
+        [case["model"], what, *(f"{key.partition('.')[2]} {value}" for key, value in case["options"].items())]
+    )
 
 
 def make_model(folder: Path, name: str) -> Path:
@@ -124,161 +136,138 @@ def make_model(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def write_rows(file: Path, number: int, tokens: int) -> None:
-    """Random words after the same system prompt; each row has this many tokens with the demo's template."""
-    from strop.model.facts import locate
-    from strop.model.tokenizer import load_tokenizer
+def write_rows(file: Path, longest: int) -> None:
+    """Random words; with the demo's template a row has from a quarter of `longest` tokens to all of them."""
+    rng = random.Random(0)
 
-    tokenizer, rng = load_tokenizer(locate("demo")), random.Random(0)
+    def row(tokens: int) -> dict[str, Any]:
+        said = "x" + "".join(rng.choices(WORDS, k=tokens - 45))
+        return {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": said}]}
 
-    def row(words: int) -> tuple[list[dict[str, str]], int]:
-        said = [
-            {"role": "user", "content": "go"},
-            {"role": "assistant", "content": "x" + "".join(rng.choices(WORDS, k=words))},
-        ]
-        return said, len(tokenizer.apply_chat_template(said, return_dict=False))
-
-    around = row(10)[1] - 10
-    rows = [row(tokens - around) for _ in range(number)]
-    assert {length for _, length in rows} == {tokens}
-    file.write_text("".join(json.dumps({"messages": said}) + "\n" for said, _ in rows), encoding="utf-8")
+    rows = [row(rng.randint(longest // 4, longest)) for _ in range(STEPS * ROWS)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def run(folder: Path, case: dict[str, Any], steps: int) -> dict[str, Any]:
+def hide_instructions() -> None:
+    """Of AVX512 and AMX, from strop; the environment hides them from PyTorch and numba."""
+    from strop.machine import probe
+
+    name, flags = probe._cpu()
+    probe._cpu = lambda: (name, [flag for flag in flags if not flag.startswith(("avx512", "amx"))])  # type: ignore
+
+
+def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any]:
     import strop
-    from strop.machine.probe import probe
-    from strop.machine.rates import known_rates
-    from strop.planning.speed import Rate
+    from strop.demo import data_files
+    from strop.demo import pairs as demo_pairs
 
     model = case["model"] if case["model"] == "demo" else str(make_model(folder, case["model"]))
-    rows, tokens = case["rows"], case["tokens"]
     with tempfile.TemporaryDirectory() as temp:
-        data = Path(temp) / "rows.jsonl"
-        write_rows(data, rows * steps, tokens)
-        options = {
-            "model.name": model, "data.train": str(data), "out": f"{temp}/run", "train.batch_size": rows,
-            "train.max_steps": steps, "data.max_length": tokens, "train.micro_batch_tokens": rows * tokens,
-            "train.learning_rate": 1e-4, "train.gradient_checkpointing": "off", "model.dtype": "bf16",
-            "model.quantization": "none", "model.device": "cpu", **case["options"],
-        }  # fmt: skip
-        report = strop.train(**options).report
-        steps_taken = [event for event in _events(Path(temp) / "run") if event["event"] == "step"]
-        memory = report["memory"]
-        result = {
-            "measured_bytes": memory["measured_peak_bytes"],
-            "micro_batch": memory["micro_batch"],
-            "tiles": setting_of(case).tiles,  # as this machine's attention runs
-            "tokens_per_s": statistics.median(event["tokens_per_s"] for event in steps_taken[1:]),
-        }
-        rates = known_rates(probe(), "cpu")
-        if rates is not None:
-            result["rate"] = asdict(Rate.measured(rates, "bf16"))
-    return result
+        rows = Path(temp) / "rows.jsonl"
+        options: dict[str, Any] = {"train.max_steps": STEPS, "model.device": "cpu"}
+        if "data" in case:
+            rows = data_files()[0] if case["data"] == "demo" else snips or rows
+            options["train.max_steps"] = 40
+        elif "pairs" in case:
+            demo_pairs.write(rows, Path(temp) / "held.jsonl")
+            options |= {"train.objective": case["pairs"]}
+        else:
+            write_rows(rows, case["longest"])
+            options |= {
+                "data.max_length": case["longest"], "train.batch_size": ROWS, "train.learning_rate": 1e-4,
+                "train.micro_batch_tokens": case["at_once"], "train.gradient_checkpointing": "off",
+                "model.quantization": "none",
+            }  # fmt: skip
+        report = strop.train(model=model, data=str(rows), out=f"{temp}/run", **{**options, **case["options"]}).report
+    memory, kept = report["memory"], ("model.", "lora.", "train.")
+    recipe = {one["field"]: one["value"] for one in report["recipe"] if one["origin"] != "default"}
+    return {
+        "name": name_of(case), "fitted": case["fitted"], "measured_bytes": memory["measured_peak_bytes"],
+        "predicted_then": memory["predicted_peak_bytes"], "micro_batch": memory["micro_batch"],
+        "recipe": {name: value for name, value in recipe.items() if name.startswith(kept) and name != "model.name"},
+        "tiles": setting_of(case["model"], recipe).tiles, "steps": report["steps"],
+    }  # fmt: skip
 
 
-def _events(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def setting_of(case: dict[str, Any]) -> Any:
+def setting_of(model: str, recipe: dict[str, Any]) -> Any:
     from strop.config.load import resolve
     from strop.model.shape import ModelShape, peek
     from strop.planning.setting import Setting
 
-    shape = peek("demo").shape if case["model"] == "demo" else ModelShape.of(MODELS[case["model"]])
-    given = {"model.name": "m", "data.train": "d", "model.device": "cpu", "model.dtype": "bf16", **case["options"]}
-    return Setting.of(resolve(None, given).recipe, shape, None, 1)
+    shape = peek("demo").shape if model == "demo" else ModelShape.of(MODELS[model])
+    kept = {name: value for name, value in recipe.items() if name.startswith(("model.", "lora.", "train."))}
+    return Setting.of(resolve(None, {**kept, "model.name": "m", "data.train": "d"}).recipe, shape, None, 1)
 
 
-def predicted(case: dict[str, Any], found: dict[str, Any]) -> tuple[float, float]:
-    """Peak bytes, and tokens/s where the machine's rate was known, of a case whose micro-batch is known: of the rows'
-    tokens, as runs count them, though the prefix that rows share is computed once."""
+def predicted_bytes(one: dict[str, Any]) -> int:
+    """Of a run whose micro-batch is known, as the formulas say now."""
     from strop.planning.activations import MicroBatch
     from strop.planning.memory import load, train
-    from strop.planning.speed import Rate, step_seconds
 
-    setting = setting_of(case).but(tiles=found.get("tiles", False))
-    batch = MicroBatch(**{**found["micro_batch"], "documents": tuple(map(tuple, found["micro_batch"]["documents"]))})
-    peak = max(phase.peak_bytes for phase in (load(setting), train(setting, batch)))
-    if "rate" not in found:
-        return peak, 0.0
-    return peak, case["rows"] * case["tokens"] / step_seconds(setting, batch, 1, Rate(**found["rate"]))
+    setting = setting_of(one["name"].partition(",")[0], one["recipe"]).but(tiles=one["tiles"])
+    batch = MicroBatch(**{**one["micro_batch"], "documents": tuple(map(tuple, one["micro_batch"]["documents"]))})
+    return max(phase.peak_bytes for phase in (load(setting), train(setting, batch)))
 
 
-def tables(results: dict[str, Any]) -> tuple[str, str]:
-    """Of memory and of time, as Markdown: measured figures beside what the formulas say now."""
-    cases = {name_of(case): case for case in CASES}
-    memory, time = [], []
-    errors: dict[str, list[float]] = {"memory": [], "kept": [], "time": []}
+def error_of(one: dict[str, Any]) -> float:
+    return predicted_bytes(one) / one["measured_bytes"] - 1
 
-    def beside(kind: str, expected: float, measured: float, form: str) -> str:
-        errors[kind].append(expected / measured - 1)
-        return f"{form.format(measured)} | {errors[kind][-1]:+.1%}"
 
-    for name, found in results.items():
-        timed, cells, kept = found.get("time"), " | ", " | "
-        expected = predicted(cases[name], found.get("memory") or found["time"])[0] / 2**20
-        if "memory" in found:
-            cells = beside("memory", expected, found["memory"]["measured_bytes"] / 2**20, "{:,.0f}")
-        if timed:
-            kept = beside("kept", expected, timed["measured_bytes"] / 2**20, "{:,.0f}")
-            rate = predicted(cases[name], timed)[1]
-            time.append(f"| {name} | {rate:,.0f} | {beside('time', rate, timed['tokens_per_s'], '{:,.0f}')} |")
-        memory.append(f"| {name} | {expected:,.0f} | {cells} | {kept} |")
+def table(results: list[dict[str, Any]]) -> str:
+    def said(what: str, chosen: list[dict[str, Any]]) -> str:
+        errors = [abs(error_of(one)) for one in chosen]
+        return f"{len(chosen)} runs {what}: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}."
 
-    def said(kind: str, what: str) -> str:
-        sizes = [abs(error) for error in errors[kind]]
-        if not sizes:
-            return ""
-        return f"{len(sizes)} runs{what}: median error {statistics.median(sizes):.1%}, worst {max(sizes):.1%}.\n\n"
-
-    rule = "\n|---|---:|---:|---:|"
-    head = f"| run | predicted, MiB | measured | error | as runs have it | error |{rule}---:|---:|\n"
-    return (
-        said("memory", "") + said("kept", ", as runs have it") + head + "\n".join(memory) + "\n",
-        said("time", "") + f"| run | predicted, tokens/s | measured | error |{rule}\n" + "\n".join(time) + "\n",
+    lines = [
+        f"| {one['name']}{', without AVX512' if one['narrow'] else ''} | {'fitted' if one['fitted'] else ''} "
+        f"| {predicted_bytes(one) / 2**20:,.0f} | {one['measured_bytes'] / 2**20:,.0f} | {error_of(one):+.1%} |"
+        for one in results
+    ]
+    groups = [("that nothing was fitted on", False), ("that constants were fitted on", True)]
+    told = [said(what, [one for one in results if one["fitted"] == fitted]) for what, fitted in groups]
+    return "\n\n".join(
+        [*told, "| run | | predicted, MiB | measured | error |\n|---|---|---:|---:|---:|\n" + "\n".join(lines)]
     )
-
-
-def write_page(page: Path, results: dict[str, Any]) -> None:
-    """Puts the tables between the page's marks."""
-    text = page.read_text(encoding="utf-8")
-    for mark, table in zip(("memory", "time"), tables(results), strict=True):
-        before, _, rest = text.partition(f"<!-- {mark} -->\n")
-        text = f"{before}<!-- {mark} -->\n{table}<!-- end -->{rest.partition('<!-- end -->')[2]}"
-    page.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for the random models")
+    parser.add_argument("--snips", type=Path, help="rows of messages, as long as SNIPS'")
     parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--numbers", default="", help="cases by their place in CASES, from 0: 3,7")
-    parser.add_argument("--time", action="store_true", help="measure ten cases' tokens/s")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "plan_runs.json")
-    parser.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "plan.md")
+    parser.add_argument("--fitted", action="store_true", help="only those that constants are fitted on")
+    parser.add_argument("--narrow", action="store_true")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    kind, steps = ("time", 3) if options.time else ("memory", 2)
-    if options.case is not None:
-        print(json.dumps(run(options.folder, CASES[options.case], steps)))
+    given = parser.parse_args()
+    if given.case is not None:
+        if given.narrow:
+            hide_instructions()
+        print(json.dumps(run(given.folder, CASES[given.case], given.snips)))
         return
-    results = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
-    for number in TIMED if options.time else range(len(CASES)):
+    kept = json.loads(given.out.read_text("utf-8"))["results"] if given.out and given.out.is_file() else []
+    found = {(one["name"], one["narrow"]): one for one in kept}
+    for number in NARROW_CASES if given.narrow else range(len(CASES)):
         name = name_of(CASES[number])
-        if options.only not in name or (options.numbers and str(number) not in options.numbers.split(",")):
+        if given.fitted and not CASES[number]["fitted"]:
             continue
-        command = [sys.executable, __file__, *sys.argv[1:], "--case", str(number)]
-        trimmed = {} if options.time else {"MALLOC_MMAP_THRESHOLD_": "131072"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **trimmed})
-        if done.returncode:
-            print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        if given.only not in name or (CASES[number].get("data") == "snips" and given.snips is None):
             continue
-        results.setdefault(name, {})[kind] = found = json.loads(done.stdout.splitlines()[-1])
-        print(f"{name}: {found}", file=sys.stderr)
-        ordered = {key: results[key] for key in map(name_of, CASES) if key in results}
-        options.out.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
-    write_page(options.page, results)
+        try:
+            one = child(
+                [sys.executable, __file__, *sys.argv[1:], "--case", str(number)],
+                {"OMP_NUM_THREADS": "1", **(NARROW if given.narrow else {})},
+            )
+        except RuntimeError as error:
+            print(str(error)[-600:], file=sys.stderr)
+            continue
+        found[name, given.narrow] = {**one, "narrow": given.narrow}
+        print(
+            f"{name}: {error_of(one):+.1%} of {one['measured_bytes'] >> 20}",
+            file=sys.stderr,
+        )
+        if given.out:
+            write(given.out, list(found.values()))
 
 
 if __name__ == "__main__":
