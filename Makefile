@@ -78,9 +78,9 @@ $(VENV)-skypilot/installed:
 site: $(VENV)-site/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)-site/bin/mkdocs build --strict
 
-$(VENV)-site/installed:
+$(VENV)-site/installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)-site
-	$(VENV)-site/bin/python -m pip install --quiet mkdocs==1.6.1 mkdocs-material==9.8.2
+	$(VENV)-site/bin/python -m pip install --quiet -c constraints.txt mkdocs mkdocs-material
 	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
