@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test faults vllm deploy scale site clean
+.PHONY: demo test faults vllm deploy scale site packages notebook clean
 
 demo: $(VENV)/installed
 	$(BIN)/strop demo
@@ -83,6 +83,16 @@ $(VENV)-site/installed: constraints.txt
 	$(VENV)-site/bin/python -m pip install --quiet -c constraints.txt mkdocs mkdocs-material
 	touch $@
 
+# Wheel and source distribution in dist/, and the wheel in bare environments: each Python from 3.10 to 3.13 that is here,
+# the lowest versions that are allowed, uv and pipx. An hour; a few: make packages CASES="3.13 lowest".
+packages: $(VENV)-packages/installed
+	OMP_NUM_THREADS=2 $(VENV)-packages/bin/python tools/packages.py $(CASES)
+
+$(VENV)-packages/installed:
+	$(PYTHON) -m venv $(VENV)-packages
+	$(VENV)-packages/bin/python -m pip install --quiet build uv pipx
+	touch $@
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -96,4 +106,4 @@ $(VENV)/tested-with: $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) $(VENV)-vllm $(VENV)-deploy $(VENV)-litellm $(VENV)-ray $(VENV)-kubeflow $(VENV)-skypilot $(VENV)-site \
-	  build dist
+	  $(VENV)-packages build dist
