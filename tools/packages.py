@@ -1,9 +1,9 @@
 """Whether what is published works where nothing else is: python tools/packages.py [CASE ...], after `make packages`.
 
-Builds wheel and source distribution into dist/. Then installs the wheel into bare environments, one after another, uses it
-there, and deletes them. Cases: 3.10 to 3.13 (pip, the newest of all dependencies; where this Python is found), `lowest`
-(uv, the lowest that pyproject.toml allows), `uv-tool` and `pipx`. Without a CASE: all. A case takes some minutes and, with
-PyTorch for CUDA, up to 8 GB of disk. The answer is a table; the exit code is 1 where a case failed.
+Builds wheel and source distribution into dist/. Then installs the wheel into bare environments, one after another, uses
+it there, and deletes them. Cases: 3.10 to 3.13 (pip, the newest of all dependencies; where this Python is found),
+`lowest` (uv, the lowest that pyproject.toml allows), `uv-tool` and `pipx`. Without a CASE: all. A case takes some
+minutes and, with PyTorch for CUDA, up to 8 GB of disk. The answer is a table; the exit code is 1 where a case failed.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def build() -> Path:
 
 def install(case: str, wheel: Path, place: Path) -> tuple[Path, Path]:
     """(the environment's Python, its strop) of a case. Raises Failed, and LookupError where its Python is not here."""
-    version = LOWEST_ON if case == "lowest" else case if case in PYTHONS else "%d.%d" % sys.version_info[:2]
-    python = python_of(version) or (sys.executable if case not in PYTHONS and case != "lowest" else None)
+    version = LOWEST_ON if case == "lowest" else case
+    python = python_of(version) if version in PYTHONS else sys.executable
     if python is None:
         raise LookupError(f"no Python {version}")
     bare, bins = place / "env", place / "bin"

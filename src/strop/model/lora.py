@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -154,7 +155,10 @@ def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, scored: 
         **where,
         **({"trainable_token_indices": new_rows} if new_rows else {}),
     )
-    return sum_once(as_fp32(peft.get_peft_model(model, config)))
+    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.2x by its old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        adapted = peft.get_peft_model(model, config)
+    return sum_once(as_fp32(adapted))
 
 
 def _where(model: nn.Module, names: list[str]) -> dict[str, Any]:
