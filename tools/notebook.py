@@ -1,7 +1,7 @@
 """The lesson as a notebook: python tools/notebook.py writes docs/lesson.ipynb from docs/lesson.md.
 
-What the lesson's test runs becomes code cells; the rest, and the solutions of the exercises, stay text. `--run` executes
-it, as Jupyter does (`make notebook`), and ends at the first cell that fails.
+What the lesson's test runs becomes code cells; the rest, and the solutions of the exercises, stay text. `--run`
+executes it, as Jupyter does (`make notebook`), and ends at the first cell that fails.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def written() -> str:
 
 
 def run() -> None:
-    """Executes the file in a kernel of this Python, in an empty folder; prints what each cell says. A shell command that
-    fails is an error too, which it is not in Jupyter."""
+    """Executes the file in a kernel of this Python, in an empty folder; prints what each cell says. A shell command
+    that fails is an error too, which it is not in Jupyter."""
     import nbclient
     import nbformat
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ DIST, PLACE = ROOT / "dist", ROOT / "build" / "packages"
 TOOLS = Path(sys.executable).parent  # build, uv and pipx are beside this Python
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 CASES = (*PYTHONS, "lowest", "uv-tool", "pipx")
-LOWEST_ON = "3.10"  # the lowest versions have wheels there
+LOWEST_ON = "3.11"  # where all of the lowest versions are allowed, and have wheels
 
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 259, "hidden_size": 32,
@@ -80,8 +81,15 @@ def install(case: str, wheel: Path, place: Path) -> tuple[Path, Path]:
         return place / "pipx" / "venvs" / "strop" / "bin" / "python", bins / "strop"
     say([python, "-m", "venv", bare], place)
     if case == "lowest":
-        lowest = ["--resolution", "lowest-direct", "--python", bare / "bin" / "python"]
-        say([TOOLS / "uv", "pip", "install", *lowest, wheel], place)
+        # of the wheel alone all that it needs would be indirect, and the newest
+        into = [TOOLS / "uv", "pip", "install", "--python", bare / "bin" / "python"]
+        say([*into, "--resolution", "lowest-direct", "-r", ROOT / "pyproject.toml"], place)
+        say([*into, "--no-deps", wheel], place)
+        bound = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        assert bound is not None
+        found = say([bare / "bin" / "python", "-c", "import torch; print(torch.__version__)"], place).strip()
+        if not found.startswith(bound[1]):
+            raise Failed(f"torch {found} is not the lowest, {bound[1]}")
     else:
         say([bare / "bin" / "python", "-m", "pip", "install", "--quiet", wheel], place)
     return bare / "bin" / "python", bare / "bin" / "strop"

@@ -36,6 +36,8 @@ from strop.model.towers import in_text, text_path
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # of which peft refuses MAMBA_KEPT:
 MAMBA_KEPT = ("out_proj", "conv1d")  # their fused loops read the weight itself, and would pass an adapter by
 
+OLD_NAME = "`is_gradient_checkpointing`"  # by which peft 0.21 asks transformers 5.2x, and which that warns of
+
 
 def linear_kinds(model: nn.Module) -> list[LinearKind]:
     """Every kind of linear layer that text passes through, and of experts, in the model's order; routers and the output
@@ -155,8 +157,8 @@ def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, scored: 
         **where,
         **({"trainable_token_indices": new_rows} if new_rows else {}),
     )
-    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.2x by its old name
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", OLD_NAME, FutureWarning)
         adapted = peft.get_peft_model(model, config)
     return sum_once(as_fp32(adapted))
 
