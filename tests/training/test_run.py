@@ -454,7 +454,8 @@ def test_chat_commands_through_a_pipe(
 
     tuned, _ = said("what is 2")
     base, _ = said("/base", "what is 2")
-    both, _ = said("/compare", "what is 2")
+    both, err = said("/compare", "what is 2")
+    assert "answers: without the adapter and with it" in err and said("/base what is 2")[0] == base
     assert tuned != base and both == [f"base: {base[0]}", f"tuned: {tuned[0]}"]
     again, _ = said(
         "what is 2", "/reset", "what is 2", "/base", "/tuned", "/reset", "what is 2", "/quit", "never asked"
