@@ -2,8 +2,9 @@
 
 Builds wheel and source distribution into dist/. Then installs the wheel into bare environments, one after another, uses
 it there, and deletes them. Cases: 3.10 to 3.13 (pip, the newest of all dependencies; where this Python is found),
-`lowest` (uv, the lowest that pyproject.toml allows), `uv-tool` and `pipx`. Without a CASE: all. A case takes some
-minutes and, with PyTorch for CUDA, up to 8 GB of disk. The answer is a table; the exit code is 1 where a case failed.
+`lowest` (uv, the lowest that pyproject.toml allows), `uv-tool` and `pipx`; `constraints` installs nothing: it asks
+whether constraints.txt and pyproject.toml agree on each Python. Without a CASE: all. A case takes some minutes and, with
+PyTorch for CUDA, up to 8 GB of disk. The answer is a table; the exit code is 1 where a case failed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DIST, PLACE = ROOT / "dist", ROOT / "build" / "packages"
 TOOLS = Path(sys.executable).parent  # build, uv and pipx are beside this Python
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-CASES = (*PYTHONS, "lowest", "uv-tool", "pipx")
+CASES = ("constraints", *PYTHONS, "lowest", "uv-tool", "pipx")
 LOWEST_ON = "3.11"  # where all of the lowest versions are allowed, and have wheels
 
 CONFIG = {
@@ -95,6 +96,14 @@ def install(case: str, wheel: Path, place: Path) -> tuple[Path, Path]:
     return bare / "bin" / "python", bare / "bin" / "strop"
 
 
+def resolve() -> str:
+    """Whether what the tests need can be had at the versions of constraints.txt, on each Python. Raises Failed."""
+    for version in PYTHONS:
+        asked = ["--python-version", version, "--extra", "test", "-c", "constraints.txt", "pyproject.toml"]
+        say([TOOLS / "uv", "pip", "compile", "--quiet", *asked], ROOT)
+    return f"on {', '.join(PYTHONS)}"
+
+
 def use(python: Path, strop: Path, place: Path) -> str:
     """What everybody does first, on a model of strop.testing; the versions that were used. Raises Failed."""
     here = {"HF_HUB_OFFLINE": "1", "STROP_CACHE": str(place / "cache"), "COLUMNS": "120"}
@@ -120,9 +129,12 @@ def tried(case: str, wheel: Path) -> str:
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     try:
-        python, strop = install(case, wheel, place)
-        print(f"{case}: installed in {time.monotonic() - started:.0f} s", flush=True)
-        said = f"ok       {use(python, strop, place)}"
+        if case == "constraints":
+            said = f"ok       {resolve()}"
+        else:
+            python, strop = install(case, wheel, place)
+            print(f"{case}: installed in {time.monotonic() - started:.0f} s", flush=True)
+            said = f"ok       {use(python, strop, place)}"
     except LookupError as error:
         said = f"skipped  {error}"
     except Failed as error:
@@ -141,7 +153,7 @@ def main(asked: Sequence[str]) -> int:
     wheel = build()
     print(f"built {', '.join(sorted(file.name for file in DIST.iterdir()))}", flush=True)
     told = {case: tried(case, wheel) for case in asked or CASES}
-    print("\n".join(f"{case:<8} {said.splitlines()[0]}" for case, said in told.items()))
+    print("\n".join(f"{case:<11} {said.splitlines()[0]}" for case, said in told.items()))
     return int(any(said.startswith("FAILED") for said in told.values()))
 
 
