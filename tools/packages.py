@@ -3,8 +3,8 @@
 Builds wheel and source distribution into dist/. Then installs the wheel into bare environments, one after another, uses
 it there, and deletes them. Cases: 3.10 to 3.13 (pip, the newest of all dependencies; where this Python is found),
 `lowest` (uv, the lowest that pyproject.toml allows), `uv-tool` and `pipx`; `constraints` installs nothing: it asks
-whether constraints.txt and pyproject.toml agree on each Python. Without a CASE: all. A case takes some minutes and, with
-PyTorch for CUDA, up to 8 GB of disk. The answer is a table; the exit code is 1 where a case failed.
+whether constraints.txt and pyproject.toml agree on each Python. Without a CASE: all. A case takes some minutes and,
+with PyTorch for CUDA, up to 8 GB of disk. The answer is a table; the exit code is 1 where a case failed.
 """
 
 from __future__ import annotations
