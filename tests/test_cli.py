@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 
 import pytest
 
@@ -25,3 +27,12 @@ def test_a_command_is_in_the_file_named_after_it(name: str) -> None:
     tree = ast.parse((ROOT / "src" / "strop" / "commands" / f"{file}.py").read_text(encoding="utf-8"))
     public = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]
     assert sorted(public) == sorted(commands)
+
+
+def test_a_command_ends_without_looking_for_rubbish() -> None:
+    script = (
+        "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count() > 0)); "
+        "from strop import cli; sys.argv = ['strop', '--version']; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True"

@@ -36,6 +36,7 @@ OTHERS = (
     "export",
     "echo",
     "cd",
+    "mkdir",
     "curl",
     "uv",
     "pipx",

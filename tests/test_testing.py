@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,17 @@ def test_a_whole_run_and_what_may_be_done_with_it(tmp_path: Path) -> None:
     assert isinstance(strop.load(run.folder).chat("what is 3", max_new_tokens=2), str)
     with pytest.raises(strop.InputError, match="holds a run"):
         testing.tiny_run(tmp_path)
+
+
+def test_no_advice_of_other_libraries_is_shown(tmp_path: Path) -> None:
+    """As a person's Python shows them: pytest has filters of its own."""
+    script = (
+        "import sys; from strop import testing; import strop; run = testing.tiny_run(sys.argv[1]); "
+        "strop.load(run.folder).chat('what is 3', max_new_tokens=2); import logging; "
+        "logging.getLogger('bitsandbytes.backends.cpu.ops').warning('from kernels-community: %s', 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Warning" not in done.stderr and "kernels" not in done.stderr, done.stderr
 
 
 def test_the_model_is_one_for_transformers_too_and_its_seed_decides(tmp_path: Path) -> None:

@@ -1,12 +1,17 @@
 """The lesson as a notebook: python tools/notebook.py writes docs/lesson.ipynb from docs/lesson.md.
 
-What the lesson's test runs becomes code cells; the rest, and the solutions of the exercises, stay text.
+What the lesson's test runs becomes code cells; the rest, and the solutions of the exercises, stay text. `--run`
+executes it, as Jupyter does (`make notebook`), and ends at the first cell that fails.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +77,33 @@ def written() -> str:
     return json.dumps(notebook(LESSON.read_text(encoding="utf-8")), indent=1, ensure_ascii=False) + "\n"
 
 
+def run() -> None:
+    """Executes the file in a kernel of this Python, in an empty folder; prints what each cell says. A shell command
+    that fails is an error too, which it is not in Jupyter."""
+    import nbclient
+    import nbformat
+
+    made = nbformat.read(NOTEBOOK, 4)
+    for cell in made.cells:
+        if cell.cell_type == "code" and cell.source.startswith("!"):
+            cell.source = "\n".join(f"{line}\nassert _exit_code == 0" for line in cell.source.splitlines())
+    started = time.monotonic()
+
+    def tell(cell: Any, cell_index: int, **_: Any) -> None:
+        said = "".join(out.get("text", "") or str(out.get("data", {}).get("text/plain", "")) for out in cell.outputs)
+        print(f"[{time.monotonic() - started:.0f} s] {cell.source}\n{said}", flush=True)
+
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    with tempfile.TemporaryDirectory() as folder:
+        where = {"metadata": {"path": folder}}
+        client = nbclient.NotebookClient(made, timeout=1800, kernel_name="python3", resources=where)
+        client.on_cell_executed = tell
+        client.execute()
+    print(f"all {sum(cell.cell_type == 'code' for cell in made.cells)} cells of code ran")
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--run"]:
+        sys.exit(run())
     NOTEBOOK.write_text(written(), encoding="utf-8")
     print(NOTEBOOK.relative_to(ROOT))

@@ -1,7 +1,8 @@
 """What `make site` does to pages on their way into the site.
 
-The first page is the repository's README. Links to files that are no pages (tests, code) become text. Blocks and folded
-parts are written for GitHub, and read by the site's own rules.
+The first page is the repository's README. Search on pages that are opened as files has a script of its own. Links to
+files that are no pages (tests, code) become text. Blocks and folded parts are written for GitHub, and read by the
+site's own rules.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ def on_files(files: Files, config: Any) -> Files:
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
     files.append(File.generated(config, "index.md", content=readme))
+    files.append(
+        File.generated(config, "assets/iframe-worker.js", abs_src_path=str(ROOT / "tools" / "iframe-worker.js"))
+    )
     return files
 
 

@@ -10,6 +10,7 @@ Importing strop imports no torch; each function imports what it needs when it is
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from strop.planning.compare import Row
     from strop.planning.plan import Plan
     from strop.training.run import Run
+
+# peft imports bitsandbytes, and that advises to install a package of kernels that strop has no use for.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
 
 __version__ = "0.1.0"
 __all__ = [

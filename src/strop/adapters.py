@@ -24,7 +24,7 @@ from strop.errors import ModelError, RecipeError
 from strop.model.facts import Source, fingerprint, locate, safetensors_header
 from strop.model.generate import Answer, generate
 from strop.model.load import DTYPES, load_base
-from strop.model.lora import grow_vocabulary, sum_once
+from strop.model.lora import OLD_NAME, grow_vocabulary, sum_once
 from strop.model.quantize import SCHEMES
 from strop.model.score import TASK, add_head
 from strop.model.shards import is_finite
@@ -148,6 +148,7 @@ def attach(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
+            warnings.filterwarnings("ignore", OLD_NAME, FutureWarning)
             if isinstance(base, peft.PeftModel):
                 model = base
                 model.load_adapter(str(folder), adapter_name=name, is_trainable=trainable)

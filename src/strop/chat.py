@@ -19,13 +19,14 @@ from strop.terminal import console, print_notes
 HELP = {
     "/base": "answer without the adapter",
     "/tuned": "answer with the adapter",
-    "/compare": "answer each line both ways; the tuned answer stays in the history",
+    "/compare": "answer each line both ways; the tuned answer stays in the history; text may follow these three",
     "/adapter": "NAME: answer with this adapter; without a name, those that are loaded",
     "/system": "TEXT: start again with this system prompt",
     "/reset": "start again",
     "/help": "this list",
     "/quit": "end (so do an empty line and Ctrl-D)",
 }
+SIDES = {"base": "without the adapter", "tuned": "with the adapter", "compare": "without the adapter and with it"}
 
 
 class Session:
@@ -43,6 +44,9 @@ class Session:
                 console.print(f"{word}: this model has no adapter", style="yellow")
             else:
                 self.side = word[1:]
+                console.print(f"answers: {SIDES[self.side]}", style="dim")
+            if rest.strip():
+                self.turn(rest.strip(), _write)
         elif word == "/adapter":
             self._adapter(rest.strip())
         elif word in ("/system", "/reset"):
@@ -70,9 +74,11 @@ class Session:
         """Answers a line; a comparison is shown when both answers are there."""
         if self.side == "compare":
             before, system = list(self.model.history), self.system
-            base = self._answer(text, "base", None)
-            self.model.history, self.system = before, system
-            _show_both(base, self._answer(text, "tuned", None))
+            with alive(console, "answering without the adapter and with it"):
+                base = self._answer(text, "base", None)
+                self.model.history, self.system = before, system
+                tuned = self._answer(text, "tuned", None)
+            _show_both(base, tuned)
         else:
             self._answer(text, self.side, on_text)
             print(flush=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import inspect
 import logging
 import os
@@ -51,6 +53,8 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):  # while training, `stop_signals` takes their place
         signal.signal(number, interrupt)
+    # Python looks for rubbish once more when it ends: with torch loaded that is 1.8 s of work after the last word
+    atexit.register(gc.freeze)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     logging.getLogger("bitsandbytes").setLevel(

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from strop.exporting.parity import Parity
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
-_QUIET_DEFAULTS = ("default",)  # origins that are not worth a line on the terminal; recipe.yaml has them all
 PLAIN_SECONDS = (2.0, 30.0)  # between two lines of progress where there is no terminal to draw a bar on: of a run
 OFTEN_SECONDS = 300.0  # that is younger than this, and later
 
@@ -63,8 +62,11 @@ class Watch:
             self._out.print(f"[bold]machine[/]  {line}")
 
     def _on_recipe(self, event: Event) -> None:
+        quiet = ("default", "recipe") if event["resuming"] else ("default",)  # recipe.yaml has them all
+        if event["resuming"]:
+            self._out.print("[bold]chosen[/]   as recipe.yaml of the run has it")
         for choice in event["choices"]:
-            if choice["origin"] not in _QUIET_DEFAULTS:
+            if choice["origin"] not in quiet:
                 why = f": {choice['why']}" if choice["why"] else ""
                 self._out.print(
                     f"[bold]chosen[/]   {choice['field']} = {choice['value']}  [dim]{choice['origin']}{why}[/]"
@@ -247,8 +249,17 @@ def print_adapters(found: Sequence[dict[str, Any]], out: Console = console) -> N
 
 def print_pairs(values: dict[str, Any], out: Console = console) -> None:
     for name, value in values.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
-        out.print(f"{name:14} {shown}", markup=False)
+        out.print(f"{name.removesuffix('_bytes'):14} {_shown(name, value)}", markup=False)
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value / 1e6:.1f} MB" if name.endswith("_bytes") else f"{value:,}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "-"
+    return "-" if value is None or value == "" else str(value)
 
 
 def print_notes(notes: Sequence[str], out: Console = console) -> None:

@@ -41,6 +41,8 @@ def test_list_and_show(two: tuple[Path, Path], capsys: pytest.CaptureFixture[str
     code, out, _ = run("adapters", two[0], "--json", capsys=capsys)
     shown = json.loads(out)
     report = json.loads((two[0] / "report.json").read_text())
+    said = " ".join(run("adapters", two[0], capsys=capsys)[2].split())
+    assert f"size {shown['size_bytes'] / 1e6:.1f} MB" in said and ", ".join(shown["target_modules"]) in said
     assert code == 0 and shown["rank"] == 4 and shown["data"] == report["lock"]["data"]
     assert shown["norm"] == pytest.approx(frobenius(two[0]), rel=1e-4) and shown["norm"] > 0
 

@@ -428,6 +428,18 @@ def test_doctor_from_the_command_line(
     assert "token" not in {*found["machine"]} and found["machine"]["versions"]["torch"]
 
 
+def test_doctor_tells_people_sizes_and_when_all_is_well(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = {"memory_bytes": 3 << 30, "gpus": [], "hub_token": False}
+    monkeypatch.setattr(doctor, "examine", lambda *_: doctor.Examination(machine, [Finding("ok", "a")], None))
+    code, _, err = run("doctor", capsys=capsys)
+    assert code == 0 and [line.split() for line in err.splitlines()] == [
+        ["memory", "3.0", "GiB"], ["gpus", "none"], ["hub", "token", "no"], ["ok", "a"]
+    ]  # fmt: skip
+    assert run("doctor", "--fix", capsys=capsys) == (0, "", "nothing to mend\n")
+
+
 def test_doctor_fix_is_commands_and_comments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -169,6 +169,7 @@ def test_cut_short_then_resumed_is_bit_identical(
     torch.manual_seed(99)
     code, _, err = run("resume", tmp_path / "cut", capsys=capsys)
     assert code == 0 and "step-000004" in err
+    assert "as recipe.yaml of the run has it" in err and "seed = " not in err
     whole, resumed = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -457,7 +458,8 @@ def test_chat_commands_through_a_pipe(
 
     tuned, _ = said("what is 2")
     base, _ = said("/base", "what is 2")
-    both, _ = said("/compare", "what is 2")
+    both, err = said("/compare", "what is 2")
+    assert "answers: without the adapter and with it" in err and said("/base what is 2")[0] == base
     assert tuned != base and both == [f"base: {base[0]}", f"tuned: {tuned[0]}"]
     again, _ = said(
         "what is 2", "/reset", "what is 2", "/base", "/tuned", "/reset", "what is 2", "/quit", "never asked"

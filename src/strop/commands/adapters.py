@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from strop.alive import alive
 from strop.errors import RecipeError
 from strop.flags import Json, numbers
 from strop.terminal import console, print_adapters, print_json, print_pairs
@@ -24,26 +25,28 @@ def adapters(
     """List adapters, show one, compare two, or add several up."""
     from dataclasses import asdict
 
-    from strop.exporting import adapters as known
-
     names = names or ["runs"]
     if weights and out is None:
         raise RecipeError("--weights: of a sum that is written nowhere", fix="give --out")
-    if out is not None:
-        made = known.combine(names, numbers(weights), out)
-        console.print(f"[bold]wrote[/]    {made.folder}: rank {made.rank}")
-        print_json(asdict(made), as_json)
-    elif len(names) == 1 and not known.is_adapter(names[0]):
-        found = known.found_in(Path(names[0]))
-        print_adapters([asdict(one) for one in found])
-        print_json({"adapters": [asdict(one) for one in found]}, as_json)
-    elif len(names) == 1:
-        shown = {**asdict(known.facts(names[0])), "norm": known.norm(names[0])}
-        print_pairs(shown)
-        print_json(shown, as_json)
-    elif len(names) == 2:
-        compared = known.compare(*names)
-        print_pairs(compared)
-        print_json(compared, as_json)
-    else:
+    if out is None and len(names) > 2:
         raise RecipeError(f"{len(names)} adapters: two can be compared", fix="add --out and --weights to add them up")
+    told: dict[str, Any]
+    with alive(console, "loading the libraries") as sign:
+        from strop.exporting import adapters as known
+
+        sign.now("reading the adapters")
+        if out is not None:
+            told = asdict(known.combine(names, numbers(weights), out))
+        elif len(names) == 2:
+            told = known.compare(*names)
+        elif known.is_adapter(names[0]):
+            told = {**asdict(known.facts(names[0])), "norm": known.norm(names[0])}
+        else:
+            told = {"adapters": [asdict(one) for one in known.found_in(Path(names[0]))]}
+    if out is not None:
+        console.print(f"[bold]wrote[/]    {told['folder']}: rank {told['rank']}")
+    elif "adapters" in told:
+        print_adapters(told["adapters"])
+    else:
+        print_pairs(told)
+    print_json(told, as_json)

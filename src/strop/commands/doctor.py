@@ -35,6 +35,9 @@ def doctor(
         told = {"fixes": fixes}
         if fixes and not as_json:
             print("\n".join(fixes))
+        elif not as_json:
+            bad = any(finding.level != "ok" for finding in found.findings)
+            console.print("no command mends what was found: see strop doctor" if bad else "nothing to mend")
     else:
         print_findings(found, console)
         told = found.as_json()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -34,6 +35,8 @@ from strop.model.towers import in_text, text_path
 
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # of which peft refuses MAMBA_KEPT:
 MAMBA_KEPT = ("out_proj", "conv1d")  # their fused loops read the weight itself, and would pass an adapter by
+
+OLD_NAME = "`is_gradient_checkpointing`"  # by which peft 0.21 asks transformers 5.2x, and which that warns of
 
 
 def linear_kinds(model: nn.Module) -> list[LinearKind]:
@@ -154,7 +157,10 @@ def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, scored: 
         **where,
         **({"trainable_token_indices": new_rows} if new_rows else {}),
     )
-    return sum_once(as_fp32(peft.get_peft_model(model, config)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", OLD_NAME, FutureWarning)
+        adapted = peft.get_peft_model(model, config)
+    return sum_once(as_fp32(adapted))
 
 
 def _where(model: nn.Module, names: list[str]) -> dict[str, Any]:

@@ -109,7 +109,9 @@ def _cell(size: int, usable: int | None) -> str:
 
 def print_findings(found: Examination, out: Console) -> None:
     for name, value in found.machine.items():
-        out.print(f"[bold]{name.replace('_', ' '):<12}[/] {_fact(value)}")
+        is_bytes = name.endswith("_bytes")
+        label = name.removesuffix("_bytes").replace("_", " ")
+        out.print(f"[bold]{label:<12}[/] {f'{_gib(value)} GiB' if is_bytes else _fact(value)}")
     colour = {"error": "red", "warning": "yellow", "ok": "green"}
     for finding in found.findings:
         out.print(f"[{colour[finding.level]}]{finding.level:<8}[/] {finding.what}")
@@ -121,7 +123,9 @@ def print_findings(found: Examination, out: Console) -> None:
 def _fact(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {inner}" for name, inner in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list | tuple) else str(value)
 
 
 def _gib(size: int) -> str:

@@ -198,7 +198,8 @@ def _execute(
         job: Job | None = None
         try:
             log.emit("machine", lines=setup.machine.lines())
-            log.emit("recipe", choices=[asdict(choice) for choice in setup.resolved.choices.values()])
+            choices = [asdict(choice) for choice in setup.resolved.choices.values()]
+            log.emit("recipe", choices=choices, resuming=resuming)
             log.emit("data", report=setup.data.report.as_json())
             for text in remarks(setup):
                 log.emit("note", text=text)

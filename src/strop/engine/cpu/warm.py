@@ -40,7 +40,7 @@ def compile_once(dtype: torch.dtype, cache: Path, exercise: str) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "strop.lock"):  # of two processes that start at once, one waits for what the other compiles
         if not mark.is_file():
-            LOG.info("compiling loops for this CPU in %s, once on this machine (about a minute)", name)
+            LOG.info("compiling loops for this CPU in %s, once on this machine (a minute or two)", name)
             # Where it fails, this process compiles for itself: its last bits may differ from those of the next one.
             subprocess.run([sys.executable, "-m", exercise, name], capture_output=True, check=False)
             mark.touch()

@@ -1,0 +1,97 @@
+"""The pages as a site: it builds strictly, and is read, and searched, without a network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+from tests.support.browser import open_browser
+
+pytest.importorskip("mkdocs", reason="mkdocs is not installed")
+pytest.importorskip("material", reason="mkdocs-material is not installed")
+
+# What a browser fetches to show a page. Links (a) are followed by people.
+FETCHED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href", "object": "data"}
+
+
+class Fetched(HTMLParser):
+    """Addresses that a browser fetches for a page, in `found`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if given.get("rel") != "canonical" and (address := given.get(FETCHED.get(tag, ""))):
+            self.found.append(address)
+
+
+def fetched(page: str) -> list[str]:
+    parser = Fetched()
+    parser.feed(page)
+    return parser.found
+
+
+def elsewhere(addresses: list[str]) -> list[str]:
+    return [address for address in addresses if address.startswith(("http:", "https:", "//"))]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as `make site` does."""
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> Iterator[dict[Path, str]]:
+    yield {page: page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
+
+
+def test_every_page_is_there(site: Path, pages: dict[Path, str]) -> None:
+    made = {str(page.relative_to(site).with_suffix("")) for page in pages}
+    written = {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in (ROOT / "docs").rglob("*.md")}
+    assert {"index"} | {name.removesuffix("README") + "index" * name.endswith("README") for name in written} <= made
+
+
+def test_nothing_is_fetched_from_elsewhere(site: Path, pages: dict[Path, str]) -> None:
+    asked = {page: fetched(text) for page, text in pages.items()}
+    assert all(addresses for addresses in asked.values())
+    for page, addresses in asked.items():
+        assert not elsewhere(addresses), page
+        for address in addresses:
+            if page.name != "404.html":  # its addresses begin at the server's root
+                assert (page.parent / address.partition("#")[0].partition("?")[0]).exists(), (page, address)
+    for sheet in site.rglob("*.css"):
+        text = sheet.read_text(encoding="utf-8")
+        assert "url(http" not in text and "url(//" not in text and "@import" not in text, sheet
+
+
+def test_a_remote_script_or_font_is_seen() -> None:
+    page = '<a href="https://x.org">x</a><script src="https://x.org/a.js"></script><link rel="icon" href="//f.org/f">'
+    assert elsewhere(fetched(page)) == ["https://x.org/a.js", "//f.org/f"]
+
+
+def test_search_works_on_pages_opened_as_files(site: Path) -> None:
+    with open_browser() as browser:
+        page, asked, errors = browser.new_page(), [], []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto((site / "tutorial.html").as_uri())
+        page.fill("input[name=query]", "bitsandbytes")
+        page.wait_for_selector(".md-search-result__link", state="attached")
+        found = page.locator(".md-search-result__link").evaluate_all("links => links.map((link) => link.href)")
+    assert any("quantization.html" in link for link in found) and not errors
+    assert not [url for url in asked if not url.startswith(("file:", "data:", "about:", "blob:"))]
