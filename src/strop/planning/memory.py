@@ -23,11 +23,12 @@ PARTS = (
     "head", "workspace", "mapped_files", "framework",
 )  # fmt: skip
 # What a CPU process grows by on its way through one step of a tiny model (docs/plan.md, "What does not depend on the
-# model"): transformers' and peft's code for the model; numba and LLVM with the compiled loops; PyTorch's own code and
-# oneDNN's kernels, paged in by the first products.
+# model"): transformers' and peft's code for the model; numba and LLVM with the compiled loops; PyTorch's own code, and
+# oneDNN's kernels of as many kinds of product as are kept (engine.device), which computes in bf16.
 CODE_BYTES = 20 * MIB
 LOOPS_BYTES = 85 * MIB
 PRODUCTS_BYTES = 47 * MIB
+MORE_PRODUCTS_BYTES, FP32_PRODUCTS_BYTES = 87 * MIB, 5 * MIB
 ANSWERS_BYTES = 45 * MIB  # the loops that answer, beyond those that train (fitted on six runs of SmolLM2)
 SCRATCH_BYTES = 14 * MIB  # oneDNN's scratch and small blocks at the peak
 CUDA_CONTEXT_BYTES = 450 * MIB  # of the driver, cuBLAS's workspace included
@@ -155,7 +156,9 @@ def framework_bytes(setting: Setting) -> int:
     if setting.device != "cpu":
         return CUDA_CONTEXT_BYTES
     loops = LOOPS_BYTES if setting.step == "fast" else 0
-    return CODE_BYTES + PRODUCTS_BYTES + loops
+    few = setting.tiled_lora or setting.step == "plain"  # peft computes its adapters in fp32
+    products = FP32_PRODUCTS_BYTES if setting.element == 4 else PRODUCTS_BYTES if few else MORE_PRODUCTS_BYTES
+    return CODE_BYTES + products + loops
 
 
 def _held(setting: Setting, *, trained: bool) -> dict[str, int]:
