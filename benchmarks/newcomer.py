@@ -69,7 +69,7 @@ def main() -> None:
         "training_s": report["seconds"],
         "tokens_per_s": report["tokens_per_s"],
         "memory": memory,
-        "evaluation": report["evaluation"],
+        "evaluation": {name: value for name, value in report["evaluation"].items() if name != "changed"},
         "intervals": report["intervals"],
     }
     print(json.dumps(found, indent=1))

@@ -225,9 +225,8 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     groups = [("that nothing was fitted on", False), ("that constants were fitted on", True)]
     told = [said(what, [one for one in results if one["fitted"] == fitted]) for what, fitted in groups]
-    return "\n\n".join(
-        [*told, "| run | | predicted, MiB | measured | error |\n|---|---|---:|---:|---:|\n" + "\n".join(lines)]
-    )
+    head = ["| run | | predicted, MiB | measured | error |", "|---|---|---:|---:|---:|"]
+    return "\n".join(["\n\n".join(told), "", *head, *lines, ""])
 
 
 def main() -> None:
@@ -262,7 +261,8 @@ def main() -> None:
         except RuntimeError as error:
             print(str(error)[-600:], file=sys.stderr)
             continue
-        found[name, given.narrow] = {**one, "narrow": given.narrow}
+        fitted = one["fitted"] and not given.narrow
+        found[name, given.narrow] = {**one, "name": name, "fitted": fitted, "narrow": given.narrow}
         print(
             f"{name}: {error_of(one):+.1%} of {one['measured_bytes'] >> 20}",
             file=sys.stderr,
