@@ -1,0 +1,47 @@
+"""The tool that finds regressions among kept results."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+
+from tests import ROOT
+
+SPEC = importlib.util.spec_from_file_location("history", ROOT / "tools" / "history.py")
+assert SPEC is not None and SPEC.loader is not None
+HISTORY = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(HISTORY)
+
+
+def result(rate: float, seconds: float, size: int, clients: int = 1) -> dict[str, Any]:
+    row = {
+        "server": "strop",
+        "clients": clients,
+        "tokens_per_s": rate,
+        "seconds": seconds,
+        "peak_bytes": size,
+        "loss": 9,
+    }
+    return {"results": {"all": [row]}}
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (result(95, 1.05, 105), []),
+        (result(200, 0.1, 10), []),
+        (result(80, 1, 100), ["all / strop 1 / tokens_per_s: 100 -> 80"]),
+        (result(100, 2, 100), ["all / strop 1 / seconds: 1 -> 2"]),
+        (result(100, 1, 130), ["all / strop 1 / peak_bytes: 100 -> 130"]),
+        (result(1, 9, 900, clients=2), []),  # another row
+    ],
+)
+def test_what_became_worse(now: dict[str, Any], said: list[str]) -> None:
+    assert list(HISTORY.worse(result(100, 1, 100), now, 0.1)) == said
+
+
+def test_the_results_that_are_kept_can_be_read() -> None:
+    found = list(HISTORY.pairs())
+    assert found and all(old.name < new.name for old, new in found)
