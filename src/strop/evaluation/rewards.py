@@ -45,9 +45,9 @@ class Reward:
 
 
 def rewards_of(given: str | Sequence[str] | None) -> list[Reward]:
-    """The rewards that a recipe names: NAME or NAME=WEIGHT each. Raises RecipeError."""
+    """The rewards that a recipe names: NAME or NAME=WEIGHT each, in a list or behind commas. Raises RecipeError."""
     found = []
-    for text in [given] if isinstance(given, str) else given or []:
+    for text in given.split(",") if isinstance(given, str) else given or []:
         name, _, weight = text.strip().partition("=")
         try:
             number = float(weight or 1)
