@@ -12,7 +12,7 @@ from strop.dash.listing import aged
 from strop.errors import StropError
 
 LOOK_S = 1.0
-TABLE_S = 2.0
+TABLE_S = 3.0
 SYSTEM_S = 2.0
 QUIET_S = 15.0  # a comment then, so that a lost connection is noticed
 MOVING = (
