@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from tests import ROOT
+from tests.support.scripts import script
 
-
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("comparison", ROOT / "tools" / "comparison.py")
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules["comparison"] = made  # dataclasses look their module up
-    spec.loader.exec_module(made)
-    return made
-
-
-comparison = tool()
+comparison = script(ROOT / "tools" / "comparison.py")
 DATA = comparison.load()
 ROWS = [row for topic in DATA["topics"] for row in topic["rows"]]
 

@@ -20,6 +20,7 @@ from strop.config.load import resolve
 from strop.config.schema import option_fields
 from tests import ROOT
 from tests.support.pages import PAGES, SHELL, Block, anchors, blocks, commands, inline, links
+from tests.support.scripts import script
 from tests.support.typed import fault
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -202,10 +203,7 @@ def test_a_wrong_block_is_seen(language: str, text: str, said: str) -> None:
 
 
 def test_the_site_reads_blocks_and_folded_parts_as_github_does() -> None:
-    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "tools" / "site_hooks.py")
-    assert spec is not None and spec.loader is not None
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    hooks = script(ROOT / "tools" / "site_hooks.py")
     place = SimpleNamespace(file=SimpleNamespace(src_path="a.md"))
     text = (
         "[t](../tests/test_docs.py) [d](data.md#the-hub)\n\n```sh run\nstrop runs\n```\n\n<details><summary>s</summary>"

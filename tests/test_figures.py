@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import statistics
-import sys
 from typing import Any
 
 from tests import ROOT
+from tests.support.scripts import script
 
 README, RESULTS = (ROOT / "README.md").read_text(encoding="utf-8"), ROOT / "benchmarks" / "results"
 WORDS = " ".join(README.split())
@@ -32,13 +31,11 @@ def test_the_demo() -> None:
 
 
 def test_the_plan() -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     errors = [
-        abs(importlib.import_module("plan_memory").error_of(run))
+        abs(script(ROOT / "benchmarks" / "plan_memory.py").error_of(run))
         for run in kept("plan_memory.json")
         if not run["fitted"]
     ]
-    sys.path.pop(0)
     said = (
         f"median error {100 * statistics.median(errors):.1f} %, worst {100 * max(errors):.1f} % of {len(errors)} runs"
     )

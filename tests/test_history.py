@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
 
 from tests import ROOT
+from tests.support.scripts import script
 
-SPEC = importlib.util.spec_from_file_location("history", ROOT / "tools" / "history.py")
-assert SPEC is not None and SPEC.loader is not None
-HISTORY = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(HISTORY)
+HISTORY = script(ROOT / "tools" / "history.py")
 
 
 def result(rate: float, seconds: float, size: int, clients: int = 1) -> dict[str, Any]:

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import re
 import shlex
-from types import ModuleType
 
 from tests import ROOT
 from tests.support.pages import blocks
+from tests.support.scripts import script
 from tests.support.typed import fault
 
 
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("notebook", ROOT / "tools" / "notebook.py")
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
-
-
 def test_the_notebook_is_made_from_the_lesson() -> None:
-    made = tool()
+    made = script(ROOT / "tools" / "notebook.py")
     assert made.NOTEBOOK.read_text(encoding="utf-8") == made.written(), "run python tools/notebook.py"
     cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(made.written())["cells"]]
     code = [text for kind, text in cells if kind == "code"][1:]  # the first one installs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections import Counter
 from dataclasses import replace
@@ -13,6 +12,7 @@ import pytest
 
 from tests import ROOT
 from tests.card.conftest import Play
+from tests.support.scripts import script
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -82,11 +82,7 @@ def test_bytes_and_flops_of_known_operations_and_of_a_step(card: Play, monkeypat
 def estimated(monkeypatch: pytest.MonkeyPatch, operations: list[dict[str, Any]]) -> None:
     """The table, and what is said of a goal: bound by the host, missed by the card, reached."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("card_estimate", ROOT / "benchmarks" / "card_estimate.py")
-    assert spec is not None and spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "card_estimate", benchmark)
-    spec.loader.exec_module(benchmark)
+    benchmark = script(ROOT / "benchmarks" / "card_estimate.py")
     slow = benchmark.Case("RTX 4090", "1b", "none", 512, 1, 10**6, "others 7")
     found = benchmark.estimate(slow, operations)
     seconds = [  # one each: of attention, of products, and of memory

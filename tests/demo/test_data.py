@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,19 +12,14 @@ import pytest
 
 from strop.demo import data_files
 from tests import ROOT
+from tests.support.scripts import script
 
 GENERATOR = ROOT / "tools" / "make_demo_data.py"
 
 
 @pytest.fixture(scope="module")
-def generator() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("make_demo_data", GENERATOR)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def generator() -> ModuleType:
+    return script(GENERATOR)
 
 
 def rows(path: Path) -> list[tuple[str, dict[str, str]]]:

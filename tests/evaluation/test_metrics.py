@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import random
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from strop.errors import DataError, RecipeError
 from strop.evaluation.metrics import METRICS, check_golds, metric, paired_difference, score, wilson
+from tests.support.scripts import script
 from tests.support.shared_data import shared
 
 GOLD = '{"intent": "Play", "artist": "Nina Simone"}'
@@ -80,11 +80,7 @@ def test_every_gold_that_cannot_be_scored_is_named() -> None:
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reference_score", shared("snips/score.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(Path(shared("snips/score.py")))
 
 
 VALUES = st.one_of(st.sampled_from(["a", "A", " a", "b  c", "B C", "1"]), st.integers(0, 2), st.booleans(), st.none())

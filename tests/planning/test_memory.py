@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +30,11 @@ from tests import ROOT
 from tests.support import tiny
 from tests.support.families import tokenizer
 from tests.support.random_models import FAMILY_CONFIGS, adapted
+from tests.support.scripts import script
 
 PAGE, RUNS = ROOT / "docs" / "plan.md", ROOT / "benchmarks" / "results" / "plan_memory.json"
 TIMED = json.loads((ROOT / "docs" / "plan_runs.json").read_text("utf-8"))
-sys.path.insert(0, str(ROOT / "benchmarks"))  # which are scripts, and no package
-MEMORY, TIME = importlib.import_module("plan_memory"), importlib.import_module("plan_time")
-sys.path.pop(0)
+MEMORY, TIME = (script(ROOT / "benchmarks" / name) for name in ("plan_memory.py", "plan_time.py"))
 GIB = 1 << 30
 LLAMA_2_7B = {
     **KNOWN["Llama-3.1-8B"], "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000,

@@ -13,6 +13,7 @@ from strop.bridges.terms import (
     batch,
     checkpointing,
     dtype,
+    first_weights,
     lora,
     must_be,
     no_dropout,
@@ -100,10 +101,7 @@ def _model(draft: Draft, keys: Keys) -> None:
         draft.put("lora.target_modules", "all-linear", "lora_target_linear")
     elif draft.get("lora.target_modules") is None:
         draft.differ("lora_target_modules", "not given: strop takes all linear layers")
-    if (start := keys.take("peft_init_lora_weights")) in ("gaussian", "loftq"):
-        draft.put("lora.init", start, "peft_init_lora_weights")
-    elif start not in (None, True):
-        draft.lack("peft_init_lora_weights", shown(start))
+    first_weights(draft, keys, "peft_init_lora_weights")
     for key, name in (
         ("peft_use_dora", "lora.use_dora"),
         ("peft_use_rslora", "lora.use_rslora"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from strop.bridges.calls import UNREAD, Call, Script, keys_of, text_of
 from strop.bridges.draft import Draft, Keys, shown
-from strop.bridges.terms import lora
+from strop.bridges.terms import first_weights, lora
 from strop.errors import InputError
 
 MODEL_WAYS = (
@@ -175,11 +175,7 @@ def read_adapter(draft: Draft, script: Script) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         if value := keys.take(key):
             draft.put(f"lora.{key}", value, key)
-    start = keys.take("init_lora_weights")
-    if start in ("gaussian", "loftq"):
-        draft.put("lora.init", start, "init_lora_weights")
-    elif start not in (None, True):
-        draft.lack("init_lora_weights", shown(start))
+    first_weights(draft, keys, "init_lora_weights")
     if loftq := keys.take("loftq_config"):
         draft.lack("loftq_config", f"{shown(loftq)}: lora.init loftq is near to it")
     keys.take("task_type"), keys.take("inference_mode")

@@ -252,6 +252,15 @@ def lora(
             draft.put(f"lora.{key}", bool(keys.take(key)), key)
 
 
+def first_weights(draft: Draft, keys: Keys, key: str) -> None:
+    """peft's `init_lora_weights`."""
+    start = keys.take(key)
+    if start in ("gaussian", "loftq"):
+        draft.put("lora.init", start, key)
+    elif start not in (None, True):
+        draft.lack(key, shown(start))
+
+
 def must_be(kind: str, value: Any, known: dict[str, str]) -> str:
     """The objective of a method's name. Raises InputError where strop has none."""
     if value == "grpo":
