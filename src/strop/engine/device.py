@@ -33,8 +33,8 @@ def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
     each length is a kind of its own, at 0.6 to 1.3 MiB: on SmolLM2 that grew to 0.7 GiB (docs/log). No length comes
     again soon, so that only the kinds of one layer are worth their memory; rank: of the adapters, whose products are
     not oneDNN's up to 32. On a card micro-batches leave holes of as many sizes, which PyTorch fills where its segments
-    can grow. Cards are numbered as the driver lists them, so that `strop plan`, which asks the driver, and CUDA mean the
-    same one. A product that a card cuts up is added up in fp32, and rounded once. deterministic: what `repeatable`
+    can grow. Cards are numbered as the driver lists them, so that `strop plan`, which asks the driver, and CUDA mean
+    the same one. A product that a card cuts up is added up in fp32, and rounded once. deterministic: what `repeatable`
     needs of cuBLAS, which reads it when it starts.
     """
     large_apart()
