@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from strop.engine.cpu.precision import measure as measure
 from strop.errors import DeviceError
-from strop.machine.heap import large_apart
+from strop.machine.heap import keep_pages
 from strop.machine.probe import TILED_RANK, probe
 from strop.machine.rates import keep_precision, known_precision
 
@@ -37,7 +37,7 @@ def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
     the same one. A product that a card cuts up is added up in fp32, and rounded once. deterministic: what `repeatable`
     needs of cuBLAS, which reads it when it starts.
     """
-    large_apart()
+    keep_pages()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -7,16 +7,19 @@ import os
 import sys
 from contextlib import suppress
 
-LARGE = 1 << 20  # bytes
-_M_MMAP_THRESHOLD = -3  # of mallopt(3)
+LARGE, KEPT = 32 << 20, 64 << 20  # bytes: of a block, and at the heap's end
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
-def large_apart() -> None:
-    """From now on a block of 1 MiB or more has pages of its own, which go back to the system when it is freed. glibc
-    moves that bound up to 32 MiB as such blocks are freed, and then keeps them in pieces that may fit nothing."""
+def keep_pages() -> None:
+    """From now on a block below 32 MiB comes from the heap, whose pages stay when it is freed: what a step needs for a
+    moment, layer after layer, finds pages that are there. glibc gets there too, but only as such blocks are freed; with
+    pages of its own for each block, getting and clearing them took a quarter of a step (docs/log)."""
     if sys.platform == "linux" and not any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
         with suppress(AttributeError):
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE)
+            library = ctypes.CDLL(None)
+            library.mallopt(_M_MMAP_THRESHOLD, LARGE)
+            library.mallopt(_M_TRIM_THRESHOLD, KEPT)
 
 
 def give_back() -> None:
