@@ -1,6 +1,9 @@
 """Whether comparisons teach anything: the demo's rows, fine-tuned for one epoch, and then DPO or KTO on its pairs.
 
-    python benchmarks/preferences_learn.py [--seeds 0 1 2] [--objectives dpo kto] [--rows 693] [--out FILE]
+    python benchmarks/preferences_learn.py [--seeds 0 1 2] [--objectives dpo kto] [--rates 1e-5 1e-4] [--out FILE]
+
+--rates, --sft-weights: each of these is tried; by default the plan's own. `more sft`: what a second epoch of
+fine-tuning makes of the same rows.
 
 Of each model, on the demo's 176 held-out rows: exact JSON, and how often the right answer is likelier a token than the
 near miss beside it (`preference`); both with 95 % intervals, and the difference to fine-tuning alone, paired by row.
@@ -12,6 +15,7 @@ import argparse
 import json
 import tempfile
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +48,9 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", default=["dpo"])
     parser.add_argument("--rows", type=int, default=693, help="of the demo's training rows")
     parser.add_argument("--answers", type=int, default=176, help="of the held-out rows that are answered")
-    parser.add_argument("--rate", type=float, help="learning rate of the objectives")
+    parser.add_argument("--rates", type=float, nargs="+", default=[None], help="learning rates of the objectives")
+    parser.add_argument("--sft-weights", type=float, nargs="+", default=[None], help="of objectives that have one")
+    parser.add_argument("--more-sft", action="store_true", help="a second epoch of fine-tuning, for comparison")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     results: list[dict[str, Any]] = []
@@ -61,18 +67,22 @@ def main() -> None:
             before = judged(first, data_files()[1], held, given.answers)
             results.append({"seed": seed, "objective": "sft", **_rates(before)})
             print(json.dumps(results[-1]), flush=True)
-            for objective in given.objectives:
-                options = {"train.objective": objective, "model.adapter": str(first)}
-                options |= {"train.learning_rate": given.rate} if given.rate else {}
-                out = str(folder / f"{objective}-{seed}")
-                run = strop.train(data=str(pairs), out=out, **common, **options)
+            tries = [(one, *rest) for one in given.objectives for rest in product(given.rates, given.sft_weights)]
+            tries += [("more sft", None, None)] if given.more_sft else []
+            for number, (objective, rate, weight) in enumerate(tries):
+                options = {"train.learning_rate": rate, "train.sft_weight": None if objective == "kto" else weight}
+                options = {name: value for name, value in options.items() if value is not None}
+                options |= {"train.objective": objective} if objective != "more sft" else {}
+                out, source = str(folder / f"run-{seed}-{number}"), rows if objective == "more sft" else pairs
+                run = strop.train(data=str(source), out=out, **common, **options, **{"model.adapter": str(first)})
                 after = judged(run.folder, data_files()[1], held, given.answers)
                 changed = {name: asdict(paired_difference(before[name], after[name])) for name in before}
-                last = run.report["objective"]["last"]
-                results.append({"seed": seed, "objective": objective, **_rates(after), "change": changed, "last": last})
+                last = run.report["objective"]["last"] if objective != "more sft" else None
+                told = {"seed": seed, "objective": objective, "rate": rate, "sft_weight": weight}
+                results.append({**told, **_rates(after), "change": changed, "last": last})
                 print(json.dumps(results[-1]), flush=True)
-    if given.out:
-        write(given.out, results)
+                if given.out:
+                    write(given.out, results)
 
 
 def _rates(hits: dict[str, list[bool]]) -> dict[str, Any]:

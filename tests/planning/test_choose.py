@@ -201,8 +201,8 @@ def test_an_objective_brings_its_options_and_a_share_of_the_rate() -> None:
     train = found.recipe.train
     assert (train.beta, train.gamma, train.label_smoothing, train.desirable_weight) == (2.0, 0.5, 0.0, None)
     assert "arXiv:2405.14734" in found.choices["train.beta"].why
-    assert train.learning_rate == pytest.approx(0.1 * learning_rate(LLAMA_8B.parameters), rel=0.01)
-    assert "0.1 of it for simpo" in found.choices["train.learning_rate"].why
+    assert train.learning_rate == pytest.approx(0.01 * learning_rate(LLAMA_8B.parameters), rel=0.01)
+    assert "0.01 of it for simpo" in found.choices["train.learning_rate"].why
 
 
 def test_a_pair_is_two_rows_of_a_micro_batch_that_are_never_parted() -> None:
