@@ -1,149 +1,224 @@
-"""Tokens a second of `strop train` against what was predicted.
+"""How long runs take, against what `strop plan` says before them and what the run itself says after 20 steps.
 
-    python benchmarks/plan_time.py FOLDER [--only TEXT] [--out docs/plan_runs.json]
+    python benchmarks/plan_time.py FOLDER [--snips train.jsonl] [--only TEXT] [--narrow] [--out FILE]
 
-FOLDER gets the random models. Each case is a process of its own, three steps on rows of one length: on a quiet machine,
-after `strop doctor`. The results are kept in --out; `python -m tests.planning.test_memory` puts them into docs/plan.md.
+FOLDER gets the random models (3 GB). The machine is measured first, as `strop doctor` does; no case is used in that, so
+that none of them was fitted but where it says so. Each case is a process of its own, on rows of different lengths, on a
+quiet machine. One small step is timed after the machine was measured, and again before and after each case: predictions
+are scaled by it (`pace`), because a virtual machine's speed drifts by a fifth within minutes. --narrow: as on a CPU
+without AVX512, whose instructions are hidden, in fp32. The results are kept in --out; `python -m
+tests.planning.test_memory` puts them into docs/plan.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import tempfile
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from measured import child
-from plan_memory import AGAIN, ATTENTION, RESIDENT, STREAMED, WORDS, make_model, setting_of
+from measured import child, write
+from plan_memory import (
+    AGAIN,
+    ATTENTION,
+    FP32,
+    NARROW,
+    RESIDENT,
+    ROWS,
+    STREAMED,
+    case,
+    hide_instructions,
+    make_model,
+    name_of,
+    setting_of,
+    write_rows,
+)
 
-STEPS = 3
+DORA_DROPPED = {"lora.use_dora": True, "lora.dropout": 0.05}  # the plain step
+STEPS, FEW = 6, 20  # of random rows; after how many a run's own forecast is looked at
 
-
-def case(model: str, rows: int, tokens: int, **options: Any) -> dict[str, Any]:
-    return {"model": model, "rows": rows, "tokens": tokens, "options": options}
-
-
-CASES = [
-    case("demo", 1, 256),
-    case("demo", 2, 512),
-    case("demo", 1, 1024),
-    case("demo", 1, 1024, **AGAIN),
-    case("demo", 1, 512, **RESIDENT),
-    case("demo", 1, 512, **STREAMED),
-    case("demo", 1, 512, **ATTENTION, **{"lora.r": 8}),
-    case("llama-49m", 16, 128),
-    case("qwen3-125m", 2, 512),
-    case("gemma3-58m", 2, 512),
+CASES: list[dict[str, Any]] = [
+    {"model": "demo", "data": "demo", "options": {}, "steps": 60},
+    {"model": "demo", "data": "snips", "options": {}, "steps": 60},
+    {"model": "demo", "data": "demo", "options": RESIDENT, "steps": 20},
+    {"model": "demo", "data": "snips", "options": {"lora.dropout": 0.05}, "steps": 20},
+    {"model": "demo", "data": "demo", "options": {**FP32}, "steps": 10},
+    {"model": "demo", "data": "demo", "options": {**DORA_DROPPED}, "steps": 10},
+    case("demo", 256, 512),
+    case("demo", 512, 1024),
+    case("demo", 1024, 2048, **AGAIN),
+    case("demo", 512, 512, **STREAMED),
+    case("demo", 512, 1024, fitted=True, **{"lora.r": 128}),
+    case("demo", 512, 512, **ATTENTION, **{"lora.r": 8}),
+    case("demo", 256, 512, **{"lora.use_dora": True}),
+    case("llama-17m", 512, 2048),
+    case("llama-49m", 512, 2048),
+    case("llama-49m", 128, 512),
+    case("llama-49m", 512, 2048, **AGAIN),
+    case("llama-49m", 512, 1024, **FP32),
+    case("llama-49m", 512, 1024, **DORA_DROPPED),
+    case("llama-49m", 512, 1024, **{"lora.r": 64}),
+    case("qwen3-42m", 512, 2048),
+    case("qwen3-125m", 512, 1024),
+    case("qwen3-596m", 256, 512),
+    case("gemma3-58m", 512, 1024),
 ]
+NARROW_CASES = [0, 6, 7, 14, 15, 16, 17, 21, 22]  # of CASES
 
 
-def name_of(case: dict[str, Any]) -> str:
-    options = ", ".join(f"{key.partition('.')[2]} {value}" for key, value in case["options"].items())
-    return f"{case['model']}, {case['rows']} x {case['tokens']}{', ' + options if options else ''}"
-
-
-def write_rows(file: Path, number: int, tokens: int) -> None:
-    """Random words after the same system prompt; each row has this many tokens with the demo's template."""
-    from strop.model.facts import locate
-    from strop.model.tokenizer import load_tokenizer
-
-    tokenizer, rng = load_tokenizer(locate("demo")), random.Random(0)
-
-    def row(words: int) -> tuple[list[dict[str, str]], int]:
-        said = [
-            {"role": "user", "content": "go"},
-            {"role": "assistant", "content": "x" + "".join(rng.choices(WORDS, k=words))},
-        ]
-        return said, len(tokenizer.apply_chat_template(said, return_dict=False))
-
-    around = row(10)[1] - 10
-    rows = [row(tokens - around) for _ in range(number)]
-    assert {length for _, length in rows} == {tokens}
-    file.write_text("".join(json.dumps({"messages": said}) + "\n" for said, _ in rows), encoding="utf-8")
-
-
-def run(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any]:
     import strop
+    from strop.config.load import resolve
+    from strop.demo import data_files
     from strop.machine.probe import probe
     from strop.machine.rates import known_rates
+    from strop.planning.here import row_sizes
     from strop.planning.speed import Rate
 
     model = case["model"] if case["model"] == "demo" else str(make_model(folder, case["model"]))
-    rows, tokens = case["rows"], case["tokens"]
     with tempfile.TemporaryDirectory() as temp:
-        data = Path(temp) / "rows.jsonl"
-        write_rows(data, rows * STEPS, tokens)
-        options = {
-            "model.name": model, "data.train": str(data), "out": f"{temp}/run", "train.batch_size": rows,
-            "train.max_steps": STEPS, "data.max_length": tokens, "train.micro_batch_tokens": rows * tokens,
-            "train.learning_rate": 1e-4, "train.gradient_checkpointing": "off", "model.dtype": "bf16",
-            "model.quantization": "none", "model.device": "cpu", **case["options"],
-        }  # fmt: skip
-        report = strop.train(**options).report
+        rows = Path(temp) / "rows.jsonl"
+        options: dict[str, Any] = {"train.max_steps": case.get("steps", STEPS), "model.device": "cpu"}
+        if "data" in case:
+            rows = data_files()[0] if case["data"] == "demo" else snips or rows
+        else:
+            write_rows(rows, case["longest"])
+            options |= {
+                "data.max_length": case["longest"], "train.batch_size": ROWS, "train.learning_rate": 1e-4,
+                "train.micro_batch_tokens": case["at_once"], "train.gradient_checkpointing": "off",
+                "model.quantization": "none",
+            }  # fmt: skip
+        given = {**options, **case["options"]}
+        before = pace(case)
+        report = strop.train(model=model, data=str(rows), out=f"{temp}/run", **given).report
         events = [json.loads(line) for line in (Path(temp) / "run" / "events.jsonl").read_text("utf-8").splitlines()]
-    speeds = [event["tokens_per_s"] for event in events if event["event"] == "step"]
+        kept = ("model.", "lora.", "train.", "data.")
+        recipe = {one["field"]: one["value"] for one in report["recipe"] if one["field"].startswith(kept)}
+        sizes = row_sizes(resolve(None, recipe).recipe)
+    steps = [event for event in events if event["event"] == "step"]
+    took = [(new["tokens"] - old["tokens"]) / new["tokens_per_s"] for old, new in pairwise(steps)]
     rates = known_rates(probe(), "cpu")
     if rates is None:
         raise RuntimeError("strop doctor has not measured this machine")
-    return {
-        "micro_batch": report["memory"]["micro_batch"],
-        "tiles": setting_of(case["model"], case["options"]).tiles,  # as this machine's attention runs
-        "tokens_per_s": statistics.median(speeds[1:]),
-        "rate": asdict(Rate.measured(rates, "bf16")),
+    found: dict[str, Any] = {
+        "name": name_of(case),
+        "recipe": {name: recipe[name] for name in recipe if name.startswith(("model.", "lora.", "train."))},
+        "rows": list(sizes),
+        "prefix": sizes.prefix,
+        "tiles": setting_of(case["model"], recipe).tiles,
+        "seconds_a_step": statistics.fmean(took),
+        "rate": asdict(Rate.measured(rates, recipe["model.dtype"])),
+        "pace": (before + pace(case)) / 2,
     }
+    if len(steps) > 2 * FEW:
+        after = steps[FEW - 1]
+        whole = steps[-1]["time"] - steps[0]["time"]
+        found["forecast_of_rest"] = after["seconds_left"]
+        found["rest"], found["whole"] = steps[-1]["time"] - after["time"], whole
+    return found
 
 
-def predicted(case: dict[str, Any], found: dict[str, Any]) -> float:
-    """Tokens/s of a case whose micro-batch is known: of the rows' tokens, as runs count them, though the prefix that
-    rows share is computed once."""
-    from strop.planning.activations import MicroBatch
-    from strop.planning.speed import Rate, step_seconds
+def pace(case: dict[str, Any]) -> float:
+    """Of a small step, now: other guests of the host make a machine slower and faster from one minute to the next."""
+    import torch
 
-    setting = setting_of(case["model"], case["options"]).but(tiles=found["tiles"])
-    batch = MicroBatch(**{**found["micro_batch"], "documents": tuple(map(tuple, found["micro_batch"]["documents"]))})
-    return case["rows"] * case["tokens"] / step_seconds(setting, batch, 1, Rate(**found["rate"]))
+    from strop.planning.calibrate import pace
+
+    return pace(torch.float32 if "model.dtype" in case["options"] else torch.bfloat16)
 
 
-def table(results: dict[str, Any]) -> str:
+def predicted(found: dict[str, Any]) -> float:
+    """Seconds a step, as the formulas say now."""
+    from strop.config.load import resolve
+    from strop.planning.microbatch import Rows, first_steps
+    from strop.planning.speed import Rate, steps_seconds
+
+    setting = setting_of(found["name"].partition(",")[0], found["recipe"]).but(tiles=found["tiles"])
+    rows = Rows(map(tuple, found["rows"]))
+    rows.prefix = found["prefix"]
+    recipe = resolve(None, {**found["recipe"], "model.name": "m", "data.train": "d"}).recipe
+    steps = first_steps(recipe, rows, setting.step == "fast")
+    return found["pace"] / found["pace_then"] * steps_seconds(setting, steps, Rate(**found["rate"])) / len(steps)
+
+
+def error_of(found: dict[str, Any]) -> float:
+    return predicted(found) / found["seconds_a_step"] - 1
+
+
+def later_error(found: dict[str, Any]) -> float:
+    """Of what the run says after FEW steps, of the whole."""
+    return (found["forecast_of_rest"] - found["rest"]) / found["whole"]
+
+
+def table(results: list[dict[str, Any]]) -> str:
     """Markdown: measured figures beside what the formulas say now."""
-    cases, lines, errors = {name_of(case): case for case in CASES}, list[str](), list[float]()
-    for name, found in results.items():
-        expected, measured = predicted(cases[name], found), found["tokens_per_s"]
-        errors.append(expected / measured - 1)
-        lines.append(f"| {name} | {expected:,.0f} | {measured:,.0f} | {errors[-1]:+.1%} |")
-    sizes = list(map(abs, errors))
-    said = f"{len(sizes)} runs: median error {statistics.median(sizes):.1%}, worst {max(sizes):.1%}."
-    return "\n".join([said, "", "| run | predicted, tokens/s | measured | error |", "|---|---:|---:|---:|", *lines, ""])
+    lines = [
+        f"| {one['name']}{', without AVX512' if one['narrow'] else ''} | {'fitted' if one['fitted'] else ''} "
+        f"| {predicted(one):.2f} "
+        f"| {one['seconds_a_step']:.2f} | {error_of(one):+.1%} |"
+        for one in results
+    ]
+    sizes = [abs(error_of(one)) for one in results if not one["fitted"]]
+    told = f"median error {statistics.median(sizes):.1%}, worst {max(sizes):.1%}"
+    said = f"{len(sizes)} runs that nothing was fitted on: {told}."
+    later = [f"{one['name']} {later_error(one):+.1%}" for one in results if "rest" in one]
+    told = f"What runs said after {FEW} steps, against their whole time: {'; '.join(later)}."
+    head = ["| run | | predicted, s a step | measured | error |", "|---|---|---:|---:|---:|"]
+    return "\n".join([said, "", told, "", *head, *lines, ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for the random models")
+    parser.add_argument("--snips", type=Path, help="rows of messages, as long as SNIPS'")
     parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "plan_runs.json")
+    parser.add_argument("--narrow", action="store_true")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.case is not None:
-        print(json.dumps(run(options.folder, CASES[options.case])))
+    given = parser.parse_args()
+    if given.case is not None:
+        if given.narrow:
+            hide_instructions()
+        if given.case < 0:
+            from strop.machine.probe import probe
+            from strop.planning.trial import keep_rates, measure_rates
+
+            rates = measure_rates()
+            keep_rates(probe(), "cpu", rates)
+            print(json.dumps({name: pace({"options": options}) for name, options in (("bf16", {}), ("fp32", FP32))}))
+            return
+        if given.narrow:
+            CASES[given.case]["options"] = {**FP32, **CASES[given.case]["options"]}
+        print(json.dumps(run(given.folder, CASES[given.case], given.snips)))
         return
-    results = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
-    for number, case in enumerate(CASES):
-        name = name_of(case)
-        if options.only not in name:
+    kept = json.loads(given.out.read_text("utf-8"))["results"] if given.out and given.out.is_file() else []
+    found = {(one["name"], one["narrow"]): one for one in kept}
+
+    def measured(number: int) -> dict[str, Any]:
+        hidden = {**NARROW, "STROP_CACHE": str(given.folder / "narrow-cache")} if given.narrow else {}
+        return child([sys.executable, __file__, *sys.argv[1:], "--case", str(number)], hidden)
+
+    paces = measured(-1)
+    for number in NARROW_CASES if given.narrow else range(len(CASES)):
+        name = name_of(CASES[number])
+        if given.only not in name or (CASES[number].get("data") == "snips" and given.snips is None):
             continue
         try:
-            results[name] = child([sys.executable, __file__, *sys.argv[1:], "--case", str(number)])
+            one = measured(number)
         except RuntimeError as error:
-            print(f"{name}: {str(error)[-300:]}", file=sys.stderr)
+            print(f"{name}: {str(error)[-600:]}", file=sys.stderr)
             continue
-        print(f"{name}: {results[name]['tokens_per_s']:,.0f} tokens/s", file=sys.stderr)
-        ordered = {key: results[key] for key in map(name_of, CASES) if key in results}
-        options.out.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+        then = paces[one["recipe"]["model.dtype"]]
+        one = found[name, given.narrow] = {**one, "name": name, "narrow": given.narrow, "pace_then": then}
+        one["fitted"] = bool(CASES[number].get("fitted"))
+        print(f"{name}: {error_of(one):+.1%} of {one['seconds_a_step']:.2f} s", file=sys.stderr)
+        if given.out:
+            write(given.out, list(found.values()))
 
 
 if __name__ == "__main__":

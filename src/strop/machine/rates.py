@@ -16,15 +16,15 @@ from strop.runs.lock import sha256_text
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of the frozen layers' products in each type, and bytes/s of memory. head_flops, attention_flops: what the
-    engine's own reach, by type: they are other shapes, with a softmax between."""
+    """FLOP/s of the frozen layers' products in each type, and bytes/s of memory. costs: by type, of the parts of a step
+    (the fields of planning.speed.Rate). unpacked_per_s: weights that are dequantized a second, by scheme."""
 
     bf16_flops: float
     fp32_flops: float
     bandwidth: float
     threads: int
-    head_flops: dict[str, float]
-    attention_flops: dict[str, float]
+    costs: dict[str, dict[str, float]]
+    unpacked_per_s: dict[str, float]
 
     @property
     def dtype(self) -> str:

@@ -14,6 +14,7 @@ from strop.planning.setting import Setting
 
 BLOCK = 256  # queries a product, as in engine.attention
 KEEP_PAIRS = 512  # keys up to which probabilities are kept, as in engine.attention
+LEAST_PREFIX = 8  # tokens that are shared, as in engine.packed
 TILE_ROWS, GAP = 64, 256  # rows that pass over the keys together, and numbers behind a buffer (engine.cpu)
 EAGER_BYTES = 40  # fp32 copies a number of the MLP on its way back through PyTorch's own operations
 HEAD_BYTES, CARD_HEAD_BYTES = 24 * 2**20, 256 * 2**20  # logits at once, as in engine.head
@@ -24,13 +25,15 @@ class MicroBatch:
     """What is computed at once. tokens: packed rows, a shared prefix once. supervised: rows of the head.
 
     documents: (number, queries, keys) of each bucket of documents. more: other micro-batches belong to the same step,
-    so that gradients wait while this one is computed.
+    so that gradients wait while this one is computed. shared: tokens of rows that a common prefix
+    saves, less those that padding adds.
     """
 
     tokens: int
     supervised: int
     documents: tuple[tuple[int, int, int], ...]
     more: bool = False
+    shared: int = 0
 
     @staticmethod
     def of(tokens: int, length: int, *, share: float = 1.0, more: bool = True) -> MicroBatch:
@@ -45,6 +48,11 @@ class MicroBatch:
         counted = {length: list(lengths).count(length) for length in set(lengths)}
         documents = tuple((number, length, length) for length, number in sorted(counted.items()))
         return MicroBatch(tokens, max(1, round(share * (tokens - len(lengths)))), documents, more)
+
+    @property
+    def number(self) -> int:
+        """Of rows: a prefix that they share is a document too."""
+        return sum(number for number, _, _ in self.documents) - (self.shared > 0)
 
     @property
     def kept_pairs(self) -> int:

@@ -138,6 +138,8 @@ def _part(rate: Rate, number: int) -> Rate:
         bandwidth=rate.bandwidth / number,
         head_flops=rate.head_flops / number,
         attention_flops=rate.attention_flops / number,
+        moved=rate.moved / number,
+        unpacked_per_s={scheme: found / number for scheme, found in rate.unpacked_per_s.items()},
     )
 
 
@@ -155,12 +157,12 @@ def spread(
         most = min(most, -(-train.batch_size // SLOTS))
     one = recipe.model_copy(update={"train": train.model_copy(update=_no_larger(recipe, most))})
     usual = usual_micro_batch(one, rows)
-    at_once = sum(number for number, _, _ in usual.documents)
+    at_once = usual.number
     parts = -(-train.batch_size * answers // at_once)  # micro-batches of the step, on whichever device
     if exact:
         most = min(train.batch_size, -(-parts // devices.count) * at_once // answers)
     compute = step_seconds(setting, usual, most * answers / at_once, rate)
-    tokens = usual.tokens / at_once * train.batch_size * answers
+    tokens = (usual.tokens + usual.shared) / at_once * train.batch_size * answers
     size, buffers = gradient_bytes(setting, devices), _buffers(parts, devices) if exact else 0
     around = buffers * size if buffers else ring_bytes(size, devices.count)
     around += FLAG_SUMS * ring_bytes(FLAG_BYTES * devices.count, devices.count)

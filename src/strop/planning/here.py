@@ -21,6 +21,7 @@ from strop.model.shape import Peek, peek
 from strop.model.tokenizer import load_tokenizer
 from strop.objectives.table import answers_of, drawn_tokens, learning_of
 from strop.planning.cards import Card, find_card, recognise
+from strop.planning.microbatch import Rows
 from strop.planning.speed import Rate
 from strop.runs.folder import is_run
 
@@ -124,18 +125,33 @@ def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
     return found
 
 
-def row_sizes(recipe: Recipe) -> list[tuple[int, int]]:
-    """Tokens and supervised tokens of each row (of pairs: of each answer; of prompts: of each answer as long as it may
-    be), where the recipe names rows that are here and the model's tokenizer is; else none."""
+def row_sizes(recipe: Recipe) -> Rows:
+    """Of each row (of pairs: of each answer; of prompts: of each answer as long as it may be), where the recipe names
+    rows that are here and the model's tokenizer is; else none."""
     first = recipe.data.train if isinstance(recipe.data.train, str) else recipe.data.train[0]
     model = Path(recipe.model.name).expanduser()
     if not Path(first).is_file() or not (recipe.model.name.startswith("demo") or is_run(model) or model.is_dir()):
-        return []
+        return Rows()
     source = locate(recipe.model.name, recipe.model.revision)
     if source.kind == "folder" and not (source.path / "tokenizer_config.json").is_file():
-        return []
+        return Rows()
     learning = learning_of(recipe.train)
     rows = prepare(recipe.data, load_tokenizer(source), strict=False, learning=learning).train
     if drawn := drawn_tokens(recipe.train):
-        return [(int(length) + drawn, drawn) for length in rows.lengths for _ in range(answers_of(recipe.train))]
-    return [(len(example), example.supervised) for example in (rows[row] for row in range(len(rows)))]
+        return Rows((int(length) + drawn, drawn) for length in rows.lengths for _ in range(answers_of(recipe.train)))
+    found, shared = Rows(), None
+    for number in range(len(rows)):
+        example = rows[number]
+        found.append((len(example), example.supervised))
+        shared = _alike(shared, example.ids) if learning == "turns" else None
+    found.prefix = 0 if shared is None else len(shared)
+    return found
+
+
+def _alike(beginning: Any, ids: Any) -> Any:
+    """What both begin with."""
+    if beginning is None:
+        return ids
+    size = min(len(beginning), len(ids))
+    differs = (beginning[:size] != ids[:size]).nonzero()[0]
+    return beginning[: differs[0] if len(differs) else size]

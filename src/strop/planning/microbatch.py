@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
 
 from strop.config.schema import Recipe
+from strop.data.batches import BatchStream
+from strop.data.pack import group_by_length, pack
 from strop.objectives.table import answers_of, drawn_tokens
-from strop.planning.activations import KEEP_PAIRS, MicroBatch, at_peak
+from strop.planning.activations import KEEP_PAIRS, LEAST_PREFIX, MicroBatch, at_peak
 from strop.planning.setting import Setting
 
 MICRO_BATCH_TOKENS = 2048
+LOOKED_AT = 32  # steps, whose time stands for the run's
+
+
+class Rows(list[tuple[int, int]]):
+    """Tokens and supervised tokens of each answer. prefix: the tokens that all of them begin with."""
+
+    prefix = 0
 
 
 def largest_micro_batch(recipe: Recipe, setting: Setting, longest: int | None = None) -> MicroBatch:
@@ -36,7 +48,9 @@ def _filled(recipe: Recipe, length: int) -> MicroBatch:
 
 def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> MicroBatch:
     """The one whose time stands for the run's: of rows of the mean length. rows: (tokens, supervised) of each answer,
-    where they are known; else they are as long as they may be, and supervised."""
+    where they are known; else they are as long as they may be, and supervised. What all of them begin with is computed
+    once."""
+    prefix = rows.prefix if isinstance(rows, Rows) and len(rows) > 1 else 0
     answers = answers_of(recipe.train)
     if not rows:
         drawn = drawn_tokens(recipe.train)
@@ -46,4 +60,48 @@ def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> M
     number = train_.micro_batch or max(1, (train_.micro_batch_tokens or MICRO_BATCH_TOKENS) // (mean * answers))
     number = answers * min(number, train_.batch_size, len(rows) // answers)
     share = sum(supervised for _, supervised in rows) / max(1, sum(tokens - 1 for tokens, _ in rows))
-    return MicroBatch.rows([mean] * number, share=share, more=number < min(answers * train_.batch_size, len(rows)))
+    batch = MicroBatch.rows([mean] * number, share=share, more=number < min(answers * train_.batch_size, len(rows)))
+    prefix = min(prefix, mean - 1) if number > 1 else 0
+    if prefix < LEAST_PREFIX:
+        return batch
+    shared = (number - 1) * prefix
+    documents = (1, prefix, prefix), (number, mean - prefix, mean)
+    return replace(batch, tokens=batch.tokens - shared, documents=documents, shared=shared)
+
+
+def first_steps(recipe: Recipe, rows: Rows, packed: bool) -> list[list[MicroBatch]]:
+    """The micro-batches of the run's first steps, as training cuts them. rows: one answer each. packed: no padding is
+    computed, and what the rows begin with once."""
+    train = recipe.train
+    steps = BatchStream(
+        len(rows), batch_size=train.batch_size, seed=recipe.seed, epochs=train.epochs, max_steps=train.max_steps
+    )
+    return [_cut(recipe, [rows[row] for row in batch.rows], rows.prefix, packed) for batch in islice(steps, LOOKED_AT)]
+
+
+def _cut(recipe: Recipe, rows: Sequence[tuple[int, int]], prefix: int, packed: bool) -> list[MicroBatch]:
+    train, lengths = recipe.train, [tokens for tokens, _ in rows]
+    budget = train.micro_batch_tokens or MICRO_BATCH_TOKENS
+    if train.micro_batch is not None:
+        groups = group_by_length(lengths, rows=train.micro_batch)
+    else:
+        groups = pack(lengths, max(budget, *lengths)) if packed else group_by_length(lengths, tokens=budget)
+    return [_together([rows[i] for i in group], prefix, packed, len(groups) > 1) for group in groups]
+
+
+def _together(rows: Sequence[tuple[int, int]], prefix: int, packed: bool, more: bool) -> MicroBatch:
+    supervised, longest = sum(count for _, count in rows), max(tokens for tokens, _ in rows)
+    if not packed:
+        batch = MicroBatch.rows([longest] * len(rows), more=more)
+        return replace(batch, supervised=supervised, shared=sum(tokens for tokens, _ in rows) - batch.tokens)
+    prefix = min(prefix, *(tokens - 1 for tokens, _ in rows)) if len(rows) > 1 else 0
+    if prefix < LEAST_PREFIX:
+        return replace(MicroBatch.rows([tokens for tokens, _ in rows], more=more), supervised=supervised)
+    counted = Counter(tokens for tokens, _ in rows)
+    documents = (
+        (1, prefix, prefix),
+        *((number, tokens - prefix, tokens) for tokens, number in sorted(counted.items())),
+    )
+    whole = sum(tokens for tokens, _ in rows)
+    shared = (len(rows) - 1) * prefix
+    return MicroBatch(whole - shared, supervised, documents, more, shared)

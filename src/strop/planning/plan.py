@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.batches import BatchStream
 from strop.machine.probe import Machine
 from strop.model.shape import Peek
-from strop.objectives.table import answers_of
+from strop.objectives.table import answers_of, learning_of
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import Room, choose, usable_bytes
 from strop.planning.devices import Devices, Spread, spread
 from strop.planning.ladder import Rung, ladder
 from strop.planning.memory import Drawn, Phase, constant_bytes, phases, weight_bytes
-from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
+from strop.planning.microbatch import Rows, first_steps, largest_micro_batch, usual_micro_batch
 from strop.planning.setting import Setting, why_plain
-from strop.planning.speed import REFERENCE, Rate, drawing_seconds, step_seconds, tokens_per_s
+from strop.planning.speed import FORWARD, Rate, drawing_seconds, step_seconds, steps_seconds, tokens_per_s
 
 CHECKPOINT_BYTES = 12  # a trainable weight on disk: itself and two moments
 LONGEST = 1 << 20
@@ -107,7 +107,12 @@ def make_plan(
     fits = need <= room.usable
     on_cpu = recipe.model.device in ("cpu", "mps")
     several = spread(recipe, setting, rate, devices, rows)
-    seconds = _seconds(recipe, setting, usual, rate, rows, several)
+    steps = first_steps(recipe, rows, setting.step == "fast") if _are_turns(rows, recipe) else []
+    seconds = _seconds(recipe, setting, usual, rate, rows, several, steps)
+    speed = tokens_per_s(setting, usual, rate)
+    if steps:
+        tokens = sum(batch.tokens + batch.shared for step in steps for batch in step)
+        speed = tokens / steps_seconds(setting, steps, rate)
     return Plan(
         fits=fits,
         device=recipe.model.device,
@@ -117,7 +122,7 @@ def make_plan(
         resolved=resolved,
         setting=setting,
         engine=f"plain: {why}" if (why := why_plain(recipe, model.shape)) else "fast",
-        tokens_per_s=several.over[0].tokens_per_s if several.over else tokens_per_s(setting, usual, rate),
+        tokens_per_s=several.over[0].tokens_per_s if several.over else speed,
         seconds=seconds,
         rate=rate,
         largest=_largest(recipe, room) if thorough else {},
@@ -135,8 +140,9 @@ def _seconds(
     rate: Rate,
     sizes: Sequence[tuple[int, int]],
     several: Spread,
+    steps: Sequence[Sequence[MicroBatch]],
 ) -> float | None:
-    """Of the run's steps: by its rows where their number is known, by full steps where only the number of steps is. Of
+    """Of the run's steps: by the first of them where the rows are known, by full steps where only their number is. Of
     several devices: over the slowest link."""
     train, rows = recipe.train, len(sizes) // answers_of(recipe.train)
     if not rows and train.max_steps is None:
@@ -146,14 +152,20 @@ def _seconds(
     )
     if several.over:
         return stream.total_steps * (several.compute_s + several.over[0].seconds)
+    if steps:
+        return stream.total_steps * steps_seconds(setting, steps, rate) / len(steps)
     a_step = answers_of(train) * stream.num_rows / stream.steps_per_epoch
-    at_once = sum(number for number, _, _ in usual.documents)
-    step = step_seconds(setting, usual, a_step / at_once, rate)
+    step = step_seconds(setting, usual, a_step / usual.number, rate)
     mean = round(sum(tokens - supervised for tokens, supervised in sizes) / len(sizes)) if sizes else None
     if (drawn := Drawn.of(recipe, mean)) is not None:
-        again = (train.updates or 1) + (REFERENCE if train.beta else 0)
+        again = (train.updates or 1) + (FORWARD if train.beta else 0)
         step = step * again + drawing_seconds(setting, drawn, rate)
     return stream.total_steps * step
+
+
+def _are_turns(rows: Sequence[tuple[int, int]], recipe: Recipe) -> TypeGuard[Rows]:
+    """Whether these are the recipe's rows, each an answer by itself."""
+    return isinstance(rows, Rows) and len(rows) > 0 and learning_of(recipe.train) == "turns"
 
 
 def _largest(recipe: Recipe, room: Room) -> dict[str, int]:

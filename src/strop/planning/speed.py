@@ -1,50 +1,62 @@
-"""How long a step takes: its FLOPs by kind, each at the rate that kind of product reaches, and the bytes it moves.
+"""How long a step takes: its FLOPs by kind, each at the rate that kind of product reaches, the bytes it moves, and what
+each layer and each micro-batch costs whatever their size.
 
-The rates are shares of one measured (or tabled) rate of large products; where the shares are from is said beside them.
+On a CPU the rates and costs are those that `strop doctor` has measured (planning.calibrate); a card's are of its data
+sheet.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from strop.engine.answers.cache import ROWS
+from strop.machine.probe import TILED_RANK
 from strop.machine.rates import Rates
 from strop.planning.activations import HEAD_BYTES, KEEP_PAIRS, MicroBatch, pairs
 from strop.planning.cards import Card
 from strop.planning.memory import Drawn, constant_bytes, packed_weights, weight_bytes
 from strop.planning.setting import Setting
 
-# Shares of the probe's rate on a CPU, from timers around the engine's functions (docs/performance.md, "Where the time
-# goes") and the differences between the runs of docs/plan.md: a product with a rank of 16 is too thin to reach it.
-FROZEN, THIN = 0.82, 0.5
-ATTENTION, HEAD = 0.5, 1.0  # where `strop doctor` has not measured them
-UNPACKED_PER_S = 1.0e9  # weights dequantized a second on two cores, where they are streamed
-PLAIN = 2.9  # times as long in the plain step on a CPU: 76 tokens/s beside 215 to 230 (docs/log)
+THIN, THIN_APART = 0.5, 0.25  # of the large products' rate, by products with a rank; by oneDNN's, with larger ones
+# Where `strop doctor` has not measured: as it found them on two cores of a Xeon with AMX (docs/log), for a core.
+ATTENTION, HEAD, MOVED = 0.2, 0.8, 0.5  # of the large products' rate, twice, and of memory's
+LAYER_S, KINDS_S, PLAIN, UNPACKED_PER_S = 5e-3, 0.03, 1.8, 1e9
+KINDS_HIDDEN, KINDS_POWER = (
+    576,
+    0.75,
+)  # of a model; kinds of product are made in 0.57 and 1.5 times as long at 256, 1,024
+FORWARD = 0.35  # of a step's element-wise work: a forward that is done again; and the forward pass of the reference
 ANSWERING = 0.25  # of the probe's rate, where answers are drawn many together
-REFERENCE = 0.35  # of a step: the forward pass of the reference
-STEP_S = 0.08  # Python, dispatch, autograd and the casts of gradients, a micro-batch of 30 layers
+LOGIT_BYTES = 24  # of a number of the plain step's logits, moved: their copies in fp32, there and back
 GPU_SHARE = 0.45  # of a card's dense rate: 43 % at 8B LoRA on an H100 (NVIDIA NeMo AutoModel's published figure)
 
 
 @dataclass(frozen=True)
 class Rate:
     """Products in FLOP/s and memory in bytes/s; source: measured here, or whose table. peak: the first is a data
-    sheet's, of which a real step reaches a part."""
+    sheet's, of which a real step reaches a part. The others as planning.calibrate finds them; 0: not measured."""
 
     flops: float
     bandwidth: float
     source: str
     peak: bool = False
-    head_flops: float = 0.0  # 0: not measured
+    head_flops: float = 0.0
     attention_flops: float = 0.0
+    layer_s: float = 0.0
+    moved: float = 0.0  # bytes/s of element-wise work
+    kinds_s: float = 0.0
+    plain: float = 0.0  # times the fast step's time
+    unpacked_per_s: Mapping[str, float] = field(default_factory=dict)  # weights, by scheme
 
     @staticmethod
     def measured(rates: Rates, dtype: str) -> Rate:
         """Of this machine's CPU in one type, as `strop doctor` has found it."""
         flops = rates.bf16_flops if dtype == "bf16" else rates.fp32_flops
-        kind = dtype if dtype in rates.head_flops else "fp32"
-        head, attention = rates.head_flops[kind], rates.attention_flops[kind]
-        return Rate(flops, rates.bandwidth, "strop doctor", head_flops=head, attention_flops=attention)
+        costs = rates.costs[dtype if dtype in rates.costs else "fp32"]
+        rate = Rate(flops, rates.bandwidth, "strop doctor", unpacked_per_s=rates.unpacked_per_s)
+        return replace(rate, **costs)  # type: ignore[arg-type]
 
     @staticmethod
     def of(card: Card) -> Rate:
@@ -84,23 +96,57 @@ def flops(setting: Setting, batch: MicroBatch) -> Flops:
     return Flops(frozen, adapters, attention, 4.0 * shape.embedding * batch.supervised)
 
 
+@dataclass(frozen=True)
+class Work:
+    """Of one micro-batch on a CPU. frozen, attention: FLOPs; adapters: those that large products would do in the same
+    time; weights: bytes of frozen weights that are read; moved: bytes of element-wise work and of LoRA's narrow
+    products; layers: how often one begins."""
+
+    frozen: float
+    adapters: float
+    attention: float
+    weights: float
+    moved: float
+    layers: float
+
+
+def work_of(setting: Setting, batch: MicroBatch) -> Work:
+    found, shape = flops(setting, batch), setting.shape
+    again = 1 + FORWARD * setting.checkpoint_layers / shape.layers
+    weights = shape.layers * sum(linear.active_weights for linear in shape.linears)
+    passes = 2 + setting.checkpoint_layers / shape.layers
+    moved = batch.tokens * shape.layers * (element_bytes(setting) + thin_bytes(setting))
+    adapters = found.adapters / (THIN_APART if max(setting.ranks, default=0) > TILED_RANK else THIN)
+    return Work(
+        found.frozen, adapters, found.attention, passes * weights * setting.element, again * moved,
+        again * shape.layers,
+    )  # fmt: skip
+
+
+def known_seconds(work: Work, rate: Rate) -> float:
+    """Of products, by their rate."""
+    return (work.frozen + work.adapters) / rate.flops + work.weights / rate.bandwidth
+
+
 def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> float:
-    work = flops(setting, batch)
     unpacked = packed_weights(setting) * (2 + setting.checkpoint_layers / setting.shape.layers)
     if rate.peak:
-        return work.total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
-    attention, head = rate.attention_flops or ATTENTION * rate.flops, rate.head_flops or HEAD * rate.flops
-    moved = batch.tokens * setting.shape.layers * (element_bytes(setting) + thin_bytes(setting))
-    return (PLAIN if setting.step == "plain" else 1) * (
-        (work.frozen / FROZEN + work.adapters / THIN) / rate.flops
-        + work.attention / attention
-        + work.head / head
-        + repacked_bytes(batch.supervised, setting.shape.vocabulary, setting.shape.hidden, setting.element)
-        / rate.bandwidth
-        + moved / rate.bandwidth
-        + unpacked / UNPACKED_PER_S
-        + STEP_S * setting.shape.layers / 30
+        return flops(setting, batch).total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
+    work, plain = work_of(setting, batch), setting.step == "plain"
+    layers = (
+        known_seconds(work, rate)
+        + work.layers * (rate.layer_s or LAYER_S)
+        + work.moved / (rate.moved or MOVED * rate.bandwidth)
+        + work.attention / (rate.attention_flops or ATTENTION * rate.flops)
     )
+    once = unpacked / rate.unpacked_per_s.get(setting.scheme, UNPACKED_PER_S)
+    once += (rate.kinds_s or KINDS_S) * math.pow(setting.shape.hidden / KINDS_HIDDEN, KINDS_POWER)
+    once += flops(setting, batch).head / (rate.head_flops or HEAD * rate.flops)
+    shape = setting.shape
+    once += repacked_bytes(batch.supervised, shape.vocabulary, shape.hidden, setting.element) / rate.bandwidth
+    if plain:
+        once += LOGIT_BYTES * batch.supervised * shape.vocabulary / rate.bandwidth
+    return layers * ((rate.plain or PLAIN) if plain else 1) + once
 
 
 def repacked_bytes(rows: int, vocabulary: int, hidden: int, element: int) -> int:
@@ -128,6 +174,12 @@ def step_seconds(setting: Setting, batch: MicroBatch, micro_batches: float, rate
     return micro_batches * micro_batch_seconds(setting, batch, rate) + 24 * setting.adapter_weights / rate.bandwidth
 
 
+def steps_seconds(setting: Setting, steps: Sequence[Sequence[MicroBatch]], rate: Rate) -> float:
+    """Of all of these steps."""
+    batches = sum(micro_batch_seconds(setting, batch, rate) for step in steps for batch in step)
+    return batches + len(steps) * step_seconds(setting, steps[0][0], 0, rate)
+
+
 def drawing_seconds(setting: Setting, drawn: Drawn, rate: Rate) -> float:
     """Of the answers of one step, all as long as they may be: each pass reads the weights once for as many as go
     together."""
@@ -140,4 +192,5 @@ def drawing_seconds(setting: Setting, drawn: Drawn, rate: Rate) -> float:
 
 
 def tokens_per_s(setting: Setting, batch: MicroBatch, rate: Rate) -> float:
-    return batch.tokens / micro_batch_seconds(setting, batch, rate)
+    """Of the rows: what they share is computed once, and counted in each."""
+    return (batch.tokens + batch.shared) / micro_batch_seconds(setting, batch, rate)

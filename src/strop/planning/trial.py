@@ -3,41 +3,49 @@
 from __future__ import annotations
 
 import logging
-import time
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from strop.engine.attention import Heads
-from strop.engine.device import measure, pick_dtype
+from strop.engine.device import measure, pick_dtype, prepare_process
 from strop.engine.functions import apply
 from strop.engine.head import SupervisedLoss
-from strop.engine.packed import Documents
 from strop.engine.processor import kernels_lack, processor_for
 from strop.errors import QuantizerError
-from strop.machine.doctor import Finding, crashed, pip
+from strop.machine.doctor import Finding, crashed, installed, pip
 from strop.machine.probe import Machine
 from strop.machine.rates import Rates, keep_rates
 from strop.model.quantize import QuantizedLinear, pack, unpack
-from strop.model.shape import ModelShape
-from strop.planning.activations import MicroBatch
-from strop.planning.setting import Setting
-from strop.planning.speed import flops, repacked_bytes
+from strop.planning.calibrate import RANK, fastest, step_costs, unpacked_per_s
+from strop.planning.speed import Rate, repacked_bytes
 
 LOG = logging.getLogger(__name__)
 
 COPY_BYTES = 256 << 20
+BUSY = 0.4  # of the cores, in the last minute
 
 
 def try_out(machine: Machine) -> tuple[list[Finding], Rates]:
     """What was found, and the CPU's rates, which are kept for `strop plan`."""
+    others = _others(machine)
     rates = measure_rates()
     keep_rates(machine, "cpu", rates)
     said = f"bf16 {rates.bf16_flops / 1e9:,.0f} GFLOP/s, fp32 {rates.fp32_flops / 1e9:,.0f} GFLOP/s"
     said += f", memory {rates.bandwidth / 1e9:.0f} GB/s on the CPU: the base is computed in {rates.dtype} here"
-    return [*cards(machine), Finding("ok", said), four_bit_step()], rates
+    return [*cards(machine), *others, Finding("ok", said), four_bit_step()], rates
+
+
+def _others(machine: Machine) -> list[Finding]:
+    """Whether other programs use this CPU while its rates are measured."""
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if busy < BUSY * machine.cores:
+        return []
+    what = f"other programs are using {busy:.1f} of {machine.cores} cores: the rates are measured too low"
+    why = "`strop plan` reckons the time of runs by them"
+    return [Finding("warning", what, why, "# strop doctor again when the machine is quiet")]
 
 
 def cards(machine: Machine) -> Iterator[Finding]:
@@ -65,18 +73,20 @@ def cards(machine: Machine) -> Iterator[Finding]:
 
 
 def measure_rates() -> Rates:
-    """Products in both types and a copy, on the CPU, and what the engine's head and attention reach."""
+    """Products in both types and a copy, on the CPU; what the engine's head reaches, and what its steps cost."""
+    prepare_process(rank=RANK)
     LOG.info("measuring products and memory of this CPU")
     found = measure("cpu")
     x = torch.empty(COPY_BYTES, dtype=torch.uint8).fill_(1)
     y = torch.empty_like(x)
-    copy = _fastest(lambda: y.copy_(x))
-    kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    bandwidth = 2 * COPY_BYTES / copy
-    head = {name: _head_flops(kind, bandwidth) for name, kind in kinds.items()}
-    attention = {name: _attention_flops(kind) for name, kind in kinds.items()}
-    threads = torch.get_num_threads()
-    return Rates(found.bf16_flops, found.fp32_flops, bandwidth, threads, head, attention)
+    bandwidth = 2 * COPY_BYTES / fastest(lambda: y.copy_(x))
+    costs: dict[str, dict[str, float]] = {}
+    for name, dtype, rate in (("bf16", torch.bfloat16, found.bf16_flops), ("fp32", torch.float32, found.fp32_flops)):
+        LOG.info("measuring steps of small models in %s", name)
+        step = step_costs(dtype, Rate(rate, bandwidth, "measured"))
+        costs[name] = {"head_flops": _head_flops(dtype, bandwidth), **asdict(step)}
+    unpacked = {scheme: unpacked_per_s(scheme) for scheme in ("nf4", "int8")} if installed("bitsandbytes") else {}
+    return Rates(found.bf16_flops, found.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked)
 
 
 def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
@@ -85,43 +95,9 @@ def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
     x, weight = torch.ones(rows, hidden, dtype=dtype, requires_grad=True), torch.ones(vocabulary, hidden, dtype=dtype)
     labels, weights = torch.zeros(rows, dtype=torch.long), torch.ones(rows)
     ops = processor_for(torch.device("cpu"), dtype).ops
-    seconds = _fastest(lambda: apply(SupervisedLoss, x, labels, weights, weight, 0.0, ops), 3)
+    seconds = fastest(lambda: apply(SupervisedLoss, x, labels, weights, weight, 0.0, ops), 3)
     moving = repacked_bytes(rows, vocabulary, hidden, x.element_size()) / bandwidth
     return 4 * rows * hidden * vocabulary / max(seconds - moving, seconds / 2)
-
-
-def _attention_flops(dtype: torch.dtype) -> float:
-    """The engine's attention, there and back: 2 documents of 512 tokens, 9 heads of 64 over 3."""
-    documents, length = 2, 512
-    processor = processor_for(torch.device("cpu"), dtype)
-    heads = Heads(
-        processor.ops, query=9, key_value=3, size=64, scale=0.125, window=0, softcap=0.0, q_norm=None, k_norm=None
-    )  # fmt: skip
-    attend, tiled = processor.attention(64, 0.0), processor.tiled(64, 0.0)
-    tokens = documents * length
-    spans = np.array([(start, length, 0) for start in range(0, tokens, length)])
-    laid_out = Documents(spans, tokens, torch.device("cpu"))
-    angles = torch.ones(tokens, 32), torch.zeros(tokens, 32)
-    qkv = torch.zeros(tokens, 15 * 64, dtype=dtype, requires_grad=True)
-
-    def work() -> None:
-        out = attend(qkv, heads, *angles, laid_out)
-        out.backward(torch.ones_like(out))  # type: ignore[no-untyped-call]
-
-    sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 1}
-    shape = ModelShape.of({"model_type": "llama", "num_hidden_layers": 1, **sizes})
-    none = (0,) * len(shape.linears)
-    setting, batch = Setting(shape, 0, ranks=none, tiles=tiled), MicroBatch.rows([length] * documents)
-    return flops(setting, batch).attention / _fastest(work, 4)
-
-
-def _fastest(work: Callable[[], object], rounds: int = 4) -> float:
-    best = float("inf")
-    for _ in range(rounds):
-        started = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - started)
-    return best
 
 
 def four_bit_step() -> Finding:
