@@ -97,7 +97,7 @@ def _attention_flops(dtype: torch.dtype) -> float:
     heads = Heads(
         processor.ops, query=9, key_value=3, size=64, scale=0.125, window=0, softcap=0.0, q_norm=None, k_norm=None
     )  # fmt: skip
-    attend, tiled = processor.attention(64, 0.0), processor.tiled(64, 0.0)
+    attend, tiled = processor.attention(64), processor.tiled(64)
     tokens = documents * length
     spans = np.array([(start, length, 0) for start in range(0, tokens, length)])
     laid_out = Documents(spans, tokens, torch.device("cpu"))

@@ -13,8 +13,8 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from strop.engine.cpu.compiled import exp, greater, inline, loop, narrow, wide
-from strop.engine.cpu.kernels import GAP, array, flat
+from strop.engine.cpu.compiled import GAP, array, exp, greater, inline, loop, narrow, tanh, wide
+from strop.engine.cpu.kernels import flat
 from strop.engine.cpu.tile import COLUMNS, ROWS, claim, narrow_pair, pair, product, release
 
 BLOCK = 64  # rows (a query's heads one behind the other) that pass over the keys together
@@ -120,13 +120,13 @@ def _seen(row: Any, group: Any, prefix: Any, window: Any) -> Any:
 @loop
 def _attend(
     q: Any, q_step: Any, k: Any, k_step: Any, v: Any, v_step: Any, cos: Any, sin: Any, scale: Any, docs: Any,
-    tasks: Any, lanes: Any, key_value: Any, group: Any, d: Any, window: Any, out: Any, sums: Any,
+    tasks: Any, lanes: Any, key_value: Any, group: Any, d: Any, window: Any, softcap: Any, out: Any, sums: Any,
 ) -> None:  # fmt: skip
     """q, k, v: flat, their rows `*_step` apart, head behind head. docs (D, 5): as
     Documents.table.
 
     tasks (N,): document * key_value + head, thread by thread; lanes (threads + 1,): where each thread's begin.
-    out (T, heads * d), sums (T, heads): the log of each row's sum of exponentials.
+    softcap: as in Heads. out (T, heads * d), sums (T, heads): the log of each row's sum of exponentials.
     """
     half, block, one = d // 2, d // 2 * COLUMNS, np.float32(1.0)
     longest = 0
@@ -165,6 +165,8 @@ def _attend(
                 for r in range(rows):
                     begin, end = _seen(min(first + r, last - 1), group, prefix, window)
                     row_scores, row_probs = scores[r * width : (r + 1) * width], probs[r * width : (r + 1) * width]
+                    if softcap > 0:
+                        _bend(row_scores[begin:end], softcap)
                     tops[r], totals[r] = _exps(row_scores, begin, end, row_probs)
                 product(weights, 0, width // 2, values, 0, d, COLUMNS, mixed, 0, d, rows, d, width // 2, False)
                 for r in range(first, last):
@@ -175,6 +177,12 @@ def _attend(
                         target[j] = narrow(source[j] * share, out)
                     sums[row, head * group + r % group] = tops[r - first] + np.log(totals[r - first])
         release()
+
+
+@inline
+def _bend(scores: Any, softcap: Any) -> None:
+    for j in range(len(scores)):
+        scores[j] = softcap * tanh(scores[j] / softcap)
 
 
 @inline
@@ -199,7 +207,7 @@ def _exps(scores: Any, begin: Any, end: Any, probs: Any) -> Any:
 def _attend_backward(
     grad: Any, grad_step: Any, out: Any, sums: Any, q: Any, q_step: Any, k: Any, k_step: Any, v: Any, v_step: Any,
     cos: Any, sin: Any, scale: Any, docs: Any, tasks: Any, lanes: Any, key_value: Any, group: Any, d: Any, window: Any,
-    dq: Any, dk: Any, dv: Any, into_step: Any, shared: Any,
+    softcap: Any, dq: Any, dk: Any, dv: Any, into_step: Any, shared: Any,
 ) -> None:  # fmt: skip
     """Writes the gradients to dq, dk, dv, flat with rows `into_step` apart, as q, k, v are in _attend.
 
@@ -275,7 +283,8 @@ def _attend_backward(
                     row = start + min(first + r, last - 1) // group
                     top = sums[row, head * group + min(first + r, last - 1) % group]
                     from_, to = r * width, (r + 1) * width
-                    _slopes(scores[from_:to], slopes[from_:to], begin, end, top, along[r], slopes16[from_:to])
+                    given_row, slope_row = scores[from_:to], slopes[from_:to]
+                    _slopes(given_row, slope_row, begin, end, top, along[r], softcap, slopes16[from_:to])
                 for r in range(0, rows, 2):
                     at, odd, to = r * width, (r + 1) * width, (r + 2) * width
                     _pairs(scores[at:odd], scores[odd:to], score_pairs[r // 2 * width :])
@@ -305,7 +314,9 @@ def _attend_backward(
 
 
 @inline
-def _slopes(scores: Any, slopes: Any, begin: Any, end: Any, top: Any, along: Any, out: Any) -> None:
+def _slopes(
+    scores: Any, slopes: Any, begin: Any, end: Any, top: Any, along: Any, softcap: Any, out: Any
+) -> None:  # fmt: skip
     """scores become probabilities, slopes (the gradients of these) the gradients of the scores; out: theirs in bf16."""
     none = np.float32(0.0)
     scores[:begin] = none
@@ -314,11 +325,17 @@ def _slopes(scores: Any, slopes: Any, begin: Any, end: Any, top: Any, along: Any
     slopes[end:] = none
     # Loops from 0 on slices: numba looks for negative places in others, and they are not vectorised.
     probs, grads = scores[begin:end], slopes[begin:end]
-    for j in range(len(probs)):
-        # Above 0 by rounding alone: exp is made for what is not positive.
-        probs[j] = exp(-greater(top - probs[j], none))
-    for j in range(len(probs)):
-        grads[j] = probs[j] * (grads[j] - along)
+    if softcap > 0:
+        for j in range(len(probs)):
+            bent = tanh(probs[j] / softcap)
+            probs[j] = exp(-greater(top - softcap * bent, none))
+            grads[j] = probs[j] * (grads[j] - along) * (np.float32(1.0) - bent * bent)
+    else:
+        for j in range(len(probs)):
+            # Above 0 by rounding alone: exp is made for what is not positive.
+            probs[j] = exp(-greater(top - probs[j], none))
+        for j in range(len(probs)):
+            grads[j] = probs[j] * (grads[j] - along)
     for j in range(len(slopes)):
         out[j] = narrow(slopes[j], out)
 
@@ -355,7 +372,7 @@ def _add_shared(
 
 
 Turn = tuple[Tensor, Tensor, np.float32]  # cos, sin (T, m), and what q is scaled by
-Work = tuple[Any, Any, Any, int, int, int, int]  # docs, tasks, lanes, key_value, group, d, window
+Work = tuple[Any, Any, Any, int, int, int, int, Any]  # docs, tasks, lanes, key_value, group, d, window, softcap
 
 
 def attend(qkv: tuple[Tensor, Tensor, Tensor], turn: Turn, work: Work, out: Tensor, sums: Tensor) -> None:
@@ -368,7 +385,7 @@ def attend_backward(
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     """grad (T, heads, d): the gradient of attend's output. Writes those of q, k and v into views of one tensor."""
-    docs, _, _, key_value, _, d, _ = work
+    docs, _, _, key_value, _, d, _, _ = work
     prefix = int(docs[:, 2].max())
     shared = np.empty((len(docs) if prefix else 0, key_value, 2, prefix, d), np.float32)
     dq, dk, dv = (flat(x) for x in into)
