@@ -13,9 +13,10 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from strop.engine.cpu.compiled import GAP, array, exp, greater, inline, loop, narrow, tanh, wide
+from strop.engine.cpu.compiled import GAP, array, inline, loop, narrow, wide
 from strop.engine.cpu.kernels import flat
-from strop.engine.cpu.tile import COLUMNS, ROWS, claim, narrow_pair, pair, product, release
+from strop.engine.cpu.scores import bend, exps, row_pairs, slopes_of
+from strop.engine.cpu.tile import COLUMNS, ROWS, claim, pair, product, release
 
 BLOCK = 64  # rows (a query's heads one behind the other) that pass over the keys together
 
@@ -166,8 +167,8 @@ def _attend(
                     begin, end = _seen(min(first + r, last - 1), group, prefix, window)
                     row_scores, row_probs = scores[r * width : (r + 1) * width], probs[r * width : (r + 1) * width]
                     if softcap > 0:
-                        _bend(row_scores[begin:end], softcap)
-                    tops[r], totals[r] = _exps(row_scores, begin, end, row_probs)
+                        bend(row_scores[begin:end], softcap)
+                    tops[r], totals[r] = exps(row_scores, begin, end, row_probs)
                 product(weights, 0, width // 2, values, 0, d, COLUMNS, mixed, 0, d, rows, d, width // 2, False)
                 for r in range(first, last):
                     row, to = start + r // group, (head * group + r % group) * d
@@ -177,30 +178,6 @@ def _attend(
                         target[j] = narrow(source[j] * share, out)
                     sums[row, head * group + r % group] = tops[r - first] + np.log(totals[r - first])
         release()
-
-
-@inline
-def _bend(scores: Any, softcap: Any) -> None:
-    for j in range(len(scores)):
-        scores[j] = softcap * tanh(scores[j] / softcap)
-
-
-@inline
-def _exps(scores: Any, begin: Any, end: Any, probs: Any) -> Any:
-    """probs = exp(scores - top) of what is seen, 0 elsewhere; returns top and their sum. scores is written over."""
-    seen, top, total = scores[begin:end], np.float32(-3e38), np.float32(0.0)
-    for j in range(len(seen)):
-        top = greater(top, seen[j])
-    for j in range(len(seen)):
-        seen[j] = exp(seen[j] - top)
-    for j in range(len(seen)):
-        total += seen[j]
-    probs[:begin] = 0
-    probs[end:] = 0
-    to = probs[begin:end]
-    for j in range(len(seen)):
-        to[j] = narrow(seen[j], probs)
-    return top, total
 
 
 @loop
@@ -284,11 +261,11 @@ def _attend_backward(
                     top = sums[row, head * group + min(first + r, last - 1) % group]
                     from_, to = r * width, (r + 1) * width
                     given_row, slope_row = scores[from_:to], slopes[from_:to]
-                    _slopes(given_row, slope_row, begin, end, top, along[r], softcap, slopes16[from_:to])
+                    slopes_of(given_row, slope_row, begin, end, top, along[r], softcap, slopes16[from_:to])
                 for r in range(0, rows, 2):
                     at, odd, to = r * width, (r + 1) * width, (r + 2) * width
-                    _pairs(scores[at:odd], scores[odd:to], score_pairs[r // 2 * width :])
-                    _pairs(slopes[at:odd], slopes[odd:to], slope_pairs[r // 2 * width :])
+                    row_pairs(scores[at:odd], scores[odd:to], score_pairs[r // 2 * width :])
+                    row_pairs(slopes[at:odd], slopes[odd:to], slope_pairs[r // 2 * width :])
                 product(slope_rows, 0, width // 2, key_rows, 0, d, COLUMNS, mixed, 0, d, rows, d, width // 2, False)
                 step, deep = BLOCK // 2, rows // 2
                 product(asked_over, 0, step, slope_pairs, 0, width, COLUMNS, dk_over, 0, padded, d, width, deep, True)
@@ -311,40 +288,6 @@ def _attend_backward(
                     for j in range(d):
                         dv[to + j] = narrow(line[d + j], dv)
         release()
-
-
-@inline
-def _slopes(
-    scores: Any, slopes: Any, begin: Any, end: Any, top: Any, along: Any, softcap: Any, out: Any
-) -> None:  # fmt: skip
-    """scores become probabilities, slopes (the gradients of these) the gradients of the scores; out: theirs in bf16."""
-    none = np.float32(0.0)
-    scores[:begin] = none
-    scores[end:] = none
-    slopes[:begin] = none
-    slopes[end:] = none
-    # Loops from 0 on slices: numba looks for negative places in others, and they are not vectorised.
-    probs, grads = scores[begin:end], slopes[begin:end]
-    if softcap > 0:
-        for j in range(len(probs)):
-            bent = tanh(probs[j] / softcap)
-            probs[j] = exp(-greater(top - softcap * bent, none))
-            grads[j] = probs[j] * (grads[j] - along) * (np.float32(1.0) - bent * bent)
-    else:
-        for j in range(len(probs)):
-            # Above 0 by rounding alone: exp is made for what is not positive.
-            probs[j] = exp(-greater(top - probs[j], none))
-        for j in range(len(probs)):
-            grads[j] = probs[j] * (grads[j] - along)
-    for j in range(len(slopes)):
-        out[j] = narrow(slopes[j], out)
-
-
-@inline
-def _pairs(even: Any, odd: Any, out: Any) -> None:
-    """Two rows of fp32 as pairs in bf16."""
-    for j in range(len(even)):
-        out[j] = narrow_pair(even[j], odd[j])
 
 
 @loop
