@@ -97,7 +97,8 @@ def main() -> None:
         results[family] = {**found, "times": found["fast"] / found["plain"]}
         print(f"| {family} | {found['fast']:.0f} | {found['plain']:.0f} | {results[family]['times']:.1f} |", flush=True)
     if options.out:
-        measured.write(options.out, results, layers=options.layers, rows=options.rows)
+        threads = torch.get_num_threads()
+        measured.write(options.out, results, layers=options.layers, rows=options.rows, threads=threads)
 
 
 if __name__ == "__main__":

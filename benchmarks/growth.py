@@ -86,7 +86,7 @@ def saved_bytes_per_token(size: str, length: int) -> float:
     from strop.planning.setting import Setting
 
     shape = ModelShape.of(config_of(size).to_dict())
-    tiles = probe().has_tiles(shape.head_size, shape.softcap)
+    tiles = probe().has_tiles(shape.head_size)
     setting = Setting(shape, shape.parameters, ranks=(RANK,) * len(shape.linears), tiles=tiles)
     return shape.layers * layer_bytes(setting, MicroBatch.rows([length]), length) / length
 

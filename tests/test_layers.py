@@ -46,7 +46,7 @@ SIDEWAYS = {
 # Inside two rooms, from the bottom up: files, or folders with what is in them.
 FLOORS: Mapping[str, list[set[str]]] = {
     "engine": [
-        {"transfer", "arena"},
+        {"transfer", "arena", "tokens"},
         {"dropout"},
         {"packed", "lora"},
         {"eager", "functions"},

@@ -87,16 +87,80 @@ def test_family_equals_the_model(family: str) -> None:
         ({}, {"tie_word_embeddings": True}),
         ({}, {"attention_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
         ({}, {"hidden_act": "gelu"}),
+        ({"bias": "all"}, {"attention_bias": True, "mlp_bias": True}),
+        ({"bias": "all", "target_modules": ["q_proj", "up_proj"]}, {"attention_bias": True, "mlp_bias": True}),
+        ({"bias": "lora_only", "target_modules": ["v_proj", "o_proj"]}, {"attention_bias": True}),
+        ({"bias": "lora_only", "use_dora": True}, {"attention_bias": True}),
         ({"use_dora": True}, {}),
         ({"use_dora": True, "target_modules": ["v_proj", "o_proj", "up_proj"]}, {"attention_bias": True}),
     ],
-    ids=["attention", "down", "last layer", "rslora", "tied", "bias", "activation", "dora", "dora and biases"],
+    ids=[
+        "attention",
+        "down",
+        "last layer",
+        "rslora",
+        "tied",
+        "bias",
+        "activation",
+        "biases",
+        "few adapters and biases",
+        "biases beside adapters",
+        "dora and trained biases",
+        "dora",
+        "dora and biases",
+    ],
 )
 def test_variant_equals_the_model(lora: dict[str, Any], changes: dict[str, Any]) -> None:
     model = adapted(LlamaConfig, lora, **changes)
     expected = step(model, PlainLoss(model), some())
     assert_same(step(model, FastLoss(model), some()), expected)
     assert_same(step(model, FastLoss(model, checkpoint_layers=1), some()), expected)
+
+
+NEW_TOKENS = {
+    "tied": ("llama", {"tie_word_embeddings": True}, ["embed_tokens"]),
+    "untied": ("llama", {"tie_word_embeddings": False}, ["embed_tokens", "lm_head"]),
+    "scaled and bent": ("gemma2", {"tie_word_embeddings": True}, ["embed_tokens"]),
+    "embedding multiplied": ("granite", {"tie_word_embeddings": True}, ["embed_tokens"]),
+    "norm of the embedding": ("nanochat", {"tie_word_embeddings": False}, ["embed_tokens", "lm_head"]),
+}
+
+
+def with_new_tokens(case: str) -> PeftModel:
+    family, changes, modules = NEW_TOKENS[case]
+    ids = sorted({96, *(int(row.ids[1]) for row in some())})  # in the rows, and perhaps one that is not
+    model = adapted(family, {"trainable_token_indices": dict.fromkeys(modules, ids)}, **changes)
+    for name, rows in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            rows.data += torch.randn_like(rows)
+    return model
+
+
+@pytest.mark.parametrize("case", NEW_TOKENS)
+def test_new_tokens_equal_the_model(case: str) -> None:
+    model = with_new_tokens(case)
+    assert unsupported(model) is None
+    for examples in (some(), with_prefix(some())):
+        plain, fast = PlainLoss(model), FastLoss(model)
+        expected = step(model, plain, examples)
+        assert sum("trainable_tokens_delta" in name for name in expected[1]) == len(NEW_TOKENS[case][2])
+        assert_same(step(model, fast, examples), expected)
+        assert_same(step(model, FastLoss(model, checkpoint_layers=1), examples), expected)
+        upstream = torch.linspace(-1, 2, len(examples), dtype=torch.float64)
+        fast_sum, plain_sum = (
+            step(model, lambda rows, one=one, up=upstream: (one.log_probs(rows) * up).sum().float(), examples)
+            for one in (fast, plain)
+        )
+        assert_same(fast_sum, plain_sum)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(examples), expected[0], rtol=1e-5, atol=0)
+            with model.disable_adapter():
+                torch.testing.assert_close(fast(examples), plain(examples), rtol=1e-5, atol=0)
+
+
+def test_new_tokens_that_it_does_not_know_are_refused() -> None:
+    indices = {"trainable_token_indices": {"embed_tokens": [3], "lm_head": [3]}}
+    assert "bias" in str(unsupported(adapted("phi", indices, tie_word_embeddings=False)))
 
 
 def test_packed_equals_one_by_one_and_unshared() -> None:
@@ -263,7 +327,7 @@ def test_model_still_generates_and_saves(tmp_path: Path) -> None:
         ("hidden_dropout", lambda: adapted("gpt_neox", hidden_dropout=0.1)),
         ("lm_head", lambda: adapted(lora={"target_modules": ["q_proj", "lm_head"]})),
         ("trained in full", lambda: adapted(lora={"modules_to_save": ["lm_head"]})),
-        ("trained in full", lambda: adapted(LlamaConfig, {"bias": "all"}, attention_bias=True)),
+        ("layernorm.bias is trained in full", lambda: adapted("phi", {"bias": "all"})),
         ("attention_dropout", lambda: adapted(attention_dropout=0.1)),
         ("rotary", lambda: adapted(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})),
         ("float16", lambda: adapted().half()),
@@ -373,7 +437,7 @@ def test_saved_activations_are_those_of_the_formula(dtype: torch.dtype, head_dim
     # Two batches of equal documents: what does not grow with their number (adapters, angles) cancels, and so does the
     # last layer's part behind its attention, which counts supervised rows alone.
     more, layers = saved([16] * 6) - saved([16] * 2), config.num_hidden_layers
-    tiled = dtype == torch.bfloat16 and probe().has_tiles(size, 0.0)
+    tiled = dtype == torch.bfloat16 and probe().has_tiles(size)
     r = 16 if tiled else 3
     kept = q * element / layers + 4 * heads if tiled else heads * 16 * element
     a_token = (2 * h + 2 * q + 2 * kv + 2 * inner + 7 * r) * element + kept

@@ -14,7 +14,7 @@ from strop.engine import dropout as drops
 from strop.engine import lora
 from strop.engine.dropout import Dropped
 from strop.engine.functions import Activation, Dora, Frozen, Glu, LayerNorm, LoraLinear, Norm, RmsNorm
-from strop.engine.head import SupervisedLoss
+from strop.engine.head import LabelLogProbs, SupervisedLoss
 from strop.machine.probe import probe
 from tests.support.attention import OPS, check, rand
 
@@ -131,6 +131,27 @@ def test_a_young_adapter_is_not_rounded_away(way: str, residual: bool) -> None:
         change = LoraLinear.apply(*given, a, b).float() - LoraLinear.apply(*given, a, 0 * b).float()
     share = float((change * added).sum() / (added * added).sum())
     assert share == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_rows_of_the_head_that_are_trained(softcap: float) -> None:
+    torch.manual_seed(0)
+    x, head, own, at = rand(5, 3, grad=True), rand(7, 3), rand(2, 3, grad=True), torch.tensor([6, 2])
+    labels, weights = torch.tensor([1, 0, 6, 1, 2]), torch.tensor([1.0, 0.5, 2.0, 0.1, 3.0], dtype=torch.float64)
+
+    def loss(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        return SupervisedLoss.apply(x, labels, weights, head, softcap, OPS, None, own, at) * 0.3
+
+    def log_probs(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        return LabelLogProbs.apply(x, labels, head, softcap, OPS, None, own, at)
+
+    check(loss, x, own)
+    check(log_probs, x, own)
+    logits = x @ head.index_copy(0, at, own).t()
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(loss(x, own), 0.3 * (expected * weights).sum())
+    torch.testing.assert_close(log_probs(x, own), -expected)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])

@@ -21,6 +21,7 @@ from strop import cli
 from strop.errors import InputError
 from strop.runs.events import read_events
 from tests.support import tiny
+from tests.support.jobs import events
 from tests.support.running import QUICK, run
 
 
@@ -144,12 +145,14 @@ def test_python_api_trains_resumes_evaluates_and_chats(tiny_folder: Path, rows_f
     assert len(model.history) == 2
 
 
+@pytest.mark.parametrize("option", [("--lora.dropout", "0.1"), ("--lora.new_tokens", "what")])
 def test_cut_short_then_resumed_is_bit_identical(
-    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, str]
 ) -> None:
     """Through the command line, in the middle of an epoch; the run is cut by a callback that raises."""
-    words = ["--model", tiny_folder, "--data", rows_file, *QUICK, "--lora.dropout", "0.1", "--train.save_steps", "2"]
+    words = ["--model", tiny_folder, "--data", rows_file, *QUICK, *option, "--train.save_steps", "2"]
     assert run("train", *words, "--out", tmp_path / "whole", capsys=capsys)[0] == 0
+    assert events(tmp_path / "whole", "start")[0]["engine"] == "fast"
 
     class Cut(Exception):
         pass
@@ -158,10 +161,12 @@ def test_cut_short_then_resumed_is_bit_identical(
         if event["event"] == "step" and event["step"] == 5:
             raise Cut
 
-    pairs = dict(zip(words[::2], words[1::2], strict=True))
+    pairs: dict[str, Any] = {str(name): str(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+    if "--lora.new_tokens" in pairs:
+        pairs["--lora.new_tokens"] = [pairs["--lora.new_tokens"]]
     with pytest.raises(Cut):
         strop.train(
-            **{str(name).removeprefix("--"): str(value) for name, value in pairs.items()},
+            **{name.removeprefix("--"): value for name, value in pairs.items()},
             out=tmp_path / "cut",
             callback=cut,
         )

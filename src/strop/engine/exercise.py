@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import peft
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from strop.data.conversation import Example
 from strop.engine.fast import FastLoss
@@ -15,17 +15,17 @@ from strop.engine.fits import unsupported
 
 
 def exercise(dtype: torch.dtype) -> None:
-    """Forward and backward of a Llama, with and without dropout, and a Gemma 2 whose weights are in `dtype`."""
+    """Forward and backward, with weights in `dtype`: a Llama, with and without dropout, a Gemma 2 (offset norms, soft
+    caps), a GPT-NeoX (LayerNorm, an activation that gates nothing) and a GLM (pairs of neighbours turn)."""
     sizes = {
-        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64,
+        "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64, "pad_token_id": 0,
     }  # fmt: skip
-    llama, dropped = (LlamaForCausalLM(LlamaConfig(**sizes)) for _ in range(2))
-    gemma = Gemma2ForCausalLM(Gemma2Config(**sizes))
-    for model, dropout in ((llama, 0.0), (dropped, 0.1), (gemma, 0.1)):
+    for family, dropout in (("llama", 0.0), ("llama", 0.1), ("gemma2", 0.1), ("gpt_neox", 0.0), ("glm", 0.0)):
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
         config = peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=dropout)
-        adapted = peft.get_peft_model(model.to(dtype), config)
-        if model is gemma and unsupported(adapted) is not None:  # transformers 5.0: no Gemma meets its loops
+        adapted = peft.get_peft_model(base.to(dtype), config)
+        if unsupported(adapted) is not None:  # transformers 5.0: no Gemma meets its loops
             continue
         # Alike at their beginning, and long enough for it to be shared.
         rows = [Example(np.arange(n, dtype=np.int32), np.float32(np.arange(n) > 0), "", 0) for n in (12, 15)]

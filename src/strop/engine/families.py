@@ -23,6 +23,7 @@ class Family:
     down: str = "down_proj"
     # Norms: in front of a block, and of what it adds to the residual stream.
     layer_norm: bool = False  # the mean is taken off as well
+    norm_biases: bool = False  # they have biases, which the fast step does not train
     norm_offset: float = 0.0  # 1: the norms' weights are stored as their difference from 1
     attention_norm: str | None = "input_layernorm"
     mlp_norm: str | None = "post_attention_layernorm"
@@ -93,11 +94,11 @@ FAMILIES = {
     "glm": GLM,
     "glm4": replace(GLM, after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm"),
     "phi": Family(
-        o="dense", gate_up=("fc1",), gated=False, down="fc2", layer_norm=True, parallel=True, mlp_norm=None,
-        final_norm="final_layernorm",
+        o="dense", gate_up=("fc1",), gated=False, down="fc2", layer_norm=True, norm_biases=True, parallel=True,
+        mlp_norm=None, final_norm="final_layernorm",
     ),
-    "stablelm": Family(layer_norm=True, parallel="use_parallel_residual"),
-    "starcoder2": Family(gate_up=("c_fc",), gated=False, down="c_proj", layer_norm=True),
+    "stablelm": Family(layer_norm=True, norm_biases=True, parallel="use_parallel_residual"),
+    "starcoder2": Family(gate_up=("c_fc",), gated=False, down="c_proj", layer_norm=True, norm_biases=True),
     "exaone4": replace(OLMO, turned=lambda attention: attention.sliding_window is None or attention.is_sliding),
     "ministral": Family(),
     "ministral3": Family(query_scale=_far_queries),
@@ -111,7 +112,7 @@ FAMILIES = {
     ),
     "gpt_neox": Family(
         attention="attention", qkv=("query_key_value",), fused_heads=True, o="dense", gate_up=("dense_h_to_4h",),
-        gated=False, down="dense_4h_to_h", layer_norm=True, final_norm="final_layer_norm",
+        gated=False, down="dense_4h_to_h", layer_norm=True, norm_biases=True, final_norm="final_layer_norm",
         parallel="use_parallel_residual",
     ),
     "nanochat": Family(
@@ -134,6 +135,13 @@ def text_of(base: Any) -> tuple[Any, Any]:
     inner = getattr(base, base.base_model_prefix)
     halves = (getattr(inner, name, None) for name in ("language_model", "text_model"))
     return next((half for half in halves if half is not None), inner), base.config.get_text_config()
+
+
+# By the names of configs: what the loops of engine.cpu call them.
+ACTIVATIONS = {
+    "silu": "SILU", "swish": "SILU", "gelu_pytorch_tanh": "GELU_TANH", "gelu_new": "GELU_TANH",
+    "gelu_fast": "GELU_TANH", "gelu": "GELU", "relu2": "RELU2", "relu": "RELU", "xielu": "XIELU",
+}  # fmt: skip
 
 
 def activation_of(config: Any) -> str:

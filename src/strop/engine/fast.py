@@ -19,11 +19,22 @@ from torch.utils.checkpoint import checkpoint
 from strop.engine.arena import Arena, in_heap
 from strop.engine.attention import Heads
 from strop.engine.dropout import masks_of
+from strop.engine.families import ACTIVATIONS
 from strop.engine.fits import unsupported
-from strop.engine.functions import Activation, Enter, Glu, LayerNorm, Norm, Ops, RmsNorm, apply
+from strop.engine.functions import (
+    Activation,
+    Enter,
+    Glu,
+    InFront,
+    LayerNorm,
+    LoopedActivation,
+    Norm,
+    RmsNorm,
+    apply,
+)
 from strop.engine.head import LabelLogProbs, SupervisedLoss
 from strop.engine.joined import Joined, Workspace
-from strop.engine.layers import NOWHERE, Angles, LayerPart, Layers, NormPart
+from strop.engine.layers import NOWHERE, Angles, LayerPart, Layers, NormPart, about
 from strop.engine.packed import Packed, by_owner, pack, pack_apart, pack_ends, sums_by_owner
 from strop.engine.processor import Attend, drops_for, processor_for
 
@@ -136,8 +147,13 @@ class FastLoss:
         """What the model holds at the last token of each example, behind its last norm (N, h), differentiable."""
         return self._hidden(pack_ends(examples, prefix_sharing=self.prefix_sharing, device=self._device), scaled=False)
 
-    def _output(self) -> tuple[Tensor, float, Ops, Tensor | None]:
-        return self._head.weight, self._model.softcap, self._ops, self._head.bias
+    def _output(self) -> tuple[Any, ...]:
+        head, new = self._head, self._model.new_rows()
+        if new is None:
+            rows: tuple[Any, ...] = None, None
+        else:
+            rows = new.rows if torch.is_grad_enabled() else new.rows.detach(), new.index()
+        return head.weight, self._model.softcap, self._ops, head.bias, *rows
 
     def _hidden(self, batch: Packed, *, scaled: bool = True) -> Tensor:
         """What the output embedding takes for each label (M, h); scaled: with the factor that some families have."""
@@ -219,12 +235,18 @@ class FastLoss:
         if part is None:
             return None
         if part.centered:
-            return LayerNorm(self._ops, part.weight, part.eps, 0.0, part.bias)
+            return LayerNorm(self._ops, part.weight, part.eps, 0.0, part.bias, self._processor.loops)
         return Norm(self._ops, part.weight, part.eps, part.offset)
 
+    def _in_front_of_down(self, part: LayerPart) -> InFront:
+        gated, loops, kind = self._family.gated, self._processor.loops, ACTIVATIONS.get(part.activation)
+        if gated and part.activation in ("silu", "gelu_pytorch_tanh"):
+            return Glu(self._ops, part.activation)
+        if gated or loops is None or kind is None:
+            return Activation(part.act, gated)
+        return LoopedActivation(loops, kind, about(part.act))
+
     def _layer(self, part: LayerPart) -> Layer:
-        gated = self._family.gated
-        compiled = gated and part.activation in ("silu", "gelu_pytorch_tanh")
         heads = Heads(
             self._ops,
             query=part.query,
@@ -246,12 +268,12 @@ class FastLoss:
         return Layer(
             joined(part.qkv, self._norm_of(part.before_attention), kept=not copied),
             heads,
-            self._processor.attention(part.size, part.softcap),
+            self._processor.attention(part.size),
             part.rope,
             joined(part.o, None),
             self._norm_of(part.after_attention),
             joined(part.gate_up, self._norm_of(part.before_mlp)),
-            joined(part.down, Glu(self._ops, part.activation) if compiled else Activation(part.act, gated)),
+            joined(part.down, self._in_front_of_down(part)),
             self._norm_of(part.after_mlp),
         )
 

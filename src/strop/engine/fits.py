@@ -10,13 +10,18 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from strop.engine.dropout import CountedDropout
 from strop.engine.families import FAMILIES, Family, linears, text_of
 from strop.engine.joined import Quantized, base_of
 
-TRAINED = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".score.modules_to_save.")  # the last: a reward's head
+TRAINED = (
+    ".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".trainable_tokens_delta.",
+    ".score.modules_to_save.",  # a reward's head
+)  # fmt: skip
+ADAPTERS = ("lora_", "trainable_tokens_")  # in the names of weights that are not the base's
 DROPOUTS = (
     "attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout", "hidden_dropout", "embedding_dropout",
 )  # fmt: skip
@@ -58,10 +63,29 @@ def _unsupported_adapter(model: Any, base: Any, decoder: Any, family: Family) ->
                 return f"{name}: a dropout of its own"
             if module.lora_variant and any(type(one) is not nn.Identity for one in module.lora_dropout.values()):
                 return "DoRA with dropout"  # peft drops of the frozen product's input as well
+    for name, module in base.named_modules():
+        if isinstance(module, TrainableTokensWrapper) and (odd := _odd_tokens(name, module, base)) is not None:
+            return odd
+    biases = {
+        id(base_of(module).bias) for layer in decoder.layers for group in linears(layer, family) for module in group
+    }
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not any(part in name for part in TRAINED):
+        if parameter.requires_grad and id(parameter) not in biases and not any(part in name for part in TRAINED):
             return f"{name} is trained in full"
     return None
+
+
+def _odd_tokens(name: str, module: TrainableTokensWrapper, base: Any) -> str | None:
+    """Why rows that are trained are not those of the embedding or of the head."""
+    head = base.get_output_embeddings()
+    if module is not head and module is not base.get_input_embeddings():
+        return f"rows of {name} are trained"
+    if module is head and base_of(module).bias is not None:
+        return "new tokens in front of a head with a bias"  # which peft leaves out
+    adapter = module.token_adapter
+    if len([one for one in adapter.active_adapters if one in adapter.trainable_tokens_delta]) > 1:
+        return "new tokens of several adapters"
+    return "new tokens that are merged" if adapter.merged else None
 
 
 def odd_adapter(name: str, module: LoraLayer, known: set[int]) -> str | None:
@@ -81,8 +105,10 @@ def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> st
             if type(module) is not nn.Linear and not isinstance(module, Quantized):
                 return f"unknown weights ({type(module).__name__})"
     parts = [decoder, base.get_output_embeddings()]
-    named = [(name, p) for part in parts for name, p in part.named_parameters() if "lora_" not in name]
-    weights = [p for _, p in named if p.is_floating_point()]
+    named = [
+        (name, p) for part in parts for name, p in part.named_parameters() if not any(word in name for word in ADAPTERS)
+    ]
+    weights = [p for _, p in named if p.is_floating_point() and not p.requires_grad]  # what is trained is in fp32
     kinds = {(p.dtype, p.device) for p in weights} | {
         (module.dtype, module.weight.device) for module in decoder.modules() if isinstance(module, Quantized)
     }
@@ -97,7 +123,7 @@ def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> st
         return "use_bidirectional_attention"
     if getattr(config, "attn_logit_softcapping", None) and weights[0].device.type != "cpu":
         return "attn_logit_softcapping, which PyTorch's own attention does not know"
-    if family.norm_offset and not hasattr(decoder.get_input_embeddings(), "embed_scale"):
+    if family.norm_offset and not hasattr(base_of(decoder.get_input_embeddings()), "embed_scale"):
         return "a transformers version that scales the embeddings outside of them"
     kind = getattr(decoder.rotary_emb, "rope_type", "default")
     for rope in kind.values() if isinstance(kind, dict) else [kind]:

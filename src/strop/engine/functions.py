@@ -21,6 +21,8 @@ from strop.engine.dropout import Dropped, Drops
 from strop.engine.lora import Adapters
 from strop.engine.packed import Places
 
+About = tuple[float, float, float, float]  # of an activation (layers.about)
+
 
 class Ops(Protocol):
     """The element-wise operations; meanings in eager.py."""
@@ -42,6 +44,17 @@ class Ops(Protocol):
     def from_heads(
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int, out: Tensor
     ) -> None: ...
+
+
+class Loops(Protocol):
+    """Element-wise operations that are loops on a CPU alone, and elsewhere PyTorch's own; meanings in cpu/rows.py."""
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor | None = None
+    ) -> Tensor: ...
+    def layer_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+    def activated(self, x: Tensor, kind: str, about: About, out: Tensor | None = None) -> Tensor: ...
+    def activated_backward(self, grad: Tensor, x: Tensor, kind: str, about: About) -> tuple[Tensor, Tensor]: ...
 
 
 class LoraProducts(Protocol):
@@ -94,14 +107,20 @@ class Norm:
 
 @dataclass(frozen=True)
 class LayerNorm(Norm):
-    """LayerNorm in the same place."""
+    """LayerNorm in the same place; by loops where there are any."""
 
     bias: Tensor | None = None
+    loops: Loops | None = None
 
     def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+        if self.loops is not None:
+            out = None if room is None else room(len(x), x.shape[1], x)
+            return self.loops.layer_norm(x, self.weight, self.bias, self.eps, out)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        if self.loops is not None:
+            return self.loops.layer_norm_backward(grad, x, self.weight, self.eps)
         shape, wanted = list(self.weight.shape), [True, False, False]
         x = x.contiguous()
         _, mean, rstd = torch.native_layer_norm(x, shape, self.weight, self.bias, self.eps)
@@ -148,7 +167,24 @@ class Activation:
         return grad_x, z.detach()
 
 
-Enter = Norm | Glu | Activation | None
+@dataclass(frozen=True)
+class LoopedActivation:
+    """activation(x), which gates nothing, in the same place, by loops; kind and about: as in cpu/rows.py."""
+
+    loops: Loops
+    kind: str
+    about: About
+
+    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+        out = None if room is None else room(len(x), x.shape[1], x)
+        return self.loops.activated(x, self.kind, self.about, out)
+
+    def backward(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.loops.activated_backward(grad, x, self.kind, self.about)
+
+
+InFront = Glu | Activation | LoopedActivation
+Enter = Norm | InFront | None
 
 
 @dataclass(frozen=True)
@@ -192,6 +228,7 @@ class Frozen:
     dropped: Dropped | None = None  # of z, in front of the adapters
     drops: Drops | None = None
     dora: Dora | None = None
+    biased: tuple[tuple[int, int], ...] = ()  # the outputs whose bias is trained, from and to
 
     def spread(self, z: Tensor) -> Tensor:
         """What the adapters take: z, or what their dropout leaves of it, for each its own."""
@@ -201,11 +238,20 @@ class Frozen:
         """The gradient of z from that of `spread`."""
         return grad if self.dropped is None or self.drops is None else self.drops.fold(grad, self.dropped)
 
+    @property
+    def factors(self) -> int:
+        """Of the adapters, with DoRA's magnitudes."""
+        return (2 if self.dora is None else 3) * len(self.scales)
+
     def split(self, parts: Sequence[Tensor]) -> tuple[Adapters, Sequence[Tensor]]:
         """The adapters, and DoRA's magnitudes."""
         factors = 2 * len(self.scales)
         adapters = Adapters(parts[:factors], self.columns, self.scales, self.dropped is not None)
-        return adapters, parts[factors:]
+        return adapters, parts[factors : self.factors]
+
+    def of_biases(self, grad: Tensor) -> list[Tensor]:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        return [grad[:, start:end].sum(0, dtype=wide) for start, end in self.biased]
 
 
 def apply(function: type[Function], *arguments: Any) -> Tensor:
@@ -233,8 +279,8 @@ class LoraLinear(Function):
     and z_i = z, or what dropout leaves of it for this adapter (`scales` make up for what is dropped).
 
     x (T, k), or (T, 2 k) for glu; residual (T, n) or None: what y is added to; parts: A_1 (r_1, k), B_1 (n_1, r_1),
-    A_2, ..., and for DoRA then m_1 (n_1,), m_2, ... Saves x and scale z A^T (T, sum of r); for DoRA also y, which what
-    stands behind saves as well where there is no residual.
+    A_2, ..., for DoRA then m_1 (n_1,), m_2, ..., and the biases that are trained. Saves x and scale z A^T (T, sum of
+    r); for DoRA also y, which what stands behind saves as well where there is no residual.
 
     The frozen product is added to the adapters', and the sum is rounded once. The other way round, what an adapter adds
     to a number that is in bf16 already rounds away below half of its last bit, and a young adapter adds no more.
@@ -248,7 +294,7 @@ class LoraLinear(Function):
         ctx.frozen, ctx.enter, weight = frozen, enter, frozen.weight()
         new: New = frozen.arena or in_heap
         ctx.round = frozen.arena.round if frozen.arena else 0
-        if parts:
+        if frozen.scales:
             adapters, magnitudes = frozen.split(parts)
             y, kept = frozen.lora.forward(frozen.spread(z), len(weight), adapters, new)
             y.addmm_(z, weight.t())
@@ -261,7 +307,7 @@ class LoraLinear(Function):
                 kept = (gains, y, *kept)
                 y = y if residual is None else y + residual
                 residual = None
-            ctx.save_for_backward(x, *parts, *kept)
+            ctx.save_for_backward(x, *parts[: frozen.factors], *kept)
         else:
             ctx.save_for_backward(*([] if enter is None else [x]))
             y = new(len(z), len(weight), z)
@@ -282,8 +328,9 @@ class LoraLinear(Function):
         x, *saved = ctx.saved_tensors or (grad,)
         grad, grad_z, wanted = grad.contiguous(), None, ctx.needs_input_grad[0]
         residual = grad if ctx.needs_input_grad[3] else None
+        of_biases = frozen.of_biases(grad)
         if saved:
-            parts = (2 if frozen.dora is None else 3) * len(frozen.scales)
+            parts = frozen.factors
             (adapters, magnitudes), kept = frozen.split(saved[:parts]), tuple(saved[parts:])
             grads_m: list[Tensor] = []
             if frozen.dora is not None:
@@ -297,12 +344,12 @@ class LoraLinear(Function):
         if wanted:
             grad_z = grad @ frozen.weight() if grad_z is None else grad_z.addmm_(grad, frozen.weight())
         z, grad_x = x, grad_z
-        if isinstance(enter, Glu | Activation) and grad_z is not None:
+        if isinstance(enter, InFront) and grad_z is not None:
             grad_x, z = enter.backward(grad_z, x)
         elif enter is not None:
             z = enter.forward(x, frozen.room)
             grad_x = enter.backward(grad_z, x) if isinstance(enter, Norm) and grad_z is not None else None
         if not saved:
-            return grad_x, None, None, residual
+            return grad_x, None, None, residual, *of_biases
         of_parts = frozen.lora.gradients(grad, frozen.spread(z), grad_za, kept, adapters)
-        return grad_x, None, None, residual, *of_parts, *grads_m
+        return grad_x, None, None, residual, *of_parts, *grads_m, *of_biases

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from strop.engine.arena import Arena
@@ -47,6 +48,9 @@ ProductsOf = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraProducts
 
 
 def base_of(module: Any) -> Any:
+    """The model's own module, under an adapter or new tokens."""
+    if isinstance(module, TrainableTokensWrapper):
+        return module.original_module
     return module.base_layer if isinstance(module, LoraLayer) else module
 
 
@@ -86,7 +90,8 @@ class Joined:
         self.bases = [base_of(module) for module in modules]
         self._products = products_of([size for base in self.bases for size in (base.in_features, base.out_features)])
         biases = [base.bias for base in self.bases]
-        self.bias = _side_by_side(biases) if biases[0] is not None else None
+        self._trained = any(bias is not None and bias.requires_grad for bias in biases)
+        self.bias = _side_by_side(biases) if biases[0] is not None and not self._trained else None
         weights = [base.weight for base in self.bases]
         self.weight: Callable[[], Tensor]
         if any(isinstance(base, Quantized) for base in self.bases):
@@ -129,8 +134,19 @@ class Joined:
         now = self.on_it()
         products, dropped = self.operands or self._products(now.parts), _dropped(now.dropouts, tokens)
         lies = now.columns, now.scales, self.room, self._arena, dropped, self.drops
-        frozen = Frozen(self.weight, self.bias, products, *lies, self._dora_of(now.magnitudes))
-        return apply(LoraLinear, x, frozen, self.enter, residual, *now.parts, *now.magnitudes)
+        bias, biased, trained = self._biases(x) if self._trained else (self.bias, (), [])
+        frozen = Frozen(self.weight, bias, products, *lies, self._dora_of(now.magnitudes), biased)
+        return apply(LoraLinear, x, frozen, self.enter, residual, *now.parts, *now.magnitudes, *trained)
+
+    def _biases(self, x: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...], list[Tensor]]:
+        """The biases as they are now, side by side in the type of x; where the trained ones stand in them; these."""
+        biases, at, columns, trained = [base.bias for base in self.bases], 0, [], []
+        for bias in biases:
+            if bias.requires_grad:
+                columns.append((at, at + len(bias)))
+                trained.append(bias)
+            at += len(bias)
+        return torch.cat([bias.detach().to(x.dtype) for bias in biases]), tuple(columns), trained
 
     def _dora_of(self, magnitudes: list[Tensor]) -> Dora | None:
         """The frozen rows' squares are taken once."""

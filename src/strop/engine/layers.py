@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from strop.engine.families import FAMILIES, Family, activation_of, linears, text_of
 from strop.engine.joined import base_of
+from strop.engine.tokens import NewRows, embedded, new_rows
 
 NOWHERE = "nowhere"
 Angles = dict[str | None, tuple[Tensor, Tensor]]
@@ -65,7 +66,8 @@ class Layers:
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder, self.config = text_of(base)
         self.family: Family = FAMILIES[self.config.model_type]
-        self.head = base_of(base.get_output_embeddings())
+        self._output = base.get_output_embeddings()
+        self.head = base_of(self._output)
         self.embedding = self.decoder.get_input_embeddings()
         self.softcap = float(getattr(self.config, "final_logit_softcapping", None) or 0)
         family = self.family
@@ -81,8 +83,12 @@ class Layers:
 
     def embedded(self, ids: Tensor) -> Tensor:
         """(T, hidden) of ids (T,), in the model's type."""
-        x: Tensor = self.embedding(ids)
+        x = embedded(self.embedding, ids)
         return x if self.embedding_scale == 1 else x * self.embedding_scale
+
+    def new_rows(self) -> NewRows | None:
+        """Rows of the head that are trained, and active now."""
+        return new_rows(self._output)
 
     def kind_of(self, number: int) -> str | None:
         """The layer's kind of rotary embedding, as in LayerPart."""
@@ -159,3 +165,12 @@ def _act(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
         getattr(mlp, name) for name in ("act_fn", "activation_fn", "act") if hasattr(mlp, name)
     )
     return found
+
+
+def about(act: Any) -> tuple[float, float, float, float]:
+    """xIELU's numbers, zeros for others: its slopes above and below 0, beta, eps."""
+    if not hasattr(act, "alpha_p"):
+        return 0.0, 0.0, 0.0, 0.0
+    positive, negative = (torch.nn.functional.softplus(x.detach().float()) for x in (act.alpha_p, act.alpha_n))
+    beta, eps = float(act.beta), float(act.eps)
+    return float(positive), float(negative) + beta, beta, eps

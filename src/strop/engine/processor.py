@@ -15,7 +15,7 @@ from torch.autograd import Function
 from strop.engine import dropout, eager, lora
 from strop.engine.attention import Attention, Heads, Turned
 from strop.engine.dropout import Drops
-from strop.engine.functions import LoraProducts, Ops, apply
+from strop.engine.functions import Loops, LoraProducts, Ops, apply
 from strop.engine.joined import Joined
 from strop.engine.packed import Documents
 from strop.machine.probe import TILED_RANK, probe
@@ -25,20 +25,21 @@ Attend = Callable[[Tensor, Heads, Tensor, Tensor, Documents], Tensor]
 
 @dataclass(frozen=True)
 class Processor:
-    """ops: the element-wise operations. tiles: a CPU with a bf16 product of its own for short loops (AVX512-BF16).
-    kernels: a card with kernels of its own; lacking: why a card has none of them."""
+    """ops: the element-wise operations; loops: those that only a CPU has. tiles: a CPU with a bf16 product of its own
+    for short loops (AVX512-BF16). kernels: a card with kernels of its own; lacking: why a card has none of them."""
 
     ops: Ops
+    loops: Loops | None = None
     card: bool = False
     tiles: bool = False
     kernels: bool = False
     lacking: str = ""
 
-    def tiled(self, size: int, softcap: float) -> bool:
+    def tiled(self, size: int) -> bool:
         """Attention of such heads runs in tiles."""
-        return self.tiles and probe().has_tiles(size, softcap)
+        return self.tiles and probe().has_tiles(size)
 
-    def attention(self, size: int, softcap: float) -> Attend:
+    def attention(self, size: int) -> Attend:
         """Attention of heads of this size: qkv (T, all), heads, cos and sin (T, m), documents -> (T, query size)."""
         if self.card:
             from strop.engine.card.attention import on_card
@@ -48,7 +49,7 @@ class Processor:
             from strop.engine.card import heads
 
             return partial(on_card, turns=cast(Any, heads))
-        if self.tiled(size, softcap):
+        if self.tiled(size):
             from strop.engine.cpu.attention import TileAttention  # its import starts threads
 
             return partial(apply, TileAttention)
@@ -56,6 +57,10 @@ class Processor:
 
     def aside(self) -> type[Function]:
         """The rotary embedding where attention cannot do it."""
+        if self.loops is not None:
+            from strop.engine.cpu import aside as loops  # its import starts threads
+
+            return loops.Turned
         if not self.kernels:
             return Turned
         from strop.engine.card import aside
@@ -120,12 +125,12 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: bool = True
     warm: have the loops compiled beforehand, in another process (engine.cpu.warm tells why).
     """
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        from strop.engine.cpu import kernels  # its import starts threads
+        from strop.engine.cpu import kernels, rows  # their import starts threads
         from strop.engine.cpu.warm import compile_once
 
         if warm:
             compile_once(dtype, kernels.cache_folder(), exercise="strop.engine.exercise")
-        return Processor(cast(Ops, kernels), tiles=dtype == torch.bfloat16 and probe().tiles)
+        return Processor(cast(Ops, kernels), cast(Loops, rows), tiles=dtype == torch.bfloat16 and probe().tiles)
     if device.type == "cuda":
         lacking = kernels_lack(device, dtype)
         if lacking is not None:

@@ -38,9 +38,9 @@ class Machine:
         """The CPU has the instruction of the fast step's own products in bf16 (engine.cpu.tile)."""
         return "avx512_bf16" in self.vector
 
-    def has_tiles(self, head_size: int, softcap: float) -> bool:
+    def has_tiles(self, head_size: int) -> bool:
         """The fast step's attention in bf16 runs in tiles here (engine.cpu), and keeps no probabilities."""
-        return self.tiles and head_size % 32 == 0 and not softcap
+        return self.tiles and head_size % 32 == 0
 
     def lines(self) -> list[str]:
         """The machine in two lines."""

@@ -231,7 +231,7 @@ def onto(base: nn.Linear, x: Tensor, change: Tensor) -> Tensor:
         return cast(Tensor, base(x)) + change
     low = change.to(x.dtype)
     result = base.product(x, low) if isinstance(base, QuantizedLinear) else added(low, x, base.weight)
-    return result if base.bias is None else result + base.bias
+    return result if base.bias is None else result + base.bias.to(result.dtype)  # a trained one is in fp32
 
 
 def as_fp32(model: peft.PeftModel) -> peft.PeftModel:

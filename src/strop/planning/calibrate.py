@@ -108,7 +108,7 @@ def fastest(work: Callable[[], object], rounds: int = 4) -> float:
 
 def setting_of(sizes: dict[str, int], dtype: torch.dtype) -> Setting:
     shape = ModelShape.of({"model_type": "llama", **sizes})
-    tiles = processor_for(torch.device("cpu"), dtype).tiled(shape.head_size, 0.0)
+    tiles = processor_for(torch.device("cpu"), dtype).tiled(shape.head_size)
     return Setting(shape, 0, ranks=(RANK,) * len(shape.linears), tiles=tiles, element=dtype.itemsize)
 
 

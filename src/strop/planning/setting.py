@@ -74,7 +74,7 @@ class Setting:
             num_checkpointed(train.gradient_checkpointing, shape.layers, whole=plain),
             "plain" if plain else "fast",
             threads,
-            device == "cpu" and model.dtype == "bf16" and probe().has_tiles(shape.head_size, shape.softcap),
+            device == "cpu" and model.dtype == "bf16" and probe().has_tiles(shape.head_size),
             lora.dropout > 0,
             lora.use_dora,
             devices if model.placement == "sharded" else 1,
@@ -144,8 +144,10 @@ def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
     reasons = {
         f"model family {shape.family}": shape.family not in FAMILIES,
         "DoRA with dropout": lora.use_dora and lora.dropout > 0,
-        "trained biases": lora.bias != "none",
-        "weights trained in full": bool(lora.modules_to_save or lora.new_tokens),
+        "trained biases of norms": lora.bias == "all"
+        and shape.family in FAMILIES
+        and FAMILIES[shape.family].norm_biases,
+        "weights trained in full": bool(lora.modules_to_save),
         "fp16": recipe.model.dtype == "fp16",
         f"rotary embedding of type {shape.rope}": shape.rope in ("dynamic", "longrope"),
         "soft-capped attention outside of a CPU": shape.softcap and recipe.model.device != "cpu",

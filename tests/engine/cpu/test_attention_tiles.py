@@ -34,11 +34,13 @@ def error(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(("norms", "softcap"), [(False, 0.0), (True, 0.0), (False, 1.5)])
 @pytest.mark.parametrize("window", [0, 7, 40])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("spans", SPANS)
-def test_tiles_are_as_near_to_fp64_as_products_are(spans: str, shape: str, window: int, norms: bool) -> None:
+def test_tiles_are_as_near_to_fp64_as_products_are(
+    spans: str, shape: str, window: int, norms: bool, softcap: float
+) -> None:  # fmt: skip
     torch.manual_seed(0)
     heads, key_value, size, turned = SHAPES[shape]
     tokens = max(start + own for start, own, _ in SPANS[spans])
@@ -49,7 +51,7 @@ def test_tiles_are_as_near_to_fp64_as_products_are(spans: str, shape: str, windo
 
     def run(way: type[torch.autograd.Function], ops: object, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         norm = Norm(ops, weight.to(dtype), 1e-6, 0.0) if norms else None  # type: ignore[arg-type]
-        shape = Heads(ops, heads, key_value, size, size**-0.5, window, 0.0, norm, norm)  # type: ignore[arg-type]
+        shape = Heads(ops, heads, key_value, size, size**-0.5, window, softcap, norm, norm)  # type: ignore[arg-type]
         x = qkv.bfloat16().to(dtype).requires_grad_()
         out = way.apply(x, shape, angles.cos(), angles.sin(), documents)
         out.backward(upstream.bfloat16().to(dtype))

@@ -11,14 +11,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from strop.engine.answers.cache import BLOCK
+from strop.engine.families import ACTIVATIONS
 from strop.engine.joined import Quantized, base_of
-from strop.engine.layers import Layers, NormPart
+from strop.engine.layers import Layers, NormPart, about
 from strop.engine.processor import answering_loops
-
-ACTIVATIONS = {
-    "silu": "SILU", "swish": "SILU", "gelu_pytorch_tanh": "GELU_TANH", "gelu_new": "GELU_TANH", "gelu_fast":
-    "GELU_TANH", "gelu": "GELU", "relu2": "RELU2", "relu": "RELU", "xielu": "XIELU",
-}  # fmt: skip
 
 
 class CompiledPass:
@@ -149,8 +145,9 @@ class CompiledPass:
             after_attention=self._norm_of(part.after_attention),
             before_mlp=self._norm_of(part.before_mlp),
             after_mlp=self._norm_of(part.after_mlp),
-            shape=shape, turn=None, inner=inner, gated=gated, act=self._act, about=_about(part.act),
-            parallel=self._layers.parallel, scale=np.float32(self._layers.residual_scale),
+            shape=shape, turn=None, inner=inner, gated=gated, act=self._act,
+            about=tuple(map(np.float32, about(part.act))), parallel=self._layers.parallel,
+            scale=np.float32(self._layers.residual_scale),
         )  # fmt: skip
 
     def _linear(self, modules: list[Any]) -> Any:
@@ -224,14 +221,6 @@ def _array(x: Tensor) -> Any:
 
 def _outputs(weight: Any) -> int:
     return int(weight.n if hasattr(weight, "n") else len(weight.w))
-
-
-def _about(act: Any) -> tuple[Any, ...]:
-    """xIELU's numbers: its slopes on either side, beta, eps."""
-    if not hasattr(act, "alpha_p"):
-        return (np.float32(0.0),) * 4
-    positive, negative = (torch.nn.functional.softplus(x.detach().float()) for x in (act.alpha_p, act.alpha_n))
-    return tuple(np.float32(float(x)) for x in (positive, negative + act.beta.float(), act.beta, act.eps))
 
 
 def _gains(module: Any, name: str, base: Any) -> Any:

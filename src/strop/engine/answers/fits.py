@@ -10,8 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from strop.engine.answers.compiled import ACTIVATIONS
-from strop.engine.families import FAMILIES, activation_of, linears, text_of
+from strop.engine.families import ACTIVATIONS, FAMILIES, activation_of, linears, text_of
 from strop.engine.fits import odd_adapter, unsupported_base
 
 SEVERAL = "several adapters at once"

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from strop.engine.attention import Heads
-from strop.engine.cpu.attention_tiles import attend, attend_backward
+from strop.engine.cpu.attention_tiles import Work, attend, attend_backward
 from strop.engine.packed import Documents
 
 
 class TileAttention(Function):
-    """Attention, in bf16 and without a softcap; saves qkv, the output and a number for each row and head.
+    """Attention, in bf16; saves qkv, the output and a number for each row and head.
 
     Gradients beyond the norms of q and k are written in place, of the prefix's rows after the sum over documents.
     """
@@ -46,6 +46,7 @@ def _turn(heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, np.fl
     return cos, sin, np.float32(heads.scale)
 
 
-def _work(heads: Heads, documents: Documents) -> tuple[Any, Any, Any, int, int, int, int]:
+def _work(heads: Heads, documents: Documents) -> Work:
     shares = documents.shares(heads.key_value, torch.get_num_threads())
-    return documents.table, *shares, heads.key_value, heads.group, heads.size, heads.window
+    shape = heads.key_value, heads.group, heads.size, heads.window
+    return documents.table, *shares, *shape, np.float32(heads.softcap)

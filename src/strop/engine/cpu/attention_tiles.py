@@ -13,9 +13,10 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from strop.engine.cpu.compiled import exp, greater, inline, loop, narrow, wide
-from strop.engine.cpu.kernels import GAP, array, flat
-from strop.engine.cpu.tile import COLUMNS, ROWS, claim, narrow_pair, pair, product, release
+from strop.engine.cpu.compiled import GAP, array, inline, loop, narrow, wide
+from strop.engine.cpu.kernels import flat
+from strop.engine.cpu.scores import bend, exps, row_pairs, slopes_of
+from strop.engine.cpu.tile import COLUMNS, ROWS, claim, pair, product, release
 
 BLOCK = 64  # rows (a query's heads one behind the other) that pass over the keys together
 
@@ -120,13 +121,13 @@ def _seen(row: Any, group: Any, prefix: Any, window: Any) -> Any:
 @loop
 def _attend(
     q: Any, q_step: Any, k: Any, k_step: Any, v: Any, v_step: Any, cos: Any, sin: Any, scale: Any, docs: Any,
-    tasks: Any, lanes: Any, key_value: Any, group: Any, d: Any, window: Any, out: Any, sums: Any,
+    tasks: Any, lanes: Any, key_value: Any, group: Any, d: Any, window: Any, softcap: Any, out: Any, sums: Any,
 ) -> None:  # fmt: skip
     """q, k, v: flat, their rows `*_step` apart, head behind head. docs (D, 5): as
     Documents.table.
 
     tasks (N,): document * key_value + head, thread by thread; lanes (threads + 1,): where each thread's begin.
-    out (T, heads * d), sums (T, heads): the log of each row's sum of exponentials.
+    softcap: as in Heads. out (T, heads * d), sums (T, heads): the log of each row's sum of exponentials.
     """
     half, block, one = d // 2, d // 2 * COLUMNS, np.float32(1.0)
     longest = 0
@@ -165,7 +166,9 @@ def _attend(
                 for r in range(rows):
                     begin, end = _seen(min(first + r, last - 1), group, prefix, window)
                     row_scores, row_probs = scores[r * width : (r + 1) * width], probs[r * width : (r + 1) * width]
-                    tops[r], totals[r] = _exps(row_scores, begin, end, row_probs)
+                    if softcap > 0:
+                        bend(row_scores[begin:end], softcap)
+                    tops[r], totals[r] = exps(row_scores, begin, end, row_probs)
                 product(weights, 0, width // 2, values, 0, d, COLUMNS, mixed, 0, d, rows, d, width // 2, False)
                 for r in range(first, last):
                     row, to = start + r // group, (head * group + r % group) * d
@@ -177,29 +180,11 @@ def _attend(
         release()
 
 
-@inline
-def _exps(scores: Any, begin: Any, end: Any, probs: Any) -> Any:
-    """probs = exp(scores - top) of what is seen, 0 elsewhere; returns top and their sum. scores is written over."""
-    seen, top, total = scores[begin:end], np.float32(-3e38), np.float32(0.0)
-    for j in range(len(seen)):
-        top = greater(top, seen[j])
-    for j in range(len(seen)):
-        seen[j] = exp(seen[j] - top)
-    for j in range(len(seen)):
-        total += seen[j]
-    probs[:begin] = 0
-    probs[end:] = 0
-    to = probs[begin:end]
-    for j in range(len(seen)):
-        to[j] = narrow(seen[j], probs)
-    return top, total
-
-
 @loop
 def _attend_backward(
     grad: Any, grad_step: Any, out: Any, sums: Any, q: Any, q_step: Any, k: Any, k_step: Any, v: Any, v_step: Any,
     cos: Any, sin: Any, scale: Any, docs: Any, tasks: Any, lanes: Any, key_value: Any, group: Any, d: Any, window: Any,
-    dq: Any, dk: Any, dv: Any, into_step: Any, shared: Any,
+    softcap: Any, dq: Any, dk: Any, dv: Any, into_step: Any, shared: Any,
 ) -> None:  # fmt: skip
     """Writes the gradients to dq, dk, dv, flat with rows `into_step` apart, as q, k, v are in _attend.
 
@@ -275,11 +260,12 @@ def _attend_backward(
                     row = start + min(first + r, last - 1) // group
                     top = sums[row, head * group + min(first + r, last - 1) % group]
                     from_, to = r * width, (r + 1) * width
-                    _slopes(scores[from_:to], slopes[from_:to], begin, end, top, along[r], slopes16[from_:to])
+                    given_row, slope_row = scores[from_:to], slopes[from_:to]
+                    slopes_of(given_row, slope_row, begin, end, top, along[r], softcap, slopes16[from_:to])
                 for r in range(0, rows, 2):
                     at, odd, to = r * width, (r + 1) * width, (r + 2) * width
-                    _pairs(scores[at:odd], scores[odd:to], score_pairs[r // 2 * width :])
-                    _pairs(slopes[at:odd], slopes[odd:to], slope_pairs[r // 2 * width :])
+                    row_pairs(scores[at:odd], scores[odd:to], score_pairs[r // 2 * width :])
+                    row_pairs(slopes[at:odd], slopes[odd:to], slope_pairs[r // 2 * width :])
                 product(slope_rows, 0, width // 2, key_rows, 0, d, COLUMNS, mixed, 0, d, rows, d, width // 2, False)
                 step, deep = BLOCK // 2, rows // 2
                 product(asked_over, 0, step, slope_pairs, 0, width, COLUMNS, dk_over, 0, padded, d, width, deep, True)
@@ -302,32 +288,6 @@ def _attend_backward(
                     for j in range(d):
                         dv[to + j] = narrow(line[d + j], dv)
         release()
-
-
-@inline
-def _slopes(scores: Any, slopes: Any, begin: Any, end: Any, top: Any, along: Any, out: Any) -> None:
-    """scores become probabilities, slopes (the gradients of these) the gradients of the scores; out: theirs in bf16."""
-    none = np.float32(0.0)
-    scores[:begin] = none
-    scores[end:] = none
-    slopes[:begin] = none
-    slopes[end:] = none
-    # Loops from 0 on slices: numba looks for negative places in others, and they are not vectorised.
-    probs, grads = scores[begin:end], slopes[begin:end]
-    for j in range(len(probs)):
-        # Above 0 by rounding alone: exp is made for what is not positive.
-        probs[j] = exp(-greater(top - probs[j], none))
-    for j in range(len(probs)):
-        grads[j] = probs[j] * (grads[j] - along)
-    for j in range(len(slopes)):
-        out[j] = narrow(slopes[j], out)
-
-
-@inline
-def _pairs(even: Any, odd: Any, out: Any) -> None:
-    """Two rows of fp32 as pairs in bf16."""
-    for j in range(len(even)):
-        out[j] = narrow_pair(even[j], odd[j])
 
 
 @loop
@@ -355,7 +315,7 @@ def _add_shared(
 
 
 Turn = tuple[Tensor, Tensor, np.float32]  # cos, sin (T, m), and what q is scaled by
-Work = tuple[Any, Any, Any, int, int, int, int]  # docs, tasks, lanes, key_value, group, d, window
+Work = tuple[Any, Any, Any, int, int, int, int, Any]  # docs, tasks, lanes, key_value, group, d, window, softcap
 
 
 def attend(qkv: tuple[Tensor, Tensor, Tensor], turn: Turn, work: Work, out: Tensor, sums: Tensor) -> None:
@@ -368,7 +328,7 @@ def attend_backward(
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     """grad (T, heads, d): the gradient of attend's output. Writes those of q, k and v into views of one tensor."""
-    docs, _, _, key_value, _, d, _ = work
+    docs, _, _, key_value, _, d, _, _ = work
     prefix = int(docs[:, 2].max())
     shared = np.empty((len(docs) if prefix else 0, key_value, 2, prefix, d), np.float32)
     dq, dk, dv = (flat(x) for x in into)

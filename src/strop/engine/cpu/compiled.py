@@ -16,10 +16,16 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
+from torch import Tensor
 
 from strop.machine.probe import vector
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+# Numbers in front of a buffer that a loop sums up while it fills it. Where the buffer begins within one vector of the
+# row that is read, LLVM takes the loop's scalar form, and the order of the sum depends on where memory happens to lie.
+GAP = 256
+TASKS = 64  # parts of the rows that a loop with a buffer of its own deals out to the threads
 
 _njit: Any = numba.njit
 _config: Any = numba.config
@@ -47,6 +53,12 @@ def _start_threads() -> None:
 
 
 _start_threads()
+
+
+def array(x: Tensor) -> Any:
+    """The same memory as numpy has it; bf16 as its bits."""
+    x = x.detach()
+    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def loop(function: Loop) -> Loop:
@@ -180,3 +192,11 @@ def sigmoid(x: Any) -> Any:
     near_one = np.float32(1.0) / (np.float32(1.0) + e)
     near_zero = e * near_one
     return near_one if x >= 0 else near_zero, near_zero if x >= 0 else near_one
+
+
+@inline
+def tanh(x: Any) -> Any:
+    """tanh to 1e-7, by `exp`."""
+    e = exp(np.float32(-2.0) * abs(x))
+    size = (np.float32(1.0) - e) / (np.float32(1.0) + e)
+    return size if x >= 0 else -size

@@ -9,8 +9,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from strop.engine.cpu.compiled import inline, loop, narrow, wide
-from strop.engine.cpu.kernels import GAP, TASKS, array
+from strop.engine.cpu.compiled import GAP, TASKS, array, inline, loop, narrow, wide
 from strop.engine.dropout import LOW, MULTIPLIERS, WEYL, Dropped
 
 MASK, HALF = np.uint64(LOW), np.uint64(32)

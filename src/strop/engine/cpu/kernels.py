@@ -13,14 +13,10 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from strop.engine import eager
-from strop.engine.cpu.compiled import exp, greater, inline, loop, narrow, sigmoid, wide
+from strop.engine.cpu.compiled import GAP, TASKS, array, inline, loop, narrow, sigmoid, wide
+from strop.engine.cpu.loss import cross_entropy_ as cross_entropy_
+from strop.engine.cpu.loss import exps, scale_into, top
 from strop.engine.packed import Places
-
-# Numbers in front of a buffer that a loop sums up while it fills it. Where the buffer begins within one vector of the
-# row that is read, LLVM takes the loop's scalar form, and the order of the sum depends on where memory happens to lie.
-GAP = 256
-TASKS = 64  # parts of the rows that a loop with a buffer of its own deals out to the threads
 
 
 @loop
@@ -56,7 +52,7 @@ TWO_ROOT, CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)  # 2 
 
 
 @inline
-def _activate(x: Any, gelu: Any) -> Any:
+def activate(x: Any, gelu: Any) -> Any:
     """Value and slope of silu, or of gelu by tanh: x sigmoid(z), as (1 + tanh(u)) / 2 = sigmoid(2 u)."""
     one = np.float32(1.0)
     z, dz = x, one
@@ -73,7 +69,7 @@ def _glu(gate_up: Any, gelu: Any, out: Any) -> None:
     rows, n = out.shape
     for i in prange(rows):
         for j in range(n):
-            value, _ = _activate(wide(gate_up[i, j]), gelu)
+            value, _ = activate(wide(gate_up[i, j]), gelu)
             out[i, j] = narrow(value * wide(gate_up[i, n + j]), out)
 
 
@@ -82,7 +78,7 @@ def _glu_backward_row(grad: Any, gate_up: Any, gelu: Any, grad_in: Any, out: Any
     n = len(out)
     for j in range(n):
         up, upstream = wide(gate_up[n + j]), wide(grad[j])
-        value, slope = _activate(wide(gate_up[j]), gelu)
+        value, slope = activate(wide(gate_up[j]), gelu)
         out[j] = narrow(value * up, out)
         grad_in[j] = narrow(upstream * up * slope, grad_in)
         grad_in[n + j] = narrow(upstream * value, grad_in)
@@ -124,31 +120,6 @@ def _scale_columns_backward(grad: Any, y: Any, gains: Any, out: Any, sums: Any) 
 
 
 @inline
-def _top(row: Any) -> Any:
-    top = np.float32(-3e38)
-    for j in range(len(row)):
-        top = greater(top, wide(row[j]))
-    return top
-
-
-@inline
-def _exps(row: Any, top: Any, out: Any) -> Any:
-    """exp(row - top) into `out`; returns their sum."""
-    total = np.float32(0.0)
-    for j in range(len(row)):
-        e = exp(wide(row[j]) - top)
-        out[j] = e
-        total += e
-    return total
-
-
-@inline
-def _scale_into(row: Any, values: Any, scale: Any) -> None:
-    for j in range(len(row)):
-        row[j] = narrow(values[j] * scale, row)
-
-
-@inline
 def _seen(i: Any, queries: Any, group: Any, first: Any, window: Any) -> Any:
     """(first key, one behind the last) that the query of row i of the scores sees."""
     end = first + (i % queries) // group + 1
@@ -159,12 +130,12 @@ def _seen(i: Any, queries: Any, group: Any, first: Any, window: Any) -> Any:
 def _softmax(scores: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
     rows, n = scores.shape
     for task in prange(TASKS):
-        exps = np.empty(GAP + n, dtype=np.float32)[GAP:]
+        held = np.empty(GAP + n, dtype=np.float32)[GAP:]
         for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
             begin, end = _seen(i, queries, group, first, window)
             row = scores[i, begin:end]
-            total = _exps(row, _top(row), exps)
-            _scale_into(row, exps, np.float32(1.0) / total)
+            total = exps(row, top(row), held)
+            scale_into(row, held, np.float32(1.0) / total)
             scores[i, :begin] = 0
             scores[i, end:] = 0
 
@@ -186,22 +157,6 @@ def _softmax_backward(grad: Any, probs: Any, queries: Any, group: Any, first: An
         _softmax_backward_row(grad[i, begin:end], probs[i, begin:end])
         grad[i, :begin] = 0
         grad[i, end:] = 0
-
-
-@loop
-def _cross_entropy(logits: Any, labels: Any, weights: Any, gradient: Any, losses: Any) -> None:
-    rows, n = logits.shape
-    for task in prange(TASKS):
-        exps = np.empty(GAP + n, dtype=np.float32)[GAP:]
-        for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
-            top = _top(logits[i])
-            total = _exps(logits[i], top, exps)
-            at = wide(logits[i, labels[i]])
-            losses[i] = weights[i] * (np.log(total) + top - at)
-            if gradient:
-                scale = weights[i] / total
-                _scale_into(logits[i], exps, scale)
-                logits[i, labels[i]] = narrow(exps[labels[i]] * scale - weights[i], logits)
 
 
 @inline
@@ -283,12 +238,7 @@ def _from_heads(
                     to[j] = narrow(total[j] * scale, out)
 
 
-def array(x: Tensor) -> Any:
-    x = x.detach()
-    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
-
-
-def _rows(x: Tensor) -> Any:
+def rows_of(x: Tensor) -> Any:
     return array(x.reshape(-1, x.shape[-1]).contiguous())
 
 
@@ -305,25 +255,25 @@ def cache_folder() -> Path:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None = None) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    _rms_norm(_rows(x), array(weight), np.float32(eps), np.float32(offset), _rows(out))
+    _rms_norm(rows_of(x), array(weight), np.float32(eps), np.float32(offset), rows_of(out))
     return out
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype)
-    _rms_norm_backward(_rows(grad), _rows(x), array(weight), np.float32(eps), np.float32(offset), _rows(out))
+    _rms_norm_backward(rows_of(grad), rows_of(x), array(weight), np.float32(eps), np.float32(offset), rows_of(out))
     return out
 
 
 def glu(gate_up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2) if out is None else out
-    _glu(_rows(gate_up), activation != "silu", array(out))
+    _glu(rows_of(gate_up), activation != "silu", array(out))
     return out
 
 
 def glu_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     grad_in, out = torch.empty_like(gate_up), torch.empty_like(grad)
-    _glu_backward(_rows(grad), _rows(gate_up), activation != "silu", array(grad_in), array(out))
+    _glu_backward(rows_of(grad), rows_of(gate_up), activation != "silu", array(grad_in), array(out))
     return grad_in, out
 
 
@@ -334,26 +284,18 @@ def scale_columns_(x: Tensor, gains: Tensor) -> Tensor:
 
 def scale_columns_backward(grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
     out, sums = torch.empty_like(grad), torch.empty(TASKS, grad.shape[1])
-    _scale_columns_backward(_rows(grad), _rows(y), array(gains), array(out), array(sums))
+    _scale_columns_backward(rows_of(grad), rows_of(y), array(gains), array(out), array(sums))
     return out, sums.sum(0)
 
 
 def softmax_(scores: Tensor, group: int, first: int, window: int) -> Tensor:
-    _softmax(_rows(scores), scores.shape[1], group, first, window)
+    _softmax(rows_of(scores), scores.shape[1], group, first, window)
     return scores
 
 
 def softmax_backward_(grad: Tensor, probs: Tensor, group: int, first: int, window: int) -> Tensor:
-    _softmax_backward(_rows(grad), _rows(probs), probs.shape[1], group, first, window)
+    _softmax_backward(rows_of(grad), rows_of(probs), probs.shape[1], group, first, window)
     return grad
-
-
-def cross_entropy_(logits: Tensor, labels: Tensor, weights: Tensor, softcap: float, gradient: bool) -> Tensor:
-    if softcap:  # Gemma 2's alone
-        return eager.cross_entropy_(logits, labels, weights, softcap, gradient)
-    losses = torch.empty(len(logits))
-    _cross_entropy(array(logits), array(labels), array(weights), gradient, array(losses))
-    return losses
 
 
 def _angles(cos: Tensor | None, sin: Tensor | None, tokens: int, scale: float) -> tuple[Any, Any, Any]:

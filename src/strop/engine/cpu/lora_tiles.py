@@ -18,8 +18,7 @@ from numba import get_num_threads, prange
 from torch import Tensor
 
 from strop.engine.arena import New, in_heap
-from strop.engine.cpu.compiled import inline, loop, narrow, wide
-from strop.engine.cpu.kernels import GAP, array
+from strop.engine.cpu.compiled import GAP, array, inline, loop, narrow, wide
 from strop.engine.cpu.tile import (
     COLUMNS,
     LANES,
