@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from strop.config.schema import Recipe
+from strop.config.schema import LoraSection, Recipe
 from strop.engine.families import FAMILIES
 from strop.errors import ModelError
 from strop.machine.probe import TILED_RANK, probe
@@ -59,6 +59,7 @@ class Setting:
         if lora.use_dora:
             whole += shape.layers * sum(x.rows for x, rank in zip(shape.linears, ranks, strict=True) if rank)
         whole += shape.hidden if train.objective == "reward" else 0  # its head
+        whole += trained_biases(lora, shape)
         plain = why_plain(recipe, shape) is not None
         return Setting(
             shape,
@@ -138,13 +139,21 @@ def num_checkpointed(asked: str | int, layers: int, *, whole: bool = False) -> i
     return layers if asked == "on" else 0
 
 
+def trained_biases(lora: LoraSection, shape: ModelShape) -> int:
+    """Numbers of the biases that are trained, as peft picks them: all that there are, or those of adapted layers."""
+    if lora.bias != "lora_only":
+        return shape.biases if lora.bias == "all" else 0
+    names = _targets(shape, lora.target_modules)
+    return shape.layers * sum(x.rows for x in shape.linears if x.bias and x.name in names)
+
+
 def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
     """Why the fast step cannot train this, as engine.fits.unsupported would say of the model itself."""
     lora = recipe.lora
     reasons = {
         f"model family {shape.family}": shape.family not in FAMILIES,
         "DoRA with dropout": lora.use_dora and lora.dropout > 0,
-        "trained biases": lora.bias != "none",
+        "trained biases": trained_biases(lora, shape) > 0,
         "weights trained in full": bool(lora.modules_to_save or lora.new_tokens),
         "fp16": recipe.model.dtype == "fp16",
         f"rotary embedding of type {shape.rope}": shape.rope in ("dynamic", "longrope"),
