@@ -24,7 +24,8 @@ from strop.model.shape import ModelShape
 from strop.planning import activations
 from strop.planning.activations import MicroBatch, at_peak, layer_bytes
 from strop.planning.compare import KNOWN, compare, known_models, table
-from strop.planning.memory import PARTS, load, phases, train
+from strop.planning.memory import PARTS, load, train
+from strop.planning.phases import Asked, phases
 from strop.planning.setting import Setting
 from tests import ROOT
 from tests.support import tiny
@@ -74,7 +75,8 @@ def peak(found: Setting, rows: int, length: int) -> int:
 @given(SETTINGS, ROWS, LENGTHS)
 @settings(max_examples=150, deadline=None)
 def test_parts_sum_to_the_whole_and_none_is_below_zero(found: Setting, rows: int, length: int) -> None:
-    for phase in phases(found, MicroBatch.rows([length] * rows), length).values():
+    asked = Asked.of([], length)
+    for phase in phases(found, MicroBatch.rows([length] * rows), asked, 8 << 30).values():
         assert list(phase.parts) == list(PARTS) and min(phase.parts.values()) >= 0
         assert phase.peak_bytes == sum(phase.parts.values()) >= phase.needed_bytes > 0
 

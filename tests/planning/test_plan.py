@@ -33,7 +33,7 @@ from strop.planning.speed import Rate, flops, tokens_per_s
 from tests.planning.published import CONFIGS
 from tests.support.running import run
 
-PHASES = ["load", "train", "evaluate", "merge", "serve"]
+PHASES = ["load", "train", "evaluate", "merge", "export", "serve"]
 RATES = Rates(4e11, 2e11, 2e10, 2, {"bf16": 3e11, "fp32": 2e11}, {"bf16": 2e11, "fp32": 1e11})
 
 

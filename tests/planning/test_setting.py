@@ -18,6 +18,7 @@ def test_biases_are_trained_where_the_model_has_any(family: str, bias: str) -> N
     model = adapted(family, {"bias": bias})
     config = model.get_base_model().config.to_dict()
     options = {"lora.r": 3, "lora.bias": bias, "model.device": "cpu", "model.dtype": "fp32"}
-    found = Setting.of(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape_of(config, config, tiny_of(family)))
+    recipe = resolve(None, {"model": "m", "data": "d", **options}).recipe
+    found = Setting.of(recipe, shape_of(config, config, tiny_of(family)))
     assert found.adapter_weights == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert found.step == step_for(model).name

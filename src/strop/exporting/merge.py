@@ -53,7 +53,7 @@ from strop.model.shards import SHARD_BYTES, Tensors
 from strop.model.tokenizer import load_tokenizer
 from strop.model.towers import in_text
 from strop.objectives.table import learning_of
-from strop.planning.memory import measuring_bytes
+from strop.planning.phases import measuring_bytes
 from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, write_json
 from strop.runs.lock import sha256_file, sha256_text
 
@@ -177,8 +177,9 @@ def check_memory(source: Source, element: int, say: Callable[[str], None]) -> No
     bare, widest = skeleton(source), max(stored_dtype(source).itemsize, element)
     widest = widest if reads_no_weights(bare) else 4
     parameters = sum(weight.numel() for weight in bare.parameters())
-    embedding = bare.get_input_embeddings()  # type: ignore[operator]
-    parts = measuring_bytes(parameters, embedding.num_embeddings, embedding.embedding_dim, element=widest)
+    embedding, head = bare.get_input_embeddings(), bare.get_output_embeddings()  # type: ignore[operator]
+    tied = head is None or head.weight is embedding.weight
+    parts = measuring_bytes(parameters, embedding.num_embeddings, embedding.embedding_dim, tied, element=widest)
     needed, free = sum(parts), probe().free_bytes
     say(f"measuring takes about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free")
     if needed > free:

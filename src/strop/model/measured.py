@@ -37,7 +37,9 @@ def shape_of(config: Mapping[str, Any], stored: Mapping[str, Any], bare: nn.Modu
         return shape
     active = next((linear.active for linear in shape.in_experts), 1.0)
     kinds = [kind for kind in linear_kinds(bare) if kind.sets or kind.type == EXPERTS]
-    biased = {name.rpartition(".")[2] for name, module in bare.named_modules() if getattr(module, "bias", None) is not None}
+    biased = {
+        name.rpartition(".")[2] for name, module in bare.named_modules() if getattr(module, "bias", None) is not None
+    }
     linears = tuple(_linear(kind, shape.layers, active, kind.name in biased) for kind in kinds)
     shape = replace(shape, linears=linears or shape.linears)
     biases = sum(weight.numel() for name, weight in bare.named_parameters() if "bias" in name)  # as peft finds them
