@@ -29,51 +29,33 @@ from plan_memory import GROUPS, MODELS, make_model, write_rows
 ASKED = 40  # rows, of base and tuned: more than are answered together
 
 
-def case(phase: str, model: str, data: str, **options: Any) -> dict[str, Any]:
-    """data: rows of the demo, of SNIPS, or random ones of so many tokens at most. options: of the recipe; texts: served
-    together; kind: of the GGUF file."""
-    more = {name: options.pop(name) for name in ("texts", "kind", "fitted") if name in options}
-    return {"phase": phase, "model": model, "data": data, "options": options, **more}
-
-
+PHASES = ("evaluate", "merge", "export", "serve")
 NF4, INT8, FP32 = {"model.quantization": "nf4"}, {"model.quantization": "int8"}, {"model.dtype": "fp32"}
-CASES = [
-    case("evaluate", "demo", "demo"),
-    case("evaluate", "demo", "snips"),
-    case("evaluate", "demo", "demo", **FP32),
-    case("evaluate", "demo", "demo", **NF4),
-    case("evaluate", "demo", "512", **INT8),
-    case("evaluate", "llama-49m", "512", **{"lora.r": 64}),
-    case("evaluate", "qwen3-125m", "256", **NF4),
-    case("evaluate", "gemma3-58m", "512", **FP32),
-    case("evaluate", "llama-362m", "128"),
-    case("merge", "demo", "demo"),
-    case("merge", "demo", "snips", **FP32),
-    case("merge", "demo", "demo", **NF4),
-    case("merge", "llama-49m", "1024"),
-    case("merge", "llama-362m", "512"),
-    case("merge", "qwen3-125m", "256", **INT8),
-    case("merge", "gemma3-58m", "512"),
-    case("export", "demo", "demo", kind="q8_0"),
-    case("export", "demo", "demo", kind="f16", **NF4),
-    case("export", "llama-362m", "512", kind="q8_0"),
-    case("export", "qwen3-125m", "256", kind="bf16"),
-    case("export", "gemma3-268m", "256", kind="q8_0"),
-    case("serve", "demo", "demo", texts=1),
-    case("serve", "demo", "snips", texts=16),
-    case("serve", "demo", "demo", texts=4, **FP32),
-    case("serve", "demo", "512", texts=4, **NF4),
-    case("serve", "llama-49m", "2048", texts=8),
-    case("serve", "qwen3-125m", "256", texts=2, **INT8),
-    case("serve", "gemma3-58m", "512", texts=4),
+# Of which each phase is a case: model; rows of the demo, of SNIPS or random ones of so many tokens at most; options of
+# the recipe; type of the GGUF file; conversations that are served at once.
+RUNS: list[tuple[str, str, dict[str, Any], str, int]] = [
+    ("demo", "demo", {}, "q8_0", 1),
+    ("demo", "demo", NF4, "f16", 4),
+    ("gemma3-58m", "512", FP32, "bf16", 4),
+    ("qwen3-125m", "256", INT8, "q8_0", 2),
+    ("llama-362m", "256", {}, "q8_0", 4),
+    ("demo", "snips", {}, "f16", 16),
+    ("demo", "demo", FP32, "f32", 8),
+    ("llama-49m", "1024", {"lora.r": 64}, "f16", 8),
+]
+FITTED = ("serve demo, demo, 1 at once",)  # names of cases that a constant was fitted on
+CASES: list[dict[str, Any]] = [
+    {"phase": phase, "model": model, "data": data, "options": options, "kind": kind, "texts": texts}
+    for model, data, options, kind, texts in RUNS
+    for phase in PHASES
 ]
 
 
 def name_of(case: dict[str, Any]) -> str:
     data = f"rows to {case['data']}" if case["data"].isdigit() else case["data"]
     more = [f"{key.rpartition('.')[2]} {value}" for key, value in case["options"].items()]
-    more += [str(case["kind"])] if "kind" in case else []
-    more += [f"{case['texts']} at once"] if "texts" in case else []
+    more += [str(case["kind"])] if case["phase"] == "export" else []
+    more += [f"{case['texts']} at once"] if case["phase"] == "serve" else []
     return ", ".join([f"{case['phase']} {case['model']}", data, *more])
 
 
@@ -122,14 +104,14 @@ class Mark(logging.Handler):
         super().__init__()
         self.since: Any = None
 
-    def set(self) -> None:
+    def hear(self, text: str) -> None:
         from strop.machine.memory import mark
 
-        self.since = self.since or mark("cpu")
+        if self.since is None and text.startswith(("loading the weights", "merging into", "writing")):
+            self.since = mark("cpu")
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "loading the weights" in record.getMessage():
-            self.set()
+        self.hear(record.getMessage())
 
 
 def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any]:
@@ -149,20 +131,16 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
         elif case["phase"] == "merge":
             from strop.exporting.merge import merge
 
-            merge(str(made), Path(temp) / "merged")
+            merge(str(made), Path(temp) / "merged", say=mark.hear)
         elif case["phase"] == "export":
             from strop.exporting.gguf import export_gguf
 
-            def say(text: str) -> None:
-                if text.startswith("writing"):
-                    mark.set()
-
-            export_gguf(str(made), Path(temp) / "model.gguf", kind=case["kind"], say=say)
+            export_gguf(str(made), Path(temp) / "model.gguf", kind=case["kind"], say=mark.hear)
         else:
             found = _serve(made, asked, case["texts"])
         found["measured_bytes"] = mark.since.peak_bytes()
-    more = {"texts": case["texts"]} if "texts" in case else {}
-    return {"name": name_of(case), "fitted": case.get("fitted", False), **found, **more, **_about(case, made, asked)}
+    name = name_of(case)
+    return {"name": name, "fitted": name in FITTED, "texts": case["texts"], **found, **_about(case, made, asked)}
 
 
 def _serve(made: Path, asked: Path, texts: int) -> dict[str, Any]:

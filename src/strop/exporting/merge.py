@@ -41,7 +41,7 @@ from strop.errors import FolderError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.card import CARD_FILE, card, report_of
 from strop.evaluation.loss import mean_loss
 from strop.exporting.changes import changes
-from strop.exporting.parity import LIMITS, Parity, compare, in_fp32
+from strop.exporting.parity import LIMITS, Parity, compare, freed, in_fp32
 from strop.machine.probe import probe
 from strop.model.experts import PackedExperts, expert_parameters, pack_experts, packable
 from strop.model.facts import Source, fingerprint
@@ -224,6 +224,7 @@ def better_base(
             step_for(model).token_loss, examples[:CHOOSING_ROWS], lambda block: [[n] for n in range(len(block))]
         )
         del model
+        freed()
     return min(losses, key=lambda base: losses[base]), losses
 
 

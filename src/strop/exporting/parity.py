@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import tempfile
 import warnings
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from strop.data.conversation import Example
 from strop.errors import ParityError
 from strop.evaluation.metrics import Z_95, wilson
+from strop.machine.heap import give_back
 
 POSITIONS = 2048  # compared, or as many as there are
 AT_ONCE_BYTES = 4 << 20  # of log-probabilities that something is computed of
@@ -151,6 +153,7 @@ def measuring(
             kept.add(logs[start:])
         changed = _keep_effect(model, examples, starts, ends, kept, Path(folder) / "changed")
         del model, logs
+        freed()
 
         def measure(other: Callable[[], Any], limit: Limit) -> Parity:
             model = other()
@@ -181,6 +184,13 @@ def measuring(
             )  # fmt: skip
 
         yield measure
+
+
+def freed() -> None:
+    """Gives back what a model held that nobody names any more. Its modules and their forwards name each other, so that
+    it would stay until Python looks for such circles: two models in memory in place of one."""
+    gc.collect()
+    give_back()
 
 
 class _Kept:
