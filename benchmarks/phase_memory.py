@@ -224,7 +224,8 @@ def table(results: list[dict[str, Any]]) -> str:
         errors = [abs(error_of(one)) for one in chosen]
         return f"{len(chosen)} cases {what}: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}."
 
-    told = [said(what, [one for one in results if one["fitted"] == fitted]) for what, fitted in GROUPS]
+    groups = [(what, [one for one in results if one["fitted"] == fitted]) for what, fitted in GROUPS]
+    told = [said(what, chosen) for what, chosen in groups if chosen]
     lines = [
         f"| {one['name']} | {'fitted' if one['fitted'] else ''} | {predicted_bytes(one) / 2**20:,.0f} "
         f"| {one['measured_bytes'] / 2**20:,.0f} | {error_of(one):+.1%} |"
