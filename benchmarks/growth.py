@@ -1,6 +1,6 @@
 """How the fast step's cost grows with the tokens of a micro-batch, the length of documents, and the size of the model.
 
-    python benchmarks/growth.py --out docs/growth.json --plot docs/growth.svg
+    python benchmarks/growth.py --out benchmarks/results/growth_DATE.json --plot docs/growth.svg
 
 Random weights and rows, bf16, r 16 on all linear layers, forward and backward, every token supervised. Each point is
 a process of its own: one step to warm up, then the median of three. Peak memory is resident memory above what the

@@ -55,6 +55,11 @@ ATTENTION = {"lora.target_modules": "attention"}
 NEW_TOKENS = {"lora.new_tokens": ["<note>"]}
 PLAIN = {"lora.modules_to_save": ["norm"]}  # the model's own step trains it
 FP32 = {"model.dtype": "fp32"}
+GROUPS = [("that nothing was fitted on", False), ("that constants were fitted on", True)]
+REWARDS = {
+    "train.objective": "grpo", "train.rewards": "exact_json", "train.group": 4, "train.answer_tokens": 32,
+    "train.max_steps": 3,
+}  # fmt: skip
 STEPS, ROWS = 6, 8
 NARROW = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "NUMBA_CPU_NAME": "haswell"}
 
@@ -111,6 +116,14 @@ CASES: list[dict[str, Any]] = [
     case("gemma3-268m", 256, 512, **STREAMED),
     pairs("dpo"), pairs("ipo"), pairs("kto"), pairs("orpo"), pairs("simpo"), pairs("reward"),
     pairs("dpo", **RESIDENT), pairs("dpo", **{"train.batch_size": 16}),
+    case("llama-49m", 512, 1024, **{"lora.bias": "all"}),
+    case("demo", 512, 512, **RESIDENT, **{"lora.dropout": 0.05}),
+    case("llama-49m", 512, 1024, **RESIDENT, **{"lora.init": "loftq"}),
+    case("qwen3-125m", 512, 1024, **{"train.optimizer": "adafactor", "lora.use_rslora": True}),
+    case("llama-49m", 4096, 4096, **AGAIN, **{"train.optimizer": "adamw_8bit"}),
+    case("gemma3-58m", 512, 1024, **{"lora.dropout": 0.05}, **AGAIN),
+    case("llama-17m", 512, 2048, **{"train.batch_size": 1, "data.eval": "20%", "train.eval_steps": 3}),
+    {"model": "demo", "data": "demo", "fitted": False, "options": REWARDS},
 ]  # fmt: skip
 NARROW_CASES = [4, 9, 15, 17, 18, 19, 20, 21, 22, 27, 31, 37]  # of CASES
 
@@ -226,8 +239,7 @@ def table(results: list[dict[str, Any]]) -> str:
         f"| {predicted_bytes(one) / 2**20:,.0f} | {one['measured_bytes'] / 2**20:,.0f} | {error_of(one):+.1%} |"
         for one in results
     ]
-    groups = [("that nothing was fitted on", False), ("that constants were fitted on", True)]
-    told = [said(what, [one for one in results if one["fitted"] == fitted]) for what, fitted in groups]
+    told = [said(what, [one for one in results if one["fitted"] == fitted]) for what, fitted in GROUPS]
     head = ["| run | | predicted, MiB | measured | error |", "|---|---|---:|---:|---:|"]
     return "\n".join(["\n\n".join(told), "", *head, *lines, ""])
 

@@ -148,6 +148,7 @@ def memory() -> dict[str, Any]:
         "1 process": (1, ()),
         "2 processes, replicated": (2, ("--model.placement", "replicated")),
         "2 processes, sharded": (2, ("--model.placement", "sharded")),
+        "2 processes, replicated, nf4": (2, ("--model.placement", "replicated", "--model.quantization", "nf4")),
         "2 processes, sharded, nf4": (2, ("--model.placement", "sharded", "--model.quantization", "nf4")),
     }
     found: dict[str, Any] = {}

@@ -107,15 +107,15 @@ TOOLS: dict[str, Callable[[argparse.Namespace], Result]] = {
 def strop(
     options: argparse.Namespace, make: Callable[[Any], Any], scheme: str = "none", resident_layers: int = 0
 ) -> Result:
-    """One pass over the rows, an optimizer step a batch, at the peers' rates (cosine from 2e-4). The first batch warms
-    up: it is computed once more, without a step, and does not count."""
+    """One pass over the rows, an optimizer step a batch, at a cosine from --rate as the peers have it. The first batch
+    warms up: it is computed once more, without a step, and does not count."""
     prepare_process()
     model, examples = load_model(options, scheme, resident_layers), load_examples(options)
     reason = unsupported(model)
     assert reason is None, reason
     loss = make(model)
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=2e-4, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(weights, lr=options.rate, weight_decay=0.0, fused=True)
     batches = [examples[i : i + options.batch] for i in range(0, len(examples), options.batch)]
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / len(batches)))
@@ -220,6 +220,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0, help="of strop's tools; of `dropped` 0.05 where it is 0")
     parser.add_argument("--supervised", type=float, default=1.0, help="share of each row that is supervised")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="of the frozen weights")
+    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate; peers have 2e-4")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", help="write the result here as JSON")

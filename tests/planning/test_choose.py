@@ -20,8 +20,9 @@ from strop.planning.choose import (
     usable_bytes,
 )
 from strop.planning.compare import KNOWN
-from strop.planning.memory import Drawn, phases
+from strop.planning.memory import Drawn
 from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
+from strop.planning.phases import Asked, phases
 from strop.planning.setting import Setting
 from strop.planning.speed import Rate, drawing_seconds
 
@@ -236,9 +237,10 @@ def test_drawn_answers_are_planned_at_their_longest() -> None:
     drawn = Drawn.of(found.recipe)
     assert drawn == Drawn(texts=12, group=4, prompt=60, answer=100) and Drawn.of(plan(60).recipe) is None
     setting = Setting.of(found.recipe, LLAMA_8B)
-    made = phases(setting, batch, 60, drawn)
-    assert list(made) == ["load", "draw", "train", "evaluate", "merge", "serve"]
-    more = phases(setting, batch, 60, replace(drawn, texts=24))
+    asked = Asked.of([], 60)
+    made = phases(setting, batch, asked, 8 << 30, drawn)
+    assert list(made) == ["load", "draw", "train", "evaluate", "merge", "export", "serve"]
+    more = phases(setting, batch, asked, 8 << 30, replace(drawn, texts=24))
     assert made["draw"].parts["saved_activations"] * 2 == more["draw"].parts["saved_activations"] > 0
     rate = Rate(1e12, 1e11, "a test")
     times = [drawing_seconds(setting, replace(drawn, answer=answer), rate) for answer in (100, 200)]

@@ -24,7 +24,8 @@ from strop.model.shape import ModelShape
 from strop.planning import activations
 from strop.planning.activations import MicroBatch, at_peak, layer_bytes
 from strop.planning.compare import KNOWN, compare, known_models, table
-from strop.planning.memory import PARTS, load, phases, train
+from strop.planning.memory import PARTS, load, train
+from strop.planning.phases import Asked, phases
 from strop.planning.setting import Setting
 from tests import ROOT
 from tests.support import tiny
@@ -34,7 +35,10 @@ from tests.support.scripts import script
 
 PAGE, RUNS = ROOT / "docs" / "plan.md", ROOT / "benchmarks" / "results" / "plan_memory.json"
 TIMED = json.loads((ROOT / "benchmarks" / "results" / "plan_time.json").read_text("utf-8"))["results"]
-MEMORY, TIME = (script(ROOT / "benchmarks" / name) for name in ("plan_memory.py", "plan_time.py"))
+PHASES = ROOT / "benchmarks" / "results" / "phase_memory.json"  # absent until they are measured
+MEMORY, TIME, AFTER = (
+    script(ROOT / "benchmarks" / name) for name in ("plan_memory.py", "plan_time.py", "phase_memory.py")
+)
 GIB = 1 << 30
 LLAMA_2_7B = {
     **KNOWN["Llama-3.1-8B"], "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000,
@@ -74,7 +78,8 @@ def peak(found: Setting, rows: int, length: int) -> int:
 @given(SETTINGS, ROWS, LENGTHS)
 @settings(max_examples=150, deadline=None)
 def test_parts_sum_to_the_whole_and_none_is_below_zero(found: Setting, rows: int, length: int) -> None:
-    for phase in phases(found, MicroBatch.rows([length] * rows), length).values():
+    asked = Asked.of([], length)
+    for phase in phases(found, MicroBatch.rows([length] * rows), asked, 8 << 30).values():
         assert list(phase.parts) == list(PARTS) and min(phase.parts.values()) >= 0
         assert phase.peak_bytes == sum(phase.parts.values()) >= phase.needed_bytes > 0
 
@@ -273,7 +278,7 @@ def test_published_peaks_are_met_or_the_reason_is_given() -> None:
         assert abs(error) <= 0.15 or why, error
 
 
-@pytest.mark.parametrize("mark", ["models", "published", "runs", "time"])
+@pytest.mark.parametrize("mark", ["models", "published", "runs", "phases", "time"])
 def test_the_tables_of_the_page_are_computed(mark: str) -> None:
     """Run `python -m tests.planning.test_memory` to write them anew."""
     assert f"<!-- {mark} -->\n{_tables()[mark]}<!-- end -->" in PAGE.read_text(encoding="utf-8")
@@ -293,7 +298,8 @@ def _tables() -> dict[str, str]:
     recipe = resolve(None, {"model": "m", "data": "d", **given}).recipe
     runs = MEMORY.table(json.loads(RUNS.read_text("utf-8"))["results"])
     models = table(compare(recipe, known_models()))
-    return {"models": models, "published": published()[0], "runs": runs, "time": TIME.table(TIMED)}
+    after = AFTER.table(json.loads(PHASES.read_text("utf-8"))["results"]) if PHASES.is_file() else "Not measured yet.\n"
+    return {"models": models, "published": published()[0], "runs": runs, "phases": after, "time": TIME.table(TIMED)}
 
 
 def test_the_head_counts_and_supervised_rows_alone() -> None:

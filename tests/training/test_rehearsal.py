@@ -68,7 +68,7 @@ def test_the_largest_micro_batch_of_all_steps_is_tried(tmp_path: Path) -> None:
     examples = tiny.examples(24, longest=24)
     examples[13] = replace(examples[13], ids=examples[0].ids.repeat(9), weights=examples[0].weights.repeat(9))
     job = tiny.job(tmp_path / "r", examples, **{"train.micro_batch": 2})
-    expected = forecast(job, setting(job))
+    expected = forecast(job, setting(job), 8 << 30)
     assert examples[13] in [*expected.items] and expected.batch.more
     assert expected.batch.tokens == len(expected.items) * len(examples[13])  # the plain step pads
 
@@ -85,7 +85,7 @@ def test_it_is_the_largest_by_what_is_predicted_in_any_epoch(tmp_path: Path, mon
             sizes.append((at_peak(setting(job).but(step=job.step.name), batch).total, step.epoch))
     orders, known = [], BatchStream.order
     monkeypatch.setattr(BatchStream, "order", lambda self, epoch: orders.append(epoch) or known(self, epoch))
-    found = forecast(job, setting(job))
+    found = forecast(job, setting(job), 8 << 30)
     assert at_peak(setting(job).but(step=job.step.name), found.batch).total == max(sizes)[0]
     assert max(size for size, epoch in sizes if epoch == 0) < max(sizes)[0], "a later epoch has the largest"
     assert orders == [0, 1, 2, 3] and stream.steps_per_epoch == 5
@@ -93,7 +93,7 @@ def test_it_is_the_largest_by_what_is_predicted_in_any_epoch(tmp_path: Path, mon
 
 def test_the_forecast_is_moved_by_what_the_rehearsal_needed(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 1})
-    expected = forecast(job, setting(job))
+    expected = forecast(job, setting(job), 8 << 30)
     assert expected.calibrated_bytes("cpu") is None
     found = rehearse(job, expected, 1, mark("cpu"))
     (event,) = [e for e in read_events(job.folder.events) if e["event"] == "rehearsal"]
@@ -104,14 +104,14 @@ def test_the_forecast_is_moved_by_what_the_rehearsal_needed(tmp_path: Path) -> N
 def test_it_shrinks_before_the_first_step_or_refuses(tmp_path: Path) -> None:
     options: dict[str, Any] = {"train.max_steps": 2}
     job = starved(tiny.job(tmp_path / "a", tiny.examples(8), **options), {1})
-    rehearse(job, forecast(job, setting(job)), 1, mark("cpu"))
+    rehearse(job, forecast(job, setting(job), 8 << 30), 1, mark("cpu"))
     assert job.state.progress.halvings == 1 and all(w.grad is None for w in job.state.weights.values())
     fit(job)
     kinds = [event["event"] for event in read_events(job.folder.events)]
     assert kinds.index("shrink") < kinds.index("rehearsal") < kinds.index("step") and kinds.count("shrink") == 1
     hopeless = starved(tiny.job(tmp_path / "b", tiny.examples(8), **options), set(range(1, 99)))
     with pytest.raises(MemoryLimitError):
-        rehearse(hopeless, forecast(hopeless, setting(hopeless)), 1, mark("cpu"))
+        rehearse(hopeless, forecast(hopeless, setting(hopeless), 8 << 30), 1, mark("cpu"))
 
 
 def test_layers_computed_again_change_nothing_but_memory(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -131,5 +131,5 @@ def test_it_is_rehearsed_as_the_steps_will_be_computed(tmp_path: Path) -> None:
     job.state.progress.recompute = True
     step = replace(job.step, checkpoint=asked.append, recompute=lambda: asked.append("all"))
     job = replace(job, step=step)
-    rehearse(job, forecast(job, setting(job)), 1, mark("cpu"))
+    rehearse(job, forecast(job, setting(job), 8 << 30), 1, mark("cpu"))
     assert asked == [1, "all"]

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from strop.data.conversation import Example
 from strop.errors import InputError, ParityError, RunError
+from strop.exporting.parity import normalized
 
 INSTALL = "pip install llama-cpp-python"
 
@@ -102,7 +102,7 @@ class LlamaCpp:
         self._llama.reset()
         self._llama.eval(example.ids.tolist())
         logits = torch.from_numpy(np.array(self._llama.scores[: len(example) - 1], dtype=np.float32))
-        return F.log_softmax(logits, -1)
+        return normalized(logits)
 
     def greedy(self, prompt: Sequence[int], limit: int) -> list[int]:
         """The most likely new tokens up to `limit`, the one that ended them included."""

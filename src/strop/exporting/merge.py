@@ -41,7 +41,7 @@ from strop.errors import FolderError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.card import CARD_FILE, card, report_of
 from strop.evaluation.loss import mean_loss
 from strop.exporting.changes import changes
-from strop.exporting.parity import LIMITS, Parity, compare, in_fp32
+from strop.exporting.parity import LIMITS, Parity, compare, freed, in_fp32
 from strop.machine.probe import probe
 from strop.model.experts import PackedExperts, expert_parameters, pack_experts, packable
 from strop.model.facts import Source, fingerprint
@@ -53,7 +53,7 @@ from strop.model.shards import SHARD_BYTES, Tensors
 from strop.model.tokenizer import load_tokenizer
 from strop.model.towers import in_text
 from strop.objectives.table import learning_of
-from strop.planning.memory import measuring_bytes
+from strop.planning.phases import measuring_bytes
 from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, write_json
 from strop.runs.lock import sha256_file, sha256_text
 
@@ -177,8 +177,9 @@ def check_memory(source: Source, element: int, say: Callable[[str], None]) -> No
     bare, widest = skeleton(source), max(stored_dtype(source).itemsize, element)
     widest = widest if reads_no_weights(bare) else 4
     parameters = sum(weight.numel() for weight in bare.parameters())
-    embedding = bare.get_input_embeddings()  # type: ignore[operator]
-    parts = measuring_bytes(parameters, embedding.num_embeddings, embedding.embedding_dim, element=widest)
+    embedding, head = bare.get_input_embeddings(), bare.get_output_embeddings()  # type: ignore[operator]
+    tied = head is None or head.weight is embedding.weight
+    parts = measuring_bytes(parameters, embedding.num_embeddings, embedding.embedding_dim, tied, element=widest)
     needed, free = sum(parts), probe().free_bytes
     say(f"measuring takes about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free")
     if needed > free:
@@ -223,6 +224,7 @@ def better_base(
             step_for(model).token_loss, examples[:CHOOSING_ROWS], lambda block: [[n] for n in range(len(block))]
         )
         del model
+        freed()
     return min(losses, key=lambda base: losses[base]), losses
 
 

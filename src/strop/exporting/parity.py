@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import tempfile
 import warnings
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 from strop.data.conversation import Example
 from strop.errors import ParityError
 from strop.evaluation.metrics import Z_95, wilson
+from strop.machine.heap import give_back
 
 POSITIONS = 2048  # compared, or as many as there are
+AT_ONCE_BYTES = 4 << 20  # of log-probabilities that something is computed of
 
 
 @dataclass(frozen=True)
@@ -140,28 +143,36 @@ def measuring(
     starts = new_from(examples)
     sizes = [len(example) - 1 - start for example, start in zip(examples, starts, strict=True)]
     ends = list(accumulate(sizes))
-    rows = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         model = reference()
-        losses, kept = _keep(model, examples, starts, rows, Path(folder) / "kept", np.float32)
-        changed = _keep_effect(model, examples, starts, rows, kept, Path(folder) / "changed")
-        del model
+        kept = _Kept(Path(folder) / "kept")
+        losses = []
+        for example, start in zip(examples, starts, strict=True):
+            logs = _log_probabilities(model, example)
+            losses.append(_loss(logs, example))
+            kept.add(logs[start:])
+        changed = _keep_effect(model, examples, starts, ends, kept, Path(folder) / "changed")
+        del model, logs
+        freed()
 
         def measure(other: Callable[[], Any], limit: Limit) -> Parity:
             model = other()
             divergences, apart, clear, others, effects = [], 0, 0, [], []
-            for example, start, row in zip(examples, starts, rows, strict=True):
+            for example, start, size, end in zip(examples, starts, sizes, ends, strict=True):
                 logs = _log_probabilities(model, example)
                 others.append(_loss(logs, example))
-                logs, wanted = logs[start:], torch.from_numpy(np.array(kept[row]))
-                divergences.append((wanted.exp() * (wanted - logs)).sum(1))
-                first, second = wanted.argmax(1, keepdim=True), logs.argmax(1, keepdim=True)
-                margins = (wanted.gather(1, first).exp() - wanted.gather(1, second).exp())[:, 0]
-                flipped = (first != second)[:, 0]
-                apart += int(flipped.sum())
-                clear += int((flipped & (margins > limit.tie)).sum())
-                if changed is not None:
-                    effects.append(_along(wanted, logs, torch.from_numpy(np.array(changed[row]))))
+                along = np.zeros(2)
+                for at, part in _parts(logs[start:]):
+                    wanted = kept.rows(end - size + at, len(part))
+                    divergences.append((wanted.exp() * (wanted - part)).sum(1))
+                    first, second = wanted.argmax(1, keepdim=True), part.argmax(1, keepdim=True)
+                    margins = (wanted.gather(1, first).exp() - wanted.gather(1, second).exp())[:, 0]
+                    flipped = (first != second)[:, 0]
+                    apart += int(flipped.sum())
+                    clear += int((flipped & (margins > limit.tie)).sum())
+                    if changed is not None:
+                        along += _along(wanted, part, changed.rows(end - size + at, len(part)))
+                effects += [(float(along[0]), float(along[1]))] if changed is not None else []
             kl = torch.cat(divergences).clamp(min=0)  # below zero by rounding alone; NaN stays
             weights = np.array([float(example.weights[1:].sum()) for example in examples])
             further, further_error = _ratio(np.array(others) - np.array(losses), weights)
@@ -175,37 +186,54 @@ def measuring(
         yield measure
 
 
-Kept = np.memmap[Any, Any]
+def freed() -> None:
+    """Gives back what a model held that nobody names any more. Its modules and their forwards name each other, so that
+    it would stay until Python looks for such circles: two models in memory in place of one."""
+    gc.collect()
+    give_back()
 
 
-def _keep(
-    model: Any, examples: Sequence[Example], starts: Sequence[int], rows: Sequence[slice], file: Path, kind: Any
-) -> tuple[list[float], Kept]:
-    """Each row's loss, summed over its supervised tokens, and the log-probabilities of the new positions, in a file."""
-    kept: Any = None
-    losses = []
-    for example, start, row in zip(examples, starts, rows, strict=True):
-        logs = _log_probabilities(model, example)
-        losses.append(_loss(logs, example))
-        if kept is None:
-            kept = np.memmap(file, kind, "w+", shape=(rows[-1].stop, logs.shape[1]))
-        kept[row] = logs[start:].numpy()
-    return losses, kept
+class _Kept:
+    """Log-probabilities (positions, vocabulary) in a file. Not mapped: pages of a mapped file count as memory of the
+    process, and of 2,048 positions over 49,152 words they are 384 MiB."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._width = file, 0
+
+    def add(self, logs: Tensor) -> None:
+        self._width = logs.shape[1]
+        with self._file.open("ab") as handle:
+            for _, part in _parts(logs):
+                part.numpy().tofile(handle)
+
+    def rows(self, begin: int, count: int) -> Tensor:
+        offset = 4 * begin * self._width
+        found = np.fromfile(self._file, np.float32, count * self._width, offset=offset)
+        return torch.from_numpy(found).view(count, self._width)
+
+
+def _parts(logs: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """A few positions at a time, and where they begin: what is computed of them takes several times their memory."""
+    rows = max(1, AT_ONCE_BYTES // (4 * logs.shape[1]))
+    return ((at, logs[at : at + rows]) for at in range(0, len(logs), rows))
 
 
 def _keep_effect(
-    model: Any, examples: Sequence[Example], starts: Sequence[int], rows: Sequence[slice], tuned: Kept, file: Path
-) -> Kept | None:
+    model: Any, examples: Sequence[Example], starts: Sequence[int], ends: Sequence[int], tuned: _Kept, file: Path
+) -> _Kept | None:
     """What the adapter does to its base's log-probabilities, in a file; None without an adapter."""
     if not isinstance(model, peft.PeftModel):
         return None
+    changed = _Kept(file)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Careful, disabling adapter")  # trained biases stay, as part of the base
         with model.disable_adapter():
-            _, base = _keep(model, examples, starts, rows, file, np.float32)
-    for row in rows:
-        base[row] = tuned[row] - base[row]
-    return base
+            for example, start, end in zip(examples, starts, ends, strict=True):
+                base = _log_probabilities(model, example)[start:]
+                for at, part in _parts(base):
+                    part.copy_(tuned.rows(end - len(base) + at, len(part)) - part)
+                changed.add(base)
+    return changed
 
 
 def _along(wanted: Tensor, logs: Tensor, changed: Tensor) -> tuple[float, float]:
@@ -280,8 +308,15 @@ def _log_probabilities(model: Any, example: Example) -> Tensor:
         return found
     ids = torch.from_numpy(example.ids.astype(np.int64))[None].to(next(model.parameters()).device)
     with torch.no_grad():
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-    return F.log_softmax(logits, -1).cpu()
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, :-1].float().cpu()
+    return normalized(logits)
+
+
+def normalized(logits: Tensor) -> Tensor:
+    """Their log softmax, in their place: (positions, vocabulary) fp32."""
+    for _, part in _parts(logits):
+        part.copy_(F.log_softmax(part, -1))
+    return logits
 
 
 def _loss(logs: Tensor, example: Example) -> float:

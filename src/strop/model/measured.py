@@ -37,8 +37,13 @@ def shape_of(config: Mapping[str, Any], stored: Mapping[str, Any], bare: nn.Modu
         return shape
     active = next((linear.active for linear in shape.in_experts), 1.0)
     kinds = [kind for kind in linear_kinds(bare) if kind.sets or kind.type == EXPERTS]
-    linears = tuple(_linear(kind, shape.layers, active) for kind in kinds)
-    return replace(shape, linears=linears or shape.linears)
+    biased = {
+        name.rpartition(".")[2] for name, module in bare.named_modules() if getattr(module, "bias", None) is not None
+    }
+    linears = tuple(_linear(kind, shape.layers, active, kind.name in biased) for kind in kinds)
+    shape = replace(shape, linears=linears or shape.linears)
+    biases = sum(weight.numel() for name, weight in bare.named_parameters() if "bias" in name)  # as peft finds them
+    return replace(shape, other_biases=max(0, biases - shape.biases))
 
 
 def exactly(found: Peek) -> Peek:
@@ -56,10 +61,10 @@ def exactly(found: Peek) -> Peek:
     return replace(found, shape=shape, parameters=parameters_of(bare))
 
 
-def _linear(kind: LinearKind, layers: int, active: float) -> LinearShape:
+def _linear(kind: LinearKind, layers: int, active: float, bias: bool) -> LinearShape:
     experts = kind.type == EXPERTS
     return LinearShape(
-        kind.name, kind.in_features, kind.out_features, False, kind.count / layers, active if experts else 1, kind.sets,
+        kind.name, kind.in_features, kind.out_features, bias, kind.count / layers, active if experts else 1, kind.sets,
         kind.kept_16_bit is not None,
     )  # fmt: skip
 

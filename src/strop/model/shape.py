@@ -117,6 +117,7 @@ class ModelShape:
     rope: str = "default"
     prequantized: str | None = None  # how the weights are quantized on disk
     experts: int = 1  # of a layer's MLP; the sizes here are of one
+    other_biases: int = 0  # numbers of biases that are not those of `linears`: of norms, of a head
 
     @property
     def query(self) -> int:
@@ -155,10 +156,14 @@ class ModelShape:
         return tuple(linear for linear in self.linears if "experts" in (linear.sets or ()))
 
     @property
+    def biases(self) -> int:
+        """Numbers of all biases."""
+        return self.layers * sum(linear.rows for linear in self.linears if linear.bias) + self.other_biases
+
+    @property
     def parameters(self) -> int:
-        biases = sum(linear.rows for linear in self.linears if linear.bias)
-        layer = sum(linear.weights for linear in self.linears) + biases + self.norm_weights
-        return self.layers * layer + self.embedding * (1 if self.tied else 2) + self.hidden
+        layer = sum(linear.weights for linear in self.linears) + self.norm_weights
+        return self.layers * layer + self.biases + self.embedding * (1 if self.tied else 2) + self.hidden
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> ModelShape:

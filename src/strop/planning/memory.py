@@ -1,4 +1,4 @@
-"""Peak memory of each phase of a run, by part: arithmetic on a model's sizes, no torch, no weights.
+"""Peak memory by part, and that of loading and training: arithmetic on a model's sizes, no torch, no weights.
 
 Every term has a cause that was measured alone; docs/plan.md has the measurements and how far the sums are off. Memory
 on a CPU is resident memory of the process above what it is before the model loads; on CUDA what the card must have,
@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from strop.config.schema import Recipe
-from strop.engine.answers.cache import READ_AT_ONCE, ROWS
-from strop.engine.families import FAMILIES
 from strop.objectives.table import answers_of, drawn_tokens
-from strop.planning.activations import Alive, MicroBatch, at_peak, forward_bytes
+from strop.planning.activations import Alive, MicroBatch, at_peak
 from strop.planning.setting import BITS, Setting
 
 MIB = 1 << 20
@@ -29,12 +27,9 @@ CODE_BYTES = 20 * MIB
 LOOPS_BYTES = 85 * MIB
 PRODUCTS_BYTES = 47 * MIB
 MORE_PRODUCTS_BYTES, FP32_PRODUCTS_BYTES = 87 * MIB, 5 * MIB
-ANSWERS_BYTES = 45 * MIB  # the loops that answer, beyond those that train (fitted on six runs of SmolLM2)
 SCRATCH_BYTES = 14 * MIB  # oneDNN's scratch and small blocks at the peak
 CUDA_CONTEXT_BYTES = 450 * MIB  # of the driver, cuBLAS's workspace included
-PARITY_POSITIONS = 2048  # as in export.parity
 BLOCK, NESTED = 64, 256  # weights that share a constant, constants that share one
-LANES = 16  # numbers of a vector (engine.cpu.dots)
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion": 4.0, "adafactor": 0.1, "sgd": 0.0}
 
 
@@ -74,18 +69,6 @@ class Drawn:
             return None
         group = answers_of(train)
         return Drawn(train.batch_size * group, group, prompt or recipe.data.max_length, answer)
-
-
-def phases(setting: Setting, batch: MicroBatch, context: int, drawn: Drawn | None = None) -> dict[str, Phase]:
-    """Every phase; context: tokens of a conversation that is served; drawn: in front of each step, if anything is."""
-    return {
-        "load": load(setting),
-        **({} if drawn is None else {"draw": draw(setting, drawn)}),
-        "train": train(setting, batch),
-        "evaluate": evaluate(setting, batch),
-        "merge": merge(setting, context),
-        "serve": serve(setting.but(shards=1), context),
-    }
 
 
 def dense_weights(setting: Setting) -> int:
@@ -161,7 +144,7 @@ def framework_bytes(setting: Setting) -> int:
     return CODE_BYTES + products + loops
 
 
-def _held(setting: Setting, *, trained: bool) -> dict[str, int]:
+def held_parts(setting: Setting, *, trained: bool) -> dict[str, int]:
     """What is there through a whole phase."""
     adapters = 4 * setting.adapter_weights
     return {
@@ -193,7 +176,7 @@ def train(setting: Setting, batch: MicroBatch) -> Phase:
     count at the peak only where an earlier micro-batch of the step has left some. On a CPU they are small blocks, whose
     memory the C library keeps from step to step.
     """
-    held = _held(setting, trained=True)
+    held = held_parts(setting, trained=True)
     trainable = 4 * setting.adapter_weights
     if setting.step == "fast" and setting.device == "cuda":
         held["adapters"] += setting.element * setting.operand_weights
@@ -205,7 +188,7 @@ def train(setting: Setting, batch: MicroBatch) -> Phase:
     waiting = trainable if batch.more or setting.device == "cpu" else 0
     moments = [(alive, waiting), (Alive(), trainable)]  # the second: the optimizer's own step
     alive, gradients = max(moments, key=lambda moment: moment[0].total + moment[1])
-    return _phase(
+    return phase_of(
         {
             **held,
             "gradients": gradients,
@@ -216,99 +199,19 @@ def train(setting: Setting, batch: MicroBatch) -> Phase:
     )
 
 
-def evaluate(setting: Setting, batch: MicroBatch) -> Phase:
-    """Between two steps of a run: no gradients, and the optimizer's state waits."""
-    return _phase({**_held(setting, trained=True), "live_layer": forward_bytes(setting, batch)})
-
-
-def draw(setting: Setting, drawn: Drawn) -> Phase:
-    """Answers before a step: as serving, while the optimizer's state waits; texts that do not fit wait too."""
-    served = serve(setting, drawn.prompt + drawn.answer, texts=min(drawn.texts, ROWS)).parts
-    return _phase({**served, "optimizer": optimizer_bytes(setting)})
-
-
 def load(setting: Setting) -> Phase:
     """Reading the base. On a CPU 16-bit weights stay where their files are mapped; for fp32 they are copied out, and
     the files' pages count until the last is. A quantized base is read tensor by tensor, each with its file opened anew;
     of a card the files' pages lie in the host's memory. Of a sharded base a device reads its share."""
-    held = _held(setting, trained=False)
+    held = held_parts(setting, trained=False)
     copied = setting.device == "cpu" and setting.scheme == "none" and setting.element != 2
     mapped = weight_bytes(setting.but(element=2)) if copied else 0
     parts = {"weights": held["weights"], "quantization_constants": held["quantization_constants"]}
     if setting.shards > 1 and copied:  # tensor by tensor: the largest as it is read, and as it is wanted
         mapped, parts["workspace"] = 0, (2 + setting.element) * setting.shape.embedding
     framework = CODE_BYTES if setting.device == "cpu" else CUDA_CONTEXT_BYTES
-    return _phase({**parts, "mapped_files": mapped, "framework": framework})
+    return phase_of({**parts, "mapped_files": mapped, "framework": framework})
 
 
-def merge(setting: Setting, context: int) -> Phase:
-    """On the CPU: two models are measured one after the other, computing in fp32 on 16-bit weights, on rows of
-    `context` tokens; the first one's distributions wait in a file."""
-    shape = setting.shape
-    weights, head = measuring_bytes(setting.parameters, shape.vocabulary, shape.hidden, context=context)
-    return _phase(
-        {
-            "weights": weights,
-            "adapters": 4 * setting.adapter_weights,
-            "head": head,
-            "mapped_files": 2 * setting.parameters + PARITY_POSITIONS * 4 * shape.vocabulary,
-            "workspace": SCRATCH_BYTES,
-            "framework": CODE_BYTES + PRODUCTS_BYTES,
-        }
-    )
-
-
-def measuring_bytes(
-    parameters: int, vocabulary: int, hidden: int, *, element: int = 2, context: int = 1024
-) -> tuple[int, int]:
-    """(weights, head) of a model that computes in fp32 on weights of `element` bytes, each cast for its product: the
-    embedding is in fp32, the largest cast is the head's, and a row has three matrices of logits."""
-    return element * parameters, 2 * 4 * vocabulary * hidden + 3 * 4 * vocabulary * context
-
-
-def serve(setting: Setting, context: int, *, texts: int = 1) -> Phase:
-    """Base and adapter, and `texts` conversations of `context` tokens that are answered together."""
-    held, shape, positions = _held(setting, trained=False), setting.shape, texts * context
-    if setting.device != "cpu" or shape.family not in FAMILIES:  # transformers' own forward
-        cache = 2 * shape.layers * shape.key_value * positions * setting.element
-        live = MicroBatch.rows([context])
-        return _phase({**held, "saved_activations": cache, "live_layer": _prompt_bytes(setting, live)})
-    width = -(-shape.head_size // LANES) * LANES
-    cache = 2 * shape.layers * shape.key_value_heads * width * positions * setting.element
-    constants = 4 * packed_weights(setting) // BLOCK if setting.scheme in ("nf4", "fp4") else 0
-    return _phase({
-        **held,
-        "quantization_constants": held["quantization_constants"] + constants,
-        "adapters": held["adapters"] + _laid_out(setting),
-        "mapped_files": 0,
-        "workspace": SCRATCH_BYTES,
-        "saved_activations": cache,
-        "live_layer": _pass_bytes(setting, min(READ_AT_ONCE, positions)),
-        "head": 2 * 4 * texts * shape.vocabulary,  # of the rows that give logits, and once more side by side
-        "framework": CODE_BYTES + LOOPS_BYTES + ANSWERS_BYTES,
-    })  # fmt: skip
-
-
-def _laid_out(setting: Setting) -> int:
-    """The adapter as the engine lays it out beside peft's: A in the type that is computed in, B in fp32."""
-    pairs = zip(setting.shape.linears, setting.ranks, strict=True)
-    return setting.shape.layers * sum(rank * (setting.element * x.inputs + 4 * x.rows) for x, rank in pairs)
-
-
-def _pass_bytes(setting: Setting, rows: int) -> int:
-    """What engine.answers computes a pass over so many rows in: a product's input, queries, its output and the residual
-    stream, the last two in fp32."""
-    shape, b = setting.shape, setting.element
-    inner = max(shape.hidden, shape.query, shape.intermediate)
-    outputs = max(shape.query + 2 * shape.key_value, 2 * shape.intermediate, shape.hidden)
-    return rows * (b * (inner + shape.query + shape.hidden) + 4 * (outputs + shape.hidden))
-
-
-def _prompt_bytes(setting: Setting, batch: MicroBatch) -> int:
-    """transformers' own forward over a prompt; the head sees its last row alone."""
-    shape, b = setting.shape, setting.element
-    return batch.tokens * (3 * shape.hidden + 3 * shape.intermediate) * b + 4 * shape.vocabulary
-
-
-def _phase(parts: Mapping[str, int]) -> Phase:
+def phase_of(parts: Mapping[str, int]) -> Phase:
     return Phase({name: int(parts.get(name, 0)) for name in PARTS})

@@ -16,8 +16,9 @@ from strop.planning.activations import MicroBatch
 from strop.planning.choose import Room, choose, usable_bytes
 from strop.planning.devices import Devices, Spread, spread
 from strop.planning.ladder import Rung, ladder
-from strop.planning.memory import Drawn, Phase, constant_bytes, phases, weight_bytes
+from strop.planning.memory import Drawn, Phase, constant_bytes, weight_bytes
 from strop.planning.microbatch import Rows, first_steps, largest_micro_batch, usual_micro_batch
+from strop.planning.phases import Asked, phases
 from strop.planning.setting import Setting, why_plain
 from strop.planning.speed import FORWARD, Rate, drawing_seconds, step_seconds, steps_seconds, tokens_per_s
 
@@ -102,8 +103,9 @@ def make_plan(
     batch = largest_micro_batch(recipe, setting, max((tokens for tokens, _ in rows), default=None))
     usual, rate = usual_micro_batch(recipe, rows), rate_of(recipe.model.dtype)
     prompt = max((tokens - supervised for tokens, supervised in rows), default=None)
-    found = phases(setting, batch, recipe.data.max_length, Drawn.of(recipe, prompt))
-    need = max(found[name].needed_bytes for name in ("load", "draw", "train", "evaluate") if name in found)
+    asked = Asked.of(rows, recipe.data.max_length)
+    found = phases(setting, batch, asked, room.usable, Drawn.of(recipe, prompt))
+    need = max(found[name].needed_bytes for name in ("load", "draw", "train") if name in found)
     fits = need <= room.usable
     on_cpu = recipe.model.device in ("cpu", "mps")
     several = spread(recipe, setting, rate, devices, rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from strop.config.schema import Recipe
+from strop.config.schema import LoraSection, Recipe
 from strop.engine.families import FAMILIES
 from strop.errors import ModelError
 from strop.machine.probe import TILED_RANK, probe
@@ -59,6 +59,7 @@ class Setting:
         if lora.use_dora:
             whole += shape.layers * sum(x.rows for x, rank in zip(shape.linears, ranks, strict=True) if rank)
         whole += shape.hidden if train.objective == "reward" else 0  # its head
+        whole += trained_biases(lora, shape)
         plain = why_plain(recipe, shape) is not None
         return Setting(
             shape,
@@ -136,6 +137,14 @@ def num_checkpointed(asked: str | int, layers: int, *, whole: bool = False) -> i
     if isinstance(asked, int):
         return layers if whole else min(asked, layers)
     return layers if asked == "on" else 0
+
+
+def trained_biases(lora: LoraSection, shape: ModelShape) -> int:
+    """Numbers of the biases that are trained, as peft picks them: all that there are, or those of adapted layers."""
+    if lora.bias != "lora_only":
+        return shape.biases if lora.bias == "all" else 0
+    names = _targets(shape, lora.target_modules)
+    return shape.layers * sum(x.rows for x in shape.linears if x.bias and x.name in names)
 
 
 def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:

@@ -19,7 +19,8 @@ from strop.engine.packed import pack, pack_apart
 from strop.machine.memory import MemoryMark
 from strop.objectives.table import drawn_tokens
 from strop.planning.activations import MicroBatch, at_peak
-from strop.planning.memory import Drawn, Phase, phases
+from strop.planning.memory import Drawn, Phase
+from strop.planning.phases import Asked, phases
 from strop.planning.setting import Setting
 from strop.training.criteria import OfAnswers
 from strop.training.job import Job, stream_of
@@ -41,13 +42,11 @@ class Forecast:
     items: list[Item]
     batch: MicroBatch
     phases: dict[str, Phase]
-    evaluates: bool
     off_bytes: int | None = None
 
     def peak_bytes(self, device: str) -> int:
         """What MemoryMark.peak_bytes will say at the run's end; on CUDA the allocator's own, without the context."""
-        names = ("load", "draw", "train", *(["evaluate"] if self.evaluates else []))
-        used = [self.phases[name] for name in names if name in self.phases]
+        used = [self.phases[name] for name in ("load", "draw", "train") if name in self.phases]
         context = device.startswith("cuda")
         return max(phase.peak_bytes - (phase.parts["framework"] if context else 0) for phase in used)
 
@@ -67,7 +66,7 @@ class Forecast:
         return max(self.phases[name].needed_bytes for name in ("load", "train"))
 
 
-def forecast(job: Job, setting: Setting) -> Forecast:
+def forecast(job: Job, setting: Setting, usable: int) -> Forecast:
     """By the rows themselves: which of them stand in a micro-batch, what prefix they share, what is supervised."""
     setting = setting.but(step=job.step.name)
     if job.state.progress.recompute:
@@ -76,8 +75,15 @@ def forecast(job: Job, setting: Setting) -> Forecast:
         setting = setting.but(resident_layers=0)
     found = [(items, batch_of(job, items, more, setting.tiles)) for items, more in _candidates(job, setting)]
     items, batch = max(found, key=lambda pair: at_peak(setting, pair[1]).total)
-    made = phases(setting, batch, job.recipe.data.max_length, _drawn(job))
-    return Forecast(items, batch, made, job.eval is not None)
+    made = phases(setting, batch, _asked(job), usable, _drawn(job))
+    return Forecast(items, batch, made)
+
+
+def _asked(job: Job) -> Asked:
+    """What an evaluation of rows like these asks."""
+    rows = (job.train[row] for row in range(min(len(job.train), LOOKED_AT)))
+    examples = (example for row in rows for example in row.examples)
+    return Asked.of([(len(one), one.supervised) for one in examples], job.recipe.data.max_length)
 
 
 def _drawn(job: Job) -> Drawn | None:

@@ -220,7 +220,7 @@ def _execute(
                 job.step.watch(MemoryWatch(setup.machine.memory_bytes, free))
             usable = usable_bytes(setup.machine, recipe.model.device)
             here = torch.get_num_threads(), devices.world
-            expected = forecast(job, Setting.of(recipe, setup.shape, setup.parameters, *here))
+            expected = forecast(job, Setting.of(recipe, setup.shape, setup.parameters, *here), usable)
             if job.state.progress.step < _total(job):
                 expected = rehearse(job, expected, usable, memory)
                 job = with_reference(job, key)

@@ -1,0 +1,275 @@
+"""Peak memory of what comes after training, evaluate, merge, export and serve: as `strop plan` says it, and measured.
+
+    python benchmarks/phase_memory.py FOLDER [--snips test.jsonl] [--only TEXT] [--out FILE]
+
+FOLDER gets the random models (3 GB) and a run of two steps for each kind of adapter. Each case is a fresh process with
+one thread and the allocator as it is, which does what the command does: memory is what it grew by at its peak since it
+began to read weights. `python -m tests.planning.test_memory` puts the table into docs/plan.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from measured import child, write
+from plan_memory import GROUPS, MODELS, make_model, write_rows
+
+ASKED = 40  # rows, of base and tuned: more than are answered together
+
+
+PHASES = ("evaluate", "merge", "export", "serve")
+NF4, INT8, FP32 = {"model.quantization": "nf4"}, {"model.quantization": "int8"}, {"model.dtype": "fp32"}
+# Of which each phase is a case: model; rows of the demo, of SNIPS or random ones of so many tokens at most; options of
+# the recipe; type of the GGUF file; conversations that are served at once.
+RUNS: list[tuple[str, str, dict[str, Any], str, int]] = [
+    ("demo", "demo", {}, "q8_0", 1),
+    ("demo", "demo", NF4, "f16", 4),
+    ("gemma3-58m", "512", FP32, "bf16", 4),
+    ("qwen3-125m", "256", INT8, "q8_0", 2),
+    ("llama-362m", "256", {}, "q8_0", 4),
+    ("demo", "snips", {}, "f16", 16),
+    ("demo", "demo", FP32, "f32", 8),
+    ("llama-49m", "1024", {"lora.r": 64}, "f16", 8),
+]
+FITTED = ("serve demo, demo, 1 at once",)  # names of cases that a constant was fitted on
+CASES: list[dict[str, Any]] = [
+    {"phase": phase, "model": model, "data": data, "options": options, "kind": kind, "texts": texts}
+    for model, data, options, kind, texts in RUNS
+    for phase in PHASES
+]
+
+
+def name_of(case: dict[str, Any]) -> str:
+    data = f"rows to {case['data']}" if case["data"].isdigit() else case["data"]
+    more = [f"{key.rpartition('.')[2]} {value}" for key, value in case["options"].items()]
+    more += [str(case["kind"])] if case["phase"] == "export" else []
+    more += [f"{case['texts']} at once"] if case["phase"] == "serve" else []
+    return ", ".join([f"{case['phase']} {case['model']}", data, *more])
+
+
+def rows_of(folder: Path, case: dict[str, Any], snips: Path | None) -> tuple[Path, Path]:
+    """Files to train on, and to ask."""
+    from strop.demo import data_files
+
+    data, asked = case["data"], folder / f"asked-{case['data']}.jsonl"
+    if data == "demo":
+        train, rows = data_files()
+    elif data == "snips":
+        assert snips is not None
+        train = rows = snips
+    else:
+        train = rows = folder / f"rows-{data}.jsonl"
+        if not train.is_file():
+            write_rows(train, int(data))
+    asked.write_text("".join(rows.read_text("utf-8").splitlines(keepends=True)[:ASKED]), encoding="utf-8")
+    return train, asked
+
+
+def make_run(folder: Path, case: dict[str, Any], snips: Path | None) -> Path:
+    """A run of two steps."""
+    words = [
+        case["model"],
+        case["data"],
+        *(f"{key.rpartition('.')[2]}-{value}" for key, value in case["options"].items()),
+    ]
+    out = folder / "runs" / "-".join(words)
+    if not (out / "report.json").is_file():
+        import strop
+
+        shutil.rmtree(out, ignore_errors=True)
+        model = "demo" if case["model"] == "demo" else str(make_model(folder, case["model"]))
+        options = {"train.max_steps": 2, "model.device": "cpu", **case["options"]}
+        if case["data"].isdigit():
+            options["data.max_length"] = int(case["data"])
+        strop.train(model=model, data=str(rows_of(folder, case, snips)[0]), out=str(out), **options)
+    return out
+
+
+class Mark(logging.Handler):
+    """The process as it is when it begins to read weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.since: Any = None
+
+    def hear(self, text: str) -> None:
+        from strop.machine.memory import mark
+
+        if self.since is None and text.startswith(("loading the weights", "merging into", "writing")):
+            self.since = mark("cpu")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.hear(record.getMessage())
+
+
+def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any]:
+    child([sys.executable, __file__, *sys.argv[1:], "--train"])
+    made, asked = make_run(folder, case, snips), rows_of(folder, case, snips)[1]
+    mark = Mark()
+    loading = logging.getLogger("strop.model.load")
+    loading.addHandler(mark)
+    loading.setLevel(logging.INFO)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=folder) as temp:
+        if case["phase"] == "evaluate":
+            from strop.evaluation.run import evaluate_models
+
+            metric = "exact" if case["data"].isdigit() else "exact_json"
+            evaluate_models([str(made)], str(asked), metric=metric)
+        elif case["phase"] == "merge":
+            from strop.exporting.merge import merge
+
+            merge(str(made), Path(temp) / "merged", say=mark.hear)
+        elif case["phase"] == "export":
+            from strop.exporting.gguf import export_gguf
+
+            export_gguf(str(made), Path(temp) / "model.gguf", kind=case["kind"], say=mark.hear)
+        else:
+            found = _serve(made, asked, case["texts"])
+        found["measured_bytes"] = mark.since.peak_bytes()
+    name = name_of(case)
+    return {"name": name, "fitted": name in FITTED, "texts": case["texts"], **found, **_about(case, made, asked)}
+
+
+def _serve(made: Path, asked: Path, texts: int) -> dict[str, Any]:
+    """Serves as the command does, and asks over HTTP: `texts` conversations at once."""
+    from strop.serve.address import open_address
+    from strop.serve.run import serve
+
+    rows = [json.loads(line) for line in asked.read_text("utf-8").splitlines()[:texts]]
+
+    def ask(url: str, model: str, row: dict[str, Any]) -> None:
+        *said, last = row["messages"]
+        if said == [{"role": "user", "content": "go"}]:  # random words: the long text is what is asked
+            said = [{"role": "user", "content": last["content"]}]
+        body = {"model": model, "messages": said, "max_tokens": 40, "temperature": 0}
+        told = {"Content-Type": "application/json"}
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), told)
+        ):
+            pass
+
+    def ready(about: dict[str, Any]) -> None:
+        threading.Thread(target=talk, args=(about["url"], about["models"][0])).start()
+
+    def talk(url: str, model: str) -> None:
+        asking = [threading.Thread(target=ask, args=(url, model, row)) for row in rows]
+        for one in asking:
+            one.start()
+        for one in asking:
+            one.join()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    serve(
+        [str(made)], open_address("127.0.0.1", 0, None, []), slots=16, queue=64, context=None,
+        max_body_bytes=1 << 20, ready=ready,
+    )  # fmt: skip
+    return {}
+
+
+def _about(case: dict[str, Any], made: Path, asked: Path) -> dict[str, Any]:
+    from strop.config.load import read_resolved, resolve
+    from strop.planning.here import row_sizes
+    from strop.runs.folder import RunFolder
+
+    recipe = read_resolved(RunFolder(made).recipe).recipe
+    given = {"model.dtype": recipe.model.dtype, "model.device": "cpu", "data.max_length": recipe.data.max_length}
+    given |= case["options"]
+    own = resolve(None, {**given, "model.name": recipe.model.name, "data.train": str(asked)}).recipe
+    return {"recipe": given, "rows": row_sizes(own)}
+
+
+def predicted_bytes(one: dict[str, Any]) -> int:
+    """Of a case whose rows are known, as the formulas say now."""
+    from strop.config.load import resolve
+    from strop.model.shape import ModelShape, peek
+    from strop.planning.memory import load
+    from strop.planning.phases import Asked, answering, evaluate, export, merge, serve
+    from strop.planning.setting import Setting
+
+    phase, model = one["name"].partition(",")[0].split()
+    shape = peek("demo").shape if model == "demo" else ModelShape.of(MODELS[model])
+    recipe = resolve(None, {**one["recipe"], "model.name": "m", "data.train": "d"}).recipe
+    setting = Setting.of(recipe, shape, None, 1)
+    asked = Asked.of(one["rows"], recipe.data.max_length)
+    if phase == "export":
+        return export(setting).peak_bytes
+    if phase == "merge":
+        return merge(setting, asked.longest).peak_bytes
+    served = answering(setting)
+    own = (
+        evaluate(setting, asked, 16 << 30) if phase == "evaluate" else serve(served, asked.longest, texts=one["texts"])
+    )
+    return max(load(served).peak_bytes, own.peak_bytes)
+
+
+def error_of(one: dict[str, Any]) -> float:
+    return predicted_bytes(one) / one["measured_bytes"] - 1
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    def said(what: str, chosen: list[dict[str, Any]]) -> str:
+        errors = [abs(error_of(one)) for one in chosen]
+        return f"{len(chosen)} cases {what}: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}."
+
+    groups = [(what, [one for one in results if one["fitted"] == fitted]) for what, fitted in GROUPS]
+    told = [said(what, chosen) for what, chosen in groups if chosen]
+    lines = [
+        f"| {one['name']} | {'fitted' if one['fitted'] else ''} | {predicted_bytes(one) / 2**20:,.0f} "
+        f"| {one['measured_bytes'] / 2**20:,.0f} | {error_of(one):+.1%} |"
+        for one in results
+    ]
+    return "\n".join(["\n\n".join(told), "", "| case | | predicted, MiB | measured | error |",
+                      "|---|---|---:|---:|---:|", *lines, ""])  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="for the random models and the runs")
+    parser.add_argument("--snips", type=Path, help="rows of messages, as long as SNIPS'")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.case is not None:
+        chosen = CASES[given.case]
+        print(
+            json.dumps(
+                str(make_run(given.folder, chosen, given.snips))
+                if given.train
+                else run(given.folder, chosen, given.snips)
+            )
+        )
+        return
+    kept = json.loads(given.out.read_text("utf-8"))["results"] if given.out and given.out.is_file() else []
+    found = {one["name"]: one for one in kept}
+    for number, chosen in enumerate(CASES):
+        name = name_of(chosen)
+        if given.only not in name or (chosen["data"] == "snips" and given.snips is None):
+            continue
+        try:
+            one = child([sys.executable, __file__, *sys.argv[1:], "--case", str(number)], {"OMP_NUM_THREADS": "1"})
+        except RuntimeError as error:
+            print(str(error)[-1500:], file=sys.stderr)
+            continue
+        found[name] = one
+        print(f"{name}: {error_of(one):+.1%} of {one['measured_bytes'] >> 20} MiB", file=sys.stderr, flush=True)
+        if given.out:
+            write(given.out, list(found.values()))
+
+
+if __name__ == "__main__":
+    main()
