@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from strop.engine.answers.cache import ROWS
 from strop.machine.rates import Rates
-from strop.planning.activations import HEAD_BYTES, KEEP_PAIRS, MicroBatch, pairs
+from strop.planning.activations import HEAD_BYTES, KEEP_PAIRS, MicroBatch, offloaded_bytes, pairs
 from strop.planning.cards import Card
 from strop.planning.memory import Drawn, constant_bytes, packed_weights, weight_bytes
 from strop.planning.setting import Setting
@@ -23,6 +23,7 @@ PLAIN = 2.9  # times as long in the plain step on a CPU: 76 tokens/s beside 215 
 ANSWERING = 0.25  # of the probe's rate, where answers are drawn many together
 REFERENCE = 0.35  # of a step: the forward pass of the reference
 STEP_S = 0.08  # Python, dispatch, autograd and the casts of gradients, a micro-batch of 30 layers
+HOST_BYTES_PER_S = 20e9  # between a card and the host, each way: of 32 GB/s of PCIe 4.0 with 16 lanes; not measured
 GPU_SHARE = 0.45  # of a card's dense rate: 43 % at 8B LoRA on an H100 (NVIDIA NeMo AutoModel's published figure)
 
 
@@ -88,7 +89,8 @@ def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> floa
     work = flops(setting, batch)
     unpacked = packed_weights(setting) * (2 + setting.checkpoint_layers / setting.shape.layers)
     if rate.peak:
-        return work.total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
+        computing = work.total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
+        return max(computing, 2 * offloaded_bytes(setting, batch) / HOST_BYTES_PER_S)  # beside each other
     attention, head = rate.attention_flops or ATTENTION * rate.flops, rate.head_flops or HEAD * rate.flops
     moved = batch.tokens * setting.shape.layers * (element_bytes(setting) + thin_bytes(setting))
     return (PLAIN if setting.step == "plain" else 1) * (
