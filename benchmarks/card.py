@@ -4,22 +4,26 @@
 
 First what is right (benchmarks/card_checks.py), then the rates of large products and of memory, then tokens/s and peak
 memory of a step, beside what was planned and beside TRL, TRL with Liger and Unsloth where they are installed: what
-tells most first. FOLDER gets models with random weights (3 GB and 16 GB). Each item is a process of its own; one that
-fails is listed with its last words, as is what there was no time for. A figure is the median of ten steps behind three,
-of one row of that length, r 16 on all linear layers, the whole row in the loss; the peak is of the steps, loading left
-out. TRL and Unsloth checkpoint activations, as is their default; strop where the plan says so. `--device cpu --shapes
-tiny` tries the script itself.
+tells most first. FOLDER gets models with random weights (3 GB and 16 GB). Each item is a process of its own on one
+card; one that fails is listed with its last words, as is one that takes longer than three minutes, and what there was
+no time for. A figure is the median of ten steps behind three, of one row of that length, r 16 on all linear layers, the
+whole row in the loss; the peak is of the steps, loading left out. TRL and Unsloth checkpoint activations, as is their
+default; strop where the plan says so. strop dequantizes layers of nf4 and int8 once where the card has room for that;
+"strop, packed" never does, as the others. `--device cpu --shapes tiny` tries the script itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "8b": (4096, 14336, 32, 32, 8, 128256),
 }
 WARM, STEPS = 3, 10
+MOST_S = 180.0  # an item
 CHECKED = ("agree", "waits", "resumes")
 
 
@@ -80,17 +85,30 @@ def rates(options: argparse.Namespace) -> dict[str, Any]:
     """FLOP/s of a product that fills a card, and bytes/s of a copy, read and written: medians."""
     import torch
 
-    n = 8192 if options.device == "cuda" else 512
+    n, times = (8192, 20) if options.device == "cuda" else (512, 1)  # a card's clock rises for a while
     a, b = (torch.randn(n, n, device=options.device).bfloat16() for _ in range(2))
     x = torch.empty((1 << 30) if options.device == "cuda" else 1 << 20, dtype=torch.uint8, device=options.device)
     y = torch.empty_like(x)
-    found = {
-        "matmul_flops": 2 * n**3 / timed(lambda: torch.mm(a, b), options.device),
-        "bytes_per_s": 2 * x.numel() / timed(lambda: y.copy_(x), options.device),
+
+    def rate(of_one: float, one: Any) -> float:
+        return times * of_one / timed(lambda: [one() for _ in range(times)], options.device)
+
+    found: dict[str, Any] = {
+        "matmul_flops": rate(2 * n**3, lambda: torch.mm(a, b)),
+        "bytes_per_s": rate(2 * x.numel(), lambda: y.copy_(x)),
     }
     if options.device == "cuda":
+        from strop.engine.card import newest
+
         about = torch.cuda.get_device_properties(0)
-        found |= {"card": about.name, "memory_bytes": about.total_memory, "capability": f"{about.major}.{about.minor}"}
+        of = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
+        newest.why_not(torch.device("cuda"))  # as a run does it
+        found |= {
+            "flash_attention": of() or "FA2",
+            "card": about.name,
+            "memory_bytes": about.total_memory,
+            "capability": f"{about.major}.{about.minor}",
+        }
     return found
 
 
@@ -130,7 +148,8 @@ def peaks(device: str) -> dict[str, int]:
     return {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
 
 
-def strop(options: argparse.Namespace, scheme: str, length: int) -> dict[str, Any]:
+def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = False) -> dict[str, Any]:
+    """packed: no layer of a quantized base is dequantized once."""
     import numpy as np
     import torch
 
@@ -155,6 +174,7 @@ def strop(options: argparse.Namespace, scheme: str, length: int) -> dict[str, An
     given = {
         "model.name": "m", "data.train": "d", "model.device": options.device, "model.quantization": scheme,
         "lora.r": 16, "data.max_length": length, "train.micro_batch_tokens": length,
+        **({"model.resident_layers": 0} if packed else {}),
     }  # fmt: skip
     dtype = pick_dtype(options.device)
     recipe = choose(resolve(None, given), probe(), shape, options.device, dtype).recipe
@@ -245,8 +265,11 @@ def trained(
     return {"tokens_per_s": length / statistics.median(marks[WARM:]), **peaks(options.device)}
 
 
-TOOLS = {"strop": strop, "trl": trl, "trl, liger": lambda *what: trl(*what, liger=True), "unsloth": unsloth}
-NEEDS = {"strop": (), "trl": ("trl",), "trl, liger": ("trl", "liger_kernel"), "unsloth": ("unsloth",)}
+TOOLS = {
+    "strop": strop, "strop, packed": lambda *what: strop(*what, packed=True), "trl": trl,
+    "trl, liger": lambda *what: trl(*what, liger=True), "unsloth": unsloth,
+}  # fmt: skip
+NEEDS = {"trl": ("trl",), "trl, liger": ("trl", "liger_kernel"), "unsloth": ("unsloth",)}
 
 
 def items(shapes: list[str], lengths: list[int], schemes: list[str]) -> Iterator[tuple[str, str, str, int]]:
@@ -254,17 +277,44 @@ def items(shapes: list[str], lengths: list[int], schemes: list[str]) -> Iterator
     then the others there."""
     from importlib.util import find_spec
 
-    there = [tool for tool, needs in NEEDS.items() if all(find_spec(name) for name in needs)]
+    there = [tool for tool in TOOLS if all(find_spec(name) for name in NEEDS.get(tool, ()))]
     middle = lengths[len(lengths) // 2]
     others = [length for length in lengths if length != middle]
-    for tools, at in ((there, [middle]), (there[:1], others), (there[1:], others)):
+    own = sum(tool not in NEEDS for tool in there)
+    for tools, at in ((there, [middle]), (there[:own], others), (there[own:], others)):
         for length in at:
             for scheme in schemes:
                 for shape in shapes:
-                    yield from ((shape, tool, scheme, length) for tool in tools)
+                    packed = scheme != "none"
+                    yield from ((shape, tool, scheme, length) for tool in tools if packed or tool != "strop, packed")
 
 
-def main() -> None:
+def child(words: Sequence[str], seconds: float) -> dict[str, Any]:
+    """What this script prints with these words, in a process of its own; `failed`, with its last words, where it does
+    not come to that."""
+    if seconds <= 0:
+        return {"failed": "there was no time left for it"}
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]  # others would take all there are
+    with subprocess.Popen(
+        [sys.executable, __file__, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": card}, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            out, error = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return {"failed": f"it took longer than {seconds:.0f} s"}
+        finally:
+            with suppress(ProcessLookupError):  # also what it has started, which would keep the card's memory
+                os.killpg(process.pid, signal.SIGKILL)
+    said = out.strip().splitlines()
+    if process.returncode == 0 and said and said[-1].startswith("{"):
+        found: dict[str, Any] = json.loads(said[-1])
+        return found
+    lines = [line for line in (error or out).strip().splitlines() if line.strip()] or ["no word"]
+    return {"failed": lines[-1], "exit": process.returncode, "told": lines[-20:]}
+
+
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shapes", default="1b,8b")
@@ -274,35 +324,31 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.run:
         print(json.dumps(run(options, *options.run)))
         return
+    os.environ["STROP_CACHE"] = str(options.folder.absolute() / "cache")  # quantized models of random numbers
     end = time.monotonic() + 60 * options.minutes
     results: list[dict[str, Any]] = []
 
-    def child(about: dict[str, Any], folder: Path, *words: str) -> None:
-        left = end - time.monotonic()
-        command = [sys.executable, __file__, str(folder), "--device", options.device, "--run", *words]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=max(left, 0.01))
-            lines = (done.stderr if done.returncode else done.stdout).strip().splitlines() or ["no word"]
-            found = {"failed": lines[-1]} if done.returncode else json.loads(lines[-1])
-        except subprocess.TimeoutExpired:
-            found = {"failed": "there was no time left for it"}
-        results.append({**about, **found})
+    def item(about: dict[str, Any], folder: str, *words: str) -> None:
+        asked = [str(options.folder / folder), "--device", options.device, "--run", *words]
+        results.append({**about, **child(asked, min(MOST_S, end - time.monotonic()))})
         print(json.dumps(results[-1]), flush=True)
 
-    for name in CHECKED:
-        child({"check": name}, options.folder / "tiny", "check", name)
-    child({"rates": "of products and memory"}, options.folder / "tiny", "rates")
-    shapes, schemes = options.shapes.split(","), options.schemes.split(",")
-    for shape, tool, scheme, length in items(shapes, [int(n) for n in options.lengths.split(",")], schemes):
-        about = {"shape": shape, "tool": tool, "scheme": scheme, "tokens": length}
-        child(about, options.folder / shape, "tool", tool, scheme, str(length))
-    print(table(results))
-    if options.out:
-        measured.write(options.out, results)
+    try:
+        for name in CHECKED:
+            item({"check": name}, "tiny", "check", name)
+        item({"rates": "of products and memory"}, "tiny", "rates")
+        shapes, schemes = options.shapes.split(","), options.schemes.split(",")
+        for shape, tool, scheme, length in items(shapes, [int(n) for n in options.lengths.split(",")], schemes):
+            about = {"shape": shape, "tool": tool, "scheme": scheme, "tokens": length}
+            item(about, shape, "tool", tool, scheme, str(length))
+    finally:  # what there is, also where it is stopped
+        print(table(results))
+        if options.out:
+            measured.write(options.out, results)
 
 
 def run(options: argparse.Namespace, kind: str, *words: str) -> dict[str, Any]:
@@ -322,7 +368,10 @@ def run(options: argparse.Namespace, kind: str, *words: str) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """Of the figures; checks and failures in front of it."""
     lines = [f"{one['check']}: {'right' if one.get('passed') else 'WRONG'}" for one in results if "check" in one]
-    lines += [f"failed: {one}" for one in results if "failed" in one]
+    for one in results:
+        if "failed" in one:
+            what = ", ".join(str(value) for key, value in one.items() if key not in ("failed", "exit", "told"))
+            lines.append(f"failed: {what}: {one['failed']}")
     peak = next((one["matmul_flops"] for one in results if "matmul_flops" in one), None)
     lines += ["", "| shape | scheme | tokens | tool | tokens/s | of the matmul rate | peak | planned |"]
     lines += ["|---|---|---:|---|---:|---:|---:|---:|"]

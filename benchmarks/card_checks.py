@@ -1,6 +1,7 @@
 """Whether strop computes on a card what it computes on a CPU; each check is a process of its own (benchmarks/card.py).
 
-agree: loss and gradients of one step in fp32 on a CPU, by PyTorch's operations on the card, and by strop's kernels.
+agree: loss and gradients of one step in fp32 on a CPU, by PyTorch's operations on the card, and by strop's kernels; in
+16 bit, nf4 and int8.
 resumes: a run, and two resumes of it from its middle, with train.deterministic: three adapters with the same bits.
 waits: ten steps in which the host must not wait for the card (PyTorch raises an error where it does).
 """
@@ -8,6 +9,7 @@ waits: ten steps in which the host must not wait for the card (PyTorch raises an
 from __future__ import annotations
 
 import shutil
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -25,19 +27,17 @@ SCHEMES = ("none", "nf4", "int8")
 def agree(folder: Path, device: str) -> dict[str, Any]:
     import torch
 
-    on_cpu = _gradients(folder, "cpu", "none")
-    ways = {"by PyTorch's operations": _gradients(folder, device, "none", kernels=False)}
-    if device == "cuda":
-        from strop.engine.processor import kernels_lack
+    from strop.engine.processor import kernels_lack
 
-        lacking = kernels_lack(torch.device("cuda"))
-        ways["by strop's kernels"] = _gradients(folder, device, "none")
-    else:
-        lacking = "no card"
-    off = {}
-    for name, (loss, gradient) in ways.items():
-        cosine = torch.nn.functional.cosine_similarity(gradient, on_cpu[1], dim=0)
-        off[name] = {"loss": abs(loss / on_cpu[0] - 1), "gradient": 1 - float(cosine)}
+    lacking = kernels_lack(torch.device("cuda")) if device == "cuda" else "no card"
+    off: dict[str, dict[str, float]] = {}
+    for scheme in SCHEMES:
+        on_cpu = _gradients(folder, "cpu", scheme)
+        for kernels in (False, True) if device == "cuda" else (False,):
+            loss, gradient = _gradients(folder, device, scheme, kernels=kernels)
+            cosine = torch.nn.functional.cosine_similarity(gradient, on_cpu[1], dim=0)
+            name = f"{scheme}, by {'strop' if kernels else 'PyTorch'}"
+            off[name] = {"loss": abs(loss / on_cpu[0] - 1), "gradient": 1 - float(cosine)}
     right = all(one["loss"] <= MOST_LOSS and one["gradient"] <= MOST_GRADIENT for one in off.values())
     return {"passed": right and (lacking is None or device != "cuda"), "off": off, "kernels_lack": lacking}
 
@@ -52,7 +52,7 @@ def _gradients(folder: Path, device: str, scheme: str, *, kernels: bool = True) 
         rows = _rows((37, 64, 5, 300))
         loss = step.token_loss(rows) / sum(row.supervised for row in rows)
         loss.backward()
-    return float(loss), torch.cat([weight.grad.float().flatten().cpu() for weight in weights])
+    return float(loss.detach()), torch.cat([weight.grad.float().flatten().cpu() for weight in weights])
 
 
 def _step(folder: Path, device: str, scheme: str) -> Any:
@@ -108,7 +108,10 @@ def waits(folder: Path, device: str) -> dict[str, Any]:
                 for _ in range(STEPS):
                     one()
             except RuntimeError as error:
-                found[scheme] = str(error).splitlines()[0]
+                places = [
+                    f"{Path(one.filename).name}:{one.lineno}" for one in traceback.extract_tb(error.__traceback__)
+                ]
+                found[scheme] = f"{str(error).splitlines()[0]} ({' > '.join(places[-6:])})"
     return {"passed": not found, "waits": found}
 
 

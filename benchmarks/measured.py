@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("strop", "torch", "transformers", "peft", "bitsandbytes", "numba", "trl", "unsloth", "datasets")
+PACKAGES = ("strop", "torch", "transformers", "peft", "bitsandbytes", "numba", "trl", "unsloth", "datasets", "triton")
 
 
 def machine() -> dict[str, Any]:

@@ -145,15 +145,18 @@ def attach(
         if scores:
             add_head(base)
         grow_vocabulary(base, 1 + max((row for rows in new_rows(config).values() for row in rows), default=-1))
+    # peft would read it onto a card, if there is one, and start CUDA for a model on the CPU
+    places = (weight.device for weight in base.parameters() if weight.device.type != "meta")
+    how: dict[str, Any] = {"is_trainable": trainable, "torch_device": str(next(places, "cpu"))}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
             warnings.filterwarnings("ignore", OLD_NAME, FutureWarning)
             if isinstance(base, peft.PeftModel):
                 model = base
-                model.load_adapter(str(folder), adapter_name=name, is_trainable=trainable)
+                model.load_adapter(str(folder), adapter_name=name, **how)
             else:
-                model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name, is_trainable=trainable)
+                model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name, **how)
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: does not fit {source.name}: {str(error).strip().splitlines()[0]}") from None
     _check_fit(model, folder, source, name)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 assert "torch" not in sys.modules, "the card must be there before PyTorch starts"
@@ -140,7 +141,7 @@ class Card(TorchFunctionMode):
             return self._moved(func, name, args, kwargs)
         if name == "copy_" and is_fake(first) != is_fake(args[1]):
             if is_fake(args[1]):
-                self.note("copy to the host")
+                self.note(f"{self._free(first, kwargs)}copy to the host")
                 return first
             self._note_copy(args[1], kwargs)
         if name in ("tensor", "as_tensor") and on_card(kwargs.get("device")):
@@ -161,8 +162,10 @@ class Card(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _note_copy(self, real: Tensor, kwargs: dict[str, Any]) -> None:
-        free = kwargs.get("non_blocking") and real.untyped_storage().data_ptr() in self.pinned
-        self.note("free copy to the card" if free else "copy to the card")
+        self.note(f"{self._free(real, kwargs)}copy to the card")
+
+    def _free(self, real: Tensor, kwargs: dict[str, Any]) -> str:
+        return "free " if kwargs.get("non_blocking") and real.untyped_storage().data_ptr() in self.pinned else ""
 
     def _moved(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         first, device = args[0], kwargs.get("device")
@@ -289,11 +292,25 @@ class Unchecked:
         return (lambda *_: None) if name == "_check" else getattr(torch, name)
 
 
+class Stream:
+    """Of the card, or an event in one: nothing is ever under way."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self) -> Stream:
+        return self
+
+
 class Kind:
     """The card that torch.cuda tells of: its memory, a gibibyte of it in use by others, is never full."""
 
     capability = (9, 0)
     memory_bytes = 80 << 30
+    emptied = 0  # how often what PyTorch holds in store was given back
 
 
 def install() -> None:
@@ -305,6 +322,10 @@ def install() -> None:
     torch.nn.Module._apply = apply_anew
     bitsandbytes._ops.torch = Unchecked()
     state = torch.zeros(16, dtype=torch.uint8)
+
+    def emptied() -> None:
+        Kind.emptied += 1
+
     nothing = lambda *_, **__: None  # noqa: E731
     told = {
         "is_available": lambda: True, "is_initialized": lambda: True, "_lazy_init": nothing,
@@ -312,12 +333,16 @@ def install() -> None:
         "mem_get_info": lambda device=None: (Kind.memory_bytes - (1 << 30), Kind.memory_bytes),
         "memory_reserved": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0, "max_memory_allocated": lambda device=None: 1 << 30,
-        "reset_peak_memory_stats": nothing, "empty_cache": nothing,
+        "reset_peak_memory_stats": nothing, "empty_cache": emptied,
         "get_rng_state": lambda device="cuda": state.clone(), "set_rng_state": nothing,
         "manual_seed": nothing, "manual_seed_all": nothing, "is_current_stream_capturing": lambda: False,
         "get_device_capability": lambda device=None: Kind.capability, "get_device_name": lambda device=None: "Fake",
         "is_bf16_supported": lambda including_emulation=True: Kind.capability >= (8, 0),
     }  # fmt: skip
+    about = SimpleNamespace(name="Fake", total_memory=Kind.memory_bytes, major=9, minor=0)
+    told |= {"get_device_properties": lambda device=None: about, "max_memory_reserved": lambda device=None: 2 << 30}
+    told |= {"set_sync_debug_mode": nothing}
+    told |= {"Stream": Stream, "current_stream": Stream, "stream": lambda stream: nullcontext()}
     torch.backends.cuda.is_flash_attention_available = lambda: True
     for name, answer in told.items():
         setattr(torch.cuda, name, answer)

@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import traceback
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,9 +28,11 @@ import strop
 from strop.engine.fast import FastLoss
 from strop.errors import Stopped
 from strop.runs.folder import cache_folder
-from strop.training import loop
+from strop.training import loop, optim
+from tests import ROOT
 from tests.card import sizes, traffic
 from tests.support import tiny_families
+from tests.support.scripts import script
 from tests.support.tiny import save_tiny, write_rows
 
 CARD = fake.Card()
@@ -90,6 +93,20 @@ def failing(calls: Sequence[int], above: int | None) -> Iterator[None]:
 
 
 @contextmanager
+def failing_state(at: int | None) -> Iterator[None]:
+    own, made = optim._make_state_of, count()
+
+    def make(weight: Any, optimizer: Any, *where: Any) -> None:
+        if next(made) == at:
+            optimizer.state[weight] = {"step": torch.zeros(())}  # half of it is there
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        own(weight, optimizer, *where)
+
+    with patch.object(optim, "_make_state_of", make):
+        yield
+
+
+@contextmanager
 def stopping() -> Iterator[None]:
     """A run is asked to stop, as by Ctrl-C, in its first step."""
 
@@ -125,17 +142,24 @@ def train(
     kernels: bool = False,
     fail_calls: Sequence[int] = (),
     fail_above: int | None = None,
+    fail_state: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """A run of a tiny model to its end; the waits inside its steps, by kind and line. resume: it is stopped behind its
-    first step, and goes on from there."""
+    first step, and goes on from there. fail_state: there is no memory for what the optimizer holds of a weight, the
+    first time that it is the turn of this one."""
     out = new_out()
     given = {
         "model": base(model), "data": rows(), "out": out, "model.device": "cuda", "train.max_steps": 3,
         "train.batch_size": 8, "lora.r": 4, "train.save_steps": 2, **options,
     }  # fmt: skip
     CARD.waits.clear()
-    with steps_marked(), failing(fail_calls, fail_above), kernels_counted(kernels) as started, CARD.present():
+    fake.Kind.emptied = 0
+    with ExitStack() as stack:
+        for context in (steps_marked(), failing(fail_calls, fail_above), failing_state(fail_state)):
+            stack.enter_context(context)
+        started = stack.enter_context(kernels_counted(kernels))
+        stack.enter_context(CARD.present())
         if resume:
             with pytest.raises(Stopped), stopping():
                 strop.train(**given)
@@ -144,7 +168,15 @@ def train(
             run = strop.train(**given)
     waits = [[kind, line, number] for (stage, kind, line), number in CARD.waits.items() if stage == "step"]
     events = [json.loads(line) for line in (Path(out) / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-    told = {"folder": out, "steps": run.report["steps"], "waits": waits, "events": events}
+    packed = [line for _, kind, line in CARD.waits if kind == "copy to the host" and "model/quantize.py" in line]
+    told = {
+        "emptied": fake.Kind.emptied,
+        "quantized_there": len(packed),
+        "folder": out,
+        "steps": run.report["steps"],
+        "waits": waits,
+        "events": events,
+    }
     return {**told, "kernels": dict(started), "deterministic": CARD.deterministic}
 
 
@@ -187,6 +219,37 @@ def serve(model: str, texts: int = 3) -> dict[str, Any]:
     return {"tokens": told, "waits": [[kind, line, number] for (_, kind, line), number in CARD.waits.items()]}
 
 
+def merge(model: str) -> dict[str, Any]:
+    """A run's adapter into its base; what was asked of the card."""
+    CARD.waits.clear()
+    with CARD.present():
+        merged = strop.merge(model, f"{new_out()}-merged", dtype="fp32")
+    return {"files": len(merged.files), "asked": [[kind, line] for (_, kind, line) in CARD.waits]}
+
+
+def newest_attention() -> dict[str, Any]:
+    """What is found of flash attention 3 where it is installed; how often it was put in and taken out."""
+    from strop.engine.card import newest
+
+    known, switched = torch.nn.attention, Counter()
+    with ExitStack() as stack:
+        for name in ("activate_flash_attention_impl", "restore_flash_attention_impl"):
+            stack.enter_context(patch.object(known, name, lambda *_, name=name: switched.update([name])))
+        stack.enter_context(patch.object(newest, "find_spec", lambda name: object()))
+        stack.enter_context(CARD.present())
+        why = newest.why_not.__wrapped__(torch.device("cuda"))
+    return {"why": why, "switched": dict(switched)}
+
+
+def benchmark(*, kernels: bool, items: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """What items of benchmarks/card.py tell, on a tiny model."""
+    of = script(ROOT / "benchmarks" / "card.py")
+    sys.path.append(str(ROOT / "benchmarks"))  # its neighbour is imported as it is needed
+    options = Namespace(folder=FOLDER / "tiny-of-benchmark" / "tiny", device="cuda")
+    with kernels_counted(kernels), CARD.present():
+        return [of.run(options, *item) for item in items]
+
+
 def step(**case: Any) -> dict[str, Any]:
     """One step of a model of any size (tests/card/sizes.py)."""
     return sizes.step(CARD, sizes.Case(**case))
@@ -207,6 +270,9 @@ PLAYS: dict[str, Callable[..., Any]] = {
     "answer": answer,
     "evaluate": evaluate,
     "serve": serve,
+    "merge": merge,
+    "newest_attention": newest_attention,
+    "benchmark": benchmark,
     "step": step,
     "moved": moved,
     "moved_by": moved_by,

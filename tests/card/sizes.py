@@ -39,6 +39,7 @@ class Case:
     scheme: str = "none"
     tokens: int = 4096
     checkpointed: int = 0
+    offload: bool = False
     layers: int | None = None
     documents: int = 1  # of one length
 
@@ -61,7 +62,8 @@ class Case:
         more = {} if self.scheme == "none" else {"model.resident_layers": 0}
         given = {
             "model.name": "m", "data.train": "d", "model.device": "cuda", "model.dtype": "bf16", "lora.r": 16,
-            "model.quantization": self.scheme, "train.gradient_checkpointing": self.checkpointed or "off", **more,
+            "model.quantization": self.scheme, **more,
+            "train.gradient_checkpointing": "offload" if self.offload else self.checkpointed or "off",
         }  # fmt: skip
         setting = Setting.of(resolve(None, given).recipe, ModelShape.of(self.config.to_dict()))
         return train(setting, MicroBatch.rows([self.tokens // self.documents] * self.documents, more=False))
@@ -106,6 +108,8 @@ def step(card: fake.Card, case: Case) -> dict[str, Any]:
         stack.enter_context(card.present())
         model = built(case)
         loss = FastLoss(model, checkpoint_layers=case.checkpointed)
+        if case.offload:
+            loss.offload()
         held = weigh(model, meter)
         rows = case.rows()
         with meter:

@@ -13,6 +13,7 @@ FULL_SIZE: list[dict[str, Any]] = [
     {"shape": "8b", "scheme": "nf4"},
     {"shape": "8b", "checkpointed": 32},
     {"shape": "1b", "scheme": "nf4", "tokens": 16384, "checkpointed": 6},
+    {"shape": "8b", "scheme": "nf4", "tokens": 32768, "offload": True},
 ]
 
 

@@ -25,7 +25,7 @@ from strop.errors import ModelError
 from strop.model.facts import locate
 from strop.model.load import load_base, packed_folder, skeleton
 from strop.model.lora import add_lora, trainable
-from strop.model.quantize import QuantizedLinear, make_resident, pack, quantizable
+from strop.model.quantize import QuantizedLinear, _packed_by_operations, make_resident, pack, quantizable
 from strop.model.shape import peek, prequantized
 from strop.model.shards import is_whole, quantize_folder
 from strop.runs.events import read_events
@@ -227,6 +227,41 @@ def test_that_test_fails_with_linear4bit_of_bitsandbytes() -> None:
 def test_what_stays_in_16_bit(tiny_folder: Path) -> None:
     names = quantizable(skeleton(locate(str(tiny_folder))))
     assert len(names) == 14 and not any("lm_head" in name or "embed" in name for name in names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_card_quantizes_to_the_bits_of_a_cpu(scheme: str, double: bool, dtype: torch.dtype) -> None:
+    """Its operations, played on a CPU: numbers of all kinds, those between two codes, and zeros alone."""
+    torch.manual_seed(0)
+    weight = torch.randn(130, 128)
+    code = bitsandbytes.functional.get_4bit_type("nf4", device="cpu")
+    weight[0, :16], weight[1, :15], weight[2] = code, (code[1:] + code[:-1]) / 2, 0
+    weight[0, 16:], weight[1, 15:] = 1, 1
+    given = weight.to(dtype)
+    expected, found = pack(given, scheme, double=double), _packed_by_operations(given, scheme, double, "cpu")
+    assert expected.keys() == found.keys()
+    for name, part in expected.items():
+        assert torch.equal(part, found[name]) and part.dtype == found[name].dtype, name
+
+
+def test_what_a_card_has_no_room_for_is_quantized_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def full(weight: Tensor, scheme: str, double: bool, device: str) -> Any:
+        asked.append(device)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("strop.model.quantize._packed_by_operations", full)
+    weight, odd = torch.randn(3, 64), torch.randn(3, 65)
+    for given in (weight, odd):  # the second ends in the middle of a block
+        found = pack(given, "nf4", device="cuda:1")
+        assert all(torch.equal(part, found[name]) for name, part in pack(given, "nf4").items())
+    assert asked == ["cuda:1"]
+    monkeypatch.setattr("strop.model.quantize._packed_by_operations", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pack(weight, "int8", device="cuda")
 
 
 def test_starts_at_once_make_one_copy(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from strop.errors import RecipeError
 from strop.machine.memory import remember
 from strop.machine.probe import Machine
 from strop.model.shape import ModelShape
-from strop.planning.activations import KEEP_PAIRS, at_peak
+from strop.planning.activations import KEEP_PAIRS, at_peak, offloaded_bytes
 from strop.planning.choose import (
     choose,
     learning_rate,
@@ -24,7 +24,7 @@ from strop.planning.memory import Drawn
 from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
 from strop.planning.phases import Asked, phases
 from strop.planning.setting import Setting
-from strop.planning.speed import Rate, drawing_seconds
+from strop.planning.speed import HOST_BYTES_PER_S, Rate, drawing_seconds, micro_batch_seconds
 
 GIB = 1 << 30
 LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])
@@ -249,3 +249,38 @@ def test_drawn_answers_are_planned_at_their_longest() -> None:
         recipe = resolve(None, {"model": "m", "data": "d", "train.objective": "grpo", "train.rewards": "exact"})
         found = choose(recipe, machine(free), LLAMA_8B, "cpu", ("bf16", "measured"))
         assert found.recipe.data.overlong in ("refuse", "drop")
+
+
+def on_card(gib: float, **options: Any) -> Resolved:
+    recipe = resolve(None, {"model": "m", "data": "d", "model.quantization": "nf4", "lora.r": 16, **options})
+    small = replace(machine(64), gpus=("a card, 1 MiB",), card_free_bytes=int(gib * GIB))
+    return choose(recipe, small, LLAMA_8B, "cuda", ("bf16", "the card computes in bf16"))
+
+
+def test_inputs_wait_in_the_host_s_memory_where_a_card_has_no_room_for_them() -> None:
+    """Of long rows, before they are cut: with all layers computed again their inputs are most of it."""
+    field, long = "train.gradient_checkpointing", {"data.max_length": 32768}
+    assert on_card(20, **long).recipe.train.gradient_checkpointing == "offload"
+    found = on_card(16, **long)
+    assert found.recipe.train.gradient_checkpointing == "offload" and found.recipe.data.max_length == 32768
+    assert found.choices[field].origin == "plan" and "would not fit" in found.choices[field].why
+    assert isinstance(on_card(40, **long).recipe.train.gradient_checkpointing, int)
+    assert on_card(9, **long, **{field: "on"}).recipe.train.gradient_checkpointing == "on"
+    kept, away = (Setting.of(on_card(60, **long, **{field: way}).recipe, LLAMA_8B) for way in ("on", "offload"))
+    assert away.offload and not kept.offload and away.checkpoint_layers == kept.checkpoint_layers == 32
+    batch = largest_micro_batch(on_card(60, **long).recipe, kept)
+    inputs = batch.tokens * 4096 * 2
+    assert offloaded_bytes(away, batch) == 31 * inputs and offloaded_bytes(kept, batch) == 0
+    assert at_peak(kept, batch).total - at_peak(away, batch).total >= 30 * inputs
+    slow = Rate(1e18, 1e18, "none", peak=True)  # all time is the bus's
+    assert micro_batch_seconds(away, batch, slow) == pytest.approx(2 * 31 * inputs / HOST_BYTES_PER_S)
+
+
+def test_inputs_wait_only_where_something_is_gained() -> None:
+    with pytest.raises(RecipeError, match="offload: nothing is gained on cpu"):
+        plan(60, **{"train.gradient_checkpointing": "offload"})
+    with pytest.raises(RecipeError, match="the plain step cannot"):
+        on_card(60, **{"train.gradient_checkpointing": "offload", "lora.bias": "all"})
+    key = memory_key(on_card(20).recipe, replace(machine(64), gpus=("a card, 1 MiB",)), LLAMA_8B)
+    remember(key, {"recompute": True, "offload": True})
+    assert on_card(20).recipe.train.gradient_checkpointing == "offload"

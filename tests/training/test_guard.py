@@ -168,6 +168,13 @@ def test_other_runtime_errors_are_not_taken_for_it(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         fit(replace(job, step=replace(job.step, token_loss=broken)))
     assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("shapes"))
+    for said in (
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":830',
+    ):
+        assert is_out_of_memory(RuntimeError(said)), said
 
 
 def test_memory_watch_raises_before_the_limit() -> None:

@@ -157,8 +157,12 @@ class TrainSection(Section):
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "lion", "sgd"] = Field(
         "adamw", description="optimizer"
     )
-    gradient_checkpointing: Annotated[Literal["auto", "off", "on"] | Layers, BeforeValidator(_yes_or_no)] = Field(
-        "auto", description="recompute layers in the backward pass to save memory: auto, off, on, or how many"
+    gradient_checkpointing: Annotated[Literal["auto", "off", "on", "offload"] | Layers, BeforeValidator(_yes_or_no)] = (
+        Field(
+            "auto",
+            description="recompute layers in the backward pass to save memory: auto, off, on, or how many; "
+            "offload: all, and on a card their inputs wait in the host's memory",
+        )
     )
     eval_steps: int | None = Field(None, ge=1, description="evaluate every N steps; default once an epoch")
     early_stopping: int | None = Field(None, ge=1, description="stop after N evaluations without a better loss")

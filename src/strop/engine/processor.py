@@ -77,6 +77,12 @@ class Processor:
             LoraProducts, lora if any(len(a) > TILED_RANK for a in adapters[::2]) else lora_tiles
         )
 
+    def host_memory(self, device: torch.device) -> Any:
+        """Where inputs of layers that are computed again wait for their backward, of a card."""
+        from strop.engine.card.offload import HostMemory
+
+        return HostMemory(device)
+
     def lay_out(self, linears: Sequence[Joined], dtype: torch.dtype) -> None:
         """In front of a micro-batch, for all linear layers that it goes through: what a card computes of their adapters
         at once."""
@@ -132,6 +138,9 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: bool = True
             compile_once(dtype, kernels.cache_folder(), exercise="strop.engine.exercise")
         return Processor(cast(Ops, kernels), cast(Loops, rows), tiles=dtype == torch.bfloat16 and probe().tiles)
     if device.type == "cuda":
+        from strop.engine.card import newest
+
+        newest.why_not(device)
         lacking = kernels_lack(device, dtype)
         if lacking is not None:
             return Processor(cast(Ops, eager), card=True, lacking=lacking)

@@ -28,7 +28,8 @@ class Step:
     step can, else for all. exchange: lets go of the frozen weights, has them replaced, and takes up those that are
     there now. watch: sets what is to look at memory before each layer. gather: sets what brings the weights that are
     not always there. release: gives back what is held from one micro-batch to the next. lacking: why a card computes
-    the fast step without strop's own kernels."""
+    the fast step without strop's own kernels. offload: as recompute, and the inputs of layers wait in the host's
+    memory; None where the step cannot."""
 
     token_loss: Callable[[Sequence[Example]], Tensor]
     log_probs: Callable[[Sequence[Example]], Tensor]
@@ -44,6 +45,7 @@ class Step:
     release: Callable[[], None] = lambda: None
     lacking: str = ""
     gather: Callable[[Gathered], None] = lambda gathered: None
+    offload: Callable[[], None] | None = None
 
     @property
     def packed(self) -> bool:
@@ -71,6 +73,7 @@ def step_for(model: nn.Module) -> Step:
             release=fast.release,
             lacking=fast.lacking,
             gather=lambda gathered: setattr(fast, "gathered", gathered),
+            offload=fast.offload if fast.on_card else None,
         )
     plain = PlainLoss(model)
     return Step(

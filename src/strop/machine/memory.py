@@ -35,6 +35,7 @@ _NO_MEMORY = (
     "cudnn_status_alloc_failed",
     "cudnn_status_internal_error_host_allocation_failed",
     "cudnn_status_internal_error_device_allocation_failed",
+    "nvml_success ==",  # what PyTorch says where it cannot ask the driver how full the card is (pytorch#112377)
 )
 
 

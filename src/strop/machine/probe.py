@@ -54,11 +54,7 @@ class Machine:
 
 def probe(memory: int | None = None) -> Machine:
     """This machine. memory: bytes that this process is to have of it at most, where that is less."""
-    available = psutil.virtual_memory().available
-    limit = _cgroup_bytes("memory.max", "memory/memory.limit_in_bytes")
-    used = _cgroup_used()
-    total = psutil.virtual_memory().total
-    free = min(available, limit - used) if limit and used is not None else available
+    limit, total, free = _limit_bytes(), psutil.virtual_memory().total, free_bytes()
     if memory is not None:
         limit = min(memory, limit or memory)
         free = min(free, memory - psutil.Process().memory_info().rss)
@@ -72,6 +68,16 @@ def probe(memory: int | None = None) -> Machine:
         free_bytes=max(free, 0),
         gpus=_gpus(),
     )
+
+
+def free_bytes() -> int:
+    """Of the host's memory, that this process may still have."""
+    available, limit, used = psutil.virtual_memory().available, _limit_bytes(), _cgroup_used()
+    return min(available, limit - used) if limit and used is not None else available
+
+
+def _limit_bytes() -> int | None:
+    return _cgroup_bytes("memory.max", "memory/memory.limit_in_bytes")
 
 
 def vector() -> tuple[str, ...]:

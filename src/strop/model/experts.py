@@ -59,9 +59,9 @@ def packable(model: nn.Module) -> set[str]:
     return linears | experts
 
 
-def pack_experts(weight: Tensor, scheme: str, *, double: bool) -> dict[str, Tensor]:
+def pack_experts(weight: Tensor, scheme: str, *, double: bool, device: str = "cpu") -> dict[str, Tensor]:
     """A parameter (experts, a, b), each expert quantized for itself; the constants of all laid one behind the other."""
-    packed = [pack(one, scheme, double=double) for one in weight]
+    packed = [pack(one, scheme, double=double, device=device) for one in weight]
     made: dict[str, Tensor] = {}
     for name in packed[0]:
         if name.startswith("quant_state."):

@@ -81,7 +81,7 @@ def load_base(
     if quantization == "none":
         model: Any = _load_16_bit(source, dtype)
     else:
-        folder = packed_folder(source, quantization, double, dtype)
+        folder = packed_folder(source, quantization, double, dtype, device)
         model = build(lambda: from_config(load_config(source)), folder, source.name, quantization, dtype)
         if source.kind == "folder" and (source.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source.path)
@@ -166,8 +166,9 @@ def _quantized_folder(source: Source, scheme: str, double: bool, dtype: torch.dt
     return kept / folder_name(scheme, double, str(dtype).removeprefix("torch."))
 
 
-def packed_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype) -> Path:
-    """The folder with the quantized weights: the source itself, or one in the cache that is made on first use."""
+def packed_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype, device: str = "cpu") -> Path:
+    """The folder with the quantized weights: the source itself, or one in the cache that is made on first use, on the
+    device."""
     already = prequantized(source.config())
     if already == scheme:
         return source.path
@@ -177,7 +178,7 @@ def packed_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype)
     def make(folder: Path) -> None:
         LOG.info("quantizing the weights of %s to %s, once", source.name, scheme)
         full = Source(source.name, "folder", weights_folder(source))
-        quantize_folder(full, skeleton(source), folder, scheme, double, dtype)
+        quantize_folder(full, skeleton(source), folder, scheme, double, dtype, device)
 
     return made_once(_quantized_folder(source, scheme, double, dtype), is_whole, make)
 

@@ -26,7 +26,7 @@ from strop.errors import QuantizerError
 from strop.machine.memory import is_out_of_memory
 from strop.model.shape import SMALLEST
 
-BLOCK = 64  # weights that share a constant
+BLOCK, NESTED = 64, 256  # weights that share a constant; constants that share one
 FOUR_BIT = ("nf4", "fp4")
 SCHEMES = (*FOUR_BIT, "int8")
 
@@ -195,9 +195,18 @@ def added(onto: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), weight.t()).view(onto.shape)
 
 
-def pack(weight: Tensor, scheme: str, *, double: bool = True) -> dict[str, Tensor]:
-    """A weight (out, in) quantized: `weight` and its constants by bitsandbytes' names. double: the constants too."""
+def pack(weight: Tensor, scheme: str, *, double: bool = True, device: str = "cpu") -> dict[str, Tensor]:
+    """A weight (out, in) quantized: `weight` and its constants by bitsandbytes' names. double: the constants too.
+
+    device: a card does it faster, where it has room for the weight (in fp32); the bits are those of the CPU.
+    """
     bnb = _bitsandbytes()
+    if device.startswith("cuda") and (scheme == "int8" or weight.numel() % BLOCK == 0):
+        try:
+            return _packed_by_operations(weight, scheme, double, device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
     if scheme == "int8":
         whole = weight.float() if weight.device.type == "cpu" else weight.half()
         with _native():
@@ -205,6 +214,32 @@ def pack(weight: Tensor, scheme: str, *, double: bool = True) -> dict[str, Tenso
         return {"weight": rows, "SCB": scale.float().flatten()}
     with _native():
         packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=double, quant_type=scheme)
+    return {"weight": packed, **dict(state.as_dict(packed=True))}
+
+
+def _packed_by_operations(weight: Tensor, scheme: str, double: bool, device: str) -> dict[str, Tensor]:
+    """What bitsandbytes makes of a weight on a CPU, by PyTorch's operations on any device, and then on the CPU. (Its
+    own kernels for cards divide in another way.)"""
+    bnb, whole = _bitsandbytes(), weight.to(device).float()
+    if scheme == "int8":
+        scale = whole.abs().amax(1)
+        return {"weight": torch.round(whole * (127.0 / scale[:, None])).to(torch.int8).cpu(), "SCB": scale.cpu()}
+    code = bnb.get_4bit_type(scheme, device="cpu")
+    order = torch.argsort(code)
+    between = ((code[order[:-1]] + code[order[1:]]) / 2).to(device)
+    blocks = whole.view(-1, BLOCK)
+    most = blocks.abs().amax(1)
+    shares = (blocks * (1.0 / most.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
+    places = torch.bucketize(shares, between, out_int32=True)
+    if scheme == "fp4":
+        places = order.to(device, torch.int32)[places]
+    two = places.to(torch.uint8).view(-1, 2)
+    packed, constants, offset, nested = ((two[:, 0] << 4) | two[:, 1])[:, None].cpu(), most.cpu(), None, None
+    if double:
+        offset = constants.mean()
+        with _native():
+            constants, nested = bnb.quantize_blockwise(constants - offset, blocksize=NESTED)
+    state = bnb.QuantState(constants, weight.shape, code, BLOCK, scheme, weight.dtype, offset, nested)
     return {"weight": packed, **dict(state.as_dict(packed=True))}
 
 

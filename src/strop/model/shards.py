@@ -91,10 +91,16 @@ class Tensors:
 
 
 def quantize_folder(
-    source: Source, skeleton: nn.Module, folder: Path, scheme: str, double: bool, dtype: torch.dtype
+    source: Source,
+    skeleton: nn.Module,
+    folder: Path,
+    scheme: str,
+    double: bool,
+    dtype: torch.dtype,
+    device: str = "cpu",
 ) -> None:
     """Writes the weights of a 16-bit folder, quantized where `packable` says so, into another, in small shards, under
-    the model's own names."""
+    the model's own names. device: which quantizes."""
     chosen, as_type = packable(skeleton), typed(skeleton, dtype)
     tensors = Tensors(source.path)
     layout = Layout(skeleton, tensors)
@@ -111,7 +117,7 @@ def quantize_folder(
             yield name, as_type(name, tensor).contiguous()
             return
         quantized = pack_experts if tensor.dim() == 3 else pack
-        for short, part in quantized(tensor.to(dtype), scheme, double=double).items():
+        for short, part in quantized(tensor.to(dtype), scheme, double=double, device=device).items():
             yield _key(name, short), part.contiguous()
 
     with new_folder(folder) as temp:

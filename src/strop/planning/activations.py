@@ -96,8 +96,10 @@ def at_peak(setting: Setting, batch: MicroBatch) -> Alive:
     last = layer_bytes(setting, batch, batch.supervised)
     inputs = batch.tokens * setting.shape.hidden * setting.element
     kept = min(checkpointed, layers)
+    # Those that wait in the host's memory: the last layer's stays, and one is there beside the one that is used.
+    here, used = (1, min(kept, 2)) if setting.offload else (kept, kept)
     # The last layer computes only the supervised rows behind its attention.
-    whole = kept * inputs + (layers - kept) * block - (0 if kept == layers else block - last)
+    whole = here * inputs + (layers - kept) * block - (0 if kept == layers else block - last)
     moments = [Alive(whole, 0, head_bytes(setting, batch))]
     # Going back: the last layer, the one before it, and the last of those that are computed again.
     again = block if kept else 0
@@ -105,8 +107,14 @@ def at_peak(setting: Setting, batch: MicroBatch) -> Alive:
         moments.append(Alive(whole, backward_bytes(setting, batch, batch.supervised)))
         moments.append(Alive(whole - last + (again if kept == layers - 1 else 0), backward_bytes(setting, batch)))
     if kept:
-        moments.append(Alive(kept * inputs + again - inputs, backward_bytes(setting, batch)))
+        moments.append(Alive(used * inputs + again - inputs, backward_bytes(setting, batch)))
     return max(moments, key=lambda moment: moment.total)
+
+
+def offloaded_bytes(setting: Setting, batch: MicroBatch) -> int:
+    """Inputs of layers that wait in the host's memory: all but the last one's (engine.card.offload)."""
+    layers = max(0, min(setting.checkpoint_layers, setting.shape.layers) - 1) if setting.offload else 0
+    return layers * batch.tokens * setting.shape.hidden * setting.element
 
 
 def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:

@@ -16,7 +16,7 @@ from strop.model.shape import ModelShape
 from strop.objectives.table import answers_of, drawn_tokens, learning_of, objective_of, open_options
 from strop.planning.memory import load, train
 from strop.planning.microbatch import MICRO_BATCH_TOKENS, largest_micro_batch
-from strop.planning.setting import Setting
+from strop.planning.setting import Setting, why_not_offloaded
 from strop.runs.lock import sha256_text
 
 CARD_TOKENS = (16384, 8192, 4096)  # at once on a card, where they fit with nothing computed again
@@ -75,6 +75,9 @@ def choose(
     if recipe.train.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
         pick("train.optimizer", "adamw_8bit", "there is nothing to page without CUDA")
     resolved = resolved.decide(picks)
+    again = resolved.recipe.train.gradient_checkpointing
+    if again == "offload" and (why := why_not_offloaded(resolved.recipe, shape)) is not None:
+        raise RecipeError(f"--train.gradient_checkpointing offload: {why}", fix="use on, or leave it at auto")
     room = Room(shape, parameters or shape.parameters, usable_bytes(machine, resolved.recipe.model.device), devices)
     resolved = resolved.decide(_tokens(resolved.recipe))
     resolved = _fitted(resolved, room) if devices == 1 else _placed(resolved, room)
@@ -92,16 +95,15 @@ def choose(
     known = recall(memory_key(resolved.recipe, machine, shape))
     if room.usable > MORE * known.get("usable_bytes", room.usable):  # another program had some of it then
         known = {}
-    if known.get("streamed") and resolved.choices["model.resident_layers"].origin == "plan":
-        why = "an earlier run of this shape ran out of memory here with more"
-        resolved = resolved.decide([Choice("model.resident_layers", 0, "plan", why)])
-    if known.get("recompute") and resolved.choices["train.gradient_checkpointing"].origin == "plan":
-        why = "an earlier run of this shape ran out of memory here without"
-        resolved = resolved.decide([Choice("train.gradient_checkpointing", "on", "plan", why)])
-    if known.get("micro_batch_tokens") and resolved.choices["train.micro_batch_tokens"].origin == "plan":
-        why = "an earlier run of this shape ran out of memory here with more"
-        fewer = min(known["micro_batch_tokens"], resolved.recipe.train.micro_batch_tokens or 1 << 30)
-        resolved = resolved.decide([Choice("train.micro_batch_tokens", fewer, "plan", why)])
+    earlier = "an earlier run of this shape ran out of memory here"
+    fewer = min(known.get("micro_batch_tokens") or 1 << 30, resolved.recipe.train.micro_batch_tokens or 1 << 30)
+    for name, field, value, how in (
+        ("streamed", "model.resident_layers", 0, "with more"),
+        ("recompute", "train.gradient_checkpointing", "offload" if known.get("offload") else "on", "without"),
+        ("micro_batch_tokens", "train.micro_batch_tokens", fewer, "with more"),
+    ):
+        if known.get(name) and resolved.choices[field].origin == "plan":
+            resolved = resolved.decide([Choice(field, value, "plan", f"{earlier} {how}")])
     return resolved
 
 
@@ -301,7 +303,7 @@ def _larger_micro_batch(resolved: Resolved, room: Room) -> list[Choice]:
 def _layers_again(recipe: Recipe, room: Room) -> int:
     """The most layers that the plan may have computed again."""
     asked = recipe.train.gradient_checkpointing
-    return room.shape.layers if asked in ("auto", "on") else asked if isinstance(asked, int) else 0
+    return room.shape.layers if asked in ("auto", "on", "offload") else asked if isinstance(asked, int) else 0
 
 
 def _last_resorts(resolved: Resolved, room: Room) -> list[Choice]:
@@ -310,7 +312,10 @@ def _last_resorts(resolved: Resolved, room: Room) -> list[Choice]:
     need = room.need(recipe, checkpoint_layers=layers)
     if need <= room.usable:
         return []
-    why = f"would not fit: {room.said(need)}"
+    why, again = f"would not fit: {room.said(need)}", "train.gradient_checkpointing"
+    may = recipe.train.gradient_checkpointing == "auto" and why_not_offloaded(recipe, room.shape) is None
+    if may and room.fits(recipe, checkpoint_layers=layers, offload=True):
+        return [Choice(again, "offload", "plan", f"{why} with the inputs of layers on the card")]
     made: dict[str, Any] = {}
 
     def is_open(field: str) -> bool:
@@ -388,8 +393,6 @@ def _of_adapter(resolved: Resolved, adapter: Mapping[str, Any]) -> list[Choice]:
     for field, value in found.items():
         asked = resolved.choices[field]
         if asked.origin in ("recipe", "option") and asked.value != value:
-            raise ModelError(
-                f"--{field} {asked.value}: the adapter to start from has {value}",
-                fix=f"leave {field} out, or train a new adapter",
-            )
+            what = f"--{field} {asked.value}: the adapter to start from has {value}"
+            raise ModelError(what, fix=f"leave {field} out, or train a new adapter")
     return [Choice(field, value, "plan", "as in the adapter it starts from") for field, value in found.items()]

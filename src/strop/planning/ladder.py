@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from strop.config.schema import Recipe
-from strop.planning.choose import SHORTEST, Room
-from strop.planning.microbatch import usual_micro_batch
-from strop.planning.setting import Setting
+from strop.planning.activations import offloaded_bytes
+from strop.planning.choose import GIB, SHORTEST, Room
+from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
+from strop.planning.setting import Setting, why_not_offloaded
 from strop.planning.speed import Rate, tokens_per_s
 
 
@@ -36,7 +37,7 @@ def ladder(recipe: Recipe, room: Room, rate: Rate) -> list[Rung]:
     rungs: list[Rung] = []
     options: dict[str, Any] = {}
     first, now = _speed(recipe, room, rate), recipe
-    for change in (_checkpoint, _stream, _one_row, _small_moments, _shorter, _fewer_targets):
+    for change in (_checkpoint, _offload, _stream, _one_row, _small_moments, _shorter, _fewer_targets):
         for what, gives_up, changed in change(now, room):
             options |= changed
             now = _changed(now, changed)
@@ -71,6 +72,14 @@ def _checkpoint(recipe: Recipe, room: Room) -> Iterator[tuple[str, str, dict[str
             "time",
             {"train.gradient_checkpointing": value},
         )
+
+
+def _offload(recipe: Recipe, room: Room) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    if recipe.train.gradient_checkpointing != "offload" and why_not_offloaded(recipe, room.shape) is None:
+        changed = {"train.gradient_checkpointing": "offload"}
+        setting = Setting.of(recipe, room.shape).but(checkpoint_layers=room.shape.layers, offload=True)
+        size = offloaded_bytes(setting, largest_micro_batch(recipe, setting)) / GIB
+        yield f"the inputs of layers wait in the host's memory: {size:.1f} GiB", "memory of the host", changed
 
 
 def _stream(recipe: Recipe, room: Room) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -220,6 +220,7 @@ def _given_up(resolved: Resolved, setting: Setting) -> list[str]:
         if setting.streamed
         else "",
         "train.gradient_checkpointing": f"{setting.checkpoint_layers} of {layers} layers are computed twice"
+        + (", their inputs wait in the host's memory" if setting.offload else "")
         if setting.checkpoint_layers
         else "",
         "train.optimizer": "the optimizer's moments are in 8 bit" if setting.optimizer == "adamw_8bit" else "",

@@ -22,7 +22,7 @@ class Setting:
 
     element: bytes of a number in the type that is computed in. whole: weights that are trained in full. step: fast or
     plain, as engine.step decides. tiles: the fast step's attention runs in tiles. shards: devices that hold a share of
-    the base each; 1: each holds all of it.
+    the base each; 1: each holds all of it. offload: inputs of layers that are computed again wait in the host's memory.
     """
 
     shape: ModelShape
@@ -42,6 +42,7 @@ class Setting:
     dropout: bool = False
     dora: bool = False
     shards: int = 1
+    offload: bool = False
 
     @staticmethod
     def of(
@@ -79,6 +80,7 @@ class Setting:
             lora.dropout > 0,
             lora.use_dora,
             devices if model.placement == "sharded" else 1,
+            train.gradient_checkpointing == "offload",
         )
 
     @property
@@ -130,13 +132,21 @@ class Setting:
 
 
 def num_checkpointed(asked: str | int, layers: int, *, whole: bool = False) -> int:
-    """Layers that are computed again in the backward: on (all), off or auto (none), or a number of them.
+    """Layers that are computed again in the backward: on or offload (all), off or auto (none), or a number of them.
 
     whole: all or none, as transformers does it.
     """
     if isinstance(asked, int):
         return layers if whole else min(asked, layers)
-    return layers if asked == "on" else 0
+    return layers if asked in ("on", "offload") else 0
+
+
+def why_not_offloaded(recipe: Recipe, shape: ModelShape) -> str | None:
+    """Why inputs of layers cannot wait in the host's memory; recipe: with its device chosen."""
+    if not recipe.model.device.startswith("cuda"):
+        return f"nothing is gained on {recipe.model.device}, whose memory is the host's"
+    plain = why_plain(recipe, shape)
+    return None if plain is None else f"the plain step cannot, which trains this ({plain})"
 
 
 def trained_biases(lora: LoraSection, shape: ModelShape) -> int:

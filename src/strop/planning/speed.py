@@ -14,22 +14,20 @@ from dataclasses import dataclass, field, replace
 from strop.engine.answers.cache import ROWS
 from strop.machine.probe import TILED_RANK
 from strop.machine.rates import Rates
-from strop.planning.activations import HEAD_BYTES, KEEP_PAIRS, MicroBatch, pairs
+from strop.planning.activations import HEAD_BYTES, KEEP_PAIRS, MicroBatch, offloaded_bytes, pairs
 from strop.planning.cards import Card
 from strop.planning.memory import Drawn, constant_bytes, packed_weights, weight_bytes
 from strop.planning.setting import Setting
 
 THIN, THIN_APART = 0.5, 0.25  # of the large products' rate, by products with a rank; by oneDNN's, with larger ones
-# Where `strop doctor` has not measured: as it found them on two cores of a Xeon with AMX (docs/log), for a core.
-ATTENTION, HEAD, MOVED = 0.2, 0.8, 0.5  # of the large products' rate, twice, and of memory's
+# Where `strop doctor` has not measured: as it found them on two cores of a Xeon with AMX (docs/log).
+ATTENTION, HEAD, MOVED = 0.2, 0.8, 0.5  # shares of the large products' rate, twice, and of memory's
 LAYER_S, KINDS_S, PLAIN, UNPACKED_PER_S = 5e-3, 0.03, 1.8, 1e9
-KINDS_HIDDEN, KINDS_POWER = (
-    576,
-    0.75,
-)  # of a model; kinds of product are made in 0.57 and 1.5 times as long at 256, 1,024
+KINDS_HIDDEN, KINDS_POWER = 576, 0.75  # kinds of product are made in 0.57 and 1.5 times as long at 256 and 1,024
 FORWARD = 0.35  # of a step's element-wise work: a forward that is done again; and the forward pass of the reference
 ANSWERING = 0.25  # of the probe's rate, where answers are drawn many together
 LOGIT_BYTES = 24  # of a number of the plain step's logits, moved: their copies in fp32, there and back
+HOST_BYTES_PER_S = 20e9  # between a card and the host, each way: of 32 GB/s of PCIe 4.0 with 16 lanes; not measured
 GPU_SHARE = 0.45  # of a card's dense rate: 43 % at 8B LoRA on an H100 (NVIDIA NeMo AutoModel's published figure)
 
 
@@ -131,7 +129,8 @@ def known_seconds(work: Work, rate: Rate) -> float:
 def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> float:
     unpacked = packed_weights(setting) * (2 + setting.checkpoint_layers / setting.shape.layers)
     if rate.peak:
-        return flops(setting, batch).total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
+        computing = flops(setting, batch).total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
+        return max(computing, 2 * offloaded_bytes(setting, batch) / HOST_BYTES_PER_S)  # beside each other
     work, plain = work_of(setting, batch), setting.step == "plain"
     layers = (
         known_seconds(work, rate)

@@ -17,10 +17,10 @@ from strop.data.conversation import Item
 from strop.errors import DivergedError, NonFiniteError, Stopped
 from strop.training import guard
 from strop.training import state as checkpoints
-from strop.training.gradients import Whole, gradients, own_rows, summed
+from strop.training.gradients import Part, Whole, gradients, own_rows, summed
 from strop.training.guard import Diverged, Verdict
 from strop.training.job import Job, stream_of
-from strop.training.optim import rate_factor, set_rate, warmup_steps
+from strop.training.optim import make_state, rate_factor, set_rate, warmup_steps
 from strop.training.shrink import go_on_shrunk, micro_batches, within_memory
 from strop.training.stops import seconds, stop_signals
 
@@ -171,7 +171,12 @@ def step(job: Job, batch: Batch, rate: float) -> StepResult:
 
 def _update(job: Job, items: Sequence[Item], rate: float, first: StepResult | None = None) -> StepResult:
     """One optimizer step on what was drawn or read. first: what came of the first on the same answers."""
-    part = within_memory(job, items, lambda: gradients(job, items))
+
+    def compute() -> Part:
+        make_state(job.state.optimizer)
+        return gradients(job, items)
+
+    part = within_memory(job, items, compute)
     whole = summed(job, items, part)
     mean, figures = whole.loss, whole.figures
     weights = list(job.state.weights.values())
@@ -253,6 +258,7 @@ def _roll_back(job: Job, trouble: Diverged) -> None:
     progress.streak, progress.rollbacks = [], now.rollbacks + 1
     progress.rate_scale = now.rate_scale * guard.RATE_CUT
     progress.halvings, progress.recompute, progress.streamed = now.halvings, now.recompute, now.streamed
+    progress.offload = now.offload
     progress.seconds, progress.eval_seconds, progress.save_seconds = now.seconds, now.eval_seconds, now.save_seconds
     progress.skipped_steps, progress.budget_from = now.skipped_steps, now.budget_from
     job.log.emit(

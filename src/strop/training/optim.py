@@ -70,6 +70,30 @@ def _bitsandbytes(name: str, groups: Any, decay: float) -> torch.optim.Optimizer
     return made
 
 
+def make_state(optimizer: Any) -> None:
+    """What an optimizer holds of each weight, in front of its first step: where there is no memory for it, no weight
+    has moved yet, and it can be tried again. (Adafactor's is small, SGD has none.)"""
+    for number, group in enumerate(optimizer.param_groups):
+        for place, weight in enumerate(group["params"]):
+            if not optimizer.state.get(weight):
+                try:
+                    _make_state_of(weight, optimizer, group, number, place)
+                except BaseException:
+                    optimizer.state.pop(weight, None)  # half of it would be taken for the whole
+                    raise
+
+
+def _make_state_of(weight: nn.Parameter, optimizer: Any, group: Any, number: int, place: int) -> None:
+    """As the optimizer's own first step makes it."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        where = weight.device if group["fused"] else "cpu"
+        step = torch.zeros((), dtype=torch.float32, device=where)
+        moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[weight] = {"step": step, **moments}
+    elif hasattr(optimizer, "init_state"):  # bitsandbytes
+        optimizer.init_state(group, weight, number, place)
+
+
 _MAKERS = {
     "adamw": _adamw,
     "adamw_8bit": _adamw_8bit,

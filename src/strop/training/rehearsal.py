@@ -71,6 +71,8 @@ def forecast(job: Job, setting: Setting, usable: int) -> Forecast:
     setting = setting.but(step=job.step.name)
     if job.state.progress.recompute:
         setting = setting.but(checkpoint_layers=setting.shape.layers)
+    if job.state.progress.offload:
+        setting = setting.but(offload=True)
     if job.state.progress.streamed:
         setting = setting.but(resident_layers=0)
     found = [(items, batch_of(job, items, more, setting.tiles)) for items, more in _candidates(job, setting)]
@@ -159,6 +161,6 @@ def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> F
     return replace(expected, off_bytes=measured - expected.rehearsed_bytes(memory.device))
 
 
-def _shape(job: Job) -> tuple[int, bool, bool]:
+def _shape(job: Job) -> tuple[int, bool, bool, bool]:
     progress = job.state.progress
-    return progress.halvings, progress.recompute, progress.streamed
+    return progress.halvings, progress.recompute, progress.offload, progress.streamed

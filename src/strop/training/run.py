@@ -254,7 +254,7 @@ def _fit(job: Job) -> str:
 def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices) -> Job:
     recipe, weights, step = setup.resolved.recipe, trainable(model), step_for(model)
     state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
-    state.progress.recompute = recipe.train.gradient_checkpointing == "on"
+    checkpoints.ask_memory(state.progress, recipe.train)
     data = setup.data
     base, of, stream = model.get_base_model(), recipe.model, None
     if devices.base is not None:
@@ -295,7 +295,7 @@ def _restore(job: Job, changed: Sequence[Difference], moved: tuple[int, int] | N
         job.log.emit("override", step=progress.step, field=change.name, was=change.was, now=change.now)
     if changed:  # other data or another batch size: the stream goes on at the same step
         progress.position = stream_of(job.recipe, len(job.train)).position_of(progress.step)
-        progress.recompute, progress.streamed = job.recipe.train.gradient_checkpointing == "on", False
+        checkpoints.ask_memory(progress, job.recipe.train)
     told = {"devices_before": moved[0], "devices": moved[1]} if moved else {}
     job.log.emit("resume", step=progress.step, checkpoint=checkpoint.name, **told)
 

@@ -48,6 +48,9 @@ def go_on_shrunk(job: Job) -> None:
         job.step.checkpoint(layers)
     if job.state.progress.recompute:
         job.step.recompute()
+    if job.state.progress.offload:
+        assert job.step.offload is not None
+        job.step.offload()
     if job.state.progress.streamed and job.stream is not None:
         job.step.exchange(job.stream)
 
@@ -96,6 +99,10 @@ def _shrink(job: Job, items: Sequence[Item], said: str) -> None:
         progress.halvings, progress.recompute = halvings, True
         job.step.recompute()
         to = "gradient checkpointing"
+    elif job.step.offload is not None and not progress.offload:
+        progress.halvings, progress.offload = halvings, True
+        job.step.offload()
+        to = "gradient checkpointing with the inputs of layers in the host's memory"
     elif job.stream is not None and not progress.streamed:
         progress.halvings, progress.streamed = halvings, True
         job.step.exchange(job.stream)
@@ -108,9 +115,9 @@ def _shrink(job: Job, items: Sequence[Item], said: str) -> None:
     if job.memory_key and job.devices.local == 0:
         tokens = job.recipe.train.micro_batch_tokens
         kept = None if tokens is None else tokens >> progress.halvings
-        shape = {"micro_batch_tokens": kept, "recompute": progress.recompute, "streamed": progress.streamed}
+        shape = {"recompute": progress.recompute, "offload": progress.offload, "streamed": progress.streamed}
         usable = {"usable_bytes": job.usable_bytes} if job.usable_bytes else {}
-        remember(job.memory_key, {**shape, **usable})
+        remember(job.memory_key, {"micro_batch_tokens": kept, **shape, **usable})
 
 
 def _cut(job: Job) -> tuple[int, str]:

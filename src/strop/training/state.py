@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from strop.config.schema import TrainSection
 from strop.errors import CheckpointError, DiskError
 from strop.model.shards import is_finite
 from strop.runs.folder import RunFolder, disk_faults, free_bytes, new_folder
@@ -53,6 +54,7 @@ class Progress:
     rollbacks: int = 0
     halvings: int = 0  # of the micro-batch, after running out of memory
     recompute: bool = False  # checkpoint layers, whatever the recipe says
+    offload: bool = False  # inputs of checkpointed layers wait in the host's memory
     streamed: bool = False  # no quantized weight stays dequantized, whatever the recipe says
     figures: dict[str, float] = field(default_factory=dict)  # of the newest step, for objectives of answers
     held_out: dict[str, Any] = field(default_factory=dict)  # what the best evaluation found besides its loss
@@ -62,6 +64,12 @@ class Progress:
     computing_s: float = 0.0  # of the mean rank, and of the slowest in each step
     slowest_s: float = 0.0
     budget_from: float = 0.0  # seconds that were spent before the time budget of this session
+
+
+def ask_memory(progress: Progress, train: TrainSection) -> None:
+    """Puts down what the recipe asks of memory; running out of it may add to that."""
+    progress.recompute = train.gradient_checkpointing in ("on", "offload")
+    progress.offload, progress.streamed = train.gradient_checkpointing == "offload", False
 
 
 @dataclass

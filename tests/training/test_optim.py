@@ -1,0 +1,69 @@
+"""What an optimizer holds, made in front of its first step: the same as it makes itself, and whole or not there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from strop.config.schema import TrainSection
+from strop.training import optim
+from strop.training.optim import make_optimizer, make_state, set_rate
+
+KINDS = ("adamw", "adamw_8bit", "adafactor", "lion", "sgd")
+
+
+def made(kind: str) -> tuple[dict[str, nn.Parameter], Any]:
+    random = torch.Generator().manual_seed(0)
+    sizes = {"a.lora_A": (8, 600), "a.lora_B": (600, 8), "small.lora_A": (2, 3)}  # 8 bit from 4,096 numbers on
+    weights = {name: nn.Parameter(torch.randn(size, generator=random)) for name, size in sizes.items()}
+    return weights, make_optimizer(weights, TrainSection(optimizer=kind, lora_plus_ratio=4.0))  # type: ignore[arg-type]
+
+
+def steps(weights: dict[str, nn.Parameter], optimizer: Any, number: int) -> None:
+    random = torch.Generator().manual_seed(1)
+    for _ in range(number):
+        for weight in weights.values():
+            weight.grad = torch.randn(weight.shape, generator=random)
+        set_rate(optimizer, 1e-2)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_bits_as_where_the_optimizer_makes_it(kind: str) -> None:
+    (own, first), (ours, second) = made(kind), made(kind)
+    make_state(second)
+    steps(own, first, 3)
+    make_state(second)  # what is there stays
+    steps(ours, second, 3)
+    for name, weight in own.items():
+        assert torch.equal(weight, ours[name]), name
+        expected, found = first.state[weight], second.state[ours[name]]
+        assert expected.keys() == found.keys()
+        for part, value in expected.items():
+            same = torch.equal(value, found[part]) if isinstance(value, torch.Tensor) else value == found[part]
+            assert same, (name, part)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+def test_a_weight_for_which_there_is_no_memory_has_none_of_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, optimizer = made(kind)
+    own, calls = torch.zeros_like, []
+
+    def zeros_like(*given: Any, **how: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:  # the second moment of the second weight
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(*given, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optim.torch, "zeros_like", zeros_like)
+        with pytest.raises(torch.OutOfMemoryError):
+            make_state(optimizer)
+    assert len(calls) == 4 and len([state for state in optimizer.state.values() if state]) == 1
+    make_state(optimizer)
+    (expected, other), _ = made(kind), steps(weights, optimizer, 2)
+    steps(expected, other, 2)
+    assert all(torch.equal(weight, weights[name]) for name, weight in expected.items())
