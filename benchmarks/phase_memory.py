@@ -43,7 +43,8 @@ RUNS: list[tuple[str, str, dict[str, Any], str, int]] = [
     ("demo", "demo", FP32, "f32", 8),
     ("llama-49m", "1024", {"lora.r": 64}, "f16", 8),
 ]
-FITTED = ("serve demo, demo, 1 at once",)  # names of cases that a constant was fitted on
+# Names of cases that a constant was fitted on.
+FITTED = ("serve demo, demo, 1 at once", "merge demo, demo", "merge demo, demo, quantization nf4")
 CASES: list[dict[str, Any]] = [
     {"phase": phase, "model": model, "data": data, "options": options, "kind": kind, "texts": texts}
     for model, data, options, kind, texts in RUNS

@@ -114,6 +114,18 @@ def learned(found: Any) -> str:
     return f"{before}|{after}|{100 * change['low']:+.1f} to {100 * change['high']:+.1f} points"
 
 
+def learned_pairs(found: Any) -> list[str]:
+    """A row a seed: fine-tuned, and what each objective made of it, with the change's interval in points."""
+    rows: dict[int, list[str]] = {}
+    for one in found:
+        cell = f"{100 * one['exact_json']['rate']:.1f} %"
+        if "change" in one:
+            low, high = (100 * one["change"]["exact_json"][end] for end in ("low", "high"))
+            cell += f" ({low:+.1f} to {high:+.1f})"
+        rows.setdefault(one["seed"], []).append(cell)
+    return [f"| {seed} | {' | '.join(cells)} |" for seed, cells in rows.items()]
+
+
 def fault_rows(found: Any) -> list[str]:
     return [
         f"| {one['kl_mean']:.1e} | {one['clear_flips']} | {one['effect']['value']:.1%} | {one['loss_difference']:+.1e} "
@@ -192,6 +204,21 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     (QUANTIZATION, "init_quantized_2026-11-25.json", started_rows),
     ("docs/preferences.md", "grpo_learn_2026-11-26.json", lambda it: learned(it).split("|")),
     ("docs/preferences.md", "grpo_learn_slots_2026-11-26.json", lambda it: learned(it).split("|")),
+    ("docs/preferences.md", "grpo_learn_1e-4_2026-11-26.json",
+     lambda it: "mean reward from {:.2f} to {:.2f}".format(*(
+         statistics.mean(one["reward"] for one in it[1]["told"][part]) for part in (slice(10), slice(-10, None))))),
+    ("docs/preferences.md", "grpo_learn_1e-4_2026-11-26.json",
+     lambda it: "{} before, {} after ({})".format(*learned(it).split("|"))),
+    ("docs/preferences.md", "preferences_learn_2026-11-26.json", learned_pairs),
+    ("docs/preferences.md", "preferences_learn_2026-11-26.json",
+     lambda it: f"right answer in {100 * it[0]['preference']['rate']:.1f} % of the held-out pairs"),
+    ("docs/preferences.md", "preferences_rates_2026-11-26.json",
+     lambda it: "at 3e-5 {:.1f} %, {:.1f} % exact, from {:.1f} %".format(
+         *(100 * one["exact_json"]["rate"] for one in [*(run for run in it if run.get("rate") == 3e-5), it[0]]))),
+    ("docs/preferences.md", "preferences_2026-11-26.json",
+     lambda it: f"**{it['strop']['pairs_per_s'] / it['trl']['pairs_per_s']:.1f} times** TRL's"),
+    ("docs/preferences.md", "grpo_speed_2026-11-26.json",
+     lambda it: f"**{it['strop']['prompts_per_s'] / it['trl']['prompts_per_s']:.1f} times** TRL's"),
     ("docs/preferences.md", "grpo_learn_2026-11-26.json",
      lambda it: f"in bf16 is off by about {statistics.mean(one['off'] for one in it[1]['told']):.2f}"),
     ("docs/serve.md", "serve_2026-11-26.json", served_rows),

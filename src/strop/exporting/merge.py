@@ -53,7 +53,7 @@ from strop.model.shards import SHARD_BYTES, Tensors
 from strop.model.tokenizer import load_tokenizer
 from strop.model.towers import in_text
 from strop.objectives.table import learning_of
-from strop.planning.phases import measuring_bytes
+from strop.planning.phases import MEASURING_BYTES, measuring_bytes
 from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, write_json
 from strop.runs.lock import sha256_file, sha256_text
 
@@ -180,7 +180,7 @@ def check_memory(source: Source, element: int, say: Callable[[str], None]) -> No
     embedding, head = bare.get_input_embeddings(), bare.get_output_embeddings()  # type: ignore[operator]
     tied = head is None or head.weight is embedding.weight
     parts = measuring_bytes(parameters, embedding.num_embeddings, embedding.embedding_dim, tied, element=widest)
-    needed, free = sum(parts), probe().free_bytes
+    needed, free = sum(parts) + MEASURING_BYTES, probe().free_bytes
     say(f"measuring takes about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free")
     if needed > free:
         what = f"measuring takes {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"

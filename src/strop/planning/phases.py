@@ -36,6 +36,7 @@ ANSWER = 80  # tokens of an answer that `strop eval` asks for, unless told other
 JUDGED_AT_ONCE = 128  # as in engine.answers.batch
 GENERATED = 16  # rows of a batch of transformers' generate, as in model.generate
 FREE_SHARE = 0.5  # of free memory, for keys and values at most, as in engine.answers.held
+MEASURING_BYTES = 170 * MIB  # pages of libraries that compute in fp32, and what the heap keeps (two merges of the demo)
 PARITY_BYTES = 32 * MIB  # what is computed of a few positions' log-probabilities (exporting.parity)
 
 
@@ -108,7 +109,7 @@ def merge(setting: Setting, longest: int) -> Phase:
         "adapters": 4 * setting.adapter_weights,
         "head": head,
         "workspace": SCRATCH_BYTES,
-        "framework": CODE_BYTES + FP32_PRODUCTS_BYTES,
+        "framework": CODE_BYTES + FP32_PRODUCTS_BYTES + MEASURING_BYTES,
     })  # fmt: skip
 
 
