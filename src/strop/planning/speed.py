@@ -26,6 +26,8 @@ LAYER_S, KINDS_S, PLAIN, UNPACKED_PER_S = 5e-3, 0.03, 1.8, 1e9
 KINDS_HIDDEN, KINDS_POWER = 576, 0.75  # kinds of product are made in 0.57 and 1.5 times as long at 256 and 1,024
 FORWARD = 0.35  # of a step's element-wise work: a forward that is done again; and the forward pass of the reference
 ANSWERING = 0.25  # of the probe's rate, where answers are drawn many together
+# DoRA: times a layer's own cost, and times the plain step's time, where peft computes it (each by one run of SmolLM2).
+DORA_LAYERS, PLAIN_DORA = 2.0, 2.3
 LOGIT_BYTES = 24  # of a number of the plain step's logits, moved: their copies in fp32, there and back
 HOST_BYTES_PER_S = 20e9  # between a card and the host, each way: of 32 GB/s of PCIe 4.0 with 16 lanes; not measured
 GPU_SHARE = 0.45  # of a card's dense rate: 43 % at 8B LoRA on an H100 (NVIDIA NeMo AutoModel's published figure)
@@ -117,7 +119,7 @@ def work_of(setting: Setting, batch: MicroBatch) -> Work:
     adapters = found.adapters / (THIN_APART if max(setting.ranks, default=0) > TILED_RANK else THIN)
     return Work(
         found.frozen, adapters, found.attention, passes * weights * setting.element, again * moved,
-        again * shape.layers,
+        again * shape.layers * (DORA_LAYERS if setting.dora else 1),
     )  # fmt: skip
 
 
@@ -145,7 +147,8 @@ def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> floa
     once += repacked_bytes(batch.supervised, shape.vocabulary, shape.hidden, setting.element) / rate.bandwidth
     if plain:
         once += LOGIT_BYTES * batch.supervised * shape.vocabulary / rate.bandwidth
-    return layers * ((rate.plain or PLAIN) if plain else 1) + once
+        layers *= (rate.plain or PLAIN) * (PLAIN_DORA if setting.dora else 1)
+    return layers + once
 
 
 def repacked_bytes(rows: int, vocabulary: int, hidden: int, element: int) -> int:
