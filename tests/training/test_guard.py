@@ -147,7 +147,9 @@ def test_the_last_rungs_are_checkpointing_and_an_error(tmp_path: Path) -> None:
     with pytest.raises(MemoryLimitError, match="smallest micro-batches") as raised:
         fit(starved(replace(job, memory_key="test"), set(range(1, 100)), asked))
     assert asked == ["recompute"] and raised.value.exit_code == 1
-    assert recall("test") == {"micro_batch_tokens": None, "recompute": True, "streamed": False}
+    assert recall("test") == {
+        "micro_batch_tokens": None, "recompute": True, "offload": False, "streamed": False
+    }  # fmt: skip
 
 
 def test_out_of_memory_in_an_evaluation(tmp_path: Path) -> None:

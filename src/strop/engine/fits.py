@@ -108,7 +108,9 @@ def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> st
     named = [
         (name, p) for part in parts for name, p in part.named_parameters() if not any(word in name for word in ADAPTERS)
     ]
-    weights = [p for _, p in named if p.is_floating_point() and not p.requires_grad]  # what is trained is in fp32
+    weights = [  # a trained bias is in fp32
+        p for name, p in named if p.is_floating_point() and not (p.requires_grad and name.endswith("bias"))
+    ]
     kinds = {(p.dtype, p.device) for p in weights} | {
         (module.dtype, module.weight.device) for module in decoder.modules() if isinstance(module, Quantized)
     }

@@ -109,8 +109,9 @@ def test_a_kernel_that_cannot_run_is_a_reason(monkeypatch: pytest.MonkeyPatch) -
 
 @triton
 def test_a_card_takes_the_kernels_where_they_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    from strop.engine.card import drops, kernels
+    from strop.engine.card import drops, kernels, newest
 
+    monkeypatch.setattr(newest, "why_not", lambda device: "it is for Hopper")
     card, reasons = torch.device("cuda", 1), {torch.device("cuda", 1): None}
     monkeypatch.setattr(works, "why_not", lambda device: reasons[device])
     taken = processor.processor_for(card, torch.bfloat16)
@@ -119,6 +120,7 @@ def test_a_card_takes_the_kernels_where_they_work(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(processor, "kernels_lack", lambda device, dtype: None)
     assert processor.drops_for(like) is drops
     monkeypatch.undo()
+    monkeypatch.setattr(newest, "why_not", lambda device: "it is for Hopper")
     monkeypatch.setattr(works, "why_not", lambda device: "no compiler")
     taken = processor.processor_for(card, torch.bfloat16)
     assert taken.ops is eager and taken.card and not taken.kernels and taken.lacking == "no compiler"
