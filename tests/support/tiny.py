@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def job(folder: Path, train: list[Example], held_out: list[Example] | None = Non
     chosen = recipe(**options).recipe
     base = model()
     torch.manual_seed(chosen.seed)
-    tuned = add_lora(base, chosen.lora, tokenizer("chatml"), scored=chosen.train.objective == "reward")
+    tuned = add_lora(base, chosen.lora, copy.deepcopy(tokenizer("chatml")), scored=chosen.train.objective == "reward")
     weights = trainable(tuned)
     with torch.no_grad():
         for name, weight in weights.items():
