@@ -66,7 +66,7 @@ def step_costs(dtype: torch.dtype, rate: Rate) -> Costs:
     terms: list[Sequence[float]] = []
     for sizes, (number, length) in TRIED:
         new, again = _seconds(steps[sizes["hidden_size"]], number, length)
-        setting, batch = setting_of(sizes, dtype), MicroBatch.rows([length] * number)
+        setting, batch = _setting(sizes, dtype), MicroBatch.rows([length] * number)
         work = work_of(setting, batch)
         terms.append((sizes["num_hidden_layers"], work.moved, work.attention))
         found.append(again - known_seconds(work, rate))
@@ -106,7 +106,7 @@ def fastest(work: Callable[[], object], rounds: int = 4) -> float:
     return best
 
 
-def setting_of(sizes: dict[str, int], dtype: torch.dtype) -> Setting:
+def _setting(sizes: dict[str, int], dtype: torch.dtype) -> Setting:
     shape = ModelShape.of({"model_type": "llama", **sizes})
     tiles = processor_for(torch.device("cpu"), dtype).tiled(shape.head_size)
     return Setting(shape, 0, ranks=(RANK,) * len(shape.linears), tiles=tiles, element=dtype.itemsize)
@@ -119,10 +119,8 @@ def _seconds(loss: Callable[[Sequence[Example]], Tensor], number: int, length: i
     for turn in range(ROUNDS):
         if turn and time.perf_counter() - begun > BUDGET_S:
             break
-        ids = np.arange(length - turn, dtype=np.int32) % SIZES["vocab_size"]
-        rows = [Example((ids + row) % SIZES["vocab_size"], np.float32(ids >= 0), "", 0) for row in range(number)]
-        for row in rows:
-            row.weights[0] = 0
+        at = np.arange(length - turn, dtype=np.int32)
+        rows = [Example((at + row) % SIZES["vocab_size"], np.float32(at > 0), "", 0) for row in range(number)]
         for once in range(2):
             started = time.perf_counter()
             loss(rows).backward()  # type: ignore[no-untyped-call]

@@ -61,12 +61,7 @@ def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> M
     number = answers * min(number, train_.batch_size, len(rows) // answers)
     share = sum(supervised for _, supervised in rows) / max(1, sum(tokens - 1 for tokens, _ in rows))
     batch = MicroBatch.rows([mean] * number, share=share, more=number < min(answers * train_.batch_size, len(rows)))
-    prefix = min(prefix, mean - 1) if number > 1 else 0
-    if prefix < LEAST_PREFIX:
-        return batch
-    shared = (number - 1) * prefix
-    documents = (1, prefix, prefix), (number, mean - prefix, mean)
-    return replace(batch, tokens=batch.tokens - shared, documents=documents, shared=shared)
+    return _sharing(batch, [mean] * number, prefix)
 
 
 def first_steps(recipe: Recipe, rows: Rows, packed: bool) -> list[list[MicroBatch]]:
@@ -94,14 +89,15 @@ def _together(rows: Sequence[tuple[int, int]], prefix: int, packed: bool, more: 
     if not packed:
         batch = MicroBatch.rows([longest] * len(rows), more=more)
         return replace(batch, supervised=supervised, shared=sum(tokens for tokens, _ in rows) - batch.tokens)
-    prefix = min(prefix, *(tokens - 1 for tokens, _ in rows)) if len(rows) > 1 else 0
+    batch = MicroBatch.rows([tokens for tokens, _ in rows], more=more)
+    return _sharing(replace(batch, supervised=supervised), [tokens for tokens, _ in rows], prefix)
+
+
+def _sharing(batch: MicroBatch, lengths: Sequence[int], prefix: int) -> MicroBatch:
+    """Rows of these lengths that begin with `prefix` tokens in common, where that is worth sharing."""
+    prefix = min(prefix, min(lengths) - 1) if len(lengths) > 1 else 0
     if prefix < LEAST_PREFIX:
-        return replace(MicroBatch.rows([tokens for tokens, _ in rows], more=more), supervised=supervised)
-    counted = Counter(tokens for tokens, _ in rows)
-    documents = (
-        (1, prefix, prefix),
-        *((number, tokens - prefix, tokens) for tokens, number in sorted(counted.items())),
-    )
-    whole = sum(tokens for tokens, _ in rows)
-    shared = (len(rows) - 1) * prefix
-    return MicroBatch(whole - shared, supervised, documents, more, shared)
+        return batch
+    shared = (len(lengths) - 1) * prefix
+    own = tuple((number, tokens - prefix, tokens) for tokens, number in sorted(Counter(lengths).items()))
+    return replace(batch, tokens=batch.tokens - shared, documents=((1, prefix, prefix), *own), shared=shared)

@@ -98,13 +98,14 @@ def flops(setting: Setting, batch: MicroBatch) -> Flops:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one micro-batch on a CPU. frozen, attention: FLOPs; adapters: those that large products would do in the same
-    time; weights: bytes of frozen weights that are read; moved: bytes of element-wise work and of LoRA's narrow
+    """Of one micro-batch on a CPU. frozen, attention, head: FLOPs; adapters: those that large products would do in the
+    same time; weights: bytes of frozen weights that are read; moved: bytes of element-wise work and of LoRA's narrow
     products; layers: how often one begins."""
 
     frozen: float
     adapters: float
     attention: float
+    head: float
     weights: float
     moved: float
     layers: float
@@ -118,7 +119,7 @@ def work_of(setting: Setting, batch: MicroBatch) -> Work:
     moved = batch.tokens * shape.layers * (element_bytes(setting) + thin_bytes(setting))
     adapters = found.adapters / (THIN_APART if max(setting.ranks, default=0) > TILED_RANK else THIN)
     return Work(
-        found.frozen, adapters, found.attention, passes * weights * setting.element, again * moved,
+        found.frozen, adapters, found.attention, found.head, passes * weights * setting.element, again * moved,
         again * shape.layers * (DORA_LAYERS if setting.dora else 1),
     )  # fmt: skip
 
@@ -142,7 +143,7 @@ def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> floa
     )
     once = unpacked / rate.unpacked_per_s.get(setting.scheme, UNPACKED_PER_S)
     once += (rate.kinds_s or KINDS_S) * math.pow(setting.shape.hidden / KINDS_HIDDEN, KINDS_POWER)
-    once += flops(setting, batch).head / (rate.head_flops or HEAD * rate.flops)
+    once += work.head / (rate.head_flops or HEAD * rate.flops)
     shape = setting.shape
     once += repacked_bytes(batch.supervised, shape.vocabulary, shape.hidden, setting.element) / rate.bandwidth
     if plain:
@@ -173,13 +174,17 @@ def thin_bytes(setting: Setting) -> int:
 
 def step_seconds(setting: Setting, batch: MicroBatch, micro_batches: float, rate: Rate) -> float:
     """A step of so many micro-batches like this one, and the optimizer's pass over the adapter."""
-    return micro_batches * micro_batch_seconds(setting, batch, rate) + 24 * setting.adapter_weights / rate.bandwidth
+    return micro_batches * micro_batch_seconds(setting, batch, rate) + _update_seconds(setting, rate)
 
 
 def steps_seconds(setting: Setting, steps: Sequence[Sequence[MicroBatch]], rate: Rate) -> float:
     """Of all of these steps."""
     batches = sum(micro_batch_seconds(setting, batch, rate) for step in steps for batch in step)
-    return batches + len(steps) * step_seconds(setting, steps[0][0], 0, rate)
+    return batches + len(steps) * _update_seconds(setting, rate)
+
+
+def _update_seconds(setting: Setting, rate: Rate) -> float:
+    return 24 * setting.adapter_weights / rate.bandwidth
 
 
 def drawing_seconds(setting: Setting, drawn: Drawn, rate: Rate) -> float:
