@@ -162,6 +162,16 @@ def write_rows(file: Path, longest: int) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def random_rows(file: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """Writes the rows of a case; the options of its run."""
+    write_rows(file, case["longest"])
+    return {
+        "data.max_length": case["longest"], "train.batch_size": ROWS, "train.learning_rate": 1e-4,
+        "train.micro_batch_tokens": case["at_once"], "train.gradient_checkpointing": "off",
+        "model.quantization": "none",
+    }  # fmt: skip
+
+
 def hide_instructions() -> None:
     """Of AVX512 and AMX, from strop; the environment hides them from PyTorch and numba."""
     from strop.machine import probe
@@ -186,12 +196,7 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
             demo_pairs.write(rows, Path(temp) / "held.jsonl")
             options |= {"train.objective": case["pairs"]}
         else:
-            write_rows(rows, case["longest"])
-            options |= {
-                "data.max_length": case["longest"], "train.batch_size": ROWS, "train.learning_rate": 1e-4,
-                "train.micro_batch_tokens": case["at_once"], "train.gradient_checkpointing": "off",
-                "model.quantization": "none",
-            }  # fmt: skip
+            options |= random_rows(rows, case)
         report = strop.train(model=model, data=str(rows), out=f"{temp}/run", **{**options, **case["options"]}).report
     memory, kept = report["memory"], ("model.", "lora.", "train.")
     recipe = {one["field"]: one["value"] for one in report["recipe"] if one["origin"] != "default"}

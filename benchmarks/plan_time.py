@@ -30,14 +30,13 @@ from plan_memory import (
     NARROW,
     PLAIN,
     RESIDENT,
-    ROWS,
     STREAMED,
     case,
     hide_instructions,
     make_model,
     name_of,
+    random_rows,
     setting_of,
-    write_rows,
 )
 
 DORA_DROPPED = {"lora.use_dora": True, "lora.dropout": 0.05}  # the plain step
@@ -89,12 +88,7 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
         if "data" in case:
             rows = data_files()[0] if case["data"] == "demo" else snips or rows
         else:
-            write_rows(rows, case["longest"])
-            options |= {
-                "data.max_length": case["longest"], "train.batch_size": ROWS, "train.learning_rate": 1e-4,
-                "train.micro_batch_tokens": case["at_once"], "train.gradient_checkpointing": "off",
-                "model.quantization": "none",
-            }  # fmt: skip
+            options |= random_rows(rows, case)
         given = {**options, **case["options"]}
         before = pace(case)
         report = strop.train(model=model, data=str(rows), out=f"{temp}/run", **given).report
