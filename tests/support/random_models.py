@@ -9,10 +9,21 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from strop.config.schema import LoraSection
 from strop.data.conversation import Example
+from strop.model.experts import expert_parameters
+from strop.model.lora import add_lora
 
 GEMMA = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 SAME = {"num_key_value_heads": 2}  # as many as query heads: in Phi, and where the config knows no others
+EXPERTS = {
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "attention_dropout": 0.0, "pad_token_id": 0,
+}  # fmt: skip
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "pad_token_id": 0,
+}  # fmt: skip
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 4},
@@ -55,6 +66,17 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "apertus": {"pad_token_id": 0},
     "gpt_neox": {**SAME, "use_parallel_residual": True},
     "nanochat": {"final_logit_softcapping": 3.0},
+    "mixtral": EXPERTS,
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {**EXPERTS, "mlp_only_layers": [0]},
+    "olmoe": EXPERTS,
+    "glm4_moe": {**EXPERTS, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "pad_token_id": 0},
+    "dots1": {**EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, **GEMMA},
+    "ernie4_5_moe": {**EXPERTS, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
+    "gpt_oss": {**EXPERTS, **GEMMA},
+    "qwen3_next": {**EXPERTS, **LINEAR},
+    "qwen3_5_text": LINEAR,
+    "qwen3_5_moe_text": {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 16},
 }  # fmt: skip
 
 
@@ -77,7 +99,10 @@ def adapted(config: type | str = LlamaConfig, lora: dict[str, Any] | None = None
         if "bias" in name or "norm" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     options = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **(lora or {})}
-    model = get_peft_model(base, LoraConfig(**options))
+    if lora is None and next(expert_parameters(base), None):  # peft's own all-linear leaves experts out
+        model = add_lora(base, LoraSection(r=3, alpha=5), None)
+    else:
+        model = get_peft_model(base, LoraConfig(**options))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)

@@ -40,6 +40,7 @@ class Heads:
     q_norm: Norm | None
     k_norm: Norm | None
     new: New = in_heap  # for what is kept
+    sinks: Tensor | None = None  # (query,) fp32: what each head's softmax counts beside the keys
 
     @property
     def group(self) -> int:
@@ -205,7 +206,7 @@ def _probs(heads: Heads, q: Tensor, k: Tensor, first: int, new: New = in_heap) -
     _products(q, k.transpose(1, 2), scores)
     if heads.softcap:
         scores.div_(heads.softcap).tanh_().mul_(heads.softcap)
-    return heads.ops.softmax_(scores, heads.group, first, heads.window)
+    return heads.ops.softmax_(scores, heads.group, first, heads.window, heads.sinks)
 
 
 def _products(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

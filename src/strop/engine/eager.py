@@ -77,12 +77,21 @@ def hidden(queries: int, keys: int, first: int, window: int, device: torch.devic
     return (j > i) | (j <= i - window) if window else j > i
 
 
-def softmax_(scores: Tensor, group: int, first: int, window: int) -> Tensor:
-    """Causal softmax in place. scores (B, Q * group, K): row q * group + g is query `first + q` of head g."""
+def softmax_(scores: Tensor, group: int, first: int, window: int, sinks: Tensor | None = None) -> Tensor:
+    """Causal softmax in place. scores (B, Q * group, K): row q * group + g is query `first + q` of head g.
+
+    sinks (heads,): a score that each head has beside those of the keys, whose share goes to none; B counts the
+    key-value heads of one document after the other.
+    """
     queries, keys = scores.shape[1] // group, scores.shape[2]
     mask = hidden(queries, keys, first, window, scores.device).repeat_interleave(group, dim=0)
+    scores.masked_fill_(mask, float("-inf"))
+    if sinks is not None:
+        rows = sinks.view(-1, 1, group).to(scores.dtype).repeat(len(scores) * group // len(sinks), queries, 1)
+        with_sink = torch.cat([scores, rows.view(len(scores), -1, 1)], -1)
+        return scores.copy_(torch.softmax(with_sink, dim=-1)[..., :-1])
     # bf16 softmax accumulates in fp32 on every device; an explicit fp32 copy is several times as slow on a CPU.
-    return scores.copy_(torch.softmax(scores.masked_fill_(mask, float("-inf")), dim=-1))
+    return scores.copy_(torch.softmax(scores, dim=-1))
 
 
 def softmax_backward_(grad: Tensor, probs: Tensor, group: int, first: int, window: int) -> Tensor:

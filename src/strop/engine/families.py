@@ -21,6 +21,11 @@ class Family:
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # or what stands in front of an activation that gates nothing
     gated: bool = True
     down: str = "down_proj"
+    # What the model's own modules compute: an MLP that is a mixture of experts, in the layers where it is one, and what
+    # stands in attention's place (the module's name), on one row after the other.
+    mixture: bool = False
+    mixer: str | None = None
+    gated_heads: bool = False  # behind each head's query stands what its output is multiplied by, as a sigmoid
     # Norms: in front of a block, and of what it adds to the residual stream.
     layer_norm: bool = False  # the mean is taken off as well
     norm_biases: bool = False  # they have biases, which the fast step does not train
@@ -38,7 +43,7 @@ class Family:
     parallel: bool | str = False
     # Rotary embedding: which numbers turn together, how the angles are given, and what is turned.
     pairs: Literal["halves", "neighbours"] = "halves"
-    angles: Literal["halves", "neighbours"] = "halves"
+    angles: Literal["halves", "neighbours", "once"] = "halves"
     backwards: bool = False
     turned_first: bool = False  # in front of the norms of q and k
     turned: Callable[[Any], bool] = lambda attention: True  # the layer has positions
@@ -71,6 +76,8 @@ COHERE = Family(
     layer_norm=True, parallel=True, mlp_norm=None, pairs="neighbours", angles="neighbours",
     logits=lambda config: float(config.logit_scale),
 )  # fmt: skip
+MIXTURE = Family(mixture=True)
+QWEN_NEXT = Family(mixer="linear_attn", gated_heads=True, norm_offset=1.0, mixture=True)
 GLM = Family(gate_up=("gate_up_proj",), pairs="neighbours")
 FAMILIES = {
     "llama": Family(),
@@ -118,16 +125,44 @@ FAMILIES = {
     "nanochat": Family(
         gate_up=("fc1",), gated=False, down="fc2", embedding_norm=True, backwards=True, turned_first=True
     ),
+    "mixtral": MIXTURE,
+    "qwen2_moe": MIXTURE,
+    "qwen3_moe": MIXTURE,
+    "olmoe": MIXTURE,
+    "glm4_moe": MIXTURE,
+    "dots1": MIXTURE,
+    "ernie4_5_moe": replace(MIXTURE, pairs="neighbours"),
+    "gpt_oss": replace(MIXTURE, angles="once"),
+    "qwen3_next": QWEN_NEXT,
+    "qwen3_5_text": QWEN_NEXT,
+    "qwen3_5_moe_text": QWEN_NEXT,
 }  # fmt: skip
 
 
 def linears(layer: Any, family: Family) -> Iterator[list[Any]]:
-    """The layer's linear modules, in groups that share their input."""
-    attention = getattr(layer, family.attention)
-    yield [getattr(attention, name) for name in family.qkv]
-    yield [getattr(attention, family.o)]
-    yield [getattr(layer.mlp, name) for name in family.gate_up]
-    yield [getattr(layer.mlp, family.down)]
+    """The layer's linear modules, in groups that share their input; none of what the model's own modules compute."""
+    mixed, many = own_mixer(layer, family) is not None, own_mixture(layer, family) is not None
+    attention = getattr(layer, family.attention, None)
+    yield [] if mixed else [getattr(attention, name) for name in family.qkv]
+    yield [] if mixed else [getattr(attention, family.o)]
+    yield [] if many else [getattr(layer.mlp, name) for name in family.gate_up]
+    yield [] if many else [getattr(layer.mlp, family.down)]
+
+
+def own_mixer(layer: Any, family: Family) -> Any | None:
+    """The model's own module in attention's place; None: attention stands there."""
+    return getattr(layer, family.mixer, None) if family.mixer else None
+
+
+def own_mixture(layer: Any, family: Family) -> Any | None:
+    """The mixture of experts in the MLP's place; None: an MLP stands there."""
+    return layer.mlp if family.mixture and not hasattr(layer.mlp, family.down) else None
+
+
+def load_balancing(config: Any) -> float:
+    """The coefficient of the loss that keeps a mixture's experts evenly used; 0 where its config leaves it off."""
+    text = config.get_text_config()
+    return float(getattr(text, "router_aux_loss_coef", 0) or 0) if getattr(text, "output_router_logits", False) else 0.0
 
 
 def text_of(base: Any) -> tuple[Any, Any]:

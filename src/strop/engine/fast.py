@@ -44,18 +44,48 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One decoder layer as the fast step computes it."""
+class Attended:
+    """Attention as the fast step computes it."""
 
     qkv: Joined
     heads: Heads
     attend: Attend
     rope: str | None  # the kind of rotary embedding, where there are several; NOWHERE: the layer has no positions
     o: Joined
-    after_attention: Norm | None
+
+
+@dataclass(frozen=True)
+class Mlp:
     gate_up: Joined
     down: Joined
+
+
+@dataclass(frozen=True)
+class Own:
+    """A part of a layer that the model's own module computes, behind this norm."""
+
+    module: nn.Module
+    norm: Norm | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        found = self.module(x)
+        return cast(Tensor, found[0] if isinstance(found, tuple) else found)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer as the fast step computes it."""
+
+    mixer: Attended | Own
+    after_attention: Norm | None
+    mlp: Mlp | Own
     after_mlp: Norm | None
+
+    @property
+    def linears(self) -> list[Joined]:
+        mixer, mlp = self.mixer, self.mlp
+        found = [] if isinstance(mixer, Own) else [mixer.qkv, mixer.o]
+        return [*found, *([] if isinstance(mlp, Own) else [mlp.gate_up, mlp.down])]
 
 
 class Watch(Protocol):
@@ -91,7 +121,8 @@ def before_gradient(output: Tensor, act: Callable[[], None]) -> None:
 class FastLoss:
     """The loss of a micro-batch through the fast step, for models that `unsupported` has no reason against.
 
-    prefix_sharing: compute a prefix common to all examples once. checkpoint_layers: this many layers, from the first,
+    prefix_sharing: compute a prefix common to all examples once; not where a layer's own mixer goes on from one token to
+    the next. checkpoint_layers: this many layers, from the first,
     keep nothing but their input and are computed again in the backward. warm: have the loops compiled beforehand, in
     another process. Made after the model is on its device and in its type.
     """
@@ -105,9 +136,9 @@ class FastLoss:
     ) -> None:
         reason = unsupported(model)
         assert reason is None, reason
-        self.prefix_sharing, self.checkpoint_layers = prefix_sharing, checkpoint_layers
-        self._model = Layers(model)
+        self._model, self.checkpoint_layers = Layers(model), checkpoint_layers
         self._family, self._head = self._model.family, self._model.head
+        self.prefix_sharing = prefix_sharing and not self._family.mixer
         self._device: torch.device = self._head.weight.device
         self._processor = processor_for(self._device, self._head.weight.dtype, warm=warm)
         self._ops, self.lacking = self._processor.ops, self._processor.lacking
@@ -184,7 +215,7 @@ class FastLoss:
             self._arena.begin(len(batch.ids), used=torch.is_grad_enabled() and not self.checkpoint_layers)
         if self.watch is not None:
             self.watch.begin()
-        linears = [one for layer in self._layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        linears = [one for layer in self._layers for one in layer.linears]
         self._processor.lay_out(linears, self._head.weight.dtype)
         self._need("embedding")
         hidden = self._model.embedded(batch.ids)
@@ -227,29 +258,52 @@ class FastLoss:
         """One layer; rows: the only rows that anything behind this layer reads (its keys and values need all)."""
         if self.watch is not None:
             self.watch()
-        tokens, family = batch.keys, self._family
-        qkv = layer.qkv(hidden, tokens)
-        if family.fused_heads:  # a copy
-            qkv = qkv.view(len(qkv), -1, 3, layer.heads.size).transpose(1, 2).reshape(qkv.shape)
-        cos, sin = angles[layer.rope]
-        scale = None if family.query_scale is None else family.query_scale(self._model.config, batch.positions)
-        if self._turned_aside:
-            qkv = apply(self._processor.aside(), qkv, layer.heads, cos, sin, family.pairs == "neighbours", scale)
-            cos, sin = angles[NOWHERE]
-        mixed = layer.attend(qkv, layer.heads, cos, sin, batch.documents)
+        tokens, mixer, mlp = batch.keys, layer.mixer, layer.mlp
+        mixed = self._beside(mixer, hidden, batch) if isinstance(mixer, Own) else self._attended(
+            mixer, hidden, batch, angles
+        )  # fmt: skip
         if rows is not None:
             mixed, hidden, tokens = mixed[rows], hidden[rows], tokens[rows]
-        between = self._added(hidden, mixed, tokens, layer.o, layer.after_attention)
-        inner = layer.gate_up(hidden if self._model.parallel else between, tokens)
-        return self._added(between, inner, tokens, layer.down, layer.after_mlp)
+        last = None if isinstance(mixer, Own) else mixer.o
+        between = self._added(hidden, mixed, tokens, last, layer.after_attention)
+        source = hidden if self._model.parallel else between
+        if isinstance(mlp, Own):
+            self.masks.tokens = tokens
+            return self._added(between, mlp(_entered(source, mlp.norm)[None])[0], tokens, None, layer.after_mlp)
+        return self._added(between, mlp.gate_up(source, tokens), tokens, mlp.down, layer.after_mlp)
 
-    def _added(self, hidden: Tensor, x: Tensor, tokens: Tensor, linear: Joined, after: Norm | None) -> Tensor:
-        """The residual stream with what a block adds to it."""
+    def _attended(self, by: Attended, hidden: Tensor, batch: Packed, angles: Angles) -> Tensor:
+        """What a layer's attention makes, in front of its output projection."""
+        family, heads = self._family, by.heads
+        qkv, gates = by.qkv(hidden, batch.keys), None
+        if family.fused_heads:  # a copy
+            qkv = qkv.view(len(qkv), -1, 3, heads.size).transpose(1, 2).reshape(qkv.shape)
+        if family.gated_heads:  # copies
+            twice, rest = torch.split(qkv, [2 * heads.query * heads.size, 2 * heads.key_value * heads.size], 1)
+            q, gates = (x.flatten(1) for x in twice.view(len(qkv), heads.query, 2, heads.size).unbind(2))
+            qkv = torch.cat([q, rest], 1)
+        cos, sin = angles[by.rope]
+        scale = None if family.query_scale is None else family.query_scale(self._model.config, batch.positions)
+        if self._turned_aside:
+            qkv = apply(self._processor.aside(), qkv, heads, cos, sin, family.pairs == "neighbours", scale)
+            cos, sin = angles[NOWHERE]
+        mixed = by.attend(qkv, heads, cos, sin, batch.documents)
+        return mixed if gates is None else mixed * gates.sigmoid()
+
+    def _beside(self, own: Own, hidden: Tensor, batch: Packed) -> Tensor:
+        """What the model's own mixer makes of the documents as rows beside each other: none sees another, and what
+        stands behind a row's end changes nothing in front of it."""
+        rows, places = batch.documents.beside
+        self.masks.tokens = batch.keys[rows]
+        return own(_entered(hidden, own.norm)[rows]).flatten(0, 1)[places]
+
+    def _added(self, hidden: Tensor, x: Tensor, tokens: Tensor, linear: Joined | None, after: Norm | None) -> Tensor:
+        """The residual stream with what a block adds to it: a linear layer's product with x, or x."""
         scale = self._model.residual_scale
-        if after is None and scale == 1:
+        if linear is not None and after is None and scale == 1:
             return linear(x, tokens, hidden)
-        change = linear(x, tokens)
-        return hidden + _scaled(change if after is None else apply(RmsNorm, change, after), scale)
+        change = x if linear is None else linear(x, tokens)
+        return hidden + _scaled(_entered(change, after), scale)
 
     @property
     def _turned_aside(self) -> bool:
@@ -273,6 +327,23 @@ class FastLoss:
         return LoopedActivation(loops, kind, about(part.act))
 
     def _layer(self, part: LayerPart) -> Layer:
+        return Layer(
+            Own(part.mixer, self._norm_of(part.before_attention)) if part.mixer is not None else self._attention(part),
+            self._norm_of(part.after_attention),
+            Own(part.mixture, self._norm_of(part.before_mlp)) if part.mixture is not None else self._mlp(part),
+            self._norm_of(part.after_mlp),
+        )
+
+    def _joined(self, modules: list[Any], enter: Enter, *, kept: bool = True) -> Joined:
+        arena = self._arena if kept else None
+        return Joined(modules, enter, self._workspace, self._processor.lora, self._drops, self._ops, arena)
+
+    def _mlp(self, part: LayerPart) -> Mlp:
+        in_front = self._norm_of(part.before_mlp)
+        return Mlp(self._joined(part.gate_up, in_front), self._joined(part.down, self._in_front_of_down(part)))
+
+    def _attention(self, part: LayerPart) -> Attended:
+        family = self._family
         heads = Heads(
             self._ops,
             query=part.query,
@@ -284,24 +355,20 @@ class FastLoss:
             q_norm=self._norm_of(part.q_norm),
             k_norm=self._norm_of(part.k_norm),
             new=self._arena or in_heap,
+            sinks=None if part.sinks is None else part.sinks.detach().float(),
         )
-        copied = self._family.fused_heads or self._turned_aside  # and the copy is what is kept
-
-        def joined(modules: list[Any], enter: Enter, *, kept: bool = True) -> Joined:
-            arena = self._arena if kept else None
-            return Joined(modules, enter, self._workspace, self._processor.lora, self._drops, self._ops, arena)
-
-        return Layer(
-            joined(part.qkv, self._norm_of(part.before_attention), kept=not copied),
+        copied = family.fused_heads or family.gated_heads or self._turned_aside  # and the copy is what is kept
+        return Attended(
+            self._joined(part.qkv, self._norm_of(part.before_attention), kept=not copied),
             heads,
             self._processor.attention(part.size),
             part.rope,
-            joined(part.o, None),
-            self._norm_of(part.after_attention),
-            joined(part.gate_up, self._norm_of(part.before_mlp)),
-            joined(part.down, self._in_front_of_down(part)),
-            self._norm_of(part.after_mlp),
+            self._joined(part.o, None),
         )
+
+
+def _entered(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else apply(RmsNorm, x, norm)
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:

@@ -14,8 +14,8 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from strop.engine.dropout import CountedDropout
-from strop.engine.families import FAMILIES, Family, linears, text_of
-from strop.engine.joined import Quantized, base_of
+from strop.engine.families import FAMILIES, Family, linears, load_balancing, own_mixer, own_mixture, text_of
+from strop.engine.joined import Quantized, base_of, on_a_weight
 
 TRAINED = (
     ".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".trainable_tokens_delta.",
@@ -46,6 +46,7 @@ def unsupported(model: nn.Module) -> str | None:
         return f"model family {kind} is not in the table of the fast step"
     decoder, config = text_of(base)
     active = next((f"{name} above 0" for name in DROPOUTS if getattr(config, name, 0)), None)
+    active = active or ("output_router_logits: a loss that balances experts" if load_balancing(config) else None)
     return (
         _unsupported_adapter(model, base, decoder, family) or unsupported_base(base, decoder, config, family) or active
     )
@@ -53,8 +54,10 @@ def unsupported(model: nn.Module) -> str | None:
 
 def _unsupported_adapter(model: Any, base: Any, decoder: Any, family: Family) -> str | None:
     known = {id(module) for layer in decoder.layers for group in linears(layer, family) for module in group}
+    parts = [part for layer in decoder.layers for part in (own_mixer(layer, family), own_mixture(layer, family))]
+    own = {id(module) for part in parts if part is not None for module in part.modules()}
     for name, module in base.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer) and id(module) not in own:
             if (odd := odd_adapter(name, module, known)) is not None:
                 return odd
             if module.lora_variant and len(module.active_adapters) > 1:
@@ -69,8 +72,10 @@ def _unsupported_adapter(model: Any, base: Any, decoder: Any, family: Family) ->
     biases = {
         id(base_of(module).bias) for layer in decoder.layers for group in linears(layer, family) for module in group
     }
+    theirs = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in biases and not any(part in name for part in TRAINED):
+        known_ = id(parameter) in biases | theirs or any(part in name for part in TRAINED)
+        if parameter.requires_grad and not known_:
             return f"{name} is trained in full"
     return None
 
@@ -93,7 +98,8 @@ def odd_adapter(name: str, module: LoraLayer, known: set[int]) -> str | None:
     if id(module) not in known:
         return f"an adapter on {name}"
     variants = [x for x in module.lora_variant.values() if type(x) is not DoraLinearVariant]
-    if type(module) is not PeftLinear or variants or any(module.lora_bias.values()):
+    usual = type(module) is PeftLinear or on_a_weight(module)
+    if not usual or variants or any(module.lora_bias.values()):
         return f"{name}: a variant of LoRA ({type(module).__name__})"
     return f"{name}: its adapter is merged" if module.merged else None
 
@@ -123,9 +129,14 @@ def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> st
             return f"{name}: norms of q and k that are not RMS norms"
     if getattr(config, "use_bidirectional_attention", None):
         return "use_bidirectional_attention"
-    if getattr(config, "attn_logit_softcapping", None) and weights[0].device.type != "cpu":
-        return "attn_logit_softcapping, which PyTorch's own attention does not know"
-    if family.norm_offset and not hasattr(base_of(decoder.get_input_embeddings()), "embed_scale"):
+    if weights[0].device.type != "cpu":  # PyTorch's own attention knows neither
+        if getattr(config, "attn_logit_softcapping", None):
+            return "attn_logit_softcapping outside of a CPU"
+        if any(hasattr(getattr(layer, family.attention, None), "sinks") for layer in decoder.layers):
+            return "attention sinks outside of a CPU"
+    if getattr(config, "clip_qkv", None):
+        return "clip_qkv"
+    if config.model_type.startswith("gemma") and not hasattr(base_of(decoder.get_input_embeddings()), "embed_scale"):
         return "a transformers version that scales the embeddings outside of them"
     kind = getattr(decoder.rotary_emb, "rope_type", "default")
     for rope in kind.values() if isinstance(kind, dict) else [kind]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
@@ -52,6 +53,11 @@ def base_of(module: Any) -> Any:
     if isinstance(module, TrainableTokensWrapper):
         return module.original_module
     return module.base_layer if isinstance(module, LoraLayer) else module
+
+
+def on_a_weight(module: nn.Module) -> bool:
+    """Whether this is peft's adapter on a linear layer's weight (a mixture's dense and shared layers): the same sum."""
+    return type(module) is ParamWrapper and module.parameter_name == "weight" and module.num_experts == 1
 
 
 @dataclass(frozen=True)

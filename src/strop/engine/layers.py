@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strop.engine.families import FAMILIES, Family, activation_of, linears, text_of
+from strop.engine.families import FAMILIES, Family, activation_of, linears, own_mixer, own_mixture, text_of
 from strop.engine.joined import base_of
 from strop.engine.tokens import NewRows, embedded, new_rows
 
@@ -33,8 +33,11 @@ class NormPart:
 class LayerPart:
     """One decoder layer. Modules may have adapters on them; those of a list share their input.
 
+    mixer, mixture: the model's own module in the place of attention, of the MLP; the lists and numbers of what is not
+    there are empty.
     rope: the kind of rotary embedding, where there are several; NOWHERE: the layer has no positions. window: keys that
-    a query sees, itself included, 0: all; softcap 0: none. activation: its name, or where `act` says more than a name
+    a query sees, itself included, 0: all; softcap 0: none. sinks (query,): what each head's softmax
+    counts beside the keys, and gives to none. activation: its name, or where `act` says more than a name
     the module itself.
     """
 
@@ -49,6 +52,9 @@ class LayerPart:
     window: int
     softcap: float
     rope: str | None
+    sinks: Tensor | None
+    mixer: nn.Module | None
+    mixture: nn.Module | None
     q_norm: NormPart | None
     k_norm: NormPart | None
     before_attention: NormPart | None
@@ -92,8 +98,8 @@ class Layers:
 
     def kind_of(self, number: int) -> str | None:
         """The layer's kind of rotary embedding, as in LayerPart."""
-        attention = getattr(self.decoder.layers[number], self.family.attention)
-        if not self.family.turned(attention):
+        attention = getattr(self.decoder.layers[number], self.family.attention, None)
+        if attention is None or not self.family.turned(attention):
             return NOWHERE
         kinds = getattr(self.config, "layer_types", None)
         by_type = isinstance(getattr(self.decoder.rotary_emb, "rope_type", None), dict)
@@ -106,16 +112,17 @@ class Layers:
         for kind in {self.kind_of(number) for number in range(len(self))} - {NOWHERE}:
             like = torch.empty(0, device=positions.device)
             cos, sin = self.decoder.rotary_emb(like, positions[None], *([] if kind is None else [kind]))
-            # Each angle is given twice.
-            once = slice(None, None, 2) if self.family.angles == "neighbours" else slice(cos.shape[-1] // 2)
+            once = {  # most give each angle twice
+                "halves": slice(cos.shape[-1] // 2), "neighbours": slice(None, None, 2), "once": slice(None),
+            }[self.family.angles]  # fmt: skip
             sin = -sin if self.family.backwards else sin
             found[kind] = cos[0, :, once].contiguous(), sin[0, :, once].contiguous()
         return found
 
     def part(self, number: int) -> LayerPart:
         family, config, layer = self.family, self.config, self.decoder.layers[number]
-        attention = getattr(layer, family.attention)
-        size = int(getattr(attention, "head_dim", None) or attention.head_size)
+        attention, mixture = getattr(layer, family.attention, None), own_mixture(layer, family)
+        size = 0 if attention is None else int(getattr(attention, "head_dim", None) or attention.head_size)
         kinds = getattr(config, "layer_types", None)
         qkv, o, gate_up, down = linears(layer, family)
         window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
@@ -129,11 +136,14 @@ class Layers:
             query=config.num_attention_heads,
             key_value=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             size=size,
-            scale=float(attention.scaling),
+            scale=float(getattr(attention, "scaling", 0)),
             # Mistral and Phi-3 keep it in the config alone, the others in the layers it applies to.
             window=0 if kinds and kinds[number] == "full_attention" else int(window or 0),
             softcap=float(getattr(attention, "attn_logit_softcapping", None) or 0),
             rope=self.kind_of(number),
+            sinks=getattr(attention, "sinks", None),
+            mixer=own_mixer(layer, family),
+            mixture=mixture,
             q_norm=self._norm_named(attention, family.q_norm, size),
             k_norm=self._norm_named(attention, family.k_norm, size),
             before_attention=before,
@@ -141,7 +151,7 @@ class Layers:
             before_mlp=before if in_front is None and self.parallel else in_front,
             after_mlp=self._norm_named(layer, family.after_mlp, config.hidden_size),
             activation=activation_of(config),
-            act=_act(layer.mlp),
+            act=_act(layer.mlp) if mixture is None else torch.nn.functional.silu,
         )
 
     def _norm_named(self, owner: Any, name: str | None, width: int) -> NormPart | None:

@@ -104,6 +104,17 @@ class Documents:
         return lay_out(parts, self.tokens, self.device)
 
     @cached_property
+    def beside(self) -> tuple[Tensor, Tensor]:
+        """Documents without prefixes, as rows of one length: the packed row at each place (D, S), any where there is
+        none; and the place of each packed row (T,), counted over all."""
+        start, own, _ = self.spans[np.argsort(self.spans[:, 0], kind="stable")].T
+        place = np.arange(own.max())
+        rows = np.where(place < own[:, None], start[:, None] + place, 0)
+        places = (np.arange(len(own))[:, None] * own.max() + place)[place < own[:, None]]
+        rows_, places_ = sent([rows, places], self.device)
+        return rows_, places_
+
+    @cached_property
     def varlen(self) -> Varlen:
         """Made once a micro-batch, on the host."""
         spans = self.table[np.argsort(self.spans[:, 0], kind="stable")]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from strop.engine.dropout import masks_of, token_keys
+from strop.engine.families import load_balancing
 from strop.engine.packed import sums_by_owner
 from strop.engine.processor import drops_for
 from strop.engine.transfer import sent
@@ -117,9 +118,3 @@ class _Padded:
             attended[i, : len(example)] = 1
             keys[i, : len(example)] = token_keys(example.ids)
         return _Padded(ids, weights, attended, torch.from_numpy(keys))
-
-
-def load_balancing(config: Any) -> float:
-    """The coefficient of the loss that keeps a mixture's experts evenly used; 0 where its config leaves it off."""
-    text = config.get_text_config()
-    return float(getattr(text, "router_aux_loss_coef", 0) or 0) if getattr(text, "output_router_logits", False) else 0.0

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from strop.config.schema import LoraSection
+from strop.engine.joined import on_a_weight
 from strop.errors import ModelError, nearest
 from strop.model.experts import by_parameter, expert_parameters, is_experts, sizes, sum_experts_once
 from strop.model.quantize import QuantizedLinear, added, is_plain, why_not
@@ -202,13 +203,13 @@ def sum_once(model: peft.PeftModel) -> peft.PeftModel:
     forward rounds it away (docs/performance.md has what that costs).
     """
     for module in model.modules():
-        if type(module) is PeftLinear and isinstance(module.base_layer, nn.Linear):
+        if (type(module) is PeftLinear or on_a_weight(module)) and isinstance(module.base_layer, nn.Linear):
             module.forward = partial(_summed_once, module)
     sum_experts_once(model)
     return model
 
 
-def _summed_once(module: PeftLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _summed_once(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     names = [name for name in module.active_adapters if name in module.lora_A]
     others = module.disable_adapters or module.merged or any(name in module.lora_variant for name in names)
     if args or kwargs or others or not names:
@@ -219,7 +220,7 @@ def _summed_once(module: PeftLinear, x: Tensor, *args: Any, **kwargs: Any) -> Te
     return onto(module.base_layer, x, sum(changes[1:], changes[0]))
 
 
-def delta(module: PeftLinear, name: str, x: Tensor) -> Tensor:
+def delta(module: Any, name: str, x: Tensor) -> Tensor:
     """What one adapter of a layer adds, in the type of the adapter."""
     a, b = module.lora_A[name], module.lora_B[name]
     result: Tensor = b(a(x.to(a.weight.dtype))) * module.scaling[name]

@@ -16,7 +16,7 @@ from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
 from strop.devices.group import ALONE, Devices
 from strop.engine.device import pick_device, pick_dtype, prepare_process
-from strop.engine.plain import load_balancing
+from strop.engine.families import load_balancing
 from strop.errors import TROUBLES, DeviceError, FolderError, ModelError, RecipeError
 from strop.evaluation.rewards import check_rewards, files_hash, rewards_of
 from strop.machine.probe import Machine, probe

@@ -11,6 +11,7 @@ from torch.autograd import Function
 
 from strop.engine.attention import Heads
 from strop.engine.cpu.attention_tiles import Work, attend, attend_backward
+from strop.engine.cpu.compiled import array
 from strop.engine.packed import Documents
 
 
@@ -49,4 +50,5 @@ def _turn(heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, np.fl
 def _work(heads: Heads, documents: Documents) -> Work:
     shares = documents.shares(heads.key_value, torch.get_num_threads())
     shape = heads.key_value, heads.group, heads.size, heads.window
-    return documents.table, *shares, *shape, np.float32(heads.softcap)
+    sinks = np.empty(0, np.float32) if heads.sinks is None else array(heads.sinks)
+    return documents.table, *shares, *shape, np.float32(heads.softcap), sinks

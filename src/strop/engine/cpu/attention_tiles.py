@@ -121,13 +121,14 @@ def _seen(row: Any, group: Any, prefix: Any, window: Any) -> Any:
 @loop
 def _attend(
     q: Any, q_step: Any, k: Any, k_step: Any, v: Any, v_step: Any, cos: Any, sin: Any, scale: Any, docs: Any,
-    tasks: Any, lanes: Any, key_value: Any, group: Any, d: Any, window: Any, softcap: Any, out: Any, sums: Any,
+    tasks: Any, lanes: Any, key_value: Any, group: Any, d: Any, window: Any, softcap: Any, sinks: Any, out: Any,
+    sums: Any,
 ) -> None:  # fmt: skip
     """q, k, v: flat, their rows `*_step` apart, head behind head. docs (D, 5): as
     Documents.table.
 
     tasks (N,): document * key_value + head, thread by thread; lanes (threads + 1,): where each thread's begin.
-    softcap: as in Heads. out (T, heads * d), sums (T, heads): the log of each row's sum of exponentials.
+    softcap, sinks (heads,) or (0,): as in Heads. out (T, heads * d), sums (T, heads): the log of each row's sum of exponentials.
     """
     half, block, one = d // 2, d // 2 * COLUMNS, np.float32(1.0)
     longest = 0
@@ -169,6 +170,8 @@ def _attend(
                     if softcap > 0:
                         bend(row_scores[begin:end], softcap)
                     tops[r], totals[r] = exps(row_scores, begin, end, row_probs)
+                    if len(sinks):
+                        totals[r] += np.exp(sinks[head * group + min(first + r, last - 1) % group] - tops[r])
                 product(weights, 0, width // 2, values, 0, d, COLUMNS, mixed, 0, d, rows, d, width // 2, False)
                 for r in range(first, last):
                     row, to = start + r // group, (head * group + r % group) * d
@@ -184,7 +187,7 @@ def _attend(
 def _attend_backward(
     grad: Any, grad_step: Any, out: Any, sums: Any, q: Any, q_step: Any, k: Any, k_step: Any, v: Any, v_step: Any,
     cos: Any, sin: Any, scale: Any, docs: Any, tasks: Any, lanes: Any, key_value: Any, group: Any, d: Any, window: Any,
-    softcap: Any, dq: Any, dk: Any, dv: Any, into_step: Any, shared: Any,
+    softcap: Any, sinks: Any, dq: Any, dk: Any, dv: Any, into_step: Any, shared: Any,
 ) -> None:  # fmt: skip
     """Writes the gradients to dq, dk, dv, flat with rows `into_step` apart, as q, k, v are in _attend.
 
@@ -315,7 +318,8 @@ def _add_shared(
 
 
 Turn = tuple[Tensor, Tensor, np.float32]  # cos, sin (T, m), and what q is scaled by
-Work = tuple[Any, Any, Any, int, int, int, int, Any]  # docs, tasks, lanes, key_value, group, d, window, softcap
+# docs, tasks, lanes, key_value, group, d, window, softcap, sinks
+Work = tuple[Any, Any, Any, int, int, int, int, Any, Any]
 
 
 def attend(qkv: tuple[Tensor, Tensor, Tensor], turn: Turn, work: Work, out: Tensor, sums: Tensor) -> None:
@@ -328,7 +332,7 @@ def attend_backward(
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     """grad (T, heads, d): the gradient of attend's output. Writes those of q, k and v into views of one tensor."""
-    docs, _, _, key_value, _, d, _, _ = work
+    docs, _, _, key_value, _, d, *_ = work
     prefix = int(docs[:, 2].max())
     shared = np.empty((len(docs) if prefix else 0, key_value, 2, prefix, d), np.float32)
     dq, dk, dv = (flat(x) for x in into)

@@ -127,14 +127,18 @@ def _seen(i: Any, queries: Any, group: Any, first: Any, window: Any) -> Any:
 
 
 @loop
-def _softmax(scores: Any, queries: Any, group: Any, first: Any, window: Any) -> None:
+def _softmax(scores: Any, queries: Any, group: Any, first: Any, window: Any, sinks: Any) -> None:
     rows, n = scores.shape
     for task in prange(TASKS):
         held = np.empty(GAP + n, dtype=np.float32)[GAP:]
         for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
             begin, end = _seen(i, queries, group, first, window)
             row = scores[i, begin:end]
-            total = exps(row, top(row), held)
+            highest = top(row)
+            total = exps(row, highest, held)
+            if len(sinks):
+                head = i // queries % (len(sinks) // group) * group + i % group
+                total += np.exp(sinks[head] - highest)
             scale_into(row, held, np.float32(1.0) / total)
             scores[i, :begin] = 0
             scores[i, end:] = 0
@@ -288,8 +292,9 @@ def scale_columns_backward(grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tens
     return out, sums.sum(0)
 
 
-def softmax_(scores: Tensor, group: int, first: int, window: int) -> Tensor:
-    _softmax(rows_of(scores), scores.shape[1], group, first, window)
+def softmax_(scores: Tensor, group: int, first: int, window: int, sinks: Tensor | None = None) -> Tensor:
+    counted = np.empty(0, np.float32) if sinks is None else array(sinks)
+    _softmax(rows_of(scores), scores.shape[1], group, first, window, counted)
     return scores
 
 
