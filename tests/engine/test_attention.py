@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
+from strop.engine import eager
 from strop.engine.attention import Attention
 from strop.engine.card.attention import IN_PYTORCH, padded
+from strop.engine.cpu import kernels
+from strop.engine.eager import rotate
 from tests.support.attention import check, documents_of, heads, rand, reference
 
 
@@ -47,6 +52,30 @@ def test_attention(
         out = attend(qkv, shape, cos, sin, layout)
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(torch.autograd.grad(out, qkv, upstream)[0], expected_grad)
+
+
+@pytest.mark.parametrize(("ops", "tolerance"), [(eager, 1e-6), (kernels, 1e-5)])
+@pytest.mark.parametrize("window", [0, 2])
+def test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing(ops: Any, tolerance: float, window: int) -> None:
+    """As if each head had one key more, seen by all, with this score and a value of zeros."""
+    torch.manual_seed(0)
+    sinks, tokens = torch.tensor([-1.0, 0.5, 2.0, 40.0]), 6
+    shape = dataclasses.replace(heads(window, False, 2), ops=ops, query=4, sinks=sinks)
+    cos, sin, qkv = rand(tokens, 2).cos().float(), rand(tokens, 2).sin().float(), rand(tokens, 32).float()
+    qkv.requires_grad_()
+    found = Attention.apply(qkv, shape, cos, sin, documents_of(tokens, (0, 4, 0), (4, 2, 0)))
+    q, k, v = (x.transpose(0, 1) for x in shape.views(qkv))
+    q, k = (rotate(x.transpose(0, 1), cos, sin).transpose(0, 1) for x in (q, k))
+    scores = (q * shape.scale) @ k.repeat_interleave(2, 0).transpose(1, 2)
+    of = torch.tensor([0, 0, 0, 0, 1, 1])
+    place = torch.arange(tokens)
+    seen = (of[:, None] == of) & (place <= place[:, None]) & ((place[:, None] - place < window) | (window == 0))
+    scores = torch.cat([scores.masked_fill(~seen, -torch.inf), sinks.view(4, 1, 1).expand(4, tokens, 1)], -1)
+    expected = (scores.softmax(-1)[..., :-1] @ v.repeat_interleave(2, 0)).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    upstream = rand(*expected.shape).float()
+    gradients = [torch.autograd.grad(one, qkv, upstream)[0] for one in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 0.8])

@@ -99,8 +99,8 @@ def adapted(config: type | str = LlamaConfig, lora: dict[str, Any] | None = None
         if "bias" in name or "norm" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     options = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **(lora or {})}
-    if lora is None and next(expert_parameters(base), None):  # peft's own all-linear leaves experts out
-        model = add_lora(base, LoraSection(r=3, alpha=5), None)
+    if next(expert_parameters(base), None):  # peft's own all-linear leaves experts out
+        model = add_lora(base, LoraSection(r=3, alpha=5, **(lora or {})), None)
     else:
         model = get_peft_model(base, LoraConfig(**options))
     for name, parameter in model.named_parameters():

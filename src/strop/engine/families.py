@@ -53,6 +53,11 @@ class Family:
     residual: Callable[[Any], float] = lambda config: 1.0
     logits: Callable[[Any], float] = lambda config: 1.0
 
+    @property
+    def by_hand(self) -> bool:
+        """No layer has parts that the model's own modules compute."""
+        return not (self.mixture or self.mixer)
+
 
 def _far_queries(config: Any, positions: Any) -> Any:
     """Llama 4's scale of queries that stand far behind the first token (Ministral 3)."""

@@ -42,7 +42,7 @@ def shape_of(config: Mapping[str, Any], stored: Mapping[str, Any], bare: nn.Modu
     }
     linears = tuple(_linear(kind, shape.layers, active, kind.name in biased) for kind in kinds)
     shape = replace(shape, linears=linears or shape.linears)
-    biases = sum(weight.numel() for name, weight in bare.named_parameters() if "bias" in name)  # as peft finds them
+    biases = sum(weight.numel() for name, weight in bare.named_parameters() if name.endswith(".bias"))  # as peft does
     return replace(shape, other_biases=max(0, biases - shape.biases))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from strop.engine.families import FAMILIES, Family
+from strop.model.shape import LinearShape
 from strop.planning.setting import Setting
 
 BLOCK = 256  # queries a product, as in engine.attention
@@ -118,7 +119,9 @@ def offloaded_bytes(setting: Setting, batch: MicroBatch) -> int:
 
 
 def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
-    """What one layer keeps for its backward; rows: computed behind the attention."""
+    """What one layer keeps for its backward, in the mean; rows: computed behind the attention."""
+    if setting.step == "plain":
+        return _plain_layer(setting, batch, rows)
     shape, b = setting.shape, setting.element
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
     ranks = [-(-r // 16) * 16 for r in setting.ranks] if setting.tiled_lora else setting.ranks
@@ -133,8 +136,6 @@ def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
     # The MLP's input, unless it is attention's as well, and those of the norms behind the blocks.
     after += (0 if family.parallel else h) + sum(h for name in (family.after_attention, family.after_mlp) if name)
     after += 2 * h if setting.dora else 0  # what the blocks add to the residual stream
-    if setting.step == "plain":
-        return _plain_layer(setting, batch, rows)
     if setting.tiles or setting.flash:  # the output, which the next product keeps as well; a number a row and head
         kept = batch.tokens * (q * b + 4 * shape.heads)
         after -= q if out and rows == batch.tokens else 0
@@ -143,7 +144,41 @@ def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
     else:  # PyTorch's own attention keeps copies of q, k, v (on a card for each head of q), its output, and its place
         copies = 5 * q if setting.device == "cuda" else 2 * q + 2 * kv
         kept = batch.tokens * (copies * b + 4 * shape.heads)
-    return batch.tokens * before * b + kept + rows * after * b
+    attended = batch.tokens * (before - h) * b + kept
+    if family.gated_heads:  # the gate, its sigmoid, and what was multiplied by it
+        attended += batch.tokens * 3 * q * b
+    if family.mixer:
+        attended = round(shape.attended * attended) + batch.tokens * _mixer_bytes(setting)
+    if family.mixture:
+        after = h + (q + out if out else 0)
+        return batch.tokens * h * b + attended + rows * (after * b + _mixture_bytes(setting))
+    return batch.tokens * h * b + attended + rows * after * b
+
+
+def _mixer_bytes(setting: Setting) -> int:
+    """A token, of what stands in attention's place in some layers, computed by the model's own module: a gated delta rule
+    in PyTorch's operations, counted by hooks on what autograd keeps (54 and 17 b bytes for each of its outputs)."""
+    inside = setting.shape.mixed
+    wide = sum(x.share * x.inputs for x in inside if x.name == "out_proj")
+    return round(wide * (54 + 17 * setting.element)) + _copies(setting, inside)
+
+
+def _mixture_bytes(setting: Setting) -> int:
+    """A token, of MLPs that the model's own modules compute: what each chosen expert takes and gives, and the activation
+    between."""
+    shape, b = setting.shape, setting.element
+    down = [(x.share * x.active, x.inputs) for x in shape.behind if x.name.endswith("down_proj")]
+    kept = 1 if b < 4 else 2  # without a copy in fp32 in front of an adapter, what it takes is kept as it is
+    wide = kept + (5 if shape.family == "gpt_oss" else 2)  # whose halves are clamped
+    counted = sum(number * (wide * inner + kept * shape.hidden) for number, inner in down)
+    return round(b * counted) + _copies(setting, shape.behind)
+
+
+def _copies(setting: Setting, linears: Sequence[LinearShape]) -> int:
+    """A token, in front of peft's adapters on these and behind their A: in fp32."""
+    ranks = dict(zip(setting.shape.linears, setting.ranks, strict=True))
+    low = setting.element < 4
+    return sum(round(x.share * x.active * 4 * ((x.inputs if low else 0) + ranks[x])) for x in linears if ranks[x])
 
 
 def _plain_layer(setting: Setting, batch: MicroBatch, rows: int) -> int:
@@ -151,13 +186,8 @@ def _plain_layer(setting: Setting, batch: MicroBatch, rows: int) -> int:
     shape, b = setting.shape, setting.element
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
     wide = 8 * h if b < 4 else 4 * h  # of the two norms
-    copies = sum(
-        round(x.share * x.active * (4 * (x.inputs if b < 4 else 0) + 4 * rank))
-        for x, rank in zip(shape.linears, setting.ranks, strict=True)
-        if rank
-    )
     plain = b * (4 * h + 4 * q + 2 * kv + 4 * inner) + 4 * shape.heads
-    return batch.tokens * (wide + copies + plain)
+    return batch.tokens * (wide + _copies(setting, shape.linears) + plain)
 
 
 def backward_bytes(setting: Setting, batch: MicroBatch, rows: int | None = None) -> int:

@@ -136,7 +136,8 @@ def export(setting: Setting) -> Phase:
 
 def _compiled(setting: Setting) -> bool:
     """Whether strop's own engine answers."""
-    return setting.device == "cpu" and setting.shape.family in FAMILIES
+    family = FAMILIES.get(setting.shape.family)
+    return setting.device == "cpu" and family is not None and family.by_hand
 
 
 def position_bytes(setting: Setting) -> int:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from strop.config.schema import LoraSection, Recipe
-from strop.engine.families import FAMILIES
+from strop.engine.families import FAMILIES, Family
 from strop.errors import ModelError
 from strop.machine.probe import TILED_RANK, probe
 from strop.model.shape import ModelShape
@@ -123,6 +123,13 @@ class Setting:
         return self.shape.layers * (total + sum(rank * x.ends for rank, x in of.values()))
 
     @property
+    def by_model(self) -> float:
+        """Share of the active weights that the model's own modules compute in the fast step."""
+        family = FAMILIES.get(self.shape.family, Family())
+        own = (*(self.shape.mixed if family.mixer else ()), *(self.shape.behind if family.mixture else ()))
+        return sum(x.active_weights for x in own) / max(1, sum(x.active_weights for x in self.shape.linears))
+
+    @property
     def streamed(self) -> bool:
         """Some weights are dequantized for each product."""
         return self.scheme != "none" and self.resident_layers < self.shape.layers
@@ -159,17 +166,17 @@ def trained_biases(lora: LoraSection, shape: ModelShape) -> int:
 
 def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
     """Why the fast step cannot train this, as engine.fits.unsupported would say of the model itself."""
-    lora = recipe.lora
+    lora, family = recipe.lora, FAMILIES.get(shape.family)
     reasons = {
-        f"model family {shape.family}": shape.family not in FAMILIES,
+        f"model family {shape.family}": family is None,
+        "a loss that balances experts": shape.balanced,
         "DoRA with dropout": lora.use_dora and lora.dropout > 0,
-        "trained biases of norms": lora.bias == "all"
-        and shape.family in FAMILIES
-        and FAMILIES[shape.family].norm_biases,
+        "trained biases of norms": lora.bias == "all" and family is not None and family.norm_biases,
         "weights trained in full": bool(lora.modules_to_save),
         "fp16": recipe.model.dtype == "fp16",
         f"rotary embedding of type {shape.rope}": shape.rope in ("dynamic", "longrope"),
         "soft-capped attention outside of a CPU": shape.softcap and recipe.model.device != "cpu",
+        "attention sinks outside of a CPU": shape.family == "gpt_oss" and recipe.model.device != "cpu",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

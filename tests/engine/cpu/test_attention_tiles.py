@@ -34,12 +34,14 @@ def error(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize(("norms", "softcap"), [(False, 0.0), (True, 0.0), (False, 1.5)])
+@pytest.mark.parametrize(
+    ("norms", "softcap", "sinks"), [(False, 0.0, 0.0), (True, 0.0, 0.0), (False, 1.5, 0.0), (False, 0.0, 1.0)]
+)
 @pytest.mark.parametrize("window", [0, 7, 40])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("spans", SPANS)
 def test_tiles_are_as_near_to_fp64_as_products_are(
-    spans: str, shape: str, window: int, norms: bool, softcap: float
+    spans: str, shape: str, window: int, norms: bool, softcap: float, sinks: float
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
     heads, key_value, size, turned = SHAPES[shape]
@@ -51,7 +53,9 @@ def test_tiles_are_as_near_to_fp64_as_products_are(
 
     def run(way: type[torch.autograd.Function], ops: object, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         norm = Norm(ops, weight.to(dtype), 1e-6, 0.0) if norms else None  # type: ignore[arg-type]
-        shape = Heads(ops, heads, key_value, size, size**-0.5, window, softcap, norm, norm)  # type: ignore[arg-type]
+        extra = torch.linspace(-2, 3, heads) if sinks else None
+        numbers = heads, key_value, size, size**-0.5, window, softcap
+        shape = Heads(ops, *numbers, norm, norm, sinks=extra)  # type: ignore[arg-type]
         x = qkv.bfloat16().to(dtype).requires_grad_()
         out = way.apply(x, shape, angles.cos(), angles.sin(), documents)
         out.backward(upstream.bfloat16().to(dtype))
