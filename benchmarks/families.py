@@ -2,9 +2,9 @@
 
     python benchmarks/families.py [--layers 30 --rows 4 --rounds 3] [--only llama,glm] [--out RESULT.json]
 
-One chat batch (random rows as long as chat rows are, with a common beginning), r 16 on all linear layers, bf16, forward
-and backward without an optimizer. Each family in a process of its own, both steps in turn, medians; the first round of
-each warms up. The model is random, its family's own settings are those of the tests (tests/support/random_models.py).
+One chat batch (random rows as long as chat rows are, with a common beginning), r 16 on all linear layers and experts,
+bf16, forward and backward without an optimizer. Each family in a process of its own, both steps in turn, medians; the
+first round of each warms up. The model is random, its family's own settings are those of the tests (tests/support/random_models.py).
 """
 
 from __future__ import annotations
@@ -19,23 +19,29 @@ from typing import Any
 import measured
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.support.random_models import FAMILY_CONFIGS
 
+from strop.config.schema import LoraSection
 from strop.data.conversation import Example
 from strop.engine.device import prepare_process
 from strop.engine.fast import FastLoss
 from strop.engine.plain import PlainLoss
+from strop.model.lora import add_lora
 
 SIZES = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
     "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 2048,
 }  # fmt: skip
 WINDOW = 512
+MIXED = {  # of mixtures and of linear attention; 8 experts, 2 of them for a token
+    "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "moe_num_experts": 8, "moe_intermediate_size": 768,
+    "shared_expert_intermediate_size": 768, "linear_num_key_heads": 9, "linear_num_value_heads": 9,
+    "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+}  # fmt: skip
 
 
 def model_of(family: str, layers: int) -> Any:
@@ -44,15 +50,12 @@ def model_of(family: str, layers: int) -> Any:
     for name, value in FAMILY_CONFIGS[family].items():  # settings by layer are for two layers there
         own[name] = value * (layers // 2) if isinstance(value, list) else value
     own |= {"sliding_window": WINDOW} if own.get("sliding_window") else {}
+    own |= {name: value for name, value in MIXED.items() if name in own}
     own |= {"num_key_value_heads": SIZES["num_attention_heads"]} if "num_key_value_heads" in own else {}
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**SIZES, "num_hidden_layers": layers, **own})
     base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    adapted = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    for weight in adapted.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
-    return adapted.train()
+    return add_lora(base, LoraSection(r=16, alpha=32), None).train()
 
 
 def rows(number: int) -> list[Example]:

@@ -217,15 +217,17 @@ def test_a_family_keeps_what_the_formula_says(family: str, dora: bool) -> None:
     found = Setting.of(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
     assert found.step == chosen.name == "fast", chosen.why
     more = by_formula(found, 10, 24) - by_formula(found, 2, 24)
-    assert kept(chosen.token_loss, model, 10, 24) - kept(chosen.token_loss, model, 2, 24) == pytest.approx(more, rel=0.05)
+    assert kept(chosen.token_loss, model, 10, 24) - kept(chosen.token_loss, model, 2, 24) == pytest.approx(
+        more, rel=0.05
+    )
 
 
 @pytest.mark.parametrize("family", OWN)
 def test_what_the_models_own_modules_keep_is_about_known(family: str) -> None:
     """In sizes where nothing is small, and in whole chunks of 64 tokens."""
     sizes = {
-        "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-        "moe_intermediate_size": 192, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+        "hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 192, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
         "max_position_embeddings": 512, "sliding_window": 16,
     }  # fmt: skip
     config = tiny_of(family, **sizes).config.to_dict()
@@ -235,7 +237,9 @@ def test_what_the_models_own_modules_keep_is_about_known(family: str) -> None:
     found = Setting.of(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
     assert found.step == chosen.name == "fast", chosen.why
     more = by_formula(found, 4, 128) - by_formula(found, 2, 128)
-    assert kept(chosen.token_loss, model, 4, 128) - kept(chosen.token_loss, model, 2, 128) == pytest.approx(more, rel=0.15)
+    assert kept(chosen.token_loss, model, 4, 128) - kept(chosen.token_loss, model, 2, 128) == pytest.approx(
+        more, rel=0.15
+    )
 
 
 # Published peaks: engine and rows; bytes; why it is further off. torchtune: README of its repository. LLaMA-Factory:

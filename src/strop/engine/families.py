@@ -56,7 +56,13 @@ class Family:
     @property
     def by_hand(self) -> bool:
         """No layer has parts that the model's own modules compute."""
-        return not (self.mixture or self.mixer)
+        return not self.by_model
+
+    @property
+    def by_model(self) -> str:
+        """What the model's own modules compute, in words for the user."""
+        parts = [name for name, there in (("experts", self.mixture), (f"{self.mixer}", self.mixer)) if there]
+        return f"{' and '.join(parts)} by the model's own modules" if parts else ""
 
 
 def _far_queries(config: Any, positions: Any) -> Any:

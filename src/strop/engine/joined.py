@@ -57,7 +57,7 @@ def base_of(module: Any) -> Any:
 
 def on_a_weight(module: nn.Module) -> bool:
     """Whether this is peft's adapter on a linear layer's weight (a mixture's dense and shared layers): the same sum."""
-    return type(module) is ParamWrapper and module.parameter_name == "weight" and module.num_experts == 1
+    return type(module) is ParamWrapper and module.parameter_name == "weight" and bool(module.num_experts == 1)
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,14 @@ class Step:
     each example's supervised tokens (N,), fp64; examples with one prompt share it in the fast step. token_log_probs: of
     each supervised token (M,), one example after the other, without weights. last_hidden: what
     the model holds at the last token of each (N, h), for a reward model. masks: of dropout, which are told which step
-    begins. name: fast or plain; why: the reason for plain. recompute: from its call on, each layer's input only is
+    begins. name: fast or plain; why: the reason for plain, or what of the fast step the model's own modules
+    compute. recompute: from its call on, each layer's input only is
     kept, and the layer is computed again in the backward pass; checkpoint: the same for this many layers, where the
     step can, else for all. exchange: lets go of the frozen weights, has them replaced, and takes up those that are
     there now. watch: sets what is to look at memory before each layer. gather: sets what brings the weights that are
     not always there. release: gives back what is held from one micro-batch to the next. lacking: why a card computes
     the fast step without strop's own kernels. offload: as recompute, and the inputs of layers wait in the host's
-    memory; None where the step cannot."""
+    memory; None where the step cannot. shares: what rows begin with in common is computed once."""
 
     token_loss: Callable[[Sequence[Example]], Tensor]
     log_probs: Callable[[Sequence[Example]], Tensor]
@@ -46,6 +47,7 @@ class Step:
     lacking: str = ""
     gather: Callable[[Gathered], None] = lambda gathered: None
     offload: Callable[[], None] | None = None
+    shares: bool = False
 
     @property
     def packed(self) -> bool:
@@ -65,7 +67,7 @@ def step_for(model: nn.Module) -> Step:
             fast.last_hidden,
             fast.masks,
             "fast",
-            "",
+            fast.by_model,
             recompute=lambda: setattr(fast, "checkpoint_layers", whole.config.num_hidden_layers),
             exchange=fast.exchange,
             watch=lambda watch: setattr(fast, "watch", watch),
@@ -74,6 +76,7 @@ def step_for(model: nn.Module) -> Step:
             lacking=fast.lacking,
             gather=lambda gathered: setattr(fast, "gathered", gathered),
             offload=fast.offload if fast.on_card else None,
+            shares=fast.prefix_sharing,
         )
     plain = PlainLoss(model)
     return Step(

@@ -156,16 +156,16 @@ def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
 
 
 def _mixer_bytes(setting: Setting) -> int:
-    """A token, of what stands in attention's place in some layers, computed by the model's own module: a gated delta rule
-    in PyTorch's operations, counted by hooks on what autograd keeps (54 and 17 b bytes for each of its outputs)."""
+    """A token, of the model's own module in attention's place: a gated delta rule in PyTorch's operations, counted by
+    hooks on what autograd keeps (54 and 17 b bytes for each of its outputs)."""
     inside = setting.shape.mixed
     wide = sum(x.share * x.inputs for x in inside if x.name == "out_proj")
     return round(wide * (54 + 17 * setting.element)) + _copies(setting, inside)
 
 
 def _mixture_bytes(setting: Setting) -> int:
-    """A token, of MLPs that the model's own modules compute: what each chosen expert takes and gives, and the activation
-    between."""
+    """A token, of MLPs that the model's own modules compute: what each chosen expert takes and gives, and the
+    activation between."""
     shape, b = setting.shape, setting.element
     down = [(x.share * x.active, x.inputs) for x in shape.behind if x.name.endswith("down_proj")]
     kept = 1 if b < 4 else 2  # without a copy in fp32 in front of an adapter, what it takes is kept as it is

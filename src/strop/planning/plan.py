@@ -99,6 +99,7 @@ def make_plan(
     resolved = choose(resolved, machine, model.shape, device, dtype, adapter, model.parameters, devices.count)
     recipe = resolved.recipe
     setting = Setting.of(recipe, model.shape, model.parameters, machine.cores, devices.count)
+    rows = rows if setting.shares or not isinstance(rows, Rows) else Rows(rows)  # without what they begin with
     room = Room(model.shape, model.parameters, usable_bytes(machine, recipe.model.device), devices.count)
     batch = largest_micro_batch(recipe, setting, max((tokens for tokens, _ in rows), default=None))
     usual, rate = usual_micro_batch(recipe, rows), rate_of(recipe.model.dtype)
@@ -123,7 +124,7 @@ def make_plan(
         phases=found,
         resolved=resolved,
         setting=setting,
-        engine=f"plain: {why}" if (why := why_plain(recipe, model.shape)) else "fast",
+        engine=f"plain: {why}" if (why := why_plain(recipe, model.shape)) else f"fast: {setting.by_model}".rstrip(": "),
         tokens_per_s=several.over[0].tokens_per_s if several.over else speed,
         seconds=seconds,
         rate=rate,

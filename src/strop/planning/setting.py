@@ -123,7 +123,17 @@ class Setting:
         return self.shape.layers * (total + sum(rank * x.ends for rank, x in of.values()))
 
     @property
-    def by_model(self) -> float:
+    def by_model(self) -> str:
+        """What the model's own modules compute in the fast step."""
+        return FAMILIES.get(self.shape.family, Family()).by_model
+
+    @property
+    def shares(self) -> bool:
+        """The fast step computes once what rows begin with in common."""
+        return FAMILIES.get(self.shape.family, Family()).mixer is None
+
+    @property
+    def weights_by_model(self) -> float:
         """Share of the active weights that the model's own modules compute in the fast step."""
         family = FAMILIES.get(self.shape.family, Family())
         own = (*(self.shape.mixed if family.mixer else ()), *(self.shape.behind if family.mixture else ()))

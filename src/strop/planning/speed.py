@@ -150,7 +150,7 @@ def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> floa
         once += LOGIT_BYTES * batch.supervised * shape.vocabulary / rate.bandwidth
         layers *= (rate.plain or PLAIN) * (PLAIN_DORA if setting.dora else 1)
     else:  # what the model's own modules compute takes as long as in the plain step
-        layers *= 1 + setting.by_model * ((rate.plain or PLAIN) - 1)
+        layers *= 1 + setting.weights_by_model * ((rate.plain or PLAIN) - 1)
     return layers + once
 
 

@@ -128,7 +128,8 @@ def _attend(
     Documents.table.
 
     tasks (N,): document * key_value + head, thread by thread; lanes (threads + 1,): where each thread's begin.
-    softcap, sinks (heads,) or (0,): as in Heads. out (T, heads * d), sums (T, heads): the log of each row's sum of exponentials.
+    softcap, sinks (heads,) or (0,): as in Heads. out (T, heads * d), sums (T, heads): the log of each row's sum of
+    exponentials.
     """
     half, block, one = d // 2, d // 2 * COLUMNS, np.float32(1.0)
     longest = 0
