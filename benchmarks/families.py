@@ -4,7 +4,8 @@
 
 One chat batch (random rows as long as chat rows are, with a common beginning), r 16 on all linear layers and experts,
 bf16, forward and backward without an optimizer. Each family in a process of its own, both steps in turn, medians; the
-first round of each warms up. The model is random, its family's own settings are those of the tests (tests/support/random_models.py).
+first round of each warms up. The model is random, its family's own settings are those of the tests
+(tests/support/random_models.py).
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ from strop.engine.fast import FastLoss
 from strop.engine.fits import unsupported
 from strop.engine.packed import pack_apart
 from strop.engine.plain import PlainLoss
+from strop.engine.step import step_for
 from strop.machine.probe import probe
-from tests.support.random_models import FAMILY_CONFIGS, adapted, example, tiny
+from tests.support.random_models import FAMILY_CONFIGS, adapted, example, tiny, tiny_of
 
 Gradients = dict[str, torch.Tensor]
 
@@ -115,6 +116,48 @@ def test_variant_equals_the_model(lora: dict[str, Any], changes: dict[str, Any])
     expected = step(model, PlainLoss(model), some())
     assert_same(step(model, FastLoss(model), some()), expected)
     assert_same(step(model, FastLoss(model, checkpoint_layers=1), some()), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_5_text"])
+def test_dropout_inside_of_the_models_own_modules_is_the_same(family: str) -> None:
+    """Of attention, shared experts and mixers, where experts have no adapter: rows of any cut drop alike."""
+    base, targets = tiny_of(family), r".*\.(q_proj|o_proj|in_proj_qkv|out_proj|shared_experts?\.(gate|up|down)_proj)"
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=3, target_modules=targets, lora_dropout=0.3)).train()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    plain, fast = PlainLoss(model), FastLoss(model)
+    for way in (plain, fast):
+        way.masks.begin(7, 3)
+    rows = some()
+    expected, found = step(model, plain, rows), step(model, fast, rows)
+    assert_same(found, expected)
+    assert_same(step(model, FastLoss(model, checkpoint_layers=2), rows), expected)
+    parts = [step(model, fast, [row]) for row in rows]
+    assert_same(found, (sum(p[0] for p in parts), {n: sum(p[1][n] for p in parts) for n in found[1]}))
+    model.eval()
+    assert (step(model, fast, rows)[0] - found[0]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.mixer])
+def test_a_mixer_of_the_models_own_sees_one_document_at_a_time(family: str) -> None:
+    model = adapted(family)
+    fast = FastLoss(model)
+    first, second = example(9, 1), example(5, 2)
+    silent = dataclasses.replace(second, weights=np.zeros_like(second.weights))
+    other = dataclasses.replace(silent, ids=(silent.ids + 7) % 97)
+    expected = step(model, fast, [first])
+    for beside in (silent, other):
+        value, gradients = step(model, fast, [beside, first])
+        torch.testing.assert_close(value, expected[0])
+        torch.testing.assert_close(gradients, expected[1], rtol=1e-4, atol=1e-5)
+    assert step_for(model).why == "linear_attn and experts by the model's own modules"
+
+
+def test_a_loss_that_balances_experts_is_the_plain_steps() -> None:
+    model = adapted("mixtral", output_router_logits=True)
+    assert "balances experts" in str(unsupported(model))
 
 
 NEW_TOKENS = {

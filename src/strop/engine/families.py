@@ -61,8 +61,8 @@ class Family:
     @property
     def by_model(self) -> str:
         """What the model's own modules compute, in words for the user."""
-        parts = [name for name, there in (("experts", self.mixture), (f"{self.mixer}", self.mixer)) if there]
-        return f"{' and '.join(parts)} by the model's own modules" if parts else ""
+        parts = [name for name, there in ((self.mixer, self.mixer), ("experts", self.mixture)) if there]
+        return f"{' and '.join(map(str, parts))} by the model's own modules" if parts else ""
 
 
 def _far_queries(config: Any, positions: Any) -> Any:

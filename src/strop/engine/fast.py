@@ -121,10 +121,10 @@ def before_gradient(output: Tensor, act: Callable[[], None]) -> None:
 class FastLoss:
     """The loss of a micro-batch through the fast step, for models that `unsupported` has no reason against.
 
-    prefix_sharing: compute a prefix common to all examples once; not where a layer has a mixer of its own, which goes on
-    from one token to the next. checkpoint_layers: this many layers, from the first, keep nothing but their input and are
-    computed again in the backward. warm: have the loops compiled beforehand, in another process. Made after the model
-    is on its device and in its type.
+    prefix_sharing: compute a prefix common to all examples once; not where a layer has a mixer of its own, which goes
+    on from one token to the next. checkpoint_layers: this many layers, from the first, keep nothing but their input and
+    are computed again in the backward. warm: have the loops compiled beforehand, in another process. Made after the
+    model is on its device and in its type.
     """
 
     watch: Watch | None = None  # looked at before each layer

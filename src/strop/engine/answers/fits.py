@@ -36,7 +36,7 @@ def unanswerable(model: nn.Module) -> str | None:
     if family is None:
         return f"model family {kind} is not in the table of the fast step"
     if not family.by_hand:
-        return f"{kind}: {'layers of its own' if family.mixer else 'a mixture of experts'}"
+        return f"{kind}: {family.by_model}"
     decoder, config = text_of(base)
     known = {id(module) for layer in decoder.layers for group in linears(layer, family) for module in group}
     for name, module in base.named_modules():
