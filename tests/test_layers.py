@@ -49,6 +49,7 @@ FLOORS: Mapping[str, list[set[str]]] = {
         {"transfer", "arena", "tokens"},
         {"dropout"},
         {"packed", "lora"},
+        {"dora"},
         {"eager", "functions"},
         {"head", "joined", "attention"},
         {"cpu", "card"},

@@ -318,7 +318,6 @@ def test_model_still_generates_and_saves(tmp_path: Path) -> None:
     [
         ("no peft adapter", lambda: tiny()),
         ("olmo is not in the table", lambda: adapted(OlmoConfig)),
-        ("DoRA with dropout", lambda: adapted(lora={"use_dora": True, "lora_dropout": 0.1})),
         (
             "variant of LoRA",
             lambda: adapted(LlamaConfig, {"lora_bias": True, "target_modules": ["q_proj"]}, attention_bias=True),

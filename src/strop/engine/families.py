@@ -130,6 +130,16 @@ def linears(layer: Any, family: Family) -> Iterator[list[Any]]:
     yield [getattr(layer.mlp, family.down)]
 
 
+def norms_of(decoder: Any, family: Family) -> Iterator[Any]:
+    """The norms of all layers that the family's row names, and the last one."""
+    names = (family.attention_norm, family.mlp_norm, family.after_attention, family.after_mlp)
+    for layer in decoder.layers:
+        attention = getattr(layer, family.attention)
+        owners = [*((layer, name) for name in names), (attention, family.q_norm), (attention, family.k_norm)]
+        yield from (getattr(owner, name) for owner, name in owners if name and getattr(owner, name, None) is not None)
+    yield getattr(decoder, family.final_norm)
+
+
 def text_of(base: Any) -> tuple[Any, Any]:
     """(decoder, its config) of a causal language model, or of the text half of a model with other towers."""
     inner = getattr(base, base.base_model_prefix)
