@@ -80,8 +80,12 @@ def test_a_key_tells_what_stands_in_front() -> None:
 
 @pytest.mark.parametrize(
     "hide",
-    [{}, {"target_modules": ["q_proj", "v_proj", "down_proj"]}, {"use_dora": True}]
-    + [{"use_dora": True, "target_modules": ["k_proj", "o_proj", "up_proj"], "rank_pattern": {"up_proj": 1}}],
+    [
+        {},
+        {"target_modules": ["q_proj", "v_proj", "down_proj"]},
+        {"use_dora": True},
+        {"use_dora": True, "target_modules": ["k_proj", "o_proj", "up_proj"], "rank_pattern": {"up_proj": 1}},
+    ],
 )
 def test_fast_equals_plain_with_the_same_masks(hide: dict[str, Any]) -> None:
     model = dropping(hide)

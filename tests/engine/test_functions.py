@@ -14,8 +14,9 @@ from strop.engine import dropout as drops
 from strop.engine import lora
 from strop.engine.dora import Dora
 from strop.engine.dropout import Dropped, grown
-from strop.engine.functions import Activation, Frozen, Glu, LayerNorm, LoraLinear, Norm, RmsNorm
+from strop.engine.functions import Activation, Frozen, Glu, LoraLinear
 from strop.engine.head import LabelLogProbs, Output, SupervisedLoss
+from strop.engine.norms import LayerNorm, Norm, RmsNorm
 from strop.machine.probe import probe
 from tests.support.attention import OPS, check, rand
 

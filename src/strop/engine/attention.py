@@ -17,7 +17,8 @@ from torch.autograd import Function
 
 from strop.engine.arena import New, in_heap
 from strop.engine.eager import rotate
-from strop.engine.functions import Norm, Ops, apply
+from strop.engine.norms import Norm
+from strop.engine.operations import Ops, apply
 from strop.engine.packed import Bucket, Documents, Layout
 
 BLOCK = 256  # queries a product; keys behind the block's last query are skipped
@@ -139,7 +140,8 @@ class HeadNorms(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         heads, (qkv,) = ctx.heads, ctx.saved_tensors
         out = grad.clone(memory_format=torch.contiguous_format)
-        into, found = heads.views(out), []
+        into = heads.views(out)
+        found: list[Tensor] = []
         for up, x, norm in zip(into, heads.views(qkv), (heads.q_norm, heads.k_norm), strict=False):
             found += [] if norm is None else norm.gradients(over(up, norm), over(x, norm))
         heads.norms_backward_(into, qkv)

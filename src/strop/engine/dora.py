@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,20 +16,14 @@ from torch import Tensor
 from strop.engine import lora
 from strop.engine.dropout import Dropped, grown
 from strop.engine.lora import Adapters
-
-
-class Columns(Protocol):
-    """Those of functions.Ops that DoRA needs; meanings in eager.py."""
-
-    def scale_columns_(self, x: Tensor, gains: Tensor) -> Tensor: ...
-    def scale_columns_backward(self, grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]: ...
+from strop.engine.operations import Ops
 
 
 @dataclass(frozen=True)
 class Dora:
     """squares (n,): |W|^2 of each row, fp32."""
 
-    ops: Columns
+    ops: Ops
     squares: Tensor
 
     def gains(self, weight: Tensor, adapters: Adapters, magnitudes: Sequence[Tensor]) -> Tensor:

@@ -22,20 +22,12 @@ from strop.engine.attention import Heads, norms_aside
 from strop.engine.dropout import masks_of
 from strop.engine.families import ACTIVATIONS
 from strop.engine.fits import unsupported
-from strop.engine.functions import (
-    Activation,
-    Enter,
-    Glu,
-    InFront,
-    LayerNorm,
-    LoopedActivation,
-    Norm,
-    apply,
-    normed,
-)
+from strop.engine.functions import Activation, Enter, Glu, InFront, LoopedActivation
 from strop.engine.head import LabelLogProbs, Output, SupervisedLoss
 from strop.engine.joined import Joined, Workspace, adapters_on, base_of, dropped_by
 from strop.engine.layers import NOWHERE, Angles, LayerPart, Layers, NormPart, about
+from strop.engine.norms import LayerNorm, Norm, normed
+from strop.engine.operations import apply
 from strop.engine.packed import Packed, by_owner, pack, pack_apart, pack_ends, sums_by_owner
 from strop.engine.processor import Attend, drops_for, processor_for
 from strop.engine.tokens import used
@@ -266,7 +258,7 @@ class FastLoss:
         if after is None and scale == 1:
             return linear(x, tokens, hidden)
         change = linear(x, tokens)
-        return hidden + _scaled(change if after is None else normed(change, after), scale)
+        return hidden + _scaled(normed(change, after), scale)
 
     @property
     def _turned_aside(self) -> bool:

@@ -1,6 +1,6 @@
-"""Autograd functions with hand-derived gradients: frozen linear layers with LoRA, and RMSNorm.
+"""Frozen linear layers with LoRA as one autograd function with hand-derived gradients, and what stands in front.
 
-They save the least that their backward needs, give no gradient to frozen weights, and leave the element-wise work
+It saves the least that its backward needs, gives no gradient to frozen weights, and leaves the element-wise work
 to `Ops` (eager.py on any device, cpu/kernels.py on a CPU with numba, card/kernels.py on a card with Triton) and LoRA's
 own products to `LoraProducts` (lora.py anywhere, lora_tiles.py on a CPU with AVX512-BF16).
 """
@@ -8,12 +8,10 @@ own products to `LoraProducts` (lora.py anywhere, lora_tiles.py on a CPU with AV
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Any, Protocol, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -21,143 +19,8 @@ from strop.engine.arena import Arena, New, in_heap
 from strop.engine.dora import Dora, Dropping
 from strop.engine.dropout import Dropped, Drops
 from strop.engine.lora import Adapters
-from strop.engine.packed import Places
-
-About = tuple[float, float, float, float]  # of an activation (layers.about)
-
-
-class Ops(Protocol):
-    """The element-wise operations; meanings in eager.py."""
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None = None) -> Tensor: ...
-    def rms_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor: ...
-    def glu(self, gate_up: Tensor, activation: str, out: Tensor | None = None) -> Tensor: ...
-    def glu_backward(self, grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]: ...
-    def scale_columns_(self, x: Tensor, gains: Tensor) -> Tensor: ...
-    def scale_columns_backward(self, grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]: ...
-    def softmax_(self, scores: Tensor, group: int, first: int, window: int) -> Tensor: ...
-    def softmax_backward_(self, grad: Tensor, probs: Tensor, group: int, first: int, window: int) -> Tensor: ...
-    def cross_entropy_(
-        self, logits: Tensor, labels: Tensor, weights: Tensor, softcap: float, gradient: bool
-    ) -> Tensor: ...
-    def to_heads(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int
-    ) -> Tensor: ...
-    def from_heads(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int, out: Tensor
-    ) -> None: ...
-
-
-class Loops(Protocol):
-    """Element-wise operations that are loops on a CPU alone, and elsewhere PyTorch's own; meanings in cpu/rows.py."""
-
-    def layer_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor | None = None
-    ) -> Tensor: ...
-    def layer_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
-    def activated(self, x: Tensor, kind: str, about: About, out: Tensor | None = None) -> Tensor: ...
-    def activated_backward(self, grad: Tensor, x: Tensor, kind: str, about: About) -> tuple[Tensor, Tensor]: ...
-
-
-class LoraProducts(Protocol):
-    """The products with A and B; meanings in lora.py."""
-
-    def forward(
-        self, z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap
-    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
-    def backward(
-        self, grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters
-    ) -> tuple[Tensor, Tensor | None]: ...
-    def gradients(
-        self, grad: Tensor, z: Tensor, grad_za: Tensor, kept: tuple[Tensor, ...], adapters: Adapters
-    ) -> list[Tensor]: ...
-
-
-class Room:
-    """Memory for one tensor after the other: each holds until the next is asked for, by anyone.
-
-    What a layer needs for a moment would leave a hole between what it keeps, and holes are not filled: a fifth of the
-    step's memory (docs/log).
-    """
-
-    def __init__(self) -> None:
-        self._buffer: Tensor | None = None
-
-    def __call__(self, rows: int, width: int, like: Tensor) -> Tensor:
-        """(rows, width), of the type and on the device of `like`."""
-        if self._buffer is None or self._buffer.numel() < rows * width:
-            self._buffer = like.new_empty(rows * width)
-        return self._buffer[: rows * width].view(rows, width)
-
-
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm in front of a linear layer, computed again in the backward instead of saved."""
-
-    ops: Ops
-    weight: Tensor
-    eps: float
-    offset: float  # 1 where the weight is stored as its difference from 1 (Gemma), else 0
-    bias: Tensor | None = None
-    current: Callable[[], tuple[Tensor, Tensor | None]] | None = None  # where any is trained: weight and bias, as now
-    of_weight: bool = False  # which of the two are trained
-    of_bias: bool = False
-    trained: tuple[Tensor, ...] = ()  # they themselves
-
-    def now(self) -> Norm:
-        """With the weights that are active now, where they are not always the same."""
-        if self.current is None:
-            return self
-        weight, bias = self.current()
-        flags = weight.requires_grad, bias is not None and bias.requires_grad
-        trained = tuple(one for one, flag in zip((weight, bias), flags, strict=True) if flag and one is not None)
-        low = None if bias is None else bias.detach()
-        return replace(self, weight=weight.detach(), bias=low, of_weight=flags[0], of_bias=flags[1], trained=trained)
-
-    def gradients(self, grad: Tensor, x: Tensor) -> list[Tensor]:
-        """Of `trained`: sums over the rows of grad times what is normed, and of grad."""
-        n, wide, found = len(self.weight), torch.promote_types(x.dtype, torch.float32), []
-        if self.of_weight:
-            ones = torch.ones(n, dtype=wide, device=x.device)
-            bare = replace(self, weight=ones.to(x.dtype), offset=0.0, bias=None).forward(x.contiguous())
-            found.append(self.ops.scale_columns_backward(grad.reshape(-1, n).contiguous(), bare.view(-1, n), ones)[1])
-        if self.of_bias:
-            found.append(grad.reshape(-1, n).sum(0, dtype=wide))
-        return found
-
-    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
-        out = None if room is None else room(len(x), x.shape[1], x)
-        return self.ops.rms_norm(x, self.weight, self.eps, self.offset, out)
-
-    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        return self.ops.rms_norm_backward(grad, x, self.weight, self.eps, self.offset)
-
-
-@dataclass(frozen=True)
-class LayerNorm(Norm):
-    """LayerNorm in the same place; by loops where there are any."""
-
-    loops: Loops | None = None
-
-    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
-        if self.loops is not None:
-            out = None if room is None else room(len(x), x.shape[1], x)
-            return self.loops.layer_norm(x, self.weight, self.bias, self.eps, out)
-        kinds = [x.dtype, self.weight.dtype, *([] if self.bias is None else [self.bias.dtype])]
-        wide = reduce(torch.promote_types, kinds)
-        weight, bias = self.weight.to(wide), None if self.bias is None else self.bias.to(wide)
-        return F.layer_norm(x.to(wide), weight.shape, weight, bias, self.eps).to(x.dtype)
-
-    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        if self.loops is not None:
-            return self.loops.layer_norm_backward(grad, x, self.weight, self.eps)
-        shape, wanted = list(self.weight.shape), [True, False, False]
-        wide = torch.promote_types(x.dtype, self.weight.dtype)
-        given, grad = x.to(wide).contiguous(), grad.to(wide).contiguous()
-        _, mean, rstd = torch.native_layer_norm(given, shape, self.weight, None, self.eps)
-        native = torch.ops.aten.native_layer_norm_backward
-        found: Tensor = native(grad, given, shape, mean, rstd, self.weight, None, wanted)[0]
-        return found.to(x.dtype)
+from strop.engine.norms import Norm
+from strop.engine.operations import About, Loops, LoraProducts, Ops, Room
 
 
 @dataclass(frozen=True)
@@ -266,42 +129,14 @@ class Frozen:
         return [grad[:, start:end].sum(0, dtype=wide) for start, end in self.biased]
 
 
-def apply(function: type[Function], *arguments: Any) -> Tensor:
-    """function.apply, which PyTorch leaves untyped."""
-    result: Tensor = cast(Any, function).apply(*arguments)
-    return result
-
-
-class RmsNorm(Function):
-    """Norm.forward with its gradient; saves x alone. trained: norm.trained."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Norm, *trained: Tensor) -> Tensor:
-        ctx.norm = norm
-        ctx.save_for_backward(x)
-        return norm.forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (x,), grad = ctx.saved_tensors, grad.contiguous()
-        of_x = ctx.norm.backward(grad, x) if ctx.needs_input_grad[0] else None
-        return of_x, None, *ctx.norm.gradients(grad, x)
-
-
-def normed(x: Tensor, norm: Norm) -> Tensor:
-    """x behind the norm as it is now."""
-    now = norm.now()
-    return apply(RmsNorm, x, now, *now.trained)
-
-
 class LoraLinear(Function):
     """y = z W^T + bias, and y[:, columns_i] += scale_i (z_i A_i^T) B_i^T for each adapter; z = x, norm(x) or glu(x),
     and z_i = z, or what dropout leaves of it for this adapter (`scales` make up for what is dropped).
 
     x (T, k), or (T, 2 k) for glu; residual (T, n) or None: what y is added to; parts: A_1 (r_1, k), B_1 (n_1, r_1),
     A_2, ..., for DoRA then m_1 (n_1,), m_2, ..., the biases that are trained, and `trained` of a norm in front. Saves
-    x and scale z A^T (T, sum of r); for DoRA also y, which what stands behind saves as well where there is no residual, but not with dropout
-    (dora.py has what y is then).
+    x and scale z A^T (T, sum of r); for DoRA also y, which what stands behind saves as well where there is no residual,
+    but not with dropout (dora.py has what y is then).
 
     The frozen product is added to the adapters', and the sum is rounded once. The other way round, what an adapter adds
     to a number that is in bf16 already rounds away below half of its last bit, and a young adapter adds no more.
@@ -364,7 +199,7 @@ class LoraLinear(Function):
             (adapters, magnitudes), kept = frozen.split(saved[:parts]), tuple(saved[parts:])
             dora, dropping = frozen.dora, frozen.dropping(adapters)
             if dora is not None and dropping is not None:
-                gains, *kept = kept
+                gains, kept = kept[0], kept[1:]
                 z = x if enter is None else enter.forward(x, frozen.room)
                 weight, entered = frozen.weight(), frozen.spread(z)
                 along = dora.along(grad, gains, entered, weight, dropping)
@@ -376,7 +211,7 @@ class LoraLinear(Function):
                 through = grad
             for (start, end), m in zip(frozen.columns, magnitudes, strict=False):
                 grads_m.append((along[start:end] / m).to(m.dtype))
-            grad_za, grad_z = frozen.lora.backward(through, wanted, tuple(kept), adapters)
+            grad_za, grad_z = frozen.lora.backward(through, wanted, kept, adapters)
             if grad_z is not None:
                 if dora is not None and dropping is not None:
                     dora.back_(grad_z, grad, weight, gains, dropping)
@@ -394,5 +229,5 @@ class LoraLinear(Function):
         if not saved:
             return grad_x, None, None, residual, *of_biases, *of_norm
         entered = frozen.spread(z) if entered is None else entered
-        of_parts = frozen.lora.gradients(through, entered, grad_za, tuple(kept), adapters)
+        of_parts = frozen.lora.gradients(through, entered, grad_za, kept, adapters)
         return grad_x, None, None, residual, *of_parts, *grads_m, *of_biases, *of_norm

@@ -16,8 +16,8 @@ from torch.autograd import Function
 
 from strop.engine import lora
 from strop.engine.dropout import Dropped, Drops
-from strop.engine.functions import Ops
 from strop.engine.lora import Adapters
+from strop.engine.operations import Ops
 
 CHUNK_BYTES = 24 * 2**20  # logits at once: 256 rows of a vocabulary of 49,152 in bf16
 CARD_CHUNK_BYTES = 256 * 2**20  # on a card, whose products want more rows: each chunk reads the whole head twice
@@ -180,18 +180,18 @@ class _Entering:
     def gradients(self, of_x: Tensor) -> list[Tensor]:
         """Of A_1, B_1, A_2, ...; to the gradient of x is added what goes through them."""
         output, adapters, ranks = self.output, self.adapters, list(self.adapters.ranks)
-        apart = zip(self.of_za.split(ranks, 1), self.a.split(ranks), strict=True)
+        apart = zip(torch.split(self.of_za, ranks, 1), torch.split(self.a, ranks), strict=True)
         if output.dropped is None or output.drops is None:
             of_x.addmm_(self.of_za, self.a)
             inputs = [self.x] * len(ranks)
         else:
             of_x += output.drops.fold(torch.cat([part @ a for part, a in apart], 1), output.dropped)
-            inputs = list(self.x.split(adapters.width, 1))
+            inputs = list(torch.split(self.x, adapters.width, 1))
         found: list[Tensor] = []
         for part, x, scale, of_b in zip(
-            self.of_za.split(ranks, 1), inputs, adapters.scales, self.of_b.split(ranks, 1), strict=True
+            torch.split(self.of_za, ranks, 1), inputs, adapters.scales, torch.split(self.of_b, ranks, 1), strict=True
         ):
-            found += [(part.t() @ x).to(self.of_b.dtype) * scale, of_b.contiguous()]
+            found += [(part.to(of_b.dtype).t() @ x.to(of_b.dtype)) * scale, of_b.contiguous()]
         return found
 
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from strop.engine.arena import Arena
 from strop.engine.dora import Dora
 from strop.engine.dropout import CountedDropout, Dropped, Drops, grown
-from strop.engine.functions import Enter, Frozen, LoraLinear, LoraProducts, Norm, Ops, Room, apply
+from strop.engine.functions import Enter, Frozen, LoraLinear
+from strop.engine.norms import Norm
+from strop.engine.operations import LoraProducts, Ops, Room, apply
 from strop.engine.tokens import without
 
 

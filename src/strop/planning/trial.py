@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from strop.engine.device import measure, pick_dtype, prepare_process
-from strop.engine.functions import apply
 from strop.engine.head import Output, SupervisedLoss
+from strop.engine.operations import apply
 from strop.engine.processor import kernels_lack, processor_for
 from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, crashed, installed, pip
