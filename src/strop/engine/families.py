@@ -48,6 +48,12 @@ class Family:
     residual: Callable[[Any], float] = lambda config: 1.0
     logits: Callable[[Any], float] = lambda config: 1.0
 
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Of a layer, but for those of q and k."""
+        names = (self.attention_norm, self.mlp_norm, self.after_attention, self.after_mlp)
+        return tuple(name for name in names if name)
+
 
 def _far_queries(config: Any, positions: Any) -> Any:
     """Llama 4's scale of queries that stand far behind the first token (Ministral 3)."""
@@ -132,11 +138,10 @@ def linears(layer: Any, family: Family) -> Iterator[list[Any]]:
 
 def norms_of(decoder: Any, family: Family) -> Iterator[Any]:
     """The norms of all layers that the family's row names, and the last one."""
-    names = (family.attention_norm, family.mlp_norm, family.after_attention, family.after_mlp)
     for layer in decoder.layers:
         attention = getattr(layer, family.attention)
-        owners = [*((layer, name) for name in names), (attention, family.q_norm), (attention, family.k_norm)]
-        yield from (getattr(owner, name) for owner, name in owners if name and getattr(owner, name, None) is not None)
+        owners = [*((layer, name) for name in family.norms), (attention, family.q_norm), (attention, family.k_norm)]
+        yield from (getattr(owner, name) for owner, name in owners if getattr(owner, name, None) is not None)
     yield getattr(decoder, family.final_norm)
 
 
