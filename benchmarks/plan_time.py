@@ -39,7 +39,7 @@ from plan_memory import (
     setting_of,
 )
 
-DORA_DROPPED = {"lora.use_dora": True, "lora.dropout": 0.05}  # the plain step
+DORA_DROPPED = {"lora.use_dora": True, "lora.dropout": 0.05}
 STEPS, FEW = 6, 20  # of random rows; after how many a run's own forecast is looked at
 
 CASES: list[dict[str, Any]] = [
@@ -107,6 +107,7 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
         "rows": list(sizes),
         "prefix": sizes.prefix,
         "tiles": setting_of(case["model"], recipe).tiles,
+        "step": setting_of(case["model"], recipe).step,
         "seconds_a_step": statistics.fmean(took),
         "rate": asdict(Rate.measured(rates, recipe["model.dtype"])),
         "pace": (before + pace(case)) / 2,
@@ -134,7 +135,8 @@ def predicted(found: dict[str, Any]) -> float:
     from strop.planning.microbatch import Rows, first_steps
     from strop.planning.speed import Rate, steps_seconds
 
-    setting = setting_of(found["name"].partition(",")[0], found["recipe"]).but(tiles=found["tiles"])
+    setting = setting_of(found["name"].partition(",")[0], found["recipe"])
+    setting = setting.but(tiles=found["tiles"], step=found.get("step", setting.step))
     rows = Rows(map(tuple, found["rows"]))
     rows.prefix = found["prefix"]
     recipe = resolve(None, {**found["recipe"], "model.name": "m", "data.train": "d"}).recipe

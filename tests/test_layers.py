@@ -49,6 +49,8 @@ FLOORS: Mapping[str, list[set[str]]] = {
         {"transfer", "arena", "tokens"},
         {"dropout"},
         {"packed", "lora"},
+        {"operations"},
+        {"dora", "norms"},
         {"eager", "functions"},
         {"head", "joined", "attention"},
         {"cpu", "card"},

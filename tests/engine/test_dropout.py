@@ -78,7 +78,15 @@ def test_a_key_tells_what_stands_in_front() -> None:
     assert len({*one, *other, *token_keys(np.array([6, 5]))}) == 8
 
 
-@pytest.mark.parametrize("hide", [{}, {"target_modules": ["q_proj", "v_proj", "down_proj"]}])
+@pytest.mark.parametrize(
+    "hide",
+    [
+        {},
+        {"target_modules": ["q_proj", "v_proj", "down_proj"]},
+        {"use_dora": True},
+        {"use_dora": True, "target_modules": ["k_proj", "o_proj", "up_proj"], "rank_pattern": {"up_proj": 1}},
+    ],
+)
 def test_fast_equals_plain_with_the_same_masks(hide: dict[str, Any]) -> None:
     model = dropping(hide)
     for examples in (some(weighted=True), with_prefix(some(weighted=True))):
@@ -182,10 +190,11 @@ def test_training_with_dropout_is_the_fast_step_and_two_adapters_may_differ() ->
     assert_same(step(model, FastLoss(model), some()), step(model, PlainLoss(model), some()))
 
 
+@pytest.mark.parametrize("dora", [{}, {"use_dora": True}])
 @pytest.mark.parametrize("head_dim", [8, 32])  # 32: in tiles, on CPUs that have them
-def test_in_bf16_fast_and_plain_agree_as_closely_as_without_dropout(head_dim: int) -> None:
+def test_in_bf16_fast_and_plain_agree_as_closely_as_without_dropout(head_dim: int, dora: dict[str, Any]) -> None:
     errors = []
-    for lora in ({}, DROPOUT):
+    for lora in (dora, DROPOUT | dora):
         model = adapted(LlamaConfig, lora, head_dim=head_dim, hidden_size=32, intermediate_size=64).train()
         model.get_base_model().to(torch.bfloat16)
         for weight in model.parameters():

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 
 from strop.engine import dropout as drops
 from strop.engine import lora
-from strop.engine.dropout import Dropped
-from strop.engine.functions import Activation, Dora, Frozen, Glu, LayerNorm, LoraLinear, Norm, RmsNorm
-from strop.engine.head import LabelLogProbs, SupervisedLoss
+from strop.engine.dora import Dora
+from strop.engine.dropout import Dropped, grown
+from strop.engine.functions import Activation, Frozen, Glu, LoraLinear
+from strop.engine.head import LabelLogProbs, Output, SupervisedLoss
+from strop.engine.norms import LayerNorm, Norm, RmsNorm
 from strop.machine.probe import probe
 from tests.support.attention import OPS, check, rand
 
@@ -63,10 +65,10 @@ def test_lora_linear(enter: str, tokens: int, ranks: tuple[int, ...], bias: bool
 
 
 @pytest.mark.parametrize("enter", ["none", "gelu", "gated gelu", "layer norm"])
-@pytest.mark.parametrize("dora", [False, True])
-def test_what_stands_in_front_and_dora(enter: str, dora: bool) -> None:
+@pytest.mark.parametrize(("dora", "dropout"), [(False, False), (True, False), (True, True)])
+def test_what_stands_in_front_and_dora(enter: str, dora: bool, dropout: bool) -> None:
     """DoRA's norms are constants in the gradient: x and the magnitudes alone are differentiated numerically, A and B
-    against autograd of the definition."""
+    against autograd of the definition. With dropout that is peft's: the frozen layer's own output is not dropped."""
     torch.manual_seed(0)
     k, n = 5, 4
     ways = {
@@ -80,6 +82,10 @@ def test_what_stands_in_front_and_dora(enter: str, dora: bool) -> None:
     frozen = Frozen(
         lambda: weight, bias, LORA, columns, scales, dora=Dora(OPS, weight.square().sum(1)) if dora else None
     )
+    levels = (30000, 50000) if dropout else (0, 0)
+    dropped = Dropped(1, 2, torch.arange(3), (4, 5), levels)
+    if dropout:
+        frozen = dataclasses.replace(frozen, dropped=dropped, drops=cast(Any, drops))
     parts = [t for r in (2, 3) for t in (rand(r, k, grad=True), rand(n, r, grad=True))]
     magnitudes = [rand(n, grad=True) for _ in columns] if dora else []
     x, residual = rand(3, 2 * k if enter == "gated gelu" else k, grad=True), rand(3, 3 * n, grad=True)
@@ -93,12 +99,16 @@ def test_what_stands_in_front_and_dora(enter: str, dora: bool) -> None:
     fixed = [part.detach() for part in parts]
     check(lambda x, residual, *m: computed(x, residual, *fixed, *m), x, residual, *magnitudes)
     check(lambda x, *m: computed(x, None, *fixed, *m), x, *magnitudes)
-    z, gains, change = (x if ways[enter] is None else ways[enter].forward(x)), torch.ones(3 * n).double(), 0.0
-    for (start, end), a, b, scale, m in zip(columns, parts[::2], parts[1::2], scales, magnitudes, strict=True):
-        own = scale * b @ a
-        gains[start:end] = m.detach() / (weight[start:end] + own).norm(dim=1).detach()
-        change = change + F.pad(own, (0, 0, start, 3 * n - end))
-    expected = F.linear(z, weight + change) * gains + bias + residual
+    z = x if ways[enter] is None else ways[enter].forward(x)
+    expected = F.linear(z, weight, bias) + residual
+    masks = drops.spread(torch.ones(3, k).double(), dropped).split(k, 1)
+    for i, ((start, end), a, b) in enumerate(zip(columns, parts[::2], parts[1::2], strict=True)):
+        up = grown(levels[i])
+        own, w = scales[i] / up * b @ a, weight[start:end]
+        gains = magnitudes[i].detach() / (w + own).norm(dim=1).detach()
+        kept = z * masks[i] * up
+        change = (gains - 1) * F.linear(kept, w) + gains * F.linear(kept, own)
+        expected = expected + F.pad(change, (start, 3 * n - end))
     found = computed(x, residual, *parts, *magnitudes)
     torch.testing.assert_close(found, expected)
     upstream = rand(3, 3 * n)
@@ -140,10 +150,10 @@ def test_rows_of_the_head_that_are_trained(softcap: float) -> None:
     labels, weights = torch.tensor([1, 0, 6, 1, 2]), torch.tensor([1.0, 0.5, 2.0, 0.1, 3.0], dtype=torch.float64)
 
     def loss(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        return SupervisedLoss.apply(x, labels, weights, head, softcap, OPS, None, own, at) * 0.3
+        return SupervisedLoss.apply(x, labels, weights, Output(head, softcap, OPS, own=own, at=at), own) * 0.3
 
     def log_probs(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        return LabelLogProbs.apply(x, labels, head, softcap, OPS, None, own, at)
+        return LabelLogProbs.apply(x, labels, Output(head, softcap, OPS, own=own, at=at), own)
 
     check(loss, x, own)
     check(log_probs, x, own)
@@ -159,8 +169,8 @@ def test_supervised_loss(softcap: float) -> None:
     torch.manual_seed(0)
     x, head = rand(5, 3, grad=True), rand(7, 3)
     labels, weights = torch.tensor([1, 0, 6, 1, 2]), torch.tensor([1.0, 0.5, 2.0, 0.1, 3.0], dtype=torch.float64)
-    check(lambda x: SupervisedLoss.apply(x, labels, weights, head, softcap, OPS) * 0.3, x)
+    check(lambda x: SupervisedLoss.apply(x, labels, weights, Output(head, softcap, OPS)) * 0.3, x)
     logits = x @ head.t()
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     expected = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
-    torch.testing.assert_close(SupervisedLoss.apply(x, labels, weights, head, softcap, OPS), expected)
+    torch.testing.assert_close(SupervisedLoss.apply(x, labels, weights, Output(head, softcap, OPS)), expected)

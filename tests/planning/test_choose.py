@@ -280,7 +280,7 @@ def test_inputs_wait_only_where_something_is_gained() -> None:
     with pytest.raises(RecipeError, match="offload: nothing is gained on cpu"):
         plan(60, **{"train.gradient_checkpointing": "offload"})
     with pytest.raises(RecipeError, match="the plain step cannot"):
-        on_card(60, **{"train.gradient_checkpointing": "offload", "lora.modules_to_save": ["lm_head"]})
+        on_card(60, **{"train.gradient_checkpointing": "offload", "lora.modules_to_save": ["q_proj"]})
     key = memory_key(on_card(20).recipe, replace(machine(64), gpus=("a card, 1 MiB",)), LLAMA_8B)
     remember(key, {"recompute": True, "offload": True})
     assert on_card(20).recipe.train.gradient_checkpointing == "offload"

@@ -202,17 +202,25 @@ def test_saved_activations_are_those_of_the_engine(changes: dict[str, Any]) -> N
 
 
 OWN = [name for name, row in TABLE.items() if not row.by_hand]
+DROPOUT, DORA = {"lora.dropout": 0.1}, {"lora.use_dora": True}
 
 
 @pytest.mark.parametrize(
-    ("family", "dora"), [*((family, False) for family in FAMILY_CONFIGS if family not in OWN), ("llama", True)]
+    ("family", "asked"),
+    [
+        *((family, DROPOUT) for family in FAMILY_CONFIGS if family not in OWN),
+        ("llama", DORA),
+        ("llama", DORA | DROPOUT),
+        ("qwen3", {"lora.modules_to_save": ["input_layernorm", "norm"]}),
+    ],
 )
-def test_a_family_keeps_what_the_formula_says(family: str, dora: bool) -> None:
-    """And the plan knows that the fast step trains it, with dropout or DoRA."""
-    model = adapted(family, {"use_dora": True} if dora else {"lora_dropout": 0.1}).train()
+def test_a_family_keeps_what_the_formula_says(family: str, asked: dict[str, Any]) -> None:
+    """And the plan knows that the fast step trains it, with dropout, DoRA or norms that are trained in full."""
+    names = {"lora.dropout": "lora_dropout"}
+    lora = {names.get(name, name.partition(".")[2]): value for name, value in asked.items()}
+    model = adapted(family, lora).train()
     chosen = step_for(model)
     shape = ModelShape.of(model.get_base_model().config.to_dict())
-    asked = {"lora.use_dora": True} if dora else {"lora.dropout": 0.1}
     options = {"lora.r": 3, **asked, "model.device": "cpu", "model.dtype": "fp32"}
     found = Setting.of(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
     assert found.step == chosen.name == "fast", chosen.why

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from strop.config.load import resolve
 from strop.engine.step import step_for
+from strop.model.lora import add_lora
 from strop.model.measured import shape_of
+from strop.model.shape import ModelShape
 from strop.planning.setting import Setting
 from tests.support.random_models import FAMILY_CONFIGS, adapted, tiny_of
 
@@ -22,3 +26,35 @@ def test_biases_are_trained_where_the_model_has_any(family: str, bias: str) -> N
     found = Setting.of(recipe, shape_of(config, config, tiny_of(family)))
     assert found.adapter_weights == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert found.step == step_for(model).name
+
+
+HEAD = {"lora.target_modules": ["q_proj", "lm_head"]}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    ("family", "options", "step"),
+    [
+        ("llama", {"lora.use_dora": True, "lora.dropout": 0.1}, "fast"),
+        ("llama", HEAD, "fast"),
+        ("llama", HEAD | {"lora.dropout": 0.1, "lora.rank_pattern": {"lm_head": 2}}, "fast"),
+        ("gemma2", HEAD, "fast"),
+        ("llama", HEAD | {"lora.use_dora": True}, "plain"),
+        ("llama", {"lora.modules_to_save": ["lm_head"]}, "fast"),
+        ("llama", {"lora.modules_to_save": ["embed_tokens", "lm_head"]}, "fast"),
+        ("llama", {"lora.modules_to_save": ["input_layernorm", "model.norm"]}, "fast"),
+        ("qwen3", {"lora.modules_to_save": ["norm"]}, "fast"),  # and all others whose names end with it, as peft has it
+        ("qwen3", {"lora.modules_to_save": ["q_norm", "post_attention_layernorm"]}, "fast"),
+        ("gemma2", {"lora.modules_to_save": ["pre_feedforward_layernorm"]}, "fast"),
+        ("llama", {"lora.modules_to_save": ["v_proj"], "lora.target_modules": ["q_proj"]}, "plain"),
+        ("llama", {"lora.modules_to_save": ["layers.0.self_attn.k_proj", "norm"], **HEAD}, "plain"),
+    ],
+)
+def test_the_step_and_what_is_trained_are_known_beforehand(family: str, options: dict[str, Any], step: str) -> None:
+    model = tiny_of(family, tie_word_embeddings=family == "gemma2").requires_grad_(False)
+    given = {"model": "m", "data": "d", "lora.r": 3, "lora.alpha": 6, "model.device": "cpu", "model.dtype": "fp32"}
+    recipe = resolve(None, {**given, **options}).recipe
+    found = Setting.of(recipe, ModelShape.of(model.config.to_dict()))
+    adapted = add_lora(model, recipe.lora, None).train()
+    assert found.step == step_for(adapted).name == step
+    assert found.adapter_weights == sum(p.numel() for p in adapted.parameters() if p.requires_grad)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from strop.engine import eager
 from strop.engine.attention import Heads
-from strop.engine.functions import Norm
+from strop.engine.norms import Norm
 from strop.engine.packed import Documents
 
 OPS: Any = eager

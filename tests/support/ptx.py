@@ -28,7 +28,7 @@ from strop.engine import eager
 from strop.engine.attention import Heads
 from strop.engine.card import aside, drops, heads, loss, rows, unpack
 from strop.engine.dropout import Dropped
-from strop.engine.functions import Norm
+from strop.engine.norms import Norm
 
 OPS: Any = eager
 T = 2048

@@ -8,7 +8,7 @@ length. cpu/attention.py is faster where the CPU has AVX512-BF16, card/attention
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch.autograd import Function
 
 from strop.engine.arena import New, in_heap
 from strop.engine.eager import rotate
-from strop.engine.functions import Norm, Ops
+from strop.engine.norms import Norm
+from strop.engine.operations import Ops, apply
 from strop.engine.packed import Bucket, Documents, Layout
 
 BLOCK = 256  # queries a product; keys behind the block's last query are skipped
@@ -112,6 +113,40 @@ def _in_halves(x: Tensor, m: int) -> Tensor:
 def _in_neighbours(x: Tensor, m: int) -> Tensor:
     """The inverse of _in_halves."""
     return torch.cat([torch.stack([x[..., :m], x[..., m : 2 * m]], -1).flatten(-2), x[..., 2 * m :]], -1)
+
+
+def norms_aside(qkv: Tensor, heads: Heads) -> tuple[Tensor, Heads]:
+    """qkv and heads; where the norms of q and k are trained in full, qkv behind them, and heads without them."""
+    if all(norm is None or norm.current is None for norm in (heads.q_norm, heads.k_norm)):
+        return qkv, heads
+    q_norm, k_norm = (None if norm is None else norm.now() for norm in (heads.q_norm, heads.k_norm))
+    trained = [one for norm in (q_norm, k_norm) if norm is not None for one in norm.trained]
+    qkv = apply(HeadNorms, qkv, replace(heads, q_norm=q_norm, k_norm=k_norm), *trained)
+    return qkv, replace(heads, q_norm=None, k_norm=None)
+
+
+class HeadNorms(Function):
+    """qkv with the norms of q and k; saves its input. trained: q_norm.trained and k_norm.trained."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: Heads, *trained: Tensor) -> Tensor:
+        ctx.heads = heads
+        ctx.save_for_backward(qkv)
+        out = qkv.clone()
+        for x, to in zip(heads.normed(qkv), heads.views(out), strict=True):
+            to.copy_(x)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        heads, (qkv,) = ctx.heads, ctx.saved_tensors
+        out = grad.clone(memory_format=torch.contiguous_format)
+        into = heads.views(out)
+        found: list[Tensor] = []
+        for up, x, norm in zip(into, heads.views(qkv), (heads.q_norm, heads.k_norm), strict=False):
+            found += [] if norm is None else norm.gradients(over(up, norm), over(x, norm))
+        heads.norms_backward_(into, qkv)
+        return out, None, *found
 
 
 class Attention(Function):

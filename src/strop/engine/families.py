@@ -64,6 +64,12 @@ class Family:
         parts = [name for name, there in ((self.mixer, self.mixer), ("experts", self.mixture)) if there]
         return f"{' and '.join(map(str, parts))} by the model's own modules" if parts else ""
 
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Of a layer, but for those of q and k."""
+        names = (self.attention_norm, self.mlp_norm, self.after_attention, self.after_mlp)
+        return tuple(name for name in names if name)
+
 
 def _far_queries(config: Any, positions: Any) -> Any:
     """Llama 4's scale of queries that stand far behind the first token (Ministral 3)."""
@@ -174,6 +180,15 @@ def load_balancing(config: Any) -> float:
     """The coefficient of the loss that keeps a mixture's experts evenly used; 0 where its config leaves it off."""
     text = config.get_text_config()
     return float(getattr(text, "router_aux_loss_coef", 0) or 0) if getattr(text, "output_router_logits", False) else 0.0
+
+
+def norms_of(decoder: Any, family: Family) -> Iterator[Any]:
+    """The norms of all layers that the family's row names, and the last one."""
+    for layer in decoder.layers:
+        attention = getattr(layer, family.attention, None)
+        owners = [*((layer, name) for name in family.norms), (attention, family.q_norm), (attention, family.k_norm)]
+        yield from (getattr(owner, name) for owner, name in owners if getattr(owner, name, None) is not None)
+    yield getattr(decoder, family.final_norm)
 
 
 def text_of(base: Any) -> tuple[Any, Any]:

@@ -18,26 +18,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from strop.engine.arena import Arena, in_heap
-from strop.engine.attention import Heads
+from strop.engine.attention import Heads, norms_aside
 from strop.engine.dropout import masks_of
 from strop.engine.families import ACTIVATIONS
 from strop.engine.fits import unsupported
-from strop.engine.functions import (
-    Activation,
-    Enter,
-    Glu,
-    InFront,
-    LayerNorm,
-    LoopedActivation,
-    Norm,
-    RmsNorm,
-    apply,
-)
-from strop.engine.head import LabelLogProbs, SupervisedLoss
-from strop.engine.joined import Joined, Workspace
+from strop.engine.functions import Activation, Enter, Glu, InFront, LoopedActivation
+from strop.engine.head import LabelLogProbs, Output, SupervisedLoss
+from strop.engine.joined import Joined, Workspace, adapters_on, base_of, dropped_by
 from strop.engine.layers import NOWHERE, Angles, LayerPart, Layers, NormPart, about
+from strop.engine.norms import LayerNorm, Norm, normed
+from strop.engine.operations import apply
 from strop.engine.packed import Packed, by_owner, pack, pack_apart, pack_ends, sums_by_owner
 from strop.engine.processor import Attend, drops_for, processor_for
+from strop.engine.tokens import used
 
 if TYPE_CHECKING:
     from strop.data.conversation import Example
@@ -180,7 +173,8 @@ class FastLoss:
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable in the adapters."""
         batch = pack(examples, prefix_sharing=self.prefix_sharing, device=self._device)
-        return apply(SupervisedLoss, self._hidden(batch), batch.labels, batch.weights, *self._output())
+        output = self._output(batch)
+        return apply(SupervisedLoss, self._hidden(batch), batch.labels, batch.weights, *output)
 
     def log_probs(self, examples: Sequence[Example]) -> Tensor:
         """Sum over the supervised tokens of each example of weight * log-probability (N,), fp64, differentiable.
@@ -199,19 +193,33 @@ class FastLoss:
 
     def _label_log_probs(self, examples: Sequence[Example]) -> tuple[Tensor, Packed]:
         batch = pack_apart(examples, prefix_sharing=self.prefix_sharing, device=self._device)
-        return apply(LabelLogProbs, self._hidden(batch), batch.labels, *self._output()), batch
+        output = self._output(batch)
+        return apply(LabelLogProbs, self._hidden(batch), batch.labels, *output), batch
 
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:
         """What the model holds at the last token of each example, behind its last norm (N, h), differentiable."""
         return self._hidden(pack_ends(examples, prefix_sharing=self.prefix_sharing, device=self._device), scaled=False)
 
-    def _output(self) -> tuple[Any, ...]:
-        head, new = self._head, self._model.new_rows()
-        if new is None:
-            rows: tuple[Any, ...] = None, None
-        else:
-            rows = new.rows if torch.is_grad_enabled() else new.rows.detach(), new.index()
-        return head.weight, self._model.softcap, self._ops, head.bias, *rows
+    def _output(self, batch: Packed) -> tuple[Any, ...]:
+        """The output embedding as it is now, and what of it is trained."""
+        model = self._model
+        head, new = base_of(used(model.output)), model.new_rows()
+        now, rows = adapters_on([model.output], [self._head]), batch.keys[batch.rows]
+        output = Output(
+            head.weight,
+            model.softcap,
+            self._ops,
+            head.bias,
+            None if new is None else new.rows,
+            None if new is None else new.index(),
+            tuple(now.parts),
+            now.scales,
+            dropped_by(now.dropouts, rows if len(batch.picked) == len(batch.rows) else rows[batch.picked]),
+            self._drops,
+            head.weight.requires_grad,
+            head.bias is not None and head.bias.requires_grad,
+        )
+        return output, *(output.trained if torch.is_grad_enabled() else [])
 
     def _hidden(self, batch: Packed, *, scaled: bool = True) -> Tensor:
         """What the output embedding takes for each label (M, h); scaled: with the factor that some families have."""
@@ -224,7 +232,7 @@ class FastLoss:
         self._need("embedding")
         hidden = self._model.embedded(batch.ids)
         if self._family.embedding_norm:
-            hidden = apply(RmsNorm, hidden, self._norm)
+            hidden = normed(hidden, self._norm)
         angles = self._model.angles(batch.positions)
         last = len(self._layers) - 1
         if self.host is not None:
@@ -242,7 +250,7 @@ class FastLoss:
             if self.gathered is not None and hidden.requires_grad:
                 before_gradient(hidden, partial(self._need, i))
         self._need("head")
-        hidden = _scaled(apply(RmsNorm, hidden, self._norm), self._model.logits_scale if scaled else 1.0)
+        hidden = _scaled(normed(hidden, self._norm), self._model.logits_scale if scaled else 1.0)
         if len(batch.picked) != len(batch.rows):  # a row behind which several examples part has several labels
             hidden = hidden[batch.picked]
         return hidden
@@ -273,7 +281,7 @@ class FastLoss:
         source = hidden if self._model.parallel else between
         if isinstance(mlp, Own):
             self.masks.tokens = tokens
-            return self._added(between, mlp(_entered(source, mlp.norm)[None])[0], tokens, None, layer.after_mlp)
+            return self._added(between, mlp(normed(source, mlp.norm)[None])[0], tokens, None, layer.after_mlp)
         return self._added(between, mlp.gate_up(source, tokens), tokens, mlp.down, layer.after_mlp)
 
     def _attended(self, by: Attended, hidden: Tensor, batch: Packed, angles: Angles) -> Tensor:
@@ -291,6 +299,7 @@ class FastLoss:
         if self._turned_aside:
             qkv = apply(self._processor.aside(), qkv, heads, cos, sin, family.pairs == "neighbours", scale)
             cos, sin = angles[NOWHERE]
+        qkv, heads = norms_aside(qkv, heads)
         mixed = by.attend(qkv, heads, cos, sin, batch.documents)
         return mixed if gates is None else mixed * gates.sigmoid()
 
@@ -299,7 +308,7 @@ class FastLoss:
         stands behind a row's end changes nothing in front of it."""
         rows, places = batch.documents.beside
         self.masks.tokens = batch.keys[rows]
-        return own(_entered(hidden, own.norm)[rows]).flatten(0, 1)[places]
+        return own(normed(hidden, own.norm)[rows]).flatten(0, 1)[places]
 
     def _added(self, hidden: Tensor, x: Tensor, tokens: Tensor, linear: Joined | None, after: Norm | None) -> Tensor:
         """The residual stream with what a block adds to it: a linear layer's product with x, or x."""
@@ -307,7 +316,7 @@ class FastLoss:
         if linear is not None and after is None and scale == 1:
             return linear(x, tokens, hidden)
         change = x if linear is None else linear(x, tokens)
-        return hidden + _scaled(_entered(change, after), scale)
+        return hidden + _scaled(normed(change, after), scale)
 
     @property
     def _turned_aside(self) -> bool:
@@ -318,9 +327,8 @@ class FastLoss:
     def _norm_of(self, part: NormPart | None) -> Norm | None:
         if part is None:
             return None
-        if part.centered:
-            return LayerNorm(self._ops, part.weight, part.eps, 0.0, part.bias, self._processor.loops)
-        return Norm(self._ops, part.weight, part.eps, part.offset)
+        about = self._ops, part.weight, part.eps, part.offset, part.bias, None if part.module is None else part.now
+        return LayerNorm(*about, loops=self._processor.loops) if part.centered else Norm(*about)
 
     def _in_front_of_down(self, part: LayerPart) -> InFront:
         gated, loops, kind = self._family.gated, self._processor.loops, ACTIVATIONS.get(part.activation)
@@ -369,10 +377,6 @@ class FastLoss:
             part.rope,
             self._joined(part.o, None),
         )
-
-
-def _entered(x: Tensor, norm: Norm | None) -> Tensor:
-    return x if norm is None else apply(RmsNorm, x, norm)
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:

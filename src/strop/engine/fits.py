@@ -14,14 +14,24 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from strop.engine.dropout import CountedDropout
-from strop.engine.families import FAMILIES, Family, linears, load_balancing, own_mixer, own_mixture, text_of
+from strop.engine.families import (
+    FAMILIES,
+    Family,
+    linears,
+    load_balancing,
+    norms_of,
+    own_mixer,
+    own_mixture,
+    text_of,
+)
 from strop.engine.joined import Quantized, base_of, on_a_weight
+from strop.engine.tokens import used
 
 TRAINED = (
     ".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".trainable_tokens_delta.",
     ".score.modules_to_save.",  # a reward's head
 )  # fmt: skip
-ADAPTERS = ("lora_", "trainable_tokens_")  # in the names of weights that are not the base's
+ADAPTERS = ("lora_", "trainable_tokens_", "modules_to_save.")  # in the names of weights that are not the base's
 DROPOUTS = (
     "attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout", "hidden_dropout", "embedding_dropout",
 )  # fmt: skip
@@ -56,26 +66,27 @@ def _unsupported_adapter(model: Any, base: Any, decoder: Any, family: Family) ->
     known = {id(module) for layer in decoder.layers for group in linears(layer, family) for module in group}
     parts = [part for layer in decoder.layers for part in (own_mixer(layer, family), own_mixture(layer, family))]
     own = {id(module) for part in parts if part is not None for module in part.modules()}
+    head = base.get_output_embeddings()
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer) and id(module) not in own:
-            if (odd := odd_adapter(name, module, known)) is not None:
+            if (odd := odd_adapter(name, module, {*known, id(head)})) is not None:
                 return odd
+            if module is head and module.lora_variant:
+                return "DoRA on the output head"
             if module.lora_variant and len(module.active_adapters) > 1:
                 return f"{name}: DoRA with several adapters"
             if any(type(one) not in (nn.Identity, nn.Dropout, CountedDropout) for one in module.lora_dropout.values()):
                 return f"{name}: a dropout of its own"
-            if module.lora_variant and any(type(one) is not nn.Identity for one in module.lora_dropout.values()):
-                return "DoRA with dropout"  # peft drops of the frozen product's input as well
     for name, module in base.named_modules():
         if isinstance(module, TrainableTokensWrapper) and (odd := _odd_tokens(name, module, base)) is not None:
             return odd
-    biases = {
-        id(base_of(module).bias) for layer in decoder.layers for group in linears(layer, family) for module in group
-    }
-    theirs = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    biases = [base_of(module).bias for layer in decoder.layers for group in linears(layer, family) for module in group]
+    whole = [used(module) for module in (head, decoder.get_input_embeddings(), *norms_of(decoder, family))]
+    parameters = [one for module in whole for one in base_of(module).parameters()]
+    theirs = [one for part in parts if part is not None for one in part.parameters()]
+    taken = {id(one) for one in (*biases, *parameters, *theirs)}
     for name, parameter in model.named_parameters():
-        known_ = id(parameter) in biases | theirs or any(part in name for part in TRAINED)
-        if parameter.requires_grad and not known_:
+        if parameter.requires_grad and id(parameter) not in taken and not any(part in name for part in TRAINED):
             return f"{name} is trained in full"
     return None
 

@@ -1,6 +1,6 @@
-"""Autograd functions with hand-derived gradients: frozen linear layers with LoRA, and RMSNorm.
+"""Frozen linear layers with LoRA as one autograd function with hand-derived gradients, and what stands in front.
 
-They save the least that their backward needs, give no gradient to frozen weights, and leave the element-wise work
+It saves the least that its backward needs, gives no gradient to frozen weights, and leaves the element-wise work
 to `Ops` (eager.py on any device, cpu/kernels.py on a CPU with numba, card/kernels.py on a card with Triton) and LoRA's
 own products to `LoraProducts` (lora.py anywhere, lora_tiles.py on a CPU with AVX512-BF16).
 """
@@ -9,124 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from strop.engine.arena import Arena, New, in_heap
+from strop.engine.dora import Dora, Dropping
 from strop.engine.dropout import Dropped, Drops
 from strop.engine.lora import Adapters
-from strop.engine.packed import Places
-
-About = tuple[float, float, float, float]  # of an activation (layers.about)
-
-
-class Ops(Protocol):
-    """The element-wise operations; meanings in eager.py."""
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None = None) -> Tensor: ...
-    def rms_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor: ...
-    def glu(self, gate_up: Tensor, activation: str, out: Tensor | None = None) -> Tensor: ...
-    def glu_backward(self, grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]: ...
-    def scale_columns_(self, x: Tensor, gains: Tensor) -> Tensor: ...
-    def scale_columns_backward(self, grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]: ...
-    def softmax_(self, scores: Tensor, group: int, first: int, window: int, sinks: Tensor | None = None) -> Tensor: ...
-    def softmax_backward_(self, grad: Tensor, probs: Tensor, group: int, first: int, window: int) -> Tensor: ...
-    def cross_entropy_(
-        self, logits: Tensor, labels: Tensor, weights: Tensor, softcap: float, gradient: bool
-    ) -> Tensor: ...
-    def to_heads(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int
-    ) -> Tensor: ...
-    def from_heads(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float, places: Places, group: int, out: Tensor
-    ) -> None: ...
-
-
-class Loops(Protocol):
-    """Element-wise operations that are loops on a CPU alone, and elsewhere PyTorch's own; meanings in cpu/rows.py."""
-
-    def layer_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor | None = None
-    ) -> Tensor: ...
-    def layer_norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
-    def activated(self, x: Tensor, kind: str, about: About, out: Tensor | None = None) -> Tensor: ...
-    def activated_backward(self, grad: Tensor, x: Tensor, kind: str, about: About) -> tuple[Tensor, Tensor]: ...
-
-
-class LoraProducts(Protocol):
-    """The products with A and B; meanings in lora.py."""
-
-    def forward(
-        self, z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap
-    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
-    def backward(
-        self, grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters
-    ) -> tuple[Tensor, Tensor | None]: ...
-    def gradients(
-        self, grad: Tensor, z: Tensor, grad_za: Tensor, kept: tuple[Tensor, ...], adapters: Adapters
-    ) -> list[Tensor]: ...
-
-
-class Room:
-    """Memory for one tensor after the other: each holds until the next is asked for, by anyone.
-
-    What a layer needs for a moment would leave a hole between what it keeps, and holes are not filled: a fifth of the
-    step's memory (docs/log).
-    """
-
-    def __init__(self) -> None:
-        self._buffer: Tensor | None = None
-
-    def __call__(self, rows: int, width: int, like: Tensor) -> Tensor:
-        """(rows, width), of the type and on the device of `like`."""
-        if self._buffer is None or self._buffer.numel() < rows * width:
-            self._buffer = like.new_empty(rows * width)
-        return self._buffer[: rows * width].view(rows, width)
-
-
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm in front of a linear layer, computed again in the backward instead of saved."""
-
-    ops: Ops
-    weight: Tensor
-    eps: float
-    offset: float  # 1 where the weight is stored as its difference from 1 (Gemma), else 0
-
-    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
-        out = None if room is None else room(len(x), x.shape[1], x)
-        return self.ops.rms_norm(x, self.weight, self.eps, self.offset, out)
-
-    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        return self.ops.rms_norm_backward(grad, x, self.weight, self.eps, self.offset)
-
-
-@dataclass(frozen=True)
-class LayerNorm(Norm):
-    """LayerNorm in the same place; by loops where there are any."""
-
-    bias: Tensor | None = None
-    loops: Loops | None = None
-
-    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
-        if self.loops is not None:
-            out = None if room is None else room(len(x), x.shape[1], x)
-            return self.loops.layer_norm(x, self.weight, self.bias, self.eps, out)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        if self.loops is not None:
-            return self.loops.layer_norm_backward(grad, x, self.weight, self.eps)
-        shape, wanted = list(self.weight.shape), [True, False, False]
-        x = x.contiguous()
-        _, mean, rstd = torch.native_layer_norm(x, shape, self.weight, self.bias, self.eps)
-        native = torch.ops.aten.native_layer_norm_backward
-        found: Tensor = native(grad.contiguous(), x, shape, mean, rstd, self.weight, self.bias, wanted)[0]
-        return found
+from strop.engine.norms import Norm
+from strop.engine.operations import About, Loops, LoraProducts, Ops, Room
 
 
 @dataclass(frozen=True)
@@ -188,29 +82,6 @@ Enter = Norm | InFront | None
 
 
 @dataclass(frozen=True)
-class Dora:
-    """DoRA (Liu et al., arXiv:2402.09353) on layers with one adapter each: y = g (z W^T + s z A^T B^T) + bias, with
-    g = m / |W + s B A|, row by row, and the norm a constant in the gradient (section 4.3).
-
-    squares (n,): |W|^2 of each row, fp32.
-    """
-
-    ops: Ops
-    squares: Tensor
-
-    def gains(self, weight: Tensor, adapters: Adapters, magnitudes: Sequence[Tensor]) -> Tensor:
-        """g (n,), in the type of `squares`; 1 where no adapter is. |W + s B A|^2 without W + s B A: (n, k) is large."""
-        wide = self.squares.dtype
-        gains = torch.ones_like(self.squares)
-        for (a, b, scale), (start, end), m in zip(adapters, adapters.columns, magnitudes, strict=True):
-            a, b = a.to(wide), b.to(wide)
-            across = (weight[start:end] @ a.t().to(weight.dtype)).to(wide)
-            change = 2 * scale * (across * b).sum(1) + scale**2 * ((b @ (a @ a.t())) * b).sum(1)
-            gains[start:end] = m.to(wide) / (self.squares[start:end] + change).clamp_(min=0).sqrt_()
-        return gains
-
-
-@dataclass(frozen=True)
 class Frozen:
     """Frozen linear layers that share their input, as one. bias (n,) or None.
 
@@ -249,29 +120,13 @@ class Frozen:
         adapters = Adapters(parts[:factors], self.columns, self.scales, self.dropped is not None)
         return adapters, parts[factors : self.factors]
 
+    def dropping(self, adapters: Adapters) -> Dropping | None:
+        """Where DoRA's adapters drop of their input now."""
+        return None if self.dora is None or self.dropped is None else Dropping(adapters, self.dropped)
+
     def of_biases(self, grad: Tensor) -> list[Tensor]:
         wide = torch.promote_types(grad.dtype, torch.float32)
         return [grad[:, start:end].sum(0, dtype=wide) for start, end in self.biased]
-
-
-def apply(function: type[Function], *arguments: Any) -> Tensor:
-    """function.apply, which PyTorch leaves untyped."""
-    result: Tensor = cast(Any, function).apply(*arguments)
-    return result
-
-
-class RmsNorm(Function):
-    """Norm.forward with its gradient; saves x alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
-        ctx.norm = norm
-        ctx.save_for_backward(x)
-        return norm.forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return ctx.norm.backward(grad.contiguous(), *ctx.saved_tensors), None
 
 
 class LoraLinear(Function):
@@ -279,8 +134,9 @@ class LoraLinear(Function):
     and z_i = z, or what dropout leaves of it for this adapter (`scales` make up for what is dropped).
 
     x (T, k), or (T, 2 k) for glu; residual (T, n) or None: what y is added to; parts: A_1 (r_1, k), B_1 (n_1, r_1),
-    A_2, ..., for DoRA then m_1 (n_1,), m_2, ..., and the biases that are trained. Saves x and scale z A^T (T, sum of
-    r); for DoRA also y, which what stands behind saves as well where there is no residual.
+    A_2, ..., for DoRA then m_1 (n_1,), m_2, ..., the biases that are trained, and `trained` of a norm in front. Saves
+    x and scale z A^T (T, sum of r); for DoRA also y, which what stands behind saves as well where there is no residual,
+    but not with dropout (dora.py has what y is then).
 
     The frozen product is added to the adapters', and the sum is rounded once. The other way round, what an adapter adds
     to a number that is in bf16 already rounds away below half of its last bit, and a young adapter adds no more.
@@ -296,17 +152,23 @@ class LoraLinear(Function):
         ctx.round = frozen.arena.round if frozen.arena else 0
         if frozen.scales:
             adapters, magnitudes = frozen.split(parts)
-            y, kept = frozen.lora.forward(frozen.spread(z), len(weight), adapters, new)
+            entered, dora, dropping = frozen.spread(z), frozen.dora, frozen.dropping(adapters)
+            y, kept = frozen.lora.forward(entered, len(weight), adapters, new)
+            if dora is not None and dropping is not None:
+                gains = dora.gains(weight, dropping.undropped, magnitudes)
+                dora.changed_(y, entered, weight, gains, dropping)
             y.addmm_(z, weight.t())
-            if frozen.dora is not None:
-                gains = frozen.dora.gains(weight, adapters, magnitudes)
-                frozen.dora.ops.scale_columns_(y, gains)
+            if dora is not None and dropping is None:
+                gains = dora.gains(weight, adapters, magnitudes)
+                dora.ops.scale_columns_(y, gains)
             if frozen.bias is not None:
                 y += frozen.bias
-            if frozen.dora is not None:
+            if dora is not None and dropping is None:
                 kept = (gains, y, *kept)
                 y = y if residual is None else y + residual
                 residual = None
+            elif dora is not None:
+                kept = (gains, *kept)
             ctx.save_for_backward(x, *parts[: frozen.factors], *kept)
         else:
             ctx.save_for_backward(*([] if enter is None else [x]))
@@ -326,30 +188,46 @@ class LoraLinear(Function):
             frozen.arena.check(ctx.round)
         # Without adapters and with nothing to enter, nothing was saved: the input is not needed.
         x, *saved = ctx.saved_tensors or (grad,)
-        grad, grad_z, wanted = grad.contiguous(), None, ctx.needs_input_grad[0]
+        whole = isinstance(enter, Norm) and bool(enter.trained)
+        grad, grad_z, wanted = grad.contiguous(), None, ctx.needs_input_grad[0] or whole
         residual = grad if ctx.needs_input_grad[3] else None
         of_biases = frozen.of_biases(grad)
+        weight, entered, through = None, None, grad  # what the adapters take, and the gradient of what they give
+        grads_m: list[Tensor] = []
         if saved:
             parts = frozen.factors
             (adapters, magnitudes), kept = frozen.split(saved[:parts]), tuple(saved[parts:])
-            grads_m: list[Tensor] = []
-            if frozen.dora is not None:
+            dora, dropping = frozen.dora, frozen.dropping(adapters)
+            if dora is not None and dropping is not None:
+                gains, kept = kept[0], kept[1:]
+                z = x if enter is None else enter.forward(x, frozen.room)
+                weight, entered = frozen.weight(), frozen.spread(z)
+                along = dora.along(grad, gains, entered, weight, dropping)
+                through = dora.ops.scale_columns_(grad.clone(), gains)
+            elif dora is not None:
                 (gains, y), kept = kept[:2], kept[2:]
                 y = y if frozen.bias is None else y - frozen.bias
-                grad, along = frozen.dora.ops.scale_columns_backward(grad, y, gains)
-                for (start, end), m in zip(frozen.columns, magnitudes, strict=True):
-                    grads_m.append((along[start:end] / m).to(m.dtype))
-            grad_za, grad_z = frozen.lora.backward(grad, wanted, kept, adapters)
-            grad_z = None if grad_z is None else frozen.fold(grad_z)
+                grad, along = dora.ops.scale_columns_backward(grad, y, gains)
+                through = grad
+            for (start, end), m in zip(frozen.columns, magnitudes, strict=False):
+                grads_m.append((along[start:end] / m).to(m.dtype))
+            grad_za, grad_z = frozen.lora.backward(through, wanted, kept, adapters)
+            if grad_z is not None:
+                if dora is not None and dropping is not None:
+                    dora.back_(grad_z, grad, weight, gains, dropping)
+                grad_z = frozen.fold(grad_z)
         if wanted:
-            grad_z = grad @ frozen.weight() if grad_z is None else grad_z.addmm_(grad, frozen.weight())
+            weight = frozen.weight() if weight is None else weight
+            grad_z = grad @ weight if grad_z is None else grad_z.addmm_(grad, weight)
         z, grad_x = x, grad_z
         if isinstance(enter, InFront) and grad_z is not None:
             grad_x, z = enter.backward(grad_z, x)
         elif enter is not None:
             z = enter.forward(x, frozen.room)
             grad_x = enter.backward(grad_z, x) if isinstance(enter, Norm) and grad_z is not None else None
+        of_norm = enter.gradients(grad_z, x) if isinstance(enter, Norm) and grad_z is not None else []
         if not saved:
-            return grad_x, None, None, residual, *of_biases
-        of_parts = frozen.lora.gradients(grad, frozen.spread(z), grad_za, kept, adapters)
-        return grad_x, None, None, residual, *of_parts, *grads_m, *of_biases
+            return grad_x, None, None, residual, *of_biases, *of_norm
+        entered = frozen.spread(z) if entered is None else entered
+        of_parts = frozen.lora.gradients(through, entered, grad_za, kept, adapters)
+        return grad_x, None, None, residual, *of_parts, *grads_m, *of_biases, *of_norm

@@ -10,12 +10,15 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from strop.engine.arena import Arena
+from strop.engine.dora import Dora
 from strop.engine.dropout import CountedDropout, Dropped, Drops, grown
-from strop.engine.functions import Dora, Enter, Frozen, LoraLinear, LoraProducts, Ops, Room, apply
+from strop.engine.functions import Enter, Frozen, LoraLinear
+from strop.engine.norms import Norm
+from strop.engine.operations import LoraProducts, Ops, Room, apply
+from strop.engine.tokens import without
 
 
 @runtime_checkable
@@ -49,10 +52,8 @@ ProductsOf = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraProducts
 
 
 def base_of(module: Any) -> Any:
-    """The model's own module, under an adapter or new tokens."""
-    if isinstance(module, TrainableTokensWrapper):
-        return module.original_module
-    return module.base_layer if isinstance(module, LoraLayer) else module
+    """The model's own module, under an adapter, new tokens or a copy that is trained in full."""
+    return module.base_layer if isinstance(module, LoraLayer) else without(module)
 
 
 def on_a_weight(module: nn.Module) -> bool:
@@ -70,6 +71,27 @@ class OnIt:
     columns: tuple[tuple[int, int], ...]
     scales: tuple[float, ...]
     dropouts: list[Any]
+
+
+def adapters_on(modules: Sequence[Any], bases: Sequence[Any]) -> OnIt:
+    """Those that are active now. bases: base_of each module."""
+    adapters: list[Tensor] = []
+    dropouts: list[Any] = []
+    magnitudes: list[Tensor] = []
+    columns, scales, at = [], [], 0
+    for module, base in zip(modules, bases, strict=True):
+        width = base.out_features
+        if isinstance(module, LoraLayer) and not module.disable_adapters and not module.merged:
+            for name in module.active_adapters:
+                if name in module.lora_A:
+                    adapters += [module.lora_A[name].weight, module.lora_B[name].weight]
+                    if name in module.lora_magnitude_vector:
+                        magnitudes.append(module.lora_magnitude_vector[name].weight)
+                    columns.append((at, at + width))
+                    dropouts.append(module.lora_dropout[name])
+                    scales.append(float(module.scaling[name]) * grown(_level(dropouts[-1])))
+        at += width
+    return OnIt(adapters, magnitudes, tuple(columns), tuple(scales), dropouts)
 
 
 class Joined:
@@ -115,34 +137,20 @@ class Joined:
 
     def on_it(self) -> OnIt:
         """The adapters that are active now."""
-        adapters: list[Tensor] = []
-        dropouts: list[Any] = []
-        magnitudes: list[Tensor] = []
-        columns, scales, at = [], [], 0
-        for module, base in zip(self.modules, self.bases, strict=True):
-            width = base.out_features
-            if isinstance(module, LoraLayer) and not module.disable_adapters and not module.merged:
-                for name in module.active_adapters:
-                    if name in module.lora_A:
-                        adapters += [module.lora_A[name].weight, module.lora_B[name].weight]
-                        if name in module.lora_magnitude_vector:
-                            magnitudes.append(module.lora_magnitude_vector[name].weight)
-                        columns.append((at, at + width))
-                        dropouts.append(module.lora_dropout[name])
-                        scales.append(float(module.scaling[name]) * grown(_level(dropouts[-1])))
-            at += width
-        return OnIt(adapters, magnitudes, tuple(columns), tuple(scales), dropouts)
+        return adapters_on(self.modules, self.bases)
 
     def __call__(self, x: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
         """tokens: the key of each row of x (dropout.token_keys)."""
         for base, place in zip(self.bases, self.places, strict=True):
             assert _place(base.weight) == place, "the model's weights were moved or replaced after FastLoss"
-        now = self.on_it()
-        products, dropped = self.operands or self._products(now.parts), _dropped(now.dropouts, tokens)
+        now, enter = self.on_it(), self.enter
+        enter = enter.now() if isinstance(enter, Norm) else enter
+        products, dropped = self.operands or self._products(now.parts), dropped_by(now.dropouts, tokens)
         lies = now.columns, now.scales, self.room, self._arena, dropped, self.drops
         bias, biased, trained = self._biases(x) if self._trained else (self.bias, (), [])
         frozen = Frozen(self.weight, bias, products, *lies, self._dora_of(now.magnitudes), biased)
-        return apply(LoraLinear, x, frozen, self.enter, residual, *now.parts, *now.magnitudes, *trained)
+        whole = enter.trained if isinstance(enter, Norm) else ()
+        return apply(LoraLinear, x, frozen, enter, residual, *now.parts, *now.magnitudes, *trained, *whole)
 
     def _biases(self, x: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...], list[Tensor]]:
         """The biases as they are now, side by side in the type of x; where the trained ones stand in them; these."""
@@ -167,7 +175,7 @@ def _level(dropout: Any) -> int:
     return dropout.level if isinstance(dropout, CountedDropout) else 0
 
 
-def _dropped(dropouts: Sequence[Any], tokens: Tensor) -> Dropped | None:
+def dropped_by(dropouts: Sequence[Any], tokens: Tensor) -> Dropped | None:
     """What the adapters with these dropouts, each CountedDropout or Identity, drop now; None: nothing."""
     levels = tuple(map(_level, dropouts))
     counted = [dropout for dropout in dropouts if isinstance(dropout, CountedDropout)]

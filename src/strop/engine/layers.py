@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from strop.engine.families import FAMILIES, Family, activation_of, linears, own_mixer, own_mixture, text_of
 from strop.engine.joined import base_of
-from strop.engine.tokens import NewRows, embedded, new_rows
+from strop.engine.tokens import NewRows, embedded, new_rows, used, without
 
 NOWHERE = "nowhere"
 Angles = dict[str | None, tuple[Tensor, Tensor]]
@@ -20,13 +20,20 @@ Angles = dict[str | None, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class NormPart:
-    """An RMS norm, or a LayerNorm (`centered`). offset: 1 where the weight is stored as its difference from 1."""
+    """An RMS norm, or a LayerNorm (`centered`). offset: 1 where the weight is stored as its difference from 1.
+    module: where something of it is trained, its own, which has other weights while adapters are off."""
 
     weight: Tensor
     bias: Tensor | None
     eps: float
     offset: float
     centered: bool
+    module: Any = None
+
+    def now(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the module as they are used now."""
+        module = used(self.module)
+        return module.weight, getattr(module, "bias", None)
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,8 @@ class Layers:
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder, self.config = text_of(base)
         self.family: Family = FAMILIES[self.config.model_type]
-        self._output = base.get_output_embeddings()
-        self.head = base_of(self._output)
+        self.output = base.get_output_embeddings()
+        self.head = base_of(self.output)
         self.embedding = self.decoder.get_input_embeddings()
         self.softcap = float(getattr(self.config, "final_logit_softcapping", None) or 0)
         family = self.family
@@ -94,7 +101,7 @@ class Layers:
 
     def new_rows(self) -> NewRows | None:
         """Rows of the head that are trained, and active now."""
-        return new_rows(self._output)
+        return new_rows(self.output)
 
     def kind_of(self, number: int) -> str | None:
         """The layer's kind of rotary embedding, as in LayerPart."""
@@ -159,13 +166,16 @@ class Layers:
         return None if found is None else self._norm(found, width)
 
     def _norm(self, module: Any, width: int) -> NormPart:
-        eps = float(module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps)
-        weight = getattr(module, "weight", None)
+        own = without(module)
+        eps = float(own.variance_epsilon if hasattr(own, "variance_epsilon") else own.eps)
+        weight = getattr(own, "weight", None)
         weight = self.head.weight.new_ones(width) if weight is None else weight.data
-        bias = getattr(module, "bias", None) if self.family.layer_norm else None
+        bias = getattr(own, "bias", None) if self.family.layer_norm else None
+        trained = own is not module or any(one.requires_grad for one in own.parameters())
         return NormPart(
             weight, None if bias is None else bias.data, eps,
             0.0 if self.family.layer_norm else self.family.norm_offset, self.family.layer_norm,
+            module if trained else None,
         )  # fmt: skip
 
 

@@ -70,26 +70,34 @@ class PlainLoss:
         labels, weight = padded.ids[row, column], padded.weights[row, column]
         before = column - 1  # the position that predicts each label
         labels, weight, row, before = sent([labels.numpy(), weight.numpy(), row.numpy(), before.numpy()], device)
-        found = self._forward(padded, lambda hidden: hidden[row, before])
+        found = self._forward(padded, lambda hidden: hidden[row, before], (row, before))
         losses = F.cross_entropy(found.logits.float(), labels, reduction="none")
         balanced = self._balance and self.model.training
         return losses, weight, row, self._balance * found.aux_loss.to(device) if balanced else None
 
-    def _forward(self, padded: _Padded, pick: Callable[[Tensor], Tensor]) -> Any:
-        """The model's own output, with logits of what `pick` takes of the last hidden states (B, S, h) alone."""
+    def _forward(
+        self, padded: _Padded, pick: Callable[[Tensor], Tensor], at: tuple[Tensor, Tensor] | None = None
+    ) -> Any:
+        """The model's own output, with logits of what `pick` takes of the last hidden states (B, S, h) alone. at: which
+        of (B, S) these are, so that dropout in front of an adapter on the output embedding knows them."""
         device = next(self._head.parameters()).device
         sides = [padded.ids.numpy(), padded.attended.numpy(), padded.keys.numpy()]
-        ids, attended, self.masks.tokens = sent(sides, device)
+        ids, attended, keys = sent(sides, device)
+        self.masks.tokens = keys
 
         def picked_only(_: torch.nn.Module, inputs: tuple[Any, ...]) -> Any:
             if inputs[0].shape[:2] != padded.ids.shape:
                 kind = cast(Any, self.model).config.model_type
                 what = f"{kind}: its output head does not take one position a token"
                 raise ModelError(what, fix="use a decoder-only language model")
+            self.masks.tokens = keys if at is None else keys[at]
             return (pick(inputs[0]), *inputs[1:])
 
+        def whole_again(*_: Any) -> None:  # a layer may be computed again in the backward
+            self.masks.tokens = keys
+
         # A hook on the output embedding, so that no logits are made for padding, prompts and other unsupervised tokens.
-        with self._head.register_forward_pre_hook(picked_only):
+        with self._head.register_forward_pre_hook(picked_only), self._head.register_forward_hook(whole_again):
             return self.model(
                 input_ids=ids,
                 attention_mask=attended,

@@ -15,8 +15,8 @@ from torch.autograd import Function
 from strop.engine import dropout, eager, lora
 from strop.engine.attention import Attention, Heads, Turned
 from strop.engine.dropout import Drops
-from strop.engine.functions import Loops, LoraProducts, Ops, apply
 from strop.engine.joined import Joined
+from strop.engine.operations import Loops, LoraProducts, Ops, apply
 from strop.engine.packed import Documents
 from strop.machine.probe import TILED_RANK, probe
 

@@ -1,6 +1,8 @@
-"""New tokens: rows of the embedding, and of the head, that are trained beside the adapters (peft's trainable tokens).
+"""What is trained beside the adapters: modules in full (peft's modules_to_save), and new tokens: rows of the embedding,
+and of the head (peft's trainable tokens).
 
-Only these rows have a gradient, where peft's own forward makes a copy of the whole embedding and a gradient as large.
+Of new tokens only these rows have a gradient, where peft's own forward makes a copy of the whole embedding and a
+gradient as large.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.utils.other import TrainableTokensWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor
 
 
@@ -31,6 +33,21 @@ class NewRows:
         return _index(self.ids, self.rows.device)
 
 
+def without(module: Any) -> Any:
+    """The model's own module, under one that is trained in full or new tokens."""
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+
+
+def used(module: Any) -> Any:
+    """The module that computes now: where it is trained in full, the copy that is trained; not if adapters are off."""
+    if not isinstance(module, ModulesToSaveWrapper):
+        return without(module)
+    active = module.active_adapters
+    if module.disable_adapters or not active or active[0] not in module.modules_to_save:
+        return module.original_module
+    return module.modules_to_save[active[0]]
+
+
 def new_rows(module: Any) -> NewRows | None:
     """Of an embedding or a head, where they are trained and active now."""
     if not isinstance(module, TrainableTokensWrapper) or module.disable_adapters:
@@ -43,9 +60,9 @@ def new_rows(module: Any) -> NewRows | None:
 
 
 def embedded(module: Any, ids: Tensor) -> Tensor:
-    """(T, h) of ids (T,), as the module itself gives it."""
-    found, base = new_rows(module), module.original_module if isinstance(module, TrainableTokensWrapper) else module
-    x: Tensor = base(ids)
+    """(T, h) of ids (T,), as the module itself gives it, in the type of the model."""
+    found, base = new_rows(module), without(module)
+    x: Tensor = used(module)(ids).to(base.weight.dtype)
     if found is None:
         return x
     which = found.place(base.num_embeddings)[ids]

@@ -101,14 +101,22 @@ def at_peak(setting: Setting, batch: MicroBatch) -> Alive:
     here, used = (1, min(kept, 2)) if setting.offload else (kept, kept)
     # The last layer computes only the supervised rows behind its attention.
     whole = here * inputs + (layers - kept) * block - (0 if kept == layers else block - last)
+    # What the head's own gradient takes while a layer goes back, where it does not wait with those of earlier ones.
+    beside = 0 if batch.more or setting.device == "cpu" else head_gradient_bytes(setting)
     moments = [Alive(whole, 0, head_bytes(setting, batch))]
+    if (
+        setting.whole_embedding and batch.more
+    ):  # the last gradient of all, as large as the embedding, added to the first
+        rows = batch.tokens * setting.shape.hidden * (4 + setting.element)
+        moments.append(Alive(0, rows + 4 * setting.shape.embedding))
     # Going back: the last layer, the one before it, and the last of those that are computed again.
     again = block if kept else 0
     if kept < layers:
-        moments.append(Alive(whole, backward_bytes(setting, batch, batch.supervised)))
-        moments.append(Alive(whole - last + (again if kept == layers - 1 else 0), backward_bytes(setting, batch)))
+        moments.append(Alive(whole, backward_bytes(setting, batch, batch.supervised), beside))
+        behind = whole - last + (again if kept == layers - 1 else 0)
+        moments.append(Alive(behind, backward_bytes(setting, batch), beside))
     if kept:
-        moments.append(Alive(used * inputs + again - inputs, backward_bytes(setting, batch)))
+        moments.append(Alive(used * inputs + again - inputs, backward_bytes(setting, batch), beside))
     return max(moments, key=lambda moment: moment.total)
 
 
@@ -129,13 +137,13 @@ def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
     front = sum(rank.get(name, 0) for name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
     out = rank.get("o_proj", 0)
     behind = sum(rank.get(name, 0) for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj"))
-    before = h + front + q + 2 * kv  # residual in, z A, qkv
+    before = h + front + (q + 2 * kv) * (2 if setting.whole_head_norms else 1)  # residual in, z A, qkv (before norms)
     family = FAMILIES.get(shape.family, Family())
     halves = 2 if family.gated else 1
     after = (q + out if out else 0) + halves * inner + behind
     # The MLP's input, unless it is attention's as well, and those of the norms behind the blocks.
     after += (0 if family.parallel else h) + sum(h for name in (family.after_attention, family.after_mlp) if name)
-    after += 2 * h if setting.dora else 0  # what the blocks add to the residual stream
+    after += 2 * h if setting.dora and not setting.dropout else 0  # what the blocks add to the residual stream
     if setting.tiles or setting.flash:  # the output, which the next product keeps as well; a number a row and head
         kept = batch.tokens * (q * b + 4 * shape.heads)
         after -= q if out and rows == batch.tokens else 0
@@ -200,6 +208,8 @@ def backward_bytes(setting: Setting, batch: MicroBatch, rows: int | None = None)
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
     # grad, dz (I), d(gate, up) (2 I) and z (I), with the gradient of the residual
     mlp = rows * (4 * inner + h + (inner if setting.dropout else 0)) * b  # what dropout leaves of z
+    if setting.dora and setting.dropout and setting.step == "fast":  # of gate and up: z, what is left, two gradients
+        mlp += rows * 4 * h * b
     if setting.step == "plain":
         return max(mlp + rows * EAGER_BYTES * inner, tokens * (5 * q + 6 * kv + h) * b)
     if setting.device != "cpu":
@@ -256,15 +266,27 @@ def _block_bytes(setting: Setting, batch: MicroBatch) -> int:
 
 
 def head_bytes(setting: Setting, batch: MicroBatch) -> int:
-    """The last norm's output and the gradient of its rows, and a chunk of logits; the plain step has them all."""
+    """The last norm's output and the gradient of its rows, and a chunk of logits; the plain step has them all. And what
+    a head that is trained takes: its gradient, beside that of earlier micro-batches, and its weight in the type that is
+    computed in."""
     shape, b = setting.shape, setting.element
+    own = head_gradient_bytes(setting) if batch.more or setting.device != "cpu" else 0
     if setting.step == "plain":
-        return batch.supervised * shape.vocabulary * (b + 4 + 4 + 4)
+        return batch.supervised * shape.vocabulary * (b + 4 + 4 + 4) + own
+    own += b * (shape.embedding if setting.whole_head and b < 4 else 0) + b * setting.head_rank * shape.vocabulary
     rows = min(batch.supervised, head_rows(setting))
     chunk = rows * shape.vocabulary * (b + 3 * 4 if setting.device == "mps" else b)
     if setting.device == "cpu":
         chunk += setting.threads * 4 * shape.vocabulary
-    return batch.supervised * 2 * shape.hidden * b + chunk
+    return batch.supervised * 2 * shape.hidden * b + chunk + own
+
+
+def head_gradient_bytes(setting: Setting) -> int:
+    """In fp32, of a head that is trained in full or by an adapter."""
+    shape = setting.shape
+    return 4 * (shape.embedding if setting.whole_head else 0) + 4 * setting.head_rank * (
+        shape.hidden + shape.vocabulary
+    )
 
 
 def head_rows(setting: Setting) -> int:

@@ -183,7 +183,7 @@ def train(setting: Setting, batch: MicroBatch) -> Phase:
     elif setting.step == "fast" and not setting.tiled_lora:
         # The adapter in the type that is computed in is kept for the backward, of each layer that keeps anything.
         share = 1 - setting.checkpoint_layers / setting.shape.layers if setting.element < 4 else 0.5
-        held["adapters"] += int(setting.element * setting.adapter_weights * share)
+        held["adapters"] += int(setting.element * (setting.adapter_weights - setting.whole) * share)
     alive = at_peak(setting, batch)
     waiting = trainable if batch.more or setting.device == "cpu" else 0
     moments = [(alive, waiting), (Alive(), trainable)]  # the second: the optimizer's own step

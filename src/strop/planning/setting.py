@@ -10,9 +10,10 @@ from strop.engine.families import FAMILIES, Family
 from strop.errors import ModelError
 from strop.machine.probe import TILED_RANK, probe
 from strop.model.shape import ModelShape
-from strop.model.targets import target_names
+from strop.model.targets import EMBEDDINGS, target_names
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+HEADS = ("lm_head", "embed_out")  # of EMBEDDINGS
 BITS = {"nf4": 4.0, "fp4": 4.0, "int8": 8.0}
 
 
@@ -20,7 +21,9 @@ BITS = {"nf4": 4.0, "fp4": 4.0, "int8": 8.0}
 class Setting:
     """One way to train a model. ranks: of the adapter on each of shape.linears, 0 where there is none.
 
-    element: bytes of a number in the type that is computed in. whole: weights that are trained in full. step: fast or
+    element: bytes of a number in the type that is computed in. whole: weights that are trained and are not of these
+    adapters: in full, biases, DoRA's magnitudes, an adapter on the head (its rank: head_rank). whole_head,
+    whole_embedding, whole_head_norms (of q and k): these are trained in full. step: fast or
     plain, as engine.step decides. tiles: the fast step's attention runs in tiles. shards: devices that hold a share of
     the base each; 1: each holds all of it. offload: inputs of layers that are computed again wait in the host's memory.
     """
@@ -43,6 +46,10 @@ class Setting:
     dora: bool = False
     shards: int = 1
     offload: bool = False
+    head_rank: int = 0
+    whole_head: bool = False
+    whole_embedding: bool = False
+    whole_head_norms: bool = False
 
     @staticmethod
     def of(
@@ -55,10 +62,12 @@ class Setting:
         device = model.device.partition(":")[0]
         scheme = model.quantization if model.quantization != "auto" else "none"
         resident = 0 if scheme == "none" else min(shape.layers, model.resident_layers or 0)
-        whole = sum(shape.embedding for name in lora.modules_to_save if name in ("embed_tokens", "lm_head"))
+        head_rank = _rank("lm_head", lora.r, lora.rank_pattern) if "lm_head" in names else 0
+        whole = trained_in_full(lora, shape) + head_rank * (shape.hidden + shape.vocabulary)
         whole += len(lora.new_tokens) * shape.hidden
         if lora.use_dora:
             whole += shape.layers * sum(x.rows for x, rank in zip(shape.linears, ranks, strict=True) if rank)
+            whole += shape.vocabulary if head_rank else 0
         whole += shape.hidden if train.objective == "reward" else 0  # its head
         whole += trained_biases(lora, shape)
         plain = why_plain(recipe, shape) is not None
@@ -81,6 +90,10 @@ class Setting:
             lora.use_dora,
             devices if model.placement == "sharded" else 1,
             train.gradient_checkpointing == "offload",
+            head_rank,
+            any(name in HEADS for name in lora.modules_to_save),
+            any(name in EMBEDDINGS and name not in HEADS for name in lora.modules_to_save),
+            _head_norms_in_full(lora, shape),
         )
 
     @property
@@ -174,15 +187,44 @@ def trained_biases(lora: LoraSection, shape: ModelShape) -> int:
     return shape.layers * sum(x.rows for x in shape.linears if x.bias and x.name in names)
 
 
+def trained_in_full(lora: LoraSection, shape: ModelShape) -> int:
+    """Numbers of the modules that are trained in full, as peft picks them: by the end of their path."""
+    names = tuple(lora.modules_to_save)
+    if not names:
+        return 0
+    row = FAMILIES.get(shape.family, Family())
+    norm = shape.hidden * (2 if row.norm_biases else 1)
+    layer = {x.path: x.weights for x in shape.linears} | dict.fromkeys(row.norms, norm)
+    if shape.head_norms:
+        layer |= {f"{row.attention}.{name}": shape.head_size for name in (row.q_norm, row.k_norm)}
+    modules = [(f"layers.{number}.{path}", size) for number in range(shape.layers) for path, size in layer.items()]
+    modules += [(f"model.{row.final_norm}", norm), *((name, shape.embedding) for name in EMBEDDINGS)]
+    return sum(size for path, size in modules if path.endswith(names))
+
+
+def _head_norms_in_full(lora: LoraSection, shape: ModelShape) -> bool:
+    """Whether norms of q or k are among them: named so, or by what their names end with."""
+    row, names = FAMILIES.get(shape.family, Family()), tuple(lora.modules_to_save)
+    own = (f"{row.attention}.{row.q_norm}", f"{row.attention}.{row.k_norm}")
+    asked = any(name.rpartition(".")[2] in (row.q_norm, row.k_norm) for name in names)
+    return asked or (shape.head_norms and any(path.endswith(names) for path in own if names))
+
+
+def _linears_in_full(lora: LoraSection, shape: ModelShape) -> bool:
+    """Whether modules are trained in full that are neither embeddings nor norms."""
+    row = FAMILIES.get(shape.family, Family())
+    known = (*EMBEDDINGS, *row.norms, row.q_norm, row.k_norm, row.final_norm)
+    return any(name.rpartition(".")[2] not in known for name in lora.modules_to_save)
+
+
 def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
     """Why the fast step cannot train this, as engine.fits.unsupported would say of the model itself."""
     lora, family = recipe.lora, FAMILIES.get(shape.family)
     reasons = {
         f"model family {shape.family}": family is None,
         "a loss that balances experts": shape.balanced,
-        "DoRA with dropout": lora.use_dora and lora.dropout > 0,
-        "trained biases of norms": lora.bias == "all" and family is not None and family.norm_biases,
-        "weights trained in full": bool(lora.modules_to_save),
+        "DoRA on the output head": lora.use_dora and "lm_head" in _targets(shape, lora.target_modules),
+        "linear layers trained in full": _linears_in_full(lora, shape),
         "fp16": recipe.model.dtype == "fp16",
         f"rotary embedding of type {shape.rope}": shape.rope in ("dynamic", "longrope"),
         "soft-capped attention outside of a CPU": shape.softcap and recipe.model.device != "cpu",

@@ -79,8 +79,9 @@ class Flops:
 
 def flops(setting: Setting, batch: MicroBatch) -> Flops:
     """Exact for the fast step: no dW for frozen weights, no dX in front of the first layer, the head and the last
-    layer behind its attention on supervised rows alone; a layer that is checkpointed does its forward twice. The plain
-    step computes all rows of every layer."""
+    layer behind its attention on supervised rows alone; a layer that is checkpointed does its forward twice. DoRA with
+    dropout has a frozen product more in the forward and two in the backward. The plain step computes all rows of every
+    layer."""
     shape, layers = setting.shape, setting.shape.layers
     front = sum(x.active_weights for x in shape.linears if x.name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
     behind = sum(x.active_weights for x in shape.linears) - front
@@ -89,11 +90,17 @@ def flops(setting: Setting, batch: MicroBatch) -> Flops:
     forward = 2.0 * rows
     again = setting.checkpoint_layers / layers
     frozen = forward * (2 + again) - 2.0 * front * batch.tokens
+    if setting.dora and setting.dropout and setting.step == "fast":
+        linears = zip(shape.linears, setting.ranks, strict=True)
+        frozen += forward * (3 + again) * sum(x.active_weights for x, rank in linears if rank) / (front + behind)
     adapters = (6 + 2 * again) * (setting.active_adapter_weights - setting.whole) * batch.tokens
     long = sum(number * queries * keys for number, queries, keys in batch.documents if keys > KEEP_PAIRS)
     scored = 2.0 * layers * shape.query * pairs(setting, batch)  # of one product
     attention = (7 + 2 * again) * scored if setting.tiles else (6 + 2 * again) * scored + layers * shape.query * long
-    return Flops(frozen, adapters, attention, 4.0 * shape.embedding * batch.supervised)
+    head = (6.0 if setting.whole_head else 4.0) * shape.embedding + 6.0 * setting.head_rank * (
+        shape.hidden + shape.vocabulary
+    )
+    return Flops(frozen, adapters, attention, head * batch.supervised)
 
 
 @dataclass(frozen=True)

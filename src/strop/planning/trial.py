@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from strop.engine.device import measure, pick_dtype, prepare_process
-from strop.engine.functions import apply
-from strop.engine.head import SupervisedLoss
+from strop.engine.head import Output, SupervisedLoss
+from strop.engine.operations import apply
 from strop.engine.processor import kernels_lack, processor_for
 from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, crashed, installed, pip
@@ -95,7 +95,8 @@ def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
     x, weight = torch.ones(rows, hidden, dtype=dtype, requires_grad=True), torch.ones(vocabulary, hidden, dtype=dtype)
     labels, weights = torch.zeros(rows, dtype=torch.long), torch.ones(rows)
     ops = processor_for(torch.device("cpu"), dtype).ops
-    seconds = fastest(lambda: apply(SupervisedLoss, x, labels, weights, weight, 0.0, ops), 3)
+    output = Output(weight, 0.0, ops)
+    seconds = fastest(lambda: apply(SupervisedLoss, x, labels, weights, output), 3)
     moving = repacked_bytes(rows, vocabulary, hidden, x.element_size()) / bandwidth
     return 4 * rows * hidden * vocabulary / max(seconds - moving, seconds / 2)
 

@@ -23,7 +23,8 @@ from strop.engine.card import heads as heads_
 from strop.engine.card.attention import Turn
 from strop.engine.dropout import Dropped
 from strop.engine.fast import FastLoss
-from strop.engine.functions import Norm, Ops
+from strop.engine.norms import Norm
+from strop.engine.operations import Ops
 from strop.engine.processor import Processor
 from strop.model.quantize import QuantizedLinear, pack
 from tests.engine.test_fast import assert_same, some, step, with_prefix

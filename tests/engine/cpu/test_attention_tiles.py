@@ -11,7 +11,7 @@ from strop.engine import eager
 from strop.engine.attention import Attention, Heads
 from strop.engine.cpu import kernels
 from strop.engine.cpu.attention import TileAttention
-from strop.engine.functions import Norm
+from strop.engine.norms import Norm
 from strop.engine.packed import Documents
 from strop.machine.probe import probe
 

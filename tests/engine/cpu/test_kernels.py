@@ -20,8 +20,8 @@ from strop.engine.attention import Heads, Turned
 from strop.engine.cpu import aside, compiled, kernels, loss
 from strop.engine.cpu import rows as row_loops
 from strop.engine.families import ACTIVATIONS
-from strop.engine.functions import apply
 from strop.engine.layers import about
+from strop.engine.operations import apply
 from strop.engine.packed import lay_out
 from tests import ROOT
 

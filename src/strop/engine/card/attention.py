@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from strop.engine import eager
 from strop.engine.attention import Heads
-from strop.engine.functions import apply
+from strop.engine.operations import apply
 from strop.engine.packed import Documents, Varlen
 
 LARGEST, ALIGNED = 256, 8  # a head that flash attention takes: at most so many numbers, and a multiple of so many
