@@ -21,6 +21,9 @@ def test_runs_through_the_kernels(card: Play) -> None:
         ({"model.quantization": "int8", "model.resident_layers": 0}, {"_eight_bit"}),
         ({"lora.dropout": 0.1, "train.gradient_checkpointing": "on"}, {"_spread", "_fold"}),
         ({"lora.use_dora": True}, {"_scale", "_scale_backward"}),
+        ({"lora.use_dora": True, "lora.dropout": 0.1}, {"_scale", "_scale_backward", "_spread", "_fold"}),
+        ({"lora.modules_to_save": ["input_layernorm", "norm"]}, {"_scale_backward"}),
+        ({"lora.target_modules": ["all-linear", "lm_head"], "lora.dropout": 0.1}, {"_spread", "_fold"}),
         ({"capability": [7, 5]}, set()),
     ]
     runs = card(*({"play": "train", "kernels": True, **QUICK, **kind} for kind, _ in kinds))

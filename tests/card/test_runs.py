@@ -20,6 +20,10 @@ KINDS: dict[str, dict[str, Any]] = {
         **STREAMED, "model.double_quantization": False, "lora.dropout": 0.1, "train.optimizer": "paged_adamw_8bit",
     },
     "int8, DoRA": {"model.quantization": "int8", "model.resident_layers": 0, "lora.use_dora": True},
+    "nf4, DoRA with dropout, norms in full": {
+        **STREAMED, "lora.use_dora": True, "lora.dropout": 0.1, "lora.modules_to_save": ["norm"],
+    },
+    "an adapter on the head, dropout": {"lora.target_modules": ["q_proj", "lm_head"], "lora.dropout": 0.1},
     "without bf16": {"capability": [7, 5]},
     "inputs of layers in the host's memory": {
         **STREAMED, "train.gradient_checkpointing": "offload", "train.micro_batch_tokens": 64,

@@ -12,12 +12,15 @@ from peft.tuners.lora import Linear as PeftLinear
 from transformers import AutoModelForCausalLM, GemmaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from strop.config.schema import LoraSection
+from strop.engine.fast import FastLoss
 from strop.engine.plain import PlainLoss
 from strop.errors import ModelError
 from strop.model.facts import locate
 from strop.model.load import load_base
 from strop.model.lora import add_lora, check_lora, linear_kinds, trainable
+from strop.model.quantize import QuantizedLinear
 from strop.model.targets import target_names
+from tests.engine.test_fast import assert_same, step
 from tests.support import tiny
 from tests.support.families import tokenizer
 
@@ -151,3 +154,23 @@ def test_a_young_adapter_is_not_rounded_away(tiny_folder: Path, quantization: st
             upstream = torch.randn_like(mine)
             torch.testing.assert_close(*(torch.autograd.grad(y, (x, b), upstream) for y in (mine, peft_s)))
     assert kept / wanted == pytest.approx(1.0, abs=0.15) and lost / wanted < 0.5
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_dora_on_a_quantized_base_starts_as_the_base(tiny_folder: Path, scheme: str, dropout: float) -> None:
+    """Its magnitudes are those of the weights that the model computes with, and both steps agree on what follows."""
+    base = load_base(locate(str(tiny_folder)), torch.float32, "cpu", quantization=scheme)
+    examples = tiny.examples(4)
+    untouched = PlainLoss(base)(examples).detach()
+    model = add_lora(base, section(use_dora=True, dropout=dropout), None).train()
+    assert any(isinstance(module, QuantizedLinear) for module in model.modules())
+    losses = [PlainLoss(model), FastLoss(model)]
+    for loss in losses:
+        assert loss(examples).item() == pytest.approx(untouched.item(), rel=1e-4)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            weight.data *= 1.1 + 0.2 * torch.rand_like(weight)
+            weight.data += 0.1 * torch.randn_like(weight) if "lora_B" in name else 0
+    plain, fast = (step(model, loss, examples) for loss in losses)
+    assert_same(fast, plain)

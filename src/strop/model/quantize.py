@@ -128,6 +128,14 @@ class QuantizedLinear(nn.Linear):
         block = about["blocksize"]
         return cast(Tensor, kernels.four_bit(self.weight.data, known["quant_map"], known["absmax"], block, nested, out))
 
+    @property
+    def W_q(self) -> Tensor:
+        """By this name peft knows a layer that gives its weight by `dequantize` (HQQ's), which its DoRA asks for."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        return self.dequantized()
+
     def packed(self) -> PackedWeight | None:
         """The weight as it is held, its constants in fp32; None where a block of it goes over the end of a row."""
         if self.scheme == "int8":
