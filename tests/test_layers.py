@@ -57,6 +57,7 @@ FLOORS: Mapping[str, list[set[str]]] = {
         {"processor", "device"},
         {"families"},
         {"layers", "fits", "plain"},
+        {"blocks"},
         {"fast", "answers"},
         {"step", "exercise"},
     ],

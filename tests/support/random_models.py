@@ -33,6 +33,11 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "gemma": SAME,
     "gemma2": {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": GEMMA,
+    "gemma4_text": {
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 4,
+        "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97,
+        "global_head_dim": 16, "num_global_key_value_heads": 2, "pad_token_id": 0,
+    },
     "smollm3": {
         "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 4, "pad_token_id": 0,
         "bos_token_id": 1, "eos_token_id": 2,

@@ -40,6 +40,7 @@ class Heads:
     softcap: float  # scores are bent to softcap * tanh(scores / softcap); 0: they are not
     q_norm: Norm | None
     k_norm: Norm | None
+    v_norm: Norm | None = None
     new: New = in_heap  # for what is kept
     sinks: Tensor | None = None  # (query,) fp32: what each head's softmax counts beside the keys
 
@@ -55,16 +56,16 @@ class Heads:
 
     def normed(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.views(qkv)
-        for_q, for_k = self.q_norm, self.k_norm
-        return (
-            for_q.forward(over(q, for_q)).view(q.shape) if for_q else q,
-            for_k.forward(over(k, for_k)).view(k.shape) if for_k else k,
-            v,
+        norms = self.q_norm, self.k_norm, self.v_norm
+        q, k, v = (
+            norm.forward(over(x, norm)).view(x.shape) if norm else x for x, norm in zip((q, k, v), norms, strict=True)
         )
+        return q, k, v
 
     def norms_backward_(self, grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor) -> None:
-        """Takes the gradients of q and k, in place, back through their norms."""
-        for grad, x, norm in zip(grads, self.views(qkv), (self.q_norm, self.k_norm), strict=False):
+        """Takes the gradients of q, k and v, in place, back through their norms."""
+        norms = self.q_norm, self.k_norm, self.v_norm
+        for grad, x, norm in zip(grads, self.views(qkv), norms, strict=True):
             if norm:
                 grad.copy_(norm.backward(over(grad, norm), over(x, norm)).view(grad.shape))
 
@@ -121,7 +122,7 @@ def norms_aside(qkv: Tensor, heads: Heads) -> tuple[Tensor, Heads]:
         return qkv, heads
     q_norm, k_norm = (None if norm is None else norm.now() for norm in (heads.q_norm, heads.k_norm))
     trained = [one for norm in (q_norm, k_norm) if norm is not None for one in norm.trained]
-    qkv = apply(HeadNorms, qkv, replace(heads, q_norm=q_norm, k_norm=k_norm), *trained)
+    qkv = apply(HeadNorms, qkv, replace(heads, q_norm=q_norm, k_norm=k_norm, v_norm=None), *trained)
     return qkv, replace(heads, q_norm=None, k_norm=None)
 
 

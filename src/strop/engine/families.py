@@ -25,6 +25,7 @@ class Family:
     # stands in attention's place (the module's name), on one row after the other.
     mixture: bool = False
     mixer: str | None = None
+    per_layer: bool = False  # what each token has for each layer is added behind it (Gemma 4)
     gated_heads: bool = False  # behind each head's query stands what its output is multiplied by, as a sigmoid
     # Norms: in front of a block, and of what it adds to the residual stream.
     layer_norm: bool = False  # the mean is taken off as well
@@ -38,6 +39,7 @@ class Family:
     embedding_norm: bool = False  # the last norm stands in front of the first layer as well
     q_norm: str = "q_norm"  # over each head, or over all of them, as its weight is long
     k_norm: str = "k_norm"
+    v_norm: str = "v_norm"
     # The blocks read the same input and are added together; or the config's field that says so. Without a norm of its
     # own the MLP reads what attention's norm gives.
     parallel: bool | str = False
@@ -61,7 +63,8 @@ class Family:
     @property
     def by_model(self) -> str:
         """What the model's own modules compute, in words for the user."""
-        parts = [name for name, there in ((self.mixer, self.mixer), ("experts", self.mixture)) if there]
+        named = ((self.mixer, self.mixer), ("experts", self.mixture), ("inputs of each layer", self.per_layer))
+        parts = [name for name, there in named if there]
         return f"{' and '.join(map(str, parts))} by the model's own modules" if parts else ""
 
     @property
@@ -105,6 +108,7 @@ FAMILIES = {
     "gemma": Family(norm_offset=1.0),
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
+    "gemma4_text": replace(GEMMA, norm_offset=0.0, per_layer=True),
     "smollm3": Family(turned=lambda attention: bool(attention.use_rope)),
     "olmo2": OLMO,
     "olmo3": OLMO,
@@ -160,7 +164,10 @@ def linears(layer: Any, family: Family) -> Iterator[list[Any]]:
     """The layer's linear modules, in groups that share their input; none of what the model's own modules compute."""
     mixed, many = own_mixer(layer, family) is not None, own_mixture(layer, family) is not None
     attention = getattr(layer, family.attention, None)
-    yield [] if mixed else [getattr(attention, name) for name in family.qkv]
+    own = (
+        getattr(attention, name, None) for name in family.qkv
+    )  # Gemma 4 has no v_proj, and no k_proj, in some layers
+    yield [] if mixed else [one for one in own if one is not None]
     yield [] if mixed else [getattr(attention, family.o)]
     yield [] if many else [getattr(layer.mlp, name) for name in family.gate_up]
     yield [] if many else [getattr(layer.mlp, family.down)]
@@ -174,6 +181,16 @@ def own_mixer(layer: Any, family: Family) -> Any | None:
 def own_mixture(layer: Any, family: Family) -> Any | None:
     """The mixture of experts in the MLP's place; None: an MLP stands there."""
     return layer.mlp if family.mixture and not hasattr(layer.mlp, family.down) else None
+
+
+def own_parts(decoder: Any, family: Family) -> Iterator[Any]:
+    """All that the model's own modules compute."""
+    for layer in decoder.layers:
+        names = ("per_layer_input_gate", "per_layer_projection") if family.per_layer else ()
+        parts = own_mixer(layer, family), own_mixture(layer, family), *(getattr(layer, name, None) for name in names)
+        yield from (part for part in parts if part is not None)
+    if family.per_layer and hasattr(decoder, "per_layer_model_projection"):
+        yield decoder.per_layer_model_projection
 
 
 def load_balancing(config: Any) -> float:

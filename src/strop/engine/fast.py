@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -17,68 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from strop.engine.arena import Arena, in_heap
-from strop.engine.attention import Heads, norms_aside
+from strop.engine.arena import Arena
+from strop.engine.blocks import Blocks, Layer, Way
 from strop.engine.dropout import masks_of
-from strop.engine.families import ACTIVATIONS
 from strop.engine.fits import unsupported
-from strop.engine.functions import Activation, Enter, Glu, InFront, LoopedActivation
 from strop.engine.head import LabelLogProbs, Output, SupervisedLoss
-from strop.engine.joined import Joined, Workspace, adapters_on, base_of, dropped_by
-from strop.engine.layers import NOWHERE, Angles, LayerPart, Layers, NormPart, about
-from strop.engine.norms import LayerNorm, Norm, normed
+from strop.engine.joined import adapters_on, base_of, dropped_by
+from strop.engine.layers import Layers
+from strop.engine.norms import normed
 from strop.engine.operations import apply
 from strop.engine.packed import Packed, by_owner, pack, pack_apart, pack_ends, sums_by_owner
-from strop.engine.processor import Attend, drops_for, processor_for
+from strop.engine.processor import drops_for, processor_for
 from strop.engine.tokens import used
 
 if TYPE_CHECKING:
     from strop.data.conversation import Example
-
-
-@dataclass(frozen=True)
-class Attended:
-    """Attention as the fast step computes it."""
-
-    qkv: Joined
-    heads: Heads
-    attend: Attend
-    rope: str | None  # the kind of rotary embedding, where there are several; NOWHERE: the layer has no positions
-    o: Joined
-
-
-@dataclass(frozen=True)
-class Mlp:
-    gate_up: Joined
-    down: Joined
-
-
-@dataclass(frozen=True)
-class Own:
-    """A part of a layer that the model's own module computes, behind this norm."""
-
-    module: nn.Module
-    norm: Norm | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        found = self.module(x)
-        return cast(Tensor, found[0] if isinstance(found, tuple) else found)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One decoder layer as the fast step computes it."""
-
-    mixer: Attended | Own
-    after_attention: Norm | None
-    mlp: Mlp | Own
-    after_mlp: Norm | None
-
-    @property
-    def linears(self) -> list[Joined]:
-        mixer, mlp = self.mixer, self.mlp
-        found = [] if isinstance(mixer, Own) else [mixer.qkv, mixer.o]
-        return [*found, *([] if isinstance(mlp, Own) else [mlp.gate_up, mlp.down])]
 
 
 class Watch(Protocol):
@@ -138,15 +90,15 @@ class FastLoss:
         self._drops = drops_for(self._head.weight)
         self._arena = Arena() if self._device.type == "cpu" else None
         self.masks = masks_of(model, drops_for)
-        self._norm = self._norm_of(self._model.norm)
+        self._blocks = Blocks(self._model, self._processor, self._drops, self.masks, self._arena)
+        self._norm = self._blocks.norm(self._model.norm)
         self.exchange(lambda: None)
 
     def exchange(self, replace: Callable[[], None]) -> None:
         """Lets go of the layers' weights, has them replaced in the model, and takes up those that are there then."""
         self._layers: list[Layer] = []
         replace()
-        self._workspace = Workspace()
-        self._layers = [self._layer(self._model.part(number)) for number in range(len(self._model))]
+        self._layers = self._blocks.layers()
         if self.on_card:  # weights that were laid side by side leave holes: 5.9 GB of an 8B model's in 16 bit
             torch.cuda.empty_cache()
 
@@ -233,7 +185,8 @@ class FastLoss:
         hidden = self._model.embedded(batch.ids)
         if self._family.embedding_norm:
             hidden = normed(hidden, self._norm)
-        angles = self._model.angles(batch.positions)
+        self.masks.tokens = batch.keys
+        way = Way(batch, self._model.angles(batch.positions), self._model.per_layer(batch.ids, hidden))
         last = len(self._layers) - 1
         if self.host is not None:
             self.host.begin()
@@ -243,14 +196,16 @@ class FastLoss:
             if i < self.checkpoint_layers and torch.is_grad_enabled():
                 with nullcontext() if self.host is None else self.host.keeping(last=i == last):
                     hidden = checkpoint(
-                        self._through, layer, hidden, batch, angles, rows, use_reentrant=False, preserve_rng_state=False
+                        self._through, layer, hidden, way, rows, use_reentrant=False, preserve_rng_state=False
                     )
             else:
-                hidden = self._through(layer, hidden, batch, angles, rows)
+                hidden = self._through(layer, hidden, way, rows)
             if self.gathered is not None and hidden.requires_grad:
                 before_gradient(hidden, partial(self._need, i))
         self._need("head")
-        hidden = _scaled(normed(hidden, self._norm), self._model.logits_scale if scaled else 1.0)
+        hidden = normed(hidden, self._norm)
+        if scaled and self._model.logits_scale != 1:
+            hidden = hidden * self._model.logits_scale
         if len(batch.picked) != len(batch.rows):  # a row behind which several examples part has several labels
             hidden = hidden[batch.picked]
         return hidden
@@ -259,125 +214,7 @@ class FastLoss:
         if self.gathered is not None:
             self.gathered(where)
 
-    def _through(
-        self,
-        layer: Layer,
-        hidden: Tensor,
-        batch: Packed,
-        angles: Angles,
-        rows: Tensor | None,
-    ) -> Tensor:
-        """One layer; rows: the only rows that anything behind this layer reads (its keys and values need all)."""
+    def _through(self, layer: Layer, hidden: Tensor, way: Way, rows: Tensor | None) -> Tensor:
         if self.watch is not None:
             self.watch()
-        tokens, mixer, mlp = batch.keys, layer.mixer, layer.mlp
-        mixed = self._beside(mixer, hidden, batch) if isinstance(mixer, Own) else self._attended(
-            mixer, hidden, batch, angles
-        )  # fmt: skip
-        if rows is not None:
-            mixed, hidden, tokens = mixed[rows], hidden[rows], tokens[rows]
-        last = None if isinstance(mixer, Own) else mixer.o
-        between = self._added(hidden, mixed, tokens, last, layer.after_attention)
-        source = hidden if self._model.parallel else between
-        if isinstance(mlp, Own):
-            self.masks.tokens = tokens
-            return self._added(between, mlp(normed(source, mlp.norm)[None])[0], tokens, None, layer.after_mlp)
-        return self._added(between, mlp.gate_up(source, tokens), tokens, mlp.down, layer.after_mlp)
-
-    def _attended(self, by: Attended, hidden: Tensor, batch: Packed, angles: Angles) -> Tensor:
-        """What a layer's attention makes, in front of its output projection."""
-        family, heads = self._family, by.heads
-        qkv, gates = by.qkv(hidden, batch.keys), None
-        if family.fused_heads:  # a copy
-            qkv = qkv.view(len(qkv), -1, 3, heads.size).transpose(1, 2).reshape(qkv.shape)
-        if family.gated_heads:  # copies
-            twice, rest = torch.split(qkv, [2 * heads.query * heads.size, 2 * heads.key_value * heads.size], 1)
-            q, gates = (x.flatten(1) for x in twice.view(len(qkv), heads.query, 2, heads.size).unbind(2))
-            qkv = torch.cat([q, rest], 1)
-        cos, sin = angles[by.rope]
-        scale = None if family.query_scale is None else family.query_scale(self._model.config, batch.positions)
-        if self._turned_aside:
-            qkv = apply(self._processor.aside(), qkv, heads, cos, sin, family.pairs == "neighbours", scale)
-            cos, sin = angles[NOWHERE]
-        qkv, heads = norms_aside(qkv, heads)
-        mixed = by.attend(qkv, heads, cos, sin, batch.documents)
-        return mixed if gates is None else mixed * gates.sigmoid()
-
-    def _beside(self, own: Own, hidden: Tensor, batch: Packed) -> Tensor:
-        """What the model's own mixer makes of the documents as rows beside each other: none sees another, and what
-        stands behind a row's end changes nothing in front of it."""
-        rows, places = batch.documents.beside
-        self.masks.tokens = batch.keys[rows]
-        return own(normed(hidden, own.norm)[rows]).flatten(0, 1)[places]
-
-    def _added(self, hidden: Tensor, x: Tensor, tokens: Tensor, linear: Joined | None, after: Norm | None) -> Tensor:
-        """The residual stream with what a block adds to it: a linear layer's product with x, or x."""
-        scale = self._model.residual_scale
-        if linear is not None and after is None and scale == 1:
-            return linear(x, tokens, hidden)
-        change = x if linear is None else linear(x, tokens)
-        return hidden + _scaled(normed(change, after), scale)
-
-    @property
-    def _turned_aside(self) -> bool:
-        """Whether the rotary embedding is not left to attention, but makes a copy of q, k and v."""
-        family = self._family
-        return family.query_scale is not None or family.turned_first or family.pairs == "neighbours"
-
-    def _norm_of(self, part: NormPart | None) -> Norm | None:
-        if part is None:
-            return None
-        about = self._ops, part.weight, part.eps, part.offset, part.bias, None if part.module is None else part.now
-        return LayerNorm(*about, loops=self._processor.loops) if part.centered else Norm(*about)
-
-    def _in_front_of_down(self, part: LayerPart) -> InFront:
-        gated, loops, kind = self._family.gated, self._processor.loops, ACTIVATIONS.get(part.activation)
-        if gated and part.activation in ("silu", "gelu_pytorch_tanh"):
-            return Glu(self._ops, part.activation)
-        if gated or loops is None or kind is None:
-            return Activation(part.act, gated)
-        return LoopedActivation(loops, kind, about(part.act))
-
-    def _layer(self, part: LayerPart) -> Layer:
-        return Layer(
-            Own(part.mixer, self._norm_of(part.before_attention)) if part.mixer is not None else self._attention(part),
-            self._norm_of(part.after_attention),
-            Own(part.mixture, self._norm_of(part.before_mlp)) if part.mixture is not None else self._mlp(part),
-            self._norm_of(part.after_mlp),
-        )
-
-    def _joined(self, modules: list[Any], enter: Enter, *, kept: bool = True) -> Joined:
-        arena = self._arena if kept else None
-        return Joined(modules, enter, self._workspace, self._processor.lora, self._drops, self._ops, arena)
-
-    def _mlp(self, part: LayerPart) -> Mlp:
-        in_front = self._norm_of(part.before_mlp)
-        return Mlp(self._joined(part.gate_up, in_front), self._joined(part.down, self._in_front_of_down(part)))
-
-    def _attention(self, part: LayerPart) -> Attended:
-        family = self._family
-        heads = Heads(
-            self._ops,
-            query=part.query,
-            key_value=part.key_value,
-            size=part.size,
-            scale=part.scale,
-            window=part.window,
-            softcap=part.softcap,
-            q_norm=self._norm_of(part.q_norm),
-            k_norm=self._norm_of(part.k_norm),
-            new=self._arena or in_heap,
-            sinks=None if part.sinks is None else part.sinks.detach().float(),
-        )
-        copied = family.fused_heads or family.gated_heads or self._turned_aside  # and the copy is what is kept
-        return Attended(
-            self._joined(part.qkv, self._norm_of(part.before_attention), kept=not copied),
-            heads,
-            self._processor.attention(part.size),
-            part.rope,
-            self._joined(part.o, None),
-        )
-
-
-def _scaled(x: Tensor, scale: float) -> Tensor:
-    return x if scale == 1 else x * scale
+        return layer(hidden, way, rows)

@@ -20,8 +20,7 @@ from strop.engine.families import (
     linears,
     load_balancing,
     norms_of,
-    own_mixer,
-    own_mixture,
+    own_parts,
     text_of,
 )
 from strop.engine.joined import Quantized, base_of, on_a_weight
@@ -64,8 +63,8 @@ def unsupported(model: nn.Module) -> str | None:
 
 def _unsupported_adapter(model: Any, base: Any, decoder: Any, family: Family) -> str | None:
     known = {id(module) for layer in decoder.layers for group in linears(layer, family) for module in group}
-    parts = [part for layer in decoder.layers for part in (own_mixer(layer, family), own_mixture(layer, family))]
-    own = {id(module) for part in parts if part is not None for module in part.modules()}
+    parts = list(own_parts(decoder, family))
+    own = {id(module) for part in parts for module in part.modules()}
     head = base.get_output_embeddings()
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer) and id(module) not in own:
@@ -83,7 +82,7 @@ def _unsupported_adapter(model: Any, base: Any, decoder: Any, family: Family) ->
     biases = [base_of(module).bias for layer in decoder.layers for group in linears(layer, family) for module in group]
     whole = [used(module) for module in (head, decoder.get_input_embeddings(), *norms_of(decoder, family))]
     parameters = [one for module in whole for one in base_of(module).parameters()]
-    theirs = [one for part in parts if part is not None for one in part.parameters()]
+    theirs = [one for part in parts for one in part.parameters()]
     taken = {id(one) for one in (*biases, *parameters, *theirs)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in taken and not any(part in name for part in TRAINED):
@@ -138,13 +137,17 @@ def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> st
     for name in ("qk_layernorm", "use_qk_norm"):  # a weight for each head and number (StableLM, Cohere), LayerNorms
         if family.layer_norm and getattr(config, name, False):
             return f"{name}: norms of q and k that are not RMS norms"
-    if getattr(config, "use_bidirectional_attention", None):
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):  # of Gemma 4 "vision": not of text
         return "use_bidirectional_attention"
+    if getattr(config, "enable_moe_block", False):
+        return "enable_moe_block: experts beside the MLP"
     if weights[0].device.type != "cpu":  # PyTorch's own attention knows neither
         if getattr(config, "attn_logit_softcapping", None):
             return "attn_logit_softcapping outside of a CPU"
         if any(hasattr(getattr(layer, family.attention, None), "sinks") for layer in decoder.layers):
             return "attention sinks outside of a CPU"
+        if family.per_layer:
+            return "norms of values outside of a CPU"
     if getattr(config, "clip_qkv", None):
         return "clip_qkv"
     if config.model_type.startswith("gemma") and not hasattr(base_of(decoder.get_input_embeddings()), "embed_scale"):

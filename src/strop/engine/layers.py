@@ -41,11 +41,11 @@ class LayerPart:
     """One decoder layer. Modules may have adapters on them; those of a list share their input.
 
     mixer, mixture: the model's own module in the place of attention, of the MLP; the lists and numbers of what is not
-    there are empty.
-    rope: the kind of rotary embedding, where there are several; NOWHERE: the layer has no positions. window: keys that
-    a query sees, itself included, 0: all; softcap 0: none. sinks (query,): what each head's softmax
-    counts beside the keys, and gives to none. activation: its name, or where `act` says more than a name
-    the module itself.
+    there are empty. rope: the kind of rotary embedding, where there are several; NOWHERE: the layer has no positions.
+    window: keys that a query sees, itself included, 0: all; softcap 0: none. sinks (query,): what each head's softmax
+    counts beside the keys, and gives to none. per_layer: the layer itself, where it adds what tokens have for it. kind,
+    keeps, takes: of attention whose keys and values later layers of that kind see as well. activation: its name, or
+    where `act` says more than a name the module itself.
     """
 
     qkv: list[Any]
@@ -64,10 +64,16 @@ class LayerPart:
     mixture: nn.Module | None
     q_norm: NormPart | None
     k_norm: NormPart | None
+    v_norm: NormPart | None
     before_attention: NormPart | None
     after_attention: NormPart | None
     before_mlp: NormPart | None
     after_mlp: NormPart | None
+    per_layer: Any
+    per_layer_norm: NormPart | None
+    kind: str
+    keeps: bool
+    takes: bool
     activation: str
     act: Callable[[Tensor], Tensor]
 
@@ -129,6 +135,7 @@ class Layers:
     def part(self, number: int) -> LayerPart:
         family, config, layer = self.family, self.config, self.decoder.layers[number]
         attention, mixture = getattr(layer, family.attention, None), own_mixture(layer, family)
+        of_keys = self._of_keys(number, attention)
         size = 0 if attention is None else int(getattr(attention, "head_dim", None) or attention.head_size)
         kinds = getattr(config, "layer_types", None)
         qkv, o, gate_up, down = linears(layer, family)
@@ -141,7 +148,7 @@ class Layers:
             gate_up=gate_up,
             down=down,
             query=config.num_attention_heads,
-            key_value=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            key_value=self._key_value_heads(of_keys, size),
             size=size,
             scale=float(getattr(attention, "scaling", 0)),
             # Mistral and Phi-3 keep it in the config alone, the others in the layers it applies to.
@@ -152,14 +159,41 @@ class Layers:
             mixer=own_mixer(layer, family),
             mixture=mixture,
             q_norm=self._norm_named(attention, family.q_norm, size),
-            k_norm=self._norm_named(attention, family.k_norm, size),
+            k_norm=self._norm_named(of_keys, family.k_norm, size),
+            v_norm=self._norm_named(of_keys, family.v_norm, size),
             before_attention=before,
             after_attention=self._norm_named(layer, family.after_attention, config.hidden_size),
             before_mlp=before if in_front is None and self.parallel else in_front,
             after_mlp=self._norm_named(layer, family.after_mlp, config.hidden_size),
+            per_layer=layer if family.per_layer else None,
+            per_layer_norm=self._norm_named(layer, "post_per_layer_input_norm", config.hidden_size),
+            kind=str(getattr(attention, "layer_type", "")),
+            keeps=bool(getattr(attention, "store_full_length_kv", False)),
+            takes=of_keys is not attention,
             activation=activation_of(config),
             act=_act(layer.mlp) if mixture is None else torch.nn.functional.silu,
         )
+
+    def _of_keys(self, number: int, attention: Any) -> Any:
+        """The attention whose keys and values this layer's sees: its own, or that of the last one that keeps them."""
+        if not getattr(attention, "is_kv_shared_layer", False):
+            return attention
+        earlier = [getattr(layer, self.family.attention) for layer in self.decoder.layers[:number]]
+        alike = (one for one in earlier if one.store_full_length_kv and one.layer_type == attention.layer_type)
+        return list(alike)[-1]
+
+    def _key_value_heads(self, attention: Any, size: int) -> int:
+        if self.family.per_layer:  # they differ from layer to layer
+            return int(base_of(attention.k_proj).out_features // size)
+        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+
+    def per_layer(self, ids: Tensor, embedded: Tensor) -> Tensor | None:
+        """What tokens (T,) have for each layer (T, layers, p), in models that have it."""
+        if not (self.family.per_layer and self.config.hidden_size_per_layer_input):
+            return None
+        own = self.decoder.get_per_layer_inputs(ids[None], None)
+        found: Tensor = self.decoder.project_per_layer_inputs(embedded[None], own)[0]
+        return found
 
     def _norm_named(self, owner: Any, name: str | None, width: int) -> NormPart | None:
         found = getattr(owner, name, None) if name else None

@@ -1,0 +1,256 @@
+"""A decoder layer as the fast step computes it: by hand where families.py knows it, else by the model's own modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from strop.engine.arena import Arena, in_heap
+from strop.engine.attention import Heads, norms_aside
+from strop.engine.dropout import Drops, Masks
+from strop.engine.families import ACTIVATIONS, Family
+from strop.engine.functions import Activation, Enter, Glu, InFront, LoopedActivation
+from strop.engine.joined import Joined, Workspace
+from strop.engine.layers import NOWHERE, Angles, LayerPart, Layers, NormPart, about
+from strop.engine.norms import LayerNorm, Norm, normed
+from strop.engine.operations import apply
+from strop.engine.packed import Packed
+from strop.engine.processor import Attend, Processor
+
+
+@dataclass(frozen=True)
+class Way:
+    """What a micro-batch has with it on its way through the layers.
+
+    per_layer (T, layers, p): of each token for each layer, in models that have it. keys_values: of layers that later
+    ones see as well, by kind of attention, in front of their norms.
+    """
+
+    batch: Packed
+    angles: Angles
+    per_layer: Tensor | None = None
+    keys_values: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Attention, in front of its output projection `o`.
+
+    rope: the kind of rotary embedding, where there are several; NOWHERE: the layer has no positions. aside: the rotary
+    embedding where it is not left to attention, but makes a copy of q, k and v. kind, keeps, takes: of keys and values
+    that several layers see.
+    """
+
+    family: Family
+    config: Any
+    qkv: Joined
+    heads: Heads
+    attend: Attend
+    rope: str | None
+    o: Joined
+    aside: Any
+    kind: str
+    keeps: bool
+    takes: bool
+
+    def __call__(self, hidden: Tensor, way: Way) -> Tensor:
+        family, heads, batch = self.family, self.heads, way.batch
+        qkv, gates, query = self.qkv(hidden, batch.keys), None, self.heads.query * self.heads.size
+        if family.fused_heads:  # a copy
+            qkv = qkv.view(len(qkv), -1, 3, heads.size).transpose(1, 2).reshape(qkv.shape)
+        if family.gated_heads:  # copies
+            q, gates = (x.flatten(1) for x in qkv[:, : 2 * query].view(len(qkv), heads.query, 2, heads.size).unbind(2))
+            qkv = torch.cat([q, qkv[:, 2 * query :]], 1)
+        if self.takes:
+            qkv = torch.cat([qkv, way.keys_values[self.kind]], 1)
+        elif qkv.shape[1] == query + heads.key_value * heads.size:  # the values are the keys
+            qkv = torch.cat([qkv, qkv[:, query:]], 1)
+        if self.keeps:
+            way.keys_values[self.kind] = qkv[:, query:]
+        cos, sin = way.angles[self.rope]
+        scale = None if family.query_scale is None else family.query_scale(self.config, batch.positions)
+        if self.aside is not None:
+            qkv = apply(self.aside, qkv, heads, cos, sin, family.pairs == "neighbours", scale)
+            cos, sin = way.angles[NOWHERE]
+        qkv, heads = norms_aside(qkv, heads)
+        mixed = self.attend(qkv, heads, cos, sin, batch.documents)
+        return mixed if gates is None else mixed * gates.sigmoid()
+
+
+@dataclass(frozen=True)
+class Mlp:
+    gate_up: Joined
+    down: Joined
+
+
+@dataclass(frozen=True)
+class Own:
+    """A part of a layer that the model's own module computes, behind this norm."""
+
+    module: nn.Module
+    norm: Norm | None
+    masks: Masks
+
+    def on_rows(self, x: Tensor, keys: Tensor) -> Tensor:
+        """Of rows (T, h) that do not see each other."""
+        self.masks.tokens = keys
+        return self._output(normed(x, self.norm)[None])[0]
+
+    def on_documents(self, hidden: Tensor, batch: Packed) -> Tensor:
+        """Of documents as rows beside each other: none sees another, and what stands behind a row's end changes nothing
+        in front of it."""
+        rows, places = batch.documents.beside
+        self.masks.tokens = batch.keys[rows]
+        return self._output(normed(hidden, self.norm)[rows]).flatten(0, 1)[places]
+
+    def _output(self, x: Tensor) -> Tensor:
+        found = self.module(x)
+        return cast(Tensor, found[0] if isinstance(found, tuple) else found)
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """What Gemma 4 adds behind a layer, of what a token has for it, by the model's own modules. number: the layer's."""
+
+    layer: Any
+    number: int
+    norm: Norm | None
+    masks: Masks
+
+    def __call__(self, hidden: Tensor, own: Tensor | None, keys: Tensor) -> Tensor:
+        """own (T, p)."""
+        if own is not None:
+            self.masks.tokens = keys
+            inner = self.layer.act_fn(self.layer.per_layer_input_gate(hidden[None]))[0] * own
+            hidden = hidden + normed(self.layer.per_layer_projection(inner[None])[0], self.norm)
+        return cast(Tensor, hidden * self.layer.layer_scalar)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer. parallel: its blocks read the same input. residual_scale: times what they add."""
+
+    mixer: Attended | Own
+    after_attention: Norm | None
+    mlp: Mlp | Own
+    after_mlp: Norm | None
+    per_layer: PerLayer | None
+    parallel: bool
+    residual_scale: float
+
+    @property
+    def linears(self) -> list[Joined]:
+        mixer, mlp = self.mixer, self.mlp
+        found = [] if isinstance(mixer, Own) else [mixer.qkv, mixer.o]
+        return [*found, *([] if isinstance(mlp, Own) else [mlp.gate_up, mlp.down])]
+
+    def __call__(self, hidden: Tensor, way: Way, rows: Tensor | None) -> Tensor:
+        """hidden (T, h); rows: the only ones that anything behind this layer reads (its keys and values need all)."""
+        keys, mixer, mlp = way.batch.keys, self.mixer, self.mlp
+        mixed = mixer.on_documents(hidden, way.batch) if isinstance(mixer, Own) else mixer(hidden, way)
+        if rows is not None:
+            mixed, hidden, keys = mixed[rows], hidden[rows], keys[rows]
+        last = None if isinstance(mixer, Own) else mixer.o
+        between = self._added(hidden, mixed, keys, last, self.after_attention)
+        source = hidden if self.parallel else between
+        if isinstance(mlp, Own):
+            hidden = self._added(between, mlp.on_rows(source, keys), keys, None, self.after_mlp)
+        else:
+            hidden = self._added(between, mlp.gate_up(source, keys), keys, mlp.down, self.after_mlp)
+        if self.per_layer is None:
+            return hidden
+        own = None if way.per_layer is None else way.per_layer[:, self.per_layer.number]
+        return self.per_layer(hidden, own if own is None or rows is None else own[rows], keys)
+
+    def _added(self, hidden: Tensor, x: Tensor, keys: Tensor, linear: Joined | None, after: Norm | None) -> Tensor:
+        """The residual stream with what a block adds to it: a linear layer's product with x, or x."""
+        if linear is not None and after is None and self.residual_scale == 1:
+            return linear(x, keys, hidden)
+        change = normed(x if linear is None else linear(x, keys), after)
+        return hidden + (change if self.residual_scale == 1 else change * self.residual_scale)
+
+
+class Blocks:
+    """Makes the layers of a model, for what a processor has."""
+
+    def __init__(self, model: Layers, processor: Processor, drops: Drops, masks: Masks, arena: Arena | None) -> None:
+        self._model, self._processor, self._drops, self._masks, self._arena = model, processor, drops, masks, arena
+
+    def layers(self) -> list[Layer]:
+        workspace = Workspace()
+        return [self._layer(self._model.part(number), number, workspace) for number in range(len(self._model))]
+
+    def norm(self, part: NormPart | None) -> Norm | None:
+        if part is None:
+            return None
+        now = None if part.module is None else part.now
+        about_ = self._processor.ops, part.weight, part.eps, part.offset, part.bias, now
+        return LayerNorm(*about_, loops=self._processor.loops) if part.centered else Norm(*about_)
+
+    def _layer(self, part: LayerPart, number: int, workspace: Workspace) -> Layer:
+        in_front, in_between = self.norm(part.before_attention), self.norm(part.before_mlp)
+        per_layer = None
+        if part.per_layer is not None:
+            per_layer = PerLayer(part.per_layer, number, self.norm(part.per_layer_norm), self._masks)
+        return Layer(
+            self._attention(part, workspace) if part.mixer is None else Own(part.mixer, in_front, self._masks),
+            self.norm(part.after_attention),
+            self._mlp(part, workspace) if part.mixture is None else Own(part.mixture, in_between, self._masks),
+            self.norm(part.after_mlp),
+            per_layer,
+            self._model.parallel,
+            self._model.residual_scale,
+        )
+
+    def _joined(self, modules: list[Any], enter: Enter, workspace: Workspace, *, kept: bool = True) -> Joined:
+        arena, processor = self._arena if kept else None, self._processor
+        return Joined(modules, enter, workspace, processor.lora, self._drops, processor.ops, arena)
+
+    def _mlp(self, part: LayerPart, workspace: Workspace) -> Mlp:
+        gate_up = self._joined(part.gate_up, self.norm(part.before_mlp), workspace)
+        return Mlp(gate_up, self._joined(part.down, self._in_front_of_down(part), workspace))
+
+    def _in_front_of_down(self, part: LayerPart) -> InFront:
+        gated, loops, kind = self._model.family.gated, self._processor.loops, ACTIVATIONS.get(part.activation)
+        if gated and part.activation in ("silu", "gelu_pytorch_tanh"):
+            return Glu(self._processor.ops, part.activation)
+        if gated or loops is None or kind is None:
+            return Activation(part.act, gated)
+        return LoopedActivation(loops, kind, about(part.act))
+
+    def _attention(self, part: LayerPart, workspace: Workspace) -> Attended:
+        family = self._model.family
+        heads = Heads(
+            self._processor.ops,
+            query=part.query,
+            key_value=part.key_value,
+            size=part.size,
+            scale=part.scale,
+            window=part.window,
+            softcap=part.softcap,
+            q_norm=self.norm(part.q_norm),
+            k_norm=self.norm(part.k_norm),
+            v_norm=self.norm(part.v_norm),
+            new=self._arena or in_heap,
+            sinks=None if part.sinks is None else part.sinks.detach().float(),
+        )
+        aside = family.query_scale is not None or family.turned_first or family.pairs == "neighbours"
+        outputs = sum(module.out_features for module in part.qkv)
+        made = outputs != (part.query + 2 * part.key_value) * part.size  # from parts
+        copied = family.fused_heads or made or aside  # and the copy is what is kept
+        return Attended(
+            family,
+            self._model.config,
+            self._joined(part.qkv, self.norm(part.before_attention), workspace, kept=not copied),
+            heads,
+            self._processor.attention(part.size),
+            part.rope,
+            self._joined(part.o, None, workspace),
+            self._processor.aside() if aside else None,
+            part.kind,
+            part.keeps,
+            part.takes,
+        )
