@@ -24,6 +24,10 @@ LINEAR = {
     "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "pad_token_id": 0,
 }  # fmt: skip
+STATES = {
+    "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8,
+    "pad_token_id": 0,
+}  # fmt: skip
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 4},
@@ -80,6 +84,17 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {**EXPERTS, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
     "gpt_oss": {**EXPERTS, **GEMMA},
     "qwen3_next": {**EXPERTS, **LINEAR},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "pad_token_id": 0},
+    "lfm2_moe": {**EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "bamba": {**STATES, "attn_layer_indices": [1]},
+    "jamba": {
+        **EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "granitemoehybrid": {
+        **STATES, "layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 24,
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.0,
+    },
     "qwen3_5_text": LINEAR,
     "qwen3_5_moe_text": {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 16},
 }  # fmt: skip

@@ -18,6 +18,7 @@ class Family:
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     fused_heads: bool = False  # one projection gives q, k and v of the first head, then of the next
     o: str = "o_proj"
+    mlp: str = "mlp"
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # or what stands in front of an activation that gates nothing
     gated: bool = True
     down: str = "down_proj"
@@ -96,7 +97,17 @@ COHERE = Family(
     layer_norm=True, parallel=True, mlp_norm=None, pairs="neighbours", angles="neighbours",
     logits=lambda config: float(config.logit_scale),
 )  # fmt: skip
+GRANITE = Family(
+    embedding=lambda config: float(config.embedding_multiplier),
+    residual=lambda config: float(config.residual_multiplier),
+    logits=lambda config: 1 / float(config.logits_scaling),
+)
 MIXTURE = Family(mixture=True)
+LFM2 = Family(
+    mixer="conv", o="out_proj", mlp="feed_forward", gate_up=("w1", "w3"), down="w2", attention_norm="operator_norm",
+    mlp_norm="ffn_norm", final_norm="embedding_norm", q_norm="q_layernorm", k_norm="k_layernorm",
+)  # fmt: skip
+MAMBA = Family(mixer="mamba", mlp="feed_forward", mlp_norm="pre_ff_layernorm", final_norm="final_layernorm")
 QWEN_NEXT = Family(mixer="linear_attn", gated_heads=True, norm_offset=1.0, mixture=True)
 GLM = Family(gate_up=("gate_up_proj",), pairs="neighbours")
 FAMILIES = {
@@ -112,11 +123,7 @@ FAMILIES = {
     "smollm3": Family(turned=lambda attention: bool(attention.use_rope)),
     "olmo2": OLMO,
     "olmo3": OLMO,
-    "granite": Family(
-        embedding=lambda config: float(config.embedding_multiplier),
-        residual=lambda config: float(config.residual_multiplier),
-        logits=lambda config: 1 / float(config.logits_scaling),
-    ),
+    "granite": GRANITE,
     "cohere": COHERE,
     "cohere2": replace(COHERE, turned=lambda attention: attention.sliding_window is not None),
     "glm": GLM,
@@ -155,6 +162,14 @@ FAMILIES = {
     "ernie4_5_moe": replace(MIXTURE, pairs="neighbours"),
     "gpt_oss": replace(MIXTURE, angles="once"),
     "qwen3_next": QWEN_NEXT,
+    "lfm2": LFM2,
+    "lfm2_moe": replace(LFM2, mixture=True),
+    "bamba": MAMBA,
+    "jamba": replace(MAMBA, mixture=True, turned=lambda attention: False),
+    "granitemoehybrid": replace(
+        GRANITE, mixer="mamba", mlp="shared_mlp", gate_up=("input_linear",), down="output_linear",
+        turned=lambda attention: attention.config.position_embedding_type == "rope",
+    ),
     "qwen3_5_text": QWEN_NEXT,
     "qwen3_5_moe_text": QWEN_NEXT,
 }  # fmt: skip
@@ -169,8 +184,14 @@ def linears(layer: Any, family: Family) -> Iterator[list[Any]]:
     )  # Gemma 4 has no v_proj, and no k_proj, in some layers
     yield [] if mixed else [one for one in own if one is not None]
     yield [] if mixed else [getattr(attention, family.o)]
-    yield [] if many else [getattr(layer.mlp, name) for name in family.gate_up]
-    yield [] if many else [getattr(layer.mlp, family.down)]
+    mlp = getattr(layer, family.mlp)
+    yield [] if many else [getattr(mlp, name) for name in family.gate_up]
+    yield [] if many else [getattr(mlp, family.down)]
+
+
+def rotary_of(decoder: Any) -> Any | None:
+    """The rotary embedding, by the names that transformers gives it."""
+    return next((getattr(decoder, name) for name in ("rotary_emb", "pos_emb") if hasattr(decoder, name)), None)
 
 
 def own_mixer(layer: Any, family: Family) -> Any | None:
@@ -180,7 +201,8 @@ def own_mixer(layer: Any, family: Family) -> Any | None:
 
 def own_mixture(layer: Any, family: Family) -> Any | None:
     """The mixture of experts in the MLP's place; None: an MLP stands there."""
-    return layer.mlp if family.mixture and not hasattr(layer.mlp, family.down) else None
+    mlp = getattr(layer, family.mlp)
+    return mlp if family.mixture and not hasattr(mlp, family.down) else None
 
 
 def own_parts(decoder: Any, family: Family) -> Iterator[Any]:
@@ -223,4 +245,4 @@ ACTIVATIONS = {
 
 
 def activation_of(config: Any) -> str:
-    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+    return str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu"))

@@ -21,6 +21,7 @@ from strop.engine.families import (
     load_balancing,
     norms_of,
     own_parts,
+    rotary_of,
     text_of,
 )
 from strop.engine.joined import Quantized, base_of, on_a_weight
@@ -139,8 +140,10 @@ def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> st
             return f"{name}: norms of q and k that are not RMS norms"
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):  # of Gemma 4 "vision": not of text
         return "use_bidirectional_attention"
-    if getattr(config, "enable_moe_block", False):
-        return "enable_moe_block: experts beside the MLP"
+    if any(
+        getattr(layer, name, None) is not None for layer in decoder.layers for name in ("experts", "block_sparse_moe")
+    ):
+        return "experts beside the MLP"
     if weights[0].device.type != "cpu":  # PyTorch's own attention knows neither
         if getattr(config, "attn_logit_softcapping", None):
             return "attn_logit_softcapping outside of a CPU"
@@ -152,7 +155,7 @@ def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> st
         return "clip_qkv"
     if config.model_type.startswith("gemma") and not hasattr(base_of(decoder.get_input_embeddings()), "embed_scale"):
         return "a transformers version that scales the embeddings outside of them"
-    kind = getattr(decoder.rotary_emb, "rope_type", "default")
+    kind = getattr(rotary_of(decoder), "rope_type", "default")
     for rope in kind.values() if isinstance(kind, dict) else [kind]:
         if rope in ("dynamic", "longrope"):  # the angles depend on the longest row of the batch
             return f"rotary embedding of type {rope}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strop.engine.families import FAMILIES, Family, activation_of, linears, own_mixer, own_mixture, text_of
+from strop.engine.families import FAMILIES, Family, activation_of, linears, own_mixer, own_mixture, rotary_of, text_of
 from strop.engine.joined import base_of
 from strop.engine.tokens import NewRows, embedded, new_rows, used, without
 
@@ -115,16 +115,17 @@ class Layers:
         if attention is None or not self.family.turned(attention):
             return NOWHERE
         kinds = getattr(self.config, "layer_types", None)
-        by_type = isinstance(getattr(self.decoder.rotary_emb, "rope_type", None), dict)
+        by_type = isinstance(getattr(rotary_of(self.decoder), "rope_type", None), dict)
         return kinds[number] if by_type and kinds else None
 
     def angles(self, positions: Tensor) -> Angles:
         """cos and sin (T, m) for each kind of rotary embedding among the layers."""
         nothing = torch.empty(len(positions), 0, device=positions.device)
         found: Angles = {NOWHERE: (nothing, nothing)}
+        rotary: Any = rotary_of(self.decoder)
         for kind in {self.kind_of(number) for number in range(len(self))} - {NOWHERE}:
             like = torch.empty(0, device=positions.device)
-            cos, sin = self.decoder.rotary_emb(like, positions[None], *([] if kind is None else [kind]))
+            cos, sin = rotary(like, positions[None], *([] if kind is None else [kind]))
             once = {  # most give each angle twice
                 "halves": slice(cos.shape[-1] // 2), "neighbours": slice(None, None, 2), "once": slice(None),
             }[self.family.angles]  # fmt: skip
@@ -171,7 +172,7 @@ class Layers:
             keeps=bool(getattr(attention, "store_full_length_kv", False)),
             takes=of_keys is not attention,
             activation=activation_of(config),
-            act=_act(layer.mlp) if mixture is None else torch.nn.functional.silu,
+            act=torch.nn.functional.silu if mixture is not None else _act(getattr(layer, family.mlp)),
         )
 
     def _of_keys(self, number: int, attention: Any) -> Any:
@@ -215,9 +216,8 @@ class Layers:
 
 def _act(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
     """The module's own, by the names that transformers gives it."""
-    found: Callable[[Tensor], Tensor] = next(
-        getattr(mlp, name) for name in ("act_fn", "activation_fn", "act") if hasattr(mlp, name)
-    )
+    names = (name for name in ("act_fn", "activation_fn", "activation", "act") if hasattr(mlp, name))
+    found: Callable[[Tensor], Tensor] = next((getattr(mlp, name) for name in names), torch.nn.functional.silu)
     return found
 
 

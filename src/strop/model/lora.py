@@ -35,8 +35,11 @@ from strop.model.targets import (
 )
 from strop.model.towers import in_text, text_path
 
-MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # of which peft refuses MAMBA_KEPT:
-MAMBA_KEPT = ("out_proj", "conv1d")  # their fused loops read the weight itself, and would pass an adapter by
+# Leaves whose weight the model reads itself, so that it would pass an adapter by. peft refuses the first two.
+MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+PASSED_BY = dict.fromkeys(MAMBA_TYPES, ("out_proj", "conv1d"))
+for _kind in ("mamba", "falcon_mamba", "jamba", "zamba"):
+    PASSED_BY[_kind] = (*PASSED_BY.get(_kind, ()), "dt_proj")
 
 OLD_NAME = "`is_gradient_checkpointing`"  # by which peft 0.21 asks transformers 5.2x, and which that warns of
 
@@ -46,7 +49,7 @@ def linear_kinds(model: nn.Module) -> list[LinearKind]:
     head belong to no target set."""
     whole: Any = model
     head, inside, apart = whole.get_output_embeddings(), in_text(model), by_parameter(model)
-    refused = MAMBA_KEPT if whole.config.get_text_config().model_type in MAMBA_TYPES else ()
+    refused = PASSED_BY.get(whole.config.get_text_config().model_type, ())
     found: dict[tuple[Any, ...], list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
         if (is_plain(module) or isinstance(module, Conv1D)) and inside(path):
