@@ -165,12 +165,13 @@ def test_a_shape_is_that_of_the_model_itself(family: str, tied: bool, tmp_path: 
 
 
 def kept(loss: Any, model: torch.nn.Module, rows: int, length: int) -> int:
-    """Bytes that autograd keeps of documents of this length, counted by hooks."""
-    weights, found = {p.data_ptr() for p in model.parameters()}, dict[tuple[int, int], int]()
+    """Bytes that autograd keeps of documents of this length, counted by hooks: what several tensors see, once."""
+    weights, places = {p.data_ptr() for p in model.parameters()}, set[tuple[int, int]]()
 
     def keep(x: torch.Tensor) -> torch.Tensor:
-        if x.is_floating_point() and x.data_ptr() not in weights:
-            found[x.data_ptr(), x.numel()] = x.numel() * x.element_size()
+        if x.is_floating_point() and x.numel() and x.data_ptr() not in weights:
+            last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+            places.add((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
         return x
 
     ids = [np.random.default_rng(row).integers(5, 60, length).astype(np.int32) for row in range(rows)]
@@ -178,7 +179,11 @@ def kept(loss: Any, model: torch.nn.Module, rows: int, length: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         value = loss(examples)
     del value
-    return sum(found.values())
+    total, end = 0, 0
+    for begin, behind in sorted(places):
+        total += max(0, behind - max(begin, end))
+        end = max(end, behind)
+    return total
 
 
 def by_formula(found: Setting, rows: int, length: int) -> int:
@@ -236,7 +241,8 @@ def test_what_the_models_own_modules_keep_is_about_known(family: str) -> None:
     sizes = {
         "hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 192, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
-        "max_position_embeddings": 512, "sliding_window": 16,
+        "max_position_embeddings": 512, "sliding_window": 16, "mamba_n_heads": 8, "mamba_d_head": 32,
+        "mamba_d_state": 16 if family == "jamba" else 128, "mamba_dt_rank": 8, "mamba_chunk_size": 128,
     }  # fmt: skip
     config = tiny_of(family, **sizes).config.to_dict()
     model = adapted(family, **sizes).train()

@@ -23,7 +23,6 @@ SMALLEST = 512  # weights below this many are not worth their constants: a quant
 
 # What families call the number of their layers, and lists that have an entry a layer.
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
-ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 LAYER_LISTS = ("layer_types", "layers_block_type", "hybrid_override_pattern")
 
 
@@ -75,8 +74,8 @@ class LinearShape:
         return self.path.rpartition(".")[2]
 
     @property
-    def named_sets(self) -> tuple[str, ...]:
-        return sets_of(f"model.layers.0.{self.path}") if self.sets is None else self.sets
+    def leaf(self) -> str:
+        return self.path.rpartition(".")[2]
 
     @property
     def weights(self) -> int:
@@ -162,23 +161,6 @@ class ModelShape:
         return tuple(linear for linear in self.linears if "experts" in (linear.sets or ()))
 
     @property
-    def mixed(self) -> tuple[LinearShape, ...]:
-        """Those of what stands in attention's place in some layers."""
-        attention = [linear for linear in self.linears if "attention" in linear.named_sets]
-        return tuple(linear for linear in attention if linear.name not in ATTENTION) if self.attended < 1 else ()
-
-    @property
-    def behind(self) -> tuple[LinearShape, ...]:
-        """Those of the MLP."""
-        return tuple(linear for linear in self.linears if "attention" not in linear.named_sets)
-
-    @property
-    def attended(self) -> float:
-        """Share of the layers that have attention."""
-        found = [linear.share for linear in self.linears if linear.name in ("k_proj", "qkv_proj")]
-        return min(1.0, sum(found)) if found else 1.0
-
-    @property
     def biases(self) -> int:
         """Numbers of all biases."""
         return self.layers * sum(linear.rows for linear in self.linears if linear.bias) + self.other_biases
@@ -236,7 +218,8 @@ class ModelShape:
         kinds = [
             LinearKind(
                 x.name, EXPERTS if "experts" in (x.sets or ()) else "Linear", x.inputs, x.outputs,
-                max(1, round(self.layers * x.share)), x.named_sets, "small" if x.small else None,
+                max(1, round(self.layers * x.share)), sets_of(f"model.layers.0.{x.path}") if x.sets is None else x.sets,
+                "small" if x.small else None,
             )
             for x in self.linears
         ]  # fmt: skip

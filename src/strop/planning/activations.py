@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from strop.engine.families import FAMILIES, Family
+from strop.engine.families import Family
 from strop.model.shape import LinearShape
 from strop.planning.setting import Setting
 
@@ -18,6 +18,12 @@ KEEP_PAIRS = 512  # keys up to which probabilities are kept, as in engine.attent
 LEAST_PREFIX = 8  # tokens that are shared, as in engine.packed
 TILE_ROWS, GAP = 64, 256  # rows that pass over the keys together, and numbers behind a buffer (engine.cpu)
 EAGER_BYTES = 40  # fp32 copies a number of the MLP on its way back through PyTorch's own operations
+# Bytes that a mixer keeps for each number that one of its layers takes or gives (in part times b), counted by hooks on
+# what autograd keeps of transformers' own code.
+MIXERS = {
+    "linear_attn": (54, 17, "out_proj"), "conv": (0, 1.7, "in_proj"), "mamba": (68, 1, "in_proj"),
+    "jamba": (118, 0, "in_proj"),
+}  # fmt: skip
 HEAD_BYTES, CARD_HEAD_BYTES = 24 * 2**20, 256 * 2**20  # logits at once, as in engine.head
 
 
@@ -133,12 +139,15 @@ def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
     shape, b = setting.shape, setting.element
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
     ranks = [-(-r // 16) * 16 for r in setting.ranks] if setting.tiled_lora else setting.ranks
-    rank = dict(zip((x.name for x in shape.linears), ranks, strict=True))
-    front = sum(rank.get(name, 0) for name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
-    out = rank.get("o_proj", 0)
-    behind = sum(rank.get(name, 0) for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj"))
+    family, rank = setting.family, dict(zip(shape.linears, ranks, strict=True))
+    usual = Family()  # the names of a shape that is known by its config alone
+
+    def ranks_of(*names: str) -> int:
+        return sum(number for x, number in rank.items() if x.leaf in names)
+
+    front, out = ranks_of(*family.qkv, *usual.qkv, "qkv_proj"), ranks_of(family.o, usual.o)
+    behind = ranks_of(*family.gate_up, family.down, *usual.gate_up, "gate_up_proj", usual.down)
     before = h + front + (q + 2 * kv) * (2 if setting.whole_head_norms else 1)  # residual in, z A, qkv (before norms)
-    family = FAMILIES.get(shape.family, Family())
     halves = 2 if family.gated else 1
     after = (q + out if out else 0) + halves * inner + behind
     # The MLP's input, unless it is attention's as well, and those of the norms behind the blocks.
@@ -156,7 +165,7 @@ def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
     if family.gated_heads:  # the gate, its sigmoid, and what was multiplied by it
         attended += batch.tokens * 3 * q * b
     if family.mixer:
-        attended = round(shape.attended * attended) + batch.tokens * _mixer_bytes(setting)
+        attended = round(setting.attended * attended) + batch.tokens * _mixer_bytes(setting)
     if family.mixture:
         after = h + (q + out if out else 0)
         return batch.tokens * h * b + attended + rows * (after * b + _mixture_bytes(setting))
@@ -164,22 +173,24 @@ def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
 
 
 def _mixer_bytes(setting: Setting) -> int:
-    """A token, of the model's own module in attention's place: a gated delta rule in PyTorch's operations, counted by
-    hooks on what autograd keeps (54 and 17 b bytes for each of its outputs)."""
-    inside = setting.shape.mixed
-    wide = sum(x.share * x.inputs for x in inside if x.name == "out_proj")
-    return round(wide * (54 + 17 * setting.element)) + _copies(setting, inside)
+    """A token, of the model's own module in attention's place, in PyTorch's operations."""
+    fixed, by_type, leaf = MIXERS[
+        setting.shape.family if setting.shape.family == "jamba" else setting.family.mixer or ""
+    ]
+    ends = ((x.share, x.inputs if leaf == "out_proj" else x.outputs) for x in setting.mixed if x.leaf == leaf)
+    wide = sum(share * numbers for share, numbers in ends)
+    return round(wide * (fixed + by_type * setting.element)) + _copies(setting, setting.mixed)
 
 
 def _mixture_bytes(setting: Setting) -> int:
     """A token, of MLPs that the model's own modules compute: what each chosen expert takes and gives, and the
     activation between."""
     shape, b = setting.shape, setting.element
-    down = [(x.share * x.active, x.inputs) for x in shape.behind if x.name.endswith("down_proj")]
+    down = [(x.share * x.active, x.inputs) for x in setting.behind if x.leaf in ("down_proj", setting.family.down)]
     kept = 1 if b < 4 else 2  # without a copy in fp32 in front of an adapter, what it takes is kept as it is
     wide = kept + (5 if shape.family == "gpt_oss" else 2)  # whose halves are clamped
     counted = sum(number * (wide * inner + kept * shape.hidden) for number, inner in down)
-    return round(b * counted) + _copies(setting, shape.behind)
+    return round(b * counted) + _copies(setting, setting.behind)
 
 
 def _copies(setting: Setting, linears: Sequence[LinearShape]) -> int:

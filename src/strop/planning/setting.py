@@ -9,7 +9,7 @@ from strop.config.schema import LoraSection, Recipe
 from strop.engine.families import FAMILIES, Family
 from strop.errors import ModelError
 from strop.machine.probe import TILED_RANK, probe
-from strop.model.shape import ModelShape
+from strop.model.shape import LinearShape, ModelShape
 from strop.model.targets import EMBEDDINGS, target_names
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -136,20 +136,42 @@ class Setting:
         return self.shape.layers * (total + sum(rank * x.ends for rank, x in of.values()))
 
     @property
+    def family(self) -> Family:
+        return FAMILIES.get(self.shape.family, Family())
+
+    @property
+    def behind(self) -> tuple[LinearShape, ...]:
+        """The linear layers of the MLP, and experts."""
+        row, experts = self.family, self.shape.in_experts
+        return tuple(x for x in self.shape.linears if x.leaf in (*row.gate_up, row.down) or x in experts)
+
+    @property
+    def mixed(self) -> tuple[LinearShape, ...]:
+        """Those of what stands in attention's place in some layers."""
+        row, behind = self.family, self.behind
+        others = (x for x in self.shape.linears if x not in behind) if row.mixer else ()
+        return tuple(x for x in others if x.leaf not in (*row.qkv, row.o) or x.path.startswith(f"{row.mixer}."))
+
+    @property
+    def attended(self) -> float:
+        """Share of the layers that have attention."""
+        keys = self.family.qkv[-1]
+        return min(1.0, sum(x.share for x in self.shape.linears if x.leaf == keys)) if self.family.mixer else 1.0
+
+    @property
     def by_model(self) -> str:
         """What the model's own modules compute in the fast step."""
-        return FAMILIES.get(self.shape.family, Family()).by_model
+        return self.family.by_model
 
     @property
     def shares(self) -> bool:
         """The fast step computes once what rows begin with in common."""
-        return FAMILIES.get(self.shape.family, Family()).mixer is None
+        return self.family.mixer is None
 
     @property
     def weights_by_model(self) -> float:
         """Share of the active weights that the model's own modules compute in the fast step."""
-        family = FAMILIES.get(self.shape.family, Family())
-        own = (*(self.shape.mixed if family.mixer else ()), *(self.shape.behind if family.mixture else ()))
+        own = (*self.mixed, *(self.behind if self.family.mixture else ()))
         return sum(x.active_weights for x in own) / max(1, sum(x.active_weights for x in self.shape.linears))
 
     @property
