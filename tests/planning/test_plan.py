@@ -129,7 +129,8 @@ def test_published_mixtures_and_multimodal_models_are_planned(
     assert found["parameters"] == pytest.approx(parameters, rel=0.01)
     assert found["active_parameters"] == pytest.approx(active, rel=0.01)
     assert list(found["phases"]) == PHASES and found["tokens_per_s"] > 0
-    assert found["engine"].split()[0].strip(":,") == ("fast" if name == "gemma-3-4b-it" else "plain")
+    own = {"gemma-3-4b-it": "", "Qwen3.5-4B": "linear_attn"}.get(name, "experts")
+    assert found["engine"] == (f"fast: {own} by the model's own modules" if own else "fast")
     assert "on experts" in err if active < parameters else "on experts" not in err
     weights = found["phases"]["load"]["parts"]["weights"]
     assert weights <= 2 * found["parameters"]

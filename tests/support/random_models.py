@@ -123,9 +123,10 @@ def adapted(config: type | str = LlamaConfig, lora: dict[str, Any] | None = None
         model = add_lora(base, LoraSection(r=3, alpha=5, **(lora or {})), None)
     else:
         model = get_peft_model(base, LoraConfig(**options))
+    std = 0.3 if base.config.get_text_config().num_hidden_layers == 2 else 0.1  # more layers make rounding grow
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=std)
     return model
 
 
