@@ -152,7 +152,8 @@ def test_a_mixer_of_the_models_own_sees_one_document_at_a_time(family: str) -> N
         value, gradients = step(model, fast, [beside, first])
         torch.testing.assert_close(value, expected[0])
         torch.testing.assert_close(gradients, expected[1], rtol=1e-4, atol=1e-5)
-    assert step_for(model).why == "linear_attn and experts by the model's own modules"
+    parts = f"{FAMILIES[family].mixer} and experts" if FAMILIES[family].mixture else FAMILIES[family].mixer
+    assert step_for(model).why == f"{parts} by the model's own modules"
 
 
 def test_a_loss_that_balances_experts_is_the_plain_steps() -> None:

@@ -108,7 +108,7 @@ LFM2 = Family(
     mlp_norm="ffn_norm", final_norm="embedding_norm", q_norm="q_layernorm", k_norm="k_layernorm",
 )  # fmt: skip
 MAMBA = Family(mixer="mamba", mlp="feed_forward", mlp_norm="pre_ff_layernorm", final_norm="final_layernorm")
-QWEN_NEXT = Family(mixer="linear_attn", gated_heads=True, norm_offset=1.0, mixture=True)
+QWEN_NEXT = Family(mixer="linear_attn", gated_heads=True, norm_offset=1.0)
 GLM = Family(gate_up=("gate_up_proj",), pairs="neighbours")
 FAMILIES = {
     "llama": Family(),
@@ -161,7 +161,7 @@ FAMILIES = {
     "dots1": MIXTURE,
     "ernie4_5_moe": replace(MIXTURE, pairs="neighbours"),
     "gpt_oss": replace(MIXTURE, angles="once"),
-    "qwen3_next": QWEN_NEXT,
+    "qwen3_next": replace(QWEN_NEXT, mixture=True),
     "lfm2": LFM2,
     "lfm2_moe": replace(LFM2, mixture=True),
     "bamba": MAMBA,
@@ -171,7 +171,7 @@ FAMILIES = {
         turned=lambda attention: attention.config.position_embedding_type == "rope",
     ),
     "qwen3_5_text": QWEN_NEXT,
-    "qwen3_5_moe_text": QWEN_NEXT,
+    "qwen3_5_moe_text": replace(QWEN_NEXT, mixture=True),
 }  # fmt: skip
 
 
