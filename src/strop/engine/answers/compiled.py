@@ -69,7 +69,7 @@ class CompiledPass:
         if len(picked) > len(self._logits):  # new memory takes as long to come as the logits to be made
             self._logits = np.empty((len(picked), len(self._head.w)), np.float32)
         logits = self._logits[: len(picked)]
-        loops.dense(self._head, z, logits, 0, self._lanes)
+        loops.alone(self._head, z, logits, self._lanes)
         return self._bent(logits)
 
     def copy_block(self, source: int, into: int) -> None:

@@ -16,6 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from strop.engine.cpu.dots import prefetch
 from strop.machine.probe import vector
 
 ROWS = LANES = 16  # of a register, of 64 bytes each
@@ -37,13 +38,15 @@ def _allowed() -> bool:
 THERE = _allowed()
 
 
-def _shapes() -> Any:
+WHOLE = [(16, 16)] * 8
+WITH_HALVES = [(16, 16), (16, 16), (16, 16), (16, 8), (16, 16), (16, 16), (8, 16), (8, 16)]
+
+
+def _shapes(registers: list[tuple[int, int]]) -> Any:
     """What ldtilecfg reads: for each register, bytes a row and rows."""
     config = np.zeros(64, np.uint8)
     config[0] = 1
-    for register, (rows, pairs) in enumerate(
-        [(16, 16), (16, 16), (16, 16), (16, 8), (16, 16), (16, 16), (8, 16), (8, 16)]
-    ):
+    for register, (rows, pairs) in enumerate(registers):
         config[16 + 2 * register], config[48 + register] = 4 * pairs, rows
     return config
 
@@ -54,17 +57,22 @@ def _do(b: Any, name: str, *args: Any) -> None:
     b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), args)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def claim(context: Any) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        if THERE:
-            data = ir.Constant(ir.ArrayType(_I8, 64), bytearray(_shapes().tobytes()))
-            place = b.alloca(data.type)
-            b.store(data, place)
-            _do(b, "ldtilecfg", b.bitcast(place, _PLACE))
-        return context.get_dummy_value()
+def _claim(registers: list[tuple[int, int]]) -> Any:
+    def typing(context: Any) -> Any:
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            if THERE:
+                data = ir.Constant(ir.ArrayType(_I8, 64), bytearray(_shapes(registers).tobytes()))
+                place = b.alloca(data.type)
+                b.store(data, place)
+                _do(b, "ldtilecfg", b.bitcast(place, _PLACE))
+            return context.get_dummy_value()
 
-    return types.void(), generate
+        return types.void(), generate
+
+    return intrinsic(typing)
+
+
+claim, claim_whole = _claim(WITH_HALVES), _claim(WHOLE)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -77,31 +85,64 @@ def release(context: Any) -> Any:
     return types.void(), generate
 
 
+def register(number: int) -> Any:
+    return ir.Constant(_I8, number)
+
+
+def load(b: Any, number: int, place: Any, row_to_row: Any) -> None:
+    """row_to_row: in bytes."""
+    _do(b, "tileloadd64", register(number), b.bitcast(place, _PLACE), row_to_row)
+
+
+def generate_wide(
+    vectors: int, b: Any, a_start: Any, lda: Any, b_start: Any, ldb: Any, c_start: Any, ldc: Any, pairs: Any, ahead: Any
+) -> None:
+    """c[16, 16 vectors] = a[16, pairs] b[pairs, 16 vectors], at most 4 vectors and pairs a multiple of 16, with all
+    registers whole. Memory is asked for the rows of a that lie `ahead` of these."""
+    a_row, b_row, c_row = (b.mul(words, _I64(4)) for words in (lda, ldb, ldc))
+    further = b.mul(lda, ahead)
+    for j in range(vectors):
+        _do(b, "tilezero", register(j))
+    before, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
+    b.branch(loop)
+    b.position_at_end(loop)
+    k = b.phi(_I64)
+    k.add_incoming(_I64(0), before)
+    load(b, 4, b.gep(a_start, [k]), a_row)
+    row = b.gep(b_start, [b.mul(k, ldb)])
+    for j in range(vectors):
+        load(b, 5 + j % 3, b.gep(row, [_I64(j * LANES)]), b_row)
+        _do(b, "tdpbf16ps", register(j), register(4), register(5 + j % 3))
+    for i in range(ROWS):
+        prefetch(b, b.gep(a_start, [b.add(b.add(k, further), b.mul(lda, _I64(i)))]))
+    after = b.add(k, _I64(STEP))
+    k.add_incoming(after, loop)
+    b.cbranch(b.icmp_signed("<", after, pairs), loop, done)
+    b.position_at_end(done)
+    for j in range(vectors):
+        place = b.gep(c_start, [_I64(j * LANES)])
+        _do(b, "tilestored64", register(j), b.bitcast(place, _PLACE), c_row)
+
+
 def generate(
     vectors: int, b: Any, a_start: Any, lda: Any, b_start: Any, ldb: Any, c_start: Any, ldc: Any, pairs: Any, onto: Any
 ) -> None:  # fmt: skip
     """c[16, 16 vectors] = a[16, pairs] b[pairs, 16 vectors], or += with `onto`; pairs a multiple of 8."""
 
-    def register(number: int) -> Any:
-        return ir.Constant(_I8, number)
-
-    def load(number: int, place: Any, row_to_row: Any) -> None:
-        _do(b, "tileloadd64", register(number), b.bitcast(place, _PLACE), row_to_row)
-
     a_row, b_row, c_row = (b.mul(words, _I64(4)) for words in (lda, ldb, ldc))
     places = [b.gep(c_start, [_I64(j * LANES)]) for j in range(vectors)]
 
     def add(k: Any, left: int, right: int) -> None:
-        load(left, b.gep(a_start, [k]), a_row)
+        load(b, left, b.gep(a_start, [k]), a_row)
         row = b.gep(b_start, [b.mul(k, ldb)])
         for j in range(vectors):
-            load(right + j, b.gep(row, [_I64(j * LANES)]), b_row)
+            load(b, right + j, b.gep(row, [_I64(j * LANES)]), b_row)
             _do(b, "tdpbf16ps", register(j), register(left), register(right + j))
 
     with b.if_else(onto) as (there, fresh):
         with there:
             for j, place in enumerate(places):
-                load(j, place, c_row)
+                load(b, j, place, c_row)
         with fresh:
             for j in range(vectors):
                 _do(b, "tilezero", register(j))

@@ -9,7 +9,7 @@ import numpy as np
 from numba import prange
 
 from strop.engine.cpu.compiled import exp, greater, inline, loop, narrow
-from strop.engine.cpu.dots import LANES, block, mix
+from strop.engine.cpu.dots import LANES, ask_for, block, mix
 
 BLOCK = 32  # positions of a text whose keys and values lie together
 _NEVER = np.float32(-3e38)
@@ -56,6 +56,9 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lane
             chunk, head = task // kv, task % kv
             row, count, at, text = chunks[chunk]
             many, last = count * group, at + count - 1
+            next_one = (task + lanes) // kv if task + lanes < tasks else chunk
+            next_head, next_at, next_text = (task + lanes) % kv, chunks[next_one, 2], chunks[next_one, 3]
+            next_first = max(0, next_at - window + 1) // BLOCK if window else 0
             sums[: many * width] = 0
             tops[:many] = _NEVER
             totals[:many] = 0
@@ -63,6 +66,12 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lane
             for part in range(max(0, at - window + 1) // BLOCK if window else 0, last // BLOCK + 1):
                 begin = part * BLOCK
                 here, there = (table[text, part] * kv + head) * BLOCK * width, min(BLOCK, last + 1 - begin)
+                if part < last // BLOCK:  # what comes behind this block
+                    behind = (table[text, part + 1] * kv + head) * BLOCK * width
+                else:
+                    behind = (table[next_text, next_first] * kv + next_head) * BLOCK * width
+                ask_for(ks, behind, BLOCK * width)
+                ask_for(vs, behind, BLOCK * width)
                 for j in range(0, there, LANES):
                     block(ks, here + j * width, width, qs, q_at, width, scores, j, BLOCK, many, size)
                 for i in range(many):

@@ -87,6 +87,28 @@ def prefetch(b: Any, place: Any) -> None:
     call(b, "llvm.prefetch.p0i8", ir.VoidType(), place, _I32(0), _I32(2), _I32(1))  # to read, into the second cache
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def ask_for(context: Any, array: Any, at: Any, count: Any) -> Any:
+    """Asks memory for `count` numbers of an array from `at` on, line by line: they will be needed soon."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        size = context.get_abi_sizeof(context.get_data_type(signature.args[0].dtype))
+        start = location(context, b, signature.args[0], args[0], args[1])
+        before, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
+        b.cbranch(b.icmp_signed(">", args[2], _I64(0)), loop, done)
+        b.position_at_end(loop)
+        i = b.phi(_I64)
+        i.add_incoming(_I64(0), before)
+        prefetch(b, b.gep(start, [i]))
+        after = b.add(i, _I64(64 // size))
+        i.add_incoming(after, loop)
+        b.cbranch(b.icmp_signed("<", after, args[2]), loop, done)
+        b.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.int64), generate
+
+
 def _sums(b: Any, vectors: list[Any]) -> Any:
     """The sums of LANES vectors, as one vector."""
     numbers, distance = ir.VectorType(_I32, LANES), LANES // 2

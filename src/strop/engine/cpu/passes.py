@@ -22,7 +22,7 @@ from strop.engine.cpu.kernels import CUBIC, TWO_ROOT
 from strop.engine.cpu.products import Dense as Dense
 from strop.engine.cpu.products import Linear as Linear
 from strop.engine.cpu.products import Packed as Packed
-from strop.engine.cpu.products import dense as dense
+from strop.engine.cpu.products import alone as alone
 from strop.engine.cpu.products import products, share_of
 
 

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange
 
+from strop.engine.cpu import amx
 from strop.engine.cpu.compiled import chosen, inline, loop, together
 from strop.engine.cpu.dots import LANES, block, edge, mix
+from strop.engine.cpu.laid import lay_out, room_for
 from strop.engine.cpu.unpack import TURN, able, make_whole, packed_block
 
 
@@ -58,8 +60,45 @@ def share_of(lane: Any, lanes: Any, n: Any) -> Any:
     return lane * blocks // lanes * LANES, min(n, (lane + 1) * blocks // lanes * LANES)
 
 
+TILES = amx.THERE  # AMX multiplies: the same numbers for a row however many there are, and other than `block` gives
+if TILES:
+    from strop.engine.cpu.laid import tiled
+else:
+
+    @together
+    def tiled(part: Any, laid: Any, y: Any, column: Any, lanes: Any) -> None:
+        """There are no tiles."""
+
+
+@inline
+def in_tiles(w: Any, z: Any) -> Any:
+    """Whether a weight (n, k) is multiplied in tiles by z (T, k)."""
+    return TILES and w.itemsize == 2 and z.itemsize == 2 and z.shape[1] % 32 == 0
+
+
+@together
+def dense(part: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> None:
+    """y[:, column:] = z w^T; z (T, k), y (T, ..) fp32. laid: z laid out, where it is multiplied in tiles."""
+    n = len(part.w)
+    whole = 0
+    if in_tiles(part.w, z):
+        tiled(part, laid, y, column, lanes)
+        whole = n // LANES * LANES
+    if whole < n:
+        dots(Dense(part.w[whole:]), z, y, column + whole, lanes)
+
+
+@together
+def alone(part: Any, z: Any, y: Any, lanes: Any) -> None:
+    """The same of a z that is not laid out yet."""
+    laid = room_for(z)
+    if in_tiles(part.w, z):
+        lay_out(z, laid, lanes)
+    dense(part, z, laid, y, 0, lanes)
+
+
 @loop
-def dense(part: Any, z: Any, y: Any, column: Any, lanes: Any) -> None:
+def dots(part: Any, z: Any, y: Any, column: Any, lanes: Any) -> None:
     """y[:, column:] = z w^T; z (T, k), y (T, ..) fp32."""
     n, k = part.w.shape
     rows, width = y.shape
@@ -138,17 +177,17 @@ def add(b: Any, spans: Any, all_gains: Any, bias: Any, u: Any, own: Any, y: Any,
                     y[i, c] += bias[c]
 
 
-def _weigh(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> Any:
+def _weigh(part: Any, like: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
     """One weight's product, by its kind; gives its rows."""
 
 
 @chosen(_weigh)
-def _weighed(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> Any:
-    def whole(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> Any:
-        dense(part, z, y, column, lanes)
+def _weighed(part: Any, like: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
+    def whole(part: Any, like: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
+        dense(part, z, laid, y, column, lanes)
         return len(part.w)
 
-    def in_parts(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> Any:
+    def in_parts(part: Any, like: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
         packed(part, like, z, y, column, lanes)
         return part.n
 
@@ -158,9 +197,11 @@ def _weighed(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> A
 @together
 def products(linear: Any, like: Any, z: Any, own: Any, y: Any, u: Any, lanes: Any) -> None:
     """y (T, n) of z (T, k): the weights' products, what the adapters add, and the bias. u: room for z A^T, fp32."""
-    column = 0
+    column, laid = 0, room_for(z)
+    if in_tiles(z, z):
+        lay_out(z, laid, lanes)
     for part in linear.weights:
-        column += _weigh(part, like, z, y, column, lanes)
+        column += _weigh(part, like, z, laid, y, column, lanes)
     most = 0
     for adapter in range(len(linear.rows)):
         most = max(most, linear.rows[adapter, 1])
@@ -168,6 +209,9 @@ def products(linear: Any, like: Any, z: Any, own: Any, y: Any, u: Any, lanes: An
     for adapter in range(len(linear.rows)):
         (begin, end), (first, count) = own[adapter], linear.rows[adapter]
         if begin < end and count:
-            dense(Dense(linear.a[first : first + count]), z[begin:end], thin[begin:end], 0, lanes)
+            own_rows = z[begin:end]
+            if end - begin < len(z) and in_tiles(z, z):
+                lay_out(own_rows, laid, lanes)
+            dense(Dense(linear.a[first : first + count]), own_rows, laid, thin[begin:end], 0, lanes)
     if len(linear.spans) or len(linear.bias):
         add(linear.b, linear.spans, linear.gains, linear.bias, thin, own, y, lanes)
