@@ -37,6 +37,7 @@ from strop.model.towers import in_text, text_path
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # of which peft refuses MAMBA_KEPT:
 MAMBA_KEPT = ("out_proj", "conv1d")  # their fused loops read the weight itself, and would pass an adapter by
 
+ROWS = 4096  # of a weight, looked at together
 OLD_NAME = "`is_gradient_checkpointing`"  # by which peft 0.21 asks transformers 5.2x, and which that warns of
 
 
@@ -287,7 +288,9 @@ def weight_change(parts: Iterable[nn.Module]) -> float | None:
             a, b = module.lora_A[name].weight.detach(), module.lora_B[name].weight.detach()
             # |B A|^2 = sum of (B'B) * (A A'), two r x r matrices
             squared += module.scaling[name] ** 2 * float(((b.T @ b) * (a @ a.T)).sum())
-        norm = float(torch.linalg.vector_norm(base.weight.detach(), dtype=torch.float32))
+        # Some rows at a time, since they become fp32: of a head all of them are 4 bytes a number more.
+        rows = base.weight.detach().split(ROWS)
+        norm = float(torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in rows]).norm())
         shares.append(math.sqrt(max(squared, 0.0)) / norm if norm else 0.0)
     return statistics.median(shares) if shares else None
 
