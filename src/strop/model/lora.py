@@ -289,7 +289,7 @@ def weight_change(parts: Iterable[nn.Module]) -> float | None:
             # |B A|^2 = sum of (B'B) * (A A'), two r x r matrices
             squared += module.scaling[name] ** 2 * float(((b.T @ b) * (a @ a.T)).sum())
         # Some rows at a time, since they become fp32: of a head all of them are 4 bytes a number more.
-        rows = base.weight.detach().split(ROWS)
+        rows = torch.split(base.weight.detach(), ROWS)
         norm = float(torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in rows]).norm())
         shares.append(math.sqrt(max(squared, 0.0)) / norm if norm else 0.0)
     return statistics.median(shares) if shares else None
