@@ -156,7 +156,8 @@ def later_error(found: dict[str, Any]) -> float:
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: measured figures beside what the formulas say now."""
     lines = [
-        f"| {one['name']}{', without AVX512' if one['narrow'] else ''} | {'fitted' if one['fitted'] else ''} "
+        f"| {one['name']}{', plain step' if one.get('step') == 'plain' else ''}"
+        f"{', without AVX512' if one['narrow'] else ''} | {'fitted' if one['fitted'] else ''} "
         f"| {predicted(one):.2f} "
         f"| {one['seconds_a_step']:.2f} | {error_of(one):+.1%} |"
         for one in results

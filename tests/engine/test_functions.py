@@ -15,8 +15,8 @@ from strop.engine import lora
 from strop.engine.dora import Dora
 from strop.engine.dropout import Dropped, grown
 from strop.engine.functions import Activation, Frozen, Glu, LoraLinear
-from strop.engine.head import LabelLogProbs, Output, SupervisedLoss
-from strop.engine.norms import LayerNorm, Norm, RmsNorm
+from strop.engine.head import LabelLogProbs, Output, SupervisedLoss, _add_product
+from strop.engine.norms import LayerNorm, Norm, RmsNorm, normed
 from strop.machine.probe import probe
 from tests.support.attention import OPS, check, rand
 
@@ -33,6 +33,46 @@ def test_rms_norm(shape: tuple[int, ...], offset: float) -> None:
     check(lambda x: RmsNorm.apply(x[..., ::2], norm), wide)  # not contiguous
     expected = F.rms_norm(wide[..., ::2], (shape[-1],), norm.weight + offset, 1e-5)
     torch.testing.assert_close(RmsNorm.apply(wide[..., ::2], norm), expected)
+
+
+@pytest.mark.parametrize("way", ["rms", "offset", "layer norm", "layer norm without a bias"])
+def test_a_norm_that_is_trained(way: str) -> None:
+    """By itself and in front of a linear layer whose input needs no gradient; switched off, it is another."""
+    torch.manual_seed(0)
+    weight, other = rand(5, grad=True), rand(5)
+    bias = rand(5, grad=True) if way == "layer norm" else None
+    given = [(weight, bias)]
+    about: Any = (OPS, other, 1e-5, 1.0 if way == "offset" else 0.0, None, lambda: given[-1])
+    norm = LayerNorm(*about) if "layer" in way else Norm(*about)
+    trained = [weight, *([] if bias is None else [bias])]
+
+    def expected(x: torch.Tensor) -> torch.Tensor:
+        if "layer" in way:
+            return F.layer_norm(x, (5,), weight, bias, 1e-5)
+        return F.rms_norm(x, (5,), weight + norm.offset, 1e-5)
+
+    x, upstream = rand(3, 5, grad=True), rand(3, 5)
+    torch.testing.assert_close(normed(x, norm), expected(x))
+    for mine, theirs in zip(
+        torch.autograd.grad(normed(x, norm), [x, *trained], upstream),
+        torch.autograd.grad(expected(x), [x, *trained], upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+    matrix, a, b = rand(4, 5), rand(2, 5, grad=True), rand(4, 2, grad=True)
+    for columns, parts in ((((0, 4),), [a, b]), ((), [])):
+        frozen, now = Frozen(lambda: matrix, None, LORA, columns, (0.5,) * len(columns)), norm.now()
+        y = LoraLinear.apply(x.detach(), frozen, now, None, *parts, *now.trained)
+        z = expected(x.detach())
+        whole = z @ (matrix + (0.5 * b @ a if columns else 0)).t()
+        torch.testing.assert_close(y, whole)
+        up, wanted = rand(3, 4), [*parts, *trained]
+        for mine, theirs in zip(
+            torch.autograd.grad(y, wanted, up), torch.autograd.grad(whole, wanted, up), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs)
+    given.append((other, None))
+    assert not norm.now().trained and torch.equal(norm.now().weight, other)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -162,6 +202,56 @@ def test_rows_of_the_head_that_are_trained(softcap: float) -> None:
     expected = F.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(loss(x, own), 0.3 * (expected * weights).sum())
     torch.testing.assert_close(log_probs(x, own), -expected)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_a_head_that_is_trained(softcap: float, dropout: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two adapters, the weight itself and a bias together, in several chunks of rows: against autograd, and by numbers
+    where the backward makes the logits again."""
+    monkeypatch.setattr("strop.engine.head.CHUNK_BYTES", 1)  # 16 rows
+    torch.manual_seed(0)
+    rows, h, v = 40, 3, 7
+    dropped = Dropped(1, 2, torch.arange(rows), (4, 5), (30000, 20000)) if dropout else None
+    adapters = tuple(t for r in (2, 1) for t in (rand(r, h, grad=True), rand(v, r, grad=True)))
+    x, weight, bias, scales = rand(rows, h, grad=True), rand(v, h, grad=True), rand(v, grad=True), (0.5, 2.0)
+    output = Output(
+        weight, softcap, OPS, bias, adapters=adapters, scales=scales, dropped=dropped, drops=cast(Any, drops),
+        whole=True, biased=True,
+    )  # fmt: skip
+    labels, weights = torch.randint(0, v, (rows,)), torch.rand(rows, dtype=torch.float64)
+    inputs = [x, *adapters, weight, bias]
+    logits = F.linear(x, weight, bias)
+    masks = [torch.ones(rows, h).double()] * 2 if dropped is None else drops.spread(x * 0 + 1, dropped).split(h, 1)
+    for a, b, scale, mask in zip(adapters[::2], adapters[1::2], scales, masks, strict=True):
+        logits = logits + scale * (x * mask.detach()) @ a.t() @ b.t()
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    upstream = rand(rows)
+    for found, expected in (
+        (SupervisedLoss.apply(x, labels, weights, output, *output.trained) * 0.3, 0.3 * (losses * weights).sum()),
+        ((LabelLogProbs.apply(x, labels, output, *output.trained) * upstream).sum(), (-losses * upstream).sum()),
+    ):
+        torch.testing.assert_close(found, expected)
+        mine, theirs = torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs, retain_graph=True)
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other)
+    few = dataclasses.replace(output, dropped=None)
+    check(
+        lambda x, *trained: LabelLogProbs.apply(x, labels[:3], few, *trained),
+        x.detach()[:3].requires_grad_(),
+        *inputs[1:],
+    )
+
+
+def test_the_gradient_of_a_head_in_bf16_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces of the vocabulary; what 400 chunks of one row add does not round away."""
+    monkeypatch.setattr("strop.engine.head.PIECE_BYTES", 64)
+    torch.manual_seed(0)
+    total, slopes, x = torch.zeros(37, 8), torch.rand(400, 37).bfloat16(), torch.rand(400, 8).bfloat16()
+    for slope, row in zip(slopes, x, strict=True):
+        _add_product(total, slope[None], row[None])
+    torch.testing.assert_close(total, slopes.float().t() @ x.float(), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])

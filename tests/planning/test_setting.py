@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from strop.model.lora import add_lora
 from strop.model.measured import shape_of
 from strop.model.shape import ModelShape
 from strop.planning.setting import Setting
+from tests.support.families import tokenizer
 from tests.support.random_models import FAMILY_CONFIGS, adapted, tiny_of
 
 
@@ -40,6 +42,7 @@ HEAD = {"lora.target_modules": ["q_proj", "lm_head"]}
         ("llama", HEAD | {"lora.dropout": 0.1, "lora.rank_pattern": {"lm_head": 2}}, "fast"),
         ("gemma2", HEAD, "fast"),
         ("llama", HEAD | {"lora.use_dora": True}, "plain"),
+        ("gemma2", HEAD | {"lora.new_tokens": ["<a>", "<b>"]}, "plain"),
         ("llama", {"lora.modules_to_save": ["lm_head"]}, "fast"),
         ("llama", {"lora.modules_to_save": ["embed_tokens", "lm_head"]}, "fast"),
         ("llama", {"lora.modules_to_save": ["input_layernorm", "model.norm"]}, "fast"),
@@ -55,6 +58,8 @@ def test_the_step_and_what_is_trained_are_known_beforehand(family: str, options:
     given = {"model": "m", "data": "d", "lora.r": 3, "lora.alpha": 6, "model.device": "cpu", "model.dtype": "fp32"}
     recipe = resolve(None, {**given, **options}).recipe
     found = Setting.of(recipe, ModelShape.of(model.config.to_dict()))
-    adapted = add_lora(model, recipe.lora, None).train()
+    words = copy.deepcopy(tokenizer("chatml")) if recipe.lora.new_tokens else None
+    adapted = add_lora(model, recipe.lora, words).train()
     assert found.step == step_for(adapted).name == step
-    assert found.adapter_weights == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    if words is None:  # whose vocabulary is larger than this model's
+        assert found.adapter_weights == sum(p.numel() for p in adapted.parameters() if p.requires_grad)

@@ -125,8 +125,7 @@ class FastLoss:
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """Sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable in the adapters."""
         batch = pack(examples, prefix_sharing=self.prefix_sharing, device=self._device)
-        output = self._output(batch)
-        return apply(SupervisedLoss, self._hidden(batch), batch.labels, batch.weights, *output)
+        return apply(SupervisedLoss, self._hidden(batch), batch.labels, batch.weights, *self._output(batch))
 
     def log_probs(self, examples: Sequence[Example]) -> Tensor:
         """Sum over the supervised tokens of each example of weight * log-probability (N,), fp64, differentiable.
@@ -145,8 +144,7 @@ class FastLoss:
 
     def _label_log_probs(self, examples: Sequence[Example]) -> tuple[Tensor, Packed]:
         batch = pack_apart(examples, prefix_sharing=self.prefix_sharing, device=self._device)
-        output = self._output(batch)
-        return apply(LabelLogProbs, self._hidden(batch), batch.labels, *output), batch
+        return apply(LabelLogProbs, self._hidden(batch), batch.labels, *self._output(batch)), batch
 
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:
         """What the model holds at the last token of each example, behind its last norm (N, h), differentiable."""

@@ -21,6 +21,7 @@ from strop.engine.operations import Ops
 
 CHUNK_BYTES = 24 * 2**20  # logits at once: 256 rows of a vocabulary of 49,152 in bf16
 CARD_CHUNK_BYTES = 256 * 2**20  # on a card, whose products want more rows: each chunk reads the whole head twice
+PIECE_BYTES, CARD_PIECE_BYTES = 4 * 2**20, 64 * 2**20  # of a trained head's gradient: of the type of x, then summed
 
 
 @dataclass(frozen=True)
@@ -171,11 +172,11 @@ class _Entering:
         self.b = torch.cat([b.to(x.dtype) for _, b, _ in self.adapters], 1)
         self.za = lora.entering(self.x, self.a, self.adapters)
         self.of_za = torch.empty_like(self.za)
-        self.of_b = x.new_zeros(self.b.shape, dtype=_wide(x))
+        self.of_b = x.new_zeros(self.b.t().shape, dtype=_wide(x))  # (sum of r, V): no copy of the logits is turned
 
     def add(self, rows: slice, logits: Tensor) -> None:
         torch.mm(logits, self.b, out=self.of_za[rows])
-        _add_product(self.of_b, logits, self.za[rows])
+        self.of_b += self.za[rows].t() @ logits
 
     def gradients(self, of_x: Tensor) -> list[Tensor]:
         """Of A_1, B_1, A_2, ...; to the gradient of x is added what goes through them."""
@@ -189,9 +190,9 @@ class _Entering:
             inputs = list(torch.split(self.x, adapters.width, 1))
         found: list[Tensor] = []
         for part, x, scale, of_b in zip(
-            torch.split(self.of_za, ranks, 1), inputs, adapters.scales, torch.split(self.of_b, ranks, 1), strict=True
+            torch.split(self.of_za, ranks, 1), inputs, adapters.scales, torch.split(self.of_b, ranks), strict=True
         ):
-            found += [(part.to(of_b.dtype).t() @ x.to(of_b.dtype)) * scale, of_b.contiguous()]
+            found += [(part.to(of_b.dtype).t() @ x.to(of_b.dtype)) * scale, of_b.t().contiguous()]
         return found
 
 
@@ -204,7 +205,8 @@ def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
     if total.dtype == x.dtype:
         total.addmm_(grad.t(), x)
         return
-    step = max(1, CHUNK_BYTES // (x.shape[1] * x.element_size()))
+    room = CARD_PIECE_BYTES if x.device.type == "cuda" else PIECE_BYTES
+    step = max(1, room // (x.shape[1] * x.element_size()))
     for begin in range(0, len(total), step):
         total[begin : begin + step] += grad[:, begin : begin + step].t() @ x
 

@@ -41,6 +41,7 @@ PASSED_BY = dict.fromkeys(MAMBA_TYPES, ("out_proj", "conv1d"))
 for _kind in ("mamba", "falcon_mamba", "jamba", "zamba"):
     PASSED_BY[_kind] = (*PASSED_BY.get(_kind, ()), "dt_proj")
 
+ROWS = 4096  # of a weight, looked at together
 OLD_NAME = "`is_gradient_checkpointing`"  # by which peft 0.21 asks transformers 5.2x, and which that warns of
 
 
@@ -291,7 +292,9 @@ def weight_change(parts: Iterable[nn.Module]) -> float | None:
             a, b = module.lora_A[name].weight.detach(), module.lora_B[name].weight.detach()
             # |B A|^2 = sum of (B'B) * (A A'), two r x r matrices
             squared += module.scaling[name] ** 2 * float(((b.T @ b) * (a @ a.T)).sum())
-        norm = float(torch.linalg.vector_norm(base.weight.detach(), dtype=torch.float32))
+        # Some rows at a time, since they become fp32: of a head all of them are 4 bytes a number more.
+        rows = torch.split(base.weight.detach(), ROWS)
+        norm = float(torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in rows]).norm())
         shares.append(math.sqrt(max(squared, 0.0)) / norm if norm else 0.0)
     return statistics.median(shares) if shares else None
 

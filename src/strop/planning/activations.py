@@ -110,11 +110,10 @@ def at_peak(setting: Setting, batch: MicroBatch) -> Alive:
     # What the head's own gradient takes while a layer goes back, where it does not wait with those of earlier ones.
     beside = 0 if batch.more or setting.device == "cpu" else head_gradient_bytes(setting)
     moments = [Alive(whole, 0, head_bytes(setting, batch))]
-    if (
-        setting.whole_embedding and batch.more
-    ):  # the last gradient of all, as large as the embedding, added to the first
+    if setting.whole_embedding and batch.more:  # its gradient, the last of all, beside that of earlier micro-batches
         rows = batch.tokens * setting.shape.hidden * (4 + setting.element)
-        moments.append(Alive(0, rows + 4 * setting.shape.embedding))
+        buffer = whole if setting.device == "cpu" and setting.step == "fast" and not kept else 0  # engine.arena's stays
+        moments.append(Alive(buffer, rows + 4 * setting.shape.embedding))
     # Going back: the last layer, the one before it, and the last of those that are computed again.
     again = block if kept else 0
     if kept < layers:

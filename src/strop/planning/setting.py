@@ -242,10 +242,12 @@ def _linears_in_full(lora: LoraSection, shape: ModelShape) -> bool:
 def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
     """Why the fast step cannot train this, as engine.fits.unsupported would say of the model itself."""
     lora, family = recipe.lora, FAMILIES.get(shape.family)
+    on_head = "lm_head" in _targets(shape, lora.target_modules)
     reasons = {
         f"model family {shape.family}": family is None,
         "a loss that balances experts": shape.balanced,
-        "DoRA on the output head": lora.use_dora and "lm_head" in _targets(shape, lora.target_modules),
+        "DoRA on the output head": lora.use_dora and on_head,
+        "new tokens under an adapter on the output head": bool(lora.new_tokens) and on_head,
         "linear layers trained in full": _linears_in_full(lora, shape),
         "fp16": recipe.model.dtype == "fp16",
         f"rotary embedding of type {shape.rope}": shape.rope in ("dynamic", "longrope"),
