@@ -71,6 +71,12 @@ def inline(function: Loop) -> Loop:
     return compiled
 
 
+def inside(function: Loop) -> Loop:
+    """As `inline`, of a function that is too long for LLVM to take in by itself: loops around it are vectorised then."""
+    compiled: Loop = _njit(fastmath=True, error_model="numpy", cache=True, forceinline=True)(function)
+    return compiled
+
+
 def together(function: Loop) -> Loop:
     """What calls loops, one after the other, while other threads of Python go on."""
     compiled: Loop = _njit(nogil=True, error_model="numpy", cache=True)(function)

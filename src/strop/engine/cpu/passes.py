@@ -24,6 +24,7 @@ from strop.engine.cpu.products import Linear as Linear
 from strop.engine.cpu.products import Packed as Packed
 from strop.engine.cpu.products import alone as alone
 from strop.engine.cpu.products import products, share_of
+from strop.engine.cpu.rows import gelu
 
 
 class Norm(NamedTuple):
@@ -185,9 +186,8 @@ SILU, GELU_TANH, GELU, RELU2, RELU, XIELU = range(6)
 
 @inline
 def _activated(x: Any, kind: Any, about: Any) -> Any:
-    one = np.float32(1.0)
     if kind == GELU:
-        return np.float32(0.5) * x * (one + np.float32(math.erf(x * np.float32(0.7071067811865476))))
+        return gelu(x)[0]
     if kind == RELU2:
         return x * x if x > 0 else np.float32(0.0)
     if kind == RELU:

@@ -12,7 +12,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from strop.engine.cpu.compiled import array, exp, inline, loop, narrow, wide
+from strop.engine.cpu.compiled import array, exp, inline, inside, loop, narrow, wide
 from strop.engine.cpu.kernels import activate, rows_of
 
 SILU, GELU_TANH, GELU, RELU2, RELU, XIELU = range(6)
@@ -64,7 +64,7 @@ def _layer_norm_backward(grad: Any, x: Any, weight: Any, eps: Any, out: Any) -> 
             out[i, j] = narrow(rstd * (weighted - given - (wide(x[i, j]) - mean) * shrink), out)
 
 
-@inline
+@inside
 def _tail(z: Any) -> Any:
     """erfc(z) of z >= 0, to 1.2e-7 of it (Press et al., Numerical Recipes, section 6.2): libm's is not vectorised."""
     t = np.float32(1.0) / (np.float32(1.0) + np.float32(0.5) * z)
@@ -79,8 +79,8 @@ def _tail(z: Any) -> Any:
     return t * exp(p * t - np.float32(1.26551223) - z * z)
 
 
-@inline
-def _gelu(x: Any) -> Any:
+@inside
+def gelu(x: Any) -> Any:
     """Value and slope."""
     half = np.float32(0.5) * _tail(abs(x) * _ROOT_HALF)
     share = np.float32(1.0) - half if x >= 0 else half
@@ -98,12 +98,12 @@ def _xielu(x: Any, about: Any) -> Any:
     return (positive * x + beta) * x if x > 0 else value, np.float32(2.0) * positive * x + beta if x > 0 else slope
 
 
-@inline
+@inside
 def _both(x: Any, kind: Any, about: Any) -> Any:
     """Value and slope; kind: a constant where it is called, or the loop would not be vectorised."""
     none = np.float32(0.0)
     if kind == GELU:
-        return _gelu(x)
+        return gelu(x)
     kept = np.float32(0.5) * (x + abs(x))  # a comparison would lose what is not a number
     if kind == RELU2:
         return kept * kept, np.float32(2.0) * kept
@@ -114,13 +114,14 @@ def _both(x: Any, kind: Any, about: Any) -> Any:
     return activate(x, kind == GELU_TANH)
 
 
-@inline
+@inside
 def _values(x: Any, kind: Any, about: Any, out: Any) -> None:
     for j in range(len(out)):
-        out[j] = narrow(_both(wide(x[j]), kind, about)[0], out)
+        value, _ = _both(wide(x[j]), kind, about)
+        out[j] = narrow(value, out)
 
 
-@inline
+@inside
 def _slopes(grad: Any, x: Any, kind: Any, about: Any, grad_in: Any, out: Any) -> None:
     for j in range(len(out)):
         value, slope = _both(wide(x[j]), kind, about)
