@@ -38,10 +38,13 @@ SIZES = {
     "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 2048,
 }  # fmt: skip
 WINDOW = 512
-MIXED = {  # of mixtures and of linear attention; 8 experts, 2 of them for a token
+MIXED = {  # of mixtures (8 experts, 2 of them for a token), of hybrids and of Gemma 4
     "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "moe_num_experts": 8, "moe_intermediate_size": 768,
     "shared_expert_intermediate_size": 768, "linear_num_key_heads": 9, "linear_num_value_heads": 9,
-    "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    "linear_key_head_dim": 64, "linear_value_head_dim": 64, "vocab_size_per_layer_input": 49152,
+    "hidden_size_per_layer_input": 64, "global_head_dim": 64, "num_global_key_value_heads": 3, "num_kv_shared_layers": 10,
+    "mamba_n_heads": 18, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_chunk_size": 256,
+    "shared_intermediate_size": 1536,
 }  # fmt: skip
 
 
@@ -49,12 +52,13 @@ def model_of(family: str, layers: int) -> Any:
     """A random model in bf16 with adapters."""
     own: dict[str, Any] = {}
     for name, value in FAMILY_CONFIGS[family].items():  # settings by layer are for two layers there
-        own[name] = value * (layers // 2) if isinstance(value, list) else value
+        own[name] = (value * layers)[:layers] if isinstance(value, list) else value
     own |= {"sliding_window": WINDOW} if own.get("sliding_window") else {}
-    own |= {name: value for name, value in MIXED.items() if name in own}
+    own |= {name: value for name, value in MIXED.items() if own.get(name)}
+    own["num_hidden_layers"] = layers
     own |= {"num_key_value_heads": SIZES["num_attention_heads"]} if "num_key_value_heads" in own else {}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, "num_hidden_layers": layers, **own})
+    config = AutoConfig.for_model(family, **{**SIZES, **own})
     base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return add_lora(base, LoraSection(r=16, alpha=32), None).train()
 

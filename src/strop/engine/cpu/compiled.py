@@ -72,7 +72,7 @@ def inline(function: Loop) -> Loop:
 
 
 def inside(function: Loop) -> Loop:
-    """As `inline`, of a function that is too long for LLVM to take in by itself: loops around it are vectorised then."""
+    """As `inline`, of what is too long for LLVM to take in by itself: loops around it are vectorised then."""
     compiled: Loop = _njit(fastmath=True, error_model="numpy", cache=True, forceinline=True)(function)
     return compiled
 
