@@ -42,8 +42,8 @@ MIXED = {  # of mixtures (8 experts, 2 of them for a token), of hybrids and of G
     "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "moe_num_experts": 8, "moe_intermediate_size": 768,
     "shared_expert_intermediate_size": 768, "linear_num_key_heads": 9, "linear_num_value_heads": 9,
     "linear_key_head_dim": 64, "linear_value_head_dim": 64, "vocab_size_per_layer_input": 49152,
-    "hidden_size_per_layer_input": 64, "global_head_dim": 64, "num_global_key_value_heads": 3, "num_kv_shared_layers": 10,
-    "mamba_n_heads": 18, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_chunk_size": 256,
+    "hidden_size_per_layer_input": 64, "global_head_dim": 64, "num_global_key_value_heads": 3,
+    "num_kv_shared_layers": 10, "mamba_n_heads": 18, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_chunk_size": 256,
     "shared_intermediate_size": 1536,
 }  # fmt: skip
 
