@@ -52,6 +52,10 @@ def memory(found: Any) -> tuple[str, str, int]:
     return f"{statistics.median(errors):.1f} %", f"{max(errors):.1f} %", len(errors)
 
 
+def family_row(name: str, found: Any) -> str:
+    return f"| {name} | {found['fast']:.0f} | {found['plain']:.0f} | {found['times']:.1f} |"
+
+
 def step_rows(found: Any) -> list[str]:
     """tokens/s, share of the floor, peak memory, loss."""
     return [
@@ -182,8 +186,10 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
      lambda it: [f"| all linear layers | {speed(it, 'fast')} |",
                  f"| with dropout 0.05 | {speed(it, 'dropped')} | {times(it, 'dropped', 'fast', 2).split()[0]} |",
                  f"| with DoRA | {speed(it, 'dora')} | {times(it, 'dora', 'fast', 2).split()[0]} |"]),
-    (PERFORMANCE, "families_2026-11-25.json",
-     lambda it: [f"| {name} | {x['fast']:.0f} | {x['plain']:.0f} | {x['times']:.1f} |" for name, x in it.items()]),
+    (PERFORMANCE, "families_2026-11-26.json",  # GPT-NeoX before its GELU was vectorised
+     lambda it: [family_row(name, x) for name, x in it.items() if name != "gpt_neox"]),
+    (PERFORMANCE, "families_own_2026-11-26.json",
+     lambda it: [family_row(name, x) for name, x in it.items() if name != "starcoder2"]),
     (PERFORMANCE, "train_step_4bit_2026-11-25.json", four_bit_rows),
     (PERFORMANCE, "train_step_4bit_2026-11-25.json",
      lambda it: f"{times(it, 'nf4 resident', 'fast', 2)} 16 bit and "
