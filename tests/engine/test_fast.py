@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, LlamaConfig, Mistral3ForConditionalGeneration, OlmoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Mistral3ForConditionalGeneration, OlmoConfig
 
+from strop.config.schema import LoraSection
 from strop.data.conversation import Example
 from strop.engine.families import FAMILIES
 from strop.engine.fast import FastLoss
 from strop.engine.fits import unsupported
-from strop.engine.packed import pack_apart
+from strop.engine.packed import LIKE, Documents, pack_apart
 from strop.engine.plain import PlainLoss
 from strop.engine.step import step_for
 from strop.machine.probe import probe
+from strop.model.lora import add_lora
 from tests.support.random_models import FAMILY_CONFIGS, adapted, example, tiny, tiny_of
 
 Gradients = dict[str, torch.Tensor]
@@ -154,6 +158,43 @@ def test_a_mixer_of_the_models_own_sees_one_document_at_a_time(family: str) -> N
         torch.testing.assert_close(gradients, expected[1], rtol=1e-4, atol=1e-5)
     parts = f"{FAMILIES[family].mixer} and experts" if FAMILIES[family].mixture else FAMILIES[family].mixer
     assert step_for(model).why == f"{parts} by the model's own modules"
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_a_saved_checkpoint_in_bf16_takes_the_step(family: str, tmp_path: Path) -> None:
+    """Some families keep their routers in fp32 then."""
+    tiny_of(family).save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    model = add_lora(base, LoraSection(r=2, alpha=4), None)
+    assert unsupported(model) is None
+    assert step(model, FastLoss(model), some())[0].isfinite()
+
+
+def test_a_forward_that_is_thrown_away_leaves_nothing_behind() -> None:
+    """Gemma 4's later layers see keys of earlier ones: what is computed again must not hold itself."""
+    model = adapted("gemma4_text")
+    fast, seen = FastLoss(model, checkpoint_layers=4), []
+    through = fast._through
+
+    def watched(layer: Any, hidden: torch.Tensor, *rest: Any) -> Any:
+        seen.append(weakref.ref(rest[0]))
+        return through(layer, hidden, *rest)
+
+    fast._through = watched  # type: ignore[method-assign]
+    fast(some())
+    gc.collect()
+    assert len(seen) == 4 and not any(one() for one in seen)
+
+
+@pytest.mark.parametrize(("lengths", "groups"), [((40, 38, 33, 9, 8), 2), ((5,), 1), ((64, 50, 30, 20), 4)])
+def test_documents_beside_each_other_are_padded_to_their_like(lengths: tuple[int, ...], groups: int) -> None:
+    starts = np.cumsum([0, *lengths])[:-1]
+    spans = np.array([(start, own, 0) for start, own in zip(starts, lengths, strict=True)])
+    rows, places = Documents(spans, sum(lengths), torch.device("cpu")).beside
+    assert len(rows) == groups
+    assert sum(one.numel() for one in rows) <= sum(lengths) / LIKE
+    whole = torch.cat([one.flatten() for one in rows])
+    assert torch.equal(whole[places], torch.arange(sum(lengths)))
 
 
 def test_a_loss_that_balances_experts_is_the_plain_steps() -> None:
@@ -328,8 +369,9 @@ def test_several_shared_prompts_in_tiles() -> None:
         assert (found[0][1][name] - grad).norm() <= 0.03 * grad.norm(), name
 
 
-def test_nothing_supervised_is_zero() -> None:
-    model = adapted()
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_nothing_supervised_is_zero(family: str) -> None:
+    model = adapted(family)
     silent = [dataclasses.replace(e, weights=np.zeros_like(e.weights)) for e in some()]
     loss, grads = step(model, FastLoss(model), silent)
     assert loss == 0

@@ -18,11 +18,12 @@ from strop.errors import ModelError
 from strop.model.facts import locate
 from strop.model.load import load_base
 from strop.model.lora import add_lora, check_lora, linear_kinds, trainable
-from strop.model.quantize import QuantizedLinear
+from strop.model.quantize import QuantizedLinear, quantizable
 from strop.model.targets import target_names
 from tests.engine.test_fast import assert_same, step
 from tests.support import tiny
 from tests.support.families import tokenizer
+from tests.support.random_models import tiny_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -174,3 +175,14 @@ def test_dora_on_a_quantized_base_starts_as_the_base(tiny_folder: Path, scheme: 
             weight.data += 0.1 * torch.randn_like(weight) if "lora_B" in name else 0
     plain, fast = (step(model, loss, examples) for loss in losses)
     assert_same(fast, plain)
+
+
+@pytest.mark.parametrize(
+    ("family", "leaf"), [("jamba", "dt_proj"), ("bamba", "out_proj"), ("granitemoehybrid", "out_proj")]
+)
+def test_what_the_model_reads_itself_has_no_adapter_and_stays_in_16_bit(family: str, leaf: str) -> None:
+    """An adapter there would be passed by: in Jamba's own loop, in the others' fused kernels."""
+    model = tiny_of(family)
+    paths = [path for path, _ in model.named_modules() if path.endswith(f"mamba.{leaf}")]
+    assert paths and not any(f"{path}.weight" in quantizable(model) for path in paths)
+    assert not any(kind.sets for kind in linear_kinds(model) if kind.name.endswith(leaf))

@@ -8,13 +8,30 @@ from typing import Any
 import pytest
 
 from strop.config.load import resolve
+from strop.engine.fits import unsupported
 from strop.engine.step import step_for
 from strop.model.lora import add_lora
 from strop.model.measured import shape_of
 from strop.model.shape import ModelShape
-from strop.planning.setting import Setting
+from strop.planning.setting import Setting, why_plain
 from tests.support.families import tokenizer
 from tests.support.random_models import FAMILY_CONFIGS, adapted, tiny_of
+
+
+def test_what_the_step_declines_of_a_known_family_is_known_beforehand() -> None:
+    recipe = resolve(None, {"model": "m", "data": "d", "model.device": "cpu", "model.dtype": "fp32"}).recipe
+    for family, more in (
+        ("granitemoehybrid", {"num_local_experts": 4}),
+        ("gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}),
+    ):
+        config = tiny_of(family, **more).config.to_dict()
+        shape = shape_of(config, config, tiny_of(family, **more))
+        assert why_plain(recipe, shape) == "experts beside the MLP", family
+        assert "experts beside the MLP" in str(unsupported(adapted(family, **more))), family
+    config = tiny_of("gemma4_text").config.to_dict()
+    shape = shape_of(config, config, tiny_of("gemma4_text"))
+    on_card = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": "cuda"})})
+    assert why_plain(recipe, shape) is None and "norms of values" in str(why_plain(on_card, shape))
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

@@ -13,6 +13,7 @@ from strop.config.schema import LoraSection
 from strop.data.conversation import Example
 from strop.model.experts import expert_parameters
 from strop.model.lora import add_lora
+from strop.model.quantize import passed_by
 
 GEMMA = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 SAME = {"num_key_value_heads": 2}  # as many as query heads: in Phi, and where the config knows no others
@@ -119,7 +120,7 @@ def adapted(config: type | str = LlamaConfig, lora: dict[str, Any] | None = None
         if "bias" in name or "norm" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     options = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **(lora or {})}
-    if next(expert_parameters(base), None):  # peft's own all-linear leaves experts out
+    if next(expert_parameters(base), None) or passed_by(base):  # peft's all-linear leaves experts out, and takes more
         model = add_lora(base, LoraSection(r=3, alpha=5, **(lora or {})), None)
     else:
         model = get_peft_model(base, LoraConfig(**options))

@@ -102,7 +102,7 @@ class Example:
         """Itself: what is computed of one row."""
         return (self,)
 
-    def computed(self, packed: bool) -> int:
+    def computed(self, packed: bool, shares: bool = True) -> int:
         """Tokens that a micro-batch computes for it."""
         return len(self)
 
@@ -136,10 +136,11 @@ class Unit:
     def __len__(self) -> int:
         return sum(map(len, self.examples))
 
-    def computed(self, packed: bool) -> int:
-        """Tokens that a micro-batch computes for it: the prompt once where rows are packed, else rows of one length."""
+    def computed(self, packed: bool, shares: bool = True) -> int:
+        """Tokens that a micro-batch computes for it: where rows are packed their own (shares: the prompt once), else
+        rows of one length."""
         if packed:
-            return len(self) - (len(self.examples) - 1) * self.examples[0].prompt
+            return len(self) - ((len(self.examples) - 1) * self.examples[0].prompt if shares else 0)
         return len(self.examples) * max(map(len, self.examples))
 
 
@@ -151,7 +152,7 @@ class Prompt(Unit):
     gold: str | None = None
     row: int = 0
 
-    def computed(self, packed: bool) -> int:
+    def computed(self, packed: bool, shares: bool = True) -> int:
         return len(self)
 
 

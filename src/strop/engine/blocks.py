@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,14 +25,12 @@ from strop.engine.processor import Attend, Processor
 class Way:
     """What a micro-batch has with it on its way through the layers.
 
-    per_layer (T, layers, p): of each token for each layer, in models that have it. keys_values: of layers that later
-    ones see as well, by kind of attention, in front of their norms.
+    per_layer (T, layers, p): of each token for each layer, in models that have it.
     """
 
     batch: Packed
     angles: Angles
     per_layer: Tensor | None = None
-    keys_values: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Attended:
 
     rope: the kind of rotary embedding, where there are several; NOWHERE: the layer has no positions. aside: the rotary
     embedding where it is not left to attention, but makes a copy of q, k and v. kind, keeps, takes: of keys and values
-    that several layers see.
+    that several layers see, in front of their norms.
     """
 
     family: Family
@@ -56,7 +54,8 @@ class Attended:
     keeps: bool
     takes: bool
 
-    def __call__(self, hidden: Tensor, way: Way) -> Tensor:
+    def __call__(self, hidden: Tensor, way: Way, taken: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """taken: an earlier layer's keys and values. The second that comes back: those that later layers see too."""
         family, heads, batch = self.family, self.heads, way.batch
         qkv, gates, query = self.qkv(hidden, batch.keys), None, self.heads.query * self.heads.size
         if family.fused_heads:  # a copy
@@ -64,12 +63,11 @@ class Attended:
         if family.gated_heads:  # copies
             q, gates = (x.flatten(1) for x in qkv[:, : 2 * query].view(len(qkv), heads.query, 2, heads.size).unbind(2))
             qkv = torch.cat([q, qkv[:, 2 * query :]], 1)
-        if self.takes:
-            qkv = torch.cat([qkv, way.keys_values[self.kind]], 1)
+        if taken is not None:
+            qkv = torch.cat([qkv, taken], 1)
         elif qkv.shape[1] == query + heads.key_value * heads.size:  # the values are the keys
             qkv = torch.cat([qkv, qkv[:, query:]], 1)
-        if self.keeps:
-            way.keys_values[self.kind] = qkv[:, query:]
+        kept = qkv[:, query:] if self.keeps else None
         cos, sin = way.angles[self.rope]
         scale = None if family.query_scale is None else family.query_scale(self.config, batch.positions)
         if self.aside is not None:
@@ -77,7 +75,7 @@ class Attended:
             cos, sin = way.angles[NOWHERE]
         qkv, heads = norms_aside(qkv, heads)
         mixed = self.attend(qkv, heads, cos, sin, batch.documents)
-        return mixed if gates is None else mixed * gates.sigmoid()
+        return mixed if gates is None else mixed * gates.sigmoid(), kept
 
 
 @dataclass(frozen=True)
@@ -96,15 +94,20 @@ class Own:
 
     def on_rows(self, x: Tensor, keys: Tensor) -> Tensor:
         """Of rows (T, h) that do not see each other."""
+        if not len(x):  # what is trained has a gradient of zeros then, as everywhere
+            return x + 0 * sum(p.sum() for p in self.module.parameters() if p.requires_grad)
         self.masks.tokens = keys
         return self._output(normed(x, self.norm)[None])[0]
 
     def on_documents(self, hidden: Tensor, batch: Packed) -> Tensor:
-        """Of documents as rows beside each other: none sees another, and what stands behind a row's end changes nothing
-        in front of it."""
-        rows, places = batch.documents.beside
-        self.masks.tokens = batch.keys[rows]
-        return self._output(normed(hidden, self.norm)[rows]).flatten(0, 1)[places]
+        """Of documents as rows beside each other, those of like length together: none sees another, and what stands
+        behind a row's end changes nothing in front of it."""
+        groups, places = batch.documents.beside
+        x, found = normed(hidden, self.norm), []
+        for rows in groups:
+            self.masks.tokens = batch.keys[rows]
+            found.append(self._output(x[rows]).flatten(0, 1))
+        return torch.cat(found)[places]
 
     def _output(self, x: Tensor) -> Tensor:
         found = self.module(x)
@@ -147,10 +150,16 @@ class Layer:
         found = [] if isinstance(mixer, Own) else [mixer.qkv, mixer.o]
         return [*found, *([] if isinstance(mlp, Own) else [mlp.gate_up, mlp.down])]
 
-    def __call__(self, hidden: Tensor, way: Way, rows: Tensor | None) -> Tensor:
-        """hidden (T, h); rows: the only ones that anything behind this layer reads (its keys and values need all)."""
-        keys, mixer, mlp = way.batch.keys, self.mixer, self.mlp
-        mixed = mixer.on_documents(hidden, way.batch) if isinstance(mixer, Own) else mixer(hidden, way)
+    def __call__(
+        self, hidden: Tensor, way: Way, rows: Tensor | None, taken: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden (T, h); rows: the only ones that anything behind this layer reads (its keys and values need all).
+        taken, and the second that comes back: as of Attended."""
+        keys, mixer, mlp, kept = way.batch.keys, self.mixer, self.mlp, None
+        if isinstance(mixer, Own):
+            mixed = mixer.on_documents(hidden, way.batch)
+        else:
+            mixed, kept = mixer(hidden, way, taken)
         if rows is not None:
             mixed, hidden, keys = mixed[rows], hidden[rows], keys[rows]
         last = None if isinstance(mixer, Own) else mixer.o
@@ -160,10 +169,10 @@ class Layer:
             hidden = self._added(between, mlp.on_rows(source, keys), keys, None, self.after_mlp)
         else:
             hidden = self._added(between, mlp.gate_up(source, keys), keys, mlp.down, self.after_mlp)
-        if self.per_layer is None:
-            return hidden
-        own = None if way.per_layer is None else way.per_layer[:, self.per_layer.number]
-        return self.per_layer(hidden, own if own is None or rows is None else own[rows], keys)
+        if self.per_layer is not None:
+            own = None if way.per_layer is None else way.per_layer[:, self.per_layer.number]
+            hidden = self.per_layer(hidden, own if own is None or rows is None else own[rows], keys)
+        return hidden, kept
 
     def _added(self, hidden: Tensor, x: Tensor, keys: Tensor, linear: Joined | None, after: Norm | None) -> Tensor:
         """The residual stream with what a block adds to it: a linear layer's product with x, or x."""

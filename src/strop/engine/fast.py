@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from strop.engine.arena import Arena
-from strop.engine.blocks import Blocks, Layer, Way
+from strop.engine.blocks import Attended, Blocks, Layer, Way
 from strop.engine.dropout import masks_of
 from strop.engine.fits import unsupported
 from strop.engine.head import LabelLogProbs, Output, SupervisedLoss
@@ -188,16 +188,18 @@ class FastLoss:
         last = len(self._layers) - 1
         if self.host is not None:
             self.host.begin()
+        shared: dict[str, Tensor] = {}  # keys and values that later layers see too
         for i, layer in enumerate(self._layers):
-            rows = batch.rows if i == last else None
+            of = layer.mixer if isinstance(layer.mixer, Attended) else None
+            given = layer, hidden, way, batch.rows if i == last else None, shared[of.kind] if of and of.takes else None
             self._need(i)
             if i < self.checkpoint_layers and torch.is_grad_enabled():
                 with nullcontext() if self.host is None else self.host.keeping(last=i == last):
-                    hidden = checkpoint(
-                        self._through, layer, hidden, way, rows, use_reentrant=False, preserve_rng_state=False
-                    )
+                    hidden, kept = checkpoint(self._through, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden = self._through(layer, hidden, way, rows)
+                hidden, kept = self._through(*given)
+            if of is not None and kept is not None:
+                shared[of.kind] = kept
             if self.gathered is not None and hidden.requires_grad:
                 before_gradient(hidden, partial(self._need, i))
         self._need("head")
@@ -212,7 +214,9 @@ class FastLoss:
         if self.gathered is not None:
             self.gathered(where)
 
-    def _through(self, layer: Layer, hidden: Tensor, way: Way, rows: Tensor | None) -> Tensor:
+    def _through(
+        self, layer: Layer, hidden: Tensor, way: Way, rows: Tensor | None, taken: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         if self.watch is not None:
             self.watch()
-        return layer(hidden, way, rows)
+        return layer(hidden, way, rows, taken)

@@ -34,6 +34,7 @@ TRAINED = (
 ADAPTERS = ("lora_", "trainable_tokens_", "modules_to_save.")  # in the names of weights that are not the base's
 DROPOUTS = (
     "attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout", "hidden_dropout", "embedding_dropout",
+    "router_jitter_noise",
 )  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def unsupported(model: nn.Module) -> str | None:
     active = next((f"{name} above 0" for name in DROPOUTS if getattr(config, name, 0)), None)
     active = active or ("output_router_logits: a loss that balances experts" if load_balancing(config) else None)
     return (
-        _unsupported_adapter(model, base, decoder, family) or unsupported_base(base, decoder, config, family) or active
+        unsupported_base(base, decoder, config, family) or _unsupported_adapter(model, base, decoder, family) or active
     )
 
 
@@ -122,8 +123,12 @@ def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> st
             if type(module) is not nn.Linear and not isinstance(module, Quantized):
                 return f"unknown weights ({type(module).__name__})"
     parts = [decoder, base.get_output_embeddings()]
+    theirs = {id(p) for part in own_parts(decoder, family) for p in part.parameters()}  # routers are in fp32, in some
     named = [
-        (name, p) for part in parts for name, p in part.named_parameters() if not any(word in name for word in ADAPTERS)
+        (name, p)
+        for part in parts
+        for name, p in part.named_parameters()
+        if id(p) not in theirs and not any(word in name for word in ADAPTERS)
     ]
     weights = [  # a trained bias is in fp32
         p for name, p in named if p.is_floating_point() and not (p.requires_grad and name.endswith("bias"))

@@ -21,7 +21,7 @@ from strop.config.schema import LoraSection
 from strop.engine.joined import on_a_weight
 from strop.errors import ModelError, nearest
 from strop.model.experts import by_parameter, expert_parameters, is_experts, sizes, sum_experts_once
-from strop.model.quantize import QuantizedLinear, added, is_plain, why_not
+from strop.model.quantize import QuantizedLinear, added, is_plain, passed_by, why_not
 from strop.model.score import HEAD, TASK, add_head, check_head
 from strop.model.targets import (
     EMBEDDINGS,
@@ -35,12 +35,6 @@ from strop.model.targets import (
 )
 from strop.model.towers import in_text, text_path
 
-# Leaves whose weight the model reads itself, so that it would pass an adapter by. peft refuses the first two.
-MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-PASSED_BY = dict.fromkeys(MAMBA_TYPES, ("out_proj", "conv1d"))
-for _kind in ("mamba", "falcon_mamba", "jamba", "zamba"):
-    PASSED_BY[_kind] = (*PASSED_BY.get(_kind, ()), "dt_proj")
-
 ROWS = 4096  # of a weight, looked at together
 OLD_NAME = "`is_gradient_checkpointing`"  # by which peft 0.21 asks transformers 5.2x, and which that warns of
 
@@ -50,7 +44,7 @@ def linear_kinds(model: nn.Module) -> list[LinearKind]:
     head belong to no target set."""
     whole: Any = model
     head, inside, apart = whole.get_output_embeddings(), in_text(model), by_parameter(model)
-    refused = PASSED_BY.get(whole.config.get_text_config().model_type, ())
+    refused = passed_by(model)
     found: dict[tuple[Any, ...], list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
         if (is_plain(module) or isinstance(module, Conv1D)) and inside(path):

@@ -287,10 +287,22 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
         return False
 
 
+# Leaves whose weight the model reads itself: an adapter would be passed by, and a quantized weight not understood. peft
+# refuses the first two of some; in Bamba, Granite 4 and Zamba 2 fused kernels read them, where they are installed.
+FUSED = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h", "bamba", "granitemoehybrid", "zamba2")
+STEPPED = ("mamba", "falcon_mamba", "jamba", "zamba")
+
+
+def passed_by(model: Any) -> tuple[str, ...]:
+    """The names of linear layers whose weight the model reads itself."""
+    kind = model.config.get_text_config().model_type
+    return (*(("out_proj", "conv1d") if kind in FUSED else ()), *(("dt_proj",) if kind in STEPPED else ()))
+
+
 def quantizable(model: Any) -> set[str]:
     """The weights that are quantized, by name: of linear layers but the head's."""
-    head, modules = model.get_output_embeddings(), model.named_modules()
-    linears = [(name, module) for name, module in modules if is_plain(module)]
+    head, modules, apart = model.get_output_embeddings(), model.named_modules(), passed_by(model)
+    linears = [(name, m) for name, m in modules if is_plain(m) and name.rpartition(".")[2] not in apart]
     return {f"{name}.weight" for name, module in linears if why_not(name, module, head) is None}
 
 

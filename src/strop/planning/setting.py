@@ -253,6 +253,8 @@ def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
         f"rotary embedding of type {shape.rope}": shape.rope in ("dynamic", "longrope"),
         "soft-capped attention outside of a CPU": shape.softcap and recipe.model.device != "cpu",
         "attention sinks outside of a CPU": shape.family == "gpt_oss" and recipe.model.device != "cpu",
+        "norms of values outside of a CPU": family is not None and family.per_layer and recipe.model.device != "cpu",
+        "experts beside the MLP": family is not None and not family.mixture and shape.experts > 1,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

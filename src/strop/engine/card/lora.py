@@ -62,7 +62,7 @@ def _wide(a: Tensor, b: Tensor) -> Tensor:
 
 def lay_out(linears: Sequence[Joined], dtype: torch.dtype) -> None:
     """Gives all linear layers the operands of the adapters that are active on them now."""
-    if linears[0].bases[0].weight.device.type != "cuda":
+    if not linears or linears[0].bases[0].weight.device.type != "cuda":
         return
     found = [(one, one.on_it()) for one in linears]
     used = [(one, Adapters(now.parts, now.columns, now.scales)) for one, now in found if now.parts]

@@ -76,7 +76,7 @@ def _turn(context: Any, a: Any, a_at: Any, lda: Any, c: Any, c_at: Any, ldc: Any
 
 @inline
 def room_for(z: Any) -> Any:
-    """Of `lay_out`."""
+    """For `lay_out`."""
     return np.empty((len(z) + COLUMNS - 1) // COLUMNS * COLUMNS * (z.shape[1] // 2), np.uint32)
 
 

@@ -91,7 +91,7 @@ def dense(part: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> None
 @together
 def alone(part: Any, z: Any, y: Any, lanes: Any) -> None:
     """The same of a z that is not laid out yet."""
-    laid = room_for(z)
+    laid = room_for(z if in_tiles(part.w, z) else z[:0])
     if in_tiles(part.w, z):
         lay_out(z, laid, lanes)
     dense(part, z, laid, y, 0, lanes)
@@ -197,7 +197,7 @@ def _weighed(part: Any, like: Any, z: Any, laid: Any, y: Any, column: Any, lanes
 @together
 def products(linear: Any, like: Any, z: Any, own: Any, y: Any, u: Any, lanes: Any) -> None:
     """y (T, n) of z (T, k): the weights' products, what the adapters add, and the bias. u: room for z A^T, fp32."""
-    column, laid = 0, room_for(z)
+    column, laid = 0, room_for(z if in_tiles(z, z) else z[:0])
     if in_tiles(z, z):
         lay_out(z, laid, lanes)
     for part in linear.weights:
