@@ -380,7 +380,7 @@ def test_the_last_rung_without_memory_is_streaming(
     compute, tight = FastLoss.__call__, []
 
     def starved(loss: FastLoss, examples: Any) -> torch.Tensor:
-        resident = any(type(base) is torch.nn.Linear for layer in loss._layers for base in layer.down.bases)
+        resident = any(type(base) is torch.nn.Linear for layer in loss._layers for base in layer.mlp.down.bases)
         tight.append(resident)
         if resident:
             raise torch.OutOfMemoryError("out of memory")

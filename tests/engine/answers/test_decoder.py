@@ -14,6 +14,7 @@ from strop.engine.answers.cache import BLOCK
 from strop.engine.answers.decoder import Decoder, Part
 from strop.engine.answers.fits import unanswerable
 from strop.engine.answers.text import Expected, Ids, Sampling, Text
+from strop.engine.cpu import products
 from strop.engine.families import FAMILIES
 from strop.model.quantize import QuantizedLinear, make_resident, pack, replace_linears
 from tests.support.random_models import adapted, tiny_of
@@ -115,7 +116,7 @@ def test_bf16_is_no_further_from_fp32_than_transformers_is() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheme", ["nf4", "fp4", "int8"])
 def test_quantized_weights_answer_as_whole_ones(scheme: str, dtype: torch.dtype) -> None:
-    """From the packed bytes: the same bits as of the dequantized weights."""
+    """From the packed bytes: the bits of the dequantized weights; where AMX multiplies these, as near as bf16 is."""
     pytest.importorskip("bitsandbytes")
     for sizes in ({"hidden_size": 128, "intermediate_size": 256}, {"hidden_size": 48, "intermediate_size": 80}):
         model = tiny_of("llama", head_dim=16, num_attention_heads=4, **sizes).to(dtype).eval()
@@ -130,7 +131,10 @@ def test_quantized_weights_answer_as_whole_ones(scheme: str, dtype: torch.dtype)
         make_resident(model, 99)
         assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
         for one, other in zip(found, logits_of(Decoder(model, 2000), texts), strict=True):
-            assert np.array_equal(one, other)
+            if products.TILES and dtype == torch.bfloat16:
+                assert np.abs(one - other).max() < 0.02
+            else:
+                assert np.array_equal(one, other)
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"r": 20, "use_rslora": True}])
