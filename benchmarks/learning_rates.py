@@ -118,7 +118,8 @@ def stages(sweep: Sweep) -> Iterator[str]:
         "methods": [{"method": method} for method in list(METHODS)[1:]],
         "batches": [{"batch": 2}, {"batch": 32}],
         "ranks": [{"rank": 4}, {"rank": 64}, {"rank": 128}],
-        "epochs": [{"epochs": 2}, {"epochs": 4}],
+        "four epochs": [{"epochs": 4}],
+        "two epochs": [{"epochs": 2}],
     }
 
     def changed(kind: str, size: str, *sets: str) -> None:
@@ -133,7 +134,7 @@ def stages(sweep: Sweep) -> Iterator[str]:
     yield "epochs"
     for name in SETS:
         sweep.search({"size": "135M", "set": name, **USUAL, "epochs": 3}, [best["135M", name] / 2, best["135M", name]])
-    changed("epochs", "71M", *SETS)
+    changed("four epochs", "71M", *SETS)
     for kind in ("methods", "ranks", "batches"):
         yield f"{kind}, first rows"
         changed(kind, "71M", SETS[0])
@@ -143,7 +144,9 @@ def stages(sweep: Sweep) -> Iterator[str]:
     for kind in ("methods", "ranks", "batches"):
         yield f"{kind}, other rows"
         changed(kind, "71M", *SETS[1:])
-    for kind in ("epochs", "ranks", "batches", "methods"):
+    yield "two epochs"
+    changed("two epochs", "71M", *SETS)
+    for kind in changes:
         yield f"{kind}, 99M"
         changed(kind, "99M", *SETS)
 
