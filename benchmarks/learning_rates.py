@@ -126,29 +126,32 @@ def stages(sweep: Sweep) -> Iterator[str]:
         for name, change in product(sets, changes[kind]):
             sweep.search({"size": size, "set": name, **USUAL, **change}, [best[size, name]])
 
+    def three_epochs(*sets: str) -> None:  # strop's default
+        for name in sets:
+            sweep.search({"size": "135M", "set": name, **USUAL, "epochs": 3}, [best["135M", name] / 2])
+
     def seeded(size: str) -> None:
         for name, seed in product(SETS, (1, 2)):
-            for rate in sorted({best[size, name] / 2, best[size, name], best[size, name] * 2, 1e-3, 2e-3}):
+            for rate in (best[size, name] / 2, best[size, name], best[size, name] * 2):
                 sweep.loss({"size": size, "set": name, **USUAL, "seed": seed}, rate)
 
-    yield "epochs"
-    for name in SETS:
-        sweep.search({"size": "135M", "set": name, **USUAL, "epochs": 3}, [best["135M", name] / 2, best["135M", name]])
+    yield "four epochs"
     changed("four epochs", "71M", *SETS)
+    yield "three epochs"
+    three_epochs("demo")
     for kind in ("methods", "ranks", "batches"):
         yield f"{kind}, first rows"
         changed(kind, "71M", SETS[0])
-    for size in reversed(SIZES):
+    yield "seeds, 71M"
+    seeded("71M")
+    yield "three epochs, other rows"
+    three_epochs(*SETS)
+    for size in ("135M", "99M"):
         yield f"seeds, {size}"
         seeded(size)
-    for kind in ("methods", "ranks", "batches"):
-        yield f"{kind}, other rows"
-        changed(kind, "71M", *SETS[1:])
-    yield "two epochs"
-    changed("two epochs", "71M", *SETS)
-    for kind in changes:
-        yield f"{kind}, 99M"
-        changed(kind, "99M", *SETS)
+    for size, kind in product(("71M", "99M"), changes):
+        yield f"{kind}, {size}"
+        changed(kind, size, *SETS)
 
 
 def valleys(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -184,7 +187,7 @@ def loss_at(curve: dict[float, float], rate: float) -> float:
 
 def judged(valley: dict[str, Any]) -> dict[str, Any]:
     """The best rate and its loss, the rates that were tried within 5 % of it, and the rule's rate and what it costs."""
-    from strop.planning.choose import learning_rate
+    from strop.planning.rates import learning_rate
 
     curve = valley["curve"]
     best = min(curve, key=lambda rate: curve[rate])
