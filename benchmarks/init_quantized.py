@@ -30,7 +30,7 @@ from strop.model.load import load_base
 from strop.model.lora import as_fp32, trainable
 from strop.model.quantize import pack, quantizable, unpack
 from strop.model.tokenizer import load_tokenizer
-from strop.planning.choose import learning_rate
+from strop.planning.rates import learning_rate
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
 from strop.training.job import Job

@@ -22,19 +22,18 @@ import argparse
 import json
 import math
 import shutil
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from learners import SETS, SIZES, make_model, make_rows, parameters
+from learners import SETS, SIZES, make_model, make_rows
 from measured import commit, write
+from valleys import KEYS, USUAL, plot, table, valleys
 
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 LIMITS = 6e-5, 7e-2  # no rates beyond
-USUAL: dict[str, Any] = {"rank": 16, "epochs": 1, "batch": 8, "method": "lora", "seed": 0}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"lora.use_rslora": True},
@@ -158,95 +157,6 @@ def stages(sweep: Sweep) -> Iterator[str]:
         changed(kind, size, *SETS)
 
 
-def valleys(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each setting with its curve, {rate: loss}: the mean of the seeds, at rates that all of its seeds have. stopped:
-    runs in which the guard did anything."""
-    keys = ("size", "set", "rank", "epochs", "batch", "method")
-    found: dict[tuple[Any, ...], dict[int, dict[float, dict[str, Any]]]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), {}).setdefault(row["seed"], {})[row["rate"]] = row
-    made = []
-    for setting, seeds in found.items():
-        common = sorted(set.intersection(*(set(runs) for runs in seeds.values())))
-        curve = {
-            rate: statistics.fmean(
-                math.inf if runs[rate]["loss"] is None else runs[rate]["loss"] for runs in seeds.values()
-            )
-            for rate in common
-        }
-        every = [row for runs in seeds.values() for row in runs.values()]
-        guarded = [row for row in every if row["loss"] is None or row["skipped"] or row["rollbacks"]]
-        steps = next(row["steps"] for row in every if row["loss"] is not None)
-        more = {"steps": steps, "seeds": len(seeds), "curve": curve, "stopped": sorted(row["rate"] for row in guarded)}
-        made.append({**dict(zip(keys, setting, strict=True)), **more})
-    return made
-
-
-def loss_at(curve: dict[float, float], rate: float) -> float:
-    """Between two rates that were tried, on the line between their losses, by the rate's logarithm."""
-    below, above = max(r for r in curve if r <= rate), min(r for r in curve if r >= rate)
-    share = 0.0 if below == above else math.log(rate / below) / math.log(above / below)
-    return curve[below] if not share else (1 - share) * curve[below] + share * curve[above]
-
-
-def judged(valley: dict[str, Any]) -> dict[str, Any]:
-    """The best rate and its loss, the rates that were tried within 5 % of it, and the rule's rate and what it costs."""
-    from strop.planning.rates import learning_rate
-
-    curve = valley["curve"]
-    best = min(curve, key=lambda rate: curve[rate])
-    within = [rate for rate in curve if curve[rate] <= 1.05 * curve[best]]
-    rule = learning_rate(parameters(valley["size"]))
-    cost = loss_at(curve, rule) / curve[best] - 1 if min(curve) <= rule <= max(curve) else None
-    return {"best": best, "loss": curve[best], "low": min(within), "high": max(within), "rule": rule, "cost": cost}
-
-
-def table(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Markdown."""
-    lines = ["| size | rows | rank | epochs | rows a step | method | steps | seeds | best rate | its loss "
-             "| within 5 % | the rule costs |", "|" + "---|" * 12]  # fmt: skip
-    for one in sorted(
-        found, key=lambda one: (one["method"], one["epochs"], one["rank"], one["batch"], -SIZES[one["size"]])
-    ):
-        it = judged(one)
-        cost = "not tried" if it["cost"] is None else f"{100 * it['cost']:.1f} %"
-        lines.append(
-            f"| {one['size']} | {one['set']} | {one['rank']} | {one['epochs']} | {one['batch']} | {one['method']} "
-            f"| {one['steps']} | {one['seeds']} | {it['best']:.2g} | {it['loss']:.3f} "
-            f"| {it['low']:.2g} to {it['high']:.2g} | {cost} |"
-        )
-    return lines
-
-
-def usual(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The settings in which nothing but size and rows differs."""
-    kept = {name: value for name, value in USUAL.items() if name != "seed"}
-    return [one for one in found if kept.items() <= one.items()]
-
-
-def plot(found: Sequence[dict[str, Any]], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "strop", "font.size": 9, "svg.fonttype": "none"})
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(SETS), figsize=(8.4, 2.8), sharey=True, layout="constrained")
-    for panel, name in zip(axes, SETS, strict=True):
-        for one in (one for one in usual(found) if one["set"] == name):
-            best, curve = judged(one), one["curve"]
-            line = panel.plot(
-                list(curve), [loss / best["loss"] for loss in curve.values()], marker=".", label=one["size"]
-            )
-            if best["cost"] is not None:
-                panel.plot([best["rule"]], [1 + best["cost"]], marker="D", color=line[0].get_color(), markersize=6)
-        panel.axhline(1.05, color="#b8b8b8", linestyle="--", linewidth=1)
-        panel.set(title=name, xlabel="learning rate", xscale="log", ylim=(0.98, 1.6))
-    axes[0].set_ylabel("held-out loss, of the best")
-    axes[0].legend(title="diamond: strop's rule", frameon=False)
-    figure.savefig(file, metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -260,7 +170,12 @@ def main() -> None:
     given = parser.parse_args()
     if given.command == "table":
         found = valleys(json.loads(given.out.read_text(encoding="utf-8"))["results"])
-        print("\n".join(table(found)))
+        for of in ("", *KEYS[2:]):
+            more = f"{of} | " if of else ""
+            print(
+                f"| size | rows | {more}steps | best rate | loss | within 5 % | rule | costs | rate of long runs costs |"
+            )
+            print("\n".join(["|" + "---|" * (10 if of else 9), *table(found, of)]), end="\n\n")
         if given.plot:
             plot(found, given.plot)
         return

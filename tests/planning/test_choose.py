@@ -15,7 +15,6 @@ from strop.model.shape import ModelShape
 from strop.planning.activations import KEEP_PAIRS, at_peak, offloaded_bytes
 from strop.planning.choose import (
     choose,
-    learning_rate,
     memory_key,
     usable_bytes,
 )
@@ -23,6 +22,7 @@ from strop.planning.compare import KNOWN
 from strop.planning.memory import Drawn
 from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
 from strop.planning.phases import Asked, phases
+from strop.planning.rates import learning_rate
 from strop.planning.setting import Setting
 from strop.planning.speed import HOST_BYTES_PER_S, Rate, drawing_seconds, micro_batch_seconds
 
