@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from learners import SETS, SIZES, parameters
+from learners import ALL, SETS, SIZES, parameters
 
 KEYS = ("size", "set", "rank", "epochs", "batch", "method")  # of a setting, which has a curve
 USUAL: dict[str, Any] = {"rank": 16, "epochs": 1, "batch": 8, "method": "lora", "seed": 0}
@@ -64,7 +64,7 @@ def table(found: Sequence[dict[str, Any]], of: str = "") -> list[str]:
     """Rows of a Markdown table: without `of`, of the settings in which only size and rows differ from one another; with
     it, of the settings in which `of` (rank, epochs, batch, method) is not as usual."""
     lines = []
-    for one in sorted(found, key=lambda one: (-SIZES[one["size"]], SETS.index(one["set"]))):
+    for one in sorted(found, key=lambda one: (-SIZES[one["size"]], [*SETS, ALL].index(one["set"]))):
         if [name for name in ("rank", "epochs", "batch", "method") if one[name] != USUAL[name]] != [of] * bool(of):
             continue
         it, seeds = judged(one), "" if one["seeds"] == 1 else f" ({one['seeds']} seeds)"
