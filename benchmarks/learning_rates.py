@@ -28,7 +28,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from learners import ALL, SETS, SIZES, make_model, make_rows
+from learners import ALL, SETS, SIZES, make_model, make_rows, parameters
 from measured import commit, write
 from valleys import KEYS, USUAL, plot, table, valleys
 
@@ -108,6 +108,8 @@ def around(rate: float, *steps: int) -> list[float]:
 
 def stages(sweep: Sweep) -> Iterator[str]:
     """Runs a stage between one name and the next; what tells most comes first."""
+    from strop.planning.rates import learning_rate
+
     best: dict[tuple[str, str], float] = {}
     for size in reversed(SIZES):
         yield f"rates, {size}"
@@ -140,6 +142,12 @@ def stages(sweep: Sweep) -> Iterator[str]:
     three_epochs(SETS[0])
     yield "the demo's own run"
     sweep.search({"size": "135M", "set": ALL, **USUAL, "epochs": 3}, [1e-3, 2e-3])
+    yield "seeds, where rates differ least"
+    for seed, rate in product((1, 2), (1e-3, 2e-3, 4e-3)):
+        sweep.loss({"size": "135M", "set": "docstrings", **USUAL, "seed": seed}, rate)
+    yield "the rule's own rates"
+    for size, name in best:
+        sweep.loss({"size": size, "set": name, **USUAL}, learning_rate(parameters(size)))
     for kind in ("methods", "ranks", "batches"):
         yield f"{kind}, first rows"
         changed(kind, "71M", SETS[0])
@@ -173,7 +181,7 @@ def main() -> None:
         found = valleys(json.loads(given.out.read_text(encoding="utf-8"))["results"])
         for of in ("", *KEYS[2:]):
             columns = ["size", "rows", *filter(None, [of]), "steps", "best rate", "loss", "within 5 %", "rule", "costs"]
-            print(f"| {' | '.join([*columns, 'rate of long runs costs'])} |")
+            print(f"| {' | '.join([*columns, 'the rule before'])} |")
             print("\n".join(["|" + "---|" * (len(columns) + 1), *table(found, of)]), end="\n\n")
         if given.plot:
             plot(found, given.plot)

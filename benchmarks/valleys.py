@@ -47,17 +47,17 @@ def loss_at(curve: dict[float, float], rate: float) -> float:
 
 
 def judged(valley: dict[str, Any]) -> dict[str, Any]:
-    """The best rate and its loss, the rates that were tried within 5 % of it; the rule's rate; and what that costs, and
-    the rate of long runs would, as a share of the best loss."""
-    from strop.planning.rates import learning_rate
+    """The best rate and its loss, the rates that were tried within 5 % of it; the rule's rate and what it costs, and
+    what the rule before it did (`whole`), as a share of the best loss."""
+    from strop.planning.rates import learning_rate, whole
 
     curve, size = valley["curve"], parameters(valley["size"])
     best = min(curve, key=lambda rate: curve[rate])
     within = [rate for rate in curve if curve[rate] <= 1.05 * curve[best]]
-    rule, long = learning_rate(size, valley["steps"]), learning_rate(size)
-    cost, long_cost = (loss_at(curve, rate) / curve[best] - 1 for rate in (rule, long))
+    rule, before = learning_rate(size), whole(size)
+    cost, cost_before = (loss_at(curve, rate) / curve[best] - 1 for rate in (rule, before))
     found = {"best": best, "loss": curve[best], "low": min(within), "high": max(within)}
-    return {**found, "rule": rule, "cost": cost, "long": long, "long_cost": long_cost}
+    return {**found, "rule": rule, "cost": cost, "before": before, "cost_before": cost_before}
 
 
 def table(found: Sequence[dict[str, Any]], of: str = "") -> list[str]:
@@ -68,7 +68,7 @@ def table(found: Sequence[dict[str, Any]], of: str = "") -> list[str]:
         if [name for name in ("rank", "epochs", "batch", "method") if one[name] != USUAL[name]] != [of] * bool(of):
             continue
         it, seeds = judged(one), "" if one["seeds"] == 1 else f" ({one['seeds']} seeds)"
-        costs = [f"{100 * it[name]:.1f} %" for name in ("cost", "long_cost")]
+        costs = [f"{100 * it[name]:.1f} %" for name in ("cost", "cost_before")]
         lines.append(
             f"| {one['size']} | {one['set']}{seeds} | {f'{one[of]} | ' if of else ''}{one['steps']} "
             f"| {it['best']:.2g} | {it['loss']:.3f} | {it['low']:.2g} to {it['high']:.2g} "

@@ -126,6 +126,13 @@ def learned_pairs(found: Any) -> list[str]:
     return [f"| {seed} | {' | '.join(cells)} |" for seed, cells in rows.items()]
 
 
+def rate_rows(found: Any) -> list[str]:
+    """Of all settings, those in which one thing is not as usual too."""
+    read = script(ROOT / "benchmarks" / "valleys.py")
+    valleys = read.valleys(found)
+    return [row for of in ("", *read.KEYS[2:]) for row in read.table(valleys, of)]
+
+
 def fault_rows(found: Any) -> list[str]:
     return [
         f"| {one['kl_mean']:.1e} | {one['clear_flips']} | {one['effect']['value']:.1%} | {one['loss_difference']:+.1e} "
@@ -202,6 +209,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     (QUANTIZATION, "quantized_memory_1b_2026-11-25.json", lambda it: stored_row(it, "nf4 streamed")),
     (QUANTIZATION, "big_model_2026-11-25.json", big_model),
     (QUANTIZATION, "init_quantized_2026-11-25.json", started_rows),
+    ("docs/learning_rate.md", "learning_rates.json", rate_rows),
     ("docs/preferences.md", "preferences_learn_2026-11-26.json", learned_pairs),
     ("docs/preferences.md", "grpo_learn_1e-4_2026-11-26.json",
      lambda it: "{} before, {} after ({})".format(*learned(it).split("|"))),

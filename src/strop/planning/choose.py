@@ -63,7 +63,7 @@ def choose(
     for option in open_options(recipe.train):
         pick(*option)
     if recipe.train.learning_rate is None:
-        picks.append(open_rate(recipe, shape))
+        pick("train.learning_rate", *open_rate(recipe, shape))
     if recipe.train.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
         pick("train.optimizer", "adamw_8bit", "there is nothing to page without CUDA")
     resolved = resolved.decide(picks)

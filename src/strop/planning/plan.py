@@ -19,7 +19,6 @@ from strop.planning.ladder import Rung, ladder
 from strop.planning.memory import Drawn, Phase, constant_bytes, weight_bytes
 from strop.planning.microbatch import Rows, first_steps, largest_micro_batch, usual_micro_batch
 from strop.planning.phases import Asked, phases
-from strop.planning.rates import for_rows
 from strop.planning.setting import Setting, why_plain
 from strop.planning.speed import FORWARD, Rate, drawing_seconds, step_seconds, steps_seconds, tokens_per_s
 
@@ -98,7 +97,6 @@ def make_plan(
     Raises InputError where the recipe asks for what the model does not have.
     """
     resolved = choose(resolved, machine, model.shape, device, dtype, adapter, model.parameters, devices.count)
-    resolved = for_rows(resolved, model.shape, len(rows) // answers_of(resolved.recipe.train))
     recipe = resolved.recipe
     setting = Setting.of(recipe, model.shape, model.parameters, machine.cores, devices.count)
     room = Room(model.shape, model.parameters, usable_bytes(machine, recipe.model.device), devices.count)

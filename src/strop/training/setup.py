@@ -31,9 +31,7 @@ from strop.model.tokenizer import load_tokenizer
 from strop.model.towers import text_path
 from strop.objectives.table import learning_of, objective_of
 from strop.planning.choose import choose, memory_key
-from strop.planning.here import row_sizes
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
-from strop.planning.rates import for_rows
 from strop.planning.setting import Setting
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
@@ -60,11 +58,10 @@ class Setup:
 
 
 def preview(resolved: Resolved, *, memory: int | None = None) -> Resolved:
-    """The complete recipe that `train` would use here; reads no weights; rows that are here are counted."""
+    """The complete recipe that `train` would use here; reads no weights and no data."""
     prepare_process()
     source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
-    resolved, _, _, shape, _ = _plan(resolved, source, _look(resolved.recipe, memory))
-    return for_rows(resolved, shape, len(row_sizes(resolved.recipe)))
+    return _plan(resolved, source, _look(resolved.recipe, memory))[0]
 
 
 def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALONE) -> Setup:
@@ -83,7 +80,6 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
     LOG.info("reading and checking the rows")
     data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
-    resolved = for_rows(resolved, shape, len(data.train))
     _check_rewards(resolved.recipe, data)
     if data.renderer.template is not None:  # data.template: the adapter's tokenizer must say what it was trained with
         tokenizer.chat_template = data.renderer.template
