@@ -30,9 +30,8 @@ from typing import Any
 
 from learners import ALL, SETS, SIZES, make_model, make_rows, parameters
 from measured import commit, write
-from valleys import KEYS, USUAL, plot, table, valleys
+from valleys import KEYS, RATES, USUAL, plot, table, valleys
 
-RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 LIMITS = 6e-5, 7e-2  # no rates beyond
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},

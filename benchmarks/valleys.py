@@ -10,6 +10,7 @@ from typing import Any
 
 from learners import ALL, SETS, SIZES, parameters
 
+RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 KEYS = ("size", "set", "rank", "epochs", "batch", "method")  # of a setting, which has a curve
 USUAL: dict[str, Any] = {"rank": 16, "epochs": 1, "batch": 8, "method": "lora", "seed": 0}
 
@@ -68,7 +69,7 @@ def table(found: Sequence[dict[str, Any]], of: str = "") -> list[str]:
         if [name for name in ("rank", "epochs", "batch", "method") if one[name] != USUAL[name]] != [of] * bool(of):
             continue
         it, seeds = judged(one), "" if one["seeds"] == 1 else f" ({one['seeds']} seeds)"
-        costs = [f"{100 * it[name]:.1f} %" for name in ("cost", "cost_before")]
+        costs = ["not tried" if math.isnan(x) else f"{100 * x:.1f} %" for x in (it["cost"], it["cost_before"])]
         lines.append(
             f"| {one['size']} | {one['set']}{seeds} | {f'{one[of]} | ' if of else ''}{one['steps']} "
             f"| {it['best']:.2g} | {it['loss']:.3f} | {it['low']:.2g} to {it['high']:.2g} "
@@ -94,6 +95,8 @@ def plot(found: Sequence[dict[str, Any]], file: Path) -> None:
             panel.plot([best["rule"]], [1 + best["cost"]], marker="D", color=line[0].get_color(), markersize=6)
         panel.axhline(1.05, color="#b8b8b8", linestyle="--", linewidth=1)
         panel.set(title=name, xlabel="learning rate", xscale="log", ylim=(0.98, 1.6))
+        panel.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
+        panel.minorticks_off()
     axes[0].set_ylabel("held-out loss, of the best")
-    axes[0].legend(title="diamond: strop's rule", frameon=False)
+    axes[-1].legend(title="diamond: strop's rule", frameon=False)
     figure.savefig(file, metadata={"Date": None})
