@@ -50,12 +50,14 @@ def loss_at(curve: dict[float, float], rate: float) -> float:
 def judged(valley: dict[str, Any]) -> dict[str, Any]:
     """The best rate and its loss, the rates that were tried within 5 % of it; the rule's rate and what it costs, and
     what the rule before it did (`whole`), as a share of the best loss."""
-    from strop.planning.rates import learning_rate, whole
+    from strop.planning.rates import held_back, learning_rate, whole
 
     curve, size = valley["curve"], parameters(valley["size"])
     best = min(curve, key=lambda rate: curve[rate])
     within = [rate for rate in curve if curve[rate] <= 1.05 * curve[best]]
-    rule, before = learning_rate(size), whole(size)
+    method = valley["method"]
+    rule = learning_rate(size) / held_back(valley["rank"], method == "rslora", 16 if method == "lora+" else 1)
+    before = whole(size)
     cost, cost_before = (loss_at(curve, rate) / curve[best] - 1 for rate in (rule, before))
     found = {"best": best, "loss": curve[best], "low": min(within), "high": max(within)}
     return {**found, "rule": rule, "cost": cost, "before": before, "cost_before": cost_before}

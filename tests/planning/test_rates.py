@@ -28,6 +28,13 @@ def test_a_larger_model_takes_a_smaller_rate() -> None:
     assert learning_rate(134_515_008) == 2.8e-3
 
 
+def test_methods_that_take_larger_steps_get_a_smaller_rate() -> None:
+    """At rank 16 and ratio 16 by as much as was measured: a rule that does not know of them diverges."""
+    assert chosen(**{"lora.use_rslora": True})[0] == 1e-4 and "rsLoRA" in chosen(**{"lora.use_rslora": True})[1]
+    assert chosen(**{"train.lora_plus_ratio": 16})[0] == 5e-5 and chosen()[0] == 2e-4
+    assert chosen(**{"train.lora_plus_ratio": 16, "lora.use_rslora": True})[0] == 2.5e-5
+
+
 def test_objectives_keep_the_rates_that_they_were_measured_at() -> None:
     """Shares of what was the rule for fine-tuning then: a larger one for dpo breaks a small model."""
     smol = replace(LLAMA_8B, layers=30, hidden=576)

@@ -31,12 +31,20 @@ def open_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
     if train.optimizer == "sgd":
         raise RecipeError("--train.optimizer sgd: has no rule for its learning rate", fix="give --train.learning_rate")
     rate, why = learning_rate(size), f"rule for {size / 1e6:,.0f}M parameters, {how_sure(size)}"
+    if (less := held_back(recipe.lora.r, recipe.lora.use_rslora, train.lora_plus_ratio)) != 1:
+        rate, why = float(f"{rate / less:.2g}"), f"{why}; over {less:.2g} for rsLoRA or LoRA+"
     if objective is not None:
         rate = float(f"{objective.rate_share * whole(size):.2g}")
         why = f"2e-4 (7e9 / parameters)^0.41, {objective.rate_share:g} of it for {objective.name}"
     if train.optimizer == "lion":
         return float(f"{rate / 5:.2g}"), f"{why}; a fifth of it for lion (arXiv:2302.06675: 3 to 10 times smaller)"
     return rate, why
+
+
+def held_back(rank: int, rslora: bool, ratio: float) -> float:
+    """What the rate is divided by where a method itself takes larger steps: r^(1/4) for rsLoRA, the root of LoRA+'s
+    ratio. Measured at rank 16 and a ratio of 16, where 2 and 4 times as much diverged (docs/learning_rate.md)."""
+    return float((rank**0.25 if rslora else 1) * ratio**0.5)
 
 
 def how_sure(parameters: int) -> str:
