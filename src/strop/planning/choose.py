@@ -13,9 +13,10 @@ from strop.errors import ModelError, RecipeError
 from strop.machine.memory import recall
 from strop.machine.probe import Machine
 from strop.model.shape import ModelShape
-from strop.objectives.table import answers_of, drawn_tokens, learning_of, objective_of, open_options
+from strop.objectives.table import answers_of, drawn_tokens, learning_of, open_options
 from strop.planning.memory import load, train
 from strop.planning.microbatch import MICRO_BATCH_TOKENS, largest_micro_batch
+from strop.planning.rates import open_rate
 from strop.planning.setting import Setting, why_not_offloaded
 from strop.runs.lock import sha256_text
 
@@ -25,15 +26,6 @@ SHORTEST = 256  # tokens; a row below holds little of a conversation
 USABLE = {"cpu": 0.9, "mps": 0.75, "cuda": 0.95}  # of what is free: MemoryWatch stops a run on a CPU there
 GIB = 1 << 30
 HEADS = ("classifier", "score")  # of a reward model: peft names both, and the objective brings its own
-
-
-def learning_rate(parameters: int) -> float:
-    """2e-4 for 7B parameters and more (QLoRA, arXiv:2305.14314, table 9), larger for small models:
-    2e-4 (7e9 / P)^0.41, at most 2e-3.
-
-    The exponent makes it 1e-3 at 135M parameters, measured on SNIPS and the demo data (docs/log).
-    """
-    return float(f"{min(2e-3, 2e-4 * max(1.0, 7e9 / parameters) ** 0.41):.2g}")
 
 
 def choose(
@@ -71,7 +63,7 @@ def choose(
     for option in open_options(recipe.train):
         pick(*option)
     if recipe.train.learning_rate is None:
-        pick("train.learning_rate", *_rate(recipe, shape))
+        pick("train.learning_rate", *open_rate(recipe, shape))
     if recipe.train.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
         pick("train.optimizer", "adamw_8bit", "there is nothing to page without CUDA")
     resolved = resolved.decide(picks)
@@ -363,19 +355,6 @@ def _checkpointing(resolved: Resolved, room: Room) -> list[Choice]:
     plain = Setting.of(recipe, room.shape).step == "plain"  # transformers checkpoints all layers or none
     value: Any = "on" if plain or layers == room.shape.layers else layers
     return [Choice(field, value, "plan", f"would not fit: {room.said(without)} without")]
-
-
-def _rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
-    rate, why = learning_rate(shape.parameters), f"rule for {shape.parameters / 1e6:,.0f}M parameters"
-    if recipe.train.optimizer == "sgd":
-        raise RecipeError("--train.optimizer sgd: has no rule for its learning rate", fix="give --train.learning_rate")
-    objective = objective_of(recipe.train)
-    if objective is not None:
-        rate = float(f"{rate * objective.rate_share:.2g}")
-        why = f"{why}, {objective.rate_share:g} of it for {objective.name}"
-    if recipe.train.optimizer == "lion":
-        return float(f"{rate / 5:.2g}"), f"{why}, a fifth of it for lion (arXiv:2302.06675: 3 to 10 times smaller)"
-    return rate, why
 
 
 def _of_adapter(resolved: Resolved, adapter: Mapping[str, Any]) -> list[Choice]:
