@@ -185,4 +185,5 @@ def test_what_the_model_reads_itself_has_no_adapter_and_stays_in_16_bit(family: 
     model = tiny_of(family)
     paths = [path for path, _ in model.named_modules() if path.endswith(f"mamba.{leaf}")]
     assert paths and not any(f"{path}.weight" in quantizable(model) for path in paths)
-    assert not any(kind.sets for kind in linear_kinds(model) if kind.name.endswith(leaf))
+    (kind,) = (kind for kind in linear_kinds(model) if kind.name.endswith(leaf))
+    assert not kind.sets and kind.kept_16_bit == "read by the model itself"

@@ -65,7 +65,7 @@ def linear_kinds(model: nn.Module) -> list[LinearKind]:
         unlike = len(leaves[leaf]) > 1 or leaf.isdigit()
         kept = (
             "adapted by its weight" if leaf in apart and leaf != "lm_head"
-            else why_not(path, module, head) if isinstance(module, nn.Linear) else "Conv1D"
+            else why_not(path, module, head, refused) if isinstance(module, nn.Linear) else "Conv1D"
         )  # fmt: skip
         kinds.append(LinearKind(_suffix(path) if unlike else leaf, kind, inputs, outputs, len(members), sets, kept))
     return [*kinds, *_expert_kinds(model, inside)]

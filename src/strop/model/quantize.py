@@ -8,7 +8,7 @@ used: on a CPU with AVX512-BF16 it repacks its weight in eval mode and gives no 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
@@ -264,10 +264,12 @@ def _described(scheme: str) -> str:
     return f"quant_state.bitsandbytes__{scheme}"
 
 
-def why_not(name: str, module: nn.Linear, head: nn.Module | None) -> str | None:
-    """Why a linear layer stays in 16 bit; None where it is quantized."""
+def why_not(name: str, module: nn.Linear, head: nn.Module | None, apart: Sequence[str] = ()) -> str | None:
+    """Why a linear layer stays in 16 bit; None where it is quantized. apart: as `passed_by` gives it."""
     if module is head or name.rpartition(".")[2] == "lm_head":
         return "output head"
+    if name.rpartition(".")[2] in apart:
+        return "read by the model itself"
     if module.in_features * module.out_features < SMALLEST:
         return "small"
     return None
@@ -302,8 +304,8 @@ def passed_by(model: Any) -> tuple[str, ...]:
 def quantizable(model: Any) -> set[str]:
     """The weights that are quantized, by name: of linear layers but the head's."""
     head, modules, apart = model.get_output_embeddings(), model.named_modules(), passed_by(model)
-    linears = [(name, m) for name, m in modules if is_plain(m) and name.rpartition(".")[2] not in apart]
-    return {f"{name}.weight" for name, module in linears if why_not(name, module, head) is None}
+    linears = [(name, module) for name, module in modules if is_plain(module)]
+    return {f"{name}.weight" for name, module in linears if why_not(name, module, head, apart) is None}
 
 
 def replace_linears(
