@@ -27,6 +27,7 @@ class Family:
     mixture: bool = False
     mixer: str | None = None
     per_layer: bool = False  # what each token has for each layer is added behind it (Gemma 4)
+    sinks: bool = False  # each head's softmax counts a score beside those of the keys
     gated_heads: bool = False  # behind each head's query stands what its output is multiplied by, as a sigmoid
     # Norms: in front of a block, and of what it adds to the residual stream.
     layer_norm: bool = False  # the mean is taken off as well
@@ -160,7 +161,7 @@ FAMILIES = {
     "glm4_moe": MIXTURE,
     "dots1": MIXTURE,
     "ernie4_5_moe": replace(MIXTURE, pairs="neighbours"),
-    "gpt_oss": replace(MIXTURE, angles="once"),
+    "gpt_oss": replace(MIXTURE, angles="once", sinks=True),
     "qwen3_next": replace(QWEN_NEXT, mixture=True),
     "lfm2": LFM2,
     "lfm2_moe": replace(LFM2, mixture=True),

@@ -152,7 +152,7 @@ def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> st
     if weights[0].device.type != "cpu":  # PyTorch's own attention knows neither
         if getattr(config, "attn_logit_softcapping", None):
             return "attn_logit_softcapping outside of a CPU"
-        if any(hasattr(getattr(layer, family.attention, None), "sinks") for layer in decoder.layers):
+        if family.sinks:
             return "attention sinks outside of a CPU"
         if family.per_layer:
             return "norms of values outside of a CPU"

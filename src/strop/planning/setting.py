@@ -252,7 +252,7 @@ def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
         "fp16": recipe.model.dtype == "fp16",
         f"rotary embedding of type {shape.rope}": shape.rope in ("dynamic", "longrope"),
         "soft-capped attention outside of a CPU": shape.softcap and recipe.model.device != "cpu",
-        "attention sinks outside of a CPU": shape.family == "gpt_oss" and recipe.model.device != "cpu",
+        "attention sinks outside of a CPU": family is not None and family.sinks and recipe.model.device != "cpu",
         "norms of values outside of a CPU": family is not None and family.per_layer and recipe.model.device != "cpu",
         "experts beside the MLP": family is not None and not family.mixture and shape.experts > 1,
     }
