@@ -15,7 +15,7 @@ from strop.engine.fast import FastLoss
 from strop.engine.fits import unsupported
 from strop.engine.plain import PlainLoss
 from strop.model.lora import as_fp32, sum_once
-from tests.engine.test_fast import answers, assert_same, some, step, with_prefix
+from tests.engine.test_fast import answers, assert_same, assert_same_trajectory, some, step, with_prefix
 from tests.support.random_models import adapted, example
 
 pytestmark = [
@@ -102,26 +102,7 @@ def test_log_probs_equal_the_models_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_several_steps_equal_the_models_own(name: str) -> None:
-    """20 optimizer steps in fp32: every loss within 1e-4, all that is trained at the end within 1e-3."""
-    runs = []
-    for make in (PlainLoss, FastLoss):
-        model = VARIANTS[name]()
-        loss: Any = make(model)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        losses = []
-        for i in range(20):
-            loss.masks.begin(0, i)
-            examples = [example(3 + (i * 7 + j * 5) % 11, 100 * i + j) for j in range(3)]
-            value = loss(with_prefix(examples) if i % 2 else examples) / 20
-            value.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(value.item())
-        runs.append((losses, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}))
-    (expected, weights), (found, own) = runs
-    assert found == pytest.approx(expected, rel=1e-4)
-    for name, weight in weights.items():
-        assert (own[name] - weight).norm() <= 1e-3 * weight.norm(), name
+    assert_same_trajectory(VARIANTS[name], 20)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
