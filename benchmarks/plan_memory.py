@@ -17,6 +17,7 @@ import random
 import statistics
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,25 @@ MODELS = {
     "gemma3-58m": shape(GEMMA3, 512, 10, 4, 1, 1536, head_dim=128, vocab_size=65536),
     "gemma3-268m": shape(GEMMA3, 640, 18, 4, 1, 2048, head_dim=256, vocab_size=262144),
 }
+# Mixtures, hybrids and Gemma 4: what the model's own modules compute of a layer
+OTHERS = {**LLAMA, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+          "head_dim": 64, "intermediate_size": 1408}  # fmt: skip
+MODELS |= {
+    "mixtral-96m": {**OTHERS, "model_type": "mixtral", "num_local_experts": 8, "intermediate_size": 704},
+    "qwen3moe-96m": {**OTHERS, "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2,
+                     "moe_intermediate_size": 704},
+    "olmoe-96m": {**OTHERS, "model_type": "olmoe", "num_experts": 16, "num_experts_per_tok": 4,
+                  "intermediate_size": 352},
+    "gptoss-96m": {**OTHERS, "model_type": "gpt_oss", "num_local_experts": 8, "num_experts_per_tok": 2,
+                   "intermediate_size": 704, "sliding_window": 128},
+    "qwen35-50m": {**OTHERS, "model_type": "qwen3_5_text", "linear_num_key_heads": 8, "linear_num_value_heads": 8,
+                   "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+                   "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2},
+    "lfm2-44m": {**OTHERS, "model_type": "lfm2", "layer_types": ["conv", "conv", "full_attention", "conv"] * 2},
+    "gemma4-71m": {**OTHERS, "model_type": "gemma4_text", "num_kv_shared_layers": 3, "hidden_size_per_layer_input": 64,
+                   "vocab_size_per_layer_input": 49152, "global_head_dim": 128, "num_global_key_value_heads": 4,
+                   "sliding_window": 512, "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2},
+}  # fmt: skip
 STREAMED = {"model.quantization": "nf4", "model.resident_layers": 0}
 RESIDENT = {"model.quantization": "nf4", "model.resident_layers": 1000}
 INT8 = {"model.quantization": "int8", "model.resident_layers": 0}
@@ -124,6 +144,9 @@ CASES: list[dict[str, Any]] = [
     case("gemma3-58m", 512, 1024, **{"lora.dropout": 0.05}, **AGAIN),
     case("llama-17m", 512, 2048, **{"train.batch_size": 1, "data.eval": "20%", "train.eval_steps": 3}),
     {"model": "demo", "data": "demo", "fitted": False, "options": REWARDS},
+    case("mixtral-96m", 512, 1024), case("qwen3moe-96m", 512, 1024), case("qwen3moe-96m", 512, 1024, **FP32),
+    case("olmoe-96m", 512, 1024), case("gptoss-96m", 512, 1024), case("lfm2-44m", 512, 1024),
+    case("gemma4-71m", 512, 1024), case("qwen35-50m", 512, 1024, fitted=True), case("qwen35-50m", 256, 512),
 ]  # fmt: skip
 NARROW_CASES = [4, 9, 15, 17, 18, 19, 20, 21, 22, 27, 31, 37]  # of CASES
 
@@ -209,14 +232,25 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
     }  # fmt: skip
 
 
+@cache
+def looked_at(model: str) -> Any:
+    from strop.model.measured import exactly
+    from strop.model.shape import ModelShape, Peek, peek
+
+    if model == "demo":
+        return peek("demo")
+    shape = ModelShape.of(MODELS[model])
+    return exactly(Peek(model, shape, shape.parameters, MODELS[model]))
+
+
 def setting_of(model: str, recipe: dict[str, Any]) -> Any:
     from strop.config.load import resolve
-    from strop.model.shape import ModelShape, peek
     from strop.planning.setting import Setting
 
-    shape = peek("demo").shape if model == "demo" else ModelShape.of(MODELS[model])
     kept = {name: value for name, value in recipe.items() if name.startswith(("model.", "lora.", "train."))}
-    return Setting.of(resolve(None, {**kept, "model.name": "m", "data.train": "d"}).recipe, shape, None, 1)
+    found = looked_at(model)
+    given = resolve(None, {**kept, "model.name": "m", "data.train": "d"}).recipe
+    return Setting.of(given, found.shape, found.parameters, 1)
 
 
 def predicted_bytes(one: dict[str, Any]) -> int:

@@ -7,7 +7,8 @@ library's heap that leaves holes which nothing fits (docs/log has what they took
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,8 +26,9 @@ def in_heap(rows: int, width: int, like: Tensor) -> Tensor:
 
 
 class Arena:
-    """Gives tensors that hold until the next micro-batch begins. How much a row of a micro-batch needs it learns from
-    the ones before; what finds no place in the buffer lies in another one, until the next is large enough."""
+    """Gives tensors that hold until the next micro-batch begins, or the next layer that is computed again. How much a
+    row of a micro-batch needs it learns from the ones before; what finds no place in the buffer lies in another one,
+    until the next is large enough."""
 
     def __init__(self) -> None:
         self.round = 0
@@ -34,16 +36,35 @@ class Arena:
         self._open, self._rows, self._at = False, 1, 0
         self._used, self._per_row = 0, 0.0
 
-    def begin(self, rows: int, *, used: bool) -> None:
+    def begin(self, rows: int, *, used: bool, again: bool = False) -> None:
         """A micro-batch of that many rows begins. used: what it keeps, it keeps until its backward, and what the one
-        before has kept is gone; else the heap is the better place."""
-        self._per_row = max(self._per_row, self._used / self._rows)
-        self._open, self._rows, self._used, self._at = used, rows, 0, 0
+        before has kept is gone; else the heap is the better place. again: layers will be computed again."""
         self.round += used
-        needed = math.ceil(self._per_row * rows) if used else 0
-        if len(self._buffers) > 1 or needed > sum(map(len, self._buffers)) or not used:
+        self._open = used
+        self._fit(rows, hold=used or again)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside it a layer of this micro-batch is computed again; what it keeps, it keeps until its backward, and what
+        the one before has kept is gone."""
+        self._open = True
+        self._fit(self._rows, hold=True)
+        try:
+            yield
+        finally:
+            self._open = False
+
+    def _fit(self, rows: int, *, hold: bool) -> None:
+        """A buffer that has room for what so many rows keep, taken from its front; hold: the old one stays, if it
+        does."""
+        self._per_row = max(self._per_row, self._used / self._rows)
+        self._rows, self._used, self._at = rows, 0, 0
+        needed = math.ceil(self._per_row * rows)
+        if not hold:
             self.drop()
-            self._buffers = [torch.empty(needed, dtype=torch.uint8)] if needed else []
+        elif len(self._buffers) > 1 or needed > sum(map(len, self._buffers)):
+            self.drop()
+            self._buffers = [torch.empty(needed, dtype=torch.uint8)]
 
     def drop(self) -> None:
         """Gives the buffer back to the system; it comes again, as large as is needed then."""

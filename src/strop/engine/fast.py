@@ -24,7 +24,7 @@ from strop.engine.head import LabelLogProbs, Output, SupervisedLoss
 from strop.engine.joined import adapters_on, base_of, dropped_by
 from strop.engine.layers import Layers
 from strop.engine.norms import normed
-from strop.engine.operations import apply
+from strop.engine.operations import Placed, apply
 from strop.engine.packed import Packed, by_owner, pack, pack_apart, pack_ends, sums_by_owner
 from strop.engine.processor import drops_for, processor_for
 from strop.engine.tokens import used
@@ -88,7 +88,9 @@ class FastLoss:
         self._processor = processor_for(self._device, self._head.weight.dtype, warm=warm)
         self._ops, self.lacking = self._processor.ops, self._processor.lacking
         self._drops = drops_for(self._head.weight)
-        self._arena = Arena() if self._device.type == "cpu" else None
+        on_cpu = self._device.type == "cpu"
+        self._arena = Arena() if on_cpu else None
+        self._inputs = Arena() if on_cpu else None  # of layers that are computed again
         self.masks = masks_of(model, drops_for)
         self._blocks = Blocks(self._model, self._processor, self._drops, self.masks, self._arena)
         self._norm = self._blocks.norm(self._model.norm)
@@ -104,8 +106,9 @@ class FastLoss:
 
     def release(self) -> None:
         """Gives back what is held from one micro-batch to the next; it comes again as it is needed."""
-        if self._arena is not None:
-            self._arena.drop()
+        for arena in (self._arena, self._inputs):
+            if arena is not None:
+                arena.drop()
         if self.host is not None:
             self.host.begin()
 
@@ -173,8 +176,10 @@ class FastLoss:
 
     def _hidden(self, batch: Packed, *, scaled: bool = True) -> Tensor:
         """What the output embedding takes for each label (M, h); scaled: with the factor that some families have."""
-        if self._arena is not None:  # what is recomputed lives for its layer alone
-            self._arena.begin(len(batch.ids), used=torch.is_grad_enabled() and not self.checkpoint_layers)
+        last, trains, again = len(self._layers) - 1, torch.is_grad_enabled(), self.checkpoint_layers > 0
+        if self._arena is not None and self._inputs is not None:
+            self._arena.begin(len(batch.ids), used=trains and not again, again=trains and again)
+            self._inputs.begin(len(batch.ids), used=trains and again)
         if self.watch is not None:
             self.watch.begin()
         linears = [one for layer in self._layers for one in layer.linears]
@@ -185,7 +190,6 @@ class FastLoss:
             hidden = normed(hidden, self._norm)
         self.masks.tokens = batch.keys
         way = Way(batch, self._model.angles(batch.positions), self._model.per_layer(batch.ids, hidden))
-        last = len(self._layers) - 1
         if self.host is not None:
             self.host.begin()
         shared: dict[str, Tensor] = {}  # keys and values that later layers see too
@@ -193,9 +197,16 @@ class FastLoss:
             of = layer.mixer if isinstance(layer.mixer, Attended) else None
             given = layer, hidden, way, batch.rows if i == last else None, shared[of.kind] if of and of.takes else None
             self._need(i)
-            if i < self.checkpoint_layers and torch.is_grad_enabled():
+            if i < self.checkpoint_layers and trains:
+                how: dict[str, Any] = {
+                    "use_reentrant": False,
+                    "preserve_rng_state": False,
+                    "context_fn": self._contexts,
+                }
                 with nullcontext() if self.host is None else self.host.keeping(last=i == last):
-                    hidden, kept = checkpoint(self._through, *given, use_reentrant=False, preserve_rng_state=False)
+                    hidden, kept = checkpoint(self._through, *given, **how)
+                if self._inputs is not None:
+                    hidden = apply(Placed, hidden, self._inputs)
             else:
                 hidden, kept = self._through(*given)
             if of is not None and kept is not None:
@@ -209,6 +220,10 @@ class FastLoss:
         if len(batch.picked) != len(batch.rows):  # a row behind which several examples part has several labels
             hidden = hidden[batch.picked]
         return hidden
+
+    def _contexts(self) -> tuple[Any, Any]:
+        """Of a layer that keeps nothing, and of the same when it is computed again."""
+        return nullcontext(), nullcontext() if self._arena is None else self._arena.again()
 
     def _need(self, where: int | str) -> None:
         if self.gathered is not None:

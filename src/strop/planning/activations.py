@@ -24,6 +24,7 @@ MIXERS = {
     "linear_attn": (54, 17, "out_proj"), "conv": (0, 1.7, "in_proj"), "mamba": (68, 1, "in_proj"),
     "jamba": (118, 0, "in_proj"),
 }  # fmt: skip
+TORN = 0.6
 HEAD_BYTES, CARD_HEAD_BYTES = 24 * 2**20, 256 * 2**20  # logits at once, as in engine.head
 
 
@@ -109,13 +110,15 @@ def at_peak(setting: Setting, batch: MicroBatch) -> Alive:
     whole = here * inputs + (layers - kept) * block - (0 if kept == layers else block - last)
     # What the head's own gradient takes while a layer goes back, where it does not wait with those of earlier ones.
     beside = 0 if batch.more or setting.device == "cpu" else head_gradient_bytes(setting)
-    moments = [Alive(whole, 0, head_bytes(setting, batch))]
+    again = block if kept else 0
+    # engine.arena's buffer, on a CPU, stays: of a layer that is computed again
+    buffer = again if setting.device == "cpu" and setting.step == "fast" else 0
+    moments = [Alive(whole + buffer, 0, head_bytes(setting, batch))]
     if setting.whole_embedding and batch.more:  # its gradient, the last of all, beside that of earlier micro-batches
         rows = batch.tokens * setting.shape.hidden * (4 + setting.element)
-        buffer = whole if setting.device == "cpu" and setting.step == "fast" and not kept else 0  # engine.arena's stays
-        moments.append(Alive(buffer, rows + 4 * setting.shape.embedding))
+        waits = whole if setting.device == "cpu" and setting.step == "fast" and not kept else buffer
+        moments.append(Alive(waits, rows + 4 * setting.shape.embedding))
     # Going back: the last layer, the one before it, and the last of those that are computed again.
-    again = block if kept else 0
     if kept < layers:
         moments.append(Alive(whole, backward_bytes(setting, batch, batch.supervised), beside))
         behind = whole - last + (again if kept == layers - 1 else 0)
@@ -179,6 +182,15 @@ def _mixer_bytes(setting: Setting) -> int:
     ends = ((x.share, x.inputs if leaf == "out_proj" else x.outputs) for x in setting.mixed if x.leaf == leaf)
     wide = sum(share * numbers for share, numbers in ends)
     return round(wide * (fixed + by_type * setting.element)) + _copies(setting, setting.mixed)
+
+
+def torn_bytes(setting: Setting, batch: MicroBatch) -> int:
+    """Of the heap, in holes between what transformers' linear attention keeps, in tensors of all sizes, and frees; and
+    what it needs going back. Fitted on one run (docs/log)."""
+    if setting.device != "cpu" or setting.family.mixer != "linear_attn" or setting.step != "fast":
+        return 0
+    layers = setting.shape.layers - min(setting.checkpoint_layers, setting.shape.layers - 1)
+    return round(TORN * layers * batch.tokens * _mixer_bytes(setting))
 
 
 def _mixture_bytes(setting: Setting) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from strop.config.schema import Recipe
 from strop.objectives.table import answers_of, drawn_tokens
-from strop.planning.activations import Alive, MicroBatch, at_peak
+from strop.planning.activations import Alive, MicroBatch, at_peak, torn_bytes
 from strop.planning.setting import BITS, Setting
 
 MIB = 1 << 20
@@ -29,6 +29,7 @@ PRODUCTS_BYTES = 47 * MIB
 MORE_PRODUCTS_BYTES, FP32_PRODUCTS_BYTES = 87 * MIB, 5 * MIB
 SCRATCH_BYTES = 14 * MIB  # oneDNN's scratch and small blocks at the peak
 CUDA_CONTEXT_BYTES = 450 * MIB  # of the driver, cuBLAS's workspace included
+EXPERTS_AS_ONE = ("gpt_oss", "gemma4_text", "llama4_text")  # in their files, as transformers holds them
 BLOCK, NESTED = 64, 256  # weights that share a constant, constants that share one
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion": 4.0, "adafactor": 0.1, "sgd": 0.0}
 
@@ -160,13 +161,18 @@ def held_parts(setting: Setting, *, trained: bool) -> dict[str, int]:
 
 def _replaced_bytes(setting: Setting) -> int:
     """16-bit weights are used where their file is mapped. The fast step lays those that share an input side by side in
-    memory of its own; the file's pages of the same weights stay mapped as long as any other weight of the file is."""
-    if setting.device != "cpu" or setting.step != "fast" or setting.scheme != "none" or setting.element != 2:
+    memory of its own, transformers the experts that a file has one by one; the file's pages of the same weights stay
+    mapped as long as any other weight of the file is."""
+    if setting.device != "cpu" or setting.scheme != "none" or setting.element != 2:
         return 0
     if setting.shards > 1:  # a share is in memory of its own as it is read
         return 0
-    joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-    return setting.element * setting.shape.layers * sum(x.weights for x in setting.shape.linears if x.name in joined)
+    shape = setting.shape
+    copied = [] if shape.family in EXPERTS_AS_ONE else [*shape.in_experts]
+    if setting.step == "fast":
+        joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+        copied += [x for x in shape.linears if x.name in joined]
+    return setting.element * shape.layers * sum(x.weights for x in copied)
 
 
 def train(setting: Setting, batch: MicroBatch) -> Phase:
@@ -193,7 +199,7 @@ def train(setting: Setting, batch: MicroBatch) -> Phase:
             **held,
             "gradients": gradients,
             "saved_activations": alive.saved_activations,
-            "live_layer": alive.live_layer,
+            "live_layer": alive.live_layer + (torn_bytes(setting, batch) if alive.total else 0),
             "head": alive.head,
         }
     )

@@ -25,6 +25,7 @@ from strop.engine.step import step_for
 from strop.errors import TROUBLES, InputError, MemoryLimitError, StropError, Where
 from strop.evaluation.report import write_report
 from strop.evaluation.rewards import rewards_of
+from strop.machine.heap import give_back
 from strop.machine.memory import MemoryWatch, is_out_of_memory, mark
 from strop.machine.probe import probe
 from strop.model.blame import blaming
@@ -210,6 +211,7 @@ def _execute(
             model = build(setup, resuming, devices)
             hold_to_lock(folder, devices)
             job = _job(folder, setup, model, log, devices)
+            give_back()  # what reading and converting the weights has left
             if resuming and devices.once(folder.checkpoints):
                 _restore(job, changed, moved)
             start_alike(job)
