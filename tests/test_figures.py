@@ -118,6 +118,19 @@ def learned(found: Any) -> str:
     return f"{before}|{after}|{100 * change['low']:+.1f} to {100 * change['high']:+.1f} points"
 
 
+def learned_by_rewards(found: Any) -> list[str]:
+    """A row a seed: fine-tuned, after GRPO, the change with its interval in points, and the rewards on the way."""
+    lines = []
+    for before, after in zip(found[::2], found[1::2], strict=True):
+        change = [100 * after["change"][name] for name in ("value", "low", "high")]
+        rewards = [one["reward"] for one in after["told"]]
+        means = [statistics.mean(some) for some in (rewards[:10], rewards[-10:])]
+        share = [100 * one["exact_json"] for one in (before, after)]
+        cells = "| {} | {:.1f} % | {:.1f} % | {:+.1f} ({:+.1f} to {:+.1f}) | {:.2f}, {:.2f} |"
+        lines.append(cells.format(before["seed"], *share, *change, *means))
+    return lines
+
+
 def learned_pairs(found: Any) -> list[str]:
     """A row a seed: fine-tuned, and what each objective made of it, with the change's interval in points."""
     rows: dict[int, list[str]] = {}
@@ -247,6 +260,10 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     ("docs/preferences.md", "preferences_learn_2026-11-26.json", learned_pairs),
     ("docs/preferences.md", "grpo_learn_1e-4_2026-11-26.json",
      lambda it: "{} before, {} after ({})".format(*learned(it).split("|"))),
+    ("docs/preferences.md", "grpo_learn_80_steps_2026-11-26.json", learned_by_rewards),
+    ("docs/preferences.md", "grpo_learn_80_steps_2026-11-26.json",
+     lambda it: "{:.0f} to {:.0f} minutes a run".format(*(
+         end(one["seconds"] / 60 for one in it[1::2]) for end in (min, max)))),
     ("docs/preferences.md", "grpo_learn_2026-11-26.json", lambda it: learned(it).split("|")),
     ("docs/preferences.md", "grpo_learn_slots_2026-11-26.json", lambda it: learned(it).split("|")),
     ("docs/preferences.md", "grpo_learn_1e-4_2026-11-26.json",

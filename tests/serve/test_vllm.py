@@ -17,26 +17,21 @@ import requests
 from strop.errors import InputError, ModelError, RunError
 from strop.model.facts import locate
 from strop.model.tokenizer import load_tokenizer
-from strop.runs.folder import write_json
+from strop.model.vllm import about_vllm, find_python, lora_rank
 from strop.serve.address import Address
 from strop.serve.vllm import (
     Same,
     _ask,
     _until_told,
     _with_own_tokenizer,
-    about_vllm,
-    find_python,
     lora_module,
-    lora_rank,
 )
 from tests.support.serving import CHAT, save_adapters, serving
 
 
-def test_ranks_that_vllm_knows(tmp_path: Path) -> None:
+def test_ranks_that_vllm_knows() -> None:
     def rank(**config: object) -> int:
-        (tmp_path / "adapter_model.safetensors").touch()
-        write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "r": 4, **config})
-        return lora_rank(tmp_path)
+        return lora_rank({"peft_type": "LORA", "r": 4, **config}, "an adapter")
 
     assert [rank(), rank(r=8), rank(r=9), rank(rank_pattern={"q_proj": 40})] == [8, 8, 16, 64]
     for odd in ({"r": 600}, {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}):
@@ -52,7 +47,7 @@ def test_a_python_without_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         find_python(None)
     if os.environ.get("STROP_VLLM_PYTHON") != sys.executable:
         with pytest.raises(InputError, match="vLLM does not start there"):
-            about_vllm(sys.executable, "LlamaForCausalLM")
+            about_vllm(sys.executable, "LlamaForCausalLM", lora=True)
 
 
 def test_when_it_is_the_same_model() -> None:

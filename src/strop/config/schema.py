@@ -143,6 +143,9 @@ class TrainSection(Section):
     )
     clip_high: Finite | None = Field(None, gt=0, description="the same for one that rises: grpo; 0.28")
     updates: int | None = Field(None, ge=1, description="optimizer steps on the same drawn answers: grpo; 1")
+    vllm_python: str | None = Field(
+        None, description="the Python of an environment with vLLM, which then draws the answers: grpo"
+    )
     epochs: Finite = Field(3.0, gt=0, description="passes over the train rows")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
     batch_size: int = Field(8, ge=1, description="effective batch in rows")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,20 @@ class Drawn:
     ids: Ids
     log_probs: LogProbs
     stopped: bool
+
+
+class Draws(Protocol):
+    """As `draw` below."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Ids],
+        seeds: Sequence[Sequence[int]],
+        *,
+        stop_ids: Sequence[int],
+        most: int,
+    ) -> list[list[Drawn]]: ...
 
 
 def draw(

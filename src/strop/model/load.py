@@ -6,7 +6,6 @@ A GGUF file is dequantized once into a cached folder, and from then on is like a
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from strop.model.shape import prequantized
 from strop.model.shards import build, floats, is_finite, is_whole, pack_again, quantize_folder, write_shards
 from strop.model.tokenizer import LOCAL, first_line, gguf_cache, head_folder, plain_config
 from strop.model.towers import text_forward
-from strop.runs.folder import cache_folder, made_once, new_folder
+from strop.runs.folder import cache_folder, made_once, new_folder, write_json
 
 LOG = logging.getLogger(__name__)
 
@@ -207,7 +206,8 @@ def _bf16_folder(source: Source) -> Path:
 
 
 def _is_made(folder: Path) -> bool:
-    return (folder / "model.safetensors").is_file() or is_whole(folder)
+    whole = (folder / "model.safetensors").is_file() or is_whole(folder)
+    return whole and "architectures" in read_config(folder)
 
 
 def _dequantized(source: Source) -> Path:
@@ -220,7 +220,8 @@ def _dequantized(source: Source) -> Path:
         tensors = read_tensors(source.path, bare, bare.config)
         with new_folder(folder) as temp:
             if tensors is not None:
-                shutil.copy(head_folder(source) / "config.json", temp)
+                kind = {"architectures": [type(bare).__name__], "dtype": "bfloat16"}  # other programs ask for both
+                write_json(temp / "config.json", {**read_config(head_folder(source)), **kind})
                 write_shards(temp, ({name: weight.to(torch.bfloat16)} for name, weight in tensors), {})
                 return
             options: dict[str, Any] = {"gguf_file": source.path.name, "dtype": torch.bfloat16}

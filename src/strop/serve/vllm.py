@@ -11,7 +11,6 @@ import http.client
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -41,11 +40,12 @@ from strop.data.conversation import Ids
 from strop.data.prepare import prepare
 from strop.data.rendering.render import Renderer
 from strop.engine.device import pick_device, pick_dtype
-from strop.errors import InputError, ModelError, ParityError, RunError
+from strop.errors import ModelError, ParityError, RunError
 from strop.evaluation.general import rows as general_rows
 from strop.model.facts import Source, locate, read_config
 from strop.model.load import weights_folder
 from strop.model.tokenizer import head_folder, load_tokenizer
+from strop.model.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
 from strop.objectives.table import learning_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
 from strop.serve.address import KEY_VARIABLE, Address
@@ -53,19 +53,8 @@ from strop.serve.models import BASE, check_names
 from strop.serve.run import LONGEST_CONTEXT
 
 START_SECONDS = 900.0  # compiling for a GPU takes minutes
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.32 takes as --max-lora-rank
 TEXTS, TEXT_TOKENS = 12, 256  # compared, of each model
 LIMITS = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}  # mean |difference| of a token's log probability, in nats
-NAMES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
-ASK = """
-import json, sys, torch, vllm
-from vllm.model_executor.models import ModelRegistry
-from vllm.model_executor.models.interfaces import supports_lora
-arch = sys.argv[1]
-known = arch in ModelRegistry.get_supported_archs()
-lora = known and supports_lora(ModelRegistry.models[arch].load_model_cls())
-print(json.dumps({"version": vllm.__version__, "known": known, "lora": bool(lora), "cuda": torch.cuda.is_available()}))
-"""
 
 
 @dataclass(frozen=True)
@@ -84,44 +73,6 @@ class Same:
     def passed(self) -> bool:
         told_apart = self.control is None or self.control < 2 * self.limit or self.mean < self.control / 2
         return self.mean <= self.limit and told_apart
-
-
-def find_python(given: str | None) -> str:
-    """The Python that has vLLM: the one given, or that of the `vllm` on the PATH. Raises InputError."""
-    fix = "give --vllm-python /path/to/environment/bin/python (see docs/serve.md)"
-    if given is not None:
-        if shutil.which(given) is None:
-            raise InputError(f"--vllm-python {given}: no such program", fix=fix)
-        return given
-    script = shutil.which("vllm")
-    python = Path(script).resolve().parent / "python" if script else None
-    if python is None or not python.exists():
-        raise InputError("no vllm on the PATH", fix=fix)
-    return str(python)
-
-
-def about_vllm(python: str, architecture: str) -> dict[str, Any]:
-    """Its version, and whether it knows an architecture, LoRA on it, and has a GPU. Raises InputError."""
-    done = subprocess.run([python, "-c", ASK, architecture], capture_output=True, text=True, env=_environment())
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise InputError(
-            f"{python}: vLLM does not start there: {last}", fix="mend that environment (see docs/serve.md)"
-        )
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
-
-
-def lora_rank(folder: Path) -> int:
-    """What vLLM must be told so that it takes an adapter. Raises ModelError for one that it cannot run."""
-    config = read_adapter_config(folder)
-    refuse_other_kind(folder, scores=False)
-    odd = [name for name in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(name)]
-    odd += ["bias"] if config.get("bias", "none") != "none" else []
-    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    if odd or rank > RANKS[-1]:
-        what = f"its {odd[0]}" if odd else f"rank {rank}"
-        raise ModelError(f"{folder}: vLLM does not take {what}", fix="`strop merge` it, and serve the merged folder")
-    return next(allowed for allowed in RANKS if allowed >= rank)
 
 
 def lora_module(name: str, folder: Path) -> str:
@@ -158,10 +109,7 @@ def serve_vllm(
     config = read_config(weights)
     architecture, longest = config["architectures"][0], int(config.get("max_position_embeddings", LONGEST_CONTEXT))
     context = context or min(longest, LONGEST_CONTEXT)
-    found = about_vllm(program, architecture)
-    if not found["known"] or (first is not None and not found["lora"]):
-        what = f"{architecture}{' with LoRA' if found['known'] else ''}"
-        raise ModelError(f"vLLM {found['version']} does not know {what}", fix="serve it without --engine vllm")
+    found = about_vllm(program, architecture, lora=first is not None)
     dtype = pick_dtype(pick_device(device))[0] if dtype == "auto" else dtype
     longest = min(TEXT_TOKENS, context - 1)
     rows = {own: _texts(name, renderers[0], longest) for own, name in zip(ids, names, strict=True)}
@@ -175,7 +123,7 @@ def serve_vllm(
             program, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights),
             "--tokenizer", str(head_folder(_with_own_tokenizer(names[0]))), "--generation-config", scratch,
             "--served-model-name", BASE if adapters else ids[0], "--host", address.host, "--port", str(address.port),
-            "--dtype", NAMES[dtype], "--max-num-seqs", str(slots), "--allowed-origins", "[]",
+            "--dtype", DTYPE_NAMES[dtype], "--max-num-seqs", str(slots), "--allowed-origins", "[]",
             "--max-model-len", str(context),
             *([] if found["cuda"] else ["--enforce-eager"]),
         ]  # fmt: skip
@@ -185,7 +133,7 @@ def serve_vllm(
         key = {"VLLM_API_KEY": address.key} if address.key else {}
         address.socket.close()  # vLLM binds it itself
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, env={**_environment(), **key}, start_new_session=True
+            command, stdout=log, stderr=log, env={**vllm_environment(KEY_VARIABLE), **key}, start_new_session=True
         )
         try:
             started = time.monotonic()
@@ -233,12 +181,6 @@ def _until_told(process: subprocess.Popen[Any], log: Any) -> int:
     return told[0]
 
 
-def _environment() -> dict[str, str]:
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    own = {name: value for name, value in os.environ.items() if name not in (KEY_VARIABLE, "PYTHONPATH")}
-    return {"VLLM_CPU_KVCACHE_SPACE": "1", **own, **quiet}
-
-
 def _with_own_tokenizer(name: str) -> Source:
     folder = adapter_folder(name)
     return locate(name) if folder is None else with_tokenizer(folder, base_source(folder))
@@ -247,7 +189,8 @@ def _with_own_tokenizer(name: str) -> Source:
 def _fitting_rank(folder: Path, source: Source) -> int:
     check_base(folder, source)
     check_weights(folder)
-    return lora_rank(folder)
+    refuse_other_kind(folder, scores=False)
+    return lora_rank(read_adapter_config(folder), str(folder))
 
 
 def _texts(name: str, renderer: Renderer, longest: int) -> list[Ids]:

@@ -24,7 +24,7 @@ from strop.engine.answers.held import let_go
 from strop.engine.step import Step
 from strop.evaluation.metrics import Z_95
 from strop.evaluation.rewards import Reward
-from strop.model.draw import Drawn, draw
+from strop.model.draw import Drawn, Draws, draw
 from strop.model.generate import generate
 from strop.objectives.answers import given
 from strop.objectives.grpo import Tokens, advantages, divisor, equal, token_weight
@@ -39,7 +39,8 @@ SHOWN = 400  # characters of an answer in an event
 @dataclass(frozen=True)
 class OfGroups:
     """GRPO. model: which answers. tokenizer, stop_ids: make texts of tokens, and end answers. weights: the trained
-    ones. start: their values at the beginning, which make the reference; empty before they are known."""
+    ones. start: their values at the beginning, which make the reference; empty before they are known. draws: makes the
+    answers."""
 
     options: TrainSection
     seed: int
@@ -50,6 +51,7 @@ class OfGroups:
     weights: Mapping[str, nn.Parameter]
     log: EventLog
     start: Mapping[str, Tensor] = field(default_factory=dict)
+    draws: Draws = draw
     tells: ClassVar[bool] = True
 
     @property
@@ -68,9 +70,8 @@ class OfGroups:
         """Draws a group of answers to each prompt of the step `index`, rewards them, and computes their reference."""
         prompts, started = cast("Sequence[Prompt]", items), time.perf_counter()
         seeds = [[self._seed(index, prompt.row, number) for number in range(self._size)] for prompt in prompts]
-        drawn = draw(
-            self.model, [prompt.examples[0].ids for prompt in prompts], seeds, stop_ids=self.stop_ids, most=self._most
-        )
+        asked = [prompt.examples[0].ids for prompt in prompts]
+        drawn = self.draws(self.model, asked, seeds, stop_ids=self.stop_ids, most=self._most)
         seconds = time.perf_counter() - started
         groups = [self._group(prompt, answers) for prompt, answers in zip(prompts, drawn, strict=True)]
         first = groups[0]

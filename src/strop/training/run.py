@@ -29,6 +29,7 @@ from strop.machine.heap import give_back
 from strop.machine.memory import MemoryWatch, is_out_of_memory, mark
 from strop.machine.probe import probe
 from strop.model.blame import blaming
+from strop.model.draw import Draws, draw
 from strop.model.experts import in_experts
 from strop.model.load import DTYPES, stream_weights
 from strop.model.lora import trainable
@@ -62,6 +63,7 @@ from strop.training.several import count_of, described, refuse_another, set_up_t
 from strop.training.state import Progress, TrainState
 from strop.training.stops import seconds
 from strop.training.track import tracking
+from strop.training.vllm import ByVllm, drawing
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,8 @@ def _execute(
             stack.enter_context(blaming(setup.shape.family))
             model = build(setup, resuming, devices)
             hold_to_lock(folder, devices)
-            job = _job(folder, setup, model, log, devices)
+            draws = stack.enter_context(drawing(recipe, setup.source, model)) if recipe.train.vllm_python else draw
+            job = _job(folder, setup, model, log, devices, draws)
             give_back()  # what reading and converting the weights has left
             if resuming and devices.once(folder.checkpoints):
                 _restore(job, changed, moved)
@@ -253,7 +256,7 @@ def _fit(job: Job) -> str:
         raise
 
 
-def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices) -> Job:
+def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices, draws: Draws) -> Job:
     recipe, weights, step = setup.resolved.recipe, trainable(model), step_for(model)
     state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
     checkpoints.ask_memory(state.progress, recipe.train)
@@ -269,7 +272,8 @@ def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, 
     if rewards := rewards_of(recipe.train.rewards):
         without_dropout(model)
         ends = data.renderer.stop_ids
-        criterion = OfGroups(recipe.train, recipe.seed, model, setup.tokenizer, ends, rewards, weights, log)
+        told = setup.tokenizer, ends, rewards, weights, log
+        criterion = OfGroups(recipe.train, recipe.seed, model, *told, draws=draws)
     else:
         criterion = criterion_for(recipe.train, model, devices)
     usable = usable_bytes(setup.machine, of.device)
@@ -307,7 +311,9 @@ def _announce(job: Job, setup: Setup) -> None:
     numbers = {"trainable": trained, "all": setup.parameters}  # of the base, as `strop plan` counts
     if held := in_experts(job.model):
         numbers |= {"experts": held, "active": setup.parameters - setup.shape.idle}
-    if isinstance(job.criterion, OfGroups) and (why := unanswerable(job.model)):
+    if isinstance(job.criterion, OfGroups) and isinstance(job.criterion.draws, ByVllm):
+        job.log.emit("note", text=f"answers are drawn by vLLM {job.criterion.draws.version}")
+    elif isinstance(job.criterion, OfGroups) and (why := unanswerable(job.model)):
         job.log.emit("note", text=f"answers are drawn by transformers' generate: {why}")
     if job.devices.world > 1 and not job.recipe.train.exact and (found := own_dropout(job.model)):
         text = f"{found}: dropout of the model's own, drawn by micro-batch: other masks than on one device"

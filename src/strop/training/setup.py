@@ -37,6 +37,7 @@ from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
 from strop.training import state as checkpoints
 from strop.training.track import check_trackers
+from strop.training.vllm import check_vllm
 
 LOG = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     if learning == "prompts" and devices.world > 1:
         what = f"objective {resolved.recipe.train.objective}: answers are drawn on one device, and there are"
         raise RecipeError(f"{what} {devices.world}", fix="leave --devices out")
+    check_vllm(resolved.recipe)
     source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
     machine = _look(resolved.recipe, memory, devices.local_world)
     resolved, key, num_weights, shape, parameters = _plan(resolved, source, machine, devices.world)

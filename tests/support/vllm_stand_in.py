@@ -1,0 +1,79 @@
+"""Stands in for vLLM where there is none: the same calls, answered by transformers and peft."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+_INIT = """
+import json, os
+from types import SimpleNamespace
+import peft, torch
+from transformers import AutoModelForCausalLM
+
+__version__ = "stand-in"
+SamplingParams = lambda **options: SimpleNamespace(**options)
+
+
+class LLM:
+    def __init__(self, model, dtype, max_model_len, max_lora_rank, enable_lora, **more):
+        print("something that vLLM prints")
+        assert enable_lora and max_lora_rank in (8, 16)
+        self.longest, self.seen = max_model_len, set()
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+
+    @torch.no_grad()
+    def generate(self, prompts, options, lora_request, use_tqdm):
+        assert lora_request.number not in self.seen, "an adapter of this number is known"
+        self.seen.add(lora_request.number)
+        if os.path.exists(os.environ["STAND_IN_FAILS"]):
+            raise SystemExit("the card fell off")
+        model = peft.PeftModel.from_pretrained(self.model, lora_request.path).eval()
+        found = [self.one(model, *both) for both in zip(prompts, options, strict=True)]
+        self.model = model.unload()
+        return found
+
+    def one(self, model, prompt, how):
+        ids, draws = list(prompt["prompt_token_ids"]), torch.Generator().manual_seed(how.seed % 2**62)
+        assert (how.temperature, how.top_p, how.top_k, how.ignore_eos) == (1.0, 1.0, 0, True)
+        assert len(ids) + how.max_tokens <= self.longest
+        answer, told, reason = [], [], "length"
+        while len(answer) < how.max_tokens:
+            logs = model(torch.tensor([ids + answer])).logits[0, -1].float().log_softmax(-1)
+            token = int(torch.multinomial(logs.exp(), 1, generator=draws))
+            answer.append(token)
+            told.append({token: SimpleNamespace(logprob=float(logs[token]))})
+            if token in how.stop_token_ids:
+                reason = "stop"
+                break
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=answer, logprobs=told, finish_reason=reason)])
+"""
+_MODULES = {
+    "vllm/__init__.py": _INIT,
+    "vllm/lora/__init__.py": "",
+    "vllm/lora/request.py": """
+from types import SimpleNamespace
+LoRARequest = lambda name, number, path: SimpleNamespace(name=name, number=number, path=path)
+""",
+    "vllm/model_executor/__init__.py": "",
+    "vllm/model_executor/models/__init__.py": """
+from types import SimpleNamespace
+_KNOWN = {"LlamaForCausalLM": SimpleNamespace(load_model_cls=lambda: True)}
+ModelRegistry = SimpleNamespace(get_supported_archs=lambda: list(_KNOWN), models=_KNOWN)
+""",
+    "vllm/model_executor/models/interfaces.py": "supports_lora = bool\n",
+}
+
+
+def vllm_python(folder: Path) -> Path:
+    """A Python that has it. `folder/fails`: once this file is there, the next answers end its process."""
+    for name, text in _MODULES.items():
+        (folder / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "lib" / name).write_text(text, encoding="utf-8")
+    program = folder / "python"
+    names = f"PYTHONPATH={folder / 'lib'} STAND_IN_FAILS={folder / 'fails'}"
+    program.write_text(f'#!/bin/sh\nexec env {names} {sys.executable} "$@"\n', encoding="utf-8")
+    os.chmod(program, program.stat().st_mode | stat.S_IXUSR)
+    return program
