@@ -96,10 +96,11 @@ def drawing(recipe: Recipe, source: Source, model: peft.PeftModel) -> Iterator[B
     Raises InputError, ModelError and RunError where it does not start."""
     train, weights = recipe.train, weights_folder(source)
     python = find_python(train.vllm_python)
-    found = about_vllm(python, read_config(weights)["architectures"][0], lora=True)
+    config, longest = read_config(weights), recipe.data.max_length + drawn_tokens(train)
+    found = about_vllm(python, config["architectures"][0], lora=True)
     how: dict[str, Any] = {
         "model": str(weights), "skip_tokenizer_init": True, "dtype": DTYPE_NAMES[recipe.model.dtype],
-        "max_model_len": recipe.data.max_length + drawn_tokens(train),
+        "max_model_len": min(longest, int(config.get("max_position_embeddings", longest))),
         "max_num_seqs": min(AT_ONCE, train.batch_size * answers_of(train)),
         "enforce_eager": not found["cuda"], "seed": recipe.seed, "disable_log_stats": True,
     }  # fmt: skip
@@ -131,5 +132,6 @@ def _ask(process: subprocess.Popen[str], log: Any, what: Any) -> Any:
     if not told:
         log.seek(0)
         said = [line.strip() for line in log.read().splitlines() if line.strip()] or ["nothing"]
-        raise RunError(f"vLLM ended: {said[-1]}", fix="mend its environment (see docs/serve.md), or leave it out")
+        faults = [line for line in said if "error" in line.lower() and "://" not in line] or said
+        raise RunError(f"vLLM ended: {faults[-1]}", fix="mend its environment (see docs/serve.md), or leave it out")
     return json.loads(told)
