@@ -7,8 +7,8 @@ library's heap that leaves holes which nothing fits (docs/log has what they took
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,16 +43,15 @@ class Arena:
         self._open = used
         self._fit(rows, hold=used or again)
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
+    def again(self) -> Again:
         """Inside it a layer of this micro-batch is computed again; what it keeps, it keeps until its backward, and what
-        the one before has kept is gone."""
-        self._open = True
-        self._fit(self._rows, hold=True)
-        try:
-            yield
-        finally:
-            self._open = False
+        the one before has kept is gone. A graph may be gone through twice, and enter it each time."""
+        return Again(self)
+
+    def hold(self, *, open: bool) -> None:
+        self._open = open
+        if open:
+            self._fit(self._rows, hold=True)
 
     def _fit(self, rows: int, *, hold: bool) -> None:
         """A buffer that has room for what so many rows keep, taken from its front; hold: the old one stays, if it
@@ -89,3 +88,14 @@ class Arena:
         """For a backward: raises RuntimeError where the micro-batch of this round is no longer the newest."""
         if round != self.round:
             raise RuntimeError("the backward of a micro-batch must come before the next one begins")
+
+
+@dataclass(frozen=True)
+class Again:
+    arena: Arena
+
+    def __enter__(self) -> None:
+        self.arena.hold(open=True)
+
+    def __exit__(self, *error: object) -> None:
+        self.arena.hold(open=False)

@@ -40,7 +40,7 @@ SHOWN = 400  # characters of an answer in an event
 class OfGroups:
     """GRPO. model: which answers. tokenizer, stop_ids: make texts of tokens, and end answers. weights: the trained
     ones. start: their values at the beginning, which make the reference; empty before they are known. draws: makes the
-    answers."""
+    answers, in the place of strop's engine."""
 
     options: TrainSection
     seed: int
@@ -51,7 +51,7 @@ class OfGroups:
     weights: Mapping[str, nn.Parameter]
     log: EventLog
     start: Mapping[str, Tensor] = field(default_factory=dict)
-    draws: Draws = draw
+    draws: Draws | None = None
     tells: ClassVar[bool] = True
 
     @property
@@ -71,7 +71,7 @@ class OfGroups:
         prompts, started = cast("Sequence[Prompt]", items), time.perf_counter()
         seeds = [[self._seed(index, prompt.row, number) for number in range(self._size)] for prompt in prompts]
         asked = [prompt.examples[0].ids for prompt in prompts]
-        drawn = self.draws(self.model, asked, seeds, stop_ids=self.stop_ids, most=self._most)
+        drawn = (self.draws or draw)(self.model, asked, seeds, stop_ids=self.stop_ids, most=self._most)
         seconds = time.perf_counter() - started
         groups = [self._group(prompt, answers) for prompt, answers in zip(prompts, drawn, strict=True)]
         first = groups[0]

@@ -29,7 +29,7 @@ from strop.machine.heap import give_back
 from strop.machine.memory import MemoryWatch, is_out_of_memory, mark
 from strop.machine.probe import probe
 from strop.model.blame import blaming
-from strop.model.draw import Draws, draw
+from strop.model.draw import Draws
 from strop.model.experts import in_experts
 from strop.model.load import DTYPES, stream_weights
 from strop.model.lora import trainable
@@ -212,7 +212,7 @@ def _execute(
             stack.enter_context(blaming(setup.shape.family))
             model = build(setup, resuming, devices)
             hold_to_lock(folder, devices)
-            draws = stack.enter_context(drawing(recipe, setup.source, model)) if recipe.train.vllm_python else draw
+            draws = stack.enter_context(drawing(recipe, setup.source, model)) if recipe.train.vllm_python else None
             job = _job(folder, setup, model, log, devices, draws)
             give_back()  # what reading and converting the weights has left
             if resuming and devices.once(folder.checkpoints):
@@ -256,7 +256,9 @@ def _fit(job: Job) -> str:
         raise
 
 
-def _job(folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices, draws: Draws) -> Job:
+def _job(
+    folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices, draws: Draws | None
+) -> Job:
     recipe, weights, step = setup.resolved.recipe, trainable(model), step_for(model)
     state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
     checkpoints.ask_memory(state.progress, recipe.train)
