@@ -179,7 +179,7 @@ class FastLoss:
         last, trains, again = len(self._layers) - 1, torch.is_grad_enabled(), self.checkpoint_layers > 0
         if self._arena is not None and self._inputs is not None:
             self._arena.begin(len(batch.ids), used=trains and not again, again=trains and again)
-            self._inputs.begin(len(batch.ids), used=trains and again)
+            self._inputs.begin(len(batch.ids), used=trains and again and self.host is None)
         if self.watch is not None:
             self.watch.begin()
         linears = [one for layer in self._layers for one in layer.linears]
@@ -205,7 +205,7 @@ class FastLoss:
                 }
                 with nullcontext() if self.host is None else self.host.keeping(last=i == last):
                     hidden, kept = checkpoint(self._through, *given, **how)
-                if self._inputs is not None:
+                if self._inputs is not None and self.host is None:
                     hidden = apply(Placed, hidden, self._inputs)
             else:
                 hidden, kept = self._through(*given)

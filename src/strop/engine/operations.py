@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 from torch.autograd import Function
 
-from strop.engine.arena import New, in_heap
+from strop.engine.arena import Arena, New, in_heap
 from strop.engine.lora import Adapters
 from strop.engine.packed import Places
 
@@ -80,14 +80,16 @@ class Room:
 
 
 class Placed(Function):
-    """x (T, n), in memory that `new` gives: what waits long leaves no hole in the heap."""
+    """x (T, n), in an arena: what waits long leaves no hole in the heap."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, new: New) -> Tensor:
-        return new(len(x), x.shape[1], x).copy_(x)
+    def forward(ctx: Any, x: Tensor, arena: Arena) -> Tensor:
+        ctx.arena, ctx.round = arena, arena.round
+        return arena(len(x), x.shape[1], x).copy_(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        ctx.arena.check(ctx.round)
         return grad, None
 
 
