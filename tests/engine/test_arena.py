@@ -53,8 +53,9 @@ def test_what_finds_no_room_lies_in_a_buffer_more(monkeypatch: pytest.MonkeyPatc
     assert first.untyped_storage().data_ptr() == more.untyped_storage().data_ptr()
 
 
-def test_a_backward_that_comes_too_late_is_refused() -> None:
-    loss = FastLoss(adapted("llama"))
+@pytest.mark.parametrize("again", [0, 1, 9])
+def test_a_backward_that_comes_too_late_is_refused(again: int) -> None:
+    loss = FastLoss(adapted("llama"), checkpoint_layers=again)
     one, other = examples_of([5, 9]), examples_of([7])
     loss(one).backward()
     late = loss(one)
@@ -63,9 +64,10 @@ def test_a_backward_that_comes_too_late_is_refused() -> None:
         late.backward()
 
 
-def test_gradients_are_the_same_in_one_buffer_and_in_the_heap() -> None:
+@pytest.mark.parametrize("again", [0, 1, 9])
+def test_gradients_are_the_same_in_one_buffer_and_in_the_heap(again: int) -> None:
     model = adapted("llama")
-    loss = FastLoss(model)
+    loss = FastLoss(model, checkpoint_layers=again)
     rows = [examples_of(lengths) for lengths in ([5, 9, 3], [2], [30, 4], [7, 7])]
     trained = [weight for weight in model.parameters() if weight.requires_grad]
 

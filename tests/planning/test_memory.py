@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from strop.config.load import resolve
 from strop.data.conversation import Example
@@ -26,7 +27,7 @@ from strop.model.shape import ModelShape
 from strop.planning import activations
 from strop.planning.activations import MicroBatch, at_peak, layer_bytes
 from strop.planning.compare import KNOWN, compare, known_models, table
-from strop.planning.memory import PARTS, load, train
+from strop.planning.memory import EXPERTS_AS_ONE, PARTS, load, train
 from strop.planning.phases import Asked, phases
 from strop.planning.setting import Setting
 from tests import ROOT
@@ -294,6 +295,16 @@ def published() -> tuple[str, list[tuple[float, str]]]:
 def test_published_peaks_are_met_or_the_reason_is_given() -> None:
     for error, why in published()[1]:
         assert abs(error) <= 0.15 or why, error
+
+
+def test_which_experts_are_copied_is_what_transformers_does() -> None:
+    for name, row in TABLE.items():
+        if row.mixture:
+            rules = get_checkpoint_conversion_mapping(name) or []
+            copied = any(
+                type(step).__name__ == "MergeModulelist" for rule in rules for step in getattr(rule, "operations", [])
+            )
+            assert copied == (name not in EXPERTS_AS_ONE), name
 
 
 @pytest.mark.parametrize("mark", ["models", "published", "runs", "phases", "time"])

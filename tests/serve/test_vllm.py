@@ -31,7 +31,7 @@ from tests.support.serving import CHAT, save_adapters, serving
 
 def test_ranks_that_vllm_knows() -> None:
     def rank(**config: object) -> int:
-        return lora_rank({"peft_type": "LORA", "r": 4, **config}, "an adapter")
+        return lora_rank({"peft_type": "LORA", "r": 4, **config}, "an adapter", "merge it")
 
     assert [rank(), rank(r=8), rank(r=9), rank(rank_pattern={"q_proj": 40})] == [8, 8, 16, 64]
     for odd in ({"r": 600}, {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}):

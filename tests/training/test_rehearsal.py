@@ -122,7 +122,7 @@ def test_layers_computed_again_change_nothing_but_memory(tiny_folder: Path, rows
         memory = run.report["memory"]["predicted"]["train"]["parts"]
         found.append((weights(run.folder), sum(memory[part] for part in ("saved_activations", "live_layer", "head"))))
     assert all(torch.equal(tensor, found[1][0][name]) for name, tensor in found[0][0].items())
-    assert found[0][1] > found[2][1]
+    assert found[0][1] > found[1][1] >= found[2][1]
 
 
 def test_it_is_rehearsed_as_the_steps_will_be_computed(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,32 +35,35 @@ class Arena:
         self._open, self._rows, self._at = False, 1, 0
         self._used, self._per_row = 0, 0.0
 
-    def begin(self, rows: int, *, used: bool, again: bool = False) -> None:
+    def begin(self, rows: int, *, used: bool) -> None:
         """A micro-batch of that many rows begins. used: what it keeps, it keeps until its backward, and what the one
-        before has kept is gone; else the heap is the better place. again: layers will be computed again."""
+        before has kept is gone; else the heap is the better place."""
         self.round += used
         self._open = used
-        self._fit(rows, hold=used or again)
+        self._learn(rows)
+        if used:
+            self._make_room()
+        else:
+            self._buffers = []
 
-    def again(self) -> Again:
-        """Inside it a layer of this micro-batch is computed again; what it keeps, it keeps until its backward, and what
-        the one before has kept is gone. A graph may be gone through twice, and enter it each time."""
-        return Again(self)
+    def __enter__(self) -> None:
+        """From here on a layer of this micro-batch is computed again: what it keeps, it keeps until its backward, and
+        what the one before has kept is gone. A graph that is gone through twice enters it twice."""
+        self._open = True
+        self._learn(self._rows)
+        self._make_room()
 
-    def hold(self, *, open: bool) -> None:
-        self._open = open
-        if open:
-            self._fit(self._rows, hold=True)
+    def __exit__(self, *error: object) -> None:
+        self._open = False
 
-    def _fit(self, rows: int, *, hold: bool) -> None:
-        """A buffer that has room for what so many rows keep, taken from its front; hold: the old one stays, if it
-        does."""
+    def _learn(self, rows: int) -> None:
+        """How much a row has needed, before so many rows come."""
         self._per_row = max(self._per_row, self._used / self._rows)
         self._rows, self._used, self._at = rows, 0, 0
-        needed = math.ceil(self._per_row * rows)
-        if not hold:
-            self.drop()
-        elif len(self._buffers) > 1 or needed > sum(map(len, self._buffers)):
+
+    def _make_room(self) -> None:
+        needed = math.ceil(self._per_row * self._rows)
+        if len(self._buffers) > 1 or needed > sum(map(len, self._buffers)):
             self.drop()
             self._buffers = [torch.empty(needed, dtype=torch.uint8)]
 
@@ -88,14 +90,3 @@ class Arena:
         """For a backward: raises RuntimeError where the micro-batch of this round is no longer the newest."""
         if round != self.round:
             raise RuntimeError("the backward of a micro-batch must come before the next one begins")
-
-
-@dataclass(frozen=True)
-class Again:
-    arena: Arena
-
-    def __enter__(self) -> None:
-        self.arena.hold(open=True)
-
-    def __exit__(self, *error: object) -> None:
-        self.arena.hold(open=False)

@@ -178,7 +178,7 @@ class FastLoss:
         """What the output embedding takes for each label (M, h); scaled: with the factor that some families have."""
         last, trains, again = len(self._layers) - 1, torch.is_grad_enabled(), self.checkpoint_layers > 0
         if self._arena is not None and self._inputs is not None:
-            self._arena.begin(len(batch.ids), used=trains and not again, again=trains and again)
+            self._arena.begin(len(batch.ids), used=trains and not again)
             self._inputs.begin(len(batch.ids), used=trains and again and self.host is None)
         if self.watch is not None:
             self.watch.begin()
@@ -198,13 +198,10 @@ class FastLoss:
             given = layer, hidden, way, batch.rows if i == last else None, shared[of.kind] if of and of.takes else None
             self._need(i)
             if i < self.checkpoint_layers and trains:
-                how: dict[str, Any] = {
-                    "use_reentrant": False,
-                    "preserve_rng_state": False,
-                    "context_fn": self._contexts,
-                }
                 with nullcontext() if self.host is None else self.host.keeping(last=i == last):
-                    hidden, kept = checkpoint(self._through, *given, **how)
+                    hidden, kept = checkpoint(
+                        self._through, *given, use_reentrant=False, preserve_rng_state=False, context_fn=self._contexts
+                    )
                 if self._inputs is not None and self.host is None:
                     hidden = apply(Placed, hidden, self._inputs)
             else:
@@ -223,7 +220,7 @@ class FastLoss:
 
     def _contexts(self) -> tuple[Any, Any]:
         """Of a layer that keeps nothing, and of the same when it is computed again."""
-        return nullcontext(), nullcontext() if self._arena is None else self._arena.again()
+        return nullcontext(), self._arena or nullcontext()
 
     def _need(self, where: int | str) -> None:
         if self.gathered is not None:

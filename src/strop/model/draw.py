@@ -5,9 +5,9 @@ They are drawn at temperature 1 from all tokens: from the very distribution whos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,22 +35,12 @@ class Drawn:
     stopped: bool
 
 
-class Draws(Protocol):
-    """As `draw` below."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Ids],
-        seeds: Sequence[Sequence[int]],
-        *,
-        stop_ids: Sequence[int],
-        most: int,
-    ) -> list[list[Drawn]]: ...
+Draws = Callable[[nn.Module, Sequence[Ids], Sequence[Sequence[int]], Sequence[int], int], list[list[Drawn]]]
+"""As `draw`."""
 
 
 def draw(
-    model: nn.Module, prompts: Sequence[Ids], seeds: Sequence[Sequence[int]], *, stop_ids: Sequence[int], most: int
+    model: nn.Module, prompts: Sequence[Ids], seeds: Sequence[Sequence[int]], stop_ids: Sequence[int], most: int
 ) -> list[list[Drawn]]:
     """To each prompt an answer for each of its seeds, of at most `most` tokens. Equal weights, prompts and seeds give
     equal answers, whatever is drawn beside them.

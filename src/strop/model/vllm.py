@@ -25,12 +25,12 @@ print(json.dumps({"version": vllm.__version__, "known": known, "lora": bool(lora
 """
 
 
-def find_python(given: str | None) -> str:
-    """The Python that has vLLM: the one given, or that of the `vllm` on the PATH. Raises InputError."""
-    fix = "give --vllm-python /path/to/environment/bin/python (see docs/serve.md)"
+def find_python(given: str | None, option: str = "--vllm-python") -> str:
+    """The Python that has vLLM: the one given by this option, or that of the `vllm` on the PATH. Raises InputError."""
+    fix = f"give {option} /path/to/environment/bin/python (see docs/serve.md)"
     if given is not None:
         if shutil.which(given) is None:
-            raise InputError(f"--vllm-python {given}: no such program", fix=fix)
+            raise InputError(f"{option} {given}: no such program", fix=fix)
         return given
     script = shutil.which("vllm")
     python = Path(script).resolve().parent / "python" if script else None
@@ -64,13 +64,13 @@ def vllm_environment(without: str = "") -> dict[str, str]:
     return {"VLLM_CPU_KVCACHE_SPACE": "1", **own, **quiet}
 
 
-def lora_rank(config: Mapping[str, Any], name: str) -> int:
-    """What vLLM must be told so that it takes an adapter with this adapter_config.json. Raises ModelError for one that
-    it cannot run."""
+def lora_rank(config: Mapping[str, Any], name: str, fix: str) -> int:
+    """What vLLM must be told so that it takes an adapter with this adapter_config.json. Raises ModelError, with this
+    fix, for one that it cannot run."""
     odd = [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]
     odd += ["bias"] if config.get("bias", "none") != "none" else []
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     if odd or rank > RANKS[-1]:
         what = f"its {odd[0]}" if odd else f"rank {rank}"
-        raise ModelError(f"{name}: vLLM does not take {what}", fix="`strop merge` it, and serve the merged folder")
+        raise ModelError(f"{name}: vLLM does not take {what}", fix=fix)
     return next(allowed for allowed in RANKS if allowed >= rank)

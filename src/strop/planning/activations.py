@@ -7,7 +7,7 @@ bytes a number. The peak of a step is at one of a few moments; each is a sum of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from strop.engine.families import Family
 from strop.model.shape import LinearShape
@@ -110,22 +110,21 @@ def at_peak(setting: Setting, batch: MicroBatch) -> Alive:
     whole = here * inputs + (layers - kept) * block - (0 if kept == layers else block - last)
     # What the head's own gradient takes while a layer goes back, where it does not wait with those of earlier ones.
     beside = 0 if batch.more or setting.device == "cpu" else head_gradient_bytes(setting)
-    again = block if kept else 0
-    # engine.arena's buffer, on a CPU, stays: of a layer that is computed again
-    buffer = again if setting.device == "cpu" and setting.step == "fast" else 0
-    moments = [Alive(whole + buffer, 0, head_bytes(setting, batch))]
+    moments = [Alive(whole, 0, head_bytes(setting, batch))]
     if setting.whole_embedding and batch.more:  # its gradient, the last of all, beside that of earlier micro-batches
         rows = batch.tokens * setting.shape.hidden * (4 + setting.element)
-        waits = whole if setting.device == "cpu" and setting.step == "fast" and not kept else buffer
-        moments.append(Alive(waits, rows + 4 * setting.shape.embedding))
+        buffer = whole if setting.device == "cpu" and setting.step == "fast" and not kept else 0  # engine.arena's stays
+        moments.append(Alive(buffer, rows + 4 * setting.shape.embedding))
     # Going back: the last layer, the one before it, and the last of those that are computed again.
+    again = block if kept else 0
     if kept < layers:
         moments.append(Alive(whole, backward_bytes(setting, batch, batch.supervised), beside))
         behind = whole - last + (again if kept == layers - 1 else 0)
         moments.append(Alive(behind, backward_bytes(setting, batch), beside))
     if kept:
         moments.append(Alive(used * inputs + again - inputs, backward_bytes(setting, batch), beside))
-    return max(moments, key=lambda moment: moment.total)
+    peak = max(moments, key=lambda moment: moment.total)
+    return replace(peak, live_layer=peak.live_layer + torn_bytes(setting, batch))
 
 
 def offloaded_bytes(setting: Setting, batch: MicroBatch) -> int:

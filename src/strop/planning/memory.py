@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from strop.config.schema import Recipe
 from strop.objectives.table import answers_of, drawn_tokens
-from strop.planning.activations import Alive, MicroBatch, at_peak, torn_bytes
+from strop.planning.activations import Alive, MicroBatch, at_peak
 from strop.planning.setting import BITS, Setting
 
 MIB = 1 << 20
@@ -199,7 +199,7 @@ def train(setting: Setting, batch: MicroBatch) -> Phase:
             **held,
             "gradients": gradients,
             "saved_activations": alive.saved_activations,
-            "live_layer": alive.live_layer + (torn_bytes(setting, batch) if alive.total else 0),
+            "live_layer": alive.live_layer,
             "head": alive.head,
         }
     )

@@ -190,7 +190,7 @@ def _fitting_rank(folder: Path, source: Source) -> int:
     check_base(folder, source)
     check_weights(folder)
     refuse_other_kind(folder, scores=False)
-    return lora_rank(read_adapter_config(folder), str(folder))
+    return lora_rank(read_adapter_config(folder), str(folder), "`strop merge` it, and serve the merged folder")
 
 
 def _texts(name: str, renderer: Renderer, longest: int) -> list[Ids]:

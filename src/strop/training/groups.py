@@ -71,7 +71,7 @@ class OfGroups:
         prompts, started = cast("Sequence[Prompt]", items), time.perf_counter()
         seeds = [[self._seed(index, prompt.row, number) for number in range(self._size)] for prompt in prompts]
         asked = [prompt.examples[0].ids for prompt in prompts]
-        drawn = (self.draws or draw)(self.model, asked, seeds, stop_ids=self.stop_ids, most=self._most)
+        drawn = (self.draws or draw)(self.model, asked, seeds, self.stop_ids, self._most)
         seconds = time.perf_counter() - started
         groups = [self._group(prompt, answers) for prompt, answers in zip(prompts, drawn, strict=True)]
         first = groups[0]

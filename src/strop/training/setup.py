@@ -74,10 +74,10 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     if learning == "prompts" and devices.world > 1:
         what = f"objective {resolved.recipe.train.objective}: answers are drawn on one device, and there are"
         raise RecipeError(f"{what} {devices.world}", fix="leave --devices out")
-    check_vllm(resolved.recipe)
     source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
     machine = _look(resolved.recipe, memory, devices.local_world)
     resolved, key, num_weights, shape, parameters = _plan(resolved, source, machine, devices.world)
+    check_vllm(resolved.recipe)
     start = start_adapter(resolved.recipe)  # may have brought tokens and a template of its own
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
     LOG.info("reading and checking the rows")

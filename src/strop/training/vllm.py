@@ -28,6 +28,7 @@ from strop.objectives.table import answers_of, drawn_tokens, learning_of
 
 CARD_SHARE = 0.3  # of a card's memory that vLLM may take: its own copy of the base, and the cache
 AT_ONCE = 256  # answers
+OPTION, WITHOUT = "--train.vllm_python", "leave --train.vllm_python out: strop's engine draws"
 WORKER = Path(__file__).with_name("vllm_worker.py")
 
 
@@ -37,14 +38,13 @@ def check_vllm(recipe: Recipe) -> None:
     given = recipe.train.vllm_python
     if given is None:
         return
-    what = "--train.vllm_python"
     if learning_of(recipe.train) != "prompts":
-        raise RecipeError(f"{what}: objective {recipe.train.objective} draws no answers", fix="leave it out")
-    if recipe.model.quantization not in ("none", "auto"):
-        said = f"{what}: vLLM would draw from the base in 16 bit, not from {recipe.model.quantization}"
+        raise RecipeError(f"{OPTION}: objective {recipe.train.objective} draws no answers", fix="leave it out")
+    if recipe.model.quantization != "none":
+        said = f"{OPTION}: vLLM would draw from the base in 16 bit, not from {recipe.model.quantization}"
         raise RecipeError(said, fix="take --model.quantization none, or leave it out")
-    find_python(given)
-    lora_rank(_config(recipe), what)
+    find_python(given, OPTION)
+    lora_rank(_config(recipe), OPTION, WITHOUT)
 
 
 def _config(recipe: Recipe) -> dict[str, Any]:
@@ -69,7 +69,6 @@ class ByVllm:
         model: nn.Module,
         prompts: Sequence[Ids],
         seeds: Sequence[Sequence[int]],
-        *,
         stop_ids: Sequence[int],
         most: int,
     ) -> list[list[Drawn]]:
@@ -95,7 +94,7 @@ def drawing(recipe: Recipe, source: Source, model: peft.PeftModel) -> Iterator[B
 
     Raises InputError, ModelError and RunError where it does not start."""
     train, weights = recipe.train, weights_folder(source)
-    python = find_python(train.vllm_python)
+    python = find_python(train.vllm_python, OPTION)
     config, longest = read_config(weights), recipe.data.max_length + drawn_tokens(train)
     found = about_vllm(python, config["architectures"][0], lora=True)
     how: dict[str, Any] = {
@@ -104,7 +103,7 @@ def drawing(recipe: Recipe, source: Source, model: peft.PeftModel) -> Iterator[B
         "max_num_seqs": min(AT_ONCE, train.batch_size * answers_of(train)),
         "enforce_eager": not found["cuda"], "seed": recipe.seed, "disable_log_stats": True,
     }  # fmt: skip
-    how |= {"enable_lora": True, "max_lora_rank": lora_rank(model.active_peft_config.to_dict(), source.name)}
+    how |= {"enable_lora": True, "max_lora_rank": lora_rank(model.active_peft_config.to_dict(), source.name, WITHOUT)}
     how |= {"max_loras": 1, "max_cpu_loras": 1} | ({"gpu_memory_utilization": CARD_SHARE} if found["cuda"] else {})
     environment = {**vllm_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with tempfile.TemporaryFile("w+") as log:
