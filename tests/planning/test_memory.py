@@ -313,12 +313,21 @@ def test_the_tables_of_the_page_are_computed(mark: str) -> None:
     assert f"<!-- {mark} -->\n{_tables()[mark]}<!-- end -->" in PAGE.read_text(encoding="utf-8")
 
 
+# Runs that the plan is further off than its goal, 12 %, and how far at most (docs/log, 2026-11-27).
+MISSED = {
+    "llama-49m, rows to 4096, 4096 at once, gradient_checkpointing on, optimizer adamw_8bit": 0.15,
+    "llama-49m, rows to 512, 2048 at once, gradient_checkpointing on, narrow": 0.15,
+    "llama-17m, rows to 512, 2048 at once, batch_size 1, eval 20%, eval_steps 3": 0.15,
+}
+
+
 def test_the_accuracy_that_the_page_claims_is_that_of_its_runs() -> None:
     """Measured figures are kept; what was predicted is computed here, with the formulas of today."""
-    memory = [abs(MEMORY.error_of(run)) for run in json.loads(RUNS.read_text("utf-8"))["results"] if not run["fitted"]]
-    # The goal is 0.12 for all; three runs miss it since they were measured anew (docs/log, 2026-11-27).
-    assert len(memory) >= 60 and statistics.median(memory) <= 0.04
-    assert max(memory) <= 0.17 and sum(error > 0.12 for error in memory) <= 3
+    runs = [run for run in json.loads(RUNS.read_text("utf-8"))["results"] if not run["fitted"]]
+    memory = {f"{run['name']}{', narrow' * run['narrow']}": abs(MEMORY.error_of(run)) for run in runs}
+    assert len(memory) >= 60 and statistics.median(memory.values()) <= 0.04
+    assert {name for name, error in memory.items() if error > 0.12} <= MISSED.keys()
+    assert all(memory[name] <= bound for name, bound in MISSED.items())
     time = [abs(TIME.error_of(run)) for run in TIMED if not run["fitted"]]
     assert len(time) >= 18 and statistics.median(time) <= 0.10 and max(time) <= 0.25
     assert all(abs(TIME.later_error(run)) <= 0.05 for run in TIMED if "rest" in run)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -32,8 +34,7 @@ class CompiledPass:
         self._act = getattr(self._loops, ACTIVATIONS[parts[0].activation])
         width = width_of(parts[0].size)
         shape = (blocks, parts[0].key_value, BLOCK, width)
-        # zeros cost no memory before they are written
-        self._keys, self._values = ([torch.zeros(shape, dtype=self._type) for _ in parts] for _ in range(2))
+        self._keys, self._values = ([_zeros(shape, self._type) for _ in parts] for _ in range(2))
         self._cache = [(_array(k), _array(v)) for k, v in zip(self._keys, self._values, strict=True)]
         self._norm = self._norm_of(layers.norm)
         self._head = self._loops.Dense(_array(layers.head.weight.data))
@@ -212,6 +213,11 @@ def width_of(size: int) -> int:
     """Numbers that a head takes in the cache: whole vectors."""
     lanes: int = answering_loops().LANES
     return -(-size // lanes) * lanes
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """In pages of their own, which take no memory before they are written (torch.zeros writes them all)."""
+    return torch.frombuffer(mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def _array(x: Tensor) -> Any:
