@@ -294,7 +294,7 @@ def _loss_plot(events: Sequence[Mapping[str, Any]], width: float) -> Markup | No
 def _small_plots(events: Sequence[Mapping[str, Any]]) -> Iterator[Markup]:
     names = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
     names |= {"accuracy": "answers ranked right", "margin": "margin of rewards"}
-    names |= {"reward": "reward of drawn answers", "kl": "divergence from the start (nats a token)"}
+    names |= {"reward": "reward of drawn answers", "kl": "divergence from the start"}
     names |= {"answer_length": "tokens of drawn answers", "equal_groups": "groups with equal rewards"}
     names |= {"chosen_nats": "chosen, log-probability a token", "rejected_nats": "rejected, log-probability a token"}
     for field, title in names.items():
