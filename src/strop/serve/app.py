@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from strop.data.conversation import Ids
 from strop.data.reading.strictjson import Refused, loads
 from strop.engine.answers.text import Mask, Sampling, Token
 from strop.errors import nearest
-from strop.serve.engine import Engine, Full, Job, Piece
+from strop.serve.engine import Engine, Full, Job, Piece, tell_each
 from strop.serve.grammar import Grammars
 from strop.serve.guard import Guard, Rules
 from strop.serve.metrics import Metrics
@@ -105,7 +105,13 @@ def create_app(room: Room, rules: Rules, metrics: Metrics) -> Guard:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        room.engine.start()
+        loop = asyncio.get_running_loop()
+
+        def deliver(pieces: Sequence[tuple[Job, Piece]]) -> None:
+            if pieces and not loop.is_closed():
+                loop.call_soon_threadsafe(tell_each, pieces)
+
+        room.engine.start(deliver)
         yield
         await asyncio.to_thread(room.engine.close)
         renderers.shutdown(cancel_futures=True)
@@ -226,16 +232,10 @@ async def _respond(
         asked = f"{len(ids)} tokens of prompt and {limit or 1} of answer are asked for"
         raise Refusal(400, f"the context is {room.context} tokens: {asked}", code="context_length_exceeded")
     pieces: asyncio.Queue[Piece] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-
-    def told(piece: Piece) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
     job = Job(
         model=served.id, tokenizer=served.tokenizer, stop_ids=served.renderer.stop_ids, ids=ids, adapter=served.adapter,
         max_new_tokens=min(limit or left, left),
-        sampling=room.sampling.changed(body.temperature, body.top_p, body.seed), told=told,
+        sampling=room.sampling.changed(body.temperature, body.top_p, body.seed), told=pieces.put_nowait,
         stops=body.stops, logprobs=logprobs, mask=mask,
     )  # fmt: skip
     try:

@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass
 class Job:
-    """One request. `told` is called from the engine's thread with each Piece, and last with one that has an end."""
+    """One request. `told` is called with each Piece, and last with one that has an end: see Engine.start."""
 
     model: str
     tokenizer: Any
@@ -55,6 +55,14 @@ class Job:
     kept_tokens: int = 0
     cancelled: bool = False
     started: float = field(default_factory=time.monotonic)
+
+
+Deliver = Callable[[Sequence[tuple[Job, Piece]]], None]
+
+
+def tell_each(pieces: Sequence[tuple[Job, Piece]]) -> None:
+    for job, piece in pieces:
+        job.told(piece)
 
 
 class _Told:
@@ -104,8 +112,11 @@ class Engine:
         self.failed = False
         self._thread = thread or engine_thread()
         self._ended: Future[None] | None = None
+        self._deliver: Deliver = tell_each
 
-    def start(self) -> None:
+    def start(self, deliver: Deliver = tell_each) -> None:
+        """deliver: called from the engine's thread, once for all that a pass brought. By itself it tells each job."""
+        self._deliver = deliver
         self._ended = self._thread.submit(self._run)
 
     def submit(self, job: Job) -> None:
@@ -171,8 +182,7 @@ class Engine:
                 self._batch.remove(text)
             self._metrics.active.set(0)
             self._metrics.waiting.set(0)
-        for job in jobs:
-            job.told(Piece("", (), end))
+        self._deliver([(job, Piece("", (), end)) for job in jobs])
 
     def _admit(self) -> bool:
         """Sorts out who left and who comes in; waits where there is nothing to do. False where it is time to end."""
@@ -209,18 +219,18 @@ class Engine:
     def _step(self) -> None:
         """The next token of every text, and some more of the prompts that are being read."""
         if self._batch.texts:
-            for news in self._batch.step():
-                self._tell(news)
+            pieces = [self._told_by(news) for news in self._batch.step()]
+            self._deliver([one for one in pieces if one is not None])
 
-    def _tell(self, news: News) -> None:
-        """Tells a text's new tokens; takes it out of the batch where a stop string came."""
+    def _told_by(self, news: News) -> tuple[Job, Piece] | None:
+        """What there is to tell of a text's new tokens; takes it out of the batch where a stop string came."""
         text, told = news.text, self._told[news.text]
         shown, end = "", None
         if told.first:
             self._metrics.first_token.observe(time.monotonic() - told.job.started)
             told.first = False
+        self._metrics.new_tokens.inc(len(news.tokens))
         for place, token in enumerate(news.tokens):
-            self._metrics.new_tokens.inc()
             told.untold.append(token)
             last = bool(text.end) and place == len(news.tokens) - 1
             shown += told.words.end() if last and text.end == "stop" else told.words.push(token.id)
@@ -232,14 +242,15 @@ class Engine:
             if end == "length":
                 shown += told.words.end()
                 end = "stop" if told.words.stopped else end
-        if shown or end:
-            told.job.told(Piece(shown, tuple(told.untold), end))
+        piece = Piece(shown, tuple(told.untold), end) if shown or end else None
+        if piece:
             told.untold = []
         if end is not None:
             self._metrics.finished.labels(told.job.model, end).inc()
             if end in ("stop", "length"):
                 self._metrics.whole.observe(time.monotonic() - told.job.started)
             self._leave(text)
+        return (told.job, piece) if piece else None
 
     def _leave(self, text: Text) -> None:
         del self._told[text]

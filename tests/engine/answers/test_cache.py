@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from strop.engine.answers.batch import guess
-from strop.engine.answers.cache import BLOCK, Blocks, NoRoom, blocks_for, keys_of
+from strop.engine.answers.cache import BLOCK, LOOKED_AT, Blocks, NoRoom, blocks_for, keys_of, root_of
 
 
 def ids(n: int, first: int = 0) -> np.ndarray:
@@ -32,7 +32,7 @@ def test_the_oldest_that_nobody_uses_is_forgotten_first() -> None:
     blocks, keys = Blocks(4), [bytes([n]) for n in range(4)]
     first = blocks.take(2)
     for key, block in zip(keys, first, strict=False):
-        blocks.know(key, block)
+        blocks.know(key, block, b"", ids(BLOCK))
     blocks.leave(first)
     assert blocks.free == 4 and blocks.share(iter(keys)) == first and blocks.free == 2
     blocks.leave(first)
@@ -50,16 +50,21 @@ def test_no_block_is_lost_or_given_twice() -> None:
         if held and chance.random() < 0.5:
             blocks.leave(held.pop(chance.randrange(len(held))))
         else:
-            text = list(keys_of(None, ids(BLOCK * chance.randrange(1, 6), chance.randrange(3))))
+            tokens = ids(BLOCK * chance.randrange(1, 6), chance.randrange(3))
+            text = list(keys_of(None, tokens))
             known = blocks.share(iter(text))
             try:
                 mine = known + blocks.take(len(text) - len(known) + 1)
             except NoRoom:
                 blocks.leave(known)
                 continue
-            for key, block in zip(text, mine, strict=False):
-                blocks.know(key, block)
+            for at, (key, block) in enumerate(zip(text, mine, strict=False)):
+                before = text[at - 1] if at else root_of(None)
+                blocks.know(key, block, before, tokens[at * BLOCK : (at + 1) * BLOCK])
             held.append(mine)
+            looked = blocks.alike(root_of(None), tokens[:BLOCK])
+            assert looked[1] == BLOCK and looked[0] == blocks.share(iter(text[:1]))[0]
+            blocks.leave([looked[0]])
         if turn % 500 == 250:
             blocks.forget()
         used = {block for mine in held for block in mine}
@@ -67,6 +72,24 @@ def test_no_block_is_lost_or_given_twice() -> None:
     for mine in held:
         blocks.leave(mine)
     assert blocks.free == 30
+
+
+def test_the_block_that_goes_on_most_alike() -> None:
+    blocks, before = Blocks(LOOKED_AT + 3), root_of("a")
+    assert blocks.alike(before, ids(5)) == (0, 0)
+    taken = blocks.take(LOOKED_AT + 3)
+    for number, block in enumerate(taken[:3]):  # the same for 4, 9 and 14 tokens
+        tokens = ids(BLOCK)
+        tokens[4 + 5 * number :] = 0
+        blocks.know(bytes([number]), block, before, tokens)
+    assert blocks.alike(before, ids(BLOCK)) == (taken[2], 14) and blocks.alike(before, ids(3))[1] == 3
+    assert blocks.alike(before, ids(12)) == (taken[2], 12) and blocks.alike(before, ids(0)) == (0, 0)
+    assert blocks.alike(before, ids(9, 1))[1] == 0 and blocks.alike(root_of(None), ids(9))[1] == 0
+    for number, block in enumerate(taken[3:], start=3):  # the oldest are not looked at any more
+        blocks.know(bytes([number]), block, before, ids(BLOCK, 7 * BLOCK))
+    assert blocks.alike(before, ids(BLOCK))[1] == 0
+    blocks.forget()
+    assert blocks.alike(before, ids(BLOCK, 7 * BLOCK)) == (0, 0)
 
 
 def test_what_is_guessed() -> None:

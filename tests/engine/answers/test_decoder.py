@@ -183,8 +183,23 @@ def test_a_beginning_is_read_once() -> None:
     first, second, other = (Text(ids, adapter, most=2) for adapter in ("default", "default", None))
     answers(decoder, [first], 1)
     answers(decoder, [second, other], 2)
-    assert second.found == len(ids) - BLOCK  # the last block holds the token that the answer follows
+    assert second.found == len(ids) - 1  # the answer follows on the last, which is read again
     assert other.found == 0 and first.answer == second.answer
+
+
+@pytest.mark.parametrize("same", [1, 17, BLOCK + 9])
+def test_a_beginning_that_ends_within_a_block_is_read_once(same: int) -> None:
+    model, random = spread(adapted("llama")), np.random.default_rng(1)
+    decoder, ids = Decoder(model, 1000), random.integers(3, 96, 2 * BLOCK + 3).astype(np.int32)
+    answers(decoder, [Text(ids, "default", most=2)], 1)
+    other = np.concatenate([ids[:same], (ids[same : same + 1] + 1) % 96, ids[5:25]])
+    texts = [Text(other, adapter, most=TOKENS) for adapter in ("default", None)]
+    found = answers(decoder, texts, 2)
+    assert [text.found for text in texts] == [same, 0]
+    assert found == answers(Decoder(model, 1000), [Text(other, text.adapter, most=TOKENS) for text in texts], 2)
+    again = Text(ids, "default", most=2)  # nothing was written into what it was copied from
+    assert answers(decoder, [again], 1) == answers(Decoder(model, 1000), [Text(ids, "default", most=2)], 1)
+    assert again.found == len(ids) // BLOCK * BLOCK
 
 
 @pytest.mark.parametrize("at_once", [5, 64, 256])

@@ -2,7 +2,7 @@
 
 A block holds BLOCK positions of one text, in all layers (PagedAttention, arXiv:2309.06180). A full block is known by
 all that leads to it, so that texts with the same beginning, under the same adapter, share it: at the same time, and
-later, until its room is needed.
+later, until its room is needed. Where a beginning ends within a block, what is the same of that one can be copied.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 BLOCK = 32  # positions; the loop of engine.cpu.cached_attention knows it too
 ROWS = 64  # texts together: a pass over more takes as much longer (docs/performance.md)
+LOOKED_AT = 64  # blocks behind the same beginning, the newest: which of them goes on most alike
 READ_AT_ONCE = 256  # prompt rows in a pass: more would hold up the answers that go on
 
 
@@ -36,6 +37,8 @@ class Blocks:
         self._users: dict[int, int] = {}
         self._known: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
+        self._behind: dict[bytes, dict[int, npt.NDArray[np.int32]]] = {}  # by the key before: blocks, their tokens
+        self._key_before: dict[int, bytes] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -53,6 +56,7 @@ class Blocks:
             else:
                 block, _ = self._idle.popitem(last=False)
                 del self._known[self._key_of.pop(block)]
+                self._leave_behind(block)
             self._users[block] = 1
             found.append(block)
         return found
@@ -84,22 +88,51 @@ class Blocks:
         for block in blocks:
             self._users[block] += 1
 
-    def know(self, key: bytes, block: int) -> None:
-        """The block is full, with what the key stands for. The first of two equal ones is kept."""
-        if key not in self._known and block not in self._key_of:
-            self._known[key], self._key_of[block] = block, key
+    def know(self, key: bytes, block: int, before: bytes, ids: npt.NDArray[np.int32]) -> None:
+        """The block is full of these tokens, with what the keys stand for: its own, and the one before. The first of
+        two equal ones is kept."""
+        if key in self._known or block in self._key_of:
+            return
+        self._known[key], self._key_of[block] = block, key
+        behind = self._behind.setdefault(before, {})
+        behind[block], self._key_before[block] = ids, before
+        if len(behind) > LOOKED_AT:
+            self._leave_behind(next(iter(behind)))
+
+    def alike(self, before: bytes, ids: npt.NDArray[np.int32]) -> tuple[int, int]:
+        """Of the known blocks behind that key: the one that begins as `ids` do for longest, and for how many tokens; 0:
+        there is none."""
+        behind = self._behind.get(before)
+        if not behind or not len(ids):
+            return 0, 0
+        same = np.stack(list(behind.values()))[:, : len(ids)] == ids[:BLOCK]
+        counts = np.where(same.all(1), same.shape[1], same.argmin(1))
+        best = int(counts.argmax())
+        return list(behind)[best], int(counts[best])
+
+    def _leave_behind(self, block: int) -> None:
+        """It is not looked at any more."""
+        before = self._key_before.pop(block, None)
+        if before is not None:
+            del self._behind[before][block]
+            if not self._behind[before]:
+                del self._behind[before]
 
     def forget(self) -> None:
         """Nothing is known any more: the weights have changed."""
         self._new += self._idle
-        self._idle.clear()
-        self._known.clear()
-        self._key_of.clear()
+        for table in (self._idle, self._known, self._key_of, self._behind, self._key_before):
+            table.clear()
+
+
+def root_of(adapter: str | None) -> bytes:
+    """What stands for a key before the first."""
+    return repr(adapter).encode()
 
 
 def keys_of(adapter: str | None, ids: npt.NDArray[np.int32], last: bytes = b"", begin: int = 0) -> Iterator[bytes]:
     """The keys of the full blocks of a text, in order; with `last`, the key before, from position `begin` on."""
     for at in range(begin, len(ids) - BLOCK + 1, BLOCK):
-        before = last or repr(adapter).encode()
+        before = last or root_of(adapter)
         last = blake2b(before + ids[at : at + BLOCK].tobytes(), digest_size=16).digest()
         yield last

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from strop.engine.answers.cache import BLOCK, Blocks, NoRoom, blocks_for, keys_of
+from strop.engine.answers.cache import BLOCK, Blocks, NoRoom, blocks_for, keys_of, root_of
 from strop.engine.answers.compiled import CompiledPass, entering, width_of
 from strop.engine.answers.fits import adapters_of, unanswerable
 from strop.engine.answers.text import Ids, Logits, Text
@@ -88,9 +88,15 @@ class Decoder:
         except NoRoom:
             self.blocks.leave(known)
             raise
-        text.done = text.found = len(known) * BLOCK
+        text.done = len(known) * BLOCK
         text.keys, text.coming = keys[: len(known)], keys[len(known) :]
         self._coming.update(text.coming)
+        before = text.keys[-1] if text.keys else root_of(text.adapter)
+        source, alike = self.blocks.alike(before, text.ids[text.done : text.first])
+        if alike:
+            self._pass.copy_block(source, text.blocks[len(known)])
+            text.done += alike
+        text.found = text.done
 
     def begin_behind(self, text: Text, leader: Text) -> None:
         """Takes the room of a text with the leader's prompt, beside what they will share. Raises NoRoom."""
@@ -150,7 +156,8 @@ class Decoder:
         text.done += count
         begin = len(text.keys) * BLOCK
         for key in keys_of(text.adapter, text.ids[: text.sure], text.keys[-1] if text.keys else b"", begin):
-            self.blocks.know(key, text.blocks[len(text.keys)])
+            before, at = text.keys[-1] if text.keys else root_of(text.adapter), len(text.keys)
+            self.blocks.know(key, text.blocks[at], before, text.ids[at * BLOCK : (at + 1) * BLOCK].copy())
             self._coming.discard(key)
             text.keys.append(key)
 
