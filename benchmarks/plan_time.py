@@ -40,6 +40,7 @@ from plan_memory import (
 )
 
 DORA_DROPPED = {"lora.use_dora": True, "lora.dropout": 0.05}
+RATES, PACES = -1, -2  # in place of a case's number
 STEPS, FEW = 6, 20  # of random rows; after how many a run's own forecast is looked at
 
 CASES: list[dict[str, Any]] = [
@@ -188,9 +189,13 @@ def main() -> None:
             from strop.machine.probe import probe
             from strop.planning.trial import keep_rates, measure_rates
 
-            rates = measure_rates()
-            keep_rates(probe(), "cpu", rates)
-            print(json.dumps({name: pace({"options": options}) for name, options in (("bf16", {}), ("fp32", FP32))}))
+            if given.case == PACES:
+                print(
+                    json.dumps({name: pace({"options": options}) for name, options in (("bf16", {}), ("fp32", FP32))})
+                )
+            else:
+                keep_rates(probe(), "cpu", measure_rates())
+                print("null")
             return
         if given.narrow:
             CASES[given.case]["options"] = {**FP32, **CASES[given.case]["options"]}
@@ -203,7 +208,8 @@ def main() -> None:
         hidden = {**NARROW, "STROP_CACHE": str(given.folder / "narrow-cache")} if given.narrow else {}
         return child([sys.executable, __file__, *sys.argv[1:], "--case", str(number)], hidden)
 
-    paces = measured(-1)
+    measured(RATES)
+    paces = measured(PACES)  # as each run does it: in a process that has computed nothing else
     for number in NARROW_CASES if given.narrow else range(len(CASES)):
         name = name_of(CASES[number])
         if given.missing and (name, given.narrow) in found:

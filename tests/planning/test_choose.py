@@ -13,12 +13,9 @@ from strop.machine.memory import remember
 from strop.machine.probe import Machine
 from strop.model.shape import ModelShape
 from strop.planning.activations import KEEP_PAIRS, at_peak, offloaded_bytes
-from strop.planning.choose import (
-    choose,
-    memory_key,
-    usable_bytes,
-)
+from strop.planning.choose import choose, memory_key, usable_bytes
 from strop.planning.compare import KNOWN
+from strop.planning.fitting import WORTH, Room
 from strop.planning.memory import Drawn
 from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
 from strop.planning.phases import Asked, phases
@@ -284,3 +281,36 @@ def test_inputs_wait_only_where_something_is_gained() -> None:
     key = memory_key(on_card(20).recipe, replace(machine(64), gpus=("a card, 1 MiB",)), LLAMA_8B)
     remember(key, {"recompute": True, "offload": True})
     assert on_card(20).recipe.train.gradient_checkpointing == "offload"
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_fewer_tokens_at_once_where_that_is_faster_than_computing_again(quantization: str) -> None:
+    """Of all numbers of tokens at once, each with as much kept as fits, a CPU's plan takes the fastest."""
+    shape, sizes = ModelShape.of(KNOWN["SmolLM2-135M"]), set()
+    for free in (1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 8.0):
+
+        def planned(free: float = free, **options: Any) -> Resolved:
+            given = {"data.max_length": 256, "model.quantization": quantization, **options}
+            recipe = resolve(None, {"model": "m", "data": "d", **given})
+            return choose(recipe, machine(free), shape, "cpu", ("bf16", "measured"))
+
+        def seconds(found: Resolved) -> float:
+            setting, batch = Setting.of(found.recipe, shape), usual_micro_batch(found.recipe)
+            return micro_batch_seconds(setting, batch, Rate(1.6e12, 20e9, "a guess")) / batch.tokens
+
+        found = planned()
+        others = {size: planned(**{"train.micro_batch_tokens": size}) for size in (2048, 1024, 512, 256)}
+        usable = usable_bytes(machine(free), "cpu")
+        fitting = [seconds(one) for one in others.values() if Room(shape, shape.parameters, usable).fits(one.recipe)]
+        assert seconds(found) <= min(fitting) / WORTH
+        choice, size = found.choices["train.micro_batch_tokens"], found.recipe.train.micro_batch_tokens
+        sizes.add(size)
+        assert ("faster" in choice.why) == (size != 2048)
+    assert len(sizes) > 1 and 2048 in sizes
+
+
+def test_a_card_and_a_number_that_was_asked_for_stay() -> None:
+    options = {"data.max_length": 256, "train.micro_batch_tokens": 2048}
+    assert plan(13, **options).recipe.train.micro_batch_tokens == 2048
+    tight = on_card(8, **{"data.max_length": 256, "train.gradient_checkpointing": "auto"}).recipe.train
+    assert tight.micro_batch_tokens == 2048 and tight.gradient_checkpointing != "off"

@@ -22,6 +22,7 @@ from strop.data.conversation import Example
 from strop.engine.plain import PlainLoss
 from strop.engine.processor import processor_for
 from strop.engine.step import step_for
+from strop.machine.probe import TILED_RANK
 from strop.model.quantize import pack, unpack
 from strop.model.shape import ModelShape
 from strop.planning.activations import MicroBatch
@@ -31,7 +32,7 @@ from strop.planning.speed import KINDS_HIDDEN, Rate, known_seconds, work_of
 SIZES = {"vocab_size": 64, "num_hidden_layers": 2, "head_dim": 64, "max_position_embeddings": 4096}
 SMALL = {**SIZES, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 LARGE = {**SIZES, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
-RANK, ROUNDS, BUDGET_S = 16, 3, 0.6
+RANK, WIDE_RANK, ROUNDS, BUDGET_S = 16, 96, 3, 0.6
 TRIED = (
     (SMALL, (1, 72)),
     (SMALL, (1, 300)),
@@ -42,20 +43,21 @@ TRIED = (
 )
 UNPACKED = (1536, 576)  # a weight that is dequantized
 
-assert SMALL["hidden_size"] == KINDS_HIDDEN
+assert SMALL["hidden_size"] == KINDS_HIDDEN and RANK <= TILED_RANK < WIDE_RANK
 
 
 @dataclass(frozen=True)
 class Costs:
     """In one type. layer_s: of a layer, whatever the rows. moved: bytes/s of element-wise work. attention_flops: in
     FLOP/s. kinds_s: to make the products of a length that was not met before, at KINDS_HIDDEN. plain: times the fast
-    step's time."""
+    step's time. thin_flops: of products with a rank that is too large for tiles, in FLOP/s."""
 
     layer_s: float
     moved: float
     attention_flops: float
     kinds_s: float
     plain: float
+    thin_flops: float
 
 
 def step_costs(dtype: torch.dtype, rate: Rate) -> Costs:
@@ -75,7 +77,17 @@ def step_costs(dtype: torch.dtype, rate: Rate) -> Costs:
     layer, moved, attention = _least_squares(terms, found, whole)
     plain = _seconds(PlainLoss(models[SMALL["hidden_size"]]), *TRIED[2][1])[1]
     fast = _seconds(steps[SMALL["hidden_size"]], *TRIED[2][1])[1]
-    return Costs(layer, 1 / moved, 1 / attention, float(np.mean(making)), plain / fast)
+    ranked = step_for(_model(SMALL, dtype, WIDE_RANK)).token_loss
+    thin = _thin_flops(dtype, rate, _seconds(ranked, *TRIED[2][1])[1] - fast)
+    return Costs(layer, 1 / moved, 1 / attention, float(np.mean(making)), plain / fast, thin)
+
+
+def _thin_flops(dtype: torch.dtype, rate: Rate, more_s: float) -> float:
+    """By what a step takes more with WIDE_RANK than with RANK, whose adapters take what the plan says."""
+    number, length = TRIED[2][1]
+    batch = MicroBatch.rows([length] * number)
+    low, high = (work_of(_setting(SMALL, dtype, rank), batch) for rank in (RANK, WIDE_RANK))
+    return high.thin / max(more_s + low.adapters / rate.flops, high.thin / rate.flops)
 
 
 def pace(dtype: torch.dtype) -> float:
@@ -83,9 +95,9 @@ def pace(dtype: torch.dtype) -> float:
     return _seconds(step_for(_model(SMALL, dtype)).token_loss, *TRIED[2][1])[1]
 
 
-def _model(sizes: dict[str, int], dtype: torch.dtype) -> Any:
+def _model(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Any:
     model = LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype).requires_grad_(False)
-    config = peft.LoraConfig(r=RANK, target_modules="all-linear")
+    config = peft.LoraConfig(r=rank, target_modules="all-linear")
     return peft.get_peft_model(model, config).train()
 
 
@@ -106,10 +118,10 @@ def fastest(work: Callable[[], object], rounds: int = 4) -> float:
     return best
 
 
-def _setting(sizes: dict[str, int], dtype: torch.dtype) -> Setting:
+def _setting(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Setting:
     shape = ModelShape.of({"model_type": "llama", **sizes})
     tiles = processor_for(torch.device("cpu"), dtype).tiled(shape.head_size)
-    return Setting(shape, 0, ranks=(RANK,) * len(shape.linears), tiles=tiles, element=dtype.itemsize)
+    return Setting(shape, 0, ranks=(rank,) * len(shape.linears), tiles=tiles, element=dtype.itemsize)
 
 
 def _seconds(loss: Callable[[Sequence[Example]], Tensor], number: int, length: int) -> tuple[float, float]:

@@ -22,12 +22,9 @@ from strop.model.tokenizer import load_tokenizer
 from strop.objectives.table import answers_of, drawn_tokens, learning_of
 from strop.planning.cards import Card, find_card, recognise
 from strop.planning.microbatch import Rows
-from strop.planning.speed import Rate
+from strop.planning.speed import CORE_FP32, GUESS, Rate, has_bf16
 from strop.runs.folder import is_run
 
-# FLOP/s a core and bytes/s, where `strop doctor` has not measured: of wide vector units at 3 GHz, 60 % of their peak.
-CORE_BF16, CORE_FP32, CORE_PLAIN, HERE_BANDWIDTH = 200e9, 90e9, 45e9, 20e9
-GUESS = "its instructions; `strop doctor` measures"
 ANY_CARD = Card("a card that is not in the table", "unknown", 0, 500, 60)
 LEAST_BF16 = 8.0  # compute capability of the first cards with bf16 (Ampere)
 
@@ -68,17 +65,9 @@ def place_for(device: str, memory: int | None = None, gpu: str | None = None) ->
     if kind == "mps":
         rate = Rate(CORE_FP32 * 30, 200e9, "an Apple GPU as the table has it")
         return Place(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), lambda _: rate)
-    if rates is not None:
-        better = precision or (rates.dtype, "measured by strop doctor")
-        return Place(machine, "cpu", better, partial(Rate.measured, rates))
-    fast = "avx512_bf16" in machine.vector or "amx_bf16" in machine.vector
-    better = precision or ("bf16" if fast else "fp32", f"by {GUESS}")
-    return Place(machine, "cpu", better, partial(_guess, machine, fast))
-
-
-def _guess(machine: Machine, fast: bool, dtype: str) -> Rate:
-    core = CORE_BF16 if fast and dtype == "bf16" else CORE_FP32 if "avx512f" in machine.vector else CORE_PLAIN
-    return Rate(core * machine.cores, HERE_BANDWIDTH, f"a guess by {GUESS}")
+    guessed = "bf16" if has_bf16(machine) else "fp32", f"by {GUESS}"
+    better = precision or (guessed if rates is None else (rates.dtype, "measured by strop doctor"))
+    return Place(machine, "cpu", better, partial(Rate.of_cpu, machine, rates))
 
 
 def _of_card(machine: Machine, card: Card, memory: int | None, found: tuple[str, ...] = ()) -> Place:

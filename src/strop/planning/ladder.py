@@ -8,7 +8,7 @@ from typing import Any
 
 from strop.config.schema import Recipe
 from strop.planning.activations import offloaded_bytes
-from strop.planning.choose import GIB, SHORTEST, Room
+from strop.planning.fitting import GIB, SHORTEST, Room
 from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
 from strop.planning.setting import Setting, why_not_offloaded
 from strop.planning.speed import Rate, tokens_per_s

@@ -13,8 +13,9 @@ from strop.machine.probe import Machine
 from strop.model.shape import Peek
 from strop.objectives.table import answers_of, learning_of
 from strop.planning.activations import MicroBatch
-from strop.planning.choose import Room, choose, usable_bytes
+from strop.planning.choose import choose, usable_bytes
 from strop.planning.devices import Devices, Spread, spread
+from strop.planning.fitting import Room
 from strop.planning.ladder import Rung, ladder
 from strop.planning.memory import Drawn, Phase, constant_bytes, weight_bytes
 from strop.planning.microbatch import Rows, first_steps, largest_micro_batch, usual_micro_batch

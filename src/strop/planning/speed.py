@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from strop.engine.answers.cache import ROWS
-from strop.machine.probe import TILED_RANK
+from strop.machine.probe import TILED_RANK, Machine
 from strop.machine.rates import Rates
 from strop.planning.activations import HEAD_BYTES, KEEP_PAIRS, MicroBatch, offloaded_bytes, pairs
 from strop.planning.cards import Card
@@ -30,7 +30,15 @@ ANSWERING = 0.25  # of the probe's rate, where answers are drawn many together
 DORA_LAYERS, PLAIN_DORA = 2.0, 2.3
 LOGIT_BYTES = 24  # of a number of the plain step's logits, moved: their copies in fp32, there and back
 HOST_BYTES_PER_S = 20e9  # between a card and the host, each way: of 32 GB/s of PCIe 4.0 with 16 lanes; not measured
+# FLOP/s a core and bytes/s of such a machine: of wide vector units at 3 GHz, 60 % of their peak.
+CORE_BF16, CORE_FP32, CORE_PLAIN, HERE_BANDWIDTH = 200e9, 90e9, 45e9, 20e9
+GUESS = "its instructions; `strop doctor` measures"
 GPU_SHARE = 0.45  # of a card's dense rate: 43 % at 8B LoRA on an H100 (NVIDIA NeMo AutoModel's published figure)
+
+
+def has_bf16(machine: Machine) -> bool:
+    """Whether its CPU multiplies bf16."""
+    return "avx512_bf16" in machine.vector or "amx_bf16" in machine.vector
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class Rate:
     moved: float = 0.0  # bytes/s of element-wise work
     kinds_s: float = 0.0
     plain: float = 0.0  # times the fast step's time
+    thin_flops: float = 0.0  # of products with a rank above TILED_RANK
     unpacked_per_s: Mapping[str, float] = field(default_factory=dict)  # weights, by scheme
 
     @staticmethod
@@ -57,6 +66,15 @@ class Rate:
         costs = rates.costs[dtype if dtype in rates.costs else "fp32"]
         rate = Rate(flops, rates.bandwidth, "strop doctor", unpacked_per_s=rates.unpacked_per_s)
         return replace(rate, **costs)  # type: ignore[arg-type]
+
+    @staticmethod
+    def of_cpu(machine: Machine, rates: Rates | None, dtype: str) -> Rate:
+        """As `strop doctor` has measured it; where it has not, by its instructions."""
+        if rates is not None:
+            return Rate.measured(rates, dtype)
+        wide = CORE_FP32 if "avx512f" in machine.vector else CORE_PLAIN
+        core = CORE_BF16 if has_bf16(machine) and dtype == "bf16" else wide
+        return Rate(core * machine.cores, HERE_BANDWIDTH, f"a guess by {GUESS}")
 
     @staticmethod
     def of(card: Card) -> Rate:
@@ -106,11 +124,12 @@ def flops(setting: Setting, batch: MicroBatch) -> Flops:
 @dataclass(frozen=True)
 class Work:
     """Of one micro-batch on a CPU. frozen, attention, head: FLOPs; adapters: those that large products would do in the
-    same time; weights: bytes of frozen weights that are read; moved: bytes of element-wise work and of LoRA's narrow
+    same time; thin: of adapters whose rank is too large for tiles; weights: bytes of frozen weights that are read; moved: bytes of element-wise work and of LoRA's narrow
     products; layers: how often one begins."""
 
     frozen: float
     adapters: float
+    thin: float
     attention: float
     head: float
     weights: float
@@ -124,9 +143,10 @@ def work_of(setting: Setting, batch: MicroBatch) -> Work:
     weights = shape.layers * sum(linear.active_weights for linear in shape.linears)
     passes = 2 + setting.checkpoint_layers / shape.layers
     moved = batch.tokens * shape.layers * (element_bytes(setting) + thin_bytes(setting))
-    adapters = found.adapters / (THIN_APART if max(setting.ranks, default=0) > TILED_RANK else THIN)
+    apart = max(setting.ranks, default=0) > TILED_RANK
+    adapters, thin = (0.0, found.adapters) if apart else (found.adapters / THIN, 0.0)
     return Work(
-        found.frozen, adapters, found.attention, found.head, passes * weights * setting.element, again * moved,
+        found.frozen, adapters, thin, found.attention, found.head, passes * weights * setting.element, again * moved,
         again * shape.layers * (DORA_LAYERS if setting.dora else 1),
     )  # fmt: skip
 
@@ -144,6 +164,7 @@ def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> floa
     work, plain = work_of(setting, batch), setting.step == "plain"
     layers = (
         known_seconds(work, rate)
+        + work.thin / (rate.thin_flops or THIN_APART * rate.flops)
         + work.layers * (rate.layer_s or LAYER_S)
         + work.moved / (rate.moved or MOVED * rate.bandwidth)
         + work.attention / (rate.attention_flops or ATTENTION * rate.flops)
