@@ -145,11 +145,12 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
 
 
 def _serve(made: Path, asked: Path, texts: int) -> dict[str, Any]:
-    """Serves as the command does, and asks over HTTP: `texts` conversations at once."""
+    """Serves as the command does, and asks over HTTP: the `texts` longest conversations at once."""
     from strop.serve.address import open_address
     from strop.serve.run import serve
 
-    rows = [json.loads(line) for line in asked.read_text("utf-8").splitlines()[:texts]]
+    lines = sorted(asked.read_text("utf-8").splitlines(), key=len, reverse=True)[:texts]
+    rows = [json.loads(line) for line in lines]
 
     def ask(url: str, model: str, row: dict[str, Any]) -> None:
         *said, last = row["messages"]

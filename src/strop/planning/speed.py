@@ -124,8 +124,8 @@ def flops(setting: Setting, batch: MicroBatch) -> Flops:
 @dataclass(frozen=True)
 class Work:
     """Of one micro-batch on a CPU. frozen, attention, head: FLOPs; adapters: those that large products would do in the
-    same time; thin: of adapters whose rank is too large for tiles; weights: bytes of frozen weights that are read; moved: bytes of element-wise work and of LoRA's narrow
-    products; layers: how often one begins."""
+    same time; thin: of adapters whose rank is too large for tiles; weights: bytes of frozen weights that are read;
+    moved: bytes of element-wise work and of LoRA's narrow products; layers: how often one begins."""
 
     frozen: float
     adapters: float

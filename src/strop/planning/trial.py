@@ -19,7 +19,7 @@ from strop.machine.doctor import Finding, crashed, installed, pip
 from strop.machine.probe import Machine
 from strop.machine.rates import Rates, keep_rates
 from strop.model.quantize import QuantizedLinear, pack, unpack
-from strop.planning.calibrate import RANK, fastest, step_costs, unpacked_per_s
+from strop.planning.calibrate import WIDE_RANK, fastest, step_costs, unpacked_per_s
 from strop.planning.speed import Rate, repacked_bytes
 
 LOG = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def cards(machine: Machine) -> Iterator[Finding]:
 
 def measure_rates() -> Rates:
     """Products in both types and a copy, on the CPU; what the engine's head reaches, and what its steps cost."""
-    prepare_process(rank=RANK)
+    prepare_process(rank=WIDE_RANK)  # as many kinds of product kept as any run keeps
     LOG.info("measuring products and memory of this CPU")
     found = measure("cpu")
     x = torch.empty(COPY_BYTES, dtype=torch.uint8).fill_(1)
