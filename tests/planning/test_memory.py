@@ -37,10 +37,15 @@ from tests.support.random_models import FAMILY_CONFIGS, adapted, tiny_of
 from tests.support.scripts import script
 
 PAGE, RUNS = ROOT / "docs" / "plan.md", ROOT / "benchmarks" / "results" / "plan_memory.json"
-TIMED = json.loads((ROOT / "benchmarks" / "results" / "plan_time.json").read_text("utf-8"))["results"]
-PHASES = ROOT / "benchmarks" / "results" / "phase_memory.json"  # absent until they are measured
-MEMORY, TIME, AFTER = (
-    script(ROOT / "benchmarks" / name) for name in ("plan_memory.py", "plan_time.py", "phase_memory.py")
+RESULTS = ROOT / "benchmarks" / "results"
+TIMED = {  # by the mark of their table in the page: a Xeon with AMX, and a Zen 5
+    "time": json.loads((RESULTS / "plan_time.json").read_text("utf-8"))["results"],
+    "time on a Zen 5": json.loads((RESULTS / "plan_time_zen5.json").read_text("utf-8"))["results"],
+}
+PHASES, CHOICES = RESULTS / "phase_memory.json", RESULTS / "plan_choice.json"
+MEMORY, TIME, AFTER, CHOICE = (
+    script(ROOT / "benchmarks" / name)
+    for name in ("plan_memory.py", "plan_time.py", "phase_memory.py", "plan_choice.py")
 )
 GIB = 1 << 30
 LLAMA_2_7B = {
@@ -319,6 +324,8 @@ MISSED = {
     "llama-49m, rows to 512, 2048 at once, gradient_checkpointing on, narrow": 0.15,
     "llama-17m, rows to 512, 2048 at once, batch_size 1, eval 20%, eval_steps 3": 0.15,
 }
+# The same of time, 25 %: of the plain step's run.
+MISSED_TIME = {"llama-49m, rows to 512, 1024 at once, modules_to_save ['layers.0.self_attn.k_proj']"}
 
 
 def test_the_accuracy_that_the_page_claims_is_that_of_its_runs() -> None:
@@ -328,9 +335,13 @@ def test_the_accuracy_that_the_page_claims_is_that_of_its_runs() -> None:
     assert len(memory) >= 60 and statistics.median(memory.values()) <= 0.04
     assert {name for name, error in memory.items() if error > 0.12} <= MISSED.keys()
     assert all(memory[name] <= bound for name, bound in MISSED.items())
-    time = [abs(TIME.error_of(run)) for run in TIMED if not run["fitted"]]
-    assert len(time) >= 18 and statistics.median(time) <= 0.10 and max(time) <= 0.25
-    assert all(abs(TIME.later_error(run)) <= 0.05 for run in TIMED if "rest" in run)
+    for mark, results in TIMED.items():
+        time = {run["name"]: abs(TIME.error_of(run)) for run in results if not run["fitted"]}
+        assert len(time) >= 18 and statistics.median(time.values()) <= 0.10, mark
+        assert {name for name, error in time.items() if error > 0.25} <= MISSED_TIME.keys(), mark
+        assert all(abs(TIME.later_error(run)) <= 0.05 for run in results if "rest" in run)
+    choices = [CHOICE.loss_of(one) for one in json.loads(CHOICES.read_text("utf-8"))["results"]]
+    assert len(choices) == len(CHOICE.SETTINGS) and sum(loss <= 0.05 for loss in choices) >= 9 and max(choices) <= 0.1
 
 
 def _tables() -> dict[str, str]:
@@ -338,8 +349,12 @@ def _tables() -> dict[str, str]:
     recipe = resolve(None, {"model": "m", "data": "d", **given}).recipe
     runs = MEMORY.table(json.loads(RUNS.read_text("utf-8"))["results"])
     models = table(compare(recipe, known_models()))
-    after = AFTER.table(json.loads(PHASES.read_text("utf-8"))["results"]) if PHASES.is_file() else "Not measured yet.\n"
-    return {"models": models, "published": published()[0], "runs": runs, "phases": after, "time": TIME.table(TIMED)}
+    after = AFTER.table(json.loads(PHASES.read_text("utf-8"))["results"])
+    choices = CHOICE.table(json.loads(CHOICES.read_text("utf-8"))["results"])
+    timed = {mark: TIME.table(results) for mark, results in TIMED.items()}
+    return {
+        "models": models, "published": published()[0], "runs": runs, "phases": after, "choices": choices, **timed,
+    }  # fmt: skip
 
 
 def test_the_head_counts_and_supervised_rows_alone() -> None:

@@ -69,7 +69,7 @@ def phases(
         "train": train(setting, batch),
         "evaluate": evaluate(setting, asked, usable),
         "merge": merge(setting, asked.longest),
-        "export": export(setting),
+        "export": export(setting, asked.longest),
         "serve": serve(answering(setting), asked.longest),
     }
 
@@ -123,15 +123,18 @@ def measuring_bytes(
     return element * parameters + embedding, head
 
 
-def export(setting: Setting) -> Phase:
+def export(setting: Setting, longest: int) -> Phase:
     """A GGUF file, tensor by tensor: the largest in 16 bit, in fp32, and as it is written, once in parts and once
-    whole. (Where llama.cpp is there to measure it, an export needs what a merge needs.)"""
+    whole. In front of it, of an adapter that was trained on quantized weights: which base it does better on, measured
+    as a merge is. (Where llama.cpp is there to measure it, an export needs what a merge needs.)"""
     largest = max(setting.shape.embedding, *(x.inputs * x.outputs for x in setting.shape.linears))
-    return phase_of({
+    written = phase_of({
         "adapters": 4 * setting.adapter_weights,
         "workspace": (2 + 4 + 2 + 2) * largest,
         "framework": CODE_BYTES,
     })  # fmt: skip
+    measured = [] if setting.scheme == "none" else [merge(setting, longest)]
+    return max([written, *measured], key=lambda phase: phase.peak_bytes)
 
 
 def _compiled(setting: Setting) -> bool:
