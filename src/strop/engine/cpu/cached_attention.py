@@ -129,7 +129,7 @@ def _seen(scores: Any, first: Any, end: Any, scale: Any, held: Any, top: Any) ->
         e = e if held[j] > _NEVER else np.float32(0.0)
         held[j] = e
         total += e
-    return highest, exp(top - highest), total
+    return highest, np.float32(1.0) if highest == top else exp(top - highest), total
 
 
 @loop
@@ -181,8 +181,9 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lane
                     else:
                         tops[i], fade, total = _seen(mine, first, end, scale, weights, tops[i])
                     totals[i] = totals[i] * fade + total
-                    for d in range(i * width, (i + 1) * width):
-                        sums[d] *= fade
+                    if fade != 1:
+                        for d in range(i * width, (i + 1) * width):
+                            sums[d] *= fade
                 mix(held, 0, BLOCK, vs, here, width, sums, 0, width, many, there, width)
             for i in range(many):
                 share = np.float32(1.0) / totals[i]
