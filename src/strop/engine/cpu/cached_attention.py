@@ -1,4 +1,9 @@
-"""Attention of a few rows of many texts over their keys and values, which lie in blocks, as one compiled loop."""
+"""Attention of a few rows of many texts over their keys and values, which lie in blocks, as one compiled loop.
+
+Values lie position by position. Keys stand side by side: for each unit of a head, a number in fp32 or two in bf16, those
+of all positions of the block, so that a query meets a vector of positions and no sum has to be taken across one. A
+query's scores have the same bits beside any others.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,102 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import prange
+from llvmlite import ir
+from numba import prange, types
+from numba.extending import intrinsic
 
-from strop.engine.cpu.compiled import exp, greater, inline, loop, narrow
-from strop.engine.cpu.dots import LANES, ask_for, block, mix
+from strop.engine.cpu.compiled import BFloat, exp, greater, inline, loop, narrow
+from strop.engine.cpu.dots import LANES, Kind, added, ask_for, location, mix, spread
 
 BLOCK = 32  # positions of a text whose keys and values lie together
 _NEVER = np.float32(-3e38)
+_VECTORS, _PARTS = BLOCK // LANES, 2  # of a block's positions; sums of a score, of even and of odd units
+_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_SUMS, _NUMBERS, _PAIRS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES), ir.VectorType(BFloat(), 2 * LANES)
+
+
+@inline
+def key_at(begin: Any, slot: Any, d: Any, like: Any) -> Any:
+    """Where number d of the key in a block's slot lies; begin: of the block's head; like: keys, for their type."""
+    unit = 4 // like.itemsize
+    return begin + (d // unit * BLOCK + slot) * unit + d % unit
+
+
+def _scores(queries: int) -> Any:
+    def typing(context: Any, q: Any, q_at: Any, ldq: Any, keys: Any, k_at: Any, c: Any, c_at: Any, width: Any) -> Any:
+        long = types.int64
+        signature = types.void(q, long, long, keys, long, c, long, long)
+
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            kinds, kind = signature.args, Kind(keys.dtype, q.dtype)
+            unit = 2 if kind.pairs else 1
+            q_start, k_start, c_start = (location(context, b, kinds[i], args[i], args[i + 1]) for i in (0, 3, 5))
+            q_rows = [b.gep(q_start, [b.mul(args[2], _I64(i))]) for i in range(queries)]
+
+            def one(place: Any) -> Any:
+                if not kind.pairs:
+                    return spread(b, b.load(place), LANES)
+                return b.bitcast(spread(b, b.load(b.bitcast(place, _I32.as_pointer()), align=2), LANES), _PAIRS)
+
+            def some(place: Any) -> Any:
+                found = b.load(b.bitcast(place, (_NUMBERS if kind.pairs else _SUMS).as_pointer()), align=4)
+                return b.bitcast(found, _PAIRS) if kind.pairs else found
+
+            zeros = [ir.Constant(_SUMS, [0.0] * LANES)] * (_PARTS * queries * _VECTORS)
+            before, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
+            b.branch(loop)
+            b.position_at_end(loop)
+            at, sums, found = b.phi(_I64), [b.phi(_SUMS) for _ in zeros], []
+            for part in range(_PARTS):
+                here = b.add(at, _I64(part * unit))
+                row = b.gep(k_start, [b.mul(here, _I64(BLOCK))])
+                columns = [some(b.gep(row, [_I64(j * LANES * unit)])) for j in range(_VECTORS)]
+                for each in q_rows:
+                    same = one(b.gep(each, [here]))
+                    for column in columns:
+                        found.append(kind.multiply(b, column, same, sums[len(found)]))
+            after = b.add(at, _I64(_PARTS * unit))
+            for each, first, later in zip([at, *sums], [_I64(0), *zeros], [after, *found], strict=True):
+                each.add_incoming(first, before)
+                each.add_incoming(later, loop)
+            b.cbranch(b.icmp_signed("<", after, args[7]), loop, done)
+            b.position_at_end(done)
+            half = len(found) // _PARTS
+            for number in range(half):
+                place = b.gep(c_start, [_I64(number * LANES)])
+                value = added(b, found[number], found[half + number])
+                b.store(value, b.bitcast(place, _SUMS.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    typing.__doc__ = f"""c[{queries}, BLOCK] = q_i k_j, for {queries} queries and the keys of a block.
+
+    q, keys: both fp32, or both uint16 with the bits of bf16, keys as `key_at` has them; c: fp32. q_at, k_at, c_at:
+    where they begin; ldq: row to row. width: numbers of a query, a multiple of LANES.
+    """
+    return intrinsic(typing)
+
+
+_one, _two, _three, _four = (_scores(queries) for queries in (1, 2, 3, 4))
+
+
+@inline
+def _score(q: Any, q_at: Any, keys: Any, k_at: Any, c: Any, many: Any, width: Any) -> None:
+    """c (many, BLOCK) = q_i k_j of `many` queries, one behind the other."""
+    i = 0
+    while LANES == 16 and i + 4 <= many:  # half as many registers hold a quarter of that
+        _four(q, q_at + i * width, width, keys, k_at, c, i * BLOCK, width)
+        i += 4
+    if LANES == 16 and many - i == 3:
+        _three(q, q_at + i * width, width, keys, k_at, c, i * BLOCK, width)
+        i += 3
+    if LANES == 16 and many - i == 2:
+        _two(q, q_at + i * width, width, keys, k_at, c, i * BLOCK, width)
+        i += 2
+    while i < many:
+        _one(q, q_at + i * width, width, keys, k_at, c, i * BLOCK, width)
+        i += 1
 
 
 @inline
@@ -35,7 +129,7 @@ def _seen(scores: Any, first: Any, end: Any, scale: Any, held: Any, top: Any) ->
         e = e if held[j] > _NEVER else np.float32(0.0)
         held[j] = e
         total += e
-    return highest, exp(top - highest), total
+    return highest, np.float32(1.0) if highest == top else exp(top - highest), total
 
 
 @loop
@@ -72,8 +166,7 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lane
                     behind = (table[next_text, next_first] * kv + next_head) * BLOCK * width
                 ask_for(ks, behind, BLOCK * width)
                 ask_for(vs, behind, BLOCK * width)
-                for j in range(0, there, LANES):
-                    block(ks, here + j * width, width, qs, q_at, width, scores, j, BLOCK, many, size)
+                _score(qs, q_at, ks, here, scores, many, width)
                 for i in range(many):
                     own = at + i // group
                     first = max(0, own - window + 1 - begin) if window else 0
@@ -88,8 +181,9 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lane
                     else:
                         tops[i], fade, total = _seen(mine, first, end, scale, weights, tops[i])
                     totals[i] = totals[i] * fade + total
-                    for d in range(i * width, (i + 1) * width):
-                        sums[d] *= fade
+                    if fade != 1:
+                        for d in range(i * width, (i + 1) * width):
+                            sums[d] *= fade
                 mix(held, 0, BLOCK, vs, here, width, sums, 0, width, many, there, width)
             for i in range(many):
                 share = np.float32(1.0) / totals[i]

@@ -14,7 +14,7 @@ import numpy as np
 from numba import prange, types
 from numba.experimental import structref
 
-from strop.engine.cpu.cached_attention import BLOCK, attend
+from strop.engine.cpu.cached_attention import BLOCK, attend, key_at
 from strop.engine.cpu.compiled import HAS_BF16 as HAS_BF16
 from strop.engine.cpu.compiled import inline, loop, narrow, sigmoid, together
 from strop.engine.cpu.dots import LANES as LANES
@@ -154,12 +154,13 @@ def _heads(
 @loop
 def place(qkv: Any, shape: Any, q_norm: Any, k_norm: Any, turn: Any, rows: Any, q: Any, keys: Any, values: Any) -> None:
     """q (key_value, T, group, width) of qkv (T, ..), and each row's key and value into the cache (blocks, key_value,
-    BLOCK, width)."""
+    BLOCK, width), keys as `key_at` has them."""
     query, key_value, size, k_at, v_at, step, neighbours, turned_first, _, _, _ = shape
     q_kind, q_weight, q_bias, q_eps = q_norm
     k_kind, k_weight, k_bias, k_eps = k_norm
     all_cos, all_sin, factors = turn
     position, text, table, group = rows.at, rows.text, rows.table, query // key_value
+    width, flat = q.shape[3], keys.reshape(-1)
     for i in prange(len(qkv)):
         x, at = qkv[i], position[i]
         cos, sin = all_cos[at], all_sin[at]
@@ -171,13 +172,16 @@ def place(qkv: Any, shape: Any, q_norm: Any, k_norm: Any, turn: Any, rows: Any, 
         for head in range(query):
             for d in range(size):
                 q[head // group, i, head % group, d] = narrow(held[head * size + d] * factor, q)
+            for d in range(size, width):  # what stood there is of another pass
+                q[head // group, i, head % group, d] = 0
         _heads(
             x, k_at, step, key_value, size, k_kind, k_weight, k_bias, k_eps, cos, sin, neighbours, turned_first, held
         )  # fmt: skip
         where, slot = table[text[i], at // BLOCK], at % BLOCK
         for head in range(key_value):
+            begin = (where * key_value + head) * BLOCK * width
             for d in range(size):
-                keys[where, head, slot, d] = narrow(held[head * size + d], keys)
+                flat[key_at(begin, slot, d, keys)] = narrow(held[head * size + d], keys)
                 values[where, head, slot, d] = narrow(x[v_at + head * step + d], values)
 
 
