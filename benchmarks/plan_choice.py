@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,53 +59,65 @@ def recipe_of(chosen: dict[str, Any], options: dict[str, Any]) -> Any:
     return resolve(None, {"model.dtype": "bf16", **batch_of(chosen), **given, **chosen["options"], **options})
 
 
-def ways(number: int) -> list[dict[str, Any]]:
-    """The plan's choice first, then all others: options, bytes and seconds a token as the plan says them."""
-    from strop.machine.probe import probe
-    from strop.machine.rates import known_rates
+def shape_of(chosen: dict[str, Any]) -> Any:
     from strop.model.shape import ModelShape, peek
+
+    return peek("demo").shape if chosen["model"] == "demo" else ModelShape.of(MODELS[chosen["model"]])
+
+
+def choice(number: int, limit: int, rate: Any) -> dict[str, Any]:
+    """What the plan chooses, as options."""
     from strop.planning.fitting import Room, fitted, fixed_tokens
+
+    chosen = SETTINGS[number][0]
+    shape, open_ = shape_of(chosen), recipe_of(chosen, {})
+    recipe = fitted(open_.decide(fixed_tokens(open_.recipe)), Room(shape, shape.parameters, limit, 1, rate)).recipe
+    options = {
+        "train.micro_batch_tokens": recipe.train.micro_batch_tokens,
+        "train.gradient_checkpointing": recipe.train.gradient_checkpointing,
+    }
+    return options | ({} if "model.quantization" not in chosen["options"] else
+                      {"model.resident_layers": recipe.model.resident_layers})  # fmt: skip
+
+
+def planned(number: int, options: dict[str, Any], rate: Any) -> float:
+    """Seconds a token."""
     from strop.planning.microbatch import usual_micro_batch
     from strop.planning.setting import Setting
-    from strop.planning.speed import Rate, tokens_per_s
+    from strop.planning.speed import tokens_per_s
+
+    chosen = SETTINGS[number][0]
+    recipe = recipe_of(chosen, options).recipe
+    return 1 / tokens_per_s(Setting.of(recipe, shape_of(chosen)), usual_micro_batch(recipe), rate)
+
+
+def setting_at(number: int, rate: Any) -> dict[str, Any]:
+    """A setting, its limit, and the ways that fit: the plan's choice, then all others."""
+    from strop.planning.fitting import Room
 
     chosen, share = SETTINGS[number]
-    shape = peek("demo").shape if chosen["model"] == "demo" else ModelShape.of(MODELS[chosen["model"]])
-    rate = Rate.of_cpu(probe(), known_rates(probe(), "cpu"), "bf16")
+    shape, quantized = shape_of(chosen), "model.quantization" in chosen["options"]
 
-    def said(recipe: Any, room: Room) -> dict[str, Any]:
-        setting, model = Setting.of(recipe, shape), recipe.model
-        options = {
-            "train.micro_batch_tokens": recipe.train.micro_batch_tokens,
-            "train.gradient_checkpointing": recipe.train.gradient_checkpointing,
-        }
-        if model.quantization != "none":
-            options["model.resident_layers"] = model.resident_layers
-        took = 1 / tokens_per_s(setting, usual_micro_batch(recipe), rate)
-        return {"options": options, "bytes": room.need(recipe), "planned_s_a_token": took}
-
-    def by_hand(size: int, again: Any, resident: int | None) -> Any:
+    def way(size: int, again: Any, resident: int | None) -> dict[str, Any]:
         options = {"train.micro_batch_tokens": size, "train.gradient_checkpointing": again}
-        return recipe_of(chosen, options if resident is None else {**options, "model.resident_layers": resident}).recipe
+        return options if resident is None else {**options, "model.resident_layers": resident}
 
-    quantized = "model.quantization" in chosen["options"]
-    anything = Room(shape, shape.parameters, 1 << 50, 1, rate)
-    most = anything.need(by_hand(SIZES[0], "off", shape.layers if quantized else None))
-    least = anything.need(by_hand(max(SIZES[-1], chosen["longest"]), "on", 0 if quantized else None))
-    room = Room(shape, shape.parameters, int(least + share * (most - least)), 1, rate)
-    open_ = recipe_of(chosen, {})
-    found = [said(fitted(open_.decide(fixed_tokens(open_.recipe)), room).recipe, room)]
+    def need(options: dict[str, Any]) -> int:
+        return Room(shape, shape.parameters, 1 << 50).need(recipe_of(chosen, options).recipe)
+
+    most = need(way(SIZES[0], "off", shape.layers if quantized else None))
+    least = need(way(max(SIZES[-1], chosen["longest"]), "on", 0 if quantized else None))
+    limit = int(least + share * (most - least))
+    room, found = Room(shape, shape.parameters, limit), [choice(number, limit, rate)]
     for size in (size for size in SIZES if size >= chosen["longest"]):
-        residents = (0, shape.layers) if quantized else (None,)
-        for resident in residents:
-            layers = room.least_layers(by_hand(size, "off", resident))
+        for resident in (0, shape.layers) if quantized else (None,):
+            layers = room.least_layers(recipe_of(chosen, way(size, "off", resident)).recipe)
             most_again = {shape.layers} if size == SIZES[0] else set()
             for again in sorted({layers, *most_again} if layers is not None else ()):
-                value = "off" if again == 0 else "on" if again == shape.layers else again
-                one = said(by_hand(size, value, resident), room)
-                if one["bytes"] <= room.usable and one["options"] not in [other["options"] for other in found]:
+                one = way(size, "off" if again == 0 else "on" if again == shape.layers else again, resident)
+                if need(one) <= limit and one not in found:
                     found.append(one)
-    return [{**one, "limit_bytes": room.usable} for one in found]
+    return {"name": setting_name(number), "limit_bytes": limit, "rate": asdict(rate), "ways": found}
 
 
 def run(folder: Path, number: int, options: dict[str, Any]) -> float:
@@ -123,19 +136,26 @@ def run(folder: Path, number: int, options: dict[str, Any]) -> float:
     return min(1 / step["tokens_per_s"] for step in steps[1:])
 
 
+def judged(one: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
+    """The plan's choice by the formulas of today, the fastest way, and of each other way than the choice: its time over
+    the choice's, as planned over as measured, less 1. Raises StopIteration for a choice that was not measured."""
+    from strop.planning.speed import Rate
+
+    number = next(n for n in range(len(SETTINGS)) if setting_name(n) == one["name"])
+    rate = Rate(**one["rate"])
+    options = choice(number, one["limit_bytes"], rate)
+    first = next(way for way in one["ways"] if way["options"] == options)
+    own = planned(number, options, rate) / first["s_a_token"]
+    prices = [
+        planned(number, way["options"], rate) / way["s_a_token"] / own - 1 for way in one["ways"] if way is not first
+    ]
+    return first, min(one["ways"], key=lambda way: way["s_a_token"]), prices
+
+
 def loss_of(one: dict[str, Any]) -> float:
     """What the plan's choice takes more than the fastest that was tried."""
-    took = [way["s_a_token"] for way in one["ways"]]
-    return took[0] / min(took) - 1
-
-
-def prices(one: dict[str, Any]) -> list[float]:
-    """Of each other way: its time over the plan's choice's, as planned over as measured, less 1."""
-    first, *others = one["ways"]
-    return [
-        way["planned_s_a_token"] / first["planned_s_a_token"] / (way["s_a_token"] / first["s_a_token"]) - 1
-        for way in others
-    ]
+    first, best, _ = judged(one)
+    return first["s_a_token"] / best["s_a_token"] - 1
 
 
 def said_of(options: dict[str, Any]) -> str:
@@ -147,13 +167,12 @@ def said_of(options: dict[str, Any]) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    losses = [loss_of(one) for one in results]
-    errors = [abs(price) for one in results for price in prices(one)]
-    best = [min(one["ways"], key=lambda way: way["s_a_token"]) for one in results]
+    losses, found = [loss_of(one) for one in results], [judged(one) for one in results]
+    errors = [abs(price) for _, _, prices in found for price in prices]
     lines = [
-        f"| {one['name']} | {len(one['ways'])} | {said_of(one['ways'][0]['options'])} | {said_of(way['options'])} "
+        f"| {one['name']} | {len(one['ways'])} | {said_of(first['options'])} | {said_of(best['options'])} "
         f"| {loss:+.1%} |"
-        for one, way, loss in zip(results, best, losses, strict=True)
+        for one, (first, best, _), loss in zip(results, found, losses, strict=True)
     ]
     return "\n".join([
         f"{sum(loss <= 0.05 for loss in losses)} of {len(losses)} choices within 5 % of the fastest way that fits, the "
@@ -179,25 +198,28 @@ def main() -> None:
     if given.case is not None:
         print(json.dumps(run(given.folder, *given.case)))
         return
+    from strop.machine.probe import probe
+    from strop.machine.rates import known_rates
+    from strop.planning.speed import Rate
+
+    rate = Rate.of_cpu(probe(), known_rates(probe(), "cpu"), "bf16")
     kept = json.loads(given.out.read_text("utf-8"))["results"] if given.out and given.out.is_file() else []
     found = {one["name"]: one for one in kept}
     for number in range(len(SETTINGS)):
         name = setting_name(number)
         if given.only not in name or (given.missing and name in found):
             continue
-        tried = ways(number)
+        one = setting_at(number, rate)
         if given.list:
-            print(
-                name,
-                *(f"  {said_of(way['options'])}: {1e3 * way['planned_s_a_token']:.3f} ms" for way in tried),
-                sep="\n",
-            )
+            for options in one["ways"]:
+                print(f"{name}: {said_of(options)}: {1e3 * planned(number, options, rate):.3f} ms a token")
             continue
-        for way in tried:
-            words = [sys.executable, __file__, *sys.argv[1:], "--case", json.dumps([number, way["options"]])]
-            way["s_a_token"] = child(words)
-        found[name] = {"name": name, "ways": tried}
-        print(f"{name}: {loss_of(found[name]):+.1%} of {len(tried)} ways", file=sys.stderr, flush=True)
+        words = [sys.executable, __file__, *sys.argv[1:], "--case"]
+        one["ways"] = [
+            {"options": options, "s_a_token": child([*words, json.dumps([number, options])])} for options in one["ways"]
+        ]
+        found[name] = one
+        print(f"{name}: {loss_of(one):+.1%} of {len(one['ways'])} ways", file=sys.stderr, flush=True)
         if given.out:
             write(given.out, list(found.values()))
 

@@ -15,7 +15,7 @@ from strop.model.shape import ModelShape
 from strop.planning.activations import KEEP_PAIRS, at_peak, offloaded_bytes
 from strop.planning.choose import choose, memory_key, usable_bytes
 from strop.planning.compare import KNOWN
-from strop.planning.fitting import WORTH, Room
+from strop.planning.fitting import Room
 from strop.planning.memory import Drawn
 from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
 from strop.planning.phases import Asked, phases
@@ -302,7 +302,7 @@ def test_fewer_tokens_at_once_where_that_is_faster_than_computing_again(quantiza
         others = {size: planned(**{"train.micro_batch_tokens": size}) for size in (2048, 1024, 512, 256)}
         usable = usable_bytes(machine(free), "cpu")
         fitting = [seconds(one) for one in others.values() if Room(shape, shape.parameters, usable).fits(one.recipe)]
-        assert seconds(found) <= min(fitting) / WORTH
+        assert seconds(found) <= 1.0001 * min(fitting)
         choice, size = found.choices["train.micro_batch_tokens"], found.recipe.train.micro_batch_tokens
         sizes.add(size)
         assert ("faster" in choice.why) == (size != 2048)

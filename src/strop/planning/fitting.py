@@ -16,7 +16,6 @@ from strop.planning.setting import Setting, why_not_offloaded
 from strop.planning.speed import Rate, tokens_per_s
 
 CARD_TOKENS = (16384, 8192, 4096)  # at once on a card, where they fit with nothing computed again
-WORTH = 0.97  # of the time, before fewer tokens at once are chosen
 SHORTEST = 256  # tokens; a row below holds little of a conversation
 GIB = 1 << 30
 
@@ -74,7 +73,7 @@ def _fastest(resolved: Resolved, room: Room) -> Resolved:
         size = max(least, size // 2)
         tried = _finished(resolved.decide([Choice(field, size, "plan", "")]), room)
         took = _seconds_a_token(tried.recipe, room, rate)
-        if took < WORTH * seconds and room.fits(tried.recipe):
+        if took < seconds and room.fits(tried.recipe):
             why = f"faster here than more at once ({took / first:.2f} of the time): less is computed again"
             found, seconds = tried.decide([Choice(field, size, "plan", why)]), took
     return found

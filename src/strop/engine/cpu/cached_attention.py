@@ -1,8 +1,8 @@
 """Attention of a few rows of many texts over their keys and values, which lie in blocks, as one compiled loop.
 
-Values lie position by position. Keys stand side by side: for each unit of a head, a number in fp32 or two in bf16, those
-of all positions of the block, so that a query meets a vector of positions and no sum has to be taken across one. A
-query's scores have the same bits beside any others.
+Values lie position by position. Keys stand side by side: for each unit of a head, a number in fp32 or two in bf16,
+those of all positions of the block, so that a query meets a vector of positions and no sum has to be taken across one.
+A query's scores have the same bits beside any others.
 """
 
 from __future__ import annotations
