@@ -296,17 +296,18 @@ def test_fewer_tokens_at_once_where_that_is_faster_than_computing_again(quantiza
 
         def seconds(found: Resolved) -> float:
             setting, batch = Setting.of(found.recipe, shape), usual_micro_batch(found.recipe)
-            return micro_batch_seconds(setting, batch, Rate(1.6e12, 20e9, "a guess")) / batch.tokens
+            return micro_batch_seconds(setting, batch, Rate.of_cpu(machine(free), None, "bf16")) / batch.tokens
 
         found = planned()
         others = {size: planned(**{"train.micro_batch_tokens": size}) for size in (2048, 1024, 512, 256)}
-        usable = usable_bytes(machine(free), "cpu")
-        fitting = [seconds(one) for one in others.values() if Room(shape, shape.parameters, usable).fits(one.recipe)]
+        room = Room(shape, shape.parameters, usable_bytes(machine(free), "cpu"))
+        alike = [one for one in others.values() if one.recipe.train.optimizer == found.recipe.train.optimizer]
+        fitting = [seconds(one) for one in alike if room.fits(one.recipe)]
         assert seconds(found) <= 1.0001 * min(fitting)
         choice, size = found.choices["train.micro_batch_tokens"], found.recipe.train.micro_batch_tokens
         sizes.add(size)
         assert ("faster" in choice.why) == (size != 2048)
-    assert len(sizes) > 1 and 2048 in sizes
+    assert sizes == {2048} if quantization == "nf4" else len(sizes) > 1  # each piece takes all weights apart
 
 
 def test_a_card_and_a_number_that_was_asked_for_stay() -> None:

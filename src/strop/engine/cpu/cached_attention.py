@@ -56,7 +56,7 @@ def _scores(queries: int) -> Any:
             before, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
             b.branch(loop)
             b.position_at_end(loop)
-            at, sums, found = b.phi(_I64), [b.phi(_SUMS) for _ in zeros], []
+            at, sums, found = b.phi(_I64), [b.phi(_SUMS) for _ in zeros], list[Any]()
             for part in range(_PARTS):
                 here = b.add(at, _I64(part * unit))
                 row = b.gep(k_start, [b.mul(here, _I64(BLOCK))])
