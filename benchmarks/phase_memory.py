@@ -183,6 +183,7 @@ def _serve(made: Path, asked: Path, texts: int) -> dict[str, Any]:
 
 def _about(case: dict[str, Any], made: Path, asked: Path) -> dict[str, Any]:
     from strop.config.load import read_resolved, resolve
+    from strop.engine.device import pick_dtype
     from strop.planning.here import row_sizes
     from strop.runs.folder import RunFolder
 
@@ -190,7 +191,7 @@ def _about(case: dict[str, Any], made: Path, asked: Path) -> dict[str, Any]:
     given = {"model.dtype": recipe.model.dtype, "model.device": "cpu", "data.max_length": recipe.data.max_length}
     given |= case["options"]
     own = resolve(None, {**given, "model.name": recipe.model.name, "data.train": str(asked)}).recipe
-    return {"recipe": given, "rows": row_sizes(own)}
+    return {"recipe": given, "rows": row_sizes(own), "answered_in": pick_dtype("cpu")[0]}
 
 
 def predicted_bytes(one: dict[str, Any]) -> int:
@@ -210,10 +211,8 @@ def predicted_bytes(one: dict[str, Any]) -> int:
         return export(setting, asked.longest).peak_bytes
     if phase == "merge":
         return merge(setting, asked.longest).peak_bytes
-    served = answering(setting)
-    own = (
-        evaluate(setting, asked, 16 << 30) if phase == "evaluate" else serve(served, asked.longest, texts=one["texts"])
-    )
+    served = answering(setting, one["answered_in"])
+    own = evaluate(served, asked, 16 << 30) if phase == "evaluate" else serve(served, asked.longest, texts=one["texts"])
     return max(load(served).peak_bytes, own.peak_bytes)
 
 

@@ -87,7 +87,7 @@ def peak(found: Setting, rows: int, length: int) -> int:
 @settings(max_examples=150, deadline=None)
 def test_parts_sum_to_the_whole_and_none_is_below_zero(found: Setting, rows: int, length: int) -> None:
     asked = Asked.of([], length)
-    for phase in phases(found, MicroBatch.rows([length] * rows), asked, 8 << 30).values():
+    for phase in phases(found, MicroBatch.rows([length] * rows), asked, 8 << 30, dtype="bf16").values():
         assert list(phase.parts) == list(PARTS) and min(phase.parts.values()) >= 0
         assert phase.peak_bytes == sum(phase.parts.values()) >= phase.needed_bytes > 0
 

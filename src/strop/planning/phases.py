@@ -28,7 +28,7 @@ from strop.planning.memory import (
     phase_of,
     train,
 )
-from strop.planning.setting import Setting
+from strop.planning.setting import BYTES, Setting
 
 ANSWERS_BYTES = 45 * MIB  # the loops that answer, beyond those that train (fitted on six runs of SmolLM2)
 LANES = 16  # numbers of a vector (engine.cpu.dots)
@@ -59,30 +59,32 @@ class Asked:
 
 
 def phases(
-    setting: Setting, batch: MicroBatch, asked: Asked, usable: int, drawn: Drawn | None = None
+    setting: Setting, batch: MicroBatch, asked: Asked, usable: int, drawn: Drawn | None = None, *, dtype: str
 ) -> dict[str, Phase]:
     """Every phase. asked: by an evaluation; its longest row is what is served, and what a merge is measured on.
-    usable: bytes that there are. drawn: in front of each step, if anything is."""
+    usable: bytes that there are. drawn: in front of each step, if anything is. dtype: what commands that answer compute
+    in here, whatever the run was trained in."""
+    answers = answering(setting, dtype)
     return {
         "load": load(setting),
         **({} if drawn is None else {"draw": draw(setting, drawn)}),
         "train": train(setting, batch),
-        "evaluate": evaluate(setting, asked, usable),
+        "evaluate": evaluate(answers, asked, usable),
         "merge": merge(setting, asked.longest),
         "export": export(setting, asked.longest),
-        "serve": serve(answering(setting), asked.longest),
+        "serve": serve(answers, asked.longest),
     }
 
 
-def answering(setting: Setting) -> Setting:
+def answering(setting: Setting, dtype: str) -> Setting:
     """As a run's model is loaded to answer: on one device, and on a CPU with a quantized base dequantized once."""
     layers = setting.shape.layers if setting.device == "cpu" else setting.resident_layers
-    return setting.but(shards=1, resident_layers=layers)
+    return setting.but(shards=1, resident_layers=layers, element=BYTES[dtype])
 
 
 def evaluate(setting: Setting, asked: Asked, usable: int) -> Phase:
-    """`strop eval`, base and tuned in one batch. Fewer texts are answered together where memory is short."""
-    setting = answering(setting)
+    """`strop eval`, base and tuned in one batch, of a setting that is `answering`. Fewer texts are answered together
+    where memory is short."""
     if not _compiled(setting):  # so many rows go through transformers' generate together
         live = _prompt_bytes(setting, MicroBatch.rows([asked.longest] * GENERATED))
         return phase_of({**serve(setting, asked.longest, texts=GENERATED).parts, "live_layer": live})

@@ -106,7 +106,7 @@ def make_plan(
     usual, rate = usual_micro_batch(recipe, rows), rate_of(recipe.model.dtype)
     prompt = max((tokens - supervised for tokens, supervised in rows), default=None)
     asked = Asked.of(rows, recipe.data.max_length)
-    found = phases(setting, batch, asked, room.usable, Drawn.of(recipe, prompt))
+    found = phases(setting, batch, asked, room.usable, Drawn.of(recipe, prompt), dtype=dtype[0])
     need = max(found[name].needed_bytes for name in ("load", "draw", "train") if name in found)
     fits = need <= room.usable
     on_cpu = recipe.model.device in ("cpu", "mps")

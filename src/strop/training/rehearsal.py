@@ -15,6 +15,7 @@ from itertools import islice
 import torch
 
 from strop.data.conversation import Example, Item
+from strop.engine.device import pick_dtype
 from strop.engine.packed import pack, pack_apart
 from strop.machine.memory import MemoryMark
 from strop.objectives.table import drawn_tokens
@@ -77,7 +78,8 @@ def forecast(job: Job, setting: Setting, usable: int) -> Forecast:
         setting = setting.but(resident_layers=0)
     found = [(items, batch_of(job, items, more, setting.tiles)) for items, more in _candidates(job, setting)]
     items, batch = max(found, key=lambda pair: at_peak(setting, pair[1]).total)
-    made = phases(setting, batch, _asked(job), usable, _drawn(job))
+    dtype = pick_dtype(job.recipe.model.device)[0]
+    made = phases(setting, batch, _asked(job), usable, _drawn(job), dtype=dtype)
     return Forecast(items, batch, made)
 
 
