@@ -208,7 +208,7 @@ def predicted_bytes(one: dict[str, Any]) -> int:
     setting = Setting.of(recipe, shape, None, 1)
     asked = Asked.of(one["rows"], recipe.data.max_length)
     if phase == "export":
-        return export(setting, asked.longest).peak_bytes
+        return export(setting, asked.longest, one["name"].rpartition(", ")[2]).peak_bytes
     if phase == "merge":
         return merge(setting, asked.longest).peak_bytes
     served = answering(setting, one["answered_in"])

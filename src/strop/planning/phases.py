@@ -37,6 +37,7 @@ JUDGED_AT_ONCE = 128  # as in engine.answers.batch
 GENERATED = 16  # rows of a batch of transformers' generate, as in model.generate
 FREE_SHARE = 0.5  # of free memory, for keys and values at most, as in engine.answers.held
 MEASURING_BYTES = 170 * MIB  # pages of libraries that compute in fp32, and what the heap keeps (two merges of the demo)
+WRITING_BYTES = {"q8_0": 6, "f16": 8, "bf16": 8, "f32": 8}  # of a number of the tensor that is written (two exports)
 PARITY_BYTES = 32 * MIB  # what is computed of a few positions' log-probabilities (exporting.parity)
 
 
@@ -125,18 +126,21 @@ def measuring_bytes(
     return element * parameters + embedding, head
 
 
-def export(setting: Setting, longest: int) -> Phase:
-    """A GGUF file, tensor by tensor: the largest in 16 bit, in fp32, and as it is written, once in parts and once
-    whole. In front of it, of an adapter that was trained on quantized weights: which base it does better on, measured
-    as a merge is. (Where llama.cpp is there to measure it, an export needs what a merge needs.)"""
+def export(setting: Setting, longest: int, kind: str = "q8_0") -> Phase:
+    """A GGUF file of this type, tensor by tensor: the largest as it is on disk, in fp32, and as it is written. In front
+    of it, of an adapter that was trained on quantized weights: which base it does better on, by its loss on rows of
+    `longest` tokens. (Where llama.cpp is there to measure it, an export needs what a merge needs.)"""
     largest = max(setting.shape.embedding, *(x.inputs * x.outputs for x in setting.shape.linears))
     written = phase_of({
         "adapters": 4 * setting.adapter_weights,
-        "workspace": (2 + 4 + 2 + 2) * largest,
+        "workspace": WRITING_BYTES.get(kind, WRITING_BYTES["f16"]) * largest,
         "framework": CODE_BYTES,
     })  # fmt: skip
-    measured = [] if setting.scheme == "none" else [merge(setting, longest)]
-    return max([written, *measured], key=lambda phase: phase.peak_bytes)
+    if setting.scheme == "none":
+        return written
+    measured = merge(setting, longest).parts
+    measured["framework"] -= MEASURING_BYTES
+    return max(written, phase_of(measured), key=lambda phase: phase.peak_bytes)
 
 
 def _compiled(setting: Setting) -> bool:
