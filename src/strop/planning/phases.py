@@ -37,7 +37,7 @@ JUDGED_AT_ONCE = 128  # as in engine.answers.batch
 GENERATED = 16  # rows of a batch of transformers' generate, as in model.generate
 FREE_SHARE = 0.5  # of free memory, for keys and values at most, as in engine.answers.held
 MEASURING_BYTES = 170 * MIB  # pages of libraries that compute in fp32, and what the heap keeps (two merges of the demo)
-WRITING_BYTES = {"q8_0": 6, "f16": 8, "bf16": 8, "f32": 8}  # of a number of the tensor that is written (two exports)
+WRITING_BYTES = {"q8_0": 5.7, "f16": 11.6, "bf16": 11.6, "f32": 4.6}  # a number of a tensor (exports of the demo)
 PARITY_BYTES = 32 * MIB  # what is computed of a few positions' log-probabilities (exporting.parity)
 
 
@@ -133,7 +133,7 @@ def export(setting: Setting, longest: int, kind: str = "q8_0") -> Phase:
     largest = max(setting.shape.embedding, *(x.inputs * x.outputs for x in setting.shape.linears))
     written = phase_of({
         "adapters": 4 * setting.adapter_weights,
-        "workspace": WRITING_BYTES.get(kind, WRITING_BYTES["f16"]) * largest,
+        "workspace": int(WRITING_BYTES.get(kind, WRITING_BYTES["f16"]) * largest),
         "framework": CODE_BYTES,
     })  # fmt: skip
     if setting.scheme == "none":
