@@ -138,9 +138,9 @@ def export(setting: Setting, longest: int, kind: str = "q8_0") -> Phase:
     })  # fmt: skip
     if setting.scheme == "none":
         return written
-    measured = merge(setting, longest).parts
-    measured["framework"] -= MEASURING_BYTES
-    return max(written, phase_of(measured), key=lambda phase: phase.peak_bytes)
+    parts = merge(setting, longest).parts
+    measured = phase_of({**parts, "framework": parts["framework"] - MEASURING_BYTES})
+    return max(written, measured, key=lambda phase: phase.peak_bytes)
 
 
 def _compiled(setting: Setting) -> bool:
