@@ -148,7 +148,7 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
 
 
 def _serve(made: Path, asked: Path, texts: int) -> dict[str, Any]:
-    """Serves as the command does, and asks over HTTP: the `texts` longest conversations at once."""
+    """Serves as the command does, and asks over HTTP: the `texts` longest conversations (in characters) at once."""
     from strop.serve.address import open_address
     from strop.serve.run import serve
 

@@ -1,11 +1,12 @@
 """Whether the plan chooses the fastest way to train that fits, and what each way costs: as it says, and measured.
 
-    python benchmarks/plan_choice.py FOLDER [--only TEXT] [--missing] [--out FILE]
+    python benchmarks/plan_choice.py FOLDER [--only TEXT] [--missing] [--list] [--out FILE]
 
 FOLDER gets the random models (3 GB). Each setting is a model, a recipe and a limit of memory. Tried are the plan's own
-choice, and by hand every number of tokens at once with as few layers computed again as fit the limit, and with all of
-them. A try is four steps of random rows in a process of its own, on a quiet machine, of which the fastest counts (the
-first not at all). The limit is the plan's alone: nothing is held back from the runs.
+choice, and by hand 2,048, 1,024, 512 and 256 tokens at once (no fewer than a row's) with as few layers computed again
+as fit the limit, 2,048 with all of them too, and of quantized bases no layer or each of them dequantized once. A try is
+four steps of random rows in a process of its own, on a quiet machine, of which the fastest counts (the first not at
+all). The limit is the plan's alone: nothing is held back from the runs.
 `python -m tests.planning.test_memory` puts the table into docs/plan.md.
 """
 
@@ -18,7 +19,9 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from measured import child, write
 from plan_memory import MODELS, case, make_model, name_of, random_rows
@@ -71,7 +74,9 @@ def choice(number: int, limit: int, rate: Any) -> dict[str, Any]:
 
     chosen = SETTINGS[number][0]
     shape, open_ = shape_of(chosen), recipe_of(chosen, {})
-    recipe = fitted(open_.decide(fixed_tokens(open_.recipe)), Room(shape, shape.parameters, limit, 1, rate)).recipe
+    recipe = fitted(
+        open_.decide(fixed_tokens(open_.recipe)), Room(shape, shape.parameters, limit, 1, lambda _: rate)
+    ).recipe
     options = {
         "train.micro_batch_tokens": recipe.train.micro_batch_tokens,
         "train.gradient_checkpointing": recipe.train.gradient_checkpointing,
@@ -94,6 +99,7 @@ def planned(number: int, options: dict[str, Any], rate: Any) -> float:
 def setting_at(number: int, rate: Any) -> dict[str, Any]:
     """A setting, its limit, and the ways that fit: the plan's choice, then all others."""
     from strop.planning.fitting import Room
+    from strop.planning.setting import Setting
 
     chosen, share = SETTINGS[number]
     shape, quantized = shape_of(chosen), "model.quantization" in chosen["options"]
@@ -117,7 +123,8 @@ def setting_at(number: int, rate: Any) -> dict[str, Any]:
                 one = way(size, "off" if again == 0 else "on" if again == shape.layers else again, resident)
                 if need(one) <= limit and one not in found:
                     found.append(one)
-    return {"name": setting_name(number), "limit_bytes": limit, "rate": asdict(rate), "ways": found}
+    tiles = Setting.of(recipe_of(chosen, found[0]).recipe, shape).tiles
+    return {"name": setting_name(number), "limit_bytes": limit, "rate": asdict(rate), "tiles": tiles, "ways": found}
 
 
 def run(folder: Path, number: int, options: dict[str, Any]) -> float:
@@ -138,17 +145,23 @@ def run(folder: Path, number: int, options: dict[str, Any]) -> float:
 
 def judged(one: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
     """The plan's choice by the formulas of today, the fastest way, and of each other way than the choice: its time over
-    the choice's, as planned over as measured, less 1. Raises StopIteration for a choice that was not measured."""
+    the choice's, as planned over as measured, less 1. Raises LookupError for a choice that was not measured."""
     from strop.planning.speed import Rate
 
     number = next(n for n in range(len(SETTINGS)) if setting_name(n) == one["name"])
     rate = Rate(**one["rate"])
-    options = choice(number, one["limit_bytes"], rate)
-    first = next(way for way in one["ways"] if way["options"] == options)
-    own = planned(number, options, rate) / first["s_a_token"]
-    prices = [
-        planned(number, way["options"], rate) / way["s_a_token"] / own - 1 for way in one["ways"] if way is not first
-    ]
+    measured_on = SimpleNamespace(has_tiles=lambda _: one["tiles"])
+    with patch("strop.planning.setting.probe", lambda: measured_on):  # whatever the CPU is that reads this
+        options = choice(number, one["limit_bytes"], rate)
+        first = next((way for way in one["ways"] if way["options"] == options), None)
+        if first is None:
+            raise LookupError(f"{one['name']}: the plan would choose {said_of(options)}, which was not measured")
+        own = planned(number, options, rate) / first["s_a_token"]
+        prices = [
+            planned(number, way["options"], rate) / way["s_a_token"] / own - 1
+            for way in one["ways"]
+            if way is not first
+        ]
     return first, min(one["ways"], key=lambda way: way["s_a_token"]), prices
 
 

@@ -4,8 +4,9 @@
 
 FOLDER gets the random models (3 GB). The machine is measured first, as `strop doctor` does; no case is used in that, so
 that none of them was fitted but where it says so. Each case is a process of its own, on rows of different lengths, on a
-quiet machine. One small step is timed after the machine was measured, and again before and after each case: predictions
-are scaled by it (`pace`), because a virtual machine's speed drifts by a fifth within minutes. --narrow: as on a CPU
+quiet machine. A small step is timed after the machine was measured, and again before and after each case (the fastest
+of four): predictions are scaled by it (`pace`), because a virtual machine's speed drifts by a fifth within minutes.
+--narrow: as on a CPU
 without AVX512, whose instructions are hidden, in fp32. The results are kept in --out; `python -m
 tests.planning.test_memory` puts them into docs/plan.md.
 """
@@ -211,7 +212,7 @@ def main() -> None:
         return child([sys.executable, __file__, *sys.argv[1:], "--case", str(number)], hidden)
 
     measured(RATES)
-    paces = measured(PACES)  # as each run does it: in a process that has computed nothing else
+    paces = measured(PACES)  # in a process that did not measure: behind that a step is faster than in a run's process
     for number in NARROW_CASES if given.narrow else range(len(CASES)):
         name = name_of(CASES[number])
         if given.missing and (name, given.narrow) in found:

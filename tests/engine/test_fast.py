@@ -62,12 +62,16 @@ def step(model: PeftModel, loss: Any, examples: list[Example]) -> tuple[torch.Te
     return value.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+NOISE = 1e-8  # of the largest gradient: what is left where terms of its size cancel, a tenth of fp32's own step
+
+
 def assert_same(found: tuple[torch.Tensor, Gradients], expected: tuple[torch.Tensor, Gradients]) -> None:
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
     assert found[1].keys() == expected[1].keys()
+    largest = max(grad.norm() for grad in expected[1].values())
     for name, grad in expected[1].items():
         assert grad.norm() > 0, name
-        assert (found[1][name] - grad).norm() <= 1e-4 * grad.norm(), name
+        assert (found[1][name] - grad).norm() <= 1e-4 * grad.norm() + NOISE * largest, name
 
 
 def test_each_family_has_a_parity_test() -> None:

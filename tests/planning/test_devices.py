@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from strop.planning.devices import (
     SLOTS,
     Devices,
     Link,
+    _part,
     pass_bytes,
     pass_seconds,
     ring_bytes,
@@ -99,6 +100,15 @@ def test_a_card_is_its_own() -> None:
 def test_refuses_what_cannot_work(device: str) -> None:
     with pytest.raises(RecipeError, match="--devices"):
         share(place(device), Devices(9), here=True)
+
+
+def test_processes_of_one_cpu_share_all_of_its_rates() -> None:
+    kept = {"source", "peak", "layer_s", "kinds_s", "plain", "unpacked_per_s"}
+    whole = Rate(**{one.name: 8.0 for one in fields(Rate) if one.name not in kept}, source="", plain=3.0)
+    whole = replace(whole, unpacked_per_s={"nf4": 8.0})
+    part = _part(whole, 4)
+    assert all(getattr(part, one.name) == 2.0 for one in fields(Rate) if one.name not in kept)
+    assert part.unpacked_per_s == {"nf4": 2.0} and part.plain == 3.0
 
 
 def test_each_device_computes_its_part() -> None:

@@ -308,6 +308,25 @@ def test_no_memory_while_requests_come_in_fails_those_alone(monkeypatch: pytest.
     asked.engine.close()
 
 
+def test_an_answer_that_has_ended_is_told_whatever_happens_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two end in one pass; there is no memory for the words of the second."""
+    asked, ids, calls = Asked(tiny()), np.arange(3, 9, dtype=np.int32), list[int]()
+
+    def end(self: Words) -> str:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return ""
+
+    monkeypatch.setattr(Words, "end", end)
+    asked.submit(ids, 2)
+    asked.submit(ids, 2)
+    asked.engine.start()
+    asked.answers()
+    asked.engine.close()
+    assert [told[-1].end for told in asked.pieces] == ["length", "memory"]
+
+
 def test_a_request_that_is_cancelled_gives_its_room_back() -> None:
     asked, ids = Asked(tiny()), np.arange(3, 9, dtype=np.int32)
     assert isinstance(asked.decoder, Decoder)

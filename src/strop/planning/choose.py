@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from strop.config.load import Choice, Resolved
@@ -67,12 +69,11 @@ def choose(
     again = resolved.recipe.train.gradient_checkpointing
     if again == "offload" and (why := why_not_offloaded(resolved.recipe, shape)) is not None:
         raise RecipeError(f"--train.gradient_checkpointing offload: {why}", fix="use on, or leave it at auto")
-    model, rate = resolved.recipe.model, None
-    if model.device == "cpu":
-        rate = Rate.of_cpu(machine, known_rates(machine, "cpu"), model.dtype)
-    room = Room(shape, parameters or shape.parameters, usable_bytes(machine, model.device), devices, rate)
-    resolved = resolved.decide(fixed_tokens(resolved.recipe))
-    resolved = fitted(resolved, room) if devices == 1 else placed(resolved, room)
+    model = resolved.recipe.model
+    rate_of = partial(Rate.of_cpu, machine, known_rates(machine, "cpu")) if model.device == "cpu" else None
+    room = Room(shape, parameters or shape.parameters, usable_bytes(machine, model.device), devices, rate_of)
+    decide, open_ = fitted if devices == 1 else placed, resolved.decide(fixed_tokens(resolved.recipe))
+    resolved = decide(open_, room)
     model = resolved.recipe.model
     if model.quantization == "none" and model.resident_layers is not None:
         raise RecipeError(
@@ -87,6 +88,8 @@ def choose(
     known = recall(memory_key(resolved.recipe, machine, shape))
     if room.usable > MORE * known.get("usable_bytes", room.usable):  # another program had some of it then
         known = {}
+    if known.get("recompute") or known.get("streamed"):  # fewer tokens at once would not save what they are taken for
+        resolved = decide(open_, replace(room, rate_of=None))
     earlier = "an earlier run of this shape ran out of memory here"
     fewer = min(known.get("micro_batch_tokens") or 1 << 30, resolved.recipe.train.micro_batch_tokens or 1 << 30)
     for name, field, value, how in (

@@ -138,6 +138,7 @@ def _part(rate: Rate, number: int) -> Rate:
         bandwidth=rate.bandwidth / number,
         head_flops=rate.head_flops / number,
         attention_flops=rate.attention_flops / number,
+        thin_flops=rate.thin_flops / number,
         moved=rate.moved / number,
         unpacked_per_s={scheme: found / number for scheme, found in rate.unpacked_per_s.items()},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,13 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Room:
-    """A model, the bytes that training it may take, and how fast a CPU computes."""
+    """A model, the bytes that training it may take, and how fast a CPU computes in a type."""
 
     shape: ModelShape
     parameters: int
     usable: int
     devices: int = 1
-    rate: Rate | None = None
+    rate_of: Callable[[str], Rate] | None = None
 
     def need(self, recipe: Recipe, **changes: Any) -> int:
         """Bytes that training by this recipe takes, or by one that differs in parts of its Setting."""
@@ -63,18 +64,22 @@ def _finished(resolved: Resolved, room: Room) -> Resolved:
 
 def _fastest(resolved: Resolved, room: Room) -> Resolved:
     """On a CPU: fewer tokens at once where that leaves room to compute less again, or to hold more layers dequantized,
-    and is faster by the plan's time. Small pieces cost each layer its beginnings, a second forward all of its work."""
-    found, field, rate = _finished(resolved, room), "train.micro_batch_tokens", room.rate
+    and is faster by the plan's time, of rows as long as they may be. Small pieces cost each layer its beginnings, a
+    second forward all of its work."""
+    found, field = _finished(resolved, room), "train.micro_batch_tokens"
     size, least = resolved.recipe.train.micro_batch_tokens, max(SHORTEST, resolved.recipe.data.max_length)
-    if rate is None or size is None or resolved.choices[field].origin != "plan":
+    if room.rate_of is None or size is None or resolved.choices[field].origin != "plan":
         return found
+    rate, again = room.rate_of(found.recipe.model.dtype), Setting.of(found.recipe, room.shape).checkpoint_layers
     seconds = first = _seconds_a_token(found.recipe, room, rate)
     while size > least:
         size = max(least, size // 2)
         tried = _finished(resolved.decide([Choice(field, size, "plan", "")]), room)
         took = _seconds_a_token(tried.recipe, room, rate)
         if took < seconds and room.fits(tried.recipe):
-            why = f"faster here than more at once ({took / first:.2f} of the time): less is computed again"
+            less = Setting.of(tried.recipe, room.shape).checkpoint_layers < again
+            gain = "less is computed again" if less else "more is dequantized once"
+            why = f"faster here than more at once ({took / first:.2f} of the time): {gain}"
             found, seconds = tried.decide([Choice(field, size, "plan", why)]), took
     return found
 

@@ -39,7 +39,8 @@ class Piece:
 
 @dataclass
 class Job:
-    """One request. `told` is called with each Piece, and last with one that has an end: see Engine.start."""
+    """One request. `told` is called with each Piece, and last with one that has an end: as Engine.start says, or by
+    `submit` itself where the engine is closed."""
 
     model: str
     tokenizer: Any
@@ -219,8 +220,13 @@ class Engine:
     def _step(self) -> None:
         """The next token of every text, and some more of the prompts that are being read."""
         if self._batch.texts:
-            pieces = [self._told_by(news) for news in self._batch.step()]
-            self._deliver([one for one in pieces if one is not None])
+            pieces: list[tuple[Job, Piece]] = []
+            try:
+                for news in self._batch.step():
+                    if piece := self._told_by(news):
+                        pieces.append(piece)
+            finally:  # those that have ended are told, whatever happens to the next
+                self._deliver(pieces)
 
     def _told_by(self, news: News) -> tuple[Job, Piece] | None:
         """What there is to tell of a text's new tokens; takes it out of the batch where a stop string came."""
@@ -229,8 +235,8 @@ class Engine:
         if told.first:
             self._metrics.first_token.observe(time.monotonic() - told.job.started)
             told.first = False
-        self._metrics.new_tokens.inc(len(news.tokens))
         for place, token in enumerate(news.tokens):
+            self._metrics.new_tokens.inc()
             told.untold.append(token)
             last = bool(text.end) and place == len(news.tokens) - 1
             shown += told.words.end() if last and text.end == "stop" else told.words.push(token.id)

@@ -64,7 +64,7 @@ def test_no_block_is_lost_or_given_twice() -> None:
             held.append(mine)
             looked = blocks.alike(root_of(None), tokens[:BLOCK])
             assert looked[1] == BLOCK and looked[0] == blocks.share(iter(text[:1]))[0]
-            blocks.leave([looked[0]])
+            blocks.leave([looked[0], looked[0]])
         if turn % 500 == 250:
             blocks.forget()
         used = {block for mine in held for block in mine}

@@ -101,14 +101,20 @@ class Blocks:
 
     def alike(self, before: bytes, ids: npt.NDArray[np.int32]) -> tuple[int, int]:
         """Of the known blocks behind that key: the one that begins as `ids` do for longest, and for how many tokens; 0:
-        there is none."""
+        there is none. The block is in use then, until it is left."""
         behind = self._behind.get(before)
         if not behind or not len(ids):
             return 0, 0
         same = np.stack(list(behind.values()))[:, : len(ids)] == ids[:BLOCK]
         counts = np.where(same.all(1), same.shape[1], same.argmin(1))
         best = int(counts.argmax())
-        return list(behind)[best], int(counts[best])
+        if not counts[best]:
+            return 0, 0
+        block = list(behind)[best]
+        self._idle.pop(block, None)
+        self._users[block] = self._users.get(block, 0) + 1
+        behind[block] = behind.pop(block)  # the newest of those that are looked at
+        return block, int(counts[best])
 
     def _leave_behind(self, block: int) -> None:
         """It is not looked at any more."""

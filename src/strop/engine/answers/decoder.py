@@ -81,20 +81,24 @@ class Decoder:
     def begin(self, text: Text) -> None:
         keys = list(keys_of(text.adapter, text.ids[: text.first]))
         known = self.blocks.share(keys)
+        text.done, need = len(known) * BLOCK, blocks_for(text.room) - len(known)
+        before = keys[len(known) - 1] if known else root_of(text.adapter)
+        source, alike = self.blocks.alike(before, text.ids[text.done : text.first])
+        if alike and need > self.blocks.free:  # its room is needed
+            self.blocks.leave([source])
+            alike = 0
         try:
             if self._coming.intersection(keys[len(known) : len(known) + 1]):
                 raise NoRoom
-            text.blocks = known + self.blocks.take(blocks_for(text.room) - len(known))
+            text.blocks = known + self.blocks.take(need)
         except NoRoom:
-            self.blocks.leave(known)
+            self.blocks.leave(known + ([source] if alike else []))
             raise
-        text.done = len(known) * BLOCK
         text.keys, text.coming = keys[: len(known)], keys[len(known) :]
         self._coming.update(text.coming)
-        before = text.keys[-1] if text.keys else root_of(text.adapter)
-        source, alike = self.blocks.alike(before, text.ids[text.done : text.first])
         if alike:
             self._pass.copy_block(source, text.blocks[len(known)])
+            self.blocks.leave([source])
             text.done += alike
         text.found = text.done
 

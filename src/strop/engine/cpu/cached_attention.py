@@ -16,7 +16,7 @@ from numba import prange, types
 from numba.extending import intrinsic
 
 from strop.engine.cpu.compiled import BFloat, exp, greater, inline, loop, narrow
-from strop.engine.cpu.dots import LANES, Kind, added, ask_for, location, mix, spread
+from strop.engine.cpu.dots import LANES, Kind, ask_for, location, mix, plus, spread
 
 BLOCK = 32  # positions of a text whose keys and values lie together
 _NEVER = np.float32(-3e38)
@@ -53,9 +53,9 @@ def _scores(queries: int) -> Any:
                 return b.bitcast(found, _PAIRS) if kind.pairs else found
 
             zeros = [ir.Constant(_SUMS, [0.0] * LANES)] * (_PARTS * queries * _VECTORS)
-            before, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
-            b.branch(loop)
-            b.position_at_end(loop)
+            before, units, done = b.block, b.append_basic_block("units"), b.append_basic_block("done")
+            b.branch(units)
+            b.position_at_end(units)
             at, sums, found = b.phi(_I64), [b.phi(_SUMS) for _ in zeros], list[Any]()
             for part in range(_PARTS):
                 here = b.add(at, _I64(part * unit))
@@ -68,13 +68,13 @@ def _scores(queries: int) -> Any:
             after = b.add(at, _I64(_PARTS * unit))
             for each, first, later in zip([at, *sums], [_I64(0), *zeros], [after, *found], strict=True):
                 each.add_incoming(first, before)
-                each.add_incoming(later, loop)
-            b.cbranch(b.icmp_signed("<", after, args[7]), loop, done)
+                each.add_incoming(later, units)
+            b.cbranch(b.icmp_signed("<", after, args[7]), units, done)
             b.position_at_end(done)
             half = len(found) // _PARTS
             for number in range(half):
                 place = b.gep(c_start, [_I64(number * LANES)])
-                value = added(b, found[number], found[half + number])
+                value = plus(b, found[number], found[half + number])
                 b.store(value, b.bitcast(place, _SUMS.as_pointer()), align=4)
             return context.get_dummy_value()
 

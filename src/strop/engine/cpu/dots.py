@@ -109,7 +109,7 @@ def ask_for(context: Any, array: Any, at: Any, count: Any) -> Any:
     return types.void(array, types.int64, types.int64), generate
 
 
-def added(b: Any, x: Any, y: Any) -> Any:
+def plus(b: Any, x: Any, y: Any) -> Any:
     """x + y where it stands: without a flag of its own, numba would let LLVM add in another order."""
     return b.fadd(x, y, flags=("contract",))
 
@@ -122,7 +122,7 @@ def _sums(b: Any, vectors: list[Any]) -> Any:
         for u, v in zip(vectors[:half], vectors[half:], strict=True):
             own = [LANES + (i ^ distance) if i & distance else i for i in range(LANES)]
             other = [LANES + i if i & distance else i ^ distance for i in range(LANES)]
-            found.append(added(b, *(b.shuffle_vector(u, v, ir.Constant(numbers, places)) for places in (own, other))))
+            found.append(plus(b, *(b.shuffle_vector(u, v, ir.Constant(numbers, places)) for places in (own, other))))
         vectors, distance = found, distance // 2
     return vectors[0]
 
