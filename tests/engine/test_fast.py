@@ -62,16 +62,21 @@ def step(model: PeftModel, loss: Any, examples: list[Example]) -> tuple[torch.Te
     return value.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-NOISE = 1e-8  # of the largest gradient: what is left where terms of its size cancel, a tenth of fp32's own step
+def attentive(model: PeftModel) -> PeftModel:
+    """With weights large enough that what is attended to matters: gradients of queries and keys are a millionth of the
+    largest otherwise, and fp32's own rounding a ten-thousandth of them (held against fp64)."""
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and "lora_" not in name and "self_attn" in name:
+            weight.data.mul_(8)
+    return model
 
 
 def assert_same(found: tuple[torch.Tensor, Gradients], expected: tuple[torch.Tensor, Gradients]) -> None:
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
     assert found[1].keys() == expected[1].keys()
-    largest = max(grad.norm() for grad in expected[1].values())
     for name, grad in expected[1].items():
         assert grad.norm() > 0, name
-        assert (found[1][name] - grad).norm() <= 1e-4 * grad.norm() + NOISE * largest, name
+        assert (found[1][name] - grad).norm() <= 1e-4 * grad.norm(), name
 
 
 def test_each_family_has_a_parity_test() -> None:
@@ -121,7 +126,7 @@ def test_family_equals_the_model(family: str) -> None:
     ],
 )
 def test_variant_equals_the_model(lora: dict[str, Any], changes: dict[str, Any]) -> None:
-    model = adapted(LlamaConfig, lora, **changes)
+    model = attentive(adapted(LlamaConfig, lora, **changes))
     expected = step(model, PlainLoss(model), some())
     assert_same(step(model, FastLoss(model), some()), expected)
     assert_same(step(model, FastLoss(model, checkpoint_layers=1), some()), expected)

@@ -15,7 +15,7 @@ from strop.engine.fast import FastLoss
 from strop.engine.fits import unsupported
 from strop.engine.plain import PlainLoss
 from strop.model.lora import as_fp32, sum_once
-from tests.engine.test_fast import answers, assert_same, assert_same_trajectory, some, step, with_prefix
+from tests.engine.test_fast import answers, assert_same, assert_same_trajectory, attentive, some, step, with_prefix
 from tests.support.random_models import adapted, example
 
 pytestmark = [
@@ -108,7 +108,7 @@ def test_several_steps_equal_the_models_own(name: str) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_evaluation_and_disabled_adapters_equal_the_model(name: str) -> None:
     """Without adapters, what is trained in full is as it was in the base."""
-    model = VARIANTS[name]()
+    model = attentive(VARIANTS[name]())
     fast, plain = FastLoss(model), PlainLoss(model)
     rows = answers((20, 1), (3, 3))
     model.eval()
