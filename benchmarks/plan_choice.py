@@ -24,7 +24,7 @@ from typing import Any
 from unittest.mock import patch
 
 from measured import child, write
-from plan_memory import MODELS, case, make_model, name_of, random_rows
+from plan_memory import case, looked_at, make_model, name_of, random_rows
 
 STEPS = 4
 TOKENS = 4096  # of a step's rows, as long as they may be
@@ -62,18 +62,12 @@ def recipe_of(chosen: dict[str, Any], options: dict[str, Any]) -> Any:
     return resolve(None, {"model.dtype": "bf16", **batch_of(chosen), **given, **chosen["options"], **options})
 
 
-def shape_of(chosen: dict[str, Any]) -> Any:
-    from strop.model.shape import ModelShape, peek
-
-    return peek("demo").shape if chosen["model"] == "demo" else ModelShape.of(MODELS[chosen["model"]])
-
-
 def choice(number: int, limit: int, rate: Any) -> dict[str, Any]:
     """What the plan chooses, as options."""
     from strop.planning.fitting import Room, fitted, fixed_tokens
 
     chosen = SETTINGS[number][0]
-    shape, open_ = shape_of(chosen), recipe_of(chosen, {})
+    shape, open_ = looked_at(chosen["model"]).shape, recipe_of(chosen, {})
     recipe = fitted(
         open_.decide(fixed_tokens(open_.recipe)), Room(shape, shape.parameters, limit, 1, lambda _: rate)
     ).recipe
@@ -93,7 +87,7 @@ def planned(number: int, options: dict[str, Any], rate: Any) -> float:
 
     chosen = SETTINGS[number][0]
     recipe = recipe_of(chosen, options).recipe
-    return 1 / tokens_per_s(Setting.of(recipe, shape_of(chosen)), usual_micro_batch(recipe), rate)
+    return 1 / tokens_per_s(Setting.of(recipe, looked_at(chosen["model"]).shape), usual_micro_batch(recipe), rate)
 
 
 def setting_at(number: int, rate: Any) -> dict[str, Any]:
@@ -102,7 +96,7 @@ def setting_at(number: int, rate: Any) -> dict[str, Any]:
     from strop.planning.setting import Setting
 
     chosen, share = SETTINGS[number]
-    shape, quantized = shape_of(chosen), "model.quantization" in chosen["options"]
+    shape, quantized = looked_at(chosen["model"]).shape, "model.quantization" in chosen["options"]
 
     def way(size: int, again: Any, resident: int | None) -> dict[str, Any]:
         options = {"train.micro_batch_tokens": size, "train.gradient_checkpointing": again}
@@ -165,10 +159,13 @@ def judged(one: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[fl
     return first, min(one["ways"], key=lambda way: way["s_a_token"]), prices
 
 
+def behind(first: dict[str, Any], best: dict[str, Any]) -> float:
+    return float(first["s_a_token"] / best["s_a_token"] - 1)
+
+
 def loss_of(one: dict[str, Any]) -> float:
     """What the plan's choice takes more than the fastest that was tried."""
-    first, best, _ = judged(one)
-    return first["s_a_token"] / best["s_a_token"] - 1
+    return behind(*judged(one)[:2])
 
 
 def said_of(options: dict[str, Any]) -> str:
@@ -180,7 +177,8 @@ def said_of(options: dict[str, Any]) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    losses, found = [loss_of(one) for one in results], [judged(one) for one in results]
+    found = [judged(one) for one in results]
+    losses = [behind(first, best) for first, best, _ in found]
     errors = [abs(price) for _, _, prices in found for price in prices]
     lines = [
         f"| {one['name']} | {len(one['ways'])} | {said_of(first['options'])} | {said_of(best['options'])} "

@@ -36,8 +36,8 @@ from tests.support.families import tokenizer
 from tests.support.random_models import FAMILY_CONFIGS, adapted, tiny_of
 from tests.support.scripts import script
 
-PAGE, RUNS = ROOT / "docs" / "plan.md", ROOT / "benchmarks" / "results" / "plan_memory.json"
 RESULTS = ROOT / "benchmarks" / "results"
+PAGE, RUNS = ROOT / "docs" / "plan.md", RESULTS / "plan_memory.json"
 TIMED = {  # by the mark of their table in the page: a Xeon with AMX, and a Zen 5
     "time": json.loads((RESULTS / "plan_time.json").read_text("utf-8"))["results"],
     "time on a Zen 5": json.loads((RESULTS / "plan_time_zen5.json").read_text("utf-8"))["results"],
@@ -325,7 +325,7 @@ MISSED = {
     "llama-17m, rows to 512, 2048 at once, batch_size 1, eval 20%, eval_steps 3": 0.15,
 }
 # The same of time, 25 %: of the plain step's run.
-MISSED_TIME = {"llama-49m, rows to 512, 1024 at once, modules_to_save ['layers.0.self_attn.k_proj']"}
+MISSED_TIME = {"llama-49m, rows to 512, 1024 at once, modules_to_save ['layers.0.self_attn.k_proj']": 0.32}
 
 
 def test_the_accuracy_that_the_page_claims_is_that_of_its_runs() -> None:
@@ -338,7 +338,8 @@ def test_the_accuracy_that_the_page_claims_is_that_of_its_runs() -> None:
     for mark, results in TIMED.items():
         time = {run["name"]: abs(TIME.error_of(run)) for run in results if not run["fitted"]}
         assert len(time) >= 18 and statistics.median(time.values()) <= 0.10, mark
-        assert {name for name, error in time.items() if error > 0.25} <= MISSED_TIME, mark
+        assert {name for name, error in time.items() if error > 0.25} <= MISSED_TIME.keys(), mark
+        assert all(time.get(name, 0) <= bound for name, bound in MISSED_TIME.items()), mark
         assert all(abs(TIME.later_error(run)) <= 0.05 for run in results if "rest" in run)
     after = [abs(AFTER.error_of(one)) for one in json.loads(PHASES.read_text("utf-8"))["results"] if not one["fitted"]]
     assert len(after) >= 25 and sum(error <= 0.15 for error in after) >= 24 and max(after) <= 0.16

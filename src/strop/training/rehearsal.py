@@ -18,11 +18,14 @@ from strop.data.conversation import Example, Item
 from strop.engine.device import pick_dtype
 from strop.engine.packed import pack, pack_apart
 from strop.machine.memory import MemoryMark
+from strop.machine.probe import probe
+from strop.machine.rates import known_precision
 from strop.objectives.table import drawn_tokens
 from strop.planning.activations import MicroBatch, at_peak
 from strop.planning.memory import Drawn, Phase
 from strop.planning.phases import Asked, phases
 from strop.planning.setting import Setting
+from strop.planning.speed import has_bf16
 from strop.training.criteria import OfAnswers
 from strop.training.job import Job, stream_of
 from strop.training.shrink import go_on_shrunk, micro_batches, within_memory
@@ -78,9 +81,16 @@ def forecast(job: Job, setting: Setting, usable: int) -> Forecast:
         setting = setting.but(resident_layers=0)
     found = [(items, batch_of(job, items, more, setting.tiles)) for items, more in _candidates(job, setting)]
     items, batch = max(found, key=lambda pair: at_peak(setting, pair[1]).total)
-    dtype = pick_dtype(job.recipe.model.device)[0]
-    made = phases(setting, batch, _asked(job), usable, _drawn(job), dtype=dtype)
+    made = phases(setting, batch, _asked(job), usable, _drawn(job), dtype=_answers_in(job.recipe.model.device))
     return Forecast(items, batch, made)
+
+
+def _answers_in(device: str) -> str:
+    """What a command that answers would compute in. A CPU that has not tried it is not made to now, beside a model."""
+    if device != "cpu":
+        return pick_dtype(device)[0]
+    known = known_precision(probe(), torch.get_num_threads())
+    return known[0] if known else "bf16" if has_bf16(probe()) else "fp32"
 
 
 def _asked(job: Job) -> Asked:

@@ -78,8 +78,7 @@ class Blocks:
             block = self._known.get(key)
             if block is None:
                 break
-            self._idle.pop(block, None)
-            self._users[block] = self._users.get(block, 0) + 1
+            self._hold(block)
             found.append(block)
         return found
 
@@ -111,10 +110,14 @@ class Blocks:
         if not counts[best]:
             return 0, 0
         block = list(behind)[best]
-        self._idle.pop(block, None)
-        self._users[block] = self._users.get(block, 0) + 1
+        self._hold(block)
         behind[block] = behind.pop(block)  # the newest of those that are looked at
         return block, int(counts[best])
+
+    def _hold(self, block: int) -> None:
+        """A known block has a user more."""
+        self._idle.pop(block, None)
+        self._users[block] = self._users.get(block, 0) + 1
 
     def _leave_behind(self, block: int) -> None:
         """It is not looked at any more."""
