@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,7 @@ def run(name: str, options: argparse.Namespace, tokens: int) -> dict[str, float]
         "bench": bench, "base": base, "baselines": options.baselines, "data": options.data, "batch": str(options.batch)
     }  # fmt: skip
     quiet = {"QUIET": "1", "STEPS": str(options.rows // 4), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [word.format(**places) for word in peer.command],
@@ -133,6 +135,7 @@ def run(name: str, options: argparse.Namespace, tokens: int) -> dict[str, float]
             stderr=subprocess.STDOUT,
         )
         _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - started
         log.seek(0)
         output = log.read()
     if peer.log:
@@ -143,6 +146,7 @@ def run(name: str, options: argparse.Namespace, tokens: int) -> dict[str, float]
     return {
         "tokens_per_s": real / seconds,
         "seconds": seconds,
+        "wall_s": wall,
         "mean_loss": loss,
         "peak_rss_bytes": usage.ru_maxrss * 1024,
     }

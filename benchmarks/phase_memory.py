@@ -45,8 +45,12 @@ RUNS: list[tuple[str, str, dict[str, Any], str, int]] = [
 ]
 # Names of cases that a constant was fitted on.
 FITTED = (
-    *("serve demo, demo, 1 at once", "merge demo, demo", "merge demo, demo, quantization nf4"),
-    *("export demo, demo, q8_0", "export demo, snips, f16", "export demo, demo, dtype fp32, f32"),
+    "serve demo, demo, 1 at once",
+    "merge demo, demo",
+    "merge demo, demo, quantization nf4",
+    "export demo, demo, q8_0",
+    "export demo, snips, f16",
+    "export demo, demo, dtype fp32, f32",
 )
 CASES: list[dict[str, Any]] = [
     {"phase": phase, "model": model, "data": data, "options": options, "kind": kind, "texts": texts}

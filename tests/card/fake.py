@@ -31,7 +31,7 @@ def start(library: Path) -> None:
     device.take_guard()
 
 
-start(Path(sys.argv[1]))
+start(Path(sys.argv[1]))  # in front of what it has to be under: hence E402 below
 
 import bitsandbytes._ops  # noqa: E402
 import numpy as np  # noqa: E402
@@ -326,7 +326,7 @@ def install() -> None:
     def emptied() -> None:
         Kind.emptied += 1
 
-    nothing = lambda *_, **__: None  # noqa: E731
+    nothing = lambda *_, **__: None  # noqa: E731 (for the table below, where all are such)
     told = {
         "is_available": lambda: True, "is_initialized": lambda: True, "_lazy_init": nothing,
         "device_count": lambda: 1, "current_device": lambda: 0, "set_device": nothing, "synchronize": nothing,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import Gemma2Config, LlamaConfig
 
+from strop.engine import head
 from strop.engine.plain import PlainLoss
 from tests.support.random_models import example, tiny
 
@@ -23,6 +25,22 @@ def test_equals_the_loss_of_transformers(config: type, dtype: torch.dtype) -> No
     loss = PlainLoss(model)(examples)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected.float(), rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_cross_entropy_in_pieces_is_that_of_all_rows(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(head, "PIECE_BYTES", 3 * 50 * dtype.itemsize)  # three rows at a time, of ten
+    made = torch.randn(10, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype) * 3
+    labels, upstream = torch.arange(10) * 5, torch.linspace(-1, 2, 10, dtype=torch.float64)
+    losses, gradients = [], []
+    for loss in (head.CrossEntropy.apply, lambda x, y: F.cross_entropy(x.double(), y, reduction="none")):
+        logits = made.clone().requires_grad_()
+        losses.append(loss(logits, labels))
+        losses[-1].backward(upstream.to(losses[-1].dtype))
+        gradients.append(logits.grad)
+    assert losses[0].dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
 
 
 def test_weights_scale_each_token() -> None:

@@ -365,7 +365,7 @@ def test_the_head_counts_and_supervised_rows_alone() -> None:
     shape = ModelShape.of({**KNOWN["SmolLM2-135M"], "vocab_size": 262144})
     found = replace(setting(), shape=shape, parameters=shape.parameters, step="plain")
     whole, half = MicroBatch.rows([1000]), MicroBatch(1000, 500, ((1, 1000, 1000),))
-    assert at_peak(found, whole).head == 999 * 262144 * 14 and at_peak(found, half).head == 500 * 262144 * 14
+    assert at_peak(found, whole).head == 999 * 262144 * 4 and at_peak(found, half).head == 500 * 262144 * 4
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -21,7 +22,8 @@ from strop.engine.operations import Ops
 
 CHUNK_BYTES = 24 * 2**20  # logits at once: 256 rows of a vocabulary of 49,152 in bf16
 CARD_CHUNK_BYTES = 256 * 2**20  # on a card, whose products want more rows: each chunk reads the whole head twice
-PIECE_BYTES, CARD_PIECE_BYTES = 4 * 2**20, 64 * 2**20  # of a trained head's gradient: of the type of x, then summed
+# Of a trained head's gradient (of the type of x, then summed), and of logits that are there already.
+PIECE_BYTES, CARD_PIECE_BYTES = 4 * 2**20, 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,29 @@ class LabelLogProbs(Function):
         return of_x, None, None, *others
 
 
+class CrossEntropy(Function):
+    """Cross entropy of each row of logits (N, V), which a model has made itself, against labels (N,): (N,) fp32 (of fp64
+    fp64). Some rows at a time, so that no copy of all logits is made but their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        losses = logits.new_empty(len(logits), dtype=_wide(logits))
+        for rows in _pieces(logits, len(logits)):
+            losses[rows] = F.cross_entropy(logits[rows].to(losses.dtype), labels[rows], reduction="none")
+        ctx.save_for_backward(logits, labels)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        logits, labels = ctx.saved_tensors
+        of_logits = torch.empty_like(logits)
+        for rows in _pieces(logits, len(logits)):
+            slope = torch.softmax(logits[rows], -1, dtype=grad.dtype)
+            slope.scatter_add_(1, labels[rows, None], slope.new_full((len(slope), 1), -1.0))
+            of_logits[rows] = slope.mul_(grad[rows, None])
+        return of_logits, None
+
+
 class _Sums:
     """The gradients of x and of what is trained of the head, chunk by chunk. apart: that of the logits of `own` (N, n)
     is kept row by row, which `gradients` does not ask for then."""
@@ -200,15 +225,20 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _pieces(like: Tensor, number: int) -> Iterator[slice]:
+    """So many rows as long as those of `like` (n, k), some at a time."""
+    room = CARD_PIECE_BYTES if like.device.type == "cuda" else PIECE_BYTES
+    step = max(1, room // (like.shape[1] * like.element_size()))
+    return (slice(begin, begin + step) for begin in range(0, number, step))
+
+
 def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
     """total (V, k), wide, and grad^T x, of grad (n, V) and x (n, k); in pieces where the product is rounded first."""
     if total.dtype == x.dtype:
         total.addmm_(grad.t(), x)
         return
-    room = CARD_PIECE_BYTES if x.device.type == "cuda" else PIECE_BYTES
-    step = max(1, room // (x.shape[1] * x.element_size()))
-    for begin in range(0, len(total), step):
-        total[begin : begin + step] += grad[:, begin : begin + step].t() @ x
+    for rows in _pieces(x, len(total)):
+        total[rows] += grad[:, rows].t() @ x
 
 
 def _of_rows(slopes: Tensor, x: Tensor) -> Tensor:

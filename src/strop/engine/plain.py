@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from strop.engine.dropout import masks_of, token_keys
 from strop.engine.families import load_balancing
+from strop.engine.head import CrossEntropy
+from strop.engine.operations import apply
 from strop.engine.packed import sums_by_owner
 from strop.engine.processor import drops_for
 from strop.engine.transfer import sent
@@ -71,7 +72,7 @@ class PlainLoss:
         before = column - 1  # the position that predicts each label
         labels, weight, row, before = sent([labels.numpy(), weight.numpy(), row.numpy(), before.numpy()], device)
         found = self._forward(padded, lambda hidden: hidden[row, before], (row, before))
-        losses = F.cross_entropy(found.logits.float(), labels, reduction="none")
+        losses = apply(CrossEntropy, found.logits, labels)
         balanced = self._balance and self.model.training
         return losses, weight, row, self._balance * found.aux_loss.to(device) if balanced else None
 

@@ -29,7 +29,7 @@ def is_installed() -> bool:
 def check_loads() -> None:
     """Raises InputError where llama-cpp-python is installed and does not load."""
     try:
-        import llama_cpp  # noqa: F401
+        import llama_cpp  # noqa: F401 (to see whether it loads)
     except (ImportError, OSError, RuntimeError) as error:
         what = f"llama-cpp-python is installed and does not load: {str(error).splitlines()[0][:300]}"
         raise InputError(

@@ -293,7 +293,7 @@ def head_bytes(setting: Setting, batch: MicroBatch) -> int:
     shape, b = setting.shape, setting.element
     own = head_gradient_bytes(setting) if batch.more or setting.device != "cpu" else 0
     if setting.step == "plain":
-        return batch.supervised * shape.vocabulary * (b + 4 + 4 + 4) + own
+        return batch.supervised * shape.vocabulary * 2 * b + own  # and their gradient
     own += b * (shape.embedding if setting.whole_head and b < 4 else 0) + b * setting.head_rank * shape.vocabulary
     rows = min(batch.supervised, head_rows(setting))
     chunk = rows * shape.vocabulary * (b + 3 * 4 if setting.device == "mps" else b)

@@ -28,7 +28,7 @@ FORWARD = 0.35  # of a step's element-wise work: a forward that is done again; a
 ANSWERING = 0.25  # of the probe's rate, where answers are drawn many together
 # DoRA: times a layer's own cost, and times the plain step's time, where peft computes it (each by one run of SmolLM2).
 DORA_LAYERS, PLAIN_DORA = 2.0, 2.3
-LOGIT_BYTES = 24  # of a number of the plain step's logits, moved: their copies in fp32, there and back
+LOGIT_BYTES = 48  # of a number of the plain step's logits, moved, some rows at a time: in fp32, softmax, there and back
 HOST_BYTES_PER_S = 20e9  # between a card and the host, each way: of 32 GB/s of PCIe 4.0 with 16 lanes; not measured
 # FLOP/s a core and bytes/s of such a machine: of wide vector units at 3 GHz, 60 % of their peak.
 CORE_BF16, CORE_FP32, CORE_PLAIN, HERE_BANDWIDTH = 200e9, 90e9, 45e9, 20e9
@@ -175,7 +175,7 @@ def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> floa
     shape = setting.shape
     once += repacked_bytes(batch.supervised, shape.vocabulary, shape.hidden, setting.element) / rate.bandwidth
     if plain:
-        once += LOGIT_BYTES * batch.supervised * shape.vocabulary / rate.bandwidth
+        once += LOGIT_BYTES * batch.supervised * shape.vocabulary / (rate.moved or MOVED * rate.bandwidth)
         layers *= (rate.plain or PLAIN) * (PLAIN_DORA if setting.dora else 1)
     else:  # what the model's own modules compute takes as long as in the plain step
         layers *= 1 + setting.weights_by_model * ((rate.plain or PLAIN) - 1)

@@ -18,14 +18,14 @@ def ids(n: int, first: int = 0) -> np.ndarray:
 
 def test_a_key_is_of_all_that_leads_to_it() -> None:
     long = ids(3 * BLOCK + 5)
-    keys = list(keys_of("a", long))
-    assert len(keys) == 3 and list(islice(keys_of("a", long[: 2 * BLOCK]), 9)) == keys[:2]
-    assert list(keys_of("a", long, keys[0], BLOCK)) == keys[1:]
-    assert set(keys).isdisjoint(keys_of("b", long)) and set(keys).isdisjoint(keys_of(None, long))
+    keys = list(keys_of(root_of("a"), long))
+    assert len(keys) == 3 and list(islice(keys_of(root_of("a"), long[: 2 * BLOCK]), 9)) == keys[:2]
+    assert list(keys_of(keys[0], long, BLOCK)) == keys[1:]
+    assert set(keys).isdisjoint(keys_of(root_of("b"), long)) and set(keys).isdisjoint(keys_of(root_of(None), long))
     other = long.copy()
     other[0] += 1
-    assert set(keys).isdisjoint(keys_of("a", other))
-    assert list(keys_of("None", long)) != list(keys_of(None, long))
+    assert set(keys).isdisjoint(keys_of(root_of("a"), other))
+    assert list(keys_of(root_of("None"), long)) != list(keys_of(root_of(None), long))
 
 
 def test_the_oldest_that_nobody_uses_is_forgotten_first() -> None:
@@ -51,7 +51,7 @@ def test_no_block_is_lost_or_given_twice() -> None:
             blocks.leave(held.pop(chance.randrange(len(held))))
         else:
             tokens = ids(BLOCK * chance.randrange(1, 6), chance.randrange(3))
-            text = list(keys_of(None, tokens))
+            text = list(keys_of(root_of(None), tokens))
             known = blocks.share(iter(text))
             try:
                 mine = known + blocks.take(len(text) - len(known) + 1)

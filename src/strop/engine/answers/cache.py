@@ -139,9 +139,8 @@ def root_of(adapter: str | None) -> bytes:
     return repr(adapter).encode()
 
 
-def keys_of(adapter: str | None, ids: npt.NDArray[np.int32], last: bytes = b"", begin: int = 0) -> Iterator[bytes]:
-    """The keys of the full blocks of a text, in order; with `last`, the key before, from position `begin` on."""
+def keys_of(before: bytes, ids: npt.NDArray[np.int32], begin: int = 0) -> Iterator[bytes]:
+    """The keys of the full blocks of a text from position `begin` on, in order. before: the key in front of them."""
     for at in range(begin, len(ids) - BLOCK + 1, BLOCK):
-        before = last or root_of(adapter)
-        last = blake2b(before + ids[at : at + BLOCK].tobytes(), digest_size=16).digest()
-        yield last
+        before = blake2b(before + ids[at : at + BLOCK].tobytes(), digest_size=16).digest()
+        yield before

@@ -79,11 +79,11 @@ class Decoder:
         self.blocks.forget()
 
     def begin(self, text: Text) -> None:
-        keys = list(keys_of(text.adapter, text.ids[: text.first]))
+        root = root_of(text.adapter)
+        keys = list(keys_of(root, text.ids[: text.first]))
         known = self.blocks.share(keys)
         text.done, need = len(known) * BLOCK, blocks_for(text.room) - len(known)
-        before = keys[len(known) - 1] if known else root_of(text.adapter)
-        source, alike = self.blocks.alike(before, text.ids[text.done : text.first])
+        source, alike = self.blocks.alike(keys[len(known) - 1] if known else root, text.ids[text.done : text.first])
         if alike and need > self.blocks.free:  # its room is needed
             self.blocks.leave([source])
             alike = 0
@@ -158,12 +158,12 @@ class Decoder:
     def _read_on(self, text: Text, count: int) -> None:
         """Full blocks become known. Guessed tokens do not count: they may turn out wrong."""
         text.done += count
-        begin = len(text.keys) * BLOCK
-        for key in keys_of(text.adapter, text.ids[: text.sure], text.keys[-1] if text.keys else b"", begin):
-            before, at = text.keys[-1] if text.keys else root_of(text.adapter), len(text.keys)
-            self.blocks.know(key, text.blocks[at], before, text.ids[at * BLOCK : (at + 1) * BLOCK].copy())
+        before, begin = text.keys[-1] if text.keys else root_of(text.adapter), len(text.keys) * BLOCK
+        for key in keys_of(before, text.ids[: text.sure], begin):
+            self.blocks.know(key, text.blocks[len(text.keys)], before, text.ids[begin : begin + BLOCK].copy())
             self._coming.discard(key)
             text.keys.append(key)
+            before, begin = key, begin + BLOCK
 
 
 def position_bytes(model: torch.nn.Module) -> int:
