@@ -1,0 +1,101 @@
+"""Tokens a second as a user gets them: whole commands, one epoch less one step, tools in turn, strop against another.
+
+    python benchmarks/whole_commands.py MODEL DATA.jsonl --bench FOLDER --baselines FOLDER [--peer "unsloth, grouped"]
+        [--rounds 5] [--options "lora.dropout=0.05"] [--out RESULT.json]
+
+MODEL: a folder; DATA: chat rows, as the peer's script reads them from FOLDER/data100 (peers.py). Each command runs
+twice a round: for an epoch, and for one step. What the second takes (start, imports, loading, compiling what is not
+kept) is taken from the first, and so are its tokens. The ratio of each round, their median and its interval by
+resampling the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import measured
+import numpy as np
+from peers import PEERS
+from peers import run as peers_run
+
+AS_PEERS = {  # what their scripts are told
+    "model.dtype": "bf16", "data.loss": "all", "data.max_length": 1024, "lora.r": 16, "lora.alpha": 32,
+    "train.learning_rate": 2e-4, "train.batch_size": 4, "train.epochs": 1,
+}  # fmt: skip
+RESAMPLED = 10_000
+
+
+def strop(options: argparse.Namespace, steps: int) -> tuple[int, float]:
+    """(real tokens, wall seconds) of the whole command."""
+    told = {**AS_PEERS, **dict(word.split("=", 1) for word in options.options.split())}
+    words = [word for name, value in told.items() for word in (f"--{name}", str(value))]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "strop", "train", "--model", options.model, "--data", options.data]
+        command += [*words, "--train.max_steps", str(steps), "--out", f"{folder}/run"]
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        took = time.perf_counter() - started
+        if done.returncode:
+            raise RuntimeError(done.stderr[-3000:])
+        lines = (Path(folder) / "run" / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event["tokens"] for event in map(json.loads, lines) if event["event"] == "step"][-1], took
+
+
+def peer(options: argparse.Namespace, steps: int) -> tuple[int, float]:
+    """The same of another tool."""
+    few = argparse.Namespace(**{**vars(options), "rows": 4 * steps, "batch": 4})
+    found = peers_run(options.peer, few, 0)
+    return round(found["tokens_per_s"] * found["seconds"]), found["wall_s"]
+
+
+def rate(tool: Any, options: argparse.Namespace, steps: int) -> dict[str, float]:
+    few, start = tool(options, 1)
+    tokens, took = tool(options, steps)
+    return {"tokens_per_s": (tokens - few) / (took - start), "start_s": start, "epoch_s": took}
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """Of the median, 95 %, by resampling."""
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(ratios, (RESAMPLED, len(ratios))), axis=1)
+    return float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder")
+    parser.add_argument("data", help="JSONL of chat rows")
+    parser.add_argument("--bench", required=True, help="folder with one virtual environment a peer, and data100/")
+    parser.add_argument("--baselines", required=True, help="folder with the peers' scripts")
+    parser.add_argument("--peer", default="unsloth, grouped", choices=PEERS)
+    parser.add_argument("--options", default="", help="more of strop's options, as name=value")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", help="write the result here as JSON")
+    options = parser.parse_args()
+    steps = len(Path(options.data).read_text(encoding="utf-8").splitlines()) // 4
+    rounds = []
+    for _ in range(options.rounds):
+        found = {name: rate(tool, options, steps) for name, tool in (("strop", strop), (options.peer, peer))}
+        ratio = found["strop"]["tokens_per_s"] / found[options.peer]["tokens_per_s"]
+        rounds.append({**found, "ratio": ratio})
+        print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
+    ratios = [one["ratio"] for one in rounds]
+    found = {"ratio": statistics.median(ratios), "interval": interval(ratios), "rounds": rounds}
+    print(json.dumps({name: found[name] for name in ("ratio", "interval")}))
+    if options.out:
+        packages = Path(options.bench, options.peer.partition(",")[0], "bin", "python")
+        asked = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import measured, json"
+        theirs = measured.child([str(packages), "-c", f"{asked}; print(json.dumps(measured.versions()))"])
+        measured.write(options.out, found, peer_versions=theirs)
+
+
+if __name__ == "__main__":
+    main()
