@@ -1,8 +1,9 @@
-"""The memory that a micro-batch keeps: one buffer, as large as the largest so far, and nothing in it twice."""
+"""The memory that a micro-batch keeps: pages that stay, and nothing in them twice."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from mmap import mmap
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ def lies(x: torch.Tensor) -> tuple[int, int]:
 
 def test_tensors_of_one_round_lie_beside_each_other() -> None:
     arena = Arena()
-    for rows in (7, 7, 5):
-        arena.begin(rows, used=True)
+    for rows in (7, 9, 5):
+        arena.begin(used=True)
         parts = [arena(rows, width, like) for width, like in ((3, LIKE), (5, LIKE.float()), (1, LIKE))]
         versions = [part._version for part in parts]
         for number, part in enumerate(parts):
@@ -37,20 +38,39 @@ def test_tensors_of_one_round_lie_beside_each_other() -> None:
     spans = sorted(map(lies, parts))
     assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
     memory = {part.untyped_storage().data_ptr() for part in parts}
-    assert len(memory) == 1  # five rows find room in what seven had
+    assert len(memory) == 1
 
 
-def test_what_finds_no_room_lies_in_a_buffer_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strop.engine.arena.MORE", 64)
+def test_what_finds_no_room_lies_in_a_buffer_more_which_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strop.engine.arena.ROOMS", (128,))
     arena = Arena()
-    arena.begin(4, used=True)
-    arena(4, 8, LIKE)
-    arena.begin(4, used=True)
-    first, more = arena(4, 8, LIKE), arena(4, 8, LIKE)
-    assert first.untyped_storage().data_ptr() != more.untyped_storage().data_ptr()
-    arena.begin(4, used=True)
-    first, more = arena(4, 8, LIKE), arena(4, 8, LIKE)
-    assert first.untyped_storage().data_ptr() == more.untyped_storage().data_ptr()
+    places: list[list[int]] = []
+    for number in (2, 5, 3):  # of 64 bytes: a buffer holds two
+        arena.begin(used=True)
+        parts = [arena(1, 16, LIKE.float()) for _ in range(number)]
+        assert all(end <= begin for (_, end), (begin, _) in pairwise(sorted(map(lies, parts))))
+        assert len({part.untyped_storage().data_ptr() for part in parts}) == -(-number // 2)
+        places.append([part.data_ptr() for part in parts])
+    assert places[0] == places[1][:2] and places[2] == places[1][:3]
+    arena.begin(used=False)
+    assert not arena._buffers
+
+
+def test_where_no_large_buffer_can_be_had_a_small_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def pages(_: int, size: int, **__: int) -> mmap:
+        tried.append(size)
+        if size > 1 << 20:
+            raise OSError("Cannot allocate memory")
+        return mmap(-1, size)
+
+    monkeypatch.setattr("strop.engine.arena.mmap.mmap", pages)
+    arena = Arena()
+    arena.begin(used=True)
+    assert arena(5, 3, LIKE).fill_(1).sum() == 15 and tried == [1 << 30, 64 << 20, 64]
+    with pytest.raises(MemoryError, match="no 2 MiB"):
+        arena(1 << 20, 1, LIKE)
 
 
 @pytest.mark.parametrize("again", [0, 1, 9])
@@ -79,7 +99,7 @@ def test_gradients_are_the_same_in_one_buffer_and_in_the_heap(again: int) -> Non
             model.zero_grad()
         return found
 
-    first = gradients()  # learns how much is needed
+    first = gradients()
     with torch.no_grad():
         loss(rows[0])  # gives it back
     for old, new in zip(first, gradients(), strict=True):

@@ -1,4 +1,4 @@
-"""Memory for what a micro-batch keeps for its backward pass, on a CPU: one buffer, taken from its front to its end.
+"""Memory for what a micro-batch keeps for its backward pass, on a CPU: taken from the front to the end of a buffer.
 
 What is kept lives from its layer's forward to its layer's backward, and micro-batches are of all lengths. In the C
 library's heap that leaves holes which nothing fits (docs/log has what they took).
@@ -6,7 +6,7 @@ library's heap that leaves holes which nothing fits (docs/log has what they took
 
 from __future__ import annotations
 
-import math
+import mmap
 from collections.abc import Callable
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from strop.machine.heap import give_back
 
 ALIGNED = 64  # bytes: a cache line, and a vector of the widest instructions
-MORE = 64 << 20  # bytes of a further buffer: pages of its own, which count from their first use
+ROOMS = 1 << 30, 64 << 20, 0  # bytes of a buffer at least, the first that can be had
 New = Callable[[int, int, Tensor], Tensor]  # (rows, width, like) -> a tensor of any numbers
 
 
@@ -25,50 +25,33 @@ def in_heap(rows: int, width: int, like: Tensor) -> Tensor:
 
 
 class Arena:
-    """Gives tensors that hold until the next micro-batch begins, or the next layer that is computed again. How much a
-    row of a micro-batch needs it learns from the ones before; what finds no place in the buffer lies in another one,
-    until the next is large enough."""
+    """Gives tensors that hold until the next micro-batch begins, or the next layer that is computed again. Its buffers'
+    pages count from their first use, and stay: a micro-batch that is larger than all before takes only what it needs
+    more (to get and clear the pages of all anew took a sixth of a step)."""
 
     def __init__(self) -> None:
         self.round = 0
         self._buffers: list[Tensor] = []
-        self._open, self._rows, self._at = False, 1, 0
-        self._used, self._per_row = 0, 0.0
+        self._open, self._buffer, self._at = False, 0, 0
 
-    def begin(self, rows: int, *, used: bool) -> None:
-        """A micro-batch of that many rows begins. used: what it keeps, it keeps until its backward, and what the one
-        before has kept is gone; else the heap is the better place."""
+    def begin(self, *, used: bool) -> None:
+        """A micro-batch begins. used: what it keeps, it keeps until its backward, and what the one before has kept is
+        gone; else the heap is the better place."""
         self.round += used
-        self._open = used
-        self._learn(rows)
-        if used:
-            self._make_room()
-        else:
+        self._open, self._buffer, self._at = used, 0, 0
+        if not used:
             self._buffers = []
 
     def __enter__(self) -> None:
         """From here on a layer of this micro-batch is computed again: what it keeps, it keeps until its backward, and
         what the one before has kept is gone. A graph that is gone through twice enters it twice."""
-        self._open = True
-        self._learn(self._rows)
-        self._make_room()
+        self._open, self._buffer, self._at = True, 0, 0
 
     def __exit__(self, *error: object) -> None:
         self._open = False
 
-    def _learn(self, rows: int) -> None:
-        """How much a row has needed, before so many rows come."""
-        self._per_row = max(self._per_row, self._used / self._rows)
-        self._rows, self._used, self._at = rows, 0, 0
-
-    def _make_room(self) -> None:
-        needed = math.ceil(self._per_row * self._rows)
-        if len(self._buffers) > 1 or needed > sum(map(len, self._buffers)):
-            self.drop()
-            self._buffers = [torch.empty(needed, dtype=torch.uint8)]
-
     def drop(self) -> None:
-        """Gives the buffer back to the system; it comes again, as large as is needed then."""
+        """Gives the buffers back to the system; they come again as they are needed."""
         if self._buffers:
             self._buffers = []
             give_back()
@@ -78,15 +61,26 @@ class Arena:
         if not self._open:
             return in_heap(rows, width, like)
         size = -(-rows * width * like.element_size() // ALIGNED) * ALIGNED
-        self._used += size
-        if not self._buffers or self._at + size > len(self._buffers[-1]):
-            self._buffers.append(torch.empty(max(size, MORE), dtype=torch.uint8))
-            self._at = 0
+        while self._buffer < len(self._buffers) and self._at + size > len(self._buffers[self._buffer]):
+            self._buffer, self._at = self._buffer + 1, 0
+        if self._buffer == len(self._buffers):
+            self._buffers.append(_buffer(size))
         at, self._at = self._at, self._at + size
-        memory = self._buffers[-1].untyped_storage()  # a tensor of its own on it: views would share one version for all
+        memory = self._buffers[self._buffer].untyped_storage()  # a tensor of its own on it: views would share a version
         return like.new_empty(0).set_(memory, at // like.element_size(), (rows, width), (width, 1))
 
     def check(self, round: int) -> None:
         """For a backward: raises RuntimeError where the micro-batch of this round is no longer the newest."""
         if round != self.round:
             raise RuntimeError("the backward of a micro-batch must come before the next one begins")
+
+
+def _buffer(size: int) -> Tensor:
+    """Bytes, at least so many, in pages of their own. Raises MemoryError."""
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    for room in ROOMS:
+        try:
+            return torch.frombuffer(mmap.mmap(-1, max(size, room), **flags), dtype=torch.uint8)
+        except OSError:
+            continue
+    raise MemoryError(f"no {size >> 20} MiB for what a micro-batch keeps")

@@ -178,8 +178,8 @@ class FastLoss:
         """What the output embedding takes for each label (M, h); scaled: with the factor that some families have."""
         last, trains, again = len(self._layers) - 1, torch.is_grad_enabled(), self.checkpoint_layers > 0
         if self._arena is not None and self._inputs is not None:
-            self._arena.begin(len(batch.ids), used=trains and not again)
-            self._inputs.begin(len(batch.ids), used=trains and again and self.host is None)
+            self._arena.begin(used=trains and not again)
+            self._inputs.begin(used=trains and again and self.host is None)
         if self.watch is not None:
             self.watch.begin()
         linears = [one for layer in self._layers for one in layer.linears]

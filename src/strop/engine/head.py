@@ -122,8 +122,8 @@ class LabelLogProbs(Function):
 
 
 class CrossEntropy(Function):
-    """Cross entropy of each row of logits (N, V), which a model has made itself, against labels (N,): (N,) fp32 (of fp64
-    fp64). Some rows at a time, so that no copy of all logits is made but their gradient."""
+    """Cross entropy of each row of logits (N, V), which a model has made itself, against labels (N,): (N,), fp32 (of
+    fp64 fp64). Some rows at a time, so that no copy of all logits is made but their gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
