@@ -65,6 +65,18 @@ def step_rows(found: Any) -> list[str]:
     ]
 
 
+def whole_commands(found: Any) -> str:
+    rates = {name: sorted(one[name]["tokens_per_s"] for one in found["rounds"]) for name in ("strop", "unsloth, grouped")}
+    starts = [statistics.median(one[name]["start_s"] for one in found["rounds"]) for name in rates]
+    (low, *_, high), (least, *_, most) = rates.values()
+    begin, end = found["interval"]
+    return (
+        f"strop {low:.0f} to {high:,.0f} tokens/s, Unsloth {least:.0f} to {most:.0f}: {found['ratio']:.2f} times (median of "
+        f"the rounds' ratios; 95 % interval {begin:.2f} to {end:.2f}). The commands with one step take {starts[0]:.1f} "
+        f"and {starts[1]:.1f} s"
+    )
+
+
 def four_bit_rows(found: Any) -> list[str]:
     return [f"| {one['tokens_per_s']:,.0f} | {one['peak_rss_bytes'] / GIB:.1f} GiB |" for one in found.values()]
 
@@ -223,6 +235,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     (PERFORMANCE, "train_step_amx_2026-11-25.json",
      lambda it: f"and {times(it, 'fast', 'trl, tuned').split()[0]} and 5.0 times tuned TRL"),
     (PERFORMANCE, "train_step_2026-11-25.json", lambda it: f"and {times(it, 'fast', 'trl, tuned')} tuned TRL"),
+    (PERFORMANCE, "whole_commands_zen5.json", whole_commands),
     (PERFORMANCE, "train_step_prefix_2026-11-25.json",
      lambda it: f"{speed(it, 'fast')}, without sharing {speed(it, 'unshared')} ({floor(it, 'unshared')} of the floor), "
      f"Unsloth {speed(it, 'unsloth, rows')}: {times(it, 'fast', 'unsloth, rows')}"),
