@@ -4,10 +4,9 @@
 
 FOLDER gets the random models (3 GB). The machine is measured first, as `strop doctor` does; no case is used in that, so
 that none of them was fitted but where it says so. Each case is a process of its own, on rows of different lengths, on a
-quiet machine. A small step is timed after the machine was measured, and again before and after each case (the fastest
-of four): predictions are scaled by it (`pace`), because a virtual machine's speed drifts by a fifth within minutes.
---narrow: as on a CPU
-without AVX512, whose instructions are hidden, in fp32. The results are kept in --out; `python -m
+quiet machine. A small step is timed after the machine was measured, and again before and after each case (the median of
+eight): predictions are scaled by it (`pace`), because a virtual machine's speed drifts by a fifth within minutes.
+--narrow: as on a CPU without AVX512, whose instructions are hidden, in fp32. The results are kept in --out; `python -m
 tests.planning.test_memory` puts them into docs/plan.md.
 """
 
@@ -42,7 +41,7 @@ from plan_memory import (
 
 DORA_DROPPED = {"lora.use_dora": True, "lora.dropout": 0.05}
 RATES, PACES = -1, -2  # in place of a case's number
-PACED = 4  # times: the fastest counts
+PACED = 8  # times: the median counts
 STEPS, FEW = 6, 20  # of random rows; after how many a run's own forecast is looked at
 
 CASES: list[dict[str, Any]] = [
@@ -130,7 +129,7 @@ def pace(case: dict[str, Any]) -> float:
     from strop.planning.calibrate import pace
 
     dtype = torch.float32 if "model.dtype" in case["options"] else torch.bfloat16
-    return min(pace(dtype) for _ in range(PACED))
+    return statistics.median(pace(dtype) for _ in range(PACED))
 
 
 def predicted(found: dict[str, Any]) -> float:
@@ -152,6 +151,11 @@ def error_of(found: dict[str, Any]) -> float:
     return predicted(found) / found["seconds_a_step"] - 1
 
 
+def unscaled(found: dict[str, Any]) -> float:
+    """The error of what `strop plan` itself says, which knows nothing of what the machine does later."""
+    return (1 + error_of(found)) * found["pace_then"] / found["pace"] - 1
+
+
 def later_error(found: dict[str, Any]) -> float:
     """Of what the run says after FEW steps, of the whole."""
     return (found["forecast_of_rest"] - found["rest"]) / found["whole"]
@@ -167,7 +171,9 @@ def table(results: list[dict[str, Any]]) -> str:
         for one in results
     ]
     sizes = [abs(error_of(one)) for one in results if not one["fitted"]]
+    plain = [abs(unscaled(one)) for one in results if not one["fitted"]]
     told = f"median error {statistics.median(sizes):.1%}, worst {max(sizes):.1%}"
+    told += f"; not scaled {statistics.median(plain):.1%} and {max(plain):.1%}"
     said = f"{len(sizes)} runs that nothing was fitted on: {told}."
     later = [f"{one['name']} {later_error(one):+.1%}" for one in results if "rest" in one]
     told = f"What runs said after {FEW} steps, against their whole time: {'; '.join(later)}."

@@ -246,10 +246,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
      lambda it: [f"| all linear layers | {speed(it, 'fast')} |",
                  f"| with dropout 0.05 | {speed(it, 'dropped')} | {times(it, 'dropped', 'fast', 2).split()[0]} |",
                  f"| with DoRA | {speed(it, 'dora')} | {times(it, 'dora', 'fast', 2).split()[0]} |"]),
-    (PERFORMANCE, "families_2026-11-26.json",  # GPT-NeoX before its GELU was vectorised
-     lambda it: [family_row(name, x) for name, x in it.items() if name != "gpt_neox"]),
-    (PERFORMANCE, "families_own_2026-11-26.json",
-     lambda it: [family_row(name, x) for name, x in it.items() if name != "starcoder2"]),
+    (PERFORMANCE, "families_2026-11-27.json", lambda it: [family_row(name, x) for name, x in it.items()]),
     (PERFORMANCE, "train_step_4bit_2026-11-25.json", four_bit_rows),
     (PERFORMANCE, "train_step_4bit_2026-11-25.json",
      lambda it: f"{times(it, 'nf4 resident', 'fast', 2)} 16 bit and "

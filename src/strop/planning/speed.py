@@ -24,6 +24,8 @@ THIN, THIN_APART = 0.5, 0.25  # of the large products' rate, by products with a 
 ATTENTION, HEAD, MOVED = 0.2, 0.8, 0.5  # shares of the large products' rate, twice, and of memory's
 LAYER_S, KINDS_S, PLAIN, UNPACKED_PER_S = 5e-3, 0.03, 1.8, 1e9
 KINDS_HIDDEN, KINDS_POWER = 576, 0.75  # kinds of product are made in 0.57 and 1.5 times as long at 256 and 1,024
+UPDATE_BYTES = 40  # of a number: read and written by the norm of its gradient, by clipping, and by AdamW
+UPDATE_S = 1e-5  # of a weight: three calls, on a CPU
 FORWARD = 0.35  # of a step's element-wise work: a forward that is done again; and the forward pass of the reference
 ANSWERING = 0.25  # of the probe's rate, where answers are drawn many together
 # DoRA: times a layer's own cost, and times the plain step's time, where peft computes it (each by one run of SmolLM2).
@@ -214,7 +216,8 @@ def steps_seconds(setting: Setting, steps: Sequence[Sequence[MicroBatch]], rate:
 
 
 def _update_seconds(setting: Setting, rate: Rate) -> float:
-    return 24 * setting.adapter_weights / rate.bandwidth
+    weights = 2 * setting.shape.layers * sum(map(bool, setting.ranks))
+    return UPDATE_BYTES * setting.adapter_weights / rate.bandwidth + (0 if rate.peak else UPDATE_S * weights)
 
 
 def drawing_seconds(setting: Setting, drawn: Drawn, rate: Rate) -> float:
