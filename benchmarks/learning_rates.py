@@ -147,9 +147,9 @@ def stages(sweep: Sweep) -> Iterator[str]:
     yield "the rule's own rates"
     for size, name in best:
         sweep.loss({"size": size, "set": name, **USUAL}, learning_rate(parameters(size)))
-    for kind in ("methods", "ranks", "batches"):
+    for kind, size in (("methods", "71M"), ("ranks", "135M"), ("batches", "135M")):
         yield f"{kind}, first rows"
-        changed(kind, "71M", SETS[0])
+        changed(kind, size, SETS[0])
     yield "seeds, 71M"
     seeded("71M")
     yield "three epochs, other rows"
@@ -160,7 +160,7 @@ def stages(sweep: Sweep) -> Iterator[str]:
     yield "five rates"
     for name in SETS:
         sweep.search({"size": "135M", "set": name, **USUAL}, RATES)
-    for size, kind in product(("71M", "99M"), changes):
+    for size, kind in product(SIZES, changes):
         yield f"{kind}, {size}"
         changed(kind, size, *SETS)
 

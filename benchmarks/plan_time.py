@@ -4,8 +4,9 @@
 
 FOLDER gets the random models (3 GB). The machine is measured first, as `strop doctor` does; no case is used in that, so
 that none of them was fitted but where it says so. Each case is a process of its own, on rows of different lengths, on a
-quiet machine. A small step is timed after the machine was measured, and again before and after each case (the median of
-eight): predictions are scaled by it (`pace`), because a virtual machine's speed drifts by a fifth within minutes.
+quiet machine. A small step is timed before and after the machine is measured, and before and after each case (the
+median of eight): predictions are scaled by it (`pace`), because a virtual machine's speed drifts by a fifth within
+minutes. For the same reason the machine is measured three times, and the middle one counts.
 --narrow: as on a CPU without AVX512, whose instructions are hidden, in fp32. The results are kept in --out; `python -m
 tests.planning.test_memory` puts them into docs/plan.md.
 """
@@ -17,10 +18,11 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from measured import child, write
 from plan_memory import (
@@ -39,9 +41,12 @@ from plan_memory import (
     setting_of,
 )
 
+if TYPE_CHECKING:
+    from strop.machine.rates import Rates
+
 DORA_DROPPED = {"lora.use_dora": True, "lora.dropout": 0.05}
 RATES, PACES = -1, -2  # in place of a case's number
-PACED = 8  # times: the median counts
+PACED, TRIES = 8, 3  # times: the median counts
 STEPS, FEW = 6, 20  # of random rows; after how many a run's own forecast is looked at
 
 CASES: list[dict[str, Any]] = [
@@ -78,10 +83,7 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
     import strop
     from strop.config.load import resolve
     from strop.demo import data_files
-    from strop.machine.probe import probe
-    from strop.machine.rates import known_rates
     from strop.planning.here import row_sizes
-    from strop.planning.speed import Rate
 
     model = case["model"] if case["model"] == "demo" else str(make_model(folder, case["model"]))
     with tempfile.TemporaryDirectory() as temp:
@@ -100,9 +102,6 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
         sizes = row_sizes(resolve(None, recipe).recipe)
     steps = [event for event in events if event["event"] == "step"]
     took = [(new["tokens"] - old["tokens"]) / new["tokens_per_s"] for old, new in pairwise(steps)]
-    rates = known_rates(probe(), "cpu")
-    if rates is None:
-        raise RuntimeError("strop doctor has not measured this machine")
     found: dict[str, Any] = {
         "name": name_of(case),
         "recipe": {name: recipe[name] for name in recipe if name.startswith(("model.", "lora.", "train."))},
@@ -111,7 +110,6 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
         "tiles": setting_of(case["model"], recipe).tiles,
         "step": setting_of(case["model"], recipe).step,
         "seconds_a_step": statistics.fmean(took),
-        "rate": asdict(Rate.measured(rates, recipe["model.dtype"])),
         "pace": (before + pace(case)) / 2,
     }
     if len(steps) > 2 * FEW:
@@ -181,12 +179,35 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join([said, "", told, "", *head, *lines, ""])
 
 
+def machine(measured: Callable[[int], Any]) -> tuple[Rates, dict[str, float]]:
+    """What `strop doctor` finds, and a small step's time around it, by type: of three tries the middle one, by its
+    products as if a step took the same time in each. The step is timed in processes of its own: behind a measuring it
+    is faster than in a run's process."""
+    from strop.machine.rates import Rates
+
+    tries = []
+    for _ in range(TRIES):
+        before, found, after = measured(PACES), measured(RATES), measured(PACES)
+        tries.append((found, {name: (before[name] + after[name]) / 2 for name in before}))
+    tries.sort(key=lambda one: one[0]["bf16_flops"] * one[1]["bf16"])
+    found, paces = tries[TRIES // 2]
+    return Rates(**found), paces
+
+
+def of_machine(one: dict[str, Any], rates: Rates, paces: dict[str, float]) -> dict[str, Any]:
+    from strop.planning.speed import Rate
+
+    dtype = one["recipe"]["model.dtype"]
+    return {"rate": asdict(Rate.measured(rates, dtype)), "pace_then": paces[dtype]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for the random models")
     parser.add_argument("--snips", type=Path, help="rows of messages, as long as SNIPS'")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--narrow", action="store_true")
+    parser.add_argument("--machine", action="store_true", help="measure the machine again, for the runs in --out")
     parser.add_argument("--missing", action="store_true", help="only cases that are not in --out yet")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
@@ -199,26 +220,30 @@ def main() -> None:
             from strop.planning.trial import keep_rates, measure_rates
 
             if given.case == PACES:
-                print(
-                    json.dumps({name: pace({"options": options}) for name, options in (("bf16", {}), ("fp32", FP32))})
-                )
+                found = {name: pace({"options": options}) for name, options in (("bf16", {}), ("fp32", FP32))}
             else:
-                keep_rates(probe(), "cpu", measure_rates())
-                print("null")
+                rates = measure_rates()
+                keep_rates(probe(), "cpu", rates)  # runs choose by them
+                found = asdict(rates)
+            print(json.dumps(found))
             return
         if given.narrow:
             CASES[given.case]["options"] = {**FP32, **CASES[given.case]["options"]}
         print(json.dumps(run(given.folder, CASES[given.case], given.snips)))
         return
-    kept = json.loads(given.out.read_text("utf-8"))["results"] if given.out and given.out.is_file() else []
+    kept: list[dict[str, Any]] = (
+        json.loads(given.out.read_text("utf-8"))["results"] if given.out and given.out.is_file() else []
+    )
     found = {(one["name"], one["narrow"]): one for one in kept}
 
     def measured(number: int) -> dict[str, Any]:
         hidden = {**NARROW, "STROP_CACHE": str(given.folder / "narrow-cache")} if given.narrow else {}
         return child([sys.executable, __file__, *sys.argv[1:], "--case", str(number)], hidden)
 
-    measured(RATES)
-    paces = measured(PACES)  # in a process that did not measure: behind that a step is faster than in a run's process
+    rates, paces = machine(measured)
+    if given.machine:
+        write(given.out, [{**one, **of_machine(one, rates, paces)} for one in kept])
+        return
     for number in NARROW_CASES if given.narrow else range(len(CASES)):
         name = name_of(CASES[number])
         if given.missing and (name, given.narrow) in found:
@@ -230,8 +255,7 @@ def main() -> None:
         except RuntimeError as error:
             print(f"{name}: {str(error)[-600:]}", file=sys.stderr)
             continue
-        then = paces[one["recipe"]["model.dtype"]]
-        one = found[name, given.narrow] = {**one, "name": name, "narrow": given.narrow, "pace_then": then}
+        one = found[name, given.narrow] = {**one, "name": name, "narrow": given.narrow, **of_machine(one, rates, paces)}
         one["fitted"] = bool(CASES[number].get("fitted"))
         print(f"{name}: {error_of(one):+.1%} of {one['seconds_a_step']:.2f} s", file=sys.stderr)
         if given.out:

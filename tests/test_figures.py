@@ -66,7 +66,9 @@ def step_rows(found: Any) -> list[str]:
 
 
 def whole_commands(found: Any) -> str:
-    rates = {name: sorted(one[name]["tokens_per_s"] for one in found["rounds"]) for name in ("strop", "unsloth, grouped")}
+    rates = {
+        name: sorted(one[name]["tokens_per_s"] for one in found["rounds"]) for name in ("strop", "unsloth, grouped")
+    }
     starts = [statistics.median(one[name]["start_s"] for one in found["rounds"]) for name in rates]
     (low, *_, high), (least, *_, most) = rates.values()
     begin, end = found["interval"]

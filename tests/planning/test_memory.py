@@ -324,8 +324,6 @@ MISSED = {
     "llama-49m, rows to 512, 2048 at once, gradient_checkpointing on, narrow": 0.15,
     "llama-17m, rows to 512, 2048 at once, batch_size 1, eval 20%, eval_steps 3": 0.15,
 }
-# The same of time, 25 %: of the plain step's run.
-MISSED_TIME = {"llama-49m, rows to 512, 1024 at once, modules_to_save ['layers.0.self_attn.k_proj']": 0.32}
 
 
 def test_the_accuracy_that_the_page_claims_is_that_of_its_runs() -> None:
@@ -338,8 +336,7 @@ def test_the_accuracy_that_the_page_claims_is_that_of_its_runs() -> None:
     for mark, results in TIMED.items():
         time = {run["name"]: abs(TIME.error_of(run)) for run in results if not run["fitted"]}
         assert len(time) >= 18 and statistics.median(time.values()) <= 0.10, mark
-        assert {name for name, error in time.items() if error > 0.25} <= MISSED_TIME.keys(), mark
-        assert all(time.get(name, 0) <= bound for name, bound in MISSED_TIME.items()), mark
+        assert max(time.values()) <= 0.25, mark
         assert all(abs(TIME.later_error(run)) <= 0.05 for run in results if "rest" in run)
     after = [abs(AFTER.error_of(one)) for one in json.loads(PHASES.read_text("utf-8"))["results"] if not one["fitted"]]
     assert len(after) >= 25 and sum(error <= 0.15 for error in after) >= 24 and max(after) <= 0.16
