@@ -73,9 +73,9 @@ def whole_commands(found: Any) -> str:
     (low, *_, high), (least, *_, most) = rates.values()
     begin, end = found["interval"]
     return (
-        f"strop {low:.0f} to {high:,.0f} tokens/s, Unsloth {least:.0f} to {most:.0f}: {found['ratio']:.2f} times (median of "
-        f"the rounds' ratios; 95 % interval {begin:.2f} to {end:.2f}). The commands with one step take {starts[0]:.1f} "
-        f"and {starts[1]:.1f} s"
+        f"strop {low:.0f} to {high:,.0f} tokens/s, Unsloth {least:.0f} to {most:.0f}: {found['ratio']:.2f} times "
+        f"(median of the rounds' ratios; 95 % interval {begin:.2f} to {end:.2f}). The commands with one step take "
+        f"{starts[0]:.1f} and {starts[1]:.1f} s"
     )
 
 
