@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class Arena:
 
 def _buffer(size: int) -> Tensor:
     """Bytes, at least so many, in pages of their own. Raises MemoryError."""
-    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    flags: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     for room in ROOMS:
         try:
             return torch.frombuffer(mmap.mmap(-1, max(size, room), **flags), dtype=torch.uint8)

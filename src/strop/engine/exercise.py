@@ -28,7 +28,7 @@ def exercise(dtype: torch.dtype) -> None:
         if unsupported(adapted) is not None:  # transformers 5.0: no Gemma meets its loops
             continue
         # Alike at their beginning, and long enough for it to be shared.
-        rows = [Example(np.arange(n, dtype=np.int32), np.float32(np.arange(n) > 0), "", 0) for n in (12, 15)]
+        rows = [Example(np.arange(n, dtype=np.int32), (np.arange(n) > 0).astype(np.float32), "", 0) for n in (12, 15)]
         FastLoss(adapted.train(), warm=False)(rows).backward()  # type: ignore[no-untyped-call]
 
 

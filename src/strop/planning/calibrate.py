@@ -132,7 +132,7 @@ def _seconds(loss: Callable[[Sequence[Example]], Tensor], number: int, length: i
         if turn and time.perf_counter() - begun > BUDGET_S:
             break
         at = np.arange(length - turn, dtype=np.int32)
-        rows = [Example((at + row) % SIZES["vocab_size"], np.float32(at > 0), "", 0) for row in range(number)]
+        rows = [Example((at + row) % SIZES["vocab_size"], (at > 0).astype(np.float32), "", 0) for row in range(number)]
         for once in range(2):
             started = time.perf_counter()
             loss(rows).backward()  # type: ignore[no-untyped-call]
