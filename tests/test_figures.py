@@ -79,6 +79,38 @@ def whole_commands(found: Any) -> str:
     )
 
 
+def scores(found: Any) -> list[str]:
+    *_, bits, nf4, int8 = script(ROOT / "benchmarks" / "quantized_scores.py").table(found).splitlines()
+    return [bits, nf4, int8]
+
+
+def of_scheme(found: Any, scheme: str, name: str = "exact_json") -> float:
+    return statistics.fmean(one["tuned"][name] for one in found if one["scheme"] == scheme)
+
+
+def apart(found: Any, scheme: str, name: str = "exact_json") -> float:
+    """From 16 bit."""
+    return of_scheme(found, scheme, name) - of_scheme(found, "none", name)
+
+
+def quantized_apart(found: Any) -> list[str]:
+    valid = [one["tuned"]["valid_json"] for one in found]
+    return [
+        f"nf4 is {-100 * apart(found, 'nf4'):.1f} points below 16 bit in the mean and int8 "
+        f"{100 * apart(found, 'int8'):.1f} above it",
+        f"In loss nf4 is {apart(found, 'nf4', 'loss'):.3f} above 16 bit",
+        f"Valid JSON: {100 * min(valid):.1f} to {100 * max(valid):.0f} %",
+    ]
+
+
+def quantized_in_short(found: Any) -> list[str]:
+    nf4, bits = (100 * of_scheme(found, scheme) for scheme in ("nf4", "none"))
+    return [
+        f"{nf4:.1f} % exact answers in the mean of three seeds, 16 bit {bits:.1f} %",
+        f"differ by {apart(found, 'nf4', 'loss'):.3f} in loss on SNIPS and by {bits - nf4:.1f} points in exact answers",
+    ]
+
+
 def four_bit_rows(found: Any) -> list[str]:
     return [f"| {one['tokens_per_s']:,.0f} | {one['peak_rss_bytes'] / GIB:.1f} GiB |" for one in found.values()]
 
@@ -264,6 +296,9 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
      lambda it: "strop {:,.0f} rows/s and {:.0f} MiB beyond the tokenizer, TRL 1.16 with packing {:,.0f} rows/s and "
      "{:.0f} MiB".format(*(statistics.median(run[key] for run in it[tool]) / unit
                            for tool in ("strop", "trl") for key, unit in (("rows_per_s", 1), ("peak_bytes", MIB))))),
+    (QUANTIZATION, "quantized_scores.json", scores),
+    (QUANTIZATION, "quantized_scores.json", quantized_apart),
+    ("docs/lesson.md", "quantized_scores.json", quantized_in_short),
     (QUANTIZATION, "quantized_memory_1b_2026-11-25.json", lambda it: stored_row(it, "nf4 streamed")),
     (QUANTIZATION, "big_model_2026-11-25.json", big_model),
     (QUANTIZATION, "init_quantized_2026-11-25.json", started_rows),
@@ -368,14 +403,10 @@ WAITING: dict[str, dict[str, str]] = {
         r"\| strop, fp32 \|.*74.8 % \|": "benchmarks/llamacpp.py RUN --data test_210.jsonl, all types",
     },
     "docs/quantization.md": {
-        r"Valid JSON: 99.5 to 100 %.*\| 66.2 \|": "strop train, strop eval on SNIPS, three seeds each",
-        "nf4 is 1.5 points below 16 bit": "the same",
         r"\| SmolLM2-135M, nf4 streamed \| .* \(weights 257\) \|": "benchmarks/quantized_memory.py",
         r"\(186 and 183 % of that\)": "the same, and of the 1B model",
     },
     "docs/lesson.md": {
-        r"on SNIPS 64.8 % exact answers .* 16 bit 66.3 %": "as quantization.md",
-        "by 0.006 in loss on SNIPS and by 1.5 points in exact answers": "as quantization.md",
         r"mean KL 1.8, and the next word agrees .* mean KL 6.3e-5": "as after.md",
     },
 }  # fmt: skip
