@@ -28,7 +28,7 @@ def in_heap(rows: int, width: int, like: Tensor) -> Tensor:
 class Arena:
     """Gives tensors that hold until the next micro-batch begins, or the next layer that is computed again. Its buffers'
     pages count from their first use, and stay: a micro-batch that is larger than all before takes only what it needs
-    more (to get and clear the pages of all anew took a sixth of a step)."""
+    more (to get and clear the pages of all anew took a seventh of such a step)."""
 
     def __init__(self) -> None:
         self.round = 0
