@@ -26,7 +26,7 @@ def start(library: Path) -> None:
 
     torch.set_num_threads(1)
     # Before a card seems to be there: its library for CUDA is not.
-    import bitsandbytes.functional  # noqa: F401
+    import bitsandbytes.functional  # noqa: F401 (for what its import does)
 
     device.take_guard()
 

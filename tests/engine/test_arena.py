@@ -59,13 +59,13 @@ def test_what_finds_no_room_lies_in_a_buffer_more_which_stays(monkeypatch: pytes
 def test_where_no_large_buffer_can_be_had_a_small_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def pages(_: int, size: int, **__: int) -> mmap:
+    def pages(size: int) -> mmap:
         tried.append(size)
         if size > 1 << 20:
             raise OSError("Cannot allocate memory")
         return mmap(-1, size)
 
-    monkeypatch.setattr("strop.engine.arena.mmap.mmap", pages)
+    monkeypatch.setattr("strop.engine.arena.own_pages", pages)
     arena = Arena()
     arena.begin(used=True)
     assert arena(5, 3, LIKE).fill_(1).sum() == 15 and tried == [1 << 30, 64 << 20, 64]

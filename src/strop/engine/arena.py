@@ -6,14 +6,12 @@ library's heap that leaves holes which nothing fits (docs/log has what they took
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from strop.machine.heap import give_back
+from strop.machine.heap import give_back, own_pages
 
 ALIGNED = 64  # bytes: a cache line, and a vector of the widest instructions
 ROOMS = 1 << 30, 64 << 20, 0  # bytes of a buffer at least, the first that can be had
@@ -77,11 +75,10 @@ class Arena:
 
 
 def _buffer(size: int) -> Tensor:
-    """Bytes, at least so many, in pages of their own. Raises MemoryError."""
-    flags: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    """Bytes, at least so many. Raises MemoryError."""
     for room in ROOMS:
         try:
-            return torch.frombuffer(mmap.mmap(-1, max(size, room), **flags), dtype=torch.uint8)
+            return torch.frombuffer(own_pages(max(size, room)), dtype=torch.uint8)
         except OSError:
             continue
     raise MemoryError(f"no {size >> 20} MiB for what a micro-batch keeps")

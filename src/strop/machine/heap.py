@@ -1,11 +1,13 @@
-"""What the C library keeps of memory that was freed."""
+"""What the C library keeps of memory that was freed, and memory that it does not manage."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 from contextlib import suppress
+from typing import Any
 
 LARGE, KEPT = 32 << 20, 64 << 20  # bytes: of a block, and at the heap's end
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -27,3 +29,10 @@ def give_back() -> None:
     if sys.platform == "linux":
         with suppress(AttributeError):  # another C library than glibc
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def own_pages(size: int) -> mmap.mmap:
+    """Zeros, in pages of their own, each of which takes memory from when it is written. Raises OSError where there is
+    no room for so many."""
+    flags: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return mmap.mmap(-1, size, **flags)

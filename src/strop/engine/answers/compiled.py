@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from strop.engine.families import ACTIVATIONS
 from strop.engine.joined import Quantized, base_of
 from strop.engine.layers import Layers, NormPart, about
 from strop.engine.processor import answering_loops
+from strop.machine.heap import own_pages
 
 
 class CompiledPass:
@@ -216,8 +216,8 @@ def width_of(size: int) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """In pages of their own, which take no memory before they are written (torch.zeros writes them all)."""
-    return torch.frombuffer(mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+    """What is not used takes no memory (torch.zeros writes it all)."""
+    return torch.frombuffer(own_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def _array(x: Tensor) -> Any:
