@@ -50,7 +50,8 @@ class Dora:
         """The gradients of g, times g (n,). What g multiplies, z' W^T + s z' A^T B^T, is computed again."""
         along = torch.zeros_like(gains)
         for (start, end), own, up, adapter in parts.each(z):
-            product, _ = lora.forward(own, end - start, adapter)
+            product = own.new_empty(len(own), end - start)
+            lora.forward(own, end - start, adapter)[0].into(product)
             product.addmm_(own, weight[start:end].t(), alpha=up)
             upstream = grad[:, start:end].contiguous()
             along[start:end] = self.ops.scale_columns_backward(upstream, product, gains[start:end])[1]

@@ -86,6 +86,7 @@ class FastLoss:
         self.prefix_sharing = prefix_sharing and not self._family.mixer
         self._device: torch.device = self._head.weight.device
         self._processor = processor_for(self._device, self._head.weight.dtype, warm=warm)
+        self._product = self._processor.product(self._head.weight.shape)
         self._ops, self.lacking = self._processor.ops, self._processor.lacking
         self._drops = drops_for(self._head.weight)
         on_cpu = self._device.type == "cpu"
@@ -171,6 +172,7 @@ class FastLoss:
             self._drops,
             head.weight.requires_grad,
             head.bias is not None and head.bias.requires_grad,
+            self._product,
         )
         return output, *(output.trained if torch.is_grad_enabled() else [])
 

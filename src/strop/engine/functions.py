@@ -2,7 +2,8 @@
 
 It saves the least that its backward needs, gives no gradient to frozen weights, and leaves the element-wise work
 to `Ops` (eager.py on any device, cpu/kernels.py on a CPU with numba, card/kernels.py on a card with Triton) and LoRA's
-own products to `LoraProducts` (lora.py anywhere, lora_tiles.py on a CPU with AVX512-BF16).
+own products to `LoraProducts` (lora.py anywhere, cpu/lora_tiles.py on a CPU with AVX512-BF16), the frozen ones to
+`FrozenProduct` (lora.product anywhere, cpu/frozen.py on such a CPU without AMX).
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch.autograd import Function
 from strop.engine.arena import Arena, New, in_heap
 from strop.engine.dora import Dora, Dropping
 from strop.engine.dropout import Dropped, Drops
-from strop.engine.lora import Adapters
+from strop.engine.lora import Adapters, Added, Held, product
 from strop.engine.norms import Norm
-from strop.engine.operations import About, Loops, LoraProducts, Ops, Room
+from strop.engine.operations import About, FrozenProduct, Loops, LoraProducts, Ops, Room
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Frozen:
     drops: Drops | None = None
     dora: Dora | None = None
     biased: tuple[tuple[int, int], ...] = ()  # the outputs whose bias is trained, from and to
+    product: FrozenProduct = product
 
     def spread(self, z: Tensor) -> Tensor:
         """What the adapters take: z, or what their dropout leaves of it, for each its own."""
@@ -137,9 +139,6 @@ class LoraLinear(Function):
     A_2, ..., for DoRA then m_1 (n_1,), m_2, ..., the biases that are trained, and `trained` of a norm in front. Saves
     x and scale z A^T (T, sum of r); for DoRA also y, which what stands behind saves as well where there is no residual,
     but not with dropout (dora.py has what y is then).
-
-    The frozen product is added to the adapters', and the sum is rounded once. The other way round, what an adapter adds
-    to a number that is in bf16 already rounds away below half of its last bit, and a young adapter adds no more.
     """
 
     @staticmethod
@@ -150,35 +149,28 @@ class LoraLinear(Function):
         ctx.frozen, ctx.enter, weight = frozen, enter, frozen.weight()
         new: New = frozen.arena or in_heap
         ctx.round = frozen.arena.round if frozen.arena else 0
-        if frozen.scales:
-            adapters, magnitudes = frozen.split(parts)
-            entered, dora, dropping = frozen.spread(z), frozen.dora, frozen.dropping(adapters)
-            y, kept = frozen.lora.forward(entered, len(weight), adapters, new)
-            if dora is not None and dropping is not None:
-                gains = dora.gains(weight, dropping.undropped, magnitudes)
-                dora.changed_(y, entered, weight, gains, dropping)
-            y.addmm_(z, weight.t())
-            if dora is not None and dropping is None:
-                gains = dora.gains(weight, adapters, magnitudes)
-                dora.ops.scale_columns_(y, gains)
+        y = new(len(z), len(weight), z)
+        if not frozen.scales:
+            ctx.save_for_backward(*([] if enter is None else [x]))
+            return frozen.product(z, weight, True, y, None, frozen.bias, residual)
+        adapters, magnitudes = frozen.split(parts)
+        entered, dora, dropping = frozen.spread(z), frozen.dora, frozen.dropping(adapters)
+        added, kept = frozen.lora.forward(entered, len(weight), adapters, new)
+        if dora is not None and dropping is not None:
+            gains = dora.gains(weight, dropping.undropped, magnitudes)
+            added.into(y)
+            dora.changed_(y, entered, weight, gains, dropping)
+            added, kept = Held(), (gains, *kept)
+        if dora is None or dropping is not None:
+            frozen.product(z, weight, True, y, added, frozen.bias, residual)
+        else:
+            gains = dora.gains(weight, adapters, magnitudes)
+            dora.ops.scale_columns_(frozen.product(z, weight, True, y, added), gains)
             if frozen.bias is not None:
                 y += frozen.bias
-            if dora is not None and dropping is None:
-                kept = (gains, y, *kept)
-                y = y if residual is None else y + residual
-                residual = None
-            elif dora is not None:
-                kept = (gains, *kept)
-            ctx.save_for_backward(x, *parts[: frozen.factors], *kept)
-        else:
-            ctx.save_for_backward(*([] if enter is None else [x]))
-            y = new(len(z), len(weight), z)
-            if frozen.bias is None:
-                torch.mm(z, weight.t(), out=y)
-            else:
-                torch.addmm(frozen.bias, z, weight.t(), out=y)
-        if residual is not None:
-            y += residual
+            kept = (gains, y, *kept)
+            y = y if residual is None else y + residual
+        ctx.save_for_backward(x, *parts[: frozen.factors], *kept)
         return y
 
     @staticmethod
@@ -192,6 +184,7 @@ class LoraLinear(Function):
         grad, grad_z, wanted = grad.contiguous(), None, ctx.needs_input_grad[0] or whole
         residual = grad if ctx.needs_input_grad[3] else None
         of_biases = frozen.of_biases(grad)
+        added: Added | None = None
         weight, entered, through = None, None, grad  # what the adapters take, and the gradient of what they give
         grads_m: list[Tensor] = []
         if saved:
@@ -211,14 +204,18 @@ class LoraLinear(Function):
                 through = grad
             for (start, end), m in zip(frozen.columns, magnitudes, strict=False):
                 grads_m.append((along[start:end] / m).to(m.dtype))
-            grad_za, grad_z = frozen.lora.backward(through, wanted, kept, adapters)
-            if grad_z is not None:
+            added, grad_za = frozen.lora.backward(through, kept, adapters)
+            if not wanted:
+                added.alone()
+            elif frozen.dropped is not None:
+                added.into(grad_z := grad.new_empty(len(grad), adapters.entered))
                 if dora is not None and dropping is not None:
                     dora.back_(grad_z, grad, weight, gains, dropping)
-                grad_z = frozen.fold(grad_z)
+                grad_z, added = frozen.fold(grad_z), Held()
         if wanted:
             weight = frozen.weight() if weight is None else weight
-            grad_z = grad @ weight if grad_z is None else grad_z.addmm_(grad, weight)
+            grad_z = grad.new_empty(len(grad), weight.shape[1]) if grad_z is None else grad_z
+            frozen.product(grad, weight, False, grad_z, added)
         z, grad_x = x, grad_z
         if isinstance(enter, InFront) and grad_z is not None:
             grad_x, z = enter.backward(grad_z, x)

@@ -17,8 +17,8 @@ from torch.autograd import Function
 
 from strop.engine import lora
 from strop.engine.dropout import Dropped, Drops
-from strop.engine.lora import Adapters
-from strop.engine.operations import Ops
+from strop.engine.lora import Adapters, Product
+from strop.engine.operations import FrozenProduct, Ops
 
 CHUNK_BYTES = 24 * 2**20  # logits at once: 256 rows of a vocabulary of 49,152 in bf16
 CARD_CHUNK_BYTES = 256 * 2**20  # on a card, whose products want more rows: each chunk reads the whole head twice
@@ -47,6 +47,7 @@ class Output:
     drops: Drops | None = None
     whole: bool = False
     biased: bool = False
+    product: FrozenProduct = lora.product
 
     @property
     def trained(self) -> list[Tensor]:
@@ -166,12 +167,12 @@ class _Sums:
         if self.of_weight is not None:
             _add_product(self.of_weight, logits, x)
         if low is None:
-            torch.mm(logits, weight, out=self.of_x[rows])
+            self.output.product(logits, weight, False, self.of_x[rows])
             return
         at = self.output.at
         mine = logits[:, at]
         logits[:, at] = 0
-        torch.mm(logits, weight, out=self.of_x[rows])
+        self.output.product(logits, weight, False, self.of_x[rows])
         self.of_x[rows].addmm_(mine, low)
         if self.slopes is not None:
             self.slopes[rows] = mine
@@ -255,10 +256,9 @@ def _losses(x: Tensor, labels: Tensor, weights: Tensor, output: Output, sums: _S
     entering = _Entering(x, output) if output.adapters and sums is None else None if sums is None else sums.entering
     for begin in range(0, len(x), chunk):
         rows = slice(begin, begin + chunk)
-        if entering is None:
-            logits = x[rows] @ weight.t()
-        else:  # added to what the adapters give, and rounded once
-            logits = (entering.za[rows] @ entering.b.t()).addmm_(x[rows], weight.t())
+        added = None if entering is None else Product(entering.za[rows], entering.b.t())
+        logits = x.new_empty(len(x[rows]), len(weight))
+        output.product(x[rows], weight, True, logits, added)
         if low is not None:
             logits[:, output.at] = x[rows] @ low.t()
         if output.bias is not None:

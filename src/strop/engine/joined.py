@@ -17,7 +17,7 @@ from strop.engine.dora import Dora
 from strop.engine.dropout import CountedDropout, Dropped, Drops, grown
 from strop.engine.functions import Enter, Frozen, LoraLinear
 from strop.engine.norms import Norm
-from strop.engine.operations import LoraProducts, Ops, Room, apply
+from strop.engine.operations import FrozenProduct, LoraProducts, Ops, Room, apply
 from strop.engine.tokens import without
 
 
@@ -106,17 +106,20 @@ class Joined:
         enter: Enter,
         workspace: Workspace,
         products_of: ProductsOf,
+        product_of: Callable[[Sequence[int]], FrozenProduct],
         drops: Drops,
         ops: Ops,
         arena: Arena | None = None,
     ) -> None:
-        """products_of: gives LoRA's products for layers of these sizes (Processor.lora). drops: draws the masks. arena:
-        where the output lies, which is kept for the backward, on a CPU."""
+        """products_of, product_of: give LoRA's products and the frozen one for layers of these sizes (Processor.lora,
+        Processor.product). drops: draws the masks. arena: where the output lies, which is kept for the backward, on a
+        CPU."""
         self.modules, self.enter, self.drops, self._ops, self._arena = modules, enter, drops, ops, arena
         self._dora: Dora | None = None
         self.room = workspace.entered if base_of(modules[0]).weight.device.type == "cpu" else None
         self.bases = [base_of(module) for module in modules]
-        self._products = products_of([size for base in self.bases for size in (base.in_features, base.out_features)])
+        sizes = [size for base in self.bases for size in (base.in_features, base.out_features)]
+        self._products, self._product = products_of(sizes), product_of(sizes)
         biases = [base.bias for base in self.bases]
         self._trained = any(bias is not None and bias.requires_grad for bias in biases)
         self.bias = _side_by_side(biases) if biases[0] is not None and not self._trained else None
@@ -148,7 +151,7 @@ class Joined:
         products, dropped = self.operands or self._products(now.parts), dropped_by(now.dropouts, tokens)
         lies = now.columns, now.scales, self.room, self._arena, dropped, self.drops
         bias, biased, trained = self._biases(x) if self._trained else (self.bias, (), [])
-        frozen = Frozen(self.weight, bias, products, *lies, self._dora_of(now.magnitudes), biased)
+        frozen = Frozen(self.weight, bias, products, *lies, self._dora_of(now.magnitudes), biased, self._product)
         whole = enter.trained if isinstance(enter, Norm) else ()
         return apply(LoraLinear, x, frozen, enter, residual, *now.parts, *now.magnitudes, *trained, *whole)
 

@@ -1,13 +1,14 @@
 """The adapters beside frozen linear layers, and their products in plain PyTorch: any device, any type of float.
 
-What lora_tiles.py must equal. z (T, k) is the layers' input and y (T, n) their output; za (T, sum of r) is scale z A^T.
-Where `apart`, each adapter has an input of its own, and z (T, m k) holds them side by side.
+What cpu/lora_tiles.py and cpu/frozen.py must equal. z (T, k) is the layers' input and y (T, n) their output; za
+(T, sum of r) is scale z A^T. Where `apart`, each adapter has an input of its own: z (T, m k) holds them side by side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -44,11 +45,85 @@ class Adapters:
         return self.width * (len(self.scales) if self.apart else 1)
 
 
-def forward(
-    z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap
-) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    """y (T, outputs) with y[:, columns_i] = za_i B_i^T, and what the other two need: za, and A and B as they were used.
-    new: gives the memory that y lies in.
+class Added(Protocol):
+    """What is added to a frozen product: in the forward (T, n) za B^T, in the backward (T, entered) grad_za A.
+
+    It, and the za or grad_za that came with it, hold numbers once one of these two was called."""
+
+    def into(self, y: Tensor) -> None:
+        """y becomes what is added."""
+
+    def alone(self) -> None:
+        """Computes za or grad_za, where the product is not wanted."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """thin w."""
+
+    thin: Tensor
+    w: Tensor
+
+    def into(self, y: Tensor) -> None:
+        torch.mm(self.thin, self.w, out=y)
+
+    def alone(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Parts:
+    """thin_i w_i side by side, of parts of thin's columns and of w's rows."""
+
+    thin: Tensor
+    w: Tensor
+    ranks: tuple[int, ...]
+
+    def into(self, y: Tensor) -> None:
+        own = zip(torch.split(self.thin, [*self.ranks], 1), torch.split(self.w, [*self.ranks]), strict=True)
+        torch.cat([part @ of for part, of in own], 1, out=y)
+
+    def alone(self) -> None:
+        pass
+
+
+class Held:
+    """What y holds already."""
+
+    def into(self, y: Tensor) -> None:
+        pass
+
+    def alone(self) -> None:
+        pass
+
+
+def product(
+    x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Added | None = None, bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y (T, n) = x (T, k) W^T + added + bias + residual; weight (n, k) with `along`, else W^T (k, n). Gives y.
+
+    The frozen product is added to the adapters', and the sum is rounded once. The other way round, what an adapter adds
+    to a number that is in bf16 already rounds away below half of its last bit, and a young adapter adds no more.
+    """
+    w = weight.t() if along else weight
+    if added is not None:
+        added.into(y)
+        y.addmm_(x, w)
+        if bias is not None:
+            y += bias
+    elif bias is not None:
+        torch.addmm(bias, x, w, out=y)
+    else:
+        torch.mm(x, w, out=y)
+    if residual is not None:
+        y += residual
+    return y
+
+
+def forward(z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap) -> tuple[Added, tuple[Tensor, ...]]:
+    """za_i B_i^T in columns_i of (T, outputs), and what the other two need: za, and A and B as they were used. new:
+    gives the memory of what is kept.
 
     The A stand in one matrix and the B in another, zeros around them: two narrow products, not two an adapter.
     """
@@ -59,19 +134,14 @@ def forward(
         b[start:end, at : at + part.shape[1]].copy_(part)
         at += part.shape[1]
     za = entering(z, a, adapters)
-    return torch.mm(za, b.t(), out=new(len(z), outputs, z)), (za, a, b)
+    return Product(za, b.t()), (za, a, b)
 
 
-def backward(grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Tensor, Tensor | None]:
-    """grad_za, scale not in it, and where it goes further grad_za A, as wide as z. grad (T, n)."""
+def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Added, Tensor]:
+    """grad_za A, as wide as z, and grad_za, scale not in it. grad (T, n)."""
     _, a, b = kept
     grad_za = grad @ b
-    if not further:
-        return grad_za, None
-    if not adapters.apart:
-        return grad_za, grad_za @ a
-    own = zip(torch.split(grad_za, list(adapters.ranks), 1), torch.split(a, list(adapters.ranks)), strict=True)
-    return grad_za, torch.cat([part @ of for part, of in own], 1)
+    return (Parts(grad_za, a, adapters.ranks) if adapters.apart else Product(grad_za, a)), grad_za
 
 
 def gradients(

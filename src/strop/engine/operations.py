@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from strop.engine.arena import Arena, New, in_heap
-from strop.engine.lora import Adapters
+from strop.engine.lora import Adapters, Added
 from strop.engine.packed import Places
 
 About = tuple[float, float, float, float]  # of an activation (layers.about)
@@ -53,13 +53,20 @@ class LoraProducts(Protocol):
 
     def forward(
         self, z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap
-    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
-    def backward(
-        self, grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters
-    ) -> tuple[Tensor, Tensor | None]: ...
+    ) -> tuple[Added, tuple[Tensor, ...]]: ...
+    def backward(self, grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Added, Tensor]: ...
     def gradients(
         self, grad: Tensor, z: Tensor, grad_za: Tensor, kept: tuple[Tensor, ...], adapters: Adapters
     ) -> list[Tensor]: ...
+
+
+class FrozenProduct(Protocol):
+    """x W^T and what is added to it; meaning in lora.product."""
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Added | None = None, bias: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor: ...  # fmt: skip
 
 
 class Room:

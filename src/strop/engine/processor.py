@@ -16,7 +16,7 @@ from strop.engine import dropout, eager, lora
 from strop.engine.attention import Attention, Heads, Turned
 from strop.engine.dropout import Drops
 from strop.engine.joined import Joined
-from strop.engine.operations import Loops, LoraProducts, Ops, apply
+from strop.engine.operations import FrozenProduct, Loops, LoraProducts, Ops, apply
 from strop.engine.packed import Documents
 from strop.machine.probe import TILED_RANK, probe
 
@@ -76,6 +76,14 @@ class Processor:
         return lambda adapters: cast(
             LoraProducts, lora if any(len(a) > TILED_RANK for a in adapters[::2]) else lora_tiles
         )
+
+    def product(self, sizes: Sequence[int]) -> FrozenProduct:
+        """The products of frozen linear layers with these inputs and outputs."""
+        if not self.tiles or any(size % 32 for size in sizes):
+            return lora.product
+        from strop.engine.cpu import frozen  # its import starts threads
+
+        return frozen.product if frozen.WINS else lora.product
 
     def host_memory(self, device: torch.device) -> Any:
         """Where inputs of layers that are computed again wait for their backward, of a card."""

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from strop.engine import lora
 from strop.engine.card.lora import laid_out
-from strop.engine.lora import Adapters
+from strop.engine.lora import Adapters, Added
 from tests.support.attention import rand
 
 
@@ -28,6 +29,11 @@ KINDS = [
 ]
 
 
+def filled(added: Added, like: Tensor) -> Tensor:
+    added.into(y := torch.empty_like(like))
+    return y
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_as_in_pytorch(apart: bool) -> None:
     torch.manual_seed(0)
@@ -35,11 +41,12 @@ def test_as_in_pytorch(apart: bool) -> None:
     made = laid_out([(one, 12) for one in layers], torch.float64)
     for one, operands in zip(layers, made, strict=True):
         z, grad = rand(5, one.entered), rand(5, 12)
-        y, kept = operands.forward(z, 12, one)
+        added, kept = operands.forward(z, 12, one)
         expected, own = lora.forward(z, 12, one)
-        torch.testing.assert_close((y, *kept), (expected, *own), rtol=0, atol=0)
-        grad_za, grad_z = operands.backward(grad, True, kept, one)
-        torch.testing.assert_close((grad_za, grad_z), lora.backward(grad, True, own, one), rtol=0, atol=0)
+        torch.testing.assert_close((filled(added, grad), *kept), (filled(expected, grad), *own), rtol=0, atol=0)
+        added, grad_za = operands.backward(grad, kept, one)
+        expected, of_za = lora.backward(grad, own, one)
+        torch.testing.assert_close((filled(added, z), grad_za), (filled(expected, z), of_za), rtol=0, atol=0)
         gradients = operands.gradients(grad, z, grad_za, kept, one)
         torch.testing.assert_close(gradients, lora.gradients(grad, z, grad_za, own, one))
         assert all(found.is_contiguous() for found in gradients), "autograd copies what is not laid out as the weight"

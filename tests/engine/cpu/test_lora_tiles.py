@@ -53,8 +53,14 @@ def case(shape: str, tokens: int) -> tuple[Tensor, Tensor, Adapters]:
 
 def run(module: Any, z: Tensor, grad: Tensor, adapters: Adapters, further: bool = True) -> list[Tensor]:
     """y, grad_z where it goes further, and the adapters' gradients."""
-    y, kept = module.forward(z, grad.shape[1], adapters)
-    grad_za, grad_z = module.backward(grad, further, kept, adapters)
+    added, kept = module.forward(z, grad.shape[1], adapters)
+    added.into(y := torch.empty_like(grad))
+    added, grad_za = module.backward(grad, kept, adapters)
+    grad_z = torch.empty_like(z)
+    if further:
+        added.into(grad_z)
+    else:
+        added.alone()
     return [y, *([grad_z] if further else []), *module.gradients(grad, z, grad_za, kept, adapters)]
 
 
@@ -77,8 +83,10 @@ def test_as_near_to_fp64_as_products_are(tiles: Any, shape: str, tokens: int, fu
 
 def test_gradients_are_summed_in_fp32(tiles: Any) -> None:
     z, grad, adapters = case("q, k and v", 300)
-    _, kept = tiles.forward(z, grad.shape[1], adapters)
-    grad_za, _ = tiles.backward(grad, False, kept, adapters)
+    added, kept = tiles.forward(z, grad.shape[1], adapters)
+    added.alone()
+    added, grad_za = tiles.backward(grad, kept, adapters)
+    added.alone()
     found = tiles.gradients(grad, z, grad_za, kept, adapters)
     for i, ((start, end), scale) in enumerate(zip(adapters.columns, adapters.scales, strict=True)):
         slot = slice(16 * i, 16 * (i + 1))

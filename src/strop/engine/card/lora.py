@@ -16,7 +16,7 @@ from torch import Tensor
 from strop.engine import lora
 from strop.engine.arena import New, in_heap
 from strop.engine.joined import Joined
-from strop.engine.lora import Adapters
+from strop.engine.lora import Adapters, Added, Product
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,12 @@ class Operands:
 
     def forward(
         self, z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Added, tuple[Tensor, ...]]:
         za = lora.entering(z, self.a, adapters)
-        return torch.mm(za, self.b.t(), out=new(len(z), outputs, z)), (za, self.a, self.b)
+        return Product(za, self.b.t()), (za, self.a, self.b)
 
-    def backward(
-        self, grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters
-    ) -> tuple[Tensor, Tensor | None]:
-        return lora.backward(grad, further, kept, adapters)
+    def backward(self, grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Added, Tensor]:
+        return lora.backward(grad, kept, adapters)
 
     def gradients(
         self, grad: Tensor, z: Tensor, grad_za: Tensor, kept: tuple[Tensor, ...], adapters: Adapters

@@ -16,13 +16,13 @@ from numba.extending import intrinsic
 from strop.engine.cpu.amx import claim_whole, generate_wide, release
 from strop.engine.cpu.compiled import inline, loop
 from strop.engine.cpu.dots import location
+from strop.engine.cpu.turn import turn
 
 LANES = 16
 COLUMNS = 4 * LANES  # rows of numbers that are multiplied together
 AHEAD = 2 * LANES  # rows of weights that are asked for before they are needed
 DEEP = 4 * LANES  # rows of weights whose results are written together
-_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_SUMS, _NUMBERS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+_I64 = ir.IntType(64)
 
 
 def _tiles(vectors: int) -> Any:
@@ -44,34 +44,6 @@ def _tiles(vectors: int) -> Any:
 
 
 _one, _two, _three, _four = (_tiles(vectors) for vectors in (1, 2, 3, 4))
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _turn(context: Any, a: Any, a_at: Any, lda: Any, c: Any, c_at: Any, ldc: Any) -> Any:
-    """c[j * ldc + i] = a[i * lda + j] for 16 rows and columns of fp32."""
-    long = types.int64
-
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        source, into = (location(context, b, signature.args[i], args[i], args[i + 1]) for i in (0, 3))
-
-        def place(start: Any, row: int, step: Any) -> Any:
-            return b.bitcast(b.gep(start, [b.mul(step, _I64(row))]), _SUMS.as_pointer())
-
-        rows, distance = [b.load(place(source, i, args[2]), align=4) for i in range(LANES)], 1
-        while distance < LANES:  # blocks of `distance` squared change sides
-            low = [LANES + j - distance if j & distance else j for j in range(LANES)]
-            high = [LANES + j if j & distance else j + distance for j in range(LANES)]
-            for i in (i for i in range(LANES) if not i & distance):
-                pair = rows[i], rows[i + distance]
-                rows[i], rows[i + distance] = (
-                    b.shuffle_vector(*pair, ir.Constant(_NUMBERS, places)) for places in (low, high)
-                )
-            distance *= 2
-        for j, row in enumerate(rows):
-            b.store(row, place(into, j, args[5]), align=4)
-        return context.get_dummy_value()
-
-    return types.void(a, long, long, c, long, long), generate
 
 
 @inline
@@ -121,7 +93,7 @@ def tiled(part: Any, laid: Any, y: Any, column: Any, lanes: Any) -> None:
                     for c in range(0, deep, LANES):
                         to = (first + i) * width + column + begin + c
                         if i + LANES <= there:
-                            _turn(held, c * COLUMNS + i, COLUMNS, out, to, width)
+                            turn(held, c * COLUMNS + i, COLUMNS, out, to, width)
                         else:
                             for row in range(there - i):
                                 for j in range(LANES):

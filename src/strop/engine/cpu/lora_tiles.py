@@ -217,6 +217,7 @@ class _Plan:
     rank: int  # of all slots
     ats: tuple[int, ...]  # where each slot begins
     filled: int  # outputs that an adapter adds to
+    alone: bool  # none of them has two adapters
     forward: tuple[Any, Any]
     backward: tuple[Any, Any]
     gradients: tuple[Any, Any]  # spans of A and of B
@@ -258,6 +259,7 @@ def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any, apart:
         total,
         tuple(ats),
         sum(count for count, again in zip(counts, more, strict=True) if not again),
+        not any(more),
         (np.array(enter), np.array(out)),
         (np.array(into), np.array(leave)),
         (np.array(of_a), np.array(of_b)),
@@ -271,39 +273,51 @@ def _plan_of(adapters: Adapters) -> _Plan:
     return _plan(threading.get_ident(), *about)
 
 
-def forward(
-    z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap
-) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+@dataclass(frozen=True)
+class Added:
+    """lora.Added: x (T, k), `first`, enter, `second` and leave as in _through, thin (T, rank) to be computed."""
+
+    x: Tensor
+    first: Any
+    enter: Any
+    second: Any
+    leave: Any
+    thin: Tensor
+    filled: int
+    twice: bool  # two adapters add to the same columns
+
+    def into(self, y: Tensor) -> None:
+        if self.filled < y.shape[1]:
+            y.zero_()
+        self._pass(self.leave, y)
+
+    def alone(self) -> None:
+        self._pass(self.leave[:0], self.thin)
+
+    def _pass(self, leave: Any, onto: Tensor) -> None:
+        lanes = get_num_threads()
+        _through(array(self.x), self.first, self.enter, self.second, leave, lanes, array(self.thin), array(onto))
+
+
+def forward(z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap) -> tuple[Added, tuple[Tensor, ...]]:
     plan = _plan_of(adapters)
     first, second = plan.matrices[:2]
     for at, span, (a, b, scale) in zip(plan.ats, plan.forward[1], adapters, strict=True):
         begin, step = (at * (adapters.width // 2), span[1]) if adapters.apart else (at, plan.rank)
         _lay_forward(array(a), array(b), np.float32(scale), first[begin:], step, second[span[4] :])
-    y = new(len(z), outputs, z)
-    if plan.filled < outputs:
-        y.zero_()
     thin = new(len(z), plan.rank, z)
-    _pass(z, first, plan.forward[0], second, plan.forward[1], thin, y)
-    return y, (thin,)
+    enter, leave = plan.forward
+    return Added(z, first, enter, second, leave, thin, plan.filled, not plan.alone), (thin,)
 
 
-def backward(grad: Tensor, further: bool, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Tensor, Tensor | None]:
+def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Added, Tensor]:
     plan, width = _plan_of(adapters), adapters.width
     first, second = plan.matrices[2:]
     for at, span, (a, b, scale) in zip(plan.ats, plan.backward[0], adapters, strict=True):
         _lay_backward(array(a), array(b), np.float32(scale), first[span[4] :], span[3], second[at // 2 * width :])
     enter, leave = plan.backward
     thin = grad.new_empty(len(grad), plan.rank)
-    if not further:
-        _pass(grad, first, enter, second, leave[:0], thin, grad)
-        return thin, None
-    grad_z = grad.new_empty(len(grad), adapters.entered)
-    _pass(grad, first, enter, second, leave, thin, grad_z)
-    return thin, grad_z
-
-
-def _pass(x: Tensor, first: Any, enter: Any, second: Any, leave: Any, thin: Tensor, onto: Tensor) -> None:
-    _through(array(x), first, enter, second, leave, get_num_threads(), array(thin), array(onto))
+    return Added(grad, first, enter, second, leave, thin, adapters.entered, False), thin
 
 
 def gradients(

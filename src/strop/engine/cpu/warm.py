@@ -22,9 +22,9 @@ from strop.runs.lock import sha256_text
 LOG = logging.getLogger(__name__)
 
 SOURCES = (
-    "kernels.py", "compiled.py", "attention_tiles.py", "tile.py", "amx.py", "lora_tiles.py", "dropout_loops.py",
-    "dots.py", "unpack.py", "products.py", "cached_attention.py", "passes.py", "draws.py", "loss.py", "rows.py",
-    "aside.py", "scores.py",
+    "kernels.py", "compiled.py", "attention_tiles.py", "tile.py", "amx.py", "lora_tiles.py", "frozen.py", "turn.py",
+    "dropout_loops.py", "dots.py", "unpack.py", "products.py", "cached_attention.py", "passes.py", "draws.py",
+    "loss.py", "rows.py", "aside.py", "scores.py",
 )  # fmt: skip
 
 
