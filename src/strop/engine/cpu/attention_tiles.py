@@ -17,6 +17,7 @@ from strop.engine.cpu.compiled import GAP, array, inline, loop, narrow, wide
 from strop.engine.cpu.kernels import flat
 from strop.engine.cpu.scores import bend, exps, row_pairs, slopes_of
 from strop.engine.cpu.tile import COLUMNS, ROWS, claim, pair, product, release
+from strop.engine.cpu.turn import SIDE, turn
 
 BLOCK = 64  # rows (a query's heads one behind the other) that pass over the keys together
 
@@ -61,21 +62,19 @@ def _paired_rows(rows: Any, count: Any, n: Any, out: Any) -> None:
 
 @inline
 def _by_columns(pairs: Any, count: Any, half: Any, out: Any) -> None:
-    """pairs (count, half), count a multiple of COLUMNS: blocks of COLUMNS rows, each turned over to (half, COLUMNS)."""
+    """pairs (count, half), multiples of COLUMNS and SIDE: blocks of COLUMNS rows, each turned to (half, COLUMNS)."""
     for first in range(0, count, COLUMNS):
-        for j in range(half):
-            to = out[first * half + j * COLUMNS : first * half + (j + 1) * COLUMNS]
-            for i in range(COLUMNS):
-                to[i] = pairs[(first + i) * half + j]
+        for i in range(0, COLUMNS, SIDE):
+            for j in range(0, half, SIDE):
+                turn(pairs, (first + i) * half + j, half, out, first * half + j * COLUMNS + i, COLUMNS)
 
 
 @inline
-def _turned_over(pairs: Any, count: Any, n: Any, out: Any) -> None:
-    """pairs (count, n) to (n, count)."""
-    for j in range(n):
-        to = out[j * count : (j + 1) * count]
-        for i in range(count):
-            to[i] = pairs[i * n + j]
+def _turned_over(x: Any, at: Any, step: Any, count: Any, n: Any, out: Any, to: Any, width: Any) -> None:
+    """x (count, n), rows `step` apart, multiples of SIDE, to (n, count), rows `width` apart."""
+    for i in range(0, count, SIDE):
+        for j in range(0, n, SIDE):
+            turn(x, at + i * step + j, step, out, to + j * width + i, width)
 
 
 @inline
@@ -218,7 +217,7 @@ def _attend_backward(
         mixed = np.zeros(BLOCK * d + GAP, np.float32)
         dk_over = np.zeros(longest * d + GAP, np.float32)
         dv_over = np.zeros(longest * d + GAP, np.float32)
-        line = np.zeros(2 * d + GAP, np.float32)
+        lines = np.zeros(SIDE * 2 * d + GAP, np.float32)
         pairs, questions = rows16.view(np.uint32), asked.view(np.uint32)
         answers, slope_rows = given.view(np.uint32), slopes16.view(np.uint32)
         for place in range(lanes[lane], lanes[lane + 1]):
@@ -251,9 +250,9 @@ def _attend_backward(
                         total += wide(source[j]) * wide(seen[j])
                     along[r - first] = total
                 _paired_rows(asked, BLOCK, d, asked_pairs)
-                _turned_over(asked_pairs, BLOCK // 2, d, asked_over)
+                _turned_over(asked_pairs, 0, d, BLOCK // 2, d, asked_over, 0, BLOCK // 2)
                 _paired_rows(given, BLOCK, d, asked_pairs)
-                _turned_over(asked_pairs, BLOCK // 2, d, given_over)
+                _turned_over(asked_pairs, 0, d, BLOCK // 2, d, given_over, 0, BLOCK // 2)
                 width = _up(_seen(last - 1, group, prefix, window)[1], COLUMNS)
                 product(questions, 0, half, keys, 0, COLUMNS, block, scores, 0, width, rows, width, half, False)
                 product(answers, 0, half, values, 0, COLUMNS, block, slopes, 0, width, rows, width, half, False)
@@ -278,9 +277,10 @@ def _attend_backward(
                     row, each = start + r // group, head * group + r % group
                     _turned_back(mixed, (r - first) * d, d, cos, sin, row, scale, dq, row * into_step + each * d)
             for n in range(count):
-                for j in range(d):
-                    line[j] = dk_over[j * padded + n]
-                    line[d + j] = dv_over[j * padded + n]
+                if n % SIDE == 0:
+                    _turned_over(dk_over, n, padded, d, SIDE, lines, 0, 2 * d)
+                    _turned_over(dv_over, n, padded, d, SIDE, lines, d, 2 * d)
+                line = lines[n % SIDE * 2 * d : (n % SIDE + 1) * 2 * d]
                 row = _key_row(n, prefix, start, front)
                 if n < common:
                     for j in range(d):

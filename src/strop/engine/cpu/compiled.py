@@ -57,7 +57,7 @@ _start_threads()
 
 def array(x: Tensor) -> Any:
     """The same memory as numpy has it; bf16 as its bits."""
-    x = x.detach()
+    x = x.detach() if x.requires_grad else x
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 

@@ -268,16 +268,18 @@ def product(
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """lora.product, of bf16; both sides of the weight multiples of UNIT."""
-    n, lanes, tiles, held = y.shape[1], get_num_threads(), None, added is not None
-    if isinstance(added, Added) and not added.twice:
+    n, lanes, held = y.shape[1], get_num_threads(), False
+    columns: tuple[tuple[int, int], ...] = ()
+    thin, second, spans = x[:, :0], _NO_PAIRS, _NO_SPANS
+    if isinstance(added, Added) and added.columns is not None:
         added.alone()
-        tiles, held = added, False
+        thin, second, spans, columns = added.thin, added.second, added.leave, added.columns
     elif added is not None:
         added.into(y)
+        held = True
     extra = y if held else residual
-    thin, second, spans = (x[:, :0], _NO_PAIRS, _NO_SPANS) if tiles is None else (tiles.thin, tiles.second, tiles.leave)
     multiply(
-        array(x), array(weight), along, array(thin), second, spans, _spans_of(n, tuple(map(tuple, spans[:, 2:4]))),
+        array(x), array(weight), along, array(thin), second, spans, _spans_of(n, columns),
         _zeros(n) if bias is None else array(bias), array(y if extra is None else extra), extra is not None,
         across(len(x), n // UNIT, lanes), lanes, array(y),
     )  # fmt: skip
@@ -296,8 +298,8 @@ def _zeros(n: int) -> Any:
 
 @lru_cache(maxsize=256)
 def _spans_of(n: int, columns: tuple[tuple[int, int], ...]) -> Any:
-    """Of each UNIT of n columns: which of these (first column, how many) it lies in, or -1."""
+    """Of each UNIT of n columns: which of these (from, to) it lies in, or -1."""
     found = np.full(n // UNIT, -1)
-    for number, (first, count) in enumerate(columns):
-        found[first // UNIT : (first + count) // UNIT] = number
+    for number, (start, end) in enumerate(columns):
+        found[start // UNIT : end // UNIT] = number
     return found

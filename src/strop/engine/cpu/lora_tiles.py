@@ -284,7 +284,7 @@ class Added:
     leave: Any
     thin: Tensor
     filled: int
-    twice: bool  # two adapters add to the same columns
+    columns: tuple[tuple[int, int], ...] | None  # of leave, from and to; None: product's sums cannot take them
 
     def into(self, y: Tensor) -> None:
         if self.filled < y.shape[1]:
@@ -307,7 +307,8 @@ def forward(z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap) -> 
         _lay_forward(array(a), array(b), np.float32(scale), first[begin:], step, second[span[4] :])
     thin = new(len(z), plan.rank, z)
     enter, leave = plan.forward
-    return Added(z, first, enter, second, leave, thin, plan.filled, not plan.alone), (thin,)
+    columns = adapters.columns if plan.alone else None
+    return Added(z, first, enter, second, leave, thin, plan.filled, columns), (thin,)
 
 
 def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Added, Tensor]:
@@ -317,7 +318,8 @@ def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tupl
         _lay_backward(array(a), array(b), np.float32(scale), first[span[4] :], span[3], second[at // 2 * width :])
     enter, leave = plan.backward
     thin = grad.new_empty(len(grad), plan.rank)
-    return Added(grad, first, enter, second, leave, thin, adapters.entered, False), thin
+    columns = None if adapters.apart else ((0, width),)
+    return Added(grad, first, enter, second, leave, thin, adapters.entered, columns), thin
 
 
 def gradients(
