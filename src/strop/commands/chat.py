@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from strop import libraries
 from strop.alive import alive
 from strop.flags import Force, ModelName, Quantization
 from strop.terminal import console
@@ -32,6 +33,7 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal, or through a pipe: one line a turn."""
     with alive(console, "loading the libraries"):
+        libraries.load()
         from strop.chat import converse
 
     converse(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from strop import libraries
 from strop.alive import alive
 from strop.flags import Json
 from strop.terminal import console, print_json
@@ -17,6 +18,7 @@ def demo(
 ) -> None:
     """Fine-tune a small real model on this CPU in minutes, and see what it learned."""
     with alive(console, "loading the libraries"):
+        libraries.load()
         from strop.demo.story import run_demo
 
     result = run_demo(out)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from strop import libraries
 from strop.flags import Devices, Force, Json, Quantization
 from strop.scores import (
     print_general,
@@ -54,6 +55,7 @@ def evaluate(
         start(number, sys.argv[1:])
         return
     with joined() as group, answering(speaker(group.main)) as advance:
+        libraries.load()
         from strop.evaluation.run import evaluate_models, leaderboard
 
         results = evaluate_models(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from strop import libraries
 from strop.alive import alive
 from strop.flags import Data, Json, NoParity, Tuned
 from strop.terminal import console, print_base, print_json, print_notes, print_parity
@@ -33,6 +34,7 @@ def gguf(
 ) -> None:
     """One GGUF file for llama.cpp, and whether llama.cpp makes the same model of it."""
     with alive(console, "loading the libraries") as sign:
+        libraries.load()
         from strop.exporting.gguf import export_gguf
 
         exported = export_gguf(run, out, kind=kind, adapter=adapter, data=data, measure=not no_parity, say=sign.say)
@@ -52,6 +54,7 @@ def ollama(
 ) -> None:
     """A folder for `ollama create`: GGUF and Modelfile, and whether its prompts are the trained ones."""
     with alive(console, "loading the libraries") as sign:
+        libraries.load()
         from strop.exporting.ollama import export_ollama
 
         prepared = export_ollama(run, out, kind=kind, data=data, measure=not no_parity, say=sign.say)

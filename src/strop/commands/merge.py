@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from strop import libraries
 from strop.alive import alive
 from strop.flags import Data, Json, NoParity, Tuned
 from strop.terminal import console, print_base, print_json, print_parity
@@ -22,6 +23,7 @@ def merge(
 ) -> None:
     """Merge the adapter into its base, and measure that it is still the same model."""
     with alive(console, "loading the libraries") as sign:
+        libraries.load()
         from strop.exporting.merge import merge as merge_into
 
         merged = merge_into(run, out, dtype=dtype, data=data, measure=not no_parity, say=sign.say)

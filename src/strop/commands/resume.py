@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from strop import libraries
 from strop.flags import Devices, Json, Memory, limit_bytes
 from strop.terminal import console, print_end, speaker, watching
 
@@ -38,6 +39,7 @@ def resume(
         finished = folder.finished
         changed = allow_changed or ()
         with watching(speaker(group.main)) as watch:
+            libraries.load()
             from strop.training.run import resume as go_on
 
             report = go_on(

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from strop import libraries
 from strop.alive import alive
 from strop.flags import Force, Json, Quantization
 from strop.terminal import console, print_json, print_notes
@@ -85,6 +86,7 @@ def serve(
                 ready=ready,
             )
         else:
+            libraries.load()
             from strop.serve.run import serve as run_server
 
             ended = run_server(

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from strop import libraries
 from strop.flags import Devices, Json, Memory, RecipeFile, limit_bytes
 from strop.terminal import print_end, print_json, speaker, watching
 
@@ -45,6 +46,7 @@ def train(
         start(number, sys.argv[1:])
         return
     with joined() as group, watching(speaker(group.main)) as watch:
+        libraries.load()
         from strop.training.run import train as run_training
 
         run = run_training(resolved, [watch], memory=limit_bytes(memory), devices=group, go_on=go_on)
