@@ -22,7 +22,8 @@ def exercise(dtype: torch.dtype) -> None:
         "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64, "pad_token_id": 0,
     }  # fmt: skip
     for family, dropout in (("llama", 0.0), ("llama", 0.1), ("gemma2", 0.1), ("gpt_neox", 0.0), ("glm", 0.0)):
-        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+        own = {"num_key_value_heads": 2} if family == "gpt_neox" else {}  # as many as there are heads, always
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **own}))
         config = peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=dropout)
         adapted = peft.get_peft_model(base.to(dtype), config)
         if unsupported(adapted) is not None:  # transformers 5.0: no Gemma meets its loops

@@ -79,11 +79,11 @@ class Processor:
 
     def product(self, sizes: Sequence[int]) -> FrozenProduct:
         """The products of frozen linear layers with these inputs and outputs."""
-        if not self.tiles or any(size % 32 for size in sizes):
+        if not self.tiles or not probe().own_products or any(size % 32 for size in sizes):
             return lora.product
         from strop.engine.cpu import frozen  # its import starts threads
 
-        return frozen.product if frozen.WINS else lora.product
+        return frozen.product
 
     def host_memory(self, device: torch.device) -> Any:
         """Where inputs of layers that are computed again wait for their backward, of a card."""

@@ -42,6 +42,12 @@ class Machine:
         """The fast step's attention in bf16 runs in tiles here (engine.cpu), and keeps no probabilities."""
         return self.tiles and head_size % 32 == 0
 
+    @property
+    def own_products(self) -> bool:
+        """The fast step multiplies frozen weights in bf16 itself (engine.cpu.frozen): AMX's tiles are faster, by oneDNN's
+        hand."""
+        return self.tiles and "amx_bf16" not in self.vector
+
     def lines(self) -> list[str]:
         """The machine in two lines."""
         cards = ", ".join(self.gpus) or "no GPU"

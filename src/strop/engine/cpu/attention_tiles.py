@@ -106,7 +106,9 @@ def _load_values(
 ) -> None:  # fmt: skip
     for n in range(count):
         begin = _key_row(n, prefix, start, front) * step + head * d
-        out[n * d : (n + 1) * d] = v[begin : begin + d]
+        source, to = v[begin : begin + d], out[n * d : (n + 1) * d]
+        for j in range(d):
+            to[j] = source[j]
     out[count * d : padded * d] = 0
 
 

@@ -16,14 +16,12 @@ from numba import get_num_threads, prange, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from strop.engine.cpu import amx
 from strop.engine.cpu.compiled import GAP, BFloat, array, inline, loop
 from strop.engine.cpu.dots import call, location, plus
 from strop.engine.cpu.lora_tiles import Added
 from strop.engine.cpu.tile import LANES, pair
 from strop.engine.cpu.turn import turn
 
-WINS = not amx.THERE  # AMX's tiles are faster, by oneDNN's hand
 ROWS, WIDE = 6, 4 * LANES  # of a tile
 UNIT = 2 * LANES  # columns are a multiple of
 DEEP = 2048  # pairs along the summed dimension that are laid out at once: half a megabyte

@@ -98,7 +98,8 @@ def _through(x: Any, first: Any, enter: Any, second: Any, leave: Any, lanes: Any
             if count > ROWS:
                 count -= count % ROWS
             for i in range(count % ROWS):  # the last rows, where a tile would read behind the end
-                tail[i * step : (i + 1) * step] = x[top + i]
+                for j in range(step):
+                    tail[i * step + j] = x[top + i, j]
             for part in range(len(enter)):
                 begin, many, to, columns, at = enter[part]
                 a, a_at = (tail_pairs, begin) if count % ROWS else (pairs, top * step + begin)
@@ -149,11 +150,11 @@ def _paired(x: Any, row: Any, begin: Any, n: Any, out: Any) -> None:
 
 
 @inline
-def _outer(thin: Any, x: Any, spans: Any, factors: Any, over: Any, lane: Any, lanes: Any, out: Any) -> None:
+def _outer(thin: Any, x: Any, spans: Any, factors: Any, lane: Any, lanes: Any, out: Any) -> None:
     """One lane's columns of thin^T x, in fp32. thin (T, R), x (T, n).
 
     spans (N, 6): (begin in thin, slot, begin in x, columns, rank, where in out). out: flat, for each span
-    (slot, columns) times factors (R,), or with `over` (columns, rank).
+    (slot, columns) times factors (R,), or where these are (0,) (columns, rank).
     """
     own, units, widest = (len(x) + 1) // 2, 0, 0
     half = (own + STEP - 1) // STEP * STEP
@@ -188,7 +189,7 @@ def _outer(thin: Any, x: Any, spans: Any, factors: Any, over: Any, lane: Any, la
                 for j in range(0, n, COLUMNS):
                     for r in range(0, slot, ROWS):
                         tile(turned, r * half + top, half, pairs, j, n, sums, r * n + j, n, many, top > 0)
-            if over:
+            if len(factors) == 0:
                 for j in range(n):
                     for r in range(rank):
                         out[to + (chunk + j) * rank + r] = sums[r * n + j]
@@ -205,8 +206,9 @@ def _gradients(
 ) -> None:  # fmt: skip
     for lane in prange(lanes):
         claim()
-        _outer(grad_za, z, of_a, factors, False, lane, lanes, a)
-        _outer(za, grad, of_b, factors, True, lane, lanes, b)
+        one = np.int64(lane)  # numba has two types for it, and would compile all for each
+        _outer(grad_za, z, of_a, factors, one, lanes, a)
+        _outer(za, grad, of_b, factors[:0], one, lanes, b)
         release()
 
 
