@@ -117,8 +117,9 @@ def setting_at(number: int, rate: Any) -> dict[str, Any]:
                 one = way(size, "off" if again == 0 else "on" if again == shape.layers else again, resident)
                 if need(one) <= limit and one not in found:
                     found.append(one)
-    tiles = Setting.of(recipe_of(chosen, found[0]).recipe, shape).tiles
-    return {"name": setting_name(number), "limit_bytes": limit, "rate": asdict(rate), "tiles": tiles, "ways": found}
+    setting = Setting.of(recipe_of(chosen, found[0]).recipe, shape)
+    about = {"tiles": setting.tiles, "own_products": setting.own_products}
+    return {"name": setting_name(number), "limit_bytes": limit, "rate": asdict(rate), **about, "ways": found}
 
 
 def run(folder: Path, number: int, options: dict[str, Any]) -> float:
@@ -144,7 +145,8 @@ def judged(one: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[fl
 
     number = next(n for n in range(len(SETTINGS)) if setting_name(n) == one["name"])
     rate = Rate(**one["rate"])
-    measured_on = SimpleNamespace(has_tiles=lambda _: one["tiles"])
+    own = one.get("own_products", False)  # files of before have none
+    measured_on = SimpleNamespace(has_tiles=lambda _: one["tiles"], own_products=own)
     with patch("strop.planning.setting.probe", lambda: measured_on):  # whatever the CPU is that reads this
         options = choice(number, one["limit_bytes"], rate)
         first = next((way for way in one["ways"] if way["options"] == options), None)

@@ -108,6 +108,7 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
         "rows": list(sizes),
         "prefix": sizes.prefix,
         "tiles": setting_of(case["model"], recipe).tiles,
+        "own_products": setting_of(case["model"], recipe).own_products,
         "step": setting_of(case["model"], recipe).step,
         "seconds_a_step": statistics.fmean(took),
         "pace": (before + pace(case)) / 2,
@@ -137,7 +138,8 @@ def predicted(found: dict[str, Any]) -> float:
     from strop.planning.speed import Rate, steps_seconds
 
     setting = setting_of(found["name"].partition(",")[0], found["recipe"])
-    setting = setting.but(tiles=found["tiles"], step=found.get("step", setting.step))
+    own = found.get("own_products", False)  # files of before have none
+    setting = setting.but(tiles=found["tiles"], step=found.get("step", setting.step), own_products=own)
     rows = Rows(map(tuple, found["rows"]))
     rows.prefix = found["prefix"]
     recipe = resolve(None, {**found["recipe"], "model.name": "m", "data.train": "d"}).recipe

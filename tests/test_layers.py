@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
     {"adapters", "evaluation", "planning"},
     {"training", "exporting", "serve"},
     {"dash"},
-    {"alive", "typed"},
+    {"alive", "libraries", "typed"},
     {"flags", "terminal"},
     {"scores"},
     {"chat", "demo"},

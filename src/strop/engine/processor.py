@@ -158,6 +158,14 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: bool = True
     return Processor(cast(Ops, eager), card=device.type != "cpu")
 
 
+def frozen_flops(dtype: torch.dtype) -> float:
+    """FLOP/s of the fast step's products of frozen weights on this CPU."""
+    from strop.engine.cpu.precision import SHAPES, rate
+
+    sizes = [size for shape in SHAPES for size in shape]
+    return rate(dtype, "cpu", processor_for(torch.device("cpu"), dtype).product(sizes))
+
+
 def answering_loops(dtype: torch.dtype | None = None) -> Any:
     """engine.cpu.passes: the loops that read and write texts on a CPU. dtype: have those for weights of this type
     compiled beforehand, in another process (engine.cpu.warm tells why)."""

@@ -44,8 +44,7 @@ class Machine:
 
     @property
     def own_products(self) -> bool:
-        """The fast step multiplies frozen weights in bf16 itself (engine.cpu.frozen): AMX's tiles are faster, by oneDNN's
-        hand."""
+        """The fast step multiplies frozen weights in bf16 itself (engine.cpu.frozen). With AMX oneDNN is faster."""
         return self.tiles and "amx_bf16" not in self.vector
 
     def lines(self) -> list[str]:

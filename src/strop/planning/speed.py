@@ -175,7 +175,8 @@ def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> floa
     once += (rate.kinds_s or KINDS_S) * math.pow(setting.shape.hidden / KINDS_HIDDEN, KINDS_POWER)
     once += work.head / (rate.head_flops or HEAD * rate.flops)
     shape = setting.shape
-    once += repacked_bytes(batch.supervised, shape.vocabulary, shape.hidden, setting.element) / rate.bandwidth
+    own = setting.own_products and not plain
+    once += repacked_bytes(batch.supervised, shape.vocabulary, shape.hidden, setting.element, own) / rate.bandwidth
     if plain:
         once += LOGIT_BYTES * batch.supervised * shape.vocabulary / (rate.moved or MOVED * rate.bandwidth)
         layers *= (rate.plain or PLAIN) * (PLAIN_DORA if setting.dora else 1)
@@ -184,11 +185,11 @@ def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> floa
     return layers + once
 
 
-def repacked_bytes(rows: int, vocabulary: int, hidden: int, element: int) -> int:
-    """Each chunk of the head's rows lays its weight out anew for either product, read and written: 12 times a thousand
-    rows where the vocabulary has 151,936 tokens."""
+def repacked_bytes(rows: int, vocabulary: int, hidden: int, element: int, own: bool) -> int:
+    """Each chunk of the head's rows lays its weight out anew for either product, read and written (own: in the cache,
+    so that it is read alone): 12 times a thousand rows where the vocabulary has 151,936 tokens."""
     chunks = -(-rows // max(16, HEAD_BYTES // (vocabulary * element)))
-    return chunks * 2 * 2 * vocabulary * hidden * element
+    return chunks * 2 * (1 if own else 2) * vocabulary * hidden * element
 
 
 def element_bytes(setting: Setting) -> int:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from strop.engine.device import measure, pick_dtype, prepare_process
 from strop.engine.head import Output, SupervisedLoss
 from strop.engine.operations import apply
-from strop.engine.processor import kernels_lack, processor_for
+from strop.engine.processor import frozen_flops, kernels_lack, processor_for
 from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, crashed, installed, pip
-from strop.machine.probe import Machine
+from strop.machine.probe import Machine, probe
 from strop.machine.rates import Rates, keep_rates
 from strop.model.quantize import QuantizedLinear, pack, unpack
 from strop.planning.calibrate import WIDE_RANK, fastest, step_costs, unpacked_per_s
@@ -81,12 +81,13 @@ def measure_rates() -> Rates:
     y = torch.empty_like(x)
     bandwidth = 2 * COPY_BYTES / fastest(lambda: y.copy_(x))
     costs: dict[str, dict[str, float]] = {}
-    for name, dtype, rate in (("bf16", torch.bfloat16, found.bf16_flops), ("fp32", torch.float32, found.fp32_flops)):
+    bf16 = frozen_flops(torch.bfloat16)
+    for name, dtype, rate in (("bf16", torch.bfloat16, bf16), ("fp32", torch.float32, found.fp32_flops)):
         LOG.info("measuring steps of small models in %s", name)
         step = step_costs(dtype, Rate(rate, bandwidth, "measured"))
         costs[name] = {"head_flops": _head_flops(dtype, bandwidth), **asdict(step)}
     unpacked = {scheme: unpacked_per_s(scheme) for scheme in ("nf4", "int8")} if installed("bitsandbytes") else {}
-    return Rates(found.bf16_flops, found.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked)
+    return Rates(bf16, found.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked)
 
 
 def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
@@ -94,10 +95,11 @@ def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
     rows, hidden, vocabulary = 512, 576, 49152
     x, weight = torch.ones(rows, hidden, dtype=dtype, requires_grad=True), torch.ones(vocabulary, hidden, dtype=dtype)
     labels, weights = torch.zeros(rows, dtype=torch.long), torch.ones(rows)
-    ops = processor_for(torch.device("cpu"), dtype).ops
-    output = Output(weight, 0.0, ops)
+    processor = processor_for(torch.device("cpu"), dtype)
+    output = Output(weight, 0.0, processor.ops, product=processor.product(weight.shape))
     seconds = fastest(lambda: apply(SupervisedLoss, x, labels, weights, output), 3)
-    moving = repacked_bytes(rows, vocabulary, hidden, x.element_size()) / bandwidth
+    own = dtype == torch.bfloat16 and probe().own_products
+    moving = repacked_bytes(rows, vocabulary, hidden, x.element_size(), own) / bandwidth
     return 4 * rows * hidden * vocabulary / max(seconds - moving, seconds / 2)
 
 

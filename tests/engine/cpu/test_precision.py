@@ -17,7 +17,7 @@ from strop.engine.cpu.precision import LEAST_GAIN, measure
     ("bf16", "fp32", "expected"), [(4e11, 2e11, "bf16"), (2.1e11, 2e11, "fp32"), (1e9, 2e11, "fp32")]
 )
 def test_choice(bf16: float, fp32: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_rate", lambda dtype, device: bf16 if dtype == torch.bfloat16 else fp32)
+    monkeypatch.setattr(precision, "rate", lambda dtype, device: bf16 if dtype == torch.bfloat16 else fp32)
     found = measure("cpu")
     assert found.dtype == expected
     assert "GFLOP/s" in found.why

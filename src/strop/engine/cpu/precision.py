@@ -12,6 +12,9 @@ from typing import Literal
 
 import torch
 
+from strop.engine.lora import product
+from strop.engine.operations import FrozenProduct
+
 SHAPES = ((960, 576), (3072, 576), (576, 1536))  # (n, k) of SmolLM2-135M's products, the smallest model worth tuning
 ROWS = 512
 LEAST_GAIN = 1.2  # bf16 rounds; it must be this much faster to be worth it
@@ -30,17 +33,17 @@ class Precision:
 
 def measure(device: str | torch.device) -> Precision:
     """Measures both types on the device, in about a second."""
-    bf16, fp32 = _rate(torch.bfloat16, device), _rate(torch.float32, device)
+    bf16, fp32 = rate(torch.bfloat16, device), rate(torch.float32, device)
     said = f"bf16 {bf16 / 1e9:.0f} GFLOP/s, fp32 {fp32 / 1e9:.0f} GFLOP/s measured"
     if bf16 >= LEAST_GAIN * fp32:
         return Precision("bf16", said, bf16, fp32)
     return Precision("fp32", f"{said}: bf16 is not {LEAST_GAIN} times as fast", bf16, fp32)
 
 
-def _rate(dtype: torch.dtype, device: str | torch.device) -> float:
+def rate(dtype: torch.dtype, device: str | torch.device, product: FrozenProduct = product) -> float:
     """FLOP/s of x W^T and dY W over SHAPES, from the fastest of the rounds that fit into the budget."""
     operands = [
-        tuple(torch.ones(shape, dtype=dtype, device=device) for shape in ((ROWS, k), (n, k), (ROWS, n)))
+        tuple(torch.ones(shape, dtype=dtype, device=device) for shape in ((ROWS, k), (n, k), (ROWS, n), (ROWS, k)))
         for n, k in SHAPES
     ]
     flops = sum(2 * 2 * ROWS * n * k for n, k in SHAPES)
@@ -50,9 +53,9 @@ def _rate(dtype: torch.dtype, device: str | torch.device) -> float:
     # The first round pays for the library's own set-up.
     while rounds < 2 or time.perf_counter() - begin < BUDGET_S:
         started = time.perf_counter()
-        for x, weight, grad in operands:
-            x @ weight.t()
-            grad @ weight
+        for x, weight, y, grad in operands:
+            product(x, weight, True, y)
+            product(y, weight, False, grad)
         if cuda:
             torch.cuda.synchronize(device)
         if rounds or time.perf_counter() - started > BUDGET_S:
