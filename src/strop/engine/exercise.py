@@ -1,22 +1,33 @@
-"""One step of tiny models through every compiled loop: run as a process by engine.cpu.warm, with a type of weights."""
+"""One step of tiny models through every compiled loop: run as processes by engine.cpu.warm, with a type of weights and
+the part whose loops each compiles."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any, cast
 
 import numpy as np
 import peft
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from strop.data.conversation import Example
+from strop.engine.attention import Heads
 from strop.engine.fast import FastLoss
 from strop.engine.fits import unsupported
+from strop.engine.joined import Joined
+from strop.engine.processor import Processor
 
 
-def exercise(dtype: torch.dtype) -> None:
+def exercise(dtype: torch.dtype, part: str = "") -> None:
     """Forward and backward, with weights in `dtype`: a Llama, with and without dropout, a Gemma 2 (offset norms, soft
     caps), a GPT-NeoX (LayerNorm, an activation that gates nothing) and a GLM (pairs of neighbours turn)."""
+    if part == "attention":
+        cast(Any, Joined).__call__ = _no_products
+    elif part == "products":
+        cast(Any, Processor).attention = lambda processor, size: _no_attention
+        cast(Any, Processor).aside = lambda processor: None
     sizes = {
         "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64, "pad_token_id": 0,
@@ -30,8 +41,18 @@ def exercise(dtype: torch.dtype) -> None:
             continue
         # Alike at their beginning, and long enough for it to be shared.
         rows = [Example(np.arange(n, dtype=np.int32), (np.arange(n) > 0).astype(np.float32), "", 0) for n in (12, 15)]
-        FastLoss(adapted.train(), warm=False)(rows).backward()  # type: ignore[no-untyped-call]
+        step = FastLoss(adapted.train(), warm=False)
+        result = step.last_hidden(rows).sum() if part == "attention" else step(rows)
+        result.backward()  # type: ignore[no-untyped-call]
+
+
+def _no_products(joined: Joined, x: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
+    return x.new_zeros(len(x), joined.outputs).requires_grad_() + x[:, :1]
+
+
+def _no_attention(qkv: Tensor, heads: Heads, *_: object) -> Tensor:
+    return qkv[:, : heads.query * heads.size].contiguous()
 
 
 if __name__ == "__main__":
-    exercise(getattr(torch, sys.argv[1]))
+    exercise(getattr(torch, sys.argv[1]), *sys.argv[2:])

@@ -143,7 +143,8 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: bool = True
         from strop.engine.cpu.warm import compile_once
 
         if warm:
-            compile_once(dtype, kernels.cache_folder(), exercise="strop.engine.exercise")
+            parts = "attention", "products"
+            compile_once(dtype, kernels.cache_folder(), exercise="strop.engine.exercise", parts=parts)
         return Processor(cast(Ops, kernels), cast(Loops, rows), tiles=dtype == torch.bfloat16 and probe().tiles)
     if device.type == "cuda":
         from strop.engine.card import newest

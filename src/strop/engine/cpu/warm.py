@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numba
 import torch
 from filelock import FileLock
 
-from strop.machine.probe import probe
+from strop.machine.probe import affinity, probe
 from strop.runs.lock import sha256_text
 
 LOG = logging.getLogger(__name__)
@@ -28,10 +29,11 @@ SOURCES = (
 )  # fmt: skip
 
 
-def compile_once(dtype: torch.dtype, cache: Path, exercise: str) -> None:
+def compile_once(dtype: torch.dtype, cache: Path, exercise: str, parts: Sequence[str] = ()) -> None:
     """Sees to it that this process finds every loop for weights of this type in numba's cache, the folder `cache`.
 
-    exercise: the module that calls every loop when it is run with the type's name.
+    exercise: the module that calls every loop when it is run with the type's name; parts: those of one part where it is
+    told a part as well, which go side by side.
     """
     name = str(dtype).removeprefix("torch.")
     sources = [Path(__file__).with_name(file).stat().st_mtime_ns for file in SOURCES]
@@ -41,7 +43,16 @@ def compile_once(dtype: torch.dtype, cache: Path, exercise: str) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "strop.lock"):  # of two processes that start at once, one waits for what the other compiles
         if not mark.is_file():
-            LOG.info("compiling loops for this CPU in %s, once on this machine (a minute or two)", name)
-            # Where it fails, this process compiles for itself: its last bits may differ from those of the next one.
-            subprocess.run([sys.executable, "-m", exercise, name], capture_output=True, check=False)
+            LOG.info("compiling loops for this CPU in %s, once on this machine (half a minute)", name)
+            told = [[part] for part in parts] if affinity() > 1 and parts else [[]]
+            pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+            started = [
+                subprocess.Popen([sys.executable, "-m", exercise, name, *part], stdout=nowhere, stderr=pipe, text=True)
+                for part in told
+            ]
+            for process in started:
+                said = process.communicate()[1]
+                if process.returncode:
+                    # This process compiles for itself then: its last bits may differ from those of the next one.
+                    LOG.warning("loops could not be compiled beforehand: %s", (said or "").strip().splitlines()[-1:])
             mark.touch()
