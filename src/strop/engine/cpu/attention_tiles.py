@@ -15,9 +15,10 @@ from torch import Tensor
 
 from strop.engine.cpu.compiled import GAP, array, inline, loop, narrow, wide
 from strop.engine.cpu.kernels import flat
-from strop.engine.cpu.scores import bend, exps, row_pairs, slopes_of
-from strop.engine.cpu.tile import COLUMNS, ROWS, claim, pair, product, release
+from strop.engine.cpu.scores import bend, bent_slopes
+from strop.engine.cpu.tile import COLUMNS, ROWS, claim, product, release
 from strop.engine.cpu.turn import SIDE, turn
+from strop.engine.cpu.vectors import LANES, dot, exps, highest, rotate, row_pairs, scaled, slopes_of
 
 BLOCK = 64  # rows (a query's heads one behind the other) that pass over the keys together
 
@@ -26,6 +27,9 @@ BLOCK = 64  # rows (a query's heads one behind the other) that pass over the key
 def _turned(x: Any, begin: Any, d: Any, cos: Any, sin: Any, row: Any, scale: Any, out: Any, to: Any) -> None:
     """One head's row, turned by the rotary embedding and scaled."""
     m = cos.shape[1]
+    if m % LANES == 0 and 2 * m == d:
+        rotate(x, begin, m, cos, row * m, sin, row * m, scale, np.float32(1.0), out, to)
+        return
     source, target = x[begin : begin + d], out[to : to + d]
     c, s = cos[row], sin[row]
     for j in range(m):
@@ -40,6 +44,9 @@ def _turned(x: Any, begin: Any, d: Any, cos: Any, sin: Any, row: Any, scale: Any
 def _turned_back(x: Any, begin: Any, d: Any, cos: Any, sin: Any, row: Any, scale: Any, out: Any, to: Any) -> None:
     """The gradient of _turned, from fp32."""
     m = cos.shape[1]
+    if m % LANES == 0 and 2 * m == d:
+        rotate(x, begin, m, cos, row * m, sin, row * m, scale, np.float32(-1.0), out, to)
+        return
     source, target = x[begin : begin + d], out[to : to + d]
     c, s = cos[row], sin[row]
     for j in range(m):
@@ -53,11 +60,8 @@ def _turned_back(x: Any, begin: Any, d: Any, cos: Any, sin: Any, row: Any, scale
 @inline
 def _paired_rows(rows: Any, count: Any, n: Any, out: Any) -> None:
     """rows (count, n) bf16, count even: out[i, j] = the pair of rows[2 i, j] and rows[2 i + 1, j]."""
-    for i in range(count // 2):
-        even, odd = rows[2 * i * n : (2 * i + 1) * n], rows[(2 * i + 1) * n : (2 * i + 2) * n]
-        to = out[i * n : (i + 1) * n]
-        for j in range(n):
-            to[j] = pair(even[j], odd[j])
+    for i in range(0, count, 2):
+        row_pairs(rows, i * n, rows, (i + 1) * n, n, out, i // 2 * n)
 
 
 @inline
@@ -168,19 +172,17 @@ def _attend(
                 product(questions, 0, half, keys, 0, COLUMNS, block, scores, 0, width, rows, width, half, False)
                 for r in range(rows):
                     begin, end = _seen(min(first + r, last - 1), group, prefix, window)
-                    row_scores, row_probs = scores[r * width : (r + 1) * width], probs[r * width : (r + 1) * width]
+                    at = r * width
                     if softcap > 0:
-                        bend(row_scores[begin:end], softcap)
-                    tops[r], totals[r] = exps(row_scores, begin, end, row_probs)
+                        bend(scores[at + begin : at + end], softcap)
+                    tops[r] = highest(scores, at, width, begin, end)
+                    totals[r] = exps(scores, at, width, begin, end, tops[r], probs, at)
                     if len(sinks):
                         totals[r] += np.exp(sinks[head * group + min(first + r, last - 1) % group] - tops[r])
                 product(weights, 0, width // 2, values, 0, d, COLUMNS, mixed, 0, d, rows, d, width // 2, False)
                 for r in range(first, last):
                     row, to = start + r // group, (head * group + r % group) * d
-                    share = one / totals[r - first]
-                    target, source = out[row, to : to + d], mixed[(r - first) * d : (r - first + 1) * d]
-                    for j in range(d):
-                        target[j] = narrow(source[j] * share, out)
+                    scaled(mixed, (r - first) * d, d, one / totals[r - first], out, row * out.shape[1] + to)
                     sums[row, head * group + r % group] = tops[r - first] + np.log(totals[r - first])
         release()
 
@@ -243,14 +245,11 @@ def _attend_backward(
                 for r in range(first, last):
                     row, each = start + r // group, head * group + r % group
                     _turned(q, row * q_step + each * d, d, cos, sin, row, scale, asked, (r - first) * d)
-                    source, seen = grad[row * grad_step + each * d :], out[row, each * d : (each + 1) * d]
-                    to = given[(r - first) * d : (r - first + 1) * d]
-                    total = none
+                    at = row * grad_step + each * d
+                    source, to = grad[at : at + d], given[(r - first) * d : (r - first + 1) * d]
                     for j in range(d):
                         to[j] = source[j]
-                    for j in range(d):
-                        total += wide(source[j]) * wide(seen[j])
-                    along[r - first] = total
+                    along[r - first] = dot(grad, at, out, row * out.shape[1] + each * d, d)
                 _paired_rows(asked, BLOCK, d, asked_pairs)
                 _turned_over(asked_pairs, 0, d, BLOCK // 2, d, asked_over, 0, BLOCK // 2)
                 _paired_rows(given, BLOCK, d, asked_pairs)
@@ -265,12 +264,15 @@ def _attend_backward(
                     row = start + min(first + r, last - 1) // group
                     top = sums[row, head * group + min(first + r, last - 1) % group]
                     from_, to = r * width, (r + 1) * width
-                    given_row, slope_row = scores[from_:to], slopes[from_:to]
-                    slopes_of(given_row, slope_row, begin, end, top, along[r], softcap, slopes16[from_:to])
+                    if softcap > 0:
+                        given_row, slope_row = scores[from_:to], slopes[from_:to]
+                        bent_slopes(given_row, slope_row, begin, end, top, along[r], softcap, slopes16[from_:to])
+                    else:
+                        slopes_of(scores, from_, width, begin, end, top, along[r], slopes, from_, slopes16, from_)
                 for r in range(0, rows, 2):
-                    at, odd, to = r * width, (r + 1) * width, (r + 2) * width
-                    row_pairs(scores[at:odd], scores[odd:to], score_pairs[r // 2 * width :])
-                    row_pairs(slopes[at:odd], slopes[odd:to], slope_pairs[r // 2 * width :])
+                    at, odd = r * width, (r + 1) * width
+                    row_pairs(scores, at, scores, odd, width, score_pairs, r // 2 * width)
+                    row_pairs(slopes, at, slopes, odd, width, slope_pairs, r // 2 * width)
                 product(slope_rows, 0, width // 2, key_rows, 0, d, COLUMNS, mixed, 0, d, rows, d, width // 2, False)
                 step, deep = BLOCK // 2, rows // 2
                 product(asked_over, 0, step, slope_pairs, 0, width, COLUMNS, dk_over, 0, padded, d, width, deep, True)
@@ -291,8 +293,7 @@ def _attend_backward(
                 else:
                     to = row * into_step + head * d
                     _turned_back(line, 0, d, cos, sin, row, one, dk, to)
-                    for j in range(d):
-                        dv[to + j] = narrow(line[d + j], dv)
+                    scaled(line, d, d, one, dv, to)
         release()
 
 
