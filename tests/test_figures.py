@@ -52,6 +52,12 @@ def memory(found: Any) -> tuple[str, str, int]:
     return f"{statistics.median(errors):.1f} %", f"{max(errors):.1f} %", len(errors)
 
 
+def memory_error(found: Any) -> Callable[[str], str]:
+    """Of one run, by its name."""
+    error_of = script(ROOT / "benchmarks" / "plan_memory.py").error_of
+    return lambda name: f"{100 * error_of(next(run for run in found if run['name'] == name)):+.1f} %"
+
+
 def family_row(name: str, found: Any) -> str:
     return f"| {name} | {found['fast']:.0f} | {found['plain']:.0f} | {found['times']:.1f} |"
 
@@ -77,6 +83,16 @@ def whole_commands(found: Any) -> str:
         f"(median of the rounds' ratios; 95 % interval {begin:.2f} to {end:.2f}). The commands with one step take "
         f"{starts[0]:.1f} and {starts[1]:.1f} s"
     )
+
+
+def start_rows(found: Any) -> list[str]:
+    """Seconds of each part of a first and a later start."""
+    first, later = found["first"], found["later"]
+    return [
+        f"| {said} | {first[name]:.1f} | {later[name]:.1f} |"
+        for name, said in (("libraries", "libraries"), ("model and data", "model, data, loops"),
+                           ("begins", "the first step begins"), ("first step", "the first step"))
+    ]  # fmt: skip
 
 
 def scores(found: Any) -> list[str]:
@@ -255,6 +271,9 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     ("README.md", "newcomer.json", lambda it: f"0 % exact before, {demo(it)[0]} after (95 % interval {demo(it)[1]}; "
      f"{it['training_s']:.0f} s of training on two cores of a Xeon, {it['seconds'] / 60:.0f} minutes from the clone"),
     ("README.md", "plan_memory.json", lambda it: "median error {}, worst {} of {} runs".format(*memory(it))),
+    ("docs/plan.md", "plan_memory_zen5.json",
+     lambda it: "{2} of the runs that nothing was fitted on (no preferences, rewards, mixtures or hybrids): median error "
+     "{0}, worst {1}; the demo {3} and SNIPS {4}".format(*memory(it), *map(memory_error(it), ("demo, demo", "demo, snips")))),
     ("README.md", "faults.json", lambda it: f"killed {it['kills']['tried']} times at random"),
     ("docs/lesson.md", "newcomer.json", lambda it: f"{demo(it)[0]} of 176 held-out rows exactly ({demo(it)[1]})"),
     ("docs/lesson.md", "plan_memory.json",
@@ -270,6 +289,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
      lambda it: f"and {times(it, 'fast', 'trl, tuned').split()[0]} and 5.0 times tuned TRL"),
     (PERFORMANCE, "train_step_2026-11-25.json", lambda it: f"and {times(it, 'fast', 'trl, tuned')} tuned TRL"),
     (PERFORMANCE, "whole_commands_zen5.json", whole_commands),
+    (PERFORMANCE, "start.json", start_rows),
     (PERFORMANCE, "train_step_prefix_2026-11-25.json",
      lambda it: f"{speed(it, 'fast')}, without sharing {speed(it, 'unshared')} ({floor(it, 'unshared')} of the floor), "
      f"Unsloth {speed(it, 'unsloth, rows')}: {times(it, 'fast', 'unsloth, rows')}"),

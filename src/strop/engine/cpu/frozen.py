@@ -24,6 +24,7 @@ from strop.engine.cpu.turn import turn
 
 ROWS, WIDE = 6, 4 * LANES  # of a tile
 UNIT = 2 * LANES  # columns are a multiple of
+TILES = [(rows, columns) for rows in (ROWS, 3, 1) for columns in (WIDE, UNIT)]
 DEEP = 2048  # pairs along the summed dimension that are laid out at once: half a megabyte
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -31,143 +32,140 @@ _SUMS, _PAIRS, _HALVES = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES),
 _NUMBERS, _NARROW = ir.VectorType(BFloat(), 2 * LANES), ir.VectorType(BFloat(), LANES)
 
 
-def _tile(rows: int, vectors: int) -> Any:
-    def typing(
-        context: Any, x: Any, x_at: Any, ldx: Any, laid: Any, pairs: Any, begun: Any, ends: Any, sums: Any,
-        sums_at: Any, thin: Any, thin_at: Any, ldt: Any, second: Any, second_at: Any, lds: Any, more: Any, bias: Any,
-        bias_at: Any, extra: Any, extra_at: Any, there: Any, y: Any, y_at: Any, ldy: Any,
-    ) -> Any:  # fmt: skip
-        long, yes = types.int64, types.boolean
-        signature = types.void(
-            x, long, long, laid, long, yes, yes, sums, long, thin, long, long, second, long, long, long,
-            bias, long, extra, long, yes, y, long, long,
-        )  # fmt: skip
+def _generate(rows: int, vectors: int, context: Any, b: Any, signature: Any, args: Any) -> None:
+    """_tile of one size."""
 
-        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            def start(array: int, at: Any) -> Any:
-                return location(context, b, signature.args[array], args[array], at)
+    def start(array: int, at: Any) -> Any:
+        return location(context, b, signature.args[array], args[array], at)
 
-            def at(place: Any, kind: Any) -> Any:
-                return b.bitcast(place, kind.as_pointer())
+    def at(place: Any, kind: Any) -> Any:
+        return b.bitcast(place, kind.as_pointer())
 
-            def step(given: tuple[Any, Any, Any, Any], k: Any, sums: list[Any]) -> list[Any]:
-                """One pair of each column, for each row."""
-                rows_at, row_step, columns_at, column_step = given
-                line = b.gep(columns_at, [b.mul(k, column_step)])
-                columns = [
-                    b.bitcast(b.load(at(b.gep(line, [_I64(j * LANES)]), _PAIRS), align=4), _NUMBERS)
-                    for j in range(vectors)
-                ]
-                found: list[Any] = []
-                for i in range(rows):
-                    one = b.load(b.gep(rows_at, [b.add(b.mul(row_step, _I64(i)), k)]))
-                    same = b.insert_element(ir.Constant(_PAIRS, ir.Undefined), one, _I32(0))
-                    same = b.shuffle_vector(same, ir.Constant(_PAIRS, ir.Undefined), ir.Constant(_PAIRS, [0] * LANES))
-                    for column in columns:
-                        sum_of = sums[len(found)]
-                        found.append(
-                            call(
-                                b, "llvm.x86.avx512bf16.dpbf16ps.512", _SUMS, sum_of, b.bitcast(same, _NUMBERS), column
-                            )
-                        )
-                return found
+    def step(given: tuple[Any, Any, Any, Any], k: Any, sums: list[Any]) -> list[Any]:
+        """One pair of each column, for each row."""
+        rows_at, row_step, columns_at, column_step = given
+        line = b.gep(columns_at, [b.mul(k, column_step)])
+        columns = [
+            b.bitcast(b.load(at(b.gep(line, [_I64(j * LANES)]), _PAIRS), align=4), _NUMBERS) for j in range(vectors)
+        ]
+        found: list[Any] = []
+        for i in range(rows):
+            one = b.load(b.gep(rows_at, [b.add(b.mul(row_step, _I64(i)), k)]))
+            same = b.insert_element(ir.Constant(_PAIRS, ir.Undefined), one, _I32(0))
+            same = b.shuffle_vector(same, ir.Constant(_PAIRS, ir.Undefined), ir.Constant(_PAIRS, [0] * LANES))
+            for column in columns:
+                sum_of = sums[len(found)]
+                found.append(
+                    call(b, "llvm.x86.avx512bf16.dpbf16ps.512", _SUMS, sum_of, b.bitcast(same, _NUMBERS), column)
+                )
+        return found
 
-            def along(
-                given: tuple[Any, Any, Any, Any], count: Any, first: list[tuple[list[Any], Any]], done: Any
-            ) -> Any:
-                """A loop over pairs, from where each of `first` comes from; goes on to `done`."""
-                k, sums = b.phi(_I64), [b.phi(_SUMS) for _ in range(rows * vectors)]
-                for values, origin in first:
-                    k.add_incoming(_I64(0), origin)
-                    for each, value in zip(sums, values, strict=True):
-                        each.add_incoming(value, origin)
-                here, found = b.block, step(given, k, sums)
-                after = b.add(k, _I64(1))
-                for each, value in zip([k, *sums], [after, *found], strict=True):
-                    each.add_incoming(value, here)
-                b.cbranch(b.icmp_signed("<", after, count), here, done)
-                return found
+    def along(given: tuple[Any, Any, Any, Any], count: Any, first: list[tuple[list[Any], Any]], done: Any) -> Any:
+        """A loop over pairs, from where each of `first` comes from; goes on to `done`."""
+        k, sums = b.phi(_I64), [b.phi(_SUMS) for _ in range(rows * vectors)]
+        for values, origin in first:
+            k.add_incoming(_I64(0), origin)
+            for each, value in zip(sums, values, strict=True):
+                each.add_incoming(value, origin)
+        here, found = b.block, step(given, k, sums)
+        after = b.add(k, _I64(1))
+        for each, value in zip([k, *sums], [after, *found], strict=True):
+            each.add_incoming(value, here)
+        b.cbranch(b.icmp_signed("<", after, count), here, done)
+        return found
 
-            pairs, begun, ends, more, there = (args[i] for i in (4, 5, 6, 15, 20))
-            held = start(7, args[8])
-            places = [at(b.gep(held, [_I64(i * LANES)]), _SUMS) for i in range(rows * vectors)]
-            zeros = [ir.Constant(_SUMS, [0.0] * LANES)] * len(places)
-            names = ("load", "loop", "between", "keep", "last", "again", "leave", "add", "write", "done")
-            load, first, between, keep, last, again, leave, add, write, done = map(b.append_basic_block, names)
+    pairs, begun, ends, more, there = (args[i] for i in (4, 5, 6, 15, 20))
+    held = start(7, args[8])
+    places = [at(b.gep(held, [_I64(i * LANES)]), _SUMS) for i in range(rows * vectors)]
+    zeros = [ir.Constant(_SUMS, [0.0] * LANES)] * len(places)
+    names = ("load", "loop", "between", "keep", "last", "again", "leave", "add", "write", "done")
+    load, first, between, keep, last, again, leave, add, write, done = map(b.append_basic_block, names)
 
-            given = start(0, args[1]), args[2], start(3, _I64(0)), _I64(vectors * LANES)
-            before = b.block
-            b.cbranch(begun, load, first)
-            b.position_at_end(load)
-            loaded = [b.load(place, align=4) for place in places]
-            b.branch(first)
-            b.position_at_end(first)
-            sums = along(given, pairs, [(zeros, before), (loaded, load)], between)
+    given = start(0, args[1]), args[2], start(3, _I64(0)), _I64(vectors * LANES)
+    before = b.block
+    b.cbranch(begun, load, first)
+    b.position_at_end(load)
+    loaded = [b.load(place, align=4) for place in places]
+    b.branch(first)
+    b.position_at_end(first)
+    sums = along(given, pairs, [(zeros, before), (loaded, load)], between)
 
-            b.position_at_end(between)
-            b.cbranch(ends, last, keep)
-            b.position_at_end(keep)
-            for value, place in zip(sums, places, strict=True):
-                b.store(value, place, align=4)
-            b.branch(done)
+    b.position_at_end(between)
+    b.cbranch(ends, last, keep)
+    b.position_at_end(keep)
+    for value, place in zip(sums, places, strict=True):
+        b.store(value, place, align=4)
+    b.branch(done)
 
-            b.position_at_end(last)
-            given = start(9, args[10]), args[11], start(12, args[13]), args[14]
-            b.cbranch(b.icmp_signed(">", more, _I64(0)), again, leave)
-            b.position_at_end(again)
-            whole = along(given, more, [(sums, last)], leave)
+    b.position_at_end(last)
+    given = start(9, args[10]), args[11], start(12, args[13]), args[14]
+    b.cbranch(b.icmp_signed(">", more, _I64(0)), again, leave)
+    b.position_at_end(again)
+    whole = along(given, more, [(sums, last)], leave)
 
-            b.position_at_end(leave)
-            totals = []
-            for one, other in zip(sums, whole, strict=True):
-                total = b.phi(_SUMS)
-                total.add_incoming(one, last)
-                total.add_incoming(other, again)
-                totals.append(total)
+    b.position_at_end(leave)
+    totals = []
+    for one, other in zip(sums, whole, strict=True):
+        total = b.phi(_SUMS)
+        total.add_incoming(one, last)
+        total.add_incoming(other, again)
+        totals.append(total)
 
-            def widened(place: Any, j: int) -> Any:
-                halves = b.load(at(b.gep(place, [_I64(j * LANES)]), _HALVES), align=2)
-                return b.bitcast(b.shl(b.zext(halves, _PAIRS), ir.Constant(_PAIRS, [16] * LANES)), _SUMS)
+    def widened(place: Any, j: int) -> Any:
+        halves = b.load(at(b.gep(place, [_I64(j * LANES)]), _HALVES), align=2)
+        return b.bitcast(b.shl(b.zext(halves, _PAIRS), ir.Constant(_PAIRS, [16] * LANES)), _SUMS)
 
-            biases = [widened(start(16, args[17]), j) for j in range(vectors)]
-            totals = [plus(b, total, biases[i % vectors]) for i, total in enumerate(totals)]
-            b.cbranch(there, add, write)
-            b.position_at_end(add)
-            beside = start(18, args[19])
-            added = [
-                plus(b, totals[i * vectors + j], widened(b.gep(beside, [b.mul(args[23], _I64(i))]), j))
-                for i in range(rows)
-                for j in range(vectors)
-            ]
-            b.branch(write)
-            b.position_at_end(write)
-            for i, (one, other) in enumerate(zip(totals, added, strict=True)):
-                total = b.phi(_SUMS)
-                total.add_incoming(one, leave)
-                total.add_incoming(other, add)
-                totals[i] = total
-            into, ldy = start(21, args[22]), args[23]
-            for i, total in enumerate(totals):
-                place = b.gep(into, [b.add(b.mul(ldy, _I64(i // vectors)), _I64(i % vectors * LANES))])
-                b.store(b.bitcast(b.fptrunc(total, _NARROW), _HALVES), at(place, _HALVES), align=2)
-            b.branch(done)
-            b.position_at_end(done)
-            return context.get_dummy_value()
+    biases = [widened(start(16, args[17]), j) for j in range(vectors)]
+    totals = [plus(b, total, biases[i % vectors]) for i, total in enumerate(totals)]
+    b.cbranch(there, add, write)
+    b.position_at_end(add)
+    beside = start(18, args[19])
+    added = [
+        plus(b, totals[i * vectors + j], widened(b.gep(beside, [b.mul(args[23], _I64(i))]), j))
+        for i in range(rows)
+        for j in range(vectors)
+    ]
+    b.branch(write)
+    b.position_at_end(write)
+    for i, (one, other) in enumerate(zip(totals, added, strict=True)):
+        total = b.phi(_SUMS)
+        total.add_incoming(one, leave)
+        total.add_incoming(other, add)
+        totals[i] = total
+    into, ldy = start(21, args[22]), args[23]
+    for i, total in enumerate(totals):
+        place = b.gep(into, [b.add(b.mul(ldy, _I64(i // vectors)), _I64(i % vectors * LANES))])
+        b.store(b.bitcast(b.fptrunc(total, _NARROW), _HALVES), at(place, _HALVES), align=2)
+    b.branch(done)
+    b.position_at_end(done)
 
-        return signature, generate
 
-    typing.__doc__ = f"""y[{rows}, {LANES * vectors}] = x laid + thin second + bias + extra, in bf16.
+@intrinsic  # type: ignore[untyped-decorator]
+def _tile(
+    context: Any, x: Any, x_at: Any, ldx: Any, laid: Any, pairs: Any, begun: Any, ends: Any, sums: Any, sums_at: Any,
+    thin: Any, thin_at: Any, ldt: Any, second: Any, second_at: Any, lds: Any, more: Any, bias: Any, bias_at: Any,
+    extra: Any, extra_at: Any, there: Any, y: Any, y_at: Any, ldy: Any, rows: Any, columns: Any,
+) -> Any:  # fmt: skip
+    """y[rows, columns] = x laid + thin second + bias + extra, in bf16; rows and columns as in TILES.
 
-    x (.., pairs), laid (pairs, {LANES * vectors}), thin (.., more), second (more, ..): uint32 arrays of one dimension,
-    pairs of bf16 as in `tile.tile`; bias, extra, y: bf16's bits. ..._at: where the tile begins; ld..: row to row, of
-    extra as of y. begun: `sums` holds what is summed so far; ends: else it will, and y is not written.
+    x (.., pairs), laid (pairs, columns), thin (.., more), second (more, ..): uint32 arrays of one dimension, pairs of
+    bf16 as in `tile.tile`; bias, extra, y: bf16's bits. ..._at: where the tile begins; ld..: row to row, of extra as of
+    y. begun: `sums` holds what is summed so far; ends: else it will, and y is not written.
     """
-    return intrinsic(typing)
+    long, yes = types.int64, types.boolean
 
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        for rows, columns in TILES:
+            asked = [b.icmp_signed("==", x, _I64(n)) for x, n in ((args[24], rows), (args[25], columns))]
+            with b.if_then(b.and_(*asked)):
+                _generate(rows, columns // LANES, context, b, signature, args)
+        return context.get_dummy_value()
 
-_tiles = {(rows, wide): _tile(rows, wide) for rows in (ROWS, 3, 1) for wide in (2, 4)}
-_six_wide, _three_wide, _one_wide = (_tiles[rows, 4] for rows in (ROWS, 3, 1))
-_six, _three, _one = (_tiles[rows, 2] for rows in (ROWS, 3, 1))
+    signature = types.void(
+        x, long, long, laid, long, yes, yes, sums, long, thin, long, long, second, long, long, long,
+        bias, long, extra, long, yes, y, long, long, long, long,
+    )  # fmt: skip
+    return signature, generate
 
 
 @inline
@@ -221,34 +219,12 @@ def multiply(
                 begun, ends, i = begin > 0, begin + deep == half, top
                 while i < end:
                     x_at, held, t, to_y = i * half + begin, (i - top) * width, i * ldt + t_at, i * n + column
-                    left = end - i
-                    if two:
-                        if left >= ROWS:
-                            _six_wide(
-                                xs, x_at, half, laid, deep, begun, ends, sums, held, thins, t, ldt,
-                                second, s_at, lds, more, bias, column, extras, to_y, there, ys, to_y, n,
-                            )  # fmt: skip
-                        elif left >= 3:
-                            _three_wide(
-                                xs, x_at, half, laid, deep, begun, ends, sums, held, thins, t, ldt,
-                                second, s_at, lds, more, bias, column, extras, to_y, there, ys, to_y, n,
-                            )  # fmt: skip
-                        else:
-                            _one_wide(
-                                xs, x_at, half, laid, deep, begun, ends, sums, held, thins, t, ldt,
-                                second, s_at, lds, more, bias, column, extras, to_y, there, ys, to_y, n,
-                            )  # fmt: skip
-                    elif left >= ROWS:
-                        _six(
-                            xs, x_at, half, laid, deep, begun, ends, sums, held, thins, t, ldt,
-                            second, s_at, lds, more, bias, column, extras, to_y, there, ys, to_y, n,
-                        )  # fmt: skip
-                    else:
-                        _one(
-                            xs, x_at, half, laid, deep, begun, ends, sums, held, thins, t, ldt,
-                            second, s_at, lds, more, bias, column, extras, to_y, there, ys, to_y, n,
-                        )  # fmt: skip
-                    i += ROWS if left >= ROWS else 3 if left >= 3 and two else 1
+                    many = ROWS if end - i >= ROWS else 3 if end - i >= 3 else 1
+                    _tile(
+                        xs, x_at, half, laid, deep, begun, ends, sums, held, thins, t, ldt, second, s_at, lds, more,
+                        bias, column, extras, to_y, there, ys, to_y, n, many, width,
+                    )  # fmt: skip
+                    i += many
             unit += 2 if two else 1
 
 
@@ -275,10 +251,10 @@ def product(
     elif added is not None:
         added.into(y)
         held = True
-    extra = y if held else residual
+    extra = y if held or residual is None else residual.contiguous()
     multiply(
-        array(x), array(weight), along, array(thin), second, spans, _spans_of(n, columns),
-        _zeros(n) if bias is None else array(bias), array(y if extra is None else extra), extra is not None,
+        array(x.contiguous()), array(weight.contiguous()), along, array(thin), second, spans, _spans_of(n, columns),
+        _zeros(n) if bias is None else array(bias), array(extra), held or residual is not None,
         across(len(x), n // UNIT, lanes), lanes, array(y),
     )  # fmt: skip
     if held and residual is not None:
