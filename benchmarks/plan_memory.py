@@ -227,7 +227,7 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
         "name": name_of(case), "fitted": case["fitted"], "measured_bytes": memory["measured_peak_bytes"],
         "predicted_then": memory["predicted_peak_bytes"], "micro_batch": memory["micro_batch"],
         "recipe": {name: value for name, value in recipe.items() if name.startswith(kept) and name != "model.name"},
-        **{name: getattr(setting_of(case["model"], recipe), name) for name in ("tiles", "own_products", "step")},
+        "tiles": setting_of(case["model"], recipe).tiles, "step": setting_of(case["model"], recipe).step,
         "steps": report["steps"],
     }  # fmt: skip
 
@@ -259,8 +259,7 @@ def predicted_bytes(one: dict[str, Any]) -> int:
     from strop.planning.memory import load, train
 
     setting = setting_of(one["name"].partition(",")[0], one["recipe"])
-    own = one.get("own_products", False)  # files of before have none
-    setting = setting.but(tiles=one["tiles"], step=one.get("step", setting.step), own_products=own)
+    setting = setting.but(tiles=one["tiles"], step=one.get("step", setting.step))
     batch = MicroBatch(**{**one["micro_batch"], "documents": tuple(map(tuple, one["micro_batch"]["documents"]))})
     return max(phase.peak_bytes for phase in (load(setting), train(setting, batch)))
 

@@ -174,7 +174,10 @@ def test_a_young_adapter_is_not_rounded_away(way: str, residual: bool) -> None:
     products = importlib.import_module(f"strop.engine.{way}")
     x, w, a = torch.randn(64, 256), torch.randn(128, 256) / 16, torch.randn(16, 256) / 16
     b, onto = 2.5e-4 * torch.randn(128, 16), torch.randn(64, 128).bfloat16()
-    frozen = Frozen(lambda: w.bfloat16(), None, products, ((0, 128),), (1.0,))
+    product = LORA.product
+    if way == "cpu.lora_tiles":
+        product = importlib.import_module("strop.engine.cpu.frozen").product
+    frozen = Frozen(lambda: w.bfloat16(), None, products, ((0, 128),), (1.0,), product=product)
     with torch.no_grad():
         added = x.bfloat16().float() @ a.t() @ b.t()
         given = x.bfloat16(), frozen, None, onto if residual else None

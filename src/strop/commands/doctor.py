@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from strop import libraries
 from strop.alive import alive
 from strop.flags import Json
 from strop.terminal import console, print_json
@@ -22,6 +23,7 @@ def doctor(
     from strop.planning.show import print_findings
 
     def try_out(machine: Any) -> Any:
+        libraries.load()
         from strop.planning import trial
 
         return trial.try_out(machine)

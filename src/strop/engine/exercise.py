@@ -17,7 +17,7 @@ from strop.engine.attention import Heads
 from strop.engine.fast import FastLoss
 from strop.engine.fits import unsupported
 from strop.engine.joined import Joined
-from strop.engine.processor import Processor
+from strop.engine.processor import Processor, save_in_turn
 
 
 def exercise(dtype: torch.dtype, part: str = "") -> None:
@@ -55,4 +55,5 @@ def _no_attention(qkv: Tensor, heads: Heads, *_: object) -> Tensor:
 
 
 if __name__ == "__main__":
+    save_in_turn()
     exercise(getattr(torch, sys.argv[1]), *sys.argv[2:])

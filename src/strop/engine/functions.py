@@ -156,20 +156,21 @@ class LoraLinear(Function):
         adapters, magnitudes = frozen.split(parts)
         entered, dora, dropping = frozen.spread(z), frozen.dora, frozen.dropping(adapters)
         added, kept = frozen.lora.forward(entered, len(weight), adapters, new)
-        if dora is not None and dropping is not None:
-            gains = dora.gains(weight, dropping.undropped, magnitudes)
-            added.into(y)
-            dora.changed_(y, entered, weight, gains, dropping)
-            added, kept = Held(), (gains, *kept)
-        if dora is None or dropping is not None:
-            frozen.product(z, weight, True, y, added, frozen.bias, residual)
-        else:
+        if dora is not None and dropping is None:
+            frozen.product(z, weight, True, y, added)
             gains = dora.gains(weight, adapters, magnitudes)
-            dora.ops.scale_columns_(frozen.product(z, weight, True, y, added), gains)
+            dora.ops.scale_columns_(y, gains)
             if frozen.bias is not None:
                 y += frozen.bias
             kept = (gains, y, *kept)
             y = y if residual is None else y + residual
+        else:
+            if dora is not None and dropping is not None:
+                added.into(y)
+                gains = dora.gains(weight, dropping.undropped, magnitudes)
+                dora.changed_(y, entered, weight, gains, dropping)
+                added, kept = Held(), (gains, *kept)
+            frozen.product(z, weight, True, y, added, frozen.bias, residual)
         ctx.save_for_backward(x, *parts[: frozen.factors], *kept)
         return y
 
@@ -208,7 +209,8 @@ class LoraLinear(Function):
             if not wanted:
                 added.alone()
             elif frozen.dropped is not None:
-                added.into(grad_z := grad.new_empty(len(grad), adapters.entered))
+                grad_z = grad.new_empty(len(grad), adapters.entered)
+                added.into(grad_z)
                 if dora is not None and dropping is not None:
                     dora.back_(grad_z, grad, weight, gains, dropping)
                 grad_z, added = frozen.fold(grad_z), Held()

@@ -48,7 +48,8 @@ class Adapters:
 class Added(Protocol):
     """What is added to a frozen product: in the forward (T, n) za B^T, in the backward (T, entered) grad_za A.
 
-    It, and the za or grad_za that came with it, hold numbers once one of these two was called."""
+    It, and the za or grad_za that came with it, hold numbers once one of these two was called, which must be before the
+    next layer asks for its own."""
 
     def into(self, y: Tensor) -> None:
         """y becomes what is added."""
@@ -57,8 +58,15 @@ class Added(Protocol):
         """Computes za or grad_za, where the product is not wanted."""
 
 
+class Known:
+    """What is computed already."""
+
+    def alone(self) -> None:
+        pass
+
+
 @dataclass(frozen=True)
-class Product:
+class Product(Known):
     """thin w."""
 
     thin: Tensor
@@ -67,12 +75,9 @@ class Product:
     def into(self, y: Tensor) -> None:
         torch.mm(self.thin, self.w, out=y)
 
-    def alone(self) -> None:
-        pass
-
 
 @dataclass(frozen=True)
-class Parts:
+class Parts(Known):
     """thin_i w_i side by side, of parts of thin's columns and of w's rows."""
 
     thin: Tensor
@@ -83,17 +88,11 @@ class Parts:
         own = zip(torch.split(self.thin, [*self.ranks], 1), torch.split(self.w, [*self.ranks]), strict=True)
         torch.cat([part @ of for part, of in own], 1, out=y)
 
-    def alone(self) -> None:
-        pass
 
-
-class Held:
+class Held(Known):
     """What y holds already."""
 
     def into(self, y: Tensor) -> None:
-        pass
-
-    def alone(self) -> None:
         pass
 
 
@@ -123,7 +122,7 @@ def product(
 
 def forward(z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap) -> tuple[Added, tuple[Tensor, ...]]:
     """za_i B_i^T in columns_i of (T, outputs), and what the other two need: za, and A and B as they were used. new:
-    gives the memory of what is kept.
+    gives the memory of what is kept, where the products can write there (lora_tiles).
 
     The A stand in one matrix and the B in another, zeros around them: two narrow products, not two an adapter.
     """

@@ -79,7 +79,7 @@ class Processor:
 
     def product(self, sizes: Sequence[int]) -> FrozenProduct:
         """The products of frozen linear layers with these inputs and outputs."""
-        if not self.tiles or not probe().own_products or any(size % 32 for size in sizes):
+        if not self.tiles or not probe().has_products(sizes):
             return lora.product
         from strop.engine.cpu import frozen  # its import starts threads
 
@@ -157,6 +157,13 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: bool = True
 
         return Processor(cast(Ops, own), card=True, kernels=True)
     return Processor(cast(Ops, eager), card=device.type != "cpu")
+
+
+def save_in_turn() -> None:
+    """engine.cpu.warm.save_in_turn, for what compiles loops beside others."""
+    from strop.engine.cpu import warm
+
+    warm.save_in_turn()
 
 
 def frozen_flops(dtype: torch.dtype) -> float:

@@ -42,10 +42,10 @@ class Machine:
         """The fast step's attention in bf16 runs in tiles here (engine.cpu), and keeps no probabilities."""
         return self.tiles and head_size % 32 == 0
 
-    @property
-    def own_products(self) -> bool:
-        """The fast step multiplies frozen weights in bf16 itself (engine.cpu.frozen). With AMX oneDNN is faster."""
-        return self.tiles and "amx_bf16" not in self.vector
+    def has_products(self, sizes: Sequence[int]) -> bool:
+        """The fast step multiplies frozen weights in bf16 of these sizes itself (engine.cpu.frozen): with AMX oneDNN is
+        faster."""
+        return self.tiles and "amx_bf16" not in self.vector and all(size % 32 == 0 for size in sizes)
 
     def lines(self) -> list[str]:
         """The machine in two lines."""

@@ -13,6 +13,8 @@ from strop.machine.probe import Machine, affinity
 from strop.runs.folder import cache_folder, write_json
 from strop.runs.lock import sha256_text
 
+MEASURED = 2  # one more where what is measured changes: 2 since the fast step multiplies itself
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -69,5 +71,5 @@ def _precision_file(machine: Machine, threads: int) -> Path:
 def _file(machine: Machine, device: str) -> Path:
     threads = os.environ.get("OMP_NUM_THREADS", "")
     cards = machine.gpus if device != "cpu" else ""
-    key = sha256_text(f"{machine.cpu} {machine.cores} {threads} {cards} {device}")[:16]
+    key = sha256_text(f"{MEASURED} {machine.cpu} {machine.cores} {threads} {cards} {device}")[:16]
     return cache_folder() / "rates" / f"{key}.json"

@@ -22,7 +22,7 @@ from strop.data.conversation import Example
 from strop.engine.plain import PlainLoss
 from strop.engine.processor import processor_for
 from strop.engine.step import step_for
-from strop.machine.probe import TILED_RANK, probe
+from strop.machine.probe import TILED_RANK
 from strop.model.quantize import pack, unpack
 from strop.model.shape import ModelShape
 from strop.planning.activations import MicroBatch
@@ -121,9 +121,7 @@ def fastest(work: Callable[[], object], rounds: int = 4) -> float:
 def _setting(sizes: dict[str, int], dtype: torch.dtype, rank: int = RANK) -> Setting:
     shape = ModelShape.of({"model_type": "llama", **sizes})
     tiles = processor_for(torch.device("cpu"), dtype).tiled(shape.head_size)
-    own = dtype == torch.bfloat16 and probe().own_products
-    ranks = (rank,) * len(shape.linears)
-    return Setting(shape, 0, ranks=ranks, tiles=tiles, own_products=own, element=dtype.itemsize)
+    return Setting(shape, 0, ranks=(rank,) * len(shape.linears), tiles=tiles, element=dtype.itemsize)
 
 
 def _seconds(loss: Callable[[Sequence[Example]], Tensor], number: int, length: int) -> tuple[float, float]:

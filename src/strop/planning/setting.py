@@ -23,10 +23,10 @@ class Setting:
 
     element: bytes of a number in the type that is computed in. whole: weights that are trained and are not of these
     adapters: in full, biases, DoRA's magnitudes, an adapter on the head (its rank: head_rank). whole_head,
-    whole_embedding, whole_head_norms (of q and k): these are trained in full. step: fast or
-    plain, as engine.step decides. tiles: the fast step's attention runs in tiles; own_products: so do the products of
-    frozen weights, of its own. shards: devices that hold a share of the base each; 1: each holds all of it. offload:
-    inputs of layers that are computed again wait in the host's memory.
+    whole_embedding, whole_head_norms (of q and k): these are trained in full. step: fast or plain, as engine.step
+    decides. tiles: the fast step's attention runs in tiles; own_products: it multiplies by the head's weight itself.
+    shards: devices that hold a share of the base each; 1: each holds all of it. offload: inputs of layers that are
+    computed again wait in the host's memory.
     """
 
     shape: ModelShape
@@ -88,7 +88,7 @@ class Setting:
             "plain" if plain else "fast",
             threads,
             device == "cpu" and model.dtype == "bf16" and probe().has_tiles(shape.head_size),
-            device == "cpu" and model.dtype == "bf16" and probe().own_products,
+            device == "cpu" and model.dtype == "bf16" and probe().has_products((shape.hidden, shape.vocabulary)),
             lora.dropout > 0,
             lora.use_dora,
             devices if model.placement == "sharded" else 1,

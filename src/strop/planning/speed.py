@@ -56,7 +56,7 @@ class Rate:
     attention_flops: float = 0.0
     layer_s: float = 0.0
     moved: float = 0.0  # bytes/s of element-wise work
-    kinds_s: float = 0.0
+    kinds_s: float | None = None  # None: not measured
     plain: float = 0.0  # times the fast step's time
     thin_flops: float = 0.0  # of products with a rank above TILED_RANK
     unpacked_per_s: Mapping[str, float] = field(default_factory=dict)  # weights, by scheme
@@ -172,10 +172,11 @@ def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> floa
         + work.attention / (rate.attention_flops or ATTENTION * rate.flops)
     )
     once = unpacked / rate.unpacked_per_s.get(setting.scheme, UNPACKED_PER_S)
-    once += (rate.kinds_s or KINDS_S) * math.pow(setting.shape.hidden / KINDS_HIDDEN, KINDS_POWER)
+    own = setting.own_products and not plain
+    kinds_s = (0.0 if own else KINDS_S) if rate.kinds_s is None else rate.kinds_s
+    once += kinds_s * math.pow(setting.shape.hidden / KINDS_HIDDEN, KINDS_POWER)
     once += work.head / (rate.head_flops or HEAD * rate.flops)
     shape = setting.shape
-    own = setting.own_products and not plain
     once += repacked_bytes(batch.supervised, shape.vocabulary, shape.hidden, setting.element, own) / rate.bandwidth
     if plain:
         once += LOGIT_BYTES * batch.supervised * shape.vocabulary / (rate.moved or MOVED * rate.bandwidth)

@@ -98,7 +98,7 @@ def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
     processor = processor_for(torch.device("cpu"), dtype)
     output = Output(weight, 0.0, processor.ops, product=processor.product(weight.shape))
     seconds = fastest(lambda: apply(SupervisedLoss, x, labels, weights, output), 3)
-    own = dtype == torch.bfloat16 and probe().own_products
+    own = dtype == torch.bfloat16 and probe().has_products(weight.shape)
     moving = repacked_bytes(rows, vocabulary, hidden, x.element_size(), own) / bandwidth
     return 4 * rows * hidden * vocabulary / max(seconds - moving, seconds / 2)
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from strop.engine import lora
+from strop.engine.head import Output, SupervisedLoss
 from strop.engine.lora import Adapters, Held
 from strop.machine.probe import probe
+from tests.support.attention import OPS
 
 pytestmark = pytest.mark.skipif(not probe().tiles, reason="this CPU has no AVX512-BF16")
 ADAPTED = {
@@ -21,12 +23,10 @@ ADAPTED = {
 
 
 @pytest.fixture
-def frozen() -> Iterator[Any]:
+def frozen() -> Any:
     from strop.engine.cpu import frozen
 
-    threads = torch.get_num_threads()
-    yield frozen
-    torch.set_num_threads(threads)
+    return frozen
 
 
 def random(*shape: int) -> Tensor:
@@ -89,6 +89,43 @@ def test_backward(frozen: Any, tokens: int, adapted: str) -> None:
         _, kept = lora_tiles.forward(x, 160, adapters)
         added, _ = lora_tiles.backward(grad, kept, adapters)
     assert error(frozen.product(grad, weight, False, torch.empty_like(x), added), truth) < 4e-3
+
+
+def test_adapters_with_an_input_of_their_own(frozen: Any) -> None:
+    """As dropout makes them: side by side, and not what the frozen weight multiplies."""
+    from strop.engine.cpu import lora_tiles
+
+    x, weight, adapters = given(50, 96, "q, k and v")
+    adapters = replace(adapters, apart=True)
+    entered = random(50, 3 * 96)
+    added, kept = lora_tiles.forward(entered, 160, adapters)
+    found = frozen.product(x, weight, True, x.new_empty(50, 160), added)
+    truth = x.double() @ weight.double().t()
+    for i, ((a, b, scale), (start, end)) in enumerate(zip(adapters, adapters.columns, strict=True)):
+        truth[:, start:end] += scale * entered[:, 96 * i : 96 * (i + 1)].double() @ a.double().t() @ b.double().t()
+    assert error(found, truth) < 5e-3
+    added, grad_za = lora_tiles.backward(found, kept, adapters)
+    added.alone()
+    assert error(grad_za[:, :16], found[:, :64].double() @ adapters.parts[1].double()) < 5e-3
+
+
+def test_the_head(frozen: Any) -> None:
+    """Loss and gradient of hidden states, as near to fp64 as with PyTorch's products."""
+    x, weight, labels = random(70, 64), random(96, 64), torch.arange(70)
+
+    def run(product: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        z = x.to(dtype).requires_grad_()
+        output = Output(weight.to(dtype), 0.0, OPS, product=product)
+        loss = SupervisedLoss.apply(z, labels, torch.ones(70, dtype=dtype), output)
+        loss.backward()
+        assert z.grad is not None
+        return loss.detach(), z.grad
+
+    truth = run(lora.product, torch.float64)
+    for mine, theirs, exact in zip(
+        run(frozen.product, torch.bfloat16), run(lora.product, torch.bfloat16), truth, strict=True
+    ):
+        assert error(mine, exact) <= 1.1 * error(theirs, exact) + 1e-4
 
 
 @pytest.mark.parametrize("along", [True, False])

@@ -41,7 +41,17 @@ def test_the_parts_compile_all_that_a_run_calls(tmp_path: Path) -> None:
 def test_it_is_said_where_they_cannot_be_compiled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         warm.compile_once(torch.float32, tmp_path, exercise="strop.no_such_module")
-    assert "No module named strop.no_such_module" in caplog.text
+    assert "(exit 1)" in caplog.text and "No module named strop.no_such_module" in caplog.text
     caplog.clear()
     warm.compile_once(torch.float32, tmp_path, exercise="strop.no_such_module")
     assert not caplog.text  # once
+
+
+def test_loops_of_other_sources_are_not_kept(tmp_path: Path) -> None:
+    for name in ("loop-1.nbi", "loop-1.1.nbc", "strop-other-exercise-float32"):
+        (tmp_path / name).touch()
+    warm.compile_once(torch.float32, tmp_path, exercise="strop.no_such_module")
+    (tmp_path / "loop-2.nbi").touch()
+    warm.compile_once(torch.bfloat16, tmp_path, exercise="strop.no_such_module")
+    kept = sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock")
+    assert [name.rpartition("-")[2] for name in kept] == ["2.nbi", "bfloat16", "float32"]

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from strop.engine.cpu.compiled import GAP, BFloat, array, inline, loop
-from strop.engine.cpu.dots import call, location, plus
+from strop.engine.cpu.dots import call, location, plus, spread
 from strop.engine.cpu.lora_tiles import Added
 from strop.engine.cpu.tile import LANES, pair
 from strop.engine.cpu.turn import turn
@@ -51,8 +51,7 @@ def _generate(rows: int, vectors: int, context: Any, b: Any, signature: Any, arg
         found: list[Any] = []
         for i in range(rows):
             one = b.load(b.gep(rows_at, [b.add(b.mul(row_step, _I64(i)), k)]))
-            same = b.insert_element(ir.Constant(_PAIRS, ir.Undefined), one, _I32(0))
-            same = b.shuffle_vector(same, ir.Constant(_PAIRS, ir.Undefined), ir.Constant(_PAIRS, [0] * LANES))
+            same = spread(b, one, LANES)
             for column in columns:
                 sum_of = sums[len(found)]
                 found.append(
@@ -241,7 +240,8 @@ def product(
     x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Any = None, bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """lora.product, of bf16; both sides of the weight multiples of UNIT."""
+    """lora.product, of bf16; both sides of the weight multiples of UNIT, y without gaps."""
+    assert bias is None or bias.dtype == x.dtype
     n, lanes, held = y.shape[1], get_num_threads(), False
     columns: tuple[tuple[int, int], ...] = ()
     thin, second, spans = x[:, :0], _NO_PAIRS, _NO_SPANS

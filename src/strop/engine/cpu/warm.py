@@ -12,12 +12,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numba
 import torch
 from filelock import FileLock
+from numba.core.caching import IndexDataCacheFile
 
-from strop.machine.probe import affinity, probe
+from strop.machine.probe import probe
 from strop.runs.lock import sha256_text
 
 LOG = logging.getLogger(__name__)
@@ -29,6 +31,9 @@ SOURCES = (
 )  # fmt: skip
 
 
+PARTS_BYTES = 4 << 30  # free memory from which on several processes compile: each takes about 700 MB
+
+
 def compile_once(dtype: torch.dtype, cache: Path, exercise: str, parts: Sequence[str] = ()) -> None:
     """Sees to it that this process finds every loop for weights of this type in numba's cache, the folder `cache`.
 
@@ -37,22 +42,47 @@ def compile_once(dtype: torch.dtype, cache: Path, exercise: str, parts: Sequence
     """
     name = str(dtype).removeprefix("torch.")
     sources = [Path(__file__).with_name(file).stat().st_mtime_ns for file in SOURCES]
-    mark = cache / f"strop-{sha256_text(repr((sources, numba.__version__, probe().cpu, exercise)))[:16]}-{name}"
+    state = sha256_text(repr((sources, numba.__version__, probe().cpu)))[:16]
+    mark = cache / f"strop-{state}-{exercise}-{name}"
     if mark.is_file():
         return
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "strop.lock"):  # of two processes that start at once, one waits for what the other compiles
-        if not mark.is_file():
-            LOG.info("compiling loops for this CPU in %s, once on this machine (half a minute)", name)
-            told = [[part] for part in parts] if affinity() > 1 and parts else [[]]
-            pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
-            started = [
-                subprocess.Popen([sys.executable, "-m", exercise, name, *part], stdout=nowhere, stderr=pipe, text=True)
-                for part in told
-            ]
-            for process in started:
-                said = process.communicate()[1]
-                if process.returncode:
-                    # This process compiles for itself then: its last bits may differ from those of the next one.
-                    LOG.warning("loops could not be compiled beforehand: %s", (said or "").strip().splitlines()[-1:])
-            mark.touch()
+        if mark.is_file():
+            return
+        if not any(cache.glob(f"strop-{state}-*")):  # numba knows a loop's own file, not those that it imports from
+            for old in (*cache.glob("*.nb[ic]"), *cache.glob("strop-*-*")):
+                old.unlink(missing_ok=True)
+        LOG.info("compiling loops for this CPU in %s, once on this machine (half a minute)", name)
+        machine = probe()
+        apart = parts if machine.cores > 1 and machine.free_bytes > PARTS_BYTES else ()
+        _run([[sys.executable, "-m", exercise, name, *part] for part in ([[part] for part in apart] or [[]])])
+        mark.touch()
+
+
+def _run(commands: Sequence[Sequence[str]]) -> None:
+    """All at once. Where one fails, this process compiles for itself: its last bits may differ from the next one's."""
+    begun: list[subprocess.Popen[str]] = []
+    try:
+        for command in commands:
+            begun.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+        for process in begun:
+            lines = process.communicate()[1].strip().splitlines() or [""]
+            if process.returncode:
+                LOG.warning("loops could not be compiled beforehand (exit %d): %s", process.returncode, lines[-1])
+    finally:
+        for process in begun:
+            if process.poll() is None:
+                process.kill()
+
+
+def save_in_turn() -> None:
+    """From here on this process and others that did the same write numba's cache one after the other: two that kept
+    the same function for two types at once could each take the other's code for its own."""
+    save = IndexDataCacheFile.save
+
+    def locked(self: Any, *args: Any) -> None:
+        with FileLock(f"{self._index_path}.lock"):
+            save(self, *args)
+
+    IndexDataCacheFile.save = locked
