@@ -2,8 +2,8 @@
 
 A product with a rank of 16 takes PyTorch as long to call as to compute, and a step has a thousand of them. Here one
 call goes through the rank and back out, block of rows by block of rows (or in alone, where frozen.py does the rest),
-and one makes all gradients. An adapter's rank takes a slot, a multiple of 16 columns, with zeros behind it. All sizes but
-ranks and rows are multiples of 32.
+and one makes all gradients. An adapter's rank takes a slot, a multiple of 16 columns, with zeros behind it. All sizes
+but ranks and rows are multiples of 32.
 """
 
 from __future__ import annotations
