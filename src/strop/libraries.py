@@ -10,9 +10,9 @@ def load() -> None:
     leave out what they made."""
     gc.disable()
     try:
-        import peft  # noqa: F401
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
+        import peft  # noqa: F401 (to have it loaded)
+        import torch  # noqa: F401 (to have it loaded)
+        import transformers  # noqa: F401 (to have it loaded)
     finally:
         gc.enable()
     gc.freeze()

@@ -317,8 +317,7 @@ def _add_shared(
                         total[d + j] += shared[doc, head, 1, row - front, j]
             to = row * into_step + head * d
             _turned_back(total, 0, d, cos, sin, row, np.float32(1.0), dk, to)
-            for j in range(d):
-                dv[to + j] = narrow(total[d + j], dv)
+            scaled(total, d, d, np.float32(1.0), dv, to)
 
 
 Turn = tuple[Tensor, Tensor, np.float32]  # cos, sin (T, m), and what q is scaled by

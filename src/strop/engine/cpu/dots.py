@@ -46,7 +46,7 @@ class Kind:
             found = _masked(b, at, kind, mask, align)
         if self.pairs:
             return b.bitcast(found, ir.VectorType(BFloat(), self.step))
-        return _widened(b, found) if bf16 else found
+        return widened(b, found) if bf16 else found
 
     def multiply(self, b: Any, a: Any, x: Any, onto: Any) -> Any:
         if self.pairs:
@@ -76,10 +76,26 @@ def _masked(b: Any, at: Any, kind: Any, mask: Any, align: int) -> Any:
     return call(b, name, kind, at, _I32(align), mask, ir.Constant(kind, None))
 
 
-def _widened(b: Any, found: Any) -> Any:
+def widened(b: Any, found: Any) -> Any:
     """fp32 of bf16's bits."""
     wide = ir.VectorType(_I32, found.type.count)
     return b.bitcast(b.shl(b.zext(found, wide), ir.Constant(wide, [16] * wide.count)), _SUMS)
+
+
+def repeat(b: Any, count: Any, step: int, carried: list[Any], body: Any) -> list[Any]:
+    """body(at, carried) for at = 0, step, ... below count, a multiple of it and not 0; gives what it gave last."""
+    before, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
+    b.branch(loop)
+    b.position_at_end(loop)
+    at, held = b.phi(_I64), [b.phi(one.type) for one in carried]
+    found = body(at, held)
+    after = b.add(at, _I64(step))
+    for each, first, later in zip([at, *held], [_I64(0), *carried], [after, *found], strict=True):
+        each.add_incoming(first, before)
+        each.add_incoming(later, loop)
+    b.cbranch(b.icmp_signed("<", after, count), loop, done)
+    b.position_at_end(done)
+    return list(found)
 
 
 def prefetch(b: Any, place: Any) -> None:
@@ -285,7 +301,7 @@ def _mix(queries: int, vectors: int) -> Any:
             for j in range(vectors):
                 place = b.bitcast(b.gep(row, [_I64(j * LANES)]), element.as_pointer())
                 one = b.load(place, align=2 if bf16 else 4)
-                columns.append(_widened(b, one) if bf16 else one)
+                columns.append(widened(b, one) if bf16 else one)
             added = []
             for i in range(queries):
                 share = spread(b, b.load(b.gep(starts[0], [b.add(b.mul(ldp, _I64(i)), at)])), LANES)

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from strop.engine.cpu.compiled import GAP, BFloat, array, inline, loop
-from strop.engine.cpu.dots import call, location, plus, spread
+from strop.engine.cpu.dots import call, location, plus, spread, widened
 from strop.engine.cpu.lora_tiles import Added
 from strop.engine.cpu.tile import LANES, pair
 from strop.engine.cpu.turn import turn
@@ -110,17 +110,16 @@ def _generate(rows: int, vectors: int, context: Any, b: Any, signature: Any, arg
         total.add_incoming(other, again)
         totals.append(total)
 
-    def widened(place: Any, j: int) -> Any:
-        halves = b.load(at(b.gep(place, [_I64(j * LANES)]), _HALVES), align=2)
-        return b.bitcast(b.shl(b.zext(halves, _PAIRS), ir.Constant(_PAIRS, [16] * LANES)), _SUMS)
+    def wide(place: Any, j: int) -> Any:
+        return widened(b, b.load(at(b.gep(place, [_I64(j * LANES)]), _HALVES), align=2))
 
-    biases = [widened(start(16, args[17]), j) for j in range(vectors)]
+    biases = [wide(start(16, args[17]), j) for j in range(vectors)]
     totals = [plus(b, total, biases[i % vectors]) for i, total in enumerate(totals)]
     b.cbranch(there, add, write)
     b.position_at_end(add)
     beside = start(18, args[19])
     added = [
-        plus(b, totals[i * vectors + j], widened(b.gep(beside, [b.mul(args[23], _I64(i))]), j))
+        plus(b, totals[i * vectors + j], wide(b.gep(beside, [b.mul(args[23], _I64(i))]), j))
         for i in range(rows)
         for j in range(vectors)
     ]

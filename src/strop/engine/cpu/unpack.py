@@ -15,7 +15,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from strop.engine.cpu.compiled import HAS_BF16, BFloat, inline, narrow
-from strop.engine.cpu.dots import AHEAD, LANES, Kind, call, location, prefetch, spread, store_sums
+from strop.engine.cpu.dots import AHEAD, LANES, Kind, call, location, prefetch, repeat, spread, store_sums
 
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
 _WIDE, _NUMBERS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
@@ -93,22 +93,6 @@ def _code_of(context: Any, b: Any, kind: Any, array: Any, four: bool) -> Any:
     return b.load(b.bitcast(location(context, b, kind, array, _I64(0)), _WIDE.as_pointer()), align=4) if four else None
 
 
-def _loop(b: Any, count: Any, step: int, carried: list[Any], body: Any) -> list[Any]:
-    """body(at, carried) for at = 0, step, ... below count, a multiple of it and not 0; gives what it gave last."""
-    before, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
-    b.branch(loop)
-    b.position_at_end(loop)
-    at, held = b.phi(_I64), [b.phi(one.type) for one in carried]
-    found = body(at, held)
-    after = b.add(at, _I64(step))
-    for each, first, later in zip([at, *held], [_I64(0), *carried], [after, *found], strict=True):
-        each.add_incoming(first, before)
-        each.add_incoming(later, loop)
-    b.cbranch(b.icmp_signed("<", after, count), loop, done)
-    b.position_at_end(done)
-    return list(found)
-
-
 @intrinsic  # type: ignore[untyped-decorator]
 def _unpack(
     context: Any, w: Any, begin: Any, scale: Any, share: Any, code: Any, out: Any, out_at: Any, count: Any
@@ -136,7 +120,7 @@ def _unpack(
                 b.store(one, target, align=2 if bf16 else 4)
             return []
 
-        _loop(b, args[7], TURN, [], body)
+        repeat(b, args[7], TURN, [], body)
         return context.get_dummy_value()
 
     return signature, generate
@@ -181,7 +165,7 @@ def _packed_dots(rows: int, others: int) -> Any:
                 return found
 
             zeros = [ir.Constant(_WIDE, [0.0] * LANES)] * (rows * others)
-            total = _loop(b, count, TURN, zeros, body)
+            total = repeat(b, count, TURN, zeros, body)
             store_sums(b, total, rows, others, location(context, b, kinds[8], args[8], args[9]), ldc)
             return context.get_dummy_value()
 

@@ -6,7 +6,6 @@ of them turn with the other half. Arrays are taken as one dimension, without gap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -14,7 +13,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from strop.engine.cpu.compiled import BFloat
-from strop.engine.cpu.dots import call, location, plus, spread
+from strop.engine.cpu.dots import call, location, plus, repeat, spread, widened
 
 LANES = 16
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -51,9 +50,7 @@ def _load(b: Any, start: Any, at: Any, bf16: bool) -> Any:
     """Sixteen numbers as fp32."""
     kind = _HALVES if bf16 else _FLOATS
     found = b.load(b.bitcast(b.gep(start, [at]), kind.as_pointer()), align=2 if bf16 else 4)
-    if not bf16:
-        return found
-    return b.bitcast(b.shl(b.zext(found, _INTS), ir.Constant(_INTS, [16] * LANES)), _FLOATS)
+    return widened(b, found) if bf16 else found
 
 
 def _narrow(b: Any, x: Any) -> Any:
@@ -84,26 +81,6 @@ def _inside(b: Any, at: Any, begin: Any, end: Any) -> Any:
     return b.and_(b.icmp_signed(">=", places, first), b.icmp_signed("<", places, last))
 
 
-def _along(b: Any, count: Any, carried: Sequence[Any], body: Callable[..., Sequence[Any]]) -> list[Any]:
-    """A loop over `count` numbers, LANES at a time: body(at, *carried) gives what is carried on."""
-    before, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
-    b.cbranch(b.icmp_signed(">", count, _I64(0)), loop, done)
-    b.position_at_end(loop)
-    at, held = b.phi(_I64), [b.phi(each.type) for each in carried]
-    found = list(body(at, *held))
-    after = b.add(at, _I64(LANES))
-    for phi, first, then in zip([at, *held], [_I64(0), *carried], [after, *found], strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(then, loop)
-    b.cbranch(b.icmp_signed("<", after, count), loop, done)
-    b.position_at_end(done)
-    ends = [b.phi(each.type) for each in carried]
-    for phi, first, then in zip(ends, carried, found, strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(then, loop)
-    return ends
-
-
 def _starts(context: Any, b: Any, signature: Any, args: Any, *places: int) -> list[Any]:
     """Where arrays begin, of which the next argument says from where on."""
     return [location(context, b, signature.args[i], args[i], args[i + 1]) for i in places]
@@ -124,7 +101,7 @@ def rotate(
         half, scale = args[2], spread(b, args[7], LANES)
         signed = _times(b, scale, spread(b, args[8], LANES))
 
-        def body(at: Any) -> list[Any]:
+        def body(at: Any, _: list[Any]) -> list[Any]:
             other, bf16 = b.add(at, half), x.dtype == types.uint16
             u, v = _load(b, x_start, at, bf16), _load(b, x_start, other, bf16)
             c, s = _times(b, _load(b, cos_start, at, False), scale), _times(b, _load(b, sin_start, at, False), signed)
@@ -132,7 +109,7 @@ def rotate(
             _store(b, _narrow(b, _fma(b, v, c, _times(b, u, s))), into, other)
             return []
 
-        _along(b, half, [], body)
+        repeat(b, half, LANES, [], body)
         return context.get_dummy_value()
 
     return types.void(x, _long, _long, cos, _long, sin, _long, _float, _float, out, _long), generate
@@ -145,11 +122,12 @@ def highest(context: Any, scores: Any, at: Any, count: Any, begin: Any, end: Any
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         (start,) = _starts(context, b, signature, args, 0)
 
-        def body(at: Any, top: Any) -> list[Any]:
+        def body(at: Any, held: list[Any]) -> list[Any]:
+            (top,) = held
             seen = b.select(_inside(b, at, args[3], args[4]), _load(b, start, at, False), _same(_LOWEST))
             return [b.select(_compared(b, ">", seen, top), seen, top)]
 
-        (top,) = _along(b, args[2], [_same(_LOWEST)], body)
+        (top,) = repeat(b, args[2], LANES, [_same(_LOWEST)], body)
         return call(b, "llvm.vector.reduce.fmax.v16f32", _F32, top)
 
     return _float(scores, _long, _long, _long, _long), generate
@@ -165,13 +143,13 @@ def exps(
         start, into = _starts(context, b, signature, args, 0, 6)
         top = spread(b, args[5], LANES)
 
-        def body(at: Any, total: Any) -> list[Any]:
+        def body(at: Any, held: list[Any]) -> list[Any]:
             x = _exp(b, _less(b, _load(b, start, at, False), top))
             x = b.select(_inside(b, at, args[3], args[4]), x, _same(0.0))
             _store(b, _narrow(b, x), into, at)
-            return [plus(b, total, x)]
+            return [plus(b, held[0], x)]
 
-        (total,) = _along(b, args[2], [_same(0.0)], body)
+        (total,) = repeat(b, args[2], LANES, [_same(0.0)], body)
         return _sum(b, total)
 
     return _float(scores, _long, _long, _long, _long, _float, probs, _long), generate
@@ -196,7 +174,7 @@ def slopes_of(
         start, slope, into = _starts(context, b, signature, args, 0, 7, 9)
         top, along = spread(b, args[5], LANES), spread(b, args[6], LANES)
 
-        def body(at: Any) -> list[Any]:
+        def body(at: Any, _: list[Any]) -> list[Any]:
             below = _less(b, _load(b, start, at, False), top)
             # Above 0 by rounding alone: exp is made for what is not positive.
             below = b.select(_compared(b, ">", below, _same(0.0)), _same(0.0), below)
@@ -208,7 +186,7 @@ def slopes_of(
             _store(b, _narrow(b, one), into, at)
             return []
 
-        _along(b, args[2], [], body)
+        repeat(b, args[2], LANES, [], body)
         return context.get_dummy_value()
 
     signature = types.void(scores, _long, _long, _long, _long, _float, _float, grads, _long, out, _long)
@@ -229,12 +207,12 @@ def row_pairs(context: Any, even: Any, even_at: Any, odd: Any, odd_at: Any, coun
                 found = _narrow(b, _load(b, start, at, False))
             return b.zext(found, _INTS)
 
-        def body(at: Any) -> list[Any]:
+        def body(at: Any, _: list[Any]) -> list[Any]:
             high = b.shl(taken(second, at), ir.Constant(_INTS, [16] * LANES))
             _store(b, b.or_(taken(first, at), high), into, at)
             return []
 
-        _along(b, args[4], [], body)
+        repeat(b, args[4], LANES, [], body)
         return context.get_dummy_value()
 
     return types.void(even, _long, odd, _long, _long, out, _long), generate
@@ -248,11 +226,11 @@ def scaled(context: Any, x: Any, x_at: Any, count: Any, scale: Any, out: Any, to
         start, into = _starts(context, b, signature, args, 0, 4)
         scale = spread(b, args[3], LANES)
 
-        def body(at: Any) -> list[Any]:
+        def body(at: Any, _: list[Any]) -> list[Any]:
             _store(b, _narrow(b, _times(b, _load(b, start, at, False), scale)), into, at)
             return []
 
-        _along(b, args[2], [], body)
+        repeat(b, args[2], LANES, [], body)
         return context.get_dummy_value()
 
     return types.void(x, _long, _long, _float, out, _long), generate
@@ -264,12 +242,11 @@ def dot(context: Any, x: Any, x_at: Any, y: Any, y_at: Any, count: Any) -> Any:
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         first, second = _starts(context, b, signature, args, 0, 2)
-        (total,) = _along(
-            b,
-            args[4],
-            [_same(0.0)],
-            lambda at, total: [_fma(b, _load(b, first, at, True), _load(b, second, at, True), total)],
-        )
+
+        def body(at: Any, held: list[Any]) -> list[Any]:
+            return [_fma(b, _load(b, first, at, True), _load(b, second, at, True), held[0])]
+
+        (total,) = repeat(b, args[4], LANES, [_same(0.0)], body)
         return _sum(b, total)
 
     return _float(x, _long, y, _long, _long), generate

@@ -42,7 +42,8 @@ def compile_once(dtype: torch.dtype, cache: Path, exercise: str, parts: Sequence
     """
     name = str(dtype).removeprefix("torch.")
     sources = [Path(__file__).with_name(file).stat().st_mtime_ns for file in SOURCES]
-    state = sha256_text(repr((sources, numba.__version__, probe().cpu)))[:16]
+    machine = probe()
+    state = sha256_text(repr((sources, numba.__version__, machine.cpu)))[:16]
     mark = cache / f"strop-{state}-{exercise}-{name}"
     if mark.is_file():
         return
@@ -54,7 +55,6 @@ def compile_once(dtype: torch.dtype, cache: Path, exercise: str, parts: Sequence
             for old in (*cache.glob("*.nb[ic]"), *cache.glob("strop-*-*")):
                 old.unlink(missing_ok=True)
         LOG.info("compiling loops for this CPU in %s, once on this machine (half a minute)", name)
-        machine = probe()
         apart = parts if machine.cores > 1 and machine.free_bytes > PARTS_BYTES else ()
         _run([[sys.executable, "-m", exercise, name, *part] for part in ([[part] for part in apart] or [[]])])
         mark.touch()
