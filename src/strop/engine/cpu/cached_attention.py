@@ -165,8 +165,8 @@ def attend(q: Any, keys: Any, values: Any, shape: Any, rows: Any, out: Any, lane
                 else:
                     behind = (table[next_text, next_first] * kv + next_head) * BLOCK * width
                 ask_for(ks, behind, BLOCK * width)
-                ask_for(vs, behind, BLOCK * width)
                 _score(qs, q_at, ks, here, scores, many, width)
+                ask_for(vs, behind, BLOCK * width)
                 for i in range(many):
                     own = at + i // group
                     first = max(0, own - window + 1 - begin) if window else 0

@@ -19,6 +19,8 @@ from strop.machine.probe import vector
 
 LANES = 16 if "avx512f" in vector() else 8  # partial sums of a result, and results of a block
 AHEAD = 2 * LANES  # rows of weights that are asked for before they are needed
+LINE = 64  # bytes that memory gives at once
+DEEP = 1024  # numbers of a row up to which LANES of them stay in the first cache
 
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
 _SUMS = ir.VectorType(_F32, LANES)
@@ -155,13 +157,13 @@ def location(context: Any, b: Any, kind: Any, array: Any, at: Any) -> Any:
     return b.gep(context.make_array(kind)(context, b, array).data, [at])
 
 
-def _dots(rows: int, others: int, fetch: bool) -> Any:
+def _dots(rows: int, others: int, lines: int = 0) -> Any:
     def typing(
         context: Any, a: Any, a_at: Any, lda: Any, x: Any, x_at: Any, ldx: Any, c: Any, c_at: Any, ldc: Any,
-        count: Any, there: Any,
+        count: Any, there: Any, ask: Any, ask_at: Any,
     ) -> Any:  # fmt: skip
         long = types.int64
-        signature = types.void(a, long, long, x, long, long, c, long, long, long, long)
+        signature = types.void(a, long, long, x, long, long, c, long, long, long, long, ask, long)
 
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
             kinds, kind = signature.args, Kind(a.dtype, x.dtype)
@@ -171,15 +173,16 @@ def _dots(rows: int, others: int, fetch: bool) -> Any:
             nearest = [b.select(b.icmp_signed("<", _I64(i), last), _I64(i), last) for i in range(rows)]
             a_rows = [b.gep(starts[0], [b.mul(lda, i)]) for i in nearest]
             x_rows = [b.gep(starts[1], [b.mul(ldx, _I64(j))]) for j in range(others)]
-            further = b.mul(lda, _I64(AHEAD))
+            wanted = b.bitcast(location(context, b, kinds[11], args[11], args[12]), _I8.as_pointer())
             whole = b.mul(b.sdiv(count, _I64(kind.step)), _I64(kind.step))
 
             def multiplied(at: Any, sums: list[Any], left: Any) -> list[Any]:
                 found: list[Any] = [None] * (rows * others)
                 xs = [kind.load(b, b.gep(row, [at]), x.dtype == types.uint16, left) for row in x_rows]
+                for line in range(lines if left is None else 0):
+                    begin = b.mul(b.lshr(at, _I64(kind.step.bit_length() - 1)), _I64(lines * LINE))
+                    prefetch(b, b.gep(wanted, [b.add(begin, _I64(line * LINE))]))
                 for i, row in enumerate(a_rows):
-                    if fetch and left is None:
-                        prefetch(b, b.gep(row, [b.add(at, further)]))
                     one = kind.load(b, b.gep(row, [at]), a.dtype == types.uint16, left)
                     for j, other in enumerate(xs):
                         found[j * rows + i] = kind.multiply(b, one, other, sums[j * rows + i])
@@ -221,43 +224,57 @@ def _dots(rows: int, others: int, fetch: bool) -> Any:
 
     a, x: fp32, or uint16 with the bits of bf16 (x in bf16 where a is, on a CPU that multiplies them; else fp32); c:
     fp32. a_at, x_at, c_at: where they begin; lda, ldx, ldc: row to row. there: rows that a really has; in the place of
-    those behind stands the last one.
+    those behind stands the last one. With each step {lines} lines of memory are asked for, of `ask` from `ask_at` on.
     """
     return intrinsic(typing)
 
 
-# The first to read a block of weights asks memory for one that comes later.
-_one, _two, _four = (_dots(LANES // n, n, True) for n in (1, 2, 4))
-_one_more, _two_more, _four_more = (_dots(LANES // n, n, False) for n in (1, 2, 4))
+_one, _two, _four = (_dots(LANES // n, n) for n in (1, 2, 4))
+_one_asks, _two_asks = (_dots(LANES // n, n, LANES // n) for n in (1, 2))
+_four_asks, _four_asks_two, _four_asks_four = (_dots(LANES // 4, 4, lines) for lines in (1, 2, 4))
 
 
 @inline
 def block(
-    a: Any, a_at: Any, lda: Any, x: Any, x_at: Any, ldx: Any, c: Any, c_at: Any, ldc: Any, others: Any, count: Any
+    a: Any, a_at: Any, lda: Any, x: Any, x_at: Any, ldx: Any, c: Any, c_at: Any, ldc: Any, others: Any, count: Any,
+    ask: Any, ask_at: Any, asked: Any,
 ) -> None:  # fmt: skip
-    """c[j, i] = a_i x_j for LANES rows of a and `others` of x; each as in _dots."""
-    j = 0
-    while j + 4 <= others:
-        for q in range(0, LANES, LANES // 4):
-            row, to, at = a_at + q * lda, c_at + j * ldc + q, x_at + j * ldx
-            if j == 0:
-                _four(a, row, lda, x, at, ldx, c, to, ldc, count, LANES)
-            else:
-                _four_more(a, row, lda, x, at, ldx, c, to, ldc, count, LANES)
-        j += 4
+    """c[j, i] = a_i x_j for LANES rows of a and `others` of x; each as in _dots. Meanwhile memory is asked for `asked`
+    numbers of `ask` from `ask_at` on, a few with each step: it is slow, and would be idle else."""
+    steps = count // (2 * LANES if a.itemsize + x.itemsize == 4 else LANES)
+    unit, end = LINE // ask.itemsize, ask_at + asked
+    fours, deep = others // 4, LANES if count <= DEEP else LANES // 2
+    much = asked / unit / max(1, 4 * fours * steps)  # lines a step
+    lines = 1 if much <= 1 else 2 if much <= 2 else 4
+    for begin in range(0, LANES, deep):
+        for j in range(0, 4 * fours, 4):
+            for q in range(begin, begin + deep, LANES // 4):
+                row, to, at = a_at + q * lda, c_at + j * ldc + q, x_at + j * ldx
+                if ask_at >= end:
+                    _four(a, row, lda, x, at, ldx, c, to, ldc, count, LANES, ask, ask_at)
+                elif lines == 1:
+                    _four_asks(a, row, lda, x, at, ldx, c, to, ldc, count, LANES, ask, ask_at)
+                elif lines == 2:
+                    _four_asks_two(a, row, lda, x, at, ldx, c, to, ldc, count, LANES, ask, ask_at)
+                else:
+                    _four_asks_four(a, row, lda, x, at, ldx, c, to, ldc, count, LANES, ask, ask_at)
+                ask_at += lines * steps * unit
+    j = 4 * fours
     if j + 2 <= others:
         for q in range(0, LANES, LANES // 2):
             row, to, at = a_at + q * lda, c_at + j * ldc + q, x_at + j * ldx
-            if j == 0:
-                _two(a, row, lda, x, at, ldx, c, to, ldc, count, LANES)
+            if ask_at >= end:
+                _two(a, row, lda, x, at, ldx, c, to, ldc, count, LANES, ask, ask_at)
             else:
-                _two_more(a, row, lda, x, at, ldx, c, to, ldc, count, LANES)
+                _two_asks(a, row, lda, x, at, ldx, c, to, ldc, count, LANES, ask, ask_at)
+            ask_at += LANES // 2 * steps * unit
         j += 2
     if j < others:
-        if j == 0:
-            _one(a, a_at, lda, x, x_at, ldx, c, c_at, ldc, count, LANES)
+        to, at = c_at + j * ldc, x_at + j * ldx
+        if ask_at >= end:
+            _one(a, a_at, lda, x, at, ldx, c, to, ldc, count, LANES, ask, ask_at)
         else:
-            _one_more(a, a_at, lda, x, x_at + j * ldx, ldx, c, c_at + j * ldc, ldc, count, LANES)
+            _one_asks(a, a_at, lda, x, at, ldx, c, to, ldc, count, LANES, ask, ask_at)
 
 
 @inline
@@ -268,7 +285,7 @@ def edge(
     """The same of `there` rows of a, fewer than LANES."""
     found = np.empty(LANES, np.float32)
     for j in range(others):
-        _one_more(a, a_at, lda, x, x_at + j * ldx, ldx, found, 0, LANES, count, there)
+        _one(a, a_at, lda, x, x_at + j * ldx, ldx, found, 0, LANES, count, there, a, 0)
         for i in range(there):
             c[c_at + j * ldc + i] = found[i]
 

@@ -13,7 +13,7 @@ from numba import prange
 
 from strop.engine.cpu import amx
 from strop.engine.cpu.compiled import chosen, inline, loop, together
-from strop.engine.cpu.dots import LANES, block, edge, mix
+from strop.engine.cpu.dots import AHEAD, LANES, block, edge, mix
 from strop.engine.cpu.laid import lay_out, room_for
 from strop.engine.cpu.unpack import TURN, able, make_whole, packed_block
 
@@ -104,9 +104,13 @@ def dots(part: Any, z: Any, y: Any, column: Any, lanes: Any) -> None:
     rows, width = y.shape
     w, x, out, blocks = part.w.reshape(-1), z.reshape(-1), y.reshape(-1), (n + LANES - 1) // LANES
     for lane in prange(lanes):
-        for at in range(lane * blocks // lanes * LANES, (lane + 1) * blocks // lanes * LANES, LANES):
+        end = (lane + 1) * blocks // lanes * LANES
+        for at in range(lane * blocks // lanes * LANES, end, LANES):
             if at + LANES <= n:
-                block(w, at * k, k, x, 0, k, out, column + at, width, rows, k)
+                later = max(0, min(end - at - AHEAD, LANES))
+                block(
+                    w, at * k, k, x, 0, k, out, column + at, width, rows, k, w, (at + AHEAD) * k, later * k
+                )  # fmt: skip
             else:
                 edge(w, at * k, k, n - at, x, 0, k, out, column + at, width, rows, k)
 
@@ -118,10 +122,11 @@ def packed(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> Non
     rows, width = y.shape
     x, out, blocks = z.reshape(-1), y.reshape(-1), (n + LANES - 1) // LANES
     w, scale, code, share = part.w, part.scale, part.code, part.share
+    row = k // 2 if len(code) else k
     straight = _straight(rows, k, share, like, z)
     for lane in prange(lanes):
-        held = np.empty(LANES * k, like.dtype)
-        for at in range(lane * blocks // lanes * LANES, (lane + 1) * blocks // lanes * LANES, LANES):
+        held, end = np.empty(LANES * k, like.dtype), (lane + 1) * blocks // lanes * LANES
+        for at in range(lane * blocks // lanes * LANES, end, LANES):
             there = min(LANES, n - at)
             if straight and there == LANES:
                 packed_block(w, at, scale, share, code, x, out, column + at, width, rows, k)
@@ -129,7 +134,10 @@ def packed(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> Non
             for i in range(there):
                 make_whole(w, at + i, scale, share, code, held, i * k, k)
             if there == LANES:
-                block(held, 0, k, x, 0, k, out, column + at, width, rows, k)
+                later = max(0, min(end - at - AHEAD, LANES))
+                block(
+                    held, 0, k, x, 0, k, out, column + at, width, rows, k, w, (at + AHEAD) * row, later * row
+                )  # fmt: skip
             else:
                 edge(held, 0, k, there, x, 0, k, out, column + at, width, rows, k)
 
