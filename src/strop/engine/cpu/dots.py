@@ -138,8 +138,8 @@ def _sums(b: Any, vectors: list[Any]) -> Any:
     while distance:
         half, found = len(vectors) // 2, []
         for u, v in zip(vectors[:half], vectors[half:], strict=True):
-            own = [LANES + (i ^ distance) if i & distance else i for i in range(LANES)]
-            other = [LANES + i if i & distance else i ^ distance for i in range(LANES)]
+            own = [LANES + i if i & distance else i for i in range(LANES)]
+            other = [LANES + (i ^ distance) if i & distance else i ^ distance for i in range(LANES)]
             found.append(plus(b, *(b.shuffle_vector(u, v, ir.Constant(numbers, places)) for places in (own, other))))
         vectors, distance = found, distance // 2
     return vectors[0]
