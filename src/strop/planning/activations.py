@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from strop.engine.families import Family
+from strop.machine.heap import LARGE
 from strop.model.shape import LinearShape
 from strop.planning.setting import Setting
 
@@ -25,6 +26,7 @@ MIXERS = {
     "jamba": (118, 0, "in_proj"),
 }  # fmt: skip
 TORN = 0.6
+HOLES = 1.0  # of what a layer's MLP needs going back, as much again in holes between blocks of all sizes (docs/log)
 HEAD_BYTES, CARD_HEAD_BYTES = 24 * 2**20, 256 * 2**20  # logits at once, as in engine.head
 
 
@@ -110,21 +112,35 @@ def at_peak(setting: Setting, batch: MicroBatch) -> Alive:
     whole = here * inputs + (layers - kept) * block - (0 if kept == layers else block - last)
     # What the head's own gradient takes while a layer goes back, where it does not wait with those of earlier ones.
     beside = 0 if batch.more or setting.device == "cpu" else head_gradient_bytes(setting)
-    moments = [Alive(whole, 0, head_bytes(setting, batch))]
+    lasting, rows = lasting_bytes(setting, batch)
+    whole += lasting
+    moments = [Alive(whole, rows, head_bytes(setting, batch))]
     if setting.whole_embedding and batch.more:  # its gradient, the last of all, beside that of earlier micro-batches
-        rows = batch.tokens * setting.shape.hidden * (4 + setting.element)
+        gradient = batch.tokens * setting.shape.hidden * (4 + setting.element)
         buffer = whole if setting.device == "cpu" and setting.step == "fast" and not kept else 0  # engine.arena's stays
-        moments.append(Alive(buffer, rows + 4 * setting.shape.embedding))
+        moments.append(Alive(buffer, gradient + 4 * setting.shape.embedding))
     # Going back: the last layer, the one before it, and the last of those that are computed again.
     again = block if kept else 0
     if kept < layers:
-        moments.append(Alive(whole, backward_bytes(setting, batch, batch.supervised), beside))
+        moments.append(Alive(whole, backward_bytes(setting, batch, batch.supervised) + rows, beside))
         behind = whole - last + (again if kept == layers - 1 else 0)
         moments.append(Alive(behind, backward_bytes(setting, batch), beside))
     if kept:
-        moments.append(Alive(used * inputs + again - inputs, backward_bytes(setting, batch), beside))
+        moments.append(Alive(lasting + used * inputs + again - inputs, backward_bytes(setting, batch), beside))
     peak = max(moments, key=lambda moment: moment.total)
     return replace(peak, live_layer=peak.live_layer + torn_bytes(setting, batch))
+
+
+def lasting_bytes(setting: Setting, batch: MicroBatch) -> tuple[int, int]:
+    """What a CPU's fast step holds and no layer keeps. From the first layer's forward to its backward: what the
+    embedding gave, the angles in fp32, and what tokens have for each layer (Gemma 4: counted by hooks, as MIXERS);
+    about the head: one more of the supervised rows."""
+    if setting.step == "plain" or setting.device != "cpu":  # of a card this is a thousandth, and nobody measured it
+        return 0, 0
+    shape, b = setting.shape, setting.element
+    own = sum(x.outputs for x in shape.linears if x.leaf == "per_layer_input_gate")
+    lasting = batch.tokens * (shape.hidden * b + 4 * shape.head_size + shape.layers * own * (2 * b + 24))
+    return lasting, batch.supervised * shape.hidden * b
 
 
 def offloaded_bytes(setting: Setting, batch: MicroBatch) -> int:
@@ -153,6 +169,8 @@ def layer_bytes(setting: Setting, batch: MicroBatch, rows: int) -> int:
     after = (q + out if out else 0) + halves * inner + behind
     # The MLP's input, unless it is attention's as well, and those of the norms behind the blocks.
     after += (0 if family.parallel else h) + sum(h for name in (family.after_attention, family.after_mlp) if name)
+    if family.per_layer:  # what it adds, the norm's, the sum; and the fp32 copy in front of its adapter
+        after += 3 * h + 4 * h // b
     after += 2 * h if setting.dora and not setting.dropout else 0  # what the blocks add to the residual stream
     if setting.tiles or setting.flash:  # the output, which the next product keeps as well; a number a row and head
         kept = batch.tokens * (q * b + 4 * shape.heads)
@@ -184,12 +202,16 @@ def _mixer_bytes(setting: Setting) -> int:
 
 
 def torn_bytes(setting: Setting, batch: MicroBatch) -> int:
-    """Of the heap, in holes between what transformers' linear attention keeps, in tensors of all sizes, and frees; and
-    what it needs going back. Fitted on one run (docs/log)."""
-    if setting.device != "cpu" or setting.family.mixer != "linear_attn" or setting.step != "fast":
+    """Of a CPU's heap, in holes between blocks of all sizes that come and go (from LARGE on they have pages of their
+    own); and between what transformers' linear attention keeps, in tensors of all sizes, with what it needs going back.
+    Fitted (docs/log)."""
+    if setting.device != "cpu" or setting.step != "fast":
         return 0
-    layers = setting.shape.layers - min(setting.checkpoint_layers, setting.shape.layers - 1)
-    return round(TORN * layers * batch.tokens * _mixer_bytes(setting))
+    torn = HOLES * sum(block for block in _mlp_back_blocks(setting, batch.supervised) if block < LARGE)
+    if setting.family.mixer == "linear_attn":
+        layers = setting.shape.layers - min(setting.checkpoint_layers, setting.shape.layers - 1)
+        torn += TORN * layers * batch.tokens * _mixer_bytes(setting)
+    return round(torn)
 
 
 def _mixture_bytes(setting: Setting) -> int:
@@ -227,10 +249,7 @@ def backward_bytes(setting: Setting, batch: MicroBatch, rows: int | None = None)
     shape, b, tokens = setting.shape, setting.element, batch.tokens
     rows = tokens if rows is None else rows
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
-    # grad, dz (I), d(gate, up) (2 I) and z (I), with the gradient of the residual
-    mlp = rows * (4 * inner + h + (inner if setting.dropout else 0)) * b  # what dropout leaves of z
-    if setting.dora and setting.dropout and setting.step == "fast":  # of gate and up: z, what is left, two gradients
-        mlp += rows * 4 * h * b
+    mlp = sum(_mlp_back_blocks(setting, rows))
     if setting.step == "plain":
         return max(mlp + rows * EAGER_BYTES * inner, tokens * (5 * q + 6 * kv + h) * b)
     if setting.device != "cpu":
@@ -249,6 +268,16 @@ def backward_bytes(setting: Setting, batch: MicroBatch, rows: int | None = None)
         attention += max(_block_bytes(setting, batch), tokens * (q + 2 * kv) * b)
     freed = rows * (2 * inner + h + q) * b  # of what this layer had kept, by the time its attention is reached
     return max(mlp, attention - freed)
+
+
+def _mlp_back_blocks(setting: Setting, rows: int) -> list[int]:
+    """d(gate, up) (2 I), dz (I), z (I), and the gradient of the residual; what dropout leaves of z (I); and with DoRA
+    as well, of gate and up each: z, what is left, two gradients."""
+    h, inner = setting.shape.hidden, setting.shape.intermediate
+    sizes = [2 * inner, inner, inner, h] + ([inner] if setting.dropout else [])
+    if setting.dora and setting.dropout and setting.step == "fast":
+        sizes += [h] * 4
+    return [rows * size * setting.element for size in sizes]
 
 
 def _tile_bytes(setting: Setting, batch: MicroBatch, *, backward: bool) -> int:

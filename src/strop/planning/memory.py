@@ -27,7 +27,7 @@ CODE_BYTES = 20 * MIB
 LOOPS_BYTES = 85 * MIB
 PRODUCTS_BYTES = 47 * MIB
 MORE_PRODUCTS_BYTES, FP32_PRODUCTS_BYTES = 87 * MIB, 5 * MIB
-SCRATCH_BYTES = 14 * MIB  # oneDNN's scratch and small blocks at the peak
+SCRATCH_BYTES = 14 * MIB  # oneDNN's scratch and small blocks at the peak; the fast step's are in activations.HOLES
 CUDA_CONTEXT_BYTES = 450 * MIB  # of the driver, cuBLAS's workspace included
 EXPERTS_AS_ONE = ("gpt_oss", "gemma4_text", "llama4_text")  # in their files, as transformers holds them
 BLOCK, NESTED = 64, 256  # weights that share a constant, constants that share one
@@ -107,7 +107,7 @@ def optimizer_bytes(setting: Setting) -> int:
 def workspace_bytes(setting: Setting) -> int:
     """One dequantized weight as the products see it, with the parts it is laid together from, what is gathered of a
     sharded base, and small scratch."""
-    scratch = SCRATCH_BYTES if setting.device == "cpu" else 32 * MIB
+    scratch = 32 * MIB if setting.device != "cpu" else SCRATCH_BYTES if setting.step == "plain" else 0
     return scratch + (_largest_dequantized(setting) if setting.streamed else 0) + gathered_bytes(setting)
 
 
@@ -161,18 +161,19 @@ def held_parts(setting: Setting, *, trained: bool) -> dict[str, int]:
 
 def _replaced_bytes(setting: Setting) -> int:
     """16-bit weights are used where their file is mapped. The fast step lays those that share an input side by side in
-    memory of its own, transformers the experts that a file has one by one; the file's pages of the same weights stay
-    mapped as long as any other weight of the file is."""
+    memory of its own, transformers the experts that a file has one by one, and an embedding that gets new tokens is
+    copied; the file's pages of the same weights stay mapped as long as any other weight of the file is."""
     if setting.device != "cpu" or setting.scheme != "none" or setting.element != 2:
         return 0
     if setting.shards > 1:  # a share is in memory of its own as it is read
         return 0
     shape = setting.shape
+    grown = shape.embedding * (1 if shape.tied else 2) if setting.more_tokens else 0
     copied = [] if shape.family in EXPERTS_AS_ONE else [*shape.in_experts]
     if setting.step == "fast":
         joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
         copied += [x for x in shape.linears if x.name in joined]
-    return setting.element * shape.layers * sum(x.weights for x in copied)
+    return setting.element * (shape.layers * sum(x.weights for x in copied) + grown)
 
 
 def train(setting: Setting, batch: MicroBatch) -> Phase:

@@ -23,10 +23,10 @@ class Setting:
 
     element: bytes of a number in the type that is computed in. whole: weights that are trained and are not of these
     adapters: in full, biases, DoRA's magnitudes, an adapter on the head (its rank: head_rank). whole_head,
-    whole_embedding, whole_head_norms (of q and k): these are trained in full. step: fast or plain, as engine.step
-    decides. tiles: the fast step's attention runs in tiles; own_products: it multiplies by the head's weight itself.
-    shards: devices that hold a share of the base each; 1: each holds all of it. offload: inputs of layers that are
-    computed again wait in the host's memory.
+    whole_embedding, whole_head_norms (of q and k): these are trained in full. more_tokens: the embedding grows. step:
+    fast or plain, as engine.step decides. tiles: the fast step's attention runs in tiles; own_products: it multiplies
+    by the head's weight itself. shards: devices that hold a share of the base each; 1: each holds all of it. offload:
+    inputs of layers that are computed again wait in the host's memory.
     """
 
     shape: ModelShape
@@ -52,6 +52,7 @@ class Setting:
     whole_head: bool = False
     whole_embedding: bool = False
     whole_head_norms: bool = False
+    more_tokens: bool = False
 
     @staticmethod
     def of(
@@ -97,6 +98,7 @@ class Setting:
             any(name in HEADS for name in lora.modules_to_save),
             any(name in EMBEDDINGS and name not in HEADS for name in lora.modules_to_save),
             _head_norms_in_full(lora, shape),
+            bool(lora.new_tokens),
         )
 
     @property
