@@ -1,6 +1,6 @@
 """Peak memory of runs as users run them: predicted before the first step, and measured.
 
-    python benchmarks/plan_memory.py FOLDER [--snips train.jsonl] [--only TEXT] [--narrow] [--out FILE]
+    python benchmarks/plan_memory.py FOLDER [--snips train.jsonl] [--only TEXT] [--missing] [--narrow] [--out FILE]
 
 Each run is a fresh process with the allocator as it is, one thread, and goes on for 6 steps of 8 rows (or as told by
 its name) whose lengths differ. FOLDER gets the random models (3 GB). --narrow: as on a CPU without AVX512, whose
@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("--snips", type=Path, help="rows of messages, as long as SNIPS'")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--fitted", action="store_true", help="only those that constants are fitted on")
+    parser.add_argument("--missing", action="store_true", help="only those that are not in --out yet")
     parser.add_argument("--narrow", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
@@ -303,7 +304,7 @@ def main() -> None:
     found = {(one["name"], one["narrow"]): one for one in kept}
     for number in NARROW_CASES if given.narrow else range(len(CASES)):
         name = name_of(CASES[number])
-        if given.fitted and not CASES[number]["fitted"]:
+        if (given.fitted and not CASES[number]["fitted"]) or (given.missing and (name, given.narrow) in found):
             continue
         if given.only not in name or (CASES[number].get("data") == "snips" and given.snips is None):
             continue

@@ -318,21 +318,12 @@ def test_the_tables_of_the_page_are_computed(mark: str) -> None:
     assert f"<!-- {mark} -->\n{_tables()[mark]}<!-- end -->" in PAGE.read_text(encoding="utf-8")
 
 
-# Runs that the plan is further off than its goal, 12 %, and how far at most (docs/log, 2026-11-27).
-MISSED = {
-    "llama-49m, rows to 4096, 4096 at once, gradient_checkpointing on, optimizer adamw_8bit": 0.15,
-    "llama-49m, rows to 512, 2048 at once, gradient_checkpointing on, narrow": 0.15,
-    "llama-17m, rows to 512, 2048 at once, batch_size 1, eval 20%, eval_steps 3": 0.15,
-}
-
-
 def test_the_accuracy_that_the_page_claims_is_that_of_its_runs() -> None:
     """Measured figures are kept; what was predicted is computed here, with the formulas of today."""
-    runs = [run for run in json.loads(RUNS.read_text("utf-8"))["results"] if not run["fitted"]]
-    memory = {f"{run['name']}{', narrow' * run['narrow']}": abs(MEMORY.error_of(run)) for run in runs}
-    assert len(memory) >= 60 and statistics.median(memory.values()) <= 0.04
-    assert {name for name, error in memory.items() if error > 0.12} <= MISSED.keys()
-    assert all(memory[name] <= bound for name, bound in MISSED.items())
+    for file, most in ((RUNS, 60), (RUNS.with_name("plan_memory_zen5.json"), 35)):
+        runs = [run for run in json.loads(file.read_text("utf-8"))["results"] if not run["fitted"]]
+        memory = [abs(MEMORY.error_of(run)) for run in runs]
+        assert len(memory) >= most and statistics.median(memory) <= 0.04 and max(memory) <= 0.12
     for mark, results in TIMED.items():
         time = {run["name"]: abs(TIME.error_of(run)) for run in results if not run["fitted"]}
         assert len(time) >= 18 and statistics.median(time.values()) <= 0.10, mark
