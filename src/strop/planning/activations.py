@@ -203,12 +203,11 @@ def _mixer_bytes(setting: Setting) -> int:
 
 def torn_bytes(setting: Setting, batch: MicroBatch) -> int:
     """Of a CPU's heap, in holes between blocks of all sizes that come and go (from LARGE on they have pages of their
-    own); and between what transformers' linear attention keeps, in tensors of all sizes, with what it needs going back.
-    Fitted (docs/log)."""
+    own); and between what transformers' own mixers keep, with what they need going back. Fitted (docs/log)."""
     if setting.device != "cpu" or setting.step != "fast":
         return 0
     torn = HOLES * sum(block for block in _mlp_back_blocks(setting, batch.supervised) if block < LARGE)
-    if setting.family.mixer == "linear_attn":
+    if setting.family.mixer:
         layers = setting.shape.layers - min(setting.checkpoint_layers, setting.shape.layers - 1)
         torn += TORN * layers * batch.tokens * _mixer_bytes(setting)
     return round(torn)
