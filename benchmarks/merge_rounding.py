@@ -3,7 +3,7 @@
     python benchmarks/merge_rounding.py RUN... [--out RESULT.json]
 
 The rows are the run's own (its evaluation rows, else its training rows), as `strop merge` measures them. `nearest`
-rounds merged weights to the nearest bf16, `random` up or down in proportion (what strop does), `bf16 compute` runs the
+rounds merged weights to the nearest, `random` up or down in proportion (what strop does), `bf16 compute` runs the
 adapter on its base in bf16. `4 bit` is peft's merge_and_unload on a model that transformers loaded in 4 bit, which
 writes the merged weights back into NF4.
 """
@@ -31,7 +31,8 @@ from strop.model.load import load_base, weights_folder
 Round = Callable[[str, Tensor, Tensor], Tensor]  # name, merged, base -> what a reader of the file gets
 WAYS: dict[str, Round] = {
     "fp32": lambda name, merged, base: merged,
-    "fp16": lambda name, merged, base: merged.half().float(),
+    "fp16, random": lambda name, merged, base: merge.rounded(name, merged, base, torch.float16).float(),
+    "fp16, nearest": lambda name, merged, base: merged.half().float(),
     "bf16, random": lambda name, merged, base: merge.rounded(name, merged, base, torch.bfloat16).float(),
     "bf16, nearest": lambda name, merged, base: merged.bfloat16().float(),
 }

@@ -116,15 +116,27 @@ def test_what_lies_beside_the_weights(trained: Callable[..., Path], tmp_path: Pa
     assert {t.dtype for file in out.glob("*.safetensors") for t in load_file(file).values()} == {torch.bfloat16}
 
 
-def test_rounding_keeps_the_mean_of_a_small_change_and_is_the_same_each_time() -> None:
+@pytest.mark.parametrize(("dtype", "small"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-4)])
+def test_rounding_keeps_the_mean_of_a_small_change_and_is_the_same_each_time(dtype: torch.dtype, small: float) -> None:
     base = torch.randn(200, 200).bfloat16().float()
-    change = 1e-3 * base.abs()
-    first, again = (module.rounded("x", base + change, base, torch.bfloat16).float() for _ in range(2))
+    change = small * base.abs()
+    first, again = (module.rounded("x", base + change, base, dtype).float() for _ in range(2))
     assert torch.equal(first, again)
     assert (first - base).mean() == pytest.approx(change.mean().item(), rel=0.1)
-    nearest = (base + change).bfloat16().float()
-    assert (nearest - base).mean() < 0.2 * change.mean()
-    assert torch.equal(module.rounded("x", base, base, torch.bfloat16).float(), base)
+    nearest = (base + change).to(dtype).float()
+    assert (nearest - base).mean() < 0.5 * change.mean()
+    assert torch.equal(module.rounded("x", base, base, dtype).float(), base)
+
+
+def test_what_fp16_holds_stays_and_all_else_moves_by_less_than_a_step() -> None:
+    whole = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    whole = whole[whole.isfinite()]
+    assert torch.equal(module.rounded("x", whole, whole + 1, torch.float16).float(), whole)
+    between = torch.cat([8 * torch.randn(5000), 6e-5 * torch.randn(5000), 3e-8 * torch.randn(5000)])
+    found = module.rounded("x", between, between + 1, torch.float16).float()
+    step = 2.0 ** (between.double().abs().log2().floor().clamp(min=-14) - 10)
+    assert ((found - between).abs() < step).all() and (found != between.half()).any()
+    assert not module.rounded("x", torch.tensor([1e6]), torch.zeros(1), torch.float16).isfinite().any()
 
 
 def scaled(adapter: Path, factor: float) -> None:

@@ -252,12 +252,12 @@ class _Model:
         if stored == Stored.BF16:
             made = rounded(source, made, base, torch.bfloat16)
             return self.layout.arrange(source, made).contiguous().view(torch.int16).numpy()
-        made = self.layout.arrange(source, made).float().contiguous()
         if stored == Stored.F16:
-            half = made.half()
+            half = self.layout.arrange(source, rounded(source, made, base, torch.float16)).contiguous()
             if not torch.isfinite(half).all():
                 raise ParityError(f"{source}: too large for f16", fix="choose --type bf16 or f32")
             return half.numpy()
+        made = self.layout.arrange(source, made).float().contiguous()
         data: np.ndarray[Any, Any] = gguf.quants.quantize(made.numpy(), stored)
         return data
 
