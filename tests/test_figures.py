@@ -249,14 +249,18 @@ def fault_rows(found: Any) -> list[str]:
 
 def rounding_rows(found: Any) -> list[str]:
     """Of a run what each way to merge it loses, and of one of few steps at a small rate."""
-    random, nearest, half = (found["young"][way]["kl_mean"] for way in ("bf16, random", "bf16, nearest", "fp16"))
+
+    def apart(kind: str) -> tuple[float, float, float]:
+        nearest, random = (found["young"][f"{kind}, {way}"]["kl_mean"] for way in ("nearest", "random"))
+        return nearest / random, nearest, random
+
     return [
         f"on {found['snips']['fp32']['positions']:,} positions",
         *(f"| {one['kl_mean']:.1e} | {one['kl_max']:.1e} | {one['top1_agreement']:.1%} "
           f"| {one['loss_difference']:+.1e} |"
           for one in found["snips"].values()),
-        f"it loses {nearest / random:.0f} times as much as rounding at random (mean KL {nearest:.1e} and {random:.1e})",
-        f"the nearest fp16 {half / random:.0f} times as much ({half:.1e})",
+        "bf16 loses {:.0f} times as much as rounding at random (mean KL {:.1e} and {:.1e})".format(*apart("bf16")),
+        "fp16 {:.0f} times as much ({:.1e} and {:.1e})".format(*apart("fp16")),
     ]  # fmt: skip
 
 

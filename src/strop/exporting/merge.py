@@ -62,7 +62,7 @@ AS_THEY_ARE = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 CHOOSING_ROWS = 64  # on which two bases are compared
-ROWS = 2048  # of a weight that are rounded to fp16 at once, in four times their memory
+AT_ONCE = 1 << 23  # numbers of a weight that are rounded to fp16 together: some 200 MB
 
 
 @dataclass(frozen=True)
@@ -307,7 +307,8 @@ def rounded(name: str, merged: Tensor, base: Tensor, dtype: torch.dtype) -> Tens
         return merged.to(dtype)
     generator = torch.Generator().manual_seed(int(sha256_text(name)[:8], 16))
     if dtype == torch.float16:
-        return torch.cat([_in_fp16(part.float(), generator) for part in merged.split(ROWS)])
+        parts = [_in_fp16(part.float(), generator) for part in torch.split(merged.flatten(), AT_ONCE)]
+        return torch.cat(parts).view(merged.shape)
     bits = merged.float().contiguous().view(torch.int32)
     dither = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, generator=generator)
     return ((bits + dither) & -(1 << 16)).view(torch.float32).to(dtype)
