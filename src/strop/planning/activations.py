@@ -132,15 +132,17 @@ def at_peak(setting: Setting, batch: MicroBatch) -> Alive:
 
 
 def lasting_bytes(setting: Setting, batch: MicroBatch) -> tuple[int, int]:
-    """What a CPU's fast step holds and no layer keeps. From the first layer's forward to its backward: what the
-    embedding gave, the angles in fp32, and what tokens have for each layer (Gemma 4: counted by hooks, as MIXERS);
-    about the head: one more of the supervised rows."""
-    if setting.step == "plain" or setting.device != "cpu":  # of a card this is a thousandth, and nobody measured it
+    """What the fast step holds and no layer keeps. From the first layer's forward to its backward: what tokens have for
+    each layer (Gemma 4: counted by hooks, as MIXERS), and on a CPU what the embedding gave and the angles in fp32;
+    about the head, on a CPU: one more of the supervised rows."""
+    if setting.step == "plain":
         return 0, 0
     shape, b = setting.shape, setting.element
     own = sum(x.outputs for x in shape.linears if x.leaf == "per_layer_input_gate")
-    lasting = batch.tokens * (shape.hidden * b + 4 * shape.head_size + shape.layers * own * (2 * b + 24))
-    return lasting, batch.supervised * shape.hidden * b
+    lasting = batch.tokens * shape.layers * own * (2 * b + 24)
+    if setting.device != "cpu":  # the others are a thousandth there, and nobody measured them
+        return lasting, 0
+    return lasting + batch.tokens * (shape.hidden * b + 4 * shape.head_size), batch.supervised * shape.hidden * b
 
 
 def offloaded_bytes(setting: Setting, batch: MicroBatch) -> int:
