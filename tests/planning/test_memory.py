@@ -320,7 +320,7 @@ def test_the_tables_of_the_page_are_computed(mark: str) -> None:
 
 def test_the_accuracy_that_the_page_claims_is_that_of_its_runs() -> None:
     """Measured figures are kept; what was predicted is computed here, with the formulas of today."""
-    for file, most in ((RUNS, 60), (RUNS.with_name("plan_memory_zen5.json"), 35)):
+    for file, most in ((RUNS, 60), (RUNS.with_name("plan_memory_zen5.json"), 53)):
         runs = [run for run in json.loads(file.read_text("utf-8"))["results"] if not run["fitted"]]
         memory = [abs(MEMORY.error_of(run)) for run in runs]
         assert len(memory) >= most and statistics.median(memory) <= 0.04 and max(memory) <= 0.12

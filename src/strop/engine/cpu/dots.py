@@ -237,20 +237,20 @@ _four_asks, _four_asks_two, _four_asks_four = (_dots(LANES // 4, 4, lines) for l
 @inline
 def block(
     a: Any, a_at: Any, lda: Any, x: Any, x_at: Any, ldx: Any, c: Any, c_at: Any, ldc: Any, others: Any, count: Any,
-    ask: Any, ask_at: Any, asked: Any,
+    ask: Any, ask_at: Any, until: Any,
 ) -> None:  # fmt: skip
-    """c[j, i] = a_i x_j for LANES rows of a and `others` of x; each as in _dots. Meanwhile memory is asked for `asked`
-    numbers of `ask` from `ask_at` on, a few with each step: it is slow, and would be idle else."""
+    """c[j, i] = a_i x_j for LANES rows of a and `others` of x; each as in _dots. Meanwhile memory is asked for the
+    numbers of `ask` from `ask_at` to `until`, a few with each step: it is slow, and would be idle else."""
     steps = count // (2 * LANES if a.itemsize + x.itemsize == 4 else LANES)
-    unit, end = LINE // ask.itemsize, ask_at + asked
+    unit = LINE // ask.itemsize
     fours, deep = others // 4, LANES if count <= DEEP else LANES // 2
-    much = asked / unit / max(1, 4 * fours * steps)  # lines a step
+    much = (until - ask_at) / unit / max(1, 4 * fours * steps)  # lines a step
     lines = 1 if much <= 1 else 2 if much <= 2 else 4
     for begin in range(0, LANES, deep):
         for j in range(0, 4 * fours, 4):
             for q in range(begin, begin + deep, LANES // 4):
                 row, to, at = a_at + q * lda, c_at + j * ldc + q, x_at + j * ldx
-                if ask_at >= end:
+                if ask_at >= until:
                     _four(a, row, lda, x, at, ldx, c, to, ldc, count, LANES, ask, ask_at)
                 elif lines == 1:
                     _four_asks(a, row, lda, x, at, ldx, c, to, ldc, count, LANES, ask, ask_at)
@@ -263,7 +263,7 @@ def block(
     if j + 2 <= others:
         for q in range(0, LANES, LANES // 2):
             row, to, at = a_at + q * lda, c_at + j * ldc + q, x_at + j * ldx
-            if ask_at >= end:
+            if ask_at >= until:
                 _two(a, row, lda, x, at, ldx, c, to, ldc, count, LANES, ask, ask_at)
             else:
                 _two_asks(a, row, lda, x, at, ldx, c, to, ldc, count, LANES, ask, ask_at)
@@ -271,7 +271,7 @@ def block(
         j += 2
     if j < others:
         to, at = c_at + j * ldc, x_at + j * ldx
-        if ask_at >= end:
+        if ask_at >= until:
             _one(a, a_at, lda, x, at, ldx, c, to, ldc, count, LANES, ask, ask_at)
         else:
             _one_asks(a, a_at, lda, x, at, ldx, c, to, ldc, count, LANES, ask, ask_at)

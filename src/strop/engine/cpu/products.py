@@ -102,15 +102,13 @@ def dots(part: Any, z: Any, y: Any, column: Any, lanes: Any) -> None:
     """y[:, column:] = z w^T; z (T, k), y (T, ..) fp32."""
     n, k = part.w.shape
     rows, width = y.shape
-    w, x, out, blocks = part.w.reshape(-1), z.reshape(-1), y.reshape(-1), (n + LANES - 1) // LANES
+    w, x, out = part.w.reshape(-1), z.reshape(-1), y.reshape(-1)
     for lane in prange(lanes):
-        end = (lane + 1) * blocks // lanes * LANES
-        for at in range(lane * blocks // lanes * LANES, end, LANES):
+        low, high = share_of(lane, lanes, n)
+        for at in range(low, high, LANES):
             if at + LANES <= n:
-                later = max(0, min(end - at - AHEAD, LANES))
-                block(
-                    w, at * k, k, x, 0, k, out, column + at, width, rows, k, w, (at + AHEAD) * k, later * k
-                )  # fmt: skip
+                until = min(at + AHEAD + LANES, high) * k
+                block(w, at * k, k, x, 0, k, out, column + at, width, rows, k, w, (at + AHEAD) * k, until)
             else:
                 edge(w, at * k, k, n - at, x, 0, k, out, column + at, width, rows, k)
 
@@ -120,13 +118,14 @@ def packed(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> Non
     """The same of a weight in 8 or 4 bit; like: an array of the type that the weight has when it is whole."""
     n, k = part.n, z.shape[1]
     rows, width = y.shape
-    x, out, blocks = z.reshape(-1), y.reshape(-1), (n + LANES - 1) // LANES
+    x, out = z.reshape(-1), y.reshape(-1)
     w, scale, code, share = part.w, part.scale, part.code, part.share
     row = k // 2 if len(code) else k
     straight = _straight(rows, k, share, like, z)
     for lane in prange(lanes):
-        held, end = np.empty(LANES * k, like.dtype), (lane + 1) * blocks // lanes * LANES
-        for at in range(lane * blocks // lanes * LANES, end, LANES):
+        held = np.empty(LANES * k, like.dtype)
+        low, high = share_of(lane, lanes, n)
+        for at in range(low, high, LANES):
             there = min(LANES, n - at)
             if straight and there == LANES:
                 packed_block(w, at, scale, share, code, x, out, column + at, width, rows, k)
@@ -134,10 +133,8 @@ def packed(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> Non
             for i in range(there):
                 make_whole(w, at + i, scale, share, code, held, i * k, k)
             if there == LANES:
-                later = max(0, min(end - at - AHEAD, LANES))
-                block(
-                    held, 0, k, x, 0, k, out, column + at, width, rows, k, w, (at + AHEAD) * row, later * row
-                )  # fmt: skip
+                until = min(at + AHEAD + LANES, high) * row
+                block(held, 0, k, x, 0, k, out, column + at, width, rows, k, w, (at + AHEAD) * row, until)
             else:
                 edge(held, 0, k, there, x, 0, k, out, column + at, width, rows, k)
 
