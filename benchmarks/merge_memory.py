@@ -1,6 +1,6 @@
 """Peak memory of a merge, for a model of random weights in the shape of Llama-3.2-1B (2.5 GB in bf16).
 
-    python benchmarks/merge_memory.py FOLDER [--dtype bf16]
+    python benchmarks/merge_memory.py FOLDER [--dtype bf16] [--out RESULT.json]
 
 Makes the model and a rank-16 adapter in FOLDER (once), then merges in a process of its own, without the measurement,
 and says its peak beyond the idle process beside the largest shard that it wrote.
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import peft
 import torch
+from measured import write
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -55,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     make(options.folder)
     out = options.folder / "merged"
@@ -65,10 +67,13 @@ def main() -> None:
     shards = [file.stat().st_size for file in made.glob("*.safetensors")]
     peak, largest = int(done.stdout.split()[-1]), max(shards)
     limit = 1.5 * largest + (1 << 30)
-    print(json.dumps({
+    found = {
         "dtype": options.dtype, "peak_bytes": peak, "largest_shard_bytes": largest, "shards": len(shards),
         "limit_bytes": int(limit), "within": peak <= limit,
-    }))  # fmt: skip
+    }  # fmt: skip
+    print(json.dumps(found))
+    if options.out:
+        write(options.out, found)
 
 
 if __name__ == "__main__":

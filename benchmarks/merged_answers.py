@@ -1,15 +1,17 @@
 """Does a merged folder, loaded by plain transformers, answer as the adapter on its base does? Greedy, row by row.
 
-    python benchmarks/merged_answers.py RUN --data ROWS.jsonl [--dtypes fp32,bf16 --compute fp32,bf16] [--out R.json]
+    python benchmarks/merged_answers.py RUN... --data ROWS.jsonl [--dtypes fp32,bf16 --compute fp32,bf16] [--out R.json]
 
-Merges the run anew in each type. The adapter computes in the same type as the merged model, on the base that the merge
+Merges each run anew in each type; what strop measures of the merge is kept beside the answers. The adapter computes in the same type as the merged model, on the base that the merge
 chose. Rows are asked in batches of like length, padded on the left.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def answers(model: Any, tokenizer: Any, chats: list[list[dict[str, str]]], stop_
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run")
+    parser.add_argument("runs", nargs="+")
     parser.add_argument("--data", required=True)
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--compute", default="fp32,bf16")
@@ -52,22 +54,24 @@ def main() -> None:
     rows = questions(read_conversations(options.data))
     chats = [[vars_of(message) for message in row.conversation.messages[:-1]] for row in rows]
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for dtype in options.dtypes.split(","):
-            merged = strop.merge(options.run, Path(folder) / dtype, dtype=dtype)
+    for run, dtype in product(options.runs, options.dtypes.split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            merged = strop.merge(run, Path(folder) / "merged", dtype=dtype, data=options.data)
             tokenizer = AutoTokenizer.from_pretrained(merged.out)
+            same = {}
             for compute in options.compute.split(","):
                 how = "none" if merged.base == "original" else "auto"
-                tuned = strop.load(options.run, dtype=compute, quantization=how)
-                ours = answers(tuned.module, tokenizer, chats, list(tuned.renderer.stop_ids))
+                tuned = strop.load(run, dtype=compute, quantization=how)
                 stop_ids = list(tuned.renderer.stop_ids)
+                ours = answers(tuned.module, tokenizer, chats, stop_ids)
                 del tuned
                 model = AutoModelForCausalLM.from_pretrained(merged.out, dtype=DTYPES[compute])
                 theirs = answers(model, tokenizer, chats, stop_ids)
                 del model
-                same = sum(a == b for a, b in zip(ours, theirs, strict=True))
-                results.append({"weights": dtype, "compute": compute, "rows": len(rows), "same": same})
-                print(f"{dtype} weights, {compute} compute: {same} of {len(rows)} answers are the same", flush=True)
+                same[compute] = sum(a == b for a, b in zip(ours, theirs, strict=True))
+            told = {"run": Path(run).name, "dtype": dtype, "rows": len(rows), "same": same, **merged.as_json()}
+            results.append({key: value for key, value in told.items() if key not in ("out", "files")})
+            print(json.dumps(results[-1]), flush=True)
     if options.out:
         measured.write(options.out, results)
 

@@ -246,10 +246,9 @@ class Blocks:
             new=self._arena or in_heap,
             sinks=None if part.sinks is None else part.sinks.detach().float(),
         )
-        aside = family.query_scale is not None or family.turned_first or family.pairs == "neighbours"
         outputs = sum(module.out_features for module in part.qkv)
         made = outputs != (part.query + 2 * part.key_value) * part.size  # from parts
-        copied = family.fused_heads or made or aside  # and the copy is what is kept
+        copied = family.fused_heads or made or family.aside  # and the copy is what is kept
         return Attended(
             family,
             self._model.config,
@@ -258,7 +257,7 @@ class Blocks:
             self._processor.attention(part.size),
             part.rope,
             self._joined(part.o, None, workspace),
-            self._processor.aside() if aside else None,
+            self._processor.aside() if family.aside else None,
             part.kind,
             part.keeps,
             part.takes,

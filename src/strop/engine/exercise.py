@@ -1,5 +1,5 @@
-"""One step of tiny models through every compiled loop: run as processes by engine.cpu.warm, with a type of weights and
-the part whose loops each compiles."""
+"""One step of tiny models through compiled loops: run as processes by engine.cpu.warm, with a type of weights, how many
+models (USUAL or ALL), and the part whose loops each compiles."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ from strop.engine.attention import Heads
 from strop.engine.fast import FastLoss
 from strop.engine.fits import unsupported
 from strop.engine.joined import Joined
-from strop.engine.processor import Processor, save_in_turn
+from strop.engine.processor import ALL, USUAL, Processor, save_in_turn
+
+# Family, dropout, DoRA. A Llama's loops are those of most models: fits.usual says of which.
+LLAMA = ("llama", 0.0, False)
+# With dropout and DoRA; offset norms and soft caps; LayerNorm, an activation that gates nothing; neighbours that turn.
+OTHERS = (("llama", 0.1, True), ("gemma2", 0.1, False), ("gpt_neox", 0.0, False), ("glm", 0.0, False))
+MODELS = {USUAL: (LLAMA,), ALL: (LLAMA, *OTHERS)}
 
 
-def exercise(dtype: torch.dtype, part: str = "") -> None:
-    """Forward and backward, with weights in `dtype`: a Llama, with and without dropout, a Gemma 2 (offset norms, soft
-    caps), a GPT-NeoX (LayerNorm, an activation that gates nothing) and a GLM (pairs of neighbours turn)."""
+def exercise(dtype: torch.dtype, models: str = ALL, part: str = "") -> None:
+    """Forward and backward, with weights in `dtype`."""
     if part == "attention":
         cast(Any, Joined).__call__ = _no_products
     elif part == "products":
@@ -32,10 +37,10 @@ def exercise(dtype: torch.dtype, part: str = "") -> None:
         "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64, "pad_token_id": 0,
     }  # fmt: skip
-    for family, dropout in (("llama", 0.0), ("llama", 0.1), ("gemma2", 0.1), ("gpt_neox", 0.0), ("glm", 0.0)):
+    for family, dropout, dora in MODELS[models]:
         own = {"num_key_value_heads": 2} if family == "gpt_neox" else {}  # as many as there are heads, always
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **own}))
-        config = peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=dropout)
+        config = peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=dropout, use_dora=dora)
         adapted = peft.get_peft_model(base.to(dtype), config)
         if unsupported(adapted) is not None:  # transformers 5.0: no Gemma meets its loops
             continue

@@ -70,6 +70,11 @@ class Family:
         return f"{' and '.join(map(str, parts))} by the model's own modules" if parts else ""
 
     @property
+    def aside(self) -> bool:
+        """Attention does not turn q and k itself."""
+        return self.query_scale is not None or self.turned_first or self.pairs == "neighbours"
+
+    @property
     def norms(self) -> tuple[str, ...]:
         """Of a layer, but for those of q and k."""
         names = (self.attention_norm, self.mlp_norm, self.after_attention, self.after_mlp)

@@ -19,14 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from strop.engine.arena import Arena
 from strop.engine.blocks import Attended, Blocks, Layer, Way
 from strop.engine.dropout import masks_of
-from strop.engine.fits import unsupported
+from strop.engine.fits import unsupported, usual
 from strop.engine.head import LabelLogProbs, Output, SupervisedLoss
 from strop.engine.joined import adapters_on, base_of, dropped_by
 from strop.engine.layers import Layers
 from strop.engine.norms import normed
 from strop.engine.operations import Placed, apply
 from strop.engine.packed import Packed, by_owner, pack, pack_apart, pack_ends, sums_by_owner
-from strop.engine.processor import drops_for, processor_for
+from strop.engine.processor import ALL, USUAL, drops_for, processor_for
 from strop.engine.tokens import used
 
 if TYPE_CHECKING:
@@ -85,14 +85,15 @@ class FastLoss:
         self._family, self._head = self._model.family, self._model.head
         self.prefix_sharing = prefix_sharing and not self._family.mixer
         self._device: torch.device = self._head.weight.device
-        self._processor = processor_for(self._device, self._head.weight.dtype, warm=warm)
+        self.masks = masks_of(model, drops_for)
+        loops = (USUAL if usual(model) else ALL) if warm else ""
+        self._processor = processor_for(self._device, self._head.weight.dtype, warm=loops)
         self._product = self._processor.product(self._head.weight.shape)
         self._ops, self.lacking = self._processor.ops, self._processor.lacking
         self._drops = drops_for(self._head.weight)
         on_cpu = self._device.type == "cpu"
         self._arena = Arena() if on_cpu else None
         self._inputs = Arena() if on_cpu else None  # of layers that are computed again
-        self.masks = masks_of(model, drops_for)
         self._blocks = Blocks(self._model, self._processor, self._drops, self.masks, self._arena)
         self._norm = self._blocks.norm(self._model.norm)
         self.exchange(lambda: None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -44,6 +44,20 @@ def own_dropout(model: nn.Module) -> str | None:
     config: Any = model.config
     active = (name for name in DROPOUTS if getattr(config.get_text_config(), name, 0))
     return next(chain(active, found), None)
+
+
+def usual(model: nn.Module) -> bool:
+    """Whether the step calls no other loops of a CPU than that of a Llama with plain LoRA: no LayerNorm, no activation
+    that gates nothing, no rotary embedding aside; no dropout, DoRA or trained norm."""
+    text = cast(Any, model).config.get_text_config()
+    family, names = FAMILIES[text.model_type], dict(model.named_parameters())
+    return (
+        family.gated
+        and not (family.layer_norm or family.aside)
+        and not any(isinstance(module, CountedDropout) and module.p for module in model.modules())
+        and not any("magnitude_vector" in name or "modules_to_save" in name for name in names)
+        and all("lora_" in name or "trainable_tokens_" in name for name, one in names.items() if one.requires_grad)
+    )
 
 
 def unsupported(model: nn.Module) -> str | None:

@@ -20,6 +20,7 @@ from strop.engine.operations import FrozenProduct, Loops, LoraProducts, Ops, app
 from strop.engine.packed import Documents
 from strop.machine.probe import TILED_RANK, probe
 
+USUAL, ALL = "usual", "all"  # which loops of a CPU: those that most models need, or every one
 Attend = Callable[[Tensor, Heads, Tensor, Tensor, Documents], Tensor]
 
 
@@ -133,18 +134,18 @@ def unpacking(device: torch.device, dtype: torch.dtype) -> Any:
     return unpack
 
 
-def processor_for(device: torch.device, dtype: torch.dtype, *, warm: bool = True) -> Processor:
+def processor_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL) -> Processor:
     """numba's loops on a CPU, Triton's kernels on a card, else PyTorch's plain operations: the same numbers.
 
-    warm: have the loops compiled beforehand, in another process (engine.cpu.warm tells why).
+    warm: which loops to have compiled beforehand, in another process (engine.cpu.warm tells why); none where empty.
     """
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         from strop.engine.cpu import kernels, rows  # their import starts threads
         from strop.engine.cpu.warm import compile_once
 
         if warm:
-            parts = "attention", "products"
-            compile_once(dtype, kernels.cache_folder(), exercise="strop.engine.exercise", parts=parts)
+            exercise, parts = "strop.engine.exercise", ("attention", "products")
+            compile_once(dtype, kernels.cache_folder(), exercise, [warm], parts)
         return Processor(cast(Ops, kernels), cast(Loops, rows), tiles=dtype == torch.bfloat16 and probe().tiles)
     if device.type == "cuda":
         from strop.engine.card import newest

@@ -31,20 +31,24 @@ SOURCES = (
 )  # fmt: skip
 
 
-PARTS_BYTES = 4 << 30  # free memory from which on several processes compile: each takes about 700 MB
+# Python's search for rubbish is a sixth of the time, and the process ends soon.
+RUN = "import gc, runpy, sys; gc.disable(); runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+PARTS_BYTES = 4 << 30  # free memory from which on several processes compile: each takes about 1 GB
 
 
-def compile_once(dtype: torch.dtype, cache: Path, exercise: str, parts: Sequence[str] = ()) -> None:
-    """Sees to it that this process finds every loop for weights of this type in numba's cache, the folder `cache`.
+def compile_once(
+    dtype: torch.dtype, cache: Path, exercise: str, words: Sequence[str] = (), parts: Sequence[str] = ()
+) -> None:
+    """Sees to it that this process finds the loops for weights of this type in numba's cache, the folder `cache`.
 
-    exercise: the module that calls every loop when it is run with the type's name; parts: those of one part where it is
-    told a part as well, which go side by side.
+    exercise: the module that calls them when it is run with the type's name and `words`, which say which loops; parts:
+    those of one part where it is told a part as well, which go side by side.
     """
-    name = str(dtype).removeprefix("torch.")
+    told = [str(dtype).removeprefix("torch."), *words]
     sources = [Path(__file__).with_name(file).stat().st_mtime_ns for file in SOURCES]
     machine = probe()
     state = sha256_text(repr((sources, numba.__version__, machine.cpu)))[:16]
-    mark = cache / f"strop-{state}-{exercise}-{name}"
+    mark = cache / "-".join(["strop", state, exercise, *told])
     if mark.is_file():
         return
     cache.mkdir(parents=True, exist_ok=True)
@@ -54,9 +58,9 @@ def compile_once(dtype: torch.dtype, cache: Path, exercise: str, parts: Sequence
         if not any(cache.glob(f"strop-{state}-*")):  # numba knows a loop's own file, not those that it imports from
             for old in (*cache.glob("*.nb[ic]"), *cache.glob("strop-*-*")):
                 old.unlink(missing_ok=True)
-        LOG.info("compiling loops for this CPU in %s, once on this machine (half a minute)", name)
+        LOG.info("compiling loops for this CPU in %s, once on this machine (20 to 30 s)", told[0])
         apart = parts if machine.cores > 1 and machine.free_bytes > PARTS_BYTES else ()
-        _run([[sys.executable, "-m", exercise, name, *part] for part in ([[part] for part in apart] or [[]])])
+        _run([[sys.executable, "-c", RUN, exercise, *told, *part] for part in ([[part] for part in apart] or [[]])])
         mark.touch()
 
 
