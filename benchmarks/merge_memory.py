@@ -11,31 +11,30 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import peft
 import torch
-from measured import write
+from measured import child, write
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
+
+from strop.model.facts import locate
+from strop.model.tokenizer import load_tokenizer
 
 SHAPE = {
     "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
 }  # fmt: skip
 MERGE = """
-import sys, torch
+import json, sys
 from pathlib import Path
-import strop.exporting.merge as merge
+from strop.exporting.merge import merge
 from strop.machine.memory import mark
-from strop.model.facts import locate
 before = mark("cpu")
-folder, out, dtype = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-source = locate(str(folder / "model"))
-merge._write(source, folder / "adapter", out, merge.Trained("none", True, torch.bfloat16), dtype)
-print(before.peak_bytes())
+merge(sys.argv[1], Path(sys.argv[2]), dtype=sys.argv[3], measure=False)
+print(json.dumps(before.peak_bytes()))
 """
 
 
@@ -45,6 +44,7 @@ def make(folder: Path) -> None:
     config = LlamaConfig(**SHAPE)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder / "model", max_shard_size="1GB")
+    load_tokenizer(locate("demo")).save_pretrained(folder / "model")
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     weights = {key: torch.randn(value.shape) * 0.02 for key, value in peft.get_peft_model_state_dict(adapted).items()}
     adapted.peft_config["default"].base_model_name_or_path = str(folder / "model")
@@ -60,12 +60,10 @@ def main() -> None:
     options = parser.parse_args()
     make(options.folder)
     out = options.folder / "merged"
-    made = out.with_name("merged.partial")
-    shutil.rmtree(made, ignore_errors=True)
-    words = [sys.executable, "-c", MERGE, str(options.folder), str(out), options.dtype]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    shards = [file.stat().st_size for file in made.glob("*.safetensors")]
-    peak, largest = int(done.stdout.split()[-1]), max(shards)
+    shutil.rmtree(out, ignore_errors=True)
+    peak = child([sys.executable, "-c", MERGE, str(options.folder / "adapter"), str(out), options.dtype])
+    shards = [file.stat().st_size for file in out.glob("*.safetensors")]
+    largest = max(shards)
     limit = 1.5 * largest + (1 << 30)
     found = {
         "dtype": options.dtype, "peak_bytes": peak, "largest_shard_bytes": largest, "shards": len(shards),
