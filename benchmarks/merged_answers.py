@@ -2,8 +2,9 @@
 
     python benchmarks/merged_answers.py RUN... --data ROWS.jsonl [--dtypes fp32,bf16 --compute fp32,bf16] [--out R.json]
 
-Merges each run anew in each type; what strop measures of the merge is kept beside the answers. The adapter computes in the same type as the merged model, on the base that the merge
-chose. Rows are asked in batches of like length, padded on the left.
+Merges each run anew in each type; what strop measures of the merge is kept beside the answers. The adapter computes in
+the same type as the merged model, on the base that the merge chose. Rows are asked in batches of like length, padded on
+the left.
 """
 
 from __future__ import annotations
