@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from learners import ALL, SETS, SIZES, make_model, make_rows, parameters
-from measured import commit, write
+from measured import commit, machine, write
 from valleys import KEYS, RATES, USUAL, plot, table, valleys
 
 LIMITS = 6e-5, 7e-2  # no rates beyond
@@ -81,13 +81,13 @@ class Sweep:
                 model=model, data=str(self.folder / f"{at['set']}_train.jsonl"), out=str(run), **options
             ).report
         except strop.RunError as error:
-            return {"loss": None, "error": str(error).splitlines()[0], "commit": commit()}
+            return {"loss": None, "error": str(error).splitlines()[0], "commit": commit(), "cpu": machine()["cpu"]}
         evals = [event["loss"] for event in read_events(run / "events.jsonl") if event["event"] == "eval"]
         return {
             "loss": report["eval_loss"], "last": evals[-1], "first_train_loss": report["loss"]["first"],
             "steps": report["steps"], "skipped": report["skipped_steps"], "rollbacks": report["rollbacks"],
             "training_s": round(report["seconds"], 1), "wall_s": round(time.perf_counter() - started, 1),
-            "commit": commit(),
+            "commit": commit(), "cpu": machine()["cpu"],
         }  # fmt: skip
 
     def search(self, setting: dict[str, Any], rates: Sequence[float]) -> float:

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--data", required=True)
     parser.add_argument("--dtypes", default="fp32,bf16")
-    parser.add_argument("--compute", default="fp32,bf16")
+    parser.add_argument("--compute", default="fp32,bf16", help="types to answer in; empty: no answers")
     parser.add_argument("--out")
     options = parser.parse_args()
     rows = questions(read_conversations(options.data))
@@ -60,7 +60,7 @@ def main() -> None:
             merged = strop.merge(run, Path(folder) / "merged", dtype=dtype, data=options.data)
             tokenizer = AutoTokenizer.from_pretrained(merged.out)
             same = {}
-            for compute in options.compute.split(","):
+            for compute in filter(None, options.compute.split(",")):
                 how = "none" if merged.base == "original" else "auto"
                 tuned = strop.load(run, dtype=compute, quantization=how)
                 stop_ids = list(tuned.renderer.stop_ids)

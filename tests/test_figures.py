@@ -164,6 +164,23 @@ def stored_row(found: Any, method: str) -> str:
     return f"| {cells} | {whole['training_peak_bytes'] / MIB:,.0f} MiB (weights {whole['weights_bytes'] / MIB:,.0f}) |"
 
 
+def kept_share(found: Any) -> str:
+    """Of what the weights' difference says, how much lower training's peak is in nf4, in %."""
+    return f"{100 * found['nf4 streamed']['kept']:.0f}"
+
+
+def sharded_rows(found: Any) -> list[str]:
+    cases = [("bf16, replicated", ""), ("bf16, sharded", ""), ("nf4, replicated", ", nf4"), ("nf4, sharded", ", nf4")]
+    rows = []
+    for name, kind in cases:
+        sharded, one = name.endswith("sharded"), found[f"2 processes, {name.partition(', ')[2]}{kind}"]
+        bytes_ = found[f"2 processes, sharded{kind}"]["held_bytes" if sharded else "whole_bytes"]
+        held = f"{bytes_ / 1e6:.4g} MB (1/2)" if sharded else f"{bytes_ / 1e6:.0f} MB"
+        peaks = (f"{one[f'{peak}_peak_bytes'] / MIB:,.0f} MiB" for peak in ("predicted", "measured"))
+        rows.append(f"| {name} | {held} | {' | '.join(peaks)} |")
+    return rows
+
+
 def started_rows(found: Any) -> list[str]:
     at, twice = found["at the rule's rate"], found["at twice it"]
 
@@ -369,7 +386,13 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     (QUANTIZATION, "quantized_scores.json", quantized_apart),
     ("docs/lesson.md", "quantized_scores.json", quantized_in_short),
     (QUANTIZATION, "quantized_memory_1b_2026-11-25.json", lambda it: stored_row(it, "nf4 streamed")),
+    (QUANTIZATION, "quantized_memory.json",
+     lambda it: [f"| SmolLM2-135M, nf4 streamed {stored_row(it, 'nf4 streamed')}", f"({kept_share(it)} and"]),
+    (QUANTIZATION, "quantized_memory_1b_2026-11-25.json", lambda it: f"{kept_share(it)} % of that)"),
     (QUANTIZATION, "big_model_2026-11-25.json", big_model),
+    ("docs/scale.md", "scale_memory.json", sharded_rows),
+    ("docs/after.md", "merge_memory.json",
+     lambda it: f"A merge of Llama-3.2-1B's shape took {it['peak_bytes'] / GIB:.1f} GiB"),
     (QUANTIZATION, "init_quantized_2026-11-25.json", started_rows),
     ("docs/learning_rate.md", "learning_rates.json", rate_rows),
     ("docs/learning_rate.md", "learning_rates.json", rate_words),
@@ -461,13 +484,8 @@ WAITING: dict[str, dict[str, str]] = {
     "docs/after.md": {
         r"of SNIPS runs into bf16 .* took 1.0 GiB": "strop merge RUN --json",
     },
-    "docs/scale.md": {r"\| bf16, replicated \| .* 566 MiB \|": "benchmarks/scale.py memory"},
     "docs/export.md": {
         r"\| strop, fp32 \|.*74.8 % \|": "benchmarks/llamacpp.py RUN --data test_210.jsonl, all types",
-    },
-    "docs/quantization.md": {
-        r"\| SmolLM2-135M, nf4 streamed \| .* \(weights 257\) \|": "benchmarks/quantized_memory.py",
-        r"\(186 and 183 % of that\)": "the same, and of the 1B model",
     },
 }  # fmt: skip
 A_MEASUREMENT = re.compile(
