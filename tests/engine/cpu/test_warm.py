@@ -66,6 +66,24 @@ def test_nothing_is_left_to_compile(tmp_path: Path) -> None:
         assert [line for line in lines if not line.endswith("[]")] == []
 
 
+ANSWERED = """
+import numba.core.event as events, torch
+from strop.engine.answers.exercise import exercise
+heard = events.RecordingListener()
+events.register("numba:compile", heard)
+exercise(torch.bfloat16)
+print([event.data["dispatcher"].py_func.__name__ for _, event in heard.buffer])
+"""
+
+
+def test_nothing_is_left_to_compile_for_answers(tmp_path: Path) -> None:
+    about = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "strop.engine.answers.exercise", "bfloat16"], env=about, check=True)
+    words = [sys.executable, "-c", ANSWERED]
+    found = subprocess.run(words, env=about, capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "[]"
+
+
 def test_it_is_said_where_they_cannot_be_compiled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         warm.compile_once(torch.float32, tmp_path, exercise="strop.no_such_module")

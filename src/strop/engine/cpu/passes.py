@@ -291,7 +291,7 @@ class Held(structref.StructRefProxy):  # type: ignore[misc]
     long as a hundredth of a pass over a small model."""
 
     def __new__(cls, layer: Any, keys: Any, values: Any) -> Held:
-        made: Held = structref.StructRefProxy.__new__(cls, layer, keys, values)
+        made: Held = _held(layer, keys, values)
         return made
 
 
@@ -302,7 +302,7 @@ class HeldRoom(structref.StructRefProxy):  # type: ignore[misc]
     """A Room, likewise."""
 
     def __new__(cls, room: Any) -> HeldRoom:
-        made: HeldRoom = structref.StructRefProxy.__new__(cls, room)
+        made: HeldRoom = _held_room(room)
         return made
 
 
@@ -312,6 +312,17 @@ class _HeldRoomType(types.StructRef):  # type: ignore[misc]
 
 structref.register(_HeldRoomType)
 structref.define_proxy(HeldRoom, _HeldRoomType, ["room"])
+
+
+# As StructRefProxy.__new__ makes them, but for numba's cache: compiling it would take half a second in each process.
+@together
+def _held(layer: Any, keys: Any, values: Any) -> Any:
+    return Held(layer, keys, values)
+
+
+@together
+def _held_room(room: Any) -> Any:
+    return HeldRoom(room)
 
 
 @together
