@@ -40,6 +40,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"lora.use_dora": True},
     "nf4": {"model.quantization": "nf4"},
     "loftq": {"model.quantization": "nf4", "lora.init": "loftq"},
+    "alpha 16": {"lora.alpha": 16},
+    "alpha 64": {"lora.alpha": 64},
 }
 
 
@@ -125,7 +127,8 @@ def stages(sweep: Sweep) -> Iterator[str]:
 
     def changed(kind: str, size: str, *sets: str) -> None:
         for name, change in product(sets, changes[kind]):
-            sweep.search({"size": size, "set": name, **USUAL, **change}, [best[size, name]])
+            likely = 2.0 ** round(0.75 * math.log2(USUAL["rank"] / change.get("rank", USUAL["rank"])))
+            sweep.search({"size": size, "set": name, **USUAL, **change}, [best[size, name] * likely])
 
     def three_epochs(*sets: str) -> None:  # strop's default
         for name in sets:
@@ -150,6 +153,9 @@ def stages(sweep: Sweep) -> Iterator[str]:
     for kind, size in (("methods", "71M"), ("ranks", "135M"), ("batches", "135M")):
         yield f"{kind}, first rows"
         changed(kind, size, SETS[0])
+    for kind in ("ranks", "batches"):
+        yield f"{kind}, 71M"
+        changed(kind, "71M", *SETS)
     yield "seeds, 71M"
     seeded("71M")
     yield "three epochs, other rows"

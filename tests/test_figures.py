@@ -1,8 +1,7 @@
 """Figures of the README and the pages are those of the files that the benchmarks keep.
 
 SAID: words of a page that are made of a kept file. What else looks like a measurement must be in NOT_MEASURED, with the
-reason, or in WAITING, with the command that would measure it. A figure that is stale, or that nobody accounts for,
-fails.
+reason. A figure that is stale, or that nobody accounts for, fails.
 """
 
 from __future__ import annotations
@@ -281,6 +280,32 @@ def rounding_rows(found: Any) -> list[str]:
     ]  # fmt: skip
 
 
+def merge_measured(one: Any) -> str:
+    return f"mean KL {one['parity']['kl_mean']:.1e}, top-1 {100 * one['parity']['top1_agreement']:.2f} %"
+
+
+def merged_answers(found: Any) -> list[str]:
+    whole, narrow = (next(one for one in found if one["dtype"] == dtype) for dtype in ("fp32", "bf16"))
+    return [
+        f"{narrow['parity']['positions']:,} positions): trained on 16-bit weights (4 epochs), {merge_measured(narrow)}",
+        f"{whole['same']['fp32']} of {whole['rows']} greedy answers are the adapter's (fp32 weights and compute; "
+        f"bf16 weights and compute {narrow['same']['bf16']})",
+    ]
+
+
+def llamacpp_rows(found: Any) -> list[str]:
+    names = {"lora": "LoRA file on the demo's own GGUF (Q4_1)"}
+    rows = [f"| strop, fp32 | | | | | {100 * found[0]['exact_json']:.1f} % | |"]
+    for one in found[1:]:
+        apart = one["parity"]
+        rows.append(
+            f"| {names.get(one['type'], one['type'])} | {one['size_bytes'] / 1e6:.0f} MB | {apart['kl_mean']:.1e} "
+            f"| {apart['kl_max']:.2g} | {100 * apart['top1_agreement']:.2f} % | {100 * one['exact_json']:.1f} % "
+            f"| {100 * one['answers_equal']:.1f} % |"
+        )
+    return [*rows, f"{found[1]['parity']['positions']:,} positions, and greedy answers to {found[0]['rows']} test rows"]
+
+
 def merged_apart(found: Any) -> str:
     ways = found["snips"]
     return f"mean KL {ways['bf16, random']['kl_mean']:.1e}, where `merge_and_unload` in 4 bit has {four_bit(found)}"
@@ -391,6 +416,10 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
     (QUANTIZATION, "quantized_memory_1b_2026-11-25.json", lambda it: f"{kept_share(it)} % of that)"),
     (QUANTIZATION, "big_model_2026-11-25.json", big_model),
     ("docs/scale.md", "scale_memory.json", sharded_rows),
+    ("docs/export.md", "llamacpp.json", llamacpp_rows),
+    ("docs/after.md", "merged_answers.json", merged_answers),
+    ("docs/after.md", "merges_quantized.json",
+     lambda it: [f"on nf4 {merge_measured(it[0])}", f"on int8 {merge_measured(it[1])}"]),
     ("docs/after.md", "merge_memory.json",
      lambda it: f"A merge of Llama-3.2-1B's shape took {it['peak_bytes'] / GIB:.1f} GiB"),
     (QUANTIZATION, "init_quantized_2026-11-25.json", started_rows),
@@ -479,15 +508,6 @@ NOT_MEASURED: dict[str, list[str]] = {
         r"\(\d minutes\)", "100 % means that the test is easy", "Four of six \\(66.7 %; .* 30 to 90 %",
     ],
 }  # fmt: skip
-# Figures that people decide by, of runs whose results were not kept: to be measured again, by the command beside them.
-WAITING: dict[str, dict[str, str]] = {
-    "docs/after.md": {
-        r"of SNIPS runs into bf16 .* took 1.0 GiB": "strop merge RUN --json",
-    },
-    "docs/export.md": {
-        r"\| strop, fp32 \|.*74.8 % \|": "benchmarks/llamacpp.py RUN --data test_210.jsonl, all types",
-    },
-}  # fmt: skip
 A_MEASUREMENT = re.compile(
     r"\d[\d,.]* ?(?:tokens/s|rows/s|[GT]FLOP/s|[KMG]i?B(?:/s)?|m?s|seconds|minutes|hours|times|%|points|nats)(?![\w/])"
     r"|KL (?:of )?\d"
@@ -510,7 +530,7 @@ def test_every_figure_of_a_page_is_accounted_for(page: str) -> None:
         said = say(kept(file))
         for text in [said] if isinstance(said, str) else said:
             left = left.replace(text, "")
-    for pattern in [*NOT_MEASURED.get(page, []), *WAITING.get(page, [])]:
+    for pattern in NOT_MEASURED.get(page, []):
         left, found = re.subn(pattern, "", left)
         assert found, f"{page} no longer says {pattern!r}"
     assert [left[max(0, one.start() - 60) : one.end()] for one in A_MEASUREMENT.finditer(left)] == []
