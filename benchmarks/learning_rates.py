@@ -30,7 +30,7 @@ from typing import Any
 
 from learners import ALL, SETS, SIZES, make_model, make_rows, parameters
 from measured import commit, machine, write
-from valleys import KEYS, RATES, USUAL, plot, table, valleys
+from valleys import KEYS, RATES, UNUSUAL, USUAL, plot, table, valleys
 
 LIMITS = 6e-5, 7e-2  # no rates beyond
 METHODS: dict[str, dict[str, Any]] = {
@@ -156,6 +156,8 @@ def stages(sweep: Sweep) -> Iterator[str]:
     for kind in ("ranks", "batches"):
         yield f"{kind}, 71M"
         changed(kind, "71M", *SETS)
+    yield "ranks, 99M"  # whose best rates no rule was made from
+    changed("ranks", "99M", *SETS[:2])
     yield "seeds, 71M"
     seeded("71M")
     yield "three epochs, other rows"
@@ -186,7 +188,7 @@ def main() -> None:
         found = valleys(json.loads(given.out.read_text(encoding="utf-8"))["results"])
         for of in ("", *KEYS[2:]):
             columns = ["size", "rows", *filter(None, [of]), "steps", "best rate", "loss", "within 5 %", "rule", "costs"]
-            print(f"| {' | '.join([*columns, 'the rule before'])} |")
+            print(f"| {' | '.join([*columns, 'the usual rate' if of in UNUSUAL else 'the rule before'])} |")
             print("\n".join(["|" + "---|" * (len(columns) + 1), *table(found, of)]), end="\n\n")
         if given.plot:
             plot(found, given.plot)

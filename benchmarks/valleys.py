@@ -12,6 +12,8 @@ from learners import ALL, SETS, SIZES, parameters
 
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 KEYS = ("size", "set", "rank", "epochs", "batch", "method")  # of a setting, which has a curve
+UNUSUAL = ("rank", "batch", "method")  # that change the rule's rate
+REACHES = {"rslora": 128, "alpha 16": 16, "alpha 64": 64}  # of adapters of rank 16; of others twice the rank
 USUAL: dict[str, Any] = {"rank": 16, "epochs": 1, "batch": 8, "method": "lora", "seed": 0}
 
 
@@ -48,19 +50,23 @@ def loss_at(curve: dict[float, float], rate: float) -> float:
 
 
 def judged(valley: dict[str, Any]) -> dict[str, Any]:
-    """The best rate and its loss, the rates that were tried within 5 % of it; the rule's rate and what it costs, and
-    what the rule before it did (`whole`), as a share of the best loss."""
-    from strop.planning.rates import held_back, learning_rate, whole
+    """The best rate and its loss, the rates that were tried within 5 % of it; the rule's rate and what it costs, what
+    the rule before it did (`whole`), and what the usual adapter's and batch's rate would, as shares of the best loss.
+    """
+    from strop.planning.rates import factor, learning_rate, whole
 
     curve, size = valley["curve"], parameters(valley["size"])
     best = min(curve, key=lambda rate: curve[rate])
     within = [rate for rate in curve if curve[rate] <= 1.05 * curve[best]]
     method = valley["method"]
-    rule = learning_rate(size) / held_back(valley["rank"], method == "rslora", 16 if method == "lora+" else 1)
+    reach = REACHES.get(method, 2 * valley["rank"])
+    rule = learning_rate(size) * factor(reach, valley["batch"], 16 if method == "lora+" else 1)
     before = whole(size)
-    cost, cost_before = (loss_at(curve, rate) / curve[best] - 1 for rate in (rule, before))
+    cost, cost_before, cost_usual = (
+        loss_at(curve, rate) / curve[best] - 1 for rate in (rule, before, learning_rate(size))
+    )
     found = {"best": best, "loss": curve[best], "low": min(within), "high": max(within)}
-    return {**found, "rule": rule, "cost": cost, "before": before, "cost_before": cost_before}
+    return {**found, "rule": rule, "cost": cost, "before": before, "cost_before": cost_before, "cost_usual": cost_usual}
 
 
 def table(found: Sequence[dict[str, Any]], of: str = "") -> list[str]:
@@ -71,7 +77,8 @@ def table(found: Sequence[dict[str, Any]], of: str = "") -> list[str]:
         if [name for name in ("rank", "epochs", "batch", "method") if one[name] != USUAL[name]] != [of] * bool(of):
             continue
         it, seeds = judged(one), "" if one["seeds"] == 1 else f" ({one['seeds']} seeds)"
-        costs = ["not tried" if math.isnan(x) else f"{100 * x:.1f} %" for x in (it["cost"], it["cost_before"])]
+        other = it["cost_usual" if of in UNUSUAL else "cost_before"]
+        costs = ["not tried" if math.isnan(x) else f"{100 * x:.1f} %" for x in (it["cost"], other)]
         lines.append(
             f"| {one['size']} | {one['set']}{seeds} | {f'{one[of]} | ' if of else ''}{one['steps']} "
             f"| {it['best']:.2g} | {it['loss']:.3f} | {it['low']:.2g} to {it['high']:.2g} "

@@ -151,7 +151,9 @@ class TrainSection(Section):
     batch_size: int = Field(8, ge=1, description="effective batch in rows")
     micro_batch: int | None = Field(None, ge=1, description="rows computed at once; default by tokens")
     micro_batch_tokens: int | None = Field(None, ge=1, description="tokens computed at once, any padding included")
-    learning_rate: Finite | None = Field(None, gt=0, le=1, description="peak learning rate; default by model size")
+    learning_rate: Finite | None = Field(
+        None, gt=0, le=1, description="peak learning rate; default by model size, alpha and batch"
+    )
     lora_plus_ratio: Finite = Field(1.0, gt=0, description="learning rate of B over that of A (arXiv:2402.12354)")
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="schedule after the warmup")
     warmup: Finite = Field(0.03, ge=0, description="below 1: share of all steps; else steps")

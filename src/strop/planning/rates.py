@@ -1,4 +1,4 @@
-"""The learning rate that a recipe leaves open, by the model's size; and how sure the rule is of it."""
+"""The learning rate that a recipe leaves open, by model, adapter and batch; and how sure the rule is of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from strop.model.shape import ModelShape
 from strop.objectives.table import objective_of
 
 PUBLISHED = 7e9  # parameters, and more: 2e-4 (QLoRA, arXiv:2305.14314, table 9)
+REACH, BATCH = 32, 8  # of an adapter (r 16, alpha 32), and rows a step, that the rule is made for
+REACHES, BATCHES = (8, 256), (2, 32)  # that were measured: beyond them the rate stays as it is there
 MEASURED = 71e6, 135e6  # of the smallest and the largest model of benchmarks/learning_rates.py
 
 
@@ -31,8 +33,9 @@ def open_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
     if train.optimizer == "sgd":
         raise RecipeError("--train.optimizer sgd: has no rule for its learning rate", fix="give --train.learning_rate")
     rate, why = learning_rate(size), f"rule for {size / 1e6:,.0f}M parameters, {how_sure(size)}"
-    if (less := held_back(recipe.lora.r, recipe.lora.use_rslora, train.lora_plus_ratio)) != 1:
-        rate, why = float(f"{rate / less:.2g}"), f"{why}; over {less:.2g} for rsLoRA or LoRA+"
+    reach = reach_of(recipe)
+    if (times := factor(reach, train.batch_size, train.lora_plus_ratio)) != 1:
+        rate, why = float(f"{rate * times:.2g}"), f"{why}; times {times:.2g} for {_unlike(recipe, reach)}"
     if objective is not None:
         rate = float(f"{objective.rate_share * whole(size):.2g}")
         why = f"2e-4 (7e9 / parameters)^0.41, {objective.rate_share:g} of it for {objective.name}"
@@ -41,10 +44,31 @@ def open_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
     return rate, why
 
 
-def held_back(rank: int, rslora: bool, ratio: float) -> float:
-    """What the rate is divided by where a method itself takes larger steps: r^(1/4) for rsLoRA, the root of LoRA+'s
-    ratio. Measured at rank 16 and a ratio of 16, where 2 and 4 times as much diverged (docs/learning_rate.md)."""
-    return float((rank**0.25 if rslora else 1) * ratio**0.5)
+def reach_of(recipe: Recipe) -> float:
+    """Rank times the scale of the adapter's product: alpha, of rsLoRA alpha sqrt(r)."""
+    lora = recipe.lora
+    return (lora.alpha or 2 * lora.r) * (lora.r**0.5 if lora.use_rslora else 1)
+
+
+def factor(reach: float, batch: int, ratio: float = 1.0) -> float:
+    """What the rate is multiplied by where the adapter or the batch are not those that the rule was made with.
+
+    reach: as of `reach_of`; batch: rows a step; ratio: LoRA+'s. Best rates were found at ranks 4 to 128, scales 1 to 8,
+    2 to 32 rows, and a ratio of 16 (docs/learning_rate.md). With one alpha for all ranks the rate is the same, as "LoRA
+    Without Regret" (Schulman and Thinking Machines, 2025) found for larger models.
+    """
+    reach, rows = (min(max(x, least), most) for x, (least, most) in ((reach, REACHES), (batch, BATCHES)))
+    return float((REACH / reach) ** 0.5 * (rows / BATCH) ** 0.4 / ratio**0.5)
+
+
+def _unlike(recipe: Recipe, reach: float) -> str:
+    batch = recipe.train.batch_size
+    parts = {
+        f"alpha {recipe.lora.alpha or 2 * recipe.lora.r:g}{' and rsLoRA' * recipe.lora.use_rslora}": reach != REACH,
+        f"batches of {batch}": batch != BATCH,
+        "LoRA+": recipe.train.lora_plus_ratio != 1,
+    }
+    return ", ".join(name for name, there in parts.items() if there)
 
 
 def how_sure(parameters: int) -> str:
