@@ -35,6 +35,22 @@ def test_methods_that_take_larger_steps_get_a_smaller_rate() -> None:
     assert chosen(**{"train.lora_plus_ratio": 16, "lora.use_rslora": True})[0] == 2.5e-5
 
 
+def test_rank_alpha_and_batch_move_the_rate() -> None:
+    """By the root of alpha, whatever the rank; a batch of 4 times the rows takes half as much more; no further than
+    was measured."""
+    assert chosen(**{"lora.r": 64}) == (
+        1e-4,
+        f"rule for 8,030M parameters, {how_sure(7 * 10**9)}; times 0.5 for alpha 128",
+    )
+    assert chosen(**{"lora.r": 64, "lora.alpha": 32}) == chosen(**{"lora.r": 4, "lora.alpha": 32}) == chosen()
+    assert chosen(**{"lora.r": 4})[0] == chosen(**{"lora.r": 1})[0] == 4e-4
+    assert chosen(**{"train.batch_size": 32})[0] == chosen(**{"train.batch_size": 512})[0] == 3e-4
+    assert "batches of 32" in chosen(**{"train.batch_size": 32})[1] and "times" not in chosen()[1]
+    assert chosen(**{"train.batch_size": 2})[0] == 1.3e-4
+    dpo = {"train.objective": "dpo"}  # not measured there
+    assert chosen(**dpo, **{"lora.r": 64})[0] == chosen(**dpo)[0]
+
+
 def test_objectives_keep_the_rates_that_they_were_measured_at() -> None:
     """Shares of what was the rule for fine-tuning then: a larger one for dpo breaks a small model."""
     smol = replace(LLAMA_8B, layers=30, hidden=576)
