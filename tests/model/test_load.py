@@ -156,3 +156,33 @@ def test_a_model_that_pytorchs_attention_cannot_compute_loads_all_the_same(tmp_p
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = load_base(Source("gemma", "folder", tmp_path), torch.float32, "cpu")
     assert model(input_ids=torch.tensor([[1, 2]])).logits.shape == (1, 2, 64)
+
+
+def test_soft_caps_of_attention_are_kept(tmp_path: Path) -> None:
+    """PyTorch's own attention has none; transformers 5.20 takes it for Gemma 2 all the same."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Gemma2Config(
+        vocab_size=64,
+        head_dim=16,
+        num_hidden_layers=1,
+        attn_logit_softcapping=0.05,
+        final_logit_softcapping=None,
+        **sizes,
+    )
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(made.model.layers[0].self_attn.q_proj.weight)
+    made.save_pretrained(tmp_path)
+    ids = torch.arange(12)[None]
+
+    def logits(cap: float | None) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path, attn_implementation="eager", dtype=torch.float32, attn_logit_softcapping=cap
+        )
+        with torch.no_grad():
+            return model(ids).logits
+
+    with torch.no_grad():
+        loaded = load_base(locate(str(tmp_path)), torch.float32, "cpu")(ids).logits
+    assert (logits(0.05) - logits(None)).abs().max() > 0.01
+    torch.testing.assert_close(loaded, logits(0.05))

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from strop.config.schema import LoraSection
 from strop.data.conversation import Example
 from strop.model.experts import expert_parameters
+from strop.model.load import keep_soft_caps
 from strop.model.lora import add_lora
 from strop.model.quantize import passed_by
 
@@ -110,7 +111,9 @@ def tiny(config: type = LlamaConfig, **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
     shape = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
-    return AutoModelForCausalLM.from_config(config(**{**shape, **heads, **changes}))
+    model = AutoModelForCausalLM.from_config(config(**{**shape, **heads, **changes}))
+    keep_soft_caps(model)
+    return model
 
 
 def adapted(config: type | str = LlamaConfig, lora: dict[str, Any] | None = None, **changes: Any) -> PeftModel:

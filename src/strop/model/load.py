@@ -100,8 +100,17 @@ def finished(model: Any, source: Source) -> nn.Module:
     # what peft writes into adapters as the base's name, by its version from one or the other
     model.name_or_path = model.config._name_or_path = source.name
     text_forward(model)
+    keep_soft_caps(model)
     module: nn.Module = model.eval().requires_grad_(False)
     return module
+
+
+def keep_soft_caps(model: Any) -> None:
+    """Attention that bends its scores (Gemma 2) by the family's own code: transformers 5.20, the newest for Python
+    3.10, takes PyTorch's, which leaves the soft cap out without a word."""
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if capped and model.config.get_text_config()._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def _fitting_layers(model: nn.Module, device: str) -> int:
