@@ -58,7 +58,7 @@ def factor(reach: float, batch: int, ratio: float = 1.0) -> float:
     Without Regret" (Schulman and Thinking Machines, 2025) found for larger models.
     """
     reach, rows = (min(max(x, least), most) for x, (least, most) in ((reach, REACHES), (batch, BATCHES)))
-    return float((REACH / reach) ** 0.5 * (rows / BATCH) ** 0.3 / ratio**0.5)
+    return float((REACH / reach) ** 0.5 * (rows / BATCH) ** 0.2 / ratio**0.5)
 
 
 def _unlike(recipe: Recipe, reach: float) -> str:
