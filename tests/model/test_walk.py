@@ -22,6 +22,8 @@ FAMILIES = (
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_family_is_planned_trained_merged_and_trained_in_4_bit(kind: str, tmp_path: Path) -> None:
+    if kind not in tiny_families.text_types():
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     found = walk(kind, tmp_path)
     if kind == "gpt2":  # its layers are Conv1D, which stay in 16 bit
         assert found.pop("nf4").endswith("has no linear weights to quantize")

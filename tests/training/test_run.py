@@ -207,15 +207,15 @@ def test_resume_refuses_what_was_changed_by_name(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = unfinished(tmp_path / "r", tiny_folder, rows_file)
-    edit(out / "recipe.yaml", "learning_rate: 0.004", "learning_rate: 0.0001")
+    edit(out / "recipe.yaml", "learning_rate: 0.007", "learning_rate: 0.0001")
     edit(out / "recipe.yaml", "lr_scheduler: cosine", "lr_scheduler: linear")
     code, _, err = run("resume", out, capsys=capsys)
-    assert code == 2 and "train.learning_rate is not what the run was started with: 0.004 then, 0.0001 now" in err
+    assert code == 2 and "train.learning_rate is not what the run was started with: 0.007 then, 0.0001 now" in err
     assert "train.lr_scheduler" in err and "--allow-changed train.learning_rate" in err
     code, _, err = run("resume", out, "--allow-changed", "lr", capsys=capsys)
     assert code == 2 and "train.lr_scheduler" in err and "train.learning_rate is not" not in err
     code, _, err = run("resume", out, "--allow-changed", "lr", "--allow-changed", "schedule", capsys=capsys)
-    assert code == 0 and "override train.learning_rate = 0.0001, was 0.004" in err
+    assert code == 0 and "override train.learning_rate = 0.0001, was 0.007" in err
     events = read_events(out / "events.jsonl")
     last = [event for event in events if event["event"] == "step"][-1]
     assert last["step"] == 6 and last["learning_rate"] < 0.0001
@@ -224,7 +224,7 @@ def test_resume_refuses_what_was_changed_by_name(
         "train.lr_scheduler",
     ]
     lock = json.loads((out / "lock.json").read_text())
-    assert lock["overrides"][0]["was"] == "0.004" and lock["values"]["train.learning_rate"] == 0.0001
+    assert lock["overrides"][0]["was"] == "0.007" and lock["values"]["train.learning_rate"] == 0.0001
     assert any(
         "resumed with train.learning_rate" in text
         for text in json.loads((out / "report.json").read_text())["diagnosis"]
