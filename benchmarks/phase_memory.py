@@ -215,9 +215,9 @@ def predicted_bytes(one: dict[str, Any]) -> int:
     setting = Setting.of(recipe, shape, None, 1)
     asked = Asked.of(one["rows"], recipe.data.max_length)
     if phase == "export":
-        return export(setting, asked.longest, one["name"].rpartition(", ")[2]).peak_bytes
+        return export(setting, asked.measured, one["name"].rpartition(", ")[2]).peak_bytes
     if phase == "merge":
-        return merge(setting, asked.longest).peak_bytes
+        return merge(setting, asked.measured).peak_bytes
     served = answering(setting, one["answered_in"])
     own = evaluate(served, asked, 16 << 30) if phase == "evaluate" else serve(served, asked.longest, texts=one["texts"])
     return max(load(served).peak_bytes, own.peak_bytes)

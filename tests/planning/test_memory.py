@@ -330,7 +330,7 @@ def test_the_accuracy_that_the_page_claims_is_that_of_its_runs() -> None:
         assert max(time.values()) <= 0.25, mark
         assert all(abs(TIME.later_error(run)) <= 0.05 for run in results if "rest" in run)
     after = [abs(AFTER.error_of(one)) for one in json.loads(PHASES.read_text("utf-8"))["results"] if not one["fitted"]]
-    assert len(after) >= 25 and sum(error <= 0.15 for error in after) >= 24 and max(after) <= 0.16
+    assert len(after) >= 25 and max(after) <= 0.15
     choices = [CHOICE.loss_of(one) for one in json.loads(CHOICES.read_text("utf-8"))["results"]]
     assert len(choices) == len(CHOICE.SETTINGS) and sum(loss <= 0.05 for loss in choices) >= 8 and max(choices) <= 0.16
 

@@ -44,6 +44,7 @@ def test_rank_alpha_and_batch_move_the_rate() -> None:
     )
     assert chosen(**{"lora.r": 64, "lora.alpha": 32}) == chosen(**{"lora.r": 4, "lora.alpha": 32}) == chosen()
     assert chosen(**{"lora.r": 4})[0] == chosen(**{"lora.r": 1})[0] == 4e-4
+    assert chosen(**{"lora.r": 256})[0] == 5e-5  # too small a rate breaks nothing
     assert chosen(**{"train.batch_size": 32})[0] == chosen(**{"train.batch_size": 512})[0] == 2.6e-4
     assert "batches of 32" in chosen(**{"train.batch_size": 32})[1] and "times" not in chosen()[1]
     assert chosen(**{"train.batch_size": 2})[0] == 1.5e-4

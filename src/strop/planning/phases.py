@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from strop.engine.answers.cache import BLOCK as A_BLOCK
 from strop.engine.answers.cache import READ_AT_ONCE, ROWS, blocks_for
@@ -38,16 +39,19 @@ GENERATED = 16  # rows of a batch of transformers' generate, as in model.generat
 FREE_SHARE = 0.5  # of free memory, for keys and values at most, as in engine.answers.held
 MEASURING_BYTES = 170 * MIB  # pages of libraries that compute in fp32, and what the heap keeps (two merges of the demo)
 WRITING_BYTES = {"q8_0": 5.7, "f16": 11.6, "bf16": 11.6, "f32": 4.6}  # a number of a tensor (exports of the demo)
+POSITIONS = 2048  # of the first rows, which a merge is measured on, as in exporting.parity
 PARITY_BYTES = 32 * MIB  # what is computed of a few positions' log-probabilities (exporting.parity)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What `strop eval` asks at once: `texts`, which have `positions` in the cache. longest: tokens of a row."""
+    """What `strop eval` asks at once: `texts`, which have `positions` in the cache. longest: tokens of a row; measured:
+    of a row that a merge is measured on."""
 
     texts: int
     positions: int
     longest: int
+    measured: int
 
     @staticmethod
     def of(rows: Sequence[tuple[int, int]], longest: int) -> Asked:
@@ -56,23 +60,26 @@ class Asked:
         rows = rows or [(longest, min(ANSWER, longest - 1))] * ROWS
         rooms = [tokens - answer + max(ANSWER, answer) for tokens, answer in rows] * 2
         together = sorted(map(blocks_for, rooms), reverse=True)[:ROWS]
-        return Asked(len(together), A_BLOCK * sum(together), max(tokens for tokens, _ in rows))
+        sizes = [tokens for tokens, _ in rows]
+        before = accumulate(sizes, initial=0)
+        measured = max(size for size, already in zip(sizes, before, strict=False) if already < POSITIONS)
+        return Asked(len(together), A_BLOCK * sum(together), max(sizes), measured)
 
 
 def phases(
     setting: Setting, batch: MicroBatch, asked: Asked, usable: int, drawn: Drawn | None = None, *, dtype: str
 ) -> dict[str, Phase]:
-    """Every phase. asked: by an evaluation; its longest row is what is served, and what a merge is measured on.
-    usable: bytes that there are. drawn: in front of each step, if anything is. dtype: what commands that answer compute
-    in here, whatever the run was trained in."""
+    """Every phase. asked: by an evaluation; its longest row is what is served, its first are what a merge is measured
+    on. usable: bytes that there are. drawn: in front of each step, if anything is. dtype: what commands that answer
+    compute in here, whatever the run was trained in."""
     answers = answering(setting, dtype)
     return {
         "load": load(setting),
         **({} if drawn is None else {"draw": draw(setting, drawn)}),
         "train": train(setting, batch),
         "evaluate": evaluate(answers, asked, usable),
-        "merge": merge(setting, asked.longest),
-        "export": export(setting, asked.longest),
+        "merge": merge(setting, asked.measured),
+        "export": export(setting, asked.measured),
         "serve": serve(answers, asked.longest),
     }
 

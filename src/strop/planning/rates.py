@@ -9,7 +9,7 @@ from strop.objectives.table import objective_of
 
 PUBLISHED = 7e9  # parameters, and more: 2e-4 (QLoRA, arXiv:2305.14314, table 9)
 REACH, BATCH = 32, 8  # of an adapter (r 16, alpha 32), and rows a step, that the rule is made for
-REACHES, BATCHES = (8, 256), (2, 32)  # that were measured: beyond them the rate stays as it is there
+SHORTEST, BATCHES = 8, (2, 32)  # that were measured: beyond them the rate stays as it is there; it falls on with alpha
 MEASURED = 71e6, 135e6  # of the smallest and the largest model of benchmarks/learning_rates.py
 
 
@@ -57,8 +57,8 @@ def factor(reach: float, batch: int, ratio: float = 1.0) -> float:
     2 to 32 rows, and a ratio of 16 (docs/learning_rate.md). With one alpha for all ranks the rate is the same, as "LoRA
     Without Regret" (Schulman and Thinking Machines, 2025) found for larger models.
     """
-    reach, rows = (min(max(x, least), most) for x, (least, most) in ((reach, REACHES), (batch, BATCHES)))
-    return float((REACH / reach) ** 0.5 * (rows / BATCH) ** 0.2 / ratio**0.5)
+    rows = min(max(batch, BATCHES[0]), BATCHES[1])
+    return float((REACH / max(reach, SHORTEST)) ** 0.5 * (rows / BATCH) ** 0.2 / ratio**0.5)
 
 
 def _unlike(recipe: Recipe, reach: float) -> str:
