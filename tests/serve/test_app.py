@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,9 @@ def test_a_template_with_tools_shows_them(tiny_folder: Path, tmp_path: Path) -> 
         assert tokens(tools=[tool]) == len(shown) > tokens(tools=[tool], tool_choice="none") == tokens()
         deep = json.loads("[" * 400 + "]" * 400)
         answer = server.chat(max_tokens=1, tools=[{**tool, "deep": deep}])
-        assert answer.status_code == 400 and "nested too deep" in answer.json()["error"]["message"]
+        # Python 3.12 and later render it: it is too long then
+        why = "nested too deep" if sys.version_info < (3, 12) else "the context is 512 tokens"
+        assert answer.status_code == 400 and why in answer.json()["error"]["message"]
 
 
 def test_a_request_may_give_options_of_the_template() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -21,16 +22,20 @@ from strop.engine.operations import FrozenProduct, LoraProducts, Ops, Room, appl
 from strop.engine.tokens import without
 
 
-@runtime_checkable
-class Quantized(Protocol):
-    """A frozen linear layer that holds its weight in another form (model.quantize.QuantizedLinear)."""
+class Quantized(ABC):
+    """A frozen linear layer that holds its weight in another form (model.quantize.QuantizedLinear).
+
+    No protocol: from Python 3.12 on a check against one does not see what nn.Module keeps aside, as a weight.
+    """
 
     dtype: torch.dtype
-    weight: nn.Parameter
+    weight: Tensor
     in_features: int
 
+    @abstractmethod
     def dequantized(self, out: Tensor | None = None) -> Tensor: ...
 
+    @abstractmethod
     def packed(self) -> PackedWeight | None: ...
 
 

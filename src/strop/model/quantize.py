@@ -20,7 +20,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from strop.engine.joined import PackedWeight
+from strop.engine.joined import PackedWeight, Quantized
 from strop.engine.processor import unpacking
 from strop.errors import QuantizerError
 from strop.machine.memory import is_out_of_memory
@@ -65,7 +65,7 @@ def _writes_into() -> bool:
     return Version(version("bitsandbytes")) >= Version("0.50")
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(nn.Linear, Quantized):
     """y = x W^T + b with W frozen in 4 or 8 bit, dequantized for each product and again in the backward.
 
     weight: the packed bytes. `constants`: tensors by bitsandbytes' names (absmax, nested_absmax, quant_map, ...).
