@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +313,10 @@ def test_a_client_that_leaves_frees_its_slot(server: Server) -> None:
         with pytest.raises(requests.exceptions.RequestException), server_post(server, long, stream) as answer:
             next(answer.iter_content(64))
             raise requests.exceptions.RequestException
+    for _ in range(100):  # the second may leave before it is there
+        if server.metric("strop_answers_total") >= before + 2:
+            break
+        time.sleep(0.05)
     server.wait_idle()
     text = requests.get(server.url + "/metrics", timeout=10).text
     assert 'end="cancelled"' in text

@@ -189,6 +189,9 @@ class Engine:
         """Sorts out who left and who comes in; waits where there is nothing to do. False where it is time to end."""
         with self._changed:
             while True:
+                for job in self._waiting:
+                    if job.cancelled:
+                        self._metrics.finished.labels(job.model, "cancelled").inc()
                 self._waiting = deque(job for job in self._waiting if not job.cancelled)
                 for text, told in list(self._told.items()):
                     if told.job.cancelled:
