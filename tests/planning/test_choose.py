@@ -225,6 +225,14 @@ def test_rows_are_made_shorter_by_their_start_where_answers_are_compared() -> No
     raise AssertionError("no size at which rows are made shorter")
 
 
+def test_a_merge_is_measured_on_the_first_rows() -> None:
+    """What they begin with alike counts once, so that more rows are read than their tokens say."""
+    assert Asked.of([*[(400, 400)] * 6, (900, 900)], 1024).measured == 400
+    asked = Asked.of([*[(400, 100)] * 20, (900, 100), (950, 100)], 1024)
+    assert asked.measured == 900 and asked.longest == 950
+    assert Asked.of([], 60).measured == 60
+
+
 def test_drawn_answers_are_planned_at_their_longest() -> None:
     """A group is one unit of a micro-batch; prompts that are too long are dropped, never cut."""
     options = {"train.rewards": "exact", "train.group": 4, "train.answer_tokens": 100, "data.max_length": 60}

@@ -47,7 +47,7 @@ def own_dropout(model: nn.Module) -> str | None:
 
 
 def usual(model: nn.Module) -> bool:
-    """Whether the step calls no other loops of a CPU than that of a Llama with plain LoRA: no LayerNorm, no activation
+    """Whether the step calls no other loops of a CPU than those of a Llama with plain LoRA: no LayerNorm, no activation
     that gates nothing, no rotary embedding aside; no dropout, DoRA or trained norm."""
     text = cast(Any, model).config.get_text_config()
     family, names = FAMILIES[text.model_type], dict(model.named_parameters())

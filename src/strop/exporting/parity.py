@@ -24,8 +24,8 @@ from strop.data.conversation import Example
 from strop.errors import ParityError
 from strop.evaluation.metrics import Z_95, wilson
 from strop.machine.heap import give_back
+from strop.planning.phases import POSITIONS
 
-POSITIONS = 2048  # compared, or as many as there are
 AT_ONCE_BYTES = 4 << 20  # of log-probabilities that something is computed of
 
 

@@ -108,8 +108,8 @@ def finished(model: Any, source: Source) -> nn.Module:
 def keep_soft_caps(model: Any) -> None:
     """Attention that bends its scores (Gemma 2) by the family's own code: transformers 5.20, the newest for Python
     3.10, takes PyTorch's, which leaves the soft cap out without a word."""
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    if capped and model.config.get_text_config()._attn_implementation == "sdpa":
+    text = model.config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
 
 

@@ -17,7 +17,7 @@ from strop.machine.rates import known_rates
 from strop.model.shape import ModelShape
 from strop.objectives.table import open_options
 from strop.planning.fitting import Room, fitted, fixed_tokens, placed
-from strop.planning.rates import open_rate
+from strop.planning.rates import alpha_of, open_rate
 from strop.planning.setting import why_not_offloaded
 from strop.planning.speed import Rate
 from strop.runs.lock import sha256_text
@@ -58,7 +58,7 @@ def choose(
     if recipe.model.dtype == "auto":
         pick("model.dtype", *dtype)
     if recipe.lora.alpha is None:
-        pick("lora.alpha", float(2 * recipe.lora.r), "2 r")
+        pick("lora.alpha", alpha_of(recipe), "2 r")
     for option in open_options(recipe.train):
         pick(*option)
     if recipe.train.learning_rate is None:

@@ -39,7 +39,7 @@ GENERATED = 16  # rows of a batch of transformers' generate, as in model.generat
 FREE_SHARE = 0.5  # of free memory, for keys and values at most, as in engine.answers.held
 MEASURING_BYTES = 170 * MIB  # pages of libraries that compute in fp32, and what the heap keeps (two merges of the demo)
 WRITING_BYTES = {"q8_0": 5.7, "f16": 11.6, "bf16": 11.6, "f32": 4.6}  # a number of a tensor (exports of the demo)
-POSITIONS = 2048  # of the first rows, which a merge is measured on, as in exporting.parity
+POSITIONS = 2048  # that a merge is measured on, of the first rows
 PARITY_BYTES = 32 * MIB  # what is computed of a few positions' log-probabilities (exporting.parity)
 
 
@@ -60,8 +60,8 @@ class Asked:
         rows = rows or [(longest, min(ANSWER, longest - 1))] * ROWS
         rooms = [tokens - answer + max(ANSWER, answer) for tokens, answer in rows] * 2
         together = sorted(map(blocks_for, rooms), reverse=True)[:ROWS]
-        sizes = [tokens for tokens, _ in rows]
-        before = accumulate(sizes, initial=0)
+        sizes, answers = zip(*rows, strict=True)
+        before = accumulate(answers, initial=0)  # what rows begin with alike counts once
         measured = max(size for size, already in zip(sizes, before, strict=False) if already < POSITIONS)
         return Asked(len(together), A_BLOCK * sum(together), max(sizes), measured)
 

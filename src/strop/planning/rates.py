@@ -46,8 +46,12 @@ def open_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
 
 def reach_of(recipe: Recipe) -> float:
     """Rank times the scale of the adapter's product: alpha, of rsLoRA alpha sqrt(r)."""
-    lora = recipe.lora
-    return (lora.alpha or 2 * lora.r) * (lora.r**0.5 if lora.use_rslora else 1)
+    return alpha_of(recipe) * (recipe.lora.r**0.5 if recipe.lora.use_rslora else 1)
+
+
+def alpha_of(recipe: Recipe) -> float:
+    """Twice the rank, where the recipe leaves it open."""
+    return recipe.lora.alpha or 2.0 * recipe.lora.r
 
 
 def factor(reach: float, batch: int, ratio: float = 1.0) -> float:
@@ -64,7 +68,7 @@ def factor(reach: float, batch: int, ratio: float = 1.0) -> float:
 def _unlike(recipe: Recipe, reach: float) -> str:
     batch = recipe.train.batch_size
     parts = {
-        f"alpha {recipe.lora.alpha or 2 * recipe.lora.r:g}{' and rsLoRA' * recipe.lora.use_rslora}": reach != REACH,
+        f"alpha {alpha_of(recipe):g}{' and rsLoRA' * recipe.lora.use_rslora}": reach != REACH,
         f"batches of {batch}": batch != BATCH,
         "LoRA+": recipe.train.lora_plus_ratio != 1,
     }

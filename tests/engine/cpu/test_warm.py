@@ -44,7 +44,7 @@ for kind, more in kinds.items():
     if sys.argv[1] in (of[usual(model)], "all"):
         step(rows).backward()
         step.log_probs(rows).sum().backward()
-        found = sorted({getattr(event.data["dispatcher"], "py_func", None).__name__ for _, event in heard.buffer})
+        found = sorted({event.data["dispatcher"].py_func.__name__ for _, event in heard.buffer})
         print(kind, of[usual(model)], found)
         heard.buffer.clear()
 """
