@@ -11,6 +11,7 @@ Importing strop imports no torch; each function imports what it needs when it is
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,7 +53,7 @@ __all__ = [
 def plan(
     recipe: str | Path | None = None,
     *,
-    memory: int | None = None,
+    memory: int | str | None = None,
     gpu: str | None = None,
     devices: int = 1,
     nodes: int = 1,
@@ -61,8 +62,8 @@ def plan(
     """Whether a recipe fits, how long it takes, and what to change where it does not; reads no weights, needs no torch.
 
     options: as of `train`; without `data`, the plan is about rows of the longest length. `model` may be the path of a
-    config.json alone. memory: bytes of the device; gpu: a card by its name. Default: this machine. devices: of each of
-    `nodes` machines like it (processes share a CPU and its memory).
+    config.json alone. memory: of the device, bytes or a text such as 8GB; gpu: a card by its name. Default: this
+    machine. devices: of each of `nodes` machines like it (processes share a CPU and its memory).
     Raises InputError.
     """
     from strop.config.load import Choice, resolve
@@ -73,7 +74,7 @@ def plan(
     resolved = resolve(Path(recipe) if recipe else None, without_data(_flat(options), recipe is not None))
     model = resolved.recipe.model
     several = Devices(devices, nodes)
-    place = share(place_for(model.device, memory, gpu), several, here=memory is None and gpu is None)
+    place = share(place_for(model.device, _bytes(memory), gpu), several, here=memory is None and gpu is None)
     looked_at = look_at(resolved.recipe)
     if gpu is not None and model.device.partition(":")[0] != place.device:  # a recipe that was made for another machine
         resolved = resolved.decide([Choice("model.device", place.device, "plan", f"of --gpu {gpu}")])
@@ -91,7 +92,7 @@ def plan(
 
 
 def compare_methods(
-    recipe: str | Path | None = None, *, memory: int | None = None, gpu: str | None = None, **options: Any
+    recipe: str | Path | None = None, *, memory: int | str | None = None, gpu: str | None = None, **options: Any
 ) -> list[Row]:
     """Peak memory of full fine-tuning, 16-bit LoRA and QLoRA for models of several sizes, and for `model` if given."""
     from strop.config.load import resolve
@@ -105,7 +106,7 @@ def compare_methods(
         given["model.name"] = "-"
     chosen = resolve(Path(recipe) if recipe else None, given).recipe
     asked = memory is not None or gpu is not None or chosen.model.device != "auto"
-    place = place_for(chosen.model.device, memory, gpu) if asked else None
+    place = place_for(chosen.model.device, _bytes(memory), gpu) if asked else None
     device, dtype = ("cuda", "bf16") if place is None else (place.device, place.dtype[0])
     model = chosen.model.model_copy(update={"device": device, "dtype": dtype})
     models = known_models()
@@ -120,14 +121,14 @@ def train(
     recipe: str | Path | None = None,
     *,
     callback: Callable[[dict[str, Any]], None] | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     **options: Any,
 ) -> Run:
     """Fine-tunes and returns the Run (folder, report).
 
     options: recipe fields as on the command line: `model`, `data`, `eval`, `out`, `preset`, `seed`; a section as a
     dict (`lora={"r": 8}`); or a dotted name (`**{"train.epochs": 1}`). `model` and `data` may be dicts too.
-    callback: receives each event that events.jsonl gets. memory: bytes the run may have, less than there is.
+    callback: receives each event that events.jsonl gets. memory: what the run may have, bytes or a text such as 8GB.
     Started by torchrun or another launcher, it joins the other processes, and only rank 0 has a callback.
     Raises InputError before weights load, RunError while training, Stopped after Ctrl-C.
     """
@@ -138,15 +139,15 @@ def train(
     with joined() as devices:
         from strop.training.run import train as run_training
 
-        return run_training(resolved, [callback] if callback else [], memory=memory, devices=devices)
+        return run_training(resolved, [callback] if callback else [], memory=_bytes(memory), devices=devices)
 
 
 def resume(
-    run: str | Path,
+    run: str | os.PathLike[str],
     *,
     callback: Callable[[dict[str, Any]], None] | None = None,
     allow_changed: Sequence[str] = (),
-    memory: int | None = None,
+    memory: int | str | None = None,
     **options: Any,
 ) -> Run:
     """Goes on with a run from its newest complete checkpoint; a finished run is returned as it is.
@@ -160,18 +161,23 @@ def resume(
         from strop.training.run import resume as go_on
 
         return go_on(
-            Path(run), listeners, options=_flat(options), allow_changed=allow_changed, memory=memory, devices=devices
+            Path(run),
+            listeners,
+            options=_flat(options),
+            allow_changed=allow_changed,
+            memory=_bytes(memory),
+            devices=devices,
         )
 
 
 def evaluate(
-    run: str | Path,
-    data: str | Sequence[str],
+    run: str | os.PathLike[str],
+    data: str | Path | Sequence[str | Path],
     *,
     metric: str = "exact",
     max_new_tokens: int = 80,
     general: bool = False,
-    regression_data: str | Sequence[str] = (),
+    regression_data: str | Path | Sequence[str | Path] = (),
     regression_metric: str | None = None,
 ) -> dict[str, Any]:
     """Base and tuned on held-out rows: the fields of `strop eval --json`. general: and on the general set.
@@ -184,8 +190,8 @@ def evaluate(
         from strop.evaluation.run import evaluate_model
 
         return evaluate_model(
-            str(run), data, metric=metric, max_new_tokens=max_new_tokens, general=general,
-            regression_data=regression_data, regression_metric=regression_metric, devices=devices,
+            os.fspath(run), _texts(data), metric=metric, max_new_tokens=max_new_tokens, general=general,
+            regression_data=_texts(regression_data), regression_metric=regression_metric, devices=devices,
         )  # fmt: skip
 
 
@@ -208,7 +214,12 @@ def check(recipe: str | Path | None = None, **options: Any) -> dict[str, Any]:
 
 
 def merge(
-    run: str | Path, out: str | Path, *, dtype: str = "bf16", data: str | None = None, measure: bool = True
+    run: str | os.PathLike[str],
+    out: str | Path,
+    *,
+    dtype: str = "bf16",
+    data: str | Path | None = None,
+    measure: bool = True,
 ) -> Merged:
     """The adapter of a run or adapter folder in its base, as a new model folder, measured against the adapter.
 
@@ -217,11 +228,16 @@ def merge(
     """
     from strop.exporting.merge import merge as merge_into
 
-    return merge_into(str(run), Path(out), dtype=dtype, data=data, measure=measure)
+    return merge_into(os.fspath(run), Path(out), dtype=dtype, data=_text(data), measure=measure)
 
 
 def load(
-    name: str | Path, *, device: str = "auto", dtype: str = "auto", quantization: str = "auto", force: bool = False
+    name: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantization: str = "auto",
+    force: bool = False,
 ) -> Model:
     """A run, adapter or model folder, .gguf file, Hub id or `demo`, ready to `.generate` and `.chat`."""
     from strop.adapters import load as load_model
@@ -231,12 +247,12 @@ def load(
 
 def export(
     target: Literal["gguf", "ollama"],
-    run: str | Path,
+    run: str | os.PathLike[str],
     out: str | Path,
     *,
     type: str | None = None,
     adapter: bool = False,
-    data: str | None = None,
+    data: str | Path | None = None,
     measure: bool = True,
 ) -> Exported | Prepared:
     """A GGUF file for llama.cpp, or a folder for Ollama, compared with the adapter where llama.cpp is installed.
@@ -250,12 +266,12 @@ def export(
     if target not in ("gguf", "ollama") or (adapter and target == "ollama"):
         raise InputError(f"export: no {target}{' of an adapter' if adapter else ''}", fix="give gguf or ollama")
     if target == "gguf":
-        return export_gguf(str(run), Path(out), kind=type, adapter=adapter, data=data, measure=measure)
-    return export_ollama(str(run), Path(out), kind=type, data=data, measure=measure)
+        return export_gguf(os.fspath(run), Path(out), kind=type, adapter=adapter, data=_text(data), measure=measure)
+    return export_ollama(os.fspath(run), Path(out), kind=type, data=_text(data), measure=measure)
 
 
 def push(
-    run: str | Path, repo: str, *, public: bool = False, base: str | None = None, message: str | None = None
+    run: str | os.PathLike[str], repo: str, *, public: bool = False, base: str | None = None, message: str | None = None
 ) -> Pushed:
     """Sends the adapter of a run or adapter folder, or a model folder, to the Hub as `repo` (OWNER/NAME): one commit.
 
@@ -265,7 +281,21 @@ def push(
     """
     from strop.exporting.hub import push as push_to
 
-    return push_to(str(run), repo, public=public, base=base, message=message)
+    return push_to(os.fspath(run), repo, public=public, base=base, message=message)
+
+
+def _bytes(memory: int | str | None) -> int | None:
+    from strop.machine.memory import parse_bytes
+
+    return None if memory is None else parse_bytes(memory)
+
+
+def _text(data: str | Path | None) -> str | None:
+    return None if data is None else os.fspath(data)
+
+
+def _texts(data: str | Path | Sequence[str | Path]) -> str | list[str]:
+    return os.fspath(data) if isinstance(data, str | Path) else [os.fspath(one) for one in data]
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:

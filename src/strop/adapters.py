@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -291,14 +292,20 @@ class Model:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
         system: str | None = None,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
     ) -> list[str]:
-        """The answers to user texts, each asked on its own; greedy unless a Sampling is given."""
-        asked = [self.renderer.prompt([*_system(system), Message("user", prompt)]) for prompt in prompts]
+        """The answers to user texts, each asked on its own (one text by itself is one prompt); greedy unless a Sampling
+        is given.
+
+        system: None: the system prompt of the training rows, where they all had one.
+        """
+        opening = _system(self.default_system if system is None else system)
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        asked = [self.renderer.prompt([*opening, Message("user", text)]) for text in texts]
         return [answer.text for answer in self.answer(asked, max_new_tokens=max_new_tokens, sampling=sampling)]
 
     def chat(
@@ -333,7 +340,7 @@ def check_place(device: str, dtype: str) -> None:
 
 
 def load(
-    name: str | Path,
+    name: str | os.PathLike[str],
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -349,7 +356,7 @@ def load(
     force: load an adapter on a base that it was not trained on, if it fits; the Model's notes say what differs.
     scores: a reward model, which answers nothing. Raises ModelError where it cannot be loaded.
     """
-    name = str(name)
+    name = os.fspath(name)
     if quantization not in ("auto", "none", *SCHEMES):
         known = ", ".join(("auto", "none", *SCHEMES))
         raise RecipeError(f"--quantization {quantization}: no such scheme", fix=f"choose among {known}")

@@ -22,7 +22,7 @@ HELP = {
     "/compare": "answer each line both ways; the tuned answer stays in the history; text may follow these three",
     "/adapter": "NAME: answer with this adapter; without a name, those that are loaded",
     "/system": "TEXT: start again with this system prompt",
-    "/reset": "start again",
+    "/reset": "start again, with the same system prompt",
     "/help": "this list",
     "/quit": "end (so do an empty line and Ctrl-D)",
 }
@@ -33,7 +33,8 @@ class Session:
     """One conversation: who answers, and the history, which is the model's."""
 
     def __init__(self, model: Model, side: str, system: str | None, max_new_tokens: int, sampling: Sampling) -> None:
-        self.model, self.side, self.system = model, side, system
+        self.model, self.side = model, side
+        self.opening = self.system = system
         self._options = {"max_new_tokens": max_new_tokens, "sampling": sampling}
 
     def command(self, line: str) -> bool:
@@ -51,7 +52,7 @@ class Session:
             self._adapter(rest.strip())
         elif word in ("/system", "/reset"):
             self.model.history = []
-            self.system = rest.strip() if word == "/system" else None
+            self.opening = self.system = rest.strip() if word == "/system" else self.opening
         elif word == "/help":
             for name, text in HELP.items():
                 console.print(f"{name:9} {text}", markup=False)

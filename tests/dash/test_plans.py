@@ -169,3 +169,12 @@ def test_the_workers_need_no_torch() -> None:
     code = "import sys, strop.dash.plans, strop.dash.rows; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_rows_that_end_at_once_are_told_as_the_command_tells_them(planner: Planner, tiny_folder: Path) -> None:
+    """The thread that reads them may be gone before it is waited for."""
+    for number in range(20):
+        with pytest.raises(InputError, match="no such file"):
+            asked(planner, {"model": str(tiny_folder), "data": f"nothing{number}.jsonl"})
+    told = asked(planner, {"model": str(tiny_folder), "data": "owner/name"})["rows"]
+    assert told["why"] == "the data is on the Hub" and not told["known"]

@@ -17,7 +17,7 @@ import pytest
 
 import strop
 from strop.config.load import resolve
-from strop.errors import ModelError, RecipeError
+from strop.errors import DataError, ModelError, RecipeError
 from strop.machine import doctor
 from strop.machine.doctor import Finding, examine
 from strop.machine.probe import probe
@@ -108,6 +108,25 @@ def test_plan_of_a_folder_knows_its_rows(tiny_folder: Path, rows_file: Path) -> 
     part = strop.plan(model=str(tiny_folder), data=str(rows_file), **{"train.epochs": 0.4})  # 1.2 of 3 steps: 2
     assert part.seconds is not None and found["seconds"] / 4 < part.seconds < found["seconds"] / 2
     assert strop.plan(model=str(tiny_folder)).seconds is None
+
+
+def test_plan_says_which_rows_it_is_about(
+    llama_8b: Path, tiny_folder: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(rows_file.parent)
+    of = {"model": str(tiny_folder)}
+    assert strop.plan(**of).data["unknown"] == "no data is named"
+    known = strop.plan(data="rows.jsonl", **of).data
+    assert known["rows"] == 24 and known["unknown"] is known["refused"] is known["beyond"] is None
+    for same in ("*.jsonl", "rows.jsonl@2", ["rows.jsonl"]):
+        assert strop.plan(data=same, **of).data["longest"] == known["longest"]
+    assert "on the Hub" in strop.plan(data="owner/name", **of).data["unknown"]
+    assert "tokenizer is not here" in strop.plan(model=str(llama_8b), data="rows.jsonl").data["unknown"]
+    for typed in ("row.jsonl", ["rows.jsonl", "nope.jsonl"]):
+        with pytest.raises(DataError, match="no such file"):
+            strop.plan(data=typed, **of)
+    refused = strop.plan(data="rows.jsonl", **of, **{"data.max_length": 8}).data["refused"]
+    assert "24 of 24 training rows are longer than data.max_length 8" in refused
 
 
 PAGES = {  # parameters and those that a token goes through, as the models' pages say

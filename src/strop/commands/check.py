@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from strop.alive import alive
 from strop.errors import InputError
 from strop.flags import Json, RecipeFile
-from strop.terminal import console, print_json
+from strop.terminal import console, print_json, print_notes
+
+if TYPE_CHECKING:
+    from strop.config.schema import Recipe
 
 
 def check(
@@ -37,6 +41,8 @@ def check(
         learning = learning_of(chosen.train)
         prepared = prepare(chosen.data, tokenizer, strict=False, learning=learning)
     account.print_report(prepared.report.as_json(), console)
+    beyond = _beyond(chosen, prepared.train.lengths)
+    print_notes([beyond] if beyond else [])
     if show:
         account.show(prepared, show, console, ids=ids)
     if fix is not None:
@@ -46,3 +52,14 @@ def check(
     print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)
     if refusal:
         raise typer.Exit(InputError.exit_code)
+
+
+def _beyond(recipe: Recipe, lengths: Iterable[int]) -> str | None:
+    """Whether rows are longer than what the model was made for, where its config says."""
+    from strop.errors import ModelError
+    from strop.model.shape import peek
+
+    try:
+        return peek(recipe.model.name, recipe.model.revision).shape.beyond(lengths)
+    except ModelError:
+        return None

@@ -19,7 +19,8 @@ from strop.dash.jobs import command, option
 from strop.errors import StropError
 from strop.machine.memory import parse_bytes
 from strop.model.shape import Peek
-from strop.planning.here import Place, look_at, place_for, row_sizes, start_adapter, without_data
+from strop.planning.here import NO_DATA, Place, look_at, place_for, row_sizes, start_adapter, without_data
+from strop.planning.microbatch import Rows
 from strop.planning.plan import make_plan
 from strop.runs.folder import free_bytes
 
@@ -31,7 +32,7 @@ ROWS_S = 1.5  # a plan waits so long for the rows' lengths, and else is about ro
 class Planner:
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str], tuple[float, Any]] = {}
-        self._measured: dict[str, list[tuple[int, int]] | StropError] = {}
+        self._measured: dict[str, Rows | StropError] = {}
         self._measuring: dict[str, threading.Thread] = {}
 
     def plan(
@@ -77,35 +78,38 @@ class Planner:
             self._kept[name] = known
         return known[1]
 
-    def _rows(self, recipe: Recipe) -> tuple[list[tuple[int, int]], dict[str, Any]]:
+    def _rows(self, recipe: Recipe) -> tuple[Rows, dict[str, Any]]:
         """The rows' lengths as far as they are known now; what is missing is measured behind."""
-        if recipe.data.train == "-":
-            return [], {"known": False, "number": None, "measuring": False, "why": "no data is chosen"}
+        if recipe.data.train == NO_DATA:
+            return Rows(), {"known": False, "number": None, "measuring": False, "why": "no data is chosen"}
         key = json.dumps([recipe.data.model_dump(), recipe.model.name, recipe.train.objective, _stamps(recipe)])
         if key not in self._measured:
-            if key not in self._measuring:
+            thread = self._measuring.get(key)
+            if thread is None:
                 thread = threading.Thread(target=self._measure, args=(key, recipe), daemon=True)
                 self._measuring[key] = thread
                 thread.start()
-            self._measuring[key].join(ROWS_S)
+            thread.join(ROWS_S)
         found = self._measured.get(key)
         if found is None:
-            return [], {"known": False, "number": None, "measuring": True, "why": "the rows are being read"}
+            return Rows(), {"known": False, "number": None, "measuring": True, "why": "the rows are being read"}
         if isinstance(found, StropError):
             raise found
-        why = "" if found else "the data or the tokenizer is not here"
-        return found, {"known": bool(found), "number": len(found) or None, "measuring": False, "why": why}
+        known, number = bool(found), len(found) or None
+        return found, {"known": known, "number": number, "measuring": False, "why": found.refused or found.unknown}
 
     def _measure(self, key: str, recipe: Recipe) -> None:
-        found: list[tuple[int, int]] | StropError
+        found: Rows | StropError
         try:
-            found = row_sizes(recipe)
-        except StropError as error:
-            found = error
-        if len(self._measured) > 16:
-            self._measured.clear()
-        self._measured[key] = found
-        del self._measuring[key]
+            try:
+                found = row_sizes(recipe)
+            except StropError as error:
+                found = error
+            if len(self._measured) > 16:
+                self._measured.clear()
+            self._measured[key] = found
+        finally:
+            del self._measuring[key]
 
 
 def typed(options: dict[str, Any]) -> dict[str, Any]:

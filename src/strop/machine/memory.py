@@ -76,7 +76,7 @@ def _peak_resident_bytes() -> int:
     return int(getattr(info, "peak_wset", info.rss))
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str | int) -> int:
     """8GB, 512MiB, or plain bytes. Raises RecipeError."""
     try:
         found = int(TypeAdapter(ByteSize).validate_python(text))

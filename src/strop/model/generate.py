@@ -17,8 +17,9 @@ from strop.engine.answers.batch import answer_all
 from strop.engine.answers.fits import SEVERAL, active_adapter, unanswerable
 from strop.engine.answers.held import batch_for
 from strop.engine.answers.text import Expected, Sampling, Text
-from strop.errors import ModelError
+from strop.errors import InputError, ModelError
 from strop.model.blame import blaming
+from strop.model.measured import learned_positions
 from strop.model.words import Words
 
 ROWS = 16  # of a batch of transformers' generate
@@ -55,7 +56,18 @@ def generate(
     expected: the right answers, where they are known: read beside the prompts, for their log-probabilities. What is
     written stays the same, and is there sooner where it is right. transformers' generate does not look at them.
     Answers come from strop's engine (engine.answers) where it knows the model, else from transformers' generate.
+    Raises InputError for answers of no tokens, and prompts that a model with learned positions has no room for.
     """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens {max_new_tokens}: an answer has at least one", fix="give 1 or more")
+    if not prompts:
+        return []
+    if positions := learned_positions(model):
+        longest = max(map(len, prompts))
+        if longest >= positions:
+            what = f"a prompt of {longest} tokens: the model has learned {positions} positions"
+            raise InputError(what, fix="ask with a shorter prompt; in a chat, /reset starts again")
+        max_new_tokens = min(max_new_tokens, positions - longest)
     adapter = active_adapter(model)
     if unanswerable(model) is not None or adapter is SEVERAL:
         return _by_transformers(model, tokenizer, prompts, stop_ids, max_new_tokens, sampling, on_text, advance, both)

@@ -18,6 +18,8 @@ from strop.model.lora import linear_kinds
 from strop.model.shape import LinearShape, ModelShape, Peek, prequantized
 from strop.model.targets import EXPERTS, LinearKind
 
+SPARE_POSITIONS = 2  # in front of the first, which OPT and its kin leave out
+
 
 def shape_of(config: Mapping[str, Any], stored: Mapping[str, Any], bare: nn.Module) -> ModelShape:
     """By the config (`stored`: as on disk); the linear layers of a family that is not in the table by the model."""
@@ -32,7 +34,7 @@ def shape_of(config: Mapping[str, Any], stored: Mapping[str, Any], bare: nn.Modu
         shape = ModelShape.of(config)
     except ModelError:  # its config has other names for its sizes
         shape = ModelShape.of({**known, "model_type": config.get("model_type")})
-    shape = replace(shape, prequantized=prequantized(stored))
+    shape = replace(shape, prequantized=prequantized(stored), learned=learned_positions(bare) is not None)
     if shape.known:
         return shape
     active = next((linear.active for linear in shape.in_experts), 1.0)
@@ -67,6 +69,18 @@ def _linear(kind: LinearKind, layers: int, active: float, bias: bool) -> LinearS
         kind.name, kind.in_features, kind.out_features, bias, kind.count / layers, active if experts else 1, kind.sets,
         kind.kept_16_bit is not None,
     )  # fmt: skip
+
+
+def learned_positions(model: Any) -> int | None:
+    """How many positions a model has that learned a vector for each (GPT-2, OPT): a longer text has none. None for
+    models that turn or bend attention by distance instead."""
+    config = model.config.get_text_config()
+    count = getattr(config, "max_position_embeddings", None)
+    if count is None or getattr(config, "rope_parameters", None):
+        return None
+    tokens = model.get_input_embeddings()
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
+    return count if any(count <= table.num_embeddings <= count + SPARE_POSITIONS for table in tables) else None
 
 
 def parameters_of(bare: nn.Module) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,8 @@ class ModelShape:
     experts: int = 1  # of a layer's MLP; the sizes here are of one
     balanced: bool = False  # its config asks for a loss that keeps experts evenly used
     other_biases: int = 0  # numbers of biases that are not those of `linears`: of norms, of a head
+    positions: int | None = None  # that it was made for, where its config says
+    learned: bool = False  # it has a learned vector for each of them, and none for more
 
     @property
     def query(self) -> int:
@@ -164,6 +166,15 @@ class ModelShape:
     def biases(self) -> int:
         """Numbers of all biases."""
         return self.layers * sum(linear.rows for linear in self.linears if linear.bias) + self.other_biases
+
+    def beyond(self, lengths: Iterable[int]) -> str | None:
+        """Says how many rows of these lengths are longer than what the model was made for; None where none is."""
+        if self.positions is None:
+            return None
+        found = list(lengths)
+        over = sum(length > self.positions for length in found)
+        said = f"{over:,} of {len(found):,} rows are longer than the {self.positions:,} tokens"
+        return f"{said} that the model was made for" if over else None
 
     @property
     def parameters(self) -> int:
@@ -211,6 +222,7 @@ class ModelShape:
             prequantized=prequantized(config),
             experts=experts,
             balanced=bool(text.get("output_router_logits") and text.get("router_aux_loss_coef")),
+            positions=text.get("max_position_embeddings") or text.get("n_positions"),
         )
 
     def linear_kinds(self) -> list[LinearKind]:

@@ -61,6 +61,10 @@ class Devices:
     each: int = 1
     nodes: int = 1
 
+    def __post_init__(self) -> None:
+        if min(self.each, self.nodes) < 1:
+            raise RecipeError(f"{self.each} devices of {self.nodes} machines: each is at least 1", fix="give 1 or more")
+
     @property
     def count(self) -> int:
         return self.each * self.nodes

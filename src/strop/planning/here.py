@@ -12,6 +12,7 @@ from typing import Any
 from strop.config.load import SHORT
 from strop.config.schema import Recipe
 from strop.data.prepare import prepare
+from strop.data.reading.sources import fetched
 from strop.errors import ModelError, RecipeError
 from strop.machine.doctor import installed
 from strop.machine.probe import Machine, compute_capability, probe
@@ -26,6 +27,7 @@ from strop.planning.speed import CORE_FP32, GUESS, Rate, has_bf16
 from strop.runs.folder import is_run
 
 ANY_CARD = Card("a card that is not in the table", "unknown", 0, 500, 60)
+NO_DATA = "-"  # a plan that names no rows
 LEAST_BF16 = 8.0  # compute capability of the first cards with bf16 (Ampere)
 
 
@@ -98,7 +100,7 @@ def without_data(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[
     """Options that a plan can be made of: one that names no rows is about rows of the longest length."""
     given = {SHORT.get(name, name): value for name, value in (options or {}).items()}
     if not recipe_given:
-        given.setdefault("data.train", "-")
+        given.setdefault("data.train", NO_DATA)
     return given
 
 
@@ -116,19 +118,31 @@ def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
 
 def row_sizes(recipe: Recipe) -> Rows:
     """Of each row (of pairs: of each answer; of prompts: of each answer as long as it may be), where the recipe names
-    rows that are here and the model's tokenizer is; else none."""
-    first = recipe.data.train if isinstance(recipe.data.train, str) else recipe.data.train[0]
-    model = Path(recipe.model.name).expanduser()
-    if not Path(first).is_file() or not (recipe.model.name.startswith("demo") or is_run(model) or model.is_dir()):
-        return Rows()
+    rows that are here and the model's tokenizer is; else none.
+
+    Raises DataError where files that it names are not there.
+    """
+    found, model = Rows(), Path(recipe.model.name).expanduser()
+    named = [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train
+    if named == [NO_DATA]:
+        found.unknown = "no data is named"
+    elif any(fetched(one) for one in named):
+        found.unknown = "the data is on the Hub"
+    elif not (recipe.model.name.startswith("demo") or is_run(model) or model.is_dir()):
+        found.unknown = "the model's tokenizer is not here"
+    if found.unknown:
+        return found
     source = locate(recipe.model.name, recipe.model.revision)
     if source.kind == "folder" and not (source.path / "tokenizer_config.json").is_file():
-        return Rows()
+        found.unknown = "the model's folder has no tokenizer"
+        return found
     learning = learning_of(recipe.train)
-    rows = prepare(recipe.data, load_tokenizer(source), strict=False, learning=learning).train
+    prepared = prepare(recipe.data, load_tokenizer(source), strict=False, learning=learning)
+    rows, refusal, shared = prepared.train, prepared.report.refusal, None
+    found.refused = "" if refusal is None else str(refusal)
     if drawn := drawn_tokens(recipe.train):
-        return Rows((int(length) + drawn, drawn) for length in rows.lengths for _ in range(answers_of(recipe.train)))
-    found, shared = Rows(), None
+        found += [(int(length) + drawn, drawn) for length in rows.lengths for _ in range(answers_of(recipe.train))]
+        return found
     for number in range(len(rows)):
         example = rows[number]
         found.append((len(example), example.supervised))

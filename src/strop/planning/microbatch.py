@@ -19,9 +19,12 @@ LOOKED_AT = 32  # steps, whose time stands for the run's
 
 
 class Rows(list[tuple[int, int]]):
-    """Tokens and supervised tokens of each answer. prefix: the tokens that all of them begin with."""
+    """Tokens and supervised tokens of each answer. prefix: the tokens that all of them begin with. unknown: why there
+    are none; refused: why a run would not start on them."""
 
     prefix = 0
+    unknown = ""
+    refused = ""
 
 
 def largest_micro_batch(recipe: Recipe, setting: Setting, longest: int | None = None) -> MicroBatch:

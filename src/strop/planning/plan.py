@@ -10,7 +10,7 @@ from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.batches import BatchStream
 from strop.machine.probe import Machine
-from strop.model.shape import Peek
+from strop.model.shape import ModelShape, Peek
 from strop.objectives.table import answers_of, learning_of
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose, usable_bytes
@@ -43,6 +43,7 @@ class Plan:
     tokens_per_s: float
     seconds: float | None
     rate: Rate
+    data: dict[str, Any]
     largest: dict[str, int]
     disk_bytes: int
     ladder: list[Rung]
@@ -66,6 +67,7 @@ class Plan:
             "tokens_per_s": self.tokens_per_s,
             "seconds": self.seconds,
             "rate": {"flops": self.rate.flops, "bandwidth": self.rate.bandwidth, "source": self.rate.source},
+            "data": self.data,
             "largest": self.largest,
             "disk_bytes": self.disk_bytes,
             "ladder": [rung.as_json() for rung in self.ladder],
@@ -100,6 +102,7 @@ def make_plan(
     resolved = choose(resolved, machine, model.shape, device, dtype, adapter, model.parameters, devices.count)
     recipe = resolved.recipe
     setting = Setting.of(recipe, model.shape, model.parameters, machine.cores, devices.count)
+    told = _told(rows, model.shape)
     rows = rows if setting.shares or not isinstance(rows, Rows) else Rows(rows)  # without what they begin with
     room = Room(model.shape, model.parameters, usable_bytes(machine, recipe.model.device), devices.count)
     batch = largest_micro_batch(recipe, setting, max((tokens for tokens, _ in rows), default=None))
@@ -129,7 +132,8 @@ def make_plan(
         tokens_per_s=several.over[0].tokens_per_s if several.over else speed,
         seconds=seconds,
         rate=rate,
-        largest=_largest(recipe, room) if thorough else {},
+        data=told,
+        largest=_largest(recipe, room, model.shape.positions or LONGEST) if thorough else {},
         disk_bytes=_disk_bytes(recipe, setting),
         ladder=[] if fits or not thorough else ladder(recipe, room, rate),
         gives_up=_given_up(resolved, setting),
@@ -172,8 +176,23 @@ def _are_turns(rows: Sequence[tuple[int, int]], recipe: Recipe) -> TypeGuard[Row
     return isinstance(rows, Rows) and len(rows) > 0 and learning_of(recipe.train) == "turns"
 
 
-def _largest(recipe: Recipe, room: Room) -> dict[str, int]:
-    """The longest row, and the most tokens at once of rows as long as the recipe's, that fit as it is."""
+def _told(rows: Sequence[tuple[int, int]], shape: ModelShape) -> dict[str, Any]:
+    """Of the rows that the plan is about: how many, the longest's tokens, and why a run would not start on them, or
+    would go wrong. unknown: why there are none."""
+    lengths = [tokens for tokens, _ in rows]
+    about = rows if isinstance(rows, Rows) else Rows(rows)
+    return {
+        "rows": len(rows) or None,
+        "longest": max(lengths, default=None),
+        "unknown": about.unknown or None,
+        "refused": about.refused or None,
+        "beyond": shape.beyond(lengths),
+    }
+
+
+def _largest(recipe: Recipe, room: Room, positions: int) -> dict[str, int]:
+    """The longest row, of those that the model was made for, and the most tokens at once of rows as long as the
+    recipe's, that fit as it is."""
 
     def fits(tokens: int, length: int) -> bool:
         update = {"micro_batch": None, "micro_batch_tokens": tokens, "batch_size": max(1, tokens // length)}
@@ -187,7 +206,7 @@ def _largest(recipe: Recipe, room: Room) -> dict[str, int]:
 
     length = recipe.data.max_length
     return {
-        "max_length": _most(lambda tokens: fits(tokens, tokens)),
+        "max_length": _most(lambda tokens: fits(tokens, tokens), min(positions, LONGEST)),
         "micro_batch_tokens": length * _most(lambda rows: fits(rows * length, length), LONGEST // length),
     }
 

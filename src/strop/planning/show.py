@@ -38,6 +38,12 @@ def print_plan(plan: Plan, out: Console) -> None:
         print_devices(plan.spread, out)
     for text in plan.gives_up:
         out.print(f"[yellow]given up[/] {text}")
+    number = plan.data["rows"]
+    said = f"{number:,}, the longest of {plan.data['longest']:,} tokens" if number else ""
+    unknown = plan.data["unknown"] or "none are given"
+    out.print(f"[bold]rows[/]     {said or f'of {plan.resolved.recipe.data.max_length:,} tokens each: {unknown}'}")
+    for text in filter(None, (plan.data["refused"], plan.data["beyond"])):
+        out.print(f"[yellow]rows[/]     {text}", highlight=False)
     speed = f"{plan.tokens_per_s:,.0f} tokens/s" + (f", {_time(plan.seconds)} in all" if plan.seconds else "")
     out.print(f"[bold]time[/]     {speed}  [dim]by {plan.rate.source}[/]")
     length, tokens = plan.largest["max_length"], plan.largest["micro_batch_tokens"]

@@ -73,6 +73,10 @@ class Run:
     folder: Path
     report: dict[str, Any]
 
+    def __fspath__(self) -> str:
+        """A Run is taken where the path of a run is: `strop.load(run)`."""
+        return str(self.folder)
+
 
 def train(
     resolved: Resolved,

@@ -17,7 +17,7 @@ from strop.data.prepare import Prepared, prepare
 from strop.devices.group import ALONE, Devices
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.engine.families import load_balancing
-from strop.errors import TROUBLES, DeviceError, FolderError, ModelError, RecipeError
+from strop.errors import TROUBLES, DataError, DeviceError, FolderError, ModelError, RecipeError
 from strop.evaluation.rewards import check_rewards, files_hash, rewards_of
 from strop.machine.probe import Machine, probe
 from strop.model.experts import packable
@@ -83,6 +83,9 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     LOG.info("reading and checking the rows")
     data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
     _check_rewards(resolved.recipe, data)
+    if shape.learned and (text := shape.beyond(_lengths(data))):
+        fix = f"--data.max_length {shape.positions}, with --data.overlong drop, truncate-start or split"
+        raise DataError(f"{text}: it has learned a vector for each, and none for more", fix=fix)
     if data.renderer.template is not None:  # data.template: the adapter's tokenizer must say what it was trained with
         tokenizer.chat_template = data.renderer.template
     lock = {
@@ -154,7 +157,14 @@ def _look(recipe: Recipe, memory: int | None, processes: int = 1) -> Machine:
 
 def remarks(setup: Setup) -> list[str]:
     """What a person should know before training starts: a card that is not used, experts, other towers."""
-    return [text for text in (_passed_over(setup), _repeated(setup), *_experts(setup), _towers(setup)) if text]
+    beyond = setup.shape.beyond(_lengths(setup.data))
+    said = (_passed_over(setup), _repeated(setup), *_experts(setup), _towers(setup), beyond)
+    return [text for text in said if text]
+
+
+def _lengths(data: Prepared) -> list[int]:
+    """Tokens of all rows, those of the evaluation too."""
+    return [int(length) for rows in (data.train, data.eval) if rows is not None for length in rows.lengths]
 
 
 def _repeated(setup: Setup) -> str | None:

@@ -81,6 +81,13 @@ def _resolve(spec: str) -> list[Source]:
     raise _missing(spec)
 
 
+def fetched(spec: str) -> bool:
+    """Whether reading it would fetch a data set from the Hub."""
+    weight = re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", spec)
+    bare = weight[1] if weight and not os.path.exists(spec) else spec
+    return not glob.glob(bare, recursive=True) and hub.is_dataset(bare)
+
+
 def _missing(path: str) -> DataError:
     folder, name = os.path.split(path)
     if "\0" in path:
