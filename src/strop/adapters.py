@@ -22,6 +22,7 @@ from strop.data.rendering.render import Renderer
 from strop.engine.answers.text import Expected, Sampling
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import ModelError, RecipeError
+from strop.model.biases import biases_of, has_own_biases, keep_biases, without_adapter
 from strop.model.facts import Source, fingerprint, locate, safetensors_header
 from strop.model.generate import Answer, generate
 from strop.model.load import DTYPES, load_base
@@ -147,6 +148,11 @@ def attach(
             add_head(base)
         grow_vocabulary(base, 1 + max((row for rows in new_rows(config).values() for row in rows), default=-1))
     # peft would read it onto a card, if there is one, and start CUDA for a model on the CPU
+    own_biases = str(config.get("bias", "none")) != "none"
+    if isinstance(base, peft.PeftModel) and (own_biases or has_own_biases(base)):
+        what = f"{folder}: an adapter with trained biases (lora.bias) cannot share a base with another"
+        raise ModelError(what, fix="load each by itself")
+    before = biases_of(base) if own_biases else {}
     places = (weight.device for weight in base.parameters() if weight.device.type != "meta")
     how: dict[str, Any] = {"is_trainable": trainable, "torch_device": str(next(places, "cpu"))}
     try:
@@ -161,6 +167,8 @@ def attach(
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: does not fit {source.name}: {str(error).strip().splitlines()[0]}") from None
     _check_fit(model, folder, source, name)
+    if own_biases:
+        keep_biases(model, before)
     return sum_once(model), notes
 
 
@@ -260,7 +268,7 @@ class Model:
     def base(self) -> Iterator[None]:
         """Inside this block the adapter is off."""
         assert self.adapter is not None
-        with self.module.disable_adapter():
+        with without_adapter(self.module):
             yield
 
     def answer(
@@ -280,7 +288,7 @@ class Model:
             self.module,
             self.tokenizer,
             prompts,
-            stop_ids=self.renderer.stop_ids,
+            stop_ids=self.renderer.ends,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             on_text=on_text,

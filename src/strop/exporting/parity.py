@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from strop.data.conversation import Example
 from strop.errors import ParityError
 from strop.evaluation.metrics import Z_95, wilson
 from strop.machine.heap import give_back
+from strop.model.biases import without_adapter
 from strop.planning.phases import POSITIONS
 
 AT_ONCE_BYTES = 4 << 20  # of log-probabilities that something is computed of
@@ -225,14 +225,12 @@ def _keep_effect(
     if not isinstance(model, peft.PeftModel):
         return None
     changed = _Kept(file)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Careful, disabling adapter")  # trained biases stay, as part of the base
-        with model.disable_adapter():
-            for example, start, end in zip(examples, starts, ends, strict=True):
-                base = _log_probabilities(model, example)[start:]
-                for at, part in _parts(base):
-                    part.copy_(tuned.rows(end - len(base) + at, len(part)) - part)
-                changed.add(base)
+    with without_adapter(model):
+        for example, start, end in zip(examples, starts, ends, strict=True):
+            base = _log_probabilities(model, example)[start:]
+            for at, part in _parts(base):
+                part.copy_(tuned.rows(end - len(base) + at, len(part)) - part)
+            changed.add(base)
     return changed
 
 

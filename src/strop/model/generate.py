@@ -18,6 +18,7 @@ from strop.engine.answers.fits import SEVERAL, active_adapter, unanswerable
 from strop.engine.answers.held import batch_for
 from strop.engine.answers.text import Expected, Sampling, Text
 from strop.errors import InputError, ModelError
+from strop.model.biases import without_adapter
 from strop.model.blame import blaming
 from strop.model.measured import learned_positions
 from strop.model.words import Words
@@ -48,7 +49,8 @@ def generate(
     partial: bool = False,
     expected: Sequence[Expected | None] = (),
 ) -> list[Answer]:
-    """One answer a prompt, in the order given, by the adapter that is active now, if there is one.
+    """One answer a prompt, in the order given, by the adapter that is active now, if there is one; stop_ids end it, and
+    so do own_ends.
 
     on_text: receives the text of a single prompt's answer piece by piece. advance: told how many answers are there.
     both: first an answer of the base to each prompt, then one of the adapter: all in one batch. partial: Ctrl-C leaves
@@ -58,6 +60,7 @@ def generate(
     Answers come from strop's engine (engine.answers) where it knows the model, else from transformers' generate.
     Raises InputError for answers of no tokens, and prompts that a model with learned positions has no room for.
     """
+    stop_ids = (*stop_ids, *own_ends(cast(Any, model).generation_config))
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens {max_new_tokens}: an answer has at least one", fix="give 1 or more")
     if not prompts:
@@ -102,6 +105,12 @@ def generate(
     return [_written(tokenizer, row[side], stop_ids) for side in range(len(by)) for row in texts]
 
 
+def own_ends(config: GenerationConfig) -> tuple[int, ...]:
+    """Tokens that end an answer by the generation_config.json that came with a model; none where none came."""
+    named = None if config._from_model_config else config.eos_token_id
+    return () if named is None else tuple(named) if isinstance(named, list) else (named,)
+
+
 def _own(sampling: Sampling | None, row: int) -> Sampling | None:
     """A row's sampling: with a seed of its own, so that equal prompts do not get equal answers."""
     if sampling is None or sampling.seed is None:
@@ -123,7 +132,7 @@ def _by_transformers(
     """generate, for models that strop's engine does not know. Rows of like length share a batch: little is padded."""
     if both:
         options = stop_ids, max_new_tokens, sampling, on_text
-        with cast(Any, model).disable_adapter():
+        with without_adapter(cast(Any, model)):
             base = _by_transformers(model, tokenizer, prompts, *options, advance, False)
         after = None if advance is None else lambda done: advance(len(prompts) + done)
         return base + _by_transformers(model, tokenizer, prompts, *options, after, False)

@@ -233,7 +233,7 @@ async def _respond(
         raise Refusal(400, f"the context is {room.context} tokens: {asked}", code="context_length_exceeded")
     pieces: asyncio.Queue[Piece] = asyncio.Queue()
     job = Job(
-        model=served.id, tokenizer=served.tokenizer, stop_ids=served.renderer.stop_ids, ids=ids, adapter=served.adapter,
+        model=served.id, tokenizer=served.tokenizer, stop_ids=served.ends, ids=ids, adapter=served.adapter,
         max_new_tokens=min(limit or left, left),
         sampling=room.sampling.changed(body.temperature, body.top_p, body.seed), told=pieces.put_nowait,
         stops=body.stops, logprobs=logprobs, mask=mask,

@@ -20,6 +20,7 @@ from strop.engine.answers.decoder import Part
 from strop.engine.answers.text import Ids, Logits, Text
 from strop.engine.transfer import sent
 from strop.errors import ModelError
+from strop.model.biases import has_own_biases, without_adapter
 from strop.serve.kept import Kept
 from strop.serve.mixed import MixedLora, can_mix
 from strop.serve.slots import Kv, Reading, Slots, cut, side_by_side
@@ -41,7 +42,8 @@ class PlainDecoder:
         self._peft = model if hasattr(model, "peft_config") else None
         self.model: Any = model.get_base_model() if self._peft is not None else model
         self.device: torch.device = next(self.model.parameters()).device
-        self._mixed = MixedLora(self.model) if self._peft is not None and can_mix(self.model) else None
+        mixes = self._peft is not None and not has_own_biases(model) and can_mix(self.model)
+        self._mixed = MixedLora(self.model) if mixes else None
         config = self.model.config.get_text_config()
         self._kinds = set(getattr(config, "layer_types", None) or ())
         if self._kinds - {FULL, SLIDING}:
@@ -194,7 +196,7 @@ class PlainDecoder:
         elif self._peft is None:
             yield
         elif tokens[0] is None:
-            with self._peft.disable_adapter():
+            with without_adapter(self._peft):
                 yield
         else:
             self._peft.set_adapter(tokens[0])

@@ -41,7 +41,7 @@ class Grammars:
         try:
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
             if key not in self._tokenizers:
-                stops = list(served.renderer.stop_ids)
+                stops = list(served.ends)
                 self._tokenizers[key] = from_tokenizer(served.tokenizer, n_vocab=self._vocabulary, eos_token=stops)
         except ValueError as error:
             raise Refusal(400, f"response_format: {str(error)[:300]}", param="response_format") from None

@@ -12,6 +12,7 @@ from strop.data.conversation import Ids, Message
 from strop.data.rendering.render import Renderer, RenderError
 from strop.data.shapes import BadRow, asked
 from strop.errors import ModelError
+from strop.model.generate import own_ends
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run
 
@@ -30,6 +31,12 @@ class Served:
     tokenizer: Any
     renderer: Renderer
     system: str | None
+    more_ends: tuple[int, ...] = ()  # at which the model itself ends an answer
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Ids at which an answer ends."""
+        return (*self.renderer.ends, *self.more_ends)
 
     def prompt(
         self,
@@ -93,9 +100,10 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
     """Runs (or adapter folders) of one base, or one model. Raises ModelError where they do not go together."""
     ids = check_names(names)
     first = load(names[0], device=device, dtype=dtype, quantization=quantization, force=force)
+    own_text, more = (first.tokenizer, first.renderer), own_ends(first.module.generation_config)
     if first.adapter is None:
-        return Loaded(first.module, {ids[0]: Served(ids[0], None, first.tokenizer, first.renderer, None)}, first.notes)
-    models = {ids[0]: Served(ids[0], "default", first.tokenizer, first.renderer, first.default_system)}
+        return Loaded(first.module, {ids[0]: Served(ids[0], None, *own_text, None, more)}, first.notes)
+    models = {ids[0]: Served(ids[0], "default", *own_text, first.default_system, more)}
     notes = []
     for own, name in zip(ids[1:], names[1:], strict=True):
         folder = adapter_folder(name)
@@ -108,6 +116,6 @@ def load_models(names: Sequence[str], *, device: str, dtype: str, quantization: 
         if identity.get("quantization", "none") != read_identity(first.adapter).get("quantization", "none"):
             notes.append(f"{name}: was trained on a base quantized otherwise than {names[0]}'s, which both get here")
         renderer = renderer_of(tokenizer, identity)
-        models[own] = Served(own, first.others[name], tokenizer, renderer, identity.get("system"))
-    models[BASE] = Served(BASE, None, first.tokenizer, first.renderer, None)
+        models[own] = Served(own, first.others[name], tokenizer, renderer, identity.get("system"), more)
+    models[BASE] = Served(BASE, None, *own_text, None, more)
     return Loaded(first.module, models, [*first.notes, *notes])

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from strop.adapters import (
     adapter_folder,
@@ -43,6 +44,7 @@ from strop.engine.device import pick_device, pick_dtype
 from strop.errors import ModelError, ParityError, RunError
 from strop.evaluation.general import rows as general_rows
 from strop.model.facts import Source, locate, read_config
+from strop.model.generate import own_ends
 from strop.model.load import weights_folder
 from strop.model.tokenizer import head_folder, load_tokenizer
 from strop.model.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
@@ -52,6 +54,7 @@ from strop.serve.address import KEY_VARIABLE, Address
 from strop.serve.models import BASE, check_names
 from strop.serve.run import LONGEST_CONTEXT
 
+OWN = "generation_config.json"
 START_SECONDS = 900.0  # compiling for a GPU takes minutes
 TEXTS, TEXT_TOKENS = 12, 256  # compared, of each model
 LIMITS = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}  # mean |difference| of a token's log probability, in nats
@@ -115,10 +118,10 @@ def serve_vllm(
     rows = {own: _texts(name, renderers[0], longest) for own, name in zip(ids, names, strict=True)}
     ours = {own: _reference(name, rows[own]) for own, name in zip(ids, names, strict=True)}
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as log:
-        ends = {
-            "eos_token_id": list(renderers[0].stop_ids)
-        }  # the template may end turns with another than the eos token
-        Path(scratch, "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
+        # the template may end turns with another than the eos token, and some models name more
+        own = own_ends(GenerationConfig.from_pretrained(weights)) if (weights / OWN).is_file() else ()
+        ends = {"eos_token_id": [*renderers[0].ends, *own]}
+        Path(scratch, OWN).write_text(json.dumps(ends), encoding="utf-8")
         command = [
             program, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights),
             "--tokenizer", str(head_folder(_with_own_tokenizer(names[0]))), "--generation-config", scratch,

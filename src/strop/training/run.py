@@ -31,6 +31,7 @@ from strop.machine.probe import probe
 from strop.model.blame import blaming
 from strop.model.draw import Draws
 from strop.model.experts import in_experts
+from strop.model.generate import own_ends
 from strop.model.load import DTYPES, stream_weights
 from strop.model.lora import trainable
 from strop.planning.choose import usable_bytes
@@ -277,7 +278,7 @@ def _job(
     criterion: Criterion
     if rewards := rewards_of(recipe.train.rewards):
         without_dropout(model)
-        ends = data.renderer.stop_ids
+        ends = (*data.renderer.ends, *own_ends(model.generation_config))
         told = setup.tokenizer, ends, rewards, weights, log
         criterion = OfGroups(recipe.train, recipe.seed, model, *told, draws=draws)
     else:

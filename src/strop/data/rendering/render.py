@@ -68,6 +68,8 @@ class Renderer:
         eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         # ids of the tokens that end an assistant turn (the eos token where there is no template)
         self.stop_ids = tuple(map(int, tokenizer.convert_tokens_to_ids(self._chat.stops))) if self._chat else eos
+        # ids at which an answer ends: raw texts were trained to end with eos, and bases end with it
+        self.ends = tuple(dict.fromkeys((*self.stop_ids, *eos)))
         # what the tokenizer puts before a raw text, found by encoding one
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
         dressed = tokenizer("a")["input_ids"]

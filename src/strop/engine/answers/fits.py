@@ -30,6 +30,8 @@ def adapters_of(model: nn.Module) -> list[str]:
 
 def unanswerable(model: nn.Module) -> str | None:
     """Why the engine cannot answer with this model; None where it can."""
+    if getattr(model, "biases_of_base", None):  # model.biases: base and tuned would not go side by side
+        return "biases that the adapter trained"
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     kind = base.config.get_text_config().model_type
     family = FAMILIES.get(kind)
