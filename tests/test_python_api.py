@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
+from transformers import GenerationConfig
 
 import strop
 from strop.adapters import Model
 from strop.chat import Session
 from strop.engine.answers.text import Sampling
 from strop.errors import InputError
+from tests.support.running import run
 
 QUICK = {"train.max_steps": 3, "lora.r": 2, "model.dtype": "fp32"}
 
@@ -58,3 +62,45 @@ def test_reset_keeps_the_system_prompt_that_the_chat_began_with(bold: Model) -> 
     assert session.command("/reset") and opening() == "talk like a cook"
     assert session.command("/system talk like a king") and opening() == "talk like a king"
     assert session.command("/reset") and opening() == "talk like a king"
+
+
+def test_a_chat_ends_where_the_model_does(tiny_folder: Path) -> None:
+    model = strop.load(tiny_folder)
+    with pytest.raises(InputError, match="the model was made for 512"):
+        for _ in range(60):
+            model.chat("what is 3 and 4 and 5", max_new_tokens=40)
+    assert len(model.renderer.prompt(model.history)) > 400
+    model.history.clear()
+    assert model.chat("what is 3", max_new_tokens=4)
+
+
+def test_each_adapter_is_asked_as_in_its_training(adapter_folders: list[Path]) -> None:
+    calm, bold = map(str, adapter_folders)
+    model, alone = strop.load(calm), strop.load(bold)
+    model.add(bold)
+    model.use(bold)
+    assert model.default_system == alone.default_system is not None
+    assert model.generate("what is 3", max_new_tokens=8) == alone.generate("what is 3", max_new_tokens=8)
+    model.use(calm)
+    assert model.default_system == strop.load(calm).default_system is None
+
+
+def test_a_persons_chat_goes_on_after_a_fault(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    lines = ["what is 3\r", "what is " + "9 " * 600, "/help\r", "and \udcff", "what is 3"]
+    for stdin, ends in ((Terminal, 0), (io.StringIO, 2)):
+        monkeypatch.setattr(sys, "stdin", stdin("\n".join(lines) + "\n"))
+        code, out, err = run("chat", tiny_folder, "--max-new-tokens", "4", capsys=capsys)
+        assert code == ends and "the model was made for 512" in " ".join(err.split())
+        assert (len(out.splitlines()) == (3 if ends == 0 else 1) and "this list" in err) or ends
+
+
+def test_what_a_generation_config_asks_for_and_is_not_done_is_said() -> None:
+    assert Sampling.passed_over(GenerationConfig(do_sample=True, top_p=0.9, repetition_penalty=1.1)) == []
+    [note] = Sampling.passed_over(GenerationConfig(do_sample=True, min_p=0.1, no_repeat_ngram_size=3))
+    assert "min_p 0.1, no_repeat_ngram_size 3: left out" in note

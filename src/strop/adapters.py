@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,16 +16,15 @@ import peft
 from safetensors.torch import load_file
 from torch import nn
 
-from strop.config.schema import DEVICES
 from strop.data.conversation import Ids, Message
 from strop.data.rendering.render import Renderer
 from strop.engine.answers.text import Expected, Sampling
 from strop.engine.device import pick_device, pick_dtype, prepare_process
-from strop.errors import ModelError, RecipeError
+from strop.errors import InputError, ModelError, RecipeError
 from strop.model.biases import biases_of, has_own_biases, keep_biases, without_adapter
 from strop.model.facts import Source, fingerprint, locate, safetensors_header
 from strop.model.generate import Answer, generate
-from strop.model.load import DTYPES, load_base
+from strop.model.load import DTYPES, check_place, load_base
 from strop.model.lora import OLD_NAME, grow_vocabulary, sum_once
 from strop.model.quantize import SCHEMES
 from strop.model.score import TASK, add_head
@@ -235,6 +234,7 @@ class Model:
     quantization: str = "none"  # of the base
     history: list[Message] = field(default_factory=list)
     others: dict[str, str] = field(default_factory=dict)  # further adapters: their names in the module, by their names
+    _ways: dict[str, tuple[Renderer, str | None]] = field(default_factory=dict)  # each one's renderer, default_system
 
     @property
     def sampling(self) -> Sampling:
@@ -259,9 +259,14 @@ class Model:
         inner = f"adapter{len(self.others) + 1}"
         self.notes = [*self.notes, *load_beside(self.module, folder, self.source, inner, force=force)]
         self.others[name] = inner
+        identity = read_identity(folder)
+        self._ways.setdefault(self.name, (self.renderer, self.default_system))
+        self._ways[name] = renderer_of(self.tokenizer, identity), identity.get("system")
 
     def use(self, name: str) -> None:
-        """Answers with this adapter from now on: the model's own name, or one that was added."""
+        """Answers with this adapter from now on, and asks as in its training: the model's own name, or one that was
+        added."""
+        self.renderer, self.default_system = self._ways.get(name, (self.renderer, self.default_system))
         self.module.set_adapter("default" if name == self.name else self.others[name])
 
     @contextmanager
@@ -328,23 +333,21 @@ class Model:
         """The answer to the next user turn; the turns before are kept in `history`. No Sampling: the model's own.
 
         A system prompt starts a new history; without one, a history starts with the system prompt of the training rows.
+        Raises InputError where the history is longer than what the model was made for.
         """
         if system is not None or not self.history:
             self.history = list(_system(self.default_system if system is None else system))
         turn = [*self.history, Message("user", text)]
         prompt = self.renderer.prompt(turn)
+        made_for = getattr(self.module.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        if len(prompt) >= made_for:
+            what = f"the conversation has {len(prompt):,} tokens, and the model was made for {made_for:,}"
+            raise InputError(what, fix="start again: /reset in a chat, `history` cleared in Python")
+        max_new_tokens = min(max_new_tokens, made_for - len(prompt))
         sampling = sampling or self.sampling
         answer = self.answer([prompt], max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text)[0]
         self.history = [*turn, Message("assistant", answer.text)]
         return answer.text
-
-
-def check_place(device: str, dtype: str) -> None:
-    """Raises RecipeError for a device or a type that there is not."""
-    if not re.fullmatch(DEVICES, device):
-        raise RecipeError(f"--device {device}: no such device", fix="choose among auto, cpu, cuda, cuda:N, mps")
-    if dtype not in ("auto", *DTYPES):
-        raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among auto, {', '.join(DTYPES)}")
 
 
 def load(

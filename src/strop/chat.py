@@ -13,7 +13,7 @@ from rich.table import Table
 from strop.adapters import Model, load
 from strop.alive import alive
 from strop.engine.answers.text import Sampling
-from strop.errors import InputError, nearest
+from strop.errors import InputError, StropError, nearest
 from strop.terminal import console, print_notes
 
 HELP = {
@@ -63,8 +63,13 @@ class Session:
     def _adapter(self, name: str) -> None:
         loaded = [self.model.name, *self.model.others] if self.model.adapter is not None else []
         if name in loaded:
+            before = self.model.default_system
             self.model.use(name)
             self.side = "tuned"
+            if self.opening is None and self.model.default_system != before:
+                own = self.model.default_system or "none"
+                going = "; this conversation keeps its own: /reset" if self.model.history else ""
+                console.print(f"system prompt, as in its training: {own}{going}", style="dim", markup=False)
         elif name:
             what = f"/adapter {name}: not loaded{nearest(name, loaded)}: start with --adapter {name}"
             console.print(what, style="yellow", markup=False)
@@ -107,7 +112,7 @@ def converse(
         model = load(name, quantization=quantization, force=force)
         for other in adapters:
             model.add(other, force=force)
-    print_notes(model.notes)
+    print_notes([*model.notes, *Sampling.passed_over(model.module.generation_config)])
     if base and model.adapter is None:
         raise InputError(f"{name}: has no adapter, so --base changes nothing", fix="leave --base out")
     side = "base" if base else "tuned"
@@ -122,10 +127,15 @@ def converse(
     if system is None and model.default_system is not None:
         console.print(f"system prompt, as in training: {model.default_system}", style="dim", markup=False)
     for line in _lines(interactive):
-        if not line.startswith("/"):
-            session.turn(line, _write)
-        elif not session.command(line):
-            return
+        try:
+            if not line.startswith("/"):
+                session.turn(line, _write)
+            elif not session.command(line):
+                return
+        except StropError as error:  # a person goes on; a pipe is told that it went wrong
+            if not interactive:
+                raise
+            console.print("\n".join(error.lines()), style="red", markup=False)
 
 
 def _lines(interactive: bool) -> Iterator[str]:
@@ -133,7 +143,7 @@ def _lines(interactive: bool) -> Iterator[str]:
         if interactive:
             console.print("> ", end="")
         line = sys.stdin.readline()
-        text = line.rstrip("\n")
+        text = line.rstrip("\r\n").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         if not line or (interactive and not text):
             return
         if text:

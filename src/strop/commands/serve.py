@@ -43,8 +43,8 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve it as OpenAI's API does, with a page to talk to base and tuned side by side."""
-    from strop.adapters import check_place
     from strop.errors import RecipeError, nearest
+    from strop.model.load import check_place
     from strop.serve.address import exit_code, open_address
 
     if engine not in ("strop", "vllm"):

@@ -6,6 +6,7 @@ A GGUF file is dequantized once into a cached folder, and from then on is like a
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from strop.errors import ModelError
+from strop.config.schema import DEVICES
+from strop.errors import ModelError, RecipeError
 from strop.model.experts import growths, make_experts_resident
 from strop.model.facts import Source, fingerprint, read_config, safetensors_header, weight_files
 from strop.model.ggufweights import read_tensors
@@ -35,6 +37,14 @@ ALL_LAYERS = 1 << 30
 TEXTS_BYTES, TEXTS_SHARE = 1 << 30, 0.3  # of a card's free memory, for the texts that are answered: whichever is more
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 transformers.utils.logging.disable_progress_bar()  # strop draws its own
+
+
+def check_place(device: str, dtype: str) -> None:
+    """Raises RecipeError for a device or a type that there is not."""
+    if not re.fullmatch(DEVICES, device):
+        raise RecipeError(f"--device {device}: no such device", fix="choose among auto, cpu, cuda, cuda:N, mps")
+    if dtype not in ("auto", *DTYPES):
+        raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among auto, {', '.join(DTYPES)}")
 
 
 def load_config(source: Source) -> Any:

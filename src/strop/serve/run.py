@@ -23,6 +23,7 @@ from strop.serve.grammar import Grammars
 from strop.serve.guard import Rules
 from strop.serve.metrics import Metrics
 from strop.serve.models import Loaded, load_models
+from strop.serve.prove import prove
 
 LONGEST_CONTEXT = 4096  # unless asked for: a slot costs memory by its length
 CLOSING_SECONDS = 5  # that running answers have after Ctrl-C
@@ -90,14 +91,15 @@ def _prepare(
     """The models, what reads and writes with them, slots and context that memory has room for, and notes."""
     loaded = load_models(names, **how)
     base = _base(loaded.module)
-    notes = list(loaded.notes)
+    notes = [*loaded.notes, *Sampling.passed_over(base.generation_config)]
     longest = int(getattr(base.config.get_text_config(), "max_position_embeddings", LONGEST_CONTEXT))
     if context is not None and context > longest:
         raise InputError(f"--context {context}: the model was made for {longest} tokens", fix="choose less")
     context = context or min(longest, LONGEST_CONTEXT)
     reason = unanswerable(loaded.module)
     plain = PlainDecoder(loaded.module, keep=2 * context) if reason else None
-    if reason:
+    if plain:
+        prove(plain, loaded.module)
         notes.append(f"answers through transformers' own forward, which is slower: {reason}")
     position = plain.position_bytes() if plain else position_bytes(loaded.module)
     fitting = max(1, _free_bytes(next(base.parameters()).device) // 2 // (position * context))

@@ -14,6 +14,13 @@ from strop.engine.processor import draw_token, logprobs_of
 
 COLDEST = 1e-4  # below it logits divided by the temperature may overflow, and sampling is greedy anyway
 
+# of a generation config: fields that change what is written, and that Sampling does not have
+PASSED_OVER = (
+    "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "bad_words_ids",
+    "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "sequence_bias", "guidance_scale",
+    "exponential_decay_length_penalty", "min_length", "min_new_tokens", "num_beams",
+)  # fmt: skip
+
 Ids = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
 # (tokens so far, logits (vocabulary,)): sets what may not come to -inf; raises NoToken
@@ -41,6 +48,13 @@ class Sampling:
         temperature = 1.0 if config.temperature is None else float(config.temperature)
         top_p = 1.0 if config.top_p is None else float(config.top_p)
         return Sampling(temperature, top_p, 50 if config.top_k is None else int(config.top_k), penalty)
+
+    @staticmethod
+    def passed_over(config: Any) -> list[str]:
+        """Notes on what a model's own generation config asks for, and is not done here."""
+        own = config.to_diff_dict()
+        named = [f"{name} {own[name]}" for name in PASSED_OVER if own.get(name)]
+        return [f"the model's own generation config asks for {', '.join(named)}: left out"] if named else []
 
     def changed(self, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
         """With what a request asks for; None: as it is, but for the seed."""
