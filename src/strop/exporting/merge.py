@@ -275,14 +275,16 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
             continue
         shard: dict[str, Tensor] = {}
         for group in groups:
-            if not any(text(place) for place in layout.places(group)):
-                shard |= {name: tensors.get(name) for name in group.names}  # of another tower: as it is, bit by bit
-                continue
-            parts = {}
+            outside, same, parts = not any(text(place) for place in layout.places(group)), True, {}
             for name, weight in layout.read(group, tensors.get).items():
-                weight = as_trained(name, weight)
-                parts[name] = rounded(name, change(name, weight), weight, DTYPES[dtype])
-            shard |= layout.write(group, parts)
+                weight = weight if outside else as_trained(name, weight)
+                changed = change(name, weight)
+                same = same and changed is weight
+                parts[name] = rounded(name, changed, weight, DTYPES[dtype])
+            if outside and same:
+                shard |= {name: tensors.get(name) for name in group.names}  # of another tower: as it is, bit by bit
+            else:
+                shard |= layout.write(group, parts)
         save_file(shard, made / file, {"format": "pt"})
         done["shards"][file] = sha256_file(made / file)
         write_json(progress, done)
