@@ -83,6 +83,11 @@ def names_in(folder: Path) -> list[str]:
     return [under_base(key) for key in safetensors_header(folder / WEIGHTS_FILE)]
 
 
+def beyond_lora(folder: Path) -> list[str]:
+    """The names of what is no plain LoRA matrix: of DoRA, biases, whole modules, new tokens."""
+    return [name for name in names_in(folder) if not name.endswith(tuple(f".{part}" for part in PLAIN))]
+
+
 def under_base(key: str) -> str:
     """A name in an adapter file without what peft puts around it: the bias of a layer that has LoRA is saved as
     `base_layer.bias`. Keys of LoRA itself keep `base_layer`, by which those of several parameters are told apart."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from strop.data.rendering.render import Renderer
 from strop.errors import FolderError, ModelError, ParityError, RecipeError
 from strop.exporting import llamacpp
-from strop.exporting.changes import module_scales, names_in, read_weights
+from strop.exporting.changes import beyond_lora, module_scales, names_in, read_weights
 from strop.exporting.families import Layout
 from strop.exporting.merge import check_measured, check_memory, rounded
 from strop.exporting.tuned import Tuned
@@ -181,8 +181,7 @@ def _check_adapter(tuned: Tuned, renderer: Renderer) -> None:
     """Raises ModelError for an adapter that is more than plain LoRA matrices on the base as it is in GGUF."""
     if tuned.folder is None:
         raise ModelError("--adapter: no adapter there", fix="give a run or adapter folder")
-    odd = [key for key in names_in(tuned.folder) if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
-    if odd:
+    if odd := beyond_lora(tuned.folder):
         raise ModelError(f"--adapter: a LoRA GGUF has no place for {min(odd)}", fix="leave --adapter out: merge it")
     if Renderer(load_tokenizer(tuned.source)).template_hash != renderer.template_hash:
         what = "--adapter: trained with another chat template than its base's, and a LoRA GGUF brings none"
