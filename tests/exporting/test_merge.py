@@ -22,7 +22,8 @@ from strop.exporting import merge as module
 from strop.exporting.merge import merge
 from strop.exporting.parity import in_fp32, new_from
 from strop.machine.probe import probe
-from tests.support import tiny, tiny_families
+from strop.model.facts import locate
+from tests.support import preferences, tiny, tiny_families
 
 
 @pytest.fixture
@@ -152,6 +153,17 @@ def test_new_tokens_of_an_untied_head_are_the_same_each_time(rows_file: Path, tm
         if "token" in name
     }
     assert sorted(name.split(".")[-3] for name in rows) == ["embed_tokens", "lm_head"]
+
+
+def test_rows_that_were_judged_bad_are_not_measured_on(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = preferences.write_judged(tmp_path / "judged.jsonl", 12)
+    lines = rows.read_text().splitlines()
+    good = [number for number, line in enumerate(lines, 1) if json.loads(line)["label"]]
+    assert 0 < len(good) < len(lines)
+    options: dict[str, Any] = {"train.max_steps": 1, "model.dtype": "fp32", "train.objective": "kto"}
+    run = strop.train(model=str(tiny_folder), data=str(rows), out=tmp_path / "run", **options).folder
+    measured = module.rows_to_measure(str(run), run / "adapter", locate(str(tiny_folder)), None)
+    assert sorted(example.line for example in measured) == good
 
 
 def test_what_lies_beside_the_weights(trained: Callable[..., Path], tmp_path: Path) -> None:
