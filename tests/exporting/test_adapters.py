@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,32 @@ def test_two_are_compared(two: tuple[Path, Path], capsys: pytest.CaptureFixture[
     code, out, err = run("adapters", *two, "--json", capsys=capsys)
     assert code == 0 and json.loads(out)["settings"]["r"] == [4, 2] and "cosine" in err
     assert run("adapters", two[0], two[1], two[0], capsys=capsys)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "what"),
+    [
+        ({"lora.use_dora": True}, "lora_magnitude_vector"),
+        ({"lora.modules_to_save": ["lm_head"]}, "lm_head.weight"),
+        ({"lora.new_tokens": ["<call>"]}, "trainable_tokens_delta"),
+        ({"lora.bias": "all"}, "k_proj.bias"),
+    ],
+)
+def test_more_than_plain_lora_has_no_norm_and_no_cosine(
+    two: tuple[Path, Path], option: dict[str, object], what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    tiny.model(attention_bias=True, tie_word_embeddings=False).save_pretrained(base)
+    tiny.tokenizer("chatml").save_pretrained(base)
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", 8)
+    options: dict[str, Any] = {"train.max_steps": 1, "model.dtype": "fp32", "lora.target_modules": ["q_proj"], **option}
+    more = strop.train(model=str(base), data=str(rows), out=tmp_path / "more", **options).folder
+    found = compare(str(two[0]), str(more))
+    assert found["norms"] == [norm(str(two[0])), None] and found["cosine"] is None and not found["modules"]
+    assert found["not_measured"].endswith(f"{what} too")
+    code, out, err = run("adapters", more, "--json", capsys=capsys)
+    shown = json.loads(out)
+    assert code == 0 and shown["norm"] is None and f"{what} too" in shown["not_measured"] and "plain LoRA" in err
 
 
 def test_a_weighted_sum_is_the_sum(two: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

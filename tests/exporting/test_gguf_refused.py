@@ -6,6 +6,7 @@ import json
 import sys
 import warnings
 from contextlib import ExitStack, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -13,6 +14,7 @@ from unittest.mock import Mock
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 import strop
@@ -83,6 +85,21 @@ def test_a_tied_head_has_no_place_of_its_own(base: Path, rows: str, tmp_path: Pa
         with pytest.raises(ModelError, match="trains lm_head, which has no weight of its own"):
             export_gguf(str(tuned), tmp_path / "m.gguf", adapter=adapter, data=rows)
     assert not list(tmp_path.glob("*m.gguf*"))
+
+
+def test_trained_biases_are_in_the_model_and_have_no_place_in_an_adapter_file(
+    base: Path, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
+    tuned = gguf_models.adapt(base, tmp_path / "biased", bias="all")
+    export_gguf(str(tuned), tmp_path / "m.gguf", kind="f32", data=rows)
+    written = {found.name: found.data for found in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    saved = load_file(tuned / "adapter_model.safetensors")
+    for layer, side in product(range(2), "qkv"):
+        trained = saved[f"base_model.model.model.layers.{layer}.self_attn.{side}_proj.base_layer.bias"]
+        assert (written[f"blk.{layer}.attn_{side}.bias"] == trained.numpy()).all()
+    with pytest.raises(ModelError, match=r"no place for .*bias"):
+        export_gguf(str(tuned), tmp_path / "a.gguf", adapter=True, data=rows)
 
 
 def test_an_adapter_file_needs_the_template_of_its_base(base: Path, rows: str, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import strop
 from strop.data.conversation import Example
@@ -21,7 +22,8 @@ from strop.exporting import merge as module
 from strop.exporting.merge import merge
 from strop.exporting.parity import in_fp32, new_from
 from strop.machine.probe import probe
-from tests.support import tiny
+from strop.model.facts import locate
+from tests.support import preferences, tiny, tiny_families
 
 
 @pytest.fixture
@@ -74,6 +76,56 @@ def test_merged_in_fp32_is_the_tuned_model(trained: Callable[..., Path], tmp_pat
             assert (theirs(ids).logits - ours.module(ids).logits).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("more", [{"lora.bias": "all"}, {"lora.bias": "lora_only", "lora.use_dora": True}])
+def test_trained_biases_of_adapted_layers_are_merged(
+    kind: str, more: dict[str, Any], rows_file: Path, tmp_path: Path
+) -> None:
+    """Unmeasured, so that the weights themselves are looked at."""
+    tiny_families.save(kind, tmp_path / "base")
+    options: dict[str, Any] = {"train.max_steps": 4, "lora.r": 2, "model.dtype": "fp32", "train.learning_rate": 0.03}
+    run = strop.train(model=str(tmp_path / "base"), data=str(rows_file), out=tmp_path / "run", **options, **more).folder
+    saved = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert any(name.endswith("base_layer.bias") and weight.abs().max() > 0.01 for name, weight in saved.items())
+    merge(str(run), tmp_path / "merged", dtype="fp32", measure=False)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+        assert (theirs - strop.load(run, dtype="fp32").module(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "stray", ["layers.0.self_attn.q_proj.lora_B.bias", "layers.9.mlp.up_proj.lora_A.weight", "layers.0.mlp.gate.bias"]
+)
+def test_what_has_no_place_in_the_base_is_refused(trained: Callable[..., Path], tmp_path: Path, stray: str) -> None:
+    adapter = trained() / "adapter"
+    file = adapter / "adapter_model.safetensors"
+    save_file({**load_file(file), f"base_model.model.model.{stray}": torch.ones(4)}, file, {"format": "pt"})
+    (adapter / "strop.json").unlink()
+    with pytest.raises(ModelError, match=f"model.{stray} cannot be merged"):
+        merge(str(adapter), tmp_path / "merged", measure=False)
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_an_adapter_on_what_sees_is_merged_too(tmp_path: Path) -> None:
+    """strop trains none there; other tools do."""
+    tiny_families.save("gemma3", tmp_path / "base", multimodal=True)
+    base: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    before = {name: weight.clone() for name, weight in base.named_parameters() if "vision_tower" in name}
+    config = peft.LoraConfig(r=2, target_modules=".*vision_tower.*q_proj", init_lora_weights=False, bias="lora_only")
+    tuned: Any = peft.get_peft_model(base, config)
+    tuned.save_pretrained(str(tmp_path / "adapter"))
+    wanted = dict(tuned.merge_and_unload().named_parameters())
+    merge(str(tmp_path / "adapter"), tmp_path / "merged", dtype="fp32", measure=False)
+    merged: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    found = dict(merged.named_parameters())
+    assert {name for name in before if not torch.equal(found[name], before[name])} == {
+        name for name in before if name.endswith("q_proj.weight")
+    }
+    for name in before:
+        torch.testing.assert_close(found[name], wanted[name])
+
+
 def test_new_tokens_of_an_untied_head_are_the_same_each_time(rows_file: Path, tmp_path: Path) -> None:
     """transformers draws their rows at random when it makes room for them."""
     base = tmp_path / "base"
@@ -101,6 +153,17 @@ def test_new_tokens_of_an_untied_head_are_the_same_each_time(rows_file: Path, tm
         if "token" in name
     }
     assert sorted(name.split(".")[-3] for name in rows) == ["embed_tokens", "lm_head"]
+
+
+def test_rows_that_were_judged_bad_are_not_measured_on(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = preferences.write_judged(tmp_path / "judged.jsonl", 12)
+    lines = rows.read_text().splitlines()
+    good = [number for number, line in enumerate(lines, 1) if json.loads(line)["label"]]
+    assert 0 < len(good) < len(lines)
+    options: dict[str, Any] = {"train.max_steps": 1, "model.dtype": "fp32", "train.objective": "kto"}
+    run = strop.train(model=str(tiny_folder), data=str(rows), out=tmp_path / "run", **options).folder
+    measured = module.rows_to_measure(str(run), run / "adapter", locate(str(tiny_folder)), None)
+    assert sorted(example.line for example in measured) == good
 
 
 def test_what_lies_beside_the_weights(trained: Callable[..., Path], tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def save(family: str, folder: Path, **changes: Any) -> Path:
 
 
 def adapt(base: str | Path, folder: Path, **options: Any) -> Path:
-    """An adapter folder on a base, as strop saves them, with a B that is not zero."""
+    """An adapter folder on a base, as strop saves them, with a B that is not zero and, if trained, other biases."""
     source = locate(str(base))
     from strop.model.load import load_base
     from strop.model.tokenizer import load_tokenizer
@@ -174,7 +174,7 @@ def adapt(base: str | Path, folder: Path, **options: Any) -> Path:
     tuned = peft.get_peft_model(model, peft.LoraConfig(**chosen))
     with torch.no_grad():
         for name, weight in tuned.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or (name.endswith("bias") and weight.requires_grad):
                 weight.normal_(0, 0.1)
     identity = {"base": {"name": source.name, "fingerprint": fingerprint(source)}, "dtype": "fp32"}
     save_adapter(tuned, load_tokenizer(source), folder, identity)

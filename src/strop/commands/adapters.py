@@ -41,6 +41,7 @@ def adapters(
             told = known.compare(*names)
         elif known.is_adapter(names[0]):
             told = {**asdict(known.facts(names[0])), "norm": known.norm(names[0])}
+            told["not_measured"] = known.unmeasured(names[0])
         else:
             told = {"adapters": [asdict(one) for one in known.found_in(Path(names[0]))]}
     if out is not None:

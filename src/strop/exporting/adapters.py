@@ -12,7 +12,6 @@ from typing import Any
 
 import peft
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from strop.adapters import (
@@ -27,7 +26,7 @@ from strop.adapters import (
     read_identity,
 )
 from strop.errors import FolderError, ModelError, RecipeError
-from strop.exporting.changes import places_of
+from strop.exporting.changes import beyond_lora, places_of, read_weights
 from strop.model.experts import by_expert
 from strop.model.facts import safetensors_header
 from strop.model.load import load_base
@@ -87,22 +86,38 @@ def is_adapter(name: str) -> bool:
     return adapter_folder(name) is not None
 
 
-def norm(name: str) -> float:
-    """Frobenius norm of all that an adapter adds to its base's weights."""
+def norm(name: str) -> float | None:
+    """Frobenius norm of all that an adapter adds to its base's weights; None where `unmeasured` has a reason."""
     delta = _Delta.read(_folder(name))
-    return math.sqrt(sum(delta.inner(delta, module) for module in delta.scales))
+    return None if delta is None else delta.norm
+
+
+def unmeasured(*names: str) -> str | None:
+    """Why there is no norm and no cosine: what adapters train besides plain LoRA matrices; None where that is nothing.
+
+    DoRA's change and that of whole tensors cannot be told without the base's weights.
+    """
+    for folder in map(_folder, names):
+        if more := beyond_lora(folder):
+            return f"norm and cosine are of plain LoRA matrices, and {folder} has {min(more)} too"
+    return None
 
 
 def compare(first: str, second: str) -> dict[str, Any]:
-    """How two adapters differ: {same_base, same_template, same_data, settings: {name: [a, b]}, norms, cosine, modules}.
+    """How two adapters differ: {same_base, same_template, same_data, settings: {name: [a, b]}, norms, cosine, modules,
+    not_measured}.
 
     cosine: between what they add to the weights, over all modules and by the last part of a module's name; None where
-    they sit on other modules, or one adds nothing. Raises ModelError where one is missing.
+    they sit on other modules, one adds nothing, or one is more than plain LoRA: not_measured says so then. Raises
+    ModelError where one is missing.
     """
     folders = [_folder(name) for name in (first, second)]
     configs, identities = [read_adapter_config(one) for one in folders], [read_identity(one) for one in folders]
-    deltas = [_Delta.read(folder) for folder in folders]
-    shared = [module for module in deltas[0].scales if deltas[0].fits(deltas[1], module)]
+    read = [_Delta.read(folder) for folder in folders]
+    deltas = [delta for delta in read if delta is not None]
+    both = len(deltas) == 2
+    shared = [module for module in deltas[0].scales if deltas[0].fits(deltas[1], module)] if both else []
+    whole = both and len(shared) == len(deltas[0].scales) == len(deltas[1].scales)
     kinds: dict[str, list[str]] = {}
     for module in shared:
         kinds.setdefault(_leaf(module), []).append(module)
@@ -116,9 +131,10 @@ def compare(first: str, second: str) -> dict[str, Any]:
             for name in SETTINGS
             if _plain(configs[0].get(name)) != _plain(configs[1].get(name))
         },
-        "norms": [norm(first), norm(second)],
-        "cosine": _cosine(deltas, shared) if len(shared) == len(deltas[0].scales) == len(deltas[1].scales) else None,
+        "norms": [None if delta is None else delta.norm for delta in read],
+        "cosine": _cosine(deltas, shared) if whole else None,
         "modules": {kind: _cosine(deltas, modules) for kind, modules in kinds.items()},
+        "not_measured": unmeasured(first, second),
     }
 
 
@@ -168,18 +184,20 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> Facts:
 
 @dataclass(frozen=True)
 class _Delta:
-    """What an adapter adds: scale * B A by module, and of experts by expert, each as a module of its own."""
+    """What plain LoRA matrices add: scale * B A by module, and of experts by expert, each as a module of its own."""
 
     weights: dict[str, Tensor]
     scales: dict[str, float]
 
     @staticmethod
-    def read(folder: Path) -> _Delta:
+    def read(folder: Path) -> _Delta | None:
+        """None for an adapter that has more than such matrices."""
         source = base_source(folder)
         check_base(folder, source)
         check_weights(folder)
-        saved = load_file(folder / WEIGHTS_FILE)
-        plain = {key.removeprefix("base_model.model."): tensor.float() for key, tensor in saved.items()}
+        if beyond_lora(folder):
+            return None
+        plain = {name: tensor.float() for name, tensor in read_weights(folder).items()}
         scales = {}
         for name, place in places_of(source, peft.LoraConfig.from_pretrained(str(folder))).items():
             if f"{place.key}.lora_A.weight" not in plain:
@@ -202,6 +220,10 @@ class _Delta:
             [one.weights[f"{module}.lora_{part}.weight"].shape for part in "AB"] for one in (self, other)
         )
         return a1[1] == a2[1] and b1[0] == b2[0]
+
+    @property
+    def norm(self) -> float:
+        return math.sqrt(sum(self.inner(self, module) for module in self.scales))
 
     def inner(self, other: _Delta, module: str) -> float:
         """<s1 B1 A1, s2 B2 A2> = s1 s2 sum((B1^T B2) * (A1 A2^T)): no matrix of the weight's size is made."""

@@ -17,32 +17,35 @@ from torch import Tensor
 from strop.adapters import WEIGHTS_FILE, new_rows, read_adapter_config
 from strop.errors import ModelError
 from strop.model.experts import by_expert
-from strop.model.facts import Source
+from strop.model.facts import Source, safetensors_header
 from strop.model.load import skeleton
 from strop.model.lora import embeddings, grown
 
 NEW_ROWS = "token_adapter.trainable_tokens_delta"  # embedding rows that were trained, whole
+PREFIX = "base_model.model."  # of the base's names in an adapter file
+PLAIN = ("lora_A.weight", "lora_B.weight")
+LENGTHS = ("lora_magnitude_vector", "lora_magnitude_vector.weight")  # of DoRA's rows, by peft's version
 
 
 def changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
     """What the adapter makes of a base tensor, by its name; fp32 where it changes something.
 
-    Raises ModelError for what no merged weight can hold: what is trained besides LoRA layers and whole modules, and an
-    adapter on a layer whose weight is another's too (a head that is the embedding).
+    Raises ModelError for what no merged weight can hold: what is trained besides LoRA layers, new rows and whole
+    tensors, what has no place in the base, and an adapter on a layer whose weight is another's too (a head that is the
+    embedding).
     """
-    saved = {_plain(key): tensor for key, tensor in load_file(folder / WEIGHTS_FILE).items()}
+    saved = read_weights(folder)
     places = places_of(source, peft.LoraConfig.from_pretrained(str(folder)))
-    known = {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_magnitude_vector.weight"}
-    for key in saved:
-        if not any(key.endswith(f".{part}") for part in (*known, NEW_ROWS, "weight", "bias")):
-            raise ModelError(f"{folder}: {key} cannot be merged", fix="serve the adapter on its base")
-
     rows, bare = new_rows(read_adapter_config(folder)), skeleton(source)
-    own = {name for name, _ in bare.named_parameters()}  # of a weight in two places, the first
+    own = {name for name, _ in (*bare.named_parameters(), *bare.named_buffers())}  # of a weight in two places, one
     for name, place in places.items():
         if name not in own and f"{place.key}.lora_A.weight" in saved:
             what = f"{folder}: {place.key} has no weight of its own in {source.name}: it shares another's"
             raise ModelError(what, fix="serve the adapter on its base, or train without it")
+    held = own | {f"{name.removesuffix('.weight')}.{NEW_ROWS}" for name in own}
+    held |= {f"{place.key}.{part}" for place in places.values() for part in PLAIN + LENGTHS}
+    if left := saved.keys() - held:
+        raise ModelError(f"{folder}: {min(left)} cannot be merged", fix="serve the adapter on its base")
     with_rows, size = embeddings(bare), 1 + max((row for found in rows.values() for row in found), default=-1)
 
     def change(name: str, weight: Tensor) -> Tensor:
@@ -53,24 +56,43 @@ def changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
             weight = weight.float().clone()
             weight[rows[module.rpartition(".")[2]]] = saved[f"{module}.{NEW_ROWS}"].float()
             return weight
-        if name in saved:
-            return saved[name].float()
+        if name in saved and not torch.equal(saved[name].float(), weight.float()):  # else it stays as it is stored
+            weight = saved[name].float()
         place = places.get(name)
         if place is None or f"{place.key}.lora_A.weight" not in saved:
             return weight
         a, b = (saved[f"{place.key}.lora_{part}.weight"].float() for part in "AB")
         if place.experts:
             return place.onto_experts(weight.float(), a, b)
-        merged = weight.float()
-        merged = (
-            merged.t().addmm(b, a, alpha=place.scale).t() if place.transposed else merged.addmm(b, a, alpha=place.scale)
-        )
-        magnitude = saved.get(f"{module}.lora_magnitude_vector", saved.get(f"{module}.lora_magnitude_vector.weight"))
+        merged = (weight.t() if place.transposed else weight).float().addmm(b, a, alpha=place.scale)  # (out, in)
+        magnitude = next((saved[key] for key in (f"{place.key}.{part}" for part in LENGTHS) if key in saved), None)
         if magnitude is not None:  # DoRA, arXiv:2402.09353: the rows keep their learned length
             merged *= (magnitude.float() / merged.norm(dim=1))[:, None]
-        return merged
+        return merged.t() if place.transposed else merged
 
     return change
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter file: what is trained whole under the base's own names, the rest under its layer's."""
+    return {under_base(key): tensor for key, tensor in load_file(folder / WEIGHTS_FILE).items()}
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names of what `read_weights` reads, from the header."""
+    return [under_base(key) for key in safetensors_header(folder / WEIGHTS_FILE)]
+
+
+def beyond_lora(folder: Path) -> list[str]:
+    """The names of what is no plain LoRA matrix: of DoRA, biases, whole modules, new tokens."""
+    return [name for name in names_in(folder) if not name.endswith(tuple(f".{part}" for part in PLAIN))]
+
+
+def under_base(key: str) -> str:
+    """A name in an adapter file without what peft puts around it: the bias of a layer that has LoRA is saved as
+    `base_layer.bias`. Keys of LoRA itself keep `base_layer`, by which those of several parameters are told apart."""
+    key = key.removeprefix(PREFIX)
+    return key if ".lora_" in key else key.replace(".base_layer.", ".")
 
 
 @dataclass(frozen=True)
@@ -90,10 +112,6 @@ class Place:
         return torch.baddbmm(weight, one, two, alpha=self.scale)
 
 
-def _plain(key: str) -> str:
-    return key.removeprefix("base_model.model.")
-
-
 def places_of(source: Source, config: Any) -> dict[str, Place]:
     """The place of each adapted parameter, by its name; the scale as peft computes it from rank, alpha, patterns and
     rsLoRA."""
@@ -103,7 +121,7 @@ def places_of(source: Source, config: Any) -> dict[str, Place]:
     found = {}
     for name, module in adapted.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer) and module.scaling:
-            key, scale = _plain(name), float(next(iter(module.scaling.values())))
+            key, scale = name.removeprefix(PREFIX), float(next(iter(module.scaling.values())))
             assert math.isfinite(scale)
             wrapped = isinstance(module, ParamWrapper)
             parameter = f"{key.replace('.base_layer', '')}.{module.parameter_name if wrapped else 'weight'}"

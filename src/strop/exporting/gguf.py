@@ -19,20 +19,17 @@ import numpy as np
 import peft
 import torch
 from gguf import GGMLQuantizationType as Stored
-from safetensors.torch import load_file
 from torch import Tensor
 
-from strop.adapters import WEIGHTS_FILE
 from strop.data.rendering.render import Renderer
 from strop.errors import FolderError, ModelError, ParityError, RecipeError
 from strop.exporting import llamacpp
-from strop.exporting.changes import module_scales
+from strop.exporting.changes import beyond_lora, module_scales, names_in, read_weights
 from strop.exporting.families import Layout
 from strop.exporting.merge import check_measured, check_memory, rounded
 from strop.exporting.tuned import Tuned
 from strop.exporting.verify import LIMITS, Findings, checking
 from strop.exporting.vocabulary import Vocabulary, vocabulary
-from strop.model.facts import safetensors_header
 from strop.model.load import load_config, weights_folder
 from strop.model.shards import Tensors
 from strop.model.tokenizer import load_tokenizer
@@ -184,8 +181,7 @@ def _check_adapter(tuned: Tuned, renderer: Renderer) -> None:
     """Raises ModelError for an adapter that is more than plain LoRA matrices on the base as it is in GGUF."""
     if tuned.folder is None:
         raise ModelError("--adapter: no adapter there", fix="give a run or adapter folder")
-    odd = [key for key in _keys(tuned.folder) if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
-    if odd:
+    if odd := beyond_lora(tuned.folder):
         raise ModelError(f"--adapter: a LoRA GGUF has no place for {min(odd)}", fix="leave --adapter out: merge it")
     if Renderer(load_tokenizer(tuned.source)).template_hash != renderer.template_hash:
         what = "--adapter: trained with another chat template than its base's, and a LoRA GGUF brings none"
@@ -193,11 +189,14 @@ def _check_adapter(tuned: Tuned, renderer: Renderer) -> None:
 
 
 def _check_places(folder: Path, layout: Layout, tensors: Tensors) -> None:
-    """Raises ModelError for LoRA on a weight that is in no file of its own: a head that is tied to the embedding."""
-    for module in {key.rpartition(".lora_A.")[0] for key in _keys(folder)} - {""}:
-        weight = f"{module}.weight"
+    """Raises ModelError for what is trained of a weight that is in no file of its own: a head that is tied to the
+    embedding."""
+    for key in names_in(folder):
+        module, lora, _ = key.partition(".lora_")
+        weight = f"{module}.weight" if lora else key
         if weight not in tensors or layout.name(weight) is None:
-            what = f"{folder}: trains {module}, which has no weight of its own in GGUF (it is tied to another)"
+            trained = weight.removesuffix(".weight")
+            what = f"{folder}: trains {trained}, which has no weight of its own in GGUF (it is tied to another)"
             raise ModelError(what, fix="serve the adapter on its base, or train without that module")
 
 
@@ -265,7 +264,7 @@ class _Model:
         """The LoRA matrices in f32. llama.cpp scales them by alpha / rank; another scale goes into B."""
         folder = self.tuned.folder
         assert folder is not None
-        saved, settings = _saved(folder), peft.LoraConfig.from_pretrained(str(folder))
+        saved, settings = read_weights(folder), peft.LoraConfig.from_pretrained(str(folder))
         scale, alpha = module_scales(self.tuned.source, settings), float(settings.lora_alpha)
         writer = gguf.GGUFWriter(file, self.layout.arch)
         writer.add_type(gguf.GGUFType.ADAPTER)
@@ -282,17 +281,6 @@ class _Model:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-
-
-def _keys(folder: Path) -> list[str]:
-    """The names of an adapter's tensors, under the base's names."""
-    return [key.removeprefix("base_model.model.") for key in safetensors_header(folder / WEIGHTS_FILE)]
-
-
-def _saved(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder, under the base's names."""
-    saved = load_file(folder / WEIGHTS_FILE)
-    return {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
 
 
 def _stored(name: str, shape: list[int], wanted: Stored) -> Stored:

@@ -61,6 +61,7 @@ from strop.runs.lock import sha256_file, sha256_text
 AS_THEY_ARE = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
+MOST_ROWS = 2000  # to measure on
 CHOOSING_ROWS = 64  # on which two bases are compared
 AT_ONCE = 1 << 23  # numbers of a weight that are rounded to fp16 together: some 200 MB
 
@@ -189,7 +190,8 @@ def check_memory(source: Source, element: int, say: Callable[[str], None]) -> No
 
 
 def rows_to_measure(name: str, folder: Path, source: Source, data: str | None) -> list[Example]:
-    """Held-out rows, or training rows where there are none, or `data`; with the tokenizer of `folder`."""
+    """Held-out rows, or training rows where there are none, or `data`; with the tokenizer of `folder`. Of pairs the
+    chosen answers, of judged ones the good: where two bases are compared, a lower loss on bad answers is no gain."""
     tokenizer = load_tokenizer(with_tokenizer(folder, source))
     if data is None and not is_run(Path(name)):
         raise ModelError(f"{name}: an adapter folder has no rows to measure on", fix="give --data")
@@ -208,8 +210,9 @@ def rows_to_measure(name: str, folder: Path, source: Source, data: str | None) -
         section = DataSection(train=str(data))
     prepared = prepare(section, tokenizer, cache=cache_folder() / "data", learning=learning)
     held_out = prepared.eval if prepared.eval is not None else prepared.train
-    step = 2 if learning == "pairs" else 1  # the chosen answers
-    return [held_out[row] for row in range(0, min(len(held_out), 2000 * step), step)]
+    step = 2 if learning == "pairs" else 1
+    good = [row for row in range(0, len(held_out), step) if held_out.judged[row] != 0]
+    return [held_out[row] for row in good[:MOST_ROWS]]
 
 
 def better_base(
@@ -275,14 +278,16 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
             continue
         shard: dict[str, Tensor] = {}
         for group in groups:
-            if not any(text(place) for place in layout.places(group)):
-                shard |= {name: tensors.get(name) for name in group.names}  # of another tower: as it is, bit by bit
-                continue
-            parts = {}
+            outside, same, parts = not any(text(place) for place in layout.places(group)), True, {}
             for name, weight in layout.read(group, tensors.get).items():
-                weight = as_trained(name, weight)
-                parts[name] = rounded(name, change(name, weight), weight, DTYPES[dtype])
-            shard |= layout.write(group, parts)
+                weight = weight if outside else as_trained(name, weight)
+                changed = change(name, weight)
+                same = same and changed is weight
+                parts[name] = rounded(name, changed, weight, DTYPES[dtype])
+            if outside and same:
+                shard |= {name: tensors.get(name) for name in group.names}  # of another tower: as it is, bit by bit
+            else:
+                shard |= layout.write(group, parts)
         save_file(shard, made / file, {"format": "pt"})
         done["shards"][file] = sha256_file(made / file)
         write_json(progress, done)
