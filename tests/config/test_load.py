@@ -88,7 +88,10 @@ def test_a_broken_recipe_file_is_named(tmp_path: Path, text: str, said: str) -> 
 def test_option_texts() -> None:
     assert parse_option("lora.target_modules", "q_proj,v_proj") == ["q_proj", "v_proj"]
     assert parse_option("lora.target_modules", "all-linear") == "all-linear"
+    assert parse_option("lora.target_modules", "[q_proj, v_proj]") == ["q_proj", "v_proj"]
     assert parse_option("lora.modules_to_save", "norm") == ["norm"]
+    assert parse_option("lora.new_tokens", "[INST],[/INST]") == ["[INST]", "[/INST]"]
+    assert parse_option("lora.new_tokens", "[CITE]") == ["[CITE]"]
     assert parse_option("data.columns", "prompt=question,completion=answer") == {
         "prompt": "question",
         "completion": "answer",

@@ -6,6 +6,7 @@ decided by planning/choose.py and carries the origin `plan`.
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -97,7 +98,10 @@ def read_resolved(path: Path) -> Resolved:
 
 
 def parse_option(name: str, text: str) -> Any:
-    """An option's text as the recipe's value: lists split at commas, maps as a=b,c=d, `none` for nothing."""
+    """An option's text as the recipe's value: lists split at commas, maps as a=b,c=d, `none` for nothing.
+
+    A list may stand in brackets, as in a recipe; tokens are text, and keep theirs.
+    """
     hint = dict(option_fields())[name].annotation
     kinds = {typing.get_origin(part) or part for part in _union(hint)}
     if text.lower() in ("none", "null", "") and type(None) in kinds:
@@ -109,7 +113,8 @@ def parse_option(name: str, text: str) -> Any:
         typed = Any in typing.get_args(hint)  # as a recipe would have them: true, 3, text
         return {key.strip(): yaml.safe_load(value) if typed else value.strip() for key, _, value in pairs}
     if list in kinds and not name.startswith("data.") and ("," in text or str not in kinds):
-        return [part.strip() for part in text.strip("[]").split(",") if part.strip()]
+        bare = text if name == "lora.new_tokens" or not re.fullmatch(r"\[.*\]", text) else text[1:-1]
+        return [part.strip() for part in bare.split(",") if part.strip()]
     return text
 
 
