@@ -262,7 +262,7 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
             first.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
         if not isinstance(rendered, RenderError):
             longest = max(longest, *map(len, rendered))
-        outcome, examples, fault = _settle(conversation, rendered, data, renderer, learning)
+        outcome, examples, fault = settle(conversation, rendered, data, renderer, learning)
         if examples and learning in ("pairs", "labels") and (against := opposed(conversation, examples, judged)):
             outcome, examples = "dropped", []
             fault = _fault(conversation, "contradiction", f"says the opposite of {against[0]}:{against[1]}")
@@ -300,7 +300,7 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
     }
 
 
-def _settle(
+def settle(
     conversation: Conversation,
     rendered: list[Example] | RenderError,
     data: DataSection,
