@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from strop.errors import nearest
 from tests.support.running import QUICK, run
 
 GOOD = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}\n'
@@ -20,6 +21,11 @@ def weightless(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """The tiny model, with loading of weights forbidden."""
     monkeypatch.setattr("strop.training.build.load_base", lambda *args, **more: pytest.fail("weights were loaded"))
     return tiny_folder
+
+
+def test_a_name_is_not_its_own_nearest() -> None:
+    assert nearest("rows.jsonl", ["rows.jsonl", "x"]) == ""
+    assert nearest("rows.jsonl", ["rows.jsonl", "rows.json"]) == " (did you mean rows.json?)"
 
 
 @pytest.mark.parametrize(
@@ -40,6 +46,7 @@ def weightless(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["--data", "rows.jsonl", "--out", "rows.jsonl"], "rows.jsonl: cannot be written"),
         (["--data", "rows.jsonl", "--model", "no-such-model"], "no-such-model"),
         (["--data", "rows.jsonl", "--model", "./no/such/model"], "no such model folder"),
+        (["--data", "rows.jsonl", "--model", "rows.jsonl"], "rows.jsonl: is a file"),
         (["--data", "rows.jsonl", "--model", "pickled"], "pickle"),
         (["--data", "rows.jsonl", "--model", "remote-code"], "run code of its own"),
         (["--data", "rows.jsonl", "--adapter", "taken"], "no adapter there"),

@@ -153,6 +153,6 @@ class Stopped(StropError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean x?)' for the known word most like `word`, else ''."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    """' (did you mean x?)' for another known word that is most like `word`, else ''."""
+    close = difflib.get_close_matches(word, [other for other in known if other != word], n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""

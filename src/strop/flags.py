@@ -94,9 +94,8 @@ def _recipe_fields() -> tuple[dict[str, Any], dict[str, str]]:
 def _parsed(options: dict[str, Any]) -> dict[str, Any]:
     from strop.config.load import parse_option
 
-    return {
-        field: (value[0] if len(value) == 1 and field != "track" else value)
-        if isinstance(value, list)
-        else parse_option(field, value)
-        for field, value in options.items()
-    }
+    found = {}
+    for field, value in options.items():
+        several = isinstance(value, list) and (len(value) > 1 or field == "track")
+        found[field] = value if several else parse_option(field, value[0] if isinstance(value, list) else value)
+    return found

@@ -12,6 +12,7 @@ import strop
 from strop.bridges.calls import UNREAD, Script
 from strop.bridges.draft import Imported
 from strop.bridges.peers import PEERS, import_config
+from strop.bridges.terms import CUTS_THE_END, NO_LIMIT
 from strop.config.load import resolve
 from strop.errors import InputError, RecipeError
 
@@ -175,6 +176,17 @@ def test_a_meaning_that_differs_is_said(tmp_path: Path, tiny_folder: Path) -> No
     assert {"sample_packing", "val_set_size", "datasets[0].type", "warmup"} <= said
     said = {note.key for note in imported("trl-kto.py", written("trl-kto.py", tmp_path, tiny_folder)).draft.differs}
     assert {"max_length", "target_modules", "warmup_steps"} <= said
+
+
+def test_no_limit_of_length_is_not_the_default(tmp_path: Path) -> None:
+    text = (FOLDER / "trl-dpo.py").read_text(encoding="utf-8")
+    for given, length in (("", 1024), ("max_length=None,", None), ("max_length=99,", 99)):
+        (tmp_path / "train.py").write_text(text.replace("max_length=256,", given), encoding="utf-8")
+        draft = import_config("trl", tmp_path / "train.py").draft
+        assert draft.get("data.max_length") == length
+        assert [note.text for note in draft.differs if note.key == "max_length"] == [
+            NO_LIMIT if length is None else CUTS_THE_END
+        ]
 
 
 REFUSED = {

@@ -57,6 +57,15 @@ def test_a_resolved_recipe_written_and_read_again_is_the_same(tmp_path: Path) ->
         ({"train.early_stopping": 2}, "needs data.eval"),
         ({"train.micro_batch": 2, "train.micro_batch_tokens": 99}, "not both"),
         ({"lora.init": "loftq", "lora.use_dora": True}, "not with lora.use_dora"),
+        ({"lora.r": True}, "must be a number, not true or false"),
+        ({"lora.alpha": True}, "must be a number, not true or false"),
+        ({"train.save_steps": False}, "must be a number, not true or false"),
+        ({"lora.rank_pattern": {"v_proj": 4, "q_proj": 0}}, "q_proj: Input should be greater than or equal to 1"),
+        ({"lora.rank_pattern": {"q_proj": True}}, "must be a number"),
+        ({"lora.alpha_pattern": {"q_proj": -3}}, "greater than 0"),
+        ({"lora.target_modules": []}, "names no module"),
+        ({"lora.new_tokens": ["a", ""]}, "a token is empty"),
+        ({"lora.new_tokens": ["a", "b", "a"]}, "a stands twice"),
     ],
 )
 def test_what_is_wrong_is_refused_in_one_line(options: dict[str, object], said: str) -> None:
@@ -65,6 +74,35 @@ def test_what_is_wrong_is_refused_in_one_line(options: dict[str, object], said: 
     assert refused.value.exit_code == 2
     assert len(refused.value.lines()) == 1
     assert said in refused.value.lines()[0]
+
+
+def test_every_fault_of_a_recipe_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("model: {name: demo}\ndata: {train: rows.jsonl}\nlora: {r: 0, target_modules: 3, dropout: 2}\n")
+    with pytest.raises(RecipeError) as refused:
+        resolve(file)
+    *places, last = refused.value.lines()
+    assert [place.removeprefix(f"{file}: ").partition(":")[0] for place in places] == [
+        "lora.r",
+        "lora.dropout",
+        "lora.target_modules",
+    ]
+    assert last == "the recipe is not valid"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("model: {name: demo}\ntrain: {epochs: 1}\ntrain: {batch_size: 4}\n", 3, "train"),
+        ("lora: {r: 8, r: 16}\n", 1, "r"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, line: int, key: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as refused:
+        resolve(file)
+    assert refused.value.lines()[0].startswith(f"{file}:{line}: not YAML: the key {key} stands twice, first in line")
 
 
 def test_a_missing_value_names_its_option() -> None:
@@ -88,7 +126,10 @@ def test_a_broken_recipe_file_is_named(tmp_path: Path, text: str, said: str) -> 
 def test_option_texts() -> None:
     assert parse_option("lora.target_modules", "q_proj,v_proj") == ["q_proj", "v_proj"]
     assert parse_option("lora.target_modules", "all-linear") == "all-linear"
+    assert parse_option("lora.target_modules", "[q_proj, v_proj]") == ["q_proj", "v_proj"]
     assert parse_option("lora.modules_to_save", "norm") == ["norm"]
+    assert parse_option("lora.new_tokens", "[INST],[/INST]") == ["[INST]", "[/INST]"]
+    assert parse_option("lora.new_tokens", "[CITE]") == ["[CITE]"]
     assert parse_option("data.columns", "prompt=question,completion=answer") == {
         "prompt": "question",
         "completion": "answer",

@@ -77,7 +77,9 @@ def test_the_example_of_each_format_is_that_format(entry: Any) -> None:
                 A,
             ]
         },
+        {"conversations": [{"Human": "hi", "ASSISTANT": "yo", "id": "x"}]},
         {"instruction": "hi", "input": "", "output": "yo"},
+        {"instruction": "", "input": "hi", "output": "yo"},
         {"instruction": "hi", "context": None, "response": "yo", "category": "open_qa"},
         {"instruction": "hi", "instances": [{"input": "", "output": "yo"}]},
         {"prompt": "hi", "completion": "yo", "source": "x", "score": 0.5, "prompt_id": "p", "extra": ""},
@@ -110,6 +112,11 @@ def test_optional_columns_are_read() -> None:
     several, _, reader = convert({"instruction": "i", "instances": [{"output": "a"}, {"input": "x", "output": "b"}]})
     assert [c.messages[0].content for c in several] == ["i", "i\n\nx"]
     assert (reader.num_rows, reader.num_used) == (1, 1)
+
+
+def test_system_text_among_pairs_comes_first() -> None:
+    said = one({"conversations": [{"human": "hi", "assistant": "yo", "System": "be good"}]}).messages
+    assert said == (Message("system", "be good"), *SPOKEN)
 
 
 def test_turns_of_a_prompt_are_not_trained_on() -> None:
@@ -188,6 +195,9 @@ def _with(turn: dict[str, Any]) -> dict[str, Any]:
         ("bad-messages", {"messages": [{"role": "system", "content": "a"}, U, A], "system": "b"}),
         ("bad-messages", {"instruction": "a", "output": "b", "history": ["x"]}),
         ("bad-messages", {"instruction": "a", "instances": []}),
+        ("bad-messages", {"instruction": "a", "input": "b", "context": "c", "output": "d"}),
+        ("unknown-role", {"conversations": [{"user": "a", "bot": "b", "function_call": '{"name": "f"}'}]}),
+        ("unknown-role", {"conversations": [{"human": "a", "assistant": "b", "asistant": "c"}]}),
         ("unknown-role", _with({"role": "usr", "content": "a"})),
         ("unknown-role", _with({"content": "a"})),
         ("unknown-role", _with({"role": 5, "content": "a"})),

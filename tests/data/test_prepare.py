@@ -347,6 +347,20 @@ def test_a_cleaned_copy_with_a_log_of_each_change(tmp_path: Path) -> None:
         check.fix(data, tokenizer, out)
 
 
+@pytest.mark.parametrize(("overlong", "kept"), [("refuse", 1), ("drop", 1), ("truncate-start", 2)])
+def test_a_cleaned_copy_leaves_out_rows_that_a_run_would_refuse_as_too_long(
+    tmp_path: Path, overlong: Any, kept: int
+) -> None:
+    path, out = write(tmp_path / "a.jsonl", [row("a", "b"), row("long " * 99, "b")]), tmp_path / "out.jsonl"
+    data = DataSection(train=path, max_length=60, overlong=overlong)
+    changes = check.fix(data, TOKENIZER, out)
+    assert len(out.read_text().splitlines()) == kept
+    assert len(prepare(data.model_copy(update={"train": str(out)}), TOKENIZER).train) == kept
+    assert [(change.line, "tokens, data.max_length is 60" in change.change) for change in changes] == [(2, True)][
+        kept - 1 :
+    ]
+
+
 def test_real_files() -> None:
     assert account(run(shared("formats/alpaca.json"), max_length=9999))["duplicates"]["within"] == 14
     assert "{{name}}" in "".join(run(shared("formats/alpaca_placeholders.json"), max_length=9999).report.warnings)

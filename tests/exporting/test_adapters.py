@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,34 @@ def test_a_weighted_sum_is_the_sum(two: tuple[Path, Path], tmp_path: Path, capsy
     with pytest.raises(FolderError):
         combine(list(map(str, two)), [1.0, 1.0], tmp_path / "sum")
     assert run("adapters", *two, "--out", tmp_path / "x", "--weights", "much", capsys=capsys)[0] == 2
+    with pytest.raises(RecipeError, match="not all are finite"):
+        combine(list(map(str, two)), [float("nan"), 1.0], tmp_path / "other")
     assert norm(str(tmp_path / "sum")) > 0 and facts(str(tmp_path / "sum")).data is None
+
+
+@pytest.mark.parametrize(
+    "setting", [{"trainable_token_indices": {"embed_tokens": [7]}}, {"use_dora": True}, {"bias": "all"}]
+)
+def test_what_has_no_sum_is_refused_before_weights_load(
+    two: tuple[Path, Path], setting: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("strop.exporting.adapters.load_base", lambda *args, **more: pytest.fail("weights were loaded"))
+    other = changed(two[1], tmp_path / "other", setting)
+    with pytest.raises(ModelError, match="have no weighted sum"):
+        combine([str(two[0]), str(other)], [0.5, 0.5], tmp_path / "sum")
+
+
+def test_another_alpha_pattern_is_told(two: tuple[Path, Path], tmp_path: Path) -> None:
+    other = changed(two[0], tmp_path / "other", {"alpha_pattern": {"q_proj": 5}})
+    assert compare(str(two[0]), str(other))["settings"] == {"alpha_pattern": [{}, {"q_proj": 5}]}
+
+
+def changed(run: Path, out: Path, setting: dict[str, object]) -> Path:
+    """A copy of a run's adapter with another setting."""
+    shutil.copytree(run / "adapter", out)
+    config = out / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **setting}))
+    return out
 
 
 def test_several_adapters_on_one_base(two: tuple[Path, Path], tmp_path: Path) -> None:

@@ -72,6 +72,12 @@ def test_a_pattern_that_matches_nothing_is_refused(field: str) -> None:
         check_lora(tiny.model(), section(**{field: {"c_attn": 2}}))
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_a_layer_without_an_adapter_is_refused(field: str) -> None:
+    with pytest.raises(ModelError, match=f"lora.{field}: k_proj matches no layer with an adapter"):
+        check_lora(tiny.model(), section(target_modules=["q_proj"], **{field: {"k_proj": 2}}))
+
+
 def test_adapters_are_fp32_on_a_bf16_base_and_the_base_is_frozen() -> None:
     model = add_lora(tiny.model().to(torch.bfloat16), section(), tokenizer("chatml"))
     weights = trainable(model)

@@ -239,6 +239,8 @@ def test_resume_takes_a_new_value_as_a_flag_and_no_other_shape(
     assert code == 2 and "lora.r is not" in err and "start a new run" in err
     code, _, err = run("resume", out, "--train.learning_rate", "1e-4", capsys=capsys)
     assert code == 2 and "--allow-changed train.learning_rate" in err
+    code, _, err = run("resume", out, "--allow-changed", "learning_rte", capsys=capsys)
+    assert code == 2 and "--allow-changed learning_rte: no such name (did you mean learning_rate?)" in err
     words = ["--train.learning_rate", "1e-4", "--train.log_steps", "2", "--allow-changed", "learning_rate"]
     assert run("resume", out, *words, capsys=capsys)[0] == 0
     assert "learning_rate: 0.0001  # option" in (out / "recipe.yaml").read_text()
@@ -486,6 +488,15 @@ def test_modules_lists_layers_with_their_shapes(tiny_folder: Path, capsys: pytes
     assert found["gate_proj"]["presets"] == ["auto", "balanced", "max-quality"]
     assert found["down_proj"]["presets"] == ["auto", "max-quality"] and found["lm_head"]["presets"] == []
     assert found["lm_head"]["kept_16_bit"] == "output head" and found["q_proj"]["kept_16_bit"] is None
+
+
+def test_an_option_takes_back_what_the_recipe_gives(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {{name: {tiny_folder}}}\ndata: {{train: x.jsonl, eval: held.jsonl}}\n")
+    code, out, _ = run("train", recipe, "--eval", "none", "--print-recipe", capsys=capsys)
+    assert code == 0 and "  eval: null  # option" in out
 
 
 def test_runs_and_print_recipe(trained: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

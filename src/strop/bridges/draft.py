@@ -115,12 +115,13 @@ class Imported:
 
 class Keys:
     """The keys of a config, each to be taken once; what nobody takes is told at the end. unread: keys whose values
-    cannot be read."""
+    cannot be read. none: keys that are given, as None."""
 
     def __init__(
         self, values: Mapping[str, Any], lines: Mapping[str, int] | None = None, unread: Iterable[str] = ()
     ) -> None:
         self._unread = set(unread)
+        self.none = {str(key) for key, value in values.items() if value is None}
         self._left = {str(key): value for key, value in values.items() if value is not None and value != ""}
         self._lines = dict(lines or {})
 

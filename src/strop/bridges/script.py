@@ -10,7 +10,17 @@ from strop.bridges.calls import Script, keys_of, text_of
 from strop.bridges.draft import Draft, Keys, read_yaml, shown
 from strop.bridges.scriptmodel import MODEL_WAYS, NO_TARGETS, read_adapter, read_model, types
 from strop.bridges.scriptrows import WRITE_ROWS, read_rows
-from strop.bridges.terms import CUTS_THE_END, NO_GRPO, OWN_WAY, lora, no_dropout, number, packing, training_arguments
+from strop.bridges.terms import (
+    CUTS_THE_END,
+    NO_GRPO,
+    NO_LIMIT,
+    OWN_WAY,
+    lora,
+    no_dropout,
+    number,
+    packing,
+    training_arguments,
+)
 from strop.errors import InputError, RecipeError
 
 CONFIGS = {
@@ -172,9 +182,9 @@ def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
     length = keys.take("max_length", keys.take("max_seq_length"))
     if length is not None:
         draft.put("data.max_length", int(length), "max_length")
-    elif draft.get("data.max_length") is None:
+    elif draft.get("data.max_length") is None and "max_length" not in keys.none:
         draft.put("data.max_length", 1024, "trl's default")
-    draft.differ("max_length", CUTS_THE_END)
+    draft.differ("max_length", CUTS_THE_END if draft.get("data.max_length") is not None else NO_LIMIT)
     keys.take("truncation_mode")
     if keys.take("disable_dropout", True):
         no_dropout(draft, "lora_dropout")

@@ -50,6 +50,7 @@ CUTS_THE_END = (
     "longer rows are cut at their end there, so the answer loses its end and its stop token; strop refuses such rows: "
     "raise data.max_length, or choose data.overlong"
 )
+NO_LIMIT = "null or None: rows of any length there; at most data.max_length tokens here"
 SCHEDULE_STARTS = "the first step has learning rate 0 there, and is one warmup step above 0 here"
 # what is wrong, and what to do
 NO_GRPO = (

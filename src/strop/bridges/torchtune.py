@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.bridges.draft import Draft, Keys, read_yaml, shown
-from strop.bridges.terms import CUTS_THE_END, SCHEDULE_STARTS, batch, number, packing
+from strop.bridges.terms import CUTS_THE_END, NO_LIMIT, SCHEDULE_STARTS, batch, number, packing
 from strop.errors import InputError
 
 OWN_WAY = (
@@ -136,7 +136,7 @@ def _data(draft: Draft, keys: Keys) -> None:
         draft.put("data.max_length", int(length), "tokenizer.max_seq_len")
         draft.differ("tokenizer.max_seq_len", CUTS_THE_END)
     else:
-        draft.differ("tokenizer.max_seq_len", "null: rows of any length there; at most data.max_length tokens here")
+        draft.differ("tokenizer.max_seq_len", NO_LIMIT)
     for key, value in tokenizer.items():
         if value is not None:
             draft.lack(f"tokenizer.{key}", f"{shown(value)}: strop takes the model's chat template (or data.template)")

@@ -46,7 +46,12 @@ def check(
     if show:
         account.show(prepared, show, console, ids=ids)
     if fix is not None:
-        account.fix(chosen.data, tokenizer, fix, learning)
+        changes = account.fix(chosen.data, tokenizer, fix, learning)
+        dropped = sum(change.change.startswith("dropped") for change in changes)
+        with fix.open("rb") as file:
+            rows = sum(1 for _ in file)
+        told = f"wrote {fix}: {rows:,} rows, {dropped:,} dropped (see {fix}.changes.jsonl)"
+        console.print(told, markup=False, highlight=False)
     report = prepared.report
     refusal = report.refusal or (report.eval.refusal if report.eval else None)
     print_json({**report.as_json(), **({"error": refusal.as_json()} if refusal else {})}, as_json)

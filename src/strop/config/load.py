@@ -6,6 +6,7 @@ decided by planning/choose.py and carries the origin `plan`.
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -97,7 +98,10 @@ def read_resolved(path: Path) -> Resolved:
 
 
 def parse_option(name: str, text: str) -> Any:
-    """An option's text as the recipe's value: lists split at commas, maps as a=b,c=d, `none` for nothing."""
+    """An option's text as the recipe's value: lists split at commas, maps as a=b,c=d, `none` for nothing.
+
+    A list may stand in brackets, as in a recipe; tokens are text, and keep theirs.
+    """
     hint = dict(option_fields())[name].annotation
     kinds = {typing.get_origin(part) or part for part in _union(hint)}
     if text.lower() in ("none", "null", "") and type(None) in kinds:
@@ -109,7 +113,8 @@ def parse_option(name: str, text: str) -> Any:
         typed = Any in typing.get_args(hint)  # as a recipe would have them: true, 3, text
         return {key.strip(): yaml.safe_load(value) if typed else value.strip() for key, _, value in pairs}
     if list in kinds and not name.startswith("data.") and ("," in text or str not in kinds):
-        return [part.strip() for part in text.strip("[]").split(",") if part.strip()]
+        bare = text if name == "lora.new_tokens" or not re.fullmatch(r"\[.*\]", text) else text[1:-1]
+        return [part.strip() for part in bare.split(",") if part.strip()]
     return text
 
 
@@ -145,18 +150,18 @@ def _validated(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        places: list[Where] = []
+        places: dict[str, Where] = {}  # one line a field, or key of a map: pydantic reports each member of a union
         for fault in error.errors():
             name = _field_name(fault["loc"])
             name = {"data": "data.train", "model": "model.name"}.get(name, name)  # a missing section: its one duty
-            _, origin, source = given.get(name, (None, "", ""))
+            value, origin, source = given.get(name, (None, "", ""))
+            key = f"{fault['loc'][-1]}: " if isinstance(value, dict) and len(fault["loc"]) > 2 else ""
             file = source if origin == "recipe" else f"--{name}" if name else "recipe"
             shown = "" if fault["type"] in ("missing", "value_error") and not name else f" (got {fault['input']!r})"
             said = "is required" if fault["type"] == "missing" else fault["msg"].removeprefix("Value error, ") + shown
-            if places and places[-1].file == file:
-                continue  # one line a fault: pydantic reports each member of a union
-            places.append(Where(file, None, f"{name + ': ' if origin == 'recipe' else ''}{said}"))
-        raise RecipeError("the recipe is not valid", fix="", where=places) from None
+            field = f"{name}: " if origin == "recipe" else ""
+            places.setdefault(name + key, Where(file, None, f"{field}{key}{said}"))
+        raise RecipeError("the recipe is not valid", fix="", where=list(places.values())) from None
 
 
 def _field_name(location: tuple[int | str, ...]) -> str:
@@ -168,11 +173,25 @@ def _field_name(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location)
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML, whose maps hold a key once; PyYAML itself takes the last of several."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in lines:
+                what = f"the key {key.value} stands twice, first in line {lines[key.value]}"
+                raise yaml.composer.ComposerError(None, None, what, key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
+        return node
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file", fix="give the path of a YAML file")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark is not None else None

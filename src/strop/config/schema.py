@@ -6,15 +6,33 @@ A recipe is frozen and complete; where a value came from is kept beside it (conf
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 def _finite(value: float) -> float:
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError("must be a finite number")
     return value
+
+
+def _is_number(hint: Any) -> bool:
+    """Whether a field takes numbers, or maps to numbers, and at most None besides."""
+    if get_origin(hint) is Annotated:
+        return _is_number(get_args(hint)[0])
+    parts = get_args(hint)[get_origin(hint) is dict :]
+    return all(part is type(None) or _is_number(part) for part in parts) if parts else hint in (int, float)
 
 
 def _yes_or_no(value: Any) -> Any:
@@ -24,12 +42,22 @@ def _yes_or_no(value: Any) -> Any:
 
 Finite = Annotated[float, AfterValidator(_finite)]
 Layers = Annotated[int, Field(ge=1)]
+MAX_RANK = 4096
 TIME = r"^\d+(\.\d+)?[smhd]?$"
 DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads a bare yes or true as true, which pydantic takes for 1."""
+        held = value.values() if isinstance(value, dict) else (value,)
+        if any(isinstance(one, bool) for one in held) and _is_number(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("must be a number, not true or false")
+        return value
 
 
 class ModelSection(Section):
@@ -79,7 +107,7 @@ class DataSection(Section):
 
 
 class LoraSection(Section):
-    r: int = Field(16, ge=1, le=4096, description="rank")
+    r: int = Field(16, ge=1, le=MAX_RANK, description="rank")
     alpha: Finite | None = Field(None, gt=0, description="scale numerator; default 2 r")
     dropout: Finite = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: str | list[str] = Field(
@@ -92,12 +120,32 @@ class LoraSection(Section):
     init: Literal["default", "gaussian", "loftq"] = Field(
         "default", description="A uniform (Kaiming) or normal and B zero; loftq: what quantization lost"
     )
-    rank_pattern: dict[str, int] = Field(default_factory=dict, description="rank by module name or regular expression")
-    alpha_pattern: dict[str, int] = Field(default_factory=dict, description="alpha by module name or expression")
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(
+        default_factory=dict, description="rank by module name or regular expression"
+    )
+    alpha_pattern: dict[str, Annotated[int, Field(gt=0)]] = Field(
+        default_factory=dict, description="alpha by module name or expression"
+    )
     modules_to_save: list[str] = Field(default_factory=list, description="modules trained in full, not through LoRA")
     new_tokens: list[str] = Field(
         default_factory=list, description="tokens added to the vocabulary; their embedding rows are trained and saved"
     )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some(cls, names: str | list[str]) -> str | list[str]:
+        if not names:
+            raise ValueError("names no module: leave it out, or write all-linear")
+        return names
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _each_once(cls, tokens: list[str]) -> list[str]:
+        if "" in tokens:
+            raise ValueError("a token is empty")
+        if twice := [token for token, count in Counter(tokens).items() if count > 1]:
+            raise ValueError(f"{', '.join(twice)} stands twice")
+        return tokens
 
 
 OBJECTIVE_OPTIONS = (

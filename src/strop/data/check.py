@@ -16,11 +16,11 @@ from rich.text import Text
 from strop.config.schema import DataSection
 from strop.data import formats
 from strop.data.conversation import Conversation, Example, Message, Row
-from strop.data.prepare import Prepared, opposed, renderer_for
+from strop.data.prepare import Prepared, opposed, renderer_for, settle
 from strop.data.reading import sources
 from strop.data.reading.sources import RowFault
 from strop.data.rendering.pairs import render_pairs, render_prompts
-from strop.data.rendering.render import Renderer, RenderError
+from strop.data.rendering.render import Renderer
 from strop.data.store import digest, dumps, message_json
 from strop.data.units import Learning
 from strop.errors import SHOWN_PLACES, FolderError
@@ -165,9 +165,9 @@ def fix(data: DataSection, tokenizer: Any, out: Path, learning: Learning = "turn
     """Write the usable rows of data.train to `out` as `messages` (or `text`) rows, and each change beside it; pairs as
     `chosen` and `rejected`, judged answers with their `label`. learning: as for prepare.
 
-    Rows that are wrong and repeated rows are dropped, names of roles and columns become the usual ones. Changes are
-    returned, and written to OUT.changes.jsonl. Raises FolderError where `out` exists, DataError and ModelError as
-    prepare does.
+    Rows that are wrong, repeated, or longer than data.overlong lets them be are dropped, names of roles and columns
+    become the usual ones. Changes are returned, and written to OUT.changes.jsonl. Raises FolderError where `out`
+    exists, DataError and ModelError as prepare does.
     """
     log = out.with_name(out.name + ".changes.jsonl")
     for path in (out, log):
@@ -212,11 +212,12 @@ def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], learn
     for conversation in made:
         file, line = conversation.file, conversation.line
         [(_, rendered)] = render(renderer, [conversation])
-        if isinstance(rendered, RenderError):
-            fault = rendered
-            changes.append(Change(file, line, f"dropped: {fault.what}"))
+        kind: Learning = "pairs" if conversation.rejected else learning  # a pair is two judged answers in one row
+        _, examples, fault = settle(conversation, rendered, data, renderer, kind)
+        if fault is not None:
+            changes.append(Change(file, line, f"dropped: {fault.where.what}"))
             continue
-        if learning in ("pairs", "labels") and (against := opposed(conversation, rendered, judged)):
+        if learning in ("pairs", "labels") and (against := opposed(conversation, examples, judged)):
             changes.append(Change(file, line, f"dropped: says the opposite of {against[0]}:{against[1]}"))
             continue
         key = digest(dumps(conversation))
@@ -228,7 +229,7 @@ def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], learn
         if value != current[0].value:
             changes.append(Change(file, line, _rewritten(current[0].value, conversation, made.found[file])))
         yield json.dumps(value, ensure_ascii=False)
-    changes += [Change(fault.where.file, fault.where.line, f"dropped: {fault.where.what}") for fault in bad]
+    changes += [Change(at.file, at.line, f"dropped: {at.what}") for at in (fault.where for fault in bad)]
 
 
 def _plain(conversation: Conversation, learning: Learning) -> dict[str, Any]:

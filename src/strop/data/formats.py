@@ -15,7 +15,7 @@ from strop.data import preferences, shapes
 from strop.data.conversation import Conversation, Row
 from strop.data.reading import files
 from strop.data.reading.files import RowFault
-from strop.data.shapes import BadRow, Keys, Said, Value
+from strop.data.shapes import METADATA, BadRow, Keys, Said, Value
 from strop.errors import DataError, Where, nearest
 
 REASONS: dict[str, str] = {
@@ -186,15 +186,7 @@ MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns
 PICTURE = "<image>"
 PAIRED = frozenset({"preference", "ranking"})  # formats of pairs
 
-# Columns that are not content, so that leaving them out changes nothing that could have been meant.
-_METADATA = frozenset(
-    {
-        *("id", "idx", "index", "uuid", "uid", "hash", "url", "source", "dataset", "split", "subset", "title", "name"),
-        *("date", "timestamp", "created", "lang", "language", "license", "meta", "metadata", "model", "author"),
-        *("version",),
-    }
-)
-# The same beside two columns, but beside `text` they may be the answer (banking77: text, category).
+# Not content beside two columns, but beside `text` they may be the answer (banking77: text, category).
 _TOPICS = frozenset({"category", "subject", "topic", "domain", "difficulty", "level", "type", "task", "tags", "tag"})
 
 
@@ -210,7 +202,7 @@ def shape_of(value: Value) -> str | None:
 
 def _unclear(value: Value, entry: Format) -> list[str]:
     """Columns that may hold content and that the format would leave out."""
-    used = {*(entry.found_in(value) or ()), *entry.optional} | _METADATA | (_TOPICS if entry.name != "text" else set())
+    used = {*(entry.found_in(value) or ()), *entry.optional} | METADATA | (_TOPICS if entry.name != "text" else set())
     return [
         key
         for key, held in value.items()

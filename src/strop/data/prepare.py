@@ -42,7 +42,7 @@ REASONS: dict[str, str] = {
     TOO_LONG: "the row is longer than data.max_length",
     "contradiction": "the same two answers stand the other way round elsewhere, or one answer is judged both ways",
 }
-STORE_VERSION = 4  # raise it when prepared data changes for the same input
+STORE_VERSION = 5  # raise it when prepared data changes for the same input
 OUTCOMES = ("used", "split", "truncated", "dropped")  # from best to worst
 
 
@@ -262,7 +262,7 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
             first.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
         if not isinstance(rendered, RenderError):
             longest = max(longest, *map(len, rendered))
-        outcome, examples, fault = _settle(conversation, rendered, data, renderer, learning)
+        outcome, examples, fault = settle(conversation, rendered, data, renderer, learning)
         if examples and learning in ("pairs", "labels") and (against := opposed(conversation, examples, judged)):
             outcome, examples = "dropped", []
             fault = _fault(conversation, "contradiction", f"says the opposite of {against[0]}:{against[1]}")
@@ -300,7 +300,7 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
     }
 
 
-def _settle(
+def settle(
     conversation: Conversation,
     rendered: list[Example] | RenderError,
     data: DataSection,

@@ -20,6 +20,14 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"),
 }
+# Columns that are not content, so that leaving them out changes nothing that could have been meant.
+METADATA = frozenset(
+    {
+        *("id", "idx", "index", "uuid", "uid", "hash", "url", "source", "dataset", "split", "subset", "title", "name"),
+        *("date", "timestamp", "created", "lang", "language", "license", "meta", "metadata", "model", "author"),
+        *("version",),
+    }
+)
 _SPEAKER = frozenset({"role", "from"})
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: the assistant's turn is the call itself, as JSON
 
@@ -51,9 +59,24 @@ def messages(value: Value, keys: Keys) -> list[Said]:
     """One column: a list of turns, or of {"human": ..., "assistant": ...}."""
     turns = value[keys[0]]
     if isinstance(turns, list) and turns and all(isinstance(turn, dict) and not _SPEAKER & set(turn) for turn in turns):
-        turns = [{"role": role, "content": said} for turn in turns for role, said in turn.items() if role in ROLES]
+        turns = [turn for place, pairs in enumerate(turns) for turn in _spoken(pairs, f"{keys[0]}[{place}]")]
         value = {**value, keys[0]: turns}
     return [row_of(_turns(value, keys[0]), value)]
+
+
+def _spoken(pairs: dict[str, Any], at: str) -> list[dict[str, Any]]:
+    """The turns of {"human": ..., "assistant": ...}, the system's first.
+
+    Raises BadRow for content beside them, which would be lost.
+    """
+    turns = []
+    for key, said in pairs.items():
+        if key.lower() in ROLES:
+            turns.append({"role": key, "content": said})
+        elif isinstance(said, str | list | dict) and said and key.lower() not in METADATA:
+            what = f"{at}: {key[:40]!r} holds content and is no known role; write such turns with role and content"
+            raise BadRow("unknown-role", what)
+    return sorted(turns, key=lambda turn: ROLES[turn["role"].lower()] != "system")
 
 
 def asked(value: Value) -> Said:
@@ -262,9 +285,10 @@ def instances(value: Value, keys: Keys) -> list[Said]:
 
 
 def task_of(value: Value) -> str:
-    instruction = text_of(value, "instruction")
-    given = _optional_text(value, "input") or _optional_text(value, "context")
-    return f"{instruction}\n\n{given}" if given.strip() else instruction
+    given = [text for key in ("input", "context") if (text := _optional_text(value, key)).strip()]
+    if len(given) > 1:
+        raise BadRow("bad-messages", "input and context both hold text: name the columns to read with --data.columns")
+    return "\n\n".join(text for text in (text_of(value, "instruction"), *given) if text.strip())
 
 
 def prompt_alone(value: Value, keys: Keys) -> list[Said]:

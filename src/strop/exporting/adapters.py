@@ -34,7 +34,10 @@ from strop.runs.folder import disk_faults, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
 # What two adapters may differ in that decides what they do, by its name in adapter_config.json.
-SETTINGS = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save", "rank_pattern")
+SETTINGS = (
+    *("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save"),
+    *("rank_pattern", "alpha_pattern"),
+)
 
 
 @dataclass(frozen=True)
@@ -142,24 +145,22 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> Facts:
     """A new adapter that adds the weighted sum of what several add, through peft.
 
     By peft's `cat`, whose rank is the sum of theirs: its `linear` multiplies mixed A with mixed B, which is no sum.
-    Raises ModelError where they are not of one base, RecipeError where there is not one weight for each.
+    Raises ModelError where they are not of one base, RecipeError where there is not one finite weight for each.
     """
     if len(names) != len(weights) or len(names) < 2:
         raise RecipeError(f"{len(names)} adapters, {len(weights)} weights", fix="--weights 0.7,0.3 for two adapters")
+    if not all(map(math.isfinite, weights)):
+        raise RecipeError(f"weights {', '.join(map(str, weights))}: not all are finite", fix="--weights 0.7,0.3")
     if out.exists():
         raise FolderError(f"{out}: is there already", fix="give --out a new folder")
     folders = [_folder(name) for name in names]
     for folder in folders:
-        _refuse_experts(folder)
+        _check_summable(folder)
     source = base_source(folders[0])
     model: Any = load_base(source, torch.float32, "cpu")
     inner = [f"part{number}" for number in range(len(folders))]
     for folder, name in zip(folders, inner, strict=True):
         model, _ = attach(model, folder, source, name=name)
-    for config in model.peft_config.values():
-        if config.use_dora or config.bias != "none" or config.modules_to_save or config.trainable_token_indices:
-            what = "DoRA, biases, whole modules and new tokens have no weighted sum"
-            raise ModelError(what, fix="combine plain LoRA adapters")
     model.peft_config[inner[0]].use_rslora = False  # the sum takes its config, and is scaled by 1
     model.add_weighted_adapter(inner, list(weights), "combined", combination_type="cat")
     with disk_faults(out.parent), new_folder(out) as temp:
@@ -252,11 +253,16 @@ def _leaf(module: str) -> str:
     return next(part for part in reversed(module.split(".")) if not part.isdigit())
 
 
-def _refuse_experts(folder: Path) -> None:
-    """peft's `cat` lays whole A and B side by side, where those of experts belong together expert by expert."""
-    if read_adapter_config(folder).get("target_parameters"):
+def _check_summable(folder: Path) -> None:
+    """Of a mixture's experts peft's `cat` lays whole A and B side by side, where they belong together by expert."""
+    config = read_adapter_config(folder)
+    if config.get("target_parameters"):
         what = f"{folder}: has adapters on a mixture's experts, which peft cannot add up"
         raise ModelError(what, fix="serve or merge each by itself")
+    more = [name for name in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(name)]
+    if more or config.get("bias", "none") != "none":
+        what = f"{folder}: DoRA, biases, whole modules and new tokens have no weighted sum"
+        raise ModelError(what, fix="combine plain LoRA adapters")
 
 
 def _plain(value: Any) -> Any:

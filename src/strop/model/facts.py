@@ -208,7 +208,9 @@ def _hub_faults(name: str, revision: str | None) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
-    near = nearest(name, _siblings(Path(name)))
+    path = Path(name)
+    near = nearest(name, _siblings(path))
+    here = "is a folder" if path.is_dir() else "is a file" if path.exists() else f"no such folder{near}"
     try:
         yield
     except HFValidationError:
@@ -217,7 +219,7 @@ def _hub_faults(name: str, revision: str | None) -> Iterator[None]:
         offline = constants.HF_HUB_OFFLINE
         why = "while offline" if offline else f"and {constants.ENDPOINT} cannot be reached"
         fix = "check the name, or go online (unset HF_HUB_OFFLINE)" if offline else "check the connection, HF_ENDPOINT"
-        raise ModelError(f"{name}: no such folder{near}, and not in the local Hub cache {why}", fix=fix) from None
+        raise ModelError(f"{name}: {here}, and not in the local Hub cache {why}", fix=fix) from None
     except GatedRepoError:
         what = f"{name}: gated: only who has accepted its terms may load it"
         fix = f"open {constants.ENDPOINT}/{name} and accept them, then log in with `hf auth login`"
@@ -225,7 +227,7 @@ def _hub_faults(name: str, revision: str | None) -> Iterator[None]:
     except RevisionNotFoundError:
         raise ModelError(f"{name}: has no revision {revision}", fix="give a branch, a tag or a commit of it") from None
     except RepositoryNotFoundError:
-        what = f"{name}: no such folder{near}, and no such model on the Hub that this account may see"
+        what = f"{name}: {here}, and no such model on the Hub that this account may see"
         raise ModelError(what, fix="check the name; for a private one log in with `hf auth login`") from None
     except RemoteEntryNotFoundError:
         raise ModelError(f"{name}: has no config.json: no model of transformers") from None

@@ -103,19 +103,18 @@ def embedding_kinds(model: nn.Module) -> list[LinearKind]:
 def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
     """The leaf names to adapt; needs no weights (a skeleton will do).
 
-    Raises ModelError where targets match nothing, patterns name no target, or tied embeddings would be trained as
+    Raises ModelError where targets match nothing, patterns match no target, or tied embeddings would be trained as
     two copies of which one is lost on reload (peft#2018, transformers#45127).
     """
     kinds = linear_kinds(model)
     names = target_names(kinds, section.target_modules)
     _check_experts(kinds, names, section)
-    modules = [path for path, _ in model.named_modules()]
+    modules, adapted = [path for path, _ in model.named_modules()], _adapted(model, names)
     for field, pattern in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern)):
         for key in pattern:
-            if not any(_peft_match(key, path) for path in modules):
-                raise ModelError(
-                    f"lora.{field}: {key} matches no module{nearest(key, names)}", fix="see `strop modules MODEL`"
-                )
+            if not any(_peft_match(key, path) for path in adapted):
+                what = f"lora.{field}: {key} matches no layer with an adapter{nearest(key, names)}"
+                raise ModelError(what, fix=f"the adapters are on {', '.join(names)}")
     for name in section.modules_to_save:
         if not any(path == name or path.endswith(f".{name}") for path in modules):
             raise ModelError(f"lora.modules_to_save: no module {name}", fix="see `strop modules MODEL`")
@@ -178,6 +177,14 @@ def _where(model: nn.Module, names: list[str]) -> dict[str, Any]:
     if any(kind.type == "Conv1D" and kind.name in chosen for kind in kinds):
         found["fan_in_fan_out"] = True
     return found
+
+
+def _adapted(model: nn.Module, names: list[str]) -> list[str]:
+    """Paths of the layers, and of the parameters with experts, that adapters sit on, as peft's patterns meet them."""
+    where, inside = _where(model, names), in_text(model)
+    layers = [path for path, _ in model.named_modules() if _ends(path, where["target_modules"])]
+    weights = [path for path, _ in model.named_parameters() if _ends(path, where.get("target_parameters", ()))]
+    return [path for path in (*layers, *weights) if inside(path)]
 
 
 def _ends(path: str, names: Sequence[str]) -> bool:

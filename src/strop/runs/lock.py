@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from strop.errors import InputError, nearest
 
 LIBRARIES = (
     "strop",
@@ -34,6 +36,7 @@ SHAPES = {
     "lora.r", "lora.target_modules", "lora.bias", "lora.use_dora", "lora.rank_pattern", "lora.modules_to_save",
     "lora.new_tokens", "train.objective",
 }  # fmt: skip
+PARTS = ("base", "data", "template", "rewards")  # of a lock, each a hash
 GROUPS = {
     "lr": {"train.learning_rate"},
     "schedule": {"train.lr_scheduler", "train.warmup", "train.epochs", "train.max_steps"},
@@ -76,7 +79,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differen
     """What decides a run's numbers and differs between two locks: base, data, template, functions that reward, each
     recipe value that matters, and the major version of each library."""
     found = []
-    for name in ("base", "data", "template", "rewards"):
+    for name in PARTS:
         was, now = _short(old.get(name)), _short(new.get(name))
         if old.get(name) != new.get(name):
             found.append(Difference(name, was, now))
@@ -96,6 +99,15 @@ def allowed(difference: Difference, names: Sequence[str]) -> bool:
     known = {difference.name, difference.name.rpartition(".")[2]}
     known |= {group for group, fields in GROUPS.items() if difference.name in fields}
     return difference.allowable and not known.isdisjoint(names)
+
+
+def check_names(names: Iterable[str], fields: Iterable[str]) -> None:
+    """Raises InputError for a name that could allow nothing. fields: of the recipe."""
+    known = [*GROUPS, *PARTS, "versions", *(name for field in fields for name in (field, field.rpartition(".")[2]))]
+    for name in names:
+        if name not in known:
+            what = f"--allow-changed {name}: no such name{nearest(name, known)}"
+            raise InputError(what, fix=f"give {', '.join([*GROUPS, *PARTS, 'versions'])}, or a field of the recipe")
 
 
 def _short(value: Any) -> str:

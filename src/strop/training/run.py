@@ -15,7 +15,7 @@ import peft
 import torch
 
 from strop.config.load import Resolved, read_resolved, resolve
-from strop.config.schema import Recipe
+from strop.config.schema import Recipe, option_fields
 from strop.devices.environment import may_restart, restarted
 from strop.devices.group import ALONE, Devices
 from strop.engine.answers.fits import unanswerable
@@ -47,7 +47,7 @@ from strop.runs.folder import (
     write_atomic,
     write_json,
 )
-from strop.runs.lock import Difference, allowed, differences
+from strop.runs.lock import Difference, allowed, check_names, differences
 from strop.training import state as checkpoints
 from strop.training.build import build, hold_to_lock
 from strop.training.criteria import Criterion, criterion_for
@@ -129,8 +129,9 @@ def resume(
     options: recipe fields that are to differ from now on. allow_changed: names of what may differ from the run's
     start: recipe fields (or their last part), base, data, template, versions, and the groups lr and schedule.
     devices: those that train together, of any number.
-    Raises InputError where anything else differs that decides the numbers.
+    Raises InputError where anything else differs that decides the numbers, and for a name that is none of these.
     """
+    devices.once(lambda: check_names(allow_changed, dict(option_fields())))
     folder = devices.once(lambda: open_run(path))
     with _claimed(folder, devices), disk_faults(folder.path):
         if devices.once(lambda: folder.finished):

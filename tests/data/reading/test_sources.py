@@ -318,6 +318,37 @@ def test_columns_by_number_mean_that_there_is_no_header(tmp_path: Path) -> None:
     assert "names a column twice" in refusal(write(tmp_path / "twice.csv", "text,text\n1,2\n"))
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_csv_file_as_excel_writes_it_is_read_by_its_separator(tmp_path: Path, mark: str) -> None:
+    said = [{"prompt": "hi, you", "completion": "yo"}]
+    for start in ("", f"sep={mark}\r\n"):
+        text = f"\ufeff{start}prompt{mark}completion\r\nhi, you{mark}yo\r\n"
+        assert values(write(tmp_path / "d.csv", text)) == said
+    own = write(tmp_path / "own.csv", f"frage{mark}antwort\nhi, you{mark}yo\n")
+    assert "prompt=frage,completion=antwort (line 1 is the header)" in refusal(own)
+    assert values(own, columns={"prompt": "frage", "completion": "antwort"})[0]["antwort"] == "yo"
+    one = write(tmp_path / "one.csv", f"Hello{mark} you\nBye\n")
+    assert values(one, columns={"text": "1"}) == [{"1": f"Hello{mark} you"}, {"1": "Bye"}]
+    both = write(tmp_path / "both.csv", f"frage, kurz{mark}antwort\n1{mark}2\n")
+    assert "a first line such as sep=; says so" in refusal(both)
+
+
+def test_old_line_ends_are_named(tmp_path: Path) -> None:
+    _, bad = read(write(tmp_path / "d.csv", "prompt,completion\rhi,yo\r"))
+    assert "CR alone" in bad[0].where.what
+
+
+def test_empty_cells_at_the_end_of_a_header_are_no_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.csv", "prompt, completion ,,\nhi,yo,,\na,b,,c\nd,e\n")
+    rows, bad = read(path)
+    assert [row.value for row in rows] == [{"prompt": "hi", "completion": "yo"}]
+    assert [(fault.where.line, fault.where.what) for fault in bad] == [
+        (3, "cell 4 holds text, and the header has no name for it"),
+        (4, "2 cells where 4 were expected"),
+    ]
+    assert "names a column twice: ''" in refusal(write(tmp_path / "e.csv", "prompt,,,completion\n1,,,2\n"))
+
+
 # --- which files -------------------------------------------------------------------------------------------------
 
 

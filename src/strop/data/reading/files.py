@@ -19,7 +19,11 @@ TYPES: dict[str, tuple[str, str]] = {
     ".jsonl": ("json", "JSON Lines: one object a line; a JSON array works too"),
     ".ndjson": ("json", "the same as .jsonl"),
     ".json": ("json", 'a JSON array of objects, an object that holds one (`{"data": [...]}`), or JSON Lines'),
-    ".csv": ("csv", "comma separated, quotes as in RFC 4180; with a header, or columns by number"),
+    ".csv": (
+        "csv",
+        "comma separated, quotes as in RFC 4180; with a header, or columns by number; semicolons or tabs where the "
+        "first line has them and no comma, or is `sep=;`",
+    ),
     ".tsv": ("tsv", "tab separated, otherwise as .csv"),
     ".parquet": ("parquet", "Parquet; the line is the number of the row"),
     ".txt": (

@@ -6,7 +6,7 @@ import csv
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 from strop.data.conversation import Row
 from strop.data.reading.files import COLUMN_NAMES, TYPES, RowFault, encoding_fault, lines, refuse
@@ -39,55 +39,96 @@ def _records(
         except StopIteration:
             return
         except csv.Error as error:
-            hint = "; a quote at the start of a cell needs one at its end, and quotes inside are doubled"
-            bad.append(RowFault("cells", Where(name, feed.start, f"{error}{hint if chr(34) in str(error) else ''}")))
+            bad.append(RowFault("cells", Where(name, feed.start, _fault(str(error)))))
             continue
         if cells:
             assert feed.start is not None
             yield feed.start, cells
 
 
+def _fault(said: str) -> str:
+    """What csv says about a record, for people."""
+    if said.startswith("new-line character"):
+        return "a line ends with CR alone, outside quotes: save the file with line ends LF or CRLF"
+    hint = "; a quote at the start of a cell needs one at its end, and quotes inside are doubled"
+    return said + hint * ('"' in said)
+
+
+def _separated(
+    texts: Iterator[tuple[int, str]], separator: str, columns: Mapping[str, str]
+) -> tuple[Iterator[tuple[int, str]], str]:
+    """The lines of a table, and what parts its cells: Excel writes semicolons or tabs into a .csv file, maybe behind a
+    line `sep=;`. Commas part a first line that has any, and one that `columns` finds whole."""
+    first = next(texts, None)
+    if first is None:
+        return texts, separator
+    if said := re.fullmatch(r'sep=([^\w"\r\n])\r?\n?', first[1]):
+        return texts, said[1]
+    wanted, whole = set(columns.values()), _cells(first[1], separator)
+    if separator == "," and len(whole) == 1 and not (wanted and wanted <= {whole[0].strip(), "1"}):
+        others = [mark for mark in ";\t" if len(_cells(first[1], mark)) > 1]
+        separator = others[0] if len(others) == 1 else separator
+    return chain([first], texts), separator
+
+
+def _cells(line: str, separator: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter=separator), [])
+    except csv.Error:  # told of the record, when it is read
+        return []
+
+
 def table_rows(
     name: str, texts: Iterator[tuple[int, str]], separator: str, columns: Mapping[str, str], bad: list[RowFault]
 ) -> Iterator[Row]:
-    header: list[str] | None = None
-    for number, cells in _records(name, texts, separator, bad):
-        if header is None:
-            if _has_header(name, number, cells, columns):
-                header = cells
+    header, width = list[str](), 0
+    for number, cells in _records(name, *_separated(texts, separator, columns), bad):
+        if not header:
+            names, width = _header(name, number, cells, columns), len(cells)
+            header = names or [str(place) for place in range(1, width + 1)]
+            if names:
                 continue
-            header = [str(place) for place in range(1, len(cells) + 1)]
-        if len(cells) != len(header):
-            what = f"{len(cells)} cells where {len(header)} were expected"
+        unnamed = [place for place, cell in enumerate(cells, 1) if place > len(header) and cell.strip()]
+        if len(cells) != width:
+            bad.append(RowFault("cells", Where(name, number, f"{len(cells)} cells where {width} were expected")))
+        elif unnamed:
+            what = f"cell {unnamed[0]} holds text, and the header has no name for it"
             bad.append(RowFault("cells", Where(name, number, what)))
         else:
-            yield Row(name, number, dict(zip(header, cells, strict=True)))
+            yield Row(name, number, dict(zip(header, cells, strict=False)))
 
 
-def _has_header(name: str, line: int, cells: list[str], columns: Mapping[str, str]) -> bool:
-    """Whether the first record names the columns. Decided by `columns` or by known names; never guessed."""
-    names = set(cells)
-    if len(names) == len(cells) and names <= COLUMN_NAMES and not names & set(columns.values()) and columns:
-        option = ",".join(f"{key}={cell}" for key, cell in zip(columns, cells, strict=False))
+def _header(name: str, line: int, cells: list[str], columns: Mapping[str, str]) -> list[str] | None:
+    """The names of the columns, without blanks around them and without empty cells at the end; None where the first
+    record is a row. Decided by `columns` or by known names; never guessed."""
+    named = [cell.strip() for cell in cells]
+    while named and not named[-1]:
+        named.pop()
+    names = set(named)
+    if named and len(names) == len(named) and names <= COLUMN_NAMES and not names & set(columns.values()) and columns:
+        option = ",".join(f"{key}={cell}" for key, cell in zip(columns, named, strict=False))
         raise refuse(
-            name, f"the first record looks like a header ({', '.join(cells)})", f"--data.columns {option}", line
+            name, f"the first record looks like a header ({', '.join(named)})", f"--data.columns {option}", line
         )
     if columns and all(value.isdecimal() for value in columns.values()):
         beyond = [value for value in columns.values() if not 0 < int(value) <= len(cells)]
         if beyond:
             raise refuse(name, f"no column {beyond[0]}: there are {len(cells)}, counted from 1", line=line)
-        return False
+        return None
     for value in columns.values():
         if value not in names:
-            known = ", ".join(cell[:40] for cell in cells[:10])
-            raise refuse(name, f"no column {value!r}{nearest(value, cells)}; there are: {known}", line=line)
-    if len(names) < len(cells) and (columns or names & COLUMN_NAMES):
-        raise refuse(name, "the header names a column twice", "rename one", line)
+            known = ", ".join(cell[:40] for cell in named[:10])
+            raise refuse(name, f"no column {value!r}{nearest(value, named)}; there are: {known}", line=line)
+    if len(names) < len(named) and (columns or names & COLUMN_NAMES):
+        twice = next(cell for cell in named if named.count(cell) > 1)
+        raise refuse(name, f"the header names a column twice: {twice!r}", "rename one", line)
     if columns or names & COLUMN_NAMES:
-        return True
+        return named
     fix = "--data.columns prompt=1,completion=2 (no header, columns by number)"
-    if len(cells) > 1 and all(re.fullmatch(r"[^\W\d][\w .-]{0,40}", cell) for cell in cells):
-        fix += f" or --data.columns prompt={cells[0]},completion={cells[1]} (line {line} is the header)"
+    if len(named) > 1 and all(re.fullmatch(r"[^\W\d][\w .-]{0,40}", cell) for cell in named):
+        fix += f" or --data.columns prompt={named[0]},completion={named[1]} (line {line} is the header)"
+    if any(mark in cell for mark in ";\t" for cell in named):
+        fix += "; where other signs than commas part the cells, a first line such as sep=; says so"
     raise refuse(name, "cannot tell whether the first record is a header", fix, line)
 
 
