@@ -254,6 +254,49 @@ def test_a_share_for_evaluation_keeps_pairs_whole(tmp_path: Path) -> None:
         assert unit.examples[0].line == unit.examples[1].line
 
 
+RANKINGS = [{"prompt": f"q{n}", "answers": [f"{n} {k}" for k in range(4)], "scores": [4, 3, 2, 1]} for n in range(30)]
+BOTH_SIDES = [{"prompt": f"question {n}", "chosen": f"yo {n}", "rejected": f"no {n}"} for n in range(30)]
+TWO_LINES = [{"prompt": f"q{n % 15}", "chosen": f"yo {n}", "rejected": f"no {n}"} for n in range(30)]
+JUDGED = [{"prompt": f"q{n % 15}", "completion": f"yo {n}", "label": n < 15} for n in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "learning"),
+    [(RANKINGS, "pairs"), (BOTH_SIDES, "labels"), (TWO_LINES, "pairs"), (JUDGED, "labels")],
+)
+def test_a_share_for_evaluation_shares_no_prompt_with_training(
+    rows: list[Any], learning: Learning, tmp_path: Path
+) -> None:
+    def held(name: str, given: list[Any]) -> set[str]:
+        prepared = run(write(tmp_path / name, given), learning, eval="30%")
+        trained, held = (
+            {made.messages[0].content for made in part}
+            for part in (prepared.train_conversations, prepared.eval_conversations or ())
+        )
+        assert held and trained and not held & trained
+        assert prepared.report.duplicates["prompts"] == 0 and not prepared.report.warnings
+        return held
+
+    first = held("a.jsonl", rows)
+    more = [{**row, "prompt": f"more {n}"} for n, row in enumerate(rows)]
+    assert held("b.jsonl", rows[::-1]) == first and first <= held("c.jsonl", [*more, *rows])
+
+
+def test_prompts_on_both_sides_are_told(tmp_path: Path) -> None:
+    one_prompt = [{"prompt": "hi", "chosen": f"yo {n}", "rejected": f"no {n}"} for n in range(40)]
+    prepared = run(write(tmp_path / "a.jsonl", one_prompt), eval="30%")
+    held = len(prepared.eval_conversations or ())
+    assert 0 < held < 40 and prepared.report.duplicates == {"within": 0, "across": 0, "prompts": held}
+    assert f"{held} evaluation rows have a prompt that train rows have too" in prepared.report.warnings
+    other = write(tmp_path / "b.jsonl", [one_prompt[0], {**one_prompt[1], "chosen": "oh"}, {**PAIR, "prompt": "ho"}])
+    report = run(tmp_path / "a.jsonl", eval=str(other)).report
+    assert report.eval is not None and report.eval.duplicates == {"within": 0, "across": 1, "prompts": 2}
+    assert report.warnings[-2:] == [
+        "1 evaluation rows are also train rows",
+        "2 evaluation rows have a prompt that train rows have too",
+    ]
+
+
 def test_a_cleaned_copy_of_pairs(tmp_path: Path) -> None:
     rows = [PAIR, {**PAIR, "rejected": "yo"}, PAIR, {**PAIR, "chosen": "no", "rejected": "yo"}]
     path, out = write(tmp_path / "a.jsonl", rows), tmp_path / "clean.jsonl"
