@@ -113,6 +113,13 @@ def test_a_label_judges_the_last_turn_alone() -> None:
     assert [message.weight for message in made.messages] == [1.0, 0.0, 1.0, 1.0]
 
 
+def test_a_turn_of_an_answer_may_be_left_out_and_a_weight_of_the_prompt_counts_nothing() -> None:
+    (made,), _ = convert({"prompt": [U, {**A, "weight": 0.5}, MORE], "chosen": [A], "rejected": [NO]})
+    assert [weight for _, weight in texts(made)[0]] == [1.0, 0.0, 1.0, 1.0]
+    (made,), _ = convert({"prompt": [U], "chosen": [{**A, "train": False}, MORE, A], "rejected": [NO]})
+    assert [weight for _, weight in texts(made)[0]] == [1.0, 0.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("value", "code"),
     [
@@ -134,6 +141,10 @@ def test_a_label_judges_the_last_turn_alone() -> None:
         ({"prompt": "hi", "answers": "ab", "scores": [1, 0]}, "bad-ranking"),
         ({"prompt": "hi", "completion": "yo", "kto_tag": "maybe"}, "bad-label"),
         ({"messages": [U, A, MORE], "label": True}, "no-assistant"),
+        ({"messages": [U, {**A, "weight": 0.5}], "label": True}, "answer-weight"),
+        ({"prompt": [U], "chosen": [{**A, "weight": 2}], "rejected": [NO]}, "answer-weight"),
+        ({"prompt": [U], "chosen": [A], "rejected": [NO, MORE, {**A, "loss_weight": 0.5}]}, "answer-weight"),
+        ({"prompt": "hi", "answers": [{**A, "weight": 0.5}, NO], "scores": [2, 1]}, "answer-weight"),
         ({"messages": [U, A], "images": ["a.png"]}, "media"),
         ({"messages": [U, A], "audio": "a.wav"}, "media"),
         ({"messages": [{**U, "content": "<image>what is it"}, A]}, "media"),
