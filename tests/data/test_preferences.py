@@ -187,6 +187,25 @@ def test_one_class_of_judgements_is_refused(tmp_path: Path) -> None:
     assert "all training rows are judged good" in refusal(write(tmp_path / "a.jsonl", rows), "labels")
 
 
+def test_one_class_of_judgements_is_told_of_held_out_rows(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{n}", "completion": f"yo {n}", "label": n not in (3, 4)} for n in range(30)]
+    path, held = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[5:8])
+    part = run(path, "labels", eval=str(held)).report.eval
+    assert part is not None and part.refusal is None
+    assert part.answers["desirable"] == 3 and part.answers["undesirable_tokens"] == part.answers["undesirable"] == 0
+    assert part.warnings == ["all evaluation rows are judged good: the evaluation says nothing of the other kind"]
+    assert run(path, "labels", eval="10%").eval_units  # all of them good, as it happens
+
+
+def test_judged_answers_to_one_prompt_have_no_divergence(tmp_path: Path) -> None:
+    rows = [{"prompt": "hi", "completion": f"yo {n}", "label": n % 2 == 0} for n in range(6)]
+    prepared = run(write(tmp_path / "a.jsonl", rows), "labels")
+    (said,) = prepared.report.warnings
+    assert said.startswith("all training rows have one prompt: the divergence in the loss is 0 throughout")
+    assert prepared.train_units is not None and not any(unit.beside for unit in prepared.train_units)
+    assert not run(write(tmp_path / "b.jsonl", [*rows, {**rows[0], "prompt": "ho"}]), "labels").report.warnings
+
+
 # --- units -------------------------------------------------------------------------------------------------------
 
 
