@@ -34,7 +34,8 @@ def group_of(conversation: Conversation, learning: Learning, first: int | None) 
 def held_out(records: npt.NDArray[Any], share: float) -> Mask:
     """Of the rows (n,) of a store, those that are held out: whole groups, one at least.
 
-    By hash, so that adding rows moves none. Where all rows are of one group, each is chosen by its own content.
+    By hash, so that adding rows moves none. Where no row would be left to train on (all are of one group), each is
+    chosen by its own content.
     """
     chosen = np.zeros(len(records), np.bool_)
     for name in ("group", "digest") if len(records) else ():
