@@ -67,7 +67,7 @@ FLOORS: Mapping[str, list[set[str]]] = {
         {"rendering"},
         {"shapes", "store", "pack"},
         {"preferences", "units"},
-        {"formats", "report", "batches"},
+        {"formats", "report", "batches", "holdout"},
         {"account", "listing"},
         {"prepare"},
         {"check"},

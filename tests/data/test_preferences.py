@@ -113,6 +113,13 @@ def test_a_label_judges_the_last_turn_alone() -> None:
     assert [message.weight for message in made.messages] == [1.0, 0.0, 1.0, 1.0]
 
 
+def test_a_turn_of_an_answer_may_be_left_out_and_a_weight_of_the_prompt_counts_nothing() -> None:
+    (made,), _ = convert({"prompt": [U, {**A, "weight": 0.5}, MORE], "chosen": [A], "rejected": [NO]})
+    assert [weight for _, weight in texts(made)[0]] == [1.0, 0.0, 1.0, 1.0]
+    (made,), _ = convert({"prompt": [U], "chosen": [{**A, "train": False}, MORE, A], "rejected": [NO]})
+    assert [weight for _, weight in texts(made)[0]] == [1.0, 0.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("value", "code"),
     [
@@ -134,6 +141,10 @@ def test_a_label_judges_the_last_turn_alone() -> None:
         ({"prompt": "hi", "answers": "ab", "scores": [1, 0]}, "bad-ranking"),
         ({"prompt": "hi", "completion": "yo", "kto_tag": "maybe"}, "bad-label"),
         ({"messages": [U, A, MORE], "label": True}, "no-assistant"),
+        ({"messages": [U, {**A, "weight": 0.5}], "label": True}, "answer-weight"),
+        ({"prompt": [U], "chosen": [{**A, "weight": 2}], "rejected": [NO]}, "answer-weight"),
+        ({"prompt": [U], "chosen": [A], "rejected": [NO, MORE, {**A, "loss_weight": 0.5}]}, "answer-weight"),
+        ({"prompt": "hi", "answers": [{**A, "weight": 0.5}, NO], "scores": [2, 1]}, "answer-weight"),
         ({"messages": [U, A], "images": ["a.png"]}, "media"),
         ({"messages": [U, A], "audio": "a.wav"}, "media"),
         ({"messages": [{**U, "content": "<image>what is it"}, A]}, "media"),
@@ -174,6 +185,25 @@ def test_each_objective_names_the_rows_that_it_needs(tmp_path: Path) -> None:
 def test_one_class_of_judgements_is_refused(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{n}", "completion": "yo", "label": True} for n in range(4)]
     assert "all training rows are judged good" in refusal(write(tmp_path / "a.jsonl", rows), "labels")
+
+
+def test_one_class_of_judgements_is_told_of_held_out_rows(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{n}", "completion": f"yo {n}", "label": n not in (3, 4)} for n in range(30)]
+    path, held = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[5:8])
+    part = run(path, "labels", eval=str(held)).report.eval
+    assert part is not None and part.refusal is None
+    assert part.answers["desirable"] == 3 and part.answers["undesirable_tokens"] == part.answers["undesirable"] == 0
+    assert part.warnings == ["all evaluation rows are judged good: the evaluation says nothing of the other kind"]
+    assert run(path, "labels", eval="10%").eval_units  # all of them good, as it happens
+
+
+def test_judged_answers_to_one_prompt_have_no_divergence(tmp_path: Path) -> None:
+    rows = [{"prompt": "hi", "completion": f"yo {n}", "label": n % 2 == 0} for n in range(6)]
+    prepared = run(write(tmp_path / "a.jsonl", rows), "labels")
+    (said,) = prepared.report.warnings
+    assert said.startswith("all training rows have one prompt: the divergence in the loss is 0 throughout")
+    assert prepared.train_units is not None and not any(unit.beside for unit in prepared.train_units)
+    assert not run(write(tmp_path / "b.jsonl", [*rows, {**rows[0], "prompt": "ho"}]), "labels").report.warnings
 
 
 # --- units -------------------------------------------------------------------------------------------------------
@@ -252,6 +282,49 @@ def test_a_share_for_evaluation_keeps_pairs_whole(tmp_path: Path) -> None:
     assert len(prepared.train_units) + len(prepared.eval_units) == 40
     for unit in [*prepared.train_units, *prepared.eval_units]:
         assert unit.examples[0].line == unit.examples[1].line
+
+
+RANKINGS = [{"prompt": f"q{n}", "answers": [f"{n} {k}" for k in range(4)], "scores": [4, 3, 2, 1]} for n in range(30)]
+BOTH_SIDES = [{"prompt": f"question {n}", "chosen": f"yo {n}", "rejected": f"no {n}"} for n in range(30)]
+TWO_LINES = [{"prompt": f"q{n % 15}", "chosen": f"yo {n}", "rejected": f"no {n}"} for n in range(30)]
+JUDGED = [{"prompt": f"q{n % 15}", "completion": f"yo {n}", "label": n < 15} for n in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "learning"),
+    [(RANKINGS, "pairs"), (BOTH_SIDES, "labels"), (TWO_LINES, "pairs"), (JUDGED, "labels")],
+)
+def test_a_share_for_evaluation_shares_no_prompt_with_training(
+    rows: list[Any], learning: Learning, tmp_path: Path
+) -> None:
+    def held(name: str, given: list[Any]) -> set[str]:
+        prepared = run(write(tmp_path / name, given), learning, eval="30%")
+        trained, held = (
+            {made.messages[0].content for made in part}
+            for part in (prepared.train_conversations, prepared.eval_conversations or ())
+        )
+        assert held and trained and not held & trained
+        assert prepared.report.duplicates["prompts"] == 0 and not prepared.report.warnings
+        return held
+
+    first = held("a.jsonl", rows)
+    more = [{**row, "prompt": f"more {n}"} for n, row in enumerate(rows)]
+    assert held("b.jsonl", rows[::-1]) == first and first <= held("c.jsonl", [*more, *rows])
+
+
+def test_prompts_on_both_sides_are_told(tmp_path: Path) -> None:
+    one_prompt = [{"prompt": "hi", "chosen": f"yo {n}", "rejected": f"no {n}"} for n in range(40)]
+    prepared = run(write(tmp_path / "a.jsonl", one_prompt), eval="30%")
+    held = len(prepared.eval_conversations or ())
+    assert 0 < held < 40 and prepared.report.duplicates == {"within": 0, "across": 0, "prompts": held}
+    assert f"{held} evaluation rows have a prompt that train rows have too" in prepared.report.warnings
+    other = write(tmp_path / "b.jsonl", [one_prompt[0], {**one_prompt[1], "chosen": "oh"}, {**PAIR, "prompt": "ho"}])
+    report = run(tmp_path / "a.jsonl", eval=str(other)).report
+    assert report.eval is not None and report.eval.duplicates == {"within": 0, "across": 1, "prompts": 2}
+    assert report.warnings[-2:] == [
+        "1 evaluation rows are also train rows",
+        "2 evaluation rows have a prompt that train rows have too",
+    ]
 
 
 def test_a_cleaned_copy_of_pairs(tmp_path: Path) -> None:

@@ -212,6 +212,42 @@ def test_a_share_for_evaluation_is_chosen_by_content(tmp_path: Path) -> None:
         run(write(tmp_path / "d.jsonl", rows[:1]), eval="100%")
 
 
+def test_a_share_for_evaluation_parts_no_row_of_several_conversations(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": f"task {i}", "instances": [{"input": f"{i} {k}", "output": "yes"} for k in range(4)]}
+        for i in range(30)
+    ]
+    prepared = run(write(tmp_path / "a.jsonl", rows), eval="30%")
+    held, trained = (
+        {made.line for made in part} for part in (prepared.eval_conversations, prepared.train_conversations)
+    )
+    assert held and trained and not held & trained
+
+
+def test_a_row_of_one_conversation_is_held_out_by_its_own_content(tmp_path: Path) -> None:
+    rows = [row(f"q{i}", f"a{i}") for i in range(60)]
+    prepared = run(write(tmp_path / "a.jsonl", rows), eval="20%")
+    held = [made.line for made in prepared.eval_conversations or ()]
+    assert held == [
+        5,
+        7,
+        15,
+        16,
+        18,
+        19,
+        21,
+        22,
+        25,
+        30,
+        37,
+        42,
+        44,
+        45,
+        54,
+        57,
+    ]  # unfinished runs go on with the rows that they began with
+
+
 def test_duplicates_and_placeholders_are_named(tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", [GOOD[0], GOOD[0], row("I am {{name}}", "b <|im_end|> c")])
     found = account(run(train, eval=write(tmp_path / "b.jsonl", GOOD)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from strop import adapters
+from strop.data.conversation import Unit
+from strop.data.formats import conversations
+from strop.data.reading.sources import read_rows
 from strop.engine.step import step_for
 from strop.errors import CheckpointError, RunError, Stopped
 from strop.model.score import head_of
@@ -27,6 +32,7 @@ from strop.training.loop import fit
 from strop.training.reference import check, with_reference
 from strop.training.shrink import micro_batches
 from tests.support import preferences, tiny
+from tests.support.families import ANSWER, tokenizer
 from tests.support.preferences import KEY, job, pairs, started, units_for
 from tests.support.running import QUICK, run
 from tests.support.tiny import far
@@ -335,6 +341,47 @@ def test_a_reward_model_scores_the_same_in_plain_transformers(
     assert code == 2 and "reward model" in err
     again = run(*words, "--train.objective", "reward", "--adapter", out, capsys=capsys)
     assert again[0] == 0, again[2]
+
+
+# writes the end of an answer only where another turn follows
+LATER = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% if not loop.last or m.role == 'user' %}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    ("family", "template"), [("chatml", None), ("llama3", None), ("mistral", None), ("phi", None), ("chatml", LATER)]
+)
+def test_the_card_of_a_reward_model_scores_as_it_was_trained(
+    family: str, template: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The snippet itself, with a tokenizer that pads with the token that ends an answer, as SmolLM2's."""
+    folder, words = tmp_path / "model", copy.deepcopy(tokenizer(family))
+    words.pad_token = ANSWER[family][1]
+    tiny.model(vocab_size=len(words), pad_token_id=words.pad_token_id).save_pretrained(folder)
+    words.chat_template = template or words.chat_template
+    words.save_pretrained(folder)
+    rows, out = preferences.write_pairs(tmp_path / "rows.jsonl", 24), tmp_path / "run"
+    command = ["train", "--model", folder, "--data", rows, "--out", out, *QUICK, "--train.objective", "reward"]
+    code, _, err = run(*command, "--train.learning_rate", "0.01", capsys=capsys)
+    assert code == 0, err
+    card = (out / "adapter" / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.+?)```", card, re.DOTALL)
+    snippet = snippet.replace('"BASE"', repr(str(folder))).replace("THIS_FOLDER", str(out / "adapter"))
+    ours = adapters.load(out, dtype="fp32", scores=True)
+    criterion = OfAnswers(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
+    for made in conversations(read_rows(str(rows), bad=[]), bad=[]):
+        sides = [ours.renderer.render(side)[0] for side in made.sides]
+        with torch.no_grad():
+            expected = [float(one) for one in criterion.sums(step_for(ours.module), [Unit(tuple(sides))])]
+        found: list[torch.Tensor] = []
+        for side in made.sides:
+            messages = [{"role": message.role, "content": message.content} for message in side.messages]
+            exec(snippet, {"messages": messages, "print": found.append})
+        assert [float(logits) for logits in found] == pytest.approx(expected, abs=1e-4)
+        if made.line == 3:
+            break
 
 
 def test_a_run_on_pairs_is_merged_and_measured_on_its_chosen_answers(

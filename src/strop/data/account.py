@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class Pass:
     store: Store
     examples: Examples
     rows: Indices
-    role: str
+    role: Literal["training", "evaluation"]
     learning: Learning = "turns"
     shared: bool = False
 
@@ -59,6 +59,7 @@ def account(data: DataSection, renderer: Renderer, looked: Pass) -> DataReport:
         warnings.append(f"{some} {role} rows have reasoning and {others} have none: each is trained as it is")
     if within:
         warnings.append(f"{within} {role} rows repeat an earlier one")
+    warnings += _judgements(looked)
     refusal = _refusal(data, looked, faults, counts)
     compared = _compared(looked) if refusal is None and looked.learning != "turns" else {}
     return DataReport(
@@ -113,8 +114,8 @@ def _compared(looked: Pass) -> dict[str, Any]:
         return {
             "desirable": int((judged == 1).sum()),
             "undesirable": int((judged == 0).sum()),
-            "desirable_tokens": float(supervised[judged == 1].mean()),
-            "undesirable_tokens": float(supervised[judged == 0].mean()),
+            "desirable_tokens": _mean(supervised[judged == 1]),
+            "undesirable_tokens": _mean(supervised[judged == 0]),
         }
     chosen, rejected = supervised[0::2], supervised[1::2]
     longer, equal = float((chosen > rejected).mean()), float((chosen == rejected).mean())
@@ -126,6 +127,10 @@ def _compared(looked: Pass) -> dict[str, Any]:
         "chosen_longer": longer,
         "length_accuracy": max(by_length, 1 - by_length),
     }
+
+
+def _mean(lengths: Indices) -> float:
+    return float(lengths.mean()) if len(lengths) else 0.0
 
 
 def _warnings(facts: dict[str, Any]) -> list[str]:
@@ -172,13 +177,25 @@ def _wrong_kind(facts: dict[str, Any], learning: Learning) -> DataError | None:
     return DataError(f"{file}: {what}; this objective learns from {needs}", fix=fix)
 
 
-def _one_class(looked: Pass) -> DataError | None:
-    """KTO learns what is good from what is bad: one of them alone teaches nothing."""
+def _one_kind(looked: Pass) -> str | None:
+    """That all answers were judged alike, where an objective learns from judgements."""
     judged = set(looked.examples.judged.tolist())
-    if looked.learning != "labels" or judged == {0, 1}:
+    if looked.learning != "labels" or judged not in ({0}, {1}):
         return None
-    what = f"all {looked.role} rows are judged {'good' if judged == {1} else 'bad'}"
-    return DataError(what, fix="give rows of both kinds, or train on good answers alone with --train.objective sft")
+    return f"all {looked.role} rows are judged {'good' if judged == {1} else 'bad'}"
+
+
+def _judgements(looked: Pass) -> list[str]:
+    """What is odd about judged answers, though they can be trained or evaluated on."""
+    found = []
+    if looked.role == "evaluation" and (what := _one_kind(looked)):
+        found.append(f"{what}: the evaluation says nothing of the other kind")
+    if looked.learning == "labels" and len(np.unique(looked.store.row_records["group"][looked.rows])) == 1:
+        found.append(
+            f"all {looked.role} rows have one prompt: the divergence in the loss is 0 throughout, since it is measured "
+            "on answers to other prompts"
+        )
+    return found
 
 
 def _refusal(data: DataSection, looked: Pass, faults: list[RowFault], counts: dict[str, int]) -> DataError | None:
@@ -212,4 +229,7 @@ def _refusal(data: DataSection, looked: Pass, faults: list[RowFault], counts: di
     if not num_left:
         where = [fault.where for fault in faults]
         return DataError(f"0 of {counts['read']} {role} rows are left", fix="give more rows", where=where)
-    return _one_class(looked)
+    if role == "training" and (what := _one_kind(looked)):  # one of them alone teaches KTO nothing
+        fix = "give rows of both kinds, or train on good answers alone with --train.objective sft"
+        return DataError(what, fix=fix)
+    return None

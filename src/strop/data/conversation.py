@@ -60,6 +60,13 @@ class Conversation:
         return last.content if last is not None and last.role == "assistant" else None
 
     @property
+    def prompt(self) -> Conversation:
+        """The turns in front of the first answer that is trained on, which is the one that was compared or judged."""
+        turns = enumerate(self.messages)
+        end = next((place for place, turn in turns if turn.role == "assistant" and turn.weight), len(self.messages))
+        return replace(self, messages=self.messages[:end], rejected=(), desirable=None)
+
+    @property
     def sides(self) -> tuple[Conversation, ...]:
         """A pair's better and worse conversation; else itself."""
         if not self.rejected:

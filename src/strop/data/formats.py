@@ -35,6 +35,7 @@ REASONS: dict[str, str] = {
     "bad-tools": "tools are not a list of functions with names, or not JSON",
     "bad-tool-call": "a tool call without a name, or with arguments that are not an object",
     "bad-weight": "a message's weight is not a number from 0 up, or is given twice and differs",
+    "answer-weight": "a turn of an answer that is compared or judged has a weight other than 0 and 1",
     "no-prompt": "a preference pair of two strings without a prompt",
     "same-answers": "chosen and rejected are the same",
     "prompts-differ": "chosen and rejected do not answer the same prompt",

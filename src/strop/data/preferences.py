@@ -70,7 +70,8 @@ def labelled(value: Value, keys: Keys) -> list[Said]:
     for said in _JUDGED[tuple(columns)](value, tuple(columns)):
         if said.messages[-1].role != "assistant":
             raise BadRow("no-assistant", "the last turn, which the label judges, is not the assistant's")
-        found.append(replace(said, messages=(*given([*said.messages[:-1]]), said.messages[-1]), desirable=judged))
+        answer = _unweighted([said.messages[-1]])
+        found.append(replace(said, messages=(*given([*said.messages[:-1]]), *answer), desirable=judged))
     return found
 
 
@@ -128,4 +129,12 @@ def _answered(side: Sequence[Message], common: int, value: Value) -> Said:
     """One side whose first `common` turns are the prompt."""
     if len(side) == common or side[common].role != "assistant":
         raise BadRow("prompts-differ", "chosen and rejected do not answer the same prompt")
-    return row_of([*given([*side[:common]]), *side[common:]], value)
+    return row_of([*given([*side[:common]]), *_unweighted(side[common:])], value)
+
+
+def _unweighted(answer: Sequence[Message]) -> Sequence[Message]:
+    """The turns of an answer as they are: a weight would multiply its log-probability, and the loss be another one."""
+    for turn in answer:
+        if turn.role == "assistant" and turn.weight not in (0.0, 1.0):
+            raise BadRow("answer-weight", f"a turn of the answer has the weight {turn.weight:g}; here it is 1 or 0")
+    return answer

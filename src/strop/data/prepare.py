@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 import shutil
 import tempfile
 import weakref
@@ -21,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from strop.config.schema import DataSection
 from strop.data import formats
 from strop.data.account import TOO_LONG, Pass, account, ends_with_stop
 from strop.data.conversation import Conversation, Example
+from strop.data.holdout import group_of, held_out, share_of
 from strop.data.reading import sources
 from strop.data.reading.sources import RowFault
 from strop.data.rendering import overlong, pairs
@@ -33,8 +34,8 @@ from strop.data.rendering.faults import REASONS as RENDER_REASONS
 from strop.data.rendering.render import Renderer, RenderError
 from strop.data.report import DataReport
 from strop.data.store import Conversations, Examples, Indices, Store, Writer, digest, load
-from strop.data.units import Learning, Prompts, Units, units_of
-from strop.errors import DataError, Where
+from strop.data.units import JUDGED, Learning, Prompts, Units, units_of
+from strop.errors import Where
 
 REASONS: dict[str, str] = {
     **formats.REASONS,
@@ -84,7 +85,7 @@ def prepare(
     Raises DataError and ModelError for what is wrong with files, options, tokenizer or template as a whole.
     """
     renderer = renderer_for(data, tokenizer)
-    share = _share(data.eval)
+    share = share_of(data.eval)
     temporary = None if cache else tempfile.mkdtemp(prefix="strop-data-")
     folder = cache or Path(str(temporary))
     try:
@@ -121,33 +122,29 @@ def _prepared(
     data: DataSection, renderer: Renderer, train: Store, held: Store | None, share: float | None, learning: Learning
 ) -> Prepared:
     rows: Indices = np.arange(len(train.row_records), dtype=np.int64)
-    digests = train.row_records["digest"]
     eval_rows: Indices = np.zeros(0, np.int64)
     if share:
-        # by content, so that equal rows stay together and adding rows moves none; at least one content
-        chosen = digests < np.uint64(share * 2**64)
-        if len(rows) and not chosen.any():
-            chosen = digests == digests.min()
+        chosen = held_out(train.row_records, share)
         rows, eval_rows = rows[~chosen], rows[chosen]
     elif held is not None:
         eval_rows = np.arange(len(held.row_records), dtype=np.int64)
     train_set, conversations = _part(train, rows)
     eval_set, eval_conversations = _part(held, eval_rows) if held is not None else (None, None)
     eval_report = None
+    report = account(data, renderer, Pass(train, train_set, rows, "training", learning))
     if held is not None and eval_set is not None:
         looked = Pass(held, eval_set, eval_rows, "evaluation", learning, shared=bool(share))
         eval_report = account(data, renderer, looked)
-        across = int(np.isin(held.row_records["digest"][eval_rows], digests[rows]).sum())
-        eval_report = dataclasses.replace(eval_report, duplicates={**eval_report.duplicates, "across": across})
-    report = account(data, renderer, Pass(train, train_set, rows, "training", learning))
-    if eval_report is not None:
-        across = eval_report.duplicates["across"]
+        common = _common(train.row_records[rows], held.row_records[eval_rows], learning)
+        eval_report = dataclasses.replace(eval_report, duplicates={**eval_report.duplicates, **common})
+        across, prompts = common["across"], common.get("prompts", 0)
         warnings = [f"{across} evaluation rows are also train rows"] if across else []
+        warnings += [f"{prompts} evaluation rows have a prompt that train rows have too"] if prompts > across else []
         report = dataclasses.replace(
             report,
             eval=eval_report,
             held_out=len(eval_rows) if share else 0,
-            duplicates={**report.duplicates, "across": across},
+            duplicates={**report.duplicates, **common},
             warnings=[*report.warnings, *warnings],
         )
     seal = hashlib.sha256()
@@ -165,20 +162,15 @@ def _prepared(
     return Prepared(train_set, conversations, eval_set, eval_conversations, report, seal.hexdigest(), served, *units)
 
 
+def _common(train: npt.NDArray[Any], held: npt.NDArray[Any], learning: Learning) -> dict[str, int]:
+    """How many held-out rows are train rows too; of pairs and judged answers, also how many have a prompt of theirs."""
+    names = {"across": "digest", **({"prompts": "group"} if learning in JUDGED else {})}
+    return {name: int(np.isin(held[field], train[field]).sum()) for name, field in names.items()}
+
+
 def _part(store: Store, rows: Indices) -> tuple[Examples, Conversations]:
     chosen = np.isin(store.example_records["row"], rows).nonzero()[0]
     return Examples(store, chosen), Conversations(store, rows)
-
-
-def _share(spec: str | list[str] | None) -> float | None:
-    """data.eval as a share of the train rows, or None where it names files. Raises DataError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", spec) if isinstance(spec, str) else None
-    if match is None:
-        return None
-    share = float(match[1]) / 100
-    if not 0 < share < 1:
-        raise DataError(f"data.eval: {spec} leaves no rows on one side", fix="choose a share between 0% and 100%")
-    return share
 
 
 # --- one pass over the files -------------------------------------------------------------------------------------
@@ -249,6 +241,7 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
     first: dict[str, str] = {}  # note -> where it was first seen, with an example
     row, worst, stops, longest, chats, thinking = 0, -1, 0, 0, 0, 0
     judged: dict[int, tuple[str, int]] = {}  # comparison or judgement -> where it was first seen
+    group: int | None = None  # see group_of
     render = renderer.render_many
     if learning in ("pairs", "prompts"):
         render = partial(pairs.render_pairs if learning == "pairs" else pairs.render_prompts, renderer)
@@ -256,14 +249,14 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
         if (this := reader.row_of.popleft()) != row:
             if row:
                 outcomes[OUTCOMES[worst]] += 1
-            row, worst = this, -1
+            row, worst, group = this, -1, None
         for note, example in _notes(conversation, rendered, renderer):
             notes[note] += 1
             first.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
         if not isinstance(rendered, RenderError):
             longest = max(longest, *map(len, rendered))
         outcome, examples, fault = settle(conversation, rendered, data, renderer, learning)
-        if examples and learning in ("pairs", "labels") and (against := opposed(conversation, examples, judged)):
+        if examples and learning in JUDGED and (against := opposed(conversation, examples, judged)):
             outcome, examples = "dropped", []
             fault = _fault(conversation, "contradiction", f"says the opposite of {against[0]}:{against[1]}")
         worst = max(worst, OUTCOMES.index(outcome))
@@ -273,7 +266,7 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
         if outcome in ("truncated", "split") and not isinstance(rendered, RenderError):
             kept = f"{sum(map(len, rendered))} tokens, now {' + '.join(str(len(example)) for example in examples)}"
             cut.append((outcome, conversation.file, conversation.line, kept))
-        writer.add(conversation, examples)
+        group = writer.add(conversation, examples, group_of(conversation, learning, group))
         chats += conversation.text is None
         thinking += conversation.text is None and renderer.chat.thinks(conversation.messages)
         ends = examples if learning == "pairs" else examples[-1:]

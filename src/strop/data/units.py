@@ -15,6 +15,7 @@ from strop.data.store import Conversations, Examples
 Learning = Literal["turns", "pairs", "labels", "prompts"]
 """What an objective learns from: the turns of conversations, pairs of answers, answers with a label, or prompts, to
 which the model answers itself."""
+JUDGED: tuple[Learning, ...] = ("pairs", "labels")  # answers that are there, and were compared or judged
 
 U = TypeVar("U", bound=Unit, covariant=True)
 

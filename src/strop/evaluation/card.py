@@ -26,10 +26,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{place}")  # with the chat template it was trained with
 base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels=1)
+base.config.get_text_config().pad_token_id = None  # else a last token that is also the padding is passed over
 model = PeftModel.from_pretrained(base, "{place}").eval()
-ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)  # up to the answer's end
-print(model(**ids).logits)
+text = tokenizer.apply_chat_template(messages, tokenize=False){end}  # the score is at the answer's last token
+print(model(tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids).logits)  # one text at a time
 ```"""
+CHATML_END = {"cut": "\n", "add": ""}  # of a report that does not tell how an answer ends
 
 ADAPTER = """```python
 import strop
@@ -127,12 +129,19 @@ def card(
             "\n## Limits\n",
             *(f"- {limit}" for limit in _limits(report, chosen)),
             "\n## How to load it\n",
-            loading.format(place=place, base=known or "BASE", rank=chosen["lora.r"], name=name),
+            loading.format(place=place, base=known or "BASE", rank=chosen["lora.r"], name=name, end=_end(report)),
             "\n## How it was made\n",
             _made(report, lock["versions"]),
             "",
         ]
     )
+
+
+def _end(report: Mapping[str, Any]) -> str:
+    """What makes a rendered conversation end with its answer's last token, as Python."""
+    end = (report.get("objective") or {}).get("answer_end") or CHATML_END
+    cut, add = (json.dumps(end[name], ensure_ascii=False) for name in ("cut", "add"))
+    return (f".removesuffix({cut})" if end["cut"] else "") + (f" + {add}" if end["add"] else "")
 
 
 def _file(name: str) -> str:

@@ -13,6 +13,7 @@ from strop.evaluation.card import write_card
 from strop.evaluation.diagnosis import diagnose
 from strop.machine.memory import MemoryMark
 from strop.model.lora import weight_change
+from strop.objectives.table import objective_of
 from strop.runs.events import read_events
 from strop.runs.folder import write_json
 from strop.training import state as checkpoints
@@ -57,7 +58,7 @@ def finish(
         "run": str(folder.path),
         **figures(progress),
         "eval_loss": progress.best_loss,
-        "objective": _objective(job),
+        "objective": _objective(job, setup),
         "skipped_steps": progress.skipped_steps,
         "rollbacks": progress.rollbacks,
         "weight_change": change,
@@ -85,11 +86,17 @@ def finish(
     return report
 
 
-def _objective(job: Job) -> dict[str, Any]:
-    """What was learned: its name and options, the figures of the last step, and those of the best evaluation."""
+def _objective(job: Job, setup: Setup) -> dict[str, Any]:
+    """What was learned: its name and options, the figures of the last step, and those of the best evaluation; of a
+    reward model also where its score is: a rendered conversation that ends with `cut` gets `add` in its place."""
     train, progress = job.recipe.train, job.state.progress
     options = {name: getattr(train, name) for name in OBJECTIVE_OPTIONS if getattr(train, name) is not None}
-    return {"name": train.objective, "options": options, "last": progress.figures, "held_out": progress.held_out}
+    found = {"name": train.objective, "options": options, "last": progress.figures, "held_out": progress.held_out}
+    objective = objective_of(train)
+    if objective is not None and objective.scored:
+        ending = setup.data.renderer.chat.mode(setup.data.train_conversations[0].messages).ending
+        found["answer_end"] = {"cut": ending.cut, "add": ending.add}
+    return found
 
 
 def figures(progress: Progress) -> dict[str, Any]:
