@@ -46,7 +46,7 @@ SIDEWAYS = {
 # Inside two rooms, from the bottom up: files, or folders with what is in them.
 FLOORS: Mapping[str, list[set[str]]] = {
     "engine": [
-        {"transfer", "arena", "tokens"},
+        {"transfer", "arena", "tokens", "compiler"},
         {"dropout"},
         {"packed", "lora"},
         {"operations"},

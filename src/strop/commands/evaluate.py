@@ -55,7 +55,7 @@ def evaluate(
         start(number, sys.argv[1:])
         return
     with joined() as group, answering(speaker(group.main)) as advance:
-        libraries.load()
+        libraries.load(compiles=group.main)
         from strop.evaluation.run import evaluate_models, leaderboard
 
         results = evaluate_models(

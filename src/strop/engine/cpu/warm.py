@@ -8,8 +8,6 @@ kept. The results differ in their last bits, and a resumed run would not be bit-
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 from filelock import FileLock
 from numba.core.caching import IndexDataCacheFile
 
+from strop.engine.compiler import take
 from strop.machine.probe import probe
 from strop.runs.lock import sha256_text
 
@@ -31,8 +30,6 @@ SOURCES = (
 )  # fmt: skip
 
 
-# Python's search for rubbish is a sixth of the time, and the process ends soon.
-RUN = "import gc, runpy, sys; gc.disable(); runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 PARTS_BYTES = 4 << 30  # free memory from which on several processes compile: each takes about 1 GB
 
 
@@ -60,24 +57,10 @@ def compile_once(
                 old.unlink(missing_ok=True)
         LOG.info("compiling loops for this CPU in %s, once on this machine (20 to 30 s)", told[0])
         apart = parts if machine.cores > 1 and machine.free_bytes > PARTS_BYTES else ()
-        _run([[sys.executable, "-c", RUN, exercise, *told, *part] for part in ([[part] for part in apart] or [[]])])
+        code, said = take().run([[exercise, *told, *part] for part in ([[part] for part in apart] or [[]])])
+        if code:  # this process compiles for itself: its last bits may differ from the next one's
+            LOG.warning("loops could not be compiled beforehand (exit %d): %s", code, said)
         mark.touch()
-
-
-def _run(commands: Sequence[Sequence[str]]) -> None:
-    """All at once. Where one fails, this process compiles for itself: its last bits may differ from the next one's."""
-    begun: list[subprocess.Popen[str]] = []
-    try:
-        for command in commands:
-            begun.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
-        for process in begun:
-            lines = process.communicate()[1].strip().splitlines() or [""]
-            if process.returncode:
-                LOG.warning("loops could not be compiled beforehand (exit %d): %s", process.returncode, lines[-1])
-    finally:
-        for process in begun:
-            if process.poll() is None:
-                process.kill()
 
 
 def save_in_turn() -> None:
