@@ -6,15 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+CONTEXT = 5  # tokens at the end of a prompt that the first word of an answer is decoded with
 
 
 class Words:
-    """The text of one answer. `stopped`: a stop string came; it and what follows are not shown."""
+    """The text of one answer. `stopped`: a stop string came; it and what follows are not shown.
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+    prompt: its ids, where the answer goes on with its text: the blank before the first word is shown then.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], prompt: Sequence[int] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
-        self._ids: list[int] = []
-        self._start = self._shown = 0  # ids from `start` are decoded together; those before `shown` were given out
+        self._ids = list(prompt[-CONTEXT:])
+        self._start, self._shown = 0, len(self._ids)  # decoded together from `start` on; given out up to `shown`
+        if self._decode(self._shown).endswith(UNKNOWN):  # the answer may begin within a character
+            self._ids, self._shown = [], 0
         self._held = ""
         self.stopped = False
 

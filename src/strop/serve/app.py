@@ -236,7 +236,7 @@ async def _respond(
         model=served.id, tokenizer=served.tokenizer, stop_ids=served.renderer.stop_ids, ids=ids, adapter=served.adapter,
         max_new_tokens=min(limit or left, left),
         sampling=room.sampling.changed(body.temperature, body.top_p, body.seed), told=pieces.put_nowait,
-        stops=body.stops, logprobs=logprobs, mask=mask,
+        stops=body.stops, logprobs=logprobs, mask=mask, goes_on=not chat,
     )  # fmt: skip
     try:
         room.engine.submit(job)

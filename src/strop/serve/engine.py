@@ -40,7 +40,7 @@ class Piece:
 @dataclass
 class Job:
     """One request. `told` is called with each Piece, and last with one that has an end: as Engine.start says, or by
-    `submit` itself where the engine is closed."""
+    `submit` itself where the engine is closed. goes_on: the answer's text goes on with the prompt's."""
 
     model: str
     tokenizer: Any
@@ -53,6 +53,7 @@ class Job:
     stops: Sequence[str] = ()
     logprobs: int | None = None
     mask: Mask | None = None
+    goes_on: bool = False
     kept_tokens: int = 0
     cancelled: bool = False
     started: float = field(default_factory=time.monotonic)
@@ -71,7 +72,7 @@ class _Told:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.words = Words(job.tokenizer, job.stops)
+        self.words = Words(job.tokenizer, job.stops, job.ids.tolist() if job.goes_on else ())
         self.untold: list[Token] = []
         self.first = True
 
