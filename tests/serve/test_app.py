@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ from strop.serve.models import Served
 from tests.support import templates
 from tests.support.families import tokenizer
 from tests.support.serving import CHAT, SYSTEM, Server, save_adapters, serving
+from tests.support.tiny import model as tiny_model
 
 USER = [{"role": "user", "content": "hello there"}]
 KEY = "a-key-of-the-tests"
@@ -129,6 +131,21 @@ def test_plain_completions_of_a_text_or_its_ids(server: Server) -> None:
     chunks = events(server.post("/v1/completions", {**fields, "prompt": ["hello there"], "stream": True}))
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == answers[0]["choices"][0]["text"]
     assert len(server.post("/v1/completions", {"model": "calm", "prompt": "a"}).json()["choices"][0]["text"]) > 0
+
+
+def test_a_plain_completion_begins_with_the_blank_of_its_first_word(tmp_path: Path) -> None:
+    own = tokenizer("mistral")
+    tiny_model(seed=1, vocab_size=len(own)).save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path)
+    with serving(tmp_path) as server:
+        body = {"model": tmp_path.name, "prompt": "The quick", "max_tokens": 1, "temperature": 1, "logprobs": 0}
+        answers = [server.post("/v1/completions", {**body, "seed": seed}).json() for seed in range(40)]
+        choices = [answer["choices"][0] for answer in answers]
+        words = [choice for choice in choices if re.fullmatch(" [a-z]+", choice["logprobs"]["tokens"][0])]
+        assert words and all(choice["text"] == choice["logprobs"]["tokens"][0] for choice in words)
+        one = {**body, "seed": choices.index(words[0])}
+        [chunk] = events(server.post("/v1/completions", {**one, "stream": True}))
+        assert chunk["choices"][0]["text"] == words[0]["text"]
 
 
 def test_json_is_guaranteed_or_refused(server: Server) -> None:

@@ -243,7 +243,7 @@ async def _respond(
     except Full:
         headers = {"retry-after": "1"}
         raise Refusal(429, "as many requests wait as may", code="queue_full", headers=headers) from None
-    writer = Writer(served.id, served.tokenizer, chat=chat, logprobs=logprobs is not None)
+    writer = Writer(served.id, served.tokenizer, ids.tolist(), chat=chat, logprobs=logprobs is not None)
     if body.stream:
         events = _events(room.engine, job, pieces, writer, chat=chat, with_usage=body.usage_in_stream)
         return StreamingResponse(events, media_type="text/event-stream")

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from strop.engine.answers.text import Token
+from strop.model.words import TokenBytes, Words
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -95,13 +96,14 @@ class CompletionRequest(Common):
 class Writer:
     """Writes the answer to one request: whole, or as chunks.
 
-    chat: a chat or a plain completion. logprobs: whether tokens are told of.
+    chat: a chat or a plain completion. prompt: its ids. logprobs: whether tokens are told of.
     """
 
-    def __init__(self, model: str, tokenizer: Any, *, chat: bool, logprobs: bool) -> None:
-        self._tokenizer, self._chat, self._logprobs = tokenizer, chat, logprobs
-        self._texts: dict[int, str] = {}  # of tokens that were told of: top_logprobs name the same ones again and again
-        self._offset = 0  # in characters, of the next token of a plain completion
+    def __init__(self, model: str, tokenizer: Any, prompt: Sequence[int], *, chat: bool, logprobs: bool) -> None:
+        self._chat, self._logprobs = chat, logprobs
+        self._bytes = TokenBytes(tokenizer)
+        self._given = 0  # characters of the text
+        self._words = Words(tokenizer, (), prompt)  # of a plain completion's tokens: where they begin in its text
         kind = "chat.completion" if chat else "text_completion"
         self._head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -112,7 +114,8 @@ class Writer:
 
     def whole(self, text: str, tokens: Sequence[Token], end: str, usage: dict[str, Any]) -> dict[str, Any]:
         said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        choice = {"index": 0, **said, "logprobs": self._told(tokens), "finish_reason": end}
+        self._given += len(text)
+        choice = {"index": 0, **said, "logprobs": self._told(tokens, end), "finish_reason": end}
         return {**self._head, "object": self._kinds[0], "choices": [choice], "usage": usage}
 
     def opening(self) -> dict[str, Any]:
@@ -120,16 +123,17 @@ class Writer:
         return self._chunk({"delta": {"role": "assistant", "content": ""}}, (), None)
 
     def chunk(self, text: str, tokens: Sequence[Token], end: str | None) -> dict[str, Any]:
+        self._given += len(text)
         return self._chunk({"delta": {"content": text} if text else {}} if self._chat else {"text": text}, tokens, end)
 
     def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
         return {**self._head, "object": self._kinds[1], "choices": [], "usage": usage}
 
     def _chunk(self, said: dict[str, Any], tokens: Sequence[Token], end: str | None) -> dict[str, Any]:
-        choice = {"index": 0, **said, "logprobs": self._told(tokens), "finish_reason": end}
+        choice = {"index": 0, **said, "logprobs": self._told(tokens, end), "finish_reason": end}
         return {**self._head, "object": self._kinds[1], "choices": [choice]}
 
-    def _told(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _told(self, tokens: Sequence[Token], end: str | None) -> dict[str, Any] | None:
         if not self._logprobs or not tokens:
             return None
         if self._chat:
@@ -139,26 +143,35 @@ class Writer:
                     for token in tokens
                 ]
             }
-        texts = [self._text(token.id) for token in tokens]
         offsets = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
+        for token in tokens:
+            offsets.append(self._words.length)
+            self._words.push(token.id)
+        if end is not None:  # what a stop string took away has no place in the text
+            offsets = [min(offset, self._given) for offset in offsets]
         return {
-            "tokens": texts,
+            "tokens": [self._name(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self._text(other): log for other, log in token.likeliest} for token in tokens],
+            "top_logprobs": [self._by_name(token.likeliest) for token in tokens],
             "text_offset": offsets,
         }
 
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": self._name(token), "logprob": logprob, "bytes": list(self._bytes.of(token))}
 
-    def _text(self, token: int) -> str:
-        if token not in self._texts:
-            self._texts[token] = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
-        return self._texts[token]
+    def _by_name(self, likeliest: Sequence[tuple[int, float]]) -> dict[str, float]:
+        named: dict[str, float] = {}
+        for token, logprob in likeliest:
+            named.setdefault(self._name(token), logprob)  # of two tokens with one text the likelier
+        return named
+
+    def _name(self, token: int) -> str:
+        """The token's text; of a part of a character its bytes, as OpenAI writes them."""
+        raw = self._bytes.of(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def usage(prompt_tokens: int, kept_tokens: int, new_tokens: int) -> dict[str, Any]:
