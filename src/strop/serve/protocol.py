@@ -7,16 +7,36 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from strop.engine.answers.text import Token
 from strop.model.words import TokenBytes, Words
 
+
+def _in_words(words: str) -> WrapValidator:
+    """Whatever is wrong with the value, its error is told in these words."""
+
+    def check(value: Any, inner: Callable[[Any], Any]) -> Any:
+        try:
+            return inner(value)
+        except ValidationError:
+            raise PydanticCustomError("in_words", "{words}", {"words": words}) from None
+
+    return WrapValidator(check)
+
+
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-Zero = Annotated[float, Field(ge=0, le=0)]
+Stops = Annotated[
+    Stop | Annotated[list[Stop], Field(max_length=16)] | None,
+    _in_words("must be a text of 1 to 256 characters, or a list of at most 16 such texts"),
+]
+One = Annotated[Literal[1] | None, _in_words("only 1 is supported")]
+Zero = Annotated[Annotated[float, Field(ge=0, le=0)] | None, _in_words("only 0 is supported")]
+No = Annotated[Literal[False] | None, _in_words("only false is supported")]
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -26,7 +46,7 @@ class _Strict(BaseModel):
 
 class StreamOptions(_Strict):
     include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No = None
 
 
 class JsonSchema(_Strict):
@@ -49,13 +69,15 @@ class Common(_Strict):
     temperature: float | None = Field(None, ge=0, le=2, description="0: greedy. Default: the model's own.")
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stops = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
-    presence_penalty: Zero | None = None
-    frequency_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    n: One = None
+    presence_penalty: Zero = None
+    frequency_penalty: Zero = None
+    logit_bias: Annotated[
+        Annotated[dict[str, float], Field(max_length=0)] | None, _in_words("only an empty object is supported")
+    ] = None
     user: str | None = None
 
     @property
@@ -76,21 +98,22 @@ class ChatRequest(Common):
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Values for the chat template, by the names that it reads: enable_thinking."
     )
-    tool_choice: Literal["auto", "none"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    tool_choice: Annotated[Literal["auto", "none"] | None, _in_words('only "auto" and "none" are supported')] = None
+    parallel_tool_calls: Annotated[Literal[True] | None, _in_words("only true is supported")] = None
     response_format: ResponseFormat | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
+    store: No = None
 
 
 class CompletionRequest(Common):
-    prompt: (
-        str | Annotated[list[str], Field(min_length=1, max_length=1)] | Annotated[list[TokenId], Field(min_length=1)]
-    )
+    prompt: Annotated[
+        str | Annotated[list[str], Field(min_length=1, max_length=1)] | Annotated[list[TokenId], Field(min_length=1)],
+        _in_words("must be a text, a list of one text, or a list of token ids (several prompts: one request each)"),
+    ]
     logprobs: int | None = Field(None, ge=0, le=20)
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
-    suffix: None = None
+    echo: No = None
+    best_of: One = None
+    suffix: Annotated[None, _in_words("only null is supported")] = None
 
 
 class Writer:
