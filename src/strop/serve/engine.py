@@ -92,7 +92,8 @@ class Engine:
     thread that computes; with two sets of them on the same cores it lets them sleep between two loops, and a step of a
     small model takes two and a half times as long.
 
-    failed: the thread ended by a fault of ours; `on_failure` is told of it, from there.
+    failed: the thread ended by a fault of ours, or of the model's code, after which nobody knows what the cache holds;
+    `on_failure` is told of it, from there. Only want of memory is survived: those under way are told, and it goes on.
     """
 
     def __init__(
@@ -170,21 +171,26 @@ class Engine:
             with self._changed:
                 self.failed = not self._closing
                 self._closing = True
-            self._drop_all("failed" if self.failed else "closed")
-            if self.failed:
-                self._on_failure()
+            try:
+                self._drop_all("failed" if self.failed else "closed")
+            finally:
+                if self.failed:
+                    self._on_failure()
 
     def _drop_all(self, end: str) -> None:
-        with self._changed:
-            jobs = [*self._waiting, *(told.job for told in self._told.values())]
-            self._waiting.clear()
-            self._told.clear()
-            for text in list(self._batch.texts):
-                text.end = end
-                self._batch.remove(text)
-            self._metrics.active.set(0)
-            self._metrics.waiting.set(0)
-        self._deliver([(job, Piece("", (), end)) for job in jobs])
+        jobs: list[Job] = []
+        try:
+            with self._changed:
+                jobs += [*self._waiting, *(told.job for told in self._told.values())]
+                self._waiting.clear()
+                self._told.clear()
+                self._metrics.active.set(0)
+                self._metrics.waiting.set(0)
+                for text in list(self._batch.texts):
+                    text.end = end
+                    self._batch.remove(text)
+        finally:  # a decoder that has failed may fail at that too
+            self._deliver([(job, Piece("", (), end)) for job in jobs])
 
     def _admit(self) -> bool:
         """Sorts out who left and who comes in; waits where there is nothing to do. False where it is time to end."""
