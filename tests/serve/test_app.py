@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import signal
 import socket
 import sys
@@ -18,9 +20,11 @@ import requests
 from strop.data.conversation import Message
 from strop.data.rendering.render import Renderer
 from strop.serve.models import Served
+from strop.serve.refusal import Refusal
 from tests.support import templates
 from tests.support.families import tokenizer
 from tests.support.serving import CHAT, SYSTEM, Server, save_adapters, serving
+from tests.support.tiny import model as tiny_model
 
 USER = [{"role": "user", "content": "hello there"}]
 KEY = "a-key-of-the-tests"
@@ -131,6 +135,21 @@ def test_plain_completions_of_a_text_or_its_ids(server: Server) -> None:
     assert len(server.post("/v1/completions", {"model": "calm", "prompt": "a"}).json()["choices"][0]["text"]) > 0
 
 
+def test_a_plain_completion_begins_with_the_blank_of_its_first_word(tmp_path: Path) -> None:
+    own = tokenizer("mistral")
+    tiny_model(seed=1, vocab_size=len(own)).save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path)
+    with serving(tmp_path) as server:
+        body = {"model": tmp_path.name, "prompt": "The quick", "max_tokens": 1, "temperature": 1, "logprobs": 0}
+        answers = [server.post("/v1/completions", {**body, "seed": seed}).json() for seed in range(40)]
+        choices = [answer["choices"][0] for answer in answers]
+        words = [choice for choice in choices if re.fullmatch(" [a-z]+", choice["logprobs"]["tokens"][0])]
+        assert words and all(choice["text"] == choice["logprobs"]["tokens"][0] for choice in words)
+        one = {**body, "seed": choices.index(words[0])}
+        [chunk] = events(server.post("/v1/completions", {**one, "stream": True}))
+        assert chunk["choices"][0]["text"] == words[0]["text"]
+
+
 def test_json_is_guaranteed_or_refused(server: Server) -> None:
     schema = {
         "type": "object", "properties": {"a": {"type": "integer", "maximum": 9}, "b": {"enum": ["x", "y"]}},
@@ -224,6 +243,58 @@ def test_bad_requests_are_told_what_is_wrong(server: Server, name: str) -> None:
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert said in error["message"] and error["type"] == "invalid_request_error"
+
+
+PROMPT = "prompt: must be a text, a list of one text, or a list of token ids (several prompts: one request each)"
+STOP = "stop: must be a text of 1 to 256 characters, or a list of at most 16 such texts"
+PLAIN = {"model": "calm", "prompt": "hello"}
+CHATTED = {"model": "calm", "messages": USER}
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+TOLD = [
+    (PLAIN, {"prompt": ["a", "b"]}, PROMPT),
+    (PLAIN, {"prompt": [[1, 2]]}, PROMPT),
+    (PLAIN, {"prompt": []}, PROMPT),
+    (PLAIN, {"prompt": [-1]}, PROMPT),
+    (PLAIN, {"prompt": None}, PROMPT),
+    (PLAIN, {"stop": ["x", ""]}, STOP),
+    (CHATTED, {"stop": "x" * 300}, STOP),
+    (PLAIN, {"max_completion_tokens": 2}, "unknown parameter: max_completion_tokens (did you mean max_tokens?)"),
+    (PLAIN, {"frequency_penalty": 0.5}, "frequency_penalty: only 0 is supported"),
+    (PLAIN, {"logit_bias": {"5": 1}}, "logit_bias: only an empty object is supported"),
+    (PLAIN, {"best_of": 2}, "best_of: only 1 is supported"),
+    (PLAIN, {"echo": True}, "echo: only false is supported"),
+    (PLAIN, {"suffix": "x"}, "suffix: only null is supported"),
+    (CHATTED, {"tool_choice": {"type": "function"}}, 'tool_choice: only "auto" and "none" are supported'),
+    (CHATTED, {"tools": [TOOL]}, "tools: the model's chat template shows none: send no tools, or ask another model"),
+    (CHATTED, {"tools": [{}]}, "a tool needs a name"),
+    (
+        CHATTED,
+        {"chat_template_kwargs": {"thinking": 1}},
+        "chat_template_kwargs: the chat template reads no thinking: it reads no option at all",
+    ),
+    (
+        CHATTED,
+        {"chat_template_kwargs": {"x": "<|im_end|>"}},
+        "chat_template_kwargs: a value holds a control token",
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "fields", "said"), TOLD)
+def test_errors_name_the_parameter_and_say_what_it_takes(
+    server: Server, body: dict[str, Any], fields: dict[str, Any], said: str
+) -> None:
+    answer = server.post("/v1/completions" if "prompt" in body else CHAT, {**body, **fields})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["message"], error["param"]) == (said, next(iter(fields)))
+
+
+def test_a_model_without_a_template_is_asked_for_completions() -> None:
+    own = copy.deepcopy(tokenizer("chatml"))
+    own.chat_template = None
+    with pytest.raises(Refusal, match="no chat template: ask it by /v1/completions"):
+        Served("m", None, own, Renderer(own), None).prompt(USER, None)
 
 
 def test_a_model_that_is_not_there(server: Server) -> None:
@@ -395,13 +466,15 @@ def test_a_key_other_hosts_and_the_end(adapter_folders: list[Path], monkeypatch:
             {},
             {"Authorization": "Bearer wrong"},
             {"Authorization": KEY},
+            {"Authorization": f"Basic {KEY}"},
             {"Authorization": f"Bearer {KEY}x"},
         ):
             for path in ("/v1/models", "/metrics", "/openapi.json"):
                 assert requests.get(server.url + path, headers=headers, timeout=10).status_code == 401
             assert server.post(CHAT, {}, headers=headers).status_code == 401
-        right = {"Authorization": f"Bearer {KEY}"}
-        assert requests.get(server.url + "/v1/models", headers=right, timeout=10).status_code == 200
+        for scheme in ("bearer", "BEARER", "Bearer"):
+            right = {"Authorization": f"{scheme} {KEY}"}
+            assert requests.get(server.url + "/v1/models", headers=right, timeout=10).status_code == 200
         assert requests.get(server.url + "/health", timeout=10).status_code == 200
         assert " 200 " in send(server, "GET /health HTTP/1.1\nHost: box.example")
         assert " 200 " in send(server, "GET /health HTTP/1.1\nHost: box.example:PORT")

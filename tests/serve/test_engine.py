@@ -212,6 +212,18 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(monkeypatch: pytest.MonkeyP
     assert asked.pieces[0][-1].end == "failed" and asked.engine.failed
 
 
+def test_a_decoder_that_cannot_even_end_a_text_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, failures = Asked(tiny()), list[bool]()
+    monkeypatch.setattr(asked.engine, "_on_failure", lambda: failures.append(True))
+    for method in ("read", "end"):
+        monkeypatch.setattr(Decoder, method, lambda *_: 1 / 0)
+    asked.submit(np.arange(3, 9, dtype=np.int32), 5)
+    asked.engine.start()
+    asked.answers()
+    assert asked.engine._ended is not None and asked.engine._ended.exception(10)
+    assert asked.pieces[0][-1].end == "failed" and failures == [True]
+
+
 NAN_TOKEN = 96
 
 

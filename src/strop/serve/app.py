@@ -27,11 +27,13 @@ from strop.serve.engine import Engine, Full, Job, Piece, tell_each
 from strop.serve.grammar import Grammars
 from strop.serve.guard import Guard, Rules
 from strop.serve.metrics import Metrics
-from strop.serve.models import PROMPT_FAULTS, Served
+from strop.serve.models import Served
 from strop.serve.protocol import ChatRequest, Common, CompletionRequest, Writer, usage
 from strop.serve.refusal import Refusal, error_body
 
 COMPLETION_TOKENS = 16  # of a plain completion that does not say how many; OpenAI's default
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+BODIES: dict[str, type[Common]] = {CHAT: ChatRequest, COMPLETIONS: CompletionRequest}
 ASSETS = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
@@ -125,7 +127,7 @@ def create_app(room: Room, rules: Rules, metrics: Metrics) -> Guard:
     app.add_exception_handler(HTTPException, _http_error)
     router = APIRouter(route_class=_StrictRoute)
 
-    @router.post("/v1/chat/completions", responses=STATUSES, response_model=None)
+    @router.post(CHAT, responses=STATUSES, response_model=None)
     async def chat(request: Request, body: ChatRequest) -> Response:
         served = _served(room, body.model)
         tools = body.tools if body.tool_choice != "none" else None
@@ -141,7 +143,7 @@ def create_app(room: Room, rules: Rules, metrics: Metrics) -> Guard:
         wanted = (body.top_logprobs or 0) if body.logprobs else None
         return await _respond(room, request, body, served, ids, limit, wanted, mask, chat=True)
 
-    @router.post("/v1/completions", responses=STATUSES, response_model=None)
+    @router.post(COMPLETIONS, responses=STATUSES, response_model=None)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         served = _served(room, body.model)
         if body.stream_options is not None and not body.stream:
@@ -177,7 +179,7 @@ def create_app(room: Room, rules: Rules, metrics: Metrics) -> Guard:
     for path, (name, kind) in ASSETS.items():
         router.add_api_route(path, _asset(name, kind), methods=["GET"], include_in_schema=False)
     app.include_router(router)
-    paths = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json", *ASSETS}
+    paths = {*BODIES, "/v1/models", "/health", "/metrics", "/openapi.json", *ASSETS}
 
     def answered(path: str, status: int) -> None:
         known = path if path in paths else "other"  # or anyone could fill the memory
@@ -210,13 +212,9 @@ def _card(room: Room, served: Served) -> dict[str, Any]:
 
 
 async def _prompt(executor: ThreadPoolExecutor, make: Callable[..., Any], *arguments: Any) -> Any:
-    """What `make` gives, made in the thread of prompts. Raises Refusal for messages that the model cannot be shown."""
+    """What `make` gives, made in the thread of prompts. Raises Refusal."""
     try:
         return await asyncio.get_running_loop().run_in_executor(executor, make, *arguments)
-    except PROMPT_FAULTS as error:
-        what = getattr(error, "what", str(error))
-        fix = getattr(error, "fix", "")
-        raise Refusal(400, f"{what}: {fix}" if fix else what, param="messages") from None
     except RecursionError:
         raise Refusal(400, "the body is nested too deep") from None
 
@@ -236,14 +234,14 @@ async def _respond(
         model=served.id, tokenizer=served.tokenizer, stop_ids=served.ends, ids=ids, adapter=served.adapter,
         max_new_tokens=min(limit or left, left),
         sampling=room.sampling.changed(body.temperature, body.top_p, body.seed), told=pieces.put_nowait,
-        stops=body.stops, logprobs=logprobs, mask=mask,
+        stops=body.stops, logprobs=logprobs, mask=mask, goes_on=not chat,
     )  # fmt: skip
     try:
         room.engine.submit(job)
     except Full:
         headers = {"retry-after": "1"}
         raise Refusal(429, "as many requests wait as may", code="queue_full", headers=headers) from None
-    writer = Writer(served.id, served.tokenizer, chat=chat, logprobs=logprobs is not None)
+    writer = Writer(served.id, served.tokenizer, ids.tolist(), chat=chat, logprobs=logprobs is not None)
     if body.stream:
         events = _events(room.engine, job, pieces, writer, chat=chat, with_usage=body.usage_in_stream)
         return StreamingResponse(events, media_type="text/event-stream")
@@ -316,14 +314,14 @@ async def _http_error(_: Request, error: Exception) -> Response:
     return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: Exception) -> Response:
     """The first fault of a body that does not fit, in words."""
     assert isinstance(error, RequestValidationError)
     fault = error.errors()[0]
     path = [str(part) for part in fault["loc"] if part not in ("body",)]
     param = path[0] if path else None
     if fault["type"] == "extra_forbidden":
-        known = {**ChatRequest.model_fields, **CompletionRequest.model_fields}
+        known = BODIES[request.scope["path"]].model_fields if len(path) == 1 else ()
         what = f"unknown parameter: {'.'.join(path)}{nearest(path[-1], known)}"
     else:
         what = f"{'.'.join(path) or 'body'}: {fault['msg']}"

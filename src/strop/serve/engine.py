@@ -40,7 +40,7 @@ class Piece:
 @dataclass
 class Job:
     """One request. `told` is called with each Piece, and last with one that has an end: as Engine.start says, or by
-    `submit` itself where the engine is closed."""
+    `submit` itself where the engine is closed. goes_on: the answer's text goes on with the prompt's."""
 
     model: str
     tokenizer: Any
@@ -53,6 +53,7 @@ class Job:
     stops: Sequence[str] = ()
     logprobs: int | None = None
     mask: Mask | None = None
+    goes_on: bool = False
     kept_tokens: int = 0
     cancelled: bool = False
     started: float = field(default_factory=time.monotonic)
@@ -71,7 +72,7 @@ class _Told:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.words = Words(job.tokenizer, job.stops)
+        self.words = Words(job.tokenizer, job.stops, job.ids.tolist() if job.goes_on else ())
         self.untold: list[Token] = []
         self.first = True
 
@@ -91,7 +92,8 @@ class Engine:
     thread that computes; with two sets of them on the same cores it lets them sleep between two loops, and a step of a
     small model takes two and a half times as long.
 
-    failed: the thread ended by a fault of ours; `on_failure` is told of it, from there.
+    failed: the thread ended by a fault of ours, or of the model's code, after which nobody knows what the cache holds;
+    `on_failure` is told of it, from there. Only want of memory is survived: those under way are told, and it goes on.
     """
 
     def __init__(
@@ -169,21 +171,26 @@ class Engine:
             with self._changed:
                 self.failed = not self._closing
                 self._closing = True
-            self._drop_all("failed" if self.failed else "closed")
-            if self.failed:
-                self._on_failure()
+            try:
+                self._drop_all("failed" if self.failed else "closed")
+            finally:
+                if self.failed:
+                    self._on_failure()
 
     def _drop_all(self, end: str) -> None:
-        with self._changed:
-            jobs = [*self._waiting, *(told.job for told in self._told.values())]
-            self._waiting.clear()
-            self._told.clear()
-            for text in list(self._batch.texts):
-                text.end = end
-                self._batch.remove(text)
-            self._metrics.active.set(0)
-            self._metrics.waiting.set(0)
-        self._deliver([(job, Piece("", (), end)) for job in jobs])
+        jobs: list[Job] = []
+        try:
+            with self._changed:
+                jobs += [*self._waiting, *(told.job for told in self._told.values())]
+                self._waiting.clear()
+                self._told.clear()
+                self._metrics.active.set(0)
+                self._metrics.waiting.set(0)
+                for text in list(self._batch.texts):
+                    text.end = end
+                    self._batch.remove(text)
+        finally:  # a decoder that has failed may fail at that too
+            self._deliver([(job, Piece("", (), end)) for job in jobs])
 
     def _admit(self) -> bool:
         """Sorts out who left and who comes in; waits where there is nothing to do. False where it is time to end."""

@@ -116,9 +116,9 @@ class Guard:
         if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
             return 403, "requests from other sites' pages are refused"
         if self._rules.key is not None and scope["path"] not in self._rules.open:
-            given = headers.get("authorization", "")
-            wanted = f"Bearer {self._rules.key}"
-            if not hmac.compare_digest(given.encode("latin-1"), wanted.encode()):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(given.encode("latin-1"), self._rules.key.encode())
+            if scheme.lower() != "bearer" or not right:
                 return 401, "no API key, or not the right one (Authorization: Bearer KEY)"
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -15,6 +15,7 @@ from strop.errors import ModelError
 from strop.model.generate import own_ends
 from strop.model.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run
+from strop.serve.refusal import Refusal
 
 BASE = "base"
 
@@ -45,21 +46,33 @@ class Served:
         options: dict[str, Any] | None = None,
     ) -> Ids:
         """The token ids of a chat, generation prompt included, as in training; options: of the template, where the
-        request has some. Raises PROMPT_FAULTS.
+        request has some. Raises Refusal for what the model cannot be shown.
         """
-        said = asked({"messages": messages, "tools": tools})
-        given = said.messages
-        if self.system is not None and given[0].role != "system":
-            given = (Message("system", self.system), *given)
-        return self.renderer.prompt(given, said.tools, options=options)
+        if self.renderer.template is None:
+            raise Refusal(400, "the model has no chat template: ask it by /v1/completions", param="messages")
+        if self.renderer.control.found(dict(options or {})):
+            what = "chat_template_kwargs: a value holds a control token"
+            raise Refusal(400, what, param="chat_template_kwargs")
+        try:
+            said = asked({"messages": messages, "tools": tools})
+            if said.tools and not self.renderer.chat.supports_tools:
+                what = "tools: the model's chat template shows none: send no tools, or ask another model"
+                raise Refusal(400, what, param="tools")
+            given = said.messages
+            if self.system is not None and given[0].role != "system":
+                given = (Message("system", self.system), *given)
+            return self.renderer.prompt(given, said.tools, options=options)
+        except ModelError as error:
+            raise Refusal(400, f"{error.what}: {error.fix}", param="chat_template_kwargs") from None
+        except BadRow as error:
+            raise Refusal(400, error.what, param="tools" if error.code == "bad-tools" else "messages") from None
+        except RenderError as error:  # its fix is for training
+            raise Refusal(400, error.what, param="messages") from None
 
     def text(self, text: str) -> Ids:
         """The token ids of a plain text, which may hold control tokens."""
         ids: Ids = self.tokenizer(text, return_tensors="np")["input_ids"][0].astype("int32")
         return ids
-
-
-PROMPT_FAULTS = (RenderError, BadRow, ModelError)
 
 
 @dataclass(frozen=True)
