@@ -13,6 +13,7 @@ from typing import Any, cast
 import peft
 import torch
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -254,6 +255,16 @@ def as_fp32(model: peft.PeftModel) -> peft.PeftModel:
                 kept.register_forward_pre_hook(_widened)
                 kept.register_forward_hook(lambda _, __, found, kind=kind: found.to(kind))
     return model
+
+
+def set_dropout(model: peft.PeftModel, share: float) -> None:
+    """Dropout in front of all adapters, in the place of what they were saved with."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.lora_dropout:
+                module.lora_dropout[name] = nn.Dropout(share) if share else nn.Identity()
+    for config in model.peft_config.values():
+        cast(peft.LoraConfig, config).lora_dropout = share
 
 
 def _widened(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:

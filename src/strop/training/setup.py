@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from strop.adapters import adapter_folder, read_adapter_config, refuse_other_kind, with_tokenizer
+from strop.adapters import adapter_folder, read_adapter_config, read_identity, refuse_other_kind, with_tokenizer
 from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
@@ -27,7 +27,7 @@ from strop.model.lora import check_lora, num_trainable
 from strop.model.measured import parameters_of, shape_of
 from strop.model.score import check_head
 from strop.model.shape import ModelShape, prequantized
-from strop.model.tokenizer import load_tokenizer
+from strop.model.tokenizer import load_tokenizer, new_tokens
 from strop.model.towers import text_path
 from strop.objectives.table import learning_of, objective_of
 from strop.planning.choose import choose, memory_key
@@ -153,8 +153,10 @@ def _look(recipe: Recipe, memory: int | None, processes: int = 1) -> Machine:
 
 
 def remarks(setup: Setup) -> list[str]:
-    """What a person should know before training starts: a card that is not used, experts, other towers."""
-    return [text for text in (_passed_over(setup), _repeated(setup), *_experts(setup), _towers(setup)) if text]
+    """What a person should know before training starts: a card that is not used, another base than the adapter's,
+    experts, other towers."""
+    found = (_passed_over(setup), _repeated(setup), _stored_otherwise(setup), *_experts(setup), _towers(setup))
+    return [text for text in found if text]
 
 
 def _repeated(setup: Setup) -> str | None:
@@ -163,6 +165,18 @@ def _repeated(setup: Setup) -> str | None:
     if not recipe.train.deterministic or recipe.model.device != "cpu":
         return None
     return "train.deterministic: a CPU computes the same bits each time without it"
+
+
+def _stored_otherwise(setup: Setup) -> str | None:
+    """That the adapter to start from was trained on a base that was stored in another way."""
+    start, now = start_adapter(setup.resolved.recipe), setup.resolved.recipe.model.quantization
+    then = now if start is None else read_identity(start).get("quantization", now)
+    if then == now:
+        return None
+    was, is_ = ("not quantized" if scheme == "none" else f"in {scheme}" for scheme in (then, now))
+    more = "; one that began with lora.init loftq needs it" if then != "none" else ""
+    what = f"the adapter to start from was trained on the base {was}, and this run has it {is_}: other numbers"
+    return f"{what} (--model.quantization {then}: the same{more})"
 
 
 def _passed_over(setup: Setup) -> str | None:
@@ -222,7 +236,10 @@ def _plan(
     if scored:
         check_head(bare.config)
     shape, parameters = shape_of(load_config(source).to_dict(), source.config(), bare), parameters_of(bare)
-    adapter = read_adapter_config(start) if start is not None else None
+    adapter = None
+    if start is not None:
+        adapter = read_adapter_config(start)
+        adapter["new_tokens"] = new_tokens(start, adapter)
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
     check_lora(bare, resolved.recipe.lora)
