@@ -93,6 +93,12 @@ def test_rank_pattern_and_rslora_take_effect() -> None:
     assert layer.scaling["default"] == pytest.approx(8 / 4**0.5)
 
 
+def test_alpha_pattern_takes_effect_and_may_be_a_fraction() -> None:
+    model = add_lora(tiny.model(), section(alpha_pattern={"v_proj": 1.5}), tokenizer("chatml"))
+    attention = model.base_model.model.model.layers[0].self_attn
+    assert (attention.v_proj.scaling["default"], attention.q_proj.scaling["default"]) == (1.5 / 4, 8 / 4)
+
+
 def test_dora_has_magnitudes() -> None:
     model = add_lora(tiny.model(), section(use_dora=True), tokenizer("chatml"))
     assert any("lora_magnitude_vector" in name for name in trainable(model))
