@@ -1,4 +1,4 @@
-"""Runs that start from an adapter: what they take from it, and what the recipe decides."""
+"""What is trained, as a run tells it; what a run takes from the adapter it starts from, and what its recipe decides."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ def losses(run: Path) -> list[float]:
     return [event["loss"] for event in read_events(run / "events.jsonl") if event["event"] == "step"]
 
 
+def notes(run: Path) -> list[str]:
+    return [event["text"] for event in read_events(run / "events.jsonl") if event["event"] == "note"]
+
+
 def dropouts(run: Path) -> tuple[float, float]:
     """As the recipe and as the adapter have it."""
     adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
@@ -75,34 +79,21 @@ def test_new_tokens_are_the_adapters_own(chain: Chain) -> None:
     first = chain("first", **{"lora.new_tokens": ["<call>", "<done>"]})
     again = chain("again", first)
     kept = yaml.safe_load((again / "recipe.yaml").read_text())["lora"]["new_tokens"]
-    assert (
-        kept
-        == ["<call>", "<done>"]
-        == start_adapter(tiny.recipe(**{"model.adapter": str(first)}).recipe)[  # type: ignore[index]
-            "new_tokens"
-        ]
-    )
-    trainable = [
-        next(
-            event["parameters"]["trainable"] for event in read_events(run / "events.jsonl") if event["event"] == "start"
-        )
-        for run in (first, again)
-    ]
-    assert trainable[0] == trainable[1]
+    planned = start_adapter(tiny.recipe(**{"model.adapter": str(first)}).recipe)
+    assert planned is not None and kept == planned["new_tokens"] == ["<call>", "<done>"]
     with pytest.raises(RecipeError, match="new_tokens"):
         chain("other", first, **{"lora.new_tokens": ["<else>"]})
 
 
 def test_a_base_that_is_stored_otherwise_is_told(chain: Chain) -> None:
     first = chain("first", **{"model.quantization": "nf4"})
-    notes = [
-        [event["text"] for event in read_events(run / "events.jsonl") if event["event"] == "note"]
-        for run in (chain("same", first, **{"model.quantization": "nf4"}), chain("other", first))
-    ]
-    assert not any("nf4" in text for text in notes[0])
-    assert [
-        text
-        for text in notes[1]
-        if "was trained on the base in nf4, and this run has it not quantized" in text
-        and "--model.quantization nf4" in text
-    ]
+    same, other = chain("same", first, **{"model.quantization": "nf4"}), chain("other", first)
+    assert not any("nf4" in text for text in notes(same))
+    text = next(text for text in notes(other) if "nf4" in text)
+    assert "on the base in nf4, and this run has it not quantized" in text and "--model.quantization nf4" in text
+
+
+def test_a_name_that_stands_for_several_kinds_of_modules_is_told(chain: Chain) -> None:
+    text = "lora.modules_to_save norm: all 5 modules whose names end so are trained in full"
+    assert [note for note in notes(chain("norms", **{"lora.modules_to_save": ["norm"]})) if text in note]
+    assert not any("in full" in note for note in notes(chain("last", **{"lora.modules_to_save": ["model.norm"]})))

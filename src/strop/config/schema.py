@@ -127,7 +127,9 @@ class LoraSection(Section):
     alpha_pattern: dict[str, Annotated[Finite, Field(gt=0)]] = Field(
         default_factory=dict, description="alpha by module name or expression"
     )
-    modules_to_save: list[str] = Field(default_factory=list, description="modules trained in full, not through LoRA")
+    modules_to_save: list[str] = Field(
+        default_factory=list, description="modules trained in full, not through LoRA: all whose names end so"
+    )
     new_tokens: list[str] = Field(
         default_factory=list, description="tokens added to the vocabulary; their embedding rows are trained and saved"
     )

@@ -23,7 +23,7 @@ from strop.machine.probe import Machine, probe
 from strop.model.experts import packable
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import DTYPES, copies_to_make, load_config, skeleton
-from strop.model.lora import check_lora, num_trainable
+from strop.model.lora import check_lora, kinds_of, num_trainable, trained_whole
 from strop.model.measured import parameters_of, shape_of
 from strop.model.score import check_head
 from strop.model.shape import ModelShape, prequantized
@@ -154,8 +154,11 @@ def _look(recipe: Recipe, memory: int | None, processes: int = 1) -> Machine:
 
 def remarks(setup: Setup) -> list[str]:
     """What a person should know before training starts: a card that is not used, another base than the adapter's,
-    experts, other towers."""
-    found = (_passed_over(setup), _repeated(setup), _stored_otherwise(setup), *_experts(setup), _towers(setup))
+    experts, other towers, more modules trained in full than a name says."""
+    found = (
+        *(_passed_over(setup), _repeated(setup), _stored_otherwise(setup)),
+        *(*_experts(setup), _towers(setup), *_in_full(setup)),
+    )
     return [text for text in found if text]
 
 
@@ -219,6 +222,21 @@ def _towers(setup: Setup) -> str | None:
     if setup.source.kind == "gguf" or not text_path(skeleton(setup.source)):
         return None
     return f"{config.model_type}: its text half is trained; what sees or hears is frozen and left as it is"
+
+
+def _in_full(setup: Setup) -> list[str]:
+    """Of a name in lora.modules_to_save that stands for modules of several kinds: all of them."""
+    names = setup.resolved.recipe.lora.modules_to_save
+    if not names:
+        return []
+    bare = skeleton(setup.source)
+    kinds = {name: kinds_of(trained_whole(bare, name)) for name in names}
+    return [
+        f"lora.modules_to_save {name}: all {sum(found.values())} modules whose names end so are trained in full: "
+        + ", ".join(f"{path} ({count})" for path, count in found.items())
+        for name, found in kinds.items()
+        if len(found) > 1
+    ]
 
 
 def _plan(
