@@ -29,7 +29,7 @@ from strop.model.lora import OLD_NAME, grow_vocabulary, sum_once
 from strop.model.quantize import SCHEMES
 from strop.model.score import TASK, add_head
 from strop.model.shards import is_finite
-from strop.model.tokenizer import load_tokenizer
+from strop.model.tokenizer import load_tokenizer, new_rows
 from strop.runs.folder import RunFolder, is_run, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
@@ -103,12 +103,6 @@ def with_tokenizer(folder: Path, source: Source) -> Source:
     """Where an adapter's tokenizer is: in its own folder, or, of one that another tool saved without, with its base."""
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     return Source(source.name, "folder", folder) if own else source
-
-
-def new_rows(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The embedding rows that an adapter trains, by the last part of their module's name."""
-    rows = config.get("trainable_token_indices") or {}
-    return {"embed_tokens": rows} if isinstance(rows, list) else dict(rows)
 
 
 def read_identity(folder: Path) -> dict[str, Any]:

@@ -63,6 +63,9 @@ def test_a_resolved_recipe_written_and_read_again_is_the_same(tmp_path: Path) ->
         ({"lora.rank_pattern": {"v_proj": 4, "q_proj": 0}}, "q_proj: Input should be greater than or equal to 1"),
         ({"lora.rank_pattern": {"q_proj": True}}, "must be a number"),
         ({"lora.alpha_pattern": {"q_proj": -3}}, "greater than 0"),
+        ({"lora.alpha_pattern": {"q_proj": "nan"}}, "a finite number"),
+        ({"lora.rank_pattern": {"q_proj(": 3}}, "q_proj( is no regular expression"),
+        ({"lora.alpha_pattern": {"[": 3}}, "[ is no regular expression"),
         ({"lora.target_modules": []}, "names no module"),
         ({"lora.new_tokens": ["a", ""]}, "a token is empty"),
         ({"lora.new_tokens": ["a", "b", "a"]}, "a stands twice"),
@@ -74,6 +77,11 @@ def test_what_is_wrong_is_refused_in_one_line(options: dict[str, object], said: 
     assert refused.value.exit_code == 2
     assert len(refused.value.lines()) == 1
     assert said in refused.value.lines()[0]
+
+
+def test_alpha_by_module_may_be_a_fraction_as_alpha_may() -> None:
+    recipe = resolve(None, {**LEAST, "lora.alpha_pattern": {"q_proj": "1.5"}}).recipe
+    assert recipe.lora.alpha_pattern == {"q_proj": 1.5}
 
 
 def test_every_fault_of_a_recipe_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from transformers import AutoModelForCausalLM, GemmaConfig, MistralConfig, Phi3C
 from strop.config.schema import LoraSection
 from strop.engine.fast import FastLoss
 from strop.engine.plain import PlainLoss
-from strop.errors import ModelError
+from strop.errors import InputError, ModelError
 from strop.model.facts import locate
 from strop.model.load import load_base
-from strop.model.lora import add_lora, check_lora, linear_kinds, trainable
+from strop.model.lora import add_lora, check_lora, kinds_of, linear_kinds, trainable, trained_whole
 from strop.model.quantize import QuantizedLinear, quantizable
 from strop.model.targets import target_names
 from tests.engine.test_fast import assert_same, step
@@ -93,6 +94,12 @@ def test_rank_pattern_and_rslora_take_effect() -> None:
     assert layer.scaling["default"] == pytest.approx(8 / 4**0.5)
 
 
+def test_alpha_pattern_takes_effect_and_may_be_a_fraction() -> None:
+    model = add_lora(tiny.model(), section(alpha_pattern={"v_proj": 1.5}), tokenizer("chatml"))
+    attention = model.base_model.model.model.layers[0].self_attn
+    assert (attention.v_proj.scaling["default"], attention.q_proj.scaling["default"]) == (1.5 / 4, 8 / 4)
+
+
 def test_dora_has_magnitudes() -> None:
     model = add_lora(tiny.model(), section(use_dora=True), tokenizer("chatml"))
     assert any("lora_magnitude_vector" in name for name in trainable(model))
@@ -109,6 +116,39 @@ def test_tied_embeddings_are_not_trained_as_two_copies() -> None:
     with pytest.raises(ModelError, match="shares its weights"):
         check_lora(tiny.model(), section(modules_to_save=["lm_head"]))
     check_lora(tiny.model(tie_word_embeddings=False), section(modules_to_save=["lm_head"]))
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "said"),
+    [
+        ("llama", "rotary_emb", "model.rotary_emb has no weights"),
+        ("llama", "model", "model leaves no layer for an adapter"),
+        ("llama", "", "no module"),
+        ("llama", "orm", "no module orm"),
+        ("gemma4_text", "norm", "v_norm has no weights: give more of the path, of .*, model.norm"),
+        ("gemma4_text", "model.embed_tokens", "shares its weights"),
+    ],
+)
+def test_what_cannot_be_trained_in_full_is_refused(family: str, name: str, said: str) -> None:
+    with pytest.raises(InputError) as refused:
+        check_lora(tiny_of(family), section(modules_to_save=[name]))
+    assert re.search(said, refused.value.lines()[0])
+
+
+def test_modules_are_taken_by_the_end_of_their_name_as_peft_takes_them() -> None:
+    """A name is none of a whole part of the path: `norm` takes every norm."""
+    skeleton = tiny.model()
+    found = kinds_of(trained_whole(skeleton, "norm"))
+    many = ("model.layers.*.input_layernorm", "model.layers.*.post_attention_layernorm")
+    assert found == {**dict.fromkeys(many, 2), "model.norm": 1}
+    assert list(kinds_of(trained_whole(skeleton, "model.norm"))) == ["model.norm"]
+    model = add_lora(skeleton, section(modules_to_save=["norm"]), tokenizer("chatml"))
+    assert sum("modules_to_save" in name for name in trainable(model)) == sum(found.values())
+
+
+def test_a_pattern_for_layers_that_are_trained_in_full_is_refused() -> None:
+    with pytest.raises(ModelError, match="v_proj matches no layer with an adapter"):
+        check_lora(tiny.model(), section(modules_to_save=["v_proj"], rank_pattern={"v_proj": 2}))
 
 
 @pytest.mark.parametrize("name", ["norm", "input_layernorm", "embed_tokens", "lm_head"])

@@ -323,3 +323,20 @@ def test_a_card_and_a_number_that_was_asked_for_stay() -> None:
     assert plan(13, **options).recipe.train.micro_batch_tokens == 2048
     tight = on_card(8, **{"data.max_length": 256, "train.gradient_checkpointing": "auto"}).recipe.train
     assert tight.micro_batch_tokens == 2048 and tight.gradient_checkpointing != "off"
+
+
+def test_dropout_of_an_adapter_to_start_from_counts_and_what_is_given_stays() -> None:
+    adapter = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"]}
+
+    def chosen(**options: Any) -> Resolved:
+        recipe = resolve(None, {"model": "m", "data": "d", **options})
+        return choose(recipe, machine(60), LLAMA_8B, "cpu", ("bf16", ""), adapter)
+
+    assert Setting.of(chosen().recipe, LLAMA_8B).dropout
+    assert not Setting.of(chosen(**{"lora.dropout": 0.0}).recipe, LLAMA_8B).dropout
+    rewarded = chosen(**{"train.objective": "grpo", "train.rewards": "exact", "lora.init": "default"})
+    choice = rewarded.choices["lora.dropout"]
+    assert choice.value == 0 and "had 0.1" in choice.why
+    for given in ({"lora.init": "gaussian"}, {"lora.new_tokens": ["<x>"]}, {"lora.r": 4}):
+        with pytest.raises(RecipeError, match="the adapter to start from has"):
+            chosen(**given)

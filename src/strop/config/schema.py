@@ -6,6 +6,7 @@ A recipe is frozen and complete; where a value came from is kept beside it (conf
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -123,10 +124,12 @@ class LoraSection(Section):
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(
         default_factory=dict, description="rank by module name or regular expression"
     )
-    alpha_pattern: dict[str, Annotated[int, Field(gt=0)]] = Field(
+    alpha_pattern: dict[str, Annotated[Finite, Field(gt=0)]] = Field(
         default_factory=dict, description="alpha by module name or expression"
     )
-    modules_to_save: list[str] = Field(default_factory=list, description="modules trained in full, not through LoRA")
+    modules_to_save: list[str] = Field(
+        default_factory=list, description="modules trained in full, not through LoRA: all whose names end so"
+    )
     new_tokens: list[str] = Field(
         default_factory=list, description="tokens added to the vocabulary; their embedding rows are trained and saved"
     )
@@ -137,6 +140,16 @@ class LoraSection(Section):
         if not names:
             raise ValueError("names no module: leave it out, or write all-linear")
         return names
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _expressions(cls, patterns: dict[str, Any]) -> dict[str, Any]:
+        for pattern in patterns:
+            try:
+                re.compile(f"({pattern})")
+            except re.error as error:
+                raise ValueError(f"{pattern} is no regular expression: {error}") from None
+        return patterns
 
     @field_validator("new_tokens")
     @classmethod

@@ -14,12 +14,13 @@ from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 from torch import Tensor
 
-from strop.adapters import WEIGHTS_FILE, new_rows, read_adapter_config
+from strop.adapters import WEIGHTS_FILE, read_adapter_config
 from strop.errors import ModelError
 from strop.model.experts import by_expert
 from strop.model.facts import Source, safetensors_header
 from strop.model.load import skeleton
 from strop.model.lora import embeddings, grown
+from strop.model.tokenizer import new_rows
 
 NEW_ROWS = "token_adapter.trainable_tokens_delta"  # embedding rows that were trained, whole
 PREFIX = "base_model.model."  # of the base's names in an adapter file

@@ -25,7 +25,6 @@ from strop.adapters import (
     base_source,
     check_base,
     check_weights,
-    new_rows,
     read_adapter_config,
     read_identity,
     refuse_other_kind,
@@ -50,7 +49,7 @@ from strop.model.names import Group, Layout
 from strop.model.quantize import pack, unpack
 from strop.model.shape import prequantized
 from strop.model.shards import SHARD_BYTES, Tensors
-from strop.model.tokenizer import load_tokenizer
+from strop.model.tokenizer import load_tokenizer, new_rows
 from strop.model.towers import in_text
 from strop.objectives.table import learning_of
 from strop.planning.phases import MEASURING_BYTES, measuring_bytes

@@ -181,6 +181,7 @@ def _settings(recipe: Recipe, source: Source, start: Path | None, data: Prepared
         "gguf": source.kind == "gguf",
         "base": where,
         "start": repr(str(start.resolve())) if start else "",
+        "dropout": recipe.lora.dropout,
         "lora": lora,
         "checkpointing": train.gradient_checkpointing not in ("off", "auto"),
         "ratio": train.lora_plus_ratio,

@@ -15,7 +15,6 @@ from strop.adapters import (
     base_source,
     check_base,
     check_weights,
-    new_rows,
     read_adapter_config,
     refuse_other_kind,
     with_tokenizer,
@@ -27,7 +26,7 @@ from strop.exporting.merge import Trained, better_base, rows_to_measure, tuned_m
 from strop.model.facts import Source, locate
 from strop.model.load import load_base
 from strop.model.shape import prequantized
-from strop.model.tokenizer import head_folder, load_tokenizer
+from strop.model.tokenizer import head_folder, load_tokenizer, new_rows
 
 
 @dataclass(frozen=True)

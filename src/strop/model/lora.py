@@ -6,6 +6,7 @@ import math
 import re
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -13,13 +14,14 @@ from typing import Any, cast
 import peft
 import torch
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from strop.config.schema import LoraSection
 from strop.engine.joined import on_a_weight
-from strop.errors import ModelError, nearest
+from strop.errors import ModelError, RecipeError, nearest
 from strop.model.experts import by_parameter, expert_parameters, is_experts, sizes, sum_experts_once
 from strop.model.quantize import QuantizedLinear, added, is_plain, passed_by, why_not
 from strop.model.score import HEAD, TASK, add_head, check_head
@@ -104,26 +106,50 @@ def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
     """The leaf names to adapt; needs no weights (a skeleton will do).
 
     Raises ModelError where targets match nothing, patterns match no target, or tied embeddings would be trained as
-    two copies of which one is lost on reload (peft#2018, transformers#45127).
+    two copies of which one is lost on reload (peft#2018, transformers#45127); RecipeError where what is to be trained
+    in full has no weights, or leaves nothing to adapt.
     """
     kinds = linear_kinds(model)
     names = target_names(kinds, section.target_modules)
     _check_experts(kinds, names, section)
-    modules, adapted = [path for path, _ in model.named_modules()], _adapted(model, names)
+    _check_whole(model, section.modules_to_save)
+    adapted = _adapted(model, names, section.modules_to_save)
+    if section.modules_to_save and not adapted:
+        what = f"lora.modules_to_save: {', '.join(section.modules_to_save)} leaves no layer for an adapter"
+        raise RecipeError(what, fix="name smaller modules, or other lora.target_modules")
     for field, pattern in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern)):
         for key in pattern:
             if not any(_peft_match(key, path) for path in adapted):
                 what = f"lora.{field}: {key} matches no layer with an adapter{nearest(key, names)}"
                 raise ModelError(what, fix=f"the adapters are on {', '.join(names)}")
-    for name in section.modules_to_save:
-        if not any(path == name or path.endswith(f".{name}") for path in modules):
+    return names
+
+
+def _check_whole(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises ModelError and RecipeError for modules that cannot be trained in full."""
+    for name in names:
+        found = trained_whole(model, name)
+        if not name or not any(_ends(path, [name]) for path in found):
             raise ModelError(f"lora.modules_to_save: no module {name}", fix="see `strop modules MODEL`")
-        if name in EMBEDDINGS and _tied(model):
+        if bare := [path for path, module in found.items() if next(module.parameters(), None) is None]:
+            what = f"lora.modules_to_save: {name} stands for all modules that end so, and {bare[0]} has no weights"
+            others = ", ".join(path for path in kinds_of(found) if path not in kinds_of(bare))
+            raise RecipeError(what, fix=f"give more of the path, of {others}" if others else "leave it out")
+        if _tied(model) and any(path.rpartition(".")[2] in EMBEDDINGS for path in found):
             raise ModelError(
                 f"lora.modules_to_save: {name} shares its weights with another module in this model",
                 fix="list new tokens in lora.new_tokens, which trains their rows only and keeps the tie",
             )
-    return names
+
+
+def trained_whole(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """By path, what peft trains in full for a name in modules_to_save: all that end with it, be it inside a word."""
+    return {path: module for path, module in model.named_modules(remove_duplicate=False) if path.endswith(name)}
+
+
+def kinds_of(paths: Iterable[str]) -> dict[str, int]:
+    """How many there are of each kind of path, with a star for the number of a layer."""
+    return dict(Counter(re.sub(r"\.\d+(?=\.|$)", ".*", path) for path in paths))
 
 
 def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, scored: bool = False) -> peft.PeftModel:
@@ -179,12 +205,18 @@ def _where(model: nn.Module, names: list[str]) -> dict[str, Any]:
     return found
 
 
-def _adapted(model: nn.Module, names: list[str]) -> list[str]:
-    """Paths of the layers, and of the parameters with experts, that adapters sit on, as peft's patterns meet them."""
+def _adapted(model: nn.Module, names: list[str], whole: Sequence[str]) -> list[str]:
+    """Paths of the layers, and of the parameters with experts, that adapters sit on, as peft's patterns meet them.
+
+    whole: modules trained in full; none sits on those, nor inside of them."""
     where, inside = _where(model, names), in_text(model)
     layers = [path for path, _ in model.named_modules() if _ends(path, where["target_modules"])]
     weights = [path for path, _ in model.named_parameters() if _ends(path, where.get("target_parameters", ()))]
-    return [path for path in (*layers, *weights) if inside(path)]
+    return [
+        path
+        for path in (*layers, *weights)
+        if inside(path) and not any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in whole)
+    ]
 
 
 def _ends(path: str, names: Sequence[str]) -> bool:
@@ -254,6 +286,16 @@ def as_fp32(model: peft.PeftModel) -> peft.PeftModel:
                 kept.register_forward_pre_hook(_widened)
                 kept.register_forward_hook(lambda _, __, found, kind=kind: found.to(kind))
     return model
+
+
+def set_dropout(model: peft.PeftModel, share: float) -> None:
+    """Dropout in front of all adapters, in the place of what they were saved with."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.lora_dropout:
+                module.lora_dropout[name] = nn.Dropout(share) if share else nn.Identity()
+    for config in model.peft_config.values():
+        cast(peft.LoraConfig, config).lora_dropout = share
 
 
 def _widened(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,22 @@ def _class_of(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer
+
+
+def new_rows(config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The embedding rows that an adapter (with this adapter_config.json) trains, by the last part of their module's
+    name."""
+    rows = config.get("trainable_token_indices") or {}
+    return {"embed_tokens": rows} if isinstance(rows, list) else dict(rows)
+
+
+def new_tokens(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """The tokens of these rows, as the adapter's folder has them; the number of one that it has no text for."""
+    ids = dict.fromkeys(number for rows in new_rows(config).values() for number in rows)
+    file = folder / "tokenizer.json"
+    added = json.loads(file.read_text(encoding="utf-8"))["added_tokens"] if ids and file.is_file() else ()
+    texts = {token["id"]: token["content"] for token in added}
+    return [texts.get(number, str(number)) for number in ids]
 
 
 def head_folder(source: Source) -> Path:

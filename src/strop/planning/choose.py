@@ -10,7 +10,7 @@ from typing import Any
 
 from strop.config.load import Choice, Resolved
 from strop.config.schema import Recipe
-from strop.errors import ModelError, RecipeError
+from strop.errors import RecipeError
 from strop.machine.memory import recall
 from strop.machine.probe import Machine
 from strop.machine.rates import known_rates
@@ -39,10 +39,9 @@ def choose(
 ) -> Resolved:
     """Fills in every field that is still open. device: the one found; dtype: (name, why) of the precision probe.
 
-    adapter: adapter_config.json of `model.adapter`, whose shape the recipe then takes. parameters: of the model, where
-    its files say more than its config. devices: that train together; the machine is what one of them has.
-    Raises ModelError where an option asks for another shape than the adapter to start from has, RecipeError for options
-    that do not go together.
+    adapter: adapter_config.json of `model.adapter`, whose shape the recipe then takes, with `new_tokens`, their texts.
+    parameters: of the model, where its files say more than its config. devices: that train together; the machine is
+    what one of them has. Raises RecipeError for options that do not go together, or not with the adapter to start from.
     """
     recipe = resolved.recipe
     if adapter is not None:
@@ -152,10 +151,22 @@ def _of_adapter(resolved: Resolved, adapter: Mapping[str, Any]) -> list[Choice]:
         "lora.rank_pattern": adapter.get("rank_pattern") or {},
         "lora.alpha_pattern": adapter.get("alpha_pattern") or {},
         "lora.modules_to_save": [name for name in adapter.get("modules_to_save") or [] if name not in HEADS],
+        "lora.new_tokens": adapter.get("new_tokens", []),
     }
-    for field, value in found.items():
-        asked = resolved.choices[field]
-        if asked.origin in ("recipe", "option") and asked.value != value:
-            what = f"--{field} {asked.value}: the adapter to start from has {value}"
-            raise ModelError(what, fix=f"leave {field} out, or train a new adapter")
-    return [Choice(field, value, "plan", "as in the adapter it starts from") for field, value in found.items()]
+    given = {field: choice for field, choice in resolved.choices.items() if choice.origin in ("recipe", "option")}
+    has = found | {"lora.init": "default"}  # which draws values where there are none
+    for field, value in has.items():
+        if field in given and given[field].value != value:
+            own = "its values" if field == "lora.init" else value
+            what = f"--{field} {given[field].value}: the adapter to start from has {own}"
+            raise RecipeError(what, fix=f"leave {field} out, or train a new adapter")
+    picks = [Choice(field, value, "plan", "as in the adapter it starts from") for field, value in found.items()]
+    if "lora.dropout" not in given:
+        picks.append(_own_dropout(resolved.recipe, float(adapter.get("lora_dropout", 0))))
+    return picks
+
+
+def _own_dropout(recipe: Recipe, own: float) -> Choice:
+    if own and recipe.train.objective == "grpo":
+        return Choice("lora.dropout", 0.0, "plan", f"objective grpo has none; the adapter it starts from had {own:g}")
+    return Choice("lora.dropout", own, "plan", "as in the adapter it starts from")

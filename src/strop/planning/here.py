@@ -19,7 +19,7 @@ from strop.machine.probe import Machine, compute_capability, probe
 from strop.machine.rates import known_precision, known_rates
 from strop.model.facts import locate
 from strop.model.shape import Peek, peek
-from strop.model.tokenizer import load_tokenizer
+from strop.model.tokenizer import load_tokenizer, new_tokens
 from strop.objectives.table import answers_of, drawn_tokens, learning_of
 from strop.planning.cards import Card, find_card, recognise
 from strop.planning.microbatch import Rows
@@ -105,7 +105,8 @@ def without_data(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[
 
 
 def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
-    """adapter_config.json of the adapter or run to start from. Raises ModelError where there is none."""
+    """adapter_config.json of the adapter or run to start from, and `new_tokens`: their texts. Raises ModelError where
+    there is none."""
     if recipe.model.adapter is None:
         return None
     path = Path(recipe.model.adapter).expanduser()
@@ -113,7 +114,7 @@ def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
     if file is None:
         raise ModelError(f"--model.adapter {path}: no adapter there", fix="give a run or adapter folder")
     found: dict[str, Any] = json.loads((file / "adapter_config.json").read_text(encoding="utf-8"))
-    return found
+    return {**found, "new_tokens": new_tokens(file, found)}
 
 
 def row_sizes(recipe: Recipe) -> Rows:

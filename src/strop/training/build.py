@@ -18,7 +18,7 @@ from strop.model import loftq
 from strop.model.facts import Source
 from strop.model.load import DTYPES, load_base
 from strop.model.load_share import load_share
-from strop.model.lora import add_lora, as_fp32
+from strop.model.lora import add_lora, as_fp32, set_dropout
 from strop.objectives.table import objective_of
 from strop.runs.folder import RunFolder, write_json
 from strop.training.setup import Setup, start_adapter
@@ -35,6 +35,7 @@ def build(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftModel:
     start = start_adapter(recipe)
     if start is not None:
         model = as_fp32(attach(base, start, setup.source, trainable=True, scores=_scored(recipe))[0])
+        set_dropout(model, recipe.lora.dropout)
     else:
         model = add_lora(base, recipe.lora, setup.tokenizer, scored=_scored(recipe))
         if recipe.lora.init == "loftq" and not resuming:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from strop.adapters import adapter_folder, read_adapter_config, refuse_other_kind, with_tokenizer
+from strop.adapters import adapter_folder, read_adapter_config, read_identity, refuse_other_kind, with_tokenizer
 from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
@@ -23,11 +23,11 @@ from strop.machine.probe import Machine, probe
 from strop.model.experts import packable
 from strop.model.facts import Source, fingerprint, locate
 from strop.model.load import DTYPES, copies_to_make, load_config, skeleton
-from strop.model.lora import check_lora, num_trainable
+from strop.model.lora import check_lora, kinds_of, num_trainable, trained_whole
 from strop.model.measured import parameters_of, shape_of
 from strop.model.score import check_head
 from strop.model.shape import ModelShape, prequantized
-from strop.model.tokenizer import load_tokenizer
+from strop.model.tokenizer import load_tokenizer, new_tokens
 from strop.model.towers import text_path
 from strop.objectives.table import learning_of, objective_of
 from strop.planning.choose import choose, memory_key
@@ -156,10 +156,14 @@ def _look(recipe: Recipe, memory: int | None, processes: int = 1) -> Machine:
 
 
 def remarks(setup: Setup) -> list[str]:
-    """What a person should know before training starts: a card that is not used, experts, other towers."""
-    beyond = setup.shape.beyond(_lengths(setup.data))
-    said = (_passed_over(setup), _repeated(setup), *_experts(setup), _towers(setup), beyond)
-    return [text for text in said if text]
+    """What a person should know before training starts: a card that is not used, another base than the adapter's,
+    experts, other towers, more modules trained in full than a name says, rows longer than what the model was made for.
+    """
+    found = (
+        *(_passed_over(setup), _repeated(setup), _stored_otherwise(setup)),
+        *(*_experts(setup), _towers(setup), *_in_full(setup), setup.shape.beyond(_lengths(setup.data))),
+    )
+    return [text for text in found if text]
 
 
 def _lengths(data: Prepared) -> list[int]:
@@ -173,6 +177,18 @@ def _repeated(setup: Setup) -> str | None:
     if not recipe.train.deterministic or recipe.model.device != "cpu":
         return None
     return "train.deterministic: a CPU computes the same bits each time without it"
+
+
+def _stored_otherwise(setup: Setup) -> str | None:
+    """That the adapter to start from was trained on a base that was stored in another way."""
+    start, now = start_adapter(setup.resolved.recipe), setup.resolved.recipe.model.quantization
+    then = now if start is None else read_identity(start).get("quantization", now)
+    if then == now:
+        return None
+    was, is_ = ("not quantized" if scheme == "none" else f"in {scheme}" for scheme in (then, now))
+    more = "; one that began with lora.init loftq needs it" if then != "none" else ""
+    what = f"the adapter to start from was trained on the base {was}, and this run has it {is_}: other numbers"
+    return f"{what} (--model.quantization {then}: the same{more})"
 
 
 def _passed_over(setup: Setup) -> str | None:
@@ -217,6 +233,21 @@ def _towers(setup: Setup) -> str | None:
     return f"{config.model_type}: its text half is trained; what sees or hears is frozen and left as it is"
 
 
+def _in_full(setup: Setup) -> list[str]:
+    """Of a name in lora.modules_to_save that stands for modules of several kinds: all of them."""
+    names = setup.resolved.recipe.lora.modules_to_save
+    if not names:
+        return []
+    bare = skeleton(setup.source)
+    kinds = {name: kinds_of(trained_whole(bare, name)) for name in names}
+    return [
+        f"lora.modules_to_save {name}: all {sum(found.values())} modules whose names end so are trained in full: "
+        + ", ".join(f"{path} ({count})" for path, count in found.items())
+        for name, found in kinds.items()
+        if len(found) > 1
+    ]
+
+
 def _plan(
     resolved: Resolved, source: Source, machine: Machine, devices: int = 1
 ) -> tuple[Resolved, str, int, ModelShape, int]:
@@ -232,7 +263,10 @@ def _plan(
     if scored:
         check_head(bare.config)
     shape, parameters = shape_of(load_config(source).to_dict(), source.config(), bare), parameters_of(bare)
-    adapter = read_adapter_config(start) if start is not None else None
+    adapter = None
+    if start is not None:
+        adapter = read_adapter_config(start)
+        adapter["new_tokens"] = new_tokens(start, adapter)
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
     check_lora(bare, resolved.recipe.lora)

@@ -1,0 +1,99 @@
+"""What is trained, as a run tells it; what a run takes from the adapter it starts from, and what its recipe decides."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import strop
+from strop.errors import RecipeError
+from strop.planning.here import start_adapter
+from strop.runs.events import read_events
+from tests.support import tiny
+
+FIELDS = {"model.dtype": "fp32", "train.max_steps": 2, "train.batch_size": 4, "train.learning_rate": 1e-2}
+
+
+class Chain:
+    """Trains a first adapter and others that start from it; gives folders of runs."""
+
+    def __init__(self, model: Path, rows: Path, folder: Path) -> None:
+        self.of, self.folder = {"model.name": str(model), "data": str(rows)}, folder
+
+    def __call__(self, name: str, start: Path | None = None, **options: Any) -> Path:
+        more = {"lora.r": 4} if start is None else {"model.adapter": str(start)}
+        return strop.train(out=self.folder / name, **{**self.of, **FIELDS, **more, **options}).folder
+
+
+@pytest.fixture
+def chain(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> Chain:
+    return Chain(tiny_folder, rows_file, tmp_path)
+
+
+def losses(run: Path) -> list[float]:
+    return [event["loss"] for event in read_events(run / "events.jsonl") if event["event"] == "step"]
+
+
+def notes(run: Path) -> list[str]:
+    return [event["text"] for event in read_events(run / "events.jsonl") if event["event"] == "note"]
+
+
+def dropouts(run: Path) -> tuple[float, float]:
+    """As the recipe and as the adapter have it."""
+    adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    return yaml.safe_load((run / "recipe.yaml").read_text())["lora"]["dropout"], adapter["lora_dropout"]
+
+
+def with_dropout(run: Path, folder: Path, share: float) -> Path:
+    """The same weights, saved with another dropout."""
+    shutil.copytree(run / "adapter", folder)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_dropout": share}))
+    return folder
+
+
+def test_dropout_is_the_adapters_own_unless_it_is_given(chain: Chain, tmp_path: Path) -> None:
+    none = chain("none")
+    some = with_dropout(none, tmp_path / "some", 0.3)
+    bare, own = chain("bare", none), chain("own", some)
+    assert dropouts(bare) == (0.0, 0.0) and dropouts(own) == (0.3, 0.3) and losses(own) != losses(bare)
+    assert "dropout: 0.3  # plan: as in the adapter it starts from" in (own / "recipe.yaml").read_text()
+    off, on = chain("off", some, **{"lora.dropout": 0.0}), chain("on", none, **{"lora.dropout": 0.3})
+    assert dropouts(off) == (0.0, 0.0) and losses(off) == losses(bare)
+    assert dropouts(on) == (0.3, 0.3) and losses(on) == losses(own)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "loftq"])
+def test_an_adapter_that_has_values_is_not_begun_anew(chain: Chain, init: str) -> None:
+    first = chain("first")
+    with pytest.raises(RecipeError, match=f"lora.init {init}: the adapter to start from has its values"):
+        chain("next", first, **{"lora.init": init, "model.quantization": "nf4"})
+
+
+def test_new_tokens_are_the_adapters_own(chain: Chain) -> None:
+    first = chain("first", **{"lora.new_tokens": ["<call>", "<done>"]})
+    again = chain("again", first)
+    kept = yaml.safe_load((again / "recipe.yaml").read_text())["lora"]["new_tokens"]
+    planned = start_adapter(tiny.recipe(**{"model.adapter": str(first)}).recipe)
+    assert planned is not None and kept == planned["new_tokens"] == ["<call>", "<done>"]
+    with pytest.raises(RecipeError, match="new_tokens"):
+        chain("other", first, **{"lora.new_tokens": ["<else>"]})
+
+
+def test_a_base_that_is_stored_otherwise_is_told(chain: Chain) -> None:
+    first = chain("first", **{"model.quantization": "nf4"})
+    same, other = chain("same", first, **{"model.quantization": "nf4"}), chain("other", first)
+    assert not any("nf4" in text for text in notes(same))
+    text = next(text for text in notes(other) if "nf4" in text)
+    assert "on the base in nf4, and this run has it not quantized" in text and "--model.quantization nf4" in text
+
+
+def test_a_name_that_stands_for_several_kinds_of_modules_is_told(chain: Chain) -> None:
+    text = "lora.modules_to_save norm: all 5 modules whose names end so are trained in full"
+    assert [note for note in notes(chain("norms", **{"lora.modules_to_save": ["norm"]})) if text in note]
+    assert not any("in full" in note for note in notes(chain("last", **{"lora.modules_to_save": ["model.norm"]})))
