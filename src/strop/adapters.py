@@ -332,6 +332,19 @@ def check_place(device: str, dtype: str) -> None:
         raise RecipeError(f"--dtype {dtype}: no such type", fix=f"choose among auto, {', '.join(DTYPES)}")
 
 
+def load_renderer(name: str) -> Renderer:
+    """What renders for a model, by its name as for `load`, without its weights. Raises ModelError."""
+    folder = adapter_folder(name)
+    source = locate(name) if folder is None else base_source(folder)
+    return _renderer_in(folder, source)
+
+
+def _renderer_in(folder: Path | None, source: Source) -> Renderer:
+    """Of a base, or of an adapter in a folder."""
+    tokenizer = load_tokenizer(source if folder is None else with_tokenizer(folder, source))
+    return renderer_of(tokenizer, {} if folder is None else read_identity(folder))
+
+
 def load(
     name: str | Path,
     *,
@@ -359,7 +372,7 @@ def load(
     prepare_process()
     where = pick_device(device)
     chosen = DTYPES[pick_dtype(where)[0] if dtype == "auto" else dtype]
-    tokenizer = load_tokenizer(source if folder is None else with_tokenizer(folder, source))
+    renderer = _renderer_in(folder, source)
     identity = read_identity(folder) if folder is not None else {}
     scheme = str(identity.get("quantization", "none")) if quantization == "auto" else quantization
     base = load_base(
@@ -371,10 +384,10 @@ def load(
         resident_layers=None if quantization == "auto" else 0,
     )
     if folder is None:
-        return Model(name, base, tokenizer, Renderer(tokenizer), None, source=source, quantization=scheme)
+        return Model(name, base, renderer.tokenizer, renderer, None, source=source, quantization=scheme)
     module, notes = attach(base, folder, source, force=force, scores=scores)
-    system, renderer = identity.get("system"), renderer_of(tokenizer, identity)
-    return Model(name, module.eval(), tokenizer, renderer, folder, system, notes, source, scheme)
+    system = identity.get("system")
+    return Model(name, module.eval(), renderer.tokenizer, renderer, folder, system, notes, source, scheme)
 
 
 def _system(text: str | None) -> Sequence[Message]:

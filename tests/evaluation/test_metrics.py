@@ -77,6 +77,9 @@ def test_every_gold_that_cannot_be_scored_is_named() -> None:
     assert [place.line for place in caught.value.where] == [2, 5]
     with pytest.raises(DataError, match="2 rows cannot be scored with regex"):
         check_golds("regex", ["(", "[", "x"], places)
+    for name in ("contains", "regex"):  # it would be in any answer
+        with pytest.raises(DataError, match=f"2 rows cannot be scored with {name}"):
+            check_golds(name, ["", "x", " \n"], places)
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,17 @@ import pytest
 import torch
 
 import strop
+from strop.adapters import Model
 from strop.data.conversation import Conversation, Message
 from strop.engine.answers.batch import Batch
 from strop.errors import DataError
 from strop.evaluation import compare as comparing
 from strop.evaluation import run as evaluation
 from strop.evaluation.run import evaluate_models, leaderboard, read_conversations
+from strop.model.generate import Answer
+from tests.support.families import tokenizer
 from tests.support.running import QUICK, run
+from tests.support.tiny import model as tiny
 
 
 def rows(path: Path, pairs: list[tuple[str, str]]) -> Path:
@@ -183,3 +187,73 @@ def test_ctrl_c_leaves_the_rows_that_are_answered(
     assert found["interrupted"] == f"after {found['rows']} of 12 rows" and found["interrupted"] in err
     assert "general" not in found
     assert json.loads((runs[0] / "report.json").read_text())["evaluation"]["rows"] == found["rows"]
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+ASKED = Message("user", "three?")
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A tiny model whose template shows reasoning and calls."""
+    folder, its = tmp_path_factory.mktemp("thinker"), tokenizer("qwen3")
+    tiny(vocab_size=len(its)).save_pretrained(folder)
+    its.save_pretrained(folder)
+    return strop.load(folder)
+
+
+def ending(content: str, *, calls: bool = False, reasoning: str | None = None, number: int = 3) -> Conversation:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": number}}}
+    last = Message("assistant", content, reasoning, (call,) if calls else ())
+    return Conversation("rows.jsonl", 1, (ASKED, last), (TOOL,) if calls else ())
+
+
+def written(model: Model, row: Conversation) -> str:
+    """What a model writes that has learned a row by heart."""
+    [example], turns = model.renderer.render(row), row.messages
+    start = len(model.renderer.prompt(turns[:-1], row.tools, options=model.renderer.options_for(turns)))
+    return str(model.tokenizer.decode(example.ids[start:-1], skip_special_tokens=True))
+
+
+def scored(
+    model: Model, rows: list[Conversation], texts: list[str], metric: str, monkeypatch: pytest.MonkeyPatch
+) -> float:
+    monkeypatch.setattr(comparing, "answers_of", lambda *_, **__: [Answer(text, 1, True) for text in texts])
+    return float(comparing.compare(model, rows, metric=metric)["base"][metric])
+
+
+def test_calls_and_reasoning_are_judged_as_the_model_writes_them(
+    thinker: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        ending("3"), ending("", calls=True), ending("so:", calls=True),
+        ending("3", reasoning="one more"), ending("", calls=True, reasoning="one more"),
+    ]  # fmt: skip
+    texts = [written(thinker, row) for row in rows]
+    assert texts[1].startswith("<tool_call>") and texts[3] == "<think>\none more\n</think>\n\n3"
+    assert scored(thinker, rows, texts, "exact", monkeypatch) == 1
+    assert scored(thinker, rows, texts, "contains", monkeypatch) == 1
+    others = [ending("3", reasoning="by heart"), ending("", calls=True)]  # in other words, or none
+    for row, other in zip(rows[3:], others, strict=True):
+        assert scored(thinker, [row], [written(thinker, other)], "exact", monkeypatch) == 1
+    wrong = [ending("", calls=True, number=4), ending("4", reasoning="3")]
+    for row, other in zip([rows[1], rows[3]], wrong, strict=True):
+        assert scored(thinker, [row], [written(thinker, other)], "contains", monkeypatch) == 0
+
+
+def test_ordinary_rows_are_judged_by_their_text(thinker: Model) -> None:
+    row = ending(" <think>as a text</think> three  ")
+    assert [one.gold for one in comparing.questions([row], thinker.renderer)] == [row.answer]
+    text = "<think>\nanswers are not touched\n</think>\n\n3"
+    assert thinker.renderer.without_reasoning(text, row.messages[-1]) == text
+
+
+def test_calls_are_no_choice_and_no_pattern(thinker: Model, tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": [3]}}}
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    data = tmp_path / "calls.jsonl"
+    data.write_text(json.dumps({"tools": [TOOL], "messages": turns}), encoding="utf-8")
+    for metric, said in (("choice", "calls are no answers to choose among"), ("exact_json", "cannot be scored")):
+        with pytest.raises(DataError, match=said) as raised:
+            evaluate_models([thinker.name], str(data), metric=metric)
+        assert raised.value.where[0].line == 1

@@ -18,6 +18,7 @@ import torch
 from strop.adapters import Model
 from strop.data.conversation import Conversation, Example, Ids
 from strop.data.pack import group_by_length
+from strop.data.rendering.render import Renderer
 from strop.devices.group import ALONE, Devices
 from strop.engine.answers.text import Expected
 from strop.engine.step import step_for
@@ -42,14 +43,23 @@ class Question:
     conversation: Conversation
 
 
-def questions(conversations: Sequence[Conversation]) -> list[Question]:
-    """One question a conversation that ends with an assistant turn; others have no answer to compare with."""
+def questions(conversations: Sequence[Conversation], renderer: Renderer | None = None) -> list[Question]:
+    """One question a conversation that ends with an assistant turn; others have no answer to compare with.
+
+    renderer: of the model that is asked; only where no right answer has calls it may be left out (see calling).
+    """
     found = []
     for conversation in conversations:
-        if conversation.messages and conversation.messages[-1].role == "assistant":
+        gold = conversation.answer if renderer is None else renderer.answer(conversation)
+        if gold is not None:
             asked = [message.content for message in conversation.messages[:-1] if message.role == "user"]
-            found.append(Question(asked[-1] if asked else "", conversation.messages[-1].content, conversation))
+            found.append(Question(asked[-1] if asked else "", gold, conversation))
     return found
+
+
+def calling(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Those whose right answers have calls, which each chat template writes in its own way."""
+    return [found for found in conversations if found.answer is not None and found.messages[-1].tool_calls]
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ def compare(
     `interrupted` says so. Both are asked in one batch: its
     tokens_per_s.
     """
-    asked = questions(conversations)
+    asked = questions(conversations, model.renderer)
     rows = len(asked)
     names = [name for name in ("base", "tuned") if (model.adapter or name == "base") and not (name == "base" and base)]
     written = {} if metric == "choice" else _write_all(model, asked, names, max_new_tokens, advance, devices)
@@ -102,7 +112,11 @@ def compare(
                 "tokens_per_answer": sum(answer.tokens for answer in answers) / len(asked),
                 "tokens_per_s": rate,
             }  # fmt: skip
-        found = score(metric, [question.gold for question in asked], texts)
+        judged = [
+            model.renderer.without_reasoning(text, question.conversation.messages[-1])
+            for question, text in zip(asked, texts, strict=True)
+        ]
+        found = score(metric, [question.gold for question in asked], judged)
         return Side(
             {**found.rates, "loss": loss, "perplexity": math.exp(min(loss, 700.0)), **more}, [*found.hits], texts
         )
@@ -238,7 +252,8 @@ def _choose_all(
 
     def choose(question: Question) -> str:
         *before, last = question.conversation.messages
-        said = [replace(question.conversation, messages=(*before, replace(last, content=one))) for one in among]
+        turns = [replace(last, content=one, reasoning=None) for one in among]  # reasoning would give it away
+        said = [replace(question.conversation, messages=(*before, turn)) for turn in turns]
         with torch.no_grad():
             losses = [float(token_loss(model.renderer.render(conversation))) for conversation in said]
         if advance is not None:

@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from strop.adapters import adapter_folder, is_reward, load, refuse_other_kind
+from strop.adapters import adapter_folder, is_reward, load, load_renderer, refuse_other_kind
 from strop.data.conversation import Conversation
 from strop.data.formats import PAIRED, conversations
 from strop.data.reading.sources import RowFault, read_rows
 from strop.devices.group import ALONE, Devices
-from strop.errors import DataError, RecipeError
+from strop.errors import DataError, RecipeError, Where
 from strop.evaluation.card import write_card
-from strop.evaluation.compare import Advance, Side, compare, questions, side_of
+from strop.evaluation.compare import Advance, Side, calling, compare, questions, side_of
 from strop.evaluation.general import compare_general
 from strop.evaluation.harness import check_tasks, run_tasks
 from strop.evaluation.judge import Judge, compare_by_judge, judge_for
@@ -93,8 +93,8 @@ def evaluate_models(
     if task_limit and not tasks:
         raise RecipeError("--task-limit: there are no tasks", fix="give --tasks")
     judging = _judging(judge, judge_model, metric)
-    rows = _scorable(data, metric)
-    kept = _scorable(regression_data, regression_metric or metric) if regression_data else []
+    rows = _scorable(names, data, metric)
+    kept = _scorable(names, regression_data, regression_metric or metric) if regression_data else []
     if _is_paired(rows) and (general or kept or tasks or judging):
         raise RecipeError(
             "pairs: nothing is written, so there is nothing else to ask", fix="leave --general and such out"
@@ -135,10 +135,13 @@ def evaluate_models(
             result["regression"] = asking(kept, metric=regression_metric or metric)
         if tasks:
             result["tasks"] = run_tasks(model, names_of_tasks, manager, task_limit)
+        asked = questions(rows, model.renderer)
+        if not model.renderer.closes and any(model.renderer.reasons(row.messages[-1]) for row in rows if row.messages):
+            result["notes"] += ["where reasoning ends is not to be seen in an answer's text: all of it is judged"]
         del model, asking
         if judging is not None:
             texts = [side_of(found, side).texts for side in ("base", "tuned")]
-            result["judge"] = compare_by_judge(judging, str(judge), questions(rows), texts[0], texts[1], advance)
+            result["judge"] = compare_by_judge(judging, str(judge), asked, texts[0], texts[1], advance)
         if devices.main and is_run(Path(name)):
             add_to_report(RunFolder(Path(name)), result)
         results.append(result)
@@ -181,7 +184,8 @@ def _is_paired(rows: Sequence[Conversation]) -> bool:
     return bool(rows and rows[0].rejected)
 
 
-def _scorable(data: str | Sequence[str], metric: str) -> list[Conversation]:
+def _scorable(names: Sequence[str], data: str | Sequence[str], metric: str) -> list[Conversation]:
+    """The rows of the data, to be scored for these models. Raises DataError where they cannot be."""
     if metric != METRIC:
         known_metric(metric)
     rows = read_conversations(data)
@@ -191,11 +195,15 @@ def _scorable(data: str | Sequence[str], metric: str) -> list[Conversation]:
         return rows
     if metric == METRIC:
         raise RecipeError(f"--metric {METRIC}: the rows are no pairs", fix="give rows with chosen and rejected")
-    asked = questions(rows)
-    if not asked:
-        raise DataError(f"{data}: no row ends with an assistant turn", fix="give rows with the right answers")
-    golds = [(question.conversation.file, question.conversation.line) for question in asked]
-    check_golds(metric, [question.gold for question in asked], golds)
+    called = [Where(row.file, row.line, "the right answer is a call") for row in calling(rows)]
+    if called and metric == "choice":
+        raise DataError("choice: calls are no answers to choose among", fix="use another metric", where=called)
+    for renderer in map(load_renderer, names) if called else [None]:
+        asked = questions(rows, renderer)
+        if not asked:
+            raise DataError(f"{data}: no row ends with an assistant turn", fix="give rows with the right answers")
+        places = [(question.conversation.file, question.conversation.line) for question in asked]
+        check_golds(metric, [question.gold for question in asked], places)
     return rows
 
 
