@@ -13,8 +13,11 @@ from strop.terminal import console, some_of
 _NOT_SHARES = ("loss", "perplexity", "tokens_per_answer", "tokens_per_s")
 
 
-def print_scores(result: dict[str, Any], out: Console = console, title: str = "held-out rows") -> None:
-    """Base and tuned side by side with 95 % intervals."""
+def print_scores(result: dict[str, Any], out: Console = console, title: str | None = None) -> None:
+    """Base and tuned side by side with 95 % intervals. title: what the rows are."""
+    from strop.evaluation.metrics import Difference, rows_asked, verdict
+
+    title = title or rows_asked(result)
     sides = [side for side in ("base", "tuned") if side in result]
     table = Table(title=f"{result.get('run', '')}  {result['rows']} {title}".strip(), title_justify="left")
     table.add_column("")
@@ -32,8 +35,6 @@ def print_scores(result: dict[str, Any], out: Console = console, title: str = "h
         table.add_row(name, *cells)
     out.print(table)
     if "difference" in result:
-        from strop.evaluation.metrics import Difference, verdict
-
         changed = result.get("changed", {"gained": [], "lost": []})
         out.print(
             f"tuned minus base: {verdict(Difference(**result['difference']))[1]} "

@@ -203,6 +203,11 @@ def verdict(difference: Difference) -> tuple[str, str]:
     return kind, f"{word}: {value:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
 
 
+def rows_asked(result: Mapping[str, Any]) -> str:
+    """What the rows of an evaluation are called: they are held out only where it is known that none was trained on."""
+    return "held-out rows" if result.get("train_rows") == 0 else "rows"
+
+
 def in_points(difference: Mapping[str, float]) -> str:
     """A difference of rates with its interval, in points: +12 (+3 to +21)."""
     value, low, high = (100 * difference[end] for end in ("value", "low", "high"))

@@ -19,6 +19,7 @@ from strop.evaluation.card import write_card
 from strop.evaluation.compare import Advance, Side, calling, compare, questions, side_of
 from strop.evaluation.general import compare_general
 from strop.evaluation.harness import check_tasks, run_tasks
+from strop.evaluation.held_out import count_train_rows, trained_on
 from strop.evaluation.judge import Judge, compare_by_judge, judge_for
 from strop.evaluation.metrics import check_golds, paired_difference, verdict
 from strop.evaluation.metrics import metric as known_metric
@@ -73,8 +74,9 @@ def evaluate_models(
     judge_model: str | None = None,
 ) -> list[dict[str, Any]]:
     """Base and tuned on the rows of `data` (base alone where there is no adapter), for each model in turn; what
-    compare.compare returns (of pairs, preferences.compare_preferences), and `run`. A base that several have in common
-    is asked once.
+    compare.compare returns (of pairs, preferences.compare_preferences), `run`, `notes` (sentences), and `train_rows`:
+    how many of the rows the run was trained on, None where that is not known. A base that several have in common is
+    asked once.
 
     general: ask the built-in general set too, to see what training broke (`general` in the result).
     regression_data: rows of the user's own for the same purpose (`regression`); regression_metric: theirs, or metric.
@@ -110,6 +112,7 @@ def evaluate_models(
     bases: dict[tuple[str, str, str], Side] = {}
     results = []
     for name in names:
+        known = trained_on(name, rows if paired else [question.conversation for question in questions(rows)])
         scores = (folder := adapter_folder(name)) is not None and is_reward(folder)
         if scores and not paired:
             refuse_other_kind(folder or Path(name), scores=False)
@@ -117,6 +120,7 @@ def evaluate_models(
             model = load(name, quantization=quantization, force=force, scores=scores)
         if paired:
             result = {"run": name, **compare_preferences(model, rows, advance, devices), "notes": list(model.notes)}
+            count_train_rows(result, known)
             del model
             if devices.main and is_run(Path(name)):
                 add_to_report(RunFolder(Path(name)), result)
@@ -127,6 +131,7 @@ def evaluate_models(
         found = asking(rows, metric=metric, base=bases.get(same))
         bases[same] = side_of(found, "base")
         result = {"run": name, **found, "notes": list(model.notes)}
+        count_train_rows(result, known)
         if "interrupted" in found:
             general, kept, tasks, judging = False, [], (), None
         if general:
