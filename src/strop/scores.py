@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from strop.errors import Where
 from strop.terminal import console, some_of
 
 _NOT_SHARES = ("loss", "perplexity", "tokens_per_answer", "tokens_per_s")
@@ -34,6 +35,9 @@ def print_scores(result: dict[str, Any], out: Console = console, title: str | No
             cells.append(cell)
         table.add_row(name, *cells)
     out.print(table)
+    if result.get("left_out"):
+        places = [str(Where(**place)) for place in result["left_out"]]
+        out.print(f"left out: {len(places)} rows: {some_of(places)}", markup=False, style="yellow")
     if "difference" in result:
         changed = result.get("changed", {"gained": [], "lost": []})
         out.print(

@@ -85,6 +85,25 @@ def test_the_loss_comes_with_the_answers(runs: list[Path], tmp_path: Path, monke
     assert found["base"]["loss"] > found["tuned"]["loss"] + 1
 
 
+def test_rows_without_an_answer_at_their_end_count_nowhere_and_are_named(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, said, more = ({"role": role, "content": role} for role in ("user", "assistant", "user"))
+    rest = [[asked, said, more], [asked, said, more, {**said, "weight": 0}]]
+    data, both = tmp_path / "colours.jsonl", tmp_path / "both.jsonl"
+    words = ["--max-new-tokens", "2", "--json"]
+    both.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in rest))
+    code, out, err = run("eval", runs[0], "--data", data, "--data", both, *words, capsys=capsys)
+    found = json.loads(out)
+    assert code == 0 and found["rows"] == 12 and "left out: 2 rows: " in err
+    whys = ["does not end with an answer", "its answer has weight 0"]
+    assert found["left_out"] == [{"file": str(both), "line": n, "what": why} for n, why in enumerate(whys, 1)]
+    alone = strop.evaluate(runs[0], str(data), max_new_tokens=2)
+    assert alone["left_out"] == [] and alone["tuned"]["loss"] == found["tuned"]["loss"]
+    code, _, err = run("eval", runs[0], "--data", both, *words, capsys=capsys)
+    assert code == 2 and f"{both}:1: does not end with an answer" in err
+
+
 def test_several_models_make_a_leaderboard(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

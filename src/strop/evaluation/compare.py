@@ -22,6 +22,7 @@ from strop.data.rendering.render import Renderer
 from strop.devices.group import ALONE, Devices
 from strop.engine.answers.text import Expected
 from strop.engine.step import step_for
+from strop.errors import Where
 from strop.evaluation.dealt import answers as answers_of
 from strop.evaluation.loss import summed_loss
 from strop.evaluation.metrics import metric as metric_named
@@ -44,17 +45,30 @@ class Question:
 
 
 def questions(conversations: Sequence[Conversation], renderer: Renderer | None = None) -> list[Question]:
-    """One question a conversation that ends with an assistant turn; others have no answer to compare with.
+    """One question a conversation, but for those that left_out names: they have no answer to compare with.
 
     renderer: of the model that is asked; only where no right answer has calls it may be left out (see calling).
     """
     found = []
     for conversation in conversations:
         gold = conversation.answer if renderer is None else renderer.answer(conversation)
-        if gold is not None:
+        if gold is not None and conversation.messages[-1].weight:
             asked = [message.content for message in conversation.messages[:-1] if message.role == "user"]
             found.append(Question(asked[-1] if asked else "", gold, conversation))
     return found
+
+
+def left_out(conversations: Sequence[Conversation]) -> list[Where]:
+    """The rows that nothing is asked of, and why: neither score nor loss counts them."""
+    whys = [
+        "does not end with an answer"
+        if row.answer is None
+        else ""
+        if row.messages[-1].weight
+        else "its answer has weight 0"
+        for row in conversations
+    ]
+    return [Where(row.file, row.line, why) for row, why in zip(conversations, whys, strict=True) if why]
 
 
 def calling(conversations: Sequence[Conversation]) -> list[Conversation]:
@@ -84,8 +98,9 @@ def compare(
     """Scores of base and tuned with 95 % intervals, and each row's answers.
 
     base: what the same base said to the same rows before, so that it need not be asked again.
-    Returns {rows, metric, base, tuned, intervals, difference, changed, samples}; `tuned`, `difference` and `changed`
-    (the rows that only one of them gets right) are absent where the model has no adapter. Each of base and tuned:
+    Returns {rows, left_out, metric, base, tuned, intervals, difference, changed, samples}; `tuned`, `difference` and
+    `changed` (the rows that only one of them gets right) are absent where the model has no adapter. left_out: {file,
+    line, what} of each row that has no answer to compare with. Each of base and tuned:
     {<metric's scores>, loss, perplexity, stop_rate, tokens_per_answer, tokens_per_s}; nothing is written where the
     metric is `choice`, and so the last three are absent then. Ctrl-C leaves the rows that are answered, and
     `interrupted` says so. Both are asked in one batch: its
@@ -97,12 +112,13 @@ def compare(
     written = {} if metric == "choice" else _write_all(model, asked, names, max_new_tokens, advance, devices)
     if written and len(written[names[0]][0]) < rows:  # Ctrl-C: what is there is told
         asked = asked[: len(written[names[0]][0])]
-        conversations = [question.conversation for question in asked]
         base = base and Side(base.scores, base.hits[: len(asked)], base.texts[: len(asked)])
 
     def ask(side: str) -> Side:
         LOG.info("computing the loss of %s", side)
-        loss = _loss(model, conversations, asked, written[side][0] if written else [], devices)
+        loss = _loss(
+            model, [question.conversation for question in asked], asked, written[side][0] if written else [], devices
+        )
         if metric == "choice":
             texts, more = _choose_all(model, asked, side, advance, devices), {}
         else:
@@ -126,7 +142,8 @@ def compare(
         sides["base"] = base or ask("base")
     if model.adapter:
         sides["tuned"] = ask("tuned")
-    result: dict[str, Any] = {"rows": len(asked), "metric": metric_named(metric).name}
+    without = [asdict(place) for place in left_out(conversations)]
+    result: dict[str, Any] = {"rows": len(asked), "left_out": without, "metric": metric_named(metric).name}
     if len(asked) < rows:
         result["interrupted"] = f"after {len(asked)} of {rows} rows"
     result |= {name: side.scores for name, side in sides.items()}

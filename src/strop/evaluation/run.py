@@ -16,7 +16,7 @@ from strop.data.reading.sources import RowFault, read_rows
 from strop.devices.group import ALONE, Devices
 from strop.errors import DataError, RecipeError, Where
 from strop.evaluation.card import write_card
-from strop.evaluation.compare import Advance, Side, calling, compare, questions, side_of
+from strop.evaluation.compare import Advance, Side, calling, compare, left_out, questions, side_of
 from strop.evaluation.general import compare_general
 from strop.evaluation.harness import check_tasks, run_tasks
 from strop.evaluation.held_out import count_train_rows, trained_on
@@ -206,7 +206,8 @@ def _scorable(names: Sequence[str], data: str | Sequence[str], metric: str) -> l
     for renderer in map(load_renderer, names) if called else [None]:
         asked = questions(rows, renderer)
         if not asked:
-            raise DataError(f"{data}: no row ends with an assistant turn", fix="give rows with the right answers")
+            fix = "give rows with the right answers"
+            raise DataError(f"{data}: no row ends with an answer to score", fix=fix, where=left_out(rows))
         places = [(question.conversation.file, question.conversation.line) for question in asked]
         check_golds(metric, [question.gold for question in asked], places)
     return rows
