@@ -14,7 +14,7 @@ import strop
 from strop.adapters import Model
 from strop.data.conversation import Conversation, Message
 from strop.engine.answers.batch import Batch
-from strop.errors import DataError
+from strop.errors import DataError, RecipeError
 from strop.evaluation import compare as comparing
 from strop.evaluation import run as evaluation
 from strop.evaluation.run import evaluate_models, leaderboard, read_conversations
@@ -102,6 +102,36 @@ def test_rows_without_an_answer_at_their_end_count_nowhere_and_are_named(
     assert alone["left_out"] == [] and alone["tuned"]["loss"] == found["tuned"]["loss"]
     code, _, err = run("eval", runs[0], "--data", both, *words, capsys=capsys)
     assert code == 2 and f"{both}:1: does not end with an answer" in err
+
+
+def test_rows_are_read_as_those_of_the_run(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, usual = tmp_path / "table.csv", rows(tmp_path / "usual.jsonl", COLOURS)
+    table.write_text("Frage,Antwort\n" + "".join(f"été {n},grün\n" for n in range(4)), encoding="cp1252")
+    columns = ["--data.columns", "prompt=Frage,completion=Antwort"]
+    short, made = [*QUICK, "--train.max_steps", "1"], [tmp_path / "table", tmp_path / "usual"]
+    words = ["train", "--model", tiny_folder, "--data", table, "--out", made[0], *short, *columns]
+    code, _, err = run(*words, "--data.encoding", "cp1252", capsys=capsys)
+    assert code == 0, err
+    ask = ["--max-new-tokens", "2", "--json"]
+    code, out, err = run("eval", made[0], "--data", table, *ask, capsys=capsys)
+    found = json.loads(out)
+    assert code == 0 and found["rows"] == found["train_rows"] == 4 and found["samples"][0]["gold"] == "grün"
+    assert any("data.columns, completion=Antwort,prompt=Frage" in note for note in found["notes"])
+    assert any("data.encoding, cp1252; for others give --data.encoding utf-8" in note for note in found["notes"])
+    code, _, err = run("eval", made[0], "--data", usual, *ask, capsys=capsys)
+    assert code == 2 and "for others give --data.columns none" in err
+    code, out, err = run("eval", made[0], "--data", usual, "--data.columns", "none", *ask, capsys=capsys)
+    assert code == 0 and json.loads(out)["rows"] == 12
+    code, _, err = run("train", "--model", tiny_folder, "--data", usual, "--out", made[1], *short, capsys=capsys)
+    assert code == 0, err
+    code, _, err = run("eval", *made, "--data", table, *ask, capsys=capsys)
+    assert code == 2 and "different data.columns: completion=Antwort,prompt=Frage, none" in err
+    given = {"data.columns": {"prompt": "Frage", "completion": "Antwort"}, "data.encoding": "cp1252"}
+    assert strop.evaluate(made[1], str(table), max_new_tokens=2, **given)["rows"] == 4
+    with pytest.raises(RecipeError, match=r"data\.column: no option of eval \(did you mean data\.columns"):
+        strop.evaluate(made[1], str(table), **{"data.column": {}})
 
 
 def test_several_models_make_a_leaderboard(

@@ -11,11 +11,12 @@ import numpy as np
 
 from strop.adapters import adapter_folder, base_source, with_tokenizer
 from strop.config.load import read_resolved
+from strop.config.schema import Recipe
 from strop.data.conversation import Conversation
 from strop.data.prepare import prepare
 from strop.data.store import digest, dumps
 from strop.data.units import Learning
-from strop.errors import InputError
+from strop.errors import InputError, RecipeError
 from strop.model.tokenizer import load_tokenizer
 from strop.objectives.table import learning_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
@@ -30,6 +31,15 @@ def run_of(name: str) -> RunFolder | None:
     return run if is_run(run.path) and run.adapter == adapter else None
 
 
+def recipe_of(name: str) -> Recipe | None:
+    """The recipe of a run; None where there is no run, or its recipe is one of an older strop's."""
+    run = run_of(name)
+    try:
+        return None if run is None else read_resolved(run.recipe).recipe
+    except RecipeError:
+        return None
+
+
 def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
     """Of each row, whether a run, or one that it started from, was trained on it, by content.
 
@@ -37,10 +47,9 @@ def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
     weights; rows that are still in the cache of their run are not tokenised again.
     """
     try:
-        run = run_of(name)
-        if run is None:
+        run, recipe = run_of(name), recipe_of(name)
+        if run is None or recipe is None:
             return None
-        recipe = read_resolved(run.recipe).recipe
         start, source = recipe.model.adapter, base_source(run.adapter)
         before = [False] * len(rows) if start is None else trained_on(start, rows)
         folder = None if start is None else adapter_folder(start)
