@@ -13,6 +13,7 @@ import torch
 import strop
 from strop.adapters import Model
 from strop.data.conversation import Conversation, Message
+from strop.data.rendering.render import Renderer
 from strop.engine.answers.batch import Batch
 from strop.errors import DataError, RecipeError
 from strop.evaluation import compare as comparing
@@ -21,6 +22,7 @@ from strop.evaluation.run import evaluate_models, leaderboard, read_conversation
 from strop.model.generate import Answer
 from tests.support.families import tokenizer
 from tests.support.running import QUICK, run
+from tests.support.templates import tokenizer as of_trait
 from tests.support.tiny import model as tiny
 
 
@@ -295,6 +297,22 @@ def test_ordinary_rows_are_judged_by_their_text(thinker: Model) -> None:
     assert [one.gold for one in comparing.questions([row], thinker.renderer)] == [row.answer]
     text = "<think>\nanswers are not touched\n</think>\n\n3"
     assert thinker.renderer.without_reasoning(text, row.messages[-1]) == text
+
+
+@pytest.mark.parametrize(
+    ("made", "closes"),
+    [(tokenizer("qwen3"), ["</think>"]), (of_trait("opens-with-switch"), []), (tokenizer("chatml"), [])],
+)
+def test_what_ends_reasoning_is_found_unless_it_is_a_special_token(made: Any, closes: list[str]) -> None:
+    assert Renderer(made).closes == closes
+
+
+def test_a_choice_is_not_given_away_by_the_right_reasoning(thinker: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, asked, render = [ending(word, reasoning=f"it is {word}") for word in ("red", "blue")], [], Renderer.render
+    monkeypatch.setattr(Renderer, "render", lambda self, row: asked.append(row.messages[-1]) or render(self, row))
+    comparing.compare(thinker, rows, metric="choice")
+    options = [turn for turn in asked if turn not in [row.messages[-1] for row in rows]]
+    assert [turn.content for turn in options] == ["red", "blue"] * 2 and not any(turn.reasoning for turn in options)
 
 
 def test_calls_are_no_choice_and_no_pattern(thinker: Model, tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def _scorable(
     try:
         rows = read_conversations(data, **how)
     except DataError as fault:
-        fault.fix = "; ".join([fault.fix, *notes])
+        fault.fix = "; ".join(filter(None, [fault.fix, *notes]))
         raise
     if _is_paired(rows):
         if metric not in ("exact", METRIC):  # exact: nobody asked for another
