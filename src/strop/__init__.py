@@ -179,10 +179,12 @@ def evaluate(
     general: bool = False,
     regression_data: str | Path | Sequence[str | Path] = (),
     regression_metric: str | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Base and tuned on held-out rows: the fields of `strop eval --json`. general: and on the general set.
 
     regression_data: and on rows of one's own that should not get worse, judged by regression_metric or metric.
+    options: `data.format`, `data.columns`, `data.encoding`, where rows are not to be read as those of the run.
     """
     from strop.devices.join import joined
 
@@ -192,6 +194,7 @@ def evaluate(
         return evaluate_model(
             os.fspath(run), _texts(data), metric=metric, max_new_tokens=max_new_tokens, general=general,
             regression_data=_texts(regression_data), regression_metric=regression_metric, devices=devices,
+            options=options,
         )  # fmt: skip
 
 

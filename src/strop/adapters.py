@@ -284,18 +284,9 @@ class Model:
     ) -> list[Answer]:
         """One answer for each prompt of token ids; both, partial, expected: as model.generate says."""
         return generate(
-            self.module,
-            self.tokenizer,
-            prompts,
-            stop_ids=self.renderer.ends,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            on_text=on_text,
-            advance=advance,
-            both=both,
-            partial=partial,
-            expected=expected,
-        )
+            self.module, self.tokenizer, prompts, stop_ids=self.renderer.ends, max_new_tokens=max_new_tokens,
+            sampling=sampling, on_text=on_text, advance=advance, both=both, partial=partial, expected=expected,
+        )  # fmt: skip
 
     def generate(
         self,
@@ -344,6 +335,19 @@ class Model:
         return answer.text
 
 
+def load_renderer(name: str) -> Renderer:
+    """What renders for a model, by its name as for `load`, without its weights. Raises ModelError."""
+    folder = adapter_folder(name)
+    source = locate(name) if folder is None else base_source(folder)
+    return _renderer_in(folder, source)
+
+
+def _renderer_in(folder: Path | None, source: Source) -> Renderer:
+    """Of a base, or of an adapter in a folder."""
+    tokenizer = load_tokenizer(source if folder is None else with_tokenizer(folder, source))
+    return renderer_of(tokenizer, {} if folder is None else read_identity(folder))
+
+
 def load(
     name: str | os.PathLike[str],
     *,
@@ -371,7 +375,7 @@ def load(
     prepare_process()
     where = pick_device(device)
     chosen = DTYPES[pick_dtype(where)[0] if dtype == "auto" else dtype]
-    tokenizer = load_tokenizer(source if folder is None else with_tokenizer(folder, source))
+    renderer = _renderer_in(folder, source)
     identity = read_identity(folder) if folder is not None else {}
     scheme = str(identity.get("quantization", "none")) if quantization == "auto" else quantization
     base = load_base(
@@ -383,10 +387,10 @@ def load(
         resident_layers=None if quantization == "auto" else 0,
     )
     if folder is None:
-        return Model(name, base, tokenizer, Renderer(tokenizer), None, source=source, quantization=scheme)
+        return Model(name, base, renderer.tokenizer, renderer, None, source=source, quantization=scheme)
     module, notes = attach(base, folder, source, force=force, scores=scores)
-    system, renderer = identity.get("system"), renderer_of(tokenizer, identity)
-    return Model(name, module.eval(), tokenizer, renderer, folder, system, notes, source, scheme)
+    system = identity.get("system")
+    return Model(name, module.eval(), renderer.tokenizer, renderer, folder, system, notes, source, scheme)
 
 
 def _system(text: str | None) -> Sequence[Message]:

@@ -100,7 +100,7 @@ def build(words: Sequence[str]) -> typer.Typer:
     app.callback()(_version_option)
     for name, command in COMMANDS.items():
         takes_recipe = "options" in inspect.signature(command).parameters
-        made = recipe_options(command, name in words) if takes_recipe else command
+        made = recipe_options(command, name in words, ONLY.get(name, ())) if takes_recipe else command
         app.command(name, epilog=epilog(name))(made)
     for group, (text, commands) in GROUPS.items():
         inner = typer.Typer(help=text, no_args_is_help=True)
@@ -121,6 +121,7 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
+ONLY: Mapping[str, tuple[str, ...]] = {"eval": ("data.format", "data.columns", "data.encoding")}
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "doctor": doctor,
     "plan": plan,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -46,17 +46,19 @@ def numbers(text: str) -> list[float]:
         raise RecipeError(f"{text}: not numbers", fix="write them as 0.7,0.3") from None
 
 
-def recipe_options(command: Callable[..., Any], wanted: bool) -> Any:
-    """Gives a command one flag for each recipe field; it receives those that were used as `options`."""
+def recipe_options(command: Callable[..., Any], wanted: bool, only: Collection[str] = ()) -> Any:
+    """Gives a command one flag for each recipe field; it receives those that were used as `options`. only: for these
+    alone, of a command that takes them from a run where they are not given."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
     known, short = _recipe_fields() if wanted else ({}, {})
-    flags = {field.replace(".", "__"): field for field in known}
+    flags = {field.replace(".", "__"): field for field in known if not only or field in only}
     added = []
     for name, field in flags.items():
         info = known[field]
         kind = list[str] if field in ("data.train", "data.eval", "track") else str
         names = [f"--{field}", *([f"--{short[field]}"] if field in short else [])]
-        default = "" if info.is_required() else f" [default: {info.get_default(call_default_factory=True)}]"
+        default = "the run's" if only else info.get_default(call_default_factory=True)
+        default = "" if info.is_required() else f" [default: {default}]"
         panel = f"Recipe: {field.partition('.')[0]}" if "." in field else "Recipe"
         choices = f" [{'|'.join(map(str, _choices(info.annotation)))}]" if _choices(info.annotation) else ""
         text = (info.description or field) + choices + default

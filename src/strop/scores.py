@@ -8,13 +8,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from strop.errors import Where
 from strop.terminal import console, some_of
 
 _NOT_SHARES = ("loss", "perplexity", "tokens_per_answer", "tokens_per_s")
 
 
-def print_scores(result: dict[str, Any], out: Console = console, title: str = "held-out rows") -> None:
-    """Base and tuned side by side with 95 % intervals."""
+def print_scores(result: dict[str, Any], out: Console = console, title: str | None = None) -> None:
+    """Base and tuned side by side with 95 % intervals. title: what the rows are."""
+    from strop.evaluation.metrics import Difference, rows_asked, verdict
+
+    title = title or rows_asked(result)
     sides = [side for side in ("base", "tuned") if side in result]
     table = Table(title=f"{result.get('run', '')}  {result['rows']} {title}".strip(), title_justify="left")
     table.add_column("")
@@ -31,9 +35,10 @@ def print_scores(result: dict[str, Any], out: Console = console, title: str = "h
             cells.append(cell)
         table.add_row(name, *cells)
     out.print(table)
+    if result.get("left_out"):
+        places = [str(Where(**place)) for place in result["left_out"]]
+        out.print(f"left out: {len(places)} rows: {some_of(places)}", markup=False, style="yellow")
     if "difference" in result:
-        from strop.evaluation.metrics import Difference, verdict
-
         changed = result.get("changed", {"gained": [], "lost": []})
         out.print(
             f"tuned minus base: {verdict(Difference(**result['difference']))[1]} "

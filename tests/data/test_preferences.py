@@ -366,6 +366,16 @@ def test_prompts_with_right_answers_and_without(value: dict[str, Any], gold: str
     assert prepared.report.answers == {"prompts": 1, "right_answers": int(gold is not None)}
 
 
+def test_the_right_answer_to_a_prompt_has_its_calls(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 3}}}
+    turns = [U, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    path = write(tmp_path / "a.jsonl", [{"messages": turns}])
+    data = DataSection(train=str(path), max_length=100)
+    units = prepare(data, tokenizer("qwen3"), cache=None, learning="prompts").train_units
+    assert units is not None and isinstance(units[0], Prompt)
+    assert units[0].gold == '<tool_call>\n{"name": "f", "arguments": {"a": 3}}\n</tool_call>'
+
+
 def test_the_prompt_is_what_fine_tuning_has_in_front_of_the_answer(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"messages": [S, U, A, MORE, A]}])
     units, turns = run(path, "prompts").train_units, run(path, "turns").train[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import random
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strop.errors import DataError, RecipeError
+from strop.errors import DataError, RecipeError, RunError
 from strop.evaluation.metrics import METRICS, check_golds, metric, paired_difference, score, wilson
 from tests.support.scripts import script
 from tests.support.shared_data import shared
@@ -76,6 +77,9 @@ def test_every_gold_that_cannot_be_scored_is_named() -> None:
     assert [place.line for place in caught.value.where] == [2, 5]
     with pytest.raises(DataError, match="2 rows cannot be scored with regex"):
         check_golds("regex", ["(", "[", "x"], places)
+    for name in ("contains", "regex"):  # it would be in any answer
+        with pytest.raises(DataError, match=f"2 rows cannot be scored with {name}"):
+            check_golds(name, ["", "x", " \n"], places)
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +206,26 @@ def test_a_function_of_the_users_own_that_is_broken_is_told_before_a_model_loads
     with pytest.raises(DataError) as raised:
         check_golds(f"{file}:broken", ["x"], [("rows.jsonl", 7)])
     assert "strp" in str(raised.value.where[0].what) and raised.value.where[0].line == 7
+
+
+@pytest.mark.parametrize("said", ["0.5", "1.0", "'yes'", "None", "2", "[]"])
+def test_a_function_that_says_neither_hit_nor_miss_is_refused(said: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(f"def k(gold, answer):\n    return {said}\n"
+                    f"def late(gold, answer):\n    return True if gold == answer else {said}\n")  # fmt: skip
+    with pytest.raises(RecipeError) as raised:
+        check_golds(f"{file}:k", ["x"], [("rows.jsonl", 7)])
+    assert "True or False" in raised.value.fix
+    assert f"k returns {ast.literal_eval(said)!r}" in raised.value.what and "rows.jsonl:7" in raised.value.what
+    check_golds(f"{file}:k", ["x"], [("rows.jsonl", 7)], any_number=True)  # a reward
+    check_golds(f"{file}:late", ["x"], [("rows.jsonl", 7)])
+    with pytest.raises(RunError, match="for the answer 'y'"):
+        score(f"{file}:late", ["x", "x"], ["x", "y"])
+
+
+@pytest.mark.parametrize("said", ["True", "1", "np.bool_(True)", "np.int64(1)"])
+def test_what_a_function_may_say(said: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(f"import numpy as np\ndef k(gold, answer):\n    return {said}\n")
+    check_golds(f"{file}:k", ["x"], [("rows.jsonl", 7)])
+    assert score(f"{file}:k", ["x"], ["y"]).hits == (True,)

@@ -11,13 +11,19 @@ import pytest
 import torch
 
 import strop
+from strop.adapters import Model
 from strop.data.conversation import Conversation, Message
+from strop.data.rendering.render import Renderer
 from strop.engine.answers.batch import Batch
-from strop.errors import DataError
+from strop.errors import DataError, RecipeError
 from strop.evaluation import compare as comparing
 from strop.evaluation import run as evaluation
 from strop.evaluation.run import evaluate_models, leaderboard, read_conversations
+from strop.model.generate import Answer
+from tests.support.families import tokenizer
 from tests.support.running import QUICK, run
+from tests.support.templates import tokenizer as of_trait
+from tests.support.tiny import model as tiny
 
 
 def rows(path: Path, pairs: list[tuple[str, str]]) -> Path:
@@ -79,6 +85,55 @@ def test_the_loss_comes_with_the_answers(runs: list[Path], tmp_path: Path, monke
     found = strop.evaluate(runs[1], str(data))
     assert found["tuned"]["loss"] == pytest.approx(wanted, rel=0.02)
     assert found["base"]["loss"] > found["tuned"]["loss"] + 1
+
+
+def test_rows_without_an_answer_at_their_end_count_nowhere_and_are_named(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, said, more = ({"role": role, "content": role} for role in ("user", "assistant", "user"))
+    rest = [[asked, said, more], [asked, said, more, {**said, "weight": 0}]]
+    data, both = tmp_path / "colours.jsonl", tmp_path / "both.jsonl"
+    words = ["--max-new-tokens", "2", "--json"]
+    both.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in rest))
+    code, out, err = run("eval", runs[0], "--data", data, "--data", both, *words, capsys=capsys)
+    found = json.loads(out)
+    assert code == 0 and found["rows"] == 12 and "left out: 2 rows: " in err
+    whys = ["does not end with an answer", "its answer has weight 0"]
+    assert found["left_out"] == [{"file": str(both), "line": n, "what": why} for n, why in enumerate(whys, 1)]
+    alone = strop.evaluate(runs[0], str(data), max_new_tokens=2)
+    assert alone["left_out"] == [] and alone["tuned"]["loss"] == found["tuned"]["loss"]
+    code, _, err = run("eval", runs[0], "--data", both, *words, capsys=capsys)
+    assert code == 2 and f"{both}:1: does not end with an answer" in err
+
+
+def test_rows_are_read_as_those_of_the_run(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, usual = tmp_path / "table.csv", rows(tmp_path / "usual.jsonl", COLOURS)
+    table.write_text("Frage,Antwort\n" + "".join(f"été {n},grün\n" for n in range(4)), encoding="cp1252")
+    columns = ["--data.columns", "prompt=Frage,completion=Antwort"]
+    short, made = [*QUICK, "--train.max_steps", "1"], [tmp_path / "table", tmp_path / "usual"]
+    words = ["train", "--model", tiny_folder, "--data", table, "--out", made[0], *short, *columns]
+    code, _, err = run(*words, "--data.encoding", "cp1252", capsys=capsys)
+    assert code == 0, err
+    ask = ["--max-new-tokens", "2", "--json"]
+    code, out, err = run("eval", made[0], "--data", table, *ask, capsys=capsys)
+    found = json.loads(out)
+    assert code == 0 and found["rows"] == found["train_rows"] == 4 and found["samples"][0]["gold"] == "grün"
+    assert any("data.columns, completion=Antwort,prompt=Frage" in note for note in found["notes"])
+    assert any("data.encoding, cp1252; for others give --data.encoding utf-8" in note for note in found["notes"])
+    code, _, err = run("eval", made[0], "--data", usual, *ask, capsys=capsys)
+    assert code == 2 and "for others give --data.columns none" in err
+    code, out, err = run("eval", made[0], "--data", usual, "--data.columns", "none", *ask, capsys=capsys)
+    assert code == 0 and json.loads(out)["rows"] == 12
+    code, _, err = run("train", "--model", tiny_folder, "--data", usual, "--out", made[1], *short, capsys=capsys)
+    assert code == 0, err
+    code, _, err = run("eval", *made, "--data", table, *ask, capsys=capsys)
+    assert code == 2 and "different data.columns: completion=Antwort,prompt=Frage, none" in err
+    given = {"data.columns": {"prompt": "Frage", "completion": "Antwort"}, "data.encoding": "cp1252"}
+    assert strop.evaluate(made[1], str(table), max_new_tokens=2, **given)["rows"] == 4
+    with pytest.raises(RecipeError, match=r"data\.column: no option of eval \(did you mean data\.columns"):
+        strop.evaluate(made[1], str(table), **{"data.column": {}})
 
 
 def test_several_models_make_a_leaderboard(
@@ -183,3 +238,89 @@ def test_ctrl_c_leaves_the_rows_that_are_answered(
     assert found["interrupted"] == f"after {found['rows']} of 12 rows" and found["interrupted"] in err
     assert "general" not in found
     assert json.loads((runs[0] / "report.json").read_text())["evaluation"]["rows"] == found["rows"]
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+ASKED = Message("user", "three?")
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A tiny model whose template shows reasoning and calls."""
+    folder, its = tmp_path_factory.mktemp("thinker"), tokenizer("qwen3")
+    tiny(vocab_size=len(its)).save_pretrained(folder)
+    its.save_pretrained(folder)
+    return strop.load(folder)
+
+
+def ending(content: str, *, calls: bool = False, reasoning: str | None = None, number: int = 3) -> Conversation:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": number}}}
+    last = Message("assistant", content, reasoning, (call,) if calls else ())
+    return Conversation("rows.jsonl", 1, (ASKED, last), (TOOL,) if calls else ())
+
+
+def written(model: Model, row: Conversation) -> str:
+    """What a model writes that has learned a row by heart."""
+    [example], turns = model.renderer.render(row), row.messages
+    start = len(model.renderer.prompt(turns[:-1], row.tools, options=model.renderer.options_for(turns)))
+    return str(model.tokenizer.decode(example.ids[start:-1], skip_special_tokens=True))
+
+
+def scored(
+    model: Model, rows: list[Conversation], texts: list[str], metric: str, monkeypatch: pytest.MonkeyPatch
+) -> float:
+    monkeypatch.setattr(comparing, "answers_of", lambda *_, **__: [Answer(text, 1, True) for text in texts])
+    return float(comparing.compare(model, rows, metric=metric)["base"][metric])
+
+
+def test_calls_and_reasoning_are_judged_as_the_model_writes_them(
+    thinker: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        ending("3"), ending("", calls=True), ending("so:", calls=True),
+        ending("3", reasoning="one more"), ending("", calls=True, reasoning="one more"),
+    ]  # fmt: skip
+    texts = [written(thinker, row) for row in rows]
+    assert texts[1].startswith("<tool_call>") and texts[3] == "<think>\none more\n</think>\n\n3"
+    assert scored(thinker, rows, texts, "exact", monkeypatch) == 1
+    assert scored(thinker, rows, texts, "contains", monkeypatch) == 1
+    others = [ending("3", reasoning="by heart"), ending("", calls=True)]  # in other words, or none
+    for row, other in zip(rows[3:], others, strict=True):
+        assert scored(thinker, [row], [written(thinker, other)], "exact", monkeypatch) == 1
+    wrong = [ending("", calls=True, number=4), ending("4", reasoning="3")]
+    for row, other in zip([rows[1], rows[3]], wrong, strict=True):
+        assert scored(thinker, [row], [written(thinker, other)], "contains", monkeypatch) == 0
+
+
+def test_ordinary_rows_are_judged_by_their_text(thinker: Model) -> None:
+    row = ending(" <think>as a text</think> three  ")
+    assert [one.gold for one in comparing.questions([row], thinker.renderer)] == [row.answer]
+    text = "<think>\nanswers are not touched\n</think>\n\n3"
+    assert thinker.renderer.without_reasoning(text, row.messages[-1]) == text
+
+
+@pytest.mark.parametrize(
+    ("made", "closes"),
+    [(tokenizer("qwen3"), ["</think>"]), (of_trait("opens-with-switch"), []), (tokenizer("chatml"), [])],
+)
+def test_what_ends_reasoning_is_found_unless_it_is_a_special_token(made: Any, closes: list[str]) -> None:
+    assert Renderer(made).closes == closes
+
+
+def test_a_choice_is_not_given_away_by_the_right_reasoning(thinker: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, asked, render = [ending(word, reasoning=f"it is {word}") for word in ("red", "blue")], [], Renderer.render
+    monkeypatch.setattr(Renderer, "render", lambda self, row: asked.append(row.messages[-1]) or render(self, row))
+    comparing.compare(thinker, rows, metric="choice")
+    options = [turn for turn in asked if turn not in [row.messages[-1] for row in rows]]
+    assert [turn.content for turn in options] == ["red", "blue"] * 2 and not any(turn.reasoning for turn in options)
+
+
+def test_calls_are_no_choice_and_no_pattern(thinker: Model, tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": [3]}}}
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    data = tmp_path / "calls.jsonl"
+    data.write_text(json.dumps({"tools": [TOOL], "messages": turns}), encoding="utf-8")
+    for metric, said in (("choice", "calls are no answers to choose among"), ("exact_json", "cannot be scored")):
+        with pytest.raises(DataError, match=said) as raised:
+            evaluate_models([thinker.name], str(data), metric=metric)
+        assert raised.value.where[0].line == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,6 +47,7 @@ def evaluate(
     quantization: Quantization = "auto",
     force: Force = False,
     as_json: Json = False,
+    options: dict[str, Any] | None = None,
 ) -> None:
     """Compare base and tuned on rows that were not trained on."""
     from strop.devices.join import joined, start, to_start
@@ -74,6 +75,7 @@ def evaluate(
             task_limit=task_limit,
             judge=judge,
             judge_model=judge_model,
+            options=options or {},
         )
     if not group.main:
         return

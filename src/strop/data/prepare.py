@@ -157,7 +157,7 @@ def _prepared(
     units: list[Units | Prompts | None] = [None, None]
     if learning != "turns" and report.refusal is None and (eval_report is None or eval_report.refusal is None):
         sets = ((train_set, conversations), (eval_set, eval_conversations))
-        units = [units_of(part, said, learning, data.max_length) for part, said in sets]
+        units = [units_of(part, said, learning, data.max_length, served) for part, said in sets]
         seal.update(train_set.judged.tobytes())
     return Prepared(train_set, conversations, eval_set, eval_conversations, report, seal.hexdigest(), served, *units)
 

@@ -143,11 +143,12 @@ class Examples(Sequence[Example]):
 
 
 class Conversations(Sequence[Conversation]):
-    """Rows of a store as conversations, read when asked for."""
+    """Rows of a store as conversations, read when asked for. digests: uint64 of shape (n,), of their content."""
 
     def __init__(self, store: Store, indices: Indices) -> None:
         self._store = store
         self._indices = indices
+        self.digests: npt.NDArray[np.uint64] = store.row_records["digest"][indices]
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar, overload
 import numpy as np
 
 from strop.data.conversation import Example, Prompt, Unit
+from strop.data.rendering.render import Renderer
 from strop.data.store import Conversations, Examples
 
 Learning = Literal["turns", "pairs", "labels", "prompts"]
@@ -68,23 +69,30 @@ class Units(Lazy[Unit]):
 
 
 class Prompts(Lazy[Prompt]):
-    """Prompts with the right answers that their rows have. examples: of their tokens, one of each conversation."""
+    """Prompts with the right answers that their rows have. examples: of their tokens, one of each conversation.
+    renderer: says how a model's answer is read."""
 
-    def __init__(self, examples: Examples, conversations: Conversations) -> None:
+    def __init__(self, examples: Examples, conversations: Conversations, renderer: Renderer) -> None:
         assert len(examples) == len(conversations)
-        self._examples, self._conversations = examples, conversations
+        self._examples, self._conversations, self._renderer = examples, conversations, renderer
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def one(self, i: int) -> Prompt:
-        return Prompt((self._examples[i],), gold=self._conversations[i].answer, row=i)
+        return Prompt((self._examples[i],), gold=self._renderer.answer(self._conversations[i]), row=i)
 
 
 def units_of(
-    examples: Examples | None, conversations: Conversations | None, learning: Learning, max_length: int
+    examples: Examples | None,
+    conversations: Conversations | None,
+    learning: Learning,
+    max_length: int,
+    renderer: Renderer,
 ) -> Units | Prompts | None:
     """What an objective trains on, of rows that are there; None where there are none."""
     if examples is None or conversations is None:
         return None
-    return Prompts(examples, conversations) if learning == "prompts" else Units(examples, learning, max_length)
+    if learning == "prompts":
+        return Prompts(examples, conversations, renderer)
+    return Units(examples, learning, max_length)

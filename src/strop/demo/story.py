@@ -9,6 +9,7 @@ from strop.adapters import load
 from strop.config.load import resolve
 from strop.demo import data_files
 from strop.evaluation.compare import compare
+from strop.evaluation.held_out import count_train_rows, trained_on
 from strop.evaluation.run import add_to_report, read_conversations
 from strop.runs.folder import RunFolder, next_numbered
 from strop.scores import print_samples, print_scores
@@ -26,11 +27,10 @@ def run_demo(out: Path | None) -> dict[str, Any]:
     with watching() as watch:
         run = train(resolve(None, {"model": "demo", "data": str(rows), "out": str(folder)}), [watch])
     console.print(f"trained  {run.report['seconds']:.0f} s, {run.report['tokens_per_s']:.0f} tokens/s")
+    asked = read_conversations(str(held_out))
     with answering() as advance:
-        result = {
-            "run": str(folder),
-            **compare(load(folder), read_conversations(str(held_out)), metric=METRIC, advance=advance),
-        }
+        result = {"run": str(folder), **compare(load(folder), asked, metric=METRIC, advance=advance)}
+    count_train_rows(result, trained_on(str(folder), asked))
     add_to_report(RunFolder(folder), result)
     print_scores(result)
     print_samples(_different(result["samples"]))

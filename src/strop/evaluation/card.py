@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from strop.evaluation.metrics import Difference, judged_by_kind, verdict
+from strop.evaluation.metrics import Difference, judged_by_kind, rows_asked, verdict
 from strop.runs.folder import RunFolder, is_run, write_atomic
 
 CARD_FILE = "README.md"
@@ -186,7 +186,8 @@ def _training(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
 def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if report.get("eval_loss") is not None:
         yield "evaluation loss", f"{report['eval_loss']:.4f}"
-    for name, found in (("held-out rows", report.get("evaluation")), ("rows to keep", report.get("regression"))):
+    asked, kept = report.get("evaluation"), report.get("regression")
+    for name, found in ((rows_asked(asked or {}), asked), ("rows to keep", kept)):
         if found and _both(found):
             metric = found["metric"]
             said = f"{metric} {found['base'][metric]:.1%} before, {found['tuned'][metric]:.1%} after"
@@ -209,6 +210,10 @@ def _limits(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> Iterator[st
     """What is not known of a model, from what was not measured; and what no run of strop measures."""
     if not _both(report.get("evaluation")):
         yield "It was asked no held-out rows: how good it is at its task is not known."
+    elif (known := report["evaluation"].get("train_rows")) is None:
+        yield "Whether it was trained on the rows that it was asked is not known."
+    elif known:
+        yield f"{known} of the {report['evaluation']['rows']} rows that it was asked are also train rows."
     if not report.get("general") and not _both(report.get("regression")):
         yield "Whether it got worse at other things than its rows are about was not measured."
     longest = report.get("data_report", {}).get("tokens", {}).get("max")

@@ -18,9 +18,11 @@ import torch
 from strop.adapters import Model
 from strop.data.conversation import Conversation, Example, Ids
 from strop.data.pack import group_by_length
+from strop.data.rendering.render import Renderer
 from strop.devices.group import ALONE, Devices
 from strop.engine.answers.text import Expected
 from strop.engine.step import step_for
+from strop.errors import Where
 from strop.evaluation.dealt import answers as answers_of
 from strop.evaluation.loss import summed_loss
 from strop.evaluation.metrics import metric as metric_named
@@ -42,14 +44,36 @@ class Question:
     conversation: Conversation
 
 
-def questions(conversations: Sequence[Conversation]) -> list[Question]:
-    """One question a conversation that ends with an assistant turn; others have no answer to compare with."""
+def questions(conversations: Sequence[Conversation], renderer: Renderer | None = None) -> list[Question]:
+    """One question a conversation, but for those that left_out names: they have no answer to compare with.
+
+    renderer: of the model that is asked; only where no right answer has calls it may be left out (see calling).
+    """
     found = []
     for conversation in conversations:
-        if conversation.messages and conversation.messages[-1].role == "assistant":
+        gold = conversation.answer if renderer is None else renderer.answer(conversation)
+        if gold is not None and conversation.messages[-1].weight:
             asked = [message.content for message in conversation.messages[:-1] if message.role == "user"]
-            found.append(Question(asked[-1] if asked else "", conversation.messages[-1].content, conversation))
+            found.append(Question(asked[-1] if asked else "", gold, conversation))
     return found
+
+
+def left_out(conversations: Sequence[Conversation]) -> list[Where]:
+    """The rows that nothing is asked of, and why: neither score nor loss counts them."""
+    whys = [
+        "does not end with an answer"
+        if row.answer is None
+        else ""
+        if row.messages[-1].weight
+        else "its answer has weight 0"
+        for row in conversations
+    ]
+    return [Where(row.file, row.line, why) for row, why in zip(conversations, whys, strict=True) if why]
+
+
+def calling(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Those whose right answers have calls, which each chat template writes in its own way."""
+    return [found for found in conversations if found.answer is not None and found.messages[-1].tool_calls]
 
 
 @dataclass(frozen=True)
@@ -74,25 +98,27 @@ def compare(
     """Scores of base and tuned with 95 % intervals, and each row's answers.
 
     base: what the same base said to the same rows before, so that it need not be asked again.
-    Returns {rows, metric, base, tuned, intervals, difference, changed, samples}; `tuned`, `difference` and `changed`
-    (the rows that only one of them gets right) are absent where the model has no adapter. Each of base and tuned:
+    Returns {rows, left_out, metric, base, tuned, intervals, difference, changed, samples}; `tuned`, `difference` and
+    `changed` (the rows that only one of them gets right) are absent where the model has no adapter. left_out: {file,
+    line, what} of each row that has no answer to compare with. Each of base and tuned:
     {<metric's scores>, loss, perplexity, stop_rate, tokens_per_answer, tokens_per_s}; nothing is written where the
     metric is `choice`, and so the last three are absent then. Ctrl-C leaves the rows that are answered, and
     `interrupted` says so. Both are asked in one batch: its
     tokens_per_s.
     """
-    asked = questions(conversations)
+    asked = questions(conversations, model.renderer)
     rows = len(asked)
     names = [name for name in ("base", "tuned") if (model.adapter or name == "base") and not (name == "base" and base)]
     written = {} if metric == "choice" else _write_all(model, asked, names, max_new_tokens, advance, devices)
     if written and len(written[names[0]][0]) < rows:  # Ctrl-C: what is there is told
         asked = asked[: len(written[names[0]][0])]
-        conversations = [question.conversation for question in asked]
         base = base and Side(base.scores, base.hits[: len(asked)], base.texts[: len(asked)])
 
     def ask(side: str) -> Side:
         LOG.info("computing the loss of %s", side)
-        loss = _loss(model, conversations, asked, written[side][0] if written else [], devices)
+        loss = _loss(
+            model, [question.conversation for question in asked], asked, written[side][0] if written else [], devices
+        )
         if metric == "choice":
             texts, more = _choose_all(model, asked, side, advance, devices), {}
         else:
@@ -102,7 +128,11 @@ def compare(
                 "tokens_per_answer": sum(answer.tokens for answer in answers) / len(asked),
                 "tokens_per_s": rate,
             }  # fmt: skip
-        found = score(metric, [question.gold for question in asked], texts)
+        judged = [
+            model.renderer.without_reasoning(text, question.conversation.messages[-1])
+            for question, text in zip(asked, texts, strict=True)
+        ]
+        found = score(metric, [question.gold for question in asked], judged)
         return Side(
             {**found.rates, "loss": loss, "perplexity": math.exp(min(loss, 700.0)), **more}, [*found.hits], texts
         )
@@ -112,7 +142,8 @@ def compare(
         sides["base"] = base or ask("base")
     if model.adapter:
         sides["tuned"] = ask("tuned")
-    result: dict[str, Any] = {"rows": len(asked), "metric": metric_named(metric).name}
+    without = [asdict(place) for place in left_out(conversations)]
+    result: dict[str, Any] = {"rows": len(asked), "left_out": without, "metric": metric_named(metric).name}
     if len(asked) < rows:
         result["interrupted"] = f"after {len(asked)} of {rows} rows"
     result |= {name: side.scores for name, side in sides.items()}
@@ -238,7 +269,8 @@ def _choose_all(
 
     def choose(question: Question) -> str:
         *before, last = question.conversation.messages
-        said = [replace(question.conversation, messages=(*before, replace(last, content=one))) for one in among]
+        turns = [replace(last, content=one, reasoning=None) for one in among]  # reasoning would give it away
+        said = [replace(question.conversation, messages=(*before, turn)) for turn in turns]
         with torch.no_grad():
             losses = [float(token_loss(model.renderer.render(conversation))) for conversation in said]
         if advance is not None:

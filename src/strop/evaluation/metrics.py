@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strop.errors import DataError, RecipeError, Where, nearest
+import numpy as np
+
+from strop.errors import DataError, RecipeError, RunError, Where, nearest
 
 _OF_A_FUNCTION = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, NameError)
+_SAY = "let it return True or False, for example `return ... >= 0.8`"
 MOST_OPTIONS = 50  # of choice: each is computed for each row
 Z_95 = 1.959963984540054  # 97.5 % point of the standard normal
 Judgement = dict[str, bool]  # the hit first, under the metric's own name; then the side scores
@@ -103,7 +106,8 @@ METRICS: dict[str, Metric] = {
 
 
 def metric(name: str) -> Metric:
-    """The metric of that name, or the function of `file.py:function`, which gets (gold, answer) and says hit or miss.
+    """The metric of that name, or the function of `file.py:function`, which gets (gold, answer) and returns True or
+    False.
 
     Raises RecipeError.
     """
@@ -128,15 +132,26 @@ def _own_metric(file: str, function: str) -> Metric:
 
     def judge(gold: str, answer: str) -> Judgement:
         try:
-            return {function: bool(found(gold, answer))}
+            said = found(gold, answer)
         except _OF_A_FUNCTION:  # it could read the gold itself (check_golds): an answer that it cannot read is a miss
             return {function: False}
+        if not _is_verdict(said):
+            raise RunError(f"{function} returns {said!r:.80} (for the answer {answer[:80]!r})", fix=_SAY)
+        return {function: bool(said)}
 
     return Metric(function, judge, found)
 
 
-def check_golds(name: str, golds: Sequence[str], places: Sequence[tuple[str, int]]) -> None:
-    """Raises DataError with file:line of every gold answer that the metric cannot use; needs no model."""
+def _is_verdict(said: Any) -> bool:
+    """Is it hit or miss? A score is neither: what is not zero would all be a hit."""
+    return isinstance(said, (int, np.integer, np.bool_)) and said in (0, 1)
+
+
+def check_golds(
+    name: str, golds: Sequence[str], places: Sequence[tuple[str, int]], *, any_number: bool = False
+) -> None:
+    """Raises DataError with file:line of every gold answer that the metric cannot use, RecipeError for a function that
+    says neither hit nor miss (any_number: a reward, which may be worth anything); needs no model."""
     known, wrong = metric(name), []
     if name == "choice" and not 2 <= len(options(golds)) <= MOST_OPTIONS:
         what = f"choice: {len(options(golds))} different right answers to choose among, not 2 to {MOST_OPTIONS}"
@@ -144,9 +159,14 @@ def check_golds(name: str, golds: Sequence[str], places: Sequence[tuple[str, int
     for gold, (file, line) in zip(golds, places, strict=True):
         try:
             if known.own is None:
+                if name in ("contains", "regex") and not _blanks(gold):
+                    raise ValueError("the right answer is empty, and so in any answer")
                 known.judge(gold, "")
             else:
-                known.own(gold, gold)
+                said = known.own(gold, gold)
+                if not (any_number or _is_verdict(said)):
+                    what = f"metric {name}: {known.name} returns {said!r:.80} for the right answer of {file}:{line}"
+                    raise RecipeError(what, fix=_SAY)
         except _OF_A_FUNCTION as error:
             if known.own is None and not isinstance(error, ValueError):
                 raise
@@ -181,6 +201,11 @@ def verdict(difference: Difference) -> tuple[str, str]:
     kind = "better" if low > 0 else "worse" if high < 0 else "unclear"
     word = {"better": "better", "worse": "worse", "unclear": "no clear difference"}[kind]
     return kind, f"{word}: {value:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
+
+
+def rows_asked(result: Mapping[str, Any]) -> str:
+    """What the rows of an evaluation are called: they are held out only where it is known that none was trained on."""
+    return "held-out rows" if result.get("train_rows") == 0 else "rows"
 
 
 def in_points(difference: Mapping[str, float]) -> str:

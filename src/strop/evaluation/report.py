@@ -54,6 +54,7 @@ def render(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> st
         facts=list(_facts(report)),
         scores=list(_scores(evaluation, evaluation.get("intervals") or report.get("intervals") or {})),
         rows=evaluation.get("rows"),
+        train_rows=evaluation.get("train_rows"),
         loss_plot=_loss_plot(events, 10.4),
         narrow_loss_plot=_loss_plot(events, 4.2),  # letters of a plot made for a desk are unreadable on a phone
         plots=list(_small_plots(events)),

@@ -78,4 +78,4 @@ def check_rewards(rewards: Sequence[Reward], golds: Sequence[str | None], places
         if reward.metric.own is None and missing:
             fix = "give rows with right answers, or reward with a function of your own: file.py:function"
             raise DataError(f"{len(missing)} rows have no answer for reward {reward.name}", fix=fix, where=missing)
-        check_golds(reward.given, [gold for gold, _ in answered], [place for _, place in answered])
+        check_golds(reward.given, [gold for gold, _ in answered], [place for _, place in answered], any_number=True)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from strop.adapters import adapter_folder, is_reward, load, refuse_other_kind
+from strop.adapters import adapter_folder, is_reward, load, load_renderer, refuse_other_kind
+from strop.config.schema import DataSection
 from strop.data.conversation import Conversation
-from strop.data.formats import PAIRED, conversations
+from strop.data.formats import DOCUMENT, PAIRED, conversations
 from strop.data.reading.sources import RowFault, read_rows
 from strop.devices.group import ALONE, Devices
-from strop.errors import DataError, RecipeError
+from strop.errors import DataError, RecipeError, Where, nearest
 from strop.evaluation.card import write_card
-from strop.evaluation.compare import Advance, Side, compare, questions, side_of
+from strop.evaluation.compare import Advance, Side, calling, compare, left_out, questions, side_of
 from strop.evaluation.general import compare_general
 from strop.evaluation.harness import check_tasks, run_tasks
+from strop.evaluation.held_out import count_train_rows, recipe_of, trained_on
 from strop.evaluation.judge import Judge, compare_by_judge, judge_for
 from strop.evaluation.metrics import check_golds, paired_difference, verdict
 from strop.evaluation.metrics import metric as known_metric
@@ -28,15 +30,23 @@ from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, is_run, write_json
 
 SAMPLES_IN_REPORT = 20
+READ_BY = ("data.format", "data.columns", "data.encoding")  # the fields of a recipe that eval takes too
 
 
-def read_conversations(data: str | Sequence[str]) -> list[Conversation]:
-    """All rows of the data as conversations: all of them pairs, or none.
+def read_conversations(
+    data: str | Sequence[str],
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    encoding: str = "utf-8",
+) -> list[Conversation]:
+    """All rows of the data as conversations: all of them pairs, or none. format, columns, encoding: as in a recipe.
 
     Raises DataError naming every row that is wrong.
     """
     bad: list[RowFault] = []
-    reader = conversations(read_rows(data, bad=bad), bad=bad)
+    rows = read_rows(data, encoding=encoding, columns=columns, bad=bad, documents=format == DOCUMENT)
+    reader = conversations(rows, format=format, columns=columns, bad=bad)
     found = list(reader)
     kinds = {"pairs" if name in PAIRED else name for name in reader.found.values()}
     if "labelled" in kinds:
@@ -47,6 +57,35 @@ def read_conversations(data: str | Sequence[str]) -> list[Conversation]:
     if "pairs" in kinds and len(kinds) > 1:
         raise DataError("pairs and other rows in one evaluation", fix="give them in two commands")
     return found
+
+
+def reading(names: Sequence[str], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(how rows are read: format, columns, encoding; notes on what is taken from a run). options: data.format and such,
+    as given; what is not given is as in the recipes of the runs.
+
+    Raises RecipeError for another option, and where the runs differ in one that is not given.
+    """
+    if unknown := sorted(set(options) - set(READ_BY)):
+        raise RecipeError(f"--{unknown[0]}: no option of eval{nearest(unknown[0], READ_BY)}", fix=", ".join(READ_BY))
+    how, notes = {name.removeprefix("data."): value for name, value in options.items()}, []
+    sections = [recipe.data for recipe in map(recipe_of, names) if recipe is not None]
+    for field in (name.removeprefix("data.") for name in READ_BY if name not in options):
+        found = [getattr(section, field) for section in sections]
+        if any(value != found[0] for value in found):
+            what = f"the runs were trained with different data.{field}: {', '.join(map(_as_option, found))}"
+            raise RecipeError(what, fix=f"say how the rows are to be read: --data.{field}")
+        usual = DataSection.model_fields[field].default
+        if found and found[0] != usual:
+            how[field] = found[0]
+            said = f"rows are read with the run's data.{field}, {_as_option(found[0])}"
+            notes.append(f"{said}; for others give --data.{field} {_as_option(usual)}")
+    return how, notes
+
+
+def _as_option(value: str | Mapping[str, str] | None) -> str:
+    """A recipe's value as the command line takes it."""
+    pairs = value.items() if isinstance(value, Mapping) else ()
+    return ",".join(f"{name}={column}" for name, column in pairs) or str(value or "none")
 
 
 def evaluate_model(name: str, data: str | Sequence[str], **options: Any) -> dict[str, Any]:
@@ -71,10 +110,12 @@ def evaluate_models(
     devices: Devices = ALONE,
     judge: str | None = None,
     judge_model: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Base and tuned on the rows of `data` (base alone where there is no adapter), for each model in turn; what
-    compare.compare returns (of pairs, preferences.compare_preferences), and `run`. A base that several have in common
-    is asked once.
+    compare.compare returns (of pairs, preferences.compare_preferences), `run`, `notes` (sentences), and `train_rows`:
+    how many of the rows the run was trained on, None where that is not known. A base that several have in common is
+    asked once.
 
     general: ask the built-in general set too, to see what training broke (`general` in the result).
     regression_data: rows of the user's own for the same purpose (`regression`); regression_metric: theirs, or metric.
@@ -82,6 +123,7 @@ def evaluate_models(
     devices: those that the rows are dealt out to.
     judge: which of base's and tuned's answers is better (`judge` in the result): file.py:function, or a server's
     address; judge_model: which of the server's models.
+    options: how rows are read (see reading).
 
     Raises RecipeError for a metric that does not exist, DataError for rows that are wrong or cannot be scored,
     ModelError for the model; all but the last before the model loads.
@@ -93,8 +135,10 @@ def evaluate_models(
     if task_limit and not tasks:
         raise RecipeError("--task-limit: there are no tasks", fix="give --tasks")
     judging = _judging(judge, judge_model, metric)
-    rows = _scorable(data, metric)
-    kept = _scorable(regression_data, regression_metric or metric) if regression_data else []
+    how, notes = reading(names, options or {})
+    scorable = partial(_scorable, names, how, notes)
+    rows = scorable(data, metric)
+    kept = scorable(regression_data, regression_metric or metric) if regression_data else []
     if _is_paired(rows) and (general or kept or tasks or judging):
         raise RecipeError(
             "pairs: nothing is written, so there is nothing else to ask", fix="leave --general and such out"
@@ -110,13 +154,19 @@ def evaluate_models(
     bases: dict[tuple[str, str, str], Side] = {}
     results = []
     for name in names:
+        known = trained_on(name, rows if paired else [question.conversation for question in questions(rows)])
         scores = (folder := adapter_folder(name)) is not None and is_reward(folder)
         if scores and not paired:
             refuse_other_kind(folder or Path(name), scores=False)
         with devices.together():
             model = load(name, quantization=quantization, force=force, scores=scores)
         if paired:
-            result = {"run": name, **compare_preferences(model, rows, advance, devices), "notes": list(model.notes)}
+            result = {
+                "run": name,
+                **compare_preferences(model, rows, advance, devices),
+                "notes": [*model.notes, *notes],
+            }
+            count_train_rows(result, known)
             del model
             if devices.main and is_run(Path(name)):
                 add_to_report(RunFolder(Path(name)), result)
@@ -126,7 +176,8 @@ def evaluate_models(
         asking = partial(compare, model, max_new_tokens=max_new_tokens, advance=advance, devices=devices)
         found = asking(rows, metric=metric, base=bases.get(same))
         bases[same] = side_of(found, "base")
-        result = {"run": name, **found, "notes": list(model.notes)}
+        result = {"run": name, **found, "notes": [*model.notes, *notes]}
+        count_train_rows(result, known)
         if "interrupted" in found:
             general, kept, tasks, judging = False, [], (), None
         if general:
@@ -135,10 +186,13 @@ def evaluate_models(
             result["regression"] = asking(kept, metric=regression_metric or metric)
         if tasks:
             result["tasks"] = run_tasks(model, names_of_tasks, manager, task_limit)
+        asked = questions(rows, model.renderer)
+        if not model.renderer.closes and any(model.renderer.reasons(row.messages[-1]) for row in rows if row.messages):
+            result["notes"] += ["where reasoning ends is not to be seen in an answer's text: all of it is judged"]
         del model, asking
         if judging is not None:
             texts = [side_of(found, side).texts for side in ("base", "tuned")]
-            result["judge"] = compare_by_judge(judging, str(judge), questions(rows), texts[0], texts[1], advance)
+            result["judge"] = compare_by_judge(judging, str(judge), asked, texts[0], texts[1], advance)
         if devices.main and is_run(Path(name)):
             add_to_report(RunFolder(Path(name)), result)
         results.append(result)
@@ -181,21 +235,34 @@ def _is_paired(rows: Sequence[Conversation]) -> bool:
     return bool(rows and rows[0].rejected)
 
 
-def _scorable(data: str | Sequence[str], metric: str) -> list[Conversation]:
+def _scorable(
+    names: Sequence[str], how: Mapping[str, Any], notes: Sequence[str], data: str | Sequence[str], metric: str
+) -> list[Conversation]:
+    """The rows of the data, read as `how` and `notes` say, to be scored for these models. Raises DataError where they
+    cannot be."""
     if metric != METRIC:
         known_metric(metric)
-    rows = read_conversations(data)
+    try:
+        rows = read_conversations(data, **how)
+    except DataError as fault:
+        fault.fix = "; ".join(filter(None, [fault.fix, *notes]))
+        raise
     if _is_paired(rows):
         if metric not in ("exact", METRIC):  # exact: nobody asked for another
             raise RecipeError(f"--metric {metric}: pairs have no single right answer", fix=f"--metric {METRIC}")
         return rows
     if metric == METRIC:
         raise RecipeError(f"--metric {METRIC}: the rows are no pairs", fix="give rows with chosen and rejected")
-    asked = questions(rows)
-    if not asked:
-        raise DataError(f"{data}: no row ends with an assistant turn", fix="give rows with the right answers")
-    golds = [(question.conversation.file, question.conversation.line) for question in asked]
-    check_golds(metric, [question.gold for question in asked], golds)
+    called = [Where(row.file, row.line, "the right answer is a call") for row in calling(rows)]
+    if called and metric == "choice":
+        raise DataError("choice: calls are no answers to choose among", fix="use another metric", where=called)
+    for renderer in map(load_renderer, names) if called else [None]:
+        asked = questions(rows, renderer)
+        if not asked:
+            fix = "give rows with the right answers"
+            raise DataError(f"{data}: no row ends with an answer to score", fix=fix, where=left_out(rows))
+        places = [(question.conversation.file, question.conversation.line) for question in asked]
+        check_golds(metric, [question.gold for question in asked], places)
     return rows
 
 

@@ -270,7 +270,7 @@ def _plain(value: Any) -> Any:
 
 
 def _score(folder: Path) -> str:
-    """The run's score on held-out rows, where it was evaluated."""
+    """The run's score, where it was evaluated."""
     report = folder.parent / "report.json"
     found = json.loads(report.read_text(encoding="utf-8")).get("evaluation") if report.is_file() else None
     return f"{found['metric']} {found['tuned'][found['metric']]:.1%}" if found and found.get("tuned") else ""

@@ -109,7 +109,7 @@ def _check_rewards(recipe: Recipe, data: Prepared) -> None:
     """Raises RecipeError and DataError for rewards that cannot be given to these rows."""
     rewards = rewards_of(recipe.train.rewards)
     for rows in (data.train_conversations, data.eval_conversations or ()) if rewards else ():
-        check_rewards(rewards, [row.answer for row in rows], [(row.file, row.line) for row in rows])
+        check_rewards(rewards, [data.renderer.answer(row) for row in rows], [(row.file, row.line) for row in rows])
 
 
 def check_space(folder: RunFolder, setup: Setup) -> None:

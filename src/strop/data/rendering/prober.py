@@ -67,6 +67,7 @@ class Prober(Probes):
             parallel=calls and bool(self.shown([ASKED, two_calls()], OTHER)),
             reasoning=bool(self._leads),
             reasoning_beside_calls=bool(shown),
+            closes=tuple(dict.fromkeys(close for _, close in self._leads)),
             needs_empty=state in ("opened", "closed"),
             bare=bare,
             empty=self._empty(switches, replace(bare, plain=default), state),

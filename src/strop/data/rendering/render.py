@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
 
@@ -208,6 +210,36 @@ class Renderer:
         check_options(options or {}, self.chat.options_read - {CLOCK}, "chat_template_kwargs")
         encoder, text, _ = self._named(self.chat.prompt(messages, tools, options=options))
         return encoder.ids(encoder.encode([text])[0])
+
+    def answer(self, conversation: Conversation) -> str | None:
+        """The right answer, as what a model writes is read: what the last turn says, and its calls as the template
+        writes them; None where that is not the assistant's. Without reasoning. Raises RenderError, ModelError."""
+        said = conversation.answer
+        if said is None or not conversation.messages[-1].tool_calls:
+            return said
+        *before, last = conversation.messages
+        whole = self.render(replace(conversation, messages=(*before, replace(last, weight=1.0))))[-1]
+        start = len(self.prompt(before, conversation.tools, options=self.options_for(conversation.messages)))
+        return self.without_reasoning(self.tokenizer.decode(whole.ids[start:-1], skip_special_tokens=True), last)
+
+    def without_reasoning(self, text: str, right: Message) -> str:
+        """What a model wrote, from the end of its reasoning on, where the right turn reasons; else, and where no
+        reasoning ends, all of it."""
+        for close in self.closes if self.reasons(right) else ():
+            if close in text:
+                return text.partition(close)[2].lstrip()
+        return text
+
+    def reasons(self, turn: Message) -> bool:
+        """Does the template show this turn's reasoning?"""
+        return bool(turn.reasoning) and self.chat.thinks([turn])
+
+    @cached_property
+    def closes(self) -> list[str]:
+        """What ends reasoning, as it is read; none where that is special tokens alone."""
+        ids = [self._plain.encode([close])[0] for close in self.chat.traits.closes]
+        texts = [str(self.tokenizer.decode(some, skip_special_tokens=True)).strip() for some in ids]
+        return [text for text in texts if text]
 
     def lost_characters(self, text: str) -> set[str]:
         """Characters of `text` that do not come back from the tokenizer: it drops them, or writes others for them."""

@@ -48,7 +48,8 @@ class Traits:
     """opening: how a prompt looks. texts: plain conversations as rendered, for the control tokens in them.
     needs_empty: whether rows without reasoning would be trained behind an opened block, or not at all, as the template
     is. bare, thinking: modes of rows without and with reasoning; empty: of rows without, where they get the block that
-    the template writes when reasoning is off. call_fault: why a call is not shown.
+    the template writes when reasoning is off. call_fault: why a call is not shown. closes: what ends reasoning before
+    an answer's text.
     """
 
     dialect: Dialect
@@ -61,6 +62,7 @@ class Traits:
     parallel: bool
     reasoning: bool
     reasoning_beside_calls: bool
+    closes: tuple[str, ...]
     needs_empty: bool
     bare: Mode
     empty: Mode
