@@ -208,6 +208,41 @@ def test_the_policy_holds(browser: Any, dash: Dash) -> None:
         assert any("Content Security Policy" in fault for fault in tab.faults)
 
 
+def test_each_side_of_a_talk_is_asked_with_its_own_system_prompt(browser: Any, dash: Dash) -> None:
+    now: dict[str, Any] = {"state": "ready", "names": ["sysrun"], "error": None}
+    tuned: dict[str, Any] = {"id": "sysrun", "system": "be bold"}
+    asked: dict[str, Any] = {}
+
+    def answer(way: Any) -> None:
+        body = way.request.post_data_json
+        asked[body["model"]] = [(said["role"], said["content"]) for said in body["messages"]]
+        way.fulfill(content_type="text/event-stream", body="data: [DONE]\n\n")
+
+    def ask() -> tuple[dict[str, Any], str]:
+        asked.clear()
+        tab.page.get_by_label("Your message").fill("hi")
+        tab.page.keyboard.press("Enter")
+        answers = "document.querySelectorAll('.chat p:not(.user, .soft, .waiting)')"
+        tab.page.wait_for_function(f"() => {answers}.length === 2")
+        return dict(asked), tab.page.get_by_label("System prompt").get_attribute("placeholder")
+
+    with open_tab(browser, dash) as tab:
+        tab.page.route("**/api/talk", lambda way: way.fulfill(json=now))
+        tab.page.route("**/api/talk/v1/models", lambda way: way.fulfill(json={"data": [tuned, {"id": "base"}]}))
+        tab.page.route("**/api/talk/v1/chat/completions", answer)
+        open_at(tab, dash, "/talk", ".chat >> nth=1")
+        user = ("user", "hi")
+        assert ask() == ({"base": [("system", "be bold"), user], "sysrun": [user]}, "be bold")
+        now["names"], tuned = ["plain"], {"id": "plain", "system": None}  # "Start this one instead"
+        tab.page.wait_for_selector("[aria-label='Answers of plain']")
+        assert ask() == ({"base": [user], "plain": [user]}, "none")
+        tab.page.locator("details > summary").click()
+        tab.page.get_by_label("System prompt").fill("be brief")
+        tab.page.get_by_role("button", name="New chat").click()
+        assert ask()[0] == {name: [("system", "be brief"), user] for name in ("base", "plain")}
+        tab.check("talk")
+
+
 def test_uplot_is_as_it_was_published() -> None:
     folder = STATIC / "uplot"
     sums = re.findall(r"^\| (\S+) \| ([0-9a-f]{64}) \|$", (folder / "NOTE.md").read_text(encoding="utf-8"), re.M)
