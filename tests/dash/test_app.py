@@ -180,6 +180,9 @@ def test_what_the_page_gets(dash: Dash, root: Path) -> None:
     assert dash.post("/api/runs/one/vote", {"ballot": ballot["ballot"], "choice": "a"}).status_code == 409
     found = dash.get("/api/compare?runs=one,two").json()
     assert found["settings"] == [] and len(found["pairs"]) == 1
+    make_run(root, "c,d", [*session(), step(1)])
+    found = dash.get("/api/compare", params={"runs": "one,c\\,d"}).json()
+    assert [run["name"] for run in found["runs"]] == ["one", "c,d"]
     assert dash.get("/api/system?run=one").json()["process"] is None
     for name, action in (("one", "resume"), ("two", "stop"), ("two", "export")):
         body = {"kind": "merge", "out": "x"} if action == "export" else {}

@@ -14,7 +14,7 @@ import pytest
 import strop
 from tests.dash.conftest import HOSTILE, HOSTILE_NAME
 from tests.support.browser import DESK, PHONE, Watched, at, open_tab
-from tests.support.dashing import TOKEN, Dash, dashing
+from tests.support.dashing import TOKEN, Dash, dashing, make_run, session, step
 
 STATIC = Path(strop.__file__).parent / "dash" / "static"
 NEW = quote(json.dumps({"model.name": "tiny-model", "data.train": "rows.jsonl", "data.bad_rows": "drop", "lora.r": 4}))
@@ -120,6 +120,22 @@ def test_the_table_of_runs_is_sorted_filtered_and_saved(browser: Any, dash: Dash
         lines = Path(saved.value.path()).read_text(encoding="utf-8").splitlines()
         assert lines[0].startswith("run,state,steps,loss,score") and len(lines) == 4
         tab.check("runs")
+
+
+def test_runs_with_a_comma_in_their_names_are_compared(browser: Any, tmp_path: Path) -> None:
+    for name in ("one", "c,d", ",", "d"):
+        make_run(tmp_path, name, [*session(), step(1), step(2)])
+    with dashing(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/runs", "table .spark")
+        for name in ("one", "c,d", ","):
+            tab.page.get_by_label(f"Compare {name}", exact=True).check()
+        tab.page.reload()
+        tab.page.get_by_role("button", name="Compare 3").click()
+        for _ in range(2):
+            tab.page.wait_for_selector(".plot canvas")
+            assert tab.page.locator("summary").first.text_content() == "one, c,d, ,"
+            tab.page.reload()
+        tab.check("commas")
 
 
 def test_a_plot_is_read_by_keys_zoomed_and_saved(browser: Any, dash: Dash) -> None:

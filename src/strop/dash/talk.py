@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from strop.dash.answering import Busy
 from strop.dash.jobs import Jobs
-from strop.dash.reading import read_bytes
+from strop.dash.reading import joined, parted, read_bytes
 from strop.errors import RunError
 from strop.serve.address import KEY_VARIABLE
 
@@ -32,7 +32,7 @@ class Talk:
         """names: as `strop serve` takes them. The server before, if any, is ended."""
         self.stop()
         key = secrets.token_urlsafe(24)
-        job = self._jobs.start("serve", ["serve", *names, "--port=0"], ",".join(names), {KEY_VARIABLE: key})
+        job = self._jobs.start("serve", ["serve", *names, "--port=0"], joined(names), {KEY_VARIABLE: key})
         self._own = job["id"]
         file = self._jobs.folder(job["id"]) / "key"
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
@@ -59,7 +59,7 @@ class Talk:
         ready = about["result"] if about["error"] is None else None
         told |= {
             "job": last["id"],
-            "names": str(about["run"] or "").split(","),
+            "names": parted(str(about["run"] or "")),
             "log": self._jobs.log(last["id"])[0][-4000:],
         }
         if about["state"] == "running":
