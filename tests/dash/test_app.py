@@ -112,7 +112,7 @@ def test_names_stay_inside_the_folder(dash: Dash) -> None:
     for name in ("../x", "/tmp/x", ".hidden", "..", "a/b"):
         answer = dash.post("/api/start", {"options": {"model.name": "demo"}, "name": name})
         assert answer.status_code == 404
-    for path in ("/etc", "..", "../..", "/", "runs/../.."):
+    for path in ("/etc", "..", "../..", "/", "runs/../..", "~nosuchuser/x"):
         assert dash.get("/api/files", params={"path": path}).status_code == 400
     assert {entry["name"] for entry in dash.get("/api/files").json()["entries"]} == {"runs", "secret.jsonl"}
     assert "linked" not in {entry["name"] for entry in dash.get("/api/files?path=runs").json()["entries"]}

@@ -106,9 +106,8 @@ def sizes(folder: Path) -> list[tuple[str, int]]:
 
 def browse(roots: list[Path], asked: str) -> dict[str, Any]:
     """The entries of a folder, to choose from. Raises InputError for one that is not below the roots."""
-    folder = Path(asked or roots[0]).expanduser()
     try:
-        folder = folder.resolve(strict=True)
+        folder = Path(asked or roots[0]).expanduser().resolve(strict=True)
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name.lower())
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{asked}: cannot be listed: {error}", fix="choose another folder") from None
