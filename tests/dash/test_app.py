@@ -163,6 +163,12 @@ def test_queries(dash: Dash) -> None:
     assert dash.get("/api/jobs/..%2f..").status_code == 404
 
 
+def test_what_a_run_is_called() -> None:
+    for name, called in {"a/b.jsonl": "b", "日本.jsonl": "run", "日本-v2.csv": "v2", "données.json": "donn-es"}.items():
+        assert steering.stem({"data.train": name}) == steering.stem({"data": [name, "x"]}) == called
+    assert steering.stem({}) == "run"
+
+
 def test_what_the_page_gets(dash: Dash, root: Path) -> None:
     listed = {row["name"]: row for row in dash.get("/api/runs").json()["runs"]}
     assert {"one", "two", "a run & 100%"} <= set(listed) and "linked" not in listed
