@@ -19,6 +19,10 @@ from strop.errors import RunError
 from strop.serve.address import KEY_VARIABLE
 
 TIMEOUT_S = 600.0  # a long answer on a slow CPU
+GONE = {
+    "kind": "Killed", "message": "the server of models has ended, and was not stopped from here",
+    "fix": "start it again; if memory ran out, end other programs before", "where": [],
+}  # fmt: skip
 
 
 class Talk:
@@ -65,8 +69,8 @@ class Talk:
         if about["state"] == "running":
             about_models = {"models": ready["models"], "context": ready.get("context")} if ready else {}
             return {**told, "state": "ready" if ready else "starting", **about_models}
-        if ready is None and about["error"] is not None:
-            return {**told, "state": "failed", "error": about["error"]}
+        if about["asked"] is None:
+            return {**told, "state": "failed", "error": about["error"] or GONE}
         return told
 
     def where(self) -> tuple[str, int, str]:
