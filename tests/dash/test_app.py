@@ -112,7 +112,7 @@ def test_names_stay_inside_the_folder(dash: Dash) -> None:
     for name in ("../x", "/tmp/x", ".hidden", "..", "a/b"):
         answer = dash.post("/api/start", {"options": {"model.name": "demo"}, "name": name})
         assert answer.status_code == 404
-    for path in ("/etc", "..", "../..", "/", "runs/../.."):
+    for path in ("/etc", "..", "../..", "/", "runs/../..", "~nosuchuser/x"):
         assert dash.get("/api/files", params={"path": path}).status_code == 400
     assert {entry["name"] for entry in dash.get("/api/files").json()["entries"]} == {"runs", "secret.jsonl"}
     assert "linked" not in {entry["name"] for entry in dash.get("/api/files?path=runs").json()["entries"]}
@@ -163,6 +163,12 @@ def test_queries(dash: Dash) -> None:
     assert dash.get("/api/jobs/..%2f..").status_code == 404
 
 
+def test_what_a_run_is_called() -> None:
+    for name, called in {"a/b.jsonl": "b", "日本.jsonl": "run", "日本-v2.csv": "v2", "données.json": "donn-es"}.items():
+        assert steering.stem({"data.train": name}) == steering.stem({"data": [name, "x"]}) == called
+    assert steering.stem({}) == "run"
+
+
 def test_what_the_page_gets(dash: Dash, root: Path) -> None:
     listed = {row["name"]: row for row in dash.get("/api/runs").json()["runs"]}
     assert {"one", "two", "a run & 100%"} <= set(listed) and "linked" not in listed
@@ -180,6 +186,9 @@ def test_what_the_page_gets(dash: Dash, root: Path) -> None:
     assert dash.post("/api/runs/one/vote", {"ballot": ballot["ballot"], "choice": "a"}).status_code == 409
     found = dash.get("/api/compare?runs=one,two").json()
     assert found["settings"] == [] and len(found["pairs"]) == 1
+    make_run(root, "c,d", [*session(), step(1)])
+    found = dash.get("/api/compare", params={"runs": "one,c\\,d"}).json()
+    assert [run["name"] for run in found["runs"]] == ["one", "c,d"]
     assert dash.get("/api/system?run=one").json()["process"] is None
     for name, action in (("one", "resume"), ("two", "stop"), ("two", "export")):
         body = {"kind": "merge", "out": "x"} if action == "export" else {}

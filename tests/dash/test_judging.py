@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,7 +102,9 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
     assert pair["rows"] == 60 and pair["difference"]["value"] == pytest.approx(expected.value)
     assert pair["difference"]["low"] == pytest.approx(expected.low)
     assert pairs[frozenset(("low", "other"))]["difference"] is None
-    assert found["verdict"].startswith("high scores highest (exact 91.7%): clearly above low; not clearly above other")
+    assert found["verdict"].startswith(
+        "high scores highest (exact 91.7%): clearly above low; not comparable with other."
+    )
 
 
 def test_a_run_that_was_not_evaluated_is_named(tmp_path: Path) -> None:
@@ -111,3 +114,46 @@ def test_a_run_that_was_not_evaluated_is_named(tmp_path: Path) -> None:
             evaluated(folder, [sample(number, False, True) for number in range(5)])
     (pair,) = compare(Listing(tmp_path).rows(), {"scored": {}, "bare": {}})["pairs"]
     assert pair["words"].endswith("cannot be compared: bare: not evaluated")
+
+
+def verdict_of(root: Path, **hits: list[dict[str, Any]]) -> str:
+    """Of runs with these rows, in this order."""
+    for name, rows in hits.items():
+        evaluated(make_run(root, name, [*session(), step(1)], {"exit": 0}), rows)
+    rows = {row["name"]: row for row in Listing(root).rows()}
+    return str(compare([rows[name] for name in hits], {name: {} for name in hits})["verdict"])
+
+
+def rows_of(start: int, stop: int, right: int) -> list[dict[str, Any]]:
+    return [sample(number, False, number < start + right) for number in range(start, stop)]
+
+
+def test_the_best_is_one_of_the_runs_that_can_be_compared(tmp_path: Path) -> None:
+    two = {"A": rows_of(0, 100, 50), "B": rows_of(0, 100, 20)}
+    said = verdict_of(tmp_path / "1", **two, C=rows_of(200, 210, 9))
+    assert said == "A scores highest (exact 50.0%): clearly above B; not comparable with C."
+    said = verdict_of(tmp_path / "2", **two, C=rows_of(200, 210, 9), D=rows_of(200, 210, 8))
+    assert said == (
+        "A scores highest (exact 50.0%): clearly above B; not comparable with C, D. "
+        "C scores highest (exact 90.0%): not clearly above D; not comparable with A, B."
+    )
+    easy = verdict_of(tmp_path / "3", A=rows_of(0, 100, 40), B=rows_of(0, 50, 30))  # A: 40 of these 50
+    assert easy == "A scores highest on the rows in common: clearly above B."
+
+
+def test_runs_that_are_equal(tmp_path: Path) -> None:
+    none = rows_of(0, 20, 0)
+    assert verdict_of(tmp_path / "1", a=none, b=none) == "a and b score equal (exact 0.0%)."
+    said = verdict_of(tmp_path / "2", a=rows_of(0, 20, 15), b=none, c=rows_of(0, 20, 15))
+    assert said == "a and c score equal (exact 75.0%): clearly above b."
+
+
+def test_losses_on_other_rows_say_nothing() -> None:
+    rows = [
+        {"name": name, "path": "nowhere", "score": None, "eval_loss": loss} for name, loss in (("a", 1.0), ("b", 2.0))
+    ]
+    same, other = {"data.eval": "x.jsonl"}, {"data.eval": "y.jsonl"}
+    assert compare(rows, {"a": same, "b": same})["verdict"].startswith("a has the lowest evaluation loss (1)")
+    assert compare(rows, {"a": same, "b": other})["verdict"].startswith("Nothing to judge by")
+    parts = {"data.eval": "5%"}
+    assert compare(rows, {"a": {**parts, "rows": "f"}, "b": {**parts, "rows": "g"}})["verdict"].startswith("Nothing")

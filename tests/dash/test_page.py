@@ -14,7 +14,7 @@ import pytest
 import strop
 from tests.dash.conftest import HOSTILE, HOSTILE_NAME
 from tests.support.browser import DESK, PHONE, Watched, at, open_tab
-from tests.support.dashing import TOKEN, Dash, dashing
+from tests.support.dashing import TOKEN, Dash, dashing, make_run, session, step
 
 STATIC = Path(strop.__file__).parent / "dash" / "static"
 NEW = quote(json.dumps({"model.name": "tiny-model", "data.train": "rows.jsonl", "data.bad_rows": "drop", "lora.r": 4}))
@@ -122,6 +122,22 @@ def test_the_table_of_runs_is_sorted_filtered_and_saved(browser: Any, dash: Dash
         tab.check("runs")
 
 
+def test_runs_with_a_comma_in_their_names_are_compared(browser: Any, tmp_path: Path) -> None:
+    for name in ("one", "c,d", ",", "d"):
+        make_run(tmp_path, name, [*session(), step(1), step(2)])
+    with dashing(tmp_path) as own, open_tab(browser, own) as tab:
+        open_at(tab, own, "/runs", "table .spark")
+        for name in ("one", "c,d", ","):
+            tab.page.get_by_label(f"Compare {name}", exact=True).check()
+        tab.page.reload()
+        tab.page.get_by_role("button", name="Compare 3").click()
+        for _ in range(2):
+            tab.page.wait_for_selector(".plot canvas")
+            assert tab.page.locator("summary").first.text_content() == "one, c,d, ,"
+            tab.page.reload()
+        tab.check("commas")
+
+
 def test_a_plot_is_read_by_keys_zoomed_and_saved(browser: Any, dash: Dash) -> None:
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/run/one", ".plot canvas")
@@ -206,6 +222,41 @@ def test_the_policy_holds(browser: Any, dash: Dash) -> None:
         }""")
         assert done == [0, "static"]
         assert any("Content Security Policy" in fault for fault in tab.faults)
+
+
+def test_each_side_of_a_talk_is_asked_with_its_own_system_prompt(browser: Any, dash: Dash) -> None:
+    now: dict[str, Any] = {"state": "ready", "names": ["sysrun"], "error": None}
+    tuned: dict[str, Any] = {"id": "sysrun", "system": "be bold"}
+    asked: dict[str, Any] = {}
+
+    def answer(way: Any) -> None:
+        body = way.request.post_data_json
+        asked[body["model"]] = [(said["role"], said["content"]) for said in body["messages"]]
+        way.fulfill(content_type="text/event-stream", body="data: [DONE]\n\n")
+
+    def ask() -> tuple[dict[str, Any], str]:
+        asked.clear()
+        tab.page.get_by_label("Your message").fill("hi")
+        tab.page.keyboard.press("Enter")
+        answers = "document.querySelectorAll('.chat p:not(.user, .soft, .waiting)')"
+        tab.page.wait_for_function(f"() => {answers}.length === 2")
+        return dict(asked), tab.page.get_by_label("System prompt").get_attribute("placeholder")
+
+    with open_tab(browser, dash) as tab:
+        tab.page.route("**/api/talk", lambda way: way.fulfill(json=now))
+        tab.page.route("**/api/talk/v1/models", lambda way: way.fulfill(json={"data": [tuned, {"id": "base"}]}))
+        tab.page.route("**/api/talk/v1/chat/completions", answer)
+        open_at(tab, dash, "/talk", ".chat >> nth=1")
+        user = ("user", "hi")
+        assert ask() == ({"base": [("system", "be bold"), user], "sysrun": [user]}, "be bold")
+        now["names"], tuned = ["plain"], {"id": "plain", "system": None}  # "Start this one instead"
+        tab.page.wait_for_selector("[aria-label='Answers of plain']")
+        assert ask() == ({"base": [user], "plain": [user]}, "none")
+        tab.page.locator("details > summary").click()
+        tab.page.get_by_label("System prompt").fill("be brief")
+        tab.page.get_by_role("button", name="New chat").click()
+        assert ask()[0] == {name: [("system", "be brief"), user] for name in ("base", "plain")}
+        tab.check("talk")
 
 
 def test_uplot_is_as_it_was_published() -> None:

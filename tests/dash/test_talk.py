@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
 
+import psutil
 import pytest
 
-from strop.dash.talk import pass_on
+from strop.dash.jobs import Jobs
+from strop.dash.talk import Talk, pass_on
 from strop.errors import RunError
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -40,6 +46,23 @@ def test_an_answer_that_nobody_reads_is_ended() -> None:
     assert b"authorization: Bearer the-key" in asked[0].lower().replace(b"bearer", b"Bearer") and asked[0].endswith(
         b"{}"
     )
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_server_that_ends_by_itself_has_failed(killed: bool, tmp_path: Path) -> None:
+    folder = tmp_path / ".dash" / "jobs" / "20260101-000000-serve-abcdef"
+    folder.mkdir(parents=True)
+    (folder / "out").write_text('{"url": "http://127.0.0.1:9", "models": ["one", "base"]}')
+    (folder / "log").write_text("serving  http://127.0.0.1:9\n")
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
+        about = {"id": folder.name, "kind": "serve", "run": "runs/c\\,d", "pid": child.pid, "began": 1.0}
+        (folder / "job.json").write_text(json.dumps({**about, "born": psutil.Process(child.pid).create_time()}))
+        talk = Talk(Jobs(tmp_path))
+        assert talk.about()["state"] == "ready" and talk.about()["names"] == ["runs/c,d"]
+        child.kill() if killed else talk.stop()
+    found = talk.about()
+    assert found["state"] == Talk(Jobs(tmp_path)).about()["state"] == ("failed" if killed else "off")
+    assert not killed or "was not stopped from here" in found["error"]["message"]
 
 
 def test_a_server_that_is_not_there() -> None:

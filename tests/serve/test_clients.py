@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
-from tests.support.serving import CHAT, Server
+from tests.support.browser import open_browser
+from tests.support.serving import CHAT, SYSTEM, Server
 
 USER: list[Any] = [{"role": "user", "content": "hello there"}]
 
@@ -176,3 +178,40 @@ def test_the_page_in_a_browser(server: Server) -> None:
         browser.close()
     assert not faults and not elsewhere
     server.wait_idle()
+
+
+def test_each_side_is_asked_with_its_own_system_prompt(server: Server) -> None:
+    models = requests.get(server.url + "/v1/models", timeout=10).json()["data"]
+    models.sort(key=lambda model: ["bold", "calm", "base"].index(model["id"]))
+    with open_browser() as browser:
+        page = browser.new_page()
+        asked: dict[str, Any] = {}
+        page.route("**/v1/models", lambda way: way.fulfill(json={"data": models}))
+
+        def answer(way: Any) -> None:
+            body = way.request.post_data_json
+            asked[body["model"]] = [(said["role"], said["content"]) for said in body["messages"]]
+            way.fulfill(content_type="text/event-stream", body="data: [DONE]\n\n")
+
+        page.route(f"**{CHAT}", answer)
+        page.goto(server.url)
+        page.wait_for_selector(".side >> nth=1")
+
+        def ask(*chosen: str) -> tuple[dict[str, Any], str]:
+            """The messages of either side, and what stands in the empty box of the system prompt."""
+            asked.clear()
+            for place, model in enumerate(chosen):
+                page.locator(".side select").nth(place).select_option(model)
+            page.locator("#fresh").click()
+            page.fill("#text", "hi")
+            page.keyboard.press("Enter")
+            page.wait_for_function("() => document.querySelectorAll('.answer:not(.waiting)').length === 2")
+            return dict(asked), page.locator("#system").get_attribute("placeholder")
+
+        user, bold = ("user", "hi"), ("system", SYSTEM)
+        assert page.locator("#system").input_value() == ""
+        assert ask("base", "bold") == ({"base": [bold, user], "bold": [user]}, SYSTEM)  # the server adds bold's own
+        assert ask("base", "calm") == ({"base": [user], "calm": [user]}, "none")
+        assert ask("bold", "calm") == ({"bold": [user], "calm": [user]}, f"bold: {SYSTEM}\ncalm: none")
+        page.evaluate("document.getElementById('system').value = 'be brief'")
+        assert set(map(tuple, ask("base", "calm")[0].values())) == {(("system", "be brief"), user)}

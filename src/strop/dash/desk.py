@@ -169,7 +169,7 @@ class Desk:
 
     def compare(self, names: list[str]) -> dict[str, Any]:
         if not 1 < len(set(names)) <= 12:
-            raise InputError("runs: give 2 to 12 names with commas between them")
+            raise InputError("runs: give 2 to 12 names with commas between them; a comma in a name is written \\,")
         rows = [aged(self.row(name)) for name in dict.fromkeys(names)]
         with undamaged(", ".join(names)):
             recipes = {row["name"]: _values(RunFolder(Path(row["path"]))) for row in rows}

@@ -83,7 +83,7 @@ class Jobs:
         return self._folder / name
 
     def about(self, name: str, *, whole: bool = True) -> dict[str, Any]:
-        """What a job is and what became of it. whole: with its result."""
+        """What a job is and what became of it. whole: with its result. asked: when it was asked to end, or None."""
         if not whole and name in self._over:
             return self._over[name]
         folder = self.folder(name)
@@ -106,7 +106,7 @@ class Jobs:
         about = {
             "id": name, "kind": known.get("kind"), "run": known.get("run"), "state": state, "pid": known.get("pid"),
             "command": command(known.get("words") or []), "started": known.get("began"), "ended": known.get("ended"),
-            "result": result if whole else None, "error": error,
+            "asked": known.get("asked"), "result": result if whole else None, "error": error,
             "progress": {"text": last[-300:], "share": _ratio(share)},
         }  # fmt: skip
         if not alive:
@@ -123,8 +123,13 @@ class Jobs:
 
     def stop(self, name: str, number: int = signal.SIGTERM) -> bool:
         """Asks a job to end, as Ctrl-C does. False where it has ended."""
-        known = read_json(self.folder(name) / "job.json")
-        return self._alive(name, known) and send(int(known["pid"]), float(known["born"]), number)
+        file = self.folder(name) / "job.json"
+        known = read_json(file)
+        if not self._alive(name, known):
+            return False
+        with contextlib.suppress(OSError):
+            write_json(file, {**known, "asked": time.time()})
+        return send(int(known["pid"]), float(known["born"]), number)
 
     def running(self, *kinds: str) -> list[dict[str, Any]]:
         """Jobs of these kinds that are under way."""

@@ -24,6 +24,7 @@ FILTERS = ("all", "gained", "lost", "changed", "both", "neither", "wrong", "righ
 VOTES = "votes.jsonl"
 MOST_BALLOTS = 1000
 MOST_MARKED = 4000  # characters of an answer and the right one that differences are looked for in
+Leads = dict[str, dict[str, tuple[float, float]]]  # of a run over each that it can be compared with, and at least
 
 
 def answers(folder: RunFolder, wanted: str, order: str, search: str, offset: int, count: int) -> dict[str, Any]:
@@ -188,7 +189,13 @@ def compare(rows: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> d
     hits = {row["name"]: _hits(RunFolder(Path(row["path"]))) for row in rows}
     pairs = [_pair(a, b, hits) for place, a in enumerate(names) for b in names[place + 1 :]]
     scores = [{"run": row["name"], **(row["score"] or {}), "loss": row["eval_loss"]} for row in rows]
-    return {"runs": rows, "settings": settings, "scores": scores, "pairs": pairs, "verdict": _words_of(rows, pairs)}
+    return {
+        "runs": rows,
+        "settings": settings,
+        "scores": scores,
+        "pairs": pairs,
+        "verdict": _words_of(rows, pairs, recipes),
+    }
 
 
 def _hits(folder: RunFolder) -> tuple[str, dict[str, bool]]:
@@ -220,25 +227,55 @@ def _pair(a: str, b: str, hits: dict[str, tuple[str, dict[str, bool]]]) -> dict[
     return {**told, "difference": vars(found), "verdict": kind, "words": said}
 
 
-def _words_of(rows: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> str:
-    """Which run is best, and whether that is more than chance."""
-    judged = [row for row in rows if row["score"]]
-    if len(judged) < 2 or not any(pair["difference"] for pair in pairs):
-        lost = [row for row in rows if isinstance(row["eval_loss"], (int, float))]
-        if len(lost) < 2:
-            return "Nothing to judge by: evaluate the runs on the same rows."
-        best = min(lost, key=lambda row: row["eval_loss"])
-        return f"{best['name']} has the lowest evaluation loss ({best['eval_loss']:.4g}); no rows were answered by all."
-    best = max(judged, key=lambda row: row["score"]["value"])
-    beaten: list[str] = []
-    open_: list[str] = []
+def _words_of(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> str:
+    """Which run is best among those that answered the same rows by the same metric, and whether that is chance."""
+    scores = {row["name"]: row["score"] for row in rows if row["score"]}
+    leads: Leads = {name: {} for name in scores}
     for pair in pairs:
-        if best["name"] in (pair["a"], pair["b"]):
-            other = pair["b"] if pair["a"] == best["name"] else pair["a"]
-            wins = pair["verdict"] == ("better" if pair["b"] == best["name"] else "worse")
-            (beaten if wins else open_).append(other)
-    score = best["score"]
-    said = f"{best['name']} scores highest ({score['metric']} {score['value']:.1%})"
-    parts = [f"clearly above {', '.join(beaten)}"] if beaten else []
-    parts += [f"not clearly above {', '.join(open_)}"] if open_ else []
+        a, b, found = pair["a"], pair["b"], pair["difference"]
+        if found and a in scores and b in scores:
+            leads[a][b], leads[b][a] = (-found["value"], -found["high"]), (found["value"], found["low"])
+    if not any(leads.values()):
+        return _words_of_losses(rows, recipes)
+    best = [name for name, others in leads.items() if others and min(others.values())[0] >= 0]
+    said = []
+    while best:
+        equal = [best[0], *(name for name in best if name in leads[best[0]])]
+        said.append(_words_of_best(equal, leads, scores, [row["name"] for row in rows]))
+        best = [name for name in best if name not in equal]
+    return " ".join(said) or "No run is above all others: see each pair."
+
+
+def _words_of_best(equal: list[str], leads: Leads, scores: dict[str, dict[str, Any]], names: list[str]) -> str:
+    """equal: the best of the runs that it can be compared with, and those that are as good. names: of all runs."""
+    first, others = scores[equal[0]], [name for name in leads[equal[0]] if name not in equal]
+    said = f"{equal[0]} scores highest" if len(equal) == 1 else f"{' and '.join(equal)} score equal"
+    same = all(scores[name]["value"] == first["value"] for name in equal)
+    if same and all(scores[name]["value"] <= first["value"] for name in others):
+        said += f" ({first['metric']} {first['value']:.1%})"
+    else:  # the runs have other rows besides
+        said += " on the rows in common"
+    clear = [name for name in others if all(leads[one].get(name, (0, 0))[1] > 0 for one in equal)]
+    groups = {
+        "clearly above": clear,
+        "not clearly above": [name for name in others if name not in clear],
+        "not comparable with": [name for name in names if name not in (*equal, *others)],
+    }
+    parts = [f"{words} {', '.join(some)}" for words, some in groups.items() if some]
     return f"{said}: {'; '.join(parts)}." if parts else f"{said}."
+
+
+def _words_of_losses(rows: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> str:
+    losses = {row["name"]: row["eval_loss"] for row in rows if isinstance(row["eval_loss"], (int, float))}
+    if len(losses) < 2 or len({_held_out(recipes[name]) for name in losses}) > 1:
+        return "Nothing to judge by: evaluate the runs on the same rows."
+    lowest = min(losses.values())
+    best = [name for name, loss in losses.items() if loss == lowest]
+    said = f"{' and '.join(best)} {'has' if len(best) == 1 else 'have'} the lowest evaluation loss"
+    return f"{said} ({lowest:.4g}); no rows were answered by all."
+
+
+def _held_out(recipe: dict[str, Any]) -> str:
+    """Losses of runs can be compared where this is the same: the base, and the rows of the evaluation."""
+    rows = recipe.get("data.eval")
+    return json.dumps([recipe.get("base"), rows, recipe.get("rows") if str(rows).endswith("%") else None])

@@ -15,7 +15,7 @@ from strop import __version__
 from strop.dash import streams
 from strop.dash.answering import answer, query, told
 from strop.dash.listing import aged
-from strop.dash.reading import browse
+from strop.dash.reading import browse, parted
 from strop.dash.room import Room, stream
 from strop.evaluation.metrics import METRICS
 
@@ -81,7 +81,7 @@ def routes(room: Room) -> list[BaseRoute]:
 
     async def compare(request: Request) -> Response:
         asked = query(request)
-        names = asked.take("runs", str).split(",")
+        names = parted(asked.take("runs", str))
         asked.end()
         return answer(await ask(desk.compare, names))
 

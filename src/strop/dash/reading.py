@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,16 @@ def inside(root: Path, name: str) -> Path:
     if not plain or "/" in name or "\\" in name or not name.isprintable() or path.is_symlink():
         raise FolderError("not the name of a run", fix="choose one from the list")
     return path
+
+
+def joined(names: Iterable[str]) -> str:
+    """Names as one text, with commas between them; one in a name as `\\,`, since no name holds a backslash."""
+    return ",".join(name.replace(",", "\\,") for name in names)
+
+
+def parted(text: str) -> list[str]:
+    """The names again."""
+    return [name.replace("\\,", ",") for name in re.split(r"(?<!\\),", text)]
 
 
 def open_file(path: Path) -> int:
@@ -94,9 +106,8 @@ def sizes(folder: Path) -> list[tuple[str, int]]:
 
 def browse(roots: list[Path], asked: str) -> dict[str, Any]:
     """The entries of a folder, to choose from. Raises InputError for one that is not below the roots."""
-    folder = Path(asked or roots[0]).expanduser()
     try:
-        folder = folder.resolve(strict=True)
+        folder = Path(asked or roots[0]).expanduser().resolve(strict=True)
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name.lower())
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{asked}: cannot be listed: {error}", fix="choose another folder") from None

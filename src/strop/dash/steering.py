@@ -133,7 +133,8 @@ def stem(options: dict[str, Any]) -> str:
     """What a run on this data is called, without its number."""
     named = options.get("data.train", options.get("data"))
     first = named[0] if isinstance(named, list) and named else named
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(first)).stem).lstrip(".-") if first else "run"
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(first or "")).stem).strip(".-")
+    return plain or "run"  # nothing is left of a name in another script
 
 
 def options_words(options: dict[str, Any]) -> list[str]:

@@ -14,11 +14,15 @@ from urllib.parse import urlsplit
 
 from strop.dash.answering import Busy
 from strop.dash.jobs import Jobs
-from strop.dash.reading import read_bytes
+from strop.dash.reading import joined, parted, read_bytes
 from strop.errors import RunError
 from strop.serve.address import KEY_VARIABLE
 
 TIMEOUT_S = 600.0  # a long answer on a slow CPU
+GONE = {
+    "kind": "Killed", "message": "the server of models has ended, and was not stopped from here",
+    "fix": "start it again; if memory ran out, end other programs before", "where": [],
+}  # fmt: skip
 
 
 class Talk:
@@ -32,7 +36,7 @@ class Talk:
         """names: as `strop serve` takes them. The server before, if any, is ended."""
         self.stop()
         key = secrets.token_urlsafe(24)
-        job = self._jobs.start("serve", ["serve", *names, "--port=0"], ",".join(names), {KEY_VARIABLE: key})
+        job = self._jobs.start("serve", ["serve", *names, "--port=0"], joined(names), {KEY_VARIABLE: key})
         self._own = job["id"]
         file = self._jobs.folder(job["id"]) / "key"
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
@@ -59,14 +63,14 @@ class Talk:
         ready = about["result"] if about["error"] is None else None
         told |= {
             "job": last["id"],
-            "names": str(about["run"] or "").split(","),
+            "names": parted(str(about["run"] or "")),
             "log": self._jobs.log(last["id"])[0][-4000:],
         }
         if about["state"] == "running":
             about_models = {"models": ready["models"], "context": ready.get("context")} if ready else {}
             return {**told, "state": "ready" if ready else "starting", **about_models}
-        if ready is None and about["error"] is not None:
-            return {**told, "state": "failed", "error": about["error"]}
+        if about["asked"] is None:
+            return {**told, "state": "failed", "error": about["error"] or GONE}
         return told
 
     def where(self) -> tuple[str, int, str]:

@@ -37,10 +37,24 @@ class Side {
     this.talk = copy.querySelector(".talk");
     this.rate = copy.querySelector(".rate");
     this.select = copy.querySelector("select");
+    this.systems = new Map(models.map((model) => [model.id, model.system ?? ""]));
     for (const model of models) this.select.append(new Option(model.id, model.id, false, model.id === chosen));
-    this.select.addEventListener("change", () => this.clear());
+    this.select.addEventListener("change", () => {
+      this.clear();
+      suggest();
+    });
     at("sides").append(copy);
     this.clear();
+  }
+
+  get isBase() {
+    return this.select.value === "base";
+  }
+
+  /** The system prompt that every training row had; the base is asked as the tuned model beside it. */
+  get system() {
+    const tuned = this.isBase ? sides.find((side) => !side.isBase) : this;
+    return tuned ? tuned.systems.get(tuned.select.value) : "";
   }
 
   clear() {
@@ -62,7 +76,7 @@ class Side {
     const answer = element("p", "answer waiting", "");
     this.show(answer);
     const turns = [...this.turns, { role: "user", content: text }];
-    const system = at("system").value.trim();
+    const system = at("system").value.trim() || (this.isBase ? this.system : ""); // the server adds a tuned model's own
     const messages = system ? [{ role: "system", content: system }, ...turns] : turns;
     this.stop = new AbortController();
     let said = "", end = null;
@@ -151,6 +165,15 @@ function grow() {
   box.style.height = `${box.scrollHeight}px`;
 }
 
+/** Shows what is the system prompt where the reader writes none. */
+function suggest() {
+  const same = sides.every((side) => side.system === sides[0].system);
+  const own = (side) => side.system || "none";
+  at("system").placeholder = same
+    ? own(sides[0])
+    : sides.map((side) => `${side.select.value}: ${own(side)}`).join("\n");
+}
+
 async function start() {
   let response;
   try {
@@ -166,12 +189,12 @@ async function start() {
   }
   const models = (await response.json()).data;
   say(`${models.map((model) => model.id).join(", ")} · ${models[0].max_model_len} tokens`);
-  if (!at("system").value) at("system").value = models[0].system ?? "";
   const chosen = models.length > 1 ? [models.at(-1).id, models[0].id] : [models[0].id];
   at("text").placeholder = chosen.length > 1 ? "Ask both…" : "Ask…";
   sides.splice(0);
   at("sides").replaceChildren();
   for (const id of chosen) sides.push(new Side(models, id));
+  suggest();
 }
 
 at("composer").addEventListener("submit", (event) => {

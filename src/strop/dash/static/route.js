@@ -15,7 +15,7 @@ function decoded(text) {
   }
 }
 
-/** The address of a screen: to("run", name, "answers"), to("compare", {runs: "a,b"}). */
+/** The address of a screen: to("run", name, "answers"), to("compare", {runs: joined(["a", "b"])}). */
 export function to(...parts) {
   const query =
     typeof parts.at(-1) === "object"
@@ -26,6 +26,16 @@ export function to(...parts) {
   const path = parts.map(encodeURIComponent).join("/");
   return `#/${path}${String(query) && `?${query}`}`;
 }
+
+/** Names of runs as one part of an address; a comma in a name is written `\,`: no name holds a backslash. */
+export const joined = (names) => [...names].map((name) => name.replaceAll(",", "\\,")).join(",");
+
+/** The names again. */
+export const parted = (text) =>
+  (text ?? "")
+    .split(/(?<!\\),/)
+    .filter(Boolean)
+    .map((name) => name.replaceAll("\\,", ","));
 
 /** Puts what the reader chose into the address, so that a reload and another tab show the same. */
 export function remember(choices) {

@@ -8,8 +8,10 @@ import {
   figure,
   get,
   h,
+  joined,
   link,
   ofRun,
+  parted,
   percent,
   put,
   remember,
@@ -25,8 +27,7 @@ const MOST = 6; // colours
 export async function show(place, { query, signal }) {
   const { runs } = await get("runs", {}, signal),
     names = new Set(runs.map((run) => run.name));
-  let chosen = (query.get("runs") ?? "")
-      .split(",")
+  let chosen = parted(query.get("runs"))
       .filter((name) => names.has(name))
       .slice(0, MOST),
     by = AXES[query.get("by")] ? query.get("by") : "step";
@@ -62,7 +63,7 @@ export async function show(place, { query, signal }) {
                       }
                       chosen = box.checked ? [...chosen, run.name] : chosen.filter((name) => name !== run.name);
                       picker.querySelector("summary").textContent = chosen.join(", ") || "Choose the runs";
-                      remember({ runs: chosen.join(",") });
+                      remember({ runs: joined(chosen) });
                       load();
                     },
                   },
@@ -91,7 +92,7 @@ export async function show(place, { query, signal }) {
     let found, histories;
     try {
       [found, ...histories] = await Promise.all([
-        get("compare", { runs: chosen.join(",") }, signal),
+        get("compare", { runs: joined(chosen) }, signal),
         ...chosen.map((name) => get(ofRun(name, "history"), { points: 400, by }, signal)),
       ]);
     } catch (error) {

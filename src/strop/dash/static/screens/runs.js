@@ -5,16 +5,16 @@ import { fault, get, listen } from "../api.js";
 import { ago, bytes, count, duration, figure, percent, tail } from "../format.js";
 import { sparkline } from "../drawing.js";
 import { Table } from "../table.js";
-import { remember, to } from "../route.js";
+import { joined, parted, remember, to } from "../route.js";
 
 export async function show(place, { query, signal }) {
   const hello = await get("hello", {}, signal);
   const runs = new Map(),
-    chosen = new Set((query.get("chosen") ?? "").split(",").filter(Boolean));
+    chosen = new Set(parted(query.get("chosen")));
   const compare = button(
     "Compare",
     () => {
-      location.hash = to("compare", { runs: [...chosen].join(",") });
+      location.hash = to("compare", { runs: joined(chosen) });
     },
     { disabled: true },
   );
@@ -34,7 +34,7 @@ export async function show(place, { query, signal }) {
   function update() {
     compare.disabled = chosen.size < 2;
     compare.textContent = chosen.size < 2 ? "Compare (tick two)" : `Compare ${chosen.size}`;
-    remember({ chosen: [...chosen].join(",") });
+    remember({ chosen: joined(chosen) });
   }
 
   function draw() {

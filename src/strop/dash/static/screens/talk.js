@@ -13,13 +13,14 @@ export async function show(place, { query, signal }) {
   let chosen = query.get("run") ?? able[0]?.name ?? "",
     drawn = "",
     columns = [],
+    systems = new Map(),
     running = 0;
   const box = h("textarea", { rows: 1, "aria-label": "Your message", placeholder: "Ask both…" }),
     send = h("button", { type: "submit", class: "main" }, "Send");
   const limit = h("input", { type: "number", min: 1, value: 256 }),
     temperature = h("input", { type: "number", min: 0, max: 2, step: 0.1, placeholder: "the model's own" }),
     seed = h("input", { type: "number", step: 1, placeholder: "random" }),
-    system = h("textarea", { rows: 2, placeholder: "none" });
+    system = h("textarea", { rows: 2 });
   const options = h(
     "details",
     {},
@@ -92,9 +93,10 @@ export async function show(place, { query, signal }) {
     columns = [];
     if (now.state !== "ready") return;
     const { data } = await get("talk/v1/models", {}, signal);
-    if (!system.value) system.value = data[0]?.system ?? "";
+    systems = new Map(data.map((model) => [model.id, model.system ?? ""]));
     const names = data.length > 1 ? [data.at(-1).id, data[0].id] : [data[0].id];
-    columns = names.map((name) => column(data, name));
+    columns = names.map((name) => column(name));
+    suggest();
     put(
       sides,
       columns.map((one) => one.element),
@@ -103,7 +105,20 @@ export async function show(place, { query, signal }) {
     box.focus();
   }
 
-  function column(models, name) {
+  /** The system prompt that every training row had; the base is asked as the tuned model beside it. */
+  function trained(one) {
+    const tuned = one.name === "base" ? columns.find((other) => other.name !== "base") : one;
+    return tuned ? systems.get(tuned.name) : "";
+  }
+
+  /** Shows what is the system prompt where the reader writes none. */
+  function suggest() {
+    const same = columns.every((one) => trained(one) === trained(columns[0])),
+      own = (one) => trained(one) || "none";
+    system.placeholder = same ? own(columns[0]) : columns.map((one) => `${one.name}: ${own(one)}`).join("\n");
+  }
+
+  function column(name) {
     const talk = h("div", { class: "chat", role: "log", tabIndex: 0 }),
       rate = h("span", { class: "soft push" });
     const one = { turns: [], stop: null, name };
@@ -115,11 +130,12 @@ export async function show(place, { query, signal }) {
       talk.setAttribute("aria-label", `Answers of ${one.name}`);
     };
     const picker = select(
-      models.map((model) => model.id),
+      [...systems.keys()],
       name,
       (value) => {
         one.name = value;
         clear();
+        suggest();
       },
       { "aria-label": "Model", style: { width: "auto" } },
     );
@@ -138,7 +154,8 @@ export async function show(place, { query, signal }) {
       follow(answer);
       talk.scrollTop = talk.scrollHeight;
       const turns = [...one.turns, { role: "user", content: text }],
-        said = system.value.trim();
+        // the server adds a tuned model's own
+        said = system.value.trim() || (one.name === "base" ? trained(one) : "");
       one.stop = new AbortController();
       let whole = "",
         end = null,
