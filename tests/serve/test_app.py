@@ -379,19 +379,23 @@ def test_the_page_allows_nothing_from_elsewhere(server: Server) -> None:
 
 def test_a_client_that_leaves_frees_its_slot(server: Server) -> None:
     long = {"model": "calm", "messages": USER, "max_tokens": 480, "stop": ["\x00"]}
-    before = server.metric("strop_answers_total")
-    for stream in (True, False):
-        with pytest.raises(requests.exceptions.RequestException), server_post(server, long, stream) as answer:
-            next(answer.iter_content(64))
-            raise requests.exceptions.RequestException
-    for _ in range(100):  # the second may leave before it is there
-        if server.metric("strop_answers_total") >= before + 2:
+    text = ""
+    for _ in range(20):  # on a busy machine an answer may be whole before its client is seen to have left
+        before = server.metric("strop_answers_total")
+        for stream in (True, False):
+            with pytest.raises(requests.exceptions.RequestException), server_post(server, long, stream) as answer:
+                next(answer.iter_content(64))
+                raise requests.exceptions.RequestException
+        for _ in range(100):  # the second may leave before it is there
+            if server.metric("strop_answers_total") >= before + 2:
+                break
+            time.sleep(0.05)
+        server.wait_idle()
+        assert server.metric("strop_answers_total") >= before + 2
+        text = requests.get(server.url + "/metrics", timeout=10).text
+        if 'end="cancelled"' in text:
             break
-        time.sleep(0.05)
-    server.wait_idle()
-    text = requests.get(server.url + "/metrics", timeout=10).text
     assert 'end="cancelled"' in text
-    assert server.metric("strop_answers_total") >= before + 2
 
 
 def server_post(server: Server, body: dict[str, Any], stream: bool) -> requests.Response:

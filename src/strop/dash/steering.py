@@ -6,7 +6,6 @@ Everything that changes a run is the CLI as a child process, with the words that
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -19,6 +18,7 @@ from strop.dash.reading import inside
 from strop.dash.room import Room
 from strop.dash.talk import pass_on
 from strop.errors import InputError
+from strop.runs.folder import run_name
 
 FLAG = re.compile(r"[a-z_-]+(\.[a-z_0-9]+)?")
 
@@ -133,8 +133,7 @@ def stem(options: dict[str, Any]) -> str:
     """What a run on this data is called, without its number."""
     named = options.get("data.train", options.get("data"))
     first = named[0] if isinstance(named, list) and named else named
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(first or "")).stem).strip(".-")
-    return plain or "run"  # nothing is left of a name in another script
+    return run_name(str(first or ""))
 
 
 def options_words(options: dict[str, Any]) -> list[str]:

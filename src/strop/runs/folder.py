@@ -289,6 +289,12 @@ def find_runs(folder: Path) -> list[RunFolder]:
     return sorted(found, key=lambda run: run.recipe.stat().st_mtime)
 
 
+def run_name(data: str) -> str:
+    """What a run on a data file is called, without its number."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).stem).strip(".-")
+    return plain or "run"  # nothing is left of a name in another script
+
+
 def next_numbered(folder: Path, name: str) -> Path:
     """runs/demo-1, runs/demo-2, ...: the first number that is free."""
     taken = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -44,6 +43,7 @@ from strop.runs.folder import (
     is_run,
     next_numbered,
     open_run,
+    run_name,
     write_atomic,
     write_json,
 )
@@ -184,7 +184,7 @@ def _how_to_allow(refused: Sequence[Difference]) -> str:
 def _numbered(recipe: Recipe) -> Path:
     """runs/<first data file>-N"""
     first = recipe.data.train if isinstance(recipe.data.train, str) else recipe.data.train[0]
-    return next_numbered(Path("runs"), re.sub(r"[^A-Za-z0-9._-]+", "-", Path(first).stem) or "run")
+    return next_numbered(Path("runs"), run_name(first))
 
 
 def _execute(
