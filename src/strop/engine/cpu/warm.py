@@ -55,7 +55,7 @@ def compile_once(
         if not any(cache.glob(f"strop-{state}-*")):  # numba knows a loop's own file, not those that it imports from
             for old in (*cache.glob("*.nb[ic]"), *cache.glob("strop-*-*")):
                 old.unlink(missing_ok=True)
-        LOG.info("compiling loops for this CPU in %s, once on this machine (20 to 30 s)", told[0])
+        LOG.info("compiling loops for this CPU in %s, once on this machine (15 to 30 s)", told[0])
         apart = parts if machine.cores > 1 and machine.free_bytes > PARTS_BYTES else ()
         code, said = take().run([[exercise, *told, *part] for part in ([[part] for part in apart] or [[]])])
         if code:  # this process compiles for itself: its last bits may differ from the next one's
