@@ -71,6 +71,9 @@ PEERS = {
     "unsloth, grouped": Peer(
         ("{bench}/unsloth/bin/python", "{baselines}/unsloth_sft.py", "bf16", "grouped"), _result_line
     ),
+    "unsloth, fp32, grouped": Peer(
+        ("{bench}/unsloth/bin/python", "{baselines}/unsloth_sft.py", "fp32", "grouped"), _result_line
+    ),
     "unsloth": Peer(("{bench}/unsloth/bin/python", "{baselines}/unsloth_sft.py", "bf16"), _result_line),
     "trl, tuned": Peer(("{bench}/trl/bin/python", "{baselines}/trl_sft.py", "bf16", "grouped"), _result_line),
     "trl, defaults": Peer(

@@ -1,18 +1,19 @@
 """Tokens a second as a user gets them: whole commands, one epoch less one step, tools in turn, strop against another.
 
     python benchmarks/whole_commands.py MODEL DATA.jsonl --bench FOLDER --baselines FOLDER [--peer "unsloth, grouped"]
-        [--rounds 5] [--options "lora.dropout=0.05"] [--out RESULT.json]
+        [--rounds 5] [--options "lora.dropout=0.05"] [--isa avx2] [--out RESULT.json]
 
 MODEL: a folder; DATA: chat rows, as the peer's script reads them from FOLDER/data100 (peers.py). Each command runs
 twice a round: for an epoch, and for one step. What the second takes (start, imports, loading, compiling what is not
 kept) is taken from the first, and so are its tokens. The ratio of each round, their median and its interval by
-resampling the rounds.
+resampling the rounds. --isa: both tools as on a CPU that has no more than these instructions.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,13 @@ AS_PEERS = {  # what their scripts are told
     "train.learning_rate": 2e-4, "train.batch_size": 4, "train.epochs": 1,
 }  # fmt: skip
 RESAMPLED = 10_000
+ISA = {  # oneDNN's, PyTorch's own kernels, MKL's, and the loops that numba compiles
+    "avx2": {
+        "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+avx,+f16c,+fma,+avx2,+bmi,+bmi2",
+    },
+}  # fmt: skip
 
 
 def strop(options: argparse.Namespace, steps: int) -> tuple[int, float]:
@@ -78,8 +86,10 @@ def main() -> None:
     parser.add_argument("--peer", default="unsloth, grouped", choices=PEERS)
     parser.add_argument("--options", default="", help="more of strop's options, as name=value")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--isa", choices=ISA, help="instructions that both tools may use at most")
     parser.add_argument("--out", help="write the result here as JSON")
     options = parser.parse_args()
+    os.environ.update(ISA.get(options.isa, {}))
     steps = len(Path(options.data).read_text(encoding="utf-8").splitlines()) // 4
     for tool in (strop, peer):  # what a first command compiles and keeps
         tool(options, 1)

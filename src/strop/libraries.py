@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gc
 
+from strop.engine.compiler import ANSWERS as ANSWERS
+from strop.engine.compiler import STEP as STEP
 from strop.engine.compiler import begin_ahead
 
 
-def load(*, compiles: bool = True) -> None:
+def load(exercise: str | None = STEP) -> None:
     """Imports them without Python's search for rubbish on the way, which is a quarter of their time, and later searches
     leave out what they made.
 
-    compiles: begin the process that compiles loops, where none are compiled yet, to read its libraries meanwhile.
+    exercise: of which the process that compiles loops is begun, where they are not yet, to read its libraries
+    meanwhile: STEP, ANSWERS, or None.
     """
-    if compiles:
-        begin_ahead()
+    if exercise:
+        begin_ahead(exercise)
     gc.disable()
     try:
         import peft  # noqa: F401 (to have it loaded)

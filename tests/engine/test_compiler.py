@@ -28,11 +28,11 @@ def test_it_is_begun_only_where_nothing_is_compiled(
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     (tmp_path / "cpu_1").mkdir()
     (tmp_path / "cpu_1" / "strop-0-exercise-bfloat16").touch()
-    compiler.begin_ahead()
+    compiler.begin_ahead("exercise")
     assert compiler._ahead == []
     (tmp_path / "cpu_1" / "strop-0-exercise-bfloat16").unlink()
-    compiler.begin_ahead()
-    compiler.begin_ahead()
+    compiler.begin_ahead("exercise")
+    compiler.begin_ahead("exercise")
     [begun] = compiler._ahead
     assert begun.waits and compiler.take() is begun and compiler._ahead == []
     assert begun.run([["strop.no_such_module"], ["this"]])[0] == 1

@@ -33,7 +33,7 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal, or through a pipe: one line a turn."""
     with alive(console, "loading the libraries"):
-        libraries.load()
+        libraries.load(libraries.ANSWERS)
         from strop.chat import converse
 
     converse(

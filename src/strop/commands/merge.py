@@ -23,7 +23,7 @@ def merge(
 ) -> None:
     """Merge the adapter into its base, and measure that it is still the same model."""
     with alive(console, "loading the libraries") as sign:
-        libraries.load()
+        libraries.load(libraries.ANSWERS)
         from strop.exporting.merge import merge as merge_into
 
         merged = merge_into(run, out, dtype=dtype, data=data, measure=not no_parity, say=sign.say)

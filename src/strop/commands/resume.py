@@ -39,7 +39,7 @@ def resume(
         finished = folder.finished
         changed = allow_changed or ()
         with watching(speaker(group.main)) as watch:
-            libraries.load(compiles=group.main)
+            libraries.load(libraries.STEP if group.main else None)
             from strop.training.run import resume as go_on
 
             report = go_on(

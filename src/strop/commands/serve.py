@@ -86,7 +86,7 @@ def serve(
                 ready=ready,
             )
         else:
-            libraries.load()
+            libraries.load(libraries.ANSWERS)
             from strop.serve.run import serve as run_server
 
             ended = run_server(

@@ -46,7 +46,7 @@ def train(
         start(number, sys.argv[1:])
         return
     with joined() as group, watching(speaker(group.main)) as watch:
-        libraries.load(compiles=group.main)
+        libraries.load(libraries.STEP if group.main else None)
         from strop.training.run import train as run_training
 
         run = run_training(resolved, [watch], memory=limit_bytes(memory), devices=group, go_on=go_on)

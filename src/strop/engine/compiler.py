@@ -20,6 +20,7 @@ from pathlib import Path
 LIBRARIES = ("torch", "transformers.models.llama.modeling_llama", "peft", "numba")
 FORKS = sys.platform == "linux"  # elsewhere a forked process may not use the system's mathematics
 HERE = Path(__file__).with_name("cpu")  # where numba keeps loops beside their sources, in __pycache__
+STEP, ANSWERS = "strop.engine.exercise", "strop.engine.answers.exercise"  # the modules that call all loops
 PATIENCE_S = 120.0
 
 _ahead: list[Compiler] = []
@@ -40,11 +41,11 @@ class Compiler:
         """Whether it can still be told what to compile."""
         return self._process.poll() is None
 
-    def run(self, parts: Sequence[Sequence[str]]) -> tuple[int, str]:
-        """Runs modules side by side as programs, each given with its arguments. The exit code of the first that failed,
-        else 0, and the last line that was said."""
+    def run(self, *stages: Sequence[Sequence[str]]) -> tuple[int, str]:
+        """Runs modules as programs, each given with its arguments: those of a stage side by side, one stage after the
+        other. The exit code of the first that failed, else 0, and the last line that was said."""
         try:
-            said = self._process.communicate(json.dumps(parts))[1].strip().splitlines()
+            said = self._process.communicate(json.dumps(stages))[1].strip().splitlines()
         finally:
             if self._process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -52,9 +53,10 @@ class Compiler:
         return self._process.returncode, said[-1] if said else ""
 
 
-def begin_ahead() -> None:
-    """Begins one where no loops are compiled here yet, for `take`. It ends with this process, or soon, untaken."""
-    if FORKS and not _ahead and (os.cpu_count() or 1) > 1 and _nothing_compiled():
+def begin_ahead(exercise: str) -> None:
+    """Begins one for `take`, where the loops that a module calls are not compiled here yet. Untaken it ends with this
+    process, or soon."""
+    if FORKS and not _ahead and (os.cpu_count() or 1) > 1 and _nothing_compiled(exercise):
         _ahead.append(Compiler())
 
 
@@ -64,14 +66,14 @@ def take() -> Compiler:
     return ready if ready is not None and ready.waits else Compiler()
 
 
-def _nothing_compiled() -> bool:
+def _nothing_compiled(exercise: str) -> bool:
     """engine.cpu.warm marks what is compiled. False where a card computes, and where it cannot be told."""
     if any(Path("/dev").glob("nvidia[0-9]*")):
         return False
     own = os.environ.get("NUMBA_CACHE_DIR")
     if own:
-        return not any(Path(own).glob("*/strop-*"))
-    return os.access(HERE, os.W_OK) and not any((HERE / "__pycache__").glob("strop-*"))
+        return not any(Path(own).glob(f"*/strop-*-{exercise}-*"))
+    return os.access(HERE, os.W_OK) and not any((HERE / "__pycache__").glob(f"strop-*-{exercise}-*"))
 
 
 def main() -> None:
@@ -81,9 +83,11 @@ def main() -> None:
         for name in LIBRARIES:
             importlib.import_module(name)
     told = sys.stdin.read() if select.select([sys.stdin], [], [], PATIENCE_S)[0] else ""
-    begun = [_begin(part) for part in (json.loads(told) if told else [])]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in begun]
-    sys.exit(next((code for code in codes if code), 0))
+    for stage in json.loads(told) if told else []:
+        begun = [_begin(part) for part in stage]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in begun]
+        if any(codes):
+            sys.exit(next(filter(None, codes)))
 
 
 def _begin(part: Sequence[str]) -> int:

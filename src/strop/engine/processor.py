@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 from strop.engine import dropout, eager, lora
 from strop.engine.attention import Attention, Heads, Turned
+from strop.engine.compiler import ANSWERS, STEP
 from strop.engine.dropout import Drops
 from strop.engine.joined import Joined
 from strop.engine.operations import FrozenProduct, Loops, LoraProducts, Ops, apply
@@ -144,8 +145,7 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL
         from strop.engine.cpu.warm import compile_once
 
         if warm:
-            exercise, parts = "strop.engine.exercise", ("attention", "products")
-            compile_once(dtype, kernels.cache_folder(), exercise, [warm], parts)
+            compile_once(dtype, kernels.cache_folder(), STEP, [warm], ("attention", "products"))
         return Processor(cast(Ops, kernels), cast(Loops, rows), tiles=dtype == torch.bfloat16 and probe().tiles)
     if device.type == "cuda":
         from strop.engine.card import newest
@@ -182,7 +182,8 @@ def answering_loops(dtype: torch.dtype | None = None) -> Any:
     from strop.engine.cpu.warm import compile_once
 
     if dtype is not None:
-        compile_once(dtype, kernels.cache_folder(), exercise="strop.engine.answers.exercise")
+        parts = ("products", "attention")
+        compile_once(dtype, kernels.cache_folder(), ANSWERS, parts=parts, joined=True)
     return passes
 
 

@@ -34,12 +34,19 @@ PARTS_BYTES = 4 << 30  # free memory from which on several processes compile: ea
 
 
 def compile_once(
-    dtype: torch.dtype, cache: Path, exercise: str, words: Sequence[str] = (), parts: Sequence[str] = ()
+    dtype: torch.dtype,
+    cache: Path,
+    exercise: str,
+    words: Sequence[str] = (),
+    parts: Sequence[str] = (),
+    *,
+    joined: bool = False,
 ) -> None:
     """Sees to it that this process finds the loops for weights of this type in numba's cache, the folder `cache`.
 
     exercise: the module that calls them when it is run with the type's name and `words`, which say which loops; parts:
-    those of one part where it is told a part as well, which go side by side.
+    those of one part where it is told a part as well, which go side by side; joined: then all, since loops of several
+    parts are called by another.
     """
     told = [str(dtype).removeprefix("torch."), *words]
     sources = [Path(__file__).with_name(file).stat().st_mtime_ns for file in SOURCES]
@@ -57,7 +64,9 @@ def compile_once(
                 old.unlink(missing_ok=True)
         LOG.info("compiling loops for this CPU in %s, once on this machine (15 to 30 s)", told[0])
         apart = parts if machine.cores > 1 and machine.free_bytes > PARTS_BYTES else ()
-        code, said = take().run([[exercise, *told, *part] for part in ([[part] for part in apart] or [[]])])
+        whole = [[exercise, *told]]
+        stages = [[[*whole[0], part] for part in apart], *([whole] if joined else [])] if apart else [whole]
+        code, said = take().run(*stages)
         if code:  # this process compiles for itself: its last bits may differ from the next one's
             LOG.warning("loops could not be compiled beforehand (exit %d): %s", code, said)
         mark.touch()
