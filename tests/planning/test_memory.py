@@ -83,6 +83,10 @@ def peak(found: Setting, rows: int, length: int) -> int:
     return train(found, MicroBatch.rows([length] * rows)).peak_bytes
 
 
+def torn(found: Setting, rows: int, length: int) -> int:
+    return activations.torn_bytes(found, MicroBatch.rows([length] * rows))
+
+
 @given(SETTINGS, ROWS, LENGTHS)
 @settings(max_examples=150, deadline=None)
 def test_parts_sum_to_the_whole_and_none_is_below_zero(found: Setting, rows: int, length: int) -> None:
@@ -95,10 +99,11 @@ def test_parts_sum_to_the_whole_and_none_is_below_zero(found: Setting, rows: int
 @given(SETTINGS, ROWS, LENGTHS, st.integers(1, 64))
 @settings(max_examples=150, deadline=None)
 def test_more_rank_rows_or_layers_never_need_less(found: Setting, rows: int, length: int, more: int) -> None:
+    """But for holes in the heap: a block that grows to LARGE has pages of its own and leaves none."""
     here = peak(found, rows, length)
     higher = replace(found, ranks=tuple(rank + more if rank else 0 for rank in found.ranks))
     assert peak(higher, rows, length) >= here
-    assert peak(found, rows + more, length) >= here
+    assert peak(found, rows + more, length) >= here - torn(found, rows, length)
     deeper = replace(found.shape, layers=found.shape.layers + more)
     again = found.checkpoint_layers + (more if found.checkpoint_layers == found.shape.layers else 0)
     grown = replace(found, shape=deeper, parameters=deeper.parameters, checkpoint_layers=again)
@@ -108,9 +113,10 @@ def test_more_rank_rows_or_layers_never_need_less(found: Setting, rows: int, len
 @given(SETTINGS, ROWS, LENGTHS, st.integers(1, 512))
 @settings(max_examples=150, deadline=None)
 def test_longer_rows_never_need_less(found: Setting, rows: int, length: int, more: int) -> None:
-    """But where they pass the length up to which the engine keeps probabilities: it then computes them again."""
+    """But for holes in the heap (see above), and where they pass the length up to which the engine keeps probabilities:
+    it then computes them again."""
     if found.device != "cpu" or (length > activations.KEEP_PAIRS) == (length + more > activations.KEEP_PAIRS):
-        assert peak(found, rows, length + more) >= peak(found, rows, length)
+        assert peak(found, rows, length + more) >= peak(found, rows, length) - torn(found, rows, length)
 
 
 @given(SETTINGS, ROWS, LENGTHS)
