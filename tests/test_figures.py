@@ -72,9 +72,8 @@ def step_rows(found: Any) -> list[str]:
 
 
 def whole_commands(found: Any) -> str:
-    rates = {
-        name: sorted(one[name]["tokens_per_s"] for one in found["rounds"]) for name in ("strop", "unsloth, grouped")
-    }
+    tools = [name for name in found["rounds"][0] if name != "ratio"]
+    rates = {name: sorted(one[name]["tokens_per_s"] for one in found["rounds"]) for name in tools}
     starts = [statistics.median(one[name]["start_s"] for one in found["rounds"]) for name in rates]
     (low, *_, high), (least, *_, most) = rates.values()
     begin, end = found["interval"]
@@ -387,6 +386,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
      lambda it: f"and {times(it, 'fast', 'trl, tuned').split()[0]} and 5.0 times tuned TRL"),
     (PERFORMANCE, "train_step_2026-11-25.json", lambda it: f"and {times(it, 'fast', 'trl, tuned')} tuned TRL"),
     (PERFORMANCE, "whole_commands_zen5.json", whole_commands),
+    (PERFORMANCE, "whole_commands_fp32.json", whole_commands),
     (PERFORMANCE, "start.json", start_rows),
     (PERFORMANCE, "train_step_prefix_2026-11-25.json",
      lambda it: f"{speed(it, 'fast')}, without sharing {speed(it, 'unshared')} ({floor(it, 'unshared')} of the floor), "
