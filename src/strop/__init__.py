@@ -67,6 +67,7 @@ def plan(
     Raises InputError.
     """
     from strop.config.load import Choice, resolve
+    from strop.machine.memory import limit_bytes
     from strop.planning.devices import Devices, share
     from strop.planning.here import look_at, place_for, row_sizes, start_adapter, without_data
     from strop.planning.plan import make_plan
@@ -74,7 +75,7 @@ def plan(
     resolved = resolve(Path(recipe) if recipe else None, without_data(_flat(options), recipe is not None))
     model = resolved.recipe.model
     several = Devices(devices, nodes)
-    place = share(place_for(model.device, _bytes(memory), gpu), several, here=memory is None and gpu is None)
+    place = share(place_for(model.device, limit_bytes(memory), gpu), several, here=memory is None and gpu is None)
     looked_at = look_at(resolved.recipe)
     if gpu is not None and model.device.partition(":")[0] != place.device:  # a recipe that was made for another machine
         resolved = resolved.decide([Choice("model.device", place.device, "plan", f"of --gpu {gpu}")])
@@ -96,6 +97,7 @@ def compare_methods(
 ) -> list[Row]:
     """Peak memory of full fine-tuning, 16-bit LoRA and QLoRA for models of several sizes, and for `model` if given."""
     from strop.config.load import resolve
+    from strop.machine.memory import limit_bytes
     from strop.planning.choose import usable_bytes
     from strop.planning.compare import compare, known_models
     from strop.planning.here import look_at, place_for, without_data
@@ -106,7 +108,7 @@ def compare_methods(
         given["model.name"] = "-"
     chosen = resolve(Path(recipe) if recipe else None, given).recipe
     asked = memory is not None or gpu is not None or chosen.model.device != "auto"
-    place = place_for(chosen.model.device, _bytes(memory), gpu) if asked else None
+    place = place_for(chosen.model.device, limit_bytes(memory), gpu) if asked else None
     device, dtype = ("cuda", "bf16") if place is None else (place.device, place.dtype[0])
     model = chosen.model.model_copy(update={"device": device, "dtype": dtype})
     models = known_models()
@@ -137,9 +139,10 @@ def train(
 
     resolved = resolve(Path(recipe) if recipe else None, _flat(options))
     with joined() as devices:
+        from strop.machine.memory import limit_bytes
         from strop.training.run import train as run_training
 
-        return run_training(resolved, [callback] if callback else [], memory=_bytes(memory), devices=devices)
+        return run_training(resolved, [callback] if callback else [], memory=limit_bytes(memory), devices=devices)
 
 
 def resume(
@@ -158,6 +161,7 @@ def resume(
 
     listeners = [callback] if callback else []
     with joined() as devices:
+        from strop.machine.memory import limit_bytes
         from strop.training.run import resume as go_on
 
         return go_on(
@@ -165,7 +169,7 @@ def resume(
             listeners,
             options=_flat(options),
             allow_changed=allow_changed,
-            memory=_bytes(memory),
+            memory=limit_bytes(memory),
             devices=devices,
         )
 
@@ -285,12 +289,6 @@ def push(
     from strop.exporting.hub import push as push_to
 
     return push_to(os.fspath(run), repo, public=public, base=base, message=message)
-
-
-def _bytes(memory: int | str | None) -> int | None:
-    from strop.machine.memory import parse_bytes
-
-    return None if memory is None else parse_bytes(memory)
 
 
 def _text(data: str | Path | None) -> str | None:

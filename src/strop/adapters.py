@@ -26,6 +26,7 @@ from strop.model.facts import Source, fingerprint, locate, safetensors_header
 from strop.model.generate import Answer, generate
 from strop.model.load import DTYPES, check_place, load_base
 from strop.model.lora import OLD_NAME, grow_vocabulary, sum_once
+from strop.model.measured import made_for
 from strop.model.quantize import SCHEMES
 from strop.model.score import TASK, add_head
 from strop.model.shards import is_finite
@@ -140,12 +141,12 @@ def attach(
         if scores:
             add_head(base)
         grow_vocabulary(base, 1 + max((row for rows in new_rows(config).values() for row in rows), default=-1))
-    # peft would read it onto a card, if there is one, and start CUDA for a model on the CPU
     own_biases = str(config.get("bias", "none")) != "none"
     if isinstance(base, peft.PeftModel) and (own_biases or has_own_biases(base)):
         what = f"{folder}: an adapter with trained biases (lora.bias) cannot share a base with another"
         raise ModelError(what, fix="load each by itself")
     before = biases_of(base) if own_biases else {}
+    # peft would read it onto a card, if there is one, and start CUDA for a model on the CPU
     places = (weight.device for weight in base.parameters() if weight.device.type != "meta")
     how: dict[str, Any] = {"is_trainable": trainable, "torch_device": str(next(places, "cpu"))}
     try:
@@ -324,11 +325,11 @@ class Model:
             self.history = list(_system(self.default_system if system is None else system))
         turn = [*self.history, Message("user", text)]
         prompt = self.renderer.prompt(turn)
-        made_for = getattr(self.module.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        if len(prompt) >= made_for:
-            what = f"the conversation has {len(prompt):,} tokens, and the model was made for {made_for:,}"
+        longest = made_for(self.module) or sys.maxsize
+        if len(prompt) >= longest:
+            what = f"the conversation has {len(prompt):,} tokens, and the model was made for {longest:,}"
             raise InputError(what, fix="start again: /reset in a chat, `history` cleared in Python")
-        max_new_tokens = min(max_new_tokens, made_for - len(prompt))
+        max_new_tokens = min(max_new_tokens, longest - len(prompt))
         sampling = sampling or self.sampling
         answer = self.answer([prompt], max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text)[0]
         self.history = [*turn, Message("assistant", answer.text)]

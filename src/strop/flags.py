@@ -31,13 +31,6 @@ Devices = Annotated[
 RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A recipe file (YAML).")]
 
 
-def limit_bytes(memory: str | None) -> int | None:
-    """What --memory was given, in bytes."""
-    from strop.machine.memory import parse_bytes
-
-    return None if memory is None else parse_bytes(memory)
-
-
 def numbers(text: str) -> list[float]:
     """Numbers with commas between them. Raises RecipeError."""
     try:

@@ -80,7 +80,7 @@ def test_the_loss_comes_with_the_answers(runs: list[Path], tmp_path: Path, monke
     lines = [json.dumps({"messages": [turn for both in turns[:n] for turn in both]}) for n in (1, 2, 3)]
     data.write_text("\n".join(lines), encoding="utf-8")
     model = strop.load(runs[1])
-    wanted = comparing._loss(model, read_conversations(str(data)), [], [])
+    wanted = comparing._loss(model, comparing.questions(read_conversations(str(data))), [])
     monkeypatch.setattr(comparing, "summed_loss", None)  # the step is not asked
     found = strop.evaluate(runs[1], str(data))
     assert found["tuned"]["loss"] == pytest.approx(wanted, rel=0.02)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ from strop.terminal import console, print_json, print_notes
 
 if TYPE_CHECKING:
     from strop.config.schema import Recipe
+    from strop.data.store import Indices
 
 
 def check(
@@ -59,7 +59,7 @@ def check(
         raise typer.Exit(InputError.exit_code)
 
 
-def _beyond(recipe: Recipe, lengths: Iterable[int]) -> str | None:
+def _beyond(recipe: Recipe, lengths: Indices) -> str | None:
     """Whether rows are longer than what the model was made for, where its config says."""
     from strop.errors import ModelError
     from strop.model.shape import peek

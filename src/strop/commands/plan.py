@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from strop.errors import RecipeError
-from strop.flags import Json, RecipeFile, limit_bytes
+from strop.flags import Json, RecipeFile
 from strop.terminal import console, print_json
 
 
@@ -33,11 +33,11 @@ def plan(
     if compare and devices * nodes > 1:
         raise RecipeError("--compare: is about one device", fix="leave --devices and --nodes out")
     if compare:
-        rows = compare_methods(recipe, memory=limit_bytes(memory), gpu=gpu, **(options or {}))
+        rows = compare_methods(recipe, memory=memory, gpu=gpu, **(options or {}))
         print_comparison(rows, console)
         print_json({"rows": [row.as_json() for row in rows]}, as_json)
         return
-    found = make(recipe, memory=limit_bytes(memory), gpu=gpu, devices=devices, nodes=nodes, **(options or {}))
+    found = make(recipe, memory=memory, gpu=gpu, devices=devices, nodes=nodes, **(options or {}))
     print_plan(found, console)
     told = found.as_json()
     if not found.fits:

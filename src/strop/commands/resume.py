@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from strop import libraries
-from strop.flags import Devices, Json, Memory, limit_bytes
+from strop.flags import Devices, Json, Memory
 from strop.terminal import console, print_end, speaker, watching
 
 
@@ -40,6 +40,7 @@ def resume(
         changed = allow_changed or ()
         with watching(speaker(group.main)) as watch:
             libraries.load(libraries.STEP if group.main else None)
+            from strop.machine.memory import limit_bytes
             from strop.training.run import resume as go_on
 
             report = go_on(

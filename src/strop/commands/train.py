@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from strop import libraries
-from strop.flags import Devices, Json, Memory, RecipeFile, limit_bytes
+from strop.flags import Devices, Json, Memory, RecipeFile
 from strop.terminal import print_end, print_json, speaker, watching
 
 
@@ -28,6 +28,7 @@ def train(
 ) -> None:
     """Fine-tune a model; writes a run folder."""
     from strop.config.load import resolve
+    from strop.machine.memory import limit_bytes
 
     resolved = resolve(recipe, options)
     if print_recipe:

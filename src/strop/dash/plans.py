@@ -17,7 +17,7 @@ from strop.config.load import SHORT, Choice, Resolved, parse_option, resolve
 from strop.config.schema import Recipe, option_fields
 from strop.dash.jobs import command, option
 from strop.errors import StropError
-from strop.machine.memory import parse_bytes
+from strop.machine.memory import limit_bytes
 from strop.model.shape import Peek
 from strop.planning.here import NO_DATA, Place, look_at, place_for, row_sizes, start_adapter, without_data
 from strop.planning.microbatch import Rows
@@ -46,7 +46,7 @@ class Planner:
         words = [word for field, value in options.items() for word in option(field, value)]
         given = typed(options)
         resolved = resolve(None, without_data(given, False))
-        limit = None if memory is None else parse_bytes(memory)
+        limit = limit_bytes(memory)
         model = resolved.recipe.model
         where = (model.device, limit, gpu)
         place: Place = self._keep("place", where, PLACE_S, lambda: place_for(*where))

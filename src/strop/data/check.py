@@ -22,7 +22,7 @@ from strop.data.reading.sources import RowFault
 from strop.data.rendering.pairs import render_pairs, render_prompts
 from strop.data.rendering.render import Renderer
 from strop.data.store import digest, dumps, message_json
-from strop.data.units import Learning
+from strop.data.units import JUDGED, Learning
 from strop.errors import SHOWN_PLACES, FolderError
 
 SUPERVISED, CONTEXT, STOP = "bold green", "dim", "bold reverse green"
@@ -217,7 +217,7 @@ def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], learn
         if fault is not None:
             changes.append(Change(file, line, f"dropped: {fault.where.what}"))
             continue
-        if learning in ("pairs", "labels") and (against := opposed(conversation, examples, judged)):
+        if learning in JUDGED and (against := opposed(conversation, examples, judged)):
             changes.append(Change(file, line, f"dropped: says the opposite of {against[0]}:{against[1]}"))
             continue
         key = digest(dumps(conversation))

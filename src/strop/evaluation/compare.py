@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import count, zip_longest
 from typing import Any
 
 import numpy as np
@@ -60,15 +60,13 @@ def questions(conversations: Sequence[Conversation], renderer: Renderer | None =
 
 def left_out(conversations: Sequence[Conversation]) -> list[Where]:
     """The rows that nothing is asked of, and why: neither score nor loss counts them."""
-    whys = [
-        "does not end with an answer"
-        if row.answer is None
-        else ""
-        if row.messages[-1].weight
-        else "its answer has weight 0"
-        for row in conversations
-    ]
-    return [Where(row.file, row.line, why) for row, why in zip(conversations, whys, strict=True) if why]
+    found = []
+    for row in conversations:
+        if row.answer is None:
+            found.append(Where(row.file, row.line, "does not end with an answer"))
+        elif not row.messages[-1].weight:
+            found.append(Where(row.file, row.line, "its answer has weight 0"))
+    return found
 
 
 def calling(conversations: Sequence[Conversation]) -> list[Conversation]:
@@ -116,9 +114,7 @@ def compare(
 
     def ask(side: str) -> Side:
         LOG.info("computing the loss of %s", side)
-        loss = _loss(
-            model, [question.conversation for question in asked], asked, written[side][0] if written else [], devices
-        )
+        loss = _loss(model, asked, written[side][0] if written else [], devices)
         if metric == "choice":
             texts, more = _choose_all(model, asked, side, advance, devices), {}
         else:
@@ -175,25 +171,14 @@ def side_of(result: dict[str, Any], name: str) -> Side:
     return Side(result[name], [row[f"{name}_hit"] for row in samples], [row[name] for row in samples])
 
 
-def _loss(
-    model: Model,
-    conversations: Sequence[Conversation],
-    asked: Sequence[Question],
-    answers: Sequence[Answer],
-    devices: Devices = ALONE,
-) -> float:
-    """The mean loss of all conversations. Where an answer came with the right one's log-probabilities, these are taken;
-    the others go through the training step."""
-    known = {
-        id(question.conversation): answer.logprobs
-        for question, answer in zip(asked, answers, strict=False)
-        if answer.logprobs is not None
-    }
+def _loss(model: Model, asked: Sequence[Question], answers: Sequence[Answer], devices: Devices = ALONE) -> float:
+    """The mean loss of what is asked. Where an answer came with the right one's log-probabilities, these are taken;
+    the others go through the training step. answers: one to each question, or none."""
     total = weight = 0.0
     others = []
-    for conversation in conversations:
-        examples = model.renderer.render(conversation)
-        logprobs = known.get(id(conversation))
+    for question, answer in zip_longest(asked, answers):
+        examples = model.renderer.render(question.conversation)
+        logprobs = None if answer is None else answer.logprobs
         if logprobs is None:
             others += examples
             continue

@@ -154,7 +154,8 @@ def evaluate_models(
     bases: dict[tuple[str, str, str], Side] = {}
     results = []
     for name in names:
-        known = trained_on(name, rows if paired else [question.conversation for question in questions(rows)])
+        named = rows if paired else [question.conversation for question in questions(rows)]
+        known = devices.once(partial(trained_on, name, named))
         scores = (folder := adapter_folder(name)) is not None and is_reward(folder)
         if scores and not paired:
             refuse_other_kind(folder or Path(name), scores=False)
@@ -186,7 +187,7 @@ def evaluate_models(
             result["regression"] = asking(kept, metric=regression_metric or metric)
         if tasks:
             result["tasks"] = run_tasks(model, names_of_tasks, manager, task_limit)
-        asked = questions(rows, model.renderer)
+        asked = questions(rows, model.renderer) if judging is not None else []
         if not model.renderer.closes and any(model.renderer.reasons(row.messages[-1]) for row in rows if row.messages):
             result["notes"] += ["where reasoning ends is not to be seen in an answer's text: all of it is judged"]
         del model, asking

@@ -87,6 +87,11 @@ def parse_bytes(text: str | int) -> int:
     return found
 
 
+def limit_bytes(memory: str | int | None) -> int | None:
+    """What a limit was given as, in bytes; None where there is none. Raises RecipeError."""
+    return None if memory is None else parse_bytes(memory)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a device or in RAM; torch has a class of its own for the first only."""
     said = str(error).lower()

@@ -71,12 +71,17 @@ def _linear(kind: LinearKind, layers: int, active: float, bias: bool) -> LinearS
     )  # fmt: skip
 
 
+def made_for(model: Any) -> int | None:
+    """How many tokens a model was made for, where its config says."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found else None
+
+
 def learned_positions(model: Any) -> int | None:
     """How many positions a model has that learned a vector for each (GPT-2, OPT): a longer text has none. None for
     models that turn or bend attention by distance instead."""
-    config = model.config.get_text_config()
-    count = getattr(config, "max_position_embeddings", None)
-    if count is None or getattr(config, "rope_parameters", None):
+    count = made_for(model)
+    if count is None or getattr(model.config.get_text_config(), "rope_parameters", None):
         return None
     tokens = model.get_input_embeddings()
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)

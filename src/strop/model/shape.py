@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import yaml
 
 from strop.errors import ModelError, nearest
@@ -167,13 +169,12 @@ class ModelShape:
         """Numbers of all biases."""
         return self.layers * sum(linear.rows for linear in self.linears if linear.bias) + self.other_biases
 
-    def beyond(self, lengths: Iterable[int]) -> str | None:
+    def beyond(self, lengths: Sequence[int] | npt.NDArray[np.int64]) -> str | None:
         """Says how many rows of these lengths are longer than what the model was made for; None where none is."""
         if self.positions is None:
             return None
-        found = list(lengths)
-        over = sum(length > self.positions for length in found)
-        said = f"{over:,} of {len(found):,} rows are longer than the {self.positions:,} tokens"
+        over = int((np.asarray(lengths) > self.positions).sum())
+        said = f"{over:,} of {len(lengths):,} rows are longer than the {self.positions:,} tokens"
         return f"{said} that the model was made for" if over else None
 
     @property

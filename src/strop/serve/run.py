@@ -15,6 +15,7 @@ from strop.engine.answers.fits import unanswerable
 from strop.engine.answers.text import Sampling
 from strop.errors import InputError, RunError
 from strop.machine.probe import probe
+from strop.model.measured import made_for
 from strop.serve.address import Address, Server
 from strop.serve.app import OPEN, Room, create_app
 from strop.serve.decoder import PlainDecoder
@@ -92,7 +93,7 @@ def _prepare(
     loaded = load_models(names, **how)
     base = _base(loaded.module)
     notes = [*loaded.notes, *Sampling.passed_over(base.generation_config)]
-    longest = int(getattr(base.config.get_text_config(), "max_position_embeddings", LONGEST_CONTEXT))
+    longest = made_for(base) or LONGEST_CONTEXT
     if context is not None and context > longest:
         raise InputError(f"--context {context}: the model was made for {longest} tokens", fix="choose less")
     context = context or min(longest, LONGEST_CONTEXT)

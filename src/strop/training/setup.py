@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from strop.adapters import adapter_folder, read_adapter_config, read_identity, refuse_other_kind, with_tokenizer
@@ -166,9 +168,9 @@ def remarks(setup: Setup) -> list[str]:
     return [text for text in found if text]
 
 
-def _lengths(data: Prepared) -> list[int]:
-    """Tokens of all rows, those of the evaluation too."""
-    return [int(length) for rows in (data.train, data.eval) if rows is not None for length in rows.lengths]
+def _lengths(data: Prepared) -> npt.NDArray[np.int64]:
+    """Tokens of all rows (n,), those of the evaluation too."""
+    return np.concatenate([rows.lengths for rows in (data.train, data.eval) if rows is not None])
 
 
 def _repeated(setup: Setup) -> str | None:

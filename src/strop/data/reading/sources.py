@@ -52,8 +52,7 @@ def resolve(spec: str | Sequence[str]) -> list[Source]:
 
 
 def _resolve(spec: str) -> list[Source]:
-    weight = re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", spec)
-    if weight and not os.path.exists(spec):
+    if weight := _weighed(spec):
         value = float(weight[2])
         if not 0 < value <= _MAX_WEIGHT:
             raise DataError(f"{spec}: the weight must be above 0 and at most {_MAX_WEIGHT:g}")
@@ -81,10 +80,15 @@ def _resolve(spec: str) -> list[Source]:
     raise _missing(spec)
 
 
+def _weighed(spec: str) -> re.Match[str] | None:
+    """`bare@weight`, where that is no file's own name."""
+    return None if os.path.exists(spec) else re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", spec)
+
+
 def fetched(spec: str) -> bool:
     """Whether reading it would fetch a data set from the Hub."""
-    weight = re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", spec)
-    bare = weight[1] if weight and not os.path.exists(spec) else spec
+    weight = _weighed(spec)
+    bare = weight[1] if weight else spec
     return not glob.glob(bare, recursive=True) and hub.is_dataset(bare)
 
 
