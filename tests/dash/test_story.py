@@ -16,6 +16,7 @@ from tests.support.dashing import Dash, dashing
 from tests.support.tiny import write_rows
 
 NAME = "the run"
+MORE = 3_000  # longer than the page waits between two looks at the table
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def the_same_after_a_restart_then_go_on_and_stop(dash: Dash, place: Path, option
 def a_run_that_is_continued_in_a_terminal(dash: Dash, place: Path, options: dict[str, Any]) -> None:
     stream = dash.events("/api/runs/stream")
     step = next(stream)[1]["runs"][0]["step"]
-    words = ["resume", f"runs/{NAME}", f"--train.max_steps={step + 300}", "--allow-changed=schedule", "--json"]
+    words = ["resume", f"runs/{NAME}", f"--train.max_steps={step + MORE}", "--allow-changed=schedule", "--json"]
     command = [sys.executable, "-m", "strop.cli", *words]
     with subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as trainer:
         states = []
@@ -114,7 +115,7 @@ def a_run_that_is_continued_in_a_terminal(dash: Dash, place: Path, options: dict
     stream.close()
     assert states[0] == "running"
     run = dash.get(f"/api/runs/{NAME}").json()
-    assert run["step"] == step + 300 and run["adapter"] and run["report"]["ended"] == "steps"
+    assert run["step"] == step + MORE and run["adapter"] and run["report"]["ended"] == "steps"
     assert run["memory"]["measured_peak_bytes"] and run["data_report"]["rows"]["used"] == 24
     assert "train.max_steps changed" in " ".join(mark["text"] for mark in run["marks"])
     assert [source["command"].split()[1] for source in dash.get(f"/api/runs/{NAME}/log").json()["sources"]] == [
