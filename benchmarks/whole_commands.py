@@ -32,11 +32,20 @@ AS_PEERS = {  # what their scripts are told
     "train.learning_rate": 2e-4, "train.batch_size": 4, "train.epochs": 1,
 }  # fmt: skip
 RESAMPLED = 10_000
+HASWELL = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+avx,+f16c,+fma,+avx2,+bmi,+bmi2"
 ISA = {  # oneDNN's, PyTorch's own kernels, MKL's, and the loops that numba compiles
     "avx2": {
         "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "NUMBA_CPU_NAME": "haswell",
-        "NUMBA_CPU_FEATURES": "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+avx,+f16c,+fma,+avx2,+bmi,+bmi2",
+        "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": HASWELL,
+    },
+    "avx2_vnni": {  # Intel's laptops from 2021 on
+        "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": f"{HASWELL},+avxvnni",
+    },
+    "avx512_vnni": {  # Xeons and laptops of Ice Lake and Tiger Lake
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI", "ATEN_CPU_CAPABILITY": "avx512", "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "NUMBA_CPU_NAME": "icelake-server",
+        "NUMBA_CPU_FEATURES": f"{HASWELL},+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd,+avx512vnni",
     },
 }  # fmt: skip
 

@@ -35,7 +35,9 @@ from tests.support.running import run
 
 PHASES = ["load", "train", "evaluate", "merge", "export", "serve"]
 COSTS = {"head_flops": 3e11, "attention_flops": 2e11, "layer_s": 2e-3, "moved": 1e10, "kinds_s": 0.02, "plain": 2.0}
-RATES = Rates(4e11, 2e11, 2e10, 2, {"bf16": COSTS, "fp32": COSTS}, {"nf4": 2e9, "int8": 1e9})
+RATES = Rates(
+    4e11, 2e11, 2e10, 2, {"bf16": COSTS, "fp32": COSTS}, {"nf4": 2e9, "int8": 1e9}, {"none": 4e11, "int8": 6e11}
+)
 
 
 @pytest.fixture

@@ -216,7 +216,8 @@ class Blocks:
 
     def _joined(self, modules: list[Any], enter: Enter, workspace: Workspace, *, kept: bool = True) -> Joined:
         arena, processor = self._arena if kept else None, self._processor
-        return Joined(modules, enter, workspace, processor.lora, processor.product, self._drops, processor.ops, arena)
+        made = processor.lora, processor.product, processor.held
+        return Joined(modules, enter, workspace, *made, self._drops, processor.ops, arena)
 
     def _mlp(self, part: LayerPart, workspace: Workspace) -> Mlp:
         gate_up = self._joined(part.gate_up, self.norm(part.before_mlp), workspace)

@@ -1,5 +1,5 @@
 """One step of tiny models through compiled loops: run as processes by engine.cpu.warm, with a type of weights, how many
-models (USUAL or ALL), and the part whose loops each compiles."""
+models (USUAL or ALL, or INTEGERS), and the part whose loops each compiles."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from strop.engine.fast import FastLoss
 from strop.engine.fits import unsupported
 from strop.engine.joined import Joined
 from strop.engine.norms import Norm
-from strop.engine.processor import ALL, USUAL, Processor, save_in_turn
+from strop.engine.processor import ALL, INTEGERS, USUAL, Processor, save_in_turn
 
 # Family, dropout, DoRA. A Llama's loops are those of most models: fits.usual says of which.
 LLAMA = ("llama", 0.0, False)
 # With dropout and DoRA; offset norms and soft caps; LayerNorm, an activation that gates nothing; neighbours that turn.
 OTHERS = (("llama", 0.1, True), ("gemma2", 0.1, False), ("gpt_neox", 0.0, False), ("glm", 0.0, False))
-MODELS = {USUAL: (LLAMA,), ALL: (LLAMA, *OTHERS)}
+MODELS = {USUAL: (LLAMA,), ALL: (LLAMA, *OTHERS), INTEGERS: (LLAMA,)}
 
 
 def exercise(dtype: torch.dtype, models: str = ALL, part: str = "") -> None:
@@ -50,7 +50,7 @@ def exercise(dtype: torch.dtype, models: str = ALL, part: str = "") -> None:
             continue
         # Alike at their beginning, and long enough for it to be shared.
         rows = [Example(np.arange(n, dtype=np.int32), (np.arange(n) > 0).astype(np.float32), "", 0) for n in (12, 15)]
-        step = FastLoss(adapted.train(), warm=False)
+        step = FastLoss(adapted.train(), warm=False, integers=models == INTEGERS)
         result = step.last_hidden(rows).sum() if part == "attention" else step(rows)
         result.backward()  # type: ignore[no-untyped-call]
 

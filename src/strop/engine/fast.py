@@ -68,8 +68,9 @@ class FastLoss:
 
     prefix_sharing: compute a prefix common to all examples once; not where a layer has a mixer of its own, which goes
     on from one token to the next. checkpoint_layers: this many layers, from the first, keep nothing but their input and
-    are computed again in the backward. warm: have the loops compiled beforehand, in another process. Made after the
-    model is on its device and in its type.
+    are computed again in the backward. warm: have the loops compiled beforehand, in another process. integers: multiply
+    frozen weights in 8-bit integers, on a CPU in fp32, without DoRA. Made after the model is on its device and in its
+    type.
     """
 
     watch: Watch | None = None  # looked at before each layer
@@ -77,7 +78,13 @@ class FastLoss:
     host: InHost | None = None  # where the inputs of layers that are computed again wait, if not on the device
 
     def __init__(
-        self, model: nn.Module, *, prefix_sharing: bool = True, checkpoint_layers: int = 0, warm: bool = True
+        self,
+        model: nn.Module,
+        *,
+        prefix_sharing: bool = True,
+        checkpoint_layers: int = 0,
+        warm: bool = True,
+        integers: bool = False,
     ) -> None:
         reason = unsupported(model)
         assert reason is None, reason
@@ -87,8 +94,8 @@ class FastLoss:
         self._device: torch.device = self._head.weight.device
         self.masks = masks_of(model, drops_for)
         loops = (USUAL if usual(model) else ALL) if warm else ""
-        self._processor = processor_for(self._device, self._head.weight.dtype, warm=loops)
-        self._product = self._processor.product(self._head.weight.shape)
+        self._processor = processor_for(self._device, self._head.weight.dtype, warm=loops, integers=integers)
+        self._product = self._processor.head_product(self._head.weight)
         self._ops, self.lacking = self._processor.ops, self._processor.lacking
         self._drops = drops_for(self._head.weight)
         on_cpu = self._device.type == "cpu"

@@ -87,10 +87,10 @@ class Frozen:
     """Frozen linear layers that share their input, as one. bias (n,) or None.
 
     weight: gives the weight (n, k), which holds until the next weight is asked for (it may be dequantized into a
-    buffer that all layers share). arena: where what is kept lies, on a CPU.
+    buffer that all layers share), as `product` takes it; DoRA takes a tensor. arena: where what is kept lies, on a CPU.
     """
 
-    weight: Callable[[], Tensor]
+    weight: Callable[[], Any]
     bias: Tensor | None
     lora: LoraProducts
     columns: tuple[tuple[int, int], ...]  # for each adapter: the outputs it adds to, from and to

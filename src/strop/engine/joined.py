@@ -54,6 +54,7 @@ class PackedWeight:
 
 
 ProductsOf = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraProducts]]
+Held = Callable[[Callable[[], Tensor], Callable[[], "tuple[Tensor, Tensor] | None"]], Callable[[], Any]]
 
 
 def base_of(module: Any) -> Any:
@@ -112,13 +113,14 @@ class Joined:
         workspace: Workspace,
         products_of: ProductsOf,
         product_of: Callable[[Sequence[int]], FrozenProduct],
+        held: Held,
         drops: Drops,
         ops: Ops,
         arena: Arena | None = None,
     ) -> None:
         """products_of, product_of: give LoRA's products and the frozen one for layers of these sizes (Processor.lora,
-        Processor.product). drops: draws the masks. arena: where the output lies, which is kept for the backward, on a
-        CPU."""
+        Processor.product); held: what the latter takes as the weight (Processor.held). drops: draws the masks. arena:
+        where the output lies, which is kept for the backward, on a CPU."""
         self.modules, self.enter, self.drops, self._ops, self._arena = modules, enter, drops, ops, arena
         self._dora: Dora | None = None
         self.room = workspace.entered if base_of(modules[0]).weight.device.type == "cpu" else None
@@ -129,15 +131,23 @@ class Joined:
         self._trained = any(bias is not None and bias.requires_grad for bias in biases)
         self.bias = _side_by_side(biases) if biases[0] is not None and not self._trained else None
         weights = [base.weight for base in self.bases]
-        self.weight: Callable[[], Tensor]
         if any(isinstance(base, Quantized) for base in self.bases):
-            self.weight = lambda: workspace.side_by_side(self.bases)
+            self.weight = held(lambda: workspace.side_by_side(self.bases), self._eight_bit)
         else:
             if not _lie_so(weights):
                 _side_by_side(weights)
-            self.weight = cache(lambda: _side_by_side(weights))  # taken once they are there, and a view from then on
+            # taken once they are there, and a view from then on
+            self.weight = held(cache(lambda: _side_by_side(weights)), lambda: None)
         self.places = [_place(base.weight) for base in self.bases]
         self.operands: LoraProducts | None = None  # of the adapters, where they are laid out beforehand
+
+    def _eight_bit(self) -> tuple[Tensor, Tensor] | None:
+        """int8 (n, k) and scale (n,) of all modules, which become views of them; None where one is not in 8 bit."""
+        packed = [base.packed() if isinstance(base, Quantized) else None for base in self.bases]
+        scales = [one.scale for one in packed if one is not None and one.code is None]
+        if len(scales) < len(self.bases):
+            return None
+        return _side_by_side([base.weight for base in self.bases]), torch.cat(scales)
 
     @property
     def outputs(self) -> int:

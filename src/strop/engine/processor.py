@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import numpy as np
@@ -21,14 +21,16 @@ from strop.engine.operations import FrozenProduct, Loops, LoraProducts, Ops, app
 from strop.engine.packed import Documents
 from strop.machine.probe import TILED_RANK, probe
 
-USUAL, ALL = "usual", "all"  # which loops of a CPU: those that most models need, or every one
+# Which loops of a CPU: those that most models need, every one, or those of products in integers.
+USUAL, ALL, INTEGERS = "usual", "all", "integers"
 Attend = Callable[[Tensor, Heads, Tensor, Tensor, Documents], Tensor]
 
 
 @dataclass(frozen=True)
 class Processor:
     """ops: the element-wise operations; loops: those that only a CPU has. tiles: a CPU with a bf16 product of its own
-    for short loops (AVX512-BF16). kernels: a card with kernels of its own; lacking: why a card has none of them."""
+    for short loops (AVX512-BF16). kernels: a card with kernels of its own; lacking: why a card has none of them.
+    integers: frozen weights are multiplied in 8-bit integers, on a CPU in fp32 (engine.cpu.integers)."""
 
     ops: Ops
     loops: Loops | None = None
@@ -36,6 +38,7 @@ class Processor:
     tiles: bool = False
     kernels: bool = False
     lacking: str = ""
+    integers: bool = False
 
     def tiled(self, size: int) -> bool:
         """Attention of such heads runs in tiles."""
@@ -81,11 +84,38 @@ class Processor:
 
     def product(self, sizes: Sequence[int]) -> FrozenProduct:
         """The products of frozen linear layers with these inputs and outputs."""
+        if self.integers:
+            from strop.engine.cpu import integers  # its import starts threads
+
+            return cast(FrozenProduct, integers.product)
         if not self.tiles or not probe().has_products(sizes):
             return lora.product
         from strop.engine.cpu import frozen  # its import starts threads
 
         return frozen.product
+
+    def head_product(self, weight: Tensor) -> FrozenProduct:
+        """The same of the head (V, h)."""
+        if not self.integers:
+            return self.product(weight.shape)
+        from strop.engine.cpu import integers
+
+        return integers.head_product(weight)
+
+    def held(
+        self, weight: Callable[[], Tensor], eight_bit: Callable[[], tuple[Tensor, Tensor] | None]
+    ) -> Callable[[], Any]:
+        """What gives a frozen weight (n, k) to `product`. eight_bit: gives int8 (n, k) and scale (n,), or None where it
+        is held otherwise."""
+        if not self.integers:
+            return weight
+        from strop.engine.cpu.integers import Integers
+
+        found = eight_bit()
+        if found is None:
+            return cache(lambda: Integers.of(weight()))
+        whole = Integers(found[0], None, found[1])
+        return lambda: whole
 
     def host_memory(self, device: torch.device) -> Any:
         """Where inputs of layers that are computed again wait for their backward, of a card."""
@@ -135,10 +165,11 @@ def unpacking(device: torch.device, dtype: torch.dtype) -> Any:
     return unpack
 
 
-def processor_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL) -> Processor:
+def processor_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL, integers: bool = False) -> Processor:
     """numba's loops on a CPU, Triton's kernels on a card, else PyTorch's plain operations: the same numbers.
 
     warm: which loops to have compiled beforehand, in another process (engine.cpu.warm tells why); none where empty.
+    integers: as of Processor.
     """
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         from strop.engine.cpu import kernels, rows  # their import starts threads
@@ -146,7 +177,10 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL
 
         if warm:
             compile_once(dtype, kernels.cache_folder(), STEP, [warm], ("attention", "products"))
-        return Processor(cast(Ops, kernels), cast(Loops, rows), tiles=dtype == torch.bfloat16 and probe().tiles)
+        if warm and integers:
+            compile_once(dtype, kernels.cache_folder(), STEP, [INTEGERS])
+        tiles = dtype == torch.bfloat16 and probe().tiles
+        return Processor(cast(Ops, kernels), cast(Loops, rows), tiles=tiles, integers=integers)
     if device.type == "cuda":
         from strop.engine.card import newest
 
@@ -173,6 +207,21 @@ def frozen_flops(dtype: torch.dtype) -> float:
 
     sizes = [size for shape in SHAPES for size in shape]
     return rate(dtype, "cpu", processor_for(torch.device("cpu"), dtype).product(sizes))
+
+
+def integer_flops() -> dict[str, float]:
+    """The same of products in 8-bit integers, by how the weight is held; nothing where the CPU has none."""
+    if not probe().integers:
+        return {}
+    from strop.engine.cpu.integers import Integers, product
+    from strop.engine.cpu.precision import rate
+
+    processor_for(torch.device("cpu"), torch.float32, integers=True)
+    held: dict[str, Callable[[Tensor], Any]] = {
+        "none": Integers.of,
+        "int8": lambda weight: Integers(weight.to(torch.int8), None, weight[:, 0].contiguous()),
+    }
+    return {name: rate(torch.float32, "cpu", cast(FrozenProduct, product), make) for name, make in held.items()}
 
 
 def answering_loops(dtype: torch.dtype | None = None) -> Any:

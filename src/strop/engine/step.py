@@ -55,11 +55,11 @@ class Step:
         return self.name == "fast"
 
 
-def step_for(model: nn.Module) -> Step:
-    """The step that this model, with its adapters, is trained by."""
+def step_for(model: nn.Module, *, integers: bool = False) -> Step:
+    """The step that this model, with its adapters, is trained by. integers: the fast step's, as of FastLoss."""
     why, whole = unsupported(model), cast(Any, model)
     if why is None:
-        fast = FastLoss(model)
+        fast = FastLoss(model, integers=integers)
         return Step(
             fast,
             fast.log_probs,

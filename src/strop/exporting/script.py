@@ -223,6 +223,7 @@ def _notes(recipe: Recipe) -> list[str]:
     said = {
         "It does not evaluate, and keeps the last weights, not the best.": recipe.data.eval is not None,
         "It does not stop early.": bool(train.early_stopping or train.max_time),
+        "It multiplies frozen weights in fp32.": train.int8_matmul,
         "Dropout draws other masks than strop's: losses differ by chance.": recipe.lora.dropout > 0,
         "In 16 bit, peft rounds what a young adapter adds away: its losses are higher than strop's at first.": (
             recipe.model.dtype != "fp32"

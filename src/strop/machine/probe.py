@@ -15,7 +15,7 @@ import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
 TILED_RANK = 32  # above it PyTorch's own products of a LoRA are as fast as the fast step's (engine.cpu.lora_tiles)
-_VECTOR = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "asimd", "sve", "bf16")
+_VECTOR = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "asimd", "sve", "bf16")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Machine:
     def tiles(self) -> bool:
         """The CPU has the instruction of the fast step's own products in bf16 (engine.cpu.tile)."""
         return "avx512_bf16" in self.vector
+
+    @property
+    def integers(self) -> bool:
+        """The CPU has the instruction for sums of 8-bit products (engine.cpu.integers)."""
+        return "avx512_vnni" in self.vector or "avx_vnni" in self.vector
 
     def has_tiles(self, head_size: int) -> bool:
         """The fast step's attention in bf16 runs in tiles here (engine.cpu), and keeps no probabilities."""

@@ -13,13 +13,14 @@ from strop.machine.probe import Machine, affinity
 from strop.runs.folder import cache_folder, write_json
 from strop.runs.lock import sha256_text
 
-MEASURED = 2  # one more where what is measured changes: 2 since the fast step multiplies itself
+MEASURED = 3  # one more where what is measured changes: 3 since frozen weights may be multiplied in integers
 
 
 @dataclass(frozen=True)
 class Rates:
     """FLOP/s of the frozen layers' products in each type, and bytes/s of memory. costs: by type, of the parts of a step
-    (the fields of planning.speed.Rate). unpacked_per_s: weights that are dequantized a second, by scheme."""
+    (the fields of planning.speed.Rate). unpacked_per_s: weights that are dequantized a second, by scheme. integers:
+    FLOP/s of frozen products in 8-bit integers (int8_matmul), by scheme; empty where the CPU has none."""
 
     bf16_flops: float
     fp32_flops: float
@@ -27,6 +28,7 @@ class Rates:
     threads: int
     costs: dict[str, dict[str, float]]
     unpacked_per_s: dict[str, float]
+    integers: dict[str, float]
 
     @property
     def dtype(self) -> str:

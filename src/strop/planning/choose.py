@@ -18,7 +18,7 @@ from strop.model.shape import ModelShape
 from strop.objectives.table import open_options
 from strop.planning.fitting import Room, fitted, fixed_tokens, placed
 from strop.planning.rates import alpha_of, open_rate
-from strop.planning.setting import why_not_offloaded
+from strop.planning.setting import why_not_offloaded, why_plain
 from strop.planning.speed import Rate
 from strop.runs.lock import sha256_text
 
@@ -55,7 +55,7 @@ def choose(
     if recipe.model.device == "auto":
         pick("model.device", device, "the fastest device torch can use here")
     if recipe.model.dtype == "auto":
-        pick("model.dtype", *dtype)
+        pick("model.dtype", *(("fp32", "train.int8_matmul adds up in it") if recipe.train.int8_matmul else dtype))
     if recipe.lora.alpha is None:
         pick("lora.alpha", alpha_of(recipe), "2 r")
     for option in open_options(recipe.train):
@@ -68,6 +68,8 @@ def choose(
     again = resolved.recipe.train.gradient_checkpointing
     if again == "offload" and (why := why_not_offloaded(resolved.recipe, shape)) is not None:
         raise RecipeError(f"--train.gradient_checkpointing offload: {why}", fix="use on, or leave it at auto")
+    if resolved.recipe.train.int8_matmul:
+        _check_int8(resolved.recipe, machine, shape)
     model = resolved.recipe.model
     rate_of = partial(Rate.of_cpu, machine, known_rates(machine, "cpu")) if model.device == "cpu" else None
     room = Room(shape, parameters or shape.parameters, usable_bytes(machine, model.device), devices, rate_of)
@@ -99,6 +101,19 @@ def choose(
         if known.get(name) and resolved.choices[field].origin == "plan":
             resolved = resolved.decide([Choice(field, value, "plan", f"{earlier} {how}")])
     return resolved
+
+
+def _check_int8(recipe: Recipe, machine: Machine, shape: ModelShape) -> None:
+    """Raises RecipeError where frozen weights cannot be multiplied in integers. recipe: with its device chosen."""
+    why = why_plain(recipe, shape)
+    reasons = {
+        f"only on a CPU, and the run is on {recipe.model.device}": recipe.model.device != "cpu",
+        f"{machine.cpu} has no products of such integers (VNNI)": not machine.integers,
+        f"the plain step cannot, which trains this ({why})": why is not None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise RecipeError(f"--train.int8_matmul true: {reason}", fix="leave train.int8_matmul out")
 
 
 def usable_bytes(machine: Machine, device: str) -> int:

@@ -113,6 +113,7 @@ def _why_whole(recipe: Recipe) -> str | None:
         "lora.init loftq": lora.init == "loftq",
         "lora.new_tokens": bool(lora.new_tokens),
         "lora.modules_to_save": bool(lora.modules_to_save),
+        "train.int8_matmul": recipe.train.int8_matmul,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -147,7 +148,8 @@ def _quantization(resolved: Resolved, room: Room) -> list[Choice]:
     if need <= room.usable:
         fits = f"16-bit weights fit: {room.said(need)}"
         return [Choice(field, "none", "plan", fits)] if recipe.model.quantization == "auto" else []
-    return [Choice(field, "nf4", "plan", f"16-bit weights would not fit: {room.said(need)}")]
+    smaller = "int8" if recipe.train.int8_matmul else "nf4"
+    return [Choice(field, smaller, "plan", f"16-bit weights would not fit: {room.said(need)}")]
 
 
 def _is_open(resolved: Resolved) -> bool:
@@ -250,6 +252,8 @@ def _resident(resolved: Resolved, room: Room) -> list[Choice]:
         return []
     if recipe.model.placement == "sharded" and room.devices > 1:
         return [Choice("model.resident_layers", 0, "plan", "fewer bytes to gather")]
+    if recipe.train.int8_matmul:
+        return [Choice("model.resident_layers", 0, "plan", "multiplied in 8 bit, as they are held")]
     layers = next((k for k in range(room.shape.layers, 0, -1) if room.fits(recipe, resident_layers=k)), 0)
     said = "dequantized once: faster, as large as 16 bit" if layers else "no room for 16-bit weights"
     return [Choice("model.resident_layers", layers, "plan", said)]

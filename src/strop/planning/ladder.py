@@ -84,8 +84,9 @@ def _offload(recipe: Recipe, room: Room) -> Iterator[tuple[str, str, dict[str, A
 
 def _stream(recipe: Recipe, room: Room) -> Iterator[tuple[str, str, dict[str, Any]]]:
     now, fixed = recipe.model.quantization, room.shape.prequantized
-    schemes = [now] if now not in ("none", "auto") and (recipe.model.resident_layers or 0) > 0 else []
-    schemes += ["nf4"] if now in ("none", "auto", "int8") and fixed is None else []
+    schemes: list[str] = [now] if now not in ("none", "auto") and (recipe.model.resident_layers or 0) > 0 else []
+    smaller = "int8" if recipe.train.int8_matmul else "nf4"
+    schemes += [smaller] if now in {"none", "auto", "int8"} - {smaller} and fixed is None else []
     for scheme in schemes:
         changed = {"model.quantization": scheme, "model.resident_layers": 0}
         yield f"hold the base in {scheme}, dequantized for each product", "a little accuracy, and time", changed

@@ -28,6 +28,7 @@ LOOPS_BYTES = 85 * MIB
 PRODUCTS_BYTES = 47 * MIB
 MORE_PRODUCTS_BYTES, FP32_PRODUCTS_BYTES = 87 * MIB, 5 * MIB
 SCRATCH_BYTES = 14 * MIB  # oneDNN's scratch and small blocks at the peak; the fast step's are in activations.HOLES
+INTEGER_SUMS_BYTES = 72 * MIB  # engine.cpu.integers.SUMS_BYTES
 CUDA_CONTEXT_BYTES = 450 * MIB  # of the driver, cuBLAS's workspace included
 EXPERTS_AS_ONE = ("gpt_oss", "gemma4_text", "llama4_text")  # in their files, as transformers holds them
 BLOCK, NESTED = 64, 256  # weights that share a constant, constants that share one
@@ -108,7 +109,18 @@ def workspace_bytes(setting: Setting) -> int:
     """One dequantized weight as the products see it, with the parts it is laid together from, what is gathered of a
     sharded base, and small scratch."""
     scratch = 32 * MIB if setting.device != "cpu" else SCRATCH_BYTES if setting.step == "plain" else 0
-    return scratch + (_largest_dequantized(setting) if setting.streamed else 0) + gathered_bytes(setting)
+    dequantized = _largest_dequantized(setting) if setting.streamed else 0
+    return scratch + dequantized + gathered_bytes(setting) + integer_bytes(setting)
+
+
+def integer_bytes(setting: Setting) -> int:
+    """Two parts in 8 bit of each weight that is in fp32, of the head's too, and sums in 32 bit (engine.cpu.integers).
+    What is held in 8 bit is multiplied as it is."""
+    if not setting.integers:
+        return 0
+    shape = setting.shape
+    layers = sum(x.weights for x in shape.linears if x not in shape.in_experts) if setting.scheme == "none" else 0
+    return 2 * (shape.layers * layers + shape.embedding) + INTEGER_SUMS_BYTES
 
 
 def gathered_bytes(setting: Setting) -> int:

@@ -26,7 +26,8 @@ class Setting:
     whole_embedding, whole_head_norms (of q and k): these are trained in full. more_tokens: the embedding grows. step:
     fast or plain, as engine.step decides. tiles: the fast step's attention runs in tiles; own_products: it multiplies
     by the head's weight itself. shards: devices that hold a share of the base each; 1: each holds all of it. offload:
-    inputs of layers that are computed again wait in the host's memory.
+    inputs of layers that are computed again wait in the host's memory. integers: frozen weights are multiplied in 8-bit
+    integers.
     """
 
     shape: ModelShape
@@ -53,6 +54,7 @@ class Setting:
     whole_embedding: bool = False
     whole_head_norms: bool = False
     more_tokens: bool = False
+    integers: bool = False
 
     @staticmethod
     def of(
@@ -99,6 +101,7 @@ class Setting:
             any(name in EMBEDDINGS and name not in HEADS for name in lora.modules_to_save),
             _head_norms_in_full(lora, shape),
             bool(lora.new_tokens),
+            train.int8_matmul,
         )
 
     @property

@@ -23,6 +23,7 @@ THIN, THIN_APART = 0.5, 0.25  # of the large products' rate, by products with a 
 # Where `strop doctor` has not measured: as it found them on two cores of a Xeon with AMX (docs/log).
 ATTENTION, HEAD, MOVED = 0.2, 0.8, 0.5  # shares of the large products' rate, twice, and of memory's
 LAYER_S, KINDS_S, PLAIN, UNPACKED_PER_S = 5e-3, 0.03, 1.8, 1e9
+INTEGERS = {"none": 2.4, "int8": 3.5}  # frozen products in 8-bit integers, times those in fp32 (docs/log)
 KINDS_HIDDEN, KINDS_POWER = 576, 0.75  # kinds of product are made in 0.57 and 1.5 times as long at 256 and 1,024
 UPDATE_BYTES = 40  # of a number: read and written by the norm of its gradient, by clipping, and by AdamW
 UPDATE_S = 1e-5  # of a weight: three calls, on a CPU
@@ -60,6 +61,8 @@ class Rate:
     plain: float = 0.0  # times the fast step's time
     thin_flops: float = 0.0  # of products with a rank above TILED_RANK
     unpacked_per_s: Mapping[str, float] = field(default_factory=dict)  # weights, by scheme
+    integers: Mapping[str, float] = field(default_factory=dict)  # FLOP/s of frozen products in them, by scheme
+    frozen_flops: float = 0.0  # 0: as flops
 
     @staticmethod
     def measured(rates: Rates, dtype: str) -> Rate:
@@ -67,7 +70,7 @@ class Rate:
         flops = rates.bf16_flops if dtype == "bf16" else rates.fp32_flops
         costs = rates.costs[dtype if dtype in rates.costs else "fp32"]
         rate = Rate(flops, rates.bandwidth, "strop doctor", unpacked_per_s=rates.unpacked_per_s)
-        return replace(rate, **costs)  # type: ignore[arg-type]
+        return replace(rate, integers=rates.integers, **costs)  # type: ignore[arg-type]
 
     @staticmethod
     def of_cpu(machine: Machine, rates: Rates | None, dtype: str) -> Rate:
@@ -77,6 +80,14 @@ class Rate:
         wide = CORE_FP32 if "avx512f" in machine.vector else CORE_PLAIN
         core = CORE_BF16 if has_bf16(machine) and dtype == "bf16" else wide
         return Rate(core * machine.cores, HERE_BANDWIDTH, f"a guess by {GUESS}")
+
+    def as_set(self, setting: Setting) -> Rate:
+        """With products in 8-bit integers, where they are: the layers' both ways, and the head's logits."""
+        if not setting.integers:
+            return self
+        frozen = self.integers.get(setting.scheme, INTEGERS[setting.scheme] * self.flops)
+        head = self.head_flops or HEAD * self.flops
+        return replace(self, frozen_flops=frozen, head_flops=2 / (1 / head + self.flops / (head * frozen)))
 
     @staticmethod
     def of(card: Card) -> Rate:
@@ -146,16 +157,18 @@ def work_of(setting: Setting, batch: MicroBatch) -> Work:
     passes = 2 + setting.checkpoint_layers / shape.layers
     moved = batch.tokens * shape.layers * (element_bytes(setting) + thin_bytes(setting))
     apart = max(setting.ranks, default=0) > TILED_RANK
+    element = setting.element if not setting.integers else 1 if setting.scheme == "int8" else 2
     adapters, thin = (0.0, found.adapters) if apart else (found.adapters / THIN, 0.0)
     return Work(
-        found.frozen, adapters, thin, found.attention, found.head, passes * weights * setting.element, again * moved,
+        found.frozen, adapters, thin, found.attention, found.head, passes * weights * element, again * moved,
         again * shape.layers * (DORA_LAYERS if setting.dora else 1),
     )  # fmt: skip
 
 
 def known_seconds(work: Work, rate: Rate) -> float:
     """Of products, by their rate."""
-    return (work.frozen + work.adapters) / rate.flops + work.weights / rate.bandwidth
+    frozen = work.frozen / (rate.frozen_flops or rate.flops)
+    return frozen + work.adapters / rate.flops + work.weights / rate.bandwidth
 
 
 def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> float:
@@ -163,7 +176,8 @@ def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> floa
     if rate.peak:
         computing = flops(setting, batch).total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
         return max(computing, 2 * offloaded_bytes(setting, batch) / HOST_BYTES_PER_S)  # beside each other
-    work, plain = work_of(setting, batch), setting.step == "plain"
+    work, plain, rate = work_of(setting, batch), setting.step == "plain", rate.as_set(setting)
+    unpacked = 0.0 if setting.integers else unpacked
     layers = (
         known_seconds(work, rate)
         + work.thin / (rate.thin_flops or THIN_APART * rate.flops)

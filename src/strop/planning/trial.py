@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from strop.engine.device import measure, pick_dtype, prepare_process
 from strop.engine.head import Output, SupervisedLoss
 from strop.engine.operations import apply
-from strop.engine.processor import frozen_flops, kernels_lack, processor_for
+from strop.engine.processor import frozen_flops, integer_flops, kernels_lack, processor_for
 from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, crashed, installed, pip
 from strop.machine.probe import Machine, probe
@@ -87,7 +87,7 @@ def measure_rates() -> Rates:
         step = step_costs(dtype, Rate(rate, bandwidth, "measured"))
         costs[name] = {"head_flops": _head_flops(dtype, bandwidth), **asdict(step)}
     unpacked = {scheme: unpacked_per_s(scheme) for scheme in ("nf4", "int8")} if installed("bitsandbytes") else {}
-    return Rates(bf16, found.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked)
+    return Rates(bf16, found.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked, integer_flops())
 
 
 def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:

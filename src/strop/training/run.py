@@ -53,6 +53,7 @@ from strop.training.build import build, hold_to_lock
 from strop.training.criteria import Criterion, criterion_for
 from strop.training.finish import figures, finish, take_best
 from strop.training.groups import OfGroups, without_dropout
+from strop.training.integers import hold_to_floats
 from strop.training.job import Job, stream_of
 from strop.training.loop import fit
 from strop.training.optim import make_optimizer
@@ -233,6 +234,8 @@ def _execute(
             here = torch.get_num_threads(), devices.world
             expected = forecast(job, Setting.of(recipe, setup.shape, setup.parameters, *here), usable)
             if job.state.progress.step < _total(job):
+                if recipe.train.int8_matmul:
+                    hold_to_floats(job, expected.items)
                 expected = rehearse(job, expected, usable, memory)
                 job = with_reference(job, key)
                 ended = _fit(job)
@@ -265,7 +268,8 @@ def _fit(job: Job) -> str:
 def _job(
     folder: RunFolder, setup: Setup, model: peft.PeftModel, log: EventLog, devices: Devices, draws: Draws | None
 ) -> Job:
-    recipe, weights, step = setup.resolved.recipe, trainable(model), step_for(model)
+    recipe, weights = setup.resolved.recipe, trainable(model)
+    step = step_for(model, integers=recipe.train.int8_matmul)
     state = TrainState(weights, make_optimizer(weights, recipe.train), Progress())
     checkpoints.ask_memory(state.progress, recipe.train)
     data = setup.data

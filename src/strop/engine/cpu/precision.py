@@ -7,10 +7,12 @@ times as long. fp16 is never chosen on a CPU: its backward product ran at 1 to 3
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from strop.engine.lora import product
 from strop.engine.operations import FrozenProduct
@@ -40,12 +42,20 @@ def measure(device: str | torch.device) -> Precision:
     return Precision("fp32", f"{said}: bf16 is not {LEAST_GAIN} times as fast", bf16, fp32)
 
 
-def rate(dtype: torch.dtype, device: str | torch.device, product: FrozenProduct = product) -> float:
-    """FLOP/s of x W^T and dY W over SHAPES, from the fastest of the rounds that fit into the budget."""
-    operands = [
-        tuple(torch.ones(shape, dtype=dtype, device=device) for shape in ((ROWS, k), (n, k), (ROWS, n), (ROWS, k)))
-        for n, k in SHAPES
-    ]
+def rate(
+    dtype: torch.dtype,
+    device: str | torch.device,
+    product: FrozenProduct = product,
+    held: Callable[[Tensor], Any] = lambda weight: weight,
+) -> float:
+    """FLOP/s of x W^T and dY W over SHAPES, from the fastest of the rounds that fit into the budget. held: makes of W
+    what the product takes."""
+    operands: list[tuple[Any, ...]] = []
+    for n, k in SHAPES:
+        x, weight, y, grad = (
+            torch.ones(s, dtype=dtype, device=device) for s in ((ROWS, k), (n, k), (ROWS, n), (ROWS, k))
+        )
+        operands.append((x, held(weight), y, grad))
     flops = sum(2 * 2 * ROWS * n * k for n, k in SHAPES)
     cuda = torch.device(device).type == "cuda"
     fastest, begin = float("inf"), time.perf_counter()

@@ -26,7 +26,7 @@ LOG = logging.getLogger(__name__)
 SOURCES = (
     "kernels.py", "compiled.py", "attention_tiles.py", "tile.py", "amx.py", "lora_tiles.py", "frozen.py", "turn.py",
     "dropout_loops.py", "dots.py", "unpack.py", "products.py", "cached_attention.py", "passes.py", "draws.py",
-    "loss.py", "rows.py", "aside.py", "scores.py", "vectors.py",
+    "loss.py", "rows.py", "aside.py", "scores.py", "vectors.py", "integers.py",
 )  # fmt: skip
 
 

@@ -1,0 +1,43 @@
+"""Products in 8-bit integers, held against fp32 on the run's own rows before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from strop.data.conversation import Item
+from strop.engine.step import Step, step_for
+from strop.errors import RunError
+from strop.training.job import Job
+from strop.training.shrink import micro_batches
+from strop.training.state import random_states, set_random_states
+
+LOSS, GRADIENT = 1e-3, 0.02  # how far off they may be: relative, the gradient by its norm
+
+
+def hold_to_floats(job: Job, items: Sequence[Item]) -> None:
+    """Raises RunError where the loss or the gradient of the first micro-batch of these rows is further from fp32's."""
+    rows = [items[row] for row in micro_batches(job, items)[0]]
+    with job.devices.together():
+        loss, gradient = _measured(job, job.step, rows)
+        true_loss, true_gradient = _measured(job, step_for(job.model), rows)
+        off = abs(loss - true_loss) / max(abs(true_loss), 1e-12)
+        turned = float(torch.linalg.vector_norm(gradient - true_gradient) / torch.linalg.vector_norm(true_gradient))
+        said = f"the loss {off:.1e} and the gradient {turned:.1e} from fp32's"
+        if not (off <= LOSS and turned <= GRADIENT):  # NaN is neither
+            what = f"train.int8_matmul: {said}, more than {LOSS:.0e} and {GRADIENT:.0e}"
+            raise RunError(what, fix="leave train.int8_matmul out for this model")
+    job.log.emit("note", text=f"frozen weights are multiplied in 8-bit integers: {said} on {len(rows)} rows")
+
+
+def _measured(job: Job, step: Step, rows: Sequence[Item]) -> tuple[float, Tensor]:
+    random = random_states(job.state.device)
+    loss, _ = job.criterion.loss(step, rows, 0.0)
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradient = torch.cat([weight.grad.flatten() for weight in job.state.weights.values() if weight.grad is not None])
+    job.state.optimizer.zero_grad(set_to_none=True)
+    step.release()
+    set_random_states(random, job.state.device)
+    return float(loss.detach()), gradient
