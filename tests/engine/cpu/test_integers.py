@@ -71,10 +71,10 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(integers: Any, along:
 
 def test_rows_far_larger_than_others_and_rows_of_nothing(integers: Any) -> None:
     weight, x = weights(integers, 64, 64)["two parts"], torch.randn(4, 64)
-    x[0], x[1], x[2] = 0, x[1] * 1e20, x[2] * 1e-20
+    x[0], x[1], x[2], x[3] = 0, x[1] * 1e20, x[2] * 1e-20, x[3] * 1e-39
     y = integers.product(x, weight, True, torch.empty(4, 64)).double()
     right = x.double() @ truth(weight).t()
-    assert (y[0] == 0).all() and ((y - right).norm(dim=1) <= NEAR * right.norm(dim=1)).all()
+    assert (y[[0, 3]] == 0).all() and ((y - right).norm(dim=1)[:3] <= NEAR * right.norm(dim=1)[:3]).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -86,14 +86,30 @@ def test_what_is_no_number_is_none_afterwards(integers: Any, bad: float) -> None
         assert not y[1].isfinite().any() and y[[0, 2]].isfinite().all()
 
 
-def test_the_head_s_logits_are_in_integers_and_its_gradient_is_not(integers: Any) -> None:
+@pytest.mark.parametrize("flat", [True, False])
+def test_the_head_s_gradient_keeps_what_is_small_beside_the_label(integers: Any, flat: bool) -> None:
+    """One token is near -1 and tens of thousands share the 1; all rows of the head have something in common."""
+    torch.manual_seed(0)
+    head, logits = torch.randn(20_000, 16) / 10 + 1, torch.randn(6, 20_000) * (0.1 if flat else 6)
+    product, grad = integers.head_product(head), torch.softmax(logits, 1)
+    grad[torch.arange(6), torch.arange(6) * 7] -= 1
+    found = product(grad, head, False, torch.empty(6, 16)).double()
+    right = grad.double() @ head.double()
+    terms = (grad.double().abs() @ head.double().abs()).norm(dim=1)  # they cancel: what they sum to is smaller
+    assert ((found - right).norm(dim=1) <= NEAR / 10 * terms).all()
+    rough = integers.product(grad, integers.Integers.of(head), False, torch.empty(6, 16)).double()
+    assert not flat or (rough - right).norm() > 20 * (found - right).norm()
+    assert not torch.equal(found.float(), grad @ head)
+
+
+def test_a_head_that_is_trained_is_multiplied_in_fp32(integers: Any) -> None:
     head, x = torch.randn(50, 16), torch.randn(6, 16)
     product = integers.head_product(head)
     logits = product(x, head, True, torch.empty(6, 50))
     assert torch.equal(logits, integers.product(x, integers.Integers.of(head), True, torch.empty(6, 50)))
-    assert torch.equal(product(logits, head, False, torch.empty(6, 16)), logits @ head)
-    other = head * 2  # one that is trained in full
+    other = head * 2  # peft's copy
     assert torch.equal(product(x, other, True, torch.empty(6, 50)), x @ other.t())
+    assert torch.equal(product(logits, other, False, torch.empty(6, 16)), logits @ other)
 
 
 def test_products_of_this_cpu_are_exact(integers: Any) -> None:

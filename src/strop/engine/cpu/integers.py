@@ -18,12 +18,14 @@ from numba import prange
 from torch import Tensor
 
 from strop.engine import lora
-from strop.engine.cpu.compiled import array, greater, loop
+from strop.engine.cpu.compiled import array, greater, inline, loop
 from strop.engine.lora import Added
 from strop.engine.operations import FrozenProduct
 
 HIGH = 128  # what the high part counts
 MOST = 127 * HIGH
+LEAST = 1e-34  # a row of smaller numbers is one of zeros
+FAR, BLOCK = 2**-10, 64  # share of a row's largest number from which on a gradient of the head is far from the others
 SUMS_BYTES = 72 << 20  # in 32 bit, at once
 
 
@@ -45,7 +47,7 @@ class Integers:
     @staticmethod
     def of(weight: Tensor) -> Integers:
         """Of fp32 (n, k)."""
-        planes, scale = _in_two(weight, None)
+        planes, scale = _in_two(weight, weight[:0, 0], weight[:0, 0])
         return Integers(planes[: len(weight)], planes[len(weight) :], scale)
 
 
@@ -57,31 +59,63 @@ def exact() -> bool:
     return bool((torch._int_mm(x, x.t()) == (x.long() @ x.long().t())).all())
 
 
+@inline
+def _in_parts(one: Any, columns: Any, there: Any, limit: Any, high: Any, low: Any) -> Any:
+    """A row of `split`; gives its scale."""
+    most = np.float32(0)
+    if there:
+        for j in range(len(one)):
+            size = abs(one[j] * columns[j])
+            most = greater(most, size if size <= limit else np.float32(0))
+    else:
+        for j in range(len(one)):
+            most = greater(most, abs(one[j]))
+    times = np.float32(MOST) / most if most > LEAST else np.float32(0)
+    if there:
+        for j in range(len(one)):
+            number = one[j] * columns[j]
+            whole = np.int32(np.rint(number * times if abs(number) <= limit else np.float32(0)))
+            part = (whole + 64) >> 7
+            high[j], low[j] = part, whole - (part << 7)
+    else:
+        for j in range(len(one)):
+            whole = np.int32(np.rint(one[j] * times))
+            part = (whole + 64) >> 7
+            high[j], low[j] = part, whole - (part << 7)
+    return most / np.float32(MOST)
+
+
 @loop
-def split(x: Any, columns: Any, there: Any, planes: Any, scale: Any) -> None:
+def split(x: Any, columns: Any, there: Any, limits: Any, planes: Any, scale: Any) -> None:
     """planes (2 T, k) int8, the high parts and behind them the low ones, and scale (T,), of x (T, k), whose columns are
-    multiplied by `columns` (k,) first where `there`."""
+    multiplied by `columns` (k,) first where `there`; what is above `limits` (T,) then, where they are not empty, counts
+    as 0."""
+    rows = len(x)
+    for i in prange(rows):
+        limit = limits[i] if len(limits) else np.float32(np.inf)
+        scale[i] = _in_parts(x[i], columns, there, limit, planes[i], planes[rows + i])
+
+
+@loop
+def lift(x: Any, columns: Any, w: Any, limits: Any, y: Any) -> None:
+    """limits (T,): of each row of x (T, k) times columns (k,), a share of the largest; y (T, n): what is above it times
+    w (k, n)."""
     rows, k = x.shape
     for i in prange(rows):
-        one, high, low, most = x[i], planes[i], planes[rows + i], np.float32(0)
-        if there:
-            for j in range(k):
-                most = greater(most, abs(one[j] * columns[j]))
-        else:
-            for j in range(k):
-                most = greater(most, abs(one[j]))
-        scale[i] = most / np.float32(MOST)
-        times = np.float32(MOST) / most if most > 0 else np.float32(0)
-        if there:
-            for j in range(k):
-                whole = np.int32(np.rint(one[j] * columns[j] * times))
-                part = (whole + 64) >> 7
-                high[j], low[j] = part, whole - (part << 7)
-        else:
-            for j in range(k):
-                whole = np.int32(np.rint(one[j] * times))
-                part = (whole + 64) >> 7
-                high[j], low[j] = part, whole - (part << 7)
+        one, out, most = x[i], y[i], np.float32(0)
+        for j in range(k):
+            most = greater(most, abs(one[j] * columns[j]))
+        limits[i], out[:] = most * np.float32(FAR), 0
+        for begin in range(0, k, BLOCK):
+            end, here = min(k, begin + BLOCK), np.float32(0)
+            for j in range(begin, end):
+                here = greater(here, abs(one[j] * columns[j]))
+            if here > limits[i]:
+                for j in range(begin, end):
+                    if abs(one[j] * columns[j]) > limits[i]:
+                        row = w[j]
+                        for c in range(len(row)):
+                            out[c] += one[j] * row[c]
 
 
 @loop
@@ -119,50 +153,54 @@ def product(
     """lora.product, of fp32, y without gaps."""
     if added is not None:
         added.into(y)
-    rows = max(16, SUMS_BYTES // (12 * y.shape[1]))
-    for at in range(0, len(x), rows):
-        part = slice(at, at + rows)
-        _some(x[part], weight, along, y[part], added is not None, bias, None if residual is None else residual[part])
-    return y
+    return _product(x, weight, along, y, held=added is not None, bias=bias, residual=residual)
 
 
 def head_product(weight: Tensor) -> FrozenProduct:
-    """lora.product of a head's frozen weight (V, h): its logits in integers. Not the gradient of what enters: beside a
-    token that is far off, probabilities of many others round away."""
+    """lora.product of a head's frozen weight (V, h). In a row of the logits' gradient a few numbers, the label's first,
+    stand far above the others, which would round away beside them: they are multiplied in fp32."""
     whole = cache(lambda: Integers.of(weight.detach()))
 
-    def logits_or_gradient(
+    def of_head(
         x: Tensor, w: Tensor, along: bool, y: Tensor, added: Added | None = None, bias: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        if along and not weight.requires_grad and w.data_ptr() == weight.data_ptr():
+        if weight.requires_grad or w.data_ptr() != weight.data_ptr():  # it is trained in full
+            return lora.product(x, w, along, y, added, bias, residual)
+        if along:
             return product(x, whole(), along, y, added, bias, residual)
-        return lora.product(x, w, along, y, added, bias, residual)
+        assert added is None and bias is None and residual is None
+        limits = torch.empty(len(x))
+        lift(array(x), array(whole().scale), array(w), array(limits), array(y))
+        return _product(x, whole(), along, y, held=True, limits=limits)
 
-    return cast(FrozenProduct, logits_or_gradient)
-
-
-def _some(
-    x: Tensor, weight: Integers, along: bool, y: Tensor, held: bool, bias: Tensor | None, residual: Tensor | None
-) -> None:
-    planes, scale = _in_two(x, None if along else weight.scale)
-    sums = torch._int_mm(planes, weight.high.t() if along else weight.high)
-    crossed = sums[:0]
-    if weight.low is not None:
-        crossed = torch._int_mm(planes[: len(x)], weight.low.t() if along else weight.low)
-    join(
-        array(sums), array(crossed), array(scale), array(weight.scale if along else _ones(y.shape[1])),
-        array(_NONE if bias is None else bias), array(y[:0] if residual is None else residual.contiguous()), held,
-        array(y),
-    )  # fmt: skip
+    return cast(FrozenProduct, of_head)
 
 
-def _in_two(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+def _product(
+    x: Tensor, weight: Integers, along: bool, y: Tensor, *, held: bool, bias: Tensor | None = None,
+    residual: Tensor | None = None, limits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """held: added to what y holds."""
+    none = x.new_empty(0)
+    rows, columns = max(16, SUMS_BYTES // (12 * y.shape[1])), none if along else weight.scale
+    high, low = (None if part is None else part.t() if along else part for part in (weight.high, weight.low))
+    for at in range(0, len(x), rows):
+        some = slice(at, at + rows)
+        planes, scale = _in_two(x[some], columns, none if limits is None else limits[some])
+        sums = torch._int_mm(planes, cast(Tensor, high))
+        crossed = sums[:0] if low is None else torch._int_mm(planes[: len(scale)], low)
+        more = y[:0] if residual is None else residual[some].contiguous()
+        by_column = weight.scale if along else _ones(y.shape[1])
+        given = sums, crossed, scale, by_column, none if bias is None else bias, more
+        cast(Any, join)(*map(array, given), held, array(y[some]))
+    return y
+
+
+def _in_two(x: Tensor, columns: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     """(planes, scale) as split gives them."""
-    planes = torch.empty(2 * len(x), x.shape[1], dtype=torch.int8)
-    scale = torch.empty(len(x))
-    times = array(_NONE if columns is None else columns)
-    split(array(x.contiguous()), times, columns is not None, array(planes), array(scale))
+    planes, scale = torch.empty(2 * len(x), x.shape[1], dtype=torch.int8), torch.empty(len(x))
+    split(array(x.contiguous()), array(columns), len(columns) > 0, array(limits), array(planes), array(scale))
     scale.masked_fill_(~torch.isfinite(x.sum(1)), torch.nan)  # integers have neither NaN nor infinity
     return planes, scale
 
@@ -170,6 +208,3 @@ def _in_two(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
 @cache
 def _ones(n: int) -> Tensor:
     return torch.ones(n)
-
-
-_NONE = torch.empty(0)
