@@ -179,6 +179,21 @@ def test_what_lies_beside_the_weights(trained: Callable[..., Path], tmp_path: Pa
     assert {t.dtype for file in out.glob("*.safetensors") for t in load_file(file).values()} == {torch.bfloat16}
 
 
+def test_a_merged_model_ends_its_answers_where_they_were_trained_to_end(
+    trained: Callable[..., Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Its base's generation config knows nothing of a template of the user's."""
+    turns = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<done>{% endfor %}"
+    (tmp_path / "own.jinja").write_text(turns + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    run = trained(**{"data.template": str(tmp_path / "own.jinja"), "lora.new_tokens": ["<done>"]})
+    merge(str(run), tmp_path / "merged", measure=False)
+    done = AutoTokenizer.from_pretrained(tmp_path / "merged").convert_tokens_to_ids("<done>")
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).generation_config for folder in (tiny_folder, tmp_path / "merged")
+    )
+    assert {done, before.eos_token_id} <= set(after.eos_token_id)
+
+
 @pytest.mark.parametrize(("dtype", "small"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-4)])
 def test_rounding_keeps_the_mean_of_a_small_change_and_is_the_same_each_time(dtype: torch.dtype, small: float) -> None:
     base = torch.randn(200, 200).bfloat16().float()
