@@ -353,3 +353,26 @@ def test_steps_that_are_not_read_there_are_not_read_here(tmp_path: Path) -> None
     assert "save_strategy is epoch" in said(draft.own_way)["save_steps"] and not draft.lacks
     draft = axolotl(tmp_path, "save_strategy: steps\nsave_steps: 10\neval_steps: 5\n")
     assert (draft.get("train.save_steps"), draft.get("train.eval_steps")) == (10, 5)
+
+
+def test_what_is_set_in_a_branch_is_told_and_not_taken(tmp_path: Path) -> None:
+    draft = trl(tmp_path, "learning_rate=3e-4", after="args.seed = 7\nif DEBUG:\n    args.max_steps = 10\n")
+    assert (draft.get("seed"), draft.get("train.max_steps"), draft.get("train.learning_rate")) == (7, None, 3e-4)
+    assert "branch" in said(draft.lacks)["args.max_steps"]
+
+
+@pytest.mark.parametrize("given", ["0.1", "test_size=0.1"])
+def test_a_share_that_is_held_out(given: str, tmp_path: Path) -> None:
+    file = tmp_path / "s.py"
+    file.write_text(
+        f"data = load_dataset('json', data_files='a.jsonl', split='train').train_test_split({given})\n"
+        "SFTTrainer('demo', args=SFTConfig(), train_dataset=data['train'], eval_dataset=data['test'],\n"
+        "           peft_config=LoraConfig())\n",
+        encoding="utf-8",
+    )
+    assert import_config("trl", file).draft.get("data.eval") == "10%"
+
+
+def test_several_losses_at_once_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="sigmoid, sft"):
+        trl(tmp_path, "loss_type=['sigmoid', 'sft']", kind="DPO")

@@ -143,11 +143,11 @@ def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
     loss = keys.take("loss_type")
     loss = loss[0] if isinstance(loss, list) and len(loss) == 1 else loss
     if objective in ("dpo", "simpo") and loss is not None:
-        if loss not in LOSSES:
+        if not isinstance(loss, str) or loss not in LOSSES:
             raise RecipeError(
                 f"{draft.file}: loss_type {shown(loss)}: strop has no such objective", fix="sigmoid, ipo or simpo"
             )
-        objective = LOSSES[str(loss)]
+        objective = LOSSES[loss]
     elif objective == "simpo":
         raise RecipeError(
             f"{draft.file}: CPO: strop has no such objective", fix="it has simpo: loss_type simpo, cpo_alpha 0"

@@ -113,7 +113,7 @@ def _afterwards(draft: Draft, script: Script, trainer_line: float) -> None:
     """What the script does to a model, a tokenizer or a trainer that it has made."""
     made = [call for call in script.calls if call.into and call.line <= trainer_line and call.name in _MAKERS]
     for name in dict.fromkeys(call.into for call in made):
-        for key, node, line in script.settings(name):
+        for key, node, line, _ in script.settings(name):
             if key.rpartition(".")[2] in _NO_MATTER:
                 draft.skip(f"{name}.{key}", "", line)
             else:
