@@ -166,9 +166,14 @@ def test_rows_that_were_judged_bad_are_not_measured_on(tiny_folder: Path, tmp_pa
     assert sorted(example.line for example in measured) == good
 
 
-def test_what_lies_beside_the_weights(trained: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_lies_beside_the_weights(
+    trained: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run, out = trained(), tmp_path / "merged"
-    merged = merge(str(run), out)
+    with caplog.at_level("INFO", "strop"):
+        merged = merge(str(run), out)
+    said = [record.getMessage() for record in caplog.records]  # what takes long is not shown as loading
+    assert [text.split()[0].strip(",") for text in said][-4:] == ["loading", "measuring"] * 2
     names = {file.name for file in out.iterdir()}
     assert {"config.json", "model.safetensors.index.json", "tokenizer.json"} <= names and sorted(names) == merged.files
     assert not {"strop.json", "adapter_config.json", "merge.json"} & names
