@@ -107,6 +107,24 @@ def test_what_has_no_place_in_the_base_is_refused(trained: Callable[..., Path], 
     assert not list(tmp_path.glob("merged*"))
 
 
+def test_an_adapter_whose_first_weights_were_taken_out_of_its_base_is_refused(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """PiSSA as peft saves it: on the base as it is stored it is another model."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "pissa")
+    for what in (
+        lambda name: merge(name, tmp_path / "merged", measure=False),
+        lambda name: strop.export("gguf", name, tmp_path / "m.gguf", measure=False),
+        strop.load,
+    ):
+        with pytest.raises(ModelError, match="init_lora_weights pissa on a base that peft changed"):
+            what(str(tmp_path / "pissa"))
+    assert not (tmp_path / "merged").exists()
+    assert strop.load(tmp_path / "pissa", force=True).notes
+
+
 def test_an_adapter_on_what_sees_is_merged_too(tmp_path: Path) -> None:
     """strop trains none there; other tools do."""
     tiny_families.save("gemma3", tmp_path / "base", multimodal=True)
