@@ -25,6 +25,7 @@ from strop.model.biases import biases_of, has_own_biases, keep_biases, without_a
 from strop.model.facts import Source, fingerprint, locate, safetensors_header
 from strop.model.generate import Answer, generate
 from strop.model.load import DTYPES, check_place, load_base
+from strop.model.loftq import moved_base
 from strop.model.lora import OLD_NAME, grow_vocabulary, sum_once
 from strop.model.measured import made_for
 from strop.model.quantize import SCHEMES
@@ -182,10 +183,13 @@ def load_beside(module: peft.PeftModel, folder: Path, source: Source, name: str,
 def check_base(folder: Path, source: Source, *, force: bool = False) -> list[str]:
     """Raises ModelError where an adapter was trained on another base; with `force`, gives that as a note."""
     trained_on, found = read_identity(folder).get("base"), fingerprint(source)
-    if not trained_on or trained_on["fingerprint"] == found:
+    if moved := moved_base(read_adapter_config(folder)):
+        what = f"{folder}: {moved}"
+    elif not trained_on or trained_on["fingerprint"] == found:
         return []
-    prints = f"fingerprint {trained_on['fingerprint'][:12]} expected, {found[:12]} found"
-    what = f"{folder}: trained on {trained_on['name']}, which is not {source.name} ({prints})"
+    else:
+        prints = f"fingerprint {trained_on['fingerprint'][:12]} expected, {found[:12]} found"
+        what = f"{folder}: trained on {trained_on['name']}, which is not {source.name} ({prints})"
     if not force:
         raise ModelError(what, fix="load it on its own base (chat and eval take --force)")
     return [what]
@@ -380,13 +384,9 @@ def load(
     identity = read_identity(folder) if folder is not None else {}
     scheme = str(identity.get("quantization", "none")) if quantization == "auto" else quantization
     base = load_base(
-        source,
-        chosen,
-        where,
-        quantization=scheme,
-        double=bool(identity.get("double_quantization", True)),
+        source, chosen, where, quantization=scheme, double=bool(identity.get("double_quantization", True)),
         resident_layers=None if quantization == "auto" else 0,
-    )
+    )  # fmt: skip
     if folder is None:
         return Model(name, base, renderer.tokenizer, renderer, None, source=source, quantization=scheme)
     module, notes = attach(base, folder, source, force=force, scores=scores)

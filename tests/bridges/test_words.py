@@ -10,7 +10,7 @@ import pytest
 
 from strop.bridges.draft import Draft
 from strop.bridges.peers import import_config
-from strop.errors import InputError
+from strop.errors import InputError, RecipeError
 
 AXOLOTL = "base_model: demo\nadapter: lora\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\n"
 ROWS = "datasets: [{path: a.jsonl, type: chat_template}]\n"
@@ -283,3 +283,96 @@ def test_a_script_whose_config_comes_from_the_command_line_says_what_to_do(tmp_p
     with pytest.raises(InputError, match="is made in it") as raised:
         import_config("trl", file)
     assert "YAML" in raised.value.fix
+
+
+def test_simpo_has_the_defaults_of_trl(tmp_path: Path) -> None:
+    """Beta 0.1, a margin of 0.5 and a cross entropy besides, where strop has 2, 1 and none."""
+    given = trl(tmp_path, "loss_type='simpo'", kind="CPO")
+    assert (given.get("train.beta"), given.get("train.gamma")) == (0.1, 0.5) and "1.0" in said(given.lacks)["cpo_alpha"]
+    given = trl(tmp_path, "loss_type='simpo', beta=2.5, simpo_gamma=1.2, cpo_alpha=0", kind="CPO")
+    assert (given.get("train.beta"), given.get("train.gamma")) == (2.5, 1.2) and not given.lacks
+    given = axolotl(tmp_path, "rl: simpo\nsimpo_gamma: 0.4\n")
+    assert (given.get("train.beta"), given.get("train.gamma")) == (0.1, 0.4) and "cpo_alpha" in said(given.lacks)
+    given = axolotl(tmp_path, "rl: simpo\nsimpo_gamma: 0.4\nrl_beta: 3\ncpo_alpha: 0\n")
+    assert given.get("train.beta") == 3 and not given.lacks
+
+
+def test_targets_by_a_regular_expression_are_told(tmp_path: Path) -> None:
+    """strop takes names: as a name the expression matched nothing, or was cut at its commas."""
+    file = tmp_path / "s.py"
+    for written in (r"r'.*\.(q|v)_proj'", r"'model.layers.[0-9]{1,2}.self_attn.q_proj'"):
+        file.write_text(
+            "SFTTrainer('demo', args=SFTConfig(), train_dataset=load_dataset('a.jsonl'),\n"
+            f"           peft_config=LoraConfig(target_modules={written}))\n",
+            encoding="utf-8",
+        )
+        draft = import_config("trl", file).draft
+        assert draft.get("lora.target_modules") is None
+        assert "regular expression" in said(draft.lacks)["target_modules"] and draft.lacks[0].line == 2
+    file = tmp_path / "sft.yaml"
+    file.write_text("model_name_or_path: demo\nuse_peft: true\nlora_target_modules: '.*[qv]_proj'\n", encoding="utf-8")
+    draft = import_config("trl", file).draft
+    assert "lora_target_modules" in said(draft.lacks) and "lora_target_modules" not in said(draft.differs)
+
+
+def test_another_split_of_a_data_set_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "sft.yaml"
+    start = "model_name_or_path: demo\nuse_peft: true\ndataset_name: owner/chat\n"
+    file.write_text(start + "dataset_train_split: train_sft\ndataset_test_split: test_sft\neval_strategy: steps\n")
+    draft = import_config("trl", file).draft
+    assert (
+        "train_sft" in said(draft.lacks)["dataset_train_split"]
+        and "test_sft" in said(draft.lacks)["dataset_test_split"]
+    )
+    file.write_text(start + "dataset_train_split: train\n")
+    assert not import_config("trl", file).draft.lacks
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "gradient_accumulation_steps: auto",
+        "sequence_len: [1]",
+        "max_steps: 1.5",
+        "save_total_limit: all",
+        "warmup_steps: x",
+    ],
+)
+def test_a_value_that_is_no_number_is_named(more: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=more.partition(":")[0]):
+        axolotl(tmp_path, more + "\n")
+    file = tmp_path / "factory.yaml"
+    file.write_text("model_name_or_path: demo\nlora_rank: all\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="lora_rank: all: not a whole number"):
+        import_config("llamafactory", file)
+
+
+def test_steps_that_are_not_read_there_are_not_read_here(tmp_path: Path) -> None:
+    draft = trl(tmp_path, "save_strategy='epoch', save_steps=10, eval_strategy='no', eval_steps=5, logging_steps=3")
+    assert [draft.get(f"train.{name}_steps") for name in ("save", "eval", "log")] == [None, None, 3]
+    assert "save_strategy is epoch" in said(draft.own_way)["save_steps"] and not draft.lacks
+    draft = axolotl(tmp_path, "save_strategy: steps\nsave_steps: 10\neval_steps: 5\n")
+    assert (draft.get("train.save_steps"), draft.get("train.eval_steps")) == (10, 5)
+
+
+def test_what_is_set_in_a_branch_is_told_and_not_taken(tmp_path: Path) -> None:
+    draft = trl(tmp_path, "learning_rate=3e-4", after="args.seed = 7\nif DEBUG:\n    args.max_steps = 10\n")
+    assert (draft.get("seed"), draft.get("train.max_steps"), draft.get("train.learning_rate")) == (7, None, 3e-4)
+    assert "branch" in said(draft.lacks)["args.max_steps"]
+
+
+@pytest.mark.parametrize("given", ["0.1", "test_size=0.1"])
+def test_a_share_that_is_held_out(given: str, tmp_path: Path) -> None:
+    file = tmp_path / "s.py"
+    file.write_text(
+        f"data = load_dataset('json', data_files='a.jsonl', split='train').train_test_split({given})\n"
+        "SFTTrainer('demo', args=SFTConfig(), train_dataset=data['train'], eval_dataset=data['test'],\n"
+        "           peft_config=LoraConfig())\n",
+        encoding="utf-8",
+    )
+    assert import_config("trl", file).draft.get("data.eval") == "10%"
+
+
+def test_several_losses_at_once_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="sigmoid, sft"):
+        trl(tmp_path, "loss_type=['sigmoid', 'sft']", kind="DPO")

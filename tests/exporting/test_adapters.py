@@ -113,6 +113,21 @@ def test_a_weighted_sum_is_the_sum(two: tuple[Path, Path], tmp_path: Path, capsy
     assert norm(str(tmp_path / "sum")) > 0 and facts(str(tmp_path / "sum")).data is None
 
 
+def test_a_sum_of_what_was_asked_in_other_ways_says_so(
+    two: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run("adapters", *two, "--out", tmp_path / "sum", "--weights", "1,1", "--json", capsys=capsys)
+    assert code == 0 and json.loads(out)["notes"] == []
+    shutil.copytree(two[1] / "adapter", tmp_path / "other")
+    file = tmp_path / "other" / "strop.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "template": "0" * 64, "system": "Be brief."}))
+    words = ("adapters", two[0], tmp_path / "other", "--out", tmp_path / "mixed", "--weights", "1,1", "--json")
+    code, out, err = run(*words, capsys=capsys)
+    told = " ".join(json.loads(out)["notes"])
+    assert code == 0 and "another chat template" in told and "another system prompt" in told
+    assert "another chat template" in " ".join(err.split())
+
+
 @pytest.mark.parametrize(
     "setting", [{"trainable_token_indices": {"embed_tokens": [7]}}, {"use_dora": True}, {"bias": "all"}]
 )

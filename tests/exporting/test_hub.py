@@ -16,6 +16,7 @@ from huggingface_hub import constants
 
 import strop
 from strop.evaluation.card import hub_id
+from strop.exporting.adapters import combine
 from tests.support.hub_standin import TOKEN, Shelf, taking
 from tests.support.running import run
 
@@ -104,6 +105,31 @@ def test_a_merged_model_is_sent_and_what_is_not_is_named(push: Push, shelf: Shel
     card = files["README.md"].decode()
     assert "mean KL" in card and 'AutoModelForCausalLM.from_pretrained("me/model")' in card
     assert not [name for name, held in files.items() if str(made.parent).encode() in held]
+
+
+def test_a_sum_of_adapters_is_sent_without_places_rows_and_notes(
+    push: Push, shelf: Shelf, made: Path, tiny_folder: Path
+) -> None:
+    shelf.repos["me/base"], shelf.private["me/base"] = (
+        {"config.json": (tiny_folder / "config.json").read_bytes()},
+        False,
+    )
+    own = {
+        "README.md": "a sum",
+        "rows.json": "[]",
+        "notes.txt": "to myself",
+        "trainer_state.json": '{"best": "/home/x"}',
+    }
+    combine([str(made / "run"), str(made / "run" / "adapter")], [0.5, 0.5], made / "sum")
+    for name, text in own.items():
+        (made / "sum" / name).write_text(text)
+    code, said, err = push("sum", "me/sum", "--base", "me/base")
+    assert code == 0, err
+    files = shelf.repos["me/sum"]
+    assert said["left_out"] == ["notes.txt", "rows.json", "trainer_state.json"]
+    assert {"adapter_config.json", "tokenizer.json", "chat_template.jinja", "strop.json", "README.md"} <= set(files)
+    assert [part["name"] for part in json.loads(files["strop.json"])["combined"]] == ["run", "adapter"]
+    assert not [name for name, held in files.items() if str(made).encode() in held]
 
 
 def test_who_may_see_it_is_never_a_surprise(push: Push, shelf: Shelf) -> None:

@@ -107,6 +107,24 @@ def test_what_has_no_place_in_the_base_is_refused(trained: Callable[..., Path], 
     assert not list(tmp_path.glob("merged*"))
 
 
+def test_an_adapter_whose_first_weights_were_taken_out_of_its_base_is_refused(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """PiSSA as peft saves it: on the base as it is stored it is another model."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "pissa")
+    for what in (
+        lambda name: merge(name, tmp_path / "merged", measure=False),
+        lambda name: strop.export("gguf", name, tmp_path / "m.gguf", measure=False),
+        strop.load,
+    ):
+        with pytest.raises(ModelError, match="init_lora_weights pissa on a base that peft changed"):
+            what(str(tmp_path / "pissa"))
+    assert not (tmp_path / "merged").exists()
+    assert strop.load(tmp_path / "pissa", force=True).notes
+
+
 def test_an_adapter_on_what_sees_is_merged_too(tmp_path: Path) -> None:
     """strop trains none there; other tools do."""
     tiny_families.save("gemma3", tmp_path / "base", multimodal=True)
@@ -166,9 +184,14 @@ def test_rows_that_were_judged_bad_are_not_measured_on(tiny_folder: Path, tmp_pa
     assert sorted(example.line for example in measured) == good
 
 
-def test_what_lies_beside_the_weights(trained: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_lies_beside_the_weights(
+    trained: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run, out = trained(), tmp_path / "merged"
-    merged = merge(str(run), out)
+    with caplog.at_level("INFO", "strop"):
+        merged = merge(str(run), out)
+    said = [record.getMessage() for record in caplog.records]  # what takes long is not shown as loading
+    assert [text.split()[0].strip(",") for text in said][-4:] == ["loading", "measuring"] * 2
     names = {file.name for file in out.iterdir()}
     assert {"config.json", "model.safetensors.index.json", "tokenizer.json"} <= names and sorted(names) == merged.files
     assert not {"strop.json", "adapter_config.json", "merge.json"} & names
@@ -177,6 +200,21 @@ def test_what_lies_beside_the_weights(trained: Callable[..., Path], tmp_path: Pa
     said = [{"role": "user", "content": "what is 3"}]
     assert before.apply_chat_template(said, tokenize=False) == after.apply_chat_template(said, tokenize=False)
     assert {t.dtype for file in out.glob("*.safetensors") for t in load_file(file).values()} == {torch.bfloat16}
+
+
+def test_a_merged_model_ends_its_answers_where_they_were_trained_to_end(
+    trained: Callable[..., Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Its base's generation config knows nothing of a template of the user's."""
+    turns = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<done>{% endfor %}"
+    (tmp_path / "own.jinja").write_text(turns + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    run = trained(**{"data.template": str(tmp_path / "own.jinja"), "lora.new_tokens": ["<done>"]})
+    merge(str(run), tmp_path / "merged", measure=False)
+    done = AutoTokenizer.from_pretrained(tmp_path / "merged").convert_tokens_to_ids("<done>")
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).generation_config for folder in (tiny_folder, tmp_path / "merged")
+    )
+    assert {done, before.eos_token_id} <= set(after.eos_token_id)
 
 
 @pytest.mark.parametrize(("dtype", "small"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-4)])

@@ -18,6 +18,7 @@ import strop
 from strop.errors import InputError
 from strop.exporting.script import export_script
 from strop.runs.events import read_events
+from tests.support import tiny_families
 from tests.support.preferences import write_pairs
 from tests.support.tiny import write_rows
 
@@ -108,6 +109,15 @@ def test_a_run_from_an_adapter(
     ours = trained(tmp_path / "run", **of, **{"model.adapter": str(tmp_path / "first"), "lora.dropout": 0.0})
     export_script(tmp_path / "run", tmp_path / "script")
     assert losses(tmp_path / "script", capsys) == pytest.approx(ours, abs=1e-3)
+
+
+def test_dropout_of_the_base_itself_is_told(tmp_path: Path, tiny_folder: Path, rows_file: Path) -> None:
+    """GPT-2 has some, and draws it anew: the losses of script and run are not the same."""
+    tiny_families.save("gpt2", tmp_path / "gpt2")
+    trained(tmp_path / "a", model=str(tmp_path / "gpt2"), data=str(rows_file))
+    assert "other masks" in " ".join(export_script(tmp_path / "a", tmp_path / "x").notes)
+    trained(tmp_path / "b", model=str(tiny_folder), data=str(rows_file))
+    assert not export_script(tmp_path / "b", tmp_path / "y").notes
 
 
 def test_what_it_cannot_do_is_refused(tiny_folder: Path, tmp_path: Path) -> None:

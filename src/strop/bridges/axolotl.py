@@ -20,10 +20,13 @@ from strop.bridges.terms import (
     number,
     optimizer,
     packing,
+    real,
     schedule,
+    simpo,
     steps_and_places,
     track,
     val_split,
+    whole,
 )
 from strop.errors import InputError
 
@@ -93,13 +96,14 @@ def _model(draft: Draft, keys: Keys) -> None:
             keys.take(key)
     four, eight = keys.take("load_in_4bit"), keys.take("load_in_8bit")
     quantization(draft, four, eight)
+    named = "lora_target_modules" in keys
     lora(
         draft, keys, rank="lora_r", alpha="lora_alpha", dropout="lora_dropout", modules="lora_target_modules",
         defaults={"lora.dropout": 0.0},
     )  # fmt: skip
     if keys.take("lora_target_linear"):
         draft.put("lora.target_modules", "all-linear", "lora_target_linear")
-    elif draft.get("lora.target_modules") is None:
+    elif not named:
         draft.differ("lora_target_modules", "not given: strop takes all linear layers")
     first_weights(draft, keys, "peft_init_lora_weights")
     for key, name in (
@@ -166,7 +170,9 @@ def _data(draft: Draft, keys: Keys) -> None:
         named = " and ".join(dict.fromkeys(shown(one) if one else "the usual names" for one in every))
         draft.lack("datasets", f"columns of several names, {named}: data.columns is one for all files; rename them")
     length = keys.take("sequence_len")
-    draft.put("data.max_length", int(length or 512), "sequence_len" if length else "axolotl's default")
+    draft.put(
+        "data.max_length", whole("sequence_len", length or 512), "sequence_len" if length else "axolotl's default"
+    )
     strategy = keys.take("excess_length_strategy", "drop")
     if strategy == "truncate":
         draft.lack("excess_length_strategy", "truncate: a row cut at its end loses its stop token; strop drops it")
@@ -261,7 +267,7 @@ def _training(draft: Draft, keys: Keys) -> None:
     rows, steps = keys.take("micro_batch_size", 1), keys.take("gradient_accumulation_steps", 1)
     batch(draft, rows, steps, "micro_batch_size x gradient_accumulation_steps")
     if (total := keys.take("batch_size")) is not None:
-        draft.put("train.batch_size", int(total), "batch_size")
+        draft.put("train.batch_size", whole("batch_size", total), "batch_size")
     for key, name, default in (
         ("num_epochs", "train.epochs", 1.0),
         ("learning_rate", "train.learning_rate", None),
@@ -285,7 +291,7 @@ def _training(draft: Draft, keys: Keys) -> None:
         if often and often != 1:
             draft.lack(key, f"{often}: once an epoch here; for more give {ours}, a number of steps")
     if (patience := keys.take("early_stopping_patience")) is not None:
-        draft.put("train.early_stopping", int(patience), "early_stopping_patience")
+        draft.put("train.early_stopping", whole("early_stopping_patience", patience), "early_stopping_patience")
     _tracking(draft, keys)
     _how(draft, keys)
     steps_and_places(draft, keys)
@@ -296,15 +302,16 @@ def _training(draft: Draft, keys: Keys) -> None:
 def _schedule(draft: Draft, keys: Keys) -> None:
     steps, ratio, name = keys.take("warmup_steps"), keys.take("warmup_ratio"), keys.take("lr_scheduler", "cosine")
     warm, source = (steps, "warmup_steps") if steps is not None else (ratio, "warmup_ratio")
-    draft.put("train.warmup", number(0.03 if warm is None else warm), "axolotl's default" if warm is None else source)
+    warmup = real(source, 0.03 if warm is None else warm)
+    draft.put("train.warmup", warmup, "axolotl's default" if warm is None else source)
     schedule(draft, "lr_scheduler", name)
     if name == "constant":
         if warm:
             draft.skip(source, f"{warm}: lr_scheduler constant has no warmup there either")
     elif warm is None:
         draft.differ("warmup", f"not given: 3 % of the steps, there at most 100; {SCHEDULE_STARTS}")
-    elif number(warm):
-        draft.differ("warmup", f"{SCHEDULE_STARTS}" + "; a share is rounded up, there down" * (number(warm) < 1))
+    elif warmup:
+        draft.differ("warmup", f"{SCHEDULE_STARTS}" + "; a share is rounded up, there down" * (0 < warmup < 1))
 
 
 def _tracking(draft: Draft, keys: Keys) -> None:
@@ -344,11 +351,12 @@ def _preferences(draft: Draft, keys: Keys) -> None:
         ("rl_beta", "train.beta"),
         ("orpo_alpha", "train.beta"),
         ("dpo_label_smoothing", "train.label_smoothing"),
-        ("simpo_gamma", "train.gamma"),
         ("kto_desirable_weight", "train.desirable_weight"),
         ("kto_undesirable_weight", "train.undesirable_weight"),
     ):
         if (value := keys.take(key)) is not None:
             draft.put(name, number(value), key)
+    if draft.get("train.objective") == "simpo":
+        simpo(draft, keys)
     if draft.get("train.objective") == "ipo" and draft.get("train.beta") is not None:
         draft.differ("rl_beta", "the paper's tau here")

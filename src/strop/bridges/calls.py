@@ -105,14 +105,16 @@ class Script:
         made = self._constants.get(node.value.id)
         return node.attr if isinstance(made, ast.Call) and getattr(made.func, "attr", "") == "parse_args" else None
 
-    def settings(self, name: str) -> Iterator[tuple[str, ast.expr, int]]:
-        """Attributes that are set on a name: `config.seed = 1` is (seed, 1, its line)."""
+    def settings(self, name: str) -> Iterator[tuple[str, ast.expr, int, bool]]:
+        """Attributes that are set on a name: `config.seed = 1` is (seed, 1, its line, whether it is set whatever
+        happens)."""
+        always = {id(node) for node in _always(self._tree.body)}
         for node in ast.walk(self._tree):
             if isinstance(node, ast.Assign | ast.AugAssign):
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     if isinstance(target, ast.Attribute) and ast.unparse(target).startswith(f"{name}."):
                         value = node.value if isinstance(node, ast.Assign) else target
-                        yield ast.unparse(target).partition(".")[2], value, node.lineno
+                        yield ast.unparse(target).partition(".")[2], value, node.lineno, id(node) in always
 
     def derived(self, names: tuple[str, ...]) -> list[tuple[str, str, int]]:
         """Classes made from one of `names`: (its own name, that name, its line)."""
@@ -237,8 +239,11 @@ def keys_of(draft: Draft, script: Script, call: Call, positional: tuple[str, ...
     that they cannot be read."""
     given = {**dict(zip(positional, call.arguments, strict=False)), **call.keywords}
     lines = {key: node.lineno for key, node in given.items()}
-    for key, node, line in script.settings(call.into) if call.into else ():
-        given[key], lines[key] = node, line
+    for key, node, line, always in script.settings(call.into) if call.into else ():
+        if always:
+            given[key], lines[key] = node, line
+        else:
+            draft.lack(f"{call.into}.{key}", f"{text_of(node)}: set in a branch or a loop: is it in your run?", line)
     values: dict[str, Any] = {}
     for key, node in given.items():
         value = script.value(node)

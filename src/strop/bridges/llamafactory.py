@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from strop.bridges.draft import Draft, Keys, read_yaml, shown
-from strop.bridges.terms import OWN_WAY, lora, must_be, no_dropout, number, packing, training_arguments, val_split
+from strop.bridges.terms import (
+    OWN_WAY,
+    lora,
+    must_be,
+    no_dropout,
+    number,
+    packing,
+    training_arguments,
+    val_split,
+    whole,
+)
 from strop.errors import InputError
 
 STAGES = {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "kto", "rm": "reward"}
@@ -44,7 +54,7 @@ def read(path: Path) -> Draft:
     _data(draft, keys, stage)
     training_arguments(draft, keys, DEFAULTS, said="llamafactory")
     if (patience := keys.take("early_stopping_steps")) is not None:
-        draft.put("train.early_stopping", int(patience), "early_stopping_steps")
+        draft.put("train.early_stopping", whole("early_stopping_steps", patience), "early_stopping_steps")
     _preferences(draft, keys, objective)
     keys.end(draft, (*OWN_WAY, *MORE_OF_OURS))
     return draft
@@ -72,7 +82,7 @@ def _model(draft: Draft, keys: Keys) -> None:
         draft.put("model.quantization", "none", "no quantization_bit")
         if bits is not None:
             draft.lack("quantization_bit", f"{bits} by {method}: strop has nf4, fp4 and int8")
-    rank = keys.peek("lora_rank", 8)
+    rank = whole("lora_rank", keys.peek("lora_rank", 8))
     lora(
         draft, keys, rank="lora_rank", alpha="lora_alpha", dropout="lora_dropout", modules="lora_target",
         defaults={"lora.r": 8, "lora.alpha": 2 * rank, "lora.dropout": 0.0},
@@ -103,7 +113,9 @@ def _data(draft: Draft, keys: Keys, stage: str) -> None:
         elif columns:
             draft.lack(f"columns of {key}", "they differ by file: strop takes one --data.columns for all")
     length = keys.take("cutoff_len")
-    draft.put("data.max_length", int(length or 2048), "cutoff_len" if length else "llamafactory's default")
+    draft.put(
+        "data.max_length", whole("cutoff_len", length or 2048), "cutoff_len" if length else "llamafactory's default"
+    )
     draft.differ(
         "cutoff_len",
         "longer rows are shortened there, prompt and answer each at its end, and dropped where packing is on; strop "

@@ -19,7 +19,9 @@ from strop.bridges.terms import (
     no_dropout,
     number,
     packing,
+    simpo,
     training_arguments,
+    whole,
 )
 from strop.errors import InputError, RecipeError
 
@@ -141,11 +143,11 @@ def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
     loss = keys.take("loss_type")
     loss = loss[0] if isinstance(loss, list) and len(loss) == 1 else loss
     if objective in ("dpo", "simpo") and loss is not None:
-        if loss not in LOSSES:
+        if not isinstance(loss, str) or loss not in LOSSES:
             raise RecipeError(
                 f"{draft.file}: loss_type {shown(loss)}: strop has no such objective", fix="sigmoid, ipo or simpo"
             )
-        objective = LOSSES[str(loss)]
+        objective = LOSSES[loss]
     elif objective == "simpo":
         raise RecipeError(
             f"{draft.file}: CPO: strop has no such objective", fix="it has simpo: loss_type simpo, cpo_alpha 0"
@@ -163,7 +165,6 @@ def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
     for key, name, used in (
         ("beta", "train.beta", ("dpo", "ipo", "kto", "orpo", "simpo")),
         ("label_smoothing", "train.label_smoothing", ("dpo", "simpo")),
-        ("simpo_gamma", "train.gamma", ("simpo",)),
         ("desirable_weight", "train.desirable_weight", ("kto",)),
         ("undesirable_weight", "train.undesirable_weight", ("kto",)),
     ):
@@ -171,8 +172,10 @@ def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
             draft.put(name, number(value), key)
         elif value:
             draft.lack(key, f"{shown(value)}: not read by {objective}")
-    if objective == "simpo" and (alpha := keys.take("cpo_alpha", 1.0)):
-        draft.lack("cpo_alpha", f"{alpha}: train.sft_weight is near to it (a mean over tokens)")
+    if objective == "simpo":
+        simpo(draft, keys)
+    elif gamma := keys.take("simpo_gamma"):
+        draft.lack("simpo_gamma", f"{gamma}: not read by {objective}")
     if isinstance(made := keys.take("model_init_kwargs"), dict):
         more = Keys(made)
         types(draft, more.take("dtype") or more.take("torch_dtype"))
@@ -181,7 +184,7 @@ def _arguments(draft: Draft, keys: Keys, objective: str, peer: str) -> None:
         more.end(draft, MODEL_WAYS)
     length = keys.take("max_length", keys.take("max_seq_length"))
     if length is not None:
-        draft.put("data.max_length", int(length), "max_length")
+        draft.put("data.max_length", whole("max_length", length), "max_length")
     elif draft.get("data.max_length") is None and "max_length" not in keys.none:
         draft.put("data.max_length", 1024, "trl's default")
     draft.differ("max_length", CUTS_THE_END if draft.get("data.max_length") is not None else NO_LIMIT)
@@ -224,9 +227,10 @@ def _from_yaml(draft: Draft) -> Draft:
         if (value := keys.take(key)) is not None and value != "main":
             draft.put(name, str(value), key)
     types(draft, keys.take("dtype") or keys.take("torch_dtype"))
+    named = "lora_target_modules" in keys
     lora(draft, keys, rank="lora_r", alpha="lora_alpha", dropout="lora_dropout", modules="lora_target_modules",
          defaults={"lora.r": 16, "lora.alpha": 32, "lora.dropout": 0.05})  # fmt: skip
-    if draft.get("lora.target_modules") is None:
+    if not named:
         draft.differ("lora_target_modules", NO_TARGETS)
     if keys.take("load_in_4bit"):
         draft.put("model.quantization", keys.take("bnb_4bit_quant_type", "nf4"), "load_in_4bit")
@@ -235,6 +239,11 @@ def _from_yaml(draft: Draft) -> Draft:
         draft.put("model.quantization", "int8" if keys.take("load_in_8bit") else "none", "load_in_8bit")
     if saved := keys.take("lora_modules_to_save"):
         draft.put("lora.modules_to_save", saved, "lora_modules_to_save")
+    if (split := keys.take("dataset_train_split", "train")) != "train":
+        draft.lack("dataset_train_split", f"{split}: strop takes the files of the train split: name those of {split}")
+    if str(keys.peek("eval_strategy", "no")) not in ("no", "False"):
+        split = keys.take("dataset_test_split", "test")
+        draft.lack("dataset_test_split", f"evaluated on {split} there: give data.eval its file, or a share such as 5%")
     loss = str(keys.peek("loss_type", ""))
     objective = "dpo" if "beta" in keys or loss in ("sigmoid", "ipo") else "sft"
     draft.differ(
@@ -244,5 +253,5 @@ def _from_yaml(draft: Draft) -> Draft:
     only, completion = keys.take("assistant_only_loss"), keys.take("completion_only_loss")
     if objective == "sft" and not only and not completion:
         draft.differ("assistant_only_loss", ON_ALL)
-    keys.end(draft, (*OWN_WAY, *MODEL_WAYS, "dataset_train_split", "dataset_test_split", "lora_task_type"))
+    keys.end(draft, (*OWN_WAY, *MODEL_WAYS, "dataset_test_split", "lora_task_type"))
     return draft

@@ -8,7 +8,7 @@ from typing import Any
 
 from strop.bridges.calls import UNREAD, Call, Script, keys_of, text_of
 from strop.bridges.draft import Draft, Keys, shown
-from strop.bridges.terms import first_weights, lora
+from strop.bridges.terms import first_weights, lora, whole
 from strop.errors import InputError
 
 MODEL_WAYS = (
@@ -95,7 +95,7 @@ def _load(draft: Draft, script: Script, call: Call, fast: bool) -> None:
     types(draft, keys.take("dtype") or keys.take("torch_dtype"))
     keys.take("torch_dtype")
     if (length := keys.take("max_seq_length")) is not None:
-        draft.put("data.max_length", int(length), "max_seq_length")
+        draft.put("data.max_length", whole("max_seq_length", length), "max_seq_length")
     if fast:
         four, eight = keys.take("load_in_4bit"), keys.take("load_in_8bit")
         if keys.take("full_finetuning"):
@@ -113,7 +113,7 @@ def _afterwards(draft: Draft, script: Script, trainer_line: float) -> None:
     """What the script does to a model, a tokenizer or a trainer that it has made."""
     made = [call for call in script.calls if call.into and call.line <= trainer_line and call.name in _MAKERS]
     for name in dict.fromkeys(call.into for call in made):
-        for key, node, line in script.settings(name):
+        for key, node, line, _ in script.settings(name):
             if key.rpartition(".")[2] in _NO_MATTER:
                 draft.skip(f"{name}.{key}", "", line)
             else:

@@ -42,7 +42,8 @@ def read_rows(draft: Draft, script: Script, keywords: dict[str, ast.expr]) -> No
         elif source:
             draft.lack("load_dataset", f"{shown(source)}: a further data set", call.line)
     if held_out and share and draft.get("data.eval") is None:
-        size = script.value(share[0].keywords["test_size"]) if "test_size" in share[0].keywords else 0.25
+        given = share[0].keywords.get("test_size", next(iter(share[0].arguments), None))
+        size = 0.25 if given is None else script.value(given)
         if isinstance(size, float) and 0 < size < 1:
             draft.put("data.eval", f"{100 * size:g}%", "train_test_split")
             draft.differ("train_test_split", "which rows are held out is decided by their content here, not by a seed")

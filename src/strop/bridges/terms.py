@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from strop.bridges.draft import Draft, Keys, shown
-from strop.errors import InputError, nearest
+from strop.errors import InputError, RecipeError, nearest
 
 OPTIMIZERS = {
     **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adam"), "adamw"),
@@ -45,6 +46,9 @@ OWN_WAY = (
     "skip_memory_metrics", "torch_compile", "torch_compile_backend", "torch_compile_mode", "trust_remote_code",
     "use_cache",
 )  # fmt: skip
+# without "steps" in it, the number of steps is not read
+WHEN = {"eval_steps": ("eval_strategy", "evaluation_strategy"), "save_steps": ("save_strategy",)}
+PLAIN_NAME = re.compile(r"[\w.\- ]*$")  # of a layer, as against an expression
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}  # strop's, and every other tool's default
 CUTS_THE_END = (
     "longer rows are cut at their end there, so the answer loses its end and its stop token; strop refuses such rows: "
@@ -71,8 +75,9 @@ _CARDS_HERE = (
 
 def batch(draft: Draft, rows: Any, steps: Any, key: str) -> None:
     """Rows at once times gradient accumulation: the effective batch of one device."""
-    draft.put("train.batch_size", int(rows) * int(steps), key)
-    draft.put("train.micro_batch", int(rows), key)
+    at_once = whole(key, rows)
+    draft.put("train.batch_size", at_once * whole(key, steps), key)
+    draft.put("train.micro_batch", at_once, key)
     draft.differ(
         key, "of one device there; strop's batch_size is the effective batch of the run, whatever the number of devices"
     )
@@ -195,11 +200,15 @@ def warmup(draft: Draft, keys: Keys, *, constant: bool) -> None:
 
 def steps_and_places(draft: Draft, keys: Keys) -> None:
     """When something is done, where it goes, who watches."""
-    if (most := keys.take("max_steps")) is not None and int(most) > 0:
-        draft.put("train.max_steps", int(most), "max_steps")
+    if (most := keys.take("max_steps")) is not None and whole("max_steps", most) > 0:
+        draft.put("train.max_steps", whole("max_steps", most), "max_steps")
     for key, name in (("logging_steps", "log_steps"), ("eval_steps", "eval_steps"), ("save_steps", "save_steps")):
         number_, at = number(keys.take(key)), keys.line(key)
+        when = [keys.peek(word) for word in WHEN.get(key, ())]
         if number_ is None:
+            continue
+        if other := [str(one) for one in when if one not in (None, "steps")]:
+            draft.skip(key, f"{number_}: not read there, {key.partition('_')[0]}_strategy is {other[0]}", at)
             continue
         if isinstance(number_, int) and number_ >= 1:
             draft.put(f"train.{name}", number_, key)
@@ -210,7 +219,7 @@ def steps_and_places(draft: Draft, keys: Keys) -> None:
         if keys.take(key):
             draft.lack(key, _CARDS_HERE, at)
     if (most := keys.take("save_total_limit")) is not None:
-        draft.put("train.keep_checkpoints", max(1, int(most)), "save_total_limit")
+        draft.put("train.keep_checkpoints", max(1, whole("save_total_limit", most)), "save_total_limit")
     if (out := keys.take("output_dir")) is not None:
         draft.put("out", str(out), "output_dir")
     for key in ("push_to_hub", "hub_model_id", "hub_strategy"):
@@ -244,7 +253,14 @@ def lora(
     given = keys.take(modules)
     if isinstance(given, str):
         given = given if given.strip() in ("all", "all-linear") else [part.strip() for part in given.split(",")]
-    if isinstance(given, list):
+    if odd := [name for name in given if not PLAIN_NAME.match(str(name))] if isinstance(given, list) else []:
+        draft.lack(
+            modules,
+            f"{odd[0]}: a regular expression; strop takes names of linear layers, and all of them unless "
+            "lora.target_modules says otherwise (`strop modules MODEL` lists them)",
+            keys.line(modules),
+        )
+    elif isinstance(given, list):
         draft.put("lora.target_modules", given, modules)
     elif given is not None:
         draft.put("lora.target_modules", "all-linear", modules)
@@ -272,6 +288,38 @@ def must_be(kind: str, value: Any, known: dict[str, str]) -> str:
             fix=f"it has {', '.join(dict.fromkeys(known))}",
         )
     return known[value]
+
+
+def simpo(draft: Draft, keys: Keys) -> None:
+    """SimPO as TRL has it, in its CPOTrainer, and Axolotl through that: other defaults, and a loss besides."""
+    if draft.get("train.beta") is None:
+        draft.put("train.beta", 0.1, "trl's default")
+    gamma = keys.take("simpo_gamma")
+    draft.put(
+        "train.gamma", 0.5 if gamma is None else number(gamma), "trl's default" if gamma is None else "simpo_gamma"
+    )
+    alpha = keys.take("cpo_alpha")
+    if alpha or alpha is None:
+        said = "1.0, trl's default" if alpha is None else alpha
+        draft.lack("cpo_alpha", f"{said}: train.sft_weight is near to it (a mean over tokens)")
+
+
+def whole(key: str, value: Any) -> int:
+    """A whole number, in YAML perhaps a text. Raises RecipeError."""
+    try:
+        if not isinstance(value, bool) and int(value) == float(value):
+            return int(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise RecipeError(f"{key}: {shown(value)}: not a whole number", fix="give one there")
+
+
+def real(key: str, value: Any) -> float:
+    """A number, in YAML perhaps a text. Raises RecipeError."""
+    found = number(value)
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise RecipeError(f"{key}: {shown(value)}: not a number", fix="give one there")
+    return found
 
 
 def number(value: Any) -> Any:

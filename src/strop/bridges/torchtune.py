@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.bridges.draft import Draft, Keys, read_yaml, shown
-from strop.bridges.terms import CUTS_THE_END, NO_LIMIT, SCHEDULE_STARTS, batch, number, packing
+from strop.bridges.terms import CUTS_THE_END, NO_LIMIT, SCHEDULE_STARTS, batch, number, packing, whole
 from strop.errors import InputError
 
 OWN_WAY = (
@@ -133,7 +133,7 @@ def _data(draft: Draft, keys: Keys) -> None:
         tokenizer.pop(key, None)
     length = tokenizer.pop("max_seq_len", None)
     if length is not None:
-        draft.put("data.max_length", int(length), "tokenizer.max_seq_len")
+        draft.put("data.max_length", whole("tokenizer.max_seq_len", length), "tokenizer.max_seq_len")
         draft.differ("tokenizer.max_seq_len", CUTS_THE_END)
     else:
         draft.differ("tokenizer.max_seq_len", NO_LIMIT)
@@ -197,7 +197,11 @@ def _training(draft: Draft, keys: Keys) -> None:
     epochs, most = keys.take("epochs", 1), keys.take("max_steps_per_epoch")
     draft.put("train.epochs", number(epochs), "epochs")
     if most is not None:
-        draft.put("train.max_steps", int(most) * int(epochs), "max_steps_per_epoch x epochs")
+        draft.put(
+            "train.max_steps",
+            whole("max_steps_per_epoch", most) * whole("epochs", epochs),
+            "max_steps_per_epoch x epochs",
+        )
         draft.differ("max_steps_per_epoch", "every epoch begins anew there; here the steps go on through the rows")
     optimizer = dict(keys.take("optimizer") or {})
     name = str(optimizer.pop("_component_", "torch.optim.AdamW"))
@@ -219,7 +223,11 @@ def _training(draft: Draft, keys: Keys) -> None:
             "train.lr_scheduler", "cosine" if kind else "constant", "lr_scheduler._component_" if kind else "none there"
         )
         warm = schedule.pop("num_warmup_steps", 0)
-        draft.put("train.warmup", int(warm), "lr_scheduler.num_warmup_steps" if kind else "none there")
+        draft.put(
+            "train.warmup",
+            whole("lr_scheduler.num_warmup_steps", warm),
+            "lr_scheduler.num_warmup_steps" if kind else "none there",
+        )
         draft.differ("lr_scheduler", SCHEDULE_STARTS)
     else:
         draft.lack("lr_scheduler._component_", f"{kind}: strop has cosine, linear and constant; cosine is taken")
@@ -228,7 +236,7 @@ def _training(draft: Draft, keys: Keys) -> None:
     clip = keys.take("clip_grad_norm")
     draft.put("train.max_grad_norm", number(clip) if clip else 0, "clip_grad_norm" if clip else "clip_grad_norm: null")
     if (seed := keys.take("seed")) is not None:
-        draft.put("seed", int(seed), "seed")
+        draft.put("seed", whole("seed", seed), "seed")
     if (dtype := keys.take("dtype")) is not None:
         draft.put("model.dtype", str(dtype), "dtype")
     if (again := keys.take("enable_activation_checkpointing")) is not None:

@@ -10,7 +10,7 @@ import typer
 from strop.alive import alive
 from strop.errors import RecipeError
 from strop.flags import Json, numbers
-from strop.terminal import console, print_adapters, print_json, print_pairs
+from strop.terminal import console, print_adapters, print_json, print_notes, print_pairs
 
 
 def adapters(
@@ -36,7 +36,7 @@ def adapters(
 
         sign.now("reading the adapters")
         if out is not None:
-            told = asdict(known.combine(names, numbers(weights), out))
+            told = {**asdict(known.combine(names, numbers(weights), out)), "notes": known.told_apart(names)}
         elif len(names) == 2:
             told = known.compare(*names)
         elif known.is_adapter(names[0]):
@@ -45,6 +45,7 @@ def adapters(
         else:
             told = {"adapters": [asdict(one) for one in known.found_in(Path(names[0]))]}
     if out is not None:
+        print_notes(told["notes"])
         console.print(f"[bold]wrote[/]    {told['folder']}: rank {told['rank']}")
     elif "adapters" in told:
         print_adapters(told["adapters"])

@@ -183,6 +183,18 @@ def combine(names: Sequence[str], weights: Sequence[float], out: Path) -> Facts:
     return facts(str(out))
 
 
+def told_apart(names: Sequence[str]) -> list[str]:
+    """What the adapters of a sum were asked with in training, where it differs: the sum has the first one's."""
+    first, *others = [(name, read_identity(_folder(name))) for name in names]
+    kinds = {"template": "chat template", "system": "system prompt", "reasoning": "handling of reasoning"}
+    return [
+        f"{name} was trained with another {kinds[key]} than {first[0]}: the sum is asked as {first[0]}"
+        for name, identity in others
+        for key in kinds
+        if key in identity and key in first[1] and identity[key] != first[1][key]
+    ]
+
+
 @dataclass(frozen=True)
 class _Delta:
     """What plain LoRA matrices add: scale * B A by module, and of experts by expert, each as a module of its own."""

@@ -21,7 +21,12 @@ from strop.model.facts import hub_config, locate, read_config, safetensors_heade
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-SENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", CARD_FILE, "LICENSE*", "NOTICE*")
+# By name: another JSON or text file may be the user's rows or notes.
+SENT = (
+    "*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer.json", "tekken.json", "vocab.json",
+    "added_tokens.json", "special_tokens_map.json", "chat_template.json", "vocab.txt", "merges.txt", "*.jinja",
+    "*.model", STROP_FILE, CARD_FILE, "LICENSE*", "NOTICE*",
+)  # fmt: skip
 # Where in JSON files tools put down the path that something was loaded from.
 PATHS = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 # What two configs have alike where an adapter for one fits the other.
@@ -111,7 +116,10 @@ def _adapter(folder: Path, repo: str, base: str | None) -> tuple[list[tuple[str,
     }
     if (folder / STROP_FILE).is_file():
         identity = json.loads((folder / STROP_FILE).read_text(encoding="utf-8"))
-        made[STROP_FILE] = _json({**identity, "base": {**identity["base"], "name": shown}})
+        told = {**identity, "base": {**identity["base"], "name": shown}}
+        if "combined" in told:  # of a sum: its parts lie somewhere here too
+            told["combined"] = [{**part, "name": Path(part["name"]).name} for part in told["combined"]]
+        made[STROP_FILE] = _json(told)
     if report is not None:
         made[CARD_FILE] = card(report, place=repo, base=base).encode()
     return _with_card(folder, {**contents, **made}, repo), left_out, shown

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from strop.adapters import (
     read_adapter_config,
     read_identity,
     refuse_other_kind,
+    renderer_of,
     with_tokenizer,
 )
 from strop.config.load import read_resolved
@@ -56,10 +57,9 @@ from strop.planning.phases import MEASURING_BYTES, measuring_bytes
 from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, write_json
 from strop.runs.lock import sha256_file, sha256_text
 
-# Files of a base that a merged folder has unchanged: how to draw, and how images, videos and sounds become numbers.
-AS_THEY_ARE = (
-    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-)  # fmt: skip
+DRAWING = "generation_config.json"  # how to draw, and at which tokens answers end
+# Files of a base that a merged folder has unchanged: that, and how images, videos and sounds become numbers.
+AS_THEY_ARE = (DRAWING, "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 MOST_ROWS = 2000  # to measure on
 CHOOSING_ROWS = 64  # on which two bases are compared
 AT_ONCE = 1 << 23  # numbers of a weight that are rounded to fp16 together: some 200 MB
@@ -354,8 +354,21 @@ def _write_rest(source: Source, folder: Path, out: Path, dtype: str) -> None:
     # A GGUF header names none, and servers look for their model class by it.
     config.architectures = config.architectures or [type(skeleton(source)).__name__]
     config.save_pretrained(out)
-    load_tokenizer(with_tokenizer(folder, source)).save_pretrained(out)
+    tokenizer = load_tokenizer(with_tokenizer(folder, source))
+    tokenizer.save_pretrained(out)
     for name in AS_THEY_ARE:
         file = weights_folder(source) / name
         if file.is_file():
             shutil.copy2(file, out / name)
+    _add_ends(out / DRAWING, config, renderer_of(tokenizer, read_identity(folder)).ends)
+
+
+def _add_ends(file: Path, config: Any, ends: Sequence[int]) -> None:
+    """Names the tokens at which trained answers end in a generation config, where it has others: a template of the
+    user's may end turns in another way than the base does."""
+    held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    named = held.get("eos_token_id", config.get_text_config().eos_token_id)
+    known = named if isinstance(named, list) else [] if named is None else [named]
+    if not set(ends) <= set(known):
+        held.pop("_from_model_config", None)  # transformers would make it of config.json again
+        write_json(file, {**held, "eos_token_id": list(dict.fromkeys([*ends, *known]))})

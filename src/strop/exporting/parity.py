@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ from strop.machine.heap import give_back
 from strop.model.biases import without_adapter
 from strop.planning.phases import POSITIONS
 
+LOG = logging.getLogger(__name__)
+MEASURING = "measuring, row by row"
 AT_ONCE_BYTES = 4 << 20  # of log-probabilities that something is computed of
 
 
@@ -145,6 +148,7 @@ def measuring(
     ends = list(accumulate(sizes))
     with tempfile.TemporaryDirectory() as folder:
         model = reference()
+        LOG.info(MEASURING)
         kept = _Kept(Path(folder) / "kept")
         losses = []
         for example, start in zip(examples, starts, strict=True):
@@ -157,6 +161,7 @@ def measuring(
 
         def measure(other: Callable[[], Any], limit: Limit) -> Parity:
             model = other()
+            LOG.info(MEASURING)
             divergences, apart, clear, others, effects = [], 0, 0, [], []
             for example, start, size, end in zip(examples, starts, sizes, ends, strict=True):
                 logs = _log_probabilities(model, example)

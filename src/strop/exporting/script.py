@@ -22,6 +22,7 @@ from strop.config.schema import Recipe
 from strop.data.batches import BatchStream
 from strop.data.conversation import Conversation, Example, Message
 from strop.data.prepare import Prepared, prepare
+from strop.engine.fits import own_dropout
 from strop.errors import InputError
 from strop.model.facts import Source, locate
 from strop.model.load import DTYPES, skeleton
@@ -161,7 +162,7 @@ def _settings(recipe: Recipe, source: Source, start: Path | None, data: Prepared
         "strop": __version__,
         "run": str(run),
         "versions": ", ".join(f"{name} {version(name)}" for name in SHOWN_VERSIONS),
-        "notes": _notes(recipe),
+        "notes": _notes(recipe, own_dropout(skeleton(source))),
         "pairs": pairs,
         "device": repr(recipe.model.device),
         "dtype": str(DTYPES[recipe.model.dtype]).removeprefix("torch."),
@@ -217,14 +218,15 @@ def _lora(recipe: Recipe, source: Source) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in kept.items())
 
 
-def _notes(recipe: Recipe) -> list[str]:
-    """What the script does not do as the run did."""
+def _notes(recipe: Recipe, dropout: str | None) -> list[str]:
+    """What the script does not do as the run did. dropout: of the base itself, by name."""
     train = recipe.train
     said = {
         "It does not evaluate, and keeps the last weights, not the best.": recipe.data.eval is not None,
         "It does not stop early.": bool(train.early_stopping or train.max_time),
         "It multiplies frozen weights in fp32.": train.int8_matmul,
-        "Dropout draws other masks than strop's: losses differ by chance.": recipe.lora.dropout > 0,
+        "Dropout draws other masks than strop's: losses differ by chance.": recipe.lora.dropout > 0
+        or dropout is not None,
         "In 16 bit, peft rounds what a young adapter adds away: its losses are higher than strop's at first.": (
             recipe.model.dtype != "fp32"
         ),

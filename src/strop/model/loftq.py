@@ -5,6 +5,9 @@ peft's own replace_lora_weights_loftq needs a CUDA device and leaves LoRA's scal
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import peft
 import torch
 from peft.tuners.lora import Linear as PeftLinear
@@ -51,3 +54,13 @@ def _set(module: PeftLinear, name: str, lost: Tensor) -> None:
     share = (s / module.scaling[name]).sqrt()
     module.lora_A[name].weight.data[:rank] = share[:, None] * v.t()
     module.lora_B[name].weight.data[:, :rank] = u * share
+
+
+def moved_base(config: Mapping[str, Any]) -> str | None:
+    """Of an adapter's config: why it does not belong to its base as that is stored. Some ways to begin take the first
+    weights out of the base (PiSSA, arXiv:2404.02948), and what was trained stands on the rest."""
+    start = str(config.get("init_lora_weights", True)).lower()
+    if not start.startswith(("pissa", "corda", "olora", "lora_ga", "loftq")):
+        return None
+    convert = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    return f"trained with init_lora_weights {start} on a base that peft changed: make it plain LoRA there, by {convert}"

@@ -51,14 +51,6 @@ class Integers:
         return Integers(planes[: len(weight)], planes[len(weight) :], scale)
 
 
-@cache
-def exact() -> bool:
-    """Whether this CPU's products of 8-bit integers are: some saturate at 16 bit where two products meet."""
-    x = torch.full((8, 64), -128, dtype=torch.int8)
-    x[::2] = 127
-    return bool((torch._int_mm(x, x.t()) == (x.long() @ x.long().t())).all())
-
-
 @inline
 def _in_parts(one: Any, columns: Any, there: Any, limit: Any, high: Any, low: Any) -> Any:
     """A row of `split`; gives its scale."""
