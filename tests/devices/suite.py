@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from strop.data.conversation import Example
 from strop.devices.group import Devices
 from strop.runs.events import read_events
+from strop.training import build, loop
 from strop.training import gradients as parts
-from strop.training import loop
 from strop.training import state as checkpoints
 from strop.training.criteria import criterion_for
 from tests import ROOT
@@ -418,3 +418,34 @@ def idle_experts(lab: Lab) -> None:
     more += ["--train.weight_decay", "0.1", "--train.learning_rate", "5e-3"]
     off = apart(lab.good(1, *more), lab.good(3, *more))
     assert off < NEAR, off
+
+
+def no_memory_elsewhere(lab: Lab) -> None:
+    """One rank finds no memory where the others are inside a block of their own (the level of KTO): all try again from
+    the same place. What cannot be helped is said by one rank, and the JSON is one object."""
+    judged = lab.folder / "judged.jsonl"
+    lines = [{"prompt": f"what is {n}", "completion": f"it is {n * n}", "label": bool(n % 3)} for n in range(13)]
+    judged.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def starve(owner: Any, name: str, when: int) -> Prepare:
+        def prepare() -> None:
+            make, count = getattr(owner, name), iter(range(1, 10_000))
+
+            def starved(*args: Any, **more: Any) -> Any:
+                if next(count) >= when:
+                    mock.patch.object(owner, name, make).start()
+                    raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+                return make(*args, **more)
+
+            mock.patch.object(owner, name, starved).start()
+
+        return prepare
+
+    more = ["--data", str(judged), "--train.objective", "kto"]
+    one, out = lab.good(1, *more), lab.good(3, *more, prepare={1: starve(loop, "make_state", 3)})
+    assert len(events(out, "shrink")) == 1 and apart(one, out) < NEAR
+    _, ended = lab.train(3, "--model.placement", "sharded", "--json", prepare={1: starve(build, "load_share", 1)})
+    assert codes(ended) == [1] * 3
+    lines = [line for one in ended for line in one.said.splitlines()]
+    assert sum("error:" in line for line in lines) == 1, said(ended)
+    assert sum(line.startswith("{") for line in lines) == 1, said(ended)
