@@ -187,3 +187,16 @@ def goes_on(lab: Lab) -> None:
 
     _, ended = lab.train(2, *SHARDED, prepare={1: poison})
     assert codes(ended) == [2, 2] and "holds NaN or infinity" in ended[1].said, said(ended)
+
+
+def odd_models(lab: Lab) -> None:
+    """Llama 4's text half, whose parts are not where its prefix says; and layers that are computed more than once."""
+    lab.model = lab.folder / "llama4"
+    tiny_families.save("llama4_text", lab.model)
+    more = ["--train.exact", "true", "--train.max_steps", "3"]
+    assert apart(lab.good(1, *more), lab.good(2, *SHARDED, *more)) == 0.0
+    lab.model = lab.folder / "hrm"
+    tiny_families.save("hrm_text", lab.model)
+    _, ended = lab.train(2, *SHARDED, *more)
+    assert codes(ended) == [1, 1] and "Traceback" not in said(ended), said(ended)
+    assert "this model cannot be sharded: give --model.placement replicated" in said(ended).replace("\n", " ")

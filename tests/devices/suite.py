@@ -22,14 +22,14 @@ from safetensors.torch import load_file
 from strop.data.conversation import Example
 from strop.devices.group import Devices
 from strop.runs.events import read_events
+from strop.training import build, loop
 from strop.training import gradients as parts
-from strop.training import loop
 from strop.training import state as checkpoints
 from strop.training.criteria import criterion_for
 from tests import ROOT
 from tests.devices.crew import Crew, Prepare, command, crew, inside
 from tests.faults.harness import Ended
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 
 NEAR = 1e-6
 STEPS = 12
@@ -378,3 +378,74 @@ def restarted(lab: Lab) -> None:
     (told,) = events(out, "resume")
     assert told["step"] == 4
     assert apart(lab.good(1, "--train.exact", "true"), out) == 0.0
+
+
+def one_nan(lab: Lab) -> None:
+    """A weight of one rank that is not finite when all are to save: ended at once, by name."""
+
+    def poison(job: Any) -> None:
+        job.state.weights[sorted(job.state.weights)[0]].data.view(-1)[3] = math.nan
+
+    out = lab.out()
+    running = lab.start(3, lab.words(out, "--train.save_steps", "3"), {1: at_step(3, poison)})
+    ended = running.end(within=200)
+    assert codes(ended) == [1] * 3 and "of rank 1 is not that of the others" in ended[0].said, said(ended)
+    assert [event["step"] for event in events(out, "save")] == [0]
+
+
+def judged_once(lab: Lab) -> None:
+    """A judge is asked by one rank for all: it may cost money."""
+    asked, out = lab.folder / "asked.txt", lab.good(1, "--train.learning_rate", "0.05")
+    judge = lab.folder / "judge.py"
+    count = f"open({str(asked)!r}, 'a').write('.')"
+    judge.write_text(f"def own(asked, gold, first, second):\n    {count}\n    return len(first) - len(second)\n")
+    found = []
+    for world in (1, 3):
+        asked.write_text("")
+        words = ["eval", str(out), "--data", str(lab.rows), "--metric", "contains", "--max-new-tokens", "4", "--json"]
+        ended = lab.start(world, [*words, "--judge", f"{judge}:own"]).end()
+        assert codes(ended) == [0] * world, said(ended)
+        told = next(json.loads(line) for one in ended for line in one.said.splitlines() if line.startswith("{"))
+        found.append((len(asked.read_text()), told["judge"]))
+    assert found[0] == found[1] and found[0][0] > 0
+
+
+def idle_experts(lab: Lab) -> None:
+    """Experts that no token of a step went to: their adapters decay all the same on any number of devices."""
+    lab.model = lab.folder / "longcat"
+    tiny_families.save("longcat_flash", lab.model)
+    more = ["--train.max_steps", "4", "--train.batch_size", "3", "--train.micro_batch", "1", "--lora.dropout", "0"]
+    more += ["--train.weight_decay", "0.1", "--train.learning_rate", "5e-3"]
+    off = apart(lab.good(1, *more), lab.good(3, *more))
+    assert off < NEAR, off
+
+
+def no_memory_elsewhere(lab: Lab) -> None:
+    """One rank finds no memory where the others are inside a block of their own (the level of KTO): all try again from
+    the same place. What cannot be helped is said by one rank, and the JSON is one object."""
+    judged = lab.folder / "judged.jsonl"
+    lines = [{"prompt": f"what is {n}", "completion": f"it is {n * n}", "label": bool(n % 3)} for n in range(13)]
+    judged.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def starve(owner: Any, name: str, when: int) -> Prepare:
+        def prepare() -> None:
+            make, count = getattr(owner, name), iter(range(1, 10_000))
+
+            def starved(*args: Any, **more: Any) -> Any:
+                if next(count) >= when:
+                    mock.patch.object(owner, name, make).start()
+                    raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+                return make(*args, **more)
+
+            mock.patch.object(owner, name, starved).start()
+
+        return prepare
+
+    more = ["--data", str(judged), "--train.objective", "kto"]
+    one, out = lab.good(1, *more), lab.good(3, *more, prepare={1: starve(loop, "make_state", 3)})
+    assert len(events(out, "shrink")) == 1 and apart(one, out) < NEAR
+    _, ended = lab.train(3, "--model.placement", "sharded", "--json", prepare={1: starve(build, "load_share", 1)})
+    assert codes(ended) == [1] * 3
+    lines = [line for one in ended for line in one.said.splitlines()]
+    assert sum("error:" in line for line in lines) == 1, said(ended)
+    assert sum(line.startswith("{") for line in lines) == 1, said(ended)

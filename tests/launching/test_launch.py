@@ -84,6 +84,7 @@ def test_writes_once(system: str, folder: Path, capsys: pytest.CaptureFixture[st
         (["slurm", "recipe.yaml", "--file", "nowhere/x.sh"], "no such folder"),
         (["slurm", "mps.yaml"], "cards or CPUs"),
         (["ray", "second.yaml", "--devices", "2"], "names one card"),
+        (["slurm", "rewards.yaml", "--nodes", "2"], "answers are drawn on one device, and there are 2"),
         (["skypilot", "auto.yaml", "--volume", "v"], "which card"),
         (["skypilot", "recipe.yaml"], "--bucket"),
         (["skypilot", "recipe.yaml", "--bucket", "b", "--nodes", "2"], "--volume"),
@@ -93,6 +94,8 @@ def test_writes_once(system: str, folder: Path, capsys: pytest.CaptureFixture[st
 )
 def test_refuses(words: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.yaml").write_text("model: {name: demo}\ndata: {train: a}\ntrain: {epoch: 1}\n", encoding="utf-8")
+    rewards = "model: {name: demo}\ndata: {train: a}\ntrain: {objective: grpo, rewards: 'r.py:own'}\n"
+    Path("rewards.yaml").write_text(rewards, encoding="utf-8")
     for name, device in (("mps", "mps"), ("second", "cuda:1"), ("auto", "auto")):
         write_recipe(Path(f"{name}.yaml"), device)
     write_recipe(folder.parent / "recipe.yaml")

@@ -170,6 +170,14 @@ def test_compare_is_about_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 2 and "--compare" in said
 
 
+def test_answers_are_drawn_on_one_device() -> None:
+    """Nothing is planned that training refuses."""
+    asked = {"train.objective": "grpo", "train.rewards": "length.py:length"}
+    assert plan(model="demo", gpu="A100 80GB", **asked).fits
+    with pytest.raises(RecipeError, match="answers are drawn on one device, and there are 6"):
+        plan(model="demo", gpu="A100 80GB", devices=2, nodes=3, **asked)
+
+
 def test_the_same_bits_cost_their_sending() -> None:
     """Eight micro-batches on two devices make a node each, which goes to everyone whole; on three six do."""
     assert SLOTS == shrink.SLOTS

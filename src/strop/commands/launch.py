@@ -11,7 +11,7 @@ from strop.flags import Json
 from strop.terminal import console, print_json
 
 if TYPE_CHECKING:
-    from strop.launching.job import Launched
+    from strop.launching.job import Job, Launched
 
 Given = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Nodes = Annotated[int, typer.Option(min=1, help="Machines.")]
@@ -35,9 +35,8 @@ def slurm(
 ) -> None:
     """Write a batch script for Slurm: saves before its time is up, and goes on in the next turn."""
     from strop.launching import slurm as system
-    from strop.launching.job import job_of
 
-    job = job_of(recipe, nodes=nodes, devices=devices, cores=cores, out=out)
+    job = _job(recipe, nodes, devices, cores, out)
     _tell(system.launch(job, file, time=time, force=force), as_json)
 
 
@@ -53,9 +52,8 @@ def ray(
 ) -> None:
     """Write a Python file for Ray Train: workers that are lost are started again."""
     from strop.launching import ray as system
-    from strop.launching.job import job_of
 
-    job = job_of(recipe, nodes=nodes, devices=devices, cores=cores, out=out)
+    job = _job(recipe, nodes, devices, cores, out)
     _tell(system.launch(job, file, force=force), as_json)
 
 
@@ -73,9 +71,8 @@ def kubernetes(
 ) -> None:
     """Write a TrainJob for Kubeflow Trainer v2, with the recipe in a ConfigMap."""
     from strop.launching import kubernetes as system
-    from strop.launching.job import job_of
 
-    job = job_of(recipe, nodes=nodes, devices=devices, cores=cores, out=out)
+    job = _job(recipe, nodes, devices, cores, out)
     _tell(system.launch(job, file, image=image, claim=claim, force=force), as_json)
 
 
@@ -97,10 +94,18 @@ def skypilot(
 ) -> None:
     """Write a managed job for SkyPilot: goes on elsewhere when its machines are taken away."""
     from strop.launching import skypilot as system
-    from strop.launching.job import job_of
 
-    job = job_of(recipe, nodes=nodes, devices=devices, cores=cores, out=out)
+    job = _job(recipe, nodes, devices, cores, out)
     _tell(system.launch(job, file, gpus=gpus, store=system.Store(bucket, volume), spot=spot, force=force), as_json)
+
+
+def _job(recipe: Path, nodes: int, devices: int, cores: int, out: str | None) -> Job:
+    from strop.config.load import resolve
+    from strop.launching.job import job_of
+    from strop.objectives.table import check_devices
+
+    check_devices(resolve(recipe).recipe.train, nodes * devices)
+    return job_of(recipe, nodes=nodes, devices=devices, cores=cores, out=out)
 
 
 def _tell(launched: Launched, as_json: bool) -> None:

@@ -31,19 +31,20 @@ def train(
     from strop.machine.memory import limit_bytes
 
     resolved = resolve(recipe, options)
+    from strop.devices.join import joined, start, to_start
+
+    number = to_start(devices, resolved.recipe.model.device)
     if print_recipe:
         from strop.training.setup import preview
 
-        complete = preview(resolved, memory=limit_bytes(memory))
+        complete = preview(resolved, memory=limit_bytes(memory), devices=number or 1)
         if as_json:
             choices = [asdict(choice) for choice in complete.choices.values()]
             print_json({"recipe": complete.recipe.model_dump(), "choices": choices}, as_json)
         else:
             print(complete.as_yaml(), end="")
         return
-    from strop.devices.join import joined, start, to_start
-
-    if number := to_start(devices, resolved.recipe.model.device):
+    if number:
         start(number, sys.argv[1:])
         return
     with joined() as group, watching(speaker(group.main)) as watch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ from strop.machine.probe import affinity
 
 if TYPE_CHECKING:
     from strop.devices.joined import Group
+
+FINISHING_S = "3600"  # that ranks which were told to stop may take for their step and for saving (torch's own: 30)
 
 
 class joined:
@@ -59,7 +62,7 @@ def to_start(asked: str | None, device: str = "auto") -> int:
     import torch
 
     cards = 0 if device == "cpu" else torch.cuda.device_count()
-    if asked != "all" and (not asked.isdigit() or int(asked) < 1):
+    if asked != "all" and (not asked.isdecimal() or int(asked) < 1):
         raise RecipeError(f"--devices {asked}: not a number of devices", fix="give a number, or all")
     number = (cards or affinity()) if asked == "all" else int(asked)
     if cards and number > cards:
@@ -70,14 +73,17 @@ def to_start(asked: str | None, device: str = "auto") -> int:
 def start(devices: int, words: Sequence[str]) -> None:
     """Runs strop with these words (less --devices) once a device, under torchrun's own agent, to the end.
 
-    Raises Elsewhere with the exit code of what failed, which has said why; RunError for one that a signal ended;
-    Stopped after Ctrl-C or SIGTERM.
+    Raises Elsewhere with the exit code of what failed, or was stopped by Ctrl-C or SIGTERM, and has said so; RunError
+    for one that another signal ended.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, affinity() // devices)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", FINISHING_S)
+    if not os.environ.get("STROP_DEBUG"):  # the ranks say themselves how they ended
+        logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+        logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.CRITICAL)
     if sys.platform == "linux":  # all are on this machine: no network is asked for its name
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     config = LaunchConfig(
@@ -92,8 +98,8 @@ def start(devices: int, words: Sequence[str]) -> None:
             what = f"rank {rank} (process {failure.pid}) was ended by {signal.Signals(-failure.exitcode).name}"
             raise RunError(what, fix="go on from the last checkpoint with `strop resume`") from None
         raise Elsewhere(failure.exitcode) from None
-    except SignalException as error:
-        raise Stopped(f"stopped by {error.sigval.name}", fix="strop resume goes on") from None
+    except SignalException:
+        raise Elsewhere(Stopped.exit_code) from None
 
 
 def _without_devices(words: Sequence[str]) -> list[str]:

@@ -38,6 +38,7 @@ ANSWER_S = 5.0  # for rank 0's host to say who is there
 GRACE_S = 2.0  # in which ranks that were waiting say so, after one was not heard of
 WISHES = 3
 OK, NO_MEMORY, FAILED = 0, 1, 2
+KNOWN = "every_rank_knows"  # an attribute of an error
 
 
 # the older name of the same, up to torch 2.12
@@ -209,11 +210,11 @@ class Group(Devices):
         worse = [rank for rank, (found, _, _) in enumerate(told) if found == worst]
         if worst == NO_MEMORY:
             if error is None:
-                raise MemoryError(f"out of memory on rank {worse[0]} of {self.world}: {told[worse[0]][2]}")
+                raise _known(MemoryError(f"out of memory on rank {worse[0]} of {self.world}: {told[worse[0]][2]}"))
+            _known(error)
             return flags
         self._over, self._code = True, told[worse[0]][1]
-        lower = [told[rank][2] for rank in worse if rank < self.rank]
-        self._silent = state == FAILED and told[self.rank][2] in lower
+        self._silent = self.rank != worse[0]
         if state != FAILED:
             raise Elsewhere(self._code)
         return flags
@@ -276,7 +277,15 @@ class _Block:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._group._flags(error)
+        if not getattr(error, KNOWN, False):
+            self._group._flags(error)
+
+
+def _known(error: BaseException) -> BaseException:
+    """An error of memory that every rank has been told of: a block around the one it came out of says it no more, and
+    so all ranks stand at the same place again, in whichever of the two each of them was."""
+    setattr(error, KNOWN, True)
+    return error
 
 
 def _fresh(store: Store, rank: int, world: int) -> Store:

@@ -48,11 +48,14 @@ class Sharded:
     def __call__(self, where: Where) -> None:
         """This layer (embedding, head) is about to be computed, or its gradient: from here on its weights are there.
 
-        Raises RunError where they are not what the ranks have read.
+        Raises RunError where they are not what the ranks have read, or the model has another order.
         """
         if where not in self.parts.units:
             return
-        assert where in self._order[max(0, self._at) :], f"{where} is computed outside of a pass, or out of turn"
+        if where not in self._order[max(0, self._at) :]:
+            name = f"layer {where}" if isinstance(where, int) else f"the {where}"
+            what = f"{name} of the base is computed out of turn: this model cannot be sharded"
+            raise RunError(what, fix="give --model.placement replicated")
         while self._at < 0 or self._order[self._at] != where:
             self._advance()
         unit = self.parts.units[where]

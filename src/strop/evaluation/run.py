@@ -193,7 +193,8 @@ def evaluate_models(
         del model, asking
         if judging is not None:
             texts = [side_of(found, side).texts for side in ("base", "tuned")]
-            result["judge"] = compare_by_judge(judging, str(judge), asked, texts[0], texts[1], advance)
+            ask = partial(compare_by_judge, judging, str(judge), asked, texts[0], texts[1], advance)
+            result["judge"] = devices.once(ask)
         if devices.main and is_run(Path(name)):
             add_to_report(RunFolder(Path(name)), result)
         results.append(result)

@@ -166,8 +166,13 @@ def _modules(model: Any) -> dict[Where, nn.Module]:
 
 
 def _layers(model: Any) -> nn.ModuleList:
-    lists = [module for module in text_of(model)[0].modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len)
+    decoder = (
+        text_of(model)[0] if hasattr(model, model.base_model_prefix) else model.model
+    )  # Llama 4's has another name
+    layers = getattr(decoder, "layers", None)
+    if isinstance(layers, nn.ModuleList):
+        return layers
+    return max((module for module in decoder.modules() if isinstance(module, nn.ModuleList)), key=len)
 
 
 def dense(name: str, owner: nn.Module, leaf: str, dtype: torch.dtype, shape: Sequence[int], read: Any) -> Slot:

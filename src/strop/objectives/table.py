@@ -44,6 +44,13 @@ def drawn_tokens(train: TrainSection) -> int:
     return (train.answer_tokens or GRPO.options["answer_tokens"]) if learning_of(train) == "prompts" else 0
 
 
+def check_devices(train: TrainSection, devices: int) -> None:
+    """Raises RecipeError for an objective that does not learn on so many devices."""
+    if devices > 1 and learning_of(train) == "prompts":
+        what = f"objective {train.objective}: answers are drawn on one device, and there are {devices}"
+        raise RecipeError(what, fix="leave --devices and --nodes out")
+
+
 def open_options(train: TrainSection) -> Iterator[tuple[str, Any, str]]:
     """(field, value, why) of the options that the recipe leaves open.
 

@@ -15,7 +15,7 @@ from strop.machine.memory import recall
 from strop.machine.probe import Machine
 from strop.machine.rates import known_rates
 from strop.model.shape import ModelShape
-from strop.objectives.table import open_options
+from strop.objectives.table import check_devices, open_options
 from strop.planning.fitting import Room, fitted, fixed_tokens, placed
 from strop.planning.rates import alpha_of, open_rate
 from strop.planning.setting import why_not_offloaded, why_plain
@@ -44,6 +44,7 @@ def choose(
     what one of them has. Raises RecipeError for options that do not go together, or not with the adapter to start from.
     """
     recipe = resolved.recipe
+    check_devices(recipe.train, devices)
     if adapter is not None:
         resolved = resolved.decide(_of_adapter(resolved, adapter))
         recipe = resolved.recipe

@@ -95,9 +95,11 @@ def gradients(job: Job, items: Sequence[Item]) -> Part:
 def summed(job: Job, items: Sequence[Item], part: Part) -> Whole:
     """Puts the gradient of the whole effective batch into the weights."""
     devices, world = job.devices, job.devices.world
-    if not job.recipe.train.exact and world == 1:
-        return Whole(part.loss, _means([part.figures]))
     weights = list(job.state.weights.values())
+    if not job.recipe.train.exact and world == 1:
+        for weight in weights:  # of experts that no token went to: a gradient of zero, as in a sum over devices
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        return Whole(part.loss, _means([part.figures]))
     size = 1 + sum(weight.numel() for weight in weights)
     told = torch.zeros(2 * world, device=weights[0].device)
     told[devices.rank] = sum(float(not torch.isfinite(node.sum())) for node in part.nodes)

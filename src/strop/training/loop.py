@@ -227,11 +227,11 @@ def evaluate(job: Job) -> None:
 def save(job: Job) -> None:
     """Writes a checkpoint. Raises Diverged where a weight is not finite: such a state is never saved."""
     started, progress = time.perf_counter(), job.state.progress
+    job.devices.compare(lambda: checkpoints.tensors_of(job.state))  # first: what follows is the same on all of them
     bad = checkpoints.not_finite(job.state)
     if bad is not None:
         progress.streak = [*progress.streak, progress.step - 1]
         raise Diverged(f"{bad} holds NaN or infinity", finite=False)
-    job.devices.compare(lambda: checkpoints.tensors_of(job.state))
     checkpoint = job.folder.checkpoint(progress.step)
     with job.devices.together():
         if job.devices.main:

@@ -145,9 +145,8 @@ def resume(
             return Run(folder.path, report)
         before = json.loads(folder.lock.read_text(encoding="utf-8"))
         resolved = resolve(folder.recipe, options) if options else read_resolved(folder.recipe)
-        if resolved.recipe.train.exact or devices.world == count_of(before):
-            torch.set_num_threads(before["threads"])  # sums are split by thread: another number, other last bits
-        setup = set_up_together(resolved, memory, folder, devices)
+        alike = resolved.recipe.train.exact or devices.world == count_of(before)
+        setup = set_up_together(resolved, memory, folder, devices, before["threads"] if alike else None)
         changed = differences(before, setup.lock)
         refused = [change for change in changed if not allowed(change, allow_changed)]
         if refused:

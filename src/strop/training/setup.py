@@ -19,7 +19,7 @@ from strop.data.prepare import Prepared, prepare
 from strop.devices.group import ALONE, Devices
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.engine.families import load_balancing
-from strop.errors import TROUBLES, DataError, DeviceError, FolderError, ModelError, RecipeError
+from strop.errors import TROUBLES, DataError, DeviceError, FolderError, ModelError
 from strop.evaluation.rewards import check_rewards, files_hash, rewards_of
 from strop.machine.probe import Machine, probe
 from strop.model.experts import packable
@@ -60,11 +60,11 @@ class Setup:
     parameters: int
 
 
-def preview(resolved: Resolved, *, memory: int | None = None) -> Resolved:
-    """The complete recipe that `train` would use here; reads no weights and no data."""
+def preview(resolved: Resolved, *, memory: int | None = None, devices: int = 1) -> Resolved:
+    """The complete recipe that `train` would use on so many devices of this machine; reads no weights and no data."""
     prepare_process()
     source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
-    return _plan(resolved, source, _look(resolved.recipe, memory))[0]
+    return _plan(resolved, source, _look(resolved.recipe, memory, devices), devices)[0]
 
 
 def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALONE) -> Setup:
@@ -72,10 +72,6 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     rank = max([lora.r, *lora.rank_pattern.values()])
     prepare_process(deterministic=resolved.recipe.train.deterministic, rank=rank)  # before a card is looked at
     check_trackers(resolved.recipe.track)
-    learning = learning_of(resolved.recipe.train)
-    if learning == "prompts" and devices.world > 1:
-        what = f"objective {resolved.recipe.train.objective}: answers are drawn on one device, and there are"
-        raise RecipeError(f"{what} {devices.world}", fix="leave --devices out")
     source = locate(resolved.recipe.model.name, resolved.recipe.model.revision)
     machine = _look(resolved.recipe, memory, devices.local_world)
     resolved, key, num_weights, shape, parameters = _plan(resolved, source, machine, devices.world)
@@ -83,6 +79,7 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     start = start_adapter(resolved.recipe)  # may have brought tokens and a template of its own
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
     LOG.info("reading and checking the rows")
+    learning = learning_of(resolved.recipe.train)
     data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
     _check_rewards(resolved.recipe, data)
     if shape.learned and (text := shape.beyond(_lengths(data))):

@@ -18,14 +18,18 @@ from strop.training.job import Job
 from strop.training.setup import Setup, check_space, set_up
 
 
-def set_up_together(resolved: Resolved, memory: int | None, folder: RunFolder, devices: Devices) -> Setup:
+def set_up_together(
+    resolved: Resolved, memory: int | None, folder: RunFolder, devices: Devices, threads: int | None = None
+) -> Setup:
     """What a run is made of: rank 0 decides what the recipe leaves open; one rank of each node prepares the rows, and
-    the others read what it has written.
+    the others read what it has written. threads: that the run began with, where its numbers are to stay the same.
 
     Raises InputError where the ranks do not see the same: run folder, base, rows, template, versions.
     """
-    if resolved.recipe.train.exact and not threads_asked():
-        torch.set_num_threads(1)  # a product is split by thread, and so its last bits
+    if threads is None and resolved.recipe.train.exact and not threads_asked():
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)  # a product is split by thread, and so its last bits
     setup: Setup | None = None
     first, of_node = devices.rank == 0, devices.local == 0
     for turn in (first, of_node and not first, not of_node):

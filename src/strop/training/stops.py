@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 def seconds(text: str) -> float:
@@ -22,8 +23,11 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     """Ctrl-C or SIGTERM once: the function yielded says True. Twice: KeyboardInterrupt at once."""
     asked: list[int] = []
 
-    def handle(number: int, frame: object) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         if asked:
+            before = old[signal.Signals(number)]
+            if callable(before):  # the command's own, which notes that it is to say so
+                before(number, frame)
             raise KeyboardInterrupt
         asked.append(number)
 
