@@ -87,10 +87,28 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether all that the recipe asks for was done; a run that its time budget ended can go on."""
-        if not self.report.is_file():
-            return False
-        report = json.loads(self.report.read_text(encoding="utf-8"))
+        report = self.read_report()
         return bool(report.get("exit") == 0 and report.get("ended") != "time")
+
+    def read_report(self) -> dict[str, Any]:
+        """What report.json holds; nothing where it is absent or damaged (`strop resume` writes it again)."""
+        try:
+            found = json.loads(self.report.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def read_lock(self) -> dict[str, Any]:
+        """What lock.json holds. Raises FolderError where it is damaged: nothing else tells what a run is made of."""
+        try:
+            found = json.loads(self.lock.read_bytes())
+            lacking = [name for name in ("base", "data", "values", "versions", "threads") if name not in found]
+            why = f"it lacks {lacking[0]}" if lacking else ""
+        except (OSError, ValueError, RecursionError, TypeError) as error:
+            why = str(error)
+        if why:
+            raise FolderError(f"{self.lock}: damaged: {why}", fix="put it back, or start a new run")
+        return dict(found)
 
     def remove_if_empty(self) -> None:
         """Takes back a folder that was made for a run which never began."""

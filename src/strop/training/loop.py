@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -242,6 +243,34 @@ def save(job: Job) -> None:
     job.log.emit("save", step=progress.step, checkpoint=checkpoint.name, seconds=round(took, 3))
 
 
+def go_back(job: Job, *, sure: bool = False) -> Path:
+    """Puts the newest checkpoint that verifies into the job, which goes on at its step; gives the checkpoint. sure: see
+    checkpoints.newest."""
+
+    def note(text: str) -> None:
+        job.log.emit("note", text=text)
+
+    checkpoint = job.devices.once(lambda: checkpoints.newest(job.folder, note, sure=sure))
+    checkpoints.restore(checkpoint, job.state, note)
+    progress = job.state.progress
+    # of this recipe's stream: rows and batch size may have been others when it was saved
+    progress.position = stream_of(job.recipe, len(job.train)).position_of(progress.step)
+    forget_lost_best(job)
+    return checkpoint
+
+
+def forget_lost_best(job: Job) -> None:
+    """Where the best weights cannot be had any more, later ones may be the best."""
+    progress, kept = job.state.progress, job.state.progress.best_step
+    if kept is None or kept == progress.step:
+        return
+    checkpoint = job.folder.checkpoint(kept)
+    why = job.devices.once(lambda: checkpoints.fault(checkpoint))
+    if why is not None:
+        job.log.emit("note", text=f"{checkpoint}: the best weights so far are lost: {why}")
+        progress.best_step, progress.best_loss, progress.held_out = None, None, {}
+
+
 def _roll_back(job: Job, trouble: Diverged) -> None:
     """Back to the last good checkpoint, past the batches to blame, with a lower learning rate: once.
 
@@ -251,8 +280,7 @@ def _roll_back(job: Job, trouble: Diverged) -> None:
     stream = stream_of(job.recipe, len(job.train))
     if now.rollbacks:
         raise _given_up(job, trouble, stream)
-    checkpoint = job.devices.once(lambda: checkpoints.newest(job.folder, lambda text: job.log.emit("note", text=text)))
-    checkpoints.restore(checkpoint, job.state)
+    checkpoint = go_back(job, sure=True)
     progress = job.state.progress
     progress.passed = sorted({*progress.passed, *now.streak})
     progress.streak, progress.rollbacks = [], now.rollbacks + 1

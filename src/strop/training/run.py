@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -54,7 +53,7 @@ from strop.training.criteria import Criterion, criterion_for
 from strop.training.finish import figures, finish, take_best
 from strop.training.groups import OfGroups, without_dropout
 from strop.training.job import Job, stream_of
-from strop.training.loop import fit
+from strop.training.loop import fit, go_back
 from strop.training.optim import make_optimizer
 from strop.training.reference import check as check_reference
 from strop.training.reference import with_reference
@@ -138,11 +137,11 @@ def resume(
             if options and resolve(folder.recipe, options).recipe != read_resolved(folder.recipe).recipe:
                 what = f"{path} is finished: no option changes it any more"
                 raise InputError(what, fix=f"train further in a new run that starts from it: --model.adapter {path}")
-            report = json.loads(folder.report.read_text(encoding="utf-8"))
+            report = folder.read_report()
             if devices.main and not folder.page.is_file():  # it was killed just before its last line
                 write_report(folder.path, report, read_events(folder.events))
             return Run(folder.path, report)
-        before = json.loads(folder.lock.read_text(encoding="utf-8"))
+        before = folder.read_lock()
         resolved = resolve(folder.recipe, options) if options else read_resolved(folder.recipe)
         if resolved.recipe.train.exact or devices.world == count_of(before):
             torch.set_num_threads(before["threads"])  # sums are split by thread: another number, other last bits
@@ -155,7 +154,7 @@ def resume(
                       f"{change.was} then, {change.now} now") for change in refused
             ])  # fmt: skip
         elsewhere = devices.world != count_of(before)
-        if devices.main and (changed or elsewhere):
+        if devices.main and (changed or elsewhere or options):
             write_atomic(folder.recipe, setup.resolved.as_yaml())
             kept = {"layers": before["layers"]} if "layers" in before else {}
             overrides = [*before.get("overrides", []), *map(asdict, changed)]
@@ -246,7 +245,7 @@ def _execute(
                 raise
             fix = "take a smaller model, or a machine with more memory"
             raise MemoryLimitError(f"out of memory: {str(error).splitlines()[0]}", fix=fix) from None
-        change = take_best(job)
+        change = take_best(job, key)
         report = devices.once(lambda: finish(job, setup, memory, expected, ended, change))
         log.emit("end", step=job.state.progress.step, seconds=report["seconds"], adapter=report["adapter"])
     if devices.main:
@@ -302,14 +301,11 @@ def _total(job: Job) -> int:
 
 
 def _restore(job: Job, changed: Sequence[Difference], moved: tuple[int, int] | None) -> None:
-    checkpoint = job.devices.once(lambda: checkpoints.newest(job.folder, lambda text: job.log.emit("note", text=text)))
-    checkpoints.restore(checkpoint, job.state)
+    checkpoint = go_back(job)
     progress = job.state.progress
     for change in changed:
         job.log.emit("override", step=progress.step, field=change.name, was=change.was, now=change.now)
-    if changed:  # other data or another batch size: the stream goes on at the same step
-        progress.position = stream_of(job.recipe, len(job.train)).position_of(progress.step)
-        checkpoints.ask_memory(progress, job.recipe.train)
+    checkpoints.ask_memory(progress, job.recipe.train, besides=not changed)
     told = {"devices_before": moved[0], "devices": moved[1]} if moved else {}
     job.log.emit("resume", step=progress.step, checkpoint=checkpoint.name, **told)
 
