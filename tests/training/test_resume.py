@@ -157,6 +157,32 @@ def test_a_roll_back_passes_over_what_a_stop_has_saved_in_the_middle_of_bad_step
     assert all(torch.equal(weight, whole.state.weights[name]) for name, weight in again.state.weights.items())
 
 
+def test_the_best_evaluation_is_kept_though_its_step_was_skipped(tmp_path: Path) -> None:
+    """And the state before the bad steps stays, to go back to."""
+    evaluations = iter(range(1, 100))
+
+    def change(call: int, loss: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return loss * (math.nan if call in (3, 5) else 1.0)  # steps 2 and 3
+        return loss * (1.0, 0.1, 0.09, 9.0, 9.0, 9.0)[next(evaluations) - 1]
+
+    options = {"train.max_steps": 6, "train.eval_steps": 1, "train.keep_checkpoints": 1, "train.micro_batch": 8}
+    job = tiny.job(tmp_path / "r", tiny.examples(40), tiny.examples(8, seed=1), **options)
+    kept = []
+    emit = job.log.emit
+
+    def seen(kind: str, **fields: Any) -> None:
+        emit(kind, **fields)
+        if kind == "save" and fields["step"] == 3:
+            kept.extend(step for step, _ in job.folder.checkpoints())
+
+    job.log.emit = seen  # type: ignore[method-assign]
+    fit(with_loss(job, change))
+    assert [event["step"] for event in events(job.folder.path, "skip")] == [2, 3]
+    assert job.state.progress.best_step == 3 and job.folder.checkpoint(3).is_dir()
+    assert kept == [1, 2, 3]
+
+
 @pytest.mark.parametrize("line", [b"\0" * 40, b"\xff\xfe", b'{"event": "st', b"[1]", b"{}"])
 def test_a_damaged_line_among_the_events_costs_that_line(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, line: bytes

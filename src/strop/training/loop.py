@@ -100,10 +100,10 @@ def _through(job: Job, stop_asked: Callable[[], bool]) -> str:
             (stopping,) = job.devices.agree(stop_asked())
         stopping = stopping and not ended
         due = progress.step % train.save_steps == 0 if train.save_steps else epoch_ends
-        due = due or progress.best_step == progress.step or waited
+        due = (due or waited) and not progress.streak  # a state in doubt is nothing to go back to
         if ended == "time":
             progress.budget_from += _spent(job)
-        if ended or stopping or (due and not progress.streak):  # a state in doubt is nothing to go back to
+        if ended or stopping or due or progress.best_step == progress.step:
             save(job)
             saved_at, saved_step = time.monotonic(), progress.step
         if stopping:
@@ -237,7 +237,8 @@ def save(job: Job) -> None:
     with job.devices.together():
         if job.devices.main:
             checkpoints.save(job.folder, job.state)
-            checkpoints.prune(job.folder, job.recipe.train.keep_checkpoints, progress.best_step)
+            if not progress.streak:  # what a roll-back would go to stays
+                checkpoints.prune(job.folder, job.recipe.train.keep_checkpoints, progress.best_step)
     took = time.perf_counter() - started
     progress.save_seconds += took
     job.log.emit("save", step=progress.step, checkpoint=checkpoint.name, seconds=round(took, 3))

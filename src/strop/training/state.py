@@ -159,7 +159,7 @@ def fault(checkpoint: Path) -> str | None:
 def newest(folder: RunFolder, note: Note, *, sure: bool = False) -> Path:
     """The newest checkpoint that verifies; each newer one that does not is noted with its reason.
 
-    sure: rather an older one than one that a stop has saved in the middle of bad steps. Raises CheckpointError where
+    sure: rather an older one than one that was saved in the middle of bad steps. Raises CheckpointError where
     none verifies.
     """
     in_doubt = None
