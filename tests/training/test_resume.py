@@ -19,6 +19,7 @@ import strop
 from strop.errors import InputError, Stopped
 from strop.evaluation.diagnosis import diagnose
 from strop.runs.events import read_events
+from strop.runs.lock import sha256_text
 from strop.training import state
 from strop.training.loop import fit
 from tests.support import tiny
@@ -121,6 +122,41 @@ def test_a_changed_value_holds_after_a_kill_before_the_next_save(
     assert same(adapter(out), adapter(whole))
     newest = json.loads((out / "checkpoints" / "step-000012" / "state.json").read_text())
     assert newest["recompute"] is (field == "train.gradient_checkpointing")
+
+
+def test_a_new_learning_rate_is_the_one_that_was_given(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """Not a quarter of it, which is what a roll-back has left; and there may be one again."""
+    fixed = {"train.lr_scheduler": "constant", "train.warmup": 0, "train.learning_rate": 1e-3}
+    out = cut_run(tmp_path / "r", tiny_folder, rows_file, **fixed)
+    newest = out / "checkpoints" / "step-000004"
+    text = json.dumps({**json.loads((newest / "state.json").read_text()), "rate_scale": 0.25, "rollbacks": 1})
+    (newest / "state.json").write_text(text)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["state.json"] = {"bytes": len(text), "sha256": sha256_text(text)}
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    same_rate = shutil.copytree(out, tmp_path / "same")
+    with pytest.raises(Cut):
+        strop.resume(out, callback=cut_at("step", 5), allow_changed=["lr"], **{"train.learning_rate": 2e-4})
+    strop.resume(out)
+    assert {event["learning_rate"] for event in events(out, "step") if event["step"] > 4} == {2e-4}
+    strop.resume(same_rate)
+    assert {event["learning_rate"] for event in events(same_rate, "step") if event["step"] > 4} == {2.5e-4}
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"out": "other"}, "--out: a run that has begun does not read it"),
+        ({"preset": "balanced"}, "--preset: a run that has begun does not read it"),
+        ({"lora.init": "gaussian"}, "cannot resume"),
+    ],
+)
+def test_what_counts_at_the_start_alone_is_refused_later(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, option: dict[str, Any], said: str
+) -> None:
+    out = cut_run(tmp_path / "r", tiny_folder, rows_file)
+    with pytest.raises(InputError, match=said):
+        strop.resume(out, allow_changed=["init"], **option)
 
 
 def test_a_roll_back_after_other_rows_were_given(tmp_path: Path) -> None:

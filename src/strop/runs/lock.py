@@ -31,10 +31,10 @@ HARMLESS = {
     "data.columns", "data.encoding", "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.max_time",
     "train.timeout",
 }  # fmt: skip
-# the shape of what is trained: a checkpoint of another shape does not fit
+# the shape of what is trained, to which a checkpoint of another shape does not fit, and what counts at the start alone
 SHAPES = {
     "lora.r", "lora.target_modules", "lora.bias", "lora.use_dora", "lora.rank_pattern", "lora.modules_to_save",
-    "lora.new_tokens", "train.objective",
+    "lora.new_tokens", "lora.init", "train.objective",
 }  # fmt: skip
 PARTS = ("base", "data", "template", "rewards")  # of a lock, each a hash
 GROUPS = {

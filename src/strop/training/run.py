@@ -20,7 +20,7 @@ from strop.engine.answers.fits import unanswerable
 from strop.engine.device import repeatable
 from strop.engine.fits import own_dropout
 from strop.engine.step import step_for
-from strop.errors import TROUBLES, InputError, MemoryLimitError, StropError, Where
+from strop.errors import TROUBLES, InputError, MemoryLimitError, RecipeError, StropError, Where
 from strop.evaluation.report import write_report
 from strop.evaluation.rewards import rewards_of
 from strop.machine.heap import give_back
@@ -53,7 +53,7 @@ from strop.training.criteria import Criterion, criterion_for
 from strop.training.finish import figures, finish, take_best
 from strop.training.groups import OfGroups, without_dropout
 from strop.training.job import Job, stream_of
-from strop.training.loop import fit, go_back
+from strop.training.loop import fit, go_back, save
 from strop.training.optim import make_optimizer
 from strop.training.reference import check as check_reference
 from strop.training.reference import with_reference
@@ -131,6 +131,8 @@ def resume(
     Raises InputError where anything else differs that decides the numbers, and for a name that is none of these.
     """
     devices.once(lambda: check_names(allow_changed, dict(option_fields())))
+    if begun := sorted({"out", "preset"} & set(options or ())):
+        raise RecipeError(f"--{begun[0]}: a run that has begun does not read it", fix="leave it out")
     folder = devices.once(lambda: open_run(path))
     with _claimed(folder, devices), disk_faults(folder.path):
         if devices.once(lambda: folder.finished):
@@ -306,8 +308,12 @@ def _restore(job: Job, changed: Sequence[Difference], moved: tuple[int, int] | N
     for change in changed:
         job.log.emit("override", step=progress.step, field=change.name, was=change.was, now=change.now)
     checkpoints.ask_memory(progress, job.recipe.train, besides=not changed)
+    if any(change.name == "train.learning_rate" for change in changed):  # as it is given, not what a roll-back left
+        progress.rate_scale, progress.rollbacks = 1.0, 0
     told = {"devices_before": moved[0], "devices": moved[1]} if moved else {}
     job.log.emit("resume", step=progress.step, checkpoint=checkpoint.name, **told)
+    if changed:  # they hold from here on, whatever comes before the next save
+        save(job)
 
 
 def _announce(job: Job, setup: Setup) -> None:
