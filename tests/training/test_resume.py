@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import strop
 from strop.errors import InputError, Stopped
 from strop.evaluation.diagnosis import diagnose
 from strop.runs.events import read_events
+from strop.runs.folder import RunFolder
 from strop.runs.lock import sha256_text
 from strop.training import state
 from strop.training.loop import fit
@@ -268,6 +271,24 @@ def test_a_base_and_rows_that_were_moved_are_given_once(tiny_folder: Path, rows_
     assert json.loads((out / "lock.json").read_text())["overrides"] == []
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(base)
+
+
+def test_a_copy_of_a_run_that_trains_can_go_on_by_itself(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    out = cut_run(tmp_path / "r", tiny_folder, rows_file)
+    hold = "import sys; from pathlib import Path; from strop.runs.folder import RunFolder\n"
+    hold += "with RunFolder(Path(sys.argv[1])).claim(): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "held\n"
+            copied = shutil.copytree(out, tmp_path / "copy")
+            with pytest.raises(InputError, match=f"in use by process {other.pid}"):
+                strop.resume(out)
+            assert RunFolder(out).holder == other.pid and RunFolder(copied).holder is None
+            assert strop.resume(copied).report["steps"] == 12
+        finally:
+            other.kill()
 
 
 def test_steps_that_were_undone_count_once_in_the_diagnosis() -> None:

@@ -144,7 +144,12 @@ class RunFolder:
             if holder is not None:
                 raise self._in_use(holder)
             self._sweep()
-            write_atomic(file, json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()}))
+            held_by = {
+                "pid": os.getpid(),
+                "started": psutil.Process().create_time(),
+                "folder": str(self.path.resolve()),
+            }
+            write_atomic(file, json.dumps(held_by))
             try:
                 yield
             finally:
@@ -224,12 +229,15 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _live_holder(file: Path) -> int | None:
-    """The process that holds a claim and still runs (same pid and start time), else None."""
+    """The process that holds a claim and still runs (same pid and start time), else None. The claim in a copy of a
+    folder is the original's."""
     try:
         claim = json.loads(file.read_text(encoding="utf-8"))
+        if claim.get("folder", str(file.parent.resolve())) != str(file.parent.resolve()):
+            return None
         process = psutil.Process(int(claim["pid"]))
         alive = abs(process.create_time() - float(claim["started"])) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except (OSError, ValueError, TypeError, LookupError, OverflowError, psutil.NoSuchProcess):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, psutil.NoSuchProcess):
         return None
     return process.pid if alive and process.pid != os.getpid() else None
 
