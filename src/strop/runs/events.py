@@ -1,7 +1,7 @@
 """What happened in a run, one JSON object a line. The same objects go to callbacks, the progress bar and trackers.
 
 Every event has `event` (its kind) and `time` (seconds since 1970). Kinds: machine, recipe, data, start, resume,
-override, step, eval, save, skip, doubt, rollback, shrink, note, stop, end.
+override, rehearsal, reference, reference-check, step, eval, save, skip, doubt, rollback, shrink, note, stop, end.
 """
 
 from __future__ import annotations
