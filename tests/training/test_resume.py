@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,21 @@ def test_a_roll_back_after_other_rows_were_given(tmp_path: Path) -> None:
     job.state.progress.position = {**first.state.progress.position, "rows": 48}
     fit(with_loss(job, lambda call, loss: loss * (math.nan if call in (1, 2, 3) else 1.0)))
     assert job.state.progress.step == 12 and job.state.progress.rollbacks == 1
+
+
+def test_a_roll_back_undoes_neither_time_nor_the_tokens_of_it(tmp_path: Path) -> None:
+    """tokens_per_s of the report is one over the other."""
+    job = tiny.job(tmp_path / "r", tiny.examples(40), **{"train.max_steps": 12, "train.save_steps": 4})
+    good, computed = job.step.token_loss, []
+
+    def counting(rows: Any) -> torch.Tensor:
+        computed.append(sum(len(row) for row in rows))
+        return good(rows)
+
+    counted = replace(job, step=replace(job.step, token_loss=counting))
+    fit(with_loss(counted, lambda call, loss: loss * (math.nan if call in (6, 7, 8) else 1.0)))
+    assert job.state.progress.rollbacks == 1 and len(computed) == 8 + 5
+    assert job.state.progress.tokens == sum(computed)
 
 
 def test_a_roll_back_passes_over_what_a_stop_has_saved_in_the_middle_of_bad_steps(tmp_path: Path) -> None:

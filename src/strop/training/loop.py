@@ -29,6 +29,12 @@ LOG = logging.getLogger(__name__)
 
 COMPARE_EVERY = 50  # steps: whether all devices still hold the same numbers; and before each save
 SAVE_EVERY_S = 600.0  # at least this often, whatever the recipe says about steps
+# what a roll-back does not undo: how a step finds memory, what was said, and the work with its time
+SPENT = (
+    *("halvings", "recompute", "streamed", "offload", "told", "skipped_steps", "tokens", "supervised_tokens"),
+    *("seconds", "eval_seconds", "save_seconds", "budget_from"),
+    *("communication_s", "waiting_s", "computing_s", "slowest_s"),
+)
 
 
 @dataclass(frozen=True)
@@ -286,10 +292,8 @@ def _roll_back(job: Job, trouble: Diverged) -> None:
     progress.passed = sorted({*progress.passed, *now.streak})
     progress.streak, progress.rollbacks = [], now.rollbacks + 1
     progress.rate_scale = now.rate_scale * guard.RATE_CUT
-    progress.halvings, progress.recompute, progress.streamed = now.halvings, now.recompute, now.streamed
-    progress.offload = now.offload
-    progress.seconds, progress.eval_seconds, progress.save_seconds = now.seconds, now.eval_seconds, now.save_seconds
-    progress.skipped_steps, progress.budget_from = now.skipped_steps, now.budget_from
+    for name in SPENT:
+        setattr(progress, name, getattr(now, name))
     job.log.emit(
         "rollback",
         step=now.step,
