@@ -232,6 +232,23 @@ def test_a_run_that_lost_its_start_does_not_go_on(tmp_path: Path) -> None:
         started(again)
 
 
+@pytest.mark.parametrize("objective", COMPARED)
+def test_an_evaluation_that_is_not_finite_is_told_and_never_the_best(tmp_path: Path, objective: str) -> None:
+    options = {"train.objective": objective, "train.max_steps": 4, "train.eval_steps": 2}
+    made = started(job(tmp_path, units_for(objective, 12), units_for(objective, 6), **options))
+
+    def spoiled(function: Any) -> Any:
+        return lambda rows: function(rows) * (1.0 if torch.is_grad_enabled() else math.nan)
+
+    step = replace(
+        made.step, log_probs=spoiled(made.step.log_probs), last_hidden=spoiled(made.step.last_hidden)
+    )  # the reference is known already
+    fit(replace(made, step=step))
+    found = [event for event in read_events(made.folder.events) if event["event"] == "eval"]
+    assert [(event["loss"], event["best"]) for event in found] == [(None, False)] * 2
+    assert made.state.progress.step == 4 and made.state.progress.best_step is None
+
+
 # --- the guard ---------------------------------------------------------------------------------------------------
 
 

@@ -529,3 +529,14 @@ def test_a_stop_that_an_import_turned_into_an_error_is_a_stop(
     monkeypatch.setattr(cli, "COMMANDS", {"schema": interrupted, "runs": cli.COMMANDS["runs"]})
     code, _, err = run("schema", capsys=capsys)
     assert code == 130 and "stopped at once" in err
+
+
+@pytest.mark.parametrize(("warmup", "told"), [(2, True), (30, True), (1, False), (0.9, False)])
+def test_a_warmup_as_long_as_the_run_is_told(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, warmup: float, told: bool
+) -> None:
+    given = {"train.max_steps": 2, "train.warmup": warmup, "train.learning_rate": 1e-3, "model.dtype": "fp32"}
+    out = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", **given).folder
+    said = f"train.warmup {warmup}: the run has 2 steps, and its learning rate never reaches its peak"
+    assert (said in [event["text"] for event in events(out, "note")]) is told
+    assert (max(event["learning_rate"] for event in events(out, "step")) < 1e-3) is (told or warmup == 0.9)

@@ -87,7 +87,7 @@ def _row(run: RunFolder) -> dict[str, Any]:
         "step": report.get("steps", max([step for step, _ in run.checkpoints()], default=0)),
         "metric": metric,
         "score": evaluated.get("tuned", {}).get(metric) if metric else None,
-        "loss": report.get("eval_loss") or report.get("loss", {}).get("last"),
+        "loss": report.get("loss", {}).get("last") if report.get("eval_loss") is None else report["eval_loss"],
         "seconds": report.get("seconds"),
     }
 

@@ -76,8 +76,8 @@ def report_of(adapter: Path) -> dict[str, Any] | None:
     run = RunFolder(adapter.parent)
     if not is_run(run.path) or run.adapter != adapter or not run.report.is_file():
         return None
-    report = json.loads(run.report.read_text(encoding="utf-8"))
-    return dict(report) if "recipe" in report else None
+    report = run.read_report()
+    return report if "recipe" in report else None
 
 
 def hub_id(name: str) -> str | None:

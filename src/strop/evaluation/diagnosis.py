@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from strop.errors import TROUBLES
+from strop.runs.events import standing
 
 Series = dict[int, float]  # step -> value
 FLAT = f"see {TROUBLES}#flat"
@@ -22,14 +23,16 @@ def diagnose(events: Sequence[dict[str, Any]], weight_change: float | None) -> l
 
     weight_change: how far the adapters move their weights, relative to the weights (model.lora.weight_change).
     """
+    events = standing(events)
     train, held_out = _series(events, "step"), _series(events, "eval")
+    trouble = dict.fromkeys(_trouble(event) for event in events if event["event"] in TROUBLE)  # a resume repeats some
     if rewards := [e for e in events if e["event"] == "step" and "reward" in e]:
-        return [*_rewarded(rewards), *(_trouble(event) for event in events if event["event"] in TROUBLE)]
+        return [*_rewarded(rewards), *trouble]
     return [
         *_overfitting(train, held_out),
         *_not_learning(train, weight_change),
         *_less_likely(events),
-        *(_trouble(event) for event in events if event["event"] in TROUBLE),
+        *trouble,
     ]
 
 

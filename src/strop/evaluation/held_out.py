@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -58,7 +57,7 @@ def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
         data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
     except InputError:
         return None
-    if before is None or data.hash != json.loads(run.lock.read_text(encoding="utf-8"))["data"]:
+    if before is None or data.hash != run.read_lock()["data"]:
         return None
     known = data.train_conversations
     digests = known.digests if learning == "turns" else [_digest(row, learning) for row in known]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -270,9 +269,7 @@ def _scorable(
 
 def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
     """Puts scores, intervals and some samples into report.json and report.html of a run; all samples: answers.json."""
-    report = (
-        json.loads(folder.report.read_text(encoding="utf-8")) if folder.report.is_file() else {"run": str(folder.path)}
-    )
+    report = folder.read_report() or {"run": str(folder.path)}
     every = max(1, len(result["samples"]) // SAMPLES_IN_REPORT)  # spread over the rows, misses as they come
     report["evaluation"] = {
         key: value

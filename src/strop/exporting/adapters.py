@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from strop.exporting.changes import beyond_lora, places_of, read_weights
 from strop.model.experts import by_expert
 from strop.model.facts import safetensors_header
 from strop.model.load import load_base
-from strop.runs.folder import disk_faults, new_folder, write_json
+from strop.runs.folder import RunFolder, disk_faults, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
 # What two adapters may differ in that decides what they do, by its name in adapter_config.json.
@@ -283,6 +282,5 @@ def _plain(value: Any) -> Any:
 
 def _score(folder: Path) -> str:
     """The run's score, where it was evaluated."""
-    report = folder.parent / "report.json"
-    found = json.loads(report.read_text(encoding="utf-8")).get("evaluation") if report.is_file() else None
+    found = RunFolder(folder.parent).read_report().get("evaluation")
     return f"{found['metric']} {found['tuned'][found['metric']]:.1%}" if found and found.get("tuned") else ""

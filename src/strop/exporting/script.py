@@ -75,7 +75,7 @@ def export_script(run: Path, out: Path) -> Written:
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
     learning = learning_of(recipe.train)
     data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
-    then = json.loads(folder.lock.read_text(encoding="utf-8"))["data"]
+    then = folder.read_lock()["data"]
     if data.hash != then:
         raise InputError(f"{run}: its rows are not those it was trained on", fix="put the data files back as they were")
     if data.renderer.template is not None:

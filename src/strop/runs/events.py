@@ -1,7 +1,7 @@
 """What happened in a run, one JSON object a line. The same objects go to callbacks, the progress bar and trackers.
 
 Every event has `event` (its kind) and `time` (seconds since 1970). Kinds: machine, recipe, data, start, resume,
-override, step, eval, save, skip, doubt, rollback, shrink, note, stop, end.
+override, rehearsal, reference, reference-check, step, eval, save, skip, doubt, rollback, shrink, note, stop, end.
 """
 
 from __future__ import annotations
@@ -40,6 +40,27 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[Event]:
-    """The events of a run. A last line that a crash cut short is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last newline was cut short
+    """The events of a run. Lines that a crash or a bad disk has damaged are left out."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    read = (_event(line) for line in lines[:-1])  # what follows the last newline was cut short
+    return [event for event in read if event is not None]
+
+
+def standing(events: Sequence[Event]) -> list[Event]:
+    """Without the steps and evaluations that were undone: those after the step that a resume or a roll-back went back
+    to."""
+    found: list[Event] = []
+    for event in events:
+        back = event["step"] if event["event"] == "resume" else event["to"] if event["event"] == "rollback" else None
+        if back is not None:
+            found = [e for e in found if e["event"] not in ("step", "eval") or e["step"] <= back]
+        found.append(event)
+    return found
+
+
+def _event(line: bytes) -> Event | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and "event" in found else None

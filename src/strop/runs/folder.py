@@ -87,10 +87,28 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether all that the recipe asks for was done; a run that its time budget ended can go on."""
-        if not self.report.is_file():
-            return False
-        report = json.loads(self.report.read_text(encoding="utf-8"))
+        report = self.read_report()
         return bool(report.get("exit") == 0 and report.get("ended") != "time")
+
+    def read_report(self) -> dict[str, Any]:
+        """What report.json holds; nothing where it is absent or damaged (`strop resume` writes it again)."""
+        try:
+            found = json.loads(self.report.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def read_lock(self) -> dict[str, Any]:
+        """What lock.json holds. Raises FolderError where it is damaged: nothing else tells what a run is made of."""
+        try:
+            found = json.loads(self.lock.read_bytes())
+            lacking = [name for name in ("base", "data", "values", "versions", "threads") if name not in found]
+            why = f"it lacks {lacking[0]}" if lacking else ""
+        except (OSError, ValueError, RecursionError, TypeError) as error:
+            why = str(error)
+        if why:
+            raise FolderError(f"{self.lock}: damaged: {why}", fix="put it back, or start a new run")
+        return dict(found)
 
     def remove_if_empty(self) -> None:
         """Takes back a folder that was made for a run which never began."""
@@ -126,7 +144,12 @@ class RunFolder:
             if holder is not None:
                 raise self._in_use(holder)
             self._sweep()
-            write_atomic(file, json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()}))
+            held_by = {
+                "pid": os.getpid(),
+                "started": psutil.Process().create_time(),
+                "folder": str(self.path.resolve()),
+            }
+            write_atomic(file, json.dumps(held_by))
             try:
                 yield
             finally:
@@ -206,12 +229,15 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _live_holder(file: Path) -> int | None:
-    """The process that holds a claim and still runs (same pid and start time), else None."""
+    """The process that holds a claim and still runs (same pid and start time), else None. The claim in a copy of a
+    folder is the original's."""
     try:
         claim = json.loads(file.read_text(encoding="utf-8"))
+        if claim.get("folder", str(file.parent.resolve())) != str(file.parent.resolve()):
+            return None
         process = psutil.Process(int(claim["pid"]))
         alive = abs(process.create_time() - float(claim["started"])) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except (OSError, ValueError, TypeError, LookupError, OverflowError, psutil.NoSuchProcess):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, psutil.NoSuchProcess):
         return None
     return process.pid if alive and process.pid != os.getpid() else None
 

@@ -31,10 +31,10 @@ HARMLESS = {
     "data.columns", "data.encoding", "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.max_time",
     "train.timeout",
 }  # fmt: skip
-# the shape of what is trained: a checkpoint of another shape does not fit
+# the shape of what is trained, to which a checkpoint of another shape does not fit, and what counts at the start alone
 SHAPES = {
     "lora.r", "lora.target_modules", "lora.bias", "lora.use_dora", "lora.rank_pattern", "lora.modules_to_save",
-    "lora.new_tokens", "train.objective",
+    "lora.new_tokens", "lora.init", "train.objective",
 }  # fmt: skip
 PARTS = ("base", "data", "template", "rewards")  # of a lock, each a hash
 GROUPS = {
@@ -80,9 +80,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differen
     recipe value that matters, and the major version of each library."""
     found = []
     for name in PARTS:
-        was, now = _short(old.get(name)), _short(new.get(name))
-        if old.get(name) != new.get(name):
-            found.append(Difference(name, was, now))
+        was, now = old.get(name), new.get(name)
+        if _held(was) != _held(now):
+            found.append(Difference(name, _short(was), _short(now)))
     before, after = old.get("values", {}), new.get("values", {})
     for field in before:
         if before[field] != after.get(field) and field not in HARMLESS:
@@ -108,6 +108,11 @@ def check_names(names: Iterable[str], fields: Iterable[str]) -> None:
         if name not in known:
             what = f"--allow-changed {name}: no such name{nearest(name, known)}"
             raise InputError(what, fix=f"give {', '.join([*GROUPS, *PARTS, 'versions'])}, or a field of the recipe")
+
+
+def _held(value: Any) -> Any:
+    """What a part is held to: of a base its fingerprint, wherever it lies."""
+    return value.get("fingerprint") if isinstance(value, Mapping) else value
 
 
 def _short(value: Any) -> str:

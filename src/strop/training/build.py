@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import peft
@@ -65,7 +64,7 @@ def hold_to_lock(folder: RunFolder, devices: Devices) -> None:
         return
     found = devices.base.digests
     with devices.together():
-        lock = json.loads(folder.lock.read_text(encoding="utf-8"))
+        lock = folder.read_lock()
         before = lock.get("layers", {})
         if differing := [name for name, digest in before.items() if found.get(name) != digest]:
             what = f"{differing[0]} of the base is not what it was when this run was started"

@@ -166,7 +166,8 @@ class OfAnswers(AsTheyAre):
         return found
 
     def evaluate(self, step: Step, items: Sequence[Item], cut: Cut) -> dict[str, Any]:
-        """{loss, accuracy, accuracy_interval, margin and margin_interval (of pairs), the other figures' means}."""
+        """{loss, accuracy, accuracy_interval, margin and margin_interval (of pairs), the other figures' means};
+        a loss that is NaN, alone, where something is not finite."""
         level = self.level(step, items, cut)
 
         def look(rows: Sequence[int]) -> tuple[float, dict[str, list[float]]]:
@@ -179,6 +180,8 @@ class OfAnswers(AsTheyAre):
         total = 0.0
         for loss, _ in parts:
             total += loss
+        if not all(math.isfinite(x) for x in (total, *(x for many in values.values() for x in many))):
+            return {"loss": math.nan}  # no mean and no interval of it says anything
         found: dict[str, Any] = {"loss": total / len(items)}
         found |= {name: statistics.fmean(many) for name, many in values.items() if many}
         hits = values["accuracy"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -18,16 +18,21 @@ from strop.runs.events import read_events
 from strop.runs.folder import write_json
 from strop.training import state as checkpoints
 from strop.training.job import Job
+from strop.training.loop import evaluate, forget_lost_best
+from strop.training.reference import with_reference
 from strop.training.rehearsal import Forecast
 from strop.training.setup import Setup
 from strop.training.several import measured
 from strop.training.state import Progress
 
 
-def take_best(job: Job) -> float | None:
+def take_best(job: Job, key: Mapping[str, str]) -> float | None:
     """Puts the best weights (the last where nothing was evaluated) into the model, on every device; gives how far they
-    have moved theirs (model.lora.weight_change)."""
+    have moved theirs (model.lora.weight_change). key: what the reference depends on."""
     progress, base = job.state.progress, job.devices.base
+    forget_lost_best(job)
+    if job.eval and progress.best_step is None and progress.step:
+        evaluate(with_reference(job, key))  # the last weights are the best that there are
     with job.devices.together():
         kept = progress.best_step or progress.step
         if kept != progress.step:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,12 @@ LOG = logging.getLogger(__name__)
 
 COMPARE_EVERY = 50  # steps: whether all devices still hold the same numbers; and before each save
 SAVE_EVERY_S = 600.0  # at least this often, whatever the recipe says about steps
+# what a roll-back does not undo: how a step finds memory, what was said, and the work with its time
+SPENT = (
+    *("halvings", "recompute", "streamed", "offload", "told", "skipped_steps", "tokens", "supervised_tokens"),
+    *("seconds", "eval_seconds", "save_seconds", "budget_from"),
+    *("communication_s", "waiting_s", "computing_s", "slowest_s"),
+)
 
 
 @dataclass(frozen=True)
@@ -99,10 +106,10 @@ def _through(job: Job, stop_asked: Callable[[], bool]) -> str:
             (stopping,) = job.devices.agree(stop_asked())
         stopping = stopping and not ended
         due = progress.step % train.save_steps == 0 if train.save_steps else epoch_ends
-        due = due or progress.best_step == progress.step or waited
+        due = (due or waited) and not progress.streak  # a state in doubt is nothing to go back to
         if ended == "time":
             progress.budget_from += _spent(job)
-        if ended or stopping or (due and not progress.streak):  # a state in doubt is nothing to go back to
+        if ended or stopping or due or progress.best_step == progress.step:
             save(job)
             saved_at, saved_step = time.monotonic(), progress.step
         if stopping:
@@ -236,10 +243,39 @@ def save(job: Job) -> None:
     with job.devices.together():
         if job.devices.main:
             checkpoints.save(job.folder, job.state)
-            checkpoints.prune(job.folder, job.recipe.train.keep_checkpoints, progress.best_step)
+            if not progress.streak:  # what a roll-back would go to stays
+                checkpoints.prune(job.folder, job.recipe.train.keep_checkpoints, progress.best_step)
     took = time.perf_counter() - started
     progress.save_seconds += took
     job.log.emit("save", step=progress.step, checkpoint=checkpoint.name, seconds=round(took, 3))
+
+
+def go_back(job: Job, *, sure: bool = False) -> Path:
+    """Puts the newest checkpoint that verifies into the job, which goes on at its step; gives the checkpoint. sure: see
+    checkpoints.newest."""
+
+    def note(text: str) -> None:
+        job.log.emit("note", text=text)
+
+    checkpoint = job.devices.once(lambda: checkpoints.newest(job.folder, note, sure=sure))
+    checkpoints.restore(checkpoint, job.state, note)
+    progress = job.state.progress
+    # of this recipe's stream: rows and batch size may have been others when it was saved
+    progress.position = stream_of(job.recipe, len(job.train)).position_of(progress.step)
+    forget_lost_best(job)
+    return checkpoint
+
+
+def forget_lost_best(job: Job) -> None:
+    """Where the best weights cannot be had any more, later ones may be the best."""
+    progress, kept = job.state.progress, job.state.progress.best_step
+    if kept is None or kept == progress.step:
+        return
+    checkpoint = job.folder.checkpoint(kept)
+    why = job.devices.once(lambda: checkpoints.fault(checkpoint))
+    if why is not None:
+        job.log.emit("note", text=f"{checkpoint}: the best weights so far are lost: {why}")
+        progress.best_step, progress.best_loss, progress.held_out = None, None, {}
 
 
 def _roll_back(job: Job, trouble: Diverged) -> None:
@@ -251,16 +287,13 @@ def _roll_back(job: Job, trouble: Diverged) -> None:
     stream = stream_of(job.recipe, len(job.train))
     if now.rollbacks:
         raise _given_up(job, trouble, stream)
-    checkpoint = job.devices.once(lambda: checkpoints.newest(job.folder, lambda text: job.log.emit("note", text=text)))
-    checkpoints.restore(checkpoint, job.state)
+    checkpoint = go_back(job, sure=True)
     progress = job.state.progress
     progress.passed = sorted({*progress.passed, *now.streak})
     progress.streak, progress.rollbacks = [], now.rollbacks + 1
     progress.rate_scale = now.rate_scale * guard.RATE_CUT
-    progress.halvings, progress.recompute, progress.streamed = now.halvings, now.recompute, now.streamed
-    progress.offload = now.offload
-    progress.seconds, progress.eval_seconds, progress.save_seconds = now.seconds, now.eval_seconds, now.save_seconds
-    progress.skipped_steps, progress.budget_from = now.skipped_steps, now.budget_from
+    for name in SPENT:
+        setattr(progress, name, getattr(now, name))
     job.log.emit(
         "rollback",
         step=now.step,

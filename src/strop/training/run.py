@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from strop.engine.answers.fits import unanswerable
 from strop.engine.device import repeatable
 from strop.engine.fits import own_dropout
 from strop.engine.step import step_for
-from strop.errors import TROUBLES, InputError, MemoryLimitError, StropError, Where
+from strop.errors import TROUBLES, InputError, MemoryLimitError, RecipeError, StropError, Where
 from strop.evaluation.report import write_report
 from strop.evaluation.rewards import rewards_of
 from strop.machine.heap import give_back
@@ -55,7 +54,7 @@ from strop.training.finish import figures, finish, take_best
 from strop.training.groups import OfGroups, without_dropout
 from strop.training.integers import hold_to_floats
 from strop.training.job import Job, stream_of
-from strop.training.loop import fit
+from strop.training.loop import fit, go_back, save
 from strop.training.optim import make_optimizer
 from strop.training.reference import check as check_reference
 from strop.training.reference import with_reference
@@ -133,17 +132,19 @@ def resume(
     Raises InputError where anything else differs that decides the numbers, and for a name that is none of these.
     """
     devices.once(lambda: check_names(allow_changed, dict(option_fields())))
+    if begun := sorted({"out", "preset"} & set(options or ())):
+        raise RecipeError(f"--{begun[0]}: a run that has begun does not read it", fix="leave it out")
     folder = devices.once(lambda: open_run(path))
     with _claimed(folder, devices), disk_faults(folder.path):
         if devices.once(lambda: folder.finished):
             if options and resolve(folder.recipe, options).recipe != read_resolved(folder.recipe).recipe:
                 what = f"{path} is finished: no option changes it any more"
                 raise InputError(what, fix=f"train further in a new run that starts from it: --model.adapter {path}")
-            report = json.loads(folder.report.read_text(encoding="utf-8"))
+            report = folder.read_report()
             if devices.main and not folder.page.is_file():  # it was killed just before its last line
                 write_report(folder.path, report, read_events(folder.events))
             return Run(folder.path, report)
-        before = json.loads(folder.lock.read_text(encoding="utf-8"))
+        before = folder.read_lock()
         resolved = resolve(folder.recipe, options) if options else read_resolved(folder.recipe)
         alike = resolved.recipe.train.exact or devices.world == count_of(before)
         setup = set_up_together(resolved, memory, folder, devices, before["threads"] if alike else None)
@@ -155,7 +156,7 @@ def resume(
                       f"{change.was} then, {change.now} now") for change in refused
             ])  # fmt: skip
         elsewhere = devices.world != count_of(before)
-        if devices.main and (changed or elsewhere):
+        if devices.main and (changed or elsewhere or options):
             write_atomic(folder.recipe, setup.resolved.as_yaml())
             kept = {"layers": before["layers"]} if "layers" in before else {}
             overrides = [*before.get("overrides", []), *map(asdict, changed)]
@@ -248,7 +249,7 @@ def _execute(
                 raise
             fix = "take a smaller model, or a machine with more memory"
             raise MemoryLimitError(f"out of memory: {str(error).splitlines()[0]}", fix=fix) from None
-        change = take_best(job)
+        change = take_best(job, key)
         report = devices.once(lambda: finish(job, setup, memory, expected, ended, change))
         log.emit("end", step=job.state.progress.step, seconds=report["seconds"], adapter=report["adapter"])
     if devices.main:
@@ -305,16 +306,17 @@ def _total(job: Job) -> int:
 
 
 def _restore(job: Job, changed: Sequence[Difference], moved: tuple[int, int] | None) -> None:
-    checkpoint = job.devices.once(lambda: checkpoints.newest(job.folder, lambda text: job.log.emit("note", text=text)))
-    checkpoints.restore(checkpoint, job.state)
+    checkpoint = go_back(job)
     progress = job.state.progress
     for change in changed:
         job.log.emit("override", step=progress.step, field=change.name, was=change.was, now=change.now)
-    if changed:  # other data or another batch size: the stream goes on at the same step
-        progress.position = stream_of(job.recipe, len(job.train)).position_of(progress.step)
-        checkpoints.ask_memory(progress, job.recipe.train)
+    checkpoints.ask_memory(progress, job.recipe.train, besides=not changed)
+    if any(change.name == "train.learning_rate" for change in changed):  # as it is given, not what a roll-back left
+        progress.rate_scale, progress.rollbacks = 1.0, 0
     told = {"devices_before": moved[0], "devices": moved[1]} if moved else {}
     job.log.emit("resume", step=progress.step, checkpoint=checkpoint.name, **told)
+    if changed:  # they hold from here on, whatever comes before the next save
+        save(job)
 
 
 def _announce(job: Job, setup: Setup) -> None:

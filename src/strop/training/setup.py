@@ -38,6 +38,7 @@ from strop.planning.setting import Setting
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
 from strop.training import state as checkpoints
+from strop.training.job import stream_of
 from strop.training.track import check_trackers
 from strop.training.vllm import check_vllm
 
@@ -156,10 +157,11 @@ def _look(recipe: Recipe, memory: int | None, processes: int = 1) -> Machine:
 
 def remarks(setup: Setup) -> list[str]:
     """What a person should know before training starts: a card that is not used, another base than the adapter's,
-    experts, other towers, more modules trained in full than a name says, rows longer than what the model was made for.
+    experts, other towers, more modules trained in full than a name says, rows longer than what the model was made for,
+    a warmup as long as the run.
     """
     found = (
-        *(_passed_over(setup), _repeated(setup), _stored_otherwise(setup)),
+        *(_passed_over(setup), _repeated(setup), _never_at_peak(setup), _stored_otherwise(setup)),
         *(*_experts(setup), _towers(setup), *_in_full(setup), setup.shape.beyond(_lengths(setup.data))),
     )
     return [text for text in found if text]
@@ -176,6 +178,15 @@ def _repeated(setup: Setup) -> str | None:
     if not recipe.train.deterministic or recipe.model.device != "cpu":
         return None
     return "train.deterministic: a CPU computes the same bits each time without it"
+
+
+def _never_at_peak(setup: Setup) -> str | None:
+    """That a warmup in steps is as long as the run."""
+    train = setup.resolved.recipe.train
+    steps = stream_of(setup.resolved.recipe, len(setup.data.train_units or setup.data.train)).total_steps
+    if train.warmup < max(1, steps):
+        return None
+    return f"train.warmup {train.warmup:g}: the run has {steps} steps, and its learning rate never reaches its peak"
 
 
 def _stored_otherwise(setup: Setup) -> str | None:

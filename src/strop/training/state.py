@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -66,10 +66,12 @@ class Progress:
     budget_from: float = 0.0  # seconds that were spent before the time budget of this session
 
 
-def ask_memory(progress: Progress, train: TrainSection) -> None:
-    """Puts down what the recipe asks of memory; running out of it may add to that."""
-    progress.recompute = train.gradient_checkpointing in ("on", "offload")
-    progress.offload, progress.streamed = train.gradient_checkpointing == "offload", False
+def ask_memory(progress: Progress, train: TrainSection, *, besides: bool = False) -> None:
+    """Puts down what the recipe asks of memory; besides: what running out of it has added stays."""
+    layers = train.gradient_checkpointing
+    progress.recompute = layers in ("on", "offload") or (besides and progress.recompute)
+    progress.offload = layers == "offload" or (besides and progress.offload)
+    progress.streamed = besides and progress.streamed
 
 
 @dataclass
@@ -128,7 +130,7 @@ def save(folder: RunFolder, state: TrainState) -> Path:
         raise DiskError(what, fix=f"free some space, then `strop resume {folder.path}`")
     with disk_faults(final), new_folder(final) as temp:
         save_file(weights, temp / "weights.safetensors")
-        save_file(_optimizer_tensors(state), temp / "optimizer.safetensors")
+        save_file(_optimizer_tensors(state), temp / "optimizer.safetensors", {"optimizer": _kind(state.optimizer)})
         save_file(random_states(state.device), temp / "random.safetensors")
         (temp / "state.json").write_text(json.dumps(asdict(state.progress)), encoding="utf-8")
         files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in temp.iterdir()}
@@ -154,16 +156,23 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
-def newest(folder: RunFolder, note: Note) -> Path:
+def newest(folder: RunFolder, note: Note, *, sure: bool = False) -> Path:
     """The newest checkpoint that verifies; each newer one that does not is noted with its reason.
 
-    Raises CheckpointError where none verifies.
+    sure: rather an older one than one that was saved in the middle of bad steps. Raises CheckpointError where
+    none verifies.
     """
+    in_doubt = None
     for _, checkpoint in reversed(folder.checkpoints()):
         why = fault(checkpoint)
-        if why is None:
+        if why is not None:
+            note(f"{checkpoint}: passed over: {why}")
+        elif sure and _progress_of(checkpoint).streak:
+            in_doubt = in_doubt or checkpoint
+        else:
             return checkpoint
-        note(f"{checkpoint}: passed over: {why}")
+    if in_doubt is not None:
+        return in_doubt
     raise CheckpointError(f"{folder.path}: no checkpoint that verifies", fix="start the run again with `strop train`")
 
 
@@ -175,21 +184,38 @@ def load_weights(checkpoint: Path, weights: Mapping[str, nn.Parameter]) -> None:
     _put(weights, saved)
 
 
-def restore(checkpoint: Path, state: TrainState) -> None:
-    """Puts a verified checkpoint into a fresh state, random generators included."""
+def restore(checkpoint: Path, state: TrainState, note: Note | None = None) -> None:
+    """Puts a verified checkpoint into a fresh state, random generators included. What another optimizer has kept says
+    nothing to this one, which then begins anew: that is noted."""
     load_weights(checkpoint, state.weights)
     try:
-        moments = load_file(checkpoint / "optimizer.safetensors")
+        with safe_open(checkpoint / "optimizer.safetensors", framework="pt") as file:
+            kind = (file.metadata() or {}).get("optimizer")
+            moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         random = load_file(checkpoint / "random.safetensors")
     except SafetensorError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from None
+    now = _kind(state.optimizer)
+    if kind not in (now, None):
+        moments = {}
+        if note is not None:
+            note(f"the optimizer begins anew: {checkpoint.name} holds what {kind} has kept, and this is {now}")
     state.optimizer.state.clear()  # a step that is undone leaves nothing behind
     for key, tensor in moments.items():
         name, _, part = key.rpartition("/")
         weight = state.weights[name]
         state.optimizer.state.setdefault(weight, {})[part] = _from_tensor(tensor, weight)
     set_random_states(random, state.device)
-    state.progress = Progress(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+    state.progress = _progress_of(checkpoint)
+
+
+def _progress_of(checkpoint: Path) -> Progress:
+    return Progress(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    """Optimizers of one kind go on from what each other has kept."""
+    return type(optimizer).__name__.removeprefix("Paged")
 
 
 def prune(folder: RunFolder, keep: int, best_step: int | None) -> None:

@@ -1,0 +1,320 @@
+"""Going on after a kill: with damaged files, with changed values, with a base that was moved."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import strop
+from strop.errors import InputError, Stopped
+from strop.evaluation.diagnosis import diagnose
+from strop.runs.events import read_events
+from strop.runs.folder import RunFolder
+from strop.runs.lock import sha256_text
+from strop.training import state
+from strop.training.loop import fit
+from tests.support import tiny
+from tests.support.jobs import events
+from tests.support.running import run
+from tests.training.test_guard import with_loss
+
+
+class Cut(Exception):
+    pass
+
+
+def cut_at(kind: str, step: int) -> Callable[[dict[str, Any]], None]:
+    def cut(event: dict[str, Any]) -> None:
+        if event["event"] == kind and event["step"] == step:
+            raise Cut
+
+    return cut
+
+
+def cut_run(folder: Path, model: Path, rows: Path, *, at: int = 4, **options: Any) -> Path:
+    """A run of 12 steps that was killed just after it had saved."""
+    given = {"train.max_steps": 12, "train.batch_size": 4, "train.save_steps": 2, "lora.r": 4, "model.dtype": "fp32"}
+    with pytest.raises(Cut):
+        strop.train(model=str(model), data=str(rows), out=folder, callback=cut_at("save", at), **{**given, **options})
+    return folder
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+def flip(file: Path) -> None:
+    found = bytearray(file.read_bytes())
+    found[-6] ^= 0x40
+    file.write_bytes(found)
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:99])])
+@pytest.mark.parametrize("last", [False, True])
+def test_the_best_weights_are_never_taken_from_a_damaged_checkpoint(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, damage: Callable[[Path], None], last: bool
+) -> None:
+    """last: all steps were done already."""
+    other = tmp_path / "other.jsonl"
+    pairs = [{"prompt": f"what is {n}", "completion": "zebra " * n} for n in range(1, 6)]
+    other.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    options = {
+        "data.eval": str(other), "train.eval_steps": 2, "train.learning_rate": 5e-2, "train.lr_scheduler": "constant"
+    }  # fmt: skip
+    out = cut_run(tmp_path / "r", tiny_folder, rows_file, at=12 if last else 10, **options)
+    best = json.loads((out / "checkpoints" / ("step-000012" if last else "step-000010") / "state.json").read_text())
+    assert best["best_step"] < best["step"]
+    damage(out / "checkpoints" / f"step-{best['best_step']:06d}" / "weights.safetensors")
+    report = strop.resume(out).report
+    losses = {event["step"]: event["loss"] for event in events(out, "eval")}
+    assert report["adapter_step"] == 12 and report["eval_loss"] == losses[12]
+    assert any("the best weights so far are lost" in event["text"] for event in events(out, "note"))
+    kept = load_file(out / "checkpoints" / "step-000012" / "weights.safetensors")
+    made = adapter(out)
+    assert all(torch.equal(weight, made[name.replace(".default", "")]) for name, weight in kept.items())
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("adamw", "adafactor"), ("adamw", "lion"), ("adamw_8bit", "adamw"), ("lion", "adamw_8bit")]
+)
+def test_another_optimizer_begins_anew_and_says_so(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, before: str, after: str
+) -> None:
+    out = cut_run(tmp_path / "r", tiny_folder, rows_file, **{"train.optimizer": before})
+    assert strop.resume(out, allow_changed=["optimizer"], **{"train.optimizer": after}).report["steps"] == 12
+    said = [event["text"] for event in events(out, "note") if "the optimizer begins anew" in event["text"]]
+    assert len(said) == 1
+
+
+def test_8_bit_moments_are_those_of_the_paged_optimizer(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    out = cut_run(tmp_path / "r", tiny_folder, rows_file, **{"train.optimizer": "adamw_8bit"})
+    whole = shutil.copytree(out, tmp_path / "whole")
+    strop.resume(out, allow_changed=["optimizer"], **{"train.optimizer": "paged_adamw_8bit"})
+    strop.resume(whole)
+    assert same(adapter(out), adapter(whole))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("train.batch_size", 6), ("train.gradient_checkpointing", "on"), ("seed", 5)]
+)
+def test_a_changed_value_holds_after_a_kill_before_the_next_save(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, field: str, value: Any
+) -> None:
+    out = cut_run(tmp_path / "r", tiny_folder, rows_file, **{"train.gradient_checkpointing": "off"})
+    whole = shutil.copytree(out, tmp_path / "whole")
+    strop.resume(whole, allow_changed=[field], **{field: value})
+    with pytest.raises(Cut):
+        strop.resume(out, callback=cut_at("step", 6), allow_changed=[field], **{field: value})
+    strop.resume(out)
+    assert same(adapter(out), adapter(whole))
+    newest = json.loads((out / "checkpoints" / "step-000012" / "state.json").read_text())
+    assert newest["recompute"] is (field == "train.gradient_checkpointing")
+
+
+def test_a_new_learning_rate_is_the_one_that_was_given(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """Not a quarter of it, which is what a roll-back has left; and there may be one again."""
+    fixed = {"train.lr_scheduler": "constant", "train.warmup": 0, "train.learning_rate": 1e-3}
+    out = cut_run(tmp_path / "r", tiny_folder, rows_file, **fixed)
+    newest = out / "checkpoints" / "step-000004"
+    text = json.dumps({**json.loads((newest / "state.json").read_text()), "rate_scale": 0.25, "rollbacks": 1})
+    (newest / "state.json").write_text(text)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["state.json"] = {"bytes": len(text), "sha256": sha256_text(text)}
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    same_rate = shutil.copytree(out, tmp_path / "same")
+    with pytest.raises(Cut):
+        strop.resume(out, callback=cut_at("step", 5), allow_changed=["lr"], **{"train.learning_rate": 2e-4})
+    strop.resume(out)
+    assert {event["learning_rate"] for event in events(out, "step") if event["step"] > 4} == {2e-4}
+    strop.resume(same_rate)
+    assert {event["learning_rate"] for event in events(same_rate, "step") if event["step"] > 4} == {2.5e-4}
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"out": "other"}, "--out: a run that has begun does not read it"),
+        ({"preset": "balanced"}, "--preset: a run that has begun does not read it"),
+        ({"lora.init": "gaussian"}, "cannot resume"),
+    ],
+)
+def test_what_counts_at_the_start_alone_is_refused_later(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, option: dict[str, Any], said: str
+) -> None:
+    out = cut_run(tmp_path / "r", tiny_folder, rows_file)
+    with pytest.raises(InputError, match=said):
+        strop.resume(out, allow_changed=["init"], **option)
+
+
+def test_a_roll_back_after_other_rows_were_given(tmp_path: Path) -> None:
+    options = {"train.max_steps": 12, "train.save_steps": 4}
+    first = tiny.job(tmp_path / "r", tiny.examples(40), **{**options, "train.max_steps": 4})
+    fit(first)
+    job = tiny.job(tmp_path / "r", tiny.examples(48), **options)
+    state.restore(state.newest(job.folder, pytest.fail), job.state)
+    job.state.progress.position = {}
+    job.state.progress.position = {**first.state.progress.position, "rows": 48}
+    fit(with_loss(job, lambda call, loss: loss * (math.nan if call in (1, 2, 3) else 1.0)))
+    assert job.state.progress.step == 12 and job.state.progress.rollbacks == 1
+
+
+def test_a_roll_back_undoes_neither_time_nor_the_tokens_of_it(tmp_path: Path) -> None:
+    """tokens_per_s of the report is one over the other."""
+    job = tiny.job(tmp_path / "r", tiny.examples(40), **{"train.max_steps": 12, "train.save_steps": 4})
+    good, computed = job.step.token_loss, []
+
+    def counting(rows: Any) -> torch.Tensor:
+        computed.append(sum(len(row) for row in rows))
+        return good(rows)
+
+    counted = replace(job, step=replace(job.step, token_loss=counting))
+    fit(with_loss(counted, lambda call, loss: loss * (math.nan if call in (6, 7, 8) else 1.0)))
+    assert job.state.progress.rollbacks == 1 and len(computed) == 8 + 5
+    assert job.state.progress.tokens == sum(computed)
+
+
+def test_a_roll_back_passes_over_what_a_stop_has_saved_in_the_middle_of_bad_steps(tmp_path: Path) -> None:
+    options = {"train.max_steps": 12, "train.save_steps": 2}
+    whole = tiny.job(tmp_path / "whole", tiny.examples(40), **options)
+    fit(with_loss(whole, lambda call, loss: loss * (math.nan if call in (5, 6, 7) else 1.0)))
+
+    def stopping(call: int, loss: torch.Tensor) -> torch.Tensor:
+        if call == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss * (math.nan if call in (5, 6) else 1.0)
+
+    stopped = tiny.job(tmp_path / "stopped", tiny.examples(40), **options)
+    with pytest.raises(Stopped):
+        fit(with_loss(stopped, stopping))
+    again = tiny.job(tmp_path / "stopped", tiny.examples(40), **options)
+    state.restore(state.newest(again.folder, pytest.fail), again.state)
+    assert again.state.progress.step == 6 and again.state.progress.streak == [4, 5]
+    fit(with_loss(again, lambda call, loss: loss * (math.nan if call == 1 else 1.0)))
+    back = events(again.folder.path, "rollback")[0]
+    assert (back["step"], back["to"]) == (6, 4)
+    assert all(torch.equal(weight, whole.state.weights[name]) for name, weight in again.state.weights.items())
+
+
+def test_the_best_evaluation_is_kept_though_its_step_was_skipped(tmp_path: Path) -> None:
+    """And the state before the bad steps stays, to go back to."""
+    evaluations = iter(range(1, 100))
+
+    def change(call: int, loss: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return loss * (math.nan if call in (3, 5) else 1.0)  # steps 2 and 3
+        return loss * (1.0, 0.1, 0.09, 9.0, 9.0, 9.0)[next(evaluations) - 1]
+
+    options = {"train.max_steps": 6, "train.eval_steps": 1, "train.keep_checkpoints": 1, "train.micro_batch": 8}
+    job = tiny.job(tmp_path / "r", tiny.examples(40), tiny.examples(8, seed=1), **options)
+    kept = []
+    emit = job.log.emit
+
+    def seen(kind: str, **fields: Any) -> None:
+        emit(kind, **fields)
+        if kind == "save" and fields["step"] == 3:
+            kept.extend(step for step, _ in job.folder.checkpoints())
+
+    job.log.emit = seen  # type: ignore[method-assign]
+    fit(with_loss(job, change))
+    assert [event["step"] for event in events(job.folder.path, "skip")] == [2, 3]
+    assert job.state.progress.best_step == 3 and job.folder.checkpoint(3).is_dir()
+    assert kept == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", [b"\0" * 40, b"\xff\xfe", b'{"event": "st', b"[1]", b"{}"])
+def test_a_damaged_line_among_the_events_costs_that_line(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, line: bytes
+) -> None:
+    out = cut_run(tmp_path / "r", tiny_folder, rows_file)
+    whole = (out / "events.jsonl").read_bytes().splitlines(True)
+    (out / "events.jsonl").write_bytes(b"".join([*whole[:5], line + b"\n", *whole[5:]]))
+    assert len(read_events(out / "events.jsonl")) == len(whole)
+    assert strop.resume(out).report["steps"] == 12 and (out / "report.html").is_file()
+
+
+@pytest.mark.parametrize("text", ["", '{"data": "12', "[]", "{}", "3"])
+def test_a_damaged_lock_is_named(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    out = cut_run(tmp_path / "r", tiny_folder, rows_file)
+    (out / "lock.json").write_text(text)
+    with pytest.raises(InputError, match=r"lock\.json: damaged"):
+        strop.resume(out)
+    assert run("runs", tmp_path, capsys=capsys)[0] == 0
+
+
+@pytest.mark.parametrize("text", ["", '{"exit": 0', "[]"])
+def test_a_damaged_report_is_written_again(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    out = cut_run(tmp_path / "r", tiny_folder, rows_file)
+    before = strop.resume(out).report
+    (out / "report.json").write_text(text)
+    code, listed, _ = run("runs", tmp_path, "--json", capsys=capsys)
+    assert code == 0 and json.loads(listed)["runs"][0]["finished"] is False
+    again = strop.resume(out).report
+    assert again["steps"] == before["steps"] == 12 and again["loss"] == before["loss"]
+    assert json.loads((out / "report.json").read_text())["exit"] == 0
+
+
+def test_a_base_and_rows_that_were_moved_are_given_once(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    out = cut_run(tmp_path / "r", base, rows_file)
+    base, rows = base.rename(tmp_path / "moved"), rows_file.rename(tmp_path / "moved.jsonl")
+    out = out.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="no such model folder"):
+        strop.resume(out)
+    with pytest.raises(Cut):
+        strop.resume(out, callback=cut_at("step", 6), **{"model.name": str(base), "data.train": str(rows)})
+    assert strop.resume(out).report["steps"] == 12
+    assert json.loads((out / "lock.json").read_text())["overrides"] == []
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base)
+
+
+def test_a_copy_of_a_run_that_trains_can_go_on_by_itself(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    out = cut_run(tmp_path / "r", tiny_folder, rows_file)
+    hold = "import sys; from pathlib import Path; from strop.runs.folder import RunFolder\n"
+    hold += "with RunFolder(Path(sys.argv[1])).claim(): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "held\n"
+            copied = shutil.copytree(out, tmp_path / "copy")
+            with pytest.raises(InputError, match=f"in use by process {other.pid}"):
+                strop.resume(out)
+            assert RunFolder(out).holder == other.pid and RunFolder(copied).holder is None
+            assert strop.resume(copied).report["steps"] == 12
+        finally:
+            other.kill()
+
+
+def test_steps_that_were_undone_count_once_in_the_diagnosis() -> None:
+    """As they are done last; and trouble that a resume meets again is told once."""
+
+    def drawn(step: int, equal: float) -> dict[str, Any]:
+        return {"event": "step", "step": step, "loss": 0.0, "reward": 0.5, "equal_groups": equal, "stop_rate": 1.0}
+
+    shrunk = {"event": "shrink", "step": 2, "to": "half"}
+    whole = [drawn(1, 1.0), drawn(2, 1.0), shrunk, drawn(3, 0.8)]
+    cut = [*whole, {"event": "resume", "step": 2}, shrunk, drawn(3, 0.8)]
+    assert diagnose(cut, None) == diagnose(whole, None)
+    assert diagnose(whole, None)[0].startswith("93%")
