@@ -238,7 +238,7 @@ def norms_of(decoder: Any, family: Family) -> Iterator[Any]:
 
 def text_of(base: Any) -> tuple[Any, Any]:
     """(decoder, its config) of a causal language model, or of the text half of a model with other towers."""
-    inner = getattr(base, base.base_model_prefix)
+    inner = getattr(base, base.base_model_prefix, None) or base.model  # Llama 4's prefix is of another class
     halves = (getattr(inner, name, None) for name in ("language_model", "text_model"))
     return next((half for half in halves if half is not None), inner), base.config.get_text_config()
 

@@ -166,9 +166,7 @@ def _modules(model: Any) -> dict[Where, nn.Module]:
 
 
 def _layers(model: Any) -> nn.ModuleList:
-    decoder = (
-        text_of(model)[0] if hasattr(model, model.base_model_prefix) else model.model
-    )  # Llama 4's has another name
+    decoder = text_of(model)[0]
     layers = getattr(decoder, "layers", None)
     if isinstance(layers, nn.ModuleList):
         return layers
