@@ -30,7 +30,7 @@ Attend = Callable[[Tensor, Heads, Tensor, Tensor, Documents], Tensor]
 class Processor:
     """ops: the element-wise operations; loops: those that only a CPU has. tiles: a CPU with a bf16 product of its own
     for short loops (AVX512-BF16). kernels: a card with kernels of its own; lacking: why a card has none of them.
-    integers: frozen weights are multiplied in 8-bit integers, on a CPU in fp32 (engine.cpu.integers)."""
+    integers: engine.cpu.integers.Products, where frozen weights are multiplied in 8-bit integers."""
 
     ops: Ops
     loops: Loops | None = None
@@ -38,7 +38,7 @@ class Processor:
     tiles: bool = False
     kernels: bool = False
     lacking: str = ""
-    integers: bool = False
+    integers: Any = None
 
     def tiled(self, size: int) -> bool:
         """Attention of such heads runs in tiles."""
@@ -84,10 +84,8 @@ class Processor:
 
     def product(self, sizes: Sequence[int]) -> FrozenProduct:
         """The products of frozen linear layers with these inputs and outputs."""
-        if self.integers:
-            from strop.engine.cpu import integers  # its import starts threads
-
-            return cast(FrozenProduct, integers.product)
+        if self.integers is not None:
+            return cast(FrozenProduct, self.integers.layer)
         if not self.tiles or not probe().has_products(sizes):
             return lora.product
         from strop.engine.cpu import frozen  # its import starts threads
@@ -96,18 +94,14 @@ class Processor:
 
     def head_product(self, weight: Tensor) -> FrozenProduct:
         """The same of the head (V, h)."""
-        if not self.integers:
-            return self.product(weight.shape)
-        from strop.engine.cpu import integers
-
-        return integers.head_product(weight)
+        return self.product(weight.shape) if self.integers is None else self.integers.head(weight)
 
     def held(
         self, weight: Callable[[], Tensor], eight_bit: Callable[[], tuple[Tensor, Tensor] | None]
     ) -> Callable[[], Any]:
         """What gives a frozen weight (n, k) to `product`. eight_bit: gives int8 (n, k) and scale (n,), or None where it
         is held otherwise."""
-        if not self.integers:
+        if self.integers is None:
             return weight
         from strop.engine.cpu.integers import Integers
 
@@ -169,7 +163,7 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL
     """numba's loops on a CPU, Triton's kernels on a card, else PyTorch's plain operations: the same numbers.
 
     warm: which loops to have compiled beforehand, in another process (engine.cpu.warm tells why); none where empty.
-    integers: as of Processor.
+    integers: multiply frozen weights in 8-bit integers, on a CPU in fp32.
     """
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         from strop.engine.cpu import kernels, rows  # their import starts threads
@@ -177,10 +171,15 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL
 
         if warm:
             compile_once(dtype, kernels.cache_folder(), STEP, [warm], ("attention", "products"))
-        if warm and integers:
-            compile_once(dtype, kernels.cache_folder(), STEP, [INTEGERS])
+        products = None
+        if integers:
+            if warm:
+                compile_once(dtype, kernels.cache_folder(), STEP, [INTEGERS])
+            from strop.engine.cpu.integers import Products
+
+            products = Products()
         tiles = dtype == torch.bfloat16 and probe().tiles
-        return Processor(cast(Ops, kernels), cast(Loops, rows), tiles=tiles, integers=integers)
+        return Processor(cast(Ops, kernels), cast(Loops, rows), tiles=tiles, integers=products)
     if device.type == "cuda":
         from strop.engine.card import newest
 
@@ -213,15 +212,15 @@ def integer_flops() -> dict[str, float]:
     """The same of products in 8-bit integers, by how the weight is held; nothing where the CPU has none."""
     if not probe().integers:
         return {}
-    from strop.engine.cpu.integers import Integers, product
+    from strop.engine.cpu.integers import Integers
     from strop.engine.cpu.precision import rate
 
-    processor_for(torch.device("cpu"), torch.float32, integers=True)
+    product = processor_for(torch.device("cpu"), torch.float32, integers=True).product([])
     held: dict[str, Callable[[Tensor], Any]] = {
         "none": Integers.of,
         "int8": lambda weight: Integers(weight.to(torch.int8), None, weight[:, 0].contiguous()),
     }
-    return {name: rate(torch.float32, "cpu", cast(FrozenProduct, product), make) for name, make in held.items()}
+    return {name: rate(torch.float32, "cpu", product, make) for name, make in held.items()}
 
 
 def answering_loops(dtype: torch.dtype | None = None) -> Any:

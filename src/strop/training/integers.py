@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -11,15 +12,15 @@ from strop.data.conversation import Item
 from strop.engine.step import Step, step_for
 from strop.errors import RunError
 from strop.training.job import Job
-from strop.training.shrink import micro_batches
 from strop.training.state import random_states, set_random_states
 
+TOKENS = 512  # of rows that are tried
 LOSS, GRADIENT = 1e-3, 0.02  # how far off they may be: relative, the gradient by its norm
 
 
 def hold_to_floats(job: Job, items: Sequence[Item]) -> None:
-    """Raises RunError where the loss or the gradient of the first micro-batch of these rows is further from fp32's."""
-    rows = [items[row] for row in micro_batches(job, items)[0]]
+    """Raises RunError where the loss or the gradient of the shortest of these rows is further from fp32's."""
+    rows = _some(items)
     with job.devices.together():
         loss, gradient = _measured(job, job.step, rows)
         true_loss, true_gradient = _measured(job, step_for(job.model), rows)
@@ -30,6 +31,13 @@ def hold_to_floats(job: Job, items: Sequence[Item]) -> None:
             what = f"train.int8_matmul: {said}, more than {LOSS:.0e} and {GRADIENT:.0e}"
             raise RunError(what, fix="leave train.int8_matmul out for this model")
     job.log.emit("note", text=f"frozen weights are multiplied in 8-bit integers: {said} on {len(rows)} rows")
+
+
+def _some(items: Sequence[Item]) -> list[Item]:
+    lengths = [sum(map(len, item.examples)) for item in items]
+    order = sorted(range(len(items)), key=lengths.__getitem__)
+    ends = accumulate(lengths[row] for row in order)
+    return [items[row] for row, end in zip(order, ends, strict=True) if end <= TOKENS] or [items[order[0]]]
 
 
 def _measured(job: Job, step: Step, rows: Sequence[Item]) -> tuple[float, Tensor]:

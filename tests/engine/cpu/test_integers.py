@@ -52,9 +52,9 @@ def test_as_near_to_fp64_as_its_parts_are(integers: Any, held: str, along: bool,
     y, bias, residual = torch.empty(rows, width), torch.randn(width), torch.randn(rows, width)
     thin, w = torch.randn(rows, 4), torch.randn(4, width)
     product = x.double() @ (truth(weight).t() if along else truth(weight))
-    found = integers.product(x, weight, along, y)
+    found = integers.Products().layer(x, weight, along, y)
     assert found is y and (y - product).norm() <= NEAR * product.norm()
-    integers.product(x, weight, along, y, Product(thin, w), bias, residual)
+    integers.Products().layer(x, weight, along, y, Product(thin, w), bias, residual)
     whole = product + thin.double() @ w.double() + bias + residual
     assert (y - whole).norm() <= NEAR * product.norm() + 1e-6 * whole.norm()
 
@@ -62,17 +62,17 @@ def test_as_near_to_fp64_as_its_parts_are(integers: Any, held: str, along: bool,
 @pytest.mark.parametrize("along", [True, False])
 def test_a_row_has_the_same_bits_whatever_stands_beside_it(integers: Any, along: bool, monkeypatch: Any) -> None:
     weight, x = weights(integers, 96, 96)["two parts"], torch.randn(50, 96)
-    together = integers.product(x, weight, along, torch.empty(50, 96))
-    alone = torch.cat([integers.product(row[None], weight, along, torch.empty(1, 96)) for row in x])
+    together = integers.Products().layer(x, weight, along, torch.empty(50, 96))
+    alone = torch.cat([integers.Products().layer(row[None], weight, along, torch.empty(1, 96)) for row in x])
     assert torch.equal(together, alone)
     monkeypatch.setattr(integers, "SUMS_BYTES", 0)  # so few rows at once
-    assert torch.equal(together, integers.product(x, weight, along, torch.empty(50, 96)))
+    assert torch.equal(together, integers.Products().layer(x, weight, along, torch.empty(50, 96)))
 
 
 def test_rows_far_larger_than_others_and_rows_of_nothing(integers: Any) -> None:
     weight, x = weights(integers, 64, 64)["two parts"], torch.randn(4, 64)
     x[0], x[1], x[2], x[3] = 0, x[1] * 1e20, x[2] * 1e-20, x[3] * 1e-39
-    y = integers.product(x, weight, True, torch.empty(4, 64)).double()
+    y = integers.Products().layer(x, weight, True, torch.empty(4, 64)).double()
     right = x.double() @ truth(weight).t()
     assert (y[[0, 3]] == 0).all() and ((y - right).norm(dim=1)[:3] <= NEAR * right.norm(dim=1)[:3]).all()
 
@@ -82,7 +82,7 @@ def test_what_is_no_number_is_none_afterwards(integers: Any, bad: float) -> None
     weight, x = weights(integers, 64, 64)["two parts"], torch.randn(3, 64)
     x[1, 7] = bad
     for along in (True, False):
-        y = integers.product(x, weight, along, torch.empty(3, 64))
+        y = integers.Products().layer(x, weight, along, torch.empty(3, 64))
         assert not y[1].isfinite().any() and y[[0, 2]].isfinite().all()
 
 
@@ -91,22 +91,22 @@ def test_the_head_s_gradient_keeps_what_is_small_beside_the_label(integers: Any,
     """One token is near -1 and tens of thousands share the 1; all rows of the head have something in common."""
     torch.manual_seed(0)
     head, logits = torch.randn(20_000, 16) / 10 + 1, torch.randn(6, 20_000) * (0.1 if flat else 6)
-    product, grad = integers.head_product(head), torch.softmax(logits, 1)
+    product, grad = integers.Products().head(head), torch.softmax(logits, 1)
     grad[torch.arange(6), torch.arange(6) * 7] -= 1
     found = product(grad, head, False, torch.empty(6, 16)).double()
     right = grad.double() @ head.double()
     terms = (grad.double().abs() @ head.double().abs()).norm(dim=1)  # they cancel: what they sum to is smaller
     assert ((found - right).norm(dim=1) <= NEAR / 10 * terms).all()
-    rough = integers.product(grad, integers.Integers.of(head), False, torch.empty(6, 16)).double()
+    rough = integers.Products().layer(grad, integers.Integers.of(head), False, torch.empty(6, 16)).double()
     assert not flat or (rough - right).norm() > 20 * (found - right).norm()
     assert not torch.equal(found.float(), grad @ head)
 
 
 def test_a_head_that_is_trained_is_multiplied_in_fp32(integers: Any) -> None:
     head, x = torch.randn(50, 16), torch.randn(6, 16)
-    product = integers.head_product(head)
+    product = integers.Products().head(head)
     logits = product(x, head, True, torch.empty(6, 50))
-    assert torch.equal(logits, integers.product(x, integers.Integers.of(head), True, torch.empty(6, 50)))
+    assert torch.equal(logits, integers.Products().layer(x, integers.Integers.of(head), True, torch.empty(6, 50)))
     other = head * 2  # peft's copy
     assert torch.equal(product(x, other, True, torch.empty(6, 50)), x @ other.t())
     assert torch.equal(product(logits, other, False, torch.empty(6, 16)), logits @ other)

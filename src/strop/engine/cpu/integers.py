@@ -20,7 +20,7 @@ from torch import Tensor
 from strop.engine import lora
 from strop.engine.cpu.compiled import array, greater, inline, loop
 from strop.engine.lora import Added
-from strop.engine.operations import FrozenProduct
+from strop.engine.operations import FrozenProduct, Room
 
 HIGH = 128  # what the high part counts
 MOST = 127 * HIGH
@@ -138,55 +138,63 @@ def join(
                 out[j] += more[j]
 
 
-def product(
-    x: Tensor, weight: Integers, along: bool, y: Tensor, added: Added | None = None, bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """lora.product, of fp32, y without gaps."""
-    if added is not None:
-        added.into(y)
-    return _product(x, weight, along, y, held=added is not None, bias=bias, residual=residual)
+class Products:
+    """Products with weights in integers, one after the other: their sums lie in one place."""
 
+    def __init__(self) -> None:
+        self._sums = Room()  # blocks so large have pages of their own, which would be cleared for each product
 
-def head_product(weight: Tensor) -> FrozenProduct:
-    """lora.product of a head's frozen weight (V, h). In a row of the logits' gradient a few numbers, the label's first,
-    stand far above the others, which would round away beside them: they are multiplied in fp32."""
-    whole = cache(lambda: Integers.of(weight.detach()))
-
-    def of_head(
-        x: Tensor, w: Tensor, along: bool, y: Tensor, added: Added | None = None, bias: Tensor | None = None,
-        residual: Tensor | None = None,
+    def layer(
+        self, x: Tensor, weight: Integers, along: bool, y: Tensor, added: Added | None = None,
+        bias: Tensor | None = None, residual: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        if weight.requires_grad or w.data_ptr() != weight.data_ptr():  # it is trained in full
-            return lora.product(x, w, along, y, added, bias, residual)
-        if along:
-            return product(x, whole(), along, y, added, bias, residual)
-        assert added is None and bias is None and residual is None
-        limits = torch.empty(len(x))
-        lift(array(x), array(whole().scale), array(w), array(limits), array(y))
-        return _product(x, whole(), along, y, held=True, limits=limits)
+        """lora.product, of fp32, y without gaps."""
+        if added is not None:
+            added.into(y)
+        return self._sum(x, weight, along, y, held=added is not None, bias=bias, residual=residual)
 
-    return cast(FrozenProduct, of_head)
+    def head(self, weight: Tensor) -> FrozenProduct:
+        """lora.product of a head's frozen weight (V, h). In a row of the logits' gradient a few numbers, the label's
+        first, stand far above the others, which would round away beside them: they are multiplied in fp32."""
+        whole = cache(lambda: Integers.of(weight.detach()))
 
+        def of_head(
+            x: Tensor, w: Tensor, along: bool, y: Tensor, added: Added | None = None, bias: Tensor | None = None,
+            residual: Tensor | None = None,
+        ) -> Tensor:  # fmt: skip
+            if weight.requires_grad or w.data_ptr() != weight.data_ptr():  # it is trained in full
+                return lora.product(x, w, along, y, added, bias, residual)
+            if along:
+                return self.layer(x, whole(), along, y, added, bias, residual)
+            assert added is None and bias is None and residual is None
+            limits = torch.empty(len(x))
+            lift(array(x), array(whole().scale), array(w), array(limits), array(y))
+            return self._sum(x, whole(), along, y, held=True, limits=limits)
 
-def _product(
-    x: Tensor, weight: Integers, along: bool, y: Tensor, *, held: bool, bias: Tensor | None = None,
-    residual: Tensor | None = None, limits: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """held: added to what y holds."""
-    none = x.new_empty(0)
-    rows, columns = max(16, SUMS_BYTES // (12 * y.shape[1])), none if along else weight.scale
-    high, low = (None if part is None else part.t() if along else part for part in (weight.high, weight.low))
-    for at in range(0, len(x), rows):
-        some = slice(at, at + rows)
-        planes, scale = _in_two(x[some], columns, none if limits is None else limits[some])
-        sums = torch._int_mm(planes, cast(Tensor, high))
-        crossed = sums[:0] if low is None else torch._int_mm(planes[: len(scale)], low)
-        more = y[:0] if residual is None else residual[some].contiguous()
-        by_column = weight.scale if along else _ones(y.shape[1])
-        given = sums, crossed, scale, by_column, none if bias is None else bias, more
-        cast(Any, join)(*map(array, given), held, array(y[some]))
-    return y
+        return cast(FrozenProduct, of_head)
+
+    def _sum(
+        self, x: Tensor, weight: Integers, along: bool, y: Tensor, *, held: bool, bias: Tensor | None = None,
+        residual: Tensor | None = None, limits: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """held: added to what y holds."""
+        n, none = y.shape[1], x.new_empty(0)
+        rows, columns = max(16, SUMS_BYTES // (12 * n)), none if along else weight.scale
+        high, low = (None if part is None else part.t() if along else part for part in (weight.high, weight.low))
+        for at in range(0, len(x), rows):
+            some = slice(at, at + rows)
+            planes, scale = _in_two(x[some], columns, none if limits is None else limits[some])
+            sums, crossed = torch.split(self._sums(3 * len(scale), n, _WHOLE), [2 * len(scale), len(scale)])
+            torch._int_mm(planes, cast(Tensor, high), out=sums)
+            if low is None:
+                crossed = crossed[:0]
+            else:
+                torch._int_mm(planes[: len(scale)], low, out=crossed)
+            more = y[:0] if residual is None else residual[some].contiguous()
+            by_column = weight.scale if along else _ones(n)
+            given = sums, crossed, scale, by_column, none if bias is None else bias, more
+            cast(Any, join)(*map(array, given), held, array(y[some]))
+        return y
 
 
 def _in_two(x: Tensor, columns: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,3 +208,6 @@ def _in_two(x: Tensor, columns: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]
 @cache
 def _ones(n: int) -> Tensor:
     return torch.ones(n)
+
+
+_WHOLE = torch.empty(0, dtype=torch.int32)
