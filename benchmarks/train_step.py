@@ -57,6 +57,11 @@ def fast(options: argparse.Namespace) -> Result:
     return strop(options, lambda model: FastLoss(model))
 
 
+def integers(options: argparse.Namespace) -> Result:
+    """Frozen weights in 8-bit integers (train.int8_matmul); with --dtype fp32."""
+    return strop(options, lambda model: FastLoss(model, integers=True))
+
+
 def unshared(options: argparse.Namespace) -> Result:
     """The fast step without prefix sharing: every real token computed."""
     return strop(options, lambda model: FastLoss(model, prefix_sharing=False))
@@ -91,6 +96,7 @@ def plain_dora(options: argparse.Namespace) -> Result:
 
 TOOLS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "fast": fast,
+    "integers": integers,
     "unshared": unshared,
     "plain": plain,
     "dropped": dropped,

@@ -20,7 +20,10 @@ from strop.model.facts import locate
 from strop.model.load import weights_folder
 from strop.model.tokenizer import load_tokenizer
 
-HOW = {"strop, fp32": ("fast", "fp32"), "strop, bf16": ("fast", "bf16"), "peft, bf16": ("plain", "bf16")}
+HOW = {
+    "strop, fp32": ("fast", "fp32"), "strop, fp32 in 8-bit integers": ("integers", "fp32"),
+    "strop, bf16": ("fast", "bf16"), "peft, bf16": ("plain", "bf16"),
+}  # fmt: skip
 TOLD = "mean_loss", "sixth_loss"
 
 

@@ -103,12 +103,12 @@ def test_refuses_what_cannot_work(device: str) -> None:
 
 
 def test_processes_of_one_cpu_share_all_of_its_rates() -> None:
-    kept = {"source", "peak", "layer_s", "kinds_s", "plain", "unpacked_per_s"}
+    kept = {"source", "peak", "layer_s", "kinds_s", "plain", "unpacked_per_s", "integers"}
     whole = Rate(**{one.name: 8.0 for one in fields(Rate) if one.name not in kept}, source="", plain=3.0)
-    whole = replace(whole, unpacked_per_s={"nf4": 8.0})
+    whole = replace(whole, unpacked_per_s={"nf4": 8.0}, integers={"int8": 8.0})
     part = _part(whole, 4)
     assert all(getattr(part, one.name) == 2.0 for one in fields(Rate) if one.name not in kept)
-    assert part.unpacked_per_s == {"nf4": 2.0} and part.plain == 3.0
+    assert part.unpacked_per_s == {"nf4": 2.0} and part.integers == {"int8": 2.0} and part.plain == 3.0
 
 
 def test_each_device_computes_its_part() -> None:

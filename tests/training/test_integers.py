@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from strop.planning.setting import Setting
 from strop.planning.speed import Rate, micro_batch_seconds
 from strop.runs.events import read_events
 from strop.training import integers
+from strop.training.setup import _faster as faster
 from tests.support import tiny
 
 needs = pytest.mark.skipif(not probe().integers, reason="this CPU has no VNNI")
@@ -132,6 +134,25 @@ def test_what_does_not_go_with_it_is_refused(options: dict[str, Any]) -> None:
         tiny.recipe(**{"train.int8_matmul": True, **options})
     (where,) = caught.value.where
     assert "not with" in str(where) and next(iter(options)) in str(where)
+
+
+@pytest.mark.parametrize(
+    ("machine", "options", "told"),
+    [
+        (LAPTOP, {}, True),
+        (LAPTOP, {"model.dtype": "fp32"}, False),  # a person's choice
+        (LAPTOP, {"train.int8_matmul": True}, False),
+        (LAPTOP, {"lora.use_dora": True}, False),
+        (LAPTOP, {"model.quantization": "nf4"}, False),
+        (replace(LAPTOP, vector=("avx2",)), {}, False),
+    ],
+)
+def test_a_run_in_fp32_is_told_of_what_is_faster(machine: Machine, options: dict[str, Any], told: bool) -> None:
+    resolved = tiny.recipe(**{"model.dtype": "auto", **options})
+    setup = SimpleNamespace(
+        resolved=choose(resolved, machine, LLAMA_8B, "cpu", ("fp32", "measured")), machine=machine, shape=LLAMA_8B
+    )
+    assert (faster(cast(Any, setup)) is not None) == told
 
 
 def test_the_plan_counts_its_memory_and_its_time() -> None:

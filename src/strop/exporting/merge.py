@@ -367,7 +367,7 @@ def _add_ends(file: Path, config: Any, ends: Sequence[int]) -> None:
     """Names the tokens at which trained answers end in a generation config, where it has others: a template of the
     user's may end turns in another way than the base does."""
     held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    named = held.get("eos_token_id", config.get_text_config().eos_token_id)
+    named = held.get("eos_token_id", getattr(config.get_text_config(), "eos_token_id", None))
     known = named if isinstance(named, list) else [] if named is None else [named]
     if not set(ends) <= set(known):
         held.pop("_from_model_config", None)  # transformers would make it of config.json again

@@ -69,8 +69,8 @@ def choose(
     again = resolved.recipe.train.gradient_checkpointing
     if again == "offload" and (why := why_not_offloaded(resolved.recipe, shape)) is not None:
         raise RecipeError(f"--train.gradient_checkpointing offload: {why}", fix="use on, or leave it at auto")
-    if resolved.recipe.train.int8_matmul:
-        _check_int8(resolved.recipe, machine, shape)
+    if resolved.recipe.train.int8_matmul and (why := why_no_integers(resolved.recipe, machine, shape)) is not None:
+        raise RecipeError(f"--train.int8_matmul true: {why}", fix="leave train.int8_matmul out")
     model = resolved.recipe.model
     rate_of = partial(Rate.of_cpu, machine, known_rates(machine, "cpu")) if model.device == "cpu" else None
     room = Room(shape, parameters or shape.parameters, usable_bytes(machine, model.device), devices, rate_of)
@@ -104,17 +104,15 @@ def choose(
     return resolved
 
 
-def _check_int8(recipe: Recipe, machine: Machine, shape: ModelShape) -> None:
-    """Raises RecipeError where frozen weights cannot be multiplied in integers. recipe: with its device chosen."""
+def why_no_integers(recipe: Recipe, machine: Machine, shape: ModelShape) -> str | None:
+    """Why frozen weights cannot be multiplied in 8-bit integers. recipe: with its device chosen."""
     why = why_plain(recipe, shape)
     reasons = {
         f"only on a CPU, and the run is on {recipe.model.device}": recipe.model.device != "cpu",
         f"{machine.cpu} has no products of such integers (VNNI)": not machine.integers,
         f"the plain step cannot, which trains this ({why})": why is not None,
     }
-    for reason, holds in reasons.items():
-        if holds:
-            raise RecipeError(f"--train.int8_matmul true: {reason}", fix="leave train.int8_matmul out")
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def usable_bytes(machine: Machine, device: str) -> int:

@@ -144,6 +144,8 @@ def _part(rate: Rate, number: int) -> Rate:
         attention_flops=rate.attention_flops / number,
         thin_flops=rate.thin_flops / number,
         moved=rate.moved / number,
+        frozen_flops=rate.frozen_flops / number,
+        integers={scheme: found / number for scheme, found in rate.integers.items()},
         unpacked_per_s={scheme: found / number for scheme, found in rate.unpacked_per_s.items()},
     )
 

@@ -35,7 +35,12 @@ def try_out(machine: Machine) -> tuple[list[Finding], Rates]:
     keep_rates(machine, "cpu", rates)
     said = f"bf16 {rates.bf16_flops / 1e9:,.0f} GFLOP/s, fp32 {rates.fp32_flops / 1e9:,.0f} GFLOP/s"
     said += f", memory {rates.bandwidth / 1e9:.0f} GB/s on the CPU: the base is computed in {rates.dtype} here"
-    return [*cards(machine), *others, Finding("ok", said), four_bit_step()], rates
+    found = [Finding("ok", said)]
+    if rates.integers:
+        both = " and ".join(f"{rates.integers[name] / 1e9:,.0f}" for name in ("none", "int8"))
+        what = f"in 8-bit integers {both} GFLOP/s, on a base in 16 bit and in int8: --train.int8_matmul true"
+        found.append(Finding("ok", what))
+    return [*cards(machine), *others, *found, four_bit_step()], rates
 
 
 def _others(machine: Machine) -> list[Finding]:
@@ -87,7 +92,8 @@ def measure_rates() -> Rates:
         step = step_costs(dtype, Rate(rate, bandwidth, "measured"))
         costs[name] = {"head_flops": _head_flops(dtype, bandwidth), **asdict(step)}
     unpacked = {scheme: unpacked_per_s(scheme) for scheme in ("nf4", "int8")} if installed("bitsandbytes") else {}
-    return Rates(bf16, found.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked, integer_flops())
+    integers = integer_flops() if found.dtype == "fp32" else {}
+    return Rates(bf16, found.fp32_flops, bandwidth, torch.get_num_threads(), costs, unpacked, integers)
 
 
 def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:

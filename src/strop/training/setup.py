@@ -32,7 +32,7 @@ from strop.model.shape import ModelShape, prequantized
 from strop.model.tokenizer import load_tokenizer, new_tokens
 from strop.model.towers import text_path
 from strop.objectives.table import learning_of, objective_of
-from strop.planning.choose import choose, memory_key
+from strop.planning.choose import choose, memory_key, why_no_integers
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
 from strop.planning.setting import Setting
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
@@ -156,12 +156,12 @@ def _look(recipe: Recipe, memory: int | None, processes: int = 1) -> Machine:
 
 
 def remarks(setup: Setup) -> list[str]:
-    """What a person should know before training starts: a card that is not used, another base than the adapter's,
-    experts, other towers, more modules trained in full than a name says, rows longer than what the model was made for,
-    a warmup as long as the run.
+    """What a person should know before training starts: a card or integers that are not used, another base than the
+    adapter's, experts, other towers, more modules trained in full than a name says, rows longer than what the model was
+    made for, a warmup as long as the run.
     """
     found = (
-        *(_passed_over(setup), _repeated(setup), _never_at_peak(setup), _stored_otherwise(setup)),
+        *(_passed_over(setup), _faster(setup), _repeated(setup), _never_at_peak(setup), _stored_otherwise(setup)),
         *(*_experts(setup), _towers(setup), *_in_full(setup), setup.shape.beyond(_lengths(setup.data))),
     )
     return [text for text in found if text]
@@ -170,6 +170,16 @@ def remarks(setup: Setup) -> list[str]:
 def _lengths(data: Prepared) -> npt.NDArray[np.int64]:
     """Tokens of all rows (n,), those of the evaluation too."""
     return np.concatenate([rows.lengths for rows in (data.train, data.eval) if rows is not None])
+
+
+def _faster(setup: Setup) -> str | None:
+    """That a CPU which was found to have no bf16 multiplies integers."""
+    recipe, dtype = setup.resolved.recipe, setup.resolved.choices["model.dtype"]
+    open_ = dtype.value == "fp32" and dtype.origin == "plan" and not recipe.train.int8_matmul
+    fits = recipe.model.quantization in ("none", "int8") and recipe.model.placement != "sharded"
+    if not open_ or not fits or recipe.lora.use_dora or why_no_integers(recipe, setup.machine, setup.shape) is not None:
+        return None
+    return "this CPU multiplies 8-bit integers faster: --train.int8_matmul true; see docs/performance.md#integers"
 
 
 def _repeated(setup: Setup) -> str | None:

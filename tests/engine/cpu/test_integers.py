@@ -37,10 +37,12 @@ def weights(integers: Any, n: int, k: int) -> dict[str, Any]:
 
 
 def test_a_weight_in_two_parts_is_near_to_itself(integers: Any) -> None:
+    torch.manual_seed(0)
     weight = torch.randn(7, 33)
     weight[3], weight[4, 5] = 0, 50
     off = (truth(integers.Integers.of(weight)) - weight.double()).abs()
-    assert (off <= weight.double().abs().amax(1, keepdim=True) / 16256 * 0.5001).all()
+    step = weight.double().abs().amax(1, keepdim=True) / 16256
+    assert (off <= step * (0.5 + 16256 * 2**-22)).all()  # half a step, and what fp32 itself rounds
 
 
 @pytest.mark.parametrize("held", ["two parts", "8 bit"])
