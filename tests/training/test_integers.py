@@ -90,6 +90,14 @@ def test_products_that_are_too_far_off_end_the_run_before_it_starts(
     assert not [e for e in read_events(tmp_path / "run" / "events.jsonl") if e["event"] == "step"]
 
 
+def test_the_plain_step_does_not_pass_for_integers(tmp_path: Path) -> None:
+    """Where a model turns out not to fit the fast step, which its config did not say."""
+    job = tiny.job(tmp_path / "run", tiny.examples(4))
+    assert job.step.name == "plain"
+    with pytest.raises(RunError, match="the plain step cannot"):
+        integers.hold_to_floats(job, tiny.examples(4))
+
+
 LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])
 LAPTOP = Machine("Linux", "3.11", "a CPU", ("avx2", "avx_vnni"), 8, 64 << 30, 60 << 30, ())
 

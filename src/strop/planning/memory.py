@@ -119,8 +119,9 @@ def integer_bytes(setting: Setting) -> int:
     if not setting.integers:
         return 0
     shape = setting.shape
-    layers = sum(x.weights for x in shape.linears if x not in shape.in_experts) if setting.scheme == "none" else 0
-    return 2 * (shape.layers * layers + shape.embedding) + INTEGER_SUMS_BYTES
+    layer = sum(x.weights for x in shape.linears if x not in shape.in_experts)
+    layers = shape.layers if setting.scheme == "none" else setting.resident_layers
+    return 2 * (layers * layer + shape.embedding) + INTEGER_SUMS_BYTES
 
 
 def gathered_bytes(setting: Setting) -> int:

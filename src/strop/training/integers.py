@@ -19,7 +19,10 @@ LOSS, GRADIENT = 1e-3, 0.02  # how far off they may be: relative, the gradient b
 
 
 def hold_to_floats(job: Job, items: Sequence[Item]) -> None:
-    """Raises RunError where the loss or the gradient of the shortest of these rows is further from fp32's."""
+    """Raises RunError where the loss or the gradient of the shortest of these rows is further from fp32's, or the plain
+    step trains the model."""
+    if job.step.name == "plain":
+        raise RunError(f"train.int8_matmul: the plain step cannot: {job.step.why}", fix="leave train.int8_matmul out")
     rows = _some(items)
     with job.devices.together():
         loss, gradient = _measured(job, job.step, rows)
