@@ -175,5 +175,8 @@ def test_the_plan_counts_its_memory_and_its_time() -> None:
     ]
     assert seconds[2] < seconds[0] < seconds[1]
     sums = integer_bytes(Setting.of(eight, LLAMA_8B)) - 2 * LLAMA_8B.embedding
+    from strop.engine.cpu.integers import SUMS_BYTES  # its import starts threads
+
+    assert sums == SUMS_BYTES
     assert integer_bytes(Setting.of(whole, LLAMA_8B)) - sums == pytest.approx(2 * LLAMA_8B.parameters, rel=0.1)
     assert integer_bytes(Setting.of(plain, LLAMA_8B)) == 0 < sums

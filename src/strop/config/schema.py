@@ -277,20 +277,24 @@ class Recipe(Section):
             raise ValueError("train.early_stopping: needs data.eval")
         if self.lora.init == "loftq" and self.lora.use_dora:
             raise ValueError("lora.init loftq: not with lora.use_dora, whose magnitudes are of the quantized weights")
-        if self.train.int8_matmul:
-            self._check_int8()
+        if self.train.int8_matmul and (what := self.against_int8_matmul()) is not None:
+            raise ValueError(f"train.int8_matmul: not with {what}")
         return self
 
-    def _check_int8(self) -> None:
-        model, what = self.model, "train.int8_matmul: not with"
-        if model.dtype not in ("auto", "fp32"):
-            raise ValueError(f"{what} model.dtype {model.dtype}: what is not multiplied is computed in fp32")
-        if model.quantization not in ("none", "int8", "auto"):
-            raise ValueError(f"{what} model.quantization {model.quantization}: none or int8")
-        if self.lora.use_dora:
-            raise ValueError(f"{what} lora.use_dora, which needs the weights themselves")
-        if model.placement == "sharded":
-            raise ValueError(f"{what} model.placement sharded, whose weights are not there all the time")
+    def against_int8_matmul(self) -> str | None:
+        """What does not go with train.int8_matmul."""
+        model = self.model
+        reasons = {
+            f"model.dtype {model.dtype}: what is not multiplied is computed in fp32": (
+                model.dtype not in ("auto", "fp32")
+            ),
+            f"model.quantization {model.quantization}: none or int8": (
+                model.quantization not in ("none", "int8", "auto")
+            ),
+            "lora.use_dora, which needs the weights themselves": self.lora.use_dora,
+            "model.placement sharded, whose weights are not there all the time": model.placement == "sharded",
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
     def _check_drawing(self) -> None:
         if self.lora.dropout:

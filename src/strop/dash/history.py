@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from strop.dash.marks import mark_of
 from strop.dash.reading import DAMAGED, open_file
 from strop.machine.heap import give_back
+from strop.runs.events import event_of
 
 Event = dict[str, Any]
 Values = NDArray[np.float64]
@@ -100,7 +101,7 @@ class History:
         try:
             events = json.loads(f"[{','.join(each)}]")
         except (ValueError, RecursionError):  # a damaged line costs itself alone
-            events = [event for line in each if (event := _parsed(line)) is not None]
+            events = [event for line in each if (event := event_of(line)) is not None]
         run: list[Event] = []
         for event in events:
             if not isinstance(event, dict):
@@ -318,14 +319,6 @@ def extremes(x: Values, y: Values, parts: int) -> NDArray[np.int64]:
 def short(value: float, digits: int = 6) -> float | None:
     """With so many digits that no eye misses one, and None for what JSON cannot say."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
-
-
-def _parsed(line: str) -> Event | None:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _number(value: Any) -> float:

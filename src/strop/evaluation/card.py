@@ -74,7 +74,7 @@ def write_card(adapter: Path, report: Mapping[str, Any]) -> None:
 def report_of(adapter: Path) -> dict[str, Any] | None:
     """The report of the run that an adapter folder is part of; None where there is no such run, or it did not end."""
     run = RunFolder(adapter.parent)
-    if not is_run(run.path) or run.adapter != adapter or not run.report.is_file():
+    if not is_run(run.path) or run.adapter != adapter:
         return None
     report = run.read_report()
     return report if "recipe" in report else None

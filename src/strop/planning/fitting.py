@@ -148,8 +148,12 @@ def _quantization(resolved: Resolved, room: Room) -> list[Choice]:
     if need <= room.usable:
         fits = f"16-bit weights fit: {room.said(need)}"
         return [Choice(field, "none", "plan", fits)] if recipe.model.quantization == "auto" else []
-    smaller = "int8" if recipe.train.int8_matmul else "nf4"
-    return [Choice(field, smaller, "plan", f"16-bit weights would not fit: {room.said(need)}")]
+    return [Choice(field, smaller_scheme(recipe), "plan", f"16-bit weights would not fit: {room.said(need)}")]
+
+
+def smaller_scheme(recipe: Recipe) -> str:
+    """How the base is stored where 16 bit would not fit."""
+    return "int8" if recipe.train.int8_matmul else "nf4"
 
 
 def _is_open(resolved: Resolved) -> bool:

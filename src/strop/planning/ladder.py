@@ -8,7 +8,7 @@ from typing import Any
 
 from strop.config.schema import Recipe
 from strop.planning.activations import offloaded_bytes
-from strop.planning.fitting import GIB, SHORTEST, Room
+from strop.planning.fitting import GIB, SHORTEST, Room, smaller_scheme
 from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
 from strop.planning.setting import Setting, why_not_offloaded
 from strop.planning.speed import Rate, tokens_per_s
@@ -85,11 +85,14 @@ def _offload(recipe: Recipe, room: Room) -> Iterator[tuple[str, str, dict[str, A
 def _stream(recipe: Recipe, room: Room) -> Iterator[tuple[str, str, dict[str, Any]]]:
     now, fixed = recipe.model.quantization, room.shape.prequantized
     schemes: list[str] = [now] if now not in ("none", "auto") and (recipe.model.resident_layers or 0) > 0 else []
-    smaller = "int8" if recipe.train.int8_matmul else "nf4"
+    smaller, how = (
+        smaller_scheme(recipe),
+        "multiplied as it is" if recipe.train.int8_matmul else "dequantized for each product",
+    )
     schemes += [smaller] if now in {"none", "auto", "int8"} - {smaller} and fixed is None else []
     for scheme in schemes:
         changed = {"model.quantization": scheme, "model.resident_layers": 0}
-        yield f"hold the base in {scheme}, dequantized for each product", "a little accuracy, and time", changed
+        yield f"hold the base in {scheme}, {how}", "a little accuracy, and time", changed
 
 
 def _one_row(recipe: Recipe, room: Room) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -82,12 +82,12 @@ class Rate:
         return Rate(core * machine.cores, HERE_BANDWIDTH, f"a guess by {GUESS}")
 
     def as_set(self, setting: Setting) -> Rate:
-        """With products in 8-bit integers, where they are: the layers' both ways, and the head's logits."""
+        """With products in 8-bit integers, where they are: the layers', and the head's, which is in 16 bit always."""
         if not setting.integers:
             return self
-        frozen = self.integers.get(setting.scheme, INTEGERS[setting.scheme] * self.flops)
-        head = self.head_flops or HEAD * self.flops
-        return replace(self, frozen_flops=frozen, head_flops=2 / (1 / head + self.flops / (head * frozen)))
+        layers, head = (self.integers.get(name, INTEGERS[name] * self.flops) for name in (setting.scheme, "none"))
+        faster = head / self.flops
+        return replace(self, frozen_flops=layers, head_flops=faster * (self.head_flops or HEAD * self.flops))
 
     @staticmethod
     def of(card: Card) -> Rate:
@@ -172,12 +172,13 @@ def known_seconds(work: Work, rate: Rate) -> float:
 
 
 def micro_batch_seconds(setting: Setting, batch: MicroBatch, rate: Rate) -> float:
-    unpacked = packed_weights(setting) * (2 + setting.checkpoint_layers / setting.shape.layers)
+    unpacked = (
+        0.0 if setting.integers else packed_weights(setting) * (2 + setting.checkpoint_layers / setting.shape.layers)
+    )
     if rate.peak:
         computing = flops(setting, batch).total / (GPU_SHARE * rate.flops) + 2 * unpacked / rate.bandwidth
         return max(computing, 2 * offloaded_bytes(setting, batch) / HOST_BYTES_PER_S)  # beside each other
     work, plain, rate = work_of(setting, batch), setting.step == "plain", rate.as_set(setting)
-    unpacked = 0.0 if setting.integers else unpacked
     layers = (
         known_seconds(work, rate)
         + work.thin / (rate.thin_flops or THIN_APART * rate.flops)

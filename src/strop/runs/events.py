@@ -42,7 +42,7 @@ class EventLog:
 def read_events(path: Path) -> list[Event]:
     """The events of a run. Lines that a crash or a bad disk has damaged are left out."""
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    read = (_event(line) for line in lines[:-1])  # what follows the last newline was cut short
+    read = (event_of(line) for line in lines[:-1])  # what follows the last newline was cut short
     return [event for event in read if event is not None]
 
 
@@ -58,7 +58,8 @@ def standing(events: Sequence[Event]) -> list[Event]:
     return found
 
 
-def _event(line: bytes) -> Event | None:
+def event_of(line: str | bytes) -> Event | None:
+    """The event of a line; None where it is damaged."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):

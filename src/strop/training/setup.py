@@ -175,9 +175,9 @@ def _lengths(data: Prepared) -> npt.NDArray[np.int64]:
 def _faster(setup: Setup) -> str | None:
     """That a CPU which was found to have no bf16 multiplies integers."""
     recipe, dtype = setup.resolved.recipe, setup.resolved.choices["model.dtype"]
-    open_ = dtype.value == "fp32" and dtype.origin == "plan" and not recipe.train.int8_matmul
-    fits = recipe.model.quantization in ("none", "int8") and recipe.model.placement != "sharded"
-    if not open_ or not fits or recipe.lora.use_dora or why_no_integers(recipe, setup.machine, setup.shape) is not None:
+    if dtype.value != "fp32" or dtype.origin != "plan" or recipe.train.int8_matmul:
+        return None
+    if recipe.against_int8_matmul() or why_no_integers(recipe, setup.machine, setup.shape):
         return None
     return "this CPU multiplies 8-bit integers faster: --train.int8_matmul true; see docs/performance.md#integers"
 
