@@ -73,7 +73,7 @@ def recipe(**options: Any) -> Resolved:
 
 def job(folder: Path, train: list[Example], held_out: list[Example] | None = None, **options: Any) -> Job:
     """A job on a fresh tiny model with non-zero B, in a folder that need not exist."""
-    chosen = recipe(**options).recipe
+    chosen = recipe(**{"model.device": "cpu", **options}).recipe
     base = model()
     torch.manual_seed(chosen.seed)
     tuned = add_lora(base, chosen.lora, copy.deepcopy(tokenizer("chatml")), scored=chosen.train.objective == "reward")
