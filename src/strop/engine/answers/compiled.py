@@ -52,6 +52,11 @@ class CompiledPass:
         linears = [linear for layer in self._built for linear in layer[:4]]
         self._outputs = max(sum(_outputs(weight) for weight in linear.weights) for linear in linears)
         self._thin = max(int(linear.rows[:, 1].max(initial=0)) for linear in linears)
+        packed = [weight for linear in linears for weight in linear.weights if hasattr(weight, "code")]
+        as_held = self._loops.AS_HELD and self._type == torch.bfloat16
+        eight_bit = [weight for weight in packed if as_held and weight.w.dtype == np.int8]
+        self._integers = int(len(eight_bit) > 0)  # what enters them becomes whole numbers
+        self.takes_apart = len(eight_bit) < len(packed)  # weights in few bits become numbers before they are multiplied
         self._count, self._room, self._positions = 0, None, 0
 
     def __call__(self, ids: Any, rows: tuple[Any, ...], longest: int, picked: Any) -> Any:
@@ -97,6 +102,8 @@ class CompiledPass:
                 y=np.zeros(count * self._outputs, np.float32),
                 u=np.zeros(count * max(self._thin, 1), np.float32),
                 like=np.empty(0, np.uint16 if self._half else np.float32),
+                x=torch.zeros(count * self._widest * self._integers, dtype=torch.int16).numpy(),
+                scales=np.zeros(count * self._integers, np.float32),
             )
             self._room = self._loops.HeldRoom(room)
 

@@ -17,7 +17,6 @@ from strop.engine.answers.cache import BLOCK, Blocks, NoRoom, blocks_for, keys_o
 from strop.engine.answers.compiled import CompiledPass, entering, width_of
 from strop.engine.answers.fits import adapters_of, unanswerable
 from strop.engine.answers.text import Ids, Logits, Text
-from strop.engine.joined import Quantized
 from strop.engine.layers import Layers
 
 TOGETHER = 48  # query heads of a text that are attended together: more need not read its keys less often
@@ -66,9 +65,9 @@ class Decoder:
         self.names = adapters_of(model)
         self.blocks = Blocks(blocks_for(positions))
         self._coming: set[bytes] = set()  # keys of blocks that texts under way will fill
-        # memory sets the pace for dense weights, taking them apart for quantized ones (products._straight)
-        self.free_rows = 4 if any(isinstance(module, Quantized) for module in model.modules()) else 8
         self._pass = CompiledPass(self._layers, self.blocks.count, self.names, warm=warm)
+        # memory sets the pace, and taking weights apart where that must be done (products._straight)
+        self.free_rows = 4 if self._pass.takes_apart else 8
         first = self._layers.part(0)
         self._most = max(1, TOGETHER // (first.query // first.key_value))
 

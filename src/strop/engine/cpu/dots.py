@@ -132,7 +132,7 @@ def plus(b: Any, x: Any, y: Any) -> Any:
     return b.fadd(x, y, flags=("contract",))
 
 
-def _sums(b: Any, vectors: list[Any]) -> Any:
+def sums_of(b: Any, vectors: list[Any]) -> Any:
     """The sums of LANES vectors, as one vector."""
     numbers, distance = ir.VectorType(_I32, LANES), LANES // 2
     while distance:
@@ -147,7 +147,12 @@ def _sums(b: Any, vectors: list[Any]) -> Any:
 
 def store_sums(b: Any, vectors: list[Any], rows: int, others: int, to: Any, ldc: Any) -> None:
     """The sums of LANES vectors, of `others` times `rows`, as rows of c."""
-    found, own = _sums(b, vectors), ir.VectorType(_I32, rows)
+    store_rows(b, sums_of(b, vectors), rows, others, to, ldc)
+
+
+def store_rows(b: Any, found: Any, rows: int, others: int, to: Any, ldc: Any) -> None:
+    """`others` rows of c, of `rows` numbers each, that stand one behind the other in a vector."""
+    own = ir.VectorType(_I32, rows)
     for j in range(others):
         part = b.shuffle_vector(found, found, ir.Constant(own, [j * rows + i for i in range(rows)]))
         b.store(part, b.bitcast(b.gep(to, [b.mul(ldc, _I64(j))]), ir.VectorType(_F32, rows).as_pointer()), align=4)

@@ -18,6 +18,7 @@ from strop.engine.cpu.cached_attention import BLOCK, attend, key_at
 from strop.engine.cpu.compiled import HAS_BF16 as HAS_BF16
 from strop.engine.cpu.compiled import inline, loop, narrow, sigmoid, together
 from strop.engine.cpu.dots import LANES as LANES
+from strop.engine.cpu.integer_dots import AS_HELD as AS_HELD
 from strop.engine.cpu.kernels import CUBIC, TWO_ROOT
 from strop.engine.cpu.products import Dense as Dense
 from strop.engine.cpu.products import Linear as Linear
@@ -269,13 +270,16 @@ class Layer(NamedTuple):
 
 
 class Room(NamedTuple):
-    """What a pass computes in. z, q: of the type of what enters products; like: of the whole weights' type."""
+    """What a pass computes in. z, q: of the type of what enters products; y, u: fp32, what comes out of products and
+    z A^T; like: of the whole weights' type; x (int16), scales: z in whole numbers, for weights in 8 bit."""
 
     z: Any
     q: Any
     y: Any
     u: Any
     like: Any
+    x: Any
+    scales: Any
 
 
 class _HeldType(types.StructRef):  # type: ignore[misc]
@@ -339,14 +343,14 @@ def through(
     enter(layer.before_attention, hidden, z)
     both = attended + 2 * shape.key_value * shape.size
     qkv = room.y[: count * both].reshape(count, both)
-    products(layer.qkv, room.like, z, own, qkv, room.u, lanes)
+    products(layer.qkv, room, z, own, qkv, lanes)
     lanes_wide = keys.shape[3]
     q = room.q[: count * shape.query * lanes_wide].reshape(shape.key_value, count, group, lanes_wide)
     place(qkv, shape, layer.q_norm, layer.k_norm, layer.turn, rows, q, keys, values)
     mixed = room.z[: count * attended].reshape(count, attended)
     attend(q, keys, values, shape, rows, mixed, lanes)
     y = room.y[: count * width].reshape(count, width)
-    products(layer.o, room.like, mixed, own, y, room.u, lanes)
+    products(layer.o, room, mixed, own, y, lanes)
     if layer.parallel:
         enter(layer.before_mlp, hidden, z)
         leave(layer.after_attention, y, layer.scale, hidden, hidden)
@@ -355,7 +359,7 @@ def through(
         enter(layer.before_mlp, hidden, z)
     many = layer.inner * (2 if layer.gated else 1)
     in_front = room.y[: count * many].reshape(count, many)
-    products(layer.gate_up, room.like, z, own, in_front, room.u, lanes)
+    products(layer.gate_up, room, z, own, in_front, lanes)
     activate(in_front, layer.act, layer.about, inner, lanes)
-    products(layer.down, room.like, inner, own, y, room.u, lanes)
+    products(layer.down, room, inner, own, y, lanes)
     leave(layer.after_mlp, y, layer.scale, hidden, hidden)

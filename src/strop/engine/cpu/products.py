@@ -1,7 +1,8 @@
 """Products of a few rows with linear layers, and the adapters on them: dense weights, or straight from 8 or 4 bit.
 
 A weight in 8 or 4 bit is made whole a few rows at a time, in the cache, and multiplied there: the same numbers as of
-the whole weight, and a half or a quarter of its way from memory.
+the whole weight, and a half or a quarter of its way from memory. In 8 bit, behind what enters in bf16, it is multiplied
+as it is held (integer_dots).
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
+from numba import prange, types
 
 from strop.engine.cpu import amx
 from strop.engine.cpu.compiled import chosen, inline, loop, together
 from strop.engine.cpu.dots import AHEAD, LANES, block, edge, mix
+from strop.engine.cpu.integer_dots import AS_HELD, STRETCH, fits, in_whole, whole_block
 from strop.engine.cpu.laid import lay_out, room_for
 from strop.engine.cpu.unpack import TURN, able, make_whole, packed_block
 
@@ -139,6 +141,28 @@ def packed(part: Any, like: Any, z: Any, y: Any, column: Any, lanes: Any) -> Non
                 edge(held, 0, k, there, x, 0, k, out, column + at, width, rows, k)
 
 
+@loop
+def integers(part: Any, x: Any, scales: Any, y: Any, column: Any, lanes: Any) -> None:
+    """y[:, column:] = z w^T of a weight in 8 bit, for n in whole blocks of LANES; x, scales: z as in_whole gives it."""
+    rows, width = y.shape
+    k = x.shape[1]
+    n = part.n // LANES * LANES
+    numbers, out, w, w_scales = x.reshape(-1), y.reshape(-1), part.w, part.scale
+    for lane in prange(lanes):
+        low, high = share_of(lane, lanes, n)
+        more = np.empty(rows * LANES if k > STRETCH else 0, np.float32)
+        for at in range(low, high, LANES):
+            ask, until = (at + AHEAD) * k, min(at + AHEAD + LANES, high) * k
+            to, count = column + at, min(k, STRETCH)
+            whole_block(w, at, k, w_scales, numbers, scales, out, to, width, rows, 0, count, ask, until)
+            for first in range(STRETCH, k, STRETCH):
+                ask, count = ask + LANES * STRETCH, min(STRETCH, k - first)
+                whole_block(w, at, k, w_scales, numbers, scales, more, 0, LANES, rows, first, count, ask, until)
+                for i in range(rows):
+                    for j in range(LANES):
+                        out[i * width + to + j] += more[i * LANES + j]
+
+
 @inline
 def _straight(rows: Any, k: Any, share: Any, like: Any, z: Any) -> Any:
     """Rows so few that a weight is multiplied as it is taken apart: for more, and for 3, which would be 2 and 1, it is
@@ -182,35 +206,69 @@ def add(b: Any, spans: Any, all_gains: Any, bias: Any, u: Any, own: Any, y: Any,
                     y[i, c] += bias[c]
 
 
-def _weigh(part: Any, like: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
+def _weigh(part: Any, room: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
     """One weight's product, by its kind; gives its rows."""
 
 
 @chosen(_weigh)
-def _weighed(part: Any, like: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
-    def whole(part: Any, like: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
+def _weighed(part: Any, room: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
+    def whole(part: Any, room: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
         dense(part, z, laid, y, column, lanes)
         return len(part.w)
 
-    def in_parts(part: Any, like: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
-        packed(part, like, z, y, column, lanes)
+    def in_parts(part: Any, room: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
+        packed(part, room.like, z, y, column, lanes)
         return part.n
 
+    def as_held(part: Any, room: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
+        n, k = part.n // LANES * LANES if fits(z.shape[1]) else 0, z.shape[1]
+        if n:
+            integers(part, room.x[: z.size].reshape(z.shape), room.scales, y, column, lanes)
+        if n < part.n:
+            rest = Packed(part.w[n * k :], part.scale[n:], part.code, part.share, part.n - n)
+            packed(rest, room.like, z, y, column + n, lanes)
+        return part.n
+
+    if part.instance_class is Packed and _in_integers(part, z):
+        return as_held
     return {Dense: whole, Packed: in_parts}[part.instance_class]
 
 
+def _in_integers(part: Any, z: Any) -> bool:
+    """By their types: a weight in 8 bit is multiplied as it is held."""
+    return AS_HELD and part.types[part.fields.index("w")].dtype == types.int8 and z.dtype == types.uint16
+
+
+def _round(weights: Any, room: Any, z: Any) -> None:
+    """Makes z whole numbers, where the first of the weights wants them."""
+
+
+@chosen(_round)
+def _rounded(weights: Any, room: Any, z: Any) -> Any:
+    def whole(weights: Any, room: Any, z: Any) -> None:
+        if fits(z.shape[1]):
+            in_whole(z, room.x[: z.size].reshape(z.shape), room.scales)
+
+    def nothing(weights: Any, room: Any, z: Any) -> None:
+        pass
+
+    first = weights.types[0]
+    return whole if first.instance_class is Packed and _in_integers(first, z) else nothing
+
+
 @together
-def products(linear: Any, like: Any, z: Any, own: Any, y: Any, u: Any, lanes: Any) -> None:
-    """y (T, n) of z (T, k): the weights' products, what the adapters add, and the bias. u: room for z A^T, fp32."""
+def products(linear: Any, room: Any, z: Any, own: Any, y: Any, lanes: Any) -> None:
+    """y (T, n) of z (T, k): the weights' products, what the adapters add, and the bias. room: passes.Room."""
     column, laid = 0, room_for(z if in_tiles(z, z) else z[:0])
     if in_tiles(z, z):
         lay_out(z, laid, lanes)
+    _round(linear.weights, room, z)
     for part in linear.weights:
-        column += _weigh(part, like, z, laid, y, column, lanes)
+        column += _weigh(part, room, z, laid, y, column, lanes)
     most = 0
     for adapter in range(len(linear.rows)):
         most = max(most, linear.rows[adapter, 1])
-    thin = u[: len(z) * most].reshape(len(z), most)
+    thin = room.u[: len(z) * most].reshape(len(z), most)
     for adapter in range(len(linear.rows)):
         (begin, end), (first, count) = own[adapter], linear.rows[adapter]
         if begin < end and count:
