@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -205,6 +206,7 @@ def _calls(raw: Any, at: str) -> tuple[dict[str, Any], ...]:
         arguments = {} if arguments is None or arguments == "" else _parsed(arguments, "bad-tool-call", at)
         if not isinstance(arguments, dict):
             raise BadRow("bad-tool-call", f"{at}: the arguments of a tool call are {kind_of(arguments)}, not an object")
+        _check_json(arguments, "bad-tool-call", f"{at}: the arguments of a tool call")
         call = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
         calls.append({"id": item["id"], **call} if isinstance(item.get("id"), str) else call)
     return tuple(calls)
@@ -222,6 +224,7 @@ def _tools(value: Value) -> tuple[dict[str, Any], ...]:
         inner = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise BadRow("bad-tools", "a tool needs a name")
+        _check_json(tool, "bad-tools", "a tool")
         full.append(tool if inner is not tool else {"type": "function", "function": tool})
     return tuple(full)
 
@@ -234,6 +237,14 @@ def _parsed(raw: Any, code: str, at: str) -> Any:
         return loads(raw)
     except Refused as error:
         raise BadRow(code, f"{at}: the string is not JSON: {error.what}") from error
+
+
+def _check_json(value: Any, code: str, what: str) -> None:
+    """Raises BadRow for dates, bytes, NaN and the like in an object of a Parquet file: templates write JSON."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadRow(code, f"{what} cannot be written as JSON: {error}") from error
 
 
 # --- columns -----------------------------------------------------------------------------------------------------

@@ -86,6 +86,15 @@ def test_strings_stay_strings_in_every_file_type(tmp_path: Path, suffix: str) ->
     assert values(write(tmp_path / f"d{suffix}", as_bytes(suffix, rows))) == rows
 
 
+def test_a_null_in_an_object_of_a_parquet_file_is_an_absent_one(tmp_path: Path) -> None:
+    calls = [{"name": "weather", "arguments": {"city": "Oslo"}}, {"name": "time", "arguments": {"zone": "CET"}}]
+    rows = [{"messages": [{"role": "assistant", "tool_calls": [call]}]} for call in calls]
+    rows.append({"messages": [{"role": "user", "content": "hi"}]})
+    assert values(write(tmp_path / "d.parquet", as_bytes(".parquet", rows))) == rows  # it stores every name in each
+    empty = as_bytes(".parquet", [{"prompt": "a", "completion": None}, {"prompt": "b", "completion": "c"}])
+    assert values(write(tmp_path / "e.parquet", empty))[0] == {"prompt": "a", "completion": None}
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
 def test_gzip_and_zstandard_read_like_the_plain_file(tmp_path: Path, suffix: str) -> None:
     rows = [{"text": f"row {n}"} for n in range(3000)]

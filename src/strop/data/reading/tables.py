@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, zip_longest
+from typing import Any
 
 from strop.data.conversation import Row
 from strop.data.reading.files import COLUMN_NAMES, TYPES, RowFault, encoding_fault, lines, refuse
@@ -179,6 +180,8 @@ def parallel_rows(
 
 
 def parquet_rows(name: str, path: str) -> Iterator[Row]:
+    """The rows of a Parquet file, where a null in an object is an absent one: each object of a column has the names of
+    all others there."""
     import pyarrow
     from pyarrow import parquet
 
@@ -191,7 +194,13 @@ def parquet_rows(name: str, path: str) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=256):
                 for value in batch.to_pylist():
                     number += 1
-                    yield Row(name, number, value)
+                    yield Row(name, number, {key: _without_nulls(held) for key, held in value.items()})
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise refuse(name, f"Parquet cannot be read behind row {number}: {what}") from error
+
+
+def _without_nulls(held: Any) -> Any:
+    if isinstance(held, dict):
+        return {key: _without_nulls(value) for key, value in held.items() if value is not None}
+    return [_without_nulls(item) for item in held] if isinstance(held, list) else held
