@@ -253,6 +253,18 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
     assert kept.report.by_reason == {"contradiction": 1} and len(kept.train_units or ()) == 1
 
 
+def test_a_row_of_which_a_part_is_wrong_is_not_used_and_counts_once(tmp_path: Path) -> None:
+    long = "word " * 60
+    ranking = write(tmp_path / "a.jsonl", [{"prompt": "hi", "answers": ["yo", "no", long], "scores": [3, 2, 1]}])
+    report = run(ranking, strict=False, max_length=60).report
+    assert report.rows["dropped"] == 1 and report.by_reason == {"too-long": 1} and report.tokens.examples == 0
+    assert "1 of 1 training rows are longer" in str(report.refusal)
+    sides = write(tmp_path / "b.jsonl", [{"prompt": "hi", "chosen": "yo", "rejected": long}])
+    report = run(sides, "labels", strict=False, max_length=60, overlong="drop").report
+    assert report.rows["dropped"] == 1 and report.tokens.examples == 0
+    assert "0 of 1 training rows are left" in str(report.refusal)
+
+
 def test_length_bias_is_told(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{n}", "chosen": "a b c d", "rejected": "a" if n else "a b c d e f"} for n in range(4)]
     found = run(write(tmp_path / "a.jsonl", rows)).report.answers

@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ REASONS: dict[str, str] = {
     "contradiction": "the same two answers stand the other way round elsewhere, or one answer is judged both ways",
 }
 STORE_VERSION = 6  # raise it when prepared data changes for the same input
-OUTCOMES = ("used", "split", "truncated", "dropped")  # from best to worst
+OUTCOMES = ("used", "split", "truncated")  # of a row that is not dropped, from best to worst
 
 
 @dataclass(frozen=True)
@@ -233,46 +234,48 @@ def _survey(
 
 
 def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer, learning: Learning) -> dict[str, Any]:
-    """Every conversation into the store or onto the list of faults; the facts of the pass."""
+    """Every row into the store, with all its conversations, or onto the list of faults; the facts of the pass."""
     faults: list[RowFault] = []
     outcomes: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     cut: list[tuple[str, str, int | None, str]] = []  # how, and where
     first: dict[str, str] = {}  # note -> where it was first seen, with an example
-    row, worst, stops, longest, chats, thinking = 0, -1, 0, 0, 0, 0
+    stops = longest = chats = thinking = 0
     judged: dict[int, tuple[str, int]] = {}  # comparison or judgement -> where it was first seen
-    group: int | None = None  # see group_of
     render = renderer.render_many
     if learning in ("pairs", "prompts"):
         render = partial(pairs.render_pairs if learning == "pairs" else pairs.render_prompts, renderer)
-    for conversation, rendered in render(reader):
-        if (this := reader.row_of.popleft()) != row:
-            if row:
-                outcomes[OUTCOMES[worst]] += 1
-            row, worst, group = this, -1, None
-        for note, example in _notes(conversation, rendered, renderer):
-            notes[note] += 1
-            first.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
-        if not isinstance(rendered, RenderError):
-            longest = max(longest, *map(len, rendered))
-        outcome, examples, fault = settle(conversation, rendered, data, renderer, learning)
-        if examples and learning in JUDGED and (against := opposed(conversation, examples, judged)):
-            outcome, examples = "dropped", []
-            fault = _fault(conversation, "contradiction", f"says the opposite of {against[0]}:{against[1]}")
-        worst = max(worst, OUTCOMES.index(outcome))
-        if fault is not None:
-            faults.append(fault)
+    for _, said in groupby(render(reader), lambda _: reader.row_of.popleft()):
+        kept: list[tuple[str, Conversation, list[Example], list[Example] | RenderError]] = []
+        wrong: RowFault | None = None  # the first fault of the row, of which then nothing is used
+        for conversation, rendered in said:
+            for note, example in _notes(conversation, rendered, renderer):
+                notes[note] += 1
+                first.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
+            if not isinstance(rendered, RenderError):
+                longest = max(longest, *map(len, rendered))
+            outcome, examples, fault = settle(conversation, rendered, data, renderer, learning)
+            wrong = wrong or fault
+            kept.append((outcome, conversation, examples, rendered))
+        if wrong is None and learning in JUDGED:
+            wrong = next(filter(None, (_contradiction(one, examples, judged) for _, one, examples, _ in kept)), None)
+        if wrong is not None:
+            outcomes["dropped"] += 1
+            faults.append(wrong)
             continue
-        if outcome in ("truncated", "split") and not isinstance(rendered, RenderError):
-            kept = f"{sum(map(len, rendered))} tokens, now {' + '.join(str(len(example)) for example in examples)}"
-            cut.append((outcome, conversation.file, conversation.line, kept))
-        group = writer.add(conversation, examples, group_of(conversation, learning, group))
-        chats += conversation.text is None
-        thinking += conversation.text is None and renderer.chat.thinks(conversation.messages)
-        ends = examples if learning == "pairs" else examples[-1:]
-        stops += learning != "prompts" and all(ends_with_stop(example, renderer) for example in ends)
-    if row:
-        outcomes[OUTCOMES[worst]] += 1
+        outcomes[max((outcome for outcome, *_ in kept), key=OUTCOMES.index)] += 1
+        group: int | None = None  # see group_of
+        for outcome, conversation, examples, rendered in kept:
+            if outcome in ("truncated", "split") and not isinstance(rendered, RenderError):
+                lengths = (
+                    f"{sum(map(len, rendered))} tokens, now {' + '.join(str(len(example)) for example in examples)}"
+                )
+                cut.append((outcome, conversation.file, conversation.line, lengths))
+            group = writer.add(conversation, examples, group_of(conversation, learning, group))
+            chats += conversation.text is None
+            thinking += conversation.text is None and renderer.chat.thinks(conversation.messages)
+            ends = examples if learning == "pairs" else examples[-1:]
+            stops += learning != "prompts" and all(ends_with_stop(example, renderer) for example in ends)
     faults = [*reader.unreadable, *reader.bad, *faults]
     outcomes["dropped"] += len(reader.unreadable) + len(reader.bad)
     order = {name: i for i, name in enumerate(dict.fromkeys(fault.where.file for fault in faults))}
@@ -340,6 +343,13 @@ def opposed(
     if found is None:
         judged.setdefault(digest(said), (conversation.file, conversation.line))
     return found
+
+
+def _contradiction(
+    conversation: Conversation, examples: Sequence[Example], judged: dict[int, tuple[str, int]]
+) -> RowFault | None:
+    against = opposed(conversation, examples, judged)
+    return _fault(conversation, "contradiction", "says the opposite of {}:{}".format(*against)) if against else None
 
 
 def _fault(conversation: Conversation, code: str, what: str) -> RowFault:
