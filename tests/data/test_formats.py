@@ -229,6 +229,8 @@ def _with(turn: dict[str, Any]) -> dict[str, Any]:
         ("empty-answer", {"instruction": "a", "output": ""}),
         ("empty-prompt", {"prompt": "", "completion": "a"}),
         ("empty-text", {"text": " \n"}),
+        ("media", {"messages": [{**U, "images": ["a.png"]}, A]}),
+        ("media", {"prompt": "hi", "chosen": "yo", "rejected": "no <image>"}),
         ("bad-tools", {"messages": [U, A], "tools": "[oops"}),
         ("bad-tools", {"messages": [U, A], "tools": {"name": "f"}}),
         ("bad-tools", {"messages": [U, A], "tools": [{"description": "f"}]}),

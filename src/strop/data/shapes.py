@@ -29,6 +29,7 @@ METADATA = frozenset(
         *("version",),
     }
 )
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns, and names in a turn
 _SPEAKER = frozenset({"role", "from"})
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: the assistant's turn is the call itself, as JSON
 
@@ -123,6 +124,8 @@ def _message(turn: dict[str, Any], at: str) -> Message:
     named = turn.get(role_key)
     if not isinstance(named, str):
         raise BadRow("unknown-role", f"{at}.{role_key} is {kind_of(named)}, not a string")
+    if seen := [name for name in MEDIA if turn.get(name)]:
+        raise BadRow("media", f"{at}: {seen[0]} holds what is seen or heard, which is not read")
     content = turn["content"] if "content" in turn else turn.get("value")
     weight = _weight(turn, at)
     if named.lower() in CALL_ROLES:
