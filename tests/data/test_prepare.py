@@ -259,6 +259,13 @@ def test_duplicates_and_placeholders_are_named(tmp_path: Path) -> None:
     assert found["eval"]["rows"]["read"] == 2
 
 
+def test_turns_behind_the_last_answer_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [row("a", "b"), row("a", "b", "c")])
+    said = "1 rows hold turns behind the last answer, which are left out"
+    assert any(said in warning for warning in run(path, loss="all").report.warnings)
+    assert not run(write(tmp_path / "b.jsonl", [row("a", "b")])).report.warnings
+
+
 def test_an_eval_file_with_bad_rows_refuses_too(tmp_path: Path) -> None:
     train, held = write(tmp_path / "a.jsonl", GOOD), write(tmp_path / "b.jsonl", [GOOD[0], BAD[0]])
     with pytest.raises(DataError, match="1 of 2 evaluation rows"):

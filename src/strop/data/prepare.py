@@ -249,7 +249,7 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
         kept: list[tuple[str, Conversation, list[Example], list[Example] | RenderError]] = []
         wrong: RowFault | None = None  # the first fault of the row, of which then nothing is used
         for conversation, rendered in said:
-            for note, example in _notes(conversation, rendered, renderer):
+            for note, example in _notes(conversation, rendered, renderer, learning):
                 notes[note] += 1
                 first.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
             if not isinstance(rendered, RenderError):
@@ -357,7 +357,7 @@ def _fault(conversation: Conversation, code: str, what: str) -> RowFault:
 
 
 def _notes(
-    conversation: Conversation, rendered: list[Example] | RenderError, renderer: Renderer
+    conversation: Conversation, rendered: list[Example] | RenderError, renderer: Renderer, learning: Learning
 ) -> Iterator[tuple[str, str]]:
     """What is odd about a conversation, though it can be trained on, and an example of it."""
     texts = [message.content for message in conversation.messages] or [conversation.text or ""]
@@ -374,6 +374,8 @@ def _notes(
     if not isinstance(rendered, RenderError) and any(example.parted for example in rendered):
         yield "answers that would share a token with the prompt's end, encoded apart from it, as serving does", ""
     said = conversation.messages
+    if said and said[-1].role != "assistant" and learning != "prompts":
+        yield "turns behind the last answer, which are left out", ""
     if any(message.reasoning for message in said) and not renderer.chat.thinks(said):
         choice = renderer.chat.reasoning == "drop"
         why = "data.reasoning drop leaves out" if choice else "the chat template does not show: it is not trained on"

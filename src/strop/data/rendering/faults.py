@@ -18,6 +18,7 @@ REASONS = {
     "reasoning-not-shown": "the row has reasoning, which the chat template does not show",
     "stop-inside": "a token that stops generation stands within an assistant turn",
     "nothing-supervised": "no token of the row is trained on",
+    "other-weight": "a turn that is not the assistant's has a weight, which data.loss all does not read",
     "answer-in-parts": "the chat template makes several rows of one answer, which cannot be compared as one",
     "prompt-tokens-differ": "chosen and rejected do not begin with the same tokens of the prompt",
     "same-tokens": "chosen and rejected are the same tokens",
@@ -29,6 +30,7 @@ FIXES = {
     "reasoning-missing": "choose --data.reasoning empty",
     "reasoning-not-shown": "choose --data.reasoning drop",
     "nothing-supervised": "give an assistant turn a weight above 0",
+    "other-weight": "choose --data.loss assistant, or leave these weights out",
 }
 
 # What a template may raise on an input it was not written for.

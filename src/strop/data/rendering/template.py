@@ -164,6 +164,8 @@ class ChatTemplate:
         silent_turns: give spans to turns of weight 0 too. Messages after the last such turn are left out.
         """
         messages = conversation.messages
+        if silent_turns and (others := [m.role for m in messages if m.role != "assistant" and m.weight != 1.0]):
+            raise RenderError("other-weight", others[0])
         mode, thinks = self.mode(messages), self.thinks(messages)
         values, tools, odd = self._values(messages, conversation.tools, thinks)
         given = self._given(tools, mode.options)
