@@ -209,7 +209,7 @@ def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], learn
     )
     render = render_prompts if learning == "prompts" else render_pairs
     judged: dict[int, tuple[str, int]] = {}
-    for conversation in made:
+    for conversation in map(renderer.apart, made):
         file, line = conversation.file, conversation.line
         [(_, rendered)] = render(renderer, [conversation])
         kind: Learning = "pairs" if conversation.rejected else learning  # a pair is two judged answers in one row

@@ -28,6 +28,7 @@ from strop.data import formats
 from strop.data.account import TOO_LONG, Pass, account, ends_with_stop
 from strop.data.conversation import Conversation, Example
 from strop.data.holdout import group_of, held_out, share_of
+from strop.data.notes import notes_of
 from strop.data.reading import sources
 from strop.data.reading.sources import RowFault
 from strop.data.rendering import overlong, pairs
@@ -183,7 +184,8 @@ class _Reader:
     learning: where it is from labels, a pair is two judged answers; where from prompts, nobody need have answered.
     """
 
-    def __init__(self, spec: str | Sequence[str], data: DataSection, learning: Learning) -> None:
+    def __init__(self, spec: str | Sequence[str], data: DataSection, learning: Learning, renderer: Renderer) -> None:
+        self._renderer = renderer
         self._labels = learning == "labels"
         self.unreadable: list[RowFault] = []
         self.bad: list[RowFault] = []
@@ -202,7 +204,7 @@ class _Reader:
         self.row_of: deque[int] = deque()  # the renderer reads ahead
 
     def __iter__(self) -> Iterator[Conversation]:
-        for conversation in self.conversations:
+        for conversation in map(self._renderer.apart, self.conversations):
             parts: tuple[Conversation, ...] = (conversation,)
             if self._labels and conversation.rejected:
                 parts = tuple(
@@ -227,7 +229,7 @@ def _survey(
         return ready
     writer = Writer(place)
     try:
-        reader = _Reader(spec, data, learning)
+        reader = _Reader(spec, data, learning, renderer)
         return writer.commit(_fill(writer, reader, data, renderer, learning))
     finally:
         writer.discard()
@@ -249,7 +251,7 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
         kept: list[tuple[str, Conversation, list[Example], list[Example] | RenderError]] = []
         wrong: RowFault | None = None  # the first fault of the row, of which then nothing is used
         for conversation, rendered in said:
-            for note, example in _notes(conversation, rendered, renderer, learning):
+            for note, example in notes_of(conversation, rendered, renderer, learning):
                 notes[note] += 1
                 first.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
             if not isinstance(rendered, RenderError):
@@ -354,32 +356,6 @@ def _contradiction(
 
 def _fault(conversation: Conversation, code: str, what: str) -> RowFault:
     return RowFault(code, Where(conversation.file, conversation.line, what))
-
-
-def _notes(
-    conversation: Conversation, rendered: list[Example] | RenderError, renderer: Renderer, learning: Learning
-) -> Iterator[tuple[str, str]]:
-    """What is odd about a conversation, though it can be trained on, and an example of it."""
-    texts = [message.content for message in conversation.messages] or [conversation.text or ""]
-    found = [name for text in texts if "{{" in text for name in formats.placeholders(text)]
-    if found:
-        yield "unfilled placeholders", f": {found[0]}"
-    if lost := sorted(set().union(*map(renderer.lost_characters, texts))):
-        yield (
-            "characters that the tokenizer drops or changes",
-            f": {', '.join(f'U+{ord(sign):04X}' for sign in lost[:3])}",
-        )
-    if any(renderer.control.found(text) for text in texts):
-        yield "control tokens in the text, encoded as plain text", ""
-    if not isinstance(rendered, RenderError) and any(example.parted for example in rendered):
-        yield "answers that would share a token with the prompt's end, encoded apart from it, as serving does", ""
-    said = conversation.messages
-    if said and said[-1].role != "assistant" and learning != "prompts":
-        yield "turns behind the last answer, which are left out", ""
-    if any(message.reasoning for message in said) and not renderer.chat.thinks(said):
-        choice = renderer.chat.reasoning == "drop"
-        why = "data.reasoning drop leaves out" if choice else "the chat template does not show: it is not trained on"
-        yield f"reasoning, which {why}", ""
 
 
 def _key(spec: str | Sequence[str], data: DataSection, renderer: Renderer, learning: Learning) -> str:

@@ -144,6 +144,15 @@ class Renderer:
         source = with_options(self.chat.source, options, [])
         return Renderer(self.tokenizer, loss=self.loss, reasoning=self.reasoning, source=source)
 
+    def apart(self, conversation: Conversation) -> Conversation:
+        """The conversation with the reasoning that stands in the text of answers set apart: see ChatTemplate.apart."""
+        if self._chat is None or not self._chat.traits.marks:
+            return conversation
+        messages, rejected = (
+            tuple(map(self._chat.apart, turns)) for turns in (conversation.messages, conversation.rejected)
+        )
+        return replace(conversation, messages=messages, rejected=rejected)
+
     def render(self, conversation: Conversation) -> list[Example]:
         """The examples of one conversation: one, or one an assistant turn. Raises RenderError, ModelError."""
         [(_, rendered)] = self.render_many([conversation])
