@@ -126,8 +126,9 @@ def test_a_template_that_cuts_reasoning_out_of_the_text_is_refused_unless_it_is_
         "assistant\n{% endif", "assistant\n<think>\n{% endif"
     )
     row = said(user("Why?"), answer("<think>\nI should think.\n</think>\n\nBecause."))
-    with pytest.raises(RenderError) as caught:
-        Renderer(families.tokenizer("chatml"), options={}, source=cuts).render(row)
+    for one in (row, said(user("Why?"), answer("hi</think>hi"))):
+        with pytest.raises(RenderError) as caught:
+            Renderer(families.tokenizer("chatml"), options={}, source=cuts).render(one)
     assert caught.value.code == "reasoning-lost" and "--data.reasoning drop" in caught.value.fix
     dropped = Renderer(families.tokenizer("chatml"), options={}, source=cuts, reasoning="drop")
     assert text_of(dropped, dropped.render(row)[0].ids).endswith("<think>\n\n</think>\n\n\n\nBecause.<|im_end|>")

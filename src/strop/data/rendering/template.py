@@ -226,8 +226,9 @@ class ChatTemplate:
         self._check_shown([message], [value], text)
         content = value["content"]
         if isinstance(content, str) and not _holds(text, content.strip()) and self.reasoning != "drop":
-            thought = self.control.marks.sub("", content.rpartition("</think>")[0]).replace("<think>", "")
-            if not _holds(text, thought.strip()):
+            thought, _, answer = content.rpartition("</think>")
+            thought = self.control.marks.sub("", thought).replace("<think>", "").strip()
+            if thought not in text[: text.rindex(answer.strip())].replace("</think>", ""):
                 raise RenderError("reasoning-lost")
         if thinks and message.reasoning:
             beside = bool(message.tool_calls)
