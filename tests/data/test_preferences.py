@@ -420,6 +420,9 @@ def test_a_cleaned_copy_of_prompts(tmp_path: Path) -> None:
     check.fix(DataSection(train=str(path)), tokenizer("chatml"), tmp_path / "b.jsonl", "prompts")
     assert [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()] == [{"prompt": [U]}]
     assert len(run(tmp_path / "b.jsonl", "prompts").train_units or ()) == 1
+    mixed = write(tmp_path / "c.jsonl", [{"messages": [U, A, MORE]}, {"messages": [U, A]}])  # with an answer, without
+    check.fix(DataSection(train=str(mixed)), tokenizer("chatml"), tmp_path / "d.jsonl", "prompts")
+    assert len(run(tmp_path / "d.jsonl", "prompts").train_units or ()) == 2
 
 
 def test_a_text_file_is_one_document_where_that_is_asked_for(tmp_path: Path) -> None:

@@ -390,6 +390,13 @@ def test_a_cleaned_copy_with_a_log_of_each_change(tmp_path: Path) -> None:
         check.fix(data, tokenizer, out)
 
 
+def test_a_cleaned_copy_of_files_of_two_formats_is_refused(tmp_path: Path) -> None:
+    files = [write(tmp_path / "a.jsonl", [row("a", "b")]), write(tmp_path / "b.jsonl", [{"text": "words"}])]
+    with pytest.raises(DataError, match=r"b\.jsonl:1 is written with text, rows before it with messages"):
+        check.fix(DataSection(train=files), TOKENIZER, tmp_path / "out.jsonl")
+    assert not list(tmp_path.glob("*out*"))
+
+
 @pytest.mark.parametrize(("overlong", "kept"), [("refuse", 1), ("drop", 1), ("truncate-start", 2)])
 def test_a_cleaned_copy_leaves_out_rows_that_a_run_would_refuse_as_too_long(
     tmp_path: Path, overlong: Any, kept: int
