@@ -248,10 +248,19 @@ def test_a_row_of_one_conversation_is_held_out_by_its_own_content(tmp_path: Path
     ]  # unfinished runs go on with the rows that they began with
 
 
+def test_prompts_that_are_held_out_and_trained_on_are_told(tmp_path: Path) -> None:
+    rows = [row("one question", f"answer {i}") for i in range(20)]
+    report = run(write(tmp_path / "a.jsonl", rows), eval="30%").report
+    assert report.duplicates["across"] == 0 and report.duplicates["prompts"] == report.held_out > 0
+    assert f"{report.held_out} evaluation rows have a prompt that train rows have too" in report.warnings
+    apart = run(write(tmp_path / "b.jsonl", [row(f"question {i}", "answer") for i in range(20)]), eval="30%").report
+    assert apart.duplicates["prompts"] == 0 and not apart.warnings
+
+
 def test_duplicates_and_placeholders_are_named(tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", [GOOD[0], GOOD[0], row("I am {{name}}", "b <|im_end|> c")])
     found = account(run(train, eval=write(tmp_path / "b.jsonl", GOOD)))
-    assert found["duplicates"] == {"within": 1, "across": 1}
+    assert found["duplicates"] == {"within": 1, "across": 1, "prompts": 1}
     assert found["template"] == [f"an answer ends with {families.ANSWER['chatml'][1]}"]
     warnings = "\n".join(found["warnings"])
     assert "{{name}}" in warnings and "a.jsonl:3" in warnings and "control tokens" in warnings

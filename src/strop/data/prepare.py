@@ -35,7 +35,7 @@ from strop.data.rendering import overlong, pairs
 from strop.data.rendering.faults import REASONS as RENDER_REASONS
 from strop.data.rendering.render import Renderer, RenderError
 from strop.data.report import DataReport
-from strop.data.store import Conversations, Examples, Indices, Store, Writer, digest, load
+from strop.data.store import Conversations, Examples, Indices, Store, Writer, digest, dumps, load
 from strop.data.units import JUDGED, Learning, Prompts, Units, units_of
 from strop.errors import Where
 
@@ -137,9 +137,9 @@ def _prepared(
     if held is not None and eval_set is not None:
         looked = Pass(held, eval_set, eval_rows, "evaluation", learning, shared=bool(share))
         eval_report = account(data, renderer, looked)
-        common = _common(train.row_records[rows], held.row_records[eval_rows], learning)
+        common = _common(train.row_records[rows], held.row_records[eval_rows])
         eval_report = dataclasses.replace(eval_report, duplicates={**eval_report.duplicates, **common})
-        across, prompts = common["across"], common.get("prompts", 0)
+        across, prompts = common["across"], common["prompts"]
         warnings = [f"{across} evaluation rows are also train rows"] if across else []
         warnings += [f"{prompts} evaluation rows have a prompt that train rows have too"] if prompts > across else []
         report = dataclasses.replace(
@@ -164,9 +164,9 @@ def _prepared(
     return Prepared(train_set, conversations, eval_set, eval_conversations, report, seal.hexdigest(), served, *units)
 
 
-def _common(train: npt.NDArray[Any], held: npt.NDArray[Any], learning: Learning) -> dict[str, int]:
-    """How many held-out rows are train rows too; of pairs and judged answers, also how many have a prompt of theirs."""
-    names = {"across": "digest", **({"prompts": "group"} if learning in JUDGED else {})}
+def _common(train: npt.NDArray[Any], held: npt.NDArray[Any]) -> dict[str, int]:
+    """How many held-out rows are train rows too, and how many have a prompt of theirs."""
+    names = {"across": "digest", "prompts": "prompt"}
     return {name: int(np.isin(held[field], train[field]).sum()) for name, field in names.items()}
 
 
@@ -273,7 +273,8 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
                     f"{sum(map(len, rendered))} tokens, now {' + '.join(str(len(example)) for example in examples)}"
                 )
                 cut.append((outcome, conversation.file, conversation.line, lengths))
-            group = writer.add(conversation, examples, group_of(conversation, learning, group))
+            prompt = digest(dumps(conversation.prompt))
+            group = writer.add(conversation, examples, prompt, group_of(prompt, learning, group))
             chats += conversation.text is None
             thinking += conversation.text is None and renderer.chat.thinks(conversation.messages)
             ends = examples if learning == "pairs" else examples[-1:]

@@ -23,14 +23,14 @@ from strop.data.conversation import Conversation, Example, Message
 
 # one example: where its tokens end, its length, number of supervised tokens, its row
 EXAMPLE = np.dtype([("end", "<i8"), ("length", "<i4"), ("supervised", "<i4"), ("row", "<i8")])
-# one row: where its line ends in rows.jsonl, its content hash, the hash that it is held out by, its file (index into
-# facts["files"]) and line, and whether its answer was judged good (1), bad (0) or not at all (-1), and whether it has
-# one (1, 0)
+# one row: where its line ends in rows.jsonl, the hashes of its content and of its prompt, the hash that it is held out
+# by, its file (index into facts["files"]) and line, whether its answer was judged good (1), bad (0) or not at all (-1),
+# and whether it has one (1, 0)
 ROW = np.dtype([
-    ("end", "<i8"), ("digest", "<u8"), ("group", "<u8"), ("file", "<i4"), ("line", "<i8"), ("judged", "<i4"),
-    ("answered", "<i4"),
+    ("end", "<i8"), ("digest", "<u8"), ("prompt", "<u8"), ("group", "<u8"), ("file", "<i4"), ("line", "<i8"),
+    ("judged", "<i4"), ("answered", "<i4"),
 ])  # fmt: skip
-_EXAMPLE, _ROW = struct.Struct("<qiiq"), struct.Struct("<qQQiqii")  # the same, to write one record
+_EXAMPLE, _ROW = struct.Struct("<qiiq"), struct.Struct("<qQQQiqii")  # the same, to write one record
 _PARTS = {"ids.bin": np.dtype("<i4"), "weights.bin": np.dtype("<f4"), "examples.bin": EXAMPLE, "rows.bin": ROW}
 
 Indices = npt.NDArray[np.int64]
@@ -47,9 +47,9 @@ class Writer:
         self._files: dict[str, int] = {}
         self._tokens = self._chars = self._rows = 0
 
-    def add(self, conversation: Conversation, examples: Sequence[Example], group: int | None) -> int:
-        """One row that is used, and its examples. group: the hash that it is held out by (None: that of its content),
-        which is returned."""
+    def add(self, conversation: Conversation, examples: Sequence[Example], prompt: int, group: int | None) -> int:
+        """One row that is used, and its examples. prompt: its hash. group: the hash that the row is held out by (None:
+        that of its content), which is returned."""
         text = dumps(conversation)
         file = self._files.setdefault(conversation.file, len(self._files))
         self._chars += len(text) + 1
@@ -58,7 +58,9 @@ class Writer:
         answered = int(conversation.answer is not None)
         own = digest(text)
         group = own if group is None else group
-        self._out["rows.bin"].write(_ROW.pack(self._chars, own, group, file, conversation.line, judged, answered))
+        self._out["rows.bin"].write(
+            _ROW.pack(self._chars, own, prompt, group, file, conversation.line, judged, answered)
+        )
         for example in examples:
             self._tokens += len(example)
             self._out["ids.bin"].write(example.ids.astype("<i4", copy=False).tobytes())
