@@ -315,7 +315,11 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path) -> None:
     path, cache = write(tmp_path / "a.jsonl", GOOD), tmp_path / "cache"
     expected = [example.ids.tolist() for example in run(path, cache=cache).train]
     [folder] = cache.iterdir()
-    for name, content in (("ids.bin", b"123"), ("facts.json", b"{"), ("rows.bin", b"")):
+    ids = (folder / "ids.bin").read_bytes()
+    zeros = bytes(len(ids))  # as a machine that lost power may leave a file; a byte may flip, too
+    flipped = ids[:40] + bytes([ids[40] ^ 1]) + ids[41:]
+    wrong = (("ids.bin", b"123"), ("facts.json", b"{"), ("rows.bin", b""), ("ids.bin", zeros), ("ids.bin", flipped))
+    for name, content in wrong:
         (folder / name).write_bytes(content)
         assert [example.ids.tolist() for example in run(path, cache=cache).train] == expected
     assert [place.name for place in cache.iterdir()] == [folder.name]

@@ -12,6 +12,7 @@ import os
 import shutil
 import struct
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -44,6 +45,7 @@ class Writer:
         self._folder = folder
         self._temp = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         self._out = {name: (self._temp / name).open("wb", buffering=1 << 20) for name in (*_PARTS, "rows.jsonl")}
+        self._sums = dict.fromkeys(self._out, 0)
         self._files: dict[str, int] = {}
         self._tokens = self._chars = self._rows = 0
 
@@ -53,28 +55,31 @@ class Writer:
         text = dumps(conversation)
         file = self._files.setdefault(conversation.file, len(self._files))
         self._chars += len(text) + 1
-        self._out["rows.jsonl"].write(text + b"\n")
+        self._write("rows.jsonl", text + b"\n")
         judged = -1 if conversation.desirable is None else int(conversation.desirable)
         answered = int(conversation.answer is not None)
         own = digest(text)
         group = own if group is None else group
-        self._out["rows.bin"].write(
-            _ROW.pack(self._chars, own, prompt, group, file, conversation.line, judged, answered)
-        )
+        record = _ROW.pack(self._chars, own, prompt, group, file, conversation.line, judged, answered)
+        self._write("rows.bin", record)
         for example in examples:
             self._tokens += len(example)
-            self._out["ids.bin"].write(example.ids.astype("<i4", copy=False).tobytes())
-            self._out["weights.bin"].write(example.weights.astype("<f4", copy=False).tobytes())
+            self._write("ids.bin", example.ids.astype("<i4", copy=False).tobytes())
+            self._write("weights.bin", example.weights.astype("<f4", copy=False).tobytes())
             record = _EXAMPLE.pack(self._tokens, len(example), example.supervised, self._rows)
-            self._out["examples.bin"].write(record)
+            self._write("examples.bin", record)
         self._rows += 1
         return group
+
+    def _write(self, name: str, data: bytes) -> None:
+        self._sums[name] = zlib.crc32(data, self._sums[name])
+        self._out[name].write(data)
 
     def commit(self, facts: dict[str, Any]) -> Store:
         for out in self._out.values():
             out.close()
         sizes = {name: (self._temp / name).stat().st_size for name in self._out}
-        facts = {**facts, "files": list(self._files), "sizes": sizes}
+        facts = {**facts, "files": list(self._files), "sizes": sizes, "sums": self._sums}
         (self._temp / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         try:
             self._temp.rename(self._folder)
@@ -169,13 +174,22 @@ class Conversations(Sequence[Conversation]):
 
 
 def load(folder: Path) -> Store | None:
-    """The store in `folder`; None where there is none that is complete."""
+    """The store in `folder`; None where there is none that is complete, byte for byte as it was written."""
     try:
         facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         whole = all((folder / name).stat().st_size == size for name, size in facts["sizes"].items())
+        whole = whole and all(_sum(folder / name) == sum for name, sum in facts["sums"].items())
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Store(folder, facts) if whole else None
+
+
+def _sum(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found = zlib.crc32(block, found)
+    return found
 
 
 def _map(path: Path, kind: np.dtype[Any]) -> npt.NDArray[Any]:
