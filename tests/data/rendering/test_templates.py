@@ -111,6 +111,8 @@ def test_reasoning_in_the_text_of_an_answer_is_trained_as_the_template_writes_it
         assert own.apart(said(asked, answer(text))) == apart
     [example] = own.render(apart)
     assert example.ids.tolist().count(think) == 1 and example.ids[example.prompt - 2] == think
+    before, more = said(asked, answer(text)).messages, user("So?")  # as a client sends back what it got
+    assert own.prompt([*before, more]).tolist() == own.prompt([*apart.messages, more]).tolist()
     assert own.apart(said(asked, answer("<think>\n\n</think>\n\nYes."))) == said(asked, answer("Yes."))
     for kept in ("Write <think> and </think>.", "<think>No end", "<think>No answer</think>"):
         assert own.apart(said(asked, answer(kept))) == said(asked, answer(kept))

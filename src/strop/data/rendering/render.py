@@ -217,6 +217,7 @@ class Renderer:
         this prompt. Raises RenderError, and ModelError for an option that the template does not read.
         """
         check_options(options or {}, self.chat.options_read - {CLOCK}, "chat_template_kwargs")
+        messages = [self.chat.apart(message) for message in messages]
         encoder, text, _ = self._named(self.chat.prompt(messages, tools, options=options))
         return encoder.ids(encoder.encode([text])[0])
 
