@@ -60,6 +60,7 @@ def refusal(path: Path, learning: Learning = "pairs", **options: Any) -> str:
         {"messages": [U, A], "rejected_messages": [U, NO]},
         {"messages": [U, A], "rejected_response": "no"},
         {"prompt": [U], "chosen": [S, U, A], "rejected": [S, U, NO]},
+        {"prompt": " hi\n", "chosen": [U, A], "rejected": [U, NO]},
         {"conversations": [{"from": "human", "value": "hi"}], "chosen": A, "rejected": NO},
         {"messages": [S, U], "chosen": A, "rejected": NO},
         {"conversation": [U], "chosen": "yo", "rejected": "no"},
@@ -134,6 +135,7 @@ def test_a_turn_of_an_answer_may_be_left_out_and_a_weight_of_the_prompt_counts_n
         ({"chosen": [U, A], "rejected": [MORE, NO]}, "prompts-differ"),
         ({"chosen": [U, A], "rejected": [U, A, MORE, NO]}, "prompts-differ"),
         ({"prompt": [U], "chosen": [MORE, A], "rejected": [NO]}, "prompts-differ"),
+        ({"prompt": "hi", "chosen": [MORE, A], "rejected": [MORE, NO]}, "prompts-differ"),
         ({"chosen": [{"role": "usr", "content": "x"}, A], "rejected": [U, NO]}, "unknown-role"),
         ({"prompt": "hi", "answers": ["a", "b"], "scores": [1]}, "bad-ranking"),
         ({"prompt": "hi", "answers": ["a", "b"], "scores": [1, 1]}, "bad-ranking"),
@@ -179,6 +181,9 @@ def test_each_objective_names_the_rows_that_it_needs(tmp_path: Path) -> None:
     assert "--train.objective kto" in refusal(judged, "turns") and "--data.columns" in refusal(judged, "turns")
     assert "pairs" in refusal(turns, "pairs") and "--train.objective kto" in refusal(judged, "pairs")
     assert "label" in refusal(turns, "labels")
+    numbers = write(tmp_path / "numbers.jsonl", [{"messages": [U, A], "label": 1}, {"messages": [U, NO], "label": 0}])
+    assert "--data.format labelled" in refusal(numbers, "labels")
+    assert len(run(numbers, "labels", format="labelled").train_units or ()) == 2
     assert run(judged, "turns", columns={"messages": "messages"}).train_units is None
 
 
