@@ -158,6 +158,19 @@ def test_truncation_keeps_the_system_turn_and_the_stop_token(tmp_path: Path) -> 
     assert 50 < len(example) <= 60
 
 
+@pytest.mark.parametrize("family", ["chatml", "llama3"])
+def test_a_raw_text_that_is_cut_at_its_start_keeps_what_a_text_begins_with(tmp_path: Path, family: str) -> None:
+    tokenizer = families.tokenizer(family)
+    path = write(tmp_path / "a.jsonl", [{"text": " ".join(f"word{i}" for i in range(100))}])
+    whole = run(path, tokenizer=tokenizer).train[0]
+    [cut] = run(path, tokenizer=tokenizer, max_length=50, overlong="truncate-start").train
+    head = int(whole.ids[0] == tokenizer.bos_token_id)
+    assert cut.ids.tolist() == [*whole.ids[:head], *whole.ids[head - 50 :]] and head == (family == "llama3")
+    assert cut.weights.tolist() == [*[0.0] * (head + 1), *[1.0] * (49 - head)]
+    shortest = run(path, tokenizer=tokenizer, max_length=2, overlong="truncate-start", strict=False).report
+    assert shortest.rows["dropped"] == head and shortest.tokens.supervised == 1 - head
+
+
 def test_splitting_keeps_every_answer_once_and_every_token_of_a_text(tmp_path: Path) -> None:
     turns = [text for i in range(6) for text in (f"question {i} " * 4, f"answer {i}")]
     prepared = run(write(tmp_path / "a.jsonl", [row(*turns, system="s")]), max_length=120, overlong="split")

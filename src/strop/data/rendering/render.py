@@ -77,6 +77,7 @@ class Renderer:
         dressed = tokenizer("a")["input_ids"]
         at = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
         self._text_start = dressed[:at]
+        self.num_before_text = at  # tokens
 
     @property
     def chat(self) -> ChatTemplate:
