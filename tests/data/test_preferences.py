@@ -270,6 +270,13 @@ def test_a_row_of_which_a_part_is_wrong_is_not_used_and_counts_once(tmp_path: Pa
     assert "0 of 1 training rows are left" in str(report.refusal)
 
 
+def test_a_ranking_as_judged_answers_contradicts_itself_and_its_cleaned_copy_does_not(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "hi", "answers": ["yo", "no", "hm"], "scores": [3, 2, 1]}])
+    assert "its own pairs say the opposite of each other" in refusal(path, "labels")
+    check.fix(DataSection(train=str(path)), tokenizer("chatml"), tmp_path / "b.jsonl", "labels")
+    assert run(tmp_path / "b.jsonl", "labels").report.rows["dropped"] == 0
+
+
 def test_length_bias_is_told(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{n}", "chosen": "a b c d", "rejected": "a" if n else "a b c d e f"} for n in range(4)]
     found = run(write(tmp_path / "a.jsonl", rows)).report.answers

@@ -205,13 +205,7 @@ class _Reader:
 
     def __iter__(self) -> Iterator[Conversation]:
         for conversation in map(self._renderer.apart, self.conversations):
-            parts: tuple[Conversation, ...] = (conversation,)
-            if self._labels and conversation.rejected:
-                parts = tuple(
-                    dataclasses.replace(side, desirable=good)
-                    for side, good in zip(conversation.sides, (True, False), strict=True)
-                )
-            for part in parts:
+            for part in answers_of(conversation) if self._labels else (conversation,):
                 self.row_of.append(self.conversations.num_used)
                 yield part
 
@@ -348,11 +342,23 @@ def opposed(
     return found
 
 
+def answers_of(conversation: Conversation) -> tuple[Conversation, ...]:
+    """A pair as two judged answers; else itself."""
+    if not conversation.rejected:
+        return (conversation,)
+    better, worse = conversation.sides
+    return dataclasses.replace(better, desirable=True), dataclasses.replace(worse, desirable=False)
+
+
 def _contradiction(
     conversation: Conversation, examples: Sequence[Example], judged: dict[int, tuple[str, int]]
 ) -> RowFault | None:
     against = opposed(conversation, examples, judged)
-    return _fault(conversation, "contradiction", "says the opposite of {}:{}".format(*against)) if against else None
+    if against is None:
+        return None
+    own = against == (conversation.file, conversation.line)
+    what = "its own pairs say the opposite of each other" if own else "says the opposite of {}:{}".format(*against)
+    return _fault(conversation, "contradiction", what)
 
 
 def _fault(conversation: Conversation, code: str, what: str) -> RowFault:
