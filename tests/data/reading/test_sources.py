@@ -276,6 +276,16 @@ def test_csv_records_of_another_length_or_with_stray_quotes_are_named(tmp_path: 
     assert faults(write(tmp_path / "e.csv", b"prompt,completion\na,\xe9\nb,c\n")) == [("encoding", 2)]
 
 
+def test_a_quote_that_swallows_lines_names_them_or_refuses_the_file(tmp_path: Path) -> None:
+    swallowed = 'prompt,completion\na,b\n"c,d\ne,f\ng,{}\ni,j\n'
+    said = refusal(write(tmp_path / "a.csv", swallowed.format("h")))
+    assert "a.csv:3: a quote at the start of a cell is not closed before the file ends (lines 3 to 6)" in said
+    for end, what in (('"h"', "',' expected after"), ('h"', "1 cells where 2 were expected")):
+        found, bad = read(write(tmp_path / "b.csv", swallowed.format(end)))
+        assert [row.line for row in found] == [2, 6] and len(bad) == 1
+        assert bad[0].where.line == 3 and what in bad[0].where.what and bad[0].where.what.endswith("(lines 3 to 5)")
+
+
 @pytest.mark.parametrize("content", ["", "\n \n\r\n", "[]", '{"data": []}'])
 def test_a_file_without_rows_is_refused(tmp_path: Path, content: str) -> None:
     assert "0 rows in" in refusal(write(tmp_path / "d.json", content))
