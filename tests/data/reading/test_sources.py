@@ -152,8 +152,10 @@ def test_json_lines_may_be_called_json_and_an_array_jsonl(tmp_path: Path) -> Non
 
 
 def test_one_object_that_wraps_one_list_is_unwrapped(tmp_path: Path) -> None:
-    rows, _ = read(write(tmp_path / "a.json", '{"version": 1,\n "data": [\n{"text": "a"},\n{"text": "b"}]}'))
-    assert [(row.line, row.value) for row in rows] == [(3, {"text": "a"}), (4, {"text": "b"})]
+    wrapped = '{"version": 1,\n "data": [\n{"text": "a"},\n{"text": "b"}]}'
+    for name in ("a.json", "A.JSON"):
+        rows, _ = read(write(tmp_path / name, wrapped))
+        assert [(row.line, row.value) for row in rows] == [(3, {"text": "a"}), (4, {"text": "b"})]
     assert len(values(write(tmp_path / "b.jsonl", '{"data": [{"text": "a"}, {"text": "b"}]}'))) == 2
     two = write(tmp_path / "c.json", '{"train": [{"text": "a"}], "test": [{"text": "b"}]}')
     assert "several lists of rows: train, test" in refusal(two)
