@@ -288,6 +288,19 @@ def test_turns_behind_the_last_answer_are_named(tmp_path: Path) -> None:
     assert not run(write(tmp_path / "b.jsonl", [row("a", "b")])).report.warnings
 
 
+def test_null_arguments_of_tools_are_named(tmp_path: Path) -> None:
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+    called = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+    plain = {"messages": [{"role": "user", "content": "hi"}, called], "tools": [tool]}
+    nulls = json.loads(json.dumps(plain).replace('"x": 1', '"x": 1, "zone": null'))
+    qwen = families.tokenizer("qwen3")
+    assert not run(write(tmp_path / "a.jsonl", [plain]), tokenizer=qwen).report.warnings
+    [said] = run(write(tmp_path / "b.jsonl", [nulls]), tokenizer=qwen).report.warnings
+    assert "1 rows hold null arguments" in said and "zone" in said
+    shapes = json.loads(json.dumps(plain).replace('{"type": "integer"}', "null"))
+    assert "null" in str(run(write(tmp_path / "c.jsonl", [shapes]), tokenizer=qwen).report.warnings)
+
+
 def test_an_eval_file_with_bad_rows_refuses_too(tmp_path: Path) -> None:
     train, held = write(tmp_path / "a.jsonl", GOOD), write(tmp_path / "b.jsonl", [GOOD[0], BAD[0]])
     with pytest.raises(DataError, match="1 of 2 evaluation rows"):

@@ -30,7 +30,17 @@ def notes_of(
     said = conversation.messages
     if said and said[-1].role != "assistant" and learning != "prompts":
         yield "turns behind the last answer, which are left out", ""
+    if names := [*_null_names(conversation)]:
+        yield "null arguments or properties of tools, which datasets writes for names that are absent", f": {names[0]}"
     if any(message.reasoning for message in said) and not renderer.chat.thinks(said):
         choice = renderer.chat.reasoning == "drop"
         why = "data.reasoning drop leaves out" if choice else "the chat template does not show: it is not trained on"
         yield f"reasoning, which {why}", ""
+
+
+def _null_names(conversation: Conversation) -> Iterator[str]:
+    calls = (call for turn in (*conversation.messages, *conversation.rejected) for call in turn.tool_calls)
+    held = [call["function"]["arguments"] for call in calls]
+    shapes = [tool["function"].get("parameters") for tool in conversation.tools]
+    held += [shape.get("properties") for shape in shapes if isinstance(shape, dict)]
+    return (name for one in held if isinstance(one, dict) for name, value in one.items() if value is None)
