@@ -277,6 +277,13 @@ def test_a_ranking_as_judged_answers_contradicts_itself_and_its_cleaned_copy_doe
     assert run(tmp_path / "b.jsonl", "labels").report.rows["dropped"] == 0
 
 
+def test_what_is_odd_is_counted_by_row_on_both_sides(tmp_path: Path) -> None:
+    odd = {"prompt": "hi", "answers": ["yo", "no", "{{name}} <|im_end|>"], "scores": [3, 2, 1]}
+    warnings = run(write(tmp_path / "a.jsonl", [odd]), "pairs").report.warnings
+    assert any(said.startswith("1 rows hold unfilled placeholders") for said in warnings)
+    assert any(said.startswith("1 rows hold control tokens in the text") for said in warnings)
+
+
 def test_length_bias_is_told(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{n}", "chosen": "a b c d", "rejected": "a" if n else "a b c d e f"} for n in range(4)]
     found = run(write(tmp_path / "a.jsonl", rows)).report.answers

@@ -14,7 +14,8 @@ def notes_of(
     conversation: Conversation, rendered: list[Example] | RenderError, renderer: Renderer, learning: Learning
 ) -> Iterator[tuple[str, str]]:
     """What is odd about a conversation, though it can be trained on, and an example of it."""
-    texts = [message.content for message in conversation.messages] or [conversation.text or ""]
+    turns = (*conversation.messages, *conversation.rejected)
+    texts = [message.content for message in turns] or [conversation.text or ""]
     found = [name for text in texts if "{{" in text for name in formats.placeholders(text)]
     if found:
         yield "unfilled placeholders", f": {found[0]}"
@@ -32,14 +33,15 @@ def notes_of(
         yield "turns behind the last answer, which are left out", ""
     if names := [*_null_names(conversation)]:
         yield "null arguments or properties of tools, which datasets writes for names that are absent", f": {names[0]}"
-    if any(message.reasoning for message in said) and not renderer.chat.thinks(said):
+    if any(message.reasoning for message in turns) and not renderer.chat.thinks(turns):
         choice = renderer.chat.reasoning == "drop"
         why = "data.reasoning drop leaves out" if choice else "the chat template does not show: it is not trained on"
         yield f"reasoning, which {why}", ""
 
 
 def _null_names(conversation: Conversation) -> Iterator[str]:
-    calls = (call for turn in (*conversation.messages, *conversation.rejected) for call in turn.tool_calls)
+    turns = (*conversation.messages, *conversation.rejected)
+    calls = (call for turn in turns for call in turn.tool_calls)
     held = [call["function"]["arguments"] for call in calls]
     shapes = [tool["function"].get("parameters") for tool in conversation.tools]
     held += [shape.get("properties") for shape in shapes if isinstance(shape, dict)]

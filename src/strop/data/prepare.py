@@ -243,16 +243,18 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
         render = partial(pairs.render_pairs if learning == "pairs" else pairs.render_prompts, renderer)
     for _, said in groupby(render(reader), lambda _: reader.row_of.popleft()):
         kept: list[tuple[str, Conversation, list[Example], list[Example] | RenderError]] = []
+        noted: dict[str, str] = {}
         wrong: RowFault | None = None  # the first fault of the row, of which then nothing is used
         for conversation, rendered in said:
             for note, example in notes_of(conversation, rendered, renderer, learning):
-                notes[note] += 1
-                first.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
+                noted.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
             if not isinstance(rendered, RenderError):
                 longest = max(longest, *map(len, rendered))
             outcome, examples, fault = settle(conversation, rendered, data, renderer, learning)
             wrong = wrong or fault
             kept.append((outcome, conversation, examples, rendered))
+        notes.update(noted.keys())
+        first = {**noted, **first}
         if wrong is None and learning in JUDGED:
             wrong = next(filter(None, (_contradiction(one, examples, judged) for _, one, examples, _ in kept)), None)
         if wrong is not None:
