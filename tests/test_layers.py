@@ -68,7 +68,7 @@ FLOORS: Mapping[str, list[set[str]]] = {
         {"shapes", "store", "pack"},
         {"preferences", "units"},
         {"formats", "report", "batches", "holdout"},
-        {"account", "listing"},
+        {"account", "listing", "notes"},
         {"prepare"},
         {"check"},
     ],

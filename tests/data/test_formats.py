@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,8 @@ def _with(turn: dict[str, Any]) -> dict[str, Any]:
         ("empty-answer", {"instruction": "a", "output": ""}),
         ("empty-prompt", {"prompt": "", "completion": "a"}),
         ("empty-text", {"text": " \n"}),
+        ("media", {"messages": [{**U, "images": ["a.png"]}, A]}),
+        ("media", {"prompt": "hi", "chosen": "yo", "rejected": "no <image>"}),
         ("bad-tools", {"messages": [U, A], "tools": "[oops"}),
         ("bad-tools", {"messages": [U, A], "tools": {"name": "f"}}),
         ("bad-tools", {"messages": [U, A], "tools": [{"description": "f"}]}),
@@ -236,6 +239,11 @@ def _with(turn: dict[str, Any]) -> dict[str, Any]:
         ("bad-tool-call", _with({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "x"}]})),
         ("bad-tool-call", _with({"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]})),
         ("bad-tool-call", _with({"role": "assistant", "tool_calls": [{"arguments": {}}]})),
+        *(
+            ("bad-tool-call", _with({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"d": [odd]}}]}))
+            for odd in (date(2026, 1, 1), float("nan"), b"x")  # as Parquet may hold them
+        ),
+        ("bad-tools", {"messages": [U, A], "tools": [{"name": "f", "since": date(2026, 1, 1)}]}),
         ("bad-weight", _with({**A, "weight": -1})),
         ("bad-weight", _with({**A, "weight": "1"})),
         ("bad-weight", _with({**A, "weight": 10**400})),

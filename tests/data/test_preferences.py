@@ -60,6 +60,7 @@ def refusal(path: Path, learning: Learning = "pairs", **options: Any) -> str:
         {"messages": [U, A], "rejected_messages": [U, NO]},
         {"messages": [U, A], "rejected_response": "no"},
         {"prompt": [U], "chosen": [S, U, A], "rejected": [S, U, NO]},
+        {"prompt": " hi\n", "chosen": [U, A], "rejected": [U, NO]},
         {"conversations": [{"from": "human", "value": "hi"}], "chosen": A, "rejected": NO},
         {"messages": [S, U], "chosen": A, "rejected": NO},
         {"conversation": [U], "chosen": "yo", "rejected": "no"},
@@ -134,6 +135,7 @@ def test_a_turn_of_an_answer_may_be_left_out_and_a_weight_of_the_prompt_counts_n
         ({"chosen": [U, A], "rejected": [MORE, NO]}, "prompts-differ"),
         ({"chosen": [U, A], "rejected": [U, A, MORE, NO]}, "prompts-differ"),
         ({"prompt": [U], "chosen": [MORE, A], "rejected": [NO]}, "prompts-differ"),
+        ({"prompt": "hi", "chosen": [MORE, A], "rejected": [MORE, NO]}, "prompts-differ"),
         ({"chosen": [{"role": "usr", "content": "x"}, A], "rejected": [U, NO]}, "unknown-role"),
         ({"prompt": "hi", "answers": ["a", "b"], "scores": [1]}, "bad-ranking"),
         ({"prompt": "hi", "answers": ["a", "b"], "scores": [1, 1]}, "bad-ranking"),
@@ -179,6 +181,9 @@ def test_each_objective_names_the_rows_that_it_needs(tmp_path: Path) -> None:
     assert "--train.objective kto" in refusal(judged, "turns") and "--data.columns" in refusal(judged, "turns")
     assert "pairs" in refusal(turns, "pairs") and "--train.objective kto" in refusal(judged, "pairs")
     assert "label" in refusal(turns, "labels")
+    numbers = write(tmp_path / "numbers.jsonl", [{"messages": [U, A], "label": 1}, {"messages": [U, NO], "label": 0}])
+    assert "--data.format labelled" in refusal(numbers, "labels")
+    assert len(run(numbers, "labels", format="labelled").train_units or ()) == 2
     assert run(judged, "turns", columns={"messages": "messages"}).train_units is None
 
 
@@ -251,6 +256,32 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
     assert "opposite of" in refusal(write(tmp_path / "b.jsonl", judged), "labels")
     kept = run(write(tmp_path / "c.jsonl", rows), bad_rows="drop")
     assert kept.report.by_reason == {"contradiction": 1} and len(kept.train_units or ()) == 1
+
+
+def test_a_row_of_which_a_part_is_wrong_is_not_used_and_counts_once(tmp_path: Path) -> None:
+    long = "word " * 60
+    ranking = write(tmp_path / "a.jsonl", [{"prompt": "hi", "answers": ["yo", "no", long], "scores": [3, 2, 1]}])
+    report = run(ranking, strict=False, max_length=60).report
+    assert report.rows["dropped"] == 1 and report.by_reason == {"too-long": 1} and report.tokens.examples == 0
+    assert "1 of 1 training rows are longer" in str(report.refusal)
+    sides = write(tmp_path / "b.jsonl", [{"prompt": "hi", "chosen": "yo", "rejected": long}])
+    report = run(sides, "labels", strict=False, max_length=60, overlong="drop").report
+    assert report.rows["dropped"] == 1 and report.tokens.examples == 0
+    assert "0 of 1 training rows are left" in str(report.refusal)
+
+
+def test_a_ranking_as_judged_answers_contradicts_itself_and_its_cleaned_copy_does_not(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "hi", "answers": ["yo", "no", "hm"], "scores": [3, 2, 1]}])
+    assert "its own pairs say the opposite of each other" in refusal(path, "labels")
+    check.fix(DataSection(train=str(path)), tokenizer("chatml"), tmp_path / "b.jsonl", "labels")
+    assert run(tmp_path / "b.jsonl", "labels").report.rows["dropped"] == 0
+
+
+def test_what_is_odd_is_counted_by_row_on_both_sides(tmp_path: Path) -> None:
+    odd = {"prompt": "hi", "answers": ["yo", "no", "{{name}} <|im_end|>"], "scores": [3, 2, 1]}
+    warnings = run(write(tmp_path / "a.jsonl", [odd]), "pairs").report.warnings
+    assert any(said.startswith("1 rows hold unfilled placeholders") for said in warnings)
+    assert any(said.startswith("1 rows hold control tokens in the text") for said in warnings)
 
 
 def test_length_bias_is_told(tmp_path: Path) -> None:
@@ -408,6 +439,9 @@ def test_a_cleaned_copy_of_prompts(tmp_path: Path) -> None:
     check.fix(DataSection(train=str(path)), tokenizer("chatml"), tmp_path / "b.jsonl", "prompts")
     assert [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()] == [{"prompt": [U]}]
     assert len(run(tmp_path / "b.jsonl", "prompts").train_units or ()) == 1
+    mixed = write(tmp_path / "c.jsonl", [{"messages": [U, A, MORE]}, {"messages": [U, A]}])  # with an answer, without
+    check.fix(DataSection(train=str(mixed)), tokenizer("chatml"), tmp_path / "d.jsonl", "prompts")
+    assert len(run(tmp_path / "d.jsonl", "prompts").train_units or ()) == 2
 
 
 def test_a_text_file_is_one_document_where_that_is_asked_for(tmp_path: Path) -> None:

@@ -158,6 +158,19 @@ def test_truncation_keeps_the_system_turn_and_the_stop_token(tmp_path: Path) -> 
     assert 50 < len(example) <= 60
 
 
+@pytest.mark.parametrize("family", ["chatml", "llama3"])
+def test_a_raw_text_that_is_cut_at_its_start_keeps_what_a_text_begins_with(tmp_path: Path, family: str) -> None:
+    tokenizer = families.tokenizer(family)
+    path = write(tmp_path / "a.jsonl", [{"text": " ".join(f"word{i}" for i in range(100))}])
+    whole = run(path, tokenizer=tokenizer).train[0]
+    [cut] = run(path, tokenizer=tokenizer, max_length=50, overlong="truncate-start").train
+    head = int(whole.ids[0] == tokenizer.bos_token_id)
+    assert cut.ids.tolist() == [*whole.ids[:head], *whole.ids[head - 50 :]] and head == (family == "llama3")
+    assert cut.weights.tolist() == [*[0.0] * (head + 1), *[1.0] * (49 - head)]
+    shortest = run(path, tokenizer=tokenizer, max_length=2, overlong="truncate-start", strict=False).report
+    assert shortest.rows["dropped"] == head and shortest.tokens.supervised == 1 - head
+
+
 def test_splitting_keeps_every_answer_once_and_every_token_of_a_text(tmp_path: Path) -> None:
     turns = [text for i in range(6) for text in (f"question {i} " * 4, f"answer {i}")]
     prepared = run(write(tmp_path / "a.jsonl", [row(*turns, system="s")]), max_length=120, overlong="split")
@@ -248,15 +261,44 @@ def test_a_row_of_one_conversation_is_held_out_by_its_own_content(tmp_path: Path
     ]  # unfinished runs go on with the rows that they began with
 
 
+def test_prompts_that_are_held_out_and_trained_on_are_told(tmp_path: Path) -> None:
+    rows = [row("one question", f"answer {i}") for i in range(20)]
+    report = run(write(tmp_path / "a.jsonl", rows), eval="30%").report
+    assert report.duplicates["across"] == 0 and report.duplicates["prompts"] == report.held_out > 0
+    assert f"{report.held_out} evaluation rows have a prompt that train rows have too" in report.warnings
+    apart = run(write(tmp_path / "b.jsonl", [row(f"question {i}", "answer") for i in range(20)]), eval="30%").report
+    assert apart.duplicates["prompts"] == 0 and not apart.warnings
+
+
 def test_duplicates_and_placeholders_are_named(tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", [GOOD[0], GOOD[0], row("I am {{name}}", "b <|im_end|> c")])
     found = account(run(train, eval=write(tmp_path / "b.jsonl", GOOD)))
-    assert found["duplicates"] == {"within": 1, "across": 1}
+    assert found["duplicates"] == {"within": 1, "across": 1, "prompts": 1}
     assert found["template"] == [f"an answer ends with {families.ANSWER['chatml'][1]}"]
     warnings = "\n".join(found["warnings"])
     assert "{{name}}" in warnings and "a.jsonl:3" in warnings and "control tokens" in warnings
     assert "1 training rows repeat" in warnings and "1 evaluation rows are also train rows" in warnings
     assert found["eval"]["rows"]["read"] == 2
+
+
+def test_turns_behind_the_last_answer_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [row("a", "b"), row("a", "b", "c")])
+    said = "1 rows hold turns behind the last answer, which are left out"
+    assert any(said in warning for warning in run(path, loss="all").report.warnings)
+    assert not run(write(tmp_path / "b.jsonl", [row("a", "b")])).report.warnings
+
+
+def test_null_arguments_of_tools_are_named(tmp_path: Path) -> None:
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+    called = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+    plain = {"messages": [{"role": "user", "content": "hi"}, called], "tools": [tool]}
+    nulls = json.loads(json.dumps(plain).replace('"x": 1', '"x": 1, "zone": null'))
+    qwen = families.tokenizer("qwen3")
+    assert not run(write(tmp_path / "a.jsonl", [plain]), tokenizer=qwen).report.warnings
+    [said] = run(write(tmp_path / "b.jsonl", [nulls]), tokenizer=qwen).report.warnings
+    assert "1 rows hold null arguments" in said and "zone" in said
+    shapes = json.loads(json.dumps(plain).replace('{"type": "integer"}', "null"))
+    assert "null" in str(run(write(tmp_path / "c.jsonl", [shapes]), tokenizer=qwen).report.warnings)
 
 
 def test_an_eval_file_with_bad_rows_refuses_too(tmp_path: Path) -> None:
@@ -299,7 +341,11 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path) -> None:
     path, cache = write(tmp_path / "a.jsonl", GOOD), tmp_path / "cache"
     expected = [example.ids.tolist() for example in run(path, cache=cache).train]
     [folder] = cache.iterdir()
-    for name, content in (("ids.bin", b"123"), ("facts.json", b"{"), ("rows.bin", b"")):
+    ids = (folder / "ids.bin").read_bytes()
+    zeros = bytes(len(ids))  # as a machine that lost power may leave a file; a byte may flip, too
+    flipped = ids[:40] + bytes([ids[40] ^ 1]) + ids[41:]
+    wrong = (("ids.bin", b"123"), ("facts.json", b"{"), ("rows.bin", b""), ("ids.bin", zeros), ("ids.bin", flipped))
+    for name, content in wrong:
         (folder / name).write_bytes(content)
         assert [example.ids.tolist() for example in run(path, cache=cache).train] == expected
     assert [place.name for place in cache.iterdir()] == [folder.name]
@@ -381,6 +427,13 @@ def test_a_cleaned_copy_with_a_log_of_each_change(tmp_path: Path) -> None:
     assert account(run(str(out), tokenizer=tokenizer, template="chatml"))["rows"]["dropped"] == 0
     with pytest.raises(FolderError):
         check.fix(data, tokenizer, out)
+
+
+def test_a_cleaned_copy_of_files_of_two_formats_is_refused(tmp_path: Path) -> None:
+    files = [write(tmp_path / "a.jsonl", [row("a", "b")]), write(tmp_path / "b.jsonl", [{"text": "words"}])]
+    with pytest.raises(DataError, match=r"b\.jsonl:1 is written with text, rows before it with messages"):
+        check.fix(DataSection(train=files), TOKENIZER, tmp_path / "out.jsonl")
+    assert not list(tmp_path.glob("*out*"))
 
 
 @pytest.mark.parametrize(("overlong", "kept"), [("refuse", 1), ("drop", 1), ("truncate-start", 2)])

@@ -174,6 +174,8 @@ def _wrong_kind(facts: dict[str, Any], learning: Learning) -> DataError | None:
         "pairs": "--train.objective dpo",
         "prompt": "--train.objective grpo",
     }.get(kind, "--train.objective sft, or other data")
+    if learning == "labels" and "label" in facts["unused"]:
+        fix = "--data.format labelled, where 1 in label is good and 0 is bad"
     return DataError(f"{file}: {what}; this objective learns from {needs}", fix=fix)
 
 

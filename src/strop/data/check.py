@@ -16,14 +16,14 @@ from rich.text import Text
 from strop.config.schema import DataSection
 from strop.data import formats
 from strop.data.conversation import Conversation, Example, Message, Row
-from strop.data.prepare import Prepared, opposed, renderer_for, settle
+from strop.data.prepare import Prepared, answers_of, opposed, renderer_for, settle
 from strop.data.reading import sources
 from strop.data.reading.sources import RowFault
 from strop.data.rendering.pairs import render_pairs, render_prompts
 from strop.data.rendering.render import Renderer
 from strop.data.store import digest, dumps, message_json
 from strop.data.units import JUDGED, Learning
-from strop.errors import SHOWN_PLACES, FolderError
+from strop.errors import SHOWN_PLACES, DataError, FolderError
 
 SUPERVISED, CONTEXT, STOP = "bold green", "dim", "bold reverse green"
 VISIBLE = {" ": "·", "\n": "↵\n", "\t": "→   ", "\r": "␍"}
@@ -167,7 +167,7 @@ def fix(data: DataSection, tokenizer: Any, out: Path, learning: Learning = "turn
 
     Rows that are wrong, repeated, or longer than data.overlong lets them be are dropped, names of roles and columns
     become the usual ones. Changes are returned, and written to OUT.changes.jsonl. Raises FolderError where `out`
-    exists, DataError and ModelError as prepare does.
+    exists, DataError and ModelError as prepare does, and DataError where files give rows of several formats.
     """
     log = out.with_name(out.name + ".changes.jsonl")
     for path in (out, log):
@@ -209,7 +209,8 @@ def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], learn
     )
     render = render_prompts if learning == "prompts" else render_pairs
     judged: dict[int, tuple[str, int]] = {}
-    for conversation in made:
+    written: set[str] = set()  # the names in each row of the copy
+    for conversation in map(renderer.apart, made):
         file, line = conversation.file, conversation.line
         [(_, rendered)] = render(renderer, [conversation])
         kind: Learning = "pairs" if conversation.rejected else learning  # a pair is two judged answers in one row
@@ -217,7 +218,10 @@ def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], learn
         if fault is not None:
             changes.append(Change(file, line, f"dropped: {fault.where.what}"))
             continue
-        if learning in JUDGED and (against := opposed(conversation, examples, judged)):
+        parts = answers_of(conversation) if learning == "labels" else (conversation,)
+        shares = [examples] if len(parts) == 1 else [[example] for example in examples]
+        found = (opposed(part, share, judged) for part, share in zip(parts, shares, strict=True))
+        if learning in JUDGED and (against := next(filter(None, found), None)):
             changes.append(Change(file, line, f"dropped: says the opposite of {against[0]}:{against[1]}"))
             continue
         key = digest(dumps(conversation))
@@ -225,17 +229,24 @@ def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], learn
             changes.append(Change(file, line, f"dropped: the same as {seen[key]}"))
             continue
         seen[key] = f"{file}:{line}"
-        value = _plain(conversation, learning)
+        value = _plain(conversation, asks=learning == "prompts" and made.found[file] == "prompt")
+        names = {*value} - {"tools"}
+        if names != (written := written or names):
+            raise DataError(
+                f"{file}:{line} is written with {', '.join(sorted(names))}, rows before it with "
+                f"{', '.join(sorted(written))}: one file holds rows of one format",
+                fix="clean one file after the other, each into a copy of its own",
+            )
         if value != current[0].value:
             changes.append(Change(file, line, _rewritten(current[0].value, conversation, made.found[file])))
         yield json.dumps(value, ensure_ascii=False)
     changes += [Change(at.file, at.line, f"dropped: {at.what}") for at in (fault.where for fault in bad)]
 
 
-def _plain(conversation: Conversation, learning: Learning) -> dict[str, Any]:
+def _plain(conversation: Conversation, *, asks: bool) -> dict[str, Any]:
+    """The row as `messages`, `text`, or a pair; asks: as a `prompt`."""
     if conversation.text is not None:
         return {"text": conversation.text}
-    asks = learning == "prompts" and conversation.answer is None
     name = "prompt" if asks else "chosen" if conversation.rejected else "messages"
     value: dict[str, Any] = {name: _turns(conversation.messages)}
     if conversation.rejected:

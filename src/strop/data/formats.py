@@ -15,7 +15,7 @@ from strop.data import preferences, shapes
 from strop.data.conversation import Conversation, Row
 from strop.data.reading import files
 from strop.data.reading.files import RowFault
-from strop.data.shapes import METADATA, BadRow, Keys, Said, Value
+from strop.data.shapes import MEDIA, METADATA, BadRow, Keys, Said, Value
 from strop.errors import DataError, Where, nearest
 
 REASONS: dict[str, str] = {
@@ -183,7 +183,6 @@ FORMATS: dict[str, Format] = {
     )
 }
 
-MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns
 PICTURE = "<image>"
 PAIRED = frozenset({"preference", "ranking"})  # formats of pairs
 
@@ -283,7 +282,7 @@ class Conversations(Iterator[Conversation]):
                 "media", f"{seen[0]} holds what is seen or heard, which is not read; without it: --data.columns"
             )
         said = self._said(entry, value, keys)
-        if any(PICTURE in turn.content for one in said for turn in one.messages):
+        if any(PICTURE in turn.content for one in said for turn in (*one.messages, *one.rejected)):
             raise BadRow("media", f"the text holds {PICTURE}, the place of a picture, and pictures are not read")
         return said
 

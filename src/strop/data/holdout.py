@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from strop.data.conversation import Conversation, Mask
-from strop.data.store import digest, dumps
+from strop.data.conversation import Mask
 from strop.data.units import JUDGED, Learning
 from strop.errors import DataError
 
@@ -25,10 +24,10 @@ def share_of(spec: str | list[str] | None) -> float | None:
     return share
 
 
-def group_of(conversation: Conversation, learning: Learning, first: int | None) -> int | None:
+def group_of(prompt: int, learning: Learning, first: int | None) -> int | None:
     """The hash that a conversation is held out by: of pairs and judged answers that of the prompt, else that of the
     first conversation of the same row of the file (None: it is the first itself)."""
-    return digest(dumps(conversation.prompt)) if learning in JUDGED else first
+    return prompt if learning in JUDGED else first
 
 
 def held_out(records: npt.NDArray[Any], share: float) -> Mask:

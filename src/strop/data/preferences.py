@@ -110,9 +110,19 @@ def _begins_itself(answer: Any) -> bool:
 
 
 def _whole(asked: list[Message], side: list[Message]) -> list[Message]:
-    """The prompt and one side, which in many sets repeats the prompt (and may put a system text before it)."""
+    """The prompt and one side, which in many sets repeats the prompt (and may put a system text before it). Raises
+    BadRow where a side asks something else than the prompt does."""
     system = 1 if side and side[0].role == "system" and (not asked or asked[0].role != "system") else 0
-    return side if side[system : system + len(asked)] == asked else [*asked, *side]
+    own = side[system:]
+    if _trimmed(own[: len(asked)]) == _trimmed(asked):
+        return side
+    if asked[-1].role == "user" and own and own[0].role == "user":
+        raise BadRow("prompts-differ", "an answer begins with a user's turn that is not the prompt's")
+    return [*asked, *side]
+
+
+def _trimmed(turns: Sequence[Message]) -> list[Message]:
+    return [replace(turn, content=turn.content.strip()) for turn in turns]
 
 
 def _pair(better: list[Message], worse: list[Message], value: Value) -> Said:

@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from strop.data import formats
 from strop.data.account import TOO_LONG, Pass, account, ends_with_stop
 from strop.data.conversation import Conversation, Example
 from strop.data.holdout import group_of, held_out, share_of
+from strop.data.notes import notes_of
 from strop.data.reading import sources
 from strop.data.reading.sources import RowFault
 from strop.data.rendering import overlong, pairs
 from strop.data.rendering.faults import REASONS as RENDER_REASONS
 from strop.data.rendering.render import Renderer, RenderError
 from strop.data.report import DataReport
-from strop.data.store import Conversations, Examples, Indices, Store, Writer, digest, load
+from strop.data.store import Conversations, Examples, Indices, Store, Writer, digest, dumps, load
 from strop.data.units import JUDGED, Learning, Prompts, Units, units_of
 from strop.errors import Where
 
@@ -43,8 +45,8 @@ REASONS: dict[str, str] = {
     TOO_LONG: "the row is longer than data.max_length",
     "contradiction": "the same two answers stand the other way round elsewhere, or one answer is judged both ways",
 }
-STORE_VERSION = 5  # raise it when prepared data changes for the same input
-OUTCOMES = ("used", "split", "truncated", "dropped")  # from best to worst
+STORE_VERSION = 6  # raise it when prepared data changes for the same input
+OUTCOMES = ("used", "split", "truncated")  # of a row that is not dropped, from best to worst
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,9 @@ def _prepared(
     if held is not None and eval_set is not None:
         looked = Pass(held, eval_set, eval_rows, "evaluation", learning, shared=bool(share))
         eval_report = account(data, renderer, looked)
-        common = _common(train.row_records[rows], held.row_records[eval_rows], learning)
+        common = _common(train.row_records[rows], held.row_records[eval_rows])
         eval_report = dataclasses.replace(eval_report, duplicates={**eval_report.duplicates, **common})
-        across, prompts = common["across"], common.get("prompts", 0)
+        across, prompts = common["across"], common["prompts"]
         warnings = [f"{across} evaluation rows are also train rows"] if across else []
         warnings += [f"{prompts} evaluation rows have a prompt that train rows have too"] if prompts > across else []
         report = dataclasses.replace(
@@ -162,9 +164,9 @@ def _prepared(
     return Prepared(train_set, conversations, eval_set, eval_conversations, report, seal.hexdigest(), served, *units)
 
 
-def _common(train: npt.NDArray[Any], held: npt.NDArray[Any], learning: Learning) -> dict[str, int]:
-    """How many held-out rows are train rows too; of pairs and judged answers, also how many have a prompt of theirs."""
-    names = {"across": "digest", **({"prompts": "group"} if learning in JUDGED else {})}
+def _common(train: npt.NDArray[Any], held: npt.NDArray[Any]) -> dict[str, int]:
+    """How many held-out rows are train rows too, and how many have a prompt of theirs."""
+    names = {"across": "digest", "prompts": "prompt"}
     return {name: int(np.isin(held[field], train[field]).sum()) for name, field in names.items()}
 
 
@@ -182,7 +184,8 @@ class _Reader:
     learning: where it is from labels, a pair is two judged answers; where from prompts, nobody need have answered.
     """
 
-    def __init__(self, spec: str | Sequence[str], data: DataSection, learning: Learning) -> None:
+    def __init__(self, spec: str | Sequence[str], data: DataSection, learning: Learning, renderer: Renderer) -> None:
+        self._renderer = renderer
         self._labels = learning == "labels"
         self.unreadable: list[RowFault] = []
         self.bad: list[RowFault] = []
@@ -201,14 +204,8 @@ class _Reader:
         self.row_of: deque[int] = deque()  # the renderer reads ahead
 
     def __iter__(self) -> Iterator[Conversation]:
-        for conversation in self.conversations:
-            parts: tuple[Conversation, ...] = (conversation,)
-            if self._labels and conversation.rejected:
-                parts = tuple(
-                    dataclasses.replace(side, desirable=good)
-                    for side, good in zip(conversation.sides, (True, False), strict=True)
-                )
-            for part in parts:
+        for conversation in map(self._renderer.apart, self.conversations):
+            for part in answers_of(conversation) if self._labels else (conversation,):
                 self.row_of.append(self.conversations.num_used)
                 yield part
 
@@ -226,53 +223,58 @@ def _survey(
         return ready
     writer = Writer(place)
     try:
-        reader = _Reader(spec, data, learning)
+        reader = _Reader(spec, data, learning, renderer)
         return writer.commit(_fill(writer, reader, data, renderer, learning))
     finally:
         writer.discard()
 
 
 def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer, learning: Learning) -> dict[str, Any]:
-    """Every conversation into the store or onto the list of faults; the facts of the pass."""
+    """Every row into the store, with all its conversations, or onto the list of faults; the facts of the pass."""
     faults: list[RowFault] = []
     outcomes: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     cut: list[tuple[str, str, int | None, str]] = []  # how, and where
     first: dict[str, str] = {}  # note -> where it was first seen, with an example
-    row, worst, stops, longest, chats, thinking = 0, -1, 0, 0, 0, 0
+    stops = longest = chats = thinking = 0
     judged: dict[int, tuple[str, int]] = {}  # comparison or judgement -> where it was first seen
-    group: int | None = None  # see group_of
     render = renderer.render_many
     if learning in ("pairs", "prompts"):
         render = partial(pairs.render_pairs if learning == "pairs" else pairs.render_prompts, renderer)
-    for conversation, rendered in render(reader):
-        if (this := reader.row_of.popleft()) != row:
-            if row:
-                outcomes[OUTCOMES[worst]] += 1
-            row, worst, group = this, -1, None
-        for note, example in _notes(conversation, rendered, renderer):
-            notes[note] += 1
-            first.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
-        if not isinstance(rendered, RenderError):
-            longest = max(longest, *map(len, rendered))
-        outcome, examples, fault = settle(conversation, rendered, data, renderer, learning)
-        if examples and learning in JUDGED and (against := opposed(conversation, examples, judged)):
-            outcome, examples = "dropped", []
-            fault = _fault(conversation, "contradiction", f"says the opposite of {against[0]}:{against[1]}")
-        worst = max(worst, OUTCOMES.index(outcome))
-        if fault is not None:
-            faults.append(fault)
+    for _, said in groupby(render(reader), lambda _: reader.row_of.popleft()):
+        kept: list[tuple[str, Conversation, list[Example], list[Example] | RenderError]] = []
+        noted: dict[str, str] = {}
+        wrong: RowFault | None = None  # the first fault of the row, of which then nothing is used
+        for conversation, rendered in said:
+            for note, example in notes_of(conversation, rendered, renderer, learning):
+                noted.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
+            if not isinstance(rendered, RenderError):
+                longest = max(longest, *map(len, rendered))
+            outcome, examples, fault = settle(conversation, rendered, data, renderer, learning)
+            wrong = wrong or fault
+            kept.append((outcome, conversation, examples, rendered))
+        notes.update(noted.keys())
+        first = {**noted, **first}
+        if wrong is None and learning in JUDGED:
+            wrong = next(filter(None, (_contradiction(one, examples, judged) for _, one, examples, _ in kept)), None)
+        if wrong is not None:
+            outcomes["dropped"] += 1
+            faults.append(wrong)
             continue
-        if outcome in ("truncated", "split") and not isinstance(rendered, RenderError):
-            kept = f"{sum(map(len, rendered))} tokens, now {' + '.join(str(len(example)) for example in examples)}"
-            cut.append((outcome, conversation.file, conversation.line, kept))
-        group = writer.add(conversation, examples, group_of(conversation, learning, group))
-        chats += conversation.text is None
-        thinking += conversation.text is None and renderer.chat.thinks(conversation.messages)
-        ends = examples if learning == "pairs" else examples[-1:]
-        stops += learning != "prompts" and all(ends_with_stop(example, renderer) for example in ends)
-    if row:
-        outcomes[OUTCOMES[worst]] += 1
+        outcomes[max((outcome for outcome, *_ in kept), key=OUTCOMES.index)] += 1
+        group: int | None = None  # see group_of
+        for outcome, conversation, examples, rendered in kept:
+            if outcome in ("truncated", "split") and not isinstance(rendered, RenderError):
+                lengths = (
+                    f"{sum(map(len, rendered))} tokens, now {' + '.join(str(len(example)) for example in examples)}"
+                )
+                cut.append((outcome, conversation.file, conversation.line, lengths))
+            prompt = digest(dumps(conversation.prompt))
+            group = writer.add(conversation, examples, prompt, group_of(prompt, learning, group))
+            chats += conversation.text is None
+            thinking += conversation.text is None and renderer.chat.thinks(conversation.messages)
+            ends = examples if learning == "pairs" else examples[-1:]
+            stops += learning != "prompts" and all(ends_with_stop(example, renderer) for example in ends)
     faults = [*reader.unreadable, *reader.bad, *faults]
     outcomes["dropped"] += len(reader.unreadable) + len(reader.bad)
     order = {name: i for i, name in enumerate(dict.fromkeys(fault.where.file for fault in faults))}
@@ -342,32 +344,27 @@ def opposed(
     return found
 
 
+def answers_of(conversation: Conversation) -> tuple[Conversation, ...]:
+    """A pair as two judged answers; else itself."""
+    if not conversation.rejected:
+        return (conversation,)
+    better, worse = conversation.sides
+    return dataclasses.replace(better, desirable=True), dataclasses.replace(worse, desirable=False)
+
+
+def _contradiction(
+    conversation: Conversation, examples: Sequence[Example], judged: dict[int, tuple[str, int]]
+) -> RowFault | None:
+    against = opposed(conversation, examples, judged)
+    if against is None:
+        return None
+    own = against == (conversation.file, conversation.line)
+    what = "its own pairs say the opposite of each other" if own else "says the opposite of {}:{}".format(*against)
+    return _fault(conversation, "contradiction", what)
+
+
 def _fault(conversation: Conversation, code: str, what: str) -> RowFault:
     return RowFault(code, Where(conversation.file, conversation.line, what))
-
-
-def _notes(
-    conversation: Conversation, rendered: list[Example] | RenderError, renderer: Renderer
-) -> Iterator[tuple[str, str]]:
-    """What is odd about a conversation, though it can be trained on, and an example of it."""
-    texts = [message.content for message in conversation.messages] or [conversation.text or ""]
-    found = [name for text in texts if "{{" in text for name in formats.placeholders(text)]
-    if found:
-        yield "unfilled placeholders", f": {found[0]}"
-    if lost := sorted(set().union(*map(renderer.lost_characters, texts))):
-        yield (
-            "characters that the tokenizer drops or changes",
-            f": {', '.join(f'U+{ord(sign):04X}' for sign in lost[:3])}",
-        )
-    if any(renderer.control.found(text) for text in texts):
-        yield "control tokens in the text, encoded as plain text", ""
-    if not isinstance(rendered, RenderError) and any(example.parted for example in rendered):
-        yield "answers that would share a token with the prompt's end, encoded apart from it, as serving does", ""
-    said = conversation.messages
-    if any(message.reasoning for message in said) and not renderer.chat.thinks(said):
-        choice = renderer.chat.reasoning == "drop"
-        why = "data.reasoning drop leaves out" if choice else "the chat template does not show: it is not trained on"
-        yield f"reasoning, which {why}", ""
 
 
 def _key(spec: str | Sequence[str], data: DataSection, renderer: Renderer, learning: Learning) -> str:

@@ -42,8 +42,8 @@ class DataReport:
     dropped: {file, line, reason, what} of each. cut: {how, file, line, what} of each that was truncated or split.
     held_out: rows used that are for evaluation, not training.
     stop_token: rows whose last supervised token is a stop token, and their share of the rows not dropped.
-    duplicates: within (rows beyond the first of equal content), across (eval rows that are also train rows), and of
-    pairs and judged answers prompts (eval rows whose prompt train rows have too).
+    duplicates: within (rows beyond the first of equal content), across (eval rows that are also train rows), prompts
+    (eval rows whose prompt train rows have too).
     padding: shares of padding in batches of 8 rows in the file's order and in packs of max_length tokens.
     template: sentences on how the chat template was used. refusal: why a run would not start on this.
     answers: of pairs {pairs, chosen_tokens, rejected_tokens, chosen_longer, length_accuracy}, the last what the better

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,7 @@ METADATA = frozenset(
         *("version",),
     }
 )
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns, and names in a turn
 _SPEAKER = frozenset({"role", "from"})
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: the assistant's turn is the call itself, as JSON
 
@@ -122,6 +124,8 @@ def _message(turn: dict[str, Any], at: str) -> Message:
     named = turn.get(role_key)
     if not isinstance(named, str):
         raise BadRow("unknown-role", f"{at}.{role_key} is {kind_of(named)}, not a string")
+    if seen := [name for name in MEDIA if turn.get(name)]:
+        raise BadRow("media", f"{at}: {seen[0]} holds what is seen or heard, which is not read")
     content = turn["content"] if "content" in turn else turn.get("value")
     weight = _weight(turn, at)
     if named.lower() in CALL_ROLES:
@@ -205,6 +209,7 @@ def _calls(raw: Any, at: str) -> tuple[dict[str, Any], ...]:
         arguments = {} if arguments is None or arguments == "" else _parsed(arguments, "bad-tool-call", at)
         if not isinstance(arguments, dict):
             raise BadRow("bad-tool-call", f"{at}: the arguments of a tool call are {kind_of(arguments)}, not an object")
+        _check_json(arguments, "bad-tool-call", f"{at}: the arguments of a tool call")
         call = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
         calls.append({"id": item["id"], **call} if isinstance(item.get("id"), str) else call)
     return tuple(calls)
@@ -222,6 +227,7 @@ def _tools(value: Value) -> tuple[dict[str, Any], ...]:
         inner = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise BadRow("bad-tools", "a tool needs a name")
+        _check_json(tool, "bad-tools", "a tool")
         full.append(tool if inner is not tool else {"type": "function", "function": tool})
     return tuple(full)
 
@@ -234,6 +240,14 @@ def _parsed(raw: Any, code: str, at: str) -> Any:
         return loads(raw)
     except Refused as error:
         raise BadRow(code, f"{at}: the string is not JSON: {error.what}") from error
+
+
+def _check_json(value: Any, code: str, what: str) -> None:
+    """Raises BadRow for dates, bytes, NaN and the like in an object of a Parquet file: templates write JSON."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadRow(code, f"{what} cannot be written as JSON: {error}") from error
 
 
 # --- columns -----------------------------------------------------------------------------------------------------

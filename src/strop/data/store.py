@@ -12,6 +12,7 @@ import os
 import shutil
 import struct
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -23,14 +24,14 @@ from strop.data.conversation import Conversation, Example, Message
 
 # one example: where its tokens end, its length, number of supervised tokens, its row
 EXAMPLE = np.dtype([("end", "<i8"), ("length", "<i4"), ("supervised", "<i4"), ("row", "<i8")])
-# one row: where its line ends in rows.jsonl, its content hash, the hash that it is held out by, its file (index into
-# facts["files"]) and line, and whether its answer was judged good (1), bad (0) or not at all (-1), and whether it has
-# one (1, 0)
+# one row: where its line ends in rows.jsonl, the hashes of its content and of its prompt, the hash that it is held out
+# by, its file (index into facts["files"]) and line, whether its answer was judged good (1), bad (0) or not at all (-1),
+# and whether it has one (1, 0)
 ROW = np.dtype([
-    ("end", "<i8"), ("digest", "<u8"), ("group", "<u8"), ("file", "<i4"), ("line", "<i8"), ("judged", "<i4"),
-    ("answered", "<i4"),
+    ("end", "<i8"), ("digest", "<u8"), ("prompt", "<u8"), ("group", "<u8"), ("file", "<i4"), ("line", "<i8"),
+    ("judged", "<i4"), ("answered", "<i4"),
 ])  # fmt: skip
-_EXAMPLE, _ROW = struct.Struct("<qiiq"), struct.Struct("<qQQiqii")  # the same, to write one record
+_EXAMPLE, _ROW = struct.Struct("<qiiq"), struct.Struct("<qQQQiqii")  # the same, to write one record
 _PARTS = {"ids.bin": np.dtype("<i4"), "weights.bin": np.dtype("<f4"), "examples.bin": EXAMPLE, "rows.bin": ROW}
 
 Indices = npt.NDArray[np.int64]
@@ -44,35 +45,41 @@ class Writer:
         self._folder = folder
         self._temp = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         self._out = {name: (self._temp / name).open("wb", buffering=1 << 20) for name in (*_PARTS, "rows.jsonl")}
+        self._sums = dict.fromkeys(self._out, 0)
         self._files: dict[str, int] = {}
         self._tokens = self._chars = self._rows = 0
 
-    def add(self, conversation: Conversation, examples: Sequence[Example], group: int | None) -> int:
-        """One row that is used, and its examples. group: the hash that it is held out by (None: that of its content),
-        which is returned."""
+    def add(self, conversation: Conversation, examples: Sequence[Example], prompt: int, group: int | None) -> int:
+        """One row that is used, and its examples. prompt: its hash. group: the hash that the row is held out by (None:
+        that of its content), which is returned."""
         text = dumps(conversation)
         file = self._files.setdefault(conversation.file, len(self._files))
         self._chars += len(text) + 1
-        self._out["rows.jsonl"].write(text + b"\n")
+        self._write("rows.jsonl", text + b"\n")
         judged = -1 if conversation.desirable is None else int(conversation.desirable)
         answered = int(conversation.answer is not None)
         own = digest(text)
         group = own if group is None else group
-        self._out["rows.bin"].write(_ROW.pack(self._chars, own, group, file, conversation.line, judged, answered))
+        record = _ROW.pack(self._chars, own, prompt, group, file, conversation.line, judged, answered)
+        self._write("rows.bin", record)
         for example in examples:
             self._tokens += len(example)
-            self._out["ids.bin"].write(example.ids.astype("<i4", copy=False).tobytes())
-            self._out["weights.bin"].write(example.weights.astype("<f4", copy=False).tobytes())
+            self._write("ids.bin", example.ids.astype("<i4", copy=False).tobytes())
+            self._write("weights.bin", example.weights.astype("<f4", copy=False).tobytes())
             record = _EXAMPLE.pack(self._tokens, len(example), example.supervised, self._rows)
-            self._out["examples.bin"].write(record)
+            self._write("examples.bin", record)
         self._rows += 1
         return group
+
+    def _write(self, name: str, data: bytes) -> None:
+        self._sums[name] = zlib.crc32(data, self._sums[name])
+        self._out[name].write(data)
 
     def commit(self, facts: dict[str, Any]) -> Store:
         for out in self._out.values():
             out.close()
         sizes = {name: (self._temp / name).stat().st_size for name in self._out}
-        facts = {**facts, "files": list(self._files), "sizes": sizes}
+        facts = {**facts, "files": list(self._files), "sizes": sizes, "sums": self._sums}
         (self._temp / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         try:
             self._temp.rename(self._folder)
@@ -167,13 +174,22 @@ class Conversations(Sequence[Conversation]):
 
 
 def load(folder: Path) -> Store | None:
-    """The store in `folder`; None where there is none that is complete."""
+    """The store in `folder`; None where there is none that is complete, byte for byte as it was written."""
     try:
         facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         whole = all((folder / name).stat().st_size == size for name, size in facts["sizes"].items())
+        whole = whole and all(_sum(folder / name) == sum for name, sum in facts["sums"].items())
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Store(folder, facts) if whole else None
+
+
+def _sum(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found = zlib.crc32(block, found)
+    return found
 
 
 def _map(path: Path, kind: np.dtype[Any]) -> npt.NDArray[Any]:

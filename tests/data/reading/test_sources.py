@@ -86,6 +86,15 @@ def test_strings_stay_strings_in_every_file_type(tmp_path: Path, suffix: str) ->
     assert values(write(tmp_path / f"d{suffix}", as_bytes(suffix, rows))) == rows
 
 
+def test_a_null_in_an_object_of_a_parquet_file_is_an_absent_one(tmp_path: Path) -> None:
+    calls = [{"name": "weather", "arguments": {"city": "Oslo"}}, {"name": "time", "arguments": {"zone": "CET"}}]
+    rows = [{"messages": [{"role": "assistant", "tool_calls": [call]}]} for call in calls]
+    rows.append({"messages": [{"role": "user", "content": "hi"}]})
+    assert values(write(tmp_path / "d.parquet", as_bytes(".parquet", rows))) == rows  # it stores every name in each
+    empty = as_bytes(".parquet", [{"prompt": "a", "completion": None}, {"prompt": "b", "completion": "c"}])
+    assert values(write(tmp_path / "e.parquet", empty))[0] == {"prompt": "a", "completion": None}
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
 def test_gzip_and_zstandard_read_like_the_plain_file(tmp_path: Path, suffix: str) -> None:
     rows = [{"text": f"row {n}"} for n in range(3000)]
@@ -143,8 +152,10 @@ def test_json_lines_may_be_called_json_and_an_array_jsonl(tmp_path: Path) -> Non
 
 
 def test_one_object_that_wraps_one_list_is_unwrapped(tmp_path: Path) -> None:
-    rows, _ = read(write(tmp_path / "a.json", '{"version": 1,\n "data": [\n{"text": "a"},\n{"text": "b"}]}'))
-    assert [(row.line, row.value) for row in rows] == [(3, {"text": "a"}), (4, {"text": "b"})]
+    wrapped = '{"version": 1,\n "data": [\n{"text": "a"},\n{"text": "b"}]}'
+    for name in ("a.json", "A.JSON"):
+        rows, _ = read(write(tmp_path / name, wrapped))
+        assert [(row.line, row.value) for row in rows] == [(3, {"text": "a"}), (4, {"text": "b"})]
     assert len(values(write(tmp_path / "b.jsonl", '{"data": [{"text": "a"}, {"text": "b"}]}'))) == 2
     two = write(tmp_path / "c.json", '{"train": [{"text": "a"}], "test": [{"text": "b"}]}')
     assert "several lists of rows: train, test" in refusal(two)
@@ -265,6 +276,16 @@ def test_csv_records_of_another_length_or_with_stray_quotes_are_named(tmp_path: 
     assert faults(path) == [("cells", 3), ("cells", 4), ("cells", 5), ("cells", 8)]
     assert [row.line for row in read(path)[0]] == [2, 6]
     assert faults(write(tmp_path / "e.csv", b"prompt,completion\na,\xe9\nb,c\n")) == [("encoding", 2)]
+
+
+def test_a_quote_that_swallows_lines_names_them_or_refuses_the_file(tmp_path: Path) -> None:
+    swallowed = 'prompt,completion\na,b\n"c,d\ne,f\ng,{}\ni,j\n'
+    said = refusal(write(tmp_path / "a.csv", swallowed.format("h")))
+    assert "a.csv:3: a quote at the start of a cell is not closed before the file ends (lines 3 to 6)" in said
+    for end, what in (('"h"', "',' expected after"), ('h"', "1 cells where 2 were expected")):
+        found, bad = read(write(tmp_path / "b.csv", swallowed.format(end)))
+        assert [row.line for row in found] == [2, 6] and len(bad) == 1
+        assert bad[0].where.line == 3 and what in bad[0].where.what and bad[0].where.what.endswith("(lines 3 to 5)")
 
 
 @pytest.mark.parametrize("content", ["", "\n \n\r\n", "[]", '{"data": []}'])
@@ -395,6 +416,10 @@ def test_wrong_names_are_refused_with_the_nearest(tmp_path: Path, monkeypatch: p
     assert "did you mean train.jsonl?" in refusal("trian.jsonl")
     assert "no folder nowhere" in refusal("nowhere/train.jsonl")
     assert f"name its files: {os.path.join('folder', '*')}.csv" in refusal("folder")
+    write(tmp_path / "folder" / "state.json", "{}")
+    assert "save_to_disk" in refusal("folder")
+    (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
+    assert "a link to gone.jsonl, which is not there" in refusal("link.jsonl")
     assert "no file matches" in refusal("*.tsv")
     assert "named twice" in refusal(["train.jsonl", "*.jsonl"])
     assert "weight must be above 0" in refusal("train.jsonl@0")

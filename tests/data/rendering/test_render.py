@@ -249,6 +249,12 @@ def test_loss_on_all_tokens() -> None:
     renderer = Renderer(families.tokenizer("llama3"), loss="all")
     [example] = renderer.render(chat(("user", "a"), ("assistant", "b")))
     assert example.weights.tolist() == [0.0, *[1.0] * (len(example) - 1)]
+    turns = (Message("user", "a", weight=0.0), Message("assistant", "b", weight=0.5))
+    with pytest.raises(RenderError) as caught:
+        renderer.render(Conversation("f", 1, turns))
+    assert caught.value.code == "other-weight" and "--data.loss assistant" in caught.value.fix
+    [example] = RENDERERS["llama3"].render(Conversation("f", 1, turns))
+    assert set(example.weights.tolist()) == {0.0, 0.5}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

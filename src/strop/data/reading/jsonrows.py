@@ -68,7 +68,8 @@ def _is_document(top: list[str], path: str, known: set[str]) -> bool:
     try:
         value, _ = scan(first, strict=False)
     except Refused:
-        return first == "{" or ".json" in (os.path.splitext(path)[1], os.path.splitext(os.path.splitext(path)[0])[1])
+        stem, suffix = os.path.splitext(path.lower())
+        return first == "{" or ".json" in (suffix, os.path.splitext(stem)[1])
     return len(top) == 1 and not known & set(value) and any(map(_is_rows, value.values()))
 
 

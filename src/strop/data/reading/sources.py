@@ -60,6 +60,9 @@ def _resolve(spec: str) -> list[Source]:
     if os.path.isfile(spec):
         return [Source(spec, (spec,))]
     if os.path.isdir(spec):
+        if {"state.json", "dataset_dict.json"} & {*os.listdir(spec)}:
+            what = "a folder of datasets' save_to_disk, whose Arrow files are not read"
+            raise refuse(spec, what, 'write it as Parquet: load_from_disk(FOLDER).to_parquet("rows.parquet")')
         kinds = sorted({os.path.splitext(name)[1] for name in os.listdir(spec)} & {*files.TYPES, *files.COMPRESSION})
         some = " or ".join(f"{os.path.join(spec, '*')}{suffix}" for suffix in kinds)
         raise refuse(spec, "is a folder", f"name its files: {some}" if some else "it holds no data files")
@@ -98,6 +101,8 @@ def _missing(path: str) -> DataError:
         return DataError("a file name holds a NUL character", fix="name a file that exists")
     if os.path.exists(path):
         return refuse(path, "is not a regular file")
+    if os.path.islink(path):
+        return refuse(path, f"a link to {os.readlink(path)}, which is not there", "name a file that exists")
     beside = os.listdir(folder or ".") if os.path.isdir(folder or ".") else None
     if beside is None:
         return refuse(path, f"no such file: there is no folder {folder}")

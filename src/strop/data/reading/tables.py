@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, zip_longest
+from typing import Any
 
 from strop.data.conversation import Row
 from strop.data.reading.files import COLUMN_NAMES, TYPES, RowFault, encoding_fault, lines, refuse
@@ -14,21 +15,29 @@ from strop.errors import Where, nearest
 
 
 class _Feed:
-    """Lines for csv.reader, remembering on which line of the file a record starts."""
+    """Lines for csv.reader, remembering on which line of the file a record starts, and which was the last."""
 
     def __init__(self, texts: Iterator[tuple[int, str]]) -> None:
         self._texts = texts
         self.start: int | None = None
+        self.last = 0
 
     def __iter__(self) -> Iterator[str]:
         for number, text in self._texts:
-            self.start = self.start or number
+            self.start, self.last = self.start or number, number
             yield text
+
+    @property
+    def span(self) -> str:
+        """Of a record of several lines: which."""
+        return f" (lines {self.start} to {self.last})" if self.last != self.start else ""
 
 
 def _records(
     name: str, texts: Iterator[tuple[int, str]], separator: str, bad: list[RowFault]
-) -> Iterator[tuple[int, list[str]]]:
+) -> Iterator[tuple[int, list[str], str]]:
+    """Of each record the line on which it starts, its cells, and for people its lines where they are several. Raises
+    DataError for a quote that swallows the rest of the file."""
     csv.field_size_limit(2**31 - 1)  # the limit of 128 KiB a cell is csv's own and serves nothing here
     feed = _Feed(texts)
     reader = csv.reader(feed, delimiter=separator, strict=True)
@@ -39,15 +48,25 @@ def _records(
         except StopIteration:
             return
         except csv.Error as error:
-            bad.append(RowFault("cells", Where(name, feed.start, _fault(str(error)))))
+            what = _fault(str(error)) + feed.span
+            if feed.span and str(error) == _OPEN:  # nobody knows how many rows these lines are
+                raise refuse(
+                    name, what, "close the quote, or double it where it is part of the text", feed.start
+                ) from error
+            bad.append(RowFault("cells", Where(name, feed.start, what)))
             continue
         if cells:
             assert feed.start is not None
-            yield feed.start, cells
+            yield feed.start, cells, feed.span
+
+
+_OPEN = "unexpected end of data"  # what csv says of it
 
 
 def _fault(said: str) -> str:
     """What csv says about a record, for people."""
+    if said == _OPEN:
+        return "a quote at the start of a cell is not closed before the file ends"
     if said.startswith("new-line character"):
         return "a line ends with CR alone, outside quotes: save the file with line ends LF or CRLF"
     hint = "; a quote at the start of a cell needs one at its end, and quotes inside are doubled"
@@ -82,7 +101,7 @@ def table_rows(
     name: str, texts: Iterator[tuple[int, str]], separator: str, columns: Mapping[str, str], bad: list[RowFault]
 ) -> Iterator[Row]:
     header, width = list[str](), 0
-    for number, cells in _records(name, *_separated(texts, separator, columns), bad):
+    for number, cells, span in _records(name, *_separated(texts, separator, columns), bad):
         if not header:
             names, width = _header(name, number, cells, columns), len(cells)
             header = names or [str(place) for place in range(1, width + 1)]
@@ -90,7 +109,7 @@ def table_rows(
                 continue
         unnamed = [place for place, cell in enumerate(cells, 1) if place > len(header) and cell.strip()]
         if len(cells) != width:
-            bad.append(RowFault("cells", Where(name, number, f"{len(cells)} cells where {width} were expected")))
+            bad.append(RowFault("cells", Where(name, number, f"{len(cells)} cells where {width} were expected{span}")))
         elif unnamed:
             what = f"cell {unnamed[0]} holds text, and the header has no name for it"
             bad.append(RowFault("cells", Where(name, number, what)))
@@ -179,6 +198,8 @@ def parallel_rows(
 
 
 def parquet_rows(name: str, path: str) -> Iterator[Row]:
+    """The rows of a Parquet file, where a null in an object is an absent one: each object of a column has the names of
+    all others there."""
     import pyarrow
     from pyarrow import parquet
 
@@ -191,7 +212,13 @@ def parquet_rows(name: str, path: str) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=256):
                 for value in batch.to_pylist():
                     number += 1
-                    yield Row(name, number, value)
+                    yield Row(name, number, {key: _without_nulls(held) for key, held in value.items()})
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise refuse(name, f"Parquet cannot be read behind row {number}: {what}") from error
+
+
+def _without_nulls(held: Any) -> Any:
+    if isinstance(held, dict):
+        return {key: _without_nulls(value) for key, value in held.items() if value is not None}
+    return [_without_nulls(item) for item in held] if isinstance(held, list) else held

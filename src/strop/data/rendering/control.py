@@ -32,7 +32,7 @@ class ControlText:
         if isinstance(value, str):
             return self.pattern.search(value) is not None
         if isinstance(value, Message):
-            rest = (value.reasoning, value.tool_calls, value.name)
+            rest = (value.reasoning, value.tool_calls, value.name, value.call_id)
             return self.pattern.search(value.content) is not None or (any(rest) and self.found(rest))
         return any(self.found(item) for item in _inner(value))
 

@@ -16,8 +16,10 @@ REASONS = {
     "control-token": "text that looks like a control token cannot be told from one here",
     "reasoning-missing": "the row has no reasoning, and the chat template opens a block for it",
     "reasoning-not-shown": "the row has reasoning, which the chat template does not show",
+    "reasoning-lost": "the chat template cuts the reasoning out of the text of an answer",
     "stop-inside": "a token that stops generation stands within an assistant turn",
     "nothing-supervised": "no token of the row is trained on",
+    "other-weight": "a turn that is not the assistant's has a weight, which data.loss all does not read",
     "answer-in-parts": "the chat template makes several rows of one answer, which cannot be compared as one",
     "prompt-tokens-differ": "chosen and rejected do not begin with the same tokens of the prompt",
     "same-tokens": "chosen and rejected are the same tokens",
@@ -28,7 +30,9 @@ FIXES = {
     "prompt-not-prefix": "choose --data.reasoning empty, or another data.template",
     "reasoning-missing": "choose --data.reasoning empty",
     "reasoning-not-shown": "choose --data.reasoning drop",
+    "reasoning-lost": "choose --data.reasoning drop, to train without it, or a data.template that shows reasoning",
     "nothing-supervised": "give an assistant turn a weight above 0",
+    "other-weight": "choose --data.loss assistant, or leave these weights out",
 }
 
 # What a template may raise on an input it was not written for.

@@ -23,7 +23,12 @@ def truncate_start(
     """
     if conversation.text is not None:
         [example] = examples
-        return [replace(example, ids=example.ids[-limit:], weights=_context(example.weights[-limit:]))]
+        head = example.ids[: renderer.num_before_text]  # such as bos, which a text is asked behind
+        size = limit - len(head)
+        if size < 2:  # nothing could be trained on
+            return None
+        weights = np.concatenate([np.zeros(len(head), np.float32), _context(example.weights[-size:])])
+        return [replace(example, ids=np.concatenate([head, example.ids[-size:]]), weights=weights)]
     kept = truncate_sides(renderer, [conversation], limit)
     return kept[0] if kept else None
 

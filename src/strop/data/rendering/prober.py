@@ -68,6 +68,7 @@ class Prober(Probes):
             reasoning=bool(self._leads),
             reasoning_beside_calls=bool(shown),
             closes=tuple(dict.fromkeys(close for _, close in self._leads)),
+            marks=tuple(dict.fromkeys(self._marks())),
             needs_empty=state in ("opened", "closed"),
             bare=bare,
             empty=self._empty(switches, replace(bare, plain=default), state),
@@ -151,6 +152,12 @@ class Prober(Probes):
                 if text.count(THOUGHT) == 1 and ANSWER in text[at:] and mark in text[:at]:
                     begin = text.rindex(mark, 0, at) + len(mark)
                     yield text[begin:at], text[at + len(THOUGHT) : text.index(ANSWER, at)]
+
+    def _marks(self) -> Iterator[tuple[str, str]]:
+        for lead, close in self._leads:
+            found = re.search(r"([<\[])([^<>\[\]/]+)([>\]])\s*$", lead)
+            if found and close.lstrip().startswith(end := f"{found[1]}/{found[2]}{found[3]}"):
+                yield found[0].rstrip(), end
 
     def _contexts(self) -> list[tuple[list[Message], str]]:
         """What an assistant turn may follow, and the last text in it."""

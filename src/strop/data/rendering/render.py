@@ -77,6 +77,7 @@ class Renderer:
         dressed = tokenizer("a")["input_ids"]
         at = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
         self._text_start = dressed[:at]
+        self.num_before_text = at  # tokens
 
     @property
     def chat(self) -> ChatTemplate:
@@ -144,6 +145,15 @@ class Renderer:
         source = with_options(self.chat.source, options, [])
         return Renderer(self.tokenizer, loss=self.loss, reasoning=self.reasoning, source=source)
 
+    def apart(self, conversation: Conversation) -> Conversation:
+        """The conversation with the reasoning that stands in the text of answers set apart: see ChatTemplate.apart."""
+        if self._chat is None or not self._chat.traits.marks:
+            return conversation
+        messages, rejected = (
+            tuple(map(self._chat.apart, turns)) for turns in (conversation.messages, conversation.rejected)
+        )
+        return replace(conversation, messages=messages, rejected=rejected)
+
     def render(self, conversation: Conversation) -> list[Example]:
         """The examples of one conversation: one, or one an assistant turn. Raises RenderError, ModelError."""
         [(_, rendered)] = self.render_many([conversation])
@@ -208,6 +218,7 @@ class Renderer:
         this prompt. Raises RenderError, and ModelError for an option that the template does not read.
         """
         check_options(options or {}, self.chat.options_read - {CLOCK}, "chat_template_kwargs")
+        messages = [self.chat.apart(message) for message in messages]
         encoder, text, _ = self._named(self.chat.prompt(messages, tools, options=options))
         return encoder.ids(encoder.encode([text])[0])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from strop.data.conversation import Conversation, Message
@@ -126,6 +126,16 @@ class ChatTemplate:
             return self.traits.thinking.options
         return self.traits.empty.options if self.reasoning in ("empty", "drop") else self.traits.bare.options
 
+    def apart(self, message: Message) -> Message:
+        """An answer whose text begins with reasoning between the marks that the template itself writes around it, with
+        the reasoning in its own field: there the marks would be plain text, behind the template's own."""
+        text = message.content.lstrip()
+        for begin, end in self.traits.marks if message.role == "assistant" and not message.reasoning else ():
+            thought, closed, said = text.removeprefix(begin).partition(end)
+            if text.startswith(begin) and closed and (said.strip() or message.tool_calls):
+                return replace(message, content=said.lstrip(), reasoning=thought.strip() or None)
+        return message
+
     def prompt(
         self,
         messages: Sequence[Message],
@@ -164,6 +174,8 @@ class ChatTemplate:
         silent_turns: give spans to turns of weight 0 too. Messages after the last such turn are left out.
         """
         messages = conversation.messages
+        if silent_turns and (others := [m.role for m in messages if m.role != "assistant" and m.weight != 1.0]):
+            raise RenderError("other-weight", others[0])
         mode, thinks = self.mode(messages), self.thinks(messages)
         values, tools, odd = self._values(messages, conversation.tools, thinks)
         given = self._given(tools, mode.options)
@@ -212,6 +224,12 @@ class ChatTemplate:
     def _check_turn(self, message: Message, value: dict[str, Any], text: str, thinks: bool) -> None:
         """A turn whose words, reasoning or calls are not in its text would train on something else, silently."""
         self._check_shown([message], [value], text)
+        content = value["content"]
+        if isinstance(content, str) and not _holds(text, content.strip()) and self.reasoning != "drop":
+            thought, _, answer = content.rpartition("</think>")
+            thought = self.control.marks.sub("", thought).replace("<think>", "").strip()
+            if thought not in text[: text.rindex(answer.strip())].replace("</think>", ""):
+                raise RenderError("reasoning-lost")
         if thinks and message.reasoning:
             beside = bool(message.tool_calls)
             shown = self.traits.reasoning_beside_calls if beside else self.traits.reasoning

@@ -49,7 +49,7 @@ class Traits:
     needs_empty: whether rows without reasoning would be trained behind an opened block, or not at all, as the template
     is. bare, thinking: modes of rows without and with reasoning; empty: of rows without, where they get the block that
     the template writes when reasoning is off. call_fault: why a call is not shown. closes: what ends reasoning before
-    an answer's text.
+    an answer's text. marks: what reasoning stands between, where that is a pair such as <think> and </think>.
     """
 
     dialect: Dialect
@@ -63,6 +63,7 @@ class Traits:
     reasoning: bool
     reasoning_beside_calls: bool
     closes: tuple[str, ...]
+    marks: tuple[tuple[str, str], ...]
     needs_empty: bool
     bare: Mode
     empty: Mode
