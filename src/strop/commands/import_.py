@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,4 +57,7 @@ def _print(made: Imported, out: Path | None) -> None:
             console.print(f"{at}{': ' * bool(note.text)}{note.text}", markup=False)
     given = {"model.name": "--model", "data.train": "--data"}
     more = "".join(f" {given[name]} {MISSING[name]}" for name in made.missing)
-    console.print(f"next     {as_typed()} train {out or 'RECIPE.yaml'}{more} --print-recipe", markup=False)
+    console.print(
+        f"next     {as_typed()} train {shlex.quote(str(out)) if out else 'RECIPE.yaml'}{more} --print-recipe",
+        markup=False,
+    )
