@@ -83,6 +83,16 @@ def test_while_nothing_is_printed_it_says_what_is_done(monkeypatch: pytest.Monke
     assert not logging.getLogger("strop").handlers and out.getvalue() == ended
 
 
+def test_behind_the_last_step_no_further_one_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(signs.Alive, "now", lambda _, what: told.append(what))
+    step: dict[str, Any] = {"event": "step", "loss": 1.5, "tokens_per_s": 400.0, "seconds_left": 0.0, "time": 1.0}
+    with watching(Console(file=io.StringIO())) as watch:
+        for number in (1, 2):
+            watch({**step, "step": number, "steps": 2})
+    assert told == ["computing step 2", "saving"]
+
+
 def test_answers_begin_with_a_sign_and_end_it() -> None:
     out = io.StringIO()
     with answering(Console(file=out)) as advance:

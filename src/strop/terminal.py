@@ -122,7 +122,8 @@ class Watch:
 
     def _on_step(self, event: Event) -> None:
         if self._sign is not None:
-            self._sign.now(f"computing step {event['step'] + 1}")
+            last = event["step"] == event.get("steps")
+            self._sign.now("saving" if last else f"computing step {event['step'] + 1}")
         left = int(event["seconds_left"])
         loss = f"{event['loss']:.4f}"
         if "accuracy" in event:

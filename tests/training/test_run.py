@@ -499,6 +499,24 @@ def test_an_option_takes_back_what_the_recipe_gives(
     assert code == 0 and "  eval: null  # option" in out
 
 
+@pytest.mark.parametrize(
+    ("words", "tracks"),
+    [
+        ((), ["wandb"]),
+        (("--track", "none"), []),
+        (("--track", "tensorboard,trackio"), ["tensorboard", "trackio"]),
+        (("--track", "tensorboard", "--track", "trackio"), ["tensorboard", "trackio"]),
+    ],
+)
+def test_trackers_of_a_recipe_can_be_taken_back(
+    words: tuple[str, ...], tracks: list[str], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{name: {tiny_folder}}}\ndata: {{train: rows.jsonl}}\ntrack: [wandb]\n")
+    code, out, _ = run("train", recipe, *words, "--print-recipe", "--json", capsys=capsys)
+    assert code == 0 and json.loads(out)["recipe"]["track"] == tracks
+
+
 def test_runs_and_print_recipe(trained: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run("runs", trained.parent, "--json", capsys=capsys)
     (listed,) = json.loads(out)["runs"]
