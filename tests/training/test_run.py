@@ -335,6 +335,23 @@ def test_what_a_killed_start_left_is_no_run(tiny_folder: Path, rows_file: Path, 
     assert not list(out.rglob("*.tmp-*"))
 
 
+def test_a_run_folder_at_home_is_at_home(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home, here):
+        folder.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    file = here / "recipe.yaml"
+    file.write_text(
+        f"model: {{name: {tiny_folder}, dtype: fp32}}\ndata: {{train: {rows_file}}}\n"
+        "train: {max_steps: 1}\nout: ~/runs/mine\n"
+    )
+    made = strop.train(file)
+    assert made.folder == home / "runs" / "mine" and not (here / "~").exists()
+
+
 def test_names_that_hide_are_refused(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     with pytest.raises(strop.InputError, match="not a name"):
         strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "a\nb")
