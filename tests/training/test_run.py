@@ -575,3 +575,20 @@ def test_a_warmup_as_long_as_the_run_is_told(
     said = f"train.warmup {warmup}: the run has 2 steps, and its learning rate never reaches its peak"
     assert (said in [event["text"] for event in events(out, "note")]) is told
     assert (max(event["learning_rate"] for event in events(out, "step")) < 1e-3) is (told or warmup == 0.9)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"train.eval_steps": 1}, "train.eval_steps 1: nothing is evaluated without data.eval"),
+        ({"train.eval_steps": 1, "data.eval": "30%"}, None),
+        ({"model.revision": "main"}, "model.revision main: not looked at, {} is no Hub id without one"),
+        ({"lora.bias": "all"}, "lora.bias all: there is no such bias in this model"),
+    ],
+)
+def test_an_option_that_does_nothing_here_is_told(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, options: dict[str, Any], said: str | None
+) -> None:
+    given = {"train.max_steps": 1, "model.dtype": "fp32", **options}
+    out = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", **given).folder
+    assert [event["text"] for event in events(out, "note")] == ([said.format(tiny_folder)] if said else [])
