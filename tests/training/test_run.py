@@ -20,7 +20,7 @@ import strop
 from strop import cli
 from strop.errors import InputError
 from strop.runs.events import read_events
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 from tests.support.jobs import events
 from tests.support.running import QUICK, run
 
@@ -592,3 +592,11 @@ def test_an_option_that_does_nothing_here_is_told(
     given = {"train.max_steps": 1, "model.dtype": "fp32", **options}
     out = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", **given).folder
     assert [event["text"] for event in events(out, "note")] == ([said.format(tiny_folder)] if said else [])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_biases_that_are_trained_are_not_called_missing(kind: str, rows_file: Path, tmp_path: Path) -> None:
+    tiny_families.save(kind, tmp_path / "base")
+    given: dict[str, Any] = {"train.max_steps": 1, "lora.bias": "lora_only", "model.dtype": "fp32"}
+    out = strop.train(model=str(tmp_path / "base"), data=str(rows_file), out=tmp_path / "r", **given).folder
+    assert not any("lora.bias" in event["text"] for event in events(out, "note"))

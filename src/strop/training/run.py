@@ -333,6 +333,9 @@ def _announce(job: Job, setup: Setup) -> None:
     if job.devices.world > 1 and not job.recipe.train.exact and (found := own_dropout(job.model)):
         text = f"{found}: dropout of the model's own, drawn by micro-batch: other masks than on one device"
         job.log.emit("note", text=f"{text} (--train.exact true: the same)")
+    bias = job.recipe.lora.bias
+    if bias != "none" and not any(name.endswith("bias") for name in job.state.weights):
+        job.log.emit("note", text=f"lora.bias {bias}: there is no such bias in this model")
     step, at = job.step, job.state.progress.step
     if step.lacking:
         said = f"PyTorch's own operations train this model, more slowly: {step.lacking}"

@@ -34,7 +34,7 @@ from strop.model.towers import text_path
 from strop.objectives.table import learning_of, objective_of
 from strop.planning.choose import choose, memory_key, why_no_integers
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
-from strop.planning.setting import Setting, trained_biases
+from strop.planning.setting import Setting
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
 from strop.training import state as checkpoints
@@ -195,9 +195,6 @@ def _idle(setup: Setup) -> list[str]:
         ),
         f"model.revision {revision}: not looked at, {recipe.model.name} is no Hub id without one": (
             revision is not None and not setup.source.name.endswith(f"@{revision}")
-        ),
-        f"lora.bias {recipe.lora.bias}: there is no such bias in this model": (
-            recipe.lora.bias != "none" and not trained_biases(recipe.lora, setup.shape)
         ),
     }
     return [text for text, holds in found.items() if holds]
