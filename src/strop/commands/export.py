@@ -73,7 +73,7 @@ def _print_exported(exported: Exported) -> None:
     print_base(exported.base, exported.base_losses)
     found = exported.found
     if found is None or found.parity is None:
-        console.print(f"[bold]parity[/]   {escape(exported.unmeasured)}", style="yellow")
+        console.print(f"[bold]parity[/]   {escape(str(exported.unmeasured))}", style="yellow")
         return
     print_parity(found.parity)
     console.print(

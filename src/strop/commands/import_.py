@@ -34,7 +34,11 @@ def import_(
     if out is not None:
         if out.exists():
             raise FolderError(f"{out}: is there already", fix="give --out another name")
-        write_atomic(out, made.as_yaml())
+        try:
+            write_atomic(out, made.as_yaml())
+        except OSError as error:
+            fix = "give --out a file in a folder that can be written to"
+            raise FolderError(f"{out}: cannot be written: {error.strerror}", fix=fix) from None
     elif not as_json:
         print(made.as_yaml(), end="")
     _print(made, out)

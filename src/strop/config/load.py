@@ -194,11 +194,6 @@ _OnOneLine.add_representer(str, _in_quotes)
 class _EachKeyOnce(yaml.SafeLoader):
     """YAML, whose maps hold a key once; PyYAML itself takes the last of several. A date stays the text that it is."""
 
-    yaml_implicit_resolvers: typing.ClassVar = {
-        first: [(tag, form) for tag, form in forms if tag != "tag:yaml.org,2002:timestamp"]
-        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
@@ -208,6 +203,12 @@ class _EachKeyOnce(yaml.SafeLoader):
                 raise yaml.composer.ComposerError(None, None, what, key.start_mark)
             lines[key.value] = key.start_mark.line + 1
         return node
+
+
+_EachKeyOnce.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag != "tag:yaml.org,2002:timestamp"]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _read(path: Path) -> dict[str, Any]:
