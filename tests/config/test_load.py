@@ -49,6 +49,18 @@ def test_texts_with_line_breaks_and_dates_are_read_as_they_were(tmp_path: Path, 
     assert read_resolved(file).recipe == decided.recipe
 
 
+def test_a_preset_that_could_change_nothing_is_refused(tmp_path: Path) -> None:
+    """A run's recipe.yaml has a value for everything."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(resolve(None, {**LEAST, "preset": "balanced"}).as_yaml())
+    assert resolve(file).recipe.preset == "balanced" and resolve(file, {"preset": "auto"}).recipe.lora.r == 16
+    with pytest.raises(RecipeError, match="--preset max-quality: changes nothing") as refused:
+        resolve(file, {"preset": "max-quality"})
+    assert "lora.r" in refused.value.fix
+    file.write_text("model: {name: demo}\ndata: {train: rows.jsonl}\nlora: {r: 4}\n")
+    assert resolve(file, {"preset": "max-quality"}).recipe.lora.target_modules == "all-linear"
+
+
 def test_a_date_in_a_recipe_is_text(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("model: {name: demo}\ndata: {train: rows.jsonl, template_options: {date_string: 2024-07-26}}\n")

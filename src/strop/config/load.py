@@ -91,6 +91,10 @@ def resolve(recipe_file: Path | None = None, options: Mapping[str, Any] | None =
     layered: dict[str, tuple[Any, Origin, str]] = {
         name: (value, "preset", f"preset {preset}") for name, value in _preset(preset).items()
     }
+    taken = layered and all(name in given and given[name][1] == "recipe" for name in layered)
+    if taken and given["preset"][1] == "option":
+        what = f"--preset {preset}: changes nothing, {recipe_file} has values of its own for all that it sets"
+        raise RecipeError(what, fix=f"give the values: {', '.join(layered)}")
     return _build({**layered, **given})
 
 
