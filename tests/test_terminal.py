@@ -19,7 +19,7 @@ from strop.alive import alive
 from strop.cli import COMMANDS, GROUPS
 from strop.commands.examples import EXAMPLES
 from strop.config.schema import option_fields
-from strop.terminal import OFTEN_SECONDS, PLAIN_SECONDS, answering, print_end, watching
+from strop.terminal import OFTEN_SECONDS, PLAIN_SECONDS, answering, print_adapters, print_end, watching
 from strop.typed import as_typed, typed
 from tests.support.helptexts import helptexts
 from tests.support.pages import commands
@@ -83,6 +83,16 @@ def test_while_nothing_is_printed_it_says_what_is_done(monkeypatch: pytest.Monke
     assert not logging.getLogger("strop").handlers and out.getvalue() == ended
 
 
+def test_behind_the_last_step_no_further_one_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(signs.Alive, "now", lambda _, what: told.append(what))
+    step: dict[str, Any] = {"event": "step", "loss": 1.5, "tokens_per_s": 400.0, "seconds_left": 0.0, "time": 1.0}
+    with watching(Console(file=io.StringIO())) as watch:
+        for number in (1, 2):
+            watch({**step, "step": number, "steps": 2})
+    assert told == ["computing step 2", "saving"]
+
+
 def test_answers_begin_with_a_sign_and_end_it() -> None:
     out = io.StringIO()
     with answering(Console(file=out)) as advance:
@@ -144,3 +154,41 @@ def test_memory_is_told_as_predicted_and_as_measured(capsys: pytest.CaptureFixtu
     figures = {"steps": 3, "tokens": 9, "seconds": 1.0, "tokens_per_s": 9.0, "supervised_tokens_per_s": 4.0}
     print_end({"run": "r", "adapter": "a", "memory": memory, **figures}, False)
     assert "memory   1.25 GiB measured, 1.00 predicted (+25%)" in capsys.readouterr().err
+
+
+ODD = "[INST] x [/INST] [red]y[/]"  # words that a console could take for its own marks
+
+
+def test_texts_in_brackets_are_printed_as_they_are() -> None:
+    out = io.StringIO()
+    choice = {"field": "lora.new_tokens", "value": [ODD], "origin": "option", "why": ODD}
+    passed: dict[str, Any] = {"step": 1, "to": 0, "passed": [], "rate_scale": 0.5, "rows": [ODD], "why": ODD}
+    events: list[dict[str, Any]] = [
+        {"event": "machine", "lines": [ODD]},
+        {"event": "recipe", "resuming": False, "choices": [choice]},
+        {"event": "note", "text": ODD},
+        *({"event": name, **passed} for name in ("skip", "doubt", "rollback", "stop")),
+        {"event": "override", "field": "data.train", "now": ODD, "was": [ODD]},
+    ]
+    with watching(Console(file=out, soft_wrap=True)) as watch:
+        for event in events:
+            watch(event)
+    assert [line.count(ODD) for line in out.getvalue().splitlines()] == [1, 2, 1, 2, 2, 1, 1, 2]
+
+
+def test_names_in_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"steps": 3, "tokens": 9, "seconds": 1.0, "tokens_per_s": 9.0, "supervised_tokens_per_s": 4.0}
+    print_end({"run": "runs/a[/b]", "adapter": "runs/a[/b]/adapter", "diagnosis": [ODD], **figures}, False)
+    said = capsys.readouterr().err
+    assert "runs/a[/b]/adapter" in said and "runs/a[/b]/report.html" in said and ODD in said
+    assert "chat 'runs/a[/b]'" in said  # as a shell takes it
+    out, facts = io.StringIO(), {"base": "[/b]", "rank": 4, "target_modules": ["q_proj"], "size_bytes": 1}
+    print_adapters([{"folder": "a[red]x", "score": "-", **facts}], Console(file=out, width=200))
+    assert "a[red]x" in out.getvalue() and "[/b]" in out.getvalue()
+
+
+def test_a_sign_of_life_on_a_terminal_takes_any_name() -> None:
+    out = io.StringIO()
+    with alive(Console(file=out, force_terminal=True, width=200), f"merging into {ODD}") as sign:
+        sign.now(f"reading {ODD}")
+    assert ODD in out.getvalue()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.status import Status
 
 QUIET_SECONDS = 3.0  # at most, without a word, where there is no terminal to draw on
@@ -51,7 +52,7 @@ class Alive(logging.Handler):
 
     def start(self) -> None:
         if self._out.is_terminal:
-            self._status = self._out.status(self._what)
+            self._status = self._out.status(escape(self._what))
             self._status.start()
         self._thread.start()
 
@@ -73,7 +74,7 @@ class Alive(logging.Handler):
     def _draw(self) -> None:
         status = self._status
         if status is not None:
-            status.update(self._said())
+            status.update(escape(self._said()))
 
     def _said(self) -> str:
         return f"{self._what} ({time.monotonic() - self._since:.0f} s)"

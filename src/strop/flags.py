@@ -91,6 +91,10 @@ def _parsed(options: dict[str, Any]) -> dict[str, Any]:
 
     found = {}
     for field, value in options.items():
-        several = isinstance(value, list) and (len(value) > 1 or field == "track")
-        found[field] = value if several else parse_option(field, value[0] if isinstance(value, list) else value)
+        if field == "track":  # each may name several; `none` takes back a recipe's
+            found[field] = [name for text in value for name in parse_option(field, text) if name != "none"]
+        elif isinstance(value, list) and len(value) > 1:
+            found[field] = value
+        else:
+            found[field] = parse_option(field, value[0] if isinstance(value, list) else value)
     return found

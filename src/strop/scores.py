@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from strop.errors import Where
@@ -20,7 +21,8 @@ def print_scores(result: dict[str, Any], out: Console = console, title: str | No
 
     title = title or rows_asked(result)
     sides = [side for side in ("base", "tuned") if side in result]
-    table = Table(title=f"{result.get('run', '')}  {result['rows']} {title}".strip(), title_justify="left")
+    named = escape(f"{result.get('run', '')}  {result['rows']} {title}".strip())
+    table = Table(title=named, title_justify="left")
     table.add_column("")
     for side in sides:
         table.add_column(side, justify="right")
@@ -33,7 +35,7 @@ def print_scores(result: dict[str, Any], out: Console = console, title: str | No
                 low, high = result["intervals"][side]
                 cell += f"  ({low:.1%} to {high:.1%})"
             cells.append(cell)
-        table.add_row(name, *cells)
+        table.add_row(escape(name), *cells)
     out.print(table)
     if result.get("left_out"):
         places = [str(Where(**place)) for place in result["left_out"]]
@@ -89,19 +91,19 @@ def print_tasks(tasks: dict[str, Any], out: Console = console) -> None:
 
     table = Table("task", "metric", "documents", "base", "tuned", "change")
     for row in task_rows(tasks):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     if tasks:
         out.print(table)
 
 
 def print_leaderboard(board: Sequence[dict[str, Any]], metric: str, out: Console = console) -> None:
     """Models by their score, best first, with what each is behind the best on the same rows."""
-    table = Table("", metric, "95 % interval", "loss", "behind the best")
+    table = Table("", escape(metric), "95 % interval", "loss", "behind the best")
     for line in board:
         behind, clear = line["behind"], line["verdict"] != "unclear"
         said = f"{100 * behind['value']:+.1f} points ({100 * behind['low']:+.1f} to {100 * behind['high']:+.1f})"
         table.add_row(
-            line["run"],
+            escape(line["run"]),
             f"{line['score']:.1%}",
             f"{line['low']:.1%} to {line['high']:.1%}",
             f"{line['loss']:.3f}",

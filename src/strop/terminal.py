@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -59,7 +61,7 @@ class Watch:
 
     def _on_machine(self, event: Event) -> None:
         for line in event["lines"]:
-            self._out.print(f"[bold]machine[/]  {line}")
+            self._out.print(f"[bold]machine[/]  {escape(line)}")
 
     def _on_recipe(self, event: Event) -> None:
         quiet = ("default", "recipe") if event["resuming"] else ("default",)  # recipe.yaml has them all
@@ -67,10 +69,8 @@ class Watch:
             self._out.print("[bold]chosen[/]   as recipe.yaml of the run has it")
         for choice in event["choices"]:
             if choice["origin"] not in quiet:
-                why = f": {choice['why']}" if choice["why"] else ""
-                self._out.print(
-                    f"[bold]chosen[/]   {choice['field']} = {choice['value']}  [dim]{choice['origin']}{why}[/]"
-                )
+                value, why = escape(str(choice["value"])), escape(f": {choice['why']}" if choice["why"] else "")
+                self._out.print(f"[bold]chosen[/]   {choice['field']} = {value}  [dim]{choice['origin']}{why}[/]")
 
     def _on_data(self, event: Event) -> None:
         from strop.data.check import print_report  # numpy and the readers: not for `strop --help`
@@ -78,7 +78,7 @@ class Watch:
         print_report(event["report"], self._out)
 
     def _on_note(self, event: Event) -> None:
-        self._out.print(f"[yellow]note[/]     {event['text']}")
+        self._out.print(f"[yellow]note[/]     {escape(event['text'])}")
 
     def _on_resume(self, event: Event) -> None:
         moved = f", on {event['devices']} devices, {event['devices_before']} before" if "devices" in event else ""
@@ -96,7 +96,7 @@ class Watch:
         share = numbers["trainable"] / numbers["all"]
         self._out.print(
             f"[bold]train[/]    {event['steps']} steps, {numbers['trainable']:,} trainable parameters ({share:.2%}"
-            f"{_in_experts(numbers)}), {event['engine']} step{': ' + event['why'] if event['why'] else ''}"
+            f"{_in_experts(numbers)}), {event['engine']} step{': ' + escape(event['why']) if event['why'] else ''}"
         )
         if (found := event.get("devices")) is not None:
             exact = ", exact sums" if found["exact"] else ""
@@ -122,7 +122,8 @@ class Watch:
 
     def _on_step(self, event: Event) -> None:
         if self._sign is not None:
-            self._sign.now(f"computing step {event['step'] + 1}")
+            last = event["step"] == event.get("steps")
+            self._sign.now("saving" if last else f"computing step {event['step'] + 1}")
         left = int(event["seconds_left"])
         loss = f"{event['loss']:.4f}"
         if "accuracy" in event:
@@ -158,14 +159,16 @@ class Watch:
 
     def _on_skip(self, event: Event) -> None:
         where = f"rank {', '.join(map(str, event['ranks']))}, " if "ranks" in event else ""
-        self._out.print(f"[red]skipped[/]  step {event['step']}: {event['why']} ({where}rows {some_of(event['rows'])})")
+        said = escape(f"{event['why']} ({where}rows {some_of(event['rows'])})")
+        self._out.print(f"[red]skipped[/]  step {event['step']}: {said}")
 
     def _on_doubt(self, event: Event) -> None:
-        self._out.print(f"[yellow]doubtful[/] step {event['step']}: {event['why']} (rows {some_of(event['rows'])})")
+        said = escape(f"{event['why']} (rows {some_of(event['rows'])})")
+        self._out.print(f"[yellow]doubtful[/] step {event['step']}: {said}")
 
     def _on_rollback(self, event: Event) -> None:
         self._out.print(
-            f"[red]rollback[/] step {event['step']}: {event['why']}: back to step {event['to']}, "
+            f"[red]rollback[/] step {event['step']}: {escape(event['why'])}: back to step {event['to']}, "
             f"{len(event['passed'])} batches passed over, learning rate times {event['rate_scale']:g}"
         )
 
@@ -176,10 +179,11 @@ class Watch:
         )
 
     def _on_override(self, event: Event) -> None:
-        self._out.print(f"[yellow]override[/] {event['field']} = {event['now']}, was {event['was']}")
+        said = escape(f"{event['field']} = {event['now']}, was {event['was']}")
+        self._out.print(f"[yellow]override[/] {said}")
 
     def _on_stop(self, event: Event) -> None:
-        self._out.print(f"[yellow]stopped[/]  after step {event['step']}: {event['why']}")
+        self._out.print(f"[yellow]stopped[/]  after step {event['step']}: {escape(event['why'])}")
 
 
 def some_of(rows: Sequence[str]) -> str:
@@ -241,9 +245,8 @@ def print_adapters(found: Sequence[dict[str, Any]], out: Console = console) -> N
     table = Table("adapter", "base", "rank", "on", "size", "score")
     for one in found:
         size = f"{one['size_bytes'] / 1e6:.1f} MB"
-        table.add_row(
-            one["folder"], one["base"], str(one["rank"]), ", ".join(one["target_modules"]), size, one["score"]
-        )
+        cells = (one["folder"], one["base"], str(one["rank"]), ", ".join(one["target_modules"]), size, one["score"])
+        table.add_row(*map(escape, cells))
     out.print(table if found else "no adapters here")
 
 
@@ -285,10 +288,10 @@ def print_end(report: dict[str, Any], as_json: bool) -> None:
         difference = f", {said / 2**30:.2f} predicted ({took / said - 1:+.0%})" if said else ""
         console.print(f"[bold]memory[/]   {took / 2**30:.2f} GiB measured{difference}")
     for finding in report.get("diagnosis", []):
-        console.print(f"[yellow]finding[/]  {finding}")
-    console.print(f"[bold]adapter[/]  {report['adapter']}\n[bold]report[/]   {out}/report.html")
+        console.print(f"[yellow]finding[/]  {escape(finding)}")
+    console.print(f"[bold]adapter[/]  {escape(str(report['adapter']))}\n[bold]report[/]   {escape(out)}/report.html")
     if report.get("objective", {}).get("name") != "reward":
-        console.print(f"next     {as_typed()} chat {out}", markup=False)
+        console.print(f"next     {as_typed()} chat {shlex.quote(out)}", markup=False)
     print_json(
         {key: value for key, value in report.items() if key not in ("recipe", "lock", "machine", "data_report")},
         as_json,

@@ -15,6 +15,7 @@ from strop.bridges.peers import PEERS, import_config
 from strop.bridges.terms import CUTS_THE_END, NO_LIMIT
 from strop.config.load import resolve
 from strop.errors import InputError, RecipeError
+from tests.support.running import run
 
 FOLDER = Path(__file__).parent / "peers"
 CONFIGS = sorted(file.name for file in FOLDER.glob("*-*"))
@@ -210,6 +211,17 @@ def test_what_is_no_lora_training_is_refused(peer: str, tmp_path: Path) -> None:
         import_config(peer, file)
     with pytest.raises(InputError, match="cannot be read"):
         import_config(peer, tmp_path / "none")
+
+
+@pytest.mark.parametrize("out", ["nowhere/x.yaml", "there.yaml/x.yaml", "there.yaml", "."])
+def test_a_recipe_that_cannot_be_written_is_the_users_to_mend(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("base_model: a/b\nadapter: lora\ndatasets: [{path: rows.jsonl, type: alpaca}]\n")
+    (tmp_path / "there.yaml").write_text("mine")
+    code, _, err = run("import", "axolotl", config, "--out", f"{tmp_path}/{out}", capsys=capsys)
+    assert code == 2 and "error: " in err and (tmp_path / "there.yaml").read_text() == "mine"
 
 
 def test_an_unknown_tool_is_refused(tmp_path: Path) -> None:

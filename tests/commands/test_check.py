@@ -18,3 +18,10 @@ def test_a_cleaned_copy_is_told(
     rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
     code, _, err = run("check", "--model", tiny_folder, "--data", rows, "--fix", "clean.jsonl", capsys=capsys)
     assert code == 0 and "wrote clean.jsonl: 5 rows, 1 dropped (see clean.jsonl.changes.jsonl)" in err
+
+
+def test_a_cleaned_copy_needs_a_file(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", 5)
+    for out in (Path("."), tmp_path, rows):
+        code, _, err = run("check", "--model", tiny_folder, "--data", rows, "--fix", out, capsys=capsys)
+        assert code == 2 and f"error: {out} exists" in err

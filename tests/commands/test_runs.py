@@ -49,3 +49,33 @@ def test_a_run_that_is_held_is_not_deleted(tmp_path: Path, capsys: pytest.Captur
 
 def test_yes_alone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("runs", tmp_path, "--yes", capsys=capsys)[0] == 2
+
+
+def test_names_in_brackets_are_listed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path, "a[red]x", [*session(), step(1)])
+    make_run(tmp_path, "b[", [*session(), step(1)])
+    code, _, err = run("runs", tmp_path, capsys=capsys)
+    assert code == 0 and "a[red]x" in err
+    code, _, err = run("runs", tmp_path, "--delete", "a[red]x", capsys=capsys)
+    assert code == 0 and err.startswith(f"would delete {tmp_path}/a[red]x: ")
+
+
+@pytest.mark.parametrize(
+    ("report", "recipe"),
+    [
+        ('{"loss": null, "evaluation": {"metric": "exact", "tuned": null}, "seconds": "long", "steps": null}', "{}"),
+        ('{"loss": 3, "evaluation": [], "eval_loss": 5e-05}', "model: demo\ndata: 3\n"),
+        ("[]", "data: {train: {a: 1}}\nmodel: {name: 7}\n"),
+        ('{"loss": ', "- a\n"),
+    ],
+)
+def test_a_damaged_run_hides_no_other(
+    report: str, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path, "well", [*session(), step(1)])
+    folder = make_run(tmp_path, "hurt", [*session(), step(1)])
+    (folder / "report.json").write_text(report)
+    (folder / "recipe.yaml").write_text(recipe)
+    code, out, err = run("runs", tmp_path, "--json", capsys=capsys)
+    assert code == 0 and "hurt" in err and "well" in err
+    assert {Path(row["run"]).name for row in json.loads(out)["runs"]} == {"hurt", "well"}

@@ -39,6 +39,50 @@ def test_a_resolved_recipe_written_and_read_again_is_the_same(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    "mark", ["\n", "\n\n", "\r\n", "\x85", "\u2028", "'\n#", "2024-07-26", "word " * 9_000, "é \n" * 9_000]
+)
+def test_texts_with_line_breaks_and_dates_are_read_as_they_were(tmp_path: Path, mark: str) -> None:
+    texts = {"lora.new_tokens": [f"a{mark}b", mark], "data.template_options": {"system": f"one{mark}two", "day": mark}}
+    decided = resolve(None, {**LEAST, **texts, "out": f"x{mark}y"}).decide([Choice("seed", 1, "plan", f"as{mark}said")])
+    file = tmp_path / "recipe.yaml"
+    file.write_text(decided.as_yaml(), encoding="utf-8", newline="")
+    assert read_resolved(file).recipe == decided.recipe
+
+
+def test_a_preset_that_could_change_nothing_is_refused(tmp_path: Path) -> None:
+    """A run's recipe.yaml has a value for everything."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(resolve(None, {**LEAST, "preset": "balanced"}).as_yaml())
+    assert resolve(file).recipe.preset == "balanced" and resolve(file, {"preset": "auto"}).recipe.lora.r == 16
+    with pytest.raises(RecipeError, match="--preset max-quality: changes nothing") as refused:
+        resolve(file, {"preset": "max-quality"})
+    assert "lora.r" in refused.value.fix
+    file.write_text("model: {name: demo}\ndata: {train: rows.jsonl}\nlora: {r: 4}\n")
+    assert resolve(file, {"preset": "max-quality"}).recipe.lora.target_modules == "all-linear"
+
+
+def test_a_date_in_a_recipe_is_text(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("model: {name: demo}\ndata: {train: rows.jsonl, template_options: {date_string: 2024-07-26}}\n")
+    assert resolve(file).recipe.data.template_options == {"date_string": "2024-07-26"}
+    assert parse_option("data.template_options", "date_string=2024-07-26,n=3") == {"date_string": "2024-07-26", "n": 3}
+
+
+def test_an_option_of_a_template_that_is_not_yaml_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"--data.template_options tools=\[1: not YAML"):
+        parse_option("data.template_options", "tools=[1")
+
+
+@pytest.mark.parametrize("text", ["lora.r: 8\nlora: {r: 4}\n", "lora: {r: 4}\nlora.r: 8\n"])
+def test_a_key_in_its_section_and_by_its_whole_name_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("model: {name: demo}\ndata: {train: rows.jsonl}\n" + text)
+    with pytest.raises(RecipeError) as refused:
+        resolve(file)
+    assert refused.value.lines()[0].startswith(f"{file}: lora.r stands twice")
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"lora.rnk": 4}, "did you mean lora.r"),

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 import strop
 from strop.data.conversation import Example
-from strop.errors import FolderError, MemoryLimitError, ModelError, ParityError, RecipeError
+from strop.errors import DataError, FolderError, MemoryLimitError, ModelError, ParityError, RecipeError
 from strop.exporting import merge as module
 from strop.exporting.merge import merge
 from strop.exporting.parity import in_fp32, new_from
@@ -362,3 +362,16 @@ def test_what_rows_begin_with_alike_counts_once() -> None:
         return Example(np.array(ids, np.int32), np.ones(len(ids), np.float32), "f", 1)
 
     assert new_from([row(1, 2, 3, 4), row(1, 2, 5), row(1, 2, 3, 4), row(9, 2, 3)]) == [0, 2, 3, 0]
+
+
+def test_rows_of_a_run_that_are_gone_are_named_with_the_way_out(
+    trained: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    run = trained()
+    rows_file.rename(rows_file.with_name("elsewhere.jsonl"))
+    with pytest.raises(DataError, match="no such file") as refused:
+        merge(str(run), tmp_path / "merged", dtype="fp32")
+    assert "give --data with others" in refused.value.lines()[0] and not (tmp_path / "merged").exists()
+    with pytest.raises(DataError) as refused:
+        merge(str(run), tmp_path / "merged", dtype="fp32", data=str(rows_file))
+    assert "the run's own rows" not in refused.value.lines()[0]

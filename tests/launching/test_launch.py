@@ -82,6 +82,7 @@ def test_writes_once(system: str, folder: Path, capsys: pytest.CaptureFixture[st
         (["slurm", "bad.yaml"], "unknown key train.epoch"),
         (["slurm", "recipe.yaml", "--time", "1h; x"], "not a time"),
         (["slurm", "recipe.yaml", "--file", "nowhere/x.sh"], "no such folder"),
+        (["slurm", "recipe.yaml", "--file", ".", "--force"], "is a folder"),
         (["slurm", "mps.yaml"], "cards or CPUs"),
         (["ray", "second.yaml", "--devices", "2"], "names one card"),
         (["slurm", "rewards.yaml", "--nodes", "2"], "answers are drawn on one device, and there are 2"),

@@ -20,7 +20,7 @@ import strop
 from strop import cli
 from strop.errors import InputError
 from strop.runs.events import read_events
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 from tests.support.jobs import events
 from tests.support.running import QUICK, run
 
@@ -335,6 +335,23 @@ def test_what_a_killed_start_left_is_no_run(tiny_folder: Path, rows_file: Path, 
     assert not list(out.rglob("*.tmp-*"))
 
 
+def test_a_run_folder_at_home_is_at_home(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home, here):
+        folder.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    file = here / "recipe.yaml"
+    file.write_text(
+        f"model: {{name: {tiny_folder}, dtype: fp32}}\ndata: {{train: {rows_file}}}\n"
+        "train: {max_steps: 1}\nout: ~/runs/mine\n"
+    )
+    made = strop.train(file)
+    assert made.folder == home / "runs" / "mine" and not (here / "~").exists()
+
+
 def test_names_that_hide_are_refused(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     with pytest.raises(strop.InputError, match="not a name"):
         strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "a\nb")
@@ -499,6 +516,24 @@ def test_an_option_takes_back_what_the_recipe_gives(
     assert code == 0 and "  eval: null  # option" in out
 
 
+@pytest.mark.parametrize(
+    ("words", "tracks"),
+    [
+        ((), ["wandb"]),
+        (("--track", "none"), []),
+        (("--track", "tensorboard,trackio"), ["tensorboard", "trackio"]),
+        (("--track", "tensorboard", "--track", "trackio"), ["tensorboard", "trackio"]),
+    ],
+)
+def test_trackers_of_a_recipe_can_be_taken_back(
+    words: tuple[str, ...], tracks: list[str], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{name: {tiny_folder}}}\ndata: {{train: rows.jsonl}}\ntrack: [wandb]\n")
+    code, out, _ = run("train", recipe, *words, "--print-recipe", "--json", capsys=capsys)
+    assert code == 0 and json.loads(out)["recipe"]["track"] == tracks
+
+
 def test_runs_and_print_recipe(trained: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run("runs", trained.parent, "--json", capsys=capsys)
     (listed,) = json.loads(out)["runs"]
@@ -540,3 +575,28 @@ def test_a_warmup_as_long_as_the_run_is_told(
     said = f"train.warmup {warmup}: the run has 2 steps, and its learning rate never reaches its peak"
     assert (said in [event["text"] for event in events(out, "note")]) is told
     assert (max(event["learning_rate"] for event in events(out, "step")) < 1e-3) is (told or warmup == 0.9)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"train.eval_steps": 1}, "train.eval_steps 1: nothing is evaluated without data.eval"),
+        ({"train.eval_steps": 1, "data.eval": "30%"}, None),
+        ({"model.revision": "main"}, "model.revision main: not looked at, {} is no Hub id without one"),
+        ({"lora.bias": "all"}, "lora.bias all: there is no such bias in this model"),
+    ],
+)
+def test_an_option_that_does_nothing_here_is_told(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, options: dict[str, Any], said: str | None
+) -> None:
+    given = {"train.max_steps": 1, "model.dtype": "fp32", **options}
+    out = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", **given).folder
+    assert [event["text"] for event in events(out, "note")] == ([said.format(tiny_folder)] if said else [])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_biases_that_are_trained_are_not_called_missing(kind: str, rows_file: Path, tmp_path: Path) -> None:
+    tiny_families.save(kind, tmp_path / "base")
+    given: dict[str, Any] = {"train.max_steps": 1, "lora.bias": "lora_only", "model.dtype": "fp32"}
+    out = strop.train(model=str(tmp_path / "base"), data=str(rows_file), out=tmp_path / "r", **given).folder
+    assert not any("lora.bias" in event["text"] for event in events(out, "note"))

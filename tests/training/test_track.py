@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
+from strop.errors import RecipeError
 from strop.training.track import tracking
 
 
@@ -19,10 +22,23 @@ class Recorder:
         pass
 
     def init_trackers(self, project: str, config: dict[str, Any], init_kwargs: dict[str, Any]) -> None:
+        print("as trackio does")
         Recorder.made.append((project, init_kwargs))
 
     def end_training(self) -> None:
-        pass
+        print("as trackio does")
+
+
+class NoLogin(Exception):
+    """In the place of wandb.errors.Error."""
+
+
+@pytest.fixture(autouse=True)
+def wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much of the package as is looked at, whether it is installed or not."""
+    errors = ModuleType("wandb.errors")
+    errors.Error = NoLogin  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb.errors", errors)
 
 
 @pytest.mark.parametrize(
@@ -46,3 +62,24 @@ def test_wandb_gets_the_project_of_the_environment(
     with tracking(names, tmp_path / "mine", {"model.device": "cpu"}):
         pass
     assert Recorder.made == [told]
+
+
+def test_what_a_tracker_prints_is_not_among_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Recorder.made = []
+    monkeypatch.setattr("accelerate.Accelerator", Recorder)
+    with tracking(["trackio"], tmp_path / "mine", {"model.device": "cpu"}):
+        print("{}")
+    assert capsys.readouterr() == ("{}\n", "as trackio does\n" * 2)
+
+
+def test_wandb_without_a_login_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NoLogin("No API key configured.")
+
+    monkeypatch.setattr(Recorder, "init_trackers", refuse)
+    monkeypatch.setattr("accelerate.Accelerator", Recorder)
+    began = tracking(["wandb"], tmp_path / "mine", {"model.device": "cpu"})
+    with pytest.raises(RecipeError, match="--track wandb: No API key configured"):
+        began.__enter__()

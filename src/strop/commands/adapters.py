@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from strop.alive import alive
 from strop.errors import RecipeError
@@ -46,7 +47,7 @@ def adapters(
             told = {"adapters": [asdict(one) for one in known.found_in(Path(names[0]))]}
     if out is not None:
         print_notes(told["notes"])
-        console.print(f"[bold]wrote[/]    {told['folder']}: rank {told['rank']}")
+        console.print(f"[bold]wrote[/]    {escape(str(told['folder']))}: rank {told['rank']}")
     elif "adapters" in told:
         print_adapters(told["adapters"])
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from strop import libraries
 from strop.alive import alive
@@ -40,7 +41,7 @@ def gguf(
         exported = export_gguf(run, out, kind=kind, adapter=adapter, data=data, measure=not no_parity, say=sign.say)
     _print_exported(exported)
     print_notes(exported.notes)
-    console.print(f"[bold]exported[/] {exported.out}")
+    console.print(f"[bold]exported[/] {escape(str(exported.out))}")
     print_json(exported.as_json(), as_json)
 
 
@@ -62,7 +63,7 @@ def ollama(
     if prepared.rendered_by is not None:
         console.print(f"[bold]prompts[/]  {prepared.prompts} of {prepared.prompts} equal ({prepared.rendered_by})")
     print_notes(prepared.notes)
-    console.print(f"[bold]exported[/] {prepared.out}; now:")
+    console.print(f"[bold]exported[/] {escape(str(prepared.out))}; now:")
     for command in prepared.commands:
         console.print(f"  {command}", markup=False)
     print_json(prepared.as_json(), as_json)
@@ -72,7 +73,7 @@ def _print_exported(exported: Exported) -> None:
     print_base(exported.base, exported.base_losses)
     found = exported.found
     if found is None or found.parity is None:
-        console.print(f"[bold]parity[/]   {exported.unmeasured}", style="yellow")
+        console.print(f"[bold]parity[/]   {escape(str(exported.unmeasured))}", style="yellow")
         return
     print_parity(found.parity)
     console.print(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from strop.alive import alive
 from strop.flags import Json
@@ -23,7 +25,9 @@ def export_script(
 
         written = write(run, out)
     how = "the script renders them by the chat template" if written.encoded else "they hold their tokens"
-    console.print(f"[bold]wrote[/]    {written.out}: {', '.join(written.files)}; {written.rows} rows, {how}")
+    console.print(
+        f"[bold]wrote[/]    {escape(str(written.out))}: {', '.join(written.files)}; {written.rows} rows, {how}"
+    )
     print_notes(written.notes)
-    console.print(f"next     python {written.out}/train.py", markup=False)
+    console.print(f"next     python {shlex.quote(str(written.out))}/train.py", markup=False)
     print_json(written.as_json(), as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,7 +34,11 @@ def import_(
     if out is not None:
         if out.exists():
             raise FolderError(f"{out}: is there already", fix="give --out another name")
-        write_atomic(out, made.as_yaml())
+        try:
+            write_atomic(out, made.as_yaml())
+        except OSError as error:
+            fix = "give --out a file in a folder that can be written to"
+            raise FolderError(f"{out}: cannot be written: {error.strerror}", fix=fix) from None
     elif not as_json:
         print(made.as_yaml(), end="")
     _print(made, out)
@@ -56,4 +61,7 @@ def _print(made: Imported, out: Path | None) -> None:
             console.print(f"{at}{': ' * bool(note.text)}{note.text}", markup=False)
     given = {"model.name": "--model", "data.train": "--data"}
     more = "".join(f" {given[name]} {MISSING[name]}" for name in made.missing)
-    console.print(f"next     {as_typed()} train {out or 'RECIPE.yaml'}{more} --print-recipe", markup=False)
+    console.print(
+        f"next     {as_typed()} train {shlex.quote(str(out)) if out else 'RECIPE.yaml'}{more} --print-recipe",
+        markup=False,
+    )

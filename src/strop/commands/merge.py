@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from strop import libraries
 from strop.alive import alive
@@ -29,5 +30,5 @@ def merge(
         merged = merge_into(run, out, dtype=dtype, data=data, measure=not no_parity, say=sign.say)
     print_base(merged.base, merged.base_losses)
     print_parity(merged.parity)
-    console.print(f"[bold]merged[/]   {merged.out}")
+    console.print(f"[bold]merged[/]   {escape(str(merged.out))}")
     print_json(merged.as_json(), as_json)

@@ -48,5 +48,5 @@ def resume(
             ).report
     if group.main:
         if finished:
-            console.print(f"{run} is finished; nothing to resume")
+            console.print(f"{run} is finished; nothing to resume", markup=False)
         print_end(report, as_json)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from strop.errors import InputError
 from strop.flags import Json
@@ -38,15 +39,15 @@ def runs(
     table = Table("run", "model", "data", "score", "loss", "time", "")
     for row in rows:
         table.add_row(
-            Path(row["run"]).name,
-            _short(row["model"]),
-            ", ".join(map(_short, row["data"] or [None])),
+            escape(Path(row["run"]).name),
+            escape(_short(row["model"])),
+            escape(", ".join(map(_short, row["data"] or [None]))),
             "-" if row["score"] is None else f"{row['score']:.1%} {row['metric']}",
             "-" if row["loss"] is None else f"{row['loss']:.3f}",
             "-" if row["seconds"] is None else _time(row["seconds"]),
             "" if row["finished"] else f"step {row['step']}, not finished",
         )
-    console.print(table if rows else f"no runs in {folder}")
+    console.print(table if rows else escape(f"no runs in {folder}"))
     print_json({"runs": rows}, as_json)
 
 
@@ -64,7 +65,7 @@ def _delete(folder: Path, name: str, sure: bool, as_json: bool) -> None:
         if sure:
             shutil.rmtree(path)
     told = "deleted" if sure else "would delete"
-    console.print(f"[bold]{told}[/] {path}: {len(files):,} files, {size / 1e6:,.1f} MB")
+    console.print(f"[bold]{told}[/] {escape(str(path))}: {len(files):,} files, {size / 1e6:,.1f} MB")
     if not sure:
         for file in files:
             console.print(f"  {file}", markup=False)
@@ -75,25 +76,35 @@ def _delete(folder: Path, name: str, sure: bool, as_json: bool) -> None:
 def _row(run: RunFolder) -> dict[str, Any]:
     """A run in figures. loss: of the evaluation while training, else of the last step. score: of the tuned model, by
     the newest `strop eval`. What a damaged file does not say is None."""
-    report, recipe = _read(run.report), _read(run.recipe)
-    rows = recipe.get("data", {}).get("train")
-    evaluated = report.get("evaluation", {})
-    metric = evaluated.get("metric")
+    report, recipe = run.read_report(), _read(run.recipe)
+    rows, metric = _at(recipe, "data", "train"), _at(report, "evaluation", "metric")
+    steps, loss = _number(_at(report, "steps")), _number(_at(report, "eval_loss"))
     return {
         "run": str(run.path),
-        "model": recipe.get("model", {}).get("name"),
-        "data": [rows] if isinstance(rows, str) else rows,
+        "model": _at(recipe, "model", "name"),
+        "data": rows if isinstance(rows, list) else None if rows is None else [rows],
         "finished": run.finished,
-        "step": report.get("steps", max([step for step, _ in run.checkpoints()], default=0)),
+        "step": max([step for step, _ in run.checkpoints()], default=0) if steps is None else steps,
         "metric": metric,
-        "score": evaluated.get("tuned", {}).get(metric) if metric else None,
-        "loss": report.get("loss", {}).get("last") if report.get("eval_loss") is None else report["eval_loss"],
-        "seconds": report.get("seconds"),
+        "score": _number(_at(report, "evaluation", "tuned", metric)),
+        "loss": _number(_at(report, "loss", "last")) if loss is None else loss,
+        "seconds": _number(_at(report, "seconds")),
     }
 
 
+def _at(tree: Any, *path: Any) -> Any:
+    """What stands at a place of a file that may be damaged; None where there is no such place."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) else None
+
+
 def _read(file: Path) -> dict[str, Any]:
-    """A JSON or YAML file of a run, as far as it can be read."""
+    """A YAML file of a run, as far as it can be read."""
     import yaml
 
     try:
@@ -103,10 +114,10 @@ def _read(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _short(name: str | None) -> str:
+def _short(name: Any) -> str:
     """The last part of a path; a Hub id as it is."""
-    if name is None:
-        return "-"
+    if not isinstance(name, str):
+        return "-" if name is None else str(name)
     return Path(name).name if Path(name).is_absolute() or name.count("/") > 1 else name
 
 

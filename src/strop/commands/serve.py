@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from strop import libraries
 from strop.alive import alive
@@ -65,10 +66,10 @@ def serve(
         for same in about.get("parity", []):
             control = "" if same["control"] is None else f", to the base {same['control']:.2g}"
             console.print(
-                f"[bold]parity[/]   {same['model']}: mean difference {same['mean']:.2g} nats a token{control}; "
+                f"[bold]parity[/]   {escape(same['model'])}: mean difference {same['mean']:.2g} nats a token{control}; "
                 f"at most {same['max']:.2g}, of {same['tokens']:,}"
             )
-        console.print(f"[bold]serving[/]  {about['url']}  models: {', '.join(about['models'])}  (Ctrl-C ends)")
+        console.print(f"[bold]serving[/]  {about['url']}  models: {escape(', '.join(about['models']))}  (Ctrl-C ends)")
         print_json(about, as_json)
 
     with alive(console, "loading the libraries") as sign:

@@ -69,10 +69,12 @@ class Resolved:
             if head and head != section:
                 lines.append(f"{head}:")
             section = head
-            value = yaml.safe_dump(choice.value, default_flow_style=True, allow_unicode=True, width=10_000)
+            value = yaml.dump(
+                choice.value, Dumper=_OnOneLine, default_flow_style=True, allow_unicode=True, width=1 << 30
+            )
             value = value.removesuffix("...\n").strip()
-            why = f": {choice.why}" if choice.why else ""
-            lines.append(f"{'  ' if head else ''}{leaf}: {value}  # {choice.origin}{why}".replace("\n", " "))
+            why = " ".join(f": {choice.why}".split()) if choice.why else ""
+            lines.append(f"{'  ' if head else ''}{leaf}: {value}  # {choice.origin}{why}")
         return "\n".join(lines) + "\n"
 
 
@@ -89,6 +91,10 @@ def resolve(recipe_file: Path | None = None, options: Mapping[str, Any] | None =
     layered: dict[str, tuple[Any, Origin, str]] = {
         name: (value, "preset", f"preset {preset}") for name, value in _preset(preset).items()
     }
+    taken = layered and all(name in given and given[name][1] == "recipe" for name in layered)
+    if taken and given["preset"][1] == "option":
+        what = f"--preset {preset}: changes nothing, {recipe_file} has values of its own for all that it sets"
+        raise RecipeError(what, fix=f"give the values: {', '.join(layered)}")
     return _build({**layered, **given})
 
 
@@ -111,7 +117,11 @@ def parse_option(name: str, text: str) -> Any:
         if not all(middle for _, middle, _ in pairs):
             raise RecipeError(f"--{name} {text}: not a map", fix="write it as name=value,name=value")
         typed = Any in typing.get_args(hint)  # as a recipe would have them: true, 3, text
-        return {key.strip(): yaml.safe_load(value) if typed else value.strip() for key, _, value in pairs}
+        try:
+            return {key.strip(): yaml.load(value, _EachKeyOnce) if typed else value.strip() for key, _, value in pairs}
+        except yaml.YAMLError as error:
+            what = f"--{name} {text}: not YAML: {getattr(error, 'problem', None) or error}"
+            raise RecipeError(what, fix="put quotes around the value, inside those of the shell") from None
     if list in kinds and not name.startswith("data.") and ("," in text or str not in kinds):
         bare = text if name == "lora.new_tokens" or not re.fullmatch(r"\[.*\]", text) else text[1:-1]
         return [part.strip() for part in bare.split(",") if part.strip()]
@@ -173,8 +183,20 @@ def _field_name(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location)
 
 
+class _OnOneLine(yaml.SafeDumper):
+    """A value in one line. What ends a line, inside a text, is written as \\n and the like."""
+
+
+def _in_quotes(dumper: _OnOneLine, text: str) -> yaml.ScalarNode:
+    breaks = any(mark in text for mark in "\n\r\x85\u2028\u2029")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if breaks else None)
+
+
+_OnOneLine.add_representer(str, _in_quotes)
+
+
 class _EachKeyOnce(yaml.SafeLoader):
-    """YAML, whose maps hold a key once; PyYAML itself takes the last of several."""
+    """YAML, whose maps hold a key once; PyYAML itself takes the last of several. A date stays the text that it is."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -185,6 +207,12 @@ class _EachKeyOnce(yaml.SafeLoader):
                 raise yaml.composer.ComposerError(None, None, what, key.start_mark)
             lines[key.value] = key.start_mark.line + 1
         return node
+
+
+_EachKeyOnce.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag != "tag:yaml.org,2002:timestamp"]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -201,25 +229,29 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a map of sections", fix="start with `model:` and `data:`")
-    return _flat(tree)
+    return _flat(tree, str(path))
 
 
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(tree: Mapping[str, Any], file: str) -> dict[str, Any]:
     """{'lora': {'r': 8}, 'seed': 0} -> {'lora.r': 8, 'seed': 0}; only the recipe's own sections are opened."""
     sections = {name.partition(".")[0] for name, _ in option_fields() if "." in name}
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if key in sections and isinstance(value, dict):
-            flat.update({f"{key}.{inner}": leaf for inner, leaf in value.items()})
-        elif not (key in sections and value is None):
-            flat[str(key)] = value
+            found = {f"{key}.{inner}": leaf for inner, leaf in value.items()}
+        else:
+            found = {} if key in sections and value is None else {str(key): value}
+        if twice := [name for name in found if name in flat]:
+            place = Where(file, None, f"{twice[0]} stands twice, in its section and by its whole name")
+            raise RecipeError("a key stands twice", fix="take one of them out", where=[place])
+        flat.update(found)
     return flat
 
 
 def _preset(name: Any) -> dict[str, Any]:
     file = resources.files("strop.config") / "presets" / f"{name}.yaml"
     # an unknown preset is left to the schema, which names the ones there are
-    return _flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
+    return _flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {}, file.name) if file.is_file() else {}
 
 
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:

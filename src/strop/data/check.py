@@ -169,7 +169,7 @@ def fix(data: DataSection, tokenizer: Any, out: Path, learning: Learning = "turn
     become the usual ones. Changes are returned, and written to OUT.changes.jsonl. Raises FolderError where `out`
     exists, DataError and ModelError as prepare does, and DataError where files give rows of several formats.
     """
-    log = out.with_name(out.name + ".changes.jsonl")
+    log = out.parent / f"{out.name}.changes.jsonl"
     for path in (out, log):
         if path.exists():
             raise FolderError(f"{path} exists", fix="choose another name; nothing is overwritten")

@@ -37,7 +37,7 @@ from strop.data.conversation import Example
 from strop.data.prepare import prepare
 from strop.data.units import Learning
 from strop.engine.step import step_for
-from strop.errors import FolderError, MemoryLimitError, ModelError, RecipeError
+from strop.errors import DataError, FolderError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.card import CARD_FILE, card, report_of
 from strop.evaluation.loss import mean_loss
 from strop.exporting.changes import changes
@@ -207,7 +207,13 @@ def rows_to_measure(name: str, folder: Path, source: Source, data: str | None) -
             section, learning = section.model_copy(update={"train": data, "eval": None}), "turns"
     else:
         section = DataSection(train=str(data))
-    prepared = prepare(section, tokenizer, cache=cache_folder() / "data", learning=learning)
+    try:
+        prepared = prepare(section, tokenizer, cache=cache_folder() / "data", learning=learning)
+    except DataError as error:
+        if data is None:
+            more = "these are the run's own rows: give --data with others, or go to the folder where it was trained"
+            error.fix = "; ".join(part for part in (error.fix, more) if part)
+        raise
     held_out = prepared.eval if prepared.eval is not None else prepared.train
     step = 2 if learning == "pairs" else 1
     good = [row for row in range(0, len(held_out), step) if held_out.judged[row] != 0]

@@ -90,7 +90,9 @@ def job_of(recipe: Path, *, nodes: int, devices: int, cores: int, out: str | Non
 
 
 def write(job: Job, file: Path, text: str, submit: str, *, force: bool, needs: tuple[str, ...] = ()) -> Launched:
-    """Raises FolderError where the file is there already, RecipeError for a path that is not text."""
+    """Raises FolderError where the file is there already or is a folder, RecipeError for a path that is not text."""
+    if file.is_dir():
+        raise FolderError(f"{file}: is a folder", fix="give --file the name of a file")
     if file.exists() and not force:
         raise FolderError(f"{file}: is there already", fix="give --file another name, or --force to replace it")
     if not file.parent.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -32,18 +33,20 @@ def print_plan(plan: Plan, out: Console) -> None:
     out.print(f"[bold]machine[/]  {plan.device}, {_gib(plan.memory_bytes)} GiB, {_gib(plan.usable_bytes)} usable")
     for choice in plan.resolved.choices.values():
         if choice.origin == "plan":
-            out.print(f"[bold]chosen[/]   {choice.field} = {choice.value}  [dim]{choice.why}[/]")
+            out.print(f"[bold]chosen[/]   {choice.field} = {escape(str(choice.value))}  [dim]{escape(choice.why)}[/]")
     out.print(_phases(plan))
     if plan.spread.over:
         print_devices(plan.spread, out)
     for text in plan.gives_up:
-        out.print(f"[yellow]given up[/] {text}")
+        out.print(f"[yellow]given up[/] {escape(text)}")
     number = plan.data["rows"]
     said = f"{number:,}, the longest of {plan.data['longest']:,} tokens" if number else ""
     unknown = plan.data["unknown"] or "none are given"
-    out.print(f"[bold]rows[/]     {said or f'of {plan.resolved.recipe.data.max_length:,} tokens each: {unknown}'}")
+    out.print(
+        f"[bold]rows[/]     {said or f'of {plan.resolved.recipe.data.max_length:,} tokens each: {escape(unknown)}'}"
+    )
     for text in filter(None, (plan.data["refused"], plan.data["beyond"])):
-        out.print(f"[yellow]rows[/]     {text}", highlight=False)
+        out.print(f"[yellow]rows[/]     {escape(text)}", highlight=False)
     speed = f"{plan.tokens_per_s:,.0f} tokens/s" + (f", {_time(plan.seconds)} in all" if plan.seconds else "")
     out.print(f"[bold]time[/]     {speed}  [dim]by {plan.rate.source}[/]")
     length, tokens = plan.largest["max_length"], plan.largest["micro_batch_tokens"]
@@ -80,7 +83,7 @@ def print_devices(spread: Spread, out: Console) -> None:
         )
     out.print(table)
     for text in spread.notes:
-        out.print(f"[bold]note[/]     {text}")
+        out.print(f"[bold]note[/]     {escape(text)}")
 
 
 def _phases(plan: Plan) -> Table:
@@ -104,7 +107,7 @@ def print_comparison(rows: Sequence[Row], out: Console) -> None:
         table.add_column(head, justify="left" if head == "model" else "right")
     for row in rows:
         cells = [_cell(size, row.usable) for size in (row.full, row.lora, row.qlora)]
-        table.add_row(row.model, f"{row.parameters / 1e9:.2f} B", *cells)
+        table.add_row(escape(row.model), f"{row.parameters / 1e9:.2f} B", *cells)
     out.print(table)
 
 
@@ -117,10 +120,10 @@ def print_findings(found: Examination, out: Console) -> None:
     for name, value in found.machine.items():
         is_bytes = name.endswith("_bytes")
         label = name.removesuffix("_bytes").replace("_", " ")
-        out.print(f"[bold]{label:<12}[/] {f'{_gib(value)} GiB' if is_bytes else _fact(value)}")
+        out.print(f"[bold]{label:<12}[/] {f'{_gib(value)} GiB' if is_bytes else escape(_fact(value))}")
     colour = {"error": "red", "warning": "yellow", "ok": "green"}
     for finding in found.findings:
-        out.print(f"[{colour[finding.level]}]{finding.level:<8}[/] {finding.what}")
+        out.print(f"[{colour[finding.level]}]{finding.level:<8}[/] {escape(finding.what)}")
         if finding.level != "ok":
             out.print(f"         {finding.why}", markup=False, style="dim")
             out.print(f"         {finding.fix}" if finding.fix else "", markup=False)

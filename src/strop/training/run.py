@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -93,14 +94,15 @@ def train(
     devices: those that train together. go_on: with the run that `out` holds already, where it does.
     Raises InputError (and its kinds) before weights are read; RunError, Stopped while training.
     """
-    out = resolved.recipe.out
+    named = resolved.recipe.out
+    out = Path(os.path.expanduser(named)) if named else None  # a recipe's ~ has not met a shell
     if out is None and (go_on or may_restart()):
         what = "a run that may be started again has no folder to be found in"
         raise InputError(what, fix="give --out a folder of its own")
-    if out is not None and devices.once(lambda: (go_on or restarted()) and is_run(Path(out))):
-        refuse_another(resolved, Path(out))
-        return resume(Path(out), listeners, memory=memory, devices=devices)
-    folder = devices.once(lambda: create(Path(out) if out else _numbered(resolved.recipe)))
+    if out is not None and devices.once(lambda: (go_on or restarted()) and is_run(out)):
+        refuse_another(resolved, out)
+        return resume(out, listeners, memory=memory, devices=devices)
+    folder = devices.once(lambda: create(out or _numbered(resolved.recipe)))
     with _claimed(folder, devices):
         try:
             setup = set_up_together(resolved, memory, folder, devices)
@@ -331,6 +333,9 @@ def _announce(job: Job, setup: Setup) -> None:
     if job.devices.world > 1 and not job.recipe.train.exact and (found := own_dropout(job.model)):
         text = f"{found}: dropout of the model's own, drawn by micro-batch: other masks than on one device"
         job.log.emit("note", text=f"{text} (--train.exact true: the same)")
+    bias = job.recipe.lora.bias
+    if bias != "none" and not any(name.endswith("bias") for name in job.state.weights):
+        job.log.emit("note", text=f"lora.bias {bias}: there is no such bias in this model")
     step, at = job.step, job.state.progress.step
     if step.lacking:
         said = f"PyTorch's own operations train this model, more slowly: {step.lacking}"

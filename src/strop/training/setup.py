@@ -156,12 +156,12 @@ def _look(recipe: Recipe, memory: int | None, processes: int = 1) -> Machine:
 
 
 def remarks(setup: Setup) -> list[str]:
-    """What a person should know before training starts: a card or integers that are not used, another base than the
-    adapter's, experts, other towers, more modules trained in full than a name says, rows longer than what the model was
-    made for, a warmup as long as the run.
+    """What a person should know before training starts: a card or integers that are not used, options that do nothing
+    here, another base than the adapter's, experts, other towers, more modules trained in full than a name says, rows
+    longer than what the model was made for, a warmup as long as the run.
     """
     found = (
-        *(_passed_over(setup), _faster(setup), _repeated(setup), _never_at_peak(setup), _stored_otherwise(setup)),
+        *(_passed_over(setup), _faster(setup), *_idle(setup), _never_at_peak(setup), _stored_otherwise(setup)),
         *(*_experts(setup), _towers(setup), *_in_full(setup), setup.shape.beyond(_lengths(setup.data))),
     )
     return [text for text in found if text]
@@ -182,12 +182,22 @@ def _faster(setup: Setup) -> str | None:
     return "this CPU multiplies 8-bit integers faster: --train.int8_matmul true; see docs/performance.md#integers"
 
 
-def _repeated(setup: Setup) -> str | None:
-    """That an option is not needed, where nothing is done for it."""
+def _idle(setup: Setup) -> list[str]:
+    """Options that were asked for, and for which nothing is done here."""
     recipe = setup.resolved.recipe
-    if not recipe.train.deterministic or recipe.model.device != "cpu":
-        return None
-    return "train.deterministic: a CPU computes the same bits each time without it"
+    revision, train = recipe.model.revision, recipe.train
+    found = {
+        "train.deterministic: a CPU computes the same bits each time without it": (
+            train.deterministic and recipe.model.device == "cpu"
+        ),
+        f"train.eval_steps {train.eval_steps}: nothing is evaluated without data.eval": (
+            train.eval_steps is not None and recipe.data.eval is None
+        ),
+        f"model.revision {revision}: not looked at, {recipe.model.name} is no Hub id without one": (
+            revision is not None and not setup.source.name.endswith(f"@{revision}")
+        ),
+    }
+    return [text for text, holds in found.items() if holds]
 
 
 def _never_at_peak(setup: Setup) -> str | None:

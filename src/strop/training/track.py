@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ def check_trackers(names: Sequence[str]) -> None:
 
 @contextmanager
 def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iterator[Sequence[Listener]]:
-    """A listener that sends the numbers of step and eval events to the named trackers; none where names is empty."""
+    """A listener that sends the numbers of step and eval events to the named trackers; none where names is empty.
+
+    What a tracker prints goes to stderr. Raises RecipeError where wandb does not begin.
+    """
     if not names:
         yield ()
         return
@@ -40,7 +44,8 @@ def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iter
     accelerator = Accelerator(log_with=list(names), project_dir=str(folder), cpu=config["model.device"] == "cpu")
     plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
     project, more = _named(names, folder.resolve().name)
-    accelerator.init_trackers(project, config=plain, init_kwargs=more)
+    with redirect_stdout(sys.stderr), _beginning(names):
+        accelerator.init_trackers(project, config=plain, init_kwargs=more)
 
     def send(event: Event) -> None:
         kind = event["event"]
@@ -51,7 +56,19 @@ def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iter
     try:
         yield (send,)
     finally:
-        accelerator.end_training()
+        with redirect_stdout(sys.stderr):
+            accelerator.end_training()
+
+
+@contextmanager
+def _beginning(names: Sequence[str]) -> Iterator[None]:
+    """wandb without a login, or without a connection, is no fault of strop's."""
+    faults = (importlib.import_module("wandb.errors").Error,) if "wandb" in names else ()
+    try:
+        yield
+    except faults as error:
+        fix = "`wandb login`, or set WANDB_MODE=offline, or take it out of `track`"
+        raise RecipeError(f"--track wandb: {' '.join(str(error).split())}", fix=fix) from None
 
 
 def _named(names: Sequence[str], run: str) -> tuple[str, dict[str, Any]]:
