@@ -144,6 +144,8 @@ machinery is right for the class, not how good a model becomes.
 
 - **train**: fast or plain, the step that trains it (docs/performance.md); or why not. Where the reason begins with
   transformers or peft, it is theirs: plain transformers fails on the same checkpoint.
+  Models of BERT's kind are walked with `is_decoder: true` in their config; without it a token sees those behind it,
+  and training them is refused.
 - **merge**: ok where the merged model is the tuned one ([limits](after.md#merging)).
 - **nf4**: ok where the base in 4 bit was trained.
 
