@@ -23,7 +23,7 @@ from strop.errors import TROUBLES, DataError, DeviceError, FolderError, ModelErr
 from strop.evaluation.rewards import check_rewards, files_hash, rewards_of
 from strop.machine.probe import Machine, probe
 from strop.model.experts import packable
-from strop.model.facts import Source, fingerprint, locate
+from strop.model.facts import Source, fingerprint, locate, refuse_widened
 from strop.model.load import DTYPES, copies_to_make, load_config, skeleton
 from strop.model.lora import check_lora, kinds_of, num_trainable, trained_whole
 from strop.model.measured import parameters_of, shape_of
@@ -291,6 +291,8 @@ def _plan(
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
     check_lora(bare, resolved.recipe.lora)
     scheme = resolved.recipe.model.quantization
+    if scheme != "none":
+        refuse_widened(source.path if source.kind == "folder" else source.path.parent)
     if scheme != "none" and prequantized(source.config()) is None and not packable(bare):
         what = f"--model.quantization {scheme}: {shape.family} has no linear weights to quantize"
         raise ModelError(what, fix="use --model.quantization none")
