@@ -29,9 +29,10 @@ from strop.model.loftq import moved_base
 from strop.model.lora import OLD_NAME, grow_vocabulary, sum_once
 from strop.model.measured import made_for
 from strop.model.quantize import SCHEMES
+from strop.model.saved import adapter_config
 from strop.model.score import TASK, add_head
 from strop.model.shards import is_finite
-from strop.model.tokenizer import load_tokenizer, new_rows
+from strop.model.tokenizer import first_line, load_tokenizer, new_rows
 from strop.runs.folder import RunFolder, is_run, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
@@ -72,13 +73,7 @@ def adapter_folder(name: str) -> Path | None:
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not (folder / WEIGHTS_FILE).is_file():
         raise ModelError(f"{folder}: no {WEIGHTS_FILE}", fix="give an adapter saved as safetensors, never pickle")
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{folder}/adapter_config.json: not JSON: {error}") from None
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{folder}: a {config.get('peft_type')} adapter", fix="give a LoRA adapter")
-    return dict(config)
+    return adapter_config(folder)
 
 
 def is_reward(folder: Path) -> bool:
@@ -98,7 +93,11 @@ def refuse_other_kind(folder: Path, scores: bool) -> None:
 
 def base_source(folder: Path) -> Source:
     """The base of an adapter folder. Raises ModelError where it is not to be found."""
-    return locate(str(read_adapter_config(folder)["base_model_name_or_path"]))
+    name = read_adapter_config(folder).get("base_model_name_or_path")
+    if not name:
+        what = f"{folder}: does not say which model it was trained on (base_model_name_or_path)"
+        raise ModelError(what, fix="write it into its adapter_config.json")
+    return locate(str(name))
 
 
 def with_tokenizer(folder: Path, source: Source) -> Source:
@@ -110,7 +109,10 @@ def with_tokenizer(folder: Path, source: Source) -> Source:
 def read_identity(folder: Path) -> dict[str, Any]:
     """strop.json of an adapter folder; {} for an adapter that another tool made."""
     file = folder / STROP_FILE
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{file}: damaged: {error}", fix="put it back, or take another adapter of the run") from None
 
 
 def renderer_of(tokenizer: Any, identity: Mapping[str, Any]) -> Renderer:
@@ -159,8 +161,8 @@ def attach(
                 model.load_adapter(str(folder), adapter_name=name, **how)
             else:
                 model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name, **how)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"{folder}: does not fit {source.name}: {str(error).strip().splitlines()[0]}") from None
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder}: does not fit {source.name}: {first_line(error)}") from None
     _check_fit(model, folder, source, name)
     if own_biases:
         keep_biases(model, before)

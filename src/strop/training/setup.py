@@ -12,7 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from strop.adapters import adapter_folder, read_adapter_config, read_identity, refuse_other_kind, with_tokenizer
+from strop.adapters import (
+    WEIGHTS_FILE,
+    adapter_folder,
+    read_adapter_config,
+    read_identity,
+    refuse_other_kind,
+    with_tokenizer,
+)
 from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
@@ -27,6 +34,7 @@ from strop.model.facts import Source, fingerprint, locate, refuse_widened
 from strop.model.load import DTYPES, copies_to_make, load_config, skeleton
 from strop.model.lora import check_lora, kinds_of, num_trainable, trained_whole
 from strop.model.measured import parameters_of, shape_of
+from strop.model.saved import adapted_names
 from strop.model.score import check_head
 from strop.model.shape import ModelShape, prequantized
 from strop.model.tokenizer import load_tokenizer, new_tokens
@@ -286,7 +294,10 @@ def _plan(
     adapter = None
     if start is not None:
         adapter = read_adapter_config(start)
-        adapter["new_tokens"] = new_tokens(start, adapter)
+        adapter |= {
+            "new_tokens": new_tokens(start, adapter),
+            "target_modules": adapted_names(adapter, start / WEIGHTS_FILE),
+        }
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
     check_lora(bare, resolved.recipe.lora)
