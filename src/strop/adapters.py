@@ -31,6 +31,7 @@ from strop.model.measured import made_for
 from strop.model.quantize import SCHEMES
 from strop.model.saved import adapter_config
 from strop.model.score import TASK, add_head
+from strop.model.shape import prequantized
 from strop.model.shards import is_finite
 from strop.model.tokenizer import first_line, load_tokenizer, new_rows
 from strop.runs.folder import RunFolder, is_run, new_folder, write_json
@@ -93,11 +94,9 @@ def refuse_other_kind(folder: Path, scores: bool) -> None:
 
 def base_source(folder: Path) -> Source:
     """The base of an adapter folder. Raises ModelError where it is not to be found."""
-    name = read_adapter_config(folder).get("base_model_name_or_path")
-    if not name:
-        what = f"{folder}: does not say which model it was trained on (base_model_name_or_path)"
-        raise ModelError(what, fix="write it into its adapter_config.json")
-    return locate(str(name))
+    if name := read_adapter_config(folder).get("base_model_name_or_path"):
+        return locate(str(name))
+    raise ModelError(f"{folder}: does not say which model it was trained on (base_model_name_or_path)")
 
 
 def with_tokenizer(folder: Path, source: Source) -> Source:
@@ -368,7 +367,7 @@ def load(
 
     dtype `auto`: bf16 on CUDA, and what the precision probe prefers on a CPU.
     quantization: none, nf4, fp4, int8; `auto`: what the adapter was trained on (dequantized once, on a card as far as
-    there is room), else none.
+    there is room), else as the weights are on disk.
     force: load an adapter on a base that it was not trained on, if it fits; the Model's notes say what differs.
     scores: a reward model, which answers nothing. Raises ModelError where it cannot be loaded.
     """
@@ -384,7 +383,8 @@ def load(
     chosen = DTYPES[pick_dtype(where)[0] if dtype == "auto" else dtype]
     renderer = _renderer_in(folder, source)
     identity = read_identity(folder) if folder is not None else {}
-    scheme = str(identity.get("quantization", "none")) if quantization == "auto" else quantization
+    stored = str(identity.get("quantization") or prequantized(source.config()) or "none")
+    scheme = stored if quantization == "auto" else quantization
     base = load_base(
         source, chosen, where, quantization=scheme, double=bool(identity.get("double_quantization", True)),
         resident_layers=None if quantization == "auto" else 0,
