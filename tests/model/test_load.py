@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
+import strop
 from strop.config.schema import LoraSection
 from strop.errors import ModelError
 from strop.model.facts import Source, fingerprint, locate, safetensors_header
@@ -177,6 +178,20 @@ def test_weights_in_fp8_are_computed_as_they_are_scaled_and_not_quantized_again(
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
     with pytest.raises(ModelError, match="in fp8, which are not quantized again"):
         load_base(locate(str(tmp_path / "fp8")), torch.float32, "cpu", quantization="nf4")
+
+
+def test_tokens_that_the_model_does_not_know_are_named(tmp_path: Path) -> None:
+    """A tokenizer with a token more than the embedding has rows."""
+    known = len(tiny.tokenizer("chatml")) - 1
+    tiny.model(vocab_size=known).save_pretrained(tmp_path / "base")
+    tiny.tokenizer("chatml").save_pretrained(tmp_path / "base")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "hello", "completion": "a line"}) + "\n")
+    options: dict[str, Any] = {"model": tmp_path / "base", "data": rows, "model.device": "cpu", "train.max_steps": 1}
+    with pytest.raises(ModelError, match=rf"rows.jsonl:1: token {known} \(<.im_end.>\) is beyond the {known} "):
+        strop.train(out=tmp_path / "run", **options)
+    with pytest.raises(ModelError, match=f"gives token {known}, and the model knows {known}"):
+        strop.load(tmp_path / "base", device="cpu").generate("hello")
 
 
 def test_fingerprints_tell_models_apart(tiny_folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def hold_to_order(job: Job, items: Sequence[Item]) -> None:
     job.step.release()
     change, beside = (float((other - row).abs().median()) for other in (behind, in_front))
     if change > max(NATS, SHARE * beside):
-        kind = job.model.config.model_type
+        kind = cast(Any, job.model).config.model_type
         what = f"{kind}: its tokens see those that stand behind them, and so what they are to predict"
         raise ModelError(what, fix="use a decoder-only language model; one of BERT's kind has is_decoder in its config")
 

@@ -94,6 +94,8 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     if shape.learned and (text := shape.beyond(_lengths(data))):
         fix = f"--data.max_length {shape.positions}, with --data.overlong drop, truncate-start or split"
         raise DataError(f"{text}: it has learned a vector for each, and none for more", fix=fix)
+    if not resolved.recipe.lora.new_tokens:  # which give each token of the tokenizer a row
+        _check_vocabulary(source, shape, tokenizer, data)
     if data.renderer.template is not None:  # data.template: the adapter's tokenizer must say what it was trained with
         tokenizer.chat_template = data.renderer.template
     lock = {
@@ -111,6 +113,20 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
         "devices": {"count": devices.world, "nodes": devices.nodes},
     }
     return Setup(resolved, machine, source, tokenizer, data, lock, key, num_weights, shape, parameters)
+
+
+def _check_vocabulary(source: Source, shape: ModelShape, tokenizer: Any, data: Prepared) -> None:
+    """Raises ModelError for a row with a token that the model has no embedding of."""
+    if len(tokenizer) <= shape.vocabulary:
+        return
+    known = int(skeleton(source).get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    for row in (row for rows in (data.train, data.eval or ()) for row in rows):
+        if (beyond := row.ids[row.ids >= known]).size:
+            token = tokenizer.convert_ids_to_tokens(int(beyond[0]))
+            what = (
+                f"{row.file}:{row.line}: token {beyond[0]} ({token}) is beyond the {known:,} that {source.name} knows"
+            )
+            raise ModelError(what, fix="use the model's own tokenizer, or resize the model's embeddings and save it")
 
 
 def _check_rewards(recipe: Recipe, data: Prepared) -> None:
