@@ -180,6 +180,14 @@ def test_weights_in_fp8_are_computed_as_they_are_scaled_and_not_quantized_again(
         load_base(locate(str(tmp_path / "fp8")), torch.float32, "cpu", quantization="nf4")
 
 
+def test_a_folder_that_is_called_as_a_hub_id_has_no_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.save_tiny(tmp_path / "org/model")
+    monkeypatch.chdir(tmp_path)
+    assert locate("org/model").path == tmp_path / "org/model"
+    with pytest.raises(ModelError, match="org/model: a folder here, which has no revision main"):
+        locate("org/model", "main")
+
+
 def test_tokens_that_the_model_does_not_know_are_named(tmp_path: Path) -> None:
     """A tokenizer with a token more than the embedding has rows."""
     known = len(tiny.tokenizer("chatml")) - 1

@@ -61,6 +61,9 @@ def locate(name: str, revision: str | None = None) -> Source:
     if name.endswith(".gguf"):
         return _gguf(path, "")
     if path.is_dir():
+        if revision:
+            what = f"{name}: a folder here, which has no revision {revision}"
+            raise ModelError(what, fix="leave --model.revision out, or start where there is no such folder")
         return _folder(path)
     if os.sep in name and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ModelError(
