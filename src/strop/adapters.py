@@ -33,7 +33,7 @@ from strop.model.saved import adapter_config
 from strop.model.score import TASK, add_head
 from strop.model.shape import prequantized
 from strop.model.shards import is_finite
-from strop.model.tokenizer import first_line, load_tokenizer, new_rows
+from strop.model.tokenizer import load_tokenizer, new_rows
 from strop.runs.folder import RunFolder, is_run, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
@@ -161,7 +161,7 @@ def attach(
             else:
                 model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name, **how)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder}: does not fit {source.name}: {first_line(error)}") from None
+        raise ModelError(f"{folder}: does not fit {source.name}: {' '.join(str(error).split()[:40])}") from None
     _check_fit(model, folder, source, name)
     if own_biases:
         keep_biases(model, before)
@@ -383,8 +383,8 @@ def load(
     chosen = DTYPES[pick_dtype(where)[0] if dtype == "auto" else dtype]
     renderer = _renderer_in(folder, source)
     identity = read_identity(folder) if folder is not None else {}
-    stored = str(identity.get("quantization") or prequantized(source.config()) or "none")
-    scheme = stored if quantization == "auto" else quantization
+    own = str(identity.get("quantization") or prequantized(source.config()) or "none")
+    scheme = own if quantization == "auto" else quantization
     base = load_base(
         source, chosen, where, quantization=scheme, double=bool(identity.get("double_quantization", True)),
         resident_layers=None if quantization == "auto" else 0,
