@@ -29,7 +29,9 @@ from strop.model.loftq import moved_base
 from strop.model.lora import OLD_NAME, grow_vocabulary, sum_once
 from strop.model.measured import made_for
 from strop.model.quantize import SCHEMES
+from strop.model.saved import adapter_config
 from strop.model.score import TASK, add_head
+from strop.model.shape import prequantized
 from strop.model.shards import is_finite
 from strop.model.tokenizer import load_tokenizer, new_rows
 from strop.runs.folder import RunFolder, is_run, new_folder, write_json
@@ -72,13 +74,7 @@ def adapter_folder(name: str) -> Path | None:
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not (folder / WEIGHTS_FILE).is_file():
         raise ModelError(f"{folder}: no {WEIGHTS_FILE}", fix="give an adapter saved as safetensors, never pickle")
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{folder}/adapter_config.json: not JSON: {error}") from None
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{folder}: a {config.get('peft_type')} adapter", fix="give a LoRA adapter")
-    return dict(config)
+    return adapter_config(folder)
 
 
 def is_reward(folder: Path) -> bool:
@@ -98,7 +94,9 @@ def refuse_other_kind(folder: Path, scores: bool) -> None:
 
 def base_source(folder: Path) -> Source:
     """The base of an adapter folder. Raises ModelError where it is not to be found."""
-    return locate(str(read_adapter_config(folder)["base_model_name_or_path"]))
+    if name := read_adapter_config(folder).get("base_model_name_or_path"):
+        return locate(str(name))
+    raise ModelError(f"{folder}: does not say which model it was trained on (base_model_name_or_path)")
 
 
 def with_tokenizer(folder: Path, source: Source) -> Source:
@@ -110,7 +108,10 @@ def with_tokenizer(folder: Path, source: Source) -> Source:
 def read_identity(folder: Path) -> dict[str, Any]:
     """strop.json of an adapter folder; {} for an adapter that another tool made."""
     file = folder / STROP_FILE
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{file}: damaged: {error}", fix="put it back, or take another adapter of the run") from None
 
 
 def renderer_of(tokenizer: Any, identity: Mapping[str, Any]) -> Renderer:
@@ -159,8 +160,8 @@ def attach(
                 model.load_adapter(str(folder), adapter_name=name, **how)
             else:
                 model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name, **how)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"{folder}: does not fit {source.name}: {str(error).strip().splitlines()[0]}") from None
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder}: does not fit {source.name}: {' '.join(str(error).split()[:40])}") from None
     _check_fit(model, folder, source, name)
     if own_biases:
         keep_biases(model, before)
@@ -366,7 +367,7 @@ def load(
 
     dtype `auto`: bf16 on CUDA, and what the precision probe prefers on a CPU.
     quantization: none, nf4, fp4, int8; `auto`: what the adapter was trained on (dequantized once, on a card as far as
-    there is room), else none.
+    there is room), else as the weights are on disk.
     force: load an adapter on a base that it was not trained on, if it fits; the Model's notes say what differs.
     scores: a reward model, which answers nothing. Raises ModelError where it cannot be loaded.
     """
@@ -382,7 +383,8 @@ def load(
     chosen = DTYPES[pick_dtype(where)[0] if dtype == "auto" else dtype]
     renderer = _renderer_in(folder, source)
     identity = read_identity(folder) if folder is not None else {}
-    scheme = str(identity.get("quantization", "none")) if quantization == "auto" else quantization
+    own = str(identity.get("quantization") or prequantized(source.config()) or "none")
+    scheme = own if quantization == "auto" else quantization
     base = load_base(
         source, chosen, where, quantization=scheme, double=bool(identity.get("double_quantization", True)),
         resident_layers=None if quantization == "auto" else 0,

@@ -132,6 +132,21 @@ def test_variant_equals_the_model(lora: dict[str, Any], changes: dict[str, Any])
     assert_same(step(model, FastLoss(model, checkpoint_layers=1), some()), expected)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"sliding_window": 4}),
+        ("olmoe", {"sliding_window": 4, "layer_types": ["sliding_attention"] * 2}),
+        ("mistral", {"layer_types": ["full_attention"] * 2}),
+        ("mixtral", {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}),
+        ("gpt_neox", {"num_attention_heads": 2, "num_key_value_heads": 1}),
+    ],
+)
+def test_what_a_config_says_and_its_family_does_not_read_changes_nothing(family: str, changes: dict[str, Any]) -> None:
+    model = attentive(adapted(family, **changes))
+    assert_same(step(model, FastLoss(model), some()), step(model, PlainLoss(model), some()))
+
+
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_5_text"])
 def test_dropout_inside_of_the_models_own_modules_is_the_same(family: str) -> None:
     """Of attention, shared experts and mixers, where experts have no adapter: rows of any cut drop alike."""

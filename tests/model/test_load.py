@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
+import strop
 from strop.config.schema import LoraSection
 from strop.errors import ModelError
 from strop.model.facts import Source, fingerprint, locate, safetensors_header
@@ -102,6 +104,102 @@ def test_damaged_models_are_named(kind: str, tmp_path: Path) -> None:
             safetensors_header(file)
         load_tokenizer(source)
         load_base(source, torch.float32, "cpu")
+
+
+def changed(folder: Path, **fields: Any) -> Path:
+    """A saved tiny model whose config.json says something else."""
+    file = tiny.save_tiny(folder) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors.index.json", b"{", "index.json: damaged"),
+        ("model.safetensors.index.json", b"{}", "index.json: damaged"),
+        ("model.safetensors.index.json", b'{"weight_map": ["a"]}', "index.json: damaged"),
+        ("model.safetensors", b"\x02" + bytes(7) + b"[]", "names no tensors"),
+        ("model.safetensors", b"\x08" + bytes(7) + b'{"a":{}}', "names no tensors"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", "damaged"),
+    ],
+)
+def test_damaged_files_are_named_before_anything_is_read(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tiny.save_tiny(tmp_path) / name).write_bytes(content)
+    with pytest.raises(ModelError, match=said):
+        locate(str(tmp_path))
+
+
+def test_a_vocabulary_that_is_not_the_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"of another shape, first model.embed_tokens.weight"):
+        load_base(locate(str(changed(tmp_path, vocab_size=300))), torch.float32, "cpu")
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    changed(tmp_path, model_type="t5", architectures=["T5ForConditionalGeneration"])
+    with pytest.raises(ModelError, match="no language model of type t5"):
+        load_base(locate(str(tmp_path)), torch.float32, "cpu")
+
+
+def test_a_config_that_names_a_type_of_8_bit_is_computed_in_16(tmp_path: Path) -> None:
+    source = locate(str(changed(tmp_path, dtype="float8_e4m3fn")))
+    assert next(skeleton(source).parameters()).dtype == torch.bfloat16
+    changed(tmp_path, dtype="float7")
+    with pytest.raises(ModelError, match=r"cannot read its config: .*float7"):
+        skeleton(source)
+
+
+@pytest.mark.parametrize("by", ["gptq", "awq", "compressed-tensors", None])
+def test_weights_that_another_tool_has_quantized_are_refused(tmp_path: Path, by: str | None) -> None:
+    section = {"bits": 4} if by is None else {"quant_method": by, "bits": 4}
+    with pytest.raises(ModelError, match=f"quantized by {by or 'an unknown tool'}, which strop does not read"):
+        locate(str(changed(tmp_path, quantization_config=section)))
+
+
+def test_weights_in_fp8_are_computed_as_they_are_scaled_and_not_quantized_again(tmp_path: Path) -> None:
+    """Blocks of 16 x 16 with a scale each, as Qwen 3's and DeepSeek's checkpoints in fp8 have them."""
+    section = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    changed(tmp_path / "fp8", quantization_config=section)
+    plain, packed = load_file(tiny.save_tiny(tmp_path / "plain") / "model.safetensors"), {}
+    for name, weight in list(plain.items()):
+        if weight.dim() == 2 and "embed" not in name:
+            high, wide = (size // 16 for size in weight.shape)
+            blocks = weight.view(high, 16, wide, 16).transpose(1, 2)
+            scale = blocks.abs().amax((2, 3)) / 448
+            low = (blocks / scale[:, :, None, None]).to(torch.float8_e4m3fn)
+            packed |= {name: low.transpose(1, 2).reshape(weight.shape).contiguous(), f"{name}_scale_inv": scale}
+            plain[name] = (low.float() * scale[:, :, None, None]).transpose(1, 2).reshape(weight.shape).contiguous()
+        else:
+            packed[name] = weight
+    save_file(plain, tmp_path / "plain/model.safetensors", {"format": "pt"})
+    save_file(packed, tmp_path / "fp8/model.safetensors", {"format": "pt"})
+    ids = torch.arange(5, 25)[None]
+    logits = [load_base(locate(str(tmp_path / kind)), torch.float32, "cpu")(ids).logits for kind in ("fp8", "plain")]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match="in fp8, which are not quantized again"):
+        load_base(locate(str(tmp_path / "fp8")), torch.float32, "cpu", quantization="nf4")
+
+
+def test_a_folder_that_is_called_as_a_hub_id_has_no_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.save_tiny(tmp_path / "org/model")
+    monkeypatch.chdir(tmp_path)
+    assert locate("org/model").path == tmp_path / "org/model"
+    with pytest.raises(ModelError, match="org/model: a folder here, which has no revision main"):
+        locate("org/model", "main")
+
+
+def test_tokens_that_the_model_does_not_know_are_named(tmp_path: Path) -> None:
+    """A tokenizer with a token more than the embedding has rows."""
+    known = len(tiny.tokenizer("chatml")) - 1
+    tiny.model(vocab_size=known).save_pretrained(tmp_path / "base")
+    tiny.tokenizer("chatml").save_pretrained(tmp_path / "base")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "hello", "completion": "a line"}) + "\n")
+    options: dict[str, Any] = {"model": tmp_path / "base", "data": rows, "model.device": "cpu", "train.max_steps": 1}
+    with pytest.raises(ModelError, match=rf"rows.jsonl:1: token {known} \(<.im_end.>\) is beyond the {known} "):
+        strop.train(out=tmp_path / "run", **options)
+    with pytest.raises(ModelError, match=f"gives token {known}, and the model knows {known}"):
+        strop.load(tmp_path / "base", device="cpu").generate("hello")
 
 
 def test_fingerprints_tell_models_apart(tiny_folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes
 import pytest
@@ -325,6 +325,22 @@ def test_a_checkpoint_that_bitsandbytes_quantized_loads(
         assert torch.allclose(found.dequantized(), same, atol=0.02 if scheme == "int8" else 0)
     with pytest.raises(ModelError, match="already"):
         load_base(source, torch.bfloat16, "cpu")
+    assert strop.load(source.name, device="cpu").quantization == scheme
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float32"])
+def test_bytes_that_are_stored_as_other_numbers_are_bytes(tiny_folder: Path, tmp_path: Path, storage: str) -> None:
+    """As FSDP wants them (bnb_4bit_quant_storage)."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=storage)
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=config, dtype=torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    how: dict[str, Any] = {"quantization": "nf4", "double": False}
+    loaded = load_base(locate(str(tmp_path)), torch.bfloat16, "cpu", **how)
+    ours = load_base(locate(str(tiny_folder)), torch.bfloat16, "cpu", **how)
+    name = "model.layers.1.mlp.down_proj"
+    assert torch.equal(*(cast(Any, one).get_submodule(name).dequantized() for one in (loaded, ours)))
 
 
 def test_a_weight_that_is_missing_is_named(tiny_folder: Path, tmp_path: Path) -> None:

@@ -144,6 +144,11 @@ machinery is right for the class, not how good a model becomes.
 
 - **train**: fast or plain, the step that trains it (docs/performance.md); or why not. Where the reason begins with
   transformers or peft, it is theirs: plain transformers fails on the same checkpoint.
+  Models of BERT's kind are walked with `is_decoder: true` in their config; without it a token sees those behind it,
+  and training them is refused.
+  A config of a fast class may ask for what takes the plain step, and the run says so: rotary embeddings of type
+  `dynamic` or `longrope` (Phi-3 and Phi-4-mini with 128k), whose angles follow the longest row computed together,
+  dropout of the model's own, a loss that balances experts.
 - **merge**: ok where the merged model is the tuned one ([limits](after.md#merging)).
 - **nf4**: ok where the base in 4 bit was trained.
 

@@ -27,6 +27,7 @@ class Family:
     mixture: bool = False
     mixer: str | None = None
     per_layer: bool = False  # what each token has for each layer is added behind it (Gemma 4)
+    one_window: bool = False  # the config's sliding window holds in each layer, whatever it says of the layers' types
     sinks: bool = False  # each head's softmax counts a score beside those of the keys
     gated_heads: bool = False  # behind each head's query stands what its output is multiplied by, as a sigmoid
     # Norms: in front of a block, and of what it adds to the residual stream.
@@ -108,6 +109,7 @@ GRANITE = Family(
     residual=lambda config: float(config.residual_multiplier),
     logits=lambda config: 1 / float(config.logits_scaling),
 )
+WINDOWED = Family(one_window=True)
 MIXTURE = Family(mixture=True)
 LFM2 = Family(
     mixer="conv", o="out_proj", mlp="feed_forward", gate_up=("w1", "w3"), down="w2", attention_norm="operator_norm",
@@ -118,10 +120,10 @@ QWEN_NEXT = Family(mixer="linear_attn", gated_heads=True, norm_offset=1.0)
 GLM = Family(gate_up=("gate_up_proj",), pairs="neighbours")
 FAMILIES = {
     "llama": Family(),
-    "mistral": Family(),
+    "mistral": WINDOWED,
     "qwen2": Family(),
     "qwen3": Family(),
-    "phi3": Family(qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
+    "phi3": replace(WINDOWED, qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
     "gemma": Family(norm_offset=1.0),
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
@@ -139,10 +141,12 @@ FAMILIES = {
         mlp_norm=None, final_norm="final_layernorm",
     ),
     "stablelm": Family(layer_norm=True, norm_biases=True, parallel="use_parallel_residual"),
-    "starcoder2": Family(gate_up=("c_fc",), gated=False, down="c_proj", layer_norm=True, norm_biases=True),
+    "starcoder2": replace(
+        WINDOWED, gate_up=("c_fc",), gated=False, down="c_proj", layer_norm=True, norm_biases=True
+    ),
     "exaone4": replace(OLMO, turned=lambda attention: attention.sliding_window is None or attention.is_sliding),
     "ministral": Family(),
-    "ministral3": Family(query_scale=_far_queries),
+    "ministral3": replace(WINDOWED, query_scale=_far_queries),
     "arcee": Family(gate_up=("up_proj",), gated=False),
     "seed_oss": Family(),
     "helium": Family(pairs="neighbours"),
@@ -159,9 +163,9 @@ FAMILIES = {
     "nanochat": Family(
         gate_up=("fc1",), gated=False, down="fc2", embedding_norm=True, backwards=True, turned_first=True
     ),
-    "mixtral": MIXTURE,
+    "mixtral": replace(WINDOWED, mixture=True),
     "qwen2_moe": MIXTURE,
-    "qwen3_moe": MIXTURE,
+    "qwen3_moe": replace(WINDOWED, mixture=True),
     "olmoe": MIXTURE,
     "glm4_moe": MIXTURE,
     "dots1": MIXTURE,

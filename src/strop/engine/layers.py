@@ -138,9 +138,7 @@ class Layers:
         attention, mixture = getattr(layer, family.attention, None), own_mixture(layer, family)
         of_keys = self._of_keys(number, attention)
         size = 0 if attention is None else int(getattr(attention, "head_dim", None) or attention.head_size)
-        kinds = getattr(config, "layer_types", None)
         qkv, o, gate_up, down = linears(layer, family)
-        window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
         before = self._norm_named(layer, family.attention_norm, config.hidden_size)
         in_front = self._norm_named(layer, family.mlp_norm, config.hidden_size)
         return LayerPart(
@@ -152,8 +150,7 @@ class Layers:
             key_value=self._key_value_heads(of_keys, size),
             size=size,
             scale=float(getattr(attention, "scaling", 0)),
-            # Mistral and Phi-3 keep it in the config alone, the others in the layers it applies to.
-            window=0 if kinds and kinds[number] == "full_attention" else int(window or 0),
+            window=self._window(number, attention),
             softcap=float(getattr(attention, "attn_logit_softcapping", None) or 0),
             rope=self.kind_of(number),
             sinks=getattr(attention, "sinks", None),
@@ -183,10 +180,19 @@ class Layers:
         alike = (one for one in earlier if one.store_full_length_kv and one.layer_type == attention.layer_type)
         return list(alike)[-1]
 
+    def _window(self, number: int, attention: Any) -> int:
+        """Keys that a query of the layer sees, 0: all; a config may name a window that its family does not have."""
+        if self.family.one_window:
+            return int(getattr(self.config, "sliding_window", None) or 0)
+        kinds = getattr(self.config, "layer_types", None)
+        full = kinds and kinds[number] == "full_attention"
+        return 0 if full else int(getattr(attention, "sliding_window", None) or 0)
+
     def _key_value_heads(self, attention: Any, size: int) -> int:
         if self.family.per_layer:  # they differ from layer to layer
             return int(base_of(attention.k_proj).out_features // size)
-        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+        few = None if self.family.fused_heads else getattr(self.config, "num_key_value_heads", None)
+        return int(few or self.config.num_attention_heads)
 
     def per_layer(self, ids: Tensor, embedded: Tensor) -> Tensor | None:
         """What tokens (T,) have for each layer (T, layers, p), in models that have it."""

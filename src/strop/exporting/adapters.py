@@ -65,7 +65,7 @@ def facts(name: str) -> Facts:
     parameters = list(config.get("target_parameters") or [])
     return Facts(
         folder=str(folder),
-        base=str(config["base_model_name_or_path"]),
+        base=str(config.get("base_model_name_or_path")),
         rank=int(config["r"]),
         alpha=float(config["lora_alpha"]),
         target_modules=sorted([*targets, *parameters]) if isinstance(targets, list) else [str(targets), *parameters],

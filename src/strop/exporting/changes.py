@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,13 @@ def changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
     embedding).
     """
     saved = read_weights(folder)
-    places = places_of(source, peft.LoraConfig.from_pretrained(str(folder)))
     rows, bare = new_rows(read_adapter_config(folder)), skeleton(source)
+    places_with = Counter(id(one) for _, one in bare.named_parameters(remove_duplicate=False))
+    both = [name for name, one in bare.named_parameters() if name in saved and places_with[id(one)] > 1]
+    if both and not read_adapter_config(folder).get("ensure_weight_tying"):
+        what = f"{folder}: {both[0]} was trained in full, and another module's weight with it in {source.name} was not"
+        raise ModelError(what, fix="serve the adapter on its base")
+    places = places_of(source, peft.LoraConfig.from_pretrained(str(folder)))
     own = {name for name, _ in (*bare.named_parameters(), *bare.named_buffers())}  # of a weight in two places, one
     for name, place in places.items():
         if name not in own and f"{place.key}.lora_A.weight" in saved:

@@ -44,11 +44,10 @@ from strop.exporting.changes import changes
 from strop.exporting.parity import LIMITS, Parity, compare, freed, in_fp32
 from strop.machine.probe import probe
 from strop.model.experts import PackedExperts, expert_parameters, pack_experts, packable
-from strop.model.facts import Source, fingerprint
+from strop.model.facts import Source, fingerprint, quantized_by
 from strop.model.load import DTYPES, load_base, load_config, skeleton, stored_dtype, weights_folder
 from strop.model.names import Group, Layout
 from strop.model.quantize import pack, unpack
-from strop.model.shape import prequantized
 from strop.model.shards import SHARD_BYTES, Tensors
 from strop.model.tokenizer import load_tokenizer, new_rows
 from strop.model.towers import in_text
@@ -104,7 +103,7 @@ def merge(
     if out.exists():
         raise FolderError(f"{out}: is there already", fix="give --out a new folder")
     source = base_source(folder)
-    if prequantized(source.config()):
+    if quantized_by(source.config()):
         raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
     refuse_other_kind(folder, scores=False)
     check_base(folder, source)

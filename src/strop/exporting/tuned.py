@@ -23,9 +23,8 @@ from strop.data.conversation import Example
 from strop.errors import ModelError
 from strop.exporting.changes import changes
 from strop.exporting.merge import Trained, better_base, rows_to_measure, tuned_model
-from strop.model.facts import Source, locate
+from strop.model.facts import Source, locate, quantized_by
 from strop.model.load import load_base
-from strop.model.shape import prequantized
 from strop.model.tokenizer import head_folder, load_tokenizer, new_rows
 
 
@@ -52,7 +51,7 @@ class Tuned:
         """
         folder = adapter_folder(name)
         source = locate(name) if folder is None else base_source(folder)
-        if prequantized(source.config()):
+        if quantized_by(source.config()):
             raise ModelError(f"{source.name}: has no 16-bit weights to merge into", fix="serve the adapter on its base")
         if folder is None:
             rows = rows_to_measure(name, head_folder(source), source, data) if measure else []

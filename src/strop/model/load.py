@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
 from strop.config.schema import DEVICES
 from strop.errors import ModelError, RecipeError
 from strop.model.experts import growths, make_experts_resident
-from strop.model.facts import Source, fingerprint, read_config, safetensors_header, weight_files
+from strop.model.facts import Source, fingerprint, quantized_by, read_config, safetensors_header, weight_files
 from strop.model.ggufweights import read_tensors
 from strop.model.quantize import folder_name, make_resident
 from strop.model.shape import prequantized
@@ -52,11 +54,15 @@ def load_config(source: Source) -> Any:
     folder = head_folder(source)
     read_config(folder)
     try:
-        return AutoConfig.from_pretrained(folder, **LOCAL)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(folder, **LOCAL)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{source.name}: transformers {transformers.__version__} cannot read its config: {first_line(error)}"
         ) from None
+    for one in {id(part): part for part in (config, config.get_text_config())}.values():
+        if one.dtype is not None and one.dtype.itemsize == 1:  # of weights on disk; none is computed in
+            one.dtype = torch.bfloat16
+    return config
 
 
 def skeleton(source: Source) -> nn.Module:
@@ -162,11 +168,17 @@ def refuse_prequantized(source: Source) -> None:
 
 def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
     refuse_prequantized(source)
-    folder = weights_folder(source)
-    model, info = _auto(load_config(source)).from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOCAL
-    )
-    faults = sorted(info.get("missing_keys") or []) + sorted(str(key) for key in info.get("mismatched_keys") or [])
+    folder, config = weights_folder(source), load_config(source)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **LOCAL}
+    if quantized_by(source.config()):
+        config.quantization_config["dequantize"] = True  # on a card as well: adapters have no gradient otherwise
+        options["config"] = config
+    with _known(config):
+        auto = _auto(config)
+        model, info = auto.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )  # what does not fit is told below
+    faults = sorted(info.get("missing_keys") or []) + sorted(key for key, *_ in info.get("mismatched_keys") or [])
     if faults:
         raise ModelError(f"{source.name}: {len(faults)} weights are missing or of another shape, first {faults[0]}")
     return model
@@ -203,13 +215,20 @@ def packed_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype,
 
 def from_config(config: Any) -> nn.Module:
     """Raises ModelError where transformers has no language model for such a config, or cannot build it."""
-    try:
+    with _known(config):
         model: nn.Module = _auto(config).from_config(config, trust_remote_code=False)
+    return model
+
+
+@contextmanager
+def _known(config: Any) -> Iterator[None]:
+    """Around what builds a model."""
+    try:
+        yield
     except ValueError as error:
         version = transformers.__version__
         what = f"transformers {version} builds no language model of type {config.model_type}: {first_line(error)}"
         raise ModelError(what, fix="use a decoder-only language model") from None
-    return model
 
 
 def _auto(config: Any) -> Any:

@@ -82,7 +82,10 @@ class QuantizedLinear(nn.Linear, Quantized):
 
     def fill(self, packed: dict[str, Tensor]) -> None:
         """packed: as `pack` gives it. Raises KeyError or ValueError where it is not whole."""
-        self.weight = nn.Parameter(packed["weight"], requires_grad=False)
+        weight = packed["weight"]
+        if weight.is_floating_point():  # bytes that bitsandbytes was told to store as such numbers (FSDP wants it)
+            weight = weight.contiguous().view(torch.uint8).view(-1, 1)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.constants = {name: tensor for name, tensor in packed.items() if name != "weight"}
         if self.scheme in FOUR_BIT:
             self._described = json.loads(bytes(self.constants.pop(_described(self.scheme)).tolist()))

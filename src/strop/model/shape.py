@@ -15,7 +15,7 @@ import numpy.typing as npt
 import yaml
 
 from strop.errors import ModelError, nearest
-from strop.model.facts import demo_file, hub_config, read_config, safetensors_header, weight_files
+from strop.model.facts import demo_file, hub_config, quantized_by, read_config, safetensors_header, weight_files
 from strop.model.ggufheader import read_gguf_config
 from strop.model.targets import EMBEDDINGS, EXPERTS, LinearKind, embedding_kind, expert_sets, sets_of
 from strop.runs.folder import is_run
@@ -302,9 +302,9 @@ def _getter(config: Mapping[str, Any], family: str) -> Any:
 
 def prequantized(config: Mapping[str, Any]) -> str | None:
     """The scheme of a checkpoint that bitsandbytes has quantized; None for any other."""
-    section = config.get("quantization_config") or {}
-    if section.get("quant_method") != "bitsandbytes":
+    if quantized_by(config) != "bitsandbytes":
         return None
+    section = config["quantization_config"]
     return str(section.get("bnb_4bit_quant_type", "fp4")) if section.get("load_in_4bit") else "int8"
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from strop.errors import ModelError
 from strop.model.experts import PackedExperts, as_quantized, is_experts, pack_experts, packable
-from strop.model.facts import Source, safetensors_header, weight_files
+from strop.model.facts import Source, refuse_widened, safetensors_header, weight_files
 from strop.model.names import Group, Layout
 from strop.model.quantize import QuantizedLinear, pack, put_module, replace_linears
 from strop.runs.folder import new_folder
@@ -32,9 +32,11 @@ class Tensors:
     """The tensors of a folder of safetensors files, each read when it is asked for.
 
     A file is opened anew for each: what is read stays mapped, and counts as memory, as long as its file is open.
+    Raises ModelError for weights that are quantized there in a way that only transformers undoes.
     """
 
     def __init__(self, folder: Path) -> None:
+        refuse_widened(folder)
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, list[int]] = {}
         self._dtypes: dict[str, str] = {}

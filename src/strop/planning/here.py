@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +17,7 @@ from strop.machine.doctor import installed
 from strop.machine.probe import Machine, compute_capability, probe
 from strop.machine.rates import known_precision, known_rates
 from strop.model.facts import locate
+from strop.model.saved import adapted_names, adapter_config
 from strop.model.shape import Peek, peek
 from strop.model.tokenizer import load_tokenizer, new_tokens
 from strop.objectives.table import answers_of, drawn_tokens, learning_of
@@ -113,8 +113,9 @@ def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
     file = next((place for place in (path, path / "adapter") if (place / "adapter_config.json").is_file()), None)
     if file is None:
         raise ModelError(f"--model.adapter {path}: no adapter there", fix="give a run or adapter folder")
-    found: dict[str, Any] = json.loads((file / "adapter_config.json").read_text(encoding="utf-8"))
-    return {**found, "new_tokens": new_tokens(file, found)}
+    found = adapter_config(file)
+    targets = adapted_names(found, file / "adapter_model.safetensors")
+    return {**found, "new_tokens": new_tokens(file, found), "target_modules": targets}
 
 
 def row_sizes(recipe: Recipe) -> Rows:

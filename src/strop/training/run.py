@@ -57,6 +57,7 @@ from strop.training.integers import hold_to_floats
 from strop.training.job import Job, stream_of
 from strop.training.loop import fit, go_back, save
 from strop.training.optim import make_optimizer
+from strop.training.order import hold_to_order
 from strop.training.reference import check as check_reference
 from strop.training.reference import with_reference
 from strop.training.rehearsal import forecast, rehearse
@@ -238,6 +239,7 @@ def _execute(
             if job.state.progress.step < _total(job):
                 if recipe.train.int8_matmul:
                     hold_to_floats(job, expected.items)
+                hold_to_order(job, expected.items)
                 expected = rehearse(job, expected, usable, memory)
                 job = with_reference(job, key)
                 ended = _fit(job)

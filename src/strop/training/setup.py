@@ -12,7 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from strop.adapters import adapter_folder, read_adapter_config, read_identity, refuse_other_kind, with_tokenizer
+from strop.adapters import (
+    WEIGHTS_FILE,
+    adapter_folder,
+    read_adapter_config,
+    read_identity,
+    refuse_other_kind,
+    with_tokenizer,
+)
 from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
@@ -23,10 +30,11 @@ from strop.errors import TROUBLES, DataError, DeviceError, FolderError, ModelErr
 from strop.evaluation.rewards import check_rewards, files_hash, rewards_of
 from strop.machine.probe import Machine, probe
 from strop.model.experts import packable
-from strop.model.facts import Source, fingerprint, locate
+from strop.model.facts import Source, fingerprint, locate, refuse_widened
 from strop.model.load import DTYPES, copies_to_make, load_config, skeleton
 from strop.model.lora import check_lora, kinds_of, num_trainable, trained_whole
 from strop.model.measured import parameters_of, shape_of
+from strop.model.saved import adapted_names
 from strop.model.score import check_head
 from strop.model.shape import ModelShape, prequantized
 from strop.model.tokenizer import load_tokenizer, new_tokens
@@ -86,6 +94,8 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     if shape.learned and (text := shape.beyond(_lengths(data))):
         fix = f"--data.max_length {shape.positions}, with --data.overlong drop, truncate-start or split"
         raise DataError(f"{text}: it has learned a vector for each, and none for more", fix=fix)
+    if not resolved.recipe.lora.new_tokens:  # which give each token of the tokenizer a row
+        _check_vocabulary(source, shape, tokenizer, data)
     if data.renderer.template is not None:  # data.template: the adapter's tokenizer must say what it was trained with
         tokenizer.chat_template = data.renderer.template
     lock = {
@@ -103,6 +113,20 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
         "devices": {"count": devices.world, "nodes": devices.nodes},
     }
     return Setup(resolved, machine, source, tokenizer, data, lock, key, num_weights, shape, parameters)
+
+
+def _check_vocabulary(source: Source, shape: ModelShape, tokenizer: Any, data: Prepared) -> None:
+    """Raises ModelError for a row with a token that the model has no embedding of."""
+    if len(tokenizer) <= shape.vocabulary:
+        return
+    known = int(skeleton(source).get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    for row in (row for rows in (data.train, data.eval or ()) for row in rows):
+        if (beyond := row.ids[row.ids >= known]).size:
+            token = tokenizer.convert_ids_to_tokens(int(beyond[0]))
+            what = (
+                f"{row.file}:{row.line}: token {beyond[0]} ({token}) is beyond the {known:,} that {source.name} knows"
+            )
+            raise ModelError(what, fix="use the model's own tokenizer, or resize the model's embeddings and save it")
 
 
 def _check_rewards(recipe: Recipe, data: Prepared) -> None:
@@ -296,11 +320,16 @@ def _plan(
     adapter = None
     if start is not None:
         adapter = read_adapter_config(start)
-        adapter["new_tokens"] = new_tokens(start, adapter)
+        adapter |= {
+            "new_tokens": new_tokens(start, adapter),
+            "target_modules": adapted_names(adapter, start / WEIGHTS_FILE),
+        }
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
     check_lora(bare, resolved.recipe.lora)
     scheme = resolved.recipe.model.quantization
+    if scheme != "none":
+        refuse_widened(source.path if source.kind == "folder" else source.path.parent)
     if scheme != "none" and prequantized(source.config()) is None and not packable(bare):
         what = f"--model.quantization {scheme}: {shape.family} has no linear weights to quantize"
         raise ModelError(what, fix="use --model.quantization none")
