@@ -81,6 +81,9 @@ def test_writes_once(system: str, folder: Path, capsys: pytest.CaptureFixture[st
         (["slurm", "no.yaml"], "no such recipe"),
         (["slurm", "bad.yaml"], "unknown key train.epoch"),
         (["slurm", "recipe.yaml", "--time", "1h; x"], "not a time"),
+        (["slurm", "recipe.yaml", "--time", "4"], "too short"),
+        (["slurm", "recipe.yaml", "--time", "3:30"], "too short"),
+        (["slurm", "recipe.yaml", "--time", "0-0:04"], "too short"),
         (["slurm", "recipe.yaml", "--file", "nowhere/x.sh"], "no such folder"),
         (["slurm", "recipe.yaml", "--file", ".", "--force"], "is a folder"),
         (["slurm", "mps.yaml"], "cards or CPUs"),
@@ -91,6 +94,8 @@ def test_writes_once(system: str, folder: Path, capsys: pytest.CaptureFixture[st
         (["skypilot", "recipe.yaml", "--bucket", "b", "--nodes", "2"], "--volume"),
         (["skypilot", "../recipe.yaml", "--bucket", "b"], "not in this folder"),
         (["kubernetes", "recipe.yaml", "--image", "i", "--claim", "c", "--out", "/runs/x"], "on the volume"),
+        (["kubernetes", "recipe.yaml", "--image", "i", "--claim", "A_B c"], "not a name"),
+        (["kubernetes", "recipe.yaml", "--image", "", "--claim", "c"], "not a container image"),
     ],
 )
 def test_refuses(words: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,6 +109,11 @@ def test_refuses(words: list[str], said: str, folder: Path, capsys: pytest.Captu
     code, _, text = run("launch", *words, capsys=capsys)
     assert code == 2 and said in text.replace("\n", " ")
     assert set(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("time", ["5", "0", "4:01", "1:00:00", "0-1", "0-00:05", "0-00:04:01"])
+def test_times_that_a_run_can_use(time: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("launch", "slurm", "recipe.yaml", "--time", time, capsys=capsys)[0] == 0
 
 
 def test_says_what_must_be_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

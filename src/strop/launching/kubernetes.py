@@ -7,6 +7,7 @@ again by Kubernetes; torchrun itself starts nothing again, so that all pods coun
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from strop.launching.manifest import Text, document
 
 VOLUME, RECIPES = "/work", "/etc/strop"
 GRACE_S = 120  # between TERM and KILL, for the last checkpoint
+NAME = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"
 LARGEST_RECIPE = 1 << 20  # bytes of a ConfigMap
 
 
@@ -26,6 +28,13 @@ def launch(job: Job, file: Path | None, *, image: str, claim: str, force: bool) 
     Raises RecipeError, FolderError.
     """
     must_be_relative(job, "on the volume")
+    if not re.fullmatch(NAME, claim):
+        fix = "give the claim's name, as `kubectl get pvc` has it"
+        raise RecipeError(f"--claim {claim}: not a name of Kubernetes'", fix=fix)
+    if not re.fullmatch(r"\S+", image):
+        raise RecipeError(
+            f"--image {image!r}: not a container image", fix="give its name, such as registry/team/strop:1"
+        )
     recipe = (job.folder / job.recipe).read_text(encoding="utf-8")
     if len(recipe.encode("utf-8")) > LARGEST_RECIPE:
         raise RecipeError(f"{job.recipe}: larger than a ConfigMap may be (1 MiB)", fix="put it on the volume")

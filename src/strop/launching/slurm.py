@@ -23,8 +23,21 @@ def launch(job: Job, file: Path | None, *, time: str, force: bool) -> Launched:
     """time: as sbatch takes it: minutes, H:MM:SS or D-HH:MM:SS. Raises RecipeError, FolderError."""
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
         raise RecipeError(f"--time {time}: not a time of Slurm's", fix="write 30 (minutes), 12:00:00 or 2-00:00:00")
+    if 0 < _seconds(time) <= 2 * WARNING_S:  # it would save, and be queued again, for ever; 0: no limit
+        what = (
+            f"--time {time}: too short to get anywhere: the job saves {WARNING_S // 60} minutes before its time is up"
+        )
+        raise RecipeError(what, fix="give it 10 minutes or more")
     file = file or Path(f"{job.name}.slurm.sh")
     return write(job, file, script(job, time=time), f"sbatch {shown(file)}", force=force)
+
+
+def _seconds(time: str) -> int:
+    """Of MINUTES, MINUTES:SECONDS or H:MM:SS; behind `D-` of H, H:MM or H:MM:SS (sbatch(1), --time)."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
 
 
 def script(job: Job, *, time: str, python: str = sys.executable) -> str:
