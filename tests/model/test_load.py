@@ -184,7 +184,7 @@ def test_a_folder_that_is_called_as_a_hub_id_has_no_revisions(tmp_path: Path, mo
     tiny.save_tiny(tmp_path / "org/model")
     monkeypatch.chdir(tmp_path)
     assert locate("org/model").path == tmp_path / "org/model"
-    with pytest.raises(ModelError, match="org/model: a folder here, which has no revision main"):
+    with pytest.raises(ModelError, match="org/model: a model on this machine, which has no revision main"):
         locate("org/model", "main")
 
 

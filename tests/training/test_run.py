@@ -582,7 +582,6 @@ def test_a_warmup_as_long_as_the_run_is_told(
     [
         ({"train.eval_steps": 1}, "train.eval_steps 1: nothing is evaluated without data.eval"),
         ({"train.eval_steps": 1, "data.eval": "30%"}, None),
-        ({"model.revision": "main"}, "model.revision main: not looked at, {} is no Hub id without one"),
         ({"lora.bias": "all"}, "lora.bias all: there is no such bias in this model"),
     ],
 )
@@ -591,7 +590,7 @@ def test_an_option_that_does_nothing_here_is_told(
 ) -> None:
     given = {"train.max_steps": 1, "model.dtype": "fp32", **options}
     out = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", **given).folder
-    assert [event["text"] for event in events(out, "note")] == ([said.format(tiny_folder)] if said else [])
+    assert [event["text"] for event in events(out, "note")] == ([said] if said else [])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])

@@ -51,6 +51,10 @@ def locate(name: str, revision: str | None = None) -> Source:
     Raises ModelError where there is no such model, or it holds no safetensors.
     """
     path = Path(name).expanduser()
+    here = name == "demo" or name.startswith(("demo:", "gguf:")) or name.endswith(".gguf") or path.is_dir()
+    if here and revision:
+        what = f"{name}: a model on this machine, which has no revision {revision}"
+        raise ModelError(what, fix="leave --model.revision out, or start where there is no such folder")
     if name == "demo" or name.startswith("demo:"):
         return _demo()
     if name.startswith("gguf:"):
@@ -61,9 +65,6 @@ def locate(name: str, revision: str | None = None) -> Source:
     if name.endswith(".gguf"):
         return _gguf(path, "")
     if path.is_dir():
-        if revision:
-            what = f"{name}: a folder here, which has no revision {revision}"
-            raise ModelError(what, fix="leave --model.revision out, or start where there is no such folder")
         return _folder(path)
     if os.sep in name and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ModelError(

@@ -209,16 +209,13 @@ def _faster(setup: Setup) -> str | None:
 def _idle(setup: Setup) -> list[str]:
     """Options that were asked for, and for which nothing is done here."""
     recipe = setup.resolved.recipe
-    revision, train = recipe.model.revision, recipe.train
+    train = recipe.train
     found = {
         "train.deterministic: a CPU computes the same bits each time without it": (
             train.deterministic and recipe.model.device == "cpu"
         ),
         f"train.eval_steps {train.eval_steps}: nothing is evaluated without data.eval": (
             train.eval_steps is not None and recipe.data.eval is None
-        ),
-        f"model.revision {revision}: not looked at, {recipe.model.name} is no Hub id without one": (
-            revision is not None and not setup.source.name.endswith(f"@{revision}")
         ),
     }
     return [text for text, holds in found.items() if holds]
