@@ -208,6 +208,32 @@ def test_a_function_of_the_users_own_that_is_broken_is_told_before_a_model_loads
     assert "strp" in str(raised.value.where[0].what) and raised.value.where[0].line == 7
 
 
+@pytest.mark.parametrize(
+    "how",
+    ["ast.literal_eval(answer)", "ElementTree.fromstring(answer)", "yaml.safe_load(answer)", "exec('exit()')", "1 / 0"],
+)
+def test_what_an_answer_makes_of_a_function_is_a_miss(how: str, tmp_path: Path) -> None:
+    """The errors of parsers are no ValueErrors, and answers that are code may end the process."""
+    file = tmp_path / "own.py"
+    file.write_text("import ast, yaml\nfrom xml.etree import ElementTree\n"
+                    f"def own(gold, answer):\n    return gold == answer or bool({how})\n"
+                    f"def bad(gold, answer):\n    answer = '[<: *'\n    return bool({how})\n")  # fmt: skip
+    check_golds(f"{file}:own", ["x"], [("rows.jsonl", 7)])
+    assert score(f"{file}:own", ["x", "x"], ["[<: *", "x"]).hits == (False, True)
+    with pytest.raises(DataError, match="1 rows cannot be scored"):
+        check_golds(f"{file}:bad", ["x"], [("rows.jsonl", 7)])
+
+
+@pytest.mark.parametrize(
+    "line", ["import os; os.environ['NOT_SET_HERE']", "open('none.txt')", "assert False", "exit()"]
+)
+def test_a_file_that_does_not_run_is_named(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(f"{line}\ndef own(gold, answer):\n    return True\n")
+    with pytest.raises(RecipeError, match=r"own\.py:own: [A-Z]\w+: "):
+        metric(f"{file}:own")
+
+
 @pytest.mark.parametrize("said", ["0.5", "1.0", "'yes'", "None", "2", "[]"])
 def test_a_function_that_says_neither_hit_nor_miss_is_refused(said: str, tmp_path: Path) -> None:
     file = tmp_path / "own.py"

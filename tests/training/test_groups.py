@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -237,6 +238,8 @@ def test_a_reward_that_fails_names_row_and_function(tmp_path: Path) -> None:
     for function, said in (
         (lambda gold, answer: answer[10**6], "IndexError"),
         (lambda gold, answer: math.nan, "gives nan"),
+        (lambda gold, answer: eval("["), "SyntaxError"),
+        (lambda gold, answer: sys.exit(0), "SystemExit"),  # as code that the model wrote may say
     ):
         made = job(tmp_path / said[:4], prompts(2), function, **{"train.max_steps": 1})
         with pytest.raises(RunError, match=rf"reward own.py:own: row random:\d: {said}"):

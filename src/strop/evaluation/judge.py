@@ -19,8 +19,7 @@ from typing import Any, cast
 
 from strop.errors import RecipeError, RunError
 from strop.evaluation.compare import Advance, Question
-from strop.evaluation.metrics import metric, paired_difference
-from strop.evaluation.rewards import FAULTS
+from strop.evaluation.metrics import FAULTS, metric, paired_difference
 
 ASK = """Two assistants have answered the same conversation. Which answer is better?
 

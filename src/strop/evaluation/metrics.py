@@ -15,7 +15,7 @@ import numpy as np
 
 from strop.errors import DataError, RecipeError, RunError, Where, nearest
 
-_OF_A_FUNCTION = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, NameError)
+FAULTS = (Exception, SystemExit)  # of a function of the user's: a parser's own errors, or an answer that says exit()
 _SAY = "let it return True or False, for example `return ... >= 0.8`"
 MOST_OPTIONS = 50  # of choice: each is computed for each row
 Z_95 = 1.959963984540054  # 97.5 % point of the standard normal
@@ -125,7 +125,7 @@ def _own_metric(file: str, function: str) -> Metric:
         raise RecipeError(f"metric {file}:{function}: no such file", fix="write it as file.py:function")
     try:
         found = runpy.run_path(file).get(function)
-    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
+    except FAULTS as error:
         raise RecipeError(f"metric {file}:{function}: {type(error).__name__}: {error}", fix="mend the file") from None
     if not callable(found):
         raise RecipeError(f"metric {file}:{function}: no such function in it", fix="write it as file.py:function")
@@ -133,7 +133,7 @@ def _own_metric(file: str, function: str) -> Metric:
     def judge(gold: str, answer: str) -> Judgement:
         try:
             said = found(gold, answer)
-        except _OF_A_FUNCTION:  # it could read the gold itself (check_golds): an answer that it cannot read is a miss
+        except FAULTS:  # it could read the gold itself (check_golds): an answer that it cannot read is a miss
             return {function: False}
         if not _is_verdict(said):
             raise RunError(f"{function} returns {said!r:.80} (for the answer {answer[:80]!r})", fix=_SAY)
@@ -157,6 +157,7 @@ def check_golds(
         what = f"choice: {len(options(golds))} different right answers to choose among, not 2 to {MOST_OPTIONS}"
         raise DataError(what, fix="use another metric, such as exact")
     for gold, (file, line) in zip(golds, places, strict=True):
+        said: Any = True
         try:
             if known.own is None:
                 if name in ("contains", "regex") and not _blanks(gold):
@@ -164,14 +165,14 @@ def check_golds(
                 known.judge(gold, "")
             else:
                 said = known.own(gold, gold)
-                if not (any_number or _is_verdict(said)):
-                    what = f"metric {name}: {known.name} returns {said!r:.80} for the right answer of {file}:{line}"
-                    raise RecipeError(what, fix=_SAY)
-        except _OF_A_FUNCTION as error:
+        except FAULTS as error:
             if known.own is None and not isinstance(error, ValueError):
                 raise
             what = str(error) if known.own is None else f"{known.name} fails on the right answer itself: {error!r}"
             wrong.append(Where(file, line, what))
+        if not (any_number or _is_verdict(said)):
+            what = f"metric {name}: {known.name} returns {said!r:.80} for the right answer of {file}:{line}"
+            raise RecipeError(what, fix=_SAY)
     if wrong:
         raise DataError(
             f"{len(wrong)} rows cannot be scored with {name}",

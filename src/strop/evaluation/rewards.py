@@ -8,13 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from strop.errors import DataError, RecipeError, RunError, Where
-from strop.evaluation.metrics import Metric, check_golds, metric
+from strop.evaluation.metrics import FAULTS, Metric, check_golds, metric
 from strop.runs.lock import sha256_file, sha256_text
-
-FAULTS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError,
-    ValueError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
