@@ -73,15 +73,22 @@ def _regex(gold: str, answer: str) -> Judgement:
         raise ValueError(f"not a regular expression ({error})") from error
 
 
-def _object(text: str) -> dict[str, str] | None:
-    """The JSON object that `text` is, keys and values as text without case and extra blanks; None if it is not one."""
+def _object(text: str) -> dict[str, Any] | None:
+    """The JSON object that `text` is, keys and values as text without case and extra blanks, in whatever lies in it
+    too; None if it is not one."""
     try:
         found = json.loads(text)
-        if not isinstance(found, dict):
-            return None
-        return {_blanks(key).casefold(): _blanks(str(value)).casefold() for key, value in found.items()}
+        return _as_text(found) if isinstance(found, dict) else None
     except (ValueError, RecursionError):  # RecursionError: a model may answer with thousands of brackets
         return None
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_blanks(key).casefold(): _as_text(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_as_text(one) for one in value]
+    return _blanks(str(value)).casefold()
 
 
 def _exact_json(gold: str, answer: str) -> Judgement:
