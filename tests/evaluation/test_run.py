@@ -159,6 +159,40 @@ def test_a_tie_is_no_difference(runs: list[Path], tmp_path: Path) -> None:
     assert [line["verdict"] for line in leaderboard(results)] == ["unclear", "unclear"]
 
 
+def test_an_interrupted_run_is_not_on_the_leaderboard(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has answered fewer rows than the others."""
+    step, compare, taken = Batch.step, evaluation.compare, iter(range(99))
+
+    def interrupted(self: Batch) -> Any:
+        if next(taken) == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    def comparing(*args: Any, **options: Any) -> Any:
+        if options["base"] is not None:  # the second run
+            monkeypatch.setattr(Batch, "step", interrupted)
+        return compare(*args, **options)
+
+    monkeypatch.setattr(evaluation, "compare", comparing)
+    monkeypatch.setattr("strop.engine.answers.held.ROWS", 4)
+    words = ["--data", tmp_path / "colours.jsonl", "--max-new-tokens", "2", "--json"]
+    code, out, err = run("eval", *runs, *words, capsys=capsys)
+    assert code == 130, err
+    found = json.loads(out)
+    assert found["runs"][0]["rows"] == 12 > found["runs"][1]["rows"] > 0
+    assert [line["run"] for line in found["leaderboard"]] == [str(runs[0])]
+
+
+@pytest.mark.parametrize("name", ["loss", "stop_rate"])
+def test_a_function_with_the_name_of_another_figure_is_refused(name: str, tiny_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(f"def {name}(gold, answer):\n    return True\n")
+    with pytest.raises(RecipeError, match="another figure"):
+        strop.evaluate(tiny_folder, str(rows(tmp_path / "rows.jsonl", COLOURS)), metric=f"{file}:{name}")
+
+
 def test_rows_that_should_not_get_worse_and_the_card(
     runs: list[Path], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

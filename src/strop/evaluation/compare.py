@@ -31,6 +31,7 @@ from strop.model.generate import Answer
 
 LOG = logging.getLogger(__name__)
 
+FIGURES = ("loss", "perplexity", "stop_rate", "tokens_per_answer", "tokens_per_s")  # besides a metric's own
 Advance = Callable[[str, int, int], None]
 """Called as (what, done, total) while rows are answered."""
 

@@ -16,7 +16,7 @@ from strop.data.reading.sources import RowFault, read_rows
 from strop.devices.group import ALONE, Devices
 from strop.errors import DataError, RecipeError, Where, nearest
 from strop.evaluation.card import write_card
-from strop.evaluation.compare import Advance, Side, calling, compare, left_out, questions, side_of
+from strop.evaluation.compare import FIGURES, Advance, Side, calling, compare, left_out, questions, side_of
 from strop.evaluation.general import compare_general
 from strop.evaluation.harness import check_tasks, run_tasks
 from strop.evaluation.held_out import count_train_rows, recipe_of, trained_on
@@ -213,12 +213,13 @@ def _judging(judge: str | None, model: str | None, metric: str) -> Judge | None:
 
 
 def leaderboard(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The models by their score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}.
+    """The models by their score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}; one
+    that was interrupted has not answered the same rows, and is left out. loss: None of a reward model.
 
     behind: the score less the best one's, on the same rows, with its interval; the verdict is on that difference.
     """
-    sides = [(result, "tuned" if "tuned" in result else "base") for result in results]
-    ordered = sorted(sides, key=lambda pair: (-pair[0][pair[1]][pair[0]["metric"]], pair[0][pair[1]]["loss"]))
+    sides = [(result, "tuned" if "tuned" in result else "base") for result in results if "interrupted" not in result]
+    ordered = sorted(sides, key=lambda pair: (-pair[0][pair[1]][pair[0]["metric"]], pair[0][pair[1]].get("loss", 0.0)))
     best = side_of(*ordered[0])
     board = []
     for result, side in ordered:
@@ -227,7 +228,7 @@ def leaderboard(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         low, high = result["intervals"][side]
         board.append({
             "run": result["run"], "score": own.scores[result["metric"]], "low": low, "high": high,
-            "loss": own.scores["loss"], "behind": asdict(behind), "verdict": verdict(behind)[0],
+            "loss": own.scores.get("loss"), "behind": asdict(behind), "verdict": verdict(behind)[0],
         })  # fmt: skip
     return board
 
@@ -241,8 +242,9 @@ def _scorable(
 ) -> list[Conversation]:
     """The rows of the data, read as `how` and `notes` say, to be scored for these models. Raises DataError where they
     cannot be."""
-    if metric != METRIC:
-        known_metric(metric)
+    if metric != METRIC and (own := known_metric(metric).name) in FIGURES:
+        what = f"metric {metric}: {own} is what another figure of an evaluation is called"
+        raise RecipeError(what, fix="give the function another name")
     try:
         rows = read_conversations(data, **how)
     except DataError as fault:
