@@ -14,7 +14,7 @@ from strop.data.conversation import Conversation
 from strop.data.formats import DOCUMENT, PAIRED, conversations
 from strop.data.reading.sources import RowFault, read_rows
 from strop.devices.group import ALONE, Devices
-from strop.errors import DataError, RecipeError, Where, nearest
+from strop.errors import DataError, RecipeError, RunError, Where, nearest
 from strop.evaluation.card import write_card
 from strop.evaluation.compare import FIGURES, Advance, Side, calling, compare, left_out, questions, side_of
 from strop.evaluation.general import compare_general
@@ -125,7 +125,8 @@ def evaluate_models(
     options: how rows are read (see reading).
 
     Raises RecipeError for a metric that does not exist, DataError for rows that are wrong or cannot be scored,
-    ModelError for the model; all but the last before the model loads.
+    ModelError for the model; all but the last before the model loads. RunError where the judge fails: what was
+    answered is in the report, and in its so_far.
     """
     if regression_metric and not regression_data:
         raise RecipeError("--regression-metric: there are no rows for it", fix="give --regression-data")
@@ -193,7 +194,13 @@ def evaluate_models(
         if judging is not None:
             texts = [side_of(found, side).texts for side in ("base", "tuned")]
             ask = partial(compare_by_judge, judging, str(judge), asked, texts[0], texts[1], advance)
-            result["judge"] = devices.once(ask)
+            try:
+                result["judge"] = devices.once(ask)
+            except RunError as fault:  # what has been answered is kept
+                fault.so_far = result
+                if devices.main and is_run(Path(name)):
+                    add_to_report(RunFolder(Path(name)), result)
+                raise
         if devices.main and is_run(Path(name)):
             add_to_report(RunFolder(Path(name)), result)
         results.append(result)
