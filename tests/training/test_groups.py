@@ -265,6 +265,18 @@ def test_rewards_add_up_by_weight(tmp_path: Path) -> None:
     assert group.rewards == (4.25,) * 4  # type: ignore[union-attr]
 
 
+def test_an_answer_is_rewarded_from_the_end_of_its_reasoning_on(tmp_path: Path) -> None:
+    """Where its right answer has some, as `strop eval` judges it."""
+    seen: list[str] = []
+    made = job(tmp_path, prompts(2), lambda gold, answer: seen.append(answer) or 1.0)
+    assert isinstance(made.criterion, OfGroups)
+    plain = made.train[0]
+    thinks = replace(plain, closes=("</think>",))
+    for prompt, text in ((plain, "so</think>\n\nyo"), (thinks, "so</think>\n\nyo"), (thinks, "so")):
+        made.criterion._worth(prompt, text)  # type: ignore[arg-type]
+    assert seen == ["so</think>\n\nyo", "yo", "so"]
+
+
 # --- whole runs --------------------------------------------------------------------------------------------------
 
 

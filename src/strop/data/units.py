@@ -80,7 +80,10 @@ class Prompts(Lazy[Prompt]):
         return len(self._examples)
 
     def one(self, i: int) -> Prompt:
-        return Prompt((self._examples[i],), gold=self._renderer.answer(self._conversations[i]), row=i)
+        said, renderer = self._conversations[i], self._renderer
+        reasons = said.answer is not None and renderer.reasons(said.messages[-1])
+        closes = tuple(renderer.closes) if reasons else ()
+        return Prompt((self._examples[i],), gold=renderer.answer(said), row=i, closes=closes)
 
 
 def units_of(
