@@ -247,6 +247,9 @@ def test_a_pair_is_cut_in_its_prompt_alike_or_dropped_never_in_an_answer(tmp_pat
         "a b c d e f g h" in text and "end" in text and (better.ids[: better.prompt] == worse.ids[: worse.prompt]).all()
     )
     assert len(run(path, max_length=40, overlong="drop").train_units or ()) == 300
+    with pytest.raises(DataError) as raised:
+        run(path, max_length=40)
+    assert raised.value.fix.endswith("--data.overlong drop or truncate-start")
 
 
 def test_contradictions_are_refused(tmp_path: Path) -> None:

@@ -18,6 +18,14 @@ Learning = Literal["turns", "pairs", "labels", "prompts"]
 which the model answers itself."""
 JUDGED: tuple[Learning, ...] = ("pairs", "labels")  # answers that are there, and were compared or judged
 
+
+def shorter(learning: Learning) -> str:
+    """What data.overlong may make of rows that are too long."""
+    if learning == "prompts":
+        return "drop"
+    return "drop or truncate-start" if learning in JUDGED else "drop, truncate-start or split"
+
+
 U = TypeVar("U", bound=Unit, covariant=True)
 
 MOST_TRIED = 1000  # rows that are looked at for an answer to another prompt
