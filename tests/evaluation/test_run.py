@@ -154,6 +154,16 @@ def test_several_models_make_a_leaderboard(
     assert found["runs"][0]["base"] == single["base"] and found["runs"][0]["tuned"] == single["tuned"]
 
 
+@pytest.mark.parametrize("metric", ["exact", "choice"])
+def test_a_base_behind_its_own_runs_is_not_asked_again(
+    runs: list[Path], tiny_folder: Path, tmp_path: Path, metric: str
+) -> None:
+    names, data = [str(runs[0]), str(tiny_folder)], str(tmp_path / "colours.jsonl")
+    first, last = evaluate_models(names, data, metric=metric, max_new_tokens=4)
+    assert last["base"] == first["base"] and "tuned" not in last
+    assert {line["run"] for line in leaderboard([first, last])} == set(names)
+
+
 def test_a_tie_is_no_difference(runs: list[Path], tmp_path: Path) -> None:
     results = evaluate_models([str(runs[1]), str(runs[1])], str(tmp_path / "colours.jsonl"), metric="choice")
     assert [line["verdict"] for line in leaderboard(results)] == ["unclear", "unclear"]

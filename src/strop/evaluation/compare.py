@@ -108,7 +108,8 @@ def compare(
     asked = questions(conversations, model.renderer)
     rows = len(asked)
     names = [name for name in ("base", "tuned") if (model.adapter or name == "base") and not (name == "base" and base)]
-    written = {} if metric == "choice" else _write_all(model, asked, names, max_new_tokens, advance, devices)
+    writes = names and metric != "choice"
+    written = _write_all(model, asked, names, max_new_tokens, advance, devices) if writes else {}
     if written and len(written[names[0]][0]) < rows:  # Ctrl-C: what is there is told
         asked = asked[: len(written[names[0]][0])]
         base = base and Side(base.scores, base.hits[: len(asked)], base.texts[: len(asked)])
