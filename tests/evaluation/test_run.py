@@ -154,6 +154,24 @@ def test_several_models_make_a_leaderboard(
     assert found["runs"][0]["base"] == single["base"] and found["runs"][0]["tuned"] == single["tuned"]
 
 
+@pytest.mark.parametrize("flag", ["--general", "--judge"])
+def test_what_is_answered_is_kept_when_what_is_asked_besides_is_stopped(
+    runs: list[Path], tmp_path: Path, flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "compare_general", stopped)
+    monkeypatch.setattr(evaluation, "compare_by_judge", stopped)
+    file = tmp_path / "own.py"
+    file.write_text("def own(asked, gold, first, second):\n    return 0\n")
+    options: dict[str, Any] = {"general": True} if flag == "--general" else {"judge": f"{file}:own"}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_models([str(runs[0])], str(tmp_path / "colours.jsonl"), max_new_tokens=2, **options)
+    report = json.loads((runs[0] / "report.json").read_text())
+    assert report["evaluation"]["rows"] == 12 and "judge" not in report["evaluation"]
+
+
 @pytest.mark.parametrize("metric", ["exact", "choice"])
 def test_a_base_behind_its_own_runs_is_not_asked_again(
     runs: list[Path], tiny_folder: Path, tmp_path: Path, metric: str

@@ -181,6 +181,9 @@ def evaluate_models(
         count_train_rows(result, known)
         if "interrupted" in found:
             general, kept, tasks, judging = False, [], (), None
+        in_report = devices.main and is_run(Path(name))
+        if in_report and (general or kept or tasks or judging is not None):  # which may fail, or be stopped
+            add_to_report(RunFolder(Path(name)), result)
         if general:
             result["general"] = compare_general(model, advance, devices)
         if kept:
@@ -196,12 +199,10 @@ def evaluate_models(
             ask = partial(compare_by_judge, judging, str(judge), asked, texts[0], texts[1], advance)
             try:
                 result["judge"] = devices.once(ask)
-            except RunError as fault:  # what has been answered is kept
+            except RunError as fault:
                 fault.so_far = result
-                if devices.main and is_run(Path(name)):
-                    add_to_report(RunFolder(Path(name)), result)
                 raise
-        if devices.main and is_run(Path(name)):
+        if in_report:
             add_to_report(RunFolder(Path(name)), result)
         results.append(result)
         if "interrupted" in found:
