@@ -354,6 +354,21 @@ def test_calls_and_reasoning_are_judged_as_the_model_writes_them(
         assert scored(thinker, [row], [written(thinker, other)], "contains", monkeypatch) == 0
 
 
+def test_a_judge_sees_what_a_metric_sees(thinker: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"role": "assistant", "content": "3", "reasoning_content": "one more"}
+    data, file = tmp_path / "rows.jsonl", tmp_path / "own.py"
+    data.write_text(json.dumps({"messages": [{"role": "user", "content": "three?"}, row]}), encoding="utf-8")
+    file.write_text("def own(asked, gold, first, second):\n    return (first == gold) - (second == gold)\n")
+    said = {"prompt": "three?", "gold": "3", "base": "<think>\nso\n</think>\n\n4", "tuned": "<think>\n1\n</think>\n\n3"}
+    found = {"rows": 1, "base": {}, "tuned": {}, "samples": [said | {"base_hit": False, "tuned_hit": True}]}
+    for name, value in (
+        ("compare", found), ("load", thinker), ("adapter_folder", tmp_path), ("is_reward", False), ("trained_on", None)
+    ):  # fmt: skip
+        monkeypatch.setattr(evaluation, name, lambda *_, value=value, **__: value)
+    (result,) = evaluate_models(["demo"], str(data), judge=f"{file}:own")
+    assert (result["judge"]["wins"], result["judge"]["ties"]) == (1, 0)
+
+
 def test_ordinary_rows_are_judged_by_their_text(thinker: Model) -> None:
     row = ending(" <think>as a text</think> three  ")
     assert [one.gold for one in comparing.questions([row], thinker.renderer)] == [row.answer]

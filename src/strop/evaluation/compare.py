@@ -126,11 +126,7 @@ def compare(
                 "tokens_per_answer": sum(answer.tokens for answer in answers) / len(asked),
                 "tokens_per_s": rate,
             }  # fmt: skip
-        judged = [
-            model.renderer.without_reasoning(text, question.conversation.messages[-1])
-            for question, text in zip(asked, texts, strict=True)
-        ]
-        found = score(metric, [question.gold for question in asked], judged)
+        found = score(metric, [question.gold for question in asked], as_judged(model.renderer, asked, texts))
         return Side(
             {**found.rates, "loss": loss, "perplexity": math.exp(min(loss, 700.0)), **more}, [*found.hits], texts
         )
@@ -165,6 +161,12 @@ def compare(
         for row, question in enumerate(asked)
     ]
     return result
+
+
+def as_judged(renderer: Renderer, asked: Sequence[Question], texts: Sequence[str]) -> list[str]:
+    """What of each answer is compared with the right one: it begins behind its reasoning where that has some."""
+    rights = [question.conversation.messages[-1] for question in asked]
+    return [renderer.without_reasoning(text, right) for right, text in zip(rights, texts, strict=True)]
 
 
 def side_of(result: dict[str, Any], name: str) -> Side:

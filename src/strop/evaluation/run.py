@@ -16,7 +16,7 @@ from strop.data.reading.sources import RowFault, read_rows
 from strop.devices.group import ALONE, Devices
 from strop.errors import DataError, RecipeError, RunError, Where, nearest
 from strop.evaluation.card import write_card
-from strop.evaluation.compare import FIGURES, Advance, Side, calling, compare, left_out, questions, side_of
+from strop.evaluation.compare import FIGURES, Advance, Side, as_judged, calling, compare, left_out, questions, side_of
 from strop.evaluation.general import compare_general
 from strop.evaluation.harness import check_tasks, run_tasks
 from strop.evaluation.held_out import count_train_rows, recipe_of, trained_on
@@ -191,11 +191,12 @@ def evaluate_models(
         if tasks:
             result["tasks"] = run_tasks(model, names_of_tasks, manager, task_limit)
         asked = questions(rows, model.renderer) if judging is not None else []
+        told = partial(as_judged, model.renderer, asked)
         if not model.renderer.closes and any(model.renderer.reasons(row.messages[-1]) for row in rows if row.messages):
             result["notes"] += ["where reasoning ends is not to be seen in an answer's text: all of it is judged"]
         del model, asking
         if judging is not None:
-            texts = [side_of(found, side).texts for side in ("base", "tuned")]
+            texts = [told(side_of(found, side).texts) for side in ("base", "tuned")]
             ask = partial(compare_by_judge, judging, str(judge), asked, texts[0], texts[1], advance)
             try:
                 result["judge"] = devices.once(ask)
