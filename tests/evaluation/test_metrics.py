@@ -201,6 +201,18 @@ def test_a_metric_of_the_users_own(tmp_path: Path) -> None:
         metric(f"{file}:near")
 
 
+def test_a_file_is_run_once_until_it_changes(tmp_path: Path) -> None:
+    """It may load a model that judges."""
+    file, log = tmp_path / "own.py", tmp_path / "log"
+    text = f"with open({str(log)!r}, 'a') as f:\n    f.write('x')\ndef own(gold, answer):\n    return gold == answer\n"
+    file.write_text(text)
+    name = f"{file}:own"
+    check_golds(name, ["x"], [("rows.jsonl", 1)])
+    assert score(name, ["x"], ["x"]).hits == (True,) and log.read_text() == "x"
+    file.write_text(text.replace("==", "!="))
+    assert score(name, ["x"], ["x"]).hits == (False,) and log.read_text() == "xx"
+
+
 def test_a_function_of_the_users_own_that_is_broken_is_told_before_a_model_loads(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text("import json\ndef same(gold, answer):\n    return json.loads(gold) == json.loads(answer)\n"

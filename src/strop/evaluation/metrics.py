@@ -8,12 +8,14 @@ import re
 import runpy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from strop.errors import DataError, RecipeError, RunError, Where, nearest
+from strop.runs.lock import sha256_file
 
 FAULTS = (Exception, SystemExit)  # of a function of the user's: a parser's own errors, or an answer that says exit()
 _SAY = "let it return True or False, for example `return ... >= 0.8`"
@@ -126,12 +128,19 @@ def metric(name: str) -> Metric:
     return METRICS[name]
 
 
+@lru_cache(maxsize=8)
+def _names_in(file: str, content: str) -> Mapping[str, Any]:
+    """What a file of the user's defines. It is run once, as long as its content (by hash) is the same: it may load a
+    model that judges."""
+    return runpy.run_path(file)
+
+
 def _own_metric(file: str, function: str) -> Metric:
     """A function of the user's own file, which is run: it is theirs, named on their command line."""
     if not Path(file).is_file():
         raise RecipeError(f"metric {file}:{function}: no such file", fix="write it as file.py:function")
     try:
-        found = runpy.run_path(file).get(function)
+        found = _names_in(str(Path(file).resolve()), sha256_file(Path(file))).get(function)
     except FAULTS as error:
         raise RecipeError(f"metric {file}:{function}: {type(error).__name__}: {error}", fix="mend the file") from None
     if not callable(found):
