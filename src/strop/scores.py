@@ -106,7 +106,7 @@ def print_leaderboard(board: Sequence[dict[str, Any]], metric: str, out: Console
             escape(line["run"]),
             f"{line['score']:.1%}",
             f"{line['low']:.1%} to {line['high']:.1%}",
-            f"{line['loss']:.3f}",
+            "" if line["loss"] is None else f"{line['loss']:.3f}",
             "" if line is board[0] else said if clear else f"{said}: no clear difference",
         )
     out.print(table)

@@ -18,6 +18,7 @@ from strop.data.reading.sources import RowFault
 from strop.data.units import Learning
 from strop.errors import DataError
 from tests.support.families import tokenizer
+from tests.support.templates import tokenizer as of_trait
 
 U, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
 NO, MORE = {"role": "assistant", "content": "no"}, {"role": "user", "content": "more"}
@@ -246,6 +247,9 @@ def test_a_pair_is_cut_in_its_prompt_alike_or_dropped_never_in_an_answer(tmp_pat
         "a b c d e f g h" in text and "end" in text and (better.ids[: better.prompt] == worse.ids[: worse.prompt]).all()
     )
     assert len(run(path, max_length=40, overlong="drop").train_units or ()) == 300
+    with pytest.raises(DataError) as raised:
+        run(path, max_length=40)
+    assert raised.value.fix.endswith("--data.overlong drop or truncate-start")
 
 
 def test_contradictions_are_refused(tmp_path: Path) -> None:
@@ -413,6 +417,25 @@ def test_the_prompt_is_what_fine_tuning_has_in_front_of_the_answer(tmp_path: Pat
     assert units is not None
     ids = units[0].examples[0].ids
     assert turns.ids[: len(ids)].tolist() == ids.tolist() and turns.weights[len(ids) :].all()
+
+
+@pytest.mark.parametrize(("its", "closes"), [(of_trait("opens-with-switch"), ()), (tokenizer("qwen3"), ("</think>",))])
+def test_a_prompt_is_asked_with_reasoning_where_its_right_answer_has_some(
+    its: Any, closes: tuple[str, ...], tmp_path: Path
+) -> None:
+    """closes: as texts of answers have it; not where it is a special token."""
+    thinks, asks = [U, {**A, "reasoning": "so"}], [[U, A], [U]]
+    path = write(tmp_path / "a.jsonl", [{"messages": turns} for turns in (thinks, *asks)])
+    data = DataSection(train=str(path))
+    units = prepare(data, its, cache=None, learning="prompts").train_units
+    path.write_text(json.dumps({"messages": thinks}) + "\n" + json.dumps({"messages": asks[0]}) + "\n")
+    turns = prepare(data, its, cache=None, learning="turns").train
+    assert units is not None
+    for unit, example in zip(units, turns, strict=False):
+        ids = unit.examples[0].ids
+        assert example.ids[: len(ids)].tolist() == ids.tolist() and example.weights[len(ids) :].all()
+    assert [unit.closes for unit in units] == [closes, (), ()]  # type: ignore[attr-defined]
+    assert [unit.gold for unit in units] == [A["content"], A["content"], None]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

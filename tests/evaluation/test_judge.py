@@ -73,11 +73,14 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
     file.write_text(
         "def best(asked, gold, first, second):\n    return (first == gold) - (second == gold)\n"
         "def bad(asked, gold, first, second):\n    return {}[asked]\n"
+        "def nan(asked, gold, first, second):\n    return float('nan')\n"
     )
     own = judge_for(f"{file}:best")
     assert own("user: hi", "yo", "yo", "no") == 1 and own("", "yo", "no", "yo") == -1 and own("", "yo", "a", "b") == 0
     with pytest.raises(RunError, match="KeyError"):
         judge_for(f"{file}:bad")("user: hi", "yo", "a", "b")
+    with pytest.raises(RunError, match="gives nan"):
+        judge_for(f"{file}:nan")("user: hi", "yo", "a", "b")
     for name, model, said in (
         ("nobody", None, "neither"),
         (f"{file}:best", "m", "--judge-model"),
@@ -89,7 +92,7 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
 
 @contextmanager
 def standing_in(*replies: Any) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A server that gives these replies in turn, and keeps what it was asked: a text, or a status."""
+    """A server that gives these replies in turn (a text, a status, or a whole answer), and keeps what it was asked."""
     seen: list[dict[str, Any]] = []
     left = iter(replies)
 
@@ -102,6 +105,8 @@ def standing_in(*replies: Any) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             reply = next(left)
             if isinstance(reply, int):
                 return self._send(reply, {"error": "no"})
+            if isinstance(reply, dict):
+                return self._send(200, reply)
             return self._send(200, {"choices": [{"message": {"content": reply}}]})
 
         do_GET = do_POST = _answer
@@ -142,6 +147,20 @@ def test_a_server_that_refuses_or_is_not_there(monkeypatch: pytest.MonkeyPatch) 
         judge_for(url, "m")("a", "b", "c", "d")
     with pytest.raises(RunError, match="does not answer"):
         judge_for("http://127.0.0.1:9/v1", "m")("a", "b", "c", "d")
+    with pytest.raises(RunError, match="does not answer"):
+        judge_for("http://127.0.0.1:9/v1")  # before anything is answered
+
+
+@pytest.mark.parametrize("reply", [{"error": {"message": "no such model"}}, {"choices": []}, {"choices": "first"}])
+def test_a_server_that_answers_something_else(reply: dict[str, Any]) -> None:
+    with standing_in(reply) as (url, _), pytest.raises(RunError, match="not what OpenAI's servers answer"):
+        judge_for(url)("a", "b", "c", "d")
+
+
+@pytest.mark.parametrize("message", [{}, {"content": None}, {"content": [{"type": "text", "text": "first"}]}])
+def test_an_answer_without_a_text_names_no_winner(message: dict[str, Any]) -> None:
+    with standing_in({"choices": [{"message": message}]}) as (url, _):
+        assert judge_for(url)("a", "b", "c", "d") is None
 
 
 def test_eval_with_a_judge_from_the_command_line(
@@ -156,5 +175,10 @@ def test_eval_with_a_judge_from_the_command_line(
         assert code == 0, err
         found = json.loads(said)["judge"]
         assert found["rows"] == 3 == found["wins"] + found["ties"] + found["losses"] and "tuned wins" in err
+    with standing_in(401) as (url, _):  # what was answered is kept
+        code, said, err = run(*words, "--judge", url, capsys=capsys)
+    assert code == 1 and "401" in err
+    kept = json.loads(said)
+    assert kept["error"]["kind"] == "RunError" and len(kept["samples"]) == kept["rows"] == 3 and "judge" not in kept
     code, _, err = run("eval", adapter_folders[0], "--data", rows, "--judge-model", "m", capsys=capsys)
     assert code == 2 and "--judge" in err

@@ -39,6 +39,10 @@ GOLD = '{"intent": "Play", "artist": "Nina Simone"}'
         ("exact_json", GOLD, '{"intent": "Play"}', False),
         ("exact_json", GOLD, '{"intent": "Play", "artist": "Nina Simone", "year": 1965}', False),
         ("exact_json", '{"n": 3, "on": true}', '{"on": "True", "n": "3"}', True),
+        ("exact_json", '{"f": {"x": 1, "y": [{"a": 1, "b": 2}]}}', '{"f": {"Y": [{"b": "2", "a": 1}], "x": 1}}', True),
+        ("exact_json", '{"f": {"x": 1, "y": 2}}', '{"f": {"x": 2, "y": 1}}', False),
+        ("exact_json", '{"f": [1, 2]}', '{"f": [2, 1]}', False),
+        ("exact_json", '{"f": ["x"]}', '{"f": "[\'x\']"}', False),
         ("exact_json", "{}", "not JSON", False),
         ("exact_json", GOLD, f"[{GOLD}]", False),
         ("exact_json", GOLD, "[" * 100_000, False),
@@ -197,6 +201,18 @@ def test_a_metric_of_the_users_own(tmp_path: Path) -> None:
         metric(f"{file}:near")
 
 
+def test_a_file_is_run_once_until_it_changes(tmp_path: Path) -> None:
+    """It may load a model that judges."""
+    file, log = tmp_path / "own.py", tmp_path / "log"
+    text = f"with open({str(log)!r}, 'a') as f:\n    f.write('x')\ndef own(gold, answer):\n    return gold == answer\n"
+    file.write_text(text)
+    name = f"{file}:own"
+    check_golds(name, ["x"], [("rows.jsonl", 1)])
+    assert score(name, ["x"], ["x"]).hits == (True,) and log.read_text() == "x"
+    file.write_text(text.replace("==", "!="))
+    assert score(name, ["x"], ["x"]).hits == (False,) and log.read_text() == "xx"
+
+
 def test_a_function_of_the_users_own_that_is_broken_is_told_before_a_model_loads(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text("import json\ndef same(gold, answer):\n    return json.loads(gold) == json.loads(answer)\n"
@@ -206,6 +222,32 @@ def test_a_function_of_the_users_own_that_is_broken_is_told_before_a_model_loads
     with pytest.raises(DataError) as raised:
         check_golds(f"{file}:broken", ["x"], [("rows.jsonl", 7)])
     assert "strp" in str(raised.value.where[0].what) and raised.value.where[0].line == 7
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["ast.literal_eval(answer)", "ElementTree.fromstring(answer)", "yaml.safe_load(answer)", "exec('exit()')", "1 / 0"],
+)
+def test_what_an_answer_makes_of_a_function_is_a_miss(how: str, tmp_path: Path) -> None:
+    """The errors of parsers are no ValueErrors, and answers that are code may end the process."""
+    file = tmp_path / "own.py"
+    file.write_text("import ast, yaml\nfrom xml.etree import ElementTree\n"
+                    f"def own(gold, answer):\n    return gold == answer or bool({how})\n"
+                    f"def bad(gold, answer):\n    answer = '[<: *'\n    return bool({how})\n")  # fmt: skip
+    check_golds(f"{file}:own", ["x"], [("rows.jsonl", 7)])
+    assert score(f"{file}:own", ["x", "x"], ["[<: *", "x"]).hits == (False, True)
+    with pytest.raises(DataError, match="1 rows cannot be scored"):
+        check_golds(f"{file}:bad", ["x"], [("rows.jsonl", 7)])
+
+
+@pytest.mark.parametrize(
+    "line", ["import os; os.environ['NOT_SET_HERE']", "open('none.txt')", "assert False", "exit()"]
+)
+def test_a_file_that_does_not_run_is_named(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(f"{line}\ndef own(gold, answer):\n    return True\n")
+    with pytest.raises(RecipeError, match=r"own\.py:own: [A-Z]\w+: "):
+        metric(f"{file}:own")
 
 
 @pytest.mark.parametrize("said", ["0.5", "1.0", "'yes'", "None", "2", "[]"])

@@ -67,6 +67,9 @@ def test_a_reward_model_is_scored(tiny_folder: Path, tmp_path: Path, capsys: pyt
     found = json.loads(said)
     assert found["tuned"]["preference"] == 1.0 and "base" not in found and found["rewards"]["margin"] > 0
     assert "AutoModelForSequenceClassification" in (out / "adapter" / "README.md").read_text()
+    code, said, err = run("eval", out, out, "--data", held, "--json", capsys=capsys)
+    assert code == 0, err
+    assert [(line["score"], line["loss"]) for line in json.loads(said)["leaderboard"]] == [(1.0, None)] * 2
 
 
 def test_what_pairs_cannot_answer_is_refused(

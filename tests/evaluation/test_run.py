@@ -154,9 +154,71 @@ def test_several_models_make_a_leaderboard(
     assert found["runs"][0]["base"] == single["base"] and found["runs"][0]["tuned"] == single["tuned"]
 
 
+@pytest.mark.parametrize("flag", ["--general", "--judge"])
+def test_what_is_answered_is_kept_when_what_is_asked_besides_is_stopped(
+    runs: list[Path], tmp_path: Path, flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "compare_general", stopped)
+    monkeypatch.setattr(evaluation, "compare_by_judge", stopped)
+    file = tmp_path / "own.py"
+    file.write_text("def own(asked, gold, first, second):\n    return 0\n")
+    options: dict[str, Any] = {"general": True} if flag == "--general" else {"judge": f"{file}:own"}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_models([str(runs[0])], str(tmp_path / "colours.jsonl"), max_new_tokens=2, **options)
+    report = json.loads((runs[0] / "report.json").read_text())
+    assert report["evaluation"]["rows"] == 12 and "judge" not in report["evaluation"]
+
+
+@pytest.mark.parametrize("metric", ["exact", "choice"])
+def test_a_base_behind_its_own_runs_is_not_asked_again(
+    runs: list[Path], tiny_folder: Path, tmp_path: Path, metric: str
+) -> None:
+    names, data = [str(runs[0]), str(tiny_folder)], str(tmp_path / "colours.jsonl")
+    first, last = evaluate_models(names, data, metric=metric, max_new_tokens=4)
+    assert last["base"] == first["base"] and "tuned" not in last
+    assert {line["run"] for line in leaderboard([first, last])} == set(names)
+
+
 def test_a_tie_is_no_difference(runs: list[Path], tmp_path: Path) -> None:
     results = evaluate_models([str(runs[1]), str(runs[1])], str(tmp_path / "colours.jsonl"), metric="choice")
     assert [line["verdict"] for line in leaderboard(results)] == ["unclear", "unclear"]
+
+
+def test_an_interrupted_run_is_not_on_the_leaderboard(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has answered fewer rows than the others."""
+    step, compare, taken = Batch.step, evaluation.compare, iter(range(99))
+
+    def interrupted(self: Batch) -> Any:
+        if next(taken) == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    def comparing(*args: Any, **options: Any) -> Any:
+        if options["base"] is not None:  # the second run
+            monkeypatch.setattr(Batch, "step", interrupted)
+        return compare(*args, **options)
+
+    monkeypatch.setattr(evaluation, "compare", comparing)
+    monkeypatch.setattr("strop.engine.answers.held.ROWS", 4)
+    words = ["--data", tmp_path / "colours.jsonl", "--max-new-tokens", "2", "--json"]
+    code, out, err = run("eval", *runs, *words, capsys=capsys)
+    assert code == 130, err
+    found = json.loads(out)
+    assert found["runs"][0]["rows"] == 12 > found["runs"][1]["rows"] > 0
+    assert [line["run"] for line in found["leaderboard"]] == [str(runs[0])]
+
+
+@pytest.mark.parametrize("name", ["loss", "stop_rate"])
+def test_a_function_with_the_name_of_another_figure_is_refused(name: str, tiny_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(f"def {name}(gold, answer):\n    return True\n")
+    with pytest.raises(RecipeError, match="another figure"):
+        strop.evaluate(tiny_folder, str(rows(tmp_path / "rows.jsonl", COLOURS)), metric=f"{file}:{name}")
 
 
 def test_rows_that_should_not_get_worse_and_the_card(
@@ -290,6 +352,21 @@ def test_calls_and_reasoning_are_judged_as_the_model_writes_them(
     wrong = [ending("", calls=True, number=4), ending("4", reasoning="3")]
     for row, other in zip([rows[1], rows[3]], wrong, strict=True):
         assert scored(thinker, [row], [written(thinker, other)], "contains", monkeypatch) == 0
+
+
+def test_a_judge_sees_what_a_metric_sees(thinker: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"role": "assistant", "content": "3", "reasoning_content": "one more"}
+    data, file = tmp_path / "rows.jsonl", tmp_path / "own.py"
+    data.write_text(json.dumps({"messages": [{"role": "user", "content": "three?"}, row]}), encoding="utf-8")
+    file.write_text("def own(asked, gold, first, second):\n    return (first == gold) - (second == gold)\n")
+    said = {"prompt": "three?", "gold": "3", "base": "<think>\nso\n</think>\n\n4", "tuned": "<think>\n1\n</think>\n\n3"}
+    found = {"rows": 1, "base": {}, "tuned": {}, "samples": [said | {"base_hit": False, "tuned_hit": True}]}
+    for name, value in (
+        ("compare", found), ("load", thinker), ("adapter_folder", tmp_path), ("is_reward", False), ("trained_on", None)
+    ):  # fmt: skip
+        monkeypatch.setattr(evaluation, name, lambda *_, value=value, **__: value)
+    (result,) = evaluate_models(["demo"], str(data), judge=f"{file}:own")
+    assert (result["judge"]["wins"], result["judge"]["ties"]) == (1, 0)
 
 
 def test_ordinary_rows_are_judged_by_their_text(thinker: Model) -> None:

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import strop
 from strop.errors import DataError, InputError
 from strop.model.measured import learned_positions
 from tests.support import tiny, tiny_families
+from tests.support.families import tokenizer
+from tests.support.groups import write_prompts, write_reward
 from tests.support.running import QUICK, run
 
 
@@ -73,3 +76,22 @@ def test_rows_that_are_longer_than_a_models_context_are_counted(
     assert code == 0 and said in " ".join(err.split())
     found = strop.plan(model=folder, data=rows)
     assert found.data["beyond"] == said and found.largest["max_length"] == 32
+
+
+def test_answers_that_are_drawn_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A prompt of 22 tokens has room for an answer of 42 in 64 positions: a model that has learned them has no more."""
+    learned, rotary, rows = tmp_path / "learned", tmp_path / "rotary", write_prompts(tmp_path / "rows.jsonl", 4)
+    tiny.save_tiny(rotary)
+    tiny.model(max_position_embeddings=64).save_pretrained(rotary)
+    tokenizer("chatml").save_pretrained(learned)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer("chatml")), **sizes)).save_pretrained(learned)
+    reward = ["--train.objective", "grpo", "--train.group", "2", "--train.rewards", write_reward(tmp_path / "own.py")]
+    said = "4 of 4 rows, with an answer of 43 tokens, are longer than the 64 tokens that the model was made for"
+    for folder, most, code in ((learned, "43", 2), (learned, "42", 0), (rotary, "43", 0)):
+        words = ["--model", folder, "--data", rows, *reward, "--train.answer_tokens", most]
+        out = tmp_path / f"{folder.name}-{most}"
+        found, _, err = run("train", *words, "--out", out, *QUICK, "--train.max_steps", "1", capsys=capsys)
+        assert found == code and (said in " ".join(err.split())) == (most == "43"), err
+        assert (said in " ".join(run("check", *words, capsys=capsys)[2].split())) == (most == "43")
+        assert code == 0 or "lower --train.answer_tokens" in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -237,6 +238,8 @@ def test_a_reward_that_fails_names_row_and_function(tmp_path: Path) -> None:
     for function, said in (
         (lambda gold, answer: answer[10**6], "IndexError"),
         (lambda gold, answer: math.nan, "gives nan"),
+        (lambda gold, answer: eval("["), "SyntaxError"),
+        (lambda gold, answer: sys.exit(0), "SystemExit"),  # as code that the model wrote may say
     ):
         made = job(tmp_path / said[:4], prompts(2), function, **{"train.max_steps": 1})
         with pytest.raises(RunError, match=rf"reward own.py:own: row random:\d: {said}"):
@@ -260,6 +263,18 @@ def test_rewards_add_up_by_weight(tmp_path: Path) -> None:
     criterion = replace(made.criterion, rewards=two)
     group = criterion.begin(made.step, made.train, 0, partial(micro_batches, made))[0]
     assert group.rewards == (4.25,) * 4  # type: ignore[union-attr]
+
+
+def test_an_answer_is_rewarded_from_the_end_of_its_reasoning_on(tmp_path: Path) -> None:
+    """Where its right answer has some, as `strop eval` judges it."""
+    seen: list[str] = []
+    made = job(tmp_path, prompts(2), lambda gold, answer: seen.append(answer) or 1.0)
+    assert isinstance(made.criterion, OfGroups)
+    plain = made.train[0]
+    thinks = replace(plain, closes=("</think>",))
+    for prompt, text in ((plain, "so</think>\n\nyo"), (thinks, "so</think>\n\nyo"), (thinks, "so")):
+        made.criterion._worth(prompt, text)  # type: ignore[arg-type]
+    assert seen == ["so</think>\n\nyo", "yo", "so"]
 
 
 # --- whole runs --------------------------------------------------------------------------------------------------

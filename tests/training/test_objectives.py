@@ -458,6 +458,10 @@ def test_resume_from_the_command_line(tiny_folder: Path, tmp_path: Path, capsys:
         (["--train.objective", "dpo", "--train.gamma", "1"], "--train.gamma"),
         (["--train.beta", "0.1"], "--train.beta"),
         (["--train.objective", "dpo", "--train.beta", "0"], "beta"),
+        (
+            ["--train.objective", "kto", "--train.desirable_weight", "0", "--train.undesirable_weight", "0"],
+            "nothing is left to learn from",
+        ),
         (["--train.objective", "dpo", "--train.label_smoothing", "0.5"], "label_smoothing"),
         (["--train.objective", "dpq"], "objective"),
         (["--train.objective", "dpo", "--data.overlong", "split"], "data.overlong"),

@@ -271,6 +271,8 @@ class Recipe(Section):
             raise ValueError(f"data.loss all: objective {self.train.objective} compares answers alone")
         if self.train.beta == 0 and self.train.objective not in ("sft", "grpo"):
             raise ValueError(f"train.beta 0: objective {self.train.objective} needs a number above 0")
+        if self.train.desirable_weight == 0 == self.train.undesirable_weight:
+            raise ValueError("train.undesirable_weight 0: with train.desirable_weight 0 nothing is left to learn from")
         if self.train.objective == "grpo":
             self._check_drawing()
         if self.train.early_stopping is not None and self.data.eval is None:

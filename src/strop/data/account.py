@@ -16,7 +16,7 @@ from strop.data.rendering.faults import FIXES
 from strop.data.rendering.render import Renderer
 from strop.data.report import DataReport, Tokens, padding
 from strop.data.store import Examples, Indices, Store
-from strop.data.units import Learning
+from strop.data.units import Learning, shorter
 from strop.errors import DataError, Where
 
 TOO_LONG = "too-long"
@@ -219,7 +219,7 @@ def _refusal(data: DataSection, looked: Pass, faults: list[RowFault], counts: di
     if long and data.overlong == "refuse":
         return DataError(
             f"{len(long)} of {counts['read']} {role} rows are longer than data.max_length {data.max_length}",
-            fix=f"--data.max_length {facts['longest']}, or choose --data.overlong drop, truncate-start or split",
+            fix=f"--data.max_length {facts['longest']}, or choose --data.overlong {shorter(looked.learning)}",
             where=places,
         )
     if long and data.overlong != "drop" and len(long) > MAX_LOST_SHARE * counts["read"] and data.bad_rows == "refuse":

@@ -5,6 +5,7 @@ reading/ makes rows from bytes, formats.py conversations from rows, rendering/ e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -154,10 +155,12 @@ class Unit:
 @dataclass(frozen=True, slots=True)
 class Prompt(Unit):
     """A prompt to which answers are drawn. examples: one, of the prompt's tokens, none of them supervised. gold: the
-    right answer, where the row has one. row: its place among the rows."""
+    right answer, where the row has one. row: its place among the rows. closes: what ends the reasoning in an answer,
+    where the right one has some."""
 
     gold: str | None = None
     row: int = 0
+    closes: tuple[str, ...] = ()
 
     def computed(self, packed: bool, shares: bool = True) -> int:
         return len(self)
@@ -182,6 +185,12 @@ class Group(Unit):
     def counts(self) -> list[int]:
         """How often each answer was drawn."""
         return [int(example.weights[-1]) for example in self.examples]
+
+
+def behind_reasoning(text: str, closes: Iterable[str]) -> str:
+    """An answer from the end of its reasoning on; where none of `closes` ends it, all of it."""
+    close = next((close for close in closes if close in text), None)
+    return text if close is None else text.partition(close)[2].lstrip()
 
 
 Item = Example | Unit  # one row of the effective batch

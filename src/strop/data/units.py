@@ -18,6 +18,14 @@ Learning = Literal["turns", "pairs", "labels", "prompts"]
 which the model answers itself."""
 JUDGED: tuple[Learning, ...] = ("pairs", "labels")  # answers that are there, and were compared or judged
 
+
+def shorter(learning: Learning) -> str:
+    """What data.overlong may make of rows that are too long."""
+    if learning == "prompts":
+        return "drop"
+    return "drop or truncate-start" if learning in JUDGED else "drop, truncate-start or split"
+
+
 U = TypeVar("U", bound=Unit, covariant=True)
 
 MOST_TRIED = 1000  # rows that are looked at for an answer to another prompt
@@ -80,7 +88,10 @@ class Prompts(Lazy[Prompt]):
         return len(self._examples)
 
     def one(self, i: int) -> Prompt:
-        return Prompt((self._examples[i],), gold=self._renderer.answer(self._conversations[i]), row=i)
+        said, renderer = self._conversations[i], self._renderer
+        reasons = said.answer is not None and renderer.reasons(said.messages[-1])
+        closes = tuple(renderer.closes) if reasons else ()
+        return Prompt((self._examples[i],), gold=renderer.answer(said), row=i, closes=closes)
 
 
 def units_of(

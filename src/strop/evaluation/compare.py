@@ -31,6 +31,7 @@ from strop.model.generate import Answer
 
 LOG = logging.getLogger(__name__)
 
+FIGURES = ("loss", "perplexity", "stop_rate", "tokens_per_answer", "tokens_per_s")  # besides a metric's own
 Advance = Callable[[str, int, int], None]
 """Called as (what, done, total) while rows are answered."""
 
@@ -107,7 +108,8 @@ def compare(
     asked = questions(conversations, model.renderer)
     rows = len(asked)
     names = [name for name in ("base", "tuned") if (model.adapter or name == "base") and not (name == "base" and base)]
-    written = {} if metric == "choice" else _write_all(model, asked, names, max_new_tokens, advance, devices)
+    writes = names and metric != "choice"
+    written = _write_all(model, asked, names, max_new_tokens, advance, devices) if writes else {}
     if written and len(written[names[0]][0]) < rows:  # Ctrl-C: what is there is told
         asked = asked[: len(written[names[0]][0])]
         base = base and Side(base.scores, base.hits[: len(asked)], base.texts[: len(asked)])
@@ -124,11 +126,7 @@ def compare(
                 "tokens_per_answer": sum(answer.tokens for answer in answers) / len(asked),
                 "tokens_per_s": rate,
             }  # fmt: skip
-        judged = [
-            model.renderer.without_reasoning(text, question.conversation.messages[-1])
-            for question, text in zip(asked, texts, strict=True)
-        ]
-        found = score(metric, [question.gold for question in asked], judged)
+        found = score(metric, [question.gold for question in asked], as_judged(model.renderer, asked, texts))
         return Side(
             {**found.rates, "loss": loss, "perplexity": math.exp(min(loss, 700.0)), **more}, [*found.hits], texts
         )
@@ -163,6 +161,12 @@ def compare(
         for row, question in enumerate(asked)
     ]
     return result
+
+
+def as_judged(renderer: Renderer, asked: Sequence[Question], texts: Sequence[str]) -> list[str]:
+    """What of each answer is compared with the right one: it begins behind its reasoning where that has some."""
+    rights = [question.conversation.messages[-1] for question in asked]
+    return [renderer.without_reasoning(text, right) for right, text in zip(rights, texts, strict=True)]
 
 
 def side_of(result: dict[str, Any], name: str) -> Side:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from strop.errors import RecipeError, RunError
 from strop.evaluation.compare import Advance, Question
-from strop.evaluation.metrics import metric, paired_difference
-from strop.evaluation.rewards import FAULTS
+from strop.evaluation.metrics import FAULTS, metric, paired_difference
 
 ASK = """Two assistants have answered the same conversation. Which answer is better?
 
@@ -60,7 +60,8 @@ def judge_for(name: str, model: str | None = None) -> Judge:
     if urllib.parse.urlsplit(name).scheme not in ("http", "https"):
         what = f"--judge {name}: neither file.py:function nor the address of a server"
         raise RecipeError(what, fix="write it as http://127.0.0.1:8000/v1")
-    return _Server(name.rstrip("/"), model)
+    server = _Server(name.rstrip("/"), model)
+    return server if model is not None else replace(server, model=server.first())
 
 
 def compare_by_judge(
@@ -121,6 +122,8 @@ def _of_function(name: str) -> Judge:
             what = f"judge {name}: {type(fault).__name__}: {fault} (for {asked[-80:]!r})"
             fix = "it takes (conversation, right answer, first, second); above 0 the first is better, below 0 the other"
             raise RunError(what, fix=fix) from None
+        if math.isnan(said):
+            raise RunError(f"judge {name}: gives nan (for {asked[-80:]!r})", fix="give a number for any answers")
         return (said > 0) - (said < 0)
 
     return judge
@@ -134,14 +137,17 @@ class _Server:
     model: str | None
 
     def __call__(self, asked: str, gold: str, first: str, second: str) -> int | None:
-        if self.model is None:
-            self.model = str(self._ask("/models")["data"][0]["id"])
         text = ASK.format(asked=asked, gold=gold, first=first, second=second)
         body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
-        answer = self._ask("/chat/completions", body)["choices"][0]["message"]["content"]
-        return verdict_in(answer or "")
+        answer = self._ask("/chat/completions", lambda said: said["choices"][0]["message"].get("content"), body)
+        return verdict_in(answer if isinstance(answer, str) else "")
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def first(self) -> str:
+        """The first of its models."""
+        return str(self._ask("/models", lambda said: said["data"][0]["id"]))
+
+    def _ask(self, path: str, part: Callable[[Any], Any], body: dict[str, Any] | None = None) -> Any:
+        """part: takes what is wanted out of the answer. Raises RunError where there is none, or it is another's."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"
@@ -150,7 +156,11 @@ class _Server:
         for left in reversed(range(TRIES)):
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-                    return json.loads(answer.read())
+                    said = json.loads(answer.read())
+                return part(said)
+            except (LookupError, TypeError, AttributeError):
+                what = f"judge {self.url}{path}: not what OpenAI's servers answer: {said!r:.300}"
+                raise RunError(what, fix="give the address up to /v1, and a model that the server has") from None
             except urllib.error.HTTPError as error:
                 if error.code not in AGAIN or not left:
                     said = error.read(300).decode(errors="replace")

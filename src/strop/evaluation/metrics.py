@@ -8,14 +8,16 @@ import re
 import runpy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from strop.errors import DataError, RecipeError, RunError, Where, nearest
+from strop.runs.lock import sha256_file
 
-_OF_A_FUNCTION = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, NameError)
+FAULTS = (Exception, SystemExit)  # of a function of the user's: a parser's own errors, or an answer that says exit()
 _SAY = "let it return True or False, for example `return ... >= 0.8`"
 MOST_OPTIONS = 50  # of choice: each is computed for each row
 Z_95 = 1.959963984540054  # 97.5 % point of the standard normal
@@ -73,15 +75,22 @@ def _regex(gold: str, answer: str) -> Judgement:
         raise ValueError(f"not a regular expression ({error})") from error
 
 
-def _object(text: str) -> dict[str, str] | None:
-    """The JSON object that `text` is, keys and values as text without case and extra blanks; None if it is not one."""
+def _object(text: str) -> dict[str, Any] | None:
+    """The JSON object that `text` is, keys and values as text without case and extra blanks, in whatever lies in it
+    too; None if it is not one."""
     try:
         found = json.loads(text)
-        if not isinstance(found, dict):
-            return None
-        return {_blanks(key).casefold(): _blanks(str(value)).casefold() for key, value in found.items()}
+        return _as_text(found) if isinstance(found, dict) else None
     except (ValueError, RecursionError):  # RecursionError: a model may answer with thousands of brackets
         return None
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_blanks(key).casefold(): _as_text(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_as_text(one) for one in value]
+    return _blanks(str(value)).casefold()
 
 
 def _exact_json(gold: str, answer: str) -> Judgement:
@@ -119,13 +128,20 @@ def metric(name: str) -> Metric:
     return METRICS[name]
 
 
+@lru_cache(maxsize=8)
+def _names_in(file: str, content: str) -> Mapping[str, Any]:
+    """What a file of the user's defines. It is run once, as long as its content (by hash) is the same: it may load a
+    model that judges."""
+    return runpy.run_path(file)
+
+
 def _own_metric(file: str, function: str) -> Metric:
     """A function of the user's own file, which is run: it is theirs, named on their command line."""
     if not Path(file).is_file():
         raise RecipeError(f"metric {file}:{function}: no such file", fix="write it as file.py:function")
     try:
-        found = runpy.run_path(file).get(function)
-    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        found = _names_in(str(Path(file).resolve()), sha256_file(Path(file))).get(function)
+    except FAULTS as error:
         raise RecipeError(f"metric {file}:{function}: {type(error).__name__}: {error}", fix="mend the file") from None
     if not callable(found):
         raise RecipeError(f"metric {file}:{function}: no such function in it", fix="write it as file.py:function")
@@ -133,7 +149,7 @@ def _own_metric(file: str, function: str) -> Metric:
     def judge(gold: str, answer: str) -> Judgement:
         try:
             said = found(gold, answer)
-        except _OF_A_FUNCTION:  # it could read the gold itself (check_golds): an answer that it cannot read is a miss
+        except FAULTS:  # it could read the gold itself (check_golds): an answer that it cannot read is a miss
             return {function: False}
         if not _is_verdict(said):
             raise RunError(f"{function} returns {said!r:.80} (for the answer {answer[:80]!r})", fix=_SAY)
@@ -157,6 +173,7 @@ def check_golds(
         what = f"choice: {len(options(golds))} different right answers to choose among, not 2 to {MOST_OPTIONS}"
         raise DataError(what, fix="use another metric, such as exact")
     for gold, (file, line) in zip(golds, places, strict=True):
+        said: Any = True
         try:
             if known.own is None:
                 if name in ("contains", "regex") and not _blanks(gold):
@@ -164,14 +181,14 @@ def check_golds(
                 known.judge(gold, "")
             else:
                 said = known.own(gold, gold)
-                if not (any_number or _is_verdict(said)):
-                    what = f"metric {name}: {known.name} returns {said!r:.80} for the right answer of {file}:{line}"
-                    raise RecipeError(what, fix=_SAY)
-        except _OF_A_FUNCTION as error:
+        except FAULTS as error:
             if known.own is None and not isinstance(error, ValueError):
                 raise
             what = str(error) if known.own is None else f"{known.name} fails on the right answer itself: {error!r}"
             wrong.append(Where(file, line, what))
+        if not (any_number or _is_verdict(said)):
+            what = f"metric {name}: {known.name} returns {said!r:.80} for the right answer of {file}:{line}"
+            raise RecipeError(what, fix=_SAY)
     if wrong:
         raise DataError(
             f"{len(wrong)} rows cannot be scored with {name}",

@@ -8,13 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from strop.errors import DataError, RecipeError, RunError, Where
-from strop.evaluation.metrics import Metric, check_golds, metric
+from strop.evaluation.metrics import FAULTS, Metric, check_golds, metric
 from strop.runs.lock import sha256_file, sha256_text
-
-FAULTS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError,
-    ValueError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,8 +53,10 @@ def rewards_of(given: str | Sequence[str] | None) -> list[Reward]:
         if name == "choice":
             raise RecipeError("--train.rewards choice: judges no answer that is written", fix="use exact")
         found.append(Reward(name, number, metric(name)))
-    if len({reward.name for reward in found}) < len(found):
-        raise RecipeError("--train.rewards: the same name twice", fix="give each once")
+    names = [reward.name for reward in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        fix = "give each once, and functions of two files names of their own"
+        raise RecipeError(f"--train.rewards: {twice} twice", fix=fix)
     return found
 
 

@@ -14,9 +14,9 @@ from strop.data.conversation import Conversation
 from strop.data.formats import DOCUMENT, PAIRED, conversations
 from strop.data.reading.sources import RowFault, read_rows
 from strop.devices.group import ALONE, Devices
-from strop.errors import DataError, RecipeError, Where, nearest
+from strop.errors import DataError, RecipeError, RunError, Where, nearest
 from strop.evaluation.card import write_card
-from strop.evaluation.compare import Advance, Side, calling, compare, left_out, questions, side_of
+from strop.evaluation.compare import FIGURES, Advance, Side, as_judged, calling, compare, left_out, questions, side_of
 from strop.evaluation.general import compare_general
 from strop.evaluation.harness import check_tasks, run_tasks
 from strop.evaluation.held_out import count_train_rows, recipe_of, trained_on
@@ -125,7 +125,8 @@ def evaluate_models(
     options: how rows are read (see reading).
 
     Raises RecipeError for a metric that does not exist, DataError for rows that are wrong or cannot be scored,
-    ModelError for the model; all but the last before the model loads.
+    ModelError for the model; all but the last before the model loads. RunError where the judge fails: what was
+    answered is in the report, and in its so_far.
     """
     if regression_metric and not regression_data:
         raise RecipeError("--regression-metric: there are no rows for it", fix="give --regression-data")
@@ -180,6 +181,9 @@ def evaluate_models(
         count_train_rows(result, known)
         if "interrupted" in found:
             general, kept, tasks, judging = False, [], (), None
+        in_report = devices.main and is_run(Path(name))
+        if in_report and (general or kept or tasks or judging is not None):  # which may fail, or be stopped
+            add_to_report(RunFolder(Path(name)), result)
         if general:
             result["general"] = compare_general(model, advance, devices)
         if kept:
@@ -187,14 +191,19 @@ def evaluate_models(
         if tasks:
             result["tasks"] = run_tasks(model, names_of_tasks, manager, task_limit)
         asked = questions(rows, model.renderer) if judging is not None else []
+        told = partial(as_judged, model.renderer, asked)
         if not model.renderer.closes and any(model.renderer.reasons(row.messages[-1]) for row in rows if row.messages):
             result["notes"] += ["where reasoning ends is not to be seen in an answer's text: all of it is judged"]
         del model, asking
         if judging is not None:
-            texts = [side_of(found, side).texts for side in ("base", "tuned")]
+            texts = [told(side_of(found, side).texts) for side in ("base", "tuned")]
             ask = partial(compare_by_judge, judging, str(judge), asked, texts[0], texts[1], advance)
-            result["judge"] = devices.once(ask)
-        if devices.main and is_run(Path(name)):
+            try:
+                result["judge"] = devices.once(ask)
+            except RunError as fault:
+                fault.so_far = result
+                raise
+        if in_report:
             add_to_report(RunFolder(Path(name)), result)
         results.append(result)
         if "interrupted" in found:
@@ -213,12 +222,13 @@ def _judging(judge: str | None, model: str | None, metric: str) -> Judge | None:
 
 
 def leaderboard(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The models by their score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}.
+    """The models by their score, best first: {run, score, low, high, loss, behind: {value, low, high}, verdict}; one
+    that was interrupted has not answered the same rows, and is left out. loss: None of a reward model.
 
     behind: the score less the best one's, on the same rows, with its interval; the verdict is on that difference.
     """
-    sides = [(result, "tuned" if "tuned" in result else "base") for result in results]
-    ordered = sorted(sides, key=lambda pair: (-pair[0][pair[1]][pair[0]["metric"]], pair[0][pair[1]]["loss"]))
+    sides = [(result, "tuned" if "tuned" in result else "base") for result in results if "interrupted" not in result]
+    ordered = sorted(sides, key=lambda pair: (-pair[0][pair[1]][pair[0]["metric"]], pair[0][pair[1]].get("loss", 0.0)))
     best = side_of(*ordered[0])
     board = []
     for result, side in ordered:
@@ -227,7 +237,7 @@ def leaderboard(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         low, high = result["intervals"][side]
         board.append({
             "run": result["run"], "score": own.scores[result["metric"]], "low": low, "high": high,
-            "loss": own.scores["loss"], "behind": asdict(behind), "verdict": verdict(behind)[0],
+            "loss": own.scores.get("loss"), "behind": asdict(behind), "verdict": verdict(behind)[0],
         })  # fmt: skip
     return board
 
@@ -241,8 +251,9 @@ def _scorable(
 ) -> list[Conversation]:
     """The rows of the data, read as `how` and `notes` say, to be scored for these models. Raises DataError where they
     cannot be."""
-    if metric != METRIC:
-        known_metric(metric)
+    if metric != METRIC and (own := known_metric(metric).name) in FIGURES:
+        what = f"metric {metric}: {own} is what another figure of an evaluation is called"
+        raise RecipeError(what, fix="give the function another name")
     try:
         rows = read_conversations(data, **how)
     except DataError as fault:

@@ -169,12 +169,15 @@ class ModelShape:
         """Numbers of all biases."""
         return self.layers * sum(linear.rows for linear in self.linears if linear.bias) + self.other_biases
 
-    def beyond(self, lengths: Sequence[int] | npt.NDArray[np.int64]) -> str | None:
-        """Says how many rows of these lengths are longer than what the model was made for; None where none is."""
+    def beyond(self, lengths: Sequence[int] | npt.NDArray[np.int64], drawn: int = 0) -> str | None:
+        """Says how many rows of these lengths are longer than what the model was made for; None where none is.
+
+        drawn: tokens of the longest answer that is drawn to each."""
         if self.positions is None:
             return None
-        over = int((np.asarray(lengths) > self.positions).sum())
-        said = f"{over:,} of {len(lengths):,} rows are longer than the {self.positions:,} tokens"
+        over = int((np.asarray(lengths) + drawn > self.positions).sum())
+        rows = f"rows, with an answer of {drawn:,} tokens," if drawn else "rows"
+        said = f"{over:,} of {len(lengths):,} {rows} are longer than the {self.positions:,} tokens"
         return f"{said} that the model was made for" if over else None
 
     @property

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from strop.config.schema import TrainSection
-from strop.data.conversation import Example, Group, Item, Prompt
+from strop.data.conversation import Example, Group, Item, Prompt, behind_reasoning
 from strop.engine.answers.held import let_go
 from strop.engine.step import Step
 from strop.evaluation.metrics import Z_95
@@ -182,7 +182,7 @@ class OfGroups:
         )
 
     def _worth(self, prompt: Prompt, text: str) -> float:
-        place = (prompt.file, prompt.line)
+        place, text = (prompt.file, prompt.line), behind_reasoning(text, prompt.closes)
         return sum(reward.weight * reward(prompt.gold, text, place) for reward in self.rewards)
 
     def _text(self, ids: Any) -> str:

@@ -23,6 +23,7 @@ from strop.adapters import (
 from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
+from strop.data.units import shorter
 from strop.devices.group import ALONE, Devices
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.engine.families import load_balancing
@@ -39,7 +40,7 @@ from strop.model.score import check_head
 from strop.model.shape import ModelShape, prequantized
 from strop.model.tokenizer import load_tokenizer, new_tokens
 from strop.model.towers import text_path
-from strop.objectives.table import learning_of, objective_of
+from strop.objectives.table import drawn_tokens, learning_of, objective_of
 from strop.planning.choose import choose, memory_key, why_no_integers
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
 from strop.planning.setting import Setting
@@ -91,8 +92,11 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     learning = learning_of(resolved.recipe.train)
     data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
     _check_rewards(resolved.recipe, data)
-    if shape.learned and (text := shape.beyond(_lengths(data))):
-        fix = f"--data.max_length {shape.positions}, with --data.overlong drop, truncate-start or split"
+    drawn = drawn_tokens(resolved.recipe.train)
+    if shape.learned and (text := shape.beyond(_lengths(data), drawn)):
+        fix = f"--data.max_length {shape.positions}, with --data.overlong {shorter(learning)}"
+        if drawn:
+            fix = "lower --train.answer_tokens, or --data.max_length with --data.overlong drop"
         raise DataError(f"{text}: it has learned a vector for each, and none for more", fix=fix)
     if not resolved.recipe.lora.new_tokens:  # which give each token of the tokenizer a row
         _check_vocabulary(source, shape, tokenizer, data)
@@ -186,9 +190,13 @@ def remarks(setup: Setup) -> list[str]:
     """
     found = (
         *(_passed_over(setup), _faster(setup), *_idle(setup), _never_at_peak(setup), _stored_otherwise(setup)),
-        *(*_experts(setup), _towers(setup), *_in_full(setup), setup.shape.beyond(_lengths(setup.data))),
+        *(*_experts(setup), _towers(setup), *_in_full(setup), _beyond(setup)),
     )
     return [text for text in found if text]
+
+
+def _beyond(setup: Setup) -> str | None:
+    return setup.shape.beyond(_lengths(setup.data), drawn_tokens(setup.resolved.recipe.train))
 
 
 def _lengths(data: Prepared) -> npt.NDArray[np.int64]:

@@ -32,12 +32,12 @@ def render_pairs(renderer: Renderer, conversations: Iterable[Conversation]) -> I
 
 
 def render_prompts(renderer: Renderer, conversations: Iterable[Conversation]) -> Iterator[Rendered]:
-    """Each conversation with the one example of its prompt, as serving asks it, nothing of it supervised, or with why
-    it has none; in order. An answer at its end is left out."""
+    """Each conversation with the one example of its prompt, as fine-tuning has it in front of the answer and serving
+    asks it, nothing of it supervised, or with why it has none; in order. An answer at its end is left out."""
     for conversation in conversations:
         asked = conversation.messages if conversation.answer is None else conversation.messages[:-1]
         try:
-            ids = renderer.prompt(asked, conversation.tools, options=renderer.options_for(asked))
+            ids = renderer.prompt(asked, conversation.tools, options=renderer.options_for(conversation.messages))
         except RenderError as fault:
             yield conversation, RenderError(fault.code, fault.detail, file=conversation.file, line=conversation.line)
             continue

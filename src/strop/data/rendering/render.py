@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from strop.data.conversation import Conversation, Example, Ids, Message
+from strop.data.conversation import Conversation, Example, Ids, Message, behind_reasoning
 from strop.data.rendering.control import ControlText
 from strop.data.rendering.encoder import Encoder, Straddles
 from strop.data.rendering.faults import RenderError as RenderError
@@ -236,10 +236,7 @@ class Renderer:
     def without_reasoning(self, text: str, right: Message) -> str:
         """What a model wrote, from the end of its reasoning on, where the right turn reasons; else, and where no
         reasoning ends, all of it."""
-        for close in self.closes if self.reasons(right) else ():
-            if close in text:
-                return text.partition(close)[2].lstrip()
-        return text
+        return behind_reasoning(text, self.closes if self.reasons(right) else ())
 
     def reasons(self, turn: Message) -> bool:
         """Does the template show this turn's reasoning?"""
