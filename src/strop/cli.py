@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import inspect
+import io
 import logging
 import os
 import signal
@@ -51,6 +52,7 @@ def main() -> None:
         asked_to_stop.append(number)
         raise KeyboardInterrupt
 
+    _take_any_text()
     for number in (signal.SIGINT, signal.SIGTERM):  # while training, `stop_signals` takes their place
         signal.signal(number, interrupt)
     # Python looks for rubbish once more when it ends: with torch loaded that is 1.8 s of work after the last word
@@ -86,6 +88,14 @@ def main() -> None:
         said = f"{type(error).__name__}: {error}"
         lines = [said, "this is a fault of strop's: set STROP_DEBUG=1 to see where, and please report it"]
         _fail(lines, {"kind": "InternalError", "message": said}, 1)
+
+
+def _take_any_text() -> None:
+    """A locale that knows few characters ends no command: what it cannot write is escaped, what it cannot read is
+    kept as bytes."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def build(words: Sequence[str]) -> typer.Typer:
