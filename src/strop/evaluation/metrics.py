@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from strop.errors import DataError, RecipeError, RunError, Where, nearest
+from strop.errors import DataError, RecipeError, RunError, StropError, Where, nearest
 
 _OF_A_FUNCTION = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, NameError)
 _SAY = "let it return True or False, for example `return ... >= 0.8`"
@@ -125,21 +125,33 @@ def _own_metric(file: str, function: str) -> Metric:
         raise RecipeError(f"metric {file}:{function}: no such file", fix="write it as file.py:function")
     try:
         found = runpy.run_path(file).get(function)
-    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
+    except (Exception, SystemExit) as error:  # it is not strop's: whatever it raises is told
         raise RecipeError(f"metric {file}:{function}: {type(error).__name__}: {error}", fix="mend the file") from None
     if not callable(found):
         raise RecipeError(f"metric {file}:{function}: no such function in it", fix="write it as file.py:function")
 
+    def own(*given: str) -> Any:
+        try:
+            return found(*given)
+        except SystemExit as error:  # it would end strop, with its own exit code
+            what = f"{file}:{function}: sys.exit({error.code!r})"
+            raise RunError(what, fix="return a value there, for any answer") from None
+
     def judge(gold: str, answer: str) -> Judgement:
         try:
-            said = found(gold, answer)
+            said = own(gold, answer)
         except _OF_A_FUNCTION:  # it could read the gold itself (check_golds): an answer that it cannot read is a miss
             return {function: False}
+        except StropError:
+            raise
+        except Exception as error:
+            what = f"{file}:{function}: {type(error).__name__}: {error} (for the answer {answer[:80]!r})"
+            raise RunError(what, fix=_SAY) from None
         if not _is_verdict(said):
             raise RunError(f"{function} returns {said!r:.80} (for the answer {answer[:80]!r})", fix=_SAY)
         return {function: bool(said)}
 
-    return Metric(function, judge, found)
+    return Metric(function, judge, own)
 
 
 def _is_verdict(said: Any) -> bool:
@@ -167,7 +179,9 @@ def check_golds(
                 if not (any_number or _is_verdict(said)):
                     what = f"metric {name}: {known.name} returns {said!r:.80} for the right answer of {file}:{line}"
                     raise RecipeError(what, fix=_SAY)
-        except _OF_A_FUNCTION as error:
+        except StropError:
+            raise
+        except Exception as error:
             if known.own is None and not isinstance(error, ValueError):
                 raise
             what = str(error) if known.own is None else f"{known.name} fails on the right answer itself: {error!r}"

@@ -11,10 +11,7 @@ from strop.errors import DataError, RecipeError, RunError, Where
 from strop.evaluation.metrics import Metric, check_golds, metric
 from strop.runs.lock import sha256_file, sha256_text
 
-FAULTS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError,
-    ValueError,
-)  # fmt: skip
+FAULTS = (Exception,)  # of a function that is the user's: whatever it raises is told, with the row
 
 
 @dataclass(frozen=True)
