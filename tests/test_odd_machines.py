@@ -60,3 +60,14 @@ def test_an_output_that_is_full_shows_no_traceback(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "strop", "runs", str(tmp_path), "--json"]
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert ended.returncode and "No space left" in ended.stderr and "Traceback" not in ended.stderr
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no way to be told")
+def test_a_process_that_strop_starts_takes_no_module_of_the_working_folder(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('a json.py of the working folder')")
+    program = (
+        "import subprocess, sys; sys.path.remove(''); from strop.runs.children import apart; import os;"
+        "sys.exit(subprocess.call([sys.executable, '-m', 'strop.cli', '--version'], env={**os.environ, **apart()}))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0 and ended.stdout.startswith("strop "), ended.stderr
