@@ -57,7 +57,11 @@ def judge_for(name: str, model: str | None = None) -> Judge:
         if model is not None:
             raise RecipeError("--judge-model: the judge is a function", fix="leave it out")
         return _of_function(name)
-    if urllib.parse.urlsplit(name).scheme not in ("http", "https"):
+    address = urllib.parse.urlsplit(name)
+    if "@" in address.netloc:
+        what = "--judge: an address with a name or a password in it, which would stand in reports"
+        raise RecipeError(what, fix=f"write it without, and put the key into {KEY}")
+    if address.scheme not in ("http", "https"):
         what = f"--judge {name}: neither file.py:function nor the address of a server"
         raise RecipeError(what, fix="write it as http://127.0.0.1:8000/v1")
     return _Server(name.rstrip("/"), model)
@@ -126,6 +130,16 @@ def _of_function(name: str) -> Judge:
     return judge
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """urllib would hand the key on to wherever it is sent."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_Stay)
+
+
 @dataclass
 class _Server:
     """A model behind an OpenAI-compatible server, asked greedily."""
@@ -135,13 +149,24 @@ class _Server:
 
     def __call__(self, asked: str, gold: str, first: str, second: str) -> int | None:
         if self.model is None:
-            self.model = str(self._ask("/models")["data"][0]["id"])
+            self.model = str(self._ask("/models", "data", 0, "id"))
         text = ASK.format(asked=asked, gold=gold, first=first, second=second)
         body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
-        answer = self._ask("/chat/completions", body)["choices"][0]["message"]["content"]
-        return verdict_in(answer or "")
+        answer = self._ask("/chat/completions", "choices", 0, "message", "content", body=body)
+        return verdict_in(str(answer or ""))
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _ask(self, path: str, *parts: str | int, body: dict[str, Any] | None = None) -> Any:
+        """What stands at `parts` of the answer. Raises RunError where there is none."""
+        found = answered = self._answer(path, body)
+        try:
+            for part in parts:
+                found = found[part]
+        except (LookupError, TypeError):
+            what = f"judge {self.url}{path}: not an answer of an OpenAI-compatible server: {str(answered)[:300]}"
+            raise RunError(what, fix="check the address, which ends in /v1") from None
+        return found
+
+    def _answer(self, path: str, body: dict[str, Any] | None) -> Any:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"
@@ -149,7 +174,7 @@ class _Server:
         request = urllib.request.Request(self.url + path, data, headers)
         for left in reversed(range(TRIES)):
             try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+                with _OPENER.open(request, timeout=TIMEOUT_S) as answer:
                     return json.loads(answer.read())
             except urllib.error.HTTPError as error:
                 if error.code not in AGAIN or not left:
