@@ -82,7 +82,8 @@ def _bytes(kind: int, numbers: int) -> int:
     """What this many numbers of a type take; 1 for a type that is newer than the package gguf."""
     import gguf
 
-    block, size = gguf.GGML_QUANT_SIZES.get(kind, (numbers, 1))  # type: ignore[call-overload]
+    sizes: dict[int, tuple[int, int]] = {int(name): size for name, size in gguf.GGML_QUANT_SIZES.items()}
+    block, size = sizes.get(kind, (numbers or 1, 1))
     return -(-numbers // block) * size
 
 
