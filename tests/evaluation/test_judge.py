@@ -186,7 +186,7 @@ def test_the_key_stays_with_the_server_that_was_named(monkeypatch: pytest.Monkey
         with pytest.raises(RunError, match="302"):
             judge_for(f"http://127.0.0.1:{first.server_port}/v1")("a", "b", "c", "d")
         assert heard == []
-        with pytest.raises(RunError, match="not an answer of an OpenAI-compatible server: .*odd"):
+        with pytest.raises(RunError, match=r"not an answer of an OpenAI-compatible server: .*odd"):
             judge_for(f"http://127.0.0.1:{second.server_port}/v1")("a", "b", "c", "d")
         for server in (first, second):
             server.shutdown()
