@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import subprocess
@@ -15,11 +16,21 @@ import pytest
 from rich.console import Console
 
 from strop import alive as signs
+from strop import chat
 from strop.alive import alive
 from strop.cli import COMMANDS, GROUPS
 from strop.commands.examples import EXAMPLES
 from strop.config.schema import option_fields
-from strop.terminal import OFTEN_SECONDS, PLAIN_SECONDS, answering, print_adapters, print_end, watching
+from strop.terminal import (
+    OFTEN_SECONDS,
+    PLAIN_SECONDS,
+    Screen,
+    answering,
+    print_adapters,
+    print_end,
+    print_json,
+    watching,
+)
 from strop.typed import as_typed, typed
 from tests.support.helptexts import helptexts
 from tests.support.pages import commands
@@ -192,3 +203,24 @@ def test_a_sign_of_life_on_a_terminal_takes_any_name() -> None:
     with alive(Console(file=out, force_terminal=True, width=200), f"merging into {ODD}") as sign:
         sign.now(f"reading {ODD}")
     assert ODD in out.getvalue()
+
+
+def test_texts_of_others_are_shown_and_not_obeyed() -> None:
+    out = io.StringIO()
+    Screen(file=out, soft_wrap=True).print("rows.jsonl:100: a\x1b[2J\x1b]0;t\x07\x9b31m\x7fb\nc", markup=False)
+    assert out.getvalue() == "rows.jsonl:100: a\\x1b[2J\\x1b]0;t\\x9b31m\\x7fb\nc\n"
+
+
+def test_on_a_terminal_an_answer_moves_no_cursor(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    chat._write("a\x1b[2J\n")
+    assert capsys.readouterr().out == "a\\x1b[2J\n"
+
+
+@pytest.mark.parametrize("coding", ["ascii", "utf-8"])
+def test_json_is_json_on_any_stdout(coding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding=coding, errors="strict")
+    monkeypatch.setattr(sys, "stdout", out)
+    print_json({"file": "rü\udcff.jsonl"}, True)
+    out.flush()
+    assert json.loads(out.buffer.getvalue()) == {"file": "rü\udcff.jsonl"}  # type: ignore[attr-defined]

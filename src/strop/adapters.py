@@ -22,7 +22,7 @@ from strop.engine.answers.text import Expected, Sampling
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import InputError, ModelError, RecipeError
 from strop.model.biases import biases_of, has_own_biases, keep_biases, without_adapter
-from strop.model.facts import Source, fingerprint, locate, safetensors_header
+from strop.model.facts import Source, fingerprint, locate, prequantized, safetensors_header
 from strop.model.generate import Answer, generate
 from strop.model.load import DTYPES, check_place, load_base
 from strop.model.loftq import moved_base
@@ -31,7 +31,6 @@ from strop.model.measured import made_for
 from strop.model.quantize import SCHEMES
 from strop.model.saved import adapter_config
 from strop.model.score import TASK, add_head
-from strop.model.shape import prequantized
 from strop.model.shards import is_finite
 from strop.model.tokenizer import load_tokenizer, new_rows
 from strop.runs.folder import RunFolder, is_run, new_folder, write_json

@@ -14,7 +14,7 @@ from strop.adapters import Model, load
 from strop.alive import alive
 from strop.engine.answers.text import Sampling
 from strop.errors import InputError, StropError, nearest
-from strop.terminal import console, print_notes
+from strop.terminal import Screen, console, plain, print_notes
 
 HELP = {
     "/base": "answer without the adapter",
@@ -151,19 +151,18 @@ def _lines(interactive: bool) -> Iterator[str]:
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    print(plain(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def _show_both(base: str, tuned: str) -> None:
     """Side by side on a terminal; one after the other into a pipe."""
     sides: Mapping[str, str] = {"base": base, "tuned": tuned}
     if sys.stdout.isatty():
-        from rich.console import Console
         from rich.text import Text
 
         table = Table(*sides, expand=True)
         table.add_row(*(Text(answer) for answer in sides.values()))
-        Console().print(table)
+        Screen().print(table)
         return
     for side, answer in sides.items():
         print(f"{side}: {answer}", flush=True)

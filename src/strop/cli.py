@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import errno
 import gc
 import inspect
+import io
 import logging
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,8 +41,9 @@ from strop.commands.runs import runs
 from strop.commands.schema import schema
 from strop.commands.serve import serve
 from strop.commands.train import train
-from strop.errors import Elsewhere, StropError
+from strop.errors import DiskError, Elsewhere, FolderError, StropError
 from strop.flags import recipe_options
+from strop.runs.folder import cache_folder
 from strop.terminal import console, print_json
 from strop.typed import typed
 
@@ -51,6 +56,7 @@ def main() -> None:
         asked_to_stop.append(number)
         raise KeyboardInterrupt
 
+    _take_any_text()
     for number in (signal.SIGINT, signal.SIGTERM):  # while training, `stop_signals` takes their place
         signal.signal(number, interrupt)
     # Python looks for rubbish once more when it ends: with torch loaded that is 1.8 s of work after the last word
@@ -83,9 +89,19 @@ def main() -> None:
             )
         if os.environ.get("STROP_DEBUG"):
             raise
+        if (refused := _by_the_system(error)) is not None:
+            _fail(refused.lines(), refused.as_json(), refused.exit_code)
         said = f"{type(error).__name__}: {error}"
         lines = [said, "this is a fault of strop's: set STROP_DEBUG=1 to see where, and please report it"]
         _fail(lines, {"kind": "InternalError", "message": said}, 1)
+
+
+def _take_any_text() -> None:
+    """A locale that knows few characters ends no command: what it cannot write is escaped, what it cannot read is
+    kept as bytes."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def build(words: Sequence[str]) -> typer.Typer:
@@ -163,6 +179,24 @@ def _version_option(
     pass
 
 
+def _by_the_system(error: Exception) -> StropError | None:
+    """What the system does not let this user do, with a file or a folder, is no fault of strop's."""
+    try:
+        here = Path.cwd()
+    except OSError:
+        return FolderError("the folder that this was started in is gone", fix="cd to one that is there")
+    if not isinstance(error, OSError) or error.filename is None or error.errno is None:
+        return None
+    what, place = f"{error.filename}: {os.strerror(error.errno).lower()}", here / os.fsdecode(error.filename)
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        return DiskError(what, fix="free some space")
+    if (here / cache_folder()) in (place, *place.parents):
+        return FolderError(what, fix="set STROP_CACHE to a folder of your own that can be written")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return FolderError(what, fix="it is another user's, or read-only: ask for the right to it, or use a copy")
+    return None
+
+
 def _stopped() -> None:
     _fail(["stopped at once; what was saved before is intact"], {"kind": "Stopped", "message": "interrupted"}, 130)
 
@@ -170,7 +204,8 @@ def _stopped() -> None:
 def _fail(lines: list[str], error: dict[str, Any], code: int, so_far: Mapping[str, Any] | None = None) -> None:
     for line in lines:
         console.print(f"error: {typed(line)}", markup=False, style="red" if code != 130 else "yellow")
-    print_json({**(so_far or {}), "error": error, "exit": code}, "--json" in sys.argv)
+    with contextlib.suppress(OSError):  # it may be stdout that cannot be written
+        print_json({**(so_far or {}), "error": error, "exit": code}, "--json" in sys.argv)
     sys.exit(code)
 
 

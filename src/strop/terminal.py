@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -20,6 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 
 from strop.alive import Alive, alive
@@ -29,7 +32,26 @@ from strop.typed import as_typed
 if TYPE_CHECKING:
     from strop.exporting.parity import Parity
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def plain(text: str) -> str:
+    """A text with the characters that a terminal would obey as their codes; new lines and tabs stay."""
+    return _OBEYED.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+class Screen(Console):
+    """A console for texts that others wrote, names, rows, templates: they are shown, and nothing in them is obeyed."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, emoji=False)  # rows.jsonl:100: is a place, no picture
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=plain(segment.text))
+
+
+console = Screen(stderr=True, highlight=False, soft_wrap=True)
 PLAIN_SECONDS = (2.0, 30.0)  # between two lines of progress where there is no terminal to draw a bar on: of a run
 OFTEN_SECONDS = 300.0  # that is younger than this, and later
 
@@ -271,9 +293,14 @@ def print_notes(notes: Sequence[str], out: Console = console) -> None:
 
 
 def print_json(value: dict[str, Any], asked: bool) -> None:
-    """One object on stdout, where --json asked for it."""
+    """One object on stdout, where --json asked for it; what stdout cannot write is escaped."""
     if asked:
-        print(json.dumps(value, ensure_ascii=False))
+        text = json.dumps(value, ensure_ascii=False)
+        try:
+            text.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError:
+            text = json.dumps(value)
+        print(text)
 
 
 def print_end(report: dict[str, Any], as_json: bool) -> None:

@@ -209,6 +209,9 @@ def test_what_is_no_lora_training_is_refused(peer: str, tmp_path: Path) -> None:
     file.write_text("][", encoding="utf-8")
     with pytest.raises(InputError, match=r"not YAML|not Python"):
         import_config(peer, file)
+    file.write_text(f"a: {'[' * 5000}" if peer not in ("trl", "unsloth") else f"a = {'-' * 100_000}1", encoding="utf-8")
+    with pytest.raises(InputError, match=r"too deep"):
+        import_config(peer, file)
     with pytest.raises(InputError, match="cannot be read"):
         import_config(peer, tmp_path / "none")
 

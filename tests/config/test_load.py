@@ -157,6 +157,13 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, line: int
     assert refused.value.lines()[0].startswith(f"{file}:{line}: not YAML: the key {key} stands twice, first in line")
 
 
+def test_a_recipe_that_is_too_deep_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(f"model: {'[' * 5000}")
+    with pytest.raises(RecipeError, match="too deep"):
+        resolve(file)
+
+
 def test_a_missing_value_names_its_option() -> None:
     with pytest.raises(RecipeError) as refused:
         resolve(None, {"model": "demo"})

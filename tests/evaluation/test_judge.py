@@ -182,3 +182,38 @@ def test_eval_with_a_judge_from_the_command_line(
     assert kept["error"]["kind"] == "RunError" and len(kept["samples"]) == kept["rows"] == 3 and "judge" not in kept
     code, _, err = run("eval", adapter_folders[0], "--data", rows, "--judge-model", "m", capsys=capsys)
     assert code == 2 and "--judge" in err
+
+
+def test_the_key_stays_with_the_server_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str | None] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            heard.append(self.headers.get("Authorization"))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"error": "odd"}')
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Sends(Elsewhere):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{second.server_port}/")
+            self.end_headers()
+
+    monkeypatch.setenv(judge.KEY, "secret")
+    with HTTPServer(("127.0.0.1", 0), Sends) as first, HTTPServer(("127.0.0.1", 0), Elsewhere) as second:
+        for server in (first, second):
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(RunError, match="302"):
+            judge_for(f"http://127.0.0.1:{first.server_port}/v1")("a", "b", "c", "d")
+        assert heard == []
+        with pytest.raises(RunError, match=r"not what OpenAI's servers answer: .*odd"):
+            judge_for(f"http://127.0.0.1:{second.server_port}/v1")("a", "b", "c", "d")
+        for server in (first, second):
+            server.shutdown()
+    with pytest.raises(RecipeError) as refused:
+        judge_for("http://me:hunter2@127.0.0.1/v1")
+    assert "hunter2" not in " ".join(refused.value.lines())

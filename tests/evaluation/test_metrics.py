@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from strop.errors import DataError, RecipeError, RunError
 from strop.evaluation.metrics import METRICS, check_golds, metric, paired_difference, score, wilson
+from strop.evaluation.rewards import rewards_of
 from tests.support.scripts import script
 from tests.support.shared_data import shared
 
@@ -271,3 +272,21 @@ def test_what_a_function_may_say(said: str, tmp_path: Path) -> None:
     file.write_text(f"import numpy as np\ndef k(gold, answer):\n    return {said}\n")
     check_golds(f"{file}:k", ["x"], [("rows.jsonl", 7)])
     assert score(f"{file}:k", ["x"], ["y"]).hits == (True,)
+
+
+def test_a_function_of_the_users_own_that_ends_python_or_raises_what_it_likes(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("import sys\nclass Odd(Exception): pass\n"
+                    "def ends(gold, answer):\n    if gold != answer: sys.exit(0)\n    return True\n"
+                    "def odd(gold, answer):\n    if gold != answer: raise Odd('no')\n    return True\n"
+                    "def worse(gold, answer):\n    raise Odd('no')\n")  # fmt: skip
+    for name in ("ends", "odd"):  # an answer that it cannot read is a miss
+        assert score(f"{file}:{name}", ["x", "x"], ["x", "y"]).hits == (True, False)
+    with pytest.raises(RunError, match=r"rows\.jsonl:7: .*Odd: no"):
+        rewards_of(f"{file}:odd")[0]("x", "y", ("rows.jsonl", 7))
+    with pytest.raises(DataError, match="cannot be scored"):
+        check_golds(f"{file}:worse", ["x"], [("rows.jsonl", 7)])
+    for text, said in (("import sys; sys.exit(7)", "SystemExit: 7"), ("open('/none/there')", "FileNotFoundError")):
+        file.write_text(text)
+        with pytest.raises(RecipeError, match=said):
+            metric(f"{file}:ends")

@@ -22,11 +22,11 @@ from strop.engine.fast import FastLoss
 from strop.engine.plain import PlainLoss
 from strop.engine.step import step_for
 from strop.errors import ModelError
-from strop.model.facts import locate
+from strop.model.facts import locate, prequantized
 from strop.model.load import load_base, packed_folder, skeleton
 from strop.model.lora import add_lora, trainable
 from strop.model.quantize import QuantizedLinear, _packed_by_operations, make_resident, pack, quantizable
-from strop.model.shape import peek, prequantized
+from strop.model.shape import peek
 from strop.model.shards import is_whole, quantize_folder
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder

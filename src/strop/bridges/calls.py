@@ -49,8 +49,10 @@ class Script:
                 fix="give the path of a Python script",
             ) from None
         except SyntaxError as error:
-            what = f"{path}:{error.lineno}: not Python: {error.msg}"
+            what = f"{path}{f':{error.lineno}' if error.lineno else ''}: not Python: {error.msg}"
             raise InputError(what, fix="give the script that trains, or the notebook (.ipynb)") from None
+        except (RecursionError, MemoryError):
+            raise InputError(f"{path}: nested too deeply to be read", fix="give the script that trains") from None
         except ValueError as error:
             raise InputError(
                 f"{path}: not a notebook: {error}", fix="give a .py file, or a notebook as saved"

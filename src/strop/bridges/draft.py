@@ -165,6 +165,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {str(error).splitlines()[0]}", fix="mend it") from None
+    except RecursionError:
+        raise InputError(f"{path}: not a config: too deep", fix="mend it") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: not a map of keys", fix="give the config that the other tool trains with")
     return tree

@@ -225,6 +225,8 @@ def _read(path: Path) -> dict[str, Any]:
         line = mark.line + 1 if mark is not None else None
         place = Where(str(path), line, f"not YAML: {getattr(error, 'problem', None) or error}")
         raise RecipeError("the recipe cannot be read", fix="mend the YAML", where=[place]) from None
+    except RecursionError:
+        raise RecipeError(f"{path}: not a recipe: too deep", fix="mend the YAML") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     if not isinstance(tree, dict):

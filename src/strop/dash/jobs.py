@@ -23,6 +23,7 @@ import psutil
 
 from strop.dash.reading import read_bytes, read_json, tail
 from strop.errors import FolderError, InputError
+from strop.runs.children import apart
 from strop.runs.folder import write_json
 
 FOLDER = ".dash"  # in the folder of runs; a name that no run has
@@ -60,7 +61,7 @@ class Jobs:
             child = subprocess.Popen(
                 [sys.executable, "-m", "strop.cli", *words, "--json"],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=log, start_new_session=True,
-                env={**own, "COLUMNS": "120", "PYTHONUNBUFFERED": "1", **(environment or {})},
+                env={**own, **apart(), "COLUMNS": "120", "PYTHONUNBUFFERED": "1", **(environment or {})},
             )  # fmt: skip
         self._children[name] = child
         try:

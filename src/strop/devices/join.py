@@ -15,6 +15,7 @@ from strop.devices.environment import OWN_AGENT, place_of
 from strop.devices.group import ALONE, Devices
 from strop.errors import Elsewhere, RecipeError, RunError, Stopped
 from strop.machine.probe import affinity
+from strop.runs.children import apart
 
 if TYPE_CHECKING:
     from strop.devices.joined import Group
@@ -81,6 +82,7 @@ def start(devices: int, words: Sequence[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", FINISHING_S)
+    os.environ.update(apart())
     if not os.environ.get("STROP_DEBUG"):  # the ranks say themselves how they ended
         logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
         logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.CRITICAL)

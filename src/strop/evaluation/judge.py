@@ -57,7 +57,11 @@ def judge_for(name: str, model: str | None = None) -> Judge:
         if model is not None:
             raise RecipeError("--judge-model: the judge is a function", fix="leave it out")
         return _of_function(name)
-    if urllib.parse.urlsplit(name).scheme not in ("http", "https"):
+    address = urllib.parse.urlsplit(name)
+    if "@" in address.netloc:
+        what = "--judge: an address with a name or a password in it, which would stand in reports"
+        raise RecipeError(what, fix=f"write it without, and put the key into {KEY}")
+    if address.scheme not in ("http", "https"):
         what = f"--judge {name}: neither file.py:function nor the address of a server"
         raise RecipeError(what, fix="write it as http://127.0.0.1:8000/v1")
     server = _Server(name.rstrip("/"), model)
@@ -129,6 +133,16 @@ def _of_function(name: str) -> Judge:
     return judge
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """urllib would hand the key on to wherever it is sent."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_Stay)
+
+
 @dataclass
 class _Server:
     """A model behind an OpenAI-compatible server, asked greedily."""
@@ -155,7 +169,7 @@ class _Server:
         request = urllib.request.Request(self.url + path, data, headers)
         for left in reversed(range(TRIES)):
             try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+                with _OPENER.open(request, timeout=TIMEOUT_S) as answer:
                     said = json.loads(answer.read())
                 return part(said)
             except (LookupError, TypeError, AttributeError):

@@ -53,7 +53,7 @@ from strop.model.tokenizer import load_tokenizer, new_rows
 from strop.model.towers import in_text
 from strop.objectives.table import learning_of
 from strop.planning.phases import MEASURING_BYTES, measuring_bytes
-from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, write_json
+from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, share, write_json
 from strop.runs.lock import sha256_file, sha256_text
 
 DRAWING = "generation_config.json"  # how to draw, and at which tokens answers end
@@ -293,6 +293,7 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
             else:
                 shard |= layout.write(group, parts)
         save_file(shard, made / file, {"format": "pt"})
+        share(made / file)
         done["shards"][file] = sha256_file(made / file)
         write_json(progress, done)
     size = sum((made / file).stat().st_size for file in set(index.values()))

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import yaml
 
 from strop.errors import GatedError, ModelError, nearest
+from strop.model.ggufheader import read_gguf_config
 from strop.runs.folder import is_run
 from strop.runs.lock import sha256_file
 
@@ -60,8 +61,7 @@ def locate(name: str, revision: str | None = None) -> Source:
     if name.startswith("gguf:"):
         return _gguf(Path(name.removeprefix("gguf:").partition("#")[0]), name.partition("#sha256=")[2])
     if is_run(path):
-        recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
-        return locate(recipe["model"]["name"], recipe["model"].get("revision"))
+        return locate(*base_of_run(path))
     if name.endswith(".gguf"):
         return _gguf(path, "")
     if path.is_dir():
@@ -74,15 +74,31 @@ def locate(name: str, revision: str | None = None) -> Source:
     return _hub(*name.split("@", 1)) if "@" in name else _hub(name, revision)
 
 
+def base_of_run(path: Path) -> tuple[str, str | None]:
+    """The name and revision of the base that a run folder was trained on. Raises ModelError where its recipe is
+    damaged."""
+    file = path / "recipe.yaml"
+    try:
+        model = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
+        name, revision = model["name"], model.get("revision")
+        if not isinstance(name, str) or not isinstance(revision, str | None):
+            raise TypeError
+        return name, revision
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        raise ModelError(f"{file}: damaged: it does not name the base", fix="put it back") from None
+
+
 def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:
     try:
         config = json.loads((folder / file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{folder}: no {file}", fix="give the folder of a saved transformers model") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{folder}/{file}: not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{folder}/{file}: not an object")
+    if not isinstance(config.get("model_type") or "", str):
+        raise ModelError(f"{folder}/{file}: model_type is no text", fix="fetch it again")
     if "auto_map" in config:
         raise ModelError(
             f"{folder}/{file}: asks to run code of its own ({config['auto_map']})",
@@ -102,6 +118,14 @@ def quantized_by(config: Mapping[str, Any]) -> str:
     if not section:
         return ""
     return str(section.get("quant_method") or "an unknown tool") if isinstance(section, Mapping) else "an unknown tool"
+
+
+def prequantized(config: Mapping[str, Any]) -> str | None:
+    """The scheme of a checkpoint that bitsandbytes has quantized; None for any other."""
+    if quantized_by(config) != "bitsandbytes":
+        return None
+    section = config["quantization_config"]
+    return str(section.get("bnb_4bit_quant_type", "fp4")) if section.get("load_in_4bit") else "int8"
 
 
 def refuse_widened(folder: Path) -> None:
@@ -130,14 +154,16 @@ def fingerprint(source: Source) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in the index's order. Raises ModelError where one is missing."""
+    """The safetensors files of a model folder, in the index's order. Raises ModelError where one is missing, or the
+    index is damaged."""
     index = folder / "model.safetensors.index.json"
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
-        names = sorted({str(name) for name in found.values()}) or ["model.safetensors"]
-    except (ValueError, LookupError, TypeError, AttributeError):
+        names = sorted(set(found.values())) or ["model.safetensors"]
+        outside = any(Path(name).name != name for name in names)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         raise ModelError(f"{index}: damaged: no map of tensors to files", fix="fetch it again") from None
-    if any(Path(name).name != name for name in names):
+    if outside:
         raise ModelError(f"{index}: names files outside its folder", fix="fetch the model again")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -157,14 +183,26 @@ def safetensors_header(file: Path) -> dict[str, Any]:
             raise ModelError(f"{file}: damaged: the file is shorter than its header says", fix="fetch it again")
         try:
             header = json.loads(handle.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ModelError(f"{file}: damaged: its header is not JSON", fix="fetch it again") from None
-        except (LookupError, TypeError, AttributeError):
-            raise ModelError(f"{file}: damaged: its header names no tensors", fix="fetch it again") from None
+    told = isinstance(header, dict)
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"} if told else {}
+    if not told or not all(map(_is_tensor, tensors.values())):
+        raise ModelError(f"{file}: damaged: its header names no tensors", fix="fetch it again")
+    end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     if 8 + length + end != size:
         raise ModelError(f"{file}: damaged: {size} bytes, {8 + length + end} expected", fix="fetch it again")
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    return tensors
+
+
+def _is_tensor(entry: Any) -> bool:
+    """Whether what a header says of a tensor has its type, its shape and its place in the file."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, place = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(place, list) or len(place) != 2:
+        return False
+    return all(isinstance(number, int) and number >= 0 for number in (*shape, *place))
 
 
 def demo_file() -> Path:
@@ -188,6 +226,7 @@ def _gguf(path: Path, sha256: str) -> Source:
     with path.open("rb") as handle:
         if handle.read(4) != b"GGUF":
             raise ModelError(f"{path}: not a GGUF file", fix="give a file that llama.cpp can load")
+    read_gguf_config(path)  # it is whole
     found = sha256_file(path)
     if sha256 and found != sha256:
         raise ModelError(f"{path}: another file than before: sha256 {found[:12]}, expected {sha256[:12]}")

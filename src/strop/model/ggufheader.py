@@ -6,6 +6,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,7 +38,7 @@ def read_gguf_config(file: Path) -> dict[str, Any]:
             return _config(*_read(handle))
     except FileNotFoundError:
         raise ModelError(f"{file}: no such GGUF file") from None
-    except (struct.error, IndexError, ValueError, KeyError) as error:
+    except (struct.error, IndexError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ModelError(f"{file}: not a GGUF file that can be read ({error})", fix="fetch it again") from None
 
 
@@ -63,13 +64,27 @@ def _read(handle: BinaryIO) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
         value = _value(handle, *struct.unpack("<I", handle.read(4)))
         if value is not None:
             values[key] = value
-    tensors = {}
+    tensors, end = {}, 0
     for _ in range(num_tensors):
         name = _string(handle)
         (rank,) = struct.unpack("<I", handle.read(4))
         tensors[name] = struct.unpack(f"<{rank}Q", handle.read(8 * rank))
-        handle.read(12)  # type and offset
+        kind, offset = struct.unpack("<IQ", handle.read(12))
+        end = max(end, offset + _bytes(kind, math.prod(tensors[name])))
+    unit = int(values.get("general.alignment", 32))
+    needed = -(-handle.tell() // unit) * unit + end  # weights begin at a multiple of it
+    if (size := handle.seek(0, 2)) < needed:
+        raise ValueError(f"cut short: {size} bytes, {needed} expected")
     return values, tensors
+
+
+def _bytes(kind: int, numbers: int) -> int:
+    """What this many numbers of a type take; 1 for a type that is newer than the package gguf."""
+    import gguf
+
+    sizes: dict[int, tuple[int, int]] = {int(name): size for name, size in gguf.GGML_QUANT_SIZES.items()}
+    block, size = sizes.get(kind, (numbers or 1, 1))
+    return -(-numbers // block) * size
 
 
 def _value(handle: BinaryIO, kind: int) -> Any:

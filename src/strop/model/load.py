@@ -24,10 +24,17 @@ from transformers.models.auto.modeling_auto import (
 from strop.config.schema import DEVICES
 from strop.errors import ModelError, RecipeError
 from strop.model.experts import growths, make_experts_resident
-from strop.model.facts import Source, fingerprint, quantized_by, read_config, safetensors_header, weight_files
+from strop.model.facts import (
+    Source,
+    fingerprint,
+    prequantized,
+    quantized_by,
+    read_config,
+    safetensors_header,
+    weight_files,
+)
 from strop.model.ggufweights import read_tensors
 from strop.model.quantize import folder_name, make_resident
-from strop.model.shape import prequantized
 from strop.model.shards import build, floats, is_finite, is_whole, pack_again, quantize_folder, write_shards
 from strop.model.tokenizer import LOCAL, first_line, gguf_cache, head_folder, plain_config
 from strop.model.towers import text_forward

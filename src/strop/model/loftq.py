@@ -14,11 +14,10 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor
 
 from strop.errors import ModelError
-from strop.model.facts import Source
+from strop.model.facts import Source, prequantized
 from strop.model.load import skeleton, weights_folder
 from strop.model.names import Layout
 from strop.model.quantize import QuantizedLinear
-from strop.model.shape import prequantized
 from strop.model.shards import Tensors
 
 ROUNDS, SPARE = 8, 8  # of the power iteration, and directions beyond the rank that it is given (arXiv:0909.4061)

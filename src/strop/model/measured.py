@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from strop.errors import ModelError
-from strop.model.facts import Source
+from strop.model.facts import Source, prequantized
 from strop.model.load import load_config, without_weights
 from strop.model.lora import linear_kinds
-from strop.model.shape import LinearShape, ModelShape, Peek, prequantized
+from strop.model.shape import LinearShape, ModelShape, Peek
 from strop.model.targets import EXPERTS, LinearKind
 
 SPARE_POSITIONS = 2  # in front of the first, which OPT and its kin leave out

@@ -12,14 +12,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from strop.errors import ModelError, nearest
-from strop.model.facts import demo_file, hub_config, quantized_by, read_config, safetensors_header, weight_files
+from strop.model.facts import (
+    base_of_run,
+    demo_file,
+    hub_config,
+    prequantized,
+    read_config,
+    safetensors_header,
+    weight_files,
+)
 from strop.model.ggufheader import read_gguf_config
 from strop.model.targets import EMBEDDINGS, EXPERTS, LinearKind, embedding_kind, expert_sets, sets_of
 from strop.runs.folder import is_run
 
+LARGEST, MOST_LAYERS = 1 << 28, 10_000  # of what a config may say; beyond that there is work without end
 SMALLEST = 512  # weights below this many are not worth their constants: a quantized base keeps them in 16 bit
 
 
@@ -295,20 +303,14 @@ def _getter(config: Mapping[str, Any], family: str) -> Any:
         found = next((config[name] for name in names if config.get(name)), default)
         if isinstance(found, list) and found and all(isinstance(one, int) for one in found):
             found = round(sum(found) / len(found))  # a number a layer: their mean
-        if not isinstance(found, int) or found <= 0:
+        if isinstance(found, bool) or not isinstance(found, int) or found <= 0:
             what = f"a config of type {family or 'unknown'} has no {names[0]}"
             raise ModelError(what, fix="use a decoder-only language model")
+        if found > (MOST_LAYERS if names == LAYERS else LARGEST):
+            raise ModelError(f"a config of type {family or 'unknown'}: {names[0]} {found} cannot be", fix="mend it")
         return found
 
     return get
-
-
-def prequantized(config: Mapping[str, Any]) -> str | None:
-    """The scheme of a checkpoint that bitsandbytes has quantized; None for any other."""
-    if quantized_by(config) != "bitsandbytes":
-        return None
-    section = config["quantization_config"]
-    return str(section.get("bnb_4bit_quant_type", "fp4")) if section.get("load_in_4bit") else "int8"
 
 
 def header_kinds(folder: Path) -> list[LinearKind]:
@@ -352,8 +354,7 @@ def peek(name: str, revision: str | None = None) -> Peek:
     if name == "demo" or name.startswith("demo:"):
         path = demo_file()
     if is_run(path):
-        base = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))["model"]
-        return peek(base["name"], base.get("revision"))
+        return peek(*base_of_run(path))
     if path.suffix == ".gguf":
         shape = ModelShape.of(read_gguf_config(path))
         return Peek(name, shape, shape.parameters)

@@ -273,7 +273,14 @@ def fsync_folder(path: Path) -> None:
 def cache_folder() -> Path:
     """Where strop keeps what it can make again: $STROP_CACHE, else $XDG_CACHE_HOME/strop, else ~/.cache/strop."""
     own = os.environ.get("STROP_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strop"
+    return Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strop"
+
+
+def share(file: Path) -> None:
+    """Gives a file the rights that the user's umask gave its folder: safetensors writes files for their user alone."""
+    mode = file.parent.stat().st_mode & 0o666
+    if os.name == "posix" and not file.is_symlink() and file.stat().st_mode & 0o666 != mode:
+        file.chmod(mode)
 
 
 @contextmanager
@@ -286,6 +293,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         yield temp
         for file in temp.rglob("*"):
             if file.is_file():
+                share(file)
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         fsync_folder(temp)

@@ -27,7 +27,7 @@ from torch import Tensor
 from strop.data.conversation import Unit
 from strop.data.units import Lazy
 from strop.errors import CheckpointError, RunError
-from strop.runs.folder import disk_faults, fsync_folder
+from strop.runs.folder import disk_faults, fsync_folder, share
 from strop.training.criteria import BLOCK, OfAnswers, beside, log_probs
 from strop.training.groups import OfGroups
 from strop.training.job import Job, stream_of
@@ -235,6 +235,7 @@ def _save(job: Job, key: Mapping[str, str], known: Reference) -> None:
     weights = {f"weight/{name}": weight.contiguous() for name, weight in known.start.items()}
     with disk_faults(path):
         save_file({**weights, **known.values}, temp, metadata={"key": json.dumps(dict(key))})
+        share(temp)
         with temp.open("rb") as file:
             os.fsync(file.fileno())
         temp.replace(path)

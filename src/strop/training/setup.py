@@ -31,13 +31,13 @@ from strop.errors import TROUBLES, DataError, DeviceError, FolderError, ModelErr
 from strop.evaluation.rewards import check_rewards, files_hash, rewards_of
 from strop.machine.probe import Machine, probe
 from strop.model.experts import packable
-from strop.model.facts import Source, fingerprint, locate, refuse_widened
+from strop.model.facts import Source, fingerprint, locate, prequantized, refuse_widened
 from strop.model.load import DTYPES, copies_to_make, load_config, skeleton
 from strop.model.lora import check_lora, kinds_of, num_trainable, trained_whole
 from strop.model.measured import parameters_of, shape_of
 from strop.model.saved import adapted_names
 from strop.model.score import check_head
-from strop.model.shape import ModelShape, prequantized
+from strop.model.shape import ModelShape
 from strop.model.tokenizer import load_tokenizer, new_tokens
 from strop.model.towers import text_path
 from strop.objectives.table import drawn_tokens, learning_of, objective_of

@@ -28,15 +28,18 @@ class BoundedTemplate:
     def __init__(self, source: str) -> None:
         # of an empty template: compiling computes constants, such as 'x' * 10**10, and these must be bounded too
         self.environment: Any = copy.copy(chat_template_utils._compile_jinja_template("").environment)
-        self.environment.filters = {**self.environment.filters, "strop_rounds": self._counted}
+        self.environment.filters = {**self.environment.filters, "strop_rounds": self._counted, "strop_joined": _joined}
         self._rounds = 0
         self._call, self._binary = self.environment.call, self.environment.call_binop
         self.environment.call = self._counted_call
-        self.environment.intercepted_binops = frozenset({"*", "**"})
+        self.environment.intercepted_binops = frozenset({"*", "**", "+"})
         self.environment.call_binop = self._bounded_binary
         tree = self.environment.parse(source)
         for loop in list(tree.find_all(nodes.For)):
             loop.iter = nodes.Filter(loop.iter, "strop_rounds", [], [], None, None, lineno=loop.lineno)
+        for text in list(tree.find_all(nodes.Concat)):  # a ~ b: a text that is doubled again and again takes all memory
+            parts = nodes.List(text.nodes, lineno=text.lineno)
+            text.nodes = [nodes.Filter(parts, "strop_joined", [], [], None, None, lineno=text.lineno)]
         tree.set_environment(self.environment)
         self._template = self.environment.from_string(tree)
 
@@ -66,9 +69,11 @@ class BoundedTemplate:
         return self._call(*arguments, **named)
 
     def _bounded_binary(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
+            _check_size(len(left) + len(right))
         for one, times in ((left, right), (right, left)):
-            if operator == "*" and isinstance(times, int) and hasattr(one, "__len__") and len(one) * times > MAX_CHARS:
-                raise jinja2.TemplateRuntimeError(f"a text of more than {MAX_CHARS} characters")
+            if operator == "*" and isinstance(times, int) and hasattr(one, "__len__"):
+                _check_size(len(one) * times)
         if (
             operator == "**"
             and isinstance(left, int)
@@ -77,3 +82,15 @@ class BoundedTemplate:
         ):
             raise jinja2.TemplateRuntimeError(f"a number of more than {MAX_BITS} bits")
         return self._binary(context, operator, left, right)
+
+
+def _joined(values: Iterable[Any]) -> str:
+    """As jinja joins what stands around ~."""
+    parts = [str(value) for value in values]
+    _check_size(sum(map(len, parts)))
+    return "".join(parts)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_CHARS:
+        raise jinja2.TemplateRuntimeError(f"a text of more than {MAX_CHARS} characters")
