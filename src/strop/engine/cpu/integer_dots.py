@@ -23,6 +23,7 @@ AS_HELD = HAS_BF16 and "avx512_vnni" in vector()
 STEP = 2 * LANES  # numbers that an instruction multiplies
 MOST = 32_767
 STRETCH = 8192  # numbers of a row whose sum, of 127 MOST each, stays within 32 bit in each of LANES
+FEW = 32_768  # numbers that are rounded sooner than other threads are woken
 LEAST = 1e-34  # a row of smaller numbers is one of zeros
 NO_NUMBER = 0x7F80  # bits that infinity and NaN have in bf16, and no number has all of
 
@@ -37,19 +38,33 @@ def fits(k: Any) -> Any:
     return k % STEP == 0
 
 
+@inline
+def _round_row(z: Any, x: Any) -> Any:
+    """A row of `in_whole`; gives its scale."""
+    largest, strange = np.float32(0), np.int32(0)
+    for j in range(len(z)):
+        largest = greater(largest, abs(wide(z[j])))
+        strange |= np.int32((z[j] & NO_NUMBER) == NO_NUMBER)
+    times = np.float32(MOST) / largest if largest > LEAST else np.float32(0)
+    for j in range(len(z)):
+        x[j] = np.int32(np.rint(wide(z[j]) * times))
+    return np.float32(np.nan) if strange else largest / np.float32(MOST)
+
+
 @loop
+def _round_rows(z: Any, x: Any, scales: Any) -> None:
+    for i in prange(len(z)):
+        scales[i] = _round_row(z[i], x[i])
+
+
+@inline
 def in_whole(z: Any, x: Any, scales: Any) -> None:
     """z (T, k) in bf16 as scales (T,) x (T, k), of int16. A row with infinity or NaN has the scale NaN."""
-    rows, k = z.shape
-    for i in prange(rows):
-        largest, strange = np.float32(0), np.int32(0)
-        for j in range(k):
-            largest = greater(largest, abs(wide(z[i, j])))
-            strange |= np.int32((z[i, j] & NO_NUMBER) == NO_NUMBER)
-        times = np.float32(MOST) / largest if largest > LEAST else np.float32(0)
-        for j in range(k):
-            x[i, j] = np.int32(np.rint(wide(z[i, j]) * times))
-        scales[i] = np.float32(np.nan) if strange else largest / np.float32(MOST)
+    if z.size > FEW:
+        _round_rows(z, x, scales)
+    else:
+        for i in range(len(z)):
+            scales[i] = _round_row(z[i], x[i])
 
 
 def _dots(rows: int, others: int, lines: int = 0) -> Any:
