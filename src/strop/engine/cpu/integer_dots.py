@@ -23,7 +23,7 @@ AS_HELD = HAS_BF16 and "avx512_vnni" in vector()
 STEP = 2 * LANES  # numbers that an instruction multiplies
 MOST = 32_767
 STRETCH = 8192  # numbers of a row whose sum, of 127 MOST each, stays within 32 bit in each of LANES
-FEW = 2048  # numbers that are rounded sooner than other threads are woken
+FEW = 8192  # numbers that are rounded sooner than other threads are woken
 LEAST = 1e-34  # a row of smaller numbers is one of zeros
 NO_NUMBER = 0x7F80  # bits that infinity and NaN have in bf16, and no number has all of
 
