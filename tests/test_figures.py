@@ -151,6 +151,26 @@ def served_rows(found: Any) -> list[str]:
     return [f"| {clients} | {' | '.join(cells)} |" for clients, cells in rows.items()]
 
 
+def of_rounds(found: Any, server: str, clients: int, beside: str) -> float:
+    """The median of the rounds' ratios."""
+    first, other = (
+        next(one["rounds_tokens_per_s"] for one in found if one["server"] == name and one["clients"] == clients)
+        for name in (server, beside)
+    )
+    return statistics.median(a / b for a, b in zip(first, other, strict=True))
+
+
+def served_in_8_bit(found: Any) -> str:
+    speed = {(one["server"], one["clients"]): f"{one['tokens_per_s']:.0f}" for one in found}
+    alone = of_rounds(found, "strop int8", 1, "strop bf16")
+    together = of_rounds(found, "strop int8", 16, "llama.cpp q8_0")
+    return (
+        f"one client {speed['strop int8', 1]} tokens/s where bf16 has {speed['strop bf16', 1]} ({alone:.2f} times), "
+        f"16 clients {speed['strop int8', 16]} where llama.cpp's q8_0 has {speed['llama.cpp q8_0', 16]} "
+        f"({together:.1f} times)"
+    )
+
+
 def resident(found: Any, server: str) -> str:
     sizes = sorted({f"{one['resident_bytes'] / 1e9:.1f}" for one in found if one["server"] == server})
     return " to ".join([sizes[0], *sizes[1:][-1:]])
@@ -466,6 +486,7 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
      "llama.cpp f16: {0:.1f} s either way, and {1:.1f} s".format(
          it[1]["first_token_alone_s"], it[1]["longest_gap_behind_s"], **it[0])),
     ("docs/serve.md", "serve_2026-11-27.json", near_floor),
+    ("docs/serve.md", "serve_int8_2026-11-28.json", served_in_8_bit),
     ("docs/after.md", "merge_faults_2026-11-25.json", fault_rows),
     ("docs/dash.md", "dash_page_2026-11-26.json",
      lambda it: "about {server_mb_before:.0f} MB, and {server_mb:.0f} MB with a run of 200,000 steps open".format(
