@@ -43,7 +43,6 @@ from strop.commands.serve import serve
 from strop.commands.train import train
 from strop.errors import DiskError, Elsewhere, FolderError, StropError
 from strop.flags import recipe_options
-from strop.runs.folder import cache_folder
 from strop.terminal import console, print_json
 from strop.typed import typed
 
@@ -181,6 +180,8 @@ def _version_option(
 
 def _by_the_system(error: Exception) -> StropError | None:
     """What the system does not let this user do, with a file or a folder, is no fault of strop's."""
+    from strop.runs.folder import cache_folder  # psutil: not for `strop --help`
+
     try:
         here = Path.cwd()
     except OSError:
