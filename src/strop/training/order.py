@@ -27,9 +27,11 @@ def hold_to_order(job: Job, items: Sequence[Item]) -> None:
     scored = isinstance(job.criterion, OfAnswers) and job.criterion.objective.scored
     if job.step.name != "plain" or scored:
         return
+    rows = _rows(items)
     job.model.eval()
     with job.devices.together(), torch.no_grad():
-        row, behind, in_front = job.step.token_log_probs(_rows(items)).view(3, -1)
+        [found] = job.devices.turns(lambda rank: [rows], job.step.token_log_probs, backward=False)
+    row, behind, in_front = found.view(3, -1)
     job.model.train()
     job.step.release()
     change, beside = (float((other - row).abs().median()) for other in (behind, in_front))
