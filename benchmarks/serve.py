@@ -31,15 +31,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from itertools import count, cycle, pairwise
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import measured
 import requests
 import torch
+from clients import Answer, ask_all
 from servers import Failed, Running, Server, llamas, running, strops, transformers_serve, vllms
 
 from strop.data.conversation import Message
@@ -57,20 +57,6 @@ QUIET_S = 3.0  # before each long prompt, to see the usual gaps
 SHORT_ANSWER = 8  # tokens; of --many
 CALM_CORES = 0.2  # what others may use of the machine while a figure is taken
 TOGETHER = 16  # requests at a time; of --many
-
-
-@dataclass
-class Answer:
-    """times: when each piece of the text came."""
-
-    text: str
-    began: float
-    times: list[float]
-    ended: float
-
-    @property
-    def first_s(self) -> float:
-        return (self.times[0] if self.times else self.ended) - self.began
 
 
 def ask(
@@ -105,20 +91,9 @@ def load(
     server: Running, asked: Sequence[Messages], clients: int, number: int, max_tokens: int
 ) -> tuple[list[Answer], float]:
     """Answers to `number` requests of `clients` at once, and the seconds for all."""
-    answers: list[Answer] = []
-    turn, lock = count(), threading.Lock()
-
-    def client() -> None:
-        while True:
-            with lock:
-                place = next(turn)
-            if place >= number:
-                return
-            answers.append(ask(server, asked[place % len(asked)], max_tokens))
-
-    began = time.perf_counter()
-    together([client] * clients)
-    return answers, time.perf_counter() - began
+    told = {**server.body, "max_tokens": max_tokens}
+    bodies = [{**told, "messages": messages} for messages in islice(cycle(asked), number)]
+    return ask_all(server.url, bodies, clients)
 
 
 def together(works: Sequence[Callable[[], None]]) -> None:

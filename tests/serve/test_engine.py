@@ -204,7 +204,7 @@ def test_a_full_queue_and_a_freed_slot() -> None:
 
 def test_a_fault_of_the_engine_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Asked(tiny())
-    monkeypatch.setattr(Decoder, "read", lambda *_: 1 / 0)
+    monkeypatch.setattr(Decoder, "read", lambda *_, **__: 1 / 0)
     asked.submit(np.arange(3, 9, dtype=np.int32), 5)
     asked.engine.start()
     asked.answers()
@@ -216,7 +216,7 @@ def test_a_decoder_that_cannot_even_end_a_text_leaves_nobody_waiting(monkeypatch
     asked, failures = Asked(tiny()), list[bool]()
     monkeypatch.setattr(asked.engine, "_on_failure", lambda: failures.append(True))
     for method in ("read", "end"):
-        monkeypatch.setattr(Decoder, method, lambda *_: 1 / 0)
+        monkeypatch.setattr(Decoder, method, lambda *_, **__: 1 / 0)
     asked.submit(np.arange(3, 9, dtype=np.int32), 5)
     asked.engine.start()
     asked.answers()

@@ -235,6 +235,13 @@ def answering_loops(dtype: torch.dtype | None = None) -> Any:
     return passes
 
 
+def screening_loops() -> Any:
+    """engine.cpu.screen: the likeliest token without the whole head."""
+    from strop.engine.cpu import screen  # its import starts threads
+
+    return screen
+
+
 def likeliest(logits: Any) -> tuple[Any, Any]:
     """Of each row of logits (P, n), numpy fp32: the place of the greatest (P,), and whether all are numbers (P,)."""
     from strop.engine.cpu import draws

@@ -28,6 +28,7 @@ from strop.planning.memory import (
     packed_weights,
     phase_of,
     train,
+    weight_bytes,
 )
 from strop.planning.setting import BYTES, Setting
 
@@ -35,6 +36,7 @@ ANSWERS_BYTES = 45 * MIB  # the loops that answer, beyond those that train (fitt
 LANES = 16  # numbers of a vector (engine.cpu.dots)
 ANSWER = 80  # tokens of an answer that `strop eval` asks for, unless told otherwise
 JUDGED_AT_ONCE = 128  # as in engine.answers.batch
+SCREENED = 0.1  # of what is read for a token: a smaller head is not held in 8 bit besides, as in engine.answers.screen
 GENERATED = 16  # rows of a batch of transformers' generate, as in model.generate
 FREE_SHARE = 0.5  # of free memory, for keys and values at most, as in engine.answers.held
 MEASURING_BYTES = 170 * MIB  # pages of libraries that compute in fp32, and what the heap keeps (two merges of the demo)
@@ -100,7 +102,7 @@ def evaluate(setting: Setting, asked: Asked, usable: int) -> Phase:
     found = serve(setting, min(asked.positions, room))
     rows = min(READ_AT_ONCE + asked.texts, asked.positions)
     told = 4 * min(JUDGED_AT_ONCE, asked.positions) * setting.shape.vocabulary
-    return phase_of({**found.parts, "live_layer": _pass_bytes(setting, rows), "head": told})
+    return phase_of({**found.parts, "live_layer": _pass_bytes(setting, rows), "head": told + _small_head(setting)})
 
 
 def draw(setting: Setting, drawn: Drawn) -> Phase:
@@ -179,9 +181,18 @@ def serve(setting: Setting, context: int, *, texts: int = 1) -> Phase:
         "workspace": SCRATCH_BYTES,
         "saved_activations": positions * position_bytes(setting),
         "live_layer": _pass_bytes(setting, min(READ_AT_ONCE, positions)),
-        "head": 2 * 4 * texts * shape.vocabulary,  # of the rows that give logits, and once more side by side
+        # of the rows that give logits, and once more side by side
+        "head": 2 * 4 * texts * shape.vocabulary + _small_head(setting),
         "framework": CODE_BYTES + LOOPS_BYTES + ANSWERS_BYTES,
     })  # fmt: skip
+
+
+def _small_head(setting: Setting) -> int:
+    """The head once more in 8 bit (engine.answers.screen), with two numbers for each of its rows."""
+    shape = setting.shape
+    head = setting.element * shape.vocabulary * shape.hidden
+    read = weight_bytes(setting) - (0 if shape.tied else head)
+    return 0 if shape.softcap or head <= SCREENED * read else shape.vocabulary * (shape.hidden + 8)
 
 
 def _laid_out(setting: Setting) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from strop.engine.answers.decoder import Part
-from strop.engine.answers.text import Ids, Logits, Text
+from strop.engine.answers.text import Ids, Logits, Seen, Text
 from strop.engine.transfer import sent
 from strop.errors import ModelError
 from strop.model.biases import has_own_biases, without_adapter
@@ -92,7 +92,7 @@ class PlainDecoder:
             del self._lanes[lane], self._rows[lane]
 
     @torch.inference_mode()
-    def read(self, parts: Sequence[Part]) -> Logits:
+    def read(self, parts: Sequence[Part], *, logits: bool = True) -> Seen:
         found: dict[Text, Logits] = {}
         for lane, rows in self._rows.items():
             found |= dict(zip(rows, self._step(lane).float().cpu().numpy(), strict=True))
@@ -103,7 +103,7 @@ class PlainDecoder:
         for lane, mine in reading.items():
             found |= self._read_on(lane, mine)
         told = [found[part.text] for part in parts if part.told]
-        return np.stack(told) if told else np.empty((0, 1), np.float32)
+        return Seen.of(np.stack(told) if told else np.empty((0, 1), np.float32))
 
     def _lane(self, adapter: str | None) -> str:
         """Texts with the same lane are decoded together."""

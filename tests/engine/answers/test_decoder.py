@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from strop.engine.answers import screen
 from strop.engine.answers.batch import Batch, answer_all, answer_groups
 from strop.engine.answers.cache import BLOCK
 from strop.engine.answers.decoder import Decoder, Part
@@ -21,6 +22,12 @@ from strop.model.quantize import QuantizedLinear, make_resident, pack, replace_l
 from tests.support.random_models import adapted, tiny_of
 
 TOKENS = 12
+
+
+@pytest.fixture(autouse=True)
+def _every_head_is_screened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of models whose head is a larger part of them."""
+    monkeypatch.setattr(screen, "WORTH", 0.0)
 
 
 def prompts(many: int = 8) -> list[Ids]:
@@ -71,7 +78,8 @@ def logits_of(decoder: Decoder, texts: list[Text]) -> list[np.ndarray]:
     for text in texts:
         decoder.begin(text)
     lengths = [text.left for text in texts]
-    found = np.split(decoder.read([Part(text, text.left, text.left) for text in texts]).copy(), np.cumsum(lengths)[:-1])
+    seen = decoder.read([Part(text, text.left, text.left) for text in texts])
+    found = np.split(seen.logits.copy(), np.cumsum(lengths)[:-1])
     for text in texts:
         decoder.end(text)
     decoder.blocks.forget()
@@ -90,7 +98,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(dtype: torch.dtype) -> N
         parts = []
         while again.left:  # three positions at a time, as if they came one after the other
             count = min(3, again.left)
-            parts.append(decoder.read([Part(again, count, count)]).copy())
+            parts.append(decoder.read([Part(again, count, count)]).logits.copy())
         assert np.array_equal(np.concatenate(parts), wanted)
         decoder.end(again)
         decoder.blocks.forget()
@@ -259,6 +267,32 @@ def test_expected_answers_change_nothing_and_are_judged(at_once: int) -> None:
         assert np.allclose(text.logprobs, logs, atol=1e-5) and len(text.logprobs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_token_needs_no_logits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy answers are found in the head in 8 bit, and are those of the whole head; a text beside them that is drawn
+    has its logits."""
+    model = adapted("llama", hidden_size=64, intermediate_size=96, head_dim=32).to(dtype).eval()
+    asked: list[bool] = []
+    likeliest = screen.Screen.likeliest
+
+    def answered(*others: Text, whole: bool = False) -> list[list[int]]:
+        def counted(asking: screen.Screen, z: Any) -> Any:
+            asked.append(True)
+            return None if whole else likeliest(asking, z)
+
+        monkeypatch.setattr(screen.Screen, "likeliest", counted)
+        asked.clear()
+        texts = [Text(ids, name, most=TOKENS) for ids in prompts() for name in ("default", None)]
+        return answers(Decoder(model, 4000), [*others, *texts], 5)[len(others) :]
+
+    plain = answered()
+    assert len(asked) > TOKENS
+    assert plain == answered(whole=True)
+    drawn = Text(prompts()[0], None, most=300, sampling=Sampling(1.0, seed=1))  # until all others are there
+    assert plain == answered(drawn)
+    assert not asked
+
+
 def test_numbers_that_are_not_finite_end_an_expected_answer() -> None:
     model = adapted("llama").eval()
     model.get_base_model().lm_head.weight.data[5] = torch.nan
@@ -270,9 +304,9 @@ def test_a_beginning_that_is_being_read_is_waited_for() -> None:
     class Counting(Decoder):
         rows = 0
 
-        def read(self, parts: Any) -> Any:
+        def read(self, parts: Any, **how: Any) -> Any:
             self.rows += sum(part.count for part in parts)
-            return super().read(parts)
+            return super().read(parts, **how)
 
     decoder, ids = Counting(adapted("llama").eval(), 2000), prompts()[6]
     texts = [Text(np.append(ids, np.int32(place)), "default", most=1) for place in range(5)]
@@ -325,10 +359,10 @@ def test_a_groups_prompt_is_read_once(length: int, rows: int) -> None:
     decoder, groups, read = Decoder(model, 1000), [texts(ids) for ids in prompts], 0
     seen, batch = decoder.read, Batch(decoder, rows, guess=False)
 
-    def counted(parts: list[Part]) -> Any:
+    def counted(parts: list[Part], **how: Any) -> Any:
         nonlocal read
         read += sum(part.count for part in parts if part.text.done < part.text.prompt)
-        return seen(parts)
+        return seen(parts, **how)
 
     decoder.read = counted  # type: ignore[method-assign, assignment]
     logs: dict[Text, list[float]] = {text: [] for group in groups for text in group}

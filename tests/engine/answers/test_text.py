@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from strop.engine.answers.text import NoToken, Sampling, Text
+from strop.engine.answers.text import NoToken, Sampling, Seen, Text
 from strop.engine.processor import draw_token, likeliest
 
 DRAWS = 20_000
@@ -54,7 +54,7 @@ def test_tokens_are_drawn_by_their_distribution(sampling: Sampling) -> None:
     counts = np.zeros(len(row))
     text = Text(prompt, None, most=DRAWS, sampling=Sampling(**{**vars(sampling), "seed": 11}))
     for _ in range(DRAWS):
-        counts[text.pick(row).id] += 1
+        counts[text.pick(Seen.of(row[None]), 0).id] += 1
         text.length += 1  # each place has a number of its own; what was drawn is not said again
         text._ids[text.length - 1] = prompt[0]
     assert not counts[p == 0].any()
@@ -92,7 +92,7 @@ def test_what_a_seed_decides() -> None:
     def drawn(seed: int | None) -> list[int]:
         text = Text(prompt, None, most=20, sampling=Sampling(1.0, seed=seed))
         for _ in range(20):
-            text.append(text.pick(row).id)
+            text.append(text.pick(Seen.of(row[None]), 0).id)
         return text.answer
 
     assert drawn(7) == drawn(7) != drawn(8)
@@ -101,7 +101,7 @@ def test_what_a_seed_decides() -> None:
 
 def test_what_is_told_of_a_token() -> None:
     row = logits(50)
-    token = Text(np.array([1], np.int32), None, logprobs=3).pick(row)
+    token = Text(np.array([1], np.int32), None, logprobs=3).pick(Seen.of(row[None]), 0)
     logs = torch.from_numpy(row).double().log_softmax(-1)
     top = logs.topk(3)
     assert token.id == int(logs.argmax()) and token.logprob == pytest.approx(float(top.values[0]))
@@ -117,4 +117,4 @@ def test_numbers_that_are_none() -> None:
     assert found[0] == rows[0].argmax() and found[3] == rows[3].argmax()
     for row in rows[[1, 2, 4]]:
         with pytest.raises(NoToken):
-            Text(np.array([1], np.int32), None, sampling=Sampling(1.0)).pick(row)
+            Text(np.array([1], np.int32), None, sampling=Sampling(1.0)).pick(Seen.of(row[None]), 0)

@@ -14,8 +14,8 @@ import numpy as np
 
 from strop.engine.answers.cache import READ_AT_ONCE, NoRoom
 from strop.engine.answers.decoder import Decoder, Part, Reads
-from strop.engine.answers.text import NoToken, Text, Token
-from strop.engine.processor import likeliest, logprobs_of
+from strop.engine.answers.text import NoToken, Seen, Text, Token
+from strop.engine.processor import logprobs_of
 
 JUDGED_AT_ONCE = 128  # rows of a pass that give logits: more would take more memory than the pass itself
 ALIKE = 3  # tokens at a text's end that must have stood before, for what followed them to be guessed
@@ -80,35 +80,39 @@ class Batch:
         it is."""
         parts = self._parts()
         news = []
-        logits = self._decoder.read(parts)
-        best, finite = likeliest(logits)
+        plain = all(text.plain and not text.judging for part in parts if part.told for text in self._at(part))
+        seen = self._decoder.read(parts, logits=not plain)
         at = 0
         for part in parts:
             if part.told:
-                rows = slice(at, at + part.told)
+                rows = seen.rows(at, at + part.told)
                 at += part.told
                 for text in self._behind.pop(part.text, ()):
                     assert isinstance(self._decoder, Decoder)
                     self._decoder.follow(text, part.text)
                     self.texts.append(text)
-                    news.append(News(text, self._written(Part(text, 0, 1), logits[rows], best[rows], finite[rows])))
+                    news.append(News(text, self._written(Part(text, 0, 1), rows)))
                 read = self._judged if part.text.judging else self._written
-                news.append(News(part.text, read(part, logits[rows], best[rows], finite[rows])))
+                news.append(News(part.text, read(part, rows)))
         for text in [text for text in self.texts if text.end]:
             self.remove(text)
         return news
 
-    def _judged(self, part: Part, logits: np.ndarray, best: np.ndarray, finite: np.ndarray) -> tuple[Token, ...]:
-        text, at = part.text, part.text.done - part.told
-        wanted = np.append(text.ids[at + 1 : text.done + 1], 0)[: len(logits)]  # behind the last stands nothing
-        return text.judge(at, np.where(finite, best, -1), logprobs_of(logits, wanted))
+    def _at(self, part: Part) -> list[Text]:
+        """The texts that go on behind a part."""
+        return [part.text, *self._behind.get(part.text, ())]
 
-    def _written(self, part: Part, logits: np.ndarray, best: np.ndarray, finite: np.ndarray) -> tuple[Token, ...]:
+    def _judged(self, part: Part, seen: Seen) -> tuple[Token, ...]:
+        text, at = part.text, part.text.done - part.told
+        wanted = np.append(text.ids[at + 1 : text.done + 1], 0)[: part.told]  # behind the last stands nothing
+        return text.judge(at, np.where(seen.finite, seen.likeliest, -1), logprobs_of(seen.logits, wanted))
+
+    def _written(self, part: Part, seen: Seen) -> tuple[Token, ...]:
         """Appends the tokens that follow, as long as the guesses before them were right."""
         text, found = part.text, []
-        for row in range(len(logits)):
+        for row in range(part.told):
             try:
-                token = Token(int(best[row])) if text.plain and finite[row] else text.pick(logits[row])
+                token = text.pick(seen, row)
             except NoToken as none:
                 text.end = none.end
                 break

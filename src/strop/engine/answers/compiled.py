@@ -12,6 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from strop.engine.answers.cache import BLOCK
+from strop.engine.answers.screen import Screen, screen_for
+from strop.engine.answers.text import Seen
 from strop.engine.families import ACTIVATIONS
 from strop.engine.joined import Quantized, base_of
 from strop.engine.layers import Layers, NormPart, about
@@ -41,6 +43,7 @@ class CompiledPass:
         self._logits = np.empty((0, 0), np.float32)
         self._q = parts[0].query * width
         self.take_adapters(names)
+        self._screen = self._screen_of(layers)
 
     def take_adapters(self, names: Sequence[str]) -> None:
         """The adapters by these names, as their weights are now."""
@@ -59,9 +62,9 @@ class CompiledPass:
         self.takes_apart = len(eight_bit) < len(packed)  # weights in few bits become numbers before they are multiplied
         self._count, self._room, self._positions = 0, None, 0
 
-    def __call__(self, ids: Any, rows: tuple[Any, ...], longest: int, picked: Any) -> Any:
-        """Logits (P, vocabulary) fp32 of the picked rows; ids (T,); rows: as in passes.Rows; longest: the last position
-        + 1."""
+    def __call__(self, ids: Any, rows: tuple[Any, ...], longest: int, picked: Any, *, logits: bool) -> Seen:
+        """What is seen behind the picked rows (P,); ids (T,); rows: as in passes.Rows; longest: the last position + 1.
+        logits: whether they are asked for, or the likeliest tokens are enough."""
         loops, layers, count = self._loops, self._layers, len(ids)
         self._turn_to(longest)
         self._make_room(count)
@@ -72,11 +75,13 @@ class CompiledPass:
             loops.through(layer, self._room, hidden, *rows, self._lanes)
         z = _array(torch.empty(len(picked), hidden.shape[1], dtype=self._type))
         loops.enter(self._norm, hidden[picked], z)
+        if not logits and self._screen is not None and (found := self._screen.likeliest(z)) is not None:
+            return Seen(found, np.ones(len(found), np.bool_))
         if len(picked) > len(self._logits):  # new memory takes as long to come as the logits to be made
             self._logits = np.empty((len(picked), len(self._head.w)), np.float32)
-        logits = self._logits[: len(picked)]
-        loops.alone(self._head, z, logits, self._lanes)
-        return self._bent(logits)
+        whole = self._logits[: len(picked)]
+        loops.alone(self._head, z, whole, self._lanes)
+        return Seen.of(self._bent(whole))
 
     def copy_block(self, source: int, into: int) -> None:
         """What the cache holds in one block, into another."""
@@ -92,6 +97,12 @@ class CompiledPass:
         if layers.softcap:
             logits = np.tanh(logits / np.float32(layers.softcap)) * np.float32(layers.softcap)
         return logits
+
+    def _screen_of(self, layers: Layers) -> Screen | None:
+        held = [weight for layer in self._built for linear in layer[:4] for weight in linear.weights]
+        read = sum(weight.w.nbytes + getattr(weight, "scale", weight.w[:0]).nbytes for weight in held)
+        z = np.empty(0, np.uint16 if self._type == torch.bfloat16 else np.float32)
+        return screen_for(layers.head, self._head.w, z, layers.logits_scale, layers.softcap, read)
 
     def _make_room(self, count: int) -> None:
         if count > self._count:

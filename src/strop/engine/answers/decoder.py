@@ -16,7 +16,7 @@ import torch
 from strop.engine.answers.cache import BLOCK, Blocks, NoRoom, blocks_for, keys_of, root_of
 from strop.engine.answers.compiled import CompiledPass, entering, width_of
 from strop.engine.answers.fits import adapters_of, unanswerable
-from strop.engine.answers.text import Ids, Logits, Text
+from strop.engine.answers.text import Ids, Seen, Text
 from strop.engine.layers import Layers
 
 TOGETHER = 48  # query heads of a text that are attended together: more need not read its keys less often
@@ -45,8 +45,8 @@ class Reads(Protocol):
     def end(self, text: Text) -> None:
         """Gives the text's room back."""
 
-    def read(self, parts: Sequence[Part]) -> Logits:
-        """One pass. The logits that are told (.., vocabulary), part by part; they hold until the next pass."""
+    def read(self, parts: Sequence[Part], *, logits: bool = True) -> Seen:
+        """One pass. What is told, part by part. logits: whether they are asked for."""
 
 
 class Decoder:
@@ -121,7 +121,7 @@ class Decoder:
         self._coming.difference_update(text.coming)
         text.blocks = []
 
-    def read(self, parts: Sequence[Part]) -> Logits:
+    def read(self, parts: Sequence[Part], *, logits: bool = True) -> Seen:
         order = sorted(range(len(parts)), key=lambda place: self._adapter(parts[place].text))
         table = np.zeros((len(parts), max(len(part.text.blocks) for part in parts)), np.int32)
         ids: list[Ids] = []
@@ -146,10 +146,11 @@ class Decoder:
         given = np.concatenate(at), np.concatenate(of), table, np.array(chunks, np.int64), own
         told = [np.arange(ends[place] - part.told, ends[place]) for place, part in enumerate(parts)]
         with torch.inference_mode():
-            logits: Logits = self._pass(np.concatenate(ids).astype(np.int64), given, longest, np.concatenate(told))
+            whole = np.concatenate(ids).astype(np.int64)
+            seen = self._pass(whole, given, longest, np.concatenate(told), logits=logits)
         for part in parts:
             self._read_on(part.text, part.count)
-        return logits
+        return seen
 
     def _adapter(self, text: Text) -> int:
         return len(self.names) if text.adapter is None else self.names.index(text.adapter)

@@ -36,9 +36,10 @@ def exercise(dtype: torch.dtype, part: str = "") -> None:
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear")).eval()
     prompt = np.arange(40, dtype=np.int32)
     sampling = Sampling(1.0, 0.9)
-    texts = [Text(prompt, name, most=3, sampling=sampling, logprobs=0) for name in ("default", None)]
-    for _ in answer_all(Batch(Decoder(model, 256, warm=False), 2), texts):
-        pass
+    sampled = [Text(prompt, name, most=3, sampling=sampling, logprobs=0) for name in ("default", None)]
+    for texts in (sampled, [Text(prompt, None, most=3)]):
+        for _ in answer_all(Batch(Decoder(model, 256, warm=False), 2), texts):
+            pass
 
 
 def _apart(loops: Any, part: str) -> None:

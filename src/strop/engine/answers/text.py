@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from strop.engine.processor import draw_token, logprobs_of
+from strop.engine.processor import draw_token, likeliest, logprobs_of
 
 COLDEST = 1e-4  # below it logits divided by the temperature may overflow, and sampling is greedy anyway
 
@@ -23,6 +23,26 @@ PASSED_OVER = (
 
 Ids = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a pass tells of each row (P,): its likeliest token, and whether its numbers are finite. logits (P,
+    vocabulary): None where they were not asked for; they hold until the next pass."""
+
+    likeliest: npt.NDArray[np.int64]
+    finite: npt.NDArray[np.bool_]
+    logits: Logits | None = None
+
+    @staticmethod
+    def of(logits: Logits) -> Seen:
+        return Seen(*likeliest(logits), logits)
+
+    def rows(self, begin: int, end: int) -> Seen:
+        one = slice(begin, end)
+        return Seen(self.likeliest[one], self.finite[one], None if self.logits is None else self.logits[one])
+
+
 # (tokens so far, logits (vocabulary,)): sets what may not come to -inf; raises NoToken
 Mask = Callable[[Sequence[int], Logits], None]
 
@@ -205,8 +225,14 @@ class Text:
         elif self.length - self.prompt >= self.most:
             self.end = "length"
 
-    def pick(self, logits: Logits) -> Token:
-        """The next token, which is not appended yet; logits (vocabulary,). Raises NoToken."""
+    def pick(self, seen: Seen, row: int) -> Token:
+        """The next token, which is not appended yet, by a row of what was seen. Raises NoToken."""
+        if self.plain:
+            if not seen.finite[row]:
+                raise NoToken("failed")
+            return Token(int(seen.likeliest[row]))
+        assert seen.logits is not None
+        logits = seen.logits[row]
         scores, about = logits, self._sampling
         if not np.isfinite(logits.max()):
             raise NoToken("failed")
