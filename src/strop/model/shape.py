@@ -337,8 +337,8 @@ def header_kinds(folder: Path) -> list[LinearKind]:
 
 @dataclass(frozen=True)
 class Peek:
-    """A model that was looked at from outside. parameters: by its files' headers where there are any. refused: why no run
-    would train it, where that is known."""
+    """A model that was looked at from outside. parameters: by its files' headers where there are any. refused: why no
+    run would train it, where that is known."""
 
     name: str
     shape: ModelShape
