@@ -159,9 +159,9 @@ def _wrong_kind(facts: dict[str, Any], learning: Learning) -> DataError | None:
     if learning == "turns":
         fix = {
             "pairs": "--train.objective dpo (ipo, orpo, simpo, kto), or the better answers alone: "
-            "--data.columns prompt=prompt,completion=chosen",
+            "--data.columns prompt=A,completion=B, by your columns' names (messages=B where B holds the prompt too)",
             "labelled": "--train.objective kto, or without the label: "
-            "--data.columns prompt=prompt,completion=completion (or messages=messages)",
+            "--data.columns prompt=A,completion=B, by your columns' names (or messages=A)",
             "prompt": "--train.objective grpo, or rows with answers: --data.columns prompt=A,completion=B",
         }[kind]
         return DataError(f"{file}: {what}, which train.objective sft does not learn from", fix=fix)
