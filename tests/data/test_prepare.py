@@ -219,8 +219,9 @@ def test_a_share_for_evaluation_is_chosen_by_content(tmp_path: Path) -> None:
     assert {c.messages[0].content for c in again.eval_conversations} == held
     few = run(write(tmp_path / "c.jsonl", rows[:3]), eval="1%")  # too few rows for 1 %: still one
     assert few.eval is not None and len(few.eval) == 1 and len(few.train) == 2
-    with pytest.raises(DataError, match="0 of 1 training rows"):
+    with pytest.raises(DataError, match="0 of 1 training rows") as found_none:
         run(write(tmp_path / "d.jsonl", rows[:1]), eval="10%")
+    assert found_none.value.fix == "data.eval 10% holds out 1 of them: give more rows, or a file to evaluate on"
     with pytest.raises(DataError, match="leaves no rows"):
         run(write(tmp_path / "d.jsonl", rows[:1]), eval="100%")
 

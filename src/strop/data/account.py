@@ -159,9 +159,9 @@ def _wrong_kind(facts: dict[str, Any], learning: Learning) -> DataError | None:
     if learning == "turns":
         fix = {
             "pairs": "--train.objective dpo (ipo, orpo, simpo, kto), or the better answers alone: "
-            "--data.columns prompt=A,completion=B, by your columns' names (messages=B where B holds the prompt too)",
+            "--data.columns prompt=A,completion=chosen, with your names (messages=chosen where it holds the prompt too)",
             "labelled": "--train.objective kto, or without the label: "
-            "--data.columns prompt=A,completion=B, by your columns' names (or messages=A)",
+            "--data.columns prompt=A,completion=B, with your names (or messages=A)",
             "prompt": "--train.objective grpo, or rows with answers: --data.columns prompt=A,completion=B",
         }[kind]
         return DataError(f"{file}: {what}, which train.objective sft does not learn from", fix=fix)
@@ -229,8 +229,10 @@ def _refusal(data: DataSection, looked: Pass, faults: list[RowFault], counts: di
             where=places,
         )
     if not num_left:
-        where = [fault.where for fault in faults]
-        return DataError(f"0 of {counts['read']} {role} rows are left", fix="give more rows", where=where)
+        where, fix = [fault.where for fault in faults], "give more rows"
+        if role == "training" and (held := len(looked.store.row_records)):  # they could be used
+            fix = f"data.eval {data.eval} holds out {held} of them: {fix}, or a file to evaluate on"
+        return DataError(f"0 of {counts['read']} {role} rows are left", fix=fix, where=where)
     if role == "training" and (what := _one_kind(looked)):  # one of them alone teaches KTO nothing
         fix = "give rows of both kinds, or train on good answers alone with --train.objective sft"
         return DataError(what, fix=fix)
