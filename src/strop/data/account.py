@@ -159,7 +159,7 @@ def _wrong_kind(facts: dict[str, Any], learning: Learning) -> DataError | None:
     if learning == "turns":
         fix = {
             "pairs": "--train.objective dpo (ipo, orpo, simpo, kto), or the better answers alone: "
-            "--data.columns prompt=A,completion=chosen, with your names (messages=chosen where it holds the prompt too)",
+            "--data.columns prompt=A,completion=chosen, with your names (messages=chosen if it holds the prompt)",
             "labelled": "--train.objective kto, or without the label: "
             "--data.columns prompt=A,completion=B, with your names (or messages=A)",
             "prompt": "--train.objective grpo, or rows with answers: --data.columns prompt=A,completion=B",
