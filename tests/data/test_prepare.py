@@ -359,6 +359,17 @@ def test_an_unfinished_pass_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(cache.iterdir()) == []
 
 
+def test_rows_that_are_wrong_and_rows_that_are_too_long_are_named_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [row("q", "a"), row("q", ""), row("q " * 40, "a")])
+    with pytest.raises(DataError, match="1 of 3 training rows cannot be used") as caught:
+        run(path, max_length=40)
+    assert [place.line for place in caught.value.where] == [2, 3]
+    assert "--data.bad_rows drop; and 1 of 3 training rows are longer than data.max_length 40" in caught.value.fix
+    with pytest.raises(DataError) as caught:
+        run(path, max_length=40, overlong="drop")
+    assert [place.line for place in caught.value.where] == [2]
+
+
 def test_preference_pairs_are_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="preference") as caught:
         run(write(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}]))

@@ -207,21 +207,21 @@ def _refusal(data: DataSection, looked: Pass, faults: list[RowFault], counts: di
         return wrong
     long = [fault for fault in faults if fault.code == TOO_LONG]
     bad = [fault for fault in faults if fault.code != TOO_LONG]
+    places = [fault.where for fault in long]
+    said = f"{len(long)} of {counts['read']} {role} rows are longer than data.max_length {data.max_length}"
+    cut = f"--data.max_length {facts['longest']}, or choose --data.overlong {shorter(looked.learning)}"
+    refused = bool(long) and data.overlong == "refuse"
     if bad and data.bad_rows == "refuse":
         codes = {fault.code for fault in bad}
         advice = [FIXES[code] for code in codes if code in FIXES] or ["mend them"]
+        fix = f"{'; '.join(sorted(advice))}; or leave such rows out with --data.bad_rows drop"
         return DataError(
             f"{len(bad)} of {counts['read']} {role} rows cannot be used",
-            fix=f"{'; '.join(sorted(advice))}; or leave such rows out with --data.bad_rows drop",
-            where=[fault.where for fault in bad],
+            fix=f"{fix}; and {said}: {cut}" if refused else fix,
+            where=[fault.where for fault in (faults if refused else bad)],
         )
-    places = [fault.where for fault in long]
-    if long and data.overlong == "refuse":
-        return DataError(
-            f"{len(long)} of {counts['read']} {role} rows are longer than data.max_length {data.max_length}",
-            fix=f"--data.max_length {facts['longest']}, or choose --data.overlong {shorter(looked.learning)}",
-            where=places,
-        )
+    if refused:
+        return DataError(said, fix=cut, where=places)
     if long and data.overlong != "drop" and len(long) > MAX_LOST_SHARE * counts["read"] and data.bad_rows == "refuse":
         return DataError(
             f"{len(long)} of {counts['read']} {role} rows cannot be brought down to data.max_length {data.max_length}",
