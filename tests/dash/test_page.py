@@ -138,6 +138,18 @@ def test_runs_with_a_comma_in_their_names_are_compared(browser: Any, tmp_path: P
         tab.check("commas")
 
 
+def test_a_finished_run_has_the_epochs_and_the_rate_of_all_of_it(browser: Any, dash: Dash, desk: Path) -> None:
+    report = json.loads((desk / "runs" / "one" / "report.json").read_text(encoding="utf-8"))
+    with open_tab(browser, dash) as tab:
+        open_at(tab, dash, "/run/one", ".plot canvas")
+        facts = tab.page.evaluate(
+            "Object.fromEntries([...document.querySelectorAll('.facts div')].map((one) => "
+            "[one.querySelector('dt').innerText, one.querySelector('dd').innerText]))"
+        )
+        assert facts["epoch"] == "4"  # of 4
+        assert facts["tokens/s"].replace(",", "") == str(round(report["tokens_per_s"]))
+
+
 def test_a_plot_is_read_by_keys_zoomed_and_saved(browser: Any, dash: Dash) -> None:
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/run/one", ".plot canvas")

@@ -179,6 +179,7 @@ def test_each_objective_names_the_rows_that_it_needs(tmp_path: Path) -> None:
     pairs, turns = write(tmp_path / "pairs.jsonl", [PAIR]), write(tmp_path / "turns.jsonl", [{"messages": [U, A]}])
     judged = write(tmp_path / "judged.jsonl", [{"messages": [U, A], "label": True}])
     assert "--train.objective dpo" in refusal(pairs, "turns")
+    assert "prompt=A,completion=chosen, with your names" in refusal(pairs, "turns"), "a file's own names may be others"
     assert "--train.objective kto" in refusal(judged, "turns") and "--data.columns" in refusal(judged, "turns")
     assert "pairs" in refusal(turns, "pairs") and "--train.objective kto" in refusal(judged, "pairs")
     assert "label" in refusal(turns, "labels")

@@ -219,8 +219,9 @@ def test_a_share_for_evaluation_is_chosen_by_content(tmp_path: Path) -> None:
     assert {c.messages[0].content for c in again.eval_conversations} == held
     few = run(write(tmp_path / "c.jsonl", rows[:3]), eval="1%")  # too few rows for 1 %: still one
     assert few.eval is not None and len(few.eval) == 1 and len(few.train) == 2
-    with pytest.raises(DataError, match="0 of 1 training rows"):
+    with pytest.raises(DataError, match="0 of 1 training rows") as found_none:
         run(write(tmp_path / "d.jsonl", rows[:1]), eval="10%")
+    assert found_none.value.fix == "data.eval 10% holds out 1 of them: give more rows, or a file to evaluate on"
     with pytest.raises(DataError, match="leaves no rows"):
         run(write(tmp_path / "d.jsonl", rows[:1]), eval="100%")
 
@@ -356,6 +357,17 @@ def test_an_unfinished_pass_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         run(path, cache=cache)
     assert list(cache.iterdir()) == []
+
+
+def test_rows_that_are_wrong_and_rows_that_are_too_long_are_named_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [row("q", "a"), row("q", ""), row("q " * 40, "a")])
+    with pytest.raises(DataError, match="1 of 3 training rows cannot be used") as caught:
+        run(path, max_length=40)
+    assert [place.line for place in caught.value.where] == [2, 3]
+    assert "--data.bad_rows drop; and 1 of 3 training rows are longer than data.max_length 40" in caught.value.fix
+    with pytest.raises(DataError) as caught:
+        run(path, max_length=40, overlong="drop")
+    assert [place.line for place in caught.value.where] == [2]
 
 
 def test_preference_pairs_are_refused_with_what_to_do(tmp_path: Path) -> None:

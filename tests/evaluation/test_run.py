@@ -104,6 +104,10 @@ def test_rows_without_an_answer_at_their_end_count_nowhere_and_are_named(
     assert alone["left_out"] == [] and alone["tuned"]["loss"] == found["tuned"]["loss"]
     code, _, err = run("eval", runs[0], "--data", both, *words, capsys=capsys)
     assert code == 2 and f"{both}:1: does not end with an answer" in err
+    text = tmp_path / "poem.txt"
+    text.write_text("one\n\ntwo\n")
+    code, _, err = run("eval", runs[0], "--data", text, "--data.format", "auto", *words, capsys=capsys)
+    assert code == 2 and err.count("poem.txt") == 1 and "the loss on text is in the report" in err, err
 
 
 def test_rows_are_read_as_those_of_the_run(

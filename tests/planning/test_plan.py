@@ -172,6 +172,24 @@ def test_adapters_of_a_mixture_are_counted_expert_by_expert(tmp_path: Path) -> N
     assert everything.active_adapter_weights == 48 * (per_layer + experts * 8 // 128)
 
 
+@pytest.mark.parametrize("config", [
+    {"model_type": "t5", "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 96},
+    {**KNOWN["Llama-3.2-1B"], "model_type": "of_tomorrow"},
+    {name: size for name, size in KNOWN["Llama-3.2-1B"].items() if name != "model_type"},
+])  # fmt: skip
+def test_a_plan_tells_what_train_would_refuse(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config), encoding="utf-8")
+    _, out, err = run("plan", "--model", file, "--json", capsys=capsys)
+    refused, told = json.loads(out)["refused"], " ".join(err.split())
+    assert "transformers" in refused and f"strop train would refuse this: {' '.join(refused.split())}" in told
+    file.write_text(json.dumps(KNOWN["Llama-3.2-1B"]), encoding="utf-8")
+    _, out, err = run("plan", "--model", file, "--json", capsys=capsys)
+    assert json.loads(out)["refused"] is None and "would refuse" not in err
+
+
 @pytest.mark.parametrize("name", ["num_local_experts", "num_experts", "n_routed_experts"])
 def test_a_mixture_without_torch_is_counted_by_its_config(name: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"

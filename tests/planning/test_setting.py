@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import strop
 from strop.config.load import resolve
 from strop.engine.fits import unsupported
 from strop.engine.step import step_for
+from strop.errors import ModelError
 from strop.model.lora import add_lora
 from strop.model.measured import shape_of
 from strop.model.shape import ModelShape
@@ -68,6 +71,10 @@ HEAD = {"lora.target_modules": ["q_proj", "lm_head"]}
         ("gemma2", {"lora.modules_to_save": ["pre_feedforward_layernorm"]}, "fast"),
         ("llama", {"lora.modules_to_save": ["v_proj"], "lora.target_modules": ["q_proj"]}, "plain"),
         ("llama", {"lora.modules_to_save": ["layers.0.self_attn.k_proj", "norm"], **HEAD}, "plain"),
+        ("llama", {"lora.modules_to_save": ["mlp"]}, "plain"),  # with all that is in it, and without adapters there
+        ("qwen2", {"lora.modules_to_save": ["k_proj", "layers.0.mlp"]}, "plain"),
+        ("llama", {"lora.rank_pattern": {"layers.1.self_attn.q_proj": 7}}, "fast"),
+        ("llama", {"lora.rank_pattern": {r"layers\.0\..*": 1}, "lora.use_dora": True}, "fast"),
     ],
 )
 def test_the_step_and_what_is_trained_are_known_beforehand(family: str, options: dict[str, Any], step: str) -> None:
@@ -80,3 +87,12 @@ def test_the_step_and_what_is_trained_are_known_beforehand(family: str, options:
     assert found.step == step_for(adapted).name == step
     if words is None:  # whose vocabulary is larger than this model's
         assert found.adapter_weights == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_plan_refuses_a_pattern_that_a_run_refuses(field: str, tiny_folder: Path) -> None:
+    for pattern in ("k_proj", "layers.2.self_attn.q_proj"):  # it has two layers
+        options = {"lora.target_modules": ["q_proj"], f"lora.{field}": {pattern: 4}}
+        with pytest.raises(ModelError, match=f"lora.{field}: {pattern} matches no layer with an adapter"):
+            strop.plan(model=str(tiny_folder), **options)
+    assert strop.plan(model=str(tiny_folder), **{f"lora.{field}": {"layers.1.self_attn.q_proj": 4}}).fits

@@ -583,6 +583,10 @@ def test_a_warmup_as_long_as_the_run_is_told(
         ({"train.eval_steps": 1}, "train.eval_steps 1: nothing is evaluated without data.eval"),
         ({"train.eval_steps": 1, "data.eval": "30%"}, None),
         ({"lora.bias": "all"}, "lora.bias all: there is no such bias in this model"),
+        ({"model.double_quantization": False}, "model.double_quantization false: the base is not in 4 bit"),
+        ({"model.double_quantization": False, "model.quantization": "nf4"}, None),
+        ({"model.placement": "sharded"}, "model.placement sharded: one device holds all of the base"),
+        ({"train.timeout": "5m"}, "train.timeout 5m: one device waits for no other"),
     ],
 )
 def test_an_option_that_does_nothing_here_is_told(
@@ -591,6 +595,34 @@ def test_an_option_that_does_nothing_here_is_told(
     given = {"train.max_steps": 1, "model.dtype": "fp32", **options}
     out = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", **given).folder
     assert [event["text"] for event in events(out, "note")] == ([said] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"lora.r": 64},
+            ["lora.alpha 32: as the recipe has it; with --lora.r 64 it would be 128 (--lora.alpha none)"],
+        ),
+        (
+            {"lora.alpha": 128},
+            ["train.learning_rate 0.004: as the recipe has it; with --lora.alpha 128.0 it would be 0.002 "
+             "(--train.learning_rate none)"],
+        ),
+        ({"lora.r": 64, "lora.alpha": None, "train.learning_rate": None}, []),
+        ({"lora.r": 16, "train.batch_size": 8, "train.epochs": 1}, []),
+    ],
+)  # fmt: skip
+def test_a_recipe_keeps_its_alpha_and_rate_and_says_so(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, options: dict[str, Any], said: list[str]
+) -> None:
+    """As the recipe.yaml of a run, which names all values: an option that would have changed others does not."""
+    recipe = tmp_path / "recipe.yaml"
+    given = {"model": {"name": str(tiny_folder), "dtype": "fp32"}, "data": {"train": str(rows_file)}}
+    values = {"lora": {"r": 16, "alpha": 32.0}, "train": {"learning_rate": 0.004, "max_steps": 1}}
+    recipe.write_text(yaml.safe_dump({**given, **values}), encoding="utf-8")
+    out = strop.train(recipe, out=tmp_path / "r", **options).folder
+    assert [event["text"] for event in events(out, "note")] == said
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])

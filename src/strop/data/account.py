@@ -159,9 +159,9 @@ def _wrong_kind(facts: dict[str, Any], learning: Learning) -> DataError | None:
     if learning == "turns":
         fix = {
             "pairs": "--train.objective dpo (ipo, orpo, simpo, kto), or the better answers alone: "
-            "--data.columns prompt=prompt,completion=chosen",
+            "--data.columns prompt=A,completion=chosen, with your names (messages=chosen if it holds the prompt)",
             "labelled": "--train.objective kto, or without the label: "
-            "--data.columns prompt=prompt,completion=completion (or messages=messages)",
+            "--data.columns prompt=A,completion=B, with your names (or messages=A)",
             "prompt": "--train.objective grpo, or rows with answers: --data.columns prompt=A,completion=B",
         }[kind]
         return DataError(f"{file}: {what}, which train.objective sft does not learn from", fix=fix)
@@ -207,21 +207,21 @@ def _refusal(data: DataSection, looked: Pass, faults: list[RowFault], counts: di
         return wrong
     long = [fault for fault in faults if fault.code == TOO_LONG]
     bad = [fault for fault in faults if fault.code != TOO_LONG]
+    places = [fault.where for fault in long]
+    said = f"{len(long)} of {counts['read']} {role} rows are longer than data.max_length {data.max_length}"
+    cut = f"--data.max_length {facts['longest']}, or choose --data.overlong {shorter(looked.learning)}"
+    refused = bool(long) and data.overlong == "refuse"
     if bad and data.bad_rows == "refuse":
         codes = {fault.code for fault in bad}
         advice = [FIXES[code] for code in codes if code in FIXES] or ["mend them"]
+        fix = f"{'; '.join(sorted(advice))}; or leave such rows out with --data.bad_rows drop"
         return DataError(
             f"{len(bad)} of {counts['read']} {role} rows cannot be used",
-            fix=f"{'; '.join(sorted(advice))}; or leave such rows out with --data.bad_rows drop",
-            where=[fault.where for fault in bad],
+            fix=f"{fix}; and {said}: {cut}" if refused else fix,
+            where=[fault.where for fault in (faults if refused else bad)],
         )
-    places = [fault.where for fault in long]
-    if long and data.overlong == "refuse":
-        return DataError(
-            f"{len(long)} of {counts['read']} {role} rows are longer than data.max_length {data.max_length}",
-            fix=f"--data.max_length {facts['longest']}, or choose --data.overlong {shorter(looked.learning)}",
-            where=places,
-        )
+    if refused:
+        return DataError(said, fix=cut, where=places)
     if long and data.overlong != "drop" and len(long) > MAX_LOST_SHARE * counts["read"] and data.bad_rows == "refuse":
         return DataError(
             f"{len(long)} of {counts['read']} {role} rows cannot be brought down to data.max_length {data.max_length}",
@@ -229,8 +229,10 @@ def _refusal(data: DataSection, looked: Pass, faults: list[RowFault], counts: di
             where=places,
         )
     if not num_left:
-        where = [fault.where for fault in faults]
-        return DataError(f"0 of {counts['read']} {role} rows are left", fix="give more rows", where=where)
+        where, fix = [fault.where for fault in faults], "give more rows"
+        if role == "training" and (held := len(looked.store.row_records)):  # they could be used
+            fix = f"data.eval {data.eval} holds out {held} of them: {fix}, or a file to evaluate on"
+        return DataError(f"0 of {counts['read']} {role} rows are left", fix=fix, where=where)
     if role == "training" and (what := _one_kind(looked)):  # one of them alone teaches KTO nothing
         fix = "give rows of both kinds, or train on good answers alone with --train.objective sft"
         return DataError(what, fix=fix)

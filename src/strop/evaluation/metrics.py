@@ -190,11 +190,10 @@ def check_golds(
             what = f"metric {name}: {known.name} returns {said!r:.80} for the right answer of {file}:{line}"
             raise RecipeError(what, fix=_SAY)
     if wrong:
-        raise DataError(
-            f"{len(wrong)} rows cannot be scored with {name}",
-            fix="correct these rows or choose another metric",
-            where=wrong,
-        )
+        fix = "correct these rows or choose another metric"
+        if known.own is not None:
+            fix = f"mend {known.name}, which gets (right answer, answer), or correct these rows"
+        raise DataError(f"{len(wrong)} rows cannot be scored with {name}", fix=fix, where=wrong)
 
 
 def options(golds: Sequence[str]) -> list[str]:

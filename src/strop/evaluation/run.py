@@ -271,8 +271,11 @@ def _scorable(
     for renderer in map(load_renderer, names) if called else [None]:
         asked = questions(rows, renderer)
         if not asked:
-            fix = "give rows with the right answers"
-            raise DataError(f"{data}: no row ends with an answer to score", fix=fix, where=left_out(rows))
+            what = f"{data if isinstance(data, str) else ', '.join(data)}: no row ends with an answer to score"
+            if all(row.text is not None for row in rows):
+                fix = "give rows with the right answers; the loss on text is in the report of a run with --data.eval"
+                raise DataError(f"{what}: it is plain text", fix=fix)
+            raise DataError(what, fix="give rows with the right answers", where=left_out(rows))
         places = [(question.conversation.file, question.conversation.line) for question in asked]
         check_golds(metric, [question.gold for question in asked], places)
     return rows

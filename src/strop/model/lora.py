@@ -32,6 +32,7 @@ from strop.model.targets import (
     embedding_kind,
     expert_sets,
     is_router,
+    matches,
     sets_of,
     target_names,
 )
@@ -119,7 +120,7 @@ def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
         raise RecipeError(what, fix="name smaller modules, or other lora.target_modules")
     for field, pattern in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern)):
         for key in pattern:
-            if not any(_peft_match(key, path) for path in adapted):
+            if not any(matches(key, path) for path in adapted):
                 what = f"lora.{field}: {key} matches no layer with an adapter{nearest(key, names)}"
                 raise ModelError(what, fix=f"the adapters are on {', '.join(names)}")
     return names
@@ -377,10 +378,6 @@ def embeddings(model: Any) -> list[str]:
     """Paths of the modules with a row a token: the input embeddings, and the head where it has weights of its own."""
     found = [model.get_input_embeddings(), *([] if _tied(model) else [model.get_output_embeddings()])]
     return [path for path, module in model.named_modules() if any(module is one for one in found)]
-
-
-def _peft_match(pattern: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def _tied(model: nn.Module) -> bool:

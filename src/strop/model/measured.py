@@ -57,8 +57,8 @@ def exactly(found: Peek) -> Peek:
             (Path(folder) / "config.json").write_text(json.dumps(found.config), encoding="utf-8")
             whole = load_config(Source(found.name, "folder", Path(folder)))
         bare = without_weights(whole)
-    except ModelError:  # transformers has no such language model: `strop train` says so
-        return found
+    except ModelError as error:  # transformers has no such language model: sizes are those that its config names
+        return replace(found, refused=error.lines()[0])
     shape = shape_of(whole.to_dict(), found.config, bare)
     return replace(found, shape=shape, parameters=parameters_of(bare))
 

@@ -337,12 +337,14 @@ def header_kinds(folder: Path) -> list[LinearKind]:
 
 @dataclass(frozen=True)
 class Peek:
-    """A model that was looked at from outside. parameters: by its files' headers where there are any."""
+    """A model that was looked at from outside. parameters: by its files' headers where there are any. refused: why no
+    run would train it, where that is known."""
 
     name: str
     shape: ModelShape
     parameters: int
     config: Mapping[str, Any] | None = None  # config.json, where there is one
+    refused: str | None = None
 
 
 def peek(name: str, revision: str | None = None) -> Peek:

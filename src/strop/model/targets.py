@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,11 @@ def target_names(kinds: Sequence[LinearKind], targets: str | Sequence[str]) -> l
             )
         names += picked
     return list(dict.fromkeys(names))
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a pattern of ranks or alphas is for the module at this path, as peft picks it."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def embedding_kind(name: str, rows: int, size: int, count: int = 1) -> LinearKind:

@@ -18,7 +18,7 @@ from strop.model.shape import ModelShape
 from strop.objectives.table import check_devices, open_options
 from strop.planning.fitting import Room, fitted, fixed_tokens, placed
 from strop.planning.rates import alpha_of, open_rate
-from strop.planning.setting import why_not_offloaded, why_plain
+from strop.planning.setting import check_names, why_not_offloaded, why_plain
 from strop.planning.speed import Rate
 from strop.runs.lock import sha256_text
 
@@ -66,6 +66,7 @@ def choose(
     if recipe.train.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
         pick("train.optimizer", "adamw_8bit", "there is nothing to page without CUDA")
     resolved = resolved.decide(picks)
+    check_names(resolved.recipe.lora, shape)
     again = resolved.recipe.train.gradient_checkpointing
     if again == "offload" and (why := why_not_offloaded(resolved.recipe, shape)) is not None:
         raise RecipeError(f"--train.gradient_checkpointing offload: {why}", fix="use on, or leave it at auto")

@@ -30,9 +30,11 @@ ONE = Devices()
 
 @dataclass(frozen=True)
 class Plan:
-    """What was found; the fields of `strop plan --json`. seconds: of the whole run, None where its rows are unknown."""
+    """What was found; the fields of `strop plan --json`. seconds: of the whole run, None where its rows are unknown.
+    refused: why no run would train this model."""
 
     fits: bool
+    refused: str | None
     device: str
     memory_bytes: int
     usable_bytes: int
@@ -58,6 +60,7 @@ class Plan:
         ]
         return {
             "fits": self.fits,
+            "refused": self.refused,
             "device": self.device,
             "memory_bytes": self.memory_bytes,
             "usable_bytes": self.usable_bytes,
@@ -122,6 +125,7 @@ def make_plan(
         speed = tokens / steps_seconds(setting, steps, rate)
     return Plan(
         fits=fits,
+        refused=model.refused,
         device=recipe.model.device,
         memory_bytes=machine.memory_bytes if on_cpu else round(room.usable / 0.95),
         usable_bytes=room.usable,

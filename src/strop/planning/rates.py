@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from strop.config.load import Resolved
 from strop.config.schema import Recipe
 from strop.errors import RecipeError
 from strop.model.shape import ModelShape
@@ -10,6 +13,13 @@ from strop.objectives.table import objective_of
 PUBLISHED = 7e9  # parameters, and more: 2e-4 (QLoRA, arXiv:2305.14314, table 9)
 REACH, BATCH = 32, 8  # of an adapter (r 16, alpha 32), and rows a step, that the rule is made for
 SHORTEST, BATCHES = 8, (2, 32)  # that were measured: beyond them the rate stays as it is there; it falls on with alpha
+DECIDING = {
+    "lora.alpha": ("lora.r",),
+    "train.learning_rate": (
+        *("model.name", "lora.r", "lora.alpha", "lora.use_rslora"),
+        *("train.objective", "train.batch_size", "train.lora_plus_ratio", "train.optimizer"),
+    ),
+}  # what the rules of both read
 MEASURED = 71e6, 135e6  # of the smallest and the largest model of benchmarks/learning_rates.py
 
 
@@ -42,6 +52,21 @@ def open_rate(recipe: Recipe, shape: ModelShape) -> tuple[float, str]:
     if train.optimizer == "lion":
         return float(f"{rate / 5:.2g}"), f"{why}; a fifth of it for lion (arXiv:2302.06675: 3 to 10 times smaller)"
     return rate, why
+
+
+def kept(resolved: Resolved, shape: ModelShape) -> Iterator[str]:
+    """That a recipe's alpha and learning rate stay as they are, where an option changes what they would be chosen by:
+    the recipe.yaml of a run names all values."""
+    recipe, choices = resolved.recipe, resolved.choices
+    ruled = {"lora.alpha": alpha_of(recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"alpha": None})}))}
+    if recipe.train.optimizer != "sgd":
+        ruled["train.learning_rate"] = open_rate(recipe, shape)[0]
+    for field, value in ruled.items():
+        given = [f"--{name} {choices[name].value}" for name in DECIDING[field] if choices[name].origin == "option"]
+        found = choices[field]
+        if given and found.origin == "recipe" and found.value is not None and found.value != value:
+            said = f"{field} {found.value:g}: as the recipe has it; with {', '.join(given)} it would be {value:g}"
+            yield f"{said} (--{field} none)"
 
 
 def reach_of(recipe: Recipe) -> float:

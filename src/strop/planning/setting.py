@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from strop.config.schema import LoraSection, Recipe
 from strop.engine.families import FAMILIES, Family
-from strop.errors import ModelError
+from strop.errors import ModelError, nearest
 from strop.machine.probe import TILED_RANK, probe
 from strop.model.shape import LinearShape, ModelShape
-from strop.model.targets import EMBEDDINGS, target_names
+from strop.model.targets import EMBEDDINGS, matches, target_names
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEADS = ("lm_head", "embed_out")  # of EMBEDDINGS
@@ -63,15 +63,18 @@ class Setting:
         """From a recipe whose device and type are chosen; what else is open counts as what needs least."""
         model, lora, train = recipe.model, recipe.lora, recipe.train
         names = _targets(shape, lora.target_modules)
-        ranks = tuple(_rank(x.path, lora.r, lora.rank_pattern) if x.name in names else 0 for x in shape.linears)
+        by_layer = [_ranks(x.path, lora, shape.layers) if x.name in names else [] for x in shape.linears]
+        ranks = tuple(-(-sum(own) // shape.layers) for own in by_layer)  # the mean, where layers differ
         device = model.device.partition(":")[0]
         scheme = model.quantization if model.quantization != "auto" else "none"
         resident = 0 if scheme == "none" else min(shape.layers, model.resident_layers or 0)
         head_rank = _rank("lm_head", lora.r, lora.rank_pattern) if "lm_head" in names else 0
         whole = trained_in_full(lora, shape) + head_rank * (shape.hidden + shape.vocabulary)
+        for x, rank, own in zip(shape.linears, ranks, by_layer, strict=True):
+            whole -= x.ends * (shape.layers * rank - sum(own))  # what the mean was rounded up by
         whole += len(lora.new_tokens) * shape.hidden
         if lora.use_dora:
-            whole += shape.layers * sum(x.rows for x, rank in zip(shape.linears, ranks, strict=True) if rank)
+            whole += sum(x.rows * sum(map(bool, own)) for x, own in zip(shape.linears, by_layer, strict=True))
             whole += shape.vocabulary if head_rank else 0
         whole += shape.hidden if train.objective == "reward" else 0  # its head
         whole += trained_biases(lora, shape)
@@ -218,18 +221,24 @@ def trained_biases(lora: LoraSection, shape: ModelShape) -> int:
 
 
 def trained_in_full(lora: LoraSection, shape: ModelShape) -> int:
-    """Numbers of the modules that are trained in full, as peft picks them: by the end of their path."""
+    """Numbers of the modules that are trained in full, as peft picks them: by the end of their path; with all that is
+    in them."""
     names = tuple(lora.modules_to_save)
     if not names:
         return 0
     row = FAMILIES.get(shape.family, Family())
     norm = shape.hidden * (2 if row.norm_biases else 1)
-    layer = {x.path: x.weights for x in shape.linears} | dict.fromkeys(row.norms, norm)
+    layer = {x.path: x.weights + x.rows * x.bias for x in shape.linears} | dict.fromkeys(row.norms, norm)
     if shape.head_norms:
         layer |= {f"{row.attention}.{name}": shape.head_size for name in (row.q_norm, row.k_norm)}
-    modules = [(f"layers.{number}.{path}", size) for number in range(shape.layers) for path, size in layer.items()]
+    modules = [(f"model.layers.{n}.{path}", size) for n in range(shape.layers) for path, size in layer.items()]
     modules += [(f"model.{row.final_norm}", norm), *((name, shape.embedding) for name in EMBEDDINGS)]
-    return sum(size for path, size in modules if path.endswith(names))
+    return sum(size for path, size in modules if _is_in_full(path, names))
+
+
+def _is_in_full(path: str, names: tuple[str, ...]) -> bool:
+    """Whether a module, or one that it is in, is trained in full."""
+    return any(part.endswith(names) for part in accumulate(path.split("."), "{}.{}".format))
 
 
 def _head_norms_in_full(lora: LoraSection, shape: ModelShape) -> bool:
@@ -277,9 +286,27 @@ def _targets(shape: ModelShape, targets: str | list[str]) -> list[str]:
         return [linear.name for linear in shape.linears]
 
 
+def _ranks(path: str, lora: LoraSection, layers: int) -> list[int]:
+    """Of the adapter on a layer's module in each layer; 0 where it is trained in full."""
+    if not lora.rank_pattern and not lora.modules_to_save:
+        return [lora.r] * layers
+    paths, names = [f"model.layers.{n}.{path}" for n in range(layers)], tuple(lora.modules_to_save)
+    return [0 if _is_in_full(one, names) else _rank(one, lora.r, lora.rank_pattern) for one in paths]
+
+
 def _rank(path: str, rank: int, patterns: dict[str, int]) -> int:
-    """As peft picks it: by a suffix of the layer's path, or a regular expression for one."""
-    for pattern, other in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", f"model.layers.0.{path}"):
-            return other
-    return rank
+    """As peft picks it: by a suffix of the module's path, or a regular expression for one."""
+    return next((other for pattern, other in patterns.items() if matches(pattern, path)), rank)
+
+
+def check_names(lora: LoraSection, shape: ModelShape) -> None:
+    """Raises ModelError for a rank or an alpha of no layer that has an adapter, as a run does; of families in the
+    table, whose paths are known."""
+    names = _targets(shape, lora.target_modules)
+    paths = [f"model.layers.{n}.{x.path}" for n in range(shape.layers) for x in shape.linears if x.name in names]
+    paths += [name for name in HEADS if name in names]
+    for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for pattern in patterns if shape.known else ():
+            if not any(matches(pattern, path) for path in paths):
+                what = f"lora.{field}: {pattern} matches no layer with an adapter{nearest(pattern, names)}"
+                raise ModelError(what, fix=f"the adapters are on {', '.join(names)}")

@@ -53,6 +53,8 @@ def print_plan(plan: Plan, out: Console) -> None:
     largest = f"rows of {length:,} tokens" + (f", or {tokens:,} tokens of rows as long as these" if tokens else "")
     out.print(f"[bold]largest[/]  {largest if length else 'not even one row'}")
     out.print(f"[bold]disk[/]     {plan.disk_bytes / 1e6:,.0f} MB")
+    if plan.refused or plan.data["refused"]:
+        out.print(f"[red]strop train would refuse this[/]{f': {escape(plan.refused)}' if plan.refused else ''}")
     if plan.fits:
         out.print("[green]it fits[/]")
         return

@@ -43,6 +43,7 @@ from strop.model.towers import text_path
 from strop.objectives.table import drawn_tokens, learning_of, objective_of
 from strop.planning.choose import choose, memory_key, why_no_integers
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
+from strop.planning.rates import kept
 from strop.planning.setting import Setting
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
@@ -184,11 +185,13 @@ def _look(recipe: Recipe, memory: int | None, processes: int = 1) -> Machine:
 
 
 def remarks(setup: Setup) -> list[str]:
-    """What a person should know before training starts: a card or integers that are not used, options that do nothing
-    here, another base than the adapter's, experts, other towers, more modules trained in full than a name says, rows
-    longer than what the model was made for, a warmup as long as the run.
+    """What a person should know before training starts: values of a recipe that were chosen by others, a card or
+    integers that are not used, options that do nothing here, another base than the adapter's, experts, other towers,
+    more modules trained in full than a name says, rows longer than what the model was made for, a warmup as long as
+    the run.
     """
     found = (
+        *kept(setup.resolved, setup.shape),
         *(_passed_over(setup), _faster(setup), *_idle(setup), _never_at_peak(setup), _stored_otherwise(setup)),
         *(*_experts(setup), _towers(setup), *_in_full(setup), _beyond(setup)),
     )
@@ -216,9 +219,14 @@ def _faster(setup: Setup) -> str | None:
 
 def _idle(setup: Setup) -> list[str]:
     """Options that were asked for, and for which nothing is done here."""
-    recipe = setup.resolved.recipe
-    train = recipe.train
+    recipe, alone = setup.resolved.recipe, setup.lock["devices"]["count"] == 1
+    model, train = recipe.model, recipe.train
     found = {
+        "model.double_quantization false: the base is not in 4 bit": (
+            not model.double_quantization and model.quantization not in ("nf4", "fp4")
+        ),
+        f"model.placement {model.placement}: one device holds all of the base": model.placement != "auto" and alone,
+        f"train.timeout {train.timeout}: one device waits for no other": train.timeout != "30m" and alone,
         "train.deterministic: a CPU computes the same bits each time without it": (
             train.deterministic and recipe.model.device == "cpu"
         ),

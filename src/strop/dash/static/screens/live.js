@@ -165,10 +165,10 @@ export async function show(place, { run, query, signal, draw }) {
       facts([
         ["training loss", figure(last.smoothed ?? last.loss ?? run.loss)],
         ["evaluation loss", figure(run.eval_loss)],
-        ["epoch", isNumber(last.epoch ?? run.epoch) ? figure(last.epoch ?? run.epoch) : null],
+        ["epoch", isNumber(last.epoch ?? run.epoch) ? figure(1 + (last.epoch ?? run.epoch)) : null],
         ["learning rate", figure(last.learning_rate)],
         ["tokens", count(last.tokens ?? run.tokens)],
-        ["tokens/s", count(last.tokens_per_s ?? run.tokens_per_s)],
+        ["tokens/s", count(active ? (last.tokens_per_s ?? run.tokens_per_s) : run.tokens_per_s)],
         ["training time", duration(run.seconds)],
         ["model", h("span", { title: run.model }, tail(run.model))],
         ["data", h("span", { title: run.data }, tail(run.data))],
