@@ -22,7 +22,7 @@ from strop.model.load import load_base, load_config, skeleton
 from strop.model.lora import add_lora
 from strop.model.tokenizer import load_tokenizer
 from tests.support import tiny
-from tests.support.hub_standin import serve
+from tests.support.hub_standin import Fault, serve
 
 
 def test_a_hub_model_is_fetched_without_pickle_or_code_and_then_served_from_the_cache(
@@ -59,6 +59,32 @@ def test_a_hub_model_is_fetched_without_pickle_or_code_and_then_served_from_the_
         assert "no such model on the Hub that this account may see" in run("owner/other")
         assert run("owner/tiny@v9").startswith("refused: owner/tiny: has no revision v9")
         assert "while offline" in run("owner/other", offline="1")
+
+
+@pytest.mark.parametrize(
+    ("faults", "told"),
+    [
+        ({"model.safetensors": "silence"}, "broke: Server disconnected"),
+        ({"model.safetensors": "short"}, "Consistency check failed"),
+        ({"/api/": "page"}, "does not answer as the Hub does"),
+        ({"/api/": 500}, "the Hub answers 500"),
+        ({"/api/": 403}, "the Hub answers 403"),
+        ({"/resolve/": 403}, "the Hub answers 403"),
+    ],
+    ids=str,
+)
+def test_a_model_that_does_not_come_is_no_fault_of_strops(
+    faults: dict[str, Fault], told: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    files = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
+    with serve("models", "owner/tiny", files, faults=faults) as (address, _):
+        env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        env["HF_HUB_DISABLE_XET"] = env["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        env.pop("HF_HUB_CACHE", None)
+        script = "from strop.model.facts import locate; from strop.errors import ModelError\n"
+        script += "try: locate('owner/tiny')\nexcept ModelError as error: print(*error.lines())"
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stdout.startswith("owner/tiny: ") and told in done.stdout, done.stderr
 
 
 def test_a_folder_loads_with_its_own_weights(tiny_folder: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import yaml
 
 from strop.errors import GatedError, ModelError, nearest
+from strop.hub import not_given
 from strop.model.ggufheader import read_gguf_config
 from strop.runs.folder import is_run
 from strop.runs.lock import sha256_file
@@ -270,13 +271,15 @@ def _hub_faults(name: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RemoteEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+
+    # httpx's or httpx2's, as huggingface_hub's version has it
+    from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 
     path = Path(name)
     near = nearest(name, _siblings(path))
@@ -285,28 +288,22 @@ def _hub_faults(name: str, revision: str | None) -> Iterator[None]:
         yield
     except HFValidationError:
         raise ModelError(f"{name}: neither a folder, a .gguf file nor a Hub id{near}") from None
-    except LocalEntryNotFoundError:
+    except RevisionNotFoundError:
+        raise ModelError(f"{name}: has no revision {revision}", fix="give a branch, a tag or a commit of it") from None
+    except RemoteEntryNotFoundError:
+        raise ModelError(f"{name}: has no config.json: no model of transformers") from None
+    except (OSError, TransportError, json.JSONDecodeError) as error:
+        if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+            what = f"{name}: {here}, and no such model on the Hub that this account may see"
+            raise ModelError(what, fix="check the name; for a private one log in with `hf auth login`") from None
+        if found := not_given(error, name, name, ModelError, GatedError):
+            raise found from None
+        if not isinstance(error, LocalEntryNotFoundError):
+            raise
         offline = constants.HF_HUB_OFFLINE
         why = "while offline" if offline else f"and {constants.ENDPOINT} cannot be reached"
         fix = "check the name, or go online (unset HF_HUB_OFFLINE)" if offline else "check the connection, HF_ENDPOINT"
         raise ModelError(f"{name}: {here}, and not in the local Hub cache {why}", fix=fix) from None
-    except GatedRepoError:
-        what = f"{name}: gated: only who has accepted its terms may load it"
-        fix = f"open {constants.ENDPOINT}/{name} and accept them, then log in with `hf auth login`"
-        raise GatedError(what, fix=fix) from None
-    except RevisionNotFoundError:
-        raise ModelError(f"{name}: has no revision {revision}", fix="give a branch, a tag or a commit of it") from None
-    except RepositoryNotFoundError:
-        what = f"{name}: {here}, and no such model on the Hub that this account may see"
-        raise ModelError(what, fix="check the name; for a private one log in with `hf auth login`") from None
-    except RemoteEntryNotFoundError:
-        raise ModelError(f"{name}: has no config.json: no model of transformers") from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        what = f"{name}: the Hub answers {status or 'nothing'}: {str(error).splitlines()[0]}"
-        if status in (401, 403):
-            raise GatedError(what, fix="log in with `hf auth login`, with a token that may read it") from None
-        raise ModelError(what, fix="wait a little, and try again") from None
 
 
 def _siblings(path: Path) -> list[str]:

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from strop.config.schema import DEVICES
-from strop.errors import ModelError, RecipeError
+from strop.errors import ModelError, RecipeError, first_line
 from strop.model.experts import growths, make_experts_resident
 from strop.model.facts import (
     Source,
@@ -36,7 +36,7 @@ from strop.model.facts import (
 from strop.model.ggufweights import read_tensors
 from strop.model.quantize import folder_name, make_resident
 from strop.model.shards import build, floats, is_finite, is_whole, pack_again, quantize_folder, write_shards
-from strop.model.tokenizer import LOCAL, first_line, gguf_cache, head_folder, plain_config
+from strop.model.tokenizer import LOCAL, gguf_cache, head_folder, plain_config
 from strop.model.towers import text_forward
 from strop.runs.folder import cache_folder, made_once, new_folder, write_json
 

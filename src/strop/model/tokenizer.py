@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from strop.errors import ModelError
+from strop.errors import ModelError, first_line
 from strop.model.facts import Source
 from strop.runs.folder import cache_folder, made_once, new_folder
 
@@ -87,7 +87,3 @@ def plain_config(config: Any) -> Any:
     config.__dict__.pop("quantization_config", None)
     config._name_or_path = ""
     return config
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
