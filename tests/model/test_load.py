@@ -175,6 +175,40 @@ def test_a_config_that_names_a_type_of_8_bit_is_computed_in_16(tmp_path: Path) -
         skeleton(source)
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_hidden_layers": None}, "cannot read its config: .*num_hidden_layers"),
+        ({"num_attention_heads": 5}, "cannot read its config: .*not a multiple"),
+        ({"hidden_act": "zelu"}, "no language model of type llama: KeyError: 'zelu'"),
+    ],
+)
+def test_a_config_that_cannot_be_is_named(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        skeleton(locate(str(changed(tmp_path, **fields))))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": {"type": "Later"}}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"eos_token": 5, "tokenizer_class": "TokenizersBackend"}'),
+    ],
+)
+def test_a_tokenizer_that_the_installed_libraries_do_not_read_is_named(tmp_path: Path, name: str, content: str) -> None:
+    (tiny.save_tiny(tmp_path) / name).write_text(content)
+    with pytest.raises(ModelError, match="no tokenizer that loads"):
+        load_tokenizer(locate(str(tmp_path)))
+
+
+@pytest.mark.parametrize("scheme", ["none", "nf4"])
+def test_a_broken_generation_config_is_named(tmp_path: Path, scheme: str) -> None:
+    (tiny.save_tiny(tmp_path) / "generation_config.json").write_text('{"eos_token_id": ')
+    with pytest.raises(ModelError, match=r"generation_config\.json: not JSON"):
+        load_base(locate(str(tmp_path)), torch.float32, "cpu", quantization=scheme)
+
+
 @pytest.mark.parametrize("by", ["gptq", "awq", "compressed-tensors", None])
 def test_weights_that_another_tool_has_quantized_are_refused(tmp_path: Path, by: str | None) -> None:
     section = {"bits": 4} if by is None else {"quant_method": by, "bits": 4}

@@ -22,7 +22,7 @@ def load_tokenizer(source: Source) -> Any:
     folder = head_folder(source)
     try:
         tokenizer = _class_of(folder).from_pretrained(folder, **LOCAL)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers package has no other type for a file that it does not understand
         raise ModelError(f"{source.name}: no tokenizer that loads: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise ModelError(
