@@ -30,6 +30,7 @@ def test_a_hub_model_is_fetched_without_pickle_or_code_and_then_served_from_the_
 ) -> None:
     files = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
     unwanted = {"pytorch_model.bin": b"pickle", "modeling.py": b"code"}
+    again = {"consolidated.safetensors": b"the same weights", "onnx/model.safetensors": b"and once more"}
     script = (
         "import sys; from strop.model.facts import locate; from strop.model.load import load_base\n"
         "from strop.model.tokenizer import load_tokenizer\n"
@@ -39,7 +40,7 @@ def test_a_hub_model_is_fetched_without_pickle_or_code_and_then_served_from_the_
         "  print(source.name, sum(w.numel() for w in load_base(source, torch.float32, 'cpu').parameters()))\n"
         "except ModelError as error: print('refused:', *error.lines())"
     )
-    with serve("models", "owner/tiny", {**files, **unwanted}) as (address, asked):
+    with serve("models", "owner/tiny", {**files, **unwanted, **again}) as (address, asked):
 
         def run(name: str, offline: str = "0") -> str:
             env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": offline}
@@ -53,7 +54,7 @@ def test_a_hub_model_is_fetched_without_pickle_or_code_and_then_served_from_the_
 
         numbers = sum(weight.numel() for weight in tiny.model().parameters())
         assert run("owner/tiny") == f"owner/tiny {numbers}"
-        assert not [path for path in asked if path.split("?")[0].endswith((".bin", ".py"))]
+        assert not [path for path in asked if path.split("?")[0].endswith((".bin", ".py", *again))]
         before = len(asked)
         assert run("owner/tiny", offline="1") == f"owner/tiny {numbers}" and len(asked) == before
         assert "no such model on the Hub that this account may see" in run("owner/other")
@@ -85,6 +86,17 @@ def test_a_model_that_does_not_come_is_no_fault_of_strops(
         script += "try: locate('owner/tiny')\nexcept ModelError as error: print(*error.lines())"
         done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and done.stdout.startswith("owner/tiny: ") and told in done.stdout, done.stderr
+
+
+def test_an_adapter_of_the_hub_is_told_from_a_model(tmp_path: Path) -> None:
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+    with serve("models", "owner/lora", files) as (address, _):
+        env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        env.pop("HF_HUB_CACHE", None)
+        command = [sys.executable, "-m", "strop.cli", "chat", "owner/lora"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    told = "owner/lora: an adapter, not a model; strop reads adapters from folders: hf download owner/lora --local-dir"
+    assert done.returncode == 2 and told in done.stderr and str(tmp_path) not in done.stderr, done.stderr
 
 
 def test_a_folder_loads_with_its_own_weights(tiny_folder: Path) -> None:

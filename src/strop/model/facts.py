@@ -235,7 +235,7 @@ def _gguf(path: Path, sha256: str) -> Source:
 
 
 def _folder(path: Path) -> Source:
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+    if _is_adapter(path):
         raise ModelError(
             f"{path}: an adapter, not a model", fix=f"use --model.adapter {path} and name its base as --model"
         )
@@ -243,6 +243,10 @@ def _folder(path: Path) -> Source:
     for file in weight_files(path):
         safetensors_header(file)
     return Source(str(path.resolve()), "folder", path.resolve())
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def hub_config(name: str, revision: str | None = None) -> dict[str, Any]:
@@ -258,9 +262,13 @@ def hub_config(name: str, revision: str | None = None) -> dict[str, Any]:
 def _hub(name: str, revision: str | None) -> Source:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    not_read = ["consolidated*.safetensors", "*/*.safetensors"]  # the same weights again, in another tool's format
     with _hub_faults(name, revision):
-        folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
+        folder = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=not_read)
+    if _is_adapter(Path(folder)):
+        fix = f"hf download {name} --local-dir FOLDER, and give that folder"
+        raise ModelError(f"{name}: an adapter, not a model; strop reads adapters from folders", fix=fix)
     source = _folder(Path(folder))
     return Source(f"{name}@{revision}" if revision else name, "folder", source.path)
 
