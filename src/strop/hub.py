@@ -39,6 +39,9 @@ def not_given(
     if isinstance(error, JSONDecodeError):
         what = f"{name}: {constants.ENDPOINT} does not answer as the Hub does"
         return kind(what, fix="check HF_ENDPOINT, and the proxy if there is one")
+    if isinstance(error, ValueError):  # of an address, a proxy's or a token's
+        fix = "check HF_ENDPOINT, HF_TOKEN, and the proxy if there is one"
+        return kind(f"{name}: the Hub cannot be asked: {first_line(error)}", fix=fix)
     if isinstance(error, OSError) and error.errno is None:  # of a file that is not as long as the Hub has said
         return kind(f"{name}: {first_line(error)}", fix=again)
     return None

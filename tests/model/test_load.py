@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
@@ -86,6 +87,33 @@ def test_a_model_that_does_not_come_is_no_fault_of_strops(
         script += "try: locate('owner/tiny')\nexcept ModelError as error: print(*error.lines())"
         done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and done.stdout.startswith("owner/tiny: ") and told in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words", [["plan", "--model", "o/n"], ["check", "--model", "demo", "--data", "o/n"]])
+def test_a_token_that_cannot_be_is_told(words: list[str], tmp_path: Path) -> None:
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    env |= {"HF_TOKEN": "hf_caf\u00e9"}
+    command = [sys.executable, "-m", "strop.cli", *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2 and "o/n: the Hub cannot be asked: 'ascii'" in done.stderr, done.stderr
+
+
+def test_a_model_that_came_in_part_is_told_from_one_that_never_did(tmp_path: Path, tiny_folder: Path) -> None:
+    files = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    env.pop("HF_HUB_CACHE", None)
+    script = "from strop.model.facts import locate; from strop.errors import ModelError\n"
+    script += "try: locate('owner/tiny')\nexcept ModelError as error: print(*error.lines())"
+
+    def run(**more: str) -> str:
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, env={**env, **more}, capture_output=True, text=True, timeout=100).stdout
+
+    with serve("models", "owner/tiny", files, faults={"chat_template": "silence"}) as (address, _):
+        assert "broke" in run(HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
+    said = run(HF_HUB_OFFLINE="1")
+    assert "while offline" in said
+    assert ("only in part in the local Hub cache" in said) == hasattr(errors, "IncompleteSnapshotError"), said
 
 
 def test_an_adapter_of_the_hub_is_told_from_a_model(tmp_path: Path) -> None:

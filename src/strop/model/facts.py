@@ -300,7 +300,7 @@ def _hub_faults(name: str, revision: str | None) -> Iterator[None]:
         raise ModelError(f"{name}: has no revision {revision}", fix="give a branch, a tag or a commit of it") from None
     except RemoteEntryNotFoundError:
         raise ModelError(f"{name}: has no config.json: no model of transformers") from None
-    except (OSError, TransportError, json.JSONDecodeError) as error:
+    except (OSError, TransportError, ValueError) as error:
         if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
             what = f"{name}: {here}, and no such model on the Hub that this account may see"
             raise ModelError(what, fix="check the name; for a private one log in with `hf auth login`") from None
@@ -311,7 +311,8 @@ def _hub_faults(name: str, revision: str | None) -> Iterator[None]:
         offline = constants.HF_HUB_OFFLINE
         why = "while offline" if offline else f"and {constants.ENDPOINT} cannot be reached"
         fix = "check the name, or go online (unset HF_HUB_OFFLINE)" if offline else "check the connection, HF_ENDPOINT"
-        raise ModelError(f"{name}: {here}, and not in the local Hub cache {why}", fix=fix) from None
+        part = "only in part" if hasattr(error, "snapshot_path") else "not"
+        raise ModelError(f"{name}: {here}, and {part} in the local Hub cache {why}", fix=fix) from None
 
 
 def _siblings(path: Path) -> list[str]:

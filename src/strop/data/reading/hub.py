@@ -61,11 +61,13 @@ def fetch(spec: str) -> list[tuple[str, str]]:
             what = f"{spec}: no such file here, and the Hub says: {first_line(error)}"
             raise DataError(what, fix="check the name, or log in with `hf auth login`") from error
         return _cached(name, revision, inside, error)
+    except ValueError as error:
+        raise not_given(error, name, f"datasets/{name}", DataError, DataError) or error from error
     chosen = choose(name, [file.rfilename for file in info.siblings or []], inside)
     try:  # of one commit all
         patterns = [glob.escape(file) for file in chosen]
         folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
-    except (OSError, TransportError, JSONDecodeError) as error:
+    except (OSError, TransportError, ValueError) as error:
         found = not_given(error, name, f"datasets/{name}", DataError, DataError)
         if found is None and isinstance(error, LocalEntryNotFoundError):
             found = DataError(f"{spec}: the Hub cannot be reached any more", fix="try again")
