@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "strop"
 # From the bottom up; a module may import its own row only where the row's own entry says so.
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"runs"},
+    {"runs", "hub"},
     {"config"},
     {"launching", "bridges"},
     {"data", "model", "engine", "machine"},

@@ -156,3 +156,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """' (did you mean x?)' for another known word that is most like `word`, else ''."""
     close = difflib.get_close_matches(word, [other for other in known if other != word], n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Of what a library says; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

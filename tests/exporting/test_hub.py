@@ -149,6 +149,83 @@ def test_bytes_that_are_not_what_was_sent_are_seen(push: Push, shelf: Shelf) -> 
         assert code == 1 and f"other bytes than were sent: {name}" in err and said["exit"] == 1
 
 
+def test_what_an_earlier_push_left_never_changes_what_is_loaded(push: Push, shelf: Shelf, tiny_folder: Path) -> None:
+    shelf.repos["me/base"] = {"config.json": (tiny_folder / "config.json").read_bytes()}
+    shelf.private["me/base"] = False
+    own = {"LICENSE": b"mine", "notes.md": b"mine", "older/model.safetensors": b"mine"}
+    shelf.repos["me/mine"], shelf.private["me/mine"] = dict(own), True
+    assert push("run", "me/mine", "--base", "me/base")[0] == 0 and "adapter_config.json" in shelf.repos["me/mine"]
+    code, said, err = push("merged", "me/mine")
+    assert code == 0 and said["removed"] == ["adapter_config.json", "adapter_model.safetensors", "strop.json"], err
+    assert sorted(shelf.repos["me/mine"]) == sorted([*said["files"], *own])
+    code, said, err = push("run", "me/mine", "--base", "me/base")
+    assert code == 0 and "config.json" in said["removed"], err
+    assert sorted(shelf.repos["me/mine"]) == sorted([*said["files"], *own])
+
+
+def test_the_revision_of_a_base_is_no_part_of_its_name(push: Push, shelf: Shelf, tiny_folder: Path) -> None:
+    shelf.repos["me/base"] = {"config.json": (tiny_folder / "config.json").read_bytes()}
+    shelf.private["me/base"] = False
+    code, said, err = push("run", "me/mine", "--base", "me/base@v1")
+    config = json.loads(shelf.repos["me/mine"]["adapter_config.json"])
+    assert code == 0 and (said["base"], config["base_model_name_or_path"], config["revision"]) == (
+        "me/base",
+        "me/base",
+        "v1",
+    ), err
+    assert "base_model: me/base\n" in shelf.repos["me/mine"]["README.md"].decode()
+
+
+def test_the_card_says_how_strop_loads_it(push: Push, shelf: Shelf, made: Path, tiny_folder: Path) -> None:
+    shelf.repos["me/base"] = {"config.json": (tiny_folder / "config.json").read_bytes()}
+    shelf.private["me/base"] = False
+    shutil.copytree(made / "run" / "adapter", made / "copy")
+    for name in ("run", "copy"):  # with the run's report, and with the card alone
+        assert push(name, "me/mine", "--base", "me/base")[0] == 0
+        card = shelf.repos["me/mine"]["README.md"].decode()
+        assert 'strop.load("mine").chat("..."))  # after `hf download me/mine --local-dir mine`' in card
+
+
+def test_no_place_is_sent_at_any_depth(push: Push, shelf: Shelf, made: Path) -> None:
+    shutil.copytree(made / "merged", made / "deep")
+    file = made / "deep" / "config.json"
+    inner = {"_name_or_path": "/home/me/secret", "kept": "/chat"}
+    told = {**json.loads(file.read_text()), "_name_or_path": "../secret", "parts": [inner], "name_or_path": "o/secret"}
+    file.write_text(json.dumps(told))
+    assert push("deep", "me/deep")[0] == 0
+    sent = json.loads(shelf.repos["me/deep"]["config.json"])
+    assert sent["parts"] == [{"kept": "/chat"}] and "_name_or_path" not in sent and sent["name_or_path"] == "o/secret"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("tokenizer_config.json", b"{", "tokenizer_config.json: not JSON"),
+        ("README.md", b"caf\xe9", "README.md: 'utf-8' codec"),
+        (
+            "adapter_config.json",
+            b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8}',
+            "does not say which model it was trained on",
+        ),
+    ],
+)
+def test_a_damaged_file_is_named_and_nothing_sent(
+    push: Push, shelf: Shelf, made: Path, tiny_folder: Path, tmp_path: Path, file: str, content: bytes, told: str
+) -> None:
+    shelf.repos["me/base"] = {"config.json": (tiny_folder / "config.json").read_bytes()}
+    shelf.private["me/base"] = False
+    folder = shutil.copytree(made / "run" / "adapter", tmp_path / "damaged")
+    (folder / file).write_bytes(content)
+    code, _, err = push(str(folder), "me/mine", "--base", "me/base")
+    assert code == 2 and told in err and not shelf.commits, err
+
+
+def test_what_was_sent_and_not_compared_is_told_so(push: Push, shelf: Shelf) -> None:
+    shelf.down_after = "/paths-info/"
+    code, _, err = push("merged", "me/mine")
+    assert code == 1 and "it was sent, and not compared" in err and "nothing was changed" not in err, err
+
+
 REFUSED = [
     (("merged", "you/mine"), {}, 2, "you/mine: this account may not write there"),
     (("merged", "me/mine"), {"HF_TOKEN": "hf_other"}, 2, "the Hub does not know this account: Invalid user token"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
@@ -22,7 +23,7 @@ from strop.model.load import load_base, load_config, skeleton
 from strop.model.lora import add_lora
 from strop.model.tokenizer import load_tokenizer
 from tests.support import tiny
-from tests.support.hub_standin import serve
+from tests.support.hub_standin import Fault, serve
 
 
 def test_a_hub_model_is_fetched_without_pickle_or_code_and_then_served_from_the_cache(
@@ -30,6 +31,7 @@ def test_a_hub_model_is_fetched_without_pickle_or_code_and_then_served_from_the_
 ) -> None:
     files = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
     unwanted = {"pytorch_model.bin": b"pickle", "modeling.py": b"code"}
+    again = {"consolidated.safetensors": b"the same weights", "onnx/model.safetensors": b"and once more"}
     script = (
         "import sys; from strop.model.facts import locate; from strop.model.load import load_base\n"
         "from strop.model.tokenizer import load_tokenizer\n"
@@ -39,7 +41,7 @@ def test_a_hub_model_is_fetched_without_pickle_or_code_and_then_served_from_the_
         "  print(source.name, sum(w.numel() for w in load_base(source, torch.float32, 'cpu').parameters()))\n"
         "except ModelError as error: print('refused:', *error.lines())"
     )
-    with serve("models", "owner/tiny", {**files, **unwanted}) as (address, asked):
+    with serve("models", "owner/tiny", {**files, **unwanted, **again}) as (address, asked):
 
         def run(name: str, offline: str = "0") -> str:
             env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": offline}
@@ -53,12 +55,76 @@ def test_a_hub_model_is_fetched_without_pickle_or_code_and_then_served_from_the_
 
         numbers = sum(weight.numel() for weight in tiny.model().parameters())
         assert run("owner/tiny") == f"owner/tiny {numbers}"
-        assert not [path for path in asked if path.split("?")[0].endswith((".bin", ".py"))]
+        assert not [path for path in asked if path.split("?")[0].endswith((".bin", ".py", *again))]
         before = len(asked)
         assert run("owner/tiny", offline="1") == f"owner/tiny {numbers}" and len(asked) == before
         assert "no such model on the Hub that this account may see" in run("owner/other")
         assert run("owner/tiny@v9").startswith("refused: owner/tiny: has no revision v9")
         assert "while offline" in run("owner/other", offline="1")
+
+
+@pytest.mark.parametrize(
+    ("faults", "told"),
+    [
+        ({"model.safetensors": "silence"}, "broke: Server disconnected"),
+        ({"model.safetensors": "short"}, "Consistency check failed"),
+        ({"/api/": "page"}, "does not answer as the Hub does"),
+        ({"/api/": 500}, "the Hub answers 500"),
+        ({"/api/": 403}, "the Hub answers 403"),
+        ({"/resolve/": 403}, "the Hub answers 403"),
+    ],
+    ids=str,
+)
+def test_a_model_that_does_not_come_is_no_fault_of_strops(
+    faults: dict[str, Fault], told: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    files = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
+    with serve("models", "owner/tiny", files, faults=faults) as (address, _):
+        env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        env["HF_HUB_DISABLE_XET"] = env["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        env.pop("HF_HUB_CACHE", None)
+        script = "from strop.model.facts import locate; from strop.errors import ModelError\n"
+        script += "try: locate('owner/tiny')\nexcept ModelError as error: print(*error.lines())"
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stdout.startswith("owner/tiny: ") and told in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words", [["plan", "--model", "o/n"], ["check", "--model", "demo", "--data", "o/n"]])
+def test_a_token_that_cannot_be_is_told(words: list[str], tmp_path: Path) -> None:
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    env |= {"HF_TOKEN": "hf_caf\u00e9"}
+    command = [sys.executable, "-m", "strop.cli", *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2 and "o/n: the Hub cannot be asked: 'ascii'" in done.stderr, done.stderr
+
+
+def test_a_model_that_came_in_part_is_told_from_one_that_never_did(tmp_path: Path, tiny_folder: Path) -> None:
+    files = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    env.pop("HF_HUB_CACHE", None)
+    script = "from strop.model.facts import locate; from strop.errors import ModelError\n"
+    script += "try: locate('owner/tiny')\nexcept ModelError as error: print(*error.lines())"
+
+    def run(**more: str) -> str:
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, env={**env, **more}, capture_output=True, text=True, timeout=100).stdout
+
+    with serve("models", "owner/tiny", files, faults={"chat_template": "silence"}) as (address, _):
+        assert "broke" in run(HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
+    said = run(HF_HUB_OFFLINE="1")
+    assert "while offline" in said
+    assert ("only in part in the local Hub cache" in said) == hasattr(errors, "IncompleteSnapshotError"), said
+
+
+def test_an_adapter_of_the_hub_is_told_from_a_model(tmp_path: Path) -> None:
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+    with serve("models", "owner/lora", files) as (address, _):
+        env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        env.pop("HF_HUB_CACHE", None)
+        command = [sys.executable, "-m", "strop.cli", "chat", "owner/lora"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    told = "owner/lora: an adapter, not a model; strop reads adapters from folders: hf download owner/lora --local-dir"
+    assert done.returncode == 2 and told in done.stderr and str(tmp_path) not in done.stderr, done.stderr
 
 
 def test_a_folder_loads_with_its_own_weights(tiny_folder: Path) -> None:
@@ -147,6 +213,40 @@ def test_a_config_that_names_a_type_of_8_bit_is_computed_in_16(tmp_path: Path) -
     changed(tmp_path, dtype="float7")
     with pytest.raises(ModelError, match=r"cannot read its config: .*float7"):
         skeleton(source)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_hidden_layers": None}, "cannot read its config: .*num_hidden_layers"),
+        ({"num_attention_heads": 5}, "cannot read its config: .*not a multiple"),
+        ({"hidden_act": "zelu"}, "no language model of type llama: KeyError: 'zelu'"),
+    ],
+)
+def test_a_config_that_cannot_be_is_named(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        skeleton(locate(str(changed(tmp_path, **fields))))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": {"type": "Later"}}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"eos_token": 5, "tokenizer_class": "TokenizersBackend"}'),
+    ],
+)
+def test_a_tokenizer_that_the_installed_libraries_do_not_read_is_named(tmp_path: Path, name: str, content: str) -> None:
+    (tiny.save_tiny(tmp_path) / name).write_text(content)
+    with pytest.raises(ModelError, match="no tokenizer that loads"):
+        load_tokenizer(locate(str(tmp_path)))
+
+
+@pytest.mark.parametrize("scheme", ["none", "nf4"])
+def test_a_broken_generation_config_is_named(tmp_path: Path, scheme: str) -> None:
+    (tiny.save_tiny(tmp_path) / "generation_config.json").write_text('{"eos_token_id": ')
+    with pytest.raises(ModelError, match=r"generation_config\.json: not JSON"):
+        load_base(locate(str(tmp_path)), torch.float32, "cpu", quantization=scheme)
 
 
 @pytest.mark.parametrize("by", ["gptq", "awq", "compressed-tensors", None])

@@ -11,15 +11,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import unquote
 
 COMMIT = "c" * 40
 TOKEN = "hf_standin"
+# A status; no answer at all; a page that is no JSON; fewer bytes than the file has.
+Fault = int | Literal["silence", "page", "short"]
 
 
 @contextmanager
-def serve(kind: str, name: str, files: Mapping[str, bytes], *, gated: bool = False) -> Iterator[tuple[str, list[str]]]:
-    """(address, paths asked for) of a server with one repository. kind: datasets or models. gated: it gives none."""
+def serve(
+    kind: str, name: str, files: Mapping[str, bytes], *, gated: bool = False, faults: Mapping[str, Fault] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """(address, paths asked for) of a server with one repository. kind: datasets or models. gated: it gives none.
+
+    faults: what is wrong with the answers to paths that contain a text, while it is there.
+    """
     asked: list[str] = []
     resolve = f"/datasets/{name}/resolve/" if kind == "datasets" else f"/{name}/resolve/"
 
@@ -34,15 +42,24 @@ def serve(kind: str, name: str, files: Mapping[str, bytes], *, gated: bool = Fal
                 tree = [{"type": "file", "path": file, "size": len(files[file]), "oid": "0" * 40} for file in files]
                 content = json.dumps(tree).encode()
             elif path.startswith(resolve):
-                content = files[path.removeprefix(resolve).partition("/")[2]]
+                content = files[unquote(path.removeprefix(resolve).partition("/")[2])]
                 headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()[:40]}"', "X-Repo-Commit": COMMIT}
-            if gated and path.startswith(resolve):
+            fault = next((wrong for text, wrong in (faults or {}).items() if text in path), None)
+            if fault == "silence":
+                return
+            if fault == "page":
+                content = b"<html>Log in to this network</html>"
+            elif fault == "short" and body:
+                content = content[:-1]
+            if isinstance(fault, int):
+                self.send_response(fault)
+            elif gated and path.startswith(resolve):
                 content = b""
                 self.send_response(403)
                 self.send_header("X-Error-Code", "GatedRepo")
             else:
                 self.send_response(200 if content else 404)
-            if not content and not gated:
+            if not content and not gated and not fault:
                 missing = "RevisionNotFound" if path.startswith(f"/api/{kind}/{name}/revision/") else "RepoNotFound"
                 self.send_header("X-Error-Code", missing)
             for header, value in {**headers, "Content-Length": str(len(content))}.items():

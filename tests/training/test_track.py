@@ -83,3 +83,43 @@ def test_wandb_without_a_login_is_the_users_to_mend(tmp_path: Path, monkeypatch:
     began = tracking(["wandb"], tmp_path / "mine", {"model.device": "cpu"})
     with pytest.raises(RecipeError, match="--track wandb: No API key configured"):
         began.__enter__()
+
+
+def test_a_tracker_that_does_not_begin_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Recorder, "init_trackers", refuse)
+    monkeypatch.setattr("accelerate.Accelerator", Recorder)
+    with (
+        pytest.raises(RecipeError, match=r"--track tensorboard: .*Permission denied"),
+        tracking(["tensorboard"], tmp_path / "mine", {"model.device": "cpu"}),
+    ):
+        pass
+
+
+def test_a_tracker_that_fails_later_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[int] = []
+
+    def log(_: Recorder, values: dict[str, Any], step: int) -> None:
+        told.append(step)
+        if step == 2:
+            raise ConnectionError("the server is gone")
+
+    def end(_: Recorder) -> None:
+        raise TimeoutError
+
+    Recorder.made = []
+    monkeypatch.setattr(Recorder, "log", log, raising=False)
+    monkeypatch.setattr(Recorder, "end_training", end)
+    monkeypatch.setattr("accelerate.Accelerator", Recorder)
+    with tracking(["trackio"], tmp_path / "mine", {"model.device": "cpu"}) as listeners:
+        for step in (1, 2, 3):
+            listeners[0]({"event": "step", "step": step, "loss": 1.0})
+    assert told == [1, 2]
+    assert [record.getMessage() for record in caplog.records] == [
+        "--track trackio: gets no more numbers, events.jsonl has them all: ConnectionError: the server is gone",
+        "--track trackio: gets no more numbers, events.jsonl has them all: TimeoutError: TimeoutError",
+    ]

@@ -82,20 +82,14 @@ def report_of(adapter: Path) -> dict[str, Any] | None:
 
 def hub_id(name: str) -> str | None:
     """The Hub id in the name of a base, without its revision; None for a folder, a GGUF file and the demo's model."""
-    elsewhere = name.startswith(("demo:", "gguf:")) or os.path.isabs(name) or name.count("/") > 1
+    elsewhere = name.startswith(("demo:", "gguf:", ".", "~")) or os.path.isabs(name) or name.count("/") > 1
     return None if elsewhere else name.partition("@")[0]
 
 
-def card(
-    report: Mapping[str, Any],
-    *,
-    place: str = PLACE,
-    base: str | None = None,
-    merged: Mapping[str, Any] | None = None,
-) -> str:
+def card(report: Mapping[str, Any], *, base: str | None = None, merged: Mapping[str, Any] | None = None) -> str:
     """The card of a run's adapter, or of a model that it was merged into.
 
-    report: as in report.json. place: what to load it by. base: a Hub id that holds the base of an adapter that was
+    report: as in report.json. base: a Hub id that holds the base of an adapter that was
     trained on a folder or a GGUF file. merged: dtype, and parity as `strop merge --json` gives it (None: not measured).
     """
     chosen = {choice["field"]: choice["value"] for choice in report["recipe"]}
@@ -129,7 +123,7 @@ def card(
             "\n## Limits\n",
             *(f"- {limit}" for limit in _limits(report, chosen)),
             "\n## How to load it\n",
-            loading.format(place=place, base=known or "BASE", rank=chosen["lora.r"], name=name, end=_end(report)),
+            loading.format(place=PLACE, base=known or "BASE", rank=chosen["lora.r"], name=name, end=_end(report)),
             "\n## How it was made\n",
             _made(report, lock["versions"]),
             "",

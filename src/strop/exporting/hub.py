@@ -6,14 +6,14 @@ What is sent tells nobody where things are on this machine, and is compared with
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strop.adapters import STROP_FILE, adapter_folder, check_weights, read_adapter_config
+from strop.adapters import STROP_FILE, adapter_folder, check_weights, read_adapter_config, read_identity
 from strop.errors import InputError, ModelError, RunError
 from strop.evaluation.card import CARD_FILE, PLACE, card, hub_id, report_of
 from strop.model.facts import hub_config, locate, read_config, safetensors_header, weight_files
@@ -27,6 +27,7 @@ SENT = (
     "added_tokens.json", "special_tokens_map.json", "chat_template.json", "vocab.txt", "merges.txt", "*.jinja",
     "*.model", STROP_FILE, CARD_FILE, "LICENSE*", "NOTICE*",
 )  # fmt: skip
+KEPT = (CARD_FILE, "LICENSE*", "NOTICE*", "*/*")  # of an earlier push, or somebody's own
 # Where in JSON files tools put down the path that something was loaded from.
 PATHS = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 # What two configs have alike where an adapter for one fits the other.
@@ -83,11 +84,13 @@ def push(
             say(f"sending {add.path_in_repo} ({_size(add.upload_info.size)}, {number} of {len(adds)}) to {repo}")
             api.preupload_lfs_files(repo, [add], free_memory=False)
         sent = {add.path_in_repo for add in adds}
-        stale = sorted(file for file in there if file not in sent and fnmatch(file, "*.safetensors*"))
+        # an adapter_config.json beside a merged model, for one, would have it loaded as an adapter
+        stale = sorted(file for file in there if file not in sent and _fits(file, SENT) and not _fits(file, KEPT))
         operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [*adds]
         operations += [CommitOperationDelete(file) for file in stale]
         done = api.create_commit(repo, operations, commit_message=message or f"strop push: {kind} {Path(name).name}")
-        say("comparing what the Hub has with what was sent")
+    say("comparing what the Hub has with what was sent")
+    with _faults(api, repo, "it was sent, and not compared; push it again"):
         _compare(api, repo, adds)
     size = sum(add.upload_info.size for add in adds)
     url = f"{api.endpoint}/{repo}"
@@ -98,30 +101,32 @@ def _adapter(folder: Path, repo: str, base: str | None) -> tuple[list[tuple[str,
     """(name there and content of each file, what is left out, the base's Hub id)."""
     check_weights(folder)
     config = read_adapter_config(folder)
-    trained_on = str(config["base_model_name_or_path"])
-    known = hub_id(trained_on)
+    if not (trained_on := str(config.get("base_model_name_or_path") or "")):
+        what = f"{folder}: does not say which model it was trained on (base_model_name_or_path)"
+        raise ModelError(what, fix="write it into its adapter_config.json")
+    known, (base, _, at) = hub_id(trained_on), (base or "").partition("@")
+    base = base or None
     if known is None and base is None:
         what = f"{folder}: its base is {trained_on}, which nobody else can load"
         raise ModelError(what, fix="give the same model's Hub id (--base OWNER/NAME), or push a merged model")
     if known is not None and base not in (None, known):
         raise ModelError(f"--base {base}: the adapter was trained on {known}", fix="leave --base out")
     if known is None:
-        _check_alike(folder, trained_on, str(base))
+        _check_alike(folder, trained_on, str(base), at or None)
     shown = known or str(base)
-    revision = trained_on.partition("@")[2] or config.get("revision")
+    revision = (trained_on.partition("@")[2] if known else at) or config.get("revision")
     report = report_of(folder)
     contents, left_out = _files(folder)
     made: dict[str, bytes] = {
         "adapter_config.json": _json({**config, "base_model_name_or_path": shown, "revision": revision})
     }
-    if (folder / STROP_FILE).is_file():
-        identity = json.loads((folder / STROP_FILE).read_text(encoding="utf-8"))
+    if identity := read_identity(folder):
         told = {**identity, "base": {**identity["base"], "name": shown}}
         if "combined" in told:  # of a sum: its parts lie somewhere here too
             told["combined"] = [{**part, "name": Path(part["name"]).name} for part in told["combined"]]
         made[STROP_FILE] = _json(told)
     if report is not None:
-        made[CARD_FILE] = card(report, place=repo, base=base).encode()
+        made[CARD_FILE] = card(report, base=base).encode()
     return _with_card(folder, {**contents, **made}, repo), left_out, shown
 
 
@@ -142,16 +147,31 @@ def _files(folder: Path) -> tuple[dict[str, bytes | Path], list[str]]:
     contents: dict[str, bytes | Path] = {}
     left_out = []
     for file in sorted(folder.iterdir()):
-        if not file.is_file() or not any(fnmatch(file.name, pattern) for pattern in SENT):
+        if not file.is_file() or not _fits(file.name, SENT):
             left_out.append(file.name)
             continue
         contents[file.name] = file
         if file.suffix == ".json":
-            held = json.loads(file.read_text(encoding="utf-8"))
-            paths = [key for key in PATHS if isinstance(held, dict) and Path(str(held.get(key, ""))).is_absolute()]
-            if paths:
-                contents[file.name] = _json({key: value for key, value in held.items() if key not in paths})
+            try:
+                held = json.loads(file.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ModelError(
+                    f"{file}: not JSON: {error}", fix="put it back, or take it out of the folder"
+                ) from None
+            if (told := _without_paths(held)) != held:
+                contents[file.name] = _json(told)
     return contents, left_out
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _without_paths(held: Any) -> Any:
+    if isinstance(held, dict):
+        gone = [key for key in PATHS if isinstance(held.get(key), str) and hub_id(held[key]) is None]
+        return {key: _without_paths(value) for key, value in held.items() if key not in gone}
+    return [_without_paths(one) for one in held] if isinstance(held, list) else held
 
 
 def _with_card(folder: Path, contents: dict[str, bytes | Path], repo: str) -> list[tuple[str, bytes | Path]]:
@@ -160,7 +180,13 @@ def _with_card(folder: Path, contents: dict[str, bytes | Path], repo: str) -> li
     if written is None:
         what = f"{folder}: has no card: nobody would know what it is"
         raise ModelError(what, fix=f"say so in {folder / CARD_FILE}, or push a run that has ended")
-    text = written.decode() if isinstance(written, bytes) else written.read_text(encoding="utf-8")
+    try:
+        text = (written if isinstance(written, bytes) else written.read_bytes()).decode()
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{folder / CARD_FILE}: {error}", fix="save it as UTF-8") from None
+    loads, name = 'strop.load("{}")', repo.rpartition("/")[2]  # strop reads an adapter from a folder
+    fetched = f'{loads.format(name)}.chat("..."))  # after `hf download {repo} --local-dir {name}`'
+    text = text.replace(f'{loads.format(PLACE)}.chat("..."))', fetched)
     return sorted({**contents, CARD_FILE: text.replace(PLACE, repo).encode()}.items())
 
 
@@ -168,11 +194,11 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _check_alike(folder: Path, trained_on: str, base: str) -> None:
+def _check_alike(folder: Path, trained_on: str, base: str, revision: str | None) -> None:
     """Raises ModelError where the config of the Hub's model has other sizes than the base of an adapter."""
     from strop.model.load import load_config
 
-    here, there = load_config(locate(trained_on)).to_dict(), hub_config(base)
+    here, there = load_config(locate(trained_on)).to_dict(), hub_config(base, revision)
     wrong = [key for key in SIZES if key in here and key in there and here[key] != there[key]]
     if wrong:
         key = wrong[0]
@@ -220,14 +246,13 @@ def _git_sum(add: Any) -> str:
 
 
 @contextmanager
-def _faults(api: HfApi, repo: str) -> Iterator[None]:
+def _faults(api: HfApi, repo: str, again: str = "nothing was changed there; try again") -> Iterator[None]:
     """What the Hub's client raises while something is sent, as one line that says what to do."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     # httpx's or httpx2's, as huggingface_hub's version has it
     from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 
-    again = "nothing was changed there; try again"
     login = "`hf auth login` with a token that may write, or set HF_TOKEN"
     try:
         yield
@@ -250,7 +275,7 @@ def _faults(api: HfApi, repo: str) -> Iterator[None]:
         raise RunError(f"{repo}: {said}", fix=again) from None
     except TransportError as error:
         what = f"{api.endpoint}: cannot be reached ({type(error).__name__})"
-        raise RunError(what, fix="nothing was changed there; check the connection and HF_ENDPOINT") from None
+        raise RunError(what, fix=f"{again}; check the connection and HF_ENDPOINT") from None
 
 
 def _size(size_bytes: int) -> str:

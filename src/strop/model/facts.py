@@ -21,6 +21,7 @@ from typing import Any, Literal
 import yaml
 
 from strop.errors import GatedError, ModelError, nearest
+from strop.hub import not_given
 from strop.model.ggufheader import read_gguf_config
 from strop.runs.folder import is_run
 from strop.runs.lock import sha256_file
@@ -234,7 +235,7 @@ def _gguf(path: Path, sha256: str) -> Source:
 
 
 def _folder(path: Path) -> Source:
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+    if _is_adapter(path):
         raise ModelError(
             f"{path}: an adapter, not a model", fix=f"use --model.adapter {path} and name its base as --model"
         )
@@ -242,6 +243,10 @@ def _folder(path: Path) -> Source:
     for file in weight_files(path):
         safetensors_header(file)
     return Source(str(path.resolve()), "folder", path.resolve())
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def hub_config(name: str, revision: str | None = None) -> dict[str, Any]:
@@ -257,9 +262,13 @@ def hub_config(name: str, revision: str | None = None) -> dict[str, Any]:
 def _hub(name: str, revision: str | None) -> Source:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    not_read = ["consolidated*.safetensors", "*/*.safetensors"]  # the same weights again, in another tool's format
     with _hub_faults(name, revision):
-        folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
+        folder = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=not_read)
+    if _is_adapter(Path(folder)):
+        fix = f"hf download {name} --local-dir FOLDER, and give that folder"
+        raise ModelError(f"{name}: an adapter, not a model; strop reads adapters from folders", fix=fix)
     source = _folder(Path(folder))
     return Source(f"{name}@{revision}" if revision else name, "folder", source.path)
 
@@ -270,13 +279,15 @@ def _hub_faults(name: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RemoteEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+
+    # httpx's or httpx2's, as huggingface_hub's version has it
+    from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 
     path = Path(name)
     near = nearest(name, _siblings(path))
@@ -285,28 +296,23 @@ def _hub_faults(name: str, revision: str | None) -> Iterator[None]:
         yield
     except HFValidationError:
         raise ModelError(f"{name}: neither a folder, a .gguf file nor a Hub id{near}") from None
-    except LocalEntryNotFoundError:
+    except RevisionNotFoundError:
+        raise ModelError(f"{name}: has no revision {revision}", fix="give a branch, a tag or a commit of it") from None
+    except RemoteEntryNotFoundError:
+        raise ModelError(f"{name}: has no config.json: no model of transformers") from None
+    except (OSError, TransportError, ValueError) as error:
+        if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+            what = f"{name}: {here}, and no such model on the Hub that this account may see"
+            raise ModelError(what, fix="check the name; for a private one log in with `hf auth login`") from None
+        if found := not_given(error, name, name, ModelError, GatedError):
+            raise found from None
+        if not isinstance(error, LocalEntryNotFoundError):
+            raise
         offline = constants.HF_HUB_OFFLINE
         why = "while offline" if offline else f"and {constants.ENDPOINT} cannot be reached"
         fix = "check the name, or go online (unset HF_HUB_OFFLINE)" if offline else "check the connection, HF_ENDPOINT"
-        raise ModelError(f"{name}: {here}, and not in the local Hub cache {why}", fix=fix) from None
-    except GatedRepoError:
-        what = f"{name}: gated: only who has accepted its terms may load it"
-        fix = f"open {constants.ENDPOINT}/{name} and accept them, then log in with `hf auth login`"
-        raise GatedError(what, fix=fix) from None
-    except RevisionNotFoundError:
-        raise ModelError(f"{name}: has no revision {revision}", fix="give a branch, a tag or a commit of it") from None
-    except RepositoryNotFoundError:
-        what = f"{name}: {here}, and no such model on the Hub that this account may see"
-        raise ModelError(what, fix="check the name; for a private one log in with `hf auth login`") from None
-    except RemoteEntryNotFoundError:
-        raise ModelError(f"{name}: has no config.json: no model of transformers") from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        what = f"{name}: the Hub answers {status or 'nothing'}: {str(error).splitlines()[0]}"
-        if status in (401, 403):
-            raise GatedError(what, fix="log in with `hf auth login`, with a token that may read it") from None
-        raise ModelError(what, fix="wait a little, and try again") from None
+        part = "only in part" if hasattr(error, "snapshot_path") else "not"
+        raise ModelError(f"{name}: {here}, and {part} in the local Hub cache {why}", fix=fix) from None
 
 
 def _siblings(path: Path) -> list[str]:

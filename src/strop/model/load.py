@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 from transformers.models.auto.modeling_auto import (
@@ -22,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from strop.config.schema import DEVICES
-from strop.errors import ModelError, RecipeError
+from strop.errors import ModelError, RecipeError, first_line
 from strop.model.experts import growths, make_experts_resident
 from strop.model.facts import (
     Source,
@@ -36,7 +37,7 @@ from strop.model.facts import (
 from strop.model.ggufweights import read_tensors
 from strop.model.quantize import folder_name, make_resident
 from strop.model.shards import build, floats, is_finite, is_whole, pack_again, quantize_folder, write_shards
-from strop.model.tokenizer import LOCAL, first_line, gguf_cache, head_folder, plain_config
+from strop.model.tokenizer import LOCAL, gguf_cache, head_folder, plain_config
 from strop.model.towers import text_forward
 from strop.runs.folder import cache_folder, made_once, new_folder, write_json
 
@@ -62,10 +63,10 @@ def load_config(source: Source) -> Any:
     read_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, **LOCAL)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{source.name}: transformers {transformers.__version__} cannot read its config: {first_line(error)}"
-        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        said = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
+        what = f"{source.name}: transformers {transformers.__version__} cannot read its config: {said}"
+        raise ModelError(what) from None
     for one in {id(part): part for part in (config, config.get_text_config())}.values():
         if one.dtype is not None and one.dtype.itemsize == 1:  # of weights on disk; none is computed in
             one.dtype = torch.bfloat16
@@ -100,12 +101,15 @@ def load_base(
     Raises ModelError where weights are missing or do not fit (transformers would fill them with random numbers).
     """
     LOG.info("loading the weights of %s", source.name)
+    generation = source.kind == "folder" and (source.path / "generation_config.json").is_file()
+    if generation:  # transformers passes over one that is broken, and the model would not stop
+        read_config(source.path, "generation_config.json")
     if quantization == "none":
         model: Any = _load_16_bit(source, dtype)
     else:
         folder = packed_folder(source, quantization, double, dtype, device)
         model = build(lambda: from_config(load_config(source)), folder, source.name, quantization, dtype)
-        if source.kind == "folder" and (source.path / "generation_config.json").is_file():
+        if generation:
             model.generation_config = GenerationConfig.from_pretrained(source.path)
     model.to(device)  # packed weights: those that are dequantized never lie in the host's memory
     if quantization != "none":
@@ -232,10 +236,11 @@ def _known(config: Any) -> Iterator[None]:
     """Around what builds a model."""
     try:
         yield
-    except ValueError as error:
-        version = transformers.__version__
-        what = f"transformers {version} builds no language model of type {config.model_type}: {first_line(error)}"
-        raise ModelError(what, fix="use a decoder-only language model") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        said = first_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {first_line(error)}"
+        what = f"transformers {transformers.__version__} builds no language model of type {config.model_type}: {said}"
+        fix = "use a decoder-only language model" if isinstance(error, ValueError) else "mend its config.json"
+        raise ModelError(what, fix=fix) from None
 
 
 def _auto(config: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from strop.errors import ModelError
+from strop.errors import ModelError, first_line
 from strop.model.facts import Source
 from strop.runs.folder import cache_folder, made_once, new_folder
 
@@ -22,7 +22,7 @@ def load_tokenizer(source: Source) -> Any:
     folder = head_folder(source)
     try:
         tokenizer = _class_of(folder).from_pretrained(folder, **LOCAL)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers package has no other type for a file that it does not understand
         raise ModelError(f"{source.name}: no tokenizer that loads: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise ModelError(
@@ -87,7 +87,3 @@ def plain_config(config: Any) -> Any:
     config.__dict__.pop("quantization_config", None)
     config._name_or_path = ""
     return config
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from strop.errors import RecipeError
+from strop.errors import RecipeError, first_line
 from strop.runs.events import Event, Listener
+
+LOG = logging.getLogger(__name__)
 
 _COMPARED = ("accuracy", "margin", "chosen_change", "rejected_change", "desirable_change", "undesirable_change", "kl")
 _SHOWN = {
@@ -34,7 +37,8 @@ def check_trackers(names: Sequence[str]) -> None:
 def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iterator[Sequence[Listener]]:
     """A listener that sends the numbers of step and eval events to the named trackers; none where names is empty.
 
-    What a tracker prints goes to stderr. Raises RecipeError where wandb does not begin.
+    What a tracker prints goes to stderr. Raises RecipeError where one does not begin. One that fails later is told of,
+    and the run goes on.
     """
     if not names:
         yield ()
@@ -47,28 +51,43 @@ def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iter
     with redirect_stdout(sys.stderr), _beginning(names):
         accelerator.init_trackers(project, config=plain, init_kwargs=more)
 
+    working = True
+
     def send(event: Event) -> None:
+        nonlocal working
         kind = event["event"]
         numbers = {f"{'eval' if kind == 'eval' else 'train'}/{key}": event.get(key) for key in _SHOWN.get(kind, ())}
-        if any(value is not None for value in numbers.values()):
-            accelerator.log({key: value for key, value in numbers.items() if value is not None}, step=event["step"])
+        told = {key: value for key, value in numbers.items() if value is not None}
+        if working and told:
+            working = _tried(names, lambda: accelerator.log(told, step=event["step"]))
 
     try:
         yield (send,)
     finally:
         with redirect_stdout(sys.stderr):
-            accelerator.end_training()
+            _tried(names, accelerator.end_training)
+
+
+def _tried(names: Sequence[str], act: Callable[[], object]) -> bool:
+    """Whether it went well."""
+    try:
+        act()
+    except Exception as error:  # of any library, of a network or of a disk: no reason to end a run
+        said = f"{type(error).__name__}: {first_line(error)}"
+        LOG.warning("--track %s: gets no more numbers, events.jsonl has them all: %s", ",".join(names), said)
+        return False
+    return True
 
 
 @contextmanager
 def _beginning(names: Sequence[str]) -> Iterator[None]:
-    """wandb without a login, or without a connection, is no fault of strop's."""
-    faults = (importlib.import_module("wandb.errors").Error,) if "wandb" in names else ()
+    """A tracker without a login, a connection or a place to write is no fault of strop's."""
     try:
         yield
-    except faults as error:
-        fix = "`wandb login`, or set WANDB_MODE=offline, or take it out of `track`"
-        raise RecipeError(f"--track wandb: {' '.join(str(error).split())}", fix=fix) from None
+    except Exception as error:  # each tracker has types of its own
+        wandb = "`wandb login`, or set WANDB_MODE=offline, or " if "wandb" in names else ""
+        what = f"--track {','.join(names)}: {' '.join(str(error).split()) or type(error).__name__}"
+        raise RecipeError(what, fix=f"{wandb}take it out of `track`") from None
 
 
 def _named(names: Sequence[str], run: str) -> tuple[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 
 from strop.data.reading import hub
 from strop.errors import DataError
-from tests.support.hub_standin import serve
+from tests.support.hub_standin import Fault, serve
 
 
 def test_which_files_of_a_hub_repository_are_read() -> None:
@@ -45,30 +45,77 @@ FILES = {
 }
 
 
+SCRIPT = (
+    "import sys; from strop.data.reading.sources import read_rows; from strop.errors import DataError\n"
+    "try:\n  print([(r.file, r.line, r.value['text']) for r in read_rows(sys.argv[1], bad=[])])\n"
+    "except DataError as error: print('refused:', *error.lines())"
+)
+
+
 @pytest.fixture
 def hub_url() -> Iterator[str]:
     with serve("datasets", "o/n", FILES) as (address, _):
         yield address
 
 
-def test_a_hub_data_set_is_fetched_and_then_served_from_the_cache(hub_url: str, tmp_path: Path) -> None:
-    script = (
-        "import sys; from strop.data.reading.sources import read_rows; from strop.errors import DataError\n"
-        "try:\n  print([(r.file, r.line, r.value['text']) for r in read_rows(sys.argv[1], bad=[])])\n"
-        "except DataError as error: print('refused:', *error.lines())"
-    )
+def read(address: str, cache: Path, spec: str, offline: str = "0") -> str:
+    """What a process reads from the Hub at an address, or why not."""
+    env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_OFFLINE": offline}
+    env["HF_HUB_DISABLE_PROGRESS_BARS"] = env["HF_HUB_DISABLE_XET"] = "1"
+    env.pop("HF_HUB_CACHE", None)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, spec], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
-    def run(spec: str, **extra: str) -> str:
-        env = {**os.environ, "HF_ENDPOINT": hub_url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", **extra}
-        env["HF_HUB_DISABLE_PROGRESS_BARS"] = env["HF_HUB_DISABLE_XET"] = "1"
-        env.pop("HF_HUB_CACHE", None)
-        done = subprocess.run([sys.executable, "-c", script, spec], env=env, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+
+def test_a_hub_data_set_is_fetched_and_then_served_from_the_cache(hub_url: str, tmp_path: Path) -> None:
+    def run(spec: str, offline: str = "0") -> str:
+        return read(hub_url, tmp_path, spec, offline)
 
     train = "[('o/n/data/train.jsonl', 1, '007'), ('o/n/data/train.jsonl', 2, '2024-01-31')]"
     assert run("o/n") == train
-    assert run("o/n", HF_HUB_OFFLINE="1") == train
+    assert run("o/n", offline="1") == train
     assert run("o/n/data/test*") == "[('o/n/data/test.jsonl', 1, 'no')]"
     assert run("o/other").startswith("refused: o/other: no such file here, and the Hub says:")
-    assert "the Hub cannot be reached" in run("o/other", HF_HUB_OFFLINE="1")
+    assert "the Hub cannot be reached" in run("o/other", offline="1")
+
+
+def test_a_data_set_that_came_in_part_is_never_read(tmp_path: Path) -> None:
+    shards = {f"data/train-0000{number}-of-00002.jsonl": b'{"text": "%d"}\n' % number for number in range(2)}
+    faults: dict[str, Fault] = {"train-00001": "silence"}
+    with serve("datasets", "o/n", {**shards, "a[1].jsonl": b'{"text": "a"}\n'}, faults=faults) as (address, _):
+
+        def run(spec: str, offline: str = "0") -> str:
+            return read(address, tmp_path, spec, offline)
+
+        assert "refused: o/n: the connection to" in (said := run("o/n")) and "broke" in said
+        assert "refused: o/n: only 1 of its 2 files are here" in run("o/n", offline="1")
+        faults.update({"train-00001": "short"})
+        assert "Consistency check failed" in (said := run("o/n")) and "try again" in said
+        assert "refused: o/n: only 1 of its 2 files are here" in run("o/n", offline="1")
+        faults.clear()
+        whole = [(f"o/n/{name}", 1, str(number)) for number, name in enumerate(shards)]
+        assert run("o/n") == run("o/n", offline="1") == run("o/n/data/*", offline="1") == str(whole)
+        assert run("o/n/a[1].jsonl") == "[('o/n/a[1].jsonl', 1, 'a')]"
+
+
+@pytest.mark.parametrize(
+    ("faults", "told"),
+    [
+        ({"/api/": 500}, "the Hub answers 500: wait a little"),
+        ({"/api/": 401}, "the Hub says: Client error '401 Unauthorized'"),
+        ({"/api/": "page"}, "the Hub cannot be reached (JSONDecodeError)"),
+        ({"/resolve/": 403}, "the Hub answers 403"),
+    ],
+    ids=str,
+)
+def test_what_the_hub_answers_is_told(faults: dict[str, Fault], told: str, tmp_path: Path) -> None:
+    with serve("datasets", "o/n", FILES, faults=faults) as (address, _):
+        assert told in read(address, tmp_path, "o/n")
+
+
+def test_a_gated_data_set_says_where_its_terms_are(tmp_path: Path) -> None:
+    with serve("datasets", "o/n", FILES, gated=True) as (address, _):
+        assert f"o/n: gated: only who has accepted its terms may load it: open {address}/datasets/o/n" in read(
+            address, tmp_path, "o/n"
+        )

@@ -308,12 +308,25 @@ def test_a_header_alone_is_no_row(tmp_path: Path) -> None:
         ("d.jsonl", zstandard.compress(b"{}"), "zstandard data"),
         ("d.csv", b"PK\x03\x04xx", "zip archive"),
         ("d.json", b"PAR1xx", "Parquet without the suffix"),
+        ("d.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n", "git lfs pull"),
         ("d.parquet", b"PAR1 nothing", "Parquet cannot be read"),
         ("d.parquet.gz", b"", "compressed Parquet"),
     ],
 )
 def test_files_that_are_something_else_are_refused(tmp_path: Path, name: str, content: bytes, what: str) -> None:
     assert what in refusal(write(tmp_path / name, content))
+
+
+def test_what_python_cannot_hold_of_a_parquet_file_is_the_files_fault(tmp_path: Path) -> None:
+    text, number = pyarrow.array(["a"]), pyarrow.array([1])
+    for odd in (
+        pyarrow.array([2**62], pyarrow.timestamp("us")),
+        pyarrow.array([2**30], pyarrow.date32()),
+        pyarrow.StructArray.from_arrays([number, number], names=["twice", "twice"]),
+    ):
+        file = tmp_path / "d.parquet"
+        parquet.write_table(pyarrow.table({"text": text, "odd": odd}), file)
+        assert "Parquet cannot be read behind row 0" in refusal(file)
 
 
 # --- header or not -----------------------------------------------------------------------------------------------

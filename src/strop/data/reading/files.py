@@ -61,6 +61,7 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\x28\xb5\x2f\xfd", "zstandard data without the suffix .zst"),
     (b"PAR1", "Parquet without the suffix .parquet"),
     (b"PK\x03\x04", "a zip archive"),
+    (b"version https://git-lfs.github.com/spec/", "Git LFS's pointer to the data, not the data (git lfs pull)"),
     *((b"\x80" + bytes([protocol]), "a pickle, which can run code when it is opened") for protocol in range(2, 6)),
 )
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib")
@@ -165,7 +166,7 @@ def _encoding(path: str, stream: io.BufferedReader, asked: str) -> str:
         pass  # UTF-32 holds no such character
     except (LookupError, ValueError) as error:
         raise DataError(f"--data.encoding {asked}: not a text encoding", fix="try utf-8, latin-1 or cp1252") from error
-    head = stream.peek(4)[:4]
+    head = stream.peek(64)[:64]
     for magic, what in _MAGIC:
         if head.startswith(magic):
             raise refuse(path, what, "write the rows as JSON Lines, CSV, text or Parquet, with the suffix that says so")

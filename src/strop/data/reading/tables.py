@@ -213,7 +213,7 @@ def parquet_rows(name: str, path: str) -> Iterator[Row]:
                 for value in batch.to_pylist():
                     number += 1
                     yield Row(name, number, {key: _without_nulls(held) for key, held in value.items()})
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last: a date that Python lacks
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise refuse(name, f"Parquet cannot be read behind row {number}: {what}") from error
 
