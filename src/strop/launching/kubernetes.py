@@ -111,7 +111,8 @@ _COMMENTS = {
     ("spec", "trainer", "numProcPerNode"): "One process a device.",
     ("spec", "trainer", "command"): "Recipe paths (data, run folder) are found from the volume.",
     ("spec", "trainer", "args"): "The same at every start: a run that began is gone on with.",
-    ("spec", "runtimePatches"): "The volume and the recipe, in every pod; memory that its cards share; time for a last checkpoint.\n"
+    ("spec", "runtimePatches"): "The volume, the recipe, and what the cards share, in every pod; and time for a last "
+    "checkpoint.\n"
     "All pods write to the volume: with several nodes its access mode must be ReadWriteMany.",
 }  # fmt: skip
 
