@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import multiprocessing
 import sys
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from transformers import GenerationConfig
 
 import strop
@@ -15,6 +23,7 @@ from strop.chat import Session
 from strop.engine.answers.text import Sampling
 from strop.errors import InputError
 from tests.support.running import run
+from tests.support.tiny import write_rows
 
 QUICK = {"train.max_steps": 3, "lora.r": 2, "model.dtype": "fp32"}
 
@@ -104,3 +113,154 @@ def test_what_a_generation_config_asks_for_and_is_not_done_is_said() -> None:
     assert Sampling.passed_over(GenerationConfig(do_sample=True, top_p=0.9, repetition_penalty=1.1)) == []
     [note] = Sampling.passed_over(GenerationConfig(do_sample=True, min_p=0.1, no_repeat_ngram_size=3))
     assert "min_p 0.1, no_repeat_ngram_size 3: left out" in note
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def warnings_are_errors() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+HOSTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "bf16": lambda: default_dtype(torch.bfloat16),
+    "fp64": lambda: default_dtype(torch.float64),
+    "no gradients": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "meta": lambda: torch.device("meta"),
+    "warnings": warnings_are_errors,
+}
+
+
+def story(tiny_folder: Path, rows: Path, folder: Path) -> tuple[Any, ...]:
+    run = strop.train(model=tiny_folder, data=rows, out=folder / "run", **QUICK)
+    tuned = strop.evaluate(run, rows, max_new_tokens=2)["tuned"]
+    merged = strop.merge(run, folder / "merged", dtype="fp32").out / "model-00001.safetensors"
+    answers = strop.load(run, dtype="fp32").generate(["what is 3"], max_new_tokens=4)
+    files = (run.folder / "adapter" / "adapter_model.safetensors", merged)
+    return (
+        *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files),
+        run.report["loss"],
+        tuned["loss"],
+        answers,
+    )
+
+
+@pytest.fixture(scope="module")
+def quiet_story(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    folder = tmp_path_factory.mktemp("quiet")
+    return story(tiny_folder, write_rows(folder / "rows.jsonl", 24), folder)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_how_a_program_uses_torch_changes_no_number(
+    host: str, tiny_folder: Path, rows_file: Path, tmp_path: Path, quiet_story: tuple[Any, ...]
+) -> None:
+    with HOSTS[host]():
+        assert story(tiny_folder, rows_file, tmp_path) == quiet_story
+        model = strop.load(tmp_path / "run", dtype="fp32")
+        model.add(str(tmp_path / "run" / "adapter"))
+        model.use(str(tmp_path / "run" / "adapter"))
+        assert model.generate(["what is 3"], max_new_tokens=4) == quiet_story[-1]
+
+
+def test_a_programs_own_settings_are_there_behind_a_call(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    own = torch.rand(3)
+    torch.manual_seed(7)
+    with default_dtype(torch.float64):
+        story(tiny_folder, rows_file, tmp_path)
+        with pytest.raises(InputError):
+            strop.load(tmp_path / "nothing")
+        assert torch.get_default_dtype() is torch.float64
+    assert torch.equal(torch.rand(3), own)
+
+
+def test_several_threads_train_and_load_what_one_does(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, quiet_story: tuple[Any, ...]
+) -> None:
+    with ThreadPoolExecutor(3) as threads:
+        told = list(threads.map(lambda number: story(tiny_folder, rows_file, tmp_path / str(number)), range(3)))
+    assert told == [quiet_story] * 3
+
+
+def test_several_threads_ask_one_model(bold: Model) -> None:
+    asked = [f"what is {number}" for number in range(6)]
+    alone = [bold.generate(text, max_new_tokens=8) for text in asked]
+    with bold.base():
+        base = bold.generate(asked[0], max_new_tokens=8)
+    assert base != alone[0]
+
+    def ask(text: str) -> list[list[str]]:
+        return [bold.generate(text, max_new_tokens=8) for _ in range(8)]
+
+    def ask_base() -> list[list[str]]:
+        found = []
+        for _ in range(8):
+            with bold.base():
+                found.append(bold.generate(asked[0], max_new_tokens=8))
+        return found
+
+    with ThreadPoolExecutor(7) as threads:
+        others = threads.submit(ask_base)
+        assert list(threads.map(ask, asked)) == [[answer] * 8 for answer in alone]
+        assert others.result() == [base] * 8
+
+
+def load_in_a_fork(folder: Path, said: Any) -> None:
+    try:
+        strop.load(folder)
+        said.put("loaded")
+    except strop.RunError as error:
+        said.put("; ".join(error.lines()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fork is Linux's way")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_of_a_process_that_has_used_strop_is_refused(tiny_folder: Path) -> None:
+    strop.load(tiny_folder)
+    context = multiprocessing.get_context("fork")
+    said: Any = context.SimpleQueue()
+    child = context.Process(target=load_in_a_fork, args=(tiny_folder, said))
+    child.start()
+    child.join()
+    assert "spawn" in said.get()
+
+
+def test_paths_and_runs_are_taken_inside_a_section_and_a_list(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    data = {"train": [rows_file], "eval": rows_file}
+    run = strop.train(model={"name": tiny_folder}, data=data, out=tmp_path / "a", **QUICK)
+    again = strop.train(model={"name": tiny_folder, "adapter": run}, data=rows_file, out=tmp_path / "b", **QUICK)
+    assert again.report["loss"]["first"] < run.report["loss"]["first"]
+    assert strop.resume(run, allow_changed="schedule").folder == run.folder
+
+
+def test_an_option_that_is_given_twice_is_refused(tiny_folder: Path, rows_file: Path) -> None:
+    for twice in ({"lora": {"r": 2}, "lora.r": 4}, {"model.name": "demo"}):
+        with pytest.raises(InputError, match="given twice"):
+            strop.check(model=tiny_folder, data=rows_file, **twice)
+
+
+def test_a_long_value_is_not_printed_whole(tiny_folder: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        strop.check(model=tiny_folder, data=[{"prompt": "a", "completion": "b"}] * 1000)
+    assert len("".join(caught.value.lines())) < 400
+
+
+@pytest.mark.parametrize("prompts", [{"role": "user"}, [{"role": "user", "content": "hi"}], [3]])
+def test_a_prompt_that_is_no_text_is_refused(prompts: Any, bold: Model) -> None:
+    with pytest.raises(InputError, match="a prompt is a text"):
+        bold.generate(prompts)

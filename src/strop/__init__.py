@@ -139,17 +139,19 @@ def train(
 
     resolved = resolve(Path(recipe) if recipe else None, _flat(options))
     with joined() as devices:
+        from strop.machine.host import own_torch
         from strop.machine.memory import limit_bytes
         from strop.training.run import train as run_training
 
-        return run_training(resolved, [callback] if callback else [], memory=limit_bytes(memory), devices=devices)
+        with own_torch():
+            return run_training(resolved, [callback] if callback else [], memory=limit_bytes(memory), devices=devices)
 
 
 def resume(
     run: str | os.PathLike[str],
     *,
     callback: Callable[[dict[str, Any]], None] | None = None,
-    allow_changed: Sequence[str] = (),
+    allow_changed: str | Sequence[str] = (),
     memory: int | str | None = None,
     **options: Any,
 ) -> Run:
@@ -161,17 +163,16 @@ def resume(
 
     listeners = [callback] if callback else []
     with joined() as devices:
+        from strop.machine.host import own_torch
         from strop.machine.memory import limit_bytes
         from strop.training.run import resume as go_on
 
-        return go_on(
-            Path(run),
-            listeners,
-            options=_flat(options),
-            allow_changed=allow_changed,
-            memory=limit_bytes(memory),
-            devices=devices,
-        )
+        names = [allow_changed] if isinstance(allow_changed, str) else allow_changed
+        limit = limit_bytes(memory)
+        with own_torch():
+            return go_on(
+                Path(run), listeners, options=_flat(options), allow_changed=names, memory=limit, devices=devices
+            )
 
 
 def evaluate(
@@ -194,12 +195,14 @@ def evaluate(
 
     with joined() as devices:
         from strop.evaluation.run import evaluate_model
+        from strop.machine.host import own_torch
 
-        return evaluate_model(
-            os.fspath(run), _texts(data), metric=metric, max_new_tokens=max_new_tokens, general=general,
-            regression_data=_texts(regression_data), regression_metric=regression_metric, devices=devices,
-            options=options,
-        )  # fmt: skip
+        with own_torch():
+            return evaluate_model(
+                os.fspath(run), _texts(data), metric=metric, max_new_tokens=max_new_tokens, general=general,
+                regression_data=_texts(regression_data), regression_metric=regression_metric, devices=devices,
+                options=options,
+            )  # fmt: skip
 
 
 def check(recipe: str | Path | None = None, **options: Any) -> dict[str, Any]:
@@ -234,8 +237,10 @@ def merge(
     Raises InputError before anything is written, ParityError where the merged model is not the tuned one.
     """
     from strop.exporting.merge import merge as merge_into
+    from strop.machine.host import own_torch
 
-    return merge_into(os.fspath(run), Path(out), dtype=dtype, data=_text(data), measure=measure)
+    with own_torch():
+        return merge_into(os.fspath(run), Path(out), dtype=dtype, data=_text(data), measure=measure)
 
 
 def load(
@@ -248,8 +253,10 @@ def load(
 ) -> Model:
     """A run, adapter or model folder, .gguf file, Hub id or `demo`, ready to `.generate` and `.chat`."""
     from strop.adapters import load as load_model
+    from strop.machine.host import own_torch
 
-    return load_model(name, device=device, dtype=dtype, quantization=quantization, force=force)
+    with own_torch():
+        return load_model(name, device=device, dtype=dtype, quantization=quantization, force=force)
 
 
 def export(
@@ -269,12 +276,14 @@ def export(
     """
     from strop.exporting.gguf import export_gguf
     from strop.exporting.ollama import export_ollama
+    from strop.machine.host import own_torch
 
     if target not in ("gguf", "ollama") or (adapter and target == "ollama"):
         raise InputError(f"export: no {target}{' of an adapter' if adapter else ''}", fix="give gguf or ollama")
-    if target == "gguf":
-        return export_gguf(os.fspath(run), Path(out), kind=type, adapter=adapter, data=_text(data), measure=measure)
-    return export_ollama(os.fspath(run), Path(out), kind=type, data=_text(data), measure=measure)
+    with own_torch():
+        if target == "gguf":
+            return export_gguf(os.fspath(run), Path(out), kind=type, adapter=adapter, data=_text(data), measure=measure)
+        return export_ollama(os.fspath(run), Path(out), kind=type, data=_text(data), measure=measure)
 
 
 def push(
@@ -300,11 +309,23 @@ def _texts(data: str | Path | Sequence[str | Path]) -> str | list[str]:
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    from strop.config.load import SHORT
+
     sections = ("model", "data", "lora", "train")
     flat: dict[str, Any] = {}
     for name, value in options.items():
-        if name in sections and isinstance(value, Mapping):
-            flat.update({f"{name}.{field}": inner for field, inner in value.items()})
-        else:
-            flat[name] = str(value) if isinstance(value, Path) else value
+        section = name in sections and isinstance(value, Mapping)
+        fields = {f"{name}.{field}": inner for field, inner in value.items()} if section else {name: value}
+        for field, given in fields.items():
+            whole = SHORT.get(field, field)
+            if whole in flat:
+                raise InputError(f"{whole}: given twice", fix="give it once")
+            flat[whole] = _plain(given)
     return flat
+
+
+def _plain(value: Any) -> Any:
+    """A path, a Run, or a list with such, as a recipe has it: as text."""
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

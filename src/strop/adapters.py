@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import peft
@@ -21,12 +21,13 @@ from strop.data.rendering.render import Renderer
 from strop.engine.answers.text import Expected, Sampling
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import InputError, ModelError, RecipeError
+from strop.machine.host import own_torch, usual_torch
 from strop.model.biases import biases_of, has_own_biases, keep_biases, without_adapter
 from strop.model.facts import Source, fingerprint, locate, prequantized, safetensors_header
 from strop.model.generate import Answer, generate
 from strop.model.load import DTYPES, check_place, load_base
 from strop.model.loftq import moved_base
-from strop.model.lora import OLD_NAME, grow_vocabulary, sum_once
+from strop.model.lora import grow_vocabulary, sum_once, unwarned
 from strop.model.measured import made_for
 from strop.model.quantize import SCHEMES
 from strop.model.saved import adapter_config
@@ -44,8 +45,7 @@ def save_adapter(model: peft.PeftModel, tokenizer: Any, folder: Path, identity: 
     """Writes a PEFT adapter folder, whole or not at all: weights, config, tokenizer, template, strop.json.
 
     identity: {base: {name, fingerprint}, template, data, system, reasoning}; base is checked when it is loaded, system
-    (the system prompt that every training row had, or None) is what `chat` starts with, reasoning what became
-    of it in training.
+    (that every training row had, or None) is what `chat` starts with, reasoning what became of it in training.
     """
     with new_folder(folder) as temp:
         # peft would look the base up on the Hub to see whether embeddings were resized; trained rows are saved anyway
@@ -151,9 +151,7 @@ def attach(
     places = (weight.device for weight in base.parameters() if weight.device.type != "meta")
     how: dict[str, Any] = {"is_trainable": trainable, "torch_device": str(next(places, "cpu"))}
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
-            warnings.filterwarnings("ignore", OLD_NAME, FutureWarning)
+        with unwarned("Found missing adapter keys"):  # refused below
             if isinstance(base, peft.PeftModel):
                 model = base
                 model.load_adapter(str(folder), adapter_name=name, **how)
@@ -199,8 +197,7 @@ def check_weights(folder: Path) -> None:
     """Raises ModelError for an adapter file that is damaged, was changed since it was saved, or holds NaN."""
     file, known = folder / WEIGHTS_FILE, read_identity(folder).get("weights", {}).get("sha256")
     safetensors_header(file)
-    bad = [name for name, weight in load_file(file).items() if not is_finite(weight)]
-    if bad:
+    if bad := [name for name, weight in load_file(file).items() if not is_finite(weight)]:
         raise ModelError(f"{file}: {bad[0]} holds NaN or infinity", fix="take an older checkpoint of the run")
     found = sha256_file(file)
     if known and found != known:
@@ -234,6 +231,7 @@ class Model:
     history: list[Message] = field(default_factory=list)
     others: dict[str, str] = field(default_factory=dict)  # further adapters: their names in the module, by their names
     _ways: dict[str, tuple[Renderer, str | None]] = field(default_factory=dict)  # each one's renderer, default_system
+    _turn: Any = field(default_factory=RLock, repr=False, compare=False)  # of the threads that ask it
 
     @property
     def sampling(self) -> Sampling:
@@ -256,7 +254,8 @@ class Model:
             what = f"{name}: was trained with another chat template than {self.name}"
             raise ModelError(what, fix="load it by itself, or with --force")
         inner = f"adapter{len(self.others) + 1}"
-        self.notes = [*self.notes, *load_beside(self.module, folder, self.source, inner, force=force)]
+        with self._turn, own_torch():
+            self.notes = [*self.notes, *load_beside(self.module, folder, self.source, inner, force=force)]
         self.others[name] = inner
         identity = read_identity(folder)
         self._ways.setdefault(self.name, (self.renderer, self.default_system))
@@ -270,9 +269,9 @@ class Model:
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Inside this block the adapter is off."""
+        """Inside this block the adapter is off; other threads that ask wait."""
         assert self.adapter is not None
-        with without_adapter(self.module):
+        with self._turn, without_adapter(self.module):
             yield
 
     def answer(
@@ -287,11 +286,13 @@ class Model:
         partial: bool = False,
         expected: Sequence[Expected | None] = (),
     ) -> list[Answer]:
-        """One answer for each prompt of token ids; both, partial, expected: as model.generate says."""
-        return generate(
-            self.module, self.tokenizer, prompts, stop_ids=self.renderer.ends, max_new_tokens=max_new_tokens,
-            sampling=sampling, on_text=on_text, advance=advance, both=both, partial=partial, expected=expected,
-        )  # fmt: skip
+        """One answer for each prompt of token ids; of several threads one is answered at a time.
+        both, partial, expected: as model.generate says."""
+        with self._turn, usual_torch():
+            return generate(
+                self.module, self.tokenizer, prompts, stop_ids=self.renderer.ends, max_new_tokens=max_new_tokens,
+                sampling=sampling, on_text=on_text, advance=advance, both=both, partial=partial, expected=expected,
+            )  # fmt: skip
 
     def generate(
         self,
@@ -301,14 +302,14 @@ class Model:
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
     ) -> list[str]:
-        """The answers to user texts, each asked on its own (one text by itself is one prompt); greedy unless a Sampling
-        is given.
+        """The answers to user texts, each asked on its own (one text by itself is one prompt).
 
-        system: None: the system prompt of the training rows, where they all had one.
+        system: None: the system prompt of the training rows, where they all had one. sampling: None: greedy.
         """
-        opening = _system(self.default_system if system is None else system)
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        asked = [self.renderer.prompt([*opening, Message("user", text)]) for text in texts]
+        texts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError("generate: a prompt is a text", fix="give texts; `chat` keeps a conversation")
+        asked = [self.renderer.prompt([*self._opening(system), Message("user", text)]) for text in texts]
         return [answer.text for answer in self.answer(asked, max_new_tokens=max_new_tokens, sampling=sampling)]
 
     def chat(
@@ -326,7 +327,7 @@ class Model:
         Raises InputError where the history is longer than what the model was made for.
         """
         if system is not None or not self.history:
-            self.history = list(_system(self.default_system if system is None else system))
+            self.history = self._opening(system)
         turn = [*self.history, Message("user", text)]
         prompt = self.renderer.prompt(turn)
         longest = made_for(self.module) or sys.maxsize
@@ -338,6 +339,10 @@ class Model:
         answer = self.answer([prompt], max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text)[0]
         self.history = [*turn, Message("assistant", answer.text)]
         return answer.text
+
+    def _opening(self, system: str | None) -> list[Message]:
+        text = self.default_system if system is None else system
+        return [] if text is None else [Message("system", text)]
 
 
 def load_renderer(name: str) -> Renderer:
@@ -371,9 +376,8 @@ def load(
     scores: a reward model, which answers nothing. Raises ModelError where it cannot be loaded.
     """
     name = os.fspath(name)
-    if quantization not in ("auto", "none", *SCHEMES):
-        known = ", ".join(("auto", "none", *SCHEMES))
-        raise RecipeError(f"--quantization {quantization}: no such scheme", fix=f"choose among {known}")
+    if quantization not in (known := ("auto", "none", *SCHEMES)):
+        raise RecipeError(f"--quantization {quantization}: no such scheme", fix=f"choose among {', '.join(known)}")
     check_place(device, dtype)
     folder = adapter_folder(name)
     source = locate(name) if folder is None else base_source(folder)
@@ -391,9 +395,6 @@ def load(
     if folder is None:
         return Model(name, base, renderer.tokenizer, renderer, None, source=source, quantization=scheme)
     module, notes = attach(base, folder, source, force=force, scores=scores)
-    system = identity.get("system")
-    return Model(name, module.eval(), renderer.tokenizer, renderer, folder, system, notes, source, scheme)
-
-
-def _system(text: str | None) -> Sequence[Message]:
-    return () if text is None else (Message("system", text),)
+    return Model(
+        name, module.eval(), renderer.tokenizer, renderer, folder, identity.get("system"), notes, source, scheme
+    )

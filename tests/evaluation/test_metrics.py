@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import random
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -212,6 +213,19 @@ def test_a_file_is_run_once_until_it_changes(tmp_path: Path) -> None:
     assert score(name, ["x"], ["x"]).hits == (True,) and log.read_text() == "x"
     file.write_text(text.replace("==", "!="))
     assert score(name, ["x"], ["x"]).hits == (False,) and log.read_text() == "xx"
+
+
+def test_a_file_of_the_users_own_finds_the_files_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "first_neighbour.py").write_text("WORD = 'yes'\n", encoding="utf-8")
+    (tmp_path / "late_neighbour.py").write_text("def same(a, b):\n    return a == b\n", encoding="utf-8")
+    (tmp_path / "json.py").write_text("raise SystemExit('not the module of that name')\n", encoding="utf-8")
+    file = tmp_path / "own.py"
+    body = "import json\nfrom first_neighbour import WORD\ndef own(gold, answer):\n    import late_neighbour\n"
+    file.write_text(
+        f"{body}    return late_neighbour.same(answer, json.loads('\"yes\"')) and WORD == 'yes'\n", encoding="utf-8"
+    )
+    assert metric(f"{file}:own").judge("yes", "yes") == {"own": True}
 
 
 def test_a_function_of_the_users_own_that_is_broken_is_told_before_a_model_loads(tmp_path: Path) -> None:

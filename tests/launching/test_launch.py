@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ def test_writes_once(system: str, folder: Path, capsys: pytest.CaptureFixture[st
         (["skypilot", "recipe.yaml", "--bucket", "b", "--nodes", "2"], "--volume"),
         (["skypilot", "../recipe.yaml", "--bucket", "b"], "not in this folder"),
         (["kubernetes", "recipe.yaml", "--image", "i", "--claim", "c", "--out", "/runs/x"], "on the volume"),
+        (["kubernetes", "recipe.yaml", "--image", "i", "--claim", "c", "--out", "~/runs/x"], "on the volume"),
+        (["skypilot", "recipe.yaml", "--bucket", "b", "--out", "~/runs/x"], "in the bucket"),
         (["kubernetes", "recipe.yaml", "--image", "i", "--claim", "A_B c"], "not a name"),
         (["kubernetes", "recipe.yaml", "--image", "", "--claim", "c"], "not a container image"),
     ],
@@ -120,6 +123,25 @@ def test_says_what_must_be_there(folder: Path, capsys: pytest.CaptureFixture[str
     told = json.loads(run("launch", "kubernetes", "recipe.yaml", *SYSTEMS["kubernetes"], "--json", capsys=capsys)[1])
     assert told["needs"] == ["rows.jsonl"]
     assert json.loads(run("launch", "slurm", "recipe.yaml", "--json", capsys=capsys)[1])["needs"] == []
+    Path("own.py").write_text("def right(answer, gold):\n    return 1.0\n", encoding="utf-8")
+    rewards = (
+        "model: {name: demo}\ndata: {train: '*.jsonl'}\ntrain: {objective: grpo, rewards: ['own.py:right=2', exact]}"
+    )
+    Path("rewards.yaml").write_text(rewards, encoding="utf-8")
+    told = json.loads(run("launch", "kubernetes", "rewards.yaml", *SYSTEMS["kubernetes"], "--json", capsys=capsys)[1])
+    assert told["needs"] == ["*.jsonl", "own.py"]
+
+
+def pods(*jobs: Job) -> Iterator[Any]:
+    """What each job patches into its pods, for Kubernetes."""
+    for one in jobs:
+        train_job = list(yaml.safe_load_all(kubernetes.manifests(one, "", image="i", claim="c")))[1]
+        [patch] = train_job["spec"]["runtimePatches"]
+        [node] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+        pod = node["template"]["spec"]["template"]["spec"]
+        mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        yield pod
 
 
 def test_cards_are_asked_for() -> None:
@@ -128,6 +150,8 @@ def test_cards_are_asked_for() -> None:
     assert "use_gpu=True" in ray.script(with_cards) and "'GPU': 1" in ray.script(with_cards)
     train_job = list(yaml.safe_load_all(kubernetes.manifests(with_cards, "", image="i", claim="c")))[1]
     assert train_job["spec"]["trainer"]["resourcesPerNode"]["limits"] == {"cpu": 12, "nvidia.com/gpu": 3}
+    volumes = [str(of_pod["volumes"]) for of_pod in pods(with_cards, job(cards=True, devices=1), job())]
+    assert ["'medium': 'Memory'" in text for text in volumes] == [True, False, False]  # what cards share
     task = yaml.safe_load(skypilot.task(with_cards, gpus="H100", store=skypilot.Store("b"), spot=True))
     assert task["resources"]["accelerators"] == "H100:3" and task["resources"]["use_spot"] is True
     assert "gpu" not in slurm.script(job(), time="1")

@@ -23,6 +23,7 @@ from strop.errors import RecipeError, Where, nearest
 
 Origin = Literal["default", "preset", "recipe", "option", "plan"]
 
+SHOWN_CHARACTERS = 200  # of a wrong value
 # short forms of the common options; `strop train --model X` is `strop train --model.name X`
 SHORT = {
     "model": "model.name",
@@ -167,11 +168,18 @@ def _validated(tree: dict[str, Any], given: Mapping[str, tuple[Any, Origin, str]
             value, origin, source = given.get(name, (None, "", ""))
             key = f"{fault['loc'][-1]}: " if isinstance(value, dict) and len(fault["loc"]) > 2 else ""
             file = source if origin == "recipe" else f"--{name}" if name else "recipe"
-            shown = "" if fault["type"] in ("missing", "value_error") and not name else f" (got {fault['input']!r})"
+            shown = (
+                "" if fault["type"] in ("missing", "value_error") and not name else f" (got {_short(fault['input'])})"
+            )
             said = "is required" if fault["type"] == "missing" else fault["msg"].removeprefix("Value error, ") + shown
             field = f"{name}: " if origin == "recipe" else ""
             places.setdefault(name + key, Where(file, None, f"{field}{key}{said}"))
         raise RecipeError("the recipe is not valid", fix="", where=list(places.values())) from None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _field_name(location: tuple[int | str, ...]) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import runpy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -131,7 +133,9 @@ def metric(name: str) -> Metric:
 @lru_cache(maxsize=8)
 def _names_in(file: str, content: str) -> Mapping[str, Any]:
     """What a file of the user's defines. It is run once, as long as its content (by hash) is the same: it may load a
-    model that judges."""
+    model that judges. It finds the files beside it, behind all other modules: also those that it imports later."""
+    if (folder := os.path.dirname(file)) not in sys.path:
+        sys.path.append(folder)
     return runpy.run_path(file)
 
 

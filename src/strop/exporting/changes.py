@@ -20,7 +20,7 @@ from strop.errors import ModelError
 from strop.model.experts import by_expert
 from strop.model.facts import Source, safetensors_header
 from strop.model.load import skeleton
-from strop.model.lora import embeddings, grown
+from strop.model.lora import embeddings, grown, unwarned
 from strop.model.tokenizer import new_rows
 
 NEW_ROWS = "token_adapter.trainable_tokens_delta"  # embedding rows that were trained, whole
@@ -124,7 +124,8 @@ def places_of(source: Source, config: Any) -> dict[str, Place]:
     rsLoRA."""
     config.base_model_name_or_path = None  # peft would warn that the skeleton has another name
     config.trainable_token_indices = None  # of rows that the skeleton has not
-    adapted = peft.get_peft_model(skeleton(source), config)
+    with unwarned():
+        adapted = peft.get_peft_model(skeleton(source), config)
     found = {}
     for name, module in adapted.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer) and module.scaling:

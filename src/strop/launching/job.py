@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def shell(words: list[str], indent: str = "    ") -> str:
 
 def must_be_relative(job: Job, where: str) -> None:
     """Raises RecipeError for a run folder that is a path of this machine."""
-    if Path(job.out).is_absolute() or ".." in Path(job.out).parts:
+    if Path(job.out).expanduser().is_absolute() or ".." in Path(job.out).parts:  # ~ is a home of the machine there
         raise RecipeError(f"--out {job.out}: the run is kept {where}", fix=f"give a path in it: --out runs/{job.name}")
 
 
@@ -131,12 +132,15 @@ def _name(text: str) -> str:
 
 
 def _files(recipe: Recipe) -> tuple[str, ...]:
-    """Files and folders on this disk that the recipe names."""
-    data, model = recipe.data, recipe.model
+    """Files and folders on this disk that the recipe names; a pattern stands for the files that it finds."""
+    data, model, rewards = recipe.data, recipe.model, recipe.train.rewards
     named: list[str | None] = [model.name, model.adapter, data.template]
     for rows in (data.train, data.eval):
         named += [rows] if isinstance(rows, str) else rows or []
-    return tuple(name for name in dict.fromkeys(named) if name and Path(name).expanduser().exists())
+    for reward in rewards.split(",") if isinstance(rewards, str) else rewards or []:
+        named.append(reward.strip().rpartition(":")[0])
+    places = {name: os.path.expanduser(name) for name in named if name}
+    return tuple(name for name, place in places.items() if os.path.exists(place) or glob(place, recursive=True))
 
 
 def _count(number: int, what: str) -> str:

@@ -62,11 +62,17 @@ def _train_job(job: Job, image: str, claim: str) -> dict[str, Any]:
     kind = {"nvidia.com/gpu": job.devices} if job.cards else {}
     resources = {"cpu": job.cores * job.devices, **kind}
     inside = replace(job, recipe=f"{RECIPES}/recipe.yaml")
-    volumes = [
+    volumes: list[dict[str, Any]] = [
         {"name": "work", "persistentVolumeClaim": {"claimName": claim}},
         {"name": "recipe", "configMap": {"name": job.name}},
     ]
-    mounts = [{"name": "work", "mountPath": VOLUME}, {"name": "recipe", "mountPath": RECIPES, "readOnly": True}]
+    mounts: list[dict[str, Any]] = [
+        {"name": "work", "mountPath": VOLUME},
+        {"name": "recipe", "mountPath": RECIPES, "readOnly": True},
+    ]
+    if job.cards and job.devices > 1:  # a pod has 64 MiB of it; NCCL's buffers between cards want more
+        volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
+        mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
     pod = {
         "terminationGracePeriodSeconds": GRACE_S,
         "volumes": volumes,
@@ -105,7 +111,8 @@ _COMMENTS = {
     ("spec", "trainer", "numProcPerNode"): "One process a device.",
     ("spec", "trainer", "command"): "Recipe paths (data, run folder) are found from the volume.",
     ("spec", "trainer", "args"): "The same at every start: a run that began is gone on with.",
-    ("spec", "runtimePatches"): "The volume and the recipe, in every pod; and time for a last checkpoint.\n"
+    ("spec", "runtimePatches"): "The volume, the recipe, and what the cards share, in every pod; and time for a last "
+    "checkpoint.\n"
     "All pods write to the volume: with several nodes its access mode must be ReadWriteMany.",
 }  # fmt: skip
 

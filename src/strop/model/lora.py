@@ -7,7 +7,8 @@ import re
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -183,10 +184,17 @@ def add_lora(model: nn.Module, section: LoraSection, tokenizer: Any, *, scored: 
         **where,
         **({"trainable_token_indices": new_rows} if new_rows else {}),
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", OLD_NAME, FutureWarning)
+    with unwarned():
         adapted = peft.get_peft_model(model, config)
     return sum_once(as_fp32(adapted))
+
+
+@contextmanager
+def unwarned(*messages: str) -> Iterator[None]:
+    """Inside it neither these warnings are shown, nor what transformers says of peft's use of an old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "|".join((OLD_NAME, *messages)))
+        yield
 
 
 def _where(model: nn.Module, names: list[str]) -> dict[str, Any]:
