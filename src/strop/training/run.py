@@ -107,7 +107,7 @@ def train(
     with _claimed(folder, devices):
         try:
             setup = set_up_together(resolved, memory, folder, devices)
-        except InputError:
+        except BaseException:
             if devices.main:
                 folder.remove_if_empty()
             raise
