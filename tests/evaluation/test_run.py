@@ -302,6 +302,31 @@ def test_ctrl_c_leaves_the_rows_that_are_answered(
     assert json.loads((runs[0] / "report.json").read_text())["evaluation"]["rows"] == found["rows"]
 
 
+def test_ctrl_c_among_the_rows_that_should_not_get_worse_is_told(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, compare, taken = Batch.step, evaluation.compare, iter(range(99))
+
+    def interrupted(self: Batch) -> Any:
+        if next(taken) == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    def comparing(*args: Any, **options: Any) -> Any:
+        if "base" not in options:  # the second evaluation
+            monkeypatch.setattr(Batch, "step", interrupted)
+        return compare(*args, **options)
+
+    monkeypatch.setattr(evaluation, "compare", comparing)
+    monkeypatch.setattr("strop.engine.answers.held.ROWS", 4)
+    data, kept = tmp_path / "colours.jsonl", rows(tmp_path / "kept.jsonl", COLOURS)
+    words = ["--data", data, "--regression-data", kept, "--max-new-tokens", "2", "--json"]
+    code, out, err = run("eval", runs[0], *words, capsys=capsys)
+    found = json.loads(out)
+    assert code == 130 and found["rows"] == 12 > found["regression"]["rows"] > 0
+    assert f"interrupted {found['regression']['interrupted']}" in err
+
+
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 ASKED = Message("user", "three?")
 

@@ -188,6 +188,8 @@ def evaluate_models(
             result["general"] = compare_general(model, advance, devices)
         if kept:
             result["regression"] = asking(kept, metric=regression_metric or metric)
+            if "interrupted" in result["regression"]:
+                tasks, judging = (), None
         if tasks:
             result["tasks"] = run_tasks(model, names_of_tasks, manager, task_limit)
         asked = questions(rows, model.renderer) if judging is not None else []
@@ -206,7 +208,7 @@ def evaluate_models(
         if in_report:
             add_to_report(RunFolder(Path(name)), result)
         results.append(result)
-        if "interrupted" in found:
+        if "interrupted" in found or "interrupted" in result.get("regression", {}):
             break
     return results
 
