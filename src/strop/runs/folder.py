@@ -187,16 +187,22 @@ def free_bytes(path: Path) -> int:
 
 @contextmanager
 def disk_faults(path: Path) -> Iterator[None]:
-    """Inside this block a disk that is full, broken or read-only is a DiskError that names `path`."""
+    """Inside this block a disk that is full, broken or read-only is a DiskError that names `path`, or what is elsewhere
+    (a file of the cache)."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         found = re.search(r"os error (\d+)", str(error))  # safetensors passes on what its own language says
         number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        if re.fullmatch(r"\d+ requested and \d+ written", str(error)):  # numpy, which does not say why
+            number = errno.ENOSPC
         if number is None or number not in _DISK_FAULTS:
             raise
         fix = "free some space or mend the disk, and go on: what was complete before is still there"
-        raise DiskError(f"{path}: cannot be written: {os.strerror(number)}", fix=fix) from None
+        named = getattr(error, "filename", None)
+        place = path if named is None else Path(os.fsdecode(named))
+        place = path if path.absolute() in place.absolute().parents else place
+        raise DiskError(f"{place}: cannot be written: {os.strerror(number)}", fix=fix) from None
 
 
 def open_run(path: Path) -> RunFolder:
@@ -282,8 +288,13 @@ def fsync_folder(path: Path) -> None:
 
 def cache_folder() -> Path:
     """Where strop keeps what it can make again: $STROP_CACHE, else $XDG_CACHE_HOME/strop, else ~/.cache/strop."""
-    own = os.environ.get("STROP_CACHE")
-    return Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strop"
+    try:
+        if own := os.environ.get("STROP_CACHE"):
+            return Path(own).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strop"
+    except RuntimeError:  # a container's user that no list of users has
+        what = "this user has no home folder, in which to keep what can be used again"
+        raise FolderError(what, fix="set STROP_CACHE to a folder that can be written") from None
 
 
 def share(file: Path) -> None:
