@@ -41,6 +41,18 @@ def test_one_process_makes_a_name(tmp_path: Path) -> None:
     assert not list(out.parent.iterdir()) or os.name != "posix"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the lock stays there")
+def test_what_a_killed_process_left_of_a_name_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("out.tmp-99999", "out.tmp-mine", "out.old-1", "other.tmp-1"):
+        (tmp_path / name).mkdir()
+    with sole_maker(tmp_path / "out"):  # nobody was killed: these are the user's own
+        assert len(list(tmp_path.glob("*.*"))) == 5
+    (tmp_path / ".out.lock").touch()
+    with sole_maker(tmp_path / "out"):
+        pass
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["other.tmp-1", "out.old-1", "out.tmp-mine"]
+
+
 def test_a_full_disk_takes_no_event_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "events.jsonl"
     EventLog(file).emit("save", step=1)

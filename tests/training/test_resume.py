@@ -334,3 +334,11 @@ def test_a_disk_with_no_room_for_a_claim(
     monkeypatch.setattr("strop.runs.folder.write_atomic", full)
     with pytest.raises(DiskError, match="run: cannot be written: No space left"):
         strop.resume(run.folder)
+
+
+def test_a_finished_run_that_was_copied_names_the_copy(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    given = {"train.max_steps": 2, "model.dtype": "fp32", "lora.r": 4}
+    run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"), **given)
+    copy = shutil.copytree(run.folder, tmp_path / "copy")
+    report = strop.resume(copy).report
+    assert (report["run"], report["adapter"]) == (str(copy), str(copy / "adapter"))

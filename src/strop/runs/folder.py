@@ -354,6 +354,7 @@ def sole_maker(out: Path) -> Iterator[None]:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = out.with_name(f".{out.name}.lock")
+    was_killed = lock.exists()  # one that ends removes it
     try:
         held = FileLock(lock, timeout=0).acquire()
     except Timeout:
@@ -364,6 +365,9 @@ def sole_maker(out: Path) -> Iterator[None]:
         try:
             if out.exists():
                 raise FolderError(f"{out}: is there already", fix="give --out another name")
+            for half in _entries(out.parent) if was_killed else ():
+                if re.fullmatch(rf"{re.escape(out.name)}\.tmp-\d+", half.name):
+                    shutil.rmtree(half)
             yield
         finally:
             if os.name == "posix":  # elsewhere a file that is open cannot be removed

@@ -142,7 +142,8 @@ def resume(
             if options and resolve(folder.recipe, options).recipe != read_resolved(folder.recipe).recipe:
                 what = f"{path} is finished: no option changes it any more"
                 raise InputError(what, fix=f"train further in a new run that starts from it: --model.adapter {path}")
-            report = folder.read_report()
+            here = {"run": str(folder.path), "adapter": str(folder.adapter)}  # it may have been moved, or be a copy
+            report = folder.read_report() | here
             if devices.main and not folder.page.is_file():  # it was killed just before its last line
                 write_report(folder.path, report, read_events(folder.events))
             return Run(folder.path, report)
