@@ -342,3 +342,13 @@ def test_a_finished_run_that_was_copied_names_the_copy(tiny_folder: Path, rows_f
     copy = shutil.copytree(run.folder, tmp_path / "copy")
     report = strop.resume(copy).report
     assert (report["run"], report["adapter"]) == (str(copy), str(copy / "adapter"))
+
+
+def test_answers_of_an_adapter_that_is_replaced_go_with_it(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """A page would show them as those of the new one."""
+    given = {"train.max_steps": 2, "train.max_time": "0.001s", "model.dtype": "fp32", "lora.r": 4}
+    run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"), **given)
+    assert (run.report["ended"], run.report["steps"]) == ("time", 1)
+    (run.folder / "answers.json").write_text("{}")
+    assert strop.resume(run.folder).report["steps"] == 2
+    assert not (run.folder / "answers.json").exists()
