@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from strop.cli import _by_the_system
 from strop.errors import DiskError, FolderError
-from strop.runs.folder import cache_folder, new_folder
+from strop.runs.folder import cache_folder, disk_faults, new_folder
 
 
 @pytest.mark.skipif(os.name != "posix", reason="rights of another kind")
@@ -37,6 +37,7 @@ def test_a_file_of_another_user_is_no_fault_of_strops(monkeypatch: pytest.Monkey
     cached = _by_the_system(FileNotFoundError(errno.ENOENT, "none", str(tmp_path / "cache" / "data")))
     assert isinstance(cached, FolderError) and "STROP_CACHE" in cached.fix
     assert isinstance(_by_the_system(OSError(errno.ENOSPC, "full", "x")), DiskError)
+    assert isinstance(_by_the_system(OSError(errno.ENOSPC, "full")), DiskError)  # of a write
     assert _by_the_system(FileNotFoundError(errno.ENOENT, "none", "x")) is None
     assert _by_the_system(ValueError("x")) is None
 
@@ -45,6 +46,35 @@ def test_a_cache_below_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("STROP_CACHE", "~/kept")  # as a container or a service has it: no shell has read it
     assert cache_folder() == tmp_path / "kept"
+
+
+def test_without_a_home_folder_it_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's user that no list of users has."""
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("STROP_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    with pytest.raises(FolderError, match="no home folder"):
+        cache_folder()
+
+
+def test_a_full_disk_that_numpy_met(tmp_path: Path) -> None:
+    """As it writes the tensors of a GGUF file: without a number."""
+    with pytest.raises(DiskError, match="No space left"), disk_faults(tmp_path):
+        raise OSError("13600 requested and 5488 written")
+
+
+def test_a_full_cache_is_not_taken_for_a_full_run(tmp_path: Path) -> None:
+    for file, named in (
+        (tmp_path / "cache" / "x", tmp_path / "cache" / "x"),
+        (tmp_path / "run" / "x", tmp_path / "run"),
+    ):
+        with pytest.raises(DiskError) as raised, disk_faults(tmp_path / "run"):
+            raise OSError(errno.ENOSPC, "full", str(file))
+        assert raised.value.what == f"{named}: cannot be written: {os.strerror(errno.ENOSPC)}"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a folder in use can be removed there")

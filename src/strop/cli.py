@@ -186,10 +186,14 @@ def _by_the_system(error: Exception) -> StropError | None:
         here = Path.cwd()
     except OSError:
         return FolderError("the folder that this was started in is gone", fix="cd to one that is there")
-    if not isinstance(error, OSError) or error.filename is None or error.errno is None:
+    if not isinstance(error, OSError) or error.errno is None:
         return None
+    full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+    if error.filename is None:  # of a write, which knows no name
+        what = f"a file cannot be written: {os.strerror(error.errno)}"
+        return DiskError(what, fix="free some space") if full else None
     what, place = f"{error.filename}: {os.strerror(error.errno).lower()}", here / os.fsdecode(error.filename)
-    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+    if full:
         return DiskError(what, fix="free some space")
     if (here / cache_folder()) in (place, *place.parents):
         return FolderError(what, fix="set STROP_CACHE to a folder of your own that can be written")

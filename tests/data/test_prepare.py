@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from strop.data.conversation import Conversation, Message
 from strop.data.prepare import REASONS, Prepared, prepare
 from strop.data.rendering import overlong
 from strop.data.rendering.render import Renderer
+from strop.data.store import LOCK, Writer
 from strop.errors import DataError, FolderError
 from tests.support import families, templates
 from tests.support.shared_data import shared
@@ -368,6 +371,19 @@ def test_rows_that_are_wrong_and_rows_that_are_too_long_are_named_at_once(tmp_pa
     with pytest.raises(DataError) as caught:
         run(path, max_length=40, overlong="drop")
     assert [place.line for place in caught.value.where] == [2]
+
+
+def test_what_a_killed_pass_left_is_removed_and_what_a_live_one_writes_stays(tmp_path: Path) -> None:
+    path, cache = write(tmp_path / "a.jsonl", GOOD), tmp_path / "cache"
+    live = Writer(cache / "0123abcd")
+    left = Path(tempfile.mkdtemp(prefix=".4567cdef-", dir=cache))
+    for folder in (left, *cache.glob(".0123abcd-*")):
+        (folder / LOCK).touch()
+        os.utime(folder / LOCK, (1, 1))  # long ago
+    expected = run(path, cache=cache).hash
+    assert not left.exists() and len(list(cache.iterdir())) == 2
+    live.discard()
+    assert len(list(cache.iterdir())) == 1 and run(path, cache=cache).hash == expected
 
 
 def test_preference_pairs_are_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -304,6 +305,48 @@ def test_ctrl_c_leaves_the_rows_that_are_answered(
     assert found["interrupted"] == f"after {found['rows']} of 12 rows" and found["interrupted"] in err
     assert "general" not in found
     assert json.loads((runs[0] / "report.json").read_text())["evaluation"]["rows"] == found["rows"]
+
+
+def test_a_run_that_cannot_be_written_is_evaluated(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another's, on a disk that is read-only here: what took long to find is printed."""
+
+    def read_only(path: Path, value: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(evaluation, "write_json", read_only)
+    words = ["--data", tmp_path / "colours.jsonl", "--max-new-tokens", "2", "--json"]
+    code, out, err = run("eval", runs[0], *words, capsys=capsys)
+    found = json.loads(out)
+    assert code == 0 and found["rows"] == 12
+    assert found["notes"][-1] == f"not put into the report of {runs[0]}: read-only file system"
+    assert "not put into the report" in err
+
+
+def test_ctrl_c_among_the_rows_that_should_not_get_worse_is_told(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, compare, taken = Batch.step, evaluation.compare, iter(range(99))
+
+    def interrupted(self: Batch) -> Any:
+        if next(taken) == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    def comparing(*args: Any, **options: Any) -> Any:
+        if "base" not in options:  # the second evaluation
+            monkeypatch.setattr(Batch, "step", interrupted)
+        return compare(*args, **options)
+
+    monkeypatch.setattr(evaluation, "compare", comparing)
+    monkeypatch.setattr("strop.engine.answers.held.ROWS", 4)
+    data, kept = tmp_path / "colours.jsonl", rows(tmp_path / "kept.jsonl", COLOURS)
+    words = ["--data", data, "--regression-data", kept, "--max-new-tokens", "2", "--json"]
+    code, out, err = run("eval", runs[0], *words, capsys=capsys)
+    found = json.loads(out)
+    assert code == 130 and found["rows"] == 12 > found["regression"]["rows"] > 0
+    assert f"interrupted {found['regression']['interrupted']}" in err
 
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}

@@ -387,3 +387,17 @@ def test_llama_cpps_own_converter_writes_the_same(
         settings = {key for key in other if key.startswith(f"{same['general.architecture']}.")}
         assert all(same[key] == pytest.approx(other[key]) for key in settings), settings
         assert same["general.file_type"] == other["general.file_type"]
+
+
+def test_two_exports_to_one_file_do_not_mix(bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both would write the same half-made file, and the first to end would publish it."""
+    write, out = module._Model.write, tmp_path / "model.gguf"
+
+    def writing(self: Any, file: Path, kind: str, **more: Any) -> None:
+        with pytest.raises(FolderError, match="another process is making it"):
+            export_gguf(str(bases.base("llama")), out, kind="f32", measure=False)
+        write(self, file, kind, **more)
+
+    monkeypatch.setattr(module._Model, "write", writing)
+    export_gguf(str(bases.base("llama")), out, kind="f16", measure=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -305,6 +307,29 @@ def test_a_merge_that_was_cut_short_goes_on(
     assert not set(again) & set(written) and set(again) | set(written) == set(shards)
     for name in shards:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_two_merges_into_one_folder_do_not_mix(
+    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out, synced = trained(), tmp_path / "merged", set[str]()
+    fsync = os.fsync
+
+    def saving(tensors: Any, file: Path, metadata: Any) -> None:
+        with pytest.raises(FolderError, match="another process is making it"):
+            merge(str(run), out, dtype="fp32", measure=False)
+        save_file(tensors, file, metadata)
+
+    def syncing(handle: int) -> None:
+        if sys.platform == "linux":
+            synced.add(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    monkeypatch.setattr(module, "save_file", saving)
+    monkeypatch.setattr(os, "fsync", syncing)
+    merged = merge(str(run), out, measure=False)
+    assert synced >= set(merged.files) or sys.platform != "linux"  # a power cut leaves no half of it
+    assert not list(tmp_path.glob(".merged*"))
 
 
 def test_what_is_refused_before_anything_is_written(

@@ -282,6 +282,22 @@ def test_starts_at_once_make_one_copy(tiny_folder: Path, tmp_path: Path, monkeyp
     assert written == list(folders) and is_whole(written[0])
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "index"])
+def test_a_damaged_copy_in_the_cache_is_made_again(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    given = (locate(str(tiny_folder)), "nf4", True, torch.float32)
+    folder = packed_folder(*given)
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    file = folder / ("model.safetensors.index.json" if damage == "index" else "model-00001.safetensors")
+    file.write_bytes(b"" if damage in ("empty", "index") else whole[file.name][:-100])
+    if damage == "gone":
+        file.unlink()
+    assert packed_folder(*given) == folder
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_second_start_reads_the_cache(
     tiny_folder: Path, scheme: str, monkeypatch: pytest.MonkeyPatch, own_cache: None

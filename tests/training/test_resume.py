@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import strop
-from strop.errors import InputError, Stopped
+from strop.errors import DiskError, InputError, Stopped
 from strop.evaluation.diagnosis import diagnose
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder
@@ -318,3 +319,36 @@ def test_steps_that_were_undone_count_once_in_the_diagnosis() -> None:
     cut = [*whole, {"event": "resume", "step": 2}, shrunk, drawn(3, 0.8)]
     assert diagnose(cut, None) == diagnose(whole, None)
     assert diagnose(whole, None)[0].startswith("93%")
+
+
+def test_a_disk_with_no_room_for_a_claim(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"train.max_steps": 2, "model.dtype": "fp32", "lora.r": 4}
+    run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"), **given)
+    (run.folder / "report.json").unlink()
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "full")  # a write knows no name
+
+    monkeypatch.setattr("strop.runs.folder.write_atomic", full)
+    with pytest.raises(DiskError, match="run: cannot be written: No space left"):
+        strop.resume(run.folder)
+
+
+def test_a_finished_run_that_was_copied_names_the_copy(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    given = {"train.max_steps": 2, "model.dtype": "fp32", "lora.r": 4}
+    run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"), **given)
+    copy = shutil.copytree(run.folder, tmp_path / "copy")
+    report = strop.resume(copy).report
+    assert (report["run"], report["adapter"]) == (str(copy), str(copy / "adapter"))
+
+
+def test_answers_of_an_adapter_that_is_replaced_go_with_it(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """A page would show them as those of the new one."""
+    given = {"train.max_steps": 2, "train.max_time": "0.001s", "model.dtype": "fp32", "lora.r": 4}
+    run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"), **given)
+    assert (run.report["ended"], run.report["steps"]) == ("time", 1)
+    (run.folder / "answers.json").write_text("{}")
+    assert strop.resume(run.folder).report["steps"] == 2
+    assert not (run.folder / "answers.json").exists()

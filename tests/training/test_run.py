@@ -631,3 +631,15 @@ def test_biases_that_are_trained_are_not_called_missing(kind: str, rows_file: Pa
     given: dict[str, Any] = {"train.max_steps": 1, "lora.bias": "lora_only", "model.dtype": "fp32"}
     out = strop.train(model=str(tmp_path / "base"), data=str(rows_file), out=tmp_path / "r", **given).folder
     assert not any("lora.bias" in event["text"] for event in events(out, "note"))
+
+
+def test_a_stop_before_there_is_a_recipe_leaves_no_folder(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("strop.training.run.set_up_together", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,11 @@ import pytest
 import torch
 
 import strop
+from strop.errors import CheckpointError
+from strop.training import state
+from strop.training.loop import fit
 from strop.training.state import random_states, set_random_states
+from tests.support import tiny
 
 QUICK = {
     "model.device": "cpu", "model.dtype": "fp32", "lora.r": 4, "train.max_steps": 2, "train.batch_size": 4,
@@ -41,3 +48,36 @@ def test_a_card_of_another_number_takes_over_the_state(monkeypatch: pytest.Monke
     set_random_states(saved, torch.device("cuda:0"))
     set_random_states(saved, torch.device("cpu"))
     assert asked == [(str(torch.tensor([1], dtype=torch.uint8)), "cuda:0")]
+
+
+def saved(tmp_path: Path) -> tuple[Path, Any]:
+    job = tiny.job(tmp_path / "run", tiny.examples(8), **{"train.max_steps": 2, "train.save_steps": 1})
+    fit(job)
+    return job.folder.checkpoints()[-1][1], job
+
+
+def test_a_checkpoint_of_a_newer_version_is_named(tmp_path: Path) -> None:
+    checkpoint, job = saved(tmp_path)
+    file = checkpoint / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "of_tomorrow": 1}))
+    with pytest.raises(CheckpointError, match="another version of strop: of_tomorrow"):
+        state.restore(checkpoint, job.state)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "optimizer.safetensors"])
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A bad sector: the one before it is still there."""
+    checkpoint, job = saved(tmp_path)
+    opened = io.open
+
+    def bad(file: Any, *args: Any, **options: Any) -> Any:
+        if str(file) == str(checkpoint / name):
+            raise OSError(errno.EIO, "Input/output error", str(file))
+        return opened(file, *args, **options)
+
+    monkeypatch.setattr(io, "open", bad)  # pathlib's
+    said: list[str] = []
+    assert state.newest(job.folder, said.append).name == "step-000001"
+    assert "cannot be read: Input/output error" in said[0]

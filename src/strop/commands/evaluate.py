@@ -92,7 +92,8 @@ def evaluate(
             print_scores(result["regression"], title="rows that should not get worse")
         print_tasks(result.get("tasks", {}))
         print_samples(result["samples"][:samples])
-    interrupted = [result["interrupted"] for result in results if "interrupted" in result]
+    asked = [part for result in results for part in (result, result.get("regression", {}))]
+    interrupted = [part["interrupted"] for part in asked if "interrupted" in part]
     print_notes([f"interrupted {when}" for when in interrupted])
     if len(results) == 1:
         print_json(results[0], as_json)

@@ -12,13 +12,16 @@ import os
 import shutil
 import struct
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 
 from strop.data.conversation import Conversation, Example, Message
 
@@ -33,6 +36,7 @@ ROW = np.dtype([
 ])  # fmt: skip
 _EXAMPLE, _ROW = struct.Struct("<qiiq"), struct.Struct("<qQQQiqii")  # the same, to write one record
 _PARTS = {"ids.bin": np.dtype("<i4"), "weights.bin": np.dtype("<f4"), "examples.bin": EXAMPLE, "rows.bin": ROW}
+LOCK, YOUNG_S = "lock", 60.0  # of a store that is being written; so young a lock may not be held yet
 
 Indices = npt.NDArray[np.int64]
 
@@ -42,8 +46,11 @@ class Writer:
 
     def __init__(self, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder.parent)
         self._folder = folder
         self._temp = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        self._lock = FileLock(self._temp / LOCK)  # the system's own: it ends with the process, however that ends
+        self._lock.acquire()
         self._out = {name: (self._temp / name).open("wb", buffering=1 << 20) for name in (*_PARTS, "rows.jsonl")}
         self._sums = dict.fromkeys(self._out, 0)
         self._files: dict[str, int] = {}
@@ -81,6 +88,7 @@ class Writer:
         sizes = {name: (self._temp / name).stat().st_size for name in self._out}
         facts = {**facts, "files": list(self._files), "sizes": sizes, "sums": self._sums}
         (self._temp / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        self._unlock()
         try:
             self._temp.rename(self._folder)
         except OSError:  # another run wrote the same rows first, or an old folder there is damaged
@@ -97,7 +105,12 @@ class Writer:
         """Remove what was not committed."""
         for out in self._out.values():
             out.close()
+        self._unlock()
         shutil.rmtree(self._temp, ignore_errors=True)
+
+    def _unlock(self) -> None:
+        self._lock.release()
+        (self._temp / LOCK).unlink(missing_ok=True)
 
 
 class Store:
@@ -182,6 +195,15 @@ def load(folder: Path) -> Store | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Store(folder, facts) if whole else None
+
+
+def _sweep(folder: Path) -> None:
+    """Removes stores that were never finished, as their processes were killed."""
+    for lock in folder.glob(f".*-*/{LOCK}"):
+        with suppress(OSError):  # Timeout is one: its process is alive
+            if time.time() - lock.stat().st_mtime > YOUNG_S:
+                with FileLock(lock, timeout=0):
+                    shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _sum(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -170,7 +171,7 @@ def evaluate_models(
             count_train_rows(result, known)
             del model
             if devices.main and is_run(Path(name)):
-                add_to_report(RunFolder(Path(name)), result)
+                _keep(RunFolder(Path(name)), result)
             results.append(result)
             continue
         same = (str(model.source), model.quantization, model.renderer.fingerprint)
@@ -183,11 +184,13 @@ def evaluate_models(
             general, kept, tasks, judging = False, [], (), None
         in_report = devices.main and is_run(Path(name))
         if in_report and (general or kept or tasks or judging is not None):  # which may fail, or be stopped
-            add_to_report(RunFolder(Path(name)), result)
+            _keep(RunFolder(Path(name)), result)
         if general:
             result["general"] = compare_general(model, advance, devices)
         if kept:
             result["regression"] = asking(kept, metric=regression_metric or metric)
+            if "interrupted" in result["regression"]:
+                tasks, judging = (), None
         if tasks:
             result["tasks"] = run_tasks(model, names_of_tasks, manager, task_limit)
         asked = questions(rows, model.renderer) if judging is not None else []
@@ -204,9 +207,9 @@ def evaluate_models(
                 fault.so_far = result
                 raise
         if in_report:
-            add_to_report(RunFolder(Path(name)), result)
+            _keep(RunFolder(Path(name)), result)
         results.append(result)
-        if "interrupted" in found:
+        if "interrupted" in found or "interrupted" in result.get("regression", {}):
             break
     return results
 
@@ -279,6 +282,16 @@ def _scorable(
         places = [(question.conversation.file, question.conversation.line) for question in asked]
         check_golds(metric, [question.gold for question in asked], places)
     return rows
+
+
+def _keep(folder: RunFolder, result: dict[str, Any]) -> None:
+    """Puts a result into the run's report; where that cannot be written, says so in its notes: it took long to find."""
+    try:
+        add_to_report(folder, result)
+    except OSError as error:
+        note = f"not put into the report of {folder.path}: {os.strerror(error.errno or 0).lower()}"
+        if note not in result["notes"]:
+            result["notes"].append(note)
 
 
 def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from strop.exporting.vocabulary import Vocabulary, vocabulary
 from strop.model.load import load_config, weights_folder
 from strop.model.shards import Tensors
 from strop.model.tokenizer import load_tokenizer
-from strop.runs.folder import disk_faults, fsync_folder
+from strop.runs.folder import disk_faults, fsync_folder, sole_maker
 
 OWN_TYPES = {
     "f32": (Stored.F32, gguf.LlamaFileType.ALL_F32),
@@ -115,8 +115,7 @@ def export_gguf(
         _check_places(tuned.folder, layout, Tensors(weights_folder(tuned.source)))
     if unmeasured is None:
         check_memory(tuned.source, 4 if kind == "f32" and not adapter else 2, say)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with disk_faults(out.parent), ExitStack() as stack:
+    with disk_faults(out.parent), sole_maker(out), ExitStack() as stack:
         model = _Model(tuned, layout, words, Path(name).name, stack)
         say(f"writing {out}")
         checks: Checks = nullcontext()
@@ -125,8 +124,6 @@ def export_gguf(
         made, found = _make_adapter(model, out, checks) if adapter else _make_model(model, out, kind, checks)
         with made.open("rb") as handle:
             os.fsync(handle.fileno())
-        if out.exists():  # made by someone else meanwhile
-            raise FolderError(f"{out}: is there already", fix="give --out a new file")
         made.replace(out)
         fsync_folder(out.parent)
     notes = [*layout.notes, *words.notes]

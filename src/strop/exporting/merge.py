@@ -53,7 +53,16 @@ from strop.model.tokenizer import load_tokenizer, new_rows
 from strop.model.towers import in_text
 from strop.objectives.table import learning_of
 from strop.planning.phases import MEASURING_BYTES, measuring_bytes
-from strop.runs.folder import RunFolder, cache_folder, disk_faults, fsync_folder, is_run, share, write_json
+from strop.runs.folder import (
+    RunFolder,
+    cache_folder,
+    disk_faults,
+    is_run,
+    publish,
+    read_json,
+    sole_maker,
+    write_json,
+)
 from strop.runs.lock import sha256_file, sha256_text
 
 DRAWING = "generation_config.json"  # how to draw, and at which tokens answers end
@@ -117,7 +126,7 @@ def merge(
         base, losses = better_base(source, folder, trained, examples)
     if base == "original":
         trained = replace(trained, scheme="none")
-    with disk_faults(out.parent):
+    with disk_faults(out.parent), sole_maker(out):
         say(f"merging into {out}, shard by shard")
         made, parity = _write(source, folder, out, trained, dtype), None
         if measure:
@@ -130,8 +139,7 @@ def merge(
         if report := report_of(folder):
             merged_as = {"dtype": dtype, "parity": None if parity is None else parity.as_json()}
             (made / CARD_FILE).write_text(card(report, merged=merged_as), encoding="utf-8")
-        made.replace(out)
-        fsync_folder(out.parent)
+        publish(made, out)
     return Merged(out, sorted(file.name for file in out.iterdir()), base, losses, parity)
 
 
@@ -267,7 +275,7 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
         "dtype": dtype,
     }
     progress = made / "merge.json"
-    done: dict[str, Any] = json.loads(progress.read_text(encoding="utf-8")) if progress.is_file() else {}
+    done = read_json(progress)
     if done.get("of") != made_of:
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
@@ -293,7 +301,6 @@ def _write(source: Source, folder: Path, out: Path, trained: Trained, dtype: str
             else:
                 shard |= layout.write(group, parts)
         save_file(shard, made / file, {"format": "pt"})
-        share(made / file)
         done["shards"][file] = sha256_file(made / file)
         write_json(progress, done)
     size = sum((made / file).stat().st_size for file in set(index.values()))

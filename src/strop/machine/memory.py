@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from contextlib import suppress
@@ -15,7 +14,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from strop.errors import RecipeError
 from strop.machine.heap import give_back
-from strop.runs.folder import cache_folder, write_json
+from strop.runs.folder import cache_folder, read_json, write_json
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 USABLE = 0.9  # of a memory limit: a layer's own workspace and the head come on top of what is seen between layers
@@ -140,4 +139,4 @@ def remember(key: str, value: dict[str, Any]) -> None:
 
 def recall(key: str) -> dict[str, Any]:
     file = cache_folder() / "memory" / f"{key}.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return read_json(file)

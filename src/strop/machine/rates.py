@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from dataclasses import asdict, dataclass, fields
@@ -10,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from strop.machine.probe import Machine, affinity
-from strop.runs.folder import cache_folder, write_json
+from strop.runs.folder import cache_folder, read_json, write_json
 from strop.runs.lock import sha256_text
 
 MEASURED = 3  # one more where what is measured changes: 3 since frozen weights may be multiplied in integers
@@ -44,8 +43,7 @@ def keep_rates(machine: Machine, device: str, rates: Rates) -> None:
 
 def known_rates(machine: Machine, device: str) -> Rates | None:
     """None where none were measured, or by a strop that measured others."""
-    file = _file(machine, device)
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = read_json(_file(machine, device))
     return Rates(**found) if set(found) == {field.name for field in fields(Rates)} else None
 
 
@@ -58,11 +56,8 @@ def keep_precision(machine: Machine, threads: int, dtype: str, why: str) -> None
 def known_precision(machine: Machine, threads: int | None = None) -> tuple[str, str] | None:
     """(type of the frozen weights, why), as a run measured it here. threads: by default those that PyTorch takes."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    file = _precision_file(machine, threads or (int(asked) if asked.isdigit() else affinity()))
-    if not file.is_file():
-        return None
-    known = json.loads(file.read_text(encoding="utf-8"))
-    return known["dtype"], known["why"]
+    known = read_json(_precision_file(machine, threads or (int(asked) if asked.isdigit() else affinity())))
+    return (known["dtype"], known["why"]) if known else None
 
 
 def _precision_file(machine: Machine, threads: int) -> Path:

@@ -256,8 +256,7 @@ def _bf16_folder(source: Source) -> Path:
 
 
 def _is_made(folder: Path) -> bool:
-    whole = (folder / "model.safetensors").is_file() or is_whole(folder)
-    return whole and "architectures" in read_config(folder)
+    return is_whole(folder) and "architectures" in read_config(folder)
 
 
 def _dequantized(source: Source) -> Path:

@@ -159,7 +159,11 @@ def write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], metadata: dic
 
 
 def is_whole(folder: Path) -> bool:
-    return (folder / "model.safetensors.index.json").is_file()
+    """Whether all weight files are there, each as long as its header says."""
+    try:
+        return all(map(safetensors_header, weight_files(folder)))
+    except (OSError, ModelError):
+        return False
 
 
 def build(make: Any, folder: Path, name: str, scheme: str, dtype: torch.dtype) -> nn.Module:

@@ -7,6 +7,7 @@ override, rehearsal, reference, reference-check, step, eval, save, skip, doubt, 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,8 +27,8 @@ class EventLog:
         if path is None:
             return
         whole = path.read_bytes() if path.is_file() else b""
-        if not whole.endswith(b"\n"):  # a crash cut the last line short; the next must not grow on it
-            path.write_bytes(whole[: whole.rfind(b"\n") + 1])
+        if whole and not whole.endswith(b"\n"):  # a crash cut the last line short; the next must not grow on it
+            os.truncate(path, whole.rfind(b"\n") + 1)  # never written anew: a full disk would take all that was there
 
     def emit(self, kind: str, **fields: Any) -> None:
         if self._path is None:

@@ -92,11 +92,7 @@ class RunFolder:
 
     def read_report(self) -> dict[str, Any]:
         """What report.json holds; nothing where it is absent or damaged (`strop resume` writes it again)."""
-        try:
-            found = json.loads(self.report.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return read_json(self.report)
 
     def read_lock(self) -> dict[str, Any]:
         """What lock.json holds. Raises FolderError where it is damaged: nothing else tells what a run is made of."""
@@ -115,19 +111,6 @@ class RunFolder:
         if self.path.is_dir() and _never_began(self.path):
             shutil.rmtree(self.path)
 
-    def _sweep(self) -> None:
-        """Removes what a killed process left half done, and puts back what it was about to replace."""
-        for entry in [*_entries(self.path), *_entries(self.path / "checkpoints")]:
-            made = re.fullmatch(r"\.?(.+)\.(tmp|old)-\d+", entry.name)
-            if made is None:
-                continue
-            if made[2] == "old" and not entry.with_name(made[1]).exists():
-                entry.replace(entry.with_name(made[1]))
-            elif entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-
     @contextmanager
     def claim(self) -> Iterator[None]:
         """Holds the folder for this process. Raises FolderError while another live process holds it.
@@ -143,7 +126,8 @@ class RunFolder:
             holder = _live_holder(file)  # a file system without locks would have let both in
             if holder is not None:
                 raise self._in_use(holder)
-            self._sweep()
+            for place in (self.path, self.path / "checkpoints"):
+                _sweep(place)
             held_by = {
                 "pid": os.getpid(),
                 "started": psutil.Process().create_time(),
@@ -203,16 +187,22 @@ def free_bytes(path: Path) -> int:
 
 @contextmanager
 def disk_faults(path: Path) -> Iterator[None]:
-    """Inside this block a disk that is full, broken or read-only is a DiskError that names `path`."""
+    """Inside this block a disk that is full, broken or read-only is a DiskError that names `path`, or what is elsewhere
+    (a file of the cache)."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         found = re.search(r"os error (\d+)", str(error))  # safetensors passes on what its own language says
         number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        if re.fullmatch(r"\d+ requested and \d+ written", str(error)):  # numpy, which does not say why
+            number = errno.ENOSPC
         if number is None or number not in _DISK_FAULTS:
             raise
         fix = "free some space or mend the disk, and go on: what was complete before is still there"
-        raise DiskError(f"{path}: cannot be written: {os.strerror(number)}", fix=fix) from None
+        named = getattr(error, "filename", None)
+        place = path if named is None else Path(os.fsdecode(named))
+        place = path if path.absolute() in place.absolute().parents else place
+        raise DiskError(f"{place}: cannot be written: {os.strerror(number)}", fix=fix) from None
 
 
 def open_run(path: Path) -> RunFolder:
@@ -222,6 +212,23 @@ def open_run(path: Path) -> RunFolder:
         what = "not a run folder" if path.exists() else f"no such run{nearest(str(path), siblings)}"
         raise FolderError(f"{path}: {what}", fix="see `strop runs`")
     return RunFolder(path)
+
+
+def _sweep(folder: Path, name: str | None = None) -> None:
+    """Removes what a killed process left half done in a folder, and puts back what it was about to replace.
+
+    name: of the one entry that this process may clean up after; default: all.
+    """
+    for entry in _entries(folder):
+        made = re.fullmatch(r"\.?(.+)\.(tmp|old)-\d+", entry.name)
+        if made is None or name not in (None, made[1]):
+            continue
+        if made[2] == "old" and not entry.with_name(made[1]).exists():
+            entry.replace(entry.with_name(made[1]))
+        elif entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -260,6 +267,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file holds; an empty one where the file is absent or damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def fsync_folder(path: Path) -> None:
     """Makes the names in a folder durable; systems that cannot open a folder (Windows) do without."""
     if os.name == "posix":
@@ -272,8 +288,13 @@ def fsync_folder(path: Path) -> None:
 
 def cache_folder() -> Path:
     """Where strop keeps what it can make again: $STROP_CACHE, else $XDG_CACHE_HOME/strop, else ~/.cache/strop."""
-    own = os.environ.get("STROP_CACHE")
-    return Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strop"
+    try:
+        if own := os.environ.get("STROP_CACHE"):
+            return Path(own).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strop"
+    except RuntimeError:  # a container's user that no list of users has
+        what = "this user has no home folder, in which to keep what can be used again"
+        raise FolderError(what, fix="set STROP_CACHE to a folder that can be written") from None
 
 
 def share(file: Path) -> None:
@@ -291,30 +312,66 @@ def new_folder(final: Path) -> Iterator[Path]:
     temp.mkdir(parents=True)
     try:
         yield temp
-        for file in temp.rglob("*"):
-            if file.is_file():
-                share(file)
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        fsync_folder(temp)
-        old = final.with_name(f"{final.name}.old-{os.getpid()}")
-        if final.exists():
-            final.replace(old)
-        temp.replace(final)
-        fsync_folder(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        publish(temp, final)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 
 
+def publish(made: Path, final: Path) -> None:
+    """Gives a folder its name, once all that it holds is on the disk: a power cut leaves no half of it under that name.
+    What had the name before is removed."""
+    for file in made.rglob("*"):
+        if file.is_file():
+            share(file)
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    fsync_folder(made)
+    old = final.with_name(f"{final.name}.old-{os.getpid()}")
+    if final.exists():
+        final.replace(old)
+    made.replace(final)
+    fsync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def made_once(folder: Path, is_made: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
-    """A folder of the cache: made here, or waited for while another process makes it. Nobody sees it replaced."""
+    """A folder of the cache: made here, or waited for while another process makes it. Nobody sees it replaced. What a
+    killed process left of it is removed."""
     if not is_made(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
+            _sweep(folder.parent, folder.name)
             if not is_made(folder):
                 make(folder)
     return folder
+
+
+@contextmanager
+def sole_maker(out: Path) -> Iterator[None]:
+    """Inside this block no other process makes what a command was asked for. Raises FolderError where one does, or has.
+
+    Two that write the same half-made file would mix their models in it.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = out.with_name(f".{out.name}.lock")
+    was_killed = lock.exists()  # one that ends removes it
+    try:
+        held = FileLock(lock, timeout=0).acquire()
+    except Timeout:
+        raise FolderError(
+            f"{out}: another process is making it", fix="wait for it, or give --out another name"
+        ) from None
+    with held:
+        try:
+            if out.exists():
+                raise FolderError(f"{out}: is there already", fix="give --out another name")
+            for half in _entries(out.parent) if was_killed else ():
+                if re.fullmatch(rf"{re.escape(out.name)}\.tmp-\d+", half.name):
+                    shutil.rmtree(half)
+            yield
+        finally:
+            if os.name == "posix":  # elsewhere a file that is open cannot be removed
+                lock.unlink(missing_ok=True)
 
 
 def find_runs(folder: Path) -> list[RunFolder]:

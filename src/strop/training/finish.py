@@ -57,6 +57,7 @@ def finish(
     }
     identity["system"] = _shared_system(setup.data.train_conversations)
     identity["reasoning"] = setup.data.renderer.reasoning
+    folder.answers.unlink(missing_ok=True)  # of the adapter that a session before has left
     save_adapter(job.model, setup.tokenizer, folder.adapter, identity)
     data = setup.data.report.as_json()
     report: dict[str, Any] = {

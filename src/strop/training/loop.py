@@ -137,6 +137,7 @@ def _take(job: Job, batch: Batch, stream: BatchStream) -> None:
     progress.seconds += took
     between = _between(job, result, job.devices.communication_s - sent, job.devices.waiting_s - waited)
     if result.taken:
+        progress.moved = True
         _log_step(job, batch, result, rate, took, stream.total_steps, between)
     if result.verdict is not Verdict.GOOD:
         _log_bad(job, batch, result)
@@ -226,8 +227,9 @@ def evaluate(job: Job) -> None:
     if better:
         progress.best_loss, progress.best_step, progress.evals_without_better = loss, progress.step, 0
         progress.held_out = found
-    else:
+    elif progress.moved:  # the same weights once more say nothing new
         progress.evals_without_better += 1
+    progress.moved = False
     job.log.emit("eval", step=progress.step, loss=shown, best=better, seconds=round(took, 3), **found)
 
 

@@ -104,18 +104,17 @@ def train(
         refuse_another(resolved, out)
         return resume(out, listeners, memory=memory, devices=devices)
     folder = devices.once(lambda: create(out or _numbered(resolved.recipe)))
-    with _claimed(folder, devices):
+    with disk_faults(folder.path), _claimed(folder, devices):
         try:
             setup = set_up_together(resolved, memory, folder, devices)
-        except InputError:
+        except BaseException:
             if devices.main:
                 folder.remove_if_empty()
             raise
-        with disk_faults(folder.path):
-            if devices.main:
-                write_atomic(folder.recipe, setup.resolved.as_yaml())
-                write_json(folder.lock, setup.lock)
-            return _execute(folder, setup, listeners, devices)
+        if devices.main:
+            write_atomic(folder.recipe, setup.resolved.as_yaml())
+            write_json(folder.lock, setup.lock)
+        return _execute(folder, setup, listeners, devices)
 
 
 def resume(
@@ -138,12 +137,13 @@ def resume(
     if begun := sorted({"out", "preset"} & set(options or ())):
         raise RecipeError(f"--{begun[0]}: a run that has begun does not read it", fix="leave it out")
     folder = devices.once(lambda: open_run(path))
-    with _claimed(folder, devices), disk_faults(folder.path):
+    with disk_faults(folder.path), _claimed(folder, devices):
         if devices.once(lambda: folder.finished):
             if options and resolve(folder.recipe, options).recipe != read_resolved(folder.recipe).recipe:
                 what = f"{path} is finished: no option changes it any more"
                 raise InputError(what, fix=f"train further in a new run that starts from it: --model.adapter {path}")
-            report = folder.read_report()
+            here = {"run": str(folder.path), "adapter": str(folder.adapter)}  # it may have been moved, or be a copy
+            report = folder.read_report() | here
             if devices.main and not folder.page.is_file():  # it was killed just before its last line
                 write_report(folder.path, report, read_events(folder.events))
             return Run(folder.path, report)

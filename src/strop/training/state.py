@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     evals_without_better: int = 0
+    moved: bool = True  # whether a step was taken since the last evaluation
     skipped_steps: int = 0
     recent: list[float] = field(default_factory=list)  # losses of the newest good steps
     streak: list[int] = field(default_factory=list)  # steps (from 0) in a row that were not good
@@ -147,12 +148,17 @@ def fault(checkpoint: Path) -> str | None:
         return "no manifest"
     except (ValueError, AttributeError, TypeError, KeyError):
         return "its manifest is damaged"
+    except OSError as error:
+        return f"its manifest cannot be read: {error.strerror}"
     for name, (size, digest) in entries.items():
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != size or sha256_file(file) != digest:
-            return f"{name} is damaged"
+        try:
+            if file.stat().st_size != size or sha256_file(file) != digest:
+                return f"{name} is damaged"
+        except OSError as error:  # a bad sector
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 
@@ -210,7 +216,12 @@ def restore(checkpoint: Path, state: TrainState, note: Note | None = None) -> No
 
 
 def _progress_of(checkpoint: Path) -> Progress:
-    return Progress(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+    """Raises CheckpointError for one with numbers that this version knows nothing of."""
+    found = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    if unknown := sorted(found.keys() - {one.name for one in fields(Progress)}):
+        what = f"{checkpoint}: made by another version of strop: {unknown[0]} is not known here"
+        raise CheckpointError(what, fix="go on with the version that lock.json names")
+    return Progress(**found)
 
 
 def _kind(optimizer: torch.optim.Optimizer) -> str:

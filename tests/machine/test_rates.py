@@ -1,0 +1,31 @@
+"""What was measured on this machine, where its file in the cache is damaged."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from strop.machine import rates
+from strop.machine.memory import recall, remember
+from strop.machine.probe import probe
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_damaged_measurements_are_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path))
+    machine = probe()
+    numbers = {one.name: {} if "dict" in str(one.type) else 1 for one in fields(rates.Rates)}
+    kept = rates.Rates(**numbers)  # type: ignore[arg-type]
+    rates.keep_rates(machine, "cpu", kept)
+    rates.keep_precision(machine, 2, "bf16", "measured")
+    remember("shape", {"recompute": True})
+    assert rates.known_rates(machine, "cpu") == kept and rates.known_precision(machine, 2) == ("bf16", "measured")
+    assert recall("shape") == {"recompute": True}
+    files = list(tmp_path.rglob("*.json"))
+    assert len(files) == 3
+    for file in files:
+        file.write_text(text)
+    assert rates.known_rates(machine, "cpu") is None and rates.known_precision(machine, 2) is None
+    assert recall("shape") == {}
