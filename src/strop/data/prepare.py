@@ -45,7 +45,7 @@ REASONS: dict[str, str] = {
     TOO_LONG: "the row is longer than data.max_length",
     "contradiction": "the same two answers stand the other way round elsewhere, or one answer is judged both ways",
 }
-STORE_VERSION = 7  # raise it when prepared data changes for the same input
+STORE_VERSION = 8  # raise it when prepared data changes for the same input
 OUTCOMES = ("used", "split", "truncated")  # of a row that is not dropped, from best to worst
 
 

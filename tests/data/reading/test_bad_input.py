@@ -32,7 +32,7 @@ OUTCOMES = [  # file, lines used, (reason, line) of each bad row
     ("date_like_mixed.jsonl", [1, 2], []),
     ("dup_keys.jsonl", [], [("duplicate-key", 1)]),
     ("extra_fields_msgs.jsonl", [1], []),
-    ("json_array_in_jsonl.jsonl", [1, 1], []),
+    ("json_array_in_jsonl.jsonl", [1, 2], []),
     ("latin1.jsonl", [], [("encoding", 1)]),
     ("lone_surrogate.jsonl", [], [("lone-surrogate", 1)]),
     ("messages_string.jsonl", [1], [("bad-messages", 2)]),

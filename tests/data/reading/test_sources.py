@@ -146,6 +146,13 @@ def test_rows_of_a_json_array_have_the_line_they_start_on(tmp_path: Path) -> Non
     assert [row.line for row in read(path)[0]] == [3, 3, 5]
 
 
+@pytest.mark.parametrize("text", ['[{"text": "a"}, 3, {"text": "c"}]\n', '{"data": [{"text": "a"}, 3, {"text": "c"}]}'])
+def test_rows_of_a_json_array_on_one_line_have_their_number(tmp_path: Path, text: str) -> None:
+    """As json.dump writes it: the line of all would be 1, and no row found by it."""
+    rows, bad = read(write(tmp_path / "d.json", text))
+    assert [row.line for row in rows] == [1, 3] and [fault.where.line for fault in bad] == [2]
+
+
 def test_json_lines_may_be_called_json_and_an_array_jsonl(tmp_path: Path) -> None:
     assert values(write(tmp_path / "d.json", '{"text": "a"}\n{"text": "b"}\n')) == [{"text": "a"}, {"text": "b"}]
     assert values(write(tmp_path / "d.jsonl", '[{"text": "a"},\n{"text": "b"}]')) == [{"text": "a"}, {"text": "b"}]

@@ -16,7 +16,7 @@ from strop.errors import DataError, Where
 
 # What a suffix says about the content. `.gz` and `.zst` may follow any but .parquet.
 TYPES: dict[str, tuple[str, str]] = {
-    ".jsonl": ("json", "JSON Lines: one object a line; a JSON array works too"),
+    ".jsonl": ("json", "JSON Lines: one object a line; a JSON array works too (on one line: rows have their number)"),
     ".ndjson": ("json", "the same as .jsonl"),
     ".json": ("json", 'a JSON array of objects, an object that holds one (`{"data": [...]}`), or JSON Lines'),
     ".csv": (

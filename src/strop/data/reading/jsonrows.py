@@ -114,11 +114,12 @@ def _members(name: str, text: str, pos: int) -> tuple[dict[str, tuple[int, Any]]
 
 
 def _elements(name: str, text: str, pos: int, bad: list[RowFault], *, to_end: bool = True) -> Iterator[Row]:
-    """The rows of the array at `pos`, each with the line on which it starts."""
-    line, counted = 1, 0
+    """The rows of the array at `pos`, each with the line on which it starts; all on one line: with its number."""
+    numbered = "\n" not in text[pos:].rstrip()
+    line, counted = 0 if numbered else 1, 0
     pos = _skip(text, pos + 1)
     while text[pos : pos + 1] != "]":
-        line, counted = line + text.count("\n", counted, pos), pos
+        line, counted = line + (1 if numbered else text.count("\n", counted, pos)), pos
         try:
             value, end = scan(text, pos)
             yield from _row(name, line, value, bad)

@@ -91,10 +91,10 @@ def repeat(b: Any, count: Any, step: int, carried: list[Any], body: Any) -> list
     b.position_at_end(loop)
     at, held = b.phi(_I64), [b.phi(one.type) for one in carried]
     found = body(at, held)
-    after = b.add(at, _I64(step))
+    after, end = b.add(at, _I64(step)), b.block
     for each, first, later in zip([at, *held], [_I64(0), *carried], [after, *found], strict=True):
         each.add_incoming(first, before)
-        each.add_incoming(later, loop)
+        each.add_incoming(later, end)
     b.cbranch(b.icmp_signed("<", after, count), loop, done)
     b.position_at_end(done)
     return list(found)

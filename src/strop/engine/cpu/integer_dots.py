@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 
 from strop.engine.cpu.compiled import HAS_BF16, greater, inline, loop, wide
 from strop.engine.cpu.dots import LANES, LINE, call, location, prefetch, repeat, store_rows, sums_of
+from strop.engine.cpu.in_order import in_order
 from strop.machine.probe import vector
 
 AS_HELD = HAS_BF16 and "avx512_vnni" in vector()
@@ -67,7 +68,7 @@ def in_whole(z: Any, x: Any, scales: Any) -> None:
             scales[i] = _round_row(z[i], x[i])
 
 
-def _dots(rows: int, others: int, lines: int = 0) -> Any:
+def _dots(rows: int, others: int, lines: int | None = 0) -> Any:
     def typing(
         context: Any, w: Any, w_at: Any, k: Any, w_scales: Any, ws_at: Any, x: Any, x_at: Any, x_scales: Any,
         xs_at: Any, c: Any, c_at: Any, ldc: Any, count: Any, ask_at: Any,
@@ -81,27 +82,39 @@ def _dots(rows: int, others: int, lines: int = 0) -> Any:
             kinds, k = signature.args, args[2]
             w_start, wanted = (location(context, b, kinds[0], args[0], args[i]) for i in (1, 13))
             ws_start, x_start, xs_start, to = (location(context, b, kinds[i], *args[i : i + 2]) for i in (3, 5, 7, 9))
-            w_rows = [b.gep(w_start, [b.mul(k, _I64(i))]) for i in range(rows)]
             x_rows = [b.gep(x_start, [b.mul(k, _I64(j))]) for j in range(others)]
 
             def loaded(start: Any, at: Any, kind: Any, align: int) -> Any:
                 return b.load(b.bitcast(b.gep(start, [at]), kind.as_pointer()), align=align)
 
-            def body(at: Any, sums: list[Any]) -> list[Any]:
-                found = list(sums)
-                xs = [b.bitcast(loaded(row, at, _SIXTEEN, 2), _WHOLE) for row in x_rows]
-                begin = b.mul(at, _I64(lines * LINE // STEP))
-                for line in range(lines):
+            def multiplied(place: Any, xs: list[Any], sums: list[Any]) -> list[Any]:
+                """A row's numbers at `place` with those of each x."""
+                one = b.bitcast(b.sext(loaded(place, _I64(0), _EIGHT, 1), _SIXTEEN), _WHOLE)
+                name = "llvm.x86.avx512.vpdpwssd.512"
+                return [call(b, name, _WHOLE, onto, one, other) for other, onto in zip(xs, sums, strict=True)]
+
+            def those(at: Any) -> list[Any]:
+                return [b.bitcast(loaded(row, at, _SIXTEEN, 2), _WHOLE) for row in x_rows]
+
+            w_rows = [b.gep(w_start, [b.mul(k, _I64(i))]) for i in range(rows)]
+
+            def side_by_side(at: Any, sums: list[Any]) -> list[Any]:
+                xs, found = those(at), list(sums)
+                begin = b.mul(at, _I64((lines or 0) * LINE // STEP))
+                for line in range(lines or 0):
                     prefetch(b, b.gep(wanted, [b.add(begin, _I64(line * LINE))]))
                 for i, row in enumerate(w_rows):
-                    one = b.bitcast(b.sext(loaded(row, at, _EIGHT, 1), _SIXTEEN), _WHOLE)
-                    for j, other in enumerate(xs):
-                        place = j * rows + i
-                        found[place] = call(b, "llvm.x86.avx512.vpdpwssd.512", _WHOLE, found[place], one, other)
+                    found[i::rows] = multiplied(b.gep(row, [at]), xs, found[i::rows])
                 return found
 
-            zeros = [ir.Constant(_WHOLE, [0] * LANES)] * (rows * others)
-            total = repeat(b, args[12], STEP, zeros, body)
+            zero = ir.Constant(_WHOLE, [0] * LANES)
+            if lines is None:
+                total = in_order(
+                    b, w_start, rows, k, args[12], STEP, [zero] * others,
+                    lambda place, at, sums: multiplied(place, those(at), sums),
+                )  # fmt: skip
+            else:
+                total = repeat(b, args[12], STEP, [zero] * (rows * others), side_by_side)
             found = sums_of(b, [b.sitofp(one, _SUMS) for one in total])
             for start, count, places in (
                 (ws_start, rows, [i % rows for i in range(LANES)]),
@@ -119,12 +132,13 @@ def _dots(rows: int, others: int, lines: int = 0) -> Any:
 
     w: int8; x: int16; both k numbers from row to row, of which `count` are multiplied, STRETCH at most; scales, c:
     fp32. w_at, ws_at, x_at, xs_at, c_at: where they begin. With each step {lines} lines of memory are asked for, of w
-    from `ask_at` on.
+    from `ask_at` on; None: w is read in order, and what follows is asked for.
     """
     return intrinsic(typing)
 
 
 _one, _two = (_dots(LANES // n, n, LANES // n // 2) for n in (1, 2))
+_one_in_order, _two_in_order = (_dots(LANES // n, n, None) for n in (1, 2))
 _four, _four_asks, _four_asks_two = (_dots(LANES // 4, 4, lines) for lines in (0, 1, 2))
 
 
@@ -157,3 +171,17 @@ def whole_block(
     if j < others:
         to = c_at + j * ldc
         _one(w, row * k + first, k, w_scales, row, x, j * k + first, x_scales, j, c, to, ldc, count, ask_at)
+
+
+@inline
+def whole_block_in_order(
+    w: Any, row: Any, k: Any, w_scales: Any, x: Any, x_scales: Any, c: Any, c_at: Any, ldc: Any, others: Any,
+    first: Any, count: Any,
+) -> None:  # fmt: skip
+    """The same of one or two others, which takes less time than w's way from memory."""
+    if others == 1:
+        _one_in_order(w, row * k + first, k, w_scales, row, x, first, x_scales, 0, c, c_at, ldc, count, 0)
+    else:
+        for q in range(0, LANES, LANES // 2):
+            at, to = (row + q) * k + first, c_at + q
+            _two_in_order(w, at, k, w_scales, row + q, x, first, x_scales, 0, c, to, ldc, count, 0)

@@ -15,7 +15,8 @@ from numba import prange, types
 from strop.engine.cpu import amx
 from strop.engine.cpu.compiled import chosen, inline, loop, together
 from strop.engine.cpu.dots import AHEAD, LANES, block, edge, mix
-from strop.engine.cpu.integer_dots import AS_HELD, STRETCH, fits, in_whole, whole_block
+from strop.engine.cpu.in_order import one_in_order
+from strop.engine.cpu.integer_dots import AS_HELD, STRETCH, fits, in_whole, whole_block, whole_block_in_order
 from strop.engine.cpu.laid import lay_out, room_for
 from strop.engine.cpu.unpack import TURN, able, make_whole, packed_block
 
@@ -105,10 +106,13 @@ def dots(part: Any, z: Any, y: Any, column: Any, lanes: Any) -> None:
     n, k = part.w.shape
     rows, width = y.shape
     w, x, out = part.w.reshape(-1), z.reshape(-1), y.reshape(-1)
+    single = rows == 1 and k % (2 * LANES) == 0
     for lane in prange(lanes):
         low, high = share_of(lane, lanes, n)
         for at in range(low, high, LANES):
-            if at + LANES <= n:
+            if single and at + LANES <= n:
+                one_in_order(w, at * k, k, x, 0, out, column + at, k)
+            elif at + LANES <= n:
                 until = min(at + AHEAD + LANES, high) * k
                 block(w, at * k, k, x, 0, k, out, column + at, width, rows, k, w, (at + AHEAD) * k, until)
             else:
@@ -154,7 +158,10 @@ def integers(part: Any, x: Any, scales: Any, y: Any, column: Any, lanes: Any) ->
         for at in range(low, high, LANES):
             ask, until = (at + AHEAD) * k, min(at + AHEAD + LANES, high) * k
             to, count = column + at, min(k, STRETCH)
-            whole_block(w, at, k, w_scales, numbers, scales, out, to, width, rows, 0, count, ask, until)
+            if rows <= 2:
+                whole_block_in_order(w, at, k, w_scales, numbers, scales, out, to, width, rows, 0, count)
+            else:
+                whole_block(w, at, k, w_scales, numbers, scales, out, to, width, rows, 0, count, ask, until)
             for first in range(STRETCH, k, STRETCH):
                 ask, count = ask + LANES * STRETCH, min(STRETCH, k - first)
                 whole_block(w, at, k, w_scales, numbers, scales, more, 0, LANES, rows, first, count, ask, until)

@@ -27,7 +27,7 @@ SOURCES = (
     "kernels.py", "compiled.py", "attention_tiles.py", "tile.py", "amx.py", "lora_tiles.py", "frozen.py", "turn.py",
     "dropout_loops.py", "dots.py", "unpack.py", "products.py", "cached_attention.py", "passes.py", "draws.py",
     "loss.py", "rows.py", "aside.py", "scores.py", "vectors.py", "integers.py",
-    "integer_dots.py", "screen.py",
+    "integer_dots.py", "in_order.py", "screen.py",
 )  # fmt: skip
 
 
