@@ -107,3 +107,26 @@ def test_loops_of_other_sources_are_not_kept(tmp_path: Path) -> None:
     warm.compile_once(torch.bfloat16, tmp_path, exercise="strop.no_such_module")
     kept = sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock")
     assert [name.rpartition("-")[2] for name in kept] == ["2.nbi", "bfloat16", "float32"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "mark"])
+def test_loops_whose_files_are_damaged_are_compiled_again(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a machine leaves them that stopped while they were written; numba would end each process that reads them."""
+    none, loop = "strop.no_such_module", tmp_path / "loop-1.nbi"
+    warm.compile_once(torch.float32, tmp_path, exercise=none)
+    loop.write_bytes(b"compiled")
+    warm.compile_once(torch.bfloat16, tmp_path, exercise=none)
+    loop.write_bytes(b"compiled, and more types")
+    caplog.clear()
+    warm.compile_once(torch.bfloat16, tmp_path, exercise=none)
+    assert loop.is_file() and not caplog.text
+    if damage == "gone":
+        loop.unlink()
+    else:
+        cut = loop if damage == "cut" else next(tmp_path.glob("strop-*-bfloat16"))
+        cut.write_bytes(b"")
+    warm.compile_once(torch.bfloat16, tmp_path, exercise=none)
+    assert "(exit 1)" in caplog.text and not loop.exists()
+    assert [path.name.rpartition("-")[2] for path in tmp_path.glob("strop-*-*")] == ["bfloat16"]

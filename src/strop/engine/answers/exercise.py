@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from strop.engine.answers.batch import Batch, answer_all
 from strop.engine.answers.decoder import Decoder
 from strop.engine.answers.text import Sampling, Text
-from strop.engine.processor import answering_loops, save_in_turn
+from strop.engine.processor import answering_loops, save_in_turn, screening_loops
 
 PARTS: Mapping[str, Sequence[str]] = {  # the loops that a layer calls; who compiles them all finds these of both parts
     "products": ("products", "place"),
@@ -49,6 +49,8 @@ def _apart(loops: Any, part: str) -> None:
     loops.HeldRoom = lambda room: SimpleNamespace(room=room)
     for name in (name for other, names in PARTS.items() if other != part for name in names):
         setattr(loops, name, lambda *_: None)
+    if part != "products":
+        screening_loops().likeliest = lambda *_: False
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ kept. The results differ in their last bits, and a resumed run would not be bit-
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,13 +55,14 @@ def compile_once(
     machine = probe()
     state = sha256_text(repr((sources, numba.__version__, machine.cpu)))[:16]
     mark = cache / "-".join(["strop", state, exercise, *told])
-    if mark.is_file():
+    if _holds(mark):
         return
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "strop.lock"):  # of two processes that start at once, one waits for what the other compiles
-        if mark.is_file():
+        if _holds(mark):
             return
-        if not any(cache.glob(f"strop-{state}-*")):  # numba knows a loop's own file, not those that it imports from
+        # numba knows a loop's own file, not those that it imports from; and a file that was cut off ends the process
+        if mark.is_file() or not any(cache.glob(f"strop-{state}-*")):
             for old in (*cache.glob("*.nb[ic]"), *cache.glob("strop-*-*")):
                 old.unlink(missing_ok=True)
         LOG.info("compiling loops for this CPU in %s, once on this machine (15 to 30 s)", told[0])
@@ -70,7 +72,17 @@ def compile_once(
         code, said = take().run(*stages)
         if code:  # this process compiles for itself: its last bits may differ from the next one's
             LOG.warning("loops could not be compiled beforehand (exit %d): %s", code, said)
-        mark.touch()
+        sizes = {path.name: path.stat().st_size for path in cache.glob("*.nb[ic]")}
+        mark.write_text(json.dumps(sizes), encoding="utf-8")
+
+
+def _holds(mark: Path) -> bool:
+    """Whether loops were compiled, and the files of them are there and not shorter than they were then."""
+    try:
+        sizes = json.loads(mark.read_text(encoding="utf-8"))
+        return all(mark.with_name(name).stat().st_size >= size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
 
 
 def save_in_turn() -> None:
