@@ -87,7 +87,9 @@ def dense(part: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> None
     if in_tiles(part.w, z):
         tiled(part, laid, y, column, lanes)
         whole = n // LANES * LANES
-    if whole < n:
+    if whole < n and len(z) == 1 and z.shape[1] % (2 * LANES) == 0:
+        dots_of_one(Dense(part.w[whole:]), z, y, column + whole, lanes)
+    elif whole < n:
         dots(Dense(part.w[whole:]), z, y, column + whole, lanes)
 
 
@@ -106,17 +108,28 @@ def dots(part: Any, z: Any, y: Any, column: Any, lanes: Any) -> None:
     n, k = part.w.shape
     rows, width = y.shape
     w, x, out = part.w.reshape(-1), z.reshape(-1), y.reshape(-1)
-    single = rows == 1 and k % (2 * LANES) == 0
     for lane in prange(lanes):
         low, high = share_of(lane, lanes, n)
         for at in range(low, high, LANES):
-            if single and at + LANES <= n:
-                one_in_order(w, at * k, k, x, 0, out, column + at, k)
-            elif at + LANES <= n:
+            if at + LANES <= n:
                 until = min(at + AHEAD + LANES, high) * k
                 block(w, at * k, k, x, 0, k, out, column + at, width, rows, k, w, (at + AHEAD) * k, until)
             else:
                 edge(w, at * k, k, n - at, x, 0, k, out, column + at, width, rows, k)
+
+
+@loop
+def dots_of_one(part: Any, z: Any, y: Any, column: Any, lanes: Any) -> None:
+    """The same of a single row, of numbers in whole steps of dots.Kind."""
+    n, k = part.w.shape
+    w, x, out = part.w.reshape(-1), z.reshape(-1), y.reshape(-1)
+    for lane in prange(lanes):
+        low, high = share_of(lane, lanes, n)
+        for at in range(low, high, LANES):
+            if at + LANES <= n:
+                one_in_order(w, at * k, k, x, 0, out, column + at, k)
+            else:
+                edge(w, at * k, k, n - at, x, 0, k, out, column + at, y.shape[1], 1, k)
 
 
 @loop
