@@ -54,8 +54,12 @@ def test_a_clear_flip_is_refused_and_said() -> None:
     clear, swapped = [0.8, 0.15, 0.05], [0.15, 0.8, 0.05]
     found = measured([clear], [swapped], [40])
     assert found.clear_flips == found.positions == 39
-    with pytest.raises(ParityError, match="39 clear flips in 39 positions"):
+    with pytest.raises(ParityError, match="39 clear flips in 39 positions") as few:
         found.check("m")
+    assert "39 positions are few: measure on more rows (--data FILE)" in few.value.fix
+    with pytest.raises(ParityError) as many:
+        measured([clear], [swapped], [1040]).check("m")
+    assert many.value.fix == "nothing was kept; please report it with the base's name"
 
 
 def test_two_clear_flips_in_129_positions_prove_nothing() -> None:
