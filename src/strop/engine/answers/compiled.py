@@ -73,6 +73,8 @@ class CompiledPass:
             loops.leave(self._norm, hidden.copy(), np.float32(1.0), np.zeros_like(hidden), hidden)
         for layer in self._held:
             loops.through(layer, self._room, hidden, *rows, self._lanes)
+        if not len(picked):
+            return Seen(np.empty(0, np.int64), np.empty(0, np.bool_))
         z = _array(torch.empty(len(picked), hidden.shape[1], dtype=self._type))
         loops.enter(self._norm, hidden[picked], z)
         if not logits and self._screen is not None and (found := self._screen.likeliest(z)) is not None:

@@ -181,7 +181,7 @@ def whole_block_in_order(
     """The same of one or two others, which takes less time than w's way from memory."""
     if others == 1:
         _one_in_order(w, row * k + first, k, w_scales, row, x, first, x_scales, 0, c, c_at, ldc, count, 0)
-    else:
+    elif others == 2:
         for q in range(0, LANES, LANES // 2):
             at, to = (row + q) * k + first, c_at + q
             _two_in_order(w, at, k, w_scales, row + q, x, first, x_scales, 0, c, to, ldc, count, 0)
