@@ -32,7 +32,7 @@ from strop.planning.memory import (
 )
 from strop.planning.setting import BYTES, Setting
 
-ANSWERS_BYTES = 45 * MIB  # the loops that answer, beyond those that train (fitted on six runs of SmolLM2)
+ANSWERS_BYTES = 25 * MIB  # the loops that answer, beyond those that train (a server of SmolLM2, and some to spare)
 LANES = 16  # numbers of a vector (engine.cpu.dots)
 ANSWER = 80  # tokens of an answer that `strop eval` asks for, unless told otherwise
 JUDGED_AT_ONCE = 128  # as in engine.answers.batch
