@@ -49,6 +49,8 @@ def exactly(weight: torch.Tensor, z: Any, scale: float = 1.0) -> Any:
 def test_the_token_is_that_of_the_whole_head(
     dtype: torch.dtype, n: int, k: int, count: int, sharp: float, scale: float
 ) -> None:
+    if screen.TILES and n % screen.LANES:
+        pytest.skip("not screened: the last rows are multiplied otherwise than tiles do (screen_for)")
     found = 0
     for seed in range(20):
         weight = heads(n, k, dtype, seed)
