@@ -98,6 +98,16 @@ def ask_all(url: str, bodies: Sequence[Mapping[str, Any]], clients: int) -> tupl
     return [_read(one) for one in calls], seconds
 
 
+def piece_in(line: bytes) -> str:
+    """What a line of a streamed chat adds to the answer. Raises RuntimeError for an error."""
+    if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+        return ""
+    event = json.loads(line[6:])
+    if "error" in event:
+        raise RuntimeError(str(event))
+    return (event["choices"][0]["delta"].get("content") if event["choices"] else None) or ""
+
+
 def _request(host: str, body: Mapping[str, Any]) -> bytes:
     data = json.dumps(body).encode()
     head = (
@@ -115,13 +125,7 @@ def _read(call: _Call) -> Answer:
         raise RuntimeError(f"status {response.status}: {response.read()[:500]!r}")
     times, text = [], ""
     while line := response.readline():
-        if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-            continue
-        event = json.loads(line[6:])
-        if "error" in event:
-            raise RuntimeError(str(event))
-        piece = event["choices"][0]["delta"].get("content") if event["choices"] else None
-        if piece:
+        if piece := piece_in(line):
             times.append(replayed.now)
             text += piece
     return Answer(text, call.began, times, call.pieces[-1][0])

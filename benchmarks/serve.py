@@ -39,7 +39,7 @@ from typing import Any
 import measured
 import requests
 import torch
-from clients import Answer, ask_all
+from clients import Answer, ask_all, piece_in
 from servers import Failed, Running, Server, llamas, running, strops, transformers_serve, vllms
 
 from strop.data.conversation import Message
@@ -75,13 +75,7 @@ def ask(
         for line in answer.iter_lines():
             if stop is not None and stop.is_set():
                 break
-            if not line.startswith(b"data: ") or line == b"data: [DONE]":
-                continue
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise RuntimeError(str(event))
-            piece = event["choices"][0]["delta"].get("content") if event["choices"] else None
-            if piece:
+            if piece := piece_in(line):
                 times.append(time.perf_counter())
                 text += piece
     return Answer(text, began, times, time.perf_counter())

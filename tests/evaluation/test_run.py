@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +193,8 @@ def test_a_tie_is_no_difference(runs: list[Path], tmp_path: Path) -> None:
     assert [line["verdict"] for line in leaderboard(results)] == ["unclear", "unclear"]
 
 
-def test_an_interrupted_run_is_not_on_the_leaderboard(
-    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It has answered fewer rows than the others."""
+def ctrl_c_in_a_comparison(monkeypatch: pytest.MonkeyPatch, here: Callable[[dict[str, Any]], bool]) -> None:
+    """In the fourth pass of those with such options, of few rows each."""
     step, compare, taken = Batch.step, evaluation.compare, iter(range(99))
 
     def interrupted(self: Batch) -> Any:
@@ -204,12 +203,19 @@ def test_an_interrupted_run_is_not_on_the_leaderboard(
         return step(self)
 
     def comparing(*args: Any, **options: Any) -> Any:
-        if options["base"] is not None:  # the second run
+        if here(options):
             monkeypatch.setattr(Batch, "step", interrupted)
         return compare(*args, **options)
 
     monkeypatch.setattr(evaluation, "compare", comparing)
     monkeypatch.setattr("strop.engine.answers.held.ROWS", 4)
+
+
+def test_an_interrupted_run_is_not_on_the_leaderboard(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has answered fewer rows than the others."""
+    ctrl_c_in_a_comparison(monkeypatch, lambda options: options["base"] is not None)  # the second run
     words = ["--data", tmp_path / "colours.jsonl", "--max-new-tokens", "2", "--json"]
     code, out, err = run("eval", *runs, *words, capsys=capsys)
     assert code == 130, err
@@ -327,20 +333,7 @@ def test_a_run_that_cannot_be_written_is_evaluated(
 def test_ctrl_c_among_the_rows_that_should_not_get_worse_is_told(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step, compare, taken = Batch.step, evaluation.compare, iter(range(99))
-
-    def interrupted(self: Batch) -> Any:
-        if next(taken) == 3:
-            raise KeyboardInterrupt
-        return step(self)
-
-    def comparing(*args: Any, **options: Any) -> Any:
-        if "base" not in options:  # the second evaluation
-            monkeypatch.setattr(Batch, "step", interrupted)
-        return compare(*args, **options)
-
-    monkeypatch.setattr(evaluation, "compare", comparing)
-    monkeypatch.setattr("strop.engine.answers.held.ROWS", 4)
+    ctrl_c_in_a_comparison(monkeypatch, lambda options: "base" not in options)  # the second evaluation
     data, kept = tmp_path / "colours.jsonl", rows(tmp_path / "kept.jsonl", COLOURS)
     words = ["--data", data, "--regression-data", kept, "--max-new-tokens", "2", "--json"]
     code, out, err = run("eval", runs[0], *words, capsys=capsys)

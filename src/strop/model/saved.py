@@ -9,6 +9,7 @@ from typing import Any
 
 from strop.errors import ModelError
 from strop.model.facts import safetensors_header
+from strop.model.tokenizer import new_tokens
 
 NOT_ALWAYS = ("alora_invocation_tokens", "arrow_config")  # of adapters that do not act on every token
 
@@ -34,9 +35,15 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def adapted_names(config: Mapping[str, Any], weights: Path) -> list[str]:
-    """The layers and experts that a saved adapter sits on, as lora.target_modules names them; of a pattern, what it
-    met. config: adapter_config.json; weights: the adapter's file."""
+def as_start(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """adapter_config.json for a run that starts from the adapter: with `new_tokens`, their texts, and the layers and
+    experts that it sits on by name."""
+    targets = _adapted_names(config, folder / "adapter_model.safetensors")
+    return {**config, "new_tokens": new_tokens(folder, config), "target_modules": targets}
+
+
+def _adapted_names(config: Mapping[str, Any], weights: Path) -> list[str]:
+    """As lora.target_modules names them; of a pattern, what it met."""
     parameters = [name.removesuffix(".weight") for name in config.get("target_parameters") or []]
     targets = config.get("target_modules") or []
     if isinstance(targets, str):

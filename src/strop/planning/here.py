@@ -17,9 +17,9 @@ from strop.machine.doctor import installed
 from strop.machine.probe import Machine, compute_capability, probe
 from strop.machine.rates import known_precision, known_rates
 from strop.model.facts import locate
-from strop.model.saved import adapted_names, adapter_config
+from strop.model.saved import adapter_config, as_start
 from strop.model.shape import Peek, peek
-from strop.model.tokenizer import load_tokenizer, new_tokens
+from strop.model.tokenizer import load_tokenizer
 from strop.objectives.table import answers_of, drawn_tokens, learning_of
 from strop.planning.cards import Card, find_card, recognise
 from strop.planning.microbatch import Rows
@@ -105,17 +105,14 @@ def without_data(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[
 
 
 def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
-    """adapter_config.json of the adapter or run to start from, and `new_tokens`: their texts. Raises ModelError where
-    there is none."""
+    """The adapter or run to start from, as saved.as_start gives it. Raises ModelError where there is none."""
     if recipe.model.adapter is None:
         return None
     path = Path(recipe.model.adapter).expanduser()
     file = next((place for place in (path, path / "adapter") if (place / "adapter_config.json").is_file()), None)
     if file is None:
         raise ModelError(f"--model.adapter {path}: no adapter there", fix="give a run or adapter folder")
-    found = adapter_config(file)
-    targets = adapted_names(found, file / "adapter_model.safetensors")
-    return {**found, "new_tokens": new_tokens(file, found), "target_modules": targets}
+    return as_start(file, adapter_config(file))
 
 
 def row_sizes(recipe: Recipe) -> Rows:

@@ -13,7 +13,6 @@ import numpy.typing as npt
 import torch
 
 from strop.adapters import (
-    WEIGHTS_FILE,
     adapter_folder,
     read_adapter_config,
     read_identity,
@@ -35,10 +34,10 @@ from strop.model.facts import Source, fingerprint, locate, prequantized, refuse_
 from strop.model.load import DTYPES, copies_to_make, load_config, skeleton
 from strop.model.lora import check_lora, kinds_of, num_trainable, trained_whole
 from strop.model.measured import parameters_of, shape_of
-from strop.model.saved import adapted_names
+from strop.model.saved import as_start
 from strop.model.score import check_head
 from strop.model.shape import ModelShape
-from strop.model.tokenizer import load_tokenizer, new_tokens
+from strop.model.tokenizer import load_tokenizer
 from strop.model.towers import text_path
 from strop.objectives.table import drawn_tokens, learning_of, objective_of
 from strop.planning.choose import choose, memory_key, why_no_integers
@@ -330,13 +329,7 @@ def _plan(
     if scored:
         check_head(bare.config)
     shape, parameters = shape_of(load_config(source).to_dict(), source.config(), bare), parameters_of(bare)
-    adapter = None
-    if start is not None:
-        adapter = read_adapter_config(start)
-        adapter |= {
-            "new_tokens": new_tokens(start, adapter),
-            "target_modules": adapted_names(adapter, start / WEIGHTS_FILE),
-        }
+    adapter = None if start is None else as_start(start, read_adapter_config(start))
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
     check_lora(bare, resolved.recipe.lora)

@@ -115,7 +115,8 @@ def _members(name: str, text: str, pos: int) -> tuple[dict[str, tuple[int, Any]]
 
 def _elements(name: str, text: str, pos: int, bad: list[RowFault], *, to_end: bool = True) -> Iterator[Row]:
     """The rows of the array at `pos`, each with the line on which it starts; all on one line: with its number."""
-    numbered = "\n" not in text[pos:].rstrip()
+    newline = text.find("\n", pos)
+    numbered = newline < 0 or _skip(text, newline) == len(text)
     line, counted = 0 if numbered else 1, 0
     pos = _skip(text, pos + 1)
     while text[pos : pos + 1] != "]":
