@@ -31,17 +31,38 @@ class Screen:
         if self._pause:
             self._pause -= 1
             return None
+        found = self._likeliest(z)
+        if found is None:
+            self._pause = PAUSE
+        return found
+
+    def _likeliest(self, z: Any) -> Any:
+        loops, lanes, count = self._loops, self._lanes, len(z)
         if self._small is None:
-            numbers, scales, reach = made_small(self._weight, self._loops.LANES)
+            numbers, scales, reach = made_small(self._weight, loops.LANES)
             nothing = np.empty(0, np.float32)
-            self._small = self._loops.Packed(numbers, scales, nothing, z.shape[1], len(scales)), reach
-        found = np.empty(len(z), np.int64)
-        if np.isfinite(self._small[1][0]) and self._loops.likeliest(
-            self._whole, *self._small, z, z[:0, 0], self._scale, found, self._lanes
-        ):
-            return found
-        self._pause = PAUSE
-        return None
+            self._small = loops.Packed(numbers, scales, nothing, z.shape[1], len(scales)), reach
+        small, reach = self._small
+        near = np.empty((count, small.n), np.float32)
+        if z.dtype == np.uint16:
+            x, scales = np.empty(z.shape, np.int16), np.empty(count, np.float32)
+            loops.in_whole(z, x, scales)
+            loops.integers(small, x, scales, near, 0, lanes)
+        else:
+            loops.packed(small, z[:0, 0], z, near, 0, lanes)
+        lengths, counts = np.empty(count, np.float32), np.empty(count, np.int64)
+        chosen = np.empty((count, loops.MOST), np.int64)
+        loops.within_reach(near, reach, z, lengths, chosen, counts)
+        if not np.isfinite(lengths).all() or not np.isfinite(reach[0]) or counts.max() > loops.MOST:
+            return None
+        places = np.unique(np.concatenate([one[:many] for one, many in zip(chosen, counts, strict=True)]))
+        if not 0 < len(places) <= loops.MOST:
+            return None
+        whole = np.append(places, np.repeat(places[-1:], -len(places) % loops.LANES))  # in whole blocks
+        logits = np.empty((count, len(whole)), np.float32)
+        loops.alone(loops.Dense(self._whole[whole]), z, logits, lanes)
+        logits = logits[:, : len(places)] * self._scale
+        return places[logits.argmax(1)] if np.isfinite(logits).all() else None
 
 
 def made_small(weight: Tensor, lanes: int) -> tuple[Any, Any, Any]:

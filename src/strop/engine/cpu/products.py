@@ -226,11 +226,11 @@ def add(b: Any, spans: Any, all_gains: Any, bias: Any, u: Any, own: Any, y: Any,
                     y[i, c] += bias[c]
 
 
-def weigh(part: Any, room: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
+def _weigh(part: Any, room: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
     """One weight's product, by its kind; gives its rows."""
 
 
-@chosen(weigh)
+@chosen(_weigh)
 def _weighed(part: Any, room: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
     def whole(part: Any, room: Any, z: Any, laid: Any, y: Any, column: Any, lanes: Any) -> Any:
         dense(part, z, laid, y, column, lanes)
@@ -259,12 +259,12 @@ def _in_integers(part: Any, z: Any) -> bool:
     return AS_HELD and part.types[part.fields.index("w")].dtype == types.int8 and z.dtype == types.uint16
 
 
-def prepare(weights: Any, room: Any, z: Any) -> None:
+def _round(weights: Any, room: Any, z: Any) -> None:
     """Makes z whole numbers, where the first of the weights wants them."""
 
 
-@chosen(prepare)
-def _prepared(weights: Any, room: Any, z: Any) -> Any:
+@chosen(_round)
+def _rounded(weights: Any, room: Any, z: Any) -> Any:
     def whole(weights: Any, room: Any, z: Any) -> None:
         if fits(z.shape[1]):
             in_whole(z, room.x[: z.size].reshape(z.shape), room.scales)
@@ -282,9 +282,9 @@ def products(linear: Any, room: Any, z: Any, own: Any, y: Any, lanes: Any) -> No
     column, laid = 0, room_for(z if in_tiles(z, z) else z[:0])
     if in_tiles(z, z):
         lay_out(z, laid, lanes)
-    prepare(linear.weights, room, z)
+    _round(linear.weights, room, z)
     for part in linear.weights:
-        column += weigh(part, room, z, laid, y, column, lanes)
+        column += _weigh(part, room, z, laid, y, column, lanes)
     most = 0
     for adapter in range(len(linear.rows)):
         most = max(most, linear.rows[adapter, 1])
