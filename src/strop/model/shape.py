@@ -145,11 +145,6 @@ class ModelShape:
         return self.key_value_heads * self.head_size
 
     @property
-    def after_norms(self) -> bool:
-        """Norms of what a block adds to the residual stream (Gemma)."""
-        return self.norm_weights >= 4 * self.hidden
-
-    @property
     def head_norms(self) -> bool:
         """Norms of q and k, head by head (Qwen 3, Gemma 3)."""
         return _FAMILIES.get(self.family, _Family()).head_norms

@@ -344,17 +344,3 @@ def head_rows(setting: Setting) -> int:
     """Rows of logits at once."""
     room = CARD_HEAD_BYTES if setting.device == "cuda" else HEAD_BYTES
     return max(16, room // (setting.shape.vocabulary * setting.element))
-
-
-def forward_bytes(setting: Setting, batch: MicroBatch) -> int:
-    """What a forward alone needs: one layer, and the head."""
-    shape, b, tokens = setting.shape, setting.element, batch.tokens
-    h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.intermediate
-    mlp = tokens * (2 * h + 3 * inner) * b
-    if setting.tiles:
-        attention = tokens * (h + q + (q + 2 * kv) * 2) * b + _tile_bytes(setting, batch, backward=False)
-    else:
-        attention = tokens * (h + (q + 2 * kv) * 2 + 2 * q) * b + _score_bytes(setting, batch)
-    if setting.step == "plain":
-        return max(mlp * 2, attention) + head_bytes(setting, batch)
-    return max(mlp, attention, tokens * h * b + head_bytes(setting, batch))
