@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 
@@ -36,3 +37,16 @@ def test_a_command_ends_without_looking_for_rubbish() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "True"
+
+
+@pytest.mark.parametrize("debug", ["", "1"])
+def test_libraries_have_no_last_word(debug: str) -> None:
+    """nanobind, in triton from 3.9 on, calls all that Python leaves where it is when it ends a leak."""
+    script = (
+        "import atexit, os, sys; atexit.register(lambda: os.write(2, b'nanobind: leaked 513 functions!')); "
+        "from strop import cli; sys.modules['triton'] = sys; sys.argv = ['strop', '--colour']; cli.main()"
+    )
+    environment = {**os.environ, "STROP_DEBUG": debug}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "--colour" in done.stderr
+    assert ("nanobind" in done.stderr) == bool(debug)

@@ -58,8 +58,7 @@ def main() -> None:
     _take_any_text()
     for number in (signal.SIGINT, signal.SIGTERM):  # while training, `stop_signals` takes their place
         signal.signal(number, interrupt)
-    # Python looks for rubbish once more when it ends: with torch loaded that is 1.8 s of work after the last word
-    atexit.register(gc.freeze)
+    atexit.register(_end)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     logging.getLogger("bitsandbytes").setLevel(
@@ -93,6 +92,15 @@ def main() -> None:
         said = f"{type(error).__name__}: {error}"
         lines = [said, "this is a fault of strop's: set STROP_DEBUG=1 to see where, and please report it"]
         _fail(lines, {"kind": "InternalError", "message": said}, 1)
+
+
+def _end() -> None:
+    """What is done last, before Python ends. It would look for rubbish once more: with torch loaded that is 1.8 s of
+    work after the last word. nanobind, in triton from 3.9 on, calls what is left there a leak, in a hundred lines."""
+    gc.freeze()
+    if "triton" in sys.modules and not os.environ.get("STROP_DEBUG"):
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _take_any_text() -> None:
