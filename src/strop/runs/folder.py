@@ -107,8 +107,8 @@ class RunFolder:
         return dict(found)
 
     def remove_if_empty(self) -> None:
-        """Takes back a folder that was made for a run which never began."""
-        if self.path.is_dir() and _never_began(self.path):
+        """Takes back a folder that was made for a run which never began: no event is told of."""
+        if self.path.is_dir() and _is_bare(self.path):
             shutil.rmtree(self.path)
 
     @contextmanager
@@ -175,8 +175,13 @@ def create(path: Path) -> RunFolder:
 
 def _never_began(path: Path) -> bool:
     """Whether a folder holds nothing but what a run leaves that is killed before it has both recipe and lock."""
+    return not is_run(path) and _is_bare(path)
+
+
+def _is_bare(path: Path) -> bool:
+    """Whether a folder holds nothing but what a run has before its first event."""
     names = {re.sub(r"^\.(.+)\.tmp-\d+$", r"\1", entry.name) for entry in path.iterdir()}
-    return not is_run(path) and names <= {*_CLAIM, ".write-test", "recipe.yaml", "lock.json"}
+    return names <= {*_CLAIM, ".write-test", "recipe.yaml", "lock.json"}
 
 
 def free_bytes(path: Path) -> int:
