@@ -77,6 +77,20 @@ def test_a_full_cache_is_not_taken_for_a_full_run(tmp_path: Path) -> None:
         assert raised.value.what == f"{named}: cannot be written: {os.strerror(errno.ENOSPC)}"
 
 
+@pytest.mark.parametrize("made", ["", ".cache", ".cache/strop/data"])
+def test_where_the_cache_cannot_be_it_says_what_to_set(
+    made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's home that is read-only, or not this user's: the folder that cannot be made may be above it."""
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / ".cache" / "strop"))
+    place = str(tmp_path / made)
+    with pytest.raises(DiskError) as raised, disk_faults(tmp_path / "run"):
+        raise OSError(errno.EROFS, "read-only", place)
+    assert "STROP_CACHE" in raised.value.fix
+    refused = _by_the_system(PermissionError(errno.EACCES, "no", place))
+    assert refused is not None and "STROP_CACHE" in refused.fix
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a folder in use can be removed there")
 def test_a_working_folder_that_is_gone(tmp_path: Path) -> None:
     script = f"mkdir gone && cd gone && rmdir ../gone && {sys.executable} -m strop plan --model demo"

@@ -188,7 +188,7 @@ def _version_option(
 
 def _by_the_system(error: Exception) -> StropError | None:
     """What the system does not let this user do, with a file or a folder, is no fault of strop's."""
-    from strop.runs.folder import cache_folder  # psutil: not for `strop --help`
+    from strop.runs.folder import is_cache  # psutil: not for `strop --help`
 
     try:
         here = Path.cwd()
@@ -203,7 +203,7 @@ def _by_the_system(error: Exception) -> StropError | None:
     what, place = f"{error.filename}: {os.strerror(error.errno).lower()}", here / os.fsdecode(error.filename)
     if full:
         return DiskError(what, fix="free some space")
-    if (here / cache_folder()) in (place, *place.parents):
+    if is_cache(place):
         return FolderError(what, fix="set STROP_CACHE to a folder of your own that can be written")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return FolderError(what, fix="it is another user's, or read-only: ask for the right to it, or use a copy")

@@ -50,7 +50,10 @@ def test_errors_and_kills(tmp_path: Path) -> None:
     assert wrong["state"] == "failed" and "no-such-run" in wrong["error"]["message"]
     killed = jobs.start("serve", ["doctor"])
     os.kill(killed["pid"], signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(killed["pid"])], timeout=60)
+    (jobs.folder(killed["id"]) / "log").write_text("step 3  loss 1.5\n")
     about = ended(jobs, killed["id"])
+    assert about["error"]["message"].endswith("; its last line: step 3  loss 1.5") and "killed" in about["error"]["fix"]
     assert (about["state"], about["error"]["kind"]) == ("failed", "Killed")
     stopped = jobs.start("serve", ["doctor"])
     while not any("cli" in word for word in psutil.Process(stopped["pid"]).cmdline()):

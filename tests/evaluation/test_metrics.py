@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import random
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strop.errors import DataError, RecipeError, RunError
+from strop.evaluation import metrics
 from strop.evaluation.metrics import METRICS, check_golds, metric, paired_difference, score, wilson
 from strop.evaluation.rewards import rewards_of
 from tests.support.scripts import script
@@ -304,3 +306,15 @@ def test_a_function_of_the_users_own_that_ends_python_or_raises_what_it_likes(tm
         file.write_text(text)
         with pytest.raises(RecipeError, match=said):
             metric(f"{file}:ends")
+
+
+def test_a_pattern_that_never_ends_is_a_miss_that_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metrics, "LONGEST_SEARCH_S", 0.1)
+    before = signal.getsignal(signal.SIGVTALRM)
+    found = score("regex", ["(a+)+b", "a+"], ["a" * 29, "a" * 29])
+    assert found.hits == (False, True)
+    (record,) = caplog.records
+    assert "'(a+)+b' is still searched for after 0.1 s" in record.getMessage()
+    assert signal.getsignal(signal.SIGVTALRM) is before

@@ -313,6 +313,33 @@ def test_ctrl_c_leaves_the_rows_that_are_answered(
     assert json.loads((runs[0] / "report.json").read_text())["evaluation"]["rows"] == found["rows"]
 
 
+def test_an_interrupted_evaluation_takes_the_place_of_no_whole_one(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "colours.jsonl"
+    words = ["eval", runs[0], "--data", data, "--regression-data", data, "--max-new-tokens", "2", "--json"]
+    page, card, report = runs[0] / "report.html", runs[0] / "adapter" / "README.md", runs[0] / "report.json"
+    with monkeypatch.context() as partly:
+        ctrl_c_in_a_comparison(partly, lambda _: True)
+        said = json.loads(run(*words, capsys=capsys)[1])["interrupted"]
+    assert f"rows (interrupted {said})" in page.read_text() and f"rows (interrupted {said})" in card.read_text()
+    assert run(*words, capsys=capsys)[0] == 0  # a whole one does
+    whole = [file.read_bytes() for file in (page, report, runs[0] / "answers.json")]
+    assert b'"interrupted"' not in whole[1]
+    with monkeypatch.context() as partly:
+        ctrl_c_in_a_comparison(partly, lambda _: True)
+        code, out, err = run(*words, capsys=capsys)
+    assert (
+        code == 130 and f"{report.parent} keeps the evaluation from before, of 12 rows" in json.loads(out)["notes"][-1]
+    )
+    assert "keeps the evaluation from before" in err
+    assert [file.read_bytes() for file in (page, report, runs[0] / "answers.json")] == whole
+    with monkeypatch.context() as partly:  # nor one of the rows that should not get worse
+        ctrl_c_in_a_comparison(partly, lambda options: "base" not in options)
+        assert run(*words, capsys=capsys)[0] == 130
+    assert json.loads(report.read_text())["regression"]["rows"] == 12
+
+
 def test_a_run_that_cannot_be_written_is_evaluated(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -133,3 +133,18 @@ def test_it_is_rehearsed_as_the_steps_will_be_computed(tmp_path: Path) -> None:
     job = replace(job, step=step)
     rehearse(job, forecast(job, setting(job), 8 << 30), 1, mark("cpu"))
     assert asked == [1, "all"]
+
+
+def test_few_rows_many_times_are_looked_at_some_of_these_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tiny.job(
+        tmp_path / "r", tiny.examples(8), **{"train.epochs": 1000, "train.batch_size": 4, "train.micro_batch": 4}
+    )
+    looked: list[int] = []
+    cut = rehearsal.micro_batches
+    monkeypatch.setattr(rehearsal, "micro_batches", lambda job, items: looked.append(len(items)) or cut(job, items))
+    monkeypatch.setattr(rehearsal, "LOOKED_AT_ROWS", 40)
+    forecast(job, setting(job), 8 << 30)
+    assert looked == [4] * 10
+    monkeypatch.setattr(rehearsal, "LOOKED_AT_ROWS", 1)  # an epoch always
+    forecast(job, setting(job), 8 << 30)
+    assert looked[10:] == [4] * 2

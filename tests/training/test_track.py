@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from strop import testing
 from strop.errors import RecipeError
-from strop.training.track import tracking
+from strop.training.track import check_trackers, tracking
 
 
 class Recorder:
@@ -123,3 +124,47 @@ def test_a_tracker_that_fails_later_does_not_end_the_run(
         "--track trackio: gets no more numbers, events.jsonl has them all: ConnectionError: the server is gone",
         "--track trackio: gets no more numbers, events.jsonl has them all: TimeoutError: TimeoutError",
     ]
+
+
+def test_where_a_tracker_does_not_begin_the_folder_is_free_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(Recorder, "init_trackers", refuse)
+    with monkeypatch.context() as failing:
+        failing.setattr("accelerate.Accelerator", Recorder)
+        with pytest.raises(RecipeError, match="--track tensorboard: no network"):
+            testing.tiny_run(tmp_path, track=["tensorboard"])
+    assert not (tmp_path / "run").exists()
+    testing.tiny_run(tmp_path)
+
+
+def test_the_tracker_that_writes_into_the_folder_begins_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[str]] = []
+    monkeypatch.setattr(Recorder, "__init__", lambda _, log_with, **__: told.append(log_with))
+    monkeypatch.setattr("accelerate.Accelerator", Recorder)
+    Recorder.made = []
+    with tracking(["tensorboard", "trackio", "wandb"], tmp_path / "mine", {"model.device": "cpu"}):
+        pass
+    assert told == [["trackio", "wandb", "tensorboard"]]
+
+
+@pytest.mark.parametrize("back", [{"event": "rollback", "step": 4, "to": 2}, {"event": "resume", "step": 2}])
+def test_a_curve_does_not_show_steps_that_were_undone(back: dict[str, Any], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tracking(["tensorboard"], tmp_path / "mine", {"model.device": "cpu"}) as (listen,):
+        for event in ({"step": 1}, {"step": 2}, {"step": 3}, {"step": 4}, back, {"step": 4}):
+            listen({"event": "step", "loss": 1.0, **event})
+    reader = EventAccumulator(str(tmp_path / "mine" / "mine")).Reload()
+    assert [point.step for point in reader.Scalars("train/loss")] == [1, 2, 4]
+
+
+def test_a_folder_of_its_name_is_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb leaves one where it has run; accelerate says nothing, and nothing would be told."""
+    (tmp_path / "no_such_tracker").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RecipeError, match="the package no_such_tracker is not installed"):
+        check_trackers(["no_such_tracker"])

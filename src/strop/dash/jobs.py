@@ -94,8 +94,9 @@ class Jobs:
         error = (result or {}).get("error")
         if not alive and result is None:
             said = tail(folder / "log", 2000).strip().splitlines()
-            error = {"kind": "Killed", "message": "the process ended without an answer", "where": []}
-            error["fix"] = said[-1] if said else "it was killed, or the machine went down"
+            what = "the process ended without an answer" + (f"; its last line: {said[-1]}" if said else "")
+            fix = "it was killed, there was no memory, or the machine went down; `strop resume` goes on with a run"
+            error = {"kind": "Killed", "message": what, "fix": fix, "where": []}
         stopped = (error or {}).get("kind") == "Stopped"
         state = "running" if alive else "stopped" if stopped else "failed" if error else "done"
         if not alive and "ended" not in known:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from strop.evaluation.metrics import Difference, judged_by_kind, rows_asked, verdict
+from strop.evaluation.metrics import Difference, judged_by_kind, rows_asked, rows_counted, verdict
 from strop.runs.folder import RunFolder, is_run, write_atomic
 
 CARD_FILE = "README.md"
@@ -185,7 +185,7 @@ def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if found and _both(found):
             metric = found["metric"]
             said = f"{metric} {found['base'][metric]:.1%} before, {found['tuned'][metric]:.1%} after"
-            yield name, f"{found['rows']} rows: {said} ({_judged(found)})"
+            yield name, f"{rows_counted(found)}: {said} ({_judged(found)})"
     general = report.get("general")
     if general:
         said = f"{general['base']:.1%} before, {general['tuned']:.1%} after"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
 import runpy
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,8 +23,10 @@ import numpy as np
 from strop.errors import DataError, RecipeError, RunError, Where, nearest
 from strop.runs.lock import sha256_file
 
+LOG = logging.getLogger(__name__)
 FAULTS = (Exception, SystemExit)  # of a function of the user's: a parser's own errors, or an answer that says exit()
 _SAY = "let it return True or False, for example `return ... >= 0.8`"
+LONGEST_SEARCH_S = 5.0  # of a pattern in one answer, in computing time: (a+)+b takes for ever on aaaa...
 MOST_OPTIONS = 50  # of choice: each is computed for each row
 Z_95 = 1.959963984540054  # 97.5 % point of the standard normal
 Judgement = dict[str, bool]  # the hit first, under the metric's own name; then the side scores
@@ -72,9 +78,34 @@ def _choice(gold: str, answer: str) -> Judgement:
 
 def _regex(gold: str, answer: str) -> Judgement:
     try:
-        return {"regex": re.search(gold, answer) is not None}
+        with _limited(LONGEST_SEARCH_S):
+            return {"regex": re.search(gold, answer) is not None}
     except re.error as error:
         raise ValueError(f"not a regular expression ({error})") from error
+    except TimeoutError:
+        what = "the pattern %.80r is still searched for after %g s in the answer %.80r: counted as a miss"
+        LOG.warning(what, gold, LONGEST_SEARCH_S, answer)
+        return {"regex": False}
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in a block that computes for longer. Only where the system can: in a thread, or on Windows,
+    there is no limit."""
+
+    def end(*_: object) -> None:
+        raise TimeoutError
+
+    if not hasattr(signal, "SIGVTALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _object(text: str) -> dict[str, Any] | None:
@@ -226,6 +257,12 @@ def verdict(difference: Difference) -> tuple[str, str]:
 def rows_asked(result: Mapping[str, Any]) -> str:
     """What the rows of an evaluation are called: they are held out only where it is known that none was trained on."""
     return "held-out rows" if result.get("train_rows") == 0 else "rows"
+
+
+def rows_counted(result: Mapping[str, Any]) -> str:
+    """How many rows an evaluation has, and whether there were to be more."""
+    said = f"{result['rows']:,} rows"
+    return f"{said} (interrupted {result['interrupted']})" if "interrupted" in result else said
 
 
 def in_points(difference: Mapping[str, float]) -> str:

@@ -21,7 +21,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from strop.evaluation.marking import pieces
-from strop.evaluation.metrics import METRICS, Difference, in_points, judged_by_kind, task_rows, verdict
+from strop.evaluation.metrics import METRICS, Difference, in_points, judged_by_kind, rows_counted, task_rows, verdict
 from strop.runs.folder import write_atomic
 
 Series = dict[float, float]  # step -> value
@@ -80,7 +80,7 @@ def _verdict(evaluation: Mapping[str, Any]) -> tuple[str, str] | None:
     base, tuned, metric = evaluation.get("base"), evaluation.get("tuned"), evaluation.get("metric")
     if not base or not tuned or metric not in base or metric not in tuned:
         return None
-    rows = f" on {evaluation['rows']:,} rows" if evaluation.get("rows") else ""
+    rows = f" on {rows_counted(evaluation)}" if evaluation.get("rows") else ""
     said = f"{metric} went from {_percent(base[metric])} to {_percent(tuned[metric])}{rows}"
     difference = evaluation.get("difference")
     if not difference:

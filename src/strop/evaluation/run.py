@@ -285,7 +285,13 @@ def _scorable(
 
 
 def _keep(folder: RunFolder, result: dict[str, Any]) -> None:
-    """Puts a result into the run's report; where that cannot be written, says so in its notes: it took long to find."""
+    """Puts a result into the run's report; where that cannot be written, says so in its notes: it took long to find. An
+    evaluation that was interrupted is not put in the place of a whole one."""
+    before = folder.read_report().get("evaluation") or {}
+    if "interrupted" in result and before and "interrupted" not in before:
+        kept = f"the report of {folder.path} keeps the evaluation from before, of {before.get('rows')} rows"
+        result["notes"].append(f"interrupted: {kept}")
+        return
     try:
         add_to_report(folder, result)
     except OSError as error:
@@ -305,7 +311,8 @@ def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
     }
     report["intervals"] = result["intervals"]
     report |= {key: result[key] for key in ("general", "tasks") if key in result}
-    if "regression" in result:
+    whole = "regression" in report and "interrupted" not in report["regression"]
+    if "regression" in result and not (whole and "interrupted" in result["regression"]):
         report["regression"] = {key: value for key, value in result["regression"].items() if key != "samples"}
     report["samples"] = result["samples"][::every][:SAMPLES_IN_REPORT]
     write_json(folder.answers, {"metric": result["metric"], "samples": result["samples"]})

@@ -52,11 +52,16 @@ def standing(events: Sequence[Event]) -> list[Event]:
     to."""
     found: list[Event] = []
     for event in events:
-        back = event["step"] if event["event"] == "resume" else event["to"] if event["event"] == "rollback" else None
-        if back is not None:
+        if (back := back_to(event)) is not None:
             found = [e for e in found if e["event"] not in ("step", "eval") or e["step"] <= back]
         found.append(event)
     return found
+
+
+def back_to(event: Event) -> int | None:
+    """The step that a resume or a roll-back went back to: what stands behind it was undone. None for other events."""
+    named = {"resume": "step", "rollback": "to"}.get(event["event"])
+    return None if named is None else int(event[named])
 
 
 def event_of(line: str | bytes) -> Event | None:

@@ -107,8 +107,8 @@ class RunFolder:
         return dict(found)
 
     def remove_if_empty(self) -> None:
-        """Takes back a folder that was made for a run which never began."""
-        if self.path.is_dir() and _never_began(self.path):
+        """Takes back a folder that was made for a run which never began: no event is told of."""
+        if self.path.is_dir() and _is_bare(self.path):
             shutil.rmtree(self.path)
 
     @contextmanager
@@ -156,14 +156,11 @@ def create(path: Path) -> RunFolder:
     """
     if not _NAME.fullmatch(path.name):
         raise FolderError(f"{str(path)!r}: not a name for a run folder", fix="give --out another folder")
-    if path.is_dir() and not _never_began(path):
-        what = "holds a run" if is_run(path) else "is not empty"
-        fix = (
-            f"go on with `strop resume {path}`, or give --out a new folder"
-            if is_run(path)
-            else "give --out a new folder"
-        )
-        raise FolderError(f"{path}: {what}", fix=fix)
+    new = "give --out a new folder"
+    if is_run(path):
+        raise FolderError(f"{path}: holds a run", fix=f"go on with `strop resume {path}`, or {new}")
+    if path.is_dir() and not _is_bare(path):
+        raise FolderError(f"{path}: is not empty", fix=new)
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_atomic(path / ".write-test", "strop")
@@ -173,10 +170,10 @@ def create(path: Path) -> RunFolder:
     return RunFolder(path)
 
 
-def _never_began(path: Path) -> bool:
-    """Whether a folder holds nothing but what a run leaves that is killed before it has both recipe and lock."""
+def _is_bare(path: Path) -> bool:
+    """Whether a folder holds nothing but what a run has before its first event."""
     names = {re.sub(r"^\.(.+)\.tmp-\d+$", r"\1", entry.name) for entry in path.iterdir()}
-    return not is_run(path) and names <= {*_CLAIM, ".write-test", "recipe.yaml", "lock.json"}
+    return names <= {*_CLAIM, ".write-test", "recipe.yaml", "lock.json"}
 
 
 def free_bytes(path: Path) -> int:
@@ -198,10 +195,12 @@ def disk_faults(path: Path) -> Iterator[None]:
             number = errno.ENOSPC
         if number is None or number not in _DISK_FAULTS:
             raise
-        fix = "free some space or mend the disk, and go on: what was complete before is still there"
         named = getattr(error, "filename", None)
         place = path if named is None else Path(os.fsdecode(named))
         place = path if path.absolute() in place.absolute().parents else place
+        fix = "free some space or mend the disk, and go on: what was complete before is still there"
+        if place != path and is_cache(place):
+            fix = "free some space there, or set STROP_CACHE to a folder of your own that can be written"
         raise DiskError(f"{place}: cannot be written: {os.strerror(number)}", fix=fix) from None
 
 
@@ -295,6 +294,12 @@ def cache_folder() -> Path:
     except RuntimeError:  # a container's user that no list of users has
         what = "this user has no home folder, in which to keep what can be used again"
         raise FolderError(what, fix="set STROP_CACHE to a folder that can be written") from None
+
+
+def is_cache(place: Path) -> bool:
+    """Whether a place that cannot be written is in the cache, or is a folder that the cache is to be made in."""
+    place, cache = place.absolute(), cache_folder().absolute()
+    return cache in (place, *place.parents) or place in cache.parents
 
 
 def share(file: Path) -> None:

@@ -33,7 +33,8 @@ from strop.training.state import random_states, set_random_states
 
 LOG = logging.getLogger(__name__)
 
-LOOKED_AT = 20_000  # steps, from the first; others have rows of the same data in another order
+LOOKED_AT = 20_000  # steps, from the first
+LOOKED_AT_ROWS = 50_000  # where that is more than an epoch: later ones have the same rows in another order
 LAID_OUT = 32  # micro-batches that are packed to see what they need, of those that need most by their rows' lengths
 FAR_BELOW = 0.5  # of what may be used: no prediction was ever off by as much
 
@@ -125,7 +126,9 @@ def _candidates(job: Job, setting: Setting) -> list[tuple[list[Item], bool]]:
     """The micro-batches that need most by their rows' lengths, and whether others share their step. What the prefix of
     a micro-batch saves, packing alone can tell."""
     found: list[tuple[int, tuple[int, ...], bool]] = []
-    for step in islice(stream_of(job.recipe, len(job.train)), LOOKED_AT):
+    stream = stream_of(job.recipe, len(job.train))
+    enough = max(stream.steps_per_epoch, LOOKED_AT_ROWS // stream.batch_size)
+    for step in islice(stream, min(LOOKED_AT, enough)):
         items = [job.criterion.longest(job.train[row]) for row in step.rows]
         groups = micro_batches(job, items)
         for group in groups:

@@ -107,14 +107,14 @@ def train(
     with disk_faults(folder.path), _claimed(folder, devices):
         try:
             setup = set_up_together(resolved, memory, folder, devices)
+            if devices.main:
+                write_atomic(folder.recipe, setup.resolved.as_yaml())
+                write_json(folder.lock, setup.lock)
+            return _execute(folder, setup, listeners, devices)
         except BaseException:
             if devices.main:
                 folder.remove_if_empty()
             raise
-        if devices.main:
-            write_atomic(folder.recipe, setup.resolved.as_yaml())
-            write_json(folder.lock, setup.lock)
-        return _execute(folder, setup, listeners, devices)
 
 
 def resume(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import RecipeError, first_line
-from strop.runs.events import Event, Listener
+from strop.runs.events import Event, Listener, back_to
 
 LOG = logging.getLogger(__name__)
 
@@ -26,7 +26,8 @@ _SHOWN = {
 def check_trackers(names: Sequence[str]) -> None:
     """Raises RecipeError for a tracker whose package is not installed."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name, which wandb leaves where it has run
             raise RecipeError(
                 f"--track {name}: the package {name} is not installed",
                 fix=f"pip install {name}, or take it out of `track`",
@@ -37,15 +38,16 @@ def check_trackers(names: Sequence[str]) -> None:
 def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iterator[Sequence[Listener]]:
     """A listener that sends the numbers of step and eval events to the named trackers; none where names is empty.
 
-    What a tracker prints goes to stderr. Raises RecipeError where one does not begin. One that fails later is told of,
-    and the run goes on.
+    What a tracker prints goes to stderr. Raises RecipeError where one does not begin: then nothing is left in the
+    folder. One that fails later is told of, and the run goes on.
     """
     if not names:
         yield ()
         return
     from accelerate import Accelerator
 
-    accelerator = Accelerator(log_with=list(names), project_dir=str(folder), cpu=config["model.device"] == "cpu")
+    names = sorted(names, key=lambda name: name == "tensorboard")  # last: it alone writes into the folder
+    accelerator = Accelerator(log_with=names, project_dir=str(folder), cpu=config["model.device"] == "cpu")
     plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
     project, more = _named(names, folder.resolve().name)
     with redirect_stdout(sys.stderr), _beginning(names):
@@ -58,6 +60,8 @@ def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iter
         kind = event["event"]
         numbers = {f"{'eval' if kind == 'eval' else 'train'}/{key}": event.get(key) for key in _SHOWN.get(kind, ())}
         told = {key: value for key, value in numbers.items() if value is not None}
+        if working and (back := back_to(event)) is not None:
+            working = _tried(names, lambda: _undo(accelerator.trackers, back))
         if working and told:
             working = _tried(names, lambda: accelerator.log(told, step=event["step"]))
 
@@ -66,6 +70,14 @@ def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iter
     finally:
         with redirect_stdout(sys.stderr):
             _tried(names, accelerator.end_training)
+
+
+def _undo(trackers: Sequence[Any], step: int) -> None:
+    """TensorBoard no longer shows what stands behind this step. wandb and trackio cannot take a number back."""
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.close()  # the next number opens a file that begins with this
+            tracker.writer.purge_step = step + 1
 
 
 def _tried(names: Sequence[str], act: Callable[[], object]) -> bool:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from strop.engine.cpu import warm
+from strop.errors import DiskError
 from tests import ROOT
 
 COMPILED = """
@@ -99,6 +100,14 @@ def test_it_is_said_where_they_cannot_be_compiled(tmp_path: Path, caplog: pytest
     assert not caplog.text  # once
 
 
+def test_a_full_disk_is_named_before_anything_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm, "free_bytes", lambda _: 1 << 20)
+    with pytest.raises(DiskError, match="compiled loops need 32 MiB of disk, 1 are free") as raised:
+        warm.compile_once(torch.float32, tmp_path / "loops", exercise="strop.no_such_module")
+    assert raised.value.what.startswith(f"{tmp_path / 'loops'}: ") and "NUMBA_CACHE_DIR" in raised.value.fix
+    assert not (tmp_path / "loops").exists()
+
+
 def test_loops_of_other_sources_are_not_kept(tmp_path: Path) -> None:
     for name in ("loop-1.nbi", "loop-1.1.nbc", "strop-other-exercise-float32"):
         (tmp_path / name).touch()
@@ -109,7 +118,7 @@ def test_loops_of_other_sources_are_not_kept(tmp_path: Path) -> None:
     assert [name.rpartition("-")[2] for name in kept] == ["2.nbi", "bfloat16", "float32"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "mark"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "mark", "zeros"])
 def test_loops_whose_files_are_damaged_are_compiled_again(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -124,6 +133,8 @@ def test_loops_whose_files_are_damaged_are_compiled_again(
     assert loop.is_file() and not caplog.text
     if damage == "gone":
         loop.unlink()
+    elif damage == "zeros":
+        loop.write_bytes(b"compiled" + bytes(20))
     else:
         cut = loop if damage == "cut" else next(tmp_path.glob("strop-*-bfloat16"))
         cut.write_bytes(b"")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from filelock import FileLock
 from numba.core.caching import IndexDataCacheFile
 
 from strop.engine.compiler import take
+from strop.errors import DiskError
 from strop.machine.probe import probe
+from strop.runs.folder import free_bytes
 from strop.runs.lock import sha256_text
 
 LOG = logging.getLogger(__name__)
@@ -31,7 +34,7 @@ SOURCES = (
     "integer_dots.py", "in_order.py", "screen.py",
 )  # fmt: skip
 
-
+ROOM_BYTES = 32 << 20  # of the disk: all loops for a type of weights take 10 MB
 PARTS_BYTES = 4 << 30  # free memory from which on several processes compile: each takes about 1 GB
 
 
@@ -57,6 +60,9 @@ def compile_once(
     mark = cache / "-".join(["strop", state, exercise, *told])
     if _holds(mark):
         return
+    if free_bytes(cache) < ROOM_BYTES:  # numba would fail in the middle of a step, and not say where
+        what = f"{cache}: compiled loops need {ROOM_BYTES >> 20} MiB of disk, {free_bytes(cache) >> 20} are free"
+        raise DiskError(what, fix="free some space, or set NUMBA_CACHE_DIR to a folder on another disk")
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "strop.lock"):  # of two processes that start at once, one waits for what the other compiles
         if _holds(mark):
@@ -77,10 +83,15 @@ def compile_once(
 
 
 def _holds(mark: Path) -> bool:
-    """Whether loops were compiled, and the files of them are there and not shorter than they were then."""
+    """Whether loops were compiled, and the files of them are there and not shorter than they were then. A machine that
+    stopped may have left zeros at their ends, where Python's pickles have none."""
     try:
         sizes = json.loads(mark.read_text(encoding="utf-8"))
-        return all(mark.with_name(name).stat().st_size >= size for name, size in sizes.items())
+        for name, size in sizes.items():
+            with mark.with_name(name).open("rb") as file:
+                if file.seek(0, os.SEEK_END) < size or file.seek(-1, os.SEEK_END) < 0 or file.read(1) == b"\0":
+                    return False
+        return True
     except (OSError, ValueError):
         return False
 
