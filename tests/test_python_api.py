@@ -49,17 +49,20 @@ def test_rows_in_memory_are_refused_by_a_word(tiny_folder: Path) -> None:
     rows = [{"prompt": "hi", "completion": "yo"}]
     for given in ({"prompt": "hi"}.keys(), rows, (row for row in rows)):  # a table's rows are its columns' names
         for name in ("data", "eval"):
-            with pytest.raises(
-                InputError, match=f"a file, a list of files.*not {type(given).__name__}|not dict"
-            ) as told:
+            with pytest.raises(InputError, match=f"a list of files, not ({type(given).__name__}|dict)") as told:
                 strop.check(model=tiny_folder, **{"data": "rows.jsonl", name: given})
             assert "give its path" in told.value.fix
-        with pytest.raises(InputError, match="data: a file, a list of files"):
+        with pytest.raises(InputError, match="data: a file or a list of files"):
             strop.evaluate(tiny_folder, given)
-        with pytest.raises(InputError, match="data: a file, a list of files"):
+        with pytest.raises(InputError, match="data: a file or a list of files"):
             strop.merge(tiny_folder, "out", data=given)
-    with pytest.raises(InputError, match="a share such as '5%'"):
-        strop.check(model=tiny_folder, data="rows.jsonl", eval=0.1)
+
+
+@pytest.mark.parametrize("given", [0.1, "0.1", ".25", 10])
+def test_a_share_without_its_sign_is_told(given: Any, tiny_folder: Path) -> None:
+    with pytest.raises(InputError) as told:
+        strop.check(model=tiny_folder, data="rows.jsonl", eval=given)
+    assert "data.eval: a share is written with %" in told.value.lines()[0]
 
 
 def test_a_function_in_place_of_its_name_is_refused(tiny_folder: Path) -> None:

@@ -313,8 +313,7 @@ def _files(given: Any, name: str) -> Any:
     """Data files as text. Raises InputError for what is no path: rows that are in memory are not read."""
     for path in given if isinstance(given, list | tuple) else [given]:
         if not isinstance(path, str | os.PathLike):
-            share = ", or a share such as '5%'" if name == "data.eval" else ""
-            what = f"{name}: a file, a list of files{share}; not {type(path).__name__}"
+            what = f"{name}: a file or a list of files, not {type(path).__name__}"
             raise InputError(what, fix="write rows that are in memory into a file (JSON Lines), and give its path")
     return _plain(given)
 
@@ -333,7 +332,7 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
                 raise InputError(f"{whole}: given twice", fix="give it once")
             if whole == "train.rewards" and any(map(callable, given if isinstance(given, list) else [given])):
                 raise InputError(f"{whole}: a function is given by its name", fix="give 'file.py:function'")
-            files = whole in ("data.train", "data.eval") and given is not None
+            files = whole in ("data.train", "data.eval") and not isinstance(given, int | float | None)
             flat[whole] = _files(given, whole) if files else _plain(given)
     return flat
 
