@@ -75,4 +75,4 @@ if __name__ == "__main__":
     files = [Path(name) for name in sys.argv[1:]]
     if len(files) != 2 or any(file.exists() for file in files):
         sys.exit("error: give the names of two new files: python -m strop.demo.pairs PAIRS.jsonl HELD_OUT.jsonl")
-    write(*files)
+    write(files[0], files[1])
