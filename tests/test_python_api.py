@@ -45,6 +45,39 @@ def test_what_cannot_be_is_said(tiny_folder: Path) -> None:
         strop.load(tiny_folder).generate(["hi"], max_new_tokens=0)
 
 
+def test_rows_in_memory_are_refused_by_a_word(tiny_folder: Path) -> None:
+    rows = [{"prompt": "hi", "completion": "yo"}]
+    for given in ({"prompt": "hi"}.keys(), rows, (row for row in rows)):  # a table's rows are its columns' names
+        for name in ("data", "eval"):
+            with pytest.raises(InputError, match=f"a list of files, not ({type(given).__name__}|dict)") as told:
+                strop.check(model=tiny_folder, **{"data": "rows.jsonl", name: given})
+            assert "give its path" in told.value.fix
+        with pytest.raises(InputError, match="data: a file or a list of files"):
+            strop.evaluate(tiny_folder, given)
+        with pytest.raises(InputError, match="data: a file or a list of files"):
+            strop.merge(tiny_folder, "out", data=given)
+
+
+@pytest.mark.parametrize("given", [0.1, "0.1", ".25", 10])
+def test_a_share_without_its_sign_is_told(given: Any, tiny_folder: Path) -> None:
+    with pytest.raises(InputError) as told:
+        strop.check(model=tiny_folder, data="rows.jsonl", eval=given)
+    assert "data.eval: a share is written with %" in told.value.lines()[0]
+
+
+def test_a_function_in_place_of_its_name_is_refused(tiny_folder: Path) -> None:
+    for given in (len, [len]):
+        with pytest.raises(InputError, match=r"train\.rewards: a function is given by its name"):
+            strop.train(model=tiny_folder, data="rows.jsonl", train={"objective": "grpo", "rewards": given})
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_an_empty_list_of_files_is_refused(name: str, tiny_folder: Path) -> None:
+    with pytest.raises(InputError, match="recipe is not valid") as told:
+        strop.train(model=tiny_folder, data={"train": "rows.jsonl", name: []})
+    assert f"data.{name}: names no file" in told.value.lines()[0]
+
+
 @pytest.fixture(scope="module")
 def bold(adapter_folders: list[Path]) -> Model:
     """It was trained with a system prompt in every row."""

@@ -199,9 +199,9 @@ def evaluate(
 
         with own_torch():
             return evaluate_model(
-                os.fspath(run), _texts(data), metric=metric, max_new_tokens=max_new_tokens, general=general,
-                regression_data=_texts(regression_data), regression_metric=regression_metric, devices=devices,
-                options=options,
+                os.fspath(run), _texts(data, "data"), metric=metric, max_new_tokens=max_new_tokens, general=general,
+                regression_data=_texts(regression_data, "regression_data"), regression_metric=regression_metric,
+                devices=devices, options=options,
             )  # fmt: skip
 
 
@@ -301,11 +301,21 @@ def push(
 
 
 def _text(data: str | Path | None) -> str | None:
-    return None if data is None else os.fspath(data)
+    return None if data is None else _files(data, "data")
 
 
-def _texts(data: str | Path | Sequence[str | Path]) -> str | list[str]:
-    return os.fspath(data) if isinstance(data, str | Path) else [os.fspath(one) for one in data]
+def _texts(data: str | Path | Sequence[str | Path], name: str) -> str | list[str]:
+    found: str | list[str] = _files(data, name)
+    return found
+
+
+def _files(given: Any, name: str) -> Any:
+    """Data files as text. Raises InputError for what is no path: rows that are in memory are not read."""
+    for path in given if isinstance(given, list | tuple) else [given]:
+        if not isinstance(path, str | os.PathLike):
+            what = f"{name}: a file or a list of files, not {type(path).__name__}"
+            raise InputError(what, fix="write rows that are in memory into a file (JSON Lines), and give its path")
+    return _plain(given)
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -320,7 +330,10 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
             whole = SHORT.get(field, field)
             if whole in flat:
                 raise InputError(f"{whole}: given twice", fix="give it once")
-            flat[whole] = _plain(given)
+            if whole == "train.rewards" and any(map(callable, given if isinstance(given, list) else [given])):
+                raise InputError(f"{whole}: a function is given by its name", fix="give 'file.py:function'")
+            files = whole in ("data.train", "data.eval") and not isinstance(given, int | float | None)
+            flat[whole] = _files(given, whole) if files else _plain(given)
     return flat
 
 

@@ -214,6 +214,69 @@ model = PeftModel.from_pretrained(model, "old", is_trainable=True)
     assert "tokenizer.pad_token" in said(draft.own_way)
 
 
+INLINE = 'load_dataset("json", data_files="{0}.jsonl", split="train")'
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "evaluated"),
+    [
+        (f"test = {INLINE.format('test')}", f"train_dataset={INLINE.format('a')}", None),
+        ("", f"eval_dataset={INLINE.format('b')}, train_dataset={INLINE.format('a')}", "b.jsonl"),
+        (f"b = {INLINE.format('b')}\na = {INLINE.format('a')}\nmixed = a.shuffle(1)",
+         "train_dataset=mixed, eval_dataset=b", "b.jsonl"),
+    ],
+)  # fmt: skip
+def test_what_the_trainer_is_given_is_trained_on_and_not_what_is_loaded_first(
+    before: str, given: str, evaluated: str | None, tmp_path: Path
+) -> None:
+    words = {"config": "SFTConfig", "trainer": "SFTTrainer", "model": '"demo"', "arguments": "", "after": ""}
+    text = TRL.format(**words, before=before).replace(f"train_dataset={INLINE.format('a')}", given)
+    (tmp_path / "train.py").write_text(text, encoding="utf-8")
+    draft = import_config("trl", tmp_path / "train.py").draft
+    assert (draft.get("data.train"), draft.get("data.eval")) == ("a.jsonl", evaluated)
+
+
+@pytest.mark.parametrize(
+    ("written", "patience"),
+    [
+        ("EarlyStoppingCallback(early_stopping_patience=3)", 3),
+        ("EarlyStoppingCallback(2, 0.01)", 2),
+        ("transformers.EarlyStoppingCallback()", 1),
+        ("EarlyStoppingCallback", 1),
+        ("stop", 4),
+    ],
+)
+@pytest.mark.parametrize("how", ["args.push_to_hub = False", "trainer.add_callback({0})"])
+def test_early_stopping_is_a_field_and_another_callback_is_told(
+    written: str, patience: int, how: str, tmp_path: Path
+) -> None:
+    before = "stop = EarlyStoppingCallback(early_stopping_patience=4)" if written == "stop" else ""
+    added = how.format(written)
+    given = "" if "add_callback" in added else f"callbacks=[{written}, Printer()], "
+    file = tmp_path / "train.py"
+    words = {"config": "SFTConfig", "trainer": "SFTTrainer", "model": '"demo"', "arguments": "", "after": "pass"}
+    text = TRL.format(**words, before=f"watch = Watch()\n{before}")
+    text = text.replace("args=args", f'{given}eval_dataset=load_dataset("json", data_files="b.jsonl", split="train")')
+    file.write_text(f"{text}{added}\ntrainer.add_callback(watch)\n", encoding="utf-8")
+    draft = import_config("trl", file).draft
+    assert draft.get("train.early_stopping") == patience and draft.get("data.eval") == "b.jsonl"
+    others = [note.text.partition(":")[0] for note in draft.lacks if note.key == "callbacks"]
+    assert others == (["Printer()", "Watch()"] if given else ["Watch()"])
+    assert ("early_stopping_threshold" in said(draft.lacks)) == ("0.01" in written)
+
+
+@pytest.mark.parametrize("given", ["callbacks=None", "callbacks=[]", ""])
+def test_no_callbacks_are_no_news(given: str, tmp_path: Path) -> None:
+    draft = trl(tmp_path, model=f'"demo", {given}' if given else '"demo"')
+    assert not draft.lacks and draft.get("train.early_stopping") is None
+
+
+def test_early_stopping_without_rows_to_evaluate_on_is_told(tmp_path: Path) -> None:
+    draft = axolotl(tmp_path, "early_stopping_patience: 3\nval_set_size: 100\n")
+    assert draft.get("train.early_stopping") is None
+    assert "train.early_stopping 3" in said(draft.lacks)["early_stopping_patience"]
+
+
 def test_a_notebook(tmp_path: Path) -> None:
     code = [
         ["%%capture\n", "!pip install trl\n", "if True:\n", "    !nvidia-smi"],

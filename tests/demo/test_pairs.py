@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from collections import Counter
 from pathlib import Path
+
+import pytest
 
 from strop.config.schema import DataSection
 from strop.data.prepare import prepare
@@ -47,3 +51,16 @@ def test_they_are_pairs_to_train_on(tmp_path: Path) -> None:
     assert prepared.report.rows["used"] == 693 and len(prepared.train_units or ()) == 693
     assert prepared.eval_units is not None and len(prepared.eval_units) == 176
     assert prepared.report.answers["length_accuracy"] < 0.75
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("names", [["mine.jsonl", "held.jsonl"], ["held.jsonl", "mine.jsonl"], ["one.jsonl"], []])
+def test_files_that_are_there_are_not_written_over(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text("mine", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["pairs", *names])
+    with pytest.raises(SystemExit, match="two new files"):
+        runpy.run_module("strop.demo.pairs", run_name="__main__")
+    assert Path("mine.jsonl").read_text(encoding="utf-8") == "mine" and not Path("held.jsonl").exists()

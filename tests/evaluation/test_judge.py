@@ -74,6 +74,7 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
         "def best(asked, gold, first, second):\n    return (first == gold) - (second == gold)\n"
         "def bad(asked, gold, first, second):\n    return {}[asked]\n"
         "def nan(asked, gold, first, second):\n    return float('nan')\n"
+        "def two(first, second):\n    return 0\n"
     )
     own = judge_for(f"{file}:best")
     assert own("user: hi", "yo", "yo", "no") == 1 and own("", "yo", "no", "yo") == -1 and own("", "yo", "a", "b") == 0
@@ -85,6 +86,7 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
         ("nobody", None, "neither"),
         (f"{file}:best", "m", "--judge-model"),
         ("a.py:b", None, "no such"),
+        (f"{file}:two", None, r"two\(first, second\): too many"),
     ):
         with pytest.raises(RecipeError, match=said):
             judge_for(name, model)

@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import random
+import re
 import signal
 import sys
 from pathlib import Path
@@ -190,6 +191,31 @@ def test_chance_is_rarely_called_a_difference(both: int, changed: int, neither: 
         _, low, high = difference(both, gained, changed - gained, neither)
         claimed += low > 0 or high < 0
     assert 20 <= claimed <= 80
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ("gold", "too many positional arguments"),
+        ("gold, answer, row", "missing a required argument: 'row'"),
+        ("completions, **more", "too many positional arguments"),
+        ("prompt, answer", "prompt is not what it is given"),
+        ("answer, gold", "gold is not what it is given"),
+        ("prompts, completions", "prompts is not what it is given"),
+    ],
+)
+def test_a_function_that_wants_something_else_is_refused(parameters: str, said: str, tmp_path: Path) -> None:
+    """It gets (right answer, answer) by position: a right answer taken for a prompt would be judged without a word."""
+    file = tmp_path / "own.py"
+    file.write_text(f"def own({parameters}):\n    return True\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=re.escape(f"own.py:own({parameters}): {said}")) as raised:
+        metric(f"{file}:own")
+    assert "it gets (right answer, answer), in this order" in raised.value.fix
+
+
+def test_a_function_in_place_of_its_name_is_refused() -> None:
+    with pytest.raises(RecipeError, match="a function is given by its name"):
+        metric(test_a_function_in_place_of_its_name_is_refused)  # type: ignore[arg-type]
 
 
 def test_a_metric_of_the_users_own(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_what_names_none(given: str) -> None:
 
 def test_a_function_that_fails_on_right_answers_is_what_to_mend(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
-    file.write_text("def own(gold, answer, row): return 1", encoding="utf-8")
+    file.write_text("def own(gold, answer): return {}[gold]", encoding="utf-8")
     with pytest.raises(DataError, match="1 rows cannot be scored with") as found:
         check_rewards(rewards_of(f"{file}:own"), ["yes", None], [("rows.jsonl", 1), ("rows.jsonl", 2)])
     assert "mend own, which gets (right answer, answer)" in found.value.fix

@@ -165,6 +165,16 @@ class Script:
             return words if len(words) == len(node.keywords) else None
         return None
 
+    def stands_for(self, node: ast.expr, depth: int = 0) -> ast.expr:
+        """The expression that a name stands for, where one line of the script gives it a value; else the name."""
+        held = self._constants.get(node.id) if isinstance(node, ast.Name) and depth <= 8 else None
+        return node if held is None else self.stands_for(held, depth + 1)
+
+    def listed(self, node: ast.expr) -> list[ast.expr]:
+        """The items of a list that is written down, or of a name of one; else the expression itself."""
+        held = self.stands_for(node)
+        return list(held.elts) if isinstance(held, ast.List | ast.Tuple) else [held]
+
     def value(self, node: ast.expr, depth: int = 0) -> Any:
         """The value of an expression, or UNREAD: literals, lists and maps of them, sums and products of them, texts
         that hold them, torch's types, names that have one, and defaults of the script's own options."""

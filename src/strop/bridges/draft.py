@@ -61,6 +61,9 @@ class Draft:
         """Checked as `strop train` would check it. Raises RecipeError where a value is out of strop's bounds."""
         if self.get("train.lr_scheduler") == "constant" and self.get("train.warmup") is None:
             self.put("train.warmup", 0, "constant from the first step on")
+        if self.get("data.eval") is None and (patience := self.fields.pop("train.early_stopping", None)) is not None:
+            what = f"{patience[0]}: needs rows to evaluate on: give data.eval, and train.early_stopping {patience[0]}"
+            self.lack(patience[1], what)
         values = {name: value for name, (value, _) in self.fields.items()}
         if "model.name" not in values and not self.unread_model:
             raise RecipeError(f"{self.file}: names no model", fix="is it a training config of this tool?")

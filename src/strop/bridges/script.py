@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 from strop.bridges.calls import Script, keys_of, text_of
 from strop.bridges.draft import Draft, Keys, read_yaml, shown
@@ -49,6 +50,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3.0,
     "lr_scheduler_type": "linear", "optim": "adamw_torch", "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 42,
 }  # fmt: skip
+STOPS_EARLY = "EarlyStoppingCallback"
 _MESSAGES = ("dataset_text_field", "messages")
 ON_ALL = (
     "rows of `messages` and of `text` are trained on in full there unless assistant_only_loss is on, prompt and "
@@ -86,6 +88,7 @@ def read(path: Path, peer: str) -> Draft:
     _arguments(draft, keys, objective, peer)
     read_rows(draft, script, keys_of_trainer)
     _masks(draft, script, keys, objective)
+    _callbacks(draft, script, keys_of_trainer.get("callbacks"), keys.peek("metric_for_best_model"))
     keys.end(draft, OWN_WAY)
     for call in script.calls:
         node = call.keywords.get("resume_from_checkpoint")
@@ -114,7 +117,7 @@ def _trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], float]:
     for key in ("args", "peft_config", "tokenizer", "processing_class"):
         keywords.pop(key, None)
     for key, node in keywords.items():
-        if key in ("model", "train_dataset", "eval_dataset", "dataset_num_proc"):
+        if key in ("model", "train_dataset", "eval_dataset", "dataset_num_proc", "callbacks"):
             continue
         value = script.value(node)
         if key == "data_collator" and _answers_alone(script):
@@ -132,6 +135,26 @@ def _trainer(draft: Draft, script: Script) -> tuple[dict[str, ast.expr], float]:
         elif value is not None and (key, value) not in (("packing", False), ("dataset_text_field", "text"), _MESSAGES):
             draft.lack(f"{call.name}.{key}", text_of(node), node.lineno)
     return keywords, call.line
+
+
+def _callbacks(draft: Draft, script: Script, node: ast.expr | None, best_by: Any) -> None:
+    """transformers' early stopping is a field here; what another callback does is code. best_by: what is watched."""
+    given = script.listed(node) if node is not None and script.value(node) is not None else []
+    given += [one for call in script.calls if call.name == "add_callback" for one in call.arguments]
+    for one in map(script.stands_for, given):
+        if ast.unparse(one.func if isinstance(one, ast.Call) else one).rpartition(".")[2] != STOPS_EARLY:
+            draft.lack("callbacks", f"{text_of(one)}: its code is not run", one.lineno)
+        elif not isinstance(one, ast.Call):
+            draft.put("train.early_stopping", 1, STOPS_EARLY)
+    for call in script.calls:
+        if call.name == STOPS_EARLY:
+            keys = keys_of(draft, script, call, ("early_stopping_patience", "early_stopping_threshold"))
+            patience = whole("early_stopping_patience", keys.take("early_stopping_patience", 1))
+            draft.put("train.early_stopping", patience, keys.default("early_stopping_patience", STOPS_EARLY))
+            if threshold := keys.take("early_stopping_threshold"):
+                draft.lack("early_stopping_threshold", f"{shown(threshold)}: any better loss counts here", call.line)
+            if best_by not in (None, "loss", "eval_loss"):
+                draft.differ(STOPS_EARLY, f"{shown(best_by)} is watched there, the loss here", call.line)
 
 
 def _answers_alone(script: Script) -> bool:

@@ -33,9 +33,10 @@ def read_rows(draft: Draft, script: Script, keywords: dict[str, ast.expr]) -> No
     by_name = {call.into: call for call in loads if call.into}
     if "eval_dataset" in keywords and (part := _part_of(script, by_name, keywords["eval_dataset"])):
         draft.put("data.eval", *part)
-    for call in loads:
+    trained, asked = (_loads_of(script, loads, keywords.get(key)) for key in ("train_dataset", "eval_dataset"))
+    for call in sorted(loads, key=lambda call: call not in trained):
         source = _source(draft, script, call)
-        if source and call.into == held_out and len(by_name) > 1:
+        if source and call in asked and call not in trained and len(loads) > 1:
             draft.put("data.eval", source, f"load_dataset, line {call.line}")
         elif source and draft.get("data.train") is None:
             draft.put("data.train", source, f"load_dataset, line {call.line}")
@@ -71,6 +72,19 @@ def _part_of(script: Script, by_name: dict[str, Call], node: ast.expr) -> tuple[
     if not isinstance(files, dict) or split not in files or script.value(call.arguments[0]) not in _FILES:
         return None
     return files[split], f"load_dataset, line {call.line}, {split}"
+
+
+def _loads_of(script: Script, loads: list[Call], node: ast.expr | None) -> list[Call]:
+    """The calls that load what the trainer is given here: within the expression, or what its name was made from."""
+    names = [call.into for call in loads if call.into]
+    for _ in range(8):
+        inside = [getattr(part, "args", None) for part in ast.walk(node)] if node is not None else []
+        found = [call for call in loads if any(call.arguments is given for given in inside)]
+        name = ast.Name(script.root(node) if node is not None else "")
+        if found or name.id in names:
+            return found or [call for call in loads if call.into == name.id]
+        node = script.stands_for(name)
+    return []
 
 
 def _source(draft: Draft, script: Script, call: Call) -> Any:

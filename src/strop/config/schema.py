@@ -106,6 +106,20 @@ class DataSection(Section):
     )
     encoding: str = Field("utf-8", description="text encoding of the data files")
 
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _share(cls, given: Any) -> Any:
+        if isinstance(given, int | float) or (isinstance(given, str) and re.fullmatch(r"0?\.\d+", given)):
+            raise ValueError("a share is written with %, such as 5%")
+        return given
+
+    @field_validator("train", "eval")
+    @classmethod
+    def _some(cls, files: str | list[str] | None) -> str | list[str] | None:
+        if files == []:
+            raise ValueError("names no file")
+        return files
+
 
 class LoraSection(Section):
     r: int = Field(16, ge=1, le=MAX_RANK, description="rank")

@@ -1,4 +1,5 @@
-"""Pairs out of the demo's rows: the right JSON against a near miss. `python -m strop.demo.pairs TRAIN.jsonl HELD.jsonl`
+"""Pairs out of the demo's rows: the right JSON against a near miss.
+`python -m strop.demo.pairs PAIRS.jsonl HELD_OUT.jsonl`
 
 Each row gets one wrong answer of a kind that small models make: another value in a slot, a slot left out, one too many,
 another intent, or the right JSON with prose around it. Which one is decided by the seed and the row.
@@ -71,4 +72,7 @@ def _line(answer: Mapping[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), Path(sys.argv[2]))
+    files = [Path(name) for name in sys.argv[1:]]
+    if len(files) != 2 or any(file.exists() for file in files):
+        sys.exit("error: give the names of two new files: python -m strop.demo.pairs PAIRS.jsonl HELD_OUT.jsonl")
+    write(files[0], files[1])

@@ -40,6 +40,7 @@ Judge what is said, not its length or its place. End with one word: "first", "se
 WORDS = {"first": 1, "second": -1, "tie": 0}
 TRIES, TIMEOUT_S = 3, 300
 KEY = "STROP_JUDGE_KEY"  # environment variable: sent as a bearer token
+GETS = ("conversation", "right answer", "first answer", "second answer")  # of a function, by position
 AGAIN = {408, 429, 500, 502, 503, 504}
 
 Judge = Callable[[str, str, str, str], int | None]
@@ -117,7 +118,7 @@ def _told(question: Question) -> str:
 
 
 def _of_function(name: str) -> Judge:
-    own = cast("Callable[[str, str, str, str], Any]", metric(name).own)
+    own = cast("Callable[[str, str, str, str], Any]", metric(name, GETS).own)
 
     def judge(asked: str, gold: str, first: str, second: str) -> int:
         try:

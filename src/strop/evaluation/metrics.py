@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
@@ -27,6 +28,9 @@ LOG = logging.getLogger(__name__)
 FAULTS = (Exception, SystemExit)  # of a function of the user's: a parser's own errors, or an answer that says exit()
 _SAY = "let it return True or False, for example `return ... >= 0.8`"
 LONGEST_SEARCH_S = 5.0  # of a pattern in one answer, in computing time: (a+)+b takes for ever on aaaa...
+GETS = ("right answer", "answer")  # of a function of the user's, by position
+_NO_GOLD = {"prompt", "prompts", "question", "questions", "messages", "completions"}
+_NO_ANSWER = _NO_GOLD | {"gold", "right_answer", "reference", "target", "expected", "truth", "ground_truth", "y_true"}
 MOST_OPTIONS = 50  # of choice: each is computed for each row
 Z_95 = 1.959963984540054  # 97.5 % point of the standard normal
 Judgement = dict[str, bool]  # the hit first, under the metric's own name; then the side scores
@@ -147,14 +151,17 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def metric(name: str) -> Metric:
+def metric(name: str, gets: Sequence[str] = GETS) -> Metric:
     """The metric of that name, or the function of `file.py:function`, which gets (gold, answer) and returns True or
-    False.
+    False. gets: what a function is given where it is no metric.
 
     Raises RecipeError.
     """
+    if not isinstance(name, str):
+        raise RecipeError("metric: a function is given by its name", fix="give 'file.py:function'")
     if ".py:" in name:
-        return _own_metric(*name.rsplit(":", 1))
+        file, _, function = name.rpartition(":")
+        return _own_metric(file, function, gets)
     if name not in METRICS:
         known = f"use one of {', '.join(METRICS)}, or file.py:function"
         raise RecipeError(f"metric {name} is not known{nearest(name, METRICS)}", fix=known)
@@ -170,7 +177,24 @@ def _names_in(file: str, content: str) -> Mapping[str, Any]:
     return runpy.run_path(file)
 
 
-def _own_metric(file: str, function: str) -> Metric:
+def _check_parameters(own: Callable[..., Any], said: str, gets: Sequence[str]) -> None:
+    """Raises RecipeError for a function that cannot be called so, or whose parameters are named as something else."""
+    wanted = f"it gets ({', '.join(gets)}), in this order"
+    try:
+        signature = inspect.signature(own)
+    except (TypeError, ValueError):  # some functions of C have none
+        return
+    try:
+        named = list(signature.bind(*gets).arguments)
+    except TypeError as fault:
+        raise RecipeError(f"{said}{signature}: {fault}", fix=wanted) from None
+    if gets is GETS:
+        other = [name for name, known in zip(named, (_NO_GOLD, _NO_ANSWER), strict=False) if name.lower() in known]
+        if other:
+            raise RecipeError(f"{said}{signature}: {other[0]} is not what it is given", fix=wanted)
+
+
+def _own_metric(file: str, function: str, gets: Sequence[str]) -> Metric:
     """A function of the user's own file, which is run: it is theirs, named on their command line."""
     if not Path(file).is_file():
         raise RecipeError(f"metric {file}:{function}: no such file", fix="write it as file.py:function")
@@ -180,6 +204,7 @@ def _own_metric(file: str, function: str) -> Metric:
         raise RecipeError(f"metric {file}:{function}: {type(error).__name__}: {error}", fix="mend the file") from None
     if not callable(found):
         raise RecipeError(f"metric {file}:{function}: no such function in it", fix="write it as file.py:function")
+    _check_parameters(found, f"{file}:{function}", gets)
 
     def judge(gold: str, answer: str) -> Judgement:
         try:
