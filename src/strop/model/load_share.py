@@ -83,7 +83,7 @@ class _Reader:
         self._groups: dict[str, Group] = {}
         self._read: tuple[Group | None, dict[str, Tensor]] = (None, {})
         if scheme == "none":
-            self._layout = Layout(skeleton(source), self.tensors)
+            self._layout = Layout(skeleton(source), self.tensors).check(source.name, self.tensors)
             self._groups = {place: group for group in self._layout.groups for place in self._layout.places(group)}
         else:
             packed = self.tensors.is_packed

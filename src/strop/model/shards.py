@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from strop.errors import ModelError
 from strop.model.experts import PackedExperts, as_quantized, is_experts, pack_experts, packable
-from strop.model.facts import Source, refuse_widened, safetensors_header, weight_files
+from strop.model.facts import BITS, Source, headers, refuse_widened
 from strop.model.names import Group, Layout
 from strop.model.quantize import QuantizedLinear, pack, put_module, replace_linears
 from strop.runs.folder import new_folder
 
 SHARD_BYTES = 1 << 30
+AT_ONCE = 1 << 24  # bytes of two tensors that are compared together
 DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I8": torch.int8,
 }  # fmt: skip
@@ -41,8 +42,7 @@ class Tensors:
         self._shapes: dict[str, list[int]] = {}
         self._dtypes: dict[str, str] = {}
         self._begins: dict[str, int] = {}
-        for file in weight_files(folder):
-            header = safetensors_header(file)
+        for file, header in headers(folder):
             first = file.stat().st_size - max((entry["data_offsets"][1] for entry in header.values()), default=0)
             for name, entry in header.items():
                 self._files[name], self._shapes[name], self._dtypes[name] = file, entry["shape"], entry["dtype"]
@@ -67,6 +67,19 @@ class Tensors:
     def dtype(self, name: str) -> torch.dtype | None:
         """Of a tensor, unread; None for a type that no weight here has."""
         return DTYPES.get(self._dtypes[name])
+
+    def kind(self, name: str) -> str:
+        """The type of a tensor as its file calls it."""
+        return self._dtypes[name]
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same, read some at a time."""
+        if (self.kind(name), self.shape(name)) != (self.kind(other), self.shape(other)):
+            return False
+        size = self.size_bytes(name) // 4 * BITS[self.kind(name)] // 8
+        cuts = range(0, size, AT_ONCE)
+        pairs = ((self.part(one, at, min(at + AT_ONCE, size)) for one in (name, other)) for at in cuts)
+        return all(torch.equal(*pair) for pair in pairs)
 
     def shape(self, name: str) -> list[int]:
         """Of a tensor, unread."""
@@ -105,7 +118,7 @@ def quantize_folder(
     the model's own names. device: which quantizes."""
     chosen, as_type = packable(skeleton), typed(skeleton, dtype)
     tensors = Tensors(source.path)
-    layout = Layout(skeleton, tensors)
+    layout = Layout(skeleton, tensors).check(source.name, tensors)
 
     def parts(group: Group) -> dict[str, Tensor]:
         return {
@@ -113,13 +126,14 @@ def quantize_folder(
         }
 
     def kept(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        tensor = tensor.to(dtype) if name in chosen else as_type(name, tensor)
         if tensor.is_floating_point() and not is_finite(tensor):
             raise ModelError(f"{source.name}: weight {name} holds NaN or infinity", fix="fetch the model again")
         if name not in chosen:
-            yield name, as_type(name, tensor).contiguous()
+            yield name, tensor.contiguous()
             return
         quantized = pack_experts if tensor.dim() == 3 else pack
-        for short, part in quantized(tensor.to(dtype), scheme, double=double, device=device).items():
+        for short, part in quantized(tensor, scheme, double=double, device=device).items():
             yield _key(name, short), part.contiguous()
 
     with new_folder(folder) as temp:
@@ -161,7 +175,7 @@ def write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], metadata: dic
 def is_whole(folder: Path) -> bool:
     """Whether all weight files are there, each as long as its header says."""
     try:
-        return all(map(safetensors_header, weight_files(folder)))
+        return all(header for _, header in headers(folder))
     except (OSError, ModelError):
         return False
 
