@@ -23,13 +23,12 @@ from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import InputError, ModelError, RecipeError
 from strop.machine.host import own_torch, usual_torch
 from strop.model.biases import biases_of, has_own_biases, keep_biases, without_adapter
-from strop.model.facts import Source, fingerprint, locate, prequantized, safetensors_header
+from strop.model.facts import SCHEMES, Source, fingerprint, locate, prequantized, safetensors_header
 from strop.model.generate import Answer, generate
 from strop.model.load import DTYPES, check_place, load_base
 from strop.model.loftq import moved_base
 from strop.model.lora import grow_vocabulary, sum_once, unwarned
 from strop.model.measured import made_for
-from strop.model.quantize import SCHEMES
 from strop.model.saved import adapter_config
 from strop.model.score import TASK, add_head
 from strop.model.shards import is_finite

@@ -36,7 +36,17 @@ from strop.model.facts import (
 from strop.model.ggufweights import read_tensors
 from strop.model.names import Layout, refuse_left
 from strop.model.quantize import folder_name, make_resident
-from strop.model.shards import Tensors, build, floats, is_finite, is_whole, pack_again, quantize_folder, write_shards
+from strop.model.shards import (
+    Tensors,
+    build,
+    check_packed,
+    floats,
+    is_finite,
+    is_whole,
+    pack_again,
+    quantize_folder,
+    write_shards,
+)
 from strop.model.tokenizer import LOCAL, gguf_cache, head_folder, plain_config
 from strop.model.towers import text_forward
 from strop.runs.folder import cache_folder, made_once, new_folder, write_json
@@ -214,6 +224,7 @@ def packed_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype,
     device."""
     already = prequantized(source.config())
     if already == scheme:
+        check_packed(source, skeleton(source))
         return source.path
     if already is not None:
         raise ModelError(f"{source.name}: its weights are {already} already", fix=f"use --model.quantization {already}")

@@ -89,10 +89,13 @@ class Layout:
             if others and group.converter is None:
                 what = f"{name}: {group.place} is there twice, as {first} and as {others[0]}"
                 raise ModelError(what, fix="leave one of them out")
+            if tensors.is_packed(first):
+                continue
             if odd := next((key for key in group.names if tensors.kind(key) not in FLOATS), None):
                 what = f"{name}: {odd} is stored as {tensors.kind(odd)}, and config.json does not say how it is scaled"
                 raise ModelError(what, fix="use the model with 16-bit weights")
         alone = [group for group in self.groups if group.place is not None and group.converter is None]
+        alone = [one for one in alone if tensors.kind(one.names[0]) == "I8" or not tensors.is_packed(one.names[0])]
         unlike = [one.place for one in alone if tensors.shape(one.names[0]) != list(self._state[str(one.place)].shape)]
         if unlike:
             raise ModelError(f"{name}: {len(unlike)} weights are missing or of another shape, first {unlike[0]}")

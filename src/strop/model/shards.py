@@ -47,6 +47,7 @@ class Tensors:
             for name, entry in header.items():
                 self._files[name], self._shapes[name], self._dtypes[name] = file, entry["shape"], entry["dtype"]
                 self._begins[name] = first + entry["data_offsets"][0]
+        self._owners = {name.rpartition(".")[0] for name in self._files}
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._files))
@@ -92,7 +93,7 @@ class Tensors:
     def is_packed(self, name: str) -> bool:
         """Whether a weight is quantized here: it has constants beside it."""
         scale = f"{name.removesuffix('weight')}SCB"
-        return scale in self._files or any(key.startswith(f"{name}.") for key in self._files)
+        return scale in self._files or name in self._owners
 
     def names_under(self, name: str) -> dict[str, str]:
         """Constants of a quantized weight: of `x.weight`, absmax: x.weight.absmax, and SCB: x.SCB."""
@@ -222,6 +223,21 @@ def build(make: Any, folder: Path, name: str, scheme: str, dtype: torch.dtype) -
     return module
 
 
+def check_packed(source: Source, model: nn.Module) -> None:
+    """Raises ModelError where a checkpoint that is quantized on disk would make another model than its config says.
+
+    model: without weights (meta tensors)."""
+    tensors = Tensors(source.path)
+    packed = {name for name in tensors if name.endswith("weight") and tensors.is_packed(name)}
+    if not packed:
+        what = f"{source.name}: its config.json says that its weights are quantized, and none of them is"
+        raise ModelError(what, fix="take quantization_config out of it")
+    if odd := next((name for name in tensors if name.endswith(".weight_format") and tensors.get(name).any()), None):
+        raise ModelError(f"{source.name}: {odd} is of an old layout of 8 bit", fix="use the model with 16-bit weights")
+    constants = {key for name in packed for key in (f"{name}_format", *tensors.names_under(name).values())}
+    Layout(model, (name for name in tensors if name not in constants)).check(source.name, tensors)
+
+
 def pack_again(model: nn.Module, folder: Path, name: str, scheme: str, dtype: torch.dtype) -> None:
     """Puts packed weights in the place of those that were dequantized, layer by layer; model may carry adapters."""
     tensors = Tensors(folder)
@@ -240,9 +256,12 @@ def pack_again(model: nn.Module, folder: Path, name: str, scheme: str, dtype: to
 
 
 def _fill(layer: QuantizedLinear, packed: dict[str, Tensor], where: str) -> None:
+    constants = (tensor for name, tensor in packed.items() if name != "weight" and tensor.is_floating_point())
+    if not all(map(is_finite, constants)):
+        raise ModelError(f"{where} holds NaN or infinity", fix="fetch the model again")
     try:
         layer.fill(packed)
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{where}: not a {layer.scheme} weight ({error})", fix="quantize it again") from None
 
 
