@@ -47,7 +47,7 @@ from strop.model.shards import (
     quantize_folder,
     write_shards,
 )
-from strop.model.tokenizer import LOCAL, gguf_cache, head_folder, plain_config
+from strop.model.tokenizer import LOCAL, gguf_cache, gguf_faults, head_folder, plain_config
 from strop.model.towers import text_forward
 from strop.runs.folder import cache_folder, made_once, new_folder, write_json
 
@@ -279,8 +279,8 @@ def _dequantized(source: Source) -> Path:
     def make(folder: Path) -> None:
         LOG.info("copying the weights of %s in 16 bit, once", source.name)
         bare = skeleton(source)
-        tensors = read_tensors(source.path, bare, bare.config)
-        with new_folder(folder) as temp:
+        with gguf_faults(source.path), new_folder(folder) as temp:
+            tensors = read_tensors(source.path, bare, bare.config)
             if tensors is not None:
                 kind = {"architectures": [type(bare).__name__], "dtype": "bfloat16"}  # other programs ask for both
                 write_json(temp / "config.json", {**read_config(head_folder(source)), **kind})
@@ -290,7 +290,13 @@ def _dequantized(source: Source) -> Path:
             packed = getattr(transformers, "GgufConfig", None)
             if packed is not None:  # transformers 5.2x keeps GGUF blocks packed unless told otherwise
                 options["quantization_config"] = packed(dequantize=True)
-            model = AutoModelForCausalLM.from_pretrained(str(source.path.parent), **options)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(source.path.parent), output_loading_info=True, **options
+            )
+            if lost := sorted(info.get("missing_keys") or []):  # transformers has filled them with random numbers
+                raise ModelError(
+                    f"{source.path}: {len(lost)} weights are missing, first {lost[0]}", fix="fetch it again"
+                )
             plain_config(model.config)
             for part in ("hf_quantizer", "quantization_method"):
                 if hasattr(model, part):
