@@ -29,7 +29,8 @@ def test_a_gguf_file_is_read_tensor_by_tensor_as_transformers_reads_it(
 ) -> None:
     monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
     rows = str(write_rows(tmp_path / "rows.jsonl", 24))
-    sizes = {"head_dim": 128} if family == "qwen3" else {}  # the one that transformers takes of such a file
+    # a head of 128 is the one that transformers takes of a Qwen 3's file, and of a Llama's it leaves biases out
+    sizes = {"qwen3": {"head_dim": 128}, "llama-2": {"attention_bias": False, "mlp_bias": False}}.get(family, {})
     base = gguf_models.save(family, tmp_path / "base", **sizes)
     export_gguf(str(gguf_models.adapt(base, tmp_path / "tuned")), tmp_path / "m.gguf", kind=kind, data=rows)
     source = locate(str(tmp_path / "m.gguf"))
@@ -102,6 +103,16 @@ def test_a_gguf_file_that_would_make_another_model_is_refused(
     assert file.read_bytes() != whole
     with pytest.raises(ModelError, match=said):
         load_base(locate(str(file)), torch.bfloat16, "cpu")
+
+
+def test_the_biases_of_a_llama_are_not_left_out_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its header does not tell of them, and transformers builds the model without."""
+    monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
+    rows = str(write_rows(tmp_path / "rows.jsonl", 4))
+    adapter = gguf_models.adapt(gguf_models.save("llama-2", tmp_path / "base", attention_bias=True), tmp_path / "tuned")
+    export_gguf(str(adapter), tmp_path / "m.gguf", kind="f32", data=rows)
+    with pytest.raises(ModelError, match=r"8 of its tensors have no place .*, first blk\.0\.attn_k\.bias"):
+        load_base(locate(str(tmp_path / "m.gguf")), torch.bfloat16, "cpu")
 
 
 def test_a_merge_on_a_gguf_base_names_its_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
