@@ -23,21 +23,20 @@ from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import InputError, ModelError, RecipeError
 from strop.machine.host import own_torch, usual_torch
 from strop.model.biases import biases_of, has_own_biases, keep_biases, without_adapter
-from strop.model.facts import Source, fingerprint, locate, prequantized, safetensors_header
+from strop.model.facts import SCHEMES, Source, fingerprint, locate, prequantized, safetensors_header
 from strop.model.generate import Answer, generate
 from strop.model.load import DTYPES, check_place, load_base
 from strop.model.loftq import moved_base
 from strop.model.lora import grow_vocabulary, sum_once, unwarned
 from strop.model.measured import made_for
-from strop.model.quantize import SCHEMES
-from strop.model.saved import adapter_config
+from strop.model.names import FLOATS
+from strop.model.saved import WEIGHTS_FILE, adapter_config, check_fit
 from strop.model.score import TASK, add_head
 from strop.model.shards import is_finite
 from strop.model.tokenizer import load_tokenizer, new_rows
 from strop.runs.folder import RunFolder, is_run, new_folder, write_json
 from strop.runs.lock import sha256_file, versions
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 STROP_FILE = "strop.json"  # beside adapter_config.json: base fingerprint, template and data hash
 
 
@@ -71,8 +70,6 @@ def adapter_folder(name: str) -> Path | None:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise ModelError(f"{folder}: no {WEIGHTS_FILE}", fix="give an adapter saved as safetensors, never pickle")
     return adapter_config(folder)
 
 
@@ -157,9 +154,10 @@ def attach(
                 model.load_adapter(str(folder), adapter_name=name, **how)
             else:
                 model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name, **how)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
         raise ModelError(f"{folder}: does not fit {source.name}: {' '.join(str(error).split()[:40])}") from None
-    _check_fit(model, folder, source, name)
+    places = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    check_fit({key: weight.shape for key, weight in places.items()}, folder, source.name)
     if own_biases:
         keep_biases(model, before)
     return sum_once(model), notes
@@ -196,23 +194,16 @@ def check_base(folder: Path, source: Source, *, force: bool = False) -> list[str
 def check_weights(folder: Path) -> None:
     """Raises ModelError for an adapter file that is damaged, was changed since it was saved, or holds NaN."""
     file, known = folder / WEIGHTS_FILE, read_identity(folder).get("weights", {}).get("sha256")
-    safetensors_header(file)
-    if bad := [name for name, weight in load_file(file).items() if not is_finite(weight)]:
+    kinds = {name: entry["dtype"] for name, entry in safetensors_header(file).items()}
+    if odd := next((name for name, kind in kinds.items() if kind not in FLOATS), None):
+        what = f"{file}: {odd} is stored as {kinds[odd]}, which no adapter is trained in"
+        raise ModelError(what, fix="save it in 16 or 32 bit")
+    if bad := [name for name, weight in load_file(file).items() if not is_finite(weight.float())]:
         raise ModelError(f"{file}: {bad[0]} holds NaN or infinity", fix="take an older checkpoint of the run")
     found = sha256_file(file)
     if known and found != known:
         what = f"{file}: not the file that was saved: sha256 {found[:12]}, {known[:12]} expected"
         raise ModelError(what, fix=f"make it again, or remove {STROP_FILE} if the change was meant")
-
-
-def _check_fit(model: peft.PeftModel, folder: Path, source: Source, adapter: str) -> None:
-    """Every tensor of the file has a place in the model, and every adapter of the model its tensor; peft only warns."""
-    saved = set(safetensors_header(folder / WEIGHTS_FILE))
-    places = set(peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
-    for names, what in ((saved - places, "have no place in"), (places - saved, "are missing for")):
-        if names:
-            said = f"{len(names)} of its tensors {what} {source.name}, first {min(names)}"
-            raise ModelError(f"{folder}: {said}", fix="load it on the base it was trained on")
 
 
 @dataclass

@@ -109,6 +109,56 @@ def test_what_has_no_place_in_the_base_is_refused(trained: Callable[..., Path], 
     assert not list(tmp_path.glob("merged*"))
 
 
+def _settings(folder: Path, **fields: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def _matrices(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
+    file = folder / "adapter_model.safetensors"
+    made = {name: change(name, weight) for name, weight in load_file(file).items()}
+    save_file({name: weight for name, weight in made.items() if weight is not None}, file, {"format": "pt"})
+
+
+UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another rank": (lambda it: _settings(it, r=8), "does not fit"),
+    "a rank pattern": (lambda it: _settings(it, rank_pattern={"q_proj": 2}), "does not fit"),
+    "more targets": (lambda it: _settings(it, target_modules=["q_proj", "k_proj"]), "4 of its tensors are missing"),
+    "half of its layers": (
+        lambda it: _matrices(it, lambda n, w: w if ".0." in n else None),
+        "2 of its tensors are mis",
+    ),
+    "A without B": (lambda it: _matrices(it, lambda n, w: w if "lora_A" in n else None), "2 of its tensors are m"),
+    "nothing": (lambda it: _matrices(it, lambda n, w: None), "4 of its tensors are missing"),
+    "rows that are not there": (lambda it: _settings(it, trainable_token_indices=[3]), "embedding rows|does not fit"),
+    "whole numbers": (lambda it: _matrices(it, lambda n, w: (w * 99).int()), "stored as I32, which no adapter"),
+    "8 bit": (lambda it: _matrices(it, lambda n, w: w.to(torch.float8_e5m2)), "stored as F8_E5M2, which no adapter"),
+    "beyond fp32": (lambda it: _matrices(it, lambda n, w: w.double() * 1e200), "NaN or infinity"),
+    "alpha that is none": (lambda it: _settings(it, lora_alpha=float("nan")), "lora_alpha is nan, and no number"),
+    "rank 0": (lambda it: _settings(it, r=0), "r is 0, and no rank"),
+    "a pattern of words": (lambda it: _settings(it, alpha_pattern={"q_proj": "x"}), "alpha_pattern q_proj is 'x', and"),
+    "no targets": (lambda it: _settings(it, target_modules=[]), "does not fit"),
+    "targets that are none": (lambda it: _settings(it, target_modules=3), "target_modules is 3, and no list"),
+    "another tool's": (lambda it: _settings(it, megatron_config={"a": 1}, megatron_core="nowhere"), "does not fit"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_an_adapter_that_is_not_what_its_config_says_is_refused_measured_or_not(
+    kind: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    damage, said = UNFIT[kind]
+    folder = tmp_path / "adapter"
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), config).save_pretrained(folder)
+    damage(folder)
+    with pytest.raises(ModelError, match=said):
+        merge(str(folder), tmp_path / "merged", measure=False)
+    with pytest.raises(ModelError, match=said):
+        strop.load(folder, device="cpu", dtype="fp32")
+    assert not list(tmp_path.glob("merged*"))
+
+
 def test_an_adapter_whose_first_weights_were_taken_out_of_its_base_is_refused(
     tiny_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:

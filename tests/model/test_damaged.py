@@ -25,7 +25,10 @@ WHOLE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         b"[]", b"1", b"[" * 100_000, b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [1]}}',
         *(
             json.dumps({"a": {**WHOLE, **lie}}).encode()
-            for lie in ({"data_offsets": [-4, 4]}, {"data_offsets": ["0", "4"]}, {"shape": [-1]}, {"dtype": 3})
+            for lie in (
+                {"shape": [2]}, {"dtype": "F16"}, {"dtype": "F5"}, {"data_offsets": [-4, 4]},
+                {"data_offsets": ["0", "4"]}, {"shape": [-1]}, {"dtype": 3},
+            )
         ),
     ],
 )  # fmt: skip

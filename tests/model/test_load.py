@@ -20,7 +20,9 @@ from strop.config.schema import LoraSection
 from strop.errors import ModelError
 from strop.model.facts import Source, fingerprint, locate, safetensors_header
 from strop.model.load import load_base, load_config, skeleton
+from strop.model.load_share import load_share
 from strop.model.lora import add_lora
+from strop.model.shape import peek
 from strop.model.tokenizer import load_tokenizer
 from tests.support import tiny
 from tests.support.hub_standin import Fault, serve
@@ -201,6 +203,141 @@ def test_a_vocabulary_that_is_not_the_weights_is_named(tmp_path: Path) -> None:
         load_base(locate(str(changed(tmp_path, vocab_size=300))), torch.float32, "cpu")
 
 
+def _more(folder: Path, **tensors: torch.Tensor) -> None:
+    """Adds tensors to a saved model, or puts them into the place of those of their names."""
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), **tensors}, file, {"format": "pt"})
+
+
+def _as_type(folder: Path, kind: torch.dtype) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    _more(folder, **{name: (load_file(folder / "model.safetensors")[name] * 100).to(kind)})
+
+
+OTHER = {
+    "more layers than the config says": (
+        lambda folder: changed(folder, num_hidden_layers=1),
+        "9 of its tensors have no place in the model .*, first model.layers.1.input_layernorm.weight",
+    ),
+    "a bias that the model has not": (
+        lambda folder: _more(folder, **{"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
+        "no place in the model .*, first model.layers.0.self_attn.q_proj.bias",
+    ),
+    "a norm that the model has not": (
+        lambda folder: _more(folder, **{"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
+        "no place in the model .*, first model.layers.0.self_attn.q_norm.weight",
+    ),
+    "one weight by two names": (
+        lambda folder: _more(folder, **{"layers.0.mlp.up_proj.weight": torch.ones(64, 32)}),
+        "model.layers.0.mlp.up_proj.weight is there twice, as layers.0",
+    ),
+    "a head beside the embedding that it is": (
+        lambda folder: _more(folder, **{"lm_head.weight": torch.ones(len(tiny.tokenizer("chatml")), 32)}),
+        "lm_head.weight and model.embed_tokens.weight differ, and config.json says that they are one",
+    ),
+    "8 bit and no scale": (lambda folder: _as_type(folder, torch.float8_e4m3fn), "stored as F8_E4M3, and config.json"),
+    "whole numbers": (lambda folder: _as_type(folder, torch.int32), "up_proj.weight is stored as I32, and config.json"),
+    "another shape": (
+        lambda folder: changed(folder, num_key_value_heads=4),
+        "4 weights are missing or of another shape, first model.layers.0.self_attn.k_proj.weight",
+    ),
+    "a number beyond the type": (
+        lambda folder: _more(folder, **{"model.layers.0.mlp.up_proj.weight": torch.ones(64, 32).double() * 1e300}),
+        "NaN or infinity",
+    ),
+    "another model altogether": (
+        lambda folder: save_file({"transformer.a": torch.ones(1)}, folder / "model.safetensors"),
+        "none of its tensors is a weight of a model of type llama, first transformer.a",
+    ),
+}  # fmt: skip
+LOADERS: dict[str, Any] = {
+    "16 bit": lambda source: load_base(source, torch.float32, "cpu"),
+    "nf4": lambda source: load_base(source, torch.float32, "cpu", quantization="nf4"),
+    "share": lambda source: load_share(source, torch.float32, "cpu", 0, 1),
+}
+
+
+@pytest.mark.parametrize("way", LOADERS)
+@pytest.mark.parametrize("kind", OTHER)
+def test_weights_that_would_make_another_model_are_refused(kind: str, way: str, tmp_path: Path) -> None:
+    damage, said = OTHER[kind]
+    damage(tiny.save_tiny(tmp_path))
+    with pytest.raises(ModelError, match=said):
+        LOADERS[way](locate(str(tmp_path)))
+
+
+@pytest.mark.parametrize("way", LOADERS)
+def test_tensors_beside_the_model_are_passed_over(way: str, tmp_path: Path) -> None:
+    """A head of another task, what predicts further tokens, angles and masks of old checkpoints, a head that is the
+    embedding."""
+    tied = load_file(tiny.save_tiny(tmp_path) / "model.safetensors")["model.embed_tokens.weight"].clone()
+    _more(tmp_path, **{"score.weight": torch.ones(1, 32), "model.mtp.norm.weight": torch.ones(32)})
+    _more(tmp_path, **{"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": tied})
+    _more(tmp_path, **{"model.layers.1.self_attn.masked_bias": torch.ones(1)})
+    LOADERS[way](locate(str(tmp_path)))
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    weights = load_file(tiny.save_tiny(tmp_path) / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(weights, tmp_path / "a.safetensors", {"format": "pt"})
+    save_file({name: weights[name] * 2}, tmp_path / "b.safetensors", {"format": "pt"})
+    (tmp_path / "model.safetensors").unlink()
+    index = {"weight_map": {**dict.fromkeys(weights, "a.safetensors"), "c": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for look in (locate, peek):
+        with pytest.raises(ModelError, match=f"{name} is in a.safetensors and in b.safetensors"):
+            look(str(tmp_path))
+
+
+@pytest.mark.parametrize("way", ["16 bit", "nf4"])
+def test_of_one_file_and_an_index_of_others_the_one_is_the_model(way: str, tmp_path: Path) -> None:
+    """As transformers does."""
+    ids = torch.arange(5, 25)[None]
+    expected = LOADERS[way](locate(str(tiny.save_tiny(tmp_path))))(ids).logits
+    weights = {name: weight * 2 for name, weight in load_file(tmp_path / "model.safetensors").items()}
+    save_file(weights, tmp_path / "old.safetensors", {"format": "pt"})
+    index = {"weight_map": dict.fromkeys(weights, "old.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(LOADERS[way](locate(str(tmp_path)))(ids).logits, expected)
+
+
+def test_models_that_differ_in_the_middle_alone_are_told_apart(tmp_path: Path) -> None:
+    """Two merges of adapters on the MLPs: the same names, shapes, first and last tensors. What is kept of one in 4 bit
+    is not taken for the other."""
+    sizes = {"vocab_size": len(tiny.tokenizer("chatml")), "hidden_size": 256, "intermediate_size": 64, "head_dim": 256}
+    model = tiny.model(**sizes, num_key_value_heads=1)
+    models = []
+    for name in ("one", "other"):
+        model.save_pretrained(tmp_path / name)
+        models.append(locate(str(tmp_path / name)))
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    assert fingerprint(models[0]) != fingerprint(models[1])
+    kept = [load_base(one, torch.float32, "cpu", quantization="nf4", resident_layers=None) for one in models]
+    assert not torch.equal(*(one.get_parameter("model.layers.0.mlp.up_proj.weight") for one in kept))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rope_theta": 5e5}, "rope_theta"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "default"}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_theta": 1e4}, None),
+        ({"rope_scaling": None, "rope_theta": 1e4}, None),
+    ],
+)
+def test_positions_that_are_told_twice_must_agree(fields: dict[str, Any], said: str | None, tmp_path: Path) -> None:
+    """transformers takes rope_scaling alone, with another rope_theta, or passes over rope_theta."""
+    changed(tmp_path, **fields)
+    if said is None:
+        assert load_config(locate(str(tmp_path))).rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
+        return
+    with pytest.raises(ModelError, match=f"rope_parameters and {said} do not say the same"):
+        locate(str(tmp_path))
+
+
 def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
     changed(tmp_path, model_type="t5", architectures=["T5ForConditionalGeneration"])
     with pytest.raises(ModelError, match="no language model of type t5"):
@@ -247,6 +384,19 @@ def test_a_broken_generation_config_is_named(tmp_path: Path, scheme: str) -> Non
     (tiny.save_tiny(tmp_path) / "generation_config.json").write_text('{"eos_token_id": ')
     with pytest.raises(ModelError, match=r"generation_config\.json: not JSON"):
         load_base(locate(str(tmp_path)), torch.float32, "cpu", quantization=scheme)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf3"},
+    ],
+)
+def test_a_way_to_quantize_that_there_is_not_is_refused(tmp_path: Path, section: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=r"quantized by .*, which strop does not read"):
+        locate(str(changed(tmp_path, quantization_config=section)))
 
 
 @pytest.mark.parametrize("by", ["gptq", "awq", "compressed-tensors", None])

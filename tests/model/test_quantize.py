@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from strop.engine.step import step_for
 from strop.errors import ModelError
 from strop.model.facts import locate, prequantized
 from strop.model.load import load_base, packed_folder, skeleton
+from strop.model.load_share import load_share
 from strop.model.lora import add_lora, trainable
 from strop.model.quantize import QuantizedLinear, _packed_by_operations, make_resident, pack, quantizable
 from strop.model.shape import peek
@@ -357,6 +359,65 @@ def test_bytes_that_are_stored_as_other_numbers_are_bytes(tiny_folder: Path, tmp
     ours = load_base(locate(str(tiny_folder)), torch.bfloat16, "cpu", **how)
     name = "model.layers.1.mlp.down_proj"
     assert torch.equal(*(cast(Any, one).get_submodule(name).dequantized() for one in (loaded, ours)))
+
+
+def _described_as(old: bytes, new: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda state: torch.tensor(list(bytes(state.tolist()).replace(old, new)), dtype=torch.uint8)
+
+
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
+LIES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "half of its layers": ("nf4", {"config": {"num_hidden_layers": 1}}, "have no place in the model"),
+    "a bias too many": ("nf4", {"model.layers.0.mlp.up_proj.bias": lambda _: torch.ones(64)}, "have no place in the"),
+    "nothing quantized": ("nf4", {"plain": True}, "its weights are quantized, and none of them is"),
+    "NaN": ("nf4", {f"{WEIGHT}.nested_absmax": lambda it: it * torch.nan}, "holds NaN"),
+    "few constants": ("nf4", {f"{WEIGHT}.absmax": lambda it: it[:-4].clone()}, "absmax has 28 numbers, 32 expected"),
+    "no constants": ("nf4", {f"{WEIGHT}.absmax": None}, "absmax has 0 numbers, 32 expected"),
+    "no constants of constants": ("nf4", {f"{WEIGHT}.nested_absmax": None}, "nested_absmax has 0 numbers"),
+    "few bytes": ("nf4", {WEIGHT: lambda it: it[:-8].clone()}, "weight has 1016 numbers, 1024 expected"),
+    "other blocks": ("nf4", {STATE: _described_as(b": 64,", b": 128,")}, "absmax has 32 numbers, 16 expected"),
+    "no blocks": ("nf4", {STATE: _described_as(b": 64,", b": 0,")}, "blocks of 0"),
+    "a description that is none": ("nf4", {STATE: lambda _: torch.tensor([91, 93]).byte()}, "is no object"),
+    "int8, NaN": ("int8", {"model.layers.0.mlp.up_proj.SCB": lambda it: it * torch.nan}, "holds NaN"),
+    "int8, one scale": ("int8", {"model.layers.0.mlp.up_proj.SCB": lambda it: it[:1].clone()}, "SCB has 1 numbers, 64"),
+    "int8, no scale": ("int8", {"model.layers.0.mlp.up_proj.SCB": None}, "is stored as I8"),
+    "int8, on its side": ("int8", {WEIGHT: lambda it: it.t().contiguous()}, "of another shape, first model.layers.0"),
+    "int8, an old layout": ("int8", {f"{WEIGHT}_format": lambda _: torch.tensor(2).byte()}, "of an old layout"),
+}
+
+
+@pytest.mark.parametrize("way", ["streamed", "share"])
+@pytest.mark.parametrize("kind", LIES)
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_a_quantized_checkpoint_that_is_not_what_it_says_is_refused(
+    kind: str, way: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    scheme, changes, said = LIES[kind]
+    how: dict[str, Any] = {"load_in_8bit": True}
+    if scheme == "nf4":
+        how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tiny_folder, quantization_config=BitsAndBytesConfig(**how), dtype=torch.float32
+    )
+    theirs.save_pretrained(tmp_path)
+    file, about = tmp_path / "model.safetensors", tmp_path / "config.json"
+    weights = load_file(tiny_folder / file.name if changes.get("plain") else file)
+    about.write_text(json.dumps({**json.loads(about.read_text()), **changes.get("config", {})}))
+    for name, change in changes.items():
+        if name.startswith("model."):
+            made = None if change is None else change(weights.get(name))
+            weights = {key: tensor for key, tensor in weights.items() if key != name}
+            weights |= {} if made is None else {name: made}
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=said):
+        if way == "share":
+            load_share(locate(str(tmp_path)), torch.float32, "cpu", 0, 1, quantization=scheme)
+        else:
+            load_base(locate(str(tmp_path)), torch.float32, "cpu", quantization=scheme)
 
 
 def test_a_weight_that_is_missing_is_named(tiny_folder: Path, tmp_path: Path) -> None:

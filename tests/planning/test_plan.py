@@ -31,6 +31,7 @@ from strop.planning.microbatch import usual_micro_batch
 from strop.planning.setting import Setting
 from strop.planning.speed import Rate, flops, tokens_per_s
 from tests.planning.published import CONFIGS
+from tests.support import tiny
 from tests.support.running import run
 
 PHASES = ["load", "train", "evaluate", "merge", "export", "serve"]
@@ -188,6 +189,21 @@ def test_a_plan_tells_what_train_would_refuse(
     file.write_text(json.dumps(KNOWN["Llama-3.2-1B"]), encoding="utf-8")
     _, out, err = run("plan", "--model", file, "--json", capsys=capsys)
     assert json.loads(out)["refused"] is None and "would refuse" not in err
+
+
+def test_a_plan_holds_a_folder_to_its_config(tmp_path: Path) -> None:
+    """As train does, and a module that is to be trained in full to the model."""
+    config = tiny.save_tiny(tmp_path) / "config.json"
+    known = json.loads(config.read_text())
+    assert strop.plan(model=tmp_path, memory=8 << 30).refused is None
+    for fields in ({"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"vocab_size": 9999}):
+        config.write_text(json.dumps({**known, **fields}))
+        told = strop.plan(model=tmp_path, memory=8 << 30).refused
+        assert told is not None and "32,192 weights in 2 layers, and its config describes" in told
+    config.write_text(json.dumps(known))
+    with pytest.raises(ModelError, match=r"lora.modules_to_save: no module nope"):
+        strop.plan(model=tmp_path, memory=8 << 30, **{"lora.modules_to_save": ["nope"]})
+    assert strop.plan(model=tmp_path, memory=8 << 30, **{"lora.modules_to_save": ["model.norm"]}).fits
 
 
 @pytest.mark.parametrize("name", ["num_local_experts", "num_experts", "n_routed_experts"])

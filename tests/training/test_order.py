@@ -37,6 +37,18 @@ def test_bert_is_trained_as_a_decoder_alone(tmp_path: Path) -> None:
     assert made.report["loss"]["last"] > 0
 
 
+def test_a_small_bert_is_refused_by_its_config(tmp_path: Path) -> None:
+    """As it comes from transformers, weights so small that no token makes much of those behind it; by plan too."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertLMHeadModel(BertConfig(vocab_size=len(tokenizer("chatml")), **sizes)).save_pretrained(tmp_path / "bert")
+    tokenizer("chatml").save_pretrained(tmp_path / "bert")
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
+    found = strop.plan(model=tmp_path / "bert", data=rows, memory=8 << 30, **QUICK)
+    assert found.refused == "bert: its tokens see those that stand behind them, and so what they are to predict"
+    with pytest.raises(ModelError, match="bert: its tokens see those that stand behind them"):
+        strop.train(model=tmp_path / "bert", data=rows, out=tmp_path / "run", **QUICK)
+
+
 def test_it_leaves_the_model_in_train_mode_and_its_weights_without_gradients(tmp_path: Path) -> None:
     job = tiny.job(tmp_path, tiny.examples(4))
     assert job.step.name == "plain"

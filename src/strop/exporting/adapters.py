@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from torch import Tensor
 
 from strop.adapters import (
     STROP_FILE,
-    WEIGHTS_FILE,
     adapter_folder,
     attach,
     base_source,
@@ -29,6 +27,7 @@ from strop.exporting.changes import beyond_lora, places_of, read_weights
 from strop.model.experts import by_expert
 from strop.model.facts import safetensors_header
 from strop.model.load import load_base
+from strop.model.saved import WEIGHTS_FILE
 from strop.runs.folder import RunFolder, disk_faults, new_folder, sole_maker, write_json
 from strop.runs.lock import sha256_file, versions
 
@@ -211,7 +210,7 @@ class _Delta:
             return None
         plain = {name: tensor.float() for name, tensor in read_weights(folder).items()}
         scales = {}
-        for name, place in places_of(source, peft.LoraConfig.from_pretrained(str(folder))).items():
+        for name, place in places_of(source, folder).items():
             if f"{place.key}.lora_A.weight" not in plain:
                 continue
             if not place.experts:

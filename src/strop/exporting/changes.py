@@ -15,12 +15,13 @@ from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 from torch import Tensor
 
-from strop.adapters import WEIGHTS_FILE, read_adapter_config
+from strop.adapters import read_adapter_config
 from strop.errors import ModelError
 from strop.model.experts import by_expert
 from strop.model.facts import Source, safetensors_header
 from strop.model.load import skeleton
 from strop.model.lora import embeddings, grown, unwarned
+from strop.model.saved import WEIGHTS_FILE, check_fit
 from strop.model.tokenizer import new_rows
 
 NEW_ROWS = "token_adapter.trainable_tokens_delta"  # embedding rows that were trained, whole
@@ -43,7 +44,7 @@ def changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
     if both and not read_adapter_config(folder).get("ensure_weight_tying"):
         what = f"{folder}: {both[0]} was trained in full, and another module's weight with it in {source.name} was not"
         raise ModelError(what, fix="serve the adapter on its base")
-    places = places_of(source, peft.LoraConfig.from_pretrained(str(folder)))
+    places = places_of(source, folder)
     own = {name for name, _ in (*bare.named_parameters(), *bare.named_buffers())}  # of a weight in two places, one
     for name, place in places.items():
         if name not in own and f"{place.key}.lora_A.weight" in saved:
@@ -53,6 +54,9 @@ def changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
     held |= {f"{place.key}.{part}" for place in places.values() for part in PLAIN + LENGTHS}
     if left := saved.keys() - held:
         raise ModelError(f"{folder}: {min(left)} cannot be merged", fix="serve the adapter on its base")
+    if rows and not any(name.endswith(NEW_ROWS) for name in saved):
+        what = f"{folder}: its config names embedding rows that were trained, and its file holds none"
+        raise ModelError(what, fix="take another adapter of the run")
     with_rows, size = embeddings(bare), 1 + max((row for found in rows.values() for row in found), default=-1)
 
     def change(name: str, weight: Tensor) -> Tensor:
@@ -119,13 +123,19 @@ class Place:
         return torch.baddbmm(weight, one, two, alpha=self.scale)
 
 
-def places_of(source: Source, config: Any) -> dict[str, Place]:
+def places_of(source: Source, folder: Path) -> dict[str, Place]:
     """The place of each adapted parameter, by its name; the scale as peft computes it from rank, alpha, patterns and
-    rsLoRA."""
+    rsLoRA. Raises ModelError where the matrices in the folder are not those that its config asks for on this base."""
+    config: Any = peft.LoraConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = None  # peft would warn that the skeleton has another name
     config.trainable_token_indices = None  # of rows that the skeleton has not
-    with unwarned():
-        adapted = peft.get_peft_model(skeleton(source), config)
+    try:
+        with unwarned():
+            adapted = peft.get_peft_model(skeleton(source), config)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
+        raise ModelError(f"{folder}: does not fit {source.name}: {' '.join(str(error).split()[:40])}") from None
+    kept = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    check_fit({key: weight.shape for key, weight in kept.items()}, folder, source.name, matrices=True)
     found = {}
     for name, module in adapted.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer) and module.scaling:
@@ -140,7 +150,7 @@ def places_of(source: Source, config: Any) -> dict[str, Place]:
     return found
 
 
-def module_scales(source: Source, config: Any) -> dict[str, float]:
+def module_scales(source: Source, folder: Path) -> dict[str, float]:
     """The scale of each adapted linear layer, by its path."""
-    places = places_of(source, config)
+    places = places_of(source, folder)
     return {name.removesuffix(".weight"): place.scale for name, place in places.items() if not place.experts}

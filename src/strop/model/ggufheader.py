@@ -45,6 +45,9 @@ def read_gguf_config(file: Path) -> dict[str, Any]:
 def _config(values: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     family = str(values["general.architecture"])
     config = {ours: values[f"{family}.{name}"] for name, ours in _NAMES.items() if f"{family}.{name}" in values}
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
+    if blocks and len(blocks) != config.get("num_hidden_layers"):
+        raise ValueError(f"tensors of {len(blocks)} layers, {config.get('num_hidden_layers')} expected")
     vocabulary = tensors.get("token_embd.weight")
     if vocabulary:
         config["vocab_size"] = vocabulary[1]

@@ -13,13 +13,16 @@ import gguf
 import torch
 from torch import Tensor, nn
 
+from strop.errors import ModelError
+
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")  # as llama.cpp calls them
 
 
 def read_tensors(file: Path, bare: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]] | None:
     """Each of the model's parameters by name, in fp32. bare: the model without weights.
 
-    None for another family, or where a parameter is not in the file as the model has it.
+    None for another family, or where a parameter is not in the file as the model has it. Raises ModelError where a
+    layer in the file has a tensor that the model has not.
     """
     reader = gguf.GGUFReader(file)
     family = str(reader.fields["general.architecture"].contents())
@@ -32,6 +35,12 @@ def read_tensors(file: Path, bare: nn.Module, config: Any) -> Iterator[tuple[str
     sizes = {name: list(weight.shape) for name, weight in bare.named_parameters()}
     if any(tensor is None or tensor.shape.tolist()[::-1] != sizes[name] for name, tensor in found.items()):
         return None
+    used = {tensor.name for tensor in found.values() if tensor is not None}
+    if left := sorted(name for name in theirs if name.startswith("blk.") and name not in used):
+        what = (
+            f"{file}: {len(left)} of its tensors have no place in the model that its header describes, first {left[0]}"
+        )
+        raise ModelError(what, fix="fetch it again")
     return ((name, _read(tensor, family, config)) for name, tensor in found.items())
 
 

@@ -28,16 +28,26 @@ from strop.model.experts import growths, make_experts_resident
 from strop.model.facts import (
     Source,
     fingerprint,
+    headers,
     prequantized,
     quantized_by,
     read_config,
-    safetensors_header,
-    weight_files,
 )
 from strop.model.ggufweights import read_tensors
+from strop.model.names import Layout, refuse_left
 from strop.model.quantize import folder_name, make_resident
-from strop.model.shards import build, floats, is_finite, is_whole, pack_again, quantize_folder, write_shards
-from strop.model.tokenizer import LOCAL, gguf_cache, head_folder, plain_config
+from strop.model.shards import (
+    Tensors,
+    build,
+    check_packed,
+    floats,
+    is_finite,
+    is_whole,
+    pack_again,
+    quantize_folder,
+    write_shards,
+)
+from strop.model.tokenizer import LOCAL, gguf_cache, gguf_faults, head_folder, plain_config
 from strop.model.towers import text_forward
 from strop.runs.folder import cache_folder, made_once, new_folder, write_json
 
@@ -162,9 +172,7 @@ def weights_folder(source: Source) -> Path:
 
 def stored_dtype(source: Source) -> torch.dtype:
     """The narrowest type that holds all of a source's weights as they are on disk."""
-    kinds = {
-        entry["dtype"] for file in weight_files(weights_folder(source)) for entry in safetensors_header(file).values()
-    }
+    kinds = {entry["dtype"] for _, header in headers(weights_folder(source)) for entry in header.values()}
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds.pop() if len(kinds) == 1 else "", torch.float32)
 
 
@@ -184,6 +192,9 @@ def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
     if quantized_by(source.config()):
         config.quantization_config["dequantize"] = True  # on a card as well: adapters have no gradient otherwise
         options["config"] = config
+    else:
+        tensors = Tensors(folder)
+        Layout(without_weights(config), tensors).check(source.name, tensors)
     with _known(config):
         auto = _auto(config)
         model, info = auto.from_pretrained(
@@ -192,6 +203,7 @@ def _load_16_bit(source: Source, dtype: torch.dtype) -> Any:
     faults = sorted(info.get("missing_keys") or []) + sorted(key for key, *_ in info.get("mismatched_keys") or [])
     if faults:
         raise ModelError(f"{source.name}: {len(faults)} weights are missing or of another shape, first {faults[0]}")
+    refuse_left(source.name, model, info.get("unexpected_keys") or [])
     return model
 
 
@@ -212,6 +224,7 @@ def packed_folder(source: Source, scheme: str, double: bool, dtype: torch.dtype,
     device."""
     already = prequantized(source.config())
     if already == scheme:
+        check_packed(source, skeleton(source))
         return source.path
     if already is not None:
         raise ModelError(f"{source.name}: its weights are {already} already", fix=f"use --model.quantization {already}")
@@ -266,8 +279,8 @@ def _dequantized(source: Source) -> Path:
     def make(folder: Path) -> None:
         LOG.info("copying the weights of %s in 16 bit, once", source.name)
         bare = skeleton(source)
-        tensors = read_tensors(source.path, bare, bare.config)
-        with new_folder(folder) as temp:
+        with gguf_faults(source.path), new_folder(folder) as temp:
+            tensors = read_tensors(source.path, bare, bare.config)
             if tensors is not None:
                 kind = {"architectures": [type(bare).__name__], "dtype": "bfloat16"}  # other programs ask for both
                 write_json(temp / "config.json", {**read_config(head_folder(source)), **kind})
@@ -277,7 +290,13 @@ def _dequantized(source: Source) -> Path:
             packed = getattr(transformers, "GgufConfig", None)
             if packed is not None:  # transformers 5.2x keeps GGUF blocks packed unless told otherwise
                 options["quantization_config"] = packed(dequantize=True)
-            model = AutoModelForCausalLM.from_pretrained(str(source.path.parent), **options)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(source.path.parent), output_loading_info=True, **options
+            )
+            if lost := sorted(info.get("missing_keys") or []):  # transformers has filled them with random numbers
+                raise ModelError(
+                    f"{source.path}: {len(lost)} weights are missing, first {lost[0]}", fix="fetch it again"
+                )
             plain_config(model.config)
             for part in ("hf_quantizer", "quantization_method"):
                 if hasattr(model, part):

@@ -8,6 +8,7 @@ tensor after the other, and the share is kept. What is small, norms and biases, 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from strop.errors import ModelError
 from strop.model.experts import PackedExperts, as_quantized
-from strop.model.facts import Source
+from strop.model.facts import BITS, Source
 from strop.model.load import finished, from_config, load_config, packed_folder, refuse_prequantized, skeleton
 from strop.model.load import weights_folder as whole_folder
 from strop.model.names import Group, Layout
@@ -83,7 +84,7 @@ class _Reader:
         self._groups: dict[str, Group] = {}
         self._read: tuple[Group | None, dict[str, Tensor]] = (None, {})
         if scheme == "none":
-            self._layout = Layout(skeleton(source), self.tensors)
+            self._layout = Layout(skeleton(source), self.tensors).check(source.name, self.tensors)
             self._groups = {place: group for group in self._layout.groups for place in self._layout.places(group)}
         else:
             packed = self.tensors.is_packed
@@ -150,8 +151,8 @@ class _Reader:
         names = {"weight": key, **self.tensors.names_under(key)}
         small = {short: self.tensors.get(name) for short, name in names.items() if short not in LARGE}
         try:
-            layer.fill({"weight": torch.empty(0, dtype=torch.uint8), **small})
-        except (KeyError, ValueError) as error:
+            layer.fill({"weight": torch.empty(0, dtype=torch.uint8), **small}, self._sizes(names))
+        except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{key}: not a {self.scheme} weight ({error})", fix="quantize it again") from None
         layer.constants = {short: tensor.to(self.device) for short, tensor in layer.constants.items()}
 
@@ -162,6 +163,11 @@ class _Reader:
                 layer.constants[short] = view
 
         return self._packed(names, put)
+
+    def _sizes(self, names: dict[str, str]) -> dict[str, int]:
+        """Bytes of a packed weight, numbers of each constant."""
+        sizes = {short: math.prod(self.tensors.shape(name)) for short, name in names.items()}
+        return {**sizes, "weight": sizes["weight"] * BITS[self.tensors.kind(names["weight"])] // 8}
 
     def _dequantized(self, key: str, like: nn.Linear) -> Tensor:
         layer = QuantizedLinear(like, self.scheme, self.dtype)

@@ -114,7 +114,7 @@ def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
     kinds = linear_kinds(model)
     names = target_names(kinds, section.target_modules)
     _check_experts(kinds, names, section)
-    _check_whole(model, section.modules_to_save)
+    check_whole(model, section.modules_to_save)
     adapted = _adapted(model, names, section.modules_to_save)
     if section.modules_to_save and not adapted:
         what = f"lora.modules_to_save: {', '.join(section.modules_to_save)} leaves no layer for an adapter"
@@ -127,7 +127,7 @@ def check_lora(model: nn.Module, section: LoraSection) -> list[str]:
     return names
 
 
-def _check_whole(model: nn.Module, names: Sequence[str]) -> None:
+def check_whole(model: nn.Module, names: Sequence[str]) -> None:
     """Raises ModelError and RecipeError for modules that cannot be trained in full."""
     for name in names:
         found = trained_whole(model, name)

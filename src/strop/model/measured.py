@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from strop.errors import ModelError
 from strop.model.facts import Source, prequantized
 from strop.model.load import load_config, without_weights
-from strop.model.lora import linear_kinds
+from strop.model.lora import check_whole, linear_kinds
 from strop.model.shape import LinearShape, ModelShape, Peek
 from strop.model.targets import EXPERTS, LinearKind
 
@@ -48,18 +48,37 @@ def shape_of(config: Mapping[str, Any], stored: Mapping[str, Any], bare: nn.Modu
     return replace(shape, other_biases=max(0, biases - shape.biases))
 
 
-def exactly(found: Peek) -> Peek:
-    """What was looked at from outside, by the model itself, where transformers builds it from the config alone."""
-    if found.config is None:
+def sees_ahead(config: Any) -> str | None:
+    """Why a model of this config predicts nothing: one of BERT's kind that is not told to be a decoder. (GPT-NeoX is
+    one, whatever it is told.)"""
+    kind = str(config.model_type)
+    if getattr(config, "is_decoder", None) is not False or kind.startswith("gpt_neox"):
+        return None
+    return f"{kind}: its tokens see those that stand behind them, and so what they are to predict"
+
+
+def exactly(found: Peek, *, whole_modules: Sequence[str] = (), predicts: bool = True) -> Peek:
+    """What was looked at from outside, by the model itself, where transformers builds it from the config alone.
+
+    whole_modules: to be trained in full; predicts: whether tokens are what it is trained on. Raises ModelError and
+    RecipeError for modules that cannot be.
+    """
+    config = found.config
+    if config is None:
         return found
     try:
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(found.config), encoding="utf-8")
+            (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
             whole = load_config(Source(found.name, "folder", Path(folder)))
         bare = without_weights(whole)
     except ModelError as error:  # transformers has no such language model: sizes are those that its config names
         return replace(found, refused=error.lines()[0])
-    shape = shape_of(whole.to_dict(), found.config, bare)
+    check_whole(bare, whole_modules)
+    if predicts and (why := sees_ahead(bare.config)):
+        found = replace(found, refused=why)
+    if found.shape.known:
+        return found
+    shape = shape_of(whole.to_dict(), config, bare)
     return replace(found, shape=shape, parameters=parameters_of(bare))
 
 

@@ -26,6 +26,9 @@ from transformers.core_model_loading import (
 
 from strop.errors import ModelError
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+_MASKS = ("bias", "masked_bias", "causal_mask")  # of attention, as older checkpoints hold them: no weights
+
 
 @dataclass
 class Group:
@@ -49,6 +52,7 @@ class Layout:
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         known = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
         found: dict[str, Group] = {}
+        self.left: dict[str, str] = {}  # tensors that become no parameter, with what the model would call them
         for name in sorted(names, key=dot_natural_key):
             place, pattern = self._place(name)
             group = found.setdefault(place or f" {name}", Group(place))
@@ -65,7 +69,44 @@ class Layout:
         place, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._state)
         if place not in self._state and name in self._state:
             place, pattern = rename_source_key(name, [], [], prefix, self._state)
-        return (place, pattern) if place in self._state else (None, None)
+        if place in self._state:
+            return place, pattern
+        self.left[name] = place
+        return None, None
+
+    def check(self, name: str, tensors: Any) -> Layout:
+        """Itself. Raises ModelError where the tensors would make another model than the one that they were saved from.
+
+        name: of the model; tensors: of the checkpoint, as shards.Tensors.
+        """
+        if all(group.place is None for group in self.groups):
+            kind, first = self._model.config.model_type, next(iter(self.left), "none at all")
+            raise ModelError(f"{name}: none of its tensors is a weight of a model of type {kind}, first {first}")
+        for group in self.groups:
+            if group.place is None or not self._state[group.place].is_floating_point():
+                continue
+            first, *others = group.names
+            if others and group.converter is None:
+                what = f"{name}: {group.place} is there twice, as {first} and as {others[0]}"
+                raise ModelError(what, fix="leave one of them out")
+            if tensors.is_packed(first):
+                continue
+            if odd := next((key for key in group.names if tensors.kind(key) not in FLOATS), None):
+                what = f"{name}: {odd} is stored as {tensors.kind(odd)}, and config.json does not say how it is scaled"
+                raise ModelError(what, fix="use the model with 16-bit weights")
+        alone = [group for group in self.groups if group.place is not None and group.converter is None]
+        alone = [one for one in alone if tensors.kind(one.names[0]) == "I8" or not tensors.is_packed(one.names[0])]
+        unlike = [one.place for one in alone if tensors.shape(one.names[0]) != list(self._state[str(one.place)].shape)]
+        if unlike:
+            raise ModelError(f"{name}: {len(unlike)} weights are missing or of another shape, first {unlike[0]}")
+        refuse_left(name, self._model, self.left.values())
+        for target, source in getattr(self._model, "all_tied_weights_keys", {}).items():
+            held = {group.place: group.names[0] for group in self.groups if group.place in (target, source)}
+            if len(held) == 2 and not tensors.equal(held[target], held[source]):
+                what = f"{name}: {held[target]} and {held[source]} differ, and config.json says that they are one"
+                fix = "put tie_word_embeddings: false into config.json, or leave the one out that was not trained"
+                raise ModelError(what, fix=fix)
+        return self
 
     def group_of(self, parameter: str) -> Group:
         """Raises KeyError where the checkpoint does not hold it."""
@@ -110,3 +151,31 @@ class Layout:
             what = f"{group.place}: transformers does not give it back as {group.names[0]}"
             raise ModelError(what, fix="serve the adapter on its base")
         return {name: tensor.contiguous() for name, tensor in made.items()}
+
+
+def refuse_left(name: str, model: Any, left: Iterable[str]) -> None:
+    """Raises ModelError where tensors that no parameter takes (by the model's own names) are part of what it computes:
+    further decoder layers, or parts of its layers. Others are of a head or a tower that a language model has not."""
+    state, modules = model.state_dict(), dict(model.named_modules())
+    passed = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"]
+    more = int(getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0)
+    kinds = {_starred(key) for key in state}
+    layers = {match[0] for key in state if (match := re.match(r".*?\.\d+\.", key))}
+
+    def is_computed(place: str) -> bool:
+        owner, _, leaf = place.rpartition(".")
+        if owner in modules and next(modules[owner].parameters(recurse=False), None) is not None:
+            return True
+        inside = re.match(r".*?\.\d+\.", place)
+        return inside is not None and (
+            (inside[0] in layers and leaf not in _MASKS) or (_starred(place) in kinds and not more)
+        )
+
+    found = [place for place in left if not any(re.search(one, place) for one in passed) and is_computed(place)]
+    if found:
+        what = f"{name}: {len(found)} of its tensors have no place in the model that config.json describes, first "
+        raise ModelError(what + min(found, key=dot_natural_key), fix="put back the config.json of these weights")
+
+
+def _starred(place: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".*", place)

@@ -8,7 +8,7 @@ used: on a CPU with AVX512-BF16 it repacks its weight in eval mode and gives no 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
@@ -27,8 +27,8 @@ from strop.machine.memory import is_out_of_memory
 from strop.model.shape import SMALLEST
 
 BLOCK, NESTED = 64, 256  # weights that share a constant; constants that share one
+BLOCKS = [1 << bits for bits in range(5, 13)]  # sizes that bitsandbytes makes
 FOUR_BIT = ("nf4", "fp4")
-SCHEMES = (*FOUR_BIT, "int8")
 
 
 def _bitsandbytes() -> Any:
@@ -80,19 +80,40 @@ class QuantizedLinear(nn.Linear, Quantized):
         self.constants: dict[str, Tensor] = {}
         self._offset = torch.empty(0)  # made once: the host waits for each number that it sends to a card
 
-    def fill(self, packed: dict[str, Tensor]) -> None:
-        """packed: as `pack` gives it. Raises KeyError or ValueError where it is not whole."""
+    def fill(self, packed: dict[str, Tensor], sizes: Mapping[str, int] | None = None) -> None:
+        """packed: as `pack` gives it. sizes: how many bytes of weight and how many of each constant there are, where
+        some of them come later. Raises KeyError or ValueError where it is not whole."""
         weight = packed["weight"]
         if weight.is_floating_point():  # bytes that bitsandbytes was told to store as such numbers (FSDP wants it)
             weight = weight.contiguous().view(torch.uint8).view(-1, 1)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.constants = {name: tensor for name, tensor in packed.items() if name != "weight"}
+        sizes = {name: tensor.numel() for name, tensor in {**packed, "weight": weight}.items()} | dict(sizes or {})
         if self.scheme in FOUR_BIT:
             self._described = json.loads(bytes(self.constants.pop(_described(self.scheme)).tolist()))
+            if not isinstance(self._described, dict):
+                raise ValueError("its description is no object")
             if tuple(self._described["shape"]) != (self.out_features, self.in_features):
                 raise ValueError(f"shape {self._described['shape']}")
-            if "nested_offset" in self._described:
-                self._offset = torch.tensor(self._described["nested_offset"], device=self.weight.device)
+        for name, size in self._sizes().items():
+            if sizes.get(name) != size:
+                raise ValueError(f"{name} has {sizes.get(name, 0)} numbers, {size} expected")
+        if self.scheme in FOUR_BIT and "nested_offset" in self._described:
+            self._offset = torch.tensor(self._described["nested_offset"], device=self.weight.device)
+
+    def _sizes(self) -> dict[str, int]:
+        """How many bytes of weight, and how many of each constant, belong to it."""
+        numbers = self.in_features * self.out_features
+        if self.scheme == "int8":
+            return {"weight": numbers, "SCB": self.out_features}
+        block, nested = self._described["blocksize"], self._described.get("nested_blocksize")  # of the constants' own
+        if block not in BLOCKS or nested not in (None, *BLOCKS):
+            raise ValueError(f"blocks of {block} and {nested}")
+        blocks = -(-numbers // block)
+        sizes = {"weight": -(-numbers // 2), "absmax": blocks, "quant_map": 16}
+        if nested is not None:
+            sizes |= {"nested_absmax": -(-blocks // nested), "nested_quant_map": 256}
+        return sizes
 
     def dequantized(self, out: Tensor | None = None) -> Tensor:
         """The weight (out, in) in `dtype`; in `out`, where it is given and of this type."""

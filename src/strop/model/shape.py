@@ -17,11 +17,10 @@ from strop.errors import ModelError, nearest
 from strop.model.facts import (
     base_of_run,
     demo_file,
+    headers,
     hub_config,
     prequantized,
     read_config,
-    safetensors_header,
-    weight_files,
 )
 from strop.model.ggufheader import read_gguf_config
 from strop.model.targets import EMBEDDINGS, EXPERTS, LinearKind, embedding_kind, expert_sets, sets_of
@@ -314,8 +313,8 @@ def header_kinds(folder: Path) -> list[LinearKind]:
     Whether a matrix is laid out as a linear layer's is what the headers do not say; the model's own code does.
     """
     found: dict[tuple[str, int, int], tuple[int, str]] = {}
-    for file in weight_files(folder):
-        for name, entry in safetensors_header(file).items():
+    for _, header in headers(folder):
+        for name, entry in header.items():
             path, _, last = name.rpartition(".")
             if last == "weight" and len(entry["shape"]) == 2 and entry["dtype"].startswith(("BF", "F")):
                 key = (path.rpartition(".")[2], *entry["shape"])
@@ -388,8 +387,4 @@ def _counted(folder: Path) -> int:
     """Parameters by the headers of the weight files; 0 is never one: a folder without weights counts by its config."""
     if not any(folder.glob("*.safetensors")):
         return _shape(read_config(folder)).parameters
-    total = 0
-    for file in weight_files(folder):
-        for entry in safetensors_header(file).values():
-            total += math.prod(entry["shape"])
-    return total
+    return sum(math.prod(entry["shape"]) for _, header in headers(folder) for entry in header.values())

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from strop.errors import ModelError
 from strop.model.experts import PackedExperts, as_quantized, is_experts, pack_experts, packable
-from strop.model.facts import Source, refuse_widened, safetensors_header, weight_files
+from strop.model.facts import BITS, Source, headers, refuse_widened
 from strop.model.names import Group, Layout
 from strop.model.quantize import QuantizedLinear, pack, put_module, replace_linears
 from strop.runs.folder import new_folder
 
 SHARD_BYTES = 1 << 30
+AT_ONCE = 1 << 24  # bytes of two tensors that are compared together
 DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I8": torch.int8,
 }  # fmt: skip
@@ -41,12 +42,12 @@ class Tensors:
         self._shapes: dict[str, list[int]] = {}
         self._dtypes: dict[str, str] = {}
         self._begins: dict[str, int] = {}
-        for file in weight_files(folder):
-            header = safetensors_header(file)
+        for file, header in headers(folder):
             first = file.stat().st_size - max((entry["data_offsets"][1] for entry in header.values()), default=0)
             for name, entry in header.items():
                 self._files[name], self._shapes[name], self._dtypes[name] = file, entry["shape"], entry["dtype"]
                 self._begins[name] = first + entry["data_offsets"][0]
+        self._owners = {name.rpartition(".")[0] for name in self._files}
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._files))
@@ -68,6 +69,19 @@ class Tensors:
         """Of a tensor, unread; None for a type that no weight here has."""
         return DTYPES.get(self._dtypes[name])
 
+    def kind(self, name: str) -> str:
+        """The type of a tensor as its file calls it."""
+        return self._dtypes[name]
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same, read some at a time."""
+        if (self.kind(name), self.shape(name)) != (self.kind(other), self.shape(other)):
+            return False
+        size = self.size_bytes(name) // 4 * BITS[self.kind(name)] // 8
+        cuts = range(0, size, AT_ONCE)
+        pairs = ((self.part(one, at, min(at + AT_ONCE, size)) for one in (name, other)) for at in cuts)
+        return all(torch.equal(*pair) for pair in pairs)
+
     def shape(self, name: str) -> list[int]:
         """Of a tensor, unread."""
         return self._shapes[name]
@@ -79,7 +93,7 @@ class Tensors:
     def is_packed(self, name: str) -> bool:
         """Whether a weight is quantized here: it has constants beside it."""
         scale = f"{name.removesuffix('weight')}SCB"
-        return scale in self._files or any(key.startswith(f"{name}.") for key in self._files)
+        return scale in self._files or name in self._owners
 
     def names_under(self, name: str) -> dict[str, str]:
         """Constants of a quantized weight: of `x.weight`, absmax: x.weight.absmax, and SCB: x.SCB."""
@@ -105,7 +119,7 @@ def quantize_folder(
     the model's own names. device: which quantizes."""
     chosen, as_type = packable(skeleton), typed(skeleton, dtype)
     tensors = Tensors(source.path)
-    layout = Layout(skeleton, tensors)
+    layout = Layout(skeleton, tensors).check(source.name, tensors)
 
     def parts(group: Group) -> dict[str, Tensor]:
         return {
@@ -113,13 +127,14 @@ def quantize_folder(
         }
 
     def kept(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        tensor = tensor.to(dtype) if name in chosen else as_type(name, tensor)
         if tensor.is_floating_point() and not is_finite(tensor):
             raise ModelError(f"{source.name}: weight {name} holds NaN or infinity", fix="fetch the model again")
         if name not in chosen:
-            yield name, as_type(name, tensor).contiguous()
+            yield name, tensor.contiguous()
             return
         quantized = pack_experts if tensor.dim() == 3 else pack
-        for short, part in quantized(tensor.to(dtype), scheme, double=double, device=device).items():
+        for short, part in quantized(tensor, scheme, double=double, device=device).items():
             yield _key(name, short), part.contiguous()
 
     with new_folder(folder) as temp:
@@ -161,7 +176,7 @@ def write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], metadata: dic
 def is_whole(folder: Path) -> bool:
     """Whether all weight files are there, each as long as its header says."""
     try:
-        return all(map(safetensors_header, weight_files(folder)))
+        return all(header for _, header in headers(folder))
     except (OSError, ModelError):
         return False
 
@@ -208,6 +223,21 @@ def build(make: Any, folder: Path, name: str, scheme: str, dtype: torch.dtype) -
     return module
 
 
+def check_packed(source: Source, model: nn.Module) -> None:
+    """Raises ModelError where a checkpoint that is quantized on disk would make another model than its config says.
+
+    model: without weights (meta tensors)."""
+    tensors = Tensors(source.path)
+    packed = {name for name in tensors if name.endswith("weight") and tensors.is_packed(name)}
+    if not packed:
+        what = f"{source.name}: its config.json says that its weights are quantized, and none of them is"
+        raise ModelError(what, fix="take quantization_config out of it")
+    if odd := next((name for name in tensors if name.endswith(".weight_format") and tensors.get(name).any()), None):
+        raise ModelError(f"{source.name}: {odd} is of an old layout of 8 bit", fix="use the model with 16-bit weights")
+    constants = {key for name in packed for key in (f"{name}_format", *tensors.names_under(name).values())}
+    Layout(model, (name for name in tensors if name not in constants)).check(source.name, tensors)
+
+
 def pack_again(model: nn.Module, folder: Path, name: str, scheme: str, dtype: torch.dtype) -> None:
     """Puts packed weights in the place of those that were dequantized, layer by layer; model may carry adapters."""
     tensors = Tensors(folder)
@@ -226,9 +256,12 @@ def pack_again(model: nn.Module, folder: Path, name: str, scheme: str, dtype: to
 
 
 def _fill(layer: QuantizedLinear, packed: dict[str, Tensor], where: str) -> None:
+    constants = (tensor for name, tensor in packed.items() if name != "weight" and tensor.is_floating_point())
+    if not all(map(is_finite, constants)):
+        raise ModelError(f"{where} holds NaN or infinity", fix="fetch the model again")
     try:
         layer.fill(packed)
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{where}: not a {layer.scheme} weight ({error})", fix="quantize it again") from None
 
 

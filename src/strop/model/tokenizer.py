@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from strop.errors import ModelError, first_line
+from strop.machine.memory import is_out_of_memory
 from strop.model.facts import Source
 from strop.runs.folder import cache_folder, made_once, new_folder
 
@@ -68,12 +70,24 @@ def head_folder(source: Source) -> Path:
     def make(folder: Path) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
-        with new_folder(folder) as temp:
+        with gguf_faults(source.path), new_folder(folder) as temp:
             where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
             AutoTokenizer.from_pretrained(**where).save_pretrained(temp)
             plain_config(AutoConfig.from_pretrained(**where)).save_pretrained(temp)
 
     return made_once(gguf_cache(source) / "head", lambda folder: (folder / "config.json").is_file(), make)
+
+
+@contextmanager
+def gguf_faults(file: Path) -> Iterator[None]:
+    """Around what reads a GGUF file by gguf and transformers: what they cannot read is no fault of strop's."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        what = f"{file}: not a GGUF file that can be read ({type(error).__name__}: {first_line(error)})"
+        raise ModelError(what, fix="fetch it again, or use the model as safetensors") from None
 
 
 def gguf_cache(source: Source) -> Path:

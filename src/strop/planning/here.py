@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,11 +17,11 @@ from strop.errors import ModelError, RecipeError
 from strop.machine.doctor import installed
 from strop.machine.probe import Machine, compute_capability, probe
 from strop.machine.rates import known_precision, known_rates
-from strop.model.facts import locate
+from strop.model.facts import headers, locate, quantized_by
 from strop.model.saved import adapter_config, as_start
 from strop.model.shape import Peek, peek
 from strop.model.tokenizer import load_tokenizer
-from strop.objectives.table import answers_of, drawn_tokens, learning_of
+from strop.objectives.table import answers_of, drawn_tokens, learning_of, objective_of
 from strop.planning.cards import Card, find_card, recognise
 from strop.planning.microbatch import Rows
 from strop.planning.speed import CORE_FP32, GUESS, Rate, has_bf16
@@ -87,13 +88,29 @@ def _of_card(machine: Machine, card: Card, memory: int | None, found: tuple[str,
 
 def look_at(recipe: Recipe) -> Peek:
     """The model's sizes: by its config; of a family that is not in the table by the model itself, built without weights
-    (where torch is not installed, by its config and its files' headers)."""
-    found = peek(recipe.model.name, recipe.model.revision)
-    if found.shape.known or not installed("torch"):
+    (where torch is not installed, by its config and its files' headers). Raises InputError for modules to train in full
+    that it has not."""
+    found = _held_to_weights(peek(recipe.model.name, recipe.model.revision))
+    whole = recipe.lora.modules_to_save
+    if (found.shape.known and not whole) or not installed("torch"):
         return found
     from strop.model.measured import exactly
 
-    return exactly(found)
+    objective = objective_of(recipe.train)
+    return exactly(found, whole_modules=whole, predicts=objective is None or not objective.scored)
+
+
+def _held_to_weights(found: Peek) -> Peek:
+    """Refused, where the weight files of its folder hold less than its config describes, or further layers."""
+    folder, shape = Path(found.name).expanduser(), found.shape
+    if found.config is None or not shape.known or quantized_by(found.config) or not any(folder.glob("*.safetensors")):
+        return found
+    names = (name for _, header in headers(folder) for name in header)
+    layers = {int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))}
+    if found.parameters >= shape.parameters and max(layers, default=0) < shape.layers:
+        return found
+    config = f"its config describes {shape.parameters:,} in {shape.layers} layers"
+    return replace(found, refused=f"{found.name}: {found.parameters:,} weights in {len(layers)} layers, and {config}")
 
 
 def without_data(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:

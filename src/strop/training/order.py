@@ -14,6 +14,7 @@ import torch
 
 from strop.data.conversation import Example, Item
 from strop.errors import ModelError
+from strop.model.measured import sees_ahead
 from strop.training.criteria import OfAnswers
 from strop.training.job import Job
 
@@ -27,6 +28,10 @@ def hold_to_order(job: Job, items: Sequence[Item]) -> None:
     scored = isinstance(job.criterion, OfAnswers) and job.criterion.objective.scored
     if job.step.name != "plain" or scored:
         return
+    config = cast(Any, job.model).config
+    fix = "use a decoder-only language model; one of BERT's kind has is_decoder in its config"
+    if why := sees_ahead(config):
+        raise ModelError(why, fix=fix)
     rows = _rows(items)
     job.model.eval()
     with job.devices.together(), torch.no_grad():
@@ -36,9 +41,8 @@ def hold_to_order(job: Job, items: Sequence[Item]) -> None:
     job.step.release()
     change, beside = (float((other - row).abs().median()) for other in (behind, in_front))
     if change > max(NATS, SHARE * beside):
-        kind = cast(Any, job.model).config.model_type
-        what = f"{kind}: its tokens see those that stand behind them, and so what they are to predict"
-        raise ModelError(what, fix="use a decoder-only language model; one of BERT's kind has is_decoder in its config")
+        what = f"{config.model_type}: its tokens see those that stand behind them, and so what they are to predict"
+        raise ModelError(what, fix=fix)
 
 
 def _rows(items: Sequence[Item]) -> list[Example]:
