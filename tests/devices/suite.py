@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from strop import cli
 from strop.data.conversation import Example
 from strop.devices.group import Devices
 from strop.runs.events import read_events
@@ -329,6 +330,39 @@ def failures(lab: Lab) -> None:
         assert not any("error" in one or "Traceback" in one for one in others), said(ended)
     _, ended = lab.train(2, "--lora.target_modules", "nothing")
     assert codes(ended) == [2, 2] and sum("error" in one.said for one in ended) == 1, said(ended)
+
+
+def also(*more: str) -> Prepare:
+    """More words on the command line of one rank."""
+    main = cli.main
+
+    def with_more() -> None:
+        sys.argv += more
+        main()
+
+    return lambda: mock.patch.object(cli, "main", with_more).start() and None
+
+
+def told_otherwise(lab: Lab) -> None:
+    """Ranks that are given other options, or other rows to answer: nobody's are left out of account."""
+
+    def refused(words: Sequence[str], more: Sequence[str], shown: str) -> None:
+        ended = lab.start(3, words, {1: also(*more)}).end()
+        assert codes(ended) == [2] * 3 and said(ended).count("error:") == 1, said(ended)
+        assert shown in ended[0].said, said(ended)
+
+    train = lab.words(lab.out())
+    refused(train, ["--train.epochs", "2"], "train.epochs of rank 1 is 2.0, of rank 0 3.0")
+    refused(train, ["--out", "elsewhere"], "out of rank 1 is elsewhere, of rank 0")
+    refused([*train[:-2], "--train.save_steps", "3"], train[-2:], "train.micro_batch of rank 1 is 2, of rank 0 None")
+    without = [word for word in train if word not in ("--out", train[train.index("--out") + 1])]
+    refused(without, ["--out", "elsewhere"], "out of rank 1 is elsewhere, of rank 0 None")
+    out = lab.good(1)
+    refused(["resume", str(out)], ["--lora.dropout", "0.2"], "lora.dropout of rank 1 is")
+    fewer = tiny.write_rows(lab.folder / "fewer.jsonl", 5)
+    asked = ["eval", str(out), "--max-new-tokens", "4", "--data", str(lab.rows)]
+    refused(asked, ["--data", str(fewer)], "what the rows say of rank 1 is")
+    refused(asked, ["--max-new-tokens", "5"], "max_new_tokens of rank 1 is 5, of rank 0 4")
 
 
 def flipped_bit(lab: Lab) -> None:

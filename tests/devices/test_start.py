@@ -17,8 +17,9 @@ import torch
 from torch.distributed.launcher import api
 
 import strop
+from strop.devices.environment import Place, place_of
 from strop.devices.join import start, to_start
-from strop.errors import RecipeError
+from strop.errors import InputError, RecipeError
 from tests import ROOT
 from tests.support import tiny
 from tests.support.running import run
@@ -108,6 +109,33 @@ def test_ctrl_c_twice_is_said_once(devices: str, tmp_path: Path, tiny_folder: Pa
     (line,) = out.splitlines()
     assert json.loads(line)["error"]["kind"] == "Stopped"
     assert said.count("error:") == 1 and "stopped at once" in said, said
+
+
+def test_a_terminal_that_closes_is_said(tmp_path: Path, tiny_folder: Path) -> None:
+    """130 is for what was saved."""
+    asked = words(tmp_path, tiny_folder, "run", "--train.epochs", "9000", "--devices", "2", "--json")
+    running = started(asked)
+    reached(running, lambda: (tmp_path / "run" / "checkpoints" / "step-000000").is_dir())
+    running.send_signal(signal.SIGHUP)
+    out, said = running.communicate(timeout=120)
+    assert running.returncode == 1 and said.count("error:") == 1, said
+    assert json.loads(out)["error"]["message"].startswith("ended by SIGHUP")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"RANK": "abc"}, "RANK 'abc': not a number"),
+        ({"RANK": "-1"}, "RANK '-1': not a number"),
+        ({"RANK": "2"}, "RANK 2 of WORLD_SIZE 2"),
+        ({"LOCAL_RANK": "one"}, "LOCAL_RANK 'one': not a number"),
+    ],
+)
+def test_a_rank_that_is_no_number_is_refused(names: dict[str, str], said: str) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "first"}
+    assert place_of(place) == Place(0, 2, 0, 1)
+    with pytest.raises(InputError, match=said):
+        place_of({**place, **names})
 
 
 def test_ranks_have_time_to_finish_their_step(monkeypatch: pytest.MonkeyPatch) -> None:

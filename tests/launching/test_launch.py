@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shlex
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -91,6 +92,9 @@ def test_writes_once(system: str, folder: Path, capsys: pytest.CaptureFixture[st
         (["ray", "second.yaml", "--devices", "2"], "names one card"),
         (["slurm", "rewards.yaml", "--nodes", "2"], "answers are drawn on one device, and there are 2"),
         (["skypilot", "auto.yaml", "--volume", "v"], "which card"),
+        (["skypilot", "auto.yaml", "--volume", "v", "--gpus", "H100:8"], "the name of one card"),
+        (["skypilot", "auto.yaml", "--volume", "v", "--gpus", "H100, A100"], "the name of one card"),
+        (["skypilot", "recipe.yaml", "--volume", "v", "--gpus", "H100"], "the recipe asks for no cards"),
         (["skypilot", "recipe.yaml"], "--bucket"),
         (["skypilot", "recipe.yaml", "--bucket", "b", "--nodes", "2"], "--volume"),
         (["skypilot", "../recipe.yaml", "--bucket", "b"], "not in this folder"),
@@ -229,8 +233,20 @@ def started_by_slurm(made: Job, tmp_path: Path) -> tuple[str, list[str]]:
     assert len(asked) == 9 and "#SBATCH --nodes=2" in asked
     variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_PER_TASK": "4"}
     folder, said = started_by(script, "srun", variables, tmp_path)
-    assert said[:2] == [f"--wait={slurm.WAIT_S}", f"/{made.name}/python"]
-    return folder, said[2:]
+    assert said[:3] == ["--cpus-per-task=4", f"--wait={slurm.WAIT_S}", f"/{made.name}/python"]
+    return folder, said[3:]
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if not set(name) & set("\n\t")])
+def test_a_folder_reaches_ray(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through two shells: the one that `ray job submit` is typed into, and that of the cluster. Between them Ray joins
+    the words with list2cmdline (ray.dashboard.modules.job.cli)."""
+    Path(name).mkdir()
+    told = json.loads(run("launch", "ray", "recipe.yaml", "--file", f"{name}/x.py", "--json", capsys=capsys)[1])
+    words = shlex.split(told["submit"])
+    assert words[:4] == ["ray", "job", "submit", "--"]
+    command = subprocess.list2cmdline(["printf", "%s", *words[5:]])
+    assert subprocess.check_output(command, shell=True, text=True) == str(folder / name / "x.py")
 
 
 def test_a_warning_saves_and_queues_again(tmp_path: Path) -> None:

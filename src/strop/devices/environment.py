@@ -35,13 +35,16 @@ def place_of(env: Mapping[str, str] = os.environ) -> Place | None:
     Raises InputError where a launcher has started several and nothing says where they meet.
     """
     for rank, world, local, local_world in _NAMES:
-        if rank not in env or not env.get(world, "").isdigit() or int(env[world]) < 2:
+        if rank not in env or not env.get(world, "").isdecimal() or int(env[world]) < 2:
             continue
         if "MASTER_ADDR" not in env:
             what = f"{env[world]} processes were started ({rank} {env[rank]}), and MASTER_ADDR is not set"
             raise InputError(what, fix="export MASTER_ADDR=<host of rank 0> before the command that starts them")
+        for name in (rank, local):
+            if not env.get(name, "0").isdecimal():
+                raise InputError(f"{name} {env[name]!r}: not a number", fix="give each process its own, from 0")
         place = Place(int(env[rank]), int(env[world]), int(env.get(local, "0")), _first(env.get(local_world, "1")))
-        if not 0 <= place.rank < place.world:
+        if place.rank >= place.world:
             raise InputError(f"{rank} {place.rank} of {world} {place.world}", fix="ranks go from 0 to one less")
         return place
     return None

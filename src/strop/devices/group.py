@@ -7,9 +7,11 @@ them end together, one of them with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from strop.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -100,6 +102,15 @@ class Devices:
 
     def limit(self, seconds: float) -> None:
         """From now on a rank that keeps the others waiting for longer ends the run."""
+
+    def refuse_unlike(self, given: Mapping[str, object]) -> None:
+        """Raises InputError where the ranks were not given the same."""
+        first, *others = self.gather({name: str(value) for name, value in given.items()})
+        for rank, other in enumerate(others, start=1):
+            for name in {**first, **other}:
+                if other.get(name) != first.get(name):
+                    what = f"{name} of rank {rank} is {other.get(name)}, of rank 0 {first.get(name)}"
+                    raise InputError(what, fix="give all ranks the same")
 
 
 ALONE = Devices()

@@ -75,7 +75,7 @@ def start(devices: int, words: Sequence[str]) -> None:
     """Runs strop with these words (less --devices) once a device, under torchrun's own agent, to the end.
 
     Raises Elsewhere with the exit code of what failed, or was stopped by Ctrl-C or SIGTERM, and has said so; RunError
-    for one that another signal ended.
+    for one that another signal ended, or where all of them were sent one, such as the terminal's when it closes.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -100,8 +100,11 @@ def start(devices: int, words: Sequence[str]) -> None:
             what = f"rank {rank} (process {failure.pid}) was ended by {signal.Signals(-failure.exitcode).name}"
             raise RunError(what, fix="go on from the last checkpoint with `strop resume`") from None
         raise Elsewhere(failure.exitcode) from None
-    except SignalException:
-        raise Elsewhere(Stopped.exit_code) from None
+    except SignalException as caught:
+        if caught.sigval in (signal.SIGINT, signal.SIGTERM):
+            raise Elsewhere(Stopped.exit_code) from None
+        what = f"ended by {caught.sigval.name}, which saves nothing"
+        raise RunError(what, fix="go on from the last checkpoint with `strop resume`") from None
 
 
 def _without_devices(words: Sequence[str]) -> list[str]:

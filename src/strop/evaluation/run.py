@@ -14,6 +14,7 @@ from strop.config.schema import DataSection
 from strop.data.conversation import Conversation
 from strop.data.formats import DOCUMENT, PAIRED, conversations
 from strop.data.reading.sources import RowFault, read_rows
+from strop.data.store import digest, dumps
 from strop.devices.group import ALONE, Devices
 from strop.errors import DataError, RecipeError, RunError, Where, nearest
 from strop.evaluation.card import write_card
@@ -140,6 +141,15 @@ def evaluate_models(
     scorable = partial(_scorable, names, how, notes)
     rows = scorable(data, metric)
     kept = scorable(regression_data, regression_metric or metric) if regression_data else []
+    said = digest(b"\n".join(map(dumps, [*rows, *kept])))
+    given = {
+        "the models": list(names),
+        "metric": metric,
+        "max_new_tokens": max_new_tokens,
+        "quantization": quantization,
+    }
+    given |= {"general": general, "regression_metric": regression_metric, "judge": judge, "judge_model": judge_model}
+    devices.refuse_unlike({**given, "what the rows say": said})
     if _is_paired(rows) and (general or kept or tasks or judging):
         raise RecipeError(
             "pairs: nothing is written, so there is nothing else to ask", fix="leave --general and such out"

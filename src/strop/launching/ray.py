@@ -6,9 +6,11 @@ joined a process group of Ray's already.
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
-from strop.launching.job import Job, Launched, shown, write
+from strop.launching.job import Job, Launched, write
 
 MAX_FAILURES = 3
 
@@ -16,7 +18,14 @@ MAX_FAILURES = 3
 def launch(job: Job, file: Path | None, *, force: bool) -> Launched:
     """Raises RecipeError, FolderError."""
     file = file or Path(f"{job.name}.ray.py")
-    return write(job, file, script(job), f"ray job submit -- python {shown(file.absolute())}", force=force)
+    return write(job, file, script(job), f"ray job submit -- python {_twice(file.absolute())}", force=force)
+
+
+def _twice(path: Path) -> str:
+    """A path as a word for two shells: the one that it is typed into, and that of the cluster, for which Ray puts a
+    word with a blank between double quotes, and a backslash in front of a double quote."""
+    odd = r"[$`\\]" if " " in str(path) else r'[^\w@%+=:,./"-]'
+    return shlex.quote(re.sub(odd, r"\\\g<0>", str(path)))
 
 
 def script(job: Job) -> str:

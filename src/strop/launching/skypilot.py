@@ -8,6 +8,7 @@ what one writes to a bucket the others see later.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ def launch(job: Job, file: Path | None, *, gpus: str | None, store: Store, spot:
         raise RecipeError(what, fix="give --volume NAME, or one node with more --devices")
     if job.cards and not gpus:
         raise RecipeError("--gpus: which card?", fix="give its name, such as --gpus H100; or set model.device to cpu")
+    if gpus and not job.cards:
+        raise RecipeError(f"--gpus {gpus}: the recipe asks for no cards", fix="leave it out, or change model.device")
+    if gpus and not re.fullmatch(r"[\w.-]+", gpus):
+        what = f"--gpus {gpus}: not the name of one card"
+        raise RecipeError(what, fix="give --gpus the name alone, such as H100; --devices says how many")
     if Path(job.recipe).is_absolute() or ".." in Path(job.recipe).parts:
         raise RecipeError(f"{job.recipe}: not in this folder, which SkyPilot syncs", fix="go to the recipe's folder")
     file = file or Path(f"{job.name}.sky.yaml")

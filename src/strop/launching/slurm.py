@@ -72,7 +72,8 @@ export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
 
 # One process a device; each learns from Slurm which one it is.
 # The command is the same at every start: a run that began is gone on with.
-srun --wait={WAIT_S} "$python" -m strop.cli \\
+# From Slurm 22.05 on, srun may give a process one core unless it is told how many, too.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait={WAIT_S} "$python" -m strop.cli \\
     {shell(job.words)} &
 steps=$!
 

@@ -95,6 +95,7 @@ def train(
     devices: those that train together. go_on: with the run that `out` holds already, where it does.
     Raises InputError (and its kinds) before weights are read; RunError, Stopped while training.
     """
+    devices.refuse_unlike({field: choice.value for field, choice in resolved.choices.items()} | {"--resume": go_on})
     named = resolved.recipe.out
     out = Path(os.path.expanduser(named)) if named else None  # a recipe's ~ has not met a shell
     if out is None and (go_on or may_restart()):
@@ -133,6 +134,7 @@ def resume(
     devices: those that train together, of any number.
     Raises InputError where anything else differs that decides the numbers, and for a name that is none of these.
     """
+    devices.refuse_unlike({"the run": path, **(options or {}), "--allow-changed": list(allow_changed)})
     devices.once(lambda: check_names(allow_changed, dict(option_fields())))
     if begun := sorted({"out", "preset"} & set(options or ())):
         raise RecipeError(f"--{begun[0]}: a run that has begun does not read it", fix="leave it out")

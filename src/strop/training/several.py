@@ -42,15 +42,11 @@ def set_up_together(
         if devices.world == 1:
             break
     assert setup is not None
-    seen = devices.gather((folder.path.is_dir(), _identity(setup)))
-    for rank, (there, identity) in enumerate(seen):
+    for rank, there in enumerate(devices.gather(folder.path.is_dir())):
         if not there:
             what = f"{folder.path}: rank {rank} does not see this folder"
             raise InputError(what, fix="give --out a folder on a disk that all nodes share")
-        for name, value in identity.items():
-            if value != seen[0][1][name]:
-                what = f"{name} of rank {rank} is {value}, of rank 0 {seen[0][1][name]}"
-                raise InputError(what, fix="give all nodes the same")
+    devices.refuse_unlike(_identity(setup))
     return replace(setup, resolved=resolved, lock={**setup.lock, **_decided(resolved)})
 
 
