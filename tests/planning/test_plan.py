@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -71,6 +72,13 @@ def test_an_8b_fits_8_gb_as_it_is_typed(llama_8b: Path, capsys: pytest.CaptureFi
     assert code == 0 and found["fits"] and found["device"] == "cpu", err
     for told in ("nf4", "dequantized each time", "computed twice", "moments are in 8 bit", "1024 tokens at once"):
         assert any(told in text for text in found["gives_up"]), told
+    merge, usable = found["phases"]["merge"]["peak_bytes"], found["usable_bytes"]
+    assert merge > usable and "merge" in found["beyond"] and re.search(r"but not\s+merge: .*--no-parity", err)
+
+
+def test_on_a_card_a_merge_is_not_its_memory_s_concern(llama_8b: Path) -> None:
+    found = strop.plan(model=str(llama_8b), memory=8 * 10**9, device="cuda", **{"data.max_length": 512})
+    assert found.fits and found.phases["merge"].peak_bytes > found.usable_bytes and "merge" not in found.beyond
 
 
 def test_what_does_not_fit_is_1_with_the_way_to_make_it(llama_8b: Path, capsys: pytest.CaptureFixture[str]) -> None:

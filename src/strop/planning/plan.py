@@ -52,6 +52,12 @@ class Plan:
     gives_up: list[str]
     spread: Spread
 
+    @property
+    def beyond(self) -> list[str]:
+        """What would not fit after a run that fits. On a card, merging and exporting are not its memory's concern."""
+        later = ("evaluate", "serve", *(() if self.device == "cuda" else ("merge", "export")))
+        return [name for name in later if self.phases[name].needed_bytes > self.usable_bytes]
+
     def as_json(self) -> dict[str, Any]:
         chosen = [
             {"field": choice.field, "value": choice.value, "origin": choice.origin, "why": choice.why}
@@ -60,6 +66,7 @@ class Plan:
         ]
         return {
             "fits": self.fits,
+            "beyond": self.beyond,
             "refused": self.refused,
             "device": self.device,
             "memory_bytes": self.memory_bytes,

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from strop.planning.plan import Plan
 
 GIB = 1 << 30
+_OTHERWISE = {
+    "evaluate": "ask shorter rows, or on a machine with more memory",
+    "serve": "on a machine with more memory",
+    "merge": "on a machine with more memory, or with --no-parity, which measures nothing",
+    "export": "on a machine with more memory, or with --no-parity, which measures nothing",
+}
 _PART_NAMES = {"quantization_constants": "constants", "saved_activations": "activations", "mapped_files": "files"}
 
 
@@ -57,6 +63,8 @@ def print_plan(plan: Plan, out: Console) -> None:
         out.print(f"[red]strop train would refuse this[/]{f': {escape(plan.refused)}' if plan.refused else ''}")
     if plan.fits:
         out.print("[green]it fits[/]")
+        for name in plan.beyond:
+            out.print(f"[yellow]but not[/]  {name}: {_OTHERWISE[name]}", highlight=False)
         return
     out.print("[red]it does not fit[/]; the cheapest way to make it:")
     for rung in plan.ladder:
