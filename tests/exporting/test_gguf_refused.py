@@ -28,6 +28,7 @@ from strop.exporting.tuned import Trained, Tuned
 from strop.model.facts import Source, locate
 from strop.model.load import load_config
 from strop.model.tokenizer import load_tokenizer
+from strop.testing import tiny_model
 from tests.support import gguf_models
 from tests.support.tiny import write_rows
 
@@ -75,6 +76,12 @@ def test_a_sentencepiece_tokenizer_that_does_more_is_refused() -> None:
         backend.normalizer, backend.pre_tokenizer = normalizer, pre
         with nullcontext() if known else pytest.raises(ModelError, match="no such pre-tokenizer"):
             vocabulary._check_blanks(json.loads(backend.to_str()))
+
+
+def test_a_byte_level_tokenizer_without_merges_is_refused(tmp_path: Path) -> None:
+    run = gguf_models.adapt(tiny_model(tmp_path / "base"), tmp_path / "tuned")
+    with pytest.raises(ModelError, match="no byte-level tokenizer without merges"):
+        export_gguf(str(run), tmp_path / "m.gguf", measure=False)
 
 
 def test_a_tied_head_has_no_place_of_its_own(base: Path, rows: str, tmp_path: Path) -> None:

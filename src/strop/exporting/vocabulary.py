@@ -119,6 +119,8 @@ def _rebuilt(tokenizer: Any, renderer: Renderer, size: int) -> dict[str, Any]:
     added = {token["id"]: token for token in state["added_tokens"]}
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     sentencepiece = bool(model["byte_fallback"])
+    if not sentencepiece and not merges:
+        raise ModelError("GGUF: llama.cpp has no byte-level tokenizer without merges", fix="use strop merge")
     if sentencepiece and model.get("ignore_merges"):
         raise ModelError("GGUF: llama.cpp has no SentencePiece tokenizer that keeps known words", fix="use strop merge")
     if sentencepiece:
