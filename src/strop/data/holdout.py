@@ -36,7 +36,7 @@ def held_out(records: npt.NDArray[Any], share: float) -> Mask:
     By hash, so that adding rows moves none. Where no row would be left to train on (all are of one group), each is
     chosen by its own content.
     """
-    chosen = np.zeros(len(records), np.bool_)
+    chosen: Mask = np.zeros(len(records), np.bool_)
     for name in ("group", "digest") if len(records) else ():
         hashes = records[name]
         chosen = hashes < np.uint64(share * 2**64)

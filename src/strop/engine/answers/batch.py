@@ -14,7 +14,7 @@ import numpy as np
 
 from strop.engine.answers.cache import READ_AT_ONCE, NoRoom
 from strop.engine.answers.decoder import Decoder, Part, Reads
-from strop.engine.answers.text import NoToken, Seen, Text, Token
+from strop.engine.answers.text import Ids, NoToken, Seen, Text, Token
 from strop.engine.processor import logprobs_of
 
 JUDGED_AT_ONCE = 128  # rows of a pass that give logits: more would take more memory than the pass itself
@@ -150,7 +150,7 @@ class Batch:
         return parts
 
 
-def guess(ids: np.ndarray, most: int) -> Sequence[int]:
+def guess(ids: Ids, most: int) -> Sequence[int]:
     """What followed the last time that the text's last tokens stood in it, `most` tokens of it at most."""
     if most <= 0 or len(ids) <= ALIKE:
         return ()

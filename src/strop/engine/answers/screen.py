@@ -61,8 +61,8 @@ class Screen:
         whole = np.append(places, np.repeat(places[-1:], -len(places) % loops.LANES))  # in whole blocks
         logits = np.empty((count, len(whole)), np.float32)
         loops.alone(loops.Dense(self._whole[whole]), z, logits, lanes)
-        logits = logits[:, : len(places)] * self._scale
-        return places[logits.argmax(1)] if np.isfinite(logits).all() else None
+        own = logits[:, : len(places)] * self._scale
+        return places[own.argmax(1)] if np.isfinite(own).all() else None
 
 
 def made_small(weight: Tensor, lanes: int) -> tuple[Any, Any, Any]:
