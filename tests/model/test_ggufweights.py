@@ -77,7 +77,7 @@ UP = "blk.0.ffn_up.weight"
     [
         (_number("llama.block_count", 1), "tensors of 2 layers, 1 expected"),
         (_number("llama.block_count", 3), "tensors of 2 layers, 3 expected"),  # one part of several, for example
-        (_number("llama.attention.head_count", 8), "can be read"),
+        (_number("llama.attention.head_count", 8), "can be read|of another shape"),  # by transformers' version
         (_renamed(UP, "blk.0.ffn_uq.weight"), "1 weights are missing, first model.layers.0.mlp.up_proj.weight"),
         (_renamed(UP, "blk.1.ffn_up.weight"), "can be read"),
         (
