@@ -15,13 +15,13 @@ from typing import Any
 import measured
 
 import strop
-from strop.adapters import read_adapter_config
 from strop.evaluation.compare import questions
 from strop.evaluation.metrics import score
 from strop.evaluation.run import read_conversations
 from strop.exporting.gguf import export_gguf
 from strop.exporting.llamacpp import LlamaCpp
 from strop.model.facts import locate
+from strop.model.saved import adapter_config
 
 NEW_TOKENS = 80
 
@@ -56,7 +56,7 @@ def main() -> None:
             lora = kind == "lora"
             exported = export_gguf(asked.run, file, kind=None if lora else kind, adapter=lora)
             took, parity = time.perf_counter() - started, exported.as_json()["parity"]
-            base = locate(str(read_adapter_config(model.adapter or Path())["base_model_name_or_path"])).path
+            base = locate(str(adapter_config(model.adapter or Path())["base_model_name_or_path"])).path
             size = max(map(len, prompts)) + NEW_TOKENS
             with LlamaCpp(base if lora else file, adapter=file if lora else None, context=size) as llama:
                 ids = [llama.greedy(prompt.tolist(), NEW_TOKENS) for prompt in prompts]

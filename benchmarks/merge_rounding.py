@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from strop.adapters import attach, read_adapter_config
+from strop.adapters import attach
 from strop.exporting import merge
 from strop.exporting.merge import Trained
 from strop.exporting.parity import LIMITS, compare
 from strop.model.facts import Source, locate
 from strop.model.load import load_base, weights_folder
+from strop.model.saved import adapter_config
 
 Round = Callable[[str, Tensor, Tensor], Tensor]  # name, merged, base -> what a reader of the file gets
 WAYS: dict[str, Round] = {
@@ -65,7 +66,7 @@ def into_4_bit(source: Source, folder: Path) -> Any:
 
 def measure(run: str) -> dict[str, dict[str, Any]]:
     folder = Path(run) / "adapter"
-    source = locate(str(read_adapter_config(folder)["base_model_name_or_path"]))
+    source = locate(str(adapter_config(folder)["base_model_name_or_path"]))
     trained, examples = Trained.read(folder), merge.rows_to_measure(run, folder, source, None)
 
     def against(other: Callable[[], Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from strop.model.loftq import moved_base
 from strop.model.lora import grow_vocabulary, sum_once, unwarned
 from strop.model.measured import made_for
 from strop.model.names import FLOATS
-from strop.model.saved import WEIGHTS_FILE, adapter_config, check_fit
+from strop.model.saved import WEIGHTS_FILE, adapter_config, check_fit, fitting
 from strop.model.score import TASK, add_head
 from strop.model.shards import is_finite
 from strop.model.tokenizer import load_tokenizer, new_rows
@@ -69,13 +69,9 @@ def adapter_folder(name: str) -> Path | None:
     return path if (path / "adapter_config.json").is_file() else None
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    return adapter_config(folder)
-
-
 def is_reward(folder: Path) -> bool:
     """Whether an adapter is a reward model's: it scores answers and writes none."""
-    return bool(read_adapter_config(folder).get("task_type") == TASK)
+    return bool(adapter_config(folder).get("task_type") == TASK)
 
 
 def refuse_other_kind(folder: Path, scores: bool) -> None:
@@ -90,7 +86,7 @@ def refuse_other_kind(folder: Path, scores: bool) -> None:
 
 def base_source(folder: Path) -> Source:
     """The base of an adapter folder. Raises ModelError where it is not to be found."""
-    if name := read_adapter_config(folder).get("base_model_name_or_path"):
+    if name := adapter_config(folder).get("base_model_name_or_path"):
         return locate(str(name))
     raise ModelError(f"{folder}: does not say which model it was trained on (base_model_name_or_path)")
 
@@ -131,7 +127,7 @@ def attach(
     Raises ModelError where the adapter was trained on another base (unless forced), does not fit this one in every
     name and shape, was changed since it was saved, or holds NaN.
     """
-    config = read_adapter_config(folder)
+    config = adapter_config(folder)
     refuse_other_kind(folder, scores)
     notes = check_base(folder, source, force=force)
     check_weights(folder)
@@ -147,15 +143,12 @@ def attach(
     # peft would read it onto a card, if there is one, and start CUDA for a model on the CPU
     places = (weight.device for weight in base.parameters() if weight.device.type != "meta")
     how: dict[str, Any] = {"is_trainable": trainable, "torch_device": str(next(places, "cpu"))}
-    try:
-        with unwarned("Found missing adapter keys"):  # refused below
-            if isinstance(base, peft.PeftModel):
-                model = base
-                model.load_adapter(str(folder), adapter_name=name, **how)
-            else:
-                model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name, **how)
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
-        raise ModelError(f"{folder}: does not fit {source.name}: {' '.join(str(error).split()[:40])}") from None
+    with fitting(folder, source.name), unwarned("Found missing adapter keys"):  # refused below
+        if isinstance(base, peft.PeftModel):
+            model = base
+            model.load_adapter(str(folder), adapter_name=name, **how)
+        else:
+            model = peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name, **how)
     places = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     check_fit({key: weight.shape for key, weight in places.items()}, folder, source.name)
     if own_biases:
@@ -179,7 +172,7 @@ def load_beside(module: peft.PeftModel, folder: Path, source: Source, name: str,
 def check_base(folder: Path, source: Source, *, force: bool = False) -> list[str]:
     """Raises ModelError where an adapter was trained on another base; with `force`, gives that as a note."""
     trained_on, found = read_identity(folder).get("base"), fingerprint(source)
-    if moved := moved_base(read_adapter_config(folder)):
+    if moved := moved_base(adapter_config(folder)):
         what = f"{folder}: {moved}"
     elif not trained_on or trained_on["fingerprint"] == found:
         return []

@@ -19,7 +19,6 @@ from strop.adapters import (
     base_source,
     check_base,
     check_weights,
-    read_adapter_config,
     read_identity,
 )
 from strop.errors import FolderError, ModelError, RecipeError
@@ -27,7 +26,7 @@ from strop.exporting.changes import beyond_lora, places_of, read_weights
 from strop.model.experts import by_expert
 from strop.model.facts import safetensors_header
 from strop.model.load import load_base
-from strop.model.saved import WEIGHTS_FILE
+from strop.model.saved import WEIGHTS_FILE, adapter_config
 from strop.runs.folder import RunFolder, disk_faults, new_folder, sole_maker, write_json
 from strop.runs.lock import sha256_file, versions
 
@@ -58,7 +57,7 @@ class Facts:
 def facts(name: str) -> Facts:
     """Raises ModelError where there is no adapter."""
     folder = _folder(name)
-    config, identity = read_adapter_config(folder), read_identity(folder)
+    config, identity = adapter_config(folder), read_identity(folder)
     shapes = [entry["shape"] for entry in safetensors_header(folder / WEIGHTS_FILE).values()]
     targets = config["target_modules"]
     parameters = list(config.get("target_parameters") or [])
@@ -113,7 +112,7 @@ def compare(first: str, second: str) -> dict[str, Any]:
     ModelError where one is missing.
     """
     folders = [_folder(name) for name in (first, second)]
-    configs, identities = [read_adapter_config(one) for one in folders], [read_identity(one) for one in folders]
+    configs, identities = [adapter_config(one) for one in folders], [read_identity(one) for one in folders]
     read = [_Delta.read(folder) for folder in folders]
     deltas = [delta for delta in read if delta is not None]
     both = len(deltas) == 2
@@ -265,7 +264,7 @@ def _leaf(module: str) -> str:
 
 def _check_summable(folder: Path) -> None:
     """Of a mixture's experts peft's `cat` lays whole A and B side by side, where they belong together by expert."""
-    config = read_adapter_config(folder)
+    config = adapter_config(folder)
     if config.get("target_parameters"):
         what = f"{folder}: has adapters on a mixture's experts, which peft cannot add up"
         raise ModelError(what, fix="serve or merge each by itself")

@@ -15,13 +15,12 @@ from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 from torch import Tensor
 
-from strop.adapters import read_adapter_config
 from strop.errors import ModelError
 from strop.model.experts import by_expert
 from strop.model.facts import Source, safetensors_header
 from strop.model.load import skeleton
 from strop.model.lora import embeddings, grown, unwarned
-from strop.model.saved import WEIGHTS_FILE, check_fit
+from strop.model.saved import WEIGHTS_FILE, adapter_config, check_fit, fitting
 from strop.model.tokenizer import new_rows
 
 NEW_ROWS = "token_adapter.trainable_tokens_delta"  # embedding rows that were trained, whole
@@ -38,10 +37,10 @@ def changes(source: Source, folder: Path) -> Callable[[str, Tensor], Tensor]:
     embedding).
     """
     saved = read_weights(folder)
-    rows, bare = new_rows(read_adapter_config(folder)), skeleton(source)
+    rows, bare = new_rows(adapter_config(folder)), skeleton(source)
     places_with = Counter(id(one) for _, one in bare.named_parameters(remove_duplicate=False))
     both = [name for name, one in bare.named_parameters() if name in saved and places_with[id(one)] > 1]
-    if both and not read_adapter_config(folder).get("ensure_weight_tying"):
+    if both and not adapter_config(folder).get("ensure_weight_tying"):
         what = f"{folder}: {both[0]} was trained in full, and another module's weight with it in {source.name} was not"
         raise ModelError(what, fix="serve the adapter on its base")
     places = places_of(source, folder)
@@ -129,11 +128,8 @@ def places_of(source: Source, folder: Path) -> dict[str, Place]:
     config: Any = peft.LoraConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = None  # peft would warn that the skeleton has another name
     config.trainable_token_indices = None  # of rows that the skeleton has not
-    try:
-        with unwarned():
-            adapted = peft.get_peft_model(skeleton(source), config)
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
-        raise ModelError(f"{folder}: does not fit {source.name}: {' '.join(str(error).split()[:40])}") from None
+    with fitting(folder, source.name), unwarned():
+        adapted = peft.get_peft_model(skeleton(source), config)
     kept = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     check_fit({key: weight.shape for key, weight in kept.items()}, folder, source.name, matrices=True)
     found = {}

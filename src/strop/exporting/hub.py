@@ -13,10 +13,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strop.adapters import STROP_FILE, adapter_folder, check_weights, read_adapter_config, read_identity
+from strop.adapters import STROP_FILE, adapter_folder, check_weights, read_identity
 from strop.errors import InputError, ModelError, RunError
 from strop.evaluation.card import CARD_FILE, PLACE, card, hub_id, report_of
 from strop.model.facts import hub_config, locate, read_config, safetensors_header, weight_files
+from strop.model.saved import adapter_config
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -100,7 +101,7 @@ def push(
 def _adapter(folder: Path, repo: str, base: str | None) -> tuple[list[tuple[str, bytes | Path]], list[str], str]:
     """(name there and content of each file, what is left out, the base's Hub id)."""
     check_weights(folder)
-    config = read_adapter_config(folder)
+    config = adapter_config(folder)
     if not (trained_on := str(config.get("base_model_name_or_path") or "")):
         what = f"{folder}: does not say which model it was trained on (base_model_name_or_path)"
         raise ModelError(what, fix="write it into its adapter_config.json")

@@ -24,7 +24,6 @@ from strop.adapters import (
     base_source,
     check_base,
     check_weights,
-    read_adapter_config,
     read_identity,
     refuse_other_kind,
     renderer_of,
@@ -47,7 +46,7 @@ from strop.model.facts import Source, fingerprint, quantized_by
 from strop.model.load import DTYPES, load_base, load_config, skeleton, stored_dtype, weights_folder
 from strop.model.names import Group, Layout
 from strop.model.quantize import pack, unpack
-from strop.model.saved import WEIGHTS_FILE
+from strop.model.saved import WEIGHTS_FILE, adapter_config
 from strop.model.shards import SHARD_BYTES, Tensors
 from strop.model.tokenizer import load_tokenizer, new_rows
 from strop.model.towers import in_text
@@ -358,7 +357,7 @@ def _shards(tensors: Tensors, layout: Layout) -> Iterator[list[Group]]:
 def _write_rest(source: Source, folder: Path, out: Path, dtype: str) -> None:
     """Config, generation config, tokenizer and template, as they were trained with."""
     config = load_config(source)
-    rows = new_rows(read_adapter_config(folder))
+    rows = new_rows(adapter_config(folder))
     text = config.get_text_config()
     text.vocab_size = max([text.vocab_size, *(1 + row for found in rows.values() for row in found)])
     config.dtype = DTYPES[dtype]

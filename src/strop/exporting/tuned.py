@@ -15,7 +15,6 @@ from strop.adapters import (
     base_source,
     check_base,
     check_weights,
-    read_adapter_config,
     refuse_other_kind,
     with_tokenizer,
 )
@@ -25,6 +24,7 @@ from strop.exporting.changes import changes
 from strop.exporting.merge import Trained, better_base, rows_to_measure, tuned_model
 from strop.model.facts import Source, locate, quantized_by
 from strop.model.load import load_base
+from strop.model.saved import adapter_config
 from strop.model.tokenizer import head_folder, load_tokenizer, new_rows
 
 
@@ -56,7 +56,7 @@ class Tuned:
         if folder is None:
             rows = rows_to_measure(name, head_folder(source), source, data) if measure else []
             return Tuned(source, None, Trained("none", True, torch.float32), "original", {}, rows)
-        if new_rows(read_adapter_config(folder)):
+        if new_rows(adapter_config(folder)):
             what = f"{name}: brings tokens that its base does not have"
             raise ModelError(what, fix="run `strop merge` on it, and export the merged folder")
         refuse_other_kind(folder, scores=False)

@@ -19,6 +19,7 @@ from strop.model.shape import LinearShape, ModelShape, Peek
 from strop.model.targets import EXPERTS, LinearKind
 
 SPARE_POSITIONS = 2  # in front of the first, which OPT and its kin leave out
+AHEAD = "its tokens see those that stand behind them, and so what they are to predict"
 
 
 def shape_of(config: Mapping[str, Any], stored: Mapping[str, Any], bare: nn.Module) -> ModelShape:
@@ -54,7 +55,7 @@ def sees_ahead(config: Any) -> str | None:
     kind = str(config.model_type)
     if getattr(config, "is_decoder", None) is not False or kind.startswith("gpt_neox"):
         return None
-    return f"{kind}: its tokens see those that stand behind them, and so what they are to predict"
+    return f"{kind}: {AHEAD}"
 
 
 def exactly(found: Peek, *, whole_modules: Sequence[str] = (), predicts: bool = True) -> Peek:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,15 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         what = f"{folder}: an adapter that does not act on every token ({acts} in its config)"
         raise ModelError(what, fix="use peft for it; strop's adapters act on all tokens")
     return config
+
+
+@contextmanager
+def fitting(folder: Path, base: str) -> Iterator[None]:
+    """Around peft's putting an adapter on a base: raises ModelError for what it refuses."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
+        raise ModelError(f"{folder}: does not fit {base}: {' '.join(str(error).split()[:40])}") from None
 
 
 def check_fit(places: Mapping[str, Sequence[int]], folder: Path, base: str, *, matrices: bool = False) -> None:

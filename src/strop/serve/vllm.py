@@ -32,7 +32,6 @@ from strop.adapters import (
     check_base,
     check_weights,
     load,
-    read_adapter_config,
     refuse_other_kind,
     with_tokenizer,
 )
@@ -46,6 +45,7 @@ from strop.evaluation.general import rows as general_rows
 from strop.model.facts import Source, locate, read_config
 from strop.model.generate import own_ends
 from strop.model.load import weights_folder
+from strop.model.saved import adapter_config
 from strop.model.tokenizer import head_folder, load_tokenizer
 from strop.model.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
 from strop.objectives.table import learning_of
@@ -193,7 +193,7 @@ def _fitting_rank(folder: Path, source: Source) -> int:
     check_base(folder, source)
     check_weights(folder)
     refuse_other_kind(folder, scores=False)
-    return lora_rank(read_adapter_config(folder), str(folder), "`strop merge` it, and serve the merged folder")
+    return lora_rank(adapter_config(folder), str(folder), "`strop merge` it, and serve the merged folder")
 
 
 def _texts(name: str, renderer: Renderer, longest: int) -> list[Ids]:

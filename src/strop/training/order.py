@@ -14,7 +14,7 @@ import torch
 
 from strop.data.conversation import Example, Item
 from strop.errors import ModelError
-from strop.model.measured import sees_ahead
+from strop.model.measured import AHEAD, sees_ahead
 from strop.training.criteria import OfAnswers
 from strop.training.job import Job
 
@@ -41,8 +41,7 @@ def hold_to_order(job: Job, items: Sequence[Item]) -> None:
     job.step.release()
     change, beside = (float((other - row).abs().median()) for other in (behind, in_front))
     if change > max(NATS, SHARE * beside):
-        what = f"{config.model_type}: its tokens see those that stand behind them, and so what they are to predict"
-        raise ModelError(what, fix=fix)
+        raise ModelError(f"{config.model_type}: {AHEAD}", fix=fix)
 
 
 def _rows(items: Sequence[Item]) -> list[Example]:

@@ -14,7 +14,6 @@ import torch
 
 from strop.adapters import (
     adapter_folder,
-    read_adapter_config,
     read_identity,
     refuse_other_kind,
     with_tokenizer,
@@ -34,7 +33,7 @@ from strop.model.facts import Source, fingerprint, locate, prequantized, refuse_
 from strop.model.load import DTYPES, copies_to_make, load_config, skeleton
 from strop.model.lora import check_lora, kinds_of, num_trainable, trained_whole
 from strop.model.measured import parameters_of, shape_of
-from strop.model.saved import as_start
+from strop.model.saved import adapter_config, as_start
 from strop.model.score import check_head
 from strop.model.shape import ModelShape
 from strop.model.tokenizer import load_tokenizer
@@ -329,7 +328,7 @@ def _plan(
     if scored:
         check_head(bare.config)
     shape, parameters = shape_of(load_config(source).to_dict(), source.config(), bare), parameters_of(bare)
-    adapter = None if start is None else as_start(start, read_adapter_config(start))
+    adapter = None if start is None else as_start(start, adapter_config(start))
     dtype = pick_dtype(device) if recipe.model.dtype == "auto" else (recipe.model.dtype, "")
     resolved = choose(resolved, machine, shape, device, dtype, adapter, parameters, devices)
     check_lora(bare, resolved.recipe.lora)
