@@ -197,7 +197,7 @@ def restore(checkpoint: Path, state: TrainState, note: Note | None = None) -> No
     try:
         with safe_open(checkpoint / "optimizer.safetensors", framework="pt") as file:
             kind = (file.metadata() or {}).get("optimizer")
-            moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         random = load_file(checkpoint / "random.safetensors")
     except SafetensorError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from None
