@@ -11,10 +11,10 @@ import time
 
 import numpy as np
 
-from strop.adapters import load
-from strop.engine.answers.batch import Batch
-from strop.engine.answers.decoder import Decoder
-from strop.engine.answers.text import Text
+from strop.engine.decode.batch import Batch
+from strop.engine.decode.decoder import Decoder
+from strop.engine.decode.sampling import Text
+from strop.models.adapters import load
 
 
 def main() -> None:

@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from strop.config.schema import LoraSection
-from strop.data.conversation import Example
+from strop.data.types import Example
 from strop.engine.device import prepare_process
 from strop.engine.step import step_for
 from strop.machine.memory import mark
-from strop.model.facts import Source
-from strop.model.load import load_base
-from strop.model.lora import add_lora, trainable
+from strop.models.load import load_base
+from strop.models.lora import add_lora, trainable
+from strop.models.source import Source
 
 
 def write_model(folder: Path, config: LlamaConfig) -> None:

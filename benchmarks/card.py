@@ -45,8 +45,8 @@ def make(folder: Path, shape: str) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from strop.model.facts import locate
-    from strop.model.tokenizer import load_tokenizer
+    from strop.models.source import locate
+    from strop.models.tokenizer import load_tokenizer
 
     hidden, inner, layers, heads, few, words = SHAPES[shape]
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,11 +98,11 @@ def rates(options: argparse.Namespace) -> dict[str, Any]:
         "bytes_per_s": rate(2 * x.numel(), lambda: y.copy_(x)),
     }
     if options.device == "cuda":
-        from strop.engine.card import newest
+        from strop.engine.kernels.cuda import flash
 
         about = torch.cuda.get_device_properties(0)
         of = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
-        newest.why_not(torch.device("cuda"))  # as a run does it
+        flash.why_not(torch.device("cuda"))  # as a run does it
         found |= {
             "flash_attention": of() or "FA2",
             "card": about.name,
@@ -155,19 +155,19 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
 
     from strop.config.load import resolve
     from strop.config.schema import LoraSection
-    from strop.data.conversation import Example
+    from strop.data.types import Example
     from strop.engine.device import pick_dtype, prepare_process
     from strop.engine.step import step_for
     from strop.machine.probe import probe
-    from strop.model.facts import locate
-    from strop.model.load import DTYPES, load_base
-    from strop.model.lora import add_lora, trainable
-    from strop.model.shape import peek
+    from strop.models.families.shape import peek
+    from strop.models.load import DTYPES, load_base
+    from strop.models.lora import add_lora, trainable
+    from strop.models.source import locate
     from strop.planning.activations import MicroBatch
     from strop.planning.choose import choose
     from strop.planning.memory import train
-    from strop.planning.setting import Setting
-    from strop.planning.speed import flops
+    from strop.planning.time import flops
+    from strop.planning.workload import Setting
 
     prepare_process()
     shape = peek(str(options.folder)).shape

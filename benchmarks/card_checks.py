@@ -27,7 +27,7 @@ SCHEMES = ("none", "nf4", "int8")
 def agree(folder: Path, device: str) -> dict[str, Any]:
     import torch
 
-    from strop.engine.processor import kernels_lack
+    from strop.engine.kernels.dispatch import kernels_lack
 
     lacking = kernels_lack(torch.device("cuda")) if device == "cuda" else "no card"
     off: dict[str, dict[str, float]] = {}
@@ -46,7 +46,7 @@ def _gradients(folder: Path, device: str, scheme: str, *, kernels: bool = True) 
     """(loss, the adapter's gradients in one row, on the host) of one step on rows of several lengths."""
     import torch
 
-    left_out = patch("strop.engine.card.works.why_not", lambda device: "left out")
+    left_out = patch("strop.engine.kernels.cuda.available.why_not", lambda device: "left out")
     with nullcontext() if kernels else left_out:
         step, weights = _step(folder, device, scheme)
         rows = _rows((37, 64, 5, 300))
@@ -61,9 +61,9 @@ def _step(folder: Path, device: str, scheme: str) -> Any:
     from strop.config.schema import LoraSection
     from strop.engine.device import prepare_process
     from strop.engine.step import step_for
-    from strop.model.facts import locate
-    from strop.model.load import load_base
-    from strop.model.lora import add_lora, trainable
+    from strop.models.load import load_base
+    from strop.models.lora import add_lora, trainable
+    from strop.models.source import locate
 
     prepare_process()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -79,7 +79,7 @@ def _step(folder: Path, device: str, scheme: str) -> Any:
 
 
 def _rows(lengths: tuple[int, ...]) -> list[Any]:
-    from strop.data.conversation import Example
+    from strop.data.types import Example
 
     random = np.random.default_rng(0)
     return [

@@ -23,7 +23,7 @@ from typing import Any
 
 import measured
 
-from strop.planning.cards import find_card
+from strop.planning.gpus import find_card
 from strop.runs.folder import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,16 +95,16 @@ CASES = [
 
 
 def counted(cases: Sequence[Case]) -> list[list[dict[str, Any]]]:
-    """Each case's operations, as tests/card/traffic.py tells them. Raises RuntimeError where a step does not run."""
+    """Return the operations of each case. Raises RuntimeError where a step does not run."""
     sys.path.append(str(ROOT))
-    from tests.card.build import library
+    from tests.simulated_gpu.build import library
 
     made = library(cache_folder() / "card")
     steps = {(case.shape, case.scheme, case.tokens, case.documents): case for case in cases}
     fields = ("shape", "scheme", "tokens", "documents")
     plays = [{"play": "moved", **dict(zip(fields, key, strict=True))} for key in steps]
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "tests.card.play", str(made), folder, json.dumps(plays)]
+        words = [sys.executable, "-m", "tests.simulated_gpu.simulate", str(made), folder, json.dumps(plays)]
         found = measured.child(words, {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "STROP_CACHE": folder})
     for one in found:
         if isinstance(one, dict):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.measured import write
 from tests.support.browser import at, open_browser
-from tests.support.dashing import Dash, dashing, lines, make_run, session, step
+from tests.support.dash import Dash, dashing, lines, make_run, session, step
 
 
 def long_run(folder: Path, steps: int) -> None:

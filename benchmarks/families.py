@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.support.random_models import FAMILY_CONFIGS
 
 from strop.config.schema import LoraSection
-from strop.data.conversation import Example
+from strop.data.types import Example
 from strop.engine.device import prepare_process
-from strop.engine.fast import FastLoss
-from strop.engine.plain import PlainLoss
-from strop.model.lora import add_lora
+from strop.engine.train.fast import FastLoss
+from strop.engine.train.plain import PlainLoss
+from strop.models.lora import add_lora
 
 SIZES = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,

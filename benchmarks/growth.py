@@ -53,8 +53,8 @@ def point(size: str, tokens: int, length: int) -> dict[str, Any]:
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    from strop.data.conversation import Example
-    from strop.engine.fast import FastLoss
+    from strop.data.types import Example
+    from strop.engine.train.fast import FastLoss
     from strop.machine.memory import mark
 
     base = transformers.AutoModelForCausalLM.from_config(config_of(size), dtype=torch.bfloat16)
@@ -81,9 +81,9 @@ def point(size: str, tokens: int, length: int) -> dict[str, Any]:
 def saved_bytes_per_token(size: str, length: int) -> float:
     """What the step keeps for its backward, as `strop plan` counts it."""
     from strop.machine.probe import probe
-    from strop.model.shape import ModelShape
+    from strop.models.families.shape import ModelShape
     from strop.planning.activations import MicroBatch, layer_bytes
-    from strop.planning.setting import Setting
+    from strop.planning.workload import Setting
 
     shape = ModelShape.of(config_of(size).to_dict())
     tiles = probe().has_tiles(shape.head_size)

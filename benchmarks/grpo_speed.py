@@ -105,9 +105,9 @@ def main() -> None:
         sizes = (given.steps, given.answer)
         print(json.dumps(strop_run(data, *sizes) if tool == "strop" else trl_run(model, data, *sizes)))
         return
-    from strop.model.facts import locate
-    from strop.model.load import weights_folder
-    from strop.model.tokenizer import load_tokenizer
+    from strop.models.load import weights_folder
+    from strop.models.source import locate
+    from strop.models.tokenizer import load_tokenizer
 
     source = locate("demo")
     with tempfile.TemporaryDirectory() as folder:

@@ -25,12 +25,12 @@ from strop.data.prepare import prepare
 from strop.engine.device import prepare_process
 from strop.engine.step import step_for
 from strop.evaluation.loss import mean_loss
-from strop.model.facts import locate
-from strop.model.load import load_base
-from strop.model.lora import as_fp32, trainable
-from strop.model.quantize import pack, quantizable, unpack
-from strop.model.tokenizer import load_tokenizer
-from strop.planning.rates import whole
+from strop.models.load import load_base
+from strop.models.lora import as_fp32, trainable
+from strop.models.quantize import pack, quantizable, unpack
+from strop.models.source import locate
+from strop.models.tokenizer import load_tokenizer
+from strop.planning.learning_rate import whole
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
 from strop.training.job import Job

@@ -108,9 +108,9 @@ def make_model(folder: Path, size: str) -> None:
 def _whole() -> tuple[Any, Any]:
     import torch
 
-    from strop.model.facts import locate
-    from strop.model.load import load_base
-    from strop.model.tokenizer import load_tokenizer
+    from strop.models.load import load_base
+    from strop.models.source import locate
+    from strop.models.tokenizer import load_tokenizer
 
     source = locate("demo")
     return load_base(source, torch.bfloat16, "cpu"), load_tokenizer(source)

@@ -20,8 +20,8 @@ from measured import child, write
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from strop.model.facts import locate
-from strop.model.tokenizer import load_tokenizer
+from strop.models.source import locate
+from strop.models.tokenizer import load_tokenizer
 
 SHAPE = {
     "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -30,7 +30,7 @@ SHAPE = {
 MERGE = """
 import json, sys
 from pathlib import Path
-from strop.exporting.merge import merge
+from strop.export.merge import merge
 from strop.machine.memory import mark
 before = mark("cpu")
 merge(sys.argv[1], Path(sys.argv[2]), dtype=sys.argv[3], measure=False)

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from strop.adapters import attach
-from strop.exporting import merge
-from strop.exporting.merge import Trained
-from strop.exporting.parity import LIMITS, compare
-from strop.model.facts import Source, locate
-from strop.model.load import load_base, weights_folder
-from strop.model.saved import adapter_config
+from strop.export import merge
+from strop.export.merge import Trained
+from strop.export.parity import LIMITS, compare
+from strop.models.adapter_config import adapter_config
+from strop.models.adapters import attach
+from strop.models.load import load_base, weights_folder
+from strop.models.source import Source, locate
 
 Round = Callable[[str, Tensor, Tensor], Tensor]  # name, merged, base -> what a reader of the file gets
 WAYS: dict[str, Round] = {

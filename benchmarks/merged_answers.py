@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import strop
 from strop.evaluation.compare import questions
 from strop.evaluation.run import read_conversations
-from strop.model.load import DTYPES
+from strop.models.load import DTYPES
 
 
 def answers(model: Any, tokenizer: Any, chats: list[list[dict[str, str]]], stop_ids: list[int]) -> list[str]:

@@ -126,7 +126,7 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
     child([sys.executable, __file__, *sys.argv[1:], "--train"])
     made, asked = make_run(folder, case, snips), rows_of(folder, case, snips)[1]
     mark = Mark()
-    loading = logging.getLogger("strop.model.load")
+    loading = logging.getLogger("strop.models.load")
     loading.addHandler(mark)
     loading.setLevel(logging.INFO)
     found: dict[str, Any] = {}
@@ -137,11 +137,11 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
             metric = "exact" if case["data"].isdigit() else "exact_json"
             evaluate_models([str(made)], str(asked), metric=metric)
         elif case["phase"] == "merge":
-            from strop.exporting.merge import merge
+            from strop.export.merge import merge
 
             merge(str(made), Path(temp) / "merged", say=mark.hear)
         elif case["phase"] == "export":
-            from strop.exporting.gguf import export_gguf
+            from strop.export.gguf import export_gguf
 
             export_gguf(str(made), Path(temp) / "model.gguf", kind=case["kind"], say=mark.hear)
         else:
@@ -191,7 +191,7 @@ def _serve(made: Path, asked: Path, texts: int) -> dict[str, Any]:
 def _about(case: dict[str, Any], made: Path, asked: Path) -> dict[str, Any]:
     from strop.config.load import read_resolved, resolve
     from strop.engine.device import pick_dtype
-    from strop.planning.here import row_sizes
+    from strop.planning.inputs import row_sizes
     from strop.runs.folder import RunFolder
 
     recipe = read_resolved(RunFolder(made).recipe).recipe
@@ -204,10 +204,10 @@ def _about(case: dict[str, Any], made: Path, asked: Path) -> dict[str, Any]:
 def predicted_bytes(one: dict[str, Any]) -> int:
     """Of a case whose rows are known, as the formulas say now."""
     from strop.config.load import resolve
-    from strop.model.shape import ModelShape, peek
+    from strop.models.families.shape import ModelShape, peek
     from strop.planning.memory import load
     from strop.planning.phases import Asked, answering, evaluate, export, merge, serve
-    from strop.planning.setting import Setting
+    from strop.planning.workload import Setting
 
     phase, model = one["name"].partition(",")[0].split()
     shape = peek("demo").shape if model == "demo" else ModelShape.of(MODELS[model])

@@ -64,7 +64,7 @@ def recipe_of(chosen: dict[str, Any], options: dict[str, Any]) -> Any:
 
 def choice(number: int, limit: int, rate: Any) -> dict[str, Any]:
     """What the plan chooses, as options."""
-    from strop.planning.fitting import Room, fitted, fixed_tokens
+    from strop.planning.largest import Room, fitted, fixed_tokens
 
     chosen = SETTINGS[number][0]
     shape, open_ = looked_at(chosen["model"]).shape, recipe_of(chosen, {})
@@ -82,8 +82,8 @@ def choice(number: int, limit: int, rate: Any) -> dict[str, Any]:
 def planned(number: int, options: dict[str, Any], rate: Any) -> float:
     """Seconds a token."""
     from strop.planning.microbatch import usual_micro_batch
-    from strop.planning.setting import Setting
-    from strop.planning.speed import tokens_per_s
+    from strop.planning.time import tokens_per_s
+    from strop.planning.workload import Setting
 
     chosen = SETTINGS[number][0]
     recipe = recipe_of(chosen, options).recipe
@@ -92,8 +92,8 @@ def planned(number: int, options: dict[str, Any], rate: Any) -> float:
 
 def setting_at(number: int, rate: Any) -> dict[str, Any]:
     """A setting, its limit, and the ways that fit: the plan's choice, then all others."""
-    from strop.planning.fitting import Room
-    from strop.planning.setting import Setting
+    from strop.planning.largest import Room
+    from strop.planning.workload import Setting
 
     chosen, share = SETTINGS[number]
     shape, quantized = looked_at(chosen["model"]).shape, "model.quantization" in chosen["options"]
@@ -141,13 +141,13 @@ def run(folder: Path, number: int, options: dict[str, Any]) -> float:
 def judged(one: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
     """The plan's choice by the formulas of today, the fastest way, and of each other way than the choice: its time over
     the choice's, as planned over as measured, less 1. Raises LookupError for a choice that was not measured."""
-    from strop.planning.speed import Rate
+    from strop.planning.time import Rate
 
     number = next(n for n in range(len(SETTINGS)) if setting_name(n) == one["name"])
     rate = Rate(**one["rate"])
     own = one.get("own_products", False)  # files of before have none
     measured_on = SimpleNamespace(has_tiles=lambda _: one["tiles"], has_products=lambda _: own)
-    with patch("strop.planning.setting.probe", lambda: measured_on):  # whatever the CPU is that reads this
+    with patch("strop.planning.workload.probe", lambda: measured_on):  # whatever the CPU is that reads this
         options = choice(number, one["limit_bytes"], rate)
         first = next((way for way in one["ways"] if way["options"] == options), None)
         if first is None:
@@ -213,7 +213,7 @@ def main() -> None:
         return
     from strop.machine.probe import probe
     from strop.machine.rates import known_rates
-    from strop.planning.speed import Rate
+    from strop.planning.time import Rate
 
     rate = Rate.of_cpu(probe(), known_rates(probe(), "cpu"), "bf16")
     kept = json.loads(given.out.read_text("utf-8"))["results"] if given.out and given.out.is_file() else []

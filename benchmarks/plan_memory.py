@@ -162,8 +162,8 @@ def make_model(folder: Path, name: str) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from strop.model.facts import locate
-    from strop.model.tokenizer import load_tokenizer
+    from strop.models.source import locate
+    from strop.models.tokenizer import load_tokenizer
 
     if not (folder / name / "tokenizer_config.json").is_file():
         torch.manual_seed(0)
@@ -234,8 +234,8 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
 
 @cache
 def looked_at(model: str) -> Any:
-    from strop.model.measured import exactly
-    from strop.model.shape import ModelShape, Peek, peek
+    from strop.models.families.shape import ModelShape, Peek, peek
+    from strop.models.introspect import exactly
 
     if model == "demo":
         return peek("demo")
@@ -245,7 +245,7 @@ def looked_at(model: str) -> Any:
 
 def setting_of(model: str, recipe: dict[str, Any]) -> Any:
     from strop.config.load import resolve
-    from strop.planning.setting import Setting
+    from strop.planning.workload import Setting
 
     kept = {name: value for name, value in recipe.items() if name.startswith(("model.", "lora.", "train."))}
     found = looked_at(model)

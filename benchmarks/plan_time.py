@@ -83,7 +83,7 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
     import strop
     from strop.config.load import resolve
     from strop.demo import data_files
-    from strop.planning.here import row_sizes
+    from strop.planning.inputs import row_sizes
 
     model = case["model"] if case["model"] == "demo" else str(make_model(folder, case["model"]))
     with tempfile.TemporaryDirectory() as temp:
@@ -135,7 +135,7 @@ def predicted(found: dict[str, Any]) -> float:
     """Seconds a step, as the formulas say now."""
     from strop.config.load import resolve
     from strop.planning.microbatch import Rows, first_steps
-    from strop.planning.speed import Rate, steps_seconds
+    from strop.planning.time import Rate, steps_seconds
 
     setting = setting_of(found["name"].partition(",")[0], found["recipe"])
     own = found.get("own_products", False)  # files of before have none
@@ -197,7 +197,7 @@ def machine(measured: Callable[[int], Any]) -> tuple[Rates, dict[str, float]]:
 
 
 def of_machine(one: dict[str, Any], rates: Rates, paces: dict[str, float]) -> dict[str, Any]:
-    from strop.planning.speed import Rate
+    from strop.planning.time import Rate
 
     dtype = one["recipe"]["model.dtype"]
     return {"rate": asdict(Rate.measured(rates, dtype)), "pace_then": paces[dtype]}

@@ -111,9 +111,9 @@ def main() -> None:
         )
         print(json.dumps(found))
         return
-    from strop.model.facts import locate
-    from strop.model.load import weights_folder
-    from strop.model.tokenizer import load_tokenizer
+    from strop.models.load import weights_folder
+    from strop.models.source import locate
+    from strop.models.tokenizer import load_tokenizer
 
     source = locate("demo")
     tokenizer = load_tokenizer(source)

@@ -83,8 +83,8 @@ def _text(draw: random.Random, words: int) -> str:
 
 
 def save_tokenizer(folder: Path) -> None:
-    from strop.model.facts import locate
-    from strop.model.tokenizer import load_tokenizer
+    from strop.models.source import locate
+    from strop.models.tokenizer import load_tokenizer
 
     load_tokenizer(locate("demo")).save_pretrained(folder)
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import measured
 
-from strop.model.facts import locate, safetensors_header, weight_files
-from strop.model.load import weights_folder
+from strop.models.load import weights_folder
+from strop.models.source import locate, safetensors_header, weight_files
 
 METHODS = {
     "16 bit": ("none", 0),
@@ -33,7 +33,7 @@ LOAD = """
 import sys, torch
 from strop.engine.device import prepare_process
 from strop.machine.memory import mark
-from strop.model.facts import locate
+from strop.models.source import locate
 from strop.model import load
 prepare_process()
 model, scheme, layers = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -76,7 +76,7 @@ def make(folder: Path) -> None:
     from merge_memory import SHAPE
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from strop.model.tokenizer import load_tokenizer
+    from strop.models.tokenizer import load_tokenizer
 
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="1GB")

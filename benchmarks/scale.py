@@ -26,7 +26,7 @@ from typing import Any
 import measured
 
 from strop import plan
-from strop.devices.deal import deal
+from strop.distributed.assign import deal
 from strop.planning.devices import (
     LOOPBACK,
     NETWORKS,
@@ -256,7 +256,7 @@ def _table(
 
 def _imbalance(count: int) -> float:
     """Greatest share over the mean, of 4 rows a device whose lengths are spread evenly from a quarter to all of the
-    longest (strop.devices.deal)."""
+    longest (strop.distributed.assign)."""
     rows = 4 * count
     lengths = [0.25 + 0.75 * ((number * 0.6180339887) % 1) for number in range(rows)]
     shares = [sum(lengths[row] for row in share) for share in deal(lengths, count)]

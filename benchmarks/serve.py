@@ -42,10 +42,10 @@ import torch
 from clients import Answer, ask_all, piece_in
 from servers import Failed, Running, Server, llamas, running, strops, transformers_serve, vllms
 
-from strop.data.conversation import Message
+from strop.data.types import Message
 from strop.evaluation.run import read_conversations
-from strop.model.facts import locate
-from strop.model.tokenizer import load_tokenizer
+from strop.models.source import locate
+from strop.models.tokenizer import load_tokenizer
 
 Messages = list[dict[str, str]]
 LONG_PROMPT, LONG_CONTEXT, LONG_ANSWER = 1000, 2048, 900  # tokens; of --behind

@@ -21,7 +21,7 @@ import psutil
 import requests
 from gguf import GGUFReader
 
-from strop.model.facts import safetensors_header, weight_files
+from strop.models.source import safetensors_header, weight_files
 from strop.planning.memory import BLOCK, NESTED
 
 HERE = Path(__file__).parent

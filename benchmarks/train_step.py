@@ -29,14 +29,14 @@ from peers import PEERS
 from peers import run as peers_run
 from peft import LoraConfig, get_peft_model
 
-from strop.data.conversation import Example
-from strop.engine.cpu.precision import measure
+from strop.data.types import Example
 from strop.engine.device import prepare_process
-from strop.engine.fast import FastLoss
-from strop.engine.fits import unsupported
-from strop.engine.plain import PlainLoss
-from strop.model.facts import locate
-from strop.model.load import load_base
+from strop.engine.eligibility import unsupported
+from strop.engine.kernels.cpu.precision import measure
+from strop.engine.train.fast import FastLoss
+from strop.engine.train.plain import PlainLoss
+from strop.models.load import load_base
+from strop.models.source import locate
 
 SHAPE = {  # SmolLM2-135M
     "vocab_size": 49152,

@@ -53,7 +53,7 @@ def judged(valley: dict[str, Any]) -> dict[str, Any]:
     """The best rate and its loss, the rates that were tried within 5 % of it; the rule's rate and what it costs, what
     the rule before it did (`whole`), and what the usual adapter's and batch's rate would, as shares of the best loss.
     """
-    from strop.planning.rates import factor, learning_rate, whole
+    from strop.planning.learning_rate import factor, learning_rate, whole
 
     curve, size = valley["curve"], parameters(valley["size"])
     best = min(curve, key=lambda rate: curve[rate])

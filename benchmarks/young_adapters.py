@@ -16,9 +16,9 @@ from pathlib import Path
 
 import measured
 
-from strop.model.facts import locate
-from strop.model.load import weights_folder
-from strop.model.tokenizer import load_tokenizer
+from strop.models.load import weights_folder
+from strop.models.source import locate
+from strop.models.tokenizer import load_tokenizer
 
 HOW = {
     "strop, fp32": ("fast", "fp32"), "strop, fp32 in 8-bit integers": ("integers", "fp32"),

@@ -15,13 +15,13 @@ import pytest
 import yaml
 
 import strop
-from strop.cli import COMMANDS
+from strop.cli.app import COMMANDS
 from strop.config.load import resolve
 from strop.config.schema import option_fields
 from tests import ROOT
+from tests.support.commands import fault
 from tests.support.pages import PAGES, SHELL, Block, anchors, blocks, commands, inline, links
 from tests.support.scripts import script
-from tests.support.typed import fault
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 FIELDS = {name for name, _ in option_fields()}

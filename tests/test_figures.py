@@ -500,8 +500,8 @@ SAID: list[tuple[str, str, Callable[[Any], str | list[str]]]] = [
 
 # Pages whose figures other tests compare with what they come from, or write.
 ELSEWHERE = {
-    "docs/plan.md": "tests/planning/test_memory.py", "docs/cards.md": "tests/card/test_traffic.py",
-    "docs/reliability.md": "tests/faults", "docs/models.md": "tests/model/walk.py", "docs/recipe.md": "its schema",
+    "docs/plan.md": "tests/planning/test_memory.py", "docs/cards.md": "tests/simulated_gpu/test_traffic.py",
+    "docs/reliability.md": "tests/faults", "docs/models.md": "tests/models/walk.py", "docs/recipe.md": "its schema",
     "docs/templates.md": "tests/data", "docs/comparison.md": "tools/comparison.py",
 }  # fmt: skip
 # Of other pages: what looks like a measurement and is none, page by page.

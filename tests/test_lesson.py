@@ -11,7 +11,7 @@ import pytest
 
 from tests import ROOT
 from tests.support.pages import Block, blocks, commands
-from tests.support.running import run
+from tests.support.runs import run
 
 PAGE = ROOT / "docs" / "lesson.md"
 BLOCKS = blocks(PAGE)

@@ -8,9 +8,9 @@ import re
 import shlex
 
 from tests import ROOT
+from tests.support.commands import fault
 from tests.support.pages import blocks
 from tests.support.scripts import script
-from tests.support.typed import fault
 
 
 def test_the_notebook_is_made_from_the_lesson() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from strop.cli import _by_the_system
+from strop.cli.app import _by_the_system
 from strop.errors import DiskError, FolderError
 from strop.runs.folder import cache_folder, disk_faults, new_folder
 
@@ -110,7 +110,7 @@ def test_an_output_that_is_full_shows_no_traceback(tmp_path: Path) -> None:
 def test_a_process_that_strop_starts_takes_no_module_of_the_working_folder(tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("raise SystemExit('a json.py of the working folder')")
     program = (
-        "import subprocess, sys; sys.path.remove(''); from strop.runs.children import apart; import os;"
+        "import subprocess, sys; sys.path.remove(''); from strop.runs.child_env import apart; import os;"
         "sys.exit(subprocess.call([sys.executable, '-m', 'strop.cli', '--version'], env={**os.environ, **apart()}))"
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -17,8 +17,8 @@ from torch import nn
 
 import strop
 from strop.config.load import resolve
-from strop.engine import fast
 from strop.engine.device import pick_device
+from strop.engine.train import fast
 from strop.errors import (
     TROUBLES,
     DeviceError,
@@ -32,17 +32,17 @@ from strop.errors import (
 from strop.evaluation.diagnosis import diagnose
 from strop.machine import doctor
 from strop.machine.probe import Machine
-from strop.model.quantize import pack, unpack
+from strop.models.quantize import pack, unpack
 from strop.planning import trial
 from strop.planning.memory import CUDA_CONTEXT_BYTES
 from strop.runs.folder import disk_faults
 from strop.training.loop import fit
 from strop.training.optim import make_optimizer
-from strop.training.setup import _look
+from strop.training.preflight import _look
 from tests import ROOT
 from tests.support import tiny
+from tests.support.failures import curve, falling, starved
 from tests.support.hub_standin import serve
-from tests.support.troubles import curve, falling, starved
 
 PAGE = ROOT / TROUBLES
 NAMED = re.compile(rf"{TROUBLES}#(\w+)")
@@ -160,7 +160,7 @@ def test_a_run_that_passes_a_card_over_says_so(
 
 
 def test_what_is_free_on_a_card_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strop.training.setup.pick_device", lambda asked: "cuda:1")
+    monkeypatch.setattr("strop.training.preflight.pick_device", lambda asked: "cuda:1")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 8 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 30)
     found = _look(resolve(None, {"model": "m", "data": "d"}).recipe, None)

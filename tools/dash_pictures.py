@@ -17,7 +17,7 @@ from urllib.parse import quote
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.support.browser import PHONE, at, open_browser
-from tests.support.dashing import dashing
+from tests.support.dash import dashing
 
 ROOT = Path(__file__).parents[1]
 LARGEST = 300_000  # bytes

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from strop.errors import InputError, RunError, Stopped, StropError
 
 if TYPE_CHECKING:
-    from strop.adapters import Model
-    from strop.exporting.gguf import Exported
-    from strop.exporting.hub import Pushed
-    from strop.exporting.merge import Merged
-    from strop.exporting.ollama import Prepared
+    from strop.export.gguf import Exported
+    from strop.export.hub import Pushed
+    from strop.export.merge import Merged
+    from strop.export.ollama import Prepared
+    from strop.models.adapters import Model
     from strop.planning.compare import Row
     from strop.planning.plan import Plan
     from strop.training.run import Run
@@ -69,7 +69,7 @@ def plan(
     from strop.config.load import Choice, resolve
     from strop.machine.memory import limit_bytes
     from strop.planning.devices import Devices, share
-    from strop.planning.here import look_at, place_for, row_sizes, start_adapter, without_data
+    from strop.planning.inputs import look_at, place_for, row_sizes, start_adapter, without_data
     from strop.planning.plan import make_plan
 
     resolved = resolve(Path(recipe) if recipe else None, without_data(_flat(options), recipe is not None))
@@ -100,7 +100,7 @@ def compare_methods(
     from strop.machine.memory import limit_bytes
     from strop.planning.choose import usable_bytes
     from strop.planning.compare import compare, known_models
-    from strop.planning.here import look_at, place_for, without_data
+    from strop.planning.inputs import look_at, place_for, without_data
 
     given = without_data(_flat(options), recipe is not None)
     own = "model.name" in given or recipe is not None
@@ -135,12 +135,12 @@ def train(
     Raises InputError before weights load, RunError while training, Stopped after Ctrl-C.
     """
     from strop.config.load import resolve
-    from strop.devices.join import joined
+    from strop.distributed.launch import joined
 
     resolved = resolve(Path(recipe) if recipe else None, _flat(options))
     with joined() as devices:
-        from strop.machine.host import own_torch
         from strop.machine.memory import limit_bytes
+        from strop.machine.torch_state import own_torch
         from strop.training.run import train as run_training
 
         with own_torch():
@@ -159,12 +159,12 @@ def resume(
 
     options: recipe fields with a new value, each of which `allow_changed` must name (see `strop resume --help`).
     """
-    from strop.devices.join import joined
+    from strop.distributed.launch import joined
 
     listeners = [callback] if callback else []
     with joined() as devices:
-        from strop.machine.host import own_torch
         from strop.machine.memory import limit_bytes
+        from strop.machine.torch_state import own_torch
         from strop.training.run import resume as go_on
 
         names = [allow_changed] if isinstance(allow_changed, str) else allow_changed
@@ -191,11 +191,11 @@ def evaluate(
     regression_data: and on rows of one's own that should not get worse, judged by regression_metric or metric.
     options: `data.format`, `data.columns`, `data.encoding`, where rows are not to be read as those of the run.
     """
-    from strop.devices.join import joined
+    from strop.distributed.launch import joined
 
     with joined() as devices:
         from strop.evaluation.run import evaluate_model
-        from strop.machine.host import own_torch
+        from strop.machine.torch_state import own_torch
 
         with own_torch():
             return evaluate_model(
@@ -212,8 +212,8 @@ def check(recipe: str | Path | None = None, **options: Any) -> dict[str, Any]:
     """
     from strop.config.load import resolve
     from strop.data.prepare import prepare
-    from strop.model.facts import locate
-    from strop.model.tokenizer import load_tokenizer
+    from strop.models.source import locate
+    from strop.models.tokenizer import load_tokenizer
     from strop.objectives.table import learning_of
 
     given = _flat(options) if recipe else {"model.name": "demo", **_flat(options)}
@@ -236,8 +236,8 @@ def merge(
     dtype: bf16, fp16 or fp32. data: rows to measure on; default: the run's own.
     Raises InputError before anything is written, ParityError where the merged model is not the tuned one.
     """
-    from strop.exporting.merge import merge as merge_into
-    from strop.machine.host import own_torch
+    from strop.export.merge import merge as merge_into
+    from strop.machine.torch_state import own_torch
 
     with own_torch():
         return merge_into(os.fspath(run), Path(out), dtype=dtype, data=_text(data), measure=measure)
@@ -252,8 +252,8 @@ def load(
     force: bool = False,
 ) -> Model:
     """A run, adapter or model folder, .gguf file, Hub id or `demo`, ready to `.generate` and `.chat`."""
-    from strop.adapters import load as load_model
-    from strop.machine.host import own_torch
+    from strop.machine.torch_state import own_torch
+    from strop.models.adapters import load as load_model
 
     with own_torch():
         return load_model(name, device=device, dtype=dtype, quantization=quantization, force=force)
@@ -274,9 +274,9 @@ def export(
     type: f32, f16, bf16, q8_0 (the default); with llama.cpp q6_k, q5_k_m, q4_k_m. adapter: it alone, in f32 (gguf).
     Raises InputError before anything is written, ParityError where what was made is not the tuned model.
     """
-    from strop.exporting.gguf import export_gguf
-    from strop.exporting.ollama import export_ollama
-    from strop.machine.host import own_torch
+    from strop.export.gguf import export_gguf
+    from strop.export.ollama import export_ollama
+    from strop.machine.torch_state import own_torch
 
     if target not in ("gguf", "ollama") or (adapter and target == "ollama"):
         raise InputError(f"export: no {target}{' of an adapter' if adapter else ''}", fix="give gguf or ollama")
@@ -295,7 +295,7 @@ def push(
     adapter's base, where it was trained on a folder, a GGUF file or the demo's model. message: of the commit.
     Raises InputError before anything is sent, RunError where the Hub cannot be reached or holds other bytes after.
     """
-    from strop.exporting.hub import push as push_to
+    from strop.export.hub import push as push_to
 
     return push_to(os.fspath(run), repo, public=public, base=base, message=message)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.browser import open_browser
-from tests.support.dashing import Dash, dashing
+from tests.support.dash import Dash, dashing
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><b>bold</b>\u202e\" onclick=alert(1) '</script>${1}"
 HOSTILE_NAME = '<img src=x onerror=document.title=1> & "quotes" \'n %2f #x?y'
@@ -22,9 +22,9 @@ HOSTILE_NAME = '<img src=x onerror=document.title=1> & "quotes" \'n %2f #x?y'
 def desk(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """A folder to work in, as a person has it: a model, rows, rows held out, and runs/ with three runs."""
     from strop import train
-    from strop.adapters import load
     from strop.evaluation.compare import compare
     from strop.evaluation.run import add_to_report, read_conversations
+    from strop.models.adapters import load
     from strop.runs.folder import RunFolder
     from tests.support.tiny import write_rows
 

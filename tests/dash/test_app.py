@@ -14,10 +14,10 @@ import psutil
 import pytest
 import requests
 
-from strop.dash import looking, steering
-from strop.dash.room import Room
+from strop.dash import action_routes, read_routes
+from strop.dash.responses import Room
 from strop.dash.run import MAX_BODY_BYTES
-from tests.support.dashing import TOKEN, Dash, dashing, evaluated, lines, make_run, sample, session, step
+from tests.support.dash import TOKEN, Dash, dashing, evaluated, lines, make_run, sample, session, step
 
 HOSTILE = "<script>alert(1)</script>\u202e\x1b[31m\"'&\ud800"
 
@@ -46,7 +46,7 @@ def addresses(root: Path) -> list[tuple[str, str]]:
     """(method, path) of every route, for the run `two`."""
     room = Room(root, None)
     found: list[tuple[str, str]] = []
-    for route in [*looking.routes(room), *steering.routes(room)]:
+    for route in [*read_routes.routes(room), *action_routes.routes(room)]:
         path = str(route.path).replace("{name}", "two").replace("{id}", "20200101-000000-train-abcdef")  # type: ignore[attr-defined]
         found += [(method, path) for method in route.methods if method != "HEAD"]  # type: ignore[attr-defined]
     return found
@@ -165,8 +165,8 @@ def test_queries(dash: Dash) -> None:
 
 def test_what_a_run_is_called() -> None:
     for name, called in {"a/b.jsonl": "b", "日本.jsonl": "run", "日本-v2.csv": "v2", "données.json": "donn-es"}.items():
-        assert steering.stem({"data.train": name}) == steering.stem({"data": [name, "x"]}) == called
-    assert steering.stem({}) == "run"
+        assert action_routes.stem({"data.train": name}) == action_routes.stem({"data": [name, "x"]}) == called
+    assert action_routes.stem({}) == "run"
 
 
 def test_what_the_page_gets(dash: Dash, root: Path) -> None:
@@ -258,7 +258,9 @@ def test_the_server_is_small_and_without_torch(dash: Dash) -> None:
 
 
 def test_help_does_not_load_a_server() -> None:
-    code = "import sys, strop.cli; print([m for m in ('starlette', 'uvicorn', 'numpy', 'psutil') if m in sys.modules])"
+    code = (
+        "import sys, strop.cli.app; print([m for m in ('starlette', 'uvicorn', 'numpy', 'psutil') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from strop.dash.desk import Desk
+from strop.dash.context import Desk
 from strop.errors import StropError
-from tests.support.dashing import evaluated, lines, make_run, sample, session, step
+from tests.support.dash import evaluated, lines, make_run, sample, session, step
 
 JUNK = [None, True, -1, 1e308, 10**400, "x", "\ud800<b>", [], [[]], {}, {"a": []}, [1, "2"], float("inf"), 2**63]
 FULL = {

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from strop.dash.history import History, extremes, smoothed
-from strop.dash.marks import mark_of
+from strop.dash.tags import mark_of
 from strop.evaluation.report import _smoothed
-from tests.support.dashing import lines, session, step
+from tests.support.dash import lines, session, step
 
 
 def history(folder: Path, *events: dict[str, object]) -> History:

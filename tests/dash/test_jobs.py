@@ -16,7 +16,7 @@ import pytest
 
 from strop.dash.jobs import Jobs, command, option
 from strop.errors import FolderError, InputError
-from tests.support.dashing import make_run, session, step
+from tests.support.dash import make_run, session, step
 
 
 def ended(jobs: Jobs, name: str) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from strop.dash.answering import Busy
-from strop.dash.judging import Votes, answers, compare, tally
-from strop.dash.listing import Listing
+from strop.dash.run_list import Listing
+from strop.dash.side_by_side import Busy
+from strop.dash.votes import Votes, answers, compare, tally
 from strop.errors import DiskError, InputError
 from strop.evaluation.metrics import paired_difference, wilson
 from strop.runs.folder import RunFolder
-from tests.support.dashing import evaluated, make_run, sample, session, step
+from tests.support.dash import evaluated, make_run, sample, session, step
 
 HITS = [(True, True), (True, False), (False, True), (False, False), (False, True)]
 

@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from strop.dash import listing, state
-from strop.dash.listing import Listing
-from tests.support.dashing import evaluated, make_run, sample, session, step
+from strop.dash import run_list, status
+from strop.dash.run_list import Listing
+from tests.support.dash import evaluated, make_run, sample, session, step
 
 DONE = {"exit": 0, "ended": "steps", "steps": 5, "eval_loss": 2.5, "tokens": 500}
 SAVED = {"event": "stop", "time": 1, "step": 5, "why": "signal"}
@@ -98,7 +98,7 @@ def test_a_run_that_says_nothing_is_stalled(
         os.utime(folder / "events.jsonl", (time.time() - age,) * 2)
         assert only(tmp_path)["state"] == expected
     assert "no event for 2 min" in only(tmp_path)["why"]
-    monkeypatch.setattr(state.Watch, "share", lambda self, pid: 0.98)  # an evaluation is one event
+    monkeypatch.setattr(status.Watch, "share", lambda self, pid: 0.98)  # an evaluation is one event
     assert only(tmp_path)["state"] == "running"
     slow = [*session(), *(step(number, time=1000.0 + 60 * number) for number in range(1, 9))]
     claim(make_run(tmp_path / "slow", "one", slow), sleeper)
@@ -119,8 +119,8 @@ def test_five_hundred_runs_are_read_once(tmp_path: Path, monkeypatch: pytest.Mon
     for number in range(500):
         make_run(tmp_path, f"run-{number}", events, DONE)
     runs, read = Listing(tmp_path), []
-    facts = listing._facts
-    monkeypatch.setattr(listing, "_facts", lambda folder: (read.append(folder.path.name), facts(folder))[1])
+    facts = run_list._facts
+    monkeypatch.setattr(run_list, "_facts", lambda folder: (read.append(folder.path.name), facts(folder))[1])
     rows = runs.rows()
     assert len(rows) == len(read) == 500 and {row["state"] for row in rows} == {"finished"}
     read.clear()

@@ -14,7 +14,7 @@ import pytest
 import strop
 from tests.dash.conftest import HOSTILE, HOSTILE_NAME
 from tests.support.browser import DESK, PHONE, Watched, at, open_tab
-from tests.support.dashing import TOKEN, Dash, dashing, make_run, session, step
+from tests.support.dash import TOKEN, Dash, dashing, make_run, session, step
 
 STATIC = Path(strop.__file__).parent / "dash" / "static"
 NEW = quote(json.dumps({"model.name": "tiny-model", "data.train": "rows.jsonl", "data.bad_rows": "drop", "lora.r": 4}))
@@ -288,9 +288,9 @@ def test_our_scripts_make_no_markup() -> None:
 
 
 def test_what_can_be_made_is_what_the_commands_make() -> None:
-    from strop.exporting import parity, verify
+    from strop.export import parity, verify_gguf
 
     text = (STATIC / "screens" / "take.js").read_text(encoding="utf-8")
     types = re.search(r"GGUF_TYPES = (\[.*?\]);", text)
-    assert types and json.loads(types[1]) == list(verify.LIMITS)
+    assert types and json.loads(types[1]) == list(verify_gguf.LIMITS)
     assert set(re.findall(r'"([bf]p?f?\d+)"', text.replace(types[1], ""))) == set(parity.LIMITS)

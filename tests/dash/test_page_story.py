@@ -10,7 +10,7 @@ from typing import Any
 
 from strop.demo import data_files
 from tests.support.browser import at, open_tab
-from tests.support.dashing import dashing
+from tests.support.dash import dashing
 
 LONG = 180_000  # a child process imports torch and may compile, on a machine that does other things too
 

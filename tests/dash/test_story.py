@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.dashing import Dash, dashing
+from tests.support.dash import Dash, dashing
 from tests.support.tiny import write_rows
 
 NAME = "the run"

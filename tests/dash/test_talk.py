@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from strop.dash.chat import Talk, pass_on
 from strop.dash.jobs import Jobs
-from strop.dash.talk import Talk, pass_on
 from strop.errors import RunError
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"

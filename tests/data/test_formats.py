@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.data.conversation import Conversation, Message, Row
+from strop.data.format_docs import tables
 from strop.data.formats import FORMATS, REASONS, Conversations, conversations, shape_of
-from strop.data.listing import tables
 from strop.data.reading import files
 from strop.data.reading.sources import RowFault
-from strop.data.shapes import ROLES
+from strop.data.row_formats import ROLES
+from strop.data.types import Conversation, Message, Row
 from strop.errors import DataError
 from tests import ROOT
 

@@ -11,11 +11,11 @@ import pytest
 
 from strop.config.schema import DataSection
 from strop.data import check
-from strop.data.conversation import Conversation, Prompt, Row
+from strop.data.examples import Learning
 from strop.data.formats import REASONS, conversations, shape_of
 from strop.data.prepare import Prepared, prepare
 from strop.data.reading.sources import RowFault
-from strop.data.units import Learning
+from strop.data.types import Conversation, Prompt, Row
 from strop.errors import DataError
 from tests.support.families import tokenizer
 from tests.support.templates import tokenizer as of_trait

@@ -17,12 +17,12 @@ from rich.console import Console
 
 from strop.config.schema import DataSection
 from strop.data import check
-from strop.data.account import MAX_LOST_SHARE
-from strop.data.conversation import Conversation, Message
+from strop.data.accounting import MAX_LOST_SHARE
 from strop.data.prepare import REASONS, Prepared, prepare
 from strop.data.rendering import overlong
 from strop.data.rendering.render import Renderer
 from strop.data.store import LOCK, Writer
+from strop.data.types import Conversation, Message
 from strop.errors import DataError, FolderError
 from tests.support import families, templates
 from tests.support.shared_data import shared

@@ -14,7 +14,7 @@ import strop
 from strop.evaluation.general import compare_general, rows
 from strop.evaluation.metrics import judged_by_kind, paired_difference
 from tests.support import tiny
-from tests.support.running import run
+from tests.support.runs import run
 
 
 def test_the_set_is_large_enough_and_each_row_is_a_question() -> None:

@@ -12,7 +12,7 @@ import pytest
 import strop
 from strop.evaluation.held_out import trained_on
 from strop.evaluation.run import read_conversations
-from tests.support.running import run
+from tests.support.runs import run
 
 ROWS = [{"prompt": f"what is {n}", "completion": f"it is {n}"} for n in range(8)]
 NEW = {"prompt": "what is nine", "completion": "it is 9"}

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from strop.data.conversation import Conversation, Message
+from strop.data.types import Conversation, Message
 from strop.errors import RecipeError, RunError
 from strop.evaluation import judge
 from strop.evaluation.compare import Question
 from strop.evaluation.judge import compare_by_judge, judge_for, verdict_in
 from tests.support import tiny
-from tests.support.running import run
+from tests.support.runs import run
 from tests.support.serving import Server
 
 

@@ -12,11 +12,11 @@ import torch
 import strop
 from strop.data.formats import conversations
 from strop.data.reading.sources import RowFault, read_rows
-from strop.engine.plain import PlainLoss
+from strop.engine.train.plain import PlainLoss
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.preferences import compare_preferences, rewards
 from tests.support import preferences, tiny
-from tests.support.running import QUICK, run
+from tests.support.runs import QUICK, run
 
 
 def trained(objective: str, model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> Path:

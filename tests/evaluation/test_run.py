@@ -13,17 +13,17 @@ import pytest
 import torch
 
 import strop
-from strop.adapters import Model
-from strop.data.conversation import Conversation, Message
 from strop.data.rendering.render import Renderer
-from strop.engine.answers.batch import Batch
+from strop.data.types import Conversation, Message
+from strop.engine.decode.batch import Batch
+from strop.engine.decode.generate import Answer
 from strop.errors import DataError, RecipeError
 from strop.evaluation import compare as comparing
 from strop.evaluation import run as evaluation
 from strop.evaluation.run import evaluate_models, leaderboard, read_conversations
-from strop.model.generate import Answer
+from strop.models.adapters import Model
 from tests.support.families import tokenizer
-from tests.support.running import QUICK, run
+from tests.support.runs import QUICK, run
 from tests.support.templates import tokenizer as of_trait
 from tests.support.tiny import model as tiny
 
@@ -208,7 +208,7 @@ def ctrl_c_in_a_comparison(monkeypatch: pytest.MonkeyPatch, here: Callable[[dict
         return compare(*args, **options)
 
     monkeypatch.setattr(evaluation, "compare", comparing)
-    monkeypatch.setattr("strop.engine.answers.held.ROWS", 4)
+    monkeypatch.setattr("strop.engine.decode.decoder_cache.ROWS", 4)
 
 
 def test_an_interrupted_run_is_not_on_the_leaderboard(
@@ -303,7 +303,7 @@ def test_ctrl_c_leaves_the_rows_that_are_answered(
 
     held_out = rows(tmp_path / "held.jsonl", COLOURS)
     monkeypatch.setattr(Batch, "step", interrupted)
-    monkeypatch.setattr("strop.engine.answers.held.ROWS", 4)
+    monkeypatch.setattr("strop.engine.decode.decoder_cache.ROWS", 4)
     words = ["--data", held_out, "--max-new-tokens", "2", "--general", "--json"]
     code, out, err = run("eval", runs[0], *words, capsys=capsys)
     found = json.loads(out)

@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 
-from strop import cli
+from strop.cli import app
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, is_run
 from strop.training import loop, state
@@ -101,7 +101,7 @@ class Lab:
             if prepare is not None:
                 prepare()
             sys.argv = ["strop", *words]
-            cli.main()
+            app.main()
             return 0
 
         return work
@@ -413,7 +413,7 @@ def _starve(call: int) -> Callable[[], None]:
     """Inside the child: the n-th micro-batch finds no memory."""
 
     def prepare() -> None:
-        from strop.engine.fast import FastLoss
+        from strop.engine.train.fast import FastLoss
 
         count, compute = iter(range(1, 10_000)), FastLoss.__call__
 

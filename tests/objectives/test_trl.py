@@ -16,14 +16,14 @@ import torch
 from peft import PeftModel
 
 from strop.config.schema import TrainSection
-from strop.data.conversation import Example, Group, Unit
+from strop.data.types import Example, Group, Unit
 from strop.engine.step import Step, step_for
-from strop.model.score import head_of
+from strop.models.reward_head import head_of
 from strop.objectives.grpo import GRPO, advantages
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import EventLog
 from strop.training.criteria import OfAnswers, beside, log_probs
-from strop.training.groups import OfGroups
+from strop.training.rollouts import OfGroups
 from tests.support import tiny
 from tests.support.families import tokenizer
 
@@ -58,7 +58,7 @@ def units(labels: bool = False) -> list[Unit]:
 
 
 def model(scored: bool = False) -> PeftModel:
-    from strop.model.lora import add_lora
+    from strop.models.lora import add_lora
 
     base = tiny.model(num_hidden_layers=1)
     torch.manual_seed(0)

@@ -11,17 +11,17 @@ from strop.config.load import Resolved, resolve
 from strop.errors import RecipeError
 from strop.machine.memory import remember
 from strop.machine.probe import Machine
-from strop.model.shape import ModelShape
+from strop.models.families.shape import ModelShape
 from strop.planning.activations import KEEP_PAIRS, at_peak, offloaded_bytes
 from strop.planning.choose import choose, memory_key, usable_bytes
 from strop.planning.compare import KNOWN
-from strop.planning.fitting import Room
+from strop.planning.largest import Room
+from strop.planning.learning_rate import learning_rate, whole
 from strop.planning.memory import Drawn
 from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
 from strop.planning.phases import Asked, phases
-from strop.planning.rates import learning_rate, whole
-from strop.planning.setting import Setting
-from strop.planning.speed import HOST_BYTES_PER_S, Rate, drawing_seconds, micro_batch_seconds
+from strop.planning.time import HOST_BYTES_PER_S, Rate, drawing_seconds, micro_batch_seconds
+from strop.planning.workload import Setting
 
 GIB = 1 << 30
 LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])

@@ -12,7 +12,7 @@ import pytest
 from strop import plan
 from strop.errors import RecipeError
 from strop.machine.probe import Machine
-from strop.model.shape import ModelShape
+from strop.models.families.shape import ModelShape
 from strop.planning.compare import KNOWN
 from strop.planning.devices import (
     INSIDE,
@@ -30,12 +30,12 @@ from strop.planning.devices import (
     sum_seconds,
     tree_seconds,
 )
-from strop.planning.here import Place
+from strop.planning.inputs import Place
 from strop.planning.memory import base_layer_bytes
-from strop.planning.setting import Setting
-from strop.planning.speed import Rate
-from strop.training import shrink
-from tests.support.running import run
+from strop.planning.time import Rate
+from strop.planning.workload import Setting
+from strop.training import oom
+from tests.support.runs import run
 
 RATE = Rate(1e12, 1e11, "test", head_flops=5e11, attention_flops=4e11)
 MACHINE = Machine("Linux", "3.11", "CPU", (), 8, 64 << 30, 60 << 30, ())
@@ -180,7 +180,7 @@ def test_answers_are_drawn_on_one_device() -> None:
 
 def test_the_same_bits_cost_their_sending() -> None:
     """Eight micro-batches on two devices make a node each, which goes to everyone whole; on three six do."""
-    assert SLOTS == shrink.SLOTS
+    assert SLOTS == oom.SLOTS
     asked = {"train.batch_size": 8, "train.micro_batch": 8, "model.device": "cpu"}
     plain, two, three = (
         plan(model="demo", memory=32 << 30, devices=count, **asked, **{"train.exact": exact}).spread

@@ -17,19 +17,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from strop.config.load import resolve
-from strop.data.conversation import Example
-from strop.engine.families import FAMILIES as TABLE
-from strop.engine.fast import FastLoss
+from strop.data.types import Example
 from strop.engine.step import step_for
-from strop.model.lora import add_lora, linear_kinds, num_trainable
-from strop.model.measured import shape_of
-from strop.model.shape import ModelShape
+from strop.engine.train.fast import FastLoss
+from strop.models.families.layers import FAMILIES as TABLE
+from strop.models.families.shape import ModelShape
+from strop.models.introspect import shape_of
+from strop.models.lora import add_lora, linear_kinds, num_trainable
 from strop.planning import activations
 from strop.planning.activations import MicroBatch, at_peak, layer_bytes
 from strop.planning.compare import KNOWN, compare, known_models, table
 from strop.planning.memory import EXPERTS_AS_ONE, PARTS, load, train
 from strop.planning.phases import Asked, phases
-from strop.planning.setting import Setting
+from strop.planning.workload import Setting
 from tests import ROOT
 from tests.support import tiny
 from tests.support.families import tokenizer
@@ -163,7 +163,7 @@ def test_a_shape_is_that_of_the_model_itself(family: str, tied: bool, tmp_path: 
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    from strop.model.shape import peek
+    from strop.models.families.shape import peek
 
     shape = peek(str(tmp_path / "config.json")).shape
     assert shape.known and shape.parameters == sum(weight.numel() for weight in model.parameters())

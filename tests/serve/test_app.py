@@ -17,10 +17,10 @@ import psutil
 import pytest
 import requests
 
-from strop.data.conversation import Message
 from strop.data.rendering.render import Renderer
+from strop.data.types import Message
+from strop.serve.errors import Refusal
 from strop.serve.models import Served
-from strop.serve.refusal import Refusal
 from tests.support import templates
 from tests.support.families import tokenizer
 from tests.support.serving import CHAT, SYSTEM, Server, save_adapters, serving

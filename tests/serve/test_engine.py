@@ -13,18 +13,18 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, LlamaConfig
 
-from strop.adapters import load
-from strop.data.conversation import Ids
-from strop.engine.answers.cache import Blocks
-from strop.engine.answers.decoder import Decoder, Reads
-from strop.engine.answers.fits import unanswerable
-from strop.engine.answers.text import NoToken, Sampling, Text
+from strop.data.types import Ids
+from strop.engine.decode.cache import Blocks
+from strop.engine.decode.decoder import Decoder, Reads
+from strop.engine.decode.eligibility import unanswerable
+from strop.engine.decode.hf_fallback import PlainDecoder
+from strop.engine.decode.prefix_cache import Kept
+from strop.engine.decode.sampling import NoToken, Sampling, Text
 from strop.errors import ModelError
-from strop.model.words import Words
-from strop.serve.decoder import PlainDecoder
+from strop.models.adapters import load
+from strop.models.detokenizer import Words
 from strop.serve.engine import Engine, Full, Job, Piece
 from strop.serve.grammar import _Grammar
-from strop.serve.kept import Kept
 from strop.serve.metrics import Metrics
 from strop.serve.models import load_models
 from tests.support.families import tokenizer

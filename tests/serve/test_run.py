@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from strop.cli import build
+from strop.cli.app import build
 from strop.errors import InputError, ModelError, RecipeError
 from strop.serve.address import exit_code, open_address
 from strop.serve.models import check_names, load_models

@@ -15,9 +15,9 @@ import pytest
 import requests
 
 from strop.errors import InputError, ModelError, RunError
-from strop.model.facts import locate
-from strop.model.tokenizer import load_tokenizer
-from strop.model.vllm import about_vllm, find_python, lora_rank
+from strop.models.source import locate
+from strop.models.tokenizer import load_tokenizer
+from strop.models.vllm import about_vllm, find_python, lora_rank
 from strop.serve.address import Address
 from strop.serve.vllm import (
     Same,

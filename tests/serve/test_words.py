@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from strop.engine.answers.text import Token
-from strop.model.words import UNKNOWN, TokenBytes, Words
+from strop.engine.decode.sampling import Token
+from strop.models.detokenizer import UNKNOWN, TokenBytes, Words
 from strop.serve.protocol import Writer
 from tests.support.families import tokenizer
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strop.engine import eager
-from strop.engine.attention import Heads
-from strop.engine.norms import Norm
-from strop.engine.packed import Documents
+from strop.engine.kernels import eager
+from strop.engine.train.attention import Heads
+from strop.engine.train.norms import Norm
+from strop.engine.train.packing import Documents
 
 OPS: Any = eager
 

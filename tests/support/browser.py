@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.dashing import TOKEN, Dash
+from tests.support.dash import TOKEN, Dash
 
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")

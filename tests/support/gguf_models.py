@@ -12,9 +12,9 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from strop.adapters import save_adapter
-from strop.exporting.strings import STRINGS
-from strop.model.facts import fingerprint, locate
+from strop.export.template_strings import STRINGS
+from strop.models.adapters import save_adapter
+from strop.models.source import fingerprint, locate
 from tests.support.families import CORPUS, TEMPLATES
 
 TEXTS = [*CORPUS, *STRINGS, *(f"what is {n}, it is {n * n}!" for n in range(40))]
@@ -165,8 +165,8 @@ def save(family: str, folder: Path, **changes: Any) -> Path:
 def adapt(base: str | Path, folder: Path, **options: Any) -> Path:
     """An adapter folder on a base, as strop saves them, with a B that is not zero and, if trained, other biases."""
     source = locate(str(base))
-    from strop.model.load import load_base
-    from strop.model.tokenizer import load_tokenizer
+    from strop.models.load import load_base
+    from strop.models.tokenizer import load_tokenizer
 
     torch.manual_seed(1)
     model = load_base(source, torch.float32, "cpu")

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from strop.data.conversation import Example, Prompt
+from strop.data.types import Example, Prompt
 from strop.evaluation.metrics import Metric
 from strop.evaluation.rewards import Reward
-from strop.training.groups import OfGroups
 from strop.training.job import Job
 from strop.training.reference import with_reference
+from strop.training.rollouts import OfGroups
 from tests.support import preferences, tiny
 from tests.support.families import tokenizer
 

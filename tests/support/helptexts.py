@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 
 import typer
 
-from strop.cli import COMMANDS, build
+from strop.cli.app import COMMANDS, build
 from tests import ROOT
 
 FILE = ROOT / "tests" / "help.txt"

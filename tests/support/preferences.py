@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from strop.config.load import Choice, Resolved
-from strop.data.conversation import Example, Unit
+from strop.data.types import Example, Unit
 from strop.engine.step import step_for
 from strop.objectives.table import open_options
 from strop.training.criteria import criterion_for

@@ -24,11 +24,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from strop.engine import eager
-from strop.engine.attention import Heads
-from strop.engine.card import aside, drops, heads, loss, rows, unpack
-from strop.engine.dropout import Dropped
-from strop.engine.norms import Norm
+from strop.engine.kernels import eager
+from strop.engine.kernels.cuda import dequantize, dropout, heads, loss, norms, rope
+from strop.engine.train.attention import Heads
+from strop.engine.train.dropout import Dropped
+from strop.engine.train.norms import Norm
 
 OPS: Any = eager
 T = 2048
@@ -74,15 +74,15 @@ def turn_backward(normed: bool) -> None:
 
 def turn_aside(back: bool) -> None:
     shape, qkv, cos, sin = turned(False)
-    aside.turned(back, qkv, shape, cos, sin, True, None)
+    rope.turned(back, qkv, shape, cos, sin, True, None)
 
 
 def four_bit() -> None:
     constants, levels, scale = (nothing(n, dtype=kind) for n, kind in (
         (H * H // 64, torch.uint8), (256, torch.float32), (H * H // 64 // 256, torch.float32)))  # fmt: skip
-    nested = unpack.Nested(levels, scale, 256, 0.1)
+    nested = dequantize.Nested(levels, scale, 256, 0.1)
     code = nothing(16, dtype=torch.float32)
-    unpack.four_bit(nothing(H * H // 2, dtype=torch.uint8), code, constants, 64, nested, nothing(H, H))
+    dequantize.four_bit(nothing(H * H // 2, dtype=torch.uint8), code, constants, 64, nested, nothing(H, H))
 
 
 def dropped() -> Dropped:
@@ -90,14 +90,14 @@ def dropped() -> Dropped:
 
 
 OPERATIONS: dict[str, Callable[[], object]] = {
-    "norm": lambda: rows.rms_norm(nothing(T, H), nothing(H), 1e-5, 0.0),
-    "norm, of 576": lambda: rows.rms_norm(nothing(T, 576), nothing(576), 1e-5, 0.0),
-    "norm backward": lambda: rows.rms_norm_backward(nothing(T, H), nothing(T, H), nothing(H), 1e-5, 0.0),
-    "glu": lambda: rows.glu(nothing(T, 2 * INNER), "silu"),
-    "glu backward": lambda: rows.glu_backward(nothing(T, INNER), nothing(T, 2 * INNER), "silu"),
-    "glu backward, gelu": lambda: rows.glu_backward(nothing(T, INNER), nothing(T, 2 * INNER), "gelu_pytorch_tanh"),
-    "gains": lambda: rows.scale_columns_(nothing(T, H), nothing(H, dtype=torch.float32)),
-    "gains, back": lambda: rows.scale_columns_backward(nothing(T, H), nothing(T, H), nothing(H, dtype=torch.float32)),
+    "norm": lambda: norms.rms_norm(nothing(T, H), nothing(H), 1e-5, 0.0),
+    "norm, of 576": lambda: norms.rms_norm(nothing(T, 576), nothing(576), 1e-5, 0.0),
+    "norm backward": lambda: norms.rms_norm_backward(nothing(T, H), nothing(T, H), nothing(H), 1e-5, 0.0),
+    "glu": lambda: norms.glu(nothing(T, 2 * INNER), "silu"),
+    "glu backward": lambda: norms.glu_backward(nothing(T, INNER), nothing(T, 2 * INNER), "silu"),
+    "glu backward, gelu": lambda: norms.glu_backward(nothing(T, INNER), nothing(T, 2 * INNER), "gelu_pytorch_tanh"),
+    "gains": lambda: norms.scale_columns_(nothing(T, H), nothing(H, dtype=torch.float32)),
+    "gains, back": lambda: norms.scale_columns_backward(nothing(T, H), nothing(T, H), nothing(H, dtype=torch.float32)),
     "cross entropy": lambda: loss.cross_entropy_(
         nothing(T, V), nothing(T, dtype=torch.int64), nothing(T, dtype=torch.float32), 0.0, True
     ),
@@ -107,10 +107,10 @@ OPERATIONS: dict[str, Callable[[], object]] = {
     "turn backward, no norms": lambda: turn_backward(False),
     "turn aside": lambda: turn_aside(False),
     "turn aside, back": lambda: turn_aside(True),
-    "spread": lambda: drops.spread(nothing(T, H), dropped()),
-    "fold": lambda: drops.fold(nothing(T, 3 * H), dropped()),
+    "spread": lambda: dropout.spread(nothing(T, H), dropped()),
+    "fold": lambda: dropout.fold(nothing(T, 3 * H), dropped()),
     "four bit": four_bit,
-    "eight bit": lambda: unpack.eight_bit(
+    "eight bit": lambda: dequantize.eight_bit(
         nothing(H, H, dtype=torch.int8), nothing(H, dtype=torch.float32), nothing(H, H)
     ),
 }

@@ -10,11 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from strop.config.schema import LoraSection
-from strop.data.conversation import Example
-from strop.model.experts import expert_parameters
-from strop.model.load import keep_soft_caps
-from strop.model.lora import add_lora
-from strop.model.quantize import passed_by
+from strop.data.types import Example
+from strop.models.experts import expert_parameters
+from strop.models.load import keep_soft_caps
+from strop.models.lora import add_lora
+from strop.models.quantize import passed_by
 
 GEMMA = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 SAME = {"num_key_value_heads": 2}  # as many as query heads: in Phi, and where the config knows no others

@@ -18,9 +18,9 @@ import requests
 import torch
 from peft import LoraConfig, get_peft_model
 
-from strop.adapters import save_adapter
-from strop.model.facts import fingerprint, locate
-from strop.model.load import load_base
+from strop.models.adapters import save_adapter
+from strop.models.load import load_base
+from strop.models.source import fingerprint, locate
 from tests.support.families import tokenizer
 
 CHAT = "/v1/chat/completions"

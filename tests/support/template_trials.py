@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from strop.data.conversation import Conversation
 from strop.data.rendering.render import Renderer, RenderError
+from strop.data.types import Conversation
 from strop.errors import ModelError
 from tests.support import real_templates
 from tests.support.templates import KINDS, TRAITS, tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from strop.data.conversation import Conversation, Message
+from strop.data.types import Conversation, Message
 from tests.support import families
 
 _TURN = "{{- '<|open|>' + m.role + '\\n' + m.content + '<|close|>\\n' }}"

@@ -11,10 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from strop.config.load import Resolved, resolve
-from strop.data.conversation import Example
-from strop.engine.plain import PlainLoss
+from strop.data.types import Example
 from strop.engine.step import Step
-from strop.model.lora import add_lora, trainable
+from strop.engine.train.plain import PlainLoss
+from strop.models.lora import add_lora, trainable
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
 from strop.testing import tiny_rows as write_rows

@@ -1,6 +1,6 @@
 """A tiny random checkpoint of any causal language model class of transformers: its config, shrunk by field names.
 
-EXCEPTIONS says what the rules do not know. `python -m tests.model.walk` walks over all of them.
+EXCEPTIONS says what the rules do not know. `python -m tests.models.walk` walks over all of them.
 """
 
 from __future__ import annotations

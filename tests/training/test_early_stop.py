@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from strop.runs.events import read_events
-from tests.support.running import QUICK
+from tests.support.runs import QUICK
 
 
 def test_a_stop_before_the_first_step_is_told(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_a_stop_before_the_first_step_is_told(tiny_folder: Path, rows_file: Path
         "import sys, time\n"
         "import strop.training.run as run\n"
         "run.build = lambda *_: time.sleep(60)\n"
-        "from strop.cli import main\n"
+        "from strop.cli.app import main\n"
         "main()\n",
         encoding="utf-8",
     )

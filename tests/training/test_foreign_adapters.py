@@ -13,9 +13,9 @@ import yaml
 
 import strop
 from strop.errors import ModelError
-from strop.exporting.changes import changes
-from strop.model.facts import locate
-from tests.model.walk import QUICK
+from strop.export.weight_changes import changes
+from strop.models.source import locate
+from tests.models.walk import QUICK
 from tests.support import tiny, tiny_families
 
 

@@ -21,7 +21,7 @@ from strop.training.job import Job
 from strop.training.loop import fit
 from strop.training.state import Progress
 from tests.support import tiny
-from tests.support.troubles import curve, falling, starved
+from tests.support.failures import curve, falling, starved
 
 
 def with_loss(job: Job, change: Callable[[int, torch.Tensor], torch.Tensor]) -> Job:

@@ -15,15 +15,15 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from strop.data.conversation import Example
+from strop.data.types import Example
 from strop.errors import NonFiniteError, Stopped
 from strop.runs.events import read_events
 from strop.training import loop, state
 from strop.training.job import Job, stream_of
 from strop.training.loop import fit
+from strop.training.oom import micro_batches
 from strop.training.optim import rate_factor, warmup_steps
-from strop.training.shrink import micro_batches
-from strop.training.stops import seconds
+from strop.training.signals import seconds
 from tests.support import tiny
 
 
@@ -306,7 +306,7 @@ def test_schedules() -> None:
 
 
 def test_adapter_loads_in_plain_peft_with_the_same_logits(tmp_path: Path) -> None:
-    from strop.adapters import save_adapter
+    from strop.models.adapters import save_adapter
 
     job = tiny.job(tmp_path / "run", tiny.examples(16), **{"train.max_steps": 5})
     fit(job)

@@ -16,25 +16,25 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from strop import adapters
-from strop.data.conversation import Unit
 from strop.data.formats import conversations
 from strop.data.reading.sources import read_rows
+from strop.data.types import Unit
 from strop.engine.step import step_for
 from strop.errors import CheckpointError, RunError, Stopped
-from strop.model.score import head_of
+from strop.models import adapters
+from strop.models.reward_head import head_of
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import read_events
 from strop.training import guard, loop, state
 from strop.training.criteria import OfAnswers, log_probs
 from strop.training.job import Job, stream_of
 from strop.training.loop import fit
+from strop.training.oom import micro_batches
 from strop.training.reference import check, with_reference
-from strop.training.shrink import micro_batches
 from tests.support import preferences, tiny
 from tests.support.families import ANSWER, tokenizer
 from tests.support.preferences import KEY, job, pairs, started, units_for
-from tests.support.running import QUICK, run
+from tests.support.runs import QUICK, run
 from tests.support.tiny import far
 
 COMPARED = [name for name, one in OBJECTIVES.items() if one.learning != "prompts"]  # the others: test_groups.py

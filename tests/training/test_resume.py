@@ -29,7 +29,7 @@ from strop.training import state
 from strop.training.loop import fit
 from tests.support import tiny
 from tests.support.jobs import events
-from tests.support.running import run
+from tests.support.runs import run
 from tests.training.test_guard import with_loss
 
 

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import strop
-from strop import cli
+from strop.cli import app
 from strop.errors import InputError
 from strop.runs.events import read_events
 from tests.support import tiny, tiny_families
 from tests.support.jobs import events
-from tests.support.running import QUICK, run
+from tests.support.runs import QUICK, run
 
 
 @pytest.fixture
@@ -320,7 +320,7 @@ def test_no_room_on_the_disk_is_said_before_anything_loads(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("strop.training.setup.free_bytes", lambda path: 1_000_000)
+    monkeypatch.setattr("strop.training.preflight.free_bytes", lambda path: 1_000_000)
     words = ["train", "--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "r"]
     code, _, err = run(*words, capsys=capsys)
     assert code == 2 and "1 MB are free" in err and not (tmp_path / "r").exists()
@@ -561,7 +561,7 @@ def test_a_stop_that_an_import_turned_into_an_error_is_a_stop(
         except KeyboardInterrupt:
             raise ImportError("initialization failed") from None
 
-    monkeypatch.setattr(cli, "COMMANDS", {"schema": interrupted, "runs": cli.COMMANDS["runs"]})
+    monkeypatch.setattr(app, "COMMANDS", {"schema": interrupted, "runs": app.COMMANDS["runs"]})
     code, _, err = run("schema", capsys=capsys)
     assert code == 130 and "stopped at once" in err
 

@@ -14,8 +14,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from strop.dash import looking, steering
-from strop.dash.room import Room
+from strop.dash import action_routes, read_routes
+from strop.dash.responses import Room
 from strop.serve.guard import Guard, Rules
 
 RELOAD_VARIABLE = "STROP_DASH_RELOAD"  # read the page's files at each request: for who works on them
@@ -38,7 +38,7 @@ def create_app(root: Path, opened: str | None, hosts: frozenset[str], token: str
 
     files = [Route(path, _asset(place), methods=["GET"]) for path, place in assets.items()]
     app = Starlette(
-        routes=[*looking.routes(room), *steering.routes(room), *files],
+        routes=[*read_routes.routes(room), *action_routes.routes(room), *files],
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_error},
     )

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from strop.dash.marks import mark_of
-from strop.dash.reading import DAMAGED, open_file
-from strop.machine.heap import give_back
+from strop.dash.files import DAMAGED, open_file
+from strop.dash.tags import mark_of
+from strop.machine.malloc import give_back
 from strop.runs.events import event_of
 
 Event = dict[str, Any]

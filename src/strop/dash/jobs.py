@@ -21,9 +21,9 @@ from typing import Any
 
 import psutil
 
-from strop.dash.reading import read_bytes, read_json, tail
+from strop.dash.files import read_bytes, read_json, tail
 from strop.errors import FolderError, InputError
-from strop.runs.children import apart
+from strop.runs.child_env import apart
 from strop.runs.folder import write_json
 
 FOLDER = ".dash"  # in the folder of runs; a name that no run has

@@ -36,10 +36,10 @@ def main() -> None:
 
 def _methods(kind: str) -> dict[str, Callable[..., Any]]:
     if kind == "data":
-        from strop.dash.rows import DataReader
+        from strop.dash.data_rows import DataReader
 
         return {"rows": DataReader().rows}
-    from strop.dash.plans import Planner, schema
+    from strop.dash.planner import Planner, schema
 
     return {"plan": Planner().plan, "schema": schema}
 

@@ -15,14 +15,14 @@ from rich.text import Text
 
 from strop.config.schema import DataSection
 from strop.data import formats
-from strop.data.conversation import Conversation, Example, Message, Row
+from strop.data.examples import JUDGED, Learning
 from strop.data.prepare import Prepared, answers_of, opposed, renderer_for, settle
 from strop.data.reading import sources
 from strop.data.reading.sources import RowFault
 from strop.data.rendering.pairs import render_pairs, render_prompts
 from strop.data.rendering.render import Renderer
 from strop.data.store import digest, dumps, message_json
-from strop.data.units import JUDGED, Learning
+from strop.data.types import Conversation, Example, Message, Row
 from strop.errors import SHOWN_PLACES, DataError, FolderError
 
 SUPERVISED, CONTEXT, STOP = "bold green", "dim", "bold reverse green"

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from strop.data.conversation import Mask
-from strop.data.units import JUDGED, Learning
+from strop.data.examples import JUDGED, Learning
+from strop.data.types import Mask
 from strop.errors import DataError
 
 

@@ -25,18 +25,18 @@ import numpy.typing as npt
 
 from strop.config.schema import DataSection
 from strop.data import formats
-from strop.data.account import TOO_LONG, Pass, account, ends_with_stop
-from strop.data.conversation import Conversation, Example
+from strop.data.accounting import TOO_LONG, Pass, account, ends_with_stop
+from strop.data.examples import JUDGED, Learning, Prompts, Units, units_of
 from strop.data.holdout import group_of, held_out, share_of
-from strop.data.notes import notes_of
 from strop.data.reading import sources
 from strop.data.reading.sources import RowFault
 from strop.data.rendering import overlong, pairs
-from strop.data.rendering.faults import REASONS as RENDER_REASONS
+from strop.data.rendering.errors import REASONS as RENDER_REASONS
 from strop.data.rendering.render import Renderer, RenderError
 from strop.data.report import DataReport
+from strop.data.row_warnings import notes_of
 from strop.data.store import Conversations, Examples, Indices, Store, Writer, digest, dumps, load
-from strop.data.units import JUDGED, Learning, Prompts, Units, units_of
+from strop.data.types import Conversation, Example
 from strop.errors import Where
 
 REASONS: dict[str, str] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from strop.data.pack import pack
+from strop.data.packing import pack
 from strop.data.store import Indices
 from strop.errors import DataError
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from strop.data.conversation import Conversation, Example, Message
+from strop.data.types import Conversation, Example, Message
 
 # one example: where its tokens end, its length, number of supervised tokens, its row
 EXAMPLE = np.dtype([("end", "<i8"), ("length", "<i4"), ("supervised", "<i4"), ("row", "<i8")])

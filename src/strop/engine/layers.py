@@ -10,9 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strop.engine.families import FAMILIES, Family, activation_of, linears, own_mixer, own_mixture, rotary_of, text_of
-from strop.engine.joined import base_of
-from strop.engine.tokens import NewRows, embedded, new_rows, used, without
+from strop.engine.train.full_modules import NewRows, embedded, new_rows, used, without
+from strop.engine.train.fused_linear import base_of
+from strop.models.families.layers import (
+    FAMILIES,
+    Family,
+    activation_of,
+    linears,
+    own_mixer,
+    own_mixture,
+    rotary_of,
+    text_of,
+)
 
 NOWHERE = "nowhere"
 Angles = dict[str | None, tuple[Tensor, Tensor]]

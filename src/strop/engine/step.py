@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from strop.engine.dropout import Masks
-from strop.engine.fast import FastLoss, Gathered, Watch, before_gradient
-from strop.engine.fits import unsupported
-from strop.engine.plain import PlainLoss
+from strop.engine.eligibility import unsupported
+from strop.engine.train.dropout import Masks
+from strop.engine.train.fast import FastLoss, Gathered, Watch, before_gradient
+from strop.engine.train.plain import PlainLoss
 
 if TYPE_CHECKING:
-    from strop.data.conversation import Example
+    from strop.data.types import Example
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from strop.adapters import Model
-from strop.data.conversation import Conversation, Example, Ids
-from strop.data.pack import group_by_length
+from strop.data.packing import group_by_length
 from strop.data.rendering.render import Renderer
-from strop.devices.group import ALONE, Devices
-from strop.engine.answers.text import Expected
+from strop.data.types import Conversation, Example, Ids
+from strop.distributed.devices import ALONE, Devices
+from strop.engine.decode.generate import Answer
+from strop.engine.decode.sampling import Expected
 from strop.engine.step import step_for
 from strop.errors import Where
-from strop.evaluation.dealt import answers as answers_of
+from strop.evaluation.assign import answers as answers_of
 from strop.evaluation.loss import summed_loss
 from strop.evaluation.metrics import metric as metric_named
 from strop.evaluation.metrics import options, paired_difference, score, wilson
-from strop.model.generate import Answer
+from strop.models.adapters import Model
 
 LOG = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
 
-from strop.adapters import Model
-from strop.data.conversation import Message
-from strop.devices.group import ALONE, Devices
+from strop.data.types import Message
+from strop.distributed.devices import ALONE, Devices
+from strop.evaluation.assign import answers as answers_of
 from strop.evaluation.compare import Advance
-from strop.evaluation.dealt import answers as answers_of
 from strop.evaluation.metrics import paired_difference, wilson
+from strop.models.adapters import Model
 
 MOST_TOKENS = 48
 

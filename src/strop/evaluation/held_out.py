@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from strop.adapters import adapter_folder, base_source, with_tokenizer
 from strop.config.load import read_resolved
 from strop.config.schema import Recipe
-from strop.data.conversation import Conversation
+from strop.data.examples import Learning
 from strop.data.prepare import prepare
 from strop.data.store import digest, dumps
-from strop.data.units import Learning
+from strop.data.types import Conversation
 from strop.errors import InputError, RecipeError
-from strop.model.tokenizer import load_tokenizer
+from strop.models.adapters import adapter_folder, base_source, with_tokenizer
+from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import learning_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from strop.data.conversation import Example
-from strop.devices.group import ALONE, Devices
+from strop.data.types import Example
+from strop.distributed.devices import ALONE, Devices
 
 TokenLoss = Callable[[Sequence[Example]], Tensor]
 """Examples of a micro-batch -> sum over supervised tokens of weight * cross entropy, fp32 scalar."""

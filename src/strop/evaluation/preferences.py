@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from strop.adapters import Model, is_reward
-from strop.data.conversation import Conversation, Example
-from strop.data.pack import pack
+from strop.data.packing import pack
 from strop.data.rendering.pairs import render_pairs
 from strop.data.rendering.render import RenderError
-from strop.devices.group import ALONE, Devices
+from strop.data.types import Conversation, Example
+from strop.distributed.devices import ALONE, Devices
 from strop.engine.step import step_for
 from strop.errors import DataError, Where
 from strop.evaluation.compare import Advance
 from strop.evaluation.metrics import Z_95, paired_difference, wilson
-from strop.model.score import head_of
+from strop.models.adapters import Model, is_reward
+from strop.models.reward_head import head_of
 
 METRIC = "preference"
 TOKENS = 2048  # of a micro-batch

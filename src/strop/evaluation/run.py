@@ -9,24 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from strop.adapters import adapter_folder, is_reward, load, load_renderer, refuse_other_kind
 from strop.config.schema import DataSection
-from strop.data.conversation import Conversation
 from strop.data.formats import DOCUMENT, PAIRED, conversations
 from strop.data.reading.sources import RowFault, read_rows
 from strop.data.store import digest, dumps
-from strop.devices.group import ALONE, Devices
+from strop.data.types import Conversation
+from strop.distributed.devices import ALONE, Devices
 from strop.errors import DataError, RecipeError, RunError, Where, nearest
-from strop.evaluation.card import write_card
 from strop.evaluation.compare import FIGURES, Advance, Side, as_judged, calling, compare, left_out, questions, side_of
 from strop.evaluation.general import compare_general
-from strop.evaluation.harness import check_tasks, run_tasks
 from strop.evaluation.held_out import count_train_rows, recipe_of, trained_on
 from strop.evaluation.judge import Judge, compare_by_judge, judge_for
+from strop.evaluation.lm_eval import check_tasks, run_tasks
 from strop.evaluation.metrics import check_golds, paired_difference, verdict
 from strop.evaluation.metrics import metric as known_metric
+from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import METRIC, compare_preferences
 from strop.evaluation.report import write_report
+from strop.models.adapters import adapter_folder, is_reward, load, load_renderer, refuse_other_kind
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, is_run, write_json
 

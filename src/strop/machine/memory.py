@@ -13,7 +13,7 @@ import psutil
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from strop.errors import RecipeError
-from strop.machine.heap import give_back
+from strop.machine.malloc import give_back
 from strop.runs.folder import cache_folder, read_json, write_json
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096

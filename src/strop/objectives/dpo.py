@@ -10,7 +10,7 @@ long answer has no larger say (arXiv:2405.14734 and Tulu 3, arXiv:2411.15124, eq
 from __future__ import annotations
 
 from strop.config.schema import TrainSection
-from strop.objectives.answers import Judged, Objective, Outcome, given, smoothed
+from strop.objectives.base_loss import Judged, Objective, Outcome, given, smoothed
 
 
 def loss(judged: Judged, options: TrainSection) -> Outcome:

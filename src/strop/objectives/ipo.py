@@ -9,7 +9,7 @@ own results are of means, as its authors told TRL's.
 from __future__ import annotations
 
 from strop.config.schema import TrainSection
-from strop.objectives.answers import Judged, Objective, Outcome, given
+from strop.objectives.base_loss import Judged, Objective, Outcome, given
 
 
 def loss(judged: Judged, options: TrainSection) -> Outcome:

@@ -11,7 +11,7 @@ rarer kind: w_d n_d / (w_u n_u) between 1 and 4/3.
 from __future__ import annotations
 
 from strop.config.schema import TrainSection
-from strop.objectives.answers import Judged, Objective, Outcome, given
+from strop.objectives.base_loss import Judged, Objective, Outcome, given
 
 
 def loss(judged: Judged, options: TrainSection) -> Outcome:

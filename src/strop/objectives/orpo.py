@@ -12,7 +12,7 @@ import math
 from typing import TYPE_CHECKING
 
 from strop.config.schema import TrainSection
-from strop.objectives.answers import Judged, Objective, Outcome, given, log_sigmoid
+from strop.objectives.base_loss import Judged, Objective, Outcome, given, log_sigmoid
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ As in Ouyang et al., arXiv:2203.02155, equation 1.
 from __future__ import annotations
 
 from strop.config.schema import TrainSection
-from strop.objectives.answers import Judged, Objective, Outcome, log_sigmoid
+from strop.objectives.base_loss import Judged, Objective, Outcome, log_sigmoid
 
 
 def loss(judged: Judged, options: TrainSection) -> Outcome:

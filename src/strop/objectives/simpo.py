@@ -9,7 +9,7 @@ which keeps the model from drifting. label_smoothing: as for DPO.
 from __future__ import annotations
 
 from strop.config.schema import TrainSection
-from strop.objectives.answers import Judged, Objective, Outcome, given, smoothed
+from strop.objectives.base_loss import Judged, Objective, Outcome, given, smoothed
 
 
 def loss(judged: Judged, options: TrainSection) -> Outcome:

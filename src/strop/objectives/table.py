@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from strop.config.schema import OBJECTIVE_OPTIONS, TrainSection
-from strop.data.units import Learning
+from strop.data.examples import Learning
 from strop.errors import RecipeError
-from strop.objectives.answers import Objective
+from strop.objectives.base_loss import Objective
 from strop.objectives.dpo import DPO
 from strop.objectives.grpo import GRPO
 from strop.objectives.ipo import IPO

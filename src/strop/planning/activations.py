@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from strop.engine.families import Family
-from strop.machine.heap import LARGE
-from strop.model.shape import LinearShape
-from strop.planning.setting import Setting
+from strop.machine.malloc import LARGE
+from strop.models.families.layers import Family
+from strop.models.families.shape import LinearShape
+from strop.planning.workload import Setting
 
 BLOCK = 256  # queries a product, as in engine.attention
 KEEP_PAIRS = 512  # keys up to which probabilities are kept, as in engine.attention

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from strop.data.conversation import Example
-from strop.engine.plain import PlainLoss
-from strop.engine.processor import processor_for
+from strop.data.types import Example
+from strop.engine.kernels.dispatch import processor_for
 from strop.engine.step import step_for
+from strop.engine.train.plain import PlainLoss
 from strop.machine.probe import TILED_RANK
-from strop.model.quantize import pack, unpack
-from strop.model.shape import ModelShape
+from strop.models.families.shape import ModelShape
+from strop.models.quantize import pack, unpack
 from strop.planning.activations import MicroBatch
-from strop.planning.setting import Setting
-from strop.planning.speed import KINDS_HIDDEN, Rate, known_seconds, work_of
+from strop.planning.time import KINDS_HIDDEN, Rate, known_seconds, work_of
+from strop.planning.workload import Setting
 
 SIZES = {"vocab_size": 64, "num_hidden_layers": 2, "head_dim": 64, "max_position_embeddings": 4096}
 SMALL = {**SIZES, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}

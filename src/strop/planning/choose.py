@@ -14,12 +14,12 @@ from strop.errors import RecipeError
 from strop.machine.memory import recall
 from strop.machine.probe import Machine
 from strop.machine.rates import known_rates
-from strop.model.shape import ModelShape
+from strop.models.families.shape import ModelShape
 from strop.objectives.table import check_devices, open_options
-from strop.planning.fitting import Room, fitted, fixed_tokens, placed
-from strop.planning.rates import alpha_of, open_rate
-from strop.planning.setting import check_names, why_not_offloaded, why_plain
-from strop.planning.speed import Rate
+from strop.planning.largest import Room, fitted, fixed_tokens, placed
+from strop.planning.learning_rate import alpha_of, open_rate
+from strop.planning.time import Rate
+from strop.planning.workload import check_names, why_not_offloaded, why_plain
 from strop.runs.lock import sha256_text
 
 MORE = 1.1  # times the bytes that were usable when a run ran out of memory: it may not do so again

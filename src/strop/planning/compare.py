@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from strop.config.schema import Recipe
-from strop.model.shape import ModelShape
+from strop.models.families.shape import ModelShape
 from strop.planning.activations import MicroBatch, at_peak
 from strop.planning.memory import CUDA_CONTEXT_BYTES, framework_bytes, train
-from strop.planning.setting import Setting
+from strop.planning.workload import Setting
 
 # bytes a parameter of mixed-precision training with AdamW (arXiv:1910.02054, 3.1): 16-bit weights and gradients, and
 # fp32 weights and two moments

@@ -17,15 +17,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from strop.config.schema import Recipe
-from strop.devices.deal import in_a_row
-from strop.devices.ordered import nodes_of
+from strop.distributed.assign import in_a_row
+from strop.distributed.deterministic_sum import nodes_of
 from strop.errors import RecipeError
 from strop.objectives.table import answers_of
-from strop.planning.here import Place
+from strop.planning.inputs import Place
 from strop.planning.memory import base_layer_bytes
 from strop.planning.microbatch import usual_micro_batch
-from strop.planning.setting import Setting
-from strop.planning.speed import Rate, step_seconds
+from strop.planning.time import Rate, step_seconds
+from strop.planning.workload import Setting
 
 
 @dataclass(frozen=True)

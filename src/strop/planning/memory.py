@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from strop.config.schema import Recipe
 from strop.objectives.table import answers_of, drawn_tokens
 from strop.planning.activations import Alive, MicroBatch, at_peak
-from strop.planning.setting import BITS, Setting
+from strop.planning.workload import BITS, Setting
 
 MIB = 1 << 20
 PARTS = (

@@ -8,11 +8,11 @@ from dataclasses import replace
 from itertools import islice
 
 from strop.config.schema import Recipe
-from strop.data.batches import BatchStream
-from strop.data.pack import group_by_length, pack
+from strop.data.batching import BatchStream
+from strop.data.packing import group_by_length, pack
 from strop.objectives.table import answers_of, drawn_tokens
 from strop.planning.activations import KEEP_PAIRS, LEAST_PREFIX, MicroBatch, at_peak
-from strop.planning.setting import Setting
+from strop.planning.workload import Setting
 
 MICRO_BATCH_TOKENS = 2048
 LOOKED_AT = 32  # steps, whose time stands for the run's

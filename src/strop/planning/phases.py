@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from strop.engine.answers.cache import BLOCK as A_BLOCK
-from strop.engine.answers.cache import READ_AT_ONCE, ROWS, blocks_for
-from strop.engine.families import FAMILIES
+from strop.engine.decode.cache import BLOCK as A_BLOCK
+from strop.engine.decode.cache import READ_AT_ONCE, ROWS, blocks_for
+from strop.models.families.layers import FAMILIES
 from strop.planning.activations import MicroBatch
 from strop.planning.memory import (
     BLOCK,
@@ -30,7 +30,7 @@ from strop.planning.memory import (
     train,
     weight_bytes,
 )
-from strop.planning.setting import BYTES, Setting
+from strop.planning.workload import BYTES, Setting
 
 ANSWERS_BYTES = 25 * MIB  # the loops that answer, beyond those that train (a server of SmolLM2, and some to spare)
 LANES = 16  # numbers of a vector (engine.cpu.dots)

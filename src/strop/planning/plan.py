@@ -8,20 +8,20 @@ from typing import Any, TypeGuard
 
 from strop.config.load import Resolved
 from strop.config.schema import Recipe
-from strop.data.batches import BatchStream
+from strop.data.batching import BatchStream
 from strop.machine.probe import Machine
-from strop.model.shape import ModelShape, Peek
+from strop.models.families.shape import ModelShape, Peek
 from strop.objectives.table import answers_of, learning_of
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose, usable_bytes
 from strop.planning.devices import Devices, Spread, spread
-from strop.planning.fitting import Room
 from strop.planning.ladder import Rung, ladder
+from strop.planning.largest import Room
 from strop.planning.memory import Drawn, Phase, constant_bytes, weight_bytes
 from strop.planning.microbatch import Rows, first_steps, largest_micro_batch, usual_micro_batch
 from strop.planning.phases import Asked, phases
-from strop.planning.setting import Setting, why_plain
-from strop.planning.speed import FORWARD, Rate, drawing_seconds, step_seconds, steps_seconds, tokens_per_s
+from strop.planning.time import FORWARD, Rate, drawing_seconds, step_seconds, steps_seconds, tokens_per_s
+from strop.planning.workload import Setting, why_plain
 
 CHECKPOINT_BYTES = 12  # a trainable weight on disk: itself and two moments
 LONGEST = 1 << 20

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from strop.engine.device import measure, pick_dtype, prepare_process
-from strop.engine.head import Output, SupervisedLoss
-from strop.engine.operations import apply
-from strop.engine.processor import frozen_flops, integer_flops, kernels_lack, processor_for
+from strop.engine.kernels.dispatch import frozen_flops, integer_flops, kernels_lack, processor_for
+from strop.engine.kernels.protocols import apply
+from strop.engine.train.head import Output, SupervisedLoss
 from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, crashed, installed, pip
 from strop.machine.probe import Machine, probe
 from strop.machine.rates import Rates, keep_rates
-from strop.model.quantize import QuantizedLinear, pack, unpack
+from strop.models.quantize import QuantizedLinear, pack, unpack
 from strop.planning.calibrate import WIDE_RANK, fastest, step_costs, unpacked_per_s
-from strop.planning.speed import Rate, repacked_bytes
+from strop.planning.time import Rate, repacked_bytes
 
 LOG = logging.getLogger(__name__)
 

@@ -19,17 +19,17 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from strop import __version__
-from strop.data.conversation import Ids
 from strop.data.reading.strictjson import Refused, loads
-from strop.engine.answers.text import Mask, Sampling, Token
+from strop.data.types import Ids
+from strop.engine.decode.sampling import Mask, Sampling, Token
 from strop.errors import nearest
 from strop.serve.engine import Engine, Full, Job, Piece, tell_each
+from strop.serve.errors import Refusal, error_body
 from strop.serve.grammar import Grammars
 from strop.serve.guard import Guard, Rules
 from strop.serve.metrics import Metrics
 from strop.serve.models import Served
 from strop.serve.protocol import ChatRequest, Common, CompletionRequest, Writer, usage
-from strop.serve.refusal import Refusal, error_body
 
 COMPLETION_TOKENS = 16  # of a plain completion that does not say how many; OpenAI's default
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from strop.data.conversation import Ids
-from strop.engine.answers.batch import Batch, News
-from strop.engine.answers.decoder import Reads
-from strop.engine.answers.text import Mask, Sampling, Text, Token
+from strop.data.types import Ids
+from strop.engine.decode.batch import Batch, News
+from strop.engine.decode.decoder import Reads
+from strop.engine.decode.sampling import Mask, Sampling, Text, Token
 from strop.machine.memory import is_out_of_memory
-from strop.model.words import Words
+from strop.models.detokenizer import Words
 from strop.serve.metrics import Metrics
 
 

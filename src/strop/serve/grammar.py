@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from strop.engine.answers.text import Logits, Mask, NoToken
+from strop.engine.decode.sampling import Logits, Mask, NoToken
+from strop.serve.errors import Refusal
 from strop.serve.models import Served
 from strop.serve.protocol import ResponseFormat
-from strop.serve.refusal import Refusal
 
 
 class Grammars:

@@ -17,7 +17,7 @@ import h11
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from strop.serve.refusal import error_body
+from strop.serve.errors import error_body
 
 HEAD_SECONDS = 15.0  # from a connection's start, or its last answer, to the end of a request's headers
 BODY_SECONDS = 30.0  # a request must have arrived by then

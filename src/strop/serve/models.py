@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strop.adapters import adapter_folder, load, read_identity, renderer_of, with_tokenizer
-from strop.data.conversation import Ids, Message
 from strop.data.rendering.render import Renderer, RenderError
-from strop.data.shapes import BadRow, asked
+from strop.data.row_formats import BadRow, asked
+from strop.data.types import Ids, Message
+from strop.engine.decode.generate import own_ends
 from strop.errors import ModelError
-from strop.model.generate import own_ends
-from strop.model.tokenizer import load_tokenizer
+from strop.models.adapters import adapter_folder, load, read_identity, renderer_of, with_tokenizer
+from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run
-from strop.serve.refusal import Refusal
+from strop.serve.errors import Refusal
 
 BASE = "base"
 

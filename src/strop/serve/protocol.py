@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, WrapValidator
 from pydantic_core import PydanticCustomError
 
-from strop.engine.answers.text import Token
-from strop.model.words import TokenBytes, Words
+from strop.engine.decode.sampling import Token
+from strop.models.detokenizer import TokenBytes, Words
 
 
 def _in_words(words: str) -> WrapValidator:

@@ -26,7 +26,16 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from strop.adapters import (
+from strop.config.load import read_resolved
+from strop.data.prepare import prepare
+from strop.data.rendering.render import Renderer
+from strop.data.types import Ids
+from strop.engine.decode.generate import own_ends
+from strop.engine.device import pick_device, pick_dtype
+from strop.errors import ModelError, ParityError, RunError
+from strop.evaluation.general import rows as general_rows
+from strop.models.adapter_config import adapter_config
+from strop.models.adapters import (
     adapter_folder,
     base_source,
     check_base,
@@ -35,19 +44,10 @@ from strop.adapters import (
     refuse_other_kind,
     with_tokenizer,
 )
-from strop.config.load import read_resolved
-from strop.data.conversation import Ids
-from strop.data.prepare import prepare
-from strop.data.rendering.render import Renderer
-from strop.engine.device import pick_device, pick_dtype
-from strop.errors import ModelError, ParityError, RunError
-from strop.evaluation.general import rows as general_rows
-from strop.model.facts import Source, locate, read_config
-from strop.model.generate import own_ends
-from strop.model.load import weights_folder
-from strop.model.saved import adapter_config
-from strop.model.tokenizer import head_folder, load_tokenizer
-from strop.model.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
+from strop.models.load import weights_folder
+from strop.models.source import Source, locate, read_config
+from strop.models.tokenizer import head_folder, load_tokenizer
+from strop.models.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
 from strop.objectives.table import learning_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
 from strop.serve.address import KEY_VARIABLE, Address

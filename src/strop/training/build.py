@@ -8,19 +8,19 @@ import peft
 import torch
 from torch import nn
 
-from strop.adapters import attach
 from strop.config.schema import ModelSection, Recipe
-from strop.devices.group import Devices
-from strop.devices.sharded import Sharded
+from strop.distributed.devices import Devices
+from strop.distributed.sharded import Sharded
 from strop.errors import RunError
-from strop.model import loftq
-from strop.model.facts import Source
-from strop.model.load import DTYPES, load_base
-from strop.model.load_share import load_share
-from strop.model.lora import add_lora, as_fp32, set_dropout
+from strop.models import loftq
+from strop.models.adapters import attach
+from strop.models.load import DTYPES, load_base
+from strop.models.load_shard import load_share
+from strop.models.lora import add_lora, as_fp32, set_dropout
+from strop.models.source import Source
 from strop.objectives.table import objective_of
 from strop.runs.folder import RunFolder, write_json
-from strop.training.setup import Setup, start_adapter
+from strop.training.preflight import Setup, start_adapter
 
 
 def build(setup: Setup, resuming: bool, devices: Devices) -> peft.PeftModel:

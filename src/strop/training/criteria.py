@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from strop.config.schema import TrainSection
-from strop.data.conversation import Example, Item, Unit
-from strop.devices.group import ALONE, Devices
+from strop.data.types import Example, Item, Unit
+from strop.distributed.devices import ALONE, Devices
 from strop.engine.step import Step
 from strop.evaluation.loss import mean_loss
 from strop.evaluation.metrics import Z_95, wilson
-from strop.model.score import head_of
-from strop.objectives.answers import Answers, Judged, Objective, Outcome
+from strop.models.reward_head import head_of
+from strop.objectives.base_loss import Answers, Judged, Objective, Outcome
 from strop.objectives.table import objective_of
 
 R = TypeVar("R")

@@ -6,23 +6,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from strop.adapters import save_adapter
 from strop.config.schema import OBJECTIVE_OPTIONS
-from strop.data.conversation import Conversation
-from strop.evaluation.card import write_card
+from strop.data.types import Conversation
 from strop.evaluation.diagnosis import diagnose
+from strop.evaluation.model_card import write_card
 from strop.machine.memory import MemoryMark
-from strop.model.lora import weight_change
+from strop.models.adapters import save_adapter
+from strop.models.lora import weight_change
 from strop.objectives.table import objective_of
 from strop.runs.events import read_events
 from strop.runs.folder import write_json
 from strop.training import state as checkpoints
+from strop.training.dry_run import Forecast
 from strop.training.job import Job
 from strop.training.loop import evaluate, forget_lost_best
+from strop.training.multi_device import measured
+from strop.training.preflight import Setup
 from strop.training.reference import with_reference
-from strop.training.rehearsal import Forecast
-from strop.training.setup import Setup
-from strop.training.several import measured
 from strop.training.state import Progress
 
 

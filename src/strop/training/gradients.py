@@ -1,10 +1,10 @@
-"""The gradient of an effective batch: what this device computes of it, and the sum over all devices.
+"""Compute the gradient of an effective batch: this device's part, and the sum over all devices.
 
-Alone, micro-batches add to the weights' gradients as they come. Several devices are each dealt some rows, by tokens,
-and put their gradients and loss into one flat buffer that is summed. With `train.exact` the micro-batches are those of
-any number of devices, each has a buffer of its own, and these are added up in an order that only their number decides
-(strop.devices.ordered), so that the sum is the same to the bit. Where the base is sharded, all devices pass through the
-model as often as the one with most micro-batches (strop.devices.sharded).
+On one device, micro-batches accumulate into the weights' gradients. On several, each device is assigned rows by token
+count and puts its gradients and loss into one flat buffer that is all-reduced. With `train.exact` the micro-batches do
+not depend on the number of devices, each has its own buffer, and the buffers are added in a fixed order
+(distributed/deterministic_sum.py), so that the sum is equal to the bit. With a sharded base, all devices run the same
+number of forward passes (distributed/sharded.py).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from strop.data.conversation import Item
-from strop.devices.deal import deal, in_a_row
-from strop.devices.ordered import Tree, nodes_of
+from strop.data.types import Item
+from strop.distributed.assign import deal, in_a_row
+from strop.distributed.deterministic_sum import Tree, nodes_of
 from strop.runs.lock import sha256_text
 from strop.training.criteria import Figures
 from strop.training.job import Job
-from strop.training.shrink import micro_batches
+from strop.training.oom import micro_batches
 
 
 @dataclass(frozen=True)

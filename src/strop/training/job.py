@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from strop.config.schema import Recipe
-from strop.data.batches import BatchStream
-from strop.data.conversation import Item
-from strop.devices.group import ALONE, Devices
+from strop.data.batching import BatchStream
+from strop.data.types import Item
+from strop.distributed.devices import ALONE, Devices
 from strop.engine.step import Step
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder

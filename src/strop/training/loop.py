@@ -13,17 +13,17 @@ from pathlib import Path
 
 import torch
 
-from strop.data.batches import Batch, BatchStream
-from strop.data.conversation import Item
+from strop.data.batching import Batch, BatchStream
+from strop.data.types import Item
 from strop.errors import DivergedError, NonFiniteError, Stopped
 from strop.training import guard
 from strop.training import state as checkpoints
 from strop.training.gradients import Part, Whole, gradients, own_rows, summed
 from strop.training.guard import Diverged, Verdict
 from strop.training.job import Job, stream_of
+from strop.training.oom import go_on_shrunk, micro_batches, within_memory
 from strop.training.optim import make_state, rate_factor, set_rate, warmup_steps
-from strop.training.shrink import go_on_shrunk, micro_batches, within_memory
-from strop.training.stops import seconds, stop_signals
+from strop.training.signals import seconds, stop_signals
 
 LOG = logging.getLogger(__name__)
 

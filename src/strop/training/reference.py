@@ -24,14 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from strop.data.conversation import Unit
-from strop.data.units import Lazy
+from strop.data.examples import Lazy
+from strop.data.types import Unit
 from strop.errors import CheckpointError, RunError
 from strop.runs.folder import disk_faults, fsync_folder, share
 from strop.training.criteria import BLOCK, OfAnswers, beside, log_probs
-from strop.training.groups import OfGroups
 from strop.training.job import Job, stream_of
-from strop.training.shrink import micro_batches, within_memory
+from strop.training.oom import micro_batches, within_memory
+from strop.training.rollouts import OfGroups
 from strop.training.state import holding
 
 LOG = logging.getLogger(__name__)

@@ -15,26 +15,26 @@ import torch
 
 from strop.config.load import Resolved, read_resolved, resolve
 from strop.config.schema import Recipe, option_fields
-from strop.devices.environment import may_restart, restarted
-from strop.devices.group import ALONE, Devices
-from strop.engine.answers.fits import unanswerable
+from strop.distributed.devices import ALONE, Devices
+from strop.distributed.environment import may_restart, restarted
+from strop.engine.decode.eligibility import unanswerable
+from strop.engine.decode.generate import own_ends
+from strop.engine.decode.rollouts import Draws
 from strop.engine.device import repeatable
-from strop.engine.fits import own_dropout
+from strop.engine.eligibility import own_dropout
 from strop.engine.step import step_for
 from strop.errors import TROUBLES, InputError, MemoryLimitError, RecipeError, StropError, Where
 from strop.evaluation.report import write_report
 from strop.evaluation.rewards import rewards_of
-from strop.machine.heap import give_back
+from strop.machine.malloc import give_back
 from strop.machine.memory import MemoryWatch, is_out_of_memory, mark
 from strop.machine.probe import probe
-from strop.model.blame import blaming
-from strop.model.draw import Draws
-from strop.model.experts import in_experts
-from strop.model.generate import own_ends
-from strop.model.load import DTYPES, stream_weights
-from strop.model.lora import trainable
+from strop.models.experts import in_experts
+from strop.models.load import DTYPES, stream_weights
+from strop.models.lora import trainable
+from strop.models.upstream_errors import blaming
 from strop.planning.choose import usable_bytes
-from strop.planning.setting import Setting
+from strop.planning.workload import Setting
 from strop.runs.events import EventLog, Listener, read_events
 from strop.runs.folder import (
     RunFolder,
@@ -50,23 +50,23 @@ from strop.runs.folder import (
 from strop.runs.lock import Difference, allowed, check_names, differences
 from strop.training import state as checkpoints
 from strop.training.build import build, hold_to_lock
+from strop.training.check_causal import hold_to_order
+from strop.training.check_int8 import hold_to_floats
 from strop.training.criteria import Criterion, criterion_for
+from strop.training.dry_run import forecast, rehearse
 from strop.training.finish import figures, finish, take_best
-from strop.training.groups import OfGroups, without_dropout
-from strop.training.integers import hold_to_floats
 from strop.training.job import Job, stream_of
 from strop.training.loop import fit, go_back, save
+from strop.training.multi_device import count_of, described, refuse_another, set_up_together, start_alike
 from strop.training.optim import make_optimizer
-from strop.training.order import hold_to_order
+from strop.training.preflight import Setup, remarks
 from strop.training.reference import check as check_reference
 from strop.training.reference import with_reference
-from strop.training.rehearsal import forecast, rehearse
-from strop.training.setup import Setup, remarks
-from strop.training.several import count_of, described, refuse_another, set_up_together, start_alike
+from strop.training.rollouts import OfGroups, without_dropout
+from strop.training.signals import seconds
 from strop.training.state import Progress, TrainState
-from strop.training.stops import seconds
-from strop.training.track import tracking
-from strop.training.vllm import ByVllm, drawing
+from strop.training.trackers import tracking
+from strop.training.vllm_rollouts import ByVllm, drawing
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from strop.config.schema import TrainSection
 from strop.errors import CheckpointError, DiskError
-from strop.model.shards import is_finite
+from strop.models.tensor_files import is_finite
 from strop.runs.folder import RunFolder, disk_faults, free_bytes, new_folder
 from strop.runs.lock import sha256_file
 

@@ -14,9 +14,9 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from strop.data.conversation import Conversation
 from strop.data.formats import conversations
 from strop.data.reading.sources import RowFault, read_rows
+from strop.data.types import Conversation
 from strop.errors import DataError
 from tests.fuzz_data import one_file
 from tests.support.shared_data import shared

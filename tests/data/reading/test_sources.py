@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from strop.data.conversation import Row
 from strop.data.reading.sources import RowFault, read_rows, resolve
+from strop.data.types import Row
 from strop.errors import DataError
 
 ODD = [

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from strop.data.conversation import Conversation, Example, Message
 from strop.data.rendering.render import Renderer, RenderError
+from strop.data.types import Conversation, Example, Message
 from strop.errors import ModelError
 from tests.support import families
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from strop.data.conversation import Message
 from strop.data.rendering.render import Renderer, RenderError
+from strop.data.types import Message
 from strop.errors import ModelError
 from tests import ROOT
 from tests.support import families, real_templates

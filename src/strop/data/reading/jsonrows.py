@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from strop.data.conversation import Row
 from strop.data.reading.files import COLUMN_NAMES, RowFault, refuse, texts, whole
 from strop.data.reading.strictjson import BLANK, Refused, scan
+from strop.data.types import Row
 from strop.errors import DataError, Where
 
 

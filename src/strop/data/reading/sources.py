@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from strop.data.conversation import Row
 from strop.data.reading import files, hub, jsonrows, tables
 from strop.data.reading.files import REASONS as REASONS
 from strop.data.reading.files import RowFault as RowFault
 from strop.data.reading.files import refuse
+from strop.data.types import Row
 from strop.errors import DataError, nearest
 
 _MAX_WEIGHT = 1000.0

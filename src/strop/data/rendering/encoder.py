@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from strop.data.conversation import Ids
-from strop.data.rendering.control import ControlText
-from strop.data.rendering.faults import RenderError
+from strop.data.rendering.control_tokens import ControlText
+from strop.data.rendering.errors import RenderError
+from strop.data.types import Ids
 
 
 class Straddles(Exception):

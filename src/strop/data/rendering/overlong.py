@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from strop.data.conversation import Conversation, Example, Message
 from strop.data.rendering.render import Renderer, RenderError
+from strop.data.types import Conversation, Example, Message
 
 
 def too_long(examples: Sequence[Example], limit: int) -> bool:

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from strop.data.conversation import Conversation, Example
 from strop.data.rendering.overlong import too_long, truncate_sides
 from strop.data.rendering.render import Rendered, Renderer, RenderError
+from strop.data.types import Conversation, Example
 
 
 def render_pairs(renderer: Renderer, conversations: Iterable[Conversation]) -> Iterator[Rendered]:

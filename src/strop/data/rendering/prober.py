@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from strop.data.conversation import Message
 from strop.data.rendering.probes import (
     ANSWER,
     ANSWERED,
@@ -27,6 +26,7 @@ from strop.data.rendering.probes import (
     two_calls,
 )
 from strop.data.rendering.traits import Ending, Join, Mode, Traits
+from strop.data.types import Message
 
 _BLOCK = re.compile(r"<([^<>/]*(?:think|thought|reason)[^<>/]*)>\s*$", re.IGNORECASE)  # an opened one at the end
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from strop.data.conversation import Message
-from strop.data.rendering.bounded import BoundedTemplate
-from strop.data.rendering.dialect import Dialect
-from strop.data.rendering.faults import TEMPLATE_FAULTS
+from strop.data.rendering.errors import TEMPLATE_FAULTS
 from strop.data.rendering.options import DAY, values_tested
+from strop.data.rendering.sandbox import BoundedTemplate
+from strop.data.rendering.tool_format import Dialect
+from strop.data.types import Message
 
 USER, ANSWER, SYSTEM, TOOL = "Qzuserq", "Qzanswerq", "Qzsystemq", "qztoolq"
 NEXT, THOUGHT, VALUE, OTHER = "Qznextq", "Qzthoughtq", "qzvalueq", "qzotherq"

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from strop.data.conversation import Conversation, Message
-from strop.data.rendering.bounded import BoundedTemplate
-from strop.data.rendering.control import ControlText
-from strop.data.rendering.faults import TEMPLATE_FAULTS, RenderError
+from strop.data.rendering.control_tokens import ControlText
+from strop.data.rendering.errors import TEMPLATE_FAULTS, RenderError
 from strop.data.rendering.options import check_options, day_formats, names_read, with_options
 from strop.data.rendering.prober import Prober
+from strop.data.rendering.sandbox import BoundedTemplate
 from strop.data.rendering.traits import Join, Mode
-from strop.data.suspicions import suspicions
+from strop.data.template_lint import suspicions
+from strop.data.types import Conversation, Message
 from strop.errors import ModelError
 
 MAX_TEMPLATE_CHARS = 1_000_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from strop.data.rendering.dialect import Dialect
+from strop.data.rendering.tool_format import Dialect
 
 
 @dataclass(frozen=True)

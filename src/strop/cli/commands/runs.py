@@ -1,0 +1,131 @@
+"""`strop runs`: the runs in a folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from strop.cli.options import Json
+from strop.cli.terminal import console, print_json
+from strop.errors import InputError
+
+if TYPE_CHECKING:
+    from strop.runs.folder import RunFolder
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="The folder that holds run folders.")] = Path("runs"),
+    delete: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Delete this run; without --yes only say what would go.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the runs in a folder, or delete one of them."""
+    from rich.table import Table
+
+    from strop.runs.folder import find_runs
+
+    if yes and delete is None:
+        raise InputError("--yes: has no effect without --delete NAME", fix="leave it out")
+    if delete is not None:
+        _delete(folder, delete, yes, as_json)
+        return
+    rows = [_row(run) for run in find_runs(folder)]
+    table = Table("run", "model", "data", "score", "loss", "time", "")
+    for row in rows:
+        table.add_row(
+            escape(Path(row["run"]).name),
+            escape(_short(row["model"])),
+            escape(", ".join(map(_short, row["data"] or [None]))),
+            "-" if row["score"] is None else f"{row['score']:.1%} {row['metric']}",
+            "-" if row["loss"] is None else f"{row['loss']:.3f}",
+            "-" if row["seconds"] is None else _time(row["seconds"]),
+            "" if row["finished"] else f"step {row['step']}, not finished",
+        )
+    console.print(table if rows else escape(f"no runs in {folder}"))
+    print_json({"runs": rows}, as_json)
+
+
+def _delete(folder: Path, name: str, sure: bool, as_json: bool) -> None:
+    """Removes a run's folder, unless a process holds it."""
+    from strop.runs.folder import disk_faults, open_run
+
+    path = folder / name
+    if name != Path(name).name or name in ("", ".", "..") or path.is_symlink():
+        raise InputError(f"--delete {name}: not the name of a run in {folder}", fix="see `strop runs`")
+    run = open_run(path)
+    files = [file for file in sorted(path.rglob("*")) if file.is_symlink() or not file.is_dir()]
+    size = sum(file.lstat().st_size for file in files)
+    with run.claim(), disk_faults(path):
+        if sure:
+            shutil.rmtree(path)
+    told = "deleted" if sure else "would delete"
+    console.print(f"[bold]{told}[/] {escape(str(path))}: {len(files):,} files, {size / 1e6:,.1f} MB")
+    if not sure:
+        for file in files:
+            console.print(f"  {file}", markup=False)
+        console.print("nothing was deleted: add --yes")
+    print_json({"run": str(path), "deleted": sure, "files": len(files), "bytes": size}, as_json)
+
+
+def _row(run: RunFolder) -> dict[str, Any]:
+    """A run in figures. loss: of the evaluation while training, else of the last step. score: of the tuned model, by
+    the newest `strop eval`. What a damaged file does not say is None."""
+    report, recipe = run.read_report(), _read(run.recipe)
+    rows, metric = _at(recipe, "data", "train"), _at(report, "evaluation", "metric")
+    steps, loss = _number(_at(report, "steps")), _number(_at(report, "eval_loss"))
+    return {
+        "run": str(run.path),
+        "model": _at(recipe, "model", "name"),
+        "data": rows if isinstance(rows, list) else None if rows is None else [rows],
+        "finished": run.finished,
+        "step": max([step for step, _ in run.checkpoints()], default=0) if steps is None else steps,
+        "metric": metric,
+        "score": _number(_at(report, "evaluation", "tuned", metric)),
+        "loss": _number(_at(report, "loss", "last")) if loss is None else loss,
+        "seconds": _number(_at(report, "seconds")),
+    }
+
+
+def _at(tree: Any, *path: Any) -> Any:
+    """What stands at a place of a file that may be damaged; None where there is no such place."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A YAML file of a run, as far as it can be read."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _short(name: Any) -> str:
+    """The last part of a path; a Hub id as it is."""
+    if not isinstance(name, str):
+        return "-" if name is None else str(name)
+    return Path(name).name if Path(name).is_absolute() or name.count("/") > 1 else name
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -1,0 +1,196 @@
+"""A plan while somebody moves its settings: what costs time is kept, so that the next one takes milliseconds.
+
+This runs in the planner, a child process of the server: it imports tokenizers, but no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from strop.config.load import SHORT, Choice, Resolved, parse_option, resolve
+from strop.config.schema import Recipe, option_fields
+from strop.dash.jobs import command, option
+from strop.errors import StropError
+from strop.machine.memory import limit_bytes
+from strop.models.families.shape import Peek
+from strop.planning.inputs import NO_DATA, Place, look_at, place_for, row_sizes, start_adapter, without_data
+from strop.planning.microbatch import Rows
+from strop.planning.plan import make_plan
+from strop.runs.folder import free_bytes
+
+PLACE_S = 10.0  # free memory changes; a plan that is asked for again at once need not look
+LOOK_S = 60.0
+ROWS_S = 1.5  # a plan waits so long for the rows' lengths, and else is about rows of the longest length
+
+
+class Planner:
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], tuple[float, Any]] = {}
+        self._measured: dict[str, Rows | StropError] = {}
+        self._measuring: dict[str, threading.Thread] = {}
+
+    def plan(
+        self, options: dict[str, Any], memory: str | None, gpu: str | None, out: str | None, thorough: bool
+    ) -> dict[str, Any]:
+        """`strop plan --json` for these options, every value with its origin, and the command that trains so.
+
+        Raises InputError.
+        """
+        started = time.perf_counter()
+        words = [word for field, value in options.items() for word in option(field, value)]
+        given = typed(options)
+        resolved = resolve(None, without_data(given, False))
+        limit = limit_bytes(memory)
+        model = resolved.recipe.model
+        where = (model.device, limit, gpu)
+        place: Place = self._keep("place", where, PLACE_S, lambda: place_for(*where))
+        if gpu is not None and model.device.partition(":")[0] != place.device:
+            resolved = resolved.decide([Choice("model.device", place.device, "plan", f"of --gpu {gpu}")])
+        looked: Peek = self._keep("look", [model.name, model.revision], LOOK_S, lambda: look_at(resolved.recipe))
+        rows, state = self._rows(resolved.recipe)
+        found = make_plan(
+            resolved, place.machine, looked, place.rate_of, device=place.device, dtype=place.dtype, rows=rows,
+            adapter=start_adapter(resolved.recipe), thorough=thorough,
+        )  # fmt: skip
+        words = ["train", *words, *([f"--memory={memory}"] if memory else [])]
+        planned = found.as_json()
+        return {
+            **planned, "recipe": _choices(found.resolved), "argv": words,
+            "command": command([*words, *([f"--out={out}"] if out else [])]),
+            "rows": state, "downloads": _downloads(looked, planned["parameters"]),
+            "writes": {"bytes": planned["disk_bytes"], "free_bytes": free_bytes(Path(out or "."))},
+            "here": gpu is None, "took_ms": round(1000 * (time.perf_counter() - started), 1),
+        }  # fmt: skip
+
+    def _keep(self, kind: str, key: Any, seconds: float, make: Callable[[], Any]) -> Any:
+        name = (kind, json.dumps(key))
+        known = self._kept.get(name)
+        if known is None or time.monotonic() - known[0] > seconds:
+            if len(self._kept) > 64:
+                self._kept.clear()
+            known = (time.monotonic(), make())
+            self._kept[name] = known
+        return known[1]
+
+    def _rows(self, recipe: Recipe) -> tuple[Rows, dict[str, Any]]:
+        """The rows' lengths as far as they are known now; what is missing is measured behind."""
+        if recipe.data.train == NO_DATA:
+            return Rows(), {"known": False, "number": None, "measuring": False, "why": "no data is chosen"}
+        key = json.dumps([recipe.data.model_dump(), recipe.model.name, recipe.train.objective, _stamps(recipe)])
+        if key not in self._measured:
+            thread = self._measuring.get(key)
+            if thread is None:
+                thread = threading.Thread(target=self._measure, args=(key, recipe), daemon=True)
+                self._measuring[key] = thread
+                thread.start()
+            thread.join(ROWS_S)
+        found = self._measured.get(key)
+        if found is None:
+            return Rows(), {"known": False, "number": None, "measuring": True, "why": "the rows are being read"}
+        if isinstance(found, StropError):
+            raise found
+        known, number = bool(found), len(found) or None
+        return found, {"known": known, "number": number, "measuring": False, "why": found.refused or found.unknown}
+
+    def _measure(self, key: str, recipe: Recipe) -> None:
+        found: Rows | StropError
+        try:
+            try:
+                found = row_sizes(recipe)
+            except StropError as error:
+                found = error
+            if len(self._measured) > 16:
+                self._measured.clear()
+            self._measured[key] = found
+        finally:
+            del self._measuring[key]
+
+
+def typed(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as the command line would take them from the same words: by full name, each of its type."""
+    known = dict(option_fields())
+    given: dict[str, Any] = {}
+    for short, value in options.items():
+        field = SHORT.get(short, short)
+        texts = [word.partition("=")[2] for word in option(field, value)]
+        many = field == "track" or (len(texts) > 1 and field in ("data.train", "data.eval"))
+        # what is unknown is told by `resolve`, with the nearest name
+        given[field] = texts if many else parse_option(field, texts[0]) if field in known and texts else value
+    return given
+
+
+def schema() -> dict[str, Any]:
+    """Every option of a recipe, for a form."""
+    fields = []
+    for name, info in option_fields():
+        bounds = {type(rule).__name__: rule for rule in info.metadata}
+        least = getattr(bounds.get("Ge"), "ge", getattr(bounds.get("Gt"), "gt", None))
+        most = getattr(bounds.get("Le"), "le", getattr(bounds.get("Lt"), "lt", None))
+        kind, choices = _kind(info.annotation)
+        default = None if info.is_required() else info.get_default(call_default_factory=True)
+        fields.append({
+            "field": name, "type": kind, "choices": choices, "default": default, "required": info.is_required(),
+            "help": info.description or "", "minimum": least, "maximum": most,
+        })  # fmt: skip
+    return {"fields": fields, "short": SHORT}
+
+
+def _kind(hint: Any) -> tuple[str, list[Any] | None]:
+    parts = [hint] if typing.get_origin(hint) in (Literal, list, dict, None) else list(typing.get_args(hint))
+    plain = {bool: "boolean", int: "integer", float: "number", str: "text"}
+    choices: list[Any] = []
+    kinds = []
+    for part in parts:
+        while typing.get_origin(part) is typing.Annotated:
+            part = typing.get_args(part)[0]
+        origin = typing.get_origin(part)
+        if origin is Literal:
+            choices += typing.get_args(part)
+        elif origin in (list, dict):
+            kinds.append("list" if origin is list else "map")
+        elif part in plain:
+            kinds.append(plain[part])
+    if choices:
+        return "choice", [*choices, *([] if not kinds else [f"<{kind}>" for kind in kinds])]
+    return (kinds[0] if kinds else "text"), None
+
+
+def _choices(resolved: Resolved) -> list[dict[str, Any]]:
+    return [
+        {"field": choice.field, "value": choice.value, "origin": choice.origin, "why": choice.why}
+        for choice in resolved.choices.values()
+        if choice.field != "data.train" or choice.value != "-"
+    ]
+
+
+def _stamps(recipe: Recipe) -> list[Any]:
+    """What tells whether a data file has changed; globs and Hub data sets are read once."""
+    names = [recipe.data.train, recipe.data.eval]
+    paths = [Path(one) for name in names for one in (name if isinstance(name, list) else [name] if name else [])]
+    stamps = []
+    for path in paths:
+        try:
+            found = path.stat()
+        except OSError:
+            continue
+        stamps.append([str(path), found.st_mtime_ns, found.st_size])
+    return stamps
+
+
+def _downloads(looked: Peek, parameters: int) -> list[dict[str, Any]]:
+    """What a run would fetch first; of a Hub model that is not in the cache about two bytes a weight."""
+    name = looked.name
+    if name.startswith("demo") or name.endswith(".gguf") or Path(name).expanduser().exists():
+        return []
+    from huggingface_hub import try_to_load_from_cache
+
+    wanted = ("model.safetensors", "model.safetensors.index.json")
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in wanted):
+        return []
+    return [{"what": f"{name} from the Hugging Face Hub", "bytes": 2 * parameters, "about": True}]

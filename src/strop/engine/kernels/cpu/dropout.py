@@ -1,0 +1,106 @@
+"""Dropout's masks as compiled loops, drawn where they are used; what they must equal, bit for bit, is in dropout.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from strop.engine.kernels.cpu.compiled import GAP, TASKS, array, inline, loop, narrow, wide
+from strop.engine.train.dropout import LOW, MULTIPLIERS, WEYL, Dropped
+
+MASK, HALF = np.uint64(LOW), np.uint64(32)
+M0, M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
+W0, W1 = np.uint64(WEYL[0]), np.uint64(WEYL[1])
+
+
+@inline
+def _round(a: Any, b: Any, c: Any, d: Any, key: Any, other: Any) -> Any:
+    """One round of Philox. All are 32 bits in 64, and the compiler must see that: else it multiplies at a third."""
+    first, second = a * M0, c * M1
+    return (second >> HALF) ^ b ^ key, second & MASK, (first >> HALF) ^ d ^ other, first & MASK
+
+
+@inline
+def _draw(seed: Any, step: Any, number: Any, token: Any, out: Any) -> None:
+    """The four words of each of the counters of one row and adapter, word after word, to `out`."""
+    count = len(out) // 4
+    k, q = np.uint64(seed) & MASK, np.uint64(step) & MASK
+    k1, q1 = (k + W0) & MASK, (q + W1) & MASK
+    k2, q2 = (k1 + W0) & MASK, (q1 + W1) & MASK
+    k3, q3 = (k2 + W0) & MASK, (q2 + W1) & MASK
+    k4, q4 = (k3 + W0) & MASK, (q3 + W1) & MASK
+    k5, q5 = (k4 + W0) & MASK, (q4 + W1) & MASK
+    k6, q6 = (k5 + W0) & MASK, (q5 + W1) & MASK
+    of, low, high = np.uint64(number) & MASK, np.uint64(token) & MASK, np.uint64(token) >> HALF
+    first, second, third, fourth = out[:count], out[count : 2 * count], out[2 * count : 3 * count], out[3 * count :]
+    for i in range(count):
+        a, b, c, d = _round(np.uint64(i) & MASK, of, low, high, k, q)
+        a, b, c, d = _round(a, b, c, d, k1, q1)
+        a, b, c, d = _round(a, b, c, d, k2, q2)
+        a, b, c, d = _round(a, b, c, d, k3, q3)
+        a, b, c, d = _round(a, b, c, d, k4, q4)
+        a, b, c, d = _round(a, b, c, d, k5, q5)
+        a, b, c, d = _round(a, b, c, d, k6, q6)
+        first[i], second[i], third[i], fourth[i] = np.uint32(a), np.uint32(b), np.uint32(c), np.uint32(d)
+
+
+@inline
+def _kept(source: Any, halves: Any, level: Any, to: Any) -> None:
+    for j in range(len(source)):
+        to[j] = source[j] if halves[j] >= level else narrow(np.float32(0.0), to)
+
+
+@inline
+def _add_kept(source: Any, halves: Any, level: Any, sums: Any) -> None:
+    for j in range(len(source)):
+        sums[j] += wide(source[j]) if halves[j] >= level else np.float32(0.0)
+
+
+@loop
+def _spread(z: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any) -> None:
+    rows, n = z.shape
+    for task in prange(TASKS):
+        words = np.empty(GAP + (n + 7) // 8 * 4, dtype=np.uint32)[GAP:]
+        halves = words.view(np.uint16)
+        for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
+            for part in range(len(numbers)):
+                _draw(seed, step, numbers[part], tokens[i], words)
+                _kept(z[i], halves, levels[part], out[i, part * n : (part + 1) * n])
+
+
+@loop
+def _fold(grad: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, levels: Any) -> None:
+    rows, n = out.shape
+    for task in prange(TASKS):
+        words = np.empty(GAP + (n + 7) // 8 * 4, dtype=np.uint32)[GAP:]
+        sums = np.empty(GAP + n, dtype=np.float32)[GAP:]
+        halves = words.view(np.uint16)
+        for i in range(task * rows // TASKS, (task + 1) * rows // TASKS):
+            sums[:] = 0
+            for part in range(len(numbers)):
+                _draw(seed, step, numbers[part], tokens[i], words)
+                _add_kept(grad[i, part * n : (part + 1) * n], halves, levels[part], sums)
+            to = out[i]
+            for j in range(n):
+                to[j] = narrow(sums[j], out)
+
+
+def _of(dropped: Dropped) -> Any:
+    key = np.uint64(dropped.seed), np.uint64(dropped.step)
+    return *key, array(dropped.tokens), np.array(dropped.numbers), np.array(dropped.levels, dtype=np.uint16)
+
+
+def spread(z: Tensor, dropped: Dropped, out: Tensor | None = None) -> Tensor:
+    out = z.new_empty(len(z), len(dropped.numbers) * z.shape[1]) if out is None else out
+    _spread(array(z.contiguous()), array(out), *_of(dropped))
+    return out
+
+
+def fold(grad: Tensor, dropped: Dropped) -> Tensor:
+    out = torch.empty(len(grad), grad.shape[1] // len(dropped.numbers), dtype=grad.dtype)
+    _fold(array(grad), array(out), *_of(dropped))
+    return out

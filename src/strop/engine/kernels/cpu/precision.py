@@ -1,0 +1,76 @@
+"""Which type the frozen weights should have on a device: measured, because CPUs differ a hundredfold.
+
+With AVX512-BF16 or AMX a bf16 product takes a quarter to a half of the time of fp32; without, it can take a hundred
+times as long. fp16 is never chosen on a CPU: its backward product ran at 1 to 3 GFLOP/s where bf16 reached 900.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from strop.engine.kernels.protocols import FrozenProduct
+from strop.engine.train.lora import product
+
+SHAPES = ((960, 576), (3072, 576), (576, 1536))  # (n, k) of SmolLM2-135M's products, the smallest model worth tuning
+ROWS = 512
+LEAST_GAIN = 1.2  # bf16 rounds; it must be this much faster to be worth it
+BUDGET_S = 0.4  # a type; one slow product may take longer
+
+
+@dataclass(frozen=True)
+class Precision:
+    """dtype of the frozen weights, why, and the measured rates of matrix products in FLOP/s."""
+
+    dtype: Literal["bf16", "fp32"]
+    why: str
+    bf16_flops: float
+    fp32_flops: float
+
+
+def measure(device: str | torch.device) -> Precision:
+    """Measures both types on the device, in about a second."""
+    bf16, fp32 = rate(torch.bfloat16, device), rate(torch.float32, device)
+    said = f"bf16 {bf16 / 1e9:.0f} GFLOP/s, fp32 {fp32 / 1e9:.0f} GFLOP/s measured"
+    if bf16 >= LEAST_GAIN * fp32:
+        return Precision("bf16", said, bf16, fp32)
+    return Precision("fp32", f"{said}: bf16 is not {LEAST_GAIN} times as fast", bf16, fp32)
+
+
+def rate(
+    dtype: torch.dtype,
+    device: str | torch.device,
+    product: FrozenProduct = product,
+    held: Callable[[Tensor], Any] = lambda weight: weight,
+) -> float:
+    """FLOP/s of x W^T and dY W over SHAPES, from the fastest of the rounds that fit into the budget. held: makes of W
+    what the product takes."""
+    operands: list[tuple[Any, ...]] = []
+    for n, k in SHAPES:
+        x, weight, y, grad = (
+            torch.ones(s, dtype=dtype, device=device) for s in ((ROWS, k), (n, k), (ROWS, n), (ROWS, k))
+        )
+        operands.append((x, held(weight), y, grad))
+    flops = sum(2 * 2 * ROWS * n * k for n, k in SHAPES)
+    cuda = torch.device(device).type == "cuda"
+    fastest, begin = float("inf"), time.perf_counter()
+    rounds = 0
+    # The first round pays for the library's own set-up.
+    while rounds < 2 or time.perf_counter() - begin < BUDGET_S:
+        started = time.perf_counter()
+        for x, weight, y, grad in operands:
+            product(x, weight, True, y)
+            product(y, weight, False, grad)
+        if cuda:
+            torch.cuda.synchronize(device)
+        if rounds or time.perf_counter() - started > BUDGET_S:
+            fastest = min(fastest, time.perf_counter() - started)
+        if time.perf_counter() - begin > 4 * BUDGET_S:
+            break
+        rounds += 1
+    return flops / fastest

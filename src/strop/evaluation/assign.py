@@ -1,0 +1,49 @@
+"""Answers of a model whose questions are dealt out to devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from strop.data.types import Ids
+from strop.distributed.assign import deal
+from strop.distributed.devices import Devices
+from strop.engine.decode.generate import Answer
+from strop.engine.decode.sampling import Expected
+from strop.models.adapters import Model
+
+
+def answers(
+    model: Model,
+    prompts: Sequence[Ids],
+    devices: Devices,
+    *,
+    max_new_tokens: int,
+    both: bool = False,
+    expected: Sequence[Expected | None] = (),
+    advance: Callable[[int], None] | None = None,
+    partial: bool = False,
+) -> list[Answer]:
+    """As Model.answer; partial counts on one device alone: several end with nothing where one is interrupted."""
+    if devices.world == 1:
+        return model.answer(
+            prompts, max_new_tokens=max_new_tokens, both=both, advance=advance, partial=partial, expected=expected
+        )
+    own, sides = deal([float(len(prompt)) for prompt in prompts], devices.world)[devices.rank], 1 + both
+    right = [expected[place] for place in own] if expected else []
+    told = (lambda done: advance(done * devices.world)) if advance and devices.main else None
+    found: list[Answer] = []
+    with devices.together():
+        if own:
+            found = model.answer(
+                [prompts[place] for place in own],
+                max_new_tokens=max_new_tokens,
+                both=both,
+                advance=told,
+                expected=right,
+            )
+    whole: list[Answer | None] = [None] * (sides * len(prompts))
+    for places, said in devices.gather((own, found)):
+        for number, answer in enumerate(said):
+            side, place = divmod(number, len(places))
+            whole[side * len(prompts) + places[place]] = answer
+    return [answer for answer in whole if answer is not None]

@@ -1,0 +1,243 @@
+"""torchtune's YAML as a recipe. Names and defaults as of its 0.7 (recipes/configs/, torchtune/datasets/)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from strop.errors import InputError
+from strop.interop.draft import Draft, Keys, read_yaml, shown
+from strop.interop.hf_arguments import CUTS_THE_END, NO_LIMIT, SCHEDULE_STARTS, batch, number, packing, whole
+
+OWN_WAY = (
+    "activation_offloading", "compile", "custom_sharded_layers", "device", "enable_activation_offloading",
+    "fsdp_cpu_offload", "log_every_n_steps", "log_level", "log_peak_memory_stats", "low_cpu_ram", "metric_logger",
+    "optimizer_in_bwd", "output_dir", "profiler", "save_adapter_weights_only", "shuffle", "cudnn_deterministic_mode",
+    "dataset_val_steps",
+)  # fmt: skip
+NAMES = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
+MLP = ["gate_proj", "up_proj", "down_proj"]
+OPTIMIZERS = {
+    "torch.optim.AdamW": "adamw", "bitsandbytes.optim.PagedAdamW8bit": "paged_adamw_8bit",
+    "bitsandbytes.optim.AdamW8bit": "adamw_8bit", "bitsandbytes.optim.PagedAdamW": "adamw", "torch.optim.SGD": "sgd",
+}  # fmt: skip
+# data sets that are built into torchtune, on the Hub
+BUILT_IN = {
+    "alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/alpaca-cleaned",
+    "slimorca_dataset": "Open-Orca/SlimOrca-Dedup", "samsum_dataset": "Samsung/samsum",
+    "grammar_dataset": "liweili/c4_200m", "stack_exchange_paired_dataset": "lvwerra/stack-exchange-paired",
+    "hh_rlhf_helpful_dataset": "RLHFlow/HH-RLHF-Helpful-standard",
+}  # fmt: skip
+ON_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset", "grammar_dataset", "samsum_dataset")  # by default
+
+
+def read(path: Path) -> Draft:
+    """Raises InputError where it is no LoRA config, or has a loss that strop does not."""
+    tree = read_yaml(path)
+    tree = _filled_in(tree, tree)
+    draft, keys = Draft("torchtune", path), Keys(tree)
+    _model(draft, keys)
+    _loss(draft, keys)
+    _data(draft, keys)
+    _training(draft, keys)
+    keys.end(draft, OWN_WAY)
+    return draft
+
+
+def _filled_in(value: Any, tree: dict[str, Any]) -> Any:
+    """${name} is another key's value."""
+    if isinstance(value, dict):
+        return {key: _filled_in(inner, tree) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_filled_in(inner, tree) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"\$\{([\w.]+)\}", lambda found: str(_at(tree, found[1])), value)
+    return value
+
+
+def _at(tree: Any, name: str) -> Any:
+    for part in name.split("."):
+        tree = tree.get(part, f"${{{name}}}") if isinstance(tree, dict) else f"${{{name}}}"
+    return tree
+
+
+def _component(value: dict[str, Any]) -> str:
+    return str(value.pop("_component_", "")).removeprefix("torchtune.")
+
+
+def _model(draft: Draft, keys: Keys) -> None:
+    model = dict(keys.take("model") or {})
+    builder = _component(model).rpartition(".")[2]
+    if not builder.startswith(("lora_", "qlora_")):
+        raise InputError(
+            f"{draft.file}: model._component_: {builder or '(none)'}: strop trains LoRA adapters alone",
+            fix="give the config of a lora_ or qlora_ model",
+        )
+    checkpointer = dict(keys.take("checkpointer") or {})
+    if (folder := checkpointer.pop("checkpoint_dir", None)) is not None:
+        draft.put("model.name", str(folder), "checkpointer.checkpoint_dir")
+    for key in (
+        "_component_",
+        "checkpoint_files",
+        "model_type",
+        "output_dir",
+        "safe_serialization",
+        "keep_last_n_checkpoints",
+    ):
+        if (value := checkpointer.pop(key, None)) is not None and key == "output_dir":
+            draft.put("out", str(value), "checkpointer.output_dir")
+    for key, value in checkpointer.items():
+        if value is not None:
+            draft.lack(f"checkpointer.{key}", shown(value))
+    if keys.take("resume_from_checkpoint"):
+        draft.lack("resume_from_checkpoint", "a run of strop goes on with `strop resume RUN`")
+    four = bool(model.pop("quantize_base", builder.startswith("qlora_")))
+    draft.put("model.quantization", "nf4" if four else "none", f"model._component_: {builder}")
+    for key, name, default in (
+        ("lora_rank", "lora.r", 8),
+        ("lora_alpha", "lora.alpha", 16),
+        ("lora_dropout", "lora.dropout", 0.0),
+        ("use_dora", "lora.use_dora", False),
+    ):
+        given = model.pop(key, None)
+        draft.put(
+            name, default if given is None else given, f"model.{key}" if given is not None else "torchtune's default"
+        )
+    targets = [NAMES.get(name, name) for name in model.pop("lora_attn_modules", [])]
+    targets += MLP if model.pop("apply_lora_to_mlp", False) else []
+    targets += ["lm_head"] if model.pop("apply_lora_to_output", False) else []
+    draft.put("lora.target_modules", targets, "model.lora_attn_modules, apply_lora_to_mlp, apply_lora_to_output")
+    draft.differ("model.lora_attn_modules", "names of transformers' layers here; `strop modules MODEL` lists them")
+    for key, value in model.items():
+        draft.lack(f"model.{key}", shown(value))
+
+
+def _loss(draft: Draft, keys: Keys) -> None:
+    loss = dict(keys.take("loss") or {})
+    name = _component(loss).rpartition(".")[2]
+    if name == "DPOLoss":
+        draft.put("train.objective", "dpo", "loss._component_")
+        for key, ours in (("beta", "train.beta"), ("label_smoothing", "train.label_smoothing")):
+            if (value := loss.pop(key, None)) is not None:
+                draft.put(ours, value, f"loss.{key}")
+    elif name and "CrossEntropy" not in name and not name.startswith("CEWith"):
+        raise InputError(f"{draft.file}: loss: {name}: strop has no such objective", fix="strop has dpo, or sft")
+    for key, value in loss.items():
+        draft.skip(f"loss.{key}", shown(value))
+
+
+def _data(draft: Draft, keys: Keys) -> None:
+    tokenizer = dict(keys.take("tokenizer") or {})
+    for key in ("_component_", "path", "merges_file"):
+        tokenizer.pop(key, None)
+    length = tokenizer.pop("max_seq_len", None)
+    if length is not None:
+        draft.put("data.max_length", whole("tokenizer.max_seq_len", length), "tokenizer.max_seq_len")
+        draft.differ("tokenizer.max_seq_len", CUTS_THE_END)
+    else:
+        draft.differ("tokenizer.max_seq_len", NO_LIMIT)
+    for key, value in tokenizer.items():
+        if value is not None:
+            draft.lack(f"tokenizer.{key}", f"{shown(value)}: strop takes the model's chat template (or data.template)")
+    for key, name in (("dataset", "data.train"), ("dataset_val", "data.eval")):
+        entry = keys.take(key)
+        entries = entry if isinstance(entry, list) else [entry] if entry else []
+        sources = [source for one in entries for source in _sources(draft, key, dict(one), name == "data.train")]
+        if sources:
+            draft.put(name, sources[0] if len(sources) == 1 else sources, key)
+
+
+def _sources(draft: Draft, key: str, entry: dict[str, Any], trained: bool) -> list[str]:
+    kind = _component(entry).rpartition(".")[2]
+    source, files = entry.pop("source", BUILT_IN.get(kind)), entry.pop("data_files", None)
+    split = entry.pop("split", "train")
+    if split != "train":
+        draft.lack(f"{key}.split", f"{split}: strop takes the files of the train split")
+    if entry.pop("packed", False):
+        packing(draft, f"{key}.packed")
+    columns: dict[str, str] = {}
+    if column := entry.pop("conversation_column", None):
+        columns = {"conversations": column} if column not in ("conversations", "messages") else {}
+    style = entry.pop("conversation_style", None)
+    if style not in (None, "sharegpt", "openai"):
+        draft.lack(f"{key}.conversation_style", str(style))
+    for theirs, ours in (entry.pop("column_map", None) or {}).items():
+        names = {"input": "input", "output": "output", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+        columns[names.get(theirs, theirs)] = ours
+    if (column := entry.pop("column", None)) is not None:
+        columns = {"text": column} if column != "text" else {}
+    if kind == "instruct_dataset" and set(columns) == {"input", "output"}:
+        columns = {"prompt": columns["input"], "completion": columns["output"]}
+    on_prompts = entry.pop("train_on_input", kind in ON_PROMPTS)
+    if trained and kind == "text_completion_dataset":
+        draft.put("data.format", "text", f"{key}._component_")
+    if trained and (on_prompts or kind == "text_completion_dataset"):
+        draft.put("data.loss", "all", f"{key}.train_on_input" if kind not in ON_PROMPTS else f"{kind}'s default")
+    if kind.startswith("alpaca"):
+        draft.differ(f"{key}._component_", f"{kind}: words of its own around the instruction there, no chat template")
+    if (system := entry.pop("new_system_prompt", None)) is not None:
+        draft.lack(f"{key}.new_system_prompt", f"{shown(system)}: write it into the rows")
+    for theirs, value in entry.items():
+        if value is not None:
+            draft.lack(f"{key}.{theirs}", shown(value))
+    if trained and columns:
+        draft.put("data.columns", columns, f"columns of {key}")
+    if files is not None:
+        listed = [files] if isinstance(files, str) else list(files)
+        return [file if source in (None, "json", "csv", "parquet", "text") else f"{source}/{file}" for file in listed]
+    if source is None:
+        draft.lack(f"{key}._component_", f"{kind}: rows that strop does not know where to find")
+    return [str(source)] if source is not None else []
+
+
+def _training(draft: Draft, keys: Keys) -> None:
+    rows, steps = keys.take("batch_size", 1), keys.take("gradient_accumulation_steps", 1)
+    batch(draft, rows, steps, "batch_size x gradient_accumulation_steps")
+    epochs, most = keys.take("epochs", 1), keys.take("max_steps_per_epoch")
+    draft.put("train.epochs", number(epochs), "epochs")
+    if most is not None:
+        draft.put(
+            "train.max_steps",
+            whole("max_steps_per_epoch", most) * whole("epochs", epochs),
+            "max_steps_per_epoch x epochs",
+        )
+        draft.differ("max_steps_per_epoch", "every epoch begins anew there; here the steps go on through the rows")
+    optimizer = dict(keys.take("optimizer") or {})
+    name = str(optimizer.pop("_component_", "torch.optim.AdamW"))
+    if name in OPTIMIZERS:
+        draft.put("train.optimizer", OPTIMIZERS[name], "optimizer._component_")
+    else:
+        draft.lack("optimizer._component_", f"{name}: strop takes adamw unless train.optimizer says otherwise")
+    if (rate := optimizer.pop("lr", None)) is not None:
+        draft.put("train.learning_rate", number(rate), "optimizer.lr")
+    decay = optimizer.pop("weight_decay", 0.01 if "Adam" in name else 0.0)
+    draft.put("train.weight_decay", number(decay), "optimizer.weight_decay")
+    optimizer.pop("fused", None)
+    for key, value in optimizer.items():
+        draft.lack(f"optimizer.{key}", shown(value))
+    schedule = dict(keys.take("lr_scheduler") or {})
+    kind = _component(schedule).rpartition(".")[2]
+    if kind in ("get_cosine_schedule_with_warmup", ""):
+        draft.put(
+            "train.lr_scheduler", "cosine" if kind else "constant", "lr_scheduler._component_" if kind else "none there"
+        )
+        warm = schedule.pop("num_warmup_steps", 0)
+        draft.put(
+            "train.warmup",
+            whole("lr_scheduler.num_warmup_steps", warm),
+            "lr_scheduler.num_warmup_steps" if kind else "none there",
+        )
+        draft.differ("lr_scheduler", SCHEDULE_STARTS)
+    else:
+        draft.lack("lr_scheduler._component_", f"{kind}: strop has cosine, linear and constant; cosine is taken")
+    for key, value in schedule.items():
+        draft.lack(f"lr_scheduler.{key}", shown(value))
+    clip = keys.take("clip_grad_norm")
+    draft.put("train.max_grad_norm", number(clip) if clip else 0, "clip_grad_norm" if clip else "clip_grad_norm: null")
+    if (seed := keys.take("seed")) is not None:
+        draft.put("seed", whole("seed", seed), "seed")
+    if (dtype := keys.take("dtype")) is not None:
+        draft.put("model.dtype", str(dtype), "dtype")
+    if (again := keys.take("enable_activation_checkpointing")) is not None:
+        draft.put("train.gradient_checkpointing", "on" if again else "off", "enable_activation_checkpointing")

@@ -1,0 +1,27 @@
+"""What `strop check` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import tiny
+from tests.support.runs import run
+
+
+def test_a_cleaned_copy_is_told(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = tiny.write_rows(Path("rows.jsonl"), 5)
+    rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
+    code, _, err = run("check", "--model", tiny_folder, "--data", rows, "--fix", "clean.jsonl", capsys=capsys)
+    assert code == 0 and "wrote clean.jsonl: 5 rows, 1 dropped (see clean.jsonl.changes.jsonl)" in err
+
+
+def test_a_cleaned_copy_needs_a_file(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", 5)
+    for out in (Path("."), tmp_path, rows):
+        code, _, err = run("check", "--model", tiny_folder, "--data", rows, "--fix", out, capsys=capsys)
+        assert code == 2 and f"error: {out} exists" in err

@@ -1,0 +1,81 @@
+"""`strop runs`: listing, and deleting with a name and a yes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.dash import make_run, session, step
+from tests.support.runs import run
+
+
+def test_a_run_is_deleted_by_its_name_and_a_yes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "runs", "mine", [*session(), step(1)])
+    outside = tmp_path / "precious"
+    outside.mkdir()
+    (outside / "file").write_text("mine")
+    (folder / "link").symlink_to(outside)
+    code, out, err = run("runs", tmp_path / "runs", "--delete", "mine", "--json", capsys=capsys)
+    assert code == 0 and json.loads(out)["deleted"] is False and json.loads(out)["files"] == 4
+    assert "events.jsonl" in err and "add --yes" in err and folder.is_dir()
+    code, out, _ = run("runs", tmp_path / "runs", "--delete", "mine", "--yes", "--json", capsys=capsys)
+    assert code == 0 and json.loads(out)["deleted"] is True
+    assert not folder.exists() and (outside / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["nope", "..", ".", "", "../runs/mine", "empty", "linked"])
+def test_nothing_else_is_deleted(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "runs", "mine", [*session(), step(1)])
+    (tmp_path / "runs" / "empty").mkdir()
+    (tmp_path / "runs" / "linked").symlink_to(folder)
+    code, _, _ = run("runs", tmp_path / "runs", "--delete", name, "--yes", capsys=capsys)
+    assert code == 2 and (folder / "lock.json").is_file() and (tmp_path / "runs" / "linked").is_symlink()
+
+
+def test_a_run_that_is_held_is_not_deleted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path, "mine", [*session(), step(1)])
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        held = {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+        (folder / "claim.json").write_text(json.dumps(held))
+        code, _, err = run("runs", tmp_path, "--delete", "mine", "--yes", capsys=capsys)
+        process.communicate(b"\n")
+    assert code == 2 and "in use" in err and (folder / "events.jsonl").is_file()
+
+
+def test_yes_alone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("runs", tmp_path, "--yes", capsys=capsys)[0] == 2
+
+
+def test_names_in_brackets_are_listed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path, "a[red]x", [*session(), step(1)])
+    make_run(tmp_path, "b[", [*session(), step(1)])
+    code, _, err = run("runs", tmp_path, capsys=capsys)
+    assert code == 0 and "a[red]x" in err
+    code, _, err = run("runs", tmp_path, "--delete", "a[red]x", capsys=capsys)
+    assert code == 0 and err.startswith(f"would delete {tmp_path}/a[red]x: ")
+
+
+@pytest.mark.parametrize(
+    ("report", "recipe"),
+    [
+        ('{"loss": null, "evaluation": {"metric": "exact", "tuned": null}, "seconds": "long", "steps": null}', "{}"),
+        ('{"loss": 3, "evaluation": [], "eval_loss": 5e-05}', "model: demo\ndata: 3\n"),
+        ("[]", "data: {train: {a: 1}}\nmodel: {name: 7}\n"),
+        ('{"loss": ', "- a\n"),
+    ],
+)
+def test_a_damaged_run_hides_no_other(
+    report: str, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path, "well", [*session(), step(1)])
+    folder = make_run(tmp_path, "hurt", [*session(), step(1)])
+    (folder / "report.json").write_text(report)
+    (folder / "recipe.yaml").write_text(recipe)
+    code, out, err = run("runs", tmp_path, "--json", capsys=capsys)
+    assert code == 0 and "hurt" in err and "well" in err
+    assert {Path(row["run"]).name for row in json.loads(out)["runs"]} == {"hurt", "well"}

@@ -1,0 +1,128 @@
+"""What is wrong is said in one line with the way to mend it, exit code 2, and no weights are read for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from strop.errors import nearest
+from tests.support.runs import QUICK, run
+
+GOOD = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}\n'
+
+
+@pytest.fixture
+def weightless(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny model, with loading of weights forbidden."""
+    monkeypatch.setattr("strop.training.build.load_base", lambda *args, **more: pytest.fail("weights were loaded"))
+    return tiny_folder
+
+
+def test_a_name_is_not_its_own_nearest() -> None:
+    assert nearest("rows.jsonl", ["rows.jsonl", "x"]) == ""
+    assert nearest("rows.jsonl", ["rows.jsonl", "rows.json"]) == " (did you mean rows.json?)"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data", "nope.jsonl"], "nope.jsonl"),
+        (["--data", "rows.json"], "rows.jsonl"),  # the nearest existing name
+        (["--data", "bad.jsonl"], "bad.jsonl:2"),
+        (["--data", "empty.jsonl"], "empty.jsonl"),
+        (["--data", "rows.jsonl", "--lora.rnk", "8"], "--lora.rnk"),
+        (["--data", "rows.jsonl", "--lora.r", "0"], "--lora.r"),
+        (
+            ["--data", "rows.jsonl", "--lora.target_modules", "q_prj"],
+            "q_prj matches no linear layer (did you mean q_proj?)",
+        ),
+        (["--data", "rows.jsonl", "--out", "taken"], "taken: is not empty"),
+        (["--data", "rows.jsonl", "--out", "a-run"], "strop resume a-run"),
+        (["--data", "rows.jsonl", "--out", "rows.jsonl"], "rows.jsonl: cannot be written"),
+        (["--data", "rows.jsonl", "--model", "no-such-model"], "no-such-model"),
+        (["--data", "rows.jsonl", "--model", "./no/such/model"], "no such model folder"),
+        (["--data", "rows.jsonl", "--model", "rows.jsonl"], "rows.jsonl: is a file"),
+        (["--data", "rows.jsonl", "--model", "pickled"], "pickle"),
+        (["--data", "rows.jsonl", "--model", "remote-code"], "run code of its own"),
+        (["--data", "rows.jsonl", "--adapter", "taken"], "no adapter there"),
+        (["--data", "rows.jsonl", "--track", "trackio"], "pip install trackio"),
+        (["--data", "rows.jsonl", "--model.device", "cuda:7"], "cuda:7"),
+        (["--data", "rows.jsonl", "--data.max_length", "4"], "data.overlong"),
+        (["no-recipe.yaml"], "no-recipe.yaml: no such recipe file"),
+    ],
+)
+def test_refused_before_weights_load(
+    words: list[str],
+    said: str,
+    weightless: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(GOOD)
+    Path("bad.jsonl").write_text(GOOD + "{oops\n" + GOOD)
+    Path("empty.jsonl").write_text("")
+    Path("taken").mkdir()
+    Path("taken/file").write_text("x")
+    Path("a-run").mkdir()
+    Path("a-run/recipe.yaml").write_text("{}")
+    Path("a-run/lock.json").write_text("{}")
+    config = json.loads((weightless / "config.json").read_text())
+    for name, changes in (("pickled", {}), ("remote-code", {"auto_map": {"AutoModel": "x.py"}})):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(json.dumps({**config, **changes}))
+        Path(name, "pytorch_model.bin").write_bytes(b"x")
+    model = [] if "--model" in words else ["--model", str(weightless)]
+    out = [] if "--out" in words else ["--out", "fresh"]
+    code, _, err = run("train", *QUICK, *model, *out, *words, capsys=capsys)
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and said in lines[0]
+    assert "Traceback" not in err and not Path("fresh").exists()
+
+
+def test_every_bad_line_is_named_at_once(weightless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(GOOD + "{oops\n" + GOOD + '{"messages": "hello"}\n')
+    words = ["train", "--model", weightless, "--data", rows, "--out", tmp_path / "o", "--json"]
+    code, out, err = run(*words, capsys=capsys)
+    assert code == 2 and f"{rows}:2" in err and f"{rows}:4" in err
+    error = json.loads(out)["error"]
+    assert [place["line"] for place in error["where"]] == [2, 4] and error["kind"] == "DataError"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_place_is_found_before_weights_load(
+    weightless: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    code, _, err = run(
+        "train", "--model", weightless, "--data", rows_file, "--out", tmp_path / "locked" / "r", capsys=capsys
+    )
+    assert code == 2 and "cannot be written" in err
+
+
+def test_two_runs_on_one_folder(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A live holder keeps others out; a stale claim does not."""
+    out = tmp_path / "r"
+    assert run("train", "--model", tiny_folder, "--data", rows_file, "--out", out, *QUICK, capsys=capsys)[0] == 0
+    (out / "report.json").unlink()
+    holder = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    try:
+        import psutil
+
+        started = psutil.Process(holder.pid).create_time()
+        (out / "claim.json").write_text(json.dumps({"pid": holder.pid, "started": started}))
+        code, _, err = run("resume", out, capsys=capsys)
+        assert code == 2 and f"in use by process {holder.pid}" in err
+    finally:
+        holder.communicate()
+    assert run("resume", out, capsys=capsys)[0] == 0

@@ -1,0 +1,16 @@
+"""strop, whose rank 1 kills itself after step 5 the first time: for torchrun to start all of them again.
+
+python -m tests.distributed.dies_once WORDS...
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from strop.cli import app
+from tests.distributed.suite import at_step
+
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    at_step(5, lambda job: os.kill(os.getpid(), signal.SIGKILL))()
+app.main()

@@ -1,0 +1,485 @@
+"""Runs on several ranks, compared with the same runs on one; and ranks that are hurt on purpose."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from strop.cli import app
+from strop.data.types import Example
+from strop.distributed.devices import Devices
+from strop.runs.events import read_events
+from strop.training import build, loop
+from strop.training import gradients as parts
+from strop.training import state as checkpoints
+from strop.training.criteria import criterion_for
+from tests import ROOT
+from tests.distributed.crew import Crew, Prepare, command, crew, inside
+from tests.faults.harness import Ended
+from tests.support import tiny, tiny_families
+
+NEAR = 1e-6
+STEPS = 12
+
+
+class Lab:
+    """A tiny model and its rows in a folder, and runs on them through the command line."""
+
+    def __init__(self, folder: Path, rows: int = 29) -> None:
+        os.environ.setdefault("STROP_CACHE", str(folder / "cache"))
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model = tiny.save_tiny(folder / "model")
+        self.rows = tiny.write_rows(folder / "rows.jsonl", rows)
+        self._next = 0
+
+    def words(self, out: Path, *more: str) -> list[str]:
+        data = [] if "--data" in more else ["--data", str(self.rows)]
+        start = ["train", "--model", str(self.model), *data, "--out", str(out)]
+        how = ["--model.dtype", "fp32", "--lora.r", "4", "--lora.dropout", "0.1", "--train.learning_rate", "5e-4"]
+        steps = ["--train.max_steps", str(STEPS), "--train.batch_size", "7", "--train.micro_batch", "2"]
+        return [*start, *how, *steps, *more]
+
+    def out(self) -> Path:
+        self._next += 1
+        return self.folder / "runs" / f"r{self._next}"
+
+    def start(self, world: int, words: Sequence[str], prepare: dict[int, Prepare] | None = None) -> Crew:
+        return crew(command(words), world, self.folder / "said", prepare)
+
+    def train(self, world: int, *more: str, prepare: dict[int, Prepare] | None = None) -> tuple[Path, list[Ended]]:
+        out = self.out()
+        return out, self.start(world, self.words(out, *more), prepare).end()
+
+    def good(self, world: int, *more: str, prepare: dict[int, Prepare] | None = None) -> Path:
+        out, ended = self.train(world, *more, prepare=prepare)
+        assert codes(ended) == [0] * world, said(ended)
+        return out
+
+    def resume(self, world: int, out: Path, *more: str) -> None:
+        ended = self.start(world, ["resume", str(out), *more]).end()
+        assert codes(ended) == [0] * world, said(ended)
+
+
+def codes(ended: Sequence[Ended]) -> list[int]:
+    return [one.code for one in ended]
+
+
+def said(ended: Sequence[Ended]) -> str:
+    return "\n".join(f"rank {rank}, exit {one.code}: {one.said[-1500:]}" for rank, one in enumerate(ended))
+
+
+def losses(out: Path) -> list[float]:
+    found = {event["step"]: event["loss"] for event in events(out, "step")}
+    return [found[step] for step in sorted(found)]
+
+
+def events(out: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(out / "events.jsonl") if event["event"] == kind]
+
+
+def apart(one: Path, other: Path) -> float:
+    """The greatest difference of a number of the adapters, or of a loss of the same step."""
+    a, b = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (one, other))
+    assert a.keys() == b.keys() and len(losses(one)) == len(losses(other))
+    weights = max(float((a[name] - b[name]).abs().max()) for name in a)
+    return max(weights, *(abs(x - y) for x, y in zip(losses(one), losses(other), strict=True)))
+
+
+def at_step(step: int, act: Callable[[Any], None]) -> Prepare:
+    """Inside a rank: does `act` to the job when this step has been taken, before what follows it."""
+
+    def prepare() -> None:
+        take = loop._take
+
+        def taken(job: Any, batch: Any, stream: Any) -> None:
+            take(job, batch, stream)
+            if batch.index + 1 == step:
+                act(job)
+
+        mock.patch.object(loop, "_take", taken).start()
+
+    return prepare
+
+
+def in_step(step: int, act: Callable[[Any], Any]) -> Prepare:
+    """Inside a rank: does `act` to what it has computed of this step; counted as the loop computes them."""
+
+    def prepare() -> None:
+        gradients, count = loop.gradients, iter(range(1, 10_000))
+
+        def computed(job: Any, items: Any) -> Any:
+            part = gradients(job, items)
+            return act(part) if next(count) == step else part
+
+        mock.patch.object(loop, "gradients", computed).start()
+
+    return prepare
+
+
+# --- the same numbers
+
+
+def same_numbers(lab: Lab, worlds: Sequence[int] = (2, 3, 4)) -> None:
+    """30 steps of ragged rows, accumulation, dropout, evaluations: within 1e-6 (a loss of 6 is known to 5e-7); exact:
+    equal bits."""
+    held = ["--data.eval", "20%", "--train.eval_steps", "10", "--train.max_steps", "30"]
+    one, exact = lab.good(1, *held), lab.good(1, "--train.exact", "true", *held)
+    assert apart(one, exact) < NEAR
+    for world in worlds:
+        several, bits = lab.good(world, *held), lab.good(world, "--train.exact", "true", *held)
+        assert apart(one, several) < NEAR, (world, apart(one, several))
+        assert apart(exact, bits) == 0.0, (world, apart(exact, bits))
+        found = [[event["loss"] for event in events(out, "eval")] for out in (exact, bits)]
+        assert found[0] == found[1] and len(found[0]) == 3
+        report = json.loads((bits / "report.json").read_text())
+        assert report["devices"]["count"] == world and 0 < report["devices"]["balance"] <= 1
+        assert report["tokens"] == json.loads((exact / "report.json").read_text())["tokens"]
+
+
+def odd_batches(lab: Lab) -> None:
+    """Supervised tokens on one rank alone, a last batch of one row, more ranks than rows."""
+    plain = tiny.examples(9, seed=1)
+    bare = [replace(row, weights=np.zeros_like(row.weights)) for row in plain[1:]]
+    cases: dict[str, tuple[list[Example], dict[str, Any]]] = {
+        "supervised on one rank": ([plain[0], *bare[:3]], {"train.batch_size": 4}),
+        "a last batch of one row": (plain, {"train.batch_size": 4}),
+        "more ranks than rows": (plain[:2], {"train.batch_size": 2, "train.micro_batch": 2}),
+    }
+    for name, (rows, options) in cases.items():
+        for exact in (False, True):
+            found = {}
+            for world in (1, 2, 4):
+                out = lab.out()
+                more = {"train.micro_batch": 2, "train.epochs": 2, **options, "train.exact": exact}
+                ended = crew(
+                    inside(lambda devices, a=(out, rows, more): _fit(devices, *a)), world, lab.folder / "s"
+                ).end()
+                assert codes(ended) == [0] * world, (name, said(ended))
+                found[world] = load_file(out / "weights.safetensors")
+            for world in (2, 4):
+                off = max(float((found[1][key] - found[world][key]).abs().max()) for key in found[1])
+                assert off == 0.0 if exact else off < NEAR, (name, exact, world, off)
+
+
+def _fit(devices: Devices, out: Path, rows: list[Example], options: dict[str, Any]) -> None:
+    job = tiny.job(out, rows, **options)
+    job = replace(job, devices=devices, criterion=criterion_for(job.recipe.train, job.model, devices))
+    loop.fit(job)
+    if devices.main:
+        last = job.folder.checkpoints()[-1][1] / "weights.safetensors"
+        (out / "weights.safetensors").write_bytes(last.read_bytes())
+
+
+def other_numbers(lab: Lab) -> None:
+    """Saved by SIGTERM to one of 4 ranks, resumed on 1, 2 and 3: as unbroken."""
+    for exact, worlds in (("false", (3,)), ("true", (1, 2))):
+        whole = lab.good(1, "--train.exact", exact)
+        for world in worlds:
+            terminate = at_step(5, lambda job: os.kill(os.getpid(), signal.SIGTERM))
+            out, ended = lab.train(4, "--train.exact", exact, prepare={2: terminate})
+            assert codes(ended) == [130] * 4, said(ended)
+            assert [event["step"] for event in events(out, "save")] == [0, 5]
+            lab.resume(world, out)
+            off = apart(whole, out)
+            assert off == 0.0 if exact == "true" else off < NEAR, (exact, world, off)
+            (told,) = events(out, "resume")
+            assert told["devices_before"] == 4 and told["devices"] == world
+
+
+def write_pairs(file: Path) -> list[dict[str, str]]:
+    asked = [
+        {"prompt": f"what is {n}", "chosen": f"it is {n * n}", "rejected": f"no{'!' * (n % 4)} {n}"} for n in range(13)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    return asked
+
+
+def objectives(lab: Lab) -> None:
+    """Pairs and judged answers are dealt out whole."""
+    pairs, judged = lab.folder / "pairs.jsonl", lab.folder / "judged.jsonl"
+    asked = write_pairs(pairs)
+    lines = [
+        {"prompt": row["prompt"], "completion": row["chosen" if n % 3 else "rejected"], "label": bool(n % 3)}
+        for n, row in enumerate(asked)
+    ]
+    judged.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    for objective, rows in (("dpo", pairs), ("kto", judged)):
+        for exact in ("false", "true"):
+            more = ["--data", str(rows), "--train.objective", objective, "--train.exact", exact, "--data.eval", "20%"]
+            one, several = lab.good(1, *more), lab.good(3, *more)
+            off = apart(one, several)
+            assert off == 0.0 if exact == "true" else off < NEAR, (objective, exact, off)
+            shown = [[event["accuracy"] for event in events(out, "step")] for out in (one, several)]
+            assert shown[0] == shown[1]
+
+
+def evaluation(lab: Lab, general: bool = True) -> None:
+    """`strop eval` on 1 and 3 ranks: the same answers and scores, of rows, of the general set, of rows that should not
+    get worse, and of pairs, by their log-probabilities and by a reward model."""
+    out, pairs, other = lab.good(1), lab.folder / "pairs.jsonl", lab.folder / "other.jsonl"
+    write_pairs(pairs)
+    tiny.write_rows(other, 7)
+    judge = lab.good(1, "--data", str(pairs), "--train.objective", "reward")
+    asked = [
+        [str(out), "--data", str(lab.rows), "--metric", "contains", "--max-new-tokens", "6"],
+        [str(out), "--data", str(lab.rows), "--metric", "choice", "--max-new-tokens", "6"],
+        [
+            str(out),
+            "--data",
+            str(other),
+            "--regression-data",
+            str(lab.rows),
+            *(["--general"] if general else []),
+            "--max-new-tokens",
+            "6",
+        ],
+        [str(out), "--data", str(pairs)],
+        [str(judge), "--data", str(pairs)],
+    ]
+    for words in asked:
+        found = []
+        for world in (1, 3):
+            ended = lab.start(world, ["eval", *words, "--json"]).end()
+            assert codes(ended) == [0] * world, said(ended)
+            lines = [line for one in ended for line in one.said.splitlines() if line.startswith("{")]
+            assert len(lines) == 1
+            found.append(without_speed(json.loads(lines[0])))
+        assert found[0] == found[1], words
+        assert "--general" not in words or found[0]["general"]["rows"] == 126
+
+
+def without_speed(result: Any) -> Any:
+    if isinstance(result, dict):
+        return {name: without_speed(value) for name, value in result.items() if name != "tokens_per_s"}
+    return [without_speed(value) for value in result] if isinstance(result, list) else result
+
+
+# --- hurt on purpose
+
+
+def not_finite(lab: Lab) -> None:
+    """NaN on one rank: all skip the step, and the event names the rank and its rows."""
+
+    def poison(part: Any) -> Any:
+        return replace(part, loss=part.loss * math.nan, nodes=[node * math.nan for node in part.nodes])
+
+    out = lab.good(3, prepare={1: in_step(4, poison)})
+    (skip,) = events(out, "skip")
+    assert skip["step"] == 4 and skip["ranks"] == [1] and 1 <= len(skip["rows"]) < 7
+    assert len(events(out, "step")) == STEPS - 1
+
+
+def no_memory(lab: Lab) -> None:
+    """One rank finds no memory: all go on in smaller pieces, with the same numbers."""
+
+    def prepare() -> None:
+        compute, count = parts.gradients, iter(range(1, 10_000))
+
+        def starved(job: Any, items: Any) -> Any:
+            if next(count) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+            return compute(job, items)
+
+        mock.patch.object(loop, "gradients", starved).start()
+
+    one, out = lab.good(1), lab.good(3, prepare={2: prepare})
+    (shrunk,) = events(out, "shrink")
+    assert "rank 2 of 3" in shrunk["why"] and apart(one, out) < NEAR
+
+
+def failures(lab: Lab) -> None:
+    """An exception in a step, between steps, a full disk: all end soon, one of them with the reason."""
+
+    def planted(what: Any) -> Any:
+        raise ValueError("planted")
+
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    def fill() -> None:
+        mock.patch.object(checkpoints, "save_file", full).start()
+
+    for rank, prepare, words in (
+        (1, in_step(3, planted), "ValueError: planted"),
+        (2, at_step(3, planted), "ValueError: planted"),
+        (0, at_step(3, planted), "ValueError: planted"),
+        (0, fill, "No space left"),
+    ):
+        _, ended = lab.train(3, prepare={rank: prepare})
+        assert codes(ended) == [1, 1, 1], said(ended)
+        assert words in ended[rank].said, said(ended)
+        assert ("Traceback" in ended[rank].said) == ("planted" in words)
+        if rank:
+            assert f"rank {rank} of 3" in ended[rank].said
+        others = [one.said for place, one in enumerate(ended) if place != rank]
+        assert not any("error" in one or "Traceback" in one for one in others), said(ended)
+    _, ended = lab.train(2, "--lora.target_modules", "nothing")
+    assert codes(ended) == [2, 2] and sum("error" in one.said for one in ended) == 1, said(ended)
+
+
+def also(*more: str) -> Prepare:
+    """More words on the command line of one rank."""
+    main = app.main
+
+    def with_more() -> None:
+        sys.argv += more
+        main()
+
+    return lambda: mock.patch.object(app, "main", with_more).start() and None
+
+
+def told_otherwise(lab: Lab) -> None:
+    """Ranks that are given other options, or other rows to answer: nobody's are left out of account."""
+
+    def refused(words: Sequence[str], more: Sequence[str], shown: str) -> None:
+        ended = lab.start(3, words, {1: also(*more)}).end()
+        assert codes(ended) == [2] * 3 and said(ended).count("error:") == 1, said(ended)
+        assert shown in ended[0].said, said(ended)
+
+    train = lab.words(lab.out())
+    refused(train, ["--train.epochs", "2"], "train.epochs of rank 1 is 2.0, of rank 0 3.0")
+    refused(train, ["--out", "elsewhere"], "out of rank 1 is elsewhere, of rank 0")
+    refused([*train[:-2], "--train.save_steps", "3"], train[-2:], "train.micro_batch of rank 1 is 2, of rank 0 None")
+    without = [word for word in train if word not in ("--out", train[train.index("--out") + 1])]
+    refused(without, ["--out", "elsewhere"], "out of rank 1 is elsewhere, of rank 0 None")
+    out = lab.good(1)
+    refused(["resume", str(out)], ["--lora.dropout", "0.2"], "lora.dropout of rank 1 is")
+    fewer = tiny.write_rows(lab.folder / "fewer.jsonl", 5)
+    asked = ["eval", str(out), "--max-new-tokens", "4", "--data", str(lab.rows)]
+    refused(asked, ["--data", str(fewer)], "what the rows say of rank 1 is")
+    refused(asked, ["--max-new-tokens", "5"], "max_new_tokens of rank 1 is 5, of rank 0 4")
+
+
+def flipped_bit(lab: Lab) -> None:
+    """The lowest bit of one weight of one rank: found at the next comparison, by name."""
+
+    def flip(job: Any) -> None:
+        name = sorted(job.state.weights)[0]
+        job.state.weights[name].data.view(torch.int32).view(-1)[3] ^= 1
+
+    for world, words in ((2, "differs between rank 0 and rank 1"), (3, "of rank 1 is not that of the others")):
+        out, ended = lab.train(world, "--train.save_steps", "6", prepare={1: at_step(3, flip)})
+        assert codes(ended) == [1] * world and words in ended[0].said, said(ended)
+        assert [event["step"] for event in events(out, "save")] == [0]  # a state in doubt is not saved
+
+
+def gone(lab: Lab) -> None:
+    """kill -9 of one rank: the others end soon; going on gives the unbroken run's bits."""
+    whole = lab.good(1, "--train.exact", "true")
+    for rank in (0, 1):
+        die = at_step(7, lambda job: os.kill(os.getpid(), signal.SIGKILL))
+        more = ["--train.exact", "true", "--train.save_steps", "3"]
+        out, ended = lab.train(2, *more, prepare={rank: die})
+        assert ended[rank].code == -signal.SIGKILL and ended[1 - rank].code == 1, said(ended)
+        assert f"rank {rank} has gone" in ended[1 - rank].said or rank == 0, said(ended)
+        lab.resume(3 - rank, out)
+        assert apart(whole, out) == 0.0
+
+
+def hang(lab: Lab) -> None:
+    """A rank that does not answer is named after train.timeout."""
+    asleep = at_step(3, lambda job: time.sleep(60))
+    out = lab.out()
+    running = lab.start(3, lab.words(out, "--train.timeout", "3s"), {1: asleep})
+    ended = running.end(within=25)
+    assert codes(ended)[::2] == [1, 1], said(ended)
+    assert "rank 1 has not answered for" in ended[0].said, said(ended)
+
+
+def restarted(lab: Lab) -> None:
+    """torchrun starts all ranks again after a kill -9: they go on from the last checkpoint, with the same bits."""
+    more, out = ["--train.exact", "true", "--train.save_steps", "2"], lab.out()
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    words = [*agent, "-m", "tests.distributed.dies_once", *lab.words(out, *more)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    (told,) = events(out, "resume")
+    assert told["step"] == 4
+    assert apart(lab.good(1, "--train.exact", "true"), out) == 0.0
+
+
+def one_nan(lab: Lab) -> None:
+    """A weight of one rank that is not finite when all are to save: ended at once, by name."""
+
+    def poison(job: Any) -> None:
+        job.state.weights[sorted(job.state.weights)[0]].data.view(-1)[3] = math.nan
+
+    out = lab.out()
+    running = lab.start(3, lab.words(out, "--train.save_steps", "3"), {1: at_step(3, poison)})
+    ended = running.end(within=200)
+    assert codes(ended) == [1] * 3 and "of rank 1 is not that of the others" in ended[0].said, said(ended)
+    assert [event["step"] for event in events(out, "save")] == [0]
+
+
+def judged_once(lab: Lab) -> None:
+    """A judge is asked by one rank for all: it may cost money."""
+    asked, out = lab.folder / "asked.txt", lab.good(1, "--train.learning_rate", "0.05")
+    judge = lab.folder / "judge.py"
+    count = f"open({str(asked)!r}, 'a').write('.')"
+    judge.write_text(f"def own(asked, gold, first, second):\n    {count}\n    return len(first) - len(second)\n")
+    found = []
+    for world in (1, 3):
+        asked.write_text("")
+        words = ["eval", str(out), "--data", str(lab.rows), "--metric", "contains", "--max-new-tokens", "4", "--json"]
+        ended = lab.start(world, [*words, "--judge", f"{judge}:own"]).end()
+        assert codes(ended) == [0] * world, said(ended)
+        told = next(json.loads(line) for one in ended for line in one.said.splitlines() if line.startswith("{"))
+        found.append((len(asked.read_text()), told["judge"]))
+    assert found[0] == found[1] and found[0][0] > 0
+
+
+def idle_experts(lab: Lab) -> None:
+    """Experts that no token of a step went to: their adapters decay all the same on any number of devices."""
+    lab.model = lab.folder / "longcat"
+    tiny_families.save("longcat_flash", lab.model)
+    more = ["--train.max_steps", "4", "--train.batch_size", "3", "--train.micro_batch", "1", "--lora.dropout", "0"]
+    more += ["--train.weight_decay", "0.1", "--train.learning_rate", "5e-3"]
+    off = apart(lab.good(1, *more), lab.good(3, *more))
+    assert off < NEAR, off
+
+
+def no_memory_elsewhere(lab: Lab) -> None:
+    """One rank finds no memory where the others are inside a block of their own (the level of KTO): all try again from
+    the same place. What cannot be helped is said by one rank, and the JSON is one object."""
+    judged = lab.folder / "judged.jsonl"
+    lines = [{"prompt": f"what is {n}", "completion": f"it is {n * n}", "label": bool(n % 3)} for n in range(13)]
+    judged.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def starve(owner: Any, name: str, when: int) -> Prepare:
+        def prepare() -> None:
+            make, count = getattr(owner, name), iter(range(1, 10_000))
+
+            def starved(*args: Any, **more: Any) -> Any:
+                if next(count) >= when:
+                    mock.patch.object(owner, name, make).start()
+                    raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+                return make(*args, **more)
+
+            mock.patch.object(owner, name, starved).start()
+
+        return prepare
+
+    more = ["--data", str(judged), "--train.objective", "kto"]
+    one, out = lab.good(1, *more), lab.good(3, *more, prepare={1: starve(loop, "make_state", 3)})
+    assert len(events(out, "shrink")) == 1 and apart(one, out) < NEAR
+    _, ended = lab.train(3, "--model.placement", "sharded", "--json", prepare={1: starve(build, "load_share", 1)})
+    assert codes(ended) == [1] * 3
+    lines = [line for one in ended for line in one.said.splitlines()]
+    assert sum("error:" in line for line in lines) == 1, said(ended)
+    assert sum(line.startswith("{") for line in lines) == 1, said(ended)

@@ -1,0 +1,169 @@
+"""`--devices`: the agent that it starts, and what its ranks are given."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.launcher import api
+
+import strop
+from strop.distributed.environment import Place, place_of
+from strop.distributed.launch import start, to_start
+from strop.errors import InputError, RecipeError
+from tests import ROOT
+from tests.support import tiny
+from tests.support.runs import run
+
+STEPS = ["--model.dtype", "fp32", "--lora.r", "4", "--train.batch_size", "8", "--train.micro_batch", "1"]
+
+
+def words(folder: Path, tiny_folder: Path, out: str, *more: str) -> list[str]:
+    rows = tiny.write_rows(folder / "rows.jsonl", 29)
+    return ["train", "--model", str(tiny_folder), "--data", str(rows), "--out", str(folder / out), *STEPS, *more]
+
+
+def without_threads() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+
+
+def started(asked: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "strop.cli", *asked], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def reached(running: subprocess.Popen[str], state: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 200
+    while not state():
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_an_exact_run_has_one_thread_a_rank_on_many_cores(tmp_path: Path, tiny_folder: Path) -> None:
+    """As it has alone: a product is split by thread, and so its last bits."""
+    asked = words(tmp_path, tiny_folder, "two", "--train.max_steps", "1", "--train.exact", "true")
+    code = f"import strop.distributed.launch as join; join.affinity = lambda: 8; join.start(2, {asked!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=without_threads(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads((tmp_path / "two" / "report.json").read_text())["devices"]
+    assert (told["count"], told["threads"]) == (2, 1)
+
+
+def test_an_exact_run_goes_on_with_the_threads_it_began_with(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, out = torch.get_num_threads(), tmp_path / "one"
+    more = {"model.dtype": "fp32", "train.max_steps": 1, "train.exact": True}
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", 9)
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        torch.set_num_threads(2)
+        strop.train(model=str(tiny_folder), data=str(rows), out=str(out), **more)
+        (out / "report.json").unlink()  # as if it had been killed before its end
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        assert strop.resume(out).report["devices"]["threads"] == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_ctrl_c_is_said_once(tmp_path: Path, tiny_folder: Path) -> None:
+    """One JSON object on stdout and one error, of the rank that has saved."""
+    asked = words(tmp_path, tiny_folder, "run", "--train.epochs", "9000", "--devices", "2", "--json")
+    events = tmp_path / "run" / "events.jsonl"
+    running = started(asked)
+    reached(running, lambda: events.is_file() and '"event": "step"' in events.read_text())
+    running.send_signal(signal.SIGINT)
+    out, said = running.communicate(timeout=120)
+    assert running.returncode == 130, said
+    (line,) = out.splitlines()
+    told = json.loads(line)
+    assert told["error"]["kind"] == "Stopped" and told["steps"] >= 1
+    assert said.count("error:") == 1 and "closing signal" not in said, said
+    assert list((tmp_path / "run" / "checkpoints").glob(f"step-*{told['steps']}"))
+
+
+@pytest.mark.parametrize("devices", ["1", "2"])
+def test_ctrl_c_twice_is_said_once(devices: str, tmp_path: Path, tiny_folder: Path) -> None:
+    """In the middle of a long step: it ends at once, and says so."""
+    asked = words(tmp_path, tiny_folder, "run", "--train.max_steps", "2", "--devices", devices, "--json")
+    tiny.write_rows(tmp_path / "rows.jsonl", 6000)
+    running = started([*asked, "--train.batch_size", "6000"])
+    reached(running, lambda: (tmp_path / "run" / "checkpoints" / "step-000000").is_dir())
+    time.sleep(0.5)
+    for _ in range(2):
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    out, said = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    (line,) = out.splitlines()
+    assert json.loads(line)["error"]["kind"] == "Stopped"
+    assert said.count("error:") == 1 and "stopped at once" in said, said
+
+
+def test_a_terminal_that_closes_is_said(tmp_path: Path, tiny_folder: Path) -> None:
+    """130 is for what was saved."""
+    asked = words(tmp_path, tiny_folder, "run", "--train.epochs", "9000", "--devices", "2", "--json")
+    running = started(asked)
+    reached(running, lambda: (tmp_path / "run" / "checkpoints" / "step-000000").is_dir())
+    running.send_signal(signal.SIGHUP)
+    out, said = running.communicate(timeout=120)
+    assert running.returncode == 1 and said.count("error:") == 1, said
+    assert json.loads(out)["error"]["message"].startswith("ended by SIGHUP")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"RANK": "abc"}, "RANK 'abc': not a number"),
+        ({"RANK": "-1"}, "RANK '-1': not a number"),
+        ({"RANK": "2"}, "RANK 2 of WORLD_SIZE 2"),
+        ({"LOCAL_RANK": "one"}, "LOCAL_RANK 'one': not a number"),
+    ],
+)
+def test_a_rank_that_is_no_number_is_refused(names: dict[str, str], said: str) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "first"}
+    assert place_of(place) == Place(0, 2, 0, 1)
+    with pytest.raises(InputError, match=said):
+        place_of({**place, **names})
+
+
+def test_ranks_have_time_to_finish_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's agent kills those that still run 30 seconds after Ctrl-C, saved or not."""
+    configs: list[Any] = []
+
+    def launch(config: Any, executable: str) -> Any:
+        configs.append(config)
+        return lambda *words: None
+
+    for name in ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(api, "elastic_launch", launch)
+    start(2, ["train"])
+    assert getattr(configs[0], "shutdown_timeout", 3600) == 3600
+
+
+@pytest.mark.parametrize("asked", ["0", "-1", "two", "²", "1.5"])
+def test_what_is_no_number_is_refused(asked: str) -> None:
+    with pytest.raises(RecipeError, match="not a number of devices"):
+        to_start(asked, "cpu")
+
+
+def test_a_recipe_is_shown_as_so_many_devices_have_it(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = words(tmp_path, tiny_folder, "run", "--model.device", "cpu", "--print-recipe", "--devices")
+    for number, placement in (("1", "auto"), ("2", "replicated")):
+        code, shown, _ = run(*asked, number, capsys=capsys)
+        assert code == 0 and f"placement: {placement}" in shown

@@ -1,0 +1,101 @@
+"""Attention in tiles, on CPUs with AVX512-BF16: no further from fp64 than the way around products in bf16 is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from strop.engine.kernels import eager
+from strop.engine.kernels.cpu import elementwise
+from strop.engine.kernels.cpu.attention import TileAttention
+from strop.engine.train.attention import Attention, Heads
+from strop.engine.train.norms import Norm
+from strop.engine.train.packing import Documents
+from strop.machine.probe import probe
+
+pytestmark = pytest.mark.skipif("avx512_bf16" not in probe().vector, reason="this CPU has no AVX512-BF16")
+
+SPANS = {
+    "one token": [(0, 1, 0)],
+    "short and long": [(0, 5, 0), (5, 70, 0), (75, 33, 0)],
+    "a prefix": [(13, 40, 13), (53, 1, 13), (54, 66, 13), (0, 13, 0)],
+    "a long prefix": [(90, 3, 90), (93, 20, 90), (0, 90, 0)],
+}
+SHAPES = {  # heads, key-value heads, size, numbers that the rotary embedding turns
+    "grouped": (6, 2, 64, 64),
+    "one each, partly turned": (2, 2, 32, 16),
+    "one for all": (3, 1, 96, 96),
+}
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize(
+    ("norms", "softcap", "sinks"), [(False, 0.0, 0.0), (True, 0.0, 0.0), (False, 1.5, 0.0), (False, 0.0, 1.0)]
+)
+@pytest.mark.parametrize("window", [0, 7, 40])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spans", SPANS)
+def test_tiles_are_as_near_to_fp64_as_products_are(
+    spans: str, shape: str, window: int, norms: bool, softcap: float, sinks: float
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    heads, key_value, size, turned = SHAPES[shape]
+    tokens = max(start + own for start, own, _ in SPANS[spans])
+    documents = Documents(np.array(SPANS[spans]), tokens, torch.device("cpu"))
+    weight = torch.rand(size) + 0.5
+    angles = torch.rand(tokens, turned // 2) * 6
+    qkv, upstream = torch.randn(tokens, (heads + 2 * key_value) * size), torch.randn(tokens, heads * size)
+
+    def run(way: type[torch.autograd.Function], ops: object, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        norm = Norm(ops, weight.to(dtype), 1e-6, 0.0) if norms else None  # type: ignore[arg-type]
+        extra = torch.linspace(-2, 3, heads) if sinks else None
+        numbers = heads, key_value, size, size**-0.5, window, softcap
+        shape = Heads(ops, *numbers, norm, norm, sinks=extra)  # type: ignore[arg-type]
+        x = qkv.bfloat16().to(dtype).requires_grad_()
+        out = way.apply(x, shape, angles.cos(), angles.sin(), documents)
+        out.backward(upstream.bfloat16().to(dtype))
+        assert x.grad is not None
+        return out.detach(), x.grad
+
+    truth = run(Attention, eager, torch.float64)
+    tiles, products = run(TileAttention, elementwise, torch.bfloat16), run(Attention, elementwise, torch.bfloat16)
+    for found, other, exact in zip(tiles, products, truth, strict=True):
+        assert error(found, exact) <= error(other, exact) + 1e-3
+    again = run(TileAttention, elementwise, torch.bfloat16)
+    assert all(torch.equal(one, two) for one, two in zip(tiles, again, strict=True))
+
+
+def test_documents_do_not_see_each_other() -> None:
+    """Another document's numbers change nothing, to the last bit; and NaN stays in its document, where it is seen."""
+    torch.manual_seed(0)
+    shape = Heads(elementwise, 2, 1, 32, 0.2, 0, 0.0, None, None)  # type: ignore[arg-type]
+    documents = Documents(np.array([(0, 40, 0), (40, 25, 0)]), 65, torch.device("cpu"))
+    angles = torch.zeros(65, 16)
+    qkv, upstream = torch.randn(65, 128).bfloat16(), torch.randn(65, 64).bfloat16()
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        out = TileAttention.apply(x, shape, angles.cos(), angles.sin(), documents)
+        out.backward(upstream)
+        assert x.grad is not None
+        return out.detach(), x.grad
+
+    other, broken = qkv.clone(), qkv.clone()
+    other[:40] = torch.randn(40, 128).bfloat16()
+    broken[3, 5] = float("nan")
+    for found, changed, spoilt in zip(run(qkv), run(other), run(broken), strict=True):
+        assert torch.equal(found[40:], changed[40:]) and torch.equal(found[40:], spoilt[40:])
+        assert not torch.equal(found[:40], changed[:40])
+        assert not spoilt[3:40].isfinite().all() and spoilt[40:].isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_tasks_are_shared_out_once(threads: int) -> None:
+    documents = Documents(np.array([(0, 300, 0), (300, 20, 0), (320, 21, 0)]), 341, torch.device("cpu"))
+    tasks, lanes = documents.shares(3, threads)
+    assert sorted(tasks.tolist()) == list(range(9)) and lanes[0] == 0 and lanes[-1] == 9 and len(lanes) == threads + 1

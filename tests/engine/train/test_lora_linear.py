@@ -1,0 +1,269 @@
+"""Every hand-derived gradient against numerical differentiation in fp64."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from strop.engine.train import dropout as drops
+from strop.engine.train import lora
+from strop.engine.train.dora import Dora
+from strop.engine.train.dropout import Dropped, grown
+from strop.engine.train.head import LabelLogProbs, Output, SupervisedLoss, _add_product
+from strop.engine.train.lora_linear import Activation, Frozen, Glu, LoraLinear
+from strop.engine.train.norms import LayerNorm, Norm, RmsNorm, normed
+from strop.machine.probe import probe
+from tests.support.attention import OPS, check, rand
+
+LORA: Any = lora
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(1, 5), (3, 7), (2, 3, 4)])
+def test_rms_norm(shape: tuple[int, ...], offset: float) -> None:
+    torch.manual_seed(0)
+    norm = Norm(OPS, rand(shape[-1]), 1e-5, offset)
+    check(lambda x: RmsNorm.apply(x, norm), rand(*shape, grad=True))
+    wide = rand(*shape[:-1], 2 * shape[-1], grad=True)
+    check(lambda x: RmsNorm.apply(x[..., ::2], norm), wide)  # not contiguous
+    expected = F.rms_norm(wide[..., ::2], (shape[-1],), norm.weight + offset, 1e-5)
+    torch.testing.assert_close(RmsNorm.apply(wide[..., ::2], norm), expected)
+
+
+@pytest.mark.parametrize("way", ["rms", "offset", "layer norm", "layer norm without a bias"])
+def test_a_norm_that_is_trained(way: str) -> None:
+    """By itself and in front of a linear layer whose input needs no gradient; switched off, it is another."""
+    torch.manual_seed(0)
+    weight, other = rand(5, grad=True), rand(5)
+    bias = rand(5, grad=True) if way == "layer norm" else None
+    given = [(weight, bias)]
+    about: Any = (OPS, other, 1e-5, 1.0 if way == "offset" else 0.0, None, lambda: given[-1])
+    norm = LayerNorm(*about) if "layer" in way else Norm(*about)
+    trained = [weight, *([] if bias is None else [bias])]
+
+    def expected(x: torch.Tensor) -> torch.Tensor:
+        if "layer" in way:
+            return F.layer_norm(x, (5,), weight, bias, 1e-5)
+        return F.rms_norm(x, (5,), weight + norm.offset, 1e-5)
+
+    x, upstream = rand(3, 5, grad=True), rand(3, 5)
+    torch.testing.assert_close(normed(x, norm), expected(x))
+    for mine, theirs in zip(
+        torch.autograd.grad(normed(x, norm), [x, *trained], upstream),
+        torch.autograd.grad(expected(x), [x, *trained], upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+    matrix, a, b = rand(4, 5), rand(2, 5, grad=True), rand(4, 2, grad=True)
+    for columns, parts in ((((0, 4),), [a, b]), ((), [])):
+        frozen, now = Frozen(lambda: matrix, None, LORA, columns, (0.5,) * len(columns)), norm.now()
+        y = LoraLinear.apply(x.detach(), frozen, now, None, *parts, *now.trained)
+        z = expected(x.detach())
+        whole = z @ (matrix + (0.5 * b @ a if columns else 0)).t()
+        torch.testing.assert_close(y, whole)
+        up, wanted = rand(3, 4), [*parts, *trained]
+        for mine, theirs in zip(
+            torch.autograd.grad(y, wanted, up), torch.autograd.grad(whole, wanted, up), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs)
+    given.append((other, None))
+    assert not norm.now().trained and torch.equal(norm.now().weight, other)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("enter", ["none", "norm", "silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize(
+    ("tokens", "ranks", "bias"), [(1, (1,), False), (3, (2, 3), True), (2, (), True), (5, (1, 2, 3), False)]
+)
+def test_lora_linear(enter: str, tokens: int, ranks: tuple[int, ...], bias: bool, dropout: bool) -> None:
+    torch.manual_seed(0)
+    k, n = 5, 4
+    entry = None if enter == "none" else Norm(OPS, rand(k), 1e-5, 0.0) if enter == "norm" else Glu(OPS, enter)
+    outputs = n * max(len(ranks), 1)
+    columns = tuple((i * n, (i + 1) * n) for i in range(len(ranks)))
+    weight = rand(outputs, k)
+    frozen = Frozen(lambda: weight, rand(outputs) if bias else None, LORA, columns, (0.5, 2.0, 3.0)[: len(ranks)])
+    if dropout:
+        keys, levels = torch.arange(tokens), (30000, 0, 50000)[: len(ranks)]
+        dropped = Dropped(1, 2, keys, tuple(range(len(ranks))), levels)
+        frozen = dataclasses.replace(frozen, dropped=dropped, drops=cast(Any, drops))
+    adapters = [t for r in ranks for t in (rand(r, k, grad=True), rand(n, r, grad=True))]
+    x = rand(tokens, k if enter in ("none", "norm") else 2 * k, grad=True)
+    check(lambda x, *ab: LoraLinear.apply(x, frozen, entry, None, *ab), x, *adapters)
+    check(lambda x, *ab: LoraLinear.apply(x.t().contiguous().t(), frozen, entry, None, *ab), x, *adapters)
+    residual = rand(tokens, outputs, grad=True)
+    check(lambda x, residual, *ab: LoraLinear.apply(x, frozen, entry, residual, *ab), x, residual, *adapters)
+    added = LoraLinear.apply(x, frozen, entry, residual, *adapters)
+    torch.testing.assert_close(added, residual + LoraLinear.apply(x, frozen, entry, None, *adapters))
+    if ranks:  # the first layer's input needs no gradient
+        check(lambda *ab: LoraLinear.apply(x.detach(), frozen, entry, None, *ab), *adapters)
+
+
+@pytest.mark.parametrize("enter", ["none", "gelu", "gated gelu", "layer norm"])
+@pytest.mark.parametrize(("dora", "dropout"), [(False, False), (True, False), (True, True)])
+def test_what_stands_in_front_and_dora(enter: str, dora: bool, dropout: bool) -> None:
+    """DoRA's norms are constants in the gradient: x and the magnitudes alone are differentiated numerically, A and B
+    against autograd of the definition. With dropout that is peft's: the frozen layer's own output is not dropped."""
+    torch.manual_seed(0)
+    k, n = 5, 4
+    ways = {
+        "none": None,
+        "gelu": Activation(F.gelu, gated=False),
+        "gated gelu": Activation(F.gelu, gated=True),
+        "layer norm": LayerNorm(OPS, rand(k), 1e-5, 0.0, rand(k)),
+    }
+    weight, bias = rand(3 * n, k), rand(3 * n)
+    columns, scales = ((0, n), (2 * n, 3 * n)), (0.5, 2.0)
+    frozen = Frozen(
+        lambda: weight, bias, LORA, columns, scales, dora=Dora(OPS, weight.square().sum(1)) if dora else None
+    )
+    levels = (30000, 50000) if dropout else (0, 0)
+    dropped = Dropped(1, 2, torch.arange(3), (4, 5), levels)
+    if dropout:
+        frozen = dataclasses.replace(frozen, dropped=dropped, drops=cast(Any, drops))
+    parts = [t for r in (2, 3) for t in (rand(r, k, grad=True), rand(n, r, grad=True))]
+    magnitudes = [rand(n, grad=True) for _ in columns] if dora else []
+    x, residual = rand(3, 2 * k if enter == "gated gelu" else k, grad=True), rand(3, 3 * n, grad=True)
+
+    def computed(x: torch.Tensor, residual: torch.Tensor | None, *of: torch.Tensor) -> torch.Tensor:
+        return LoraLinear.apply(x, frozen, ways[enter], residual, *of)
+
+    if not dora:
+        check(computed, x, residual, *parts)
+        return
+    fixed = [part.detach() for part in parts]
+    check(lambda x, residual, *m: computed(x, residual, *fixed, *m), x, residual, *magnitudes)
+    check(lambda x, *m: computed(x, None, *fixed, *m), x, *magnitudes)
+    z = x if ways[enter] is None else ways[enter].forward(x)
+    expected = F.linear(z, weight, bias) + residual
+    masks = drops.spread(torch.ones(3, k).double(), dropped).split(k, 1)
+    for i, ((start, end), a, b) in enumerate(zip(columns, parts[::2], parts[1::2], strict=True)):
+        up = grown(levels[i])
+        own, w = scales[i] / up * b @ a, weight[start:end]
+        gains = magnitudes[i].detach() / (w + own).norm(dim=1).detach()
+        kept = z * masks[i] * up
+        change = (gains - 1) * F.linear(kept, w) + gains * F.linear(kept, own)
+        expected = expected + F.pad(change, (start, 3 * n - end))
+    found = computed(x, residual, *parts, *magnitudes)
+    torch.testing.assert_close(found, expected)
+    upstream = rand(3, 3 * n)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, parts, upstream), torch.autograd.grad(expected, parts, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_lora_linear_is_the_sum_of_its_parts() -> None:
+    x, w, a, b = rand(3, 5), rand(8, 5), rand(2, 5), rand(4, 2)
+    y = LoraLinear.apply(x, Frozen(lambda: w, None, LORA, ((4, 8),), (0.5,)), None, None, a, b)
+    torch.testing.assert_close(y, torch.cat([x @ w[:4].t(), x @ w[4:].t() + 0.5 * (x @ a.t() @ b.t())], dim=1))
+
+
+@pytest.mark.parametrize("way", ["lora", "cpu.lora_tiles"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_young_adapter_is_not_rounded_away(way: str, residual: bool) -> None:
+    """In bf16, what it adds (0.1 % here) is below half of the last bit of what it is added to."""
+    if way == "cpu.lora_tiles" and not probe().tiles:
+        pytest.skip("this CPU has no AVX512-BF16")
+    torch.manual_seed(0)
+    products = importlib.import_module(f"strop.engine.{way}")
+    x, w, a = torch.randn(64, 256), torch.randn(128, 256) / 16, torch.randn(16, 256) / 16
+    b, onto = 2.5e-4 * torch.randn(128, 16), torch.randn(64, 128).bfloat16()
+    product = LORA.product
+    if way == "cpu.lora_tiles":
+        product = importlib.import_module("strop.engine.kernels.cpu.bf16_matmul").product
+    frozen = Frozen(lambda: w.bfloat16(), None, products, ((0, 128),), (1.0,), product=product)
+    with torch.no_grad():
+        added = x.bfloat16().float() @ a.t() @ b.t()
+        given = x.bfloat16(), frozen, None, onto if residual else None
+        change = LoraLinear.apply(*given, a, b).float() - LoraLinear.apply(*given, a, 0 * b).float()
+    share = float((change * added).sum() / (added * added).sum())
+    assert share == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_rows_of_the_head_that_are_trained(softcap: float) -> None:
+    torch.manual_seed(0)
+    x, head, own, at = rand(5, 3, grad=True), rand(7, 3), rand(2, 3, grad=True), torch.tensor([6, 2])
+    labels, weights = torch.tensor([1, 0, 6, 1, 2]), torch.tensor([1.0, 0.5, 2.0, 0.1, 3.0], dtype=torch.float64)
+
+    def loss(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        return SupervisedLoss.apply(x, labels, weights, Output(head, softcap, OPS, own=own, at=at), own) * 0.3
+
+    def log_probs(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        return LabelLogProbs.apply(x, labels, Output(head, softcap, OPS, own=own, at=at), own)
+
+    check(loss, x, own)
+    check(log_probs, x, own)
+    logits = x @ head.index_copy(0, at, own).t()
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(loss(x, own), 0.3 * (expected * weights).sum())
+    torch.testing.assert_close(log_probs(x, own), -expected)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_a_head_that_is_trained(softcap: float, dropout: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two adapters, the weight itself and a bias together, in several chunks of rows: against autograd, and by numbers
+    where the backward makes the logits again."""
+    monkeypatch.setattr("strop.engine.train.head.CHUNK_BYTES", 1)  # 16 rows
+    torch.manual_seed(0)
+    rows, h, v = 40, 3, 7
+    dropped = Dropped(1, 2, torch.arange(rows), (4, 5), (30000, 20000)) if dropout else None
+    adapters = tuple(t for r in (2, 1) for t in (rand(r, h, grad=True), rand(v, r, grad=True)))
+    x, weight, bias, scales = rand(rows, h, grad=True), rand(v, h, grad=True), rand(v, grad=True), (0.5, 2.0)
+    output = Output(
+        weight, softcap, OPS, bias, adapters=adapters, scales=scales, dropped=dropped, drops=cast(Any, drops),
+        whole=True, biased=True,
+    )  # fmt: skip
+    labels, weights = torch.randint(0, v, (rows,)), torch.rand(rows, dtype=torch.float64)
+    inputs = [x, *adapters, weight, bias]
+    logits = F.linear(x, weight, bias)
+    masks = [torch.ones(rows, h).double()] * 2 if dropped is None else drops.spread(x * 0 + 1, dropped).split(h, 1)
+    for a, b, scale, mask in zip(adapters[::2], adapters[1::2], scales, masks, strict=True):
+        logits = logits + scale * (x * mask.detach()) @ a.t() @ b.t()
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    upstream = rand(rows)
+    for found, expected in (
+        (SupervisedLoss.apply(x, labels, weights, output, *output.trained) * 0.3, 0.3 * (losses * weights).sum()),
+        ((LabelLogProbs.apply(x, labels, output, *output.trained) * upstream).sum(), (-losses * upstream).sum()),
+    ):
+        torch.testing.assert_close(found, expected)
+        mine, theirs = torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs, retain_graph=True)
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other)
+    few = dataclasses.replace(output, dropped=None)
+    check(
+        lambda x, *trained: LabelLogProbs.apply(x, labels[:3], few, *trained),
+        x.detach()[:3].requires_grad_(),
+        *inputs[1:],
+    )
+
+
+def test_the_gradient_of_a_head_in_bf16_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces of the vocabulary; what 400 chunks of one row add does not round away."""
+    monkeypatch.setattr("strop.engine.train.head.PIECE_BYTES", 64)
+    torch.manual_seed(0)
+    total, slopes, x = torch.zeros(37, 8), torch.rand(400, 37).bfloat16(), torch.rand(400, 8).bfloat16()
+    for slope, row in zip(slopes, x, strict=True):
+        _add_product(total, slope[None], row[None])
+    torch.testing.assert_close(total, slopes.float().t() @ x.float(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_supervised_loss(softcap: float) -> None:
+    torch.manual_seed(0)
+    x, head = rand(5, 3, grad=True), rand(7, 3)
+    labels, weights = torch.tensor([1, 0, 6, 1, 2]), torch.tensor([1.0, 0.5, 2.0, 0.1, 3.0], dtype=torch.float64)
+    check(lambda x: SupervisedLoss.apply(x, labels, weights, Output(head, softcap, OPS)) * 0.3, x)
+    logits = x @ head.t()
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+    torch.testing.assert_close(SupervisedLoss.apply(x, labels, weights, Output(head, softcap, OPS)), expected)

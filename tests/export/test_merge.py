@@ -1,0 +1,452 @@
+"""Merging: the merged folder is the tuned model, and what is not is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+import strop
+from strop.data.types import Example
+from strop.errors import DataError, FolderError, MemoryLimitError, ModelError, ParityError, RecipeError
+from strop.export import merge as module
+from strop.export.merge import merge
+from strop.export.parity import in_fp32, new_from
+from strop.machine.probe import probe
+from strop.models.source import locate
+from tests.support import preferences, tiny, tiny_families
+
+
+@pytest.fixture
+def trained(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> Callable[..., Path]:
+    def make(**options: Any) -> Path:
+        given = {"train.max_steps": 8, "lora.r": 4, "model.dtype": "fp32", "train.learning_rate": 0.01, **options}
+        return strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "run", **given).folder
+
+    return make
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora and patterns": {
+        "lora.use_rslora": True,
+        "lora.rank_pattern": {"q_proj": 2},
+        "lora.alpha_pattern": {"v_proj": 9},
+    },
+    "dora": {"lora.use_dora": True},
+    "bias": {"lora.bias": "lora_only"},
+    "attention": {"lora.target_modules": "attention"},
+    "new tokens": {"lora.new_tokens": ["<call>", "<done>"]},
+    "nf4": {"model.quantization": "nf4"},
+    "int8": {"model.quantization": "int8"},
+    "nf4, plain constants": {"model.quantization": "nf4", "model.double_quantization": False},
+    "nf4 in bf16": {"model.quantization": "nf4", "model.dtype": "bf16"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merged_in_fp32_is_the_tuned_model(trained: Callable[..., Path], tmp_path: Path, variant: str) -> None:
+    run = trained(**VARIANTS[variant])
+    merged = merge(str(run), tmp_path / "merged", dtype="fp32")
+    assert merged.parity.passed and merged.parity.kl_mean < 1e-6 and merged.parity.top1_agreement == 1
+    assert merged.parity.positions > 200 and abs(merged.parity.loss_difference) < 1e-4
+    if variant == "nf4 in bf16":  # loaded in fp32 it would not be rounded as it was in training
+        return
+    quantized = "quantization" in str(VARIANTS[variant])
+    assert set(merged.base_losses) == ({"original", "dequantized"} if quantized else set())
+    ids = torch.arange(5, 25)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    scheme = VARIANTS[variant].get("model.quantization", "none") if merged.base == "dequantized" else "none"
+    ours = strop.load(run, dtype="fp32", quantization="none" if scheme == "none" else "auto")
+    with torch.no_grad():
+        off = (theirs(ids).logits - ours.module(ids).logits).abs().max()
+        assert off < 1e-4
+        if variant == "bias":  # peft cannot turn trained biases off
+            return
+        with ours.base():
+            assert (theirs(ids).logits - ours.module(ids).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("more", [{"lora.bias": "all"}, {"lora.bias": "lora_only", "lora.use_dora": True}])
+def test_trained_biases_of_adapted_layers_are_merged(
+    kind: str, more: dict[str, Any], rows_file: Path, tmp_path: Path
+) -> None:
+    """Unmeasured, so that the weights themselves are looked at."""
+    tiny_families.save(kind, tmp_path / "base")
+    options: dict[str, Any] = {"train.max_steps": 4, "lora.r": 2, "model.dtype": "fp32", "train.learning_rate": 0.03}
+    run = strop.train(model=str(tmp_path / "base"), data=str(rows_file), out=tmp_path / "run", **options, **more).folder
+    saved = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert any(name.endswith("base_layer.bias") and weight.abs().max() > 0.01 for name, weight in saved.items())
+    merge(str(run), tmp_path / "merged", dtype="fp32", measure=False)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+        assert (theirs - strop.load(run, dtype="fp32").module(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "stray", ["layers.0.self_attn.q_proj.lora_B.bias", "layers.9.mlp.up_proj.lora_A.weight", "layers.0.mlp.gate.bias"]
+)
+def test_what_has_no_place_in_the_base_is_refused(trained: Callable[..., Path], tmp_path: Path, stray: str) -> None:
+    adapter = trained() / "adapter"
+    file = adapter / "adapter_model.safetensors"
+    save_file({**load_file(file), f"base_model.model.model.{stray}": torch.ones(4)}, file, {"format": "pt"})
+    (adapter / "strop.json").unlink()
+    with pytest.raises(ModelError, match=f"model.{stray} cannot be merged"):
+        merge(str(adapter), tmp_path / "merged", measure=False)
+    assert not list(tmp_path.glob("merged*"))
+
+
+def _settings(folder: Path, **fields: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def _matrices(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
+    file = folder / "adapter_model.safetensors"
+    made = {name: change(name, weight) for name, weight in load_file(file).items()}
+    save_file({name: weight for name, weight in made.items() if weight is not None}, file, {"format": "pt"})
+
+
+UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another rank": (lambda it: _settings(it, r=8), "does not fit"),
+    "a rank pattern": (lambda it: _settings(it, rank_pattern={"q_proj": 2}), "does not fit"),
+    "more targets": (lambda it: _settings(it, target_modules=["q_proj", "k_proj"]), "4 of its tensors are missing"),
+    "half of its layers": (
+        lambda it: _matrices(it, lambda n, w: w if ".0." in n else None),
+        "2 of its tensors are mis",
+    ),
+    "A without B": (lambda it: _matrices(it, lambda n, w: w if "lora_A" in n else None), "2 of its tensors are m"),
+    "nothing": (lambda it: _matrices(it, lambda n, w: None), "4 of its tensors are missing"),
+    "rows that are not there": (lambda it: _settings(it, trainable_token_indices=[3]), "embedding rows|does not fit"),
+    "whole numbers": (lambda it: _matrices(it, lambda n, w: (w * 99).int()), "stored as I32, which no adapter"),
+    "8 bit": (lambda it: _matrices(it, lambda n, w: w.to(torch.float8_e5m2)), "stored as F8_E5M2, which no adapter"),
+    "beyond fp32": (lambda it: _matrices(it, lambda n, w: w.double() * 1e200), "NaN or infinity"),
+    "alpha that is none": (lambda it: _settings(it, lora_alpha=float("nan")), "lora_alpha is nan, and no number"),
+    "rank 0": (lambda it: _settings(it, r=0), "r is 0, and no rank"),
+    "a pattern of words": (lambda it: _settings(it, alpha_pattern={"q_proj": "x"}), "alpha_pattern q_proj is 'x', and"),
+    "no targets": (lambda it: _settings(it, target_modules=[]), "does not fit"),
+    "targets that are none": (lambda it: _settings(it, target_modules=3), "target_modules is 3, and no list"),
+    "another tool's": (lambda it: _settings(it, megatron_config={"a": 1}, megatron_core="nowhere"), "does not fit"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_an_adapter_that_is_not_what_its_config_says_is_refused_measured_or_not(
+    kind: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    damage, said = UNFIT[kind]
+    folder = tmp_path / "adapter"
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), config).save_pretrained(folder)
+    damage(folder)
+    with pytest.raises(ModelError, match=said):
+        merge(str(folder), tmp_path / "merged", measure=False)
+    with pytest.raises(ModelError, match=said):
+        strop.load(folder, device="cpu", dtype="fp32")
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_an_adapter_whose_first_weights_were_taken_out_of_its_base_is_refused(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """PiSSA as peft saves it: on the base as it is stored it is another model."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "pissa")
+    for what in (
+        lambda name: merge(name, tmp_path / "merged", measure=False),
+        lambda name: strop.export("gguf", name, tmp_path / "m.gguf", measure=False),
+        strop.load,
+    ):
+        with pytest.raises(ModelError, match="init_lora_weights pissa on a base that peft changed"):
+            what(str(tmp_path / "pissa"))
+    assert not (tmp_path / "merged").exists()
+    assert strop.load(tmp_path / "pissa", force=True).notes
+
+
+def test_an_adapter_on_what_sees_is_merged_too(tmp_path: Path) -> None:
+    """strop trains none there; other tools do."""
+    tiny_families.save("gemma3", tmp_path / "base", multimodal=True)
+    base: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    before = {name: weight.clone() for name, weight in base.named_parameters() if "vision_tower" in name}
+    config = peft.LoraConfig(r=2, target_modules=".*vision_tower.*q_proj", init_lora_weights=False, bias="lora_only")
+    tuned: Any = peft.get_peft_model(base, config)
+    tuned.save_pretrained(str(tmp_path / "adapter"))
+    wanted = dict(tuned.merge_and_unload().named_parameters())
+    merge(str(tmp_path / "adapter"), tmp_path / "merged", dtype="fp32", measure=False)
+    merged: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    found = dict(merged.named_parameters())
+    assert {name for name in before if not torch.equal(found[name], before[name])} == {
+        name for name in before if name.endswith("q_proj.weight")
+    }
+    for name in before:
+        torch.testing.assert_close(found[name], wanted[name])
+
+
+def test_new_tokens_of_an_untied_head_are_the_same_each_time(rows_file: Path, tmp_path: Path) -> None:
+    """transformers draws their rows at random when it makes room for them."""
+    base = tmp_path / "base"
+    tiny.model(tie_word_embeddings=False).save_pretrained(base)
+    tiny.tokenizer("chatml").save_pretrained(base)
+    options: dict[str, Any] = {"train.max_steps": 4, "model.dtype": "fp32", "train.learning_rate": 0.01}
+    run = strop.train(
+        model=str(base), data=str(rows_file), out=tmp_path / "run", **{"lora.new_tokens": ["<call>"]}, **options
+    ).folder
+    on = strop.train(
+        model={"name": str(base), "adapter": str(run)}, data=str(rows_file), out=tmp_path / "on", **options
+    )
+    for trained in (run, on.folder):
+        ours = strop.load(trained, dtype="fp32")
+        ids = torch.tensor([[5, 6, ours.tokenizer.convert_tokens_to_ids("<call>"), 7]])
+        merge(str(trained), tmp_path / f"merged-{trained.name}", dtype="fp32")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / f"merged-{trained.name}")
+        with torch.no_grad():
+            logits, again = ours.module(ids).logits, strop.load(trained, dtype="fp32").module(ids).logits
+            assert torch.equal(logits, again) and (theirs(ids).logits - logits).abs().max() < 1e-4
+        assert theirs.config.vocab_size == logits.shape[-1] == len(ours.tokenizer)
+    rows = {
+        name: weight
+        for name, weight in load_file(run / "adapter" / "adapter_model.safetensors").items()
+        if "token" in name
+    }
+    assert sorted(name.split(".")[-3] for name in rows) == ["embed_tokens", "lm_head"]
+
+
+def test_rows_that_were_judged_bad_are_not_measured_on(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = preferences.write_judged(tmp_path / "judged.jsonl", 12)
+    lines = rows.read_text().splitlines()
+    good = [number for number, line in enumerate(lines, 1) if json.loads(line)["label"]]
+    assert 0 < len(good) < len(lines)
+    options: dict[str, Any] = {"train.max_steps": 1, "model.dtype": "fp32", "train.objective": "kto"}
+    run = strop.train(model=str(tiny_folder), data=str(rows), out=tmp_path / "run", **options).folder
+    measured = module.rows_to_measure(str(run), run / "adapter", locate(str(tiny_folder)), None)
+    assert sorted(example.line for example in measured) == good
+
+
+def test_what_lies_beside_the_weights(
+    trained: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, out = trained(), tmp_path / "merged"
+    with caplog.at_level("INFO", "strop"):
+        merged = merge(str(run), out)
+    said = [record.getMessage() for record in caplog.records]  # what takes long is not shown as loading
+    assert [text.split()[0].strip(",") for text in said][-4:] == ["loading", "measuring"] * 2
+    names = {file.name for file in out.iterdir()}
+    assert {"config.json", "model.safetensors.index.json", "tokenizer.json"} <= names and sorted(names) == merged.files
+    assert not {"strop.json", "adapter_config.json", "merge.json"} & names
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (run / "adapter", out))
+    said = [{"role": "user", "content": "what is 3"}]
+    assert before.apply_chat_template(said, tokenize=False) == after.apply_chat_template(said, tokenize=False)
+    assert {t.dtype for file in out.glob("*.safetensors") for t in load_file(file).values()} == {torch.bfloat16}
+
+
+def test_a_merged_model_ends_its_answers_where_they_were_trained_to_end(
+    trained: Callable[..., Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Its base's generation config knows nothing of a template of the user's."""
+    turns = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<done>{% endfor %}"
+    (tmp_path / "own.jinja").write_text(turns + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    run = trained(**{"data.template": str(tmp_path / "own.jinja"), "lora.new_tokens": ["<done>"]})
+    merge(str(run), tmp_path / "merged", measure=False)
+    done = AutoTokenizer.from_pretrained(tmp_path / "merged").convert_tokens_to_ids("<done>")
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).generation_config for folder in (tiny_folder, tmp_path / "merged")
+    )
+    assert {done, before.eos_token_id} <= set(after.eos_token_id)
+
+
+@pytest.mark.parametrize(("dtype", "small"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-4)])
+def test_rounding_keeps_the_mean_of_a_small_change_and_is_the_same_each_time(dtype: torch.dtype, small: float) -> None:
+    base = torch.randn(200, 200).bfloat16().float()
+    change = small * base.abs()
+    first, again = (module.rounded("x", base + change, base, dtype).float() for _ in range(2))
+    assert torch.equal(first, again)
+    assert (first - base).mean() == pytest.approx(change.mean().item(), rel=0.1)
+    nearest = (base + change).to(dtype).float()
+    assert (nearest - base).mean() < 0.2 * change.mean()
+    assert torch.equal(module.rounded("x", base, base, dtype).float(), base)
+
+
+def test_what_fp16_holds_stays_and_all_else_moves_by_less_than_a_step() -> None:
+    whole = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    whole = whole[whole.isfinite()]
+    assert torch.equal(module.rounded("x", whole, whole + 1, torch.float16).float(), whole)
+    between = torch.cat([8 * torch.randn(5000), 6e-5 * torch.randn(5000), 3e-8 * torch.randn(5000)])
+    found = module.rounded("x", between, between + 1, torch.float16).float()
+    step = 2.0 ** (between.double().abs().log2().floor().clamp(min=-14) - 10)
+    assert ((found - between).abs() < step).all() and (found != between.half()).any()
+    assert not module.rounded("x", torch.tensor([1e6]), torch.zeros(1), torch.float16).isfinite().any()
+
+
+def scaled(adapter: Path, factor: float) -> None:
+    """Changes an adapter behind strop's back."""
+    file = adapter / "adapter_model.safetensors"
+    save_file({k: t * (factor if "lora_B" in k else 1) for k, t in load_file(file).items()}, file, {"format": "pt"})
+
+
+def test_a_changed_adapter_is_refused(trained: Callable[..., Path], tmp_path: Path) -> None:
+    run = trained()
+    scaled(run / "adapter", 1.5)
+    with pytest.raises(ModelError, match="not the file that was saved"):
+        merge(str(run), tmp_path / "merged")
+    assert not list(tmp_path.glob("merged*"))
+
+
+@pytest.mark.parametrize("fault", ["scale", "zero", "noise"])
+def test_a_merge_that_is_not_the_tuned_model_is_refused(
+    trained: Callable[..., Path], tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, changes = trained(), module.changes
+
+    def wrong(*args: Any) -> Callable[[str, torch.Tensor], torch.Tensor]:
+        change = changes(*args)
+
+        def bad(name: str, weight: torch.Tensor) -> torch.Tensor:
+            merged = change(name, weight)
+            if merged is weight or fault == "zero":
+                return weight
+            if fault == "scale":
+                return weight + 1.5 * (merged - weight)
+            return merged + 0.05 * weight.std() * torch.randn_like(merged)
+
+        return bad
+
+    monkeypatch.setattr(module, "changes", wrong)
+    with pytest.raises(ParityError, match="mean KL"):
+        merge(str(run), tmp_path / "merged")
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_a_merge_that_was_cut_short_goes_on(
+    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained()
+    monkeypatch.setattr(module, "SHARD_BYTES", 20_000)
+    whole = merge(str(run), tmp_path / "whole")
+    shards = [name for name in whole.files if name.startswith("model-")]
+    assert len(shards) > 2
+    written: list[str] = []
+
+    def save(tensors: Any, file: Path, metadata: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(file.name)
+        save_file(tensors, file, metadata)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "save_file", save)
+        merge(str(run), tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    again: list[str] = []
+    monkeypatch.setattr(module, "save_file", lambda t, file, m: (again.append(file.name), save_file(t, file, m)))
+    merge(str(run), tmp_path / "cut")
+    assert not set(again) & set(written) and set(again) | set(written) == set(shards)
+    for name in shards:
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_two_merges_into_one_folder_do_not_mix(
+    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out, synced = trained(), tmp_path / "merged", set[str]()
+    fsync = os.fsync
+
+    def saving(tensors: Any, file: Path, metadata: Any) -> None:
+        with pytest.raises(FolderError, match="another process is making it"):
+            merge(str(run), out, dtype="fp32", measure=False)
+        save_file(tensors, file, metadata)
+
+    def syncing(handle: int) -> None:
+        if sys.platform == "linux":
+            synced.add(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    monkeypatch.setattr(module, "save_file", saving)
+    monkeypatch.setattr(os, "fsync", syncing)
+    merged = merge(str(run), out, measure=False)
+    assert synced >= set(merged.files) or sys.platform != "linux"  # a power cut leaves no half of it
+    assert not list(tmp_path.glob(".merged*"))
+
+
+def test_what_is_refused_before_anything_is_written(
+    trained: Callable[..., Path], tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    run = trained()
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FolderError, match="is there already"):
+        merge(str(run), tmp_path / "there")
+    with pytest.raises(RecipeError, match="no such type"):
+        merge(str(run), tmp_path / "m", dtype="int4")
+    with pytest.raises(ModelError, match="no adapter there"):
+        merge(str(tiny_folder), tmp_path / "m")
+    with pytest.raises(ModelError, match="no rows to measure on"):
+        merge(str(run / "adapter"), tmp_path / "m")
+    assert merge(str(run / "adapter"), tmp_path / "m", data=str(rows_file)).parity.passed
+    other = tmp_path / "other"
+    tiny.model(seed=5).save_pretrained(other)
+    tiny.tokenizer("chatml").save_pretrained(other)
+    config = run / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(other)}))
+    with pytest.raises(ModelError, match="trained on"):
+        merge(str(run), tmp_path / "n")
+
+
+def test_without_memory_to_measure_it_says_so_first(
+    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(**{"model.quantization": "nf4"})
+    monkeypatch.setattr(module, "probe", lambda: replace(probe(), free_bytes=1 << 20))
+    with pytest.raises(MemoryLimitError, match="measuring takes") as raised:
+        strop.merge(run, tmp_path / "merged")
+    assert "--no-parity" in raised.value.fix and not list(tmp_path.glob("merged*"))
+    merged = strop.merge(run, tmp_path / "merged", dtype="fp32", measure=False)
+    assert merged.parity is None and merged.as_json()["parity"] is None and merged.base == "dequantized"
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+        assert (theirs - strop.load(run, dtype="fp32").module(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_fp32_on_weights_that_stay_in_bf16(tied: bool) -> None:
+    """The same numbers as the whole model in fp32, with linear weights still in bf16."""
+    whole = tiny.model(tie_word_embeddings=tied).bfloat16().float()
+    narrow = in_fp32(tiny.model(tie_word_embeddings=tied).bfloat16())
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(narrow(ids).logits, whole(ids).logits, rtol=0, atol=0)
+    assert narrow.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+def test_what_rows_begin_with_alike_counts_once() -> None:
+    def row(*ids: int) -> Example:
+        return Example(np.array(ids, np.int32), np.ones(len(ids), np.float32), "f", 1)
+
+    assert new_from([row(1, 2, 3, 4), row(1, 2, 5), row(1, 2, 3, 4), row(9, 2, 3)]) == [0, 2, 3, 0]
+
+
+def test_rows_of_a_run_that_are_gone_are_named_with_the_way_out(
+    trained: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    run = trained()
+    rows_file.rename(rows_file.with_name("elsewhere.jsonl"))
+    with pytest.raises(DataError, match="no such file") as refused:
+        merge(str(run), tmp_path / "merged", dtype="fp32")
+    assert "give --data with others" in refused.value.lines()[0] and not (tmp_path / "merged").exists()
+    with pytest.raises(DataError) as refused:
+        merge(str(run), tmp_path / "merged", dtype="fp32", data=str(rows_file))
+    assert "the run's own rows" not in refused.value.lines()[0]

@@ -1,0 +1,258 @@
+"""Configs of other tools become recipes that train, and every key is accounted for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import strop
+from strop.config.load import resolve
+from strop.errors import InputError, RecipeError
+from strop.interop.draft import Imported
+from strop.interop.hf_arguments import CUTS_THE_END, NO_LIMIT
+from strop.interop.importers import PEERS, import_config
+from strop.interop.script_parser import UNREAD, Script
+from tests.support.runs import run
+
+FOLDER = Path(__file__).parent / "peers"
+CONFIGS = sorted(file.name for file in FOLDER.glob("*-*"))
+# what each of them asks for that strop does not have, by the key's name
+LACKS = {
+    "axolotl-alpaca-lora.yaml": {"evals_per_epoch"},
+    "axolotl-chat-qlora.yaml": {"deepspeed"},
+    "axolotl-dpo.yaml": set(),
+    "axolotl-completion.yaml": {"optimizer", "lr_scheduler", "cosine_min_lr_ratio", "neftune_noise_alpha"},
+    "axolotl-kto.yaml": set(),
+    "llamafactory-sft.yaml": {"max_samples"},
+    "llamafactory-qlora.yaml": {"mask_history"},
+    "llamafactory-dpo.yaml": set(),
+    "llamafactory-kto.yaml": set(),
+    "llamafactory-pretrain.yaml": {"streaming", "neftune_noise_alpha", "lr_scheduler_type"},
+    "torchtune-lora.yaml": set(),
+    "torchtune-qlora.yaml": {"tokenizer.prompt_template"},
+    "torchtune-dora.yaml": {"lr_scheduler.num_cycles"},
+    "torchtune-dpo.yaml": set(),
+    "torchtune-text.yaml": {"dataset.add_eos", "optimizer.momentum"},
+    "trl-sft.py": {"neftune_noise_alpha"},
+    "trl-qlora.py": {"map", "load_dataset.split", "SFTConfig.output_dir"},
+    "trl-dpo.py": set(),
+    "trl-kto.py": set(),
+    "trl-config.yaml": set(),
+    "unsloth-alpaca.py": {"map"},
+    "unsloth-chat.py": {"SFTConfig.fp16", "finetune_vision_layers"},
+    "unsloth-dpo.py": {"DPOTrainer.max_prompt_length"},
+    "unsloth-rslora.py": set(),
+    "unsloth-text.py": {"embedding_learning_rate"},
+}
+
+
+def rows(folder: Path) -> dict[str, Path]:
+    """A file of each shape of rows, by the name that stands for it in the configs."""
+
+    def chat(n: int) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"it is {n}"}]
+
+    def pair(n: int) -> dict[str, object]:
+        good, bad = ({"role": "assistant", "content": text} for text in (f"yes {n}", f"no {n}"))
+        return {"conversation": chat(n)[:1], "chosen": good, "rejected": bad}
+
+    def whole(n: int) -> dict[str, object]:
+        bad = [chat(n)[0], {"role": "assistant", "content": f"no {n}"}]
+        return {"chosen": chat(n), "rejected": bad}
+
+    made = {
+        "ALPACA": lambda n: {"instruction": f"add {n}", "input": "", "output": f"{n + 1}"},
+        "CHAT": lambda n: {"messages": chat(n)},
+        "QA": lambda n: {"question": f"what is {n}", "answer": f"it is {n}"},
+        "TEXT": lambda n: {"text": f"there were {n} of them"},
+        "PAIRS": pair,
+        "WHOLE": whole,
+        "JUDGED": lambda n: {"messages": chat(n), "label": n % 2 == 0},
+    }
+    files = {}
+    for name, make in made.items():
+        files[name] = folder / f"{name.lower()}.jsonl"
+        files[name].write_text("".join(json.dumps(make(n)) + "\n" for n in range(24)), encoding="utf-8")
+    return files
+
+
+def written(name: str, folder: Path, model: Path, more: str = "") -> Path:
+    """A config in `folder`, with real paths."""
+    words = {**rows(folder), "MODEL": model, "OUT": folder / "out"}
+    for file in (name, "dataset_info.json"):
+        text = (FOLDER / file).read_text(encoding="utf-8")
+        for word, path in words.items():
+            text = text.replace(word, str(path)).replace(f'os.environ["{path}"]', 'os.environ["OUT"]')
+        (folder / file).write_text(text + more * (file == name), encoding="utf-8")
+    return folder / name
+
+
+def imported(name: str, path: Path) -> Imported:
+    return import_config(name.partition("-")[0], path)
+
+
+def test_there_are_five_of_each() -> None:
+    assert {peer: sum(name.startswith(f"{peer}-") for name in CONFIGS) for peer in PEERS} == dict.fromkeys(PEERS, 5)
+    assert set(LACKS) == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_converts_and_trains(name: str, tmp_path: Path, tiny_folder: Path) -> None:
+    path = written(name, tmp_path, tiny_folder)
+    made = imported(name, path)
+    assert {note.key for note in made.draft.lacks} == LACKS[name]
+    assert not made.missing
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(made.as_yaml(), encoding="utf-8")
+    assert resolve(recipe).recipe == made.resolved.recipe  # what is written is what was checked
+    assert all(note.key in made.as_yaml() for note in (*made.draft.lacks, *made.draft.differs, *made.draft.own_way))
+    run = strop.train(recipe, **{"train.max_steps": 2, "out": str(tmp_path / "run"), "model.dtype": "fp32"})
+    assert run.report["steps"] == 2 and run.report["loss"]["last"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.endswith(".yaml")])
+def test_a_key_that_nobody_knows_is_listed(name: str, tmp_path: Path, tiny_folder: Path) -> None:
+    made = imported(name, written(name, tmp_path, tiny_folder, "\nmade_up_key: {a: 1}\n"))
+    assert "made_up_key" in {note.key for note in made.draft.lacks}
+
+
+def test_what_is_taken(tmp_path: Path, tiny_folder: Path) -> None:
+    """One config of each, field by field."""
+    got = {}
+    for name in (
+        "axolotl-chat-qlora.yaml",
+        "llamafactory-qlora.yaml",
+        "torchtune-lora.yaml",
+        "trl-sft.py",
+        "unsloth-alpaca.py",
+    ):
+        fields = imported(name, written(name, tmp_path, tiny_folder)).draft.fields
+        got[name.partition("-")[0]] = {field: value for field, (value, _) in fields.items()}
+    wanted: dict[str, dict[str, object]] = {
+        "axolotl": {
+            "model.quantization": "nf4", "lora.r": 8, "lora.alpha": 16, "lora.use_rslora": True, "train.batch_size": 2,
+            "train.max_steps": 20, "train.optimizer": "adamw", "train.lr_scheduler": "constant", "train.warmup": 2,
+            "data.overlong": "refuse", "data.eval": "25%", "seed": 7, "train.early_stopping": 3,
+        },
+        "llamafactory": {
+            "lora.alpha": 32, "lora.target_modules": ["q_proj", "v_proj"], "train.batch_size": 4, "seed": 3,
+            "train.lr_scheduler": "linear", "train.warmup": 0, "train.lora_plus_ratio": 16.0, "data.max_length": 128,
+            "model.double_quantization": False, "train.keep_checkpoints": 1, "train.early_stopping": 2,
+        },
+        "torchtune": {
+            "lora.target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            "train.learning_rate": 3e-4, "train.warmup": 100, "train.max_grad_norm": 0, "train.weight_decay": 0.01,
+            "data.columns": {"prompt": "question", "completion": "answer"}, "model.dtype": "bf16",
+            "train.batch_size": 8,
+        },
+        "trl": {
+            "lora.r": 4, "lora.alpha": 16, "lora.target_modules": "all-linear", "train.learning_rate": 2e-4,
+            "data.eval": "20%", "train.batch_size": 4, "train.warmup": 0.03, "seed": 42,
+            "train.gradient_checkpointing": "on",
+        },
+        "unsloth": {
+            "lora.alpha": 16, "train.weight_decay": 0.01, "train.warmup": 5, "seed": 3407, "data.max_length": 256,
+            "train.optimizer": "adamw_8bit", "model.quantization": "nf4", "train.max_steps": 60,
+        },
+    }  # fmt: skip
+    assert {peer: {field: got[peer].get(field) for field in fields} for peer, fields in wanted.items()} == wanted
+
+
+def test_defaults_of_the_other_tool_are_written_down(tmp_path: Path, tiny_folder: Path) -> None:
+    fields = imported("trl-dpo.py", written("trl-dpo.py", tmp_path, tiny_folder)).draft.fields
+    assert fields["train.lr_scheduler"][0] == "linear" and fields["seed"] == (42, "trl's default")
+    assert yaml.safe_load(imported("trl-dpo.py", tmp_path / "trl-dpo.py").as_yaml())["train"]["objective"] == "dpo"
+
+
+def test_a_meaning_that_differs_is_said(tmp_path: Path, tiny_folder: Path) -> None:
+    said = {
+        note.key
+        for note in imported(
+            "axolotl-alpaca-lora.yaml", written("axolotl-alpaca-lora.yaml", tmp_path, tiny_folder)
+        ).draft.differs
+    }
+    assert {"sample_packing", "val_set_size", "datasets[0].type", "warmup"} <= said
+    said = {note.key for note in imported("trl-kto.py", written("trl-kto.py", tmp_path, tiny_folder)).draft.differs}
+    assert {"max_length", "target_modules", "warmup_steps"} <= said
+
+
+def test_no_limit_of_length_is_not_the_default(tmp_path: Path) -> None:
+    text = (FOLDER / "trl-dpo.py").read_text(encoding="utf-8")
+    for given, length in (("", 1024), ("max_length=None,", None), ("max_length=99,", 99)):
+        (tmp_path / "train.py").write_text(text.replace("max_length=256,", given), encoding="utf-8")
+        draft = import_config("trl", tmp_path / "train.py").draft
+        assert draft.get("data.max_length") == length
+        assert [note.text for note in draft.differs if note.key == "max_length"] == [
+            NO_LIMIT if length is None else CUTS_THE_END
+        ]
+
+
+REFUSED = {
+    "axolotl": ("base_model: m\n", "adapter"),
+    "llamafactory": ("model_name_or_path: m\nfinetuning_type: full\n", "finetuning_type"),
+    "torchtune": ("model: {_component_: torchtune.models.llama3.llama3_8b}\n", "llama3_8b"),
+    "trl": ("from trl import GRPOConfig\nargs = GRPOConfig()\n", "GRPOConfig"),
+    "unsloth": ("from trl import SFTConfig\nargs = SFTConfig()\n", "get_peft_model"),
+}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_what_is_no_lora_training_is_refused(peer: str, tmp_path: Path) -> None:
+    text, said = REFUSED[peer]
+    file = tmp_path / "file"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=said):
+        import_config(peer, file)
+    file.write_text("][", encoding="utf-8")
+    with pytest.raises(InputError, match=r"not YAML|not Python"):
+        import_config(peer, file)
+    file.write_text(f"a: {'[' * 5000}" if peer not in ("trl", "unsloth") else f"a = {'-' * 100_000}1", encoding="utf-8")
+    with pytest.raises(InputError, match=r"too deep"):
+        import_config(peer, file)
+    with pytest.raises(InputError, match="cannot be read"):
+        import_config(peer, tmp_path / "none")
+
+
+@pytest.mark.parametrize("out", ["nowhere/x.yaml", "there.yaml/x.yaml", "there.yaml", "."])
+def test_a_recipe_that_cannot_be_written_is_the_users_to_mend(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("base_model: a/b\nadapter: lora\ndatasets: [{path: rows.jsonl, type: alpaca}]\n")
+    (tmp_path / "there.yaml").write_text("mine")
+    code, _, err = run("import", "axolotl", config, "--out", f"{tmp_path}/{out}", capsys=capsys)
+    assert code == 2 and "error: " in err and (tmp_path / "there.yaml").read_text() == "mine"
+
+
+def test_an_unknown_tool_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="did you mean axolotl"):
+        import_config("axolotle", tmp_path)
+
+
+def test_only_what_one_line_says_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "s.py"
+    file.write_text(
+        "a = 1\nb = 1\nb = 2\nc = f()\nif a:\n    d = 4\n"
+        "f(a, b, c, d, [a, 2], 'x' + 'y', a / 4, f'{a}-x', 'x' * 9, 2 ** 9, a + c, f'{c}', 1 / 0, f'{a:02d}')\n",
+        encoding="utf-8",
+    )
+    script = Script(file)
+    call = script.calls[-1]
+    read = [script.value(node) for node in call.arguments]
+    assert read == [1, UNREAD, UNREAD, UNREAD, [1, 2], "xy", 0.25, "1-x", *[UNREAD] * 6]
+
+
+def test_rows_that_cannot_be_found_are_asked_for(tmp_path: Path, tiny_folder: Path) -> None:
+    path = written("llamafactory-sft.yaml", tmp_path, tiny_folder)
+    (tmp_path / "dataset_info.json").unlink()
+    made = import_config("llamafactory", path)
+    assert made.missing == ["data.train"] and "dataset" in {note.key for note in made.draft.lacks}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(made.as_yaml(), encoding="utf-8")
+    with pytest.raises(RecipeError, match="not valid") as raised:
+        resolve(recipe)
+    assert "data.train" in raised.value.lines()[0]
+    assert resolve(recipe, {"data": "rows.jsonl"}).recipe.data.train == "rows.jsonl"

@@ -1,0 +1,293 @@
+"""Job files: what is in them, whatever a file is called; and what is refused before one is written."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from strop.interop import kubernetes, ray, skypilot, slurm
+from strop.interop.commented_yaml import Text, document
+from strop.interop.job import Job, job_of
+from tests.support.runs import run
+
+SYSTEMS = {
+    "slurm": [],
+    "ray": [],
+    "kubernetes": ["--image", "example.org/strop:1", "--claim", "disk"],
+    "skypilot": ["--volume", "disk"],
+}
+# What a file may be called, and what a careless job file would make of it.
+HOSTILE = [
+    "two words", "it's", 'say "no"', "$(touch planted)", "`touch planted`", "$HOME", "a;touch planted", "-rf",
+    "line\nbreak", "#SBATCH --nodes=9", "back\\slash", "${x}", "{name}", "$(POD_IP)", "$$", "*", "ünïcode", "!!", "%j",
+    "'''", '"""', "a: b", "- a", "&x", "tab\tbed", "\x07bell",
+]  # fmt: skip
+LETTERS = st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"])
+NAMES = st.text(LETTERS, min_size=1, max_size=20).filter(lambda name: name not in (".", ".."))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a person stands: a recipe for CPUs, and its rows."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("{}\n", encoding="utf-8")
+    write_recipe(Path("recipe.yaml"))
+    return tmp_path
+
+
+def write_recipe(file: Path, device: str = "cpu") -> Path:
+    file.write_text(
+        f"# mine: $(x)\nmodel: {{name: demo, device: '{device}'}}\ndata: {{train: rows.jsonl}}\n", encoding="utf-8"
+    )
+    return file
+
+
+def job(name: str = "x", **changes: Any) -> Job:
+    plain = Job("x", f"{name}/{name}.yaml", Path(f"/{name}"), f"runs/{name}", 2, 3, 4, False, ())
+    return replace(plain, **changes)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_writes_once(system: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["launch", system, "recipe.yaml", "--nodes", "2", "--devices", "3", *SYSTEMS[system]]
+    code, out, _ = run(*words, "--json", capsys=capsys)
+    told = json.loads(out)
+    assert (code, told["nodes"], told["devices"], told["run"]) == (0, 2, 3, "runs/recipe-1")
+    file = Path(told["file"])
+    text = file.read_text(encoding="utf-8")
+    assert file.name in told["submit"]
+    assert "2 nodes with 3 CPU processes each" in text
+    file.write_text("edited by hand", encoding="utf-8")
+    code, _, said = run(*words, capsys=capsys)
+    assert code == 2 and "--force" in said
+    assert file.read_text(encoding="utf-8") == "edited by hand"
+    assert run(*words, "--force", capsys=capsys)[0] == 0
+    assert file.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["slurm", "no.yaml"], "no such recipe"),
+        (["slurm", "bad.yaml"], "unknown key train.epoch"),
+        (["slurm", "recipe.yaml", "--time", "1h; x"], "not a time"),
+        (["slurm", "recipe.yaml", "--time", "4"], "too short"),
+        (["slurm", "recipe.yaml", "--time", "3:30"], "too short"),
+        (["slurm", "recipe.yaml", "--time", "0-0:04"], "too short"),
+        (["slurm", "recipe.yaml", "--file", "nowhere/x.sh"], "no such folder"),
+        (["slurm", "recipe.yaml", "--file", ".", "--force"], "is a folder"),
+        (["slurm", "mps.yaml"], "cards or CPUs"),
+        (["ray", "second.yaml", "--devices", "2"], "names one card"),
+        (["slurm", "rewards.yaml", "--nodes", "2"], "answers are drawn on one device, and there are 2"),
+        (["skypilot", "auto.yaml", "--volume", "v"], "which card"),
+        (["skypilot", "auto.yaml", "--volume", "v", "--gpus", "H100:8"], "the name of one card"),
+        (["skypilot", "auto.yaml", "--volume", "v", "--gpus", "H100, A100"], "the name of one card"),
+        (["skypilot", "recipe.yaml", "--volume", "v", "--gpus", "H100"], "the recipe asks for no cards"),
+        (["skypilot", "recipe.yaml"], "--bucket"),
+        (["skypilot", "recipe.yaml", "--bucket", "b", "--nodes", "2"], "--volume"),
+        (["skypilot", "../recipe.yaml", "--bucket", "b"], "not in this folder"),
+        (["kubernetes", "recipe.yaml", "--image", "i", "--claim", "c", "--out", "/runs/x"], "on the volume"),
+        (["kubernetes", "recipe.yaml", "--image", "i", "--claim", "c", "--out", "~/runs/x"], "on the volume"),
+        (["skypilot", "recipe.yaml", "--bucket", "b", "--out", "~/runs/x"], "in the bucket"),
+        (["kubernetes", "recipe.yaml", "--image", "i", "--claim", "A_B c"], "not a name"),
+        (["kubernetes", "recipe.yaml", "--image", "", "--claim", "c"], "not a container image"),
+    ],
+)
+def test_refuses(words: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_text("model: {name: demo}\ndata: {train: a}\ntrain: {epoch: 1}\n", encoding="utf-8")
+    rewards = "model: {name: demo}\ndata: {train: a}\ntrain: {objective: grpo, rewards: 'r.py:own'}\n"
+    Path("rewards.yaml").write_text(rewards, encoding="utf-8")
+    for name, device in (("mps", "mps"), ("second", "cuda:1"), ("auto", "auto")):
+        write_recipe(Path(f"{name}.yaml"), device)
+    write_recipe(folder.parent / "recipe.yaml")
+    before = set(folder.iterdir())
+    code, _, text = run("launch", *words, capsys=capsys)
+    assert code == 2 and said in text.replace("\n", " ")
+    assert set(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("time", ["5", "0", "4:01", "1:00:00", "0-1", "0-00:05", "0-00:04:01"])
+def test_times_that_a_run_can_use(time: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("launch", "slurm", "recipe.yaml", "--time", time, capsys=capsys)[0] == 0
+
+
+def test_says_what_must_be_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = json.loads(run("launch", "kubernetes", "recipe.yaml", *SYSTEMS["kubernetes"], "--json", capsys=capsys)[1])
+    assert told["needs"] == ["rows.jsonl"]
+    assert json.loads(run("launch", "slurm", "recipe.yaml", "--json", capsys=capsys)[1])["needs"] == []
+    Path("own.py").write_text("def right(answer, gold):\n    return 1.0\n", encoding="utf-8")
+    rewards = (
+        "model: {name: demo}\ndata: {train: '*.jsonl'}\ntrain: {objective: grpo, rewards: ['own.py:right=2', exact]}"
+    )
+    Path("rewards.yaml").write_text(rewards, encoding="utf-8")
+    told = json.loads(run("launch", "kubernetes", "rewards.yaml", *SYSTEMS["kubernetes"], "--json", capsys=capsys)[1])
+    assert told["needs"] == ["*.jsonl", "own.py"]
+
+
+def pods(*jobs: Job) -> Iterator[Any]:
+    """What each job patches into its pods, for Kubernetes."""
+    for one in jobs:
+        train_job = list(yaml.safe_load_all(kubernetes.manifests(one, "", image="i", claim="c")))[1]
+        [patch] = train_job["spec"]["runtimePatches"]
+        [node] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+        pod = node["template"]["spec"]["template"]["spec"]
+        mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        yield pod
+
+
+def test_cards_are_asked_for() -> None:
+    with_cards = job(cards=True)
+    assert "#SBATCH --gpus-per-node=3\n" in slurm.script(with_cards, time="1")
+    assert "use_gpu=True" in ray.script(with_cards) and "'GPU': 1" in ray.script(with_cards)
+    train_job = list(yaml.safe_load_all(kubernetes.manifests(with_cards, "", image="i", claim="c")))[1]
+    assert train_job["spec"]["trainer"]["resourcesPerNode"]["limits"] == {"cpu": 12, "nvidia.com/gpu": 3}
+    volumes = [str(of_pod["volumes"]) for of_pod in pods(with_cards, job(cards=True, devices=1), job())]
+    assert ["'medium': 'Memory'" in text for text in volumes] == [True, False, False]  # what cards share
+    task = yaml.safe_load(skypilot.task(with_cards, gpus="H100", store=skypilot.Store("b"), spot=True))
+    assert task["resources"]["accelerators"] == "H100:3" and task["resources"]["use_spot"] is True
+    assert "gpu" not in slurm.script(job(), time="1")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_run_finds_its_recipe(name: str, folder: Path) -> None:
+    """From the recipe's name on the disk to the words of the job."""
+    made = job_of(write_recipe(Path(f"{name}.yaml")), nodes=1, devices=1, cores=1, out=None)
+    assert Path(made.recipe).resolve() == folder / f"{name}.yaml"
+    assert not made.recipe.startswith("-")
+    assert set(made.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") and made.name[0].isalpha()
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=NAMES)
+def test_any_name_reaches_strop(name: str, tmp_path: Path) -> None:
+    names_reach_strop(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_name_reaches_strop(name: str, tmp_path: Path) -> None:
+    names_reach_strop(name, tmp_path)
+
+
+def names_reach_strop(name: str, tmp_path: Path) -> None:
+    made = job(name, folder=tmp_path / name)
+    made.folder.mkdir(exist_ok=True)
+    words = ["-m", "strop.cli", *made.words]
+    place, started = started_by_slurm(made, tmp_path)
+    assert place == str(made.folder) and started == words
+    tree = ast.parse(ray.script(made))
+    values = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    assert (values["FOLDER"], values["TRAIN"]) == (str(made.folder), made.words)
+    recipe, train_job = yaml.safe_load_all(kubernetes.manifests(made, f"# {name}\n", image=name, claim=name))
+    assert recipe["data"]["recipe.yaml"] == f"# {name}\n"
+    trainer = train_job["spec"]["trainer"]
+    assert trainer["image"] == name
+    inside = ["train", "/etc/strop/recipe.yaml", *made.words[2:]]
+    assert [word.replace("$$", "$") for word in trainer["args"]] == ["torchrun", "-m", "strop.cli", *inside]
+    assert not [word for word in trainer["args"] if "$" in word.replace("$$", "")]
+    task = yaml.safe_load(skypilot.task(made, gpus=None, store=skypilot.Store(name), spot=False))
+    assert task["file_mounts"]["/strop"]["name"] == name
+    asked = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    _, said = started_by(task["run"], "torchrun", asked, tmp_path)
+    assert said[-len(made.words) :] == [*made.words[:2], f"--out=/strop/{made.out}", *made.words[3:]]
+    assert "--master-addr=10.0.0.1" in said and "--node-rank=1" in said
+    assert not list(tmp_path.rglob("planted"))
+
+
+def started_by(script: str, program: str, variables: dict[str, str], tmp_path: Path) -> tuple[str, list[str]]:
+    """(folder, words) that a shell script starts a program with; the program is in place of the real one."""
+    place = tmp_path / "in its place"
+    place.mkdir(exist_ok=True)
+    for name in {program, "scontrol"}:
+        file = place / name
+        said = r'printf "%s\0" "$PWD" "$@"' if name == program else "echo first.example"
+        file.write_text(f"#!/bin/bash\n{said}\n", encoding="utf-8")
+        file.chmod(0o755)
+    env = {**os.environ, "PATH": f"{place}:{os.environ['PATH']}", **variables}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, env=env, cwd=tmp_path, check=True)
+    assert not done.stderr
+    folder, *words = done.stdout.decode("utf-8").split("\0")[:-1]
+    return folder, words
+
+
+def started_by_slurm(made: Job, tmp_path: Path) -> tuple[str, list[str]]:
+    """(folder, words after Python's own) of a batch script."""
+    script = slurm.script(made, time="1:00", python=f"/{made.name}/python")
+    asked = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert len(asked) == 9 and "#SBATCH --nodes=2" in asked
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_PER_TASK": "4"}
+    folder, said = started_by(script, "srun", variables, tmp_path)
+    assert said[:3] == ["--cpus-per-task=4", f"--wait={slurm.WAIT_S}", f"/{made.name}/python"]
+    return folder, said[3:]
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if not set(name) & set("\n\t")])
+def test_a_folder_reaches_ray(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through two shells: the one that `ray job submit` is typed into, and that of the cluster. Between them Ray joins
+    the words with list2cmdline (ray.dashboard.modules.job.cli)."""
+    Path(name).mkdir()
+    told = json.loads(run("launch", "ray", "recipe.yaml", "--file", f"{name}/x.py", "--json", capsys=capsys)[1])
+    words = shlex.split(told["submit"])
+    assert words[:4] == ["ray", "job", "submit", "--"]
+    command = subprocess.list2cmdline(["printf", "%s", *words[5:]])
+    assert subprocess.check_output(command, shell=True, text=True) == str(folder / name / "x.py")
+
+
+def test_a_warning_saves_and_queues_again(tmp_path: Path) -> None:
+    """The batch script hands TERM on, waits for strop, and puts the job back; after any other end it does not."""
+    srun = 'trap "exit 130" TERM; echo $$ > "$CALLS.pid"; echo ready; while :; do sleep 0.1; done'
+    asked = ["show hostnames n1", "--signal=TERM 7"]
+    assert ended_by_slurm(srun, tmp_path, warn=True) == (130, [*asked, "requeue 7"])
+    assert ended_by_slurm(srun.replace("130", "0"), tmp_path, warn=True) == (0, asked)
+    assert ended_by_slurm("echo ready; exit 1", tmp_path, warn=False) == (1, ["show hostnames n1"])
+
+
+def ended_by_slurm(srun: str, tmp_path: Path, *, warn: bool) -> tuple[int, list[str]]:
+    """(exit code, calls of scontrol) of a batch script."""
+    calls = tmp_path / "calls"
+    calls.write_text("", encoding="utf-8")
+    told = 'echo "$*" >> "$CALLS"'
+    for name, text in (("srun", srun), ("scontrol", told), ("scancel", f'{told}; kill "$(cat "$CALLS.pid")"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    env = {
+        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_PER_TASK": "1",
+    }  # fmt: skip
+    script = slurm.script(job(folder=tmp_path), time="1")
+    with subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, env=env, text=True) as shell:
+        assert shell.stdout is not None and shell.stdout.readline() == "ready\n"
+        if warn:
+            shell.terminate()
+        code = shell.wait(60)
+    return code, calls.read_text(encoding="utf-8").splitlines()
+
+
+def test_comments_stand_above_their_key() -> None:
+    tree = {"a": {"b": 1, "list": [{"c": 2}]}, "text": Text("a:\n  b: 3\n"), "z": "x"}
+    made = document(
+        tree, {("a", "b"): "of b", ("a", "list", "0", "c"): "of c", ("text",): "two\nlines", ("z",): "last"}
+    )
+    assert yaml.safe_load(made) == tree
+    lines = made.splitlines()
+    assert lines[1:3] == ["  # of b", "  b: 1"]
+    assert lines[lines.index("# two") : lines.index("# two") + 3] == ["# two", "# lines", "text: |"]
+    assert lines[-2:] == ["# last", "z: x"]
+    with pytest.raises(KeyError):
+        document(tree, {("a", "nothing"): "x"})

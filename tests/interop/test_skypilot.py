@@ -1,0 +1,62 @@
+"""The task against SkyPilot's own parser, in an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from strop.interop.skypilot import Store, task
+from tests.interop.test_launch import job
+
+PYTHON = os.environ.get("STROP_SKYPILOT_PYTHON")
+PARSED = """
+import json, sys
+import sky
+task = sky.Task.from_yaml(sys.argv[1])
+(resources,) = task.resources
+print(json.dumps({
+    "name": task.name, "nodes": task.num_nodes, "run": task.run, "accelerators": resources.accelerators,
+    "cpus": resources.cpus, "spot": resources.use_spot, "recovery": resources.job_recovery, "volumes": task.volumes,
+    "mounts": {where: [store.name, store.mode.value] for where, store in task.storage_mounts.items()},
+}))
+"""
+
+pytestmark = pytest.mark.skipif(not PYTHON, reason="no Python with skypilot: `make scale` makes one")
+
+
+def parsed(text: str, folder: Path) -> Any:
+    assert PYTHON is not None
+    (folder / "task.yaml").write_text(text, encoding="utf-8")
+    env = {**os.environ, "HOME": str(folder), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
+    words = [PYTHON, "-c", PARSED, "task.yaml"]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_cards(tmp_path: Path) -> None:
+    made = replace(job("it's $(x)"), cards=True, folder=tmp_path)
+    text = task(made, gpus="H100", store=Store(volume="disk"), spot=True)
+    found = parsed(text, tmp_path)
+    assert found["accelerators"] == {"H100": 3} and found["nodes"] == 2 and found["spot"] is True
+    assert found["recovery"]["max_restarts_on_errors"] == 3
+    assert found["volumes"] == {"/strop": "disk"} and "--out=/strop/runs/it" in found["run"]
+
+
+def test_processes(tmp_path: Path) -> None:
+    made = replace(job(), nodes=1, folder=tmp_path)
+    found = parsed(task(made, gpus=None, store=Store(bucket="strop-runs-of-mine"), spot=False), tmp_path)
+    assert found["cpus"] == "12+" and found["accelerators"] is None and found["spot"] is False
+    assert found["mounts"] == {"/strop": ["strop-runs-of-mine", "MOUNT_CACHED"]}
+
+
+def test_a_wrong_task_is_refused(tmp_path: Path) -> None:
+    text = task(job(), gpus=None, store=Store(volume="disk"), spot=False)
+    with pytest.raises(AssertionError, match="num_nodes"):
+        parsed(text.replace("num_nodes: 2", "num_nodes: two"), tmp_path)

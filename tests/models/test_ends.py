@@ -1,0 +1,46 @@
+"""An answer ends at the template's stop token, at the tokenizer's eos token, and where the model itself ends one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+import strop
+from strop.engine.decode.generate import own_ends
+from strop.serve.models import load_models
+
+PROMPT = np.arange(7, 12, dtype=np.int32)
+
+
+@pytest.mark.parametrize("by", ["tokenizer", "generation config"])
+def test_an_answer_ends_with_either(by: str, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(tiny_folder, folder)
+    free = strop.load(folder, dtype="fp32")
+    ids = torch.from_numpy(PROMPT.astype(np.int64))[None]
+    end = int(free.module(ids).logits[0, -1].argmax())  # what is written first
+    assert end not in free.renderer.ends and free.answer([PROMPT], max_new_tokens=6)[0].tokens > 1
+    if by == "tokenizer":
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        tokenizer.save_pretrained(folder)
+    else:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 1]}), encoding="utf-8")
+    model = strop.load(folder, dtype="fp32")
+    answer = model.answer([PROMPT], max_new_tokens=6)[0]
+    assert answer.stopped and answer.tokens == 1
+    how = {"device": "cpu", "dtype": "fp32", "quantization": "auto", "force": False}
+    served = load_models([str(folder)], **how).models["own"]
+    assert end in served.ends and set(free.renderer.stop_ids) <= set(served.ends)
+
+
+def test_a_config_that_transformers_made_up_ends_nothing() -> None:
+    assert own_ends(GenerationConfig(eos_token_id=[1, 2])) == (1, 2)
+    assert own_ends(GenerationConfig(eos_token_id=1)) == (1,)
+    assert own_ends(GenerationConfig()) == own_ends(GenerationConfig(eos_token_id=1, _from_model_config=True)) == ()

@@ -1,0 +1,536 @@
+"""Where models come from: a Hub id, a folder, a GGUF file, the demo package; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import errors
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
+
+import strop
+from strop.config.schema import LoraSection
+from strop.errors import ModelError
+from strop.models.families.shape import peek
+from strop.models.load import load_base, load_config, skeleton
+from strop.models.load_shard import load_share
+from strop.models.lora import add_lora
+from strop.models.source import Source, fingerprint, locate, safetensors_header
+from strop.models.tokenizer import load_tokenizer
+from tests.support import tiny
+from tests.support.hub_standin import Fault, serve
+
+
+def test_a_hub_model_is_fetched_without_pickle_or_code_and_then_served_from_the_cache(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    files = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
+    unwanted = {"pytorch_model.bin": b"pickle", "modeling.py": b"code"}
+    again = {"consolidated.safetensors": b"the same weights", "onnx/model.safetensors": b"and once more"}
+    script = (
+        "import sys; from strop.models.source import locate; from strop.models.load import load_base\n"
+        "from strop.models.tokenizer import load_tokenizer\n"
+        "from strop.errors import ModelError; import torch\n"
+        "try:\n"
+        "  source = locate(sys.argv[1]); load_tokenizer(source)\n"
+        "  print(source.name, sum(w.numel() for w in load_base(source, torch.float32, 'cpu').parameters()))\n"
+        "except ModelError as error: print('refused:', *error.lines())"
+    )
+    with serve("models", "owner/tiny", {**files, **unwanted, **again}) as (address, asked):
+
+        def run(name: str, offline: str = "0") -> str:
+            env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": offline}
+            env["HF_HUB_DISABLE_XET"] = env["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+            env.pop("HF_HUB_CACHE", None)
+            done = subprocess.run(
+                [sys.executable, "-c", script, name], env=env, capture_output=True, text=True, timeout=100
+            )
+            assert done.returncode == 0, done.stderr
+            return done.stdout.strip()
+
+        numbers = sum(weight.numel() for weight in tiny.model().parameters())
+        assert run("owner/tiny") == f"owner/tiny {numbers}"
+        assert not [path for path in asked if path.split("?")[0].endswith((".bin", ".py", *again))]
+        before = len(asked)
+        assert run("owner/tiny", offline="1") == f"owner/tiny {numbers}" and len(asked) == before
+        assert "no such model on the Hub that this account may see" in run("owner/other")
+        assert run("owner/tiny@v9").startswith("refused: owner/tiny: has no revision v9")
+        assert "while offline" in run("owner/other", offline="1")
+
+
+@pytest.mark.parametrize(
+    ("faults", "told"),
+    [
+        ({"model.safetensors": "silence"}, "broke: Server disconnected"),
+        ({"model.safetensors": "short"}, "Consistency check failed"),
+        ({"/api/": "page"}, "does not answer as the Hub does"),
+        ({"/api/": 500}, "the Hub answers 500"),
+        ({"/api/": 403}, "the Hub answers 403"),
+        ({"/resolve/": 403}, "the Hub answers 403"),
+    ],
+    ids=str,
+)
+def test_a_model_that_does_not_come_is_no_fault_of_strops(
+    faults: dict[str, Fault], told: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    files = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
+    with serve("models", "owner/tiny", files, faults=faults) as (address, _):
+        env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        env["HF_HUB_DISABLE_XET"] = env["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        env.pop("HF_HUB_CACHE", None)
+        script = "from strop.models.source import locate; from strop.errors import ModelError\n"
+        script += "try: locate('owner/tiny')\nexcept ModelError as error: print(*error.lines())"
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stdout.startswith("owner/tiny: ") and told in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words", [["plan", "--model", "o/n"], ["check", "--model", "demo", "--data", "o/n"]])
+def test_a_token_that_cannot_be_is_told(words: list[str], tmp_path: Path) -> None:
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    env |= {"HF_TOKEN": "hf_caf\u00e9"}
+    command = [sys.executable, "-m", "strop.cli", *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2 and "o/n: the Hub cannot be asked: 'ascii'" in done.stderr, done.stderr
+
+
+def test_a_model_that_came_in_part_is_told_from_one_that_never_did(tmp_path: Path, tiny_folder: Path) -> None:
+    files = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    env.pop("HF_HUB_CACHE", None)
+    script = "from strop.models.source import locate; from strop.errors import ModelError\n"
+    script += "try: locate('owner/tiny')\nexcept ModelError as error: print(*error.lines())"
+
+    def run(**more: str) -> str:
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, env={**env, **more}, capture_output=True, text=True, timeout=100).stdout
+
+    with serve("models", "owner/tiny", files, faults={"chat_template": "silence"}) as (address, _):
+        assert "broke" in run(HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
+    said = run(HF_HUB_OFFLINE="1")
+    assert "while offline" in said
+    assert ("only in part in the local Hub cache" in said) == hasattr(errors, "IncompleteSnapshotError"), said
+
+
+def test_an_adapter_of_the_hub_is_told_from_a_model(tmp_path: Path) -> None:
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+    with serve("models", "owner/lora", files) as (address, _):
+        env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        env.pop("HF_HUB_CACHE", None)
+        command = [sys.executable, "-m", "strop.cli", "chat", "owner/lora"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    told = "owner/lora: an adapter, not a model; strop reads adapters from folders: hf download owner/lora --local-dir"
+    assert done.returncode == 2 and told in done.stderr and str(tmp_path) not in done.stderr, done.stderr
+
+
+def test_a_folder_loads_with_its_own_weights(tiny_folder: Path) -> None:
+    source = locate(str(tiny_folder))
+    model = load_base(source, torch.float32, "cpu")
+    expected = tiny.model()
+    assert all(
+        torch.equal(weight, dict(expected.named_parameters())[name]) for name, weight in model.named_parameters()
+    )
+    assert not any(weight.requires_grad for weight in model.parameters()) and not model.training
+    assert {w.device.type for w in skeleton(source).parameters()} == {"meta"}
+
+
+def damaged(folder: Path, kind: str) -> str:
+    """Damages a copy of the tiny model; returns what the refusal says."""
+    file = folder / "model.safetensors"
+    if kind == "truncated":
+        file.write_bytes(file.read_bytes()[:-10])
+        return "damaged"
+    if kind == "missing":
+        weights = load_file(file)
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, file, {"format": "pt"})
+        return "weights are missing"
+    if kind == "nan":
+        weights = load_file(file)
+        weights["model.norm.weight"][3] = float("nan")
+        save_file(weights, file, {"format": "pt"})
+        return "NaN"
+    if kind == "garbage":
+        file.write_bytes(b"\xff" * 64)
+        return "damaged"
+    (folder / "tokenizer.json").write_text("{")
+    return "no tokenizer that loads"
+
+
+@pytest.mark.parametrize("kind", ["truncated", "missing", "nan", "garbage", "tokenizer"])
+def test_damaged_models_are_named(kind: str, tmp_path: Path) -> None:
+    said = damaged(tiny.save_tiny(tmp_path), kind)
+    with pytest.raises(ModelError, match=said):
+        source = locate(str(tmp_path))
+        for file in tmp_path.glob("*.safetensors"):
+            safetensors_header(file)
+        load_tokenizer(source)
+        load_base(source, torch.float32, "cpu")
+
+
+def changed(folder: Path, **fields: Any) -> Path:
+    """A saved tiny model whose config.json says something else."""
+    file = tiny.save_tiny(folder) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors.index.json", b"{", "index.json: damaged"),
+        ("model.safetensors.index.json", b"{}", "index.json: damaged"),
+        ("model.safetensors.index.json", b'{"weight_map": ["a"]}', "index.json: damaged"),
+        ("model.safetensors", b"\x02" + bytes(7) + b"[]", "names no tensors"),
+        ("model.safetensors", b"\x08" + bytes(7) + b'{"a":{}}', "names no tensors"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", "damaged"),
+    ],
+)
+def test_damaged_files_are_named_before_anything_is_read(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tiny.save_tiny(tmp_path) / name).write_bytes(content)
+    with pytest.raises(ModelError, match=said):
+        locate(str(tmp_path))
+
+
+def test_a_vocabulary_that_is_not_the_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"of another shape, first model.embed_tokens.weight"):
+        load_base(locate(str(changed(tmp_path, vocab_size=300))), torch.float32, "cpu")
+
+
+def _more(folder: Path, **tensors: torch.Tensor) -> None:
+    """Adds tensors to a saved model, or puts them into the place of those of their names."""
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), **tensors}, file, {"format": "pt"})
+
+
+def _as_type(folder: Path, kind: torch.dtype) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    _more(folder, **{name: (load_file(folder / "model.safetensors")[name] * 100).to(kind)})
+
+
+OTHER = {
+    "more layers than the config says": (
+        lambda folder: changed(folder, num_hidden_layers=1),
+        "9 of its tensors have no place in the model .*, first model.layers.1.input_layernorm.weight",
+    ),
+    "a bias that the model has not": (
+        lambda folder: _more(folder, **{"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
+        "no place in the model .*, first model.layers.0.self_attn.q_proj.bias",
+    ),
+    "a norm that the model has not": (
+        lambda folder: _more(folder, **{"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
+        "no place in the model .*, first model.layers.0.self_attn.q_norm.weight",
+    ),
+    "one weight by two names": (
+        lambda folder: _more(folder, **{"layers.0.mlp.up_proj.weight": torch.ones(64, 32)}),
+        "model.layers.0.mlp.up_proj.weight is there twice, as layers.0",
+    ),
+    "a head beside the embedding that it is": (
+        lambda folder: _more(folder, **{"lm_head.weight": torch.ones(len(tiny.tokenizer("chatml")), 32)}),
+        "lm_head.weight and model.embed_tokens.weight differ, and config.json says that they are one",
+    ),
+    "8 bit and no scale": (lambda folder: _as_type(folder, torch.float8_e4m3fn), "stored as F8_E4M3, and config.json"),
+    "whole numbers": (lambda folder: _as_type(folder, torch.int32), "up_proj.weight is stored as I32, and config.json"),
+    "another shape": (
+        lambda folder: changed(folder, num_key_value_heads=4),
+        "4 weights are missing or of another shape, first model.layers.0.self_attn.k_proj.weight",
+    ),
+    "a number beyond the type": (
+        lambda folder: _more(folder, **{"model.layers.0.mlp.up_proj.weight": torch.ones(64, 32).double() * 1e300}),
+        "NaN or infinity",
+    ),
+    "another model altogether": (
+        lambda folder: save_file({"transformer.a": torch.ones(1)}, folder / "model.safetensors"),
+        "none of its tensors is a weight of a model of type llama, first transformer.a",
+    ),
+}  # fmt: skip
+LOADERS: dict[str, Any] = {
+    "16 bit": lambda source: load_base(source, torch.float32, "cpu"),
+    "nf4": lambda source: load_base(source, torch.float32, "cpu", quantization="nf4"),
+    "share": lambda source: load_share(source, torch.float32, "cpu", 0, 1),
+}
+
+
+@pytest.mark.parametrize("way", LOADERS)
+@pytest.mark.parametrize("kind", OTHER)
+def test_weights_that_would_make_another_model_are_refused(kind: str, way: str, tmp_path: Path) -> None:
+    damage, said = OTHER[kind]
+    damage(tiny.save_tiny(tmp_path))
+    with pytest.raises(ModelError, match=said):
+        LOADERS[way](locate(str(tmp_path)))
+
+
+@pytest.mark.parametrize("way", LOADERS)
+def test_tensors_beside_the_model_are_passed_over(way: str, tmp_path: Path) -> None:
+    """A head of another task, what predicts further tokens, angles and masks of old checkpoints, a head that is the
+    embedding."""
+    tied = load_file(tiny.save_tiny(tmp_path) / "model.safetensors")["model.embed_tokens.weight"].clone()
+    _more(tmp_path, **{"score.weight": torch.ones(1, 32), "model.mtp.norm.weight": torch.ones(32)})
+    _more(tmp_path, **{"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": tied})
+    _more(tmp_path, **{"model.layers.1.self_attn.masked_bias": torch.ones(1)})
+    LOADERS[way](locate(str(tmp_path)))
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    weights = load_file(tiny.save_tiny(tmp_path) / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(weights, tmp_path / "a.safetensors", {"format": "pt"})
+    save_file({name: weights[name] * 2}, tmp_path / "b.safetensors", {"format": "pt"})
+    (tmp_path / "model.safetensors").unlink()
+    index = {"weight_map": {**dict.fromkeys(weights, "a.safetensors"), "c": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for look in (locate, peek):
+        with pytest.raises(ModelError, match=f"{name} is in a.safetensors and in b.safetensors"):
+            look(str(tmp_path))
+
+
+@pytest.mark.parametrize("way", ["16 bit", "nf4"])
+def test_of_one_file_and_an_index_of_others_the_one_is_the_model(way: str, tmp_path: Path) -> None:
+    """As transformers does."""
+    ids = torch.arange(5, 25)[None]
+    expected = LOADERS[way](locate(str(tiny.save_tiny(tmp_path))))(ids).logits
+    weights = {name: weight * 2 for name, weight in load_file(tmp_path / "model.safetensors").items()}
+    save_file(weights, tmp_path / "old.safetensors", {"format": "pt"})
+    index = {"weight_map": dict.fromkeys(weights, "old.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(LOADERS[way](locate(str(tmp_path)))(ids).logits, expected)
+
+
+def test_models_that_differ_in_the_middle_alone_are_told_apart(tmp_path: Path) -> None:
+    """Two merges of adapters on the MLPs: the same names, shapes, first and last tensors. What is kept of one in 4 bit
+    is not taken for the other."""
+    sizes = {"vocab_size": len(tiny.tokenizer("chatml")), "hidden_size": 256, "intermediate_size": 64, "head_dim": 256}
+    model = tiny.model(**sizes, num_key_value_heads=1)
+    models = []
+    for name in ("one", "other"):
+        model.save_pretrained(tmp_path / name)
+        models.append(locate(str(tmp_path / name)))
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    assert fingerprint(models[0]) != fingerprint(models[1])
+    kept = [load_base(one, torch.float32, "cpu", quantization="nf4", resident_layers=None) for one in models]
+    assert not torch.equal(*(one.get_parameter("model.layers.0.mlp.up_proj.weight") for one in kept))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rope_theta": 5e5}, "rope_theta"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "default"}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_theta": 1e4}, None),
+        ({"rope_scaling": None, "rope_theta": 1e4}, None),
+    ],
+)
+def test_positions_that_are_told_twice_must_agree(fields: dict[str, Any], said: str | None, tmp_path: Path) -> None:
+    """transformers takes rope_scaling alone, with another rope_theta, or passes over rope_theta."""
+    changed(tmp_path, **fields)
+    if said is None:
+        assert load_config(locate(str(tmp_path))).rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
+        return
+    with pytest.raises(ModelError, match=f"rope_parameters and {said} do not say the same"):
+        locate(str(tmp_path))
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    changed(tmp_path, model_type="t5", architectures=["T5ForConditionalGeneration"])
+    with pytest.raises(ModelError, match="no language model of type t5"):
+        load_base(locate(str(tmp_path)), torch.float32, "cpu")
+
+
+def test_a_config_that_names_a_type_of_8_bit_is_computed_in_16(tmp_path: Path) -> None:
+    source = locate(str(changed(tmp_path, dtype="float8_e4m3fn")))
+    assert next(skeleton(source).parameters()).dtype == torch.bfloat16
+    changed(tmp_path, dtype="float7")
+    with pytest.raises(ModelError, match=r"cannot read its config: .*float7"):
+        skeleton(source)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_hidden_layers": None}, "cannot read its config: .*num_hidden_layers"),
+        ({"num_attention_heads": 5}, "cannot read its config: .*not a multiple"),
+        ({"hidden_act": "zelu"}, "no language model of type llama: KeyError: 'zelu'"),
+    ],
+)
+def test_a_config_that_cannot_be_is_named(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        skeleton(locate(str(changed(tmp_path, **fields))))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": {"type": "Later"}}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"eos_token": 5, "tokenizer_class": "TokenizersBackend"}'),
+    ],
+)
+def test_a_tokenizer_that_the_installed_libraries_do_not_read_is_named(tmp_path: Path, name: str, content: str) -> None:
+    (tiny.save_tiny(tmp_path) / name).write_text(content)
+    with pytest.raises(ModelError, match="no tokenizer that loads"):
+        load_tokenizer(locate(str(tmp_path)))
+
+
+@pytest.mark.parametrize("scheme", ["none", "nf4"])
+def test_a_broken_generation_config_is_named(tmp_path: Path, scheme: str) -> None:
+    (tiny.save_tiny(tmp_path) / "generation_config.json").write_text('{"eos_token_id": ')
+    with pytest.raises(ModelError, match=r"generation_config\.json: not JSON"):
+        load_base(locate(str(tmp_path)), torch.float32, "cpu", quantization=scheme)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf3"},
+    ],
+)
+def test_a_way_to_quantize_that_there_is_not_is_refused(tmp_path: Path, section: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=r"quantized by .*, which strop does not read"):
+        locate(str(changed(tmp_path, quantization_config=section)))
+
+
+@pytest.mark.parametrize("by", ["gptq", "awq", "compressed-tensors", None])
+def test_weights_that_another_tool_has_quantized_are_refused(tmp_path: Path, by: str | None) -> None:
+    section = {"bits": 4} if by is None else {"quant_method": by, "bits": 4}
+    with pytest.raises(ModelError, match=f"quantized by {by or 'an unknown tool'}, which strop does not read"):
+        locate(str(changed(tmp_path, quantization_config=section)))
+
+
+def test_weights_in_fp8_are_computed_as_they_are_scaled_and_not_quantized_again(tmp_path: Path) -> None:
+    """Blocks of 16 x 16 with a scale each, as Qwen 3's and DeepSeek's checkpoints in fp8 have them."""
+    section = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    changed(tmp_path / "fp8", quantization_config=section)
+    plain, packed = load_file(tiny.save_tiny(tmp_path / "plain") / "model.safetensors"), {}
+    for name, weight in list(plain.items()):
+        if weight.dim() == 2 and "embed" not in name:
+            high, wide = (size // 16 for size in weight.shape)
+            blocks = weight.view(high, 16, wide, 16).transpose(1, 2)
+            scale = blocks.abs().amax((2, 3)) / 448
+            low = (blocks / scale[:, :, None, None]).to(torch.float8_e4m3fn)
+            packed |= {name: low.transpose(1, 2).reshape(weight.shape).contiguous(), f"{name}_scale_inv": scale}
+            plain[name] = (low.float() * scale[:, :, None, None]).transpose(1, 2).reshape(weight.shape).contiguous()
+        else:
+            packed[name] = weight
+    save_file(plain, tmp_path / "plain/model.safetensors", {"format": "pt"})
+    save_file(packed, tmp_path / "fp8/model.safetensors", {"format": "pt"})
+    ids = torch.arange(5, 25)[None]
+    logits = [load_base(locate(str(tmp_path / kind)), torch.float32, "cpu")(ids).logits for kind in ("fp8", "plain")]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match="in fp8, which are not quantized again"):
+        load_base(locate(str(tmp_path / "fp8")), torch.float32, "cpu", quantization="nf4")
+
+
+def test_a_folder_that_is_called_as_a_hub_id_has_no_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.save_tiny(tmp_path / "org/model")
+    monkeypatch.chdir(tmp_path)
+    assert locate("org/model").path == tmp_path / "org/model"
+    with pytest.raises(ModelError, match="org/model: a model on this machine, which has no revision main"):
+        locate("org/model", "main")
+
+
+def test_tokens_that_the_model_does_not_know_are_named(tmp_path: Path) -> None:
+    """A tokenizer with a token more than the embedding has rows."""
+    known = len(tiny.tokenizer("chatml")) - 1
+    tiny.model(vocab_size=known).save_pretrained(tmp_path / "base")
+    tiny.tokenizer("chatml").save_pretrained(tmp_path / "base")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "hello", "completion": "a line"}) + "\n")
+    options: dict[str, Any] = {"model": tmp_path / "base", "data": rows, "model.device": "cpu", "train.max_steps": 1}
+    with pytest.raises(ModelError, match=rf"rows.jsonl:1: token {known} \(<.im_end.>\) is beyond the {known} "):
+        strop.train(out=tmp_path / "run", **options)
+    with pytest.raises(ModelError, match=f"gives token {known}, and the model knows {known}"):
+        strop.load(tmp_path / "base", device="cpu").generate("hello")
+
+
+def test_fingerprints_tell_models_apart(tiny_folder: Path, tmp_path: Path) -> None:
+    same, other = tiny.save_tiny(tmp_path / "same"), tmp_path / "other"
+    tiny.model(seed=1).save_pretrained(other)
+    assert fingerprint(locate(str(tiny_folder))) == fingerprint(locate(str(same))) != fingerprint(locate(str(other)))
+
+
+def test_an_index_that_leads_outside_its_folder_is_refused(tmp_path: Path) -> None:
+    tiny.save_tiny(tmp_path)
+    index = {"weight_map": {"a": "../../etc/x.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="outside its folder"):
+        locate(str(tmp_path))
+
+
+def test_the_demo_model_is_a_normal_model_that_can_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of a GGUF file of packed blocks, through the cache, into a folder that plain transformers loads."""
+    source = locate("demo")
+    tokenizer = load_tokenizer(source)
+    assert load_config(source).model_type == "llama"
+    model = load_base(source, torch.float32, "cpu")
+    assert sum(weight.numel() for weight in model.parameters()) == 134_515_008
+    ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert "Paris" in tokenizer.decode(logits[0, -1].argmax())
+        model.save_pretrained(tmp_path)  # type: ignore[operator]
+        tokenizer.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        assert torch.equal(again(ids).logits, logits)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
+    with monkeypatch.context() as patch:  # the second load reads the cache, not the GGUF file
+        patch.setattr("strop.models.load.new_folder", lambda path: pytest.fail("converted again"))
+        load_tokenizer(source)
+        load_base(source, torch.bfloat16, "cpu")
+    tuned = add_lora(model, LoraSection(r=2, alpha=4, target_modules="attention"), tokenizer)
+    assert tuned.peft_config["default"].base_model_name_or_path == source.name
+    assert fingerprint(locate(source.name)) == fingerprint(source)
+    named = locate(f"gguf:{source.path}#sha256={fingerprint(source)}")
+    assert fingerprint(named) == fingerprint(source)
+    with pytest.raises(ModelError, match="another file than before"):
+        locate(f"gguf:{source.path}#sha256={'0' * 64}")
+
+
+def test_a_model_that_pytorchs_attention_cannot_compute_loads_all_the_same(tmp_path: Path) -> None:
+    """Gemma 2 bends its attention scores, which transformers leaves to its own code."""
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_base(Source("gemma", "folder", tmp_path), torch.float32, "cpu")
+    assert model(input_ids=torch.tensor([[1, 2]])).logits.shape == (1, 2, 64)
+
+
+def test_soft_caps_of_attention_are_kept(tmp_path: Path) -> None:
+    """PyTorch's own attention has none; transformers 5.20 takes it for Gemma 2 all the same."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Gemma2Config(
+        vocab_size=64,
+        head_dim=16,
+        num_hidden_layers=1,
+        attn_logit_softcapping=0.05,
+        final_logit_softcapping=None,
+        **sizes,
+    )
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(made.model.layers[0].self_attn.q_proj.weight)
+    made.save_pretrained(tmp_path)
+    ids = torch.arange(12)[None]
+
+    def logits(cap: float | None) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path, attn_implementation="eager", dtype=torch.float32, attn_logit_softcapping=cap
+        )
+        with torch.no_grad():
+            return model(ids).logits
+
+    with torch.no_grad():
+        loaded = load_base(locate(str(tmp_path)), torch.float32, "cpu")(ids).logits
+    assert (logits(0.05) - logits(None)).abs().max() > 0.01
+    torch.testing.assert_close(loaded, logits(0.05))

@@ -1,0 +1,190 @@
+"""The walk over every causal language model class that transformers maps: what strop does with a tiny random one.
+
+python -m tests.models.walk                 all of them, and writes docs/models.md
+python -m tests.models.walk mixtral gemma3! some of them (!: the multimodal class of the type)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import strop
+from strop.errors import StropError
+from strop.export.merge import merge
+from strop.models.load import skeleton
+from strop.models.source import locate
+from strop.planning.model_docs import found_in
+from strop.training import run
+from tests.support import tiny_families
+from tests.support.tiny import write_rows
+
+COLUMNS = ("modules", "plan", "train", "answer", "merge bf16", "merge fp32", "nf4")
+QUICK: dict[str, Any] = {
+    "model.dtype": "fp32", "model.device": "cpu", "lora.r": 4, "train.max_steps": 3, "train.batch_size": 2,
+    "train.micro_batch": 2, "train.learning_rate": 1e-3, "train.warmup": 0, "data.max_length": 128,
+}  # fmt: skip
+
+
+def tried(work: Callable[[], str]) -> str:
+    """What came of it: `ok ...`, `refused: reason` (one of strop's errors), or `FAULT: ...` (anything else)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return work()
+    except StropError as error:
+        return f"refused: {error.what}"
+    except Exception as error:  # the walk is here to find these
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        said = str(error).strip().splitlines() or [""]
+        return f"FAULT: {type(error).__name__}: {said[0][:160]} ({Path(at.filename).name}:{at.lineno})"
+
+
+def walk(kind: str, folder: Path) -> dict[str, str]:
+    """Each column's result for a model type; a type ending with ! is its multimodal class."""
+    multimodal, name = kind.endswith("!"), kind.rstrip("!")
+    base, rows = folder / "base", write_rows(folder / "rows.jsonl", 6)
+    found: dict[str, str] = {}
+
+    def made() -> str:
+        tiny_families.save(name, base, multimodal=multimodal)
+        return "ok"
+
+    def trainable_by_transformers() -> str:
+        auto = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(base)
+        ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return "ok"
+
+    def train(out: str, **more: Any) -> str:
+        made = strop.train(model=base, data=rows, out=folder / out, **{**QUICK, **more})
+        events = [json.loads(line) for line in (folder / out / "events.jsonl").read_text().splitlines()]
+        start = next(event for event in events if event["event"] == "start")
+        weights = sum(weight.numel() for weight in skeleton(locate(str(base))).parameters())
+        assert start["parameters"]["all"] == weights, (start["parameters"], weights)
+        assert made.report["loss"]["last"] == made.report["loss"]["last"]
+        return f"ok {start['engine']}"
+
+    def plan() -> str:
+        shown = strop.plan(model=base, data=rows, memory=8 << 30, **QUICK)
+        weights = sum(weight.numel() for weight in skeleton(locate(str(base))).parameters())
+        off = shown.setting.parameters / weights - 1
+        return f"ok {off:+.0%}" if abs(off) < 0.15 else f"FAULT: parameters off by {off:+.0%}"
+
+    def modules() -> str:
+        return f"ok {len(found_in(str(base))[0])}"
+
+    def answer() -> str:
+        text = strop.load(folder / "run", dtype="fp32").generate(["what is 3"], max_new_tokens=4)
+        return "ok" if len(text) == 1 else "FAULT: no answer"
+
+    def merged(dtype: str) -> str:
+        out = merge(str(folder / "run"), folder / f"merged-{dtype}", dtype=dtype)
+        assert out.parity is not None
+        return f"ok {out.parity.kl_mean:.1g}"
+
+    found["made"] = tried(made)
+    if not found["made"].startswith("ok"):
+        return found
+    found["own"] = tried(trainable_by_transformers)
+    found["modules"] = tried(modules)
+    found["plan"] = tried(plan)
+    found["train"] = tried(lambda: train("run"))
+    if found["train"].startswith("ok"):
+        found["answer"] = tried(answer)
+        found["merge bf16"] = tried(lambda: merged("bf16"))
+        found["merge fp32"] = tried(lambda: merged("fp32"))
+    found["nf4"] = tried(lambda: train("run4", **{"model.quantization": "nf4"}))
+    return found
+
+
+def main(kinds: Sequence[str], processes: int) -> dict[str, dict[str, str]]:
+    with ProcessPoolExecutor(processes, initializer=_quiet) as pool:
+        return dict(zip(kinds, pool.map(_told, kinds), strict=True))
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    run.write_report = lambda *_: None  # pages with plots, which take a third of the time
+
+
+def _told(kind: str) -> dict[str, str]:
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        found = walk(kind, Path(folder))
+    said = "; ".join(f"{name}: {result}" for name, result in found.items())
+    print(f"{kind} ({time.monotonic() - started:.1f} s) {said}", flush=True)
+    return found
+
+
+PAGE = Path(__file__).parents[2] / "docs/models.md"
+HEAD = """# Models
+
+What strop does with each class that transformers {version} maps to a causal language model, and with multimodal
+checkpoints whose text half is trained. Each row was made by `python -m tests.models.walk`: a tiny random checkpoint of
+that class, saved, then `plan`, three steps of training with adapters on all linear layers and experts, an answer,
+merges in bf16 and fp32 that are measured against the adapter, and training on the base in nf4. It shows that the
+machinery is right for the class, not how good a model becomes.
+
+- **train**: fast or plain, the step that trains it (docs/performance.md); or why not. Where the reason begins with
+  transformers or peft, it is theirs: plain transformers fails on the same checkpoint.
+  Models of BERT's kind are walked with `is_decoder: true` in their config; without it a token sees those behind it,
+  and training them is refused.
+  A config of a fast class may ask for what takes the plain step, and the run says so: rotary embeddings of type
+  `dynamic` or `longrope` (Phi-3 and Phi-4-mini with 128k), whose angles follow the longest row computed together,
+  dropout of the model's own, a loss that balances experts.
+- **merge**: ok where the merged model is the tuned one ([limits](after.md#merging)).
+- **nf4**: ok where the base in 4 bit was trained.
+
+{counts}
+
+| type | class | train | plan | answer | merge bf16 | merge fp32 | nf4 |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def page(results: Mapping[str, Mapping[str, str]]) -> str:
+    """docs/models.md of the walk's results, by model type."""
+    classes = {**tiny_families.text_types(), **{f"{k}!": c for k, c in tiny_families.multimodal_types().items()}}
+    rows = []
+    for kind, found in results.items():
+        made = found.get("made", "")
+        train = found.get("train", made) if made.startswith("ok") else f"no tiny one: {made.partition(': ')[2]}"
+        cells = [found.get(name, "") for name in ("plan", "answer", "merge bf16", "merge fp32", "nf4")]
+        name = kind.rstrip("!") + (" (sees)" if kind.endswith("!") else "")
+        rows.append(f"| {name} | {classes[kind]} | {_cell(train)} | {' | '.join(map(_cell, cells))} |\n")
+    counts = [f"{len(results)} classes"]
+    for name in ("plan", "train", "answer", "merge bf16", "merge fp32", "nf4"):
+        tried_ = [found[name] for found in results.values() if name in found]
+        counts.append(f"{name}: {sum(one.startswith('ok') for one in tried_)} of {len(tried_)}")
+    return HEAD.format(version=transformers.__version__, counts="; ".join(counts) + ".") + "".join(rows)
+
+
+def _cell(result: str) -> str:
+    state, _, rest = result.partition(" ")
+    if state == "ok":
+        return rest if rest in ("fast", "plain") else "ok"
+    return re.sub(r"/\S*/(base|adapter|merged-\w+)(: )?", "", result.replace("|", "/")).strip()[:200]
+
+
+if __name__ == "__main__":
+    asked = sys.argv[1:]
+    found = main(asked or [*tiny_families.text_types(), *tiny_families.SEEING], processes=os.cpu_count() or 1)
+    if not asked:
+        PAGE.write_text(page(found), encoding="utf-8")

@@ -1,0 +1,88 @@
+"""The learning rate that a recipe leaves open, and what the plan says of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from strop.config.load import resolve
+from strop.models.families.shape import ModelShape
+from strop.planning.compare import KNOWN
+from strop.planning.learning_rate import how_sure, learning_rate, open_rate, whole
+from tests import ROOT
+from tests.support.scripts import script
+
+LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])
+
+
+def chosen(shape: ModelShape = LLAMA_8B, **options: Any) -> tuple[float, str]:
+    return open_rate(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
+
+
+def test_a_larger_model_takes_a_smaller_rate() -> None:
+    sizes = [learning_rate(parameters) for parameters in (10**6, 10**7, 10**8, 10**9, 7 * 10**9, 10**11)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] == sizes[-2] == 2e-4 and sizes[0] == sizes[1] == 4e-3
+    assert learning_rate(134_515_008) == 2.8e-3
+
+
+def test_methods_that_take_larger_steps_get_a_smaller_rate() -> None:
+    """At rank 16 and ratio 16 by as much as was measured: a rule that does not know of them diverges."""
+    assert chosen(**{"lora.use_rslora": True})[0] == 1e-4 and "rsLoRA" in chosen(**{"lora.use_rslora": True})[1]
+    assert chosen(**{"train.lora_plus_ratio": 16})[0] == 5e-5 and chosen()[0] == 2e-4
+    assert chosen(**{"train.lora_plus_ratio": 16, "lora.use_rslora": True})[0] == 2.5e-5
+
+
+def test_rank_alpha_and_batch_move_the_rate() -> None:
+    """By the root of alpha, whatever the rank; a batch of 4 times the rows takes a third more; no further than
+    was measured."""
+    assert chosen(**{"lora.r": 64}) == (
+        1e-4,
+        f"rule for 8,030M parameters, {how_sure(7 * 10**9)}; times 0.5 for alpha 128",
+    )
+    assert chosen(**{"lora.r": 64, "lora.alpha": 32}) == chosen(**{"lora.r": 4, "lora.alpha": 32}) == chosen()
+    assert chosen(**{"lora.r": 4})[0] == chosen(**{"lora.r": 1})[0] == 4e-4
+    assert chosen(**{"lora.r": 256})[0] == 5e-5  # too small a rate breaks nothing
+    assert chosen(**{"train.batch_size": 32})[0] == chosen(**{"train.batch_size": 512})[0] == 2.6e-4
+    assert "batches of 32" in chosen(**{"train.batch_size": 32})[1] and "times" not in chosen()[1]
+    assert chosen(**{"train.batch_size": 2})[0] == 1.5e-4
+    dpo = {"train.objective": "dpo"}  # not measured there
+    assert chosen(**dpo, **{"lora.r": 64})[0] == chosen(**dpo)[0]
+
+
+def test_objectives_keep_the_rates_that_they_were_measured_at() -> None:
+    """Shares of what was the rule for fine-tuning then: a larger one for dpo breaks a small model."""
+    smol = replace(LLAMA_8B, layers=30, hidden=576)
+    assert whole(134_515_008) == 1e-3 and whole(8 * 10**9) == learning_rate(8 * 10**9)
+    rate, why = chosen(smol, **{"train.objective": "dpo"})
+    assert rate == float(f"{0.01 * whole(smol.parameters):.2g}") < 0.01 * learning_rate(smol.parameters)
+    assert "0.01 of it for dpo" in why
+
+
+def test_the_plan_says_how_sure_it_is() -> None:
+    assert [how_sure(parameters) for parameters in (70_793_280, 134_515_008)] == ["measured"] * 2
+    assert "published" in how_sure(8 * 10**9) and "smaller" in how_sure(10**6) and "not measured" in how_sure(10**9)
+    assert how_sure(LLAMA_8B.parameters) in chosen()[1]
+    assert "published" in chosen(**{"train.optimizer": "lion"})[1]
+
+
+def test_a_valley_of_the_sweep_is_judged() -> None:
+    """Two seeds; the loss between two rates lies on a line; a run that was stopped is no best one."""
+    rates = script(ROOT / "benchmarks" / "valleys.py")
+    setting = {"size": "135M", "set": "demo", **rates.USUAL}
+    rows = [
+        {**setting, "seed": seed, "rate": rate, "loss": loss and loss + seed * 0.02, "steps": 40, "skipped": 0,
+         "rollbacks": 0}
+        for seed in (0, 1) for rate, loss in ((1e-3, 1.2), (2e-3, 1.0), (4e-3, 1.4), (8e-3, None))
+    ]  # fmt: skip
+    rows.append({**rows[0], "rate": 16e-3, "loss": 0.1})  # of one seed alone
+    (valley,) = rates.valleys(rows)
+    found = rates.judged(valley)
+    assert valley["stopped"] == [8e-3, 8e-3] and valley["seeds"] == 2
+    assert found["best"] == 2e-3 and found["loss"] == pytest.approx(1.01)
+    share = math.log2(found["rule"] / 2e-3)
+    assert 0 < share < 1 and found["cost"] == pytest.approx(share * 0.4 / 1.01)
+    assert found["before"] == 1e-3 and found["cost_before"] == pytest.approx(0.2 / 1.01)
+    assert "2 seeds" in rates.table([valley])[0] and rates.table([valley], "rank") == []

@@ -1,0 +1,125 @@
+"""benchmarks/card.py, which is for the day on which a card comes: what it runs, runs on the card that is not there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests import ROOT
+from tests.simulated_gpu.conftest import Play
+from tests.support.scripts import script
+
+CHECKS = [["check", "agree"], ["check", "waits"], ["check", "resumes"], ["rates"]]
+TOOLS = [["tool", "strop", scheme, "64"] for scheme in ("none", "nf4", "int8")]
+TOOLS += [["tool", "strop, packed", scheme, "64"] for scheme in ("nf4", "int8")]
+# A process that does as its last word says; one that it starts holds its pipes open.
+PROCESS = """
+import json, subprocess, sys, time
+word = sys.argv[-1]
+if word == "sleeps":
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    time.sleep(60)
+print("on its way")
+if word == "fails":
+    raise ValueError("a planted failure")
+print(json.dumps({"said": word}) if word == "works" else "no figures")
+"""
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return script(ROOT / "benchmarks" / "card.py")
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_every_item_runs_on_a_card(card: Play, kernels: bool) -> None:
+    if kernels and find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    items = [*CHECKS, *TOOLS] if kernels else [CHECKS[1], TOOLS[0]]
+    (found,) = card({"play": "benchmark", "kernels": kernels, "items": items})
+    of: dict[tuple[str, ...], dict[str, Any]] = {
+        tuple(item): one for item, one in zip(items, found, strict=True)  # type: ignore[dict-item]
+    }  # fmt: skip
+    assert of["check", "waits"] == {"passed": True, "waits": {}}
+    for item in items:
+        if item[0] == "tool":
+            told = of[tuple(item)]
+            assert told["tokens_per_s"] > 0 and told["planned_bytes"] > 0 and told["flops_per_s"] > 0
+            assert told["step"] == "fast" and told["peak_bytes"] == 1 << 30
+            assert told["resident"] == (2 if item[1:3] in (["strop", "nf4"], ["strop", "int8"]) else 0)
+    if kernels:
+        assert of["check", "agree"]["off"].keys() == {
+            f"{scheme}, by {way}" for scheme in ("none", "nf4", "int8") for way in ("strop", "PyTorch")
+        }
+        assert of["check", "resumes"]["adapters"].keys() == {"whole", "first", "second"}
+        assert of["rates",]["card"] == "Fake" and of["rates",]["matmul_flops"] > 0
+
+
+def test_on_a_cpu_the_check_of_numbers_passes(benchmark: ModuleType, tmp_path: Path) -> None:
+    options = Namespace(folder=tmp_path / "tiny", device="cpu")
+    found = benchmark.run(options, "check", "agree")
+    assert found["passed"] and len(found["off"]) == 3
+
+
+def test_a_process_that_fails_hangs_or_says_nothing_is_listed(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = tmp_path / "process.py"
+    process.write_text(PROCESS, encoding="utf-8")
+    monkeypatch.setattr(benchmark, "__file__", str(process))
+    assert benchmark.child(["works"], 60) == {"said": "works"}
+    failed = benchmark.child(["fails"], 60)
+    assert failed["failed"] == "ValueError: a planted failure" and failed["exit"] == 1
+    assert benchmark.child(["babbles"], 60)["failed"] == "no figures"
+    assert "longer than" in benchmark.child(["sleeps"], 1)["failed"]
+    assert benchmark.child(["works"], 0) == {"failed": "there was no time left for it"}
+
+
+def test_it_goes_on_past_a_failure(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And lists it; all else is in the table and in the file."""
+    asked: list[list[str]] = []
+
+    def child(words: list[str], seconds: float) -> dict[str, Any]:
+        assert words[0].startswith(str(tmp_path)) and 0 < seconds <= benchmark.MOST_S
+        asked.append(words[4:])
+        if words[4:] in (["check", "waits"], ["tool", "strop", "nf4", "4096"]):
+            return {"failed": "ValueError: planted"}
+        if words[4] != "tool":
+            return {"passed": True} if words[4] == "check" else {"matmul_flops": 2e12, "bytes_per_s": 1e9}
+        rates = {"tokens_per_s": 1234.0, "flops_per_s": 1e12}
+        return {**rates, "peak_bytes": 3_000_000_000, "planned_bytes": 2_500_000_000}
+
+    monkeypatch.setattr(benchmark, "child", child)
+    monkeypatch.setattr(benchmark, "CHECKED", ("agree", "waits"))
+    monkeypatch.setattr(sys, "argv", ["card.py", "folder"])
+    monkeypatch.setenv("STROP_CACHE", "mine")
+    out = tmp_path / "found.json"
+    benchmark.main([str(tmp_path), "--shapes", "8b", "--schemes", "none,nf4", "--out", str(out)])
+    others = [tool for tool in benchmark.NEEDS if all(map(find_spec, benchmark.NEEDS[tool]))]
+    a_length = [("none", "strop"), ("nf4", "strop"), ("nf4", "strop, packed")]
+    tools = [(tool, scheme, length) for length in ("4096", "1024", "16384") for scheme, tool in a_length]
+    assert [words for words in asked if words[0] != "tool"] == [["check", "agree"], ["check", "waits"], ["rates"]]
+    assert [tuple(words[1:]) for words in asked if words[0] == "tool" and words[1] not in others] == tools
+    said = capsys.readouterr().out
+    assert "agree: right" in said and "waits: WRONG" in said
+    assert "failed: waits: ValueError: planted" in said and "failed: 8b, strop, nf4, 4096: ValueError: planted" in said
+    assert "| 8b | none | 4,096 | strop | 1,234 | 50% | 3.0 GB | 2.5 GB |" in said
+    kept = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert len(kept) == len(asked) and sum("failed" in one for one in kept) == 2
+
+
+def test_the_peer_trains_through_its_own_trainer(benchmark: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    options = Namespace(folder=tmp_path / "tiny", device="cpu")
+    found = benchmark.run(options, "tool", "trl", "none", "32")
+    assert found["tokens_per_s"] > 0 and found["peak_bytes"] > 0

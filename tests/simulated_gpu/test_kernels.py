@@ -1,0 +1,52 @@
+"""Whole runs on a card that is not there, whose kernels work: each starts where it belongs, on the card's tensors."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+from tests.simulated_gpu.conftest import Play
+from tests.simulated_gpu.test_runs import NF4, QUICK, STREAMED, assert_one_wait
+
+STEP = {"_norm", "_norm_backward", "_glu", "_glu_backward", "_turn", "_turn_backward", "_cross_entropy"}
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_runs_through_the_kernels(card: Play) -> None:
+    kinds: list[tuple[dict[str, Any], set[str]]] = [
+        (STREAMED, {"_four_bit"}),
+        ({**NF4, "model.resident_layers": 1, "model.double_quantization": False}, {"_four_bit"}),
+        ({"model.quantization": "int8", "model.resident_layers": 0}, {"_eight_bit"}),
+        ({"lora.dropout": 0.1, "train.gradient_checkpointing": "on"}, {"_spread", "_fold"}),
+        ({"lora.use_dora": True}, {"_scale", "_scale_backward"}),
+        ({"lora.use_dora": True, "lora.dropout": 0.1}, {"_scale", "_scale_backward", "_spread", "_fold"}),
+        ({"lora.modules_to_save": ["input_layernorm", "norm"]}, {"_scale_backward"}),
+        ({"lora.target_modules": ["all-linear", "lm_head"], "lora.dropout": 0.1}, {"_spread", "_fold"}),
+        ({"capability": [7, 5]}, set()),
+    ]
+    runs = card(*({"play": "train", "kernels": True, **QUICK, **kind} for kind, _ in kinds))
+    for run, (kind, more) in zip(runs, kinds, strict=True):
+        assert run["steps"] == 2
+        assert run["kernels"].keys() == STEP | more, kind
+        assert_one_wait(run)
+        assert not [event for event in run["events"] if "PyTorch's own operations" in str(event.get("text"))]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_runs_of_other_families(card: Play) -> None:
+    """Norms of heads, windows, GELU, neighbours that turn; a model that takes the plain step; and a mixture, whose two
+    layers of experts, by the model's own modules, ask for how many tokens each expert has."""
+    asks = {"models/experts.py"}
+    kinds: dict[str, tuple[set[str], set[str]]] = {
+        "qwen3": (STEP, set()), "gemma3_text": (STEP, set()), "glm": (STEP | {"_turn_aside"}, set()),
+        "gpt2": (set(), set()), "qwen3_moe": (STEP - {"_glu", "_glu_backward"}, asks),
+    }  # fmt: skip
+    runs = card(*({"play": "train", "kernels": True, "model": kind, **QUICK} for kind in kinds))
+    for run, (kind, (kernels, waits)) in zip(runs, kinds.items(), strict=True):
+        assert run["steps"] == 2, kind
+        assert run["kernels"].keys() == kernels, kind
+        of_experts = [wait for wait in run["waits"] if wait[1].partition(":")[0] in waits]
+        assert sum(number for *_, number in of_experts) == (2 * run["steps"] if waits else 0), (kind, of_experts)
+        assert_one_wait({**run, "waits": [wait for wait in run["waits"] if wait not in of_experts]})

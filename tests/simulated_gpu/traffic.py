@@ -1,0 +1,232 @@
+"""What a step on the card that is not there computes and moves: FLOPs, bytes and launches of each operation.
+
+Bytes are those of an operation's inputs and outputs, and of a Triton kernel's arguments, each as often as it is read or
+written, as if nothing stayed in the card's caches. What cuBLAS and flash attention move inside a call is not seen.
+"""
+
+from __future__ import annotations
+
+from tests.simulated_gpu import fake  # first: before torch
+
+# isort: split
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from strop.config.schema import TrainSection
+from strop.engine.train.fast import FastLoss
+from strop.training.optim import make_optimizer
+from tests.simulated_gpu.sizes import Case, built
+
+PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}  # where the first matrix stands
+NARROW = 64  # a product with a side this short is an adapter's
+PICKING = {"embedding", "index", "index_select", "gather"}  # they read of a table what they give
+ADDING = {"index_add_": 3, "index_put_": 2, "scatter_add_": 3}  # they change as much of a table as this argument has
+OVERWRITING = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
+DEQUANTIZING = {"_four_bit", "_eight_bit"}
+UNREAD = {"_turn": ("q_weight", "k_weight"), "_turn_backward": ("x", "q_weight", "k_weight")}  # without norms
+Entry = tuple[str, str, float, float]  # part, operation, FLOPs and bytes of one launch
+
+
+def size(x: Any) -> int:
+    """Bytes of a tensor on the card that are looked at: what is repeated by a stride of 0 is there once."""
+    if not fake.is_fake(x):
+        return 0
+    numbers = 1
+    for n, stride in zip(x.shape, x.stride(), strict=True):
+        numbers *= n if stride or not n else 1
+    return numbers * x.element_size()
+
+
+def sizes_of(x: Any) -> int:
+    return sum(map(size, tree_leaves(x)))
+
+
+def moved_bytes(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
+    """Of one of PyTorch's operations: what it reads, what it writes, and what it changes twice."""
+    total = 0
+    for place, argument in enumerate(func._schema.arguments):
+        value = args[place] if place < len(args) else kwargs.get(argument.name)
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if place == 0 and name in PICKING:
+            total += sizes_of(out)
+        elif place == 0 and name in ADDING:
+            total += 2 * sizes_of(args[ADDING[name]])
+        else:
+            twice = written and not argument.is_out and name not in OVERWRITING
+            total += (2 if twice else 1) * sizes_of(value)
+    returns = func._schema.returns
+    for kind, value in zip(returns, out if len(returns) > 1 else (out,), strict=False):  # lists in place return nothing
+        total += 0 if kind.alias_info is not None else sizes_of(value)
+    return total
+
+
+def product_flops(name: str, args: Sequence[Any]) -> float:
+    if name not in PRODUCTS:
+        assert "mm" not in name and "conv" not in name, f"{name}: a product that is not counted"
+        return 0.0
+    a, b = args[PRODUCTS[name] :][:2]
+    return 2.0 * a.numel() * b.shape[-1]
+
+
+def flash_flops(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    """Two products of the pairs that are seen, and five back (arXiv:2307.08691); all documents are of one length."""
+    q, longest = (args[0], args[5]) if name == "_flash_attention_forward" else (args[1], args[8])
+    assert len(q) % longest == 0 and kwargs["window_size_left"] == -1, "equal documents without a window"
+    pairs = len(q) * (longest + 1) / 2
+    return (4.0 if name == "_flash_attention_forward" else 10.0) * pairs * q.shape[1] * q.shape[2]
+
+
+def passes(name: str, argument: str, constants: Mapping[str, Any]) -> float:
+    """How often a kernel of strop's reads or writes an argument, the parts of it that it knows."""
+    if name in UNREAD and not constants["NORMED"] and argument in UNREAD[name]:
+        return 0
+    if name in ("_turn", "_turn_backward") and argument == "x":  # q and k of a row, v's not
+        return constants["HEADS"] / (2 * constants["HEADS"] - constants["QUERY"])
+    if name == "_four_bit" and argument in ("levels", "scale"):
+        return float(constants["NESTED"])
+    if name == "_cross_entropy" and argument == "logits":
+        return 3 if constants["GRADIENT"] else 1
+    return 2 if (name, argument) == ("_scale", "x") else 1  # in place
+
+
+def kernel_bytes(kernel: Any, arguments: Sequence[Any], constants: Mapping[str, Any]) -> float:
+    named = zip(kernel.arg_names, arguments, strict=False)
+    return sum(passes(kernel.__name__, name, constants) * size(x) for name, x in named)
+
+
+def in_head() -> bool:
+    """The output embedding and its loss are being computed."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(fake.SOURCE) and Path(frame.f_code.co_filename).name == "head.py":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+class Ledger(fake.Meter):
+    """Entries by part: products, adapters, attention, head, dequantization, element-wise, optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: Counter[Entry] = Counter()
+        self.all_of = ""  # the part to which everything belongs now
+
+    def ran(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        if "flash_attention" in name:
+            part, flops = "attention", flash_flops(name, args, kwargs)
+        else:
+            flops = product_flops(name, args)
+            part = "element-wise"
+            if flops:
+                a, b = args[PRODUCTS[name] :][:2]
+                part = "adapters" if min(*a.shape[-2:], b.shape[-1]) <= NARROW else "products"
+        number = fake.launches(name, args)
+        self._note(part, name, flops, moved_bytes(func, name, args, kwargs, out) / number, number)
+
+    def started(self, kernel: Any, grid: Any, arguments: Any, constants: Any) -> None:
+        name = kernel.__name__
+        part = "dequantization" if name in DEQUANTIZING else "element-wise"
+        self._note(part, name, 0.0, kernel_bytes(kernel, arguments, constants))
+
+    def _note(self, part: str, name: str, flops: float, bytes: float, number: int = 1) -> None:
+        part = self.all_of or ("head" if in_head() else part)
+        self.entries[part, name, flops, bytes] += number
+
+    def told(self) -> list[dict[str, Any]]:
+        keys = ("part", "operation", "flops", "bytes")
+        return [{**dict(zip(keys, entry, strict=True)), "launches": n} for entry, n in self.entries.items()]
+
+
+def counted(card: fake.Card, work: Callable[[], Callable[[Ledger], None]]) -> list[dict[str, Any]]:
+    """What is counted of what `work` gives back, on the card with strop's own kernels."""
+    ledger = Ledger()
+    with ExitStack() as stack:
+        stack.enter_context(patch("strop.engine.kernels.cuda.available.why_not", lambda device: None))
+        stack.enter_context(patch("strop.engine.kernels.cuda.launch.launch", ledger.started))
+        stack.enter_context(card.present())
+        run = work()
+        with ledger:
+            run(ledger)
+    return ledger.told()
+
+
+def step(card: fake.Card, case: Case) -> list[dict[str, Any]]:
+    """Forward, backward, clipping and AdamW on one micro-batch, which is not the first."""
+
+    def work() -> Callable[[Ledger], None]:
+        model = built(case)
+        loss, rows = FastLoss(model, checkpoint_layers=case.checkpointed), case.rows()
+        weights = {name: x for name, x in model.named_parameters() if x.requires_grad}
+        optimizer = make_optimizer(weights, TrainSection())
+        for x in weights.values():
+            x.grad = torch.zeros_like(x)
+        optimizer.step()  # its moments are there from here on
+        optimizer.zero_grad()
+
+        def run(ledger: Ledger) -> None:
+            (loss(rows) / case.tokens).backward()
+            ledger.all_of = "optimizer"
+            torch.nn.utils.clip_grad_norm_(weights.values(), 1.0, foreach=True)  # not its choice for fake tensors
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
+
+    return counted(card, work)
+
+
+def known(card: fake.Card, operation: str) -> list[dict[str, Any]]:
+    """One operation on x (8, 16) in bf16, 256 bytes, or on what else it takes."""
+
+    def work() -> Callable[[Ledger], None]:
+        x = torch.zeros(8, 16, dtype=torch.bfloat16, device="cuda")
+        return lambda ledger: KNOWN[operation](x)
+
+    return counted(card, work)
+
+
+def _flash(x: Tensor) -> None:
+    q = x.new_empty(8, 2, 8)
+    ends = torch.empty(3, dtype=torch.int32, device="cuda")  # two documents of 4
+    torch.ops.aten._flash_attention_forward(
+        q, q, q, ends, ends, 4, 4, 0.0, True, False, scale=1.0, window_size_left=-1, window_size_right=0
+    )
+
+
+def _norm(x: Tensor) -> None:
+    from strop.engine.kernels.cuda.norms import rms_norm, rms_norm_backward
+
+    rms_norm(x, x[0], 1e-6, 0.0)
+    rms_norm_backward(x, x, x[0], 1e-6, 0.0, x)
+
+
+def _loss(x: Tensor) -> None:
+    from strop.engine.kernels.cuda.loss import cross_entropy_
+
+    labels = torch.zeros(8, dtype=torch.int64, device="cuda")
+    cross_entropy_(x, labels, torch.zeros(8, device="cuda"), 0.0, True)
+
+
+KNOWN: dict[str, Callable[[Tensor], Any]] = {
+    "product": lambda x: x @ x.t(),
+    "sum": lambda x: x + x[:1].expand(8, 16),
+    "in place": lambda x: x.mul_(2.0),
+    "overwritten": lambda x: x.copy_(x.new_empty(8, 16)),
+    "picked": lambda x: torch.nn.functional.embedding(torch.zeros(3, dtype=torch.int64, device="cuda"), x),
+    "view": lambda x: x[:, 2:].t(),
+    "many": lambda x: torch._foreach_mul_([x, x.new_empty(4)], 2.0),
+    "flash": _flash,
+    "norm": _norm,
+    "loss": _loss,
+}

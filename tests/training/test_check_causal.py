@@ -1,0 +1,57 @@
+"""A model whose tokens see what stands behind them is refused before the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertLMHeadModel
+
+import strop
+from strop.errors import ModelError
+from strop.training.check_causal import hold_to_order
+from tests.models.walk import QUICK
+from tests.support import tiny
+from tests.support.families import tokenizer
+
+
+def bert(folder: Path, **changes: bool) -> Path:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertLMHeadModel(BertConfig(vocab_size=len(tokenizer("chatml")), **sizes, **changes))
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and "LayerNorm" not in name:
+            weight.data.mul_(8)
+    model.save_pretrained(folder)
+    tokenizer("chatml").save_pretrained(folder)
+    return folder
+
+
+def test_bert_is_trained_as_a_decoder_alone(tmp_path: Path) -> None:
+    """Its usual config has no is_decoder: each token sees the one that it is to predict."""
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
+    with pytest.raises(ModelError, match="bert: its tokens see those that stand behind them"):
+        strop.train(model=bert(tmp_path / "both", is_decoder=False), data=rows, out=tmp_path / "a", **QUICK)
+    made = strop.train(model=bert(tmp_path / "one", is_decoder=True), data=rows, out=tmp_path / "b", **QUICK)
+    assert made.report["loss"]["last"] > 0
+
+
+def test_a_small_bert_is_refused_by_its_config(tmp_path: Path) -> None:
+    """As it comes from transformers, weights so small that no token makes much of those behind it; by plan too."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertLMHeadModel(BertConfig(vocab_size=len(tokenizer("chatml")), **sizes)).save_pretrained(tmp_path / "bert")
+    tokenizer("chatml").save_pretrained(tmp_path / "bert")
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
+    found = strop.plan(model=tmp_path / "bert", data=rows, memory=8 << 30, **QUICK)
+    assert found.refused == "bert: its tokens see those that stand behind them, and so what they are to predict"
+    with pytest.raises(ModelError, match="bert: its tokens see those that stand behind them"):
+        strop.train(model=tmp_path / "bert", data=rows, out=tmp_path / "run", **QUICK)
+
+
+def test_it_leaves_the_model_in_train_mode_and_its_weights_without_gradients(tmp_path: Path) -> None:
+    job = tiny.job(tmp_path, tiny.examples(4))
+    assert job.step.name == "plain"
+    hold_to_order(job, tiny.examples(4))
+    assert job.model.training
+    assert all(weight.grad is None for weight in job.state.weights.values())

@@ -1,0 +1,182 @@
+"""Runs whose frozen weights are multiplied in 8-bit integers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import strop
+from strop.errors import RecipeError, RunError
+from strop.machine.probe import Machine, probe
+from strop.models.families.shape import ModelShape
+from strop.planning.choose import choose
+from strop.planning.compare import KNOWN
+from strop.planning.memory import integer_bytes
+from strop.planning.microbatch import usual_micro_batch
+from strop.planning.time import Rate, micro_batch_seconds
+from strop.planning.workload import Setting
+from strop.runs.events import read_events
+from strop.training import check_int8
+from strop.training.preflight import _faster as faster
+from tests.support import tiny
+
+needs = pytest.mark.skipif(not probe().integers, reason="this CPU has no VNNI")
+QUICK = {
+    "train.int8_matmul": True, "lora.r": 4, "train.max_steps": 6, "train.batch_size": 4, "train.save_steps": 2,
+    "lora.dropout": 0.1,
+}  # fmt: skip
+
+
+class Cut(Exception):
+    pass
+
+
+def cut(event: dict[str, Any]) -> None:
+    if event["event"] == "save" and event["step"] == 4:
+        raise Cut
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@needs
+@pytest.mark.parametrize("scheme", ["none", "int8"])
+def test_a_run_says_how_near_it_is_and_goes_on_with_the_same_bits(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, scheme: str
+) -> None:
+    options = {"model": str(tiny_folder), "data": str(rows_file), **QUICK, "model.quantization": scheme}
+    whole = strop.train(out=tmp_path / "whole", **options)
+    (note,) = [e["text"] for e in read_events(whole.folder / "events.jsonl") if e["event"] == "note"]
+    assert "8-bit integers" in note and "from fp32's on" in note
+    lock = json.loads((whole.folder / "lock.json").read_text())
+    assert lock["precision"] == "fp32"
+    with pytest.raises(Cut):
+        strop.train(out=tmp_path / "cut", callback=cut, **options)
+    strop.resume(tmp_path / "cut")
+    found = weights(tmp_path / "cut")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in weights(whole.folder).items())
+    floats = strop.train(out=tmp_path / "floats", **{**options, "train.int8_matmul": False})
+    assert whole.report["loss"] == pytest.approx(floats.report["loss"], rel=1e-3)
+    assert not all(torch.equal(tensor, found[name]) for name, tensor in weights(floats.folder).items())
+
+
+@needs
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto", "reward"])
+def test_answers_that_are_compared(tiny_folder: Path, tmp_path: Path, objective: str) -> None:
+    rows = [{"prompt": f"what is {n}", "chosen": f"it is {n}", "rejected": "no idea"} for n in range(8)]
+    if objective == "kto":
+        rows = [{"prompt": r["prompt"], "completion": r["chosen"], "label": n % 2 == 0} for n, r in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    options = {"model": str(tiny_folder), "data": str(tmp_path / "rows.jsonl"), **QUICK, "train.objective": objective}
+    run = strop.train(out=tmp_path / "run", **options)
+    assert run.report["steps"] == 6
+
+
+@needs
+def test_products_that_are_too_far_off_end_the_run_before_it_starts(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_int8, "GRADIENT", 1e-9)
+    with pytest.raises(RunError, match=r"int8_matmul: the loss .* from fp32's, more than"):
+        strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "run", **QUICK)
+    assert not [e for e in read_events(tmp_path / "run" / "events.jsonl") if e["event"] == "step"]
+
+
+def test_the_plain_step_does_not_pass_for_integers(tmp_path: Path) -> None:
+    """Where a model turns out not to fit the fast step, which its config did not say."""
+    job = tiny.job(tmp_path / "run", tiny.examples(4))
+    assert job.step.name == "plain"
+    with pytest.raises(RunError, match="the plain step cannot"):
+        check_int8.hold_to_floats(job, tiny.examples(4))
+
+
+LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])
+LAPTOP = Machine("Linux", "3.11", "a CPU", ("avx2", "avx_vnni"), 8, 64 << 30, 60 << 30, ())
+
+
+def chosen(machine: Machine = LAPTOP, shape: ModelShape = LLAMA_8B, device: str = "cpu", **options: Any) -> Any:
+    resolved = tiny.recipe(**{"model.dtype": "auto", "train.int8_matmul": True, **options})
+    return choose(resolved, machine, shape, device, ("bf16", "measured"))
+
+
+def test_it_adds_up_in_fp32_and_keeps_8_bit_as_it_is() -> None:
+    assert chosen().recipe.model.dtype == "fp32"
+    eight = chosen(**{"model.quantization": "int8"}).recipe
+    assert eight.model.resident_layers == 0
+    tight = replace(LAPTOP, free_bytes=24 << 30)
+    assert chosen(tight, **{"model.quantization": "auto"}).recipe.model.quantization == "int8"
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"machine": replace(LAPTOP, vector=("avx2",))}, "a CPU has no products of such integers"),
+        ({"device": "cuda", "machine": replace(LAPTOP, gpus=("card, 24564 MiB",))}, "the run is on cuda"),
+        ({"shape": replace(LLAMA_8B, family="gpt2")}, "the plain step cannot, which trains this"),
+    ],
+)
+def test_where_it_cannot_be_it_is_refused(how: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        chosen(**how)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model.dtype": "bf16"},
+        {"model.quantization": "nf4"},
+        {"lora.use_dora": True},
+        {"model.placement": "sharded"},
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        tiny.recipe(**{"train.int8_matmul": True, **options})
+    (where,) = caught.value.where
+    assert "not with" in str(where) and next(iter(options)) in str(where)
+
+
+@pytest.mark.parametrize(
+    ("machine", "options", "told"),
+    [
+        (LAPTOP, {}, True),
+        (LAPTOP, {"model.dtype": "fp32"}, False),  # a person's choice
+        (LAPTOP, {"train.int8_matmul": True}, False),
+        (LAPTOP, {"lora.use_dora": True}, False),
+        (LAPTOP, {"model.quantization": "nf4"}, False),
+        (replace(LAPTOP, vector=("avx2",)), {}, False),
+    ],
+)
+def test_a_run_in_fp32_is_told_of_what_is_faster(machine: Machine, options: dict[str, Any], told: bool) -> None:
+    resolved = tiny.recipe(**{"model.dtype": "auto", **options})
+    setup = SimpleNamespace(
+        resolved=choose(resolved, machine, LLAMA_8B, "cpu", ("fp32", "measured")), machine=machine, shape=LLAMA_8B
+    )
+    assert (faster(cast(Any, setup)) is not None) == told
+
+
+def test_the_plan_counts_its_memory_and_its_time() -> None:
+    whole, plain, eight = (
+        chosen(**{"train.int8_matmul": yes, "model.dtype": "fp32", "model.quantization": scheme}).recipe
+        for yes, scheme in ((True, "none"), (False, "none"), (True, "int8"))
+    )
+    rate = Rate(1e11, 2e10, "a test", integers={"none": 2e11, "int8": 3e11})
+    seconds = [
+        micro_batch_seconds(Setting.of(recipe, LLAMA_8B), usual_micro_batch(recipe), rate)
+        for recipe in (whole, plain, eight)
+    ]
+    assert seconds[2] < seconds[0] < seconds[1]
+    sums = integer_bytes(Setting.of(eight, LLAMA_8B)) - 2 * LLAMA_8B.embedding
+    from strop.engine.kernels.cpu.int8_matmul import SUMS_BYTES  # its import starts threads
+
+    assert sums == SUMS_BYTES
+    assert integer_bytes(Setting.of(whole, LLAMA_8B)) - sums == pytest.approx(2 * LLAMA_8B.parameters, rel=0.1)
+    assert integer_bytes(Setting.of(plain, LLAMA_8B)) == 0 < sums

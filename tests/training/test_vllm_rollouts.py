@@ -1,0 +1,74 @@
+"""Answers drawn by vLLM: a stand-in that speaks as it does, and the real one where STROP_VLLM_PYTHON names it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from strop.runs.events import read_events
+from tests.support.groups import write_prompts, write_reward
+from tests.support.runs import QUICK, run
+from tests.support.vllm_stand_in import vllm_python
+
+REAL = os.environ.get("STROP_VLLM_PYTHON")
+OPTIONS = [
+    *QUICK, "--train.objective", "grpo", "--train.group", "4", "--train.answer_tokens", "8", "--train.learning_rate",
+    "0.01", "--train.max_steps", "4", "--model.dtype", "fp32",
+]  # fmt: skip
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(folder / "events.jsonl") if event["event"] == kind]
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.skipif(not REAL, reason="no vLLM"))])
+def test_each_step_draws_from_the_adapter_as_it_is(
+    tiny_folder: Path, tmp_path: Path, real: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = REAL if real else vllm_python(tmp_path / "vllm")
+    rows, out = write_prompts(tmp_path / "rows.jsonl", 16), tmp_path / "run"
+    model = "demo" if real else tiny_folder  # whose heads are too small for vLLM's attention
+    words = ["train", "--model", model, "--data", rows, "--out", out, *OPTIONS, "--train.vllm_python", python]
+    code, _, err = run(*words, "--train.rewards", write_reward(tmp_path / "own.py"), capsys=capsys)
+    assert code == 0, err
+    assert "drawn by vLLM" in err
+    steps = events(out, "step")
+    assert len(steps) == 4 and all(step["off"] < 1e-4 for step in steps)  # weights have moved by the second
+    assert steps[-1]["kl"] > 1e-3 and any(step["reward_spread"] > 0 for step in steps)
+    assert all(1 <= step["answer_length"] <= 8 for step in steps)
+
+
+def test_where_vllm_ends_the_run_says_so_and_goes_on_later(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = vllm_python(tmp_path / "vllm")
+    (tmp_path / "vllm" / "fails").touch()
+    rows, out = write_prompts(tmp_path / "rows.jsonl", 16), tmp_path / "run"
+    words = ["train", "--model", tiny_folder, "--data", rows, "--out", out, *OPTIONS, "--train.vllm_python", python]
+    code, _, err = run(*words, "--train.rewards", write_reward(tmp_path / "own.py"), capsys=capsys)
+    assert code == 1 and "vLLM ended: the card fell off" in err, err
+    (tmp_path / "vllm" / "fails").unlink()
+    code, _, err = run("resume", out, capsys=capsys)
+    assert code == 0 and len(events(out, "step")) == 4, err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--train.vllm_python", "/no/such/python"], "no such program"),
+        (["--model.quantization", "nf4"], "the base in 16 bit, not from nf4"),
+        (["--lora.use_dora", "true"], "vLLM does not take its use_dora"),
+        (["--train.objective", "sft"], "draws no answers"),
+    ],
+)
+def test_what_vllm_cannot_draw_is_refused_before_anything_is_read(
+    tiny_folder: Path, tmp_path: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_prompts(tmp_path / "rows.jsonl", 16)
+    rewards = [] if "sft" in more else ["--train.objective", "grpo", "--train.rewards", "exact"]
+    words = ["train", "--model", tiny_folder, "--data", rows, "--out", tmp_path / "run", *QUICK, *rewards]
+    code, _, err = run(*words, "--train.vllm_python", vllm_python(tmp_path / "vllm"), *more, capsys=capsys)
+    assert code == 2 and said in err, err
