@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from strop.config.schema import TrainSection
-from strop.objectives.grpo import GRPO, Tokens, advantages, divisor, loss, token_weight
+from strop.objectives.policy import GRPO, Tokens, advantages, divisor, loss, token_weight
 
 
 def options(**given: Any) -> TrainSection:

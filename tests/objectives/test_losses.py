@@ -10,7 +10,7 @@ import torch
 
 from strop.config.schema import TrainSection
 from strop.errors import RecipeError
-from strop.objectives.base_loss import Answers, Judged
+from strop.objectives.objective import Answers, Judged
 from strop.objectives.table import OBJECTIVES, open_options
 
 COMPARED = [name for name, one in OBJECTIVES.items() if one.learning != "prompts"]  # the others: test_grpo.py

@@ -19,7 +19,7 @@ from strop.config.schema import TrainSection
 from strop.data.types import Example, Group, Unit
 from strop.engine.step import Step, step_for
 from strop.models.reward_head import head_of
-from strop.objectives.grpo import GRPO, advantages
+from strop.objectives.policy import GRPO, advantages
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import EventLog
 from strop.training.criteria import OfAnswers, beside, log_probs

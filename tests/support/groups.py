@@ -13,9 +13,9 @@ import numpy as np
 from strop.data.types import Example, Prompt
 from strop.evaluation.metrics import Metric
 from strop.evaluation.rewards import Reward
-from strop.training.job import Job
 from strop.training.reference import with_reference
 from strop.training.rollouts import OfGroups
+from strop.training.state import Job
 from tests.support import preferences, tiny
 from tests.support.families import tokenizer
 

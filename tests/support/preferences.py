@@ -15,8 +15,8 @@ from strop.data.types import Example, Unit
 from strop.engine.step import step_for
 from strop.objectives.table import open_options
 from strop.training.criteria import criterion_for
-from strop.training.job import Job
 from strop.training.reference import with_reference
+from strop.training.state import Job
 from tests.support import tiny
 from tests.support.families import tokenizer
 

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertLMHeadModel
 
 import strop
 from strop.errors import ModelError
-from strop.training.check_causal import hold_to_order
+from strop.training.dry_run import hold_to_order
 from tests.models.walk import QUICK
 from tests.support import tiny
 from tests.support.families import tokenizer

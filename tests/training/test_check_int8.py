@@ -23,7 +23,7 @@ from strop.planning.microbatch import usual_micro_batch
 from strop.planning.time import Rate, micro_batch_seconds
 from strop.planning.workload import Setting
 from strop.runs.events import read_events
-from strop.training import check_int8
+from strop.training import dry_run
 from strop.training.preflight import _faster as faster
 from tests.support import tiny
 
@@ -84,7 +84,7 @@ def test_answers_that_are_compared(tiny_folder: Path, tmp_path: Path, objective:
 def test_products_that_are_too_far_off_end_the_run_before_it_starts(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check_int8, "GRADIENT", 1e-9)
+    monkeypatch.setattr(dry_run, "GRADIENT", 1e-9)
     with pytest.raises(RunError, match=r"int8_matmul: the loss .* from fp32's, more than"):
         strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "run", **QUICK)
     assert not [e for e in read_events(tmp_path / "run" / "events.jsonl") if e["event"] == "step"]
@@ -95,7 +95,7 @@ def test_the_plain_step_does_not_pass_for_integers(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "run", tiny.examples(4))
     assert job.step.name == "plain"
     with pytest.raises(RunError, match="the plain step cannot"):
-        check_int8.hold_to_floats(job, tiny.examples(4))
+        dry_run.hold_to_floats(job, tiny.examples(4))
 
 
 LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])

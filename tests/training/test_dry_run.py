@@ -20,9 +20,9 @@ from strop.planning.workload import Setting
 from strop.runs.events import read_events
 from strop.training import dry_run
 from strop.training.dry_run import batch_of, forecast, rehearse
-from strop.training.job import Job, stream_of
 from strop.training.loop import fit
 from strop.training.oom import micro_batches
+from strop.training.state import Job, stream_of
 from tests.support import tiny
 from tests.support.failures import starved
 

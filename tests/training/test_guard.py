@@ -17,9 +17,8 @@ from strop.machine.memory import MemoryWatch, is_out_of_memory, parse_bytes, rec
 from strop.runs.events import read_events
 from strop.training import guard
 from strop.training.guard import Verdict, look
-from strop.training.job import Job
 from strop.training.loop import fit
-from strop.training.state import Progress
+from strop.training.state import Job, Progress
 from tests.support import tiny
 from tests.support.failures import curve, falling, starved
 

@@ -19,11 +19,10 @@ from strop.data.types import Example
 from strop.errors import NonFiniteError, Stopped
 from strop.runs.events import read_events
 from strop.training import loop, state
-from strop.training.job import Job, stream_of
-from strop.training.loop import fit
+from strop.training.loop import fit, seconds
 from strop.training.oom import micro_batches
 from strop.training.optim import rate_factor, warmup_steps
-from strop.training.signals import seconds
+from strop.training.state import Job, stream_of
 from tests.support import tiny
 
 

@@ -27,10 +27,10 @@ from strop.objectives.table import OBJECTIVES
 from strop.runs.events import read_events
 from strop.training import guard, loop, state
 from strop.training.criteria import OfAnswers, log_probs
-from strop.training.job import Job, stream_of
 from strop.training.loop import fit
 from strop.training.oom import micro_batches
 from strop.training.reference import check, with_reference
+from strop.training.state import Job, stream_of
 from tests.support import preferences, tiny
 from tests.support.families import ANSWER, tokenizer
 from tests.support.preferences import KEY, job, pairs, started, units_for

@@ -15,14 +15,14 @@ import torch
 
 from strop.data.types import Group
 from strop.errors import RunError, Stopped
-from strop.objectives.grpo import advantages
+from strop.objectives.policy import advantages
 from strop.runs.events import read_events
 from strop.training import guard, loop, state
 from strop.training import rollouts as drawing
-from strop.training.job import Job, stream_of
 from strop.training.loop import fit
 from strop.training.oom import micro_batches
 from strop.training.rollouts import OfGroups
+from strop.training.state import Job, stream_of
 from tests.support.groups import job, prompts, rewarding, write_prompts, write_reward
 from tests.support.runs import QUICK, run
 from tests.support.tiny import far

@@ -8,14 +8,9 @@ from typing import Any
 from strop.config.schema import OBJECTIVE_OPTIONS, TrainSection
 from strop.data.examples import Learning
 from strop.errors import RecipeError
-from strop.objectives.base_loss import Objective
-from strop.objectives.dpo import DPO
-from strop.objectives.grpo import GRPO
-from strop.objectives.ipo import IPO
-from strop.objectives.kto import KTO
-from strop.objectives.orpo import ORPO
-from strop.objectives.reward import REWARD
-from strop.objectives.simpo import SIMPO
+from strop.objectives.objective import Objective
+from strop.objectives.policy import GRPO
+from strop.objectives.preferences import DPO, IPO, KTO, ORPO, REWARD, SIMPO
 
 OBJECTIVES: dict[str, Objective] = {one.name: one for one in (DPO, IPO, KTO, ORPO, SIMPO, REWARD, GRPO)}
 

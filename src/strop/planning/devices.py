@@ -17,8 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from strop.config.schema import Recipe
-from strop.distributed.assign import in_a_row
-from strop.distributed.deterministic_sum import nodes_of
+from strop.distributed.assign import in_a_row, nodes_of
 from strop.errors import RecipeError
 from strop.objectives.table import answers_of
 from strop.planning.inputs import Place

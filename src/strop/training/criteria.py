@@ -21,7 +21,7 @@ from strop.engine.step import Step
 from strop.evaluation.loss import mean_loss
 from strop.evaluation.metrics import Z_95, wilson
 from strop.models.reward_head import head_of
-from strop.objectives.base_loss import Answers, Judged, Objective, Outcome
+from strop.objectives.objective import Answers, Judged, Objective, Outcome
 from strop.objectives.table import objective_of
 
 R = TypeVar("R")

@@ -27,9 +27,8 @@ from strop.planning.phases import Asked, phases
 from strop.planning.time import has_bf16
 from strop.planning.workload import Setting
 from strop.training.criteria import OfAnswers
-from strop.training.job import Job, stream_of
 from strop.training.oom import go_on_shrunk, micro_batches, within_memory
-from strop.training.state import random_states, set_random_states
+from strop.training.state import Job, random_states, set_random_states, stream_of
 
 LOG = logging.getLogger(__name__)
 
@@ -179,3 +178,116 @@ def rehearse(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> F
 def _shape(job: Job) -> tuple[int, bool, bool, bool]:
     progress = job.state.progress
     return progress.halvings, progress.recompute, progress.offload, progress.streamed
+
+
+# ---- from strop.training.check_causal ----
+"""Whether tokens see what stands behind them, tried before the first step on a row of the run's own.
+
+A model that is no decoder sees the very token that it is to predict: its loss falls, and it has learned nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from strop.data.types import Example, Item
+from strop.errors import ModelError
+from strop.models.introspect import AHEAD, sees_ahead
+from strop.training.criteria import OfAnswers
+from strop.training.state import Job
+
+TOKENS = 32  # of the row that is tried: others stand in its second half, and then in its first quarter
+NATS, SHARE = 5e-3, 0.15  # what the second half may change in the median, and beside what the first quarter does
+
+
+def hold_to_order(job: Job, items: Sequence[Item]) -> None:
+    """Raises ModelError where the plain step's tokens depend on those behind them. The fast step's never do, and a
+    reward model may: it predicts none."""
+    scored = isinstance(job.criterion, OfAnswers) and job.criterion.objective.scored
+    if job.step.name != "plain" or scored:
+        return
+    config = cast(Any, job.model).config
+    fix = "use a decoder-only language model; one of BERT's kind has is_decoder in its config"
+    if why := sees_ahead(config):
+        raise ModelError(why, fix=fix)
+    rows = _rows(items)
+    job.model.eval()
+    with job.devices.together(), torch.no_grad():
+        [found] = job.devices.turns(lambda rank: [rows], job.step.token_log_probs, backward=False)
+    row, behind, in_front = found.view(3, -1)
+    job.model.train()
+    job.step.release()
+    change, beside = (float((other - row).abs().median()) for other in (behind, in_front))
+    if change > max(NATS, SHARE * beside):
+        raise ModelError(f"{config.model_type}: {AHEAD}", fix=fix)
+
+
+def _rows(items: Sequence[Item]) -> list[Example]:
+    """A row, and twice the same with other tokens. Supervised: what stands between these, and is predicted there."""
+    longest = max((example for item in items for example in item.examples), key=len)
+    half, quarter, places = TOKENS // 2, TOKENS // 4, np.arange(TOKENS)
+    weights = ((places > quarter) & (places < half)).astype(np.float32)
+    ids = np.resize(longest.ids, TOKENS)
+    turned = [np.where(places >= half, ids[::-1], ids), np.where(places < quarter, ids[::-1], ids)]
+    return [replace(longest, ids=one, weights=weights) for one in (ids, *turned)]
+
+
+# ---- from strop.training.check_int8 ----
+"""Products in 8-bit integers, held against fp32 on the run's own rows before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from strop.data.types import Item
+from strop.engine.step import Step, step_for
+from strop.errors import RunError
+from strop.training.state import Job, random_states, set_random_states
+
+TOKENS = 512  # of rows that are tried
+LOSS, GRADIENT = 1e-3, 0.02  # how far off they may be: relative, the gradient by its norm
+
+
+def hold_to_floats(job: Job, items: Sequence[Item]) -> None:
+    """Raises RunError where the loss or the gradient of the shortest of these rows is further from fp32's, or the plain
+    step trains the model."""
+    if job.step.name == "plain":
+        raise RunError(f"train.int8_matmul: the plain step cannot: {job.step.why}", fix="leave train.int8_matmul out")
+    rows = _some(items)
+    with job.devices.together():
+        loss, gradient = _measured(job, job.step, rows)
+        true_loss, true_gradient = _measured(job, step_for(job.model), rows)
+        off = abs(loss - true_loss) / max(abs(true_loss), 1e-12)
+        turned = float(torch.linalg.vector_norm(gradient - true_gradient) / torch.linalg.vector_norm(true_gradient))
+        said = f"the loss {off:.1e} and the gradient {turned:.1e} from fp32's"
+        if not (off <= LOSS and turned <= GRADIENT):  # NaN is neither
+            what = f"train.int8_matmul: {said}, more than {LOSS:.0e} and {GRADIENT:.0e}"
+            raise RunError(what, fix="leave train.int8_matmul out for this model")
+    job.log.emit("note", text=f"frozen weights are multiplied in 8-bit integers: {said} on {len(rows)} rows")
+
+
+def _some(items: Sequence[Item]) -> list[Item]:
+    lengths = [sum(map(len, item.examples)) for item in items]
+    order = sorted(range(len(items)), key=lengths.__getitem__)
+    ends = accumulate(lengths[row] for row in order)
+    return [items[row] for row, end in zip(order, ends, strict=True) if end <= TOKENS] or [items[order[0]]]
+
+
+def _measured(job: Job, step: Step, rows: Sequence[Item]) -> tuple[float, Tensor]:
+    random = random_states(job.state.device)
+    loss, _ = job.criterion.loss(step, rows, 0.0)
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradient = torch.cat([weight.grad.flatten() for weight in job.state.weights.values() if weight.grad is not None])
+    job.state.optimizer.zero_grad(set_to_none=True)
+    step.release()
+    set_random_states(random, job.state.device)
+    return float(loss.detach()), gradient

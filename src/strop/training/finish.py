@@ -18,12 +18,10 @@ from strop.runs.events import read_events
 from strop.runs.folder import write_json
 from strop.training import state as checkpoints
 from strop.training.dry_run import Forecast
-from strop.training.job import Job
 from strop.training.loop import evaluate, forget_lost_best
-from strop.training.multi_device import measured
-from strop.training.preflight import Setup
+from strop.training.preflight import Setup, measured
 from strop.training.reference import with_reference
-from strop.training.state import Progress
+from strop.training.state import Job, Progress
 
 
 def take_best(job: Job, key: Mapping[str, str]) -> float | None:

@@ -3,7 +3,7 @@
 On one device, micro-batches accumulate into the weights' gradients. On several, each device is assigned rows by token
 count and puts its gradients and loss into one flat buffer that is all-reduced. With `train.exact` the micro-batches do
 not depend on the number of devices, each has its own buffer, and the buffers are added in a fixed order
-(distributed/deterministic_sum.py), so that the sum is equal to the bit. With a sharded base, all devices run the same
+(distributed/assign.py), so that the sum is equal to the bit. With a sharded base, all devices run the same
 number of forward passes (distributed/sharded.py).
 """
 
@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from strop.data.types import Item
-from strop.distributed.assign import deal, in_a_row
-from strop.distributed.deterministic_sum import Tree, nodes_of
+from strop.distributed.assign import Tree, deal, in_a_row, nodes_of
 from strop.runs.lock import sha256_text
 from strop.training.criteria import Figures
-from strop.training.job import Job
 from strop.training.oom import micro_batches
+from strop.training.state import Job
 
 
 @dataclass(frozen=True)

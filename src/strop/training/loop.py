@@ -20,10 +20,10 @@ from strop.training import guard
 from strop.training import state as checkpoints
 from strop.training.gradients import Part, Whole, gradients, own_rows, summed
 from strop.training.guard import Diverged, Verdict
-from strop.training.job import Job, stream_of
+from strop.training.loop import seconds, stop_signals
 from strop.training.oom import go_on_shrunk, micro_batches, within_memory
 from strop.training.optim import make_state, rate_factor, set_rate, warmup_steps
-from strop.training.signals import seconds, stop_signals
+from strop.training.state import Job, stream_of
 
 LOG = logging.getLogger(__name__)
 
@@ -389,3 +389,48 @@ def _log_bad(job: Job, batch: Batch, result: StepResult) -> None:
 
 def _places(job: Job, rows: Sequence[int]) -> list[str]:
     return [f"{job.train[row].file}:{job.train[row].line}" for row in rows]
+
+
+# ---- from strop.training.signals ----
+"""What ends a run early: signals and time. All clocks here are monotonic: a laptop that sleeps, or a clock that is
+set, moves nothing."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+def seconds(text: str) -> float:
+    """90s, 30m, 2h, 1d or plain seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    assert match is not None  # the schema has checked it
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C or SIGTERM once: the function yielded says True. Twice: KeyboardInterrupt at once."""
+    asked: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked:
+            before = old[signal.Signals(number)]
+            if callable(before):  # the command's own, which notes that it is to say so
+                before(number, frame)
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield lambda: False
+        return
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -18,8 +18,7 @@ from strop.data.types import Item
 from strop.errors import MemoryLimitError
 from strop.machine.malloc import give_back
 from strop.machine.memory import is_out_of_memory, remember
-from strop.training.job import Job
-from strop.training.state import random_states, set_random_states
+from strop.training.state import Job, random_states, set_random_states
 
 T = TypeVar("T")
 SLOTS = 8  # micro-batches of a step of an exact run; more devices than that have nothing to do

@@ -29,10 +29,9 @@ from strop.data.types import Unit
 from strop.errors import CheckpointError, RunError
 from strop.runs.folder import disk_faults, fsync_folder, share
 from strop.training.criteria import BLOCK, OfAnswers, beside, log_probs
-from strop.training.job import Job, stream_of
 from strop.training.oom import micro_batches, within_memory
 from strop.training.rollouts import OfGroups
-from strop.training.state import holding
+from strop.training.state import Job, holding, stream_of
 
 LOG = logging.getLogger(__name__)
 

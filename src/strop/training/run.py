@@ -50,23 +50,17 @@ from strop.runs.folder import (
 from strop.runs.lock import Difference, allowed, check_names, differences
 from strop.training import state as checkpoints
 from strop.training.build import build, hold_to_lock
-from strop.training.check_causal import hold_to_order
-from strop.training.check_int8 import hold_to_floats
 from strop.training.criteria import Criterion, criterion_for
-from strop.training.dry_run import forecast, rehearse
+from strop.training.dry_run import forecast, hold_to_floats, hold_to_order, rehearse
 from strop.training.finish import figures, finish, take_best
-from strop.training.job import Job, stream_of
-from strop.training.loop import fit, go_back, save
-from strop.training.multi_device import count_of, described, refuse_another, set_up_together, start_alike
+from strop.training.loop import fit, go_back, save, seconds
 from strop.training.optim import make_optimizer
-from strop.training.preflight import Setup, remarks
+from strop.training.preflight import Setup, count_of, described, refuse_another, remarks, set_up_together, start_alike
 from strop.training.reference import check as check_reference
 from strop.training.reference import with_reference
-from strop.training.rollouts import OfGroups, without_dropout
-from strop.training.signals import seconds
-from strop.training.state import Progress, TrainState
+from strop.training.rollouts import ByVllm, OfGroups, drawing, without_dropout
+from strop.training.state import Job, Progress, TrainState, stream_of
 from strop.training.trackers import tracking
-from strop.training.vllm_rollouts import ByVllm, drawing
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from strop.config.schema import TrainSection
-from strop.objectives.base_loss import Objective, given
+from strop.objectives.objective import Objective, given
 
 if TYPE_CHECKING:
     from torch import Tensor
