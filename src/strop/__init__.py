@@ -135,10 +135,10 @@ def train(
     Raises InputError before weights load, RunError while training, Stopped after Ctrl-C.
     """
     from strop.config.load import resolve
-    from strop.distributed.launch import joined
+    from strop.distributed.launch import join_devices
 
     resolved = resolve(Path(recipe) if recipe else None, _flat(options))
-    with joined() as devices:
+    with join_devices() as devices:
         from strop.machine.memory import limit_bytes
         from strop.machine.torch_state import own_torch
         from strop.training.run import train as run_training
@@ -159,10 +159,10 @@ def resume(
 
     options: recipe fields with a new value, each of which `allow_changed` must name (see `strop resume --help`).
     """
-    from strop.distributed.launch import joined
+    from strop.distributed.launch import join_devices
 
     listeners = [callback] if callback else []
-    with joined() as devices:
+    with join_devices() as devices:
         from strop.machine.memory import limit_bytes
         from strop.machine.torch_state import own_torch
         from strop.training.run import resume as go_on
@@ -191,9 +191,9 @@ def evaluate(
     regression_data: and on rows of one's own that should not get worse, judged by regression_metric or metric.
     options: `data.format`, `data.columns`, `data.encoding`, where rows are not to be read as those of the run.
     """
-    from strop.distributed.launch import joined
+    from strop.distributed.launch import join_devices
 
-    with joined() as devices:
+    with join_devices() as devices:
         from strop.evaluation.run import evaluate_model
         from strop.machine.torch_state import own_torch
 

@@ -140,7 +140,7 @@ class CheckpointError(RunError):
     pass
 
 
-class Elsewhere(StropError):
+class PeerFailed(StropError):
     """Nothing to print: the process of another device does."""
 
     def __init__(self, exit_code: int) -> None:

@@ -180,7 +180,7 @@ def _fit(devices: Devices, out: Path, rows: list[Example], options: dict[str, An
     job = tiny.job(out, rows, **options)
     job = replace(job, devices=devices, criterion=criterion_for(job.recipe.train, job.model, devices))
     loop.fit(job)
-    if devices.main:
+    if devices.is_main:
         last = job.folder.checkpoints()[-1][1] / "weights.safetensors"
         (out / "weights.safetensors").write_bytes(last.read_bytes())
 
@@ -401,7 +401,7 @@ def hang(lab: Lab) -> None:
     assert "rank 1 has not answered for" in ended[0].said, said(ended)
 
 
-def restarted(lab: Lab) -> None:
+def was_restarted(lab: Lab) -> None:
     """torchrun starts all ranks again after a kill -9: they go on from the last checkpoint, with the same bits."""
     more, out = ["--train.exact", "true", "--train.save_steps", "2"], lab.out()
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
@@ -476,7 +476,7 @@ def no_memory_elsewhere(lab: Lab) -> None:
         return prepare
 
     more = ["--data", str(judged), "--train.objective", "kto"]
-    one, out = lab.good(1, *more), lab.good(3, *more, prepare={1: starve(loop, "make_state", 3)})
+    one, out = lab.good(1, *more), lab.good(3, *more, prepare={1: starve(loop, "allocate_state", 3)})
     assert len(events(out, "shrink")) == 1 and apart(one, out) < NEAR
     _, ended = lab.train(3, "--model.placement", "sharded", "--json", prepare={1: starve(build, "load_share", 1)})
     assert codes(ended) == [1] * 3

@@ -17,8 +17,8 @@ import torch
 from torch.distributed.launcher import api
 
 import strop
-from strop.distributed.environment import Place, place_of
-from strop.distributed.launch import start, to_start
+from strop.distributed.environment import Place, find_place
+from strop.distributed.launch import count_processes, start
 from strop.errors import InputError, RecipeError
 from tests import ROOT
 from tests.support import tiny
@@ -133,9 +133,9 @@ def test_a_terminal_that_closes_is_said(tmp_path: Path, tiny_folder: Path) -> No
 )
 def test_a_rank_that_is_no_number_is_refused(names: dict[str, str], said: str) -> None:
     place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "first"}
-    assert place_of(place) == Place(0, 2, 0, 1)
+    assert find_place(place) == Place(0, 2, 0, 1)
     with pytest.raises(InputError, match=said):
-        place_of({**place, **names})
+        find_place({**place, **names})
 
 
 def test_ranks_have_time_to_finish_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_ranks_have_time_to_finish_their_step(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("asked", ["0", "-1", "two", "²", "1.5"])
 def test_what_is_no_number_is_refused(asked: str) -> None:
     with pytest.raises(RecipeError, match="not a number of devices"):
-        to_start(asked, "cpu")
+        count_processes(asked, "cpu")
 
 
 def test_a_recipe_is_shown_as_so_many_devices_have_it(

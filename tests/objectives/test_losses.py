@@ -11,7 +11,7 @@ import torch
 from strop.config.schema import TrainSection
 from strop.errors import RecipeError
 from strop.objectives.objective import Answers, Judged
-from strop.objectives.table import OBJECTIVES, open_options
+from strop.objectives.table import OBJECTIVES, default_options
 
 COMPARED = [name for name, one in OBJECTIVES.items() if one.learning != "prompts"]  # the others: test_grpo.py
 
@@ -101,12 +101,12 @@ def test_twice_as_long_is_not_twice_as_good(name: str) -> None:
 def test_every_option_is_read_or_refused() -> None:
     for name, known in OBJECTIVES.items():
         given = {"rewards": "exact"} if "rewards" in known.options else {}
-        opened = open_options(TrainSection(objective=name, **given))
+        opened = default_options(TrainSection(objective=name, **given))
         found = {field.removeprefix("train."): value for field, value, _ in opened}
         assert found == {option: value for option, value in known.options.items() if option != "rewards"}
     with pytest.raises(RecipeError, match="gamma: objective dpo"):
-        list(open_options(TrainSection(objective="dpo", gamma=1.0)))
+        list(default_options(TrainSection(objective="dpo", gamma=1.0)))
     with pytest.raises(RecipeError, match="needs something to reward"):
-        list(open_options(TrainSection(objective="grpo")))
+        list(default_options(TrainSection(objective="grpo")))
     with pytest.raises(RecipeError, match="beta: objective sft"):
-        list(open_options(TrainSection(beta=0.1)))
+        list(default_options(TrainSection(beta=0.1)))

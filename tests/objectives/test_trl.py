@@ -22,8 +22,8 @@ from strop.models.reward_head import head_of
 from strop.objectives.policy import GRPO, advantages
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import EventLog
-from strop.training.criteria import OfAnswers, beside, log_probs
-from strop.training.rollouts import OfGroups
+from strop.training.criteria import PreferenceCriterion, beside, log_probs
+from strop.training.rollouts import PolicyCriterion
 from tests.support import tiny
 from tests.support.families import tokenizer
 
@@ -195,12 +195,12 @@ CASES: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def filled(objective: str, given: dict[str, Any]) -> OfAnswers:
+def filled(objective: str, given: dict[str, Any]) -> PreferenceCriterion:
     known = OBJECTIVES[objective]
-    return OfAnswers(known, TrainSection(objective=objective, **{**known.options, **given}))
+    return PreferenceCriterion(known, TrainSection(objective=objective, **{**known.options, **given}))
 
 
-def compare(criterion: OfAnswers, make: Any, folder: Path, options: dict[str, Any], made: list[Unit]) -> None:
+def compare(criterion: PreferenceCriterion, make: Any, folder: Path, options: dict[str, Any], made: list[Unit]) -> None:
     """Ten steps of both, each from its own weights."""
     ours, theirs = (model(criterion.objective.scored) for _ in range(2))
     loss = make(folder, theirs, **options)
@@ -300,7 +300,7 @@ def test_grpo_equals_trls_given_equal_answers(kind: str, tmp_path: Path) -> None
     step, made = step_for(ours), groups(step_for(model()))
     given = {"group_loss": kind, "beta": 0.3, "answer_tokens": 16, "rewards": "exact"}
     options = TrainSection(objective="grpo", **{**GRPO.options, **given})
-    criterion = OfGroups(options, 0, ours, None, (), (), {}, EventLog(tmp_path / "events.jsonl"))
+    criterion = PolicyCriterion(options, 0, ours, None, (), (), {}, EventLog(tmp_path / "events.jsonl"))
     args = common(
         tmp_path, trl.GRPOConfig, loss_type=kind, beta=0.3, epsilon=0.2, epsilon_high=0.28, num_generations=GROUP,
         max_completion_length=16, num_iterations=2,

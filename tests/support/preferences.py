@@ -13,7 +13,7 @@ import numpy as np
 from strop.config.load import Choice, Resolved
 from strop.data.types import Example, Unit
 from strop.engine.step import step_for
-from strop.objectives.table import open_options
+from strop.objectives.table import default_options
 from strop.training.criteria import criterion_for
 from strop.training.reference import with_reference
 from strop.training.state import Job
@@ -58,7 +58,7 @@ def units_for(objective: str, number: int, seed: int = 0) -> list[Unit]:
 def filled(resolved: Resolved) -> Resolved:
     """With the objective's own options, as the plan fills them in."""
     return resolved.decide(
-        Choice(field, value, "plan", why) for field, value, why in open_options(resolved.recipe.train)
+        Choice(field, value, "plan", why) for field, value, why in default_options(resolved.recipe.train)
     )
 
 

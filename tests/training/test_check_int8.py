@@ -95,7 +95,7 @@ def test_the_plain_step_does_not_pass_for_integers(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "run", tiny.examples(4))
     assert job.step.name == "plain"
     with pytest.raises(RunError, match="the plain step cannot"):
-        dry_run.hold_to_floats(job, tiny.examples(4))
+        dry_run.check_int8(job, tiny.examples(4))
 
 
 LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])

@@ -22,7 +22,7 @@ from strop.training import loop, state
 from strop.training.loop import fit, seconds
 from strop.training.oom import micro_batches
 from strop.training.optim import rate_factor, warmup_steps
-from strop.training.state import Job, stream_of
+from strop.training.state import Job, batch_stream
 from tests.support import tiny
 
 
@@ -40,7 +40,7 @@ def test_same_losses_and_weights_as_transformers_trainer(tmp_path: Path) -> None
     train = tiny.examples(40)
     ours = tiny.job(tmp_path / "ours", train, **{"train.max_steps": 20, "train.micro_batch": 2})
     theirs = tiny.job(tmp_path / "theirs", train)
-    order = [row for batch in stream_of(ours.recipe, len(train)) for row in batch.rows]
+    order = [row for batch in batch_stream(ours.recipe, len(train)) for row in batch.rows]
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "hf"), max_steps=20, per_device_train_batch_size=2, gradient_accumulation_steps=4,
         learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, logging_steps=1,
@@ -95,7 +95,7 @@ def test_micro_batches_of_any_size_give_the_same_gradient(tmp_path: Path, cut: d
         job = _packed(tiny.job(tmp_path / name, train, **options), packed)
         found: dict[str, torch.Tensor] = {}
         job.state.optimizer.step = lambda: found.update({n: w.grad.clone() for n, w in job.state.weights.items()})  # type: ignore[method-assign]
-        loop.step(job, next(iter(stream_of(job.recipe, 8))), 1e-3)
+        loop.step(job, next(iter(batch_stream(job.recipe, 8))), 1e-3)
         return found
 
     whole, pieces = gradients("whole"), gradients("pieces", **cut)

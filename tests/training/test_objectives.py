@@ -26,11 +26,11 @@ from strop.models.reward_head import head_of
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import read_events
 from strop.training import guard, loop, state
-from strop.training.criteria import OfAnswers, log_probs
+from strop.training.criteria import PreferenceCriterion, log_probs
 from strop.training.loop import fit
 from strop.training.oom import micro_batches
 from strop.training.reference import check, with_reference
-from strop.training.state import Job, stream_of
+from strop.training.state import Job, batch_stream
 from tests.support import preferences, tiny
 from tests.support.families import ANSWER, tokenizer
 from tests.support.preferences import KEY, job, pairs, started, units_for
@@ -52,7 +52,7 @@ def gradients(made: Job) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of the first step."""
     found: dict[str, torch.Tensor] = {}
     made = replace(made, recipe=made.recipe)
-    rows = stream_of(made.recipe, len(made.train)).rows(0)
+    rows = batch_stream(made.recipe, len(made.train)).rows(0)
     loss = loop.gradients(made, [made.train[row] for row in rows]).loss
     found = {name: weight.grad.clone() for name, weight in made.state.weights.items() if weight.grad is not None}
     made.state.optimizer.zero_grad()
@@ -291,12 +291,12 @@ def test_figures_keep_both_sides_apart(tmp_path: Path) -> None:
 def test_a_sorted_file_is_mixed_and_each_batch_knows_its_divergence(tmp_path: Path) -> None:
     """on record, 11: good rows first, then bad ones; and a batch of one row has a divergence too."""
     units = [replace(unit, desirable=n < 16) for n, unit in enumerate(preferences.judged(32))]
-    stream = stream_of(tiny.recipe(**{"train.epochs": 1}).recipe, 32)
+    stream = batch_stream(tiny.recipe(**{"train.epochs": 1}).recipe, 32)
     shares = [sum(units[row].desirable for row in batch.rows) / len(batch.rows) for batch in stream]
     assert all(0 < share < 1 for share in shares)
     options = {"train.objective": "kto", "train.batch_size": 1, "train.micro_batch": 1}
     made = far(started(job(tmp_path, units, **options)))
-    assert isinstance(made.criterion, OfAnswers)
+    assert isinstance(made.criterion, PreferenceCriterion)
     whole = [[row] for row in range(32)]
     changes = [made.criterion.level(made.step, [unit], lambda items: [[0]]) for unit in made.train]
     assert made.criterion.level(made.step, list(made.train), lambda items: whole[: len(items)]) > 0
@@ -334,7 +334,7 @@ def test_a_reward_model_scores_the_same_in_plain_transformers(
     base = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1)
     plain = peft.PeftModel.from_pretrained(base, str(out / "adapter")).eval()
     ours = adapters.load(out, dtype="fp32", scores=True)
-    criterion = OfAnswers(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
+    criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
     made = pairs(3)
     with torch.no_grad():
         found = torch.stack(criterion.sums(step_for(ours.module), made), 1)
@@ -387,7 +387,7 @@ def test_the_card_of_a_reward_model_scores_as_it_was_trained(
     (snippet,) = re.findall(r"```python\n(.+?)```", card, re.DOTALL)
     snippet = snippet.replace('"BASE"', repr(str(folder))).replace("THIS_FOLDER", str(out / "adapter"))
     ours = adapters.load(out, dtype="fp32", scores=True)
-    criterion = OfAnswers(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
+    criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
     for made in conversations(read_rows(str(rows), bad=[]), bad=[]):
         sides = [ours.renderer.render(side)[0] for side in made.sides]
         with torch.no_grad():

@@ -21,8 +21,8 @@ from strop.training import guard, loop, state
 from strop.training import rollouts as drawing
 from strop.training.loop import fit
 from strop.training.oom import micro_batches
-from strop.training.rollouts import OfGroups
-from strop.training.state import Job, stream_of
+from strop.training.rollouts import PolicyCriterion
+from strop.training.state import Job, batch_stream
 from tests.support.groups import job, prompts, rewarding, write_prompts, write_reward
 from tests.support.runs import QUICK, run
 from tests.support.tiny import far
@@ -34,7 +34,7 @@ GROUPS = [
 
 
 def drawn(made: Job, index: int = 0) -> list[Group]:
-    rows = [made.train[row] for row in stream_of(made.recipe, len(made.train)).rows(index)]
+    rows = [made.train[row] for row in batch_stream(made.recipe, len(made.train)).rows(index)]
     return made.criterion.begin(made.step, rows, index, partial(micro_batches, made))  # type: ignore[return-value]
 
 
@@ -77,7 +77,7 @@ def test_same_loss_and_gradients_for_any_micro_batch_and_step(
 
 def test_equal_answers_stand_once_and_count_as_often_as_they_were_drawn(tmp_path: Path) -> None:
     made = job(tmp_path, prompts(4), lambda gold, answer: float(len(answer) % 3))
-    assert isinstance(made.criterion, OfGroups)
+    assert isinstance(made.criterion, PolicyCriterion)
     group = max(drawn(made), key=lambda group: max(group.advantages))
     once = Group(group.examples[:1], advantages=(0.5,), stopped=(True,), rewards=(1.0, 1.0), drawn=group.drawn[:3])
     example = replace(once.examples[0], ids=once.examples[0].ids[: once.examples[0].prompt + 3])
@@ -114,7 +114,7 @@ def test_draws_depend_on_the_seed_the_step_the_row_and_the_number(tmp_path: Path
 
 def test_advantages_are_those_of_the_group(tmp_path: Path) -> None:
     made = job(tmp_path, prompts(4))
-    assert isinstance(made.criterion, OfGroups)
+    assert isinstance(made.criterion, PolicyCriterion)
     for group in drawn(made):
         counts = list(group.counts)
         assert sum(counts) == 4 == len(group.rewards)
@@ -186,7 +186,7 @@ def test_another_models_answers_stop_the_run(tmp_path: Path, monkeypatch: pytest
     draw = drawing.draw
 
     def by_another(model: Any, *given: Any, **options: Any) -> Any:
-        with state.holding(made.state.weights, {n: w.detach() * 40 for n, w in made.state.weights.items()}):
+        with state.temporary_values(made.state.weights, {n: w.detach() * 40 for n, w in made.state.weights.items()}):
             return draw(model, *given, **options)
 
     monkeypatch.setattr(drawing, "draw", by_another)
@@ -258,7 +258,7 @@ def test_held_out_prompts_are_answered_and_rewarded(tmp_path: Path) -> None:
 
 def test_rewards_add_up_by_weight(tmp_path: Path) -> None:
     made = job(tmp_path, prompts(2))
-    assert isinstance(made.criterion, OfGroups)
+    assert isinstance(made.criterion, PolicyCriterion)
     two = [rewarding(lambda gold, answer: 1.0, 0.25), rewarding(lambda gold, answer: len(gold), 2.0)]
     criterion = replace(made.criterion, rewards=two)
     group = criterion.begin(made.step, made.train, 0, partial(micro_batches, made))[0]
@@ -269,7 +269,7 @@ def test_an_answer_is_rewarded_from_the_end_of_its_reasoning_on(tmp_path: Path) 
     """Where its right answer has some, as `strop eval` judges it."""
     seen: list[str] = []
     made = job(tmp_path, prompts(2), lambda gold, answer: seen.append(answer) or 1.0)
-    assert isinstance(made.criterion, OfGroups)
+    assert isinstance(made.criterion, PolicyCriterion)
     plain = made.train[0]
     thinks = replace(plain, closes=("</think>",))
     for prompt, text in ((plain, "so</think>\n\nyo"), (thinks, "so</think>\n\nyo"), (thinks, "so")):

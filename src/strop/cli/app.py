@@ -44,7 +44,7 @@ from strop.cli.examples import epilog
 from strop.cli.invocation import typed
 from strop.cli.options import recipe_options
 from strop.cli.terminal import console, print_json
-from strop.errors import DiskError, Elsewhere, FolderError, StropError
+from strop.errors import DiskError, FolderError, PeerFailed, StropError
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
         if asked_to_stop and code == 130:  # typer has caught the interrupt, without a word
             _stopped()
         sys.exit(code)
-    except Elsewhere as error:
+    except PeerFailed as error:
         sys.exit(error.exit_code)
     except StropError as error:
         _fail(error.lines(), error.as_json(), error.exit_code, error.so_far)

@@ -16,7 +16,7 @@ from rich.text import Text
 from strop.config.schema import DataSection
 from strop.data import formats
 from strop.data.examples import JUDGED, Learning
-from strop.data.prepare import Prepared, answers_of, opposed, renderer_for, settle
+from strop.data.prepare import Prepared, opposed, renderer_for, sequences_per_row, settle
 from strop.data.reading import sources
 from strop.data.reading.sources import RowFault
 from strop.data.rendering.pairs import render_pairs, render_prompts
@@ -218,7 +218,7 @@ def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], learn
         if fault is not None:
             changes.append(Change(file, line, f"dropped: {fault.where.what}"))
             continue
-        parts = answers_of(conversation) if learning == "labels" else (conversation,)
+        parts = sequences_per_row(conversation) if learning == "labels" else (conversation,)
         shares = [examples] if len(parts) == 1 else [[example] for example in examples]
         found = (opposed(part, share, judged) for part, share in zip(parts, shares, strict=True))
         if learning in JUDGED and (against := next(filter(None, found), None)):

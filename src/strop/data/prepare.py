@@ -205,7 +205,7 @@ class _Reader:
 
     def __iter__(self) -> Iterator[Conversation]:
         for conversation in map(self._renderer.apart, self.conversations):
-            for part in answers_of(conversation) if self._labels else (conversation,):
+            for part in sequences_per_row(conversation) if self._labels else (conversation,):
                 self.row_of.append(self.conversations.num_used)
                 yield part
 
@@ -344,7 +344,7 @@ def opposed(
     return found
 
 
-def answers_of(conversation: Conversation) -> tuple[Conversation, ...]:
+def sequences_per_row(conversation: Conversation) -> tuple[Conversation, ...]:
     """A pair as two judged answers; else itself."""
     if not conversation.rejected:
         return (conversation,)

@@ -171,15 +171,15 @@ class Group(Unit):
     """Answers that were drawn to one prompt, with what they were rewarded with; equal answers stand once.
 
     examples: the weight of each answer's tokens is the number of times that it was drawn. advantages, stopped (ended by
-    a stop token): of each. rewards: of each answer as often as it was drawn. drawn, before: log-probabilities of all
-    supervised tokens, answer after answer, as drawn and under the reference, fp64; `before` is empty without one.
+    a stop token): of each. rewards: of each answer as often as it was sampled. old_logprobs, ref_logprobs: of all
+    supervised tokens, answer after answer, when sampled and under the reference, fp64; ref_logprobs may be empty.
     """
 
     advantages: tuple[float, ...] = ()
     stopped: tuple[bool, ...] = ()
     rewards: tuple[float, ...] = ()
-    drawn: LogProbs = field(default_factory=lambda: np.zeros(0))
-    before: LogProbs = field(default_factory=lambda: np.zeros(0))
+    old_logprobs: LogProbs = field(default_factory=lambda: np.zeros(0))
+    ref_logprobs: LogProbs = field(default_factory=lambda: np.zeros(0))
 
     @property
     def counts(self) -> list[int]:

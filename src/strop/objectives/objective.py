@@ -1,98 +1,38 @@
-"""What every objective is made of: the log-probabilities of answers, and losses from them. No model, no loop.
+"""The facts that every training objective declares.
 
-Torch is imported where it computes: the plan reads the objectives' facts without it.
+The planner reads them, so modules of this package import torch only where they compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from strop.config.schema import TrainSection
 from strop.data.examples import Learning
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Answers:
-    """One answer of each of N units, all of shape (N,) and fp64.
-
-    sums: its log-probability, summed over its supervised tokens (by weight), differentiable. counts: their number (by
-    weight). reference: the same sum under the model as it was when training began; 0 where an objective has none.
-    """
-
-    sums: Tensor
-    counts: Tensor
-    reference: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """Log-probability a token."""
-        return self.sums / self.counts
-
-    @property
-    def change(self) -> Tensor:
-        """How much likelier the answer has become since training began, in nats."""
-        return self.sums - self.reference
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What an objective is given. answers: chosen and rejected, or the one that was judged. desirable (N,): bool, the
-    judgements. level: what `before` gave for the whole effective batch."""
-
-    answers: tuple[Answers, ...]
-    desirable: Tensor
-    level: float = 0.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """losses (N,): of each unit, to be divided by their number. rewards: what the objective makes of each answer, (N,)
-    each; the larger, the better."""
-
-    losses: Tensor
-    rewards: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Objective:
-    """One way to learn from comparisons, judgements or rewards. loss: of Judged an Outcome; of drawn tokens see grpo.
+    """Base of all objectives except supervised fine-tuning.
 
-    reference: whether it compares with the model as it was when training began. rate_share: its learning rate as a
-    share of that of supervised fine-tuning. options: the fields of `train` that it reads, with their defaults.
-    level: whether it needs the mean change of answers to other prompts, over the effective batch. scored: whether it
-    learns a score of its own for each answer, in the place of log-probabilities.
+    name: value of `train.objective`. learning: kind of rows it trains on. source: paper and equation.
+    options: the fields of `train` that it reads, with their defaults.
+    rate_share: default learning rate as a share of the default for supervised fine-tuning.
+    reference: whether it needs log-probabilities under the model as it was before training.
+    scored: whether it trains a reward model's score instead of log-probabilities.
     """
 
     name: str
     learning: Learning
-    reference: bool
-    rate_share: float
-    options: Mapping[str, Any]
-    loss: Callable[[Any, TrainSection], Any]
     source: str
-    level: bool = False
+    options: Mapping[str, Any]
+    rate_share: float
+    reference: bool
     scored: bool = False
 
 
-def log_sigmoid(x: Tensor) -> Tensor:
-    from torch.nn.functional import logsigmoid
-
-    return logsigmoid(x)
-
-
-def smoothed(x: Tensor, smoothing: float) -> Tensor:
-    """-log sigmoid(x), with that share of the labels taken to be the other way round (E. Mitchell, "A note on DPO with
-    noisy preferences", 2023: conservative DPO)."""
-    loss = -log_sigmoid(x)
-    return loss if not smoothing else (1 - smoothing) * loss - smoothing * log_sigmoid(-x)
-
-
-def given(value: float | None) -> float:
-    """An option that the plan has filled in."""
-    assert value is not None, "options are decided before a run begins"
+def require(value: float | None) -> float:
+    """Return the value of an option that planning has set."""
+    assert value is not None, "options are set before a run starts"
     return value

@@ -63,10 +63,10 @@ def _beyond(recipe: Recipe, lengths: Indices) -> str | None:
     """Whether rows are longer than what the model was made for, where its config says."""
     from strop.errors import ModelError
     from strop.models.families.shape import peek
-    from strop.objectives.table import drawn_tokens
+    from strop.objectives.table import max_completion_tokens
 
     try:
         shape = peek(recipe.model.name, recipe.model.revision).shape
     except ModelError:
         return None
-    return shape.beyond(lengths, drawn_tokens(recipe.train))
+    return shape.beyond(lengths, max_completion_tokens(recipe.train))

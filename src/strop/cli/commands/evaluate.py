@@ -50,13 +50,13 @@ def evaluate(
     options: dict[str, Any] | None = None,
 ) -> None:
     """Compare base and tuned on rows that were not trained on."""
-    from strop.distributed.launch import joined, start, to_start
+    from strop.distributed.launch import count_processes, join_devices, launch_processes
 
-    if number := to_start(devices):
-        start(number, sys.argv[1:])
+    if number := count_processes(devices):
+        launch_processes(number, sys.argv[1:])
         return
-    with joined() as group, answering(speaker(group.main)) as advance:
-        warmup.load(warmup.ANSWERS if group.main else None)
+    with join_devices() as group, answering(speaker(group.is_main)) as advance:
+        warmup.load(warmup.ANSWERS if group.is_main else None)
         from strop.evaluation.run import evaluate_models, leaderboard
 
         results = evaluate_models(
@@ -64,7 +64,7 @@ def evaluate(
             data,
             metric=metric,
             max_new_tokens=max_new_tokens,
-            advance=advance if group.main else None,
+            advance=advance if group.is_main else None,
             devices=group,
             quantization=quantization,
             force=force,
@@ -77,7 +77,7 @@ def evaluate(
             judge_model=judge_model,
             options=options or {},
         )
-    if not group.main:
+    if not group.is_main:
         return
     for result in results:
         print_notes(result["notes"])

@@ -28,25 +28,25 @@ def resume(
 ) -> None:
     """Go on with a run from its newest complete checkpoint. Recipe flags change a value, where that is allowed."""
     from strop.config.load import read_resolved
-    from strop.distributed.launch import joined, start, to_start
+    from strop.distributed.launch import count_processes, join_devices, launch_processes
     from strop.runs.folder import open_run
 
     folder = open_run(run)
-    if number := to_start(devices, read_resolved(folder.recipe).recipe.model.device if devices else "auto"):
-        start(number, sys.argv[1:])
+    if number := count_processes(devices, read_resolved(folder.recipe).recipe.model.device if devices else "auto"):
+        launch_processes(number, sys.argv[1:])
         return
-    with joined() as group:
+    with join_devices() as group:
         finished = folder.finished
         changed = allow_changed or ()
-        with watching(speaker(group.main)) as watch:
-            warmup.load(warmup.STEP if group.main else None)
+        with watching(speaker(group.is_main)) as watch:
+            warmup.load(warmup.STEP if group.is_main else None)
             from strop.machine.memory import limit_bytes
             from strop.training.run import resume as go_on
 
             report = go_on(
                 run, [watch], options=options, allow_changed=changed, memory=limit_bytes(memory), devices=group
             ).report
-    if group.main:
+    if group.is_main:
         if finished:
             console.print(f"{run} is finished; nothing to resume", markup=False)
         print_end(report, as_json)

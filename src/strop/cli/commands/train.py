@@ -31,9 +31,9 @@ def train(
     from strop.machine.memory import limit_bytes
 
     resolved = resolve(recipe, options)
-    from strop.distributed.launch import joined, start, to_start
+    from strop.distributed.launch import count_processes, join_devices, launch_processes
 
-    number = to_start(devices, resolved.recipe.model.device)
+    number = count_processes(devices, resolved.recipe.model.device)
     if print_recipe:
         from strop.training.preflight import preview
 
@@ -45,12 +45,12 @@ def train(
             print(complete.as_yaml(), end="")
         return
     if number:
-        start(number, sys.argv[1:])
+        launch_processes(number, sys.argv[1:])
         return
-    with joined() as group, watching(speaker(group.main)) as watch:
-        warmup.load(warmup.STEP if group.main else None)
+    with join_devices() as group, watching(speaker(group.is_main)) as watch:
+        warmup.load(warmup.STEP if group.is_main else None)
         from strop.training.run import train as run_training
 
-        run = run_training(resolved, [watch], memory=limit_bytes(memory), devices=group, go_on=go_on)
-    if group.main:
+        run = run_training(resolved, [watch], memory=limit_bytes(memory), devices=group, resume_existing=go_on)
+    if group.is_main:
         print_end(run.report, as_json)
