@@ -90,7 +90,7 @@ def test_writes_once(system: str, folder: Path, capsys: pytest.CaptureFixture[st
         (["slurm", "recipe.yaml", "--file", ".", "--force"], "is a folder"),
         (["slurm", "mps.yaml"], "cards or CPUs"),
         (["ray", "second.yaml", "--devices", "2"], "names one card"),
-        (["slurm", "rewards.yaml", "--nodes", "2"], "answers are drawn on one device, and there are 2"),
+        (["slurm", "rewards.yaml", "--nodes", "2"], "samples completions on one device, and 2"),
         (["skypilot", "auto.yaml", "--volume", "v"], "which card"),
         (["skypilot", "auto.yaml", "--volume", "v", "--gpus", "H100:8"], "the name of one card"),
         (["skypilot", "auto.yaml", "--volume", "v", "--gpus", "H100, A100"], "the name of one card"),

@@ -19,10 +19,10 @@ from strop.config.schema import TrainSection
 from strop.data.types import Example, Group, Unit
 from strop.engine.step import Step, step_for
 from strop.models.reward_head import head_of
-from strop.objectives.policy import GRPO, advantages
+from strop.objectives.policy import GRPO, group_advantages
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import EventLog
-from strop.training.criteria import PreferenceCriterion, beside, log_probs
+from strop.training.criteria import PreferenceCriterion, answer_logprobs, mismatched_logprobs
 from strop.training.rollouts import PolicyCriterion
 from tests.support import tiny
 from tests.support.families import tokenizer
@@ -208,15 +208,15 @@ def compare(criterion: PreferenceCriterion, make: Any, folder: Path, options: di
     step, criterion = step_for(ours), replace(criterion, head=head_of(ours))
     if criterion.objective.reference:
         with torch.no_grad():
-            sides = log_probs(step, made)
-            more = [beside(step, made)] if made[0].beside else []
+            sides = answer_logprobs(step, made)
+            more = [mismatched_logprobs(step, made)] if made[0].beside else []
             values = torch.stack([*sides, *more], 1).tolist()
         made = [Unit(u.examples, u.beside, u.desirable, tuple(v)) for u, v in zip(made, values, strict=True)]
     theirs_by_name = dict(theirs.named_parameters())  # with the copy that TRL makes for its reference
     pairs = [(weight, theirs_by_name[name]) for name, weight in ours.named_parameters() if weight.requires_grad]
     optimizers = [torch.optim.AdamW([p[side] for p in pairs], lr=1e-2) for side in range(2)]
     for n in range(STEPS):
-        level = criterion.level(step, made, lambda items: [list(range(len(items)))])
+        level = criterion.statistic(step, made, lambda items: [list(range(len(items)))])
         mine = criterion.loss(step, made, level)[0] / criterion.divisor(made)
         other = loss(theirs, made)
         for value, optimizer in zip((mine, other), optimizers, strict=True):
@@ -256,7 +256,7 @@ def test_orpo_equals_trls_but_for_the_prompt_in_its_first_term(tmp_path: Path) -
         first = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         theirs = float(loss(ours, made) - first)
         criterion, step = filled("orpo", {"beta": 0.7}), step_for(ours)
-        chosen = log_probs(step, made)[0]
+        chosen = answer_logprobs(step, made)[0]
         counts = chosen.new_tensor([unit.examples[0].supervised for unit in made])
         mine = float(criterion.loss(step, made, 0.0)[0] / UNITS + (chosen / counts).mean())
     assert mine == pytest.approx(theirs, rel=1e-5)
@@ -278,8 +278,8 @@ def groups(step: Step) -> list[Group]:
         rewards = tuple(noise.random(GROUP))
         options = TrainSection(objective="grpo", **GRPO.options)
         found.append(Group(
-            examples, advantages=tuple(advantages(rewards, options)), stopped=(True,) * GROUP, rewards=rewards,
-            drawn=drawn, before=before,
+            examples, advantages=tuple(group_advantages(rewards, options)), stopped=(True,) * GROUP, rewards=rewards,
+            old_logprobs=drawn, ref_logprobs=before,
         ))  # fmt: skip
     return found
 
@@ -300,7 +300,7 @@ def test_grpo_equals_trls_given_equal_answers(kind: str, tmp_path: Path) -> None
     step, made = step_for(ours), groups(step_for(model()))
     given = {"group_loss": kind, "beta": 0.3, "answer_tokens": 16, "rewards": "exact"}
     options = TrainSection(objective="grpo", **{**GRPO.options, **given})
-    criterion = PolicyCriterion(options, 0, ours, None, (), (), {}, EventLog(tmp_path / "events.jsonl"))
+    criterion = PolicyCriterion(GRPO, options, 0, ours, None, (), (), {}, EventLog(tmp_path / "events.jsonl"))
     args = common(
         tmp_path, trl.GRPOConfig, loss_type=kind, beta=0.3, epsilon=0.2, epsilon_high=0.28, num_generations=GROUP,
         max_completion_length=16, num_iterations=2,
@@ -323,8 +323,8 @@ def test_grpo_equals_trls_given_equal_answers(kind: str, tmp_path: Path) -> None
         "prompt_ids": prompts, "prompt_mask": asked, "completion_mask": mask,
         "completion_ids": torch.nn.utils.rnn.pad_sequence(answers, batch_first=True),
         "advantages": torch.tensor([a for group in made for a in group.advantages], dtype=torch.float32),
-        "old_per_token_logps": ragged(made, [group.drawn for group in made]),
-        "ref_per_token_logps": ragged(made, [group.before for group in made]),
+        "old_per_token_logps": ragged(made, [group.old_logprobs for group in made]),
+        "ref_per_token_logps": ragged(made, [group.ref_logprobs for group in made]),
         "num_items_in_batch": mask.sum(),
     }  # fmt: skip
     named = dict(theirs.named_parameters())

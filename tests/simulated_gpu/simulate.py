@@ -97,7 +97,7 @@ def failing(calls: Sequence[int], above: int | None) -> Iterator[None]:
 
 @contextmanager
 def failing_state(at: int | None) -> Iterator[None]:
-    own, made = optim._make_state_of, count()
+    own, made = optim._allocate_state, count()
 
     def make(weight: Any, optimizer: Any, *where: Any) -> None:
         if next(made) == at:
@@ -105,7 +105,7 @@ def failing_state(at: int | None) -> Iterator[None]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         own(weight, optimizer, *where)
 
-    with patch.object(optim, "_make_state_of", make):
+    with patch.object(optim, "_allocate_state", make):
         yield
 
 

@@ -19,7 +19,7 @@ from strop.data.types import Example
 from strop.errors import NonFiniteError, Stopped
 from strop.runs.events import read_events
 from strop.training import loop, state
-from strop.training.loop import fit, seconds
+from strop.training.loop import fit, parse_seconds
 from strop.training.oom import micro_batches
 from strop.training.optim import rate_factor, warmup_steps
 from strop.training.state import Job, batch_stream
@@ -123,7 +123,7 @@ def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, stop_after: int) -
         fit(first)
     second = tiny.job(tmp_path / "broken", train, **options)
     torch.manual_seed(12345)  # a new process is not where the old one was
-    state.restore(state.newest(second.folder, pytest.fail), second.state)
+    state.restore_checkpoint(state.newest_checkpoint(second.folder, pytest.fail), second.state)
     assert second.state.progress.step == stop_after
     fit(second)
     expected = values(unbroken)
@@ -146,7 +146,7 @@ def test_each_optimizer_learns_and_is_resumed_bit_for_bit(tmp_path: Path, optimi
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(loop, "stop_signals", _after(4, iter(range(1, 100))))
         fit(first)
-    state.restore(state.newest(second.folder, pytest.fail), second.state)
+    state.restore_checkpoint(state.newest_checkpoint(second.folder, pytest.fail), second.state)
     fit(second)
     expected = values(unbroken)
     assert all(torch.equal(weight, expected[name]) for name, weight in values(second).items())
@@ -260,7 +260,7 @@ def test_sigterm_finishes_the_step_and_saves(tmp_path: Path) -> None:
         fit(_with(job, interrupted))
     assert stopped.value.exit_code == 130
     assert [step for step, _ in job.folder.checkpoints()][-1] == 4
-    assert state.fault(job.folder.checkpoint(4)) is None
+    assert state.checkpoint_error(job.folder.checkpoint(4)) is None
 
 
 def test_time_budget_ends_with_a_saved_state(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_checkpoints_are_pruned_and_damaged_ones_are_passed_over(tmp_path: Path)
     data[-1] ^= 1
     (newest / "weights.safetensors").write_bytes(data)
     notes: list[str] = []
-    assert state.newest(job.folder, notes.append) == job.folder.checkpoint(5)
+    assert state.newest_checkpoint(job.folder, notes.append) == job.folder.checkpoint(5)
     assert len(notes) == 1 and "weights.safetensors is damaged" in notes[0]
 
 
@@ -301,7 +301,7 @@ def test_schedules() -> None:
     assert rate_factor(5, 10, 0, "cosine") == pytest.approx(0.5)
     assert rate_factor(9, 10, 0, "constant") == 1.0
     assert warmup_steps(0.03, 100) == 3 and warmup_steps(5, 100) == 5 and warmup_steps(0, 100) == 0
-    assert [seconds(text) for text in ("90s", "30m", "2h", "1.5d", "7")] == [90, 1800, 7200, 129600, 7]
+    assert [parse_seconds(text) for text in ("90s", "30m", "2h", "1.5d", "7")] == [90, 1800, 7200, 129600, 7]
 
 
 def test_adapter_loads_in_plain_peft_with_the_same_logits(tmp_path: Path) -> None:

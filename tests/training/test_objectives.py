@@ -26,7 +26,7 @@ from strop.models.reward_head import head_of
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import read_events
 from strop.training import guard, loop, state
-from strop.training.criteria import PreferenceCriterion, log_probs
+from strop.training.criteria import PreferenceCriterion, answer_logprobs
 from strop.training.loop import fit
 from strop.training.oom import micro_batches
 from strop.training.reference import check, with_reference
@@ -53,7 +53,7 @@ def gradients(made: Job) -> tuple[float, dict[str, torch.Tensor]]:
     found: dict[str, torch.Tensor] = {}
     made = replace(made, recipe=made.recipe)
     rows = batch_stream(made.recipe, len(made.train)).rows(0)
-    loss = loop.gradients(made, [made.train[row] for row in rows]).loss
+    loss = loop.compute_gradients(made, [made.train[row] for row in rows]).loss
     found = {name: weight.grad.clone() for name, weight in made.state.weights.items() if weight.grad is not None}
     made.state.optimizer.zero_grad()
     return float(loss), found
@@ -155,7 +155,7 @@ def test_the_reference_stays_what_it_was_while_the_model_moves(tmp_path: Path) -
     check(made, KEY)
     assert losses(made)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses(made)[-1] < losses(made)[0] - 0.01
-    now = log_probs(made.step, list(made.train))  # type: ignore[arg-type]
+    now = answer_logprobs(made.step, list(made.train))  # type: ignore[arg-type]
     moved = torch.stack(now, 1).detach() - torch.tensor(before)
     assert moved.abs().max() > 1e-3
 
@@ -171,7 +171,7 @@ def test_an_adapter_to_start_from_is_the_reference(tmp_path: Path) -> None:
     """tiny.job starts with B that is not zero: the reference is not the bare base."""
     made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
     with made.model.disable_adapter(), torch.no_grad():  # type: ignore[operator]
-        bare = torch.stack(log_probs(step_for(made.model), list(made.train)), 1)  # type: ignore[arg-type]
+        bare = torch.stack(answer_logprobs(step_for(made.model), list(made.train)), 1)  # type: ignore[arg-type]
     kept = torch.tensor([unit.reference for unit in made.train])  # type: ignore[union-attr]
     assert (bare - kept).abs().max() > 1e-3
 
@@ -202,7 +202,7 @@ def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, objective: str, st
         fit(first)
     second = job(tmp_path / "broken", train, **options)
     torch.manual_seed(12345)
-    state.restore(state.newest(second.folder, pytest.fail), second.state)
+    state.restore_checkpoint(state.newest_checkpoint(second.folder, pytest.fail), second.state)
     second = started(second)
     assert second.state.progress.step == stop_after
     fit(second)
@@ -227,7 +227,7 @@ def test_a_run_that_lost_its_start_does_not_go_on(tmp_path: Path) -> None:
     fit(made)
     made.folder.reference.write_bytes(b"cut")
     again = job(tmp_path, pairs(6), **options)
-    state.restore(state.newest(again.folder, pytest.fail), again.state)
+    state.restore_checkpoint(state.newest_checkpoint(again.folder, pytest.fail), again.state)
     with pytest.raises(CheckpointError, match="started from"):
         started(again)
 
@@ -260,17 +260,17 @@ def test_a_first_step_without_a_gradient_or_a_move_stops_the_run(tmp_path: Path)
         fit(stuck)
     made = started(job(tmp_path / "b", pairs(8), **{"train.objective": "simpo", "train.max_steps": 2}))
     made.state.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
-    with pytest.raises(RunError, match="moved no weight"):
+    with pytest.raises(RunError, match="did not change any weight"):
         fit(made)
 
 
 def test_both_sides_falling_is_told_once() -> None:
     """on record, 16: both rewards fall while the margin grows."""
     progress = state.Progress()
-    assert guard.falling(progress, {"chosen_change": -0.5, "margin": 3.0}) is None
-    said = guard.falling(progress, {"chosen_change": -1.2, "margin": 3.0})
-    assert said is not None and "1.2 nats a token less likely" in said and "--train.sft_weight" in said
-    assert guard.falling(progress, {"chosen_change": -1.5}) is None
+    assert guard.falling_warning(progress, {"chosen_change": -0.5, "margin": 3.0}) is None
+    said = guard.falling_warning(progress, {"chosen_change": -1.2, "margin": 3.0})
+    assert said is not None and "1.2 nats per token less likely" in said and "--train.sft_weight" in said
+    assert guard.falling_warning(progress, {"chosen_change": -1.5}) is None
 
 
 def test_figures_keep_both_sides_apart(tmp_path: Path) -> None:
@@ -298,8 +298,8 @@ def test_a_sorted_file_is_mixed_and_each_batch_knows_its_divergence(tmp_path: Pa
     made = far(started(job(tmp_path, units, **options)))
     assert isinstance(made.criterion, PreferenceCriterion)
     whole = [[row] for row in range(32)]
-    changes = [made.criterion.level(made.step, [unit], lambda items: [[0]]) for unit in made.train]
-    assert made.criterion.level(made.step, list(made.train), lambda items: whole[: len(items)]) > 0
+    changes = [made.criterion.statistic(made.step, [unit], lambda items: [[0]]) for unit in made.train]
+    assert made.criterion.statistic(made.step, list(made.train), lambda items: whole[: len(items)]) > 0
     assert max(changes) > 0
 
 

@@ -169,7 +169,7 @@ def _largest_batches(job: Job, setting: Setting) -> list[tuple[list[Item], bool]
     return [([job.criterion.longest(job.train[row]) for row in rows], more) for _, rows, more in largest]
 
 
-def dry_run(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> Forecast:
+def try_largest_batch(job: Job, expected: Forecast, usable: int, memory: MemoryMark) -> Forecast:
     """Run forward and backward of the largest micro-batch, and return the forecast with the measured error.
 
     Skipped if the forecast fits easily. Micro-batches shrink as they would in a step. Raises MemoryLimitError if no

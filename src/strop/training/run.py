@@ -36,7 +36,7 @@ from strop.runs.folder import (
 )
 from strop.runs.lock import Difference, allowed, check_names, differences
 from strop.training.build import broadcast_weights, build_job, build_model, check_base_digests
-from strop.training.dry_run import check_causal, check_int8, dry_run, forecast, watch_memory
+from strop.training.dry_run import check_causal, check_int8, forecast, try_largest_batch, watch_memory
 from strop.training.loop import fit, parse_seconds, restore_newest, save
 from strop.training.preflight import Setup, device_count, refuse_changed_recipe, set_up_on_all, startup_notes
 from strop.training.reference import check_reference, with_reference
@@ -240,7 +240,7 @@ def _execute(
                 if recipe.train.int8_matmul:
                     check_int8(job, expected.items)
                 check_causal(job, expected.items)
-                expected = dry_run(job, expected, usable, memory)
+                expected = try_largest_batch(job, expected, usable, memory)
                 job = with_reference(job, key)
                 ended = _fit(job)
                 check_reference(job, key)
