@@ -1,6 +1,6 @@
 """Runs, adapters and caches written by strop 0.1 (commit 078e0e2) load, resume and merge with the code of today.
 
-tests/fixtures/v0.1 holds a tiny base; an nf4 run of 8 steps of which the checkpoint of step 4 is left; a finished DPO run
+tests/fixtures/v0.1 holds a tiny base, an nf4 run of 8 steps with the checkpoint of step 4 only, a finished DPO run
 with a new token; and the cache that both used (tokenised rows, quantized weights).
 """
 
