@@ -211,7 +211,7 @@ def test_every_option_has_help_and_the_schema_holds_it() -> None:
     assert all(info.description for _, info in option_fields())
     page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     assert options_table() in page
-    assert f"Short forms: {', '.join(f'`--{name}`' for name in SHORT)}." in page
+    assert f"Short forms: {', '.join(f'`--{name}`' for name in SHORT_FORMS)}." in page
     schema = Recipe.model_json_schema()
     assert schema["additionalProperties"] is False
     assert "LoraSection" in schema["$defs"]
