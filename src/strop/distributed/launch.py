@@ -15,7 +15,7 @@ from strop.distributed.devices import ALONE, Devices
 from strop.distributed.environment import AGENT_PREFIX, find_place
 from strop.errors import PeerFailed, RecipeError, RunError, Stopped
 from strop.machine.probe import affinity
-from strop.runs.child_env import apart
+from strop.runs.child_env import safe_path_env
 
 if TYPE_CHECKING:
     from strop.distributed.process_group import Group
@@ -82,7 +82,7 @@ def launch_processes(count: int, arguments: Sequence[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT_S)
-    os.environ.update(apart())
+    os.environ.update(safe_path_env())
     if not os.environ.get("STROP_DEBUG"):  # the ranks report themselves how they ended
         logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
         logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.CRITICAL)

@@ -27,7 +27,7 @@ from torch import Tensor
 from strop.data.examples import Lazy
 from strop.data.types import Unit
 from strop.errors import CheckpointError, RunError
-from strop.runs.folder import disk_faults, fsync_folder, share
+from strop.runs.folder import apply_umask, disk_errors, fsync_folder
 from strop.training.criteria import BLOCK, PreferenceCriterion, answer_logprobs, mismatched_logprobs
 from strop.training.oom import micro_batches, within_memory
 from strop.training.rollouts import PolicyCriterion
@@ -233,9 +233,9 @@ def _save(job: Job, key: Mapping[str, str], reference: Reference) -> None:
     path: Path = job.folder.reference
     temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     weights = {f"weight/{name}": weight.contiguous() for name, weight in reference.start.items()}
-    with disk_faults(path):
+    with disk_errors(path):
         save_file({**weights, **reference.values}, temp, metadata={"key": json.dumps(dict(key))})
-        share(temp)
+        apply_umask(temp)
         with temp.open("rb") as file:
             os.fsync(file.fileno())
         temp.replace(path)

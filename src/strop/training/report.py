@@ -13,7 +13,7 @@ from strop.data.types import Conversation
 from strop.distributed.devices import Devices
 from strop.engine.decode.eligibility import unanswerable
 from strop.engine.eligibility import own_dropout
-from strop.errors import TROUBLES
+from strop.errors import TROUBLESHOOTING_PAGE
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.model_card import write_card
 from strop.machine.memory import MemoryMark
@@ -67,7 +67,7 @@ def _model_notes(job: Job) -> Iterator[str]:
     if bias != "none" and not any(name.endswith("bias") for name in job.state.weights):
         yield f"lora.bias {bias} has no effect: this model has no such bias"
     if job.step.lacking:
-        yield f"PyTorch's own operations train this model, more slowly: {job.step.lacking}; see {TROUBLES}#triton"
+        yield f"PyTorch's own operations train this model, more slowly: {job.step.lacking}; see {TROUBLESHOOTING_PAGE}#triton"
 
 
 def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:

@@ -26,7 +26,7 @@ from strop.runs.events import EventLog, Listener, read_events
 from strop.runs.folder import (
     RunFolder,
     create,
-    disk_faults,
+    disk_errors,
     is_run,
     next_numbered,
     open_run,
@@ -34,7 +34,7 @@ from strop.runs.folder import (
     write_atomic,
     write_json,
 )
-from strop.runs.lock import Difference, allowed, check_names, differences
+from strop.runs.lock import Difference, check_allowed_names, compare_locks, is_allowed
 from strop.training.build import broadcast_weights, build_job, build_model, check_base_digests
 from strop.training.dry_run import check_causal, check_int8, forecast, try_largest_batch, watch_memory
 from strop.training.loop import fit, parse_seconds, restore_newest, save
@@ -98,7 +98,7 @@ def train(
         refuse_changed_recipe(resolved, out)
         return resume(out, listeners, memory=memory, devices=devices)
     folder = devices.run_on_main(lambda: create(out or _numbered_folder(resolved.recipe)))
-    with disk_faults(folder.path), _claim(folder, devices):
+    with disk_errors(folder.path), _claim(folder, devices):
         try:
             setup = set_up_on_all(resolved, memory, folder, devices)
             if devices.is_main:
@@ -135,19 +135,19 @@ def resume(
         InputError: If anything else that affects the numbers differs, or for an unknown name in allow_changed.
     """
     devices.require_same({"the run": path, **(options or {}), "--allow-changed": list(allow_changed)})
-    devices.run_on_main(lambda: check_names(allow_changed, dict(option_fields())))
+    devices.run_on_main(lambda: check_allowed_names(allow_changed, dict(option_fields())))
     if fixed := sorted({"out", "preset"} & set(options or ())):
         raise RecipeError(f"--{fixed[0]}: cannot be changed when a run is resumed", fix="leave it out")
     folder = devices.run_on_main(lambda: open_run(path))
-    with disk_faults(folder.path), _claim(folder, devices):
+    with disk_errors(folder.path), _claim(folder, devices):
         if devices.run_on_main(lambda: folder.finished):
             return _finished_run(folder, options, devices)
         lock = folder.read_lock()
         resolved = resolve(folder.recipe, options) if options else read_resolved(folder.recipe)
         same_threads = resolved.recipe.train.exact or devices.world_size == device_count(lock)
         setup = set_up_on_all(resolved, memory, folder, devices, lock["threads"] if same_threads else None)
-        changes = differences(lock, setup.lock)
-        refused = [change for change in changes if not allowed(change, allow_changed)]
+        changes = compare_locks(lock, setup.lock)
+        refused = [change for change in changes if not is_allowed(change, allow_changed)]
         if refused:
             raise InputError("cannot resume", fix=_how_to_allow(refused), where=[
                 Where(str(folder.path), None, f"{change.name} has changed since the run was started: "
@@ -265,7 +265,7 @@ def _fit(job: Job) -> str:
     try:
         return fit(job)
     except StropError as error:
-        error.so_far = {"run": str(job.folder.path), **progress_figures(job.state.progress)}
+        error.partial_result = {"run": str(job.folder.path), **progress_figures(job.state.progress)}
         raise
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import RecipeError, first_line
-from strop.runs.events import Event, Listener, back_to
+from strop.runs.events import Event, Listener, rewound_to
 
 LOG = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def tracking(names: Sequence[str], folder: Path, config: dict[str, Any]) -> Iter
         kind = event["event"]
         values = {f"{'eval' if kind == 'eval' else 'train'}/{key}": event.get(key) for key in _TRACKED.get(kind, ())}
         metrics = {key: value for key, value in values.items() if value is not None}
-        if working and (step := back_to(event)) is not None:
+        if working and (step := rewound_to(event)) is not None:
             working = _try(names, lambda: _undo(accelerator.trackers, step))
         if working and metrics:
             working = _try(names, lambda: accelerator.log(metrics, step=event["step"]))
