@@ -274,7 +274,8 @@ def check_space(folder: RunFolder, setup: Setup) -> None:
         what = f"{folder.path}: the run needs {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free"
         raise FolderError(
             what,
-            fix=f"free some space, give --out another disk, or lower --train.keep_checkpoints; see {TROUBLESHOOTING_PAGE}#disk",
+            fix="free some space, give --out another disk, or lower --train.keep_checkpoints; "
+            f"see {TROUBLESHOOTING_PAGE}#disk",
         )
 
 

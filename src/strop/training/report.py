@@ -67,7 +67,8 @@ def _model_notes(job: Job) -> Iterator[str]:
     if bias != "none" and not any(name.endswith("bias") for name in job.state.weights):
         yield f"lora.bias {bias} has no effect: this model has no such bias"
     if job.step.lacking:
-        yield f"PyTorch's own operations train this model, more slowly: {job.step.lacking}; see {TROUBLESHOOTING_PAGE}#triton"
+        reason = f"{job.step.lacking}; see {TROUBLESHOOTING_PAGE}#triton"
+        yield f"PyTorch's own operations train this model, more slowly: {reason}"
 
 
 def load_best(job: Job, reference_key: Mapping[str, str]) -> float | None:
