@@ -12,8 +12,7 @@ from torch import nn
 from strop.config.schema import ModelSection
 from strop.distributed.devices import Devices
 from strop.distributed.sharded import Sharded
-from strop.engine.decode.generate import own_ends
-from strop.engine.decode.rollouts import Draws
+from strop.engine.decode.generate import Sampler, generation_stop_ids
 from strop.engine.step import step_for
 from strop.errors import RunError
 from strop.evaluation.rewards import rewards_of
@@ -96,7 +95,7 @@ def build_job(
     model: peft.PeftModel,
     log: EventLog,
     devices: Devices,
-    sampler: Draws | None = None,
+    sampler: Sampler | None = None,
 ) -> Job:
     """Return the job that trains `model`. sampler: samples a policy objective's completions, if not strop's engine."""
     recipe, data, weights = setup.resolved.recipe, setup.data, trainable(model)
@@ -119,7 +118,7 @@ def build_job(
             recipe.seed,
             model,
             setup.tokenizer,
-            (*data.renderer.ends, *own_ends(model.generation_config)),
+            (*data.renderer.ends, *generation_stop_ids(model.generation_config)),
             rewards_of(recipe.train.rewards),
             weights,
             log,

@@ -11,7 +11,7 @@ import torch
 from strop.config.schema import OBJECTIVE_OPTIONS
 from strop.data.types import Conversation
 from strop.distributed.devices import Devices
-from strop.engine.decode.eligibility import unanswerable
+from strop.engine.decode.decoder import why_not_decoder
 from strop.engine.eligibility import own_dropout
 from strop.errors import TROUBLESHOOTING_PAGE
 from strop.evaluation.diagnosis import diagnose
@@ -57,7 +57,7 @@ def _model_notes(job: Job) -> Iterator[str]:
     if isinstance(criterion, PolicyCriterion):
         if isinstance(criterion.sampler, VllmSampler):
             yield f"completions are sampled by vLLM {criterion.sampler.version}"
-        elif why := unanswerable(job.model):
+        elif why := why_not_decoder(job.model):
             yield f"completions are sampled by transformers' generate: {why}"
     if job.devices.world_size > 1 and not job.recipe.train.exact and (dropout := own_dropout(job.model)):
         yield (

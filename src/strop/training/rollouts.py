@@ -28,9 +28,8 @@ from torch import Tensor, nn
 
 from strop.config.schema import Recipe, TrainSection
 from strop.data.types import Example, Group, Ids, Item, Prompt, behind_reasoning
-from strop.engine.decode.decoder_cache import let_go
-from strop.engine.decode.generate import generate
-from strop.engine.decode.rollouts import Drawn, Draws, draw
+from strop.engine.decode.batch import drop_decoder
+from strop.engine.decode.generate import SampledCompletion, Sampler, generate, sample_completions
 from strop.engine.step import Step
 from strop.errors import RecipeError, RunError
 from strop.evaluation.metrics import Z_95
@@ -72,7 +71,7 @@ class PolicyCriterion:
     weights: Mapping[str, nn.Parameter]
     log: EventLog
     start: Mapping[str, Tensor] = field(default_factory=dict)
-    sampler: Draws | None = None
+    sampler: Sampler | None = None
     has_figures: ClassVar[bool] = True
 
     @property
@@ -93,7 +92,7 @@ class PolicyCriterion:
         seeds = [[self._sample_seed(index, prompt.row, number) for number in range(self._group_size)]
                  for prompt in prompts]  # fmt: skip
         ids = [prompt.examples[0].ids for prompt in prompts]
-        sampled = (self.sampler or draw)(self.model, ids, seeds, self.stop_ids, self._max_tokens)
+        sampled = (self.sampler or sample_completions)(self.model, ids, seeds, self.stop_ids, self._max_tokens)
         seconds = time.perf_counter() - started
         groups = [self._make_group(prompt, completions) for prompt, completions in zip(prompts, sampled, strict=True)]
         first = groups[0]
@@ -112,7 +111,7 @@ class PolicyCriterion:
         """Return a prompt's group with different completions, all at the length limit."""
         prompt = item.examples[0]
         completions = [
-            Drawn(np.full(self._max_tokens, number + 1, np.int32), np.zeros(self._max_tokens), True)
+            SampledCompletion(np.full(self._max_tokens, number + 1, np.int32), np.zeros(self._max_tokens), True)
             for number in range(self._group_size)
         ]
         examples = tuple(_as_example(prompt, completion, 1) for completion in completions)
@@ -174,7 +173,7 @@ class PolicyCriterion:
                 max_new_tokens=self._max_tokens,
             )
         finally:
-            let_go(self.model)
+            drop_decoder(self.model)
         rewards = [self._reward(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
         mean = statistics.fmean(rewards)
         result: dict[str, Any] = {"loss": -mean, "reward": mean}
@@ -189,9 +188,9 @@ class PolicyCriterion:
         text = f"{self.seed} {index} {row} {number}".encode()
         return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
 
-    def _make_group(self, prompt: Prompt, completions: Sequence[Drawn]) -> Group:
+    def _make_group(self, prompt: Prompt, completions: Sequence[SampledCompletion]) -> Group:
         """Return the distinct completions with their number of copies; advantages are over all copies."""
-        by_ids: dict[bytes, list[Drawn]] = {}
+        by_ids: dict[bytes, list[SampledCompletion]] = {}
         for completion in completions:
             by_ids.setdefault(completion.ids.tobytes(), []).append(completion)
         distinct = [copies[0] for copies in by_ids.values()]
@@ -240,7 +239,7 @@ def disable_model_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _as_example(prompt: Example, completion: Drawn, copies: int) -> Example:
+def _as_example(prompt: Example, completion: SampledCompletion, copies: int) -> Example:
     weights = np.concatenate([np.zeros(len(prompt), np.float32), np.full(len(completion.ids), copies, np.float32)])
     return replace(prompt, ids=np.concatenate([prompt.ids, completion.ids]), weights=weights)
 
@@ -282,7 +281,7 @@ def check_vllm(recipe: Recipe) -> None:
 
 @dataclass(frozen=True)
 class VllmSampler:
-    """Samples like engine.decode.rollouts.draw, in a vLLM process.
+    """Samples like engine.decode.rollouts.sample_completions, in a vLLM process.
 
     A seed does not fully determine a completion, because vLLM's sums depend on what is computed in the same batch. A
     resumed run may therefore sample others.
@@ -300,7 +299,7 @@ class VllmSampler:
         seeds: Sequence[Sequence[int]],
         stop_ids: Sequence[int],
         most: int,
-    ) -> list[list[Drawn]]:
+    ) -> list[list[SampledCompletion]]:
         """Return a completion of each prompt for each of its seeds. Raises RunError if vLLM ends."""
         with tempfile.TemporaryDirectory() as folder:
             peft_model: Any = model
@@ -313,8 +312,8 @@ class VllmSampler:
         return [[_as_completion(next(replies)) for _ in group] for group in seeds]
 
 
-def _as_completion(reply: dict[str, Any]) -> Drawn:
-    return Drawn(np.array(reply["ids"], np.int32), np.array(reply["log_probs"]), reply["stopped"])
+def _as_completion(reply: dict[str, Any]) -> SampledCompletion:
+    return SampledCompletion(np.array(reply["ids"], np.int32), np.array(reply["log_probs"]), reply["stopped"])
 
 
 @contextmanager
