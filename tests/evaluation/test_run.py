@@ -208,7 +208,7 @@ def ctrl_c_in_a_comparison(monkeypatch: pytest.MonkeyPatch, here: Callable[[dict
         return compare(*args, **options)
 
     monkeypatch.setattr(evaluation, "compare", comparing)
-    monkeypatch.setattr("strop.engine.decode.decoder_cache.ROWS", 4)
+    monkeypatch.setattr("strop.engine.decode.batch.ROWS", 4)
 
 
 def test_an_interrupted_run_is_not_on_the_leaderboard(
@@ -303,7 +303,7 @@ def test_ctrl_c_leaves_the_rows_that_are_answered(
 
     held_out = rows(tmp_path / "held.jsonl", COLOURS)
     monkeypatch.setattr(Batch, "step", interrupted)
-    monkeypatch.setattr("strop.engine.decode.decoder_cache.ROWS", 4)
+    monkeypatch.setattr("strop.engine.decode.batch.ROWS", 4)
     words = ["--data", held_out, "--max-new-tokens", "2", "--general", "--json"]
     code, out, err = run("eval", runs[0], *words, capsys=capsys)
     found = json.loads(out)

@@ -19,7 +19,7 @@ import requests
 
 from strop.data.rendering.render import Renderer
 from strop.data.types import Message
-from strop.serve.errors import Refusal
+from strop.serve.guard import Refusal
 from strop.serve.models import Served
 from tests.support import templates
 from tests.support.families import tokenizer

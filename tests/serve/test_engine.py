@@ -15,17 +15,15 @@ from transformers import GenerationConfig, LlamaConfig
 
 from strop.data.types import Ids
 from strop.engine.decode.cache import Blocks
-from strop.engine.decode.decoder import Decoder, Reads
-from strop.engine.decode.eligibility import unanswerable
+from strop.engine.decode.decoder import Decoder, Reads, unanswerable
+from strop.engine.decode.hf_cache import Kept
 from strop.engine.decode.hf_fallback import PlainDecoder
-from strop.engine.decode.prefix_cache import Kept
 from strop.engine.decode.sampling import NoToken, Sampling, Text
 from strop.errors import ModelError
 from strop.models.adapters import load
 from strop.models.detokenizer import Words
-from strop.serve.engine import Engine, Full, Job, Piece
+from strop.serve.engine import Engine, Full, Job, Metrics, Piece
 from strop.serve.grammar import _Grammar
-from strop.serve.metrics import Metrics
 from strop.serve.models import load_models
 from tests.support.families import tokenizer
 from tests.support.random_models import tiny as random_model

@@ -23,11 +23,9 @@ from strop.data.reading.strictjson import Refused, loads
 from strop.data.types import Ids
 from strop.engine.decode.sampling import Mask, Sampling, Token
 from strop.errors import nearest
-from strop.serve.engine import Engine, Full, Job, Piece, tell_each
-from strop.serve.errors import Refusal, error_body
+from strop.serve.engine import Engine, Full, Job, Metrics, Piece, tell_each
 from strop.serve.grammar import Grammars
-from strop.serve.guard import Guard, Rules
-from strop.serve.metrics import Metrics
+from strop.serve.guard import Guard, Refusal, Rules, error_body
 from strop.serve.models import Served
 from strop.serve.protocol import ChatRequest, Common, CompletionRequest, Writer, usage
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from strop.engine.decode.sampling import Logits, Mask, NoToken
-from strop.serve.errors import Refusal
+from strop.serve.guard import Refusal
 from strop.serve.models import Served
 from strop.serve.protocol import ResponseFormat
 

@@ -15,7 +15,7 @@ from strop.errors import ModelError
 from strop.models.adapters import adapter_folder, load, read_identity, renderer_of, with_tokenizer
 from strop.models.tokenizer import load_tokenizer
 from strop.runs.folder import RunFolder, is_run
-from strop.serve.errors import Refusal
+from strop.serve.guard import Refusal
 
 BASE = "base"
 

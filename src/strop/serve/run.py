@@ -9,21 +9,18 @@ from typing import Any
 
 import torch
 
-from strop.engine.decode.batching_check import prove
 from strop.engine.decode.cache import BLOCK
-from strop.engine.decode.decoder import Decoder, Reads, position_bytes
-from strop.engine.decode.eligibility import unanswerable
-from strop.engine.decode.hf_fallback import PlainDecoder
+from strop.engine.decode.decoder import Decoder, Reads, position_bytes, unanswerable
+from strop.engine.decode.hf_fallback import PlainDecoder, prove
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, RunError
 from strop.machine.probe import probe
 from strop.models.introspect import made_for
 from strop.serve.address import Address, Server
 from strop.serve.app import OPEN, Room, create_app
-from strop.serve.engine import Engine, engine_thread
+from strop.serve.engine import Engine, Metrics, engine_thread
 from strop.serve.grammar import Grammars
 from strop.serve.guard import Rules
-from strop.serve.metrics import Metrics
 from strop.serve.models import Loaded, load_models
 
 LONGEST_CONTEXT = 4096  # unless asked for: a slot costs memory by its length

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from strop.config.schema import TrainSection
 from strop.data.types import Example, Group, Item, Prompt, behind_reasoning
-from strop.engine.decode.decoder_cache import let_go
-from strop.engine.decode.generate import generate
-from strop.engine.decode.rollouts import Drawn, Draws, draw
+from strop.engine.decode.batch import let_go
+from strop.engine.decode.generate import Drawn, Draws, draw, generate
 from strop.engine.step import Step
 from strop.evaluation.metrics import Z_95
 from strop.evaluation.rewards import Reward

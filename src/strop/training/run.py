@@ -17,9 +17,8 @@ from strop.config.load import Resolved, read_resolved, resolve
 from strop.config.schema import Recipe, option_fields
 from strop.distributed.devices import ALONE, Devices
 from strop.distributed.environment import may_restart, restarted
-from strop.engine.decode.eligibility import unanswerable
-from strop.engine.decode.generate import own_ends
-from strop.engine.decode.rollouts import Draws
+from strop.engine.decode.decoder import unanswerable
+from strop.engine.decode.generate import Draws, own_ends
 from strop.engine.device import repeatable
 from strop.engine.eligibility import own_dropout
 from strop.engine.step import step_for

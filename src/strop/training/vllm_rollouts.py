@@ -19,7 +19,7 @@ from torch import nn
 
 from strop.config.schema import Recipe
 from strop.data.types import Ids
-from strop.engine.decode.rollouts import Drawn
+from strop.engine.decode.generate import Drawn
 from strop.errors import RecipeError, RunError
 from strop.models.load import weights_folder
 from strop.models.source import Source, read_config

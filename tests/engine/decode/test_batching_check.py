@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from strop.engine.decode.batching_check import prove
-from strop.engine.decode.hf_fallback import PlainDecoder
+from strop.engine.decode.hf_fallback import PlainDecoder, prove
 from strop.errors import ModelError
 from tests.support import tiny_families
 

@@ -13,8 +13,7 @@ import torch
 from strop.engine.decode import exact_argmax
 from strop.engine.decode.batch import Batch, answer_all, answer_groups
 from strop.engine.decode.cache import BLOCK
-from strop.engine.decode.decoder import Decoder, Part
-from strop.engine.decode.eligibility import unanswerable
+from strop.engine.decode.decoder import Decoder, Part, unanswerable
 from strop.engine.decode.sampling import Expected, Ids, Sampling, Text
 from strop.engine.kernels.cpu import decode_layer as passes
 from strop.engine.kernels.cpu import decode_matmul
