@@ -13,21 +13,21 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, TextStreamer
 
-from strop.engine.decode.batch import answer_all, batch_for
-from strop.engine.decode.decoder import SEVERAL, active_adapter, unanswerable
-from strop.engine.decode.sampling import Expected, Sampling, Text
+from strop.engine.decode.batch import decode_all, batch_for
+from strop.engine.decode.decoder import SEVERAL, active_adapter, why_not_decoder
+from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceState
 from strop.errors import InputError, ModelError
 from strop.models.biases import without_adapter
 from strop.models.detokenizer import Words
 from strop.models.introspect import learned_positions
 from strop.models.upstream_errors import blaming
 
-ROWS = 16  # of a batch of transformers' generate
+MAX_SEQUENCES = 16  # of a batch of transformers' generate
 Ids = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     text: str
     tokens: int  # new tokens, the stop token included
     stopped: bool  # ended by a stop token, not by the limit
@@ -46,8 +46,8 @@ def generate(
     advance: Callable[[int], None] | None = None,
     both: bool = False,
     partial: bool = False,
-    expected: Sequence[Expected | None] = (),
-) -> list[Answer]:
+    expected: Sequence[ExpectedCompletion | None] = (),
+) -> list[Completion]:
     """One answer a prompt, in the order given, by the adapter that is active now, if there is one; stop_ids end it, and
     so do own_ends.
 
@@ -59,7 +59,7 @@ def generate(
     Answers come from strop's engine (engine.answers) where it knows the model, else from transformers' generate.
     Raises InputError for answers of no tokens, and prompts that a model with learned positions has no room for.
     """
-    stop_ids = (*stop_ids, *own_ends(cast(Any, model).generation_config))
+    stop_ids = (*stop_ids, *generation_stop_ids(cast(Any, model).generation_config))
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens {max_new_tokens}: an answer has at least one", fix="give 1 or more")
     if not prompts:
@@ -75,12 +75,12 @@ def generate(
             raise InputError(what, fix="ask with a shorter prompt; in a chat, /reset starts again")
         max_new_tokens = min(max_new_tokens, positions - longest)
     adapter = active_adapter(model)
-    if unanswerable(model) is not None or adapter is SEVERAL:
+    if why_not_decoder(model) is not None or adapter is SEVERAL:
         return _by_transformers(model, tokenizer, prompts, stop_ids, max_new_tokens, sampling, on_text, advance, both)
     by = [None, adapter] if both else [adapter]
     texts = [
         [
-            Text(ids, who, stop_ids=stop_ids, most=max_new_tokens, sampling=_own(sampling, row), expected=right)
+            SequenceState(ids, who, stop_ids=stop_ids, most=max_new_tokens, sampling=_own(sampling, row), expected=right)
             for who in by
         ]
         for row, (ids, right) in enumerate(zip(prompts, expected or [None] * len(prompts), strict=True))
@@ -89,7 +89,7 @@ def generate(
     words = Words(tokenizer, ()) if on_text is not None else None
     ended = 0
     try:
-        for news in answer_all(batch_for(model, flat), flat):
+        for news in decode_all(batch_for(model, flat), flat):
             if words is not None and on_text is not None:
                 on_text("".join(words.push(token.id) for token in news.tokens if token.id not in news.text.stop_ids))
             if news.text.end == "failed":
@@ -108,7 +108,7 @@ def generate(
     return [_written(tokenizer, row[side], stop_ids) for side in range(len(by)) for row in texts]
 
 
-def own_ends(config: GenerationConfig) -> tuple[int, ...]:
+def generation_stop_ids(config: GenerationConfig) -> tuple[int, ...]:
     """Tokens that end an answer by the generation_config.json that came with a model; none where none came."""
     named = None if config._from_model_config else config.eos_token_id
     return () if named is None else tuple(named) if isinstance(named, list) else (named,)
@@ -131,7 +131,7 @@ def _by_transformers(
     on_text: Callable[[str], None] | None,
     advance: Callable[[int], None] | None,
     both: bool,
-) -> list[Answer]:
+) -> list[Completion]:
     """generate, for models that strop's engine does not know. Rows of like length share a batch: little is padded."""
     if both:
         options = stop_ids, max_new_tokens, sampling, on_text
@@ -156,11 +156,11 @@ def _by_transformers(
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Completion] = {}
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
     streamer = _Pieces(tokenizer, on_text) if on_text is not None else None
-    for start in range(0, len(order), ROWS):
-        rows = order[start : start + ROWS]
+    for start in range(0, len(order), MAX_SEQUENCES):
+        rows = order[start : start + MAX_SEQUENCES]
         width = max(len(prompts[row]) for row in rows)
         ids = torch.full((len(rows), width), pad, dtype=torch.long)
         mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -187,15 +187,15 @@ def _contiguous(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (inputs[0].contiguous(), *inputs[1:])
 
 
-def _written(tokenizer: Any, text: Text, stop_ids: Sequence[int]) -> Answer:
+def _written(tokenizer: Any, text: SequenceState, stop_ids: Sequence[int]) -> Completion:
     answer = _answer(tokenizer, text.answer, stop_ids)
     return answer if not len(text.logprobs) else replace(answer, logprobs=text.logprobs)
 
 
-def _answer(tokenizer: Any, new: list[int], stop_ids: Sequence[int]) -> Answer:
+def _answer(tokenizer: Any, new: list[int], stop_ids: Sequence[int]) -> Completion:
     end = next((place for place, token in enumerate(new) if token in stop_ids), None)
     kept = new if end is None else new[:end]
-    return Answer(tokenizer.decode(kept, skip_special_tokens=True), len(kept) + (end is not None), end is not None)
+    return Completion(tokenizer.decode(kept, skip_special_tokens=True), len(kept) + (end is not None), end is not None)
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]
@@ -228,9 +228,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from strop.data.types import Ids, LogProbs
-from strop.engine.decode.batch import answer_groups, batch_for, let_go
-from strop.engine.decode.decoder import active_adapter, unanswerable
-from strop.engine.decode.sampling import Sampling, Text
+from strop.engine.decode.batch import decode_groups, batch_for, drop_decoder
+from strop.engine.decode.decoder import active_adapter, why_not_decoder
+from strop.engine.decode.sampling import Sampling, SequenceState
 from strop.errors import NonFiniteError
 from strop.models.upstream_errors import blaming
 
@@ -238,7 +238,7 @@ FROM_ALL = Sampling(temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledCompletion:
     """One answer: its tokens, the stop token included, and the log-probability of each, as it was drawn. stopped: ended
     by a stop token, not by the limit."""
 
@@ -247,39 +247,39 @@ class Drawn:
     stopped: bool
 
 
-Draws = Callable[[nn.Module, Sequence[Ids], Sequence[Sequence[int]], Sequence[int], int], list[list[Drawn]]]
-"""As `draw`."""
+Sampler = Callable[[nn.Module, Sequence[Ids], Sequence[Sequence[int]], Sequence[int], int], list[list[SampledCompletion]]]
+"""As `sample_completions`."""
 
 
-def draw(
+def sample_completions(
     model: nn.Module, prompts: Sequence[Ids], seeds: Sequence[Sequence[int]], stop_ids: Sequence[int], most: int
-) -> list[list[Drawn]]:
+) -> list[list[SampledCompletion]]:
     """To each prompt an answer for each of its seeds, of at most `most` tokens. Equal weights, prompts and seeds give
     equal answers, whatever is drawn beside them.
 
     Drawn by strop's engine (a prompt is read once), or by transformers' generate where that does not know the model.
     Raises NonFiniteError where the model's numbers are not finite.
     """
-    if unanswerable(model) is not None:
+    if why_not_decoder(model) is not None:
         with torch.no_grad():
             return [_by_transformers(model, *asked, stop_ids, most) for asked in zip(prompts, seeds, strict=True)]
     adapter, options = active_adapter(model), {"stop_ids": stop_ids, "most": most, "logprobs": 0}
     groups = [
-        [Text(prompt, adapter, sampling=_seeded(seed), **options) for seed in some]  # type: ignore[arg-type]
+        [SequenceState(prompt, adapter, sampling=_seeded(seed), **options) for seed in some]  # type: ignore[arg-type]
         for prompt, some in zip(prompts, seeds, strict=True)
     ]
     flat = [text for group in groups for text in group]
-    told: dict[Text, list[float]] = {text: [] for text in flat}
-    let_go(model)
+    told: dict[SequenceState, list[float]] = {text: [] for text in flat}
+    drop_decoder(model)
     try:
-        for news in answer_groups(batch_for(model, flat), groups):
+        for news in decode_groups(batch_for(model, flat), groups):
             told[news.text] += [token.logprob for token in news.tokens]
     finally:
-        let_go(model)  # a step needs the room of its cache
+        drop_decoder(model)  # a step needs the room of its cache
     if any(text.end == "failed" for text in flat):
         raise _not_finite()
     return [
-        [Drawn(np.array(text.answer, np.int32), np.array(told[text]), text.end == "stop") for text in group]
+        [SampledCompletion(np.array(text.answer, np.int32), np.array(told[text]), text.end == "stop") for text in group]
         for group in groups
     ]
 
@@ -288,7 +288,7 @@ def _seeded(seed: int) -> Sampling:
     return Sampling(temperature=1.0, seed=seed)
 
 
-def _by_transformers(model: Any, prompt: Ids, seeds: Sequence[int], stop_ids: Sequence[int], most: int) -> list[Drawn]:
+def _by_transformers(model: Any, prompt: Ids, seeds: Sequence[int], stop_ids: Sequence[int], most: int) -> list[SampledCompletion]:
     """The answers of one prompt, together; the first of their seeds stands for all."""
     device = next(model.parameters()).device
     width, training = len(prompt), model.training
@@ -314,7 +314,7 @@ def _by_transformers(model: Any, prompt: Ids, seeds: Sequence[int], stop_ids: Se
     for new, logs in zip(out[:, width:].tolist(), log_probs, strict=True):
         end = next((place + 1 for place, token in enumerate(new) if token in stop_ids), None)
         length = len(new) if end is None else end
-        found.append(Drawn(np.array(new[:length], np.int32), logs[:length], end is not None))
+        found.append(SampledCompletion(np.array(new[:length], np.int32), logs[:length], end is not None))
     return found
 
 
