@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from strop.dash import action_routes, read_routes
 from strop.dash.responses import Room
-from strop.serve.guard import Guard, AccessRules
+from strop.serve.guard import AccessRules, Guard
 
 RELOAD_VARIABLE = "STROP_DASH_RELOAD"  # read the page's files at each request: for who works on them
 TYPES = {

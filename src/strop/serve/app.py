@@ -25,7 +25,7 @@ from strop.engine.decode.sampling import Mask, Sampling, Token
 from strop.errors import nearest
 from strop.serve.engine import Engine, Full, Job, Metrics, Piece, tell_each
 from strop.serve.grammar import Grammars
-from strop.serve.guard import Guard, ApiError, AccessRules, error_body
+from strop.serve.guard import AccessRules, ApiError, Guard, error_body
 from strop.serve.models import Served
 from strop.serve.protocol import ChatRequest, Common, CompletionRequest, Writer, usage
 

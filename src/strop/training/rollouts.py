@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from strop.config.schema import TrainSection
 from strop.data.types import Example, Group, Item, Prompt, behind_reasoning
 from strop.engine.decode.batch import drop_decoder
-from strop.engine.decode.generate import SampledCompletion, Sampler, sample_completions, generate
+from strop.engine.decode.generate import SampledCompletion, Sampler, generate, sample_completions
 from strop.engine.step import Step
 from strop.evaluation.metrics import Z_95
 from strop.evaluation.rewards import Reward

@@ -8,9 +8,9 @@ draft is what followed the last occurrence of the sequence's last tokens. The ou
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from dataclasses import dataclass
 from torch import nn
 
 from strop.data.types import Ids

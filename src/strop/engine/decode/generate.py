@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, TextStreamer
 
-from strop.engine.decode.batch import decode_all, batch_for
+from strop.engine.decode.batch import batch_for, decode_all
 from strop.engine.decode.decoder import SEVERAL, active_adapter, why_not_decoder
 from strop.engine.decode.sampling import ExpectedCompletion, Sampling, SequenceState
 from strop.errors import InputError, ModelError
@@ -228,7 +228,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from strop.data.types import Ids, LogProbs
-from strop.engine.decode.batch import decode_groups, batch_for, drop_decoder
+from strop.engine.decode.batch import batch_for, decode_groups, drop_decoder
 from strop.engine.decode.decoder import active_adapter, why_not_decoder
 from strop.engine.decode.sampling import Sampling, SequenceState
 from strop.errors import NonFiniteError

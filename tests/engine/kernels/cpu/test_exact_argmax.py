@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from strop.engine.decode.compiled_model import activation_dtype
-from strop.engine.decode.exact_argmax import PAUSE_PASSES, ExactArgmax, quantize_head, exact_argmax_for
+from strop.engine.decode.exact_argmax import PAUSE_PASSES, ExactArgmax, exact_argmax_for, quantize_head
 from strop.engine.kernels.cpu import exact_argmax
 from strop.engine.kernels.cpu.compiled import array
 from strop.engine.kernels.cpu.decode_matmul import Dense, alone
