@@ -31,11 +31,17 @@ def main() -> None:
     }
     random = np.random.default_rng(0)
     for rows in widths:
-        batches = {scheme: Batch(decoder, rows, prefill_rows=512, speculative=False) for scheme, decoder in decoders.items()}
+        batches = {
+            scheme: Batch(decoder, rows, prefill_rows=512, speculative=False) for scheme, decoder in decoders.items()
+        }
         took: dict[str, list[float]] = {scheme: [] for scheme in schemes}
         for batch in batches.values():
             for _ in range(rows):
-                batch.add(SequenceState(random.integers(3, 40_000, 100).astype(np.int32), None, max_new_tokens=args.passes + 100))
+                batch.add(
+                    SequenceState(
+                        random.integers(3, 40_000, 100).astype(np.int32), None, max_new_tokens=args.passes + 100
+                    )
+                )
             while any(text.length == text.prompt_length for text in batch.sequences):
                 batch.step()
         for _ in range(args.passes):

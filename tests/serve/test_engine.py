@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, LlamaConfig
 
 from strop.data.types import Ids
-from strop.engine.decode.cache import Blocks
+from strop.engine.decode.cache import BlockPool
 from strop.engine.decode.decoder import CompiledDecoder, Decoder, why_not_decoder
 from strop.engine.decode.hf_cache import Kept
 from strop.engine.decode.hf_fallback import HfDecoder
@@ -307,7 +307,7 @@ def test_a_matcher_in_error_is_not_the_end_of_an_answer() -> None:
 def test_no_memory_while_requests_come_in_fails_those_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, ids = Asked(tiny()), np.arange(3, 9, dtype=np.int32)
     with monkeypatch.context() as patch:
-        patch.setattr(Blocks, "share", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr(BlockPool, "share", lambda *_: (_ for _ in ()).throw(MemoryError()))
         asked.submit(ids, 2)
         asked.submit(ids, 2)
         asked.engine.start()
@@ -379,7 +379,7 @@ def test_the_longest_common_beginning_is_kept() -> None:
 
 def test_a_request_changes_the_models_own_sampling() -> None:
     config = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
-    own = Sampling.own(config)
+    own = Sampling.from_generation_config(config)
     assert own == Sampling(0.7, 0.8, 20, 1.05)
     assert own.changed(0.0, None, 3) == Sampling(0.0, 0.8, 20, 1.05, 3)
 

@@ -64,7 +64,7 @@ def serve(
         on_failure=lambda: setattr(server, "should_exit", True),
     )  # fmt: skip
     room = Room(
-        engine=engine, models=loaded.models, sampling=Sampling.own(base.generation_config),
+        engine=engine, models=loaded.models, sampling=Sampling.from_generation_config(base.generation_config),
         grammars=Grammars(vocabulary), context=context, vocabulary=vocabulary, started=int(time.time()),
     )  # fmt: skip
     app = create_app(room, AccessRules(address.hosts, address.key, max_body_bytes, OPEN), metrics)
@@ -104,7 +104,9 @@ def _prepare(
     if fitting < slots:
         notes.append(f"{fitting} slots instead of {slots}: at {context} tokens each takes {position * context:,} bytes")
         slots = fitting
-    decoder: Decoder = plain or CompiledDecoder(loaded.module, (slots + 2) * (context + BLOCK))  # as much as 2 slots is kept
+    decoder: Decoder = plain or CompiledDecoder(
+        loaded.module, (slots + 2) * (context + BLOCK)
+    )  # as much as 2 slots is kept
     return loaded, decoder, slots, context, notes
 
 

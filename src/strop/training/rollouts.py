@@ -89,7 +89,8 @@ class OfGroups:
         """The group of a prompt whose answers are as long as they may be, and all differ."""
         prompt = item.examples[0]
         answers = [
-            SampledCompletion(np.full(self._most, number + 1, np.int32), np.zeros(self._most), True) for number in range(self._size)
+            SampledCompletion(np.full(self._most, number + 1, np.int32), np.zeros(self._most), True)
+            for number in range(self._size)
         ]
         examples = tuple(_example(prompt, answer, 1) for answer in answers)
         zeros = np.zeros(self._size * self._most)

@@ -1,8 +1,8 @@
 """Continuous batching: sequences join and leave between passes, and prompts are processed next to decoding sequences.
 
-With few sequences, a pass over several rows takes as long as over one, because reading the weights from memory sets the
-time. The spare rows are used for speculative decoding with prompt lookup (after Leviathan et al., arXiv:2211.17192): the
-draft is what followed the last occurrence of the sequence's last tokens. The output is the same with and without it.
+With few sequences, a pass over several rows takes as long as a pass over one, because the time is that of reading the
+weights from memory. The spare rows are used for speculative decoding (Leviathan et al., arXiv:2211.17192) with prompt
+lookup: the draft is what followed the last occurrence of the sequence's last tokens. It does not change the output.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def decode_groups(batch: Batch, groups: Sequence[Sequence[SequenceState]]) -> It
 def batch_for(model: nn.Module, sequences: Sequence[SequenceState]) -> Batch:
     """Return a batch for these sequences: as many together as fit into memory, at most MAX_SEQUENCES.
 
-    Its decoder is kept with the model and reused until a weight changes. Raises ModelError if one sequence does not fit.
+    Its decoder is kept with the model and reused until a weight changes. Raises ModelError if a sequence does not fit.
     """
     blocks = sorted((blocks_for(sequence.max_length) for sequence in sequences), reverse=True)
     block_bytes = BLOCK_SIZE * kv_bytes_per_position(model)

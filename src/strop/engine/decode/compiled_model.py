@@ -61,9 +61,7 @@ class CompiledModel:
         self._num_rows, self._room, self._num_positions = 0, None, 0
         self._exact_argmax = self._make_exact_argmax(layers)
 
-    def __call__(
-        self, ids: Any, rows: tuple[Any, ...], num_positions: int, picked: Any, *, logits: bool
-    ) -> PassOutput:
+    def __call__(self, ids: Any, rows: tuple[Any, ...], num_positions: int, picked: Any, *, logits: bool) -> PassOutput:
         """Run the forward pass.
 
         Args:
@@ -237,7 +235,7 @@ class CompiledModel:
 
 
 def activation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type of matmul inputs and of the cache: bf16 if the weights are and the CPU multiplies it, else fp32."""
+    """Return the type of matmul inputs and the cache: bf16 if the weights are and the CPU multiplies it, else fp32."""
     return torch.bfloat16 if dtype == torch.bfloat16 and answering_loops().HAS_BF16 else torch.float32
 
 

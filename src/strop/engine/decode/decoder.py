@@ -1,4 +1,4 @@
-"""The decoder on strop's compiled kernels, the interface that it shares with the fallback, and which models it supports.
+"""The decoder on strop's compiled kernels, its interface (shared with the fallback), and the models that it supports.
 
 Nothing is padded: a pass is one row of tokens from many sequences, prompts and decoding ones alike, each with its
 adapter. Keys and values go into blocks (cache.py). The model's own weights are used in place, quantized ones included.
@@ -108,7 +108,7 @@ class CompiledDecoder:
         sequence.num_reused = sequence.num_cached
 
     def admit_follower(self, sequence: SequenceState, leader: SequenceState) -> None:
-        """Reserve the space of a sequence with the leader's prompt, except for the blocks to share. Raises CacheFull."""
+        """Reserve the space of a sequence with the leader's prompt, without the shared blocks. Raises CacheFull."""
         assert sequence.adapter == leader.adapter and sequence.prompt_length == leader.prompt_length
         num_blocks = blocks_for(sequence.prompt_length + sequence.max_new_tokens)
         sequence.blocks = self.blocks.allocate(num_blocks - sequence.prompt_length // BLOCK_SIZE)
@@ -170,7 +170,7 @@ class CompiledDecoder:
         return len(self.adapters) if sequence.adapter is None else self.adapters.index(sequence.adapter)
 
     def _advance(self, sequence: SequenceState, count: int) -> None:
-        """Count positions as cached, and register the blocks that are full. Draft tokens may be rejected: not counted."""
+        """Count positions as cached and register full blocks. Draft tokens are not counted: they may be rejected."""
         sequence.num_cached += count
         keys = sequence.block_keys
         previous_key, begin = keys[-1] if keys else root_key(sequence.adapter), len(keys) * BLOCK_SIZE
