@@ -43,4 +43,8 @@ def test_an_answer_ends_with_either(by: str, tiny_folder: Path, tmp_path: Path) 
 def test_a_config_that_transformers_made_up_ends_nothing() -> None:
     assert generation_stop_ids(GenerationConfig(eos_token_id=[1, 2])) == (1, 2)
     assert generation_stop_ids(GenerationConfig(eos_token_id=1)) == (1,)
-    assert generation_stop_ids(GenerationConfig()) == generation_stop_ids(GenerationConfig(eos_token_id=1, _from_model_config=True)) == ()
+    assert (
+        generation_stop_ids(GenerationConfig())
+        == generation_stop_ids(GenerationConfig(eos_token_id=1, _from_model_config=True))
+        == ()
+    )

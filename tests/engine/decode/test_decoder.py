@@ -289,13 +289,13 @@ def test_expected_completions_are_scored_and_do_not_change_the_output(at_once: i
         with model.disable_adapter() if sequence.adapter is None else nullcontext(), torch.inference_mode():
             logits = model(input_ids=torch.from_numpy(whole.astype(np.int64))[None]).logits[0].double()
         logs = logits.log_softmax(-1)[np.arange(first, len(whole) - 1), whole[first + 1 :]]
-        assert np.allclose(sequence.logprobs, logs, atol=1e-5) and len(sequence.logprobs)
+        assert np.allclose(sequence.expected_logprobs, logs, atol=1e-5) and len(logs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_greedy_decoding_uses_exact_argmax(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The output is that of the full head. With a sampled sequence in the batch, the full head is used."""
-    model = adapted("llama", hidden_size=64, intermediate_size=96, head_dim=32).to(dtype).eval()
+    model = adapted("llama", hidden_size=64, intermediate_size=96, head_dim=32, vocab_size=96).to(dtype).eval()
     asked: list[bool] = []
     argmax = exact_argmax.ExactArgmax.argmax
 
@@ -321,7 +321,7 @@ def test_greedy_decoding_uses_exact_argmax(dtype: torch.dtype, monkeypatch: pyte
 
 def test_passes_without_outputs_skip_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """All passes over a long prompt but the last one. The int8 kernel once treated zero rows as two."""
-    model = adapted("llama", hidden_size=64, intermediate_size=96, head_dim=32).to(torch.bfloat16).eval()
+    model = adapted("llama", hidden_size=64, intermediate_size=96, head_dim=32, vocab_size=96).to(torch.bfloat16).eval()
     asked: list[int] = []
     argmax = exact_argmax.ExactArgmax.argmax
     monkeypatch.setattr(exact_argmax.ExactArgmax, "argmax", lambda self, z: asked.append(len(z)) or argmax(self, z))
