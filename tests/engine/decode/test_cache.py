@@ -24,9 +24,9 @@ def test_block_key_depends_on_adapter_and_all_tokens_before() -> None:
     assert set(keys).isdisjoint(block_keys(root_key("b"), long)) and set(keys).isdisjoint(
         block_keys(root_key(None), long)
     )
-    other = long.copy()
-    other[0] += 1
-    assert set(keys).isdisjoint(block_keys(root_key("a"), other))
+    changed = long.copy()
+    changed[0] += 1
+    assert set(keys).isdisjoint(block_keys(root_key("a"), changed))
     assert list(block_keys(root_key("None"), long)) != list(block_keys(root_key(None), long))
 
 

@@ -31,10 +31,10 @@ def _use_exact_argmax_for_every_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact_argmax, "MIN_HEAD_SHARE", 0.0)
 
 
-def prompts(many: int = 8) -> list[Ids]:
+def prompts(count: int = 8) -> list[Ids]:
     """Prompts shorter and longer than a window of 4 and than a block. The last shares a prefix longer than a block."""
     random = np.random.default_rng(0)
-    rows = [random.integers(3, 96, int(n)).astype(np.int32) for n in [1, 3, 50, 17, 33, 8, 64][: many - 1]]
+    rows = [random.integers(3, 96, int(n)).astype(np.int32) for n in [1, 3, 50, 17, 33, 8, 64][: count - 1]]
     return [*rows, np.concatenate([rows[2][: BLOCK_SIZE + 5], rows[3]])]
 
 
@@ -70,8 +70,8 @@ def test_completions_equal_those_of_transformers(family: str) -> None:
         SequenceState(ids, None if place % 3 == 1 else "default", max_new_tokens=TOKENS)
         for place, ids in enumerate(rows)
     ]
-    found = completions(decoder, sequences, 3, prefill_rows=20)
-    for sequence, ids, answer in zip(sequences, rows, found, strict=True):
+    outputs = completions(decoder, sequences, 3, prefill_rows=20)
+    for sequence, ids, answer in zip(sequences, rows, outputs, strict=True):
         with model.disable_adapter() if sequence.adapter is None else nullcontext():
             assert answer == greedy_without_cache(model, ids)
     assert decoder.blocks.free == decoder.blocks.count
@@ -83,27 +83,27 @@ def logits_of(decoder: CompiledDecoder, sequences: list[SequenceState]) -> list[
         decoder.admit(sequence)
     lengths = [sequence.num_uncached for sequence in sequences]
     seen = decoder.forward([Chunk(sequence, sequence.num_uncached, sequence.num_uncached) for sequence in sequences])
-    found = np.split(seen.logits.copy(), np.cumsum(lengths)[:-1])
+    outputs = np.split(seen.logits.copy(), np.cumsum(lengths)[:-1])
     for sequence in sequences:
         decoder.release(sequence)
     decoder.blocks = BlockPool(decoder.blocks.count)
-    return found
+    return outputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
     model = adapted("qwen3", hidden_size=64, intermediate_size=96, head_dim=32).to(dtype).eval()
     decoder, rows = CompiledDecoder(model, 2000), prompts()
-    made = [SequenceState(ids, None if place % 2 else "default") for place, ids in enumerate(rows)]
-    together = logits_of(decoder, made)
-    for sequence, wanted in zip(made, together, strict=True):
+    sequences = [SequenceState(ids, None if place % 2 else "default") for place, ids in enumerate(rows)]
+    together = logits_of(decoder, sequences)
+    for sequence, expected_outputs in zip(sequences, together, strict=True):
         again = SequenceState(sequence.ids, sequence.adapter)
         decoder.admit(again)
         chunks = []
         while again.num_uncached:  # three positions at a time
             count = min(3, again.num_uncached)
             chunks.append(decoder.forward([Chunk(again, count, count)]).logits.copy())
-        assert np.array_equal(np.concatenate(chunks), wanted)
+        assert np.array_equal(np.concatenate(chunks), expected_outputs)
         decoder.release(again)
         decoder.blocks = BlockPool(decoder.blocks.count)
 
@@ -112,15 +112,15 @@ def test_bf16_error_is_at_most_that_of_transformers() -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_attention_heads": 4}
     model = with_large_weights(adapted("llama", **sizes, num_hidden_layers=3)).to(torch.bfloat16)
     rows = prompts()[:-1]
-    found = logits_of(CompiledDecoder(model, 2000), [SequenceState(ids, "default") for ids in rows])
+    outputs = logits_of(CompiledDecoder(model, 2000), [SequenceState(ids, "default") for ids in rows])
     wide = with_large_weights(adapted("llama", **sizes, num_hidden_layers=3))
     wide.load_state_dict(model.state_dict())  # the weights as rounded to bf16
     ours, theirs = [], []
-    for ids, logits in zip(rows, found, strict=True):
-        given = torch.from_numpy(ids.astype(np.int64))[None]
+    for ids, logits in zip(rows, outputs, strict=True):
+        generated = torch.from_numpy(ids.astype(np.int64))[None]
         with torch.inference_mode():
-            true = wide(input_ids=given).logits[0].log_softmax(-1)
-            theirs.append((model(input_ids=given).logits[0].float().log_softmax(-1) - true).flatten())
+            true = wide(input_ids=generated).logits[0].log_softmax(-1)
+            theirs.append((model(input_ids=generated).logits[0].float().log_softmax(-1) - true).flatten())
         ours.append((torch.from_numpy(logits).log_softmax(-1) - true).flatten())
     assert torch.cat(ours).square().mean() <= torch.cat(theirs).square().mean()
     assert torch.cat(ours).abs().max() < 1.2 * torch.cat(theirs).abs().max()
@@ -130,10 +130,10 @@ def quantized(scheme: str, dtype: torch.dtype, sizes: dict[str, int]) -> tuple[A
     """Return a tiny Llama with quantized linear layers, and these layers by name."""
     model = tiny_of("llama", head_dim=16, num_attention_heads=4, **sizes).to(dtype).eval()
     whole = {name: module.weight.data for name, module in model.named_modules() if hasattr(module, "weight")}
-    made = replace_linears(model, scheme, dtype, lambda name: "layers" in name)
-    for name, module in made.items():
+    layers = replace_linears(model, scheme, dtype, lambda name: "layers" in name)
+    for name, module in layers.items():
         module.fill(pack(whole[name], scheme))
-    return model, made
+    return model, layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,36 +144,36 @@ def test_quantized_weights_give_the_logits_of_dequantized_weights(scheme: str, d
     if scheme == "int8" and dtype == torch.bfloat16 and passes.AS_HELD:
         pytest.skip("this CPU multiplies int8 without dequantizing")
     for sizes in ({"hidden_size": 128, "intermediate_size": 256}, {"hidden_size": 48, "intermediate_size": 80}):
-        model, made = quantized(scheme, dtype, sizes)
-        packed = [module.packed() for module in made.values()]
+        model, layers = quantized(scheme, dtype, sizes)
+        packed = [module.packed() for module in layers.values()]
         assert all(packed) or (scheme != "int8" and sizes["hidden_size"] % 64)
         sequences = [SequenceState(ids, None) for ids in prompts()[:-1]]
-        found = logits_of(CompiledDecoder(model, 2000), sequences)
+        outputs = logits_of(CompiledDecoder(model, 2000), sequences)
         make_resident(model, 99)
         assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
-        for one, other in zip(found, logits_of(CompiledDecoder(model, 2000), sequences), strict=True):
+        for quantized_logits, logits in zip(outputs, logits_of(CompiledDecoder(model, 2000), sequences), strict=True):
             if decode_matmul.TILES and dtype == torch.bfloat16:
-                assert np.abs(one - other).max() < 0.02
+                assert np.abs(quantized_logits - logits).max() < 0.02
             else:
-                assert np.array_equal(one, other)
+                assert np.array_equal(quantized_logits, logits)
 
 
 @pytest.mark.skipif(not passes.AS_HELD, reason="this CPU dequantizes int8 weights")
 def test_int8_matmul_is_closer_to_fp32_than_the_dequantized_weight() -> None:
-    model, made = quantized("int8", torch.bfloat16, {"hidden_size": 128, "intermediate_size": 256})
+    model, layers = quantized("int8", torch.bfloat16, {"hidden_size": 128, "intermediate_size": 256})
     sequences = [SequenceState(ids, None) for ids in prompts()[:-1]]
     wide = deepcopy(model).float()
-    for name in made:
+    for name in layers:
         wide.get_submodule(name).dtype = torch.float32
-    true, found = (np.concatenate(logits_of(CompiledDecoder(one, 2000), sequences)) for one in (wide, model))
+    true, outputs = (np.concatenate(logits_of(CompiledDecoder(variant, 2000), sequences)) for variant in (wide, model))
     few = [
         np.concatenate(logits_of(CompiledDecoder(model, 2000), [SequenceState(ids, None)])) for ids in prompts()[:-1]
     ]
-    assert np.array_equal(np.concatenate(few), found)  # independent of the batch
+    assert np.array_equal(np.concatenate(few), outputs)  # independent of the batch
     make_resident(model, 99)
     whole = np.concatenate(logits_of(CompiledDecoder(model, 2000), sequences))
-    assert np.square(found - true).mean() < np.square(whole - true).mean()
-    assert np.square(found - true).mean() > 0
+    assert np.square(outputs - true).mean() < np.square(whole - true).mean()
+    assert np.square(outputs - true).mean() > 0
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"r": 20, "use_rslora": True}])
@@ -213,13 +213,13 @@ def test_speculative_decoding_saves_passes_and_keeps_the_output() -> None:
     phrase = random.integers(3, 96, 9).astype(np.int32)
     rows = [np.concatenate([phrase, phrase, phrase[:n]]) for n in (4, 6, 8)]
     for sampling in (Sampling(), Sampling(0.7, 0.9, seed=3), Sampling(repetition_penalty=1.2)):
-        found, passes = {}, {}
+        outputs, passes = {}, {}
         for speculative in (True, False):
             sequences = [SequenceState(ids, "default", max_new_tokens=30, sampling=sampling) for ids in rows]
             batch = Batch(CompiledDecoder(model, 1000), 3, speculative=speculative)
             passes[speculative] = sum(1 for _ in decode_all(batch, sequences))
-            found[speculative] = [sequence.completion for sequence in sequences]
-        assert found[True] == found[False]
+            outputs[speculative] = [sequence.completion for sequence in sequences]
+        assert outputs[True] == outputs[False]
         assert passes[True] < passes[False] or sampling != Sampling()
 
 
@@ -240,9 +240,9 @@ def test_prefix_that_ends_inside_a_block_is_reused(same: int) -> None:
     completions(decoder, [SequenceState(ids, "default", max_new_tokens=2)], 1)
     other = np.concatenate([ids[:same], (ids[same : same + 1] + 1) % 96, ids[5:25]])
     sequences = [SequenceState(other, adapter, max_new_tokens=TOKENS) for adapter in ("default", None)]
-    found = completions(decoder, sequences, 2)
+    outputs = completions(decoder, sequences, 2)
     assert [sequence.num_reused for sequence in sequences] == [same, 0]
-    assert found == completions(
+    assert outputs == completions(
         CompiledDecoder(model, 1000),
         [SequenceState(other, sequence.adapter, max_new_tokens=TOKENS) for sequence in sequences],
         2,
@@ -263,16 +263,16 @@ def test_expected_completions_are_scored_and_do_not_change_the_output(at_once: i
         SequenceState(ids, None if place % 3 == 1 else "default", max_new_tokens=TOKENS)
         for place, ids in enumerate(rows)
     ]
-    given = completions(decoder, plain, 4)
-    stop = given[4][-1]
-    sequences, wanted = [], []
-    for place, (ids, answer) in enumerate(zip(rows, given, strict=True)):
+    generated = completions(decoder, plain, 4)
+    stop = generated[4][-1]
+    sequences, expected_outputs = [], []
+    for place, (ids, answer) in enumerate(zip(rows, generated, strict=True)):
         right = np.array([*answer, 7, 8, 9], np.int32)[: [15, 12, 5, 1][place % 4]]
         if place % 3:
             right[len(right) // 2] = (right[len(right) // 2] + 1) % 96
         first = len(ids) // 2 if place % 2 else None
         stops = (stop,) if place == 4 else ()
-        wanted.append(answer[: answer.index(stop) + 1] if stops else answer)
+        expected_outputs.append(answer[: answer.index(stop) + 1] if stops else answer)
         expected = ExpectedCompletion(right, first)
         sequences.append(
             SequenceState(ids, plain[place].adapter, max_new_tokens=TOKENS, stop_ids=stops, expected=expected)
@@ -280,8 +280,8 @@ def test_expected_completions_are_scored_and_do_not_change_the_output(at_once: i
         sequences.append(
             SequenceState(ids, plain[place].adapter, max_new_tokens=TOKENS, stop_ids=stops)
         )  # without an expected completion
-        wanted.append(wanted[-1])
-    assert completions(decoder, sequences, 5, prefill_rows=at_once) == wanted
+        expected_outputs.append(expected_outputs[-1])
+    assert completions(decoder, sequences, 5, prefill_rows=at_once) == expected_outputs
     assert decoder.blocks.free == decoder.blocks.count
     for sequence, ids in zip(sequences[::2], rows, strict=True):
         whole = np.concatenate([ids, sequence.expected.ids])
@@ -296,41 +296,41 @@ def test_expected_completions_are_scored_and_do_not_change_the_output(at_once: i
 def test_greedy_decoding_uses_exact_argmax(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The output is that of the full head. With a sampled sequence in the batch, the full head is used."""
     model = adapted("llama", hidden_size=64, intermediate_size=96, head_dim=32, vocab_size=96).to(dtype).eval()
-    asked: list[bool] = []
+    calls: list[bool] = []
     argmax = exact_argmax.ExactArgmax.argmax
 
     def greedy(*others: SequenceState, full_head: bool = False) -> list[list[int]]:
         def counted(screen: exact_argmax.ExactArgmax, z: Any) -> Any:
-            asked.append(True)
+            calls.append(True)
             return None if full_head else argmax(screen, z)
 
         monkeypatch.setattr(exact_argmax.ExactArgmax, "argmax", counted)
-        asked.clear()
+        calls.clear()
         sequences = [SequenceState(ids, name, max_new_tokens=TOKENS) for ids in prompts() for name in ("default", None)]
         return completions(CompiledDecoder(model, 4000), [*others, *sequences], 5)[len(others) :]
 
     expected = greedy()
-    assert len(asked) > TOKENS
+    assert len(calls) > TOKENS
     assert expected == greedy(full_head=True)
-    drawn = SequenceState(
+    sampled = SequenceState(
         prompts()[0], None, max_new_tokens=300, sampling=Sampling(1.0, seed=1)
     )  # lasts longer than the others
-    assert expected == greedy(drawn)
-    assert not asked
+    assert expected == greedy(sampled)
+    assert not calls
 
 
 def test_passes_without_outputs_skip_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """All passes over a long prompt but the last one. The int8 kernel once treated zero rows as two."""
     model = adapted("llama", hidden_size=64, intermediate_size=96, head_dim=32, vocab_size=96).to(torch.bfloat16).eval()
-    asked: list[int] = []
+    calls: list[int] = []
     argmax = exact_argmax.ExactArgmax.argmax
-    monkeypatch.setattr(exact_argmax.ExactArgmax, "argmax", lambda self, z: asked.append(len(z)) or argmax(self, z))
+    monkeypatch.setattr(exact_argmax.ExactArgmax, "argmax", lambda self, z: calls.append(len(z)) or argmax(self, z))
     sequences = [SequenceState(ids, "default", max_new_tokens=3) for ids in prompts()]
     whole = completions(CompiledDecoder(model, 2000), sequences, 2)
-    begun = len(asked)
+    begun = len(calls)
     again = [SequenceState(ids, "default", max_new_tokens=3) for ids in prompts()]
     assert completions(CompiledDecoder(model, 2000), again, 2, prefill_rows=5) == whole
-    assert len(asked) > begun and min(asked) > 0
+    assert len(calls) > begun and min(calls) > 0
 
 
 def test_nan_logits_fail_a_sequence_with_an_expected_completion() -> None:
@@ -339,7 +339,7 @@ def test_nan_logits_fail_a_sequence_with_an_expected_completion() -> None:
     sequence = SequenceState(
         prompts()[2], "default", max_new_tokens=3, expected=ExpectedCompletion(np.array([1, 2], np.int32))
     )
-    assert completions(CompiledDecoder(model, 500), [sequence], 1) == [[]] and sequence.end == "failed"
+    assert completions(CompiledDecoder(model, 500), [sequence], 1) == [[]] and sequence.finish_reason == "failed"
 
 
 def test_sequences_wait_for_a_prefix_that_is_being_processed() -> None:
@@ -400,7 +400,7 @@ def test_group_processes_its_prompt_once(length: int, rows: int) -> None:
         ]
 
     single = CompiledDecoder(model, 1000)
-    wanted = [completions(single, [sequence], 1)[0] for ids in prompts for sequence in group_of(ids)]
+    expected_outputs = [completions(single, [sequence], 1)[0] for ids in prompts for sequence in group_of(ids)]
     decoder, groups, prompt_rows = CompiledDecoder(model, 1000), [group_of(ids) for ids in prompts], 0
     forward, batch = decoder.forward, Batch(decoder, rows, speculative=False)
 
@@ -413,8 +413,8 @@ def test_group_processes_its_prompt_once(length: int, rows: int) -> None:
     logs: dict[SequenceState, list[float]] = {sequence: [] for group in groups for sequence in group}
     for progress in decode_groups(batch, groups):
         logs[progress.sequence] += [token.logprob for token in progress.tokens]
-    assert [sequence.completion for group in groups for sequence in group] == wanted and len(
-        set(map(tuple, wanted))
+    assert [sequence.completion for group in groups for sequence in group] == expected_outputs and len(
+        set(map(tuple, expected_outputs))
     ) > 6
     if rows == 64:
         assert prompt_rows == 2 * length
@@ -422,8 +422,8 @@ def test_group_processes_its_prompt_once(length: int, rows: int) -> None:
     sequence = groups[0][1]
     with torch.inference_mode():
         logits = model(input_ids=torch.from_numpy(sequence.ids.astype(np.int64))[None]).logits[0].log_softmax(-1)
-    found = logits[range(length - 1, sequence.length - 1), sequence.completion]
-    assert logs[sequence] == pytest.approx(found.tolist(), abs=1e-4)
+    outputs = logits[range(length - 1, sequence.length - 1), sequence.completion]
+    assert logs[sequence] == pytest.approx(outputs.tolist(), abs=1e-4)
 
 
 def test_followers_leave_with_their_leader() -> None:

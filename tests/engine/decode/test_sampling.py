@@ -114,9 +114,9 @@ def test_token_carries_logprob_and_top_logprobs() -> None:
 def test_non_finite_logits_raise_no_token() -> None:
     rows = np.stack([logits(20)] * 5)
     rows[1, 4], rows[2, 7], rows[3, 2], rows[4] = np.nan, np.inf, -np.inf, -np.inf
-    found, finite = likeliest(rows)
+    tokens, finite = likeliest(rows)
     assert finite.tolist() == [True, False, False, True, False]
-    assert found[0] == rows[0].argmax() and found[3] == rows[3].argmax()
+    assert tokens[0] == rows[0].argmax() and tokens[3] == rows[3].argmax()
     for row in rows[[1, 2, 4]]:
         with pytest.raises(NoToken):
             SequenceState(np.array([1], np.int32), None, sampling=Sampling(1.0)).sample(
