@@ -220,7 +220,7 @@ class Model:
     @property
     def sampling(self) -> Sampling:
         """How the model itself wants its answers drawn: its generation config."""
-        return Sampling.own(self.module.generation_config)
+        return Sampling.from_generation_config(self.module.generation_config)
 
     def add(self, name: str, *, force: bool = False, own_template: bool = False) -> None:
         """Loads a further adapter (a run or adapter folder) onto the same base; `use` switches to it.
