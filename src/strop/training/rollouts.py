@@ -281,7 +281,7 @@ def check_vllm(recipe: Recipe) -> None:
 
 @dataclass(frozen=True)
 class VllmSampler:
-    """Samples like engine.decode.rollouts.sample_completions, in a vLLM process.
+    """Samples like engine.decode.generate.sample_completions, in a vLLM process.
 
     A seed does not fully determine a completion, because vLLM's sums depend on what is computed in the same batch. A
     resumed run may therefore sample others.
