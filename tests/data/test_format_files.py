@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from strop.data.formats import Conversations, conversations, placeholders
-from strop.data.reading.sources import RowFault, read_rows
+from strop.data.reading.sources import RowError, read_rows
 from strop.errors import DataError
 from tests.support.shared_data import shared
 
@@ -41,10 +41,10 @@ REFUSED = [  # file, the option that its refusal names; each is used in USED
 
 def load(
     name: str, *, format: str = "auto", columns: dict[str, str] | None = None
-) -> tuple[Conversations, list[RowFault]]:
+) -> tuple[Conversations, list[RowError]]:
     path = shared(f"formats/{name}")
     spec = f"{path}+{shared('formats/parallel.cm')}" if name == "parallel.nl" else path
-    bad: list[RowFault] = []
+    bad: list[RowError] = []
     return conversations(read_rows(spec, columns=columns, bad=bad), format=format, columns=columns, bad=bad), bad
 
 

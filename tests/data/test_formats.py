@@ -13,11 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.data.format_docs import tables
-from strop.data.formats import FORMATS, REASONS, Conversations, conversations, shape_of
+from strop.data.converters import ROLES
+from strop.data.formats import FORMATS, REASONS, Conversations, conversations, shape_of, tables
 from strop.data.reading import files
-from strop.data.reading.sources import RowFault
-from strop.data.row_formats import ROLES
+from strop.data.reading.sources import RowError
 from strop.data.types import Conversation, Message, Row
 from strop.errors import DataError
 from tests import ROOT
@@ -28,8 +27,8 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 
-def convert(*values: dict[str, Any], **options: Any) -> tuple[list[Conversation], list[RowFault], Conversations]:
-    bad: list[RowFault] = []
+def convert(*values: dict[str, Any], **options: Any) -> tuple[list[Conversation], list[RowError], Conversations]:
+    bad: list[RowError] = []
     reader = conversations([Row("d", n, value) for n, value in enumerate(values, 1)], bad=bad, **options)
     return list(reader), bad, reader
 
@@ -341,7 +340,7 @@ ROWS = st.dictionaries(st.sampled_from(sorted(files.COLUMN_NAMES | {"id", "title
 @settings(max_examples=300, deadline=None)
 @given(st.lists(ROWS, max_size=4), st.sampled_from(["auto", *FORMATS]))
 def test_every_row_is_used_or_named_whatever_it_holds(values: list[dict[str, Any]], format: str) -> None:
-    bad: list[RowFault] = []
+    bad: list[RowError] = []
     rows: Iterable[Row] = (Row("d", n, value) for n, value in enumerate(values, 1))
     reader = conversations(rows, format=format, bad=bad)
     try:

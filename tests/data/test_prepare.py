@@ -421,7 +421,9 @@ def test_the_report_and_the_rows_are_shown(tmp_path: Path) -> None:
 
 def test_the_template_asks_as_the_rows_were_trained(tmp_path: Path) -> None:
     tokenizer = templates.tokenizer("opens-with-switch")
-    thinks = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "c"}]}
+    shows_reasoning = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "c"}]
+    }
 
     def prompt(*rows: dict[str, Any], **fields: Any) -> tuple[str, Prepared]:
         prepared = run(write(tmp_path / "a.jsonl", list(rows)), tokenizer=tokenizer, **fields)
@@ -429,13 +431,13 @@ def test_the_template_asks_as_the_rows_were_trained(tmp_path: Path) -> None:
 
     end, none = prompt(row("a", "b"), row("c", "d"))
     assert end.endswith("</think>\n\n") and "served as trained: enable_thinking=false" in " ".join(none.report.template)
-    end, all_think = prompt(thinks)
+    end, all_think = prompt(shows_reasoning)
     assert end == "\n<think>\n" and all_think.hash != none.hash
-    end, some = prompt(thinks, row("a", "b"))
+    end, some = prompt(shows_reasoning, row("a", "b"))
     assert end == "\n<think>\n" and "1 training rows have reasoning and 1 have none" in " ".join(some.report.warnings)
     end, on = prompt(row("a", "b"), template_options={"enable_thinking": True})
     assert end == "\n<think>\n" and on.train[0].supervised > none.train[0].supervised  # it closes the block itself
-    _, dropped = prompt(thinks, reasoning="drop")
+    _, dropped = prompt(shows_reasoning, reasoning="drop")
     assert "data.reasoning drop leaves out" in " ".join(dropped.report.warnings)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from strop.data.formats import conversations
 from strop.data.reading.sources import read_rows
-from strop.data.types import Unit
+from strop.data.types import ExampleGroup
 from strop.engine.step import step_for
 from strop.errors import CheckpointError, RunError, Stopped
 from strop.models import adapters
@@ -37,7 +37,7 @@ from tests.support.preferences import KEY, job, pairs, started, units_for
 from tests.support.runs import QUICK, run
 from tests.support.tiny import far
 
-COMPARED = [name for name, one in OBJECTIVES.items() if one.learning != "prompts"]  # the others: test_groups.py
+COMPARED = [name for name, one in OBJECTIVES.items() if one.data_kind != "prompts"]  # the others: test_groups.py
 
 
 def values(made: Job) -> dict[str, torch.Tensor]:
@@ -391,7 +391,7 @@ def test_the_card_of_a_reward_model_scores_as_it_was_trained(
     for made in conversations(read_rows(str(rows), bad=[]), bad=[]):
         sides = [ours.renderer.render(side)[0] for side in made.sides]
         with torch.no_grad():
-            expected = [float(one) for one in criterion.sums(step_for(ours.module), [Unit(tuple(sides))])]
+            expected = [float(one) for one in criterion.sums(step_for(ours.module), [ExampleGroup(tuple(sides))])]
         found: list[torch.Tensor] = []
         for side in made.sides:
             messages = [{"role": message.role, "content": message.content} for message in side.messages]

@@ -9,13 +9,12 @@ from typing import Any, Literal
 import numpy as np
 
 from strop.config.schema import DataSection
-from strop.data.examples import Learning, shorter
+from strop.data.accounting import DataReport, Tokens, padding
 from strop.data.formats import PAIRED
-from strop.data.reading.sources import RowFault
-from strop.data.rendering.errors import FIXES
+from strop.data.reading.sources import RowError
 from strop.data.rendering.render import Renderer
-from strop.data.report import DataReport, Tokens, padding
-from strop.data.store import Examples, Indices, Store
+from strop.data.row_errors import FIXES
+from strop.data.store import DataKind, Examples, Indices, Store, allowed_overlong
 from strop.data.types import Example
 from strop.errors import DataError, Where
 
@@ -25,7 +24,7 @@ MAX_LOST_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Pass:
-    """A store, of which `examples` of `rows` are used for `role` by an objective that learns from `learning`.
+    """A store, of which `examples` of `rows` are used for `role` by an objective that learns from `data_kind`.
 
     shared: its rows are accounted elsewhere.
     """
@@ -34,7 +33,7 @@ class Pass:
     examples: Examples
     rows: Indices
     role: Literal["training", "evaluation"]
-    learning: Learning = "turns"
+    data_kind: DataKind = "turns"
     shared: bool = False
 
 
@@ -42,7 +41,7 @@ def account(data: DataSection, renderer: Renderer, looked: Pass) -> DataReport:
     """The account of one pass over the data."""
     store, examples, rows, role, shared = looked.store, looked.examples, looked.rows, looked.role, looked.shared
     facts = store.facts
-    faults = [] if shared else [RowFault(code, Where(*where)) for code, *where in facts["faults"]]
+    faults = [] if shared else [RowError(code, Where(*where)) for code, *where in facts["faults"]]
     outcomes = {name: 0 if shared else int(facts["outcomes"].get(name, 0)) for name in ("used", "truncated", "split")}
     counts = {"read": facts["read"], **outcomes, "dropped": int(facts["outcomes"].get("dropped", 0))}
     if shared:
@@ -61,7 +60,7 @@ def account(data: DataSection, renderer: Renderer, looked: Pass) -> DataReport:
         warnings.append(f"{within} {role} rows repeat an earlier one")
     warnings += _judgements(looked)
     refusal = _refusal(data, looked, faults, counts)
-    compared = _compared(looked) if refusal is None and looked.learning != "turns" else {}
+    compared = _compared(looked) if refusal is None and looked.data_kind != "turns" else {}
     return DataReport(
         rows=counts,
         by_reason=dict(Counter(fault.code for fault in faults).most_common()),
@@ -90,11 +89,11 @@ def ends_with_stop(example: Example, renderer: Renderer) -> bool:
 
 def _stops(looked: Pass, renderer: Renderer) -> int:
     """How many of the rows end with a supervised stop token; of a pair both answers."""
-    if looked.learning == "prompts":
+    if looked.data_kind == "prompts":
         return 0
     of = looked.store.example_records["row"]
     begins, ends = np.searchsorted(of, looked.rows, "left"), np.searchsorted(of, looked.rows, "right")
-    firsts = begins if looked.learning == "pairs" else ends - 1
+    firsts = begins if looked.data_kind == "pairs" else ends - 1
     return sum(
         all(ends_with_stop(looked.store.example(i), renderer) for i in range(first, end))
         for first, end in zip(firsts.tolist(), ends.tolist(), strict=True)
@@ -105,12 +104,12 @@ def _compared(looked: Pass) -> dict[str, Any]:
     """Of pairs: how long both sides are, and what a judge would score that knows lengths alone. Of judged answers: how
     many were judged good and bad. Of prompts: how many have a right answer."""
     supervised, judged = looked.examples.supervised, looked.examples.judged
-    if looked.learning == "prompts":
+    if looked.data_kind == "prompts":
         return {
             "prompts": len(looked.rows),
             "right_answers": int(looked.store.row_records["answered"][looked.rows].sum()),
         }
-    if looked.learning == "labels":
+    if looked.data_kind == "labels":
         return {
             "desirable": int((judged == 1).sum()),
             "undesirable": int((judged == 0).sum()),
@@ -141,14 +140,14 @@ def _warnings(facts: dict[str, Any]) -> list[str]:
     return found + [f"{count} rows of {path} left out by its weight" for path, count in facts["left_out"].items()]
 
 
-def _wrong_kind(facts: dict[str, Any], learning: Learning) -> DataError | None:
+def _wrong_kind(facts: dict[str, Any], data_kind: DataKind) -> DataError | None:
     """Rows of another kind than the objective learns from."""
     found = {file: "pairs" if name in PAIRED else name for file, name in facts["formats"].items()}
     turns = {*found.values()} - {"pairs", "labelled", "prompt"}
     fits = {
         "turns": turns, "pairs": {"pairs"}, "labels": {"pairs", "labelled"}, "prompts": (turns | {"prompt"}) - {"text"}
     }  # fmt: skip
-    wrong = [(file, kind) for file, kind in found.items() if kind not in fits[learning]]
+    wrong = [(file, kind) for file, kind in found.items() if kind not in fits[data_kind]]
     if not wrong:
         return None
     file, kind = wrong[0]
@@ -156,7 +155,7 @@ def _wrong_kind(facts: dict[str, Any], learning: Learning) -> DataError | None:
         "pairs": "preference pairs", "labelled": "answers that were judged good or bad", "prompt": "prompts alone"
     }  # fmt: skip
     what = names.get(kind, f"{kind} rows")
-    if learning == "turns":
+    if data_kind == "turns":
         fix = {
             "pairs": "--train.objective dpo (ipo, orpo, simpo, kto), or the better answers alone: "
             "--data.columns prompt=A,completion=chosen, with your names (messages=chosen if it holds the prompt)",
@@ -168,13 +167,13 @@ def _wrong_kind(facts: dict[str, Any], learning: Learning) -> DataError | None:
     needs = {
         "pairs": "pairs (chosen and rejected)", "labels": "answers with a label, or pairs",
         "prompts": "prompts, with right answers or without",
-    }[learning]  # fmt: skip
+    }[data_kind]  # fmt: skip
     fix = {
         "labelled": "--train.objective kto",
         "pairs": "--train.objective dpo",
         "prompt": "--train.objective grpo",
     }.get(kind, "--train.objective sft, or other data")
-    if learning == "labels" and "label" in facts["unused"]:
+    if data_kind == "labels" and "label" in facts["unused"]:
         fix = "--data.format labelled, where 1 in label is good and 0 is bad"
     return DataError(f"{file}: {what}; this objective learns from {needs}", fix=fix)
 
@@ -182,7 +181,7 @@ def _wrong_kind(facts: dict[str, Any], learning: Learning) -> DataError | None:
 def _one_kind(looked: Pass) -> str | None:
     """That all answers were judged alike, where an objective learns from judgements."""
     judged = set(looked.examples.judged.tolist())
-    if looked.learning != "labels" or judged not in ({0}, {1}):
+    if looked.data_kind != "labels" or judged not in ({0}, {1}):
         return None
     return f"all {looked.role} rows are judged {'good' if judged == {1} else 'bad'}"
 
@@ -192,7 +191,7 @@ def _judgements(looked: Pass) -> list[str]:
     found = []
     if looked.role == "evaluation" and (what := _one_kind(looked)):
         found.append(f"{what}: the evaluation says nothing of the other kind")
-    if looked.learning == "labels" and len(np.unique(looked.store.row_records["group"][looked.rows])) == 1:
+    if looked.data_kind == "labels" and len(np.unique(looked.store.row_records["group"][looked.rows])) == 1:
         found.append(
             f"all {looked.role} rows have one prompt: the divergence in the loss is 0 throughout, since it is measured "
             "on answers to other prompts"
@@ -200,16 +199,16 @@ def _judgements(looked: Pass) -> list[str]:
     return found
 
 
-def _refusal(data: DataSection, looked: Pass, faults: list[RowFault], counts: dict[str, int]) -> DataError | None:
+def _refusal(data: DataSection, looked: Pass, faults: list[RowError], counts: dict[str, int]) -> DataError | None:
     """Why a run would not start on these rows, if it would not."""
     facts, role, num_left = looked.store.facts, looked.role, len(looked.rows)
-    if wrong := _wrong_kind(facts, looked.learning):
+    if wrong := _wrong_kind(facts, looked.data_kind):
         return wrong
     long = [fault for fault in faults if fault.code == TOO_LONG]
     bad = [fault for fault in faults if fault.code != TOO_LONG]
     places = [fault.where for fault in long]
     said = f"{len(long)} of {counts['read']} {role} rows are longer than data.max_length {data.max_length}"
-    cut = f"--data.max_length {facts['longest']}, or choose --data.overlong {shorter(looked.learning)}"
+    cut = f"--data.max_length {facts['longest']}, or choose --data.overlong {allowed_overlong(looked.data_kind)}"
     refused = bool(long) and data.overlong == "refuse"
     if bad and data.bad_rows == "refuse":
         codes = {fault.code for fault in bad}

@@ -15,13 +15,12 @@ from rich.text import Text
 
 from strop.config.schema import DataSection
 from strop.data import formats
-from strop.data.examples import JUDGED, Learning
-from strop.data.prepare import Prepared, opposed, renderer_for, sequences_per_row, settle
+from strop.data.prepare import Prepared, decide_outcome, find_contradiction, renderer_for, sequences_per_row
 from strop.data.reading import sources
-from strop.data.reading.sources import RowFault
+from strop.data.reading.sources import RowError
 from strop.data.rendering.pairs import render_pairs, render_prompts
 from strop.data.rendering.render import Renderer
-from strop.data.store import digest, dumps, message_json
+from strop.data.store import JUDGED, DataKind, digest, dumps, message_json
 from strop.data.types import Conversation, Example, Message, Row
 from strop.errors import MAX_SHOWN_PLACES, DataError, FolderError
 
@@ -111,7 +110,7 @@ def tokens_text(example: Example, renderer: Renderer, *, ids: bool = False) -> T
     """An example as rich text, one piece a token (or a few where these make one character only together)."""
     text, before = Text(), False
     stops = {*renderer.stop_ids, renderer.tokenizer.eos_token_id}
-    for piece, numbers, weight in pieces(example, renderer.tokenizer):
+    for piece, numbers, weight in token_pieces(example, renderer.tokenizer):
         trained = weight > 0
         if trained != before:
             text.append("⟦" if trained else "⟧", SUPERVISED)
@@ -127,7 +126,7 @@ def tokens_text(example: Example, renderer: Renderer, *, ids: bool = False) -> T
     return text
 
 
-def pieces(example: Example, tokenizer: Any) -> Iterator[tuple[str, list[int], float]]:
+def token_pieces(example: Example, tokenizer: Any) -> Iterator[tuple[str, list[int], float]]:
     """Text, ids and weight of one token after the other; tokens that hold parts of one character come together."""
     waiting: list[int] = []
     numbers, weights = example.ids.tolist(), example.weights.tolist()
@@ -161,7 +160,7 @@ class Change:
     change: str
 
 
-def fix(data: DataSection, tokenizer: Any, out: Path, learning: Learning = "turns") -> list[Change]:
+def fix(data: DataSection, tokenizer: Any, out: Path, data_kind: DataKind = "turns") -> list[Change]:
     """Write the usable rows of data.train to `out` as `messages` (or `text`) rows, and each change beside it; pairs as
     `chosen` and `rejected`, judged answers with their `label`. learning: as for prepare.
 
@@ -178,7 +177,7 @@ def fix(data: DataSection, tokenizer: Any, out: Path, learning: Learning = "turn
     temp = out.with_name(f".{out.name}.tmp")
     try:
         with temp.open("w", encoding="utf-8", newline="\n") as file:
-            for line in _cleaned(data, renderer, changes, learning):
+            for line in _cleaned(data, renderer, changes, data_kind):
                 file.write(line + "\n")
         changes.sort(key=lambda change: (change.file, change.line or 0))
         log.write_text("".join(json.dumps(vars(change), ensure_ascii=False) + "\n" for change in changes), "utf-8")
@@ -190,9 +189,9 @@ def fix(data: DataSection, tokenizer: Any, out: Path, learning: Learning = "turn
     return changes
 
 
-def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], learning: Learning) -> Iterator[str]:
+def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], data_kind: DataKind) -> Iterator[str]:
     """The lines of the cleaned copy; changes go to `changes`."""
-    bad: list[RowFault] = []
+    bad: list[RowError] = []
     current: list[Row] = []
 
     def watched() -> Iterator[Row]:
@@ -205,23 +204,23 @@ def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], learn
 
     seen: dict[int, str] = {}
     made = formats.conversations(
-        watched(), format=data.format, columns=data.columns, bad=bad, answerless=learning == "prompts"
+        watched(), format=data.format, columns=data.columns, bad=bad, answerless=data_kind == "prompts"
     )
-    render = render_prompts if learning == "prompts" else render_pairs
+    render = render_prompts if data_kind == "prompts" else render_pairs
     judged: dict[int, tuple[str, int]] = {}
     written: set[str] = set()  # the names in each row of the copy
     for conversation in map(renderer.apart, made):
         file, line = conversation.file, conversation.line
         [(_, rendered)] = render(renderer, [conversation])
-        kind: Learning = "pairs" if conversation.rejected else learning  # a pair is two judged answers in one row
-        _, examples, fault = settle(conversation, rendered, data, renderer, kind)
+        kind: DataKind = "pairs" if conversation.rejected else data_kind  # a pair is two judged answers in one row
+        _, examples, fault = decide_outcome(conversation, rendered, data, renderer, kind)
         if fault is not None:
             changes.append(Change(file, line, f"dropped: {fault.where.what}"))
             continue
-        parts = sequences_per_row(conversation) if learning == "labels" else (conversation,)
+        parts = sequences_per_row(conversation) if data_kind == "labels" else (conversation,)
         shares = [examples] if len(parts) == 1 else [[example] for example in examples]
-        found = (opposed(part, share, judged) for part, share in zip(parts, shares, strict=True))
-        if learning in JUDGED and (against := next(filter(None, found), None)):
+        found = (find_contradiction(part, share, judged) for part, share in zip(parts, shares, strict=True))
+        if data_kind in JUDGED and (against := next(filter(None, found), None)):
             changes.append(Change(file, line, f"dropped: says the opposite of {against[0]}:{against[1]}"))
             continue
         key = digest(dumps(conversation))
@@ -229,7 +228,7 @@ def _cleaned(data: DataSection, renderer: Renderer, changes: list[Change], learn
             changes.append(Change(file, line, f"dropped: the same as {seen[key]}"))
             continue
         seen[key] = f"{file}:{line}"
-        value = _plain(conversation, asks=learning == "prompts" and made.found[file] == "prompt")
+        value = _plain(conversation, asks=data_kind == "prompts" and made.found[file] == "prompt")
         names = {*value} - {"tools"}
         if names != (written := written or names):
             raise DataError(

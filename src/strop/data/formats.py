@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from strop.data import preferences, row_formats
+from strop.data import converters
+from strop.data import converters as preferences
+from strop.data.converters import MEDIA, METADATA, InvalidRow, Keys, ParsedRow, Value
 from strop.data.reading import files
-from strop.data.reading.files import RowFault
-from strop.data.row_formats import MEDIA, METADATA, BadRow, Keys, Said, Value
+from strop.data.reading.files import RowError
 from strop.data.types import Conversation, Row
 from strop.errors import DataError, Where, nearest
 
@@ -56,7 +57,7 @@ class Format:
     name: str
     keys: tuple[Keys, ...]
     optional: Keys
-    convert: Callable[[Value, Keys], list[Said]]
+    convert: Callable[[Value, Keys], list[ParsedRow]]
     what: str
     example: dict[str, Any]
     exact: bool = False
@@ -113,7 +114,7 @@ FORMATS: dict[str, Format] = {
             "messages",
             (("messages",),),
             ("system", "tools"),
-            row_formats.messages,
+            converters.messages,
             "turns with role and content (a string, or parts of type text, reasoning, tool_call), maybe tool_calls, "
             "reasoning_content, and a weight (weight, loss_weight or train)",
             {"messages": _HI},
@@ -122,7 +123,7 @@ FORMATS: dict[str, Format] = {
             "sharegpt",
             (("conversations",), ("conversation",)),
             ("system", "tools"),
-            row_formats.messages,
+            converters.messages,
             "the same with from and value, or human and assistant in one object; function_call and observation turns; "
             "tools as a list or as JSON in a string",
             {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
@@ -131,7 +132,7 @@ FORMATS: dict[str, Format] = {
             "self-instruct",
             (("instruction", "instances"),),
             ("system",),
-            row_formats.instances,
+            converters.instances,
             "an instruction with a list of input and output; each makes one conversation",
             {"instruction": "Add.", "instances": [{"input": "1 1", "output": "2"}]},
         ),
@@ -139,7 +140,7 @@ FORMATS: dict[str, Format] = {
             "alpaca",
             (("instruction", "output"), ("instruction", "response")),
             ("input", "context", "system", "history", "tools"),
-            row_formats.alpaca,
+            converters.alpaca,
             "instruction, maybe input (added after a blank line), output; maybe history, a list of [prompt, answer]",
             {"instruction": "Add.", "input": "1 1", "output": "2"},
         ),
@@ -147,7 +148,7 @@ FORMATS: dict[str, Format] = {
             "prompt-completion",
             (("prompt", "completion"),),
             ("system", "history", "tools"),
-            row_formats.columns,
+            converters.columns,
             "two strings, or two lists of messages; turns of the prompt are not trained on",
             {"prompt": "hi", "completion": "yo"},
             exact=True,
@@ -156,7 +157,7 @@ FORMATS: dict[str, Format] = {
             "question-answer",
             (("question", "answer"), ("query", "response"), ("prompt", "response"), ("input", "output")),
             ("system", "history", "tools"),
-            row_formats.columns,
+            converters.columns,
             "the same under other names, maybe with a history; any two columns: `--data.columns prompt=A,completion=B`",
             {"question": "hi", "answer": "yo"},
             exact=True,
@@ -165,17 +166,17 @@ FORMATS: dict[str, Format] = {
             "prompt",
             (("prompt",),),
             ("system", "history", "tools"),
-            row_formats.prompt_alone,
+            converters.prompt_alone,
             "a prompt without an answer, a string or messages: for `train.objective grpo`, where the model answers",
             {"prompt": "hi"},
             exact=True,
-            fits=row_formats.is_prompt_alone,
+            fits=converters.is_prompt_alone,
         ),
         Format(
             "text",
             (("text",),),
             (),
-            row_formats.text,
+            converters.text,
             "raw text, trained on as it is (continued pretraining)",
             {"text": "Once upon a time ..."},
             exact=True,
@@ -226,7 +227,7 @@ class Conversations(Iterator[Conversation]):
         rows: Iterable[Row],
         format: str,
         columns: Mapping[str, str] | None,
-        bad: list[RowFault],
+        bad: list[RowError],
         answerless: bool = False,
     ) -> None:
         self.found: dict[str, str] = {}
@@ -253,8 +254,8 @@ class Conversations(Iterator[Conversation]):
             self.num_rows += 1
             try:
                 said = self._convert(row)
-            except BadRow as error:
-                self._bad.append(RowFault(error.code, Where(row.file, row.line, error.what)))
+            except InvalidRow as error:
+                self._bad.append(RowError(error.code, Where(row.file, row.line, error.what)))
                 continue
             self.num_used += 1
             for one in said:
@@ -268,36 +269,36 @@ class Conversations(Iterator[Conversation]):
             raise files.refuse(self._odd.file, what, _options(self._odd.value), self._odd.line)
         self._first = self._odd = None
 
-    def _convert(self, row: Row) -> list[Said]:
+    def _convert(self, row: Row) -> list[ParsedRow]:
         value = self._renamed(row.value)
         entry = self._asked or self._format_of(row)
         self.found[row.file] = entry.name
         keys = entry.found_in(key for key, held in value.items() if held is not None) or entry.found_in(value)
         if keys is None:
             needed = " or ".join("+".join(keys) for keys in entry.keys)
-            raise BadRow("missing-column", f"format {entry.name} needs {needed}; the row has {_listed(row.value)}")
+            raise InvalidRow("missing-column", f"format {entry.name} needs {needed}; the row has {_listed(row.value)}")
         self.unused.update(set(value) - {*keys, *entry.optional})
         if seen := [name for name in MEDIA if value.get(name)]:
-            raise BadRow(
+            raise InvalidRow(
                 "media", f"{seen[0]} holds what is seen or heard, which is not read; without it: --data.columns"
             )
         said = self._said(entry, value, keys)
         if any(PICTURE in turn.content for one in said for turn in (*one.messages, *one.rejected)):
-            raise BadRow("media", f"the text holds {PICTURE}, the place of a picture, and pictures are not read")
+            raise InvalidRow("media", f"the text holds {PICTURE}, the place of a picture, and pictures are not read")
         return said
 
-    def _said(self, entry: Format, value: Value, keys: Keys) -> list[Said]:
+    def _said(self, entry: Format, value: Value, keys: Keys) -> list[ParsedRow]:
         try:
             return entry.convert(value, keys)
-        except BadRow as fault:
-            if not self._answerless or fault.code != "no-assistant" or entry.convert is not row_formats.messages:
+        except InvalidRow as fault:
+            if not self._answerless or fault.code != "no-assistant" or entry.convert is not converters.messages:
                 raise
-        return row_formats.prompt_alone(value, keys)
+        return converters.prompt_alone(value, keys)
 
     def _renamed(self, value: dict[str, Any]) -> dict[str, Any]:
         for name in self._columns.values():
             if name not in value:
-                raise BadRow("missing-column", f"no column {name!r}{nearest(name, value)}")
+                raise InvalidRow("missing-column", f"no column {name!r}{nearest(name, value)}")
         if self._columns:
             self.unused.update(set(value) - set(self._columns.values()))
             return {key: value[name] for key, name in self._columns.items()}
@@ -308,12 +309,12 @@ class Conversations(Iterator[Conversation]):
         if self._first is None:
             if shape is None:
                 self._odd = self._odd or row
-                raise BadRow("unknown-shape", f"no format has the columns {_listed(row.value)}")
+                raise InvalidRow("unknown-shape", f"no format has the columns {_listed(row.value)}")
             self._first = row
             return FORMATS[shape]
         expected = FORMATS[self.found[row.file]]
         if shape is None and not expected.found_in(row.value):  # with its columns null, it is that shape, and faulty
-            raise BadRow("unknown-shape", f"not {expected.name}, nor another format: columns {_listed(row.value)}")
+            raise InvalidRow("unknown-shape", f"not {expected.name}, nor another format: columns {_listed(row.value)}")
         if shape not in (None, expected.name):
             places = [(self._first.line, expected.name), (row.line, shape)]
             raise DataError(
@@ -329,7 +330,7 @@ def conversations(
     *,
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
-    bad: list[RowFault],
+    bad: list[RowError],
     answerless: bool = False,
 ) -> Conversations:
     """Conversations of `rows`, in order; a self-instruct row may give several. Row faults go to `bad`.

@@ -25,17 +25,28 @@ import numpy.typing as npt
 
 from strop.config.schema import DataSection
 from strop.data import formats
-from strop.data.accounting import TOO_LONG, Pass, account, ends_with_stop
-from strop.data.examples import JUDGED, Learning, Prompts, Units, units_of
-from strop.data.holdout import group_of, held_out, share_of
+from strop.data.accounting import TOO_LONG, DataReport, Pass, account, ends_with_stop, find_row_warnings
+from strop.data.prepare import group_of, held_out, share_of
 from strop.data.reading import sources
-from strop.data.reading.sources import RowFault
+from strop.data.reading.sources import RowError
 from strop.data.rendering import overlong, pairs
-from strop.data.rendering.errors import REASONS as RENDER_REASONS
 from strop.data.rendering.render import Renderer, RenderError
-from strop.data.report import DataReport
-from strop.data.row_warnings import notes_of
-from strop.data.store import Conversations, Examples, Indices, Store, Writer, digest, dumps, load
+from strop.data.row_errors import REASONS as RENDER_REASONS
+from strop.data.store import (
+    JUDGED,
+    Conversations,
+    DataKind,
+    ExampleGroups,
+    Examples,
+    Indices,
+    Prompts,
+    Store,
+    Writer,
+    build_training_items,
+    digest,
+    dumps,
+    load,
+)
 from strop.data.types import Conversation, Example
 from strop.errors import Where
 
@@ -66,8 +77,8 @@ class Prepared:
     report: DataReport
     hash: str
     renderer: Renderer
-    train_units: Units | Prompts | None = None
-    eval_units: Units | Prompts | None = None
+    train_items: ExampleGroups | Prompts | None = None
+    eval_items: ExampleGroups | Prompts | None = None
 
 
 def prepare(
@@ -76,7 +87,7 @@ def prepare(
     *,
     cache: Path | None = None,
     strict: bool = True,
-    learning: Learning = "turns",
+    data_kind: DataKind = "turns",
 ) -> Prepared:
     """Read, check, render and store the rows that a recipe names.
 
@@ -91,11 +102,11 @@ def prepare(
     temporary = None if cache else tempfile.mkdtemp(prefix="strop-data-")
     folder = cache or Path(str(temporary))
     try:
-        train = _survey(data.train, data, renderer, folder, learning, keyed=cache is not None)
+        train = _survey(data.train, data, renderer, folder, data_kind, keyed=cache is not None)
         held = train if share else None
         if data.eval is not None and not share:
-            held = _survey(data.eval, data, renderer, folder, learning, keyed=cache is not None)
-        prepared = _prepared(data, renderer, train, held, share, learning)
+            held = _survey(data.eval, data, renderer, folder, data_kind, keyed=cache is not None)
+        prepared = _prepared(data, renderer, train, held, share, data_kind)
     except BaseException:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -121,7 +132,7 @@ def renderer_for(data: DataSection, tokenizer: Any) -> Renderer:
 
 
 def _prepared(
-    data: DataSection, renderer: Renderer, train: Store, held: Store | None, share: float | None, learning: Learning
+    data: DataSection, renderer: Renderer, train: Store, held: Store | None, share: float | None, data_kind: DataKind
 ) -> Prepared:
     rows: Indices = np.arange(len(train.row_records), dtype=np.int64)
     eval_rows: Indices = np.zeros(0, np.int64)
@@ -133,9 +144,9 @@ def _prepared(
     train_set, conversations = _part(train, rows)
     eval_set, eval_conversations = _part(held, eval_rows) if held is not None else (None, None)
     eval_report = None
-    report = account(data, renderer, Pass(train, train_set, rows, "training", learning))
+    report = account(data, renderer, Pass(train, train_set, rows, "training", data_kind))
     if held is not None and eval_set is not None:
-        looked = Pass(held, eval_set, eval_rows, "evaluation", learning, shared=bool(share))
+        looked = Pass(held, eval_set, eval_rows, "evaluation", data_kind, shared=bool(share))
         eval_report = account(data, renderer, looked)
         common = _common(train.row_records[rows], held.row_records[eval_rows])
         eval_report = dataclasses.replace(eval_report, duplicates={**eval_report.duplicates, **common})
@@ -156,10 +167,10 @@ def _prepared(
             seal.update(examples.lengths.tobytes() + examples.supervised.tobytes())
     served = renderer.served(thinking=train.facts["thinking"], rows=train.facts["chats"])
     seal.update(served.template_hash.encode())
-    units: list[Units | Prompts | None] = [None, None]
-    if learning != "turns" and report.refusal is None and (eval_report is None or eval_report.refusal is None):
+    units: list[ExampleGroups | Prompts | None] = [None, None]
+    if data_kind != "turns" and report.refusal is None and (eval_report is None or eval_report.refusal is None):
         sets = ((train_set, conversations), (eval_set, eval_conversations))
-        units = [units_of(part, said, learning, data.max_length, served) for part, said in sets]
+        units = [build_training_items(part, said, data_kind, data.max_length, served) for part, said in sets]
         seal.update(train_set.judged.tobytes())
     return Prepared(train_set, conversations, eval_set, eval_conversations, report, seal.hexdigest(), served, *units)
 
@@ -184,11 +195,11 @@ class _Reader:
     learning: where it is from labels, a pair is two judged answers; where from prompts, nobody need have answered.
     """
 
-    def __init__(self, spec: str | Sequence[str], data: DataSection, learning: Learning, renderer: Renderer) -> None:
+    def __init__(self, spec: str | Sequence[str], data: DataSection, data_kind: DataKind, renderer: Renderer) -> None:
         self._renderer = renderer
-        self._labels = learning == "labels"
-        self.unreadable: list[RowFault] = []
-        self.bad: list[RowFault] = []
+        self._labels = data_kind == "labels"
+        self.unreadable: list[RowError] = []
+        self.bad: list[RowError] = []
         self.left_out: Counter[str] = Counter()
         rows = sources.read_rows(
             spec,
@@ -199,7 +210,7 @@ class _Reader:
             documents=data.format == formats.DOCUMENT,
         )
         self.conversations = formats.conversations(
-            rows, format=data.format, columns=data.columns, bad=self.bad, answerless=learning == "prompts"
+            rows, format=data.format, columns=data.columns, bad=self.bad, answerless=data_kind == "prompts"
         )
         self.row_of: deque[int] = deque()  # the renderer reads ahead
 
@@ -215,23 +226,25 @@ class _Reader:
 
 
 def _survey(
-    spec: str | Sequence[str], data: DataSection, renderer: Renderer, folder: Path, learning: Learning, *, keyed: bool
+    spec: str | Sequence[str], data: DataSection, renderer: Renderer, folder: Path, data_kind: DataKind, *, keyed: bool
 ) -> Store:
     """Read and render the rows of `spec` into a store, or find it ready in `folder`."""
-    place = folder / (_key(spec, data, renderer, learning) if keyed else f"rows-{len(list(folder.iterdir()))}")
+    place = folder / (_key(spec, data, renderer, data_kind) if keyed else f"rows-{len(list(folder.iterdir()))}")
     if keyed and (ready := load(place)):
         return ready
     writer = Writer(place)
     try:
-        reader = _Reader(spec, data, learning, renderer)
-        return writer.commit(_fill(writer, reader, data, renderer, learning))
+        reader = _Reader(spec, data, data_kind, renderer)
+        return writer.commit(_fill(writer, reader, data, renderer, data_kind))
     finally:
         writer.discard()
 
 
-def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer, learning: Learning) -> dict[str, Any]:
+def _fill(
+    writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer, data_kind: DataKind
+) -> dict[str, Any]:
     """Every row into the store, with all its conversations, or onto the list of faults; the facts of the pass."""
-    faults: list[RowFault] = []
+    faults: list[RowError] = []
     outcomes: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     cut: list[tuple[str, str, int | None, str]] = []  # how, and where
@@ -239,23 +252,23 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
     stops = longest = chats = thinking = 0
     judged: dict[int, tuple[str, int]] = {}  # comparison or judgement -> where it was first seen
     render = renderer.render_many
-    if learning in ("pairs", "prompts"):
-        render = partial(pairs.render_pairs if learning == "pairs" else pairs.render_prompts, renderer)
+    if data_kind in ("pairs", "prompts"):
+        render = partial(pairs.render_pairs if data_kind == "pairs" else pairs.render_prompts, renderer)
     for _, said in groupby(render(reader), lambda _: reader.row_of.popleft()):
         kept: list[tuple[str, Conversation, list[Example], list[Example] | RenderError]] = []
         noted: dict[str, str] = {}
-        wrong: RowFault | None = None  # the first fault of the row, of which then nothing is used
+        wrong: RowError | None = None  # the first fault of the row, of which then nothing is used
         for conversation, rendered in said:
-            for note, example in notes_of(conversation, rendered, renderer, learning):
+            for note, example in find_row_warnings(conversation, rendered, renderer, data_kind):
                 noted.setdefault(note, f"first {conversation.file}:{conversation.line}{example}")
             if not isinstance(rendered, RenderError):
                 longest = max(longest, *map(len, rendered))
-            outcome, examples, fault = settle(conversation, rendered, data, renderer, learning)
+            outcome, examples, fault = decide_outcome(conversation, rendered, data, renderer, data_kind)
             wrong = wrong or fault
             kept.append((outcome, conversation, examples, rendered))
         notes.update(noted.keys())
         first = {**noted, **first}
-        if wrong is None and learning in JUDGED:
+        if wrong is None and data_kind in JUDGED:
             wrong = next(filter(None, (_contradiction(one, examples, judged) for _, one, examples, _ in kept)), None)
         if wrong is not None:
             outcomes["dropped"] += 1
@@ -270,11 +283,11 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
                 )
                 cut.append((outcome, conversation.file, conversation.line, lengths))
             prompt = digest(dumps(conversation.prompt))
-            group = writer.add(conversation, examples, prompt, group_of(prompt, learning, group))
+            group = writer.add(conversation, examples, prompt, group_of(prompt, data_kind, group))
             chats += conversation.text is None
-            thinking += conversation.text is None and renderer.chat.thinks(conversation.messages)
-            ends = examples if learning == "pairs" else examples[-1:]
-            stops += learning != "prompts" and all(ends_with_stop(example, renderer) for example in ends)
+            thinking += conversation.text is None and renderer.chat.shows_reasoning(conversation.messages)
+            ends = examples if data_kind == "pairs" else examples[-1:]
+            stops += data_kind != "prompts" and all(ends_with_stop(example, renderer) for example in ends)
     faults = [*reader.unreadable, *reader.bad, *faults]
     outcomes["dropped"] += len(reader.unreadable) + len(reader.bad)
     order = {name: i for i, name in enumerate(dict.fromkeys(fault.where.file for fault in faults))}
@@ -295,24 +308,24 @@ def _fill(writer: Writer, reader: _Reader, data: DataSection, renderer: Renderer
     }
 
 
-def settle(
+def decide_outcome(
     conversation: Conversation,
     rendered: list[Example] | RenderError,
     data: DataSection,
     renderer: Renderer,
-    learning: Learning,
-) -> tuple[str, list[Example], RowFault | None]:
+    data_kind: DataKind,
+) -> tuple[str, list[Example], RowError | None]:
     """The outcome of one conversation: its examples, or why it has none."""
     if isinstance(rendered, RenderError):
         return "dropped", [], _fault(conversation, rendered.code, rendered.what)
-    if learning == "labels" and len(rendered) != 1:
+    if data_kind == "labels" and len(rendered) != 1:
         return "dropped", [], _fault(conversation, "answer-in-parts", RENDER_REASONS["answer-in-parts"])
     limit = data.max_length
     if not overlong.too_long(rendered, limit):
         return "used", rendered, None
     shorter: list[Example] | None = None
     try:
-        if data.overlong == "truncate-start" and learning == "pairs":
+        if data.overlong == "truncate-start" and data_kind == "pairs":
             shorter = pairs.truncate_pair(renderer, conversation, limit)
         elif data.overlong == "truncate-start":
             shorter = overlong.truncate_start(renderer, conversation, rendered, limit)
@@ -326,7 +339,7 @@ def settle(
     return ("truncated" if data.overlong == "truncate-start" else "split"), shorter, None
 
 
-def opposed(
+def find_contradiction(
     conversation: Conversation, examples: Sequence[Example], judged: dict[int, tuple[str, int]]
 ) -> tuple[str, int] | None:
     """Where the opposite was said of the same answers to the same prompt; else notes what is said here."""
@@ -354,8 +367,8 @@ def sequences_per_row(conversation: Conversation) -> tuple[Conversation, ...]:
 
 def _contradiction(
     conversation: Conversation, examples: Sequence[Example], judged: dict[int, tuple[str, int]]
-) -> RowFault | None:
-    against = opposed(conversation, examples, judged)
+) -> RowError | None:
+    against = find_contradiction(conversation, examples, judged)
     if against is None:
         return None
     own = against == (conversation.file, conversation.line)
@@ -363,11 +376,11 @@ def _contradiction(
     return _fault(conversation, "contradiction", what)
 
 
-def _fault(conversation: Conversation, code: str, what: str) -> RowFault:
-    return RowFault(code, Where(conversation.file, conversation.line, what))
+def _fault(conversation: Conversation, code: str, what: str) -> RowError:
+    return RowError(code, Where(conversation.file, conversation.line, what))
 
 
-def _key(spec: str | Sequence[str], data: DataSection, renderer: Renderer, learning: Learning) -> str:
+def _key(spec: str | Sequence[str], data: DataSection, renderer: Renderer, data_kind: DataKind) -> str:
     """A name for what the rows, the tokenizer, the template and the options make together."""
     seal = hashlib.sha256()
     for source in sources.resolve(spec):
@@ -379,5 +392,5 @@ def _key(spec: str | Sequence[str], data: DataSection, renderer: Renderer, learn
                     inner.update(block)
             seal.update(inner.digest())
     options = data.model_dump(include={"format", "columns", "max_length", "overlong", "loss", "encoding"})
-    seal.update(json.dumps([STORE_VERSION, options, renderer.fingerprint, learning], sort_keys=True).encode())
+    seal.update(json.dumps([STORE_VERSION, options, renderer.fingerprint, data_kind], sort_keys=True).encode())
     return seal.hexdigest()[:32]

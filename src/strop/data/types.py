@@ -90,7 +90,7 @@ class Example:
     weights: npt.NDArray[np.float32]
     file: str
     line: int
-    parted: bool = False
+    encoded_separately: bool = False
 
     @property
     def supervised(self) -> int:
@@ -110,13 +110,13 @@ class Example:
         """Itself: what is computed of one row."""
         return (self,)
 
-    def computed(self, packed: bool, shares: bool = True) -> int:
+    def computed_tokens(self, packed: bool, shares: bool = True) -> int:
         """Tokens that a micro-batch computes for it."""
         return len(self)
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class ExampleGroup:
     """Answers to one prompt that one step needs together: one row of the effective batch, never parted.
 
     examples: those that are trained on: chosen and rejected, or one answer that was judged. beside: another row's
@@ -125,7 +125,7 @@ class Unit:
     """
 
     examples: tuple[Example, ...]
-    beside: tuple[Example, ...] = ()
+    kl_examples: tuple[Example, ...] = ()
     desirable: bool = True
     reference: tuple[float, ...] = ()
 
@@ -144,7 +144,7 @@ class Unit:
     def __len__(self) -> int:
         return sum(map(len, self.examples))
 
-    def computed(self, packed: bool, shares: bool = True) -> int:
+    def computed_tokens(self, packed: bool, shares: bool = True) -> int:
         """Tokens that a micro-batch computes for it: where rows are packed their own (shares: the prompt once), else
         rows of one length."""
         if packed:
@@ -153,21 +153,21 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt(Unit):
+class Prompt(ExampleGroup):
     """A prompt to which answers are drawn. examples: one, of the prompt's tokens, none of them supervised. gold: the
     right answer, where the row has one. row: its place among the rows. closes: what ends the reasoning in an answer,
     where the right one has some."""
 
     gold: str | None = None
     row: int = 0
-    closes: tuple[str, ...] = ()
+    reasoning_ends: tuple[str, ...] = ()
 
-    def computed(self, packed: bool, shares: bool = True) -> int:
+    def computed_tokens(self, packed: bool, shares: bool = True) -> int:
         return len(self)
 
 
 @dataclass(frozen=True, slots=True)
-class Group(Unit):
+class RolloutGroup(ExampleGroup):
     """Answers that were drawn to one prompt, with what they were rewarded with; equal answers stand once.
 
     examples: the weight of each answer's tokens is the number of times that it was drawn. advantages, stopped (ended by
@@ -187,10 +187,10 @@ class Group(Unit):
         return [int(example.weights[-1]) for example in self.examples]
 
 
-def behind_reasoning(text: str, closes: Iterable[str]) -> str:
-    """An answer from the end of its reasoning on; where none of `closes` ends it, all of it."""
-    close = next((close for close in closes if close in text), None)
+def strip_reasoning(text: str, reasoning_ends: Iterable[str]) -> str:
+    """An answer from the end of its reasoning on; where none of `reasoning_ends` ends it, all of it."""
+    close = next((close for close in reasoning_ends if close in text), None)
     return text if close is None else text.partition(close)[2].lstrip()
 
 
-Item = Example | Unit  # one row of the effective batch
+Item = Example | ExampleGroup  # one row of the effective batch

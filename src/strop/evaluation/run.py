@@ -11,7 +11,7 @@ from typing import Any
 
 from strop.config.schema import DataSection
 from strop.data.formats import DOCUMENT, PAIRED, conversations
-from strop.data.reading.sources import RowFault, read_rows
+from strop.data.reading.sources import RowError, read_rows
 from strop.data.store import digest, dumps
 from strop.data.types import Conversation
 from strop.distributed.devices import ALONE, Devices
@@ -45,7 +45,7 @@ def read_conversations(
 
     Raises DataError naming every row that is wrong.
     """
-    bad: list[RowFault] = []
+    bad: list[RowError] = []
     rows = read_rows(data, encoding=encoding, columns=columns, bad=bad, documents=format == DOCUMENT)
     reader = conversations(rows, format=format, columns=columns, bad=bad)
     found = list(reader)
@@ -205,7 +205,9 @@ def evaluate_models(
             result["tasks"] = run_tasks(model, names_of_tasks, manager, task_limit)
         asked = questions(rows, model.renderer) if judging is not None else []
         told = partial(as_judged, model.renderer, asked)
-        if not model.renderer.closes and any(model.renderer.reasons(row.messages[-1]) for row in rows if row.messages):
+        if not model.renderer.reasoning_ends and any(
+            model.renderer.shows_reasoning(row.messages[-1]) for row in rows if row.messages
+        ):
             result["notes"] += ["where reasoning ends is not to be seen in an answer's text: all of it is judged"]
         del model, asking
         if judging is not None:

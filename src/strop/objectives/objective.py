@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from strop.data.examples import Learning
+from strop.data.store import DataKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Objective:
     """
 
     name: str
-    learning: Learning
+    data_kind: DataKind
     source: str
     options: Mapping[str, Any]
     rate_share: float

@@ -110,7 +110,7 @@ def group_divisor(lengths: Sequence[int], options: TrainSection) -> float:
 
 GRPO = PolicyLoss(
     name="grpo",
-    learning="prompts",
+    data_kind="prompts",
     source="arXiv:2402.03300, equations 3 and 4",
     options={
         "beta": 0.04,

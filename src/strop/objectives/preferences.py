@@ -197,7 +197,7 @@ def _log_odds(log_p: Tensor) -> Tensor:
 
 DPO = PreferenceLoss(
     name="dpo",
-    learning="pairs",
+    data_kind="pairs",
     source="arXiv:2305.18290, equation 7",
     options={"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.0, "length_normalized": False},
     rate_share=0.01,
@@ -206,7 +206,7 @@ DPO = PreferenceLoss(
 )
 IPO = PreferenceLoss(
     name="ipo",
-    learning="pairs",
+    data_kind="pairs",
     source="arXiv:2310.12036, equation 17",
     options={"beta": 0.1, "sft_weight": 0.0, "length_normalized": True},
     rate_share=0.01,
@@ -215,7 +215,7 @@ IPO = PreferenceLoss(
 )
 KTO = PreferenceLoss(
     name="kto",
-    learning="labels",
+    data_kind="labels",
     source="arXiv:2402.01306, equations 7 and 8",
     options={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
     rate_share=0.01,
@@ -225,7 +225,7 @@ KTO = PreferenceLoss(
 )
 ORPO = PreferenceLoss(
     name="orpo",
-    learning="pairs",
+    data_kind="pairs",
     source="arXiv:2403.07691, equations 4 to 7",
     options={"beta": 0.1},
     rate_share=0.5,
@@ -234,7 +234,7 @@ ORPO = PreferenceLoss(
 )
 SIMPO = PreferenceLoss(
     name="simpo",
-    learning="pairs",
+    data_kind="pairs",
     source="arXiv:2405.14734, equation 6",
     options={"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0, "sft_weight": 0.0},
     rate_share=0.01,
@@ -243,7 +243,7 @@ SIMPO = PreferenceLoss(
 )
 REWARD = PreferenceLoss(
     name="reward",
-    learning="pairs",
+    data_kind="pairs",
     source="arXiv:2203.02155, equation 1",
     options={},
     rate_share=0.5,

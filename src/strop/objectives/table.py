@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from strop.config.schema import OBJECTIVE_OPTIONS, TrainSection
-from strop.data.examples import Learning
+from strop.data.store import DataKind
 from strop.errors import RecipeError
 from strop.objectives.objective import Objective
 from strop.objectives.policy import GRPO, PolicyLoss
@@ -28,10 +28,10 @@ def objective_of(train: TrainSection) -> Objective | None:
     return OBJECTIVES.get(train.objective)
 
 
-def learning_of(train: TrainSection) -> Learning:
+def data_kind_of(train: TrainSection) -> DataKind:
     """Return the kind of rows that the recipe's objective trains on."""
     objective = objective_of(train)
-    return "turns" if objective is None else objective.learning
+    return "turns" if objective is None else objective.data_kind
 
 
 def sequences_per_row(train: TrainSection) -> int:
@@ -39,7 +39,7 @@ def sequences_per_row(train: TrainSection) -> int:
     objective = objective_of(train)
     if isinstance(objective, PolicyLoss):
         return int(train.group or objective.options["group"])
-    return 2 if learning_of(train) == "pairs" else 1
+    return 2 if data_kind_of(train) == "pairs" else 1
 
 
 def max_completion_tokens(train: TrainSection) -> int:
@@ -52,7 +52,7 @@ def max_completion_tokens(train: TrainSection) -> int:
 
 def check_devices(train: TrainSection, devices: int) -> None:
     """Raise RecipeError if the objective cannot train on this number of devices."""
-    if devices > 1 and learning_of(train) == "prompts":
+    if devices > 1 and data_kind_of(train) == "prompts":
         what = f"objective {train.objective} samples completions on one device, and {devices} were requested"
         raise RecipeError(what, fix="leave --devices and --nodes out")
 

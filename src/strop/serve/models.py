@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from strop.data.converters import InvalidRow, asked
 from strop.data.rendering.render import Renderer, RenderError
-from strop.data.row_formats import BadRow, asked
 from strop.data.types import Ids, Message
 from strop.engine.decode.generate import generation_stop_ids
 from strop.errors import ModelError
@@ -62,7 +62,7 @@ class ServedModel:
             return self.renderer.prompt(turns, conversation.tools, options=template_options)
         except ModelError as error:
             raise ApiError(400, f"{error.what}: {error.fix}", param="chat_template_kwargs") from None
-        except BadRow as error:
+        except InvalidRow as error:
             raise ApiError(400, error.what, param="tools" if error.code == "bad-tools" else "messages") from None
         except RenderError as error:  # without its fix, which is about training
             raise ApiError(400, error.what, param="messages") from None

@@ -48,7 +48,7 @@ from strop.models.load import weights_folder
 from strop.models.source import Source, locate, read_config
 from strop.models.tokenizer import head_folder, load_tokenizer
 from strop.models.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
-from strop.objectives.table import learning_of
+from strop.objectives.table import data_kind_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
 from strop.serve.address import KEY_VARIABLE, Address
 from strop.serve.models import BASE, check_names
@@ -210,8 +210,8 @@ def _texts(name: str, renderer: Renderer, max_tokens: int) -> list[Ids]:
     """Return token ids to compare on: of a run its rows, otherwise questions of the general set."""
     if is_run(Path(name)):
         recipe = read_resolved(RunFolder(Path(name)).recipe).recipe
-        learning = learning_of(recipe.train)
-        prepared = prepare(recipe.data, renderer.tokenizer, cache=cache_folder() / "data", learning=learning)
+        data_kind = data_kind_of(recipe.train)
+        prepared = prepare(recipe.data, renderer.tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
         rows: Any = prepared.eval if prepared.eval is not None else prepared.train
         return [rows[row].ids[:max_tokens] for row in range(min(len(rows), NUM_TEXTS))]
     return [renderer.prompt(row.messages)[:max_tokens] for row in general_rows()[:NUM_TEXTS]]

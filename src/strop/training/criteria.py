@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from strop.config.schema import TrainSection
-from strop.data.types import Example, Item, Unit
+from strop.data.types import Example, ExampleGroup, Item
 from strop.distributed.devices import ALONE, Devices
 from strop.engine.step import Step
 from strop.evaluation.loss import mean_loss
@@ -117,7 +117,7 @@ class PreferenceCriterion(FixedRows):
             return 0.0
 
         def log_ratios(rows: Sequence[int]) -> list[float]:
-            units = [unit for unit in _as_units([items[row] for row in rows]) if unit.beside]
+            units = [unit for unit in _as_units([items[row] for row in rows]) if unit.kl_examples]
             if not units:
                 return []
             sums = mismatched_logprobs(step, units)
@@ -137,7 +137,9 @@ class PreferenceCriterion(FixedRows):
         units = _as_units(items)
         return self.loss_of_sums(self.sums(step, units), units, statistic)
 
-    def loss_of_sums(self, sums: Sequence[Tensor], units: Sequence[Unit], statistic: float) -> tuple[Tensor, Figures]:
+    def loss_of_sums(
+        self, sums: Sequence[Tensor], units: Sequence[ExampleGroup], statistic: float
+    ) -> tuple[Tensor, Figures]:
         """As `loss`, from the sums of log-probabilities (or scores) of each answer."""
         answers = [
             AnswerLogprobs(values, _token_counts(units, side, values), _reference(units, side, values))
@@ -147,7 +149,7 @@ class PreferenceCriterion(FixedRows):
         result = self.objective.compute(PreferenceBatch(tuple(answers), desirable, statistic), self.options)
         return result.losses.sum(), self._figures(answers, desirable, result, statistic)
 
-    def sums(self, step: Step, units: Sequence[Unit]) -> list[Tensor]:
+    def sums(self, step: Step, units: Sequence[ExampleGroup]) -> list[Tensor]:
         """Return the log-probability, or the reward model's score, of each answer: (N,) fp64 for each side."""
         if not self.objective.scored:
             return answer_logprobs(step, units)
@@ -234,22 +236,22 @@ def micro_batches_of(items: Sequence[Item], split: Split) -> Iterator[list[int]]
         yield from ([begin + row for row in group] for group in split(block))
 
 
-def answer_logprobs(step: Step, units: Sequence[Unit]) -> list[Tensor]:
+def answer_logprobs(step: Step, units: Sequence[ExampleGroup]) -> list[Tensor]:
     """Return the log-probabilities of the trained answers: (N,) fp64 for each side, differentiable."""
     sums = step.log_probs([example for unit in units for example in unit.examples])
     return list(sums.view(len(units), -1).unbind(1))
 
 
-def mismatched_logprobs(step: Step, units: Sequence[Unit]) -> Tensor:
+def mismatched_logprobs(step: Step, units: Sequence[ExampleGroup]) -> Tensor:
     """Return the log-probabilities of each unit's answer to another prompt, (N,); each unit has one."""
-    return step.log_probs([example for unit in units for example in unit.beside])
+    return step.log_probs([example for unit in units for example in unit.kl_examples])
 
 
-def _token_counts(units: Sequence[Unit], side: int, like: Tensor) -> Tensor:
+def _token_counts(units: Sequence[ExampleGroup], side: int, like: Tensor) -> Tensor:
     return like.new_tensor([float(unit.examples[side].weights.sum()) for unit in units])
 
 
-def _reference(units: Sequence[Unit], column: int, like: Tensor) -> Tensor:
+def _reference(units: Sequence[ExampleGroup], column: int, like: Tensor) -> Tensor:
     return like.new_tensor([unit.reference[column] if unit.reference else 0.0 for unit in units])
 
 
@@ -257,5 +259,5 @@ def _as_examples(items: Sequence[Item]) -> Sequence[Example]:
     return cast("Sequence[Example]", items)
 
 
-def _as_units(items: Sequence[Item]) -> list[Unit]:
+def _as_units(items: Sequence[Item]) -> list[ExampleGroup]:
     return list(cast("Sequence[Unit]", items))

@@ -15,8 +15,8 @@ import torch
 
 from strop.config.load import Resolved, read_resolved
 from strop.config.schema import Recipe
-from strop.data.examples import shorter
 from strop.data.prepare import Prepared, prepare
+from strop.data.store import allowed_overlong
 from strop.distributed.devices import ALONE, Devices
 from strop.distributed.environment import threads_requested
 from strop.engine.device import pick_device, pick_dtype, prepare_process
@@ -35,7 +35,7 @@ from strop.models.multimodal import text_path
 from strop.models.reward_head import check_head
 from strop.models.source import Source, fingerprint, locate, prequantized, refuse_widened
 from strop.models.tokenizer import load_tokenizer
-from strop.objectives.table import learning_of, max_completion_tokens, objective_of
+from strop.objectives.table import data_kind_of, max_completion_tokens, objective_of
 from strop.planning.choose import choose, memory_key, why_no_integers
 from strop.planning.learning_rate import kept
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
@@ -142,7 +142,7 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     # a start adapter may have its own tokens and chat template
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
     LOG.info("reading and checking the rows")
-    data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning_of(recipe.train))
+    data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind_of(recipe.train))
     _check_rewards(recipe, data)
     _check_positions(recipe, shape, data)
     if not recipe.lora.new_tokens:  # these give each token of the tokenizer an embedding
@@ -226,7 +226,7 @@ def _check_positions(recipe: Recipe, shape: ModelShape, data: Prepared) -> None:
     completion_tokens = max_completion_tokens(recipe.train)
     if not shape.learned or not (text := shape.beyond(_row_lengths(data), completion_tokens)):
         return
-    fix = f"--data.max_length {shape.positions}, with --data.overlong {shorter(learning_of(recipe.train))}"
+    fix = f"--data.max_length {shape.positions}, with --data.overlong {allowed_overlong(data_kind_of(recipe.train))}"
     if completion_tokens:
         fix = "lower --train.answer_tokens, or --data.max_length with --data.overlong drop"
     raise DataError(f"{text}: it has learned embeddings for these positions only", fix=fix)
@@ -360,7 +360,7 @@ def _unused_option_notes(setup: Setup) -> list[str]:
 
 def _warmup_note(setup: Setup) -> str | None:
     train = setup.resolved.recipe.train
-    steps = batch_stream(setup.resolved.recipe, len(setup.data.train_units or setup.data.train)).total_steps
+    steps = batch_stream(setup.resolved.recipe, len(setup.data.train_items or setup.data.train)).total_steps
     if train.warmup < max(1, steps):
         return None
     return f"train.warmup {train.warmup:g}: the run has {steps} steps, so its learning rate never reaches its peak"

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from strop.data.examples import Lazy
-from strop.data.types import Unit
+from strop.data.store import LazySequence
+from strop.data.types import ExampleGroup
 from strop.errors import CheckpointError, RunError
 from strop.runs.folder import apply_umask, disk_errors, fsync_folder
 from strop.training.criteria import BLOCK, PreferenceCriterion, answer_logprobs, mismatched_logprobs
@@ -40,16 +40,16 @@ TOLERANCE_OTHER_SPLIT = 3e-3  # the same in other micro-batches, whose bf16 matm
 LOSS_TOLERANCE = 1e-6
 
 
-class WithReference(Lazy[Unit]):
+class WithReference(LazySequence[ExampleGroup]):
     """Units with their log-probabilities under the reference. values: (N, K), fp64."""
 
-    def __init__(self, units: Sequence[Unit], values: Tensor) -> None:
+    def __init__(self, units: Sequence[ExampleGroup], values: Tensor) -> None:
         self._units, self._values = units, values
 
     def __len__(self) -> int:
         return len(self._units)
 
-    def one(self, i: int) -> Unit:
+    def one(self, i: int) -> ExampleGroup:
         return replace(self._units[i], reference=tuple(self._values[i].tolist()))
 
 
@@ -101,7 +101,7 @@ def check_reference(job: Job, key: Mapping[str, str]) -> None:
     criterion = job.criterion
     if not isinstance(criterion, PreferenceCriterion) or not criterion.objective.reference:
         return
-    units = [cast(Unit, job.train[row]) for row in batch_stream(job.recipe, len(job.train)).rows(0)]
+    units = [cast(ExampleGroup, job.train[row]) for row in batch_stream(job.recipe, len(job.train)).rows(0)]
     at_start = job.state.progress.step == 0
     start = {} if at_start else _load(job, key, {}).start  # at the start, the model is the reference
     stored = torch.tensor([unit.reference for unit in units], dtype=torch.float64)
@@ -133,7 +133,7 @@ def _start_weights(job: Job, key: Mapping[str, str]) -> Mapping[str, Tensor]:
     return reference.start
 
 
-def _mean_loss(criterion: PreferenceCriterion, units: Sequence[Unit], values: Tensor) -> float:
+def _mean_loss(criterion: PreferenceCriterion, units: Sequence[ExampleGroup], values: Tensor) -> float:
     """Return the loss of an effective batch with these log-probabilities (N, K)."""
     sums = values[:, : len(units[0].examples)].flatten().view(len(units), -1).unbind(1)
     return float(criterion.loss_of_sums(sums, units, 0.0)[0]) / criterion.divisor(units)
@@ -151,7 +151,7 @@ def _batches(job: Job) -> dict[str, Iterator[list[int]]]:
     }
 
 
-def _fill(job: Job, units: Sequence[Unit], values: Tensor, batches: Iterator[list[int]]) -> int:
+def _fill(job: Job, units: Sequence[ExampleGroup], values: Tensor, batches: Iterator[list[int]]) -> int:
     """Compute the missing values, one batch per device at a time; return the number of rows computed."""
     missing = [rows for rows in batches if values[rows].isnan().all(1).any()]
     for begin in range(0, len(missing), job.devices.world_size):
@@ -167,7 +167,7 @@ def _fill(job: Job, units: Sequence[Unit], values: Tensor, batches: Iterator[lis
     return sum(map(len, missing))
 
 
-def _score(job: Job, by_rank: Sequence[Sequence[Unit]], rows: Sequence[int], values: Tensor) -> None:
+def _score(job: Job, by_rank: Sequence[Sequence[ExampleGroup]], rows: Sequence[int], values: Tensor) -> None:
     """Write the log-probabilities of this rank's batch into `values` at `rows`, in a step's micro-batches."""
     batch, last = by_rank[job.devices.rank], values.shape[1] - 1
 
@@ -187,12 +187,12 @@ def _score(job: Job, by_rank: Sequence[Sequence[Unit]], rows: Sequence[int], val
     job.devices.run_passes(lambda rank: _split_mismatched(job, by_rank[rank]), score_mismatched, backward=False)
 
 
-def _split_mismatched(job: Job, batch: Sequence[Unit]) -> list[list[int]]:
+def _split_mismatched(job: Job, batch: Sequence[ExampleGroup]) -> list[list[int]]:
     """Return micro-batches of the units that have an answer to another prompt."""
     groups = []
     for begin in range(0, len(batch), BLOCK):
         for group in micro_batches(job, batch[begin : begin + BLOCK]):
-            groups.append([begin + row for row in group if batch[begin + row].beside])
+            groups.append([begin + row for row in group if batch[begin + row].kl_examples])
     return [group for group in groups if group]
 
 
@@ -207,7 +207,7 @@ def _reference_model(job: Job, start: Mapping[str, Tensor]) -> Iterator[None]:
             job.model.train()
 
 
-def _load(job: Job, key: Mapping[str, str], sets: Mapping[str, Sequence[Unit]]) -> Reference:
+def _load(job: Job, key: Mapping[str, str], sets: Mapping[str, Sequence[ExampleGroup]]) -> Reference:
     """Read the run folder's reference. At the start of a run: the present weights, with no values yet."""
     path, start, stored_key = job.folder.reference, {}, None
     try:

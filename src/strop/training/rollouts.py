@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from strop.config.schema import Recipe, TrainSection
-from strop.data.types import Example, Group, Ids, Item, Prompt, behind_reasoning
+from strop.data.types import Example, Ids, Item, Prompt, RolloutGroup, strip_reasoning
 from strop.engine.decode.batch import drop_decoder
 from strop.engine.decode.generate import SampledCompletion, Sampler, generate, sample_completions
 from strop.engine.step import Step
@@ -39,7 +39,7 @@ from strop.models.source import Source, read_config
 from strop.models.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
 from strop.objectives.objective import require
 from strop.objectives.policy import PolicyLoss, SampledTokens, rewards_equal
-from strop.objectives.table import learning_of, max_completion_tokens, sequences_per_row
+from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
 from strop.runs.events import EventLog
 from strop.training.criteria import BLOCK, Figures, Split
 from strop.training.state import temporary_values
@@ -118,7 +118,7 @@ class PolicyCriterion:
         logprobs = np.zeros(self._group_size * self._max_tokens)
         zeros = (0.0,) * self._group_size
         stopped = (True,) * self._group_size
-        return Group(
+        return RolloutGroup(
             examples, advantages=zeros, stopped=stopped, rewards=zeros, old_logprobs=logprobs, ref_logprobs=logprobs
         )
 
@@ -188,7 +188,7 @@ class PolicyCriterion:
         text = f"{self.seed} {index} {row} {number}".encode()
         return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
 
-    def _make_group(self, prompt: Prompt, completions: Sequence[SampledCompletion]) -> Group:
+    def _make_group(self, prompt: Prompt, completions: Sequence[SampledCompletion]) -> RolloutGroup:
         """Return the distinct completions with their number of copies; advantages are over all copies."""
         by_ids: dict[bytes, list[SampledCompletion]] = {}
         for completion in completions:
@@ -198,7 +198,7 @@ class PolicyCriterion:
         distinct_rewards = [self._reward(prompt, self._decode(completion.ids)) for completion in distinct]
         rewards = [reward for reward, copies in zip(distinct_rewards, counts, strict=True) for _ in range(copies)]
         by_reward = dict(zip(rewards, self.objective.advantages(rewards, self.options), strict=True))
-        return Group(
+        return RolloutGroup(
             tuple(_as_example(prompt.examples[0], *pair) for pair in zip(distinct, counts, strict=True)),
             advantages=tuple(by_reward[reward] for reward in distinct_rewards),
             stopped=tuple(completion.stopped for completion in distinct),
@@ -207,14 +207,14 @@ class PolicyCriterion:
         )
 
     def _reward(self, prompt: Prompt, text: str) -> float:
-        place, text = (prompt.file, prompt.line), behind_reasoning(text, prompt.closes)
+        place, text = (prompt.file, prompt.line), strip_reasoning(text, prompt.reasoning_ends)
         return sum(reward.weight * reward(prompt.gold, text, place) for reward in self.rewards)
 
     def _decode(self, ids: Any) -> str:
         without_stop = ids[:-1] if int(ids[-1]) in self.stop_ids else ids
         return str(self.tokenizer.decode(without_stop.tolist(), skip_special_tokens=True))
 
-    def _with_reference(self, step: Step, groups: Sequence[Group], split: Split) -> list[Group]:
+    def _with_reference(self, step: Step, groups: Sequence[RolloutGroup], split: Split) -> list[RolloutGroup]:
         result = list(groups)
         with temporary_values(self.weights, self.start), torch.no_grad():
             for begin in range(0, len(groups), BLOCK):
@@ -244,7 +244,7 @@ def _as_example(prompt: Example, completion: SampledCompletion, copies: int) -> 
     return replace(prompt, ids=np.concatenate([prompt.ids, completion.ids]), weights=weights)
 
 
-def _group_figures(groups: Sequence[Group], like: Tensor) -> Figures:
+def _group_figures(groups: Sequence[RolloutGroup], like: Tensor) -> Figures:
     """Return figures of each completion and each group."""
     completions = [
         (float(example.supervised), float(stopped))
@@ -268,7 +268,7 @@ def check_vllm(recipe: Recipe) -> None:
     python, lora = recipe.train.vllm_python, recipe.lora
     if python is None:
         return
-    if learning_of(recipe.train) != "prompts":
+    if data_kind_of(recipe.train) != "prompts":
         raise RecipeError(f"{OPTION}: objective {recipe.train.objective} samples no completions", fix="leave it out")
     if recipe.model.quantization != "none":
         what = f"{OPTION}: vLLM would sample from the 16-bit base, not from {recipe.model.quantization}"

@@ -22,15 +22,15 @@ def test_which_files_of_a_hub_repository_are_read() -> None:
         "data/train-00001-of-00002.parquet",
         "data/test-00000-of-00001.parquet",
     ]
-    assert hub.choose("o/n", shards, None) == shards[1:3]
-    assert hub.choose("o/n", ["README.md", "dataset_infos.json", "alpaca.json"], None) == ["alpaca.json"]
-    assert hub.choose("o/n", ["x.jsonl", "test.jsonl"], None) == ["x.jsonl"]
-    assert hub.choose("o/n", ["a/train.csv", "b/train.csv"], "b/*") == ["b/train.csv"]
+    assert hub.choose_files("o/n", shards, None) == shards[1:3]
+    assert hub.choose_files("o/n", ["README.md", "dataset_infos.json", "alpaca.json"], None) == ["alpaca.json"]
+    assert hub.choose_files("o/n", ["x.jsonl", "test.jsonl"], None) == ["x.jsonl"]
+    assert hub.choose_files("o/n", ["a/train.csv", "b/train.csv"], "b/*") == ["b/train.csv"]
     for names in (["a/train.csv", "b/train.csv"], ["one.json", "two.json"], ["load.py", "data.zip"], []):
         with pytest.raises(DataError, match=r"several data files|no file of a known type"):
-            hub.choose("o/n", names, None)
+            hub.choose_files("o/n", names, None)
     with pytest.raises(DataError, match=r"has no file c\.csv"):
-        hub.choose("o/n", ["a.csv"], "c.csv")
+        hub.choose_files("o/n", ["a.csv"], "c.csv")
 
 
 def test_what_has_the_form_of_a_hub_name() -> None:

@@ -75,7 +75,7 @@ _BOMS = (  # UTF-32 first: its little-endian mark begins with UTF-16's
 
 
 @dataclass(frozen=True)
-class RowFault:
+class RowError:
     """Why one row cannot be used: a reason of formats.REASONS, and the place."""
 
     code: str
@@ -226,7 +226,7 @@ def whole(path: str, encoding: str) -> str:
     return "".join(parts)
 
 
-def texts(name: str, path: str, encoding: str, bad: list[RowFault]) -> Iterator[tuple[int, str]]:
+def texts(name: str, path: str, encoding: str, bad: list[RowError]) -> Iterator[tuple[int, str]]:
     """The lines of a file; those that do not decode go to `bad`."""
     for number, text in lines(path, encoding):
         if isinstance(text, UnicodeDecodeError):
@@ -235,6 +235,6 @@ def texts(name: str, path: str, encoding: str, bad: list[RowFault]) -> Iterator[
             yield number, text
 
 
-def encoding_fault(name: str, number: int, error: UnicodeDecodeError) -> RowFault:
+def encoding_fault(name: str, number: int, error: UnicodeDecodeError) -> RowError:
     what = f"{undecodable(error)}; say --data.encoding, such as latin-1 or cp1252"
-    return RowFault("encoding", Where(name, number, what))
+    return RowError("encoding", Where(name, number, what))

@@ -13,8 +13,8 @@ import re
 from json import JSONDecodeError
 
 from strop.data.reading.files import COMPRESSION, TYPES
+from strop.data.reading.hub import explain_hub_error
 from strop.errors import DataError, first_line
-from strop.models.hub_errors import not_given
 
 # owner/name, maybe @revision, maybe a path or glob inside the repository.
 _ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w.-]+))?(?:/(.+))?")
@@ -62,13 +62,13 @@ def fetch(spec: str) -> list[tuple[str, str]]:
             raise DataError(what, fix="check the name, or log in with `hf auth login`") from error
         return _cached(name, revision, inside, error)
     except ValueError as error:
-        raise not_given(error, name, f"datasets/{name}", DataError, DataError) or error from error
-    chosen = choose(name, [file.rfilename for file in info.siblings or []], inside)
+        raise explain_hub_error(error, name, f"datasets/{name}", DataError, DataError) or error from error
+    chosen = choose_files(name, [file.rfilename for file in info.siblings or []], inside)
     try:  # of one commit all
         patterns = [glob.escape(file) for file in chosen]
         folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
     except (OSError, TransportError, ValueError) as error:
-        found = not_given(error, name, f"datasets/{name}", DataError, DataError)
+        found = explain_hub_error(error, name, f"datasets/{name}", DataError, DataError)
         if found is None and isinstance(error, LocalEntryNotFoundError):
             found = DataError(f"{spec}: the Hub cannot be reached any more", fix="try again")
         if found is None:
@@ -106,7 +106,7 @@ def _cached(name: str, revision: str | None, inside: str | None, cause: Exceptio
         for at, _, inner in os.walk(folder)
         for file in inner
     ]
-    chosen = choose(name, names, inside)
+    chosen = choose_files(name, names, inside)
     shards = _SHARD.search(chosen[0]) if inside is None else None
     if shards and len(chosen) != int(shards[1]):
         what = f"{name}: only {len(chosen)} of its {int(shards[1])} files are here, and {why}"
@@ -114,7 +114,7 @@ def _cached(name: str, revision: str | None, inside: str | None, cause: Exceptio
     return _in_folder(name, folder, chosen)
 
 
-def choose(name: str, names: list[str], inside: str | None) -> list[str]:
+def choose_files(name: str, names: list[str], inside: str | None) -> list[str]:
     """Which of a repository's files to read, sorted. Raises DataError where that is not clear."""
     data = sorted(file for file in names if _is_data(file))
     some = ", ".join(data[:10]) + (" ..." if len(data) > 10 else "")

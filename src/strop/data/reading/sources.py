@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from strop.data.reading import files, hub, jsonrows, tables
+from strop.data.reading import files, hub, json_reader, tables
 from strop.data.reading.files import REASONS as REASONS
-from strop.data.reading.files import RowFault as RowFault
+from strop.data.reading.files import RowError as RowError
 from strop.data.reading.files import refuse
 from strop.data.types import Row
 from strop.errors import DataError, nearest
@@ -88,7 +88,7 @@ def _weighed(spec: str) -> re.Match[str] | None:
     return None if os.path.exists(spec) else re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", spec)
 
 
-def fetched(spec: str) -> bool:
+def needs_download(spec: str) -> bool:
     """Whether reading it would fetch a data set from the Hub."""
     weight = _weighed(spec)
     bare = weight[1] if weight else spec
@@ -117,7 +117,7 @@ def read_rows(
     *,
     encoding: str = "utf-8",
     columns: Mapping[str, str] | None = None,
-    bad: list[RowFault],
+    bad: list[RowError],
     left_out: Counter[str] | None = None,
     documents: bool = False,
 ) -> Iterator[Row]:
@@ -151,14 +151,14 @@ def _weighted(row: Row, source: Source, left_out: Counter[str] | None) -> Iterat
 
 
 def _read(
-    source: Source, encoding: str, columns: Mapping[str, str], bad: list[RowFault], documents: bool
+    source: Source, encoding: str, columns: Mapping[str, str], bad: list[RowError], documents: bool
 ) -> Iterator[Row]:
     if len(source.files) > 1:
         return tables.parallel_rows(source.path, source.files, encoding, columns, bad)
     name, path = source.path, source.files[0]
     reader = files.kind(path)
     if reader == "json":
-        return jsonrows.rows(name, path, encoding, columns, bad)
+        return json_reader.rows(name, path, encoding, columns, bad)
     if reader == "parquet":
         return tables.parquet_rows(name, path)
     if reader == "text" and documents:

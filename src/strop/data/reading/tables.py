@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, zip_longest
 from typing import Any
 
-from strop.data.reading.files import COLUMN_NAMES, TYPES, RowFault, encoding_fault, lines, refuse
+from strop.data.reading.files import COLUMN_NAMES, TYPES, RowError, encoding_fault, lines, refuse
 from strop.data.types import Row
 from strop.errors import Where, nearest
 
@@ -34,7 +34,7 @@ class _Feed:
 
 
 def _records(
-    name: str, texts: Iterator[tuple[int, str]], separator: str, bad: list[RowFault]
+    name: str, texts: Iterator[tuple[int, str]], separator: str, bad: list[RowError]
 ) -> Iterator[tuple[int, list[str], str]]:
     """Of each record the line on which it starts, its cells, and for people its lines where they are several. Raises
     DataError for a quote that swallows the rest of the file."""
@@ -53,7 +53,7 @@ def _records(
                 raise refuse(
                     name, what, "close the quote, or double it where it is part of the text", feed.start
                 ) from error
-            bad.append(RowFault("cells", Where(name, feed.start, what)))
+            bad.append(RowError("cells", Where(name, feed.start, what)))
             continue
         if cells:
             assert feed.start is not None
@@ -98,7 +98,7 @@ def _cells(line: str, separator: str) -> list[str]:
 
 
 def table_rows(
-    name: str, texts: Iterator[tuple[int, str]], separator: str, columns: Mapping[str, str], bad: list[RowFault]
+    name: str, texts: Iterator[tuple[int, str]], separator: str, columns: Mapping[str, str], bad: list[RowError]
 ) -> Iterator[Row]:
     header, width = list[str](), 0
     for number, cells, span in _records(name, *_separated(texts, separator, columns), bad):
@@ -109,10 +109,10 @@ def table_rows(
                 continue
         unnamed = [place for place, cell in enumerate(cells, 1) if place > len(header) and cell.strip()]
         if len(cells) != width:
-            bad.append(RowFault("cells", Where(name, number, f"{len(cells)} cells where {width} were expected{span}")))
+            bad.append(RowError("cells", Where(name, number, f"{len(cells)} cells where {width} were expected{span}")))
         elif unnamed:
             what = f"cell {unnamed[0]} holds text, and the header has no name for it"
-            bad.append(RowFault("cells", Where(name, number, what)))
+            bad.append(RowError("cells", Where(name, number, what)))
         else:
             yield Row(name, number, dict(zip(header, cells, strict=False)))
 
@@ -173,7 +173,7 @@ def document(name: str, text: str) -> Iterator[Row]:
 
 
 def parallel_rows(
-    name: str, paths: tuple[str, ...], encoding: str, columns: Mapping[str, str], bad: list[RowFault]
+    name: str, paths: tuple[str, ...], encoding: str, columns: Mapping[str, str], bad: list[RowError]
 ) -> Iterator[Row]:
     """Row n holds line n of each file, under "1", "2", ..."""
     fix = "--data.columns prompt=1,completion=2 (1 is the first file)"

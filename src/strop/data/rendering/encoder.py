@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from strop.data.rendering.control_tokens import ControlText
-from strop.data.rendering.errors import RenderError
+from strop.data.rendering.encoder import ControlText
+from strop.data.row_errors import RenderError
 from strop.data.types import Ids
 
 
-class Straddles(Exception):
+class TokenStraddlesPrompt(Exception):
     """A token covers the end of a prompt and the start of an answer."""
 
 
@@ -98,7 +98,7 @@ class Encoder:
             tail = self._encode_tail(text[at:start])
             begin = first + len(tail)
             if ids[first:begin].tolist() != tail:
-                raise Straddles
+                raise TokenStraddlesPrompt
             last = bisect_right(ends, end) - 1
             if last < 0 or ends[last] != end:
                 raise RenderError("no-stop-token")

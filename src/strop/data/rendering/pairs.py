@@ -71,7 +71,9 @@ def _paired(conversation: Conversation, sides: Sequence[list[Example] | RenderEr
         return _fault("prompt-tokens-differ", conversation)
     if np.array_equal(better.ids, worse.ids):
         return _fault("same-tokens", conversation)
-    return [replace(example, parted=better.parted or worse.parted) for example in found]
+    return [
+        replace(example, encoded_separately=better.encoded_separately or worse.encoded_separately) for example in found
+    ]
 
 
 def _fault(code: str, conversation: Conversation) -> RenderError:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from strop.data.rendering.probes import (
+from strop.data.rendering.prober import (
     ANSWER,
     ANSWERED,
     ASKED,
@@ -25,7 +25,7 @@ from strop.data.rendering.probes import (
     a_call,
     two_calls,
 )
-from strop.data.rendering.traits import Ending, Join, Mode, Traits
+from strop.data.rendering.traits import Join, Mode, Traits, TurnEnding
 from strop.data.types import Message
 
 _BLOCK = re.compile(r"<([^<>/]*(?:think|thought|reason)[^<>/]*)>\s*$", re.IGNORECASE)  # an opened one at the end
@@ -67,7 +67,7 @@ class Prober(Probes):
             parallel=calls and bool(self.shown([ASKED, two_calls()], OTHER)),
             reasoning=bool(self._leads),
             reasoning_beside_calls=bool(shown),
-            closes=tuple(dict.fromkeys(close for _, close in self._leads)),
+            reasoning_ends=tuple(dict.fromkeys(close for _, close in self._leads)),
             marks=tuple(dict.fromkeys(self._marks())),
             needs_empty=state in ("opened", "closed"),
             bare=bare,
@@ -94,8 +94,8 @@ class Prober(Probes):
         return inner
 
     def _ending(
-        self, said: list[Message], mark: str, later: Message, options: dict[str, Any], usual: Ending | None = None
-    ) -> Ending | None:
+        self, said: list[Message], mark: str, later: Message, options: dict[str, Any], usual: TurnEnding | None = None
+    ) -> TurnEnding | None:
         """How the last turn of `said` ends, whose text ends with `mark`, and which `later` follows; usual: how others
         end."""
         inner = self._inner_tokens
@@ -109,7 +109,7 @@ class Prober(Probes):
             ends = self._ends(alone, tail, follow)
             if ends:
                 start, _, stop = ends[-1]
-                return Ending(tail[start:], stop, stop, "written")
+                return TurnEnding(tail[start:], stop, stop, "written")
         for text in (tail, follow):
             first = next((place for place in self.tokens(text) if place[2] not in inner), None)
             if first is None:
@@ -118,13 +118,13 @@ class Prober(Probes):
             if usual is not None and usual.stop != stop == self._opener(alone):
                 return replace(usual, cut=text[start:], add=usual.stop)
             if text is tail:
-                return Ending(tail[start:], stop, stop, "written")
+                return TurnEnding(tail[start:], stop, stop, "written")
             how = "role" if alone.partition(USER)[0].rstrip().endswith(stop) else "later"
             rest = follow[len(tail) : end] if follow.startswith(tail) else follow[:end]
-            return Ending("" if follow.startswith(tail) else tail, rest, stop, how)
+            return TurnEnding("" if follow.startswith(tail) else tail, rest, stop, how)
         eos = self.variables.get("eos_token")
         asks = self.shown([ASKED], USER, generation=True) != self.shown([ASKED], USER)
-        return Ending("", str(eos), str(eos), "eos") if eos and asks else None
+        return TurnEnding("", str(eos), str(eos), "eos") if eos and asks else None
 
     def _ends(self, alone: str, tail: str, follow: str) -> list[tuple[int, int, str]]:
         """The tokens that end a turn, whatever follows it; not those that open the next, as some templates do."""
@@ -191,13 +191,13 @@ class Prober(Probes):
         ordered = sorted(joins, key=lambda join: -len(join.prompt + join.drop))
         return tuple(ordered), states[0] if states else "apart"
 
-    def _join(self, prompt: str, written: str, reasons: bool, header: str) -> tuple[Join | None, str]:
+    def _join(self, prompt: str, written: str, shows_reasoning: bool, header: str) -> tuple[Join | None, str]:
         """prompt, written: what comes after the last text in the prompt, and in the training text before the answer;
         header: the former after a user's turn, where this is another ('' where it is that).
         """
         head = self._shared(prompt, written)
         rest, more = written[len(head) :], prompt[len(head) :]
-        if reasons:
+        if shows_reasoning:
             if not more:
                 return None, "whole"
             if (at := rest.find(more)) > 0:

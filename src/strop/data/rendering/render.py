@@ -16,14 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from strop.data.rendering.control_tokens import ControlText
-from strop.data.rendering.describe import told
-from strop.data.rendering.encoder import Encoder, Straddles
-from strop.data.rendering.errors import RenderError as RenderError
-from strop.data.rendering.options import CLOCK, check_options, with_options
-from strop.data.rendering.source import adds_bos, template_source
-from strop.data.rendering.template import ChatTemplate, Draft, Reasoning
-from strop.data.types import Conversation, Example, Ids, Message, behind_reasoning
+from strop.data.rendering.encoder import ControlText, Encoder, TokenStraddlesPrompt
+from strop.data.rendering.template import ChatTemplate, Draft, Reasoning, told
+from strop.data.rendering.template_source import CLOCK, adds_bos, check_options, template_source, with_options
+from strop.data.row_errors import RenderError as RenderError
+from strop.data.types import Conversation, Example, Ids, Message, strip_reasoning
 from strop.errors import ModelError
 
 ROWS_AT_ONCE = 256
@@ -236,16 +233,16 @@ class Renderer:
     def without_reasoning(self, text: str, right: Message) -> str:
         """What a model wrote, from the end of its reasoning on, where the right turn reasons; else, and where no
         reasoning ends, all of it."""
-        return behind_reasoning(text, self.closes if self.reasons(right) else ())
+        return strip_reasoning(text, self.reasoning_ends if self.shows_reasoning(right) else ())
 
-    def reasons(self, turn: Message) -> bool:
+    def shows_reasoning(self, turn: Message) -> bool:
         """Does the template show this turn's reasoning?"""
-        return bool(turn.reasoning) and self.chat.thinks([turn])
+        return bool(turn.reasoning) and self.chat.shows_reasoning([turn])
 
     @cached_property
-    def closes(self) -> list[str]:
+    def reasoning_ends(self) -> list[str]:
         """What ends reasoning, as it is read; none where that is special tokens alone."""
-        ids = [self._plain.encode([close])[0] for close in self.chat.traits.closes]
+        ids = [self._plain.encode([close])[0] for close in self.chat.traits.reasoning_ends]
         texts = [str(self.tokenizer.decode(some, skip_special_tokens=True)).strip() for some in ids]
         return [text for text in texts if text]
 
@@ -288,12 +285,12 @@ class Renderer:
         try:
             ids = encoder.ids(encoded)
             yield self._example(conversation, ids, encoder.token_spans(text, ids, spans), first=first)
-        except Straddles:
+        except TokenStraddlesPrompt:
             for turn, (start, end, weight) in enumerate(spans):
                 prompt = encoder.ids(encoder.encode([text[:start]])[0])
                 ids = np.concatenate([prompt, encoder.ids(encoder.continued(text[start:end]))])
                 span = (len(prompt), len(ids), weight)
-                yield self._example(conversation, ids, [span], first=first and not turn, parted=True)
+                yield self._example(conversation, ids, [span], first=first and not turn, encoded_separately=True)
 
     def _example(
         self,
@@ -302,7 +299,7 @@ class Renderer:
         spans: Iterable[tuple[int, int, float]],
         *,
         first: bool,
-        parted: bool = False,
+        encoded_separately: bool = False,
     ) -> Example:
         if conversation.text is not None:
             ids = np.array([*self._text_start, *ids, self.tokenizer.eos_token_id], dtype=np.int32)
@@ -317,7 +314,7 @@ class Renderer:
         weights[:1] = 0.0
         if not weights.any():
             raise RenderError("nothing-supervised")
-        return Example(ids, weights, conversation.file, conversation.line, parted)
+        return Example(ids, weights, conversation.file, conversation.line, encoded_separately)
 
 
 def _placed(fault: RenderError, conversation: Conversation) -> RenderError:

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from strop.data.rendering.control_tokens import ControlText
-from strop.data.rendering.errors import TEMPLATE_FAULTS, RenderError
-from strop.data.rendering.options import check_options, day_formats, names_read, with_options
+from strop.data.rendering.encoder import ControlText
 from strop.data.rendering.prober import Prober
 from strop.data.rendering.sandbox import BoundedTemplate
+from strop.data.rendering.template_source import check_options, day_formats, lint_template, names_read, with_options
 from strop.data.rendering.traits import Join, Mode
-from strop.data.template_lint import suspicions
+from strop.data.row_errors import TEMPLATE_FAULTS, RenderError
 from strop.data.types import Conversation, Message
 from strop.errors import ModelError
 
@@ -90,7 +89,7 @@ class ChatTemplate:
         texts = (traits.opening, *traits.texts)
         written = [token for token in added if not token.isspace() and any(token in text for text in texts)]
         self.control = ControlText(list(dict.fromkeys([*special, *self.stops, *written])))
-        self.warnings = tuple(suspicions(tree, source))
+        self.warnings = tuple(lint_template(tree, source))
         self.options = dict(options or {})
         self.reasoning = reasoning if reasoning != "auto" else "empty" if self.traits.needs_empty else "as-is"
 
@@ -110,7 +109,7 @@ class ChatTemplate:
     def supports_reasoning(self) -> bool:
         return self.traits.reasoning or self.traits.reasoning_beside_calls
 
-    def thinks(self, messages: Sequence[Message]) -> bool:
+    def shows_reasoning(self, messages: Sequence[Message]) -> bool:
         """Is this a row whose reasoning is shown?"""
         traits = self.traits
         return self.reasoning != "drop" and any(
@@ -147,7 +146,7 @@ class ChatTemplate:
 
         options: of this prompt alone; None: the template's own.
         """
-        values, shown, odd = self._values(messages, tools, self.thinks(messages))
+        values, shown, odd = self._values(messages, tools, self.shows_reasoning(messages))
         if self.control.found(dict(options or {})):
             raise RenderError("control-token", "in an option of the template")
         text = self._try(values, self._given(shown, options or {}), generation=True)
@@ -156,7 +155,7 @@ class ChatTemplate:
 
     def mode(self, messages: Sequence[Message]) -> Mode:
         """How a row is rendered. Raises RenderError where it is refused for its reasoning, or for having none."""
-        if self.thinks(messages):
+        if self.shows_reasoning(messages):
             return self.traits.thinking
         if self.reasoning in ("empty", "drop"):
             return self.traits.empty
@@ -176,8 +175,8 @@ class ChatTemplate:
         messages = conversation.messages
         if silent_turns and (others := [m.role for m in messages if m.role != "assistant" and m.weight != 1.0]):
             raise RenderError("other-weight", others[0])
-        mode, thinks = self.mode(messages), self.thinks(messages)
-        values, tools, odd = self._values(messages, conversation.tools, thinks)
+        mode, shows_reasoning = self.mode(messages), self.shows_reasoning(messages)
+        values, tools, odd = self._values(messages, conversation.tools, shows_reasoning)
         given = self._given(tools, mode.options)
         turns: list[tuple[str, int, int, float]] = []
         last = 0
@@ -187,12 +186,12 @@ class ChatTemplate:
             last = i
             prompt = self._try(values[:i], given, generation=True)
             text = self._try(values[: i + 1], given)
-            joins = mode.thinking if thinks and message.reasoning else mode.plain
+            joins = mode.thinking if shows_reasoning and message.reasoning else mode.plain
             text = _joined(prompt, text, joins, values[i - 1]["content"] if i else "")
             end, text = _ended(text, mode, calls=bool(message.tool_calls))
             if inside := [stop for stop in self.stops if text.find(stop, len(prompt), end - 1) >= 0]:
                 raise RenderError("stop-inside", inside[0])
-            self._check_turn(message, values[i], text[len(prompt) :], thinks)
+            self._check_turn(message, values[i], text[len(prompt) :], shows_reasoning)
             turns.append((text, len(prompt), end, message.weight))
         if not turns:
             raise RenderError("nothing-supervised")
@@ -221,7 +220,7 @@ class ChatTemplate:
             return self.control.mask(values), self.control.mask(shown), True
         return values, shown, False
 
-    def _check_turn(self, message: Message, value: dict[str, Any], text: str, thinks: bool) -> None:
+    def _check_turn(self, message: Message, value: dict[str, Any], text: str, shows_reasoning: bool) -> None:
         """A turn whose words, reasoning or calls are not in its text would train on something else, silently."""
         self._check_shown([message], [value], text)
         content = value["content"]
@@ -230,7 +229,7 @@ class ChatTemplate:
             thought = self.control.marks.sub("", thought).replace("<think>", "").strip()
             if thought not in text[: text.rindex(answer.strip())].replace("</think>", ""):
                 raise RenderError("reasoning-lost")
-        if thinks and message.reasoning:
+        if shows_reasoning and message.reasoning:
             beside = bool(message.tool_calls)
             shown = self.traits.reasoning_beside_calls if beside else self.traits.reasoning
             if shown and not _holds(text, self._masked(message.reasoning).strip()):

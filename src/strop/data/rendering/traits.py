@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from strop.data.rendering.tool_format import Dialect
+from strop.data.rendering.traits import InputFormat
 
 
 @dataclass(frozen=True)
-class Ending:
+class TurnEnding:
     """How a turn ends: text that ends with `cut` gets `add` in its place, the last token of which is `stop`."""
 
     cut: str
@@ -37,8 +37,8 @@ class Mode:
     reasoning. ending, call_ending: how turns end, and those with calls (None: as the others)."""
 
     options: dict[str, Any]
-    ending: Ending
-    call_ending: Ending | None
+    ending: TurnEnding
+    call_ending: TurnEnding | None
     plain: tuple[Join, ...] = ()
     thinking: tuple[Join, ...] = ()
 
@@ -52,7 +52,7 @@ class Traits:
     an answer's text. marks: what reasoning stands between, where that is a pair such as <think> and </think>.
     """
 
-    dialect: Dialect
+    dialect: InputFormat
     opening: str
     texts: tuple[str, ...]
     system: bool
@@ -62,7 +62,7 @@ class Traits:
     parallel: bool
     reasoning: bool
     reasoning_beside_calls: bool
-    closes: tuple[str, ...]
+    reasoning_ends: tuple[str, ...]
     marks: tuple[tuple[str, str], ...]
     needs_empty: bool
     bare: Mode
@@ -70,7 +70,7 @@ class Traits:
     thinking: Mode
 
     @property
-    def endings(self) -> list[Ending]:
+    def endings(self) -> list[TurnEnding]:
         modes = (self.bare, self.empty, self.thinking)
         found = [ending for mode in modes for ending in (mode.ending, mode.call_ending) if ending is not None]
         return list(dict.fromkeys(found))

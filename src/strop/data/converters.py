@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from strop.data.reading.strictjson import Refused, loads
+from strop.data.reading.json_reader import JsonError, loads
 from strop.data.types import Message, Role
 from strop.errors import nearest
 
@@ -34,7 +34,7 @@ _SPEAKER = frozenset({"role", "from"})
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: the assistant's turn is the call itself, as JSON
 
 
-class BadRow(ValueError):
+class InvalidRow(ValueError):
     """The row cannot be used, for the reason `code` of formats.REASONS."""
 
     def __init__(self, code: str, what: str) -> None:
@@ -44,7 +44,7 @@ class BadRow(ValueError):
 
 
 @dataclass(frozen=True)
-class Said:
+class ParsedRow:
     """What a row says once: messages (and tools), or text. rejected, desirable: as in Conversation."""
 
     messages: tuple[Message, ...] = ()
@@ -57,7 +57,7 @@ class Said:
 # --- messages ----------------------------------------------------------------------------------------------------
 
 
-def messages(value: Value, keys: Keys) -> list[Said]:
+def messages(value: Value, keys: Keys) -> list[ParsedRow]:
     """One column: a list of turns, or of {"human": ..., "assistant": ...}."""
     turns = value[keys[0]]
     if isinstance(turns, list) and turns and all(isinstance(turn, dict) and not _SPEAKER & set(turn) for turn in turns):
@@ -77,19 +77,19 @@ def _spoken(pairs: dict[str, Any], at: str) -> list[dict[str, Any]]:
             turns.append({"role": key, "content": said})
         elif isinstance(said, str | list | dict) and said and key.lower() not in METADATA:
             what = f"{at}: {key[:40]!r} holds content and is no known role; write such turns with role and content"
-            raise BadRow("unknown-role", what)
+            raise InvalidRow("unknown-role", what)
     return sorted(turns, key=lambda turn: ROLES[turn["role"].lower()] != "system")
 
 
-def asked(value: Value) -> Said:
+def asked(value: Value) -> ParsedRow:
     """A request for an answer: its messages and tools. Whose turn comes last is the template's concern."""
-    return Said(tuple(_turns(value, "messages")), _tools(value))
+    return ParsedRow(tuple(_turns(value, "messages")), _tools(value))
 
 
 def _turns(value: Value, key: str) -> list[Message]:
     turns = value[key]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise BadRow("bad-messages", f"{key} is {kind_of(turns)}, not a list of objects")
+        raise InvalidRow("bad-messages", f"{key} is {kind_of(turns)}, not a list of objects")
     said = [_message(turn, f"{key}[{place}]") for place, turn in enumerate(turns)]
     names = {call["id"]: call["function"]["name"] for turn in said for call in turn.tool_calls if "id" in call}
     return [
@@ -98,60 +98,60 @@ def _turns(value: Value, key: str) -> list[Message]:
     ]
 
 
-def row_of(turns: list[Message], value: Value) -> Said:
+def row_of(turns: list[Message], value: Value) -> ParsedRow:
     """The turns behind the row's own system text, with its tools. Raises BadRow for turns that teach nothing."""
     system = _optional_text(value, "system")
     if system:
         if turns and turns[0].role == "system":
-            raise BadRow("bad-messages", "two system texts: the column `system` and the first turn")
+            raise InvalidRow("bad-messages", "two system texts: the column `system` and the first turn")
         turns = [Message("system", system), *turns]
     spoken = [turn for turn in turns if turn.role != "system"]
     if not any(turn.role == "assistant" for turn in spoken):
-        raise BadRow("no-assistant", "no assistant turn" if turns else "no turns")
+        raise InvalidRow("no-assistant", "no assistant turn" if turns else "no turns")
     if spoken[0].role != "user":
-        raise BadRow("no-user-first", f"the first turn is the {spoken[0].role}'s, not the user's")
+        raise InvalidRow("no-user-first", f"the first turn is the {spoken[0].role}'s, not the user's")
     for turn in spoken:
         blank = not turn.content.strip()
         if blank and turn.role == "assistant" and not turn.tool_calls and turn.weight:
-            raise BadRow("empty-answer", "an assistant turn is empty: it trains to stop at once")
+            raise InvalidRow("empty-answer", "an assistant turn is empty: it trains to stop at once")
         if blank and turn.role == "user":
-            raise BadRow("empty-prompt", "a user turn is empty")
-    return Said(tuple(turns), _tools(value))
+            raise InvalidRow("empty-prompt", "a user turn is empty")
+    return ParsedRow(tuple(turns), _tools(value))
 
 
 def _message(turn: dict[str, Any], at: str) -> Message:
     role_key = "role" if turn.get("role") is not None else "from"
     named = turn.get(role_key)
     if not isinstance(named, str):
-        raise BadRow("unknown-role", f"{at}.{role_key} is {kind_of(named)}, not a string")
+        raise InvalidRow("unknown-role", f"{at}.{role_key} is {kind_of(named)}, not a string")
     if seen := [name for name in MEDIA if turn.get(name)]:
-        raise BadRow("media", f"{at}: {seen[0]} holds what is seen or heard, which is not read")
+        raise InvalidRow("media", f"{at}: {seen[0]} holds what is seen or heard, which is not read")
     content = turn["content"] if "content" in turn else turn.get("value")
     weight = _weight(turn, at)
     if named.lower() in CALL_ROLES:
         return Message("assistant", "", tool_calls=_calls(content, at), weight=weight)
     role = ROLES.get(named.lower())
     if role is None:
-        raise BadRow("unknown-role", f"{at}: unknown role {named[:40]!r}{nearest(named, [*ROLES, *CALL_ROLES])}")
+        raise InvalidRow("unknown-role", f"{at}: unknown role {named[:40]!r}{nearest(named, [*ROLES, *CALL_ROLES])}")
     calls = _calls(turn["tool_calls"], at) if turn.get("tool_calls") else ()
     calls += _calls(turn["function_call"], at) if turn.get("function_call") else ()
     thoughts = [turn[key] for key in ("reasoning_content", "reasoning", "thinking") if turn.get(key)]
     if len(thoughts) > 1 or not all(isinstance(thought, str) for thought in thoughts):
-        raise BadRow("bad-part", f"{at}: the reasoning must be one string")
+        raise InvalidRow("bad-part", f"{at}: the reasoning must be one string")
     if isinstance(content, list):
         content, within, more = _parts(content, at)
         thoughts, calls = thoughts + within, calls + more
     if content is None:
         if not calls:
-            raise BadRow("no-content", f"{at}: content is null or missing (allowed only beside tool calls)")
+            raise InvalidRow("no-content", f"{at}: content is null or missing (allowed only beside tool calls)")
         content = ""
     if not isinstance(content, str):
-        raise BadRow("not-text", f"{at}: content is {kind_of(content)}, not a string")
+        raise InvalidRow("not-text", f"{at}: content is {kind_of(content)}, not a string")
     if role != "assistant" and (calls or thoughts):
-        raise BadRow("bad-part", f"{at}: only an assistant turn can hold reasoning or tool calls")
+        raise InvalidRow("bad-part", f"{at}: only an assistant turn can hold reasoning or tool calls")
     name = turn.get("name")
     if name is not None and not isinstance(name, str):
-        raise BadRow("not-text", f"{at}: name is {kind_of(name)}, not a string")
+        raise InvalidRow("not-text", f"{at}: name is {kind_of(name)}, not a string")
     id = turn.get("tool_call_id") if role == "tool" else None
     call_id = id if isinstance(id, str) else None
     return Message(role, content, "".join(thoughts) if thoughts else None, calls, name, weight, call_id)
@@ -162,7 +162,9 @@ def _weight(turn: dict[str, Any], at: str) -> float:
     if not given:
         return 1.0
     if not all(isinstance(weight, int | float) and 0 <= weight <= 1e6 for weight in given) or len(set(given)) > 1:
-        raise BadRow("bad-weight", f"{at}: weight, loss_weight and train are one number from 0 up, or true or false")
+        raise InvalidRow(
+            "bad-weight", f"{at}: weight, loss_weight and train are one number from 0 up, or true or false"
+        )
     return float(given[0])
 
 
@@ -179,9 +181,9 @@ def _parts(parts: list[Any], at: str) -> tuple[str | None, list[str], tuple[dict
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(kind, str) or kind not in _PARTS:
             shown = repr(kind[:40]) if isinstance(kind, str) else kind_of(part)
-            raise BadRow("bad-part", f"{at}: a part of type {shown}; known are {', '.join(_PARTS)}")
+            raise InvalidRow("bad-part", f"{at}: a part of type {shown}; known are {', '.join(_PARTS)}")
         if _PARTS[kind] < last:
-            raise BadRow("bad-part", f"{at}: {kind} behind a later part; the order is reasoning, text, tool calls")
+            raise InvalidRow("bad-part", f"{at}: {kind} behind a later part; the order is reasoning, text, tool calls")
         last = _PARTS[kind]
         held = [part[key] for key in ("text", "value", kind) if part.get(key) is not None]
         content = held[0] if held else None
@@ -190,7 +192,7 @@ def _parts(parts: list[Any], at: str) -> tuple[str | None, list[str], tuple[dict
         elif isinstance(content, str):
             (texts if kind == "text" else thoughts).append(content)
         else:
-            raise BadRow("not-text", f"{at}: a part of type {kind} holds {kind_of(content)}, not a string")
+            raise InvalidRow("not-text", f"{at}: a part of type {kind} holds {kind_of(content)}, not a string")
     return "".join(texts) if texts else None, thoughts, calls
 
 
@@ -204,11 +206,13 @@ def _calls(raw: Any, at: str) -> tuple[dict[str, Any], ...]:
     for item in items if isinstance(items, list) else [items]:
         inner = item.get("function", item) if isinstance(item, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise BadRow("bad-tool-call", f"{at}: a tool call needs a name and arguments")
+            raise InvalidRow("bad-tool-call", f"{at}: a tool call needs a name and arguments")
         arguments = inner.get("arguments", inner.get("parameters"))
         arguments = {} if arguments is None or arguments == "" else _parsed(arguments, "bad-tool-call", at)
         if not isinstance(arguments, dict):
-            raise BadRow("bad-tool-call", f"{at}: the arguments of a tool call are {kind_of(arguments)}, not an object")
+            raise InvalidRow(
+                "bad-tool-call", f"{at}: the arguments of a tool call are {kind_of(arguments)}, not an object"
+            )
         _check_json(arguments, "bad-tool-call", f"{at}: the arguments of a tool call")
         call = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
         calls.append({"id": item["id"], **call} if isinstance(item.get("id"), str) else call)
@@ -221,12 +225,12 @@ def _tools(value: Value) -> tuple[dict[str, Any], ...]:
         return ()
     tools = _parsed(raw, "bad-tools", "tools")
     if not isinstance(tools, list):
-        raise BadRow("bad-tools", f"tools is {kind_of(tools)}, not a list")
+        raise InvalidRow("bad-tools", f"tools is {kind_of(tools)}, not a list")
     full = []
     for tool in tools:
         inner = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise BadRow("bad-tools", "a tool needs a name")
+            raise InvalidRow("bad-tools", "a tool needs a name")
         _check_json(tool, "bad-tools", "a tool")
         full.append(tool if inner is not tool else {"type": "function", "function": tool})
     return tuple(full)
@@ -238,8 +242,8 @@ def _parsed(raw: Any, code: str, at: str) -> Any:
         return raw
     try:
         return loads(raw)
-    except Refused as error:
-        raise BadRow(code, f"{at}: the string is not JSON: {error.what}") from error
+    except JsonError as error:
+        raise InvalidRow(code, f"{at}: the string is not JSON: {error.what}") from error
 
 
 def _check_json(value: Any, code: str, what: str) -> None:
@@ -247,13 +251,13 @@ def _check_json(value: Any, code: str, what: str) -> None:
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise BadRow(code, f"{what} cannot be written as JSON: {error}") from error
+        raise InvalidRow(code, f"{what} cannot be written as JSON: {error}") from error
 
 
 # --- columns -----------------------------------------------------------------------------------------------------
 
 
-def columns(value: Value, keys: Keys) -> list[Said]:
+def columns(value: Value, keys: Keys) -> list[ParsedRow]:
     """Two columns, strings or lists of messages. The prompt is given: its assistant turns are not trained on."""
     asked = [*earlier(value), *given(turns_of(value, keys[0], "user"))]
     return [row_of([*asked, *turns_of(value, keys[1], "assistant")], value)]
@@ -270,7 +274,7 @@ def turns_of(value: Value, key: str, role: Role) -> list[Message]:
     return _turns(value, key) if isinstance(held, list) else [Message(role, text_of(value, key))]
 
 
-def alpaca(value: Value, keys: Keys) -> list[Said]:
+def alpaca(value: Value, keys: Keys) -> list[ParsedRow]:
     """instruction, maybe input; output. The input follows the instruction after a blank line."""
     turns = earlier(value)
     return [row_of([*turns, Message("user", task_of(value)), Message("assistant", text_of(value, keys[1]))], value)]
@@ -281,19 +285,19 @@ def earlier(value: Value) -> list[Message]:
     turns: list[Message] = []
     history = value.get("history") or []
     if not isinstance(history, list):
-        raise BadRow("bad-messages", f"history is {kind_of(history)}, not a list of [prompt, answer]")
+        raise InvalidRow("bad-messages", f"history is {kind_of(history)}, not a list of [prompt, answer]")
     for pair in history:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise BadRow("bad-messages", "history holds something else than [prompt, answer]")
+            raise InvalidRow("bad-messages", "history holds something else than [prompt, answer]")
         turns += [Message("user", pair[0]), Message("assistant", pair[1])]
     return turns
 
 
-def instances(value: Value, keys: Keys) -> list[Said]:
+def instances(value: Value, keys: Keys) -> list[ParsedRow]:
     """Self-instruct: an instruction and a list of input and output. Each makes a conversation of its own."""
     items = value["instances"]
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
-        raise BadRow("bad-messages", "instances is not a list of objects with input and output")
+        raise InvalidRow("bad-messages", "instances is not a list of objects with input and output")
     rows = ({**item, "instruction": value["instruction"], "system": value.get("system")} for item in items)
     return [said for row in rows for said in alpaca(row, ("instruction", "output"))]
 
@@ -301,21 +305,23 @@ def instances(value: Value, keys: Keys) -> list[Said]:
 def task_of(value: Value) -> str:
     given = [text for key in ("input", "context") if (text := _optional_text(value, key)).strip()]
     if len(given) > 1:
-        raise BadRow("bad-messages", "input and context both hold text: name the columns to read with --data.columns")
+        raise InvalidRow(
+            "bad-messages", "input and context both hold text: name the columns to read with --data.columns"
+        )
     return "\n\n".join(text for text in (text_of(value, "instruction"), *given) if text.strip())
 
 
-def prompt_alone(value: Value, keys: Keys) -> list[Said]:
+def prompt_alone(value: Value, keys: Keys) -> list[ParsedRow]:
     """A prompt, a string or a list of messages, whose last turn is the user's: it has no answer."""
     turns = [*earlier(value), *given(turns_of(value, keys[0], "user"))]
     system = _optional_text(value, "system")
     turns = [*([Message("system", system)] if system else []), *turns]
     spoken = [turn for turn in turns if turn.role != "system"]
     if not spoken or spoken[-1].role not in ("user", "tool"):
-        raise BadRow("no-question", "the last turn is not the user's: there is nothing to answer")
+        raise InvalidRow("no-question", "the last turn is not the user's: there is nothing to answer")
     if any(turn.role == "user" and not turn.content.strip() for turn in spoken):
-        raise BadRow("empty-prompt", "a user turn is empty")
-    return [Said(tuple(turns), _tools(value))]
+        raise InvalidRow("empty-prompt", "a user turn is empty")
+    return [ParsedRow(tuple(turns), _tools(value))]
 
 
 def is_prompt_alone(value: Value, keys: Keys) -> bool:
@@ -323,20 +329,20 @@ def is_prompt_alone(value: Value, keys: Keys) -> bool:
     return all(held is not None for held in value.values())
 
 
-def text(value: Value, keys: Keys) -> list[Said]:
+def text(value: Value, keys: Keys) -> list[ParsedRow]:
     """Raw text."""
     content = text_of(value, "text")
     if not content.strip():
-        raise BadRow("empty-text", "the text is empty")
-    return [Said(text=content)]
+        raise InvalidRow("empty-text", "the text is empty")
+    return [ParsedRow(text=content)]
 
 
 def text_of(value: Value, key: str) -> str:
     held = value.get(key)
     if held is None:
-        raise BadRow("no-content", f"{key} is null or missing")
+        raise InvalidRow("no-content", f"{key} is null or missing")
     if not isinstance(held, str):
-        raise BadRow("not-text", f"{key} is {kind_of(held)}, not a string")
+        raise InvalidRow("not-text", f"{key} is {kind_of(held)}, not a string")
     return held
 
 

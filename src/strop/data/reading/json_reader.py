@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from strop.data.reading.files import COLUMN_NAMES, RowFault, refuse, texts, whole
-from strop.data.reading.strictjson import BLANK, Refused, scan
+from strop.data.reading.files import COLUMN_NAMES, RowError, refuse, texts, whole
+from strop.data.reading.json_reader import BLANK, JsonError, scan
 from strop.data.types import Row
 from strop.errors import DataError, Where
 
 
-def rows(name: str, path: str, encoding: str, columns: Mapping[str, str], bad: list[RowFault]) -> Iterator[Row]:
+def rows(name: str, path: str, encoding: str, columns: Mapping[str, str], bad: list[RowError]) -> Iterator[Row]:
     known = {*COLUMN_NAMES, *columns.values()}
     top = islice((text for _, text in texts(name, path, encoding, []) if text.strip(BLANK)), 2)
     if _is_document(list(top), path, known):
@@ -26,16 +26,16 @@ def rows(name: str, path: str, encoding: str, columns: Mapping[str, str], bad: l
         try:
             value, end = scan(line)
             if line[end:].strip(BLANK) == ",":
-                raise Refused("trailing-comma", "a comma behind the row: JSON Lines has no commas between rows", end)
+                raise JsonError("trailing-comma", "a comma behind the row: JSON Lines has no commas between rows", end)
             if end < len(line):
-                raise Refused("broken-json", "something follows the object: JSON Lines has one object a line", end)
-        except Refused as error:
-            bad.append(RowFault(*_line_fault(name, number, text, error)))
+                raise JsonError("broken-json", "something follows the object: JSON Lines has one object a line", end)
+        except JsonError as error:
+            bad.append(RowError(*_line_fault(name, number, text, error)))
             continue
         yield from _row(name, number, value, bad)
 
 
-def _line_fault(name: str, number: int, text: str, error: Refused) -> tuple[str, Where]:
+def _line_fault(name: str, number: int, text: str, error: JsonError) -> tuple[str, Where]:
     code, what = error.code, error.what
     if code == "truncated":
         if text.endswith("\n"):
@@ -47,14 +47,14 @@ def _line_fault(name: str, number: int, text: str, error: Refused) -> tuple[str,
     return code, Where(name, number, column + what)
 
 
-def _row(name: str, number: int, value: Any, bad: list[RowFault]) -> Iterator[Row]:
+def _row(name: str, number: int, value: Any, bad: list[RowError]) -> Iterator[Row]:
     if isinstance(value, dict):
         yield Row(name, number, value)
     else:
         kind = {list: "an array", str: "a string", type(None): "null", bool: "true or false"}.get(
             type(value), "a number"
         )
-        bad.append(RowFault("not-an-object", Where(name, number, f"the row is {kind}, not an object")))
+        bad.append(RowError("not-an-object", Where(name, number, f"the row is {kind}, not an object")))
 
 
 # --- a JSON file that is one value -------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def _is_document(top: list[str], path: str, known: set[str]) -> bool:
         return first.startswith("[")
     try:
         value, _ = scan(first, strict=False)
-    except Refused:
+    except JsonError:
         stem, suffix = os.path.splitext(path.lower())
         return first == "{" or ".json" in (suffix, os.path.splitext(stem)[1])
     return len(top) == 1 and not known & set(value) and any(map(_is_rows, value.values()))
@@ -77,7 +77,7 @@ def _is_rows(value: Any) -> bool:
     return isinstance(value, list) and (not value or any(isinstance(item, dict) for item in value))
 
 
-def _document_rows(name: str, text: str, known: set[str], bad: list[RowFault]) -> Iterator[Row]:
+def _document_rows(name: str, text: str, known: set[str], bad: list[RowError]) -> Iterator[Row]:
     start = _skip(text, 0)
     if text[start] == "[":
         yield from _elements(name, text, start, bad)
@@ -113,7 +113,7 @@ def _members(name: str, text: str, pos: int) -> tuple[dict[str, tuple[int, Any]]
     return members, end
 
 
-def _elements(name: str, text: str, pos: int, bad: list[RowFault], *, to_end: bool = True) -> Iterator[Row]:
+def _elements(name: str, text: str, pos: int, bad: list[RowError], *, to_end: bool = True) -> Iterator[Row]:
     """The rows of the array at `pos`, each with the line on which it starts; all on one line: with its number."""
     newline = text.find("\n", pos)
     numbered = newline < 0 or _skip(text, newline) == len(text)
@@ -124,10 +124,10 @@ def _elements(name: str, text: str, pos: int, bad: list[RowFault], *, to_end: bo
         try:
             value, end = scan(text, pos)
             yield from _row(name, line, value, bad)
-        except Refused as error:
+        except JsonError as error:
             if error.pos is not None:
                 raise _broken(name, text, error.pos, error.what) from error
-            bad.append(RowFault(error.code, Where(name, line, error.what)))
+            bad.append(RowError(error.code, Where(name, line, error.what)))
             end = _end_of(name, text, pos)
         pos = _skip(text, end)
         if text[pos : pos + 1] == ",":
@@ -145,7 +145,7 @@ def _end_of(name: str, text: str, pos: int) -> int:
     """The offset behind the value at `pos`. Raises DataError where it is broken."""
     try:
         return scan(text, pos, strict=False)[1]
-    except Refused as error:
+    except JsonError as error:
         raise _broken(name, text, error.pos or pos, error.what) from error
 
 
