@@ -12,9 +12,9 @@ from strop.config.schema import DataSection
 from strop.data.examples import Learning, shorter
 from strop.data.formats import PAIRED
 from strop.data.reading.sources import RowFault
-from strop.data.rendering.errors import FIXES
 from strop.data.rendering.render import Renderer
 from strop.data.report import DataReport, Tokens, padding
+from strop.data.row_errors import FIXES
 from strop.data.store import Examples, Indices, Store
 from strop.data.types import Example
 from strop.errors import DataError, Where

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from strop.data import row_formats
+from strop.data import converters
 from strop.data.formats import FORMATS, REASONS, Format
 from strop.data.reading import files
 
@@ -12,8 +12,8 @@ from strop.data.reading import files
 def tables() -> str:
     """The Markdown tables of docs/data.md: formats, file types, reasons, roles."""
     roles = [
-        *row_formats.ROLES.items(),
-        *((name, "assistant; its content is the call, as JSON") for name in row_formats.CALL_ROLES),
+        *converters.ROLES.items(),
+        *((name, "assistant; its content is the call, as JSON") for name in converters.CALL_ROLES),
     ]
     blocks: list[tuple[str, list[tuple[str, ...]]]] = [
         ("| format | columns | what | example |", [_described(entry) for entry in FORMATS.values()]),

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from strop.data import preferences, row_formats
+from strop.data import converters, preferences
+from strop.data.converters import MEDIA, METADATA, BadRow, Keys, Said, Value
 from strop.data.reading import files
 from strop.data.reading.files import RowFault
-from strop.data.row_formats import MEDIA, METADATA, BadRow, Keys, Said, Value
 from strop.data.types import Conversation, Row
 from strop.errors import DataError, Where, nearest
 
@@ -113,7 +113,7 @@ FORMATS: dict[str, Format] = {
             "messages",
             (("messages",),),
             ("system", "tools"),
-            row_formats.messages,
+            converters.messages,
             "turns with role and content (a string, or parts of type text, reasoning, tool_call), maybe tool_calls, "
             "reasoning_content, and a weight (weight, loss_weight or train)",
             {"messages": _HI},
@@ -122,7 +122,7 @@ FORMATS: dict[str, Format] = {
             "sharegpt",
             (("conversations",), ("conversation",)),
             ("system", "tools"),
-            row_formats.messages,
+            converters.messages,
             "the same with from and value, or human and assistant in one object; function_call and observation turns; "
             "tools as a list or as JSON in a string",
             {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
@@ -131,7 +131,7 @@ FORMATS: dict[str, Format] = {
             "self-instruct",
             (("instruction", "instances"),),
             ("system",),
-            row_formats.instances,
+            converters.instances,
             "an instruction with a list of input and output; each makes one conversation",
             {"instruction": "Add.", "instances": [{"input": "1 1", "output": "2"}]},
         ),
@@ -139,7 +139,7 @@ FORMATS: dict[str, Format] = {
             "alpaca",
             (("instruction", "output"), ("instruction", "response")),
             ("input", "context", "system", "history", "tools"),
-            row_formats.alpaca,
+            converters.alpaca,
             "instruction, maybe input (added after a blank line), output; maybe history, a list of [prompt, answer]",
             {"instruction": "Add.", "input": "1 1", "output": "2"},
         ),
@@ -147,7 +147,7 @@ FORMATS: dict[str, Format] = {
             "prompt-completion",
             (("prompt", "completion"),),
             ("system", "history", "tools"),
-            row_formats.columns,
+            converters.columns,
             "two strings, or two lists of messages; turns of the prompt are not trained on",
             {"prompt": "hi", "completion": "yo"},
             exact=True,
@@ -156,7 +156,7 @@ FORMATS: dict[str, Format] = {
             "question-answer",
             (("question", "answer"), ("query", "response"), ("prompt", "response"), ("input", "output")),
             ("system", "history", "tools"),
-            row_formats.columns,
+            converters.columns,
             "the same under other names, maybe with a history; any two columns: `--data.columns prompt=A,completion=B`",
             {"question": "hi", "answer": "yo"},
             exact=True,
@@ -165,17 +165,17 @@ FORMATS: dict[str, Format] = {
             "prompt",
             (("prompt",),),
             ("system", "history", "tools"),
-            row_formats.prompt_alone,
+            converters.prompt_alone,
             "a prompt without an answer, a string or messages: for `train.objective grpo`, where the model answers",
             {"prompt": "hi"},
             exact=True,
-            fits=row_formats.is_prompt_alone,
+            fits=converters.is_prompt_alone,
         ),
         Format(
             "text",
             (("text",),),
             (),
-            row_formats.text,
+            converters.text,
             "raw text, trained on as it is (continued pretraining)",
             {"text": "Once upon a time ..."},
             exact=True,
@@ -290,9 +290,9 @@ class Conversations(Iterator[Conversation]):
         try:
             return entry.convert(value, keys)
         except BadRow as fault:
-            if not self._answerless or fault.code != "no-assistant" or entry.convert is not row_formats.messages:
+            if not self._answerless or fault.code != "no-assistant" or entry.convert is not converters.messages:
                 raise
-        return row_formats.prompt_alone(value, keys)
+        return converters.prompt_alone(value, keys)
 
     def _renamed(self, value: dict[str, Any]) -> dict[str, Any]:
         for name in self._columns.values():

@@ -7,8 +7,8 @@ from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
-from strop.data import row_formats
-from strop.data.row_formats import BadRow, Keys, Said, Value, given, row_of, task_of, turns_of
+from strop.data import converters
+from strop.data.converters import BadRow, Keys, Said, Value, given, row_of, task_of, turns_of
 from strop.data.types import Message
 
 # What a label may be, case aside. Numbers count only in a column that can hold nothing else.
@@ -21,13 +21,13 @@ LABELS = ("label", "kto_tag", "thumbs")
 _EARLIER = ("messages", "conversation")  # a prompt only where the answers do not hold it themselves
 _PROMPTS = ("conversations", "prompt", "question", "instruction", *_EARLIER)
 _JUDGED: dict[Keys, Any] = {
-    ("messages",): row_formats.messages,
-    ("conversations",): row_formats.messages,
-    ("prompt", "completion"): row_formats.columns,
-    ("prompt", "response"): row_formats.columns,
-    ("query", "response"): row_formats.columns,
-    ("question", "answer"): row_formats.columns,
-    ("instruction", "output"): row_formats.alpaca,
+    ("messages",): converters.messages,
+    ("conversations",): converters.messages,
+    ("prompt", "completion"): converters.columns,
+    ("prompt", "response"): converters.columns,
+    ("query", "response"): converters.columns,
+    ("question", "answer"): converters.columns,
+    ("instruction", "output"): converters.alpaca,
 }
 LABELLED: tuple[Keys, ...] = tuple((*keys, label) for keys in _JUDGED for label in LABELS)
 
@@ -95,7 +95,7 @@ def _asked(value: Value, answer: Any) -> list[Message]:
     if not key and isinstance(answer, str):
         raise BadRow("no-prompt", "chosen is a string and there is no prompt")
     if key == "instruction":
-        return [*row_formats.earlier(value), Message("user", task_of(value))]
+        return [*converters.earlier(value), Message("user", task_of(value))]
     turns = turns_of(value, key, "user") if key else []
     if key in _EARLIER and turns and turns[-1].role == "assistant":
         raise BadRow("no-question", f"{key} ends with an answer, so what chosen and rejected answer is not clear")

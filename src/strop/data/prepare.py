@@ -31,9 +31,9 @@ from strop.data.holdout import group_of, held_out, share_of
 from strop.data.reading import sources
 from strop.data.reading.sources import RowFault
 from strop.data.rendering import overlong, pairs
-from strop.data.rendering.errors import REASONS as RENDER_REASONS
 from strop.data.rendering.render import Renderer, RenderError
 from strop.data.report import DataReport
+from strop.data.row_errors import REASONS as RENDER_REASONS
 from strop.data.row_warnings import notes_of
 from strop.data.store import Conversations, Examples, Indices, Store, Writer, digest, dumps, load
 from strop.data.types import Conversation, Example

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from strop.data.converters import BadRow, asked
 from strop.data.rendering.render import Renderer, RenderError
-from strop.data.row_formats import BadRow, asked
 from strop.data.types import Ids, Message
 from strop.engine.decode.generate import own_ends
 from strop.errors import ModelError

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from strop.data.reading import files, hub, jsonrows, tables
+from strop.data.reading import files, hub, json_reader, tables
 from strop.data.reading.files import REASONS as REASONS
 from strop.data.reading.files import RowFault as RowFault
 from strop.data.reading.files import refuse
@@ -158,7 +158,7 @@ def _read(
     name, path = source.path, source.files[0]
     reader = files.kind(path)
     if reader == "json":
-        return jsonrows.rows(name, path, encoding, columns, bad)
+        return json_reader.rows(name, path, encoding, columns, bad)
     if reader == "parquet":
         return tables.parquet_rows(name, path)
     if reader == "text" and documents:

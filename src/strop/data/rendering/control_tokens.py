@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from strop.data.rendering.errors import RenderError
+from strop.data.row_errors import RenderError
 from strop.data.types import Message
 
 

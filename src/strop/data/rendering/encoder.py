@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from strop.data.rendering.control_tokens import ControlText
-from strop.data.rendering.errors import RenderError
+from strop.data.row_errors import RenderError
 from strop.data.types import Ids
 
 

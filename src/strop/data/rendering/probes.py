@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from strop.data.rendering.errors import TEMPLATE_FAULTS
 from strop.data.rendering.options import DAY, values_tested
 from strop.data.rendering.sandbox import BoundedTemplate
 from strop.data.rendering.tool_format import Dialect
+from strop.data.row_errors import TEMPLATE_FAULTS
 from strop.data.types import Message
 
 USER, ANSWER, SYSTEM, TOOL = "Qzuserq", "Qzanswerq", "Qzsystemq", "qztoolq"

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from strop.data.rendering.control_tokens import ControlText
-from strop.data.rendering.errors import TEMPLATE_FAULTS, RenderError
 from strop.data.rendering.options import check_options, day_formats, names_read, with_options
 from strop.data.rendering.prober import Prober
 from strop.data.rendering.sandbox import BoundedTemplate
 from strop.data.rendering.traits import Join, Mode
+from strop.data.row_errors import TEMPLATE_FAULTS, RenderError
 from strop.data.template_lint import suspicions
 from strop.data.types import Conversation, Message
 from strop.errors import ModelError
