@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.data.converters import ROLES
-from strop.data.format_docs import tables
-from strop.data.formats import FORMATS, REASONS, Conversations, conversations, shape_of
+from strop.data.formats import FORMATS, REASONS, Conversations, conversations, shape_of, tables
 from strop.data.reading import files
 from strop.data.reading.sources import RowFault
 from strop.data.types import Conversation, Message, Row

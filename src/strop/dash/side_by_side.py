@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from strop.data.reading.strictjson import Refused, loads
+from strop.data.reading.json_reader import Refused, loads
 from strop.errors import FolderError, InputError, StropError
 
 Endpoint = Callable[[Request], Awaitable[Response]]

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import numpy as np
 
 from strop.config.schema import DataSection
+from strop.data.accounting import DataReport, Tokens, padding
 from strop.data.examples import Learning, shorter
 from strop.data.formats import PAIRED
 from strop.data.reading.sources import RowFault
 from strop.data.rendering.render import Renderer
-from strop.data.report import DataReport, Tokens, padding
 from strop.data.row_errors import FIXES
 from strop.data.store import Examples, Indices, Store
 from strop.data.types import Example
@@ -237,3 +237,165 @@ def _refusal(data: DataSection, looked: Pass, faults: list[RowFault], counts: di
         fix = "give rows of both kinds, or train on good answers alone with --train.objective sft"
         return DataError(what, fix=fix)
     return None
+
+
+# ---- from strop.data.report ----
+"""The accounting of a data set: what became of every row, and what will be trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from strop.data.batching import pack
+from strop.data.store import Indices
+from strop.errors import DataError
+
+PADDED_ROWS = 8  # the batch whose padding packing is compared to
+PACKED_ROWS = 200_000  # rows of a large file that the comparison looks at
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of the examples: all of them, the supervised ones, and lengths."""
+
+    all: int
+    supervised: int
+    p50: int
+    p95: int
+    max: int
+    examples: int
+
+    @classmethod
+    def of(cls, lengths: Indices, supervised: Indices) -> Tokens:
+        if not len(lengths):
+            return cls(0, 0, 0, 0, 0, 0)
+        p50, p95 = np.percentile(lengths, [50, 95], method="inverted_cdf")
+        total, trained = int(lengths.sum()), int(supervised.sum())
+        return cls(total, trained, int(p50), int(p95), int(lengths.max()), len(lengths))
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Rows as read, used, truncated, split, dropped: read is the sum of the other four.
+
+    dropped: {file, line, reason, what} of each. cut: {how, file, line, what} of each that was truncated or split.
+    held_out: rows used that are for evaluation, not training.
+    stop_token: rows whose last supervised token is a stop token, and their share of the rows not dropped.
+    duplicates: within (rows beyond the first of equal content), across (eval rows that are also train rows), prompts
+    (eval rows whose prompt train rows have too).
+    padding: shares of padding in batches of 8 rows in the file's order and in packs of max_length tokens.
+    template: sentences on how the chat template was used. refusal: why a run would not start on this.
+    answers: of pairs {pairs, chosen_tokens, rejected_tokens, chosen_longer, length_accuracy}, the last what the better
+    of "longer is better" and "shorter is better" scores; of judged answers {desirable, undesirable, and their tokens}.
+    """
+
+    rows: dict[str, int]
+    by_reason: dict[str, int]
+    dropped: list[dict[str, Any]]
+    tokens: Tokens
+    stop_token: dict[str, float]
+    duplicates: dict[str, int]
+    padding: dict[str, float]
+    formats: dict[str, str]
+    warnings: list[str]
+    template: list[str]
+    held_out: int = 0
+    refusal: DataError | None = None
+    eval: DataReport | None = None
+    answers: dict[str, Any] = field(default_factory=dict)
+    cut: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def would_refuse(self) -> bool:
+        return self.refusal is not None or (self.eval is not None and self.eval.would_refuse)
+
+    def as_json(self) -> dict[str, Any]:
+        """With the field names of `strop check --json`."""
+        return {
+            "rows": self.rows,
+            "by_reason": self.by_reason,
+            "dropped": self.dropped,
+            "cut": self.cut,
+            "tokens": vars(self.tokens),
+            "stop_token": self.stop_token,
+            "duplicates": self.duplicates,
+            "padding": self.padding,
+            "formats": self.formats,
+            "warnings": self.warnings,
+            "template": self.template,
+            "held_out": self.held_out,
+            "answers": self.answers,
+            "would_refuse": self.would_refuse,
+            "refusal": self.refusal.as_json() if self.refusal else None,
+            "eval": self.eval.as_json() if self.eval else None,
+        }
+
+
+def padding(lengths: Indices, max_length: int) -> dict[str, float]:
+    """Shares of padding: in batches in order, in packs, and what packing saves."""
+    lengths = lengths[:PACKED_ROWS]
+    if not len(lengths):
+        return {"batched": 0.0, "packed": 0.0, "saved": 0.0}
+    tokens = int(lengths.sum())
+    rest = -len(lengths) % PADDED_ROWS
+    batches = np.concatenate([lengths, np.zeros(rest, lengths.dtype)]).reshape(-1, PADDED_ROWS)
+    in_batch = np.full(len(batches), PADDED_ROWS)
+    in_batch[-1] -= rest
+    batched = 1 - tokens / int((batches.max(axis=1) * in_batch).sum())
+    packs = pack(lengths.tolist(), max(max_length, int(lengths.max())))
+    packed = 1 - tokens / (len(packs) * max(int(lengths[group].sum()) for group in packs))
+    return {"batched": batched, "packed": packed, "saved": max(0.0, batched - packed)}
+
+
+# ---- from strop.data.row_warnings ----
+"""What is odd about rows that can be trained on: for the account's warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from strop.data import formats
+from strop.data.examples import Learning
+from strop.data.rendering.render import Renderer, RenderError
+from strop.data.types import Conversation, Example
+
+
+def notes_of(
+    conversation: Conversation, rendered: list[Example] | RenderError, renderer: Renderer, learning: Learning
+) -> Iterator[tuple[str, str]]:
+    """What is odd about a conversation, though it can be trained on, and an example of it."""
+    turns = (*conversation.messages, *conversation.rejected)
+    texts = [message.content for message in turns] or [conversation.text or ""]
+    found = [name for text in texts if "{{" in text for name in formats.placeholders(text)]
+    if found:
+        yield "unfilled placeholders", f": {found[0]}"
+    if lost := sorted(set().union(*map(renderer.lost_characters, texts))):
+        yield (
+            "characters that the tokenizer drops or changes",
+            f": {', '.join(f'U+{ord(sign):04X}' for sign in lost[:3])}",
+        )
+    if any(renderer.control.found(text) for text in texts):
+        yield "control tokens in the text, encoded as plain text", ""
+    if not isinstance(rendered, RenderError) and any(example.parted for example in rendered):
+        yield "answers that would share a token with the prompt's end, encoded apart from it, as serving does", ""
+    said = conversation.messages
+    if said and said[-1].role != "assistant" and learning != "prompts":
+        yield "turns behind the last answer, which are left out", ""
+    if names := [*_null_names(conversation)]:
+        yield "null arguments or properties of tools, which datasets writes for names that are absent", f": {names[0]}"
+    if any(message.reasoning for message in turns) and not renderer.chat.thinks(turns):
+        choice = renderer.chat.reasoning == "drop"
+        why = "data.reasoning drop leaves out" if choice else "the chat template does not show: it is not trained on"
+        yield f"reasoning, which {why}", ""
+
+
+def _null_names(conversation: Conversation) -> Iterator[str]:
+    turns = (*conversation.messages, *conversation.rejected)
+    calls = (call for turn in turns for call in turn.tool_calls)
+    held = [call["function"]["arguments"] for call in calls]
+    shapes = [tool["function"].get("parameters") for tool in conversation.tools]
+    held += [shape.get("properties") for shape in shapes if isinstance(shape, dict)]
+    return (name for one in held if isinstance(one, dict) for name, value in one.items() if value is None)

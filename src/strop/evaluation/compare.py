@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from strop.data.packing import group_by_length
+from strop.data.batching import group_by_length
 from strop.data.rendering.render import Renderer
 from strop.data.types import Conversation, Example, Ids
 from strop.distributed.devices import ALONE, Devices

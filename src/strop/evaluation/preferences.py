@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from strop.data.packing import pack
+from strop.data.batching import pack
 from strop.data.rendering.pairs import render_pairs
 from strop.data.rendering.render import RenderError
 from strop.data.types import Conversation, Example

@@ -19,7 +19,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from strop import __version__
-from strop.data.reading.strictjson import Refused, loads
+from strop.data.reading.json_reader import Refused, loads
 from strop.data.types import Ids
 from strop.engine.decode.sampling import Mask, Sampling, Token
 from strop.errors import nearest

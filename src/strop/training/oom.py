@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from strop.data.packing import group_by_length, pack
+from strop.data.batching import group_by_length, pack
 from strop.data.types import Item
 from strop.errors import MemoryLimitError
 from strop.machine.malloc import give_back

@@ -16,12 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from strop.data.rendering.control_tokens import ControlText
-from strop.data.rendering.describe import told
-from strop.data.rendering.encoder import Encoder, Straddles
-from strop.data.rendering.options import CLOCK, check_options, with_options
-from strop.data.rendering.template import ChatTemplate, Draft, Reasoning
-from strop.data.rendering.template_source import adds_bos, template_source
+from strop.data.rendering.encoder import ControlText, Encoder, Straddles
+from strop.data.rendering.template import ChatTemplate, Draft, Reasoning, told
+from strop.data.rendering.template_source import CLOCK, adds_bos, check_options, template_source, with_options
 from strop.data.row_errors import RenderError as RenderError
 from strop.data.types import Conversation, Example, Ids, Message, behind_reasoning
 from strop.errors import ModelError
