@@ -22,7 +22,8 @@ import zstandard
 from pyarrow import parquet
 
 from strop.data.formats import FORMATS, conversations
-from strop.data.reading.sources import REASONS, RowFault, read_rows
+from strop.data.reading.sources import read_rows
+from strop.data.row_errors import REASONS, RowError
 from strop.errors import DataError
 
 LIMIT_S = 20
@@ -115,7 +116,7 @@ def one_file(chance: random.Random, folder: Path) -> str:
     columns = chance.choice([*[None] * 8, {"prompt": "1", "completion": "2"}, {"prompt": "a", "completion": "b"}])
     options = {"encoding": chance.choice([*["utf-8"] * 8, "latin-1", "utf-16-le"]), "columns": columns}
     spec = str(path) + chance.choice(["", "", "@0.5", "@2"])
-    bad: list[RowFault] = []
+    bad: list[RowError] = []
     try:
         reader = conversations(
             read_rows(spec, bad=bad, **options),

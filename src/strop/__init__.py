@@ -214,13 +214,13 @@ def check(recipe: str | Path | None = None, **options: Any) -> dict[str, Any]:
     from strop.data.prepare import prepare
     from strop.models.source import locate
     from strop.models.tokenizer import load_tokenizer
-    from strop.objectives.table import learning_of
+    from strop.objectives.table import data_kind_of
 
     given = _flat(options) if recipe else {"model.name": "demo", **_flat(options)}
     chosen = resolve(Path(recipe) if recipe else None, given).recipe
     tokenizer = load_tokenizer(locate(chosen.model.name, chosen.model.revision))
-    learning = learning_of(chosen.train)
-    return prepare(chosen.data, tokenizer, strict=False, learning=learning).report.as_json()
+    data_kind = data_kind_of(chosen.train)
+    return prepare(chosen.data, tokenizer, strict=False, data_kind=data_kind).report.as_json()
 
 
 def merge(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strop.data.batching import BatchStream
+from strop.data.batching import BatchStream, group_by_length, pack
 
 
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(0, 2**63 - 1), st.floats(0.1, 3.5), st.integers(0, 40))
@@ -24,7 +24,7 @@ def test_a_stream_resumes_exactly_from_any_position(rows: int, size: int, seed: 
 
 
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(0, 5))
-def test_every_row_once_an_epoch(rows: int, size: int, seed: int) -> None:
+def test_each_epoch_has_every_row_once(rows: int, size: int, seed: int) -> None:
     batches = list(BatchStream(rows, batch_size=size, seed=seed, epochs=2))
     for epoch in (0, 1):
         own = [batch for batch in batches if batch.epoch == epoch]
@@ -33,16 +33,16 @@ def test_every_row_once_an_epoch(rows: int, size: int, seed: int) -> None:
     assert [batch.index for batch in batches] == list(range(len(batches)))
 
 
-def test_the_order_is_of_seed_and_epoch_alone() -> None:
+def test_order_depends_only_on_seed_and_epoch() -> None:
     stream = BatchStream(100, batch_size=7, seed=1, epochs=3)
     assert stream.order(1) == BatchStream(100, batch_size=5, seed=1).order(1)
     assert len({tuple(stream.order(epoch)) for epoch in range(3)}) == 3
     assert stream.order(0) != BatchStream(100, batch_size=7, seed=2).order(0)
-    # a run of last year must go on in the same order
+    # old runs must resume in the same order
     assert BatchStream(8, batch_size=1, seed=0).order(0) == [3, 2, 1, 6, 0, 7, 4, 5]
 
 
-def test_steps() -> None:
+def test_total_steps() -> None:
     assert BatchStream(10, batch_size=4, seed=0, epochs=3).total_steps == 9
     assert BatchStream(10, batch_size=4, seed=0, epochs=0.5).total_steps == 2
     assert BatchStream(10, batch_size=4, seed=0, max_steps=5).total_steps == 5
@@ -50,7 +50,7 @@ def test_steps() -> None:
     assert len(list(BatchStream(10, batch_size=4, seed=0, max_steps=5))) == 5
 
 
-def test_position_before_the_first_batch_and_of_another_stream() -> None:
+def test_position_before_the_first_batch_restarts_and_another_streams_is_refused() -> None:
     stream = BatchStream(10, batch_size=4, seed=0)
     start = stream.position
     next(iter(stream))
@@ -59,15 +59,6 @@ def test_position_before_the_first_batch_and_of_another_stream() -> None:
     with pytest.raises(AssertionError, match="another stream"):
         BatchStream(11, batch_size=4, seed=0, position=start)
 
-
-# ---- from tests.data.test_packing ----
-from __future__ import annotations
-
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from strop.data.batching import group_by_length, pack
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=60)
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from strop.data.formats import Conversations, conversations, placeholders
-from strop.data.reading.sources import RowFault, read_rows
+from strop.data.formats import ConversationReader, conversations, find_placeholders
+from strop.data.reading.sources import read_rows
+from strop.data.row_errors import RowError
 from strop.errors import DataError
 from tests.support.shared_data import shared
 
@@ -41,10 +42,10 @@ REFUSED = [  # file, the option that its refusal names; each is used in USED
 
 def load(
     name: str, *, format: str = "auto", columns: dict[str, str] | None = None
-) -> tuple[Conversations, list[RowFault]]:
+) -> tuple[ConversationReader, list[RowError]]:
     path = shared(f"formats/{name}")
     spec = f"{path}+{shared('formats/parallel.cm')}" if name == "parallel.nl" else path
-    bad: list[RowFault] = []
+    bad: list[RowError] = []
     return conversations(read_rows(spec, columns=columns, bad=bad), format=format, columns=columns, bad=bad), bad
 
 
@@ -55,7 +56,7 @@ def test_each_shared_file_gives_the_rows_it_holds(
     reader, bad = load(name, **options)
     assert sum(1 for _ in reader) == made
     assert (reader.num_rows, reader.num_used, bad) == (rows, rows, [])
-    assert set(reader.found.values()) == {format}
+    assert set(reader.formats.values()) == {format}
 
 
 @pytest.mark.parametrize(("name", "option"), REFUSED)
@@ -87,6 +88,6 @@ def test_no_text_of_the_shared_files_is_lost_or_changed() -> None:
 
 def test_placeholders_are_found() -> None:
     reader, _ = load("alpaca_placeholders.json")
-    found = {name for c in reader for m in c.messages for name in placeholders(m.content)}
+    found = {name for c in reader for m in c.messages for name in find_placeholders(m.content)}
     assert found == {"{{name}}", "{{author}}"}
-    assert placeholders("{{ user_name }} {x} {{}} {{1 + 1}} ${{a.b}}") == ["{{ user_name }}", "{{a.b}}"]
+    assert find_placeholders("{{ user_name }} {x} {{}} {{1 + 1}} ${{a.b}}") == ["{{ user_name }}", "{{a.b}}"]

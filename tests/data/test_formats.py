@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.data.converters import ROLES
-from strop.data.formats import FORMATS, REASONS, Conversations, conversations, shape_of, tables
+from strop.data.formats import FORMATS, ConversationReader, conversations, detect_format, tables
 from strop.data.reading import files
-from strop.data.reading.sources import RowFault
+from strop.data.row_errors import REASONS, RowError
 from strop.data.types import Conversation, Message, Row
 from strop.errors import DataError
 from tests import ROOT
@@ -27,8 +27,8 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 
-def convert(*values: dict[str, Any], **options: Any) -> tuple[list[Conversation], list[RowFault], Conversations]:
-    bad: list[RowFault] = []
+def convert(*values: dict[str, Any], **options: Any) -> tuple[list[Conversation], list[RowError], ConversationReader]:
+    bad: list[RowError] = []
     reader = conversations([Row("d", n, value) for n, value in enumerate(values, 1)], bad=bad, **options)
     return list(reader), bad, reader
 
@@ -59,9 +59,9 @@ def refusal(*values: dict[str, Any], **options: Any) -> str:
 
 @pytest.mark.parametrize("entry", FORMATS.values(), ids=FORMATS.keys())
 def test_the_example_of_each_format_is_that_format(entry: Any) -> None:
-    assert shape_of(entry.example) == entry.name
+    assert detect_format(entry.example) == entry.name
     made, bad, reader = convert(entry.example)
-    assert (len(made), bad, reader.found) == (1, [], {"d": entry.name})
+    assert (len(made), bad, reader.formats) == (1, [], {"d": entry.name})
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_rows_of_two_formats_in_one_file_are_refused_with_both_lines() -> None:
 def test_each_file_has_a_format_of_its_own() -> None:
     rows = [Row("a", 1, {"text": "x"}), Row("b", 1, {"messages": [U, A]}), Row("b", 2, {"messages": [U, A]})]
     reader = conversations(rows, bad=[])
-    assert (len(list(reader)), reader.found) == (3, {"a": "text", "b": "messages"})
+    assert (len(list(reader)), reader.formats) == (3, {"a": "text", "b": "messages"})
 
 
 def test_a_row_without_a_format_among_others_is_a_fault_of_that_row() -> None:
@@ -299,7 +299,7 @@ def test_a_file_without_a_format_is_refused_once_with_the_option() -> None:
     ],
 )
 def test_columns_that_may_matter_make_the_shape_unclear(value: dict[str, Any]) -> None:
-    assert shape_of(value) is None
+    assert detect_format(value) is None
     option = "text" if "text" in value else "question-answer" if "question" in value else "prompt-completion"
     assert f"--data.format {option} (without {list(value)[-1]})" in refusal(value)
     made, _, reader = convert(value, format=option)
@@ -340,7 +340,7 @@ ROWS = st.dictionaries(st.sampled_from(sorted(files.COLUMN_NAMES | {"id", "title
 @settings(max_examples=300, deadline=None)
 @given(st.lists(ROWS, max_size=4), st.sampled_from(["auto", *FORMATS]))
 def test_every_row_is_used_or_named_whatever_it_holds(values: list[dict[str, Any]], format: str) -> None:
-    bad: list[RowFault] = []
+    bad: list[RowError] = []
     rows: Iterable[Row] = (Row("d", n, value) for n, value in enumerate(values, 1))
     reader = conversations(rows, format=format, bad=bad)
     try:

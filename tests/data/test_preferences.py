@@ -11,11 +11,10 @@ import pytest
 
 from strop.config.schema import DataSection
 from strop.data import check
-from strop.data.examples import Learning
-from strop.data.formats import REASONS, conversations, shape_of
+from strop.data.formats import conversations, detect_format
 from strop.data.prepare import Prepared, prepare
-from strop.data.reading.sources import RowFault
-from strop.data.types import Conversation, Prompt, Row
+from strop.data.row_errors import REASONS, RowError
+from strop.data.types import Conversation, DataKind, Prompt, Row
 from strop.errors import DataError
 from tests.support.families import tokenizer
 from tests.support.templates import tokenizer as of_trait
@@ -26,8 +25,8 @@ S = {"role": "system", "content": "s"}
 PAIR = {"prompt": "hi", "chosen": "yo", "rejected": "no"}
 
 
-def convert(value: dict[str, Any]) -> tuple[list[Conversation], list[RowFault]]:
-    bad: list[RowFault] = []
+def convert(value: dict[str, Any]) -> tuple[list[Conversation], list[RowError]]:
+    bad: list[RowError] = []
     return list(conversations([Row("d", 1, value)], bad=bad)), bad
 
 
@@ -40,14 +39,14 @@ def write(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def run(path: Path, learning: Learning = "pairs", strict: bool = True, **options: Any) -> Prepared:
+def run(path: Path, data_kind: DataKind = "pairs", strict: bool = True, **options: Any) -> Prepared:
     section = DataSection(train=str(path), **options)
-    return prepare(section, tokenizer("chatml"), strict=strict, learning=learning)
+    return prepare(section, tokenizer("chatml"), strict=strict, data_kind=data_kind)
 
 
-def refusal(path: Path, learning: Learning = "pairs", **options: Any) -> str:
+def refusal(path: Path, data_kind: DataKind = "pairs", **options: Any) -> str:
     with pytest.raises(DataError) as caught:
-        run(path, learning, **options)
+        run(path, data_kind, **options)
     return "\n".join(caught.value.lines())
 
 
@@ -71,7 +70,7 @@ def refusal(path: Path, learning: Learning = "pairs", **options: Any) -> str:
 )
 def test_pairs_under_other_names(value: dict[str, Any]) -> None:
     (made,), bad = convert(value)
-    assert not bad and shape_of(value) == "preference"
+    assert not bad and detect_format(value) == "preference"
     said = [[turn.content for turn in side.messages if turn.role != "system"] for side in made.sides]
     assert said == [["hi", "yo"], ["hi", "no"]]
 
@@ -104,7 +103,7 @@ def test_answers_with_a_label(column: str, words: tuple[Any, Any], judged: bool)
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
     ):
         if column == "label" and words[0] is not True and words[0] == 1:  # it may be a class
-            assert shape_of({**value, column: label}) != "labelled"
+            assert detect_format({**value, column: label}) != "labelled"
             continue
         (made,), bad = convert({**value, column: label})
         assert not bad and made.desirable is judged and made.messages[-1].content == "yo"
@@ -155,13 +154,13 @@ def test_a_turn_of_an_answer_may_be_left_out_and_a_weight_of_the_prompt_counts_n
     ],
 )
 def test_rows_that_are_wrong_name_the_reason(value: dict[str, Any], code: str, tmp_path: Path) -> None:
-    bad: list[RowFault] = []
+    bad: list[RowError] = []
     format = "preference" if "rejected" in value else "labelled" if code == "bad-label" else "auto"
     assert not list(conversations([Row("d", 1, value)], format=format, bad=bad))
     assert [fault.code for fault in bad] == [code] and code in REASONS
-    learning: Learning = "pairs" if "rejected" in value or "scores" in value else "turns"
-    learning = "labels" if {"kto_tag", "label"} & set(value) else learning
-    said = refusal(write(tmp_path / "a.jsonl", [value]), learning, format=format)
+    data_kind: DataKind = "pairs" if "rejected" in value or "scores" in value else "turns"
+    data_kind = "labels" if {"kto_tag", "label"} & set(value) else data_kind
+    said = refusal(write(tmp_path / "a.jsonl", [value]), data_kind, format=format)
     assert "a.jsonl:1" in said
 
 
@@ -185,8 +184,8 @@ def test_each_objective_names_the_rows_that_it_needs(tmp_path: Path) -> None:
     assert "label" in refusal(turns, "labels")
     numbers = write(tmp_path / "numbers.jsonl", [{"messages": [U, A], "label": 1}, {"messages": [U, NO], "label": 0}])
     assert "--data.format labelled" in refusal(numbers, "labels")
-    assert len(run(numbers, "labels", format="labelled").train_units or ()) == 2
-    assert run(judged, "turns", columns={"messages": "messages"}).train_units is None
+    assert len(run(numbers, "labels", format="labelled").train_items or ()) == 2
+    assert run(judged, "turns", columns={"messages": "messages"}).train_items is None
 
 
 def test_one_class_of_judgements_is_refused(tmp_path: Path) -> None:
@@ -201,7 +200,7 @@ def test_one_class_of_judgements_is_told_of_held_out_rows(tmp_path: Path) -> Non
     assert part is not None and part.refusal is None
     assert part.answers["desirable"] == 3 and part.answers["undesirable_tokens"] == part.answers["undesirable"] == 0
     assert part.warnings == ["all evaluation rows are judged good: the evaluation says nothing of the other kind"]
-    assert run(path, "labels", eval="10%").eval_units  # all of them good, as it happens
+    assert run(path, "labels", eval="10%").eval_items  # all of them good, as it happens
 
 
 def test_judged_answers_to_one_prompt_have_no_divergence(tmp_path: Path) -> None:
@@ -209,7 +208,7 @@ def test_judged_answers_to_one_prompt_have_no_divergence(tmp_path: Path) -> None
     prepared = run(write(tmp_path / "a.jsonl", rows), "labels")
     (said,) = prepared.report.warnings
     assert said.startswith("all training rows have one prompt: the divergence in the loss is 0 throughout")
-    assert prepared.train_units is not None and not any(unit.beside for unit in prepared.train_units)
+    assert prepared.train_items is not None and not any(unit.kl_examples for unit in prepared.train_items)
     assert not run(write(tmp_path / "b.jsonl", [*rows, {**rows[0], "prompt": "ho"}]), "labels").report.warnings
 
 
@@ -218,13 +217,18 @@ def test_judged_answers_to_one_prompt_have_no_divergence(tmp_path: Path) -> None
 
 def test_a_pair_has_one_prompt_and_both_stop_tokens(tmp_path: Path) -> None:
     prepared = run(write(tmp_path / "a.jsonl", [PAIR, {**PAIR, "prompt": "hey", "chosen": "yo yo yo"}]))
-    assert prepared.train_units is not None and len(prepared.train_units) == 2
-    for unit in prepared.train_units:
+    assert prepared.train_items is not None and len(prepared.train_items) == 2
+    for unit in prepared.train_items:
         better, worse = unit.examples
-        assert better.prompt == worse.prompt and (better.ids[: better.prompt] == worse.ids[: worse.prompt]).all()
+        assert (
+            better.prompt_length == worse.prompt_length
+            and (better.ids[: better.prompt_length] == worse.ids[: worse.prompt_length]).all()
+        )
         assert better.ids[np.flatnonzero(better.weights)[-1]] in prepared.renderer.stop_ids
         assert worse.ids[np.flatnonzero(worse.weights)[-1]] in prepared.renderer.stop_ids
-        assert unit.computed(True) == better.prompt + sum(len(side) - side.prompt for side in unit.examples)
+        assert unit.computed_tokens(True) == better.prompt_length + sum(
+            len(side) - side.prompt_length for side in unit.examples
+        )
     assert prepared.report.stop_token == {"rows": 2, "share": 1.0}
 
 
@@ -240,14 +244,20 @@ def test_a_pair_is_cut_in_its_prompt_alike_or_dropped_never_in_an_answer(tmp_pat
     assert "longer than data.max_length" in refusal(path, max_length=40)
     prepared = run(path, max_length=40, overlong="truncate-start", bad_rows="drop")
     assert prepared.report.rows["truncated"] == 1 and prepared.report.by_reason == {"too-long": 1}
-    assert prepared.train_units is not None
-    better, worse = prepared.train_units[0].examples
-    assert len(better) <= 40 and better.prompt == worse.prompt and (better.weights[better.prompt :] > 0).all()
+    assert prepared.train_items is not None
+    better, worse = prepared.train_items[0].examples
+    assert (
+        len(better) <= 40
+        and better.prompt_length == worse.prompt_length
+        and (better.weights[better.prompt_length :] > 0).all()
+    )
     text = prepared.renderer.tokenizer.decode(better.ids)
     assert (
-        "a b c d e f g h" in text and "end" in text and (better.ids[: better.prompt] == worse.ids[: worse.prompt]).all()
+        "a b c d e f g h" in text
+        and "end" in text
+        and (better.ids[: better.prompt_length] == worse.ids[: worse.prompt_length]).all()
     )
-    assert len(run(path, max_length=40, overlong="drop").train_units or ()) == 300
+    assert len(run(path, max_length=40, overlong="drop").train_items or ()) == 300
     with pytest.raises(DataError) as raised:
         run(path, max_length=40)
     assert raised.value.fix.endswith("--data.overlong drop or truncate-start")
@@ -260,7 +270,7 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
     judged = [{"prompt": "hi", "completion": "yo", "label": label} for label in (True, False)]
     assert "opposite of" in refusal(write(tmp_path / "b.jsonl", judged), "labels")
     kept = run(write(tmp_path / "c.jsonl", rows), bad_rows="drop")
-    assert kept.report.by_reason == {"contradiction": 1} and len(kept.train_units or ()) == 1
+    assert kept.report.by_reason == {"contradiction": 1} and len(kept.train_items or ()) == 1
 
 
 def test_a_row_of_which_a_part_is_wrong_is_not_used_and_counts_once(tmp_path: Path) -> None:
@@ -278,7 +288,7 @@ def test_a_row_of_which_a_part_is_wrong_is_not_used_and_counts_once(tmp_path: Pa
 def test_a_ranking_as_judged_answers_contradicts_itself_and_its_cleaned_copy_does_not(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "hi", "answers": ["yo", "no", "hm"], "scores": [3, 2, 1]}])
     assert "its own pairs say the opposite of each other" in refusal(path, "labels")
-    check.fix(DataSection(train=str(path)), tokenizer("chatml"), tmp_path / "b.jsonl", "labels")
+    check.write_cleaned_copy(DataSection(train=str(path)), tokenizer("chatml"), tmp_path / "b.jsonl", "labels")
     assert run(tmp_path / "b.jsonl", "labels").report.rows["dropped"] == 0
 
 
@@ -298,25 +308,29 @@ def test_length_bias_is_told(tmp_path: Path) -> None:
 def test_pairs_as_judged_answers_and_answers_beside(tmp_path: Path) -> None:
     rows = [{"prompt": f"question {n}", "chosen": f"yo {n}", "rejected": "no"} for n in range(3)]
     prepared = run(write(tmp_path / "a.jsonl", rows), "labels")
-    units = prepared.train_units
+    units = prepared.train_items
     assert units is not None and [unit.desirable for unit in units] == [True, False] * 3
     assert prepared.report.rows["read"] == prepared.report.rows["used"] == 3
     assert prepared.report.answers["desirable"] == 3
     for unit in units:  # the same prompt with the answer of another
-        (answer,), (beside,) = unit.examples, unit.beside
-        assert (beside.ids[: answer.prompt] == answer.ids[: answer.prompt]).all() and beside.prompt == answer.prompt
-        others = {other.examples[0].ids[other.examples[0].prompt :].tobytes() for other in units}
-        assert beside.ids[beside.prompt :].tobytes() in others
-    first, second = units[0].beside[0], units[1].beside[0]
-    assert first.ids[first.prompt :].tolist() == second.ids[second.prompt :].tolist()  # both from the next prompt
+        (answer,), (kl_examples,) = unit.examples, unit.kl_examples
+        assert (
+            kl_examples.ids[: answer.prompt_length] == answer.ids[: answer.prompt_length]
+        ).all() and kl_examples.prompt_length == answer.prompt_length
+        others = {other.examples[0].ids[other.examples[0].prompt_length :].tobytes() for other in units}
+        assert kl_examples.ids[kl_examples.prompt_length :].tobytes() in others
+    first, second = units[0].kl_examples[0], units[1].kl_examples[0]
+    assert (
+        first.ids[first.prompt_length :].tolist() == second.ids[second.prompt_length :].tolist()
+    )  # both from the next prompt
 
 
 def test_a_share_for_evaluation_keeps_pairs_whole(tmp_path: Path) -> None:
     rows = [{"prompt": f"question {n}", "chosen": f"yo {n}", "rejected": "no"} for n in range(40)]
     prepared = run(write(tmp_path / "a.jsonl", rows), eval="30%")
-    assert prepared.train_units is not None and prepared.eval_units is not None
-    assert len(prepared.train_units) + len(prepared.eval_units) == 40
-    for unit in [*prepared.train_units, *prepared.eval_units]:
+    assert prepared.train_items is not None and prepared.eval_items is not None
+    assert len(prepared.train_items) + len(prepared.eval_items) == 40
+    for unit in [*prepared.train_items, *prepared.eval_items]:
         assert unit.examples[0].line == unit.examples[1].line
 
 
@@ -327,14 +341,14 @@ JUDGED = [{"prompt": f"q{n % 15}", "completion": f"yo {n}", "label": n < 15} for
 
 
 @pytest.mark.parametrize(
-    ("rows", "learning"),
+    ("rows", "data_kind"),
     [(RANKINGS, "pairs"), (BOTH_SIDES, "labels"), (TWO_LINES, "pairs"), (JUDGED, "labels")],
 )
 def test_a_share_for_evaluation_shares_no_prompt_with_training(
-    rows: list[Any], learning: Learning, tmp_path: Path
+    rows: list[Any], data_kind: DataKind, tmp_path: Path
 ) -> None:
     def held(name: str, given: list[Any]) -> set[str]:
-        prepared = run(write(tmp_path / name, given), learning, eval="30%")
+        prepared = run(write(tmp_path / name, given), data_kind, eval="30%")
         trained, held = (
             {made.messages[0].content for made in part}
             for part in (prepared.train_conversations, prepared.eval_conversations or ())
@@ -366,12 +380,12 @@ def test_prompts_on_both_sides_are_told(tmp_path: Path) -> None:
 def test_a_cleaned_copy_of_pairs(tmp_path: Path) -> None:
     rows = [PAIR, {**PAIR, "rejected": "yo"}, PAIR, {**PAIR, "chosen": "no", "rejected": "yo"}]
     path, out = write(tmp_path / "a.jsonl", rows), tmp_path / "clean.jsonl"
-    check.fix(DataSection(train=str(path)), tokenizer("chatml"), out, "pairs")
+    check.write_cleaned_copy(DataSection(train=str(path)), tokenizer("chatml"), out, "pairs")
     assert [json.loads(line)["rejected"][-1]["content"] for line in out.read_text().splitlines()] == ["no"]
-    assert len(run(out).train_units or ()) == 1
+    assert len(run(out).train_items or ()) == 1
     judged = write(tmp_path / "b.jsonl", [{"prompt": "hi", "completion": w, "label": w == "yo"} for w in ("yo", "no")])
-    check.fix(DataSection(train=str(judged)), tokenizer("chatml"), tmp_path / "c.jsonl", "labels")
-    assert len(run(tmp_path / "c.jsonl", "labels").train_units or ()) == 2
+    check.write_cleaned_copy(DataSection(train=str(judged)), tokenizer("chatml"), tmp_path / "c.jsonl", "labels")
+    assert len(run(tmp_path / "c.jsonl", "labels").train_items or ()) == 2
 
 
 # --- prompts, to which the model answers itself ------------------------------------------------------------------
@@ -393,8 +407,8 @@ def test_a_cleaned_copy_of_pairs(tmp_path: Path) -> None:
 )
 def test_prompts_with_right_answers_and_without(value: dict[str, Any], gold: str | None, tmp_path: Path) -> None:
     prepared = run(write(tmp_path / "a.jsonl", [value]), "prompts")
-    assert prepared.train_units is not None
-    (prompt,) = prepared.train_units
+    assert prepared.train_items is not None
+    (prompt,) = prepared.train_items
     assert isinstance(prompt, Prompt) and prompt.gold == gold and prompt.row == 0
     text = prepared.renderer.tokenizer.decode(prompt.examples[0].ids)
     assert text.endswith("<|im_start|>assistant\n") and "yo" not in text.split("more")[-1]
@@ -407,35 +421,37 @@ def test_the_right_answer_to_a_prompt_has_its_calls(tmp_path: Path) -> None:
     turns = [U, {"role": "assistant", "content": "", "tool_calls": [call]}]
     path = write(tmp_path / "a.jsonl", [{"messages": turns}])
     data = DataSection(train=str(path), max_length=100)
-    units = prepare(data, tokenizer("qwen3"), cache=None, learning="prompts").train_units
+    units = prepare(data, tokenizer("qwen3"), cache=None, data_kind="prompts").train_items
     assert units is not None and isinstance(units[0], Prompt)
     assert units[0].gold == '<tool_call>\n{"name": "f", "arguments": {"a": 3}}\n</tool_call>'
 
 
 def test_the_prompt_is_what_fine_tuning_has_in_front_of_the_answer(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"messages": [S, U, A, MORE, A]}])
-    units, turns = run(path, "prompts").train_units, run(path, "turns").train[0]
+    units, turns = run(path, "prompts").train_items, run(path, "turns").train[0]
     assert units is not None
     ids = units[0].examples[0].ids
     assert turns.ids[: len(ids)].tolist() == ids.tolist() and turns.weights[len(ids) :].all()
 
 
-@pytest.mark.parametrize(("its", "closes"), [(of_trait("opens-with-switch"), ()), (tokenizer("qwen3"), ("</think>",))])
+@pytest.mark.parametrize(
+    ("its", "reasoning_ends"), [(of_trait("opens-with-switch"), ()), (tokenizer("qwen3"), ("</think>",))]
+)
 def test_a_prompt_is_asked_with_reasoning_where_its_right_answer_has_some(
-    its: Any, closes: tuple[str, ...], tmp_path: Path
+    its: Any, reasoning_ends: tuple[str, ...], tmp_path: Path
 ) -> None:
     """closes: as texts of answers have it; not where it is a special token."""
-    thinks, asks = [U, {**A, "reasoning": "so"}], [[U, A], [U]]
-    path = write(tmp_path / "a.jsonl", [{"messages": turns} for turns in (thinks, *asks)])
+    shows_reasoning, asks = [U, {**A, "reasoning": "so"}], [[U, A], [U]]
+    path = write(tmp_path / "a.jsonl", [{"messages": turns} for turns in (shows_reasoning, *asks)])
     data = DataSection(train=str(path))
-    units = prepare(data, its, cache=None, learning="prompts").train_units
-    path.write_text(json.dumps({"messages": thinks}) + "\n" + json.dumps({"messages": asks[0]}) + "\n")
-    turns = prepare(data, its, cache=None, learning="turns").train
+    units = prepare(data, its, cache=None, data_kind="prompts").train_items
+    path.write_text(json.dumps({"messages": shows_reasoning}) + "\n" + json.dumps({"messages": asks[0]}) + "\n")
+    turns = prepare(data, its, cache=None, data_kind="turns").train
     assert units is not None
     for unit, example in zip(units, turns, strict=False):
         ids = unit.examples[0].ids
         assert example.ids[: len(ids)].tolist() == ids.tolist() and example.weights[len(ids) :].all()
-    assert [unit.closes for unit in units] == [closes, (), ()]  # type: ignore[attr-defined]
+    assert [unit.reasoning_ends for unit in units] == [reasoning_ends, (), ()]  # type: ignore[attr-defined]
     assert [unit.gold for unit in units] == [A["content"], A["content"], None]  # type: ignore[attr-defined]
 
 
@@ -460,12 +476,12 @@ def test_a_missing_answer_is_a_fault_where_answers_are_trained_on(tmp_path: Path
 
 def test_a_cleaned_copy_of_prompts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "hi"}, {"prompt": " "}, {"prompt": "hi"}])
-    check.fix(DataSection(train=str(path)), tokenizer("chatml"), tmp_path / "b.jsonl", "prompts")
+    check.write_cleaned_copy(DataSection(train=str(path)), tokenizer("chatml"), tmp_path / "b.jsonl", "prompts")
     assert [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()] == [{"prompt": [U]}]
-    assert len(run(tmp_path / "b.jsonl", "prompts").train_units or ()) == 1
+    assert len(run(tmp_path / "b.jsonl", "prompts").train_items or ()) == 1
     mixed = write(tmp_path / "c.jsonl", [{"messages": [U, A, MORE]}, {"messages": [U, A]}])  # with an answer, without
-    check.fix(DataSection(train=str(mixed)), tokenizer("chatml"), tmp_path / "d.jsonl", "prompts")
-    assert len(run(tmp_path / "d.jsonl", "prompts").train_units or ()) == 2
+    check.write_cleaned_copy(DataSection(train=str(mixed)), tokenizer("chatml"), tmp_path / "d.jsonl", "prompts")
+    assert len(run(tmp_path / "d.jsonl", "prompts").train_items or ()) == 2
 
 
 def test_a_text_file_is_one_document_where_that_is_asked_for(tmp_path: Path) -> None:
@@ -493,9 +509,9 @@ def test_a_prompt_is_an_exact_prefix_on_both_sides(tmp_path: Path) -> None:
     cut = next(n for n in range(1, len(whole)) if encode(whole)[: len(encode(whole[:n]))] != encode(whole[:n]))
     rows = [{"prompt": whole[:cut], "chosen": whole[cut:], "rejected": "!"}]
     prepared = run(write(tmp_path / "a.jsonl", rows), template=str(template))
-    assert prepared.train_units is not None
-    better, worse = prepared.train_units[0].examples
+    assert prepared.train_items is not None
+    better, worse = prepared.train_items[0].examples
     for side, text in ((better, whole[cut:]), (worse, "!")):
-        assert side.ids[: side.prompt].tolist() == encode(whole[:cut]) and side.weights[-1] > 0
-        assert prepared.renderer.tokenizer.decode(side.ids[side.prompt :]) == f"{text}<|im_end|>"
+        assert side.ids[: side.prompt_length].tolist() == encode(whole[:cut]) and side.weights[-1] > 0
+        assert prepared.renderer.tokenizer.decode(side.ids[side.prompt_length :]) == f"{text}<|im_end|>"
     assert any("encoded apart" in warning for warning in prepared.report.warnings)

@@ -18,9 +18,10 @@ from rich.console import Console
 from strop.config.schema import DataSection
 from strop.data import check
 from strop.data.accounting import MAX_LOST_SHARE
-from strop.data.prepare import REASONS, Prepared, prepare
+from strop.data.prepare import Prepared, prepare
 from strop.data.rendering import overlong
 from strop.data.rendering.render import Renderer
+from strop.data.row_errors import REASONS
 from strop.data.store import LOCK, Writer
 from strop.data.types import Conversation, Message
 from strop.errors import DataError, FolderError
@@ -412,16 +413,18 @@ def test_the_report_and_the_rows_are_shown(tmp_path: Path) -> None:
         "eval",
     ):
         assert part in report
-    shown = printed(lambda console: check.show(prepared, 1, console))
+    shown = printed(lambda console: check.print_examples(prepared, 1, console))
     assert "⟦日本·🙂<|im_end|>⟧" in shown and "a·b↵" in shown
     assert "\x1b" not in shown and "\\x1b[31m" in shown
-    numbers = printed(lambda console: check.show(prepared, 1, console, ids=True))
+    numbers = printed(lambda console: check.print_examples(prepared, 1, console, ids=True))
     assert f"<|im_end|>({TOKENIZER.convert_tokens_to_ids('<|im_end|>')})⟧" in numbers
 
 
 def test_the_template_asks_as_the_rows_were_trained(tmp_path: Path) -> None:
     tokenizer = templates.tokenizer("opens-with-switch")
-    thinks = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "c"}]}
+    shows_reasoning = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "c"}]
+    }
 
     def prompt(*rows: dict[str, Any], **fields: Any) -> tuple[str, Prepared]:
         prepared = run(write(tmp_path / "a.jsonl", list(rows)), tokenizer=tokenizer, **fields)
@@ -429,13 +432,13 @@ def test_the_template_asks_as_the_rows_were_trained(tmp_path: Path) -> None:
 
     end, none = prompt(row("a", "b"), row("c", "d"))
     assert end.endswith("</think>\n\n") and "served as trained: enable_thinking=false" in " ".join(none.report.template)
-    end, all_think = prompt(thinks)
+    end, all_think = prompt(shows_reasoning)
     assert end == "\n<think>\n" and all_think.hash != none.hash
-    end, some = prompt(thinks, row("a", "b"))
+    end, some = prompt(shows_reasoning, row("a", "b"))
     assert end == "\n<think>\n" and "1 training rows have reasoning and 1 have none" in " ".join(some.report.warnings)
     end, on = prompt(row("a", "b"), template_options={"enable_thinking": True})
     assert end == "\n<think>\n" and on.train[0].supervised > none.train[0].supervised  # it closes the block itself
-    _, dropped = prompt(thinks, reasoning="drop")
+    _, dropped = prompt(shows_reasoning, reasoning="drop")
     assert "data.reasoning drop leaves out" in " ".join(dropped.report.warnings)
 
 
@@ -445,7 +448,7 @@ def test_a_cleaned_copy_with_a_log_of_each_change(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     tokenizer = families.tokenizer("llama3")
     data = DataSection(train=path, template="chatml")
-    changes = check.fix(data, tokenizer, out)
+    changes = check.write_cleaned_copy(data, tokenizer, out)
     assert [json.loads(line) for line in out.read_text().splitlines()] == [GOOD[0], row("x", "y")]
     logged = [json.loads(line) for line in (tmp_path / "out.jsonl.changes.jsonl").read_text().splitlines()]
     assert logged == [vars(change) for change in changes]
@@ -454,13 +457,13 @@ def test_a_cleaned_copy_with_a_log_of_each_change(tmp_path: Path) -> None:
     assert "human -> user" in what[3] and "gpt -> assistant" in what[3] and 1 not in what
     assert account(run(str(out), tokenizer=tokenizer, template="chatml"))["rows"]["dropped"] == 0
     with pytest.raises(FolderError):
-        check.fix(data, tokenizer, out)
+        check.write_cleaned_copy(data, tokenizer, out)
 
 
 def test_a_cleaned_copy_of_files_of_two_formats_is_refused(tmp_path: Path) -> None:
     files = [write(tmp_path / "a.jsonl", [row("a", "b")]), write(tmp_path / "b.jsonl", [{"text": "words"}])]
     with pytest.raises(DataError, match=r"b\.jsonl:1 is written with text, rows before it with messages"):
-        check.fix(DataSection(train=files), TOKENIZER, tmp_path / "out.jsonl")
+        check.write_cleaned_copy(DataSection(train=files), TOKENIZER, tmp_path / "out.jsonl")
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -470,7 +473,7 @@ def test_a_cleaned_copy_leaves_out_rows_that_a_run_would_refuse_as_too_long(
 ) -> None:
     path, out = write(tmp_path / "a.jsonl", [row("a", "b"), row("long " * 99, "b")]), tmp_path / "out.jsonl"
     data = DataSection(train=path, max_length=60, overlong=overlong)
-    changes = check.fix(data, TOKENIZER, out)
+    changes = check.write_cleaned_copy(data, TOKENIZER, out)
     assert len(out.read_text().splitlines()) == kept
     assert len(prepare(data.model_copy(update={"train": str(out)}), TOKENIZER).train) == kept
     assert [(change.line, "tokens, data.max_length is 60" in change.change) for change in changes] == [(2, True)][

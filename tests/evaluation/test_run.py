@@ -444,11 +444,11 @@ def test_ordinary_rows_are_judged_by_their_text(thinker: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "closes"),
+    ("made", "reasoning_ends"),
     [(tokenizer("qwen3"), ["</think>"]), (of_trait("opens-with-switch"), []), (tokenizer("chatml"), [])],
 )
-def test_what_ends_reasoning_is_found_unless_it_is_a_special_token(made: Any, closes: list[str]) -> None:
-    assert Renderer(made).closes == closes
+def test_what_ends_reasoning_is_found_unless_it_is_a_special_token(made: Any, reasoning_ends: list[str]) -> None:
+    assert Renderer(made).reasoning_ends == reasoning_ends
 
 
 def test_a_choice_is_not_given_away_by_the_right_reasoning(thinker: Model, monkeypatch: pytest.MonkeyPatch) -> None:

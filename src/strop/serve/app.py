@@ -19,7 +19,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from strop import __version__
-from strop.data.reading.json_reader import Refused, loads
+from strop.data.reading.json_reader import JsonError, loads
 from strop.data.types import Ids
 from strop.engine.decode.sampling import Mask, Sampling, Token
 from strop.errors import nearest
@@ -82,7 +82,7 @@ class _StrictRequest(Request):
             return loads((await self.body()).decode("utf-8"))
         except UnicodeDecodeError as error:
             raise Refusal(400, f"the body is not UTF-8: {error.reason}") from None
-        except Refused as error:
+        except JsonError as error:
             raise Refusal(400, f"the body is not JSON: {error.what}") from None
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strop.data.converters import BadRow, asked
-from strop.data.rendering.render import Renderer, RenderError
+from strop.data.converters import parse_request
+from strop.data.rendering.render import Renderer
+from strop.data.row_errors import InvalidRow, RenderError
 from strop.data.types import Ids, Message
 from strop.engine.decode.generate import own_ends
 from strop.errors import ModelError
@@ -37,7 +38,7 @@ class Served:
     @property
     def ends(self) -> tuple[int, ...]:
         """Ids at which an answer ends."""
-        return (*self.renderer.ends, *self.more_ends)
+        return (*self.renderer.end_ids, *self.more_ends)
 
     def prompt(
         self,
@@ -50,11 +51,11 @@ class Served:
         """
         if self.renderer.template is None:
             raise Refusal(400, "the model has no chat template: ask it by /v1/completions", param="messages")
-        if self.renderer.control.found(dict(options or {})):
+        if self.renderer.control.is_in(dict(options or {})):
             what = "chat_template_kwargs: a value holds a control token"
             raise Refusal(400, what, param="chat_template_kwargs")
         try:
-            said = asked({"messages": messages, "tools": tools})
+            said = parse_request({"messages": messages, "tools": tools})
             if said.tools and not self.renderer.chat.supports_tools:
                 what = "tools: the model's chat template shows none: send no tools, or ask another model"
                 raise Refusal(400, what, param="tools")
@@ -64,7 +65,7 @@ class Served:
             return self.renderer.prompt(given, said.tools, options=options)
         except ModelError as error:
             raise Refusal(400, f"{error.what}: {error.fix}", param="chat_template_kwargs") from None
-        except BadRow as error:
+        except InvalidRow as error:
             raise Refusal(400, error.what, param="tools" if error.code == "bad-tools" else "messages") from None
         except RenderError as error:  # its fix is for training
             raise Refusal(400, error.what, param="messages") from None

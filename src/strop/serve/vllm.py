@@ -48,7 +48,7 @@ from strop.models.load import weights_folder
 from strop.models.source import Source, locate, read_config
 from strop.models.tokenizer import head_folder, load_tokenizer
 from strop.models.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
-from strop.objectives.table import learning_of
+from strop.objectives.table import data_kind_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
 from strop.serve.address import KEY_VARIABLE, Address
 from strop.serve.models import BASE, check_names
@@ -120,7 +120,7 @@ def serve_vllm(
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as log:
         # the template may end turns with another than the eos token, and some models name more
         own = own_ends(GenerationConfig.from_pretrained(weights)) if (weights / OWN).is_file() else ()
-        ends = {"eos_token_id": [*renderers[0].ends, *own]}
+        ends = {"eos_token_id": [*renderers[0].end_ids, *own]}
         Path(scratch, OWN).write_text(json.dumps(ends), encoding="utf-8")
         command = [
             program, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights),
@@ -200,8 +200,8 @@ def _texts(name: str, renderer: Renderer, longest: int) -> list[Ids]:
     """Texts to compare on, as ids: a run's own rows, else the general set's questions."""
     if is_run(Path(name)):
         recipe = read_resolved(RunFolder(Path(name)).recipe).recipe
-        learning = learning_of(recipe.train)
-        prepared = prepare(recipe.data, renderer.tokenizer, cache=cache_folder() / "data", learning=learning)
+        data_kind = data_kind_of(recipe.train)
+        prepared = prepare(recipe.data, renderer.tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
         rows: Any = prepared.eval if prepared.eval is not None else prepared.train
         return [rows[row].ids[:longest] for row in range(min(len(rows), TEXTS))]
     return [renderer.prompt(row.messages)[:longest] for row in general_rows()[:TEXTS]]

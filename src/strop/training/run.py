@@ -285,11 +285,11 @@ def _job(
     elif of.quantization != "none" and of.resident_layers:
         how = (of.quantization, of.double_quantization, DTYPES[of.dtype])
         stream = partial(stream_weights, base, setup.source, *how)
-    train, held_out = data.train_units or data.train, data.eval_units or data.eval
+    train, held_out = data.train_items or data.train, data.eval_items or data.eval
     criterion: Criterion
     if rewards := rewards_of(recipe.train.rewards):
         without_dropout(model)
-        ends = (*data.renderer.ends, *own_ends(model.generation_config))
+        ends = (*data.renderer.end_ids, *own_ends(model.generation_config))
         told = setup.tokenizer, ends, rewards, weights, log
         criterion = OfGroups(recipe.train, recipe.seed, model, *told, draws=draws)
     else:

@@ -15,7 +15,8 @@ import zstandard
 from pyarrow import parquet
 
 from strop.data.formats import conversations
-from strop.data.reading.sources import RowFault, read_rows
+from strop.data.reading.sources import read_rows
+from strop.data.row_errors import RowError
 from strop.data.types import Conversation
 from strop.errors import DataError
 from tests.fuzz_data import one_file
@@ -49,8 +50,8 @@ REFUSALS = [
 ]
 
 
-def check(path: str, **options: str) -> tuple[list[Conversation], list[RowFault]]:
-    bad: list[RowFault] = []
+def check(path: str, **options: str) -> tuple[list[Conversation], list[RowError]]:
+    bad: list[RowError] = []
     return list(conversations(read_rows(path, bad=bad, **options), bad=bad)), bad
 
 

@@ -22,15 +22,15 @@ def test_which_files_of_a_hub_repository_are_read() -> None:
         "data/train-00001-of-00002.parquet",
         "data/test-00000-of-00001.parquet",
     ]
-    assert hub.choose("o/n", shards, None) == shards[1:3]
-    assert hub.choose("o/n", ["README.md", "dataset_infos.json", "alpaca.json"], None) == ["alpaca.json"]
-    assert hub.choose("o/n", ["x.jsonl", "test.jsonl"], None) == ["x.jsonl"]
-    assert hub.choose("o/n", ["a/train.csv", "b/train.csv"], "b/*") == ["b/train.csv"]
+    assert hub.choose_files("o/n", shards, None) == shards[1:3]
+    assert hub.choose_files("o/n", ["README.md", "dataset_infos.json", "alpaca.json"], None) == ["alpaca.json"]
+    assert hub.choose_files("o/n", ["x.jsonl", "test.jsonl"], None) == ["x.jsonl"]
+    assert hub.choose_files("o/n", ["a/train.csv", "b/train.csv"], "b/*") == ["b/train.csv"]
     for names in (["a/train.csv", "b/train.csv"], ["one.json", "two.json"], ["load.py", "data.zip"], []):
         with pytest.raises(DataError, match=r"several data files|no file of a known type"):
-            hub.choose("o/n", names, None)
+            hub.choose_files("o/n", names, None)
     with pytest.raises(DataError, match=r"has no file c\.csv"):
-        hub.choose("o/n", ["a.csv"], "c.csv")
+        hub.choose_files("o/n", ["a.csv"], "c.csv")
 
 
 def test_what_has_the_form_of_a_hub_name() -> None:
@@ -102,10 +102,10 @@ def test_a_data_set_that_came_in_part_is_never_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("faults", "told"),
     [
-        ({"/api/": 500}, "the Hub answers 500: wait a little"),
+        ({"/api/": 500}, "the Hub returned 500: wait a little"),
         ({"/api/": 401}, "the Hub says: Client error '401 Unauthorized'"),
         ({"/api/": "page"}, "the Hub cannot be reached (JSONDecodeError)"),
-        ({"/resolve/": 403}, "the Hub answers 403"),
+        ({"/resolve/": 403}, "the Hub returned 403"),
     ],
     ids=str,
 )
@@ -116,6 +116,6 @@ def test_what_the_hub_answers_is_told(faults: dict[str, Fault], told: str, tmp_p
 
 def test_a_gated_data_set_says_where_its_terms_are(tmp_path: Path) -> None:
     with serve("datasets", "o/n", FILES, gated=True) as (address, _):
-        assert f"o/n: gated: only who has accepted its terms may load it: open {address}/datasets/o/n" in read(
+        assert f"o/n: gated: you have to accept its terms: open {address}/datasets/o/n" in read(
             address, tmp_path, "o/n"
         )

@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from strop.data.reading.sources import RowFault, read_rows, resolve
+from strop.data.reading.sources import read_rows, resolve
+from strop.data.row_errors import RowError
 from strop.data.types import Row
 from strop.errors import DataError
 
@@ -31,8 +32,8 @@ ODD = [
 SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def read(spec: str | list[str] | Path, **options: Any) -> tuple[list[Row], list[RowFault]]:
-    bad: list[RowFault] = []
+def read(spec: str | list[str] | Path, **options: Any) -> tuple[list[Row], list[RowError]]:
+    bad: list[RowError] = []
     return list(read_rows(spec if isinstance(spec, list) else str(spec), bad=bad, **options)), bad
 
 

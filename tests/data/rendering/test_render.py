@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from strop.data.rendering.render import Renderer, RenderError
+from strop.data.rendering.render import Renderer
+from strop.data.row_errors import RenderError
 from strop.data.types import Conversation, Example, Message
 from strop.errors import ModelError
 from tests.support import families
@@ -68,7 +69,7 @@ def test_supervised_tokens_are_the_answers_and_their_stop(case: tuple[str, Conve
     answers = [message.content for message in conversation.messages if message.role == "assistant"]
     examples = renderer.render(conversation)
     # a token may cover the end of a prompt and blanks that begin an answer: then each turn is encoded as serving does
-    assert len(examples) == 1 or (examples[0].parted and any(answer[0].isspace() for answer in answers))
+    assert len(examples) == 1 or (examples[0].encoded_separately and any(answer[0].isspace() for answer in answers))
     lead, stop = families.ANSWER[family]
     turns = [(example, begin, end) for example in examples for begin, end in runs(example)]
     found = [decode(tokenizer, example.ids[begin:end]) for example, begin, end in turns]
@@ -219,10 +220,13 @@ def test_where_a_token_would_cover_prompt_and_answer_they_are_encoded_one_by_one
     first, second = renderer.render(turns)
     for example, turn in ((first, 1), (second, 3)):
         [(begin, end)] = runs(example)
-        assert example.parted and example.ids[:begin].tolist() == renderer.prompt(turns.messages[:turn]).tolist()
+        assert (
+            example.encoded_separately
+            and example.ids[:begin].tolist() == renderer.prompt(turns.messages[:turn]).tolist()
+        )
         assert decode(tokenizer, example.ids[begin:end]) == turns.messages[turn].content + "<|im_end|>"
     [trimmed] = RENDERERS["llama3"].render(turns)  # by the template
-    assert not trimmed.parted
+    assert not trimmed.encoded_separately
 
 
 def test_characters_that_a_tokenizer_loses_are_found() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from strop.data.rendering.render import Renderer, RenderError
+from strop.data.rendering.render import Renderer
+from strop.data.row_errors import RenderError
 from strop.data.types import Message
 from strop.errors import ModelError
 from tests import ROOT
@@ -66,7 +67,7 @@ def test_plain_conversations_are_right_and_what_is_refused_is_named(name: str) -
 
 
 def test_the_way_turns_end_is_told() -> None:
-    told = {name: renderer(name).told(thinking=0, rows=3)[0] for name in TRAITS}
+    told = {name: renderer(name).describe_template(thinking=0, rows=3)[0] for name in TRAITS}
     assert "writes only where another turn follows" in told["ends-where-another-turn-follows"]
     assert "begins the next turn" in told["ends-with-the-next-role"]
     assert "the tokenizer's own end" in told["ends-with-nothing"]
@@ -87,7 +88,7 @@ def test_each_choice_of_reasoning(choice: str) -> None:
     assert trained(own, without) == [lead + "A stone.<|close|>"]
     first = {"drop": "Because.<|close|>"}.get(choice, "I should think.\n</think>\n\nBecause.<|close|>")
     assert trained(own, with_it)[0] == first
-    prompt = text_of(own, own.served(thinking=0, rows=9).prompt(without.messages[:1]))
+    prompt = text_of(own, own.for_serving(thinking=0, rows=9).prompt(without.messages[:1]))
     assert prompt.endswith("<think>\n" if choice == "as-is" else "<think>\n\n</think>\n\n" if lead else "</think>\n\n")
 
 
@@ -95,9 +96,9 @@ def test_rows_that_think_and_rows_that_do_not_are_both_right_and_the_template_st
     own = renderer("opens-with-switch")
     assert own.options_for(KINDS["plain"].messages) == {"enable_thinking": False}
     assert own.options_for(KINDS["reasoning"].messages) == {}
-    assert own.served(thinking=1, rows=2).template == own.template
-    off = own.served(thinking=0, rows=2)
-    assert off.template_hash != own.template_hash and off.served(thinking=0, rows=2).template == off.template
+    assert own.for_serving(thinking=1, rows=2).template == own.template
+    off = own.for_serving(thinking=0, rows=2)
+    assert off.template_hash != own.template_hash and off.for_serving(thinking=0, rows=2).template == off.template
     asked = KINDS["plain"].messages[:1]
     assert text_of(off, off.prompt(asked)).endswith("<think>\n\n</think>\n\n")
     assert text_of(off, off.prompt(asked, options={"enable_thinking": True})).endswith("<think>\n")
@@ -108,17 +109,19 @@ def test_reasoning_in_the_text_of_an_answer_is_trained_as_the_template_writes_it
     asked, think = user("Why?"), own.tokenizer.convert_tokens_to_ids("<think>")
     apart = said(asked, answer("Because.", "I should think."))
     for text in ("<think>I should think.</think>Because.", "\n<think>\nI should think.\n</think>\n\nBecause."):
-        assert own.apart(said(asked, answer(text))) == apart
+        assert own.separate_reasoning(said(asked, answer(text))) == apart
     [example] = own.render(apart)
-    assert example.ids.tolist().count(think) == 1 and example.ids[example.prompt - 2] == think
+    assert example.ids.tolist().count(think) == 1 and example.ids[example.prompt_length - 2] == think
     before, more = said(asked, answer(text)).messages, user("So?")  # as a client sends back what it got
     assert own.prompt([*before, more]).tolist() == own.prompt([*apart.messages, more]).tolist()
-    assert own.apart(said(asked, answer("<think>\n\n</think>\n\nYes."))) == said(asked, answer("Yes."))
+    assert own.separate_reasoning(said(asked, answer("<think>\n\n</think>\n\nYes."))) == said(asked, answer("Yes."))
     for kept in ("Write <think> and </think>.", "<think>No end", "<think>No answer</think>"):
-        assert own.apart(said(asked, answer(kept))) == said(asked, answer(kept))
-    assert own.apart(said(user("<think>a</think>b"), answer("c"))) == said(user("<think>a</think>b"), answer("c"))
+        assert own.separate_reasoning(said(asked, answer(kept))) == said(asked, answer(kept))
+    assert own.separate_reasoning(said(user("<think>a</think>b"), answer("c"))) == said(
+        user("<think>a</think>b"), answer("c")
+    )
     plain = renderer("clock")  # a template without reasoning shows the text as it is
-    assert plain.apart(said(asked, answer(text))) == said(asked, answer(text))
+    assert plain.separate_reasoning(said(asked, answer(text))) == said(asked, answer(text))
     assert "<think>" in text_of(plain, plain.render(said(asked, answer(text)))[0].ids)
     assert plain.render(said(asked, answer("Write <think> and </think>.")))
 
@@ -149,7 +152,7 @@ def test_options_are_checked_and_become_the_templates_own() -> None:
     assert "Today is 02 January 2027. You are in Ulm" in text_of(later, later.prompt(KINDS["plain"].messages[:1]))
     assert own.template_hash != renderer("clock").template_hash
     assert "Today is 01 January 2026." in text_of(own, renderer("clock").prompt(KINDS["plain"].messages[:1]))
-    assert "2026-11-05" in "".join(own.told(thinking=0, rows=1))
+    assert "2026-11-05" in "".join(own.describe_template(thinking=0, rows=1))
     with pytest.raises(ModelError, match="did you mean city"):
         renderer("clock", options={"cty": "Ulm"})
     with pytest.raises(ModelError, match="is no day"):
@@ -161,7 +164,7 @@ def test_options_are_checked_and_become_the_templates_own() -> None:
 @pytest.mark.parametrize("name", TRAITS)
 def test_other_engines_ask_as_in_training_with_the_template_as_it_is_saved(name: str) -> None:
     for kind, thinking in (("system", 0), ("reasoning", 1)):
-        own = renderer(name).served(thinking=thinking, rows=1)
+        own = renderer(name).for_serving(thinking=thinking, rows=1)
         own.tokenizer.chat_template = own.template
         messages = KINDS[kind].messages[:-1]
         said_plainly = [{"role": message.role, "content": message.content} for message in messages]
