@@ -1,3 +1,5 @@
+"""Order of batches, packing, and grouping by length."""
+
 from __future__ import annotations
 
 import json
@@ -27,9 +29,9 @@ def test_a_stream_resumes_exactly_from_any_position(rows: int, size: int, seed: 
 def test_each_epoch_has_every_row_once(rows: int, size: int, seed: int) -> None:
     batches = list(BatchStream(rows, batch_size=size, seed=seed, epochs=2))
     for epoch in (0, 1):
-        own = [batch for batch in batches if batch.epoch == epoch]
-        assert Counter(row for batch in own for row in batch.rows) == Counter(range(rows))
-        assert all(len(batch.rows) == size for batch in own[:-1])
+        epoch_batches = [batch for batch in batches if batch.epoch == epoch]
+        assert Counter(row for batch in epoch_batches for row in batch.rows) == Counter(range(rows))
+        assert all(len(batch.rows) == size for batch in epoch_batches[:-1])
     assert [batch.index for batch in batches] == list(range(len(batches)))
 
 
@@ -64,27 +66,27 @@ LENGTHS = st.lists(st.integers(1, 50), max_size=60)
 
 
 @given(LENGTHS, st.integers(50, 120))
-def test_packs_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+def test_packs_have_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
     packs = pack(lengths, budget)
     assert sorted(i for group in packs for i in group) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in group) <= budget for group in packs)
     assert packs == pack(lengths, budget)
-    # at most one pack of a best fit is half empty: two such would have been one
+    # best fit leaves at most one pack half empty: two such packs would have been one
     assert sum(2 * sum(lengths[i] for i in group) <= budget for group in packs) <= 1
 
 
-def test_best_fit_takes_the_fullest_pack_that_has_room() -> None:
+def test_best_fit_chooses_the_fullest_pack_with_room() -> None:
     assert pack([6, 5, 4, 4, 1], 10) == [[0, 2], [1, 3, 4]]
     assert pack([], 10) == []
 
 
-def test_a_row_above_the_budget_is_a_fault_of_the_caller() -> None:
+def test_row_above_the_budget_raises() -> None:
     with pytest.raises(AssertionError):
         pack([11], 10)
 
 
 @given(LENGTHS, st.one_of(st.none(), st.integers(1, 200)), st.one_of(st.none(), st.integers(1, 9)))
-def test_micro_batches_hold_every_row_once_within_their_bounds(
+def test_micro_batches_have_every_row_once_within_their_bounds(
     lengths: list[int], tokens: int | None, rows: int | None
 ) -> None:
     groups = group_by_length(lengths, tokens=tokens, rows=rows)
@@ -102,7 +104,7 @@ def padded(lengths: list[int], groups: list[list[int]]) -> int:
 
 
 @given(LENGTHS, st.integers(1, 9))
-def test_like_lengths_together_pad_no_more_than_the_order_of_the_file(lengths: list[int], rows: int) -> None:
+def test_grouping_by_length_pads_no_more_than_file_order(lengths: list[int], rows: int) -> None:
     lengths = lengths[: len(lengths) // rows * rows]
-    as_they_come = [list(range(i, min(i + rows, len(lengths)))) for i in range(0, len(lengths), rows)]
-    assert padded(lengths, group_by_length(lengths, rows=rows)) <= padded(lengths, as_they_come)
+    file_order = [list(range(i, min(i + rows, len(lengths)))) for i in range(0, len(lengths), rows)]
+    assert padded(lengths, group_by_length(lengths, rows=rows)) <= padded(lengths, file_order)
