@@ -11,7 +11,8 @@ import torch
 
 import strop
 from strop.data.formats import conversations
-from strop.data.reading.sources import RowError, read_rows
+from strop.data.reading.sources import read_rows
+from strop.data.row_errors import RowError
 from strop.engine.train.plain import PlainLoss
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.preferences import compare_preferences, rewards

@@ -25,7 +25,7 @@ def test_an_answer_ends_with_either(by: str, tiny_folder: Path, tmp_path: Path) 
     free = strop.load(folder, dtype="fp32")
     ids = torch.from_numpy(PROMPT.astype(np.int64))[None]
     end = int(free.module(ids).logits[0, -1].argmax())  # what is written first
-    assert end not in free.renderer.ends and free.answer([PROMPT], max_new_tokens=6)[0].tokens > 1
+    assert end not in free.renderer.end_ids and free.answer([PROMPT], max_new_tokens=6)[0].tokens > 1
     if by == "tokenizer":
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)

@@ -283,7 +283,7 @@ def groups(step: Step) -> list[RolloutGroup]:
         options = TrainSection(objective="grpo", **GRPO.options)
         found.append(RolloutGroup(
             examples, advantages=tuple(group_advantages(rewards, options)), stopped=(True,) * GROUP, rewards=rewards,
-            old_logprobs=drawn, ref_logprobs=before,
+            sampling_logprobs=drawn, reference_token_logprobs=before,
         ))  # fmt: skip
     return found
 
@@ -327,8 +327,8 @@ def test_grpo_equals_trls_given_equal_answers(kind: str, tmp_path: Path) -> None
         "prompt_ids": prompts, "prompt_mask": asked, "completion_mask": mask,
         "completion_ids": torch.nn.utils.rnn.pad_sequence(answers, batch_first=True),
         "advantages": torch.tensor([a for group in made for a in group.advantages], dtype=torch.float32),
-        "old_per_token_logps": ragged(made, [group.old_logprobs for group in made]),
-        "ref_per_token_logps": ragged(made, [group.ref_logprobs for group in made]),
+        "old_per_token_logps": ragged(made, [group.sampling_logprobs for group in made]),
+        "ref_per_token_logps": ragged(made, [group.reference_token_logprobs for group in made]),
         "num_items_in_batch": mask.sum(),
     }  # fmt: skip
     named = dict(theirs.named_parameters())

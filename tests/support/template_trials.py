@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from strop.data.rendering.render import Renderer, RenderError
+from strop.data.rendering.render import Renderer
+from strop.data.row_errors import RenderError
 from strop.data.types import Conversation
 from strop.errors import ModelError
 from tests.support import real_templates
@@ -26,7 +27,7 @@ def trained(renderer: Renderer, conversation: Conversation) -> list[str]:
     """
     decode, messages = renderer.tokenizer.decode, conversation.messages
     shows_reasoning = renderer.chat.shows_reasoning(messages)
-    served = renderer.served(thinking=int(shows_reasoning), rows=1)
+    served = renderer.for_serving(thinking=int(shows_reasoning), rows=1)
     examples = renderer.render(conversation)
     found = []
     for example in examples:

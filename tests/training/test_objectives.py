@@ -149,9 +149,9 @@ def test_policy_equals_reference_before_the_first_step(tmp_path: Path, options: 
 def test_the_reference_stays_what_it_was_while_the_model_moves(tmp_path: Path) -> None:
     """on record, 4: trained steps leave it; at the end it comes out the same when computed again."""
     made = started(job(tmp_path, pairs(24), pairs(4, 9), **{"train.objective": "dpo", "train.max_steps": 12}))
-    before = [unit.reference for unit in made.train]  # type: ignore[union-attr]
+    before = [unit.reference_logprobs for unit in made.train]  # type: ignore[union-attr]
     fit(made)
-    assert [unit.reference for unit in made.train] == before  # type: ignore[union-attr]
+    assert [unit.reference_logprobs for unit in made.train] == before  # type: ignore[union-attr]
     check(made, KEY)
     assert losses(made)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses(made)[-1] < losses(made)[0] - 0.01
@@ -162,7 +162,10 @@ def test_the_reference_stays_what_it_was_while_the_model_moves(tmp_path: Path) -
 
 def test_a_reference_that_is_not_the_models_is_told(tmp_path: Path) -> None:
     made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
-    units = [replace(unit, reference=(unit.reference[0] - 0.1, unit.reference[1])) for unit in made.train]  # type: ignore[union-attr]
+    units = [
+        replace(unit, reference_logprobs=(unit.reference_logprobs[0] - 0.1, unit.reference_logprobs[1]))  # type: ignore[union-attr, arg-type]
+        for unit in made.train
+    ]
     with pytest.raises(RunError, match="reference of the first rows"):
         check(replace(made, train=units), KEY)
 
@@ -172,7 +175,7 @@ def test_an_adapter_to_start_from_is_the_reference(tmp_path: Path) -> None:
     made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
     with made.model.disable_adapter(), torch.no_grad():  # type: ignore[operator]
         bare = torch.stack(answer_logprobs(step_for(made.model), list(made.train)), 1)  # type: ignore[arg-type]
-    kept = torch.tensor([unit.reference for unit in made.train])  # type: ignore[union-attr]
+    kept = torch.tensor([unit.reference_logprobs for unit in made.train])  # type: ignore[union-attr]
     assert (bare - kept).abs().max() > 1e-3
 
 

@@ -80,7 +80,11 @@ def test_equal_answers_stand_once_and_count_as_often_as_they_were_drawn(tmp_path
     assert isinstance(made.criterion, PolicyCriterion)
     group = max(drawn(made), key=lambda group: max(group.advantages))
     once = RolloutGroup(
-        group.examples[:1], advantages=(0.5,), stopped=(True,), rewards=(1.0, 1.0), old_logprobs=group.old_logprobs[:3]
+        group.examples[:1],
+        advantages=(0.5,),
+        stopped=(True,),
+        rewards=(1.0, 1.0),
+        sampling_logprobs=group.sampling_logprobs[:3],
     )
     example = replace(once.examples[0], ids=once.examples[0].ids[: once.examples[0].prompt + 3])
 
@@ -90,7 +94,7 @@ def test_equal_answers_stand_once_and_count_as_often_as_they_were_drawn(tmp_path
         return replace(once, examples=(replace(example, weights=weights),))
 
     twice = replace(counted(1), examples=counted(1).examples * 2, advantages=(0.5, 0.5), stopped=(True, True))
-    twice = replace(twice, old_logprobs=torch.from_numpy(once.old_logprobs).repeat(2).numpy())
+    twice = replace(twice, sampling_logprobs=torch.from_numpy(once.sampling_logprobs).repeat(2).numpy())
     for options in ("dapo", "grpo", "dr_grpo"):
         criterion = replace(made.criterion, options=made.criterion.options.model_copy(update={"group_loss": options}))
         values = [
@@ -171,12 +175,12 @@ def test_the_reference_is_what_training_started_from(tmp_path: Path) -> None:
     made = far(job(tmp_path, prompts(4)))
     for group in drawn(made):
         now = made.step.token_log_probs(list(group.examples)).detach().double().numpy()
-        assert abs(now - group.old_logprobs).max() < 1e-4 < abs(now - group.ref_logprobs).max()
+        assert abs(now - group.sampling_logprobs).max() < 1e-4 < abs(now - group.reference_token_logprobs).max()
     with torch.no_grad():
         for name, weight in made.state.weights.items():
             weight.copy_(made.criterion.start[name])  # type: ignore[attr-defined]
     group = drawn(made)[0]
-    assert abs(group.old_logprobs - group.ref_logprobs).max() < 1e-4
+    assert abs(group.sampling_logprobs - group.reference_token_logprobs).max() < 1e-4
 
 
 # --- the guard ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from strop.dash.planner import typed
 from strop.data.check import token_pieces
 from strop.data.prepare import Prepared, prepare
 from strop.data.reading import sources
-from strop.data.store import Conversations, Examples, Indices, digest, dumps
+from strop.data.store import Conversations, Examples, digest, dump_conversation
+from strop.data.types import Indices
 from strop.errors import InputError, StropError
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
@@ -140,7 +141,7 @@ def _repeats(conversations: Conversations) -> list[dict[str, Any]]:
         if number >= MOST_LOOKED or len(found) >= MOST_LISTED:
             break
         place = f"{conversation.file}:{conversation.line}"
-        first = seen.setdefault(digest(dumps(conversation)), place)
+        first = seen.setdefault(digest(dump_conversation(conversation)), place)
         if first != place:
             found.append({"file": conversation.file, "line": conversation.line, "same_as": first})
     return found

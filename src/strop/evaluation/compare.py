@@ -52,7 +52,7 @@ def questions(conversations: Sequence[Conversation], renderer: Renderer | None =
     """
     found = []
     for conversation in conversations:
-        gold = conversation.answer if renderer is None else renderer.answer(conversation)
+        gold = conversation.answer if renderer is None else renderer.reference_answer(conversation)
         if gold is not None and conversation.messages[-1].weight:
             asked = [message.content for message in conversation.messages[:-1] if message.role == "user"]
             found.append(Question(asked[-1] if asked else "", gold, conversation))
@@ -214,7 +214,7 @@ def _expected(prompt: Ids, examples: Sequence[Example]) -> ExpectedCompletion | 
     end = _last(example) + 1
     if end <= n or not np.array_equal(example.ids[:n], prompt):
         return None
-    return ExpectedCompletion(example.ids[n:end], min(example.prompt, n) - 1)
+    return ExpectedCompletion(example.ids[n:end], min(example.prompt_length, n) - 1)
 
 
 def _write_all(

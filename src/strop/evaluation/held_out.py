@@ -11,8 +11,8 @@ import numpy as np
 from strop.config.load import read_resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import prepare
-from strop.data.store import DataKind, digest, dumps
-from strop.data.types import Conversation
+from strop.data.store import digest, dump_conversation
+from strop.data.types import Conversation, DataKind
 from strop.errors import InputError, RecipeError
 from strop.models.adapters import adapter_folder, base_source, with_tokenizer
 from strop.models.tokenizer import load_tokenizer
@@ -68,7 +68,7 @@ def _digest(row: Conversation, data_kind: DataKind) -> int:
     """What is learned from a row, whatever it was compared with and however it was judged: its answer, or its prompt
     alone."""
     turns = row.messages[:-1] if data_kind == "prompts" and row.answer is not None else row.messages
-    return digest(dumps(replace(row, messages=turns, rejected=(), desirable=None)))
+    return digest(dump_conversation(replace(row, messages=turns, rejected=(), desirable=None)))
 
 
 def count_train_rows(result: dict[str, Any], known: Sequence[bool] | None) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 from strop.config.schema import DataSection
 from strop.data.formats import DOCUMENT, PAIRED, conversations
-from strop.data.reading.sources import RowError, read_rows
-from strop.data.store import digest, dumps
+from strop.data.reading.sources import read_rows
+from strop.data.row_errors import RowError
+from strop.data.store import digest, dump_conversation
 from strop.data.types import Conversation
 from strop.distributed.devices import ALONE, Devices
 from strop.errors import DataError, RecipeError, RunError, Where, nearest
@@ -49,7 +50,7 @@ def read_conversations(
     rows = read_rows(data, encoding=encoding, columns=columns, bad=bad, documents=format == DOCUMENT)
     reader = conversations(rows, format=format, columns=columns, bad=bad)
     found = list(reader)
-    kinds = {"pairs" if name in PAIRED else name for name in reader.found.values()}
+    kinds = {"pairs" if name in PAIRED else name for name in reader.formats.values()}
     if "labelled" in kinds:
         fix = "give rows with right answers, or pairs"
         raise DataError("answers that were judged good or bad are not all right answers", fix=fix)
@@ -141,7 +142,7 @@ def evaluate_models(
     scorable = partial(_scorable, names, how, notes)
     rows = scorable(data, metric)
     kept = scorable(regression_data, regression_metric or metric) if regression_data else []
-    said = digest(b"\n".join(map(dumps, [*rows, *kept])))
+    said = digest(b"\n".join(map(dump_conversation, [*rows, *kept])))
     given = {
         "the models": list(names),
         "metric": metric,

@@ -21,8 +21,7 @@ from torch import Tensor
 from strop.config.load import read_resolved
 from strop.config.schema import DataSection
 from strop.data.prepare import prepare
-from strop.data.store import DataKind
-from strop.data.types import Example
+from strop.data.types import DataKind, Example
 from strop.engine.step import step_for
 from strop.errors import DataError, FolderError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.loss import mean_loss
@@ -372,7 +371,7 @@ def _write_rest(source: Source, folder: Path, out: Path, dtype: str) -> None:
         file = weights_folder(source) / name
         if file.is_file():
             shutil.copy2(file, out / name)
-    _add_ends(out / DRAWING, config, renderer_of(tokenizer, read_identity(folder)).ends)
+    _add_ends(out / DRAWING, config, renderer_of(tokenizer, read_identity(folder)).end_ids)
 
 
 def _add_ends(file: Path, config: Any, ends: Sequence[int]) -> None:

@@ -122,7 +122,7 @@ def checking(
 
     def reference() -> Any:
         model = tuned.model()
-        stops, limit = renderer.ends, LONGEST_ANSWER
+        stops, limit = renderer.end_ids, LONGEST_ANSWER
         answers.extend(generate(model, renderer.tokenizer, prompts, stop_ids=stops, max_new_tokens=limit))
         return model
 
@@ -137,7 +137,7 @@ def checking(
             texts = [renderer.tokenizer.decode(ids, skip_special_tokens=True) for ids in given]
             found.answers = len(prompts)
             found.answers_equal = sum(text == answer.text for text, answer in zip(texts, answers, strict=True))
-            found.answers_stopped = sum(ids[-1] in renderer.ends for ids in given)
+            found.answers_stopped = sum(ids[-1] in renderer.end_ids for ids in given)
             found.reference_stopped = sum(answer.stopped for answer in answers)
             found.parity.check(str(file))
             if found.reference_stopped == len(prompts) and not found.answers_stopped:

@@ -274,7 +274,7 @@ class Model:
         both, partial, expected: as model.generate says."""
         with self._turn, usual_torch():
             return generate(
-                self.module, self.tokenizer, prompts, stop_ids=self.renderer.ends, max_new_tokens=max_new_tokens,
+                self.module, self.tokenizer, prompts, stop_ids=self.renderer.end_ids, max_new_tokens=max_new_tokens,
                 sampling=sampling, on_text=on_text, advance=advance, both=both, partial=partial, expected=expected,
             )  # fmt: skip
 

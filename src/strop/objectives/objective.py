@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from strop.data.store import DataKind
+from strop.data.types import DataKind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from strop.config.schema import OBJECTIVE_OPTIONS, TrainSection
-from strop.data.store import DataKind
+from strop.data.types import DataKind
 from strop.errors import RecipeError
 from strop.objectives.objective import Objective
 from strop.objectives.policy import GRPO, PolicyLoss

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strop.data.converters import InvalidRow, asked
-from strop.data.rendering.render import Renderer, RenderError
+from strop.data.converters import parse_request
+from strop.data.rendering.render import Renderer
+from strop.data.row_errors import InvalidRow, RenderError
 from strop.data.types import Ids, Message
 from strop.engine.decode.generate import generation_stop_ids
 from strop.errors import ModelError
@@ -37,7 +38,7 @@ class ServedModel:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        return (*self.renderer.ends, *self.generation_stop_ids)
+        return (*self.renderer.end_ids, *self.generation_stop_ids)
 
     def prompt(
         self,
@@ -48,11 +49,11 @@ class ServedModel:
         """Return the token ids of a chat with the generation prompt, as in training. Raises ApiError if invalid."""
         if self.renderer.template is None:
             raise ApiError(400, "the model has no chat template: use /v1/completions", param="messages")
-        if self.renderer.control.found(dict(template_options or {})):
+        if self.renderer.control.is_in(dict(template_options or {})):
             message = "chat_template_kwargs: a value contains a control token"
             raise ApiError(400, message, param="chat_template_kwargs")
         try:
-            conversation = asked({"messages": messages, "tools": tools})
+            conversation = parse_request({"messages": messages, "tools": tools})
             if conversation.tools and not self.renderer.chat.supports_tools:
                 message = "tools: not supported by the model's chat template; remove tools, or use another model"
                 raise ApiError(400, message, param="tools")

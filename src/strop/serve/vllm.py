@@ -127,7 +127,7 @@ def serve_vllm(
     references = {model: _reference(name, texts[model]) for model, name in zip(ids, names, strict=True)}
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as log:
         # the template may end turns with another token than eos, and some models have further stop tokens
-        stop_ids = list(renderers[0].ends)
+        stop_ids = list(renderers[0].end_ids)
         if (weights / GENERATION_CONFIG).is_file():
             stop_ids += generation_stop_ids(GenerationConfig.from_pretrained(weights))
         Path(scratch, GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": stop_ids}), encoding="utf-8")

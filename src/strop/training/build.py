@@ -118,7 +118,7 @@ def build_job(
             recipe.seed,
             model,
             setup.tokenizer,
-            (*data.renderer.ends, *generation_stop_ids(model.generation_config)),
+            (*data.renderer.end_ids, *generation_stop_ids(model.generation_config)),
             rewards_of(recipe.train.rewards),
             weights,
             log,

@@ -252,7 +252,7 @@ def _token_counts(units: Sequence[ExampleGroup], side: int, like: Tensor) -> Ten
 
 
 def _reference(units: Sequence[ExampleGroup], column: int, like: Tensor) -> Tensor:
-    return like.new_tensor([unit.reference[column] if unit.reference else 0.0 for unit in units])
+    return like.new_tensor([unit.reference_logprobs[column] if unit.reference_logprobs else 0.0 for unit in units])
 
 
 def _as_examples(items: Sequence[Item]) -> Sequence[Example]:
@@ -260,4 +260,4 @@ def _as_examples(items: Sequence[Item]) -> Sequence[Example]:
 
 
 def _as_units(items: Sequence[Item]) -> list[ExampleGroup]:
-    return list(cast("Sequence[Unit]", items))
+    return list(cast("Sequence[ExampleGroup]", items))

@@ -16,7 +16,7 @@ import torch
 from strop.config.load import Resolved, read_resolved
 from strop.config.schema import Recipe
 from strop.data.prepare import Prepared, prepare
-from strop.data.store import allowed_overlong
+from strop.data.rendering.overlong import allowed_overlong
 from strop.distributed.devices import ALONE, Devices
 from strop.distributed.environment import threads_requested
 from strop.engine.device import pick_device, pick_dtype, prepare_process
@@ -251,7 +251,9 @@ def _check_rewards(recipe: Recipe, data: Prepared) -> None:
     """Raise RecipeError or DataError if the rewards do not fit these rows."""
     rewards = rewards_of(recipe.train.rewards)
     for rows in (data.train_conversations, data.eval_conversations or ()) if rewards else ():
-        check_rewards(rewards, [data.renderer.answer(row) for row in rows], [(row.file, row.line) for row in rows])
+        check_rewards(
+            rewards, [data.renderer.reference_answer(row) for row in rows], [(row.file, row.line) for row in rows]
+        )
 
 
 def check_space(folder: RunFolder, setup: Setup) -> None:

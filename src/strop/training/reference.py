@@ -49,8 +49,8 @@ class WithReference(LazySequence[ExampleGroup]):
     def __len__(self) -> int:
         return len(self._units)
 
-    def one(self, i: int) -> ExampleGroup:
-        return replace(self._units[i], reference=tuple(self._values[i].tolist()))
+    def item(self, i: int) -> ExampleGroup:
+        return replace(self._units[i], reference_logprobs=tuple(self._values[i].tolist()))
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def with_reference(job: Job, key: Mapping[str, str]) -> Job:
         return replace(job, criterion=replace(criterion, start=_start_weights(job, key)))
     if not isinstance(criterion, PreferenceCriterion) or not criterion.objective.reference:
         return job
-    sets = {"train": cast("Sequence[Unit]", job.train), "eval": cast("Sequence[Unit]", job.eval or ())}
+    sets = {"train": cast("Sequence[ExampleGroup]", job.train), "eval": cast("Sequence[ExampleGroup]", job.eval or ())}
     reference = _load(job, key, sets)
     started = time.perf_counter()
     LOG.info("computing reference log-probabilities")
@@ -104,7 +104,7 @@ def check_reference(job: Job, key: Mapping[str, str]) -> None:
     units = [cast(ExampleGroup, job.train[row]) for row in batch_stream(job.recipe, len(job.train)).rows(0)]
     at_start = job.state.progress.step == 0
     start = {} if at_start else _load(job, key, {}).start  # at the start, the model is the reference
-    stored = torch.tensor([unit.reference for unit in units], dtype=torch.float64)
+    stored = torch.tensor([unit.reference_logprobs for unit in units], dtype=torch.float64)
     recomputed = torch.full_like(stored, math.nan)
     batches = [units] * job.devices.world_size
     with _reference_model(job, start), torch.no_grad():

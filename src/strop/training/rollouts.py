@@ -96,7 +96,7 @@ class PolicyCriterion:
         seconds = time.perf_counter() - started
         groups = [self._make_group(prompt, completions) for prompt, completions in zip(prompts, sampled, strict=True)]
         first = groups[0]
-        text = self._decode(first.examples[0].ids[first.examples[0].prompt :])[:LOGGED_CHARACTERS]
+        text = self._decode(first.examples[0].ids[first.examples[0].prompt_length :])[:LOGGED_CHARACTERS]
         self.log.emit(
             "answers",
             step=index + 1,
@@ -119,13 +119,18 @@ class PolicyCriterion:
         zeros = (0.0,) * self._group_size
         stopped = (True,) * self._group_size
         return RolloutGroup(
-            examples, advantages=zeros, stopped=stopped, rewards=zeros, old_logprobs=logprobs, ref_logprobs=logprobs
+            examples,
+            advantages=zeros,
+            stopped=stopped,
+            rewards=zeros,
+            sampling_logprobs=logprobs,
+            reference_token_logprobs=logprobs,
         )
 
     def divisor(self, items: Sequence[Item]) -> float:
         lengths = [
             example.supervised
-            for group in cast("Sequence[Group]", items)
+            for group in cast("Sequence[RolloutGroup]", items)
             for example, copies in zip(group.examples, group.counts, strict=True)
             for _ in range(copies)
         ]
@@ -135,7 +140,7 @@ class PolicyCriterion:
         return 0.0
 
     def loss(self, step: Step, items: Sequence[Item], statistic: float) -> tuple[Tensor, Figures]:
-        groups = cast("Sequence[Group]", items)
+        groups = cast("Sequence[RolloutGroup]", items)
         examples = [example for group in groups for example in group.examples]
         logprobs = step.token_log_probs(examples)
         logprobs = logprobs if logprobs.device.type == "mps" else logprobs.double()
@@ -143,8 +148,11 @@ class PolicyCriterion:
         counts = torch.tensor([copies for group in groups for copies in group.counts], device=logprobs.device)
         weights = logprobs.new_tensor([self.objective.token_weight(int(length), self.options) for length in lengths])
         advantages = logprobs.new_tensor([value for group in groups for value in group.advantages])
-        old_logprobs = torch.from_numpy(np.concatenate([group.old_logprobs for group in groups])).to(logprobs)
-        reference = [group.ref_logprobs if len(group.ref_logprobs) else group.old_logprobs for group in groups]
+        old_logprobs = torch.from_numpy(np.concatenate([group.sampling_logprobs for group in groups])).to(logprobs)
+        reference = [
+            group.reference_token_logprobs if len(group.reference_token_logprobs) else group.sampling_logprobs
+            for group in groups
+        ]
         ref_logprobs = torch.from_numpy(np.concatenate(reference)).to(logprobs)
 
         def per_token(values: Tensor) -> Tensor:
@@ -203,7 +211,7 @@ class PolicyCriterion:
             advantages=tuple(by_reward[reward] for reward in distinct_rewards),
             stopped=tuple(completion.stopped for completion in distinct),
             rewards=tuple(rewards),
-            old_logprobs=np.concatenate([completion.log_probs for completion in distinct]),
+            sampling_logprobs=np.concatenate([completion.log_probs for completion in distinct]),
         )
 
     def _reward(self, prompt: Prompt, text: str) -> float:
@@ -222,10 +230,10 @@ class PolicyCriterion:
                 for rows in split(block):
                     chosen = [block[row] for row in rows]
                     logprobs = step.token_log_probs([example for group in chosen for example in group.examples])
-                    ends = np.cumsum([len(group.old_logprobs) for group in chosen])[:-1]
+                    ends = np.cumsum([len(group.sampling_logprobs) for group in chosen])[:-1]
                     parts = np.split(logprobs.double().cpu().numpy(), ends)
                     for row, part in zip(rows, parts, strict=True):
-                        result[begin + row] = replace(block[row], ref_logprobs=part)
+                        result[begin + row] = replace(block[row], reference_token_logprobs=part)
         return result
 
 

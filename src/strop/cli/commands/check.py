@@ -14,7 +14,7 @@ from strop.errors import InputError
 
 if TYPE_CHECKING:
     from strop.config.schema import Recipe
-    from strop.data.store import Indices
+    from strop.data.types import Indices
 
 
 def check(
@@ -44,9 +44,9 @@ def check(
     beyond = _beyond(chosen, prepared.train.lengths)
     print_notes([beyond] if beyond else [])
     if show:
-        account.show(prepared, show, console, ids=ids)
+        account.print_examples(prepared, show, console, ids=ids)
     if fix is not None:
-        changes = account.fix(chosen.data, tokenizer, fix, data_kind)
+        changes = account.write_cleaned_copy(chosen.data, tokenizer, fix, data_kind)
         dropped = sum(change.change.startswith("dropped") for change in changes)
         with fix.open("rb") as file:
             rows = sum(1 for _ in file)
