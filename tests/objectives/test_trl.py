@@ -52,8 +52,8 @@ def units(labels: bool = False) -> list[ExampleGroup]:
     other = []
     for n, answer in enumerate(answers):
         before = answers[n - 1]
-        ids = np.concatenate([answer.ids[: answer.prompt], before.ids[before.prompt :]])
-        other.append(example(ids, answer.prompt))
+        ids = np.concatenate([answer.ids[: answer.prompt_length], before.ids[before.prompt_length :]])
+        other.append(example(ids, answer.prompt_length))
     return [ExampleGroup((a,), (b,), n % 3 != 0) for n, (a, b) in enumerate(zip(answers, other, strict=True))]
 
 
@@ -271,10 +271,10 @@ def groups(step: Step) -> list[RolloutGroup]:
     made, found = units(), []
     noise = np.random.default_rng(1)
     for two in (made[:3], made[3:]):
-        prompt = two[0].examples[0].ids[: two[0].examples[0].prompt]
+        prompt = two[0].examples[0].ids[: two[0].examples[0].prompt_length]
         answers = [unit.examples[0] for unit in two]
         examples = tuple(
-            example(np.concatenate([prompt, answer.ids[answer.prompt :]]), len(prompt)) for answer in answers
+            example(np.concatenate([prompt, answer.ids[answer.prompt_length :]]), len(prompt)) for answer in answers
         )
         with torch.no_grad():
             now = step.token_log_probs(examples).double().numpy()
@@ -315,13 +315,13 @@ def test_grpo_equals_trls_given_equal_answers(kind: str, tmp_path: Path) -> None
     )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
     examples = [example for group in made for example in group.examples]
-    left = max(example.prompt for example in examples)
+    left = max(example.prompt_length for example in examples)
     prompts = torch.zeros(len(examples), left, dtype=torch.long)
     asked = torch.zeros_like(prompts)
     for row, one in enumerate(examples):
-        prompts[row, left - one.prompt :] = torch.from_numpy(one.ids[: one.prompt])
-        asked[row, left - one.prompt :] = 1
-    answers = [torch.from_numpy(one.ids[one.prompt :]).long() for one in examples]
+        prompts[row, left - one.prompt_length :] = torch.from_numpy(one.ids[: one.prompt_length])
+        asked[row, left - one.prompt_length :] = 1
+    answers = [torch.from_numpy(one.ids[one.prompt_length :]).long() for one in examples]
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in answers], batch_first=True)
     inputs = {
         "prompt_ids": prompts, "prompt_mask": asked, "completion_mask": mask,

@@ -29,7 +29,7 @@ from strop.training import guard, loop, state
 from strop.training.criteria import PreferenceCriterion, answer_logprobs
 from strop.training.loop import fit
 from strop.training.oom import micro_batches
-from strop.training.reference import check, with_reference
+from strop.training.reference import check_reference, with_reference
 from strop.training.state import Job, batch_stream
 from tests.support import preferences, tiny
 from tests.support.families import ANSWER, tokenizer
@@ -152,7 +152,7 @@ def test_the_reference_stays_what_it_was_while_the_model_moves(tmp_path: Path) -
     before = [unit.reference_logprobs for unit in made.train]  # type: ignore[union-attr]
     fit(made)
     assert [unit.reference_logprobs for unit in made.train] == before  # type: ignore[union-attr]
-    check(made, KEY)
+    check_reference(made, KEY)
     assert losses(made)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses(made)[-1] < losses(made)[0] - 0.01
     now = answer_logprobs(made.step, list(made.train))  # type: ignore[arg-type]
@@ -167,7 +167,7 @@ def test_a_reference_that_is_not_the_models_is_told(tmp_path: Path) -> None:
         for unit in made.train
     ]
     with pytest.raises(RunError, match="reference of the first rows"):
-        check(replace(made, train=units), KEY)
+        check_reference(replace(made, train=units), KEY)
 
 
 def test_an_adapter_to_start_from_is_the_reference(tmp_path: Path) -> None:

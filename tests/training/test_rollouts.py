@@ -86,11 +86,11 @@ def test_equal_answers_stand_once_and_count_as_often_as_they_were_drawn(tmp_path
         rewards=(1.0, 1.0),
         sampling_logprobs=group.sampling_logprobs[:3],
     )
-    example = replace(once.examples[0], ids=once.examples[0].ids[: once.examples[0].prompt + 3])
+    example = replace(once.examples[0], ids=once.examples[0].ids[: once.examples[0].prompt_length + 3])
 
     def counted(times: int) -> RolloutGroup:
         weights = example.weights[: len(example.ids)].copy()
-        weights[example.prompt :] = times
+        weights[example.prompt_length :] = times
         return replace(once, examples=(replace(example, weights=weights),))
 
     twice = replace(counted(1), examples=counted(1).examples * 2, advantages=(0.5, 0.5), stopped=(True, True))
