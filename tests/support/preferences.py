@@ -46,7 +46,9 @@ def judged(number: int, seed: int = 0) -> list[ExampleGroup]:
     found = []
     for n, own in enumerate(made):
         other = made[(n + 1) % number]
-        kl_examples = answer(np.r_[own.ids[: own.prompt_length], other.ids[other.prompt_length :]], own.prompt_length, n + 1)
+        kl_examples = answer(
+            np.r_[own.ids[: own.prompt_length], other.ids[other.prompt_length :]], own.prompt_length, n + 1
+        )
         found.append(ExampleGroup((own,), (kl_examples,), n % 3 != 0))
     return found
 
