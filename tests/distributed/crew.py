@@ -1,4 +1,4 @@
-"""Several ranks of one run on this machine, as forks of a process that has imported what is slow; no torchrun."""
+"""Start several ranks on this machine as forks of a process that has done the slow imports; no torchrun."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Prepare = Callable[[], None]
 
 @dataclass
 class Crew:
-    """Ranks that are under way. folder: where each writes what it says."""
+    """Running ranks. logs: the output of each."""
 
     pids: list[int]
     logs: list[Path]
     started: float
 
     def end(self, within: float = 300.0) -> list[Ended]:
-        """How each rank ended; those that still run after so many seconds are killed."""
+        """Return how each rank ended; ranks that run longer than `within` seconds are killed."""
         deadline = time.monotonic() + within
         for pid in self.pids:
             while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
@@ -45,7 +45,7 @@ def free_port() -> int:
 
 
 def crew(work: Callable[[], int], world: int, folder: Path, prepare: Mapping[int, Prepare] | None = None) -> Crew:
-    """Starts `work` on so many ranks. prepare: what a rank does before."""
+    """Start `work` on `world` ranks. prepare: by rank, called before."""
     folder.mkdir(parents=True, exist_ok=True)
     port, started, pids = free_port(), time.monotonic(), []
     logs = [folder / f"rank-{rank}.txt" for rank in range(world)]
@@ -76,7 +76,7 @@ def command(words: Sequence[str]) -> Callable[[], int]:
 
 
 def inside(work: Callable[[Devices], None]) -> Callable[[], int]:
-    """Work that is given its devices."""
+    """Return work that is called with its devices."""
 
     def be() -> int:
         with join_devices() as devices:

@@ -1,4 +1,4 @@
-"""strop, whose rank 1 kills itself after step 5 the first time: for torchrun to start all of them again.
+"""Run strop; rank 1 kills itself after step 5 the first time, so that torchrun restarts all ranks.
 
 python -m tests.distributed.dies_once WORDS...
 """

@@ -1,4 +1,4 @@
-"""kill -9 of a random rank, or of the agent, at a random instant; the same command on another number of devices."""
+"""Kill a random rank or the agent at random instants, then resume on another number of devices."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def _kill_rank(lab: Lab, words: Sequence[str], world: int, chance: random.Random
 
 
 def _said(out: Path) -> int:
-    """Events so far: the ranks have met before the first of a session."""
+    """Return the number of events; the ranks have connected before the first of a session."""
     file = out / "events.jsonl"
     return len(read_events(file)) if file.is_file() else 0
 
 
 def _kill_agent(lab: Lab, words: Sequence[str], world: int, chance: random.Random) -> None:
-    """The agent's processes notice that it has gone, and end."""
+    """Kill the agent; its processes must notice and end."""
     agent = subprocess.Popen(
         [sys.executable, "-m", "strop.cli", *words, "--devices", str(world)], cwd=ROOT,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,

@@ -1,4 +1,4 @@
-"""Runs on a base of which each rank holds a share, compared with runs on whole ones; and what is hurt on purpose."""
+"""Runs on sharded bases, compared with runs on whole ones; and injected faults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NF4 = ("--model.quantization", "nf4", "--model.resident_layers", "1")
 
 
 def the_same_run(lab: Lab) -> None:
-    """Fast and plain step, 16 and 4 bit, resident and streamed layers, checkpointing, pairs, evaluation: to the bit."""
+    """Sharded and replicated runs are equal to the bit: fast and plain step, 16 and 4 bit, checkpointing, pairs, evaluation."""
     pairs = lab.folder / "pairs.jsonl"
     write_pairs(pairs)
     cases = [
@@ -51,7 +51,7 @@ def the_same_run(lab: Lab) -> None:
 
 
 def looking(world: int) -> dict[int, Prepare]:
-    """Each rank looks at what it holds of the base between two steps: of the large weights, its share."""
+    """Check on each rank that between two steps it holds only its share of the large weights."""
 
     def look(job: Any) -> None:
         parts = job.devices.base.parts
@@ -86,7 +86,7 @@ def families(lab: Lab) -> None:
 
 
 def bytes_arrive(lab: Lab) -> None:
-    """All 256 values of a byte, and all floats that are no numbers, come as they left; what does not is found."""
+    """All byte values and all NaN patterns are gathered unchanged, and a corrupted byte is detected."""
     world = 3
 
     def exchange(devices: Devices) -> None:
@@ -124,7 +124,7 @@ def bytes_arrive(lab: Lab) -> None:
 
 
 def hurt_between_layers(lab: Lab) -> None:
-    """An exception, and no memory, in the middle of a pass on one rank, while the others wait for its bytes."""
+    """One rank raises, runs out of memory or is killed in the middle of a pass while the others wait for its shards."""
 
     def at_layer(act: Any) -> Prepare:
         def prepare() -> None:
@@ -190,7 +190,7 @@ def goes_on(lab: Lab) -> None:
 
 
 def odd_models(lab: Lab) -> None:
-    """Llama 4's text half, whose parts are not where its prefix says; and layers that are computed more than once."""
+    """Llama 4's text model, whose modules have an unusual prefix; and layers that are computed more than once."""
     lab.model = lab.folder / "llama4"
     tiny_families.save("llama4_text", lab.model)
     more = ["--train.exact", "true", "--train.max_steps", "3"]

@@ -1,4 +1,4 @@
-"""Runs on several ranks, compared with the same runs on one; and ranks that are hurt on purpose."""
+"""Runs on several ranks, compared with the same runs on one; and injected faults."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STEPS = 12
 
 
 class Lab:
-    """A tiny model and its rows in a folder, and runs on them through the command line."""
+    """A tiny model with rows, and runs on them through the command line."""
 
     def __init__(self, folder: Path, rows: int = 29) -> None:
         os.environ.setdefault("STROP_CACHE", str(folder / "cache"))
@@ -93,7 +93,7 @@ def events(out: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def apart(one: Path, other: Path) -> float:
-    """The greatest difference of a number of the adapters, or of a loss of the same step."""
+    """Return the largest difference of adapter weights, or of losses of the same step."""
     a, b = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (one, other))
     assert a.keys() == b.keys() and len(losses(one)) == len(losses(other))
     weights = max(float((a[name] - b[name]).abs().max()) for name in a)
@@ -101,7 +101,7 @@ def apart(one: Path, other: Path) -> float:
 
 
 def at_step(step: int, act: Callable[[Any], None]) -> Prepare:
-    """Inside a rank: does `act` to the job when this step has been taken, before what follows it."""
+    """Return a preparation that calls `act` on the job after this step, before evaluation and save."""
 
     def prepare() -> None:
         take = loop._take
@@ -117,7 +117,7 @@ def at_step(step: int, act: Callable[[Any], None]) -> Prepare:
 
 
 def in_step(step: int, act: Callable[[Any], Any]) -> Prepare:
-    """Inside a rank: does `act` to what it has computed of this step; counted as the loop computes them."""
+    """Return a preparation that replaces this rank's gradients of a step by `act` of them."""
 
     def prepare() -> None:
         gradients, count = loop.compute_gradients, iter(range(1, 10_000))
@@ -152,7 +152,7 @@ def same_numbers(lab: Lab, worlds: Sequence[int] = (2, 3, 4)) -> None:
 
 
 def odd_batches(lab: Lab) -> None:
-    """Supervised tokens on one rank alone, a last batch of one row, more ranks than rows."""
+    """Supervised tokens on a single rank, a last batch of one row, more ranks than rows."""
     plain = tiny.examples(9, seed=1)
     bare = [replace(row, weights=np.zeros_like(row.weights)) for row in plain[1:]]
     cases: dict[str, tuple[list[Example], dict[str, Any]]] = {
@@ -186,7 +186,7 @@ def _fit(devices: Devices, out: Path, rows: list[Example], options: dict[str, An
 
 
 def other_numbers(lab: Lab) -> None:
-    """Saved by SIGTERM to one of 4 ranks, resumed on 1, 2 and 3: as unbroken."""
+    """A run saved after SIGTERM to one of 4 ranks and resumed on 1, 2 and 3 equals the unbroken run."""
     for exact, worlds in (("false", (3,)), ("true", (1, 2))):
         whole = lab.good(1, "--train.exact", exact)
         for world in worlds:
@@ -210,7 +210,7 @@ def write_pairs(file: Path) -> list[dict[str, str]]:
 
 
 def objectives(lab: Lab) -> None:
-    """Pairs and judged answers are dealt out whole."""
+    """Pairs and labelled answers are never split over ranks."""
     pairs, judged = lab.folder / "pairs.jsonl", lab.folder / "judged.jsonl"
     asked = write_pairs(pairs)
     lines = [
@@ -273,7 +273,7 @@ def without_speed(result: Any) -> Any:
 
 
 def not_finite(lab: Lab) -> None:
-    """NaN on one rank: all skip the step, and the event names the rank and its rows."""
+    """NaN on one rank: all ranks skip the step, and the event names the rank and its rows."""
 
     def poison(part: Any) -> Any:
         return replace(part, loss=part.loss * math.nan, buffers=[buffer * math.nan for buffer in part.buffers])
@@ -285,7 +285,7 @@ def not_finite(lab: Lab) -> None:
 
 
 def no_memory(lab: Lab) -> None:
-    """One rank finds no memory: all go on in smaller pieces, with the same numbers."""
+    """One rank runs out of memory: all continue with smaller micro-batches and the same numbers."""
 
     def prepare() -> None:
         compute, count = parts.compute_gradients, iter(range(1, 10_000))
@@ -303,7 +303,7 @@ def no_memory(lab: Lab) -> None:
 
 
 def failures(lab: Lab) -> None:
-    """An exception in a step, between steps, a full disk: all end soon, one of them with the reason."""
+    """An exception in or between steps, or a full disk: all ranks end soon, one of them with the reason."""
 
     def planted(what: Any) -> Any:
         raise ValueError("planted")
@@ -333,7 +333,7 @@ def failures(lab: Lab) -> None:
 
 
 def also(*more: str) -> Prepare:
-    """More words on the command line of one rank."""
+    """Return a preparation that adds arguments to one rank's command line."""
     main = app.main
 
     def with_more() -> None:
@@ -344,7 +344,7 @@ def also(*more: str) -> Prepare:
 
 
 def told_otherwise(lab: Lab) -> None:
-    """Ranks that are given other options, or other rows to answer: nobody's are left out of account."""
+    """Ranks with different options or evaluation rows are refused."""
 
     def refused(words: Sequence[str], more: Sequence[str], shown: str) -> None:
         ended = lab.start(3, words, {1: also(*more)}).end()
@@ -366,7 +366,7 @@ def told_otherwise(lab: Lab) -> None:
 
 
 def flipped_bit(lab: Lab) -> None:
-    """The lowest bit of one weight of one rank: found at the next comparison, by name."""
+    """Flip the lowest bit of a weight on one rank: the next comparison names it."""
 
     def flip(job: Any) -> None:
         name = sorted(job.state.weights)[0]
@@ -379,7 +379,7 @@ def flipped_bit(lab: Lab) -> None:
 
 
 def gone(lab: Lab) -> None:
-    """kill -9 of one rank: the others end soon; going on gives the unbroken run's bits."""
+    """kill -9 of one rank: the others end soon, and the resumed run equals the unbroken one to the bit."""
     whole = lab.good(1, "--train.exact", "true")
     for rank in (0, 1):
         die = at_step(7, lambda job: os.kill(os.getpid(), signal.SIGKILL))
@@ -402,7 +402,7 @@ def hang(lab: Lab) -> None:
 
 
 def was_restarted(lab: Lab) -> None:
-    """torchrun starts all ranks again after a kill -9: they go on from the last checkpoint, with the same bits."""
+    """After kill -9, torchrun restarts all ranks: they resume from the last checkpoint, bit-identically."""
     more, out = ["--train.exact", "true", "--train.save_steps", "2"], lab.out()
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     words = [*agent, "-m", "tests.distributed.dies_once", *lab.words(out, *more)]
@@ -415,7 +415,7 @@ def was_restarted(lab: Lab) -> None:
 
 
 def one_nan(lab: Lab) -> None:
-    """A weight of one rank that is not finite when all are to save: ended at once, by name."""
+    """A weight that is not finite on one rank at a save ends the run, naming it."""
 
     def poison(job: Any) -> None:
         job.state.weights[sorted(job.state.weights)[0]].data.view(-1)[3] = math.nan
@@ -428,7 +428,7 @@ def one_nan(lab: Lab) -> None:
 
 
 def judged_once(lab: Lab) -> None:
-    """A judge is asked by one rank for all: it may cost money."""
+    """Only one rank calls a judge, which may cost money."""
     asked, out = lab.folder / "asked.txt", lab.good(1, "--train.learning_rate", "0.05")
     judge = lab.folder / "judge.py"
     count = f"open({str(asked)!r}, 'a').write('.')"
@@ -445,7 +445,7 @@ def judged_once(lab: Lab) -> None:
 
 
 def idle_experts(lab: Lab) -> None:
-    """Experts that no token of a step went to: their adapters decay all the same on any number of devices."""
+    """Experts without tokens in a step: weight decay is the same on any number of devices."""
     lab.model = lab.folder / "longcat"
     tiny_families.save("longcat_flash", lab.model)
     more = ["--train.max_steps", "4", "--train.batch_size", "3", "--train.micro_batch", "1", "--lora.dropout", "0"]

@@ -1,4 +1,4 @@
-"""Two hosts: network namespaces of this machine with a virtual cable between them, cut in the middle of a run."""
+"""Two hosts, as network namespaces of this machine with a virtual cable, which is cut during a run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def hosts() -> Iterator[None]:
 
 
 def start(folder: Path, node: int, *words: str) -> subprocess.Popen[bytes]:
-    """torchrun with one process on a host, told of the others as Kubeflow Trainer tells a pod: by PET_ variables."""
+    """Start torchrun with one process per host, configured by PET_ variables like a pod of Kubeflow Trainer."""
     agent = [sys.executable, "-m", "torch.distributed.run", "-m", "strop.cli"]
     told = {"NNODES": 2, "NPROC_PER_NODE": 1, "NODE_RANK": node, "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": PORT}
     env = {**os.environ, **{f"PET_{name}": str(value) for name, value in told.items()}}
@@ -58,7 +58,7 @@ def both(folder: Path) -> list[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.usefixtures("hosts")
-def test_two_hosts_make_the_run_of_one(tmp_path: Path, tiny_folder: Path) -> None:
+def test_two_hosts_train_as_one(tmp_path: Path, tiny_folder: Path) -> None:
     write_recipe(tmp_path, tiny_folder, steps=20)
     codes = [host.wait(600) for host in both(tmp_path)]
     assert codes == [0, 0], (tmp_path / "log0").read_text(encoding="utf-8")[-3000:]
@@ -69,8 +69,8 @@ def test_two_hosts_make_the_run_of_one(tmp_path: Path, tiny_folder: Path) -> Non
 
 
 @pytest.mark.usefixtures("hosts")
-def test_the_cable_is_cut(tmp_path: Path, tiny_folder: Path) -> None:
-    """Both ends say so and end; one host goes on alone, and makes the run that nobody cut."""
+def test_cut_network_ends_both_hosts(tmp_path: Path, tiny_folder: Path) -> None:
+    """Both hosts report it and end; one host resumes alone and equals the unbroken run."""
     write_recipe(tmp_path, tiny_folder, steps=150)
     started = both(tmp_path)
     try:

@@ -1,4 +1,4 @@
-"""`--devices`: the agent that it starts, and what its ranks are given."""
+"""`--devices`: the agent it starts, its signals, threads and arguments."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def reached(running: subprocess.Popen[str], state: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def test_an_exact_run_has_one_thread_a_rank_on_many_cores(tmp_path: Path, tiny_folder: Path) -> None:
-    """As it has alone: a product is split by thread, and so its last bits."""
+def test_exact_run_uses_one_thread_per_rank(tmp_path: Path, tiny_folder: Path) -> None:
+    """A single process has one too; a matmul is split by thread, which changes its last bits."""
     asked = words(tmp_path, tiny_folder, "two", "--train.max_steps", "1", "--train.exact", "true")
     code = f"import strop.distributed.launch as join; join.affinity = lambda: 8; join.launch_processes(2, {asked!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=without_threads(), capture_output=True, text=True)
@@ -60,7 +60,7 @@ def test_an_exact_run_has_one_thread_a_rank_on_many_cores(tmp_path: Path, tiny_f
     assert (told["count"], told["threads"]) == (2, 1)
 
 
-def test_an_exact_run_goes_on_with_the_threads_it_began_with(
+def test_exact_run_resumes_with_its_number_of_threads(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, out = torch.get_num_threads(), tmp_path / "one"
@@ -77,8 +77,8 @@ def test_an_exact_run_goes_on_with_the_threads_it_began_with(
         torch.set_num_threads(before)
 
 
-def test_ctrl_c_is_said_once(tmp_path: Path, tiny_folder: Path) -> None:
-    """One JSON object on stdout and one error, of the rank that has saved."""
+def test_ctrl_c_is_reported_by_one_rank(tmp_path: Path, tiny_folder: Path) -> None:
+    """There is one JSON object on stdout and one error, from the rank that saved."""
     asked = words(tmp_path, tiny_folder, "run", "--train.epochs", "9000", "--devices", "2", "--json")
     events = tmp_path / "run" / "events.jsonl"
     running = started(asked)
@@ -94,8 +94,8 @@ def test_ctrl_c_is_said_once(tmp_path: Path, tiny_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("devices", ["1", "2"])
-def test_ctrl_c_twice_is_said_once(devices: str, tmp_path: Path, tiny_folder: Path) -> None:
-    """In the middle of a long step: it ends at once, and says so."""
+def test_second_ctrl_c_is_reported_by_one_rank(devices: str, tmp_path: Path, tiny_folder: Path) -> None:
+    """In the middle of a long step, the run ends at once."""
     asked = words(tmp_path, tiny_folder, "run", "--train.max_steps", "2", "--devices", devices, "--json")
     tiny.write_rows(tmp_path / "rows.jsonl", 6000)
     running = started([*asked, "--train.batch_size", "6000"])
@@ -111,8 +111,8 @@ def test_ctrl_c_twice_is_said_once(devices: str, tmp_path: Path, tiny_folder: Pa
     assert said.count("error:") == 1 and "stopped at once" in said, said
 
 
-def test_a_terminal_that_closes_is_said(tmp_path: Path, tiny_folder: Path) -> None:
-    """130 is for what was saved."""
+def test_sighup_is_reported_as_an_error(tmp_path: Path, tiny_folder: Path) -> None:
+    """Exit code 130 means that the state was saved."""
     asked = words(tmp_path, tiny_folder, "run", "--train.epochs", "9000", "--devices", "2", "--json")
     running = started(asked)
     reached(running, lambda: (tmp_path / "run" / "checkpoints" / "step-000000").is_dir())
@@ -131,15 +131,15 @@ def test_a_terminal_that_closes_is_said(tmp_path: Path, tiny_folder: Path) -> No
         ({"LOCAL_RANK": "one"}, "LOCAL_RANK 'one': not a number"),
     ],
 )
-def test_a_rank_that_is_no_number_is_refused(names: dict[str, str], said: str) -> None:
+def test_invalid_rank_is_refused(names: dict[str, str], said: str) -> None:
     place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "first"}
     assert find_place(place) == Place(0, 2, 0, 1)
     with pytest.raises(InputError, match=said):
         find_place({**place, **names})
 
 
-def test_ranks_have_time_to_finish_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's agent kills those that still run 30 seconds after Ctrl-C, saved or not."""
+def test_shutdown_timeout_allows_a_long_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default torch's agent kills ranks 30 seconds after Ctrl-C, saved or not."""
     configs: list[Any] = []
 
     def launch(config: Any, executable: str) -> Any:
@@ -155,12 +155,12 @@ def test_ranks_have_time_to_finish_their_step(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("asked", ["0", "-1", "two", "²", "1.5"])
-def test_what_is_no_number_is_refused(asked: str) -> None:
+def test_invalid_device_count_is_refused(asked: str) -> None:
     with pytest.raises(RecipeError, match="not a number of devices"):
         count_processes(asked, "cpu")
 
 
-def test_a_recipe_is_shown_as_so_many_devices_have_it(
+def test_print_recipe_depends_on_the_number_of_devices(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = words(tmp_path, tiny_folder, "run", "--model.device", "cpu", "--print-recipe", "--devices")

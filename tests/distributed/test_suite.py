@@ -1,4 +1,4 @@
-"""Several ranks on this machine: each case in a process of its own, because forks need a parent without threads."""
+"""Several ranks on this machine. Each case runs in its own process, because forks need a parent without threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make faults`: every case in full, then docs/reliability.md."""
+"""`make faults`: run every case in full, then write docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _ours(tally: dict[str, Any]) -> str:
 
 
 def _theirs(found: list[str]) -> str:
-    """identical 16, lost 4: the outcomes with their numbers, the error's own text left out."""
+    """Return the outcomes with their counts ("identical 16, lost 4"), without error texts."""
     kinds = Counter(text.split(": ")[0] if text.startswith("lost") else _short(text) for text in found)
     return ", ".join(f"{kind} {number}" for kind, number in kinds.most_common()) or "not tried"
 

@@ -1,4 +1,4 @@
-"""Processes that are hurt on purpose. Standard library only, so that a peer's environment can run it too.
+"""Processes with injected faults. Standard library only, so that another tool's environment can run it too.
 
 `Child` forks: the parent has imported what is slow and has started no threads, so that a child is a fresh process that
 needs no cold start.
@@ -28,7 +28,7 @@ class Ended:
 
 
 def child(work: Work, log: Path, *, hurt: tuple[int, float] | None = None) -> Ended:
-    """Runs `work` in a fork. hurt: (signal, seconds after the start) to send it."""
+    """Run `work` in a fork. hurt: (signal, seconds after the start) to send to it."""
     started = time.monotonic()
     pid = start(work, log)
     if hurt is not None:
@@ -42,7 +42,7 @@ def child(work: Work, log: Path, *, hurt: tuple[int, float] | None = None) -> En
 
 
 def start(work: Work, log: Path) -> int:
-    """Runs `work` in a fork; gives its process id at once."""
+    """Start `work` in a fork and return its process id."""
     pid = os.fork()
     if pid == 0:
         _be_child(work, log)
@@ -73,7 +73,7 @@ def _be_child(work: Work, log: Path) -> None:
 
 
 def instants(number: int, longest: float, seed: int) -> list[float]:
-    """Random instants of a run, one in each of `number` equal parts of it, in random order."""
+    """Return random instants of a run, one in each of `number` equal parts, in random order."""
     chance = random.Random(seed)
     found = [(part + chance.random()) * longest / number for part in range(number)]
     chance.shuffle(found)
@@ -81,7 +81,7 @@ def instants(number: int, longest: float, seed: int) -> list[float]:
 
 
 def die_at(call: int) -> Callable[[], None]:
-    """Makes this process kill itself just before its n-th call that changes the disk for good; counts them from 1."""
+    """Make this process kill itself just before its n-th call (from 1) that durably changes the disk."""
     count = 0
 
     def install() -> None:

@@ -1,4 +1,4 @@
-"""The same faults, shortened, on a plain TRL SFTTrainer script: run by TRL's own Python, with a model and rows.
+"""The same faults, shortened, on a plain TRL SFTTrainer script; run by TRL's Python with a model and rows.
 
     PYTHON_OF_TRL -m tests.faults.peer LAB_FOLDER OUT.json
 
@@ -90,7 +90,7 @@ class Peer:
 
 
 class At(TrainerCallback):
-    """Does something at the end of a step."""
+    """Call a function at the end of a step."""
 
     def __init__(self, step: int, act: Callable[[], None]) -> None:
         self.step, self.act = step, act
@@ -142,7 +142,7 @@ def full_disk(peer: Peer) -> list[str]:
 
 
 def not_finite(peer: Peer) -> list[str]:
-    """One NaN loss, and three: what is saved at the end, and how it exits."""
+    """One NaN loss, and three: what is saved, and the exit code."""
     found = []
     for bad in ({7}, {7, 8, 9}):
         out, count = peer.out(), iter(range(1, 1000))

@@ -1,4 +1,4 @@
-"""Every fault a run may meet, on purpose: `make faults` runs all of it and writes docs/reliability.md.
+"""Injected faults of every kind; `make faults` runs all cases and writes docs/reliability.md.
 
 Each case hurts runs of 20 steps that save after every step, lets them end, and compares their adapters with those of
 an unbroken run, bit by bit.
@@ -41,7 +41,7 @@ FLAGS = {
 
 @dataclass
 class Tally:
-    """A case: how often it was tried, and every time that it did not end as it should."""
+    """The result of a case: number of trials, and every trial that did not end as required."""
 
     what: str
     tried: int = 0
@@ -54,7 +54,7 @@ class Tally:
 
 
 class Lab:
-    """A tiny model and its rows in a folder, and runs on them through the command line, in forked processes."""
+    """A tiny model with rows, and runs on them through the command line, in forked processes."""
 
     def __init__(self, folder: Path, *, eval_share: bool = False) -> None:
         os.environ["STROP_CACHE"] = str(folder / "cache")
@@ -153,7 +153,7 @@ def _litter(out: Path) -> list[str]:
 
 
 def kills(lab: Lab, number: int, seed: int = 0) -> Tally:
-    """kill -9 at random instants; each second run is killed once more while it resumes."""
+    """kill -9 at random instants; every second run is killed again while it resumes."""
     tally = Tally("kill -9 at a random instant")
     for kind in FLAGS:
         lab.reference(kind)
@@ -232,7 +232,7 @@ def damage(lab: Lab, every: int = 1) -> Tally:
 
 
 def _stopped_midway(lab: Lab) -> Path:
-    """A run that was interrupted after about half of its steps."""
+    """Return a run that was interrupted after about half of its steps."""
     out = lab.out()
     ended = lab.start(out, prepare=_at_step(STEPS // 2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     assert ended.code == 130, ended.said
@@ -250,7 +250,7 @@ def _flip(file: Path) -> None:
 
 
 def full_disk(lab: Lab, every: int = 1) -> Tally:
-    """RLIMIT_FSIZE at each save in turn: too small for the weights, or only for the optimizer's state."""
+    """RLIMIT_FSIZE at each save in turn: too small for the weights, or only for the optimizer state."""
     tally = Tally("disk full at a save")
     lab.reference("fast")
     for step in range(1, STEPS, every):
@@ -300,7 +300,7 @@ def _all_finite(folder: Path) -> bool:
 
 
 def out_of_memory(lab: Lab, number: int, seed: int = 2) -> Tally:
-    """Allocations that fail at random micro-batches, evaluations among them: the same steps, the same weights."""
+    """Allocations fail at random micro-batches, also in evaluations: same steps, same weights."""
     tally, chance = Tally("out of memory at a random micro-batch, evaluation included"), random.Random(seed)
     expected = _adapter(lab, None)
     for _ in range(number):
@@ -349,7 +349,7 @@ def interrupts(lab: Lab, number: int, seed: int = 3) -> Tally:
 
 
 def two_at_once(lab: Lab, number: int) -> Tally:
-    """Two processes start on one folder at the same time: one trains, the other is refused."""
+    """Two processes start in one folder at the same time: one trains, the other is refused."""
     tally = Tally("two runs on one folder")
     lab.reference("fast")
     for _ in range(number):
@@ -364,7 +364,7 @@ def two_at_once(lab: Lab, number: int) -> Tally:
 
 
 def _at_step(step: int, act: Callable[[], None]) -> Callable[[], None]:
-    """Inside the child: does `act` when a step is taken, before what follows it (evaluation, save)."""
+    """In the child: call `act` after a step, before evaluation and save."""
 
     def prepare() -> None:
         take = loop._step_and_log
@@ -380,7 +380,7 @@ def _at_step(step: int, act: Callable[[], None]) -> Callable[[], None]:
 
 
 def _poison(where: str, steps: set[int]) -> Callable[[], None]:
-    """Inside the child: NaN at these steps (counted as the loop takes them, roll-backs included)."""
+    """In the child: NaN at these steps (counted as executed, rollbacks included)."""
 
     def prepare() -> None:
         count, gradients, take = iter(range(1, 10_000)), loop.compute_gradients, loop._step_and_log
@@ -410,7 +410,7 @@ def _poison(where: str, steps: set[int]) -> Callable[[], None]:
 
 
 def _starve(call: int) -> Callable[[], None]:
-    """Inside the child: the n-th micro-batch finds no memory."""
+    """In the child: the n-th micro-batch runs out of memory."""
 
     def prepare() -> None:
         from strop.engine.train.fast import FastLoss
@@ -429,7 +429,7 @@ def _starve(call: int) -> Callable[[], None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Forks need a parent without a pool of threads."""
+    """Check that the parent has no thread pool, which forks do not survive."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

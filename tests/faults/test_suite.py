@@ -1,4 +1,4 @@
-"""The fault suite, shortened: the same cases, fewer times (`make faults` runs them all)."""
+"""The fault suite, shortened: the same cases with fewer trials (`make faults` runs them all)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Each objective against TRL's own loss: loss and gradients over ten steps, from the same weights and pairs.
+"""Each objective against TRL's loss: loss and gradients over ten steps, from the same weights and rows.
 
-TRL makes its losses from batches that strop's rows are written into, so that templates and truncation do not matter.
+TRL's losses get batches made of strop's rows, so that templates and truncation do not matter.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def example(ids: Any, prompt: int) -> Example:
 
 
 def units(labels: bool = False) -> list[ExampleGroup]:
-    """Answers of ragged lengths to prompts of ragged lengths; KTO's other answers are those of the unit before."""
+    """Make answers and prompts of various lengths; KTO's mismatched answers are those of the previous unit."""
     random = np.random.default_rng(0)
     found = []
     for _ in range(UNITS):
@@ -66,7 +66,7 @@ def model(scored: bool = False) -> PeftModel:
 
 
 def padded(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids, attention, supervised), padded at the right."""
+    """Return (ids, attention mask, supervised mask), right-padded."""
     longest = max(map(len, examples))
     ids, attended, mask = (torch.zeros(len(examples), longest, dtype=torch.long) for _ in range(3))
     for row, example in enumerate(examples):
@@ -150,7 +150,7 @@ def simpo(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
 
 
 def reward(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
-    """TRL's trainer on the sequence classifier of transformers, from the weights and the head of a model of strop's."""
+    """TRL's trainer on transformers' sequence classifier, with the weights and head of a strop model."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForSequenceClassification
 
@@ -203,7 +203,7 @@ def filled(objective: str, given: dict[str, Any]) -> PreferenceCriterion:
 def compare(
     criterion: PreferenceCriterion, make: Any, folder: Path, options: dict[str, Any], made: list[ExampleGroup]
 ) -> None:
-    """Ten steps of both, each from its own weights."""
+    """Compare ten steps of both, each from its own weights."""
     ours, theirs = (model(criterion.objective.scored) for _ in range(2))
     loss = make(folder, theirs, **options)
     theirs = getattr(theirs, "stand_in", theirs)
@@ -237,13 +237,13 @@ def compare(
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradients_equal_trls(case: str, tmp_path: Path) -> None:
+def test_loss_and_gradients_equal_those_of_trl(case: str, tmp_path: Path) -> None:
     objective, make, given, options = CASES[case]
     compare(filled(objective, given), make, tmp_path, options, units(objective == "kto"))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_orpo_equals_trls_but_for_the_prompt_in_its_first_term(tmp_path: Path) -> None:
+def test_orpo_equals_trl_except_for_the_prompt_in_the_first_term(tmp_path: Path) -> None:
     """TRL's cross entropy runs over prompt and answer (trl#2527); strop's over the answer, a mean of each pair's own.
 
     The odds ratio's part is the same: what is left when each first term is taken away.
@@ -267,7 +267,7 @@ def test_orpo_equals_trls_but_for_the_prompt_in_its_first_term(tmp_path: Path) -
 
 
 def groups(step: Step) -> list[RolloutGroup]:
-    """Two prompts with three answers each, as another policy drew them and with another reference."""
+    """Make two groups of three completions, with old and reference log-probabilities of other policies."""
     made, found = units(), []
     noise = np.random.default_rng(1)
     for two in (made[:3], made[3:]):
@@ -289,7 +289,7 @@ def groups(step: Step) -> list[RolloutGroup]:
 
 
 def ragged(groups: list[RolloutGroup], values: list[Any]) -> torch.Tensor:
-    """Values of all tokens of each group, as rows of answers that are padded at their right."""
+    """Return per-token values of each group as right-padded rows of completions."""
     found = []
     for group, some in zip(groups, values, strict=True):
         found += list(torch.from_numpy(some).float().split([e.supervised for e in group.examples]))
@@ -298,8 +298,8 @@ def ragged(groups: list[RolloutGroup], values: list[Any]) -> torch.Tensor:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["dapo", "grpo", "dr_grpo"])
-def test_grpo_equals_trls_given_equal_answers(kind: str, tmp_path: Path) -> None:
-    """Ten steps on the same answers, so that ratios leave their bounds."""
+def test_grpo_equals_trl_on_the_same_completions(kind: str, tmp_path: Path) -> None:
+    """Ten steps on the same completions, so that ratios are clipped."""
     ours, theirs = (model() for _ in range(2))
     step, made = step_for(ours), groups(step_for(model()))
     given = {"group_loss": kind, "beta": 0.3, "answer_tokens": 16, "rewards": "exact"}

@@ -1,4 +1,4 @@
-"""Runs in trouble: micro-batches that find no memory, and loss curves."""
+"""Injected out-of-memory errors, and loss curves."""
 
 from __future__ import annotations
 

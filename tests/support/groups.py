@@ -1,4 +1,4 @@
-"""Jobs that learn from rewards for what a tiny model answers itself."""
+"""Jobs with a policy objective on the tiny model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPTIONS = {
 
 
 def even(gold: str, answer: str) -> float:
-    """Something that a random model's answers differ in."""
+    """Return a reward in which completions of a random model differ."""
     return sum(ord(sign) % 2 == 0 for sign in answer) / max(1, len(answer))
 
 
@@ -52,7 +52,7 @@ def job(
     plain: bool = False,
     **options: Any,
 ) -> Job:
-    """As `preferences.job`; with the weights that it starts from."""
+    """Like `preferences.job`, with start weights."""
     given = {**OPTIONS, **options}
     made = preferences.job(
         folder, [], **{**given, "train.objective": "sft", "train.rewards": None} | _NONE, plain=plain

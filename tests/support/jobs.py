@@ -1,4 +1,4 @@
-"""Job files that are handed to the real system: a tiny recipe, the run that they must equal, and what they left."""
+"""Job files on real cluster systems: a tiny recipe, the run they must equal, and what they left."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.support.tiny import write_rows
 
 ASKED = bool(os.environ.get("STROP_SCALE"))
 WHY_NOT = "a long test: `make scale` runs it"
-FIRST = "a b/recipe's.yaml"  # quoted right, or not found
+FIRST = "a b/recipe's.yaml"  # found only if quoted correctly
 
 
 def write_recipe(folder: Path, model: Path, *, steps: int) -> Path:
-    """A recipe for CPU processes, whose result has the same bits on any number of them; its rows beside it."""
+    """Write a recipe for CPU processes, bit-identical on any number of them, with its rows next to it."""
     file = folder / FIRST
     file.parent.mkdir(parents=True)
     write_rows(folder / "rows.jsonl", 24)
@@ -39,7 +39,7 @@ def write_recipe(folder: Path, model: Path, *, steps: int) -> Path:
 
 
 def strop(*words: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What a command says with --json. Fails where it does not end with 0."""
+    """Return the JSON output of a command, which must exit with 0."""
     command = [sys.executable, "-m", "strop.cli", *map(str, words), "--json"]
     done = subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, check=False, env={**os.environ, **(env or {})}
@@ -54,7 +54,7 @@ def adapter(run: Path) -> bytes:
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    """Whole lines of that kind so far."""
+    """Return the complete events of this kind."""
     file = run / "events.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     every = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -62,7 +62,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def until(run: Path, step: int, seconds: float = 600) -> None:
-    """Waits for a step of a run."""
+    """Wait for a step of a run."""
     end = time.monotonic() + seconds
     while not any(event["step"] >= step for event in events(run, "step")):
         assert time.monotonic() < end, "the run does not begin"

@@ -1,4 +1,4 @@
-"""Jobs that learn from comparisons, on the tiny model: random pairs and judged answers, and files of them."""
+"""Jobs with a preference objective on the tiny model; random pairs and labelled answers, and files of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def answer(ids: Any, prompt: int, line: int = 1) -> Example:
 
 
 def pairs(number: int, seed: int = 0, prompt: int = 10, alike: bool = False) -> list[ExampleGroup]:
-    """Two answers of ragged lengths to each of some random prompts; alike: two units a prompt."""
+    """Make pairs of answers of various lengths to random prompts. alike: two units per prompt."""
     random, most = np.random.default_rng(seed), len(tokenizer("chatml"))
     found: list[ExampleGroup] = []
     asked = random.integers(5, most, prompt)
@@ -41,7 +41,7 @@ def pairs(number: int, seed: int = 0, prompt: int = 10, alike: bool = False) -> 
 
 
 def judged(number: int, seed: int = 0) -> list[ExampleGroup]:
-    """One answer to each of some prompts, two of three good, and the next one's answer beside it."""
+    """Make labelled answers, two of three good, each with the next unit's answer to its prompt."""
     made = [unit.examples[0] for unit in pairs(number, seed)]
     found = []
     for n, own in enumerate(made):
@@ -58,7 +58,7 @@ def units_for(objective: str, number: int, seed: int = 0) -> list[ExampleGroup]:
 
 
 def filled(resolved: Resolved) -> Resolved:
-    """With the objective's own options, as the plan fills them in."""
+    """Set the objective's default options, as planning does."""
     return resolved.decide(
         Choice(field, value, "plan", why) for field, value, why in default_options(resolved.recipe.train)
     )
@@ -72,7 +72,7 @@ def job(
     plain: bool = False,
     **options: Any,
 ) -> Job:
-    """A job as `tiny.job` makes it, through the step that its model gets; with its reference."""
+    """Make a job like `tiny.job`, with the fast step unless `plain`."""
     made = tiny.job(folder, [], None, **options)  # of a reward model with its head
     recipe = filled(tiny.recipe(**options)).recipe
     step = made.step if plain else step_for(made.model)
@@ -99,7 +99,7 @@ def write_pairs(path: Path, number: int) -> Path:
 
 
 def write_judged(path: Path, number: int) -> Path:
-    """Good answers first, then bad ones: as many files are sorted."""
+    """Write good answers first, then bad ones, as many files are sorted."""
     with path.open("w", encoding="utf-8") as file:
         for n in range(number):
             good = n < number // 2

@@ -1,4 +1,4 @@
-"""strop commands, run in this process."""
+"""Run strop commands in this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUICK = ["--train.max_steps", "6", "--train.batch_size", "4", "--lora.r", "4", "
 
 
 def run(*words: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a strop command in this process."""
+    """Return (exit code, stdout, stderr) of a strop command."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["strop", *map(str, words)])
         with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""What is trained, as a run tells it; what a run takes from the adapter it starts from, and what its recipe decides."""
+"""Runs that start from an adapter: what comes from the adapter and what from the recipe; notes on what is trained."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIELDS = {"model.dtype": "fp32", "train.max_steps": 2, "train.batch_size": 4, "t
 
 
 class Chain:
-    """Trains a first adapter and others that start from it; gives folders of runs."""
+    """Train a first adapter and others that start from it; calling it returns a run folder."""
 
     def __init__(self, model: Path, rows: Path, folder: Path) -> None:
         self.of, self.folder = {"model.name": str(model), "data": str(rows)}, folder
@@ -44,20 +44,20 @@ def notes(run: Path) -> list[str]:
 
 
 def dropouts(run: Path) -> tuple[float, float]:
-    """As the recipe and as the adapter have it."""
+    """Return (dropout in recipe.yaml, dropout in adapter_config.json)."""
     adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
     return yaml.safe_load((run / "recipe.yaml").read_text())["lora"]["dropout"], adapter["lora_dropout"]
 
 
 def with_dropout(run: Path, folder: Path, share: float) -> Path:
-    """The same weights, saved with another dropout."""
+    """Copy an adapter with another dropout in its config."""
     shutil.copytree(run / "adapter", folder)
     config = folder / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "lora_dropout": share}))
     return folder
 
 
-def test_dropout_is_the_adapters_own_unless_it_is_given(chain: Chain, tmp_path: Path) -> None:
+def test_dropout_defaults_to_that_of_the_start_adapter(chain: Chain, tmp_path: Path) -> None:
     none = chain("none")
     some = with_dropout(none, tmp_path / "some", 0.3)
     bare, own = chain("bare", none), chain("own", some)
@@ -69,13 +69,13 @@ def test_dropout_is_the_adapters_own_unless_it_is_given(chain: Chain, tmp_path: 
 
 
 @pytest.mark.parametrize("init", ["gaussian", "loftq"])
-def test_an_adapter_that_has_values_is_not_begun_anew(chain: Chain, init: str) -> None:
+def test_init_with_a_start_adapter_is_refused(chain: Chain, init: str) -> None:
     first = chain("first")
     with pytest.raises(RecipeError, match=f"lora.init {init}: the adapter to start from has its values"):
         chain("next", first, **{"lora.init": init, "model.quantization": "nf4"})
 
 
-def test_new_tokens_are_the_adapters_own(chain: Chain) -> None:
+def test_new_tokens_come_from_the_start_adapter(chain: Chain) -> None:
     first = chain("first", **{"lora.new_tokens": ["<call>", "<done>"]})
     again = chain("again", first)
     kept = yaml.safe_load((again / "recipe.yaml").read_text())["lora"]["new_tokens"]
@@ -85,7 +85,7 @@ def test_new_tokens_are_the_adapters_own(chain: Chain) -> None:
         chain("other", first, **{"lora.new_tokens": ["<else>"]})
 
 
-def test_a_base_that_is_stored_otherwise_is_told(chain: Chain) -> None:
+def test_other_quantization_of_the_start_adapters_base_is_noted(chain: Chain) -> None:
     first = chain("first", **{"model.quantization": "nf4"})
     same, other = chain("same", first, **{"model.quantization": "nf4"}), chain("other", first)
     assert not any("nf4" in text for text in notes(same))
@@ -93,7 +93,7 @@ def test_a_base_that_is_stored_otherwise_is_told(chain: Chain) -> None:
     assert "on the base in nf4, and here the base is not quantized" in text and "--model.quantization nf4" in text
 
 
-def test_a_name_that_stands_for_several_kinds_of_modules_is_told(chain: Chain) -> None:
+def test_modules_to_save_name_with_several_matches_is_noted(chain: Chain) -> None:
     text = "lora.modules_to_save norm: all 5 modules with this suffix are trained in full"
     assert [note for note in notes(chain("norms", **{"lora.modules_to_save": ["norm"]})) if text in note]
     assert not any("in full" in note for note in notes(chain("last", **{"lora.modules_to_save": ["model.norm"]})))

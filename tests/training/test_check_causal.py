@@ -1,4 +1,4 @@
-"""A model whose tokens see what stands behind them is refused before the first step."""
+"""A model that is not causal is refused before the first step."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def bert(folder: Path, **changes: bool) -> Path:
     return folder
 
 
-def test_bert_is_trained_as_a_decoder_alone(tmp_path: Path) -> None:
-    """Its usual config has no is_decoder: each token sees the one that it is to predict."""
+def test_bert_is_refused_unless_it_is_a_decoder(tmp_path: Path) -> None:
+    """BERT's usual config has no is_decoder: each token sees the one it is to predict."""
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
     with pytest.raises(ModelError, match="bert: its tokens see those that stand behind them"):
         strop.train(model=bert(tmp_path / "both", is_decoder=False), data=rows, out=tmp_path / "a", **QUICK)
@@ -38,7 +38,7 @@ def test_bert_is_trained_as_a_decoder_alone(tmp_path: Path) -> None:
 
 
 def test_a_small_bert_is_refused_by_its_config(tmp_path: Path) -> None:
-    """As it comes from transformers, weights so small that no token makes much of those behind it; by plan too."""
+    """With its initial weights, later tokens hardly change earlier ones, so only the config shows it. The plan refuses too."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     BertLMHeadModel(BertConfig(vocab_size=len(tokenizer("chatml")), **sizes)).save_pretrained(tmp_path / "bert")
     tokenizer("chatml").save_pretrained(tmp_path / "bert")
@@ -49,7 +49,7 @@ def test_a_small_bert_is_refused_by_its_config(tmp_path: Path) -> None:
         strop.train(model=tmp_path / "bert", data=rows, out=tmp_path / "run", **QUICK)
 
 
-def test_it_leaves_the_model_in_train_mode_and_its_weights_without_gradients(tmp_path: Path) -> None:
+def test_check_causal_restores_train_mode_and_leaves_no_gradients(tmp_path: Path) -> None:
     job = tiny.job(tmp_path, tiny.examples(4))
     assert job.step.name == "plain"
     check_causal(job, tiny.examples(4))

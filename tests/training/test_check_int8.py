@@ -49,7 +49,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @needs
 @pytest.mark.parametrize("scheme", ["none", "int8"])
-def test_a_run_says_how_near_it_is_and_goes_on_with_the_same_bits(
+def test_int8_run_notes_its_errors_and_resumes_bit_identically(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, scheme: str
 ) -> None:
     options = {"model": str(tiny_folder), "data": str(rows_file), **QUICK, "model.quantization": scheme}
@@ -70,7 +70,7 @@ def test_a_run_says_how_near_it_is_and_goes_on_with_the_same_bits(
 
 @needs
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto", "reward"])
-def test_answers_that_are_compared(tiny_folder: Path, tmp_path: Path, objective: str) -> None:
+def test_int8_works_with_preference_objectives(tiny_folder: Path, tmp_path: Path, objective: str) -> None:
     rows = [{"prompt": f"what is {n}", "chosen": f"it is {n}", "rejected": "no idea"} for n in range(8)]
     if objective == "kto":
         rows = [{"prompt": r["prompt"], "completion": r["chosen"], "label": n % 2 == 0} for n, r in enumerate(rows)]
@@ -81,7 +81,7 @@ def test_answers_that_are_compared(tiny_folder: Path, tmp_path: Path, objective:
 
 
 @needs
-def test_products_that_are_too_far_off_end_the_run_before_it_starts(
+def test_int8_error_beyond_the_limit_stops_the_run_before_the_first_step(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dry_run, "INT8_MAX_GRADIENT_ERROR", 1e-9)
@@ -90,8 +90,8 @@ def test_products_that_are_too_far_off_end_the_run_before_it_starts(
     assert not [e for e in read_events(tmp_path / "run" / "events.jsonl") if e["event"] == "step"]
 
 
-def test_the_plain_step_does_not_pass_for_integers(tmp_path: Path) -> None:
-    """Where a model turns out not to fit the fast step, which its config did not say."""
+def test_int8_with_the_plain_step_is_refused(tmp_path: Path) -> None:
+    """A model may turn out not to fit the fast step, although its config did not show it."""
     job = tiny.job(tmp_path / "run", tiny.examples(4))
     assert job.step.name == "plain"
     with pytest.raises(RunError, match="plain step"):
@@ -107,7 +107,7 @@ def chosen(machine: Machine = LAPTOP, shape: ModelShape = LLAMA_8B, device: str 
     return choose(resolved, machine, shape, device, ("bf16", "measured"))
 
 
-def test_it_adds_up_in_fp32_and_keeps_8_bit_as_it_is() -> None:
+def test_int8_matmul_chooses_fp32_and_keeps_int8_weights() -> None:
     assert chosen().recipe.model.dtype == "fp32"
     eight = chosen(**{"model.quantization": "int8"}).recipe
     assert eight.model.resident_layers == 0
@@ -123,7 +123,7 @@ def test_it_adds_up_in_fp32_and_keeps_8_bit_as_it_is() -> None:
         ({"shape": replace(LLAMA_8B, family="gpt2")}, "the plain step cannot, which trains this"),
     ],
 )
-def test_where_it_cannot_be_it_is_refused(how: dict[str, Any], said: str) -> None:
+def test_int8_matmul_is_refused_where_it_is_not_supported(how: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         chosen(**how)
 
@@ -137,7 +137,7 @@ def test_where_it_cannot_be_it_is_refused(how: dict[str, Any], said: str) -> Non
         {"model.placement": "sharded"},
     ],
 )
-def test_what_does_not_go_with_it_is_refused(options: dict[str, Any]) -> None:
+def test_options_in_conflict_with_int8_matmul_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError) as caught:
         tiny.recipe(**{"train.int8_matmul": True, **options})
     (where,) = caught.value.where
@@ -155,7 +155,7 @@ def test_what_does_not_go_with_it_is_refused(options: dict[str, Any]) -> None:
         (replace(LAPTOP, vector=("avx2",)), {}, False),
     ],
 )
-def test_a_run_in_fp32_is_told_of_what_is_faster(machine: Machine, options: dict[str, Any], told: bool) -> None:
+def test_int8_matmul_is_suggested_to_fp32_runs(machine: Machine, options: dict[str, Any], told: bool) -> None:
     resolved = tiny.recipe(**{"model.dtype": "auto", **options})
     setup = SimpleNamespace(
         resolved=choose(resolved, machine, LLAMA_8B, "cpu", ("fp32", "measured")), machine=machine, shape=LLAMA_8B
@@ -163,7 +163,7 @@ def test_a_run_in_fp32_is_told_of_what_is_faster(machine: Machine, options: dict
     assert (int8_note(cast(Any, setup)) is not None) == told
 
 
-def test_the_plan_counts_its_memory_and_its_time() -> None:
+def test_plan_counts_int8_memory_and_time() -> None:
     whole, plain, eight = (
         chosen(**{"train.int8_matmul": yes, "model.dtype": "fp32", "model.quantization": scheme}).recipe
         for yes, scheme in ((True, "none"), (False, "none"), (True, "int8"))

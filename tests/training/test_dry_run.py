@@ -1,4 +1,4 @@
-"""The largest micro-batch before the first step: tried where memory may be short, with no trace in the numbers."""
+"""The dry run of the largest micro-batch: skipped where memory is ample, without effect on the results."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def test_a_rehearsed_run_is_bit_identical(
+def test_dry_run_does_not_change_the_result(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With dropout, whose random numbers the rehearsal draws and gives back."""
+    """The random generators, which dropout uses, are restored after the dry run."""
     found = []
     for name, share in (("plain", 0.5), ("rehearsed", 0.0)):
         monkeypatch.setattr(dry_run, "SAFE_SHARE", share)
@@ -53,18 +53,18 @@ def test_a_rehearsed_run_is_bit_identical(
         assert event["done"] == (share == 0.0) and event["predicted_bytes"] < event["usable_bytes"]
         memory = json.loads((run.folder / "report.json").read_text())["memory"]
         calibrated = memory["calibrated_peak_bytes"]
-        if event["done"]:  # what comes after the rehearsal is little
+        if event["done"]:  # the dry run needs nearly all of the peak
             assert calibrated == pytest.approx(max(calibrated, event["measured_bytes"]), rel=0.5) and calibrated > 0
         else:
             assert calibrated is None
-        assert memory["predicted_peak_bytes"] == event["predicted_bytes"] > 0  # one number, wherever it is told
+        assert memory["predicted_peak_bytes"] == event["predicted_bytes"] > 0  # the same number in the report and the event
         assert memory["predicted"]["train"]["parts"]["adapters"] > 0
         found.append((weights(run.folder), run.report["loss"]))
     assert found[0][1] == found[1][1]
     assert all(torch.equal(tensor, found[1][0][name]) for name, tensor in found[0][0].items())
 
 
-def test_the_largest_micro_batch_of_all_steps_is_tried(tmp_path: Path) -> None:
+def test_forecast_uses_the_largest_micro_batch(tmp_path: Path) -> None:
     examples = tiny.examples(24, longest=24)
     examples[13] = replace(examples[13], ids=examples[0].ids.repeat(9), weights=examples[0].weights.repeat(9))
     job = tiny.job(tmp_path / "r", examples, **{"train.micro_batch": 2})
@@ -73,8 +73,8 @@ def test_the_largest_micro_batch_of_all_steps_is_tried(tmp_path: Path) -> None:
     assert expected.batch.tokens == len(expected.items) * len(examples[13])  # the plain step pads
 
 
-def test_it_is_the_largest_by_what_is_predicted_in_any_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every step of the run; each epoch is put in order once."""
+def test_forecast_searches_all_epochs_for_the_largest_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of the run is searched; the order of each epoch is computed once."""
     examples = tiny.examples(30, longest=60)
     job = tiny.job(tmp_path / "r", examples, **{"train.micro_batch": 3, "train.batch_size": 6, "train.epochs": 4})
     stream, sizes = batch_stream(job.recipe, len(examples)), []
@@ -91,7 +91,7 @@ def test_it_is_the_largest_by_what_is_predicted_in_any_epoch(tmp_path: Path, mon
     assert orders == [0, 1, 2, 3] and stream.steps_per_epoch == 5
 
 
-def test_the_forecast_is_moved_by_what_the_rehearsal_needed(tmp_path: Path) -> None:
+def test_dry_run_calibrates_the_forecast(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 1})
     expected = forecast(job, setting(job), 8 << 30)
     assert expected.calibrated_bytes("cpu") is None
@@ -101,7 +101,7 @@ def test_the_forecast_is_moved_by_what_the_rehearsal_needed(tmp_path: Path) -> N
     assert found.error_bytes == off and found.calibrated_bytes("cpu") == max(0, expected.peak_bytes("cpu") + off)
 
 
-def test_it_shrinks_before_the_first_step_or_refuses(tmp_path: Path) -> None:
+def test_dry_run_out_of_memory_shrinks_or_raises(tmp_path: Path) -> None:
     options: dict[str, Any] = {"train.max_steps": 2}
     job = starved(tiny.job(tmp_path / "a", tiny.examples(8), **options), {1})
     try_largest_batch(job, forecast(job, setting(job), 8 << 30), 1, mark("cpu"))
@@ -114,7 +114,7 @@ def test_it_shrinks_before_the_first_step_or_refuses(tmp_path: Path) -> None:
         try_largest_batch(hopeless, forecast(hopeless, setting(hopeless), 8 << 30), 1, mark("cpu"))
 
 
-def test_layers_computed_again_change_nothing_but_memory(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_only_memory(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     found = []
     for again in ("off", 1, "on"):
         options = {**QUICK, "lora.dropout": 0.0, "train.gradient_checkpointing": again}
@@ -125,7 +125,7 @@ def test_layers_computed_again_change_nothing_but_memory(tiny_folder: Path, rows
     assert found[0][1] > found[1][1] >= found[2][1]
 
 
-def test_it_is_rehearsed_as_the_steps_will_be_computed(tmp_path: Path) -> None:
+def test_dry_run_applies_the_memory_options_of_the_run(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 1, "train.gradient_checkpointing": 1})
     asked: list[Any] = []
     job.state.progress.recompute = True
@@ -135,7 +135,7 @@ def test_it_is_rehearsed_as_the_steps_will_be_computed(tmp_path: Path) -> None:
     assert asked == [1, "all"]
 
 
-def test_few_rows_many_times_are_looked_at_some_of_these_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forecast_searches_only_some_of_many_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = tiny.job(
         tmp_path / "r", tiny.examples(8), **{"train.epochs": 1000, "train.batch_size": 4, "train.micro_batch": 4}
     )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM before the first step: a word, the exit code, and an event that says why the run ended."""
+"""SIGTERM before the first step: exit code, message, and a "stop" event with the reason."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from strop.runs.events import read_events
 from tests.support.runs import QUICK
 
 
-def test_a_stop_before_the_first_step_is_told(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
-    """Asked to while the model is being read, which takes a minute here."""
+def test_sigterm_before_the_first_step_logs_a_stop_event(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """The signal arrives while the model is loaded, which takes a minute in this test."""
     out, wait = tmp_path / "run", tmp_path / "wait.py"
     wait.write_text(
         "import sys, time\n"

@@ -1,4 +1,4 @@
-"""Adapters that peft saved, and other programs changed: trained further, loaded, merged, or refused in words."""
+"""Adapters saved by plain peft, some of them edited: trained further, loaded, merged, or refused with a clear error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def saved(base: Path, folder: Path, **options: Any) -> Path:
-    """An adapter of plain peft on a tiny base, away from its start."""
+    """Save a plain peft adapter with nonzero B on a tiny base."""
     model = tiny.model()
     model.name_or_path = str(base)
     torch.manual_seed(1)
@@ -43,7 +43,7 @@ def edit(adapter: Path, **fields: Any) -> None:
 
 
 def goes_on(base: Path, adapter: Path, folder: Path) -> dict[str, Any]:
-    """What the recipe of a run says of lora that starts from an adapter; `strop plan` says the same."""
+    """Return the recipe's lora section of a run that starts from an adapter; check that the plan agrees."""
     rows = tiny.write_rows(folder.parent / "rows.jsonl", 4)
     strop.train(model=base, data=rows, out=folder, adapter=str(adapter), **QUICK)
     said: dict[str, Any] = yaml.safe_load((folder / "recipe.yaml").read_text())["lora"]
@@ -52,13 +52,13 @@ def goes_on(base: Path, adapter: Path, folder: Path) -> dict[str, Any]:
     return said
 
 
-def test_a_pattern_of_layers_is_trained_further(base: Path, tmp_path: Path) -> None:
+def test_adapter_with_a_regex_of_layers_can_be_trained(base: Path, tmp_path: Path) -> None:
     adapter = saved(base, tmp_path / "adapter", target_modules=r".*layers\.1.*(q_proj|up_proj)")
     assert goes_on(base, adapter, tmp_path / "run")["target_modules"] == ["q_proj", "up_proj"]
 
 
 @pytest.mark.parametrize("targets", ["experts", ["experts.down_proj", "q_proj"]])
-def test_an_adapter_on_experts_is_trained_further(targets: Any, tmp_path: Path) -> None:
+def test_adapter_on_experts_can_be_trained(targets: Any, tmp_path: Path) -> None:
     tiny_families.save("qwen3_moe", tmp_path / "base")
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
     strop.train(model=tmp_path / "base", data=rows, out=tmp_path / "a", **{**QUICK, "lora.target_modules": targets})
@@ -77,7 +77,7 @@ def test_an_adapter_on_experts_is_trained_further(targets: Any, tmp_path: Path) 
         ({"arrow_config": {"top_k": 1}}, "does not act on every token"),
     ],
 )
-def test_what_cannot_answer_as_it_was_trained_is_refused(
+def test_invalid_adapter_config_is_refused(
     fields: dict[str, Any], said: str, base: Path, tmp_path: Path
 ) -> None:
     adapter = saved(base, tmp_path / "adapter", target_modules=["q_proj"])
@@ -89,7 +89,7 @@ def test_what_cannot_answer_as_it_was_trained_is_refused(
 @pytest.mark.parametrize(
     ("name", "said"), [("adapter_config.json", "not an object"), ("strop.json", "strop.json: damaged")]
 )
-def test_damaged_files_of_an_adapter_are_named(name: str, said: str, base: Path, tmp_path: Path) -> None:
+def test_damaged_adapter_files_are_named(name: str, said: str, base: Path, tmp_path: Path) -> None:
     adapter = saved(base, tmp_path / "adapter", target_modules=["q_proj"])
     (adapter / name).write_text("[]" if name == "adapter_config.json" else "{")
     with pytest.raises(ModelError, match=said):
@@ -97,8 +97,8 @@ def test_damaged_files_of_an_adapter_are_named(name: str, said: str, base: Path,
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_an_embedding_in_full_beside_a_head_that_was_its_own_is_not_merged(base: Path, tmp_path: Path) -> None:
-    """The head stays what it was, and a merged model has one weight for both."""
+def test_merging_a_trained_embedding_with_an_untrained_tied_head_is_refused(base: Path, tmp_path: Path) -> None:
+    """The head is not trained, and a merged model has one weight for both."""
     adapter = saved(base, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     with pytest.raises(ModelError, match=r"model.embed_tokens.weight was trained in full"):
         changes(locate(str(base)), adapter)

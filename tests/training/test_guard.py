@@ -1,4 +1,4 @@
-"""What a bad step leads to: passed over, rolled back, given up; and what the curves are said to mean."""
+"""Bad steps are skipped, rolled back or end the run; out of memory is retried; diagnosis of curves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.failures import curve, falling, starved
 
 
 def with_loss(job: Job, change: Callable[[int, torch.Tensor], torch.Tensor]) -> Job:
-    """The job with its token loss changed; `change` gets the number of the call, from 1."""
+    """Return the job with its token loss changed; `change` gets the number of the call, from 1."""
     good, calls = job.step.token_loss, iter(range(1, 10_000))
     return replace(job, step=replace(job.step, token_loss=lambda rows: change(next(calls), good(rows))))
 
@@ -41,34 +41,34 @@ def seen(*losses: float) -> Progress:
     return progress
 
 
-def test_no_bound_before_there_are_enough_losses() -> None:
+def test_no_loss_bound_before_enough_losses() -> None:
     progress = seen(*[1.0] * (guard.MIN_RECENT - 1))
     assert judge_step(progress, 1000.0, 1.0) is Verdict.GOOD
 
 
-def test_an_odd_batch_is_taken_three_in_a_row_are_not() -> None:
+def test_three_doubtful_steps_in_a_row_roll_back() -> None:
     progress = seen(*[1.0, 1.1, 0.9, 1.05] * 5)
     assert [judge_step(progress, 2.5, 1.0) for _ in range(3)] == [Verdict.DOUBTFUL, Verdict.DOUBTFUL, Verdict.ROLL_BACK]
     progress = seen(*[1.0, 1.1, 0.9, 1.05] * 5)
     assert [judge_step(progress, loss, 1.0) for loss in (2.5, 2.5, 1.0, 2.5)][-2:] == [Verdict.GOOD, Verdict.DOUBTFUL]
 
 
-def test_one_loss_far_away_is_enough() -> None:
+def test_one_loss_far_beyond_the_bound_rolls_back() -> None:
     assert judge_step(seen(*[1.0, 1.1, 0.9, 1.05] * 5), 12.0, 1.0) is Verdict.ROLL_BACK
 
 
-def test_a_noisy_loss_has_a_wide_bound_and_memorised_rows_do_not_trip() -> None:
+def test_noisy_and_tiny_losses_are_good() -> None:
     assert judge_step(seen(*[0.5, 3.0, 1.0, 2.5, 4.0] * 4), 8.0, 1.0) is Verdict.GOOD
     assert judge_step(seen(*[0.001] * 20), 0.4, 1.0) is Verdict.GOOD
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)])
-def test_what_is_not_finite_is_never_taken(loss: float, norm: float) -> None:
+def test_non_finite_steps_are_never_applied(loss: float, norm: float) -> None:
     progress = Progress()
     assert [judge_step(progress, loss, norm) for _ in range(3)][::2] == [Verdict.NOT_FINITE, Verdict.ROLL_BACK]
 
 
-def test_three_nan_steps_roll_back_pass_their_batches_and_lower_the_rate(tmp_path: Path) -> None:
+def test_three_nan_steps_roll_back_skip_their_batches_and_lower_the_rate(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(40), **{"train.max_steps": 12, "train.save_steps": 2})
     fit(with_loss(job, lambda call, loss: loss * (math.nan if call in (6, 7, 8) else 1.0)))
     events = read_events(job.folder.events)
@@ -81,7 +81,7 @@ def test_three_nan_steps_roll_back_pass_their_batches_and_lower_the_rate(tmp_pat
     assert job.state.progress.step == 12 and all(torch.isfinite(w).all() for w in job.state.weights.values())
 
 
-def test_a_diverging_loss_rolls_back_and_the_second_time_gives_up(tmp_path: Path) -> None:
+def test_diverging_loss_rolls_back_once_then_raises(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(40), **{"train.max_steps": 60, "train.save_steps": 5})
     with pytest.raises(DivergedError, match="far above") as raised:
         fit(with_loss(job, lambda call, loss: loss * (1.0 if call < 25 else 1.0 + 0.2 * (call - 24))))
@@ -90,8 +90,8 @@ def test_a_diverging_loss_rolls_back_and_the_second_time_gives_up(tmp_path: Path
     assert kinds(job).count("rollback") == 1 and kinds(job)[-1] == "stop" and "doubt" in kinds(job)
 
 
-def test_a_resumed_run_decides_as_the_unbroken_one(tmp_path: Path) -> None:
-    """The guard's memory is in the checkpoint: a run cut between two bad steps rolls back at the same step."""
+def test_resumed_run_rolls_back_at_the_same_step(tmp_path: Path) -> None:
+    """The guard's state is in the checkpoint: a run interrupted between two bad steps rolls back at the same step."""
     from strop.training import state
 
     options = {"train.max_steps": 12, "train.save_steps": 1}
@@ -118,7 +118,7 @@ def test_a_resumed_run_decides_as_the_unbroken_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"train.micro_batch": None, "train.micro_batch_tokens": 400}])
-def test_out_of_memory_keeps_step_rows_and_weights(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_out_of_memory_retry_gives_the_same_weights(tmp_path: Path, options: dict[str, Any]) -> None:
     train, more = tiny.examples(40), {"train.max_steps": 6, **options}
     whole, hungry = (tiny.job(tmp_path / name, train, **more) for name in ("whole", "hungry"))
     fit(whole)
@@ -129,8 +129,8 @@ def test_out_of_memory_keeps_step_rows_and_weights(tmp_path: Path, options: dict
     assert max(far) < 1e-6 and hungry.state.progress.halvings >= 2
 
 
-def test_a_step_done_again_draws_the_same_random_numbers(tmp_path: Path) -> None:
-    """Rows that cannot be cut smaller: only checkpointing is new, so that dropout must be what it was."""
+def test_out_of_memory_retry_uses_the_same_dropout(tmp_path: Path) -> None:
+    """The micro-batches cannot shrink, so that only checkpointing changes and dropout must be the same."""
     options = {"train.max_steps": 4, "train.micro_batch": 1, "lora.dropout": 0.3}
     whole, hungry = (tiny.job(tmp_path / name, tiny.examples(16), **options) for name in ("whole", "hungry"))
     for job in (whole, starved(hungry, {12})):
@@ -140,7 +140,7 @@ def test_a_step_done_again_draws_the_same_random_numbers(tmp_path: Path) -> None
     assert all(torch.equal(weight, whole.state.weights[name]) for name, weight in hungry.state.weights.items())
 
 
-def test_the_last_rungs_are_checkpointing_and_an_error(tmp_path: Path) -> None:
+def test_out_of_memory_ends_with_checkpointing_then_an_error(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 2})
     asked: list[str] = []
     with pytest.raises(MemoryLimitError, match="smallest micro-batches") as raised:
@@ -151,7 +151,7 @@ def test_the_last_rungs_are_checkpointing_and_an_error(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_out_of_memory_in_an_evaluation(tmp_path: Path) -> None:
+def test_out_of_memory_in_an_evaluation_is_retried(tmp_path: Path) -> None:
     options = {"train.max_steps": 2, "data.eval": "x", "train.eval_steps": 1}
     whole, hungry = (tiny.job(tmp_path / n, tiny.examples(8), tiny.examples(9, seed=4), **options) for n in "ab")
     fit(whole)
@@ -160,7 +160,7 @@ def test_out_of_memory_in_an_evaluation(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_other_runtime_errors_are_not_taken_for_it(tmp_path: Path) -> None:
+def test_other_runtime_errors_are_not_out_of_memory(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(8))
 
     def broken(rows: Any) -> torch.Tensor:
@@ -188,7 +188,7 @@ def test_memory_watch_raises_before_the_limit() -> None:
         tight()
 
 
-def test_sizes() -> None:
+def test_parse_bytes_accepts_units_and_refuses_nonsense() -> None:
     assert (parse_bytes("8GB"), parse_bytes("512MiB"), parse_bytes("1000")) == (8_000_000_000, 512 << 20, 1000)
     from strop.errors import RecipeError
 
@@ -202,25 +202,25 @@ def test_diagnosis_of_a_good_run_is_empty() -> None:
     assert diagnose(events, 0.01) == []
 
 
-def test_overfitting_is_told() -> None:
+def test_diagnosis_reports_overfitting() -> None:
     events = curve("step", falling(3.0, 0.2)) + curve("eval", {20: 1.5, 40: 1.9, 60: 2.6})
     (found,) = diagnose(events, 0.01)
     assert found.startswith("overfitting: the evaluation loss rose from 1.500 (step 20, kept) to 2.600")
 
 
-def test_a_flat_loss_is_told_and_why() -> None:
+def test_diagnosis_reports_a_flat_loss_with_its_cause() -> None:
     flat = curve("step", falling(2.0, 2.0))
     assert "learning rate is too small" in diagnose(flat, 1e-6)[0]
     assert "strop check" in diagnose(flat, 0.02)[0]
 
 
-def test_trouble_is_told() -> None:
+def test_diagnosis_reports_out_of_memory() -> None:
     events = [{"event": "shrink", "step": 3, "to": "micro-batches of 512 tokens, 2 in place of 1", "why": "x"}]
     assert "out of memory: went on with micro-batches of 512 tokens" in diagnose(events, None)[0]
 
 
-def test_steps_that_were_not_taken_do_not_count_against_patience(tmp_path: Path) -> None:
-    """The same weights once more have the same loss: no better, and no sign that there will be none."""
+def test_skipped_steps_do_not_count_against_patience(tmp_path: Path) -> None:
+    """Unchanged weights have the same loss, which does not show that training no longer improves."""
     options = {"train.max_steps": 4, "data.eval": "x", "train.eval_steps": 1, "train.early_stopping": 2}
     job = tiny.job(tmp_path / "r", tiny.examples(40), tiny.examples(8, seed=1), **options)
     data_kind = iter(range(1, 10))

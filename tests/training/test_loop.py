@@ -1,4 +1,4 @@
-"""The loop against transformers.Trainer, and against itself cut up in other ways."""
+"""The loop against transformers.Trainer, and against itself with other micro-batches, resumes and optimizers."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "lion", "sgd")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_each_optimizer_learns_and_is_resumed_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
+def test_each_optimizer_learns_and_resumes_bit_identically(tmp_path: Path, optimizer: str) -> None:
     """r 128, so that the 8-bit optimizer has weights above 4,096 numbers to keep in 8 bit."""
     rate = {"sgd": 0.5, "lion": 3e-4}.get(optimizer, 2e-3)
     options = {"train.max_steps": 8, "train.optimizer": optimizer, "train.learning_rate": rate, "lora.r": 128}
@@ -156,7 +156,7 @@ def test_each_optimizer_learns_and_is_resumed_bit_for_bit(tmp_path: Path, optimi
             assert kept["state1"].dtype == torch.uint8
 
 
-def test_paged_is_plain_8_bit_without_cuda_and_sgd_needs_a_rate(
+def test_paged_optimizer_without_cuda_becomes_8_bit_and_sgd_needs_a_rate(
     tiny_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     import strop
@@ -190,7 +190,7 @@ def test_dropout_is_active_and_seeded(tmp_path: Path) -> None:
     assert losses(dropped) == losses(again) != losses(plain)
 
 
-def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path: Path) -> None:
+def test_non_finite_step_never_reaches_the_weights(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "nan", tiny.examples(8), **{"train.max_steps": 5})
     before, calls = values(job), iter(range(100))
     good = job.step.token_loss
@@ -231,7 +231,7 @@ def test_evaluation_keeps_the_best_and_stops_early(tmp_path: Path) -> None:
     assert len(evals) == best + 1 + 2 < 20
 
 
-def test_evaluation_leaves_gradients_as_they_were(tmp_path: Path) -> None:
+def test_evaluation_does_not_change_training(tmp_path: Path) -> None:
     train, held_out = tiny.examples(16), tiny.examples(5, seed=3)
     plain = tiny.job(tmp_path / "a", train, **{"train.max_steps": 4, "lora.dropout": 0.1})
     torch.manual_seed(7)
@@ -270,7 +270,7 @@ def test_time_budget_ends_with_a_saved_state(tmp_path: Path) -> None:
     assert job.folder.checkpoints()[-1][0] == job.state.progress.step
 
 
-def test_checkpoints_are_pruned_and_damaged_ones_are_passed_over(tmp_path: Path) -> None:
+def test_checkpoints_are_pruned_and_damaged_ones_skipped(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "keep", tiny.examples(16), **{"train.max_steps": 6, "train.save_steps": 1})
     fit(job)
     assert [step for step, _ in job.folder.checkpoints()] == [5, 6]
@@ -296,7 +296,7 @@ def test_lora_plus_moves_b_faster(tmp_path: Path) -> None:
     assert moved[16.0][1] == pytest.approx(16 * moved[1.0][1], rel=1e-2)
 
 
-def test_schedules() -> None:
+def test_learning_rate_schedules_and_durations() -> None:
     assert [rate_factor(step, 10, 2, "linear") for step in (0, 1, 2, 6)] == pytest.approx([1 / 3, 2 / 3, 1.0, 0.5])
     assert rate_factor(5, 10, 0, "cosine") == pytest.approx(0.5)
     assert rate_factor(9, 10, 0, "constant") == 1.0

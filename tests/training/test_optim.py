@@ -1,4 +1,4 @@
-"""What an optimizer holds, made in front of its first step: the same as it makes itself, and whole or not there."""
+"""Optimizer state allocated before the first step: equal to the optimizer's own, and complete or absent."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def steps(weights: dict[str, nn.Parameter], optimizer: Any, number: int) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_bits_as_where_the_optimizer_makes_it(kind: str) -> None:
+def test_allocated_state_gives_the_same_bits(kind: str) -> None:
     (own, first), (ours, second) = made(kind), made(kind)
     allocate_state(second)
     steps(own, first, 3)
@@ -48,7 +48,7 @@ def test_the_same_bits_as_where_the_optimizer_makes_it(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
-def test_a_weight_for_which_there_is_no_memory_has_none_of_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_leaves_no_partial_state(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, optimizer = made(kind)
     own, calls = torch.zeros_like, []
 

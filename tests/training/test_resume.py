@@ -1,4 +1,4 @@
-"""Going on after a kill: with damaged files, with changed values, with a base that was moved."""
+"""Resume after a kill: with damaged files, changed values, or a moved base; and rollbacks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def cut_at(kind: str, step: int) -> Callable[[dict[str, Any]], None]:
 
 
 def cut_run(folder: Path, model: Path, rows: Path, *, at: int = 4, **options: Any) -> Path:
-    """A run of 12 steps that was killed just after it had saved."""
+    """Return a run of 12 steps that was killed just after a save."""
     given = {"train.max_steps": 12, "train.batch_size": 4, "train.save_steps": 2, "lora.r": 4, "model.dtype": "fp32"}
     with pytest.raises(Cut):
         strop.train(model=str(model), data=str(rows), out=folder, callback=cut_at("save", at), **{**given, **options})
@@ -72,7 +72,7 @@ def flip(file: Path) -> None:
 def test_the_best_weights_are_never_taken_from_a_damaged_checkpoint(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, damage: Callable[[Path], None], last: bool
 ) -> None:
-    """last: all steps were done already."""
+    """last: all steps were already done."""
     other = tmp_path / "other.jsonl"
     pairs = [{"prompt": f"what is {n}", "completion": "zebra " * n} for n in range(1, 6)]
     other.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -95,7 +95,7 @@ def test_the_best_weights_are_never_taken_from_a_damaged_checkpoint(
 @pytest.mark.parametrize(
     ("before", "after"), [("adamw", "adafactor"), ("adamw", "lion"), ("adamw_8bit", "adamw"), ("lion", "adamw_8bit")]
 )
-def test_another_optimizer_begins_anew_and_says_so(
+def test_resume_with_another_optimizer_resets_its_state_with_a_note(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, before: str, after: str
 ) -> None:
     out = cut_run(tmp_path / "r", tiny_folder, rows_file, **{"train.optimizer": before})
@@ -104,7 +104,7 @@ def test_another_optimizer_begins_anew_and_says_so(
     assert len(said) == 1
 
 
-def test_8_bit_moments_are_those_of_the_paged_optimizer(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_paged_optimizer_resumes_8_bit_state(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     out = cut_run(tmp_path / "r", tiny_folder, rows_file, **{"train.optimizer": "adamw_8bit"})
     whole = shutil.copytree(out, tmp_path / "whole")
     strop.resume(out, allow_changed=["optimizer"], **{"train.optimizer": "paged_adamw_8bit"})
@@ -115,7 +115,7 @@ def test_8_bit_moments_are_those_of_the_paged_optimizer(tiny_folder: Path, rows_
 @pytest.mark.parametrize(
     ("field", "value"), [("train.batch_size", 6), ("train.gradient_checkpointing", "on"), ("seed", 5)]
 )
-def test_a_changed_value_holds_after_a_kill_before_the_next_save(
+def test_changed_value_survives_a_kill_before_the_next_save(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, field: str, value: Any
 ) -> None:
     out = cut_run(tmp_path / "r", tiny_folder, rows_file, **{"train.gradient_checkpointing": "off"})
@@ -129,8 +129,8 @@ def test_a_changed_value_holds_after_a_kill_before_the_next_save(
     assert newest["recompute"] is (field == "train.gradient_checkpointing")
 
 
-def test_a_new_learning_rate_is_the_one_that_was_given(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
-    """Not a quarter of it, which is what a roll-back has left; and there may be one again."""
+def test_new_learning_rate_is_not_scaled_by_an_earlier_rollback(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """An earlier rollback's factor of 0.25 does not apply to it, and a rollback is possible again."""
     fixed = {"train.lr_scheduler": "constant", "train.warmup": 0, "train.learning_rate": 1e-3}
     out = cut_run(tmp_path / "r", tiny_folder, rows_file, **fixed)
     newest = out / "checkpoints" / "step-000004"
@@ -156,7 +156,7 @@ def test_a_new_learning_rate_is_the_one_that_was_given(tiny_folder: Path, rows_f
         ({"lora.init": "gaussian"}, "cannot resume"),
     ],
 )
-def test_what_counts_at_the_start_alone_is_refused_later(
+def test_options_that_apply_only_at_the_start_are_refused_on_resume(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, option: dict[str, Any], said: str
 ) -> None:
     out = cut_run(tmp_path / "r", tiny_folder, rows_file)
@@ -164,7 +164,7 @@ def test_what_counts_at_the_start_alone_is_refused_later(
         strop.resume(out, allow_changed=["init"], **option)
 
 
-def test_a_roll_back_after_other_rows_were_given(tmp_path: Path) -> None:
+def test_rollback_after_resume_with_other_rows(tmp_path: Path) -> None:
     options = {"train.max_steps": 12, "train.save_steps": 4}
     first = tiny.job(tmp_path / "r", tiny.examples(40), **{**options, "train.max_steps": 4})
     fit(first)
@@ -176,8 +176,8 @@ def test_a_roll_back_after_other_rows_were_given(tmp_path: Path) -> None:
     assert job.state.progress.step == 12 and job.state.progress.rollbacks == 1
 
 
-def test_a_roll_back_undoes_neither_time_nor_the_tokens_of_it(tmp_path: Path) -> None:
-    """tokens_per_s of the report is one over the other."""
+def test_rollback_keeps_counted_time_and_tokens(tmp_path: Path) -> None:
+    """tokens_per_s of the report is their quotient."""
     job = tiny.job(tmp_path / "r", tiny.examples(40), **{"train.max_steps": 12, "train.save_steps": 4})
     good, computed = job.step.token_loss, []
 
@@ -191,7 +191,7 @@ def test_a_roll_back_undoes_neither_time_nor_the_tokens_of_it(tmp_path: Path) ->
     assert job.state.progress.tokens == sum(computed)
 
 
-def test_a_roll_back_passes_over_what_a_stop_has_saved_in_the_middle_of_bad_steps(tmp_path: Path) -> None:
+def test_rollback_skips_checkpoints_saved_during_bad_steps(tmp_path: Path) -> None:
     options = {"train.max_steps": 12, "train.save_steps": 2}
     whole = tiny.job(tmp_path / "whole", tiny.examples(40), **options)
     fit(with_loss(whole, lambda call, loss: loss * (math.nan if call in (5, 6, 7) else 1.0)))
@@ -213,8 +213,8 @@ def test_a_roll_back_passes_over_what_a_stop_has_saved_in_the_middle_of_bad_step
     assert all(torch.equal(weight, whole.state.weights[name]) for name, weight in again.state.weights.items())
 
 
-def test_the_best_evaluation_is_kept_though_its_step_was_skipped(tmp_path: Path) -> None:
-    """And the state before the bad steps stays, to go back to."""
+def test_best_checkpoint_of_a_skipped_step_is_kept(tmp_path: Path) -> None:
+    """The state before the bad steps is kept too, for a rollback."""
     evaluations = iter(range(1, 100))
 
     def change(call: int, loss: torch.Tensor) -> torch.Tensor:
@@ -240,7 +240,7 @@ def test_the_best_evaluation_is_kept_though_its_step_was_skipped(tmp_path: Path)
 
 
 @pytest.mark.parametrize("line", [b"\0" * 40, b"\xff\xfe", b'{"event": "st', b"[1]", b"{}"])
-def test_a_damaged_line_among_the_events_costs_that_line(
+def test_damaged_event_line_is_ignored(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, line: bytes
 ) -> None:
     out = cut_run(tmp_path / "r", tiny_folder, rows_file)
@@ -251,7 +251,7 @@ def test_a_damaged_line_among_the_events_costs_that_line(
 
 
 @pytest.mark.parametrize("text", ["", '{"data": "12', "[]", "{}", "3"])
-def test_a_damaged_lock_is_named(
+def test_damaged_lock_is_named(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     out = cut_run(tmp_path / "r", tiny_folder, rows_file)
@@ -262,7 +262,7 @@ def test_a_damaged_lock_is_named(
 
 
 @pytest.mark.parametrize("text", ["", '{"exit": 0', "[]"])
-def test_a_damaged_report_is_written_again(
+def test_damaged_report_is_rewritten(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     out = cut_run(tmp_path / "r", tiny_folder, rows_file)
@@ -275,7 +275,7 @@ def test_a_damaged_report_is_written_again(
     assert json.loads((out / "report.json").read_text())["exit"] == 0
 
 
-def test_a_base_and_rows_that_were_moved_are_given_once(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_moved_base_and_rows_are_given_once(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_folder, tmp_path / "base")
     out = cut_run(tmp_path / "r", base, rows_file)
     base, rows = base.rename(tmp_path / "moved"), rows_file.rename(tmp_path / "moved.jsonl")
@@ -290,7 +290,7 @@ def test_a_base_and_rows_that_were_moved_are_given_once(tiny_folder: Path, rows_
     assert config["base_model_name_or_path"] == str(base)
 
 
-def test_a_copy_of_a_run_that_trains_can_go_on_by_itself(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_copy_of_a_running_run_can_be_resumed(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     out = cut_run(tmp_path / "r", tiny_folder, rows_file)
     hold = "import sys; from pathlib import Path; from strop.runs.folder import RunFolder\n"
     hold += "with RunFolder(Path(sys.argv[1])).claim(): print('held', flush=True); sys.stdin.read()"
@@ -308,8 +308,8 @@ def test_a_copy_of_a_run_that_trains_can_go_on_by_itself(tiny_folder: Path, rows
             other.kill()
 
 
-def test_steps_that_were_undone_count_once_in_the_diagnosis() -> None:
-    """As they are done last; and trouble that a resume meets again is told once."""
+def test_undone_steps_count_once_in_the_diagnosis() -> None:
+    """Their last execution counts, and a problem that a resume meets again is reported once."""
 
     def drawn(step: int, equal: float) -> dict[str, Any]:
         return {"event": "step", "step": step, "loss": 0.0, "reward": 0.5, "equal_groups": equal, "stop_rate": 1.0}
@@ -344,8 +344,8 @@ def test_a_finished_run_that_was_copied_names_the_copy(tiny_folder: Path, rows_f
     assert (report["run"], report["adapter"]) == (str(copy), str(copy / "adapter"))
 
 
-def test_answers_of_an_adapter_that_is_replaced_go_with_it(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
-    """A page would show them as those of the new one."""
+def test_cached_answers_are_removed_with_their_adapter(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """A page would show them as those of the new adapter."""
     given = {"train.max_steps": 2, "train.max_time": "0.001s", "model.dtype": "fp32", "lora.r": 4}
     run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / "run"), **given)
     assert (run.report["ended"], run.report["steps"]) == ("time", 1)

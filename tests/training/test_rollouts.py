@@ -1,4 +1,4 @@
-"""Learning from rewards for the model's own answers: what is drawn, what is learned from it, and what is told."""
+"""Policy objectives in the training loop: sampling, rewards, gradients, checks and notes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def events(made: Job, kind: str) -> list[dict[str, Any]]:
 def test_same_loss_and_gradients_for_any_micro_batch_and_step(
     tmp_path: Path, group_loss: str, cut: dict[str, Any], plain: bool
 ) -> None:
-    """On record, 10: a scale that changes with accumulation. The unit is the group."""
+    """On record, 10: a scale that changes with accumulation. A row is a whole group."""
     rows, options = prompts(4), {"train.group_loss": group_loss}
     whole = job(tmp_path / "whole", rows, **options)
     items = drawn(whole)
@@ -75,7 +75,7 @@ def test_same_loss_and_gradients_for_any_micro_batch_and_step(
         assert grad.norm() > 0 and (grad - found[1][name]).norm() <= 1e-4 * grad.norm() + 1e-8, name
 
 
-def test_equal_answers_stand_once_and_count_as_often_as_they_were_drawn(tmp_path: Path) -> None:
+def test_equal_completions_are_stored_once_and_weighted_by_count(tmp_path: Path) -> None:
     made = job(tmp_path, prompts(4), lambda gold, answer: float(len(answer) % 3))
     assert isinstance(made.criterion, PolicyCriterion)
     group = max(drawn(made), key=lambda group: max(group.advantages))
@@ -104,7 +104,7 @@ def test_equal_answers_stand_once_and_count_as_often_as_they_were_drawn(tmp_path
         assert values[0] == pytest.approx(values[1], rel=1e-6) and values[0] != 0
 
 
-def test_draws_depend_on_the_seed_the_step_the_row_and_the_number(tmp_path: Path) -> None:
+def test_samples_depend_on_seed_step_row_and_number(tmp_path: Path) -> None:
     made = job(tmp_path / "a", prompts(4))
     same, later = drawn(made), drawn(made, 1)
 
@@ -118,7 +118,7 @@ def test_draws_depend_on_the_seed_the_step_the_row_and_the_number(tmp_path: Path
     assert set(answers(alone)) <= set(answers(same))  # type: ignore[arg-type]
 
 
-def test_advantages_are_those_of_the_group(tmp_path: Path) -> None:
+def test_advantages_are_computed_over_all_copies_of_a_group(tmp_path: Path) -> None:
     made = job(tmp_path, prompts(4))
     assert isinstance(made.criterion, PolicyCriterion)
     for group in drawn(made):
@@ -130,7 +130,7 @@ def test_advantages_are_those_of_the_group(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("updates", [1, 3])
-def test_better_answers_become_likelier_and_worse_ones_less_likely(tmp_path: Path, updates: int) -> None:
+def test_rewarded_completions_become_more_likely(tmp_path: Path, updates: int) -> None:
     made = job(tmp_path, prompts(4), **{"train.max_steps": 3, "train.updates": updates})
     groups = drawn(made)
     examples = [example for group in groups for example in group.examples]
@@ -155,7 +155,7 @@ def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, stop_after: int) -
     first = job(tmp_path / "broken", prompts(8), **options)
     asked = iter(range(1, 100))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        from tests.training.test_objectives import _after
+        from tests.training.test_preferences import _after
 
         patch.setattr(loop, "stop_signals", _after(stop_after, asked))
         fit(first)
@@ -170,8 +170,8 @@ def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, stop_after: int) -
     assert losses[0] == losses[1]
 
 
-def test_the_reference_is_what_training_started_from(tmp_path: Path) -> None:
-    """On record, 5 and 7: an adapter to start from is part of it; not the bare base."""
+def test_reference_is_the_start_of_training(tmp_path: Path) -> None:
+    """On record, 5 and 7: the start adapter is part of the reference."""
     made = far(job(tmp_path, prompts(4)))
     for group in drawn(made):
         now = made.step.token_log_probs(list(group.examples)).detach().double().numpy()
@@ -186,8 +186,8 @@ def test_the_reference_is_what_training_started_from(tmp_path: Path) -> None:
 # --- the guard ---------------------------------------------------------------------------------------------------
 
 
-def test_another_models_answers_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On record, 15: the drawing engine's log-probabilities differ from the step's."""
+def test_completions_of_another_model_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On record, 15: the log-probabilities of the sampling engine and of the step differ."""
     made = job(tmp_path, prompts(4), **{"train.max_steps": 2})
     sample_completions = drawing.sample_completions
 
@@ -205,8 +205,8 @@ def test_another_models_answers_stop_the_run(tmp_path: Path, monkeypatch: pytest
     (lambda gold, answer: 0.0, "raise --train.answer_tokens"),
     (lambda gold, answer: 1.0, "length limit"),
 ])  # fmt: skip
-def test_groups_that_teach_nothing_are_counted_and_told(tmp_path: Path, function: Any, said: str) -> None:
-    """On record, 14: all answers cut off, reward 0, deviation 0, no learning, no word."""
+def test_groups_with_equal_rewards_are_counted_and_noted(tmp_path: Path, function: Any, said: str) -> None:
+    """On record, 14: all completions cut off, reward 0, deviation 0: nothing is learned."""
     made = job(tmp_path, prompts(8), function, **{"train.max_steps": 3, "train.beta": 0, "train.answer_tokens": 1})
     before = {name: weight.detach().clone() for name, weight in made.state.weights.items()}
     fit(made)
@@ -216,7 +216,7 @@ def test_groups_that_teach_nothing_are_counted_and_told(tmp_path: Path, function
     assert all(torch.equal(weight, before[name]) for name, weight in made.state.weights.items())
 
 
-def test_equal_rewards_of_whole_answers_are_told_as_such() -> None:
+def test_equal_rewards_are_noted_once() -> None:
     progress = state.Progress()
     figures = {"equal_groups": 1.0, "stop_rate": 0.5, "reward": 1.0}
     assert "same reward (mean 1)" in str(guard.equal_rewards_warning(progress, figures))
@@ -224,7 +224,7 @@ def test_equal_rewards_of_whole_answers_are_told_as_such() -> None:
     assert guard.equal_rewards_warning(progress, {**figures, "equal_groups": 0.9}) is None
 
 
-def test_a_gradient_that_reaches_nothing_stops_the_run(tmp_path: Path) -> None:
+def test_zero_gradient_with_different_rewards_stops_the_run(tmp_path: Path) -> None:
     """On record, 9: rewards differ, and the gradient is zero."""
     made = job(tmp_path, prompts(4), **{"train.max_steps": 2})
     whole = made.step.token_log_probs
@@ -233,14 +233,14 @@ def test_a_gradient_that_reaches_nothing_stops_the_run(tmp_path: Path) -> None:
         fit(stuck)
 
 
-def test_a_reference_that_is_another_stops_the_run() -> None:
+def test_kl_before_the_first_step_stops_the_run() -> None:
     figures = {"off": 0.0, "kl": 1e-3, "equal_groups": 0.0}
     with pytest.raises(RunError, match="KL divergence from the reference"):
         guard.check_rollouts(state.Progress(), figures, 1.0)
     guard.check_rollouts(state.Progress(step=1), figures, 1.0)
 
 
-def test_a_reward_that_fails_names_row_and_function(tmp_path: Path) -> None:
+def test_failing_reward_names_row_and_function(tmp_path: Path) -> None:
     for function, said in (
         (lambda gold, answer: answer[10**6], "IndexError"),
         (lambda gold, answer: math.nan, "gives nan"),
@@ -252,7 +252,7 @@ def test_a_reward_that_fails_names_row_and_function(tmp_path: Path) -> None:
             fit(made)
 
 
-def test_held_out_prompts_are_answered_and_rewarded(tmp_path: Path) -> None:
+def test_evaluation_rewards_held_out_prompts(tmp_path: Path) -> None:
     made = job(tmp_path, prompts(8), held_out=prompts(3, 9), **{"train.max_steps": 4})
     fit(made)
     (seen,) = events(made, "eval")[-1:]
@@ -262,7 +262,7 @@ def test_held_out_prompts_are_answered_and_rewarded(tmp_path: Path) -> None:
     assert made.state.progress.best_loss == min(event["loss"] for event in events(made, "eval"))
 
 
-def test_rewards_add_up_by_weight(tmp_path: Path) -> None:
+def test_rewards_are_summed_by_weight(tmp_path: Path) -> None:
     made = job(tmp_path, prompts(2))
     assert isinstance(made.criterion, PolicyCriterion)
     two = [rewarding(lambda gold, answer: 1.0, 0.25), rewarding(lambda gold, answer: len(gold), 2.0)]
@@ -271,8 +271,8 @@ def test_rewards_add_up_by_weight(tmp_path: Path) -> None:
     assert group.rewards == (4.25,) * 4  # type: ignore[union-attr]
 
 
-def test_an_answer_is_rewarded_from_the_end_of_its_reasoning_on(tmp_path: Path) -> None:
-    """Where its right answer has some, as `strop eval` judges it."""
+def test_reasoning_is_not_rewarded(tmp_path: Path) -> None:
+    """Only where the gold answer has reasoning, as in `strop eval`."""
     seen: list[str] = []
     made = job(tmp_path, prompts(2), lambda gold, answer: seen.append(answer) or 1.0)
     assert isinstance(made.criterion, PolicyCriterion)
@@ -303,7 +303,7 @@ def test_a_run_from_the_command_line(
     assert (code == 0 and json.loads(said)["parity"]["passed"]) if answered else (code == 2 and "give --data" in err)
 
 
-def test_an_unknown_family_is_answered_by_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_family_is_sampled_by_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from tests.support.families import tokenizer
@@ -337,7 +337,7 @@ def test_an_unknown_family_is_answered_by_transformers(tmp_path: Path, capsys: p
         (["--train.rewards", "exact", "--data.max_length", "4"], "longer than data.max_length"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_anything_loads(
+def test_invalid_policy_options_are_refused_before_loading(
     tiny_folder: Path, tmp_path: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write_prompts(tmp_path / "rows.jsonl", 4)
@@ -346,7 +346,7 @@ def test_what_makes_no_sense_is_refused_before_anything_loads(
     assert code == 2 and said in err and not (tmp_path / "run" / "lock.json").exists()
 
 
-def test_metrics_need_right_answers(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_metric_rewards_need_gold_answers(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_prompts(tmp_path / "rows.jsonl", 4, answered=False)
     words = ["train", "--model", tiny_folder, "--data", rows, "--out", tmp_path / "run", *GROUPS]
     code, _, err = run(*words, "--train.rewards", "exact", capsys=capsys)
@@ -355,7 +355,7 @@ def test_metrics_need_right_answers(tiny_folder: Path, tmp_path: Path, capsys: p
     assert code == 2 and "--train.objective grpo" in err
 
 
-def test_a_changed_reward_function_is_no_resume(
+def test_changed_reward_function_refuses_resume(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows, out = write_prompts(tmp_path / "rows.jsonl", 8), tmp_path / "run"

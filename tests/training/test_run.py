@@ -33,7 +33,7 @@ def trained(tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.C
     return out
 
 
-def test_a_run_leaves_what_the_contract_names(trained: Path, tiny_folder: Path) -> None:
+def test_run_folder_has_the_documented_files(trained: Path, tiny_folder: Path) -> None:
     recipe = yaml.safe_load((trained / "recipe.yaml").read_text())
     assert recipe["train"]["max_steps"] == 6 and recipe["lora"]["alpha"] == 8.0
     lock = json.loads((trained / "lock.json").read_text())
@@ -114,7 +114,7 @@ def test_eval_compares_base_and_tuned_and_adds_to_the_report(
     assert json.loads((trained / "report.json").read_text())["evaluation"]["tuned"] == result["tuned"]
 
 
-def test_eval_in_4_bit_is_another_base(trained: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_in_4_bit_uses_another_base(trained: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["eval", trained, "--data", rows_file, "--max-new-tokens", "2", "--json"]
     losses = [
         json.loads(run(*words, "--quantization", scheme, capsys=capsys)[1])["base"]["loss"]
@@ -146,7 +146,7 @@ def test_python_api_trains_resumes_evaluates_and_chats(tiny_folder: Path, rows_f
 
 
 @pytest.mark.parametrize("option", [("--lora.dropout", "0.1"), ("--lora.new_tokens", "what")])
-def test_cut_short_then_resumed_is_bit_identical(
+def test_interrupted_then_resumed_run_is_bit_identical(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, str]
 ) -> None:
     """Through the command line, in the middle of an epoch; the run is cut by a callback that raises."""
@@ -180,7 +180,7 @@ def test_cut_short_then_resumed_is_bit_identical(
 
 
 def unfinished(folder: Path, tiny_folder: Path, rows_file: Path) -> Path:
-    """A run that was stopped after step 4 of 6."""
+    """Return a run that was stopped after step 4 of 6."""
 
     class Cut(Exception):
         pass
@@ -203,7 +203,7 @@ def edit(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new), encoding="utf-8")
 
 
-def test_resume_refuses_what_was_changed_by_name(
+def test_resume_names_the_changed_setting_it_refuses(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = unfinished(tmp_path / "r", tiny_folder, rows_file)
@@ -231,7 +231,7 @@ def test_resume_refuses_what_was_changed_by_name(
     )
 
 
-def test_resume_takes_a_new_value_as_a_flag_and_no_other_shape(
+def test_resume_accepts_a_new_value_but_not_another_shape(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = unfinished(tmp_path / "r", tiny_folder, rows_file)
@@ -262,7 +262,7 @@ def test_resume_refuses_another_base_template_and_major_version(
     assert run("resume", out, "--allow-changed", "versions", capsys=capsys)[0] == 0
 
 
-def test_resume_goes_on_with_more_data_where_that_is_allowed(
+def test_resume_accepts_more_data_where_allowed(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = unfinished(tmp_path / "r", tiny_folder, rows_file)
@@ -272,7 +272,7 @@ def test_resume_goes_on_with_more_data_where_that_is_allowed(
     assert json.loads((out / "report.json").read_text())["steps"] == 6
 
 
-def test_a_time_budget_ends_with_an_adapter_and_can_go_on(
+def test_time_budget_ends_with_an_adapter_and_can_be_resumed(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "r"
@@ -291,7 +291,7 @@ def test_a_time_budget_ends_with_an_adapter_and_can_go_on(
     assert spent[1] - spent[0] >= 0.45  # what lies between two steps is not counted
 
 
-def test_json_of_a_run_that_failed_holds_what_there_is(
+def test_json_of_a_failed_run_has_partial_results(
     tiny_folder: Path,
     rows_file: Path,
     tmp_path: Path,
@@ -313,7 +313,7 @@ def test_json_of_a_run_that_failed_holds_what_there_is(
     assert said["run"] == str(tmp_path / "r") and said["steps"] == 4 and said["tokens"] > 0 and said["loss"]["last"] > 0
 
 
-def test_no_room_on_the_disk_is_said_before_anything_loads(
+def test_full_disk_is_refused_before_loading(
     tiny_folder: Path,
     rows_file: Path,
     tmp_path: Path,
@@ -326,7 +326,7 @@ def test_no_room_on_the_disk_is_said_before_anything_loads(
     assert code == 2 and "1 MB are free" in err and not (tmp_path / "r").exists()
 
 
-def test_what_a_killed_start_left_is_no_run(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_folder_of_a_killed_start_is_not_a_run(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "r"
     out.mkdir()
     for name in (".claim.lock", "claim.json", "recipe.yaml", ".lock.json.tmp-123"):
@@ -335,7 +335,7 @@ def test_what_a_killed_start_left_is_no_run(tiny_folder: Path, rows_file: Path, 
     assert not list(out.rglob("*.tmp-*"))
 
 
-def test_a_run_folder_at_home_is_at_home(
+def test_tilde_in_a_recipes_out_is_expanded(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, here = tmp_path / "home", tmp_path / "here"
@@ -352,7 +352,7 @@ def test_a_run_folder_at_home_is_at_home(
     assert made.folder == home / "runs" / "mine" and not (here / "~").exists()
 
 
-def test_names_that_hide_are_refused(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_out_with_a_newline_is_refused(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     with pytest.raises(strop.InputError, match="not a name"):
         strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "a\nb")
 
@@ -398,7 +398,7 @@ def test_adapter_of_another_base_is_refused(trained: Path, tmp_path: Path) -> No
         strop.load(trained / "adapter")
 
 
-def test_force_loads_on_another_base_and_says_so(
+def test_force_loads_an_adapter_on_another_base_with_a_note(
     trained: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other"
@@ -411,7 +411,7 @@ def test_force_loads_on_another_base_and_says_so(
     assert code == 0 and "note" in err and "trained on" in err and "expected" in err
 
 
-def test_an_adapter_that_was_changed_is_refused_with_both_hashes(trained: Path) -> None:
+def test_changed_adapter_file_is_refused_with_both_hashes(trained: Path) -> None:
     file = trained / "adapter" / "adapter_model.safetensors"
     data = bytearray(file.read_bytes())
     data[-2] ^= 1
@@ -424,8 +424,8 @@ def test_an_adapter_that_was_changed_is_refused_with_both_hashes(trained: Path) 
 
 
 @pytest.mark.parametrize("layers", [1, 4])
-def test_an_adapter_of_another_depth_is_refused(trained: Path, tmp_path: Path, layers: int) -> None:
-    """peft loads a 2-layer adapter onto 4 layers with a warning, and onto 1 layer without a word."""
+def test_adapter_of_another_depth_is_refused(trained: Path, tmp_path: Path, layers: int) -> None:
+    """peft loads a 2-layer adapter onto 4 layers with a warning, and onto 1 layer silently."""
     other = tmp_path / "other"
     tiny.model(num_hidden_layers=layers).save_pretrained(other)
     tiny.tokenizer("chatml").save_pretrained(other)
@@ -444,7 +444,7 @@ def test_adapter_with_nan_is_refused(trained: Path) -> None:
         strop.load(trained)
 
 
-def test_trackers_get_the_numbers(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_tensorboard_gets_the_losses(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "tracked"
@@ -507,7 +507,7 @@ def test_modules_lists_layers_with_their_shapes(tiny_folder: Path, capsys: pytes
     assert found["lm_head"]["kept_16_bit"] == "output head" and found["q_proj"]["kept_16_bit"] is None
 
 
-def test_an_option_takes_back_what_the_recipe_gives(
+def test_option_none_removes_a_recipe_value(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "r.yaml"
@@ -525,7 +525,7 @@ def test_an_option_takes_back_what_the_recipe_gives(
         (("--track", "tensorboard", "--track", "trackio"), ["tensorboard", "trackio"]),
     ],
 )
-def test_trackers_of_a_recipe_can_be_taken_back(
+def test_option_track_replaces_the_recipes_trackers(
     words: tuple[str, ...], tracks: list[str], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
@@ -534,7 +534,7 @@ def test_trackers_of_a_recipe_can_be_taken_back(
     assert code == 0 and json.loads(out)["recipe"]["track"] == tracks
 
 
-def test_runs_and_print_recipe(trained: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_lists_runs_and_print_recipe_shows_origins(trained: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run("runs", trained.parent, "--json", capsys=capsys)
     (listed,) = json.loads(out)["runs"]
     assert code == 0 and {"run": str(trained), "finished": True, "step": 6}.items() <= listed.items()
@@ -550,10 +550,10 @@ def test_runs_and_print_recipe(trained: Path, tiny_folder: Path, capsys: pytest.
     assert "r: 16  # default" in out and "alpha: 32.0  # plan: 2 r" in out and "train: x.jsonl  # option" in out
 
 
-def test_a_stop_that_an_import_turned_into_an_error_is_a_stop(
+def test_interrupted_import_exits_as_stopped(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A KeyboardInterrupt in the middle of an extension module's start comes out as ImportError."""
+    """A KeyboardInterrupt during the import of an extension module becomes an ImportError."""
 
     def interrupted() -> None:
         try:
@@ -567,7 +567,7 @@ def test_a_stop_that_an_import_turned_into_an_error_is_a_stop(
 
 
 @pytest.mark.parametrize(("warmup", "told"), [(2, True), (30, True), (1, False), (0.9, False)])
-def test_a_warmup_as_long_as_the_run_is_told(
+def test_warmup_as_long_as_the_run_is_noted(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, warmup: float, told: bool
 ) -> None:
     given = {"train.max_steps": 2, "train.warmup": warmup, "train.learning_rate": 1e-3, "model.dtype": "fp32"}
@@ -592,7 +592,7 @@ def test_a_warmup_as_long_as_the_run_is_told(
         ({"train.timeout": "5m"}, "train.timeout 5m has no effect on a single device"),
     ],
 )
-def test_an_option_that_does_nothing_here_is_told(
+def test_option_without_effect_is_noted(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, options: dict[str, Any], said: str | None
 ) -> None:
     given = {"train.max_steps": 1, "model.dtype": "fp32", **options}
@@ -616,10 +616,10 @@ def test_an_option_that_does_nothing_here_is_told(
         ({"lora.r": 16, "train.batch_size": 8, "train.epochs": 1}, []),
     ],
 )  # fmt: skip
-def test_a_recipe_keeps_its_alpha_and_rate_and_says_so(
+def test_recipe_values_that_would_be_chosen_otherwise_are_noted(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, options: dict[str, Any], said: list[str]
 ) -> None:
-    """As the recipe.yaml of a run, which names all values: an option that would have changed others does not."""
+    """recipe.yaml of a run sets all values, so an option that would change derived values does not."""
     recipe = tmp_path / "recipe.yaml"
     given = {"model": {"name": str(tiny_folder), "dtype": "fp32"}, "data": {"train": str(rows_file)}}
     values = {"lora": {"r": 16, "alpha": 32.0}, "train": {"learning_rate": 0.004, "max_steps": 1}}
@@ -629,14 +629,14 @@ def test_a_recipe_keeps_its_alpha_and_rate_and_says_so(
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
-def test_biases_that_are_trained_are_not_called_missing(kind: str, rows_file: Path, tmp_path: Path) -> None:
+def test_trained_biases_are_not_noted_as_missing(kind: str, rows_file: Path, tmp_path: Path) -> None:
     tiny_families.save(kind, tmp_path / "base")
     given: dict[str, Any] = {"train.max_steps": 1, "lora.bias": "lora_only", "model.dtype": "fp32"}
     out = strop.train(model=str(tmp_path / "base"), data=str(rows_file), out=tmp_path / "r", **given).folder
     assert not any("lora.bias" in event["text"] for event in events(out, "note"))
 
 
-def test_a_stop_before_there_is_a_recipe_leaves_no_folder(
+def test_interrupt_before_the_recipe_leaves_no_folder(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*_: Any) -> Any:

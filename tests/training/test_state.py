@@ -1,4 +1,4 @@
-"""What a checkpoint asks of the machine."""
+"""Checkpoints: random generators, versions, and unreadable files."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ QUICK = {
 }  # fmt: skip
 
 
-def test_a_run_on_a_cpu_beside_a_card_that_pytorch_cannot_use(
+def test_cpu_run_ignores_a_gpu_that_pytorch_cannot_use(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with a driver that is too old: it lists a card (device_count asks it), and CUDA does not start."""
+    """With a driver that is too old, device_count lists a GPU and CUDA does not start."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("The NVIDIA driver on your system is too old")
@@ -39,7 +39,7 @@ def test_a_run_on_a_cpu_beside_a_card_that_pytorch_cannot_use(
     assert run.report["steps"] == 2
 
 
-def test_a_card_of_another_number_takes_over_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_state_is_restored_on_a_gpu_of_another_number(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([device.index], dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: asked.append((str(state), str(device))))
@@ -56,7 +56,7 @@ def saved(tmp_path: Path) -> tuple[Path, Any]:
     return job.folder.checkpoints()[-1][1], job
 
 
-def test_a_checkpoint_of_a_newer_version_is_named(tmp_path: Path) -> None:
+def test_checkpoint_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     checkpoint, job = saved(tmp_path)
     file = checkpoint / "state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "of_tomorrow": 1}))
@@ -65,10 +65,10 @@ def test_a_checkpoint_of_a_newer_version_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "optimizer.safetensors"])
-def test_a_checkpoint_that_cannot_be_read_is_passed_over(
+def test_unreadable_checkpoint_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """A bad sector: the one before it is still there."""
+    """A bad sector: the checkpoint before it is used."""
     checkpoint, job = saved(tmp_path)
     opened = io.open
 

@@ -1,4 +1,4 @@
-"""What trackers are told."""
+"""Experiment trackers: what they get, and how their errors are handled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from strop.training.trackers import check_trackers, tracking
 
 
 class Recorder:
-    """In the place of accelerate's Accelerator."""
+    """Stand-in for accelerate's Accelerator."""
 
     made: list[tuple[str, dict[str, Any]]]
 
@@ -31,12 +31,12 @@ class Recorder:
 
 
 class NoLogin(Exception):
-    """In the place of wandb.errors.Error."""
+    """Stand-in for wandb.errors.Error."""
 
 
 @pytest.fixture(autouse=True)
 def wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As much of the package as is looked at, whether it is installed or not."""
+    """Stand-in for the parts of the package that are used."""
     errors = ModuleType("wandb.errors")
     errors.Error = NoLogin  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb.errors", errors)
@@ -65,7 +65,7 @@ def test_wandb_gets_the_project_of_the_environment(
     assert Recorder.made == [told]
 
 
-def test_what_a_tracker_prints_is_not_among_the_results(
+def test_tracker_output_does_not_go_to_stdout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Recorder.made = []
@@ -75,7 +75,7 @@ def test_what_a_tracker_prints_is_not_among_the_results(
     assert capsys.readouterr() == ("{}\n", "as trackio does\n" * 2)
 
 
-def test_wandb_without_a_login_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_without_login_raises_recipe_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise NoLogin("No API key configured.")
 
@@ -86,7 +86,7 @@ def test_wandb_without_a_login_is_the_users_to_mend(tmp_path: Path, monkeypatch:
         began.__enter__()
 
 
-def test_a_tracker_that_does_not_begin_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracker_that_does_not_start_raises_recipe_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -99,7 +99,7 @@ def test_a_tracker_that_does_not_begin_is_the_users_to_mend(tmp_path: Path, monk
         pass
 
 
-def test_a_tracker_that_fails_later_does_not_end_the_run(
+def test_tracker_that_fails_later_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     told: list[int] = []
@@ -126,7 +126,7 @@ def test_a_tracker_that_fails_later_does_not_end_the_run(
     ]
 
 
-def test_where_a_tracker_does_not_begin_the_folder_is_free_again(
+def test_folder_is_released_if_a_tracker_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -141,7 +141,7 @@ def test_where_a_tracker_does_not_begin_the_folder_is_free_again(
     testing.tiny_run(tmp_path)
 
 
-def test_the_tracker_that_writes_into_the_folder_begins_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_starts_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[list[str]] = []
     monkeypatch.setattr(Recorder, "__init__", lambda _, log_with, **__: told.append(log_with))
     monkeypatch.setattr("accelerate.Accelerator", Recorder)
@@ -152,7 +152,7 @@ def test_the_tracker_that_writes_into_the_folder_begins_last(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("back", [{"event": "rollback", "step": 4, "to": 2}, {"event": "resume", "step": 2}])
-def test_a_curve_does_not_show_steps_that_were_undone(back: dict[str, Any], tmp_path: Path) -> None:
+def test_tensorboard_hides_undone_steps(back: dict[str, Any], tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with tracking(["tensorboard"], tmp_path / "mine", {"model.device": "cpu"}) as (listen,):
@@ -162,8 +162,8 @@ def test_a_curve_does_not_show_steps_that_were_undone(back: dict[str, Any], tmp_
     assert [point.step for point in reader.Scalars("train/loss")] == [1, 2, 4]
 
 
-def test_a_folder_of_its_name_is_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """wandb leaves one where it has run; accelerate says nothing, and nothing would be told."""
+def test_folder_with_a_trackers_name_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb creates such a folder; accelerate would silently log nothing."""
     (tmp_path / "no_such_tracker").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RecipeError, match="the package no_such_tracker is not installed"):

@@ -1,4 +1,4 @@
-"""Answers sampled by vLLM: a stand-in that speaks as it does, and the real one where STROP_VLLM_PYTHON names it."""
+"""Completions sampled by vLLM: a stand-in with its protocol, and the real one if STROP_VLLM_PYTHON is set."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.skipif(not REAL, reason="no vLLM"))])
-def test_each_step_draws_from_the_adapter_as_it_is(
+def test_vllm_samples_from_the_present_adapter(
     tiny_folder: Path, tmp_path: Path, real: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     python = REAL if real else vllm_python(tmp_path / "vllm")
@@ -41,7 +41,7 @@ def test_each_step_draws_from_the_adapter_as_it_is(
     assert all(1 <= step["answer_length"] <= 8 for step in steps)
 
 
-def test_where_vllm_ends_the_run_says_so_and_goes_on_later(
+def test_run_fails_when_vllm_ends_and_can_be_resumed(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     python = vllm_python(tmp_path / "vllm")
@@ -64,7 +64,7 @@ def test_where_vllm_ends_the_run_says_so_and_goes_on_later(
         (["--train.objective", "sft"], "samples no completions"),
     ],
 )
-def test_what_vllm_cannot_draw_is_refused_before_anything_is_read(
+def test_unsupported_vllm_recipes_are_refused_before_loading(
     tiny_folder: Path, tmp_path: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write_prompts(tmp_path / "rows.jsonl", 16)

@@ -1,4 +1,4 @@
-"""An adapter goes from strop to plain peft, is trained there, and comes back."""
+"""An adapter is trained by strop, then by plain peft, then by strop again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def loss_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def test_peft_trains_a_runs_adapter_further_and_strop_goes_on_from_that(
+def test_adapter_trained_by_peft_can_be_trained_by_strop_again(
     tiny_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     of = {"model": str(tiny_folder), "data": str(rows_file)}

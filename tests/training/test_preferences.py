@@ -1,4 +1,4 @@
-"""Learning from comparisons in strop's own loop: the silent errors on record elsewhere, each a test."""
+"""Preference objectives in the training loop; "on record, N" refers to the list in docs/preferences.md."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_same_loss_and_gradients_for_any_micro_batch_and_step(
         assert (grad - found[1][name]).norm() <= 1e-4 * grad.norm() + 1e-8, name
 
 
-def test_prompts_shared_by_pairs_change_nothing(tmp_path: Path) -> None:
+def test_prefix_sharing_does_not_change_gradients(tmp_path: Path) -> None:
     train = pairs(8, alike=True)
     shared = far(started(job(tmp_path / "a", train, **{"train.objective": "dpo"})))
     apart = job(tmp_path / "b", train, **{"train.objective": "dpo"})
@@ -112,7 +112,7 @@ def test_dropout_is_the_same_for_any_micro_batch_and_off_in_the_reference(tmp_pa
     one = started(job(tmp_path / "a", train, **options))
     two = started(job(tmp_path / "b", train, **{**options, "train.micro_batch": 2}))
     without = started(job(tmp_path / "c", train, **{**options, "lora.dropout": 0.0}))
-    assert one.train[0].reference == pytest.approx(without.train[0].reference)  # type: ignore[union-attr]
+    assert one.train[0].reference_logprobs == pytest.approx(without.train[0].reference_logprobs)  # type: ignore[union-attr]
     for made in (one, two):
         made.step.masks.begin(0, 0)
     (loss, grads), (other, others) = gradients(one), gradients(two)
@@ -140,14 +140,14 @@ def start_check(made: Job) -> dict[str, Any]:
     ],
 )
 def test_policy_equals_reference_before_the_first_step(tmp_path: Path, options: dict[str, Any]) -> None:
-    """on record, 5 and 7: the reference is the model that training starts from, whatever is trained of it."""
+    """on record, 5 and 7: the reference is the model that training starts from, whatever is trained."""
     made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo", **options}))
     seen = start_check(made)
     assert abs(seen["loss"] - math.log(2)) < 1e-6 and seen["off"] == 0
 
 
-def test_the_reference_stays_what_it_was_while_the_model_moves(tmp_path: Path) -> None:
-    """on record, 4: trained steps leave it; at the end it comes out the same when computed again."""
+def test_reference_does_not_change_during_training(tmp_path: Path) -> None:
+    """on record, 4: training does not change it; recomputed at the end, it is the same."""
     made = started(job(tmp_path, pairs(24), pairs(4, 9), **{"train.objective": "dpo", "train.max_steps": 12}))
     before = [unit.reference_logprobs for unit in made.train]  # type: ignore[union-attr]
     fit(made)
@@ -160,7 +160,7 @@ def test_the_reference_stays_what_it_was_while_the_model_moves(tmp_path: Path) -
     assert moved.abs().max() > 1e-3
 
 
-def test_a_reference_that_is_not_the_models_is_told(tmp_path: Path) -> None:
+def test_changed_reference_raises_run_error(tmp_path: Path) -> None:
     made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
     units = [
         replace(unit, reference_logprobs=(unit.reference_logprobs[0] - 0.1, unit.reference_logprobs[1]))  # type: ignore[union-attr, arg-type]
@@ -170,8 +170,8 @@ def test_a_reference_that_is_not_the_models_is_told(tmp_path: Path) -> None:
         check_reference(replace(made, train=units), KEY)
 
 
-def test_an_adapter_to_start_from_is_the_reference(tmp_path: Path) -> None:
-    """tiny.job starts with B that is not zero: the reference is not the bare base."""
+def test_reference_includes_the_start_adapter(tmp_path: Path) -> None:
+    """tiny.job starts with nonzero B, so the reference differs from the base."""
     made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
     with made.model.disable_adapter(), torch.no_grad():  # type: ignore[operator]
         bare = torch.stack(answer_logprobs(step_for(made.model), list(made.train)), 1)  # type: ignore[arg-type]
@@ -180,8 +180,8 @@ def test_an_adapter_to_start_from_is_the_reference(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["base", "stored", "template", "rows"])
-def test_a_reference_is_taken_for_its_own_key_alone(tmp_path: Path, key: str) -> None:
-    """on record, 8: of another base, another quantization, another template or other rows it is computed anew."""
+def test_reference_is_recomputed_for_another_key(tmp_path: Path, key: str) -> None:
+    """on record, 8: it is recomputed for another base, quantization or template, or other rows."""
     options = {"train.objective": "dpo"}
     with_reference(job(tmp_path, pairs(6), **options), {**KEY, key: "a"})
     again = with_reference(job(tmp_path, pairs(6, seed=5), **options), {**KEY, key: "b"})
@@ -224,7 +224,7 @@ def _after(number: int, asked: Any) -> Any:
     return signals
 
 
-def test_a_run_that_lost_its_start_does_not_go_on(tmp_path: Path) -> None:
+def test_resume_without_start_weights_raises_checkpoint_error(tmp_path: Path) -> None:
     options = {"train.objective": "dpo", "train.max_steps": 3}
     made = started(job(tmp_path, pairs(6), **options))
     fit(made)
@@ -236,7 +236,7 @@ def test_a_run_that_lost_its_start_does_not_go_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("objective", COMPARED)
-def test_an_evaluation_that_is_not_finite_is_told_and_never_the_best(tmp_path: Path, objective: str) -> None:
+def test_non_finite_evaluation_is_logged_and_never_the_best(tmp_path: Path, objective: str) -> None:
     options = {"train.objective": objective, "train.max_steps": 4, "train.eval_steps": 2}
     made = started(job(tmp_path, units_for(objective, 12), units_for(objective, 6), **options))
 
@@ -245,7 +245,7 @@ def test_an_evaluation_that_is_not_finite_is_told_and_never_the_best(tmp_path: P
 
     step = replace(
         made.step, log_probs=spoiled(made.step.log_probs), last_hidden=spoiled(made.step.last_hidden)
-    )  # the reference is known already
+    )  # the reference is already computed
     fit(replace(made, step=step))
     found = [event for event in read_events(made.folder.events) if event["event"] == "eval"]
     assert [(event["loss"], event["best"]) for event in found] == [(None, False)] * 2
@@ -255,8 +255,8 @@ def test_an_evaluation_that_is_not_finite_is_told_and_never_the_best(tmp_path: P
 # --- the guard ---------------------------------------------------------------------------------------------------
 
 
-def test_a_first_step_without_a_gradient_or_a_move_stops_the_run(tmp_path: Path) -> None:
-    """on record, 9: the loss says nothing of it."""
+def test_first_step_without_gradient_or_update_stops_the_run(tmp_path: Path) -> None:
+    """on record, 9: the loss does not show it."""
     made = started(job(tmp_path / "a", pairs(8), **{"train.objective": "dpo", "train.max_steps": 2}))
     stuck = replace(made, step=replace(made.step, log_probs=lambda rows: made.step.log_probs(rows) * 0.0))
     with pytest.raises(RunError, match="gradient of the first step is zero"):
@@ -267,7 +267,7 @@ def test_a_first_step_without_a_gradient_or_a_move_stops_the_run(tmp_path: Path)
         fit(made)
 
 
-def test_both_sides_falling_is_told_once() -> None:
+def test_falling_chosen_answers_are_noted_once() -> None:
     """on record, 16: both rewards fall while the margin grows."""
     progress = state.Progress()
     assert guard.falling_warning(progress, {"chosen_change": -0.5, "margin": 3.0}) is None
@@ -276,7 +276,7 @@ def test_both_sides_falling_is_told_once() -> None:
     assert guard.falling_warning(progress, {"chosen_change": -1.5}) is None
 
 
-def test_figures_keep_both_sides_apart(tmp_path: Path) -> None:
+def test_figures_report_both_sides(tmp_path: Path) -> None:
     made = started(job(tmp_path, pairs(16), pairs(5, 3), **{"train.objective": "dpo", "train.max_steps": 4}))
     fit(made)
     step = [event for event in read_events(made.folder.events) if event["event"] == "step"][-1]
@@ -291,8 +291,8 @@ def test_figures_keep_both_sides_apart(tmp_path: Path) -> None:
 # --- KTO ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_sorted_file_is_mixed_and_each_batch_knows_its_divergence(tmp_path: Path) -> None:
-    """on record, 11: good rows first, then bad ones; and a batch of one row has a divergence too."""
+def test_sorted_labels_are_shuffled_and_every_batch_has_a_divergence(tmp_path: Path) -> None:
+    """on record, 11: rows sorted by label; a batch of one row has a divergence too."""
     units = [replace(unit, desirable=n < 16) for n, unit in enumerate(preferences.judged(32))]
     stream = batch_stream(tiny.recipe(**{"train.epochs": 1}).recipe, 32)
     shares = [sum(units[row].desirable for row in batch.rows) / len(batch.rows) for batch in stream]
@@ -363,7 +363,7 @@ def test_a_reward_model_scores_the_same_in_plain_transformers(
     assert again[0] == 0, again[2]
 
 
-# writes the end of an answer only where another turn follows
+# writes the end of an answer only if another turn follows
 LATER = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}{% if not loop.last or m.role == 'user' %}<|im_end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
@@ -373,10 +373,10 @@ LATER = """{% for m in messages %}<|im_start|>{{ m.role }}
 @pytest.mark.parametrize(
     ("family", "template"), [("chatml", None), ("llama3", None), ("mistral", None), ("phi", None), ("chatml", LATER)]
 )
-def test_the_card_of_a_reward_model_scores_as_it_was_trained(
+def test_model_card_snippet_of_a_reward_model_gives_the_trained_scores(
     family: str, template: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The snippet itself, with a tokenizer that pads with the token that ends an answer, as SmolLM2's."""
+    """The snippet is executed, with a tokenizer that pads with the end-of-answer token, like SmolLM2's."""
     folder, words = tmp_path / "model", copy.deepcopy(tokenizer(family))
     words.pad_token = ANSWER[family][1]
     tiny.model(vocab_size=len(words), pad_token_id=words.pad_token_id).save_pretrained(folder)
@@ -404,7 +404,7 @@ def test_the_card_of_a_reward_model_scores_as_it_was_trained(
             break
 
 
-def test_a_run_on_pairs_is_merged_and_measured_on_its_chosen_answers(
+def test_run_on_pairs_merges_with_parity_on_chosen_answers(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows, out = preferences.write_pairs(tmp_path / "rows.jsonl", 24), tmp_path / "run"
@@ -414,7 +414,7 @@ def test_a_run_on_pairs_is_merged_and_measured_on_its_chosen_answers(
     assert code == 0 and json.loads(said)["parity"]["passed"], err
 
 
-def test_kto_learns_from_pairs_too(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kto_trains_on_pairs(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = preferences.write_pairs(tmp_path / "rows.jsonl", 12)
     words = ["train", "--model", tiny_folder, "--data", rows, "--out", tmp_path / "run", "--json", *QUICK]
     code, said, err = run(*words, "--train.objective", "kto", capsys=capsys)
@@ -472,7 +472,7 @@ def test_resume_from_the_command_line(tiny_folder: Path, tmp_path: Path, capsys:
         ([], "--train.objective dpo"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_anything_loads(
+def test_invalid_policy_options_are_refused_before_loading(
     tiny_folder: Path, tmp_path: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = preferences.write_pairs(tmp_path / "rows.jsonl", 8)
