@@ -39,9 +39,9 @@ class Crew:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as result:
+        result.bind(("127.0.0.1", 0))
+        return int(result.getsockname()[1])
 
 
 def crew(work: Callable[[], int], world: int, folder: Path, prepare: Mapping[int, Prepare] | None = None) -> Crew:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from strop.runs.events import read_events
 from tests import ROOT
-from tests.distributed.suite import Lab, apart, codes, said
+from tests.distributed.suite import Lab, apart, codes, outputs
 
 SOON = 20.0  # seconds in which those that are left must have ended by themselves
 CHAIN = 4  # kills of one run, at most, before it may end
@@ -45,7 +45,7 @@ def kills(lab: Lab, number: int, seed: int = 0, agent: int = 8) -> None:
                 break
         world = chance.choice((1, 2, 3))
         ended = lab.start(world, _again(lab, out)).end()
-        assert codes(ended) == [0] * world, said(ended)
+        assert codes(ended) == [0] * world, outputs(ended)
         assert apart(whole, out) == 0.0, (seed, killed, apart(whole, out))
         runs += 1
         print(f"{killed} of {number} kills, {runs} runs", flush=True)
@@ -73,7 +73,7 @@ def _kill_rank(lab: Lab, words: Sequence[str], world: int, chance: random.Random
     met = _said(out) > before
     ended = crew.end(within=SOON if met else 1.0)
     left = [one.code for rank, one in enumerate(ended) if rank != victim]
-    assert not met or all(code in (0, 1) for code in left), (left, said(ended))
+    assert not met or all(code in (0, 1) for code in left), (left, outputs(ended))
     return met
 
 

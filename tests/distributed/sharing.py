@@ -19,15 +19,15 @@ from strop.errors import RunError
 from strop.models import load_shard
 from strop.models.sharding import GRAIN, Parts, Slot, Unit
 from tests.distributed.crew import Prepare, crew, inside
-from tests.distributed.suite import NEAR, Lab, apart, at_step, codes, events, said, write_pairs
+from tests.distributed.suite import NEAR, Lab, apart, at_step, codes, events, outputs, write_pairs
 from tests.support import tiny_families
 
 SHARDED = ("--model.placement", "sharded")
 NF4 = ("--model.quantization", "nf4", "--model.resident_layers", "1")
 
 
-def the_same_run(lab: Lab) -> None:
-    """Sharded and replicated runs are equal to the bit: fast and plain step, 16 and 4 bit, checkpointing, pairs, evaluation."""
+def sharded_equals_replicated(lab: Lab) -> None:
+    """Sharded and replicated runs are equal to the bit: fast and plain step, 16 and 4 bit, pairs, evaluation."""
     pairs = lab.folder / "pairs.jsonl"
     write_pairs(pairs)
     cases = [
@@ -36,21 +36,21 @@ def the_same_run(lab: Lab) -> None:
         (3, ["--train.objective", "dpo", "--data", str(pairs), "--data.eval", "20%", "--train.exact", "true"]),
     ]
     for world, more in cases:
-        whole, out = lab.good(world, *more), lab.good(world, *SHARDED, *more, prepare=looking(world))
+        whole, out = lab.good(world, *more), lab.good(world, *SHARDED, *more, prepare=check_shares(world))
         assert apart(whole, out) == 0.0, (more, apart(whole, out))
-        found = [[event["loss"] for event in events(one, "eval")] for one in (whole, out)]
-        assert found[0] == found[1]
+        result = [[event["loss"] for event in events(one, "eval")] for one in (whole, out)]
+        assert result[0] == result[1]
         reports = [json.loads((one / "report.json").read_text()) for one in (whole, out)]
         assert reports[0]["weight_change"] == reports[1]["weight_change"]
         assert (reports[0]["devices"]["mode"], reports[1]["devices"]["mode"]) == ("replicated", "sharded")
-        held = reports[1]["devices"]["base"]
-        assert held["whole_bytes"] / world <= held["held_bytes"] <= held["whole_bytes"] / world + 3 * GRAIN
+        held_out = reports[1]["devices"]["base"]
+        assert held_out["whole_bytes"] / world <= held_out["held_bytes"] <= held_out["whole_bytes"] / world + 3 * GRAIN
         assert len(json.loads((out / "lock.json").read_text())["layers"]) == 3
     alone = lab.good(1, *cases[0][1])
     assert apart(alone, lab.good(2, *SHARDED, *cases[0][1])) < NEAR
 
 
-def looking(world: int) -> dict[int, Prepare]:
+def check_shares(world: int) -> dict[int, Prepare]:
     """Check on each rank that between two steps it holds only its share of the large weights."""
 
     def look(job: Any) -> None:
@@ -65,7 +65,7 @@ def looking(world: int) -> dict[int, Prepare]:
     return {rank: at_step(3, look) for rank in range(world)}
 
 
-def families(lab: Lab) -> None:
+def sharded_families(lab: Lab) -> None:
     """A mixture of packed experts, which the model's own modules compute in the fast step, and a model with untied
     embeddings, biases and dropout of its own (GPT-2), in the plain one: on a share, exact on any number of devices."""
     for family, engine, more in (
@@ -85,7 +85,7 @@ def families(lab: Lab) -> None:
     assert not any("the model's own dropout" in event["text"] for event in events(out, "note"))
 
 
-def bytes_arrive(lab: Lab) -> None:
+def gathered_bytes_are_exact(lab: Lab) -> None:
     """All byte values and all NaN patterns are gathered unchanged, and a corrupted byte is detected."""
     world = 3
 
@@ -95,9 +95,9 @@ def bytes_arrive(lab: Lab) -> None:
         nans = sixteen[sixteen.isnan()]
         wide = torch.tensor([0x7F800001, 0x7FC00001, 0x7FFFFFFF, -1, -0x400000 + 1], dtype=torch.int32)
         sent = {"bytes": values, "bf16": nans.view(torch.uint8), "fp32": wide.view(torch.uint8)}
-        held: dict[str, torch.Tensor] = {}
+        held_out: dict[str, torch.Tensor] = {}
         slots = [
-            Slot(name, data.shape, torch.uint8, lambda view, name=name: held.update({name: view}),
+            Slot(name, data.shape, torch.uint8, lambda view, name=name: held_out.update({name: view}),
                  lambda low, high, data=data: data[low:high])
             for name, data in sent.items()
         ]  # fmt: skip
@@ -108,7 +108,7 @@ def bytes_arrive(lab: Lab) -> None:
             base.begin(backward=False)
             base(0)
             for name, data in sent.items():
-                assert torch.equal(held[name], data), name
+                assert torch.equal(held_out[name], data), name
             base.end()
             assert not unit.there
         spoiled = Sharded(Parts({0: unit}, {0: nn.Identity()}, unit.size, unit.own.numel()), devices)
@@ -120,10 +120,10 @@ def bytes_arrive(lab: Lab) -> None:
         spoiled.end()
 
     ended = crew(inside(exchange), world, lab.folder / "said").end()
-    assert codes(ended) == [0] * world, said(ended)
+    assert codes(ended) == [0] * world, outputs(ended)
 
 
-def hurt_between_layers(lab: Lab) -> None:
+def faults_between_layers(lab: Lab) -> None:
     """One rank raises, runs out of memory or is killed in the middle of a pass while the others wait for its shards."""
 
     def at_layer(act: Any) -> Prepare:
@@ -146,15 +146,15 @@ def hurt_between_layers(lab: Lab) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory (planted)")
 
     _, ended = lab.train(3, *SHARDED, prepare={1: at_layer(fail)})
-    assert codes(ended) == [1, 1, 1] and "ValueError: planted" in ended[1].said, said(ended)
+    assert codes(ended) == [1, 1, 1] and "ValueError: planted" in ended[1].output, outputs(ended)
     one, out = lab.good(1), lab.good(3, *SHARDED, prepare={2: at_layer(starve)})
     (shrunk,) = events(out, "shrink")
     assert "rank 2 of 3" in shrunk["why"] and apart(one, out) < NEAR
     _, ended = lab.train(2, *SHARDED, prepare={0: at_layer(lambda: os.kill(os.getpid(), signal.SIGKILL))})
-    assert codes(ended) == [-signal.SIGKILL, 1], said(ended)
+    assert codes(ended) == [-signal.SIGKILL, 1], outputs(ended)
 
 
-def goes_on(lab: Lab) -> None:
+def sharded_resume(lab: Lab) -> None:
     """Saved on 3 ranks with a share each, resumed on 2 with a share each, then on one alone; another base is refused,
     and a weight that is not finite, on whichever rank."""
     more = ["--train.exact", "true"]
@@ -162,34 +162,34 @@ def goes_on(lab: Lab) -> None:
     for world, words in ((2, []), (1, [])):
         stop = at_step(5, lambda job: os.kill(os.getpid(), signal.SIGTERM))
         out, ended = lab.train(3, *SHARDED, *more, prepare={2: stop})
-        assert codes(ended) == [130] * 3, said(ended)
+        assert codes(ended) == [130] * 3, outputs(ended)
         if world == 2:
             lock = json.loads((out / "lock.json").read_text())
             (out / "lock.json").write_text(json.dumps({**lock, "layers": {**lock["layers"], "layer 1": "0" * 16}}))
             ended = lab.start(2, ["resume", str(out)]).end()
-            assert codes(ended) == [1, 1] and "layer 1 of the base has changed" in said(ended), said(ended)
+            assert codes(ended) == [1, 1] and "layer 1 of the base has changed" in outputs(ended), outputs(ended)
             (out / "lock.json").write_text(json.dumps(lock))
         lab.resume(world, out, *words)
         assert apart(whole, out) == 0.0, world
     _, ended = lab.train(2, *SHARDED, "--lora.use_dora", "true", "--lora.dropout", "0")
-    assert codes(ended) == [2, 2] and "not with lora.use_dora" in said(ended), said(ended)
+    assert codes(ended) == [2, 2] and "not with lora.use_dora" in outputs(ended), outputs(ended)
 
     def poison() -> None:
         read = load_shard.Tensors.part
 
         def poisoned(self: Any, name: str, low: int, high: int) -> torch.Tensor:
-            found = read(self, name, low, high)
+            result = read(self, name, low, high)
             if "down_proj" in name:
-                found[:4] = torch.tensor([0, 0, 0xC0, 0x7F], dtype=torch.uint8)
-            return found
+                result[:4] = torch.tensor([0, 0, 0xC0, 0x7F], dtype=torch.uint8)
+            return result
 
         mock.patch.object(load_shard.Tensors, "part", poisoned).start()
 
     _, ended = lab.train(2, *SHARDED, prepare={1: poison})
-    assert codes(ended) == [2, 2] and "holds NaN or infinity" in ended[1].said, said(ended)
+    assert codes(ended) == [2, 2] and "holds NaN or infinity" in ended[1].output, outputs(ended)
 
 
-def odd_models(lab: Lab) -> None:
+def unusual_models(lab: Lab) -> None:
     """Llama 4's text model, whose modules have an unusual prefix; and layers that are computed more than once."""
     lab.model = lab.folder / "llama4"
     tiny_families.save("llama4_text", lab.model)
@@ -198,5 +198,5 @@ def odd_models(lab: Lab) -> None:
     lab.model = lab.folder / "hrm"
     tiny_families.save("hrm_text", lab.model)
     _, ended = lab.train(2, *SHARDED, *more)
-    assert codes(ended) == [1, 1] and "Traceback" not in said(ended), said(ended)
-    assert "this model cannot be sharded: give --model.placement replicated" in said(ended).replace("\n", " ")
+    assert codes(ended) == [1, 1] and "Traceback" not in outputs(ended), outputs(ended)
+    assert "this model cannot be sharded: give --model.placement replicated" in outputs(ended).replace("\n", " ")

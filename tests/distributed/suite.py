@@ -67,25 +67,25 @@ class Lab:
 
     def good(self, world: int, *more: str, prepare: dict[int, Prepare] | None = None) -> Path:
         out, ended = self.train(world, *more, prepare=prepare)
-        assert codes(ended) == [0] * world, said(ended)
+        assert codes(ended) == [0] * world, outputs(ended)
         return out
 
     def resume(self, world: int, out: Path, *more: str) -> None:
         ended = self.start(world, ["resume", str(out), *more]).end()
-        assert codes(ended) == [0] * world, said(ended)
+        assert codes(ended) == [0] * world, outputs(ended)
 
 
 def codes(ended: Sequence[Ended]) -> list[int]:
     return [one.code for one in ended]
 
 
-def said(ended: Sequence[Ended]) -> str:
-    return "\n".join(f"rank {rank}, exit {one.code}: {one.said[-1500:]}" for rank, one in enumerate(ended))
+def outputs(ended: Sequence[Ended]) -> str:
+    return "\n".join(f"rank {rank}, exit {one.code}: {one.output[-1500:]}" for rank, one in enumerate(ended))
 
 
 def losses(out: Path) -> list[float]:
-    found = {event["step"]: event["loss"] for event in events(out, "step")}
-    return [found[step] for step in sorted(found)]
+    result = {event["step"]: event["loss"] for event in events(out, "step")}
+    return [result[step] for step in sorted(result)]
 
 
 def events(out: Path, kind: str) -> list[dict[str, Any]]:
@@ -134,24 +134,24 @@ def in_step(step: int, act: Callable[[Any], Any]) -> Prepare:
 # --- the same numbers
 
 
-def same_numbers(lab: Lab, worlds: Sequence[int] = (2, 3, 4)) -> None:
+def equals_one_device(lab: Lab, worlds: Sequence[int] = (2, 3, 4)) -> None:
     """30 steps of ragged rows, accumulation, dropout, evaluations: within 1e-6 (a loss of 6 is known to 5e-7); exact:
     equal bits."""
-    held = ["--data.eval", "20%", "--train.eval_steps", "10", "--train.max_steps", "30"]
-    one, exact = lab.good(1, *held), lab.good(1, "--train.exact", "true", *held)
+    held_out = ["--data.eval", "20%", "--train.eval_steps", "10", "--train.max_steps", "30"]
+    one, exact = lab.good(1, *held_out), lab.good(1, "--train.exact", "true", *held_out)
     assert apart(one, exact) < NEAR
     for world in worlds:
-        several, bits = lab.good(world, *held), lab.good(world, "--train.exact", "true", *held)
+        several, bits = lab.good(world, *held_out), lab.good(world, "--train.exact", "true", *held_out)
         assert apart(one, several) < NEAR, (world, apart(one, several))
         assert apart(exact, bits) == 0.0, (world, apart(exact, bits))
-        found = [[event["loss"] for event in events(out, "eval")] for out in (exact, bits)]
-        assert found[0] == found[1] and len(found[0]) == 3
+        result = [[event["loss"] for event in events(out, "eval")] for out in (exact, bits)]
+        assert result[0] == result[1] and len(result[0]) == 3
         report = json.loads((bits / "report.json").read_text())
         assert report["devices"]["count"] == world and 0 < report["devices"]["balance"] <= 1
         assert report["tokens"] == json.loads((exact / "report.json").read_text())["tokens"]
 
 
-def odd_batches(lab: Lab) -> None:
+def unusual_batches(lab: Lab) -> None:
     """Supervised tokens on a single rank, a last batch of one row, more ranks than rows."""
     plain = tiny.examples(9, seed=1)
     bare = [replace(row, weights=np.zeros_like(row.weights)) for row in plain[1:]]
@@ -162,17 +162,17 @@ def odd_batches(lab: Lab) -> None:
     }
     for name, (rows, options) in cases.items():
         for exact in (False, True):
-            found = {}
+            result = {}
             for world in (1, 2, 4):
                 out = lab.out()
                 more = {"train.micro_batch": 2, "train.epochs": 2, **options, "train.exact": exact}
                 ended = crew(
                     inside(lambda devices, a=(out, rows, more): _fit(devices, *a)), world, lab.folder / "s"
                 ).end()
-                assert codes(ended) == [0] * world, (name, said(ended))
-                found[world] = load_file(out / "weights.safetensors")
+                assert codes(ended) == [0] * world, (name, outputs(ended))
+                result[world] = load_file(out / "weights.safetensors")
             for world in (2, 4):
-                off = max(float((found[1][key] - found[world][key]).abs().max()) for key in found[1])
+                off = max(float((result[1][key] - result[world][key]).abs().max()) for key in result[1])
                 assert off == 0.0 if exact else off < NEAR, (name, exact, world, off)
 
 
@@ -185,20 +185,20 @@ def _fit(devices: Devices, out: Path, rows: list[Example], options: dict[str, An
         (out / "weights.safetensors").write_bytes(last.read_bytes())
 
 
-def other_numbers(lab: Lab) -> None:
+def resume_on_other_counts(lab: Lab) -> None:
     """A run saved after SIGTERM to one of 4 ranks and resumed on 1, 2 and 3 equals the unbroken run."""
     for exact, worlds in (("false", (3,)), ("true", (1, 2))):
         whole = lab.good(1, "--train.exact", exact)
         for world in worlds:
             terminate = at_step(5, lambda job: os.kill(os.getpid(), signal.SIGTERM))
             out, ended = lab.train(4, "--train.exact", exact, prepare={2: terminate})
-            assert codes(ended) == [130] * 4, said(ended)
+            assert codes(ended) == [130] * 4, outputs(ended)
             assert [event["step"] for event in events(out, "save")] == [0, 5]
             lab.resume(world, out)
             off = apart(whole, out)
             assert off == 0.0 if exact == "true" else off < NEAR, (exact, world, off)
-            (told,) = events(out, "resume")
-            assert told["devices_before"] == 4 and told["devices"] == world
+            (facts,) = events(out, "resume")
+            assert facts["devices_before"] == 4 and facts["devices"] == world
 
 
 def write_pairs(file: Path) -> list[dict[str, str]]:
@@ -209,7 +209,7 @@ def write_pairs(file: Path) -> list[dict[str, str]]:
     return asked
 
 
-def objectives(lab: Lab) -> None:
+def preference_objectives(lab: Lab) -> None:
     """Pairs and labelled answers are never split over ranks."""
     pairs, judged = lab.folder / "pairs.jsonl", lab.folder / "judged.jsonl"
     asked = write_pairs(pairs)
@@ -252,15 +252,15 @@ def evaluation(lab: Lab, general: bool = True) -> None:
         [str(judge), "--data", str(pairs)],
     ]
     for words in asked:
-        found = []
+        result = []
         for world in (1, 3):
             ended = lab.start(world, ["eval", *words, "--json"]).end()
-            assert codes(ended) == [0] * world, said(ended)
-            lines = [line for one in ended for line in one.said.splitlines() if line.startswith("{")]
+            assert codes(ended) == [0] * world, outputs(ended)
+            lines = [line for one in ended for line in one.output.splitlines() if line.startswith("{")]
             assert len(lines) == 1
-            found.append(without_speed(json.loads(lines[0])))
-        assert found[0] == found[1], words
-        assert "--general" not in words or found[0]["general"]["rows"] == 126
+            result.append(without_speed(json.loads(lines[0])))
+        assert result[0] == result[1], words
+        assert "--general" not in words or result[0]["general"]["rows"] == 126
 
 
 def without_speed(result: Any) -> Any:
@@ -272,7 +272,7 @@ def without_speed(result: Any) -> Any:
 # --- hurt on purpose
 
 
-def not_finite(lab: Lab) -> None:
+def nan_on_one_rank(lab: Lab) -> None:
     """NaN on one rank: all ranks skip the step, and the event names the rank and its rows."""
 
     def poison(part: Any) -> Any:
@@ -284,7 +284,7 @@ def not_finite(lab: Lab) -> None:
     assert len(events(out, "step")) == STEPS - 1
 
 
-def no_memory(lab: Lab) -> None:
+def out_of_memory_on_one_rank(lab: Lab) -> None:
     """One rank runs out of memory: all continue with smaller micro-batches and the same numbers."""
 
     def prepare() -> None:
@@ -302,7 +302,7 @@ def no_memory(lab: Lab) -> None:
     assert "rank 2 of 3" in shrunk["why"] and apart(one, out) < NEAR
 
 
-def failures(lab: Lab) -> None:
+def failing_ranks(lab: Lab) -> None:
     """An exception in or between steps, or a full disk: all ranks end soon, one of them with the reason."""
 
     def planted(what: Any) -> Any:
@@ -321,18 +321,18 @@ def failures(lab: Lab) -> None:
         (0, fill, "No space left"),
     ):
         _, ended = lab.train(3, prepare={rank: prepare})
-        assert codes(ended) == [1, 1, 1], said(ended)
-        assert words in ended[rank].said, said(ended)
-        assert ("Traceback" in ended[rank].said) == ("planted" in words)
+        assert codes(ended) == [1, 1, 1], outputs(ended)
+        assert words in ended[rank].output, outputs(ended)
+        assert ("Traceback" in ended[rank].output) == ("planted" in words)
         if rank:
-            assert f"rank {rank} of 3" in ended[rank].said
-        others = [one.said for place, one in enumerate(ended) if place != rank]
-        assert not any("error" in one or "Traceback" in one for one in others), said(ended)
+            assert f"rank {rank} of 3" in ended[rank].output
+        others = [one.output for place, one in enumerate(ended) if place != rank]
+        assert not any("error" in one or "Traceback" in one for one in others), outputs(ended)
     _, ended = lab.train(2, "--lora.target_modules", "nothing")
-    assert codes(ended) == [2, 2] and sum("error" in one.said for one in ended) == 1, said(ended)
+    assert codes(ended) == [2, 2] and sum("error" in one.output for one in ended) == 1, outputs(ended)
 
 
-def also(*more: str) -> Prepare:
+def add_arguments(*more: str) -> Prepare:
     """Return a preparation that adds arguments to one rank's command line."""
     main = app.main
 
@@ -343,13 +343,13 @@ def also(*more: str) -> Prepare:
     return lambda: mock.patch.object(app, "main", with_more).start() and None
 
 
-def told_otherwise(lab: Lab) -> None:
+def different_settings(lab: Lab) -> None:
     """Ranks with different options or evaluation rows are refused."""
 
     def refused(words: Sequence[str], more: Sequence[str], shown: str) -> None:
-        ended = lab.start(3, words, {1: also(*more)}).end()
-        assert codes(ended) == [2] * 3 and said(ended).count("error:") == 1, said(ended)
-        assert shown in ended[0].said, said(ended)
+        ended = lab.start(3, words, {1: add_arguments(*more)}).end()
+        assert codes(ended) == [2] * 3 and outputs(ended).count("error:") == 1, outputs(ended)
+        assert shown in ended[0].output, outputs(ended)
 
     train = lab.words(lab.out())
     refused(train, ["--train.epochs", "2"], "train.epochs of rank 1 is 2.0, of rank 0 3.0")
@@ -374,34 +374,34 @@ def flipped_bit(lab: Lab) -> None:
 
     for world, words in ((2, "differs between rank 0 and rank 1"), (3, "of rank 1 is not that of the others")):
         out, ended = lab.train(world, "--train.save_steps", "6", prepare={1: at_step(3, flip)})
-        assert codes(ended) == [1] * world and words in ended[0].said, said(ended)
+        assert codes(ended) == [1] * world and words in ended[0].output, outputs(ended)
         assert [event["step"] for event in events(out, "save")] == [0]  # a state in doubt is not saved
 
 
-def gone(lab: Lab) -> None:
+def killed_rank(lab: Lab) -> None:
     """kill -9 of one rank: the others end soon, and the resumed run equals the unbroken one to the bit."""
     whole = lab.good(1, "--train.exact", "true")
     for rank in (0, 1):
         die = at_step(7, lambda job: os.kill(os.getpid(), signal.SIGKILL))
         more = ["--train.exact", "true", "--train.save_steps", "3"]
         out, ended = lab.train(2, *more, prepare={rank: die})
-        assert ended[rank].code == -signal.SIGKILL and ended[1 - rank].code == 1, said(ended)
-        assert f"rank {rank} has ended" in ended[1 - rank].said or rank == 0, said(ended)
+        assert ended[rank].code == -signal.SIGKILL and ended[1 - rank].code == 1, outputs(ended)
+        assert f"rank {rank} has ended" in ended[1 - rank].output or rank == 0, outputs(ended)
         lab.resume(3 - rank, out)
         assert apart(whole, out) == 0.0
 
 
-def hang(lab: Lab) -> None:
+def hanging_rank(lab: Lab) -> None:
     """A rank that does not answer is named after train.timeout."""
     asleep = at_step(3, lambda job: time.sleep(60))
     out = lab.out()
     running = lab.start(3, lab.words(out, "--train.timeout", "3s"), {1: asleep})
     ended = running.end(within=25)
-    assert codes(ended)[::2] == [1, 1], said(ended)
-    assert "rank 1 has not answered for" in ended[0].said, said(ended)
+    assert codes(ended)[::2] == [1, 1], outputs(ended)
+    assert "rank 1 has not answered for" in ended[0].output, outputs(ended)
 
 
-def was_restarted(lab: Lab) -> None:
+def restarted_by_torchrun(lab: Lab) -> None:
     """After kill -9, torchrun restarts all ranks: they resume from the last checkpoint, bit-identically."""
     more, out = ["--train.exact", "true", "--train.save_steps", "2"], lab.out()
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
@@ -409,12 +409,12 @@ def was_restarted(lab: Lab) -> None:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    (told,) = events(out, "resume")
-    assert told["step"] == 4
+    (facts,) = events(out, "resume")
+    assert facts["step"] == 4
     assert apart(lab.good(1, "--train.exact", "true"), out) == 0.0
 
 
-def one_nan(lab: Lab) -> None:
+def nan_weight_at_save(lab: Lab) -> None:
     """A weight that is not finite on one rank at a save ends the run, naming it."""
 
     def poison(job: Any) -> None:
@@ -423,25 +423,25 @@ def one_nan(lab: Lab) -> None:
     out = lab.out()
     running = lab.start(3, lab.words(out, "--train.save_steps", "3"), {1: at_step(3, poison)})
     ended = running.end(within=200)
-    assert codes(ended) == [1] * 3 and "of rank 1 is not that of the others" in ended[0].said, said(ended)
+    assert codes(ended) == [1] * 3 and "of rank 1 is not that of the others" in ended[0].output, outputs(ended)
     assert [event["step"] for event in events(out, "save")] == [0]
 
 
-def judged_once(lab: Lab) -> None:
+def judge_runs_on_one_rank(lab: Lab) -> None:
     """Only one rank calls a judge, which may cost money."""
     asked, out = lab.folder / "asked.txt", lab.good(1, "--train.learning_rate", "0.05")
     judge = lab.folder / "judge.py"
     count = f"open({str(asked)!r}, 'a').write('.')"
     judge.write_text(f"def own(asked, gold, first, second):\n    {count}\n    return len(first) - len(second)\n")
-    found = []
+    result = []
     for world in (1, 3):
         asked.write_text("")
         words = ["eval", str(out), "--data", str(lab.rows), "--metric", "contains", "--max-new-tokens", "4", "--json"]
         ended = lab.start(world, [*words, "--judge", f"{judge}:own"]).end()
-        assert codes(ended) == [0] * world, said(ended)
-        told = next(json.loads(line) for one in ended for line in one.said.splitlines() if line.startswith("{"))
-        found.append((len(asked.read_text()), told["judge"]))
-    assert found[0] == found[1] and found[0][0] > 0
+        assert codes(ended) == [0] * world, outputs(ended)
+        facts = next(json.loads(line) for one in ended for line in one.output.splitlines() if line.startswith("{"))
+        result.append((len(asked.read_text()), facts["judge"]))
+    assert result[0] == result[1] and result[0][0] > 0
 
 
 def idle_experts(lab: Lab) -> None:
@@ -454,7 +454,7 @@ def idle_experts(lab: Lab) -> None:
     assert off < NEAR, off
 
 
-def no_memory_elsewhere(lab: Lab) -> None:
+def out_of_memory_inside_nested_blocks(lab: Lab) -> None:
     """One rank finds no memory where the others are inside a block of their own (the level of KTO): all try again from
     the same place. What cannot be helped is said by one rank, and the JSON is one object."""
     judged = lab.folder / "judged.jsonl"
@@ -480,6 +480,6 @@ def no_memory_elsewhere(lab: Lab) -> None:
     assert len(events(out, "shrink")) == 1 and apart(one, out) < NEAR
     _, ended = lab.train(3, "--model.placement", "sharded", "--json", prepare={1: starve(build, "load_share", 1)})
     assert codes(ended) == [1] * 3
-    lines = [line for one in ended for line in one.said.splitlines()]
-    assert sum("error:" in line for line in lines) == 1, said(ended)
-    assert sum(line.startswith("{") for line in lines) == 1, said(ended)
+    lines = [line for one in ended for line in one.output.splitlines()]
+    assert sum("error:" in line for line in lines) == 1, outputs(ended)
+    assert sum(line.startswith("{") for line in lines) == 1, outputs(ended)

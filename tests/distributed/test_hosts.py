@@ -41,8 +41,8 @@ def hosts() -> Iterator[None]:
 def start(folder: Path, node: int, *words: str) -> subprocess.Popen[bytes]:
     """Start torchrun with one process per host, configured by PET_ variables like a pod of Kubeflow Trainer."""
     agent = [sys.executable, "-m", "torch.distributed.run", "-m", "strop.cli"]
-    told = {"NNODES": 2, "NPROC_PER_NODE": 1, "NODE_RANK": node, "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": PORT}
-    env = {**os.environ, **{f"PET_{name}": str(value) for name, value in told.items()}}
+    facts = {"NNODES": 2, "NPROC_PER_NODE": 1, "NODE_RANK": node, "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": PORT}
+    env = {**os.environ, **{f"PET_{name}": str(value) for name, value in facts.items()}}
     env["GLOO_SOCKET_IFNAME"] = NAMES[node]
     env.pop("OMP_NUM_THREADS", None)  # under torchrun 1 counts as unset
     named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', NAMES[node]]
@@ -81,8 +81,8 @@ def test_cut_network_ends_both_hosts(tmp_path: Path, tiny_folder: Path) -> None:
         for host in started:
             host.kill()
     assert codes == [1, 1]
-    said = [(tmp_path / f"log{node}").read_text(encoding="utf-8") for node in (0, 1)]
-    assert all("rank" in text and f"{TIMEOUT_S}" in text for text in said), said
+    texts = [(tmp_path / f"log{node}").read_text(encoding="utf-8") for node in (0, 1)]
+    assert all("rank" in text and f"{TIMEOUT_S}" in text for text in texts), texts
     strop("resume", "run", cwd=tmp_path)
     (again,) = events(tmp_path / "run", "resume")
     assert 5 <= again["step"] < 150

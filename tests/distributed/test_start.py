@@ -56,8 +56,8 @@ def test_exact_run_uses_one_thread_per_rank(tmp_path: Path, tiny_folder: Path) -
     code = f"import strop.distributed.launch as join; join.affinity = lambda: 8; join.launch_processes(2, {asked!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=without_threads(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    told = json.loads((tmp_path / "two" / "report.json").read_text())["devices"]
-    assert (told["count"], told["threads"]) == (2, 1)
+    facts = json.loads((tmp_path / "two" / "report.json").read_text())["devices"]
+    assert (facts["count"], facts["threads"]) == (2, 1)
 
 
 def test_exact_run_resumes_with_its_number_of_threads(
@@ -84,13 +84,13 @@ def test_ctrl_c_is_reported_by_one_rank(tmp_path: Path, tiny_folder: Path) -> No
     running = started(asked)
     reached(running, lambda: events.is_file() and '"event": "step"' in events.read_text())
     running.send_signal(signal.SIGINT)
-    out, said = running.communicate(timeout=120)
-    assert running.returncode == 130, said
+    out, stdout = running.communicate(timeout=120)
+    assert running.returncode == 130, stdout
     (line,) = out.splitlines()
-    told = json.loads(line)
-    assert told["error"]["kind"] == "Stopped" and told["steps"] >= 1
-    assert said.count("error:") == 1 and "closing signal" not in said, said
-    assert list((tmp_path / "run" / "checkpoints").glob(f"step-*{told['steps']}"))
+    stderr = json.loads(line)
+    assert stderr["error"]["kind"] == "Stopped" and stderr["steps"] >= 1
+    assert stdout.count("error:") == 1 and "closing signal" not in stdout, stdout
+    assert list((tmp_path / "run" / "checkpoints").glob(f"step-*{stderr['steps']}"))
 
 
 @pytest.mark.parametrize("devices", ["1", "2"])
@@ -104,11 +104,11 @@ def test_second_ctrl_c_is_reported_by_one_rank(devices: str, tmp_path: Path, tin
     for _ in range(2):
         running.send_signal(signal.SIGINT)
         time.sleep(0.5)
-    out, said = running.communicate(timeout=60)
-    assert running.returncode == 130, said
+    out, stdout = running.communicate(timeout=60)
+    assert running.returncode == 130, stdout
     (line,) = out.splitlines()
     assert json.loads(line)["error"]["kind"] == "Stopped"
-    assert said.count("error:") == 1 and "stopped at once" in said, said
+    assert stdout.count("error:") == 1 and "stopped at once" in stdout, stdout
 
 
 def test_sighup_is_reported_as_an_error(tmp_path: Path, tiny_folder: Path) -> None:
@@ -117,13 +117,13 @@ def test_sighup_is_reported_as_an_error(tmp_path: Path, tiny_folder: Path) -> No
     running = started(asked)
     reached(running, lambda: (tmp_path / "run" / "checkpoints" / "step-000000").is_dir())
     running.send_signal(signal.SIGHUP)
-    out, said = running.communicate(timeout=120)
-    assert running.returncode == 1 and said.count("error:") == 1, said
+    out, stdout = running.communicate(timeout=120)
+    assert running.returncode == 1 and stdout.count("error:") == 1, stdout
     assert json.loads(out)["error"]["message"].startswith("ended by SIGHUP")
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
         ({"RANK": "abc"}, "RANK 'abc': not a number"),
         ({"RANK": "-1"}, "RANK '-1': not a number"),
@@ -131,10 +131,10 @@ def test_sighup_is_reported_as_an_error(tmp_path: Path, tiny_folder: Path) -> No
         ({"LOCAL_RANK": "one"}, "LOCAL_RANK 'one': not a number"),
     ],
 )
-def test_invalid_rank_is_refused(names: dict[str, str], said: str) -> None:
+def test_invalid_rank_is_refused(names: dict[str, str], message: str) -> None:
     place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "first"}
     assert find_place(place) == Place(0, 2, 0, 1)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         find_place({**place, **names})
 
 

@@ -13,12 +13,12 @@ from tests import ROOT
 from tests.support.jobs import ASKED, WHY_NOT
 
 CASES = [
-    "same_numbers(lab, [3])", "odd_batches(lab)", "other_numbers(lab)", "objectives(lab)",
-    "evaluation(lab, general=False)",
-    "not_finite(lab)", "no_memory(lab)", "failures(lab)", "flipped_bit(lab)", "gone(lab)", "hang(lab)",
-    "was_restarted(lab)", "one_nan(lab)", "judged_once(lab)", "idle_experts(lab)", "odd_models(lab)",
-    "no_memory_elsewhere(lab)", "told_otherwise(lab)",
-    "the_same_run(lab)", "families(lab)", "bytes_arrive(lab)", "hurt_between_layers(lab)", "goes_on(lab)",
+    "equals_one_device(lab, [3])", "unusual_batches(lab)", "resume_on_other_counts(lab)", "preference_objectives(lab)",
+    "evaluation(lab, general=False)", "nan_on_one_rank(lab)", "out_of_memory_on_one_rank(lab)", "failing_ranks(lab)",
+    "flipped_bit(lab)", "killed_rank(lab)", "hanging_rank(lab)", "restarted_by_torchrun(lab)",
+    "nan_weight_at_save(lab)", "judge_runs_on_one_rank(lab)", "idle_experts(lab)", "unusual_models(lab)",
+    "out_of_memory_inside_nested_blocks(lab)", "different_settings(lab)", "sharded_equals_replicated(lab)",
+    "sharded_families(lab)", "gathered_bytes_are_exact(lab)", "faults_between_layers(lab)", "sharded_resume(lab)",
     "kills(lab, 4, agent=4)",
 ]  # fmt: skip
 
@@ -33,7 +33,7 @@ def test_case(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not ASKED, reason=WHY_NOT)
-@pytest.mark.parametrize("case", ["same_numbers(lab)", "evaluation(lab)", "kills(lab, 100)"])
+@pytest.mark.parametrize("case", ["equals_one_device(lab)", "evaluation(lab)", "kills(lab, 100)"])
 def test_long_case(case: str, tmp_path: Path) -> None:
     in_own_process(case, tmp_path, seconds=5400)
 

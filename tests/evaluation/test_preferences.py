@@ -77,7 +77,7 @@ def test_what_pairs_cannot_answer_is_refused(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs, turns = preferences.write_pairs(tmp_path / "a.jsonl", 4), tiny.write_rows(tmp_path / "b.jsonl", 4)
-    judged = preferences.write_judged(tmp_path / "c.jsonl", 4)
+    judged = preferences.write_labelled(tmp_path / "c.jsonl", 4)
     for words, said in (
         ([pairs, "--metric", "contains"], "--metric preference"),
         ([turns, "--metric", "preference"], "no pairs"),

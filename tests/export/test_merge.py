@@ -226,7 +226,7 @@ def test_new_tokens_of_an_untied_head_are_the_same_each_time(rows_file: Path, tm
 
 
 def test_rows_that_were_judged_bad_are_not_measured_on(tiny_folder: Path, tmp_path: Path) -> None:
-    rows = preferences.write_judged(tmp_path / "judged.jsonl", 12)
+    rows = preferences.write_labelled(tmp_path / "judged.jsonl", 12)
     lines = rows.read_text().splitlines()
     good = [number for number, line in enumerate(lines, 1) if json.loads(line)["label"]]
     assert 0 < len(good) < len(lines)

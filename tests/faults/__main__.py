@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--peer", help="a Python that has trl")
     parser.add_argument("--cases", help="only these, with commas; the others stay as they were found last")
     options = parser.parse_args()
-    found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    result: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as folder, suite.one_thread():
         lab = Lab(Path(folder) / "lab")
         cases: dict[str, Callable[[], Tally]] = {
@@ -58,22 +58,22 @@ def main() -> None:
         for name in wanted:
             started = time.monotonic()
             tally = cases[name]()
-            found[name] = {**asdict(tally), "date": time.strftime("%Y-%m-%d"), "machine": probe().cpu}
+            result[name] = {**asdict(tally), "date": time.strftime("%Y-%m-%d"), "machine": probe().cpu}
             print(
                 f"{name}: {tally.tried} times, {len(tally.wrong)} wrong, {time.monotonic() - started:.0f} s", flush=True
             )
             for wrong in tally.wrong[:3]:
                 print("   ", wrong[:500], flush=True)
-            _keep(found)
+            _keep(result)
         if options.peer:
-            found["peer"] = _peer(options.peer, lab.folder)
-            _keep(found)
-    raise SystemExit(any(found[name]["wrong"] for name in wanted))
+            result["peer"] = _peer(options.peer, lab.folder)
+            _keep(result)
+    raise SystemExit(any(result[name]["wrong"] for name in wanted))
 
 
-def _keep(found: dict[str, Any]) -> None:
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (ROOT / "docs" / "reliability.md").write_text(_page(found), encoding="utf-8")
+def _keep(result: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (ROOT / "docs" / "reliability.md").write_text(_page(result), encoding="utf-8")
 
 
 def _real_words(out: Path) -> list[str]:
@@ -90,10 +90,10 @@ def _peer(python: str, lab: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def _page(found: dict[str, Any]) -> str:
-    peer = found.get("peer", {})
+def _page(result: dict[str, Any]) -> str:
+    peer = result.get("peer", {})
     machine, ours = probe(), versions()
-    cpus = dict.fromkeys(tally["machine"] for tally in found.values() if "machine" in tally)
+    cpus = dict.fromkeys(tally["machine"] for tally in result.values() if "machine" in tally)
     where = f"{time.strftime('%Y-%m-%d')}, {' and '.join(cpus)}, {machine.cores} cores, {platform.system()}"
     what = f"strop {ours['strop']}, torch {ours['torch']}"
     if peer:
@@ -111,7 +111,7 @@ def _page(found: dict[str, Any]) -> str:
         "| fault | times | strop: ended as it should | plain SFTTrainer |",
         "|---|---|---|---|",
     ]
-    tallies = {name: found[name] for name in ORDER if name in found}
+    tallies = {name: result[name] for name in ORDER if name in result}
     for name, tally in tallies.items():
         what = tally["what"] + (" (SmolLM2-135M)" if name == "real" else "")
         theirs = _theirs(peer.get(PEER_OF.get(name, ""), []))
@@ -125,9 +125,9 @@ def _ours(tally: dict[str, Any]) -> str:
     return ("all" if not tally["wrong"] else f"all but {len(tally['wrong'])}") + more
 
 
-def _theirs(found: list[str]) -> str:
+def _theirs(result: list[str]) -> str:
     """Return the outcomes with their counts ("identical 16, lost 4"), without error texts."""
-    kinds = Counter(text.split(": ")[0] if text.startswith("lost") else _short(text) for text in found)
+    kinds = Counter(text.split(": ")[0] if text.startswith("lost") else _short(text) for text in result)
     return ", ".join(f"{kind} {number}" for kind, number in kinds.most_common()) or "not tried"
 
 

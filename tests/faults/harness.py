@@ -24,7 +24,7 @@ class Ended:
 
     code: int
     seconds: float
-    said: str
+    output: str
 
 
 def child(work: Work, log: Path, *, hurt: tuple[int, float] | None = None) -> Ended:
@@ -75,9 +75,9 @@ def _be_child(work: Work, log: Path) -> None:
 def instants(number: int, longest: float, seed: int) -> list[float]:
     """Return random instants of a run, one in each of `number` equal parts, in random order."""
     chance = random.Random(seed)
-    found = [(part + chance.random()) * longest / number for part in range(number)]
-    chance.shuffle(found)
-    return found
+    result = [(part + chance.random()) * longest / number for part in range(number)]
+    chance.shuffle(result)
+    return result
 
 
 def die_at(call: int) -> Callable[[], None]:

@@ -71,7 +71,7 @@ class Peer:
         whole = self.out()
         started = time.time()
         ended = self.run(whole)
-        assert ended.code == 0, ended.said
+        assert ended.code == 0, ended.output
         self.expected, self.longest = result(whole), ended.seconds
         saves = [file.stat().st_mtime - started for file in whole.glob("checkpoint-*/trainer_state.json")]
         self.training = (0.5 * min(saves), max(saves))
@@ -85,7 +85,7 @@ class Peer:
 
     def verdict(self, out: Path, ended: Ended) -> str:
         if ended.code != 0:
-            return "lost: " + (ended.said.strip().splitlines() or [f"exit {ended.code}"])[-1][:160]
+            return "lost: " + (ended.output.strip().splitlines() or [f"exit {ended.code}"])[-1][:160]
         return "identical" if result(out) == self.expected else "another adapter"
 
 
@@ -102,12 +102,12 @@ class At(TrainerCallback):
 
 def kills(peer: Peer) -> list[str]:
     busy = [peer.training[0] + after for after in instants(KILLS, peer.training[1] - peer.training[0], 1)]
-    found = []
+    result = []
     for after in busy:
         out = peer.out()
         peer.run(out, hurt=(signal.SIGKILL, after))
-        found.append(peer.verdict(out, peer.run(out)))
-    return found
+        result.append(peer.verdict(out, peer.run(out)))
+    return result
 
 
 def damage(peer: Peer) -> list[str]:
@@ -115,7 +115,7 @@ def damage(peer: Peer) -> list[str]:
     peer.run(whole, callbacks=(At(11, lambda: os.kill(os.getpid(), signal.SIGKILL)),))
     newest = Path(str(get_last_checkpoint(str(whole))))
     names = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
-    found = []
+    result = []
     for name in names:
         for how in ("truncated", "flipped", "removed"):
             out = peer.out()
@@ -127,23 +127,23 @@ def damage(peer: Peer) -> list[str]:
             file.write_bytes(data[: len(data) // 2] if how == "truncated" else data)
             if how == "removed":
                 file.unlink()
-            found.append(peer.verdict(out, peer.run(out)))
-    return found
+            result.append(peer.verdict(out, peer.run(out)))
+    return result
 
 
 def full_disk(peer: Peer) -> list[str]:
-    found = []
+    result = []
     for step in (3, 9, 15):
         out = peer.out()
         limit = At(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY)))
         peer.run(out, callbacks=(limit,))
-        found.append(peer.verdict(out, peer.run(out)))
-    return found
+        result.append(peer.verdict(out, peer.run(out)))
+    return result
 
 
 def not_finite(peer: Peer) -> list[str]:
     """One NaN loss, and three: what is saved, and the exit code."""
-    found = []
+    result = []
     for bad in ({7}, {7, 8, 9}):
         out, count = peer.out(), iter(range(1, 1000))
 
@@ -165,12 +165,12 @@ def not_finite(peer: Peer) -> list[str]:
             tensors = load_file(out / "final" / "adapter_model.safetensors").values()
             share = sum(int(not torch.isfinite(tensor).all()) for tensor in tensors) / len(tensors)
             text += f", {share:.0%} of the saved tensors hold NaN"
-        found.append(text)
-    return found
+        result.append(text)
+    return result
 
 
 def out_of_memory(peer: Peer) -> list[str]:
-    found = []
+    result = []
     for call in (3, 11, 17):
         out, count = peer.out(), iter(range(1, 1000))
 
@@ -184,17 +184,17 @@ def out_of_memory(peer: Peer) -> list[str]:
 
             trainer.compute_loss = starved
 
-        found.append(peer.verdict(out, peer.run(out, prepare=starve)))
-    return found
+        result.append(peer.verdict(out, peer.run(out, prepare=starve)))
+    return result
 
 
 def interrupts(peer: Peer) -> list[str]:
-    found = []
+    result = []
     for place, after in enumerate(instants(6, peer.training[1] - peer.training[0], 3)):
         out = peer.out()
         ended = peer.run(out, hurt=((signal.SIGINT, signal.SIGTERM)[place % 2], peer.training[0] + after))
-        found.append(f"exit {ended.code}, then {peer.verdict(out, peer.run(out))}")
-    return found
+        result.append(f"exit {ended.code}, then {peer.verdict(out, peer.run(out))}")
+    return result
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ class Lab:
             self.start(self.out(), kind)  # compiles what is not compiled yet: its time is no measure
             out, began = self.out(), time.time()
             ended = self.start(out, kind)
-            assert ended.code == 0, ended.said
+            assert ended.code == 0, ended.output
             self.took(out, began, max(self.longest, ended.seconds))
             self.references[kind] = adapter_hash(out)
         return self.references[kind]
@@ -138,7 +138,7 @@ class Lab:
 
     def finished_well(self, tally: Tally, out: Path, ended: Ended, kind: str, what: str) -> None:
         good = ended.code == 0 and adapter_hash(out) == self.reference(kind)
-        tally.check(good, f"{what}: exit {ended.code}, {'another adapter' if ended.code == 0 else ended.said[-300:]}")
+        tally.check(good, f"{what}: exit {ended.code}, {'another adapter' if ended.code == 0 else ended.output[-300:]}")
         tally.check(not _litter(out), f"{what}: left {_litter(out)}")
         shutil.rmtree(out, ignore_errors=True)
 
@@ -224,8 +224,8 @@ def damage(lab: Lab, every: int = 1) -> Tally:
         how(newest / name)
         tally.tried += 1
         ended = lab.go_on(out)
-        said = f"{newest}: skipped" in ended.said
-        tally.check(said, f"{how.__name__} {name} of step {step}: not said")
+        text = f"{newest}: skipped" in ended.output
+        tally.check(text, f"{how.__name__} {name} of step {step}: not said")
         lab.finished_well(tally, out, ended, "fast", f"{how.__name__} {name}")
     shutil.rmtree(whole)
     return tally
@@ -235,7 +235,7 @@ def _stopped_midway(lab: Lab) -> Path:
     """Return a run that was interrupted after about half of its steps."""
     out = lab.out()
     ended = lab.start(out, prepare=_at_step(STEPS // 2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    assert ended.code == 130, ended.said
+    assert ended.code == 130, ended.output
     return out
 
 
@@ -261,8 +261,8 @@ def full_disk(lab: Lab, every: int = 1) -> Tally:
 
         ended = lab.start(out, prepare=_at_step(step, limit))
         tally.tried += 1
-        good = ended.code == 1 and "cannot be written" in ended.said
-        tally.check(good, f"save {step}: exit {ended.code}: {ended.said[-300:]}")
+        good = ended.code == 1 and "cannot be written" in ended.output
+        tally.check(good, f"save {step}: exit {ended.code}: {ended.output[-300:]}")
         left = RunFolder(out).checkpoints()
         whole = bool(left) and all(state.checkpoint_error(checkpoint) is None for _, checkpoint in left)
         tally.check(whole and not _litter(out), f"save {step}: left {left} {_litter(out)}")
@@ -282,7 +282,7 @@ def not_finite(lab: Lab) -> Tally:
             tally.tried += 1
             label = f"NaN in {where} at {len(steps)} steps"
             given_up = len(steps) > 3
-            tally.check(ended.code == (1 if given_up else 0), f"{label}: exit {ended.code}: {ended.said[-300:]}")
+            tally.check(ended.code == (1 if given_up else 0), f"{label}: exit {ended.code}: {ended.output[-300:]}")
             kinds = [event["event"] for event in read_events(out / "events.jsonl")]
             tally.check("skip" in kinds or "rollback" in kinds, f"{label}: nothing recorded")
             for _, checkpoint in RunFolder(out).checkpoints():
@@ -310,10 +310,10 @@ def out_of_memory(lab: Lab, number: int, seed: int = 2) -> Tally:
         tally.tried += 1
         events = read_events(out / "events.jsonl")
         good = ended.code == 0 and any(event["event"] == "shrink" for event in events)
-        tally.check(good, f"call {call}: exit {ended.code}: {ended.said[-300:]}")
+        tally.check(good, f"call {call}: exit {ended.code}: {ended.output[-300:]}")
         if good:
-            found = _adapter(lab, out)
-            far = max((found[name] - expected[name]).abs().max().item() for name in expected)
+            result = _adapter(lab, out)
+            far = max((result[name] - expected[name]).abs().max().item() for name in expected)
             tally.check(far < 1e-5, f"call {call}: the adapter is off by {far:.1e}")
             tally.figures["largest difference"] = max(far, tally.figures.get("largest difference", 0.0))
             steps = [event["step"] for event in events if event["event"] == "step"]
@@ -329,7 +329,7 @@ def _adapter(lab: Lab, out: Path | None) -> dict[str, torch.Tensor]:
     if out is None:
         out = lab.out()
         ended = lab.start(out)
-        assert ended.code == 0, ended.said
+        assert ended.code == 0, ended.output
     return load_file(out / "adapter" / "adapter_model.safetensors")
 
 
@@ -342,8 +342,8 @@ def interrupts(lab: Lab, number: int, seed: int = 3) -> Tally:
         ended = lab.start(out, hurt=(sent, after))
         tally.tried += ended.code != 0
         too_early = ended.code == -sent and not out.exists()  # before strop's first line
-        said = f"{sent.name} after {after:.3f} s: exit {ended.code}: {ended.said[-300:]}"
-        tally.check(ended.code in (0, 130) or too_early, said)
+        text = f"{sent.name} after {after:.3f} s: exit {ended.code}: {ended.output[-300:]}"
+        tally.check(ended.code in (0, 130) or too_early, text)
         lab.finished_well(tally, out, lab.go_on(out), "fast", f"{sent.name} after {after:.3f} s")
     return tally
 
@@ -358,7 +358,7 @@ def two_at_once(lab: Lab, number: int) -> Tally:
         first, second = lab.start(out), wait(pid, log, started)
         tally.tried += 1
         codes = sorted((first.code, second.code))
-        tally.check(codes == [0, 2], f"exits {codes}: {first.said[-200:]}")
+        tally.check(codes == [0, 2], f"exits {codes}: {first.output[-200:]}")
         lab.finished_well(tally, out, Ended(0, 0.0, ""), "fast", "two at once")
     return tally
 

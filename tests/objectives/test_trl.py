@@ -41,14 +41,14 @@ def example(ids: Any, prompt: int) -> Example:
 def units(labels: bool = False) -> list[ExampleGroup]:
     """Make answers and prompts of various lengths; KTO's mismatched answers are those of the previous unit."""
     random = np.random.default_rng(0)
-    found = []
+    result = []
     for _ in range(UNITS):
         prompt = random.integers(5, 300, int(random.integers(9, 15)))
         sides = [np.concatenate([prompt, random.integers(5, 300, int(random.integers(3, 9)))]) for _ in range(2)]
-        found.append([example(ids, len(prompt)) for ids in sides])
+        result.append([example(ids, len(prompt)) for ids in sides])
     if not labels:
-        return [ExampleGroup((chosen, rejected)) for chosen, rejected in found]
-    answers = [side[0] for side in found]
+        return [ExampleGroup((chosen, rejected)) for chosen, rejected in result]
+    answers = [side[0] for side in result]
     other = []
     for n, answer in enumerate(answers):
         before = answers[n - 1]
@@ -110,8 +110,8 @@ def kto(folder: Path, tuned: PeftModel, **options: Any) -> Loss:
     def loss(tuned: PeftModel, units: list[ExampleGroup]) -> torch.Tensor:
         inputs: dict[str, Any] = {"label": torch.tensor([unit.desirable for unit in units])}
         for name, examples in (("", [u.examples[0] for u in units]), ("KL_", [u.kl_examples[0] for u in units])):
-            made = zip(("input_ids", "attention_mask", "completion_mask"), padded(examples), strict=True)
-            inputs |= {name + part: tensor for part, tensor in made}
+            built = zip(("input_ids", "attention_mask", "completion_mask"), padded(examples), strict=True)
+            inputs |= {name + part: tensor for part, tensor in built}
         return trainer.compute_loss(trainer.model, inputs)
 
     return loss
@@ -201,7 +201,7 @@ def filled(objective: str, given: dict[str, Any]) -> PreferenceCriterion:
 
 
 def compare(
-    criterion: PreferenceCriterion, make: Any, folder: Path, options: dict[str, Any], made: list[ExampleGroup]
+    criterion: PreferenceCriterion, make: Any, folder: Path, options: dict[str, Any], built: list[ExampleGroup]
 ) -> None:
     """Compare ten steps of both, each from its own weights."""
     ours, theirs = (model(criterion.objective.scored) for _ in range(2))
@@ -210,19 +210,19 @@ def compare(
     step, criterion = step_for(ours), replace(criterion, head=head_of(ours))
     if criterion.objective.reference:
         with torch.no_grad():
-            sides = answer_logprobs(step, made)
-            more = [mismatched_logprobs(step, made)] if made[0].kl_examples else []
+            sides = answer_logprobs(step, built)
+            more = [mismatched_logprobs(step, built)] if built[0].kl_examples else []
             values = torch.stack([*sides, *more], 1).tolist()
-        made = [
-            ExampleGroup(u.examples, u.kl_examples, u.desirable, tuple(v)) for u, v in zip(made, values, strict=True)
+        built = [
+            ExampleGroup(u.examples, u.kl_examples, u.desirable, tuple(v)) for u, v in zip(built, values, strict=True)
         ]
     theirs_by_name = dict(theirs.named_parameters())  # with the copy that TRL makes for its reference
     pairs = [(weight, theirs_by_name[name]) for name, weight in ours.named_parameters() if weight.requires_grad]
     optimizers = [torch.optim.AdamW([p[side] for p in pairs], lr=1e-2) for side in range(2)]
     for n in range(STEPS):
-        level = criterion.statistic(step, made, lambda items: [list(range(len(items)))])
-        mine = criterion.loss(step, made, level)[0] / criterion.divisor(made)
-        other = loss(theirs, made)
+        level = criterion.statistic(step, built, lambda items: [list(range(len(items)))])
+        mine = criterion.loss(step, built, level)[0] / criterion.divisor(built)
+        other = loss(theirs, built)
         for value, optimizer in zip((mine, other), optimizers, strict=True):
             optimizer.zero_grad()
             value.backward()
@@ -248,29 +248,29 @@ def test_orpo_equals_trl_except_for_the_prompt_in_the_first_term(tmp_path: Path)
 
     The odds ratio's part is the same: what is left when each first term is taken away.
     """
-    made, ours = units(), model()
+    built, ours = units(), model()
     with torch.no_grad():
         for name, weight in ours.named_parameters():
             if "lora_B" in name:
                 weight.normal_(0, 0.1)
         loss = orpo(tmp_path, ours, beta=0.7)
-        ids, attended, _ = padded([unit.examples[0] for unit in made])
+        ids, attended, _ = padded([unit.examples[0] for unit in built])
         labels = torch.where(attended == 1, ids, -100)
         logits = ours(input_ids=ids, attention_mask=attended).logits
         first = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        theirs = float(loss(ours, made) - first)
+        theirs = float(loss(ours, built) - first)
         criterion, step = filled("orpo", {"beta": 0.7}), step_for(ours)
-        chosen = answer_logprobs(step, made)[0]
-        counts = chosen.new_tensor([unit.examples[0].supervised for unit in made])
-        mine = float(criterion.loss(step, made, 0.0)[0] / UNITS + (chosen / counts).mean())
+        chosen = answer_logprobs(step, built)[0]
+        counts = chosen.new_tensor([unit.examples[0].supervised for unit in built])
+        mine = float(criterion.loss(step, built, 0.0)[0] / UNITS + (chosen / counts).mean())
     assert mine == pytest.approx(theirs, rel=1e-5)
 
 
 def groups(step: Step) -> list[RolloutGroup]:
     """Make two groups of three completions, with old and reference log-probabilities of other policies."""
-    made, found = units(), []
+    built, result = units(), []
     noise = np.random.default_rng(1)
-    for two in (made[:3], made[3:]):
+    for two in (built[:3], built[3:]):
         prompt = two[0].examples[0].ids[: two[0].examples[0].prompt_length]
         answers = [unit.examples[0] for unit in two]
         examples = tuple(
@@ -281,19 +281,19 @@ def groups(step: Step) -> list[RolloutGroup]:
         drawn, before = (now + noise.normal(0, 0.3, len(now)) for _ in range(2))
         rewards = tuple(noise.random(GROUP))
         options = TrainSection(objective="grpo", **GRPO.options)
-        found.append(RolloutGroup(
+        result.append(RolloutGroup(
             examples, advantages=tuple(group_advantages(rewards, options)), stopped=(True,) * GROUP, rewards=rewards,
             sampling_logprobs=drawn, reference_token_logprobs=before,
         ))  # fmt: skip
-    return found
+    return result
 
 
 def ragged(groups: list[RolloutGroup], values: list[Any]) -> torch.Tensor:
     """Return per-token values of each group as right-padded rows of completions."""
-    found = []
+    result = []
     for group, some in zip(groups, values, strict=True):
-        found += list(torch.from_numpy(some).float().split([e.supervised for e in group.examples]))
-    return torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+        result += list(torch.from_numpy(some).float().split([e.supervised for e in group.examples]))
+    return torch.nn.utils.rnn.pad_sequence(result, batch_first=True)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -301,7 +301,7 @@ def ragged(groups: list[RolloutGroup], values: list[Any]) -> torch.Tensor:
 def test_grpo_equals_trl_on_the_same_completions(kind: str, tmp_path: Path) -> None:
     """Ten steps on the same completions, so that ratios are clipped."""
     ours, theirs = (model() for _ in range(2))
-    step, made = step_for(ours), groups(step_for(model()))
+    step, built = step_for(ours), groups(step_for(model()))
     given = {"group_loss": kind, "beta": 0.3, "answer_tokens": 16, "rewards": "exact"}
     options = TrainSection(objective="grpo", **{**GRPO.options, **given})
     criterion = PolicyCriterion(GRPO, options, 0, ours, None, (), (), {}, EventLog(tmp_path / "events.jsonl"))
@@ -314,7 +314,7 @@ def test_grpo_equals_trl_on_the_same_completions(kind: str, tmp_path: Path) -> N
         train_dataset=rows(prompt=["a"] * UNITS), processing_class=tokenizer("chatml"),
     )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
-    examples = [example for group in made for example in group.examples]
+    examples = [example for group in built for example in group.examples]
     left = max(example.prompt_length for example in examples)
     prompts = torch.zeros(len(examples), left, dtype=torch.long)
     asked = torch.zeros_like(prompts)
@@ -326,9 +326,9 @@ def test_grpo_equals_trl_on_the_same_completions(kind: str, tmp_path: Path) -> N
     inputs = {
         "prompt_ids": prompts, "prompt_mask": asked, "completion_mask": mask,
         "completion_ids": torch.nn.utils.rnn.pad_sequence(answers, batch_first=True),
-        "advantages": torch.tensor([a for group in made for a in group.advantages], dtype=torch.float32),
-        "old_per_token_logps": ragged(made, [group.sampling_logprobs for group in made]),
-        "ref_per_token_logps": ragged(made, [group.reference_token_logprobs for group in made]),
+        "advantages": torch.tensor([a for group in built for a in group.advantages], dtype=torch.float32),
+        "old_per_token_logps": ragged(built, [group.sampling_logprobs for group in built]),
+        "ref_per_token_logps": ragged(built, [group.reference_token_logprobs for group in built]),
         "num_items_in_batch": mask.sum(),
     }  # fmt: skip
     named = dict(theirs.named_parameters())
@@ -337,8 +337,8 @@ def test_grpo_equals_trl_on_the_same_completions(kind: str, tmp_path: Path) -> N
     theirs.train()
     clipped = 0.0
     for n in range(STEPS):
-        total, figures = criterion.loss(step, made, 0.0)
-        mine, other = total / criterion.divisor(made), trainer._compute_loss(trainer.model, inputs)
+        total, figures = criterion.loss(step, built, 0.0)
+        mine, other = total / criterion.divisor(built), trainer._compute_loss(trainer.model, inputs)
         clipped += float(figures["clip_share"].mean())
         for value, optimizer in zip((mine, other), optimizers, strict=True):
             optimizer.zero_grad()

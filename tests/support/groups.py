@@ -26,43 +26,43 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def even(gold: str, answer: str) -> float:
+def even_share(gold: str, answer: str) -> float:
     """Return a reward in which completions of a random model differ."""
     return sum(ord(sign) % 2 == 0 for sign in answer) / max(1, len(answer))
 
 
 def prompts(number: int, seed: int = 0) -> list[Prompt]:
-    random, found = np.random.default_rng(seed), []
+    random, result = np.random.default_rng(seed), []
     for row in range(number):
         ids = random.integers(5, 300, int(random.integers(30, 40))).astype(np.int32)
-        found.append(Prompt((Example(ids, np.zeros(len(ids), np.float32), "random", row + 1),), gold="yo", row=row))
-    return found
+        result.append(Prompt((Example(ids, np.zeros(len(ids), np.float32), "random", row + 1),), gold="yo", row=row))
+    return result
 
 
-def rewarding(function: Callable[[str, str], Any], weight: float = 1.0) -> Reward:
+def make_reward(function: Callable[[str, str], Any], weight: float = 1.0) -> Reward:
     return Reward("own.py:own", weight, Metric("own", lambda gold, answer: {}, function))
 
 
-def job(
+def make_job(
     folder: Path,
     train: Sequence[Prompt],
-    function: Callable[[str, str], Any] = even,
+    function: Callable[[str, str], Any] = even_share,
     held_out: Sequence[Prompt] | None = None,
     *,
     plain: bool = False,
     **options: Any,
 ) -> Job:
-    """Like `preferences.job`, with start weights."""
+    """Like `preferences.make_job`, with start weights."""
     given = {**OPTIONS, **options}
-    made = preferences.job(
+    job = preferences.make_job(
         folder, [], **{**given, "train.objective": "sft", "train.rewards": None} | _NONE, plain=plain
     )
-    recipe = preferences.filled(tiny.recipe(**given)).recipe
-    of = (recipe.train, recipe.seed, made.model, tokenizer("chatml"), (2, 3), [rewarding(function)])
-    criterion = PolicyCriterion(GRPO, *of, made.state.weights, made.log)
-    held = list(held_out) if held_out is not None else None
-    made = replace(made, recipe=recipe, train=list(train), eval=held, criterion=criterion)
-    return with_reference(made, preferences.KEY)
+    recipe = preferences.with_default_options(tiny.recipe(**given)).recipe
+    of = (recipe.train, recipe.seed, job.model, tokenizer("chatml"), (2, 3), [make_reward(function)])
+    criterion = PolicyCriterion(GRPO, *of, job.state.weights, job.log)
+    eval_rows = list(held_out) if held_out is not None else None
+    job = replace(job, recipe=recipe, train=list(train), eval=eval_rows, criterion=criterion)
+    return with_reference(job, preferences.KEY)
 
 
 _NONE = {

@@ -45,8 +45,8 @@ def strop(*words: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -
         command, cwd=cwd, capture_output=True, text=True, check=False, env={**os.environ, **(env or {})}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 def adapter(run: Path) -> bytes:

@@ -30,41 +30,41 @@ def answer(ids: Any, prompt: int, line: int = 1) -> Example:
 def pairs(number: int, seed: int = 0, prompt: int = 10, alike: bool = False) -> list[ExampleGroup]:
     """Make pairs of answers of various lengths to random prompts. alike: two units per prompt."""
     random, most = np.random.default_rng(seed), len(tokenizer("chatml"))
-    found: list[ExampleGroup] = []
+    result: list[ExampleGroup] = []
     asked = random.integers(5, most, prompt)
     for line in range(1, number + 1):
         if not alike or line % 2:
             asked = random.integers(5, most, int(random.integers(prompt, prompt + 6)))
         sides = [np.r_[asked, random.integers(5, most, int(random.integers(2, 9)))] for _ in range(2)]
-        found.append(ExampleGroup((answer(sides[0], len(asked), line), answer(sides[1], len(asked), line))))
-    return found
+        result.append(ExampleGroup((answer(sides[0], len(asked), line), answer(sides[1], len(asked), line))))
+    return result
 
 
-def judged(number: int, seed: int = 0) -> list[ExampleGroup]:
+def labelled(number: int, seed: int = 0) -> list[ExampleGroup]:
     """Make labelled answers, two of three good, each with the next unit's answer to its prompt."""
-    made = [unit.examples[0] for unit in pairs(number, seed)]
-    found = []
-    for n, own in enumerate(made):
-        other = made[(n + 1) % number]
+    built = [unit.examples[0] for unit in pairs(number, seed)]
+    result = []
+    for n, own in enumerate(built):
+        other = built[(n + 1) % number]
         kl_examples = answer(
             np.r_[own.ids[: own.prompt_length], other.ids[other.prompt_length :]], own.prompt_length, n + 1
         )
-        found.append(ExampleGroup((own,), (kl_examples,), n % 3 != 0))
-    return found
+        result.append(ExampleGroup((own,), (kl_examples,), n % 3 != 0))
+    return result
 
 
 def units_for(objective: str, number: int, seed: int = 0) -> list[ExampleGroup]:
-    return judged(number, seed) if objective == "kto" else pairs(number, seed)
+    return labelled(number, seed) if objective == "kto" else pairs(number, seed)
 
 
-def filled(resolved: Resolved) -> Resolved:
+def with_default_options(resolved: Resolved) -> Resolved:
     """Set the objective's default options, as planning does."""
     return resolved.decide(
         Choice(field, value, "plan", why) for field, value, why in default_options(resolved.recipe.train)
     )
 
 
-def job(
+def make_job(
     folder: Path,
     train: Sequence[ExampleGroup],
     held_out: Sequence[ExampleGroup] | None = None,
@@ -73,17 +73,22 @@ def job(
     **options: Any,
 ) -> Job:
     """Make a job like `tiny.job`, with the fast step unless `plain`."""
-    made = tiny.job(folder, [], None, **options)  # of a reward model with its head
-    recipe = filled(tiny.recipe(**options)).recipe
-    step = made.step if plain else step_for(made.model)
-    held = list(held_out) if held_out is not None else None
+    job = tiny.job(folder, [], None, **options)  # of a reward model with its head
+    recipe = with_default_options(tiny.recipe(**options)).recipe
+    step = job.step if plain else step_for(job.model)
+    eval_rows = list(held_out) if held_out is not None else None
     return replace(
-        made, recipe=recipe, step=step, train=list(train), eval=held, criterion=criterion_for(recipe.train, made.model)
+        job,
+        recipe=recipe,
+        step=step,
+        train=list(train),
+        eval=eval_rows,
+        criterion=criterion_for(recipe.train, job.model),
     )
 
 
-def started(made: Job) -> Job:
-    return with_reference(made, KEY)
+def add_reference(job: Job) -> Job:
+    return with_reference(job, KEY)
 
 
 def write_pairs(path: Path, number: int) -> Path:
@@ -98,11 +103,11 @@ def write_pairs(path: Path, number: int) -> Path:
     return path
 
 
-def write_judged(path: Path, number: int) -> Path:
+def write_labelled(path: Path, number: int) -> Path:
     """Write good answers first, then bad ones, as many files are sorted."""
     with path.open("w", encoding="utf-8") as file:
         for n in range(number):
             good = n < number // 2
-            said = f"it is {n * n}" if good else f"no {n}"
-            file.write(json.dumps({"prompt": f"what is {n} times {n}", "completion": said, "label": good}) + "\n")
+            text = f"it is {n * n}" if good else f"no {n}"
+            file.write(json.dumps({"prompt": f"what is {n} times {n}", "completion": text, "label": good}) + "\n")
     return path

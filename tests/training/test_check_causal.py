@@ -33,18 +33,21 @@ def test_bert_is_refused_unless_it_is_a_decoder(tmp_path: Path) -> None:
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
     with pytest.raises(ModelError, match="bert: its tokens see those that stand behind them"):
         strop.train(model=bert(tmp_path / "both", is_decoder=False), data=rows, out=tmp_path / "a", **QUICK)
-    made = strop.train(model=bert(tmp_path / "one", is_decoder=True), data=rows, out=tmp_path / "b", **QUICK)
-    assert made.report["loss"]["last"] > 0
+    built = strop.train(model=bert(tmp_path / "one", is_decoder=True), data=rows, out=tmp_path / "b", **QUICK)
+    assert built.report["loss"]["last"] > 0
 
 
 def test_a_small_bert_is_refused_by_its_config(tmp_path: Path) -> None:
-    """With its initial weights, later tokens hardly change earlier ones, so only the config shows it. The plan refuses too."""
+    """With its initial weights, later tokens hardly change earlier ones, so that only the config shows it.
+
+    The plan refuses it too.
+    """
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     BertLMHeadModel(BertConfig(vocab_size=len(tokenizer("chatml")), **sizes)).save_pretrained(tmp_path / "bert")
     tokenizer("chatml").save_pretrained(tmp_path / "bert")
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
-    found = strop.plan(model=tmp_path / "bert", data=rows, memory=8 << 30, **QUICK)
-    assert found.refused == "bert: its tokens see those that stand behind them, and so what they are to predict"
+    result = strop.plan(model=tmp_path / "bert", data=rows, memory=8 << 30, **QUICK)
+    assert result.refused == "bert: its tokens see those that stand behind them, and so what they are to predict"
     with pytest.raises(ModelError, match="bert: its tokens see those that stand behind them"):
         strop.train(model=tmp_path / "bert", data=rows, out=tmp_path / "run", **QUICK)
 

@@ -61,11 +61,11 @@ def test_int8_run_notes_its_errors_and_resumes_bit_identically(
     with pytest.raises(Cut):
         strop.train(out=tmp_path / "cut", callback=cut, **options)
     strop.resume(tmp_path / "cut")
-    found = weights(tmp_path / "cut")
-    assert all(torch.equal(tensor, found[name]) for name, tensor in weights(whole.folder).items())
+    result = weights(tmp_path / "cut")
+    assert all(torch.equal(tensor, result[name]) for name, tensor in weights(whole.folder).items())
     floats = strop.train(out=tmp_path / "floats", **{**options, "train.int8_matmul": False})
     assert whole.report["loss"] == pytest.approx(floats.report["loss"], rel=1e-3)
-    assert not all(torch.equal(tensor, found[name]) for name, tensor in weights(floats.folder).items())
+    assert not all(torch.equal(tensor, result[name]) for name, tensor in weights(floats.folder).items())
 
 
 @needs
@@ -116,15 +116,15 @@ def test_int8_matmul_chooses_fp32_and_keeps_int8_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ({"machine": replace(LAPTOP, vector=("avx2",))}, "a CPU has no products of such integers"),
         ({"device": "cuda", "machine": replace(LAPTOP, gpus=("card, 24564 MiB",))}, "the run is on cuda"),
         ({"shape": replace(LLAMA_8B, family="gpt2")}, "the plain step cannot, which trains this"),
     ],
 )
-def test_int8_matmul_is_refused_where_it_is_not_supported(how: dict[str, Any], said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+def test_int8_matmul_is_refused_where_it_is_not_supported(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         chosen(**how)
 
 
@@ -145,7 +145,7 @@ def test_options_in_conflict_with_int8_matmul_are_refused(options: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("machine", "options", "told"),
+    ("machine", "options", "noted"),
     [
         (LAPTOP, {}, True),
         (LAPTOP, {"model.dtype": "fp32"}, False),  # a person's choice
@@ -155,12 +155,12 @@ def test_options_in_conflict_with_int8_matmul_are_refused(options: dict[str, Any
         (replace(LAPTOP, vector=("avx2",)), {}, False),
     ],
 )
-def test_int8_matmul_is_suggested_to_fp32_runs(machine: Machine, options: dict[str, Any], told: bool) -> None:
+def test_int8_matmul_is_suggested_to_fp32_runs(machine: Machine, options: dict[str, Any], noted: bool) -> None:
     resolved = tiny.recipe(**{"model.dtype": "auto", **options})
     setup = SimpleNamespace(
         resolved=choose(resolved, machine, LLAMA_8B, "cpu", ("fp32", "measured")), machine=machine, shape=LLAMA_8B
     )
-    assert (int8_note(cast(Any, setup)) is not None) == told
+    assert (int8_note(cast(Any, setup)) is not None) == noted
 
 
 def test_plan_counts_int8_memory_and_time() -> None:

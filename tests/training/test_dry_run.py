@@ -45,7 +45,7 @@ def test_dry_run_does_not_change_the_result(
     tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The random generators, which dropout uses, are restored after the dry run."""
-    found = []
+    result = []
     for name, share in (("plain", 0.5), ("rehearsed", 0.0)):
         monkeypatch.setattr(dry_run, "SAFE_SHARE", share)
         run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / name), **QUICK)
@@ -57,11 +57,13 @@ def test_dry_run_does_not_change_the_result(
             assert calibrated == pytest.approx(max(calibrated, event["measured_bytes"]), rel=0.5) and calibrated > 0
         else:
             assert calibrated is None
-        assert memory["predicted_peak_bytes"] == event["predicted_bytes"] > 0  # the same number in the report and the event
+        assert (
+            memory["predicted_peak_bytes"] == event["predicted_bytes"] > 0
+        )  # the same number in the report and the event
         assert memory["predicted"]["train"]["parts"]["adapters"] > 0
-        found.append((weights(run.folder), run.report["loss"]))
-    assert found[0][1] == found[1][1]
-    assert all(torch.equal(tensor, found[1][0][name]) for name, tensor in found[0][0].items())
+        result.append((weights(run.folder), run.report["loss"]))
+    assert result[0][1] == result[1][1]
+    assert all(torch.equal(tensor, result[1][0][name]) for name, tensor in result[0][0].items())
 
 
 def test_forecast_uses_the_largest_micro_batch(tmp_path: Path) -> None:
@@ -73,7 +75,9 @@ def test_forecast_uses_the_largest_micro_batch(tmp_path: Path) -> None:
     assert expected.batch.tokens == len(expected.items) * len(examples[13])  # the plain step pads
 
 
-def test_forecast_searches_all_epochs_for_the_largest_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forecast_searches_all_epochs_for_the_largest_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every step of the run is searched; the order of each epoch is computed once."""
     examples = tiny.examples(30, longest=60)
     job = tiny.job(tmp_path / "r", examples, **{"train.micro_batch": 3, "train.batch_size": 6, "train.epochs": 4})
@@ -85,8 +89,8 @@ def test_forecast_searches_all_epochs_for_the_largest_micro_batch(tmp_path: Path
             sizes.append((at_peak(setting(job).but(step=job.step.name), batch).total, step.epoch))
     orders, known = [], BatchStream.order
     monkeypatch.setattr(BatchStream, "order", lambda self, epoch: orders.append(epoch) or known(self, epoch))
-    found = forecast(job, setting(job), 8 << 30)
-    assert at_peak(setting(job).but(step=job.step.name), found.batch).total == max(sizes)[0]
+    result = forecast(job, setting(job), 8 << 30)
+    assert at_peak(setting(job).but(step=job.step.name), result.batch).total == max(sizes)[0]
     assert max(size for size, epoch in sizes if epoch == 0) < max(sizes)[0], "a later epoch has the largest"
     assert orders == [0, 1, 2, 3] and stream.steps_per_epoch == 5
 
@@ -95,10 +99,10 @@ def test_dry_run_calibrates_the_forecast(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 1})
     expected = forecast(job, setting(job), 8 << 30)
     assert expected.calibrated_bytes("cpu") is None
-    found = try_largest_batch(job, expected, 1, mark("cpu"))
+    result = try_largest_batch(job, expected, 1, mark("cpu"))
     (event,) = [e for e in read_events(job.folder.events) if e["event"] == "rehearsal"]
     off = event["measured_bytes"] - expected.dry_run_bytes("cpu")
-    assert found.error_bytes == off and found.calibrated_bytes("cpu") == max(0, expected.peak_bytes("cpu") + off)
+    assert result.error_bytes == off and result.calibrated_bytes("cpu") == max(0, expected.peak_bytes("cpu") + off)
 
 
 def test_dry_run_out_of_memory_shrinks_or_raises(tmp_path: Path) -> None:
@@ -115,14 +119,14 @@ def test_dry_run_out_of_memory_shrinks_or_raises(tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_changes_only_memory(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
-    found = []
+    result = []
     for again in ("off", 1, "on"):
         options = {**QUICK, "lora.dropout": 0.0, "train.gradient_checkpointing": again}
         run = strop.train(model=str(tiny_folder), data=str(rows_file), out=str(tmp_path / str(again)), **options)
         memory = run.report["memory"]["predicted"]["train"]["parts"]
-        found.append((weights(run.folder), sum(memory[part] for part in ("saved_activations", "live_layer", "head"))))
-    assert all(torch.equal(tensor, found[1][0][name]) for name, tensor in found[0][0].items())
-    assert found[0][1] > found[1][1] >= found[2][1]
+        result.append((weights(run.folder), sum(memory[part] for part in ("saved_activations", "live_layer", "head"))))
+    assert all(torch.equal(tensor, result[1][0][name]) for name, tensor in result[0][0].items())
+    assert result[0][1] > result[1][1] >= result[2][1]
 
 
 def test_dry_run_applies_the_memory_options_of_the_run(tmp_path: Path) -> None:

@@ -46,10 +46,10 @@ def goes_on(base: Path, adapter: Path, folder: Path) -> dict[str, Any]:
     """Return the recipe's lora section of a run that starts from an adapter; check that the plan agrees."""
     rows = tiny.write_rows(folder.parent / "rows.jsonl", 4)
     strop.train(model=base, data=rows, out=folder, adapter=str(adapter), **QUICK)
-    said: dict[str, Any] = yaml.safe_load((folder / "recipe.yaml").read_text())["lora"]
+    text: dict[str, Any] = yaml.safe_load((folder / "recipe.yaml").read_text())["lora"]
     planned = strop.plan(model=base, data=rows, adapter=str(adapter), memory=8 << 30, **QUICK).resolved.recipe.lora
-    assert planned.target_modules == said["target_modules"]
-    return said
+    assert planned.target_modules == text["target_modules"]
+    return text
 
 
 def test_adapter_with_a_regex_of_layers_can_be_trained(base: Path, tmp_path: Path) -> None:
@@ -62,12 +62,12 @@ def test_adapter_on_experts_can_be_trained(targets: Any, tmp_path: Path) -> None
     tiny_families.save("qwen3_moe", tmp_path / "base")
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
     strop.train(model=tmp_path / "base", data=rows, out=tmp_path / "a", **{**QUICK, "lora.target_modules": targets})
-    found = goes_on(tmp_path / "base", tmp_path / "a", tmp_path / "b")["target_modules"]
-    assert found == (["experts.down_proj", "experts.gate_up_proj"] if targets == "experts" else targets)
+    result = goes_on(tmp_path / "base", tmp_path / "a", tmp_path / "b")["target_modules"]
+    assert result == (["experts.down_proj", "experts.gate_up_proj"] if targets == "experts" else targets)
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"base_model_name_or_path": None}, "does not say which model it was trained on"),
         ({"r": None}, "r is None, and no number"),
@@ -77,22 +77,20 @@ def test_adapter_on_experts_can_be_trained(targets: Any, tmp_path: Path) -> None
         ({"arrow_config": {"top_k": 1}}, "does not act on every token"),
     ],
 )
-def test_invalid_adapter_config_is_refused(
-    fields: dict[str, Any], said: str, base: Path, tmp_path: Path
-) -> None:
+def test_invalid_adapter_config_is_refused(fields: dict[str, Any], message: str, base: Path, tmp_path: Path) -> None:
     adapter = saved(base, tmp_path / "adapter", target_modules=["q_proj"])
     edit(adapter, **fields)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         strop.load(adapter, dtype="fp32", device="cpu")
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("adapter_config.json", "not an object"), ("strop.json", "strop.json: damaged")]
+    ("name", "message"), [("adapter_config.json", "not an object"), ("strop.json", "strop.json: damaged")]
 )
-def test_damaged_adapter_files_are_named(name: str, said: str, base: Path, tmp_path: Path) -> None:
+def test_damaged_adapter_files_are_named(name: str, message: str, base: Path, tmp_path: Path) -> None:
     adapter = saved(base, tmp_path / "adapter", target_modules=["q_proj"])
     (adapter / name).write_text("[]" if name == "adapter_config.json" else "{")
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         strop.load(adapter, dtype="fp32", device="cpu")
 
 

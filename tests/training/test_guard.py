@@ -169,13 +169,13 @@ def test_other_runtime_errors_are_not_out_of_memory(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         fit(replace(job, step=replace(job.step, token_loss=broken)))
     assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("shapes"))
-    for said in (
+    for text in (
         "CUDA out of memory. Tried to allocate 2.00 GiB.",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
         'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":830',
     ):
-        assert is_out_of_memory(RuntimeError(said)), said
+        assert is_out_of_memory(RuntimeError(text)), text
 
 
 def test_memory_watch_raises_before_the_limit() -> None:
@@ -204,8 +204,8 @@ def test_diagnosis_of_a_good_run_is_empty() -> None:
 
 def test_diagnosis_reports_overfitting() -> None:
     events = curve("step", falling(3.0, 0.2)) + curve("eval", {20: 1.5, 40: 1.9, 60: 2.6})
-    (found,) = diagnose(events, 0.01)
-    assert found.startswith("overfitting: the evaluation loss rose from 1.500 (step 20, kept) to 2.600")
+    (result,) = diagnose(events, 0.01)
+    assert result.startswith("overfitting: the evaluation loss rose from 1.500 (step 20, kept) to 2.600")
 
 
 def test_diagnosis_reports_a_flat_loss_with_its_cause() -> None:

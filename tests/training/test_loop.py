@@ -93,10 +93,10 @@ def test_micro_batches_of_any_size_give_the_same_gradient(tmp_path: Path, cut: d
 
     def gradients(name: str, **options: Any) -> dict[str, torch.Tensor]:
         job = _packed(tiny.job(tmp_path / name, train, **options), packed)
-        found: dict[str, torch.Tensor] = {}
-        job.state.optimizer.step = lambda: found.update({n: w.grad.clone() for n, w in job.state.weights.items()})  # type: ignore[method-assign]
+        result: dict[str, torch.Tensor] = {}
+        job.state.optimizer.step = lambda: result.update({n: w.grad.clone() for n, w in job.state.weights.items()})  # type: ignore[method-assign]
         loop.step(job, next(iter(batch_stream(job.recipe, 8))), 1e-3)
-        return found
+        return result
 
     whole, pieces = gradients("whole"), gradients("pieces", **cut)
     parts = micro_batches(_packed(tiny.job(tmp_path / "cut", train, **cut), packed), train)

@@ -15,7 +15,7 @@ from strop.training.optim import allocate_state, make_optimizer, set_rate
 KINDS = ("adamw", "adamw_8bit", "adafactor", "lion", "sgd")
 
 
-def made(kind: str) -> tuple[dict[str, nn.Parameter], Any]:
+def built(kind: str) -> tuple[dict[str, nn.Parameter], Any]:
     random = torch.Generator().manual_seed(0)
     sizes = {"a.lora_A": (8, 600), "a.lora_B": (600, 8), "small.lora_A": (2, 3)}  # 8 bit from 4,096 numbers on
     weights = {name: nn.Parameter(torch.randn(size, generator=random)) for name, size in sizes.items()}
@@ -33,23 +33,23 @@ def steps(weights: dict[str, nn.Parameter], optimizer: Any, number: int) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_allocated_state_gives_the_same_bits(kind: str) -> None:
-    (own, first), (ours, second) = made(kind), made(kind)
+    (own, first), (ours, second) = built(kind), built(kind)
     allocate_state(second)
     steps(own, first, 3)
     allocate_state(second)  # what is there stays
     steps(ours, second, 3)
     for name, weight in own.items():
         assert torch.equal(weight, ours[name]), name
-        expected, found = first.state[weight], second.state[ours[name]]
-        assert expected.keys() == found.keys()
+        expected, result = first.state[weight], second.state[ours[name]]
+        assert expected.keys() == result.keys()
         for part, value in expected.items():
-            same = torch.equal(value, found[part]) if isinstance(value, torch.Tensor) else value == found[part]
+            same = torch.equal(value, result[part]) if isinstance(value, torch.Tensor) else value == result[part]
             assert same, (name, part)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
 def test_out_of_memory_leaves_no_partial_state(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, optimizer = made(kind)
+    weights, optimizer = built(kind)
     own, calls = torch.zeros_like, []
 
     def zeros_like(*given: Any, **how: Any) -> torch.Tensor:
@@ -64,6 +64,6 @@ def test_out_of_memory_leaves_no_partial_state(kind: str, monkeypatch: pytest.Mo
             allocate_state(optimizer)
     assert len(calls) == 4 and len([state for state in optimizer.state.values() if state]) == 1
     allocate_state(optimizer)
-    (expected, other), _ = made(kind), steps(weights, optimizer, 2)
+    (expected, other), _ = built(kind), steps(weights, optimizer, 2)
     steps(expected, other, 2)
     assert all(torch.equal(weight, weights[name]) for name, weight in expected.items())

@@ -33,30 +33,30 @@ from strop.training.reference import check_reference, with_reference
 from strop.training.state import Job, batch_stream
 from tests.support import preferences, tiny
 from tests.support.families import ANSWER, tokenizer
-from tests.support.preferences import KEY, job, pairs, started, units_for
+from tests.support.preferences import KEY, add_reference, make_job, pairs, units_for
 from tests.support.runs import QUICK, run
 from tests.support.tiny import far
 
 COMPARED = [name for name, one in OBJECTIVES.items() if one.data_kind != "prompts"]  # the others: test_groups.py
 
 
-def values(made: Job) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in made.state.weights.items()}
+def values(job: Job) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in job.state.weights.items()}
 
 
-def losses(made: Job) -> list[float]:
-    return [event["loss"] for event in read_events(made.folder.events) if event["event"] == "step"]
+def losses(job: Job) -> list[float]:
+    return [event["loss"] for event in read_events(job.folder.events) if event["event"] == "step"]
 
 
-def gradients(made: Job) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(job: Job) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of the first step."""
-    found: dict[str, torch.Tensor] = {}
-    made = replace(made, recipe=made.recipe)
-    rows = batch_stream(made.recipe, len(made.train)).rows(0)
-    loss = loop.compute_gradients(made, [made.train[row] for row in rows]).loss
-    found = {name: weight.grad.clone() for name, weight in made.state.weights.items() if weight.grad is not None}
-    made.state.optimizer.zero_grad()
-    return float(loss), found
+    result: dict[str, torch.Tensor] = {}
+    job = replace(job, recipe=job.recipe)
+    rows = batch_stream(job.recipe, len(job.train)).rows(0)
+    loss = loop.compute_gradients(job, [job.train[row] for row in rows]).loss
+    result = {name: weight.grad.clone() for name, weight in job.state.weights.items() if weight.grad is not None}
+    job.state.optimizer.zero_grad()
+    return float(loss), result
 
 
 # --- the same gradient, however it is computed -------------------------------------------------------------------
@@ -79,27 +79,27 @@ def test_same_loss_and_gradients_for_any_micro_batch_and_step(
 ) -> None:
     """on record, 10: a loss whose scale changes with accumulation, padding or packing."""
     train, options = units_for(objective, 8), {"train.objective": objective}
-    whole = far(started(job(tmp_path / "whole", train, **options)))
-    pieces = job(tmp_path / "pieces", train, plain=plain, **{**options, **cut})
+    whole = far(add_reference(make_job(tmp_path / "whole", train, **options)))
+    pieces = make_job(tmp_path / "pieces", train, plain=plain, **{**options, **cut})
     if cut.get("train.gradient_checkpointing"):
         pieces.step.recompute()
-    pieces = far(started(pieces))
-    expected, found = gradients(whole), gradients(pieces)
+    pieces = far(add_reference(pieces))
+    expected, result = gradients(whole), gradients(pieces)
     parts = micro_batches(pieces, pieces.train)
     assert sorted(i for part in parts for i in part) == list(range(8)) and (len(parts) > 1) == ("micro" in str(cut))
-    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert result[0] == pytest.approx(expected[0], rel=1e-6)
     assert max(grad.abs().max() for grad in expected[1].values()) > 1e-5
     for name, grad in expected[1].items():
-        assert (grad - found[1][name]).norm() <= 1e-4 * grad.norm() + 1e-8, name
+        assert (grad - result[1][name]).norm() <= 1e-4 * grad.norm() + 1e-8, name
 
 
 def test_prefix_sharing_does_not_change_gradients(tmp_path: Path) -> None:
     train = pairs(8, alike=True)
-    shared = far(started(job(tmp_path / "a", train, **{"train.objective": "dpo"})))
-    apart = job(tmp_path / "b", train, **{"train.objective": "dpo"})
+    shared = far(add_reference(make_job(tmp_path / "a", train, **{"train.objective": "dpo"})))
+    apart = make_job(tmp_path / "b", train, **{"train.objective": "dpo"})
     fast = apart.step.log_probs.__self__  # type: ignore[attr-defined]
     fast.prefix_sharing = False
-    apart = far(started(apart))
+    apart = far(add_reference(apart))
     (loss, grads), (other, others) = gradients(shared), gradients(apart)
     assert loss == pytest.approx(other, rel=1e-6)
     for name, grad in grads.items():
@@ -109,12 +109,12 @@ def test_prefix_sharing_does_not_change_gradients(tmp_path: Path) -> None:
 def test_dropout_is_the_same_for_any_micro_batch_and_off_in_the_reference(tmp_path: Path) -> None:
     """on record, 6: dropout in the pass of the reference."""
     train, options = pairs(8), {"train.objective": "dpo", "lora.dropout": 0.3}
-    one = started(job(tmp_path / "a", train, **options))
-    two = started(job(tmp_path / "b", train, **{**options, "train.micro_batch": 2}))
-    without = started(job(tmp_path / "c", train, **{**options, "lora.dropout": 0.0}))
+    one = add_reference(make_job(tmp_path / "a", train, **options))
+    two = add_reference(make_job(tmp_path / "b", train, **{**options, "train.micro_batch": 2}))
+    without = add_reference(make_job(tmp_path / "c", train, **{**options, "lora.dropout": 0.0}))
     assert one.train[0].reference_logprobs == pytest.approx(without.train[0].reference_logprobs)  # type: ignore[union-attr]
-    for made in (one, two):
-        made.step.masks.begin(0, 0)
+    for job in (one, two):
+        job.step.masks.begin(0, 0)
     (loss, grads), (other, others) = gradients(one), gradients(two)
     assert loss == pytest.approx(other, rel=1e-6) and abs(loss - math.log(2)) > 1e-6  # active in the policy
     for name, grad in grads.items():
@@ -124,8 +124,8 @@ def test_dropout_is_the_same_for_any_micro_batch_and_off_in_the_reference(tmp_pa
 # --- the reference -----------------------------------------------------------------------------------------------
 
 
-def start_check(made: Job) -> dict[str, Any]:
-    return next(event for event in read_events(made.folder.events) if event["event"] == "reference-check")
+def start_check(job: Job) -> dict[str, Any]:
+    return next(event for event in read_events(job.folder.events) if event["event"] == "reference-check")
 
 
 @pytest.mark.parametrize(
@@ -141,41 +141,41 @@ def start_check(made: Job) -> dict[str, Any]:
 )
 def test_policy_equals_reference_before_the_first_step(tmp_path: Path, options: dict[str, Any]) -> None:
     """on record, 5 and 7: the reference is the model that training starts from, whatever is trained."""
-    made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo", **options}))
-    seen = start_check(made)
+    job = add_reference(make_job(tmp_path, pairs(6), **{"train.objective": "dpo", **options}))
+    seen = start_check(job)
     assert abs(seen["loss"] - math.log(2)) < 1e-6 and seen["off"] == 0
 
 
 def test_reference_does_not_change_during_training(tmp_path: Path) -> None:
     """on record, 4: training does not change it; recomputed at the end, it is the same."""
-    made = started(job(tmp_path, pairs(24), pairs(4, 9), **{"train.objective": "dpo", "train.max_steps": 12}))
-    before = [unit.reference_logprobs for unit in made.train]  # type: ignore[union-attr]
-    fit(made)
-    assert [unit.reference_logprobs for unit in made.train] == before  # type: ignore[union-attr]
-    check_reference(made, KEY)
-    assert losses(made)[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert losses(made)[-1] < losses(made)[0] - 0.01
-    now = answer_logprobs(made.step, list(made.train))  # type: ignore[arg-type]
+    job = add_reference(make_job(tmp_path, pairs(24), pairs(4, 9), **{"train.objective": "dpo", "train.max_steps": 12}))
+    before = [unit.reference_logprobs for unit in job.train]  # type: ignore[union-attr]
+    fit(job)
+    assert [unit.reference_logprobs for unit in job.train] == before  # type: ignore[union-attr]
+    check_reference(job, KEY)
+    assert losses(job)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses(job)[-1] < losses(job)[0] - 0.01
+    now = answer_logprobs(job.step, list(job.train))  # type: ignore[arg-type]
     moved = torch.stack(now, 1).detach() - torch.tensor(before)
     assert moved.abs().max() > 1e-3
 
 
 def test_changed_reference_raises_run_error(tmp_path: Path) -> None:
-    made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
+    job = add_reference(make_job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
     units = [
         replace(unit, reference_logprobs=(unit.reference_logprobs[0] - 0.1, unit.reference_logprobs[1]))  # type: ignore[union-attr, arg-type]
-        for unit in made.train
+        for unit in job.train
     ]
     with pytest.raises(RunError, match="reference of the first rows"):
-        check_reference(replace(made, train=units), KEY)
+        check_reference(replace(job, train=units), KEY)
 
 
 def test_reference_includes_the_start_adapter(tmp_path: Path) -> None:
     """tiny.job starts with nonzero B, so the reference differs from the base."""
-    made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
-    with made.model.disable_adapter(), torch.no_grad():  # type: ignore[operator]
-        bare = torch.stack(answer_logprobs(step_for(made.model), list(made.train)), 1)  # type: ignore[arg-type]
-    kept = torch.tensor([unit.reference_logprobs for unit in made.train])  # type: ignore[union-attr]
+    job = add_reference(make_job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
+    with job.model.disable_adapter(), torch.no_grad():  # type: ignore[operator]
+        bare = torch.stack(answer_logprobs(step_for(job.model), list(job.train)), 1)  # type: ignore[arg-type]
+    kept = torch.tensor([unit.reference_logprobs for unit in job.train])  # type: ignore[union-attr]
     assert (bare - kept).abs().max() > 1e-3
 
 
@@ -183,11 +183,11 @@ def test_reference_includes_the_start_adapter(tmp_path: Path) -> None:
 def test_reference_is_recomputed_for_another_key(tmp_path: Path, key: str) -> None:
     """on record, 8: it is recomputed for another base, quantization or template, or other rows."""
     options = {"train.objective": "dpo"}
-    with_reference(job(tmp_path, pairs(6), **options), {**KEY, key: "a"})
-    again = with_reference(job(tmp_path, pairs(6, seed=5), **options), {**KEY, key: "b"})
+    with_reference(make_job(tmp_path, pairs(6), **options), {**KEY, key: "a"})
+    again = with_reference(make_job(tmp_path, pairs(6, seed=5), **options), {**KEY, key: "b"})
     events = [event for event in read_events(again.folder.events) if event["event"] == "reference"]
     assert [event["rows"] for event in events] == [6, 6]
-    same = with_reference(job(tmp_path, pairs(6, seed=5), **options), {**KEY, key: "b"})
+    same = with_reference(make_job(tmp_path, pairs(6, seed=5), **options), {**KEY, key: "b"})
     assert len([e for e in read_events(same.folder.events) if e["event"] == "reference"]) == 2
 
 
@@ -196,17 +196,17 @@ def test_reference_is_recomputed_for_another_key(tmp_path: Path, key: str) -> No
 def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, objective: str, stop_after: int) -> None:
     options = {"train.objective": objective, "train.max_steps": 8, "lora.dropout": 0.1, "train.micro_batch": 3}
     train = units_for(objective, 20)
-    unbroken = started(job(tmp_path / "unbroken", train, **options))
+    unbroken = add_reference(make_job(tmp_path / "unbroken", train, **options))
     fit(unbroken)
-    first = started(job(tmp_path / "broken", train, **options))
+    first = add_reference(make_job(tmp_path / "broken", train, **options))
     asked = iter(range(1, 100))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(loop, "stop_signals", _after(stop_after, asked))
         fit(first)
-    second = job(tmp_path / "broken", train, **options)
+    second = make_job(tmp_path / "broken", train, **options)
     torch.manual_seed(12345)
     state.restore_checkpoint(state.newest_checkpoint(second.folder, pytest.fail), second.state)
-    second = started(second)
+    second = add_reference(second)
     assert second.state.progress.step == stop_after
     fit(second)
     expected = values(unbroken)
@@ -226,30 +226,30 @@ def _after(number: int, asked: Any) -> Any:
 
 def test_resume_without_start_weights_raises_checkpoint_error(tmp_path: Path) -> None:
     options = {"train.objective": "dpo", "train.max_steps": 3}
-    made = started(job(tmp_path, pairs(6), **options))
-    fit(made)
-    made.folder.reference.write_bytes(b"cut")
-    again = job(tmp_path, pairs(6), **options)
+    job = add_reference(make_job(tmp_path, pairs(6), **options))
+    fit(job)
+    job.folder.reference.write_bytes(b"cut")
+    again = make_job(tmp_path, pairs(6), **options)
     state.restore_checkpoint(state.newest_checkpoint(again.folder, pytest.fail), again.state)
     with pytest.raises(CheckpointError, match="started from"):
-        started(again)
+        add_reference(again)
 
 
 @pytest.mark.parametrize("objective", COMPARED)
 def test_non_finite_evaluation_is_logged_and_never_the_best(tmp_path: Path, objective: str) -> None:
     options = {"train.objective": objective, "train.max_steps": 4, "train.eval_steps": 2}
-    made = started(job(tmp_path, units_for(objective, 12), units_for(objective, 6), **options))
+    job = add_reference(make_job(tmp_path, units_for(objective, 12), units_for(objective, 6), **options))
 
     def spoiled(function: Any) -> Any:
         return lambda rows: function(rows) * (1.0 if torch.is_grad_enabled() else math.nan)
 
     step = replace(
-        made.step, log_probs=spoiled(made.step.log_probs), last_hidden=spoiled(made.step.last_hidden)
+        job.step, log_probs=spoiled(job.step.log_probs), last_hidden=spoiled(job.step.last_hidden)
     )  # the reference is already computed
-    fit(replace(made, step=step))
-    found = [event for event in read_events(made.folder.events) if event["event"] == "eval"]
-    assert [(event["loss"], event["best"]) for event in found] == [(None, False)] * 2
-    assert made.state.progress.step == 4 and made.state.progress.best_step is None
+    fit(replace(job, step=step))
+    result = [event for event in read_events(job.folder.events) if event["event"] == "eval"]
+    assert [(event["loss"], event["best"]) for event in result] == [(None, False)] * 2
+    assert job.state.progress.step == 4 and job.state.progress.best_step is None
 
 
 # --- the guard ---------------------------------------------------------------------------------------------------
@@ -257,32 +257,32 @@ def test_non_finite_evaluation_is_logged_and_never_the_best(tmp_path: Path, obje
 
 def test_first_step_without_gradient_or_update_stops_the_run(tmp_path: Path) -> None:
     """on record, 9: the loss does not show it."""
-    made = started(job(tmp_path / "a", pairs(8), **{"train.objective": "dpo", "train.max_steps": 2}))
-    stuck = replace(made, step=replace(made.step, log_probs=lambda rows: made.step.log_probs(rows) * 0.0))
+    job = add_reference(make_job(tmp_path / "a", pairs(8), **{"train.objective": "dpo", "train.max_steps": 2}))
+    stuck = replace(job, step=replace(job.step, log_probs=lambda rows: job.step.log_probs(rows) * 0.0))
     with pytest.raises(RunError, match="gradient of the first step is zero"):
         fit(stuck)
-    made = started(job(tmp_path / "b", pairs(8), **{"train.objective": "simpo", "train.max_steps": 2}))
-    made.state.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
+    job = add_reference(make_job(tmp_path / "b", pairs(8), **{"train.objective": "simpo", "train.max_steps": 2}))
+    job.state.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
     with pytest.raises(RunError, match="did not change any weight"):
-        fit(made)
+        fit(job)
 
 
 def test_falling_chosen_answers_are_noted_once() -> None:
     """on record, 16: both rewards fall while the margin grows."""
     progress = state.Progress()
     assert guard.falling_warning(progress, {"chosen_change": -0.5, "margin": 3.0}) is None
-    said = guard.falling_warning(progress, {"chosen_change": -1.2, "margin": 3.0})
-    assert said is not None and "1.2 nats per token less likely" in said and "--train.sft_weight" in said
+    text = guard.falling_warning(progress, {"chosen_change": -1.2, "margin": 3.0})
+    assert text is not None and "1.2 nats per token less likely" in text and "--train.sft_weight" in text
     assert guard.falling_warning(progress, {"chosen_change": -1.5}) is None
 
 
 def test_figures_report_both_sides(tmp_path: Path) -> None:
-    made = started(job(tmp_path, pairs(16), pairs(5, 3), **{"train.objective": "dpo", "train.max_steps": 4}))
-    fit(made)
-    step = [event for event in read_events(made.folder.events) if event["event"] == "step"][-1]
+    job = add_reference(make_job(tmp_path, pairs(16), pairs(5, 3), **{"train.objective": "dpo", "train.max_steps": 4}))
+    fit(job)
+    step = [event for event in read_events(job.folder.events) if event["event"] == "step"][-1]
     assert step["margin"] == pytest.approx(step["chosen_reward"] - step["rejected_reward"])
     assert {"accuracy", "chosen_nats", "rejected_nats", "chosen_change", "rejected_change"} <= set(step)
-    seen = [event for event in read_events(made.folder.events) if event["event"] == "eval"][-1]
+    seen = [event for event in read_events(job.folder.events) if event["event"] == "eval"][-1]
     low, high = seen["accuracy_interval"]
     assert 0 <= low <= seen["accuracy"] <= high <= 1
     assert seen["margin_interval"][0] <= seen["margin"] <= seen["margin_interval"][1]
@@ -293,16 +293,16 @@ def test_figures_report_both_sides(tmp_path: Path) -> None:
 
 def test_sorted_labels_are_shuffled_and_every_batch_has_a_divergence(tmp_path: Path) -> None:
     """on record, 11: rows sorted by label; a batch of one row has a divergence too."""
-    units = [replace(unit, desirable=n < 16) for n, unit in enumerate(preferences.judged(32))]
+    units = [replace(unit, desirable=n < 16) for n, unit in enumerate(preferences.labelled(32))]
     stream = batch_stream(tiny.recipe(**{"train.epochs": 1}).recipe, 32)
     shares = [sum(units[row].desirable for row in batch.rows) / len(batch.rows) for batch in stream]
     assert all(0 < share < 1 for share in shares)
     options = {"train.objective": "kto", "train.batch_size": 1, "train.micro_batch": 1}
-    made = far(started(job(tmp_path, units, **options)))
-    assert isinstance(made.criterion, PreferenceCriterion)
+    job = far(add_reference(make_job(tmp_path, units, **options)))
+    assert isinstance(job.criterion, PreferenceCriterion)
     whole = [[row] for row in range(32)]
-    changes = [made.criterion.statistic(made.step, [unit], lambda items: [[0]]) for unit in made.train]
-    assert made.criterion.statistic(made.step, list(made.train), lambda items: whole[: len(items)]) > 0
+    changes = [job.criterion.statistic(job.step, [unit], lambda items: [[0]]) for unit in job.train]
+    assert job.criterion.statistic(job.step, list(job.train), lambda items: whole[: len(items)]) > 0
     assert max(changes) > 0
 
 
@@ -313,14 +313,14 @@ def test_sorted_labels_are_shuffled_and_every_batch_has_a_divergence(tmp_path: P
 def test_a_run_from_the_command_line(
     tiny_folder: Path, tmp_path: Path, objective: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write = preferences.write_judged if objective == "kto" else preferences.write_pairs
+    write = preferences.write_labelled if objective == "kto" else preferences.write_pairs
     rows, out = write(tmp_path / "rows.jsonl", 40), tmp_path / "run"
     words = ["train", "--model", tiny_folder, "--data", rows, "--eval", "25%", "--out", out, "--json", *QUICK]
-    code, said, err = run(*words, "--train.objective", objective, capsys=capsys)
+    code, stdout, err = run(*words, "--train.objective", objective, capsys=capsys)
     assert code == 0, err
-    found = json.loads(said)["objective"]
-    assert found["name"] == objective and found["options"] == OBJECTIVES[objective].options
-    assert found["held_out"]["accuracy_interval"][1] <= 1 and found["last"]["accuracy"] >= 0
+    result = json.loads(stdout)["objective"]
+    assert result["name"] == objective and result["options"] == OBJECTIVES[objective].options
+    assert result["held_out"]["accuracy_interval"][1] <= 1 and result["last"]["accuracy"] >= 0
     report = json.loads((out / "report.json").read_text())
     assert report["steps"] == 6 and report["data_report"]["answers"]
     if objective != "reward":
@@ -338,10 +338,10 @@ def test_a_reward_model_scores_the_same_in_plain_transformers(
     plain = peft.PeftModel.from_pretrained(base, str(out / "adapter")).eval()
     ours = adapters.load(out, dtype="fp32", scores=True)
     criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
-    made = pairs(3)
+    built = pairs(3)
     with torch.no_grad():
-        found = torch.stack(criterion.sums(step_for(ours.module), made), 1)
-        for unit, scores in zip(made, found, strict=True):
+        result = torch.stack(criterion.sums(step_for(ours.module), built), 1)
+        for unit, scores in zip(built, result, strict=True):
             for example, score in zip(unit.examples, scores, strict=True):
                 expected = plain(torch.from_numpy(example.ids.astype("int64"))[None]).logits
                 assert float(score) == pytest.approx(float(expected), abs=1e-5)
@@ -391,16 +391,16 @@ def test_model_card_snippet_of_a_reward_model_gives_the_trained_scores(
     snippet = snippet.replace('"BASE"', repr(str(folder))).replace("THIS_FOLDER", str(out / "adapter"))
     ours = adapters.load(out, dtype="fp32", scores=True)
     criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
-    for made in conversations(read_rows(str(rows), bad=[]), bad=[]):
-        sides = [ours.renderer.render(side)[0] for side in made.sides]
+    for built in conversations(read_rows(str(rows), bad=[]), bad=[]):
+        sides = [ours.renderer.render(side)[0] for side in built.sides]
         with torch.no_grad():
             expected = [float(one) for one in criterion.sums(step_for(ours.module), [ExampleGroup(tuple(sides))])]
-        found: list[torch.Tensor] = []
-        for side in made.sides:
+        result: list[torch.Tensor] = []
+        for side in built.sides:
             messages = [{"role": message.role, "content": message.content} for message in side.messages]
-            exec(snippet, {"messages": messages, "print": found.append})
-        assert [float(logits) for logits in found] == pytest.approx(expected, abs=1e-4)
-        if made.line == 3:
+            exec(snippet, {"messages": messages, "print": result.append})
+        assert [float(logits) for logits in result] == pytest.approx(expected, abs=1e-4)
+        if built.line == 3:
             break
 
 
@@ -410,16 +410,16 @@ def test_run_on_pairs_merges_with_parity_on_chosen_answers(
     rows, out = preferences.write_pairs(tmp_path / "rows.jsonl", 24), tmp_path / "run"
     words = ["train", "--model", tiny_folder, "--data", rows, "--out", out, *QUICK, "--train.objective", "dpo"]
     assert run(*words, capsys=capsys)[0] == 0
-    code, said, err = run("merge", out, "--out", tmp_path / "merged", "--json", capsys=capsys)
-    assert code == 0 and json.loads(said)["parity"]["passed"], err
+    code, stdout, err = run("merge", out, "--out", tmp_path / "merged", "--json", capsys=capsys)
+    assert code == 0 and json.loads(stdout)["parity"]["passed"], err
 
 
 def test_kto_trains_on_pairs(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = preferences.write_pairs(tmp_path / "rows.jsonl", 12)
     words = ["train", "--model", tiny_folder, "--data", rows, "--out", tmp_path / "run", "--json", *QUICK]
-    code, said, err = run(*words, "--train.objective", "kto", capsys=capsys)
+    code, stdout, err = run(*words, "--train.objective", "kto", capsys=capsys)
     assert code == 0, err
-    assert {"desirable_reward", "undesirable_reward", "kl"} <= set(json.loads(said)["objective"]["last"])
+    assert {"desirable_reward", "undesirable_reward", "kl"} <= set(json.loads(stdout)["objective"]["last"])
 
 
 def test_dpo_on_a_quantized_base_has_a_quantized_reference(
@@ -456,7 +456,7 @@ def test_resume_from_the_command_line(tiny_folder: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--train.objective", "dpo", "--train.gamma", "1"], "--train.gamma"),
         (["--train.beta", "0.1"], "--train.beta"),
@@ -473,9 +473,9 @@ def test_resume_from_the_command_line(tiny_folder: Path, tmp_path: Path, capsys:
     ],
 )
 def test_invalid_policy_options_are_refused_before_loading(
-    tiny_folder: Path, tmp_path: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = preferences.write_pairs(tmp_path / "rows.jsonl", 8)
     words = ["train", "--model", tiny_folder, "--data", rows, "--out", tmp_path / "run", *QUICK]
     code, _, err = run(*words, *options, capsys=capsys)
-    assert code == 2 and said in err and not (tmp_path / "run" / "lock.json").exists()
+    assert code == 2 and message in err and not (tmp_path / "run" / "lock.json").exists()

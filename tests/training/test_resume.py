@@ -62,9 +62,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def flip(file: Path) -> None:
-    found = bytearray(file.read_bytes())
-    found[-6] ^= 0x40
-    file.write_bytes(found)
+    result = bytearray(file.read_bytes())
+    result[-6] ^= 0x40
+    file.write_bytes(result)
 
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:99])])
@@ -88,8 +88,8 @@ def test_the_best_weights_are_never_taken_from_a_damaged_checkpoint(
     assert report["adapter_step"] == 12 and report["eval_loss"] == losses[12]
     assert any("the best weights so far are lost" in event["text"] for event in events(out, "note"))
     kept = load_file(out / "checkpoints" / "step-000012" / "weights.safetensors")
-    made = adapter(out)
-    assert all(torch.equal(weight, made[name.replace(".default", "")]) for name, weight in kept.items())
+    built = adapter(out)
+    assert all(torch.equal(weight, built[name.replace(".default", "")]) for name, weight in kept.items())
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ def test_resume_with_another_optimizer_resets_its_state_with_a_note(
 ) -> None:
     out = cut_run(tmp_path / "r", tiny_folder, rows_file, **{"train.optimizer": before})
     assert strop.resume(out, allow_changed=["optimizer"], **{"train.optimizer": after}).report["steps"] == 12
-    said = [event["text"] for event in events(out, "note") if "the optimizer state is reset" in event["text"]]
-    assert len(said) == 1
+    text = [event["text"] for event in events(out, "note") if "the optimizer state is reset" in event["text"]]
+    assert len(text) == 1
 
 
 def test_paged_optimizer_resumes_8_bit_state(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -129,7 +129,9 @@ def test_changed_value_survives_a_kill_before_the_next_save(
     assert newest["recompute"] is (field == "train.gradient_checkpointing")
 
 
-def test_new_learning_rate_is_not_scaled_by_an_earlier_rollback(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_new_learning_rate_is_not_scaled_by_an_earlier_rollback(
+    tiny_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
     """An earlier rollback's factor of 0.25 does not apply to it, and a rollback is possible again."""
     fixed = {"train.lr_scheduler": "constant", "train.warmup": 0, "train.learning_rate": 1e-3}
     out = cut_run(tmp_path / "r", tiny_folder, rows_file, **fixed)
@@ -149,7 +151,7 @@ def test_new_learning_rate_is_not_scaled_by_an_earlier_rollback(tiny_folder: Pat
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "message"),
     [
         ({"out": "other"}, "--out: cannot be changed"),
         ({"preset": "balanced"}, "--preset: cannot be changed"),
@@ -157,10 +159,10 @@ def test_new_learning_rate_is_not_scaled_by_an_earlier_rollback(tiny_folder: Pat
     ],
 )
 def test_options_that_apply_only_at_the_start_are_refused_on_resume(
-    tiny_folder: Path, rows_file: Path, tmp_path: Path, option: dict[str, Any], said: str
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, option: dict[str, Any], message: str
 ) -> None:
     out = cut_run(tmp_path / "r", tiny_folder, rows_file)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         strop.resume(out, allow_changed=["init"], **option)
 
 
@@ -240,9 +242,7 @@ def test_best_checkpoint_of_a_skipped_step_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [b"\0" * 40, b"\xff\xfe", b'{"event": "st', b"[1]", b"{}"])
-def test_damaged_event_line_is_ignored(
-    tiny_folder: Path, rows_file: Path, tmp_path: Path, line: bytes
-) -> None:
+def test_damaged_event_line_is_ignored(tiny_folder: Path, rows_file: Path, tmp_path: Path, line: bytes) -> None:
     out = cut_run(tmp_path / "r", tiny_folder, rows_file)
     whole = (out / "events.jsonl").read_bytes().splitlines(True)
     (out / "events.jsonl").write_bytes(b"".join([*whole[:5], line + b"\n", *whole[5:]]))

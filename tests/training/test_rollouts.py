@@ -23,7 +23,7 @@ from strop.training.loop import fit
 from strop.training.oom import micro_batches
 from strop.training.rollouts import PolicyCriterion
 from strop.training.state import Job, batch_stream
-from tests.support.groups import job, prompts, rewarding, write_prompts, write_reward
+from tests.support.groups import make_job, make_reward, prompts, write_prompts, write_reward
 from tests.support.runs import QUICK, run
 from tests.support.tiny import far
 
@@ -33,20 +33,20 @@ GROUPS = [
 ]  # fmt: skip
 
 
-def drawn(made: Job, index: int = 0) -> list[RolloutGroup]:
-    rows = [made.train[row] for row in batch_stream(made.recipe, len(made.train)).rows(index)]
-    return made.criterion.prepare(made.step, rows, index, partial(micro_batches, made))  # type: ignore[return-value]
+def sample_groups(job: Job, index: int = 0) -> list[RolloutGroup]:
+    rows = [job.train[row] for row in batch_stream(job.recipe, len(job.train)).rows(index)]
+    return job.criterion.prepare(job.step, rows, index, partial(micro_batches, job))  # type: ignore[return-value]
 
 
-def gradients(made: Job, items: list[RolloutGroup]) -> tuple[float, dict[str, torch.Tensor]]:
-    loss = loop.compute_gradients(made, items).loss
-    found = {name: weight.grad.clone() for name, weight in made.state.weights.items() if weight.grad is not None}
-    made.state.optimizer.zero_grad()
-    return float(loss), found
+def gradients(job: Job, items: list[RolloutGroup]) -> tuple[float, dict[str, torch.Tensor]]:
+    loss = loop.compute_gradients(job, items).loss
+    result = {name: weight.grad.clone() for name, weight in job.state.weights.items() if weight.grad is not None}
+    job.state.optimizer.zero_grad()
+    return float(loss), result
 
 
-def events(made: Job, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read_events(made.folder.events) if event["event"] == kind]
+def events(job: Job, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(job.folder.events) if event["event"] == kind]
 
 
 @pytest.mark.parametrize("group_loss", ["dapo", "grpo", "dr_grpo"])
@@ -64,21 +64,21 @@ def test_same_loss_and_gradients_for_any_micro_batch_and_step(
 ) -> None:
     """On record, 10: a scale that changes with accumulation. A row is a whole group."""
     rows, options = prompts(4), {"train.group_loss": group_loss}
-    whole = job(tmp_path / "whole", rows, **options)
-    items = drawn(whole)
-    pieces = job(tmp_path / "pieces", rows, plain=plain, **{**options, **cut})
+    whole = make_job(tmp_path / "whole", rows, **options)
+    items = sample_groups(whole)
+    pieces = make_job(tmp_path / "pieces", rows, plain=plain, **{**options, **cut})
     if cut.get("train.gradient_checkpointing"):
         pieces.step.recompute()
-    expected, found = gradients(far(whole), items), gradients(far(pieces), items)
-    assert abs(expected[0]) > 1e-6 and found[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-8)
+    expected, result = gradients(far(whole), items), gradients(far(pieces), items)
+    assert abs(expected[0]) > 1e-6 and result[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-8)
     for name, grad in expected[1].items():
-        assert grad.norm() > 0 and (grad - found[1][name]).norm() <= 1e-4 * grad.norm() + 1e-8, name
+        assert grad.norm() > 0 and (grad - result[1][name]).norm() <= 1e-4 * grad.norm() + 1e-8, name
 
 
 def test_equal_completions_are_stored_once_and_weighted_by_count(tmp_path: Path) -> None:
-    made = job(tmp_path, prompts(4), lambda gold, answer: float(len(answer) % 3))
-    assert isinstance(made.criterion, PolicyCriterion)
-    group = max(drawn(made), key=lambda group: max(group.advantages))
+    job = make_job(tmp_path, prompts(4), lambda gold, answer: float(len(answer) % 3))
+    assert isinstance(job.criterion, PolicyCriterion)
+    group = max(sample_groups(job), key=lambda group: max(group.advantages))
     once = RolloutGroup(
         group.examples[:1],
         advantages=(0.5,),
@@ -96,63 +96,65 @@ def test_equal_completions_are_stored_once_and_weighted_by_count(tmp_path: Path)
     twice = replace(counted(1), examples=counted(1).examples * 2, advantages=(0.5, 0.5), stopped=(True, True))
     twice = replace(twice, sampling_logprobs=torch.from_numpy(once.sampling_logprobs).repeat(2).numpy())
     for options in ("dapo", "grpo", "dr_grpo"):
-        criterion = replace(made.criterion, options=made.criterion.options.model_copy(update={"group_loss": options}))
+        criterion = replace(job.criterion, options=job.criterion.options.model_copy(update={"group_loss": options}))
         values = [
-            float(criterion.loss(made.step, [one], 0.0)[0].detach()) / criterion.divisor([one])
+            float(criterion.loss(job.step, [one], 0.0)[0].detach()) / criterion.divisor([one])
             for one in (counted(2), twice)
         ]
         assert values[0] == pytest.approx(values[1], rel=1e-6) and values[0] != 0
 
 
 def test_samples_depend_on_seed_step_row_and_number(tmp_path: Path) -> None:
-    made = job(tmp_path / "a", prompts(4))
-    same, later = drawn(made), drawn(made, 1)
+    job = make_job(tmp_path / "a", prompts(4))
+    same, later = sample_groups(job), sample_groups(job, 1)
 
     def answers(items: list[RolloutGroup]) -> list[bytes]:
         return sorted(example.ids.tobytes() for group in items for example in group.examples)
 
-    assert answers(same) == answers(drawn(job(tmp_path / "b", prompts(4))))
-    assert answers(same) != answers(later) and answers(same) != answers(drawn(job(tmp_path / "c", prompts(4), seed=1)))
+    assert answers(same) == answers(sample_groups(make_job(tmp_path / "b", prompts(4))))
+    assert answers(same) != answers(later) and answers(same) != answers(
+        sample_groups(make_job(tmp_path / "c", prompts(4), seed=1))
+    )
     assert len(set(answers(same))) > 12  # of 16
-    alone = made.criterion.prepare(made.step, [made.train[2]], 0, partial(micro_batches, made))
+    alone = job.criterion.prepare(job.step, [job.train[2]], 0, partial(micro_batches, job))
     assert set(answers(alone)) <= set(answers(same))  # type: ignore[arg-type]
 
 
 def test_advantages_are_computed_over_all_copies_of_a_group(tmp_path: Path) -> None:
-    made = job(tmp_path, prompts(4))
-    assert isinstance(made.criterion, PolicyCriterion)
-    for group in drawn(made):
+    job = make_job(tmp_path, prompts(4))
+    assert isinstance(job.criterion, PolicyCriterion)
+    for group in sample_groups(job):
         counts = list(group.counts)
         assert sum(counts) == 4 == len(group.rewards)
         repeated = [a for a, count in zip(group.advantages, counts, strict=True) for _ in range(count)]
-        assert repeated == pytest.approx(GRPO.advantages(group.rewards, made.criterion.options))
+        assert repeated == pytest.approx(GRPO.advantages(group.rewards, job.criterion.options))
         assert sum(repeated) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("updates", [1, 3])
 def test_rewarded_completions_become_more_likely(tmp_path: Path, updates: int) -> None:
-    made = job(tmp_path, prompts(4), **{"train.max_steps": 3, "train.updates": updates})
-    groups = drawn(made)
+    job = make_job(tmp_path, prompts(4), **{"train.max_steps": 3, "train.updates": updates})
+    groups = sample_groups(job)
     examples = [example for group in groups for example in group.examples]
-    before = made.step.log_probs(examples).detach()
-    fit(made)
-    change = made.step.log_probs(examples).detach() - before
+    before = job.step.log_probs(examples).detach()
+    fit(job)
+    change = job.step.log_probs(examples).detach() - before
     advantage = change.new_tensor([value for group in groups for value in group.advantages])
     counts = change.new_tensor([count for group in groups for count in group.counts])
     assert (change * advantage).sum() > 0.1 and abs((advantage * counts).sum()) < 1e-6
-    first = events(made, "step")[0]
+    first = events(job, "step")[0]
     assert first["off"] < 1e-4 and first["answer_length"] <= 6 and 0 <= first["stop_rate"] <= 1
     assert (first["kl"] == 0) == (updates == 1)  # of the last update: the model has moved
-    assert events(made, "step")[-1]["kl"] > 1e-6
-    assert len(events(made, "answers")) == 4  # one of them asked for here
+    assert events(job, "step")[-1]["kl"] > 1e-6
+    assert len(events(job, "answers")) == 4  # one of them asked for here
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, stop_after: int) -> None:
     options = {"train.max_steps": 5, "train.micro_batch": 3, "train.updates": 2}
-    unbroken = job(tmp_path / "unbroken", prompts(8), **options)
+    unbroken = make_job(tmp_path / "unbroken", prompts(8), **options)
     fit(unbroken)
-    first = job(tmp_path / "broken", prompts(8), **options)
+    first = make_job(tmp_path / "broken", prompts(8), **options)
     asked = iter(range(1, 100))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         from tests.training.test_preferences import _after
@@ -160,26 +162,26 @@ def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, stop_after: int) -
         patch.setattr(loop, "stop_signals", _after(stop_after, asked))
         fit(first)
     torch.manual_seed(12345)
-    second = job(tmp_path / "broken", prompts(8), **options)
+    second = make_job(tmp_path / "broken", prompts(8), **options)
     state.restore_checkpoint(state.newest_checkpoint(second.folder, pytest.fail), second.state)
     fit(second)
     assert second.state.progress.step == 5
     for name, weight in second.state.weights.items():
         assert torch.equal(weight, unbroken.state.weights[name]), name
-    losses = [[event["loss"] for event in events(made, "step")] for made in (second, unbroken)]
+    losses = [[event["loss"] for event in events(job, "step")] for job in (second, unbroken)]
     assert losses[0] == losses[1]
 
 
 def test_reference_is_the_start_of_training(tmp_path: Path) -> None:
     """On record, 5 and 7: the start adapter is part of the reference."""
-    made = far(job(tmp_path, prompts(4)))
-    for group in drawn(made):
-        now = made.step.token_log_probs(list(group.examples)).detach().double().numpy()
+    job = far(make_job(tmp_path, prompts(4)))
+    for group in sample_groups(job):
+        now = job.step.token_log_probs(list(group.examples)).detach().double().numpy()
         assert abs(now - group.sampling_logprobs).max() < 1e-4 < abs(now - group.reference_token_logprobs).max()
     with torch.no_grad():
-        for name, weight in made.state.weights.items():
-            weight.copy_(made.criterion.start[name])  # type: ignore[attr-defined]
-    group = drawn(made)[0]
+        for name, weight in job.state.weights.items():
+            weight.copy_(job.criterion.start[name])  # type: ignore[attr-defined]
+    group = sample_groups(job)[0]
     assert abs(group.sampling_logprobs - group.reference_token_logprobs).max() < 1e-4
 
 
@@ -188,32 +190,32 @@ def test_reference_is_the_start_of_training(tmp_path: Path) -> None:
 
 def test_completions_of_another_model_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On record, 15: the log-probabilities of the sampling engine and of the step differ."""
-    made = job(tmp_path, prompts(4), **{"train.max_steps": 2})
+    job = make_job(tmp_path, prompts(4), **{"train.max_steps": 2})
     sample_completions = drawing.sample_completions
 
     def by_another(model: Any, *given: Any, **options: Any) -> Any:
-        with state.temporary_values(made.state.weights, {n: w.detach() * 40 for n, w in made.state.weights.items()}):
+        with state.temporary_values(job.state.weights, {n: w.detach() * 40 for n, w in job.state.weights.items()}):
             return sample_completions(model, *given, **options)
 
     monkeypatch.setattr(drawing, "sample_completions", by_another)
     with pytest.raises(RunError, match=r"differ by .* nats per token"):
-        fit(made)
-    assert not events(made, "step")
+        fit(job)
+    assert not events(job, "step")
 
 
-@pytest.mark.parametrize(("function", "said"), [
+@pytest.mark.parametrize(("function", "message"), [
     (lambda gold, answer: 0.0, "raise --train.answer_tokens"),
     (lambda gold, answer: 1.0, "length limit"),
 ])  # fmt: skip
-def test_groups_with_equal_rewards_are_counted_and_noted(tmp_path: Path, function: Any, said: str) -> None:
+def test_groups_with_equal_rewards_are_counted_and_noted(tmp_path: Path, function: Any, message: str) -> None:
     """On record, 14: all completions cut off, reward 0, deviation 0: nothing is learned."""
-    made = job(tmp_path, prompts(8), function, **{"train.max_steps": 3, "train.beta": 0, "train.answer_tokens": 1})
-    before = {name: weight.detach().clone() for name, weight in made.state.weights.items()}
-    fit(made)
-    notes = [event["text"] for event in events(made, "note")]
-    assert len(notes) == 1 and said in notes[0] and "step 1" in notes[0]
-    assert [event["equal_groups"] for event in events(made, "step")] == [1.0] * 3
-    assert all(torch.equal(weight, before[name]) for name, weight in made.state.weights.items())
+    job = make_job(tmp_path, prompts(8), function, **{"train.max_steps": 3, "train.beta": 0, "train.answer_tokens": 1})
+    before = {name: weight.detach().clone() for name, weight in job.state.weights.items()}
+    fit(job)
+    notes = [event["text"] for event in events(job, "note")]
+    assert len(notes) == 1 and message in notes[0] and "step 1" in notes[0]
+    assert [event["equal_groups"] for event in events(job, "step")] == [1.0] * 3
+    assert all(torch.equal(weight, before[name]) for name, weight in job.state.weights.items())
 
 
 def test_equal_rewards_are_noted_once() -> None:
@@ -226,9 +228,9 @@ def test_equal_rewards_are_noted_once() -> None:
 
 def test_zero_gradient_with_different_rewards_stops_the_run(tmp_path: Path) -> None:
     """On record, 9: rewards differ, and the gradient is zero."""
-    made = job(tmp_path, prompts(4), **{"train.max_steps": 2})
-    whole = made.step.token_log_probs
-    stuck = replace(made, step=replace(made.step, token_log_probs=lambda rows: whole(rows).detach() + whole(rows) * 0))
+    job = make_job(tmp_path, prompts(4), **{"train.max_steps": 2})
+    whole = job.step.token_log_probs
+    stuck = replace(job, step=replace(job.step, token_log_probs=lambda rows: whole(rows).detach() + whole(rows) * 0))
     with pytest.raises(RunError, match="rewards differ, but the gradient is zero"):
         fit(stuck)
 
@@ -241,45 +243,45 @@ def test_kl_before_the_first_step_stops_the_run() -> None:
 
 
 def test_failing_reward_names_row_and_function(tmp_path: Path) -> None:
-    for function, said in (
+    for function, text in (
         (lambda gold, answer: answer[10**6], "IndexError"),
         (lambda gold, answer: math.nan, "gives nan"),
         (lambda gold, answer: eval("["), "SyntaxError"),
         (lambda gold, answer: sys.exit(0), "SystemExit"),  # as code that the model wrote may say
     ):
-        made = job(tmp_path / said[:4], prompts(2), function, **{"train.max_steps": 1})
-        with pytest.raises(RunError, match=rf"reward own.py:own: row random:\d: {said}"):
-            fit(made)
+        job = make_job(tmp_path / text[:4], prompts(2), function, **{"train.max_steps": 1})
+        with pytest.raises(RunError, match=rf"reward own.py:own: row random:\d: {text}"):
+            fit(job)
 
 
 def test_evaluation_rewards_held_out_prompts(tmp_path: Path) -> None:
-    made = job(tmp_path, prompts(8), held_out=prompts(3, 9), **{"train.max_steps": 4})
-    fit(made)
-    (seen,) = events(made, "eval")[-1:]
+    job = make_job(tmp_path, prompts(8), held_out=prompts(3, 9), **{"train.max_steps": 4})
+    fit(job)
+    (seen,) = events(job, "eval")[-1:]
     assert (
         seen["loss"] == -seen["reward"] and seen["reward_interval"][0] <= seen["reward"] <= seen["reward_interval"][1]
     )
-    assert made.state.progress.best_loss == min(event["loss"] for event in events(made, "eval"))
+    assert job.state.progress.best_loss == min(event["loss"] for event in events(job, "eval"))
 
 
 def test_rewards_are_summed_by_weight(tmp_path: Path) -> None:
-    made = job(tmp_path, prompts(2))
-    assert isinstance(made.criterion, PolicyCriterion)
-    two = [rewarding(lambda gold, answer: 1.0, 0.25), rewarding(lambda gold, answer: len(gold), 2.0)]
-    criterion = replace(made.criterion, rewards=two)
-    group = criterion.prepare(made.step, made.train, 0, partial(micro_batches, made))[0]
+    job = make_job(tmp_path, prompts(2))
+    assert isinstance(job.criterion, PolicyCriterion)
+    two = [make_reward(lambda gold, answer: 1.0, 0.25), make_reward(lambda gold, answer: len(gold), 2.0)]
+    criterion = replace(job.criterion, rewards=two)
+    group = criterion.prepare(job.step, job.train, 0, partial(micro_batches, job))[0]
     assert group.rewards == (4.25,) * 4  # type: ignore[union-attr]
 
 
 def test_reasoning_is_not_rewarded(tmp_path: Path) -> None:
     """Only where the gold answer has reasoning, as in `strop eval`."""
     seen: list[str] = []
-    made = job(tmp_path, prompts(2), lambda gold, answer: seen.append(answer) or 1.0)
-    assert isinstance(made.criterion, PolicyCriterion)
-    plain = made.train[0]
+    job = make_job(tmp_path, prompts(2), lambda gold, answer: seen.append(answer) or 1.0)
+    assert isinstance(job.criterion, PolicyCriterion)
+    plain = job.train[0]
     thinks = replace(plain, reasoning_ends=("</think>",))
     for prompt, text in ((plain, "so</think>\n\nyo"), (thinks, "so</think>\n\nyo"), (thinks, "so")):
-        made.criterion._reward(prompt, text)  # type: ignore[arg-type]
+        job.criterion._reward(prompt, text)  # type: ignore[arg-type]
     assert seen == ["so</think>\n\nyo", "yo", "so"]
 
 
@@ -292,15 +294,15 @@ def test_a_run_from_the_command_line(
 ) -> None:
     rows, out = write_prompts(tmp_path / "rows.jsonl", 16, answered), tmp_path / "run"
     words = ["train", "--model", tiny_folder, "--data", rows, "--eval", "25%", "--out", out, "--json", *GROUPS]
-    code, said, err = run(*words, "--train.rewards", write_reward(tmp_path / "own.py"), capsys=capsys)
+    code, stdout, err = run(*words, "--train.rewards", write_reward(tmp_path / "own.py"), capsys=capsys)
     assert code == 0, err
-    found = json.loads(said)["objective"]
-    assert found["name"] == "grpo" and found["options"]["group"] == 4 and found["options"]["beta"] == 0.04
-    assert {"reward", "kl", "off", "clip_share", "stop_rate", "answer_length"} <= set(found["last"])
-    assert 0 <= found["held_out"]["reward"] <= 1 and f"{16 if answered else 0}" and "prompts" in err
+    result = json.loads(stdout)["objective"]
+    assert result["name"] == "grpo" and result["options"]["group"] == 4 and result["options"]["beta"] == 0.04
+    assert {"reward", "kl", "off", "clip_share", "stop_rate", "answer_length"} <= set(result["last"])
+    assert 0 <= result["held_out"]["reward"] <= 1 and f"{16 if answered else 0}" and "prompts" in err
     assert (out / "report.html").is_file() and "reward" in (out / "report.html").read_text()
-    code, said, err = run("merge", out, "--out", tmp_path / "merged", "--json", capsys=capsys)
-    assert (code == 0 and json.loads(said)["parity"]["passed"]) if answered else (code == 2 and "give --data" in err)
+    code, stdout, err = run("merge", out, "--out", tmp_path / "merged", "--json", capsys=capsys)
+    assert (code == 0 and json.loads(stdout)["parity"]["passed"]) if answered else (code == 2 and "give --data" in err)
 
 
 def test_unknown_family_is_sampled_by_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,7 +325,7 @@ def test_unknown_family_is_sampled_by_transformers(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ([], "--train.rewards"),
         (["--train.rewards", "exct"], "did you mean exact"),
@@ -338,15 +340,17 @@ def test_unknown_family_is_sampled_by_transformers(tmp_path: Path, capsys: pytes
     ],
 )
 def test_invalid_policy_options_are_refused_before_loading(
-    tiny_folder: Path, tmp_path: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write_prompts(tmp_path / "rows.jsonl", 4)
     words = ["train", "--model", tiny_folder, "--data", rows, "--out", tmp_path / "run", *GROUPS]
     code, _, err = run(*words, *options, capsys=capsys)
-    assert code == 2 and said in err and not (tmp_path / "run" / "lock.json").exists()
+    assert code == 2 and message in err and not (tmp_path / "run" / "lock.json").exists()
 
 
-def test_metric_rewards_need_gold_answers(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_metric_rewards_need_gold_answers(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = write_prompts(tmp_path / "rows.jsonl", 4, answered=False)
     words = ["train", "--model", tiny_folder, "--data", rows, "--out", tmp_path / "run", *GROUPS]
     code, _, err = run(*words, "--train.rewards", "exact", capsys=capsys)

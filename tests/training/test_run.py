@@ -128,13 +128,13 @@ def test_eval_in_4_bit_uses_another_base(trained: Path, rows_file: Path, capsys:
 def test_python_api_trains_resumes_evaluates_and_chats(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     seen: list[str] = []
     out = tmp_path / "api"
-    made = strop.train(
+    built = strop.train(
         model=str(tiny_folder), data=str(rows_file), out=out, lora={"r": 2}, train={"max_steps": 3},
         callback=lambda event: seen.append(event["event"]),
     )  # fmt: skip
-    assert made.report["steps"] == 3 and seen.count("step") == 3
+    assert built.report["steps"] == 3 and seen.count("step") == 3
     again = strop.resume(out)  # a finished run is returned as it is
-    assert again.report["steps"] == 3 and again.report["tokens"] == made.report["tokens"]
+    assert again.report["steps"] == 3 and again.report["tokens"] == built.report["tokens"]
     assert strop.resume(out, **{"train.max_steps": 3}).report["steps"] == 3
     with pytest.raises(InputError, match="is finished: no option changes it"):
         strop.resume(out, **{"train.max_steps": 5})
@@ -308,9 +308,9 @@ def test_json_of_a_failed_run_has_partial_results(
     monkeypatch.setattr(loop, "save", full)
     words = ["train", "--model", tiny_folder, "--data", rows_file, "--out", tmp_path / "r", "--train.save_steps", "2"]
     code, out, _ = run(*words, *QUICK, "--json", capsys=capsys)
-    said = json.loads(out)
-    assert code == said["exit"] == 1 and said["error"]["kind"] == "DiskError"
-    assert said["run"] == str(tmp_path / "r") and said["steps"] == 4 and said["tokens"] > 0 and said["loss"]["last"] > 0
+    text = json.loads(out)
+    assert code == text["exit"] == 1 and text["error"]["kind"] == "DiskError"
+    assert text["run"] == str(tmp_path / "r") and text["steps"] == 4 and text["tokens"] > 0 and text["loss"]["last"] > 0
 
 
 def test_full_disk_is_refused_before_loading(
@@ -348,8 +348,8 @@ def test_tilde_in_a_recipes_out_is_expanded(
         f"model: {{name: {tiny_folder}, dtype: fp32}}\ndata: {{train: {rows_file}}}\n"
         "train: {max_steps: 1}\nout: ~/runs/mine\n"
     )
-    made = strop.train(file)
-    assert made.folder == home / "runs" / "mine" and not (here / "~").exists()
+    built = strop.train(file)
+    assert built.folder == home / "runs" / "mine" and not (here / "~").exists()
 
 
 def test_out_with_a_newline_is_refused(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -450,13 +450,13 @@ def test_tensorboard_gets_the_losses(tiny_folder: Path, rows_file: Path, tmp_pat
     out = tmp_path / "tracked"
     strop.train(model=str(tiny_folder), data=str(rows_file), out=out, track=["tensorboard"], train={"max_steps": 3})
     folders = {file.parent for file in out.rglob("events.out.tfevents*")}
-    found = {}
+    result = {}
     for folder in folders:
         reader = EventAccumulator(str(folder)).Reload()
         for tag in reader.Tags()["scalars"]:
-            found[tag] = [point.value for point in reader.Scalars(tag)]
+            result[tag] = [point.value for point in reader.Scalars(tag)]
     steps = [event["loss"] for event in read_events(out / "events.jsonl") if event["event"] == "step"]
-    assert found["train/loss"] == pytest.approx(steps, rel=1e-6)
+    assert result["train/loss"] == pytest.approx(steps, rel=1e-6)
 
 
 def test_chat_through_a_pipe(
@@ -474,37 +474,37 @@ def test_chat_commands_through_a_pipe(
 ) -> None:
     import io
 
-    def said(*lines: str) -> tuple[list[str], str]:
+    def text(*lines: str) -> tuple[list[str], str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
         code, out, err = run("chat", trained, "--max-new-tokens", "4", capsys=capsys)
         assert code == 0
         return out.splitlines(), err
 
-    tuned, _ = said("what is 2")
-    base, _ = said("/base", "what is 2")
-    both, err = said("/compare", "what is 2")
-    assert "answers: without the adapter and with it" in err and said("/base what is 2")[0] == base
+    tuned, _ = text("what is 2")
+    base, _ = text("/base", "what is 2")
+    both, err = text("/compare", "what is 2")
+    assert "answers: without the adapter and with it" in err and text("/base what is 2")[0] == base
     assert tuned != base and both == [f"base: {base[0]}", f"tuned: {tuned[0]}"]
-    again, _ = said(
+    again, _ = text(
         "what is 2", "/reset", "what is 2", "/base", "/tuned", "/reset", "what is 2", "/quit", "never asked"
     )
     assert again == 3 * tuned
-    other, _ = said("/system be brief", "what is 2")
+    other, _ = text("/system be brief", "what is 2")
     assert other != tuned
-    _, err = said("/tunde", "/help")
+    _, err = text("/tunde", "/help")
     assert "did you mean /tuned?" in err and "/compare" in err
 
 
 def test_modules_lists_layers_with_their_shapes(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run("modules", tiny_folder, "--json", capsys=capsys)
-    found = {row["name"]: row for row in json.loads(out)["modules"]}
-    assert found["embed_tokens"]["kept_16_bit"] == "embedding" and not found["embed_tokens"]["presets"]
+    result = {row["name"]: row for row in json.loads(out)["modules"]}
+    assert result["embed_tokens"]["kept_16_bit"] == "embedding" and not result["embed_tokens"]["presets"]
     assert code == 0
-    assert (found["k_proj"]["in_features"], found["k_proj"]["out_features"], found["k_proj"]["count"]) == (32, 16, 2)
-    assert found["q_proj"]["presets"] == ["auto", "low-memory", "balanced", "max-quality"]
-    assert found["gate_proj"]["presets"] == ["auto", "balanced", "max-quality"]
-    assert found["down_proj"]["presets"] == ["auto", "max-quality"] and found["lm_head"]["presets"] == []
-    assert found["lm_head"]["kept_16_bit"] == "output head" and found["q_proj"]["kept_16_bit"] is None
+    assert (result["k_proj"]["in_features"], result["k_proj"]["out_features"], result["k_proj"]["count"]) == (32, 16, 2)
+    assert result["q_proj"]["presets"] == ["auto", "low-memory", "balanced", "max-quality"]
+    assert result["gate_proj"]["presets"] == ["auto", "balanced", "max-quality"]
+    assert result["down_proj"]["presets"] == ["auto", "max-quality"] and result["lm_head"]["presets"] == []
+    assert result["lm_head"]["kept_16_bit"] == "output head" and result["q_proj"]["kept_16_bit"] is None
 
 
 def test_option_none_removes_a_recipe_value(
@@ -534,19 +534,21 @@ def test_option_track_replaces_the_recipes_trackers(
     assert code == 0 and json.loads(out)["recipe"]["track"] == tracks
 
 
-def test_runs_lists_runs_and_print_recipe_shows_origins(trained: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_lists_runs_and_print_recipe_shows_origins(
+    trained: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, out, _ = run("runs", trained.parent, "--json", capsys=capsys)
     (listed,) = json.loads(out)["runs"]
     assert code == 0 and {"run": str(trained), "finished": True, "step": 6}.items() <= listed.items()
     assert listed["loss"] > 0 and listed["seconds"] > 0 and listed["score"] is None and listed["data"]
-    code, _, said = run("runs", trained.parent, capsys=capsys)
-    assert code == 0 and trained.name in said and f"{listed['loss']:.3f}" in said
+    code, _, text = run("runs", trained.parent, capsys=capsys)
+    assert code == 0 and trained.name in text and f"{listed['loss']:.3f}" in text
     code, out, _ = run("train", "--model", tiny_folder, "--data", "x.jsonl", "--print-recipe", capsys=capsys)
     assert code == 0
     words = ["train", "--model", tiny_folder, "--data", "x.jsonl", "--print-recipe", "--json"]
-    said = json.loads(run(*words, capsys=capsys)[1])
-    assert said["recipe"]["lora"]["r"] == 16
-    assert {"field": "lora.alpha", "value": 32.0, "origin": "plan", "why": "2 r"} in said["choices"]
+    text = json.loads(run(*words, capsys=capsys)[1])
+    assert text["recipe"]["lora"]["r"] == 16
+    assert {"field": "lora.alpha", "value": 32.0, "origin": "plan", "why": "2 r"} in text["choices"]
     assert "r: 16  # default" in out and "alpha: 32.0  # plan: 2 r" in out and "train: x.jsonl  # option" in out
 
 
@@ -566,19 +568,19 @@ def test_interrupted_import_exits_as_stopped(
     assert code == 130 and "stopped at once" in err
 
 
-@pytest.mark.parametrize(("warmup", "told"), [(2, True), (30, True), (1, False), (0.9, False)])
+@pytest.mark.parametrize(("warmup", "noted"), [(2, True), (30, True), (1, False), (0.9, False)])
 def test_warmup_as_long_as_the_run_is_noted(
-    tiny_folder: Path, rows_file: Path, tmp_path: Path, warmup: float, told: bool
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, warmup: float, noted: bool
 ) -> None:
     given = {"train.max_steps": 2, "train.warmup": warmup, "train.learning_rate": 1e-3, "model.dtype": "fp32"}
     out = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", **given).folder
-    said = f"train.warmup {warmup}: the run has 2 steps, so its learning rate never reaches its peak"
-    assert (said in [event["text"] for event in events(out, "note")]) is told
-    assert (max(event["learning_rate"] for event in events(out, "step")) < 1e-3) is (told or warmup == 0.9)
+    text = f"train.warmup {warmup}: the run has 2 steps, so its learning rate never reaches its peak"
+    assert (text in [event["text"] for event in events(out, "note")]) is noted
+    assert (max(event["learning_rate"] for event in events(out, "step")) < 1e-3) is (noted or warmup == 0.9)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"train.eval_steps": 1}, "train.eval_steps 1 has no effect without data.eval"),
         ({"train.eval_steps": 1, "data.eval": "30%"}, None),
@@ -593,15 +595,15 @@ def test_warmup_as_long_as_the_run_is_noted(
     ],
 )
 def test_option_without_effect_is_noted(
-    tiny_folder: Path, rows_file: Path, tmp_path: Path, options: dict[str, Any], said: str | None
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, options: dict[str, Any], message: str | None
 ) -> None:
     given = {"train.max_steps": 1, "model.dtype": "fp32", **options}
     out = strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "r", **given).folder
-    assert [event["text"] for event in events(out, "note")] == ([said] if said else [])
+    assert [event["text"] for event in events(out, "note")] == ([message] if message else [])
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (
             {"lora.r": 64},
@@ -617,7 +619,7 @@ def test_option_without_effect_is_noted(
     ],
 )  # fmt: skip
 def test_recipe_values_that_would_be_chosen_otherwise_are_noted(
-    tiny_folder: Path, rows_file: Path, tmp_path: Path, options: dict[str, Any], said: list[str]
+    tiny_folder: Path, rows_file: Path, tmp_path: Path, options: dict[str, Any], message: list[str]
 ) -> None:
     """recipe.yaml of a run sets all values, so an option that would change derived values does not."""
     recipe = tmp_path / "recipe.yaml"
@@ -625,7 +627,7 @@ def test_recipe_values_that_would_be_chosen_otherwise_are_noted(
     values = {"lora": {"r": 16, "alpha": 32.0}, "train": {"learning_rate": 0.004, "max_steps": 1}}
     recipe.write_text(yaml.safe_dump({**given, **values}), encoding="utf-8")
     out = strop.train(recipe, out=tmp_path / "r", **options).folder
-    assert [event["text"] for event in events(out, "note")] == said
+    assert [event["text"] for event in events(out, "note")] == message
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])

@@ -65,9 +65,7 @@ def test_checkpoint_of_a_newer_version_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "optimizer.safetensors"])
-def test_unreadable_checkpoint_is_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_unreadable_checkpoint_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A bad sector: the checkpoint before it is used."""
     checkpoint, job = saved(tmp_path)
     opened = io.open
@@ -78,6 +76,6 @@ def test_unreadable_checkpoint_is_skipped(
         return opened(file, *args, **options)
 
     monkeypatch.setattr(io, "open", bad)  # pathlib's
-    said: list[str] = []
-    assert state.newest_checkpoint(job.folder, said.append).name == "step-000001"
-    assert "cannot be read: Input/output error" in said[0]
+    text: list[str] = []
+    assert state.newest_checkpoint(job.folder, text.append).name == "step-000001"
+    assert "cannot be read: Input/output error" in text[0]

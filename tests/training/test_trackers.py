@@ -43,7 +43,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "environment", "told"),
+    ("names", "environment", "noted"),
     [
         (["wandb"], {}, ("mine", {})),
         (["wandb"], {"WANDB_PROJECT": "ours"}, ("ours", {"wandb": {"name": "mine"}})),
@@ -52,7 +52,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_wandb_gets_the_project_of_the_environment(
-    names: list[str], environment: dict[str, str], told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    names: list[str], environment: dict[str, str], noted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Recorder.made = []
     for name in ("WANDB_PROJECT", "WANDB_NAME"):
@@ -62,7 +62,7 @@ def test_wandb_gets_the_project_of_the_environment(
     monkeypatch.setattr("accelerate.Accelerator", Recorder)
     with tracking(names, tmp_path / "mine", {"model.device": "cpu"}):
         pass
-    assert Recorder.made == [told]
+    assert Recorder.made == [noted]
 
 
 def test_tracker_output_does_not_go_to_stdout(
@@ -102,10 +102,10 @@ def test_tracker_that_does_not_start_raises_recipe_error(tmp_path: Path, monkeyp
 def test_tracker_that_fails_later_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told: list[int] = []
+    facts: list[int] = []
 
     def log(_: Recorder, values: dict[str, Any], step: int) -> None:
-        told.append(step)
+        facts.append(step)
         if step == 2:
             raise ConnectionError("the server is gone")
 
@@ -119,16 +119,14 @@ def test_tracker_that_fails_later_does_not_end_the_run(
     with tracking(["trackio"], tmp_path / "mine", {"model.device": "cpu"}) as listeners:
         for step in (1, 2, 3):
             listeners[0]({"event": "step", "step": step, "loss": 1.0})
-    assert told == [1, 2]
+    assert facts == [1, 2]
     assert [record.getMessage() for record in caplog.records] == [
         "--track trackio: stopped; events.jsonl still has all metrics: ConnectionError: the server is gone",
         "--track trackio: stopped; events.jsonl still has all metrics: TimeoutError: TimeoutError",
     ]
 
 
-def test_folder_is_released_if_a_tracker_does_not_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_is_released_if_a_tracker_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise ConnectionError("no network")
 
@@ -142,13 +140,13 @@ def test_folder_is_released_if_a_tracker_does_not_start(
 
 
 def test_tensorboard_starts_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[list[str]] = []
-    monkeypatch.setattr(Recorder, "__init__", lambda _, log_with, **__: told.append(log_with))
+    facts: list[list[str]] = []
+    monkeypatch.setattr(Recorder, "__init__", lambda _, log_with, **__: facts.append(log_with))
     monkeypatch.setattr("accelerate.Accelerator", Recorder)
     Recorder.made = []
     with tracking(["tensorboard", "trackio", "wandb"], tmp_path / "mine", {"model.device": "cpu"}):
         pass
-    assert told == [["trackio", "wandb", "tensorboard"]]
+    assert facts == [["trackio", "wandb", "tensorboard"]]
 
 
 @pytest.mark.parametrize("back", [{"event": "rollback", "step": 4, "to": 2}, {"event": "resume", "step": 2}])

@@ -56,7 +56,7 @@ def test_run_fails_when_vllm_ends_and_can_be_resumed(
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["--train.vllm_python", "/no/such/python"], "no such program"),
         (["--model.quantization", "nf4"], "16-bit base, not from nf4"),
@@ -65,10 +65,10 @@ def test_run_fails_when_vllm_ends_and_can_be_resumed(
     ],
 )
 def test_unsupported_vllm_recipes_are_refused_before_loading(
-    tiny_folder: Path, tmp_path: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write_prompts(tmp_path / "rows.jsonl", 16)
     rewards = [] if "sft" in more else ["--train.objective", "grpo", "--train.rewards", "exact"]
     words = ["train", "--model", tiny_folder, "--data", rows, "--out", tmp_path / "run", *QUICK, *rewards]
     code, _, err = run(*words, "--train.vllm_python", vllm_python(tmp_path / "vllm"), *more, capsys=capsys)
-    assert code == 2 and said in err, err
+    assert code == 2 and message in err, err
