@@ -46,7 +46,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 
 class Group(Devices):
-    """All ranks of a run. Raises RunError if they do not meet at MASTER_ADDR."""
+    """The connected ranks of a run. Raises RunError if they do not meet at MASTER_ADDR."""
 
     def __init__(self, place: Place) -> None:
         self.rank, self.world_size = place.rank, place.world_size
@@ -198,7 +198,7 @@ class Group(Devices):
     def _exchange_status(
         self, error: BaseException | None, flags: Sequence[bool] = (), *, final: bool = False
     ) -> Tensor:
-        """All-reduce each rank's status and flags, and return them: (world_size, 1 + MAX_FLAGS) uint8.
+        """Exchange each rank's status and flags, and return them: (world_size, 1 + MAX_FLAGS) uint8.
 
         final: this rank will not try again with less memory. Raises the error that this rank raises because of
         another's status.

@@ -13,13 +13,7 @@ from strop.objectives.policy import GRPO, PolicyLoss
 from strop.objectives.preferences import DPO, IPO, KTO, ORPO, REWARD, SIMPO
 
 OBJECTIVES: dict[str, Objective] = {
-    "dpo": DPO,
-    "ipo": IPO,
-    "kto": KTO,
-    "orpo": ORPO,
-    "simpo": SIMPO,
-    "reward": REWARD,
-    "grpo": GRPO,
+    objective.name: objective for objective in (DPO, IPO, KTO, ORPO, SIMPO, REWARD, GRPO)
 }
 
 

@@ -112,35 +112,17 @@ def build_job(
     objective = objective_of(recipe.train)
     if isinstance(objective, PolicyLoss):
         disable_model_dropout(model)
-        criterion = PolicyCriterion(
-            objective,
-            recipe.train,
-            recipe.seed,
-            model,
-            setup.tokenizer,
-            (*data.renderer.end_ids, *generation_stop_ids(model.generation_config)),
-            rewards_of(recipe.train.rewards),
-            weights,
-            log,
-            sampler=sampler,
-        )
+        stop_ids = (*data.renderer.end_ids, *generation_stop_ids(model.generation_config))
+        rewards = rewards_of(recipe.train.rewards)
+        decoding = setup.tokenizer, stop_ids, rewards, weights, log
+        criterion = PolicyCriterion(objective, recipe.train, recipe.seed, model, *decoding, sampler=sampler)
     else:
         criterion = criterion_for(recipe.train, model, devices)
+    usable = usable_bytes(setup.machine, section.device)
     return Job(
-        recipe,
-        folder,
-        model,
-        step,
-        data.train_items or data.train,
-        data.eval_items or data.eval,
-        state,
-        log,
-        stream,
-        setup.memory_key,
-        usable_bytes(setup.machine, section.device),
-        criterion,
-        devices,
-    )
+        recipe, folder, model, step, data.train_items or data.train, data.eval_items or data.eval, state, log, stream,
+        setup.memory_key, usable, criterion, devices,
+    )  # fmt: skip
 
 
 def broadcast_weights(job: Job) -> None:

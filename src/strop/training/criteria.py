@@ -31,7 +31,7 @@ BLOCK = 64  # rows that are split into micro-batches together outside of trainin
 
 
 class Criterion(Protocol):
-    """What the loop minimizes.
+    """The objective that the loop minimizes.
 
     has_figures: whether `loss` returns figures besides the loss.
     """
@@ -140,7 +140,7 @@ class PreferenceCriterion(FixedRows):
     def loss_of_sums(
         self, sums: Sequence[Tensor], units: Sequence[ExampleGroup], statistic: float
     ) -> tuple[Tensor, Figures]:
-        """As `loss`, from the sums of log-probabilities (or scores) of each answer."""
+        """Compute the loss from sums of log-probabilities (or scores): (N,) for each side."""
         answers = [
             AnswerLogprobs(values, _token_counts(units, side, values), _reference(units, side, values))
             for side, values in enumerate(sums)

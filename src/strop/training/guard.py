@@ -32,7 +32,7 @@ FAR = 10.0  # a single loss beyond this many times the distance causes a rollbac
 
 
 class Verdict(Enum):
-    """What to do with a step. DOUBTFUL: the loss is beyond the bound, and the update is still applied."""
+    """The decision on a step. DOUBTFUL: the loss is beyond the bound, and the update is still applied."""
 
     GOOD = "good"
     DOUBTFUL = "doubtful"

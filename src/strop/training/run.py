@@ -60,7 +60,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Resumed:
-    """How a run was resumed. changes: from its lock. devices: numbers before and now, if they differ."""
+    """The differences between a run and its resume.
+
+    changes: from its lock. devices: numbers before and now, if they differ.
+    """
 
     changes: Sequence[Difference]
     devices: tuple[int, int] | None
@@ -93,7 +96,7 @@ def train(
     path = resolved.recipe.out
     out = Path(os.path.expanduser(path)) if path else None  # in a recipe, no shell has expanded ~
     if out is None and (resume_existing or may_restart()):
-        raise InputError("a run that may be restarted needs a fixed folder", fix="give --out a folder of its own")
+        raise InputError("a run that may be restarted needs a fixed folder", fix="give --out a folder")
     if out is not None and devices.run_on_main(lambda: (resume_existing or was_restarted()) and is_run(out)):
         refuse_changed_recipe(resolved, out)
         return resume(out, listeners, memory=memory, devices=devices)
