@@ -16,16 +16,15 @@ from strop.runs.events import read_events
 from tests import ROOT
 from tests.distributed.suite import Lab, apart, codes, outputs
 
-SOON = 20.0  # seconds in which those that are left must have ended by themselves
-CHAIN = 4  # kills of one run, at most, before it may end
+SOON = 20.0  # seconds in which the other ranks must have ended by themselves
+CHAIN = 4  # most kills of one run
 STEPS = ("--train.exact", "true", "--train.save_steps", "2", "--model.device", "cpu")
 
 
 def kills(lab: Lab, number: int, seed: int = 0, agent: int = 8) -> None:
-    """Each run is killed some times, on 2 or 3 processes, with whole bases and with shares, goes on each time on any
-    number of devices, and ends with the bits of a run that nobody has hurt.
+    """Kill runs on 2 or 3 processes, replicated and sharded, several times each; each resumes on any number of devices.
 
-    agent: each so manieth kill is one of the agent.
+    The result must equal an unbroken run to the bit. agent: every `agent`-th kill is of torchrun's agent.
     """
     chance, killed, runs, early = random.Random(seed), 0, 0, 0
     started = time.monotonic()
@@ -63,8 +62,8 @@ def _seconds(lab: Lab, world: int) -> float:
 
 
 def _kill_rank(lab: Lab, words: Sequence[str], world: int, chance: random.Random, longest: float, out: Path) -> bool:
-    """Gives whether the ranks had met: if so, those that are left end by themselves. Else a launcher ends them, here
-    this process."""
+    """Return whether the ranks had connected. If so, the other ranks end by themselves; otherwise this process ends
+    them, as a launcher would."""
     before = _said(out)
     crew, victim = lab.start(world, words), chance.randrange(world)
     time.sleep(chance.uniform(0.0, longest))

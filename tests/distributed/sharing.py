@@ -66,8 +66,8 @@ def check_shares(world: int) -> dict[int, Prepare]:
 
 
 def sharded_families(lab: Lab) -> None:
-    """A mixture of packed experts, which the model's own modules compute in the fast step, and a model with untied
-    embeddings, biases and dropout of its own (GPT-2), in the plain one: on a share, exact on any number of devices."""
+    """Sharded runs are exact on any number of devices for a mixture of packed experts in the fast step, and for GPT-2
+    (untied embeddings, biases, its own dropout) in the plain step."""
     for family, engine, more in (
         ("qwen3_moe", "fast", ["--lora.dropout", "0", "--model.quantization", "int8", "--model.resident_layers", "1"]),
         ("gpt2", "plain", ["--train.gradient_checkpointing", "on"]),
@@ -113,7 +113,7 @@ def gathered_bytes_are_exact(lab: Lab) -> None:
             assert not unit.there
         spoiled = Sharded(Parts({0: unit}, {0: nn.Identity()}, unit.size, unit.own.numel()), devices)
         if devices.rank == 1:
-            unit.own[5] ^= 1  # after it was read
+            unit.own[5] ^= 1  # corrupted after it was read
         spoiled.begin(backward=False)
         with pytest.raises(RunError, match="layer 0 of the base was corrupted"):
             spoiled(0)
@@ -155,8 +155,8 @@ def faults_between_layers(lab: Lab) -> None:
 
 
 def sharded_resume(lab: Lab) -> None:
-    """Saved on 3 ranks with a share each, resumed on 2 with a share each, then on one alone; another base is refused,
-    and a weight that is not finite, on whichever rank."""
+    """A run saved on 3 sharded ranks resumes on 2 and on 1. Another base, and a non-finite weight on any rank, are
+    refused."""
     more = ["--train.exact", "true"]
     whole = lab.good(1, *more)
     for world, words in ((2, []), (1, [])):

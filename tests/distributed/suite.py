@@ -131,12 +131,12 @@ def in_step(step: int, act: Callable[[Any], Any]) -> Prepare:
     return prepare
 
 
-# --- the same numbers
+# --- equal results
 
 
 def equals_one_device(lab: Lab, worlds: Sequence[int] = (2, 3, 4)) -> None:
-    """30 steps of ragged rows, accumulation, dropout, evaluations: within 1e-6 (a loss of 6 is known to 5e-7); exact:
-    equal bits."""
+    """30 steps with dropout and evaluations are within 1e-6 (fp32 resolves a loss of 6 to 5e-7), and equal to the bit
+    with train.exact."""
     held_out = ["--data.eval", "20%", "--train.eval_steps", "10", "--train.max_steps", "30"]
     one, exact = lab.good(1, *held_out), lab.good(1, "--train.exact", "true", *held_out)
     assert apart(one, exact) < NEAR
@@ -229,8 +229,8 @@ def preference_objectives(lab: Lab) -> None:
 
 
 def evaluation(lab: Lab, general: bool = True) -> None:
-    """`strop eval` on 1 and 3 ranks: the same answers and scores, of rows, of the general set, of rows that should not
-    get worse, and of pairs, by their log-probabilities and by a reward model."""
+    """`strop eval` gives the same answers and scores on 1 and 3 ranks: of rows, the general set, regression data, and
+    pairs (by log-probabilities and by a reward model)."""
     out, pairs, other = lab.good(1), lab.folder / "pairs.jsonl", lab.folder / "other.jsonl"
     write_pairs(pairs)
     tiny.write_rows(other, 7)
@@ -269,7 +269,7 @@ def without_speed(result: Any) -> Any:
     return [without_speed(value) for value in result] if isinstance(result, list) else result
 
 
-# --- hurt on purpose
+# --- injected faults
 
 
 def nan_on_one_rank(lab: Lab) -> None:
@@ -375,7 +375,7 @@ def flipped_bit(lab: Lab) -> None:
     for world, words in ((2, "differs between rank 0 and rank 1"), (3, "of rank 1 is not that of the others")):
         out, ended = lab.train(world, "--train.save_steps", "6", prepare={1: at_step(3, flip)})
         assert codes(ended) == [1] * world and words in ended[0].output, outputs(ended)
-        assert [event["step"] for event in events(out, "save")] == [0]  # a state in doubt is not saved
+        assert [event["step"] for event in events(out, "save")] == [0]  # a doubtful state is not saved
 
 
 def killed_rank(lab: Lab) -> None:
@@ -455,8 +455,9 @@ def idle_experts(lab: Lab) -> None:
 
 
 def out_of_memory_inside_nested_blocks(lab: Lab) -> None:
-    """One rank finds no memory where the others are inside a block of their own (the level of KTO): all try again from
-    the same place. What cannot be helped is said by one rank, and the JSON is one object."""
+    """One rank runs out of memory while the others are in a nested block (KTO's divergence): all retry together.
+
+    If no retry helps, one rank reports it, and there is one JSON object."""
     judged = lab.folder / "judged.jsonl"
     lines = [{"prompt": f"what is {n}", "completion": f"it is {n * n}", "label": bool(n % 3)} for n in range(13)]
     judged.write_text("".join(json.dumps(line) + "\n" for line in lines))

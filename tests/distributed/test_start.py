@@ -70,7 +70,7 @@ def test_exact_run_resumes_with_its_number_of_threads(
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
         torch.set_num_threads(2)
         strop.train(model=str(tiny_folder), data=str(rows), out=str(out), **more)
-        (out / "report.json").unlink()  # as if it had been killed before its end
+        (out / "report.json").unlink()  # as if it had been killed before its report
         monkeypatch.delenv("OMP_NUM_THREADS")
         assert strop.resume(out).report["devices"]["threads"] == 2
     finally:

@@ -25,7 +25,7 @@ ORDER = (
     "kills", "crash_points", "cold", "real", "damage", "full_disk", "not_finite", "out_of_memory", "interrupts",
     "two_at_once",
 )  # fmt: skip
-PEER_OF = {  # our case -> the peer's
+PEER_OF = {  # strop's case -> TRL's
     "kills": "kills", "damage": "damage", "full_disk": "full_disk", "not_finite": "not_finite",
     "out_of_memory": "out_of_memory", "interrupts": "interrupts",
 }  # fmt: skip

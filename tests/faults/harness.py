@@ -1,7 +1,6 @@
 """Processes with injected faults. Standard library only, so that another tool's environment can run it too.
 
-`Child` forks: the parent has imported what is slow and has started no threads, so that a child is a fresh process that
-needs no cold start.
+Children are forks: the parent has done the slow imports and has started no threads.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def child(work: Work, log: Path, *, hurt: tuple[int, float] | None = None) -> En
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
                 break
             time.sleep(min(0.002, max(0.0, after - (time.monotonic() - started))))
-        os.kill(pid, number)  # a zombie, if it has ended by itself: no harm done
+        os.kill(pid, number)  # if it has ended already, it is a zombie and the signal is harmless
     return wait(pid, log, started)
 
 

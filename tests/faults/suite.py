@@ -1,7 +1,7 @@
 """Injected faults of every kind; `make faults` runs all cases and writes docs/reliability.md.
 
-Each case hurts runs of 20 steps that save after every step, lets them end, and compares their adapters with those of
-an unbroken run, bit by bit.
+Each case injects faults into runs of 20 steps that save after every step. The resulting adapters must equal those of an
+unbroken run to the bit.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Lab:
         self.rows = tiny.write_rows(folder / "rows.jsonl", 40)
         self.more = ["--data.eval", "20%", "--train.eval_steps", "4"] if eval_share else []
         self.references: dict[str, str] = {}
-        self.longest = 0.0  # seconds of a whole run
-        self.training = (0.0, 0.0)  # seconds from its start to the first and to the last save
+        self.longest = 0.0  # duration of a run
+        self.training = (0.0, 0.0)  # from its start to the first and to the last save
         self._next = 0
 
     def out(self) -> Path:
@@ -81,7 +81,7 @@ class Lab:
         return self._run(self.words(out, kind), **hurt)
 
     def go_on(self, out: Path, kind: str = "fast", **hurt: Any) -> Ended:
-        """What a person does next: resume, or start again where the run had not begun."""
+        """Do what a user would: resume, or start again if the run had not begun."""
         return self._run(["resume", str(out), "--json"], **hurt) if is_run(out) else self.start(out, kind, **hurt)
 
     def _run(
@@ -109,7 +109,7 @@ class Lab:
     def reference(self, kind: str) -> str:
         """The unbroken run's adapter."""
         if kind not in self.references:
-            self.start(self.out(), kind)  # compiles what is not compiled yet: its time is no measure
+            self.start(self.out(), kind)  # compiles kernels, so its duration is not measured
             out, began = self.out(), time.time()
             ended = self.start(out, kind)
             assert ended.code == 0, ended.output
@@ -163,7 +163,7 @@ def kills(lab: Lab, number: int, seed: int = 0) -> Tally:
         kind, out, after, began = list(FLAGS)[place % 2], lab.out(), next(times), time.time()
         ended = lab.start(out, kind, hurt=(signal.SIGKILL, after))
         tally.tried += ended.code == -signal.SIGKILL
-        if ended.code == 0:  # over before: the machine is faster than when the reference ran
+        if ended.code == 0:  # it ended earlier: the machine is faster than during the reference run
             lab.took(out, began, ended.seconds)
         before_it_began += not is_run(out)
         if place % 4 >= 2:
@@ -275,7 +275,7 @@ def not_finite(lab: Lab) -> Tally:
     tally = Tally("NaN in loss, gradient, weight, optimizer state")
     once, thrice, for_good = {7}, {7, 8, 9}, set(range(7, 1000))
     for where in ("loss", "gradient", "weight", "moment"):
-        # A weight goes bad between two looks at it: three times are three roll-backs, and the second gives up.
+        # A weight becomes NaN between two checks: three times mean three rollbacks, and the second one ends the run.
         for steps in (once, thrice, for_good) if where in ("loss", "gradient") else (once, for_good):
             out = lab.out()
             ended = lab.start(out, prepare=_poison(where, steps))
@@ -304,7 +304,7 @@ def out_of_memory(lab: Lab, number: int, seed: int = 2) -> Tally:
     tally, chance = Tally("out of memory at a random micro-batch, evaluation included"), random.Random(seed)
     expected = _adapter(lab, None)
     for _ in range(number):
-        call = chance.randrange(1, STEPS + 1)  # there are as many micro-batches, and the evaluations
+        call = chance.randrange(1, STEPS + 1)  # micro-batches and evaluations
         out = lab.out()
         ended = lab.start(out, prepare=_starve(call))
         tally.tried += 1
@@ -319,7 +319,9 @@ def out_of_memory(lab: Lab, number: int, seed: int = 2) -> Tally:
             steps = [event["step"] for event in events if event["event"] == "step"]
             tally.check(steps == list(range(1, STEPS + 1)), f"call {call}: steps {steps}")
         shutil.rmtree(out)
-        shutil.rmtree(lab.folder / "cache" / "memory", ignore_errors=True)  # what it learned is not for the next one
+        shutil.rmtree(
+            lab.folder / "cache" / "memory", ignore_errors=True
+        )  # the next run must not use the remembered settings
     return tally
 
 
@@ -341,7 +343,7 @@ def interrupts(lab: Lab, number: int, seed: int = 3) -> Tally:
         out, sent = lab.out(), (signal.SIGINT, signal.SIGTERM)[place % 2]
         ended = lab.start(out, hurt=(sent, after))
         tally.tried += ended.code != 0
-        too_early = ended.code == -sent and not out.exists()  # before strop's first line
+        too_early = ended.code == -sent and not out.exists()  # before strop has started
         text = f"{sent.name} after {after:.3f} s: exit {ended.code}: {ended.output[-300:]}"
         tally.check(ended.code in (0, 130) or too_early, text)
         lab.finished_well(tally, out, lab.go_on(out), "fast", f"{sent.name} after {after:.3f} s")

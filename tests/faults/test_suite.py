@@ -10,7 +10,7 @@ import pytest
 
 from tests import ROOT
 
-# Forks need a parent without threads: each case is a process of its own, and never the one that runs the tests.
+# Forks need a parent without threads, so each case runs in its own process.
 CASES = {
     "kills": "suite.kills(lab, 6)",
     "crash points": "suite.crash_points(lab, 60)",

@@ -244,9 +244,9 @@ def test_loss_and_gradients_equal_those_of_trl(case: str, tmp_path: Path) -> Non
 
 @pytest.mark.filterwarnings("ignore")
 def test_orpo_equals_trl_except_for_the_prompt_in_the_first_term(tmp_path: Path) -> None:
-    """TRL's cross entropy runs over prompt and answer (trl#2527); strop's over the answer, a mean of each pair's own.
+    """TRL's cross entropy covers prompt and answer (trl#2527); strop's covers the answer, averaged per pair.
 
-    The odds ratio's part is the same: what is left when each first term is taken away.
+    The odds-ratio term, which is left when each first term is subtracted, is the same.
     """
     built, ours = units(), model()
     with torch.no_grad():

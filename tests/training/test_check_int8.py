@@ -148,7 +148,7 @@ def test_options_in_conflict_with_int8_matmul_are_refused(options: dict[str, Any
     ("machine", "options", "noted"),
     [
         (LAPTOP, {}, True),
-        (LAPTOP, {"model.dtype": "fp32"}, False),  # a person's choice
+        (LAPTOP, {"model.dtype": "fp32"}, False),  # the user's choice
         (LAPTOP, {"train.int8_matmul": True}, False),
         (LAPTOP, {"lora.use_dora": True}, False),
         (LAPTOP, {"model.quantization": "nf4"}, False),

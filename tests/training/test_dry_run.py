@@ -149,6 +149,6 @@ def test_forecast_searches_only_some_of_many_epochs(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(dry_run, "MAX_ROWS", 40)
     forecast(job, setting(job), 8 << 30)
     assert looked == [4] * 10
-    monkeypatch.setattr(dry_run, "MAX_ROWS", 1)  # an epoch always
+    monkeypatch.setattr(dry_run, "MAX_ROWS", 1)  # at least one epoch
     forecast(job, setting(job), 8 << 30)
     assert looked[10:] == [4] * 2

@@ -85,7 +85,7 @@ def test_diverging_loss_rolls_back_once_then_raises(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(40), **{"train.max_steps": 60, "train.save_steps": 5})
     with pytest.raises(DivergedError, match="far above") as raised:
         fit(with_loss(job, lambda call, loss: loss * (1.0 if call < 25 else 1.0 + 0.2 * (call - 24))))
-    assert "--train.learning_rate 2.5e-05" in raised.value.fix  # 1e-3, cut to a quarter, and a tenth of that
+    assert "--train.learning_rate 2.5e-05" in raised.value.fix  # 1e-3, times 0.25 by the rollback, divided by 10
     assert not isinstance(raised.value, NonFiniteError)
     assert kinds(job).count("rollback") == 1 and kinds(job)[-1] == "stop" and "doubt" in kinds(job)
 
@@ -112,7 +112,7 @@ def test_resumed_run_rolls_back_at_the_same_step(tmp_path: Path) -> None:
         fit(with_loss(cut, cutting))
     again = tiny.job(tmp_path / "cut", tiny.examples(40), **options)
     state.restore_checkpoint(state.newest_checkpoint(again.folder, pytest.fail), again.state)
-    assert again.state.progress.step == 4  # no state in doubt was saved
+    assert again.state.progress.step == 4  # no doubtful state was saved
     fit(with_loss(again, lambda call, loss: loss * (math.nan if call in (1, 2, 3) else 1.0)))
     assert all(torch.equal(weight, whole.state.weights[name]) for name, weight in again.state.weights.items())
 

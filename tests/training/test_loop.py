@@ -122,7 +122,7 @@ def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, stop_after: int) -
         patch.setattr(loop, "stop_signals", _after(stop_after, asked))
         fit(first)
     second = tiny.job(tmp_path / "broken", train, **options)
-    torch.manual_seed(12345)  # a new process is not where the old one was
+    torch.manual_seed(12345)  # a new process has another random state
     state.restore_checkpoint(state.newest_checkpoint(second.folder, pytest.fail), second.state)
     assert second.state.progress.step == stop_after
     fit(second)

@@ -17,7 +17,7 @@ KINDS = ("adamw", "adamw_8bit", "adafactor", "lion", "sgd")
 
 def built(kind: str) -> tuple[dict[str, nn.Parameter], Any]:
     random = torch.Generator().manual_seed(0)
-    sizes = {"a.lora_A": (8, 600), "a.lora_B": (600, 8), "small.lora_A": (2, 3)}  # 8 bit from 4,096 numbers on
+    sizes = {"a.lora_A": (8, 600), "a.lora_B": (600, 8), "small.lora_A": (2, 3)}  # 8 bit from 4,096 elements on
     weights = {name: nn.Parameter(torch.randn(size, generator=random)) for name, size in sizes.items()}
     return weights, make_optimizer(weights, TrainSection(optimizer=kind, lora_plus_ratio=4.0))  # type: ignore[arg-type]
 
@@ -36,7 +36,7 @@ def test_allocated_state_gives_the_same_bits(kind: str) -> None:
     (own, first), (ours, second) = built(kind), built(kind)
     allocate_state(second)
     steps(own, first, 3)
-    allocate_state(second)  # what is there stays
+    allocate_state(second)  # existing state is kept
     steps(ours, second, 3)
     for name, weight in own.items():
         assert torch.equal(weight, ours[name]), name

@@ -37,7 +37,9 @@ from tests.support.preferences import KEY, add_reference, make_job, pairs, units
 from tests.support.runs import QUICK, run
 from tests.support.tiny import far
 
-COMPARED = [name for name, one in OBJECTIVES.items() if one.data_kind != "prompts"]  # the others: test_groups.py
+COMPARED = [
+    name for name, one in OBJECTIVES.items() if one.data_kind != "prompts"
+]  # policy objectives: test_rollouts.py
 
 
 def values(job: Job) -> dict[str, torch.Tensor]:

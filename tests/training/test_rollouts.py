@@ -144,9 +144,9 @@ def test_rewarded_completions_become_more_likely(tmp_path: Path, updates: int) -
     assert (change * advantage).sum() > 0.1 and abs((advantage * counts).sum()) < 1e-6
     first = events(job, "step")[0]
     assert first["off"] < 1e-4 and first["answer_length"] <= 6 and 0 <= first["stop_rate"] <= 1
-    assert (first["kl"] == 0) == (updates == 1)  # of the last update: the model has moved
+    assert (first["kl"] == 0) == (updates == 1)  # of the last update, after the model has changed
     assert events(job, "step")[-1]["kl"] > 1e-6
-    assert len(events(job, "answers")) == 4  # one of them asked for here
+    assert len(events(job, "answers")) == 4  # one of them from this test
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
@@ -247,7 +247,7 @@ def test_failing_reward_names_row_and_function(tmp_path: Path) -> None:
         (lambda gold, answer: answer[10**6], "IndexError"),
         (lambda gold, answer: math.nan, "gives nan"),
         (lambda gold, answer: eval("["), "SyntaxError"),
-        (lambda gold, answer: sys.exit(0), "SystemExit"),  # as code that the model wrote may say
+        (lambda gold, answer: sys.exit(0), "SystemExit"),  # code that the model wrote may do this
     ):
         job = make_job(tmp_path / text[:4], prompts(2), function, **{"train.max_steps": 1})
         with pytest.raises(RunError, match=rf"reward own.py:own: row random:\d: {text}"):
@@ -312,7 +312,7 @@ def test_unknown_family_is_sampled_by_transformers(tmp_path: Path, capsys: pytes
 
     folder, rows = tmp_path / "model", write_prompts(tmp_path / "rows.jsonl", 8)
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128}  # and dropout of its own
+    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128}  # and its own dropout
     sizes |= {"vocab_size": len(tokenizer("chatml")), "bos_token_id": 1, "eos_token_id": 2}
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder)
     tokenizer("chatml").save_pretrained(folder)

@@ -41,7 +41,7 @@ def test_run_folder_has_the_documented_files(trained: Path, tiny_folder: Path) -
     report = json.loads((trained / "report.json").read_text())
     assert report["steps"] == 6 and report["exit"] == 0
     assert report["data"]["read"] == report["data"]["used"] == 24
-    assert isinstance(report["memory"]["measured_peak_bytes"], int)  # above 0 in a process of its own alone
+    assert isinstance(report["memory"]["measured_peak_bytes"], int)  # above 0 only in a separate process
     kinds = [event["event"] for event in read_events(trained / "events.jsonl")]
     assert kinds[:4] == ["machine", "recipe", "data", "start"] and kinds[-1] == "end" and kinds.count("step") == 6
     steps = [event for event in read_events(trained / "events.jsonl") if event["event"] == "step"]
@@ -133,7 +133,7 @@ def test_python_api_trains_resumes_evaluates_and_chats(tiny_folder: Path, rows_f
         callback=lambda event: seen.append(event["event"]),
     )  # fmt: skip
     assert built.report["steps"] == 3 and seen.count("step") == 3
-    again = strop.resume(out)  # a finished run is returned as it is
+    again = strop.resume(out)  # a finished run is returned unchanged
     assert again.report["steps"] == 3 and again.report["tokens"] == built.report["tokens"]
     assert strop.resume(out, **{"train.max_steps": 3}).report["steps"] == 3
     with pytest.raises(InputError, match="is finished: no option changes it"):
@@ -288,7 +288,7 @@ def test_time_budget_ends_with_an_adapter_and_can_be_resumed(
     assert run("resume", out, capsys=capsys)[0] == 0  # a third budget is as long as the second
     third = json.loads((out / "report.json").read_text())
     spent = [sum(one[part] for part in ("seconds", "eval_seconds", "save_seconds")) for one in (second, third)]
-    assert spent[1] - spent[0] >= 0.45  # what lies between two steps is not counted
+    assert spent[1] - spent[0] >= 0.45  # time between steps is not counted
 
 
 def test_json_of_a_failed_run_has_partial_results(
@@ -362,7 +362,7 @@ def test_resume_refuses_other_data(
 ) -> None:
     words = ["--model", tiny_folder, "--data", rows_file, *QUICK, "--out", tmp_path / "r"]
     assert run("train", *words, capsys=capsys)[0] == 0
-    (tmp_path / "r" / "report.json").unlink()  # as if it had been killed before the end
+    (tmp_path / "r" / "report.json").unlink()  # as if it had been killed before its report
     tiny.write_rows(rows_file, 23)
     code, _, err = run("resume", tmp_path / "r", capsys=capsys)
     assert code == 2 and "data has changed since the run was started" in err
@@ -375,7 +375,7 @@ def test_training_starts_from_an_adapter(trained: Path, tiny_folder: Path, rows_
     first = read_events(more.folder / "events.jsonl")
     start = next(event for event in first if event["event"] == "step")
     end = [event for event in read_events(trained / "events.jsonl") if event["event"] == "step"]
-    assert start["loss"] < end[0]["loss"]  # it did not start from the base again
+    assert start["loss"] < end[0]["loss"]  # it started from the adapter
     chosen = yaml.safe_load((more.folder / "recipe.yaml").read_text())["lora"]
     assert chosen["r"] == 4 and "as in the adapter" in (more.folder / "recipe.yaml").read_text()
     with pytest.raises(strop.InputError, match="the adapter to start from has 4"):
