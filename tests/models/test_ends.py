@@ -37,7 +37,7 @@ def test_an_answer_ends_with_either(by: str, tiny_folder: Path, tmp_path: Path) 
     assert answer.stopped and answer.tokens == 1
     how = {"device": "cpu", "dtype": "fp32", "quantization": "auto", "force": False}
     served = load_models([str(folder)], **how).models["own"]
-    assert end in served.ends and set(free.renderer.stop_ids) <= set(served.ends)
+    assert end in served.stop_ids and set(free.renderer.stop_ids) <= set(served.stop_ids)
 
 
 def test_a_config_that_transformers_made_up_ends_nothing() -> None:
