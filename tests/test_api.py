@@ -41,7 +41,7 @@ def test_what_cannot_be_is_said(tiny_folder: Path) -> None:
     for wrong in ({"memory": "much"}, {"devices": 0}, {"nodes": 0}):
         with pytest.raises(InputError):
             strop.plan(model=tiny_folder, **wrong)
-    with pytest.raises(InputError, match="an answer has at least one"):
+    with pytest.raises(InputError, match="max_new_tokens 0"):
         strop.load(tiny_folder).generate(["hi"], max_new_tokens=0)
 
 
@@ -145,7 +145,7 @@ def test_a_persons_chat_goes_on_after_a_fault(
 def test_what_a_generation_config_asks_for_and_is_not_done_is_said() -> None:
     assert Sampling.notes_on_ignored_settings(GenerationConfig(do_sample=True, top_p=0.9, repetition_penalty=1.1)) == []
     [note] = Sampling.notes_on_ignored_settings(GenerationConfig(do_sample=True, min_p=0.1, no_repeat_ngram_size=3))
-    assert "min_p 0.1, no_repeat_ngram_size 3: left out" in note
+    assert "min_p 0.1, no_repeat_ngram_size 3" in note
 
 
 @contextmanager

@@ -81,6 +81,14 @@ class ParityResult:
         closer_than_base = self.control is None or self.control < 2 * self.limit or self.mean < self.control / 2
         return self.mean <= self.limit and closer_than_base
 
+    def raise_if_failed(self) -> None:
+        if not self.passed:
+            what = (
+                f"{self.model}: vLLM's log-probabilities differ from strop's by {self.mean:.2g} nats a token on "
+                f"average (limit {self.limit:g}; difference from the base {self.control})"
+            )
+            raise ParityError(what, fix="please report it")
+
 
 def lora_module_argument(name: str, folder: Path) -> str:
     """Return an adapter for --lora-modules, as JSON: name=path breaks at an = or a comma in the name."""
@@ -153,12 +161,7 @@ def serve_vllm(
             start_s = time.monotonic() - started
             results = [_compare(address, model, texts[model], *references[model], LIMITS[dtype]) for model in ids]
             for result in results:
-                if not result.passed:
-                    what = (
-                        f"{result.model}: vLLM's log-probabilities differ from strop's by {result.mean:.2g} nats a "
-                        f"token on average (limit {result.limit:g}; difference from the base {result.control})"
-                    )
-                    raise ParityError(what, fix="please report it")
+                result.raise_if_failed()
             models = [*adapters, BASE] if adapters else ids
             ready({
                 "url": address.url, "models": models, "engine": f"vllm {vllm['version']}", "start_s": start_s,
