@@ -34,7 +34,7 @@ def test_a_stop_before_the_first_step_is_told(tiny_folder: Path, rows_file: Path
             time.sleep(0.1)
         os.kill(process.pid, signal.SIGTERM)
         said, told = process.communicate(timeout=60)
-    assert process.returncode == 130 and "stopped at once" in told
+    assert process.returncode == 130 and "saved before is intact" in told
     assert json.loads(said)["exit"] == 130
     last = list(read_events(out / "events.jsonl"))[-1]
     assert last["event"] == "stop" and "nothing new to save" in last["why"] and last["step"] == 0
