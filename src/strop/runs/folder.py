@@ -86,7 +86,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the recipe is complete; a run that reached its time limit is not, and can be resumed."""
+        """True if the recipe is complete. A run that reached its time limit is not, and can be resumed."""
         report = self.read_report()
         return bool(report.get("exit") == 0 and report.get("ended") != "time")
 
