@@ -111,8 +111,9 @@ def test_full_stdout_shows_no_traceback(tmp_path: Path) -> None:
 def test_child_processes_ignore_modules_in_the_working_folder(tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("raise SystemExit('a json.py of the working folder')")
     program = (
-        "import subprocess, sys; sys.path.remove(''); from strop.runs.child_env import apart; import os;"
-        "sys.exit(subprocess.call([sys.executable, '-m', 'strop.cli', '--version'], env={**os.environ, **apart()}))"
+        "import os, subprocess, sys; sys.path.remove(''); from strop.runs.child_env import safe_path_env;"
+        "command = [sys.executable, '-m', 'strop.cli', '--version'];"
+        "sys.exit(subprocess.call(command, env={**os.environ, **safe_path_env()}))"
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0 and ended.stdout.startswith("strop "), ended.stderr

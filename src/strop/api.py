@@ -21,8 +21,8 @@ from strop.errors import InputError
 
 if TYPE_CHECKING:
     from strop.config.schema import Recipe
-    from strop.data.examples import Learning
     from strop.data.prepare import Prepared
+    from strop.data.types import DataKind
     from strop.export.gguf import Exported
     from strop.export.hub import Pushed
     from strop.export.merge import Merged
@@ -254,7 +254,8 @@ def evaluate(
         judge_model: model of the judge's server.
         quantization: "none", "nf4", "fp4", "int8", or "auto" (as the adapter was trained).
         force: load an adapter on a different base.
-        progress: called with the side ("base" or "tuned"), the number of answers so far, and their total.
+        progress: called with what is generated (such as "base and tuned"), the number of answers so far, and their
+            total.
         **options: `data.format`, `data.columns` or `data.encoding`, to read rows differently than the run does.
 
     Returns:
@@ -301,7 +302,7 @@ class CheckedRows:
 
     recipe: Recipe
     tokenizer: Any
-    learning: Learning
+    data_kind: DataKind
     prepared: Prepared
 
 
@@ -327,14 +328,14 @@ def check_rows(recipe: PathLike | None, options: Mapping[str, Any]) -> CheckedRo
     from strop.data.prepare import prepare
     from strop.models.source import locate
     from strop.models.tokenizer import load_tokenizer
-    from strop.objectives.table import learning_of
+    from strop.objectives.table import data_kind_of
 
     values = _flatten(options) if recipe else {"model.name": "demo", **_flatten(options)}
     resolved = resolve(_path(recipe), values).recipe
     tokenizer = load_tokenizer(locate(resolved.model.name, resolved.model.revision))
-    learning = learning_of(resolved.train)
-    prepared = prepare(resolved.data, tokenizer, strict=False, learning=learning)
-    return CheckedRows(resolved, tokenizer, learning, prepared)
+    data_kind = data_kind_of(resolved.train)
+    prepared = prepare(resolved.data, tokenizer, strict=False, data_kind=data_kind)
+    return CheckedRows(resolved, tokenizer, data_kind, prepared)
 
 
 def load(

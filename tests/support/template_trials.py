@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from strop.data.rendering.render import Renderer, RenderError
+from strop.data.rendering.render import Renderer
+from strop.data.row_errors import RenderError
 from strop.data.types import Conversation
 from strop.errors import ModelError
 from tests.support import real_templates
@@ -25,8 +26,8 @@ def trained(renderer: Renderer, conversation: Conversation) -> list[str]:
     of which there is no other in it; nothing of another's turn is in it.
     """
     decode, messages = renderer.tokenizer.decode, conversation.messages
-    thinks = renderer.chat.thinks(messages)
-    served = renderer.served(thinking=int(thinks), rows=1)
+    shows_reasoning = renderer.chat.shows_reasoning(messages)
+    served = renderer.for_serving(thinking=int(shows_reasoning), rows=1)
     examples = renderer.render(conversation)
     found = []
     for example in examples:
@@ -43,7 +44,7 @@ def trained(renderer: Renderer, conversation: Conversation) -> list[str]:
         assert message.content in text
         for one in message.tool_calls:
             assert one["function"]["name"] in text and one["function"]["arguments"]["city"] in text
-        if thinks and message.reasoning and (renderer.chat.traits.reasoning or message.tool_calls):
+        if shows_reasoning and message.reasoning and (renderer.chat.traits.reasoning or message.tool_calls):
             assert text.index(message.reasoning) < (text.index(message.content) if message.content else len(text))
         stops = [int(token) in served.stop_ids for token in example.ids[begin:end]]
         assert stops[-1] and sum(stops) == 1
@@ -59,7 +60,7 @@ def outcome(renderer: Renderer, conversation: Conversation) -> str:
     except RenderError as fault:
         return fault.what.removeprefix("the chat template ")
     asked = any(message.reasoning for message in conversation.messages)
-    return "not shown" if asked and not renderer.chat.thinks(conversation.messages) else "yes"
+    return "not shown" if asked and not renderer.chat.shows_reasoning(conversation.messages) else "yes"
 
 
 def table(rows: Iterable[tuple[str, Any]]) -> str:

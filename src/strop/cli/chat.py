@@ -125,7 +125,7 @@ def chat_in_terminal(
         model = api.load(name, quantization=quantization, force=force)
         for adapter in adapters:
             model.add(adapter, force=force)
-    print_notes([*model.notes, *Sampling.passed_over(model.module.generation_config)])
+    print_notes([*model.notes, *Sampling.notes_on_ignored_settings(model.module.generation_config)])
     if base and model.adapter is None:
         raise InputError(f"{name}: has no adapter, so --base changes nothing", fix="leave out --base")
     given: dict[str, Any] = {field: value for field, value in sampling.items() if value is not None}
@@ -134,7 +134,7 @@ def chat_in_terminal(
     interactive = sys.stdin.isatty()
     if given or settings != Sampling():
         source = "" if given else ", from the model's generation config"
-        console.print(f"answers: {settings.words()}{source}", style="dim")
+        console.print(f"answers: {settings.describe()}{source}", style="dim")
     if interactive:
         console.print(f"{name}: /help lists commands, an empty line or Ctrl-D ends the chat", style="dim", markup=False)
     if system is None and model.default_system is not None:

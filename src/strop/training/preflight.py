@@ -14,8 +14,8 @@ import torch
 
 from strop.config.load import Resolved
 from strop.config.schema import Recipe
-from strop.data.examples import shorter
 from strop.data.prepare import Prepared, prepare
+from strop.data.rendering.overlong import allowed_overlong
 from strop.distributed.devices import ALONE, Devices
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import TROUBLESHOOTING_PAGE, DataError, DeviceError, FolderError, ModelError
@@ -33,7 +33,7 @@ from strop.models.multimodal import text_path
 from strop.models.reward_head import check_head
 from strop.models.source import Source, fingerprint, locate, prequantized, refuse_widened
 from strop.models.tokenizer import load_tokenizer
-from strop.objectives.table import drawn_tokens, learning_of, objective_of
+from strop.objectives.table import data_kind_of, drawn_tokens, objective_of
 from strop.planning.choose import choose, memory_key, why_no_integers
 from strop.planning.learning_rate import kept
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
@@ -83,12 +83,12 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     start = start_adapter(resolved.recipe)  # may have brought tokens and a template of its own
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
     LOG.info("reading and checking the rows")
-    learning = learning_of(resolved.recipe.train)
-    data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
+    data_kind = data_kind_of(resolved.recipe.train)
+    data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
     _check_rewards(resolved.recipe, data)
     drawn = drawn_tokens(resolved.recipe.train)
     if shape.learned and (text := shape.beyond(_lengths(data), drawn)):
-        fix = f"--data.max_length {shape.positions}, with --data.overlong {shorter(learning)}"
+        fix = f"--data.max_length {shape.positions}, with --data.overlong {allowed_overlong(data_kind)}"
         if drawn:
             fix = "lower --train.answer_tokens, or --data.max_length with --data.overlong drop"
         raise DataError(f"{text}: it has learned a vector for each, and none for more", fix=fix)
@@ -131,7 +131,9 @@ def _check_rewards(recipe: Recipe, data: Prepared) -> None:
     """Raises RecipeError and DataError for rewards that cannot be given to these rows."""
     rewards = rewards_of(recipe.train.rewards)
     for rows in (data.train_conversations, data.eval_conversations or ()) if rewards else ():
-        check_rewards(rewards, [data.renderer.answer(row) for row in rows], [(row.file, row.line) for row in rows])
+        check_rewards(
+            rewards, [data.renderer.reference_answer(row) for row in rows], [(row.file, row.line) for row in rows]
+        )
 
 
 def check_space(folder: RunFolder, setup: Setup) -> None:
@@ -236,7 +238,7 @@ def _idle(setup: Setup) -> list[str]:
 def _never_at_peak(setup: Setup) -> str | None:
     """That a warmup in steps is as long as the run."""
     train = setup.resolved.recipe.train
-    steps = stream_of(setup.resolved.recipe, len(setup.data.train_units or setup.data.train)).total_steps
+    steps = stream_of(setup.resolved.recipe, len(setup.data.train_items or setup.data.train)).total_steps
     if train.warmup < max(1, steps):
         return None
     return f"train.warmup {train.warmup:g}: the run has {steps} steps, and its learning rate never reaches its peak"

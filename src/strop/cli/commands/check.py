@@ -15,7 +15,7 @@ from strop.errors import InputError
 
 if TYPE_CHECKING:
     from strop.config.schema import Recipe
-    from strop.data.store import Indices
+    from strop.data.types import Indices
 
 
 def check(
@@ -37,9 +37,9 @@ def check(
     too_long = _note_on_length(rows.recipe, rows.prepared.train.lengths)
     print_notes([too_long] if too_long else [])
     if show:
-        data_check.show(rows.prepared, show, console, ids=ids)
+        data_check.print_examples(rows.prepared, show, console, ids=ids)
     if fix is not None:
-        changes = data_check.fix(rows.recipe.data, rows.tokenizer, fix, rows.learning)
+        changes = data_check.write_cleaned_copy(rows.recipe.data, rows.tokenizer, fix, rows.data_kind)
         dropped = sum(change.change.startswith("dropped") for change in changes)
         with fix.open("rb") as file:
             written = sum(1 for _ in file)

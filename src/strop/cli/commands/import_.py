@@ -35,14 +35,14 @@ def import_(
         if out.exists():
             raise FolderError(f"{out}: already exists", fix="give --out another name")
         try:
-            write_atomic(out, imported.as_yaml())
+            write_atomic(out, imported.to_yaml())
         except OSError as error:
             fix = "give --out a file in a writable folder"
             raise FolderError(f"{out}: cannot be written: {error.strerror}", fix=fix) from None
     elif not as_json:
-        print(imported.as_yaml(), end="")
+        print(imported.to_yaml(), end="")
     _print_summary(imported, out)
-    print_json({**imported.as_json(), "out": str(out) if out else None, "recipe": imported.as_yaml()}, as_json)
+    print_json({**imported.as_json(), "out": str(out) if out else None, "recipe": imported.to_yaml()}, as_json)
 
 
 def _print_summary(imported: Imported, out: Path | None) -> None:
@@ -52,8 +52,8 @@ def _print_summary(imported: Imported, out: Path | None) -> None:
     console.print(f"[bold]taken[/]    {len(imported.draft.fields)} fields")
     for title, color, notes in (
         ("differs", "yellow", imported.draft.differs),
-        ("left out", "red", imported.draft.lacks),
-        ("own way", "dim", imported.draft.own_way),
+        ("left out", "red", imported.draft.unsupported),
+        ("own way", "dim", imported.draft.ignored),
     ):
         for note in notes if out else ():
             place = f"{note.key}, line {note.line}" if note.line else note.key
