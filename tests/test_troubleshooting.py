@@ -38,7 +38,7 @@ from strop.planning.memory import CUDA_CONTEXT_BYTES
 from strop.runs.folder import disk_errors
 from strop.training.loop import fit
 from strop.training.optim import make_optimizer
-from strop.training.preflight import _look
+from strop.training.preflight import _probe_machine
 from tests import ROOT
 from tests.support import tiny
 from tests.support.failures import curve, falling, starved
@@ -163,7 +163,7 @@ def test_reserved_gpu_memory_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("strop.training.preflight.pick_device", lambda asked: "cuda:1")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 8 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 30)
-    found = _look(resolve(None, {"model": "m", "data": "d"}).recipe, None)
+    found = _probe_machine(resolve(None, {"model": "m", "data": "d"}).recipe, None)
     assert found.card_free_bytes == (4 << 30) + CUDA_CONTEXT_BYTES
 
 

@@ -159,10 +159,10 @@ def train(
         Stopped: After Ctrl-C or SIGTERM, once the run is saved.
     """
     from strop.config.load import resolve
-    from strop.distributed.launch import joined
+    from strop.distributed.launch import join_devices
 
     resolved = resolve(_path(recipe), _flatten(options))
-    with joined() as devices:
+    with join_devices() as devices:
         from strop.machine.memory import limit_bytes
         from strop.machine.torch_state import own_torch
         from strop.training.run import train as run_training
@@ -170,7 +170,7 @@ def train(
         limit = limit_bytes(memory)
         with own_torch():
             return run_training(
-                resolved, [callback] if callback else [], memory=limit, devices=devices, go_on=resume_existing
+                resolved, [callback] if callback else [], memory=limit, devices=devices, resume_existing=resume_existing
             )
 
 
@@ -200,9 +200,9 @@ def resume(
         RunError: If training fails.
         Stopped: After Ctrl-C or SIGTERM, once the run is saved.
     """
-    from strop.distributed.launch import joined
+    from strop.distributed.launch import join_devices
 
-    with joined() as devices:
+    with join_devices() as devices:
         from strop.machine.memory import limit_bytes
         from strop.machine.torch_state import own_torch
         from strop.training.run import resume as resume_training
@@ -265,10 +265,10 @@ def evaluate(
         InputError: If an option, the model or the data is invalid.
         RunError: If the judge fails; `partial_result` of the error has the evaluation so far.
     """
-    from strop.distributed.launch import joined
+    from strop.distributed.launch import join_devices
 
     names = [os.fspath(run)] if isinstance(run, str | os.PathLike) else [os.fspath(name) for name in run]
-    with joined() as devices:
+    with join_devices() as devices:
         from strop.evaluation.run import evaluate_models, leaderboard
         from strop.machine.torch_state import own_torch
 
@@ -278,7 +278,7 @@ def evaluate(
                 _data_files(data, "data"),
                 metric=metric,
                 max_new_tokens=max_new_tokens,
-                advance=progress if devices.main else None,
+                advance=progress if devices.is_main else None,
                 quantization=quantization,
                 force=force,
                 general=general,

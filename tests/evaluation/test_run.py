@@ -398,7 +398,7 @@ def written(model: Model, row: Conversation) -> str:
 def scored(
     model: Model, rows: list[Conversation], texts: list[str], metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> float:
-    monkeypatch.setattr(comparing, "answers_of", lambda *_, **__: [Completion(text, 1, True) for text in texts])
+    monkeypatch.setattr(comparing, "sequences_per_row", lambda *_, **__: [Completion(text, 1, True) for text in texts])
     return float(comparing.compare(model, rows, metric=metric)["base"][metric])
 
 

@@ -44,7 +44,7 @@ def trl(
     return import_config("trl", file).draft
 
 
-def notes_of(notes: Any) -> dict[str, str]:
+def find_row_warnings(notes: Any) -> dict[str, str]:
     return {note.key: note.text for note in notes}
 
 
@@ -66,18 +66,20 @@ def notes_of(notes: Any) -> dict[str, str]:
 def test_axolotl_warmup_is_imported(given: str, warmup: float, tmp_path: Path) -> None:
     draft = axolotl(tmp_path, given)
     assert draft.get("train.warmup") == warmup
-    assert ("warmup" in notes_of(draft.differs)) == (warmup > 0)  # only a schedule that warms up starts elsewhere
+    assert ("warmup" in find_row_warnings(draft.differs)) == (
+        warmup > 0
+    )  # only a schedule that warms up starts elsewhere
     if "constant\n" in given:
-        assert "constant" in notes_of(draft.ignored)["warmup_steps"]
+        assert "constant" in find_row_warnings(draft.ignored)["warmup_steps"]
 
 
 def test_axolotl_template_name_is_imported_if_strop_has_it(tmp_path: Path) -> None:
     draft = axolotl(tmp_path, "chat_template: chatml\n")
-    assert draft.get("data.template") == "chatml" and "chat_template" not in notes_of(draft.differs)
+    assert draft.get("data.template") == "chatml" and "chat_template" not in find_row_warnings(draft.differs)
     draft = axolotl(tmp_path, "chat_template: tokenizer_default\n")
-    assert draft.get("data.template") is None and "chat_template" not in notes_of(draft.differs)
+    assert draft.get("data.template") is None and "chat_template" not in find_row_warnings(draft.differs)
     draft = axolotl(tmp_path, "chat_template: llama3\n")
-    assert draft.get("data.template") is None and "llama3.jinja" in notes_of(draft.differs)["chat_template"]
+    assert draft.get("data.template") is None and "llama3.jinja" in find_row_warnings(draft.differs)["chat_template"]
 
 
 def test_detectable_columns_are_not_written(tmp_path: Path) -> None:
@@ -90,13 +92,13 @@ def test_detectable_columns_are_not_written(tmp_path: Path) -> None:
   - {path: c.jsonl, type: alpaca}
 """
     draft = axolotl(tmp_path, "", rows)
-    assert draft.get("data.columns") is None and "datasets" not in notes_of(draft.unsupported)
+    assert draft.get("data.columns") is None and "datasets" not in find_row_warnings(draft.unsupported)
     named = "datasets: [{path: a.jsonl, type: chat_template, field_messages: talk}]\n"
     assert axolotl(tmp_path, "", named).get("data.columns") == {"messages": "talk"}
     draft = axolotl(
         tmp_path, "", "datasets: [{path: a.jsonl, type: chat_template, field_messages: talk}, {path: b.jsonl}]\n"
     )
-    assert draft.get("data.columns") is None and "talk" in notes_of(draft.unsupported)["datasets"]
+    assert draft.get("data.columns") is None and "talk" in find_row_warnings(draft.unsupported)["datasets"]
     draft = axolotl(tmp_path, "rl: dpo\n", named)
     assert draft.get("data.columns") == {"conversations": "talk", "chosen": "chosen", "rejected": "rejected"}
 
@@ -118,7 +120,7 @@ def test_unsupported_axolotl_keys_name_the_replacement(tmp_path: Path) -> None:
         "evals_per_epoch: 4\nsave_steps: 0.25\nshuffle_merged_datasets: false\nbf16: auto\nhub_model_id: me/it\n",
     )
     assert draft.get("track") == ["wandb", "tensorboard"]
-    unsupported = notes_of(draft.unsupported)
+    unsupported = find_row_warnings(draft.unsupported)
     assert "WANDB_PROJECT=mine" in unsupported["wandb_project"] and "WANDB_ENTITY=us" in unsupported["wandb_entity"]
     assert (
         "--devices" in unsupported["deepspeed"]
@@ -128,13 +130,13 @@ def test_unsupported_axolotl_keys_name_the_replacement(tmp_path: Path) -> None:
     assert "mine.Plugin" in unsupported["plugins"] and "liger_rope" not in unsupported
     assert "train.eval_steps" in unsupported["evals_per_epoch"] and "train.save_steps" in unsupported["save_steps"]
     assert "shuffles" in unsupported["shuffle_merged_datasets"] and "strop push" in unsupported["hub_model_id"]
-    assert {"bf16", "plugins", "liger_rope"} <= set(notes_of(draft.ignored))
+    assert {"bf16", "plugins", "liger_rope"} <= set(find_row_warnings(draft.ignored))
 
 
 def test_preference_objectives_disable_lora_dropout(tmp_path: Path) -> None:
     """trl switches it off (disable_dropout), and axolotl trains through trl."""
     draft = axolotl(tmp_path, "lora_dropout: 0.05\nrl: dpo\n")
-    assert draft.get("lora.dropout") == 0.0 and "0.05" in notes_of(draft.differs)["lora_dropout"]
+    assert draft.get("lora.dropout") == 0.0 and "0.05" in find_row_warnings(draft.differs)["lora_dropout"]
     assert axolotl(tmp_path, "lora_dropout: 0.05\n").get("lora.dropout") == 0.05
     assert trl(tmp_path, kind="DPO").get("lora.dropout") == 0.0
     assert trl(tmp_path, "disable_dropout=False", kind="DPO").get("lora.dropout") == 0.05
@@ -196,7 +198,7 @@ cli = parser.parse_args()
 """
     draft = trl(tmp_path, "num_train_epochs=cli.epochs, learning_rate=cli.lr", before=before, model="cli.base_model")
     assert (draft.get("model.name"), draft.get("train.epochs")) == ("demo", 2)
-    assert {"base_model", "epochs"} <= set(notes_of(draft.differs))
+    assert {"base_model", "epochs"} <= set(find_row_warnings(draft.differs))
     assert [(note.key, note.line) for note in draft.unsupported] == [("SFTConfig.learning_rate", 13)]
 
 
@@ -214,13 +216,13 @@ model = PeftModel.from_pretrained(model, "old", is_trainable=True)
 """
     draft = trl(tmp_path, before=before, after="trainer.train(resume_from_checkpoint=True)", model="model")
     assert draft.get("model.adapter") == "old" and draft.get("model.quantization") == "fp4"  # as bitsandbytes has it
-    assert set(notes_of(draft.unsupported)) == {
+    assert set(find_row_warnings(draft.unsupported)) == {
         "Mine",
         "tokenizer.chat_template",
         "add_tokens",
         "resume_from_checkpoint",
     }
-    assert "tokenizer.pad_token" in notes_of(draft.ignored)
+    assert "tokenizer.pad_token" in find_row_warnings(draft.ignored)
 
 
 INLINE = 'load_dataset("json", data_files="{0}.jsonl", split="train")'
@@ -269,7 +271,7 @@ def test_early_stopping_is_imported_and_other_callbacks_are_listed(
     assert draft.get("train.early_stopping") == patience and draft.get("data.eval") == "b.jsonl"
     others = [note.text.partition(":")[0] for note in draft.unsupported if note.key == "callbacks"]
     assert others == (["Printer()", "Watch()"] if given else ["Watch()"])
-    assert ("early_stopping_threshold" in notes_of(draft.unsupported)) == ("0.01" in written)
+    assert ("early_stopping_threshold" in find_row_warnings(draft.unsupported)) == ("0.01" in written)
 
 
 @pytest.mark.parametrize("given", ["callbacks=None", "callbacks=[]", ""])
@@ -281,7 +283,7 @@ def test_absent_callbacks_add_no_note(given: str, tmp_path: Path) -> None:
 def test_early_stopping_without_eval_data_is_unsupported(tmp_path: Path) -> None:
     draft = axolotl(tmp_path, "early_stopping_patience: 3\nval_set_size: 100\n")
     assert draft.get("train.early_stopping") is None
-    assert "train.early_stopping 3" in notes_of(draft.unsupported)["early_stopping_patience"]
+    assert "train.early_stopping 3" in find_row_warnings(draft.unsupported)["early_stopping_patience"]
 
 
 def test_notebook_is_imported(tmp_path: Path) -> None:
@@ -323,20 +325,20 @@ def test_completion_collator_matches_the_default_loss(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     draft = import_config("trl", file).draft
-    assert not draft.unsupported and "assistant_only_loss" not in notes_of(draft.differs)
+    assert not draft.unsupported and "assistant_only_loss" not in find_row_warnings(draft.differs)
 
 
 def test_trl_yaml_without_target_modules_notes_the_default(tmp_path: Path) -> None:
     file = tmp_path / "sft.yaml"
     file.write_text("model_name_or_path: demo\nuse_peft: true\n", encoding="utf-8")
-    assert "all linear layers" in notes_of(import_config("trl", file).draft.differs)["lora_target_modules"]
+    assert "all linear layers" in find_row_warnings(import_config("trl", file).draft.differs)["lora_target_modules"]
     file.write_text("model_name_or_path: demo\nuse_peft: true\nlora_target_modules: all-linear\n", encoding="utf-8")
-    assert "lora_target_modules" not in notes_of(import_config("trl", file).draft.differs)
+    assert "lora_target_modules" not in find_row_warnings(import_config("trl", file).draft.differs)
 
 
 def test_model_init_kwargs_are_imported(tmp_path: Path) -> None:
     draft = trl(tmp_path, "model_init_kwargs={'dtype': 'float32', 'attn_implementation': 'sdpa', 'odd': 1}")
-    assert draft.get("model.dtype") == "fp32" and set(notes_of(draft.unsupported)) == {"odd"}
+    assert draft.get("model.dtype") == "fp32" and set(find_row_warnings(draft.unsupported)) == {"odd"}
     assert trl(tmp_path, "warmup_steps=0.4").get("train.warmup") == 0.4  # a share, as transformers 5.24 has it
 
 
@@ -358,13 +360,13 @@ def test_command_line_config_is_refused_with_a_fix(tmp_path: Path) -> None:
 def test_simpo_defaults_are_those_of_trl(tmp_path: Path) -> None:
     """Beta 0.1, a margin of 0.5 and a cross entropy besides, where strop has 2, 1 and none."""
     given = trl(tmp_path, "loss_type='simpo'", kind="CPO")
-    assert (given.get("train.beta"), given.get("train.gamma")) == (0.1, 0.5) and "1.0" in notes_of(given.unsupported)[
-        "cpo_alpha"
-    ]
+    assert (given.get("train.beta"), given.get("train.gamma")) == (0.1, 0.5) and "1.0" in find_row_warnings(
+        given.unsupported
+    )["cpo_alpha"]
     given = trl(tmp_path, "loss_type='simpo', beta=2.5, simpo_gamma=1.2, cpo_alpha=0", kind="CPO")
     assert (given.get("train.beta"), given.get("train.gamma")) == (2.5, 1.2) and not given.unsupported
     given = axolotl(tmp_path, "rl: simpo\nsimpo_gamma: 0.4\n")
-    assert (given.get("train.beta"), given.get("train.gamma")) == (0.1, 0.4) and "cpo_alpha" in notes_of(
+    assert (given.get("train.beta"), given.get("train.gamma")) == (0.1, 0.4) and "cpo_alpha" in find_row_warnings(
         given.unsupported
     )
     given = axolotl(tmp_path, "rl: simpo\nsimpo_gamma: 0.4\nrl_beta: 3\ncpo_alpha: 0\n")
@@ -382,11 +384,16 @@ def test_regular_expression_targets_are_unsupported(tmp_path: Path) -> None:
         )
         draft = import_config("trl", file).draft
         assert draft.get("lora.target_modules") is None
-        assert "regular expression" in notes_of(draft.unsupported)["target_modules"] and draft.unsupported[0].line == 2
+        assert (
+            "regular expression" in find_row_warnings(draft.unsupported)["target_modules"]
+            and draft.unsupported[0].line == 2
+        )
     file = tmp_path / "sft.yaml"
     file.write_text("model_name_or_path: demo\nuse_peft: true\nlora_target_modules: '.*[qv]_proj'\n", encoding="utf-8")
     draft = import_config("trl", file).draft
-    assert "lora_target_modules" in notes_of(draft.unsupported) and "lora_target_modules" not in notes_of(draft.differs)
+    assert "lora_target_modules" in find_row_warnings(
+        draft.unsupported
+    ) and "lora_target_modules" not in find_row_warnings(draft.differs)
 
 
 def test_other_splits_are_unsupported(tmp_path: Path) -> None:
@@ -395,8 +402,8 @@ def test_other_splits_are_unsupported(tmp_path: Path) -> None:
     file.write_text(start + "dataset_train_split: train_sft\ndataset_test_split: test_sft\neval_strategy: steps\n")
     draft = import_config("trl", file).draft
     assert (
-        "train_sft" in notes_of(draft.unsupported)["dataset_train_split"]
-        and "test_sft" in notes_of(draft.unsupported)["dataset_test_split"]
+        "train_sft" in find_row_warnings(draft.unsupported)["dataset_train_split"]
+        and "test_sft" in find_row_warnings(draft.unsupported)["dataset_test_split"]
     )
     file.write_text(start + "dataset_train_split: train\n")
     assert not import_config("trl", file).draft.unsupported
@@ -424,7 +431,7 @@ def test_invalid_number_is_refused_by_key(more: str, tmp_path: Path) -> None:
 def test_step_counts_follow_their_strategy(tmp_path: Path) -> None:
     draft = trl(tmp_path, "save_strategy='epoch', save_steps=10, eval_strategy='no', eval_steps=5, logging_steps=3")
     assert [draft.get(f"train.{name}_steps") for name in ("save", "eval", "log")] == [None, None, 3]
-    assert "save_strategy is epoch" in notes_of(draft.ignored)["save_steps"] and not draft.unsupported
+    assert "save_strategy is epoch" in find_row_warnings(draft.ignored)["save_steps"] and not draft.unsupported
     draft = axolotl(tmp_path, "save_strategy: steps\nsave_steps: 10\neval_steps: 5\n")
     assert (draft.get("train.save_steps"), draft.get("train.eval_steps")) == (10, 5)
 
@@ -432,7 +439,7 @@ def test_step_counts_follow_their_strategy(tmp_path: Path) -> None:
 def test_assignment_in_a_branch_is_not_imported(tmp_path: Path) -> None:
     draft = trl(tmp_path, "learning_rate=3e-4", after="args.seed = 7\nif DEBUG:\n    args.max_steps = 10\n")
     assert (draft.get("seed"), draft.get("train.max_steps"), draft.get("train.learning_rate")) == (7, None, 3e-4)
-    assert "branch" in notes_of(draft.unsupported)["args.max_steps"]
+    assert "branch" in find_row_warnings(draft.unsupported)["args.max_steps"]
 
 
 @pytest.mark.parametrize("given", ["0.1", "test_size=0.1"])

@@ -446,7 +446,7 @@ def test_tokens_that_the_model_does_not_know_are_named(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "hello", "completion": "a line"}) + "\n")
     options: dict[str, Any] = {"model": tmp_path / "base", "data": rows, "model.device": "cpu", "train.max_steps": 1}
-    with pytest.raises(ModelError, match=rf"rows.jsonl:1: token {known} \(<.im_end.>\) is beyond the {known} "):
+    with pytest.raises(ModelError, match=rf"rows.jsonl:1: .* none for token {known} \(<.im_end.>\)"):
         strop.train(out=tmp_path / "run", **options)
     with pytest.raises(ModelError, match=f"gives token {known}, and the model knows {known}"):
         strop.load(tmp_path / "base", device="cpu").generate("hello")

@@ -19,11 +19,11 @@ from strop.config.schema import TrainSection
 from strop.data.types import Example, ExampleGroup, RolloutGroup
 from strop.engine.step import Step, step_for
 from strop.models.reward_head import head_of
-from strop.objectives.grpo import GRPO, advantages
+from strop.objectives.policy import GRPO, group_advantages
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import EventLog
-from strop.training.criteria import OfAnswers, kl_examples, log_probs
-from strop.training.rollouts import OfGroups
+from strop.training.criteria import PreferenceCriterion, answer_logprobs, mismatched_logprobs
+from strop.training.rollouts import PolicyCriterion
 from tests.support import tiny
 from tests.support.families import tokenizer
 
@@ -195,12 +195,14 @@ CASES: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def filled(objective: str, given: dict[str, Any]) -> OfAnswers:
+def filled(objective: str, given: dict[str, Any]) -> PreferenceCriterion:
     known = OBJECTIVES[objective]
-    return OfAnswers(known, TrainSection(objective=objective, **{**known.options, **given}))
+    return PreferenceCriterion(known, TrainSection(objective=objective, **{**known.options, **given}))
 
 
-def compare(criterion: OfAnswers, make: Any, folder: Path, options: dict[str, Any], made: list[ExampleGroup]) -> None:
+def compare(
+    criterion: PreferenceCriterion, make: Any, folder: Path, options: dict[str, Any], made: list[ExampleGroup]
+) -> None:
     """Ten steps of both, each from its own weights."""
     ours, theirs = (model(criterion.objective.scored) for _ in range(2))
     loss = make(folder, theirs, **options)
@@ -208,8 +210,8 @@ def compare(criterion: OfAnswers, make: Any, folder: Path, options: dict[str, An
     step, criterion = step_for(ours), replace(criterion, head=head_of(ours))
     if criterion.objective.reference:
         with torch.no_grad():
-            sides = log_probs(step, made)
-            more = [kl_examples(step, made)] if made[0].kl_examples else []
+            sides = answer_logprobs(step, made)
+            more = [mismatched_logprobs(step, made)] if made[0].kl_examples else []
             values = torch.stack([*sides, *more], 1).tolist()
         made = [
             ExampleGroup(u.examples, u.kl_examples, u.desirable, tuple(v)) for u, v in zip(made, values, strict=True)
@@ -218,7 +220,7 @@ def compare(criterion: OfAnswers, make: Any, folder: Path, options: dict[str, An
     pairs = [(weight, theirs_by_name[name]) for name, weight in ours.named_parameters() if weight.requires_grad]
     optimizers = [torch.optim.AdamW([p[side] for p in pairs], lr=1e-2) for side in range(2)]
     for n in range(STEPS):
-        level = criterion.level(step, made, lambda items: [list(range(len(items)))])
+        level = criterion.statistic(step, made, lambda items: [list(range(len(items)))])
         mine = criterion.loss(step, made, level)[0] / criterion.divisor(made)
         other = loss(theirs, made)
         for value, optimizer in zip((mine, other), optimizers, strict=True):
@@ -258,7 +260,7 @@ def test_orpo_equals_trls_but_for_the_prompt_in_its_first_term(tmp_path: Path) -
         first = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         theirs = float(loss(ours, made) - first)
         criterion, step = filled("orpo", {"beta": 0.7}), step_for(ours)
-        chosen = log_probs(step, made)[0]
+        chosen = answer_logprobs(step, made)[0]
         counts = chosen.new_tensor([unit.examples[0].supervised for unit in made])
         mine = float(criterion.loss(step, made, 0.0)[0] / UNITS + (chosen / counts).mean())
     assert mine == pytest.approx(theirs, rel=1e-5)
@@ -280,7 +282,7 @@ def groups(step: Step) -> list[RolloutGroup]:
         rewards = tuple(noise.random(GROUP))
         options = TrainSection(objective="grpo", **GRPO.options)
         found.append(RolloutGroup(
-            examples, advantages=tuple(advantages(rewards, options)), stopped=(True,) * GROUP, rewards=rewards,
+            examples, advantages=tuple(group_advantages(rewards, options)), stopped=(True,) * GROUP, rewards=rewards,
             sampling_logprobs=drawn, reference_token_logprobs=before,
         ))  # fmt: skip
     return found
@@ -302,7 +304,7 @@ def test_grpo_equals_trls_given_equal_answers(kind: str, tmp_path: Path) -> None
     step, made = step_for(ours), groups(step_for(model()))
     given = {"group_loss": kind, "beta": 0.3, "answer_tokens": 16, "rewards": "exact"}
     options = TrainSection(objective="grpo", **{**GRPO.options, **given})
-    criterion = OfGroups(options, 0, ours, None, (), (), {}, EventLog(tmp_path / "events.jsonl"))
+    criterion = PolicyCriterion(GRPO, options, 0, ours, None, (), (), {}, EventLog(tmp_path / "events.jsonl"))
     args = common(
         tmp_path, trl.GRPOConfig, loss_type=kind, beta=0.3, epsilon=0.2, epsilon_high=0.28, num_generations=GROUP,
         max_completion_length=16, num_iterations=2,

@@ -174,7 +174,7 @@ def test_answers_are_drawn_on_one_device() -> None:
     """Nothing is planned that training refuses."""
     asked = {"train.objective": "grpo", "train.rewards": "length.py:length"}
     assert plan(model="demo", gpu="A100 80GB", **asked).fits
-    with pytest.raises(RecipeError, match="answers are drawn on one device, and there are 6"):
+    with pytest.raises(RecipeError, match="samples completions on one device, and 6"):
         plan(model="demo", gpu="A100 80GB", devices=2, nodes=3, **asked)
 
 

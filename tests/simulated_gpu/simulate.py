@@ -97,7 +97,7 @@ def failing(calls: Sequence[int], above: int | None) -> Iterator[None]:
 
 @contextmanager
 def failing_state(at: int | None) -> Iterator[None]:
-    own, made = optim._make_state_of, count()
+    own, made = optim._allocate_state, count()
 
     def make(weight: Any, optimizer: Any, *where: Any) -> None:
         if next(made) == at:
@@ -105,7 +105,7 @@ def failing_state(at: int | None) -> Iterator[None]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         own(weight, optimizer, *where)
 
-    with patch.object(optim, "_make_state_of", make):
+    with patch.object(optim, "_allocate_state", make):
         yield
 
 
@@ -164,7 +164,7 @@ def train(
         started = stack.enter_context(kernels_counted(kernels))
         stack.enter_context(CARD.present())
         # it looks at numbers, and there are none here
-        stack.enter_context(patch("strop.training.run.hold_to_order", lambda job, items: None))
+        stack.enter_context(patch("strop.training.run.check_causal", lambda job, items: None))
         if resume:
             with pytest.raises(Stopped), stopping():
                 strop.train(**given)

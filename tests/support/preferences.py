@@ -13,10 +13,10 @@ import numpy as np
 from strop.config.load import Choice, Resolved
 from strop.data.types import Example, ExampleGroup
 from strop.engine.step import step_for
-from strop.objectives.table import open_options
+from strop.objectives.table import default_options
 from strop.training.criteria import criterion_for
-from strop.training.job import Job
 from strop.training.reference import with_reference
+from strop.training.state import Job
 from tests.support import tiny
 from tests.support.families import tokenizer
 
@@ -60,7 +60,7 @@ def units_for(objective: str, number: int, seed: int = 0) -> list[ExampleGroup]:
 def filled(resolved: Resolved) -> Resolved:
     """With the objective's own options, as the plan fills them in."""
     return resolved.decide(
-        Choice(field, value, "plan", why) for field, value, why in open_options(resolved.recipe.train)
+        Choice(field, value, "plan", why) for field, value, why in default_options(resolved.recipe.train)
     )
 
 

@@ -20,7 +20,7 @@ def test_a_stop_before_the_first_step_is_told(tiny_folder: Path, rows_file: Path
     wait.write_text(
         "import sys, time\n"
         "import strop.training.run as run\n"
-        "run.build = lambda *_: time.sleep(60)\n"
+        "run.build_model = lambda *_: time.sleep(60)\n"
         "from strop.cli.app import main\n"
         "main()\n",
         encoding="utf-8",

@@ -26,11 +26,11 @@ from strop.models.reward_head import head_of
 from strop.objectives.table import OBJECTIVES
 from strop.runs.events import read_events
 from strop.training import guard, loop, state
-from strop.training.criteria import OfAnswers, log_probs
-from strop.training.job import Job, stream_of
+from strop.training.criteria import PreferenceCriterion, answer_logprobs
 from strop.training.loop import fit
 from strop.training.oom import micro_batches
-from strop.training.reference import check, with_reference
+from strop.training.reference import check_reference, with_reference
+from strop.training.state import Job, batch_stream
 from tests.support import preferences, tiny
 from tests.support.families import ANSWER, tokenizer
 from tests.support.preferences import KEY, job, pairs, started, units_for
@@ -52,8 +52,8 @@ def gradients(made: Job) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of the first step."""
     found: dict[str, torch.Tensor] = {}
     made = replace(made, recipe=made.recipe)
-    rows = stream_of(made.recipe, len(made.train)).rows(0)
-    loss = loop.gradients(made, [made.train[row] for row in rows]).loss
+    rows = batch_stream(made.recipe, len(made.train)).rows(0)
+    loss = loop.compute_gradients(made, [made.train[row] for row in rows]).loss
     found = {name: weight.grad.clone() for name, weight in made.state.weights.items() if weight.grad is not None}
     made.state.optimizer.zero_grad()
     return float(loss), found
@@ -112,7 +112,7 @@ def test_dropout_is_the_same_for_any_micro_batch_and_off_in_the_reference(tmp_pa
     one = started(job(tmp_path / "a", train, **options))
     two = started(job(tmp_path / "b", train, **{**options, "train.micro_batch": 2}))
     without = started(job(tmp_path / "c", train, **{**options, "lora.dropout": 0.0}))
-    assert one.train[0].reference_logprobs == pytest.approx(without.train[0].reference_logprobs)  # type: ignore[union-attr]
+    assert one.train[0].reference == pytest.approx(without.train[0].reference)  # type: ignore[union-attr]
     for made in (one, two):
         made.step.masks.begin(0, 0)
     (loss, grads), (other, others) = gradients(one), gradients(two)
@@ -152,10 +152,10 @@ def test_the_reference_stays_what_it_was_while_the_model_moves(tmp_path: Path) -
     before = [unit.reference_logprobs for unit in made.train]  # type: ignore[union-attr]
     fit(made)
     assert [unit.reference_logprobs for unit in made.train] == before  # type: ignore[union-attr]
-    check(made, KEY)
+    check_reference(made, KEY)
     assert losses(made)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses(made)[-1] < losses(made)[0] - 0.01
-    now = log_probs(made.step, list(made.train))  # type: ignore[arg-type]
+    now = answer_logprobs(made.step, list(made.train))  # type: ignore[arg-type]
     moved = torch.stack(now, 1).detach() - torch.tensor(before)
     assert moved.abs().max() > 1e-3
 
@@ -163,17 +163,18 @@ def test_the_reference_stays_what_it_was_while_the_model_moves(tmp_path: Path) -
 def test_a_reference_that_is_not_the_models_is_told(tmp_path: Path) -> None:
     made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
     units = [
-        replace(unit, reference=(unit.reference_logprobs[0] - 0.1, unit.reference_logprobs[1])) for unit in made.train
-    ]  # type: ignore[union-attr]
+        replace(unit, reference_logprobs=(unit.reference_logprobs[0] - 0.1, unit.reference_logprobs[1]))  # type: ignore[union-attr, arg-type]
+        for unit in made.train
+    ]
     with pytest.raises(RunError, match="reference of the first rows"):
-        check(replace(made, train=units), KEY)
+        check_reference(replace(made, train=units), KEY)
 
 
 def test_an_adapter_to_start_from_is_the_reference(tmp_path: Path) -> None:
     """tiny.job starts with B that is not zero: the reference is not the bare base."""
     made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
     with made.model.disable_adapter(), torch.no_grad():  # type: ignore[operator]
-        bare = torch.stack(log_probs(step_for(made.model), list(made.train)), 1)  # type: ignore[arg-type]
+        bare = torch.stack(answer_logprobs(step_for(made.model), list(made.train)), 1)  # type: ignore[arg-type]
     kept = torch.tensor([unit.reference_logprobs for unit in made.train])  # type: ignore[union-attr]
     assert (bare - kept).abs().max() > 1e-3
 
@@ -204,7 +205,7 @@ def test_resumed_at_any_step_is_bit_identical(tmp_path: Path, objective: str, st
         fit(first)
     second = job(tmp_path / "broken", train, **options)
     torch.manual_seed(12345)
-    state.restore(state.newest(second.folder, pytest.fail), second.state)
+    state.restore_checkpoint(state.newest_checkpoint(second.folder, pytest.fail), second.state)
     second = started(second)
     assert second.state.progress.step == stop_after
     fit(second)
@@ -229,7 +230,7 @@ def test_a_run_that_lost_its_start_does_not_go_on(tmp_path: Path) -> None:
     fit(made)
     made.folder.reference.write_bytes(b"cut")
     again = job(tmp_path, pairs(6), **options)
-    state.restore(state.newest(again.folder, pytest.fail), again.state)
+    state.restore_checkpoint(state.newest_checkpoint(again.folder, pytest.fail), again.state)
     with pytest.raises(CheckpointError, match="started from"):
         started(again)
 
@@ -262,17 +263,17 @@ def test_a_first_step_without_a_gradient_or_a_move_stops_the_run(tmp_path: Path)
         fit(stuck)
     made = started(job(tmp_path / "b", pairs(8), **{"train.objective": "simpo", "train.max_steps": 2}))
     made.state.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
-    with pytest.raises(RunError, match="moved no weight"):
+    with pytest.raises(RunError, match="did not change any weight"):
         fit(made)
 
 
 def test_both_sides_falling_is_told_once() -> None:
     """on record, 16: both rewards fall while the margin grows."""
     progress = state.Progress()
-    assert guard.falling(progress, {"chosen_change": -0.5, "margin": 3.0}) is None
-    said = guard.falling(progress, {"chosen_change": -1.2, "margin": 3.0})
-    assert said is not None and "1.2 nats a token less likely" in said and "--train.sft_weight" in said
-    assert guard.falling(progress, {"chosen_change": -1.5}) is None
+    assert guard.falling_warning(progress, {"chosen_change": -0.5, "margin": 3.0}) is None
+    said = guard.falling_warning(progress, {"chosen_change": -1.2, "margin": 3.0})
+    assert said is not None and "1.2 nats per token less likely" in said and "--train.sft_weight" in said
+    assert guard.falling_warning(progress, {"chosen_change": -1.5}) is None
 
 
 def test_figures_keep_both_sides_apart(tmp_path: Path) -> None:
@@ -293,15 +294,15 @@ def test_figures_keep_both_sides_apart(tmp_path: Path) -> None:
 def test_a_sorted_file_is_mixed_and_each_batch_knows_its_divergence(tmp_path: Path) -> None:
     """on record, 11: good rows first, then bad ones; and a batch of one row has a divergence too."""
     units = [replace(unit, desirable=n < 16) for n, unit in enumerate(preferences.judged(32))]
-    stream = stream_of(tiny.recipe(**{"train.epochs": 1}).recipe, 32)
+    stream = batch_stream(tiny.recipe(**{"train.epochs": 1}).recipe, 32)
     shares = [sum(units[row].desirable for row in batch.rows) / len(batch.rows) for batch in stream]
     assert all(0 < share < 1 for share in shares)
     options = {"train.objective": "kto", "train.batch_size": 1, "train.micro_batch": 1}
     made = far(started(job(tmp_path, units, **options)))
-    assert isinstance(made.criterion, OfAnswers)
+    assert isinstance(made.criterion, PreferenceCriterion)
     whole = [[row] for row in range(32)]
-    changes = [made.criterion.level(made.step, [unit], lambda items: [[0]]) for unit in made.train]
-    assert made.criterion.level(made.step, list(made.train), lambda items: whole[: len(items)]) > 0
+    changes = [made.criterion.statistic(made.step, [unit], lambda items: [[0]]) for unit in made.train]
+    assert made.criterion.statistic(made.step, list(made.train), lambda items: whole[: len(items)]) > 0
     assert max(changes) > 0
 
 
@@ -336,7 +337,7 @@ def test_a_reward_model_scores_the_same_in_plain_transformers(
     base = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1)
     plain = peft.PeftModel.from_pretrained(base, str(out / "adapter")).eval()
     ours = adapters.load(out, dtype="fp32", scores=True)
-    criterion = OfAnswers(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
+    criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
     made = pairs(3)
     with torch.no_grad():
         found = torch.stack(criterion.sums(step_for(ours.module), made), 1)
@@ -389,7 +390,7 @@ def test_the_card_of_a_reward_model_scores_as_it_was_trained(
     (snippet,) = re.findall(r"```python\n(.+?)```", card, re.DOTALL)
     snippet = snippet.replace('"BASE"', repr(str(folder))).replace("THIS_FOLDER", str(out / "adapter"))
     ours = adapters.load(out, dtype="fp32", scores=True)
-    criterion = OfAnswers(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
+    criterion = PreferenceCriterion(OBJECTIVES["reward"], tiny.recipe().recipe.train, head_of(ours.module))
     for made in conversations(read_rows(str(rows), bad=[]), bad=[]):
         sides = [ours.renderer.render(side)[0] for side in made.sides]
         with torch.no_grad():

@@ -91,19 +91,8 @@ class DataReport:
     def as_json(self) -> dict[str, Any]:
         """Return the fields of `strop check --json`."""
         return {
-            "rows": self.rows,
-            "by_reason": self.by_reason,
-            "dropped": self.dropped,
-            "cut": self.cut,
+            **vars(self),
             "tokens": vars(self.tokens),
-            "stop_token": self.stop_token,
-            "duplicates": self.duplicates,
-            "padding": self.padding,
-            "formats": self.formats,
-            "warnings": self.warnings,
-            "template": self.template,
-            "held_out": self.held_out,
-            "answers": self.answers,
             "would_refuse": self.would_refuse,
             "refusal": self.refusal.as_json() if self.refusal else None,
             "eval": self.eval.as_json() if self.eval else None,

@@ -15,14 +15,7 @@ from rich.text import Text
 
 from strop.config.schema import DataSection
 from strop.data import formats
-from strop.data.prepare import (
-    Judgements,
-    Prepared,
-    decide_outcome,
-    find_contradiction,
-    renderer_for,
-    split_pair,
-)
+from strop.data.prepare import Judgements, Prepared, decide_outcome, find_contradiction, renderer_for, split_pair
 from strop.data.reading import sources
 from strop.data.rendering.pairs import render_pairs, render_prompts
 from strop.data.rendering.render import Renderer

@@ -348,14 +348,8 @@ def type_name(value: Any) -> str:
     """Return the type of a value, as messages name it."""
     if value is None:
         return "null"
-    names = {
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        dict: "an object",
-    }
+    number = "a number"
+    names = {bool: "true or false", int: number, float: number, str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), f"a {type(value).__name__}")
 
 

@@ -76,12 +76,7 @@ class Prepared:
 
 
 def prepare(
-    data: DataSection,
-    tokenizer: Any,
-    *,
-    cache: Path | None = None,
-    strict: bool = True,
-    data_kind: DataKind = "turns",
+    data: DataSection, tokenizer: Any, *, cache: Path | None = None, strict: bool = True, data_kind: DataKind = "turns"
 ) -> Prepared:
     """Read, check, render and store the rows that a recipe names.
 
@@ -122,11 +117,7 @@ def prepare(
 def renderer_for(data: DataSection, tokenizer: Any) -> Renderer:
     """Return the renderer of a recipe's rows. Raises ModelError."""
     return Renderer(
-        tokenizer,
-        template=data.template,
-        loss=data.loss,
-        options=data.template_options,
-        reasoning=data.reasoning,
+        tokenizer, template=data.template, loss=data.loss, options=data.template_options, reasoning=data.reasoning
     )
 
 
@@ -181,14 +172,7 @@ def _assemble(
                 units[i] = ExampleGroups(part, data_kind, data.max_length)
         checksum.update(train_set.judged.tobytes())
     return Prepared(
-        train_set,
-        conversations,
-        eval_set,
-        eval_conversations,
-        report,
-        checksum.hexdigest(),
-        serving_renderer,
-        *units,
+        train_set, conversations, eval_set, eval_conversations, report, checksum.hexdigest(), serving_renderer, *units
     )
 
 

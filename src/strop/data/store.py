@@ -42,7 +42,7 @@ ROW = np.dtype([
 _EXAMPLE, _ROW = struct.Struct("<qiiq"), struct.Struct("<qQQQiqii")  # the same layouts, to write one record
 _PARTS = {"ids.bin": np.dtype("<i4"), "weights.bin": np.dtype("<f4"), "examples.bin": EXAMPLE, "rows.bin": ROW}
 LOCK = "lock"  # file lock in the folder of a store that is being written
-LOCK_GRACE_S = 60.0  # a lock file this young may not have been acquired yet
+LOCK_GRACE_S = 60.0  # a more recent lock file may not have been acquired yet
 MAX_KL_CANDIDATES = 1000  # rows searched for an answer to another prompt
 
 T = TypeVar("T", covariant=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from strop.data.types import Ids
-from strop.distributed.assign import deal
+from strop.distributed.assign import assign_balanced
 from strop.distributed.devices import Devices
 from strop.engine.decode.generate import Completion
 from strop.engine.decode.sampling import ExpectedCompletion
@@ -24,15 +24,15 @@ def answers(
     partial: bool = False,
 ) -> list[Completion]:
     """As Model.answer; partial counts on one device alone: several end with nothing where one is interrupted."""
-    if devices.world == 1:
+    if devices.world_size == 1:
         return model.answer(
             prompts, max_new_tokens=max_new_tokens, both=both, advance=advance, partial=partial, expected=expected
         )
-    own, sides = deal([float(len(prompt)) for prompt in prompts], devices.world)[devices.rank], 1 + both
+    own, sides = assign_balanced([float(len(prompt)) for prompt in prompts], devices.world_size)[devices.rank], 1 + both
     right = [expected[place] for place in own] if expected else []
-    told = (lambda done: advance(done * devices.world)) if advance and devices.main else None
+    told = (lambda done: advance(done * devices.world_size)) if advance and devices.is_main else None
     found: list[Completion] = []
-    with devices.together():
+    with devices.all_or_none():
         if own:
             found = model.answer(
                 [prompts[place] for place in own],

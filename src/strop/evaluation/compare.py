@@ -23,7 +23,7 @@ from strop.engine.decode.generate import Completion
 from strop.engine.decode.sampling import ExpectedCompletion
 from strop.engine.step import step_for
 from strop.errors import Where
-from strop.evaluation.assign import answers as answers_of
+from strop.evaluation.assign import answers as sequences_per_row
 from strop.evaluation.loss import summed_loss
 from strop.evaluation.metrics import metric as metric_named
 from strop.evaluation.metrics import options, paired_difference, score, wilson
@@ -232,7 +232,7 @@ def _write_all(
         for prompt, question in zip(prompts, asked, strict=True)
     ]
     with model.base() if sides == ["base"] and model.adapter else nullcontext():
-        answers = answers_of(
+        answers = sequences_per_row(
             model, prompts, devices, max_new_tokens=max_new_tokens, both=len(sides) > 1, partial=True, expected=right,
             advance=advance and (lambda done: advance(" and ".join(sides), done, len(sides) * len(asked))),
         )  # fmt: skip
@@ -254,7 +254,7 @@ def _choose_all(
 ) -> list[str]:
     """The likeliest answer to each question among the right answers to all of them, the stop token included."""
     token_loss = step_for(model.module).token_loss
-    among, done = options([question.gold for question in asked]), count(devices.world, devices.world)
+    among, done = options([question.gold for question in asked]), count(devices.world_size, devices.world_size)
 
     def choose(question: Question) -> str:
         *before, last = question.conversation.messages
@@ -266,4 +266,4 @@ def _choose_all(
             advance(side, min(next(done), len(asked)), len(asked))
         return among[losses.index(min(losses))]
 
-    return devices.each(asked, choose, lambda question: 1.0)
+    return devices.map(asked, choose, lambda question: 1.0)

@@ -15,7 +15,7 @@ from typing import Any
 
 from strop.data.types import Message
 from strop.distributed.devices import ALONE, Devices
-from strop.evaluation.assign import answers as answers_of
+from strop.evaluation.assign import answers as sequences_per_row
 from strop.evaluation.compare import Advance
 from strop.evaluation.metrics import paired_difference, wilson
 from strop.models.adapters import Model
@@ -44,7 +44,7 @@ def compare_general(model: Model, advance: Advance | None = None, devices: Devic
     kinds: {kind: {rows, base, tuned, difference}}, lost: [{prompt, base, tuned}]}. The model must have an adapter."""
     asked = rows()
     prompts = [model.renderer.prompt(list(row.messages)) for row in asked]
-    found = answers_of(
+    found = sequences_per_row(
         model, prompts, devices, max_new_tokens=MOST_TOKENS, both=True,
         advance=advance and (lambda done: advance("general, base and tuned", done, 2 * len(asked))),
     )  # fmt: skip

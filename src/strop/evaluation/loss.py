@@ -47,6 +47,6 @@ def summed_loss(
         return float(token_loss([examples[row] for row in group]))
 
     with torch.no_grad():
-        for part in devices.each(groups, loss, lambda group: sum(len(examples[row]) for row in group)):
+        for part in devices.map(groups, loss, lambda group: sum(len(examples[row]) for row in group)):
             total += part
     return total, weight

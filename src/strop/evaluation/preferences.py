@@ -129,7 +129,7 @@ def _by_micro_batch(compute: Any, pairs: Pairs, side: str, advance: Advance | No
 
     def look(group: list[int]) -> list[float]:
         nonlocal done
-        done += len(group) * devices.world
+        done += len(group) * devices.world_size
         values: list[float] = compute([example for row in group for example in pairs[row]]).tolist()
         if advance is not None:
             advance(side, min(done, len(pairs)), len(pairs))
@@ -138,7 +138,7 @@ def _by_micro_batch(compute: Any, pairs: Pairs, side: str, advance: Advance | No
     groups = pack(lengths, max(TOKENS, *lengths))
     found: Found = [(0.0, 0.0)] * len(pairs)
     with torch.no_grad():
-        looked = devices.each(groups, look, lambda group: sum(lengths[row] for row in group))
+        looked = devices.map(groups, look, lambda group: sum(lengths[row] for row in group))
     for group, values in zip(groups, looked, strict=True):
         for place, row in enumerate(group):
             found[row] = (values[2 * place], values[2 * place + 1])

@@ -128,7 +128,7 @@ def evaluate_models(
     """
     if regression_metric and not regression_data:
         raise RecipeError("--regression-metric: there are no rows for it", fix="give --regression-data")
-    if tasks and devices.world > 1:
+    if tasks and devices.world_size > 1:
         raise RecipeError("--tasks: the harness runs on one device", fix="ask for tasks in a command of their own")
     if task_limit and not tasks:
         raise RecipeError("--task-limit: there are no tasks", fix="give --tasks")
@@ -145,7 +145,7 @@ def evaluate_models(
         "quantization": quantization,
     }
     given |= {"general": general, "regression_metric": regression_metric, "judge": judge, "judge_model": judge_model}
-    devices.refuse_unlike({**given, "what the rows say": said})
+    devices.require_same({**given, "what the rows say": said})
     if _is_paired(rows) and (general or kept or tasks or judging):
         raise RecipeError(
             "pairs: nothing is written, so there is nothing else to ask", fix="leave --general and such out"
@@ -162,11 +162,11 @@ def evaluate_models(
     results = []
     for name in names:
         named = rows if paired else [question.conversation for question in questions(rows)]
-        known = devices.once(partial(trained_on, name, named))
+        known = devices.run_on_main(partial(trained_on, name, named))
         scores = (folder := adapter_folder(name)) is not None and is_reward(folder)
         if scores and not paired:
             refuse_other_kind(folder or Path(name), scores=False)
-        with devices.together():
+        with devices.all_or_none():
             model = load(name, quantization=quantization, force=force, scores=scores)
         if paired:
             result = {
@@ -176,7 +176,7 @@ def evaluate_models(
             }
             count_train_rows(result, known)
             del model
-            if devices.main and is_run(Path(name)):
+            if devices.is_main and is_run(Path(name)):
                 _keep(RunFolder(Path(name)), result)
             results.append(result)
             continue
@@ -188,7 +188,7 @@ def evaluate_models(
         count_train_rows(result, known)
         if "interrupted" in found:
             general, kept, tasks, judging = False, [], (), None
-        in_report = devices.main and is_run(Path(name))
+        in_report = devices.is_main and is_run(Path(name))
         if in_report and (general or kept or tasks or judging is not None):  # which may fail, or be stopped
             _keep(RunFolder(Path(name)), result)
         if general:
@@ -210,7 +210,7 @@ def evaluate_models(
             texts = [told(side_of(found, side).texts) for side in ("base", "tuned")]
             ask = partial(compare_by_judge, judging, str(judge), asked, texts[0], texts[1], advance)
             try:
-                result["judge"] = devices.once(ask)
+                result["judge"] = devices.run_on_main(ask)
             except RunError as fault:
                 fault.partial_result = result
                 raise

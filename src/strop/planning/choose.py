@@ -15,7 +15,7 @@ from strop.machine.memory import recall
 from strop.machine.probe import Machine
 from strop.machine.rates import known_rates
 from strop.models.families.shape import ModelShape
-from strop.objectives.table import check_devices, open_options
+from strop.objectives.table import check_devices, default_options
 from strop.planning.largest import Room, fitted, fixed_tokens, placed
 from strop.planning.learning_rate import alpha_of, open_rate
 from strop.planning.time import Rate
@@ -59,7 +59,7 @@ def choose(
         pick("model.dtype", *(("fp32", "train.int8_matmul adds up in it") if recipe.train.int8_matmul else dtype))
     if recipe.lora.alpha is None:
         pick("lora.alpha", alpha_of(recipe), "2 r")
-    for option in open_options(recipe.train):
+    for option in default_options(recipe.train):
         pick(*option)
     if recipe.train.learning_rate is None:
         pick("train.learning_rate", *open_rate(recipe, shape))

@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from strop.config.schema import Recipe
-from strop.distributed.assign import in_a_row
-from strop.distributed.deterministic_sum import nodes_of
+from strop.distributed.assign import assign_contiguous, nodes_to_send
 from strop.errors import RecipeError
-from strop.objectives.table import answers_of
+from strop.objectives.table import sequences_per_row
 from strop.planning.inputs import Place
 from strop.planning.memory import base_layer_bytes
 from strop.planning.microbatch import usual_micro_batch
@@ -158,7 +157,7 @@ def spread(
     A step is as long as its busiest device takes, which has the batch's rows over the devices, rounded up (of rows of
     one length; ragged ones are dealt out by their tokens).
     """
-    train, answers = recipe.train, answers_of(recipe.train)
+    train, answers = recipe.train, sequences_per_row(recipe.train)
     most = -(-train.batch_size // devices.count)
     if exact := train.exact and devices.count > 1:
         most = min(most, -(-train.batch_size // SLOTS))
@@ -252,7 +251,7 @@ def pass_seconds(setting: Setting, devices: Devices, link: Link) -> float:
 
 def _buffers(parts: int, devices: Devices) -> int:
     """Handed around in a step with `train.exact`: what each rank has added up of its neighbouring micro-batches."""
-    return sum(len(nodes_of(parts, own)) for own in in_a_row([1.0] * parts, devices.count))
+    return sum(len(nodes_to_send(parts, own)) for own in assign_contiguous([1.0] * parts, devices.count))
 
 
 def flags_seconds(devices: Devices, link: Link) -> float:

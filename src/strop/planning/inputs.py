@@ -21,7 +21,7 @@ from strop.models.adapter_config import adapter_config, as_start
 from strop.models.families.shape import Peek, peek
 from strop.models.source import headers, locate, quantized_by
 from strop.models.tokenizer import load_tokenizer
-from strop.objectives.table import answers_of, data_kind_of, drawn_tokens, objective_of
+from strop.objectives.table import data_kind_of, max_completion_tokens, objective_of, sequences_per_row
 from strop.planning.gpus import Card, find_card, recognise
 from strop.planning.microbatch import Rows
 from strop.planning.time import CORE_FP32, GUESS, Rate, has_bf16
@@ -156,8 +156,10 @@ def row_sizes(recipe: Recipe) -> Rows:
     prepared = prepare(recipe.data, load_tokenizer(source), strict=False, data_kind=data_kind)
     rows, refusal, shared = prepared.train, prepared.report.refusal, None
     found.refused = "" if refusal is None else str(refusal)
-    if drawn := drawn_tokens(recipe.train):
-        found += [(int(length) + drawn, drawn) for length in rows.lengths for _ in range(answers_of(recipe.train))]
+    if drawn := max_completion_tokens(recipe.train):
+        found += [
+            (int(length) + drawn, drawn) for length in rows.lengths for _ in range(sequences_per_row(recipe.train))
+        ]
         return found
     for number in range(len(rows)):
         example = rows[number]

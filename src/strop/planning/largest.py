@@ -10,7 +10,7 @@ from strop.config.load import Choice, Resolved
 from strop.config.schema import Recipe
 from strop.errors import RecipeError
 from strop.models.families.shape import ModelShape
-from strop.objectives.table import answers_of, data_kind_of, drawn_tokens
+from strop.objectives.table import data_kind_of, max_completion_tokens, sequences_per_row
 from strop.planning.memory import load, train
 from strop.planning.microbatch import MICRO_BATCH_TOKENS, largest_micro_batch, usual_micro_batch
 from strop.planning.time import Rate, tokens_per_s
@@ -203,7 +203,11 @@ def _larger_micro_batch(resolved: Resolved, room: Room) -> list[Choice]:
     now = recipe.train.micro_batch_tokens
     if not recipe.model.device.startswith("cuda") or now is None or resolved.choices[field].origin != "plan":
         return []
-    a_step = recipe.train.batch_size * answers_of(recipe.train) * (recipe.data.max_length + drawn_tokens(recipe.train))
+    a_step = (
+        recipe.train.batch_size
+        * sequences_per_row(recipe.train)
+        * (recipe.data.max_length + max_completion_tokens(recipe.train))
+    )
     for tokens in CARD_TOKENS:
         if now < tokens and tokens // 2 < a_step and room.fits(_with(recipe, micro_batch_tokens=tokens)):
             return [

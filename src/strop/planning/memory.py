@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from strop.config.schema import Recipe
-from strop.objectives.table import answers_of, drawn_tokens
+from strop.objectives.table import max_completion_tokens, sequences_per_row
 from strop.planning.activations import Alive, MicroBatch, at_peak
 from strop.planning.workload import BITS, Setting
 
@@ -66,10 +66,10 @@ class Drawn:
     @staticmethod
     def of(recipe: Recipe, prompt: int | None = None) -> Drawn | None:
         """prompt: tokens, where they are known; else as long as they may be. None where nothing is drawn."""
-        train, answer = recipe.train, drawn_tokens(recipe.train)
+        train, answer = recipe.train, max_completion_tokens(recipe.train)
         if not answer:
             return None
-        group = answers_of(train)
+        group = sequences_per_row(train)
         return Drawn(train.batch_size * group, group, prompt or recipe.data.max_length, answer)
 
 

@@ -9,7 +9,7 @@ from itertools import islice
 
 from strop.config.schema import Recipe
 from strop.data.batching import BatchStream, group_by_length, pack
-from strop.objectives.table import answers_of, drawn_tokens
+from strop.objectives.table import max_completion_tokens, sequences_per_row
 from strop.planning.activations import KEEP_PAIRS, LEAST_PREFIX, MicroBatch, at_peak
 from strop.planning.workload import Setting
 
@@ -29,14 +29,14 @@ class Rows(list[tuple[int, int]]):
 def largest_micro_batch(recipe: Recipe, setting: Setting, longest: int | None = None) -> MicroBatch:
     """The micro-batch of a recipe that needs most: rows as long as they may be (or as the longest there is) and a
     shorter one that fills it, or rows short enough for their probabilities to be kept."""
-    most = recipe.data.max_length + drawn_tokens(recipe.train)
+    most = recipe.data.max_length + max_completion_tokens(recipe.train)
     longest = min(longest or most, most)
     found = [_filled(recipe, length) for length in sorted({longest, min(longest, KEEP_PAIRS)})]
     return max(found, key=lambda batch: at_peak(setting, batch).total)
 
 
 def _filled(recipe: Recipe, length: int) -> MicroBatch:
-    train_, answers = recipe.train, answers_of(recipe.train)
+    train_, answers = recipe.train, sequences_per_row(recipe.train)
     most = answers * train_.batch_size
     if train_.micro_batch is not None:
         lengths = [length] * answers * min(train_.micro_batch, train_.batch_size)
@@ -53,9 +53,9 @@ def usual_micro_batch(recipe: Recipe, rows: Sequence[tuple[int, int]] = ()) -> M
     where they are known; else they are as long as they may be, and supervised. What all of them begin with is computed
     once."""
     prefix = rows.prefix if isinstance(rows, Rows) and len(rows) > 1 else 0
-    answers = answers_of(recipe.train)
+    answers = sequences_per_row(recipe.train)
     if not rows:
-        drawn = drawn_tokens(recipe.train)
+        drawn = max_completion_tokens(recipe.train)
         length = recipe.data.max_length + drawn
         rows = [(length, drawn or length - 1)] * recipe.train.batch_size * answers
     train_, mean = recipe.train, max(2, round(sum(tokens for tokens, _ in rows) / len(rows)))

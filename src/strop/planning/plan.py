@@ -11,7 +11,7 @@ from strop.config.schema import Recipe
 from strop.data.batching import BatchStream
 from strop.machine.probe import Machine
 from strop.models.families.shape import ModelShape, Peek
-from strop.objectives.table import answers_of, data_kind_of
+from strop.objectives.table import data_kind_of, sequences_per_row
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose, usable_bytes
 from strop.planning.devices import Devices, Spread, spread
@@ -163,7 +163,7 @@ def _seconds(
 ) -> float | None:
     """Of the run's steps: by the first of them where the rows are known, by full steps where only their number is. Of
     several devices: over the slowest link."""
-    train, rows = recipe.train, len(sizes) // answers_of(recipe.train)
+    train, rows = recipe.train, len(sizes) // sequences_per_row(recipe.train)
     if not rows and train.max_steps is None:
         return None
     stream = BatchStream(
@@ -173,7 +173,7 @@ def _seconds(
         return stream.total_steps * (several.compute_s + several.over[0].seconds)
     if steps:
         return stream.total_steps * steps_seconds(setting, steps, rate) / len(steps)
-    a_step = answers_of(train) * stream.num_rows / stream.steps_per_epoch
+    a_step = sequences_per_row(train) * stream.num_rows / stream.steps_per_epoch
     step = step_seconds(setting, usual, a_step / usual.number, rate)
     mean = round(sum(tokens - supervised for tokens, supervised in sizes) / len(sizes)) if sizes else None
     if (drawn := Drawn.of(recipe, mean)) is not None:

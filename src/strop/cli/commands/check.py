@@ -56,10 +56,10 @@ def _note_on_length(recipe: Recipe, lengths: Indices) -> str | None:
     """Return a note if rows are longer than the context length in the model's config."""
     from strop.errors import ModelError
     from strop.models.families.shape import peek
-    from strop.objectives.table import drawn_tokens
+    from strop.objectives.table import max_completion_tokens
 
     try:
         shape = peek(recipe.model.name, recipe.model.revision).shape
     except ModelError:
         return None
-    return shape.beyond(lengths, drawn_tokens(recipe.train))
+    return shape.beyond(lengths, max_completion_tokens(recipe.train))

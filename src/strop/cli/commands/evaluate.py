@@ -51,10 +51,10 @@ def evaluate(
     options: dict[str, Any] | None = None,
 ) -> None:
     """Compare base and tuned model on rows that were not trained on."""
-    from strop.distributed.launch import start, to_start
+    from strop.distributed.launch import count_processes, launch_processes
 
-    if number := to_start(devices):
-        start(number, sys.argv[1:])
+    if number := count_processes(devices):
+        launch_processes(number, sys.argv[1:])
         return
     main = is_main_process()
     with generation_progress(console_for(main)) as advance:

@@ -30,12 +30,12 @@ def resume(
 ) -> None:
     """Resume a run from its newest complete checkpoint; recipe flags change values that --allow-changed names."""
     from strop.config.load import read_resolved
-    from strop.distributed.launch import start, to_start
+    from strop.distributed.launch import count_processes, launch_processes
     from strop.runs.folder import open_run
 
     folder = open_run(run)
-    if number := to_start(devices, read_resolved(folder.recipe).recipe.model.device if devices else "auto"):
-        start(number, sys.argv[1:])
+    if number := count_processes(devices, read_resolved(folder.recipe).recipe.model.device if devices else "auto"):
+        launch_processes(number, sys.argv[1:])
         return
     main, finished = is_main_process(), folder.finished
     with run_progress(console_for(main)) as progress:

@@ -30,10 +30,10 @@ def train(
 ) -> None:
     """Fine-tune a model and write a run folder."""
     from strop.config.load import resolve
-    from strop.distributed.launch import start, to_start
+    from strop.distributed.launch import count_processes, launch_processes
 
     resolved = resolve(recipe, options)
-    number = to_start(devices, resolved.recipe.model.device)
+    number = count_processes(devices, resolved.recipe.model.device)
     if print_recipe:
         from strop.machine.memory import limit_bytes
         from strop.training.preflight import preview
@@ -46,7 +46,7 @@ def train(
             print(complete.as_yaml(), end="")
         return
     if number:
-        start(number, sys.argv[1:])
+        launch_processes(number, sys.argv[1:])
         return
     main = is_main_process()
     with run_progress(console_for(main)) as progress:

@@ -43,12 +43,7 @@ def download(spec: str) -> list[tuple[str, str]]:
         DataError: no such data set or file, an ambiguous choice, or the Hub cannot be reached.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     # the class of httpx or of httpx2, depending on the version of huggingface_hub
     from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]

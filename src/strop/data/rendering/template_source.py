@@ -125,8 +125,7 @@ def check_options(options: Mapping[str, Any], variables: frozenset[str], where: 
         if name not in variables:
             known = ", ".join(sorted(variables)) or "no option"
             raise ModelError(
-                f"{where}: the chat template reads no {name}{nearest(name, sorted(variables))}",
-                fix=f"it reads {known}",
+                f"{where}: the chat template reads no {name}{nearest(name, sorted(variables))}", fix=f"it reads {known}"
             )
 
 

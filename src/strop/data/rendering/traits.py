@@ -114,7 +114,7 @@ class InputFormat:
 
 @dataclass(frozen=True)
 class TurnEnding:
-    """How to end a turn: replace the text's suffix `cut` with `add`, whose last token is `stop`.
+    """The ending of a turn: the text's suffix `cut` is replaced with `add`, whose last token is `stop`.
 
     how: `written` by the template; `later`: written only before another turn; `role`: the token that begins the next
     turn; `eos`: the tokenizer's end-of-sequence token.
@@ -128,7 +128,7 @@ class TurnEnding:
 
 @dataclass(frozen=True)
 class Join:
-    """How to join a prompt that is not a prefix of the training text.
+    """A join of a prompt that is not a prefix of the training text with that text.
 
     Where the prompt ends with `prompt`, the training text has `head` and then `drop`. The joined text is the prompt,
     `insert`, and the rest of the training text after `drop`. by_place: the difference is in what the template writes
@@ -144,7 +144,7 @@ class Join:
 
 @dataclass(frozen=True)
 class Mode:
-    """How to render a row.
+    """Settings to render a row.
 
     options: variables of the template. plain, thinking: joins of turns without and with reasoning. ending, call_ending:
     how turns end, and those with calls (None: like others).
@@ -159,7 +159,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class Traits:
-    """What a chat template does.
+    """The measured behaviour of a chat template.
 
     Attributes:
         input_format: the forms of input that it accepts.
