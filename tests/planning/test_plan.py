@@ -252,12 +252,12 @@ def test_without_torch(words: list[str], tiny_folder: Path) -> None:
     words = [str(tiny_folder) if word == "FOLDER" else word for word in words]
     script = (
         "import sys; sys.modules['torch'] = None\n"
-        "from strop import cli\n"
+        "from strop.cli.app import main\n"
         "from strop.machine import doctor\n"
         "known = doctor.installed\n"
         "doctor.installed = lambda name: name != 'torch' and known(name)\n"
         f"sys.argv = ['strop', *{words!r}]\n"
-        "cli.main()"
+        "main()"
     )
     started = time.monotonic()
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -502,7 +502,7 @@ def test_doctor_tells_people_sizes_and_when_all_is_well(
     assert code == 0 and [line.split() for line in err.splitlines()] == [
         ["memory", "3.0", "GiB"], ["gpus", "none"], ["hub", "token", "no"], ["ok", "a"]
     ]  # fmt: skip
-    assert run("doctor", "--fix", capsys=capsys) == (0, "", "nothing to mend\n")
+    assert run("doctor", "--fix", capsys=capsys) == (0, "", "nothing to fix\n")
 
 
 def test_doctor_fix_is_commands_and_comments(

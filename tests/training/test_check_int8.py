@@ -141,7 +141,7 @@ def test_options_in_conflict_with_int8_matmul_are_refused(options: dict[str, Any
     with pytest.raises(RecipeError) as caught:
         tiny.recipe(**{"train.int8_matmul": True, **options})
     (where,) = caught.value.where
-    assert "not with" in str(where) and next(iter(options)) in str(where)
+    assert "cannot be combined with" in str(where) and next(iter(options)) in str(where)
 
 
 @pytest.mark.parametrize(

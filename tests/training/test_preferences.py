@@ -465,7 +465,7 @@ def test_resume_from_the_command_line(tiny_folder: Path, tmp_path: Path, capsys:
         (["--train.objective", "dpo", "--train.beta", "0"], "beta"),
         (
             ["--train.objective", "kto", "--train.desirable_weight", "0", "--train.undesirable_weight", "0"],
-            "nothing is left to learn from",
+            "train.desirable_weight is 0 too",
         ),
         (["--train.objective", "dpo", "--train.label_smoothing", "0.5"], "label_smoothing"),
         (["--train.objective", "dpq"], "objective"),

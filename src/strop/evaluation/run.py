@@ -90,11 +90,6 @@ def _as_option(value: str | Mapping[str, str] | None) -> str:
     return ",".join(f"{name}={column}" for name, column in pairs) or str(value or "none")
 
 
-def evaluate_model(name: str, data: str | Sequence[str], **options: Any) -> dict[str, Any]:
-    """One model on the rows of `data`: see evaluate_models."""
-    return evaluate_models([name], data, **options)[0]
-
-
 def evaluate_models(
     names: Sequence[str],
     data: str | Sequence[str],
