@@ -31,8 +31,8 @@ from peft import LoraConfig, get_peft_model
 
 from strop.data.types import Example
 from strop.engine.device import prepare_process
-from strop.engine.eligibility import unsupported
 from strop.engine.kernels.cpu.precision import measure
+from strop.engine.train.eligibility import unsupported
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from strop.models.load import load_base

@@ -10,8 +10,8 @@ import pytest
 
 import strop
 from strop.config.load import resolve
-from strop.engine.eligibility import unsupported
 from strop.engine.step import step_for
+from strop.engine.train.eligibility import unsupported
 from strop.errors import ModelError
 from strop.models.families.shape import ModelShape
 from strop.models.introspect import shape_of

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strop.engine.train.full_modules import NewRows, embedded, new_rows, used, without
-from strop.engine.train.fused_linear import base_of
+from strop.engine.train.linear import base_of
+from strop.engine.train.peft_modules import NewRows, embedded, new_rows, used, without
 from strop.models.families.layers import (
     FAMILIES,
     Family,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from strop.engine.eligibility import unsupported
 from strop.engine.train.dropout import Masks
+from strop.engine.train.eligibility import unsupported
 from strop.engine.train.fast import FastLoss, Gathered, Watch, before_gradient
 from strop.engine.train.plain import PlainLoss
 

@@ -21,7 +21,7 @@ from strop.config.schema import Recipe
 from strop.data.batching import BatchStream
 from strop.data.prepare import Prepared, prepare
 from strop.data.types import Conversation, Example, Message
-from strop.engine.eligibility import own_dropout
+from strop.engine.train.eligibility import own_dropout
 from strop.errors import InputError
 from strop.models.adapters import adapter_folder, with_tokenizer
 from strop.models.load import DTYPES, skeleton

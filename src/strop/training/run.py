@@ -21,8 +21,8 @@ from strop.engine.decode.eligibility import unanswerable
 from strop.engine.decode.generate import own_ends
 from strop.engine.decode.rollouts import Draws
 from strop.engine.device import repeatable
-from strop.engine.eligibility import own_dropout
 from strop.engine.step import step_for
+from strop.engine.train.eligibility import own_dropout
 from strop.errors import TROUBLES, InputError, MemoryLimitError, RecipeError, StropError, Where
 from strop.evaluation.report import write_report
 from strop.evaluation.rewards import rewards_of

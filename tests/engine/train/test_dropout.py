@@ -11,9 +11,9 @@ from torch import nn
 from transformers import LlamaConfig
 
 from strop.data.types import Example
-from strop.engine.eligibility import unsupported
 from strop.engine.step import step_for
 from strop.engine.train.dropout import LEVELS, CountedDropout, Dropped, fold, grown, philox, spread, token_keys
+from strop.engine.train.eligibility import unsupported
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from tests.engine.train.test_fast import assert_same, some, step, with_prefix

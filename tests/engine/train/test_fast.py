@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Mistral3
 
 from strop.config.schema import LoraSection
 from strop.data.types import Example
-from strop.engine.eligibility import unsupported
 from strop.engine.step import step_for
+from strop.engine.train.eligibility import unsupported
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.packing import LIKE, Documents, pack_apart
 from strop.engine.train.plain import PlainLoss

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from strop.engine.eligibility import unsupported
+from strop.engine.train.eligibility import unsupported
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from strop.models.lora import as_fp32, sum_once

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from strop.engine.eligibility import odd_adapter, unsupported_base
+from strop.engine.train.eligibility import odd_adapter, unsupported_base
 from strop.models.families.layers import ACTIVATIONS, FAMILIES, activation_of, linears, text_of
 
 SEVERAL = "several adapters at once"

@@ -21,7 +21,7 @@ from strop.engine.decode.multi_lora import MixedLora, can_mix
 from strop.engine.decode.prefix_cache import Kept
 from strop.engine.decode.sampling import Ids, Logits, Seen, Text
 from strop.engine.decode.slots import Kv, Reading, Slots, cut, side_by_side
-from strop.engine.train.transfer import sent
+from strop.engine.train.buffers import copy_to_device
 from strop.errors import ModelError
 from strop.models.biases import has_own_biases, without_adapter
 
@@ -156,7 +156,7 @@ class PlainDecoder:
         slots, rows = self._lanes[lane], self._rows[lane]
         at = slots.begin(self.device)
         age = at[:, :, None] - torch.arange(slots.width, device=self.device)
-        (last,) = sent([np.array([[text.ids[-1]] for text in rows], dtype=np.int64)], self.device)
+        (last,) = copy_to_device([np.array([[text.ids[-1]] for text in rows], dtype=np.int64)], self.device)
         with self._adapters([text.adapter for text in rows]):
             logits = self._forward(last, at, self._masks(age >= 0, age), slots)[:, -1]
         slots.advance()

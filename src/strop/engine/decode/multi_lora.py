@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
-from strop.engine.train.transfer import sent
+from strop.engine.train.buffers import copy_to_device
 from strop.models.lora import delta, onto
 
 
@@ -54,7 +54,7 @@ class MixedLora:
         if len(names) == 1 and (of == names[0]).all():
             self.tokens = {names[0]: None}
         else:
-            self.tokens = dict(zip(names, sent([np.flatnonzero(of == name) for name in names], device), strict=True))
+            self.tokens = dict(zip(names, copy_to_device([np.flatnonzero(of == name) for name in names], device), strict=True))
 
     def _forward(self, module: Any, x: Tensor) -> Tensor:
         change: Tensor | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from strop.engine.train.transfer import sent
+from strop.engine.train.buffers import copy_to_device
 
 GROWTH = 64  # positions added at once, at least; a quarter of what is there, as each time all of it is copied
 
@@ -99,7 +99,7 @@ class Slots(Cache):  # type: ignore[misc]
         """Makes room for one position a row; gives where they go, (rows, 1)."""
         self._fit(len(self.lengths), self.width)
         self._rows = torch.arange(len(self.lengths), device=device)
-        (self._at,) = sent([np.array(self.lengths, dtype=np.int64)], device)
+        (self._at,) = copy_to_device([np.array(self.lengths, dtype=np.int64)], device)
         return self._at[:, None]
 
     def advance(self) -> None:

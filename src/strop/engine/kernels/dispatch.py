@@ -18,7 +18,7 @@ from strop.engine.kernels.protocols import FrozenProduct, Loops, LoraProducts, O
 from strop.engine.train import dropout, lora
 from strop.engine.train.attention import Attention, Heads, Turned
 from strop.engine.train.dropout import Drops
-from strop.engine.train.fused_linear import Joined
+from strop.engine.train.linear import Joined
 from strop.engine.train.packing import Documents
 from strop.machine.probe import TILED_RANK, probe
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 from torch.autograd import Function
 
-from strop.engine.train.arena import Arena, New, in_heap
+from strop.engine.train.buffers import Arena, Allocate, heap_empty
 from strop.engine.train.lora import Adapters, Added
 from strop.engine.train.packing import Places
 
@@ -52,7 +52,7 @@ class LoraProducts(Protocol):
     """The products with A and B; meanings in lora.py."""
 
     def forward(
-        self, z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap
+        self, z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_empty
     ) -> tuple[Added, tuple[Tensor, ...]]: ...
     def backward(self, grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Added, Tensor]: ...
     def gradients(

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from strop.data.types import Example
-from strop.engine.eligibility import unsupported
 from strop.engine.kernels.dispatch import ALL, INTEGERS, USUAL, Processor, save_in_turn
 from strop.engine.train.attention import Heads
+from strop.engine.train.eligibility import unsupported
 from strop.engine.train.fast import FastLoss
-from strop.engine.train.fused_linear import Joined
+from strop.engine.train.linear import Joined
 from strop.engine.train.norms import Norm
 
 # Family, dropout, DoRA. A Llama's loops are those of most models: fits.usual says of which.

@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from strop.engine.kernels.eager import rotate
 from strop.engine.kernels.protocols import Ops, apply
-from strop.engine.train.arena import New, in_heap
+from strop.engine.train.buffers import Allocate, heap_empty
 from strop.engine.train.norms import Norm
 from strop.engine.train.packing import Bucket, Documents, Layout
 
@@ -41,7 +41,7 @@ class Heads:
     q_norm: Norm | None
     k_norm: Norm | None
     v_norm: Norm | None = None
-    new: New = in_heap  # for what is kept
+    new: Allocate = heap_empty  # for what is kept
     sinks: Tensor | None = None  # (query,) fp32: what each head's softmax counts beside the keys
 
     @property
@@ -165,7 +165,7 @@ class Attention(Function):
         for part, (q, k, v, own) in zip(layout.buckets, _parts(heads, layout, *spread, o), strict=True):
             for first, rows, keys in _blocks(part, group):
                 keeps = part.keys.shape[1] <= KEEP_PAIRS and ctx.needs_input_grad[0]
-                probs = _probs(heads, q[:, rows], k[:, :keys], first, heads.new if keeps else in_heap)
+                probs = _probs(heads, q[:, rows], k[:, :keys], first, heads.new if keeps else heap_empty)
                 _products(probs, v[:, :keys], own[:, rows])
                 if keeps:
                     kept.append(probs)
@@ -237,7 +237,7 @@ def _parts(heads: Heads, layout: Layout, q: Tensor, k: Tensor, v: Tensor, *like_
     return list(zip(*columns, *(views(x, queries, heads.group) for x in like_q), strict=True))
 
 
-def _probs(heads: Heads, q: Tensor, k: Tensor, first: int, new: New = in_heap) -> Tensor:
+def _probs(heads: Heads, q: Tensor, k: Tensor, first: int, new: Allocate = heap_empty) -> Tensor:
     scores = new(len(q) * q.shape[1], k.shape[1], q).view(len(q), q.shape[1], k.shape[1])
     _products(q, k.transpose(1, 2), scores)
     if heads.softcap:

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from strop.engine.kernels.dispatch import Attend, Processor
 from strop.engine.kernels.protocols import apply
 from strop.engine.layers import NOWHERE, Angles, LayerPart, Layers, NormPart, about
-from strop.engine.train.arena import Arena, in_heap
 from strop.engine.train.attention import Heads, norms_aside
+from strop.engine.train.buffers import Arena, heap_empty
 from strop.engine.train.dropout import Drops, Masks
-from strop.engine.train.fused_linear import Joined, Workspace
-from strop.engine.train.lora_linear import Activation, Enter, Glu, InFront, LoopedActivation
+from strop.engine.train.linear import Activation, Enter, Glu, InFront, Joined, LoopedActivation, Workspace
 from strop.engine.train.norms import LayerNorm, Norm, normed
 from strop.engine.train.packing import Packed
 from strop.models.families.layers import ACTIVATIONS, Family
@@ -244,7 +243,7 @@ class Blocks:
             q_norm=self.norm(part.q_norm),
             k_norm=self.norm(part.k_norm),
             v_norm=self.norm(part.v_norm),
-            new=self._arena or in_heap,
+            new=self._arena or heap_empty,
             sinks=None if part.sinks is None else part.sinks.detach().float(),
         )
         outputs = sum(module.out_features for module in part.qkv)

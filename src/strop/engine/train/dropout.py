@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from strop.engine.train.transfer import sent
+from strop.engine.train.buffers import copy_to_device
 
 LEVELS = 1 << 16  # a draw is a number of 16 bits: a share is rounded to this many levels
 ROUNDS = 7  # the fewest with which Philox-4x32 passes BigCrush (Salmon et al., table 2)
@@ -152,7 +152,7 @@ def _keep(dropped: Dropped, width: int) -> Iterator[tuple[slice, Tensor]]:
     """What is kept, (rows, m, width) bool, some rows after the other: a draw takes 8 bytes and more."""
     device, many = dropped.tokens.device, len(dropped.numbers)
     asked = dropped.numbers, dropped.levels, (dropped.seed, dropped.step)
-    numbers, levels, key = sent([np.array(one, dtype=np.int64) for one in asked], device)
+    numbers, levels, key = copy_to_device([np.array(one, dtype=np.int64) for one in asked], device)
     block = max(1, DRAWN // (many * width))
     for begin in range(0, len(dropped.tokens), block):
         rows = slice(begin, begin + block)

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from strop.engine.eligibility import unsupported, usual
 from strop.engine.kernels.dispatch import ALL, USUAL, drops_for, processor_for
 from strop.engine.kernels.protocols import Placed, apply
 from strop.engine.layers import Layers
-from strop.engine.train.arena import Arena
 from strop.engine.train.blocks import Attended, Blocks, Layer, Way
+from strop.engine.train.buffers import Arena
 from strop.engine.train.dropout import masks_of
-from strop.engine.train.full_modules import used
-from strop.engine.train.fused_linear import adapters_on, base_of, dropped_by
+from strop.engine.train.eligibility import unsupported, usual
 from strop.engine.train.head import LabelLogProbs, Output, SupervisedLoss
+from strop.engine.train.linear import adapters_on, base_of, dropped_by
 from strop.engine.train.norms import normed
 from strop.engine.train.packing import Packed, by_owner, pack, pack_apart, pack_ends, sums_by_owner
+from strop.engine.train.peft_modules import used
 
 if TYPE_CHECKING:
     from strop.data.types import Example

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from strop.engine.train.arena import New, in_heap
+from strop.engine.train.buffers import Allocate, heap_empty
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def product(
     return y
 
 
-def forward(z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap) -> tuple[Added, tuple[Tensor, ...]]:
+def forward(z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_empty) -> tuple[Added, tuple[Tensor, ...]]:
     """za_i B_i^T in columns_i of (T, outputs), and what the other two need: za, and A and B as they were used. new:
     gives the memory of what is kept, where the products can write there (lora_tiles).
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from strop.engine.train.buffers import copy_to_device
 from strop.engine.train.dropout import token_keys
-from strop.engine.train.transfer import sent
 
 if TYPE_CHECKING:
     from strop.data.types import Example
@@ -121,7 +121,7 @@ class Documents:
             rows.append(np.where(there, of, 0))
             places[of[there]] = at + np.flatnonzero(there)
             at += there.size
-        *rows_, places_ = sent([*rows, places], self.device)
+        *rows_, places_ = copy_to_device([*rows, places], self.device)
         return rows_, places_
 
     @cached_property
@@ -137,7 +137,7 @@ class Documents:
         if prefix.any():
             parts = [rows for s, n, p, first, _ in spans for rows in (np.arange(first, first + p), np.arange(s, s + n))]
             made.append(np.concatenate(parts))
-        query_ends, key_ends, *keys = sent(made, self.device)
+        query_ends, key_ends, *keys = copy_to_device(made, self.device)
         longest = int(own.max()), int((own + prefix).max())
         return Varlen(query_ends, key_ends, *longest, keys[0] if keys else None)
 
@@ -206,7 +206,7 @@ def lay_out(parts: Sequence[tuple[Any, Any]], tokens: int, device: torch.device)
         return [token, at, length, np.concatenate([[0], np.cumsum(counts)]), where]
 
     queries, keys = places([queries for queries, _ in parts]), places([keys for _, keys in parts])
-    found = sent([*map(_long, [*queries, *keys]), *(_long(array) for part in parts for array in part)], device)
+    found = copy_to_device([*map(_long, [*queries, *keys]), *(_long(array) for part in parts for array in part)], device)
     buckets = tuple(map(Bucket, found[10::2], found[11::2]))
     return Layout(buckets, Places(*found[:5]), Places(*found[5:10]))
 
@@ -241,7 +241,7 @@ def pack_ends(examples: Sequence[Example], *, prefix_sharing: bool, device: torc
     packed = pack_apart(examples, prefix_sharing=prefix_sharing, device=device)
     last = {int(number): int(end) for number, end in packed.ends}
     ends = [last[number] for number in range(len(examples))]
-    rows, picked = sent([_long(ends), _long(range(len(examples)))], device)
+    rows, picked = copy_to_device([_long(ends), _long(range(len(examples)))], device)
     return replace(packed, rows=rows, picked=picked)
 
 
@@ -298,7 +298,7 @@ class _Laid:
         spans, prefixes = np.array(self.spans, dtype=np.int64), np.array(self.prefixes, dtype=np.int64)
         whole = [np.concatenate(part) for part in (self.ids, self.positions, self.keys)]
         numbers = [*whole, row, picked, labels[used], *([owners[used]] if owned else [])]
-        weight, *there = sent([weights[used], *map(_long, numbers)], device)
+        weight, *there = copy_to_device([weights[used], *map(_long, numbers)], device)
         ids, positions, keys, row_of, pick, label = there[:6]
         documents = Documents(spans, self.tokens, device, prefixes if prefixes.any() else None)
         owner = there[6] if owned else None

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from strop.engine.kernels.dispatch import drops_for
 from strop.engine.kernels.protocols import apply
+from strop.engine.train.buffers import copy_to_device
 from strop.engine.train.dropout import masks_of, token_keys
 from strop.engine.train.head import CrossEntropy
 from strop.engine.train.packing import sums_by_owner
-from strop.engine.train.transfer import sent
 from strop.errors import ModelError
 from strop.models.families.layers import load_balancing
 
@@ -70,7 +70,7 @@ class PlainLoss:
         row, column = padded.weights.nonzero(as_tuple=True)
         labels, weight = padded.ids[row, column], padded.weights[row, column]
         before = column - 1  # the position that predicts each label
-        labels, weight, row, before = sent([labels.numpy(), weight.numpy(), row.numpy(), before.numpy()], device)
+        labels, weight, row, before = copy_to_device([labels.numpy(), weight.numpy(), row.numpy(), before.numpy()], device)
         found = self._forward(padded, lambda hidden: hidden[row, before], (row, before))
         losses = apply(CrossEntropy, found.logits, labels)
         balanced = self._balance and self.model.training
@@ -83,7 +83,7 @@ class PlainLoss:
         of (B, S) these are, so that dropout in front of an adapter on the output embedding knows them."""
         device = next(self._head.parameters()).device
         sides = [padded.ids.numpy(), padded.attended.numpy(), padded.keys.numpy()]
-        ids, attended, keys = sent(sides, device)
+        ids, attended, keys = copy_to_device(sides, device)
         self.masks.tokens = keys
 
         def picked_only(_: torch.nn.Module, inputs: tuple[Any, ...]) -> Any:

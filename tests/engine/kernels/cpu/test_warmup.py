@@ -22,7 +22,7 @@ import numba.core.event as events, numpy as np, peft, torch
 from strop.data.types import Example
 from strop.engine.train.fast import FastLoss
 from strop.models.families.layers import FAMILIES
-from strop.engine.eligibility import unsupported, usual
+from strop.engine.train.eligibility import unsupported, usual
 from tests.support import tiny_families
 for sizes, size in {"hidden_size": 128, "intermediate_size": 64, "head_dim": 32}.items():  # that tiles can have
     tiny_families.SMALL |= {name: size for name in tiny_families.SMALL if name.endswith(sizes)}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from strop.engine.kernels.cpu.compiled import GAP, array, inline, loop, narrow, wide
 from strop.engine.kernels.cpu.tile import COLUMNS, LANES, ROWS, STEP, claim, narrow_pair, pair, product, release, tile
-from strop.engine.train.arena import New, in_heap
+from strop.engine.train.buffers import Allocate, heap_empty
 from strop.engine.train.lora import Adapters
 
 BLOCK = 32  # rows that go through together
@@ -291,7 +291,7 @@ class Added:
         _through(array(self.x), self.first, self.enter, self.second, leave, lanes, array(self.thin), array(onto))
 
 
-def forward(z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap) -> tuple[Added, tuple[Tensor, ...]]:
+def forward(z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_empty) -> tuple[Added, tuple[Tensor, ...]]:
     plan = _plan_of(adapters)
     first, second = plan.matrices[:2]
     for at, span, (a, b, scale) in zip(plan.ats, plan.forward[1], adapters, strict=True):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from strop.engine.train import lora
-from strop.engine.train.arena import New, in_heap
-from strop.engine.train.fused_linear import Joined
+from strop.engine.train.buffers import Allocate, heap_empty
+from strop.engine.train.linear import Joined
 from strop.engine.train.lora import Adapters, Added, Product
 
 
@@ -27,7 +27,7 @@ class Operands:
     b: Tensor
 
     def forward(
-        self, z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap
+        self, z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_empty
     ) -> tuple[Added, tuple[Tensor, ...]]:
         za = lora.entering(z, self.a, adapters)
         return Product(za, self.b.t()), (za, self.a, self.b)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from strop.data.types import Example
-from strop.engine.train.arena import Arena
+from strop.engine.train.buffers import Arena
 from strop.engine.train.fast import FastLoss
 from tests.support.random_models import adapted, example
 
@@ -42,7 +42,7 @@ def test_tensors_of_one_round_lie_beside_each_other() -> None:
 
 
 def test_what_finds_no_room_lies_in_a_buffer_more_which_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strop.engine.train.arena.ROOMS", (128,))
+    monkeypatch.setattr("strop.engine.train.buffers.ROOMS", (128,))
     arena = Arena()
     places: list[list[int]] = []
     for number in (2, 5, 3):  # of 64 bytes: a buffer holds two
@@ -65,7 +65,7 @@ def test_where_no_large_buffer_can_be_had_a_small_one_is_taken(monkeypatch: pyte
             raise OSError("Cannot allocate memory")
         return mmap(-1, size)
 
-    monkeypatch.setattr("strop.engine.train.arena.own_pages", pages)
+    monkeypatch.setattr("strop.engine.train.buffers.own_pages", pages)
     arena = Arena()
     arena.begin(used=True)
     assert arena(5, 3, LIKE).fill_(1).sum() == 15 and tried == [1 << 30, 64 << 20, 64]

@@ -14,8 +14,8 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from strop.engine.train.dropout import CountedDropout
-from strop.engine.train.full_modules import used
-from strop.engine.train.fused_linear import Quantized, base_of, on_a_weight
+from strop.engine.train.linear import Quantized, base_of, on_a_weight
+from strop.engine.train.peft_modules import used
 from strop.models.families.layers import (
     FAMILIES,
     Family,

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 
 from strop.engine.train import dropout as drops
 from strop.engine.train import lora
-from strop.engine.train.dora import Dora
 from strop.engine.train.dropout import Dropped, grown
 from strop.engine.train.head import LabelLogProbs, Output, SupervisedLoss, _add_product
-from strop.engine.train.lora_linear import Activation, Frozen, Glu, LoraLinear
+from strop.engine.train.linear import Activation, Dora, Frozen, Glu, LoraLinear
 from strop.engine.train.norms import LayerNorm, Norm, RmsNorm, normed
 from strop.machine.probe import probe
 from tests.support.attention import OPS, check, rand
