@@ -32,7 +32,7 @@ from peft import LoraConfig, get_peft_model
 from strop.data.types import Example
 from strop.engine.device import prepare_process
 from strop.engine.kernels.cpu.precision import measure
-from strop.engine.train.eligibility import unsupported
+from strop.engine.train.eligibility import why_not_fast
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from strop.models.load import load_base
@@ -117,7 +117,7 @@ def strop(
     warms up: it is computed once more, without a step, and does not count."""
     prepare_process()
     model, examples = load_model(options, scheme, resident_layers), load_examples(options)
-    reason = unsupported(model)
+    reason = why_not_fast(model)
     assert reason is None, reason
     loss = make(model)
     weights = [p for p in model.parameters() if p.requires_grad]

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from strop.engine.kernels import eager
 from strop.engine.kernels.cuda import dequantize, dropout, heads, loss, norms, rope
 from strop.engine.train.attention import Heads
-from strop.engine.train.dropout import Dropped
+from strop.engine.train.dropout import DropoutSpec
 from strop.engine.train.norms import Norm
 
 OPS: Any = eager
@@ -85,8 +85,8 @@ def four_bit() -> None:
     dequantize.four_bit(nothing(H * H // 2, dtype=torch.uint8), code, constants, 64, nested, nothing(H, H))
 
 
-def dropped() -> Dropped:
-    return Dropped(1, 2**32 - T, nothing(T, dtype=torch.int64), (1, T, 3), (6554, 6554, 6554))
+def dropped() -> DropoutSpec:
+    return DropoutSpec(1, 2**32 - T, nothing(T, dtype=torch.int64), (1, T, 3), (6554, 6554, 6554))
 
 
 OPERATIONS: dict[str, Callable[[], object]] = {

@@ -23,12 +23,12 @@ from strop.models.families.layers import (
     text_of,
 )
 
-NOWHERE = "nowhere"
+NO_ROPE = "nowhere"
 Angles = dict[str | None, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class NormPart:
+class NormSpec:
     """An RMS norm, or a LayerNorm (`centered`). offset: 1 where the weight is stored as its difference from 1.
     module: where something of it is trained, its own, which has other weights while adapters are off."""
 
@@ -46,7 +46,7 @@ class NormPart:
 
 
 @dataclass(frozen=True)
-class LayerPart:
+class LayerSpec:
     """One decoder layer. Modules may have adapters on them; those of a list share their input.
 
     mixer, mixture: the model's own module in the place of attention, of the MLP; the lists and numbers of what is not
@@ -71,15 +71,15 @@ class LayerPart:
     sinks: Tensor | None
     mixer: nn.Module | None
     mixture: nn.Module | None
-    q_norm: NormPart | None
-    k_norm: NormPart | None
-    v_norm: NormPart | None
-    before_attention: NormPart | None
-    after_attention: NormPart | None
-    before_mlp: NormPart | None
-    after_mlp: NormPart | None
+    q_norm: NormSpec | None
+    k_norm: NormSpec | None
+    v_norm: NormSpec | None
+    before_attention: NormSpec | None
+    after_attention: NormSpec | None
+    before_mlp: NormSpec | None
+    after_mlp: NormSpec | None
     per_layer: Any
-    per_layer_norm: NormPart | None
+    per_layer_norm: NormSpec | None
     kind: str
     keeps: bool
     takes: bool
@@ -87,7 +87,7 @@ class LayerPart:
     act: Callable[[Tensor], Tensor]
 
 
-class Layers:
+class DecoderLayers:
     """A model of a family that families.py knows, with or without adapters: its layers and what stands around them."""
 
     def __init__(self, model: Any) -> None:
@@ -118,11 +118,11 @@ class Layers:
         """Rows of the head that are trained, and active now."""
         return new_rows(self.output)
 
-    def kind_of(self, number: int) -> str | None:
+    def rope_kind(self, number: int) -> str | None:
         """The layer's kind of rotary embedding, as in LayerPart."""
         attention = getattr(self.decoder.layers[number], self.family.attention, None)
         if attention is None or not self.family.turned(attention):
-            return NOWHERE
+            return NO_ROPE
         kinds = getattr(self.config, "layer_types", None)
         by_type = isinstance(getattr(rotary_of(self.decoder), "rope_type", None), dict)
         return kinds[number] if by_type and kinds else None
@@ -130,9 +130,9 @@ class Layers:
     def angles(self, positions: Tensor) -> Angles:
         """cos and sin (T, m) for each kind of rotary embedding among the layers."""
         nothing = torch.empty(len(positions), 0, device=positions.device)
-        found: Angles = {NOWHERE: (nothing, nothing)}
+        found: Angles = {NO_ROPE: (nothing, nothing)}
         rotary: Any = rotary_of(self.decoder)
-        for kind in {self.kind_of(number) for number in range(len(self))} - {NOWHERE}:
+        for kind in {self.rope_kind(number) for number in range(len(self))} - {NO_ROPE}:
             like = torch.empty(0, device=positions.device)
             cos, sin = rotary(like, positions[None], *([] if kind is None else [kind]))
             once = {  # most give each angle twice
@@ -142,7 +142,7 @@ class Layers:
             found[kind] = cos[0, :, once].contiguous(), sin[0, :, once].contiguous()
         return found
 
-    def part(self, number: int) -> LayerPart:
+    def part(self, number: int) -> LayerSpec:
         family, config, layer = self.family, self.config, self.decoder.layers[number]
         attention, mixture = getattr(layer, family.attention, None), own_mixture(layer, family)
         of_keys = self._of_keys(number, attention)
@@ -150,7 +150,7 @@ class Layers:
         qkv, o, gate_up, down = linears(layer, family)
         before = self._norm_named(layer, family.attention_norm, config.hidden_size)
         in_front = self._norm_named(layer, family.mlp_norm, config.hidden_size)
-        return LayerPart(
+        return LayerSpec(
             qkv=qkv,
             o=o,
             gate_up=gate_up,
@@ -161,7 +161,7 @@ class Layers:
             scale=float(getattr(attention, "scaling", 0)),
             window=self._window(number, attention),
             softcap=float(getattr(attention, "attn_logit_softcapping", None) or 0),
-            rope=self.kind_of(number),
+            rope=self.rope_kind(number),
             sinks=getattr(attention, "sinks", None),
             mixer=own_mixer(layer, family),
             mixture=mixture,
@@ -211,18 +211,18 @@ class Layers:
         found: Tensor = self.decoder.project_per_layer_inputs(embedded[None], own)[0]
         return found
 
-    def _norm_named(self, owner: Any, name: str | None, width: int) -> NormPart | None:
+    def _norm_named(self, owner: Any, name: str | None, width: int) -> NormSpec | None:
         found = getattr(owner, name, None) if name else None
         return None if found is None else self._norm(found, width)
 
-    def _norm(self, module: Any, width: int) -> NormPart:
+    def _norm(self, module: Any, width: int) -> NormSpec:
         own = without(module)
         eps = float(own.variance_epsilon if hasattr(own, "variance_epsilon") else own.eps)
         weight = getattr(own, "weight", None)
         weight = self.head.weight.new_ones(width) if weight is None else weight.data
         bias = getattr(own, "bias", None) if self.family.layer_norm else None
         trained = own is not module or any(one.requires_grad for one in own.parameters())
-        return NormPart(
+        return NormSpec(
             weight, None if bias is None else bias.data, eps,
             0.0 if self.family.layer_norm else self.family.norm_offset, self.family.layer_norm,
             module if trained else None,
@@ -236,7 +236,7 @@ def _act(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
     return found
 
 
-def about(act: Any) -> tuple[float, float, float, float]:
+def activation_parameters(act: Any) -> tuple[float, float, float, float]:
     """xIELU's numbers, zeros for others: its slopes above and below 0, beta, eps."""
     if not hasattr(act, "alpha_p"):
         return 0.0, 0.0, 0.0, 0.0

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from strop.engine.train.dropout import Masks
-from strop.engine.train.eligibility import unsupported
-from strop.engine.train.fast import FastLoss, Gathered, Watch, before_gradient
+from strop.engine.train.eligibility import why_not_fast
+from strop.engine.train.fast import FastLoss, LayerWatch, WeightGatherer, before_gradient
 from strop.engine.train.plain import PlainLoss
 
 if TYPE_CHECKING:
@@ -41,11 +41,11 @@ class Step:
     why: str
     recompute: Callable[[], None]
     exchange: Callable[[Callable[[], None]], None] = lambda replace: replace()
-    watch: Callable[[Watch], None] = lambda watch: None
+    watch: Callable[[LayerWatch], None] = lambda watch: None
     checkpoint: Callable[[int], None] = lambda layers: None
     release: Callable[[], None] = lambda: None
     lacking: str = ""
-    gather: Callable[[Gathered], None] = lambda gathered: None
+    gather: Callable[[WeightGatherer], None] = lambda gathered: None
     offload: Callable[[], None] | None = None
     shares: bool = False
 
@@ -57,7 +57,7 @@ class Step:
 
 def step_for(model: nn.Module, *, integers: bool = False) -> Step:
     """The step that this model, with its adapters, is trained by. integers: the fast step's, as of FastLoss."""
-    why, whole = unsupported(model), cast(Any, model)
+    why, whole = why_not_fast(model), cast(Any, model)
     if why is None:
         fast = FastLoss(model, integers=integers)
         return Step(
@@ -94,20 +94,20 @@ def step_for(model: nn.Module, *, integers: bool = False) -> Step:
     )
 
 
-def _gather_layers(gathered: Gathered) -> None:
+def _gather_layers(gathered: WeightGatherer) -> None:
     """Hooks in front of each module's forward, and of its gradient."""
     for where, module in gathered.modules.items():
         module.register_forward_pre_hook(lambda *_, where=where: gathered(where))
         module.register_forward_hook(lambda _, __, found, where=where: _before_gradient(found, gathered, where))
 
 
-def _before_gradient(found: Any, gathered: Gathered, where: int | str) -> None:
+def _before_gradient(found: Any, gathered: WeightGatherer, where: int | str) -> None:
     output = found[0] if isinstance(found, tuple) else found
     if where != "embedding" and output.requires_grad:
         before_gradient(output, lambda: gathered(where))
 
 
-def _watch_layers(model: nn.Module, watch: Watch) -> None:
+def _watch_layers(model: nn.Module, watch: LayerWatch) -> None:
     """Hooks on the decoder layers: the longest list of modules there is."""
     lists: list[nn.ModuleList] = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     for number, layer in enumerate(sorted(lists, key=len)[-1]):

@@ -16,7 +16,7 @@ import torch
 
 from strop.data.types import Example, Item
 from strop.engine.device import pick_dtype
-from strop.engine.train.packing import pack, pack_apart
+from strop.engine.train.packing import pack, pack_separately
 from strop.machine.memory import MemoryMark
 from strop.machine.probe import probe
 from strop.machine.rates import known_precision
@@ -115,7 +115,7 @@ def batch_of(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> MicroB
     if not job.step.packed:
         longest = max(len(example) for example in examples)
         return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), more)
-    lay_out = pack if isinstance(items[0], Example) else pack_apart
+    lay_out = pack if isinstance(items[0], Example) else pack_separately
     packed = lay_out(examples, prefix_sharing=job.step.shares, device=torch.device("cpu"))
     documents = packed.documents.shapes(in_buckets=not tiles)
     scored = isinstance(job.criterion, OfAnswers) and job.criterion.objective.scored

@@ -22,7 +22,7 @@ from strop.engine.decode.generate import own_ends
 from strop.engine.decode.rollouts import Draws
 from strop.engine.device import repeatable
 from strop.engine.step import step_for
-from strop.engine.train.eligibility import own_dropout
+from strop.engine.train.eligibility import find_model_dropout
 from strop.errors import TROUBLES, InputError, MemoryLimitError, RecipeError, StropError, Where
 from strop.evaluation.report import write_report
 from strop.evaluation.rewards import rewards_of
@@ -334,7 +334,7 @@ def _announce(job: Job, setup: Setup) -> None:
         job.log.emit("note", text=f"answers are drawn by vLLM {job.criterion.draws.version}")
     elif isinstance(job.criterion, OfGroups) and (why := unanswerable(job.model)):
         job.log.emit("note", text=f"answers are drawn by transformers' generate: {why}")
-    if job.devices.world > 1 and not job.recipe.train.exact and (found := own_dropout(job.model)):
+    if job.devices.world > 1 and not job.recipe.train.exact and (found := find_model_dropout(job.model)):
         text = f"{found}: dropout of the model's own, drawn by micro-batch: other masks than on one device"
         job.log.emit("note", text=f"{text} (--train.exact true: the same)")
     bias = job.recipe.lora.bias

@@ -12,8 +12,8 @@ from transformers import LlamaConfig
 
 from strop.data.types import Example
 from strop.engine.step import step_for
-from strop.engine.train.dropout import LEVELS, CountedDropout, Dropped, fold, grown, philox, spread, token_keys
-from strop.engine.train.eligibility import unsupported
+from strop.engine.train.dropout import LEVELS, CounterDropout, DropoutSpec, fold, keep_scale, philox, spread, token_keys
+from strop.engine.train.eligibility import why_not_fast
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from tests.engine.train.test_fast import assert_same, some, step, with_prefix
@@ -49,7 +49,7 @@ def test_the_share_is_right_and_no_two_masks_are_alike() -> None:
     level = round(0.05 * LEVELS)
     masks = {}
     for seed, at, number in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
-        kept = spread(torch.ones(400, 500), Dropped(seed, at, tokens, (number,), (level,)))
+        kept = spread(torch.ones(400, 500), DropoutSpec(seed, at, tokens, (number,), (level,)))
         dropped = float((kept == 0).double().mean())
         assert dropped == pytest.approx(0.05, abs=4 * (0.05 * 0.95 / kept.numel()) ** 0.5)  # four standard deviations
         masks[seed, at, number] = kept
@@ -64,7 +64,7 @@ def test_the_share_is_right_and_no_two_masks_are_alike() -> None:
 
 def test_the_gradient_is_that_of_what_is_kept() -> None:
     tokens = torch.from_numpy(token_keys(np.arange(5)))
-    dropped = Dropped(1, 2, tokens, (7, 8), (LEVELS // 2, 0))
+    dropped = DropoutSpec(1, 2, tokens, (7, 8), (LEVELS // 2, 0))
     z = torch.randn(5, 11, dtype=torch.float64, requires_grad=True)
     out, upstream = spread(z, dropped), torch.randn(5, 22, dtype=torch.float64)
     (expected,) = torch.autograd.grad(out, z, upstream)
@@ -143,7 +143,7 @@ def test_the_mean_over_steps_is_what_is_not_dropped() -> None:
     """What is kept is scaled up: over many masks, the output of a linear layer is that without dropout."""
     model = dropping()
     masks = PlainLoss(model).masks
-    module: Any = next(m for m in model.modules() if isinstance(m, CountedDropout))
+    module: Any = next(m for m in model.modules() if isinstance(m, CounterDropout))
     masks.tokens = torch.from_numpy(token_keys(np.arange(6)))[None]
     x = torch.ones(1, 6, 40)
     total = torch.zeros_like(x)
@@ -152,12 +152,12 @@ def test_the_mean_over_steps_is_what_is_not_dropped() -> None:
         total += module(x)
     assert float(total.mean() / 400) == pytest.approx(1.0, abs=0.01)
     torch.testing.assert_close(module(x).unique(), torch.tensor([0.0, 4 / 3]))
-    assert grown(LEVELS // 4) == pytest.approx(4 / 3)
+    assert keep_scale(LEVELS // 4) == pytest.approx(4 / 3)
 
 
 def test_rows_that_a_module_sees_apart_are_dropped_as_pytorch_does() -> None:
     masks = PlainLoss(dropping()).masks
-    module = CountedDropout(0.5, 3, masks)
+    module = CounterDropout(0.5, 3, masks)
     masks.tokens = torch.zeros(2, 5, dtype=torch.long)
     torch.manual_seed(0)
     found = module(torch.ones(7, 64))  # an expert's share of the tokens
@@ -169,7 +169,7 @@ def test_rows_that_are_laid_otherwise_have_the_same_masks() -> None:
     """(B, 1, S, n) as DeepSeek's kv_b_proj sees them, (B S, n) as OPT's layers do; turned round (S, B, n) they are
     other rows."""
     masks = PlainLoss(dropping()).masks
-    module = CountedDropout(0.5, 3, masks)
+    module = CounterDropout(0.5, 3, masks)
     masks.tokens = torch.from_numpy(token_keys(np.arange(10))).view(2, 5)
     expected, ones = module(torch.ones(2, 5, 64)), torch.ones
     assert torch.equal(module(ones(2, 1, 5, 64)), expected.view(2, 1, 5, 64))
@@ -180,7 +180,7 @@ def test_rows_that_are_laid_otherwise_have_the_same_masks() -> None:
 
 def test_training_with_dropout_is_the_fast_step_and_two_adapters_may_differ() -> None:
     model = dropping()
-    assert unsupported(model) is None
+    assert why_not_fast(model) is None
     model.add_adapter("second", type(model.peft_config["default"])(r=2, lora_alpha=4, target_modules=["q_proj"]))
     model.base_model.set_adapter(["default", "second"])
     for name, weight in model.named_parameters():
@@ -211,7 +211,7 @@ def test_rows_that_begin_alike_are_dropped_alike_until_they_part() -> None:
     other = np.r_[ids[:6], ids[6:] + 20]
     rows = [Example(one, np.float32(np.arange(12) > 0), "f", 1) for one in (ids, other)]
     keys = [token_keys(row.ids) for row in rows]
-    dropped = [Dropped(0, 0, torch.from_numpy(key), (0,), (LEVELS // 2,)) for key in keys]
+    dropped = [DropoutSpec(0, 0, torch.from_numpy(key), (0,), (LEVELS // 2,)) for key in keys]
     one, two = (spread(torch.ones(12, 64), d) for d in dropped)
     assert torch.equal(one[:6], two[:6])
     assert not any(torch.equal(one[i], two[i]) for i in range(6, 12))

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Mistral3
 from strop.config.schema import LoraSection
 from strop.data.types import Example
 from strop.engine.step import step_for
-from strop.engine.train.eligibility import unsupported
+from strop.engine.train.eligibility import why_not_fast
 from strop.engine.train.fast import FastLoss
-from strop.engine.train.packing import LIKE, Documents, pack_apart
+from strop.engine.train.packing import LIKE, Documents, pack_separately
 from strop.engine.train.plain import PlainLoss
 from strop.machine.probe import probe
 from strop.models.families.layers import FAMILIES
@@ -191,7 +191,7 @@ def test_a_saved_checkpoint_in_bf16_takes_the_step(family: str, tmp_path: Path) 
     tiny_of(family).save_pretrained(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     model = add_lora(base, LoraSection(r=2, alpha=4), None)
-    assert unsupported(model) is None
+    assert why_not_fast(model) is None
     assert step(model, FastLoss(model), some())[0].isfinite()
 
 
@@ -224,7 +224,7 @@ def test_documents_beside_each_other_are_padded_to_their_like(lengths: tuple[int
 
 def test_a_loss_that_balances_experts_is_the_plain_steps() -> None:
     model = adapted("mixtral", output_router_logits=True)
-    assert "balances experts" in str(unsupported(model))
+    assert "balances experts" in str(why_not_fast(model))
 
 
 NEW_TOKENS = {
@@ -249,7 +249,7 @@ def with_new_tokens(case: str) -> PeftModel:
 @pytest.mark.parametrize("case", NEW_TOKENS)
 def test_new_tokens_equal_the_model(case: str) -> None:
     model = with_new_tokens(case)
-    assert unsupported(model) is None
+    assert why_not_fast(model) is None
     for examples in (some(), with_prefix(some())):
         plain, fast = PlainLoss(model), FastLoss(model)
         expected = step(model, plain, examples)
@@ -270,7 +270,7 @@ def test_new_tokens_equal_the_model(case: str) -> None:
 
 def test_new_tokens_that_it_does_not_know_are_refused() -> None:
     indices = {"trainable_token_indices": {"embed_tokens": [3], "lm_head": [3]}}
-    assert "bias" in str(unsupported(adapted("phi", indices, tie_word_embeddings=False)))
+    assert "bias" in str(why_not_fast(adapted("phi", indices, tie_word_embeddings=False)))
 
 
 def test_packed_equals_one_by_one_and_unshared() -> None:
@@ -370,7 +370,7 @@ def test_log_probs_of_answers_equal_the_models_own(family: str, checkpoint_layer
 
 
 def test_shared_prompts_are_laid_out_once() -> None:
-    packed = pack_apart(answers((20, 1), (12, 2)), prefix_sharing=True, device=torch.device("cpu"))
+    packed = pack_separately(answers((20, 1), (12, 2)), prefix_sharing=True, device=torch.device("cpu"))
     assert len(packed.ids) == 20 + 5 + 8 + 12 + 5 + 8
     assert packed.owners is not None and packed.owners.bincount().tolist() == [5, 8, 5, 8]
     keys = packed.documents.varlen.keys
@@ -441,7 +441,7 @@ def test_model_still_generates_and_saves(tmp_path: Path) -> None:
     ],
 )
 def test_refuses_with_the_reason(reason: str, build: Any) -> None:
-    found = unsupported(build())
+    found = why_not_fast(build())
     assert found is not None
     assert reason in found
 
@@ -486,7 +486,7 @@ def test_the_text_half_of_a_model_with_other_towers_equals_the_model() -> None:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    assert unsupported(model) is None
+    assert why_not_fast(model) is None
     assert_same(step(model, FastLoss(model), some()), step(model, PlainLoss(model), some()))
 
 

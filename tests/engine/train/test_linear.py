@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from strop.engine.train import dropout as drops
 from strop.engine.train import lora
-from strop.engine.train.dropout import Dropped, grown
-from strop.engine.train.head import LabelLogProbs, Output, SupervisedLoss, _add_product
-from strop.engine.train.linear import Activation, Dora, Frozen, Glu, LoraLinear
+from strop.engine.train.dropout import DropoutSpec, keep_scale
+from strop.engine.train.head import LabelLogProbs, OutputHead, SupervisedLoss, _add_product
+from strop.engine.train.linear import Activation, Dora, FrozenLinear, Glu, LoraLinear
 from strop.engine.train.norms import LayerNorm, Norm, RmsNorm, normed
 from strop.machine.probe import probe
 from tests.support.attention import OPS, check, rand
@@ -60,7 +60,7 @@ def test_a_norm_that_is_trained(way: str) -> None:
         torch.testing.assert_close(mine, theirs)
     matrix, a, b = rand(4, 5), rand(2, 5, grad=True), rand(4, 2, grad=True)
     for columns, parts in ((((0, 4),), [a, b]), ((), [])):
-        frozen, now = Frozen(lambda: matrix, None, LORA, columns, (0.5,) * len(columns)), norm.now()
+        frozen, now = FrozenLinear(lambda: matrix, None, LORA, columns, (0.5,) * len(columns)), norm.now()
         y = LoraLinear.apply(x.detach(), frozen, now, None, *parts, *now.trained)
         z = expected(x.detach())
         whole = z @ (matrix + (0.5 * b @ a if columns else 0)).t()
@@ -86,10 +86,10 @@ def test_lora_linear(enter: str, tokens: int, ranks: tuple[int, ...], bias: bool
     outputs = n * max(len(ranks), 1)
     columns = tuple((i * n, (i + 1) * n) for i in range(len(ranks)))
     weight = rand(outputs, k)
-    frozen = Frozen(lambda: weight, rand(outputs) if bias else None, LORA, columns, (0.5, 2.0, 3.0)[: len(ranks)])
+    frozen = FrozenLinear(lambda: weight, rand(outputs) if bias else None, LORA, columns, (0.5, 2.0, 3.0)[: len(ranks)])
     if dropout:
         keys, levels = torch.arange(tokens), (30000, 0, 50000)[: len(ranks)]
-        dropped = Dropped(1, 2, keys, tuple(range(len(ranks))), levels)
+        dropped = DropoutSpec(1, 2, keys, tuple(range(len(ranks))), levels)
         frozen = dataclasses.replace(frozen, dropped=dropped, drops=cast(Any, drops))
     adapters = [t for r in ranks for t in (rand(r, k, grad=True), rand(n, r, grad=True))]
     x = rand(tokens, k if enter in ("none", "norm") else 2 * k, grad=True)
@@ -118,11 +118,11 @@ def test_what_stands_in_front_and_dora(enter: str, dora: bool, dropout: bool) ->
     }
     weight, bias = rand(3 * n, k), rand(3 * n)
     columns, scales = ((0, n), (2 * n, 3 * n)), (0.5, 2.0)
-    frozen = Frozen(
+    frozen = FrozenLinear(
         lambda: weight, bias, LORA, columns, scales, dora=Dora(OPS, weight.square().sum(1)) if dora else None
     )
     levels = (30000, 50000) if dropout else (0, 0)
-    dropped = Dropped(1, 2, torch.arange(3), (4, 5), levels)
+    dropped = DropoutSpec(1, 2, torch.arange(3), (4, 5), levels)
     if dropout:
         frozen = dataclasses.replace(frozen, dropped=dropped, drops=cast(Any, drops))
     parts = [t for r in (2, 3) for t in (rand(r, k, grad=True), rand(n, r, grad=True))]
@@ -142,7 +142,7 @@ def test_what_stands_in_front_and_dora(enter: str, dora: bool, dropout: bool) ->
     expected = F.linear(z, weight, bias) + residual
     masks = drops.spread(torch.ones(3, k).double(), dropped).split(k, 1)
     for i, ((start, end), a, b) in enumerate(zip(columns, parts[::2], parts[1::2], strict=True)):
-        up = grown(levels[i])
+        up = keep_scale(levels[i])
         own, w = scales[i] / up * b @ a, weight[start:end]
         gains = magnitudes[i].detach() / (w + own).norm(dim=1).detach()
         kept = z * masks[i] * up
@@ -159,7 +159,7 @@ def test_what_stands_in_front_and_dora(enter: str, dora: bool, dropout: bool) ->
 
 def test_lora_linear_is_the_sum_of_its_parts() -> None:
     x, w, a, b = rand(3, 5), rand(8, 5), rand(2, 5), rand(4, 2)
-    y = LoraLinear.apply(x, Frozen(lambda: w, None, LORA, ((4, 8),), (0.5,)), None, None, a, b)
+    y = LoraLinear.apply(x, FrozenLinear(lambda: w, None, LORA, ((4, 8),), (0.5,)), None, None, a, b)
     torch.testing.assert_close(y, torch.cat([x @ w[:4].t(), x @ w[4:].t() + 0.5 * (x @ a.t() @ b.t())], dim=1))
 
 
@@ -176,7 +176,7 @@ def test_a_young_adapter_is_not_rounded_away(way: str, residual: bool) -> None:
     product = LORA.product
     if way == "cpu.lora_tiles":
         product = importlib.import_module("strop.engine.kernels.cpu.bf16_matmul").product
-    frozen = Frozen(lambda: w.bfloat16(), None, products, ((0, 128),), (1.0,), product=product)
+    frozen = FrozenLinear(lambda: w.bfloat16(), None, products, ((0, 128),), (1.0,), product=product)
     with torch.no_grad():
         added = x.bfloat16().float() @ a.t() @ b.t()
         given = x.bfloat16(), frozen, None, onto if residual else None
@@ -192,10 +192,10 @@ def test_rows_of_the_head_that_are_trained(softcap: float) -> None:
     labels, weights = torch.tensor([1, 0, 6, 1, 2]), torch.tensor([1.0, 0.5, 2.0, 0.1, 3.0], dtype=torch.float64)
 
     def loss(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        return SupervisedLoss.apply(x, labels, weights, Output(head, softcap, OPS, own=own, at=at), own) * 0.3
+        return SupervisedLoss.apply(x, labels, weights, OutputHead(head, softcap, OPS, own=own, at=at), own) * 0.3
 
     def log_probs(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        return LabelLogProbs.apply(x, labels, Output(head, softcap, OPS, own=own, at=at), own)
+        return LabelLogProbs.apply(x, labels, OutputHead(head, softcap, OPS, own=own, at=at), own)
 
     check(loss, x, own)
     check(log_probs, x, own)
@@ -214,10 +214,10 @@ def test_a_head_that_is_trained(softcap: float, dropout: bool, monkeypatch: pyte
     monkeypatch.setattr("strop.engine.train.head.CHUNK_BYTES", 1)  # 16 rows
     torch.manual_seed(0)
     rows, h, v = 40, 3, 7
-    dropped = Dropped(1, 2, torch.arange(rows), (4, 5), (30000, 20000)) if dropout else None
+    dropped = DropoutSpec(1, 2, torch.arange(rows), (4, 5), (30000, 20000)) if dropout else None
     adapters = tuple(t for r in (2, 1) for t in (rand(r, h, grad=True), rand(v, r, grad=True)))
     x, weight, bias, scales = rand(rows, h, grad=True), rand(v, h, grad=True), rand(v, grad=True), (0.5, 2.0)
-    output = Output(
+    output = OutputHead(
         weight, softcap, OPS, bias, adapters=adapters, scales=scales, dropped=dropped, drops=cast(Any, drops),
         whole=True, biased=True,
     )  # fmt: skip
@@ -261,8 +261,8 @@ def test_supervised_loss(softcap: float) -> None:
     torch.manual_seed(0)
     x, head = rand(5, 3, grad=True), rand(7, 3)
     labels, weights = torch.tensor([1, 0, 6, 1, 2]), torch.tensor([1.0, 0.5, 2.0, 0.1, 3.0], dtype=torch.float64)
-    check(lambda x: SupervisedLoss.apply(x, labels, weights, Output(head, softcap, OPS)) * 0.3, x)
+    check(lambda x: SupervisedLoss.apply(x, labels, weights, OutputHead(head, softcap, OPS)) * 0.3, x)
     logits = x @ head.t()
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     expected = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
-    torch.testing.assert_close(SupervisedLoss.apply(x, labels, weights, Output(head, softcap, OPS)), expected)
+    torch.testing.assert_close(SupervisedLoss.apply(x, labels, weights, OutputHead(head, softcap, OPS)), expected)

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from strop.engine.train.eligibility import unsupported
+from strop.engine.train.eligibility import why_not_fast
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from strop.models.lora import as_fp32, sum_once
@@ -84,7 +84,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_equals_the_model(name: str) -> None:
     model = VARIANTS[name]()
-    assert unsupported(model) is None
+    assert why_not_fast(model) is None
     for examples in (some(), with_prefix(some(weighted=True))):
         expected = step(model, PlainLoss(model), examples)
         assert_same(step(model, FastLoss(model), examples), expected)
@@ -176,7 +176,7 @@ def test_in_bf16_it_is_no_further_from_the_truth_than_the_model_itself(name: str
 )
 def test_what_it_declines(reason: str, lora: dict[str, Any], changes: dict[str, Any]) -> None:
     lora = {"target_modules": ["v_proj"], **lora}
-    assert reason in str(unsupported(adapted("llama", lora, **changes)))
+    assert reason in str(why_not_fast(adapted("llama", lora, **changes)))
 
 
 def test_dropout_in_front_of_the_heads_adapter_is_counted() -> None:

@@ -15,7 +15,7 @@ from strop.engine.decode.cache import BLOCK
 from strop.engine.decode.exact_argmax import Screen, screen_for
 from strop.engine.decode.sampling import Seen
 from strop.engine.kernels.dispatch import answering_loops
-from strop.engine.layers import Layers, NormPart, about
+from strop.engine.layers import DecoderLayers, NormSpec, activation_parameters
 from strop.engine.train.linear import Quantized, base_of
 from strop.machine.malloc import own_pages
 from strop.models.families.layers import ACTIVATIONS
@@ -25,7 +25,7 @@ class CompiledPass:
     """layers: of a model on a CPU, in fp32 or bf16. blocks: how many the cache has. names: of the adapters. warm: have
     the loops compiled beforehand, in another process."""
 
-    def __init__(self, layers: Layers, blocks: int, names: Sequence[str], *, warm: bool = True) -> None:
+    def __init__(self, layers: DecoderLayers, blocks: int, names: Sequence[str], *, warm: bool = True) -> None:
         self._loops: Any = answering_loops(layers.head.weight.dtype if warm else None)
         self._layers = layers
         self._half = layers.head.weight.dtype == torch.bfloat16
@@ -100,7 +100,7 @@ class CompiledPass:
             logits = np.tanh(logits / np.float32(layers.softcap)) * np.float32(layers.softcap)
         return logits
 
-    def _screen_of(self, layers: Layers) -> Screen | None:
+    def _screen_of(self, layers: DecoderLayers) -> Screen | None:
         held = [weight for layer in self._built for linear in layer[:4] for weight in linear.weights]
         read = sum(weight.w.nbytes + getattr(weight, "scale", weight.w[:0]).nbytes for weight in held)
         z = np.empty(0, np.uint16 if self._type == torch.bfloat16 else np.float32)
@@ -137,7 +137,7 @@ class CompiledPass:
             for layer, kind, cache in zip(self._built, self._kinds, self._cache, strict=True)
         ]
 
-    def _norm_of(self, part: NormPart | None) -> Any:
+    def _norm_of(self, part: NormSpec | None) -> Any:
         nothing = np.empty(0, np.float32)
         if part is None:
             return self._loops.Norm(0, nothing, nothing, np.float32(0.0))
@@ -167,7 +167,7 @@ class CompiledPass:
             before_mlp=self._norm_of(part.before_mlp),
             after_mlp=self._norm_of(part.after_mlp),
             shape=shape, turn=None, inner=inner, gated=gated, act=self._act,
-            about=tuple(map(np.float32, about(part.act))), parallel=self._layers.parallel,
+            about=tuple(map(np.float32, activation_parameters(part.act))), parallel=self._layers.parallel,
             scale=np.float32(self._layers.residual_scale),
         )  # fmt: skip
 

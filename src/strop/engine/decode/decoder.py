@@ -17,7 +17,7 @@ from strop.engine.decode.cache import BLOCK, Blocks, NoRoom, blocks_for, keys_of
 from strop.engine.decode.compiled_model import CompiledPass, entering, width_of
 from strop.engine.decode.eligibility import adapters_of, unanswerable
 from strop.engine.decode.sampling import Ids, Seen, Text
-from strop.engine.layers import Layers
+from strop.engine.layers import DecoderLayers
 
 TOGETHER = 48  # query heads of a text that are attended together: more need not read its keys less often
 
@@ -61,7 +61,7 @@ class Decoder:
         reason = unanswerable(model)
         assert reason is None, reason
         self._model = model
-        self._layers = Layers(model)
+        self._layers = DecoderLayers(model)
         self.names = adapters_of(model)
         self.blocks = Blocks(blocks_for(positions))
         self._coming: set[bytes] = set()  # keys of blocks that texts under way will fill
@@ -168,6 +168,6 @@ class Decoder:
 
 def position_bytes(model: torch.nn.Module) -> int:
     """Bytes of the cache that a position takes."""
-    layers = Layers(model)
+    layers = DecoderLayers(model)
     first = layers.part(0)
     return 2 * len(layers) * first.key_value * width_of(first.size) * entering(layers.head.weight.dtype).itemsize

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from strop.engine.train.eligibility import odd_adapter, unsupported_base
+from strop.engine.train.eligibility import why_adapter_unsupported, why_base_unsupported
 from strop.models.families.layers import ACTIVATIONS, FAMILIES, activation_of, linears, text_of
 
 SEVERAL = "several adapters at once"
@@ -44,11 +44,11 @@ def unanswerable(model: nn.Module) -> str | None:
     for name, module in base.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             return f"{name} is trained in full"
-        if isinstance(module, LoraLayer) and (odd := odd_adapter(name, module, known)) is not None:
+        if isinstance(module, LoraLayer) and (odd := why_adapter_unsupported(name, module, known)) is not None:
             return odd
     if activation_of(config) not in ACTIVATIONS:
         return f"activation {activation_of(config)}"
     head = base.get_output_embeddings()
     if head.weight.device.type != "cpu" or head.weight.dtype not in (torch.float32, torch.bfloat16):
         return f"weights in {head.weight.dtype} on {head.weight.device.type}: strop's own loops answer on a CPU"
-    return unsupported_base(base, decoder, config, family)
+    return why_base_unsupported(base, decoder, config, family)

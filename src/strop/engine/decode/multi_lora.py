@@ -54,7 +54,9 @@ class MixedLora:
         if len(names) == 1 and (of == names[0]).all():
             self.tokens = {names[0]: None}
         else:
-            self.tokens = dict(zip(names, copy_to_device([np.flatnonzero(of == name) for name in names], device), strict=True))
+            self.tokens = dict(
+                zip(names, copy_to_device([np.flatnonzero(of == name) for name in names], device), strict=True)
+            )
 
     def _forward(self, module: Any, x: Tensor) -> Tensor:
         change: Tensor | None = None

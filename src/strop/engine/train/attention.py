@@ -58,7 +58,8 @@ class Heads:
         q, k, v = self.views(qkv)
         norms = self.q_norm, self.k_norm, self.v_norm
         q, k, v = (
-            norm.forward(over(x, norm)).view(x.shape) if norm else x for x, norm in zip((q, k, v), norms, strict=True)
+            norm.forward(as_norm_input(x, norm)).view(x.shape) if norm else x
+            for x, norm in zip((q, k, v), norms, strict=True)
         )
         return q, k, v
 
@@ -67,15 +68,15 @@ class Heads:
         norms = self.q_norm, self.k_norm, self.v_norm
         for grad, x, norm in zip(grads, self.views(qkv), norms, strict=True):
             if norm:
-                grad.copy_(norm.backward(over(grad, norm), over(x, norm)).view(grad.shape))
+                grad.copy_(norm.backward(as_norm_input(grad, norm), as_norm_input(x, norm)).view(grad.shape))
 
 
-def over(x: Tensor, norm: Norm) -> Tensor:
+def as_norm_input(x: Tensor, norm: Norm) -> Tensor:
     """x (T, heads, size) as the norm takes it: head by head, or all heads as one (OLMo)."""
     return x if norm.weight.shape[-1] == x.shape[-1] else x.flatten(1)
 
 
-class Turned(Function):
+class ApplyRope(Function):
     """qkv with q and k turned by the rotary embedding, where `Attention` cannot do it: in front of their norms, or with
     neighbours in pairs, which then stand as halves (q k^T is the same). Saves nothing of its input.
 
@@ -116,7 +117,7 @@ def _in_neighbours(x: Tensor, m: int) -> Tensor:
     return torch.cat([torch.stack([x[..., :m], x[..., m : 2 * m]], -1).flatten(-2), x[..., 2 * m :]], -1)
 
 
-def norms_aside(qkv: Tensor, heads: Heads) -> tuple[Tensor, Heads]:
+def apply_trained_head_norms(qkv: Tensor, heads: Heads) -> tuple[Tensor, Heads]:
     """qkv and heads; where the norms of q and k are trained in full, qkv behind them, and heads without them."""
     if all(norm is None or norm.current is None for norm in (heads.q_norm, heads.k_norm)):
         return qkv, heads
@@ -145,7 +146,7 @@ class HeadNorms(Function):
         into = heads.views(out)
         found: list[Tensor] = []
         for up, x, norm in zip(into, heads.views(qkv), (heads.q_norm, heads.k_norm), strict=False):
-            found += [] if norm is None else norm.gradients(over(up, norm), over(x, norm))
+            found += [] if norm is None else norm.gradients(as_norm_input(up, norm), as_norm_input(x, norm))
         heads.norms_backward_(into, qkv)
         return out, None, *found
 

@@ -10,30 +10,38 @@ from torch import Tensor, nn
 
 from strop.engine.kernels.dispatch import Attend, Processor
 from strop.engine.kernels.protocols import apply
-from strop.engine.layers import NOWHERE, Angles, LayerPart, Layers, NormPart, about
-from strop.engine.train.attention import Heads, norms_aside
+from strop.engine.layers import NO_ROPE, Angles, DecoderLayers, LayerSpec, NormSpec, activation_parameters
+from strop.engine.train.attention import Heads, apply_trained_head_norms
 from strop.engine.train.buffers import Arena, heap_empty
-from strop.engine.train.dropout import Drops, Masks
-from strop.engine.train.linear import Activation, Enter, Glu, InFront, Joined, LoopedActivation, Workspace
+from strop.engine.train.dropout import DropoutOps, Masks
+from strop.engine.train.linear import (
+    Activation,
+    ActivationModule,
+    CompiledActivation,
+    FusedLinear,
+    Glu,
+    Prologue,
+    Workspace,
+)
 from strop.engine.train.norms import LayerNorm, Norm, normed
-from strop.engine.train.packing import Packed
+from strop.engine.train.packing import PackedBatch
 from strop.models.families.layers import ACTIVATIONS, Family
 
 
 @dataclass(frozen=True)
-class Way:
+class BatchContext:
     """What a micro-batch has with it on its way through the layers.
 
     per_layer (T, layers, p): of each token for each layer, in models that have it.
     """
 
-    batch: Packed
+    batch: PackedBatch
     angles: Angles
     per_layer: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Attended:
+class AttentionBlock:
     """Attention, in front of its output projection `o`.
 
     rope: the kind of rotary embedding, where there are several; NOWHERE: the layer has no positions. aside: the rotary
@@ -43,17 +51,17 @@ class Attended:
 
     family: Family
     config: Any
-    qkv: Joined
+    qkv: FusedLinear
     heads: Heads
     attend: Attend
     rope: str | None
-    o: Joined
+    o: FusedLinear
     aside: Any
     kind: str
     keeps: bool
     takes: bool
 
-    def __call__(self, hidden: Tensor, way: Way, taken: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, hidden: Tensor, way: BatchContext, taken: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """taken: an earlier layer's keys and values. The second that comes back: those that later layers see too."""
         family, heads, batch = self.family, self.heads, way.batch
         qkv, gates, query = self.qkv(hidden, batch.keys), None, self.heads.query * self.heads.size
@@ -71,20 +79,20 @@ class Attended:
         scale = None if family.query_scale is None else family.query_scale(self.config, batch.positions)
         if self.aside is not None:
             qkv = apply(self.aside, qkv, heads, cos, sin, family.pairs == "neighbours", scale)
-            cos, sin = way.angles[NOWHERE]
-        qkv, heads = norms_aside(qkv, heads)
+            cos, sin = way.angles[NO_ROPE]
+        qkv, heads = apply_trained_head_norms(qkv, heads)
         mixed = self.attend(qkv, heads, cos, sin, batch.documents)
         return mixed if gates is None else mixed * gates.sigmoid(), kept
 
 
 @dataclass(frozen=True)
 class Mlp:
-    gate_up: Joined
-    down: Joined
+    gate_up: FusedLinear
+    down: FusedLinear
 
 
 @dataclass(frozen=True)
-class Own:
+class ModelModule:
     """A part of a layer that the model's own module computes, behind this norm."""
 
     module: nn.Module
@@ -98,7 +106,7 @@ class Own:
         self.masks.tokens = keys
         return self._output(normed(x, self.norm)[None])[0]
 
-    def on_documents(self, hidden: Tensor, batch: Packed) -> Tensor:
+    def on_documents(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """Of documents as rows beside each other, those of like length together: none sees another, and what stands
         behind a row's end changes nothing in front of it."""
         groups, places = batch.documents.beside
@@ -135,36 +143,36 @@ class PerLayer:
 class Layer:
     """One decoder layer. parallel: its blocks read the same input. residual_scale: times what they add."""
 
-    mixer: Attended | Own
+    mixer: AttentionBlock | ModelModule
     after_attention: Norm | None
-    mlp: Mlp | Own
+    mlp: Mlp | ModelModule
     after_mlp: Norm | None
     per_layer: PerLayer | None
     parallel: bool
     residual_scale: float
 
     @property
-    def linears(self) -> list[Joined]:
+    def linears(self) -> list[FusedLinear]:
         mixer, mlp = self.mixer, self.mlp
-        found = [] if isinstance(mixer, Own) else [mixer.qkv, mixer.o]
-        return [*found, *([] if isinstance(mlp, Own) else [mlp.gate_up, mlp.down])]
+        found = [] if isinstance(mixer, ModelModule) else [mixer.qkv, mixer.o]
+        return [*found, *([] if isinstance(mlp, ModelModule) else [mlp.gate_up, mlp.down])]
 
     def __call__(
-        self, hidden: Tensor, way: Way, rows: Tensor | None, taken: Tensor | None
+        self, hidden: Tensor, way: BatchContext, rows: Tensor | None, taken: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden (T, h); rows: the only ones that anything behind this layer reads (its keys and values need all).
         taken, and the second that comes back: as of Attended."""
         keys, mixer, mlp, kept = way.batch.keys, self.mixer, self.mlp, None
-        if isinstance(mixer, Own):
+        if isinstance(mixer, ModelModule):
             mixed = mixer.on_documents(hidden, way.batch)
         else:
             mixed, kept = mixer(hidden, way, taken)
         if rows is not None:
             mixed, hidden, keys = mixed[rows], hidden[rows], keys[rows]
-        last = None if isinstance(mixer, Own) else mixer.o
+        last = None if isinstance(mixer, ModelModule) else mixer.o
         between = self._added(hidden, mixed, keys, last, self.after_attention)
         source = hidden if self.parallel else between
-        if isinstance(mlp, Own):
+        if isinstance(mlp, ModelModule):
             hidden = self._added(between, mlp.on_rows(source, keys), keys, None, self.after_mlp)
         else:
             hidden = self._added(between, mlp.gate_up(source, keys), keys, mlp.down, self.after_mlp)
@@ -173,7 +181,7 @@ class Layer:
             hidden = self.per_layer(hidden, own if own is None or rows is None else own[rows], keys)
         return hidden, kept
 
-    def _added(self, hidden: Tensor, x: Tensor, keys: Tensor, linear: Joined | None, after: Norm | None) -> Tensor:
+    def _added(self, hidden: Tensor, x: Tensor, keys: Tensor, linear: FusedLinear | None, after: Norm | None) -> Tensor:
         """The residual stream with what a block adds to it: a linear layer's product with x, or x."""
         if linear is not None and after is None and self.residual_scale == 1:
             return linear(x, keys, hidden)
@@ -184,53 +192,55 @@ class Layer:
 class Blocks:
     """Makes the layers of a model, for what a processor has."""
 
-    def __init__(self, model: Layers, processor: Processor, drops: Drops, masks: Masks, arena: Arena | None) -> None:
+    def __init__(
+        self, model: DecoderLayers, processor: Processor, drops: DropoutOps, masks: Masks, arena: Arena | None
+    ) -> None:
         self._model, self._processor, self._drops, self._masks, self._arena = model, processor, drops, masks, arena
 
     def layers(self) -> list[Layer]:
         workspace = Workspace()
         return [self._layer(self._model.part(number), number, workspace) for number in range(len(self._model))]
 
-    def norm(self, part: NormPart | None) -> Norm | None:
+    def norm(self, part: NormSpec | None) -> Norm | None:
         if part is None:
             return None
         now = None if part.module is None else part.now
         about_ = self._processor.ops, part.weight, part.eps, part.offset, part.bias, now
         return LayerNorm(*about_, loops=self._processor.loops) if part.centered else Norm(*about_)
 
-    def _layer(self, part: LayerPart, number: int, workspace: Workspace) -> Layer:
+    def _layer(self, part: LayerSpec, number: int, workspace: Workspace) -> Layer:
         in_front, in_between = self.norm(part.before_attention), self.norm(part.before_mlp)
         per_layer = None
         if part.per_layer is not None:
             per_layer = PerLayer(part.per_layer, number, self.norm(part.per_layer_norm), self._masks)
         return Layer(
-            self._attention(part, workspace) if part.mixer is None else Own(part.mixer, in_front, self._masks),
+            self._attention(part, workspace) if part.mixer is None else ModelModule(part.mixer, in_front, self._masks),
             self.norm(part.after_attention),
-            self._mlp(part, workspace) if part.mixture is None else Own(part.mixture, in_between, self._masks),
+            self._mlp(part, workspace) if part.mixture is None else ModelModule(part.mixture, in_between, self._masks),
             self.norm(part.after_mlp),
             per_layer,
             self._model.parallel,
             self._model.residual_scale,
         )
 
-    def _joined(self, modules: list[Any], enter: Enter, workspace: Workspace, *, kept: bool = True) -> Joined:
+    def _joined(self, modules: list[Any], enter: Prologue, workspace: Workspace, *, kept: bool = True) -> FusedLinear:
         arena, processor = self._arena if kept else None, self._processor
         made = processor.lora, processor.product, processor.held
-        return Joined(modules, enter, workspace, *made, self._drops, processor.ops, arena)
+        return FusedLinear(modules, enter, workspace, *made, self._drops, processor.ops, arena)
 
-    def _mlp(self, part: LayerPart, workspace: Workspace) -> Mlp:
+    def _mlp(self, part: LayerSpec, workspace: Workspace) -> Mlp:
         gate_up = self._joined(part.gate_up, self.norm(part.before_mlp), workspace)
         return Mlp(gate_up, self._joined(part.down, self._in_front_of_down(part), workspace))
 
-    def _in_front_of_down(self, part: LayerPart) -> InFront:
+    def _in_front_of_down(self, part: LayerSpec) -> ActivationModule:
         gated, loops, kind = self._model.family.gated, self._processor.loops, ACTIVATIONS.get(part.activation)
         if gated and part.activation in ("silu", "gelu_pytorch_tanh"):
             return Glu(self._processor.ops, part.activation)
         if gated or loops is None or kind is None:
             return Activation(part.act, gated)
-        return LoopedActivation(loops, kind, about(part.act))
+        return CompiledActivation(loops, kind, activation_parameters(part.act))
 
-    def _attention(self, part: LayerPart, workspace: Workspace) -> Attended:
+    def _attention(self, part: LayerSpec, workspace: Workspace) -> AttentionBlock:
         family = self._model.family
         heads = Heads(
             self._processor.ops,
@@ -249,7 +259,7 @@ class Blocks:
         outputs = sum(module.out_features for module in part.qkv)
         made = outputs != (part.query + 2 * part.key_value) * part.size  # from parts
         copied = family.fused_heads or made or family.aside  # and the copy is what is kept
-        return Attended(
+        return AttentionBlock(
             family,
             self._model.config,
             self._joined(part.qkv, self.norm(part.before_attention), workspace, kept=not copied),

@@ -30,15 +30,15 @@ LOW = 0xFFFFFFFF
 DRAWN = 1 << 22  # draws at once, in plain PyTorch
 
 
-class Drops(Protocol):
+class DropoutOps(Protocol):
     """What draws the masks and puts them to use; meanings below."""
 
-    def spread(self, z: Tensor, dropped: Dropped, out: Tensor | None = None) -> Tensor: ...
-    def fold(self, grad: Tensor, dropped: Dropped) -> Tensor: ...
+    def spread(self, z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor: ...
+    def fold(self, grad: Tensor, dropped: DropoutSpec) -> Tensor: ...
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DropoutSpec:
     """What adapters that share their input z (T, k) have dropped of it.
 
     tokens (T,): the key of each row of z, int64. numbers: of each adapter. levels: for each adapter, the draws below
@@ -58,7 +58,7 @@ class Masks:
     tokens: the keys of what the model's own forward computes, (B, S).
     """
 
-    def __init__(self, drops_for: Callable[[Tensor], Drops]) -> None:
+    def __init__(self, drops_for: Callable[[Tensor], DropoutOps]) -> None:
         self.drops_for = drops_for
         self.seed, self.step = 0, 0
         self.tokens: Tensor | None = None
@@ -68,7 +68,7 @@ class Masks:
         self.seed, self.step = seed & LOW, step & LOW
 
 
-class CountedDropout(nn.Dropout):
+class CounterDropout(nn.Dropout):
     """In the place of peft's dropout in front of an adapter: the masks of this module, which `masks` numbers.
 
     Rows that are not those of the micro-batch (bytes that are joined to patches, experts that see a part of them) are
@@ -89,10 +89,10 @@ class CountedDropout(nn.Dropout):
             return x
         if tokens is None or not _are_rows(x.shape[:-1], tokens):
             return super().forward(x)
-        dropped = Dropped(self.masks.seed, self.masks.step, tokens.reshape(-1), (self.number,), (self.level,))
+        dropped = DropoutSpec(self.masks.seed, self.masks.step, tokens.reshape(-1), (self.number,), (self.level,))
         drops = self.masks.drops_for(x)
         kept: Tensor = _Kept.apply(x.reshape(-1, x.shape[-1]), dropped, drops)  # type: ignore[no-untyped-call]
-        return kept.view(x.shape) * grown(self.level)
+        return kept.view(x.shape) * keep_scale(self.level)
 
 
 def _are_rows(leading: torch.Size, tokens: Tensor) -> bool:
@@ -105,20 +105,20 @@ def _without_ones(sizes: torch.Size) -> list[int]:
     return [size for size in sizes if size != 1]
 
 
-def grown(level: int) -> float:
+def keep_scale(level: int) -> float:
     """What is kept is multiplied by this, so that its mean stays what it was."""
     return LEVELS / (LEVELS - level)
 
 
-def masks_of(model: nn.Module, drops_for: Callable[[Tensor], Drops]) -> Masks:
+def install_dropout(model: nn.Module, drops_for: Callable[[Tensor], DropoutOps]) -> Masks:
     """The masks of all of a model's adapters, whose dropout is replaced by CountedDropout where it is not yet."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     found = [(layer.lora_dropout, name, one) for layer in layers for name, one in layer.lora_dropout.items()]
-    known = [one.masks for _, _, one in found if isinstance(one, CountedDropout)]
+    known = [one.masks for _, _, one in found if isinstance(one, CounterDropout)]
     masks = known[0] if known else Masks(drops_for)
     for number, (where, name, one) in enumerate(found):
         if type(one) is nn.Dropout:
-            where[name] = CountedDropout(one.p, number, masks).train(one.training)
+            where[name] = CounterDropout(one.p, number, masks).train(one.training)
     return masks
 
 
@@ -134,13 +134,13 @@ def token_keys(ids: Any) -> Any:
     return np.cumsum(x ^ (x >> np.uint64(31)), dtype=np.uint64).view(np.int64)
 
 
-def spread(z: Tensor, dropped: Dropped, out: Tensor | None = None) -> Tensor:
+def spread(z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor:
     """z (T, k) once for each adapter, side by side (T, m k), with zeros where it is dropped. `out` is left unused."""
     parts = [(z[rows, None] * kept).flatten(1) for rows, kept in _keep(dropped, z.shape[1])]
     return torch.cat(parts)
 
 
-def fold(grad: Tensor, dropped: Dropped) -> Tensor:
+def fold(grad: Tensor, dropped: DropoutSpec) -> Tensor:
     """The gradient of z (T, k) from that of spread's (T, m k): the sum over the adapters of what is not dropped."""
     apart = grad.view(len(grad), len(dropped.numbers), -1)
     wide = torch.promote_types(grad.dtype, torch.float32)
@@ -148,7 +148,7 @@ def fold(grad: Tensor, dropped: Dropped) -> Tensor:
     return torch.cat(parts)
 
 
-def _keep(dropped: Dropped, width: int) -> Iterator[tuple[slice, Tensor]]:
+def _keep(dropped: DropoutSpec, width: int) -> Iterator[tuple[slice, Tensor]]:
     """What is kept, (rows, m, width) bool, some rows after the other: a draw takes 8 bytes and more."""
     device, many = dropped.tokens.device, len(dropped.numbers)
     asked = dropped.numbers, dropped.levels, (dropped.seed, dropped.step)
@@ -188,7 +188,7 @@ class _Kept(Function):
     """`spread` of one adapter with its gradient; saves nothing."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: Dropped, drops: Drops) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dropped: DropoutSpec, drops: DropoutOps) -> Tensor:
         ctx.dropped, ctx.drops = dropped, drops
         return drops.spread(x, dropped)
 

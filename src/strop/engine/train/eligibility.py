@@ -13,8 +13,8 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
-from strop.engine.train.dropout import CountedDropout
-from strop.engine.train.linear import Quantized, base_of, on_a_weight
+from strop.engine.train.dropout import CounterDropout
+from strop.engine.train.linear import Quantized, adapts_linear_weight, base_of
 from strop.engine.train.peft_modules import used
 from strop.models.families.layers import (
     FAMILIES,
@@ -38,7 +38,7 @@ DROPOUTS = (
 )  # fmt: skip
 
 
-def own_dropout(model: nn.Module) -> str | None:
+def find_model_dropout(model: nn.Module) -> str | None:
     """Dropout that is the model's own, by name: it is drawn by micro-batch, and not by row as that of adapters is."""
     found = (name for name, module in model.named_modules() if type(module) is nn.Dropout and module.p > 0)
     config: Any = model.config
@@ -46,7 +46,7 @@ def own_dropout(model: nn.Module) -> str | None:
     return next(chain(active, found), None)
 
 
-def usual(model: nn.Module) -> bool:
+def uses_llama_kernels(model: nn.Module) -> bool:
     """Whether the step calls no other loops of a CPU than those of a Llama with plain LoRA: no LayerNorm, no activation
     that gates nothing, no rotary embedding aside; no dropout, DoRA or trained norm."""
     text = cast(Any, model).config.get_text_config()
@@ -54,13 +54,13 @@ def usual(model: nn.Module) -> bool:
     return (
         family.gated
         and not (family.layer_norm or family.aside)
-        and not any(isinstance(module, CountedDropout) and module.p for module in model.modules())
+        and not any(isinstance(module, CounterDropout) and module.p for module in model.modules())
         and not any("magnitude_vector" in name or "modules_to_save" in name for name in names)
         and all("lora_" in name or "trainable_tokens_" in name for name, one in names.items() if one.requires_grad)
     )
 
 
-def unsupported(model: nn.Module) -> str | None:
+def why_not_fast(model: nn.Module) -> str | None:
     """Why the fast step cannot compute this model; None where it can."""
     if not isinstance(model, PeftModel):
         return "the model has no peft adapter"
@@ -73,7 +73,9 @@ def unsupported(model: nn.Module) -> str | None:
     active = next((f"{name} above 0" for name in DROPOUTS if getattr(config, name, 0)), None)
     active = active or ("output_router_logits: a loss that balances experts" if load_balancing(config) else None)
     return (
-        unsupported_base(base, decoder, config, family) or _unsupported_adapter(model, base, decoder, family) or active
+        why_base_unsupported(base, decoder, config, family)
+        or _unsupported_adapter(model, base, decoder, family)
+        or active
     )
 
 
@@ -84,13 +86,13 @@ def _unsupported_adapter(model: Any, base: Any, decoder: Any, family: Family) ->
     head = base.get_output_embeddings()
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer) and id(module) not in own:
-            if (odd := odd_adapter(name, module, {*known, id(head)})) is not None:
+            if (odd := why_adapter_unsupported(name, module, {*known, id(head)})) is not None:
                 return odd
             if module is head and module.lora_variant:
                 return "DoRA on the output head"
             if module.lora_variant and len(module.active_adapters) > 1:
                 return f"{name}: DoRA with several adapters"
-            if any(type(one) not in (nn.Identity, nn.Dropout, CountedDropout) for one in module.lora_dropout.values()):
+            if any(type(one) not in (nn.Identity, nn.Dropout, CounterDropout) for one in module.lora_dropout.values()):
                 return f"{name}: a dropout of its own"
     for name, module in base.named_modules():
         if isinstance(module, TrainableTokensWrapper) and (odd := _odd_tokens(name, module, base)) is not None:
@@ -119,18 +121,18 @@ def _odd_tokens(name: str, module: TrainableTokensWrapper, base: Any) -> str | N
     return "new tokens that are merged" if adapter.merged else None
 
 
-def odd_adapter(name: str, module: LoraLayer, known: set[int]) -> str | None:
+def why_adapter_unsupported(name: str, module: LoraLayer, known: set[int]) -> str | None:
     """Why a layer with adapters is not LoRA or DoRA on one of the `known` linear layers (by id)."""
     if id(module) not in known:
         return f"an adapter on {name}"
     variants = [x for x in module.lora_variant.values() if type(x) is not DoraLinearVariant]
-    usual = type(module) is PeftLinear or on_a_weight(module)
-    if not usual or variants or any(module.lora_bias.values()):
+    uses_llama_kernels = type(module) is PeftLinear or adapts_linear_weight(module)
+    if not uses_llama_kernels or variants or any(module.lora_bias.values()):
         return f"{name}: a variant of LoRA ({type(module).__name__})"
     return f"{name}: its adapter is merged" if module.merged else None
 
 
-def unsupported_base(base: Any, decoder: Any, config: Any, family: Family) -> str | None:
+def why_base_unsupported(base: Any, decoder: Any, config: Any, family: Family) -> str | None:
     """Why a model of a known family is not computed by its row of the table, adapters aside."""
     for layer in decoder.layers:
         for module in (base_of(module) for group in linears(layer, family) for module in group):

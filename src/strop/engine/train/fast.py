@@ -18,22 +18,29 @@ from torch.utils.checkpoint import checkpoint
 
 from strop.engine.kernels.dispatch import ALL, USUAL, drops_for, processor_for
 from strop.engine.kernels.protocols import Placed, apply
-from strop.engine.layers import Layers
-from strop.engine.train.blocks import Attended, Blocks, Layer, Way
+from strop.engine.layers import DecoderLayers
+from strop.engine.train.blocks import AttentionBlock, BatchContext, Blocks, Layer
 from strop.engine.train.buffers import Arena
-from strop.engine.train.dropout import masks_of
-from strop.engine.train.eligibility import unsupported, usual
-from strop.engine.train.head import LabelLogProbs, Output, SupervisedLoss
-from strop.engine.train.linear import adapters_on, base_of, dropped_by
+from strop.engine.train.dropout import install_dropout
+from strop.engine.train.eligibility import uses_llama_kernels, why_not_fast
+from strop.engine.train.head import LabelLogProbs, OutputHead, SupervisedLoss
+from strop.engine.train.linear import base_of, dropout_spec, find_active_adapters
 from strop.engine.train.norms import normed
-from strop.engine.train.packing import Packed, by_owner, pack, pack_apart, pack_ends, sums_by_owner
+from strop.engine.train.packing import (
+    PackedBatch,
+    order_by_owner,
+    pack,
+    pack_last_tokens,
+    pack_separately,
+    sum_by_owner,
+)
 from strop.engine.train.peft_modules import used
 
 if TYPE_CHECKING:
     from strop.data.types import Example
 
 
-class Watch(Protocol):
+class LayerWatch(Protocol):
     """Told of each micro-batch and each layer that is about to be computed; may raise (machine.memory.MemoryWatch)."""
 
     def begin(self) -> None: ...
@@ -41,7 +48,7 @@ class Watch(Protocol):
     def __call__(self) -> None: ...
 
 
-class Gathered(Protocol):
+class WeightGatherer(Protocol):
     """Has the weights of a decoder layer (by its number), of the `embedding` or of the `head` there from its call until
     others are asked for; modules: those that hold them."""
 
@@ -50,7 +57,7 @@ class Gathered(Protocol):
     def __call__(self, where: int | str) -> None: ...
 
 
-class InHost(Protocol):
+class HostOffload(Protocol):
     """engine.card.offload.HostMemory."""
 
     def begin(self) -> None: ...
@@ -64,7 +71,7 @@ def before_gradient(output: Tensor, act: Callable[[], None]) -> None:
 
 
 class FastLoss:
-    """The loss of a micro-batch through the fast step, for models that `unsupported` has no reason against.
+    """The loss of a micro-batch through the fast step, for models that `why_not_fast` has no reason against.
 
     prefix_sharing: compute a prefix common to all examples once; not where a layer has a mixer of its own, which goes
     on from one token to the next. checkpoint_layers: this many layers, from the first, keep nothing but their input and
@@ -73,9 +80,9 @@ class FastLoss:
     type.
     """
 
-    watch: Watch | None = None  # looked at before each layer
-    gathered: Gathered | None = None  # where the weights are not always there
-    host: InHost | None = None  # where the inputs of layers that are computed again wait, if not on the device
+    watch: LayerWatch | None = None  # looked at before each layer
+    gathered: WeightGatherer | None = None  # where the weights are not always there
+    host: HostOffload | None = None  # where the inputs of layers that are computed again wait, if not on the device
 
     def __init__(
         self,
@@ -86,14 +93,14 @@ class FastLoss:
         warm: bool = True,
         integers: bool = False,
     ) -> None:
-        reason = unsupported(model)
+        reason = why_not_fast(model)
         assert reason is None, reason
-        self._model, self.checkpoint_layers = Layers(model), checkpoint_layers
+        self._model, self.checkpoint_layers = DecoderLayers(model), checkpoint_layers
         self._family, self._head = self._model.family, self._model.head
         self.prefix_sharing = prefix_sharing and not self._family.mixer
         self._device: torch.device = self._head.weight.device
-        self.masks = masks_of(model, drops_for)
-        loops = (USUAL if usual(model) else ALL) if warm else ""
+        self.masks = install_dropout(model, drops_for)
+        loops = (USUAL if uses_llama_kernels(model) else ALL) if warm else ""
         self._processor = processor_for(self._device, self._head.weight.dtype, warm=loops, integers=integers)
         self._product = self._processor.head_product(self._head.weight)
         self._ops, self.lacking = self._processor.ops, self._processor.lacking
@@ -146,28 +153,30 @@ class FastLoss:
         """
         found, batch = self._label_log_probs(examples)
         assert batch.owners is not None
-        return sums_by_owner(found, batch.weights, batch.owners, len(examples))
+        return sum_by_owner(found, batch.weights, batch.owners, len(examples))
 
     def token_log_probs(self, examples: Sequence[Example]) -> Tensor:
         """The log-probability of each supervised token, one example after the other (M,), fp32, differentiable."""
         found, batch = self._label_log_probs(examples)
         assert batch.owners is not None
-        return found[by_owner(batch.owners)]
+        return found[order_by_owner(batch.owners)]
 
-    def _label_log_probs(self, examples: Sequence[Example]) -> tuple[Tensor, Packed]:
-        batch = pack_apart(examples, prefix_sharing=self.prefix_sharing, device=self._device)
+    def _label_log_probs(self, examples: Sequence[Example]) -> tuple[Tensor, PackedBatch]:
+        batch = pack_separately(examples, prefix_sharing=self.prefix_sharing, device=self._device)
         return apply(LabelLogProbs, self._hidden(batch), batch.labels, *self._output(batch)), batch
 
     def last_hidden(self, examples: Sequence[Example]) -> Tensor:
         """What the model holds at the last token of each example, behind its last norm (N, h), differentiable."""
-        return self._hidden(pack_ends(examples, prefix_sharing=self.prefix_sharing, device=self._device), scaled=False)
+        return self._hidden(
+            pack_last_tokens(examples, prefix_sharing=self.prefix_sharing, device=self._device), scaled=False
+        )
 
-    def _output(self, batch: Packed) -> tuple[Any, ...]:
+    def _output(self, batch: PackedBatch) -> tuple[Any, ...]:
         """The output embedding as it is now, and what of it is trained."""
         model = self._model
         head, new = base_of(used(model.output)), model.new_rows()
-        now, rows = adapters_on([model.output], [self._head]), batch.keys[batch.rows]
-        output = Output(
+        now, rows = find_active_adapters([model.output], [self._head]), batch.keys[batch.rows]
+        output = OutputHead(
             head.weight,
             model.softcap,
             self._ops,
@@ -176,7 +185,7 @@ class FastLoss:
             None if new is None else new.index(),
             tuple(now.parts),
             now.scales,
-            dropped_by(now.dropouts, rows if len(batch.picked) == len(batch.rows) else rows[batch.picked]),
+            dropout_spec(now.dropouts, rows if len(batch.picked) == len(batch.rows) else rows[batch.picked]),
             self._drops,
             head.weight.requires_grad,
             head.bias is not None and head.bias.requires_grad,
@@ -184,7 +193,7 @@ class FastLoss:
         )
         return output, *(output.trained if torch.is_grad_enabled() else [])
 
-    def _hidden(self, batch: Packed, *, scaled: bool = True) -> Tensor:
+    def _hidden(self, batch: PackedBatch, *, scaled: bool = True) -> Tensor:
         """What the output embedding takes for each label (M, h); scaled: with the factor that some families have."""
         last, trains, again = len(self._layers) - 1, torch.is_grad_enabled(), self.checkpoint_layers > 0
         if self._arena is not None and self._inputs is not None:
@@ -199,12 +208,12 @@ class FastLoss:
         if self._family.embedding_norm:
             hidden = normed(hidden, self._norm)
         self.masks.tokens = batch.keys
-        way = Way(batch, self._model.angles(batch.positions), self._model.per_layer(batch.ids, hidden))
+        way = BatchContext(batch, self._model.angles(batch.positions), self._model.per_layer(batch.ids, hidden))
         if self.host is not None:
             self.host.begin()
         shared: dict[str, Tensor] = {}  # keys and values that later layers see too
         for i, layer in enumerate(self._layers):
-            of = layer.mixer if isinstance(layer.mixer, Attended) else None
+            of = layer.mixer if isinstance(layer.mixer, AttentionBlock) else None
             given = layer, hidden, way, batch.rows if i == last else None, shared[of.kind] if of and of.takes else None
             self._need(i)
             if i < self.checkpoint_layers and trains:
@@ -237,7 +246,7 @@ class FastLoss:
             self.gathered(where)
 
     def _through(
-        self, layer: Layer, hidden: Tensor, way: Way, rows: Tensor | None, taken: Tensor | None
+        self, layer: Layer, hidden: Tensor, way: BatchContext, rows: Tensor | None, taken: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if self.watch is not None:
             self.watch()

@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from strop.engine.kernels.protocols import FrozenProduct, Ops
 from strop.engine.train import lora
-from strop.engine.train.dropout import Dropped, Drops
+from strop.engine.train.dropout import DropoutOps, DropoutSpec
 from strop.engine.train.lora import Adapters, Product
 
 CHUNK_BYTES = 24 * 2**20  # logits at once: 256 rows of a vocabulary of 49,152 in bf16
@@ -27,7 +27,7 @@ PIECE_BYTES, CARD_PIECE_BYTES = 4 * 2**20, 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputHead:
     """x (N, h) to logits (N, V): x W^T + bias. softcap: see eager.cross_entropy_.
 
     weight (V, h), bias (V,): where they are trained (`whole`, `biased`), in the type that is trained; else in that of
@@ -43,8 +43,8 @@ class Output:
     at: Tensor | None = None
     adapters: tuple[Tensor, ...] = ()
     scales: tuple[float, ...] = ()
-    dropped: Dropped | None = None
-    drops: Drops | None = None
+    dropped: DropoutSpec | None = None
+    drops: DropoutOps | None = None
     whole: bool = False
     biased: bool = False
     product: FrozenProduct = lora.product
@@ -68,7 +68,7 @@ class SupervisedLoss(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, labels: Tensor, weights: Tensor, output: Output, *trained: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, labels: Tensor, weights: Tensor, output: OutputHead, *trained: Tensor) -> Tensor:
         sums = _Sums(x, output) if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4:]) else None
         total = x.new_zeros((), dtype=_wide(x))
         for losses in _losses(x, labels, weights, output, sums):
@@ -94,7 +94,7 @@ class LabelLogProbs(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, labels: Tensor, output: Output, *trained: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, labels: Tensor, output: OutputHead, *trained: Tensor) -> Tensor:
         wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3:])
         sums = _Sums(x, output, apart=True) if wanted and output.linear else None
         ones = torch.ones(len(x), device=x.device)
@@ -108,7 +108,7 @@ class LabelLogProbs(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        output: Output = ctx.output
+        output: OutputHead = ctx.output
         if output.linear:
             of_x, slopes, x = ctx.saved_tensors
             upstream = -grad[:, None]
@@ -149,21 +149,21 @@ class _Sums:
     """The gradients of x and of what is trained of the head, chunk by chunk. apart: that of the logits of `own` (N, n)
     is kept row by row, which `gradients` does not ask for then."""
 
-    def __init__(self, x: Tensor, output: Output, *, apart: bool = False) -> None:
+    def __init__(self, x: Tensor, output: OutputHead, *, apart: bool = False) -> None:
         wide, self.output = _wide(x), output
         self.of_x = torch.empty_like(x)
         self.slopes = x.new_empty(len(x), len(output.own)) if output.own is not None and apart else None
         self.of_own = None if output.own is None or apart else output.own.new_zeros(output.own.shape, dtype=wide)
         self.of_weight = x.new_zeros(output.weight.shape, dtype=wide) if output.whole else None
         self.of_bias = x.new_zeros(len(output.weight), dtype=wide) if output.biased else None
-        self.entering = _Entering(x, output) if output.adapters else None
+        self.project_down = _Entering(x, output) if output.adapters else None
 
     def add(self, rows: slice, x: Tensor, logits: Tensor, weight: Tensor, low: Tensor | None) -> None:
         """A chunk: its rows, x of them, the gradient of their logits; weight, low: W and `own` in the type of x."""
         if self.of_bias is not None:
             self.of_bias += logits.sum(0, dtype=self.of_bias.dtype)
-        if self.entering is not None:
-            self.entering.add(rows, logits)
+        if self.project_down is not None:
+            self.project_down.add(rows, logits)
         if self.of_weight is not None:
             _add_product(self.of_weight, logits, x)
         if low is None:
@@ -181,7 +181,7 @@ class _Sums:
 
     def gradients(self) -> list[Tensor]:
         """Of x, and of each of output.trained, in their order."""
-        of_adapters = [] if self.entering is None else self.entering.gradients(self.of_x)
+        of_adapters = [] if self.project_down is None else self.project_down.gradients(self.of_x)
         found = [self.of_own, *of_adapters, self.of_weight, self.of_bias]
         return [self.of_x, *(one for one in found if one is not None)]
 
@@ -189,14 +189,14 @@ class _Sums:
 class _Entering:
     """The adapters on the head: what enters them, of all rows at once, and their gradients."""
 
-    def __init__(self, x: Tensor, output: Output) -> None:
+    def __init__(self, x: Tensor, output: OutputHead) -> None:
         scales, columns = output.scales, ((0, len(output.weight)),) * len(output.scales)
         self.output = output
         self.adapters = Adapters(output.adapters, columns, scales, output.dropped is not None)
         self.x = x if output.dropped is None or output.drops is None else output.drops.spread(x, output.dropped)
         self.a = torch.cat([(a * scale).to(x.dtype) for a, _, scale in self.adapters])
         self.b = torch.cat([b.to(x.dtype) for _, b, _ in self.adapters], 1)
-        self.za = lora.entering(self.x, self.a, self.adapters)
+        self.za = lora.project_down(self.x, self.a, self.adapters)
         self.of_za = torch.empty_like(self.za)
         self.of_b = x.new_zeros(self.b.t().shape, dtype=_wide(x))  # (sum of r, V): no copy of the logits is turned
 
@@ -247,16 +247,18 @@ def _of_rows(slopes: Tensor, x: Tensor) -> Tensor:
     return (slopes.t() @ x).to(_wide(x))
 
 
-def _losses(x: Tensor, labels: Tensor, weights: Tensor, output: Output, sums: _Sums | None) -> Iterator[Tensor]:
+def _losses(x: Tensor, labels: Tensor, weights: Tensor, output: OutputHead, sums: _Sums | None) -> Iterator[Tensor]:
     """weights * cross entropy of a few rows after the other; `sums` takes the gradients."""
     room = CARD_CHUNK_BYTES if x.device.type == "cuda" else CHUNK_BYTES
     chunk = max(16, room // (output.weight.shape[0] * x.element_size()))
     weight = output.weight.detach().to(x.dtype)
     low = None if output.own is None else output.own.detach().to(x.dtype)
-    entering = _Entering(x, output) if output.adapters and sums is None else None if sums is None else sums.entering
+    project_down = (
+        _Entering(x, output) if output.adapters and sums is None else None if sums is None else sums.project_down
+    )
     for begin in range(0, len(x), chunk):
         rows = slice(begin, begin + chunk)
-        added = None if entering is None else Product(entering.za[rows], entering.b.t())
+        added = None if project_down is None else Product(project_down.za[rows], project_down.b.t())
         logits = x.new_empty(len(x[rows]), len(weight))
         output.product(x[rows], weight, True, logits, added)
         if low is not None:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from strop.engine.kernels.protocols import About, FrozenProduct, Loops, LoraProducts, Ops, Room
-from strop.engine.train.buffers import Arena, Allocate, heap_empty
-from strop.engine.train.dropout import Dropped, Drops
+from strop.engine.kernels.protocols import About, FrozenProduct, Loops, LoraProducts, Ops, ReusedBuffer
+from strop.engine.train.buffers import Allocate, Arena, heap_empty
+from strop.engine.train.dropout import DropoutOps, DropoutSpec
 from strop.engine.train.linear import Dora, Dropping
-from strop.engine.train.lora import Adapters, Added, Held, product
+from strop.engine.train.lora import Adapters, Addend, InPlace, product
 from strop.engine.train.norms import Norm
 
 
@@ -31,7 +31,7 @@ class Glu:
     ops: Ops
     activation: str
 
-    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+    def forward(self, x: Tensor, room: ReusedBuffer | None = None) -> Tensor:
         out = None if room is None else room(len(x), x.shape[1] // 2, x)
         return self.ops.glu(x, self.activation, out)
 
@@ -48,7 +48,7 @@ class Activation:
     activation: Callable[[Tensor], Tensor]
     gated: bool
 
-    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+    def forward(self, x: Tensor, room: ReusedBuffer | None = None) -> Tensor:
         if not self.gated:
             return self.activation(x)
         gate, up = x.chunk(2, dim=-1)
@@ -63,14 +63,14 @@ class Activation:
 
 
 @dataclass(frozen=True)
-class LoopedActivation:
+class CompiledActivation:
     """activation(x), which gates nothing, in the same place, by loops; kind and about: as in cpu/rows.py."""
 
     loops: Loops
     kind: str
     about: About
 
-    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+    def forward(self, x: Tensor, room: ReusedBuffer | None = None) -> Tensor:
         out = None if room is None else room(len(x), x.shape[1], x)
         return self.loops.activated(x, self.kind, self.about, out)
 
@@ -78,12 +78,12 @@ class LoopedActivation:
         return self.loops.activated_backward(grad, x, self.kind, self.about)
 
 
-InFront = Glu | Activation | LoopedActivation
-Enter = Norm | InFront | None
+ActivationModule = Glu | Activation | CompiledActivation
+Prologue = Norm | ActivationModule | None
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenLinear:
     """Frozen linear layers that share their input, as one. bias (n,) or None.
 
     weight: gives the weight (n, k), which holds until the next weight is asked for (it may be dequantized into a
@@ -95,10 +95,10 @@ class Frozen:
     lora: LoraProducts
     columns: tuple[tuple[int, int], ...]  # for each adapter: the outputs it adds to, from and to
     scales: tuple[float, ...]
-    room: Room | None = None  # for z, on a CPU
+    room: ReusedBuffer | None = None  # for z, on a CPU
     arena: Arena | None = None
-    dropped: Dropped | None = None  # of z, in front of the adapters
-    drops: Drops | None = None
+    dropped: DropoutSpec | None = None  # of z, in front of the adapters
+    drops: DropoutOps | None = None
     dora: Dora | None = None
     biased: tuple[tuple[int, int], ...] = ()  # the outputs whose bias is trained, from and to
     product: FrozenProduct = product
@@ -143,7 +143,7 @@ class LoraLinear(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen: Frozen, enter: Enter, residual: Tensor | None, *parts: Tensor
+        ctx: Any, x: Tensor, frozen: FrozenLinear, enter: Prologue, residual: Tensor | None, *parts: Tensor
     ) -> Tensor:  # fmt: skip
         z = x if enter is None else enter.forward(x, frozen.room)
         ctx.frozen, ctx.enter, weight = frozen, enter, frozen.weight()
@@ -169,7 +169,7 @@ class LoraLinear(Function):
                 added.into(y)
                 gains = dora.gains(weight, dropping.undropped, magnitudes)
                 dora.changed_(y, entered, weight, gains, dropping)
-                added, kept = Held(), (gains, *kept)
+                added, kept = InPlace(), (gains, *kept)
             frozen.product(z, weight, True, y, added, frozen.bias, residual)
         ctx.save_for_backward(x, *parts[: frozen.factors], *kept)
         return y
@@ -185,7 +185,7 @@ class LoraLinear(Function):
         grad, grad_z, wanted = grad.contiguous(), None, ctx.needs_input_grad[0] or whole
         residual = grad if ctx.needs_input_grad[3] else None
         of_biases = frozen.of_biases(grad)
-        added: Added | None = None
+        added: Addend | None = None
         weight, entered, through = None, None, grad  # what the adapters take, and the gradient of what they give
         grads_m: list[Tensor] = []
         if saved:
@@ -213,13 +213,13 @@ class LoraLinear(Function):
                 added.into(grad_z)
                 if dora is not None and dropping is not None:
                     dora.back_(grad_z, grad, weight, gains, dropping)
-                grad_z, added = frozen.fold(grad_z), Held()
+                grad_z, added = frozen.fold(grad_z), InPlace()
         if wanted:
             weight = frozen.weight() if weight is None else weight
             grad_z = grad.new_empty(len(grad), weight.shape[1]) if grad_z is None else grad_z
             frozen.product(grad, weight, False, grad_z, added)
         z, grad_x = x, grad_z
-        if isinstance(enter, InFront) and grad_z is not None:
+        if isinstance(enter, ActivationModule) and grad_z is not None:
             grad_x, z = enter.backward(grad_z, x)
         elif enter is not None:
             z = enter.forward(x, frozen.room)
@@ -248,10 +248,10 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from strop.engine.kernels.protocols import FrozenProduct, LoraProducts, Ops, Room, apply
+from strop.engine.kernels.protocols import FrozenProduct, LoraProducts, Ops, ReusedBuffer, apply
 from strop.engine.train.buffers import Arena
-from strop.engine.train.dropout import CountedDropout, Dropped, Drops, grown
-from strop.engine.train.linear import Dora, Enter, Frozen, LoraLinear
+from strop.engine.train.dropout import CounterDropout, DropoutOps, DropoutSpec, keep_scale
+from strop.engine.train.linear import Dora, FrozenLinear, LoraLinear, Prologue
 from strop.engine.train.norms import Norm
 from strop.engine.train.peft_modules import without
 
@@ -288,7 +288,7 @@ class PackedWeight:
 
 
 ProductsOf = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraProducts]]
-Held = Callable[[Callable[[], Tensor], Callable[[], "tuple[Tensor, Tensor] | None"]], Callable[[], Any]]
+InPlace = Callable[[Callable[[], Tensor], Callable[[], "tuple[Tensor, Tensor] | None"]], Callable[[], Any]]
 
 
 def base_of(module: Any) -> Any:
@@ -296,13 +296,13 @@ def base_of(module: Any) -> Any:
     return module.base_layer if isinstance(module, LoraLayer) else without(module)
 
 
-def on_a_weight(module: nn.Module) -> bool:
+def adapts_linear_weight(module: nn.Module) -> bool:
     """Whether this is peft's adapter on a linear layer's weight (a mixture's dense and shared layers): the same sum."""
     return type(module) is ParamWrapper and module.parameter_name == "weight" and bool(module.num_experts == 1)
 
 
 @dataclass(frozen=True)
-class OnIt:
+class ActiveAdapters:
     """The adapters on linear modules that share their input: A_1, B_1, A_2, ..., DoRA's magnitudes, the columns and
     scales of Adapters, and the module of each that drops."""
 
@@ -313,7 +313,7 @@ class OnIt:
     dropouts: list[Any]
 
 
-def adapters_on(modules: Sequence[Any], bases: Sequence[Any]) -> OnIt:
+def find_active_adapters(modules: Sequence[Any], bases: Sequence[Any]) -> ActiveAdapters:
     """Those that are active now. bases: base_of each module."""
     adapters: list[Tensor] = []
     dropouts: list[Any] = []
@@ -329,12 +329,12 @@ def adapters_on(modules: Sequence[Any], bases: Sequence[Any]) -> OnIt:
                         magnitudes.append(module.lora_magnitude_vector[name].weight)
                     columns.append((at, at + width))
                     dropouts.append(module.lora_dropout[name])
-                    scales.append(float(module.scaling[name]) * grown(_level(dropouts[-1])))
+                    scales.append(float(module.scaling[name]) * keep_scale(_level(dropouts[-1])))
         at += width
-    return OnIt(adapters, magnitudes, tuple(columns), tuple(scales), dropouts)
+    return ActiveAdapters(adapters, magnitudes, tuple(columns), tuple(scales), dropouts)
 
 
-class Joined:
+class FusedLinear:
     """Linear modules that share their input, as one frozen weight, with the adapters that are active on them now.
 
     Quantized modules stay as they are, and give their weight when it is needed.
@@ -343,12 +343,12 @@ class Joined:
     def __init__(
         self,
         modules: list[Any],
-        enter: Enter,
+        enter: Prologue,
         workspace: Workspace,
         products_of: ProductsOf,
         product_of: Callable[[Sequence[int]], FrozenProduct],
-        held: Held,
-        drops: Drops,
+        held: InPlace,
+        drops: DropoutOps,
         ops: Ops,
         arena: Arena | None = None,
     ) -> None:
@@ -387,20 +387,20 @@ class Joined:
     def outputs(self) -> int:
         return sum(base.out_features for base in self.bases)
 
-    def on_it(self) -> OnIt:
+    def active_adapters(self) -> ActiveAdapters:
         """The adapters that are active now."""
-        return adapters_on(self.modules, self.bases)
+        return find_active_adapters(self.modules, self.bases)
 
     def __call__(self, x: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
         """tokens: the key of each row of x (dropout.token_keys)."""
         for base, place in zip(self.bases, self.places, strict=True):
             assert _location(base.weight) == place, "the model's weights were moved or replaced after FastLoss"
-        now, enter = self.on_it(), self.enter
+        now, enter = self.active_adapters(), self.enter
         enter = enter.now() if isinstance(enter, Norm) else enter
-        products, dropped = self.operands or self._products(now.parts), dropped_by(now.dropouts, tokens)
+        products, dropped = self.operands or self._products(now.parts), dropout_spec(now.dropouts, tokens)
         lies = now.columns, now.scales, self.room, self._arena, dropped, self.drops
         bias, biased, trained = self._biases(x) if self._trained else (self.bias, (), [])
-        frozen = Frozen(self.weight, bias, products, *lies, self._dora_of(now.magnitudes), biased, self._product)
+        frozen = FrozenLinear(self.weight, bias, products, *lies, self._dora_of(now.magnitudes), biased, self._product)
         whole = enter.trained if isinstance(enter, Norm) else ()
         return apply(LoraLinear, x, frozen, enter, residual, *now.parts, *now.magnitudes, *trained, *whole)
 
@@ -424,17 +424,17 @@ class Joined:
 
 
 def _level(dropout: Any) -> int:
-    return dropout.level if isinstance(dropout, CountedDropout) else 0
+    return dropout.level if isinstance(dropout, CounterDropout) else 0
 
 
-def dropped_by(dropouts: Sequence[Any], tokens: Tensor) -> Dropped | None:
+def dropout_spec(dropouts: Sequence[Any], tokens: Tensor) -> DropoutSpec | None:
     """What the adapters with these dropouts, each CountedDropout or Identity, drop now; None: nothing."""
     levels = tuple(map(_level, dropouts))
-    counted = [dropout for dropout in dropouts if isinstance(dropout, CountedDropout)]
+    counted = [dropout for dropout in dropouts if isinstance(dropout, CounterDropout)]
     if not any(levels):
         return None
     masks, numbers = counted[0].masks, tuple(getattr(dropout, "number", 0) for dropout in dropouts)
-    return Dropped(masks.seed, masks.step, tokens, numbers, levels)
+    return DropoutSpec(masks.seed, masks.step, tokens, numbers, levels)
 
 
 class Workspace:
@@ -442,8 +442,8 @@ class Workspace:
     or a GLU hands to the products behind it."""
 
     def __init__(self) -> None:
-        self.entered = Room()
-        self._weights = Room()
+        self.entered = ReusedBuffer()
+        self._weights = ReusedBuffer()
 
     def side_by_side(self, bases: Sequence[Any]) -> Tensor:
         """The weights of linear layers with the same input, dequantized, as rows of one (n, k)."""
@@ -506,7 +506,7 @@ from torch import Tensor
 
 from strop.engine.kernels.protocols import Ops
 from strop.engine.train import lora
-from strop.engine.train.dropout import Dropped, grown
+from strop.engine.train.dropout import DropoutSpec, keep_scale
 from strop.engine.train.lora import Adapters
 
 
@@ -560,13 +560,13 @@ class Dropping:
     """The adapters with what their dropout does; scales of the adapters: with what makes up for it."""
 
     adapters: Adapters
-    dropped: Dropped
+    dropped: DropoutSpec
 
     @property
     def undropped(self) -> Adapters:
         """With the scales of the adapters themselves."""
         now = self.adapters
-        scales = tuple(s / grown(level) for s, level in zip(now.scales, self.dropped.levels, strict=True))
+        scales = tuple(s / keep_scale(level) for s, level in zip(now.scales, self.dropped.levels, strict=True))
         return Adapters(now.parts, now.columns, scales, now.apart)
 
     def each(self, z: Tensor) -> Iterator[tuple[tuple[int, int], Tensor, float, Adapters]]:
@@ -575,4 +575,4 @@ class Dropping:
         now = self.adapters
         for i, (span, own) in enumerate(zip(now.columns, torch.split(z, now.width, 1), strict=True)):
             alone = Adapters(now.parts[2 * i : 2 * i + 2], ((0, span[1] - span[0]),), now.scales[i : i + 1])
-            yield span, own, grown(self.dropped.levels[i]), alone
+            yield span, own, keep_scale(self.dropped.levels[i]), alone

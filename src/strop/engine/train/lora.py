@@ -45,7 +45,7 @@ class Adapters:
         return self.width * (len(self.scales) if self.apart else 1)
 
 
-class Added(Protocol):
+class Addend(Protocol):
     """What is added to a frozen product: in the forward (T, n) za B^T, in the backward (T, entered) grad_za A.
 
     It, and the za or grad_za that came with it, hold numbers once one of these two was called, which must be before the
@@ -89,7 +89,7 @@ class Parts(Known):
         torch.cat([part @ of for part, of in own], 1, out=y)
 
 
-class Held(Known):
+class InPlace(Known):
     """What y holds already."""
 
     def into(self, y: Tensor) -> None:
@@ -97,7 +97,7 @@ class Held(Known):
 
 
 def product(
-    x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Added | None = None, bias: Tensor | None = None,
+    x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Addend | None = None, bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y (T, n) = x (T, k) W^T + added + bias + residual; weight (n, k) with `along`, else W^T (k, n). Gives y.
@@ -120,7 +120,9 @@ def product(
     return y
 
 
-def forward(z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_empty) -> tuple[Added, tuple[Tensor, ...]]:
+def forward(
+    z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_empty
+) -> tuple[Addend, tuple[Tensor, ...]]:
     """za_i B_i^T in columns_i of (T, outputs), and what the other two need: za, and A and B as they were used. new:
     gives the memory of what is kept, where the products can write there (lora_tiles).
 
@@ -132,11 +134,11 @@ def forward(z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_em
     for part, (start, end) in zip(adapters.parts[1::2], adapters.columns, strict=True):
         b[start:end, at : at + part.shape[1]].copy_(part)
         at += part.shape[1]
-    za = entering(z, a, adapters)
+    za = project_down(z, a, adapters)
     return Product(za, b.t()), (za, a, b)
 
 
-def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Added, Tensor]:
+def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Addend, Tensor]:
     """grad_za A, as wide as z, and grad_za, scale not in it. grad (T, n)."""
     _, a, b = kept
     grad_za = grad @ b
@@ -161,7 +163,7 @@ def gradients(
     return found
 
 
-def entering(z: Tensor, a: Tensor, adapters: Adapters) -> Tensor:
+def project_down(z: Tensor, a: Tensor, adapters: Adapters) -> Tensor:
     """z A^T; where `apart`, z_i A_i^T side by side."""
     if not adapters.apart:
         return z @ a.t()

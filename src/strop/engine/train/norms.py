@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from strop.engine.kernels.protocols import Loops, Ops, Room, apply
+from strop.engine.kernels.protocols import Loops, Ops, ReusedBuffer, apply
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Norm:
             found.append(grad.reshape(-1, n).sum(0, dtype=wide))
         return found
 
-    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+    def forward(self, x: Tensor, room: ReusedBuffer | None = None) -> Tensor:
         out = None if room is None else room(len(x), x.shape[1], x)
         return self.ops.rms_norm(x, self.weight, self.eps, self.offset, out)
 
@@ -64,7 +64,7 @@ class LayerNorm(Norm):
 
     loops: Loops | None = None
 
-    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+    def forward(self, x: Tensor, room: ReusedBuffer | None = None) -> Tensor:
         if self.loops is not None:
             out = None if room is None else room(len(x), x.shape[1], x)
             return self.loops.layer_norm(x, self.weight, self.bias, self.eps, out)

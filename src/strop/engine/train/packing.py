@@ -2,7 +2,7 @@
 
 A prefix that all examples share stands first and once; then each example's own part. A token before the prefix's end
 is predicted and trained on once, with the sum of the examples' weights: the same loss, to the last term. Where each
-example's log-probability is asked for (`pack_apart`), those with one prompt share what they begin with.
+example's log-probability is asked for (`pack_separately`), those with one prompt share what they begin with.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from strop.data.types import Example
 
 LIKE = 0.8  # of the longest row's length: a shorter one is not padded to it, but to others of its kind
-LEAST_PREFIX = 8  # tokens; a shorter prefix saves less than its own attention call costs
+MIN_PREFIX = 8  # tokens; a shorter prefix saves less than its own attention call costs
 CALL_COST = 200 * 200  # of one more bucket, in query-key pairs (about 0.9 ms at 22 ns a pair of 9 heads)
 
 
@@ -172,7 +172,7 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedBatch:
     """ids, positions, keys (T,), keys as dropout.token_keys makes them; rows (N,): packed rows that predict a
     supervised token, each once, rising; picked (M,): index into rows for each label; labels, weights (M,). owners (M,):
     the example that each label belongs to, where they are kept apart; else None. ends: (example, packed row of its last
@@ -206,12 +206,14 @@ def lay_out(parts: Sequence[tuple[Any, Any]], tokens: int, device: torch.device)
         return [token, at, length, np.concatenate([[0], np.cumsum(counts)]), where]
 
     queries, keys = places([queries for queries, _ in parts]), places([keys for _, keys in parts])
-    found = copy_to_device([*map(_long, [*queries, *keys]), *(_long(array) for part in parts for array in part)], device)
+    found = copy_to_device(
+        [*map(_long, [*queries, *keys]), *(_long(array) for part in parts for array in part)], device
+    )
     buckets = tuple(map(Bucket, found[10::2], found[11::2]))
     return Layout(buckets, Places(*found[:5]), Places(*found[5:10]))
 
 
-def pack(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> Packed:
+def pack(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> PackedBatch:
     """Lays the examples out; integer tensors are int64."""
     prefix = shared_prefix(examples) if prefix_sharing else 0
     laid = _Laid()
@@ -221,7 +223,7 @@ def pack(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.dev
     return laid.packed(device, owned=False)
 
 
-def pack_apart(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> Packed:
+def pack_separately(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> PackedBatch:
     """Lays the examples out so that the labels of each stay its own; those with one prompt (the tokens in front of the
     first supervised one) share what they have in common."""
     groups: dict[bytes, list[int]] = {}
@@ -235,10 +237,10 @@ def pack_apart(examples: Sequence[Example], *, prefix_sharing: bool, device: tor
     return laid.packed(device, owned=True)
 
 
-def pack_ends(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> Packed:
+def pack_last_tokens(examples: Sequence[Example], *, prefix_sharing: bool, device: torch.device) -> PackedBatch:
     """As pack_apart, but what is asked for is the last token of each example: rows (N,) are theirs, in order; labels
     and weights mean nothing."""
-    packed = pack_apart(examples, prefix_sharing=prefix_sharing, device=device)
+    packed = pack_separately(examples, prefix_sharing=prefix_sharing, device=device)
     last = {int(number): int(end) for number, end in packed.ends}
     ends = [last[number] for number in range(len(examples))]
     rows, picked = copy_to_device([_long(ends), _long(range(len(examples)))], device)
@@ -291,7 +293,7 @@ class _Laid:
         self.keys.append(keys)
         self.tokens += len(ids)
 
-    def packed(self, device: torch.device, *, owned: bool) -> Packed:
+    def packed(self, device: torch.device, *, owned: bool) -> PackedBatch:
         rows, labels, weights, owners = (np.concatenate(part) for part in zip(*self.labels, strict=True))
         used = weights != 0
         row, picked = np.unique(rows[used], return_inverse=True)
@@ -302,17 +304,17 @@ class _Laid:
         ids, positions, keys, row_of, pick, label = there[:6]
         documents = Documents(spans, self.tokens, device, prefixes if prefixes.any() else None)
         owner = there[6] if owned else None
-        return Packed(ids, positions, keys, documents, row_of, pick, label, weight, owner, tuple(self.ends))
+        return PackedBatch(ids, positions, keys, documents, row_of, pick, label, weight, owner, tuple(self.ends))
 
 
-def sums_by_owner(log_probs: Tensor, weights: Tensor, owners: Tensor, number: int) -> Tensor:
+def sum_by_owner(log_probs: Tensor, weights: Tensor, owners: Tensor, number: int) -> Tensor:
     """weight * log-probability of the labels (M,) summed for each of `number` owners, in fp64 (fp32 where a device has
     no other): the order of the sum does not show in the result."""
     wide = torch.float32 if log_probs.device.type == "mps" else torch.float64
     return torch.zeros(number, dtype=wide, device=log_probs.device).index_add(0, owners, log_probs.to(wide) * weights)
 
 
-def by_owner(owners: Tensor) -> Tensor:
+def order_by_owner(owners: Tensor) -> Tensor:
     """The order in which labels (M,) stand one example after the other, each example's as they follow each other."""
     return torch.argsort(owners, stable=True)
 
@@ -324,7 +326,7 @@ def shared_prefix(examples: Sequence[Example]) -> int:
         length = min(length, len(example) - 1)
         differs = np.flatnonzero(example.ids[:length] != examples[0].ids[:length])
         length = int(differs[0]) if len(differs) else length
-    return length if len(examples) > 1 and length >= LEAST_PREFIX else 0
+    return length if len(examples) > 1 and length >= MIN_PREFIX else 0
 
 
 _Rows = tuple["np.typing.NDArray[np.int64]", "np.typing.NDArray[np.int64]"]

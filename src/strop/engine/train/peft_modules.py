@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
-from strop.engine.train.dropout import CountedDropout, DropoutSpec, keep_scale
+from strop.engine.train.dropout import CounterDropout, DropoutSpec, keep_scale
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def dropout_spec(dropouts: Sequence[Any], keys: Tensor) -> DropoutSpec | None:
     keys: the key of each input row (dropout.token_keys), shape (T,).
     """
     levels = tuple(map(_level, dropouts))
-    counted = [dropout for dropout in dropouts if isinstance(dropout, CountedDropout)]
+    counted = [dropout for dropout in dropouts if isinstance(dropout, CounterDropout)]
     if not any(levels):
         return None
     masks, numbers = counted[0].masks, tuple(getattr(dropout, "number", 0) for dropout in dropouts)
@@ -139,7 +139,7 @@ def dropout_spec(dropouts: Sequence[Any], keys: Tensor) -> DropoutSpec | None:
 
 
 def _level(dropout: Any) -> int:
-    return dropout.level if isinstance(dropout, CountedDropout) else 0
+    return dropout.level if isinstance(dropout, CounterDropout) else 0
 
 
 @lru_cache(4)

@@ -13,9 +13,9 @@ from torch import Tensor
 from strop.engine.kernels.dispatch import drops_for
 from strop.engine.kernels.protocols import apply
 from strop.engine.train.buffers import copy_to_device
-from strop.engine.train.dropout import masks_of, token_keys
+from strop.engine.train.dropout import install_dropout, token_keys
 from strop.engine.train.head import CrossEntropy
-from strop.engine.train.packing import sums_by_owner
+from strop.engine.train.packing import sum_by_owner
 from strop.errors import ModelError
 from strop.models.families.layers import load_balancing
 
@@ -32,7 +32,7 @@ class PlainLoss:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-        self.masks = masks_of(model, drops_for)
+        self.masks = install_dropout(model, drops_for)
         self._head: torch.nn.Module = cast(Any, model).get_output_embeddings()
         self._balance = load_balancing(cast(Any, model).config)
 
@@ -45,7 +45,7 @@ class PlainLoss:
     def log_probs(self, examples: Sequence[Example]) -> Tensor:
         """Sum over the supervised tokens of each example of weight * log-probability (N,), fp64, differentiable."""
         losses, weight, owners, _ = self._supervised(examples)
-        return sums_by_owner(-losses, weight, owners, len(examples))
+        return sum_by_owner(-losses, weight, owners, len(examples))
 
     def token_log_probs(self, examples: Sequence[Example]) -> Tensor:
         """The log-probability of each supervised token, one example after the other (M,), fp32, differentiable."""
@@ -70,7 +70,9 @@ class PlainLoss:
         row, column = padded.weights.nonzero(as_tuple=True)
         labels, weight = padded.ids[row, column], padded.weights[row, column]
         before = column - 1  # the position that predicts each label
-        labels, weight, row, before = copy_to_device([labels.numpy(), weight.numpy(), row.numpy(), before.numpy()], device)
+        labels, weight, row, before = copy_to_device(
+            [labels.numpy(), weight.numpy(), row.numpy(), before.numpy()], device
+        )
         found = self._forward(padded, lambda hidden: hidden[row, before], (row, before))
         losses = apply(CrossEntropy, found.logits, labels)
         balanced = self._balance and self.model.training

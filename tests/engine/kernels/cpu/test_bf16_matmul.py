@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from strop.engine.train import lora
-from strop.engine.train.head import Output, SupervisedLoss
-from strop.engine.train.lora import Adapters, Held
+from strop.engine.train.head import OutputHead, SupervisedLoss
+from strop.engine.train.lora import Adapters, InPlace
 from strop.machine.probe import probe
 from tests.support.attention import OPS
 
@@ -115,7 +115,7 @@ def test_the_head(frozen: Any) -> None:
 
     def run(product: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         z = x.to(dtype).requires_grad_()
-        output = Output(weight.to(dtype), 0.0, OPS, product=product)
+        output = OutputHead(weight.to(dtype), 0.0, OPS, product=product)
         loss = SupervisedLoss.apply(z, labels, torch.ones(70, dtype=dtype), output)
         loss.backward()
         assert z.grad is not None
@@ -134,7 +134,7 @@ def test_what_is_held_already_is_added_once(frozen: Any, along: bool) -> None:
     for tokens in range(1, 15):
         x, weight, held = random(tokens, 64), random(*((96, 64) if along else (64, 96))), random(tokens, 96)
         truth = x.double() @ (weight.t() if along else weight).double() + held
-        assert error(frozen.product(x, weight, along, held.clone(), Held()), truth) < 4e-3
+        assert error(frozen.product(x, weight, along, held.clone(), InPlace()), truth) < 4e-3
 
 
 @pytest.mark.parametrize("along", [True, False])

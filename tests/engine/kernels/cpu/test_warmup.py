@@ -55,7 +55,7 @@ for kind, more in kinds.items():
 def test_nothing_is_left_to_compile(tmp_path: Path) -> None:
     """Loops that a run compiles itself give other last bits than those of a run that is resumed."""
     about = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    for models, fewest in (("usual", 20), ("all", 40)):
+    for models, fewest in (("uses_llama_kernels", 20), ("all", 40)):
         begun = [
             subprocess.Popen(
                 [sys.executable, "-m", "strop.engine.kernels.warmup_train", "bfloat16", models, part], env=about

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from strop.engine.kernels.cuda.lora import laid_out
 from strop.engine.train import lora
-from strop.engine.train.lora import Adapters, Added
+from strop.engine.train.lora import Adapters, Addend
 from tests.support.attention import rand
 
 
@@ -29,7 +29,7 @@ KINDS = [
 ]
 
 
-def filled(added: Added, like: Tensor) -> Tensor:
+def filled(added: Addend, like: Tensor) -> Tensor:
     added.into(y := torch.empty_like(like))
     return y
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from strop.engine.kernels.cpu.compiled import GAP, BFloat, array, inline, loop
 from strop.engine.kernels.cpu.dots import call, location, plus, spread, widened
-from strop.engine.kernels.cpu.lora import Added
+from strop.engine.kernels.cpu.lora import Addend
 from strop.engine.kernels.cpu.tile import LANES, pair
 from strop.engine.kernels.cpu.transpose import turn
 
@@ -244,7 +244,7 @@ def product(
     n, lanes, held = y.shape[1], get_num_threads(), False
     columns: tuple[tuple[int, int], ...] = ()
     thin, second, spans = x[:, :0], _NO_PAIRS, _NO_SPANS
-    if isinstance(added, Added) and added.columns is not None:
+    if isinstance(added, Addend) and added.columns is not None:
         added.alone()
         thin, second, spans, columns = added.thin, added.second, added.leave, added.columns
     elif added is not None:

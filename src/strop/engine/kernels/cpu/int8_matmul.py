@@ -20,7 +20,7 @@ from torch import Tensor
 from strop.engine.kernels.cpu.compiled import array, greater, inline, loop
 from strop.engine.kernels.protocols import FrozenProduct, Room
 from strop.engine.train import lora
-from strop.engine.train.lora import Added
+from strop.engine.train.lora import Addend
 
 HIGH = 128  # what the high part counts
 MOST = 127 * HIGH
@@ -145,7 +145,7 @@ class Products:
         self._sums = Room()  # blocks so large have pages of their own, which would be cleared for each product
 
     def layer(
-        self, x: Tensor, weight: Integers, along: bool, y: Tensor, added: Added | None = None,
+        self, x: Tensor, weight: Integers, along: bool, y: Tensor, added: Addend | None = None,
         bias: Tensor | None = None, residual: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """lora.product, of fp32, y without gaps."""
@@ -159,7 +159,7 @@ class Products:
         whole = cache(lambda: Integers.of(weight.detach()))
 
         def of_head(
-            x: Tensor, w: Tensor, along: bool, y: Tensor, added: Added | None = None, bias: Tensor | None = None,
+            x: Tensor, w: Tensor, along: bool, y: Tensor, added: Addend | None = None, bias: Tensor | None = None,
             residual: Tensor | None = None,
         ) -> Tensor:  # fmt: skip
             if weight.requires_grad or w.data_ptr() != weight.data_ptr():  # it is trained in full

@@ -266,7 +266,7 @@ def _plan_of(adapters: Adapters) -> _Plan:
 
 
 @dataclass(frozen=True)
-class Added:
+class Addend:
     """lora.Added: x (T, k), `first`, enter, `second` and leave as in _through, thin (T, rank) to be computed."""
 
     x: Tensor
@@ -291,7 +291,9 @@ class Added:
         _through(array(self.x), self.first, self.enter, self.second, leave, lanes, array(self.thin), array(onto))
 
 
-def forward(z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_empty) -> tuple[Added, tuple[Tensor, ...]]:
+def forward(
+    z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_empty
+) -> tuple[Addend, tuple[Tensor, ...]]:
     plan = _plan_of(adapters)
     first, second = plan.matrices[:2]
     for at, span, (a, b, scale) in zip(plan.ats, plan.forward[1], adapters, strict=True):
@@ -300,10 +302,10 @@ def forward(z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_em
     thin = new(len(z), plan.rank, z)
     enter, leave = plan.forward
     columns = adapters.columns if plan.alone else None
-    return Added(z, first, enter, second, leave, thin, plan.filled, columns), (thin,)
+    return Addend(z, first, enter, second, leave, thin, plan.filled, columns), (thin,)
 
 
-def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Added, Tensor]:
+def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Addend, Tensor]:
     plan, width = _plan_of(adapters), adapters.width
     first, second = plan.matrices[2:]
     for at, span, (a, b, scale) in zip(plan.ats, plan.backward[0], adapters, strict=True):
@@ -311,7 +313,7 @@ def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tupl
     enter, leave = plan.backward
     thin = grad.new_empty(len(grad), plan.rank)
     columns = None if adapters.apart else ((0, width),)
-    return Added(grad, first, enter, second, leave, thin, adapters.entered, columns), thin
+    return Addend(grad, first, enter, second, leave, thin, adapters.entered, columns), thin
 
 
 def gradients(

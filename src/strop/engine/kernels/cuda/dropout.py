@@ -10,7 +10,7 @@ from triton.language import constexpr, tensor
 
 from strop.engine.kernels.cuda.launch import kernel, part, power, rows_of, start
 from strop.engine.train import dropout
-from strop.engine.train.dropout import ROUNDS, Dropped
+from strop.engine.train.dropout import ROUNDS, DropoutSpec
 
 COUNTERS = 256  # a program: 2,048 features of a row
 MOST = 4  # adapters a launch; no family has more on one input
@@ -91,7 +91,7 @@ def _kept(
     return tl.where(drawn.to(tl.int32) >= level, of, 0.0)
 
 
-def spread(z: Tensor, dropped: Dropped, out: Tensor | None = None) -> Tensor:
+def spread(z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor:
     """As dropout.spread; `out`, without gaps, is used where it is given."""
     many = len(dropped.numbers)
     if many > MOST:
@@ -104,7 +104,7 @@ def spread(z: Tensor, dropped: Dropped, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def fold(grad: Tensor, dropped: Dropped) -> Tensor:
+def fold(grad: Tensor, dropped: DropoutSpec) -> Tensor:
     """As dropout.fold."""
     many = len(dropped.numbers)
     if many > MOST:
@@ -123,7 +123,7 @@ def _shape(n: int, many: int) -> dict[str, int]:
     return {"N": n, "COUNT": count, "MANY": many, "ROUNDS": ROUNDS, "BLOCK": block, "num_warps": max(1, block // 128)}
 
 
-def _scalars(dropped: Dropped) -> list[int]:
+def _scalars(dropped: DropoutSpec) -> list[int]:
     """seed and step as 32 bits with a sign, so that no kernel is compiled for the larger ones, numbers and levels."""
     nothing = [0] * (MOST - len(dropped.numbers))
 
