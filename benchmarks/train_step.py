@@ -127,12 +127,12 @@ def strop(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / len(batches)))
     )
     clock, losses = measured.Clock(), []
-    loss(batches[0]).backward()
+    loss.token_loss(batches[0]).backward()
     optimizer.zero_grad(set_to_none=True)
     for batch in batches:
         supervised = sum(example.supervised for example in batch)
         with clock:
-            value = loss(batch) / supervised
+            value = loss.token_loss(batch) / supervised
             value.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from strop.training.job import Job
+from tests.support.steps import changed_step
 
 
 def no_memory(calls: set[int], number: list[int]) -> Callable[[Any], None]:
@@ -28,7 +29,7 @@ def starved(job: Job, calls: set[int], recompute: list[str] | None = None) -> Jo
         return good(rows)
 
     asked = recompute if recompute is not None else []
-    return replace(job, step=replace(job.step, token_loss=compute, recompute=lambda: asked.append("recompute")))
+    return replace(job, step=changed_step(job.step, token_loss=compute, checkpoint=lambda: asked.append("recompute")))
 
 
 def curve(kind: str, losses: dict[int, float]) -> list[dict[str, Any]]:

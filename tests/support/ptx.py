@@ -107,8 +107,8 @@ OPERATIONS: dict[str, Callable[[], object]] = {
     "turn backward, no norms": lambda: turn_backward(False),
     "turn aside": lambda: turn_aside(False),
     "turn aside, back": lambda: turn_aside(True),
-    "spread": lambda: dropout.spread(nothing(T, H), dropped()),
-    "fold": lambda: dropout.fold(nothing(T, 3 * H), dropped()),
+    "apply_masks": lambda: dropout.apply_masks(nothing(T, H), dropped()),
+    "apply_masks_backward": lambda: dropout.apply_masks_backward(nothing(T, 3 * H), dropped()),
     "four bit": four_bit,
     "eight bit": lambda: dequantize.eight_bit(
         nothing(H, H, dtype=torch.int8), nothing(H, dtype=torch.float32), nothing(H, H)

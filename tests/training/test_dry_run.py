@@ -25,6 +25,7 @@ from strop.training.loop import fit
 from strop.training.oom import micro_batches
 from tests.support import tiny
 from tests.support.failures import starved
+from tests.support.steps import changed_step
 
 QUICK = {"train.max_steps": 3, "train.batch_size": 4, "lora.r": 4, "model.dtype": "fp32", "lora.dropout": 0.1}
 SHAPE = ModelShape.of(tiny.config().to_dict())
@@ -129,7 +130,7 @@ def test_it_is_rehearsed_as_the_steps_will_be_computed(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 1, "train.gradient_checkpointing": 1})
     asked: list[Any] = []
     job.state.progress.recompute = True
-    step = replace(job.step, checkpoint=asked.append, recompute=lambda: asked.append("all"))
+    step = changed_step(job.step, checkpoint=lambda layers="all": asked.append(layers))
     job = replace(job, step=step)
     rehearse(job, forecast(job, setting(job), 8 << 30), 1, mark("cpu"))
     assert asked == [1, "all"]

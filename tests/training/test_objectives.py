@@ -35,6 +35,7 @@ from tests.support import preferences, tiny
 from tests.support.families import ANSWER, tokenizer
 from tests.support.preferences import KEY, job, pairs, started, units_for
 from tests.support.runs import QUICK, run
+from tests.support.steps import changed_step
 from tests.support.tiny import far
 
 COMPARED = [name for name, one in OBJECTIVES.items() if one.learning != "prompts"]  # the others: test_groups.py
@@ -82,7 +83,7 @@ def test_same_loss_and_gradients_for_any_micro_batch_and_step(
     whole = far(started(job(tmp_path / "whole", train, **options)))
     pieces = job(tmp_path / "pieces", train, plain=plain, **{**options, **cut})
     if cut.get("train.gradient_checkpointing"):
-        pieces.step.recompute()
+        pieces.step.checkpoint()
     pieces = far(started(pieces))
     expected, found = gradients(whole), gradients(pieces)
     parts = micro_batches(pieces, pieces.train)
@@ -97,8 +98,7 @@ def test_prompts_shared_by_pairs_change_nothing(tmp_path: Path) -> None:
     train = pairs(8, alike=True)
     shared = far(started(job(tmp_path / "a", train, **{"train.objective": "dpo"})))
     apart = job(tmp_path / "b", train, **{"train.objective": "dpo"})
-    fast = apart.step.log_probs.__self__  # type: ignore[attr-defined]
-    fast.prefix_sharing = False
+    apart.step.prefix_sharing = False
     apart = far(started(apart))
     (loss, grads), (other, others) = gradients(shared), gradients(apart)
     assert loss == pytest.approx(other, rel=1e-6)
@@ -240,7 +240,7 @@ def test_an_evaluation_that_is_not_finite_is_told_and_never_the_best(tmp_path: P
     def spoiled(function: Any) -> Any:
         return lambda rows: function(rows) * (1.0 if torch.is_grad_enabled() else math.nan)
 
-    step = replace(
+    step = changed_step(
         made.step, log_probs=spoiled(made.step.log_probs), last_hidden=spoiled(made.step.last_hidden)
     )  # the reference is known already
     fit(replace(made, step=step))
@@ -255,7 +255,7 @@ def test_an_evaluation_that_is_not_finite_is_told_and_never_the_best(tmp_path: P
 def test_a_first_step_without_a_gradient_or_a_move_stops_the_run(tmp_path: Path) -> None:
     """on record, 9: the loss says nothing of it."""
     made = started(job(tmp_path / "a", pairs(8), **{"train.objective": "dpo", "train.max_steps": 2}))
-    stuck = replace(made, step=replace(made.step, log_probs=lambda rows: made.step.log_probs(rows) * 0.0))
+    stuck = replace(made, step=changed_step(made.step, log_probs=lambda rows: made.step.log_probs(rows) * 0.0))
     with pytest.raises(RunError, match="gradient of the first step is zero"):
         fit(stuck)
     made = started(job(tmp_path / "b", pairs(8), **{"train.objective": "simpo", "train.max_steps": 2}))

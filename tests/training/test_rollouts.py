@@ -25,6 +25,7 @@ from strop.training.oom import micro_batches
 from strop.training.rollouts import OfGroups
 from tests.support.groups import job, prompts, rewarding, write_prompts, write_reward
 from tests.support.runs import QUICK, run
+from tests.support.steps import changed_step
 from tests.support.tiny import far
 
 GROUPS = [
@@ -68,7 +69,7 @@ def test_same_loss_and_gradients_for_any_micro_batch_and_step(
     items = drawn(whole)
     pieces = job(tmp_path / "pieces", rows, plain=plain, **{**options, **cut})
     if cut.get("train.gradient_checkpointing"):
-        pieces.step.recompute()
+        pieces.step.checkpoint()
     expected, found = gradients(far(whole), items), gradients(far(pieces), items)
     assert abs(expected[0]) > 1e-6 and found[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-8)
     for name, grad in expected[1].items():
@@ -222,7 +223,9 @@ def test_a_gradient_that_reaches_nothing_stops_the_run(tmp_path: Path) -> None:
     """On record, 9: rewards differ, and the gradient is zero."""
     made = job(tmp_path, prompts(4), **{"train.max_steps": 2})
     whole = made.step.token_log_probs
-    stuck = replace(made, step=replace(made.step, token_log_probs=lambda rows: whole(rows).detach() + whole(rows) * 0))
+    stuck = replace(
+        made, step=changed_step(made.step, token_log_probs=lambda rows: whole(rows).detach() + whole(rows) * 0)
+    )
     with pytest.raises(RunError, match="rewards differ and the gradient is zero"):
         fit(stuck)
 

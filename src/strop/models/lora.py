@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from strop.config.schema import LoraSection
-from strop.engine.train.linear import adapts_linear_weight
+from strop.engine.train.peft_modules import adapts_linear_weight
 from strop.errors import ModelError, RecipeError, nearest
 from strop.models.experts import by_parameter, expert_parameters, is_experts, sizes, sum_experts_once
 from strop.models.multimodal import in_text, text_path

@@ -38,7 +38,7 @@ def hold_to_order(job: Job, items: Sequence[Item]) -> None:
         [found] = job.devices.turns(lambda rank: [rows], job.step.token_log_probs, backward=False)
     row, behind, in_front = found.view(3, -1)
     job.model.train()
-    job.step.release()
+    job.step.release_buffers()
     change, beside = (float((other - row).abs().median()) for other in (behind, in_front))
     if change > max(NATS, SHARE * beside):
         raise ModelError(f"{config.model_type}: {AHEAD}", fix=fix)

@@ -49,6 +49,6 @@ def _measured(job: Job, step: Step, rows: Sequence[Item]) -> tuple[float, Tensor
     loss.backward()  # type: ignore[no-untyped-call]
     gradient = torch.cat([weight.grad.flatten() for weight in job.state.weights.values() if weight.grad is not None])
     job.state.optimizer.zero_grad(set_to_none=True)
-    step.release()
+    step.release_buffers()
     set_random_states(random, job.state.device)
     return float(loss.detach()), gradient

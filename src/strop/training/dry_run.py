@@ -116,10 +116,10 @@ def batch_of(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> MicroB
         longest = max(len(example) for example in examples)
         return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), more)
     lay_out = pack if isinstance(items[0], Example) else pack_separately
-    packed = lay_out(examples, prefix_sharing=job.step.shares, device=torch.device("cpu"))
+    packed = lay_out(examples, prefix_sharing=job.step.prefix_sharing, device=torch.device("cpu"))
     documents = packed.documents.shapes(in_buckets=not tiles)
     scored = isinstance(job.criterion, OfAnswers) and job.criterion.objective.scored
-    return MicroBatch(len(packed.ids), len(examples) if scored else len(packed.picked), documents, more)
+    return MicroBatch(len(packed.ids), len(examples) if scored else len(packed.label_rows), documents, more)
 
 
 def _candidates(job: Job, setting: Setting) -> list[tuple[list[Item], bool]]:

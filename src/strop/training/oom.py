@@ -30,7 +30,7 @@ def micro_batches(job: Job, items: Sequence[Item]) -> list[list[int]]:
 
     With train.exact there are SLOTS of them at least, where there are as many rows: they are dealt out to devices, and
     must not depend on the number of these."""
-    lengths = [item.computed(job.step.packed, job.step.shares) for item in items]
+    lengths = [item.computed(job.step.packed, job.step.prefix_sharing) for item in items]
     train, (size, unit) = job.recipe.train, _cut(job)
     if train.exact:
         size = min(size, -(-(len(items) if unit == "rows" else sum(lengths)) // SLOTS))
@@ -47,12 +47,11 @@ def go_on_shrunk(job: Job) -> None:
     if isinstance(layers, int):
         job.step.checkpoint(layers)
     if job.state.progress.recompute:
-        job.step.recompute()
+        job.step.checkpoint()
     if job.state.progress.offload:
-        assert job.step.offload is not None
         job.step.offload()
     if job.state.progress.streamed and job.stream is not None:
-        job.step.exchange(job.stream)
+        job.step.replace_weights(job.stream)
 
 
 def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> T:
@@ -74,7 +73,7 @@ def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> 
         # not inside the handler: its traceback holds on to the tensors of the step that failed
         job.state.optimizer.zero_grad(set_to_none=True)
         gc.collect()
-        job.step.release()
+        job.step.release_buffers()
         give_back()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -97,15 +96,15 @@ def _shrink(job: Job, items: Sequence[Item], said: str) -> None:
         to = f"micro-batches of {number} {unit}, {len(after)} in place of {len(before)}"
     elif not progress.recompute:
         progress.halvings, progress.recompute = halvings, True
-        job.step.recompute()
+        job.step.checkpoint()
         to = "gradient checkpointing"
-    elif job.step.offload is not None and not progress.offload:
+    elif job.step.can_offload and not progress.offload:
         progress.halvings, progress.offload = halvings, True
         job.step.offload()
         to = "gradient checkpointing with the inputs of layers in the host's memory"
     elif job.stream is not None and not progress.streamed:
         progress.halvings, progress.streamed = halvings, True
-        job.step.exchange(job.stream)
+        job.step.replace_weights(job.stream)
         give_back()
         to = "weights that are dequantized when they are needed"
     else:

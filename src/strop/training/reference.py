@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from strop.data.examples import Lazy
 from strop.data.types import Unit
+from strop.engine.step import Step
 from strop.errors import CheckpointError, RunError
 from strop.runs.folder import disk_faults, fsync_folder, share
 from strop.training.criteria import BLOCK, OfAnswers, beside, log_probs
@@ -135,7 +137,7 @@ def _start(job: Job, key: Mapping[str, str]) -> Mapping[str, Tensor]:
 def _loss(job: Job, units: Sequence[Unit], values: Tensor) -> float:
     """The loss of an effective batch whose log-probabilities are these."""
     sums = values[:, : len(units[0].examples)].flatten()
-    step = replace(job.step, log_probs=lambda examples: sums)
+    step = cast(Step, SimpleNamespace(log_probs=lambda examples: sums))
     return float(job.criterion.loss(step, units, 0.0)[0]) / job.criterion.divisor(units)
 
 

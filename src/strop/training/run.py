@@ -234,7 +234,7 @@ def _execute(
             ended, key = "steps", reference_key(setup)
             if recipe.model.device == "cpu":  # CUDA says by itself when there is no more
                 free = probe().free_bytes // devices.local_world
-                job.step.watch(MemoryWatch(setup.machine.memory_bytes, free))
+                job.step.set_memory_watch(MemoryWatch(setup.machine.memory_bytes, free))
             usable = usable_bytes(setup.machine, recipe.model.device)
             here = torch.get_num_threads(), devices.world
             expected = forecast(job, Setting.of(recipe, setup.shape, setup.parameters, *here), usable)
@@ -281,7 +281,7 @@ def _job(
     data = setup.data
     base, of, stream = model.get_base_model(), recipe.model, None
     if devices.base is not None:
-        step.gather(devices.base)
+        step.set_weight_gatherer(devices.base)
     elif of.quantization != "none" and of.resident_layers:
         how = (of.quantization, of.double_quantization, DTYPES[of.dtype])
         stream = partial(stream_weights, base, setup.source, *how)

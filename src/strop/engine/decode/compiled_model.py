@@ -16,7 +16,8 @@ from strop.engine.decode.exact_argmax import Screen, screen_for
 from strop.engine.decode.sampling import Seen
 from strop.engine.kernels.dispatch import answering_loops
 from strop.engine.layers import DecoderLayers, NormSpec, activation_parameters
-from strop.engine.train.linear import Quantized, base_of
+from strop.engine.train.linear import Quantized
+from strop.engine.train.peft_modules import base_of
 from strop.machine.malloc import own_pages
 from strop.models.families.layers import ACTIVATIONS
 

@@ -88,7 +88,7 @@ class Processor:
         if self.integers is not None:
             return cast(FrozenProduct, self.integers.layer)
         if not self.tiles or not probe().has_products(sizes):
-            return lora.product
+            return lora.frozen_matmul
         from strop.engine.kernels.cpu import bf16_matmul  # its import starts threads
 
         return bf16_matmul.product

@@ -61,11 +61,11 @@ class LoraProducts(Protocol):
 
 
 class FrozenProduct(Protocol):
-    """x W^T and what is added to it; meaning in lora.product."""
+    """x W^T and what is added to it; meaning in lora.frozen_matmul."""
 
     def __call__(
-        self, x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Addend | None = None, bias: Tensor | None = None,
-        residual: Tensor | None = None,
+        self, x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Addend | None = None,
+        bias: Tensor | None = None, residual: Tensor | None = None,
     ) -> Tensor: ...  # fmt: skip
 
 

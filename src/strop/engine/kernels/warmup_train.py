@@ -51,7 +51,7 @@ def exercise(dtype: torch.dtype, models: str = ALL, part: str = "") -> None:
         # Alike at their beginning, and long enough for it to be shared.
         rows = [Example(np.arange(n, dtype=np.int32), (np.arange(n) > 0).astype(np.float32), "", 0) for n in (12, 15)]
         step = FastLoss(adapted.train(), warm=False, integers=models == INTEGERS)
-        result = step.last_hidden(rows).sum() if part == "attention" else step(rows)
+        result = step.last_hidden(rows).sum() if part == "attention" else step.token_loss(rows)
         result.backward()  # type: ignore[no-untyped-call]
 
 

@@ -1,8 +1,7 @@
-"""What the fast step must decline in a model, in words for the user."""
+"""Whether the fast step can train a model as it is in memory, or why not."""
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -13,138 +12,82 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
+from strop.engine.eligibility import active_dropout, why_architecture_unsupported, why_config_not_fast
 from strop.engine.train.dropout import CounterDropout
-from strop.engine.train.linear import Quantized, adapts_linear_weight, base_of
-from strop.engine.train.peft_modules import used
-from strop.models.families.layers import (
-    FAMILIES,
-    Family,
-    linears,
-    load_balancing,
-    norms_of,
-    own_parts,
-    rotary_of,
-    text_of,
-)
+from strop.engine.train.linear import Quantized
+from strop.engine.train.peft_modules import adapts_linear_weight, base_of, current_module
+from strop.models.families.layers import FAMILIES, Family, linears, norms_of, own_parts, text_of
 
+# Parts of the names of parameters that the fast step trains.
 TRAINED = (
     ".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".trainable_tokens_delta.",
-    ".score.modules_to_save.",  # a reward's head
+    ".score.modules_to_save.",  # the head of a reward model
 )  # fmt: skip
-ADAPTERS = ("lora_", "trainable_tokens_", "modules_to_save.")  # in the names of weights that are not the base's
-DROPOUTS = (
-    "attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout", "hidden_dropout", "embedding_dropout",
-    "router_jitter_noise",
-)  # fmt: skip
+ADAPTERS = ("lora_", "trainable_tokens_", "modules_to_save.")  # parts of the names of parameters outside the base
 
 
 def find_model_dropout(model: nn.Module) -> str | None:
-    """Dropout that is the model's own, by name: it is drawn by micro-batch, and not by row as that of adapters is."""
-    found = (name for name, module in model.named_modules() if type(module) is nn.Dropout and module.p > 0)
-    config: Any = model.config
-    active = (name for name in DROPOUTS if getattr(config.get_text_config(), name, 0))
-    return next(chain(active, found), None)
+    """Return the name of an active dropout of the model itself, in its config or among its modules."""
+    modules = (name for name, module in model.named_modules() if type(module) is nn.Dropout and module.p > 0)
+    return active_dropout(cast(Any, model).config.get_text_config()) or next(modules, None)
 
 
 def uses_llama_kernels(model: nn.Module) -> bool:
-    """Whether the step calls no other loops of a CPU than those of a Llama with plain LoRA: no LayerNorm, no activation
-    that gates nothing, no rotary embedding aside; no dropout, DoRA or trained norm."""
+    """Return whether the step calls only the compiled CPU kernels that a Llama with plain LoRA needs.
+
+    This excludes LayerNorm, ungated activations, rotary embedding outside of attention, dropout, DoRA, trained norms.
+    """
     text = cast(Any, model).config.get_text_config()
-    family, names = FAMILIES[text.model_type], dict(model.named_parameters())
+    family, parameters = FAMILIES[text.model_type], dict(model.named_parameters())
+    trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     return (
         family.gated
         and not (family.layer_norm or family.aside)
         and not any(isinstance(module, CounterDropout) and module.p for module in model.modules())
-        and not any("magnitude_vector" in name or "modules_to_save" in name for name in names)
-        and all("lora_" in name or "trainable_tokens_" in name for name, one in names.items() if one.requires_grad)
+        and not any("magnitude_vector" in name or "modules_to_save" in name for name in parameters)
+        and all("lora_" in name or "trainable_tokens_" in name for name in trained)
     )
 
 
 def why_not_fast(model: nn.Module) -> str | None:
-    """Why the fast step cannot compute this model; None where it can."""
+    """Return why the fast step cannot train this model, or None if it can."""
     if not isinstance(model, PeftModel):
         return "the model has no peft adapter"
     base: Any = model.get_base_model()
-    kind = base.config.get_text_config().model_type
-    family = FAMILIES.get(kind)
-    if family is None:
-        return f"model family {kind} is not in the table of the fast step"
+    config = base.config.get_text_config()
+    why = why_config_not_fast(config, device=base.get_output_embeddings().weight.device.type)
+    if why is not None:
+        return why
     decoder, config = text_of(base)
-    active = next((f"{name} above 0" for name in DROPOUTS if getattr(config, name, 0)), None)
-    active = active or ("output_router_logits: a loss that balances experts" if load_balancing(config) else None)
-    return (
-        why_base_unsupported(base, decoder, config, family)
-        or _unsupported_adapter(model, base, decoder, family)
-        or active
+    family = FAMILIES[config.model_type]
+    return why_base_unsupported(base, decoder, config, family) or _why_adapters_unsupported(
+        model, base, decoder, family
     )
 
 
-def _unsupported_adapter(model: Any, base: Any, decoder: Any, family: Family) -> str | None:
-    known = {id(module) for layer in decoder.layers for group in linears(layer, family) for module in group}
-    parts = list(own_parts(decoder, family))
-    own = {id(module) for part in parts for module in part.modules()}
-    head = base.get_output_embeddings()
-    for name, module in base.named_modules():
-        if isinstance(module, LoraLayer) and id(module) not in own:
-            if (odd := why_adapter_unsupported(name, module, {*known, id(head)})) is not None:
-                return odd
-            if module is head and module.lora_variant:
-                return "DoRA on the output head"
-            if module.lora_variant and len(module.active_adapters) > 1:
-                return f"{name}: DoRA with several adapters"
-            if any(type(one) not in (nn.Identity, nn.Dropout, CounterDropout) for one in module.lora_dropout.values()):
-                return f"{name}: a dropout of its own"
-    for name, module in base.named_modules():
-        if isinstance(module, TrainableTokensWrapper) and (odd := _odd_tokens(name, module, base)) is not None:
-            return odd
-    biases = [base_of(module).bias for layer in decoder.layers for group in linears(layer, family) for module in group]
-    whole = [used(module) for module in (head, decoder.get_input_embeddings(), *norms_of(decoder, family))]
-    parameters = [one for module in whole for one in base_of(module).parameters()]
-    theirs = [one for part in parts for one in part.parameters()]
-    taken = {id(one) for one in (*biases, *parameters, *theirs)}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in taken and not any(part in name for part in TRAINED):
-            return f"{name} is trained in full"
-    return None
-
-
-def _odd_tokens(name: str, module: TrainableTokensWrapper, base: Any) -> str | None:
-    """Why rows that are trained are not those of the embedding or of the head."""
-    head = base.get_output_embeddings()
-    if module is not head and module is not base.get_input_embeddings():
-        return f"rows of {name} are trained"
-    if module is head and base_of(module).bias is not None:
-        return "new tokens in front of a head with a bias"  # which peft leaves out
-    adapter = module.token_adapter
-    if len([one for one in adapter.active_adapters if one in adapter.trainable_tokens_delta]) > 1:
-        return "new tokens of several adapters"
-    return "new tokens that are merged" if adapter.merged else None
-
-
 def why_adapter_unsupported(name: str, module: LoraLayer, known: set[int]) -> str | None:
-    """Why a layer with adapters is not LoRA or DoRA on one of the `known` linear layers (by id)."""
+    """Return why a layer's adapter is not LoRA or DoRA on one of the linear layers `known` (by id)."""
     if id(module) not in known:
         return f"an adapter on {name}"
-    variants = [x for x in module.lora_variant.values() if type(x) is not DoraLinearVariant]
-    uses_llama_kernels = type(module) is PeftLinear or adapts_linear_weight(module)
-    if not uses_llama_kernels or variants or any(module.lora_bias.values()):
+    variants = [variant for variant in module.lora_variant.values() if type(variant) is not DoraLinearVariant]
+    on_linear = type(module) is PeftLinear or adapts_linear_weight(module)
+    if not on_linear or variants or any(module.lora_bias.values()):
         return f"{name}: a variant of LoRA ({type(module).__name__})"
     return f"{name}: its adapter is merged" if module.merged else None
 
 
 def why_base_unsupported(base: Any, decoder: Any, config: Any, family: Family) -> str | None:
-    """Why a model of a known family is not computed by its row of the table, adapters aside."""
+    """Return why a base model of a known family is not computed as its entry in the table says."""
     for layer in decoder.layers:
         for module in (base_of(module) for group in linears(layer, family) for module in group):
             if type(module) is not nn.Linear and not isinstance(module, Quantized):
                 return f"unknown weights ({type(module).__name__})"
-    parts = [decoder, base.get_output_embeddings()]
-    theirs = {id(p) for part in own_parts(decoder, family) for p in part.parameters()}  # routers are in fp32, in some
+    own = {id(p) for part in own_parts(decoder, family) for p in part.parameters()}  # some have routers in fp32
     named = [
         (name, p)
-        for part in parts
+        for part in (decoder, base.get_output_embeddings())
         for name, p in part.named_parameters()
-        if id(p) not in theirs and not any(word in name for word in ADAPTERS)
+        if id(p) not in own and not any(word in name for word in ADAPTERS)
     ]
     weights = [  # a trained bias is in fp32
         p for name, p in named if p.is_floating_point() and not (p.requires_grad and name.endswith("bias"))
@@ -156,28 +99,55 @@ def why_base_unsupported(base: Any, decoder: Any, config: Any, family: Family) -
         return "base weights of several types or on several devices"
     if weights[0].dtype not in (torch.float32, torch.bfloat16, torch.float64):
         return f"base weights in {weights[0].dtype}"
-    for name in ("qk_layernorm", "use_qk_norm"):  # a weight for each head and number (StableLM, Cohere), LayerNorms
-        if family.layer_norm and getattr(config, name, False):
-            return f"{name}: norms of q and k that are not RMS norms"
-    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):  # of Gemma 4 "vision": not of text
-        return "use_bidirectional_attention"
+    if (why := why_architecture_unsupported(config, weights[0].device.type)) is not None:
+        return why
     if any(
         getattr(layer, name, None) is not None for layer in decoder.layers for name in ("experts", "block_sparse_moe")
     ):
-        return "experts beside the MLP"
-    if weights[0].device.type != "cpu":  # PyTorch's own attention knows neither
-        if getattr(config, "attn_logit_softcapping", None):
-            return "attn_logit_softcapping outside of a CPU"
-        if family.sinks:
-            return "attention sinks outside of a CPU"
-        if family.per_layer:
-            return "norms of values outside of a CPU"
-    if getattr(config, "clip_qkv", None):
-        return "clip_qkv"
+        return "experts next to the MLP"
     if config.model_type.startswith("gemma") and not hasattr(base_of(decoder.get_input_embeddings()), "embed_scale"):
         return "a transformers version that scales the embeddings outside of them"
-    kind = getattr(rotary_of(decoder), "rope_type", "default")
-    for rope in kind.values() if isinstance(kind, dict) else [kind]:
-        if rope in ("dynamic", "longrope"):  # the angles depend on the longest row of the batch
-            return f"rotary embedding of type {rope}"
     return None
+
+
+def _why_adapters_unsupported(model: Any, base: Any, decoder: Any, family: Family) -> str | None:
+    known = {id(module) for layer in decoder.layers for group in linears(layer, family) for module in group}
+    parts = list(own_parts(decoder, family))
+    own = {id(module) for part in parts for module in part.modules()}
+    head = base.get_output_embeddings()
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer) and id(module) not in own:
+            if (why := why_adapter_unsupported(name, module, {*known, id(head)})) is not None:
+                return why
+            if module is head and module.lora_variant:
+                return "DoRA on the output head"
+            if module.lora_variant and len(module.active_adapters) > 1:
+                return f"{name}: DoRA with several adapters"
+            dropouts = module.lora_dropout.values()
+            if any(type(dropout) not in (nn.Identity, nn.Dropout, CounterDropout) for dropout in dropouts):
+                return f"{name}: a custom dropout"
+    for name, module in base.named_modules():
+        why = _why_tokens_unsupported(name, module, base) if isinstance(module, TrainableTokensWrapper) else None
+        if why is not None:
+            return why
+    biases = [base_of(module).bias for layer in decoder.layers for group in linears(layer, family) for module in group]
+    dense = [current_module(module) for module in (head, decoder.get_input_embeddings(), *norms_of(decoder, family))]
+    dense_parameters = [parameter for module in dense for parameter in base_of(module).parameters()]
+    own_parameters = [parameter for part in parts for parameter in part.parameters()]
+    supported = {id(parameter) for parameter in (*biases, *dense_parameters, *own_parameters)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in supported and not any(part in name for part in TRAINED):
+            return f"{name} is trained in full"
+    return None
+
+
+def _why_tokens_unsupported(name: str, module: TrainableTokensWrapper, base: Any) -> str | None:
+    head = base.get_output_embeddings()
+    if module is not head and module is not base.get_input_embeddings():
+        return f"rows of {name} are trained"
+    if module is head and base_of(module).bias is not None:
+        return "new tokens with an output head that has a bias"  # which peft ignores
+    adapter = module.token_adapter
+    if len([name for name in adapter.active_adapters if name in adapter.trainable_tokens_delta]) > 1:
+        return "new tokens of several adapters"
+    return "new tokens that are merged" if adapter.merged else None

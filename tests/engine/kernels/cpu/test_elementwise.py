@@ -21,7 +21,7 @@ from strop.engine.kernels.cpu import norms as row_loops
 from strop.engine.kernels.protocols import apply
 from strop.engine.layers import activation_parameters
 from strop.engine.train.attention import ApplyRope, Heads
-from strop.engine.train.packing import lay_out
+from strop.engine.train.packing import build_layout
 from strop.models.families.layers import ACTIVATIONS
 from tests import ROOT
 
@@ -163,7 +163,7 @@ def test_heads(dtype: torch.dtype, turned: int, group: int) -> None:
     cos, sin = (rand(torch.float32, tokens, turned) if turned else None for _ in range(2))
     turn: Any = (cos, sin, 0.7 if turned else 1.0)
     slots = [np.array([[0, 1, 3], [0, 1, -1]]), np.array([[0, 5, 4, 2]])]  # rows in several places, row 6 in none
-    places = lay_out([(rows, rows) for rows in slots], tokens, torch.device("cpu")).queries
+    places = build_layout([(rows, rows) for rows in slots], tokens, torch.device("cpu")).queries
     spread = eager.to_heads(x, *turn, places, group)
     assert_same(elementwise.to_heads(x, *turn, places, group), spread)
     whole = spread[: 2 * heads * 3].view(2, heads // group, 3, group, d)  # the first bucket, as attention reads it
@@ -230,7 +230,7 @@ from strop.models.lora import add_lora, trainable
 from tests.support import tiny
 torch.manual_seed(0)
 model = add_lora(tiny.model(), LoraSection(r=2, alpha=4), None)
-FastLoss(model)(tiny.examples(6)).backward()
+FastLoss(model).token_loss(tiny.examples(6)).backward()
 grads = b"".join(weight.grad.numpy().tobytes() for weight in trainable(model).values())
 print(hashlib.sha256(grads).hexdigest())
 """

@@ -202,13 +202,13 @@ def test_dropout_has_the_bits_that_a_cpu_has(dtype: torch.dtype, rows: int, widt
     tokens = torch.randint(-(2**63), 2**63 - 1, (rows,))
     numbers = (3, 17, 2**31 - 1, 0, 5)[:adapters]
     for key in ((0, 0), (2**32 - 5, 2**31 + 7)):
-        drawn = dropout.draws(tokens, torch.tensor(numbers), torch.tensor(key), width)
+        drawn = dropout.random_bits(tokens, torch.tensor(numbers), torch.tensor(key), width)
         levels = (int(drawn[0, 0, -1]), 0, 65535, 1, 40000)[:adapters]  # the first is drawn, and kept
         dropped = DropoutSpec(*key, tokens, numbers, levels)
         x = made(rows, width, dtype=dtype, apart=True)
-        assert torch.equal(drops.spread(x, dropped), dropout.spread(x, dropped))
+        assert torch.equal(drops.apply_masks(x, dropped), dropout.apply_masks(x, dropped))
         grad = made(rows, adapters * width, dtype=dtype)
-        close(drops.fold(grad, dropped), dropout.fold(grad.double(), dropped))
+        close(drops.apply_masks_backward(grad, dropped), dropout.apply_masks_backward(grad.double(), dropped))
 
 
 @pytest.mark.parametrize("double", [False, True])

@@ -239,13 +239,13 @@ def product(
     x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Any = None, bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """lora.product, of bf16; both sides of the weight multiples of UNIT, y without gaps."""
+    """lora.frozen_matmul, of bf16; both sides of the weight multiples of UNIT, y without gaps."""
     assert bias is None or bias.dtype == x.dtype
     n, lanes, held = y.shape[1], get_num_threads(), False
     columns: tuple[tuple[int, int], ...] = ()
     thin, second, spans = x[:, :0], _NO_PAIRS, _NO_SPANS
     if isinstance(added, Addend) and added.columns is not None:
-        added.alone()
+        added.finish_projection()
         thin, second, spans, columns = added.thin, added.second, added.leave, added.columns
     elif added is not None:
         added.into(y)

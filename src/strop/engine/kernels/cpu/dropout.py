@@ -94,13 +94,13 @@ def _of(dropped: DropoutSpec) -> Any:
     return *key, array(dropped.tokens), np.array(dropped.numbers), np.array(dropped.levels, dtype=np.uint16)
 
 
-def spread(z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor:
+def apply_masks(z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor:
     out = z.new_empty(len(z), len(dropped.numbers) * z.shape[1]) if out is None else out
     _spread(array(z.contiguous()), array(out), *_of(dropped))
     return out
 
 
-def fold(grad: Tensor, dropped: DropoutSpec) -> Tensor:
+def apply_masks_backward(grad: Tensor, dropped: DropoutSpec) -> Tensor:
     out = torch.empty(len(grad), grad.shape[1] // len(dropped.numbers), dtype=grad.dtype)
     _fold(array(grad), array(out), *_of(dropped))
     return out

@@ -218,7 +218,7 @@ class _Plan:
 
 
 @lru_cache(maxsize=64)
-def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any, apart: bool) -> _Plan:
+def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any, separate_inputs: bool) -> _Plan:
     """thread: whose room it is. apart: each adapter has its own `width` columns of z."""
     slots = [-(-rank // LANES) * LANES for rank in ranks]
     ats = [sum(slots[:i]) for i in range(len(slots))]
@@ -237,7 +237,7 @@ def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any, apart:
 
     # Of z to thin, of thin to the gradient of z, and of the gradient of A: all adapters at once, or each its own.
     enter, leave, of_a = [(0, width, 0, total, 0)], [(0, total, 0, width, 0, 0)], [(0, total, 0, width, total, 0)]
-    if apart:
+    if separate_inputs:
         own = [(at, slot, i * width) for i, (at, slot) in enumerate(zip(ats, slots, strict=True))]
         enter = [(begin, width, at, slot, at * (width // 2)) for at, slot, begin in own]
         leave = [(at, slot, begin, width, at // 2 * width, 0) for at, slot, begin in own]
@@ -261,7 +261,7 @@ def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any, apart:
 
 
 def _plan_of(adapters: Adapters) -> _Plan:
-    about = adapters.width, adapters.ranks, adapters.columns, adapters.scales, adapters.apart
+    about = adapters.width, adapters.ranks, adapters.columns, adapters.scales, adapters.separate_inputs
     return _plan(threading.get_ident(), *about)
 
 
@@ -283,7 +283,7 @@ class Addend:
             y.zero_()
         self._pass(self.leave, y)
 
-    def alone(self) -> None:
+    def finish_projection(self) -> None:
         self._pass(self.leave[:0], self.thin)
 
     def _pass(self, leave: Any, onto: Tensor) -> None:
@@ -297,7 +297,7 @@ def forward(
     plan = _plan_of(adapters)
     first, second = plan.matrices[:2]
     for at, span, (a, b, scale) in zip(plan.ats, plan.forward[1], adapters, strict=True):
-        begin, step = (at * (adapters.width // 2), span[1]) if adapters.apart else (at, plan.rank)
+        begin, step = (at * (adapters.width // 2), span[1]) if adapters.separate_inputs else (at, plan.rank)
         _lay_forward(array(a), array(b), np.float32(scale), first[begin:], step, second[span[4] :])
     thin = new(len(z), plan.rank, z)
     enter, leave = plan.forward
@@ -312,8 +312,8 @@ def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tupl
         _lay_backward(array(a), array(b), np.float32(scale), first[span[4] :], span[3], second[at // 2 * width :])
     enter, leave = plan.backward
     thin = grad.new_empty(len(grad), plan.rank)
-    columns = None if adapters.apart else ((0, width),)
-    return Addend(grad, first, enter, second, leave, thin, adapters.entered, columns), thin
+    columns = None if adapters.separate_inputs else ((0, width),)
+    return Addend(grad, first, enter, second, leave, thin, adapters.input_columns, columns), thin
 
 
 def gradients(

@@ -40,7 +40,7 @@ class Operands:
     ) -> list[Tensor]:
         ranks, same = list(adapters.ranks), len(set(adapters.scales)) == 1
         columns = torch.split(grad_za, ranks, 1)
-        if adapters.apart:
+        if adapters.separate_inputs:
             inputs = torch.split(z, adapters.width, 1)
             of_a = [_wide(part.t(), input) for part, input in zip(columns, inputs, strict=True)]
             of_a = [part.mul_(scale) for part, scale in zip(of_a, adapters.scales, strict=True)]

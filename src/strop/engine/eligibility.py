@@ -1,0 +1,116 @@
+"""Whether the fast step can train a model, or why not, as far as its config and the LoRA settings decide it.
+
+This is the answer of `strop plan`, and it needs neither torch nor weights. train/eligibility.py asks the same functions
+when a run starts, and then checks what only the model itself shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from strop.config.schema import LoraSection
+from strop.models.families.layers import FAMILIES, Family
+from strop.models.targets import EMBEDDINGS
+
+# Dropout of the model itself. Its masks depend on the micro-batch, unlike those of the adapters' dropout.
+DROPOUT_FIELDS = (
+    "attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout", "hidden_dropout", "embedding_dropout",
+    "router_jitter_noise",
+)  # fmt: skip
+EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+LONG_ROPE = {"su", "yarn"}  # older names of longrope in the configs of Phi-3
+
+
+def why_config_not_fast(
+    config: Any, *, device: str, dtype: str = "", lora: LoraSection | None = None, targets: Sequence[str] = ()
+) -> str | None:
+    """Return why the fast step cannot train a model, or None if config and settings do not rule it out.
+
+    Args:
+        config: The model's text config, of transformers or as a mapping.
+        device: "cpu", "cuda", "cuda:0", "mps".
+        dtype: The dtype of the base weights as recipes name it.
+        lora: The LoRA settings; None skips their checks.
+        targets: The names of the modules that get adapters.
+    """
+    why = why_architecture_unsupported(config, device) or _why_loss_unsupported(config)
+    if why is None and dtype == "fp16":
+        why = "base weights in fp16"
+    if why is None and lora is not None:
+        why = _why_lora_unsupported(lora, targets, FAMILIES[_get(config, "model_type")])
+    return why
+
+
+def why_architecture_unsupported(config: Any, device: str) -> str | None:
+    """Return why the layers of a model are not computed as its entry in the families table says."""
+    name = _get(config, "model_type")
+    family = FAMILIES.get(name)
+    if family is None:
+        return f"model family {name} is not in the table of the fast step"
+    for field in (
+        "qk_layernorm",
+        "use_qk_norm",
+    ):  # LayerNorms with a weight for each head and feature (StableLM, Cohere)
+        if family.layer_norm and _get(config, field):
+            return f"{field}: norms of q and k that are not RMSNorm"
+    if _get(config, "use_bidirectional_attention") in (True, "all"):  # Gemma 4 says "vision": not for text
+        return "use_bidirectional_attention"
+    if _get(config, "clip_qkv"):
+        return "clip_qkv"
+    has_experts = _get(config, "enable_moe_block") is not False and any(
+        (_get(config, field) or 1) > 1 for field in EXPERT_FIELDS
+    )
+    if has_experts and not family.mixture:
+        return "experts next to the MLP"
+    if device.partition(":")[0] != "cpu":  # PyTorch's attention supports none of these
+        if _get(config, "attn_logit_softcapping"):
+            return "attn_logit_softcapping outside of a CPU"
+        if family.sinks:
+            return "attention sinks outside of a CPU"
+        if family.per_layer:
+            return "norms of values outside of a CPU"
+    for rope in rope_types(config):
+        if rope in ("dynamic", "longrope"):  # the angles depend on the longest row of the batch
+            return f"rotary embedding of type {rope}"
+    return None
+
+
+def active_dropout(config: Any) -> str | None:
+    """Return the name of a dropout rate above 0 in the model's config."""
+    return next((field for field in DROPOUT_FIELDS if _get(config, field)), None)
+
+
+def rope_types(config: Any) -> list[str]:
+    """Return the types of rotary embedding that a config names."""
+    section = _get(config, "rope_parameters") or _get(config, "rope_scaling") or {}
+    if not isinstance(section, Mapping):
+        return []
+    nested = section and all(isinstance(value, Mapping) for value in section.values())
+    types = [str(part.get("rope_type") or part.get("type")) for part in (section.values() if nested else [section])]
+    return ["longrope" if _get(config, "model_type") == "phi3" and name in LONG_ROPE else name for name in types]
+
+
+def _why_loss_unsupported(config: Any) -> str | None:
+    field = active_dropout(config)
+    if field is not None:
+        return f"{field} above 0"
+    if _get(config, "output_router_logits") and _get(config, "router_aux_loss_coef"):
+        return "output_router_logits: a loss that balances experts"
+    return None
+
+
+def _why_lora_unsupported(lora: LoraSection, targets: Sequence[str], family: Family) -> str | None:
+    on_head = "lm_head" in targets
+    if lora.use_dora and on_head:
+        return "DoRA on the output head"
+    if lora.new_tokens and on_head:
+        return "new tokens with an adapter on the output head"
+    trained_kinds = (*EMBEDDINGS, *family.norms, family.q_norm, family.k_norm, family.final_norm)
+    if any(name.rpartition(".")[2] not in trained_kinds for name in lora.modules_to_save):
+        return "linear layers trained in full"
+    return None
+
+
+def _get(config: Any, field: str) -> Any:
+    return config.get(field) if isinstance(config, Mapping) else getattr(config, field, None)
