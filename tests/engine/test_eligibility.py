@@ -32,7 +32,7 @@ def planned_and_actual(family: str, options: dict[str, Any], **changes: Any) -> 
     """Return why the plan expects the plain step, and why training uses it."""
     model = tiny_of(family, **changes)
     config = model.config.to_dict()
-    given = {"model": "m", "data": "d", "lora.r": 2, "model.device": "cpu", "model.dtype": "fp32"}
+    given = {"model": "m", "data": "d", "lora.r": 2, "lora.alpha": 4, "model.device": "cpu", "model.dtype": "fp32"}
     recipe = resolve(None, {**given, **options}).recipe
     planned = why_plain(recipe, shape_of(config, config, model))
     vocabulary = copy.deepcopy(tokenizer("chatml")) if recipe.lora.new_tokens else None

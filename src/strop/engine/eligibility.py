@@ -83,10 +83,10 @@ def active_dropout(config: Any) -> str | None:
 
 def rope_types(config: Any) -> list[str]:
     """Return the types of rotary embedding that a config names."""
-    section = _get(config, "rope_parameters") or _get(config, "rope_scaling") or {}
+    section = _get(config, "rope_parameters") or _get(config, "rope_scaling")
     if not isinstance(section, Mapping):
         return []
-    nested = section and all(isinstance(value, Mapping) for value in section.values())
+    nested = all(isinstance(value, Mapping) for value in section.values())
     types = [str(part.get("rope_type") or part.get("type")) for part in (section.values() if nested else [section])]
     return ["longrope" if _get(config, "model_type") == "phi3" and name in LONG_ROPE else name for name in types]
 
@@ -106,6 +106,8 @@ def _why_lora_unsupported(lora: LoraSection, targets: Sequence[str], family: Fam
         return "DoRA on the output head"
     if lora.new_tokens and on_head:
         return "new tokens with an adapter on the output head"
+    if lora.new_tokens and family.head_bias:
+        return "new tokens with an output head that has a bias"
     trained_kinds = (*EMBEDDINGS, *family.norms, family.q_norm, family.k_norm, family.final_norm)
     if any(name.rpartition(".")[2] not in trained_kinds for name in lora.modules_to_save):
         return "linear layers trained in full"
