@@ -20,7 +20,7 @@ from tests.support.random_models import FAMILY_CONFIGS, adapted, tiny_of
 
 LORA_OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "dora": {"lora.use_dora": True},
+    "dora": {"lora.target_modules": ["attention"], "lora.use_dora": True},
     "biases": {"lora.bias": "all"},
     "new tokens": {"lora.new_tokens": ["<a>", "<b>"]},
     "adapter on the head": {"lora.target_modules": ["attention", "lm_head"]},
