@@ -214,13 +214,13 @@ def check(recipe: str | Path | None = None, **options: Any) -> dict[str, Any]:
     from strop.data.prepare import prepare
     from strop.models.source import locate
     from strop.models.tokenizer import load_tokenizer
-    from strop.objectives.table import learning_of
+    from strop.objectives.table import data_kind_of
 
     given = _flat(options) if recipe else {"model.name": "demo", **_flat(options)}
     chosen = resolve(Path(recipe) if recipe else None, given).recipe
     tokenizer = load_tokenizer(locate(chosen.model.name, chosen.model.revision))
-    learning = learning_of(chosen.train)
-    return prepare(chosen.data, tokenizer, strict=False, learning=learning).report.as_json()
+    data_kind = data_kind_of(chosen.train)
+    return prepare(chosen.data, tokenizer, strict=False, data_kind=data_kind).report.as_json()
 
 
 def merge(
@@ -319,7 +319,7 @@ def _files(given: Any, name: str) -> Any:
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    from strop.config.load import SHORT
+    from strop.config.load import SHORT_FORMS
 
     sections = ("model", "data", "lora", "train")
     flat: dict[str, Any] = {}
@@ -327,7 +327,7 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
         section = name in sections and isinstance(value, Mapping)
         fields = {f"{name}.{field}": inner for field, inner in value.items()} if section else {name: value}
         for field, given in fields.items():
-            whole = SHORT.get(field, field)
+            whole = SHORT_FORMS.get(field, field)
             if whole in flat:
                 raise InputError(f"{whole}: given twice", fix="give it once")
             if whole == "train.rewards" and any(map(callable, given if isinstance(given, list) else [given])):

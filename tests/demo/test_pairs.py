@@ -47,9 +47,9 @@ def test_the_same_seed_makes_the_same_pairs() -> None:
 def test_they_are_pairs_to_train_on(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", tmp_path / "held.jsonl")
     section = DataSection(train=str(tmp_path / "train.jsonl"), eval=str(tmp_path / "held.jsonl"))
-    prepared = prepare(section, tokenizer("chatml"), learning="pairs")
-    assert prepared.report.rows["used"] == 693 and len(prepared.train_units or ()) == 693
-    assert prepared.eval_units is not None and len(prepared.eval_units) == 176
+    prepared = prepare(section, tokenizer("chatml"), data_kind="pairs")
+    assert prepared.report.rows["used"] == 693 and len(prepared.train_items or ()) == 693
+    assert prepared.eval_items is not None and len(prepared.eval_items) == 176
     assert prepared.report.answers["length_accuracy"] < 0.75
 
 

@@ -13,7 +13,7 @@ from strop.errors import RecipeError
 from strop.objectives.base_loss import Answers, Judged
 from strop.objectives.table import OBJECTIVES, open_options
 
-COMPARED = [name for name, one in OBJECTIVES.items() if one.learning != "prompts"]  # the others: test_grpo.py
+COMPARED = [name for name, one in OBJECTIVES.items() if one.data_kind != "prompts"]  # the others: test_grpo.py
 
 
 def judged(sums: torch.Tensor, reference: torch.Tensor | None = None, level: float = 0.0) -> Judged:

@@ -225,10 +225,10 @@ def test_steps_that_were_not_taken_do_not_count_against_patience(tmp_path: Path)
     """The same weights once more have the same loss: no better, and no sign that there will be none."""
     options = {"train.max_steps": 4, "data.eval": "x", "train.eval_steps": 1, "train.early_stopping": 2}
     job = tiny.job(tmp_path / "r", tiny.examples(40), tiny.examples(8, seed=1), **options)
-    learning = iter(range(1, 10))
+    data_kind = iter(range(1, 10))
 
     def change(call: int, loss: torch.Tensor) -> torch.Tensor:
-        return loss * (math.nan if torch.is_grad_enabled() and next(learning) in (2, 3) else 1.0)
+        return loss * (math.nan if torch.is_grad_enabled() and next(data_kind) in (2, 3) else 1.0)
 
     fit(with_loss(job, change))
     assert kinds(job).count("skip") == 2 and job.state.progress.step == 4

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from strop.data.formats import conversations
 from strop.data.reading.sources import read_rows
-from strop.data.types import Unit
+from strop.data.types import ExampleGroup
 from strop.engine.step import step_for
 from strop.errors import CheckpointError, RunError, Stopped
 from strop.models import adapters
@@ -38,7 +38,7 @@ from tests.support.runs import QUICK, run
 from tests.support.steps import changed_step
 from tests.support.tiny import far
 
-COMPARED = [name for name, one in OBJECTIVES.items() if one.learning != "prompts"]  # the others: test_groups.py
+COMPARED = [name for name, one in OBJECTIVES.items() if one.data_kind != "prompts"]  # the others: test_groups.py
 
 
 def values(made: Job) -> dict[str, torch.Tensor]:
@@ -112,7 +112,7 @@ def test_dropout_is_the_same_for_any_micro_batch_and_off_in_the_reference(tmp_pa
     one = started(job(tmp_path / "a", train, **options))
     two = started(job(tmp_path / "b", train, **{**options, "train.micro_batch": 2}))
     without = started(job(tmp_path / "c", train, **{**options, "lora.dropout": 0.0}))
-    assert one.train[0].reference == pytest.approx(without.train[0].reference)  # type: ignore[union-attr]
+    assert one.train[0].reference_logprobs == pytest.approx(without.train[0].reference_logprobs)  # type: ignore[union-attr]
     for made in (one, two):
         made.step.masks.begin(0, 0)
     (loss, grads), (other, others) = gradients(one), gradients(two)
@@ -149,9 +149,9 @@ def test_policy_equals_reference_before_the_first_step(tmp_path: Path, options: 
 def test_the_reference_stays_what_it_was_while_the_model_moves(tmp_path: Path) -> None:
     """on record, 4: trained steps leave it; at the end it comes out the same when computed again."""
     made = started(job(tmp_path, pairs(24), pairs(4, 9), **{"train.objective": "dpo", "train.max_steps": 12}))
-    before = [unit.reference for unit in made.train]  # type: ignore[union-attr]
+    before = [unit.reference_logprobs for unit in made.train]  # type: ignore[union-attr]
     fit(made)
-    assert [unit.reference for unit in made.train] == before  # type: ignore[union-attr]
+    assert [unit.reference_logprobs for unit in made.train] == before  # type: ignore[union-attr]
     check(made, KEY)
     assert losses(made)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses(made)[-1] < losses(made)[0] - 0.01
@@ -162,7 +162,9 @@ def test_the_reference_stays_what_it_was_while_the_model_moves(tmp_path: Path) -
 
 def test_a_reference_that_is_not_the_models_is_told(tmp_path: Path) -> None:
     made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
-    units = [replace(unit, reference=(unit.reference[0] - 0.1, unit.reference[1])) for unit in made.train]  # type: ignore[union-attr]
+    units = [
+        replace(unit, reference=(unit.reference_logprobs[0] - 0.1, unit.reference_logprobs[1])) for unit in made.train
+    ]  # type: ignore[union-attr]
     with pytest.raises(RunError, match="reference of the first rows"):
         check(replace(made, train=units), KEY)
 
@@ -172,7 +174,7 @@ def test_an_adapter_to_start_from_is_the_reference(tmp_path: Path) -> None:
     made = started(job(tmp_path, pairs(6), **{"train.objective": "dpo"}))
     with made.model.disable_adapter(), torch.no_grad():  # type: ignore[operator]
         bare = torch.stack(log_probs(step_for(made.model), list(made.train)), 1)  # type: ignore[arg-type]
-    kept = torch.tensor([unit.reference for unit in made.train])  # type: ignore[union-attr]
+    kept = torch.tensor([unit.reference_logprobs for unit in made.train])  # type: ignore[union-attr]
     assert (bare - kept).abs().max() > 1e-3
 
 
@@ -391,7 +393,7 @@ def test_the_card_of_a_reward_model_scores_as_it_was_trained(
     for made in conversations(read_rows(str(rows), bad=[]), bad=[]):
         sides = [ours.renderer.render(side)[0] for side in made.sides]
         with torch.no_grad():
-            expected = [float(one) for one in criterion.sums(step_for(ours.module), [Unit(tuple(sides))])]
+            expected = [float(one) for one in criterion.sums(step_for(ours.module), [ExampleGroup(tuple(sides))])]
         found: list[torch.Tensor] = []
         for side in made.sides:
             messages = [{"role": message.role, "content": message.content} for message in side.messages]

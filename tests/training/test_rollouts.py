@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from strop.data.types import Group
+from strop.data.types import RolloutGroup
 from strop.errors import RunError, Stopped
 from strop.objectives.grpo import advantages
 from strop.runs.events import read_events
@@ -34,12 +34,12 @@ GROUPS = [
 ]  # fmt: skip
 
 
-def drawn(made: Job, index: int = 0) -> list[Group]:
+def drawn(made: Job, index: int = 0) -> list[RolloutGroup]:
     rows = [made.train[row] for row in stream_of(made.recipe, len(made.train)).rows(index)]
     return made.criterion.begin(made.step, rows, index, partial(micro_batches, made))  # type: ignore[return-value]
 
 
-def gradients(made: Job, items: list[Group]) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(made: Job, items: list[RolloutGroup]) -> tuple[float, dict[str, torch.Tensor]]:
     loss = loop.gradients(made, items).loss
     found = {name: weight.grad.clone() for name, weight in made.state.weights.items() if weight.grad is not None}
     made.state.optimizer.zero_grad()
@@ -80,16 +80,22 @@ def test_equal_answers_stand_once_and_count_as_often_as_they_were_drawn(tmp_path
     made = job(tmp_path, prompts(4), lambda gold, answer: float(len(answer) % 3))
     assert isinstance(made.criterion, OfGroups)
     group = max(drawn(made), key=lambda group: max(group.advantages))
-    once = Group(group.examples[:1], advantages=(0.5,), stopped=(True,), rewards=(1.0, 1.0), drawn=group.drawn[:3])
-    example = replace(once.examples[0], ids=once.examples[0].ids[: once.examples[0].prompt + 3])
+    once = RolloutGroup(
+        group.examples[:1],
+        advantages=(0.5,),
+        stopped=(True,),
+        rewards=(1.0, 1.0),
+        sampling_logprobs=group.sampling_logprobs[:3],
+    )
+    example = replace(once.examples[0], ids=once.examples[0].ids[: once.examples[0].prompt_length + 3])
 
-    def counted(times: int) -> Group:
+    def counted(times: int) -> RolloutGroup:
         weights = example.weights[: len(example.ids)].copy()
-        weights[example.prompt :] = times
+        weights[example.prompt_length :] = times
         return replace(once, examples=(replace(example, weights=weights),))
 
     twice = replace(counted(1), examples=counted(1).examples * 2, advantages=(0.5, 0.5), stopped=(True, True))
-    twice = replace(twice, drawn=torch.from_numpy(once.drawn).repeat(2).numpy())
+    twice = replace(twice, sampling_logprobs=torch.from_numpy(once.sampling_logprobs).repeat(2).numpy())
     for options in ("dapo", "grpo", "dr_grpo"):
         criterion = replace(made.criterion, options=made.criterion.options.model_copy(update={"group_loss": options}))
         values = [
@@ -103,7 +109,7 @@ def test_draws_depend_on_the_seed_the_step_the_row_and_the_number(tmp_path: Path
     made = job(tmp_path / "a", prompts(4))
     same, later = drawn(made), drawn(made, 1)
 
-    def answers(items: list[Group]) -> list[bytes]:
+    def answers(items: list[RolloutGroup]) -> list[bytes]:
         return sorted(example.ids.tobytes() for group in items for example in group.examples)
 
     assert answers(same) == answers(drawn(job(tmp_path / "b", prompts(4))))
@@ -170,12 +176,12 @@ def test_the_reference_is_what_training_started_from(tmp_path: Path) -> None:
     made = far(job(tmp_path, prompts(4)))
     for group in drawn(made):
         now = made.step.token_log_probs(list(group.examples)).detach().double().numpy()
-        assert abs(now - group.drawn).max() < 1e-4 < abs(now - group.before).max()
+        assert abs(now - group.sampling_logprobs).max() < 1e-4 < abs(now - group.reference_token_logprobs).max()
     with torch.no_grad():
         for name, weight in made.state.weights.items():
             weight.copy_(made.criterion.start[name])  # type: ignore[attr-defined]
     group = drawn(made)[0]
-    assert abs(group.drawn - group.before).max() < 1e-4
+    assert abs(group.sampling_logprobs - group.reference_token_logprobs).max() < 1e-4
 
 
 # --- the guard ---------------------------------------------------------------------------------------------------
@@ -184,13 +190,13 @@ def test_the_reference_is_what_training_started_from(tmp_path: Path) -> None:
 def test_another_models_answers_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On record, 15: the drawing engine's log-probabilities differ from the step's."""
     made = job(tmp_path, prompts(4), **{"train.max_steps": 2})
-    draw = drawing.draw
+    sample_completions = drawing.sample_completions
 
     def by_another(model: Any, *given: Any, **options: Any) -> Any:
         with state.holding(made.state.weights, {n: w.detach() * 40 for n, w in made.state.weights.items()}):
-            return draw(model, *given, **options)
+            return sample_completions(model, *given, **options)
 
-    monkeypatch.setattr(drawing, "draw", by_another)
+    monkeypatch.setattr(drawing, "sample_completions", by_another)
     with pytest.raises(RunError, match=r"differ by .* nats a token"):
         fit(made)
     assert not events(made, "step")
@@ -274,7 +280,7 @@ def test_an_answer_is_rewarded_from_the_end_of_its_reasoning_on(tmp_path: Path) 
     made = job(tmp_path, prompts(2), lambda gold, answer: seen.append(answer) or 1.0)
     assert isinstance(made.criterion, OfGroups)
     plain = made.train[0]
-    thinks = replace(plain, closes=("</think>",))
+    thinks = replace(plain, reasoning_ends=("</think>",))
     for prompt, text in ((plain, "so</think>\n\nyo"), (thinks, "so</think>\n\nyo"), (thinks, "so")):
         made.criterion._worth(prompt, text)  # type: ignore[arg-type]
     assert seen == ["so</think>\n\nyo", "yo", "so"]

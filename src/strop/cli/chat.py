@@ -112,7 +112,7 @@ def converse(
         model = load(name, quantization=quantization, force=force)
         for other in adapters:
             model.add(other, force=force)
-    print_notes([*model.notes, *Sampling.passed_over(model.module.generation_config)])
+    print_notes([*model.notes, *Sampling.notes_on_ignored_settings(model.module.generation_config)])
     if base and model.adapter is None:
         raise InputError(f"{name}: has no adapter, so --base changes nothing", fix="leave --base out")
     side = "base" if base else "tuned"
@@ -121,7 +121,7 @@ def converse(
     session = Session(model, side, system, max_new_tokens, drawn)
     interactive = sys.stdin.isatty()
     if chosen or drawn != Sampling():
-        console.print(f"answers: {drawn.words()}{'' if chosen else ', as the model itself asks for'}", style="dim")
+        console.print(f"answers: {drawn.describe()}{'' if chosen else ', as the model itself asks for'}", style="dim")
     if interactive:
         console.print(f"{name}: /help lists commands, an empty line or Ctrl-D ends", style="dim", markup=False)
     if system is None and model.default_system is not None:

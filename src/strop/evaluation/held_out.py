@@ -10,14 +10,13 @@ import numpy as np
 
 from strop.config.load import read_resolved
 from strop.config.schema import Recipe
-from strop.data.examples import Learning
 from strop.data.prepare import prepare
-from strop.data.store import digest, dumps
-from strop.data.types import Conversation
+from strop.data.store import digest, dump_conversation
+from strop.data.types import Conversation, DataKind
 from strop.errors import InputError, RecipeError
 from strop.models.adapters import adapter_folder, base_source, with_tokenizer
 from strop.models.tokenizer import load_tokenizer
-from strop.objectives.table import learning_of
+from strop.objectives.table import data_kind_of
 from strop.runs.folder import RunFolder, cache_folder, is_run
 
 
@@ -53,23 +52,23 @@ def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
         before = [False] * len(rows) if start is None else trained_on(start, rows)
         folder = None if start is None else adapter_folder(start)
         tokenizer = load_tokenizer(source if folder is None else with_tokenizer(folder, source))
-        learning = learning_of(recipe.train)
-        data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
+        data_kind = data_kind_of(recipe.train)
+        data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
     except InputError:
         return None
     if before is None or data.hash != run.read_lock()["data"]:
         return None
     known = data.train_conversations
-    digests = known.digests if learning == "turns" else [_digest(row, learning) for row in known]
-    own = np.isin([_digest(row, learning) for row in rows], digests)
+    digests = known.digests if data_kind == "turns" else [_digest(row, data_kind) for row in known]
+    own = np.isin([_digest(row, data_kind) for row in rows], digests)
     return [bool(was or found) for was, found in zip(before, own, strict=True)]
 
 
-def _digest(row: Conversation, learning: Learning) -> int:
+def _digest(row: Conversation, data_kind: DataKind) -> int:
     """What is learned from a row, whatever it was compared with and however it was judged: its answer, or its prompt
     alone."""
-    turns = row.messages[:-1] if learning == "prompts" and row.answer is not None else row.messages
-    return digest(dumps(replace(row, messages=turns, rejected=(), desirable=None)))
+    turns = row.messages[:-1] if data_kind == "prompts" and row.answer is not None else row.messages
+    return digest(dump_conversation(replace(row, messages=turns, rejected=(), desirable=None)))
 
 
 def count_train_rows(result: dict[str, Any], known: Sequence[bool] | None) -> None:

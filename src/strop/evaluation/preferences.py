@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from strop.data.packing import pack
+from strop.data.batching import pack
 from strop.data.rendering.pairs import render_pairs
-from strop.data.rendering.render import RenderError
+from strop.data.row_errors import RenderError
 from strop.data.types import Conversation, Example
 from strop.distributed.devices import ALONE, Devices
 from strop.engine.step import step_for

@@ -11,8 +11,9 @@ from typing import Any
 
 from strop.config.schema import DataSection
 from strop.data.formats import DOCUMENT, PAIRED, conversations
-from strop.data.reading.sources import RowFault, read_rows
-from strop.data.store import digest, dumps
+from strop.data.reading.sources import read_rows
+from strop.data.row_errors import RowError
+from strop.data.store import digest, dump_conversation
 from strop.data.types import Conversation
 from strop.distributed.devices import ALONE, Devices
 from strop.errors import DataError, RecipeError, RunError, Where, nearest
@@ -45,11 +46,11 @@ def read_conversations(
 
     Raises DataError naming every row that is wrong.
     """
-    bad: list[RowFault] = []
+    bad: list[RowError] = []
     rows = read_rows(data, encoding=encoding, columns=columns, bad=bad, documents=format == DOCUMENT)
     reader = conversations(rows, format=format, columns=columns, bad=bad)
     found = list(reader)
-    kinds = {"pairs" if name in PAIRED else name for name in reader.found.values()}
+    kinds = {"pairs" if name in PAIRED else name for name in reader.formats.values()}
     if "labelled" in kinds:
         fix = "give rows with right answers, or pairs"
         raise DataError("answers that were judged good or bad are not all right answers", fix=fix)
@@ -141,7 +142,7 @@ def evaluate_models(
     scorable = partial(_scorable, names, how, notes)
     rows = scorable(data, metric)
     kept = scorable(regression_data, regression_metric or metric) if regression_data else []
-    said = digest(b"\n".join(map(dumps, [*rows, *kept])))
+    said = digest(b"\n".join(map(dump_conversation, [*rows, *kept])))
     given = {
         "the models": list(names),
         "metric": metric,
@@ -205,7 +206,9 @@ def evaluate_models(
             result["tasks"] = run_tasks(model, names_of_tasks, manager, task_limit)
         asked = questions(rows, model.renderer) if judging is not None else []
         told = partial(as_judged, model.renderer, asked)
-        if not model.renderer.closes and any(model.renderer.reasons(row.messages[-1]) for row in rows if row.messages):
+        if not model.renderer.reasoning_ends and any(
+            model.renderer.shows_reasoning(row.messages[-1]) for row in rows if row.messages
+        ):
             result["notes"] += ["where reasoning ends is not to be seen in an answer's text: all of it is judged"]
         del model, asking
         if judging is not None:
@@ -214,7 +217,7 @@ def evaluate_models(
             try:
                 result["judge"] = devices.once(ask)
             except RunError as fault:
-                fault.so_far = result
+                fault.partial_result = result
                 raise
         if in_report:
             _keep(RunFolder(Path(name)), result)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from strop.config.schema import TrainSection
-from strop.data.examples import Learning
+from strop.data.types import DataKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,7 @@ class Objective:
     """
 
     name: str
-    learning: Learning
+    data_kind: DataKind
     reference: bool
     rate_share: float
     options: Mapping[str, Any]

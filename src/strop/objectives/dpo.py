@@ -25,7 +25,7 @@ def loss(judged: Judged, options: TrainSection) -> Outcome:
 
 DPO = Objective(
     name="dpo",
-    learning="pairs",
+    data_kind="pairs",
     reference=True,
     rate_share=0.01,
     options={"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.0, "length_normalized": False},

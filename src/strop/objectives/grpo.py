@@ -88,7 +88,7 @@ def divisor(lengths: Sequence[int], options: TrainSection) -> float:
 
 GRPO = Objective(
     name="grpo",
-    learning="prompts",
+    data_kind="prompts",
     reference=True,
     rate_share=0.1,
     options={

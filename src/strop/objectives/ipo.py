@@ -22,7 +22,7 @@ def loss(judged: Judged, options: TrainSection) -> Outcome:
 
 IPO = Objective(
     name="ipo",
-    learning="pairs",
+    data_kind="pairs",
     reference=True,
     rate_share=0.01,
     options={"beta": 0.1, "sft_weight": 0.0, "length_normalized": True},

@@ -26,7 +26,7 @@ def loss(judged: Judged, options: TrainSection) -> Outcome:
 
 KTO = Objective(
     name="kto",
-    learning="labels",
+    data_kind="labels",
     reference=True,
     rate_share=0.01,
     options={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},

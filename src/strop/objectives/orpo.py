@@ -42,7 +42,7 @@ def _log_odds(log_p: Tensor) -> Tensor:
 
 ORPO = Objective(
     name="orpo",
-    learning="pairs",
+    data_kind="pairs",
     reference=False,
     rate_share=0.5,
     options={"beta": 0.1},

@@ -18,7 +18,7 @@ def loss(judged: Judged, options: TrainSection) -> Outcome:
 
 REWARD = Objective(
     name="reward",
-    learning="pairs",
+    data_kind="pairs",
     reference=False,
     rate_share=0.5,
     options={},

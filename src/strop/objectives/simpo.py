@@ -21,7 +21,7 @@ def loss(judged: Judged, options: TrainSection) -> Outcome:
 
 SIMPO = Objective(
     name="simpo",
-    learning="pairs",
+    data_kind="pairs",
     reference=False,
     rate_share=0.01,
     options={"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0, "sft_weight": 0.0},

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from strop.config.schema import OBJECTIVE_OPTIONS, TrainSection
-from strop.data.examples import Learning
+from strop.data.types import DataKind
 from strop.errors import RecipeError
 from strop.objectives.base_loss import Objective
 from strop.objectives.dpo import DPO
@@ -25,28 +25,28 @@ def objective_of(train: TrainSection) -> Objective | None:
     return OBJECTIVES.get(train.objective)
 
 
-def learning_of(train: TrainSection) -> Learning:
+def data_kind_of(train: TrainSection) -> DataKind:
     """What a recipe's objective learns from."""
     objective = objective_of(train)
-    return "turns" if objective is None else objective.learning
+    return "turns" if objective is None else objective.data_kind
 
 
 def answers_of(train: TrainSection) -> int:
     """Answers that a unit of the effective batch trains on."""
-    learning = learning_of(train)
-    if learning == "prompts":
+    data_kind = data_kind_of(train)
+    if data_kind == "prompts":
         return train.group or GRPO.options["group"]
-    return 2 if learning == "pairs" else 1
+    return 2 if data_kind == "pairs" else 1
 
 
 def drawn_tokens(train: TrainSection) -> int:
     """Longest answer that is drawn behind a row; 0 where rows hold their answers."""
-    return (train.answer_tokens or GRPO.options["answer_tokens"]) if learning_of(train) == "prompts" else 0
+    return (train.answer_tokens or GRPO.options["answer_tokens"]) if data_kind_of(train) == "prompts" else 0
 
 
 def check_devices(train: TrainSection, devices: int) -> None:
     """Raises RecipeError for an objective that does not learn on so many devices."""
-    if devices > 1 and learning_of(train) == "prompts":
+    if devices > 1 and data_kind_of(train) == "prompts":
         what = f"objective {train.objective}: answers are drawn on one device, and there are {devices}"
         raise RecipeError(what, fix="leave --devices and --nodes out")
 

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from strop.config.load import SHORT
+from strop.config.load import SHORT_FORMS
 from strop.config.schema import Recipe
 from strop.data.prepare import prepare
-from strop.data.reading.sources import fetched
+from strop.data.reading.sources import needs_download
 from strop.errors import ModelError, RecipeError
 from strop.machine.doctor import installed
 from strop.machine.probe import Machine, compute_capability, probe
@@ -21,7 +21,7 @@ from strop.models.adapter_config import adapter_config, as_start
 from strop.models.families.shape import Peek, peek
 from strop.models.source import headers, locate, quantized_by
 from strop.models.tokenizer import load_tokenizer
-from strop.objectives.table import answers_of, drawn_tokens, learning_of, objective_of
+from strop.objectives.table import answers_of, data_kind_of, drawn_tokens, objective_of
 from strop.planning.gpus import Card, find_card, recognise
 from strop.planning.microbatch import Rows
 from strop.planning.time import CORE_FP32, GUESS, Rate, has_bf16
@@ -115,7 +115,7 @@ def _held_to_weights(found: Peek) -> Peek:
 
 def without_data(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
     """Options that a plan can be made of: one that names no rows is about rows of the longest length."""
-    given = {SHORT.get(name, name): value for name, value in (options or {}).items()}
+    given = {SHORT_FORMS.get(name, name): value for name, value in (options or {}).items()}
     if not recipe_given:
         given.setdefault("data.train", NO_DATA)
     return given
@@ -142,7 +142,7 @@ def row_sizes(recipe: Recipe) -> Rows:
     named = [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train
     if named == [NO_DATA]:
         found.unknown = "no data is named"
-    elif any(fetched(one) for one in named):
+    elif any(needs_download(one) for one in named):
         found.unknown = "the data is on the Hub"
     elif not (recipe.model.name.startswith("demo") or is_run(model) or model.is_dir()):
         found.unknown = "the model's tokenizer is not here"
@@ -152,8 +152,8 @@ def row_sizes(recipe: Recipe) -> Rows:
     if source.kind == "folder" and not (source.path / "tokenizer_config.json").is_file():
         found.unknown = "the model's folder has no tokenizer"
         return found
-    learning = learning_of(recipe.train)
-    prepared = prepare(recipe.data, load_tokenizer(source), strict=False, learning=learning)
+    data_kind = data_kind_of(recipe.train)
+    prepared = prepare(recipe.data, load_tokenizer(source), strict=False, data_kind=data_kind)
     rows, refusal, shared = prepared.train, prepared.report.refusal, None
     found.refused = "" if refusal is None else str(refusal)
     if drawn := drawn_tokens(recipe.train):
@@ -162,7 +162,7 @@ def row_sizes(recipe: Recipe) -> Rows:
     for number in range(len(rows)):
         example = rows[number]
         found.append((len(example), example.supervised))
-        shared = _alike(shared, example.ids) if learning == "turns" else None
+        shared = _alike(shared, example.ids) if data_kind == "turns" else None
     found.prefix = 0 if shared is None else len(shared)
     return found
 

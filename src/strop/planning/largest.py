@@ -10,7 +10,7 @@ from strop.config.load import Choice, Resolved
 from strop.config.schema import Recipe
 from strop.errors import RecipeError
 from strop.models.families.shape import ModelShape
-from strop.objectives.table import answers_of, drawn_tokens, learning_of
+from strop.objectives.table import answers_of, data_kind_of, drawn_tokens
 from strop.planning.memory import load, train
 from strop.planning.microbatch import MICRO_BATCH_TOKENS, largest_micro_batch, usual_micro_batch
 from strop.planning.time import Rate, tokens_per_s
@@ -246,7 +246,7 @@ def _last_resorts(resolved: Resolved, room: Room) -> list[Choice]:
         made["data.max_length"] = made["train.micro_batch_tokens"] = length
         if is_open("data.overlong"):
             shorter = {"turns": "split", "prompts": "drop"}
-            made["data.overlong"] = shorter.get(learning_of(recipe.train), "truncate-start")
+            made["data.overlong"] = shorter.get(data_kind_of(recipe.train), "truncate-start")
 
 
 def _resident(resolved: Resolved, room: Room) -> list[Choice]:

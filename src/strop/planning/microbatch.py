@@ -8,8 +8,7 @@ from dataclasses import replace
 from itertools import islice
 
 from strop.config.schema import Recipe
-from strop.data.batching import BatchStream
-from strop.data.packing import group_by_length, pack
+from strop.data.batching import BatchStream, group_by_length, pack
 from strop.objectives.table import answers_of, drawn_tokens
 from strop.planning.activations import KEEP_PAIRS, LEAST_PREFIX, MicroBatch, at_peak
 from strop.planning.workload import Setting

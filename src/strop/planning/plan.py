@@ -11,7 +11,7 @@ from strop.config.schema import Recipe
 from strop.data.batching import BatchStream
 from strop.machine.probe import Machine
 from strop.models.families.shape import ModelShape, Peek
-from strop.objectives.table import answers_of, learning_of
+from strop.objectives.table import answers_of, data_kind_of
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose, usable_bytes
 from strop.planning.devices import Devices, Spread, spread
@@ -184,7 +184,7 @@ def _seconds(
 
 def _are_turns(rows: Sequence[tuple[int, int]], recipe: Recipe) -> TypeGuard[Rows]:
     """Whether these are the recipe's rows, each an answer by itself."""
-    return isinstance(rows, Rows) and len(rows) > 0 and learning_of(recipe.train) == "turns"
+    return isinstance(rows, Rows) and len(rows) > 0 and data_kind_of(recipe.train) == "turns"
 
 
 def _told(rows: Sequence[tuple[int, int]], shape: ModelShape) -> dict[str, Any]:

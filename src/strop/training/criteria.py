@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from strop.config.schema import TrainSection
-from strop.data.types import Example, Item, Unit
+from strop.data.types import Example, ExampleGroup, Item
 from strop.distributed.devices import ALONE, Devices
 from strop.engine.step import Step
 from strop.evaluation.loss import mean_loss
@@ -109,10 +109,10 @@ class OfAnswers(AsTheyAre):
             return 0.0
 
         def change(rows: Sequence[int]) -> list[float]:
-            chosen = [unit for unit in _units([items[row] for row in rows]) if unit.beside]
+            chosen = [unit for unit in _units([items[row] for row in rows]) if unit.kl_examples]
             if not chosen:
                 return []
-            sums = beside(step, chosen)
+            sums = kl_examples(step, chosen)
             found: list[float] = (sums - _reference(chosen, 1, sums)).tolist()
             return found
 
@@ -134,7 +134,7 @@ class OfAnswers(AsTheyAre):
         outcome = self.objective.loss(Judged(tuple(answers), desirable, level), self.options)
         return outcome.losses.sum(), self._figures(answers, desirable, outcome, level)
 
-    def sums(self, step: Step, units: Sequence[Unit]) -> list[Tensor]:
+    def sums(self, step: Step, units: Sequence[ExampleGroup]) -> list[Tensor]:
         """What the objective learns of each answer: its log-probability, or its score; (N,) for each side."""
         if not self.objective.scored:
             return log_probs(step, units)
@@ -195,7 +195,7 @@ class OfAnswers(AsTheyAre):
 def criterion_for(train: TrainSection, model: nn.Module | None = None, devices: Devices = ALONE) -> Criterion:
     """What a recipe's objective has made smaller. model: with adapters, and the head of a reward model."""
     objective = objective_of(train)
-    assert objective is None or objective.learning != "prompts", "see groups.OfGroups"
+    assert objective is None or objective.data_kind != "prompts", "see groups.OfGroups"
     if objective is None:
         return SupervisedTokens(devices)
     head = head_of(model) if objective.scored and model is not None else None
@@ -209,28 +209,28 @@ def blocks(items: Sequence[Item], cut: Cut) -> Iterator[list[int]]:
         yield from ([begin + row for row in group] for group in cut(block))
 
 
-def log_probs(step: Step, units: Sequence[Unit]) -> list[Tensor]:
+def log_probs(step: Step, units: Sequence[ExampleGroup]) -> list[Tensor]:
     """Of the answers that are trained on, side by side: (N,) for each, fp64, differentiable."""
     found = step.log_probs([example for unit in units for example in unit.examples])
     return list(found.view(len(units), -1).unbind(1))
 
 
-def beside(step: Step, units: Sequence[Unit]) -> Tensor:
+def kl_examples(step: Step, units: Sequence[ExampleGroup]) -> Tensor:
     """Of the answers to other prompts, (N,); each unit has one."""
-    return step.log_probs([example for unit in units for example in unit.beside])
+    return step.log_probs([example for unit in units for example in unit.kl_examples])
 
 
-def _counts(units: Sequence[Unit], side: int, like: Tensor) -> Tensor:
+def _counts(units: Sequence[ExampleGroup], side: int, like: Tensor) -> Tensor:
     return like.new_tensor([float(unit.examples[side].weights.sum()) for unit in units])
 
 
-def _reference(units: Sequence[Unit], place: int, like: Tensor) -> Tensor:
-    return like.new_tensor([unit.reference[place] if unit.reference else 0.0 for unit in units])
+def _reference(units: Sequence[ExampleGroup], place: int, like: Tensor) -> Tensor:
+    return like.new_tensor([unit.reference_logprobs[place] if unit.reference_logprobs else 0.0 for unit in units])
 
 
 def _examples(items: Sequence[Item]) -> Sequence[Example]:
     return cast("Sequence[Example]", items)
 
 
-def _units(items: Sequence[Item]) -> list[Unit]:
-    return list(cast("Sequence[Unit]", items))
+def _units(items: Sequence[Item]) -> list[ExampleGroup]:
+    return list(cast("Sequence[ExampleGroup]", items))

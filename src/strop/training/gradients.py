@@ -150,7 +150,7 @@ def _dealt(job: Job, items: Sequence[Item], groups: Sequence[Sequence[int]]) -> 
 
 
 def _costs(job: Job, items: Sequence[Item]) -> list[float]:
-    return [float(item.computed(job.step.packed, job.step.prefix_sharing)) for item in items]
+    return [float(item.computed_tokens(job.step.packed, job.step.prefix_sharing)) for item in items]
 
 
 def _flat(weights: Sequence[nn.Parameter], loss: Tensor) -> Tensor:

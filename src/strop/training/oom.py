@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from strop.data.packing import group_by_length, pack
+from strop.data.batching import group_by_length, pack
 from strop.data.types import Item
 from strop.errors import MemoryLimitError
 from strop.machine.malloc import give_back
@@ -30,7 +30,7 @@ def micro_batches(job: Job, items: Sequence[Item]) -> list[list[int]]:
 
     With train.exact there are SLOTS of them at least, where there are as many rows: they are dealt out to devices, and
     must not depend on the number of these."""
-    lengths = [item.computed(job.step.packed, job.step.prefix_sharing) for item in items]
+    lengths = [item.computed_tokens(job.step.packed, job.step.prefix_sharing) for item in items]
     train, (size, unit) = job.recipe.train, _cut(job)
     if train.exact:
         size = min(size, -(-(len(items) if unit == "rows" else sum(lengths)) // SLOTS))

@@ -14,11 +14,11 @@ import torch
 
 from strop.config.load import Resolved
 from strop.config.schema import Recipe
-from strop.data.examples import shorter
 from strop.data.prepare import Prepared, prepare
+from strop.data.rendering.overlong import allowed_overlong
 from strop.distributed.devices import ALONE, Devices
 from strop.engine.device import pick_device, pick_dtype, prepare_process
-from strop.errors import TROUBLES, DataError, DeviceError, FolderError, ModelError
+from strop.errors import TROUBLESHOOTING_PAGE, DataError, DeviceError, FolderError, ModelError
 from strop.evaluation.rewards import check_rewards, files_hash, rewards_of
 from strop.machine.probe import Machine, probe
 from strop.models.adapter_config import adapter_config, as_start
@@ -33,7 +33,7 @@ from strop.models.multimodal import text_path
 from strop.models.reward_head import check_head
 from strop.models.source import Source, fingerprint, locate, prequantized, refuse_widened
 from strop.models.tokenizer import load_tokenizer
-from strop.objectives.table import drawn_tokens, learning_of, objective_of
+from strop.objectives.table import data_kind_of, drawn_tokens, objective_of
 from strop.planning.choose import choose, memory_key, why_no_integers
 from strop.planning.learning_rate import kept
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
@@ -83,12 +83,12 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
     start = start_adapter(resolved.recipe)  # may have brought tokens and a template of its own
     tokenizer = load_tokenizer(source if start is None else with_tokenizer(start, source))
     LOG.info("reading and checking the rows")
-    learning = learning_of(resolved.recipe.train)
-    data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
+    data_kind = data_kind_of(resolved.recipe.train)
+    data = prepare(resolved.recipe.data, tokenizer, cache=cache_folder() / "data", data_kind=data_kind)
     _check_rewards(resolved.recipe, data)
     drawn = drawn_tokens(resolved.recipe.train)
     if shape.learned and (text := shape.beyond(_lengths(data), drawn)):
-        fix = f"--data.max_length {shape.positions}, with --data.overlong {shorter(learning)}"
+        fix = f"--data.max_length {shape.positions}, with --data.overlong {allowed_overlong(data_kind)}"
         if drawn:
             fix = "lower --train.answer_tokens, or --data.max_length with --data.overlong drop"
         raise DataError(f"{text}: it has learned a vector for each, and none for more", fix=fix)
@@ -131,7 +131,9 @@ def _check_rewards(recipe: Recipe, data: Prepared) -> None:
     """Raises RecipeError and DataError for rewards that cannot be given to these rows."""
     rewards = rewards_of(recipe.train.rewards)
     for rows in (data.train_conversations, data.eval_conversations or ()) if rewards else ():
-        check_rewards(rewards, [data.renderer.answer(row) for row in rows], [(row.file, row.line) for row in rows])
+        check_rewards(
+            rewards, [data.renderer.reference_answer(row) for row in rows], [(row.file, row.line) for row in rows]
+        )
 
 
 def check_space(folder: RunFolder, setup: Setup) -> None:
@@ -141,7 +143,9 @@ def check_space(folder: RunFolder, setup: Setup) -> None:
     if copies and free_bytes(cache_folder()) < copies:
         free = free_bytes(cache_folder()) / 1e6
         what = f"{cache_folder()}: copies of the base need {copies / 1e6:,.0f} MB of disk, {free:,.0f} MB are free"
-        raise FolderError(what, fix=f"free some space, or set STROP_CACHE to another disk; see {TROUBLES}#disk")
+        raise FolderError(
+            what, fix=f"free some space, or set STROP_CACHE to another disk; see {TROUBLESHOOTING_PAGE}#disk"
+        )
     checkpoint = checkpoints.size_bytes(setup.num_weights)
     needed = (setup.resolved.recipe.train.keep_checkpoints + 2) * checkpoint + 4 * setup.num_weights + (16 << 20)
     free = free_bytes(folder.path)
@@ -149,7 +153,8 @@ def check_space(folder: RunFolder, setup: Setup) -> None:
         what = f"{folder.path}: the run needs {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free"
         raise FolderError(
             what,
-            fix=f"free some space, give --out another disk, or lower --train.keep_checkpoints; see {TROUBLES}#disk",
+            fix="free some space, give --out another disk, or lower --train.keep_checkpoints; "
+            f"see {TROUBLESHOOTING_PAGE}#disk",
         )
 
 
@@ -205,7 +210,7 @@ def _faster(setup: Setup) -> str | None:
     recipe, dtype = setup.resolved.recipe, setup.resolved.choices["model.dtype"]
     if dtype.value != "fp32" or dtype.origin != "plan" or recipe.train.int8_matmul:
         return None
-    if recipe.against_int8_matmul() or why_no_integers(recipe, setup.machine, setup.shape):
+    if recipe.int8_matmul_conflict() or why_no_integers(recipe, setup.machine, setup.shape):
         return None
     return "this CPU multiplies 8-bit integers faster: --train.int8_matmul true; see docs/performance.md#integers"
 
@@ -233,7 +238,7 @@ def _idle(setup: Setup) -> list[str]:
 def _never_at_peak(setup: Setup) -> str | None:
     """That a warmup in steps is as long as the run."""
     train = setup.resolved.recipe.train
-    steps = stream_of(setup.resolved.recipe, len(setup.data.train_units or setup.data.train)).total_steps
+    steps = stream_of(setup.resolved.recipe, len(setup.data.train_items or setup.data.train)).total_steps
     if train.warmup < max(1, steps):
         return None
     return f"train.warmup {train.warmup:g}: the run has {steps} steps, and its learning rate never reaches its peak"
@@ -259,7 +264,7 @@ def _passed_over(setup: Setup) -> str | None:
     built = torch.version.cuda or "no CUDA"
     return (
         f"{gpus[0]} is there, and torch {torch.__version__} (built for {built}) cannot use it: "
-        f"training runs on the CPU; see {TROUBLES}#cuda"
+        f"training runs on the CPU; see {TROUBLESHOOTING_PAGE}#cuda"
     )
 
 

@@ -25,12 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from strop.data.examples import Lazy
-from strop.data.types import Unit
+from strop.data.store import LazySequence
+from strop.data.types import ExampleGroup
 from strop.engine.step import Step
 from strop.errors import CheckpointError, RunError
-from strop.runs.folder import disk_faults, fsync_folder, share
-from strop.training.criteria import BLOCK, OfAnswers, beside, log_probs
+from strop.runs.folder import apply_umask, disk_errors, fsync_folder
+from strop.training.criteria import BLOCK, OfAnswers, kl_examples, log_probs
 from strop.training.job import Job, stream_of
 from strop.training.oom import micro_batches, within_memory
 from strop.training.rollouts import OfGroups
@@ -43,17 +43,17 @@ APART = 3e-3  # the same in other micro-batches, whose products in bf16 are roun
 LOSS_NEAR = 1e-6
 
 
-class WithReference(Lazy[Unit]):
+class WithReference(LazySequence[ExampleGroup]):
     """Units, each with the log-probabilities of the reference. values (N, K), fp64."""
 
-    def __init__(self, units: Sequence[Unit], values: Tensor) -> None:
+    def __init__(self, units: Sequence[ExampleGroup], values: Tensor) -> None:
         self._units, self._values = units, values
 
     def __len__(self) -> int:
         return len(self._units)
 
-    def one(self, i: int) -> Unit:
-        return replace(self._units[i], reference=tuple(self._values[i].tolist()))
+    def item(self, i: int) -> ExampleGroup:
+        return replace(self._units[i], reference_logprobs=tuple(self._values[i].tolist()))
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def with_reference(job: Job, key: Mapping[str, str]) -> Job:
         return replace(job, criterion=replace(criterion, start=_start(job, key)))
     if not isinstance(criterion, OfAnswers) or not criterion.objective.reference:
         return job
-    sets = {"train": cast("Sequence[Unit]", job.train), "eval": cast("Sequence[Unit]", job.eval or ())}
+    sets = {"train": cast("Sequence[ExampleGroup]", job.train), "eval": cast("Sequence[ExampleGroup]", job.eval or ())}
     known = _load(job, key, sets)
     started = time.perf_counter()
     LOG.info("computing how likely each answer is before training")
@@ -102,12 +102,12 @@ def check(job: Job, key: Mapping[str, str]) -> None:
     criterion = job.criterion
     if not isinstance(criterion, OfAnswers) or not criterion.objective.reference:
         return
-    units = [cast(Unit, job.train[row]) for row in stream_of(job.recipe, len(job.train)).rows(0)]
+    units = [cast(ExampleGroup, job.train[row]) for row in stream_of(job.recipe, len(job.train)).rows(0)]
     beginning = job.state.progress.step == 0
     start = (
         {} if beginning else _load(job, key, {}).start
     )  # at the beginning the model as it is, which must be the same
-    kept = torch.tensor([unit.reference for unit in units], dtype=torch.float64)
+    kept = torch.tensor([unit.reference_logprobs for unit in units], dtype=torch.float64)
     found = torch.full_like(kept, math.nan)
     with _starting(job, start), torch.no_grad():
         within_memory(job, units, lambda: _score(job, [units] * job.devices.world, list(range(len(units))), found))
@@ -134,7 +134,7 @@ def _start(job: Job, key: Mapping[str, str]) -> Mapping[str, Tensor]:
     return known.start
 
 
-def _loss(job: Job, units: Sequence[Unit], values: Tensor) -> float:
+def _loss(job: Job, units: Sequence[ExampleGroup], values: Tensor) -> float:
     """The loss of an effective batch whose log-probabilities are these."""
     sums = values[:, : len(units[0].examples)].flatten()
     step = cast(Step, SimpleNamespace(log_probs=lambda examples: sums))
@@ -153,7 +153,7 @@ def _orders(job: Job) -> dict[str, Iterator[list[int]]]:
     }
 
 
-def _fill(job: Job, units: Sequence[Unit], values: Tensor, order: Iterator[list[int]]) -> int:
+def _fill(job: Job, units: Sequence[ExampleGroup], values: Tensor, order: Iterator[list[int]]) -> int:
     """Computes what is missing, some batches on each device; gives how many rows that were."""
     missing = [rows for rows in order if values[rows].isnan().all(1).any()]
     for begin in range(0, len(missing), job.devices.world):
@@ -169,7 +169,7 @@ def _fill(job: Job, units: Sequence[Unit], values: Tensor, order: Iterator[list[
     return sum(map(len, missing))
 
 
-def _score(job: Job, batches: Sequence[Sequence[Unit]], rows: Sequence[int], values: Tensor) -> None:
+def _score(job: Job, batches: Sequence[Sequence[ExampleGroup]], rows: Sequence[int], values: Tensor) -> None:
     """The log-probabilities of this rank's batch, in the micro-batches that a step makes of it, into `values` at
     `rows`. batches: by rank."""
     batch, width = batches[job.devices.rank], values.shape[1]
@@ -181,19 +181,19 @@ def _score(job: Job, batches: Sequence[Sequence[Unit]], rows: Sequence[int], val
 
     def others(having: list[int]) -> None:
         places = torch.tensor([rows[row] for row in having])
-        values[places, width - 1] = beside(job.step, [batch[row] for row in having]).cpu().double()
+        values[places, width - 1] = kl_examples(job.step, [batch[row] for row in having]).cpu().double()
 
     turns = job.devices.turns
     turns(lambda rank: micro_batches(job, batches[rank]) if batches[rank] else [], answers, backward=False)
     turns(lambda rank: _having(job, batches[rank]), others, backward=False)
 
 
-def _having(job: Job, batch: Sequence[Unit]) -> list[list[int]]:
+def _having(job: Job, batch: Sequence[ExampleGroup]) -> list[list[int]]:
     """Micro-batches of the units with an answer to another prompt."""
     found = []
     for begin in range(0, len(batch), BLOCK):
         for group in micro_batches(job, batch[begin : begin + BLOCK]):
-            found.append([begin + row for row in group if batch[begin + row].beside])
+            found.append([begin + row for row in group if batch[begin + row].kl_examples])
     return [having for having in found if having]
 
 
@@ -209,7 +209,7 @@ def _starting(job: Job, start: Mapping[str, Tensor]) -> Iterator[None]:
             job.model.train()
 
 
-def _load(job: Job, key: Mapping[str, str], sets: Mapping[str, Sequence[Unit]]) -> Reference:
+def _load(job: Job, key: Mapping[str, str], sets: Mapping[str, Sequence[ExampleGroup]]) -> Reference:
     """What the run folder holds, or, at the beginning, the weights as they are and nothing computed yet."""
     path, start, said = job.folder.reference, {}, None
     try:
@@ -235,9 +235,9 @@ def _save(job: Job, key: Mapping[str, str], known: Reference) -> None:
     path: Path = job.folder.reference
     temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     weights = {f"weight/{name}": weight.contiguous() for name, weight in known.start.items()}
-    with disk_faults(path):
+    with disk_errors(path):
         save_file({**weights, **known.values}, temp, metadata={"key": json.dumps(dict(key))})
-        share(temp)
+        apply_umask(temp)
         with temp.open("rb") as file:
             os.fsync(file.fileno())
         temp.replace(path)

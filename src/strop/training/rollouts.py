@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from strop.config.schema import TrainSection
-from strop.data.types import Example, Group, Item, Prompt, behind_reasoning
-from strop.engine.decode.decoder_cache import let_go
-from strop.engine.decode.generate import generate
-from strop.engine.decode.rollouts import Drawn, Draws, draw
+from strop.data.types import Example, Item, Prompt, RolloutGroup, strip_reasoning
+from strop.engine.decode.batch import drop_decoder
+from strop.engine.decode.generate import SampledCompletion, Sampler, generate, sample_completions
 from strop.engine.step import Step
 from strop.evaluation.metrics import Z_95
 from strop.evaluation.rewards import Reward
@@ -51,7 +50,7 @@ class OfGroups:
     weights: Mapping[str, nn.Parameter]
     log: EventLog
     start: Mapping[str, Tensor] = field(default_factory=dict)
-    draws: Draws | None = None
+    draws: Sampler | None = None
     tells: ClassVar[bool] = True
 
     @property
@@ -71,11 +70,11 @@ class OfGroups:
         prompts, started = cast("Sequence[Prompt]", items), time.perf_counter()
         seeds = [[self._seed(index, prompt.row, number) for number in range(self._size)] for prompt in prompts]
         asked = [prompt.examples[0].ids for prompt in prompts]
-        drawn = (self.draws or draw)(self.model, asked, seeds, self.stop_ids, self._most)
+        drawn = (self.draws or sample_completions)(self.model, asked, seeds, self.stop_ids, self._most)
         seconds = time.perf_counter() - started
         groups = [self._group(prompt, answers) for prompt, answers in zip(prompts, drawn, strict=True)]
         first = groups[0]
-        shown = self._text(first.examples[0].ids[first.examples[0].prompt :])[:SHOWN]
+        shown = self._text(first.examples[0].ids[first.examples[0].prompt_length :])[:SHOWN]
         self.log.emit(
             "answers",
             step=index + 1,
@@ -90,18 +89,26 @@ class OfGroups:
         """The group of a prompt whose answers are as long as they may be, and all differ."""
         prompt = item.examples[0]
         answers = [
-            Drawn(np.full(self._most, number + 1, np.int32), np.zeros(self._most), True) for number in range(self._size)
+            SampledCompletion(np.full(self._most, number + 1, np.int32), np.zeros(self._most), True)
+            for number in range(self._size)
         ]
         examples = tuple(_example(prompt, answer, 1) for answer in answers)
         zeros = np.zeros(self._size * self._most)
         nothing = (0.0,) * self._size
         stopped = (True,) * self._size
-        return Group(examples, advantages=nothing, stopped=stopped, rewards=nothing, drawn=zeros, before=zeros)
+        return RolloutGroup(
+            examples,
+            advantages=nothing,
+            stopped=stopped,
+            rewards=nothing,
+            sampling_logprobs=zeros,
+            reference_token_logprobs=zeros,
+        )
 
     def divisor(self, items: Sequence[Item]) -> float:
         lengths = [
             example.supervised
-            for group in cast("Sequence[Group]", items)
+            for group in cast("Sequence[RolloutGroup]", items)
             for example, count in zip(group.examples, group.counts, strict=True)
             for _ in range(count)
         ]
@@ -111,7 +118,7 @@ class OfGroups:
         return 0.0
 
     def loss(self, step: Step, items: Sequence[Item], level: float) -> tuple[Tensor, Figures]:
-        groups = cast("Sequence[Group]", items)
+        groups = cast("Sequence[RolloutGroup]", items)
         examples = [example for group in groups for example in group.examples]
         found = step.token_log_probs(examples)
         now = found if found.device.type == "mps" else found.double()
@@ -119,8 +126,11 @@ class OfGroups:
         counts = torch.tensor([count for group in groups for count in group.counts], device=now.device)
         shares = now.new_tensor([token_weight(int(length), self.options) for length in lengths])
         advantage = now.new_tensor([value for group in groups for value in group.advantages])
-        drawn = torch.from_numpy(np.concatenate([group.drawn for group in groups])).to(now)
-        before = [group.before if len(group.before) else group.drawn for group in groups]
+        drawn = torch.from_numpy(np.concatenate([group.sampling_logprobs for group in groups])).to(now)
+        before = [
+            group.reference_token_logprobs if len(group.reference_token_logprobs) else group.sampling_logprobs
+            for group in groups
+        ]
         reference = torch.from_numpy(np.concatenate(before)).to(now)
 
         def spread(values: Tensor) -> Tensor:
@@ -148,7 +158,7 @@ class OfGroups:
                 max_new_tokens=self._most,
             )
         finally:
-            let_go(self.model)
+            drop_decoder(self.model)
         rewards = [self._worth(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
         mean = statistics.fmean(rewards)
         found: dict[str, Any] = {"loss": -mean, "reward": mean}
@@ -163,9 +173,9 @@ class OfGroups:
         said = f"{self.seed} {index} {row} {number}".encode()
         return int.from_bytes(blake2b(said, digest_size=8).digest(), "little") >> 1
 
-    def _group(self, prompt: Prompt, answers: Sequence[Drawn]) -> Group:
+    def _group(self, prompt: Prompt, answers: Sequence[SampledCompletion]) -> RolloutGroup:
         """The answers that differ, with how often each was drawn; advantages are of all of them."""
-        same: dict[bytes, list[Drawn]] = {}
+        same: dict[bytes, list[SampledCompletion]] = {}
         for answer in answers:
             same.setdefault(answer.ids.tobytes(), []).append(answer)
         firsts = [alike[0] for alike in same.values()]
@@ -173,23 +183,23 @@ class OfGroups:
         worth = [self._worth(prompt, self._text(answer.ids)) for answer in firsts]
         rewards = [value for value, count in zip(worth, counts, strict=True) for _ in range(count)]
         better = dict(zip(rewards, advantages(rewards, self.options), strict=True))
-        return Group(
+        return RolloutGroup(
             tuple(_example(prompt.examples[0], answer, count) for answer, count in zip(firsts, counts, strict=True)),
             advantages=tuple(better[value] for value in worth),
             stopped=tuple(answer.stopped for answer in firsts),
             rewards=tuple(rewards),
-            drawn=np.concatenate([answer.log_probs for answer in firsts]),
+            sampling_logprobs=np.concatenate([answer.log_probs for answer in firsts]),
         )
 
     def _worth(self, prompt: Prompt, text: str) -> float:
-        place, text = (prompt.file, prompt.line), behind_reasoning(text, prompt.closes)
+        place, text = (prompt.file, prompt.line), strip_reasoning(text, prompt.reasoning_ends)
         return sum(reward.weight * reward(prompt.gold, text, place) for reward in self.rewards)
 
     def _text(self, ids: Any) -> str:
         kept = ids[:-1] if int(ids[-1]) in self.stop_ids else ids
         return str(self.tokenizer.decode(kept.tolist(), skip_special_tokens=True))
 
-    def _with_reference(self, step: Step, groups: Sequence[Group], cut: Cut) -> list[Group]:
+    def _with_reference(self, step: Step, groups: Sequence[RolloutGroup], cut: Cut) -> list[RolloutGroup]:
         found = list(groups)
         with holding(self.weights, self.start), torch.no_grad():
             for begin in range(0, len(groups), BLOCK):
@@ -197,10 +207,10 @@ class OfGroups:
                 for rows in cut(block):
                     some = [block[row] for row in rows]
                     values = step.token_log_probs([example for group in some for example in group.examples])
-                    ends = np.cumsum([len(group.drawn) for group in some])[:-1]
+                    ends = np.cumsum([len(group.sampling_logprobs) for group in some])[:-1]
                     parts = np.split(values.double().cpu().numpy(), ends)
                     for row, part in zip(rows, parts, strict=True):
-                        found[begin + row] = replace(block[row], before=part)
+                        found[begin + row] = replace(block[row], reference_token_logprobs=part)
         return found
 
 
@@ -214,12 +224,12 @@ def without_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _example(prompt: Example, answer: Drawn, count: int) -> Example:
+def _example(prompt: Example, answer: SampledCompletion, count: int) -> Example:
     weights = np.concatenate([np.zeros(len(prompt), np.float32), np.full(len(answer.ids), count, np.float32)])
     return replace(prompt, ids=np.concatenate([prompt.ids, answer.ids]), weights=weights)
 
 
-def _figures(groups: Sequence[Group], like: Tensor) -> Figures:
+def _figures(groups: Sequence[RolloutGroup], like: Tensor) -> Figures:
     """Of each answer and each group, for people."""
     of_answers = [
         (float(example.supervised), float(stopped))

@@ -19,12 +19,12 @@ from torch import nn
 
 from strop.config.schema import Recipe
 from strop.data.types import Ids
-from strop.engine.decode.rollouts import Drawn
+from strop.engine.decode.generate import SampledCompletion
 from strop.errors import RecipeError, RunError
 from strop.models.load import weights_folder
 from strop.models.source import Source, read_config
 from strop.models.vllm import DTYPE_NAMES, about_vllm, find_python, lora_rank, vllm_environment
-from strop.objectives.table import answers_of, drawn_tokens, learning_of
+from strop.objectives.table import answers_of, data_kind_of, drawn_tokens
 
 CARD_SHARE = 0.3  # of a card's memory that vLLM may take: its own copy of the base, and the cache
 AT_ONCE = 256  # answers
@@ -38,7 +38,7 @@ def check_vllm(recipe: Recipe) -> None:
     given = recipe.train.vllm_python
     if given is None:
         return
-    if learning_of(recipe.train) != "prompts":
+    if data_kind_of(recipe.train) != "prompts":
         raise RecipeError(f"{OPTION}: objective {recipe.train.objective} draws no answers", fix="leave it out")
     if recipe.model.quantization != "none":
         said = f"{OPTION}: vLLM would draw from the base in 16 bit, not from {recipe.model.quantization}"
@@ -71,7 +71,7 @@ class ByVllm:
         seeds: Sequence[Sequence[int]],
         stop_ids: Sequence[int],
         most: int,
-    ) -> list[list[Drawn]]:
+    ) -> list[list[SampledCompletion]]:
         """To each prompt an answer for each of its seeds. Raises RunError where vLLM ends."""
         with tempfile.TemporaryDirectory() as folder:
             whole: Any = model
@@ -84,8 +84,8 @@ class ByVllm:
         return [[_drawn(next(found)) for _ in some] for some in seeds]
 
 
-def _drawn(told: dict[str, Any]) -> Drawn:
-    return Drawn(np.array(told["ids"], np.int32), np.array(told["log_probs"]), told["stopped"])
+def _drawn(told: dict[str, Any]) -> SampledCompletion:
+    return SampledCompletion(np.array(told["ids"], np.int32), np.array(told["log_probs"]), told["stopped"])
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from strop.errors import InputError
 
 if TYPE_CHECKING:
     from strop.config.schema import Recipe
-    from strop.data.store import Indices
+    from strop.data.types import Indices
 
 
 def check(
@@ -34,19 +34,19 @@ def check(
         from strop.data.prepare import prepare
         from strop.models.source import locate
         from strop.models.tokenizer import load_tokenizer
-        from strop.objectives.table import learning_of
+        from strop.objectives.table import data_kind_of
 
         chosen = resolve(recipe, options if recipe else {"model.name": "demo", **(options or {})}).recipe
         tokenizer = load_tokenizer(locate(chosen.model.name, chosen.model.revision))
-        learning = learning_of(chosen.train)
-        prepared = prepare(chosen.data, tokenizer, strict=False, learning=learning)
+        data_kind = data_kind_of(chosen.train)
+        prepared = prepare(chosen.data, tokenizer, strict=False, data_kind=data_kind)
     account.print_report(prepared.report.as_json(), console)
     beyond = _beyond(chosen, prepared.train.lengths)
     print_notes([beyond] if beyond else [])
     if show:
-        account.show(prepared, show, console, ids=ids)
+        account.print_examples(prepared, show, console, ids=ids)
     if fix is not None:
-        changes = account.fix(chosen.data, tokenizer, fix, learning)
+        changes = account.write_cleaned_copy(chosen.data, tokenizer, fix, data_kind)
         dropped = sum(change.change.startswith("dropped") for change in changes)
         with fix.open("rb") as file:
             rows = sum(1 for _ in file)

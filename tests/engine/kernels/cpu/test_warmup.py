@@ -22,7 +22,7 @@ import numba.core.event as events, numpy as np, peft, torch
 from strop.data.types import Example
 from strop.engine.train.fast import FastLoss
 from strop.models.families.layers import FAMILIES
-from strop.engine.train.eligibility import unsupported, usual
+from strop.engine.train.eligibility import uses_llama_kernels, why_not_fast
 from tests.support import tiny_families
 for sizes, size in {"hidden_size": 128, "intermediate_size": 64, "head_dim": 32}.items():  # that tiles can have
     tiny_families.SMALL |= {name: size for name in tiny_families.SMALL if name.endswith(sizes)}
@@ -39,15 +39,15 @@ for kind, more in kinds.items():
     except (KeyError, ValueError):  # this transformers does not have it
         continue
     model = peft.get_peft_model(base, peft.LoraConfig(**{"r": 2, "target_modules": "all-linear", **more})).train()
-    if unsupported(model) is not None:
+    if why_not_fast(model) is not None:
         continue
     rows = [Example(np.arange(n, dtype=np.int32), (np.arange(n) > 0).astype(np.float32), "", 0) for n in (12, 15)]
     step = FastLoss(model, warm=False)
-    if sys.argv[1] in (of[usual(model)], "all"):
+    if sys.argv[1] in (of[uses_llama_kernels(model)], "all"):
         step.token_loss(rows).backward()
         step.log_probs(rows).sum().backward()
         found = sorted({event.data["dispatcher"].py_func.__name__ for _, event in heard.buffer})
-        print(kind, of[usual(model)], found)
+        print(kind, of[uses_llama_kernels(model)], found)
         heard.buffer.clear()
 """
 
