@@ -80,7 +80,7 @@ def point(family: str, options: argparse.Namespace) -> dict[str, float]:
     for _ in range(options.rounds + 1):
         for name, loss in ways.items():
             with measured.Clock() as clock:
-                loss(batch).backward()
+                loss.token_loss(batch).backward()
             model.zero_grad(set_to_none=True)
             seconds[name].append(clock.seconds)
     tokens = sum(len(row) for row in batch)

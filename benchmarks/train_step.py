@@ -31,8 +31,8 @@ from peft import LoraConfig, get_peft_model
 
 from strop.data.types import Example
 from strop.engine.device import prepare_process
-from strop.engine.eligibility import unsupported
 from strop.engine.kernels.cpu.precision import measure
+from strop.engine.train.eligibility import why_not_fast
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from strop.models.load import load_base
@@ -117,7 +117,7 @@ def strop(
     warms up: it is computed once more, without a step, and does not count."""
     prepare_process()
     model, examples = load_model(options, scheme, resident_layers), load_examples(options)
-    reason = unsupported(model)
+    reason = why_not_fast(model)
     assert reason is None, reason
     loss = make(model)
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -127,12 +127,12 @@ def strop(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / len(batches)))
     )
     clock, losses = measured.Clock(), []
-    loss(batches[0]).backward()
+    loss.token_loss(batches[0]).backward()
     optimizer.zero_grad(set_to_none=True)
     for batch in batches:
         supervised = sum(example.supervised for example in batch)
         with clock:
-            value = loss(batch) / supervised
+            value = loss.token_loss(batch) / supervised
             value.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()

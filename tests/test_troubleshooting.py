@@ -43,6 +43,7 @@ from tests import ROOT
 from tests.support import tiny
 from tests.support.failures import curve, falling, starved
 from tests.support.hub_standin import serve
+from tests.support.steps import changed_step
 
 PAGE = ROOT / TROUBLESHOOTING_PAGE
 REFERENCE = re.compile(rf"{TROUBLESHOOTING_PAGE}#(\w+)")
@@ -169,7 +170,7 @@ def test_reserved_gpu_memory_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_nan(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 8})
-    broken = replace(job, step=replace(job.step, token_loss=lambda rows: job.step.token_loss(rows) * float("nan")))
+    broken = replace(job, step=changed_step(job.step, token_loss=lambda rows: job.step.token_loss(rows) * float("nan")))
     with pytest.raises(NonFiniteError) as raised:
         fit(broken)
     assert f"{TROUBLESHOOTING_PAGE}#nan" in raised.value.fix

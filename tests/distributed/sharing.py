@@ -128,14 +128,14 @@ def faults_between_layers(lab: Lab) -> None:
 
     def at_layer(act: Any) -> Prepare:
         def prepare() -> None:
-            through, count = FastLoss._through, iter(range(1, 10_000))
+            through, count = FastLoss._compute_layer, iter(range(1, 10_000))
 
             def hurt(self: Any, *args: Any) -> Any:
                 if next(count) == 12:
                     act()
                 return through(self, *args)
 
-            mock.patch.object(FastLoss, "_through", hurt).start()
+            mock.patch.object(FastLoss, "_compute_layer", hurt).start()
 
         return prepare
 

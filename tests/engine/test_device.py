@@ -14,7 +14,7 @@ from strop.engine.device import ALLOCATOR, pick_dtype, prepare_process, repeatab
 from strop.machine.probe import probe
 
 
-def test_bf16_is_asked_of_the_card_that_the_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_support_is_read_from_the_selected_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with an older card beside a newer one."""
     capability = {"cuda": (9, 0), "cuda:0": (9, 0), "cuda:1": (7, 5)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda name: capability[name])
@@ -23,7 +23,7 @@ def test_bf16_is_asked_of_the_card_that_the_run_takes(monkeypatch: pytest.Monkey
     assert dtype == "fp32" and "no bf16" in why
 
 
-def test_what_a_process_sets_before_it_looks_at_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_process_keeps_variables_that_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
     monkeypatch.setattr(os, "environ", environment)
     prepare_process()
@@ -35,14 +35,16 @@ def test_what_a_process_sets_before_it_looks_at_a_card(monkeypatch: pytest.Monke
     assert ALLOCATOR[0] not in other and other["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
-def test_products_are_rounded_once() -> None:
+def test_reduced_precision_reduction_is_disabled() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True  # as PyTorch has it
     prepare_process()
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
 
 @pytest.mark.parametrize(("tiles", "rank", "kept"), [(True, 16, "32"), (True, 64, "64"), (False, 16, "64")])
-def test_kinds_of_product_that_are_kept(tiles: bool, rank: int, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_primitive_cache_capacity_depends_on_tiles_and_rank(
+    tiles: bool, rank: int, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(device, "probe", lambda: replace(probe(), vector=("avx512_bf16",) if tiles else ()))
     monkeypatch.setattr(os, "environ", environment := {"LRU_CACHE_CAPACITY": "7"})
     prepare_process(rank=rank)
@@ -50,7 +52,7 @@ def test_kinds_of_product_that_are_kept(tiles: bool, rank: int, kept: str, monke
     assert environment["LRU_CACHE_CAPACITY"] == "7"  # what a user has set stays
 
 
-def test_repeatable_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeatable_restores_the_previous_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a run with train.deterministic; afterwards all is as it was."""
     monkeypatch.setattr(os, "environ", environment := {})
     prepare_process()
@@ -66,7 +68,7 @@ def test_repeatable_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.utils.deterministic.fill_uninitialized_memory == filled
 
 
-def test_older_versions_know_the_allocator_by_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allocator_variable_depends_on_the_torch_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     for version, name in (("2.8.1+cu128", ALLOCATOR[1]), ("2.13.0", ALLOCATOR[0])):
         monkeypatch.setattr(os, "environ", environment := {})

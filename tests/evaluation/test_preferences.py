@@ -54,7 +54,7 @@ def test_log_probabilities_are_the_models_own(tiny_folder: Path, tmp_path: Path)
     with torch.no_grad():
         for row in rows:
             (better,), (worse,) = (model.renderer.render(side) for side in row.sides)
-            losses = [float(plain([example])) for example in (better, worse)]
+            losses = [float(plain.token_loss([example])) for example in (better, worse)]
             hits += losses[0] / better.supervised < losses[1] / worse.supervised
             total, tokens = total + losses[0], tokens + better.supervised
     assert found["base"]["preference"] == hits / 5 and "tuned" not in found

@@ -417,14 +417,14 @@ def _starve(call: int) -> Callable[[], None]:
     def prepare() -> None:
         from strop.engine.train.fast import FastLoss
 
-        count, compute = iter(range(1, 10_000)), FastLoss.__call__
+        count, compute = iter(range(1, 10_000)), FastLoss.token_loss
 
         def starved(self: FastLoss, examples: Any) -> Any:
             if next(count) == call:
                 raise torch.OutOfMemoryError("CUDA out of memory (injected)")
             return compute(self, examples)
 
-        mock.patch.object(FastLoss, "__call__", starved).start()
+        mock.patch.object(FastLoss, "token_loss", starved).start()
 
     return prepare
 

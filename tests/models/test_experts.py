@@ -179,7 +179,7 @@ def test_the_load_balancing_loss_is_on_where_the_config_says_so() -> None:
     without = PlainLoss(model)
     model.config.output_router_logits = True
     model.eval()
-    assert torch.equal(with_it(rows), without(rows))
+    assert torch.equal(with_it.token_loss(rows), without.token_loss(rows))
     model.train()
     weight = sum(float(example.weights.sum()) for example in rows)
     longest = max(len(example) for example in rows)
@@ -187,7 +187,9 @@ def test_the_load_balancing_loss_is_on_where_the_config_says_so() -> None:
     for n, example in enumerate(rows):
         ids[n, : len(example)], mask[n, : len(example)] = torch.from_numpy(example.ids), 1
     aux = model(input_ids=ids, attention_mask=mask).aux_loss
-    assert torch.allclose(with_it(rows) - without(rows), 0.5 * aux * weight, rtol=1e-4) and aux > 0
+    assert (
+        torch.allclose(with_it.token_loss(rows) - without.token_loss(rows), 0.5 * aux * weight, rtol=1e-4) and aux > 0
+    )
 
 
 def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:

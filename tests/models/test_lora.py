@@ -157,7 +157,7 @@ def test_modules_trained_in_full_take_and_give_the_type_of_a_base_in_bf16(name: 
     for dtype in (torch.float32, torch.bfloat16):
         base = tiny.model(tie_word_embeddings=False).to(dtype)
         model = add_lora(base, section(modules_to_save=[name]), tokenizer("chatml"))
-        loss = PlainLoss(model)(tiny.examples(4))
+        loss = PlainLoss(model).token_loss(tiny.examples(4))
         loss.backward()  # type: ignore[no-untyped-call]
         whole = {key: weight for key, weight in trainable(model).items() if "modules_to_save" in key}
         assert whole and all(w.dtype == torch.float32 and w.grad is not None and w.grad.any() for w in whole.values())
@@ -209,12 +209,12 @@ def test_dora_on_a_quantized_base_starts_as_the_base(tiny_folder: Path, scheme: 
     """Its magnitudes are those of the weights that the model computes with, and both steps agree on what follows."""
     base = load_base(locate(str(tiny_folder)), torch.float32, "cpu", quantization=scheme)
     examples = tiny.examples(4)
-    untouched = PlainLoss(base)(examples).detach()
+    untouched = PlainLoss(base).token_loss(examples).detach()
     model = add_lora(base, section(use_dora=True, dropout=dropout), None).train()
     assert any(isinstance(module, QuantizedLinear) for module in model.modules())
     losses = [PlainLoss(model), FastLoss(model)]
     for loss in losses:
-        assert loss(examples).item() == pytest.approx(untouched.item(), rel=1e-4)
+        assert loss.token_loss(examples).item() == pytest.approx(untouched.item(), rel=1e-4)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             weight.data *= 1.1 + 0.2 * torch.rand_like(weight)

@@ -144,7 +144,7 @@ def test_fast_and_plain_step_equal_a_plain_model_with_dequantized_weights(
     truth_model = quantized(scheme)
     make_resident(truth_model, ALL)
     assert not any(isinstance(module, QuantizedLinear) for module in truth_model.modules())
-    loss, truth = gradients(truth_model, PlainLoss(truth_model))
+    loss, truth = gradients(truth_model, PlainLoss(truth_model).token_loss)
     found = {}
     for resident in (0, 1, ALL):
         model = quantized(scheme, resident)
@@ -154,7 +154,7 @@ def test_fast_and_plain_step_equal_a_plain_model_with_dequantized_weights(
         assert step.name == "fast", step.why
         found[resident] = gradients(model, step.token_loss)
     model = quantized(scheme)
-    plain_loss, plain = gradients(model, PlainLoss(model))
+    plain_loss, plain = gradients(model, PlainLoss(model).token_loss)
     assert found[0][0] == pytest.approx(loss, rel=1e-5) and plain_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in truth.items():
         for other in (found[0][1][name], plain[name]):
@@ -168,11 +168,11 @@ def test_bf16_is_as_near_to_the_truth_as_eager_bf16(quantized: Callable[..., nn.
     """The truth: fp32 on the weights that bf16 gives. Errors of single batches differ by chance; of 12 they do not."""
     eager, whole = quantized(scheme, ALL, torch.bfloat16), quantized(scheme, ALL, torch.bfloat16).float()
     models = {resident: quantized(scheme, resident, torch.bfloat16) for resident in (0, ALL)}
-    losses: dict[Any, tuple[nn.Module, Any]] = {"eager": (eager, PlainLoss(eager))}
+    losses: dict[Any, tuple[nn.Module, Any]] = {"eager": (eager, PlainLoss(eager).token_loss)}
     losses |= {resident: (model, step_for(model).token_loss) for resident, model in models.items()}
     errors = dict.fromkeys(losses, 0.0)
     for seed in range(12):
-        _, truth = gradients(whole, PlainLoss(whole), seed)
+        _, truth = gradients(whole, PlainLoss(whole).token_loss, seed)
         for name, (model, loss) in losses.items():
             found = gradients(model, loss, seed)[1]
             errors[name] += sum(float((found[weight] - truth[weight]).norm() ** 2) for weight in truth)
@@ -186,10 +186,10 @@ def test_an_evaluation_and_a_save_leave_the_gradient_as_it_was(
 ) -> None:
     model: Any = quantized("nf4", resident, torch.bfloat16)
     loss: Any = FastLoss(model) if path == "fast" else PlainLoss(model)
-    _, before = gradients(model.train(), loss)
+    _, before = gradients(model.train(), loss.token_loss)
     model.eval()
     with torch.no_grad():
-        loss(tiny.examples(3))
+        loss.token_loss(tiny.examples(3))
         model.generate(torch.arange(5, 12)[None], max_new_tokens=3, do_sample=False)
     model.save_pretrained(tmp_path)
     weights = trainable(model)
@@ -470,7 +470,7 @@ def test_the_last_rung_without_memory_is_streaming(
         return [event["loss"] for event in read_events(tmp_path / run / "events.jsonl") if event["event"] == "step"]
 
     strop.train(out=tmp_path / "whole", **options)
-    compute, tight = FastLoss.__call__, []
+    compute, tight = FastLoss.token_loss, []
 
     def starved(loss: FastLoss, examples: Any) -> torch.Tensor:
         resident = any(type(base) is torch.nn.Linear for layer in loss._layers for base in layer.mlp.down.bases)
@@ -483,7 +483,7 @@ def test_the_last_rung_without_memory_is_streaming(
         if event["event"] == "save" and event["step"] == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(FastLoss, "__call__", starved)
+    monkeypatch.setattr(FastLoss, "token_loss", starved)
     with pytest.raises(KeyboardInterrupt):
         strop.train(out=tmp_path / "cut", callback=killed, **options)
     shrunk = [event["to"] for event in read_events(tmp_path / "cut" / "events.jsonl") if event["event"] == "shrink"]

@@ -10,8 +10,8 @@ import pytest
 
 import strop
 from strop.config.load import resolve
-from strop.engine.eligibility import unsupported
 from strop.engine.step import step_for
+from strop.engine.train.eligibility import why_not_fast
 from strop.errors import ModelError
 from strop.models.families.shape import ModelShape
 from strop.models.introspect import shape_of
@@ -29,8 +29,8 @@ def test_what_the_step_declines_of_a_known_family_is_known_beforehand() -> None:
     ):
         config = tiny_of(family, **more).config.to_dict()
         shape = shape_of(config, config, tiny_of(family, **more))
-        assert why_plain(recipe, shape) == "experts beside the MLP", family
-        assert "experts beside the MLP" in str(unsupported(adapted(family, **more))), family
+        assert why_plain(recipe, shape) == "experts next to the MLP", family
+        assert "experts next to the MLP" in str(why_not_fast(adapted(family, **more))), family
     config = tiny_of("gemma4_text").config.to_dict()
     shape = shape_of(config, config, tiny_of("gemma4_text"))
     on_card = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": "cuda"})})

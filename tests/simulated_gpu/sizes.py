@@ -113,7 +113,7 @@ def step(card: fake.Card, case: Case) -> dict[str, Any]:
         held = weigh(model, meter)
         rows = case.rows()
         with meter:
-            (loss(rows) / case.tokens).backward()
+            (loss.token_loss(rows) / case.tokens).backward()
     parts, adapters = case.planned().parts, sum(x.nbytes for x in model.parameters() if x.requires_grad)
     base = parts["weights"] + parts["quantization_constants"]
     beside = ("adapters", "saved_activations", "live_layer", "head", "gradients", "workspace")

@@ -175,7 +175,7 @@ def step(card: fake.Card, case: Case) -> list[dict[str, Any]]:
         optimizer.zero_grad()
 
         def run(ledger: Ledger) -> None:
-            (loss(rows) / case.tokens).backward()
+            (loss.token_loss(rows) / case.tokens).backward()
             ledger.all_of = "optimizer"
             torch.nn.utils.clip_grad_norm_(weights.values(), 1.0, foreach=True)  # not its choice for fake tensors
             optimizer.step()

@@ -28,7 +28,7 @@ def starved(job: Job, calls: set[int], recompute: list[str] | None = None) -> Jo
         return good(rows)
 
     asked = recompute if recompute is not None else []
-    return replace(job, step=replace(job.step, token_loss=compute, recompute=lambda: asked.append("recompute")))
+    return replace(job, step=changed_step(job.step, token_loss=compute, checkpoint=lambda: asked.append("recompute")))
 
 
 def curve(kind: str, losses: dict[int, float]) -> list[dict[str, Any]]:

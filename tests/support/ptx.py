@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from strop.engine.kernels import eager
 from strop.engine.kernels.cuda import dequantize, dropout, heads, loss, norms, rope
 from strop.engine.train.attention import Heads
-from strop.engine.train.dropout import Dropped
+from strop.engine.train.dropout import DropoutSpec
 from strop.engine.train.norms import Norm
 
 OPS: Any = eager
@@ -85,8 +85,8 @@ def four_bit() -> None:
     dequantize.four_bit(nothing(H * H // 2, dtype=torch.uint8), code, constants, 64, nested, nothing(H, H))
 
 
-def dropped() -> Dropped:
-    return Dropped(1, 2**32 - T, nothing(T, dtype=torch.int64), (1, T, 3), (6554, 6554, 6554))
+def dropped() -> DropoutSpec:
+    return DropoutSpec(1, 2**32 - T, nothing(T, dtype=torch.int64), (1, T, 3), (6554, 6554, 6554))
 
 
 OPERATIONS: dict[str, Callable[[], object]] = {
@@ -107,8 +107,8 @@ OPERATIONS: dict[str, Callable[[], object]] = {
     "turn backward, no norms": lambda: turn_backward(False),
     "turn aside": lambda: turn_aside(False),
     "turn aside, back": lambda: turn_aside(True),
-    "spread": lambda: dropout.spread(nothing(T, H), dropped()),
-    "fold": lambda: dropout.fold(nothing(T, 3 * H), dropped()),
+    "apply_masks": lambda: dropout.apply_masks(nothing(T, H), dropped()),
+    "apply_masks_backward": lambda: dropout.apply_masks_backward(nothing(T, 3 * H), dropped()),
     "four bit": four_bit,
     "eight bit": lambda: dequantize.eight_bit(
         nothing(H, H, dtype=torch.int8), nothing(H, dtype=torch.float32), nothing(H, H)

@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from strop.config.load import Resolved, resolve
 from strop.data.types import Example
-from strop.engine.step import Step
 from strop.engine.train.plain import PlainLoss
 from strop.models.lora import add_lora, trainable
 from strop.runs.events import EventLog
@@ -83,17 +82,7 @@ def job(folder: Path, train: list[Example], held_out: list[Example] | None = Non
                 weight.normal_(0, 0.02)
     folder.mkdir(parents=True, exist_ok=True)
     state = TrainState(weights, make_optimizer(weights, chosen.train), Progress())
-    plain = PlainLoss(tuned)
-    step = Step(
-        plain,
-        plain.log_probs,
-        plain.token_log_probs,
-        plain.last_hidden,
-        plain.masks,
-        "plain",
-        "asked for by the test",
-        lambda: tuned.gradient_checkpointing_enable(),
-    )
+    step = PlainLoss(tuned, "asked for by the test")
     return Job(chosen, RunFolder(folder), tuned, step, train, held_out, state, EventLog(folder / "events.jsonl"))
 
 

@@ -25,6 +25,7 @@ from strop.training.oom import micro_batches
 from strop.training.state import Job, batch_stream
 from tests.support import tiny
 from tests.support.failures import starved
+from tests.support.steps import changed_step
 
 QUICK = {"train.max_steps": 3, "train.batch_size": 4, "lora.r": 4, "model.dtype": "fp32", "lora.dropout": 0.1}
 SHAPE = ModelShape.of(tiny.config().to_dict())
@@ -133,7 +134,7 @@ def test_dry_run_applies_the_memory_options_of_the_run(tmp_path: Path) -> None:
     job = tiny.job(tmp_path / "r", tiny.examples(8), **{"train.max_steps": 1, "train.gradient_checkpointing": 1})
     asked: list[Any] = []
     job.state.progress.recompute = True
-    step = replace(job.step, checkpoint=asked.append, recompute=lambda: asked.append("all"))
+    step = changed_step(job.step, checkpoint=lambda layers="all": asked.append(layers))
     job = replace(job, step=step)
     try_largest_batch(job, forecast(job, setting(job), 8 << 30), 1, mark("cpu"))
     assert asked == [1, "all"]

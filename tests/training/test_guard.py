@@ -21,12 +21,13 @@ from strop.training.loop import fit
 from strop.training.state import Job, Progress
 from tests.support import tiny
 from tests.support.failures import curve, falling, starved
+from tests.support.steps import changed_step
 
 
 def with_loss(job: Job, change: Callable[[int, torch.Tensor], torch.Tensor]) -> Job:
     """Return the job with its token loss changed; `change` gets the number of the call, from 1."""
     good, calls = job.step.token_loss, iter(range(1, 10_000))
-    return replace(job, step=replace(job.step, token_loss=lambda rows: change(next(calls), good(rows))))
+    return replace(job, step=changed_step(job.step, token_loss=lambda rows: change(next(calls), good(rows))))
 
 
 def kinds(job: Job) -> list[str]:
@@ -167,7 +168,7 @@ def test_other_runtime_errors_are_not_out_of_memory(tmp_path: Path) -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        fit(replace(job, step=replace(job.step, token_loss=broken)))
+        fit(replace(job, step=changed_step(job.step, token_loss=broken)))
     assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("shapes"))
     for text in (
         "CUDA out of memory. Tried to allocate 2.00 GiB.",

@@ -24,6 +24,7 @@ from strop.training.oom import micro_batches
 from strop.training.optim import rate_factor, warmup_steps
 from strop.training.state import Job, batch_stream
 from tests.support import tiny
+from tests.support.steps import changed_step
 
 
 def values(job: Job) -> dict[str, torch.Tensor]:
@@ -106,7 +107,7 @@ def test_micro_batches_of_any_size_give_the_same_gradient(tmp_path: Path, cut: d
 
 
 def _packed(job: Job, packed: bool) -> Job:
-    return replace(job, step=replace(job.step, name="fast" if packed else "plain"))
+    return replace(job, step=changed_step(job.step, name="fast" if packed else "plain", packed=packed))
 
 
 @pytest.mark.parametrize("stop_after", range(1, 12))
@@ -216,7 +217,7 @@ def test_three_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
 
 
 def _with(job: Job, token_loss: Any) -> Job:
-    return replace(job, step=replace(job.step, token_loss=token_loss))
+    return replace(job, step=changed_step(job.step, token_loss=token_loss))
 
 
 def test_evaluation_keeps_the_best_and_stops_early(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from strop.training.loop import fit
 from tests.support import tiny
 from tests.support.jobs import events
 from tests.support.runs import run
+from tests.support.steps import changed_step
 from tests.training.test_guard import with_loss
 
 
@@ -187,7 +188,7 @@ def test_rollback_keeps_counted_time_and_tokens(tmp_path: Path) -> None:
         computed.append(sum(len(row) for row in rows))
         return good(rows)
 
-    counted = replace(job, step=replace(job.step, token_loss=counting))
+    counted = replace(job, step=changed_step(job.step, token_loss=counting))
     fit(with_loss(counted, lambda call, loss: loss * (math.nan if call in (6, 7, 8) else 1.0)))
     assert job.state.progress.rollbacks == 1 and len(computed) == 8 + 5
     assert job.state.progress.tokens == sum(computed)

@@ -1,4 +1,4 @@
-"""Which device and which weight type a run uses here. The CPU's precision is measured once a machine and cached."""
+"""Choose the device and the dtype of a run. The CPU's faster precision is measured once a machine and cached."""
 
 from __future__ import annotations
 
@@ -21,29 +21,33 @@ from strop.machine.rates import keep_precision, known_precision
 LOG = logging.getLogger(__name__)
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second until PyTorch 2.8
-LEAST_BF16 = (8, 0)  # compute capability of the first cards with bf16 (Ampere)
-PRIMITIVES, MORE_PRIMITIVES = 32, 64  # enough kinds of product for a layer, forth and back; with oneDNN's of adapters
+MIN_BF16_CAPABILITY = (8, 0)  # compute capability of the first GPUs with bf16 (Ampere)
+PRIMITIVES = 32  # matmul shapes of one layer, forward and backward
+PRIMITIVES_WITH_ADAPTERS = 64  # also those of the adapters, where oneDNN computes them
 
 
 def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
-    """What this process must set before its first matrix product, and before a card is looked at. What a user has set
-    stays.
+    """Set environment variables and flags that must be set before the first matmul and before CUDA starts.
 
-    oneDNN and PyTorch each keep the code of the last 1,024 kinds of product. Packed micro-batches differ in length, and
-    each length is a kind of its own, at 0.6 to 1.3 MiB: on SmolLM2 that grew to 0.7 GiB (docs/log). No length comes
-    again soon, so that only the kinds of one layer are worth their memory; rank: of the adapters, whose products are
-    not oneDNN's up to 32. On a card micro-batches leave holes of as many sizes, which PyTorch fills where its segments
-    can grow. Cards are numbered as the driver lists them, so that `strop plan`, which asks the driver, and CUDA mean
-    the same one. A product that a card cuts up is added up in fp32, and rounded once. deterministic: what `repeatable`
-    needs of cuBLAS, which reads it when it starts.
+    Variables that the user has set are kept.
+
+    oneDNN and PyTorch each cache the code of the last 1,024 matmul shapes. Packed micro-batches differ in length, and
+    each length is a new shape of 0.6 to 1.3 MiB; on SmolLM2 this grew to 0.7 GiB (docs/log). Lengths rarely repeat, so
+    only the shapes of one layer are worth caching. On a GPU micro-batches leave free blocks of as many sizes, which
+    PyTorch can reuse if its segments are expandable. GPUs are numbered in the driver's order, so that `strop plan`,
+    which asks the driver, and CUDA mean the same one. Matmuls that a GPU splits are summed in fp32 and rounded once.
+
+    Args:
+        deterministic: Also configure cuBLAS for `repeatable`. It reads its configuration when it starts.
+        rank: Of the adapters. Up to 32, oneDNN does not compute their matmuls on CPUs with tiled kernels.
     """
     keep_pages()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    kept = PRIMITIVES if rank <= TILED_RANK and probe().tiles else MORE_PRIMITIVES
+    capacity = PRIMITIVES if rank <= TILED_RANK and probe().tiles else PRIMITIVES_WITH_ADAPTERS
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(kept))
+        os.environ.setdefault(name, str(capacity))
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
         name = ALLOCATOR[Version(torch.__version__) < Version("2.9")]
@@ -52,8 +56,10 @@ def prepare_process(*, deterministic: bool = False, rank: int = 0) -> None:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Inside it a card computes the same bits each time: attention's backward and sums by index add up in a fixed
-    order. Memory that is not written yet is left as it is, which PyTorch otherwise fills there."""
+    """Make a GPU compute the same bits each time: attention's backward and sums by index use a fixed order.
+
+    Uninitialized memory is not filled, which PyTorch otherwise does in this mode.
+    """
     memory: Any = torch.utils.deterministic
     before = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -66,7 +72,11 @@ def repeatable() -> Iterator[None]:
 
 
 def pick_device(asked: str) -> str:
-    """`auto` is CUDA, then MPS, then the CPU. Raises DeviceError for a device that torch cannot use here."""
+    """Return the device to use; `auto` is CUDA, then MPS, then the CPU.
+
+    Raises:
+        DeviceError: torch cannot use the device here.
+    """
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     usable = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
@@ -80,17 +90,17 @@ def pick_device(asked: str) -> str:
 
 
 def pick_dtype(device: str) -> tuple[str, str]:
-    """(bf16 or fp32, why) for the frozen weights on this device."""
+    """Return the dtype of the frozen weights on this device, bf16 or fp32, and the reason."""
     if device.startswith("cuda"):
-        bf16 = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= LEAST_BF16
-        return ("bf16", "the card computes in bf16") if bf16 else ("fp32", "the card has no bf16 and fp16 overflows")
+        bf16 = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= MIN_BF16_CAPABILITY
+        return ("bf16", "the GPU supports bf16") if bf16 else ("fp32", "the GPU has no bf16, and fp16 overflows")
     if device == "mps":
         return "fp32", "bf16 is not reliable on every MPS release"
     machine, threads = probe(), torch.get_num_threads()
     known = known_precision(machine, threads)
     if known is not None:
         return known
-    LOG.info("measuring whether bf16 or fp32 is faster here")
-    found = measure(device)
-    keep_precision(machine, threads, found.dtype, found.why)
-    return found.dtype, found.why
+    LOG.info("measuring whether bf16 or fp32 is faster on this CPU")
+    measured = measure(device)
+    keep_precision(machine, threads, measured.dtype, measured.why)
+    return measured.dtype, measured.why

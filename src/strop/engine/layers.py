@@ -1,5 +1,7 @@
-"""A model's decoder layers as numbers and modules, read by the family's row of families.py: what the fast step and the
-answering engine compute from. Nothing is copied."""
+"""A model's decoder layers as sizes and modules, according to its entry in the families table.
+
+The training step and the decoder compute from these. No weights are copied.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strop.engine.train.full_modules import NewRows, embedded, new_rows, used, without
-from strop.engine.train.fused_linear import base_of
+from strop.engine.train.peft_modules import NewRows, base_of, current_module, embed, new_rows, unwrapped
 from strop.models.families.layers import (
     FAMILIES,
     Family,
@@ -23,14 +24,17 @@ from strop.models.families.layers import (
     text_of,
 )
 
-NOWHERE = "nowhere"
+NO_ROPE = "nowhere"
 Angles = dict[str | None, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class NormPart:
-    """An RMS norm, or a LayerNorm (`centered`). offset: 1 where the weight is stored as its difference from 1.
-    module: where something of it is trained, its own, which has other weights while adapters are off."""
+class NormSpec:
+    """An RMSNorm, or a LayerNorm if `centered`.
+
+    offset: 1 where the weight is stored as its difference from 1. module: the norm's module if it is trained. Its
+    weights change when adapters are disabled.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -40,21 +44,21 @@ class NormPart:
     module: Any = None
 
     def now(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the module as they are used now."""
-        module = used(self.module)
+        """Return the weight and bias that the module uses now."""
+        module = current_module(self.module)
         return module.weight, getattr(module, "bias", None)
 
 
 @dataclass(frozen=True)
-class LayerPart:
-    """One decoder layer. Modules may have adapters on them; those of a list share their input.
+class LayerSpec:
+    """One decoder layer. Modules may have adapters; the modules of a list share their input.
 
-    mixer, mixture: the model's own module in the place of attention, of the MLP; the lists and numbers of what is not
-    there are empty. rope: the kind of rotary embedding, where there are several; NOWHERE: the layer has no positions.
-    window: keys that a query sees, itself included, 0: all; softcap 0: none. sinks (query,): what each head's softmax
-    counts beside the keys, and gives to none. per_layer: the layer itself, where it adds what tokens have for it. kind,
-    keeps, takes: of attention whose keys and values later layers of that kind see as well. activation: its name, or
-    where `act` says more than a name the module itself.
+    mixer, mixture: the model's module in place of attention or of the MLP. Lists and sizes of missing parts are empty.
+    query, key_value: numbers of heads. size: features of a head. rope: the kind of rotary embedding in models with
+    several, or NO_ROPE. window: keys that a query attends to, itself included; 0: all. softcap: 0: none. sinks
+    (query,): a score that each head's softmax counts next to those of the keys. per_layer: the layer's module, if the
+    layer adds per-layer inputs of the tokens. kind, keeps, takes: for attention whose keys and values are reused by
+    later layers of the same kind, whether this layer stores or reuses them. activation: its name. act: its module.
     """
 
     qkv: list[Any]
@@ -71,15 +75,15 @@ class LayerPart:
     sinks: Tensor | None
     mixer: nn.Module | None
     mixture: nn.Module | None
-    q_norm: NormPart | None
-    k_norm: NormPart | None
-    v_norm: NormPart | None
-    before_attention: NormPart | None
-    after_attention: NormPart | None
-    before_mlp: NormPart | None
-    after_mlp: NormPart | None
+    q_norm: NormSpec | None
+    k_norm: NormSpec | None
+    v_norm: NormSpec | None
+    before_attention: NormSpec | None
+    after_attention: NormSpec | None
+    before_mlp: NormSpec | None
+    after_mlp: NormSpec | None
     per_layer: Any
-    per_layer_norm: NormPart | None
+    per_layer_norm: NormSpec | None
     kind: str
     keeps: bool
     takes: bool
@@ -87,8 +91,8 @@ class LayerPart:
     act: Callable[[Tensor], Tensor]
 
 
-class Layers:
-    """A model of a family that families.py knows, with or without adapters: its layers and what stands around them."""
+class DecoderLayers:
+    """The layers, embedding and output head of a model whose family is in the table, with or without adapters."""
 
     def __init__(self, model: Any) -> None:
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -102,95 +106,96 @@ class Layers:
         self.embedding_scale, self.residual_scale, self.logits_scale = (
             scale(self.config) for scale in (family.embedding, family.residual, family.logits)
         )
-        named = family.parallel
-        self.parallel = bool(getattr(self.config, named)) if isinstance(named, str) else named
+        parallel = family.parallel
+        self.parallel = bool(getattr(self.config, parallel)) if isinstance(parallel, str) else parallel
         self.norm = self._norm(getattr(self.decoder, family.final_norm), self.config.hidden_size)
 
     def __len__(self) -> int:
         return len(self.decoder.layers)
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """(T, hidden) of ids (T,), in the model's type."""
-        x = embedded(self.embedding, ids)
+        """Return the scaled embeddings (T, hidden) of ids (T,), in the model's dtype."""
+        x = embed(self.embedding, ids)
         return x if self.embedding_scale == 1 else x * self.embedding_scale
 
     def new_rows(self) -> NewRows | None:
-        """Rows of the head that are trained, and active now."""
+        """Return the trained and active rows of the head."""
         return new_rows(self.output)
 
-    def kind_of(self, number: int) -> str | None:
-        """The layer's kind of rotary embedding, as in LayerPart."""
+    def rope_kind(self, number: int) -> str | None:
+        """Return the layer's kind of rotary embedding, as in LayerSpec."""
         attention = getattr(self.decoder.layers[number], self.family.attention, None)
         if attention is None or not self.family.turned(attention):
-            return NOWHERE
+            return NO_ROPE
         kinds = getattr(self.config, "layer_types", None)
         by_type = isinstance(getattr(rotary_of(self.decoder), "rope_type", None), dict)
         return kinds[number] if by_type and kinds else None
 
     def angles(self, positions: Tensor) -> Angles:
-        """cos and sin (T, m) for each kind of rotary embedding among the layers."""
-        nothing = torch.empty(len(positions), 0, device=positions.device)
-        found: Angles = {NOWHERE: (nothing, nothing)}
+        """Return cos and sin (T, m) of positions (T,) for each kind of rotary embedding among the layers."""
+        empty = torch.empty(len(positions), 0, device=positions.device)
+        angles: Angles = {NO_ROPE: (empty, empty)}
         rotary: Any = rotary_of(self.decoder)
-        for kind in {self.kind_of(number) for number in range(len(self))} - {NOWHERE}:
+        for kind in {self.rope_kind(number) for number in range(len(self))} - {NO_ROPE}:
             like = torch.empty(0, device=positions.device)
             cos, sin = rotary(like, positions[None], *([] if kind is None else [kind]))
-            once = {  # most give each angle twice
+            unique = {  # most families return each angle twice
                 "halves": slice(cos.shape[-1] // 2), "neighbours": slice(None, None, 2), "once": slice(None),
             }[self.family.angles]  # fmt: skip
             sin = -sin if self.family.backwards else sin
-            found[kind] = cos[0, :, once].contiguous(), sin[0, :, once].contiguous()
-        return found
+            angles[kind] = cos[0, :, unique].contiguous(), sin[0, :, unique].contiguous()
+        return angles
 
-    def part(self, number: int) -> LayerPart:
+    def part(self, number: int) -> LayerSpec:
+        """Return the specification of a layer."""
         family, config, layer = self.family, self.config, self.decoder.layers[number]
         attention, mixture = getattr(layer, family.attention, None), own_mixture(layer, family)
-        of_keys = self._of_keys(number, attention)
+        kv_attention = self._kv_attention(number, attention)
         size = 0 if attention is None else int(getattr(attention, "head_dim", None) or attention.head_size)
         qkv, o, gate_up, down = linears(layer, family)
         before = self._norm_named(layer, family.attention_norm, config.hidden_size)
-        in_front = self._norm_named(layer, family.mlp_norm, config.hidden_size)
-        return LayerPart(
+        before_mlp = self._norm_named(layer, family.mlp_norm, config.hidden_size)
+        return LayerSpec(
             qkv=qkv,
             o=o,
             gate_up=gate_up,
             down=down,
             query=config.num_attention_heads,
-            key_value=self._key_value_heads(of_keys, size),
+            key_value=self._key_value_heads(kv_attention, size),
             size=size,
             scale=float(getattr(attention, "scaling", 0)),
             window=self._window(number, attention),
             softcap=float(getattr(attention, "attn_logit_softcapping", None) or 0),
-            rope=self.kind_of(number),
+            rope=self.rope_kind(number),
             sinks=getattr(attention, "sinks", None),
             mixer=own_mixer(layer, family),
             mixture=mixture,
             q_norm=self._norm_named(attention, family.q_norm, size),
-            k_norm=self._norm_named(of_keys, family.k_norm, size),
-            v_norm=self._norm_named(of_keys, family.v_norm, size),
+            k_norm=self._norm_named(kv_attention, family.k_norm, size),
+            v_norm=self._norm_named(kv_attention, family.v_norm, size),
             before_attention=before,
             after_attention=self._norm_named(layer, family.after_attention, config.hidden_size),
-            before_mlp=before if in_front is None and self.parallel else in_front,
+            before_mlp=before if before_mlp is None and self.parallel else before_mlp,
             after_mlp=self._norm_named(layer, family.after_mlp, config.hidden_size),
             per_layer=layer if family.per_layer else None,
             per_layer_norm=self._norm_named(layer, "post_per_layer_input_norm", config.hidden_size),
             kind=str(getattr(attention, "layer_type", "")),
             keeps=bool(getattr(attention, "store_full_length_kv", False)),
-            takes=of_keys is not attention,
+            takes=kv_attention is not attention,
             activation=activation_of(config),
-            act=torch.nn.functional.silu if mixture is not None else _act(getattr(layer, family.mlp)),
+            act=torch.nn.functional.silu if mixture is not None else _activation_module(getattr(layer, family.mlp)),
         )
 
-    def _of_keys(self, number: int, attention: Any) -> Any:
-        """The attention whose keys and values this layer's sees: its own, or that of the last one that keeps them."""
+    def _kv_attention(self, number: int, attention: Any) -> Any:
+        """Return the attention that computes the layer's keys and values: its own, or the last earlier one stored."""
         if not getattr(attention, "is_kv_shared_layer", False):
             return attention
         earlier = [getattr(layer, self.family.attention) for layer in self.decoder.layers[:number]]
-        alike = (one for one in earlier if one.store_full_length_kv and one.layer_type == attention.layer_type)
-        return list(alike)[-1]
+        stored = [x for x in earlier if x.store_full_length_kv and x.layer_type == attention.layer_type]
+        return stored[-1]
 
     def _window(self, number: int, attention: Any) -> int:
-        """Keys that a query of the layer sees, 0: all; a config may name a window that its family does not have."""
+        """Return the layer's attention window, 0 for none. A config may name a window that its family does not use."""
         if self.family.one_window:
             return int(getattr(self.config, "sliding_window", None) or 0)
         kinds = getattr(self.config, "layer_types", None)
@@ -198,46 +203,45 @@ class Layers:
         return 0 if full else int(getattr(attention, "sliding_window", None) or 0)
 
     def _key_value_heads(self, attention: Any, size: int) -> int:
-        if self.family.per_layer:  # they differ from layer to layer
+        if self.family.per_layer:  # the number differs between layers
             return int(base_of(attention.k_proj).out_features // size)
-        few = None if self.family.fused_heads else getattr(self.config, "num_key_value_heads", None)
-        return int(few or self.config.num_attention_heads)
+        count = None if self.family.fused_heads else getattr(self.config, "num_key_value_heads", None)
+        return int(count or self.config.num_attention_heads)
 
     def per_layer(self, ids: Tensor, embedded: Tensor) -> Tensor | None:
-        """What tokens (T,) have for each layer (T, layers, p), in models that have it."""
+        """Return the per-layer inputs (T, layers, p) of tokens (T,) in models that have them."""
         if not (self.family.per_layer and self.config.hidden_size_per_layer_input):
             return None
-        own = self.decoder.get_per_layer_inputs(ids[None], None)
-        found: Tensor = self.decoder.project_per_layer_inputs(embedded[None], own)[0]
-        return found
+        of_tokens = self.decoder.get_per_layer_inputs(ids[None], None)
+        inputs: Tensor = self.decoder.project_per_layer_inputs(embedded[None], of_tokens)[0]
+        return inputs
 
-    def _norm_named(self, owner: Any, name: str | None, width: int) -> NormPart | None:
-        found = getattr(owner, name, None) if name else None
-        return None if found is None else self._norm(found, width)
+    def _norm_named(self, owner: Any, name: str | None, width: int) -> NormSpec | None:
+        module = getattr(owner, name, None) if name else None
+        return None if module is None else self._norm(module, width)
 
-    def _norm(self, module: Any, width: int) -> NormPart:
-        own = without(module)
-        eps = float(own.variance_epsilon if hasattr(own, "variance_epsilon") else own.eps)
-        weight = getattr(own, "weight", None)
+    def _norm(self, module: Any, width: int) -> NormSpec:
+        base = unwrapped(module)
+        eps = float(base.variance_epsilon if hasattr(base, "variance_epsilon") else base.eps)
+        weight = getattr(base, "weight", None)
         weight = self.head.weight.new_ones(width) if weight is None else weight.data
-        bias = getattr(own, "bias", None) if self.family.layer_norm else None
-        trained = own is not module or any(one.requires_grad for one in own.parameters())
-        return NormPart(
+        bias = getattr(base, "bias", None) if self.family.layer_norm else None
+        trained = base is not module or any(parameter.requires_grad for parameter in base.parameters())
+        return NormSpec(
             weight, None if bias is None else bias.data, eps,
             0.0 if self.family.layer_norm else self.family.norm_offset, self.family.layer_norm,
             module if trained else None,
         )  # fmt: skip
 
 
-def _act(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The module's own, by the names that transformers gives it."""
+def _activation_module(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
     names = (name for name in ("act_fn", "activation_fn", "activation", "act") if hasattr(mlp, name))
-    found: Callable[[Tensor], Tensor] = next((getattr(mlp, name) for name in names), torch.nn.functional.silu)
-    return found
+    act: Callable[[Tensor], Tensor] = next((getattr(mlp, name) for name in names), torch.nn.functional.silu)
+    return act
 
 
-def about(act: Any) -> tuple[float, float, float, float]:
-    """xIELU's numbers, zeros for others: its slopes above and below 0, beta, eps."""
+def activation_parameters(act: Any) -> tuple[float, float, float, float]:
+    """Return the parameters of xIELU (slopes above and below 0, beta, eps), or zeros for other activations."""
     if not hasattr(act, "alpha_p"):
         return 0.0, 0.0, 0.0, 0.0
     positive, negative = (torch.nn.functional.softplus(x.detach().float()) for x in (act.alpha_p, act.alpha_n))

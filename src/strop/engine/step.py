@@ -1,114 +1,87 @@
-"""Which step trains a model: the fast one where it applies, else the model's own forward, with the reason."""
+"""The training step of a model: the fast one where it applies, else the plain one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
-from strop.engine.eligibility import unsupported
 from strop.engine.train.dropout import Masks
-from strop.engine.train.fast import FastLoss, Gathered, Watch, before_gradient
-from strop.engine.train.plain import PlainLoss
+from strop.engine.train.eligibility import why_not_fast
+from strop.engine.train.fast import FastLoss
+from strop.engine.train.plain import LayerWatch, PlainLoss, WeightGatherer
 
 if TYPE_CHECKING:
     from strop.data.types import Example
 
 
-@dataclass(frozen=True)
-class Step:
-    """token_loss: the summed loss of the supervised tokens of a micro-batch. log_probs: the summed log-probability of
-    each example's supervised tokens (N,), fp64; examples with one prompt share it in the fast step. token_log_probs: of
-    each supervised token (M,), one example after the other, without weights. last_hidden: what
-    the model holds at the last token of each (N, h), for a reward model. masks: of dropout, which are told which step
-    begins. name: fast or plain; why: the reason for plain, or what of the fast step the model's own modules
-    compute. recompute: from its call on, each layer's input only is
-    kept, and the layer is computed again in the backward pass; checkpoint: the same for this many layers, where the
-    step can, else for all. exchange: lets go of the frozen weights, has them replaced, and takes up those that are
-    there now. watch: sets what is to look at memory before each layer. gather: sets what brings the weights that are
-    not always there. release: gives back what is held from one micro-batch to the next. lacking: why a card computes
-    the fast step without strop's own kernels. offload: as recompute, and the inputs of layers wait in the host's
-    memory; None where the step cannot. shares: what rows begin with in common is computed once."""
+class Step(Protocol):
+    """Computes the losses of micro-batches. Implemented by FastLoss and PlainLoss."""
 
-    token_loss: Callable[[Sequence[Example]], Tensor]
-    log_probs: Callable[[Sequence[Example]], Tensor]
-    token_log_probs: Callable[[Sequence[Example]], Tensor]
-    last_hidden: Callable[[Sequence[Example]], Tensor]
-    masks: Masks
-    name: str
-    why: str
-    recompute: Callable[[], None]
-    exchange: Callable[[Callable[[], None]], None] = lambda replace: replace()
-    watch: Callable[[Watch], None] = lambda watch: None
-    checkpoint: Callable[[int], None] = lambda layers: None
-    release: Callable[[], None] = lambda: None
-    lacking: str = ""
-    gather: Callable[[Gathered], None] = lambda gathered: None
-    offload: Callable[[], None] | None = None
-    shares: bool = False
+    @property
+    def name(self) -> str:
+        """fast or plain."""
+
+    @property
+    def why(self) -> str:
+        """plain: why not fast. fast: the parts that the model's own modules compute."""
+
+    @property
+    def masks(self) -> Masks:
+        """The state of dropout; call `begin` at each training step."""
 
     @property
     def packed(self) -> bool:
-        """It computes no padding, so that rows of any lengths make a micro-batch."""
-        return self.name == "fast"
+        """Whether the step computes no padding, so that a micro-batch may mix rows of any lengths."""
+
+    @property
+    def prefix_sharing(self) -> bool:
+        """Whether a prefix that rows share is computed once."""
+
+    @property
+    def lacking(self) -> str:
+        """Why a GPU runs PyTorch's operations instead of strop's kernels; empty if it does not."""
+
+    @property
+    def can_offload(self) -> bool:
+        """Whether `offload` is supported."""
+
+    def token_loss(self, examples: Sequence[Example]) -> Tensor:
+        """Return the sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable."""
+
+    def log_probs(self, examples: Sequence[Example]) -> Tensor:
+        """Return the sum of weight * log-probability of each example (N,), fp64, differentiable."""
+
+    def token_log_probs(self, examples: Sequence[Example]) -> Tensor:
+        """Return the log-probability of each supervised token, example after example (M,), differentiable."""
+
+    def last_hidden(self, examples: Sequence[Example]) -> Tensor:
+        """Return the normalized hidden state of the last token of each example (N, h), differentiable."""
+
+    def checkpoint(self, layers: int | None = None) -> None:
+        """Save only the input of the first `layers` layers (None: all), and recompute these in the backward.
+
+        The plain step can only do this for all layers.
+        """
+
+    def offload(self) -> None:
+        """Recompute all layers in the backward and keep their inputs in the host's memory."""
+
+    def replace_weights(self, replace: Callable[[], None]) -> None:
+        """Drop the frozen weights, call `replace`, which replaces them in the model, and use the new ones."""
+
+    def release_buffers(self) -> None:
+        """Free the memory kept between micro-batches. It is allocated again when needed."""
+
+    def set_memory_watch(self, watch: LayerWatch) -> None:
+        """Call `watch` before each layer."""
+
+    def set_weight_gatherer(self, gather: WeightGatherer) -> None:
+        """Call `gather` before sharded weights are used."""
 
 
 def step_for(model: nn.Module, *, integers: bool = False) -> Step:
-    """The step that this model, with its adapters, is trained by. integers: the fast step's, as of FastLoss."""
-    why, whole = unsupported(model), cast(Any, model)
-    if why is None:
-        fast = FastLoss(model, integers=integers)
-        return Step(
-            fast,
-            fast.log_probs,
-            fast.token_log_probs,
-            fast.last_hidden,
-            fast.masks,
-            "fast",
-            fast.by_model,
-            recompute=lambda: setattr(fast, "checkpoint_layers", whole.config.num_hidden_layers),
-            exchange=fast.exchange,
-            watch=lambda watch: setattr(fast, "watch", watch),
-            checkpoint=lambda layers: setattr(fast, "checkpoint_layers", layers),
-            release=fast.release,
-            lacking=fast.lacking,
-            gather=lambda gathered: setattr(fast, "gathered", gathered),
-            offload=fast.offload if fast.on_card else None,
-            shares=fast.prefix_sharing,
-        )
-    plain = PlainLoss(model)
-    return Step(
-        plain,
-        plain.log_probs,
-        plain.token_log_probs,
-        plain.last_hidden,
-        plain.masks,
-        "plain",
-        why,
-        recompute=lambda: whole.gradient_checkpointing_enable({"use_reentrant": False}),
-        watch=lambda watch: _watch_layers(model, watch),
-        checkpoint=lambda layers: whole.gradient_checkpointing_enable({"use_reentrant": False}),
-        gather=_gather_layers,
-    )
-
-
-def _gather_layers(gathered: Gathered) -> None:
-    """Hooks in front of each module's forward, and of its gradient."""
-    for where, module in gathered.modules.items():
-        module.register_forward_pre_hook(lambda *_, where=where: gathered(where))
-        module.register_forward_hook(lambda _, __, found, where=where: _before_gradient(found, gathered, where))
-
-
-def _before_gradient(found: Any, gathered: Gathered, where: int | str) -> None:
-    output = found[0] if isinstance(found, tuple) else found
-    if where != "embedding" and output.requires_grad:
-        before_gradient(output, lambda: gathered(where))
-
-
-def _watch_layers(model: nn.Module, watch: Watch) -> None:
-    """Hooks on the decoder layers: the longest list of modules there is."""
-    lists: list[nn.ModuleList] = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    for number, layer in enumerate(sorted(lists, key=len)[-1]):
-        layer.register_forward_pre_hook(lambda *_, number=number: watch() if number else watch.begin())
+    """Return the step that trains this model with its adapters. integers: as for FastLoss."""
+    why = why_not_fast(model)
+    return FastLoss(model, integers=integers) if why is None else PlainLoss(model, why)

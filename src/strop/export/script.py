@@ -21,7 +21,7 @@ from strop.config.schema import Recipe
 from strop.data.batching import BatchStream
 from strop.data.prepare import Prepared, prepare
 from strop.data.types import Conversation, Example, Message
-from strop.engine.eligibility import own_dropout
+from strop.engine.train.eligibility import find_model_dropout
 from strop.errors import InputError
 from strop.models.adapters import adapter_folder, with_tokenizer
 from strop.models.load import DTYPES, skeleton
@@ -162,7 +162,7 @@ def _settings(recipe: Recipe, source: Source, start: Path | None, data: Prepared
         "strop": __version__,
         "run": str(run),
         "versions": ", ".join(f"{name} {version(name)}" for name in SHOWN_VERSIONS),
-        "notes": _notes(recipe, own_dropout(skeleton(source))),
+        "notes": _notes(recipe, find_model_dropout(skeleton(source))),
         "pairs": pairs,
         "device": repr(recipe.model.device),
         "dtype": str(DTYPES[recipe.model.dtype]).removeprefix("torch."),

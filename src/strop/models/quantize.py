@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from strop.engine.kernels.dispatch import unpacking
-from strop.engine.train.fused_linear import PackedWeight, Quantized
+from strop.engine.train.linear import PackedWeight, Quantized
 from strop.errors import QuantizerError
 from strop.machine.memory import is_out_of_memory
 from strop.models.families.shape import SMALLEST

@@ -75,7 +75,7 @@ def step_costs(dtype: torch.dtype, rate: Rate) -> Costs:
         whole.append(again)
         making += [max(0.0, new - again)] if sizes is SMALL else []
     layer, moved, attention = _least_squares(terms, found, whole)
-    plain = _seconds(PlainLoss(models[SMALL["hidden_size"]]), *TRIED[2][1])[1]
+    plain = _seconds(PlainLoss(models[SMALL["hidden_size"]]).token_loss, *TRIED[2][1])[1]
     fast = _seconds(steps[SMALL["hidden_size"]], *TRIED[2][1])[1]
     ranked = step_for(_model(SMALL, dtype, WIDE_RANK)).token_loss
     thin = _thin_flops(dtype, rate, _seconds(ranked, *TRIED[2][1])[1] - fast)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from strop.engine.device import measure, pick_dtype, prepare_process
 from strop.engine.kernels.dispatch import frozen_flops, integer_flops, kernels_lack, processor_for
 from strop.engine.kernels.protocols import apply
-from strop.engine.train.head import Output, SupervisedLoss
+from strop.engine.train.head import OutputHead, SupervisedLoss
 from strop.errors import QuantizerError
 from strop.machine.doctor import Finding, crashed, installed, pip
 from strop.machine.probe import Machine, probe
@@ -102,7 +102,7 @@ def _head_flops(dtype: torch.dtype, bandwidth: float) -> float:
     x, weight = torch.ones(rows, hidden, dtype=dtype, requires_grad=True), torch.ones(vocabulary, hidden, dtype=dtype)
     labels, weights = torch.zeros(rows, dtype=torch.long), torch.ones(rows)
     processor = processor_for(torch.device("cpu"), dtype)
-    output = Output(weight, 0.0, processor.ops, product=processor.product(weight.shape))
+    output = OutputHead(weight, 0.0, processor.ops, matmul=processor.product(weight.shape))
     seconds = fastest(lambda: apply(SupervisedLoss, x, labels, weights, output), 3)
     own = dtype == torch.bfloat16 and probe().has_products(weight.shape)
     moving = repacked_bytes(rows, vocabulary, hidden, x.element_size(), own) / bandwidth

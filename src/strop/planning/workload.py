@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from strop.config.schema import LoraSection, Recipe
+from strop.engine.eligibility import why_config_not_fast
 from strop.errors import ModelError, nearest
 from strop.machine.probe import TILED_RANK, probe
 from strop.models.families.layers import FAMILIES, Family
@@ -249,31 +250,11 @@ def _head_norms_in_full(lora: LoraSection, shape: ModelShape) -> bool:
     return asked or (shape.head_norms and any(path.endswith(names) for path in own if names))
 
 
-def _linears_in_full(lora: LoraSection, shape: ModelShape) -> bool:
-    """Whether modules are trained in full that are neither embeddings nor norms."""
-    row = FAMILIES.get(shape.family, Family())
-    known = (*EMBEDDINGS, *row.norms, row.q_norm, row.k_norm, row.final_norm)
-    return any(name.rpartition(".")[2] not in known for name in lora.modules_to_save)
-
-
 def why_plain(recipe: Recipe, shape: ModelShape) -> str | None:
-    """Why the fast step cannot train this, as engine.fits.unsupported would say of the model itself."""
-    lora, family = recipe.lora, FAMILIES.get(shape.family)
-    on_head = "lm_head" in _targets(shape, lora.target_modules)
-    reasons = {
-        f"model family {shape.family}": family is None,
-        "a loss that balances experts": shape.balanced,
-        "DoRA on the output head": lora.use_dora and on_head,
-        "new tokens under an adapter on the output head": bool(lora.new_tokens) and on_head,
-        "linear layers trained in full": _linears_in_full(lora, shape),
-        "fp16": recipe.model.dtype == "fp16",
-        f"rotary embedding of type {shape.rope}": shape.rope in ("dynamic", "longrope"),
-        "soft-capped attention outside of a CPU": shape.softcap and recipe.model.device != "cpu",
-        "attention sinks outside of a CPU": family is not None and family.sinks and recipe.model.device != "cpu",
-        "norms of values outside of a CPU": family is not None and family.per_layer and recipe.model.device != "cpu",
-        "experts beside the MLP": family is not None and not family.mixture and shape.experts > 1,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    """Return why the fast step cannot train this recipe, or None if it can. recipe: with its device chosen."""
+    model, lora = recipe.model, recipe.lora
+    targets = _targets(shape, lora.target_modules)
+    return why_config_not_fast(shape.text_config, device=model.device, dtype=model.dtype, lora=lora, targets=targets)
 
 
 def _targets(shape: ModelShape, targets: str | list[str]) -> list[str]:

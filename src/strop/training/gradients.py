@@ -154,7 +154,7 @@ def _assign_groups(job: Job, items: Sequence[Item], groups: Sequence[Sequence[in
 
 
 def _costs(job: Job, items: Sequence[Item]) -> list[float]:
-    return [float(item.computed_tokens(job.step.packed, job.step.shares)) for item in items]
+    return [float(item.computed_tokens(job.step.packed, job.step.prefix_sharing)) for item in items]
 
 
 def _take_gradients(weights: Sequence[nn.Parameter], loss: Tensor) -> Tensor:

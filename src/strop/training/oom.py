@@ -45,12 +45,11 @@ def apply_memory_settings(job: Job) -> None:
     if isinstance(layers, int):
         job.step.checkpoint(layers)
     if job.state.progress.recompute:
-        job.step.recompute()
+        job.step.checkpoint()
     if job.state.progress.offload:
-        assert job.step.offload is not None
         job.step.offload()
     if job.state.progress.streamed and job.stream is not None:
-        job.step.exchange(job.stream)
+        job.step.replace_weights(job.stream)
 
 
 def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> T:
@@ -72,7 +71,7 @@ def within_memory(job: Job, items: Sequence[Item], compute: Callable[[], T]) -> 
         # outside the handler, because the traceback keeps the failed step's tensors alive
         job.state.optimizer.zero_grad(set_to_none=True)
         gc.collect()
-        job.step.release()
+        job.step.release_buffers()
         give_back()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -95,15 +94,15 @@ def _reduce_memory(job: Job, items: Sequence[Item], reason: str) -> None:
         to = f"micro-batches of {size} {unit}, {len(after)} instead of {len(before)}"
     elif not progress.recompute:
         progress.halvings, progress.recompute = halvings, True
-        job.step.recompute()
+        job.step.checkpoint()
         to = "gradient checkpointing"
-    elif job.step.offload is not None and not progress.offload:
+    elif job.step.can_offload and not progress.offload:
         progress.halvings, progress.offload = halvings, True
         job.step.offload()
         to = "gradient checkpointing with the inputs of layers in host memory"
     elif job.stream is not None and not progress.streamed:
         progress.halvings, progress.streamed = halvings, True
-        job.step.exchange(job.stream)
+        job.step.replace_weights(job.stream)
         give_back()
         to = "dequantizing weights when they are needed"
     else:

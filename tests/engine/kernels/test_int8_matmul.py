@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from strop.engine.train.fast import FastLoss
-from strop.engine.train.fused_linear import base_of
+from strop.engine.train.peft_modules import base_of
 from strop.machine.probe import probe
 from strop.models.quantize import QuantizedLinear, pack
 from tests.engine.train.test_fast import NEW_TOKENS, answers, some, step, with_new_tokens

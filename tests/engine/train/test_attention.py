@@ -23,7 +23,7 @@ from tests.support.attention import check, documents_of, heads, rand, reference
 @pytest.mark.parametrize("rotated", [1, 2])
 @pytest.mark.parametrize("softcap", [0.0, 0.8])
 @pytest.mark.parametrize("settings", [(128, 512), (2, 512), (2, 0)])
-def test_attention(
+def test_attention_equals_its_definition(
     kv_heads: int,
     norms: bool,
     window: int,
@@ -34,7 +34,7 @@ def test_attention(
 ) -> None:
     """Rows 0 to 1 are a prefix; documents of 3 and 2 rows behind it; a document of one row without it."""
     monkeypatch.setattr("strop.engine.train.attention.BLOCK", settings[0])
-    monkeypatch.setattr("strop.engine.train.attention.KEEP_PAIRS", settings[1])
+    monkeypatch.setattr("strop.engine.train.attention.MAX_SAVED_KEYS", settings[1])
     torch.manual_seed(0)
     shape = heads(window, norms, kv_heads, softcap)
     tokens = 8
@@ -56,7 +56,7 @@ def test_attention(
 
 @pytest.mark.parametrize(("ops", "tolerance"), [(eager, 1e-6), (elementwise, 1e-5)])
 @pytest.mark.parametrize("window", [0, 2])
-def test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing(ops: Any, tolerance: float, window: int) -> None:
+def test_attention_sinks_equal_an_extra_key_with_zero_value(ops: Any, tolerance: float, window: int) -> None:
     """As if each head had one key more, seen by all, with this score and a value of zeros."""
     torch.manual_seed(0)
     sinks, tokens = torch.tensor([-1.0, 0.5, 2.0, 40.0]), 6

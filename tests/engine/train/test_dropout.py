@@ -11,9 +11,18 @@ from torch import nn
 from transformers import LlamaConfig
 
 from strop.data.types import Example
-from strop.engine.eligibility import unsupported
 from strop.engine.step import step_for
-from strop.engine.train.dropout import LEVELS, CountedDropout, Dropped, fold, grown, philox, spread, token_keys
+from strop.engine.train.dropout import (
+    LEVELS,
+    CounterDropout,
+    DropoutSpec,
+    apply_masks,
+    apply_masks_backward,
+    keep_scale,
+    philox,
+    token_keys,
+)
+from strop.engine.train.eligibility import why_not_fast
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from tests.engine.train.test_fast import assert_same, some, step, with_prefix
@@ -38,18 +47,18 @@ def dropping(lora: dict[str, Any] | None = None, **changes: Any) -> Any:
         ),
     ],
 )
-def test_the_generator_is_philox(counter: Any, key: Any, expected: Any) -> None:
+def test_philox_equals_published_values(counter: Any, key: Any, expected: Any) -> None:
     """Known answers of its authors (Random123, kat_vectors, philox4x32 with 7 rounds)."""
     found = philox(tuple(torch.tensor(word) for word in counter), torch.tensor(key))
     assert tuple(int(word) for word in found) == expected
 
 
-def test_the_share_is_right_and_no_two_masks_are_alike() -> None:
+def test_masks_have_the_right_rate_and_are_independent() -> None:
     tokens = torch.from_numpy(token_keys(np.arange(400)))
     level = round(0.05 * LEVELS)
     masks = {}
     for seed, at, number in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
-        kept = spread(torch.ones(400, 500), Dropped(seed, at, tokens, (number,), (level,)))
+        kept = apply_masks(torch.ones(400, 500), DropoutSpec(seed, at, tokens, (number,), (level,)))
         dropped = float((kept == 0).double().mean())
         assert dropped == pytest.approx(0.05, abs=4 * (0.05 * 0.95 / kept.numel()) ** 0.5)  # four standard deviations
         masks[seed, at, number] = kept
@@ -62,17 +71,17 @@ def test_the_share_is_right_and_no_two_masks_are_alike() -> None:
             assert float(((one == 0) & (other == 0)).double().mean()) == pytest.approx(0.0025, abs=0.0006)
 
 
-def test_the_gradient_is_that_of_what_is_kept() -> None:
+def test_gradient_passes_only_kept_elements() -> None:
     tokens = torch.from_numpy(token_keys(np.arange(5)))
-    dropped = Dropped(1, 2, tokens, (7, 8), (LEVELS // 2, 0))
+    dropped = DropoutSpec(1, 2, tokens, (7, 8), (LEVELS // 2, 0))
     z = torch.randn(5, 11, dtype=torch.float64, requires_grad=True)
-    out, upstream = spread(z, dropped), torch.randn(5, 22, dtype=torch.float64)
+    out, upstream = apply_masks(z, dropped), torch.randn(5, 22, dtype=torch.float64)
     (expected,) = torch.autograd.grad(out, z, upstream)
-    torch.testing.assert_close(fold(upstream, dropped), expected)
+    torch.testing.assert_close(apply_masks_backward(upstream, dropped), expected)
     assert torch.equal(out[:, 11:], z)
 
 
-def test_a_key_tells_what_stands_in_front() -> None:
+def test_token_key_depends_on_the_prefix() -> None:
     one, other = token_keys(np.array([5, 6, 7, 8])), token_keys(np.array([5, 6, 9, 8]))
     assert (one[:2] == other[:2]).all() and (one[2:] != other[2:]).all()
     assert len({*one, *other, *token_keys(np.array([6, 5]))}) == 8
@@ -95,14 +104,14 @@ def test_fast_equals_plain_with_the_same_masks(hide: dict[str, Any]) -> None:
         assert_same(step(model, FastLoss(model, checkpoint_layers=1), examples), expected)
         assert_same(step(model, FastLoss(model, prefix_sharing=False), examples), expected)
     with torch.no_grad():
-        whole = PlainLoss(model.eval())(some())
+        whole = PlainLoss(model.eval()).token_loss(some())
     assert abs(whole - expected[0]) > 1e-3
 
 
 @pytest.mark.parametrize("make", [PlainLoss, FastLoss])
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_any_cut_draws_the_same_masks(make: Any, checkpointing: bool) -> None:
+def test_masks_do_not_depend_on_micro_batches(make: Any, checkpointing: bool) -> None:
     """Whole, one by one, in pairs and backwards: equal sums, whatever is padded, packed or shared."""
     model, examples = dropping(), with_prefix(some(weighted=True))
     loss = make(model)
@@ -118,7 +127,7 @@ def test_any_cut_draws_the_same_masks(make: Any, checkpointing: bool) -> None:
         assert_same(added, whole)
 
 
-def test_steps_and_seeds_draw_other_masks_and_come_back() -> None:
+def test_masks_depend_on_step_and_seed_only() -> None:
     model = dropping()
     chosen = step_for(model)
     assert chosen.name == "fast"
@@ -132,18 +141,18 @@ def test_steps_and_seeds_draw_other_masks_and_come_back() -> None:
     assert all(value(*key) == first for key, first in found.items())
 
 
-def test_evaluation_drops_nothing() -> None:
+def test_evaluation_has_no_dropout() -> None:
     model, whole = dropping().eval(), adapted().eval()
     with torch.no_grad():
         for make in (PlainLoss, FastLoss):
-            assert make(model)(some()) == make(whole)(some())
+            assert make(model).token_loss(some()) == make(whole).token_loss(some())
 
 
-def test_the_mean_over_steps_is_what_is_not_dropped() -> None:
+def test_dropout_preserves_the_mean() -> None:
     """What is kept is scaled up: over many masks, the output of a linear layer is that without dropout."""
     model = dropping()
     masks = PlainLoss(model).masks
-    module: Any = next(m for m in model.modules() if isinstance(m, CountedDropout))
+    module: Any = next(m for m in model.modules() if isinstance(m, CounterDropout))
     masks.tokens = torch.from_numpy(token_keys(np.arange(6)))[None]
     x = torch.ones(1, 6, 40)
     total = torch.zeros_like(x)
@@ -152,12 +161,12 @@ def test_the_mean_over_steps_is_what_is_not_dropped() -> None:
         total += module(x)
     assert float(total.mean() / 400) == pytest.approx(1.0, abs=0.01)
     torch.testing.assert_close(module(x).unique(), torch.tensor([0.0, 4 / 3]))
-    assert grown(LEVELS // 4) == pytest.approx(4 / 3)
+    assert keep_scale(LEVELS // 4) == pytest.approx(4 / 3)
 
 
-def test_rows_that_a_module_sees_apart_are_dropped_as_pytorch_does() -> None:
+def test_rows_that_are_not_tokens_use_pytorch_dropout() -> None:
     masks = PlainLoss(dropping()).masks
-    module = CountedDropout(0.5, 3, masks)
+    module = CounterDropout(0.5, 3, masks)
     masks.tokens = torch.zeros(2, 5, dtype=torch.long)
     torch.manual_seed(0)
     found = module(torch.ones(7, 64))  # an expert's share of the tokens
@@ -165,11 +174,11 @@ def test_rows_that_a_module_sees_apart_are_dropped_as_pytorch_does() -> None:
     assert torch.equal(found, nn.functional.dropout(torch.ones(7, 64), 0.5))
 
 
-def test_rows_that_are_laid_otherwise_have_the_same_masks() -> None:
+def test_masks_do_not_depend_on_the_tensor_layout() -> None:
     """(B, 1, S, n) as DeepSeek's kv_b_proj sees them, (B S, n) as OPT's layers do; turned round (S, B, n) they are
     other rows."""
     masks = PlainLoss(dropping()).masks
-    module = CountedDropout(0.5, 3, masks)
+    module = CounterDropout(0.5, 3, masks)
     masks.tokens = torch.from_numpy(token_keys(np.arange(10))).view(2, 5)
     expected, ones = module(torch.ones(2, 5, 64)), torch.ones
     assert torch.equal(module(ones(2, 1, 5, 64)), expected.view(2, 1, 5, 64))
@@ -178,9 +187,9 @@ def test_rows_that_are_laid_otherwise_have_the_same_masks() -> None:
     assert not torch.equal(module(ones(5, 2, 64)), module(ones(5, 2, 64)))  # PyTorch's own
 
 
-def test_training_with_dropout_is_the_fast_step_and_two_adapters_may_differ() -> None:
+def test_two_adapters_with_different_dropout_equal_the_plain_step() -> None:
     model = dropping()
-    assert unsupported(model) is None
+    assert why_not_fast(model) is None
     model.add_adapter("second", type(model.peft_config["default"])(r=2, lora_alpha=4, target_modules=["q_proj"]))
     model.base_model.set_adapter(["default", "second"])
     for name, weight in model.named_parameters():
@@ -192,7 +201,7 @@ def test_training_with_dropout_is_the_fast_step_and_two_adapters_may_differ() ->
 
 @pytest.mark.parametrize("dora", [{}, {"use_dora": True}])
 @pytest.mark.parametrize("head_dim", [8, 32])  # 32: in tiles, on CPUs that have them
-def test_in_bf16_fast_and_plain_agree_as_closely_as_without_dropout(head_dim: int, dora: dict[str, Any]) -> None:
+def test_bf16_error_is_the_same_with_and_without_dropout(head_dim: int, dora: dict[str, Any]) -> None:
     errors = []
     for lora in (dora, DROPOUT | dora):
         model = adapted(LlamaConfig, lora, head_dim=head_dim, hidden_size=32, intermediate_size=64).train()
@@ -206,13 +215,13 @@ def test_in_bf16_fast_and_plain_agree_as_closely_as_without_dropout(head_dim: in
     assert errors[1] <= 2 * errors[0] + 1e-3
 
 
-def test_rows_that_begin_alike_are_dropped_alike_until_they_part() -> None:
+def test_rows_share_masks_up_to_their_first_difference() -> None:
     ids = np.arange(1, 13, dtype=np.int32)
     other = np.r_[ids[:6], ids[6:] + 20]
     rows = [Example(one, np.float32(np.arange(12) > 0), "f", 1) for one in (ids, other)]
     keys = [token_keys(row.ids) for row in rows]
-    dropped = [Dropped(0, 0, torch.from_numpy(key), (0,), (LEVELS // 2,)) for key in keys]
-    one, two = (spread(torch.ones(12, 64), d) for d in dropped)
+    dropped = [DropoutSpec(0, 0, torch.from_numpy(key), (0,), (LEVELS // 2,)) for key in keys]
+    one, two = (apply_masks(torch.ones(12, 64), d) for d in dropped)
     assert torch.equal(one[:6], two[:6])
     assert not any(torch.equal(one[i], two[i]) for i in range(6, 12))
     assert len({tuple(row.tolist()) for row in one}) == 12

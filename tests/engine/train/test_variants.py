@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from strop.engine.eligibility import unsupported
+from strop.engine.train.eligibility import why_not_fast
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.plain import PlainLoss
 from strop.models.lora import as_fp32, sum_once
@@ -82,9 +82,9 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_it_equals_the_model(name: str) -> None:
+def test_variant_equals_the_plain_step(name: str) -> None:
     model = VARIANTS[name]()
-    assert unsupported(model) is None
+    assert why_not_fast(model) is None
     for examples in (some(), with_prefix(some(weighted=True))):
         expected = step(model, PlainLoss(model), examples)
         assert_same(step(model, FastLoss(model), examples), expected)
@@ -93,7 +93,7 @@ def test_it_equals_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_log_probs_equal_the_models_own(name: str) -> None:
+def test_log_probs_of_variants_equal_the_plain_step(name: str) -> None:
     model = VARIANTS[name]()
     rows = [*answers((20, 1), (3, 3), (9, 4), alike=3), *answers((20, 1))]
     fast, plain = FastLoss(model, checkpoint_layers=1), PlainLoss(model)
@@ -109,25 +109,25 @@ def test_log_probs_equal_the_models_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_several_steps_equal_the_models_own(name: str) -> None:
+def test_variant_trajectory_equals_the_plain_step(name: str) -> None:
     assert_same_trajectory(VARIANTS[name], 20)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_evaluation_and_disabled_adapters_equal_the_model(name: str) -> None:
+def test_evaluation_and_disabled_adapters_equal_the_plain_step(name: str) -> None:
     """Without adapters, what is trained in full is as it was in the base."""
     model = attentive(VARIANTS[name]())
     fast, plain = FastLoss(model), PlainLoss(model)
     rows = answers((20, 1), (3, 3))
     model.eval()
     with torch.no_grad():
-        tuned = plain(rows)
-        torch.testing.assert_close(fast(rows), tuned, rtol=1e-5, atol=0)
+        tuned = plain.token_loss(rows)
+        torch.testing.assert_close(fast.token_loss(rows), tuned, rtol=1e-5, atol=0)
         with model.disable_adapter():
-            base = plain(rows)
-            torch.testing.assert_close(fast(rows), base, rtol=1e-5, atol=0)
+            base = plain.token_loss(rows)
+            torch.testing.assert_close(fast.token_loss(rows), base, rtol=1e-5, atol=0)
             torch.testing.assert_close(fast.log_probs(rows), plain.log_probs(rows), rtol=1e-5, atol=0)
-        torch.testing.assert_close(fast(rows), tuned, rtol=1e-5, atol=0)
+        torch.testing.assert_close(fast.token_loss(rows), tuned, rtol=1e-5, atol=0)
     assert abs(tuned - base) > 1e-4
     trained = step(model, fast, rows)
     assert_same(trained, step(model, plain, rows))  # they are trained again
@@ -137,7 +137,7 @@ IN_BF16 = [name for name in VARIANTS if "biases" not in name]  # LayerNorm itsel
 
 
 @pytest.mark.parametrize("name", IN_BF16)
-def test_in_bf16_it_is_no_further_from_the_truth_than_the_model_itself(name: str) -> None:
+def test_bf16_error_of_variants_is_close_to_the_plain_steps(name: str) -> None:
     """The errors of eight batches together: one alone is a matter of chance. peft computes what is trained in full, and
     DoRA, in fp32 throughout; here the products are in bf16, and the sums over rows in fp32."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, **({} if "layer norms" in name else {"head_dim": 32})}
@@ -174,12 +174,12 @@ def test_in_bf16_it_is_no_further_from_the_truth_than_the_model_itself(name: str
         ("an adapter on model.embed_tokens", {"target_modules": ["q_proj", "embed_tokens"]}, UNTIED),
     ],
 )
-def test_what_it_declines(reason: str, lora: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_unsupported_variant_returns_the_reason(reason: str, lora: dict[str, Any], changes: dict[str, Any]) -> None:
     lora = {"target_modules": ["v_proj"], **lora}
-    assert reason in str(unsupported(adapted("llama", lora, **changes)))
+    assert reason in str(why_not_fast(adapted("llama", lora, **changes)))
 
 
-def test_dropout_in_front_of_the_heads_adapter_is_counted() -> None:
+def test_head_adapter_dropout_does_not_depend_on_micro_batches() -> None:
     """Whole or in parts: equal sums, in either step."""
     model = VARIANTS["adapter on a bent head, dropout"]()
     assert any(isinstance(one, nn.Dropout) for one in model.get_output_embeddings().lora_dropout.values())

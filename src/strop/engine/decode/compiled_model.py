@@ -15,8 +15,9 @@ from strop.engine.decode.cache import BLOCK_SIZE
 from strop.engine.decode.exact_argmax import ExactArgmax, exact_argmax_for
 from strop.engine.decode.sampling import PassOutput
 from strop.engine.kernels.dispatch import answering_loops
-from strop.engine.layers import Layers, NormPart, about
-from strop.engine.train.fused_linear import Quantized, base_of
+from strop.engine.layers import DecoderLayers, NormSpec, activation_parameters
+from strop.engine.train.linear import Quantized
+from strop.engine.train.peft_modules import base_of
 from strop.machine.malloc import own_pages
 from strop.models.families.layers import ACTIVATIONS
 
@@ -28,7 +29,7 @@ class CompiledModel:
     in another process first.
     """
 
-    def __init__(self, layers: Layers, num_blocks: int, adapters: Sequence[str], *, warm: bool = True) -> None:
+    def __init__(self, layers: DecoderLayers, num_blocks: int, adapters: Sequence[str], *, warm: bool = True) -> None:
         self._loops: Any = answering_loops(layers.head.weight.dtype if warm else None)
         self._layers = layers
         self._half = layers.head.weight.dtype == torch.bfloat16
@@ -107,7 +108,7 @@ class CompiledModel:
             logits = np.tanh(logits / np.float32(layers.softcap)) * np.float32(layers.softcap)
         return logits
 
-    def _make_exact_argmax(self, layers: Layers) -> ExactArgmax | None:
+    def _make_exact_argmax(self, layers: DecoderLayers) -> ExactArgmax | None:
         weights = [weight for layer in self._built for linear in layer[:4] for weight in linear.weights]
         num_bytes = sum(weight.w.nbytes + getattr(weight, "scale", weight.w[:0]).nbytes for weight in weights)
         z = np.empty(0, np.uint16 if self._dtype == torch.bfloat16 else np.float32)
@@ -145,7 +146,7 @@ class CompiledModel:
             for layer, kind, cache in zip(self._built, self._rope_kinds, self._cache, strict=True)
         ]
 
-    def _build_norm(self, part: NormPart | None) -> Any:
+    def _build_norm(self, part: NormSpec | None) -> Any:
         empty = np.empty(0, np.float32)
         if part is None:
             return self._loops.Norm(0, empty, empty, np.float32(0.0))
@@ -175,7 +176,7 @@ class CompiledModel:
             before_mlp=self._build_norm(part.before_mlp),
             after_mlp=self._build_norm(part.after_mlp),
             shape=shape, turn=None, inner=inner, gated=gated, act=self._act,
-            about=tuple(map(np.float32, about(part.act))), parallel=self._layers.parallel,
+            about=tuple(map(np.float32, activation_parameters(part.act))), parallel=self._layers.parallel,
             scale=np.float32(self._layers.residual_scale),
         )  # fmt: skip
 

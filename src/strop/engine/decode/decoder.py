@@ -21,8 +21,8 @@ from strop.data.types import Ids
 from strop.engine.decode.cache import BLOCK_SIZE, BlockPool, CacheFull, block_keys, blocks_for, root_key
 from strop.engine.decode.compiled_model import CompiledModel, activation_dtype, padded_head_size
 from strop.engine.decode.sampling import PassOutput, SequenceState
-from strop.engine.eligibility import odd_adapter, unsupported_base
-from strop.engine.layers import Layers
+from strop.engine.layers import DecoderLayers
+from strop.engine.train.eligibility import why_adapter_unsupported, why_base_unsupported
 from strop.models.biases import has_own_biases
 from strop.models.families.layers import ACTIVATIONS, FAMILIES, activation_of, linears, text_of
 
@@ -74,7 +74,7 @@ class CompiledDecoder:
         assert reason is None, reason
         self.adapters = adapter_names(model)
         self.blocks = BlockPool(blocks_for(positions))
-        layers = Layers(model)
+        layers = DecoderLayers(model)
         self._pending_keys: set[bytes] = set()  # of blocks that admitted sequences will fill
         self._model = CompiledModel(layers, self.blocks.count, self.adapters, warm=warm)
         # unpacking quantized weights costs time a row
@@ -184,7 +184,7 @@ class CompiledDecoder:
 
 def kv_bytes_per_position(model: nn.Module) -> int:
     """Return the bytes that one position takes in the cache of a CompiledDecoder."""
-    layers = Layers(model)
+    layers = DecoderLayers(model)
     first = layers.part(0)
     dtype = activation_dtype(layers.head.weight.dtype)
     return 2 * len(layers) * first.key_value * padded_head_size(first.size) * dtype.itemsize
@@ -224,11 +224,11 @@ def why_not_decoder(model: nn.Module) -> str | None:
     for name, module in base.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             return f"{name} is trained in full"
-        if isinstance(module, LoraLayer) and (reason := odd_adapter(name, module, known)) is not None:
+        if isinstance(module, LoraLayer) and (reason := why_adapter_unsupported(name, module, known)) is not None:
             return reason
     if activation_of(config) not in ACTIVATIONS:
         return f"activation {activation_of(config)}"
     head = base.get_output_embeddings()
     if head.weight.device.type != "cpu" or head.weight.dtype not in (torch.float32, torch.bfloat16):
         return f"weights in {head.weight.dtype} on {head.weight.device.type}: the compiled decoder needs a CPU"
-    return unsupported_base(base, decoder, config, family)
+    return why_base_unsupported(base, decoder, config, family)

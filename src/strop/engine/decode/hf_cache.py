@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from strop.data.types import Ids
-from strop.engine.train.transfer import sent
+from strop.engine.train.buffers import copy_to_device
 
 MIN_GROWTH = 64  # positions by which a buffer grows at least; otherwise by a quarter, as it is copied each time
 MIN_SHARED = 32  # tokens of a shared prefix below which processing it again is as fast
@@ -102,7 +102,7 @@ class DecodeCache(Cache):  # type: ignore[misc]
         """Make space for one position a row, and return the new positions, (rows, 1)."""
         self._grow(len(self.lengths), self.width)
         self._rows = torch.arange(len(self.lengths), device=device)
-        (self._positions,) = sent([np.array(self.lengths, dtype=np.int64)], device)
+        (self._positions,) = copy_to_device([np.array(self.lengths, dtype=np.int64)], device)
         return self._positions[:, None]
 
     def finish_step(self) -> None:

@@ -35,7 +35,7 @@ from strop.engine.decode.hf_cache import (
     slice_positions,
 )
 from strop.engine.decode.sampling import Logits, PassOutput, Sampling, SequenceState, Token
-from strop.engine.train.transfer import sent
+from strop.engine.train.buffers import copy_to_device
 from strop.errors import ModelError
 from strop.models.biases import has_own_biases, without_adapter
 from strop.models.lora import delta, onto
@@ -280,7 +280,7 @@ class HfDecoder:
         cache, rows = self._lanes[lane], self._rows[lane]
         positions = cache.start_step(self.device)
         distance = positions[:, :, None] - torch.arange(cache.width, device=self.device)
-        (last,) = sent([np.array([[sequence.ids[-1]] for sequence in rows], dtype=np.int64)], self.device)
+        (last,) = copy_to_device([np.array([[sequence.ids[-1]] for sequence in rows], dtype=np.int64)], self.device)
         with self._use_adapters([sequence.adapter for sequence in rows]):
             logits = self._forward(last, positions, self._masks(distance >= 0, distance), cache)[:, -1]
         cache.finish_step()
@@ -374,7 +374,7 @@ class MixedLora:
         if len(names) == 1 and (by_token == names[0]).all():
             self.tokens = {names[0]: None}
         else:
-            indices = sent([np.flatnonzero(by_token == name) for name in names], device)
+            indices = copy_to_device([np.flatnonzero(by_token == name) for name in names], device)
             self.tokens = dict(zip(names, indices, strict=True))
 
     def _forward(self, module: Any, x: Tensor) -> Tensor:

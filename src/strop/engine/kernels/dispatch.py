@@ -16,9 +16,9 @@ from strop.engine.kernels import eager
 from strop.engine.kernels.compiler import ANSWERS, STEP
 from strop.engine.kernels.protocols import FrozenProduct, Loops, LoraProducts, Ops, apply
 from strop.engine.train import dropout, lora
-from strop.engine.train.attention import Attention, Heads, Turned
-from strop.engine.train.dropout import Drops
-from strop.engine.train.fused_linear import Joined
+from strop.engine.train.attention import ApplyRope, Attention, Heads
+from strop.engine.train.dropout import DropoutOps
+from strop.engine.train.linear import FusedLinear
 from strop.engine.train.packing import Documents
 from strop.machine.probe import TILED_RANK, probe
 
@@ -66,12 +66,12 @@ class Processor:
         if self.loops is not None:
             from strop.engine.kernels.cpu import rope as loops  # its import starts threads
 
-            return loops.Turned
+            return loops.ApplyRope
         if not self.kernels:
-            return Turned
+            return ApplyRope
         from strop.engine.kernels.cuda import rope as aside
 
-        return aside.Turned
+        return aside.ApplyRope
 
     def lora(self, sizes: Sequence[int]) -> Callable[[Sequence[Tensor]], LoraProducts]:
         """The products of the adapters (A_1, B_1, A_2, ...) on linear layers with these inputs and outputs."""
@@ -88,7 +88,7 @@ class Processor:
         if self.integers is not None:
             return cast(FrozenProduct, self.integers.layer)
         if not self.tiles or not probe().has_products(sizes):
-            return lora.product
+            return lora.frozen_matmul
         from strop.engine.kernels.cpu import bf16_matmul  # its import starts threads
 
         return bf16_matmul.product
@@ -118,7 +118,7 @@ class Processor:
 
         return HostMemory(device)
 
-    def lay_out(self, linears: Sequence[Joined], dtype: torch.dtype) -> None:
+    def lay_out(self, linears: Sequence[FusedLinear], dtype: torch.dtype) -> None:
         """In front of a micro-batch, for all linear layers that it goes through: what a card computes of their adapters
         at once."""
         if self.card:
@@ -127,17 +127,17 @@ class Processor:
             lay_out(linears, dtype)
 
 
-def drops_for(x: Tensor) -> Drops:
+def drops_for(x: Tensor) -> DropoutOps:
     """What draws dropout's masks for a tensor like x: the same bits everywhere, by loops or kernels."""
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
         from strop.engine.kernels.cpu import dropout as dropout_loops  # its import starts threads
 
-        return cast(Drops, dropout_loops)
+        return cast(DropoutOps, dropout_loops)
     if kernels_lack(x.device, x.dtype) is None:
         from strop.engine.kernels.cuda import dropout as drops
 
-        return cast(Drops, drops)
-    return cast(Drops, dropout)
+        return cast(DropoutOps, drops)
+    return cast(DropoutOps, dropout)
 
 
 def kernels_lack(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:

@@ -8,8 +8,8 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 from torch.autograd import Function
 
-from strop.engine.train.arena import Arena, New, in_heap
-from strop.engine.train.lora import Adapters, Added
+from strop.engine.train.buffers import Allocate, Arena, heap_empty
+from strop.engine.train.lora import Adapters, Addend
 from strop.engine.train.packing import Places
 
 About = tuple[float, float, float, float]  # of an activation (layers.about)
@@ -52,24 +52,24 @@ class LoraProducts(Protocol):
     """The products with A and B; meanings in lora.py."""
 
     def forward(
-        self, z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap
-    ) -> tuple[Added, tuple[Tensor, ...]]: ...
-    def backward(self, grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Added, Tensor]: ...
+        self, z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_empty
+    ) -> tuple[Addend, tuple[Tensor, ...]]: ...
+    def backward(self, grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Addend, Tensor]: ...
     def gradients(
         self, grad: Tensor, z: Tensor, grad_za: Tensor, kept: tuple[Tensor, ...], adapters: Adapters
     ) -> list[Tensor]: ...
 
 
 class FrozenProduct(Protocol):
-    """x W^T and what is added to it; meaning in lora.product."""
+    """x W^T and what is added to it; meaning in lora.frozen_matmul."""
 
     def __call__(
-        self, x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Added | None = None, bias: Tensor | None = None,
-        residual: Tensor | None = None,
+        self, x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Addend | None = None,
+        bias: Tensor | None = None, residual: Tensor | None = None,
     ) -> Tensor: ...  # fmt: skip
 
 
-class Room:
+class ReusedBuffer:
     """Memory for one tensor after the other: each holds until the next is asked for, by anyone.
 
     What a layer needs for a moment would leave a hole between what it keeps, and holes are not filled: a fifth of the

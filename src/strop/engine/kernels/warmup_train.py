@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from strop.data.types import Example
-from strop.engine.eligibility import unsupported
 from strop.engine.kernels.dispatch import ALL, INTEGERS, USUAL, Processor, save_in_turn
 from strop.engine.train.attention import Heads
+from strop.engine.train.eligibility import why_not_fast
 from strop.engine.train.fast import FastLoss
-from strop.engine.train.fused_linear import Joined
+from strop.engine.train.linear import FusedLinear
 from strop.engine.train.norms import Norm
 
 # Family, dropout, DoRA. A Llama's loops are those of most models: fits.usual says of which.
@@ -30,7 +30,7 @@ MODELS = {USUAL: (LLAMA,), ALL: (LLAMA, *OTHERS), INTEGERS: (LLAMA,)}
 def exercise(dtype: torch.dtype, models: str = ALL, part: str = "") -> None:
     """Forward and backward, with weights in `dtype`."""
     if part == "attention":
-        cast(Any, Joined).__call__ = _no_products
+        cast(Any, FusedLinear).__call__ = _no_products
         for kind in (Norm, *Norm.__subclasses__()):  # they are among the others' loops
             cast(Any, kind).forward = lambda norm, x, room=None: torch.zeros_like(x)
             cast(Any, kind).backward = lambda norm, grad, x: torch.zeros_like(grad)
@@ -46,16 +46,16 @@ def exercise(dtype: torch.dtype, models: str = ALL, part: str = "") -> None:
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **own}))
         config = peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=dropout, use_dora=dora)
         adapted = peft.get_peft_model(base.to(dtype), config)
-        if unsupported(adapted) is not None:  # transformers 5.0: no Gemma meets its loops
+        if why_not_fast(adapted) is not None:  # transformers 5.0: no Gemma meets its loops
             continue
         # Alike at their beginning, and long enough for it to be shared.
         rows = [Example(np.arange(n, dtype=np.int32), (np.arange(n) > 0).astype(np.float32), "", 0) for n in (12, 15)]
         step = FastLoss(adapted.train(), warm=False, integers=models == INTEGERS)
-        result = step.last_hidden(rows).sum() if part == "attention" else step(rows)
+        result = step.last_hidden(rows).sum() if part == "attention" else step.token_loss(rows)
         result.backward()  # type: ignore[no-untyped-call]
 
 
-def _no_products(joined: Joined, x: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
+def _no_products(joined: FusedLinear, x: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
     return x.new_zeros(len(x), joined.outputs).requires_grad_() + x[:, :1]
 
 

@@ -1,8 +1,9 @@
-"""Causal attention over packed documents: each document, or its own part behind a shared prefix, sees only itself.
+"""Causal attention over packed documents. A document attends to itself and to its shared prefix, if it has one.
 
-Documents of similar length are padded to one matrix (a bucket) inside attention alone, and matrix products stand around
-a softmax written back in place: PyTorch's CPU attention takes 25 % of a step for 4 % of its FLOPs on documents of chat
-length. cpu/attention.py is faster where the CPU has AVX512-BF16, card/attention.py is for cards.
+Only inside attention, documents of similar length are padded to one matrix (a bucket). Scores, an in-place softmax and
+the output are computed with batched matmuls: on documents of chat length PyTorch's CPU attention takes 25 % of a step
+for 4 % of its FLOPs. kernels/cpu/attention.py is faster on CPUs with AVX512-BF16. kernels/cuda/attention.py is for
+GPUs.
 """
 
 from __future__ import annotations
@@ -17,124 +18,130 @@ from torch.autograd import Function
 
 from strop.engine.kernels.eager import rotate
 from strop.engine.kernels.protocols import Ops, apply
-from strop.engine.train.arena import New, in_heap
+from strop.engine.train.buffers import Allocate, heap_empty
 from strop.engine.train.norms import Norm
 from strop.engine.train.packing import Bucket, Documents, Layout
 
-BLOCK = 256  # queries a product; keys behind the block's last query are skipped
-KEEP_PAIRS = (
-    512  # documents up to this length keep their probabilities for the backward, longer ones compute them again
-)
+BLOCK = 256  # queries a matmul; keys after the block's last query are skipped
+MAX_SAVED_KEYS = 512  # documents with more keys recompute their probabilities in the backward
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The shape of one layer's attention. cos, sin (T, m): the rotary embedding of each packed row."""
+    """The heads of one layer's attention.
+
+    query, key_value: numbers of heads. size: features of a head. window: keys that a query attends to, itself included;
+    0: all. softcap: scores become softcap * tanh(scores / softcap); 0: unchanged. new: allocates saved tensors. sinks:
+    (query,), fp32, a score that each head's softmax counts next to those of the keys.
+    """
 
     ops: Ops
     query: int
     key_value: int
     size: int
     scale: float
-    window: int  # a query sees this many keys, itself included; 0: all
-    softcap: float  # scores are bent to softcap * tanh(scores / softcap); 0: they are not
+    window: int
+    softcap: float
     q_norm: Norm | None
     k_norm: Norm | None
     v_norm: Norm | None = None
-    new: New = in_heap  # for what is kept
-    sinks: Tensor | None = None  # (query,) fp32: what each head's softmax counts beside the keys
+    new: Allocate = heap_empty
+    sinks: Tensor | None = None
 
     @property
     def group(self) -> int:
+        """The number of query heads that share a key head."""
         return self.query // self.key_value
 
     def views(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of shape (T, heads, size) as views of qkv (T, all)."""
+        """Return q, k, v (T, heads, size) as views of qkv (T, (query + 2 key_value) size)."""
         heads = qkv.view(len(qkv), -1, self.size)
         q, k, v = torch.split(heads, [self.query, self.key_value, self.key_value], dim=1)
         return q, k, v
 
-    def normed(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def normalized(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k, v (T, heads, size) after their norms."""
         q, k, v = self.views(qkv)
         norms = self.q_norm, self.k_norm, self.v_norm
         q, k, v = (
-            norm.forward(over(x, norm)).view(x.shape) if norm else x for x, norm in zip((q, k, v), norms, strict=True)
+            norm.forward(as_norm_input(x, norm)).view(x.shape) if norm else x
+            for x, norm in zip((q, k, v), norms, strict=True)
         )
         return q, k, v
 
-    def norms_backward_(self, grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor) -> None:
-        """Takes the gradients of q, k and v, in place, back through their norms."""
+    def backward_norms_(self, grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor) -> None:
+        """Replace the gradients of normalized q, k and v by those of q, k and v, in place."""
         norms = self.q_norm, self.k_norm, self.v_norm
         for grad, x, norm in zip(grads, self.views(qkv), norms, strict=True):
             if norm:
-                grad.copy_(norm.backward(over(grad, norm), over(x, norm)).view(grad.shape))
+                grad.copy_(norm.backward(as_norm_input(grad, norm), as_norm_input(x, norm)).view(grad.shape))
 
 
-def over(x: Tensor, norm: Norm) -> Tensor:
-    """x (T, heads, size) as the norm takes it: head by head, or all heads as one (OLMo)."""
+def as_norm_input(x: Tensor, norm: Norm) -> Tensor:
+    """Return x (T, heads, size) as the norm takes it: head by head, or all heads as one vector (OLMo)."""
     return x if norm.weight.shape[-1] == x.shape[-1] else x.flatten(1)
 
 
-class Turned(Function):
-    """qkv with q and k turned by the rotary embedding, where `Attention` cannot do it: in front of their norms, or with
-    neighbours in pairs, which then stand as halves (q k^T is the same). Saves nothing of its input.
+class ApplyRope(Function):
+    """Apply the rotary embedding to q and k of qkv, in the cases that `Attention` does not cover. Saves no input.
 
-    cos, sin (T, m); scale (T,) or None: what q is multiplied by.
+    These are a rotation before the norms of q and k, and adjacent features that rotate in pairs (`neighbours`). The
+    latter are reordered into halves, which leaves q k^T the same. cos, sin: (T, m). scale: (T,) or None, a factor of q.
     """
 
     @staticmethod
     def forward(
         ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, neighbours: bool, scale: Tensor | None
     ) -> Tensor:
-        ctx.about = heads, cos, sin, neighbours, scale
+        ctx.args = heads, cos, sin, neighbours, scale
         out = qkv.clone()
         for x, to, factor in zip(heads.views(qkv), heads.views(out), (scale, None), strict=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            wide = _in_halves(wide, cos.shape[1]) if neighbours else wide
-            turned = rotate(wide, cos, sin)
-            to.copy_(turned if factor is None else turned * factor[:, None, None])
+            wide = _to_halves(wide, cos.shape[1]) if neighbours else wide
+            rotated = rotate(wide, cos, sin)
+            to.copy_(rotated if factor is None else rotated * factor[:, None, None])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        heads, cos, sin, neighbours, scale = ctx.about
+        heads, cos, sin, neighbours, scale = ctx.args
         out = grad.clone()
         for x, to, factor in zip(heads.views(grad.contiguous()), heads.views(out), (scale, None), strict=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            turned = rotate(wide if factor is None else wide * factor[:, None, None], cos, -sin)
-            to.copy_(_in_neighbours(turned, cos.shape[1]) if neighbours else turned)
+            rotated = rotate(wide if factor is None else wide * factor[:, None, None], cos, -sin)
+            to.copy_(_from_halves(rotated, cos.shape[1]) if neighbours else rotated)
         return out, None, None, None, None, None
 
 
-def _in_halves(x: Tensor, m: int) -> Tensor:
-    """The first 2 m numbers of each head: every second one, then the others."""
+def _to_halves(x: Tensor, m: int) -> Tensor:
+    """Reorder the first 2 m features of each head: the even ones, then the odd ones."""
     return torch.cat([x[..., : 2 * m : 2], x[..., 1 : 2 * m : 2], x[..., 2 * m :]], -1)
 
 
-def _in_neighbours(x: Tensor, m: int) -> Tensor:
-    """The inverse of _in_halves."""
+def _from_halves(x: Tensor, m: int) -> Tensor:
+    """Undo _to_halves."""
     return torch.cat([torch.stack([x[..., :m], x[..., m : 2 * m]], -1).flatten(-2), x[..., 2 * m :]], -1)
 
 
-def norms_aside(qkv: Tensor, heads: Heads) -> tuple[Tensor, Heads]:
-    """qkv and heads; where the norms of q and k are trained in full, qkv behind them, and heads without them."""
+def apply_trained_head_norms(qkv: Tensor, heads: Heads) -> tuple[Tensor, Heads]:
+    """Apply the norms of q and k if they are trained in full. Return qkv, and heads without these norms."""
     if all(norm is None or norm.current is None for norm in (heads.q_norm, heads.k_norm)):
         return qkv, heads
     q_norm, k_norm = (None if norm is None else norm.now() for norm in (heads.q_norm, heads.k_norm))
-    trained = [one for norm in (q_norm, k_norm) if norm is not None for one in norm.trained]
+    trained = [weight for norm in (q_norm, k_norm) if norm is not None for weight in norm.trained]
     qkv = apply(HeadNorms, qkv, replace(heads, q_norm=q_norm, k_norm=k_norm, v_norm=None), *trained)
     return qkv, replace(heads, q_norm=None, k_norm=None)
 
 
 class HeadNorms(Function):
-    """qkv with the norms of q and k; saves its input. trained: q_norm.trained and k_norm.trained."""
+    """Apply the norms of q and k to qkv. Saves its input. trained: q_norm.trained and k_norm.trained."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: Heads, *trained: Tensor) -> Tensor:
         ctx.heads = heads
         ctx.save_for_backward(qkv)
         out = qkv.clone()
-        for x, to in zip(heads.normed(qkv), heads.views(out), strict=True):
+        for x, to in zip(heads.normalized(qkv), heads.views(out), strict=True):
             to.copy_(x)
         return out
 
@@ -142,37 +149,38 @@ class HeadNorms(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         heads, (qkv,) = ctx.heads, ctx.saved_tensors
         out = grad.clone(memory_format=torch.contiguous_format)
-        into = heads.views(out)
-        found: list[Tensor] = []
-        for up, x, norm in zip(into, heads.views(qkv), (heads.q_norm, heads.k_norm), strict=False):
-            found += [] if norm is None else norm.gradients(over(up, norm), over(x, norm))
-        heads.norms_backward_(into, qkv)
-        return out, None, *found
+        parts = heads.views(out)
+        grads: list[Tensor] = []
+        for upstream, x, norm in zip(parts, heads.views(qkv), (heads.q_norm, heads.k_norm), strict=False):
+            grads += [] if norm is None else norm.gradients(as_norm_input(upstream, norm), as_norm_input(x, norm))
+        heads.backward_norms_(parts, qkv)
+        return out, None, *grads
 
 
 class Attention(Function):
-    """qkv (T, (query + 2 key_value) size) to the heads' output (T, query size); rotary embedding and norms included.
+    """Compute the heads' output (T, query size) from qkv (T, (query + 2 key_value) size), with rope and norms.
 
-    Saves qkv and, for documents up to KEEP_PAIRS, the probabilities in qkv's type.
+    cos, sin: the rotary embedding of each packed row, shape (T, m). Saves qkv, and for documents of up to
+    MAX_SAVED_KEYS keys the probabilities in the dtype of qkv.
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
         ops, group, layout = heads.ops, heads.group, documents.layout
-        kept: list[Tensor] = []
-        spread = _spread(heads, qkv, cos, sin, layout)
-        o = torch.empty_like(spread[0])
-        for part, (q, k, v, own) in zip(layout.buckets, _parts(heads, layout, *spread, o), strict=True):
-            for first, rows, keys in _blocks(part, group):
-                keeps = part.keys.shape[1] <= KEEP_PAIRS and ctx.needs_input_grad[0]
-                probs = _probs(heads, q[:, rows], k[:, :keys], first, heads.new if keeps else in_heap)
-                _products(probs, v[:, :keys], own[:, rows])
-                if keeps:
-                    kept.append(probs)
+        saved_probs: list[Tensor] = []
+        padded = _to_buckets(heads, qkv, cos, sin, layout)
+        o = torch.empty_like(padded[0])
+        for bucket, (q, k, v, out_part) in zip(layout.buckets, _bucket_views(heads, layout, *padded, o), strict=True):
+            for first, rows, keys in _blocks(bucket, group):
+                saves = bucket.keys.shape[1] <= MAX_SAVED_KEYS and ctx.needs_input_grad[0]
+                probs = _probs(heads, q[:, rows], k[:, :keys], first, heads.new if saves else heap_empty)
+                _bmm(probs, v[:, :keys], out_part[:, rows])
+                if saves:
+                    saved_probs.append(probs)
         out = heads.new(len(qkv), heads.query * heads.size, qkv).view(len(qkv), heads.query, heads.size)
         ops.from_heads(o, None, None, 1.0, layout.queries, group, out)
         ctx.heads, ctx.layout = heads, layout
-        ctx.save_for_backward(qkv, cos, sin, *kept)
+        ctx.save_for_backward(qkv, cos, sin, *saved_probs)
         return out.view(len(qkv), -1)
 
     @staticmethod
@@ -180,43 +188,47 @@ class Attention(Function):
         heads: Heads = ctx.heads
         layout: Layout = ctx.layout
         ops, group = heads.ops, heads.group
-        qkv, cos, sin, *kept = ctx.saved_tensors
-        spread = _spread(heads, qkv, cos, sin, layout)
-        grads = [torch.empty_like(x) for x in spread]
+        qkv, cos, sin, *saved_probs = ctx.saved_tensors
+        padded = _to_buckets(heads, qkv, cos, sin, layout)
+        grads = [torch.empty_like(x) for x in padded]
         grad = grad.reshape(len(qkv), heads.query, heads.size)
         do = ops.to_heads(grad, None, None, 1.0, layout.queries, group)
-        parts = zip(layout.buckets, _parts(heads, layout, *spread, do), _parts(heads, layout, *grads), strict=True)
-        for part, (q, k, v, own), (dq, dk, dv) in reversed(list(parts)):
-            blocks = _blocks(part, group)
-            whole = len(blocks) == 1
+        views = zip(
+            layout.buckets, _bucket_views(heads, layout, *padded, do), _bucket_views(heads, layout, *grads), strict=True
+        )
+        for bucket, (q, k, v, do_part), (dq, dk, dv) in reversed(list(views)):
+            blocks = _blocks(bucket, group)
+            single = len(blocks) == 1
             terms = []
             for first, rows, keys in reversed(blocks):
-                known = kept.pop() if part.keys.shape[1] <= KEEP_PAIRS else None
-                probs = _probs(heads, q[:, rows], k[:, :keys], first) if known is None else known
-                ds = _products(own[:, rows], v[:, :keys].transpose(1, 2))
+                saved = saved_probs.pop() if bucket.keys.shape[1] <= MAX_SAVED_KEYS else None
+                probs = _probs(heads, q[:, rows], k[:, :keys], first) if saved is None else saved
+                ds = _bmm(do_part[:, rows], v[:, :keys].transpose(1, 2))
                 ds = ops.softmax_backward_(ds, probs, group, first, heads.window)
                 if heads.softcap:
-                    bent = _products(q[:, rows], k[:, :keys].transpose(1, 2)).div_(heads.softcap).tanh_()
-                    ds.mul_(1 - bent.square_())
-                _products(ds, k[:, :keys], dq[:, rows])
-                to_k = _products(ds.transpose(1, 2), q[:, rows], dk if whole else None)
-                terms.append((to_k, _products(probs.transpose(1, 2), own[:, rows], dv if whole else None)))
-            if not whole:
-                for out, more in zip((dk, dv), zip(*terms, strict=True), strict=True):
-                    out.copy_(_sum(more))
+                    capped = _bmm(q[:, rows], k[:, :keys].transpose(1, 2)).div_(heads.softcap).tanh_()
+                    ds.mul_(1 - capped.square_())
+                _bmm(ds, k[:, :keys], dq[:, rows])
+                dk_term = _bmm(ds.transpose(1, 2), q[:, rows], dk if single else None)
+                terms.append((dk_term, _bmm(probs.transpose(1, 2), do_part[:, rows], dv if single else None)))
+            if not single:
+                for out, block_terms in zip((dk, dv), zip(*terms, strict=True), strict=True):
+                    out.copy_(_sum_terms(block_terms))
         result = torch.empty_like(qkv)
-        into = heads.views(result)
-        turns = ((cos, sin, heads.scale), (cos, sin, 1.0), (None, None, 1.0))
+        parts = heads.views(result)
+        rotations = ((cos, sin, heads.scale), (cos, sin, 1.0), (None, None, 1.0))
         places = (layout.queries, layout.keys, layout.keys)
-        for x, turn, at, of, out in zip(grads, turns, places, (group, 1, 1), into, strict=True):
-            ops.from_heads(x, *turn, at, of, out)
-        heads.norms_backward_(into, qkv)
+        for x, rotation, places_of, heads_per_key, out in zip(
+            grads, rotations, places, (group, 1, 1), parts, strict=True
+        ):
+            ops.from_heads(x, *rotation, places_of, heads_per_key, out)
+        heads.backward_norms_(parts, qkv)
         return result, None, None, None, None
 
 
-def _spread(heads: Heads, qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as eager.to_heads lays them out."""
-    q, k, v = heads.normed(qkv)
+def _to_buckets(heads: Heads, qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v in the padded order of eager.to_heads."""
+    q, k, v = heads.normalized(qkv)
     return (
         heads.ops.to_heads(q, cos, sin, heads.scale, layout.queries, heads.group),
         heads.ops.to_heads(k, cos, sin, 1.0, layout.keys, 1),
@@ -224,8 +236,13 @@ def _spread(heads: Heads, qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout)
     )
 
 
-def _parts(heads: Heads, layout: Layout, q: Tensor, k: Tensor, v: Tensor, *like_q: Tensor) -> list[tuple[Tensor, ...]]:
-    """Views of each bucket: (D * key_value, Sq * group, size) of q and its like, (D * key_value, Sk, size) of k, v."""
+def _bucket_views(
+    heads: Heads, layout: Layout, q: Tensor, k: Tensor, v: Tensor, *like_q: Tensor
+) -> list[tuple[Tensor, ...]]:
+    """Return views of each bucket.
+
+    They are (D * key_value, Sq * group, size) for q and like_q, and (D * key_value, Sk, size) for k and v.
+    """
 
     def views(x: Tensor, slots: list[Tensor], group: int) -> list[Tensor]:
         pieces = torch.split(x, [rows.numel() * heads.key_value * group for rows in slots])
@@ -237,16 +254,20 @@ def _parts(heads: Heads, layout: Layout, q: Tensor, k: Tensor, v: Tensor, *like_
     return list(zip(*columns, *(views(x, queries, heads.group) for x in like_q), strict=True))
 
 
-def _probs(heads: Heads, q: Tensor, k: Tensor, first: int, new: New = in_heap) -> Tensor:
+def _probs(heads: Heads, q: Tensor, k: Tensor, first: int, new: Allocate = heap_empty) -> Tensor:
+    """Return the attention probabilities (B, Sq, Sk) of queries whose first is at position `first` among the keys."""
     scores = new(len(q) * q.shape[1], k.shape[1], q).view(len(q), q.shape[1], k.shape[1])
-    _products(q, k.transpose(1, 2), scores)
+    _bmm(q, k.transpose(1, 2), scores)
     if heads.softcap:
         scores.div_(heads.softcap).tanh_().mul_(heads.softcap)
     return heads.ops.softmax_(scores, heads.group, first, heads.window, heads.sinks)
 
 
-def _products(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b, matrix by matrix. bmm deals whole matrices out to the threads: what is left over is split inside."""
+def _bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return a @ b, matrix by matrix.
+
+    torch.bmm gives each thread whole matrices. The matrices that remain are split among the threads with torch.mm.
+    """
     if out is None:
         out = a.new_empty(len(a), a.shape[1], b.shape[2])
     even = len(a) - len(a) % torch.get_num_threads()
@@ -257,19 +278,19 @@ def _products(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def _sum(terms: Sequence[Tensor]) -> Tensor:
-    """The sum of what the blocks add: the first has all the keys, the others fewer and fewer."""
+def _sum_terms(terms: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the blocks' terms. The first term covers all keys, each later one fewer."""
     total = terms[0].to(torch.promote_types(terms[0].dtype, torch.float32))
     for term in terms[1:]:
         total[:, : term.shape[1]] += term
     return total
 
 
-def _blocks(part: Bucket, group: int) -> list[tuple[int, slice, int]]:
-    """(place of the block's first query among the keys, its rows, number of keys it may see)."""
-    queries, prefix = part.queries.shape[1], part.keys.shape[1] - part.queries.shape[1]
-    found = []
+def _blocks(bucket: Bucket, group: int) -> list[tuple[int, slice, int]]:
+    """Return for each block the position of its first query among the keys, its rows, and the number of its keys."""
+    queries, prefix = bucket.queries.shape[1], bucket.keys.shape[1] - bucket.queries.shape[1]
+    blocks = []
     for begin in range(0, queries, BLOCK):
         end = min(begin + BLOCK, queries)
-        found.append((prefix + begin, slice(begin * group, end * group), prefix + end))
-    return found
+        blocks.append((prefix + begin, slice(begin * group, end * group), prefix + end))
+    return blocks

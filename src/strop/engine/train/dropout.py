@@ -1,11 +1,12 @@
-"""Dropout in front of the adapters, with masks that are drawn by counting and not in turn.
+"""Dropout before the adapters, with masks from a counter-based generator.
 
-Whether a number is dropped is a function of (seed, step, text of the row up to the token, adapter, feature): the
-generator Philox-4x32-7 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), key (seed, step),
-counter (feature / 8, adapter, key of the token). So masks are the same however a batch is cut into micro-batches,
-packed or padded, computed again in a backward, dealt out to devices or resumed. The key of a token is a hash of the
-row's tokens up to it: rows that begin alike are dropped alike until they part, which is why a shared prefix may be
-computed once. Each row alone has the masks of any dropout; in another step they are others.
+Whether an element is dropped is a function of (seed, step, text of the row up to the token, adapter, feature). The
+generator is Philox-4x32-7 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), with key (seed,
+step) and counter (feature / 8, adapter, key of the token). The masks are therefore the same however a batch is split
+into micro-batches, packed or padded, recomputed in a backward, distributed over devices or resumed.
+
+The key of a token is a hash of the row's tokens up to it. Rows with a common prefix get the same masks up to where they
+differ, so a shared prefix can be computed once. Masks change with each step.
 """
 
 from __future__ import annotations
@@ -20,29 +21,29 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from strop.engine.train.transfer import sent
+from strop.engine.train.buffers import copy_to_device
 
-LEVELS = 1 << 16  # a draw is a number of 16 bits: a share is rounded to this many levels
+LEVELS = 1 << 16  # random values have 16 bits: the dropout rate is rounded to a multiple of 1 / LEVELS
 ROUNDS = 7  # the fewest with which Philox-4x32 passes BigCrush (Salmon et al., table 2)
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 LOW = 0xFFFFFFFF
-DRAWN = 1 << 22  # draws at once, in plain PyTorch
+BLOCK_VALUES = 1 << 22  # random values generated at once, in plain PyTorch
 
 
-class Drops(Protocol):
-    """What draws the masks and puts them to use; meanings below."""
+class DropoutOps(Protocol):
+    """Functions that generate masks and apply them; `apply_masks` and `apply_masks_backward` below define them."""
 
-    def spread(self, z: Tensor, dropped: Dropped, out: Tensor | None = None) -> Tensor: ...
-    def fold(self, grad: Tensor, dropped: Dropped) -> Tensor: ...
+    def apply_masks(self, z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor: ...
+    def apply_masks_backward(self, grad: Tensor, dropped: DropoutSpec) -> Tensor: ...
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """What adapters that share their input z (T, k) have dropped of it.
+class DropoutSpec:
+    """The masks of m adapters that share their input z (T, k).
 
-    tokens (T,): the key of each row of z, int64. numbers: of each adapter. levels: for each adapter, the draws below
-    this one are dropped; 0: none.
+    tokens: the key of each row of z, shape (T,), int64. numbers: the id of each adapter. levels: for each adapter,
+    elements whose random value is below the level are dropped; 0 drops none.
     """
 
     seed: int
@@ -53,26 +54,27 @@ class Dropped:
 
 
 class Masks:
-    """Which masks a model's dropout draws now, and by what it draws them for a tensor (`spread` and `fold` below).
+    """The state of a model's dropout.
 
-    tokens: the keys of what the model's own forward computes, (B, S).
+    tokens: the token keys (B, S) of the input that the model's own forward is computing. drops_for: returns the
+    DropoutOps for a tensor.
     """
 
-    def __init__(self, drops_for: Callable[[Tensor], Drops]) -> None:
+    def __init__(self, drops_for: Callable[[Tensor], DropoutOps]) -> None:
         self.drops_for = drops_for
         self.seed, self.step = 0, 0
         self.tokens: Tensor | None = None
 
     def begin(self, seed: int, step: int) -> None:
-        """The masks of another step."""
+        """Use the masks of this training step from now on."""
         self.seed, self.step = seed & LOW, step & LOW
 
 
-class CountedDropout(nn.Dropout):
-    """In the place of peft's dropout in front of an adapter: the masks of this module, which `masks` numbers.
+class CounterDropout(nn.Dropout):
+    """Replaces PEFT's dropout before an adapter. number: the adapter's id in the random counter.
 
-    Rows that are not those of the micro-batch (bytes that are joined to patches, experts that see a part of them) are
-    dropped as PyTorch would.
+    Inputs whose rows are not the micro-batch's tokens (bytes merged into patches, experts that see some of the tokens)
+    are dropped as PyTorch does.
     """
 
     def __init__(self, p: float, number: int, masks: Masks) -> None:
@@ -81,23 +83,26 @@ class CountedDropout(nn.Dropout):
 
     @property
     def level(self) -> int:
+        """Random values below this are dropped; 0 when dropout is off."""
         return max(1, min(LEVELS - 1, round(self.p * LEVELS))) if self.training and self.p else 0
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.masks.tokens
         if not self.level:
             return x
-        if tokens is None or not _are_rows(x.shape[:-1], tokens):
+        if tokens is None or not _are_token_rows(x.shape[:-1], tokens):
             return super().forward(x)
-        dropped = Dropped(self.masks.seed, self.masks.step, tokens.reshape(-1), (self.number,), (self.level,))
-        drops = self.masks.drops_for(x)
-        kept: Tensor = _Kept.apply(x.reshape(-1, x.shape[-1]), dropped, drops)  # type: ignore[no-untyped-call]
-        return kept.view(x.shape) * grown(self.level)
+        dropped = DropoutSpec(self.masks.seed, self.masks.step, tokens.reshape(-1), (self.number,), (self.level,))
+        ops = self.masks.drops_for(x)
+        kept: Tensor = _MaskFunction.apply(x.reshape(-1, x.shape[-1]), dropped, ops)  # type: ignore[no-untyped-call]
+        return kept.view(x.shape) * keep_scale(self.level)
 
 
-def _are_rows(leading: torch.Size, tokens: Tensor) -> bool:
-    """Whether a tensor with these sizes in front of its features has a row for each of tokens (B, S), in their order:
-    as (B, S), (B, 1, S) (DeepSeek's kv_b_proj) or (B S,) (OPT)."""
+def _are_token_rows(leading: torch.Size, tokens: Tensor) -> bool:
+    """Return whether a tensor with these leading dimensions has one row for each of tokens (B, S), in their order.
+
+    The dimensions may be (B, S), (B, 1, S) (DeepSeek's kv_b_proj) or (B S,) (OPT).
+    """
     return leading == (tokens.numel(),) or _without_ones(leading) == _without_ones(tokens.shape)
 
 
@@ -105,27 +110,27 @@ def _without_ones(sizes: torch.Size) -> list[int]:
     return [size for size in sizes if size != 1]
 
 
-def grown(level: int) -> float:
-    """What is kept is multiplied by this, so that its mean stays what it was."""
+def keep_scale(level: int) -> float:
+    """Return the factor for kept elements that preserves their mean."""
     return LEVELS / (LEVELS - level)
 
 
-def masks_of(model: nn.Module, drops_for: Callable[[Tensor], Drops]) -> Masks:
-    """The masks of all of a model's adapters, whose dropout is replaced by CountedDropout where it is not yet."""
+def install_dropout(model: nn.Module, drops_for: Callable[[Tensor], DropoutOps]) -> Masks:
+    """Replace the dropout of all adapters with CounterDropout, where not done yet, and return their shared masks."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    found = [(layer.lora_dropout, name, one) for layer in layers for name, one in layer.lora_dropout.items()]
-    known = [one.masks for _, _, one in found if isinstance(one, CountedDropout)]
-    masks = known[0] if known else Masks(drops_for)
-    for number, (where, name, one) in enumerate(found):
-        if type(one) is nn.Dropout:
-            where[name] = CountedDropout(one.p, number, masks).train(one.training)
+    entries = [(layer.lora_dropout, name, module) for layer in layers for name, module in layer.lora_dropout.items()]
+    installed = [module.masks for _, _, module in entries if isinstance(module, CounterDropout)]
+    masks = installed[0] if installed else Masks(drops_for)
+    for number, (container, name, module) in enumerate(entries):
+        if type(module) is nn.Dropout:
+            container[name] = CounterDropout(module.p, number, masks).train(module.training)
     return masks
 
 
 def token_keys(ids: Any) -> Any:
-    """A hash of a row's tokens up to each one. ids (n,) of any type of integer; gives int64 (n,).
+    """Return a hash of the row's tokens up to each token. ids: (n,), any integer dtype. Returns (n,), int64.
 
-    The sum of what SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) makes of each place and token.
+    The key is the running sum of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) of each position and token.
     """
     at = (np.arange(1, len(ids) + 1, dtype=np.uint64) << np.uint64(32)) + np.asarray(ids).astype(np.uint64)
     x = at * np.uint64(0x9E3779B97F4A7C15)
@@ -134,36 +139,38 @@ def token_keys(ids: Any) -> Any:
     return np.cumsum(x ^ (x >> np.uint64(31)), dtype=np.uint64).view(np.int64)
 
 
-def spread(z: Tensor, dropped: Dropped, out: Tensor | None = None) -> Tensor:
-    """z (T, k) once for each adapter, side by side (T, m k), with zeros where it is dropped. `out` is left unused."""
-    parts = [(z[rows, None] * kept).flatten(1) for rows, kept in _keep(dropped, z.shape[1])]
-    return torch.cat(parts)
+def apply_masks(z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor:
+    """Return a copy of z (T, k) for each adapter, with dropped elements set to 0: (T, m k). `out` is not used here."""
+    blocks = [(z[rows, None] * kept).flatten(1) for rows, kept in _kept(dropped, z.shape[1])]
+    return torch.cat(blocks)
 
 
-def fold(grad: Tensor, dropped: Dropped) -> Tensor:
-    """The gradient of z (T, k) from that of spread's (T, m k): the sum over the adapters of what is not dropped."""
-    apart = grad.view(len(grad), len(dropped.numbers), -1)
+def apply_masks_backward(grad: Tensor, dropped: DropoutSpec) -> Tensor:
+    """Return the gradient of z (T, k) from that of apply_masks (T, m k): the sum over the adapters of kept elements."""
+    by_adapter = grad.view(len(grad), len(dropped.numbers), -1)
     wide = torch.promote_types(grad.dtype, torch.float32)
-    parts = [(apart[rows].to(wide) * kept).sum(1).to(grad.dtype) for rows, kept in _keep(dropped, apart.shape[2])]
-    return torch.cat(parts)
+    blocks = [
+        (by_adapter[rows].to(wide) * kept).sum(1).to(grad.dtype) for rows, kept in _kept(dropped, by_adapter.shape[2])
+    ]
+    return torch.cat(blocks)
 
 
-def _keep(dropped: Dropped, width: int) -> Iterator[tuple[slice, Tensor]]:
-    """What is kept, (rows, m, width) bool, some rows after the other: a draw takes 8 bytes and more."""
-    device, many = dropped.tokens.device, len(dropped.numbers)
-    asked = dropped.numbers, dropped.levels, (dropped.seed, dropped.step)
-    numbers, levels, key = sent([np.array(one, dtype=np.int64) for one in asked], device)
-    block = max(1, DRAWN // (many * width))
+def _kept(dropped: DropoutSpec, width: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield blocks of rows with their masks (rows, m, width), bool. A random value takes at least 8 bytes here."""
+    device, count = dropped.tokens.device, len(dropped.numbers)
+    parts = dropped.numbers, dropped.levels, (dropped.seed, dropped.step)
+    numbers, levels, key = copy_to_device([np.array(part, dtype=np.int64) for part in parts], device)
+    block = max(1, BLOCK_VALUES // (count * width))
     for begin in range(0, len(dropped.tokens), block):
         rows = slice(begin, begin + block)
-        yield rows, draws(dropped.tokens[rows], numbers, key, width) >= levels[:, None]
+        yield rows, random_bits(dropped.tokens[rows], numbers, key, width) >= levels[:, None]
 
 
-def draws(tokens: Tensor, numbers: Tensor, key: Tensor, width: int) -> Tensor:
-    """(T, m, width) int64, from 0 to LEVELS - 1. tokens (T,), numbers (m,), key (2,), all int64.
+def random_bits(tokens: Tensor, numbers: Tensor, key: Tensor, width: int) -> Tensor:
+    """Return random values (T, m, width), int64, from 0 to LEVELS - 1. tokens (T,), numbers (m,), key (2,): int64.
 
-    Feature j of a row takes 16 bits of one of the four words of counter i of c = ceil(width / 8): the words are laid
-    side by side, word w of counter i at w c + i, and of each word the low half stands first.
+    Each counter i of c = ceil(width / 8) gives four words of 32 bits. Word w of counter i is at w c + i, and each word
+    gives two features, the low 16 bits first.
     """
     count = -(-width // 8)
     a = torch.arange(count, device=tokens.device)[None, None]
@@ -174,24 +181,24 @@ def draws(tokens: Tensor, numbers: Tensor, key: Tensor, width: int) -> Tensor:
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32 with ROUNDS rounds; all words are 32 bits in int64."""
+    """Return Philox-4x32 of the counter and key after ROUNDS rounds. Words are 32 bits in int64."""
     a, b, c, d = counter
     for step in range(ROUNDS):
-        first, second = a * MULTIPLIERS[0], c * MULTIPLIERS[1]  # 64 bits, the sign bit one of them
+        first, second = a * MULTIPLIERS[0], c * MULTIPLIERS[1]  # 64 bits, including the sign bit
         keys = [(key[i] + step * WEYL[i]) & LOW for i in (0, 1)]
         a, c = ((second >> 32) & LOW) ^ b ^ keys[0], ((first >> 32) & LOW) ^ d ^ keys[1]
         b, d = second & LOW, first & LOW
     return a, b, c, d
 
 
-class _Kept(Function):
-    """`spread` of one adapter with its gradient; saves nothing."""
+class _MaskFunction(Function):
+    """apply_masks of one adapter with its gradient. Saves no tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: Dropped, drops: Drops) -> Tensor:
-        ctx.dropped, ctx.drops = dropped, drops
-        return drops.spread(x, dropped)
+    def forward(ctx: Any, x: Tensor, dropped: DropoutSpec, ops: DropoutOps) -> Tensor:
+        ctx.dropped, ctx.ops = dropped, ops
+        return ops.apply_masks(x, dropped)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return ctx.drops.fold(grad.contiguous(), ctx.dropped), None, None
+        return ctx.ops.apply_masks_backward(grad.contiguous(), ctx.dropped), None, None

@@ -1,8 +1,8 @@
-"""The fast step, for models whose layers families.py knows.
+"""The fast step, for models of the families table.
 
-FastLoss reads the weights and the adapters of a transformers + peft model and computes the loss itself. The model
-stays whole: its optimizer, save, merge and generate go on with the same parameters. Base weights that share an input
-are laid side by side once; the model's own weights become views of them, so that nothing is held twice.
+FastLoss reads the weights and adapters of a transformers + PEFT model and computes the loss itself. The model stays
+usable: its optimizer, save, merge and generate work on the same parameters. Base weights that share an input are fused
+once, and the model's weights become views of them, so that nothing is stored twice.
 """
 
 from __future__ import annotations
@@ -10,72 +10,60 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from strop.engine.eligibility import unsupported, usual
 from strop.engine.kernels.dispatch import ALL, USUAL, drops_for, processor_for
 from strop.engine.kernels.protocols import Placed, apply
-from strop.engine.layers import Layers
-from strop.engine.train.arena import Arena
-from strop.engine.train.blocks import Attended, Blocks, Layer, Way
-from strop.engine.train.dropout import masks_of
-from strop.engine.train.full_modules import used
-from strop.engine.train.fused_linear import adapters_on, base_of, dropped_by
-from strop.engine.train.head import LabelLogProbs, Output, SupervisedLoss
-from strop.engine.train.norms import normed
-from strop.engine.train.packing import Packed, by_owner, pack, pack_apart, pack_ends, sums_by_owner
+from strop.engine.layers import DecoderLayers
+from strop.engine.train.blocks import AttentionBlock, BatchContext, Blocks, Layer
+from strop.engine.train.buffers import Arena
+from strop.engine.train.dropout import install_dropout
+from strop.engine.train.eligibility import uses_llama_kernels, why_not_fast
+from strop.engine.train.head import LabelLogProbs, OutputHead, SupervisedLoss
+from strop.engine.train.norms import normalize
+from strop.engine.train.packing import (
+    PackedBatch,
+    order_by_example,
+    pack,
+    pack_last_tokens,
+    pack_separately,
+    sum_by_example,
+)
+from strop.engine.train.peft_modules import base_of, current_module, dropout_spec, find_active_adapters
+from strop.engine.train.plain import LayerWatch, WeightGatherer, call_before_gradient
 
 if TYPE_CHECKING:
     from strop.data.types import Example
 
 
-class Watch(Protocol):
-    """Told of each micro-batch and each layer that is about to be computed; may raise (machine.memory.MemoryWatch)."""
-
-    def begin(self) -> None: ...
-
-    def __call__(self) -> None: ...
-
-
-class Gathered(Protocol):
-    """Has the weights of a decoder layer (by its number), of the `embedding` or of the `head` there from its call until
-    others are asked for; modules: those that hold them."""
-
-    modules: dict[int | str, nn.Module]
-
-    def __call__(self, where: int | str) -> None: ...
-
-
-class InHost(Protocol):
-    """engine.card.offload.HostMemory."""
+class HostOffload(Protocol):
+    """Keeps the inputs of recomputed layers in the host's memory (kernels.cuda.offload.HostMemory)."""
 
     def begin(self) -> None: ...
 
     def keeping(self, *, last: bool) -> Any: ...
 
 
-def before_gradient(output: Tensor, act: Callable[[], None]) -> None:
-    """Has `act` called before the gradient of what made this tensor is computed."""
-    cast(Any, output).register_hook(lambda _: act())
-
-
 class FastLoss:
-    """The loss of a micro-batch through the fast step, for models that `unsupported` has no reason against.
+    """Losses through the fast step, for models that `why_not_fast` does not rule out.
 
-    prefix_sharing: compute a prefix common to all examples once; not where a layer has a mixer of its own, which goes
-    on from one token to the next. checkpoint_layers: this many layers, from the first, keep nothing but their input and
-    are computed again in the backward. warm: have the loops compiled beforehand, in another process. integers: multiply
-    frozen weights in 8-bit integers, on a CPU in fp32, without DoRA. Made after the model is on its device and in its
-    type.
+    prefix_sharing: compute a prefix that all examples share once. Not done in families with a mixer other than
+    attention, whose state passes from one token to the next. checkpoint_layers: this many layers, from the first, save
+    only their input and are recomputed in the backward. warm: compile the CPU kernels beforehand in another process.
+    integers: multiply frozen weights in 8-bit integers, on a CPU in fp32, without DoRA.
+
+    Create it after the model is on its device and in its dtype.
     """
 
-    watch: Watch | None = None  # looked at before each layer
-    gathered: Gathered | None = None  # where the weights are not always there
-    host: InHost | None = None  # where the inputs of layers that are computed again wait, if not on the device
+    name = "fast"
+    packed = True
+    memory_watch: LayerWatch | None = None
+    weight_gatherer: WeightGatherer | None = None
+    host_memory: HostOffload | None = None
 
     def __init__(
         self,
@@ -86,159 +74,175 @@ class FastLoss:
         warm: bool = True,
         integers: bool = False,
     ) -> None:
-        reason = unsupported(model)
+        reason = why_not_fast(model)
         assert reason is None, reason
-        self._model, self.checkpoint_layers = Layers(model), checkpoint_layers
+        self._model, self.checkpoint_layers = DecoderLayers(model), checkpoint_layers
         self._family, self._head = self._model.family, self._model.head
         self.prefix_sharing = prefix_sharing and not self._family.mixer
+        self.why = self._family.by_model
         self._device: torch.device = self._head.weight.device
-        self.masks = masks_of(model, drops_for)
-        loops = (USUAL if usual(model) else ALL) if warm else ""
+        self.masks = install_dropout(model, drops_for)
+        loops = (USUAL if uses_llama_kernels(model) else ALL) if warm else ""
         self._processor = processor_for(self._device, self._head.weight.dtype, warm=loops, integers=integers)
-        self._product = self._processor.head_product(self._head.weight)
+        self._head_matmul = self._processor.head_product(self._head.weight)
         self._ops, self.lacking = self._processor.ops, self._processor.lacking
-        self._drops = drops_for(self._head.weight)
+        self._dropout_ops = drops_for(self._head.weight)
         on_cpu = self._device.type == "cpu"
         self._arena = Arena() if on_cpu else None
-        self._inputs = Arena() if on_cpu else None  # of layers that are computed again
-        self._blocks = Blocks(self._model, self._processor, self._drops, self.masks, self._arena)
+        self._input_arena = Arena() if on_cpu else None  # for the inputs of recomputed layers
+        self._blocks = Blocks(self._model, self._processor, self._dropout_ops, self.masks, self._arena)
         self._norm = self._blocks.norm(self._model.norm)
-        self.exchange(lambda: None)
+        self.replace_weights(lambda: None)
 
-    def exchange(self, replace: Callable[[], None]) -> None:
-        """Lets go of the layers' weights, has them replaced in the model, and takes up those that are there then."""
+    @property
+    def can_offload(self) -> bool:
+        return self._device.type == "cuda"
+
+    def token_loss(self, examples: Sequence[Example]) -> Tensor:
+        """Return the sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable."""
+        batch = pack(examples, prefix_sharing=self.prefix_sharing, device=self._device)
+        return apply(SupervisedLoss, self._hidden(batch), batch.labels, batch.weights, *self._output_head(batch))
+
+    def log_probs(self, examples: Sequence[Example]) -> Tensor:
+        """Return the sum of weight * log-probability of each example (N,), fp64, differentiable.
+
+        Examples with the same prompt share it, whatever other prompts there are.
+        """
+        log_probs, batch = self._label_log_probs(examples)
+        assert batch.label_examples is not None
+        return sum_by_example(log_probs, batch.weights, batch.label_examples, len(examples))
+
+    def token_log_probs(self, examples: Sequence[Example]) -> Tensor:
+        """Return the log-probability of each supervised token, example after example (M,), fp32, differentiable."""
+        log_probs, batch = self._label_log_probs(examples)
+        assert batch.label_examples is not None
+        return log_probs[order_by_example(batch.label_examples)]
+
+    def last_hidden(self, examples: Sequence[Example]) -> Tensor:
+        """Return the normalized hidden state of the last token of each example (N, h), differentiable."""
+        batch = pack_last_tokens(examples, prefix_sharing=self.prefix_sharing, device=self._device)
+        return self._hidden(batch, scaled=False)
+
+    def checkpoint(self, layers: int | None = None) -> None:
+        """Save only the input of the first `layers` layers (None: all), and recompute these in the backward."""
+        self.checkpoint_layers = len(self._layers) if layers is None else layers
+
+    def offload(self) -> None:
+        """Recompute all layers in the backward and keep their inputs in the host's memory. For GPUs only."""
+        self.checkpoint_layers = len(self._layers)
+        self.host_memory = self.host_memory or self._processor.host_memory(self._device)
+
+    def replace_weights(self, replace: Callable[[], None]) -> None:
+        """Drop the layers' weights, call `replace`, which replaces them in the model, and use the new ones."""
         self._layers: list[Layer] = []
         replace()
         self._layers = self._blocks.layers()
-        if self.on_card:  # weights that were laid side by side leave holes: 5.9 GB of an 8B model's in 16 bit
+        if self._device.type == "cuda":  # fused weights leave unused memory: 5.9 GB for an 8B model in 16 bits
             torch.cuda.empty_cache()
 
-    def release(self) -> None:
-        """Gives back what is held from one micro-batch to the next; it comes again as it is needed."""
-        for arena in (self._arena, self._inputs):
+    def release_buffers(self) -> None:
+        """Free the memory kept between micro-batches. It is allocated again when needed."""
+        for arena in (self._arena, self._input_arena):
             if arena is not None:
-                arena.drop()
-        if self.host is not None:
-            self.host.begin()
+                arena.free()
+        if self.host_memory is not None:
+            self.host_memory.begin()
 
-    @property
-    def by_model(self) -> str:
-        return self._family.by_model
+    def set_memory_watch(self, watch: LayerWatch) -> None:
+        """Call `watch` before each layer."""
+        self.memory_watch = watch
 
-    @property
-    def on_card(self) -> bool:
-        return self._device.type == "cuda"
+    def set_weight_gatherer(self, gather: WeightGatherer) -> None:
+        """Call `gather` before a module's weights are used."""
+        self.weight_gatherer = gather
 
-    def offload(self) -> None:
-        """From here on all layers are computed again, and their inputs wait in the host's memory. On a card alone."""
-        self.checkpoint_layers = len(self._layers)
-        self.host = self.host or self._processor.host_memory(self._device)
+    def _label_log_probs(self, examples: Sequence[Example]) -> tuple[Tensor, PackedBatch]:
+        batch = pack_separately(examples, prefix_sharing=self.prefix_sharing, device=self._device)
+        return apply(LabelLogProbs, self._hidden(batch), batch.labels, *self._output_head(batch)), batch
 
-    def __call__(self, examples: Sequence[Example]) -> Tensor:
-        """Sum over supervised tokens of weight * cross entropy: an fp32 scalar, differentiable in the adapters."""
-        batch = pack(examples, prefix_sharing=self.prefix_sharing, device=self._device)
-        return apply(SupervisedLoss, self._hidden(batch), batch.labels, batch.weights, *self._output(batch))
-
-    def log_probs(self, examples: Sequence[Example]) -> Tensor:
-        """Sum over the supervised tokens of each example of weight * log-probability (N,), fp64, differentiable.
-
-        Examples with one prompt share it, whatever other prompts there are.
-        """
-        found, batch = self._label_log_probs(examples)
-        assert batch.owners is not None
-        return sums_by_owner(found, batch.weights, batch.owners, len(examples))
-
-    def token_log_probs(self, examples: Sequence[Example]) -> Tensor:
-        """The log-probability of each supervised token, one example after the other (M,), fp32, differentiable."""
-        found, batch = self._label_log_probs(examples)
-        assert batch.owners is not None
-        return found[by_owner(batch.owners)]
-
-    def _label_log_probs(self, examples: Sequence[Example]) -> tuple[Tensor, Packed]:
-        batch = pack_apart(examples, prefix_sharing=self.prefix_sharing, device=self._device)
-        return apply(LabelLogProbs, self._hidden(batch), batch.labels, *self._output(batch)), batch
-
-    def last_hidden(self, examples: Sequence[Example]) -> Tensor:
-        """What the model holds at the last token of each example, behind its last norm (N, h), differentiable."""
-        return self._hidden(pack_ends(examples, prefix_sharing=self.prefix_sharing, device=self._device), scaled=False)
-
-    def _output(self, batch: Packed) -> tuple[Any, ...]:
-        """The output embedding as it is now, and what of it is trained."""
+    def _output_head(self, batch: PackedBatch) -> tuple[Any, ...]:
+        """Return the current OutputHead and its trained tensors."""
         model = self._model
-        head, new = base_of(used(model.output)), model.new_rows()
-        now, rows = adapters_on([model.output], [self._head]), batch.keys[batch.rows]
-        output = Output(
+        head, new = base_of(current_module(model.output)), model.new_rows()
+        active, keys = find_active_adapters([model.output], [self._head]), batch.keys[batch.rows]
+        keys = keys if len(batch.label_rows) == len(batch.rows) else keys[batch.label_rows]
+        output = OutputHead(
             head.weight,
             model.softcap,
             self._ops,
             head.bias,
             None if new is None else new.rows,
-            None if new is None else new.index(),
-            tuple(now.parts),
-            now.scales,
-            dropped_by(now.dropouts, rows if len(batch.picked) == len(batch.rows) else rows[batch.picked]),
-            self._drops,
+            None if new is None else new.token_ids(),
+            tuple(active.parts),
+            active.scales,
+            dropout_spec(active.dropouts, keys),
+            self._dropout_ops,
             head.weight.requires_grad,
             head.bias is not None and head.bias.requires_grad,
-            self._product,
+            self._head_matmul,
         )
         return output, *(output.trained if torch.is_grad_enabled() else [])
 
-    def _hidden(self, batch: Packed, *, scaled: bool = True) -> Tensor:
-        """What the output embedding takes for each label (M, h); scaled: with the factor that some families have."""
-        last, trains, again = len(self._layers) - 1, torch.is_grad_enabled(), self.checkpoint_layers > 0
-        if self._arena is not None and self._inputs is not None:
-            self._arena.begin(used=trains and not again)
-            self._inputs.begin(used=trains and again and self.host is None)
-        if self.watch is not None:
-            self.watch.begin()
-        linears = [one for layer in self._layers for one in layer.linears]
+    def _hidden(self, batch: PackedBatch, *, scaled: bool = True) -> Tensor:
+        """Return the output head's input for each label (M, h). scaled: with the factor that some families have."""
+        last, trains, recomputes = len(self._layers) - 1, torch.is_grad_enabled(), self.checkpoint_layers > 0
+        if self._arena is not None and self._input_arena is not None:
+            self._arena.begin(active=trains and not recomputes)
+            self._input_arena.begin(active=trains and recomputes and self.host_memory is None)
+        if self.memory_watch is not None:
+            self.memory_watch.begin()
+        linears = [linear for layer in self._layers for linear in layer.linears]
         self._processor.lay_out(linears, self._head.weight.dtype)
-        self._need("embedding")
+        self._gather("embedding")
         hidden = self._model.embedded(batch.ids)
         if self._family.embedding_norm:
-            hidden = normed(hidden, self._norm)
+            hidden = normalize(hidden, self._norm)
         self.masks.tokens = batch.keys
-        way = Way(batch, self._model.angles(batch.positions), self._model.per_layer(batch.ids, hidden))
-        if self.host is not None:
-            self.host.begin()
-        shared: dict[str, Tensor] = {}  # keys and values that later layers see too
+        context = BatchContext(batch, self._model.angles(batch.positions), self._model.per_layer(batch.ids, hidden))
+        if self.host_memory is not None:
+            self.host_memory.begin()
+        shared_kv: dict[str, Tensor] = {}  # keys and values that later layers reuse, by kind of attention
         for i, layer in enumerate(self._layers):
-            of = layer.mixer if isinstance(layer.mixer, Attended) else None
-            given = layer, hidden, way, batch.rows if i == last else None, shared[of.kind] if of and of.takes else None
-            self._need(i)
+            attention = layer.mixer if isinstance(layer.mixer, AttentionBlock) else None
+            reused = shared_kv[attention.kind] if attention and attention.takes else None
+            arguments = layer, hidden, context, batch.rows if i == last else None, reused
+            self._gather(i)
             if i < self.checkpoint_layers and trains:
-                with nullcontext() if self.host is None else self.host.keeping(last=i == last):
-                    hidden, kept = checkpoint(
-                        self._through, *given, use_reentrant=False, preserve_rng_state=False, context_fn=self._contexts
+                with nullcontext() if self.host_memory is None else self.host_memory.keeping(last=i == last):
+                    hidden, stored_kv = checkpoint(
+                        self._compute_layer,
+                        *arguments,
+                        use_reentrant=False,
+                        preserve_rng_state=False,
+                        context_fn=self._checkpoint_contexts,
                     )
-                if self._inputs is not None and self.host is None:
-                    hidden = apply(Placed, hidden, self._inputs)
+                if self._input_arena is not None and self.host_memory is None:
+                    hidden = apply(Placed, hidden, self._input_arena)
             else:
-                hidden, kept = self._through(*given)
-            if of is not None and kept is not None:
-                shared[of.kind] = kept
-            if self.gathered is not None and hidden.requires_grad:
-                before_gradient(hidden, partial(self._need, i))
-        self._need("head")
-        hidden = normed(hidden, self._norm)
+                hidden, stored_kv = self._compute_layer(*arguments)
+            if attention is not None and stored_kv is not None:
+                shared_kv[attention.kind] = stored_kv
+            if self.weight_gatherer is not None and hidden.requires_grad:
+                call_before_gradient(hidden, partial(self._gather, i))
+        self._gather("head")
+        hidden = normalize(hidden, self._norm)
         if scaled and self._model.logits_scale != 1:
             hidden = hidden * self._model.logits_scale
-        if len(batch.picked) != len(batch.rows):  # a row behind which several examples part has several labels
-            hidden = hidden[batch.picked]
+        if len(batch.label_rows) != len(batch.rows):  # a row where several examples diverge has several labels
+            hidden = hidden[batch.label_rows]
         return hidden
 
-    def _contexts(self) -> tuple[Any, Any]:
-        """Of a layer that keeps nothing, and of the same when it is computed again."""
+    def _checkpoint_contexts(self) -> tuple[Any, Any]:
+        """Return the contexts of a layer's forward, which saves nothing, and of its recomputation."""
         return nullcontext(), self._arena or nullcontext()
 
-    def _need(self, where: int | str) -> None:
-        if self.gathered is not None:
-            self.gathered(where)
+    def _gather(self, where: int | str) -> None:
+        if self.weight_gatherer is not None:
+            self.weight_gatherer(where)
 
-    def _through(
-        self, layer: Layer, hidden: Tensor, way: Way, rows: Tensor | None, taken: Tensor | None
+    def _compute_layer(
+        self, layer: Layer, hidden: Tensor, context: BatchContext, rows: Tensor | None, shared_kv: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        if self.watch is not None:
-            self.watch()
-        return layer(hidden, way, rows, taken)
+        if self.memory_watch is not None:
+            self.memory_watch()
+        return layer(hidden, context, rows, shared_kv)

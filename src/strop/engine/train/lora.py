@@ -1,7 +1,8 @@
-"""The adapters beside frozen linear layers, and their products in plain PyTorch: any device, any type of float.
+"""The matrix multiplications of LoRA adapters next to frozen linear layers, in plain PyTorch for any device and dtype.
 
-What cpu/lora_tiles.py and cpu/frozen.py must equal. z (T, k) is the layers' input and y (T, n) their output; za
-(T, sum of r) is scale z A^T. Where `apart`, each adapter has an input of its own: z (T, m k) holds them side by side.
+This is the reference for the kernels in kernels/cpu and kernels/cuda. Notation: z (T, k) is the input of the layers, y
+(T, n) their output, A_i (r_i, k) and B_i (n_i, r_i) the factors of adapter i, and za = scale z A^T (T, sum of r). With
+`separate_inputs` each of the m adapters has its own input, and z (T, m k) holds them next to each other.
 """
 
 from __future__ import annotations
@@ -13,21 +14,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from strop.engine.train.arena import New, in_heap
+from strop.engine.train.buffers import Allocate, heap_empty
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """Adapters that share their input. parts: A_1 (r_1, k), B_1 (n_1, r_1), A_2, ...; columns: for each, the first of
-    the outputs it adds to and one behind the last."""
+    """Adapters that share their input.
+
+    parts: A_1 (r_1, k), B_1 (n_1, r_1), A_2, ... columns: the first and one past the last output that each adapter adds
+    to.
+    """
 
     parts: Sequence[Tensor]
     columns: tuple[tuple[int, int], ...]
     scales: tuple[float, ...]
-    apart: bool = False
+    separate_inputs: bool = False
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """A, B and scale of each."""
+        """Iterate over (A, B, scale) of each adapter."""
         return zip(self.parts[::2], self.parts[1::2], self.scales, strict=True)
 
     @property
@@ -36,38 +40,39 @@ class Adapters:
 
     @property
     def width(self) -> int:
-        """k."""
+        """The input features k of one adapter."""
         return self.parts[0].shape[1]
 
     @property
-    def entered(self) -> int:
-        """Columns of z."""
-        return self.width * (len(self.scales) if self.apart else 1)
+    def input_columns(self) -> int:
+        """The number of columns of z."""
+        return self.width * (len(self.scales) if self.separate_inputs else 1)
 
 
-class Added(Protocol):
-    """What is added to a frozen product: in the forward (T, n) za B^T, in the backward (T, entered) grad_za A.
+class Addend(Protocol):
+    """The term that a frozen matmul adds: za B^T (T, n) in the forward, grad_za A (T, input_columns) in the backward.
 
-    It, and the za or grad_za that came with it, hold numbers once one of these two was called, which must be before the
-    next layer asks for its own."""
+    Call one of the two methods before the next layer requests its own addend. The za or grad_za returned with the
+    addend is only valid after that call.
+    """
 
     def into(self, y: Tensor) -> None:
-        """y becomes what is added."""
+        """Write the term to y."""
 
-    def alone(self) -> None:
-        """Computes za or grad_za, where the product is not wanted."""
+    def finish_projection(self) -> None:
+        """Compute za or grad_za only, for a caller that does not need the term."""
 
 
-class Known:
-    """What is computed already."""
+class Precomputed:
+    """Base of addends whose projection is already computed."""
 
-    def alone(self) -> None:
+    def finish_projection(self) -> None:
         pass
 
 
 @dataclass(frozen=True)
-class Product(Known):
-    """thin w."""
+class Product(Precomputed):
+    """The addend thin w."""
 
     thin: Tensor
     w: Tensor
@@ -77,33 +82,35 @@ class Product(Known):
 
 
 @dataclass(frozen=True)
-class Parts(Known):
-    """thin_i w_i side by side, of parts of thin's columns and of w's rows."""
+class ColumnBlocks(Precomputed):
+    """The addend thin_i w_i for each adapter i, next to each other: thin split by columns, w by rows."""
 
     thin: Tensor
     w: Tensor
     ranks: tuple[int, ...]
 
     def into(self, y: Tensor) -> None:
-        own = zip(torch.split(self.thin, [*self.ranks], 1), torch.split(self.w, [*self.ranks]), strict=True)
-        torch.cat([part @ of for part, of in own], 1, out=y)
+        pairs = zip(torch.split(self.thin, [*self.ranks], 1), torch.split(self.w, [*self.ranks]), strict=True)
+        torch.cat([thin @ w for thin, w in pairs], 1, out=y)
 
 
-class Held(Known):
-    """What y holds already."""
+class InPlace(Precomputed):
+    """The addend that y already contains."""
 
     def into(self, y: Tensor) -> None:
         pass
 
 
-def product(
-    x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Added | None = None, bias: Tensor | None = None,
+def frozen_matmul(
+    x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Addend | None = None, bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """y (T, n) = x (T, k) W^T + added + bias + residual; weight (n, k) with `along`, else W^T (k, n). Gives y.
+    """Compute y (T, n) = x (T, k) W^T + added + bias + residual in place and return y.
 
-    The frozen product is added to the adapters', and the sum is rounded once. The other way round, what an adapter adds
-    to a number that is in bf16 already rounds away below half of its last bit, and a young adapter adds no more.
+    along: the weight is (n, k) and is transposed. Otherwise it is W^T (k, n).
+
+    The frozen product is added to the adapters' product, and the sum is rounded once. In the other order small LoRA
+    updates are lost early in training: what an adapter adds to a bf16 value is rounded away below half of its last bit.
     """
     w = weight.t() if along else weight
     if added is not None:
@@ -120,50 +127,54 @@ def product(
     return y
 
 
-def forward(z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap) -> tuple[Added, tuple[Tensor, ...]]:
-    """za_i B_i^T in columns_i of (T, outputs), and what the other two need: za, and A and B as they were used. new:
-    gives the memory of what is kept, where the products can write there (lora_tiles).
+def forward(
+    z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_empty
+) -> tuple[Addend, tuple[Tensor, ...]]:
+    """Return za_i B_i^T in columns_i of (T, outputs), and the tensors that the backward needs: za, and A and B as used.
 
-    The A stand in one matrix and the B in another, zeros around them: two narrow products, not two an adapter.
+    new: allocates the saved tensors in implementations that can write there (kernels/cpu/lora.py).
+
+    All A form one matrix, and all B another with zeros around them: two narrow matmuls in total, not two an adapter.
     """
-    # Scaled before they are rounded: what is computed in bf16 would be rounded once more.
+    # Scaled before rounding: scaling a bf16 result would round once more.
     a = torch.cat([(part * scale).to(z.dtype) for part, _, scale in adapters])
     b, at = z.new_zeros(outputs, len(a)), 0
     for part, (start, end) in zip(adapters.parts[1::2], adapters.columns, strict=True):
         b[start:end, at : at + part.shape[1]].copy_(part)
         at += part.shape[1]
-    za = entering(z, a, adapters)
+    za = project_down(z, a, adapters)
     return Product(za, b.t()), (za, a, b)
 
 
-def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Added, Tensor]:
-    """grad_za A, as wide as z, and grad_za, scale not in it. grad (T, n)."""
+def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Addend, Tensor]:
+    """Return grad_za A (T, input_columns) and grad_za (T, sum of r), without the scale. grad: (T, n)."""
     _, a, b = kept
     grad_za = grad @ b
-    return (Parts(grad_za, a, adapters.ranks) if adapters.apart else Product(grad_za, a)), grad_za
+    addend = ColumnBlocks(grad_za, a, adapters.ranks) if adapters.separate_inputs else Product(grad_za, a)
+    return addend, grad_za
 
 
 def gradients(
     grad: Tensor, z: Tensor, grad_za: Tensor, kept: tuple[Tensor, ...], adapters: Adapters
 ) -> list[Tensor]:  # fmt: skip
-    """Of A_1, B_1, A_2, ... The adapters are fp32, and autograd casts a gradient to the type of its input."""
+    """Return the gradients of A_1, B_1, A_2, ... Adapters are fp32; autograd casts a gradient to its input's dtype."""
     za, ranks = kept[0], list(adapters.ranks)
-    if adapters.apart:
-        own = zip(torch.split(grad_za, ranks, 1), torch.split(z, adapters.width, 1), strict=True)
-        of_a: Sequence[Tensor] = [part.t() @ input for part, input in own]
+    if adapters.separate_inputs:
+        pairs = zip(torch.split(grad_za, ranks, 1), torch.split(z, adapters.width, 1), strict=True)
+        grads_a: Sequence[Tensor] = [part.t() @ z_i for part, z_i in pairs]
     else:
-        of_a = torch.split(grad_za.t() @ z, ranks)
-    found: list[Tensor] = []
+        grads_a = torch.split(grad_za.t() @ z, ranks)
+    grads: list[Tensor] = []
     for (start, end), scale, part, grad_a in zip(
-        adapters.columns, adapters.scales, torch.split(za, ranks, 1), of_a, strict=True
+        adapters.columns, adapters.scales, torch.split(za, ranks, 1), grads_a, strict=True
     ):
-        found += [grad_a * scale, (part.t() @ grad[:, start:end]).t()]
-    return found
+        grads += [grad_a * scale, (part.t() @ grad[:, start:end]).t()]
+    return grads
 
 
-def entering(z: Tensor, a: Tensor, adapters: Adapters) -> Tensor:
-    """z A^T; where `apart`, z_i A_i^T side by side."""
-    if not adapters.apart:
+def project_down(z: Tensor, a: Tensor, adapters: Adapters) -> Tensor:
+    """Return z A^T (T, sum of r), or z_i A_i^T next to each other for adapters with separate inputs."""
+    if not adapters.separate_inputs:
         return z @ a.t()
-    own = zip(torch.split(z, adapters.width, 1), torch.split(a, list(adapters.ranks)), strict=True)
-    return torch.cat([input @ part.t() for input, part in own], 1)
+    pairs = zip(torch.split(z, adapters.width, 1), torch.split(a, list(adapters.ranks)), strict=True)
+    return torch.cat([z_i @ part.t() for z_i, part in pairs], 1)

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm with hand-derived gradients, in front of a linear layer or by themselves, frozen or trained."""
+"""RMSNorm and LayerNorm with hand-derived gradients, fused into the next linear layer or alone, frozen or trained."""
 
 from __future__ import annotations
 
@@ -12,46 +12,54 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from strop.engine.kernels.protocols import Loops, Ops, Room, apply
+from strop.engine.kernels.protocols import Loops, Ops, ReusedBuffer, apply
 
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm in front of a linear layer, computed again in the backward instead of saved."""
+    """RMSNorm before a linear layer. The backward recomputes the output instead of saving it."""
 
     ops: Ops
     weight: Tensor
     eps: float
     offset: float  # 1 where the weight is stored as its difference from 1 (Gemma), else 0
     bias: Tensor | None = None
-    current: Callable[[], tuple[Tensor, Tensor | None]] | None = None  # where any is trained: weight and bias, as now
-    of_weight: bool = False  # which of the two are trained
-    of_bias: bool = False
-    trained: tuple[Tensor, ...] = ()  # they themselves
+    current: Callable[[], tuple[Tensor, Tensor | None]] | None = None  # returns weight and bias as of now, if trained
+    weight_trained: bool = False
+    bias_trained: bool = False
+    trained: tuple[Tensor, ...] = ()  # the trained ones of weight and bias
 
     def now(self) -> Norm:
-        """With the weights that are active now, where they are not always the same."""
+        """Return the norm with the weights that are active now."""
         if self.current is None:
             return self
         weight, bias = self.current()
         flags = weight.requires_grad, bias is not None and bias.requires_grad
-        trained = tuple(one for one, flag in zip((weight, bias), flags, strict=True) if flag and one is not None)
-        low = None if bias is None else bias.detach()
-        return replace(self, weight=weight.detach(), bias=low, of_weight=flags[0], of_bias=flags[1], trained=trained)
+        trained = tuple(x for x, flag in zip((weight, bias), flags, strict=True) if flag and x is not None)
+        frozen_bias = None if bias is None else bias.detach()
+        return replace(
+            self,
+            weight=weight.detach(),
+            bias=frozen_bias,
+            weight_trained=flags[0],
+            bias_trained=flags[1],
+            trained=trained,
+        )
 
     def gradients(self, grad: Tensor, x: Tensor) -> list[Tensor]:
-        """Of `trained`: sums over the rows of grad times what is normed, and of grad."""
-        n, wide, found = len(self.weight), torch.promote_types(x.dtype, torch.float32), []
-        if self.of_weight:
+        """Return the gradients of `trained`: sums over the rows of grad times the normalized x, and of grad."""
+        n, wide = len(self.weight), torch.promote_types(x.dtype, torch.float32)
+        grads: list[Tensor] = []
+        if self.weight_trained:
             ones = torch.ones(n, dtype=wide, device=x.device)
-            bare = replace(self, weight=ones.to(x.dtype), offset=0.0, bias=None).forward(x.contiguous())
-            found.append(self.ops.scale_columns_backward(grad.reshape(-1, n).contiguous(), bare.view(-1, n), ones)[1])
-        if self.of_bias:
-            found.append(grad.reshape(-1, n).sum(0, dtype=wide))
-        return found
+            unit = replace(self, weight=ones.to(x.dtype), offset=0.0, bias=None).forward(x.contiguous())
+            grads.append(self.ops.scale_columns_backward(grad.reshape(-1, n).contiguous(), unit.view(-1, n), ones)[1])
+        if self.bias_trained:
+            grads.append(grad.reshape(-1, n).sum(0, dtype=wide))
+        return grads
 
-    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
-        out = None if room is None else room(len(x), x.shape[1], x)
+    def forward(self, x: Tensor, buffer: ReusedBuffer | None = None) -> Tensor:
+        out = None if buffer is None else buffer(len(x), x.shape[1], x)
         return self.ops.rms_norm(x, self.weight, self.eps, self.offset, out)
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
@@ -60,33 +68,33 @@ class Norm:
 
 @dataclass(frozen=True)
 class LayerNorm(Norm):
-    """LayerNorm in the same place; by loops where there are any."""
+    """LayerNorm in the same place. loops: compiled CPU kernels, if there are any."""
 
     loops: Loops | None = None
 
-    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+    def forward(self, x: Tensor, buffer: ReusedBuffer | None = None) -> Tensor:
         if self.loops is not None:
-            out = None if room is None else room(len(x), x.shape[1], x)
+            out = None if buffer is None else buffer(len(x), x.shape[1], x)
             return self.loops.layer_norm(x, self.weight, self.bias, self.eps, out)
-        kinds = [x.dtype, self.weight.dtype, *([] if self.bias is None else [self.bias.dtype])]
-        wide = reduce(torch.promote_types, kinds)
+        dtypes = [x.dtype, self.weight.dtype, *([] if self.bias is None else [self.bias.dtype])]
+        wide = reduce(torch.promote_types, dtypes)
         weight, bias = self.weight.to(wide), None if self.bias is None else self.bias.to(wide)
         return F.layer_norm(x.to(wide), weight.shape, weight, bias, self.eps).to(x.dtype)
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
         if self.loops is not None:
             return self.loops.layer_norm_backward(grad, x, self.weight, self.eps)
-        shape, wanted = list(self.weight.shape), [True, False, False]
+        shape, mask = list(self.weight.shape), [True, False, False]
         wide = torch.promote_types(x.dtype, self.weight.dtype)
-        given, grad = x.to(wide).contiguous(), grad.to(wide).contiguous()
-        _, mean, rstd = torch.native_layer_norm(given, shape, self.weight, None, self.eps)
+        x_wide, grad = x.to(wide).contiguous(), grad.to(wide).contiguous()
+        _, mean, rstd = torch.native_layer_norm(x_wide, shape, self.weight, None, self.eps)
         native = torch.ops.aten.native_layer_norm_backward
-        found: Tensor = native(grad, given, shape, mean, rstd, self.weight, None, wanted)[0]
-        return found.to(x.dtype)
+        grad_x: Tensor = native(grad, x_wide, shape, mean, rstd, self.weight, None, mask)[0]
+        return grad_x.to(x.dtype)
 
 
-class RmsNorm(Function):
-    """Norm.forward with its gradient; saves x alone. trained: norm.trained."""
+class NormFunction(Function):
+    """Norm.forward with its gradient. Saves x only. trained: norm.trained."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Norm, *trained: Tensor) -> Tensor:
@@ -97,13 +105,13 @@ class RmsNorm(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (x,), grad = ctx.saved_tensors, grad.contiguous()
-        of_x = ctx.norm.backward(grad, x) if ctx.needs_input_grad[0] else None
-        return of_x, None, *ctx.norm.gradients(grad, x)
+        grad_x = ctx.norm.backward(grad, x) if ctx.needs_input_grad[0] else None
+        return grad_x, None, *ctx.norm.gradients(grad, x)
 
 
-def normed(x: Tensor, norm: Norm | None) -> Tensor:
-    """x behind the norm as it is now; None: x."""
+def normalize(x: Tensor, norm: Norm | None) -> Tensor:
+    """Apply the norm with its current weights; return x unchanged where norm is None."""
     if norm is None:
         return x
     now = norm.now()
-    return apply(RmsNorm, x, now, *now.trained)
+    return apply(NormFunction, x, now, *now.trained)

@@ -26,6 +26,7 @@ class Family:
     # stands in attention's place (the module's name), on one row after the other.
     mixture: bool = False
     mixer: str | None = None
+    head_bias: bool = False  # the output head has a bias
     per_layer: bool = False  # what each token has for each layer is added behind it (Gemma 4)
     one_window: bool = False  # the config's sliding window holds in each layer, whatever it says of the layers' types
     sinks: bool = False  # each head's softmax counts a score beside those of the keys
@@ -138,7 +139,7 @@ FAMILIES = {
     "glm4": replace(GLM, after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm"),
     "phi": Family(
         o="dense", gate_up=("fc1",), gated=False, down="fc2", layer_norm=True, norm_biases=True, parallel=True,
-        mlp_norm=None, final_norm="final_layernorm",
+        mlp_norm=None, final_norm="final_layernorm", head_bias=True,
     ),
     "stablelm": Family(layer_norm=True, norm_biases=True, parallel="use_parallel_residual"),
     "starcoder2": replace(

@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,7 @@ class ModelShape:
     other_biases: int = 0  # numbers of biases that are not those of `linears`: of norms, of a head
     positions: int | None = None  # that it was made for, where its config says
     learned: bool = False  # it has a learned vector for each of them, and none for more
+    text_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # repr is a cache key
 
     @property
     def query(self) -> int:
@@ -222,6 +223,7 @@ class ModelShape:
             experts=experts,
             balanced=bool(text.get("output_router_logits") and text.get("router_aux_loss_coef")),
             positions=text.get("max_position_embeddings") or text.get("n_positions"),
+            text_config={**text, "model_type": name},
         )
 
     def linear_kinds(self) -> list[LinearKind]:

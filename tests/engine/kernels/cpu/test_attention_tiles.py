@@ -97,5 +97,5 @@ def test_documents_do_not_see_each_other() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_tasks_are_shared_out_once(threads: int) -> None:
     documents = Documents(np.array([(0, 300, 0), (300, 20, 0), (320, 21, 0)]), 341, torch.device("cpu"))
-    tasks, lanes = documents.shares(3, threads)
+    tasks, lanes = documents.thread_tasks(3, threads)
     assert sorted(tasks.tolist()) == list(range(9)) and lanes[0] == 0 and lanes[-1] == 9 and len(lanes) == threads + 1

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from strop.engine.train import lora
-from strop.engine.train.head import Output, SupervisedLoss
-from strop.engine.train.lora import Adapters, Held
+from strop.engine.train.head import OutputHead, SupervisedLoss
+from strop.engine.train.lora import Adapters, InPlace
 from strop.machine.probe import probe
 from tests.support.attention import OPS
 
@@ -68,8 +68,8 @@ def test_as_near_to_fp64_as_products_are(frozen: Any, tokens: int, adapted: str,
         y: Tensor = product(z, w, True, z.new_empty(tokens, 160), added, b, r)
         return y
 
-    truth = run(lora.product, lora, True)
-    mine, theirs = run(frozen.product, lora_tiles, False), run(lora.product, lora, False)
+    truth = run(lora.frozen_matmul, lora, True)
+    mine, theirs = run(frozen.product, lora_tiles, False), run(lora.frozen_matmul, lora, False)
     assert error(mine, truth) <= 1.1 * error(theirs, truth)
 
 
@@ -96,16 +96,18 @@ def test_adapters_with_an_input_of_their_own(frozen: Any) -> None:
     from strop.engine.kernels.cpu import lora as lora_tiles
 
     x, weight, adapters = given(50, 96, "q, k and v")
-    adapters = replace(adapters, apart=True)
-    entered = random(50, 3 * 96)
-    added, kept = lora_tiles.forward(entered, 160, adapters)
+    adapters = replace(adapters, separate_inputs=True)
+    adapter_inputs = random(50, 3 * 96)
+    added, kept = lora_tiles.forward(adapter_inputs, 160, adapters)
     found = frozen.product(x, weight, True, x.new_empty(50, 160), added)
     truth = x.double() @ weight.double().t()
     for i, ((a, b, scale), (start, end)) in enumerate(zip(adapters, adapters.columns, strict=True)):
-        truth[:, start:end] += scale * entered[:, 96 * i : 96 * (i + 1)].double() @ a.double().t() @ b.double().t()
+        truth[:, start:end] += (
+            scale * adapter_inputs[:, 96 * i : 96 * (i + 1)].double() @ a.double().t() @ b.double().t()
+        )
     assert error(found, truth) < 5e-3
     added, grad_za = lora_tiles.backward(found, kept, adapters)
-    added.alone()
+    added.finish_projection()
     assert error(grad_za[:, :16], found[:, :64].double() @ adapters.parts[1].double()) < 5e-3
 
 
@@ -115,15 +117,15 @@ def test_the_head(frozen: Any) -> None:
 
     def run(product: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         z = x.to(dtype).requires_grad_()
-        output = Output(weight.to(dtype), 0.0, OPS, product=product)
+        output = OutputHead(weight.to(dtype), 0.0, OPS, matmul=product)
         loss = SupervisedLoss.apply(z, labels, torch.ones(70, dtype=dtype), output)
         loss.backward()
         assert z.grad is not None
         return loss.detach(), z.grad
 
-    truth = run(lora.product, torch.float64)
+    truth = run(lora.frozen_matmul, torch.float64)
     for mine, theirs, exact in zip(
-        run(frozen.product, torch.bfloat16), run(lora.product, torch.bfloat16), truth, strict=True
+        run(frozen.product, torch.bfloat16), run(lora.frozen_matmul, torch.bfloat16), truth, strict=True
     ):
         assert error(mine, exact) <= 1.1 * error(theirs, exact) + 1e-4
 
@@ -134,7 +136,7 @@ def test_what_is_held_already_is_added_once(frozen: Any, along: bool) -> None:
     for tokens in range(1, 15):
         x, weight, held = random(tokens, 64), random(*((96, 64) if along else (64, 96))), random(tokens, 96)
         truth = x.double() @ (weight.t() if along else weight).double() + held
-        assert error(frozen.product(x, weight, along, held.clone(), Held()), truth) < 4e-3
+        assert error(frozen.product(x, weight, along, held.clone(), InPlace()), truth) < 4e-3
 
 
 @pytest.mark.parametrize("along", [True, False])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from strop.engine.train import dropout
-from strop.engine.train.dropout import LEVELS, Dropped, token_keys
+from strop.engine.train.dropout import LEVELS, DropoutSpec, token_keys
 
 
 @pytest.fixture
@@ -30,19 +30,21 @@ def test_equal_to_the_bit(loops: Any, width: int, dtype: torch.dtype, seed: int)
     tokens = torch.from_numpy(token_keys(np.arange(67)))
     assert (tokens < 0).any() and (tokens > 0).any()
     for numbers, levels in (((3, 900, 70000), (3277, 0, 60000)), ((0,), (LEVELS - 1,))):
-        dropped = Dropped(seed, 7, tokens, numbers, levels)
+        dropped = DropoutSpec(seed, 7, tokens, numbers, levels)
         z, grad = torch.randn(67, width).to(dtype), torch.randn(67, len(numbers) * width).to(dtype)
-        assert torch.equal(loops.spread(z, dropped), dropout.spread(z, dropped))
-        expected = dropout.fold(grad.double(), dropped)
-        found = loops.fold(grad, dropped)
+        assert torch.equal(loops.apply_masks(z, dropped), dropout.apply_masks(z, dropped))
+        expected = dropout.apply_masks_backward(grad.double(), dropped)
+        found = loops.apply_masks_backward(grad, dropped)
         rounded = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
         torch.testing.assert_close(found.double(), expected, rtol=rounded, atol=1e-6)
         if len(numbers) == 1:  # nothing to add up
-            assert torch.equal(found, dropout.fold(grad, dropped))
+            assert torch.equal(found, dropout.apply_masks_backward(grad, dropped))
 
 
 def test_rows_may_lie_apart(loops: Any) -> None:
     tokens = torch.from_numpy(token_keys(np.arange(9)))
-    dropped = Dropped(0, 0, tokens, (1, 2), (30000, 30000))
+    dropped = DropoutSpec(0, 0, tokens, (1, 2), (30000, 30000))
     wide = torch.randn(9, 64)
-    assert torch.equal(loops.spread(wide[:, ::2], dropped), dropout.spread(wide[:, ::2].contiguous(), dropped))
+    assert torch.equal(
+        loops.apply_masks(wide[:, ::2], dropped), dropout.apply_masks(wide[:, ::2].contiguous(), dropped)
+    )

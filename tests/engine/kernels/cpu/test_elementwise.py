@@ -19,9 +19,9 @@ from strop.engine.kernels import eager
 from strop.engine.kernels.cpu import compiled, elementwise, loss, rope
 from strop.engine.kernels.cpu import norms as row_loops
 from strop.engine.kernels.protocols import apply
-from strop.engine.layers import about
-from strop.engine.train.attention import Heads, Turned
-from strop.engine.train.packing import lay_out
+from strop.engine.layers import activation_parameters
+from strop.engine.train.attention import ApplyRope, Heads
+from strop.engine.train.packing import build_layout
 from strop.models.families.layers import ACTIVATIONS
 from tests import ROOT
 
@@ -94,7 +94,7 @@ def test_activation(dtype: torch.dtype, name: str) -> None:
         grad, exact = rand(dtype, *x.shape), x.double().requires_grad_()
         expected = act(exact)
         expected.backward(grad.double())
-        of = ACTIVATIONS[name], about(act)
+        of = ACTIVATIONS[name], activation_parameters(act)
         found, room = row_loops.activated(x, *of), torch.empty(x.shape, dtype=dtype)
         assert_same(found, expected.detach().to(dtype))
         assert torch.equal(row_loops.activated(x, *of, room), found) and torch.equal(room, found)
@@ -115,7 +115,7 @@ def test_turned_aside(dtype: torch.dtype, neighbours: bool, m: int, scaled: bool
         angles, factor = torch.rand(tokens, m) * 6, torch.rand(tokens) + 0.5 if scaled else None
         given, upstream = rand(dtype, tokens, 40), rand(dtype, tokens, 40)
         found = []
-        for way in (Turned, rope.Turned):
+        for way in (ApplyRope, rope.ApplyRope):
             qkv = given.clone().requires_grad_()
             out = apply(way, qkv, shape, angles.cos(), angles.sin(), neighbours, factor)
             out.backward(upstream)
@@ -163,7 +163,7 @@ def test_heads(dtype: torch.dtype, turned: int, group: int) -> None:
     cos, sin = (rand(torch.float32, tokens, turned) if turned else None for _ in range(2))
     turn: Any = (cos, sin, 0.7 if turned else 1.0)
     slots = [np.array([[0, 1, 3], [0, 1, -1]]), np.array([[0, 5, 4, 2]])]  # rows in several places, row 6 in none
-    places = lay_out([(rows, rows) for rows in slots], tokens, torch.device("cpu")).queries
+    places = build_layout([(rows, rows) for rows in slots], tokens, torch.device("cpu")).queries
     spread = eager.to_heads(x, *turn, places, group)
     assert_same(elementwise.to_heads(x, *turn, places, group), spread)
     whole = spread[: 2 * heads * 3].view(2, heads // group, 3, group, d)  # the first bucket, as attention reads it
@@ -210,7 +210,7 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype, bad: float) -> None:
         elementwise.softmax_(scores, 1, 0, 0)[0, 2:],
         row_loops.layer_norm(x, weight, None, 1e-5),
         *(
-            row_loops.activated(x, kind, about(None))
+            row_loops.activated(x, kind, activation_parameters(None))
             for kind in ("GELU", "GELU_TANH", "RELU", "RELU2", "SILU", "XIELU")
         ),
     ):
@@ -230,7 +230,7 @@ from strop.models.lora import add_lora, trainable
 from tests.support import tiny
 torch.manual_seed(0)
 model = add_lora(tiny.model(), LoraSection(r=2, alpha=4), None)
-FastLoss(model)(tiny.examples(6)).backward()
+FastLoss(model).token_loss(tiny.examples(6)).backward()
 grads = b"".join(weight.grad.numpy().tobytes() for weight in trainable(model).values())
 print(hashlib.sha256(grads).hexdigest())
 """

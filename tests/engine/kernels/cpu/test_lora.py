@@ -46,8 +46,8 @@ def case(shape: str, tokens: int) -> tuple[Tensor, Tensor, Adapters]:
         for rank, (start, end) in zip(ranks, columns, strict=True)
         for part in (torch.randn(rank, width) / width**0.5, torch.randn(end - start, rank))
     ]
-    adapters = Adapters(parts, columns, (0.5, 2.0, 3.0)[: len(ranks)], apart=shape == APART)
-    z, grad = torch.randn(tokens, adapters.entered).bfloat16(), torch.randn(tokens, outputs).bfloat16()
+    adapters = Adapters(parts, columns, (0.5, 2.0, 3.0)[: len(ranks)], separate_inputs=shape == APART)
+    z, grad = torch.randn(tokens, adapters.input_columns).bfloat16(), torch.randn(tokens, outputs).bfloat16()
     return z, grad, adapters
 
 
@@ -60,7 +60,7 @@ def run(module: Any, z: Tensor, grad: Tensor, adapters: Adapters, further: bool 
     if further:
         added.into(grad_z)
     else:
-        added.alone()
+        added.finish_projection()
     return [y, *([grad_z] if further else []), *module.gradients(grad, z, grad_za, kept, adapters)]
 
 
@@ -84,9 +84,9 @@ def test_as_near_to_fp64_as_products_are(tiles: Any, shape: str, tokens: int, fu
 def test_gradients_are_summed_in_fp32(tiles: Any) -> None:
     z, grad, adapters = case("q, k and v", 300)
     added, kept = tiles.forward(z, grad.shape[1], adapters)
-    added.alone()
+    added.finish_projection()
     added, grad_za = tiles.backward(grad, kept, adapters)
-    added.alone()
+    added.finish_projection()
     found = tiles.gradients(grad, z, grad_za, kept, adapters)
     for i, ((start, end), scale) in enumerate(zip(adapters.columns, adapters.scales, strict=True)):
         slot = slice(16 * i, 16 * (i + 1))

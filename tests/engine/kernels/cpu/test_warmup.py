@@ -22,7 +22,7 @@ import numba.core.event as events, numpy as np, peft, torch
 from strop.data.types import Example
 from strop.engine.train.fast import FastLoss
 from strop.models.families.layers import FAMILIES
-from strop.engine.eligibility import unsupported, usual
+from strop.engine.train.eligibility import uses_llama_kernels, why_not_fast
 from tests.support import tiny_families
 for sizes, size in {"hidden_size": 128, "intermediate_size": 64, "head_dim": 32}.items():  # that tiles can have
     tiny_families.SMALL |= {name: size for name in tiny_families.SMALL if name.endswith(sizes)}
@@ -39,15 +39,15 @@ for kind, more in kinds.items():
     except (KeyError, ValueError):  # this transformers does not have it
         continue
     model = peft.get_peft_model(base, peft.LoraConfig(**{"r": 2, "target_modules": "all-linear", **more})).train()
-    if unsupported(model) is not None:
+    if why_not_fast(model) is not None:
         continue
     rows = [Example(np.arange(n, dtype=np.int32), (np.arange(n) > 0).astype(np.float32), "", 0) for n in (12, 15)]
     step = FastLoss(model, warm=False)
-    if sys.argv[1] in (of[usual(model)], "all"):
-        step(rows).backward()
+    if sys.argv[1] in (of[uses_llama_kernels(model)], "all"):
+        step.token_loss(rows).backward()
         step.log_probs(rows).sum().backward()
         found = sorted({event.data["dispatcher"].py_func.__name__ for _, event in heard.buffer})
-        print(kind, of[usual(model)], found)
+        print(kind, of[uses_llama_kernels(model)], found)
         heard.buffer.clear()
 """
 
@@ -55,7 +55,7 @@ for kind, more in kinds.items():
 def test_nothing_is_left_to_compile(tmp_path: Path) -> None:
     """Loops that a run compiles itself give other last bits than those of a run that is resumed."""
     about = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    for models, fewest in (("usual", 20), ("all", 40)):
+    for models, fewest in (("uses_llama_kernels", 20), ("all", 40)):
         begun = [
             subprocess.Popen(
                 [sys.executable, "-m", "strop.engine.kernels.warmup_train", "bfloat16", models, part], env=about

@@ -26,8 +26,8 @@ NARROW = {
     "cross entropy": {"ld.global.b64", "ld.global.b32", "ld.global.b16", "st.global.b32"},  # label, weight, logit; loss
     "norm, of 576": {"ld.global.v2.b32"},  # the weight, once for two rows
     "gains, back": {"st.global.b32"},  # what a column adds up to
-    "spread": {"ld.global.b64"},  # the token's key
-    "fold": {"ld.global.b64"},
+    "apply_masks": {"ld.global.b64"},  # the token's key
+    "apply_masks_backward": {"ld.global.b64"},
     "four bit": {"ld.global.b8", "ld.global.b32"},  # constants, and the value of each number
     "eight bit": {"ld.global.b32"},  # the row's scale
 }
@@ -63,7 +63,7 @@ def test_what_the_kernels_are_compiled_to(tmp_path_factory: pytest.TempPathFacto
             assert set(about["accesses"]) - wide == NARROW.get(name, set()), (arch, name, about)
             assert about["f64"] == about["stack"] == about["local"] == 0, (arch, name, about)
             assert 2 * 32 * about["warps"] * about["reg"] <= 65536, (arch, name, about)
-            if arch != "75" and name != "spread":  # which has no instruction for it, and copies
+            if arch != "75" and name != "apply_masks":  # which has no instruction for it, and copies
                 assert about["rounded"] > 0, (arch, name, about)
     assert {about["variants"] for about in made[ARCHITECTURES[0]].values()} == {1}, "other lengths compile nothing more"
 

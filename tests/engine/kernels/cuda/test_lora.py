@@ -10,7 +10,7 @@ from torch import Tensor
 
 from strop.engine.kernels.cuda.lora import laid_out
 from strop.engine.train import lora
-from strop.engine.train.lora import Adapters, Added
+from strop.engine.train.lora import Adapters, Addend
 from tests.support.attention import rand
 
 
@@ -29,18 +29,18 @@ KINDS = [
 ]
 
 
-def filled(added: Added, like: Tensor) -> Tensor:
+def filled(added: Addend, like: Tensor) -> Tensor:
     added.into(y := torch.empty_like(like))
     return y
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_as_in_pytorch(apart: bool) -> None:
+@pytest.mark.parametrize("separate_inputs", [False, True])
+def test_as_in_pytorch(separate_inputs: bool) -> None:
     torch.manual_seed(0)
-    layers = [replace(adapters(*kind), apart=apart) for kind in (*KINDS, KINDS[0])]
+    layers = [replace(adapters(*kind), separate_inputs=separate_inputs) for kind in (*KINDS, KINDS[0])]
     made = laid_out([(one, 12) for one in layers], torch.float64)
     for one, operands in zip(layers, made, strict=True):
-        z, grad = rand(5, one.entered), rand(5, 12)
+        z, grad = rand(5, one.input_columns), rand(5, 12)
         added, kept = operands.forward(z, 12, one)
         expected, own = lora.forward(z, 12, one)
         torch.testing.assert_close((filled(added, grad), *kept), (filled(expected, grad), *own), rtol=0, atol=0)

@@ -24,7 +24,7 @@ def both(monkeypatch: pytest.MonkeyPatch) -> tuple[FastLoss, FastLoss, Any]:
     monkeypatch.setattr(offload, "PIECE", 48)
     model = adapted("llama", num_hidden_layers=LAYERS).train()
     kept, away = (FastLoss(model, checkpoint_layers=LAYERS) for _ in range(2))
-    away.host = HostMemory(CPU)
+    away.host_memory = HostMemory(CPU)
     return kept, away, model
 
 
@@ -39,14 +39,14 @@ def test_the_same_bits_and_pieces_that_serve_again(both: tuple[FastLoss, FastLos
     pieces = 0
     for lengths in ((4, 1), (9, 3), (2, 2)):
         rows = [example(length, n) for n, length in enumerate(lengths)]
-        expected, found = kept(rows), away(rows)
+        expected, found = kept.token_loss(rows), away.token_loss(rows)
         assert torch.equal(expected, found)
         of_kept, of_away = gradients(model, expected), gradients(model, found)
         assert of_kept.keys() == of_away.keys() and of_kept
         assert all(torch.equal(grad, of_away[name]) for name, grad in of_kept.items())
         del expected, found
-        assert away.host is not None
-        free = len(away.host.free)
+        assert away.host_memory is not None
+        free = len(away.host_memory.free)
         size = sum(map(len, rows)) * 4 * model.config.hidden_size
         pieces = max(pieces, (LAYERS - 1) * -(-size // 48))
         assert free == pieces, "all but the last layer's input was there, and its pieces are free again"
@@ -55,16 +55,16 @@ def test_the_same_bits_and_pieces_that_serve_again(both: tuple[FastLoss, FastLos
 def test_a_graph_that_is_gone_through_twice_and_one_that_is_dropped(both: tuple[FastLoss, FastLoss, Any]) -> None:
     kept, away, model = both
     rows, others = [example(5, 0)], [example(3, 1)]
-    expected = gradients(model, kept(rows))
-    first = away(rows)
-    second = away(others)  # a further micro-batch in front of the first one's backward
+    expected = gradients(model, kept.token_loss(rows))
+    first = away.token_loss(rows)
+    second = away.token_loss(others)  # a further micro-batch in front of the first one's backward
     found = [gradients(model, first, retain_graph=True), gradients(model, first)]
     for one in found:
         assert all(torch.equal(grad, one[name]) for name, grad in expected.items())
-    waiting = len(away.host.free)  # type: ignore[union-attr]
+    waiting = len(away.host_memory.free)  # type: ignore[union-attr]
     del second
     gc.collect()
-    assert len(away.host.free) > waiting  # type: ignore[union-attr]
+    assert len(away.host_memory.free) > waiting  # type: ignore[union-attr]
 
 
 def test_a_forward_that_fails_leaves_nothing_behind(
@@ -72,7 +72,7 @@ def test_a_forward_that_fails_leaves_nothing_behind(
 ) -> None:
     kept, away, model = both
     rows = [example(5, 0)]
-    through, calls = FastLoss._through, []
+    through, calls = FastLoss._compute_layer, []
 
     def failing(self: FastLoss, *arguments: Any) -> Any:
         calls.append(1)
@@ -81,24 +81,24 @@ def test_a_forward_that_fails_leaves_nothing_behind(
         return through(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FastLoss, "_through", failing)
+        patch.setattr(FastLoss, "_compute_layer", failing)
         with pytest.raises(MemoryError):
-            away(rows)
-    away.release()
+            away.token_loss(rows)
+    away.release_buffers()
     gc.collect()
-    free = len(away.host.free)  # type: ignore[union-attr]
+    free = len(away.host_memory.free)  # type: ignore[union-attr]
     assert free > 0
-    expected, found = gradients(model, kept(rows)), gradients(model, away(rows))
+    expected, found = gradients(model, kept.token_loss(rows)), gradients(model, away.token_loss(rows))
     assert all(torch.equal(grad, found[name]) for name, grad in expected.items())
     with torch.no_grad():
-        assert torch.equal(away(rows), kept(rows))
+        assert torch.equal(away.token_loss(rows), kept.token_loss(rows))
 
 
 def test_the_host_is_not_filled_up(both: tuple[FastLoss, FastLoss, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     _, away, _ = both
     monkeypatch.setattr(offload, "free_bytes", lambda: offload.LEFT)
     with pytest.raises(MemoryError) as raised:
-        away([example(5, 0)])
+        away.token_loss([example(5, 0)])
     assert is_out_of_memory(raised.value)
 
 

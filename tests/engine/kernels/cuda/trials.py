@@ -25,8 +25,8 @@ from strop.engine.kernels.cuda.attention import Turn
 from strop.engine.kernels.dispatch import Processor
 from strop.engine.kernels.protocols import Ops
 from strop.engine.train import dropout
-from strop.engine.train.attention import Heads, Turned, over
-from strop.engine.train.dropout import Dropped
+from strop.engine.train.attention import ApplyRope, Heads, as_norm_input
+from strop.engine.train.dropout import DropoutSpec
 from strop.engine.train.fast import FastLoss
 from strop.engine.train.norms import Norm
 from strop.models.quantize import QuantizedLinear, pack
@@ -160,7 +160,7 @@ def test_heads(dtype: torch.dtype, query: int, key_value: int, size: int, pairs:
         expected = list(shape.views(wide))
         for i, own in enumerate((shape.q_norm, shape.k_norm)):
             if own is not None:
-                by = over(expected[i], own)
+                by = as_norm_input(expected[i], own)
                 expected[i] = eager.rms_norm(by, own.weight.double(), own.eps, own.offset).view(expected[i].shape)
             expected[i] = eager.rotate(expected[i], cos.double(), sin.double())
         found = Turn.apply(qkv, shape, cos, sin, heads_)
@@ -186,9 +186,9 @@ def test_turned_aside(dtype: torch.dtype, scaled: bool, neighbours: bool, size: 
         qkv, up = (made(rows, 7 * size, dtype=dtype).requires_grad_() for _ in range(2))
         cos, sin, scale = torch.randn(rows, pairs).cos(), torch.randn(rows, pairs).sin(), torch.rand(rows)
         wide = qkv.detach().double().requires_grad_()
-        found = rope.Turned.apply(qkv, shape, cos, sin, neighbours, scale if scaled else None)
+        found = rope.ApplyRope.apply(qkv, shape, cos, sin, neighbours, scale if scaled else None)
         double = scale.double() if scaled else None
-        expected = Turned.apply(wide, shape, cos.double(), sin.double(), neighbours, double)
+        expected = ApplyRope.apply(wide, shape, cos.double(), sin.double(), neighbours, double)
         close(found.detach(), expected.detach())
         (mine,), (theirs,) = torch.autograd.grad(found, qkv, up), torch.autograd.grad(expected, wide, up.double())
         close(mine, theirs.detach())
@@ -202,13 +202,13 @@ def test_dropout_has_the_bits_that_a_cpu_has(dtype: torch.dtype, rows: int, widt
     tokens = torch.randint(-(2**63), 2**63 - 1, (rows,))
     numbers = (3, 17, 2**31 - 1, 0, 5)[:adapters]
     for key in ((0, 0), (2**32 - 5, 2**31 + 7)):
-        drawn = dropout.draws(tokens, torch.tensor(numbers), torch.tensor(key), width)
+        drawn = dropout.random_bits(tokens, torch.tensor(numbers), torch.tensor(key), width)
         levels = (int(drawn[0, 0, -1]), 0, 65535, 1, 40000)[:adapters]  # the first is drawn, and kept
-        dropped = Dropped(*key, tokens, numbers, levels)
+        dropped = DropoutSpec(*key, tokens, numbers, levels)
         x = made(rows, width, dtype=dtype, apart=True)
-        assert torch.equal(drops.spread(x, dropped), dropout.spread(x, dropped))
+        assert torch.equal(drops.apply_masks(x, dropped), dropout.apply_masks(x, dropped))
         grad = made(rows, adapters * width, dtype=dtype)
-        close(drops.fold(grad, dropped), dropout.fold(grad.double(), dropped))
+        close(drops.apply_masks_backward(grad, dropped), dropout.apply_masks_backward(grad.double(), dropped))
 
 
 @pytest.mark.parametrize("double", [False, True])

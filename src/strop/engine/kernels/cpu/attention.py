@@ -25,7 +25,7 @@ class TileAttention(Function):
     def forward(ctx: Any, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
         out = heads.new(len(qkv), heads.query * heads.size, qkv)
         sums = heads.new(len(qkv), heads.query, cos)
-        attend(heads.normed(qkv), _turn(heads, cos, sin), _work(heads, documents), out, sums)
+        attend(heads.normalized(qkv), _turn(heads, cos, sin), _work(heads, documents), out, sums)
         ctx.heads, ctx.documents = heads, documents
         ctx.save_for_backward(qkv, cos, sin, out, sums)
         return out
@@ -38,8 +38,8 @@ class TileAttention(Function):
         into = heads.views(result)
         grad = grad.reshape(len(qkv), heads.query, heads.size)
         work = _work(heads, ctx.documents)
-        attend_backward(grad, out, sums, heads.normed(qkv), _turn(heads, cos, sin), work, into)
-        heads.norms_backward_(into, qkv)
+        attend_backward(grad, out, sums, heads.normalized(qkv), _turn(heads, cos, sin), work, into)
+        heads.backward_norms_(into, qkv)
         return result, None, None, None, None
 
 
@@ -48,7 +48,7 @@ def _turn(heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, np.fl
 
 
 def _work(heads: Heads, documents: Documents) -> Work:
-    shares = documents.shares(heads.key_value, torch.get_num_threads())
+    thread_tasks = documents.thread_tasks(heads.key_value, torch.get_num_threads())
     shape = heads.key_value, heads.group, heads.size, heads.window
     sinks = np.empty(0, np.float32) if heads.sinks is None else array(heads.sinks)
-    return documents.table, *shares, *shape, np.float32(heads.softcap), sinks
+    return documents.table, *thread_tasks, *shape, np.float32(heads.softcap), sinks

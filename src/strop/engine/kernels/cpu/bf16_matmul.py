@@ -18,7 +18,7 @@ from torch import Tensor
 
 from strop.engine.kernels.cpu.compiled import GAP, BFloat, array, inline, loop
 from strop.engine.kernels.cpu.dots import call, location, plus, spread, widened
-from strop.engine.kernels.cpu.lora import Added
+from strop.engine.kernels.cpu.lora import Addend
 from strop.engine.kernels.cpu.tile import LANES, pair
 from strop.engine.kernels.cpu.transpose import turn
 
@@ -239,13 +239,13 @@ def product(
     x: Tensor, weight: Tensor, along: bool, y: Tensor, added: Any = None, bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """lora.product, of bf16; both sides of the weight multiples of UNIT, y without gaps."""
+    """lora.frozen_matmul, of bf16; both sides of the weight multiples of UNIT, y without gaps."""
     assert bias is None or bias.dtype == x.dtype
     n, lanes, held = y.shape[1], get_num_threads(), False
     columns: tuple[tuple[int, int], ...] = ()
     thin, second, spans = x[:, :0], _NO_PAIRS, _NO_SPANS
-    if isinstance(added, Added) and added.columns is not None:
-        added.alone()
+    if isinstance(added, Addend) and added.columns is not None:
+        added.finish_projection()
         thin, second, spans, columns = added.thin, added.second, added.leave, added.columns
     elif added is not None:
         added.into(y)

@@ -10,7 +10,7 @@ from numba import prange
 from torch import Tensor
 
 from strop.engine.kernels.cpu.compiled import GAP, TASKS, array, inline, loop, narrow, wide
-from strop.engine.train.dropout import LOW, MULTIPLIERS, WEYL, Dropped
+from strop.engine.train.dropout import LOW, MULTIPLIERS, WEYL, DropoutSpec
 
 MASK, HALF = np.uint64(LOW), np.uint64(32)
 M0, M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
@@ -89,18 +89,18 @@ def _fold(grad: Any, out: Any, seed: Any, step: Any, tokens: Any, numbers: Any, 
                 to[j] = narrow(sums[j], out)
 
 
-def _of(dropped: Dropped) -> Any:
+def _of(dropped: DropoutSpec) -> Any:
     key = np.uint64(dropped.seed), np.uint64(dropped.step)
     return *key, array(dropped.tokens), np.array(dropped.numbers), np.array(dropped.levels, dtype=np.uint16)
 
 
-def spread(z: Tensor, dropped: Dropped, out: Tensor | None = None) -> Tensor:
+def apply_masks(z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor:
     out = z.new_empty(len(z), len(dropped.numbers) * z.shape[1]) if out is None else out
     _spread(array(z.contiguous()), array(out), *_of(dropped))
     return out
 
 
-def fold(grad: Tensor, dropped: Dropped) -> Tensor:
+def apply_masks_backward(grad: Tensor, dropped: DropoutSpec) -> Tensor:
     out = torch.empty(len(grad), grad.shape[1] // len(dropped.numbers), dtype=grad.dtype)
     _fold(array(grad), array(out), *_of(dropped))
     return out

@@ -18,9 +18,9 @@ from numba import prange
 from torch import Tensor
 
 from strop.engine.kernels.cpu.compiled import array, greater, inline, loop
-from strop.engine.kernels.protocols import FrozenProduct, Room
+from strop.engine.kernels.protocols import FrozenProduct, ReusedBuffer
 from strop.engine.train import lora
-from strop.engine.train.lora import Added
+from strop.engine.train.lora import Addend
 
 HIGH = 128  # what the high part counts
 MOST = 127 * HIGH
@@ -142,28 +142,28 @@ class Products:
     """Products with weights in integers, one after the other: their sums lie in one place."""
 
     def __init__(self) -> None:
-        self._sums = Room()  # blocks so large have pages of their own, which would be cleared for each product
+        self._sums = ReusedBuffer()  # blocks so large have pages of their own, which would be cleared for each product
 
     def layer(
-        self, x: Tensor, weight: Integers, along: bool, y: Tensor, added: Added | None = None,
+        self, x: Tensor, weight: Integers, along: bool, y: Tensor, added: Addend | None = None,
         bias: Tensor | None = None, residual: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """lora.product, of fp32, y without gaps."""
+        """lora.frozen_matmul, of fp32, y without gaps."""
         if added is not None:
             added.into(y)
         return self._sum(x, weight, along, y, held=added is not None, bias=bias, residual=residual)
 
     def head(self, weight: Tensor) -> FrozenProduct:
-        """lora.product of a head's frozen weight (V, h). In a row of the logits' gradient a few numbers, the label's
-        first, stand far above the others, which would round away beside them: they are multiplied in fp32."""
+        """lora.frozen_matmul of a head's frozen weight (V, h). In a row of the logits' gradient a few values,
+        the label's first, are far above the others, which would round to 0: they are multiplied in fp32."""
         whole = cache(lambda: Integers.of(weight.detach()))
 
         def of_head(
-            x: Tensor, w: Tensor, along: bool, y: Tensor, added: Added | None = None, bias: Tensor | None = None,
+            x: Tensor, w: Tensor, along: bool, y: Tensor, added: Addend | None = None, bias: Tensor | None = None,
             residual: Tensor | None = None,
         ) -> Tensor:  # fmt: skip
             if weight.requires_grad or w.data_ptr() != weight.data_ptr():  # it is trained in full
-                return lora.product(x, w, along, y, added, bias, residual)
+                return lora.frozen_matmul(x, w, along, y, added, bias, residual)
             if along:
                 return self.layer(x, whole(), along, y, added, bias, residual)
             assert added is None and bias is None and residual is None

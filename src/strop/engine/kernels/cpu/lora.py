@@ -20,7 +20,7 @@ from torch import Tensor
 
 from strop.engine.kernels.cpu.compiled import GAP, array, inline, loop, narrow, wide
 from strop.engine.kernels.cpu.tile import COLUMNS, LANES, ROWS, STEP, claim, narrow_pair, pair, product, release, tile
-from strop.engine.train.arena import New, in_heap
+from strop.engine.train.buffers import Allocate, heap_empty
 from strop.engine.train.lora import Adapters
 
 BLOCK = 32  # rows that go through together
@@ -218,7 +218,7 @@ class _Plan:
 
 
 @lru_cache(maxsize=64)
-def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any, apart: bool) -> _Plan:
+def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any, separate_inputs: bool) -> _Plan:
     """thread: whose room it is. apart: each adapter has its own `width` columns of z."""
     slots = [-(-rank // LANES) * LANES for rank in ranks]
     ats = [sum(slots[:i]) for i in range(len(slots))]
@@ -237,7 +237,7 @@ def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any, apart:
 
     # Of z to thin, of thin to the gradient of z, and of the gradient of A: all adapters at once, or each its own.
     enter, leave, of_a = [(0, width, 0, total, 0)], [(0, total, 0, width, 0, 0)], [(0, total, 0, width, total, 0)]
-    if apart:
+    if separate_inputs:
         own = [(at, slot, i * width) for i, (at, slot) in enumerate(zip(ats, slots, strict=True))]
         enter = [(begin, width, at, slot, at * (width // 2)) for at, slot, begin in own]
         leave = [(at, slot, begin, width, at // 2 * width, 0) for at, slot, begin in own]
@@ -261,12 +261,12 @@ def _plan(thread: int, width: int, ranks: Any, columns: Any, scales: Any, apart:
 
 
 def _plan_of(adapters: Adapters) -> _Plan:
-    about = adapters.width, adapters.ranks, adapters.columns, adapters.scales, adapters.apart
+    about = adapters.width, adapters.ranks, adapters.columns, adapters.scales, adapters.separate_inputs
     return _plan(threading.get_ident(), *about)
 
 
 @dataclass(frozen=True)
-class Added:
+class Addend:
     """lora.Added: x (T, k), `first`, enter, `second` and leave as in _through, thin (T, rank) to be computed."""
 
     x: Tensor
@@ -283,7 +283,7 @@ class Added:
             y.zero_()
         self._pass(self.leave, y)
 
-    def alone(self) -> None:
+    def finish_projection(self) -> None:
         self._pass(self.leave[:0], self.thin)
 
     def _pass(self, leave: Any, onto: Tensor) -> None:
@@ -291,27 +291,29 @@ class Added:
         _through(array(self.x), self.first, self.enter, self.second, leave, lanes, array(self.thin), array(onto))
 
 
-def forward(z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap) -> tuple[Added, tuple[Tensor, ...]]:
+def forward(
+    z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_empty
+) -> tuple[Addend, tuple[Tensor, ...]]:
     plan = _plan_of(adapters)
     first, second = plan.matrices[:2]
     for at, span, (a, b, scale) in zip(plan.ats, plan.forward[1], adapters, strict=True):
-        begin, step = (at * (adapters.width // 2), span[1]) if adapters.apart else (at, plan.rank)
+        begin, step = (at * (adapters.width // 2), span[1]) if adapters.separate_inputs else (at, plan.rank)
         _lay_forward(array(a), array(b), np.float32(scale), first[begin:], step, second[span[4] :])
     thin = new(len(z), plan.rank, z)
     enter, leave = plan.forward
     columns = adapters.columns if plan.alone else None
-    return Added(z, first, enter, second, leave, thin, plan.filled, columns), (thin,)
+    return Addend(z, first, enter, second, leave, thin, plan.filled, columns), (thin,)
 
 
-def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Added, Tensor]:
+def backward(grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Addend, Tensor]:
     plan, width = _plan_of(adapters), adapters.width
     first, second = plan.matrices[2:]
     for at, span, (a, b, scale) in zip(plan.ats, plan.backward[0], adapters, strict=True):
         _lay_backward(array(a), array(b), np.float32(scale), first[span[4] :], span[3], second[at // 2 * width :])
     enter, leave = plan.backward
     thin = grad.new_empty(len(grad), plan.rank)
-    columns = None if adapters.apart else ((0, width),)
-    return Added(grad, first, enter, second, leave, thin, adapters.entered, columns), thin
+    columns = None if adapters.separate_inputs else ((0, width),)
+    return Addend(grad, first, enter, second, leave, thin, adapters.input_columns, columns), thin
 
 
 def gradients(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from strop.engine.kernels.protocols import FrozenProduct
-from strop.engine.train.lora import product
+from strop.engine.train.lora import frozen_matmul
 
 SHAPES = ((960, 576), (3072, 576), (576, 1536))  # (n, k) of SmolLM2-135M's products, the smallest model worth tuning
 ROWS = 512
@@ -45,7 +45,7 @@ def measure(device: str | torch.device) -> Precision:
 def rate(
     dtype: torch.dtype,
     device: str | torch.device,
-    product: FrozenProduct = product,
+    product: FrozenProduct = frozen_matmul,
     held: Callable[[Tensor], Any] = lambda weight: weight,
 ) -> float:
     """FLOP/s of x W^T and dY W over SHAPES, from the fastest of the rounds that fit into the budget. held: makes of W

@@ -69,7 +69,7 @@ def _rows_turned(
             to[j] = source[j]
 
 
-class Turned(Function):
+class ApplyRope(Function):
     """As attention.Turned."""
 
     @staticmethod

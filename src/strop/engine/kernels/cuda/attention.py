@@ -38,7 +38,7 @@ class InPyTorch:
     def turn(self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """q (T, query, size) and k (T, key_value, size), normed and turned. cos, sin (T, m): the first 2 m numbers of a
         head are turned."""
-        q, k, _ = heads.normed(qkv)
+        q, k, _ = heads.normalized(qkv)
         if heads.q_norm is None and heads.k_norm is None:  # they lie side by side: once for both
             both = qkv.view(len(qkv), -1, heads.size)[:, : heads.query + heads.key_value]
             q, k = torch.split(_turned(both, cos, sin), [heads.query, heads.key_value], 1)
@@ -53,7 +53,7 @@ class InPyTorch:
         into = heads.views(result)
         for to, grad in zip(into, (_turned(grads[0], cos, -sin), _turned(grads[1], cos, -sin), grads[2]), strict=True):
             to.copy_(grad)
-        heads.norms_backward_(into, qkv)
+        heads.backward_norms_(into, qkv)
         return result
 
 

@@ -10,7 +10,7 @@ from triton.language import constexpr, tensor
 
 from strop.engine.kernels.cuda.launch import kernel, part, power, rows_of, start
 from strop.engine.train import dropout
-from strop.engine.train.dropout import ROUNDS, Dropped
+from strop.engine.train.dropout import ROUNDS, DropoutSpec
 
 COUNTERS = 256  # a program: 2,048 features of a row
 MOST = 4  # adapters a launch; no family has more on one input
@@ -91,11 +91,11 @@ def _kept(
     return tl.where(drawn.to(tl.int32) >= level, of, 0.0)
 
 
-def spread(z: Tensor, dropped: Dropped, out: Tensor | None = None) -> Tensor:
+def apply_masks(z: Tensor, dropped: DropoutSpec, out: Tensor | None = None) -> Tensor:
     """As dropout.spread; `out`, without gaps, is used where it is given."""
     many = len(dropped.numbers)
     if many > MOST:
-        return dropout.spread(z, dropped, out)
+        return dropout.apply_masks(z, dropped, out)
     x = rows_of(z)
     out = x.new_empty(len(x), many * x.shape[1]) if out is None else out
     shape, scalars = _shape(x.shape[1], many), _scalars(dropped)
@@ -104,11 +104,11 @@ def spread(z: Tensor, dropped: Dropped, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def fold(grad: Tensor, dropped: Dropped) -> Tensor:
+def apply_masks_backward(grad: Tensor, dropped: DropoutSpec) -> Tensor:
     """As dropout.fold."""
     many = len(dropped.numbers)
     if many > MOST:
-        return dropout.fold(grad, dropped)
+        return dropout.apply_masks_backward(grad, dropped)
     of = rows_of(grad)
     out = of.new_empty(len(of), of.shape[1] // many)
     shape, scalars = _shape(out.shape[1], many), _scalars(dropped)
@@ -123,7 +123,7 @@ def _shape(n: int, many: int) -> dict[str, int]:
     return {"N": n, "COUNT": count, "MANY": many, "ROUNDS": ROUNDS, "BLOCK": block, "num_warps": max(1, block // 128)}
 
 
-def _scalars(dropped: Dropped) -> list[int]:
+def _scalars(dropped: DropoutSpec) -> list[int]:
     """seed and step as 32 bits with a sign, so that no kernel is compiled for the larger ones, numbers and levels."""
     nothing = [0] * (MOST - len(dropped.numbers))
 

@@ -16,7 +16,7 @@ from triton.language import constexpr, tensor
 
 from strop.engine.kernels.cuda.launch import kernel, power, rows_of, start, warps
 from strop.engine.kernels.cuda.norms import rms_norm, rms_norm_backward
-from strop.engine.train.attention import Heads, over
+from strop.engine.train.attention import Heads, as_norm_input
 
 TILE = 2048  # numbers of a row's heads a program
 
@@ -161,7 +161,7 @@ def turn(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tensor, T
     q, k = torch.split(out, [heads.query, heads.key_value], 1)
     if heads.q_norm is not None and heads.k_norm is not None and not by_head(heads):
         for of, to, norm in zip(heads.views(x), (q, k), (heads.q_norm, heads.k_norm), strict=False):
-            rms_norm(over(of, norm), norm.weight, norm.eps, norm.offset, to.flatten(1))
+            rms_norm(as_norm_input(of, norm), norm.weight, norm.eps, norm.offset, to.flatten(1))
         x = out.view(len(x), -1)
     shape, (weights, scalars) = _shape(heads, cos.shape[1], many), _norms_of(heads, x)
     grid = len(x), -(-many // shape["GROUP"])
@@ -182,7 +182,7 @@ def turn_backward(grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor, heads: Head
     if heads.q_norm is not None and heads.k_norm is not None and not by_head(heads):
         for to, of, norm in zip(heads.views(out), heads.views(x), (heads.q_norm, heads.k_norm), strict=False):
             to = to.flatten(1)
-            rms_norm_backward(to, over(of, norm), norm.weight, norm.eps, norm.offset, to)
+            rms_norm_backward(to, as_norm_input(of, norm), norm.weight, norm.eps, norm.offset, to)
     return out
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from strop.engine.train import lora
-from strop.engine.train.arena import New, in_heap
-from strop.engine.train.fused_linear import Joined
-from strop.engine.train.lora import Adapters, Added, Product
+from strop.engine.train.buffers import Allocate, heap_empty
+from strop.engine.train.linear import FusedLinear
+from strop.engine.train.lora import Adapters, Addend, Product
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Operands:
     b: Tensor
 
     def forward(
-        self, z: Tensor, outputs: int, adapters: Adapters, new: New = in_heap
-    ) -> tuple[Added, tuple[Tensor, ...]]:
-        za = lora.entering(z, self.a, adapters)
+        self, z: Tensor, outputs: int, adapters: Adapters, new: Allocate = heap_empty
+    ) -> tuple[Addend, tuple[Tensor, ...]]:
+        za = lora.project_down(z, self.a, adapters)
         return Product(za, self.b.t()), (za, self.a, self.b)
 
-    def backward(self, grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Added, Tensor]:
+    def backward(self, grad: Tensor, kept: tuple[Tensor, ...], adapters: Adapters) -> tuple[Addend, Tensor]:
         return lora.backward(grad, kept, adapters)
 
     def gradients(
@@ -40,7 +40,7 @@ class Operands:
     ) -> list[Tensor]:
         ranks, same = list(adapters.ranks), len(set(adapters.scales)) == 1
         columns = torch.split(grad_za, ranks, 1)
-        if adapters.apart:
+        if adapters.separate_inputs:
             inputs = torch.split(z, adapters.width, 1)
             of_a = [_wide(part.t(), input) for part, input in zip(columns, inputs, strict=True)]
             of_a = [part.mul_(scale) for part, scale in zip(of_a, adapters.scales, strict=True)]
@@ -58,11 +58,11 @@ def _wide(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b) if a.dtype in (torch.float32, torch.float64) else torch.mm(a, b, out_dtype=torch.float32)
 
 
-def lay_out(linears: Sequence[Joined], dtype: torch.dtype) -> None:
+def lay_out(linears: Sequence[FusedLinear], dtype: torch.dtype) -> None:
     """Gives all linear layers the operands of the adapters that are active on them now."""
     if not linears or linears[0].bases[0].weight.device.type != "cuda":
         return
-    found = [(one, one.on_it()) for one in linears]
+    found = [(one, one.active_adapters()) for one in linears]
     used = [(one, Adapters(now.parts, now.columns, now.scales)) for one, now in found if now.parts]
     for one in linears:
         one.operands = None

@@ -1,4 +1,4 @@
-"""The rotary embedding by itself on a card (attention.Turned): in front of the norms of q and k, with neighbours in
+"""The rotary embedding by itself on a card (attention.ApplyRope): in front of the norms of q and k, with neighbours in
 pairs, or with a factor of its own for each row's q. One kernel each way, beside a copy of what is not turned."""
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def turned(
     return out
 
 
-class Turned(Function):
+class ApplyRope(Function):
     """As attention.Turned."""
 
     @staticmethod

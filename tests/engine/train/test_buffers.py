@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from strop.data.types import Example
-from strop.engine.train.arena import Arena
+from strop.engine.train.buffers import Arena
 from strop.engine.train.fast import FastLoss
 from tests.support.random_models import adapted, example
 
@@ -24,10 +24,10 @@ def lies(x: torch.Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()
 
 
-def test_tensors_of_one_round_lie_beside_each_other() -> None:
+def test_tensors_of_a_micro_batch_are_contiguous_in_one_buffer() -> None:
     arena = Arena()
     for rows in (7, 9, 5):
-        arena.begin(used=True)
+        arena.begin(active=True)
         parts = [arena(rows, width, like) for width, like in ((3, LIKE), (5, LIKE.float()), (1, LIKE))]
         versions = [part._version for part in parts]
         for number, part in enumerate(parts):
@@ -41,22 +41,22 @@ def test_tensors_of_one_round_lie_beside_each_other() -> None:
     assert len(memory) == 1
 
 
-def test_what_finds_no_room_lies_in_a_buffer_more_which_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strop.engine.train.arena.ROOMS", (128,))
+def test_full_arena_adds_a_buffer_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strop.engine.train.buffers.BUFFER_SIZES", (128,))
     arena = Arena()
     places: list[list[int]] = []
     for number in (2, 5, 3):  # of 64 bytes: a buffer holds two
-        arena.begin(used=True)
+        arena.begin(active=True)
         parts = [arena(1, 16, LIKE.float()) for _ in range(number)]
         assert all(end <= begin for (_, end), (begin, _) in pairwise(sorted(map(lies, parts))))
         assert len({part.untyped_storage().data_ptr() for part in parts}) == -(-number // 2)
         places.append([part.data_ptr() for part in parts])
     assert places[0] == places[1][:2] and places[2] == places[1][:3]
-    arena.begin(used=False)
+    arena.begin(active=False)
     assert not arena._buffers
 
 
-def test_where_no_large_buffer_can_be_had_a_small_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arena_falls_back_to_smaller_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
     def pages(size: int) -> mmap:
@@ -65,27 +65,27 @@ def test_where_no_large_buffer_can_be_had_a_small_one_is_taken(monkeypatch: pyte
             raise OSError("Cannot allocate memory")
         return mmap(-1, size)
 
-    monkeypatch.setattr("strop.engine.train.arena.own_pages", pages)
+    monkeypatch.setattr("strop.engine.train.buffers.own_pages", pages)
     arena = Arena()
-    arena.begin(used=True)
+    arena.begin(active=True)
     assert arena(5, 3, LIKE).fill_(1).sum() == 15 and tried == [1 << 30, 64 << 20, 64]
-    with pytest.raises(MemoryError, match="no 2 MiB"):
+    with pytest.raises(MemoryError, match="2 MiB"):
         arena(1 << 20, 1, LIKE)
 
 
 @pytest.mark.parametrize("again", [0, 1, 9])
-def test_a_backward_that_comes_too_late_is_refused(again: int) -> None:
+def test_backward_after_the_next_micro_batch_raises(again: int) -> None:
     loss = FastLoss(adapted("llama"), checkpoint_layers=again)
     one, other = examples_of([5, 9]), examples_of([7])
-    loss(one).backward()
-    late = loss(one)
-    loss(other).backward()
+    loss.token_loss(one).backward()
+    late = loss.token_loss(one)
+    loss.token_loss(other).backward()
     with pytest.raises(RuntimeError, match="before the next one begins"):
         late.backward()
 
 
 @pytest.mark.parametrize("again", [0, 1, 9])
-def test_gradients_are_the_same_in_one_buffer_and_in_the_heap(again: int) -> None:
+def test_gradients_are_equal_with_arena_and_heap(again: int) -> None:
     model = adapted("llama")
     loss = FastLoss(model, checkpoint_layers=again)
     rows = [examples_of(lengths) for lengths in ([5, 9, 3], [2], [30, 4], [7, 7])]
@@ -93,14 +93,14 @@ def test_gradients_are_the_same_in_one_buffer_and_in_the_heap(again: int) -> Non
 
     def gradients() -> list[torch.Tensor]:
         found = []
-        for some in rows:
-            loss(some).backward()
+        for batch in rows:
+            loss.token_loss(batch).backward()
             found += [weight.grad.clone() for weight in trained if weight.grad is not None]
             model.zero_grad()
         return found
 
     first = gradients()
     with torch.no_grad():
-        loss(rows[0])  # gives it back
+        loss.token_loss(rows[0])  # gives it back
     for old, new in zip(first, gradients(), strict=True):
         assert torch.equal(old, new)

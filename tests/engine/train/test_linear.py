@@ -12,11 +12,10 @@ import torch.nn.functional as F
 
 from strop.engine.train import dropout as drops
 from strop.engine.train import lora
-from strop.engine.train.dora import Dora
-from strop.engine.train.dropout import Dropped, grown
-from strop.engine.train.head import LabelLogProbs, Output, SupervisedLoss, _add_product
-from strop.engine.train.lora_linear import Activation, Frozen, Glu, LoraLinear
-from strop.engine.train.norms import LayerNorm, Norm, RmsNorm, normed
+from strop.engine.train.dropout import DropoutSpec, keep_scale
+from strop.engine.train.head import LabelLogProbs, OutputHead, SupervisedLoss, _add_product
+from strop.engine.train.linear import Activation, Dora, FrozenLinear, Glu, LoraLinear
+from strop.engine.train.norms import LayerNorm, Norm, NormFunction, normalize
 from strop.machine.probe import probe
 from tests.support.attention import OPS, check, rand
 
@@ -28,15 +27,15 @@ LORA: Any = lora
 def test_rms_norm(shape: tuple[int, ...], offset: float) -> None:
     torch.manual_seed(0)
     norm = Norm(OPS, rand(shape[-1]), 1e-5, offset)
-    check(lambda x: RmsNorm.apply(x, norm), rand(*shape, grad=True))
+    check(lambda x: NormFunction.apply(x, norm), rand(*shape, grad=True))
     wide = rand(*shape[:-1], 2 * shape[-1], grad=True)
-    check(lambda x: RmsNorm.apply(x[..., ::2], norm), wide)  # not contiguous
+    check(lambda x: NormFunction.apply(x[..., ::2], norm), wide)  # not contiguous
     expected = F.rms_norm(wide[..., ::2], (shape[-1],), norm.weight + offset, 1e-5)
-    torch.testing.assert_close(RmsNorm.apply(wide[..., ::2], norm), expected)
+    torch.testing.assert_close(NormFunction.apply(wide[..., ::2], norm), expected)
 
 
 @pytest.mark.parametrize("way", ["rms", "offset", "layer norm", "layer norm without a bias"])
-def test_a_norm_that_is_trained(way: str) -> None:
+def test_trained_norm_equals_autograd(way: str) -> None:
     """By itself and in front of a linear layer whose input needs no gradient; switched off, it is another."""
     torch.manual_seed(0)
     weight, other = rand(5, grad=True), rand(5)
@@ -52,16 +51,16 @@ def test_a_norm_that_is_trained(way: str) -> None:
         return F.rms_norm(x, (5,), weight + norm.offset, 1e-5)
 
     x, upstream = rand(3, 5, grad=True), rand(3, 5)
-    torch.testing.assert_close(normed(x, norm), expected(x))
+    torch.testing.assert_close(normalize(x, norm), expected(x))
     for mine, theirs in zip(
-        torch.autograd.grad(normed(x, norm), [x, *trained], upstream),
+        torch.autograd.grad(normalize(x, norm), [x, *trained], upstream),
         torch.autograd.grad(expected(x), [x, *trained], upstream),
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
     matrix, a, b = rand(4, 5), rand(2, 5, grad=True), rand(4, 2, grad=True)
     for columns, parts in ((((0, 4),), [a, b]), ((), [])):
-        frozen, now = Frozen(lambda: matrix, None, LORA, columns, (0.5,) * len(columns)), norm.now()
+        frozen, now = FrozenLinear(lambda: matrix, None, LORA, columns, (0.5,) * len(columns)), norm.now()
         y = LoraLinear.apply(x.detach(), frozen, now, None, *parts, *now.trained)
         z = expected(x.detach())
         whole = z @ (matrix + (0.5 * b @ a if columns else 0)).t()
@@ -87,11 +86,11 @@ def test_lora_linear(enter: str, tokens: int, ranks: tuple[int, ...], bias: bool
     outputs = n * max(len(ranks), 1)
     columns = tuple((i * n, (i + 1) * n) for i in range(len(ranks)))
     weight = rand(outputs, k)
-    frozen = Frozen(lambda: weight, rand(outputs) if bias else None, LORA, columns, (0.5, 2.0, 3.0)[: len(ranks)])
+    frozen = FrozenLinear(lambda: weight, rand(outputs) if bias else None, LORA, columns, (0.5, 2.0, 3.0)[: len(ranks)])
     if dropout:
         keys, levels = torch.arange(tokens), (30000, 0, 50000)[: len(ranks)]
-        dropped = Dropped(1, 2, keys, tuple(range(len(ranks))), levels)
-        frozen = dataclasses.replace(frozen, dropped=dropped, drops=cast(Any, drops))
+        dropped = DropoutSpec(1, 2, keys, tuple(range(len(ranks))), levels)
+        frozen = dataclasses.replace(frozen, dropped=dropped, dropout_ops=cast(Any, drops))
     adapters = [t for r in ranks for t in (rand(r, k, grad=True), rand(n, r, grad=True))]
     x = rand(tokens, k if enter in ("none", "norm") else 2 * k, grad=True)
     check(lambda x, *ab: LoraLinear.apply(x, frozen, entry, None, *ab), x, *adapters)
@@ -106,7 +105,7 @@ def test_lora_linear(enter: str, tokens: int, ranks: tuple[int, ...], bias: bool
 
 @pytest.mark.parametrize("enter", ["none", "gelu", "gated gelu", "layer norm"])
 @pytest.mark.parametrize(("dora", "dropout"), [(False, False), (True, False), (True, True)])
-def test_what_stands_in_front_and_dora(enter: str, dora: bool, dropout: bool) -> None:
+def test_prologues_and_dora_equal_their_definition(enter: str, dora: bool, dropout: bool) -> None:
     """DoRA's norms are constants in the gradient: x and the magnitudes alone are differentiated numerically, A and B
     against autograd of the definition. With dropout that is peft's: the frozen layer's own output is not dropped."""
     torch.manual_seed(0)
@@ -119,13 +118,13 @@ def test_what_stands_in_front_and_dora(enter: str, dora: bool, dropout: bool) ->
     }
     weight, bias = rand(3 * n, k), rand(3 * n)
     columns, scales = ((0, n), (2 * n, 3 * n)), (0.5, 2.0)
-    frozen = Frozen(
+    frozen = FrozenLinear(
         lambda: weight, bias, LORA, columns, scales, dora=Dora(OPS, weight.square().sum(1)) if dora else None
     )
     levels = (30000, 50000) if dropout else (0, 0)
-    dropped = Dropped(1, 2, torch.arange(3), (4, 5), levels)
+    dropped = DropoutSpec(1, 2, torch.arange(3), (4, 5), levels)
     if dropout:
-        frozen = dataclasses.replace(frozen, dropped=dropped, drops=cast(Any, drops))
+        frozen = dataclasses.replace(frozen, dropped=dropped, dropout_ops=cast(Any, drops))
     parts = [t for r in (2, 3) for t in (rand(r, k, grad=True), rand(n, r, grad=True))]
     magnitudes = [rand(n, grad=True) for _ in columns] if dora else []
     x, residual = rand(3, 2 * k if enter == "gated gelu" else k, grad=True), rand(3, 3 * n, grad=True)
@@ -141,9 +140,9 @@ def test_what_stands_in_front_and_dora(enter: str, dora: bool, dropout: bool) ->
     check(lambda x, *m: computed(x, None, *fixed, *m), x, *magnitudes)
     z = x if ways[enter] is None else ways[enter].forward(x)
     expected = F.linear(z, weight, bias) + residual
-    masks = drops.spread(torch.ones(3, k).double(), dropped).split(k, 1)
+    masks = drops.apply_masks(torch.ones(3, k).double(), dropped).split(k, 1)
     for i, ((start, end), a, b) in enumerate(zip(columns, parts[::2], parts[1::2], strict=True)):
-        up = grown(levels[i])
+        up = keep_scale(levels[i])
         own, w = scales[i] / up * b @ a, weight[start:end]
         gains = magnitudes[i].detach() / (w + own).norm(dim=1).detach()
         kept = z * masks[i] * up
@@ -158,26 +157,26 @@ def test_what_stands_in_front_and_dora(enter: str, dora: bool, dropout: bool) ->
         torch.testing.assert_close(mine, theirs)
 
 
-def test_lora_linear_is_the_sum_of_its_parts() -> None:
+def test_lora_linear_equals_frozen_plus_adapter() -> None:
     x, w, a, b = rand(3, 5), rand(8, 5), rand(2, 5), rand(4, 2)
-    y = LoraLinear.apply(x, Frozen(lambda: w, None, LORA, ((4, 8),), (0.5,)), None, None, a, b)
+    y = LoraLinear.apply(x, FrozenLinear(lambda: w, None, LORA, ((4, 8),), (0.5,)), None, None, a, b)
     torch.testing.assert_close(y, torch.cat([x @ w[:4].t(), x @ w[4:].t() + 0.5 * (x @ a.t() @ b.t())], dim=1))
 
 
-@pytest.mark.parametrize("way", ["lora", "cpu.lora_tiles"])
+@pytest.mark.parametrize("way", ["train.lora", "kernels.cpu.lora"])
 @pytest.mark.parametrize("residual", [False, True])
-def test_a_young_adapter_is_not_rounded_away(way: str, residual: bool) -> None:
+def test_small_lora_updates_survive_bf16_rounding(way: str, residual: bool) -> None:
     """In bf16, what it adds (0.1 % here) is below half of the last bit of what it is added to."""
-    if way == "cpu.lora_tiles" and not probe().tiles:
+    if way == "kernels.cpu.lora" and not probe().tiles:
         pytest.skip("this CPU has no AVX512-BF16")
     torch.manual_seed(0)
     products = importlib.import_module(f"strop.engine.{way}")
     x, w, a = torch.randn(64, 256), torch.randn(128, 256) / 16, torch.randn(16, 256) / 16
     b, onto = 2.5e-4 * torch.randn(128, 16), torch.randn(64, 128).bfloat16()
-    product = LORA.product
-    if way == "cpu.lora_tiles":
+    product = LORA.frozen_matmul
+    if way == "kernels.cpu.lora":
         product = importlib.import_module("strop.engine.kernels.cpu.bf16_matmul").product
-    frozen = Frozen(lambda: w.bfloat16(), None, products, ((0, 128),), (1.0,), product=product)
+    frozen = FrozenLinear(lambda: w.bfloat16(), None, products, ((0, 128),), (1.0,), matmul=product)
     with torch.no_grad():
         added = x.bfloat16().float() @ a.t() @ b.t()
         given = x.bfloat16(), frozen, None, onto if residual else None
@@ -187,16 +186,19 @@ def test_a_young_adapter_is_not_rounded_away(way: str, residual: bool) -> None:
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_rows_of_the_head_that_are_trained(softcap: float) -> None:
+def test_trained_rows_of_the_head_equal_autograd(softcap: float) -> None:
     torch.manual_seed(0)
     x, head, own, at = rand(5, 3, grad=True), rand(7, 3), rand(2, 3, grad=True), torch.tensor([6, 2])
     labels, weights = torch.tensor([1, 0, 6, 1, 2]), torch.tensor([1.0, 0.5, 2.0, 0.1, 3.0], dtype=torch.float64)
 
     def loss(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        return SupervisedLoss.apply(x, labels, weights, Output(head, softcap, OPS, own=own, at=at), own) * 0.3
+        return (
+            SupervisedLoss.apply(x, labels, weights, OutputHead(head, softcap, OPS, new_rows=own, new_ids=at), own)
+            * 0.3
+        )
 
     def log_probs(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        return LabelLogProbs.apply(x, labels, Output(head, softcap, OPS, own=own, at=at), own)
+        return LabelLogProbs.apply(x, labels, OutputHead(head, softcap, OPS, new_rows=own, new_ids=at), own)
 
     check(loss, x, own)
     check(log_probs, x, own)
@@ -209,23 +211,23 @@ def test_rows_of_the_head_that_are_trained(softcap: float) -> None:
 
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_a_head_that_is_trained(softcap: float, dropout: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trained_head_equals_autograd(softcap: float, dropout: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two adapters, the weight itself and a bias together, in several chunks of rows: against autograd, and by numbers
     where the backward makes the logits again."""
     monkeypatch.setattr("strop.engine.train.head.CHUNK_BYTES", 1)  # 16 rows
     torch.manual_seed(0)
     rows, h, v = 40, 3, 7
-    dropped = Dropped(1, 2, torch.arange(rows), (4, 5), (30000, 20000)) if dropout else None
+    dropped = DropoutSpec(1, 2, torch.arange(rows), (4, 5), (30000, 20000)) if dropout else None
     adapters = tuple(t for r in (2, 1) for t in (rand(r, h, grad=True), rand(v, r, grad=True)))
     x, weight, bias, scales = rand(rows, h, grad=True), rand(v, h, grad=True), rand(v, grad=True), (0.5, 2.0)
-    output = Output(
-        weight, softcap, OPS, bias, adapters=adapters, scales=scales, dropped=dropped, drops=cast(Any, drops),
-        whole=True, biased=True,
+    output = OutputHead(
+        weight, softcap, OPS, bias, adapters=adapters, scales=scales, dropped=dropped, dropout_ops=cast(Any, drops),
+        weight_trained=True, bias_trained=True,
     )  # fmt: skip
     labels, weights = torch.randint(0, v, (rows,)), torch.rand(rows, dtype=torch.float64)
     inputs = [x, *adapters, weight, bias]
     logits = F.linear(x, weight, bias)
-    masks = [torch.ones(rows, h).double()] * 2 if dropped is None else drops.spread(x * 0 + 1, dropped).split(h, 1)
+    masks = [torch.ones(rows, h).double()] * 2 if dropped is None else drops.apply_masks(x * 0 + 1, dropped).split(h, 1)
     for a, b, scale, mask in zip(adapters[::2], adapters[1::2], scales, masks, strict=True):
         logits = logits + scale * (x * mask.detach()) @ a.t() @ b.t()
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
@@ -247,7 +249,7 @@ def test_a_head_that_is_trained(softcap: float, dropout: bool, monkeypatch: pyte
     )
 
 
-def test_the_gradient_of_a_head_in_bf16_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_gradient_in_bf16_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces of the vocabulary; what 400 chunks of one row add does not round away."""
     monkeypatch.setattr("strop.engine.train.head.PIECE_BYTES", 64)
     torch.manual_seed(0)
@@ -262,8 +264,8 @@ def test_supervised_loss(softcap: float) -> None:
     torch.manual_seed(0)
     x, head = rand(5, 3, grad=True), rand(7, 3)
     labels, weights = torch.tensor([1, 0, 6, 1, 2]), torch.tensor([1.0, 0.5, 2.0, 0.1, 3.0], dtype=torch.float64)
-    check(lambda x: SupervisedLoss.apply(x, labels, weights, Output(head, softcap, OPS)) * 0.3, x)
+    check(lambda x: SupervisedLoss.apply(x, labels, weights, OutputHead(head, softcap, OPS)) * 0.3, x)
     logits = x @ head.t()
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     expected = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
-    torch.testing.assert_close(SupervisedLoss.apply(x, labels, weights, Output(head, softcap, OPS)), expected)
+    torch.testing.assert_close(SupervisedLoss.apply(x, labels, weights, OutputHead(head, softcap, OPS)), expected)

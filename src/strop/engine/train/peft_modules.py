@@ -1,0 +1,154 @@
+"""Read what PEFT's wrappers compute now: the base module, the active adapters, modules trained in full, new tokens.
+
+New tokens are trained rows of the embedding and of the output head (PEFT's trainable tokens). Only these rows get a
+gradient here. PEFT's own forward copies the whole embedding and computes a gradient of the same size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import Tensor, nn
+
+from strop.engine.train.dropout import CounterDropout, DropoutSpec, keep_scale
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """Trained rows of an embedding or head. rows: (n, h), in the trained dtype, for the n tokens `ids`."""
+
+    ids: tuple[int, ...]
+    rows: Tensor
+
+    def row_of_token(self, vocabulary: int) -> Tensor:
+        """Return the row index of each token, shape (vocabulary,), with -1 for tokens that have none."""
+        return _row_of_token(self.ids, vocabulary, self.rows.device)
+
+    def token_ids(self) -> Tensor:
+        """Return the tokens as a tensor, shape (n,)."""
+        return _token_ids(self.ids, self.rows.device)
+
+
+@dataclass(frozen=True)
+class ActiveAdapters:
+    """The active adapters of linear modules that share their input.
+
+    parts: A_1, B_1, A_2, ... magnitudes: DoRA's, one an adapter or none. columns, scales: as in lora.Adapters.
+    dropouts: the dropout module of each adapter.
+    """
+
+    parts: list[Tensor]
+    magnitudes: list[Tensor]
+    columns: tuple[tuple[int, int], ...]
+    scales: tuple[float, ...]
+    dropouts: list[Any]
+
+
+def unwrapped(module: Any) -> Any:
+    """Return the model's module under PEFT's wrapper for full training or new tokens."""
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+
+
+def base_of(module: Any) -> Any:
+    """Return the model's module under an adapter or any other wrapper of PEFT."""
+    return module.base_layer if isinstance(module, LoraLayer) else unwrapped(module)
+
+
+def current_module(module: Any) -> Any:
+    """Return the module that computes now: the trained copy of a fully trained module, unless adapters are disabled."""
+    if not isinstance(module, ModulesToSaveWrapper):
+        return unwrapped(module)
+    active = module.active_adapters
+    if module.disable_adapters or not active or active[0] not in module.modules_to_save:
+        return module.original_module
+    return module.modules_to_save[active[0]]
+
+
+def adapts_linear_weight(module: nn.Module) -> bool:
+    """Return whether PEFT adapts the weight of a linear layer as a parameter, as in a mixture's dense layers.
+
+    The forward is that of LoRA on the layer itself.
+    """
+    return type(module) is ParamWrapper and module.parameter_name == "weight" and bool(module.num_experts == 1)
+
+
+def new_rows(module: Any) -> NewRows | None:
+    """Return the trained and active rows of an embedding or head."""
+    if not isinstance(module, TrainableTokensWrapper) or module.disable_adapters:
+        return None
+    adapter = module.token_adapter
+    names = [name for name in adapter.active_adapters if name in adapter.trainable_tokens_delta]
+    if not names:
+        return None
+    return NewRows(tuple(adapter.token_indices[names[0]]), adapter.trainable_tokens_delta[names[0]])
+
+
+def embed(module: Any, ids: Tensor) -> Tensor:
+    """Return the embeddings (T, h) of tokens (T,) in the model's dtype, equal to the module's own forward."""
+    trained, base = new_rows(module), unwrapped(module)
+    x: Tensor = current_module(module)(ids).to(base.weight.dtype)
+    if trained is None:
+        return x
+    row = trained.row_of_token(base.num_embeddings)[ids]
+    new = F.embedding(row.clamp(min=0), trained.rows).to(x.dtype)
+    scale = getattr(base, "embed_scale", None)
+    new = new if scale is None else new * scale.to(new.dtype)
+    return torch.where((row >= 0)[:, None], new, x)
+
+
+def find_active_adapters(modules: Sequence[Any], bases: Sequence[Any]) -> ActiveAdapters:
+    """Return the adapters that are active on the modules. bases: base_of each module."""
+    parts: list[Tensor] = []
+    dropouts: list[Any] = []
+    magnitudes: list[Tensor] = []
+    columns, scales, start = [], [], 0
+    for module, base in zip(modules, bases, strict=True):
+        end = start + base.out_features
+        if isinstance(module, LoraLayer) and not module.disable_adapters and not module.merged:
+            for name in module.active_adapters:
+                if name in module.lora_A:
+                    parts += [module.lora_A[name].weight, module.lora_B[name].weight]
+                    if name in module.lora_magnitude_vector:
+                        magnitudes.append(module.lora_magnitude_vector[name].weight)
+                    columns.append((start, end))
+                    dropouts.append(module.lora_dropout[name])
+                    scales.append(float(module.scaling[name]) * keep_scale(_level(dropouts[-1])))
+        start = end
+    return ActiveAdapters(parts, magnitudes, tuple(columns), tuple(scales), dropouts)
+
+
+def dropout_spec(dropouts: Sequence[Any], keys: Tensor) -> DropoutSpec | None:
+    """Return what the adapters' dropouts (CountedDropout or Identity) drop now, or None if nothing.
+
+    keys: the key of each input row (dropout.token_keys), shape (T,).
+    """
+    levels = tuple(map(_level, dropouts))
+    counted = [dropout for dropout in dropouts if isinstance(dropout, CounterDropout)]
+    if not any(levels):
+        return None
+    masks, numbers = counted[0].masks, tuple(getattr(dropout, "number", 0) for dropout in dropouts)
+    return DropoutSpec(masks.seed, masks.step, keys, numbers, levels)
+
+
+def _level(dropout: Any) -> int:
+    return dropout.level if isinstance(dropout, CounterDropout) else 0
+
+
+@lru_cache(4)
+def _row_of_token(ids: tuple[int, ...], vocabulary: int, device: torch.device) -> Tensor:
+    rows = torch.full((vocabulary,), -1, device=device)
+    rows[_token_ids(ids, device)] = torch.arange(len(ids), device=device)
+    return rows
+
+
+@lru_cache(4)
+def _token_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(ids, device=device)

@@ -1,0 +1,16 @@
+"""Training steps with some members replaced."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from strop.engine.step import Step
+
+
+def changed_step(step: Step, **members: Any) -> Step:
+    """Return a copy of the step with these methods or attributes in place of its own."""
+    changed = copy.copy(step)
+    for name, member in members.items():
+        setattr(changed, name, member)
+    return changed
