@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from strop.training.state import Job
+from tests.support.steps import changed_step
 
 
 def no_memory(calls: set[int], number: list[int]) -> Callable[[Any], None]:

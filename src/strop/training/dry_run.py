@@ -20,7 +20,7 @@ from torch import Tensor
 from strop.data.types import Example, Item
 from strop.engine.device import pick_dtype
 from strop.engine.step import Step, step_for
-from strop.engine.train.packing import pack, pack_apart
+from strop.engine.train.packing import pack, pack_separately
 from strop.errors import ModelError, RunError
 from strop.machine.memory import MemoryMark, MemoryWatch
 from strop.machine.probe import Machine, probe
@@ -141,10 +141,10 @@ def describe_batch(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> 
     if not job.step.packed:
         longest = max(len(example) for example in examples)
         return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), more)
-    pack_examples = pack if isinstance(items[0], Example) else pack_apart
+    pack_examples = pack if isinstance(items[0], Example) else pack_separately
     packed = pack_examples(examples, prefix_sharing=job.step.shares, device=torch.device("cpu"))
     documents = packed.documents.shapes(in_buckets=not tiles)
-    num_outputs = len(examples) if is_scored(job.criterion) else len(packed.picked)
+    num_outputs = len(examples) if is_scored(job.criterion) else len(packed.label_rows)
     return MicroBatch(len(packed.ids), num_outputs, documents, more)
 
 

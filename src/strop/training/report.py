@@ -12,7 +12,7 @@ from strop.config.schema import OBJECTIVE_OPTIONS
 from strop.data.types import Conversation
 from strop.distributed.devices import Devices
 from strop.engine.decode.decoder import why_not_decoder
-from strop.engine.eligibility import own_dropout
+from strop.engine.eligibility import find_model_dropout
 from strop.errors import TROUBLESHOOTING_PAGE
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.model_card import write_card
@@ -59,7 +59,7 @@ def _model_notes(job: Job) -> Iterator[str]:
             yield f"completions are sampled by vLLM {criterion.sampler.version}"
         elif why := why_not_decoder(job.model):
             yield f"completions are sampled by transformers' generate: {why}"
-    if job.devices.world_size > 1 and not job.recipe.train.exact and (dropout := own_dropout(job.model)):
+    if job.devices.world_size > 1 and not job.recipe.train.exact and (dropout := find_model_dropout(job.model)):
         yield (
             f"{dropout}: the model's own dropout is seeded per micro-batch, so masks differ from those on one device "
             "(--train.exact true: the same)"
