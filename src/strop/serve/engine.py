@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from strop.data.types import Ids
 from strop.engine.decode.batch import Batch, Progress
-from strop.engine.decode.decoder import CompiledDecoder
+from strop.engine.decode.decoder import Decoder
 from strop.engine.decode.sampling import Mask, Sampling, SequenceState, Token
 from strop.machine.memory import is_out_of_memory
 from strop.models.detokenizer import Words
@@ -137,7 +137,7 @@ class Engine:
 
     def __init__(
         self,
-        decoder: CompiledDecoder,
+        decoder: Decoder,
         *,
         slots: int,
         queue: int,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from strop.engine.decode.cache import BLOCK_SIZE
-from strop.engine.decode.decoder import CompiledDecoder, kv_bytes_per_position, why_not_decoder
+from strop.engine.decode.decoder import CompiledDecoder, Decoder, kv_bytes_per_position, why_not_decoder
 from strop.engine.decode.hf_fallback import HfDecoder, check_batching
 from strop.engine.decode.sampling import Sampling
 from strop.errors import InputError, RunError
@@ -86,7 +86,7 @@ class _Prepared:
     """slots, context: lowered to what fits into memory."""
 
     loaded: LoadedModels
-    decoder: CompiledDecoder
+    decoder: Decoder
     slots: int
     context: int
     notes: list[str]

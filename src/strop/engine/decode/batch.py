@@ -15,7 +15,7 @@ from torch import nn
 
 from strop.data.types import Ids
 from strop.engine.decode.cache import BLOCK_SIZE, MAX_SEQUENCES, PREFILL_ROWS, CacheFull, blocks_for
-from strop.engine.decode.decoder import Chunk, CompiledDecoder, kv_bytes_per_position
+from strop.engine.decode.decoder import Chunk, CompiledDecoder, Decoder, kv_bytes_per_position
 from strop.engine.decode.sampling import NoToken, PassOutput, SequenceState, Token
 from strop.engine.kernels.dispatch import logprobs_of
 from strop.errors import ModelError
@@ -43,7 +43,7 @@ class Batch:
 
     def __init__(
         self,
-        decoder: CompiledDecoder,
+        decoder: Decoder,
         max_sequences: int,
         *,
         prefill_rows: int = PREFILL_ROWS,

@@ -42,7 +42,7 @@ class Chunk:
     draft: Sequence[int] = ()
 
 
-class CompiledDecoder(Protocol):
+class Decoder(Protocol):
     """What Batch needs of a decoder.
 
     num_cheap_rows: a pass over this many rows takes hardly longer than over one.
