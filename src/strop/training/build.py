@@ -104,7 +104,7 @@ def build_job(
     set_memory_options(state.progress, recipe.train)
     base, section, stream = model.get_base_model(), recipe.model, None
     if devices.base is not None:
-        step.gather(devices.base)
+        step.set_weight_gatherer(devices.base)
     elif section.quantization != "none" and section.resident_layers:
         scheme = (section.quantization, section.double_quantization, DTYPES[section.dtype])
         stream = partial(stream_weights, base, setup.source, *scheme)

@@ -91,7 +91,7 @@ def watch_memory(job: Job, machine: Machine) -> int:
     device = str(job.recipe.model.device)
     if device == "cpu":  # CUDA reports out of memory by itself
         free = probe().free_bytes // job.devices.local_world_size
-        job.step.watch(MemoryWatch(machine.memory_bytes, free))
+        job.step.set_memory_watch(MemoryWatch(machine.memory_bytes, free))
     return usable_bytes(machine, device)
 
 
@@ -142,7 +142,7 @@ def describe_batch(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> 
         longest = max(len(example) for example in examples)
         return MicroBatch(longest * len(examples), supervised, ((len(examples), longest, longest),), more)
     pack_examples = pack if isinstance(items[0], Example) else pack_separately
-    packed = pack_examples(examples, prefix_sharing=job.step.shares, device=torch.device("cpu"))
+    packed = pack_examples(examples, prefix_sharing=job.step.prefix_sharing, device=torch.device("cpu"))
     documents = packed.documents.shapes(in_buckets=not tiles)
     num_outputs = len(examples) if is_scored(job.criterion) else len(packed.label_rows)
     return MicroBatch(len(packed.ids), num_outputs, documents, more)
@@ -249,7 +249,7 @@ def _loss_and_gradient(job: Job, step: Step, rows: Sequence[Item]) -> tuple[floa
     loss.backward()  # type: ignore[no-untyped-call]
     gradient = torch.cat([weight.grad.flatten() for weight in job.state.weights.values() if weight.grad is not None])
     job.state.optimizer.zero_grad(set_to_none=True)
-    step.release()
+    step.release_buffers()
     set_random_states(random, job.state.device)
     return float(loss.detach()), gradient
 
@@ -272,7 +272,7 @@ def check_causal(job: Job, items: Sequence[Item]) -> None:
         [logprobs] = job.devices.run_passes(lambda rank: [rows], job.step.token_log_probs, backward=False)
     original, changed_later, changed_earlier = logprobs.view(3, -1)
     job.model.train()
-    job.step.release()
+    job.step.release_buffers()
     by_later, by_earlier = (float((changed - original).abs().median()) for changed in (changed_later, changed_earlier))
     if by_later > max(CAUSAL_MAX_CHANGE, CAUSAL_MAX_SHARE * by_earlier):
         raise ModelError(f"{config.model_type}: {AHEAD}", fix=fix)

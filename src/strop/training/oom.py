@@ -28,7 +28,7 @@ def micro_batches(job: Job, items: Sequence[Item]) -> list[list[int]]:
 
     With train.exact there are at least SLOTS (if there are as many rows), whatever the number of devices.
     """
-    lengths = [item.computed_tokens(job.step.packed, job.step.shares) for item in items]
+    lengths = [item.computed_tokens(job.step.packed, job.step.prefix_sharing) for item in items]
     train, (size, unit) = job.recipe.train, _micro_batch_size(job)
     if train.exact:
         size = min(size, -(-(len(items) if unit == "rows" else sum(lengths)) // SLOTS))

@@ -12,7 +12,7 @@ from strop.config.schema import OBJECTIVE_OPTIONS
 from strop.data.types import Conversation
 from strop.distributed.devices import Devices
 from strop.engine.decode.decoder import why_not_decoder
-from strop.engine.eligibility import find_model_dropout
+from strop.engine.train.eligibility import find_model_dropout
 from strop.errors import TROUBLESHOOTING_PAGE
 from strop.evaluation.diagnosis import diagnose
 from strop.evaluation.model_card import write_card
