@@ -14,7 +14,7 @@ import psutil
 import pytest
 import requests
 
-from strop.dash import action_routes, read_routes
+from strop.dash import action_routes, routes
 from strop.dash.responses import Room
 from strop.dash.run import MAX_BODY_BYTES
 from tests.support.dash import TOKEN, Dash, dashing, evaluated, lines, make_run, sample, session, step
@@ -46,7 +46,7 @@ def addresses(root: Path) -> list[tuple[str, str]]:
     """(method, path) of every route, for the run `two`."""
     room = Room(root, None)
     found: list[tuple[str, str]] = []
-    for route in [*read_routes.routes(room), *action_routes.routes(room)]:
+    for route in [*routes.routes(room), *action_routes.routes(room)]:
         path = str(route.path).replace("{name}", "two").replace("{id}", "20200101-000000-train-abcdef")  # type: ignore[attr-defined]
         found += [(method, path) for method in route.methods if method != "HEAD"]  # type: ignore[attr-defined]
     return found

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from strop.dash.context import Desk
+from strop.dash.dashboard import Desk
 from strop.errors import StropError
 from tests.support.dash import evaluated, lines, make_run, sample, session, step
 

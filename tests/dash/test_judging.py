@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from strop.dash.run_list import Listing
-from strop.dash.side_by_side import Busy
-from strop.dash.votes import Votes, answers, compare, tally
+from strop.dash.answers import Votes, answers, compare, tally
+from strop.dash.http import Busy
+from strop.dash.runs import Listing
 from strop.errors import DiskError, InputError
 from strop.evaluation.metrics import paired_difference, wilson
 from strop.runs.folder import RunFolder

@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from strop.dash import run_list, status
-from strop.dash.run_list import Listing
+from strop.dash import runs as run_list
+from strop.dash import status
+from strop.dash.runs import Listing
 from tests.support.dash import evaluated, make_run, sample, session, step
 
 DONE = {"exit": 0, "ended": "steps", "steps": 5, "eval_loss": 2.5, "tokens": 500}

@@ -14,9 +14,9 @@ from starlette.routing import BaseRoute, Route
 
 from strop.dash.chat import pass_on
 from strop.dash.files import inside
+from strop.dash.http import Fields, answer, body_of, told
 from strop.dash.jobs import option
 from strop.dash.responses import Room
-from strop.dash.side_by_side import Fields, answer, body_of, told
 from strop.errors import InputError
 from strop.runs.folder import run_name
 

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from strop.dash import action_routes, read_routes
+from strop.dash import action_routes, routes
 from strop.dash.responses import Room
 from strop.serve.guard import AccessRules, Guard
 
@@ -38,7 +38,7 @@ def create_app(root: Path, opened: str | None, hosts: frozenset[str], token: str
 
     files = [Route(path, _asset(place), methods=["GET"]) for path, place in assets.items()]
     app = Starlette(
-        routes=[*read_routes.routes(room), *action_routes.routes(room), *files],
+        routes=[*routes.routes(room), *action_routes.routes(room), *files],
         lifespan=lifespan,
         exception_handlers={HTTPException: _http_error},
     )

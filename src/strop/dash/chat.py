@@ -13,8 +13,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from strop.dash.files import joined, parted, read_bytes
+from strop.dash.http import Busy
 from strop.dash.jobs import Jobs
-from strop.dash.side_by_side import Busy
 from strop.errors import RunError
 from strop.serve.address import KEY_VARIABLE
 

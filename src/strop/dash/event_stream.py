@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from strop.dash.context import Desk, Seen
-from strop.dash.run_list import aged
-from strop.dash.side_by_side import event
+from strop.dash.dashboard import Desk, Seen
+from strop.dash.http import event
+from strop.dash.runs import aged
 from strop.errors import StropError
 
 LOOK_S = 1.0

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import Response, StreamingResponse
 
 from strop.dash.chat import Talk
-from strop.dash.context import Desk
+from strop.dash.dashboard import Desk
 from strop.dash.worker_process import Child
 
 

@@ -36,7 +36,7 @@ def main() -> None:
 
 def _methods(kind: str) -> dict[str, Callable[..., Any]]:
     if kind == "data":
-        from strop.dash.data_rows import DataReader
+        from strop.dash.data_reader import DataReader
 
         return {"rows": DataReader().rows}
     from strop.dash.planner import Planner, schema

@@ -14,9 +14,9 @@ from starlette.routing import BaseRoute, Route
 from strop import __version__
 from strop.dash import event_stream
 from strop.dash.files import browse, parted
+from strop.dash.http import answer, query, told
 from strop.dash.responses import Room, stream
-from strop.dash.run_list import aged
-from strop.dash.side_by_side import answer, query, told
+from strop.dash.runs import aged
 from strop.evaluation.metrics import METRICS
 
 

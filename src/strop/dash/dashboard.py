@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from strop.dash import votes
+from strop.dash import answers as votes
 from strop.dash.chat import Talk
 from strop.dash.files import DAMAGED, inside, read_json, tail
 from strop.dash.history import AXES, History, short
+from strop.dash.http import Busy
 from strop.dash.jobs import LOG_BYTES, Jobs, send
 from strop.dash.run_detail import contents, detail, placed
-from strop.dash.run_list import EMPTY, Listing, aged
-from strop.dash.side_by_side import Busy
+from strop.dash.runs import EMPTY, Listing, aged
 from strop.dash.system import System
 from strop.errors import FolderError, InputError, RunError
 from strop.machine.probe import probe

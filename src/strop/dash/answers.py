@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from strop.dash.files import read_bytes, read_json
-from strop.dash.run_list import score_of
-from strop.dash.side_by_side import Busy
+from strop.dash.http import Busy
+from strop.dash.runs import score_of
 from strop.errors import DiskError, InputError
 from strop.evaluation.metrics import Difference, paired_difference, verdict, wilson
 from strop.evaluation.scoring import pieces
