@@ -14,7 +14,7 @@ import pytest
 import strop
 from strop.config.schema import option_fields
 from strop.dash.data_reader import DataReader
-from strop.dash.planner import Planner, schema, typed
+from strop.dash.planner import Planner, schema, typed_options
 from strop.errors import InputError, RecipeError
 from tests.support.tiny import write_rows
 
@@ -107,7 +107,7 @@ def test_the_form_has_every_option() -> None:
 
 
 def test_text_is_taken_as_the_command_line_takes_it() -> None:
-    found = typed(
+    found = typed_options(
         {"model": "demo", "lora.target_modules": "q_proj,v_proj", "train.max_steps": "none", "data.train": ["a", "b"]}
     )
     assert found == {
