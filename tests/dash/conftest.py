@@ -19,7 +19,7 @@ HOSTILE_NAME = '<img src=x onerror=document.title=1> & "quotes" \'n %2f #x?y'
 
 
 @pytest.fixture(scope="session")
-def desk(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+def dashboard(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """A folder to work in, as a person has it: a model, rows, rows held out, and runs/ with three runs."""
     from strop import train
     from strop.evaluation.compare import compare
@@ -28,7 +28,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     from strop.runs.folder import RunFolder
     from tests.support.tiny import write_rows
 
-    folder = tmp_path_factory.mktemp("desk")
+    folder = tmp_path_factory.mktemp("dashboard")
     shutil.copytree(tiny_folder, folder / "tiny-model")
     rows, held_out = write_rows(folder / "rows.jsonl", 24), write_rows(folder / "held-out.jsonl", 10)
     with rows.open("a", encoding="utf-8") as file:  # a row that cannot be used, and one that must stay text
@@ -89,8 +89,8 @@ def _broken(one: Path, made: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def dash(desk: Path) -> Iterator[Dash]:
-    with dashing(Path("runs"), desk) as started:
+def dash(dashboard: Path) -> Iterator[Dash]:
+    with dashing(Path("runs"), dashboard) as started:
         yield started
 
 

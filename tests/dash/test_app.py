@@ -14,9 +14,9 @@ import psutil
 import pytest
 import requests
 
-from strop.dash import action_routes, read_routes
-from strop.dash.responses import Room
-from strop.dash.run import MAX_BODY_BYTES
+from strop.dash.app import MAX_BODY_BYTES
+from strop.dash.dashboard import Services
+from strop.dash.routes import action_routes, read_routes, stem
 from tests.support.dash import TOKEN, Dash, dashing, evaluated, lines, make_run, sample, session, step
 
 HOSTILE = "<script>alert(1)</script>\u202e\x1b[31m\"'&\ud800"
@@ -44,9 +44,9 @@ def dash(root: Path) -> Iterator[Dash]:
 
 def addresses(root: Path) -> list[tuple[str, str]]:
     """(method, path) of every route, for the run `two`."""
-    room = Room(root, None)
+    room = Services(root, None)
     found: list[tuple[str, str]] = []
-    for route in [*read_routes.routes(room), *action_routes.routes(room)]:
+    for route in [*read_routes(room), *action_routes(room)]:
         path = str(route.path).replace("{name}", "two").replace("{id}", "20200101-000000-train-abcdef")  # type: ignore[attr-defined]
         found += [(method, path) for method in route.methods if method != "HEAD"]  # type: ignore[attr-defined]
     return found
@@ -165,8 +165,8 @@ def test_queries(dash: Dash) -> None:
 
 def test_what_a_run_is_called() -> None:
     for name, called in {"a/b.jsonl": "b", "日本.jsonl": "run", "日本-v2.csv": "v2", "données.json": "donn-es"}.items():
-        assert action_routes.stem({"data.train": name}) == action_routes.stem({"data": [name, "x"]}) == called
-    assert action_routes.stem({}) == "run"
+        assert stem({"data.train": name}) == stem({"data": [name, "x"]}) == called
+    assert stem({}) == "run"
 
 
 def test_what_the_page_gets(dash: Dash, root: Path) -> None:
@@ -249,7 +249,7 @@ def test_the_server_is_small_and_without_torch(dash: Dash) -> None:
     dash.get("/api/runs"), dash.get("/api/runs/one/history"), dash.get("/api/system")
     assert psutil.Process(dash.process.pid).memory_info().rss < 80e6
     heavy = ("torch", "transformers", "tokenizers", "matplotlib", "fastapi", "pydantic")
-    code = f"import sys, strop.dash.run; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, strop.dash.app; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     maps = Path(f"/proc/{dash.process.pid}/maps")

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from strop.dash.context import Desk
+from strop.dash.dashboard import Dashboard
 from strop.errors import StropError
 from tests.support.dash import evaluated, lines, make_run, sample, session, step
 
@@ -53,16 +53,16 @@ def test_no_file_of_a_run_breaks_the_page(tmp_path: Path) -> None:
             lines([spoiled(event, chance, 0.04) for event in events]), encoding="utf-8"
         )
         (folder / "claim.json").write_text(json.dumps(spoiled({"pid": 1, "started": 2.0}, chance, 0.5)))
-    desk = Desk(tmp_path / "runs")
-    assert len(desk.runs()) == 121
+    dashboard = Dashboard(tmp_path / "runs")
+    assert len(dashboard.runs()) == 121
     said = 0
     for seed in range(120):
         name = f"run-{seed}"
         asks = [
-            partial(desk.detail, name), partial(desk.drawn, name, "epoch", 50, None, None, ()),
-            partial(desk.duplicate, name), partial(desk.answers, name, "all", "worst", "x", 0, 9),
-            partial(desk.ballot, name), partial(desk.log, name), partial(desk.compare, [name, "good"]),
-            partial(desk.news, name, "time", 50, None),
+            partial(dashboard.detail, name), partial(dashboard.drawn, name, "epoch", 50, None, None, ()),
+            partial(dashboard.duplicate, name), partial(dashboard.answers, name, "all", "worst", "x", 0, 9),
+            partial(dashboard.ballot, name), partial(dashboard.log, name), partial(dashboard.compare, [name, "good"]),
+            partial(dashboard.news, name, "time", 50, None),
         ]  # fmt: skip
         for ask in asks:
             try:
@@ -71,4 +71,4 @@ def test_no_file_of_a_run_breaks_the_page(tmp_path: Path) -> None:
                 assert "damaged" in error.what
                 said += 1
     assert said < 400  # most of it is shown all the same
-    assert desk.row("good")["why"] == "" and desk.answers("good", "all", "row", "", 0, 9)["total"] == 6
+    assert dashboard.row("good")["why"] == "" and dashboard.answers("good", "all", "row", "", 0, 9)["total"] == 6

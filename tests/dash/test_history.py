@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from strop.dash.history import History, extremes, smoothed
-from strop.dash.tags import mark_of
+from strop.dash.history import History, extremes, mark_for, smoothed
 from strop.evaluation.report import _smoothed
 from tests.support.dash import lines, session, step
 
@@ -92,7 +91,7 @@ def test_steps_that_are_done_again_count_once(tmp_path: Path) -> None:
     assert drawn["undone"]["x"] == [7, 8, 9, 10] and drawn["eval_loss"]["x"] == []
     assert found.generation == 1
     [mark] = [mark for mark in found.marks if mark["kind"] == "rollback"]
-    assert mark["text"] == "went back from step 10 to 6: loss 90 is far above; learning rate times 0.25"
+    assert mark["text"] == "rolled back from step 10 to 6: loss 90 is far above; learning rate times 0.25"
 
 
 def test_time_is_that_of_work(tmp_path: Path) -> None:
@@ -153,14 +152,14 @@ def test_the_origin_of_a_value_outlives_a_resume(tmp_path: Path) -> None:
 
 def test_memory_is_told_in_words() -> None:
     tried = {"event": "rehearsal", "predicted_bytes": 3 << 29, "usable_bytes": 4 << 30, "done": True, "tokens": 9}
-    assert _told(tried) == "1.50 GiB predicted, 4.0 usable: its largest micro-batch was tried"
-    assert "nothing to try" in _told({**tried, "done": False})
-    assert _told({"event": "shrink", "step": 2, "to": "smaller pieces", "why": "no memory"}) == (
+    assert _result(tried) == "1.50 GiB predicted, 4.0 usable: dry run of the largest micro-batch"
+    assert "skipped" in _result({**tried, "done": False})
+    assert _result({"event": "shrink", "step": 2, "to": "smaller pieces", "why": "no memory"}) == (
         "out of memory at step 2; now smaller pieces: no memory"
     )
 
 
-def _told(event: dict[str, Any]) -> str:
-    mark = mark_of(event)
+def _result(event: dict[str, Any]) -> str:
+    mark = mark_for(event)
     assert mark is not None
     return str(mark["text"])

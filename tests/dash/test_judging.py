@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from strop.dash.run_list import Listing
-from strop.dash.side_by_side import Busy
-from strop.dash.votes import Votes, answers, compare, tally
+from strop.dash.answers import Votes, answers, compare, tally
+from strop.dash.http import Busy
+from strop.dash.runs import RunTable
 from strop.errors import DiskError, InputError
 from strop.evaluation.metrics import paired_difference, wilson
 from strop.runs.folder import RunFolder
@@ -89,7 +89,7 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
         folder = make_run(tmp_path, name, [*session(), step(1)], {"exit": 0})
         rows = [sample(number, False, number < good) for number in range(60)]
         evaluated(folder, rows if name != "other" else [{**row, "prompt": f"other {row['prompt']}"} for row in rows])
-    rows = Listing(tmp_path).rows()
+    rows = RunTable(tmp_path).rows()
     recipes = {"low": {"lora.r": 4, "seed": 0}, "high": {"lora.r": 16, "seed": 0}, "other": {"lora.r": 4, "seed": 0}}
     found = compare(rows, recipes)
     assert found["settings"] == [
@@ -112,7 +112,7 @@ def test_a_run_that_was_not_evaluated_is_named(tmp_path: Path) -> None:
         folder = make_run(tmp_path, name, [*session(), step(1)], {"exit": 0})
         if name == "scored":
             evaluated(folder, [sample(number, False, True) for number in range(5)])
-    (pair,) = compare(Listing(tmp_path).rows(), {"scored": {}, "bare": {}})["pairs"]
+    (pair,) = compare(RunTable(tmp_path).rows(), {"scored": {}, "bare": {}})["pairs"]
     assert pair["words"].endswith("cannot be compared: bare: not evaluated")
 
 
@@ -120,7 +120,7 @@ def verdict_of(root: Path, **hits: list[dict[str, Any]]) -> str:
     """Of runs with these rows, in this order."""
     for name, rows in hits.items():
         evaluated(make_run(root, name, [*session(), step(1)], {"exit": 0}), rows)
-    rows = {row["name"]: row for row in Listing(root).rows()}
+    rows = {row["name"]: row for row in RunTable(root).rows()}
     return str(compare([rows[name] for name in hits], {name: {} for name in hits})["verdict"])
 
 
@@ -154,6 +154,8 @@ def test_losses_on_other_rows_say_nothing() -> None:
     ]
     same, other = {"data.eval": "x.jsonl"}, {"data.eval": "y.jsonl"}
     assert compare(rows, {"a": same, "b": same})["verdict"].startswith("a has the lowest evaluation loss (1)")
-    assert compare(rows, {"a": same, "b": other})["verdict"].startswith("Nothing to judge by")
+    assert compare(rows, {"a": same, "b": other})["verdict"].startswith("Not comparable")
     parts = {"data.eval": "5%"}
-    assert compare(rows, {"a": {**parts, "rows": "f"}, "b": {**parts, "rows": "g"}})["verdict"].startswith("Nothing")
+    assert compare(rows, {"a": {**parts, "rows": "f"}, "b": {**parts, "rows": "g"}})["verdict"].startswith(
+        "Not comparable"
+    )

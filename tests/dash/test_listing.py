@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from strop.dash import run_list, status
-from strop.dash.run_list import Listing
+from strop.dash import runs as runs_module
+from strop.dash.runs import RunTable
 from tests.support.dash import evaluated, make_run, sample, session, step
 
 DONE = {"exit": 0, "ended": "steps", "steps": 5, "eval_loss": 2.5, "tokens": 500}
@@ -37,19 +37,19 @@ def claim(folder: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 def only(root: Path) -> dict[str, Any]:
-    [row] = Listing(root).rows()
+    [row] = RunTable(root).rows()
     return row
 
 
 @pytest.mark.parametrize(
     ("last", "report", "expected", "why"),
     [
-        ([], None, "crashed", "the process has ended and says nothing of why"),
+        ([], None, "crashed", "the process ended without a reason"),
         ([SAVED], None, "stopped", "by a signal, after saving"),
         ([{**SAVED, "why": "loss 9 is far above", "advice": []}], None, "stopped", "loss 9 is far above"),
-        ([SAVED, *session(2000, start=5)], None, "crashed", "the process has ended and says nothing of why"),
+        ([SAVED, *session(2000, start=5)], None, "crashed", "the process ended without a reason"),
         ([{"event": "end", "time": 9}], DONE, "finished", ""),
-        ([{"event": "end", "time": 9}], {**DONE, "ended": "time"}, "stopped", "the time budget is spent"),
+        ([{"event": "end", "time": 9}], {**DONE, "ended": "time"}, "stopped", "time budget used up"),
     ],
 )
 def test_runs_without_a_process(tmp_path: Path, last: list[Any], report: Any, expected: str, why: str) -> None:
@@ -62,7 +62,7 @@ def test_runs_without_a_process(tmp_path: Path, last: list[Any], report: Any, ex
 def test_a_live_run_and_one_that_was_killed(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     folder = make_run(tmp_path, "one", [*session(), *(step(number) for number in range(1, 6))])
     claim(folder, sleeper)
-    runs = Listing(tmp_path)
+    runs = RunTable(tmp_path)
     [row] = runs.rows()
     assert (row["state"], row["phase"], row["pid"], row["can"]) == ("running", "training", sleeper.pid, ["stop"])
     sleeper.kill()
@@ -98,7 +98,7 @@ def test_a_run_that_says_nothing_is_stalled(
         os.utime(folder / "events.jsonl", (time.time() - age,) * 2)
         assert only(tmp_path)["state"] == expected
     assert "no event for 2 min" in only(tmp_path)["why"]
-    monkeypatch.setattr(status.Watch, "share", lambda self, pid: 0.98)  # an evaluation is one event
+    monkeypatch.setattr(runs_module.CpuUsage, "share", lambda self, pid: 0.98)  # an evaluation is one event
     assert only(tmp_path)["state"] == "running"
     slow = [*session(), *(step(number, time=1000.0 + 60 * number) for number in range(1, 9))]
     claim(make_run(tmp_path / "slow", "one", slow), sleeper)
@@ -118,9 +118,9 @@ def test_five_hundred_runs_are_read_once(tmp_path: Path, monkeypatch: pytest.Mon
     events = [*session(), *(step(number) for number in range(1, 31)), {"event": "end", "time": 9}]
     for number in range(500):
         make_run(tmp_path, f"run-{number}", events, DONE)
-    runs, read = Listing(tmp_path), []
-    facts = run_list._facts
-    monkeypatch.setattr(run_list, "_facts", lambda folder: (read.append(folder.path.name), facts(folder))[1])
+    runs, read = RunTable(tmp_path), []
+    facts = runs_module._facts
+    monkeypatch.setattr(runs_module, "_facts", lambda folder: (read.append(folder.path.name), facts(folder))[1])
     rows = runs.rows()
     assert len(rows) == len(read) == 500 and {row["state"] for row in rows} == {"finished"}
     read.clear()
@@ -163,6 +163,6 @@ def test_links_and_damaged_folders(tmp_path: Path) -> None:
     (tmp_path / "private").write_text(json.dumps({"values": {"model.name": "private"}}))
     (secret / "lock.json").unlink()
     (secret / "lock.json").symlink_to(tmp_path / "private")
-    rows = {row["name"]: row for row in Listing(root).rows()}
+    rows = {row["name"]: row for row in RunTable(root).rows()}
     assert set(rows) == {"good", "broken", "secret"} and rows["secret"]["model"] is None
-    assert Listing(root).names()[1] == ["linked: a link"]
+    assert RunTable(root).names()[1] == ["linked: a link"]

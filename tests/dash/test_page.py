@@ -138,8 +138,8 @@ def test_runs_with_a_comma_in_their_names_are_compared(browser: Any, tmp_path: P
         tab.check("commas")
 
 
-def test_a_finished_run_has_the_epochs_and_the_rate_of_all_of_it(browser: Any, dash: Dash, desk: Path) -> None:
-    report = json.loads((desk / "runs" / "one" / "report.json").read_text(encoding="utf-8"))
+def test_a_finished_run_has_the_epochs_and_the_rate_of_all_of_it(browser: Any, dash: Dash, dashboard: Path) -> None:
+    report = json.loads((dashboard / "runs" / "one" / "report.json").read_text(encoding="utf-8"))
     with open_tab(browser, dash) as tab:
         open_at(tab, dash, "/run/one", ".plot canvas")
         facts = tab.page.evaluate(
@@ -184,11 +184,11 @@ def test_a_plot_is_read_by_keys_zoomed_and_saved(browser: Any, dash: Dash) -> No
         tab.check("plots")
 
 
-def test_a_run_that_goes_on_is_followed_and_a_lost_server_is_said(browser: Any, desk: Path) -> None:
-    events = desk / "runs" / "broken" / "events.jsonl"
+def test_a_run_that_goes_on_is_followed_and_a_lost_server_is_said(browser: Any, dashboard: Path) -> None:
+    events = dashboard / "runs" / "broken" / "events.jsonl"
     old = events.read_text(encoding="utf-8")
     last = [json.loads(line) for line in old.splitlines() if '"event": "step"' in line][-1]
-    with dashing(Path("runs"), desk) as own, open_tab(browser, own) as tab, open_tab(browser, own) as other:
+    with dashing(Path("runs"), dashboard) as own, open_tab(browser, own) as tab, open_tab(browser, own) as other:
         for one in (tab, other):
             open_at(one, own, "/run/broken", ".plot canvas")
             assert one.page.locator(".state.crashed").count() == 1
@@ -210,7 +210,7 @@ def test_a_run_that_goes_on_is_followed_and_a_lost_server_is_said(browser: Any, 
 def test_without_the_token_nothing_is_shown(browser: Any, dash: Dash) -> None:
     with open_tab(browser, dash) as tab:
         tab.page.goto(dash.url + "/#/run/one")
-        tab.page.wait_for_selector("text=Who is there?")
+        tab.page.wait_for_selector("text=Sign in")
         assert "rows.jsonl" not in tab.page.content()
         tab.page.fill("input", f"{dash.url}/#token={TOKEN}")
         tab.page.click("text=Open >> nth=-1")

@@ -92,7 +92,7 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
         page.keyboard.press("ArrowLeft")
         page.wait_for_selector("[role=status]:has-text('1')")
 
-        follow("Take it away")
+        follow("Export")
         press("Make it: Merged model")
         page.wait_for_selector("text=The same model, as measured.")
         assert list((tmp_path / "runs" / "second" / "merged").glob("*.safetensors"))
@@ -104,7 +104,7 @@ def test_the_whole_story_by_clicks(browser: Any, tiny_folder: Path, tmp_path: Pa
         page.wait_for_selector("code:text('ollama create')")
         assert (tmp_path / "runs" / "second" / "ollama" / "Modelfile").is_file()
 
-        follow("Talk")
+        follow("Chat")
         press("Start")
         page.get_by_label("Your message").fill("what is 2")
         page.keyboard.press("Enter")

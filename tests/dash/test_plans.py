@@ -13,8 +13,8 @@ import pytest
 
 import strop
 from strop.config.schema import option_fields
-from strop.dash.data_rows import DataReader
-from strop.dash.planner import Planner, schema, typed
+from strop.dash.data_reader import DataReader
+from strop.dash.planner import Planner, schema, typed_options
 from strop.errors import InputError, RecipeError
 from tests.support.tiny import write_rows
 
@@ -107,7 +107,7 @@ def test_the_form_has_every_option() -> None:
 
 
 def test_text_is_taken_as_the_command_line_takes_it() -> None:
-    found = typed(
+    found = typed_options(
         {"model": "demo", "lora.target_modules": "q_proj,v_proj", "train.max_steps": "none", "data.train": ["a", "b"]}
     )
     assert found == {
@@ -166,7 +166,7 @@ def test_rows_that_were_cut_are_named(tiny_folder: Path, tmp_path: Path) -> None
 
 
 def test_the_workers_need_no_torch() -> None:
-    code = "import sys, strop.dash.planner, strop.dash.data_rows; print('torch' in sys.modules)"
+    code = "import sys, strop.dash.planner, strop.dash.data_reader; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

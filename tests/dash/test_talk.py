@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from strop.dash.chat import Talk, pass_on
+from strop.dash.chat import ChatServer, forward
 from strop.dash.jobs import Jobs
 from strop.errors import RunError
 
@@ -35,7 +35,7 @@ def test_an_answer_that_nobody_reads_is_ended() -> None:
     async def story() -> tuple[int, str, bytes]:
         server = await asyncio.start_server(model, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        status, kind, parts = await pass_on(("127.0.0.1", port, "the-key"), "POST", "/v1/x", b"{}")
+        status, kind, parts = await forward(("127.0.0.1", port, "the-key"), "POST", "/v1/x", b"{}")
         first = await anext(parts)
         await parts.aclose()  # type: ignore[attr-defined]
         await asyncio.wait_for(gone.wait(), 10)
@@ -57,14 +57,14 @@ def test_a_server_that_ends_by_itself_has_failed(killed: bool, tmp_path: Path) -
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
         about = {"id": folder.name, "kind": "serve", "run": "runs/c\\,d", "pid": child.pid, "began": 1.0}
         (folder / "job.json").write_text(json.dumps({**about, "born": psutil.Process(child.pid).create_time()}))
-        talk = Talk(Jobs(tmp_path))
+        talk = ChatServer(Jobs(tmp_path))
         assert talk.about()["state"] == "ready" and talk.about()["names"] == ["runs/c,d"]
         child.kill() if killed else talk.stop()
     found = talk.about()
-    assert found["state"] == Talk(Jobs(tmp_path)).about()["state"] == ("failed" if killed else "off")
-    assert not killed or "was not stopped from here" in found["error"]["message"]
+    assert found["state"] == ChatServer(Jobs(tmp_path)).about()["state"] == ("failed" if killed else "off")
+    assert not killed or "without being stopped" in found["error"]["message"]
 
 
 def test_a_server_that_is_not_there() -> None:
-    with pytest.raises(RunError, match="does not answer"):
-        asyncio.run(pass_on(("127.0.0.1", 9, "key"), "GET", "/v1/models", b""))
+    with pytest.raises(RunError, match="does not respond"):
+        asyncio.run(forward(("127.0.0.1", 9, "key"), "GET", "/v1/models", b""))

@@ -1,6 +1,6 @@
-"""Files of a run as a server may read them: inside the folder, no links, and never more than asked for.
+"""Read files of a run safely: inside its folder, no links, bounded sizes.
 
-A run folder may come from anyone. A link in it could show any file of this user to the page.
+A run folder may come from anyone, and a link in it could expose any file of this user.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 from strop.errors import FolderError, InputError
 
-# what a file raises that holds other things than a trainer writes: a run folder may come from anyone
+# errors raised by files with unexpected content
 DAMAGED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-MOST_BYTES = 256 << 20  # of a file that is read whole: answers to a large evaluation
+MOST_BYTES = 256 << 20  # limit for a whole file, such as the answers of a large evaluation
 
 
-def inside(root: Path, name: str) -> Path:
-    """The folder of that name directly below `root`. Raises FolderError for anything else."""
+def run_path(root: Path, name: str) -> Path:
+    """Return the folder `name` directly below `root`. Raises FolderError for any other path."""
     path = root / name
     plain = name not in ("", ".", "..") and not name.startswith(".") and len(os.fsencode(name)) <= 255
     if not plain or "/" in name or "\\" in name or not name.isprintable() or path.is_symlink():
@@ -29,18 +29,18 @@ def inside(root: Path, name: str) -> Path:
     return path
 
 
-def joined(names: Iterable[str]) -> str:
-    """Names as one text, with commas between them; one in a name as `\\,`, since no name holds a backslash."""
+def join_names(names: Iterable[str]) -> str:
+    """Join names with commas; a comma in a name is escaped as `\\,`."""
     return ",".join(name.replace(",", "\\,") for name in names)
 
 
-def parted(text: str) -> list[str]:
-    """The names again."""
+def split_names(text: str) -> list[str]:
+    """Split what join_names joined."""
     return [name.replace("\\,", ",") for name in re.split(r"(?<!\\),", text)]
 
 
 def open_file(path: Path) -> int:
-    """A file descriptor of a regular file that is no link. Raises OSError."""
+    """Open a regular file that is not a link and return its descriptor. Raises OSError."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -49,7 +49,7 @@ def open_file(path: Path) -> int:
 
 
 def read_bytes(path: Path, start: int = 0, most: int = MOST_BYTES) -> bytes:
-    """At most `most` bytes from `start` on; none where there is no such file."""
+    """Return at most `most` bytes from `start`; empty if the file does not exist."""
     try:
         with os.fdopen(open_file(path), "rb") as file:
             file.seek(start)
@@ -59,7 +59,7 @@ def read_bytes(path: Path, start: int = 0, most: int = MOST_BYTES) -> bytes:
 
 
 def read_places(path: Path, starts: list[int], most: int) -> list[bytes]:
-    """`most` bytes from each of these places on."""
+    """Return `most` bytes from each offset."""
     try:
         with os.fdopen(open_file(path), "rb", buffering=0) as file:
             parts = []
@@ -72,7 +72,7 @@ def read_places(path: Path, starts: list[int], most: int) -> list[bytes]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where it is absent or damaged."""
+    """Return the JSON object in a file; empty if it is missing or damaged."""
     try:
         found = json.loads(read_bytes(path))
     except (ValueError, RecursionError):
@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def tail(path: Path, most: int) -> str:
-    """The last bytes of a text file, from a line's start."""
+    """Return the last bytes of a text file, from the start of a line."""
     try:
         size = path.lstat().st_size
     except OSError:
@@ -92,20 +92,20 @@ def tail(path: Path, most: int) -> str:
 
 
 def sizes(folder: Path) -> list[tuple[str, int]]:
-    """(path below the folder, bytes) of every file; links count as themselves."""
+    """Return (relative path, bytes) of every file; links are not followed."""
     found, root = [], str(folder)
     for place, _, names in os.walk(root):
         for name in names:
             path = os.path.join(place, name)
             try:
                 found.append((path[len(root) + 1 :], os.lstat(path).st_size))
-            except OSError:  # gone meanwhile
+            except OSError:  # deleted in the meantime
                 continue
     return sorted(found)
 
 
 def browse(roots: list[Path], asked: str) -> dict[str, Any]:
-    """The entries of a folder, to choose from. Raises InputError for one that is not below the roots."""
+    """Return the entries of a folder for the file chooser. Raises InputError outside the roots."""
     try:
         folder = Path(asked or roots[0]).expanduser().resolve(strict=True)
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name.lower())
@@ -113,7 +113,7 @@ def browse(roots: list[Path], asked: str) -> dict[str, Any]:
         raise InputError(f"{asked}: cannot be listed: {error}", fix="choose another folder") from None
     own = [root.resolve() for root in roots]
     if not any(folder == root or root in folder.parents for root in own):
-        raise InputError(f"{asked}: not below the folder that strop dash was started in", fix="type the path instead")
+        raise InputError(f"{asked}: outside the folder that strop dash was started in", fix="type the path instead")
     found = [
         {"name": entry.name, "path": _shown(Path(entry.path)), "kind": kind, "bytes": size}
         for entry in entries[:5000]
@@ -124,7 +124,7 @@ def browse(roots: list[Path], asked: str) -> dict[str, Any]:
 
 
 def _shown(path: Path) -> str:
-    """Below the current folder as a person would type it."""
+    """Return a path relative to the current folder where possible."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

@@ -1,7 +1,7 @@
-"""A run's events as columns, read once and then only what was added; drawn with every spike however many steps.
+"""A run's events as columns, read incrementally, and curves that keep every spike at any length.
 
-The trainer appends to events.jsonl, cuts off a last line that a crash left short, and does steps again after a resume
-or a rollback: such a step counts as it was done last, and what it was before is kept as `undone`.
+The trainer appends to events.jsonl, truncates a last line that a crash left incomplete, and repeats steps after a
+resume or a rollback. A repeated step counts with its last values; the earlier ones are kept as `undone`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strop.dash.files import DAMAGED, open_file
-from strop.dash.tags import mark_of
 from strop.machine.malloc import give_back
 from strop.runs.events import parse_event
 
@@ -28,16 +27,16 @@ Event = dict[str, Any]
 Values = NDArray[np.float64]
 AXES = ("step", "epoch", "tokens", "time")
 CHUNK_BYTES = 1 << 16
-LARGE_BYTES = 4 << 20  # of events read, or of columns drawn: what they took in passing goes back to the system
+LARGE_BYTES = 4 << 20  # bytes read or drawn after which freed memory is returned to the system
 MOST_STEPS = 1 << 40
-SMOOTHED_SHARE = 200  # a smoothed point is the mean over this part of the run to each side, 10 steps at least
+SMOOTHED_SHARE = 200  # a smoothed point averages this fraction of the run on each side, at least 10 steps
 MOST_MARKS, MOST_SAVES, MOST_UNDONE = 5000, 200, 5000
 _PLAIN = ("event", "time", "step", "steps", "epoch", "tokens", "seconds_left")
 _KEPT = ("machine", "recipe", "data", "start", "rehearsal")
 
 
 class History:
-    """generation: goes up when the past changed, so that what was drawn must be drawn anew."""
+    """The events of a run. `generation` increases when past values change and curves must be redrawn."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,11 +62,11 @@ class History:
 
     @property
     def num_bytes(self) -> int:
-        """About what it takes in memory."""
+        """Approximate size in memory."""
         return len(self.steps) * (24 + 4 * len(self.columns)) + 400 * len(self.marks) + 64 * len(self.undone)
 
     def update(self) -> bool:
-        """Reads what was appended; says whether there was anything."""
+        """Read appended events; return whether there were any."""
         try:
             handle = open_file(self.path)
         except OSError:
@@ -78,7 +77,7 @@ class History:
             return False
         with os.fdopen(handle, "rb") as file:
             found = os.fstat(file.fileno())
-            if found.st_ino != self._file or found.st_size < self._offset:  # another file, or one that was cut
+            if found.st_ino != self._file or found.st_size < self._offset:  # another file, or a truncated one
                 if self._offset:
                     self.generation += 1
                 self._clear()
@@ -97,11 +96,11 @@ class History:
             return self._offset != before
 
     def _take(self, lines: bytes) -> None:
-        each = [line for line in lines.decode("utf-8", "replace").split("\n") if line]
+        complete = [line for line in lines.decode("utf-8", "replace").split("\n") if line]
         try:
-            events = json.loads(f"[{','.join(each)}]")
-        except (ValueError, RecursionError):  # a damaged line costs itself alone
-            events = [event for line in each if (event := parse_event(line)) is not None]
+            events = json.loads(f"[{','.join(complete)}]")
+        except (ValueError, RecursionError):  # skip damaged lines only
+            events = [event for line in complete if (event := parse_event(line)) is not None]
         run: list[Event] = []
         for event in events:
             if not isinstance(event, dict):
@@ -130,7 +129,7 @@ class History:
             self._undo(first - 1)
         numbers = [event["step"] for event in events]
         if any(later <= number for number, later in pairwise(numbers)):
-            for event in events:  # never written by one session; each by itself, then
+            for event in events:  # not written by one session: process one by one
                 self._steps([event])
             return
         epoch = None
@@ -140,7 +139,7 @@ class History:
                 self._epoch_began.setdefault(epoch, number)
         self.steps.extend(numbers)
         reached = self.clock[-1] if self.clock else 0.0
-        for time in _numbers(events, "time"):  # a clock that is set back must not turn the curve back
+        for time in _numbers(events, "time"):  # keep the axis monotonic if the clock is set back
             reached = max(reached, self._before + time - self._session)
             self.clock.append(reached)
         self.tokens.extend(_numbers(events, "tokens"))
@@ -153,7 +152,7 @@ class History:
         time = _number(event.get("time"))
         if self.first_time is None and kind == "start":
             self.first_time = self._session = time
-        if kind == "machine":  # a new session; the time in between is nobody's
+        if kind == "machine":  # a new session; time between sessions is not counted
             self._before, self._session = (self.clock[-1] if self.clock else 0.0), time
         if kind in ("start", "resume") and self._session:
             self._session = time
@@ -176,7 +175,7 @@ class History:
             self._undo(back)
             if kind == "resume":
                 self._before = self.clock[-1] if self.clock else 0.0
-        made = mark_of(event)
+        made = mark_for(event)
         if made is None:
             return
         self.num_marks += 1
@@ -191,7 +190,7 @@ class History:
         self.marks.append(made)
 
     def _undo(self, step: int) -> None:
-        """What came after `step` is done again."""
+        """Move values after `step` to `undone`, because the run repeats them."""
         at = bisect_right(self.steps, step)
         if at < len(self.steps):
             self.generation += 1
@@ -207,7 +206,7 @@ class History:
 
     @property
     def steps_per_epoch(self) -> float | None:
-        """As the epochs that have begun show, else by the rows and the batch."""
+        """Steps per epoch, from the epochs seen so far or from rows and batch size."""
         begun = sorted(self._epoch_began.items())
         if len(begun) > 1:
             (first, a), (last, b) = begun[0], begun[-1]
@@ -221,14 +220,14 @@ class History:
 
     @property
     def choices(self) -> list[dict[str, Any]]:
-        """The resolved recipe, each value with its origin and reason; a resume takes them over from the start."""
+        """The resolved recipe with origin and reason of each value; unchanged values keep those of the start."""
         now = (self.newest.get("recipe") or {}).get("choices") or []
         first = self._asked
         same = {c["field"] for c in now if first.get(c["field"], {}).get("value") == c.get("value")}
         return [first[choice["field"]] if choice["field"] in same else choice for choice in now]
 
     def axis(self, by: str, steps: Any) -> Values:
-        """Where these steps lie on an axis: step, epoch, tokens, time."""
+        """Return the positions of steps on an axis: step, epoch, tokens or time."""
         asked = np.asarray(steps, dtype=np.float64)
         if by == "step" or not len(self.steps):
             return asked
@@ -242,11 +241,11 @@ class History:
         self, by: str = "step", points: int = 800, start: float | None = None, end: float | None = None,
         fields: tuple[str, ...] = (),
     ) -> dict[str, Any]:  # fmt: skip
-        """Every series between start and end of the axis, the least and the most of each of `points` parts kept."""
+        """Return every series between start and end, with the minimum and maximum of each of `points` parts."""
         x = self.axis(by, self.steps)
         series: dict[str, Any] = {}
         smooth = None
-        for name, column in self.columns.items():  # one after the other: each is as long as the run
+        for name, column in self.columns.items():  # one at a time, because each is as long as the run
             values = np.array(column, dtype=np.float64)
             if not fields or name in fields:
                 series[name] = _within(x, values, start, end, points)
@@ -275,7 +274,7 @@ class History:
 
 
 def smoothed(values: Values) -> Values:
-    """Mean over the steps around each, as many to the left as to the right, so that the curve does not lag."""
+    """Return a centred moving average, which does not lag behind the curve."""
     known = np.isfinite(values)
     count = len(values)
     place = np.arange(count, dtype=np.int32)
@@ -303,9 +302,9 @@ def _within(x: Values, y: Values, start: float | None, end: float | None, points
 
 
 def extremes(x: Values, y: Values, parts: int) -> NDArray[np.int64]:
-    """Places of the least and the most in each of so many equal parts of the axis, and of the first and the last.
+    """Return the indices of minimum and maximum in each of `parts` equal parts of the axis, and both ends.
 
-    x must rise. LTTB, the usual choice, may leave out a single high point; this cannot.
+    x must be increasing. LTTB, the usual method, may drop a single spike; this cannot.
     """
     edges = np.searchsorted(x, np.linspace(x[0], x[-1], parts + 1)[1:-1], side="left")
     chosen = {0, len(x) - 1}
@@ -317,7 +316,7 @@ def extremes(x: Values, y: Values, parts: int) -> NDArray[np.int64]:
 
 
 def short(value: float, digits: int = 6) -> float | None:
-    """With so many digits that no eye misses one, and None for what JSON cannot say."""
+    """Round to `digits` significant digits; None for NaN and infinity."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
@@ -333,3 +332,80 @@ def _numbers(events: list[Event], name: str) -> list[float]:
         return values
     except (KeyError, TypeError, OverflowError):
         return [_number(event.get(name)) for event in events]
+
+
+LEVELS = {
+    "skip": "warning", "doubt": "warning", "rollback": "bad", "shrink": "warning", "stop": "warning", "note": "warning",
+    "end": "good",
+}  # fmt: skip
+_SILENT = ("machine", "recipe", "data", "step", "eval")
+
+
+def mark_for(event: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a mark for a curve (kind, step, time, text, level, event), or None for other events."""
+    kind = str(event.get("event"))
+    if kind in _SILENT:
+        return None
+    level = LEVELS.get(kind, "info")
+    if kind == "stop" and event.get("advice") is not None:
+        level = "bad"
+    step = event.get("step")
+    whole = isinstance(step, int) and not isinstance(step, bool)
+    return {
+        "kind": kind, "step": step if whole else None, "time": event.get("time"), "text": _words(kind, event),
+        "level": level, "event": event,
+    }  # fmt: skip
+
+
+def _words(kind: str, event: dict[str, Any]) -> str:
+    step, why = event.get("step"), str(event.get("why") or "")
+    if kind == "start":
+        parameters = event.get("parameters") or {}
+        trained = f", {parameters['trainable']:,} trainable parameters" if _whole(parameters.get("trainable")) else ""
+        return f"starts at step {step} of {event.get('steps')} with the {event.get('engine')} step{trained}"
+    if kind == "resume":
+        return f"resumed from step {step} ({event.get('checkpoint')})"
+    if kind == "save":
+        return f"saved {event.get('checkpoint')}"
+    if kind == "skip":
+        return f"step {step} skipped: {why}{_rows(event)}"
+    if kind == "doubt":
+        return f"step {step} accepted but suspicious: {why}{_rows(event)}"
+    if kind == "rollback":
+        scale = event.get("rate_scale")
+        slower = f"; learning rate times {scale:g}" if isinstance(scale, (int, float)) else ""
+        return f"rolled back from step {step} to {event.get('to')}: {why}{slower}"
+    if kind == "override":
+        return f"{event.get('field')} changed from {event.get('was')} to {event.get('now')}"
+    if kind == "stop":
+        advice = [str(one) for one in event.get("advice") or []]
+        text = "stopped by a signal, after saving" if why == "signal" else f"stopped: {why}"
+        return "; ".join([text, *advice])
+    if kind == "rehearsal" and _whole(event.get("predicted_bytes")) and _whole(event.get("usable_bytes")):
+        need, usable = event["predicted_bytes"] / 2**30, event["usable_bytes"] / 2**30
+        tried = "dry run of the largest micro-batch" if event.get("done") else "fits easily, dry run skipped"
+        return f"{need:.2f} GiB predicted, {usable:.1f} usable: {tried}"
+    if kind == "shrink":
+        return f"out of memory at step {step}; now {event.get('to')}: {why}"
+    if kind == "end":
+        return f"finished at step {step}"
+    if kind == "note":
+        return str(event.get("text", ""))
+    rest = {key: value for key, value in event.items() if key not in ("event", "time", "step", "rows")}
+    text = ", ".join(f"{key} {_plain(value)}" for key, value in rest.items() if value is not None)
+    return f"{kind}: {text}" if text else kind
+
+
+def _rows(event: dict[str, Any]) -> str:
+    rows = [str(row) for row in event.get("rows") or []]
+    return f" (rows {', '.join(rows[:4])}{', ...' if len(rows) > 4 else ''})" if rows else ""
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.6g}"
+    return f"{value:,}" if _whole(value) else str(value)[:200]
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,6 +1,6 @@
-"""Child processes of the CLI: each in a session of its own, with a folder that says what it is and what it said.
+"""Run CLI commands as child processes, each in its own session, with a folder for its state and output.
 
-They outlive the page and the server. What became of one is read from its folder and its process alone.
+Jobs outlive the page and the server. Their state is read from their folders and processes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from strop.errors import FolderError, InputError
 from strop.runs.child_env import safe_path_env
 from strop.runs.folder import write_json
 
-FOLDER = ".dash"  # in the folder of runs; a name that no run has
+FOLDER = ".dash"  # in the folder of runs
 TOKEN_VARIABLE = "STROP_DASH_TOKEN"
-MOST_JOBS = 200  # that are kept; the oldest go
+MOST_JOBS = 200  # older ones are deleted
 LOG_BYTES = 64 << 10
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[a-z]+-[0-9a-f]{6}")
 _SHARE = re.compile(r"(\d+)\s*(?:of|/)\s*(\d+)")
@@ -41,12 +41,12 @@ class Jobs:
         self._root = root
         self._folder = root / FOLDER / "jobs"
         self._children: dict[str, subprocess.Popen[bytes]] = {}
-        self._over: dict[str, dict[str, Any]] = {}  # what is known for good of jobs that have ended
+        self._over: dict[str, dict[str, Any]] = {}  # final state of jobs that have ended
 
     def start(
         self, kind: str, words: Sequence[str], run: str | None = None, environment: dict[str, str] | None = None
     ) -> dict[str, Any]:
-        """Starts `strop WORDS --json`. run: that it is about. Raises FolderError where nothing can be written."""
+        """Start `strop WORDS --json`. run: the run it is about. Raises FolderError if the folder is not writable."""
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{kind}-{secrets.token_hex(3)}"
         folder = self._folder / name
         try:
@@ -73,7 +73,7 @@ class Jobs:
         return self.about(name)
 
     def all(self) -> list[dict[str, Any]]:
-        """All jobs, newest first, without what they gave."""
+        """Return all jobs, newest first, without their results."""
         jobs = [self.about(name, whole=False) for name in self._names()]
         return sorted(jobs, key=lambda job: -(job["started"] or 0.0))
 
@@ -84,7 +84,7 @@ class Jobs:
         return self._folder / name
 
     def about(self, name: str, *, whole: bool = True) -> dict[str, Any]:
-        """What a job is and what became of it. whole: with its result. asked: when it was asked to end, or None."""
+        """Return a job's state, and with `whole` its result. Field `asked`: when a stop was requested, or None."""
         if not whole and name in self._over:
             return self._over[name]
         folder = self.folder(name)
@@ -93,15 +93,15 @@ class Jobs:
         result = _result(folder)
         error = (result or {}).get("error")
         if not alive and result is None:
-            said = tail(folder / "log", 2000).strip().splitlines()
-            what = "the process ended without an answer" + (f"; its last line: {said[-1]}" if said else "")
-            fix = "it was killed, there was no memory, or the machine went down; `strop resume` goes on with a run"
+            text = tail(folder / "log", 2000).strip().splitlines()
+            what = "the process ended without a result" + (f"; its last line: {text[-1]}" if text else "")
+            fix = "it was killed, ran out of memory, or the machine went down; `strop resume` continues a run"
             error = {"kind": "Killed", "message": what, "fix": fix, "where": []}
         stopped = (error or {}).get("kind") == "Stopped"
         state = "running" if alive else "stopped" if stopped else "failed" if error else "done"
         if not alive and "ended" not in known:
             known["ended"] = max(_changed(folder / "out"), _changed(folder / "log"))
-            with contextlib.suppress(OSError):  # a full disk must not hide what is known
+            with contextlib.suppress(OSError):  # a full disk must not hide the state
                 write_json(folder / "job.json", known)
         last = next((line for line in reversed(tail(folder / "log", 4096).splitlines()) if line.strip()), "")
         share = _SHARE.search(last)
@@ -116,7 +116,7 @@ class Jobs:
         return about
 
     def log(self, name: str, start: int | None = None) -> tuple[str, int]:
-        """What it wrote to the terminal, from a byte on (None: the end of it), and up to where."""
+        """Return terminal output from byte `start` (None: the last part), and the offset reached."""
         file = self.folder(name) / "log"
         if start is None:
             start = max(0, file.lstat().st_size - LOG_BYTES)
@@ -124,7 +124,7 @@ class Jobs:
         return raw.decode("utf-8", "replace"), start + len(raw)
 
     def stop(self, name: str, number: int = signal.SIGTERM) -> bool:
-        """Asks a job to end, as Ctrl-C does. False where it has ended."""
+        """Send a job the signal of Ctrl-C. Returns False if it has already ended."""
         file = self.folder(name) / "job.json"
         known = read_json(file)
         if not self._alive(name, known):
@@ -134,7 +134,7 @@ class Jobs:
         return send(int(known["pid"]), float(known["born"]), number)
 
     def running(self, *kinds: str) -> list[dict[str, Any]]:
-        """Jobs of these kinds that are under way."""
+        """Return the running jobs of these kinds."""
         found = []
         for name in sorted(set(self._names()) - self._over.keys(), reverse=True):
             known = read_json(self._folder / name / "job.json")
@@ -171,12 +171,12 @@ class Jobs:
 
 
 def command(words: Sequence[str]) -> str:
-    """As a person types it."""
+    """Return a command line as typed in a shell."""
     return shlex.join(["strop", *words])
 
 
 def option(field: str, value: Any) -> list[str]:
-    """A recipe's field and its value as the command line takes them. Raises InputError for what it cannot take."""
+    """Return a recipe field and its value as command-line arguments. Raises InputError if impossible."""
     flag = f"--{field}"
     if isinstance(value, bool):
         return [f"{flag}={str(value).lower()}"]
@@ -189,17 +189,17 @@ def option(field: str, value: Any) -> list[str]:
         if field.startswith("data.") or field == "track":
             return [f"{flag}={text}" for text in texts]
         if any("," in text for text in texts):
-            raise InputError(f"{flag}: a comma in a list's value", fix="put it into a recipe file")
+            raise InputError(f"{flag}: a list value contains a comma", fix="use a recipe file")
         return [f"{flag}={','.join(texts)}"] if texts else [f"{flag}=[]"]
     if isinstance(value, dict):
         if any("," in f"{key}{one}" or "=" in str(key) for key, one in value.items()):
-            raise InputError(f"{flag}: a comma in a map's value", fix="put it into a recipe file")
+            raise InputError(f"{flag}: a map value contains a comma", fix="use a recipe file")
         return [f"{flag}={','.join(f'{key}={one}' for key, one in value.items())}"]
     return [f"{flag}={value}"]
 
 
 def alive(pid: Any, born: Any) -> bool:
-    """Whether that very process still runs."""
+    """Return whether the process with this id and start time is running."""
     try:
         process = psutil.Process(int(pid))
         same = abs(process.create_time() - float(born)) < 1
@@ -209,7 +209,7 @@ def alive(pid: Any, born: Any) -> bool:
 
 
 def send(pid: int, born: float | None, number: int) -> bool:
-    """Signals a process; born: it must have been started then."""
+    """Send a signal to a process; born: its expected start time."""
     try:
         if born is not None and not alive(pid, born):
             return False

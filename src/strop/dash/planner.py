@@ -1,6 +1,6 @@
-"""A plan while somebody moves its settings: what costs time is kept, so that the next one takes milliseconds.
+"""Plans for the page. Slow parts are cached, so that a changed setting takes milliseconds.
 
-This runs in the planner, a child process of the server: it imports tokenizers, but no torch.
+Runs in a worker process of the server. It imports tokenizers, but not torch.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from strop.planning.microbatch import Rows
 from strop.planning.plan import make_plan
 from strop.runs.folder import free_bytes
 
-PLACE_S = 10.0  # free memory changes; a plan that is asked for again at once need not look
+PLACE_S = 10.0  # seconds to cache machine facts; free memory changes
 LOOK_S = 60.0
-ROWS_S = 1.5  # a plan waits so long for the rows' lengths, and else is about rows of the longest length
+ROWS_S = 1.5  # seconds to wait for row lengths; until then the plan assumes rows of maximum length
 
 
 class Planner:
@@ -38,13 +38,13 @@ class Planner:
     def plan(
         self, options: dict[str, Any], memory: str | None, gpu: str | None, out: str | None, thorough: bool
     ) -> dict[str, Any]:
-        """`strop plan --json` for these options, every value with its origin, and the command that trains so.
+        """Return `strop plan --json` for these options, with the origin of each value and the train command.
 
         Raises InputError.
         """
         started = time.perf_counter()
         words = [word for field, value in options.items() for word in option(field, value)]
-        given = typed(options)
+        given = typed_options(options)
         resolved = resolve(None, without_data(given, False))
         limit = limit_bytes(memory)
         model = resolved.recipe.model
@@ -79,7 +79,7 @@ class Planner:
         return known[1]
 
     def _rows(self, recipe: Recipe) -> tuple[Rows, dict[str, Any]]:
-        """The rows' lengths as far as they are known now; what is missing is measured behind."""
+        """Return the row lengths known so far; a background thread measures the rest."""
         if recipe.data.train == NO_DATA:
             return Rows(), {"known": False, "number": None, "measuring": False, "why": "no data is chosen"}
         key = json.dumps([recipe.data.model_dump(), recipe.model.name, recipe.train.objective, _stamps(recipe)])
@@ -112,21 +112,21 @@ class Planner:
             del self._measuring[key]
 
 
-def typed(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as the command line would take them from the same words: by full name, each of its type."""
+def typed_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Parse options as the command line does: full names, typed values."""
     known = dict(option_fields())
     given: dict[str, Any] = {}
     for short, value in options.items():
         field = SHORT_FORMS.get(short, short)
         texts = [word.partition("=")[2] for word in option(field, value)]
         many = field == "track" or (len(texts) > 1 and field in ("data.train", "data.eval"))
-        # what is unknown is told by `resolve`, with the nearest name
+        # `resolve` reports unknown names with the nearest match
         given[field] = texts if many else parse_option(field, texts[0]) if field in known and texts else value
     return given
 
 
 def schema() -> dict[str, Any]:
-    """Every option of a recipe, for a form."""
+    """Return every recipe option, for the form."""
     fields = []
     for name, info in option_fields():
         bounds = {type(rule).__name__: rule for rule in info.metadata}
@@ -170,7 +170,7 @@ def _choices(resolved: Resolved) -> list[dict[str, Any]]:
 
 
 def _stamps(recipe: Recipe) -> list[Any]:
-    """What tells whether a data file has changed; globs and Hub data sets are read once."""
+    """Return path, time and size of data files; globs and Hub data sets are read once."""
     names = [recipe.data.train, recipe.data.eval]
     paths = [Path(one) for name in names for one in (name if isinstance(name, list) else [name] if name else [])]
     stamps = []
@@ -184,7 +184,7 @@ def _stamps(recipe: Recipe) -> list[Any]:
 
 
 def _downloads(looked: Peek, parameters: int) -> list[dict[str, Any]]:
-    """What a run would fetch first; of a Hub model that is not in the cache about two bytes a weight."""
+    """Return what a run would download; a Hub model that is not cached counts two bytes per weight."""
     name = looked.name
     if name.startswith("demo") or name.endswith(".gguf") or Path(name).expanduser().exists():
         return []

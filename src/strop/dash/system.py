@@ -1,4 +1,4 @@
-"""What the machine is doing: processor, memory, cards, disk, and the process of a run."""
+"""Current state of the machine: CPU, memory, GPUs, disk, and the process of a run."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import psutil
 
 from strop.machine.probe import probe
 
-CARDS_S = 4.0  # the driver is asked no more often
+GPU_QUERY_S = 4.0  # seconds between queries of the driver
 
 
 class System:
-    """Figures since the last look. Not for several threads."""
+    """System figures since the last call. Not thread-safe."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         psutil.cpu_percent()
-        self._cards: tuple[float, list[dict[str, Any]]] = (0.0, [])
-        self._asks = shutil.which("nvidia-smi")
+        self._gpus: tuple[float, list[dict[str, Any]]] = (0.0, [])
+        self._nvidia_smi = shutil.which("nvidia-smi")
 
     def look(self, pid: int | None, busy: Callable[[int], float | None]) -> dict[str, Any]:
-        """pid: of a run. busy: how much of a core a process uses."""
+        """Return the figures. pid: process of a run. busy: returns the cores a process uses."""
         machine, memory = probe(), psutil.virtual_memory()
         try:
             free = shutil.disk_usage(self._root if self._root.is_dir() else Path.cwd())
@@ -35,33 +35,33 @@ class System:
             disk = {"free": None, "total": None}
         return {
             "time": time.time(), "cpu": psutil.cpu_percent() / 100, "cores": machine.cores,
-            "load": [round(one, 2) for one in psutil.getloadavg()],
+            "load": [round(load, 2) for load in psutil.getloadavg()],
             "memory": {
                 "total": machine.memory_bytes, "used": machine.memory_bytes - machine.free_bytes,
                 "available": machine.free_bytes, "whole_machine": memory.total,
             },
-            "process": _process(pid, busy), "cards": self._of_cards(), "disk": disk,
+            "process": _process(pid, busy), "cards": self._gpu_figures(), "disk": disk,
             "dash": {"rss": psutil.Process().memory_info().rss},
         }  # fmt: skip
 
-    def _of_cards(self) -> list[dict[str, Any]]:
-        if self._asks is None:
+    def _gpu_figures(self) -> list[dict[str, Any]]:
+        if self._nvidia_smi is None:
             return []
-        asked, known = self._cards
-        if time.monotonic() - asked < CARDS_S:
+        asked, known = self._gpus
+        if time.monotonic() - asked < GPU_QUERY_S:
             return known
         fields = "name,utilization.gpu,memory.used,memory.total,temperature.gpu,power.draw"
-        command = [self._asks, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+        command = [self._nvidia_smi, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
         try:
-            said = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout
-        except (OSError, subprocess.TimeoutExpired):  # a driver that hangs is not asked again
-            self._asks, said = None, ""
-        cards = [_card(line.split(", ")) for line in said.splitlines() if line.count(", ") == 5]
-        self._cards = (time.monotonic(), cards)
-        return cards
+            text = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout
+        except (OSError, subprocess.TimeoutExpired):  # do not query a hanging driver again
+            self._nvidia_smi, text = None, ""
+        gpus = [_gpu(line.split(", ")) for line in text.splitlines() if line.count(", ") == 5]
+        self._gpus = (time.monotonic(), gpus)
+        return gpus
 
 
-def _card(parts: list[str]) -> dict[str, Any]:
+def _gpu(parts: list[str]) -> dict[str, Any]:
     share, used, total, heat, power = (_number(part) for part in parts[1:])
     mib = 1 << 20
     return {

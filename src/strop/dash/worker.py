@@ -1,42 +1,46 @@
-"""A child process of the server that plans or reads data: one JSON object a line in, one out, until its input ends.
+"""Worker processes of the server that plan or read data, with one JSON object per line in and out.
 
-The server itself imports neither tokenizers nor the planner, so that it starts at once and stays small.
+The server imports neither tokenizers nor the planner, so that it starts quickly and stays small.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from strop.errors import StropError
+from strop.dash.jobs import TOKEN_VARIABLE
+from strop.errors import InputError, RunError, StropError, Where
+from strop.runs.child_env import safe_path_env
 
 
 def main() -> None:
-    """Serves the methods of `plan` or `data`, whichever is asked for on the command line."""
+    """Serve the methods of `plan` or `data`, as given on the command line."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints must not be taken for an answer
+    os.dup2(2, 1)  # keep output printed by libraries out of the protocol
     methods = _methods(sys.argv[1])
     for line in sys.stdin:
         asked = json.loads(line)
-        told: dict[str, Any]
+        result: dict[str, Any]
         try:
-            told = {"result": methods[asked["method"]](**asked["parameters"])}
+            result = {"result": methods[asked["method"]](**asked["parameters"])}
         except StropError as error:
-            told = {"error": error.as_json(), "exit": error.exit_code}
-        except Exception as error:  # a fault of ours, or of a library, must not end the worker
-            said = {"kind": "InternalError", "message": f"{type(error).__name__}: {error}", "where": []}
-            told = {"error": {**said, "fix": "please report it"}, "exit": 1}
-        text = json.dumps(told, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
+            result = {"error": error.as_json(), "exit": error.exit_code}
+        except Exception as error:  # a bug in strop or a library must not end the worker
+            details = {"kind": "InternalError", "message": f"{type(error).__name__}: {error}", "where": []}
+            result = {"error": {**details, "fix": "please report it"}, "exit": 1}
+        text = json.dumps(result, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
         answers.write(text + "\n")
         answers.flush()
 
 
 def _methods(kind: str) -> dict[str, Callable[..., Any]]:
     if kind == "data":
-        from strop.dash.data_rows import DataReader
+        from strop.dash.data_reader import DataReader
 
         return {"rows": DataReader().rows}
     from strop.dash.planner import Planner, schema
@@ -46,3 +50,65 @@ def _methods(kind: str) -> dict[str, Callable[..., Any]]:
 
 if __name__ == "__main__":
     main()
+
+
+IDLE_S = 600.0
+LONGEST_LINE = 256 << 20
+
+
+class Worker:
+    """The server's side of a worker: started on first use, ended when idle. Requests are sent one at a time."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._turn = asyncio.Lock()
+        self._process: asyncio.subprocess.Process | None = None
+        self._idle: asyncio.TimerHandle | None = None
+
+    async def ask(self, method: str, **parameters: Any) -> Any:
+        """Return the result of a method. Raises InputError as the CLI does, RunError if the worker failed."""
+        async with self._turn:
+            if self._idle is not None:
+                self._idle.cancel()
+            process = self._process
+            if process is None or process.returncode is not None:
+                process = self._process = await self._start()
+            assert process.stdin is not None and process.stdout is not None
+            line = json.dumps({"method": method, "parameters": parameters}) + "\n"
+            answer = b""
+            try:
+                process.stdin.write(line.encode())
+                await process.stdin.drain()
+                answer = await process.stdout.readline()
+            except (ConnectionError, ValueError):  # it has ended, or its answer is too long
+                pass
+            except asyncio.CancelledError:  # otherwise the next request would read this answer
+                self.end()
+                raise
+            if not answer.endswith(b"\n"):
+                self.end()
+                raise RunError(f"the {self._kind} worker has ended", fix="ask again; the terminal says why")
+            self._idle = asyncio.get_running_loop().call_later(IDLE_S, self.end)
+        result = json.loads(answer)
+        if "error" in result:
+            raise _error(result)
+        return result["result"]
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        own = {key: value for key, value in os.environ.items() if key != TOKEN_VARIABLE}
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "strop.dash.worker", self._kind, stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE, limit=LONGEST_LINE, env={**own, **safe_path_env()},
+        )  # fmt: skip
+
+    def end(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        self._process = None
+
+
+def _error(result: dict[str, Any]) -> StropError:
+    error = result["error"]
+    kind: type[StropError] = InputError if result["exit"] == InputError.exit_code else RunError
+    return kind(error["message"], fix=error["fix"], where=[Where(**place) for place in error["where"]])

@@ -21,7 +21,7 @@ def dash(
     as_json: Json = False,
 ) -> None:
     """Show runs in a browser: view, compare, start, stop and export them."""
-    from strop.dash.run import dash as run_server
+    from strop.dash.app import dash as run_server
     from strop.serve.address import exit_code
 
     def ready(about: dict[str, Any]) -> None:

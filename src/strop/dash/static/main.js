@@ -9,7 +9,7 @@ const SCREENS = {
   new: ["New run", () => import("./screens/new.js")],
   data: ["Data", () => import("./screens/data.js")],
   compare: ["Compare", () => import("./screens/compare.js")],
-  talk: ["Talk", () => import("./screens/talk.js")],
+  talk: ["Chat", () => import("./screens/talk.js")],
   machine: ["Machine", () => import("./screens/machine.js")],
   run: [null, () => import("./screens/run.js")],
 };
@@ -94,7 +94,7 @@ function askToken() {
       button("Open", () => form.requestSubmit(), { class: "main" }),
     ),
   );
-  put(main, h("h1", {}, "Who is there?"), form);
+  put(main, h("h1", {}, "Sign in"), form);
 }
 
 addEventListener("hashchange", () => {

@@ -263,7 +263,7 @@ export async function show(place, { query, signal }) {
   return "Data";
 }
 
-/** A row, token by token: blanks and line ends are seen. The mask is said in words once a stretch, for screen readers. */
+/** A row, token by token: blanks and line ends are seen. The mask is stated once per stretch, for screen readers. */
 function tokensOf(row) {
   return row.pieces.map(([text, weight, stop]) =>
     h(

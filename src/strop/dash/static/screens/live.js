@@ -52,7 +52,7 @@ export async function show(place, { run, query, signal, draw }) {
   const progress = h("div", { class: "progress" }),
     top = h("div"),
     plots = h("div", { class: "plots" });
-  const told = h("div"),
+  const details = h("div"),
     memory = h("div"),
     systems = h("div");
   const zoomed = (found) => {
@@ -90,7 +90,7 @@ export async function show(place, { run, query, signal, draw }) {
       h("span", { class: "soft" }, "Drag over a curve to look closer."),
     ),
     loss.element,
-    told,
+    details,
     plots,
     h("div", { class: "grid", style: { "margin-top": ".8rem" } }, memory, systems),
   );
@@ -194,7 +194,7 @@ export async function show(place, { run, query, signal, draw }) {
     { class: "small", "aria-pressed": "false" },
   );
   put(
-    told,
+    details,
     h(
       "section",
       { class: "card", style: { "margin-top": ".8rem" } },
@@ -298,7 +298,7 @@ export async function show(place, { run, query, signal, draw }) {
         share("CPU", now.cpu, percent(now.cpu, 0)),
         share("memory", ram.used / ram.total, bytes(ram.used)),
         cards.map((card) => [
-          share("card", card.utilization, percent(card.utilization, 0)),
+          share("GPU", card.utilization, percent(card.utilization, 0)),
           share("its memory", card.memory_used / card.memory_total, bytes(card.memory_used)),
         ]),
         h(

@@ -1,4 +1,4 @@
-// What the run's processes printed, and its events in words.
+// What the run's processes printed, and its events.
 
 import { button, count, download, figure, get, h, isNumber, ofRun, put } from "../all.js";
 import { jobCards } from "../jobs.js";
@@ -60,7 +60,7 @@ function inWords(line) {
   const more = Object.entries(rest).filter(
     ([, value]) => isNumber(value) || (typeof value === "string" && value) || typeof value === "boolean",
   );
-  const said = more.map(
+  const fieldTexts = more.map(
     ([name, value]) =>
       `${name.replaceAll("_", " ")} ${isNumber(value) ? (Number.isInteger(value) ? count(value) : figure(value)) : value}`,
   );
@@ -69,7 +69,7 @@ function inWords(line) {
     kind,
     isNumber(step) ? (steps ? `${count(step)} of ${count(steps)}` : count(step)) : "",
     text ?? "",
-    said.join(", "),
+    fieldTexts.join(", "),
   ]
     .filter(Boolean)
     .join("  ");

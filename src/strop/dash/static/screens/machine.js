@@ -4,10 +4,10 @@ import { button, bytes, facts, fault, get, h, moment, post, put, shown } from ".
 import { jobCard, jobCards } from "../jobs.js";
 
 export async function show(place, { signal }) {
-  const told = h("div"),
+  const details = h("div"),
     jobs = h("div"),
     recent = h("div");
-  put(place, h("h1", {}, "This machine"), told, jobs, h("h2", {}, "What was started from here"), recent);
+  put(place, h("h1", {}, "This machine"), details, jobs, h("h2", {}, "Started from here"), recent);
   async function load() {
     const found = await get("machine", {}, signal);
     const { doctor } = found;
@@ -23,7 +23,7 @@ export async function show(place, { signal }) {
       { class: doctor ? "" : "main" },
     );
     put(
-      told,
+      details,
       facts(
         Object.entries(found.facts).map(([name, value]) => [
           name.replace(/_bytes$/, "").replaceAll("_", " "),

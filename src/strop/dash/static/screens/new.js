@@ -53,7 +53,7 @@ export async function show(place, { query, signal }) {
     "a folder, a .gguf file, a run, a Hub id, or `demo`",
   );
   const train = fileField("Rows to train on", "data", options["data.train"], (value) => change("data.train", value));
-  const held = fileField(
+  const evalField = fileField(
     "Rows to evaluate on",
     "data",
     options["data.eval"],
@@ -138,7 +138,7 @@ export async function show(place, { query, signal }) {
             { class: "fields" },
             h("div", { class: "wide" }, model.element),
             h("div", { class: "wide" }, train.element),
-            h("div", { class: "wide" }, held.element),
+            h("div", { class: "wide" }, evalField.element),
             field(
               "Preset",
               select([["", "default (auto)"], ...of.get("preset").choices], options.preset ?? "", (value) =>

@@ -6,7 +6,7 @@ const TABS = {
   live: ["Training", () => import("./live.js")],
   answers: ["Before and after", () => import("./answers.js")],
   settings: ["Settings", () => import("./settings.js")],
-  take: ["Take it away", () => import("./take.js")],
+  take: ["Export", () => import("./take.js")],
   log: ["Log", () => import("./log.js")],
 };
 
@@ -105,7 +105,7 @@ function deeds(run) {
       { title: "A new run with the same settings, to change" },
     ),
   );
-  if (may.has("talk")) made.push(link(to("talk", { run: run.name }), "Talk", { class: "button" }));
+  if (may.has("talk")) made.push(link(to("talk", { run: run.name }), "Chat", { class: "button" }));
   if (may.has("delete")) made.push(button("Delete", () => confirmDeletion(run), { class: "danger" }));
   return made;
 }

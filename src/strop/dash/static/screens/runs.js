@@ -65,16 +65,16 @@ export async function show(place, { query, signal }) {
       "runs/stream",
       {},
       {
-        runs: (told) => {
+        runs: (details) => {
           runs.clear();
-          for (const run of told.runs) runs.set(run.name, run);
-          ignored.textContent = told.ignored?.length ? `Not shown: ${told.ignored.join("; ")}` : "";
+          for (const run of details.runs) runs.set(run.name, run);
+          ignored.textContent = details.ignored?.length ? `Not shown: ${details.ignored.join("; ")}` : "";
           draw();
           ready();
         },
-        changed: (told) => {
-          for (const run of told.runs) runs.set(run.name, run);
-          for (const name of told.gone) {
+        changed: (details) => {
+          for (const run of details.runs) runs.set(run.name, run);
+          for (const name of details.gone) {
             runs.delete(name);
             chosen.delete(name);
           }

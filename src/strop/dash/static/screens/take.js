@@ -50,8 +50,8 @@ export async function show(place, { run, signal }) {
   put(
     forms,
     may
-      ? Object.entries(KINDS).map(([kind, told]) =>
-          form(run, kind, told, (job) => {
+      ? Object.entries(KINDS).map(([kind, details]) =>
+          form(run, kind, details, (job) => {
             jobs.querySelector(":scope > p")?.remove();
             jobs.prepend(jobCard(job, signal, { result: parity }));
           }),
@@ -101,13 +101,13 @@ function form(run, kind, [name, words, preset, types, option], onStart) {
 
 /** What the measurement of an export says. */
 function parity(job) {
-  const told = job.result,
-    found = told.parity,
-    text = told.text;
+  const details = job.result,
+    found = details.parity,
+    text = details.text;
   return h(
     "div",
     {},
-    h("p", {}, "Wrote ", h("code", {}, told.out ?? "")),
+    h("p", {}, "Wrote ", h("code", {}, details.out ?? "")),
     found
       ? [
           h(
@@ -127,10 +127,10 @@ function parity(job) {
             ],
           ]),
         ]
-      : h("p", { class: "soft" }, `Parity was ${told.not_measured ?? "not measured"}.`),
+      : h("p", { class: "soft" }, `Parity was ${details.not_measured ?? "not measured"}.`),
     text ? facts(ofText(text)) : null,
-    (told.notes ?? []).map((note) => h("p", { class: "soft" }, note)),
-    told.commands?.length ? [h("p", {}, "Now, in a terminal:"), told.commands.map(command)] : null,
+    (details.notes ?? []).map((note) => h("p", { class: "soft" }, note)),
+    details.commands?.length ? [h("p", {}, "Now, in a terminal:"), details.commands.map(command)] : null,
   );
 }
 

@@ -7,7 +7,7 @@ export async function show(place, { query, signal }) {
     state = h("div", { role: "status" }),
     sides = h("div", { class: "talks" }),
     composer = h("form", { class: "composer" });
-  put(place, h("h1", {}, "Talk"), controls, state, sides, composer);
+  put(place, h("h1", {}, "Chat"), controls, state, sides, composer);
   const { runs } = await get("runs", {}, signal),
     able = runs.filter((run) => run.can.includes("talk"));
   let chosen = query.get("run") ?? able[0]?.name ?? "",
@@ -155,7 +155,7 @@ export async function show(place, { query, signal }) {
       talk.scrollTop = talk.scrollHeight;
       const turns = [...one.turns, { role: "user", content: text }],
         // the server adds a tuned model's own
-        said = system.value.trim() || (one.name === "base" ? trained(one) : "");
+        systemText = system.value.trim() || (one.name === "base" ? trained(one) : "");
       one.stop = new AbortController();
       let whole = "",
         end = null,
@@ -165,7 +165,7 @@ export async function show(place, { query, signal }) {
           "talk/v1/chat/completions",
           {
             model: one.name,
-            messages: said ? [{ role: "system", content: said }, ...turns] : turns,
+            messages: systemText ? [{ role: "system", content: systemText }, ...turns] : turns,
             stream: true,
             stream_options: { include_usage: true },
             ...more,
@@ -242,5 +242,5 @@ export async function show(place, { query, signal }) {
   await look();
   const timer = setInterval(() => !document.hidden && look(), 1500);
   signal.addEventListener("abort", () => clearInterval(timer));
-  return "Talk";
+  return "Chat";
 }

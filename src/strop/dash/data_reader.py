@@ -1,6 +1,6 @@
-"""Rows of data as the page shows them: tokens with mask and stop token, lengths, repeats, what sharing saves.
+"""Rows of data for the page: tokens with mask and stop token, lengths, duplicates, shared prefixes.
 
-This runs in the data reader, a child process of the server: it imports tokenizers, but no torch.
+Runs in a worker process of the server. It imports tokenizers, but not torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from strop.config.load import resolve
 from strop.config.schema import Recipe
-from strop.dash.planner import typed
+from strop.dash.planner import typed_options
 from strop.data.check import token_pieces
 from strop.data.prepare import Prepared, prepare
 from strop.data.reading import sources
@@ -24,8 +24,8 @@ from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import data_kind_of
 
-MOST_LISTED = 2000  # places of dropped, cut and repeated rows that are sent
-MOST_LOOKED = 50_000  # rows that are compared for repeats and a common prefix
+MOST_LISTED = 2000  # dropped, truncated and duplicate rows that are sent
+MOST_LOOKED = 50_000  # rows that are compared for duplicates
 BUCKETS = 40
 MOST_ROWS = 100
 
@@ -37,20 +37,20 @@ class DataReader:
     def rows(
         self, options: dict[str, Any], part: str, order: str, offset: int, count: int, ids: bool
     ) -> dict[str, Any]:  # fmt: skip
-        """The account of the data and a page of its rows. Raises InputError for data that cannot be read at all.
+        """Return the data report and a page of rows. Raises InputError for unreadable data.
 
-        order: file (as they come), long or short first.
+        order: file (original order), long or short first.
         """
-        recipe = resolve(None, {"model.name": "demo", **typed(options)}).recipe
+        recipe = resolve(None, {"model.name": "demo", **typed_options(options)}).recipe
         prepared, recipe, about = self._prepared(recipe)
         examples = prepared.train if part == "train" else prepared.eval
         if part not in ("train", "eval") or order not in ("file", "long", "short"):
             raise InputError("part is train or eval; order is file, long or short")
-        told = about[part] if examples is not None else {"lengths": None, "repeats": [], "sharing": None}
+        result = about[part] if examples is not None else {"lengths": None, "repeats": [], "sharing": None}
         numbers = _ordered(examples, order) if examples is not None else np.zeros(0, np.int64)
         page = numbers[offset : offset + min(count, MOST_ROWS)]
         rows = [_row(prepared, examples[int(number)], int(number), ids) for number in page] if examples else []
-        return {**about["report"], **told, "part": part, "order": order, "num_rows": len(numbers), "rows": rows}
+        return {**about["report"], **result, "part": part, "order": order, "num_rows": len(numbers), "rows": rows}
 
     def _prepared(self, recipe: Recipe) -> tuple[Prepared, Recipe, dict[str, Any]]:
         data_kind = data_kind_of(recipe.train)
@@ -66,7 +66,7 @@ class DataReader:
 
 
 def _stamps(recipe: Recipe) -> list[Any]:
-    """Of every file that the recipe names: a changed one is read again."""
+    """Return path, time and size of every data file, so that changed files are read again."""
     names = [recipe.data.train, recipe.data.eval]
     stamps = []
     for name in names:
@@ -75,7 +75,7 @@ def _stamps(recipe: Recipe) -> list[Any]:
         try:
             files = [file for source in sources.resolve(name) for file in source.files]
             stamps += [[file, Path(file).stat().st_mtime_ns, Path(file).stat().st_size] for file in files]
-        except (StropError, OSError):  # `prepare` says what is wrong
+        except (StropError, OSError):  # `prepare` reports the error
             stamps.append([name])
     return stamps
 
@@ -110,7 +110,7 @@ def _ordered(examples: Examples, order: str) -> Indices:
 
 
 def _row(prepared: Prepared, example: Any, number: int, ids: bool) -> dict[str, Any]:
-    """pieces: [text, weight, is a supervised stop token] one after the other."""
+    """Return a row with its tokens as pieces of [text, weight, is a supervised stop token]."""
     renderer = prepared.renderer
     stops = {*renderer.stop_ids, renderer.tokenizer.eos_token_id}
     shown = list(token_pieces(example, renderer.tokenizer))
@@ -123,7 +123,7 @@ def _row(prepared: Prepared, example: Any, number: int, ids: bool) -> dict[str, 
 
 
 def _lengths(examples: Examples) -> dict[str, Any]:
-    """How many rows are how long, in at most so many steps of equal width."""
+    """Return a histogram of row lengths."""
     if not len(examples):
         return {"edges": [], "counts": [], "supervised": []}
     longest = int(examples.lengths.max())
@@ -134,7 +134,7 @@ def _lengths(examples: Examples) -> dict[str, Any]:
 
 
 def _repeats(conversations: Conversations) -> list[dict[str, Any]]:
-    """Rows that say what an earlier one says."""
+    """Return rows that duplicate an earlier row."""
     seen: dict[int, str] = {}
     found: list[dict[str, Any]] = []
     for number, conversation in enumerate(conversations):
@@ -148,9 +148,10 @@ def _repeats(conversations: Conversations) -> list[dict[str, Any]]:
 
 
 def _sharing(examples: Examples, batch: int, *, pairs: bool) -> dict[str, Any]:
-    """What is computed once for several rows: the tokens that all rows start with (once a batch of `batch` rows), or of
-    pairs what both answers start with. prefix_saves: the share of tokens; more where rows of a batch have more in
-    common."""
+    """Return the shared prefix: of all rows (computed once per batch), or of the two answers of each pair.
+
+    prefix_saves: lower bound of the share of tokens saved; rows within a batch may share more.
+    """
     looked = [examples[number] for number in range(min(len(examples), 2000))]
     total = sum(map(len, looked))
     if len(looked) < 2 or not total:

@@ -1,4 +1,4 @@
-"""Before and after: each row's answers of base and tuned, a blind vote between them, and runs against each other."""
+"""Answers of base and tuned per row, blind votes between them, and comparisons of runs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from strop.dash.files import read_bytes, read_json
-from strop.dash.run_list import score_of
-from strop.dash.side_by_side import Busy
+from strop.dash.http import Busy
+from strop.dash.runs import evaluation_score
 from strop.errors import DiskError, InputError
 from strop.evaluation.metrics import Difference, paired_difference, verdict, wilson
 from strop.evaluation.scoring import pieces
@@ -23,12 +23,12 @@ from strop.runs.folder import RunFolder
 FILTERS = ("all", "gained", "lost", "changed", "both", "neither", "wrong", "right")
 VOTES = "votes.jsonl"
 MOST_BALLOTS = 1000
-MOST_MARKED = 4000  # characters of an answer and the right one that differences are looked for in
-Leads = dict[str, dict[str, tuple[float, float]]]  # of a run over each that it can be compared with, and at least
+MOST_MARKED = 4000  # characters up to which differences are highlighted
+Leads = dict[str, dict[str, tuple[float, float]]]  # lead of a run over each comparable run: value and lower bound
 
 
 def answers(folder: RunFolder, wanted: str, order: str, search: str, offset: int, count: int) -> dict[str, Any]:
-    """Rows of the last evaluation with what became of them. order: row, or worst (lost, then never right) first."""
+    """Return rows of the last evaluation. order: row, or worst (lost, then never right) first."""
     if wanted not in FILTERS or order not in ("row", "worst"):
         raise InputError(f"filter is one of {', '.join(FILTERS)}; order is row or worst")
     report = read_json(folder.report)
@@ -45,12 +45,12 @@ def answers(folder: RunFolder, wanted: str, order: str, search: str, offset: int
     if order == "worst":
         rank = {"lost": 0, "neither": 1, "gained": 2, "both": 3}
         chosen = sorted(chosen, key=lambda row: rank.get(row["kind"], 4))
-    score = score_of(report)
+    score = evaluation_score(report)
     return {
         "evaluation": report.get("evaluation"), "intervals": report.get("intervals"),
         "words": score["words"] if score else None,
         "complete": complete, "counts": {"all": len(rows), **counts}, "total": len(chosen),
-        "rows": [_marked(row) for row in chosen[offset : offset + count]],
+        "rows": [_with_marked_answers(row) for row in chosen[offset : offset + count]],
     }  # fmt: skip
 
 
@@ -58,7 +58,7 @@ _TEXTS = ("prompt", "gold", "base", "tuned", "chosen", "rejected", "place")
 
 
 def _rows(folder: RunFolder, report: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
-    """Every row of the last evaluation, and whether these are all: report.json alone keeps a few."""
+    """Return rows of the last evaluation, and whether they are complete (report.json keeps only a few)."""
     kept = read_json(folder.answers)
     samples = kept.get("samples")
     whole = isinstance(samples, list)
@@ -75,8 +75,8 @@ def _rows(folder: RunFolder, report: dict[str, Any]) -> tuple[list[dict[str, Any
     return rows, whole
 
 
-def _marked(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with its answers in pieces: same as the right one, added, missing."""
+def _with_marked_answers(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its answers split into pieces that are the same as the reference, added or missing."""
     gold = row.get("gold")
     sides = [side for side in ("base", "tuned") if isinstance(row.get(side), str)]
     marked = {}
@@ -89,19 +89,19 @@ def _marked(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class Votes:
-    """A blind vote between base and tuned, kept in the run's folder. Which side is which is known here alone."""
+    """Blind votes between base and tuned, stored in the run folder. Only this object knows the sides."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[str, tuple[str, dict[str, Any], str]] = OrderedDict()
 
     def ballot(self, folder: RunFolder) -> dict[str, Any]:
-        """The next pair of answers that differ and have no vote yet; a ballot of None where there is none."""
+        """Return the next pair of different answers without a vote; `ballot` is None if there is none."""
         rows = _pairs(folder)
         voted = {vote["key"] for vote in _votes(folder)}
         left = [row for row in rows if row["key"] not in voted]
-        told: dict[str, Any] = {"tally": tally(folder), "left": len(left), "pairs": len(rows), "ballot": None}
+        result: dict[str, Any] = {"tally": tally(folder), "left": len(left), "pairs": len(rows), "ballot": None}
         if not left:
-            return told
+            return result
         row, name = secrets.choice(left), secrets.token_urlsafe(12)
         first = secrets.choice(("base", "tuned"))
         self._open[name] = (str(folder.path), row, first)
@@ -109,15 +109,15 @@ class Votes:
             self._open.popitem(last=False)
         other = "tuned" if first == "base" else "base"
         shown = {"prompt": row.get("prompt"), "gold": row.get("gold"), "a": row[first], "b": row[other]}
-        return {**told, "ballot": name, "row": row["row"], **shown}
+        return {**result, "ballot": name, "row": row["row"], **shown}
 
     def vote(self, folder: RunFolder, ballot: str, choice: str) -> dict[str, Any]:
-        """Puts a vote down: a, b or tie. Raises Busy for a ballot that was used or is from before a restart."""
+        """Record a vote: a, b or tie. Raises Busy for a ballot that was used or is older than a restart."""
         if choice not in ("a", "b", "tie"):
             raise InputError(f"choice: {choice}", fix="a, b or tie")
         path, row, first = self._open.pop(ballot, ("", {}, ""))
         if path != str(folder.path):
-            raise Busy("this ballot is not open any more", fix="ask for a new one")
+            raise Busy("this ballot is no longer open", fix="ask for a new one")
         sides = {"a": first, "b": "tuned" if first == "base" else "base"}
         line = {"time": round(time.time(), 3), "row": row["row"], "key": row["key"], "a": first}
         _append(folder.path / VOTES, {**line, "choice": sides.get(choice, "tie")})
@@ -125,23 +125,28 @@ class Votes:
 
 
 def tally(folder: RunFolder) -> dict[str, Any]:
-    """The votes on the answers that are there now. share: of tuned among those that chose, with its 95 % interval."""
+    """Return the votes on the current answers, and tuned's share of decided votes with a 95 % interval."""
     keys = {row["key"] for row in _pairs(folder)}
     last = {vote["key"]: vote["choice"] for vote in _votes(folder) if vote["key"] in keys}
     number = {side: list(last.values()).count(side) for side in ("tuned", "base", "tie")}
     chose = number["tuned"] + number["base"]
-    told: dict[str, Any] = {"votes": len(last), "tuned": number["tuned"], "base": number["base"], "ties": number["tie"]}
+    result: dict[str, Any] = {
+        "votes": len(last),
+        "tuned": number["tuned"],
+        "base": number["base"],
+        "ties": number["tie"],
+    }
     if not chose:
-        return {**told, "share": None, "low": None, "high": None, "words": "no vote chose a side yet"}
+        return {**result, "share": None, "low": None, "high": None, "words": "no decided votes yet"}
     low, high = wilson(number["tuned"], chose)
     judged = "tuned is preferred" if low > 0.5 else "base is preferred" if high < 0.5 else "no clear preference"
     share = number["tuned"] / chose
     words = f"{judged}: tuned won {number['tuned']} of {chose} ({share:.0%}, 95 % interval {low:.0%} to {high:.0%})"
-    return {**told, "share": share, "low": low, "high": high, "words": words}
+    return {**result, "share": share, "low": low, "high": high, "words": words}
 
 
 def _pairs(folder: RunFolder) -> list[dict[str, Any]]:
-    """Rows whose two answers differ, each with a key of what was answered to what."""
+    """Return rows whose two answers differ, each with a key of prompt and answers."""
     found = []
     for row in _rows(folder, read_json(folder.report))[0]:
         base, tuned = row.get("base"), row.get("tuned")
@@ -171,13 +176,13 @@ def _append(file: Path, value: dict[str, Any]) -> None:
         with os.fdopen(os.open(file, flags, 0o644), "a", encoding="utf-8") as out:
             out.write(json.dumps(value) + "\n")
     except OSError as error:
-        raise DiskError(f"{file}: cannot be written: {error.strerror}", fix="free it, and vote again") from None
+        raise DiskError(f"{file}: cannot be written: {error.strerror}", fix="free some space, and vote again") from None
 
 
 def compare(rows: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Runs beside each other: the settings that differ, scores, and each pair of runs on the rows they have in common.
+    """Compare runs: settings that differ, scores, and each pair of runs on their common rows.
 
-    rows: their lines of the table. recipes: values by field, by the run's name.
+    rows: rows of the table. recipes: values by field, by name of the run.
     """
     names = [row["name"] for row in rows]
     fields = dict.fromkeys(field for name in names for field in recipes[name])
@@ -194,12 +199,12 @@ def compare(rows: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> d
         "settings": settings,
         "scores": scores,
         "pairs": pairs,
-        "verdict": _words_of(rows, pairs, recipes),
+        "verdict": _describe_comparison(rows, pairs, recipes),
     }
 
 
 def _hits(folder: RunFolder) -> tuple[str, dict[str, bool]]:
-    """(metric, whether tuned is right, by row) of a run's last evaluation."""
+    """Return the metric of the last evaluation, and whether tuned is right by row."""
     report = read_json(folder.report)
     found = {}
     for row in _rows(folder, report)[0]:
@@ -210,25 +215,27 @@ def _hits(folder: RunFolder) -> tuple[str, dict[str, bool]]:
 
 
 def _pair(a: str, b: str, hits: dict[str, tuple[str, dict[str, bool]]]) -> dict[str, Any]:
-    (metric, first), (other, second) = hits[a], hits[b]
+    (metric, first), (metric_b, second) = hits[a], hits[b]
     common = sorted(first.keys() & second.keys())
-    told: dict[str, Any] = {"a": a, "b": b, "rows": len(common), "difference": None, "verdict": "unclear"}
-    if not common or metric != other:
-        unscored = [name for name, known in ((a, metric), (b, other)) if not known]
+    result: dict[str, Any] = {"a": a, "b": b, "rows": len(common), "difference": None, "verdict": "unclear"}
+    if not common or metric != metric_b:
+        unscored = [name for name, known in ((a, metric), (b, metric_b)) if not known]
         why = (
             f"{' and '.join(unscored)}: not evaluated" if unscored
-            else "no rows in common: evaluate both on the same data" if metric == other
-            else f"{metric} against {other}"
+            else "no rows in common: evaluate both on the same data" if metric == metric_b
+            else f"{metric} against {metric_b}"
         )  # fmt: skip
-        return {**told, "words": f"{a} and {b} cannot be compared: {why}"}
+        return {**result, "words": f"{a} and {b} cannot be compared: {why}"}
     found = paired_difference([first[key] for key in common], [second[key] for key in common])
     kind, words = verdict(Difference(found.value, found.low, found.high))
-    said = f"{b} against {a}, {metric} on {len(common):,} rows in common: {words}"
-    return {**told, "difference": vars(found), "verdict": kind, "words": said}
+    text = f"{b} against {a}, {metric} on {len(common):,} rows in common: {words}"
+    return {**result, "difference": vars(found), "verdict": kind, "words": text}
 
 
-def _words_of(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> str:
-    """Which run is best among those that answered the same rows by the same metric, and whether that is chance."""
+def _describe_comparison(
+    rows: list[dict[str, Any]], pairs: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]
+) -> str:
+    """Describe which run is best among those with the same rows and metric, and whether it could be chance."""
     scores = {row["name"]: row["score"] for row in rows if row["score"]}
     leads: Leads = {name: {} for name in scores}
     for pair in pairs:
@@ -236,46 +243,46 @@ def _words_of(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], recipes: 
         if found and a in scores and b in scores:
             leads[a][b], leads[b][a] = (-found["value"], -found["high"]), (found["value"], found["low"])
     if not any(leads.values()):
-        return _words_of_losses(rows, recipes)
+        return _describe_losses(rows, recipes)
     best = [name for name, others in leads.items() if others and min(others.values())[0] >= 0]
-    said = []
+    text = []
     while best:
         equal = [best[0], *(name for name in best if name in leads[best[0]])]
-        said.append(_words_of_best(equal, leads, scores, [row["name"] for row in rows]))
+        text.append(_describe_best(equal, leads, scores, [row["name"] for row in rows]))
         best = [name for name in best if name not in equal]
-    return " ".join(said) or "No run is above all others: see each pair."
+    return " ".join(text) or "No run is above all others: see the pairs."
 
 
-def _words_of_best(equal: list[str], leads: Leads, scores: dict[str, dict[str, Any]], names: list[str]) -> str:
-    """equal: the best of the runs that it can be compared with, and those that are as good. names: of all runs."""
+def _describe_best(equal: list[str], leads: Leads, scores: dict[str, dict[str, Any]], names: list[str]) -> str:
+    """Describe the best runs. equal: the best and those as good. names: all runs."""
     first, others = scores[equal[0]], [name for name in leads[equal[0]] if name not in equal]
-    said = f"{equal[0]} scores highest" if len(equal) == 1 else f"{' and '.join(equal)} score equal"
+    text = f"{equal[0]} scores highest" if len(equal) == 1 else f"{' and '.join(equal)} score equal"
     same = all(scores[name]["value"] == first["value"] for name in equal)
     if same and all(scores[name]["value"] <= first["value"] for name in others):
-        said += f" ({first['metric']} {first['value']:.1%})"
-    else:  # the runs have other rows besides
-        said += " on the rows in common"
-    clear = [name for name in others if all(leads[one].get(name, (0, 0))[1] > 0 for one in equal)]
+        text += f" ({first['metric']} {first['value']:.1%})"
+    else:  # some runs have additional rows
+        text += " on the rows in common"
+    clear = [name for name in others if all(leads[best_].get(name, (0, 0))[1] > 0 for best_ in equal)]
     groups = {
         "clearly above": clear,
         "not clearly above": [name for name in others if name not in clear],
         "not comparable with": [name for name in names if name not in (*equal, *others)],
     }
     parts = [f"{words} {', '.join(some)}" for words, some in groups.items() if some]
-    return f"{said}: {'; '.join(parts)}." if parts else f"{said}."
+    return f"{text}: {'; '.join(parts)}." if parts else f"{text}."
 
 
-def _words_of_losses(rows: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> str:
+def _describe_losses(rows: list[dict[str, Any]], recipes: dict[str, dict[str, Any]]) -> str:
     losses = {row["name"]: row["eval_loss"] for row in rows if isinstance(row["eval_loss"], (int, float))}
-    if len(losses) < 2 or len({_held_out(recipes[name]) for name in losses}) > 1:
-        return "Nothing to judge by: evaluate the runs on the same rows."
+    if len(losses) < 2 or len({_evaluation_key(recipes[name]) for name in losses}) > 1:
+        return "Not comparable: evaluate the runs on the same rows."
     lowest = min(losses.values())
     best = [name for name, loss in losses.items() if loss == lowest]
-    said = f"{' and '.join(best)} {'has' if len(best) == 1 else 'have'} the lowest evaluation loss"
-    return f"{said} ({lowest:.4g}); no rows were answered by all."
+    text = f"{' and '.join(best)} {'has' if len(best) == 1 else 'have'} the lowest evaluation loss"
+    return f"{text} ({lowest:.4g}); no rows were evaluated by all."
 
 
-def _held_out(recipe: dict[str, Any]) -> str:
-    """Losses of runs can be compared where this is the same: the base, and the rows of the evaluation."""
+def _evaluation_key(recipe: dict[str, Any]) -> str:
+    """Return a key of base and evaluation rows; losses of runs with the same key are comparable."""
     rows = recipe.get("data.eval")
     return json.dumps([recipe.get("base"), rows, recipe.get("rows") if str(rows).endswith("%") else None])

@@ -1,4 +1,4 @@
-"""Requests as values and values as answers: strict JSON in, one shape of error out, server-sent events."""
+"""HTTP helpers: strict JSON requests, JSON responses, one error format, server-sent events."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from strop.data.reading.json_reader import JsonError, loads
 from strop.errors import FolderError, InputError, StropError
@@ -18,11 +18,11 @@ Value = TypeVar("Value")
 
 
 class Busy(InputError):
-    """Not now: a run that is to be resumed runs, one that is to be stopped does not."""
+    """Raised when an action does not fit the current state, such as resuming a running run."""
 
 
-async def body_of(request: Request) -> dict[str, Any]:
-    """The JSON object of a request. Raises InputError."""
+async def read_body(request: Request) -> dict[str, Any]:
+    """Return the JSON object in a request body. Raises InputError."""
     try:
         found = loads((await request.body()).decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -30,14 +30,14 @@ async def body_of(request: Request) -> dict[str, Any]:
     except JsonError as error:
         raise InputError(f"the body is not JSON: {error.what}") from None
     except RecursionError:
-        raise InputError("the body is nested too deep") from None
+        raise InputError("the body is nested too deeply") from None
     if not isinstance(found, dict):
         raise InputError("the body is not a JSON object")
     return found
 
 
 class Fields:
-    """The fields of a body or a query, each taken once and of its type; what is left over is refused."""
+    """The fields of a body or query. Each is taken once and checked for its type; the rest is rejected."""
 
     def __init__(self, given: dict[str, Any]) -> None:
         self._left = dict(given)
@@ -48,12 +48,12 @@ class Fields:
             return default
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            wanted = " or ".join(one.__name__ for one in kinds)
+            wanted = " or ".join(kind_.__name__ for kind_ in kinds)
             raise InputError(f"{name}: {'is required' if value is None else f'is not {wanted}'}")
         return value
 
     def number(self, name: str, default: float | None) -> float | None:
-        """Of a query, whose values are text."""
+        """Return a number from a query, whose values are text."""
         text = self._left.pop(name, None)
         if text in (None, ""):
             return default
@@ -65,21 +65,21 @@ class Fields:
             raise InputError(f"{name}: {str(text)[:80]!r} is not a number")
         return value
 
-    def end(self) -> None:
+    def reject_unknown(self) -> None:
         if self._left:
             raise InputError(f"unknown parameter: {next(iter(self._left))}")
 
 
-def query(request: Request) -> Fields:
+def query_fields(request: Request) -> Fields:
     return Fields(dict(request.query_params))
 
 
-def answer(value: Any, status: int = 200) -> Response:
+def json_response(value: Any, status: int = 200) -> Response:
     return JSONResponse(_clean(value), status)
 
 
 def _clean(value: Any) -> Any:
-    """JSON has no NaN; lone surrogates of damaged rows have no UTF-8."""
+    """Replace NaN, which JSON lacks, and lone surrogates, which UTF-8 lacks."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
         return value
@@ -89,27 +89,31 @@ def _clean(value: Any) -> Any:
         return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
-def event(name: str, value: Any) -> bytes:
+def sse_event(name: str, value: Any) -> bytes:
     return f"event: {name}\ndata: {json.dumps(_clean(value), ensure_ascii=False)}\n\n".encode("utf-8", "replace")
 
 
-def failed(error: StropError, status: int | None = None) -> Response:
+def error_response(error: StropError, status: int | None = None) -> Response:
     if status is None:
         kinds = {Busy: 409, FolderError: 404, InputError: 400}
         status = next((number for kind, number in kinds.items() if isinstance(error, kind)), 503)
     return JSONResponse({"error": error.as_json()}, status)
 
 
-def told(endpoint: Endpoint) -> Endpoint:
-    """An endpoint whose errors of ours are answers."""
+def handle_errors(endpoint: Endpoint) -> Endpoint:
+    """Turn strop's errors in an endpoint into error responses."""
 
     async def run(request: Request) -> Response:
         try:
             return await endpoint(request)
         except StropError as error:
-            return failed(error)
+            return error_response(error)
 
     return run
 
 
 Events = AsyncIterator[bytes]
+
+
+def event_response(events: AsyncIterator[bytes]) -> Response:
+    return StreamingResponse(events, media_type="text/event-stream")
