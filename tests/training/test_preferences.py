@@ -35,7 +35,6 @@ from tests.support import preferences, tiny
 from tests.support.families import ANSWER, tokenizer
 from tests.support.preferences import KEY, add_reference, make_job, pairs, units_for
 from tests.support.runs import QUICK, run
-from tests.support.steps import changed_step
 from tests.support.tiny import far
 
 COMPARED = [

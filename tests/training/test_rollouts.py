@@ -25,7 +25,6 @@ from strop.training.rollouts import PolicyCriterion
 from strop.training.state import Job, batch_stream
 from tests.support.groups import make_job, make_reward, prompts, write_prompts, write_reward
 from tests.support.runs import QUICK, run
-from tests.support.steps import changed_step
 from tests.support.tiny import far
 
 GROUPS = [

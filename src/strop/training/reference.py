@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import cast
 
 import torch
@@ -27,7 +26,6 @@ from torch import Tensor
 
 from strop.data.store import LazySequence
 from strop.data.types import ExampleGroup
-from strop.engine.step import Step
 from strop.errors import CheckpointError, RunError
 from strop.runs.folder import apply_umask, disk_errors, fsync_folder
 from strop.training.criteria import BLOCK, PreferenceCriterion, answer_logprobs, mismatched_logprobs
