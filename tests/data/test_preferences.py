@@ -235,7 +235,7 @@ def test_pair_has_same_prompt_and_both_stop_tokens(tmp_path: Path) -> None:
 
 
 def test_pair_is_truncated_in_its_prompt_or_dropped(tmp_path: Path) -> None:
-    """Truncation must not empty an answer, and must not cut the sides separately: then their prompts would differ."""
+    """On record, 1 and 2: truncation must not empty an answer, or give the two sides different prompts."""
     rows = [
         {"prompt": "word " * 40 + "end", "chosen": "a b c d e f g h", "rejected": "x"},
         {"prompt": "hi", "chosen": "word " * 60, "rejected": "x"},
@@ -503,7 +503,7 @@ def test_format_document_reads_a_text_file_as_one_row(tmp_path: Path) -> None:
 
 
 def test_prompt_is_an_exact_prefix_on_both_sides(tmp_path: Path) -> None:
-    """One answer would share a token with the end of the prompt: both sides must then be encoded separately."""
+    """On record, 3: one answer would share a token with the end of the prompt, so both sides are encoded separately."""
     template, text = tmp_path / "bare.jinja", "what is the answer then"
     template.write_text(
         "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
