@@ -62,7 +62,7 @@ def test_public_names() -> None:
     assert set(strop.__all__) == PUBLIC
     defined = {
         name for name, value in vars(strop).items()
-        if inspect.isfunction(value) and value.__module__ == "strop" and not name.startswith("_")
+        if inspect.isfunction(value) and value.__module__ == "strop.api" and not name.startswith("_")
     }  # fmt: skip
     assert defined == {name for name in PUBLIC if name[0].islower()}
 

@@ -120,7 +120,10 @@ def test_int8_matmul_chooses_fp32_and_keeps_int8_weights() -> None:
     [
         ({"machine": replace(LAPTOP, vector=("avx2",))}, "a CPU has no products of such integers"),
         ({"device": "cuda", "machine": replace(LAPTOP, gpus=("card, 24564 MiB",))}, "the run is on cuda"),
-        ({"shape": replace(LLAMA_8B, family="gpt2")}, "the plain step cannot, which trains this"),
+        (
+            {"shape": replace(LLAMA_8B, family="gpt2", text_config={"model_type": "gpt2"})},
+            "the plain step cannot, which trains this",
+        ),
     ],
 )
 def test_int8_matmul_is_refused_where_it_is_not_supported(how: dict[str, Any], message: str) -> None:

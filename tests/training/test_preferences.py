@@ -35,6 +35,7 @@ from tests.support import preferences, tiny
 from tests.support.families import ANSWER, tokenizer
 from tests.support.preferences import KEY, add_reference, make_job, pairs, units_for
 from tests.support.runs import QUICK, run
+from tests.support.steps import changed_step
 from tests.support.tiny import far
 
 COMPARED = [
@@ -84,7 +85,7 @@ def test_same_loss_and_gradients_for_any_micro_batch_and_step(
     whole = far(add_reference(make_job(tmp_path / "whole", train, **options)))
     pieces = make_job(tmp_path / "pieces", train, plain=plain, **{**options, **cut})
     if cut.get("train.gradient_checkpointing"):
-        pieces.step.recompute()
+        pieces.step.checkpoint()
     pieces = far(add_reference(pieces))
     expected, result = gradients(whole), gradients(pieces)
     parts = micro_batches(pieces, pieces.train)
@@ -245,7 +246,7 @@ def test_non_finite_evaluation_is_logged_and_never_the_best(tmp_path: Path, obje
     def spoiled(function: Any) -> Any:
         return lambda rows: function(rows) * (1.0 if torch.is_grad_enabled() else math.nan)
 
-    step = replace(
+    step = changed_step(
         job.step, log_probs=spoiled(job.step.log_probs), last_hidden=spoiled(job.step.last_hidden)
     )  # the reference is already computed
     fit(replace(job, step=step))
@@ -260,7 +261,7 @@ def test_non_finite_evaluation_is_logged_and_never_the_best(tmp_path: Path, obje
 def test_first_step_without_gradient_or_update_stops_the_run(tmp_path: Path) -> None:
     """on record, 9: the loss does not show it."""
     job = add_reference(make_job(tmp_path / "a", pairs(8), **{"train.objective": "dpo", "train.max_steps": 2}))
-    stuck = replace(job, step=replace(job.step, log_probs=lambda rows: job.step.log_probs(rows) * 0.0))
+    stuck = replace(job, step=changed_step(job.step, log_probs=lambda rows: job.step.log_probs(rows) * 0.0))
     with pytest.raises(RunError, match="gradient of the first step is zero"):
         fit(stuck)
     job = add_reference(make_job(tmp_path / "b", pairs(8), **{"train.objective": "simpo", "train.max_steps": 2}))

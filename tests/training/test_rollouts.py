@@ -25,6 +25,7 @@ from strop.training.rollouts import PolicyCriterion
 from strop.training.state import Job, batch_stream
 from tests.support.groups import make_job, make_reward, prompts, write_prompts, write_reward
 from tests.support.runs import QUICK, run
+from tests.support.steps import changed_step
 from tests.support.tiny import far
 
 GROUPS = [
@@ -68,7 +69,7 @@ def test_same_loss_and_gradients_for_any_micro_batch_and_step(
     items = sample_groups(whole)
     pieces = make_job(tmp_path / "pieces", rows, plain=plain, **{**options, **cut})
     if cut.get("train.gradient_checkpointing"):
-        pieces.step.recompute()
+        pieces.step.checkpoint()
     expected, result = gradients(far(whole), items), gradients(far(pieces), items)
     assert abs(expected[0]) > 1e-6 and result[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-8)
     for name, grad in expected[1].items():
@@ -230,7 +231,9 @@ def test_zero_gradient_with_different_rewards_stops_the_run(tmp_path: Path) -> N
     """On record, 9: rewards differ, and the gradient is zero."""
     job = make_job(tmp_path, prompts(4), **{"train.max_steps": 2})
     whole = job.step.token_log_probs
-    stuck = replace(job, step=replace(job.step, token_log_probs=lambda rows: whole(rows).detach() + whole(rows) * 0))
+    stuck = replace(
+        job, step=changed_step(job.step, token_log_probs=lambda rows: whole(rows).detach() + whole(rows) * 0)
+    )
     with pytest.raises(RunError, match="rewards differ, but the gradient is zero"):
         fit(stuck)
 
