@@ -33,7 +33,7 @@ $(VENV)-vllm/installed:
 # its converter, llm, litellm (which wants other versions than strop's); Go, curl and Chromium where they are installed.
 deploy: $(VENV)-deploy/installed $(VENV)-litellm/installed
 	STROP_LLAMA_CPP=$(abspath $(VENV)-deploy/llama-cpp/vendor/llama.cpp) STROP_LITELLM_PYTHON=$(VENV)-litellm/bin/python \
-	HF_HUB_OFFLINE=1 $(VENV)-deploy/bin/pytest tests/export/test_gguf.py tests/export/test_ollama.py tests/serve/test_clients.py
+	HF_HUB_OFFLINE=1 $(VENV)-deploy/bin/pytest tests/exporting/test_gguf.py tests/exporting/test_ollama.py tests/serve/test_clients.py
 
 $(VENV)-deploy/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-deploy

@@ -18,8 +18,8 @@ import strop
 from strop.evaluation.compare import questions
 from strop.evaluation.metrics import score
 from strop.evaluation.run import read_conversations
-from strop.export.gguf import export_gguf
-from strop.export.llama_cpp import LlamaCpp
+from strop.exporting.gguf import export_gguf
+from strop.exporting.llama_cpp import LlamaCpp
 from strop.models.adapter_config import adapter_config
 from strop.models.source import locate
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from strop.engine.device import prepare_process
-from strop.export import merge, parity
-from strop.export.merge import Trained
-from strop.export.parity import LIMITS, Parity
+from strop.exporting import merge, parity
+from strop.exporting.merge import Trained
+from strop.exporting.parity import LIMITS, Parity
 from strop.models.adapters import adapter_folder, base_source
 from strop.models.load import DTYPES, load_base, stored_dtype
 from strop.models.source import Source

@@ -30,7 +30,7 @@ SHAPE = {
 MERGE = """
 import json, sys
 from pathlib import Path
-from strop.export.merge import merge
+from strop.exporting.merge import merge
 from strop.machine.memory import mark
 before = mark("cpu")
 merge(sys.argv[1], Path(sys.argv[2]), dtype=sys.argv[3], measure=False)

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from strop.export import merge
-from strop.export.merge import Trained
-from strop.export.parity import LIMITS, compare
+from strop.exporting import merge
+from strop.exporting.merge import Trained
+from strop.exporting.parity import LIMITS, compare
 from strop.models.adapter_config import adapter_config
 from strop.models.adapters import attach
 from strop.models.load import load_base, weights_folder

@@ -137,11 +137,11 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
             metric = "exact" if case["data"].isdigit() else "exact_json"
             evaluate_models([str(made)], str(asked), metric=metric)
         elif case["phase"] == "merge":
-            from strop.export.merge import merge
+            from strop.exporting.merge import merge
 
             merge(str(made), Path(temp) / "merged", say=mark.hear)
         elif case["phase"] == "export":
-            from strop.export.gguf import export_gguf
+            from strop.exporting.gguf import export_gguf
 
             export_gguf(str(made), Path(temp) / "model.gguf", kind=case["kind"], say=mark.hear)
         else:

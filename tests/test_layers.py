@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"engine"},
     {"objectives", "distributed"},
     {"evaluation", "planning"},
-    {"training", "export"},
+    {"training", "exporting"},
     {"api"},
     {"serve", "interop"},
     {"dash", "demo"},

@@ -73,3 +73,9 @@ def test_public_functions_are_typed_and_documented(name: str) -> None:
     signature = inspect.signature(function)
     assert inspect.getdoc(function) and signature.return_annotation is not inspect.Signature.empty
     assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
+
+
+def test_public_functions_are_not_hidden_by_packages_of_the_same_name() -> None:
+    """Importing a package `strop.x` sets `strop.x`: none may have the name of a public function."""
+    packages = {path.parent.name for path in (ROOT / "src" / "strop").glob("*/__init__.py")}
+    assert not packages & PUBLIC

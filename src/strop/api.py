@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from strop.config.schema import Recipe
     from strop.data.prepare import Prepared
     from strop.data.types import DataKind
-    from strop.export.gguf import Exported
-    from strop.export.hub import Pushed
-    from strop.export.merge import Merged
-    from strop.export.ollama import Prepared as PreparedOllama
+    from strop.exporting.gguf import Exported
+    from strop.exporting.hub import Pushed
+    from strop.exporting.merge import Merged
+    from strop.exporting.ollama import Prepared as PreparedOllama
     from strop.models.adapters import Model
     from strop.planning.compare import Row
     from strop.planning.plan import Plan
@@ -395,7 +395,7 @@ def merge(
         InputError: If the run or the folder is invalid; raised before anything is written.
         ParityError: If the merged model differs from the tuned one beyond the limit.
     """
-    from strop.export.merge import merge as merge_adapter
+    from strop.exporting.merge import merge as merge_adapter
     from strop.machine.torch_state import own_torch
 
     rows = _data_file(data)
@@ -463,8 +463,8 @@ def export(
         InputError: If the run or an option is invalid; raised before anything is written.
         ParityError: If the exported model differs from the tuned one beyond the limit.
     """
-    from strop.export.gguf import export_gguf
-    from strop.export.ollama import export_ollama
+    from strop.exporting.gguf import export_gguf
+    from strop.exporting.ollama import export_ollama
     from strop.machine.torch_state import own_torch
 
     if target not in ("gguf", "ollama"):
@@ -504,7 +504,7 @@ def push(
         InputError: If the folder, the repository or an option is invalid; raised before anything is sent.
         RunError: If the Hub cannot be reached, or its files differ from those sent.
     """
-    from strop.export.hub import push as push_folder
+    from strop.exporting.hub import push as push_folder
 
     return push_folder(os.fspath(run), repo, public=public, base=base, message=message, say=progress or _ignore)
 

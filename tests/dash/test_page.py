@@ -288,7 +288,7 @@ def test_our_scripts_make_no_markup() -> None:
 
 
 def test_what_can_be_made_is_what_the_commands_make() -> None:
-    from strop.export import parity, verify_gguf
+    from strop.exporting import parity, verify_gguf
 
     text = (STATIC / "screens" / "take.js").read_text(encoding="utf-8")
     types = re.search(r"GGUF_TYPES = (\[.*?\]);", text)

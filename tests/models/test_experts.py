@@ -16,8 +16,8 @@ import strop
 from strop.config.schema import LoraSection
 from strop.engine.train.plain import PlainLoss
 from strop.errors import ModelError
-from strop.export.adapters import combine, compare, norm
-from strop.export.merge import merge
+from strop.exporting.adapters import combine, compare, norm
+from strop.exporting.merge import merge
 from strop.models.experts import QuantizedExperts
 from strop.models.load import load_base, skeleton, stream_weights
 from strop.models.lora import add_lora, check_lora, linear_kinds, trainable

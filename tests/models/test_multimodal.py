@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import strop
-from strop.export.merge import merge
+from strop.exporting.merge import merge
 from strop.models.load import load_base, skeleton
 from strop.models.multimodal import in_text, text_path
 from strop.models.source import locate

@@ -24,7 +24,7 @@ import transformers
 
 import strop
 from strop.errors import StropError
-from strop.export.merge import merge
+from strop.exporting.merge import merge
 from strop.models.load import skeleton
 from strop.models.source import locate
 from strop.planning.model_docs import found_in

@@ -18,7 +18,7 @@ from strop.cli.invocation import command_name
 from strop.errors import Where
 
 if TYPE_CHECKING:
-    from strop.export.parity import Parity
+    from strop.exporting.parity import Parity
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _NOT_SHARES = ("loss", "perplexity", "tokens_per_answer", "tokens_per_s")  # scores that are not shown in percent

@@ -13,9 +13,9 @@ import torch
 
 import strop
 from strop.errors import FolderError, ModelError
-from strop.export import llama_cpp
-from strop.export.gguf import export_gguf
-from strop.export.merge import merge
+from strop.exporting import llama_cpp
+from strop.exporting.gguf import export_gguf
+from strop.exporting.merge import merge
 from strop.models.load import copies_to_make, load_base
 from strop.models.source import locate
 from tests.support import gguf_models

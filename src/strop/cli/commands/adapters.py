@@ -35,7 +35,7 @@ def adapters(
         raise RecipeError(f"{len(names)} adapters: only two can be compared", fix="add them with --out and --weights")
     result: dict[str, Any]
     with status_line("loading the libraries") as status:
-        from strop.export import adapters as known
+        from strop.exporting import adapters as known
 
         status.update("reading the adapters")
         if out is not None:

@@ -15,7 +15,7 @@ from strop.cli.tables import console, print_base, print_json, print_notes, print
 from strop.engine.kernels import warmup
 
 if TYPE_CHECKING:
-    from strop.export.gguf import Exported
+    from strop.exporting.gguf import Exported
 
 Type = Annotated[
     str | None,

@@ -21,7 +21,7 @@ def export_script(
 ) -> None:
     """Write a run as a plain transformers and peft script that trains the same way without strop."""
     with status_line("loading the libraries"):
-        from strop.export.script import export_script as write
+        from strop.exporting.script import export_script as write
 
         written = write(run, out)
     rows = "rendered by the script with the chat template" if written.encoded else "stored as tokens"

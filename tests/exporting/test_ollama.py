@@ -15,11 +15,11 @@ import pytest
 from strop.data.rendering.render import Renderer
 from strop.data.types import Message
 from strop.errors import FolderError, ModelError, ParityError
-from strop.export import go_template, llama_cpp
-from strop.export import ollama as module
-from strop.export.go_template import Pieces, rendered_by_go, trims
-from strop.export.ollama import export_ollama, modelfile
-from strop.export.template_strings import conversations
+from strop.exporting import go_template, llama_cpp
+from strop.exporting import ollama as module
+from strop.exporting.go_template import Pieces, rendered_by_go, trims
+from strop.exporting.ollama import export_ollama, modelfile
+from strop.exporting.template_strings import conversations
 from tests.support import gguf_models
 from tests.support.families import TEMPLATES, tokenizer
 from tests.support.tiny import write_rows

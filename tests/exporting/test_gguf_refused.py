@@ -20,10 +20,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 import strop
 from strop.data.rendering.render import Renderer
 from strop.errors import InputError, MemoryLimitError, ModelError, RecipeError
-from strop.export import gguf as module
-from strop.export import gguf_tokenizer, llama_cpp
-from strop.export.gguf import export_gguf
-from strop.export.tuned import Trained, Tuned
+from strop.exporting import gguf as module
+from strop.exporting import gguf_tokenizer, llama_cpp
+from strop.exporting.gguf import export_gguf
+from strop.exporting.tuned import Trained, Tuned
 from strop.models.families.gguf_export import Layout
 from strop.models.load import load_config
 from strop.models.source import Source, locate
@@ -143,7 +143,7 @@ def test_without_measuring(tuned: Path, rows: str, tmp_path: Path, monkeypatch: 
     assert told["parity"] is None and "--no-parity" in told["not_measured"]
     with pytest.raises(RecipeError, match="measures nothing"):
         export_gguf(str(tuned), tmp_path / "n.gguf", data=rows, measure=False)
-    monkeypatch.setattr("strop.export.merge.probe", lambda: type("Machine", (), {"free_bytes": 1 << 20})())
+    monkeypatch.setattr("strop.exporting.merge.probe", lambda: type("Machine", (), {"free_bytes": 1 << 20})())
     with pytest.raises(MemoryLimitError, match="measuring takes") as raised:
         export_gguf(str(tuned), tmp_path / "n.gguf", data=rows)
     assert "--no-parity" in raised.value.fix and [file.name for file in tmp_path.iterdir()] == ["m.gguf"]

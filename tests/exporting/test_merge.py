@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 import strop
 from strop.data.types import Example
 from strop.errors import DataError, FolderError, MemoryLimitError, ModelError, ParityError, RecipeError
-from strop.export import merge as module
-from strop.export.merge import merge
-from strop.export.parity import in_fp32, new_from
+from strop.exporting import merge as module
+from strop.exporting.merge import merge
+from strop.exporting.parity import in_fp32, new_from
 from strop.machine.probe import probe
 from strop.models.source import locate
 from tests.support import preferences, tiny, tiny_families

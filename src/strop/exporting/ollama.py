@@ -23,9 +23,9 @@ from urllib.parse import urlsplit
 from strop.data.rendering.render import Renderer
 from strop.data.types import Message
 from strop.errors import FolderError, ParityError
-from strop.export.gguf import Exported, export_gguf
-from strop.export.go_template import Pieces, go_is_installed, rendered_by_go, trims
-from strop.export.template_strings import conversations
+from strop.exporting.gguf import Exported, export_gguf
+from strop.exporting.go_template import Pieces, go_is_installed, rendered_by_go, trims
+from strop.exporting.template_strings import conversations
 from strop.models.adapters import adapter_folder, base_source, read_identity, with_tokenizer
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer

@@ -15,9 +15,9 @@ from torch import Tensor
 import strop
 from strop.data.types import Example
 from strop.errors import ModelError, ParityError
-from strop.export import merge as module
-from strop.export.merge import merge
-from strop.export.parity import LIMITS, Limit, Parity, compare
+from strop.exporting import merge as module
+from strop.exporting.merge import merge
+from strop.exporting.parity import LIMITS, Limit, Parity, compare
 from tests.support import tiny
 
 BF16 = LIMITS["bf16"]

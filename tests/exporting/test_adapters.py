@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 import strop
 from strop.engine.decode.generate import Sampling
 from strop.errors import FolderError, ModelError, RecipeError
-from strop.export.adapters import combine, compare, facts, norm
+from strop.exporting.adapters import combine, compare, facts, norm
 from strop.serve.models import load_models
 from tests.support import tiny
 from tests.support.runs import run
@@ -134,7 +134,7 @@ def test_a_sum_of_what_was_asked_in_other_ways_says_so(
 def test_what_has_no_sum_is_refused_before_weights_load(
     two: tuple[Path, Path], setting: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("strop.export.adapters.load_base", lambda *args, **more: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("strop.exporting.adapters.load_base", lambda *args, **more: pytest.fail("weights were loaded"))
     other = changed(two[1], tmp_path / "other", setting)
     with pytest.raises(ModelError, match="have no weighted sum"):
         combine([str(two[0]), str(other)], [0.5, 0.5], tmp_path / "sum")

@@ -19,7 +19,7 @@ from strop.data.rendering.render import Renderer
 from strop.data.row_errors import RenderError
 from strop.data.types import Message
 from strop.errors import ModelError
-from strop.export.template_strings import conversations
+from strop.exporting.template_strings import conversations
 
 _SAID = {"system": "Qzsystemq", "user": "Qzfirstq", "assistant": "Qzanswerq", "again": "Qzsecondq"}
 

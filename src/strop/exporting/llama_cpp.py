@@ -17,7 +17,7 @@ from torch import Tensor
 
 from strop.data.types import Example
 from strop.errors import InputError, ParityError, RunError
-from strop.export.parity import normalized
+from strop.exporting.parity import normalized
 
 INSTALL = "pip install llama-cpp-python"
 

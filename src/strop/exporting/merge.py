@@ -26,8 +26,8 @@ from strop.engine.step import step_for
 from strop.errors import DataError, FolderError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.loss import mean_loss
 from strop.evaluation.model_card import CARD_FILE, card, report_of
-from strop.export.parity import LIMITS, Parity, compare, freed, in_fp32
-from strop.export.weight_changes import changes
+from strop.exporting.parity import LIMITS, Parity, compare, freed, in_fp32
+from strop.exporting.weight_changes import changes
 from strop.machine.probe import probe
 from strop.models.adapter_config import WEIGHTS_FILE, adapter_config
 from strop.models.adapters import (

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import strop
 from strop.errors import InputError
-from strop.export.script import export_script
+from strop.exporting.script import export_script
 from strop.runs.events import read_events
 from tests.support import tiny_families
 from tests.support.preferences import write_pairs

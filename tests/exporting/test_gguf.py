@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM
 import strop
 from strop.data.rendering.render import Renderer
 from strop.errors import FolderError, InputError, ModelError, ParityError, RecipeError
-from strop.export import gguf as module
-from strop.export import gguf_tokenizer, llama_cpp
-from strop.export.gguf import export_gguf
-from strop.export.merge import merge
-from strop.export.template_strings import STRINGS
-from strop.export.tuned import Trained, Tuned
-from strop.export.verify_gguf import check_text
+from strop.exporting import gguf as module
+from strop.exporting import gguf_tokenizer, llama_cpp
+from strop.exporting.gguf import export_gguf
+from strop.exporting.merge import merge
+from strop.exporting.template_strings import STRINGS
+from strop.exporting.tuned import Trained, Tuned
+from strop.exporting.verify_gguf import check_text
 from strop.models.families.gguf_export import FAMILIES, Layout, interleaved
 from strop.models.load import load_config
 from strop.models.source import locate

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 import strop
 from strop.evaluation.model_card import hub_id
-from strop.export.adapters import combine
+from strop.exporting.adapters import combine
 from tests.support.hub_standin import TOKEN, Shelf, taking
 from tests.support.runs import run
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from strop.data.types import Example
 from strop.errors import ModelError
-from strop.export.merge import Trained, better_base, rows_to_measure, tuned_model
-from strop.export.weight_changes import changes
+from strop.exporting.merge import Trained, better_base, rows_to_measure, tuned_model
+from strop.exporting.weight_changes import changes
 from strop.models.adapter_config import adapter_config
 from strop.models.adapters import (
     adapter_folder,

@@ -14,11 +14,11 @@ from strop.data.rendering.render import Renderer
 from strop.data.types import Example, Ids
 from strop.engine.decode.generate import Completion, generate
 from strop.errors import ParityError
-from strop.export.gguf_tokenizer import Vocabulary
-from strop.export.llama_cpp import LlamaCpp
-from strop.export.parity import Limit, Parity, enough, measuring
-from strop.export.template_strings import STRINGS, conversations
-from strop.export.tuned import Tuned
+from strop.exporting.gguf_tokenizer import Vocabulary
+from strop.exporting.llama_cpp import LlamaCpp
+from strop.exporting.parity import Limit, Parity, enough, measuring
+from strop.exporting.template_strings import STRINGS, conversations
+from strop.exporting.tuned import Tuned
 
 ASKED, LONGEST_ANSWER = 4, 64  # prompts answered by both, and new tokens at most
 # Of the 200, where llama.cpp is known not to be exact (Vocabulary.exact); rows and prompts may never differ.
