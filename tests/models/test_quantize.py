@@ -487,7 +487,7 @@ def test_the_last_rung_without_memory_is_streaming(
     with pytest.raises(KeyboardInterrupt):
         strop.train(out=tmp_path / "cut", callback=killed, **options)
     shrunk = [event["to"] for event in read_events(tmp_path / "cut" / "events.jsonl") if event["event"] == "shrink"]
-    assert shrunk[-1] == "weights that are dequantized when they are needed" and tight[-1] is False
+    assert "when they are needed" in shrunk[-1] and tight[-1] is False
     tight.clear()
     strop.resume(tmp_path / "cut")
     assert losses("cut") == losses("whole") and True not in tight

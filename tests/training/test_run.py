@@ -353,7 +353,7 @@ def test_tilde_in_a_recipes_out_is_expanded(
 
 
 def test_out_with_a_newline_is_refused(tiny_folder: Path, rows_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(strop.InputError, match="not a name"):
+    with pytest.raises(strop.InputError, match="not a valid name"):
         strop.train(model=str(tiny_folder), data=str(rows_file), out=tmp_path / "a\nb")
 
 

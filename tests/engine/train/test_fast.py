@@ -76,7 +76,8 @@ def assert_same(found: tuple[torch.Tensor, Gradients], expected: tuple[torch.Ten
     assert found[1].keys() == expected[1].keys()
     for name, grad in expected[1].items():
         assert grad.norm() > 0, name
-        assert (found[1][name] - grad).norm() <= 1e-4 * grad.norm(), name
+        # 1.02e-4 was measured for one variant on a CPU with AMX, whose matmuls sum in another order
+        assert (found[1][name] - grad).norm() <= 1.5e-4 * grad.norm(), name
 
 
 def test_each_family_has_a_parity_test() -> None:
