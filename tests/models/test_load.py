@@ -125,8 +125,10 @@ def test_an_adapter_of_the_hub_is_told_from_a_model(tmp_path: Path) -> None:
         env.pop("HF_HUB_CACHE", None)
         command = [sys.executable, "-m", "strop.cli", "chat", "owner/lora"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
-    told = "owner/lora: an adapter, not a model; strop reads adapters from folders: hf download owner/lora --local-dir"
-    assert done.returncode == 2 and told in done.stderr and str(tmp_path) not in done.stderr, done.stderr
+    message = "owner/lora: an adapter, not a model"
+    assert done.returncode == 2 and message in done.stderr and "hf download owner/lora --local-dir" in done.stderr
+    assert "strop reads" not in done.stderr
+    assert str(tmp_path) not in done.stderr, done.stderr
 
 
 def test_a_folder_loads_with_its_own_weights(tiny_folder: Path) -> None:
@@ -448,7 +450,7 @@ def test_tokens_that_the_model_does_not_know_are_named(tmp_path: Path) -> None:
     options: dict[str, Any] = {"model": tmp_path / "base", "data": rows, "model.device": "cpu", "train.max_steps": 1}
     with pytest.raises(ModelError, match=rf"rows.jsonl:1: .* none for token {known} \(<.im_end.>\)"):
         strop.train(out=tmp_path / "run", **options)
-    with pytest.raises(ModelError, match=f"gives token {known}, and the model knows {known}"):
+    with pytest.raises(ModelError, match=rf"token {known}\b.* {known} tokens"):
         strop.load(tmp_path / "base", device="cpu").generate("hello")
 
 
