@@ -47,7 +47,7 @@ def test_a_model_without_positions_for_a_row_is_not_trained(short: Path, tmp_pat
     rows = tiny.write_rows(tmp_path / "rows.jsonl", 4)
     with rows.open("a", encoding="utf-8") as file:
         file.write(json.dumps(LONG) + "\n")
-    with pytest.raises(DataError, match=r"1 of 5 rows are longer than the 32 tokens .* none for more") as found:
+    with pytest.raises(DataError, match=r"1 of 5 rows are longer than the 32 tokens ") as found:
         strop.train(model=short, data=rows, out=tmp_path / "run")
     assert "--data.max_length 32" in found.value.lines()[-1]
     cut = {"data": {"train": str(rows), "max_length": 32, "overlong": "drop"}, "train": {"max_steps": 2}}
