@@ -98,11 +98,11 @@ def rates(options: argparse.Namespace) -> dict[str, Any]:
         "bytes_per_s": rate(2 * x.numel(), lambda: y.copy_(x)),
     }
     if options.device == "cuda":
-        from strop.engine.kernels.cuda import flash
+        from strop.engine.kernels.cuda import attention
 
         about = torch.cuda.get_device_properties(0)
         of = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
-        flash.why_not(torch.device("cuda"))  # as a run does it
+        attention.why_not(torch.device("cuda"))  # as a run does it
         found |= {
             "flash_attention": of() or "FA2",
             "card": about.name,

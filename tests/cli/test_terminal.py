@@ -86,7 +86,7 @@ def test_while_nothing_is_printed_it_says_what_is_done(monkeypatch: pytest.Monke
     out = io.StringIO()
     with alive(Console(file=out), "loading the libraries"):
         assert lines_of(out, 1) == ["still    loading the libraries (0 s)"]
-        logging.getLogger("strop.engine.kernels.cpu.warmup").info("compiling %s", "loops")
+        logging.getLogger("strop.engine.kernels.warmup").info("compiling %s", "loops")
         before = len(out.getvalue().splitlines())
         assert "still    compiling loops (0 s)" in lines_of(out, before + 3)
     ended = out.getvalue()

@@ -234,15 +234,15 @@ def merge(model: str) -> dict[str, Any]:
 
 def newest_attention() -> dict[str, Any]:
     """What is found of flash attention 3 where it is installed; how often it was put in and taken out."""
-    from strop.engine.kernels.cuda import flash
+    from strop.engine.kernels.cuda import attention
 
     known, switched = torch.nn.attention, Counter()
     with ExitStack() as stack:
         for name in ("activate_flash_attention_impl", "restore_flash_attention_impl"):
             stack.enter_context(patch.object(known, name, lambda *_, name=name: switched.update([name])))
-        stack.enter_context(patch.object(flash, "find_spec", lambda name: object()))
+        stack.enter_context(patch.object(attention, "find_spec", lambda name: object()))
         stack.enter_context(CARD.present())
-        why = flash.why_not.__wrapped__(torch.device("cuda"))
+        why = attention.why_not.__wrapped__(torch.device("cuda"))
     return {"why": why, "switched": dict(switched)}
 
 

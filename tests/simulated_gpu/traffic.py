@@ -205,14 +205,14 @@ def _flash(x: Tensor) -> None:
 
 
 def _norm(x: Tensor) -> None:
-    from strop.engine.kernels.cuda.norms import rms_norm, rms_norm_backward
+    from strop.engine.kernels.cuda.elementwise import rms_norm, rms_norm_backward
 
     rms_norm(x, x[0], 1e-6, 0.0)
     rms_norm_backward(x, x, x[0], 1e-6, 0.0, x)
 
 
 def _loss(x: Tensor) -> None:
-    from strop.engine.kernels.cuda.loss import cross_entropy_
+    from strop.engine.kernels.cuda.elementwise import cross_entropy_
 
     labels = torch.zeros(8, dtype=torch.int64, device="cuda")
     cross_entropy_(x, labels, torch.zeros(8, device="cuda"), 0.0, True)

@@ -25,7 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from strop.engine.kernels import eager
-from strop.engine.kernels.cuda import dequantize, dropout, heads, loss, norms, rope
+from strop.engine.kernels.cuda import dequantize, dropout, elementwise, rope
+from strop.engine.kernels.cuda import elementwise as loss
+from strop.engine.kernels.cuda import rope as heads
 from strop.engine.train.attention import Heads
 from strop.engine.train.dropout import Dropped
 from strop.engine.train.norms import Norm
@@ -90,14 +92,14 @@ def dropped() -> Dropped:
 
 
 OPERATIONS: dict[str, Callable[[], object]] = {
-    "norm": lambda: norms.rms_norm(nothing(T, H), nothing(H), 1e-5, 0.0),
-    "norm, of 576": lambda: norms.rms_norm(nothing(T, 576), nothing(576), 1e-5, 0.0),
-    "norm backward": lambda: norms.rms_norm_backward(nothing(T, H), nothing(T, H), nothing(H), 1e-5, 0.0),
-    "glu": lambda: norms.glu(nothing(T, 2 * INNER), "silu"),
-    "glu backward": lambda: norms.glu_backward(nothing(T, INNER), nothing(T, 2 * INNER), "silu"),
-    "glu backward, gelu": lambda: norms.glu_backward(nothing(T, INNER), nothing(T, 2 * INNER), "gelu_pytorch_tanh"),
-    "gains": lambda: norms.scale_columns_(nothing(T, H), nothing(H, dtype=torch.float32)),
-    "gains, back": lambda: norms.scale_columns_backward(nothing(T, H), nothing(T, H), nothing(H, dtype=torch.float32)),
+    "norm": lambda: elementwise.rms_norm(nothing(T, H), nothing(H), 1e-5, 0.0),
+    "norm, of 576": lambda: elementwise.rms_norm(nothing(T, 576), nothing(576), 1e-5, 0.0),
+    "norm backward": lambda: elementwise.rms_norm_backward(nothing(T, H), nothing(T, H), nothing(H), 1e-5, 0.0),
+    "glu": lambda: elementwise.glu(nothing(T, 2 * INNER), "silu"),
+    "glu backward": lambda: elementwise.glu_backward(nothing(T, INNER), nothing(T, 2 * INNER), "silu"),
+    "glu backward, gelu": lambda: elementwise.glu_backward(nothing(T, INNER), nothing(T, 2 * INNER), "gelu_pytorch_tanh"),
+    "gains": lambda: elementwise.scale_columns_(nothing(T, H), nothing(H, dtype=torch.float32)),
+    "gains, back": lambda: elementwise.scale_columns_backward(nothing(T, H), nothing(T, H), nothing(H, dtype=torch.float32)),
     "cross entropy": lambda: loss.cross_entropy_(
         nothing(T, V), nothing(T, dtype=torch.int64), nothing(T, dtype=torch.float32), 0.0, True
     ),

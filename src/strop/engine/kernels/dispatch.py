@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from strop.engine.kernels import eager
-from strop.engine.kernels.compiler import ANSWERS, STEP
 from strop.engine.kernels.protocols import FrozenProduct, Loops, LoraProducts, Ops, apply
+from strop.engine.kernels.warmup import ANSWERS, STEP
 from strop.engine.train import dropout, lora
 from strop.engine.train.attention import Attention, Heads, Turned
 from strop.engine.train.dropout import Drops
@@ -52,9 +52,9 @@ class Processor:
 
             if not self.kernels:
                 return on_card
-            from strop.engine.kernels.cuda import heads
+            from strop.engine.kernels.cuda import rope
 
-            return partial(on_card, turns=cast(Any, heads))
+            return partial(on_card, turns=cast(Any, rope))
         if self.tiled(size):
             from strop.engine.kernels.cpu.attention import TileAttention  # its import starts threads
 
@@ -64,7 +64,7 @@ class Processor:
     def aside(self) -> type[Function]:
         """The rotary embedding where attention cannot do it."""
         if self.loops is not None:
-            from strop.engine.kernels.cpu import rope as loops  # its import starts threads
+            from strop.engine.kernels.cpu import elementwise as loops  # its import starts threads
 
             return loops.Turned
         if not self.kernels:
@@ -167,9 +167,9 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL
     integers: multiply frozen weights in 8-bit integers, on a CPU in fp32.
     """
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        from strop.engine.kernels.cpu import elementwise
         from strop.engine.kernels.cpu import elementwise as kernels  # their import starts threads
-        from strop.engine.kernels.cpu import norms
-        from strop.engine.kernels.cpu.warmup import compile_once
+        from strop.engine.kernels.warmup import compile_once
 
         if warm:
             compile_once(dtype, kernels.cache_folder(), STEP, [warm], ("attention", "products"))
@@ -181,9 +181,9 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL
 
             products = Products()
         tiles = dtype == torch.bfloat16 and probe().tiles
-        return Processor(cast(Ops, kernels), cast(Loops, norms), tiles=tiles, integers=products)
+        return Processor(cast(Ops, kernels), cast(Loops, elementwise), tiles=tiles, integers=products)
     if device.type == "cuda":
-        from strop.engine.kernels.cuda import flash
+        from strop.engine.kernels.cuda import attention as flash
 
         flash.why_not(device)
         lacking = kernels_lack(device, dtype)
@@ -197,7 +197,7 @@ def processor_for(device: torch.device, dtype: torch.dtype, *, warm: str = USUAL
 
 def save_in_turn() -> None:
     """engine.cpu.warm.save_in_turn, for what compiles loops beside others."""
-    from strop.engine.kernels.cpu import warmup as warm
+    from strop.engine.kernels import warmup as warm
 
     warm.save_in_turn()
 
@@ -230,7 +230,7 @@ def answering_loops(dtype: torch.dtype | None = None) -> Any:
     compiled beforehand, in another process (engine.cpu.warm tells why)."""
     from strop.engine.kernels.cpu import decode_layer
     from strop.engine.kernels.cpu import elementwise as kernels  # their import starts threads
-    from strop.engine.kernels.cpu.warmup import compile_once
+    from strop.engine.kernels.warmup import compile_once
 
     if dtype is not None:
         parts = ("products", "attention")
@@ -240,7 +240,7 @@ def answering_loops(dtype: torch.dtype | None = None) -> Any:
 
 def screening_loops() -> Any:
     """engine.cpu.screen: the likeliest token without the whole head."""
-    from strop.engine.kernels.cpu import exact_argmax  # its import starts threads
+    from strop.engine.kernels.cpu import sampling as exact_argmax  # its import starts threads
 
     return exact_argmax
 

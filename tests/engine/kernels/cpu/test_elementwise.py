@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from strop.engine.kernels import eager
-from strop.engine.kernels.cpu import compiled, elementwise, loss, rope
-from strop.engine.kernels.cpu import norms as row_loops
+from strop.engine.kernels.cpu import compiled, elementwise
+from strop.engine.kernels.cpu import elementwise as loss
+from strop.engine.kernels.cpu import elementwise as rope
+from strop.engine.kernels.cpu import elementwise as row_loops
 from strop.engine.kernels.protocols import apply
 from strop.engine.layers import about
 from strop.engine.train.attention import Heads, Turned

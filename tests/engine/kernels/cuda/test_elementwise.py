@@ -43,7 +43,7 @@ def in_a_process(*command: str, **environment: str) -> str:
 @triton
 def test_numbers_by_the_interpreter() -> None:
     """trials.py, in a process that has the interpreter from its start."""
-    file = "tests/engine/kernels/cuda/trials.py"
+    file = "tests/engine/kernels/cuda/numerics.py"
     said = in_a_process("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file, TRITON_INTERPRET="1")
     assert "100%" in said and "s" not in said.splitlines()[0]  # none was skipped
 
@@ -79,7 +79,7 @@ def forgotten() -> Iterator[None]:
 @triton
 def test_a_kernel_that_cannot_run_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """No card is here, so that its first launch fails; no C compiler, wrong numbers and no Triton are played."""
-    from strop.engine.kernels.cuda import norms
+    from strop.engine.kernels.cuda import elementwise
 
     cpu = torch.device("cpu")
     if not torch.cuda.is_available():
@@ -100,21 +100,21 @@ def test_a_kernel_that_cannot_run_is_a_reason(monkeypatch: pytest.MonkeyPatch) -
         (eager.rms_norm, None),
     ):
         available.why_not.cache_clear()
-        monkeypatch.setattr(norms, "rms_norm", norm)
+        monkeypatch.setattr(elementwise, "rms_norm", norm)
         found = available.why_not(cpu)
         assert found == said if said is None else (found or "").startswith(said)
     available.why_not.cache_clear()
-    monkeypatch.setitem(sys.modules, "strop.engine.kernels.cuda.norms", None)  # an import of it then fails
+    monkeypatch.setitem(sys.modules, "strop.engine.kernels.cuda.elementwise", None)  # an import of it then fails
     assert (available.why_not(cpu) or "").startswith("Triton cannot be imported: ")
 
 
 @triton
 def test_a_card_takes_the_kernels_where_they_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from strop.engine.kernels.cuda import attention
     from strop.engine.kernels.cuda import dropout as drops
     from strop.engine.kernels.cuda import elementwise as kernels
-    from strop.engine.kernels.cuda import flash
 
-    monkeypatch.setattr(flash, "why_not", lambda device: "it is for Hopper")
+    monkeypatch.setattr(attention, "why_not", lambda device: "it is for Hopper")
     card, reasons = torch.device("cuda", 1), {torch.device("cuda", 1): None}
     monkeypatch.setattr(available, "why_not", lambda device: reasons[device])
     taken = dispatch.processor_for(card, torch.bfloat16)
@@ -123,7 +123,7 @@ def test_a_card_takes_the_kernels_where_they_work(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(dispatch, "kernels_lack", lambda device, dtype: None)
     assert dispatch.drops_for(like) is drops
     monkeypatch.undo()
-    monkeypatch.setattr(flash, "why_not", lambda device: "it is for Hopper")
+    monkeypatch.setattr(attention, "why_not", lambda device: "it is for Hopper")
     monkeypatch.setattr(available, "why_not", lambda device: "no compiler")
     taken = dispatch.processor_for(card, torch.bfloat16)
     assert taken.ops is eager and taken.card and not taken.kernels and taken.lacking == "no compiler"

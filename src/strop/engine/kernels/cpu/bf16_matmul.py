@@ -16,11 +16,10 @@ from numba import get_num_threads, prange, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from strop.engine.kernels.cpu.compiled import GAP, BFloat, array, inline, loop
+from strop.engine.kernels.cpu.compiled import GAP, BFloat, array, inline, loop, turn
 from strop.engine.kernels.cpu.dots import call, location, plus, spread, widened
 from strop.engine.kernels.cpu.lora import Added
 from strop.engine.kernels.cpu.tile import LANES, pair
-from strop.engine.kernels.cpu.transpose import turn
 
 ROWS, WIDE = 6, 4 * LANES  # of a tile
 UNIT = 2 * LANES  # columns are a multiple of

@@ -23,9 +23,8 @@ from strop.engine.kernels.cpu.decode_matmul import Packed as Packed
 from strop.engine.kernels.cpu.decode_matmul import alone as alone
 from strop.engine.kernels.cpu.decode_matmul import products, share_of
 from strop.engine.kernels.cpu.dots import LANES as LANES
-from strop.engine.kernels.cpu.elementwise import CUBIC, TWO_ROOT
+from strop.engine.kernels.cpu.elementwise import CUBIC, TWO_ROOT, gelu
 from strop.engine.kernels.cpu.int8_dots import AS_HELD as AS_HELD
-from strop.engine.kernels.cpu.norms import gelu
 
 
 class Norm(NamedTuple):

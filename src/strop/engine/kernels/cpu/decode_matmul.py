@@ -13,12 +13,11 @@ import numpy as np
 from numba import prange, types
 
 from strop.engine.kernels.cpu import amx
-from strop.engine.kernels.cpu.amx_gemm import lay_out, room_for
+from strop.engine.kernels.cpu.amx import lay_out, room_for
 from strop.engine.kernels.cpu.compiled import chosen, inline, loop, together
 from strop.engine.kernels.cpu.dequantize import TURN, able, make_whole, packed_block
-from strop.engine.kernels.cpu.dots import AHEAD, LANES, block, edge, mix
+from strop.engine.kernels.cpu.dots import AHEAD, LANES, block, edge, mix, one_in_order
 from strop.engine.kernels.cpu.int8_dots import AS_HELD, STRETCH, fits, in_whole, whole_block, whole_block_in_order
-from strop.engine.kernels.cpu.streaming_dots import one_in_order
 
 
 class Dense(NamedTuple):
@@ -65,7 +64,7 @@ def share_of(lane: Any, lanes: Any, n: Any) -> Any:
 
 TILES = amx.THERE  # AMX multiplies: the same numbers for a row however many there are, and other than `block` gives
 if TILES:
-    from strop.engine.kernels.cpu.amx_gemm import tiled
+    from strop.engine.kernels.cpu.amx import tiled
 else:
 
     @together

@@ -16,8 +16,7 @@ from numba import prange, types
 from numba.extending import intrinsic
 
 from strop.engine.kernels.cpu.compiled import HAS_BF16, greater, inline, loop, wide
-from strop.engine.kernels.cpu.dots import LANES, LINE, call, location, prefetch, repeat, store_rows, sums_of
-from strop.engine.kernels.cpu.streaming_dots import in_order
+from strop.engine.kernels.cpu.dots import LANES, LINE, call, in_order, location, prefetch, repeat, store_rows, sums_of
 from strop.machine.probe import vector
 
 AS_HELD = HAS_BF16 and "avx512_vnni" in vector()

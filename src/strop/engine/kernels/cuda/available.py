@@ -18,7 +18,7 @@ from strop.engine.kernels import eager
 def why_not(device: torch.device) -> str | None:
     """Runs one kernel there, once a process. None where its numbers are right, else what is the matter, in a line."""
     try:
-        from strop.engine.kernels.cuda.norms import rms_norm
+        from strop.engine.kernels.cuda.elementwise import rms_norm
     except Exception as error:  # not installed, or for another Python
         return f"Triton cannot be imported: {_line(error)}"
     try:

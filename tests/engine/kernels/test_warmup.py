@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from strop.engine.kernels.cpu import warmup
+from strop.engine.kernels import warmup
 from strop.errors import DiskError
 from tests import ROOT
 
@@ -58,7 +58,7 @@ def test_nothing_is_left_to_compile(tmp_path: Path) -> None:
     for models, fewest in (("usual", 20), ("all", 40)):
         begun = [
             subprocess.Popen(
-                [sys.executable, "-m", "strop.engine.kernels.warmup_train", "bfloat16", models, part], env=about
+                [sys.executable, "-m", "strop.engine.kernels.warmup_models", "bfloat16", models, part], env=about
             )
             for part in ("attention", "products")
         ]
@@ -72,7 +72,7 @@ def test_nothing_is_left_to_compile(tmp_path: Path) -> None:
 
 ANSWERED = """
 import numba.core.event as events, torch
-from strop.engine.kernels.warmup_decode import exercise
+from strop.engine.kernels.warmup_models import exercise
 heard = events.RecordingListener()
 events.register("numba:compile", heard)
 exercise(torch.bfloat16)
@@ -82,7 +82,7 @@ print("compiled:", *(event.data["dispatcher"].py_func.__name__ for _, event in h
 
 def test_nothing_is_left_to_compile_for_answers(tmp_path: Path) -> None:
     about = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "strop.engine.kernels.warmup_decode", "bfloat16"]
+    words = [sys.executable, "-m", "strop.engine.kernels.warmup_models", "bfloat16"]
     begun = [subprocess.Popen([*words, part], env=about) for part in ("products", "attention")]
     assert [process.wait() for process in begun] == [0, 0]
 
@@ -145,3 +145,90 @@ def test_loops_whose_files_are_damaged_are_compiled_again(
     warmup.compile_once(torch.bfloat16, tmp_path, exercise=none)
     assert "(exit 1)" in caplog.text and not loop.exists()
     assert [path.name.rpartition("-")[2] for path in tmp_path.glob("strop-*-*")] == ["bfloat16"]
+
+
+# ---- from tests.engine.kernels.test_libraries ----
+from __future__ import annotations
+
+import gc
+import sys
+
+import pytest
+
+from strop.engine.kernels import warmup
+
+
+def test_the_search_for_rubbish_goes_on_afterwards() -> None:
+    warmup.load()
+    assert gc.isenabled() and gc.get_freeze_count() > 0 and "peft" in sys.modules
+
+
+def test_it_goes_on_where_a_library_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError):
+        warmup.load()
+    assert gc.isenabled()
+
+
+# ---- from tests.engine.kernels.test_compiler ----
+"""The process that compiles loops: begun ahead where there is something to compile, told what later, ended with its
+own."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from strop.engine.kernels import warmup
+from tests import ROOT
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is waiting, and two cores are there."""
+    monkeypatch.setattr(warmup, "_ahead", [])
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+
+
+def test_it_is_begun_only_where_nothing_is_compiled(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    (tmp_path / "cpu_1").mkdir()
+    (tmp_path / "cpu_1" / "strop-0-exercise-bfloat16").touch()
+    warmup.begin_ahead("exercise")
+    assert warmup._ahead == []
+    (tmp_path / "cpu_1" / "strop-0-exercise-bfloat16").unlink()
+    warmup.begin_ahead("exercise")
+    warmup.begin_ahead("exercise")
+    [begun] = warmup._ahead
+    assert begun.waits and warmup.take() is begun and warmup._ahead == []
+    assert begun.run([["strop.no_such_module"], ["this"]])[0] == 1
+    assert not begun.waits
+
+
+def test_parts_run_side_by_side_with_their_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_part.py").write_text("import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    parts = [["a_part", str(tmp_path / name), name] for name in ("one", "two")]
+    assert warmup.Compiler().run(parts) == (0, "")
+    assert [(tmp_path / name).read_text() for name in ("one", "two")] == ["one", "two"]
+    code, said = warmup.Compiler().run([*parts, ["no_such_part"]])
+    assert code == 1 and "No module named no_such_part" in said
+
+
+def test_it_ends_with_the_command_that_began_it(tmp_path: Path) -> None:
+    program = (
+        "from strop.engine import compiler\n"
+        "compiler._ahead.append(compiler.Compiler())\n"
+        "print(compiler._ahead[0]._process.pid)"
+    )
+    words = [sys.executable, "-c", program]
+    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(found.stdout)).wait(timeout=60)

@@ -1,7 +1,7 @@
 """The numbers of the kernels for cards against definitions in fp64, and whole steps of tiny models through them.
 
 test_kernels.py runs this file in a process that has TRITON_INTERPRET=1 from its start: by Triton's interpreter, on a
-CPU. Where there is a card, `pytest tests/engine/kernels/cuda/trials.py` runs it there.
+CPU. Where there is a card, `pytest tests/engine/kernels/cuda/numerics.py` runs it there.
 
 The interpreter cuts bf16 off where a card rounds: there the bound is a whole last bit, not half of one.
 """
@@ -20,7 +20,7 @@ from strop.engine.kernels import eager
 from strop.engine.kernels.cuda import dequantize, rope
 from strop.engine.kernels.cuda import dropout as drops
 from strop.engine.kernels.cuda import elementwise as kernels
-from strop.engine.kernels.cuda import heads as heads_
+from strop.engine.kernels.cuda import rope as heads_
 from strop.engine.kernels.cuda.attention import Turn
 from strop.engine.kernels.dispatch import Processor
 from strop.engine.kernels.protocols import Ops

@@ -10,7 +10,7 @@ import torch
 
 from strop.engine.decode.compiled_model import entering
 from strop.engine.decode.exact_argmax import PAUSE, Screen, made_small, screen_for
-from strop.engine.kernels.cpu import exact_argmax
+from strop.engine.kernels.cpu import sampling
 from strop.engine.kernels.cpu.compiled import array
 from strop.engine.kernels.cpu.decode_matmul import Dense, alone
 
@@ -49,7 +49,7 @@ def exactly(weight: torch.Tensor, z: Any, scale: float = 1.0) -> Any:
 def test_the_token_is_that_of_the_whole_head(
     dtype: torch.dtype, n: int, k: int, count: int, sharp: float, scale: float
 ) -> None:
-    if exact_argmax.TILES and n % exact_argmax.LANES:
+    if sampling.TILES and n % sampling.LANES:
         pytest.skip("not screened: the last rows are multiplied otherwise than tiles do (screen_for)")
     found = 0
     for seed in range(20):
@@ -66,7 +66,7 @@ def test_the_token_is_that_of_the_whole_head(
 def test_nearly_is_within_reach(dtype: torch.dtype) -> None:
     """Of what 8 bit leave out, against fp64."""
     weight = heads(2000, 576, dtype)
-    numbers, scales, reach = made_small(weight, exact_argmax.LANES)
+    numbers, scales, reach = made_small(weight, sampling.LANES)
     z = torch.randn(64, 576, generator=torch.Generator().manual_seed(0)) + 3 * weight[:64].float()
     small = torch.from_numpy(numbers).view(-1, 576)[:2000].double() * torch.from_numpy(scales)[:2000, None].double()
     off = ((small - weight.double()) @ z.double().T).abs() / z.double().norm(dim=1)
