@@ -200,7 +200,7 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
         "tokens_per_s": length / seconds, **peaks(options.device),
         "planned_bytes": planned.peak_bytes - (planned.parts["framework"] if options.device == "cuda" else 0),
         "flops_per_s": flops(setting, batch).total / seconds, "checkpointed": setting.checkpoint_layers,
-        "resident": resident, "step": step.name, "without_kernels": step.lacking,
+        "resident": resident, "step": step.name, "without_kernels": step.why_no_triton,
     }  # fmt: skip
 
 

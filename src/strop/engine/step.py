@@ -44,7 +44,7 @@ class Step:
     watch: Callable[[Watch], None] = lambda watch: None
     checkpoint: Callable[[int], None] = lambda layers: None
     release: Callable[[], None] = lambda: None
-    lacking: str = ""
+    why_no_triton: str = ""
     gather: Callable[[Gathered], None] = lambda gathered: None
     offload: Callable[[], None] | None = None
     shares: bool = False
@@ -73,7 +73,7 @@ def step_for(model: nn.Module, *, integers: bool = False) -> Step:
             watch=lambda watch: setattr(fast, "watch", watch),
             checkpoint=lambda layers: setattr(fast, "checkpoint_layers", layers),
             release=fast.release,
-            lacking=fast.lacking,
+            why_no_triton=fast.why_no_triton,
             gather=lambda gathered: setattr(fast, "gathered", gathered),
             offload=fast.offload if fast.on_card else None,
             shares=fast.prefix_sharing,

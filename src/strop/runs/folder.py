@@ -98,8 +98,8 @@ class RunFolder:
         """What lock.json holds. Raises FolderError where it is damaged: nothing else tells what a run is made of."""
         try:
             found = json.loads(self.lock.read_bytes())
-            lacking = [name for name in ("base", "data", "values", "versions", "threads") if name not in found]
-            why = f"it lacks {lacking[0]}" if lacking else ""
+            why_no_triton = [name for name in ("base", "data", "values", "versions", "threads") if name not in found]
+            why = f"it lacks {why_no_triton[0]}" if why_no_triton else ""
         except (OSError, ValueError, RecursionError, TypeError) as error:
             why = str(error)
         if why:

@@ -341,8 +341,8 @@ def _announce(job: Job, setup: Setup) -> None:
     if bias != "none" and not any(name.endswith("bias") for name in job.state.weights):
         job.log.emit("note", text=f"lora.bias {bias}: there is no such bias in this model")
     step, at = job.step, job.state.progress.step
-    if step.lacking:
-        said = f"PyTorch's own operations train this model, more slowly: {step.lacking}"
+    if step.why_no_triton:
+        said = f"PyTorch's own operations train this model, more slowly: {step.why_no_triton}"
         job.log.emit("note", text=f"{said}; see {TROUBLES}#triton")
     told = {"devices": described(job.devices, job.recipe.train.exact)} if job.devices.world > 1 else {}
     job.log.emit("start", steps=_total(job), step=at, engine=step.name, why=step.why, parameters=numbers, **told)

@@ -139,7 +139,7 @@ def test_quantized_weights_answer_as_whole_ones(scheme: str, dtype: torch.dtype)
     """From the packed bytes: the bits of the dequantized weights; where AMX multiplies these, as near as bf16 is. Not
     of 8 bit behind bf16 where that is multiplied as it is held: the test behind this one."""
     pytest.importorskip("bitsandbytes")
-    if scheme == "int8" and dtype == torch.bfloat16 and passes.AS_HELD:
+    if scheme == "int8" and dtype == torch.bfloat16 and passes.INT8_DOTS:
         pytest.skip("multiplied as it is held here")
     for sizes in ({"hidden_size": 128, "intermediate_size": 256}, {"hidden_size": 48, "intermediate_size": 80}):
         model, made = quantized(scheme, dtype, sizes)
@@ -150,13 +150,13 @@ def test_quantized_weights_answer_as_whole_ones(scheme: str, dtype: torch.dtype)
         make_resident(model, 99)
         assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
         for one, other in zip(found, logits_of(Decoder(model, 2000), texts), strict=True):
-            if decode_matmul.TILES and dtype == torch.bfloat16:
+            if decode_matmul.USES_AMX and dtype == torch.bfloat16:
                 assert np.abs(one - other).max() < 0.02
             else:
                 assert np.array_equal(one, other)
 
 
-@pytest.mark.skipif(not passes.AS_HELD, reason="this CPU does not multiply 8 bit as it is held")
+@pytest.mark.skipif(not passes.INT8_DOTS, reason="this CPU does not multiply 8 bit as it is held")
 def test_eight_bit_as_it_is_held_is_nearer_to_fp32_than_the_dequantized_weight() -> None:
     model, made = quantized("int8", torch.bfloat16, {"hidden_size": 128, "intermediate_size": 256})
     texts = [Text(ids, None) for ids in prompts()[:-1]]

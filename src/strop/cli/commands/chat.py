@@ -33,7 +33,7 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal, or through a pipe: one line a turn."""
     with alive(console, "loading the libraries"):
-        warmup.load(warmup.ANSWERS)
+        warmup.load(warmup.DECODE)
         from strop.cli.chat import converse
 
     converse(

@@ -56,7 +56,7 @@ def evaluate(
         start(number, sys.argv[1:])
         return
     with joined() as group, answering(speaker(group.main)) as advance:
-        warmup.load(warmup.ANSWERS if group.main else None)
+        warmup.load(warmup.DECODE if group.main else None)
         from strop.evaluation.run import evaluate_models, leaderboard
 
         results = evaluate_models(

@@ -35,7 +35,7 @@ def gguf(
 ) -> None:
     """One GGUF file for llama.cpp, and whether llama.cpp makes the same model of it."""
     with alive(console, "loading the libraries") as sign:
-        warmup.load(warmup.ANSWERS)
+        warmup.load(warmup.DECODE)
         from strop.export.gguf import export_gguf
 
         exported = export_gguf(run, out, kind=kind, adapter=adapter, data=data, measure=not no_parity, say=sign.say)
@@ -55,7 +55,7 @@ def ollama(
 ) -> None:
     """A folder for `ollama create`: GGUF and Modelfile, and whether its prompts are the trained ones."""
     with alive(console, "loading the libraries") as sign:
-        warmup.load(warmup.ANSWERS)
+        warmup.load(warmup.DECODE)
         from strop.export.ollama import export_ollama
 
         prepared = export_ollama(run, out, kind=kind, data=data, measure=not no_parity, say=sign.say)

@@ -24,7 +24,7 @@ def merge(
 ) -> None:
     """Merge the adapter into its base, and measure that it is still the same model."""
     with alive(console, "loading the libraries") as sign:
-        warmup.load(warmup.ANSWERS)
+        warmup.load(warmup.DECODE)
         from strop.export.merge import merge as merge_into
 
         merged = merge_into(run, out, dtype=dtype, data=data, measure=not no_parity, say=sign.say)

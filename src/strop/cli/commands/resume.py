@@ -39,7 +39,7 @@ def resume(
         finished = folder.finished
         changed = allow_changed or ()
         with watching(speaker(group.main)) as watch:
-            warmup.load(warmup.STEP if group.main else None)
+            warmup.load(warmup.TRAIN if group.main else None)
             from strop.machine.memory import limit_bytes
             from strop.training.run import resume as go_on
 

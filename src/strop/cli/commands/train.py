@@ -48,7 +48,7 @@ def train(
         start(number, sys.argv[1:])
         return
     with joined() as group, watching(speaker(group.main)) as watch:
-        warmup.load(warmup.STEP if group.main else None)
+        warmup.load(warmup.TRAIN if group.main else None)
         from strop.training.run import train as run_training
 
         run = run_training(resolved, [watch], memory=limit_bytes(memory), devices=group, go_on=go_on)

@@ -15,7 +15,7 @@ import numpy as np
 from strop.engine.decode.cache import READ_AT_ONCE, NoRoom
 from strop.engine.decode.decoder import Decoder, Part, Reads
 from strop.engine.decode.sampling import Ids, NoToken, Seen, Text, Token
-from strop.engine.kernels.dispatch import logprobs_of
+from strop.engine.kernels.dispatch import token_logprobs
 
 JUDGED_AT_ONCE = 128  # rows of a pass that give logits: more would take more memory than the pass itself
 ALIKE = 3  # tokens at a text's end that must have stood before, for what followed them to be guessed
@@ -105,7 +105,7 @@ class Batch:
     def _judged(self, part: Part, seen: Seen) -> tuple[Token, ...]:
         text, at = part.text, part.text.done - part.told
         wanted = np.append(text.ids[at + 1 : text.done + 1], 0)[: part.told]  # behind the last stands nothing
-        return text.judge(at, np.where(seen.finite, seen.likeliest, -1), logprobs_of(seen.logits, wanted))
+        return text.judge(at, np.where(seen.finite, seen.likeliest, -1), token_logprobs(seen.logits, wanted))
 
     def _written(self, part: Part, seen: Seen) -> tuple[Token, ...]:
         """Appends the tokens that follow, as long as the guesses before them were right."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from strop.engine.decode.cache import BLOCK
 from strop.engine.decode.exact_argmax import Screen, screen_for
 from strop.engine.decode.sampling import Seen
-from strop.engine.kernels.dispatch import answering_loops
+from strop.engine.kernels.dispatch import decode_kernels
 from strop.engine.layers import Layers, NormPart, about
 from strop.engine.train.fused_linear import Quantized, base_of
 from strop.machine.malloc import own_pages
@@ -26,7 +26,7 @@ class CompiledPass:
     the loops compiled beforehand, in another process."""
 
     def __init__(self, layers: Layers, blocks: int, names: Sequence[str], *, warm: bool = True) -> None:
-        self._loops: Any = answering_loops(layers.head.weight.dtype if warm else None)
+        self._loops: Any = decode_kernels(layers.head.weight.dtype if warm else None)
         self._layers = layers
         self._half = layers.head.weight.dtype == torch.bfloat16
         self._type = entering(layers.head.weight.dtype)
@@ -56,7 +56,7 @@ class CompiledPass:
         self._outputs = max(sum(_outputs(weight) for weight in linear.weights) for linear in linears)
         self._thin = max(int(linear.rows[:, 1].max(initial=0)) for linear in linears)
         packed = [weight for linear in linears for weight in linear.weights if hasattr(weight, "code")]
-        as_held = self._loops.AS_HELD and self._type == torch.bfloat16
+        as_held = self._loops.INT8_DOTS and self._type == torch.bfloat16
         eight_bit = [weight for weight in packed if as_held and weight.w.dtype == np.int8]
         self._integers = int(len(eight_bit) > 0)  # what enters them becomes whole numbers
         self.takes_apart = len(eight_bit) < len(packed)  # weights in few bits become numbers before they are multiplied
@@ -70,19 +70,19 @@ class CompiledPass:
         self._make_room(count)
         hidden = layers.embedded(torch.from_numpy(ids)).float().contiguous().numpy()
         if layers.family.embedding_norm:
-            loops.leave(self._norm, hidden.copy(), np.float32(1.0), np.zeros_like(hidden), hidden)
+            loops.add_residual(self._norm, hidden.copy(), np.float32(1.0), np.zeros_like(hidden), hidden)
         for layer in self._held:
-            loops.through(layer, self._room, hidden, *rows, self._lanes)
+            loops.layer_forward(layer, self._room, hidden, *rows, self._lanes)
         if not len(picked):
             return Seen(np.empty(0, np.int64), np.empty(0, np.bool_))
         z = _array(torch.empty(len(picked), hidden.shape[1], dtype=self._type))
-        loops.enter(self._norm, hidden[picked], z)
+        loops.norm_input(self._norm, hidden[picked], z)
         if not logits and self._screen is not None and (found := self._screen.likeliest(z)) is not None:
             return Seen(found, np.ones(len(found), np.bool_))
         if len(picked) > len(self._logits):  # new memory takes as long to come as the logits to be made
             self._logits = np.empty((len(picked), len(self._head.w)), np.float32)
         whole = self._logits[: len(picked)]
-        loops.alone(self._head, z, whole, self._lanes)
+        loops.dense_matmul(self._head, z, whole, self._lanes)
         return Seen.of(self._bent(whole))
 
     def copy_block(self, source: int, into: int) -> None:
@@ -109,7 +109,7 @@ class CompiledPass:
     def _make_room(self, count: int) -> None:
         if count > self._count:
             self._count = count
-            room = self._loops.Room(
+            room = self._loops.Buffers(
                 z=_array(torch.zeros(count * self._widest, dtype=self._type)),
                 q=_array(torch.zeros(count * self._q, dtype=self._type)),
                 y=np.zeros(count * self._outputs, np.float32),
@@ -118,7 +118,7 @@ class CompiledPass:
                 x=torch.zeros(count * self._widest * self._integers, dtype=torch.int16).numpy(),
                 scales=np.zeros(count * self._integers, np.float32),
             )
-            self._room = self._loops.HeldRoom(room)
+            self._room = self._loops.BuffersRef(room)
 
     def _turn_to(self, positions: int) -> None:
         """The tables of angles reach as far as `positions`."""
@@ -129,11 +129,11 @@ class CompiledPass:
         scale = self._layers.family.query_scale
         factor = torch.empty(0) if scale is None else scale(self._layers.config, at).float()
         turns = {
-            kind: self._loops.Turn(_array(cos.float()), _array(sin.float()), _array(factor))
+            kind: self._loops.RopeTables(_array(cos.float()), _array(sin.float()), _array(factor))
             for kind, (cos, sin) in self._layers.angles(at).items()
         }
         self._held = [
-            self._loops.Held(layer._replace(turn=turns[kind]), *cache)
+            self._loops.LayerRef(layer._replace(rope=turns[kind]), *cache)
             for layer, kind, cache in zip(self._built, self._kinds, self._cache, strict=True)
         ]
 
@@ -166,7 +166,7 @@ class CompiledPass:
             after_attention=self._norm_of(part.after_attention),
             before_mlp=self._norm_of(part.before_mlp),
             after_mlp=self._norm_of(part.after_mlp),
-            shape=shape, turn=None, inner=inner, gated=gated, act=self._act,
+            shape=shape, rope=None, inner=inner, gated=gated, act=self._act,
             about=tuple(map(np.float32, about(part.act))), parallel=self._layers.parallel,
             scale=np.float32(self._layers.residual_scale),
         )  # fmt: skip
@@ -220,18 +220,18 @@ class CompiledPass:
         weight, scale = _array(packed.weight.flatten()), _array(packed.scale)
         n = len(weight) * (1 if packed.code is None else 2) // base.in_features
         if packed.code is None:
-            return self._loops.Packed(weight, scale, np.empty(0, np.float32), base.in_features, n)
-        return self._loops.Packed(weight, scale, _array(packed.code), packed.share, n)
+            return self._loops.Quantized(weight, scale, np.empty(0, np.float32), base.in_features, n)
+        return self._loops.Quantized(weight, scale, _array(packed.code), packed.share, n)
 
 
 def entering(dtype: torch.dtype) -> torch.dtype:
     """What enters a product, and lies in the cache: bf16 where the weights are and the CPU multiplies it, else fp32."""
-    return torch.bfloat16 if dtype == torch.bfloat16 and answering_loops().HAS_BF16 else torch.float32
+    return torch.bfloat16 if dtype == torch.bfloat16 and decode_kernels().HAS_BF16 else torch.float32
 
 
 def width_of(size: int) -> int:
     """Numbers that a head takes in the cache: whole vectors."""
-    lanes: int = answering_loops().LANES
+    lanes: int = decode_kernels().LANES
     return -(-size // lanes) * lanes
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from strop.engine.kernels.dispatch import screening_loops
+from strop.engine.kernels.dispatch import argmax_kernels
 
 WORTH = 0.1  # the head is at least so much of what is read for a token
 PAUSE = 16  # passes after one in which too many tokens could be the likeliest
@@ -20,7 +20,7 @@ class Screen:
     asked for the first time."""
 
     def __init__(self, weight: Tensor, whole: Any, scale: float) -> None:
-        self._loops: Any = screening_loops()
+        self._loops: Any = argmax_kernels()
         self._weight, self._whole, self._scale = weight.detach(), whole, np.float32(scale)
         self._lanes = torch.get_num_threads()
         self._small: tuple[Any, Any] | None = None
@@ -41,26 +41,26 @@ class Screen:
         if self._small is None:
             numbers, scales, reach = made_small(self._weight, loops.LANES)
             nothing = np.empty(0, np.float32)
-            self._small = loops.Packed(numbers, scales, nothing, z.shape[1], len(scales)), reach
+            self._small = loops.Quantized(numbers, scales, nothing, z.shape[1], len(scales)), reach
         small, reach = self._small
         near = np.empty((count, small.n), np.float32)
         if z.dtype == np.uint16:
             x, scales = np.empty(z.shape, np.int16), np.empty(count, np.float32)
-            loops.in_whole(z, x, scales)
-            loops.integers(small, x, scales, near, 0, lanes)
+            loops.quantize_rows(z, x, scales)
+            loops.int8_matmul(small, x, scales, near, 0, lanes)
         else:
-            loops.packed(small, z[:0, 0], z, near, 0, lanes)
+            loops.quantized_matmul(small, z[:0, 0], z, near, 0, lanes)
         lengths, counts = np.empty(count, np.float32), np.empty(count, np.int64)
-        chosen = np.empty((count, loops.MOST), np.int64)
-        loops.within_reach(near, reach, z, lengths, chosen, counts)
-        if not np.isfinite(lengths).all() or not np.isfinite(reach[0]) or counts.max() > loops.MOST:
+        chosen = np.empty((count, loops.MAX_CANDIDATES), np.int64)
+        loops.find_candidates(near, reach, z, lengths, chosen, counts)
+        if not np.isfinite(lengths).all() or not np.isfinite(reach[0]) or counts.max() > loops.MAX_CANDIDATES:
             return None
         places = np.unique(np.concatenate([one[:many] for one, many in zip(chosen, counts, strict=True)]))
-        if not 0 < len(places) <= loops.MOST:
+        if not 0 < len(places) <= loops.MAX_CANDIDATES:
             return None
         whole = np.append(places, np.repeat(places[-1:], -len(places) % loops.LANES))  # in whole blocks
         logits = np.empty((count, len(whole)), np.float32)
-        loops.alone(loops.Dense(self._whole[whole]), z, logits, lanes)
+        loops.dense_matmul(loops.Dense(self._whole[whole]), z, logits, lanes)
         own = logits[:, : len(places)] * self._scale
         return places[own.argmax(1)] if np.isfinite(own).all() else None
 
@@ -89,8 +89,10 @@ def made_small(weight: Tensor, lanes: int) -> tuple[Any, Any, Any]:
 
 def screen_for(head: nn.Linear, whole: Any, z: Any, scale: float, softcap: float | None, read: int) -> Screen | None:
     """The head's, where it is worth it. z: of the type of what enters the head; read: bytes of all other weights."""
-    loops, (n, k) = screening_loops(), head.weight.shape
+    loops, (n, k) = argmax_kernels(), head.weight.shape
     plain = head.bias is None and not softcap and scale > 0
-    exact = z.dtype == np.float32 or (loops.AS_HELD and loops.fits(k) and (not loops.TILES or n % loops.LANES == 0))
+    exact = z.dtype == np.float32 or (
+        loops.INT8_DOTS and loops.supports_width(k) and (not loops.USES_AMX or n % loops.LANES == 0)
+    )
     worth = head.weight.nbytes > WORTH * (head.weight.nbytes + read)
     return Screen(head.weight, whole, scale) if plain and exact and worth else None

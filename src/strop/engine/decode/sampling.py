@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from strop.engine.kernels.dispatch import draw_token, likeliest, logprobs_of
+from strop.engine.kernels.dispatch import likeliest, sample_token, token_logprobs
 
 COLDEST = 1e-4  # below it logits divided by the temperature may overflow, and sampling is greedy anyway
 
@@ -249,11 +249,13 @@ class Text:
         else:
             # a number for each place, of a generator that can begin anywhere (Philox, Salmon et al. 2011)
             place = np.random.Philox(key=self._seed, counter=self.length)
-            token = draw_token(scores, about.temperature, about.top_k, about.top_p, np.random.Generator(place).random())
+            token = sample_token(
+                scores, about.temperature, about.top_k, about.top_p, np.random.Generator(place).random()
+            )
         if self._logprobs is None:
             return Token(token)
         if not self._logprobs:
-            return Token(token, float(logprobs_of(logits[None], np.array([token]))[0]))
+            return Token(token, float(token_logprobs(logits[None], np.array([token]))[0]))
         wide = logits.astype(np.float64)
         logs = wide - (wide.max() + np.log(np.exp(wide - wide.max()).sum()))
         top = np.argsort(-logs, kind="stable")[: self._logprobs]

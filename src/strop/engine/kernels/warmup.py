@@ -1,36 +1,15 @@
-"""PyTorch, transformers and peft, which every command that computes imports."""
+"""Load the libraries of a command, and compile the CPU kernels ahead of their use, in another process.
 
-from __future__ import annotations
+Compilation takes 15 to 30 s, once for a machine and a weight type. Commands that compute call `load`, which starts a
+`Compiler` process when kernels are missing from numba's cache: it imports its libraries while the command imports its
+own. `compile_once` then has it run tiny models (warmup_models.py) through the kernels. This module imports the standard
+library only, so that a command starts quickly.
 
-import gc
-
-from strop.engine.kernels.warmup import ANSWERS as ANSWERS
-from strop.engine.kernels.warmup import STEP as STEP
-from strop.engine.kernels.warmup import begin_ahead
-
-
-def load(exercise: str | None = STEP) -> None:
-    """Imports them without Python's search for rubbish on the way, which is a quarter of their time, and later searches
-    leave out what they made.
-
-    exercise: of which the process that compiles loops is begun, where they are not yet, to read its libraries
-    meanwhile: STEP, ANSWERS, or None.
-    """
-    if exercise:
-        begin_ahead(exercise)
-    gc.disable()
-    try:
-        import peft  # noqa: F401 (to have it loaded)
-        import torch  # noqa: F401 (to have it loaded)
-        import transformers  # noqa: F401 (to have it loaded)
-    finally:
-        gc.enable()
-    gc.freeze()
-
-
-# ---- from strop.engine.kernels.compiler ----
-"""The process that has loops of a CPU compiled. It reads its libraries while the command that began it reads its own;
-told what to compile, it does each part in a process forked from it, so that none reads them again."""
+Kernels are compiled in another process because a process that compiles a parallel kernel runs other machine code than
+one that reads it from the cache: it calls the body of the loop as compiled alone, not the version that was optimized
+together with its surroundings and then cached. The results differ in their last bits, and a resumed run would not be
+bit-identical to the run that compiled.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +17,7 @@ import contextlib
 import gc
 import importlib
 import json
+import logging
 import os
 import runpy
 import select
@@ -47,21 +27,48 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    import torch
+
+LOG = logging.getLogger(__name__)
+
+TRAIN, DECODE = "train", "decode"  # the warm-ups that warmup_models.py can run
+MODELS = "strop.engine.kernels.warmup_models"
 LIBRARIES = ("torch", "transformers.models.llama.modeling_llama", "peft", "numba")
-FORKS = sys.platform == "linux"  # elsewhere a forked process may not use the system's mathematics
-HERE = Path(__file__).with_name("cpu")  # where numba keeps loops beside their sources, in __pycache__
-STEP, ANSWERS = (
-    "strop.engine.kernels.warmup_models",
-    "strop.engine.kernels.warmup_models",
-)
-PATIENCE_S = 120.0
+FORKS = sys.platform == "linux"  # elsewhere a forked process may not use the system's math libraries
+SOURCES = Path(__file__).with_name("cpu")  # numba caches compiled kernels next to their sources, in __pycache__
+WAIT_S = 120.0  # how long an unused compiler process waits
+DISK_BYTES = 32 << 20  # required free space; all kernels of a weight type take 10 MB
+PARALLEL_BYTES = 4 << 30  # free memory above which several processes compile: each takes about 1 GB
 
-_ahead: list[Compiler] = []
+_started: list[Compiler] = []
+
+
+def load(warmup: str | None = TRAIN) -> None:
+    """Import PyTorch, transformers and PEFT with garbage collection disabled, which saves a quarter of the time.
+
+    Later collections skip the objects that the imports created.
+
+    Args:
+        warmup: the kernels that the command will use: TRAIN, DECODE, or None. If they are not compiled yet, the
+            compiler process starts now.
+    """
+    if warmup:
+        start_compiler(warmup)
+    gc.disable()
+    try:
+        import peft  # noqa: F401 (imported for its side effect on sys.modules)
+        import torch  # noqa: F401 (as above)
+        import transformers  # noqa: F401 (as above)
+    finally:
+        gc.enable()
+    gc.freeze()
 
 
 class Compiler:
-    """A process that is begun when this is made."""
+    """A process that waits for modules to run as programs. It starts when the object is created."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -71,171 +78,160 @@ class Compiler:
         )  # fmt: skip
 
     @property
-    def waits(self) -> bool:
-        """Whether it can still be told what to compile."""
+    def is_waiting(self) -> bool:
         return self._process.poll() is None
 
     def run(self, *stages: Sequence[Sequence[str]]) -> tuple[int, str]:
-        """Runs modules as programs, each given with its arguments: those of a stage side by side, one stage after the
-        other. The exit code of the first that failed, else 0, and the last line that was said."""
+        """Run modules as programs, and end the process.
+
+        Args:
+            stages: each a sequence of programs that run in parallel; a program is a module's name and its arguments.
+
+        Returns:
+            The exit code of the first program that failed, else 0, and the last line of standard error.
+        """
         try:
-            said = self._process.communicate(json.dumps(stages))[1].strip().splitlines()
+            lines = self._process.communicate(json.dumps(stages))[1].strip().splitlines()
         finally:
             if self._process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
-        return self._process.returncode, said[-1] if said else ""
+        return self._process.returncode, lines[-1] if lines else ""
 
 
-def begin_ahead(exercise: str) -> None:
-    """Begins one for `take`, where the loops that a module calls are not compiled here yet. Untaken it ends with this
-    process, or soon."""
-    if FORKS and not _ahead and (os.cpu_count() or 1) > 1 and _nothing_compiled(exercise):
-        _ahead.append(Compiler())
+def start_compiler(warmup: str) -> None:
+    """Start a compiler process for `take_compiler` if the kernels of a warm-up are not compiled yet.
+
+    If nobody takes it, it ends with this process, or after WAIT_S.
+    """
+    if FORKS and not _started and (os.cpu_count() or 1) > 1 and _is_missing(warmup):
+        _started.append(Compiler())
 
 
-def take() -> Compiler:
-    """The one that was begun, or a new one."""
-    ready = _ahead.pop() if _ahead else None
-    return ready if ready is not None and ready.waits else Compiler()
+def take_compiler() -> Compiler:
+    """Return the compiler process that was started, or a new one."""
+    compiler = _started.pop() if _started else None
+    return compiler if compiler is not None and compiler.is_waiting else Compiler()
 
 
-def _nothing_compiled(exercise: str) -> bool:
-    """engine.cpu.warm marks what is compiled. False where a card computes, and where it cannot be told."""
+def _is_missing(warmup: str) -> bool:
+    """Return whether compile_once left no marker. False on machines with a GPU, and where it is unknown."""
     if any(Path("/dev").glob("nvidia[0-9]*")):
         return False
-    own = os.environ.get("NUMBA_CACHE_DIR")
-    if own:
-        return not any(Path(own).glob(f"*/strop-*-{exercise}-*"))
-    return os.access(HERE, os.W_OK) and not any((HERE / "__pycache__").glob(f"strop-*-{exercise}-*"))
+    cache = os.environ.get("NUMBA_CACHE_DIR")
+    if cache:
+        return not any(Path(cache).glob(f"*/strop-*-{warmup}-*"))
+    return os.access(SOURCES, os.W_OK) and not any((SOURCES / "__pycache__").glob(f"strop-*-{warmup}-*"))
 
 
 def main() -> None:
-    """What the process does: it waits for what to compile on its standard input, but not for ever."""
-    gc.disable()  # Python's search for rubbish is a sixth of the time, and the process ends soon
+    """Run as the compiler process: import the libraries, and wait for the stages on standard input."""
+    gc.disable()  # garbage collection is a sixth of the time, and the process ends soon
     if FORKS:
         for name in LIBRARIES:
             importlib.import_module(name)
-    told = sys.stdin.read() if select.select([sys.stdin], [], [], PATIENCE_S)[0] else ""
-    for stage in json.loads(told) if told else []:
-        begun = [_begin(part) for part in stage]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in begun]
+    request = sys.stdin.read() if select.select([sys.stdin], [], [], WAIT_S)[0] else ""
+    for stage in json.loads(request) if request else []:
+        processes = [_start(program) for program in stage]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
         if any(codes):
             sys.exit(next(filter(None, codes)))
 
 
-def _begin(part: Sequence[str]) -> int:
-    """The id of a process that runs one part."""
+def _start(program: Sequence[str]) -> int:
+    """Start a process that runs one program, and return its id."""
     if not FORKS:
-        program = f"from {__spec__.name} import run; run({list(part)!r})"
-        return os.posix_spawn(sys.executable, [sys.executable, "-c", program], os.environ)
+        code = f"from {__spec__.name} import run_program; run_program({list(program)!r})"
+        return os.posix_spawn(sys.executable, [sys.executable, "-c", code], os.environ)
     process = os.fork()
     if process == 0:
-        code = 1
+        exit_code = 1
         try:
-            run(part)
-            code = 0
+            run_program(program)
+            exit_code = 0
         except BaseException:
             traceback.print_exc()
         finally:
             sys.stderr.flush()
-            os._exit(code)
+            os._exit(exit_code)
     return process
 
 
-def run(part: Sequence[str]) -> None:
-    """Runs a module with arguments as a program, in this process."""
+def run_program(program: Sequence[str]) -> None:
+    """Run a module with arguments as a program, in this process."""
     gc.disable()
-    sys.argv = list(part)
-    runpy.run_module(part[0], run_name="__main__", alter_sys=True)
-
-
-# ---- from strop.engine.kernels.cpu.warmup ----
-"""Compiles loops in a process of its own, once for a machine and a type of weights.
-
-The process that compiles a loop runs other machine code than one that reads it from numba's cache: it calls the body
-of a parallel loop as it was compiled alone, not the copy that was optimised once more with what surrounds it and then
-kept. The results differ in their last bits, and a resumed run would not be bit-identical to one that had compiled.
-"""
-
-from __future__ import annotations
-
-import json
-import logging
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import numba
-import torch
-from filelock import FileLock
-from numba.core.caching import IndexDataCacheFile
-
-from strop.engine.kernels.warmup import take
-from strop.errors import DiskError
-from strop.machine.probe import probe
-from strop.runs.folder import free_bytes
-from strop.runs.lock import sha256_text
-
-LOG = logging.getLogger(__name__)
-
-
-ROOM_BYTES = 32 << 20  # of the disk: all loops for a type of weights take 10 MB
-PARTS_BYTES = 4 << 30  # free memory from which on several processes compile: each takes about 1 GB
+    sys.argv = list(program)
+    runpy.run_module(program[0], run_name="__main__", alter_sys=True)
 
 
 def compile_once(
     dtype: torch.dtype,
     cache: Path,
-    exercise: str,
-    words: Sequence[str] = (),
+    warmup: str,
+    arguments: Sequence[str] = (),
     parts: Sequence[str] = (),
     *,
-    joined: bool = False,
+    whole: bool = False,
 ) -> None:
-    """Sees to it that this process finds the loops for weights of this type in numba's cache, the folder `cache`.
+    """Compile the kernels for weights of this dtype into numba's cache folder, unless they are there.
 
-    exercise: the module that calls them when it is run with the type's name and `words`, which say which loops; parts:
-    those of one part where it is told a part as well, which go side by side; joined: then all, since loops of several
-    parts are called by another.
+    Args:
+        cache: the folder of numba's cache.
+        warmup: TRAIN or DECODE; run with the dtype's name and `arguments`.
+        parts: names of parts of the kernels, which are compiled in parallel where cores and memory allow.
+        whole: run the warm-up without a part as well, after the parts: one kernel calls those of several parts.
+
+    Raises:
+        DiskError: the disk is full.
     """
-    told = [str(dtype).removeprefix("torch."), *words]
-    sources = [file.stat().st_mtime_ns for file in sorted(Path(__file__).parent.glob("*.py"))]
+    import numba
+    from filelock import FileLock
+
+    from strop.errors import DiskError
+    from strop.machine.probe import probe
+    from strop.runs.folder import free_bytes
+    from strop.runs.lock import sha256_text
+
+    arguments = [str(dtype).removeprefix("torch."), *arguments]
+    sources = [file.stat().st_mtime_ns for file in sorted(SOURCES.glob("*.py"))]
     machine = probe()
     state = sha256_text(repr((sources, numba.__version__, machine.cpu)))[:16]
-    mark = cache / "-".join(["strop", state, exercise, *told])
-    if _holds(mark):
+    marker = cache / "-".join(["strop", state, warmup, *arguments])
+    if _is_complete(marker):
         return
-    if free_bytes(cache) < ROOM_BYTES:  # numba would fail in the middle of a step, and not say where
-        what = f"{cache}: compiled loops need {ROOM_BYTES >> 20} MiB of disk, {free_bytes(cache) >> 20} are free"
+    if free_bytes(cache) < DISK_BYTES:  # numba would fail in the middle of a step, without naming the disk
+        what = f"{cache}: compiled kernels need {DISK_BYTES >> 20} MiB of disk, {free_bytes(cache) >> 20} are free"
         raise DiskError(what, fix="free some space, or set NUMBA_CACHE_DIR to a folder on another disk")
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "strop.lock"):  # of two processes that start at once, one waits for what the other compiles
-        if _holds(mark):
+    with FileLock(cache / "strop.lock"):  # of two processes that start at once, one waits for the other
+        if _is_complete(marker):
             return
-        # numba knows a loop's own file, not those that it imports from; and a file that was cut off ends the process
-        if mark.is_file() or not any(cache.glob(f"strop-{state}-*")):
+        # numba checks a kernel's own file, not those it imports; and reading a truncated file crashes the process.
+        if marker.is_file() or not any(cache.glob(f"strop-{state}-*")):
             for old in (*cache.glob("*.nb[ic]"), *cache.glob("strop-*-*")):
                 old.unlink(missing_ok=True)
-        LOG.info("compiling loops for this CPU in %s, once on this machine (15 to 30 s)", told[0])
-        apart = parts if machine.cores > 1 and machine.free_bytes > PARTS_BYTES else ()
-        whole = [[exercise, *told]]
-        stages = [[[*whole[0], part] for part in apart], *([whole] if joined else [])] if apart else [whole]
-        code, said = take().run(*stages)
+        LOG.info("compiling kernels for this CPU in %s, once on this machine (15 to 30 s)", arguments[0])
+        parallel = machine.cores > 1 and machine.free_bytes > PARALLEL_BYTES
+        program = [MODELS, warmup, *arguments]
+        stages = [[program]]
+        if parallel and parts:
+            stages = [[[*program, part] for part in parts], *([[program]] if whole else [])]
+        code, last_line = take_compiler().run(*stages)
         if code:  # this process compiles for itself: its last bits may differ from the next one's
-            LOG.warning("loops could not be compiled beforehand (exit %d): %s", code, said)
+            LOG.warning("kernels could not be compiled ahead of time (exit %d): %s", code, last_line)
         sizes = {path.name: path.stat().st_size for path in cache.glob("*.nb[ic]")}
-        mark.write_text(json.dumps(sizes), encoding="utf-8")
+        marker.write_text(json.dumps(sizes), encoding="utf-8")
 
 
-def _holds(mark: Path) -> bool:
-    """Whether loops were compiled, and the files of them are there and not shorter than they were then. A machine that
-    stopped may have left zeros at their ends, where Python's pickles have none."""
+def _is_complete(marker: Path) -> bool:
+    """Return whether kernels were compiled, and their files are not shorter than then.
+
+    A machine that crashed may leave zeros at the end of files; Python's pickles never end with one.
+    """
     try:
-        sizes = json.loads(mark.read_text(encoding="utf-8"))
+        sizes = json.loads(marker.read_text(encoding="utf-8"))
         for name, size in sizes.items():
-            with mark.with_name(name).open("rb") as file:
+            with marker.with_name(name).open("rb") as file:
                 if file.seek(0, os.SEEK_END) < size or file.seek(-1, os.SEEK_END) < 0 or file.read(1) == b"\0":
                     return False
         return True
@@ -243,13 +239,18 @@ def _holds(mark: Path) -> bool:
         return False
 
 
-def save_in_turn() -> None:
-    """From here on this process and others that did the same write numba's cache one after the other: two that kept
-    the same function for two types at once could each take the other's code for its own."""
+def lock_cache_writes() -> None:
+    """Have this process write to numba's cache under a lock.
+
+    Two processes that save the same function for two types at once could each take the other's code for its own.
+    """
+    from filelock import FileLock
+    from numba.core.caching import IndexDataCacheFile
+
     save = IndexDataCacheFile.save
 
-    def locked(self: Any, *args: Any) -> None:
+    def save_locked(self: Any, *args: Any) -> None:
         with FileLock(f"{self._index_path}.lock"):
             save(self, *args)
 
-    IndexDataCacheFile.save = locked
+    IndexDataCacheFile.save = save_locked

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from strop.engine.kernels.dispatch import Attend, Processor
+from strop.engine.kernels.dispatch import AttentionFunction, Backend
 from strop.engine.kernels.protocols import apply
 from strop.engine.layers import NOWHERE, Angles, LayerPart, Layers, NormPart, about
 from strop.engine.train.arena import Arena, in_heap
@@ -46,7 +46,7 @@ class Attended:
     config: Any
     qkv: Joined
     heads: Heads
-    attend: Attend
+    attend: AttentionFunction
     rope: str | None
     o: Joined
     aside: Any
@@ -185,7 +185,7 @@ class Layer:
 class Blocks:
     """Makes the layers of a model, for what a processor has."""
 
-    def __init__(self, model: Layers, processor: Processor, drops: Drops, masks: Masks, arena: Arena | None) -> None:
+    def __init__(self, model: Layers, processor: Backend, drops: Drops, masks: Masks, arena: Arena | None) -> None:
         self._model, self._processor, self._drops, self._masks, self._arena = model, processor, drops, masks, arena
 
     def layers(self) -> list[Layer]:
@@ -197,7 +197,7 @@ class Blocks:
             return None
         now = None if part.module is None else part.now
         about_ = self._processor.ops, part.weight, part.eps, part.offset, part.bias, now
-        return LayerNorm(*about_, loops=self._processor.loops) if part.centered else Norm(*about_)
+        return LayerNorm(*about_, loops=self._processor.cpu_ops) if part.centered else Norm(*about_)
 
     def _layer(self, part: LayerPart, number: int, workspace: Workspace) -> Layer:
         in_front, in_between = self.norm(part.before_attention), self.norm(part.before_mlp)
@@ -216,7 +216,7 @@ class Blocks:
 
     def _joined(self, modules: list[Any], enter: Enter, workspace: Workspace, *, kept: bool = True) -> Joined:
         arena, processor = self._arena if kept else None, self._processor
-        made = processor.lora, processor.product, processor.held
+        made = processor.lora, processor.matmul, processor.weight_loader
         return Joined(modules, enter, workspace, *made, self._drops, processor.ops, arena)
 
     def _mlp(self, part: LayerPart, workspace: Workspace) -> Mlp:
@@ -224,7 +224,7 @@ class Blocks:
         return Mlp(gate_up, self._joined(part.down, self._in_front_of_down(part), workspace))
 
     def _in_front_of_down(self, part: LayerPart) -> InFront:
-        gated, loops, kind = self._model.family.gated, self._processor.loops, ACTIVATIONS.get(part.activation)
+        gated, loops, kind = self._model.family.gated, self._processor.cpu_ops, ACTIVATIONS.get(part.activation)
         if gated and part.activation in ("silu", "gelu_pytorch_tanh"):
             return Glu(self._processor.ops, part.activation)
         if gated or loops is None or kind is None:
@@ -258,7 +258,7 @@ class Blocks:
             self._processor.attention(part.size),
             part.rope,
             self._joined(part.o, None, workspace),
-            self._processor.aside() if family.aside else None,
+            self._processor.rope() if family.aside else None,
             part.kind,
             part.keeps,
             part.takes,

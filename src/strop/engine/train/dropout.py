@@ -58,8 +58,8 @@ class Masks:
     tokens: the keys of what the model's own forward computes, (B, S).
     """
 
-    def __init__(self, drops_for: Callable[[Tensor], Drops]) -> None:
-        self.drops_for = drops_for
+    def __init__(self, dropout_ops_for: Callable[[Tensor], Drops]) -> None:
+        self.dropout_ops_for = dropout_ops_for
         self.seed, self.step = 0, 0
         self.tokens: Tensor | None = None
 
@@ -90,7 +90,7 @@ class CountedDropout(nn.Dropout):
         if tokens is None or not _are_rows(x.shape[:-1], tokens):
             return super().forward(x)
         dropped = Dropped(self.masks.seed, self.masks.step, tokens.reshape(-1), (self.number,), (self.level,))
-        drops = self.masks.drops_for(x)
+        drops = self.masks.dropout_ops_for(x)
         kept: Tensor = _Kept.apply(x.reshape(-1, x.shape[-1]), dropped, drops)  # type: ignore[no-untyped-call]
         return kept.view(x.shape) * grown(self.level)
 
@@ -110,12 +110,12 @@ def grown(level: int) -> float:
     return LEVELS / (LEVELS - level)
 
 
-def masks_of(model: nn.Module, drops_for: Callable[[Tensor], Drops]) -> Masks:
+def masks_of(model: nn.Module, dropout_ops_for: Callable[[Tensor], Drops]) -> Masks:
     """The masks of all of a model's adapters, whose dropout is replaced by CountedDropout where it is not yet."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     found = [(layer.lora_dropout, name, one) for layer in layers for name, one in layer.lora_dropout.items()]
     known = [one.masks for _, _, one in found if isinstance(one, CountedDropout)]
-    masks = known[0] if known else Masks(drops_for)
+    masks = known[0] if known else Masks(dropout_ops_for)
     for number, (where, name, one) in enumerate(found):
         if type(one) is nn.Dropout:
             where[name] = CountedDropout(one.p, number, masks).train(one.training)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from strop.engine.eligibility import unsupported, usual
-from strop.engine.kernels.dispatch import ALL, USUAL, drops_for, processor_for
-from strop.engine.kernels.protocols import Placed, apply
+from strop.engine.kernels.dispatch import ALL, USUAL, backend_for, dropout_ops_for
+from strop.engine.kernels.protocols import CopyToArena, apply
 from strop.engine.layers import Layers
 from strop.engine.train.arena import Arena
 from strop.engine.train.blocks import Attended, Blocks, Layer, Way
@@ -92,12 +92,12 @@ class FastLoss:
         self._family, self._head = self._model.family, self._model.head
         self.prefix_sharing = prefix_sharing and not self._family.mixer
         self._device: torch.device = self._head.weight.device
-        self.masks = masks_of(model, drops_for)
+        self.masks = masks_of(model, dropout_ops_for)
         loops = (USUAL if usual(model) else ALL) if warm else ""
-        self._processor = processor_for(self._device, self._head.weight.dtype, warm=loops, integers=integers)
-        self._product = self._processor.head_product(self._head.weight)
-        self._ops, self.lacking = self._processor.ops, self._processor.lacking
-        self._drops = drops_for(self._head.weight)
+        self._processor = backend_for(self._device, self._head.weight.dtype, warm=loops, integers=integers)
+        self._product = self._processor.head_matmul(self._head.weight)
+        self._ops, self.why_no_triton = self._processor.ops, self._processor.why_no_triton
+        self._drops = dropout_ops_for(self._head.weight)
         on_cpu = self._device.type == "cpu"
         self._arena = Arena() if on_cpu else None
         self._inputs = Arena() if on_cpu else None  # of layers that are computed again
@@ -193,7 +193,7 @@ class FastLoss:
         if self.watch is not None:
             self.watch.begin()
         linears = [one for layer in self._layers for one in layer.linears]
-        self._processor.lay_out(linears, self._head.weight.dtype)
+        self._processor.prepare_adapters(linears, self._head.weight.dtype)
         self._need("embedding")
         hidden = self._model.embedded(batch.ids)
         if self._family.embedding_norm:
@@ -213,7 +213,7 @@ class FastLoss:
                         self._through, *given, use_reentrant=False, preserve_rng_state=False, context_fn=self._contexts
                     )
                 if self._inputs is not None and self.host is None:
-                    hidden = apply(Placed, hidden, self._inputs)
+                    hidden = apply(CopyToArena, hidden, self._inputs)
             else:
                 hidden, kept = self._through(*given)
             if of is not None and kept is not None:

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from strop.engine.kernels.protocols import FrozenProduct, LoraProducts, Ops, Room, apply
+from strop.engine.kernels.protocols import FrozenMatmul, LoraOps, Ops, Scratch, apply
 from strop.engine.train.arena import Arena
 from strop.engine.train.dora import Dora
 from strop.engine.train.dropout import CountedDropout, Dropped, Drops, grown
@@ -53,7 +53,7 @@ class PackedWeight:
     share: int = 0
 
 
-ProductsOf = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraProducts]]
+ProductsOf = Callable[[Sequence[int]], Callable[[Sequence[Tensor]], LoraOps]]
 Held = Callable[[Callable[[], Tensor], Callable[[], "tuple[Tensor, Tensor] | None"]], Callable[[], Any]]
 
 
@@ -112,14 +112,14 @@ class Joined:
         enter: Enter,
         workspace: Workspace,
         products_of: ProductsOf,
-        product_of: Callable[[Sequence[int]], FrozenProduct],
+        product_of: Callable[[Sequence[int]], FrozenMatmul],
         held: Held,
         drops: Drops,
         ops: Ops,
         arena: Arena | None = None,
     ) -> None:
         """products_of, product_of: give LoRA's products and the frozen one for layers of these sizes (Processor.lora,
-        Processor.product); held: what the latter takes as the weight (Processor.held). drops: draws the masks. arena:
+        Backend.matmul); held: what the latter takes as the weight (Backend.weight_loader). drops: draws the masks. arena:
         where the output lies, which is kept for the backward, on a CPU."""
         self.modules, self.enter, self.drops, self._ops, self._arena = modules, enter, drops, ops, arena
         self._dora: Dora | None = None
@@ -139,7 +139,7 @@ class Joined:
             # taken once they are there, and a view from then on
             self.weight = held(cache(lambda: _side_by_side(weights)), lambda: None)
         self.places = [_place(base.weight) for base in self.bases]
-        self.operands: LoraProducts | None = None  # of the adapters, where they are laid out beforehand
+        self.operands: LoraOps | None = None  # of the adapters, where they are laid out beforehand
 
     def _eight_bit(self) -> tuple[Tensor, Tensor] | None:
         """int8 (n, k) and scale (n,) of all modules, which become views of them; None where one is not in 8 bit."""
@@ -208,8 +208,8 @@ class Workspace:
     or a GLU hands to the products behind it."""
 
     def __init__(self) -> None:
-        self.entered = Room()
-        self._weights = Room()
+        self.entered = Scratch()
+        self._weights = Scratch()
 
     def side_by_side(self, bases: Sequence[Any]) -> Tensor:
         """The weights of linear layers with the same input, dequantized, as rows of one (n, k)."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from strop.engine.kernels.protocols import FrozenProduct, Ops
+from strop.engine.kernels.protocols import FrozenMatmul, Ops
 from strop.engine.train import lora
 from strop.engine.train.dropout import Dropped, Drops
 from strop.engine.train.lora import Adapters, Product
@@ -47,7 +47,7 @@ class Output:
     drops: Drops | None = None
     whole: bool = False
     biased: bool = False
-    product: FrozenProduct = lora.product
+    product: FrozenMatmul = lora.product
 
     @property
     def trained(self) -> list[Tensor]:

@@ -2,8 +2,8 @@
 
 It saves the least that its backward needs, gives no gradient to frozen weights, and leaves the element-wise work
 to `Ops` (eager.py on any device, cpu/kernels.py on a CPU with numba, card/kernels.py on a card with Triton) and LoRA's
-own products to `LoraProducts` (lora.py anywhere, cpu/lora_tiles.py on a CPU with AVX512-BF16), the frozen ones to
-`FrozenProduct` (lora.product anywhere, cpu/frozen.py on such a CPU without AMX).
+own products to `LoraOps` (lora.py anywhere, cpu/lora_tiles.py on a CPU with AVX512-BF16), the frozen ones to
+`FrozenMatmul` (lora.product anywhere, cpu/frozen.py on such a CPU without AMX).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from strop.engine.kernels.protocols import About, FrozenProduct, Loops, LoraProducts, Ops, Room
+from strop.engine.kernels.protocols import ActivationParameters, CpuOps, FrozenMatmul, LoraOps, Ops, Scratch
 from strop.engine.train.arena import Arena, New, in_heap
 from strop.engine.train.dora import Dora, Dropping
 from strop.engine.train.dropout import Dropped, Drops
@@ -31,7 +31,7 @@ class Glu:
     ops: Ops
     activation: str
 
-    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+    def forward(self, x: Tensor, room: Scratch | None = None) -> Tensor:
         out = None if room is None else room(len(x), x.shape[1] // 2, x)
         return self.ops.glu(x, self.activation, out)
 
@@ -48,7 +48,7 @@ class Activation:
     activation: Callable[[Tensor], Tensor]
     gated: bool
 
-    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+    def forward(self, x: Tensor, room: Scratch | None = None) -> Tensor:
         if not self.gated:
             return self.activation(x)
         gate, up = x.chunk(2, dim=-1)
@@ -66,11 +66,11 @@ class Activation:
 class LoopedActivation:
     """activation(x), which gates nothing, in the same place, by loops; kind and about: as in cpu/rows.py."""
 
-    loops: Loops
+    loops: CpuOps
     kind: str
-    about: About
+    about: ActivationParameters
 
-    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+    def forward(self, x: Tensor, room: Scratch | None = None) -> Tensor:
         out = None if room is None else room(len(x), x.shape[1], x)
         return self.loops.activated(x, self.kind, self.about, out)
 
@@ -92,16 +92,16 @@ class Frozen:
 
     weight: Callable[[], Any]
     bias: Tensor | None
-    lora: LoraProducts
+    lora: LoraOps
     columns: tuple[tuple[int, int], ...]  # for each adapter: the outputs it adds to, from and to
     scales: tuple[float, ...]
-    room: Room | None = None  # for z, on a CPU
+    room: Scratch | None = None  # for z, on a CPU
     arena: Arena | None = None
     dropped: Dropped | None = None  # of z, in front of the adapters
     drops: Drops | None = None
     dora: Dora | None = None
     biased: tuple[tuple[int, int], ...] = ()  # the outputs whose bias is trained, from and to
-    product: FrozenProduct = product
+    product: FrozenMatmul = product
 
     def spread(self, z: Tensor) -> Tensor:
         """What the adapters take: z, or what their dropout leaves of it, for each its own."""

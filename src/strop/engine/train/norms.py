@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from strop.engine.kernels.protocols import Loops, Ops, Room, apply
+from strop.engine.kernels.protocols import CpuOps, Ops, Scratch, apply
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Norm:
             found.append(grad.reshape(-1, n).sum(0, dtype=wide))
         return found
 
-    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+    def forward(self, x: Tensor, room: Scratch | None = None) -> Tensor:
         out = None if room is None else room(len(x), x.shape[1], x)
         return self.ops.rms_norm(x, self.weight, self.eps, self.offset, out)
 
@@ -62,9 +62,9 @@ class Norm:
 class LayerNorm(Norm):
     """LayerNorm in the same place; by loops where there are any."""
 
-    loops: Loops | None = None
+    loops: CpuOps | None = None
 
-    def forward(self, x: Tensor, room: Room | None = None) -> Tensor:
+    def forward(self, x: Tensor, room: Scratch | None = None) -> Tensor:
         if self.loops is not None:
             out = None if room is None else room(len(x), x.shape[1], x)
             return self.loops.layer_norm(x, self.weight, self.bias, self.eps, out)

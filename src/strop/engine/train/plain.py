@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strop.engine.kernels.dispatch import drops_for
+from strop.engine.kernels.dispatch import dropout_ops_for
 from strop.engine.kernels.protocols import apply
 from strop.engine.train.dropout import masks_of, token_keys
 from strop.engine.train.head import CrossEntropy
@@ -32,7 +32,7 @@ class PlainLoss:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-        self.masks = masks_of(model, drops_for)
+        self.masks = masks_of(model, dropout_ops_for)
         self._head: torch.nn.Module = cast(Any, model).get_output_embeddings()
         self._balance = load_balancing(cast(Any, model).config)
 

@@ -40,5 +40,5 @@ def test_a_row_has_the_same_bits_beside_any_others() -> None:
         assert np.array_equal(multiplied(weight, z[:rows], 0, 64), whole[:rows])
     alone = decode_matmul.Dense(weight.view(torch.uint16).numpy())
     y = np.zeros((1, 64), np.float32)
-    decode_matmul.alone(alone, z[5:6].view(torch.uint16).numpy(), y, 1)
+    decode_matmul.dense_matmul(alone, z[5:6].view(torch.uint16).numpy(), y, 1)
     assert np.array_equal(y, whole[5:6])

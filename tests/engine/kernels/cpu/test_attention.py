@@ -9,7 +9,7 @@ from torch import Tensor
 
 from strop.engine.kernels import eager
 from strop.engine.kernels.cpu import elementwise
-from strop.engine.kernels.cpu.attention import TileAttention
+from strop.engine.kernels.cpu.attention import TiledAttention
 from strop.engine.train.attention import Attention, Heads
 from strop.engine.train.norms import Norm
 from strop.engine.train.packing import Documents
@@ -63,10 +63,10 @@ def test_tiles_are_as_near_to_fp64_as_products_are(
         return out.detach(), x.grad
 
     truth = run(Attention, eager, torch.float64)
-    tiles, products = run(TileAttention, elementwise, torch.bfloat16), run(Attention, elementwise, torch.bfloat16)
+    tiles, products = run(TiledAttention, elementwise, torch.bfloat16), run(Attention, elementwise, torch.bfloat16)
     for found, other, exact in zip(tiles, products, truth, strict=True):
         assert error(found, exact) <= error(other, exact) + 1e-3
-    again = run(TileAttention, elementwise, torch.bfloat16)
+    again = run(TiledAttention, elementwise, torch.bfloat16)
     assert all(torch.equal(one, two) for one, two in zip(tiles, again, strict=True))
 
 
@@ -80,7 +80,7 @@ def test_documents_do_not_see_each_other() -> None:
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.clone().requires_grad_()
-        out = TileAttention.apply(x, shape, angles.cos(), angles.sin(), documents)
+        out = TiledAttention.apply(x, shape, angles.cos(), angles.sin(), documents)
         out.backward(upstream)
         assert x.grad is not None
         return out.detach(), x.grad

@@ -10,8 +10,8 @@ import torch
 
 from strop.engine.kernels.cpu import decode_matmul, int8_dots
 
-pytestmark = pytest.mark.skipif(not int8_dots.AS_HELD, reason="this CPU has no products of 16-bit integers beside bf16")
-Room = namedtuple("Room", "like x scales u")
+pytestmark = pytest.mark.skipif(not int8_dots.INT8_DOTS, reason="this CPU has no products of 16-bit integers beside bf16")
+Buffers = namedtuple("Buffers", "like x scales u")
 
 
 def multiplied(
@@ -29,7 +29,7 @@ def multiplied(
         np.zeros((0, 6), np.int64), none,
     )  # fmt: skip
     bits, y = z.view(torch.uint16).numpy(), np.zeros((len(z), column + n), np.float32)
-    room = Room(
+    room = Buffers(
         np.empty(0, np.uint16), np.empty(z.numel(), np.int16), np.empty(len(z), np.float32), np.empty(0, np.float32)
     )
     decode_matmul.products(linear, room, bits, np.zeros((0, 2), np.int64), y, lanes)

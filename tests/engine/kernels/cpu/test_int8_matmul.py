@@ -127,10 +127,7 @@ def test_products_of_this_cpu_are_exact() -> None:
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 from peft import PeftModel
 from torch import nn
 from transformers import LlamaConfig

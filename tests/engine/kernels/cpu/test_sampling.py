@@ -12,7 +12,7 @@ from strop.engine.decode.compiled_model import entering
 from strop.engine.decode.exact_argmax import PAUSE, Screen, made_small, screen_for
 from strop.engine.kernels.cpu import sampling
 from strop.engine.kernels.cpu.compiled import array
-from strop.engine.kernels.cpu.decode_matmul import Dense, alone
+from strop.engine.kernels.cpu.decode_matmul import Dense, dense_matmul
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -37,7 +37,7 @@ def rows(count: int, weight: torch.Tensor, sharp: float, seed: int = 1) -> Any:
 
 def exactly(weight: torch.Tensor, z: Any, scale: float = 1.0) -> Any:
     logits = np.empty((len(z), len(weight)), np.float32)
-    alone(Dense(array(weight)), z, logits, torch.get_num_threads())
+    dense_matmul(Dense(array(weight)), z, logits, torch.get_num_threads())
     return (logits * np.float32(scale)).argmax(1)
 
 

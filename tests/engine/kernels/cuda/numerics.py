@@ -22,7 +22,7 @@ from strop.engine.kernels.cuda import dropout as drops
 from strop.engine.kernels.cuda import elementwise as kernels
 from strop.engine.kernels.cuda import rope as heads_
 from strop.engine.kernels.cuda.attention import Turn
-from strop.engine.kernels.dispatch import Processor
+from strop.engine.kernels.dispatch import Backend
 from strop.engine.kernels.protocols import Ops
 from strop.engine.train import dropout
 from strop.engine.train.attention import Heads, Turned, over
@@ -226,7 +226,7 @@ def test_unpacking_gives_the_bits_of_bitsandbytes(
         place = torch.full((shape[0] + 1, shape[1]), 7.0, dtype=dtype)
         expected = layer.dequantized()
         with monkeypatch.context() as patch:
-            patch.setattr("strop.models.quantize.unpacking", lambda device, dtype: dequantize)
+            patch.setattr("strop.models.quantize.dequantize_kernels", lambda device, dtype: dequantize)
             found = layer.dequantized()
             assert layer.dequantized(place[:-1]).data_ptr() == place.data_ptr()
         assert torch.equal(place[:-1], found) and (place[-1] == 7).all()
@@ -238,9 +238,9 @@ def test_unpacking_gives_the_bits_of_bitsandbytes(
 
 def by(monkeypatch: pytest.MonkeyPatch, *, kernels: bool) -> None:
     """Has the fast step compute as on a card whose kernels work, or do not."""
-    processor = Processor(OPS if kernels else cast(Ops, eager), card=True, kernels=kernels)
-    monkeypatch.setattr("strop.engine.train.fast.processor_for", lambda *_, **__: processor)
-    monkeypatch.setattr("strop.engine.train.fast.drops_for", lambda x: drops if kernels else dropout)
+    processor = Backend(OPS if kernels else cast(Ops, eager), card=True, kernels=kernels)
+    monkeypatch.setattr("strop.engine.train.fast.backend_for", lambda *_, **__: processor)
+    monkeypatch.setattr("strop.engine.train.fast.dropout_ops_for", lambda x: drops if kernels else dropout)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def definition(q: Tensor, k: Tensor, v: Tensor, cut: Varlen, heads: Heads) -> Te
     for (begin, end), (first, last) in zip(pairwise(query_ends), pairwise(key_ends), strict=True):
         n, m = end - begin, last - first
         assert n <= cut.longest_query and m <= cut.longest_key
-        mask = ~eager.hidden(n, m, m - n, heads.window, q.device)
+        mask = ~eager.causal_mask(n, m, m - n, heads.window, q.device)
         keys, values = (x[first:last].repeat_interleave(heads.group, 1).transpose(0, 1) for x in (k, v))
         own = q[begin:end].transpose(0, 1)
         out.append(F.scaled_dot_product_attention(own, keys, values, mask, scale=heads.scale).transpose(0, 1))
@@ -81,10 +81,7 @@ def test_the_operations_of_flash_attention_take_what_they_are_given() -> None:
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 
 from strop.engine.kernels.cuda import attention as flash
 

@@ -117,15 +117,15 @@ def test_a_card_takes_the_kernels_where_they_work(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(attention, "why_not", lambda device: "it is for Hopper")
     card, reasons = torch.device("cuda", 1), {torch.device("cuda", 1): None}
     monkeypatch.setattr(available, "why_not", lambda device: reasons[device])
-    taken = dispatch.processor_for(card, torch.bfloat16)
-    assert taken.ops is kernels and taken.card and taken.kernels and not taken.lacking
+    taken = dispatch.backend_for(card, torch.bfloat16)
+    assert taken.ops is kernels and taken.card and taken.kernels and not taken.why_no_triton
     like = torch.empty(0, dtype=torch.float16, device="meta")
-    monkeypatch.setattr(dispatch, "kernels_lack", lambda device, dtype: None)
-    assert dispatch.drops_for(like) is drops
+    monkeypatch.setattr(dispatch, "why_no_triton", lambda device, dtype: None)
+    assert dispatch.dropout_ops_for(like) is drops
     monkeypatch.undo()
     monkeypatch.setattr(attention, "why_not", lambda device: "it is for Hopper")
     monkeypatch.setattr(available, "why_not", lambda device: "no compiler")
-    taken = dispatch.processor_for(card, torch.bfloat16)
-    assert taken.ops is eager and taken.card and not taken.kernels and taken.lacking == "no compiler"
-    assert dispatch.processor_for(card, torch.float64).ops is eager
-    assert dispatch.drops_for(like) is dropout
+    taken = dispatch.backend_for(card, torch.bfloat16)
+    assert taken.ops is eager and taken.card and not taken.kernels and taken.why_no_triton == "no compiler"
+    assert dispatch.backend_for(card, torch.float64).ops is eager
+    assert dispatch.dropout_ops_for(like) is dropout
