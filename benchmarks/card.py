@@ -102,7 +102,7 @@ def rates(options: argparse.Namespace) -> dict[str, Any]:
 
         about = torch.cuda.get_device_properties(0)
         of = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
-        attention.why_not(torch.device("cuda"))  # as a run does it
+        attention.activate_flash3(torch.device("cuda"))  # as a run does it
         found |= {
             "flash_attention": of() or "FA2",
             "card": about.name,

@@ -1,4 +1,4 @@
-"""What a step computes and moves, counted on the card that is not there, and the estimate that is made of it."""
+"""FLOPs and bytes of a step, counted on the simulated GPU, and the estimate computed from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests import ROOT
-from tests.simulated_gpu.conftest import Play
+from tests.simulated_gpu.conftest import Simulate
 from tests.support.scripts import script
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 X = 8 * 16 * 2  # bytes of x, bf16
 KNOWN = {  # bytes of each operation
     "product": {"mm": X + X + 8 * 8 * 2},
-    "sum": {"add": X + 16 * 2 + X},  # one row is there once, however often it is repeated
+    "sum": {"add": X + 16 * 2 + X},  # a repeated row counts once
     "in place": {"mul_": 2 * X},
     "overwritten": {"copy_": 2 * X},
     "picked": {"zeros": 3 * 8, "embedding": 3 * 8 + 2 * 3 * 16 * 2},  # three rows of the table
@@ -30,8 +30,8 @@ KNOWN = {  # bytes of each operation
 }
 
 
-def test_bytes_and_flops_of_known_operations_and_of_a_step(card: Play, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The FLOPs of a step are those of strop's own formula for it."""
+def test_bytes_and_flops_match_formulas(simulate: Simulate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The FLOPs of a step are those of the planner's formula."""
     from strop.config.load import resolve
     from strop.models.families.shape import ModelShape
     from strop.planning.activations import MicroBatch
@@ -43,8 +43,11 @@ def test_bytes_and_flops_of_known_operations_and_of_a_step(card: Play, monkeypat
         {"shape": "1b", "layers": 2, "tokens": 512, "documents": documents, "scheme": scheme}
         for documents, scheme in ((1, "none"), (2, "none"), (1, "nf4"))
     ]
-    plays = [*({"play": "moved_by", "operation": one} for one in wanted), *({"play": "moved", **one} for one in steps)]
-    found: list[list[dict[str, Any]]] = card(*plays)  # type: ignore[assignment]
+    plays = [
+        *({"scenario": "moved_by", "operation": one} for one in wanted),
+        *({"scenario": "moved", **one} for one in steps),
+    ]
+    found: list[list[dict[str, Any]]] = simulate(*plays)  # type: ignore[assignment]
     for (name, bytes), told in zip(KNOWN.items(), found, strict=False):
         moved: Counter[str] = Counter()
         for one in told:
@@ -72,20 +75,20 @@ def test_bytes_and_flops_of_known_operations_and_of_a_step(card: Play, monkeypat
         return sum(float(one[what]) * one["launches"] for one in told if one["part"] == part)
 
     assert of(halves, "attention", "flops") == pytest.approx(of(whole, "attention", "flops") / 2, rel=0.01)
-    # nf4: read, half a byte and 1/64 of a byte, and written in 16 bit; not behind the first layer's q, k and v.
+    # nf4: half a byte and 1/64 of a byte are read, 16 bits written; not for the first layer's q, k and v.
     weights = 2 * (2048 * (2048 + 1024) + 2048 * 2048 + 3 * 2048 * 8192)
     passed = 2 * weights - 2048 * (2048 + 1024)
     assert of(packed, "dequantization", "bytes") == pytest.approx(passed * (2 + 1 / 2 + 1 / 64), rel=0.01)
-    estimated(monkeypatch, whole)
+    assert_estimate(monkeypatch, whole)
 
 
-def estimated(monkeypatch: pytest.MonkeyPatch, operations: list[dict[str, Any]]) -> None:
-    """The table, and what is said of a goal: bound by the host, missed by the card, reached."""
+def assert_estimate(monkeypatch: pytest.MonkeyPatch, operations: list[dict[str, Any]]) -> None:
+    """Check the table, and the verdict on a goal: bound by the host, missed by the GPU, reached."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     benchmark = script(ROOT / "benchmarks" / "card_estimate.py")
     slow = benchmark.Case("RTX 4090", "1b", "none", 512, 1, 10**6, "others 7")
     found = benchmark.estimate(slow, operations)
-    seconds = [  # one each: of attention, of products, and of memory
+    seconds = [  # one each: of attention, of matmuls, and of memory
         {"part": part, "operation": part, "flops": flops, "bytes": bytes, "launches": 2}
         for part, flops, bytes in (("attention", 49.56e12, 1), ("products", 70e12, 1), ("adapters", 1, 504e9))
     ]

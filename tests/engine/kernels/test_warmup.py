@@ -1,7 +1,9 @@
-"""Compiling beforehand: nothing is left to the process that trains."""
+"""Loading libraries, and compiling kernels ahead of time in another process: nothing is left to compile in training."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import os
 import subprocess
@@ -9,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -16,7 +19,10 @@ from strop.engine.kernels import warmup
 from strop.errors import DiskError
 from tests import ROOT
 
-COMPILED = """
+UNKNOWN = "no_such_warmup"
+MODULE = "strop.engine.kernels.warmup_models"
+
+TRAINING = """
 import sys
 import numba.core.event as events, numpy as np, peft, torch
 from strop.data.types import Example
@@ -24,202 +30,187 @@ from strop.engine.train.fast import FastLoss
 from strop.models.families.layers import FAMILIES
 from strop.engine.eligibility import unsupported, usual
 from tests.support import tiny_families
-for sizes, size in {"hidden_size": 128, "intermediate_size": 64, "head_dim": 32}.items():  # that tiles can have
+for sizes, size in {"hidden_size": 128, "intermediate_size": 64, "head_dim": 32}.items():  # sizes that tiles support
     tiny_families.SMALL |= {name: size for name in tiny_families.SMALL if name.endswith(sizes)}
-heard = events.RecordingListener()
-events.register("numba:compile", heard)
+listener = events.RecordingListener()
+events.register("numba:compile", listener)
 kinds = dict.fromkeys(FAMILIES, {})
 kinds |= {"llama with " + name: {name: value} for name, value in {
     "lora_dropout": 0.1, "use_dora": True, "modules_to_save": ["norm"], "r": 40, "trainable_token_indices": [1, 2],
 }.items()}
-of = {True: "usual", False: "all"}
+names = {True: "usual", False: "all"}
 for kind, more in kinds.items():
     try:
         base = tiny_families.build(kind.split()[0]).to(torch.bfloat16)
-    except (KeyError, ValueError):  # this transformers does not have it
+    except (KeyError, ValueError):  # this version of transformers does not have it
         continue
     model = peft.get_peft_model(base, peft.LoraConfig(**{"r": 2, "target_modules": "all-linear", **more})).train()
     if unsupported(model) is not None:
         continue
     rows = [Example(np.arange(n, dtype=np.int32), (np.arange(n) > 0).astype(np.float32), "", 0) for n in (12, 15)]
     step = FastLoss(model, warm=False)
-    if sys.argv[1] in (of[usual(model)], "all"):
+    if sys.argv[1] in (names[usual(model)], "all"):
         step(rows).backward()
         step.log_probs(rows).sum().backward()
-        found = sorted({event.data["dispatcher"].py_func.__name__ for _, event in heard.buffer})
-        print(kind, of[usual(model)], found)
-        heard.buffer.clear()
+        compiled = sorted({event.data["dispatcher"].py_func.__name__ for _, event in listener.buffer})
+        print(kind, names[usual(model)], compiled)
+        listener.buffer.clear()
 """
 
-
-def test_nothing_is_left_to_compile(tmp_path: Path) -> None:
-    """Loops that a run compiles itself give other last bits than those of a run that is resumed."""
-    about = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    for models, fewest in (("usual", 20), ("all", 40)):
-        begun = [
-            subprocess.Popen(
-                [sys.executable, "-m", "strop.engine.kernels.warmup_models", "bfloat16", models, part], env=about
-            )
-            for part in ("attention", "products")
-        ]
-        assert [process.wait() for process in begun] == [0, 0]
-        words = [sys.executable, "-c", COMPILED, models]
-        found = subprocess.run(words, env=about, cwd=ROOT, capture_output=True, text=True, check=True)
-        lines = found.stdout.splitlines()
-        assert len(lines) >= fewest and "llama usual []" in lines
-        assert [line for line in lines if not line.endswith("[]")] == []
-
-
-ANSWERED = """
+DECODING = """
 import numba.core.event as events, torch
-from strop.engine.kernels.warmup_models import exercise
-heard = events.RecordingListener()
-events.register("numba:compile", heard)
-exercise(torch.bfloat16)
-print("compiled:", *(event.data["dispatcher"].py_func.__name__ for _, event in heard.buffer))
+from strop.engine.kernels.warmup_models import warm_up_decoding
+listener = events.RecordingListener()
+events.register("numba:compile", listener)
+warm_up_decoding(torch.bfloat16)
+print("compiled:", *(event.data["dispatcher"].py_func.__name__ for _, event in listener.buffer))
 """
 
 
-def test_nothing_is_left_to_compile_for_answers(tmp_path: Path) -> None:
-    about = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "strop.engine.kernels.warmup_models", "bfloat16"]
-    begun = [subprocess.Popen([*words, part], env=about) for part in ("products", "attention")]
-    assert [process.wait() for process in begun] == [0, 0]
-
-    def compiled() -> set[str]:
-        found = subprocess.run([sys.executable, "-c", ANSWERED], env=about, capture_output=True, text=True, check=True)
-        return set(found.stdout.split("compiled:")[1].split())
-
-    assert compiled() - {"impl"} == {"_held", "_held_room", "layer_forward"}  # which hold or call what the parts have
-    assert compiled() == set()
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compiler process is running, and there are two cores."""
+    monkeypatch.setattr(warmup, "_started", [])
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
 
 
-def test_it_is_said_where_they_cannot_be_compiled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        warmup.compile_once(torch.float32, tmp_path, exercise="strop.no_such_module")
-    assert "(exit 1)" in caplog.text and "No module named strop.no_such_module" in caplog.text
-    caplog.clear()
-    warmup.compile_once(torch.float32, tmp_path, exercise="strop.no_such_module")
-    assert not caplog.text  # once
-
-
-def test_a_full_disk_is_named_before_anything_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warmup, "free_bytes", lambda _: 1 << 20)
-    with pytest.raises(DiskError, match="compiled loops need 32 MiB of disk, 1 are free") as raised:
-        warmup.compile_once(torch.float32, tmp_path / "loops", exercise="strop.no_such_module")
-    assert raised.value.what.startswith(f"{tmp_path / 'loops'}: ") and "NUMBA_CACHE_DIR" in raised.value.fix
-    assert not (tmp_path / "loops").exists()
-
-
-def test_loops_of_other_sources_are_not_kept(tmp_path: Path) -> None:
-    for name in ("loop-1.nbi", "loop-1.1.nbc", "strop-other-exercise-float32"):
-        (tmp_path / name).touch()
-    warmup.compile_once(torch.float32, tmp_path, exercise="strop.no_such_module")
-    (tmp_path / "loop-2.nbi").touch()
-    warmup.compile_once(torch.bfloat16, tmp_path, exercise="strop.no_such_module")
-    kept = sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock")
-    assert [name.rpartition("-")[2] for name in kept] == ["2.nbi", "bfloat16", "float32"]
-
-
-@pytest.mark.parametrize("damage", ["cut", "gone", "mark", "zeros"])
-def test_loops_whose_files_are_damaged_are_compiled_again(
-    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a machine leaves them that stopped while they were written; numba would end each process that reads them."""
-    monkeypatch.setattr(warmup, "take", lambda: SimpleNamespace(run=lambda *stages: (1, "no such module")))
-    none, loop = "strop.no_such_module", tmp_path / "loop-1.nbi"
-    warmup.compile_once(torch.float32, tmp_path, exercise=none)
-    loop.write_bytes(b"compiled")
-    warmup.compile_once(torch.bfloat16, tmp_path, exercise=none)
-    loop.write_bytes(b"compiled, and more types")
-    caplog.clear()
-    warmup.compile_once(torch.bfloat16, tmp_path, exercise=none)
-    assert loop.is_file() and not caplog.text
-    if damage == "gone":
-        loop.unlink()
-    elif damage == "zeros":
-        loop.write_bytes(b"compiled" + bytes(20))
-    else:
-        cut = loop if damage == "cut" else next(tmp_path.glob("strop-*-bfloat16"))
-        cut.write_bytes(b"")
-    warmup.compile_once(torch.bfloat16, tmp_path, exercise=none)
-    assert "(exit 1)" in caplog.text and not loop.exists()
-    assert [path.name.rpartition("-")[2] for path in tmp_path.glob("strop-*-*")] == ["bfloat16"]
-
-
-# ---- from tests.engine.kernels.test_libraries ----
-from __future__ import annotations
-
-import gc
-
-import pytest
-
-
-def test_the_search_for_rubbish_goes_on_afterwards() -> None:
+def test_load_enables_garbage_collection_again() -> None:
     warmup.load()
     assert gc.isenabled() and gc.get_freeze_count() > 0 and "peft" in sys.modules
 
 
-def test_it_goes_on_where_a_library_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_enables_garbage_collection_after_a_failed_import(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError):
         warmup.load()
     assert gc.isenabled()
 
 
-# ---- from tests.engine.kernels.test_compiler ----
-"""The process that compiles loops: begun ahead where there is something to compile, told what later, ended with its
-own."""
-
-from __future__ import annotations
-
-import contextlib
-
-import psutil
-import pytest
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is waiting, and two cores are there."""
-    monkeypatch.setattr(warmup, "_ahead", [])
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-
-
-def test_it_is_begun_only_where_nothing_is_compiled(
-    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_compiler_starts_only_where_nothing_is_compiled(
+    no_compiler: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     (tmp_path / "cpu_1").mkdir()
-    (tmp_path / "cpu_1" / "strop-0-exercise-bfloat16").touch()
-    warmup.begin_ahead("exercise")
-    assert warmup._ahead == []
-    (tmp_path / "cpu_1" / "strop-0-exercise-bfloat16").unlink()
-    warmup.begin_ahead("exercise")
-    warmup.begin_ahead("exercise")
-    [begun] = warmup._ahead
-    assert begun.waits and warmup.take() is begun and warmup._ahead == []
-    assert begun.run([["strop.no_such_module"], ["this"]])[0] == 1
-    assert not begun.waits
+    (tmp_path / "cpu_1" / "strop-0-train-bfloat16").touch()
+    warmup.start_compiler("train")
+    assert warmup._started == []
+    (tmp_path / "cpu_1" / "strop-0-train-bfloat16").unlink()
+    warmup.start_compiler("train")
+    warmup.start_compiler("train")
+    [compiler] = warmup._started
+    assert compiler.is_waiting and warmup.take_compiler() is compiler and warmup._started == []
+    assert compiler.run([["strop.no_such_module"], ["this"]])[0] == 1
+    assert not compiler.is_waiting
 
 
-def test_parts_run_side_by_side_with_their_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_of_a_stage_run_with_their_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a_part.py").write_text("import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])")
     monkeypatch.syspath_prepend(str(tmp_path))
-    parts = [["a_part", str(tmp_path / name), name] for name in ("one", "two")]
-    assert warmup.Compiler().run(parts) == (0, "")
+    programs = [["a_part", str(tmp_path / name), name] for name in ("one", "two")]
+    assert warmup.Compiler().run(programs) == (0, "")
     assert [(tmp_path / name).read_text() for name in ("one", "two")] == ["one", "two"]
-    code, said = warmup.Compiler().run([*parts, ["no_such_part"]])
-    assert code == 1 and "No module named no_such_part" in said
+    code, last_line = warmup.Compiler().run([*programs, ["no_such_part"]])
+    assert code == 1 and "No module named no_such_part" in last_line
 
 
-def test_it_ends_with_the_command_that_began_it(tmp_path: Path) -> None:
+def test_compiler_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     program = (
-        "from strop.engine import compiler\n"
-        "compiler._ahead.append(compiler.Compiler())\n"
-        "print(compiler._ahead[0]._process.pid)"
+        "from strop.engine.kernels import warmup\n"
+        "warmup._started.append(warmup.Compiler())\n"
+        "print(warmup._started[0]._process.pid)"
     )
-    words = [sys.executable, "-c", program]
-    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(int(found.stdout)).wait(timeout=60)
+        psutil.Process(int(done.stdout)).wait(timeout=60)
+
+
+def test_warmup_imports_no_libraries() -> None:
+    program = "import sys, strop.engine.kernels.warmup; print(*{'torch', 'numba', 'numpy', 'peft'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_training_compiles_nothing_after_the_warm_up(tmp_path: Path) -> None:
+    """Kernels that a run compiles itself have other last bits than those of a resumed run."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    for models, fewest in (("usual", 20), ("all", 40)):
+        processes = [
+            subprocess.Popen([sys.executable, "-m", MODULE, "train", "bfloat16", models, part], env=environment)
+            for part in ("attention", "products")
+        ]
+        assert [process.wait() for process in processes] == [0, 0]
+        command = [sys.executable, "-c", TRAINING, models]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+        lines = done.stdout.splitlines()
+        assert len(lines) >= fewest and "llama usual []" in lines
+        assert [line for line in lines if not line.endswith("[]")] == []
+
+
+def test_decoding_compiles_nothing_after_the_warm_up(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", MODULE, "decode", "bfloat16"]
+    processes = [subprocess.Popen([*command, part], env=environment) for part in ("products", "attention")]
+    assert [process.wait() for process in processes] == [0, 0]
+
+    def compiled() -> set[str]:
+        command = [sys.executable, "-c", DECODING]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return set(done.stdout.split("compiled:")[1].split())
+
+    # The functions that hold or call the kernels of both parts.
+    assert compiled() - {"impl"} == {"_make_layer_ref", "_make_buffers_ref", "layer_forward"}
+    assert compiled() == set()
+
+
+def test_failed_compilation_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        warmup.compile_once(torch.float32, tmp_path, UNKNOWN)
+    assert "(exit 1)" in caplog.text and UNKNOWN in caplog.text
+    caplog.clear()
+    warmup.compile_once(torch.float32, tmp_path, UNKNOWN)
+    assert not caplog.text
+
+
+def test_full_disk_raises_before_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strop.runs.folder.free_bytes", lambda _: 1 << 20)
+    with pytest.raises(DiskError, match="32 MiB of disk, 1 are free") as raised:
+        warmup.compile_once(torch.float32, tmp_path / "kernels", UNKNOWN)
+    assert raised.value.what.startswith(f"{tmp_path / 'kernels'}: ") and "NUMBA_CACHE_DIR" in raised.value.fix
+    assert not (tmp_path / "kernels").exists()
+
+
+def test_kernels_of_other_sources_are_removed(tmp_path: Path) -> None:
+    for name in ("kernel-1.nbi", "kernel-1.1.nbc", "strop-other-train-float32"):
+        (tmp_path / name).touch()
+    warmup.compile_once(torch.float32, tmp_path, UNKNOWN)
+    (tmp_path / "kernel-2.nbi").touch()
+    warmup.compile_once(torch.bfloat16, tmp_path, UNKNOWN)
+    names = sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock")
+    assert [name.rpartition("-")[2] for name in names] == ["2.nbi", "bfloat16", "float32"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "marker", "zeros"])
+def test_damaged_kernels_are_compiled_again(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that crashed while files were written leaves them damaged; reading one would crash numba."""
+    monkeypatch.setattr(warmup, "take_compiler", lambda: SimpleNamespace(run=lambda *stages: (1, "no such module")))
+    kernel = tmp_path / "kernel-1.nbi"
+    warmup.compile_once(torch.float32, tmp_path, UNKNOWN)
+    kernel.write_bytes(b"compiled")
+    warmup.compile_once(torch.bfloat16, tmp_path, UNKNOWN)
+    kernel.write_bytes(b"compiled, and more types")
+    caplog.clear()
+    warmup.compile_once(torch.bfloat16, tmp_path, UNKNOWN)
+    assert kernel.is_file() and not caplog.text
+    if damage == "gone":
+        kernel.unlink()
+    elif damage == "zeros":
+        kernel.write_bytes(b"compiled" + bytes(20))
+    else:
+        cut = kernel if damage == "cut" else next(tmp_path.glob("strop-*-bfloat16"))
+        cut.write_bytes(b"")
+    warmup.compile_once(torch.bfloat16, tmp_path, UNKNOWN)
+    assert "(exit 1)" in caplog.text and not kernel.exists()
+    assert [path.name.rpartition("-")[2] for path in tmp_path.glob("strop-*-*")] == ["bfloat16"]

@@ -118,8 +118,9 @@ class Joined:
         ops: Ops,
         arena: Arena | None = None,
     ) -> None:
-        """products_of, product_of: give LoRA's products and the frozen one for layers of these sizes (Processor.lora,
-        Backend.matmul); held: what the latter takes as the weight (Backend.weight_loader). drops: draws the masks. arena:
+        """products_of, product_of: give LoRA's products and the frozen one for layers of these sizes (Backend.lora,
+        Backend.matmul); held: what the latter takes as the weight (Backend.weight_loader). drops: draws the masks.
+        arena:
         where the output lies, which is kept for the backward, on a CPU."""
         self.modules, self.enter, self.drops, self._ops, self._arena = modules, enter, drops, ops, arena
         self._dora: Dora | None = None

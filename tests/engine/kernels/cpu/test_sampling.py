@@ -1,4 +1,4 @@
-"""The likeliest token from a head in 8 bit: always that of the whole head, to the first of equal ones, or none."""
+"""The most likely token by a head in 8 bits: always that of the whole head, the first of equal ones, or none."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def heads(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Rows of different lengths, some of them with a few large numbers, some twice, one empty."""
-    make = torch.Generator().manual_seed(seed)
-    weight = torch.randn(n, k, generator=make) * torch.rand(n, 1, generator=make)
+    """Return rows of different lengths: some with outliers, one twice, one of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, k, generator=generator) * torch.rand(n, 1, generator=generator)
     weight[::7, 3] *= 30
     weight[n // 2] = weight[n // 3]
     weight[n // 5] = 0
@@ -28,14 +28,14 @@ def heads(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 
 def rows(count: int, weight: torch.Tensor, sharp: float, seed: int = 1) -> Any:
-    """Rows that point, the more the sharper, to some row of the head."""
-    make = torch.Generator().manual_seed(seed)
-    towards = weight[torch.randint(len(weight), (count,), generator=make)].float()
-    z = torch.randn(count, weight.shape[1], generator=make) + sharp * towards
+    """Return inputs that point to some row of the head, more so with a greater `sharp`."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = weight[torch.randint(len(weight), (count,), generator=generator)].float()
+    z = torch.randn(count, weight.shape[1], generator=generator) + sharp * targets
     return array(z.to(entering(weight.dtype)))
 
 
-def exactly(weight: torch.Tensor, z: Any, scale: float = 1.0) -> Any:
+def exact_argmax(weight: torch.Tensor, z: Any, scale: float = 1.0) -> Any:
     logits = np.empty((len(z), len(weight)), np.float32)
     dense_matmul(Dense(array(weight)), z, logits, torch.get_num_threads())
     return (logits * np.float32(scale)).argmax(1)
@@ -46,25 +46,25 @@ def exactly(weight: torch.Tensor, z: Any, scale: float = 1.0) -> Any:
     "n, k, count, sharp", [(4096, 576, 1, 1), (4099, 64, 5, 2), (160, 2048, 17, 0), (1000, 96, 3, 9)]
 )
 @pytest.mark.parametrize("scale", [1.0, 0.03])
-def test_the_token_is_that_of_the_whole_head(
+def test_token_is_that_of_the_whole_head(
     dtype: torch.dtype, n: int, k: int, count: int, sharp: float, scale: float
 ) -> None:
     if sampling.TILES and n % sampling.LANES:
-        pytest.skip("not screened: the last rows are multiplied otherwise than tiles do (screen_for)")
-    found = 0
+        pytest.skip("not used: the last rows are not multiplied in tiles (screen_for)")
+    results = 0
     for seed in range(20):
         weight = heads(n, k, dtype, seed)
         z = rows(count, weight, sharp, seed)
         places = Screen(weight, array(weight), scale).likeliest(z)
         if places is not None:
-            found += 1
-            assert (places == exactly(weight, z, scale)).all()
-    assert found > 10
+            results += 1
+            assert (places == exact_argmax(weight, z, scale)).all()
+    assert results > 10
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nearly_is_within_reach(dtype: torch.dtype) -> None:
-    """Of what 8 bit leave out, against fp64."""
+def test_error_of_estimates_is_bounded(dtype: torch.dtype) -> None:
+    """The error of the head in 8 bits, compared with fp64."""
     weight = heads(2000, 576, dtype)
     numbers, scales, reach = made_small(weight, sampling.LANES)
     z = torch.randn(64, 576, generator=torch.Generator().manual_seed(0)) + 3 * weight[:64].float()
@@ -74,44 +74,44 @@ def test_nearly_is_within_reach(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_equal_logits_give_the_first(dtype: torch.dtype) -> None:
+def test_equal_logits_give_the_first_token(dtype: torch.dtype) -> None:
     weight = heads(4096, 576, dtype)
     weight[4000] = weight[17] = weight[3999] = 3 * weight[9]
     z = array((weight[17] * 2)[None].to(entering(dtype)))
-    assert Screen(weight, array(weight), 1.0).likeliest(z).tolist() == [17] == exactly(weight, z).tolist()
+    assert Screen(weight, array(weight), 1.0).likeliest(z).tolist() == [17] == exact_argmax(weight, z).tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_where_all_may_be_the_likeliest_it_says_so_and_rests(dtype: torch.dtype) -> None:
+def test_too_many_candidates_return_none_and_pause(dtype: torch.dtype) -> None:
     weight = torch.ones(4096, 64, dtype=dtype)
     weight[9] = 2.0
-    asked = Screen(weight, array(weight), 1.0)
+    screen = Screen(weight, array(weight), 1.0)
     z = array(torch.zeros(1, 64, dtype=entering(dtype)))
     sharp = array(torch.ones(1, 64, dtype=entering(dtype)))
-    assert asked.likeliest(z) is None
-    assert [asked.likeliest(sharp) for _ in range(PAUSE)] == [None] * PAUSE
-    assert asked.likeliest(sharp).tolist() == [9]
+    assert screen.likeliest(z) is None
+    assert [screen.likeliest(sharp) for _ in range(PAUSE)] == [None] * PAUSE
+    assert screen.likeliest(sharp).tolist() == [9]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), 3e38])
-def test_numbers_that_are_not_finite_are_left_to_the_whole_head(dtype: torch.dtype, number: float) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_nonfinite_values_return_none(dtype: torch.dtype, value: float) -> None:
     weight = heads(2048, 64, dtype)
     z = torch.randn(3, 64).to(entering(dtype))
-    z[1, 5] = number
+    z[1, 5] = value
     assert Screen(weight, array(weight), 1.0).likeliest(array(z)) is None
-    weight[7, 8] = number
+    weight[7, 8] = value
     z[1, 5] = 1.0
     assert Screen(weight, array(weight), 1.0).likeliest(array(z)) is None
 
 
-def test_it_stands_where_it_is_worth_it_and_exact() -> None:
+def test_screen_is_used_only_where_it_saves_time_and_is_exact() -> None:
     head, z = torch.nn.Linear(64, 512, bias=False), np.empty(0, np.float32)
 
-    def stands(head: Any = head, *, scale: float = 1.0, softcap: float | None = None, read: int = 0) -> bool:
+    def is_used(head: Any = head, *, scale: float = 1.0, softcap: float | None = None, read: int = 0) -> bool:
         return screen_for(head, None, z, scale, softcap, read) is not None
 
-    assert stands() and stands(scale=0.1) and stands(read=8 * 512 * 64 * 4)
-    assert not stands(read=10 * 512 * 64 * 4)
-    assert not stands(softcap=30.0) and not stands(scale=-1.0)
-    assert not stands(torch.nn.Linear(64, 512))
+    assert is_used() and is_used(scale=0.1) and is_used(read=8 * 512 * 64 * 4)
+    assert not is_used(read=10 * 512 * 64 * 4)
+    assert not is_used(softcap=30.0) and not is_used(scale=-1.0)
+    assert not is_used(torch.nn.Linear(64, 512))

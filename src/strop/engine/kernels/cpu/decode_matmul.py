@@ -15,7 +15,7 @@ from numba import prange, types
 from strop.engine.kernels.cpu.amx import AVAILABLE, lay_out, layout_buffer
 from strop.engine.kernels.cpu.compiled import kernel, sequence, specialization_of, subroutine
 from strop.engine.kernels.cpu.dequantize import UNIT, can_dequantize, dequantize_row, quantized_block
-from strop.engine.kernels.cpu.dots import AHEAD, LANES, add_weighted_rows, block, single_row_block, edge
+from strop.engine.kernels.cpu.dots import AHEAD, LANES, add_weighted_rows, block, edge, single_row_block
 from strop.engine.kernels.cpu.int8_dots import (
     INT8_DOTS,
     STRETCH,

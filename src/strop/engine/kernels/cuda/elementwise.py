@@ -28,10 +28,10 @@ def _norm(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < N)
-    of = tl.load(x + row.to(tl.int64) * x_row + column, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(x + row.to(tl.int64) * x_row + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32) + offset
-    rstd = tl.rsqrt(tl.sum(of * of, 1) / N + eps)[:, None]
-    tl.store(out + row.to(tl.int64) * out_row + column, (of * rstd * scale).to(out.dtype.element_ty), mask=inside)
+    rstd = tl.rsqrt(tl.sum(values * values, 1) / N + eps)[:, None]
+    tl.store(out + row.to(tl.int64) * out_row + column, (values * rstd * scale).to(out.dtype.element_ty), mask=inside)
 
 
 @kernel(unspecialized=("rows",))
@@ -43,11 +43,11 @@ def _norm_backward(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < N)
-    of = tl.load(x + row.to(tl.int64) * x_row + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(grad + row.to(tl.int64) * grad_row + column, mask=inside, other=0.0).to(tl.float32)
-    weighted = up * (tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32) + offset)
-    rstd = tl.rsqrt(tl.sum(of * of, 1) / N + eps)[:, None]
-    normed = of * rstd
+    values = tl.load(x + row.to(tl.int64) * x_row + column, mask=inside, other=0.0).to(tl.float32)
+    upstream = tl.load(grad + row.to(tl.int64) * grad_row + column, mask=inside, other=0.0).to(tl.float32)
+    weighted = upstream * (tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32) + offset)
+    rstd = tl.rsqrt(tl.sum(values * values, 1) / N + eps)[:, None]
+    normed = values * rstd
     result = rstd * (weighted - normed * (tl.sum(weighted * normed, 1) / N)[:, None])
     tl.store(out + row.to(tl.int64) * out_row + column, result.to(out.dtype.element_ty), mask=inside)
 
@@ -60,11 +60,11 @@ def _shape(n: int) -> dict[str, int]:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None = None) -> Tensor:
     """Compute eager.rms_norm, into `out` if given."""
-    of = rows_of(x)
+    values = rows_of(x)
     out = x.new_empty(x.shape) if out is None else out
     to, shape = rows_of(out), _shape(x.shape[-1])
-    grid = (-(-len(of) // shape["ROWS"]),)
-    launch(_norm, grid, x, of, weight, to, len(of), of.stride(0), to.stride(0), eps, offset, **shape)
+    grid = (-(-len(values) // shape["ROWS"]),)
+    launch(_norm, grid, x, values, weight, to, len(values), values.stride(0), to.stride(0), eps, offset, **shape)
     return out
 
 
@@ -72,11 +72,12 @@ def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None = None
 ) -> Tensor:  # fmt: skip
     """Compute eager.rms_norm_backward, into `out` if given, which may be `grad`."""
-    of, up = rows_of(x), rows_of(grad)
+    values, grads = rows_of(x), rows_of(grad)
     out = x.new_empty(x.shape) if out is None else out
     to, shape = rows_of(out), _shape(x.shape[-1])
-    rows = len(of), up.stride(0), of.stride(0), to.stride(0)
-    launch(_norm_backward, (-(-len(of) // shape["ROWS"]),), x, up, of, weight, to, *rows, eps, offset, **shape)
+    rows = len(values), grads.stride(0), values.stride(0), to.stride(0)
+    grid = (-(-len(values) // shape["ROWS"]),)
+    launch(_norm_backward, grid, x, grads, values, weight, to, *rows, eps, offset, **shape)
     return out
 
 
@@ -145,10 +146,10 @@ def glu(gate_up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
 
 def glu_backward(grad: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Compute eager.glu_backward."""
-    x, up, n = rows_of(gate_up), rows_of(grad), gate_up.shape[1] // 2
+    x, grads, n = rows_of(gate_up), rows_of(grad), gate_up.shape[1] // 2
     to, out, shape = x.new_empty(len(x), 2 * n), x.new_empty(len(x), n), _piece(n)
     grid = len(x), -(-n // shape["BLOCK"])
-    launch(_glu_backward, grid, x, up, x, to, out, up.stride(0), x.stride(0), GELU=_gelu(activation), **shape)
+    launch(_glu_backward, grid, x, grads, x, to, out, grads.stride(0), x.stride(0), GELU=_gelu(activation), **shape)
     return to, out
 
 
@@ -157,9 +158,9 @@ def _scale(x: tensor, gains: tensor, x_row: tensor, N: constexpr, BLOCK: constex
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < N
-    of = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
     gain = tl.load(gains + column, mask=inside, other=0.0)
-    tl.store(x + row * x_row + column, (of * gain).to(x.dtype.element_ty), mask=inside)
+    tl.store(x + row * x_row + column, (values * gain).to(x.dtype.element_ty), mask=inside)
 
 
 @kernel(unspecialized=("rows",))
@@ -174,9 +175,9 @@ def _scale_backward(
     for first in range(0, LONG, ROWS):
         row = tl.program_id(0) * LONG + first + tl.arange(0, ROWS)[:, None]
         inside, far = (row < rows) & (column < N), row.to(tl.int64)
-        up = tl.load(grad + far * grad_row + column, mask=inside, other=0.0).to(tl.float32)
-        total += up * tl.load(y + far * y_row + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + far * N + column, (up * gain).to(out.dtype.element_ty), mask=inside)
+        upstream = tl.load(grad + far * grad_row + column, mask=inside, other=0.0).to(tl.float32)
+        total += upstream * tl.load(y + far * y_row + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + far * N + column, (upstream * gain).to(out.dtype.element_ty), mask=inside)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     tl.store(sums + tl.program_id(0) * N + place, tl.sum(total, 0), mask=place < N)
 
@@ -191,13 +192,14 @@ def scale_columns_(x: Tensor, gains: Tensor) -> Tensor:
 
 def scale_columns_backward(grad: Tensor, y: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
     """Compute eager.scale_columns_backward; the order of the sum is the same each time."""
-    up, of, n = rows_of(grad), rows_of(y), grad.shape[1]
-    out, block = up.new_empty(len(up), n), min(COLUMNS, next_power_of_2(n))
-    parts = -(-len(up) // LONG)
-    sums = torch.empty(parts, n, device=up.device)
+    grads, values, n = rows_of(grad), rows_of(y), grad.shape[1]
+    out, block = grads.new_empty(len(grads), n), min(COLUMNS, next_power_of_2(n))
+    parts = -(-len(grads) // LONG)
+    sums = torch.empty(parts, n, device=grads.device)
     shape = {"N": n, "LONG": LONG, "ROWS": TILE // COLUMNS, "BLOCK": block, "num_warps": 8}
-    strides = len(up), up.stride(0), of.stride(0)
-    launch(_scale_backward, (parts, -(-n // block)), up, up, of, gains.contiguous(), out, sums, *strides, **shape)
+    strides = len(grads), grads.stride(0), values.stride(0)
+    grid = parts, -(-n // block)
+    launch(_scale_backward, grid, grads, grads, values, gains.contiguous(), out, sums, *strides, **shape)
     return out, sums.sum(0)
 
 

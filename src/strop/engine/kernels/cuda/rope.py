@@ -163,8 +163,8 @@ def rotate_qk(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor) -> tuple[Tens
     out = x.new_empty(len(x), many, heads.size)
     q, k = torch.split(out, [heads.query, heads.key_value], 1)
     if heads.q_norm is not None and heads.k_norm is not None and not norms_by_head(heads):
-        for of, to, norm in zip(heads.views(x), (q, k), (heads.q_norm, heads.k_norm), strict=False):
-            rms_norm(over(of, norm), norm.weight, norm.eps, norm.offset, to.flatten(1))
+        for values, to, norm in zip(heads.views(x), (q, k), (heads.q_norm, heads.k_norm), strict=False):
+            rms_norm(over(values, norm), norm.weight, norm.eps, norm.offset, to.flatten(1))
         x = out.view(len(x), -1)
     shape, (weights, scalars) = _shape(heads, cos.shape[1], many), _norms_of(heads, x)
     grid = len(x), -(-many // shape["GROUP"])
@@ -185,9 +185,9 @@ def rotate_qk_backward(
         _rope_backward, grid, x, dq, dk, dv, x, cos, sin, *weights, out, *strides, x.stride(0), *scalars, **shape
     )  # fmt: skip
     if heads.q_norm is not None and heads.k_norm is not None and not norms_by_head(heads):
-        for to, of, norm in zip(heads.views(out), heads.views(x), (heads.q_norm, heads.k_norm), strict=False):
+        for to, values, norm in zip(heads.views(out), heads.views(x), (heads.q_norm, heads.k_norm), strict=False):
             to = to.flatten(1)
-            rms_norm_backward(to, over(of, norm), norm.weight, norm.eps, norm.offset, to)
+            rms_norm_backward(to, over(values, norm), norm.weight, norm.eps, norm.offset, to)
     return out
 
 
