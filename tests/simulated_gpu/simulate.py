@@ -81,10 +81,10 @@ def steps_marked() -> Iterator[None]:
 @contextmanager
 def failing(calls: Sequence[int], above: int | None) -> Iterator[None]:
     """Have the GPU run out of memory in these calls of the step's loss, and in all with more tokens than `above`."""
-    own, made = FastLoss.__call__, count()
+    own, call_count = FastLoss.__call__, count()
 
     def loss(self: Any, examples: Any) -> Any:
-        if next(made) in calls or (above is not None and sum(map(len, examples)) > above):
+        if next(call_count) in calls or (above is not None and sum(map(len, examples)) > above):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return own(self, examples)
 
@@ -97,10 +97,10 @@ def failing(calls: Sequence[int], above: int | None) -> Iterator[None]:
 
 @contextmanager
 def failing_state(at: int | None) -> Iterator[None]:
-    own, made = optim._make_state_of, count()
+    own, call_count = optim._make_state_of, count()
 
     def make(weight: Any, optimizer: Any, *where: Any) -> None:
-        if next(made) == at:
+        if next(call_count) == at:
             optimizer.state[weight] = {"step": torch.zeros(())}  # half of the state exists
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         own(weight, optimizer, *where)
@@ -124,7 +124,7 @@ def stopping() -> Iterator[None]:
 @contextmanager
 def kernels_counted(used: bool) -> Iterator[Counter[str]]:
     """Count launches of Triton kernels by name; used: they work on this GPU."""
-    found: Counter[str] = Counter()
+    launches: Counter[str] = Counter()
     with ExitStack() as stack:
         if used:
             from strop.engine.kernels.cuda import launch
@@ -132,11 +132,11 @@ def kernels_counted(used: bool) -> Iterator[Counter[str]]:
             def note(kernel: Any, grid: Any, arguments: Any, constants: Any) -> None:
                 devices = {x.device.type for x in arguments if isinstance(x, torch.Tensor)}
                 assert devices == {"cuda"}, (kernel, devices)
-                found[kernel.__name__] += 1
+                launches[kernel.__name__] += 1
 
             stack.enter_context(patch("strop.engine.kernels.cuda.available.triton_error", lambda device: None))
             stack.enter_context(patch.object(launch, "enqueue", note))
-        yield found
+        yield launches
 
 
 def train(
@@ -201,12 +201,12 @@ def answer(model: str, **options: Any) -> dict[str, Any]:
 def evaluate(model: str) -> dict[str, Any]:
     """Evaluate base and tuned model, as `strop eval` does."""
     with GPU.present():
-        found = strop.evaluate(model, rows(), max_new_tokens=4)
-    return {"rows": found["rows"], "loss": found["tuned"]["loss"]}
+        report = strop.evaluate(model, rows(), max_new_tokens=4)
+    return {"rows": report["rows"], "loss": report["tuned"]["loss"]}
 
 
 def serve(model: str, texts: int = 3) -> dict[str, Any]:
-    """Generate with the base and two adapters in one batch, and return what made the host wait."""
+    """Generate with the base and two adapters in one batch, and return what call_count the host wait."""
     from strop.engine.decode.batch import Batch, answer_all
     from strop.engine.decode.hf_fallback import PlainDecoder
     from strop.engine.decode.sampling import Sampling, Text

@@ -132,11 +132,11 @@ def test_head_loss_and_gradient(frozen: Any) -> None:
 
 @pytest.mark.parametrize("along", [True, False])
 def test_existing_values_are_added_once(frozen: Any, along: bool) -> None:
-    """For any number of rows in the last tile."""
+    """The number of rows in the last tile does not matter."""
     for tokens in range(1, 15):
-        x, weight, held = random(tokens, 64), random(*((96, 64) if along else (64, 96))), random(tokens, 96)
-        truth = x.double() @ (weight.t() if along else weight).double() + held
-        assert error(frozen.product(x, weight, along, held.clone(), Held()), truth) < 4e-3
+        x, weight, existing = random(tokens, 64), random(*((96, 64) if along else (64, 96))), random(tokens, 96)
+        truth = x.double() @ (weight.t() if along else weight).double() + existing
+        assert error(frozen.product(x, weight, along, existing.clone(), Held()), truth) < 4e-3
 
 
 @pytest.mark.parametrize("along", [True, False])

@@ -229,7 +229,7 @@ def test_dropout_has_the_bits_of_a_cpu(dtype: torch.dtype, rows: int, width: int
 def test_dequantization_has_the_bits_of_bitsandbytes(
     scheme: str, double: bool, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In fp32 and fp16; bf16 to its last bit, in the interpreter. Memory after the result is not changed."""
+    """fp32 and fp16 are identical, bf16 to its last bit in the interpreter; memory after the result is unchanged."""
     torch.manual_seed(0)
     packed = pack(torch.randn(shape), scheme, double=double)
     for dtype in KINDS:

@@ -49,7 +49,7 @@ def definition_backward(
 @pytest.mark.parametrize("norms", [True, False])
 @pytest.mark.parametrize("window", [0, 2])
 def test_flash_attention_matches_the_cpu(window: int, norms: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The definition of flash attention stands in for its kernel; its inputs and gradients are tested."""
+    """The definition of flash attention replaces its kernel; the inputs and gradients are tested."""
     monkeypatch.setattr(attention, "supports_flash", lambda like, heads: True)
     monkeypatch.setattr(attention, "flash_forward", lambda *arguments: (definition(*arguments),))
     monkeypatch.setattr(attention, "flash_backward", definition_backward)
@@ -66,7 +66,7 @@ def test_flash_attention_matches_the_cpu(window: int, norms: bool, monkeypatch: 
 
 
 def test_pytorchs_flash_operations_accept_the_arguments() -> None:
-    """By the schema of the installed PyTorch: from 2.8 on the first ten arguments and the windows are the same."""
+    """The schema of the installed PyTorch decides; from 2.8 on the first ten arguments and the windows are the same."""
     ends = torch.tensor([0, 8], dtype=torch.int32)
     varlen = Varlen(ends, ends, 8, 8, None)
     q, k = (torch.empty(8, n, 8, dtype=torch.bfloat16, device="meta") for n in (4, 2))

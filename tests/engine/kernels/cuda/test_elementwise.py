@@ -49,7 +49,7 @@ def test_values_in_tritons_interpreter() -> None:
 
 @triton
 def test_compiled_code_is_efficient(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """For each architecture: 16 bytes an access, no fp64, no spilled registers, two programs a multiprocessor."""
+    """Each architecture has 16 bytes an access, no fp64, no spilled registers, and two programs a multiprocessor."""
     folder = tmp_path_factory.mktemp("compiled")
     compiled = json.loads(run_python("-m", "tests.support.ptx", *ARCHITECTURES, TRITON_CACHE_DIR=str(folder)))
     assert tuple(compiled) == ARCHITECTURES
