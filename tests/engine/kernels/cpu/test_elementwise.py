@@ -184,6 +184,7 @@ import ctypes, torch
 torch.set_num_threads(1)
 openmp = ctypes.CDLL(torch._C.__file__)
 before = openmp.omp_get_max_active_levels(), torch.get_num_threads()
+from strop.engine.kernels.cpu import elementwise
 x = torch.ones(64, 64)
 elementwise.rms_norm(x, x[0], 1e-5, 0.0)
 assert (openmp.omp_get_max_active_levels(), torch.get_num_threads()) == before, before

@@ -2,7 +2,7 @@
 
 numba uses OpenMP as its threading layer where it is available, so that kernels run on PyTorch's threads. numba's cache
 of compiled kernels checks the modification time of the file a kernel is defined in, not of this one: after a change
-here, touch the files that use it. (`warmup.compile_once` does so: it clears the cache when any file here is newer.)
+here, touch the files that use it. `warmup.compile_once` clears the cache when any file of this package has changed.
 """
 
 from __future__ import annotations

@@ -267,7 +267,9 @@ def row_by_row(
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def single_row_block(context: Any, a: Any, a_at: Any, lda: Any, x: Any, x_at: Any, c: Any, c_at: Any, count: Any) -> Any:
+def single_row_block(
+    context: Any, a: Any, a_at: Any, lda: Any, x: Any, x_at: Any, c: Any, c_at: Any, count: Any
+) -> Any:  # fmt: skip
     """Compute c[i] = a_i x for LANES rows of a and one input row; count: a multiple of Operands.step."""
     signature = types.void(a, _LONG, _LONG, x, _LONG, c, _LONG, _LONG)
 
