@@ -23,7 +23,7 @@ from typing import Any
 
 import measured
 
-from strop.planning.gpus import find_card
+from strop.planning.machines import find_card
 from strop.runs.folder import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -191,7 +191,7 @@ def _serve(made: Path, asked: Path, texts: int) -> dict[str, Any]:
 def _about(case: dict[str, Any], made: Path, asked: Path) -> dict[str, Any]:
     from strop.config.load import read_resolved, resolve
     from strop.engine.device import pick_dtype
-    from strop.planning.inputs import row_sizes
+    from strop.planning.model_facts import row_sizes
     from strop.runs.folder import RunFolder
 
     recipe = read_resolved(RunFolder(made).recipe).recipe

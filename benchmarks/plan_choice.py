@@ -64,7 +64,7 @@ def recipe_of(chosen: dict[str, Any], options: dict[str, Any]) -> Any:
 
 def choice(number: int, limit: int, rate: Any) -> dict[str, Any]:
     """What the plan chooses, as options."""
-    from strop.planning.largest import Room, fitted, fixed_tokens
+    from strop.planning.fit import Room, fitted, fixed_tokens
 
     chosen = SETTINGS[number][0]
     shape, open_ = looked_at(chosen["model"]).shape, recipe_of(chosen, {})
@@ -92,7 +92,7 @@ def planned(number: int, options: dict[str, Any], rate: Any) -> float:
 
 def setting_at(number: int, rate: Any) -> dict[str, Any]:
     """A setting, its limit, and the ways that fit: the plan's choice, then all others."""
-    from strop.planning.largest import Room
+    from strop.planning.fit import Room
     from strop.planning.workload import Setting
 
     chosen, share = SETTINGS[number]

@@ -83,7 +83,7 @@ def run(folder: Path, case: dict[str, Any], snips: Path | None) -> dict[str, Any
     import strop
     from strop.config.load import resolve
     from strop.demo import data_files
-    from strop.planning.inputs import row_sizes
+    from strop.planning.model_facts import row_sizes
 
     model = case["model"] if case["model"] == "demo" else str(make_model(folder, case["model"]))
     with tempfile.TemporaryDirectory() as temp:

@@ -27,7 +27,7 @@ import measured
 
 from strop import plan
 from strop.distributed.assign import deal
-from strop.planning.devices import (
+from strop.planning.multi_device import (
     LOOPBACK,
     NETWORKS,
     NVLINK,

@@ -68,8 +68,8 @@ def plan(
     """
     from strop.config.load import Choice, resolve
     from strop.machine.memory import limit_bytes
-    from strop.planning.devices import Devices, share
-    from strop.planning.inputs import look_at, place_for, row_sizes, start_adapter, without_data
+    from strop.planning.model_facts import look_at, place_for, row_sizes, start_adapter, without_data
+    from strop.planning.multi_device import Devices, share
     from strop.planning.plan import make_plan
 
     resolved = resolve(Path(recipe) if recipe else None, without_data(_flat(options), recipe is not None))
@@ -100,7 +100,7 @@ def compare_methods(
     from strop.machine.memory import limit_bytes
     from strop.planning.choose import usable_bytes
     from strop.planning.compare import compare, known_models
-    from strop.planning.inputs import look_at, place_for, without_data
+    from strop.planning.model_facts import look_at, place_for, without_data
 
     given = without_data(_flat(options), recipe is not None)
     own = "model.name" in given or recipe is not None

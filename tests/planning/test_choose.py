@@ -15,7 +15,7 @@ from strop.models.families.shape import ModelShape
 from strop.planning.activations import KEEP_PAIRS, at_peak, offloaded_bytes
 from strop.planning.choose import choose, memory_key, usable_bytes
 from strop.planning.compare import KNOWN
-from strop.planning.largest import Room
+from strop.planning.fit import Room
 from strop.planning.learning_rate import learning_rate, whole
 from strop.planning.memory import Drawn
 from strop.planning.microbatch import largest_micro_batch, usual_micro_batch

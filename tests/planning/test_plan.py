@@ -26,9 +26,9 @@ from strop.machine.rates import Rates, keep_precision, keep_rates, known_rates
 from strop.models.families.shape import ModelShape, peek
 from strop.planning.activations import MicroBatch
 from strop.planning.compare import KNOWN
-from strop.planning.gpus import CARDS, find_card, recognise
-from strop.planning.inputs import Place
+from strop.planning.machines import CARDS, find_card, recognise
 from strop.planning.microbatch import usual_micro_batch
+from strop.planning.model_facts import Place
 from strop.planning.time import Rate, flops, tokens_per_s
 from strop.planning.workload import Setting
 from tests.planning.published import CONFIGS
@@ -328,7 +328,7 @@ def test_a_card_that_is_not_in_the_table_is_a_guess(llama_8b: Path, monkeypatch:
     """Its memory is what the driver says, of the card that is asked for, and bf16 needs compute capability 8.0."""
     cards, capability = ("NVIDIA GeForce RTX 4090, 24564 MiB", "a card of its own, 49152 MiB"), {1: 7.5}
     monkeypatch.setattr("strop.machine.probe._gpus", lambda: cards)
-    monkeypatch.setattr("strop.planning.inputs.compute_capability", lambda index: capability.get(index))
+    monkeypatch.setattr("strop.planning.model_facts.compute_capability", lambda index: capability.get(index))
     old = strop.plan(model=str(llama_8b), device="cuda:1")
     assert old.resolved.recipe.model.dtype == "fp32" and old.rate.source.startswith("a guess")
     assert old.usable_bytes == int(0.95 * (49152 << 20))
@@ -426,7 +426,7 @@ def test_the_plain_step_is_slower() -> None:
 def test_the_rate_is_that_of_the_type_that_is_chosen(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 is faster here and does not fit: the time is that of bf16."""
     place = Place(probe(), "cpu", ("fp32", "faster"), partial(Rate.measured, RATES))
-    monkeypatch.setattr("strop.planning.inputs.place_for", lambda *_: replace(place, machine=small))
+    monkeypatch.setattr("strop.planning.model_facts.place_for", lambda *_: replace(place, machine=small))
     small = replace(probe(), memory_bytes=9 << 30, free_bytes=9 << 30)
     found = strop.plan(model=str(llama_8b))
     assert found.resolved.recipe.model.dtype == "bf16" and found.rate == Rate.measured(RATES, "bf16")

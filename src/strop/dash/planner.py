@@ -19,8 +19,8 @@ from strop.dash.jobs import command, option
 from strop.errors import StropError
 from strop.machine.memory import limit_bytes
 from strop.models.families.shape import Peek
-from strop.planning.inputs import NO_DATA, Place, look_at, place_for, row_sizes, start_adapter, without_data
 from strop.planning.microbatch import Rows
+from strop.planning.model_facts import NO_DATA, Place, look_at, place_for, row_sizes, start_adapter, without_data
 from strop.planning.plan import make_plan
 from strop.runs.folder import free_bytes
 

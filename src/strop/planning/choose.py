@@ -16,7 +16,7 @@ from strop.machine.probe import Machine
 from strop.machine.rates import known_rates
 from strop.models.families.shape import ModelShape
 from strop.objectives.table import check_devices, open_options
-from strop.planning.largest import Room, fitted, fixed_tokens, placed
+from strop.planning.fit import Room, fitted, fixed_tokens, placed
 from strop.planning.learning_rate import alpha_of, open_rate
 from strop.planning.time import Rate
 from strop.planning.workload import check_names, why_not_offloaded, why_plain

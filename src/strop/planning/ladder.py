@@ -8,7 +8,7 @@ from typing import Any
 
 from strop.config.schema import Recipe
 from strop.planning.activations import offloaded_bytes
-from strop.planning.largest import GIB, SHORTEST, Room, smaller_scheme
+from strop.planning.fit import GIB, SHORTEST, Room, smaller_scheme
 from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
 from strop.planning.time import Rate, tokens_per_s
 from strop.planning.workload import Setting, why_not_offloaded

@@ -15,7 +15,7 @@ from strop.engine.decode.cache import ROWS
 from strop.machine.probe import TILED_RANK, Machine
 from strop.machine.rates import Rates
 from strop.planning.activations import HEAD_BYTES, KEEP_PAIRS, MicroBatch, offloaded_bytes, pairs
-from strop.planning.gpus import Card
+from strop.planning.machines import Card
 from strop.planning.memory import Drawn, constant_bytes, packed_weights, weight_bytes
 from strop.planning.workload import Setting
 

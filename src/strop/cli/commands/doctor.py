@@ -20,7 +20,7 @@ def doctor(
 ) -> None:
     """Check this machine: its facts, products and their rates, one 4-bit training step, a write to the disk."""
     from strop.machine.doctor import examine
-    from strop.planning.render import print_findings
+    from strop.planning.tables import print_findings
 
     def try_out(machine: Any) -> Any:
         warmup.load()

@@ -28,7 +28,7 @@ def plan(
     """See whether it fits, how long it takes, and which settings: needs no weights and no GPU."""
     from strop import compare_methods
     from strop import plan as make
-    from strop.planning.render import print_comparison, print_plan
+    from strop.planning.tables import print_comparison, print_plan
 
     if compare and devices * nodes > 1:
         raise RecipeError("--compare: is about one device", fix="leave --devices and --nodes out")

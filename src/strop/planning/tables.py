@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from strop.machine.doctor import Examination
     from strop.planning.compare import Row
-    from strop.planning.devices import Spread
+    from strop.planning.multi_device import Spread
     from strop.planning.plan import Plan
 
 GIB = 1 << 30

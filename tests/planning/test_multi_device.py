@@ -14,7 +14,9 @@ from strop.errors import RecipeError
 from strop.machine.probe import Machine
 from strop.models.families.shape import ModelShape
 from strop.planning.compare import KNOWN
-from strop.planning.devices import (
+from strop.planning.memory import base_layer_bytes
+from strop.planning.model_facts import Place
+from strop.planning.multi_device import (
     INSIDE,
     LOOPBACK,
     NETWORKS,
@@ -30,8 +32,6 @@ from strop.planning.devices import (
     sum_seconds,
     tree_seconds,
 )
-from strop.planning.inputs import Place
-from strop.planning.memory import base_layer_bytes
 from strop.planning.time import Rate
 from strop.planning.workload import Setting
 from strop.training import oom

@@ -21,9 +21,9 @@ from strop.distributed.assign import in_a_row
 from strop.distributed.deterministic_sum import nodes_of
 from strop.errors import RecipeError
 from strop.objectives.table import answers_of
-from strop.planning.inputs import Place
 from strop.planning.memory import base_layer_bytes
 from strop.planning.microbatch import usual_micro_batch
+from strop.planning.model_facts import Place
 from strop.planning.time import Rate, step_seconds
 from strop.planning.workload import Setting
 

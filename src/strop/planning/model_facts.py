@@ -22,7 +22,7 @@ from strop.models.families.shape import Peek, peek
 from strop.models.source import headers, locate, quantized_by
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import answers_of, drawn_tokens, learning_of, objective_of
-from strop.planning.gpus import Card, find_card, recognise
+from strop.planning.machines import Card, find_card, recognise
 from strop.planning.microbatch import Rows
 from strop.planning.time import CORE_FP32, GUESS, Rate, has_bf16
 from strop.runs.folder import is_run
