@@ -24,7 +24,7 @@ from strop.config.schema import DataSection
 from strop.data.prepare import prepare
 from strop.engine.device import prepare_process
 from strop.engine.step import step_for
-from strop.evaluation.loss import mean_loss
+from strop.evaluation.compare import mean_loss
 from strop.models.load import load_base
 from strop.models.lora import as_fp32, trainable
 from strop.models.quantize import pack, quantizable, unpack

@@ -205,8 +205,7 @@ def predicted_bytes(one: dict[str, Any]) -> int:
     """Of a case whose rows are known, as the formulas say now."""
     from strop.config.load import resolve
     from strop.models.families.shape import ModelShape, peek
-    from strop.planning.memory import load
-    from strop.planning.phases import Asked, answering, evaluate, export, merge, serve
+    from strop.planning.memory import Asked, answering, evaluate, export, load, merge, serve
     from strop.planning.workload import Setting
 
     phase, model = one["name"].partition(",")[0].split()

@@ -208,7 +208,7 @@ def simulate() -> str:
 
 
 def _llama_8b() -> Path:
-    from strop.planning.compare import KNOWN
+    from strop.planning.tables import KNOWN
 
     folder = Path(tempfile.mkdtemp())
     (folder / "config.json").write_text(json.dumps(KNOWN["Llama-3.1-8B"]), encoding="utf-8")

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from strop.export.merge import Merged
     from strop.export.ollama import Prepared
     from strop.models.adapters import Model
-    from strop.planning.compare import Row
     from strop.planning.plan import Plan
+    from strop.planning.tables import Row
     from strop.training.run import Run
 
 # peft imports bitsandbytes, and that advises to install a package of kernels that strop has no use for.
@@ -99,8 +99,8 @@ def compare_methods(
     from strop.config.load import resolve
     from strop.machine.memory import limit_bytes
     from strop.planning.choose import usable_bytes
-    from strop.planning.compare import compare, known_models
     from strop.planning.model_facts import look_at, place_for, without_data
+    from strop.planning.tables import compare, known_models
 
     given = without_data(_flat(options), recipe is not None)
     own = "model.name" in given or recipe is not None

@@ -27,7 +27,7 @@ from strop.errors import StropError
 from strop.export.merge import merge
 from strop.models.load import skeleton
 from strop.models.source import locate
-from strop.planning.model_docs import found_in
+from strop.planning.model_facts import found_in
 from strop.training import run
 from tests.support import tiny_families
 from tests.support.tiny import write_rows

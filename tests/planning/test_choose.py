@@ -14,12 +14,11 @@ from strop.machine.probe import Machine
 from strop.models.families.shape import ModelShape
 from strop.planning.activations import KEEP_PAIRS, at_peak, offloaded_bytes
 from strop.planning.choose import choose, memory_key, usable_bytes
-from strop.planning.compare import KNOWN
 from strop.planning.fit import Room
 from strop.planning.learning_rate import learning_rate, whole
-from strop.planning.memory import Drawn
+from strop.planning.memory import Asked, Drawn, phases
 from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
-from strop.planning.phases import Asked, phases
+from strop.planning.tables import KNOWN
 from strop.planning.time import HOST_BYTES_PER_S, Rate, drawing_seconds, micro_batch_seconds
 from strop.planning.workload import Setting
 

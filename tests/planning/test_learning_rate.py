@@ -10,8 +10,8 @@ import pytest
 
 from strop.config.load import resolve
 from strop.models.families.shape import ModelShape
-from strop.planning.compare import KNOWN
 from strop.planning.learning_rate import how_sure, learning_rate, open_rate, whole
+from strop.planning.tables import KNOWN
 from tests import ROOT
 from tests.support.scripts import script
 

@@ -26,9 +26,8 @@ from strop.models.introspect import shape_of
 from strop.models.lora import add_lora, linear_kinds, num_trainable
 from strop.planning import activations
 from strop.planning.activations import MicroBatch, at_peak, layer_bytes
-from strop.planning.compare import KNOWN, compare, known_models, table
-from strop.planning.memory import EXPERTS_AS_ONE, PARTS, load, train
-from strop.planning.phases import Asked, phases
+from strop.planning.memory import EXPERTS_AS_ONE, PARTS, Asked, load, phases, train
+from strop.planning.tables import KNOWN, compare, known_models, table
 from strop.planning.workload import Setting
 from tests import ROOT
 from tests.support import tiny

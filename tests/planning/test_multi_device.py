@@ -13,7 +13,6 @@ from strop import plan
 from strop.errors import RecipeError
 from strop.machine.probe import Machine
 from strop.models.families.shape import ModelShape
-from strop.planning.compare import KNOWN
 from strop.planning.memory import base_layer_bytes
 from strop.planning.model_facts import Place
 from strop.planning.multi_device import (
@@ -32,6 +31,7 @@ from strop.planning.multi_device import (
     sum_seconds,
     tree_seconds,
 )
+from strop.planning.tables import KNOWN
 from strop.planning.time import Rate
 from strop.planning.workload import Setting
 from strop.training import oom

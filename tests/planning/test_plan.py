@@ -25,10 +25,10 @@ from strop.machine.probe import probe
 from strop.machine.rates import Rates, keep_precision, keep_rates, known_rates
 from strop.models.families.shape import ModelShape, peek
 from strop.planning.activations import MicroBatch
-from strop.planning.compare import KNOWN
 from strop.planning.machines import CARDS, find_card, recognise
 from strop.planning.microbatch import usual_micro_batch
 from strop.planning.model_facts import Place
+from strop.planning.tables import KNOWN
 from strop.planning.time import Rate, flops, tokens_per_s
 from strop.planning.workload import Setting
 from tests.planning.published import CONFIGS

@@ -17,9 +17,9 @@ from strop.errors import RecipeError, RunError
 from strop.machine.probe import Machine, probe
 from strop.models.families.shape import ModelShape
 from strop.planning.choose import choose
-from strop.planning.compare import KNOWN
 from strop.planning.memory import integer_bytes
 from strop.planning.microbatch import usual_micro_batch
+from strop.planning.tables import KNOWN
 from strop.planning.time import Rate, micro_batch_seconds
 from strop.planning.workload import Setting
 from strop.runs.events import read_events

@@ -16,8 +16,7 @@ from strop.dash.files import read_bytes, read_json
 from strop.dash.run_list import score_of
 from strop.dash.side_by_side import Busy
 from strop.errors import DiskError, InputError
-from strop.evaluation.metrics import Difference, paired_difference, verdict, wilson
-from strop.evaluation.scoring import pieces
+from strop.evaluation.metrics import Difference, paired_difference, pieces, verdict, wilson
 from strop.runs.folder import RunFolder
 
 FILTERS = ("all", "gained", "lost", "changed", "both", "neither", "wrong", "right")

@@ -23,8 +23,8 @@ from strop.engine.decode.generate import Answer
 from strop.engine.decode.sampling import Expected
 from strop.engine.step import step_for
 from strop.errors import Where
-from strop.evaluation.assign import answers as answers_of
-from strop.evaluation.loss import summed_loss
+from strop.evaluation.compare import answers as answers_of
+from strop.evaluation.compare import summed_loss
 from strop.evaluation.metrics import metric as metric_named
 from strop.evaluation.metrics import options, paired_difference, score, wilson
 from strop.models.adapters import Model
@@ -267,3 +267,110 @@ def _choose_all(
         return among[losses.index(min(losses))]
 
     return devices.each(asked, choose, lambda question: 1.0)
+
+
+# ---- from strop.evaluation.assign ----
+"""Answers of a model whose questions are dealt out to devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from strop.data.types import Ids
+from strop.distributed.assign import deal
+from strop.distributed.devices import Devices
+from strop.engine.decode.generate import Answer
+from strop.engine.decode.sampling import Expected
+from strop.models.adapters import Model
+
+
+def answers(
+    model: Model,
+    prompts: Sequence[Ids],
+    devices: Devices,
+    *,
+    max_new_tokens: int,
+    both: bool = False,
+    expected: Sequence[Expected | None] = (),
+    advance: Callable[[int], None] | None = None,
+    partial: bool = False,
+) -> list[Answer]:
+    """As Model.answer; partial counts on one device alone: several end with nothing where one is interrupted."""
+    if devices.world == 1:
+        return model.answer(
+            prompts, max_new_tokens=max_new_tokens, both=both, advance=advance, partial=partial, expected=expected
+        )
+    own, sides = deal([float(len(prompt)) for prompt in prompts], devices.world)[devices.rank], 1 + both
+    right = [expected[place] for place in own] if expected else []
+    told = (lambda done: advance(done * devices.world)) if advance and devices.main else None
+    found: list[Answer] = []
+    with devices.together():
+        if own:
+            found = model.answer(
+                [prompts[place] for place in own],
+                max_new_tokens=max_new_tokens,
+                both=both,
+                advance=told,
+                expected=right,
+            )
+    whole: list[Answer | None] = [None] * (sides * len(prompts))
+    for places, said in devices.gather((own, found)):
+        for number, answer in enumerate(said):
+            side, place = divmod(number, len(places))
+            whole[side * len(prompts) + places[place]] = answer
+    return [answer for answer in whole if answer is not None]
+
+
+# ---- from strop.evaluation.loss ----
+"""Loss over supervised tokens: summed over all rows and divided once, never a mean of means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from strop.data.types import Example
+from strop.distributed.devices import ALONE, Devices
+
+TokenLoss = Callable[[Sequence[Example]], Tensor]
+"""Examples of a micro-batch -> sum over supervised tokens of weight * cross entropy, fp32 scalar."""
+
+
+def mean_loss(
+    token_loss: TokenLoss,
+    examples: Sequence[Example],
+    cut: Callable[[Sequence[Example]], list[list[int]]],
+    rows: int = 64,
+    devices: Devices = ALONE,
+) -> float:
+    """Mean cross entropy over all supervised tokens (by weight). `cut` makes micro-batches out of `rows` examples,
+    which are dealt out to the devices."""
+    total, weight = summed_loss(token_loss, examples, cut, rows, devices)
+    assert weight > 0
+    return total / weight
+
+
+def summed_loss(
+    token_loss: TokenLoss,
+    examples: Sequence[Example],
+    cut: Callable[[Sequence[Example]], list[list[int]]],
+    rows: int = 64,
+    devices: Devices = ALONE,
+) -> tuple[float, float]:
+    """The sum of weight * cross entropy over all supervised tokens, and the sum of their weights; see mean_loss."""
+    groups: list[list[int]] = []
+    total = weight = 0.0
+    for start in range(0, len(examples), rows):
+        block = [examples[row] for row in range(start, min(start + rows, len(examples)))]
+        groups += [[start + row for row in group] for group in cut(block)]
+        weight += sum(float(example.weights.sum()) for example in block)
+
+    def loss(group: list[int]) -> float:
+        return float(token_loss([examples[row] for row in group]))
+
+    with torch.no_grad():
+        for part in devices.each(groups, loss, lambda group: sum(len(examples[row]) for row in group)):
+            total += part
+    return total, weight

@@ -358,3 +358,120 @@ def paired_difference(base_hits: Sequence[bool], tuned_hits: Sequence[bool]) -> 
     low = value - math.sqrt(max(0.0, tuned_low**2 - 2 * phi * tuned_low * base_high + base_high**2))
     high = value + math.sqrt(max(0.0, tuned_high**2 - 2 * phi * tuned_high * base_low + base_low**2))
     return Difference(value, max(low, -1.0), min(high, 1.0))
+
+
+# ---- from strop.evaluation.scoring ----
+"""Where an answer differs from the right one, word by word; for both pages that show answers."""
+
+from __future__ import annotations
+
+import difflib
+
+LIKE = 0.6  # answers that have less in common are shown as they are: marks all over help nobody
+
+
+def pieces(gold: str, answer: str) -> list[tuple[str, str]]:
+    """The answer in pieces (text, same | added | missing) against the gold; in one where they have little in common."""
+    wanted, given = _words(gold), _words(answer)
+    matcher = difflib.SequenceMatcher(None, wanted, given, autojunk=False)
+    if matcher.ratio() < LIKE:
+        return [(answer, "same")]
+    parts = []
+    for tag, a1, a2, b1, b2 in matcher.get_opcodes():
+        if tag in ("delete", "replace"):
+            parts.append(("".join(wanted[a1:a2]), "missing"))
+        if b2 > b1:
+            parts.append(("".join(given[b1:b2]), "same" if tag == "equal" else "added"))
+    return parts
+
+
+def _words(text: str) -> list[str]:
+    """Words and what stands between them, one by one."""
+    words: list[str] = []
+    for character in text:
+        if words and character.isalnum() and words[-1][-1].isalnum():
+            words[-1] += character
+        else:
+            words.append(character)
+    return words
+
+
+# ---- from strop.evaluation.rewards ----
+"""What an answer is worth to a policy: metrics of `strop eval`, or a function of one's own, each with a weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from strop.errors import DataError, RecipeError, RunError, Where
+from strop.evaluation.metrics import FAULTS, Metric, check_golds, metric
+from strop.runs.lock import sha256_file, sha256_text
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One metric or function. A metric gives 1 for a hit and 0 for a miss, a function what it returns."""
+
+    given: str  # as the recipe names it
+    weight: float
+    metric: Metric
+
+    @property
+    def name(self) -> str:
+        return self.metric.name
+
+    def __call__(self, gold: str | None, answer: str, place: tuple[str, int]) -> float:
+        """Raises RunError, with the row, where a function of the user's fails or gives no number."""
+        if self.metric.own is None:
+            return float(self.metric.judge(gold or "", answer)[self.name])
+        said = f"reward {self.given}: row {place[0]}:{place[1]}"
+        try:
+            found = float(self.metric.own(gold or "", answer))
+        except FAULTS as fault:
+            what = f"{said}: {type(fault).__name__}: {fault} (for the answer {answer[:80]!r})"
+            raise RunError(what, fix="a reward function must give a number for any answer") from None
+        if not math.isfinite(found):
+            raise RunError(f"{said}: gives {found}", fix="give a finite number for any answer")
+        return found
+
+
+def rewards_of(given: str | Sequence[str] | None) -> list[Reward]:
+    """The rewards that a recipe names: NAME or NAME=WEIGHT each, in a list or behind commas. Raises RecipeError."""
+    found = []
+    for text in given.split(",") if isinstance(given, str) else given or []:
+        name, _, weight = text.strip().partition("=")
+        try:
+            number = float(weight or 1)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise RecipeError(f"--train.rewards {text}: no number behind =", fix="write it as exact_json=1")
+        if name == "choice":
+            raise RecipeError("--train.rewards choice: judges no answer that is written", fix="use exact")
+        found.append(Reward(name, number, metric(name)))
+    names = [reward.name for reward in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        fix = "give each once, and functions of two files names of their own"
+        raise RecipeError(f"--train.rewards: {twice} twice", fix=fix)
+    return found
+
+
+def files_hash(rewards: Sequence[Reward]) -> str | None:
+    """SHA-256 of the files of one's own functions, which decide what is learned; None where there are none."""
+    files = [reward.given.rsplit(":", 1)[0] for reward in rewards if reward.metric.own is not None]
+    return sha256_text("".join(sha256_file(Path(file)) for file in files)) if files else None
+
+
+def check_rewards(rewards: Sequence[Reward], golds: Sequence[str | None], places: Sequence[tuple[str, int]]) -> None:
+    """Raises DataError with file:line of rows without the right answer that a metric needs, or with one that it cannot
+    use; needs no model."""
+    answered = [(gold, place) for gold, place in zip(golds, places, strict=True) if gold is not None]
+    missing = [Where(*place, "no right answer") for gold, place in zip(golds, places, strict=True) if gold is None]
+    for reward in rewards:
+        if reward.metric.own is None and missing:
+            fix = "give rows with right answers, or reward with a function of your own: file.py:function"
+            raise DataError(f"{len(missing)} rows have no answer for reward {reward.name}", fix=fix, where=missing)
+        check_golds(reward.given, [gold for gold, _ in answered], [place for _, place in answered], any_number=True)

@@ -20,8 +20,16 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from strop.evaluation.metrics import METRICS, Difference, in_points, judged_by_kind, rows_counted, task_rows, verdict
-from strop.evaluation.scoring import pieces
+from strop.evaluation.metrics import (
+    METRICS,
+    Difference,
+    in_points,
+    judged_by_kind,
+    pieces,
+    rows_counted,
+    task_rows,
+    verdict,
+)
 from strop.runs.folder import write_atomic
 
 Series = dict[float, float]  # step -> value

@@ -18,7 +18,6 @@ from strop.distributed.devices import ALONE, Devices
 from strop.errors import DataError, RecipeError, RunError, Where, nearest
 from strop.evaluation.compare import FIGURES, Advance, Side, as_judged, calling, compare, left_out, questions, side_of
 from strop.evaluation.general import compare_general
-from strop.evaluation.held_out import count_train_rows, recipe_of, trained_on
 from strop.evaluation.judge import Judge, compare_by_judge, judge_for
 from strop.evaluation.lm_eval import check_tasks, run_tasks
 from strop.evaluation.metrics import check_golds, paired_difference, verdict
@@ -26,6 +25,7 @@ from strop.evaluation.metrics import metric as known_metric
 from strop.evaluation.model_card import write_card
 from strop.evaluation.preferences import METRIC, compare_preferences
 from strop.evaluation.report import write_report
+from strop.evaluation.run import count_train_rows, recipe_of, trained_on
 from strop.models.adapters import adapter_folder, is_reward, load, load_renderer, refuse_other_kind
 from strop.runs.events import read_events
 from strop.runs.folder import RunFolder, is_run, write_json
@@ -330,3 +330,87 @@ def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
     write_report(folder.path, report, read_events(folder.events))
     if "recipe" in report:
         write_card(folder.adapter, report)
+
+
+# ---- from strop.evaluation.held_out ----
+"""Whether rows were held out: which of them a run was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from strop.config.load import read_resolved
+from strop.config.schema import Recipe
+from strop.data.examples import Learning
+from strop.data.prepare import prepare
+from strop.data.store import digest, dumps
+from strop.data.types import Conversation
+from strop.errors import InputError, RecipeError
+from strop.models.adapters import adapter_folder, base_source, with_tokenizer
+from strop.models.tokenizer import load_tokenizer
+from strop.objectives.table import learning_of
+from strop.runs.folder import RunFolder, cache_folder, is_run
+
+
+def run_of(name: str) -> RunFolder | None:
+    """The run by its folder or by that of its adapter; None for anything else. Raises ModelError as adapter_folder."""
+    adapter = adapter_folder(name)
+    if adapter is None:
+        return None
+    run = RunFolder(adapter.parent)
+    return run if is_run(run.path) and run.adapter == adapter else None
+
+
+def recipe_of(name: str) -> Recipe | None:
+    """The recipe of a run; None where there is no run, or its recipe is one of an older strop's."""
+    run = run_of(name)
+    try:
+        return None if run is None else read_resolved(run.recipe).recipe
+    except RecipeError:
+        return None
+
+
+def trained_on(name: str, rows: Sequence[Conversation]) -> list[bool] | None:
+    """Of each row, whether a run, or one that it started from, was trained on it, by content.
+
+    None where that is not known: there is no run, or its data cannot be read any more or is not what it was. Needs no
+    weights; rows that are still in the cache of their run are not tokenised again.
+    """
+    try:
+        run, recipe = run_of(name), recipe_of(name)
+        if run is None or recipe is None:
+            return None
+        start, source = recipe.model.adapter, base_source(run.adapter)
+        before = [False] * len(rows) if start is None else trained_on(start, rows)
+        folder = None if start is None else adapter_folder(start)
+        tokenizer = load_tokenizer(source if folder is None else with_tokenizer(folder, source))
+        learning = learning_of(recipe.train)
+        data = prepare(recipe.data, tokenizer, cache=cache_folder() / "data", learning=learning)
+    except InputError:
+        return None
+    if before is None or data.hash != run.read_lock()["data"]:
+        return None
+    known = data.train_conversations
+    digests = known.digests if learning == "turns" else [_digest(row, learning) for row in known]
+    own = np.isin([_digest(row, learning) for row in rows], digests)
+    return [bool(was or found) for was, found in zip(before, own, strict=True)]
+
+
+def _digest(row: Conversation, learning: Learning) -> int:
+    """What is learned from a row, whatever it was compared with and however it was judged: its answer, or its prompt
+    alone."""
+    turns = row.messages[:-1] if learning == "prompts" and row.answer is not None else row.messages
+    return digest(dumps(replace(row, messages=turns, rejected=(), desirable=None)))
+
+
+def count_train_rows(result: dict[str, Any], known: Sequence[bool] | None) -> None:
+    """Puts into a result how many of its rows are also train rows (train_rows; None where that is not known), and a
+    note where there are some. known: as trained_on gives it; an interrupted evaluation has asked the first of them."""
+    result["train_rows"] = None if known is None else sum(known[: result["rows"]])
+    if result["train_rows"]:
+        what = f"{result['train_rows']} of {result['rows']} rows are also train rows: the run may know them by heart"
+        result.setdefault("notes", []).append(what)

@@ -25,7 +25,7 @@ from strop.data.prepare import prepare
 from strop.data.types import Example
 from strop.engine.step import step_for
 from strop.errors import DataError, FolderError, MemoryLimitError, ModelError, RecipeError
-from strop.evaluation.loss import mean_loss
+from strop.evaluation.compare import mean_loss
 from strop.evaluation.model_card import CARD_FILE, card, report_of
 from strop.export.parity import LIMITS, Parity, compare, freed, in_fp32
 from strop.export.weight_changes import changes
@@ -51,7 +51,7 @@ from strop.models.tensor_files import SHARD_BYTES, Tensors
 from strop.models.tensor_names import Group, Layout
 from strop.models.tokenizer import load_tokenizer, new_rows
 from strop.objectives.table import learning_of
-from strop.planning.phases import MEASURING_BYTES, measuring_bytes
+from strop.planning.memory import MEASURING_BYTES, measuring_bytes
 from strop.runs.folder import (
     RunFolder,
     cache_folder,

@@ -174,3 +174,58 @@ def _alike(beginning: Any, ids: Any) -> Any:
     size = min(len(beginning), len(ids))
     differs = (beginning[:size] != ids[:size]).nonzero()[0]
     return beginning[: differs[0] if len(differs) else size]
+
+
+# ---- from strop.planning.model_docs ----
+"""The layers that `strop modules` lists, and which of them a preset picks. No torch, but where a family needs it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from strop.config.load import resolve
+from strop.errors import ModelError
+from strop.machine.doctor import installed
+from strop.models.families.shape import header_kinds, peek
+from strop.models.source import locate
+from strop.models.targets import LinearKind, embedding_kind, target_names
+
+
+def found_in(model: str) -> tuple[list[LinearKind], list[dict[str, Any]]]:
+    """The kinds of layers of a model, and of each its fields of `strop modules --json`."""
+    shape = peek(model).shape
+    found = [*shape.linear_kinds(), embedding_kind("embed_tokens", shape.vocabulary, shape.hidden)]
+    if not shape.known:
+        found = _kinds_of_others(model)
+    kinds = [kind for kind in found if kind.type != "Embedding"]
+    presets = {
+        preset: _picked(
+            kinds, resolve(None, {"model": model, "data": "-", "preset": preset}).recipe.lora.target_modules
+        )
+        for preset in ("auto", "low-memory", "balanced", "max-quality")
+    }
+    return found, [{**asdict(k), "presets": [p for p, names in presets.items() if k.name in names]} for k in found]
+
+
+def _picked(kinds: list[LinearKind], targets: str | list[str]) -> list[str]:
+    """Nothing, where a model has no layers of such a set: a run with that preset would be refused."""
+    try:
+        return target_names(kinds, targets)
+    except ModelError:
+        return []
+
+
+def _kinds_of_others(model: str) -> list[LinearKind]:
+    """Of a family whose config does not name its layers: by the model itself, without its weights; by the headers of
+    its weight files where torch is not installed."""
+    source = locate(model)
+    if not installed("torch"):
+        if source.kind != "folder":
+            raise ModelError(f"{model}: a family whose layers only torch can tell", fix="pip install torch")
+        return header_kinds(source.path)
+    from strop.models.load import skeleton
+    from strop.models.lora import embedding_kinds, linear_kinds
+
+    bare = skeleton(source)
+    return [*linear_kinds(bare), *embedding_kinds(bare)]

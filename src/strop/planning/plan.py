@@ -14,12 +14,10 @@ from strop.models.families.shape import ModelShape, Peek
 from strop.objectives.table import answers_of, learning_of
 from strop.planning.activations import MicroBatch
 from strop.planning.choose import choose, usable_bytes
-from strop.planning.fit import Room
-from strop.planning.ladder import Rung, ladder
-from strop.planning.memory import Drawn, Phase, constant_bytes, weight_bytes
+from strop.planning.fit import Room, Rung, ladder
+from strop.planning.memory import Asked, Drawn, Phase, constant_bytes, phases, weight_bytes
 from strop.planning.microbatch import Rows, first_steps, largest_micro_batch, usual_micro_batch
 from strop.planning.multi_device import Devices, Spread, spread
-from strop.planning.phases import Asked, phases
 from strop.planning.time import FORWARD, Rate, drawing_seconds, step_seconds, steps_seconds, tokens_per_s
 from strop.planning.workload import Setting, why_plain
 

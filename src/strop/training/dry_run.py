@@ -22,8 +22,7 @@ from strop.machine.probe import probe
 from strop.machine.rates import known_precision
 from strop.objectives.table import drawn_tokens
 from strop.planning.activations import MicroBatch, at_peak
-from strop.planning.memory import Drawn, Phase
-from strop.planning.phases import Asked, phases
+from strop.planning.memory import Asked, Drawn, Phase, phases
 from strop.planning.time import has_bf16
 from strop.planning.workload import Setting
 from strop.training.criteria import OfAnswers

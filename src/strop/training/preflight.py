@@ -19,7 +19,7 @@ from strop.data.prepare import Prepared, prepare
 from strop.distributed.devices import ALONE, Devices
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import TROUBLES, DataError, DeviceError, FolderError, ModelError
-from strop.evaluation.rewards import check_rewards, files_hash, rewards_of
+from strop.evaluation.metrics import check_rewards, files_hash, rewards_of
 from strop.machine.probe import Machine, probe
 from strop.models.adapter_config import adapter_config, as_start
 from strop.models.adapters import adapter_folder, read_identity, refuse_other_kind, with_tokenizer

@@ -24,8 +24,7 @@ from strop.engine.decode.decoder_cache import let_go
 from strop.engine.decode.generate import generate
 from strop.engine.decode.rollouts import Drawn, Draws, draw
 from strop.engine.step import Step
-from strop.evaluation.metrics import Z_95
-from strop.evaluation.rewards import Reward
+from strop.evaluation.metrics import Z_95, Reward
 from strop.objectives.base_loss import given
 from strop.objectives.grpo import Tokens, advantages, divisor, equal, token_weight
 from strop.objectives.grpo import loss as token_losses

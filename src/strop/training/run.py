@@ -24,8 +24,8 @@ from strop.engine.device import repeatable
 from strop.engine.eligibility import own_dropout
 from strop.engine.step import step_for
 from strop.errors import TROUBLES, InputError, MemoryLimitError, RecipeError, StropError, Where
+from strop.evaluation.metrics import rewards_of
 from strop.evaluation.report import write_report
-from strop.evaluation.rewards import rewards_of
 from strop.machine.malloc import give_back
 from strop.machine.memory import MemoryWatch, is_out_of_memory, mark
 from strop.machine.probe import probe

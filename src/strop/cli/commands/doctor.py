@@ -24,9 +24,9 @@ def doctor(
 
     def try_out(machine: Any) -> Any:
         warmup.load()
-        from strop.planning import trial
+        from strop.planning import calibrate
 
-        return trial.try_out(machine)
+        return calibrate.try_out(machine)
 
     with alive(console, "loading the libraries"):
         found = examine(try_out)

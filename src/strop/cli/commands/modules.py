@@ -19,7 +19,7 @@ def modules(
     from rich.table import Table
 
     with alive(console, "reading the model's config"):
-        from strop.planning.model_docs import found_in
+        from strop.planning.model_facts import found_in
 
         found, rows = found_in(model)
     table = Table("name", "type", "in", "out", "count", "picked by preset", "quantized")
