@@ -167,7 +167,7 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
     from strop.planning.choose import choose
     from strop.planning.memory import train
     from strop.planning.time import flops
-    from strop.planning.workload import Setting
+    from strop.planning.workload import Workload
 
     prepare_process()
     shape = peek(str(options.folder)).shape
@@ -184,7 +184,7 @@ def strop(options: argparse.Namespace, scheme: str, length: int, packed: bool = 
     )
     model = add_lora(base, LoraSection(r=16, alpha=32.0), None).train()
     step, weights = step_for(model), list(trainable(model).values())
-    setting, batch = Setting.of(recipe, shape), MicroBatch.rows([length], more=False)
+    setting, batch = Workload.of(recipe, shape), MicroBatch.rows([length], more=False)
     step.checkpoint(setting.checkpoint_layers)
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
     ids = np.random.default_rng(0).integers(1, 49000, length).astype(np.int32)

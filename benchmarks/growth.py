@@ -83,11 +83,11 @@ def saved_bytes_per_token(size: str, length: int) -> float:
     from strop.machine.probe import probe
     from strop.models.families.shape import ModelShape
     from strop.planning.activations import MicroBatch, layer_bytes
-    from strop.planning.workload import Setting
+    from strop.planning.workload import Workload
 
     shape = ModelShape.of(config_of(size).to_dict())
     tiles = probe().has_tiles(shape.head_size)
-    setting = Setting(shape, shape.parameters, ranks=(RANK,) * len(shape.linears), tiles=tiles)
+    setting = Workload(shape, shape.parameters, ranks=(RANK,) * len(shape.linears), tiles=tiles)
     return shape.layers * layer_bytes(setting, MicroBatch.rows([length]), length) / length
 
 

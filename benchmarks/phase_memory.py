@@ -205,14 +205,14 @@ def predicted_bytes(one: dict[str, Any]) -> int:
     """Of a case whose rows are known, as the formulas say now."""
     from strop.config.load import resolve
     from strop.models.families.shape import ModelShape, peek
-    from strop.planning.memory import Asked, answering, evaluate, export, load, merge, serve
-    from strop.planning.workload import Setting
+    from strop.planning.memory import EvaluationLoad, answering, evaluate, export, load, merge, serve
+    from strop.planning.workload import Workload
 
     phase, model = one["name"].partition(",")[0].split()
     shape = peek("demo").shape if model == "demo" else ModelShape.of(MODELS[model])
     recipe = resolve(None, {**one["recipe"], "model.name": "m", "data.train": "d"}).recipe
-    setting = Setting.of(recipe, shape, None, 1)
-    asked = Asked.of(one["rows"], recipe.data.max_length)
+    setting = Workload.of(recipe, shape, None, 1)
+    asked = EvaluationLoad.of(one["rows"], recipe.data.max_length)
     if phase == "export":
         return export(setting, asked.measured, one["name"].rpartition(", ")[2]).peak_bytes
     if phase == "merge":

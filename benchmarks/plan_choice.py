@@ -83,17 +83,17 @@ def planned(number: int, options: dict[str, Any], rate: Any) -> float:
     """Seconds a token."""
     from strop.planning.microbatch import usual_micro_batch
     from strop.planning.time import tokens_per_s
-    from strop.planning.workload import Setting
+    from strop.planning.workload import Workload
 
     chosen = SETTINGS[number][0]
     recipe = recipe_of(chosen, options).recipe
-    return 1 / tokens_per_s(Setting.of(recipe, looked_at(chosen["model"]).shape), usual_micro_batch(recipe), rate)
+    return 1 / tokens_per_s(Workload.of(recipe, looked_at(chosen["model"]).shape), usual_micro_batch(recipe), rate)
 
 
 def setting_at(number: int, rate: Any) -> dict[str, Any]:
     """A setting, its limit, and the ways that fit: the plan's choice, then all others."""
     from strop.planning.fit import Room
-    from strop.planning.workload import Setting
+    from strop.planning.workload import Workload
 
     chosen, share = SETTINGS[number]
     shape, quantized = looked_at(chosen["model"]).shape, "model.quantization" in chosen["options"]
@@ -117,7 +117,7 @@ def setting_at(number: int, rate: Any) -> dict[str, Any]:
                 one = way(size, "off" if again == 0 else "on" if again == shape.layers else again, resident)
                 if need(one) <= limit and one not in found:
                     found.append(one)
-    setting = Setting.of(recipe_of(chosen, found[0]).recipe, shape)
+    setting = Workload.of(recipe_of(chosen, found[0]).recipe, shape)
     about = {"tiles": setting.tiles, "own_products": setting.own_products}
     return {"name": setting_name(number), "limit_bytes": limit, "rate": asdict(rate), **about, "ways": found}
 

@@ -245,12 +245,12 @@ def looked_at(model: str) -> Any:
 
 def setting_of(model: str, recipe: dict[str, Any]) -> Any:
     from strop.config.load import resolve
-    from strop.planning.workload import Setting
+    from strop.planning.workload import Workload
 
     kept = {name: value for name, value in recipe.items() if name.startswith(("model.", "lora.", "train."))}
     found = looked_at(model)
     given = resolve(None, {**kept, "model.name": "m", "data.train": "d"}).recipe
-    return Setting.of(given, found.shape, found.parameters, 1)
+    return Workload.of(given, found.shape, found.parameters, 1)
 
 
 def predicted_bytes(one: dict[str, Any]) -> int:

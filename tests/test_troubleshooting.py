@@ -85,7 +85,7 @@ def test_bitsandbytes(use: Callable[[], object], monkeypatch: pytest.MonkeyPatch
     with pytest.raises(QuantizerError, match="cannot be used here") as raised:
         use()
     assert f"{TROUBLES}#bitsandbytes" in raised.value.fix
-    found = calibrate.four_bit_step()
+    found = calibrate.check_four_bit_step()
     assert found.level == "error" and "bitsandbytes" in found.why and "install" in found.fix
 
 
@@ -103,7 +103,7 @@ def test_bitsandbytes_built_for_another_cuda(name: str, monkeypatch: pytest.Monk
     with pytest.raises(QuantizerError, match="cannot be used here: CUDA SETUP ERROR") as raised:
         unpack(pack(torch.ones(64, 64), "nf4"), "nf4", torch.Size((64, 64)), torch.float32)
     assert f"{TROUBLES}#bitsandbytes" in raised.value.fix
-    found = calibrate.four_bit_step()
+    found = calibrate.check_four_bit_step()
     assert found.level == "error" and "#bitsandbytes" in found.why and "install" in found.fix
     monkeypatch.setattr(f"bitsandbytes.functional.{name}", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
@@ -116,7 +116,7 @@ def test_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_device("cuda")
     assert f"{TROUBLES}#cuda" in raised.value.fix
     machine = Machine("Linux", "3.11", "a CPU", (), 2, 1 << 34, 1 << 34, ("NVIDIA RTX 4090, 24564 MiB",))
-    (found,) = calibrate.cards(machine)
+    (found,) = calibrate.check_gpus(machine)
     assert found.level == "error" and "cannot use it" in found.what and "#cuda" in found.why and found.fix
 
 
@@ -131,7 +131,7 @@ def test_triton(tiny_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch:
         (None, ""),
     ):
         monkeypatch.setattr(calibrate, "kernels_lack", lambda device, lacking=lacking: lacking)
-        _, found = calibrate.cards(machine)
+        _, found = calibrate.check_gpus(machine)
         assert (found.level, "#triton" in found.why) == (("warning", True) if lacking else ("ok", False))
         assert fix in found.fix and bool(fix) == bool(found.fix)
     monkeypatch.undo()
@@ -199,14 +199,14 @@ def test_gated(tmp_path: Path, tiny_folder: Path) -> None:
 
 
 def test_a_step_in_4_bit_that_does_not_move_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert calibrate.four_bit_step().level == "ok"
+    assert calibrate.check_four_bit_step().level == "ok"
     monkeypatch.setattr(calibrate.QuantizedLinear, "forward", lambda self, x: x.detach() * 1 + 0 * x)
-    assert calibrate.four_bit_step().level == "error"
+    assert calibrate.check_four_bit_step().level == "error"
 
 
 def test_a_step_in_4_bit_whose_weight_stays_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
-    assert calibrate.four_bit_step().level == "error"
+    assert calibrate.check_four_bit_step().level == "error"
 
 
 def test_a_check_that_crashes_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +215,6 @@ def test_a_check_that_crashes_is_a_finding(tmp_path: Path, monkeypatch: pytest.M
 
     (found,) = [f for f in doctor.examine(crash, tmp_path).findings if "ends with" in f.what]  # type: ignore[arg-type]
     assert found.level == "error" and "no kernel image" in found.what and found.fix
-    monkeypatch.setattr(calibrate, "_moved", crash)
-    found = calibrate.four_bit_step()
+    monkeypatch.setattr(calibrate, "_four_bit_update", crash)
+    found = calibrate.check_four_bit_step()
     assert found.level == "error" and "no kernel image" in found.what

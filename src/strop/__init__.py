@@ -68,24 +68,24 @@ def plan(
     """
     from strop.config.load import Choice, resolve
     from strop.machine.memory import limit_bytes
-    from strop.planning.model_facts import look_at, place_for, row_sizes, start_adapter, without_data
-    from strop.planning.multi_device import Devices, share
+    from strop.planning.machines import target_for
+    from strop.planning.microbatch import plan_options, row_sizes
+    from strop.planning.model_facts import read_model_facts, start_adapter
+    from strop.planning.multi_device import Devices, target_share
     from strop.planning.plan import make_plan
 
-    resolved = resolve(Path(recipe) if recipe else None, without_data(_flat(options), recipe is not None))
+    resolved = resolve(Path(recipe) if recipe else None, plan_options(_flat(options), recipe is not None))
     model = resolved.recipe.model
     several = Devices(devices, nodes)
-    place = share(place_for(model.device, limit_bytes(memory), gpu), several, here=memory is None and gpu is None)
-    looked_at = look_at(resolved.recipe)
-    if gpu is not None and model.device.partition(":")[0] != place.device:  # a recipe that was made for another machine
-        resolved = resolved.decide([Choice("model.device", place.device, "plan", f"of --gpu {gpu}")])
+    target = target_for(model.device, limit_bytes(memory), gpu)
+    target = target_share(target, several, local=memory is None and gpu is None)
+    facts = read_model_facts(resolved.recipe)
+    if gpu is not None and model.device.partition(":")[0] != target.device:  # a recipe for another machine
+        resolved = resolved.decide([Choice("model.device", target.device, "plan", f"of --gpu {gpu}")])
     return make_plan(
         resolved,
-        place.machine,
-        looked_at,
-        place.rate_of,
-        device=place.device,
-        dtype=place.dtype,
+        facts,
+        target,
         rows=row_sizes(resolved.recipe),
         adapter=start_adapter(resolved.recipe),
         devices=several,
@@ -99,21 +99,24 @@ def compare_methods(
     from strop.config.load import resolve
     from strop.machine.memory import limit_bytes
     from strop.planning.choose import usable_bytes
-    from strop.planning.model_facts import look_at, place_for, without_data
-    from strop.planning.tables import compare, known_models
+    from strop.planning.machines import target_for
+    from strop.planning.microbatch import plan_options
+    from strop.planning.model_facts import read_model_facts
+    from strop.planning.tables import compare_methods as compare
+    from strop.planning.tables import known_models
 
-    given = without_data(_flat(options), recipe is not None)
+    given = plan_options(_flat(options), recipe is not None)
     own = "model.name" in given or recipe is not None
     if not own:
         given["model.name"] = "-"
     chosen = resolve(Path(recipe) if recipe else None, given).recipe
     asked = memory is not None or gpu is not None or chosen.model.device != "auto"
-    place = place_for(chosen.model.device, limit_bytes(memory), gpu) if asked else None
+    place = target_for(chosen.model.device, limit_bytes(memory), gpu) if asked else None
     device, dtype = ("cuda", "bf16") if place is None else (place.device, place.dtype[0])
     model = chosen.model.model_copy(update={"device": device, "dtype": dtype})
     models = known_models()
     if own:
-        found = look_at(chosen)
+        found = read_model_facts(chosen)
         models = sorted([*models, (found.name, found.shape, found.parameters)], key=lambda entry: entry[2])
     usable = usable_bytes(place.machine, device) if place is not None else None
     return compare(chosen.model_copy(update={"model": model}), models, usable)

@@ -16,11 +16,11 @@ from strop.planning.activations import KEEP_PAIRS, at_peak, offloaded_bytes
 from strop.planning.choose import choose, memory_key, usable_bytes
 from strop.planning.fit import Room
 from strop.planning.learning_rate import learning_rate, whole
-from strop.planning.memory import Asked, Drawn, phases
+from strop.planning.memory import EvaluationLoad, RolloutLoad, phases
 from strop.planning.microbatch import largest_micro_batch, usual_micro_batch
 from strop.planning.tables import KNOWN
 from strop.planning.time import HOST_BYTES_PER_S, Rate, drawing_seconds, micro_batch_seconds
-from strop.planning.workload import Setting
+from strop.planning.workload import Workload
 
 GIB = 1 << 30
 LLAMA_8B = ModelShape.of(KNOWN["Llama-3.1-8B"])
@@ -81,7 +81,7 @@ def test_only_as_many_layers_are_computed_again_as_must_be() -> None:
 
 def test_the_largest_micro_batch_is_full_and_of_the_rows_that_need_most() -> None:
     recipe = plan(60, **{"train.micro_batch_tokens": 2048, "data.max_length": 1100}).recipe
-    setting = Setting.of(recipe, LLAMA_8B)
+    setting = Workload.of(recipe, LLAMA_8B)
     found = largest_micro_batch(recipe, setting)
     assert found.tokens == 2048
     for length in (2, 100, KEEP_PAIRS, 700, 1000, 1100):
@@ -206,7 +206,7 @@ def test_a_pair_is_two_rows_of_a_micro_batch_that_are_never_parted() -> None:
     """The memory of two answers is planned where one row alone would fit the budget."""
     options = {"data.max_length": 1024, "train.micro_batch_tokens": 1024}
     one, two = (plan(60, **options, **{"train.objective": name}) for name in ("sft", "dpo"))
-    batches = [largest_micro_batch(found.recipe, Setting.of(found.recipe, LLAMA_8B)) for found in (one, two)]
+    batches = [largest_micro_batch(found.recipe, Workload.of(found.recipe, LLAMA_8B)) for found in (one, two)]
     assert [batch.tokens for batch in batches] == [1024, 2048]
     assert sum(number for number, _, _ in batches[1].documents) % 2 == 0
     usual = usual_micro_batch(two.recipe, [(100, 40)] * 16)
@@ -226,22 +226,22 @@ def test_rows_are_made_shorter_by_their_start_where_answers_are_compared() -> No
 
 def test_a_merge_is_measured_on_the_first_rows() -> None:
     """What they begin with alike counts once, so that more rows are read than their tokens say."""
-    assert Asked.of([*[(400, 400)] * 6, (900, 900)], 1024).measured == 400
-    asked = Asked.of([*[(400, 100)] * 20, (900, 100), (950, 100)], 1024)
+    assert EvaluationLoad.of([*[(400, 400)] * 6, (900, 900)], 1024).measured == 400
+    asked = EvaluationLoad.of([*[(400, 100)] * 20, (900, 100), (950, 100)], 1024)
     assert asked.measured == 900 and asked.longest == 950
-    assert Asked.of([], 60).measured == 60
+    assert EvaluationLoad.of([], 60).measured == 60
 
 
 def test_drawn_answers_are_planned_at_their_longest() -> None:
     """A group is one unit of a micro-batch; prompts that are too long are dropped, never cut."""
     options = {"train.rewards": "exact", "train.group": 4, "train.answer_tokens": 100, "data.max_length": 60}
     found = plan(60, **options, **{"train.objective": "grpo", "train.micro_batch_tokens": 640, "train.batch_size": 3})
-    batch = largest_micro_batch(found.recipe, Setting.of(found.recipe, LLAMA_8B))
+    batch = largest_micro_batch(found.recipe, Workload.of(found.recipe, LLAMA_8B))
     assert batch.tokens == 640 and sum(number for number, _, _ in batch.documents) == 4
-    drawn = Drawn.of(found.recipe)
-    assert drawn == Drawn(texts=12, group=4, prompt=60, answer=100) and Drawn.of(plan(60).recipe) is None
-    setting = Setting.of(found.recipe, LLAMA_8B)
-    asked = Asked.of([], 60)
+    drawn = RolloutLoad.of(found.recipe)
+    assert drawn == RolloutLoad(texts=12, group=4, prompt=60, answer=100) and RolloutLoad.of(plan(60).recipe) is None
+    setting = Workload.of(found.recipe, LLAMA_8B)
+    asked = EvaluationLoad.of([], 60)
     made = phases(setting, batch, asked, 8 << 30, drawn, dtype="bf16")
     assert list(made) == ["load", "draw", "train", "evaluate", "merge", "export", "serve"]
     more = phases(setting, batch, asked, 8 << 30, replace(drawn, texts=24), dtype="bf16")
@@ -270,7 +270,7 @@ def test_inputs_wait_in_the_host_s_memory_where_a_card_has_no_room_for_them() ->
     assert found.choices[field].origin == "plan" and "would not fit" in found.choices[field].why
     assert isinstance(on_card(40, **long).recipe.train.gradient_checkpointing, int)
     assert on_card(9, **long, **{field: "on"}).recipe.train.gradient_checkpointing == "on"
-    kept, away = (Setting.of(on_card(60, **long, **{field: way}).recipe, LLAMA_8B) for way in ("on", "offload"))
+    kept, away = (Workload.of(on_card(60, **long, **{field: way}).recipe, LLAMA_8B) for way in ("on", "offload"))
     assert away.offload and not kept.offload and away.checkpoint_layers == kept.checkpoint_layers == 32
     batch = largest_micro_batch(on_card(60, **long).recipe, kept)
     inputs = batch.tokens * 4096 * 2
@@ -302,7 +302,7 @@ def test_fewer_tokens_at_once_where_that_is_faster_than_computing_again(quantiza
             return choose(recipe, machine(free), shape, "cpu", ("bf16", "measured"))
 
         def seconds(found: Resolved) -> float:
-            setting, batch = Setting.of(found.recipe, shape), usual_micro_batch(found.recipe)
+            setting, batch = Workload.of(found.recipe, shape), usual_micro_batch(found.recipe)
             return micro_batch_seconds(setting, batch, Rate.of_cpu(machine(1), None, "bf16")) / batch.tokens
 
         found = planned()
@@ -331,8 +331,8 @@ def test_dropout_of_an_adapter_to_start_from_counts_and_what_is_given_stays() ->
         recipe = resolve(None, {"model": "m", "data": "d", **options})
         return choose(recipe, machine(60), LLAMA_8B, "cpu", ("bf16", ""), adapter)
 
-    assert Setting.of(chosen().recipe, LLAMA_8B).dropout
-    assert not Setting.of(chosen(**{"lora.dropout": 0.0}).recipe, LLAMA_8B).dropout
+    assert Workload.of(chosen().recipe, LLAMA_8B).dropout
+    assert not Workload.of(chosen(**{"lora.dropout": 0.0}).recipe, LLAMA_8B).dropout
     rewarded = chosen(**{"train.objective": "grpo", "train.rewards": "exact", "lora.init": "default"})
     choice = rewarded.choices["lora.dropout"]
     assert choice.value == 0 and "had 0.1" in choice.why

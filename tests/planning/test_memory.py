@@ -26,9 +26,9 @@ from strop.models.introspect import shape_of
 from strop.models.lora import add_lora, linear_kinds, num_trainable
 from strop.planning import activations
 from strop.planning.activations import MicroBatch, at_peak, layer_bytes
-from strop.planning.memory import EXPERTS_AS_ONE, PARTS, Asked, load, phases, train
+from strop.planning.memory import EXPERTS_AS_ONE, PARTS, EvaluationLoad, load, phases, train
 from strop.planning.tables import KNOWN, compare, known_models, table
-from strop.planning.workload import Setting
+from strop.planning.workload import Workload
 from tests import ROOT
 from tests.support import tiny
 from tests.support.families import tokenizer
@@ -52,9 +52,9 @@ LLAMA_2_7B = {
 }  # fmt: skip
 
 
-def setting(config: dict[str, Any] = KNOWN["SmolLM2-135M"], **options: Any) -> Setting:
+def setting(config: dict[str, Any] = KNOWN["SmolLM2-135M"], **options: Any) -> Workload:
     given = {"model.device": "cpu", "model.dtype": "bf16", **options}
-    return Setting.of(resolve(None, {"model": "m", "data": "d", **given}).recipe, ModelShape.of(config))
+    return Workload.of(resolve(None, {"model": "m", "data": "d", **given}).recipe, ModelShape.of(config))
 
 
 SETTINGS = st.builds(
@@ -78,18 +78,18 @@ ROWS = st.integers(1, 12)
 LENGTHS = st.integers(2, 4096)
 
 
-def peak(found: Setting, rows: int, length: int) -> int:
+def peak(found: Workload, rows: int, length: int) -> int:
     return train(found, MicroBatch.rows([length] * rows)).peak_bytes
 
 
-def torn(found: Setting, rows: int, length: int) -> int:
+def torn(found: Workload, rows: int, length: int) -> int:
     return activations.torn_bytes(found, MicroBatch.rows([length] * rows))
 
 
 @given(SETTINGS, ROWS, LENGTHS)
 @settings(max_examples=150, deadline=None)
-def test_parts_sum_to_the_whole_and_none_is_below_zero(found: Setting, rows: int, length: int) -> None:
-    asked = Asked.of([], length)
+def test_parts_sum_to_the_whole_and_none_is_below_zero(found: Workload, rows: int, length: int) -> None:
+    asked = EvaluationLoad.of([], length)
     for phase in phases(found, MicroBatch.rows([length] * rows), asked, 8 << 30, dtype="bf16").values():
         assert list(phase.parts) == list(PARTS) and min(phase.parts.values()) >= 0
         assert phase.peak_bytes == sum(phase.parts.values()) >= phase.needed_bytes > 0
@@ -97,7 +97,7 @@ def test_parts_sum_to_the_whole_and_none_is_below_zero(found: Setting, rows: int
 
 @given(SETTINGS, ROWS, LENGTHS, st.integers(1, 64))
 @settings(max_examples=150, deadline=None)
-def test_more_rank_rows_or_layers_never_need_less(found: Setting, rows: int, length: int, more: int) -> None:
+def test_more_rank_rows_or_layers_never_need_less(found: Workload, rows: int, length: int, more: int) -> None:
     """But for holes in the heap: a block that grows to LARGE has pages of its own and leaves none."""
     here = peak(found, rows, length)
     higher = replace(found, ranks=tuple(rank + more if rank else 0 for rank in found.ranks))
@@ -111,7 +111,7 @@ def test_more_rank_rows_or_layers_never_need_less(found: Setting, rows: int, len
 
 @given(SETTINGS, ROWS, LENGTHS, st.integers(1, 512))
 @settings(max_examples=150, deadline=None)
-def test_longer_rows_never_need_less(found: Setting, rows: int, length: int, more: int) -> None:
+def test_longer_rows_never_need_less(found: Workload, rows: int, length: int, more: int) -> None:
     """But for holes in the heap (see above), and where they pass the length up to which the engine keeps probabilities:
     it then computes them again."""
     if found.device != "cpu" or (length > activations.KEEP_PAIRS) == (length + more > activations.KEEP_PAIRS):
@@ -120,7 +120,7 @@ def test_longer_rows_never_need_less(found: Setting, rows: int, length: int, mor
 
 @given(SETTINGS, ROWS, LENGTHS)
 @settings(max_examples=100, deadline=None)
-def test_resident_needs_more_than_streamed_and_16_bit_most(found: Setting, rows: int, length: int) -> None:
+def test_resident_needs_more_than_streamed_and_16_bit_most(found: Workload, rows: int, length: int) -> None:
     streamed = replace(found, scheme="nf4", resident_layers=0)
     half = replace(streamed, resident_layers=found.shape.layers // 2)
     resident = replace(streamed, resident_layers=found.shape.layers)
@@ -172,7 +172,7 @@ def test_a_shape_is_that_of_the_model_itself(family: str, tied: bool, tmp_path: 
         recipe = resolve(None, {"model": "m", "data": "d", "lora.r": 3, "lora.target_modules": targets}).recipe
         with torch.device("meta"):
             bare = AutoModelForCausalLM.from_config(config)
-        assert Setting.of(recipe, shape).adapter_weights == num_trainable(bare, recipe.lora)
+        assert Workload.of(recipe, shape).adapter_weights == num_trainable(bare, recipe.lora)
 
 
 def kept(loss: Any, model: torch.nn.Module, rows: int, length: int) -> int:
@@ -197,7 +197,7 @@ def kept(loss: Any, model: torch.nn.Module, rows: int, length: int) -> int:
     return total
 
 
-def by_formula(found: Setting, rows: int, length: int) -> int:
+def by_formula(found: Workload, rows: int, length: int) -> int:
     """The same: the last layer computes supervised rows alone behind its attention; the head keeps its input and its
     gradient."""
     batch, shape = MicroBatch.rows([length] * rows), found.shape
@@ -212,7 +212,7 @@ def test_saved_activations_are_those_of_the_engine(changes: dict[str, Any]) -> N
     given = {"model": "m", "data": "d", "model.device": "cpu", "lora.r": 4, "lora.alpha": 8}
     recipe = resolve(None, {**given, **changes}).recipe
     model = add_lora(tiny.model(), recipe.lora, tokenizer("chatml"))
-    fast, found = FastLoss(model), Setting.of(recipe, ModelShape.of(tiny.config().to_dict())).but(element=4)
+    fast, found = FastLoss(model), Workload.of(recipe, ModelShape.of(tiny.config().to_dict())).but(element=4)
     more = by_formula(found, 10, 24) - by_formula(found, 2, 24)
     assert kept(fast, model, 10, 24) - kept(fast, model, 2, 24) == pytest.approx(more, rel=0.02)
 
@@ -238,7 +238,7 @@ def test_a_family_keeps_what_the_formula_says(family: str, asked: dict[str, Any]
     chosen = step_for(model)
     shape = ModelShape.of(model.get_base_model().config.to_dict())
     options = {"lora.r": 3, **asked, "model.device": "cpu", "model.dtype": "fp32"}
-    found = Setting.of(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
+    found = Workload.of(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
     assert found.step == chosen.name == "fast", chosen.why
     more = by_formula(found, 10, 24) - by_formula(found, 2, 24)
     assert kept(chosen.token_loss, model, 10, 24) - kept(chosen.token_loss, model, 2, 24) == pytest.approx(
@@ -259,7 +259,7 @@ def test_what_the_models_own_modules_keep_is_about_known(family: str) -> None:
     model = adapted(family, **sizes).train()
     chosen, shape = step_for(model), shape_of(config, config, tiny_of(family, **sizes))
     options = {"lora.r": 3, "model.device": "cpu", "model.dtype": "fp32"}
-    found = Setting.of(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
+    found = Workload.of(resolve(None, {"model": "m", "data": "d", **options}).recipe, shape)
     assert found.step == chosen.name == "fast", chosen.why
     more = by_formula(found, 4, 128) - by_formula(found, 2, 128)
     assert kept(chosen.token_loss, model, 4, 128) - kept(chosen.token_loss, model, 2, 128) == pytest.approx(

@@ -25,12 +25,12 @@ from strop.machine.probe import probe
 from strop.machine.rates import Rates, keep_precision, keep_rates, known_rates
 from strop.models.families.shape import ModelShape, peek
 from strop.planning.activations import MicroBatch
-from strop.planning.machines import CARDS, find_card, recognise
+from strop.planning.machines import CARDS, find_spec, match_driver_name
 from strop.planning.microbatch import usual_micro_batch
 from strop.planning.model_facts import Place
 from strop.planning.tables import KNOWN
 from strop.planning.time import Rate, flops, tokens_per_s
-from strop.planning.workload import Setting
+from strop.planning.workload import Workload
 from tests.planning.published import CONFIGS
 from tests.support import tiny
 from tests.support.runs import run
@@ -302,9 +302,9 @@ def test_compare_holds_the_model_that_was_asked_for(llama_8b: Path, capsys: pyte
 def test_cards() -> None:
     assert len([card for card in CARDS if card.device == "cuda"]) >= 25
     assert {card.kind for card in CARDS} == {"consumer", "workstation", "data center", "Apple", "CPU"}
-    assert find_card("rtx4090").name == "RTX 4090" and find_card("NVIDIA GeForce RTX 3060").memory_gb == 12
-    assert find_card("h100").memory_gb == 80 and find_card("M4 Max").device == "mps"
-    found = recognise("NVIDIA GeForce RTX 4070 Ti SUPER, 16376 MiB")
+    assert find_spec("rtx4090").name == "RTX 4090" and find_spec("NVIDIA GeForce RTX 3060").memory_gb == 12
+    assert find_spec("h100").memory_gb == 80 and find_spec("M4 Max").device == "mps"
+    found = match_driver_name("NVIDIA GeForce RTX 4070 Ti SUPER, 16376 MiB")
     assert found is not None and found.name == "RTX 4070 Ti Super"
     for said, name in (
         ("NVIDIA A100-SXM4-80GB, 81920 MiB", "A100 80GB"), ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
@@ -312,16 +312,16 @@ def test_cards() -> None:
         ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA RTX A4000", "RTX A4000"),
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"), ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti"),
     ):  # fmt: skip
-        card = recognise(said)
+        card = match_driver_name(said)
         assert card is not None and card.name == name, said
     for said in (
         "NVIDIA RTX A1000, 1 MiB", "NVIDIA T400 4GB", "a card of its own", "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA GeForce RTX 4070 SUPER", "Quadro RTX 6000", "NVIDIA RTX 4000 SFF Ada Generation", "NVIDIA L400",
     ):  # fmt: skip
-        assert recognise(said) is None, said
-    assert find_card("NVIDIA A100-SXM4-80GB").name == "A100 80GB"
+        assert match_driver_name(said) is None, said
+    assert find_spec("NVIDIA A100-SXM4-80GB").name == "A100 80GB"
     with pytest.raises(RecipeError, match="did you mean RTX 4090"):
-        find_card("RTX 4091")
+        find_spec("RTX 4091")
 
 
 def test_a_card_that_is_not_in_the_table_is_a_guess(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,7 +385,7 @@ def test_flops_are_those_of_the_closed_form() -> None:
     """SmolLM2-135M, all rows supervised, documents of 512: 628.1 MFLOP a token (linear layers, LoRA r16, attention over
     the 512 keys' causal half, head), but for blocks of 256 queries, the last layer's rows and the label-less last."""
     shape = ModelShape.of(KNOWN["SmolLM2-135M"])
-    found = Setting(shape, shape.parameters, ranks=(16,) * 7)
+    found = Workload(shape, shape.parameters, ranks=(16,) * 7)
     work = flops(found, MicroBatch.rows([512] * 4))
     assert work.total / 2048 == pytest.approx(628.1e6, rel=0.06)
     again = flops(found.but(checkpoint_layers=30), MicroBatch.rows([512] * 4))
@@ -394,8 +394,8 @@ def test_flops_are_those_of_the_closed_form() -> None:
 
 def test_slower_where_more_is_to_be_done() -> None:
     shape = ModelShape.of(KNOWN["SmolLM2-135M"])
-    found, batch = Setting(shape, shape.parameters, ranks=(16,) * 7), MicroBatch.rows([512] * 4)
-    for rate in (Rate(4e11, 2e10, "test"), Rate.of(find_card("RTX 4090"))):
+    found, batch = Workload(shape, shape.parameters, ranks=(16,) * 7), MicroBatch.rows([512] * 4)
+    for rate in (Rate(4e11, 2e10, "test"), Rate.of(find_spec("RTX 4090"))):
         here = tokens_per_s(found, batch, rate)
         for slower in (found.but(checkpoint_layers=30), found.but(scheme="nf4"), found.but(ranks=(128,) * 7)):
             assert tokens_per_s(slower, batch, rate) < here
@@ -407,7 +407,7 @@ def test_short_rows_take_the_time_of_their_tokens_and_their_labels() -> None:
     assert usual_micro_batch(recipe, [(50, 49)] * 8).tokens == 400
     assert usual_micro_batch(recipe, [(50, 49)] * 3).tokens == 150
     shape = ModelShape.of(KNOWN["SmolLM2-135M"])
-    found, rate = Setting.of(recipe, shape), Rate(4e11, 2e10, "test")
+    found, rate = Workload.of(recipe, shape), Rate(4e11, 2e10, "test")
     all_of_it, tenth = (usual_micro_batch(recipe, [(50, labels)] * 8) for labels in (49, 5))
     work = [flops(found, batch).head for batch in (all_of_it, tenth)]
     assert work[1] == pytest.approx(work[0] * 5 / 49) and tokens_per_s(found, tenth, rate) > tokens_per_s(
@@ -417,16 +417,16 @@ def test_short_rows_take_the_time_of_their_tokens_and_their_labels() -> None:
 
 def test_the_plain_step_is_slower() -> None:
     shape = ModelShape.of(KNOWN["SmolLM2-135M"])
-    found, batch = Setting(shape, shape.parameters, ranks=(16,) * 7), MicroBatch.rows([512] * 4, share=0.3)
+    found, batch = Workload(shape, shape.parameters, ranks=(16,) * 7), MicroBatch.rows([512] * 4, share=0.3)
     plain = found.but(step="plain")
-    for rate, least in ((Rate(4e11, 2e10, "test"), 1.5), (Rate.of(find_card("RTX 4090")), 1.0)):
+    for rate, least in ((Rate(4e11, 2e10, "test"), 1.5), (Rate.of(find_spec("RTX 4090")), 1.0)):
         assert tokens_per_s(found, batch, rate) > least * tokens_per_s(plain, batch, rate)
 
 
 def test_the_rate_is_that_of_the_type_that_is_chosen(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 is faster here and does not fit: the time is that of bf16."""
     place = Place(probe(), "cpu", ("fp32", "faster"), partial(Rate.measured, RATES))
-    monkeypatch.setattr("strop.planning.model_facts.place_for", lambda *_: replace(place, machine=small))
+    monkeypatch.setattr("strop.planning.model_facts.target_for", lambda *_: replace(place, machine=small))
     small = replace(probe(), memory_bytes=9 << 30, free_bytes=9 << 30)
     found = strop.plan(model=str(llama_8b))
     assert found.resolved.recipe.model.dtype == "bf16" and found.rate == Rate.measured(RATES, "bf16")

@@ -16,7 +16,7 @@ from strop.errors import ModelError
 from strop.models.families.shape import ModelShape
 from strop.models.introspect import shape_of
 from strop.models.lora import add_lora
-from strop.planning.workload import Setting, why_plain
+from strop.planning.workload import Workload, why_plain
 from tests.support.families import tokenizer
 from tests.support.random_models import FAMILY_CONFIGS, adapted, tiny_of
 
@@ -45,7 +45,7 @@ def test_biases_are_trained_where_the_model_has_any(family: str, bias: str) -> N
     config = model.get_base_model().config.to_dict()
     options = {"lora.r": 3, "lora.bias": bias, "model.device": "cpu", "model.dtype": "fp32"}
     recipe = resolve(None, {"model": "m", "data": "d", **options}).recipe
-    found = Setting.of(recipe, shape_of(config, config, tiny_of(family)))
+    found = Workload.of(recipe, shape_of(config, config, tiny_of(family)))
     assert found.adapter_weights == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert found.step == step_for(model).name
 
@@ -81,7 +81,7 @@ def test_the_step_and_what_is_trained_are_known_beforehand(family: str, options:
     model = tiny_of(family, tie_word_embeddings=family == "gemma2").requires_grad_(False)
     given = {"model": "m", "data": "d", "lora.r": 3, "lora.alpha": 6, "model.device": "cpu", "model.dtype": "fp32"}
     recipe = resolve(None, {**given, **options}).recipe
-    found = Setting.of(recipe, ModelShape.of(model.config.to_dict()))
+    found = Workload.of(recipe, ModelShape.of(model.config.to_dict()))
     words = copy.deepcopy(tokenizer("chatml")) if recipe.lora.new_tokens else None
     adapted = add_lora(model, recipe.lora, words).train()
     assert found.step == step_for(adapted).name == step

@@ -24,7 +24,7 @@ from strop.models.lora import as_fp32
 from strop.models.quantize import QuantizedLinear, replace_linears
 from strop.planning.activations import MicroBatch
 from strop.planning.memory import Phase, train
-from strop.planning.workload import Setting
+from strop.planning.workload import Workload
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "8b": (4096, 14336, 32, 32, 8, 128256),
@@ -65,7 +65,7 @@ class Case:
             "model.quantization": self.scheme, **more,
             "train.gradient_checkpointing": "offload" if self.offload else self.checkpointed or "off",
         }  # fmt: skip
-        setting = Setting.of(resolve(None, given).recipe, ModelShape.of(self.config.to_dict()))
+        setting = Workload.of(resolve(None, given).recipe, ModelShape.of(self.config.to_dict()))
         return train(setting, MicroBatch.rows([self.tokens // self.documents] * self.documents, more=False))
 
 

@@ -12,7 +12,7 @@ import yaml
 
 import strop
 from strop.errors import RecipeError
-from strop.planning.model_facts import start_adapter
+from strop.planning.model_facts import read_start_adapter
 from strop.runs.events import read_events
 from tests.support import tiny
 
@@ -79,7 +79,7 @@ def test_new_tokens_are_the_adapters_own(chain: Chain) -> None:
     first = chain("first", **{"lora.new_tokens": ["<call>", "<done>"]})
     again = chain("again", first)
     kept = yaml.safe_load((again / "recipe.yaml").read_text())["lora"]["new_tokens"]
-    planned = start_adapter(tiny.recipe(**{"model.adapter": str(first)}).recipe)
+    planned = read_start_adapter(tiny.recipe(**{"model.adapter": str(first)}).recipe)
     assert planned is not None and kept == planned["new_tokens"] == ["<call>", "<done>"]
     with pytest.raises(RecipeError, match="new_tokens"):
         chain("other", first, **{"lora.new_tokens": ["<else>"]})

@@ -21,7 +21,7 @@ from strop.planning.memory import integer_bytes
 from strop.planning.microbatch import usual_micro_batch
 from strop.planning.tables import KNOWN
 from strop.planning.time import Rate, micro_batch_seconds
-from strop.planning.workload import Setting
+from strop.planning.workload import Workload
 from strop.runs.events import read_events
 from strop.training import check_int8
 from strop.training.preflight import _faster as faster
@@ -170,13 +170,13 @@ def test_the_plan_counts_its_memory_and_its_time() -> None:
     )
     rate = Rate(1e11, 2e10, "a test", integers={"none": 2e11, "int8": 3e11})
     seconds = [
-        micro_batch_seconds(Setting.of(recipe, LLAMA_8B), usual_micro_batch(recipe), rate)
+        micro_batch_seconds(Workload.of(recipe, LLAMA_8B), usual_micro_batch(recipe), rate)
         for recipe in (whole, plain, eight)
     ]
     assert seconds[2] < seconds[0] < seconds[1]
-    sums = integer_bytes(Setting.of(eight, LLAMA_8B)) - 2 * LLAMA_8B.embedding
+    sums = integer_bytes(Workload.of(eight, LLAMA_8B)) - 2 * LLAMA_8B.embedding
     from strop.engine.kernels.cpu.int8_matmul import SUMS_BYTES  # its import starts threads
 
     assert sums == SUMS_BYTES
-    assert integer_bytes(Setting.of(whole, LLAMA_8B)) - sums == pytest.approx(2 * LLAMA_8B.parameters, rel=0.1)
-    assert integer_bytes(Setting.of(plain, LLAMA_8B)) == 0 < sums
+    assert integer_bytes(Workload.of(whole, LLAMA_8B)) - sums == pytest.approx(2 * LLAMA_8B.parameters, rel=0.1)
+    assert integer_bytes(Workload.of(plain, LLAMA_8B)) == 0 < sums

@@ -16,7 +16,7 @@ from strop.errors import MemoryLimitError
 from strop.machine.memory import mark
 from strop.models.families.shape import ModelShape
 from strop.planning.activations import at_peak
-from strop.planning.workload import Setting
+from strop.planning.workload import Workload
 from strop.runs.events import read_events
 from strop.training import dry_run
 from strop.training.dry_run import batch_of, forecast, rehearse
@@ -30,9 +30,9 @@ QUICK = {"train.max_steps": 3, "train.batch_size": 4, "lora.r": 4, "model.dtype"
 SHAPE = ModelShape.of(tiny.config().to_dict())
 
 
-def setting(job: Job) -> Setting:
+def setting(job: Job) -> Workload:
     recipe = job.recipe.model_copy(update={"model": job.recipe.model.model_copy(update={"device": "cpu"})})
-    return Setting.of(recipe, SHAPE)
+    return Workload.of(recipe, SHAPE)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

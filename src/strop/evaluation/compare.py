@@ -274,14 +274,9 @@ def _choose_all(
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from strop.data.types import Ids
 from strop.distributed.assign import deal
-from strop.distributed.devices import Devices
-from strop.engine.decode.generate import Answer
-from strop.engine.decode.sampling import Expected
-from strop.models.adapters import Model
 
 
 def answers(
@@ -326,13 +321,11 @@ def answers(
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from strop.data.types import Example
-from strop.distributed.devices import ALONE, Devices
+from strop.distributed.devices import ALONE
 
 TokenLoss = Callable[[Sequence[Example]], Tensor]
 """Examples of a micro-batch -> sum over supervised tokens of weight * cross entropy, fp32 scalar."""

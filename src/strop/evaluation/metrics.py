@@ -401,14 +401,10 @@ def _words(text: str) -> list[str]:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from strop.errors import DataError, RecipeError, RunError, Where
 from strop.evaluation.metrics import FAULTS, Metric, check_golds, metric
-from strop.runs.lock import sha256_file, sha256_text
+from strop.runs.lock import sha256_text
 
 
 @dataclass(frozen=True)

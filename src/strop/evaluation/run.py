@@ -337,9 +337,7 @@ def add_to_report(folder: RunFolder, result: dict[str, Any]) -> None:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -347,13 +345,11 @@ from strop.config.load import read_resolved
 from strop.config.schema import Recipe
 from strop.data.examples import Learning
 from strop.data.prepare import prepare
-from strop.data.store import digest, dumps
-from strop.data.types import Conversation
-from strop.errors import InputError, RecipeError
-from strop.models.adapters import adapter_folder, base_source, with_tokenizer
+from strop.errors import InputError
+from strop.models.adapters import base_source, with_tokenizer
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import learning_of
-from strop.runs.folder import RunFolder, cache_folder, is_run
+from strop.runs.folder import cache_folder
 
 
 def run_of(name: str) -> RunFolder | None:

@@ -51,7 +51,7 @@ from strop.models.tensor_files import SHARD_BYTES, Tensors
 from strop.models.tensor_names import Group, Layout
 from strop.models.tokenizer import load_tokenizer, new_rows
 from strop.objectives.table import learning_of
-from strop.planning.memory import MEASURING_BYTES, measuring_bytes
+from strop.planning.memory import PARITY_PROCESS_BYTES, parity_model_bytes
 from strop.runs.folder import (
     RunFolder,
     cache_folder,
@@ -186,8 +186,8 @@ def check_memory(source: Source, element: int, say: Callable[[str], None]) -> No
     parameters = sum(weight.numel() for weight in bare.parameters())
     embedding, head = bare.get_input_embeddings(), bare.get_output_embeddings()  # type: ignore[operator]
     tied = head is None or head.weight is embedding.weight
-    parts = measuring_bytes(parameters, embedding.num_embeddings, embedding.embedding_dim, tied, element=widest)
-    needed, free = sum(parts) + MEASURING_BYTES, probe().free_bytes
+    parts = parity_model_bytes(parameters, embedding.num_embeddings, embedding.embedding_dim, tied, dtype_bytes=widest)
+    needed, free = sum(parts) + PARITY_PROCESS_BYTES, probe().free_bytes
     say(f"measuring takes about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free")
     if needed > free:
         what = f"measuring takes {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"

@@ -1,228 +1,112 @@
-"""Which machine a plan is for: this one, a size of memory, or a card by name; and how fast it is."""
+"""Facts about a model: its sizes, its weight files, its layers, and the adapter that training starts from."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from strop.config.load import SHORT
+from strop.config.load import resolve
 from strop.config.schema import Recipe
-from strop.data.prepare import prepare
-from strop.data.reading.sources import fetched
-from strop.errors import ModelError, RecipeError
+from strop.errors import ModelError
 from strop.machine.doctor import installed
-from strop.machine.probe import Machine, compute_capability, probe
-from strop.machine.rates import known_precision, known_rates
 from strop.models.adapter_config import adapter_config, as_start
-from strop.models.families.shape import Peek, peek
+from strop.models.families.shape import Peek, header_kinds, peek
 from strop.models.source import headers, locate, quantized_by
-from strop.models.tokenizer import load_tokenizer
-from strop.objectives.table import answers_of, drawn_tokens, learning_of, objective_of
-from strop.planning.machines import Card, find_card, recognise
-from strop.planning.microbatch import Rows
-from strop.planning.time import CORE_FP32, GUESS, Rate, has_bf16
-from strop.runs.folder import is_run
-
-ANY_CARD = Card("a card that is not in the table", "unknown", 0, 500, 60)
-NO_DATA = "-"  # a plan that names no rows
-LEAST_BF16 = 8.0  # compute capability of the first cards with bf16 (Ampere)
+from strop.models.targets import LinearKind, embedding_kind, target_names
+from strop.objectives.table import objective_of
 
 
-@dataclass(frozen=True)
-class Place:
-    """machine: with the memory that counts. device, dtype (name, why): for a recipe that leaves them open. rate_of: how
-    fast it is in a type."""
+def read_model_facts(recipe: Recipe) -> Peek:
+    """Return the model's sizes.
 
-    machine: Machine
-    device: str
-    dtype: tuple[str, str]
-    rate_of: Callable[[str], Rate]
+    They come from its config. For a family that is not in the table, or modules trained in full, they come from the
+    model itself, built without weights; without torch, from its config and the headers of its weight files.
 
-
-def place_for(device: str, memory: int | None = None, gpu: str | None = None) -> Place:
-    """device: as the recipe says, which may be auto; memory: bytes that there are, in place of what is found.
-
-    Raises RecipeError for a card that is not in the table, or CUDA where nothing says how large the card is.
+    Raises:
+        InputError: the model lacks a module that the recipe trains in full.
     """
-    machine = probe()
-    if gpu is not None:
-        return _of_card(machine, find_card(gpu), memory)
-    kind, _, number = device.partition(":")
-    if kind == "auto":
-        kind = "cuda" if machine.gpus and memory is None else "cpu"
-    if kind == "cuda":
-        if not machine.gpus and memory is None:
-            raise RecipeError("--device cuda: no card is here", fix="give --gpu NAME, or --memory SIZE")
-        index = min(int(number or 0), max(0, len(machine.gpus) - 1))
-        card = recognise(machine.gpus[index]) if machine.gpus else None
-        if card is None and machine.gpus:
-            card = replace(ANY_CARD, bf16=(compute_capability(index) or LEAST_BF16) >= LEAST_BF16)
-        return _of_card(machine, card or ANY_CARD, memory, found=machine.gpus if memory is None else ())
-    if memory is not None:
-        machine = replace(machine, memory_bytes=memory, free_bytes=memory)
-    rates, precision = known_rates(machine, "cpu"), known_precision(machine) if installed("torch") else None
-    if kind == "mps":
-        rate = Rate(CORE_FP32 * 30, 200e9, "an Apple GPU as the table has it")
-        return Place(machine, kind, ("fp32", "bf16 is not reliable on every MPS release"), lambda _: rate)
-    guessed = "bf16" if has_bf16(machine) else "fp32", f"by {GUESS}"
-    better = precision or (guessed if rates is None else (rates.dtype, "measured by strop doctor"))
-    return Place(machine, "cpu", better, partial(Rate.of_cpu, machine, rates))
-
-
-def _of_card(machine: Machine, card: Card, memory: int | None, found: tuple[str, ...] = ()) -> Place:
-    size = memory or card.memory_bytes
-    dtype = ("bf16", "the card computes in bf16") if card.bf16 else ("fp32", "the card has no fast bf16")
-    if card.device != "cuda":
-        machine = replace(machine, memory_bytes=size, free_bytes=size, gpus=())
-    else:
-        machine = replace(machine, gpus=found or (f"{card.name}, {size >> 20} MiB",))
-    rate = Rate.of(card)
-    if card.kind == ANY_CARD.kind:
-        rate = replace(rate, source=f"a guess: {card.name}")
-    return Place(machine, card.device, dtype, lambda _: rate)
-
-
-def look_at(recipe: Recipe) -> Peek:
-    """The model's sizes: by its config; of a family that is not in the table by the model itself, built without weights
-    (where torch is not installed, by its config and its files' headers). Raises InputError for modules to train in full
-    that it has not."""
-    found = _held_to_weights(peek(recipe.model.name, recipe.model.revision))
-    whole = recipe.lora.modules_to_save
-    if (found.shape.known and not whole) or not installed("torch"):
-        return found
+    facts = _check_weight_files(peek(recipe.model.name, recipe.model.revision))
+    whole_modules = recipe.lora.modules_to_save
+    if (facts.shape.known and not whole_modules) or not installed("torch"):
+        return facts
     from strop.models.introspect import exactly
 
     objective = objective_of(recipe.train)
-    return exactly(found, whole_modules=whole, predicts=objective is None or not objective.scored)
+    return exactly(facts, whole_modules=whole_modules, predicts=objective is None or not objective.scored)
 
 
-def _held_to_weights(found: Peek) -> Peek:
-    """Refused, where the weight files of its folder hold less than its config describes, or further layers."""
-    folder, shape = Path(found.name).expanduser(), found.shape
-    if found.config is None or not shape.known or quantized_by(found.config) or not any(folder.glob("*.safetensors")):
-        return found
+def _check_weight_files(facts: Peek) -> Peek:
+    """Set `refused` if the model's weight files have fewer weights than its config describes, or more layers."""
+    folder, shape = Path(facts.name).expanduser(), facts.shape
+    if facts.config is None or not shape.known or quantized_by(facts.config) or not any(folder.glob("*.safetensors")):
+        return facts
     names = (name for _, header in headers(folder) for name in header)
     layers = {int(match[1]) for name in names if (match := re.search(r"\blayers\.(\d+)\.", name))}
-    if found.parameters >= shape.parameters and max(layers, default=0) < shape.layers:
-        return found
+    if facts.parameters >= shape.parameters and max(layers, default=0) < shape.layers:
+        return facts
+    files = f"its files have {facts.parameters:,} weights in {len(layers)} layers"
     config = f"its config describes {shape.parameters:,} in {shape.layers} layers"
-    return replace(found, refused=f"{found.name}: {found.parameters:,} weights in {len(layers)} layers, and {config}")
-
-
-def without_data(options: Mapping[str, Any] | None, recipe_given: bool) -> dict[str, Any]:
-    """Options that a plan can be made of: one that names no rows is about rows of the longest length."""
-    given = {SHORT.get(name, name): value for name, value in (options or {}).items()}
-    if not recipe_given:
-        given.setdefault("data.train", NO_DATA)
-    return given
+    return replace(facts, refused=f"{facts.name}: {files}, and {config}")
 
 
 def start_adapter(recipe: Recipe) -> dict[str, Any] | None:
-    """The adapter or run to start from, as saved.as_start gives it. Raises ModelError where there is none."""
+    """Return the config of the adapter that training starts from, as `adapter_config.as_start` does, or None.
+
+    Raises:
+        ModelError: `model.adapter` is neither a run nor an adapter folder.
+    """
     if recipe.model.adapter is None:
         return None
     path = Path(recipe.model.adapter).expanduser()
-    file = next((place for place in (path, path / "adapter") if (place / "adapter_config.json").is_file()), None)
-    if file is None:
-        raise ModelError(f"--model.adapter {path}: no adapter there", fix="give a run or adapter folder")
-    return as_start(file, adapter_config(file))
+    folder = next((place for place in (path, path / "adapter") if (place / "adapter_config.json").is_file()), None)
+    if folder is None:
+        raise ModelError(f"--model.adapter {path}: no adapter in this folder", fix="give a run or adapter folder")
+    return as_start(folder, adapter_config(folder))
 
 
-def row_sizes(recipe: Recipe) -> Rows:
-    """Of each row (of pairs: of each answer; of prompts: of each answer as long as it may be), where the recipe names
-    rows that are here and the model's tokenizer is; else none.
-
-    Raises DataError where files that it names are not there.
-    """
-    found, model = Rows(), Path(recipe.model.name).expanduser()
-    named = [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train
-    if named == [NO_DATA]:
-        found.unknown = "no data is named"
-    elif any(fetched(one) for one in named):
-        found.unknown = "the data is on the Hub"
-    elif not (recipe.model.name.startswith("demo") or is_run(model) or model.is_dir()):
-        found.unknown = "the model's tokenizer is not here"
-    if found.unknown:
-        return found
-    source = locate(recipe.model.name, recipe.model.revision)
-    if source.kind == "folder" and not (source.path / "tokenizer_config.json").is_file():
-        found.unknown = "the model's folder has no tokenizer"
-        return found
-    learning = learning_of(recipe.train)
-    prepared = prepare(recipe.data, load_tokenizer(source), strict=False, learning=learning)
-    rows, refusal, shared = prepared.train, prepared.report.refusal, None
-    found.refused = "" if refusal is None else str(refusal)
-    if drawn := drawn_tokens(recipe.train):
-        found += [(int(length) + drawn, drawn) for length in rows.lengths for _ in range(answers_of(recipe.train))]
-        return found
-    for number in range(len(rows)):
-        example = rows[number]
-        found.append((len(example), example.supervised))
-        shared = _alike(shared, example.ids) if learning == "turns" else None
-    found.prefix = 0 if shared is None else len(shared)
-    return found
-
-
-def _alike(beginning: Any, ids: Any) -> Any:
-    """What both begin with."""
-    if beginning is None:
-        return ids
-    size = min(len(beginning), len(ids))
-    differs = (beginning[:size] != ids[:size]).nonzero()[0]
-    return beginning[: differs[0] if len(differs) else size]
-
-
-# ---- from strop.planning.model_docs ----
-"""The layers that `strop modules` lists, and which of them a preset picks. No torch, but where a family needs it."""
-
-from __future__ import annotations
-
-from dataclasses import asdict
-from typing import Any
-
-from strop.config.load import resolve
-from strop.errors import ModelError
-from strop.machine.doctor import installed
-from strop.models.families.shape import header_kinds, peek
-from strop.models.source import locate
-from strop.models.targets import LinearKind, embedding_kind, target_names
-
-
-def found_in(model: str) -> tuple[list[LinearKind], list[dict[str, Any]]]:
-    """The kinds of layers of a model, and of each its fields of `strop modules --json`."""
+def list_layers(model: str) -> tuple[list[LinearKind], list[dict[str, Any]]]:
+    """Return the kinds of layers of a model, and for each its fields in `strop modules --json`."""
     shape = peek(model).shape
-    found = [*shape.linear_kinds(), embedding_kind("embed_tokens", shape.vocabulary, shape.hidden)]
+    kinds: Sequence[LinearKind] = [
+        *shape.linear_kinds(),
+        embedding_kind("embed_tokens", shape.vocabulary, shape.hidden),
+    ]
     if not shape.known:
-        found = _kinds_of_others(model)
-    kinds = [kind for kind in found if kind.type != "Embedding"]
+        kinds = _introspect_layers(model)
+    linears = [kind for kind in kinds if kind.type != "Embedding"]
     presets = {
-        preset: _picked(
-            kinds, resolve(None, {"model": model, "data": "-", "preset": preset}).recipe.lora.target_modules
+        preset: _preset_targets(
+            linears, resolve(None, {"model": model, "data": "-", "preset": preset}).recipe.lora.target_modules
         )
         for preset in ("auto", "low-memory", "balanced", "max-quality")
     }
-    return found, [{**asdict(k), "presets": [p for p, names in presets.items() if k.name in names]} for k in found]
+    rows = [
+        {**asdict(kind), "presets": [preset for preset, names in presets.items() if kind.name in names]}
+        for kind in kinds
+    ]
+    return list(kinds), rows
 
 
-def _picked(kinds: list[LinearKind], targets: str | list[str]) -> list[str]:
-    """Nothing, where a model has no layers of such a set: a run with that preset would be refused."""
+def _preset_targets(kinds: list[LinearKind], targets: str | list[str]) -> list[str]:
+    """Return the target layers of a preset; none if the model lacks such layers, as a run would refuse the preset."""
     try:
         return target_names(kinds, targets)
     except ModelError:
         return []
 
 
-def _kinds_of_others(model: str) -> list[LinearKind]:
-    """Of a family whose config does not name its layers: by the model itself, without its weights; by the headers of
-    its weight files where torch is not installed."""
+def _introspect_layers(model: str) -> list[LinearKind]:
+    """Return the layers of a family that is not in the table.
+
+    They come from the model, built without weights; without torch, from the headers of its weight files.
+    """
     source = locate(model)
     if not installed("torch"):
         if source.kind != "folder":
-            raise ModelError(f"{model}: a family whose layers only torch can tell", fix="pip install torch")
+            raise ModelError(f"{model}: listing the layers of this family needs torch", fix="pip install torch")
         return header_kinds(source.path)
     from strop.models.load import skeleton
     from strop.models.lora import embedding_kinds, linear_kinds

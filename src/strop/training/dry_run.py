@@ -22,9 +22,9 @@ from strop.machine.probe import probe
 from strop.machine.rates import known_precision
 from strop.objectives.table import drawn_tokens
 from strop.planning.activations import MicroBatch, at_peak
-from strop.planning.memory import Asked, Drawn, Phase, phases
+from strop.planning.memory import EvaluationLoad, Phase, RolloutLoad, phases
 from strop.planning.time import has_bf16
-from strop.planning.workload import Setting
+from strop.planning.workload import Workload
 from strop.training.criteria import OfAnswers
 from strop.training.job import Job, stream_of
 from strop.training.oom import go_on_shrunk, micro_batches, within_memory
@@ -70,16 +70,19 @@ class Forecast:
         return max(self.phases[name].needed_bytes for name in ("load", "train"))
 
 
-def forecast(job: Job, setting: Setting, usable: int) -> Forecast:
+def forecast(job: Job, setting: Workload, usable: int) -> Forecast:
     """By the rows themselves: which of them stand in a micro-batch, what prefix they share, what is supervised."""
-    setting = setting.but(step=job.step.name)
+    setting = setting.replace(step=job.step.name)
     if job.state.progress.recompute:
-        setting = setting.but(checkpoint_layers=setting.shape.layers)
+        setting = setting.replace(checkpointed_layers=setting.shape.layers)
     if job.state.progress.offload:
-        setting = setting.but(offload=True)
+        setting = setting.replace(offload=True)
     if job.state.progress.streamed:
-        setting = setting.but(resident_layers=0)
-    found = [(items, batch_of(job, items, more, setting.tiles)) for items, more in _candidates(job, setting)]
+        setting = setting.replace(resident_layers=0)
+    found = [
+        (items, batch_of(job, items, more, setting.compute.attention_tiles))
+        for items, more in _candidates(job, setting)
+    ]
     items, batch = max(found, key=lambda pair: at_peak(setting, pair[1]).total)
     made = phases(setting, batch, _asked(job), usable, _drawn(job), dtype=_answers_in(job.recipe.model.device))
     return Forecast(items, batch, made)
@@ -93,18 +96,18 @@ def _answers_in(device: str) -> str:
     return known[0] if known else "bf16" if has_bf16(probe()) else "fp32"
 
 
-def _asked(job: Job) -> Asked:
+def _asked(job: Job) -> EvaluationLoad:
     """What an evaluation of rows like these asks."""
     rows = (job.train[row] for row in range(min(len(job.train), LOOKED_AT)))
     examples = (example for row in rows for example in row.examples)
-    return Asked.of([(len(one), one.supervised) for one in examples], job.recipe.data.max_length)
+    return EvaluationLoad.of([(len(one), one.supervised) for one in examples], job.recipe.data.max_length)
 
 
-def _drawn(job: Job) -> Drawn | None:
+def _drawn(job: Job) -> RolloutLoad | None:
     """What a step draws, behind the longest prompt there is."""
     if not drawn_tokens(job.recipe.train):
         return None
-    return Drawn.of(job.recipe, max(len(job.train[row]) for row in range(min(len(job.train), LOOKED_AT))))
+    return RolloutLoad.of(job.recipe, max(len(job.train[row]) for row in range(min(len(job.train), LOOKED_AT))))
 
 
 def batch_of(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> MicroBatch:
@@ -121,7 +124,7 @@ def batch_of(job: Job, items: Sequence[Item], more: bool, tiles: bool) -> MicroB
     return MicroBatch(len(packed.ids), len(examples) if scored else len(packed.picked), documents, more)
 
 
-def _candidates(job: Job, setting: Setting) -> list[tuple[list[Item], bool]]:
+def _candidates(job: Job, setting: Workload) -> list[tuple[list[Item], bool]]:
     """The micro-batches that need most by their rows' lengths, and whether others share their step. What the prefix of
     a micro-batch saves, packing alone can tell."""
     found: list[tuple[int, tuple[int, ...], bool]] = []

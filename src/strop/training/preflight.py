@@ -35,9 +35,9 @@ from strop.models.source import Source, fingerprint, locate, prequantized, refus
 from strop.models.tokenizer import load_tokenizer
 from strop.objectives.table import drawn_tokens, learning_of, objective_of
 from strop.planning.choose import choose, memory_key, why_no_integers
-from strop.planning.learning_rate import kept
+from strop.planning.learning_rate import kept_values
 from strop.planning.memory import CUDA_CONTEXT_BYTES, constant_bytes, weight_bytes
-from strop.planning.workload import Setting
+from strop.planning.workload import Workload
 from strop.runs.folder import RunFolder, cache_folder, free_bytes
 from strop.runs.lock import sha256_text, versions
 from strop.training import state as checkpoints
@@ -158,7 +158,7 @@ def _copies_bytes(setup: Setup) -> int:
     model = recipe.model
     how = (model.quantization, model.double_quantization, DTYPES[model.dtype])
     half, packed = copies_to_make(setup.source, *how)
-    setting = Setting.of(recipe, setup.shape, setup.parameters).but(resident_layers=0)
+    setting = Workload.from_recipe(recipe, setup.shape, parameters=setup.parameters).replace(resident_layers=0)
     return 2 * setup.parameters * half + (weight_bytes(setting) + constant_bytes(setting)) * packed
 
 
@@ -184,7 +184,7 @@ def remarks(setup: Setup) -> list[str]:
     the run.
     """
     found = (
-        *kept(setup.resolved, setup.shape),
+        *kept_values(setup.resolved, setup.shape),
         *(_passed_over(setup), _faster(setup), *_idle(setup), _never_at_peak(setup), _stored_otherwise(setup)),
         *(*_experts(setup), _towers(setup), *_in_full(setup), _beyond(setup)),
     )
@@ -273,7 +273,7 @@ def _experts(setup: Setup) -> list[str]:
     said = [
         f"a mixture of experts: a token goes through {setup.parameters - shape.idle:,} of {setup.parameters:,} weights"
     ]
-    if not Setting.of(recipe, shape, setup.parameters).expert_adapter_weights:
+    if not Workload.from_recipe(recipe, shape, parameters=setup.parameters).expert_adapter_weights:
         share = held / setup.parameters
         said.append(f"no adapter sits on its experts, which are {share:.0%} of it; all-linear adapts them too")
     loss, text = load_balancing(load_config(setup.source)), "its config"

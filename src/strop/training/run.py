@@ -34,7 +34,7 @@ from strop.models.load import DTYPES, stream_weights
 from strop.models.lora import trainable
 from strop.models.upstream_errors import blaming
 from strop.planning.choose import usable_bytes
-from strop.planning.workload import Setting
+from strop.planning.workload import Workload
 from strop.runs.events import EventLog, Listener, read_events
 from strop.runs.folder import (
     RunFolder,
@@ -236,8 +236,14 @@ def _execute(
                 free = probe().free_bytes // devices.local_world
                 job.step.watch(MemoryWatch(setup.machine.memory_bytes, free))
             usable = usable_bytes(setup.machine, recipe.model.device)
-            here = torch.get_num_threads(), devices.world
-            expected = forecast(job, Setting.of(recipe, setup.shape, setup.parameters, *here), usable)
+            workload = Workload.from_recipe(
+                recipe,
+                setup.shape,
+                parameters=setup.parameters,
+                threads=torch.get_num_threads(),
+                devices=devices.world,
+            )
+            expected = forecast(job, workload, usable)
             if job.state.progress.step < _total(job):
                 if recipe.train.int8_matmul:
                     hold_to_floats(job, expected.items)

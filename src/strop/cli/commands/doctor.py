@@ -26,7 +26,7 @@ def doctor(
         warmup.load()
         from strop.planning import calibrate
 
-        return calibrate.try_out(machine)
+        return calibrate.examine(machine)
 
     with alive(console, "loading the libraries"):
         found = examine(try_out)

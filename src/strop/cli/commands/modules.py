@@ -19,9 +19,9 @@ def modules(
     from rich.table import Table
 
     with alive(console, "reading the model's config"):
-        from strop.planning.model_facts import found_in
+        from strop.planning.model_facts import list_layers
 
-        found, rows = found_in(model)
+        found, rows = list_layers(model)
     table = Table("name", "type", "in", "out", "count", "picked by preset", "quantized")
     for kind, row in zip(found, rows, strict=True):
         sizes = (str(kind.in_features), str(kind.out_features), str(kind.count))
