@@ -197,15 +197,19 @@ def evaluate(
     from strop.distributed.launch import joined
 
     with joined() as devices:
-        from strop.evaluation.run import evaluate_model
+        from strop.evaluation.run import EvalOptions, evaluate_models
         from strop.machine.torch_state import own_torch
 
         with own_torch():
-            return evaluate_model(
-                os.fspath(run), _texts(data, "data"), metric=metric, max_new_tokens=max_new_tokens, general=general,
-                regression_data=_texts(regression_data, "regression_data"), regression_metric=regression_metric,
-                devices=devices, options=options,
-            )  # fmt: skip
+            chosen = EvalOptions(
+                metric=metric,
+                max_new_tokens=max_new_tokens,
+                general=general,
+                regression_data=_texts(regression_data, "regression_data"),
+                regression_metric=regression_metric,
+                read=options,
+            )
+            return evaluate_models([os.fspath(run)], _texts(data, "data"), chosen, devices=devices)[0]
 
 
 def check(recipe: str | Path | None = None, **options: Any) -> dict[str, Any]:

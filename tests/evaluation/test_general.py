@@ -12,7 +12,7 @@ import pytest
 
 import strop
 from strop.evaluation.general import compare_general, rows
-from strop.evaluation.metrics import judged_by_kind, paired_difference
+from strop.evaluation.metrics import general_verdict, paired_difference
 from tests.support import tiny
 from tests.support.runs import run
 
@@ -98,6 +98,6 @@ def test_a_loss_that_a_gain_hides_is_told() -> None:
 
     hidden = {"difference": vars(paired_difference([True, False], [False, True]))}
     kinds = {"facts": kind(15, 2), "memory": kind(3, 18), "copying": kind(10, 11)}
-    assert "no clear difference" in judged_by_kind({**hidden, "kinds": kinds})
-    assert judged_by_kind({**hidden, "kinds": kinds}).endswith("by kind: worse at facts; better at memory")
-    assert "by kind" not in judged_by_kind({**hidden, "kinds": {"copying": kind(10, 11)}})
+    assert "no clear difference" in general_verdict({**hidden, "kinds": kinds})
+    assert general_verdict({**hidden, "kinds": kinds}).endswith("by kind: worse at facts; better at memory")
+    assert "by kind" not in general_verdict({**hidden, "kinds": {"copying": kind(10, 11)}})

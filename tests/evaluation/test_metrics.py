@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from strop.errors import DataError, RecipeError, RunError
 from strop.evaluation import metrics
-from strop.evaluation.metrics import METRICS, check_golds, metric, paired_difference, rewards_of, score, wilson
+from strop.evaluation.metrics import METRICS, check_golds, metric, paired_difference, parse_rewards, score, wilson
 from tests.support.scripts import script
 from tests.support.shared_data import shared
 
@@ -324,7 +324,7 @@ def test_a_function_of_the_users_own_that_ends_python_or_raises_what_it_likes(tm
     for name in ("ends", "odd"):  # an answer that it cannot read is a miss
         assert score(f"{file}:{name}", ["x", "x"], ["x", "y"]).hits == (True, False)
     with pytest.raises(RunError, match=r"rows\.jsonl:7: .*Odd: no"):
-        rewards_of(f"{file}:odd")[0]("x", "y", ("rows.jsonl", 7))
+        parse_rewards(f"{file}:odd")[0]("x", "y", ("rows.jsonl", 7))
     with pytest.raises(DataError, match="cannot be scored"):
         check_golds(f"{file}:worse", ["x"], [("rows.jsonl", 7)])
     for text, said in (("import sys; sys.exit(7)", "SystemExit: 7"), ("open('/none/there')", "FileNotFoundError")):
@@ -355,23 +355,23 @@ from pathlib import Path
 import pytest
 
 from strop.errors import DataError, RecipeError
-from strop.evaluation.metrics import check_rewards, rewards_of
+from strop.evaluation.metrics import check_rewards, parse_rewards
 
 
 @pytest.mark.parametrize("given", ["exact_json, contains=0.2", ["exact_json", "contains=0.2"]])
 def test_several_in_a_list_or_behind_commas(given: str | list[str]) -> None:
-    assert [(one.name, one.weight) for one in rewards_of(given)] == [("exact_json", 1), ("contains", 0.2)]
+    assert [(one.name, one.weight) for one in parse_rewards(given)] == [("exact_json", 1), ("contains", 0.2)]
 
 
 @pytest.mark.parametrize("given", ["exact=x", "exact,exact", "choice", "exact,"])
 def test_what_names_none(given: str) -> None:
     with pytest.raises(RecipeError):
-        rewards_of(given)
+        parse_rewards(given)
 
 
 def test_a_function_that_fails_on_right_answers_is_what_to_mend(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text("def own(gold, answer): return {}[gold]", encoding="utf-8")
     with pytest.raises(DataError, match="1 rows cannot be scored with") as found:
-        check_rewards(rewards_of(f"{file}:own"), ["yes", None], [("rows.jsonl", 1), ("rows.jsonl", 2)])
+        check_rewards(parse_rewards(f"{file}:own"), ["yes", None], [("rows.jsonl", 1), ("rows.jsonl", 2)])
     assert "mend own, which gets (right answer, answer)" in found.value.fix

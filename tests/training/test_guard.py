@@ -217,7 +217,7 @@ def test_a_flat_loss_is_told_and_why() -> None:
 
 def test_trouble_is_told() -> None:
     events = [{"event": "shrink", "step": 3, "to": "micro-batches of 512 tokens, 2 in place of 1", "why": "x"}]
-    assert "out of memory: went on with micro-batches of 512 tokens" in diagnose(events, None)[0]
+    assert "out of memory: continued with micro-batches of 512 tokens" in diagnose(events, None)[0]
 
 
 def test_steps_that_were_not_taken_do_not_count_against_patience(tmp_path: Path) -> None:

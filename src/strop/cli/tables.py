@@ -17,9 +17,9 @@ _NOT_SHARES = ("loss", "perplexity", "tokens_per_answer", "tokens_per_s")
 
 def print_scores(result: dict[str, Any], out: Console = console, title: str | None = None) -> None:
     """Base and tuned side by side with 95 % intervals. title: what the rows are."""
-    from strop.evaluation.metrics import Difference, rows_asked, verdict
+    from strop.evaluation.metrics import Difference, rows_label, verdict
 
-    title = title or rows_asked(result)
+    title = title or rows_label(result)
     sides = [side for side in ("base", "tuned") if side in result]
     named = escape(f"{result.get('run', '')}  {result['rows']} {title}".strip())
     table = Table(title=named, title_justify="left")
@@ -75,14 +75,14 @@ def print_judged(found: Mapping[str, Any], out: Console = console) -> None:
 
 def print_general(result: dict[str, Any], out: Console = console) -> None:
     """The general set by kind, and whether training broke anything."""
-    from strop.evaluation.metrics import in_points, judged_by_kind
+    from strop.evaluation.metrics import general_verdict, in_points
 
     table = Table("general set", "rows", "base", "tuned", "change in points")
     for kind, found in [*result["kinds"].items(), ("all", result)]:
         rates = (f"{found['base']:.1%}", f"{found['tuned']:.1%}")
         table.add_row(kind, str(found["rows"]), *rates, in_points(found["difference"]))
     out.print(table)
-    out.print(f"tuned minus base on the general set: {judged_by_kind(result)}")
+    out.print(f"tuned minus base on the general set: {general_verdict(result)}")
 
 
 def print_tasks(tasks: dict[str, Any], out: Console = console) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from strop.dash.files import DAMAGED, inside, read_bytes, read_json, read_places, sizes
 from strop.dash.history import short
 from strop.dash.status import Watch, standing
-from strop.evaluation.metrics import Difference, rows_counted, verdict
+from strop.evaluation.metrics import Difference, rows_text, verdict
 from strop.runs.folder import RunFolder, is_run
 
 END_BYTES = 16 << 10
@@ -194,7 +194,7 @@ def score_of(report: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         change = Difference(*(found["difference"][name] for name in ("value", "low", "high")))
         kind, words = verdict(change)
-        said = f"{metric} went from {base[metric]:.1%} to {tuned[metric]:.1%} on {rows_counted(found)}"
+        said = f"{metric} went from {base[metric]:.1%} to {tuned[metric]:.1%} on {rows_text(found)}"
         score |= {"verdict": kind, "words": f"{words[0].upper()}{words[1:]}: {said}."}
     except (KeyError, TypeError, ValueError):
         pass

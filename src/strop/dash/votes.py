@@ -16,7 +16,7 @@ from strop.dash.files import read_bytes, read_json
 from strop.dash.run_list import score_of
 from strop.dash.side_by_side import Busy
 from strop.errors import DiskError, InputError
-from strop.evaluation.metrics import Difference, paired_difference, pieces, verdict, wilson
+from strop.evaluation.metrics import Difference, mark_differences, paired_difference, verdict, wilson
 from strop.runs.folder import RunFolder
 
 FILTERS = ("all", "gained", "lost", "changed", "both", "neither", "wrong", "right")
@@ -81,7 +81,7 @@ def _marked(row: dict[str, Any]) -> dict[str, Any]:
     marked = {}
     for side in sides:
         if isinstance(gold, str) and len(gold) + len(row[side]) <= MOST_MARKED:
-            marked[side] = pieces(gold, row[side])
+            marked[side] = mark_differences(gold, row[side])
         else:
             marked[side] = [(row[side], "same")]
     return {**row, "marked": marked}

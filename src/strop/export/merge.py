@@ -26,7 +26,7 @@ from strop.data.types import Example
 from strop.engine.step import step_for
 from strop.errors import DataError, FolderError, MemoryLimitError, ModelError, RecipeError
 from strop.evaluation.compare import mean_loss
-from strop.evaluation.model_card import CARD_FILE, card, report_of
+from strop.evaluation.model_card import CARD_FILE, card, find_report
 from strop.export.parity import LIMITS, Parity, compare, freed, in_fp32
 from strop.export.weight_changes import changes
 from strop.machine.probe import probe
@@ -135,7 +135,7 @@ def merge(
             if not parity.passed:
                 shutil.rmtree(made)
             parity.check(str(out))
-        if report := report_of(folder):
+        if report := find_report(folder):
             merged_as = {"dtype": dtype, "parity": None if parity is None else parity.as_json()}
             (made / CARD_FILE).write_text(card(report, merged=merged_as), encoding="utf-8")
         publish(made, out)

@@ -40,7 +40,7 @@ class MicroBatch:
         tokens: number of packed tokens; a shared prefix counts once.
         supervised: number of rows of the output head.
         documents: (number, queries, keys) of each bucket of documents.
-        more: the step has other micro-batches, whose gradients are held while this one is computed.
+        more: the step has other micro-batches, whose gradients stay allocated while this one is computed.
         shared: tokens saved by a shared prefix, less the tokens added by padding.
     """
 
@@ -117,7 +117,7 @@ def at_peak(workload: Workload, batch: MicroBatch) -> LiveBytes:
     on_device, in_backward = (1, min(recomputed, 2)) if compute.offload else (recomputed, recomputed)
     # After its attention, the last layer computes only the supervised rows.
     saved = on_device * inputs + (layers - recomputed) * block - (0 if recomputed == layers else block - last)
-    # The head's own gradient during a layer's backward pass, if it is not held from earlier micro-batches.
+    # The head's gradient during a layer's backward pass, unless it is allocated already by earlier micro-batches.
     head_gradient = 0 if batch.more or compute.device == "cpu" else head_gradient_bytes(workload)
     step_long, head_rows = step_long_bytes(workload, batch)
     saved += step_long

@@ -191,8 +191,8 @@ def _adapter_choices(resolved: Resolved, adapter: Mapping[str, Any]) -> list[Cho
     given = {field: choice for field, choice in resolved.choices.items() if choice.origin in ("recipe", "option")}
     for field, value in (values | {"lora.init": "default"}).items():  # another init would overwrite its values
         if field in given and given[field].value != value:
-            other = "trained values" if field == "lora.init" else value
-            what = f"--{field} {given[field].value}: the adapter to start from has {other}"
+            adapter_value = "trained values" if field == "lora.init" else value
+            what = f"--{field} {given[field].value}: the adapter to start from has {adapter_value}"
             raise RecipeError(what, fix=f"leave {field} out, or train a new adapter")
     choices = [Choice(field, value, "plan", "as in the adapter it starts from") for field, value in values.items()]
     if "lora.dropout" not in given:

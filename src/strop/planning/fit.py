@@ -104,7 +104,7 @@ def smaller_scheme(recipe: Recipe) -> str:
 
 
 def _fastest_micro_batch(resolved: Resolved, budget: MemoryBudget) -> Resolved:
-    """On a CPU, lower `train.micro_batch_tokens` if the predicted time per token falls.
+    """Lower `train.micro_batch_tokens` on a CPU if the predicted time per token falls.
 
     A smaller micro-batch leaves memory to recompute fewer layers, or to dequantize more layers once. Against that, each
     micro-batch has a constant cost per layer. Times are for rows of the maximum length.
@@ -216,7 +216,7 @@ def _shrink_micro_batch(resolved: Resolved, budget: MemoryBudget) -> list[Choice
 
 
 def _grow_micro_batch(resolved: Resolved, budget: MemoryBudget) -> list[Choice]:
-    """On a GPU, choose the largest micro-batch that fits without recomputation, but no more than a step has."""
+    """Choose the largest micro-batch on a GPU that fits without recomputation, but no more than a step has."""
     recipe, field = resolved.recipe, "train.micro_batch_tokens"
     now = recipe.train.micro_batch_tokens
     if not recipe.model.device.startswith("cuda") or now is None or resolved.choices[field].origin != "plan":

@@ -86,7 +86,7 @@ class RolloutLoad:
 
     @staticmethod
     def of(recipe: Recipe, prompt: int | None = None) -> RolloutLoad | None:
-        """Return the load of a recipe, or None if its objective samples nothing. prompt: default: the maximum length."""
+        """Return the load of a recipe, or None without sampling. prompt: tokens; default: the maximum length."""
         train, answer = recipe.train, drawn_tokens(recipe.train)
         if not answer:
             return None
@@ -300,9 +300,9 @@ def train_phase(workload: Workload, batch: MicroBatch) -> Phase:
     elif compute.step == "fast" and not workload.tiled_lora:
         # Each layer that saves activations keeps the adapter in the compute dtype for its backward pass.
         share = 1 - compute.checkpointed_layers / workload.shape.layers if compute.dtype_bytes < 4 else 0.5
-        parts["adapters"] += int(compute.dtype_bytes * (workload.adapter_weights - adapter.other_weights) * share)
-    held_gradients = trainable if batch.more or compute.device == "cpu" else 0
-    moments = [(at_peak(workload, batch), held_gradients), (LiveBytes(), trainable)]  # the second: the optimizer step
+        parts["adapters"] += int(compute.dtype_bytes * (workload.adapter_weights - adapter.extra_weights) * share)
+    kept_gradients = trainable if batch.more or compute.device == "cpu" else 0
+    moments = [(at_peak(workload, batch), kept_gradients), (LiveBytes(), trainable)]  # the second: the optimizer step
     live, gradients = max(moments, key=lambda moment: moment[0].total + moment[1])
     return phase_of(
         {

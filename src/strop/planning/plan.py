@@ -23,7 +23,7 @@ from strop.planning.workload import Workload, why_plain
 
 CHECKPOINT_BYTES = 12  # per trainable weight on disk: the weight and two moments
 MAX_TOKENS = 1 << 20
-ONE_DEVICE = Devices()
+SINGLE_DEVICE = Devices()
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def make_plan(
     *,
     rows: Sequence[tuple[int, int]] = (),
     adapter: Mapping[str, Any] | None = None,
-    devices: Devices = ONE_DEVICE,
+    devices: Devices = SINGLE_DEVICE,
     thorough: bool = True,
 ) -> Plan:
     """Plan a run.

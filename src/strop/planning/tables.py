@@ -1,4 +1,4 @@
-"""What `strop plan` and `strop doctor` print, and the comparison of training methods across model sizes."""
+"""Output of `strop plan` and `strop doctor`, and the comparison of training methods across model sizes."""
 
 from __future__ import annotations
 
@@ -88,9 +88,8 @@ def _rows(plan: Plan) -> str:
     number = plan.data["rows"]
     if number:
         return f"{number:,}, the longest of {plan.data['longest']:,} tokens"
-    return (
-        f"of {plan.resolved.recipe.data.max_length:,} tokens each: {escape(plan.data['unknown'] or 'none are given')}"
-    )
+    unknown = escape(plan.data["unknown"] or "none are given")
+    return f"of {plan.resolved.recipe.data.max_length:,} tokens each: {unknown}"
 
 
 def print_devices(multi_device: MultiDevicePlan, out: Console) -> None:

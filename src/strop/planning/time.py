@@ -141,7 +141,7 @@ def flops(workload: Workload, batch: MicroBatch) -> Flops:
     if adapter.dora and adapter.dropout and workload.compute.step == "fast":
         ranked = zip(shape.linears, adapter.ranks, strict=True)
         frozen += forward * (3 + again) * sum(x.active_weights for x, rank in ranked if rank) / (qkv + rest)
-    adapters = (6 + 2 * again) * (workload.active_adapter_weights - adapter.other_weights) * batch.tokens
+    adapters = (6 + 2 * again) * (workload.active_adapter_weights - adapter.extra_weights) * batch.tokens
     long = sum(number * queries * keys for number, queries, keys in batch.documents if keys > KEEP_PAIRS)
     matmul = 2.0 * layers * shape.query * pairs(workload, batch)  # one of the attention's
     if workload.compute.attention_tiles:

@@ -45,7 +45,7 @@ class AdapterWeights:
 
     Args:
         ranks: LoRA rank on each of `shape.linears`; 0 for a layer without an adapter.
-        other_weights: number of trainable weights outside these adapters: modules trained in full, biases, DoRA
+        extra_weights: number of trainable weights outside these adapters: modules trained in full, biases, DoRA
             magnitudes, and an adapter on the output head.
         head_rank: LoRA rank on the output head; 0 without an adapter.
         dropout: LoRA dropout is above 0.
@@ -57,7 +57,7 @@ class AdapterWeights:
     """
 
     ranks: tuple[int, ...] = ()
-    other_weights: int = 0
+    extra_weights: int = 0
     head_rank: int = 0
     dropout: bool = False
     dora: bool = False
@@ -69,7 +69,7 @@ class AdapterWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How a step is computed.
+    """Settings of the computation of a step.
 
     Args:
         device: cpu, cuda or mps.
@@ -131,7 +131,7 @@ class Workload:
             ),
             adapter=AdapterWeights(
                 ranks=_mean_ranks(layer_ranks, shape),
-                other_weights=_other_weights(recipe, shape, layer_ranks, head_rank),
+                extra_weights=_extra_weights(recipe, shape, layer_ranks, head_rank),
                 head_rank=head_rank,
                 dropout=lora.dropout > 0,
                 dora=lora.use_dora,
@@ -160,9 +160,9 @@ class Workload:
 
     @property
     def adapter_weights(self) -> int:
-        """Number of trainable weights: A (r, in) and B (out, r) of each adapted layer, and `other_weights`."""
+        """Number of trainable weights: A (r, in) and B (out, r) of each adapted layer, and `extra_weights`."""
         layer = sum(rank * x.ends for x, rank in self._ranked_linears())
-        return self.shape.layers * layer + self.adapter.other_weights
+        return self.shape.layers * layer + self.adapter.extra_weights
 
     @property
     def active_adapter_weights(self) -> int:
@@ -179,13 +179,13 @@ class Workload:
 
     @property
     def tiled_lora(self) -> bool:
-        """Whether the fast step computes the adapters' matmuls with strop's CPU kernels."""
+        """True if the fast step computes the adapters' matmuls with strop's CPU kernels."""
         compute = self.compute
         return compute.step == "fast" and compute.attention_tiles and max(self.adapter.ranks, default=0) <= TILED_RANK
 
     @property
     def flash_attention(self) -> bool:
-        """Whether attention keeps only its output: flash attention on a GPU, in 16 bit."""
+        """True if attention keeps only its output: flash attention on a GPU, in 16 bit."""
         return self.compute.device == "cuda" and self.compute.dtype_bytes == 2
 
     @property
@@ -217,9 +217,8 @@ class Workload:
         """Linear layers of the module that takes attention's place in some layers (linear attention, Mamba, ...)."""
         family, mlp = self.family, self.mlp_linears
         others = (x for x in self.shape.linears if x not in mlp) if family.mixer else ()
-        return tuple(
-            x for x in others if x.leaf not in (*family.qkv, family.o) or x.path.startswith(f"{family.mixer}.")
-        )
+        attention, prefix = (*family.qkv, family.o), f"{family.mixer}."
+        return tuple(x for x in others if x.leaf not in attention or x.path.startswith(prefix))
 
     @property
     def attention_share(self) -> float:
@@ -229,7 +228,7 @@ class Workload:
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether the fast step computes a prefix that rows share only once."""
+        """True if the fast step computes a prefix that rows share only once."""
         return self.family.mixer is None
 
     @property
@@ -240,7 +239,7 @@ class Workload:
 
     @property
     def dequantizes(self) -> bool:
-        """Whether some weights are dequantized for each matmul."""
+        """True if some weights are dequantized for each matmul."""
         return self.base.scheme != "none" and self.base.resident_layers < self.shape.layers
 
     def replace(self, **changes: object) -> Workload:
@@ -370,7 +369,7 @@ def _mean_ranks(layer_ranks: list[list[int]], shape: ModelShape) -> tuple[int, .
     return tuple(-(-sum(ranks) // shape.layers) for ranks in layer_ranks)
 
 
-def _other_weights(recipe: Recipe, shape: ModelShape, layer_ranks: list[list[int]], head_rank: int) -> int:
+def _extra_weights(recipe: Recipe, shape: ModelShape, layer_ranks: list[list[int]], head_rank: int) -> int:
     """Return the number of trainable weights that are not in adapters on `shape.linears`."""
     lora = recipe.lora
     total = trained_in_full(lora, shape) + head_rank * (shape.hidden + shape.vocabulary)

@@ -79,10 +79,8 @@ def forecast(job: Job, setting: Workload, usable: int) -> Forecast:
         setting = setting.replace(offload=True)
     if job.state.progress.streamed:
         setting = setting.replace(resident_layers=0)
-    found = [
-        (items, batch_of(job, items, more, setting.compute.attention_tiles))
-        for items, more in _candidates(job, setting)
-    ]
+    tiles = setting.compute.attention_tiles
+    found = [(items, batch_of(job, items, more, tiles)) for items, more in _candidates(job, setting)]
     items, batch = max(found, key=lambda pair: at_peak(setting, pair[1]).total)
     made = phases(setting, batch, _asked(job), usable, _drawn(job), dtype=_answers_in(job.recipe.model.device))
     return Forecast(items, batch, made)

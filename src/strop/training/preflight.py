@@ -19,7 +19,7 @@ from strop.data.prepare import Prepared, prepare
 from strop.distributed.devices import ALONE, Devices
 from strop.engine.device import pick_device, pick_dtype, prepare_process
 from strop.errors import TROUBLES, DataError, DeviceError, FolderError, ModelError
-from strop.evaluation.metrics import check_rewards, files_hash, rewards_of
+from strop.evaluation.metrics import check_rewards, parse_rewards, rewards_hash
 from strop.machine.probe import Machine, probe
 from strop.models.adapter_config import adapter_config, as_start
 from strop.models.adapters import adapter_folder, read_identity, refuse_other_kind, with_tokenizer
@@ -100,7 +100,7 @@ def set_up(resolved: Resolved, memory: int | None = None, devices: Devices = ALO
         "base": {"name": source.name, "fingerprint": fingerprint(source)},
         "data": data.hash,
         "template": data.renderer.template_hash,
-        "rewards": files_hash(rewards_of(resolved.recipe.train.rewards)),
+        "rewards": rewards_hash(parse_rewards(resolved.recipe.train.rewards)),
         "recipe": sha256_text(json.dumps(resolved.recipe.model_dump(exclude={"out"}), sort_keys=True)),
         "values": {field: choice.value for field, choice in resolved.choices.items()},
         "seed": resolved.recipe.seed,
@@ -129,7 +129,7 @@ def _check_vocabulary(source: Source, shape: ModelShape, tokenizer: Any, data: P
 
 def _check_rewards(recipe: Recipe, data: Prepared) -> None:
     """Raises RecipeError and DataError for rewards that cannot be given to these rows."""
-    rewards = rewards_of(recipe.train.rewards)
+    rewards = parse_rewards(recipe.train.rewards)
     for rows in (data.train_conversations, data.eval_conversations or ()) if rewards else ():
         check_rewards(rewards, [data.renderer.answer(row) for row in rows], [(row.file, row.line) for row in rows])
 

@@ -24,7 +24,7 @@ from strop.engine.device import repeatable
 from strop.engine.eligibility import own_dropout
 from strop.engine.step import step_for
 from strop.errors import TROUBLES, InputError, MemoryLimitError, RecipeError, StropError, Where
-from strop.evaluation.metrics import rewards_of
+from strop.evaluation.metrics import parse_rewards
 from strop.evaluation.report import write_report
 from strop.machine.malloc import give_back
 from strop.machine.memory import MemoryWatch, is_out_of_memory, mark
@@ -293,7 +293,7 @@ def _job(
         stream = partial(stream_weights, base, setup.source, *how)
     train, held_out = data.train_units or data.train, data.eval_units or data.eval
     criterion: Criterion
-    if rewards := rewards_of(recipe.train.rewards):
+    if rewards := parse_rewards(recipe.train.rewards):
         without_dropout(model)
         ends = (*data.renderer.ends, *own_ends(model.generation_config))
         told = setup.tokenizer, ends, rewards, weights, log

@@ -57,15 +57,11 @@ def evaluate(
         return
     with joined() as group, answering(speaker(group.main)) as advance:
         warmup.load(warmup.ANSWERS if group.main else None)
-        from strop.evaluation.run import evaluate_models, leaderboard
+        from strop.evaluation.run import EvalOptions, evaluate_models, leaderboard
 
-        results = evaluate_models(
-            names,
-            data,
+        chosen = EvalOptions(
             metric=metric,
             max_new_tokens=max_new_tokens,
-            advance=advance if group.main else None,
-            devices=group,
             quantization=quantization,
             force=force,
             general=general,
@@ -75,8 +71,9 @@ def evaluate(
             task_limit=task_limit,
             judge=judge,
             judge_model=judge_model,
-            options=options or {},
+            read=options or {},
         )
+        results = evaluate_models(names, data, chosen, advance=advance if group.main else None, devices=group)
     if not group.main:
         return
     for result in results:
