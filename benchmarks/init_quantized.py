@@ -30,7 +30,7 @@ from strop.models.lora import as_fp32, trainable
 from strop.models.quantize import pack, quantizable, unpack
 from strop.models.source import locate
 from strop.models.tokenizer import load_tokenizer
-from strop.planning.learning_rate import whole
+from strop.planning.learning_rate import objective_base_rate
 from strop.runs.events import EventLog
 from strop.runs.folder import RunFolder
 from strop.training.job import Job
@@ -87,7 +87,7 @@ def train(options: argparse.Namespace, way: str, seed: int) -> dict[str, float]:
     data = prepare(DataSection(train=options.data, eval=options.eval), load_tokenizer(source))
     model, rows = build(options.model, way, options.rank, seed), data.eval
     assert rows is not None
-    rate = options.rate * whole(sum(weight.numel() for weight in model.get_base_model().parameters()))
+    rate = options.rate * objective_base_rate(sum(weight.numel() for weight in model.get_base_model().parameters()))
     given = {
         "model": options.model, "data": options.data, "seed": seed, "lora.r": options.rank,
         "train.max_steps": options.steps, "train.learning_rate": rate, "train.micro_batch_tokens": 2048,

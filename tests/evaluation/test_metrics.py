@@ -350,12 +350,9 @@ def test_a_pattern_that_never_ends_is_a_miss_that_is_told(
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from strop.errors import DataError, RecipeError
-from strop.evaluation.metrics import check_rewards, parse_rewards
+from strop.evaluation.metrics import check_rewards
 
 
 @pytest.mark.parametrize("given", ["exact_json, contains=0.2", ["exact_json", "contains=0.2"]])

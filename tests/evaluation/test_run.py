@@ -475,16 +475,11 @@ def test_calls_are_no_choice_and_no_pattern(thinker: Model, tmp_path: Path) -> N
 
 from __future__ import annotations
 
-import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-import strop
-from strop.evaluation.run import read_conversations, trained_on
-from tests.support.runs import run
+from strop.evaluation.run import trained_on
 
 ROWS = [{"prompt": f"what is {n}", "completion": f"it is {n}"} for n in range(8)]
 NEW = {"prompt": "what is nine", "completion": "it is 9"}

@@ -170,13 +170,13 @@ def test_the_plan_counts_its_memory_and_its_time() -> None:
     )
     rate = Rate(1e11, 2e10, "a test", integers={"none": 2e11, "int8": 3e11})
     seconds = [
-        micro_batch_seconds(Workload.of(recipe, LLAMA_8B), usual_micro_batch(recipe), rate)
+        micro_batch_seconds(Workload.from_recipe(recipe, LLAMA_8B), usual_micro_batch(recipe), rate)
         for recipe in (whole, plain, eight)
     ]
     assert seconds[2] < seconds[0] < seconds[1]
-    sums = integer_bytes(Workload.of(eight, LLAMA_8B)) - 2 * LLAMA_8B.embedding
+    sums = integer_bytes(Workload.from_recipe(eight, LLAMA_8B)) - 2 * LLAMA_8B.embedding
     from strop.engine.kernels.cpu.int8_matmul import SUMS_BYTES  # its import starts threads
 
     assert sums == SUMS_BYTES
-    assert integer_bytes(Workload.of(whole, LLAMA_8B)) - sums == pytest.approx(2 * LLAMA_8B.parameters, rel=0.1)
-    assert integer_bytes(Workload.of(plain, LLAMA_8B)) == 0 < sums
+    assert integer_bytes(Workload.from_recipe(whole, LLAMA_8B)) - sums == pytest.approx(2 * LLAMA_8B.parameters, rel=0.1)
+    assert integer_bytes(Workload.from_recipe(plain, LLAMA_8B)) == 0 < sums

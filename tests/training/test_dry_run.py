@@ -32,7 +32,7 @@ SHAPE = ModelShape.of(tiny.config().to_dict())
 
 def setting(job: Job) -> Workload:
     recipe = job.recipe.model_copy(update={"model": job.recipe.model.model_copy(update={"device": "cpu"})})
-    return Workload.of(recipe, SHAPE)
+    return Workload.from_recipe(recipe, SHAPE)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -82,11 +82,11 @@ def test_it_is_the_largest_by_what_is_predicted_in_any_epoch(tmp_path: Path, mon
         rows = [examples[row] for row in step.rows]
         for group in micro_batches(job, rows):
             batch = batch_of(job, [rows[row] for row in group], True, False)
-            sizes.append((at_peak(setting(job).but(step=job.step.name), batch).total, step.epoch))
+            sizes.append((at_peak(setting(job).replace(step=job.step.name), batch).total, step.epoch))
     orders, known = [], BatchStream.order
     monkeypatch.setattr(BatchStream, "order", lambda self, epoch: orders.append(epoch) or known(self, epoch))
     found = forecast(job, setting(job), 8 << 30)
-    assert at_peak(setting(job).but(step=job.step.name), found.batch).total == max(sizes)[0]
+    assert at_peak(setting(job).replace(step=job.step.name), found.batch).total == max(sizes)[0]
     assert max(size for size, epoch in sizes if epoch == 0) < max(sizes)[0], "a later epoch has the largest"
     assert orders == [0, 1, 2, 3] and stream.steps_per_epoch == 5
 
