@@ -51,7 +51,8 @@ def loss_at(curve: dict[float, float], rate: float) -> float:
 
 def judged(valley: dict[str, Any]) -> dict[str, Any]:
     """The best rate and its loss, the rates that were tried within 5 % of it; the rule's rate and what it costs, what
-    the rule before it did (`objective_base_rate`), and what the usual adapter's and batch's rate would, as shares of the best loss.
+    the rule before it did (`objective_base_rate`), and what the usual adapter's and batch's rate would, as shares of
+    the best loss.
     """
     from strop.planning.learning_rate import learning_rate, objective_base_rate, rate_factor
 

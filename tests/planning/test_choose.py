@@ -314,7 +314,7 @@ def test_cpu_plan_takes_the_fastest_micro_batch_size(quantization: str) -> None:
         assert ("faster" in choice.why) == (size != 2048)
     assert (
         sizes == {1024, 2048} if quantization == "nf4" else len(sizes) > 1
-    )  # each micro-batch dequantizes all weights
+    )  # each micro-batch dequantizes all weights, so small ones do not pay
 
 
 def test_given_micro_batch_and_a_gpus_are_not_lowered_for_speed() -> None:

@@ -252,12 +252,12 @@ def test_commands_run_without_torch(words: list[str], tiny_folder: Path) -> None
     words = [str(tiny_folder) if word == "FOLDER" else word for word in words]
     script = (
         "import sys; sys.modules['torch'] = None\n"
-        "from strop import cli\n"
+        "from strop.cli.app import main\n"
         "from strop.machine import doctor\n"
         "known = doctor.installed\n"
         "doctor.installed = lambda name: name != 'torch' and known(name)\n"
         f"sys.argv = ['strop', *{words!r}]\n"
-        "cli.main()"
+        "main()"
     )
     started = time.monotonic()
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
